@@ -97,8 +97,9 @@ def obstacle(toolkit: str) -> str | None:
         source.write_text("#include <cuda_runtime.h>\n__global__ void probe() {}\n")
         try:
             flags = [*NVCC, *architectures(toolkit)]
-        except (ValueError, IndexError) as refused:  # an unknown name, or "native" without a GPU
-            return f"a TORCH_CUDA_ARCH_LIST that torch knows, got: {refused}"
+        except (ValueError, IndexError):  # an unknown name, or "native" without a GPU
+            got = os.environ["TORCH_CUDA_ARCH_LIST"]
+            return f"a TORCH_CUDA_ARCH_LIST that can be compiled here, got {got!r}"
         done = run_nvcc(toolkit, *flags, "-c", str(source), "-o", f"{source}.o")
         if done.returncode != 0:
             lines = [line for line in done.stderr.splitlines() if line.strip()]

@@ -92,10 +92,7 @@ def probability(owner: object, argument: str, value: Any) -> float:
 
 
 def dense(owner: object, argument: Any, value: Any, floating: bool = True) -> None:
-    """Raise a TypeError unless ``value`` is a tensor that kernels and planners can read.
-
-    ``argument`` may be a callable that returns the name.
-    """
+    """Raise a TypeError unless ``value`` is a tensor that kernels and planners can read."""
     if not isinstance(value, Tensor):
         got = type(value).__name__
     elif isinstance(value, MaskedTensor):
@@ -110,7 +107,7 @@ def dense(owner: object, argument: Any, value: Any, floating: bool = True) -> No
         got = str(value.dtype)
     else:
         return
-    argument = argument() if callable(argument) else argument
+    argument = argument() if callable(argument) else argument  # some names take a while
     kind = "floating-point tensor of 16 bits or more" if floating else "tensor"
     raise TypeError(f"{_name(owner)}: {argument} must be a dense, strided {kind}, got {got}")
 

@@ -187,10 +187,14 @@ class Part:
                 dense("Regression", "results", results)
                 points, used = self._known(source)[2:]
                 (sample,) = few_columns(used, results)
-                if (size := _size(sample)) != 1:
+                wide = _columns(results)
+                few = sample.shape[1] == wide.shape[1]  # the sample has all outputs
+                if (size := _size(sample if few else torch.stack(wide.aminmax()))) != 1:
                     answers, choice = self.decode(source, results / size)
-                    has = (own >= 0).to(results.device).view(-1, *[1] * (results.dim() - 1))
-                    return torch.where(has, results[own], answers * size), choice
+                    info, has = torch.finfo(answers.dtype), (own >= 0).to(results.device)
+                    answers = (answers * size).clamp(info.min, info.max)
+                    has = has.view(-1, *[1] * (results.dim() - 1))
+                    return torch.where(has, results[own], answers), choice
                 weights = torch.full((1, len(used)), 1 / len(used), dtype=torch.float64)
                 fitted = self._fit(points, sample)
             if fitted is not None:
@@ -298,9 +302,9 @@ class Part:
 def _size(results: Tensor) -> float:
     """Return the power of two to divide results by; 1, unless squares or sums could overflow."""
     largest = float(results.abs().max()) if results.numel() else 0.0
-    if largest == 0 or 2.0**-500 < largest < 2.0**60:
+    if not 0 < largest < math.inf or 2.0**-500 < largest < 2.0**60:
         return 1.0
-    return math.ldexp(1.0, math.frexp(largest)[1] - 60)
+    return math.ldexp(1.0, max(math.frexp(largest)[1] - 60, -1000))
 
 
 def few_columns(rows: Tensor, *values: Tensor) -> list[Tensor]:

@@ -84,8 +84,8 @@ class CodedWrapper(ModuleProxy):
         in_dims: as in :func:`torch.func.vmap`, for the positional arguments. Each has its batch
             dimension, an integer, or "shared" or None for a value meant for the whole batch. A
             pytree prefix of such is one for nested arguments. A tensor under None whose first
-            dimension has the batch size is refused: say "shared" if it is meant for all. Tensors in
-            keyword arguments are divided along dimension 0. Defaults to 0.
+            dimension has the batch size is refused: say "shared" if it is meant for all, and is not
+            changed. Tensors in keyword arguments are divided along dimension 0. Defaults to 0.
         out_dims: the batch dimension of the outputs, in the same form; at None, the result of the
             part asked first is passed through. Defaults to 0.
 

@@ -24,6 +24,7 @@ from ..input_space.regression import RowPlan, to_scale
 from ..input_space.selection import few_columns
 from ..surrogates import Memory
 from ..workers.base import flatten, show
+from .division import finite
 from .result_checks import Stacked
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ class Answers:
         inputs, device = self._inputs, device_of(surrogate)  # the device may be another
 
         def number(leaf: Tensor) -> Tensor:
-            return plain("surrogate", "input", leaf).to(device or leaf.device)
+            return plain("surrogate", "input", leaf).to(device or leaf.device, copy=True)
 
         args, kwargs = pytree.tree_map_only(Tensor, number, (inputs.args, inputs.kwargs))
         outputs = dict[int, Tensor]()
@@ -258,14 +259,14 @@ class Answers:
                     scaled, plan, division, received, approximations
                 )
         answers = plan.decode(scaled, received)
-        if num_predicted and isinstance(plan, RowPlan) and self._link is None:
-            info = torch.finfo(results.dtype)  # predictions of masked scores may go beyond
-            answers = answers.clamp(info.min, info.max)
         found = plan.error_bars(received, scaled, answers, offsets) if bars else None
         if offsets is not None:
             answers = answers + offsets[1]
         if num_predicted:
             answers = _from_scale(answers, self._link)
+            if isinstance(plan, RowPlan):  # predictions of masked scores may go beyond
+                info = torch.finfo(results.dtype)
+                answers = answers.clamp(info.min, info.max)
         if found is not None:
             found = _rounded(found, answers, results.dtype)
         if scaled is not results:
@@ -310,9 +311,11 @@ def _residuals(
         rest = y.to(dtype) - _weighted(found, of_y)
         if not left_out_square(rest) < (1 - _CHANCE * by_chance) * left_out_square(y):
             return {}, results, None
-    subtracted, known = _weighted(found, of_units), _weighted(found, used)
-    weights = dict(zip(approximations, found, strict=True))
-    return weights, results.to(dtype) - subtracted, (subtracted, known)
+    subtracted, known = (_weighted(found, [x.to(dtype) for x in each]) for each in (of_units, used))
+    residuals = results.to(dtype) - subtracted
+    if not finite(residuals):  # scores may be masked by numbers near the largest
+        return {}, results, None
+    return dict(zip(approximations, found, strict=True)), residuals, (subtracted, known)
 
 
 def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:

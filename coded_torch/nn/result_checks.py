@@ -37,20 +37,19 @@ class Result:
         self.reply, self.part, self.worker = reply, reply.part, reply.worker
         self._value = reply.value  # the reply need not keep it
         self.leaves, self.spec = flatten(reply.value)
-        for i, leaf in enumerate(self.leaves):
-            if isinstance(leaf, Tensor):
+        self.dims: list[Any] = base.broadcast_dims("out_dims", task.out_dims, self.spec)
+        for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
+            if isinstance(leaf, Tensor) and dim is not None:
                 name = functools.partial(self.name, i)
                 dense("CodedWrapper", name, leaf, leaf.is_floating_point())
         self._judged = judged
-        self.dims: list[Any]
         self.divided: list[int] = []  # the places of the leaves that have the part's rows
         #: The leaves but for how many rows they have, which is alike in all good results.
         self.form: list[Any] = [self.spec]
         self._looks = [len(self.part.units), self.spec, *map(_look, self.leaves)]
         if last is not None and self._looks == last._looks:
-            self.dims, self.divided, self.form = last.dims, last.divided, last.form
+            self.divided, self.form = last.divided, last.form
             return
-        self.dims = base.broadcast_dims("out_dims", task.out_dims, self.spec)
         for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
             if dim is None or isinstance(leaf, CONSTANTS):
                 self.form.append(_look(leaf))

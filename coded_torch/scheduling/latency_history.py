@@ -209,18 +209,18 @@ class PredictionTimes:
     def __init__(self) -> None:
         self._factors: deque[float] = deque(maxlen=_REMEMBERED)
         self._is_warm, self._hurried = False, 0
-        self._mean = 0.0  # seconds a row of the last prediction by the mean
+        self._mean = 0.0, 1  # seconds and rows of the last prediction by the mean
 
     def add(self, seconds: float, rows: int, block: int) -> None:
         """Remember a prediction's time. The first one does not count, as it loads code."""
         if not block:
             # A regression that was slow by chance must not rule out all others.
-            self._hurried, self._mean = self._hurried + 1, seconds / rows
+            self._hurried += 1
+            self._mean = (seconds, rows) if self._is_warm else self._mean
             if self._hurried % _RETRY == 0 and (kept := list(self._factors)):
                 kept.remove(max(kept))  # not in place, as other calls may add
                 self._factors = deque(kept, _REMEMBERED)
-            return
-        if self._is_warm:
+        elif self._is_warm:
             self._factors.append(seconds / _quiet_seconds(rows, block))
         self._is_warm = True
 
@@ -241,8 +241,9 @@ class PredictionTimes:
             seconds = _RESERVED * self.seconds(rows, block) + min(_LATE, deadline / 20)
             if seconds <= deadline / 2:
                 return block, seconds
-        seconds = max(self.seconds(1), _RESERVED * self._mean * rows)
-        return 0, min(seconds, max(deadline, 0.0) / 2)
+        seconds, known = self._mean
+        seconds *= _RESERVED * max(1.0, rows / max(known, 512))  # few rows take as long as none
+        return 0, min(max(self.seconds(1), seconds), max(deadline, 0.0) / 2)
 
 
 def _quiet_seconds(rows: int, block: int) -> float:

@@ -53,9 +53,9 @@ class Waiting:
         predict: whether answers may be predicted. If not, every row is computed, or the call raises
             :class:`~coded_torch.codes.NotEnoughResults` at its deadline or when a row has failed 20
             times alone. Must be True with codes that mix inputs. Defaults to True.
-        on_error: by rows, if the module fails on a row, "raise" to compute the other rows and raise
-            the module's exception with ``rows``, ``answers`` and ``report``, or "predict" to count
-            the row as missing. Defaults to "raise".
+        on_error: the end of a call by rows if the module fails on a row. "raise" computes the other
+            rows and raises the module's exception, with ``rows``, ``answers`` and ``report``.
+            "predict" counts the row as missing. Defaults to "raise".
 
     Example:
         >>> from coded_torch import Waiting

@@ -55,7 +55,8 @@ def distill(
         augment: returns such arguments as a step has, such as shifted pictures.
         patience: epochs without a better held-out error, after which it stops. Defaults to 30.
         link: "softmax" to compare the logarithms of probabilities. Defaults to None.
-        seed: of order, mixtures and noise. The global random state is not touched. Defaults to 0.
+        seed: of order, mixtures, noise and all that training draws. Training does not touch the
+            global random state. Defaults to 0.
         progress: show epochs and error, on terminals only. Defaults to True.
 
     Returns:
@@ -129,9 +130,9 @@ def distill(
     best, best_state, waited = math.inf, copy.deepcopy(student.state_dict()), 0
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # the student may draw numbers, too
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed + 1)  # another stream than the generator's
         for each in devices:
-            torch.cuda.default_generators[each.index].manual_seed(seed)
+            torch.cuda.default_generators[each.index].manual_seed(seed + 1)
         for epoch in range(epochs):
             student.train()
             order = torch.randperm(size, generator=generator, device=device)
@@ -237,6 +238,7 @@ def _divided(batches: list[Any]) -> tuple[Any, list[Any]]:
 
 def _outputs(module: nn.Module, args: Any, link: str | None) -> list[Tensor]:
     """Return the floating-point outputs, on the scale on which they are predicted."""
+    args = pytree.tree_map_only(Tensor, Tensor.clone, args)  # the module may change its inputs
     return [to_scale(x, link) for x in _tensors(module(*args)) if x.is_floating_point()]
 
 

@@ -54,7 +54,7 @@ class Task:
     def payload(self, units: Sequence[int], copied: bool = False) -> Arguments:
         """Return the ``(args, kwargs)`` of ``len(units) * R`` rows, views if consecutive.
 
-        A module in the caller's process gets them ``copied``, as it may change its inputs.
+        A module in the caller's process, which may change its rows, gets them ``copied``.
         """
         return next(self.payloads(units, copied=copied))
 
@@ -274,9 +274,8 @@ class Workers(abc.ABC):
             return self
         args = example if isinstance(example, tuple) else (example,)
         leaves, spec = pytree.tree_flatten((args, {}))
-        leaves = [x.clone() if isinstance(x, Tensor) else x for x in leaves]  # modules may change x
-        how = leaves, [None] * len(leaves), spec, 1, 1, torch.device("cpu")
-        task = _Loading(*how) if example is None else Task(*how)
+        calls = int(example is not None)
+        task = _Loading(leaves, [None] * len(leaves), spec, calls, 1, torch.device("cpu"))
         with torch.no_grad(), self.open(module, task) as request:
             places, states = frozenset(self.places), getattr(self, "states", {})
             wanted = sorted(p for p in places if states.get(p, ("",))[0] != "excluded")
@@ -323,9 +322,10 @@ class Workers(abc.ABC):
         self.close()
 
 
-class _Loading(Task):  # no call at all, since a module cannot be called without known arguments
-    def payload(self, *_: Any) -> Arguments | None:  # type: ignore[override]
-        return None
+class _Loading(Task):  # a module cannot be called without known arguments
+    def payload(self, *_: Any, **__: Any) -> Arguments | None:  # type: ignore[override]
+        leaves = [x.clone() if isinstance(x, Tensor) else x for x in self.leaves]
+        return unflatten(leaves, self.spec) if self.num_units else None
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:

@@ -158,7 +158,7 @@ class _Replica(Worker):
                     stream.wait_event(event)
             stack.enter_context(request.ambient.restored(self.device))
             try:
-                arguments = request.task.payload(job.part.units, True)
+                arguments = request.task.payload(job.part.units, home == self.device)
                 if streams or not request.on_host:  # walking through them takes 25 us
                     arguments = _to(self.device, arguments)
                     # The backward pass reads the inputs here, when the caller may have freed them.

@@ -122,7 +122,7 @@ class FaultyWorkers(Workers):
             time ends its worker. Defaults to None, no such crashes.
         attack: maps rows of a floating-point output of ``adversaries`` and a generator that
             (seed, request, worker) seed, to wrong rows. Defaults to None.
-        adversaries: the places of the workers that attack. Defaults to none.
+        adversaries: places of the pool, whose workers attack. Defaults to none.
 
     Example:
         >>> import torch
@@ -157,17 +157,13 @@ class FaultyWorkers(Workers):
         }
         self.adversaries = tuple(count(self, "adversaries", each, least=0) for each in adversaries)
         unknown = sorted(self.rates.keys() - set(Fault.KINDS))
-        places = pool.places or self.adversaries
+        strange = sorted({*self.adversaries} - {*(pool.places or self.adversaries)})
         for holds, must, got in (
             (not unknown, f"rates must be of {', '.join(Fault.KINDS)}", str(unknown)[1:-1]),
             (sum(self.rates.values()) <= 1, "rates must be at most 1 in sum", self.rates),
             (attack is None or callable(attack), "attack must be callable or None", repr(attack)),
             (attack or not self.adversaries, "adversaries must come with an attack", adversaries),
-            (
-                {*self.adversaries} <= {*places},
-                f"adversaries must be places of {pool}",
-                adversaries,
-            ),
+            (not strange, "adversaries must be places of the pool", str(strange)[1:-1]),
         ):
             if not holds:
                 raise ValueError(f"FaultyWorkers: {must}, got {got}")

@@ -23,6 +23,7 @@ def test_short(scenario):
             value, most = found["bars"][name]
             assert value <= most, f"{name}: {value}, at most {most}"
     assert found.get("kills", 1) > 0, "no kills: nothing was tested"
+    assert all(value >= 0 for value, _ in found["bars"].values())
 
 
 @pytest.mark.ray

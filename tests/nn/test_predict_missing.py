@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coded_torch import CodedWrapper, Waiting
+from coded_torch import CodedWrapper, Regression, Waiting
 from coded_torch.codes import DeadlineExceeded, ReplicationCode, SplineCode
 from coded_torch.nn.division import dealt
 from coded_torch.stragglers import Uniform
@@ -60,6 +60,55 @@ def test_masked_scores_are_predicted_within_their_dtype(dtype, masked):
     assert not report.radii.isnan().any()
     if masked == "a class":
         assert (answers.argmax(1) != 2).all()
+
+
+@pytest.mark.parametrize("place", [1, 5, 100])
+def test_a_mask_is_seen_in_any_of_many_outputs(place):
+    weights = torch.randn(4, 129, generator=torch.Generator().manual_seed(1))
+
+    def scores(x):
+        return (x @ weights).index_fill(1, torch.tensor([place]), torch.finfo(x.dtype).min)
+
+    def approximate(x):
+        return 0.4 * scores(x)
+
+    x = torch.randn(240, 4, generator=torch.Generator().manual_seed(0))
+    for surrogate in ((), approximate):
+        pool = LocalWorkers(Uniform(4, seed=0))
+        coded = CodedWrapper(Call(scores), workers=pool, parts=24, surrogate=surrogate)
+        answers, report = coded.run(x)
+        assert report.predicted.sum() == 40
+        assert answers.isfinite().all()
+        assert not report.radii.isnan().any()
+        assert (answers.argmax(1) == scores(x).argmax(1)).double().mean() > 0.9
+
+
+def test_tiny_outputs_and_infinite_results_are_decoded():
+    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0)).double()
+    coded = CodedWrapper(
+        Call(lambda x: 1e-310 * x), workers=LocalWorkers(Uniform(1, seed=0)), parts=6
+    )
+    answers, report = coded.run(x)
+    assert report.predicted.sum() == 10
+    assert (answers - 1e-310 * x).abs().max() < 5e-310
+    results = x.clone()[:50, None]
+    results[3] = math.inf
+    assert not Regression().plan([x]).decode(results, range(50))[50:].isfinite().any()
+
+
+def test_a_surrogate_in_half_precision_leaves_masks_in_its_range():
+    def scores(x):
+        return (x @ torch.eye(4, 3, dtype=x.dtype)).index_fill(1, torch.tensor([2]), -60000.0)
+
+    x = torch.randn(240, 4, generator=torch.Generator().manual_seed(0)).half()
+    pool = LocalWorkers(Uniform(4, seed=0))
+
+    def opposite(x):
+        return (-1.05 * scores(x).float()).half()
+
+    coded = CodedWrapper(Call(scores), workers=pool, parts=24, surrogate=opposite)
+    answers, report = coded.run(x)
+    assert (answers[report.predicted][:, 2] < -59000).all()
 
 
 def test_inputs_may_have_any_strides():

@@ -236,6 +236,14 @@ def test_a_result_that_cannot_be_decoded_is_missing_even_if_it_is_the_first(outp
     assert re.search(reason, coded.last_run.rejected[0])
 
 
+def test_an_output_of_no_batch_may_have_any_layout():
+    module = Call(lambda x: (2 * x, torch.eye(2).to_sparse()))
+    coded = CodedWrapper(module, workers=LocalWorkers(), parts=2, out_dims=(0, None))
+    answers, constant = coded(rand(4, 3))
+    assert answers.shape == (4, 3)
+    assert constant.layout is torch.sparse_coo
+
+
 @pytest.mark.parametrize(
     ("output", "got"),
     [

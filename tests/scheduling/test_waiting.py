@@ -138,6 +138,8 @@ def test_time_to_predict_is_what_it_took_lately_in_proportion_to_the_rows():
     times.add(0.02, 4096, 0)  # the mean of wide outputs takes long, too
     assert times.reserve(8192, 0.1) == (0, pytest.approx(1.25 * 0.04))
     assert times.reserve(8192, 0.06) == (0, 0.03)
+    times.add(5e-4, 1, 0)
+    assert times.reserve(4096, 0.1) == (0, times.seconds(1))
 
 
 def test_a_regression_that_was_slow_by_chance_is_tried_again():

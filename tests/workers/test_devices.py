@@ -397,3 +397,14 @@ def test_a_forked_process_is_refused():
         pool._queue.process += 1  # as it would look from there
         with pytest.raises(RuntimeError, match="in the process that started it"):
             pool.open(nn.Identity(), task_of(torch.ones(1, 1, 1)))
+
+
+def test_each_worker_starts_with_the_example_as_it_is():
+    class Counts(nn.Module):
+        def forward(self, ids):
+            return torch.eye(3)[ids.add_(1)]
+
+    example = torch.tensor([0, 1])
+    with DeviceWorkers(["cpu"] * 4) as pool:
+        pool.start(Counts(), example)
+    assert example.tolist() == [0, 1]

@@ -56,7 +56,7 @@ class Threads(Dispatcher):
         try:
             with job.request.ambient.restored(task.device):
                 value = compute(
-                    job.request.module, task.payload(job.part.units, True), job.part.fault
+                    job.request.module, task.payload(job.part.units, copied=True), job.part.fault
                 )
         except BaseException as cause:
             reason = f"failed: {type(cause).__name__}: {cause}"
