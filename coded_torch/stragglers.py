@@ -20,16 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._arguments import (
-    MOST_WORKERS,
-    count,
-    instance,
-    positive,
-    probability,
-    real,
-    real_array,
-    shown,
-)
+from ._arguments import MOST_WORKERS, count, instance, probability, real, real_array, shown
 from ._torch import outside
 
 __all__ = ["Bernoulli", "Contiguous", "ShiftedExponential", "Stragglers", "Trace"]
@@ -167,7 +158,7 @@ class ShiftedExponential(Stragglers):
         super().__init__(seed)
         must, valid = "at least 0 and finite", lambda x: 0 <= x < math.inf
         self.shift = real(self, "shift", shift, must, valid)
-        self.rate = positive(self, "rate", rate)
+        self.rate = real(self, "rate", rate, "positive and finite", lambda x: 0 < x < math.inf)
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
         return self.shift - torch.log1p(-_uniform(num_workers, generator)) / self.rate

@@ -247,6 +247,7 @@ def test_inputs_are_known_by_their_content(folder, capsys):
             "--inputs models.py",
             "--inputs must be a .npy, .safetensors or .parquet file, got models.py",
         ),
+        ("--inputs words.npy", "--inputs must hold numbers: can't convert"),
         ("--output .", "--output must be an empty folder, got ."),
         ("--output new --in-flight 0", "in_flight must be at least 1, got 0"),
         ("--output new --batch-size 0", "batch_size must be at least 1, got 0"),
@@ -254,6 +255,7 @@ def test_inputs_are_known_by_their_content(folder, capsys):
 )
 def test_a_job_refuses_another_jobs_folder_and_bad_values(folder, capsys, change, message):
     assert main(line()) == 0
+    np.save(folder / "words.npy", np.array(["one", "two"]))
     np.save(folder / "more.npy", np.ones((ROWS + 1, 2), np.float32))
     *words, last = change.split() or [""]
     changed = line("other", *words) if last == "other" else line("here", *change.split())

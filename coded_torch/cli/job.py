@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import time
 import zipfile
 from collections import Counter
@@ -35,9 +36,13 @@ def job(args: argparse.Namespace) -> None:
     """Compute the answers to all rows, and write the batches in order."""
     with usage("job"):
         rows, read = _open(args.inputs)
+    with usage("job: --inputs must hold numbers", errors=Exception):
+        next(read(1, [0]))
     made = find_factory("job", args.factory)()
     coded = made[0] if isinstance(made, tuple) and made else made  # `serve` needs examples, too
     with contextlib.ExitStack() as held:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+        held.callback(signal.signal, signal.SIGTERM, before)
         with usage("job"):
             if not isinstance(coded, CodedWrapper):
                 how = {"predict": args.deadline is not None or args.on_error == "predict"}
@@ -72,7 +77,8 @@ def job(args: argparse.Namespace) -> None:
                 # A zip file for ``torch.load``: outputs, a dict or a list, and their errors.
                 outputs = dict(answers) if isinstance(answers, Mapping) else tree_leaves(answers)
                 content = {"outputs": outputs, "predicted": report.predicted, "radii": report.radii}
-                _replace(paths[start], functools.partial(torch.save, content))
+                with usage("job: --output cannot be written", errors=OSError):
+                    _replace(paths[start], functools.partial(torch.save, content))
                 flags = [] if report.predicted is None else report.predicted.tolist()
                 counts.update("predicted" if flag else "exact" for flag in flags)
                 counts.update(batches=1, hedges=len(report.hedges))

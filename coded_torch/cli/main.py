@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import coded_torch
 
 from .. import _extension
-from .._arguments import count, dense
+from .._arguments import MOST_WORKERS, count, dense
 from ..codes import Code, RegressionCode, ReplicationCode
 from ..demo.lenet5 import digits, lenet5
 from ..evaluation import planner
@@ -166,7 +166,11 @@ def info(args: argparse.Namespace) -> None:
 def _settings(text: str) -> list[tuple[int, ...]]:
     if not re.fullmatch(r"\d+,\d+,\d+( \d+,\d+,\d+)*", text):
         raise argparse.ArgumentTypeError(f"must be N,K,S and more such triples, got {text!r}")
-    return [tuple(map(int, triple.split(","))) for triple in text.split()]
+    triples = [tuple(map(int, triple.split(","))) for triple in text.split()]
+    if not all(1 <= k <= n <= MOST_WORKERS and s < n for n, k, s in triples):
+        must = f"must have 1 <= K <= N <= {MOST_WORKERS} and 0 <= S < N"
+        raise argparse.ArgumentTypeError(f"{must}, got {text!r}")
+    return triples
 
 
 _DEVICES = ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())))

@@ -2,10 +2,9 @@
 
 To add a code:
 
-1. In a new file, subclass :class:`FixedCode`, whose matrices no input changes. A code that
-   evaluates functions of a point subclasses :class:`CurveCode`.
-2. Inherit ``coded_torch.testing.codes.CodeTests``, as ``tests/codes/test_lagrange.py`` does.
-3. Export it here. ``peers`` in ``evaluation/compare.py`` names the codes of comparisons.
+1. In a new file, subclass :class:`FixedCode`, or :class:`CurveCode` for functions of a point.
+2. Export it here, and name it in ``peers`` of ``evaluation/compare.py``.
+3. Inherit ``coded_torch.testing.codes.CodeTests``, as ``tests/codes/test_lagrange.py`` does.
 """
 
 from .base import Code, FixedCode

@@ -262,10 +262,7 @@ def _policies(
 
 
 class Verified:
-    """A waiting policy whose results are verified, for :mod:`coded_torch.scheduling.simulation`.
-
-    Of M workers, which are never wrong, a ``share`` of the rows is checked.
-    """
+    """A waiting policy that checks a share of the rows of simulated workers, none of them wrong."""
 
     at_once = False
 

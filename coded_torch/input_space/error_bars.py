@@ -37,10 +37,6 @@ class Bars(NamedTuple):
     thresholds: Tensor  # [S, L, n]
     risks: Tensor | None  # [L]; None if outputs are no [B, C]
 
-    def scaled(self, by: float) -> Bars:
-        """Return the error bars of answers that are so many times as large."""
-        return self._replace(thresholds=self.thresholds * by)
-
     def widened(self, by: Tensor) -> Bars:
         """Return error bars of answers that are off by so much more, ``[L]``; infinity: unknown."""
         risks = None if self.risks is None else self.risks.masked_fill(by.isinf(), 1.0)

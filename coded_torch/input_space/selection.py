@@ -232,8 +232,8 @@ class Part:
         of_used, predicted, *offsets = _on_host(asked)
         if (size := _size(of_used)) != 1:
             given = surrogates and (surrogates[0] / size, surrogates[1] / size)
-            scaled_bars = self.bars(source, results / size, answers / size, given)
-            return scaled_bars and scaled_bars.scaled(size)
+            found = self.bars(source, results / size, answers / size, given)
+            return found and found._replace(thresholds=found.thresholds * size)
         fitted = self._fit(points, _few(of_used).double())
         regression = None
         if fitted is not None and fitted.choice.trust > 0 and len(used) > 1:

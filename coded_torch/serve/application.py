@@ -24,7 +24,7 @@ from torch import Tensor
 import coded_torch
 
 from .._arguments import count, instance, positive
-from ..nn import CodedWrapper, Report
+from ..nn import CodedWrapper
 from ..open_inference.tensors import ADDED, TensorSpec, most_bytes
 from . import protocol
 from .batcher import Batch, Batcher, compute, load
@@ -54,7 +54,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
     objects that existed before. It runs under any ASGI server, in one process. A refused request
     gets ``{"error": ...}`` and
 
-    - 4xx if the request is wrong; 500 if the model fails on it;
+    - 4xx if the request is wrong; 500 if the model fails on it, or ends three workers;
     - 503 with ``Retry-After`` if too many requests wait, the answer would probably be late, no
       worker is left, or all workers hang: then one request at a time is tried;
     - 504 if the deadline has passed and nothing could be predicted.
@@ -247,8 +247,8 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         except (ValueError, RecursionError) as error:  # JSON may be too deep
             raise RequestError(400, "invalid", str(error)) from None
 
-    def _count(self, report: Report, rows: int, queued: Sequence[float]) -> None:
-        self.metrics.batch(report, rows, queued, self.of_places("names"))
+    def _count(self, batch: Batch, rows: int, queued: Sequence[float]) -> None:
+        self.metrics.batch(batch, rows, queued, self.of_places("names"))
         self.metrics.workers(self.pool)
 
 

@@ -59,7 +59,7 @@ def load(coded: CodedWrapper, examples: Sequence[Tensor] | None) -> None:
     try:
         pool.start(coded.module, tuple(x[:1] for x in examples), timeout=_LOADING)
     except RuntimeError as error:
-        if isinstance(error, WorkerError) and error.kind == "raised":
+        if isinstance(error, WorkerError) and error.kind in ("raised", "died"):
             raise
         logger.warning("not every worker has run the model: %s", error)
     else:
@@ -138,7 +138,7 @@ class Batcher:
 
     ``compute`` computes a batch in a thread, given its inputs and the seconds that are left.
     ``slots`` returns the number of slots, and the most that one batch takes; it takes no more than
-    it has rows. ``on_batch`` gets each report, its rows, and the seconds that its requests waited.
+    it has rows. ``on_batch`` gets each batch, its rows, and the seconds that its requests waited.
     ``has_idle`` returns whether a worker is known to be idle.
     """
 
@@ -149,7 +149,7 @@ class Batcher:
         max_batch_size: int,
         max_queued_requests: int,
         slots: Callable[[], tuple[int, int]],
-        on_batch: Callable[[Report, int, Sequence[float]], None],
+        on_batch: Callable[[Batch, int, Sequence[float]], None],
         has_idle: Callable[[], bool] = lambda: False,
     ) -> None:
         self._compute, self._on_batch, self._has_idle = compute, on_batch, has_idle
@@ -299,7 +299,7 @@ class Batcher:
         else:
             late = not done.outputs and done.report.ended == "deadline"
             if done.outputs:
-                self._on_batch(done.report, rows, [begin - entry.arrived for entry in batch])
+                self._on_batch(done, rows, [begin - entry.arrived for entry in batch])
             if len(done.report.refused) == rows > batch[0].rows:  # all parts raised alike
                 error = _refusal(done.report, 0)
         if not late:
@@ -345,7 +345,7 @@ def _refusal(report: Report, row: int) -> RequestError:
         if report.ended == "deadline":
             why = error or "no worker replied with these rows"
             return RequestError(504, "late", f"too few results within the deadline: {why}")
-        if error is None or error.worker < 0 or error.kind == "died":
+        if error is None or error.worker < 0:
             why = error or "none is up"
             return RequestError(503, "unavailable", f"no worker computed it: {why}")
     return RequestError(500, "failed", f"the model failed: {error}")

@@ -8,8 +8,8 @@ from typing import Any
 
 import prometheus_client
 
-from ..nn import Report
 from ..workers import Workers
+from .batcher import Batch
 
 __all__ = ["Metrics"]
 
@@ -79,16 +79,18 @@ class Metrics:
         self._restarts = restarts
 
     def batch(
-        self, report: Report, rows: int, queued: Sequence[float], names: Mapping[int, str]
+        self, done: Batch, rows: int, queued: Sequence[float], names: Mapping[int, str]
     ) -> None:
-        """Count an answered batch, whose requests waited so many seconds; places may have names."""
-        predicted = 0 if report.predicted is None else int(report.predicted.sum())
+        """Count a batch, whose requests waited so many seconds; places may have names."""
+        report, unanswered = done.report, len(done.unanswered)
+        flags = [] if report.predicted is None else report.predicted.tolist()
+        predicted = sum(flag and row not in done.unanswered for row, flag in enumerate(flags))
         won = sum(hedge.won for hedge in report.hedges)
         counts: list[tuple[str, str | None, float]] = [
             ("results_total", "received", len(report.received)),
             ("results_total", "missing", len({*report.missing, *report.rejected})),
             ("results_total", "rejected", len(report.rejected)),
-            ("answers_total", "exact", rows - predicted),
+            ("answers_total", "exact", rows - unanswered - predicted),
             ("answers_total", "predicted", predicted),
             ("rows_computed_total", None, report.work * rows),
             ("extra_rows_total", None, max(0.0, report.work - 1) * rows),

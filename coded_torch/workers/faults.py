@@ -1,7 +1,4 @@
-r"""Injected faults and attacks: for tests, and to measure the value of redundancy.
-
-An attack is a callable of the caller, ``FaultyWorkers(attack=...)``.
-"""
+r"""Injected faults, and attacks, which are callables of the caller: to measure redundancy."""
 
 from __future__ import annotations
 

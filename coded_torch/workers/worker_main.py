@@ -142,10 +142,10 @@ def fork(
     with contextlib.ExitStack() as spare:
         for _ in range(_SPARE_DESCRIPTORS):
             spare.callback(os.close, os.dup(sock.fileno()))
-    # Ctrl-C is meant for the caller's process: the server and its forks inherit this mask. The
-    # tracker would unblock the signal if it were started later.
+    # Ctrl-C, and SIGTERM to a whole group, are meant for the caller's process: the server and its
+    # forks inherit this mask. The tracker would unblock the signals if it were started later.
     resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     try:
         with _starting:
             own, variables = _server(packages)
@@ -174,6 +174,8 @@ class _Program(NamedTuple):
         if _server_is_unsafe or (_server_is_unsafe is None and self.preloaded):
             return UNSAFE
         _set(self.variables)
+        signal.signal(signal.SIGTERM, functools.partial(_end_fork, os.getpid()))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         descriptors: Any = forkserver.get_inherited_fds()
         connection = Connection(socket.socket(fileno=descriptors[0]))
         shared_memory.is_interactive = lambda: not self.main
@@ -202,6 +204,13 @@ class _Program(NamedTuple):
                 number, result = message.number, modules.call(message.value)
                 del message  # the answer says that its memory can be used again
                 connection.send(RESULT, number, result)
+
+
+def _end_fork(worker: int, number: int, _: Any) -> None:
+    """Let SIGTERM end the processes of a module, but no worker, which ends with its pool."""
+    if os.getpid() != worker:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 def _end_with(connection: Connection) -> None:

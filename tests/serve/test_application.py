@@ -6,6 +6,7 @@ import gc
 import gzip
 import json
 import math
+import os
 import resource
 import socket
 import threading
@@ -21,7 +22,13 @@ from coded_torch.nn import CodedWrapper
 from coded_torch.serve import TensorSpec, app, specs
 from coded_torch.serve.protocol import ADDED
 from coded_torch.stragglers import Bernoulli, Trace
-from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers, ProcessWorkers
+from coded_torch.workers import (
+    DeviceWorkers,
+    FaultyWorkers,
+    LocalWorkers,
+    ProcessWorkers,
+    WorkerError,
+)
 
 from .servers import INPUTS, OUTPUTS, Client, built, linear, serving, started, tensor, wait_until
 
@@ -452,6 +459,20 @@ def test_every_worker_has_run_the_model_before_the_application_is_ready():
         assert len(run_by) == 3
         with Client(port) as client:
             assert client.infer(ONE)[0] == 200
+
+
+class Ends(nn.Module):
+    """Ends the process that runs it."""
+
+    def forward(self, x):
+        os._exit(3)
+
+
+def test_a_module_that_ends_its_workers_does_not_become_ready():
+    application = built(Ends().eval(), workers=ProcessWorkers(2), examples=[torch.zeros(2, 3)])
+    with pytest.raises(WorkerError, match="exit code 3"):
+        application.load()
+    application.pool.close()
 
 
 @pytest.mark.cuda

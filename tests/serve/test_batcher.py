@@ -255,7 +255,7 @@ async def test_a_request_that_fails_fails_alone(quick):
 
 @pytest.mark.parametrize(
     ("ended", "worker", "kind", "status"),
-    [("deadline", 1, "", 504), ("failed", -1, "", 503), ("failed", 1, "died", 503)],
+    [("deadline", 1, "", 504), ("failed", -1, "", 503), ("failed", 1, "died", 500)],
 )
 @in_loop
 async def test_rows_without_a_result_are_late_or_unavailable(quick, ended, worker, kind, status):

@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from coded_torch.nn import Report
 from coded_torch.scheduling import Hedge
+from coded_torch.serve.batcher import Batch
 from coded_torch.serve.metrics import Metrics
 from coded_torch.workers import LocalWorkers
 
@@ -46,7 +47,7 @@ def test_a_batch():
         compute_seconds=0.03,
         decode_seconds=0.004,
     )
-    metrics.batch(report, 4, [0.1, 0.2], {2: "http://a"})
+    metrics.batch(Batch([], report, set()), 4, [0.1, 0.2], {2: "http://a"})
     metrics.refused("late")
     found = values(metrics)
     for key, value in {
@@ -97,7 +98,7 @@ def test_the_dashboard_shows_every_number():
     metrics = Metrics()
     true = torch.tensor([True])
     report = Report(predicted=true, verified=true, unverified=~true, strikes={2: 1})
-    metrics.batch(report, 1, [0.1], {})
+    metrics.batch(Batch([], report, set()), 1, [0.1], {})
     metrics.refused("late")
     families = text_string_to_metric_families(metrics.text().decode())
     counted = {
@@ -109,3 +110,10 @@ def test_the_dashboard_shows_every_number():
     assert shown == counted - {"rows_computed_total"}  # the extra ones are shown
     (prefix,) = [x for x in dashboard["templating"]["list"] if x["name"] == "prefix"]
     assert [option["value"] for option in prefix["options"]] == ["", "ray_"]
+
+
+def test_rows_without_an_answer_are_no_answers():
+    metrics, report = Metrics(), Report(predicted=torch.tensor([True, True, False, False]))
+    metrics.batch(Batch([], report, {0, 3}), 4, [0.1], {})
+    assert values(metrics)["coded_torch_answers_total exact"] == 1
+    assert values(metrics)["coded_torch_answers_total predicted"] == 1

@@ -709,6 +709,16 @@ if __name__ == "__main__":
 """
 
 
+def test_sigterm_to_the_whole_group_is_for_the_callers_process():
+    with ProcessWorkers(2).start() as pool, torch.no_grad():
+        coded, pids = CodedWrapper(nn.Identity(), workers=pool), pool.pids
+        for pid in pids:
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(0.2)
+        assert torch.equal(coded(torch.ones(4, 1)), torch.ones(4, 1))
+        assert pool.pids == pids
+
+
 def test_packages_of_a_module_are_imported_once_for_all_processes(tmp_path):
     """Also in a folder with a package of the same name, as in a checkout without compiled parts."""
     for name in ("plain", "threaded"):
