@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from . import ops
@@ -332,17 +332,6 @@ class SplineMap(LinearMap):
             values, coefficients, schedule, scatter=targets, num_rows=num_rows
         )
         return result.view(grouping.batch_size, *groups.shape[2:])
-
-
-def spline_matrices(
-    knots: NDArray[np.float64], points: NDArray[np.float64], smoothing: float
-) -> Tensor:
-    """Return the dense matrices of splines with other knots each, ``[P, n] -> [P, N, n]``."""
-    plans = [curve_plan(t, points, smoothing, None) for t in knots]
-    size = knots.shape[1]
-    exact, _, schedule = (torch.from_numpy(np.concatenate(x)) for x in zip(*plans, strict=True))
-    identity = torch.eye(size, dtype=torch.float64).unsqueeze(1).expand(size, len(knots), size)
-    return ops.spline_apply(identity, exact, schedule).transpose(0, 1)
 
 
 def instructions(num_knots: int, num_points: int) -> tuple[float, float]:

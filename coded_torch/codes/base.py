@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._arguments import MOST_WORKERS, count, dense, instance, shown
+from .._arguments import MOST_WORKERS, count, instance, shown
 from .._torch import on_host, outside
 from ..input_space.metrics import Distances, Sources
 from ..input_space.ordering import Grouping, check_ordering
 from ..input_space.regression import check_batch, check_link
-from ..linear import LinearMap, MatrixMap, apply_each, unit_rows
+from ..linear import LinearMap, MatrixMap, unit_rows
 from .plans import BatchPlan, NotEnoughResults, cut
 
 if TYPE_CHECKING:
@@ -180,7 +180,6 @@ class FixedCode(Code):
     """A pair of linear maps: an encoder ``K -> N`` and, per received set, a decoder ``|F| -> K``.
 
     Both depend on the arguments alone, which are a :class:`Code`'s. They are made once and kept.
-    Subclasses may override ``_decoder_matrices`` to make many decoders at once.
     """
 
     @functools.cached_property
@@ -258,23 +257,16 @@ class FixedCode(Code):
     def decode(self, results: Tensor, received: Sequence[int] | Tensor, dim: int = 0) -> Tensor:
         """Decode results ``[..., |F|, ...]`` into answers ``[..., K, ...]``, along ``dim``.
 
-        An integer tensor or array ``received`` of shape ``[sets, |F|]`` decodes many sets at once.
-        The results are then ``[sets, |F|, ...]``, or else ``[N, ...]``, from which every set takes
-        its own, and the answers ``[sets, K, ...]``. They agree with a loop's to rounding. 2,000
-        sets of 20 of 24 workers take 0.1 to 0.3 s on one core, a loop 4 to 15 times as long.
-
         Args:
             results: the results that arrived, stacked along ``dim``.
-            received: the worker of each result, in any order, each worker once; strictly increasing
-                in each of many sets. The answers do not depend on the order, bit for bit.
-            dim: the dimension of the results that counts workers; 0 for many sets.
+            received: the worker of each result, in any order, each worker once. The answers do not
+                depend on the order, bit for bit.
+            dim: the dimension of the results that counts workers.
 
         Raises:
             TypeError, ValueError: the results do not fit, or a worker is given twice.
             NotEnoughResults: there are fewer than :attr:`min_received` results.
         """
-        if isinstance(received, (Tensor, np.ndarray)) and received.ndim == 2:
-            return self._decode_sets(results, received, dim)
         workers = self._received(received)
         decoder = self._decoder(tuple(sorted(workers)))
         if workers != tuple(sorted(workers)):
@@ -282,26 +274,6 @@ class FixedCode(Code):
             order = torch.tensor(workers, device=results.device).argsort()
             results = results.index_select(dim, order)
         return decoder(results, dim)
-
-    @on_host()
-    def _decode_sets(self, results: Tensor, received: Tensor | NDArray[Any], dim: int) -> Tensor:
-        sets: Any = np.asarray(received.cpu() if isinstance(received, Tensor) else received)
-        sets = np.array(self._received(sets.ravel()), np.int64).reshape(sets.shape)
-        unordered = (np.diff(sets) <= 0).any(axis=1)
-        if len(sets) and (sets.shape[1] < self.min_received or unordered.any()):
-            self._new_decoder(tuple(sets[unordered.argmax()].tolist()))  # raises the error
-        dense(self, "results", results)
-        size = results.shape[0] if results.dim() else 0
-        if dim == 0 and results.shape[:2] != sets.shape and size == self.num_workers:
-            results = results[torch.from_numpy(sets).to(results.device)]
-        if dim != 0 or results.shape[:2] != sets.shape:
-            raise ValueError(
-                f"{type(self).__name__}: results of many sets must have shape {[*sets.shape]} or "
-                f"[{self.num_workers}] and more, with dim 0, got {[*results.shape]} with dim {dim}"
-            )
-        none = torch.zeros(0, self.num_data, sets.shape[1], dtype=torch.float64)
-        matrices = self._decoder_matrices(sets) if len(sets) else none
-        return apply_each(torch.as_tensor(matrices), results)
 
     def _plan(self, inputs: list[Tensor], size: int, *_: Any) -> BatchPlan:
         return BatchPlan(self, self._grouping(inputs, size))
@@ -312,11 +284,6 @@ class FixedCode(Code):
     @abc.abstractmethod
     def _make_decoder(self, received: tuple[int, ...]) -> Map:
         """Return the decoder of a valid, strictly increasing received set of enough workers."""
-
-    def _decoder_matrices(self, received: NDArray[np.int64]) -> Tensor | NDArray[np.float64]:
-        """Return the decoders of valid received sets ``[sets, |F|]``, ``[sets, K, |F|]``."""
-        decoders = [self._new_decoder(tuple(workers)) for workers in received.tolist()]
-        return torch.stack([decoder.matrix() for decoder in decoders])
 
     def _received(self, received: Any) -> tuple[int, ...]:
         name = type(self).__name__

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.polynomial import chebyshev
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
 from .._arguments import MOST_WORKERS, count, real_array, shown, smoothing
-from ..linear import LinearMap, SplineMap, spline_matrices
+from ..linear import LinearMap, SplineMap
 from .base import FixedCode, Map
 from .nodes import chebyshev_first, chebyshev_second
 
@@ -142,10 +141,6 @@ class SplineCode(CurveCode):
     def _curve(self, nodes: Floats, points: Floats) -> LinearMap:
         return SplineMap(nodes, points, smoothing=self.decoder_smoothing)
 
-    def _decoder_matrices(self, received: NDArray[np.int64]) -> Tensor:
-        nodes = self.worker_points[received]
-        return spline_matrices(nodes, self.data_points, self.decoder_smoothing)
-
 
 class BerrutCode(CurveCode):
     r"""Berrut approximated coded computing (BACC): rational interpolants without poles, both ways.
@@ -176,11 +171,8 @@ class BerrutCode(CurveCode):
     order = 0
 
     def _curve(self, nodes: Floats, points: Floats) -> Floats:
-        weights = _weights(nodes, min(self.order, nodes.shape[-1] - 1))
+        weights = _weights(nodes, min(self.order, len(nodes) - 1))
         return _interpolation_matrix(nodes, weights, points)
-
-    def _decoder_matrices(self, received: NDArray[np.int64]) -> Floats:
-        return self._curve(self.worker_points[received], self.data_points)
 
 
 class FloaterHormannCode(BerrutCode):
@@ -215,36 +207,35 @@ def _weights(nodes: Floats, order: int) -> Floats:
     .. math:: w_j = (-1)^j \sum_i \prod_{l = i, l \ne j}^{i + d} \frac{1}{|t_j - t_l|}
 
     over the windows :math:`i, \dots, i + d` that contain :math:`j` (equation 18 of Floater and
-    Hormann), for increasing ``nodes [..., n]`` and d in ``0 .. n - 1``.
+    Hormann), for increasing ``nodes [n]`` and d in ``0 .. n - 1``.
     """
-    n, width = nodes.shape[-1], order + 1
+    n, width = len(nodes), order + 1
     signs = np.where(np.arange(n) % 2, -1.0, 1.0)
     if order == 0:
         return signs
     # On an interval of length 4 the products neither overflow nor underflow as the order grows.
-    scaled = nodes * (4 / (nodes[..., -1:] - nodes[..., :1]))
-    windows = np.lib.stride_tricks.sliding_window_view(scaled, width, axis=-1)
-    distances = np.abs(windows[..., :, None] - windows[..., None, :])
-    distances[..., range(width), range(width)] = 1
-    terms = 1 / distances.prod(axis=-1)  # [..., windows, d + 1]
-    weights = np.zeros(nodes.shape)
+    windows = np.lib.stride_tricks.sliding_window_view(nodes * (4 / (nodes[-1] - nodes[0])), width)
+    distances = np.abs(windows[:, :, None] - windows[:, None, :])
+    distances[:, range(width), range(width)] = 1
+    terms = 1 / distances.prod(axis=-1)  # [windows, d + 1]
+    weights = np.zeros(n)
     for place in range(width):
-        weights[..., place : place + n - order] += terms[..., place]
+        weights[place : place + n - order] += terms[:, place]
     return signs * weights
 
 
 def _interpolation_matrix(nodes: Floats, weights: Floats, points: Floats) -> Floats:
-    """Return the matrix ``[..., N, n]`` from values at ``nodes [..., n]`` to ``points [N]``.
+    """Return the matrix ``[N, n]`` from values at ``nodes [n]`` to ``points [N]``.
 
     Every row sums to one. The row of a point that is a node is one-hot.
     """
-    offsets = points[:, None] - nodes[..., None, :]
-    nearest = np.abs(offsets).min(axis=-1, keepdims=True)
+    offsets = points[:, None] - nodes
+    nearest = np.abs(offsets).min(axis=1, keepdims=True)
     # 1 / offset, relative to the nearest node, so that no offset is too small to divide by. If the
     # nearest offset is 0, that node alone counts.
     ratios = np.divide(nearest, offsets, out=(offsets == 0).astype(np.float64), where=nearest > 0)
-    terms = weights[..., None, :] * ratios
-    matrix: Floats = terms / terms.sum(axis=-1, keepdims=True)
+    terms = weights * ratios
+    matrix: Floats = terms / terms.sum(axis=1, keepdims=True)
     return matrix
 
 
@@ -331,38 +322,33 @@ class LagrangeCode(CurveCode):
         return _through(self.data_points, self.worker_points)
 
     def _curve(self, nodes: Floats, points: Floats) -> Floats:
-        if nodes.shape[-1] == self.min_received:
+        if len(nodes) == self.min_received:
             return _through(nodes, points)
         return _least_squares(nodes, points, self.decoder_degree)
 
-    _decoder_matrices = BerrutCode._decoder_matrices
-
 
 def _through(nodes: Floats, points: Floats) -> Floats:
-    """Return the matrix of the polynomial through all nodes ``[..., n]``, ``[..., N, n]``."""
+    """Return the matrix of the polynomial through all nodes, ``[N, n]``."""
     # Lagrange's products keep every entry to a few units in the last place, even where the
     # polynomial is extrapolated; there the sum in the barycentric form cancels, down to an exact 0.
     # Golden-ratio steps through the nodes keep partial products moderate.
-    matrix = np.ones((*nodes.shape[:-1], points.size, nodes.shape[-1]))
-    for i in np.argsort(np.arange(nodes.shape[-1]) * _GOLDEN % 1):
-        node = nodes[..., i : i + 1]
-        distances = nodes - node
-        distances[..., i] = 1
-        factors = (points - node)[..., None] / distances[..., None, :]
-        factors[..., i] = 1
+    matrix = np.ones((len(points), len(nodes)))
+    for i in np.argsort(np.arange(len(nodes)) * _GOLDEN % 1):
+        distances = nodes - nodes[i]
+        distances[i] = 1
+        factors = (points - nodes[i])[:, None] / distances
+        factors[:, i] = 1
         matrix *= factors
     return matrix
 
 
 def _least_squares(nodes: Floats, points: Floats, degree: int) -> Floats:
-    """Return the matrix of the least-squares polynomial of a degree, ``[..., N, n]``."""
+    """Return the matrix of the least-squares polynomial of a degree, ``[N, n]``."""
     # Chebyshev polynomials of the nodes' own interval: on any other they are nearly dependent.
-    first, last = nodes[..., :1], nodes[..., -1:]
-    centre, half = (first + last) / 2, (last - first) / 2
-    at_nodes = chebyshev.chebvander((nodes - centre) / half, degree)  # [..., n, D + 1]
-    at_points = chebyshev.chebvander((points - centre) / half, degree)  # [..., N, D + 1]
+    centre, half = (nodes[0] + nodes[-1]) / 2, (nodes[-1] - nodes[0]) / 2
+    at_nodes = chebyshev.chebvander((nodes - centre) / half, degree)  # [n, D + 1]
+    at_points = chebyshev.chebvander((points - centre) / half, degree)  # [N, D + 1]
     q, r = np.linalg.qr(at_nodes)
     # The transpose of q @ inverse(r.T) @ at_points.T, whose columns are backward stable.
-    solved = np.linalg.solve(r.swapaxes(-1, -2), at_points.swapaxes(-1, -2))
-    matrix: Floats = (q @ solved).swapaxes(-1, -2)
+    matrix: Floats = (q @ np.linalg.solve(r.T, at_points.T)).T
     return matrix

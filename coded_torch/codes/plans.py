@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,17 +95,8 @@ class BatchPlan:
         Args:
             results: ``[|F|, G, ...]``, in the order of ``received``.
             received: the workers of these results, strictly increasing, at least
-                :attr:`~coded_torch.codes.Code.min_received`. Many sets, ``[sets, |F|]``, are
-                decoded as by :meth:`FixedCode.decode`, into ``[sets, B, ...]``.
+                :attr:`~coded_torch.codes.Code.min_received`.
         """
-        if isinstance(received, (Tensor, np.ndarray)) and received.ndim == 2:
-            answers = self.code.decode(results, received)  # [sets, K, G, ...]
-            if answers.shape[2:3] != (self.num_groups,):
-                raise ValueError(
-                    f"{type(self.code).__name__}: results must be [sets, |F|, {self.num_groups}, "
-                    f"...] or [N, {self.num_groups}, ...], got {[*results.shape]}"
-                )
-            return self._grouping.scatter(answers.movedim(0, 2)).movedim(1, 0)
         answered: Tensor = self.code.decoder(received).scattered(results, self._grouping)
         return answered
 

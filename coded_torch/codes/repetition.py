@@ -61,14 +61,6 @@ class ReplicationCode(FixedCode):
         mean = torch.full((1, inputs.size), 1 / inputs.size, dtype=torch.float64)
         return SelectMap(len(received), source, torch.from_numpy(first), mean)
 
-    def _decoder_matrices(self, received: NDArray[np.int64]) -> NDArray[np.float64]:
-        own = received[:, None, :] % self.num_data == np.arange(self.num_data)[:, None]
-        first = own & (own.cumsum(axis=2) == 1)  # [sets, K, |F|]
-        used = first.any(axis=1, keepdims=True)
-        mean = used / used.sum(axis=2, keepdims=True)
-        matrices: NDArray[np.float64] = np.where(first.any(axis=2, keepdims=True), first, mean)
-        return matrices
-
 
 class RegressionCode(Code):
     r"""A code that repeats inputs, unevenly, and predicts missing answers by regression.

@@ -204,47 +204,6 @@ class CodeTests:
                 assert exact[k] == any(torch.equal(decoder[k], row.double()) for row in rows)
         assert (code.source(range(code.min_received - 1)) == -1).all()
 
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("shape", [(), (3,), (2, 5), (0,)])
-    def test_many_received_sets_are_as_one_after_another(self, code, dtype, shape):
-        count = max(code.min_received, code.num_workers - 3)
-        choose = random.Random(0)
-        drawn = [sorted(choose.sample(range(code.num_workers), count)) for _ in range(7)]
-        results = normal(code.num_workers, *shape, dtype=dtype)
-        for sets in (torch.tensor(drawn), np.array(drawn)[:1], np.array(drawn, dtype=np.int32)):
-            answers = code.decode(results, sets)
-            assert answers.shape == (len(sets), code.num_data, *shape)
-            assert torch.equal(code.decode(results[torch.as_tensor(sets).long()], sets), answers)
-            for one, received in zip(answers, drawn, strict=False):
-                matrix = code.decoder(received).matrix()
-                assert_is_product(one, matrix, results[received])
-        assert code.decode(results, torch.tensor(drawn)[:0]).shape == (0, code.num_data, *shape)
-
-    def test_many_received_sets_have_gradients_and_plans(self, code, received):
-        sets = torch.tensor([received, received])
-        results = normal(code.num_workers, 2).requires_grad_()
-        assert torch.autograd.gradcheck(lambda x: code.decode(x, sets), (results,))
-        plan = code.plan([normal(2 * code.num_data + 1, 2)])
-        coded = plan.encode(normal(2 * code.num_data + 1, 2))
-        answers = plan.decode(coded, sets)
-        torch.testing.assert_close(answers[1], plan.decode(coded[received], received))
-        assert torch.equal(answers[0], answers[1])
-
-    def test_many_received_sets_that_do_not_fit(self, code, received):
-        sets = torch.tensor([received, received])
-        results = normal(code.num_workers, 2)
-        for wrong, error, message in (
-            (sets.flip(1), ValueError, "received must be strictly increasing"),
-            (sets + code.num_workers, ValueError, "received must lie in"),
-            (sets.double(), TypeError, "received must be a sequence of worker indices"),
-            (sets[:, : code.min_received - 1], NotEnoughResults, "missing"),
-        ):
-            with pytest.raises(error, match=message):
-                code.decode(results, wrong)
-        for wrong, dim in ((results[1:], 0), (results, 1)):
-            with pytest.raises(ValueError, match="results of many sets must have shape"):
-                code.decode(wrong, sets, dim)
-
     # The object.
 
     def test_travels(self, code, received):

@@ -277,18 +277,6 @@ def test_few_columns_stand_for_many():
     assert torch.equal(some, results[[1, 4]][:, ::3].double())
 
 
-def test_results_of_many_sets_must_fit():
-    code, sets = SplineCode(4, 8), torch.tensor([[0, 1, 2, 3, 4], [1, 2, 3, 4, 5]])
-    plan, must = code.plan([inputs(8)]), r"SplineCode: results must be \[sets, \|F\|, 2, ...\]"
-    assert plan.decode(torch.ones(8, 2, 3), sets).shape == (2, 8, 3)
-    for shape in ((8, 3, 3), (2, 5, 3, 3), (8,), (2, 5)):
-        with pytest.raises(ValueError, match=must):
-            plan.decode(torch.ones(shape), sets)
-    with pytest.raises(ValueError, match=r"SplineCode: results of many sets must .* got \[\]"):
-        plan.decode(torch.tensor(1.0), sets)
-    assert code.decode(torch.ones(8, 3), sets[:0, :0]).shape == (0, 4, 3)
-
-
 def test_results_of_another_shape_are_refused():
     code, x = RegressionCode(3, 4), inputs(9)
     plan = code.plan([x], 1)
@@ -298,13 +286,6 @@ def test_results_of_another_shape_are_refused():
         Regression().plan([x]).decode(x[:5], range(5))
     with pytest.raises(ValueError, match=r"results must have shape \[1, 1\] and more"):
         Regression().plan([x]).decode(x[:0, None], [])
-
-
-def test_sets_of_unsigned_integers_must_increase():
-    sets = np.array([[0, 2, 1]], np.uint8)
-    with pytest.raises(ValueError, match="received must be strictly increasing"):
-        BerrutCode(2, 4).decode(torch.ones(4, 3), sets)
-    assert BerrutCode(2, 4).decode(torch.ones(4, 3), np.sort(sets)).shape == (1, 2, 3)
 
 
 def test_the_mean_of_doubles_is_a_double():
