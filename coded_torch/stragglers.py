@@ -9,28 +9,24 @@ for its own generator, an integer of 64 bits. It defaults to None, a new seed.
 from __future__ import annotations
 
 import abc
-import contextlib
 import math
-import os
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ._arguments import MOST_WORKERS, count, instance, probability, real, real_array, shown
 from ._torch import outside
 
-__all__ = ["Bernoulli", "Contiguous", "ShiftedExponential", "Stragglers", "Trace"]
-__all__ += ["Uniform"]
+__all__ = ["Bernoulli", "Contiguous", "ShiftedExponential", "Stragglers", "Trace", "Uniform"]
 
 
 class Stragglers(abc.ABC):
     """A law of the latencies of N workers. A subclass implements ``_draw``.
 
-    Laws can be pickled and copied. A copy continues from the same state of its generator.
+    A copy continues from the same state of its generator.
 
     Attributes:
         num_stragglers: S if exactly S workers never answer, otherwise None.
@@ -65,18 +61,13 @@ class Stragglers(abc.ABC):
         num_workers = count(self, "num_workers", num_workers, least, MOST_WORKERS)
         with outside():
             given = self._draw(num_workers, self._generator if generator is None else generator)
-            drawn = torch.tensor(math.nan)
-            with contextlib.suppress(TypeError, ValueError):  # no numbers
-                drawn = torch.as_tensor(given, dtype=torch.float64)
+            drawn = torch.as_tensor(given, dtype=torch.float64)
         if drawn.shape != (num_workers,) or not bool((drawn >= 0).all()):  # NaN fails, too
             raise ValueError(
                 f"{type(self).__name__}: _draw must return {num_workers} latencies of at least 0, "
                 f"got {shown(given)}"
             )
         return drawn
-
-    def _time(self, argument: str, seconds: float) -> float:
-        return real(self, argument, seconds, "at least 0", lambda x: x >= 0)
 
     @abc.abstractmethod
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor | Sequence[float]:
@@ -133,7 +124,7 @@ class Bernoulli(Stragglers):
     def __init__(self, p: float, *, latency: float = math.inf, seed: int | None = None) -> None:
         super().__init__(seed)
         self.p = probability(self, "p", p)
-        self.latency = self._time("latency", latency)
+        self.latency = real(self, "latency", latency, "at least 0", lambda x: x >= 0)
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
         late = _uniform(num_workers, generator) < self.p
@@ -170,9 +161,8 @@ class Trace(Stragglers):
     The law has a state, ``position``, and draws nothing at random.
 
     Args:
-        source: a sequence of rows, ``[requests, N]``, in seconds, at least 0 or infinite. Or the
-            path of a text file with a row in each line, separated by spaces or commas; ``inf`` is
-            infinite, and blank lines are skipped.
+        source: an array or a sequence of rows, ``[requests, N]``, in seconds, at least 0 or
+            infinite. ``numpy.loadtxt`` reads one from a file.
 
     Example:
         >>> from coded_torch import stragglers
@@ -181,41 +171,20 @@ class Trace(Stragglers):
         [0.1, 0.3, 0.1]
     """
 
-    def __init__(self, source: str | os.PathLike[str] | Iterable[Iterable[float]]) -> None:
+    def __init__(self, source: ArrayLike | Tensor) -> None:
         super().__init__()
-        rows: dict[str, Any] = {}
-        if isinstance(source, (str, os.PathLike)):
-            for number, line in enumerate(Path(source).read_text(encoding="utf-8").splitlines(), 1):
-                if fields := line.replace(",", " ").split():
-                    rows[f"line {number} of {os.fspath(source)}"] = fields
-        else:
-            instance(self, "source", source, Iterable)
-            if isinstance(source, (Tensor, np.ndarray)):
-                source = np.atleast_1d(real_array(self, "source", source))
-            rows = {f"row {number} of source": row for number, row in enumerate(source, 1)}
-        requests: list[list[float]] = []
-        for place, row in rows.items():
-            try:
-                request = [float(latency) for latency in row]
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"Trace: {place} must be latencies: {error}") from None
-            size = len(requests[0] if requests else request) or 1
-            if not (len(request) == size and all(x >= 0 for x in request)):  # NaN fails, too
-                raise ValueError(
-                    f"Trace: {place} must be {size} latencies of at least 0, got {shown(request)}"
-                )
-            requests.append(request)
-        if not requests:
-            raise ValueError(f"Trace: source must have at least one request, got {source!r}")
-        self._latencies = torch.tensor(requests, dtype=torch.float64, device="cpu")
-        self.num_requests, self.num_workers = self._latencies.shape
-        self.position = 0
+        latencies = real_array(self, "source", source)
+        if latencies.ndim != 2 or not latencies.size or not (latencies >= 0).all():  # NaN fails
+            must = "rows of at least one latency each, at least 0"
+            raise ValueError(f"Trace: source must be {must}, got {shown(source)}")
+        self.num_requests, self.num_workers = latencies.shape
+        self._latencies, self.position = latencies, 0
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
         if num_workers != self.num_workers:
             raise ValueError(
                 f"Trace: num_workers must be {self.num_workers}, as in the trace, got {num_workers}"
             )
-        latencies = self._latencies[self.position].clone()
+        latencies = torch.tensor(self._latencies[self.position])
         self.position = (self.position + 1) % self.num_requests
         return latencies

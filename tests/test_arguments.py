@@ -203,7 +203,7 @@ def test_every_public_class_and_function_is_tried():
         (lambda: codes.BerrutCode(10**30, 6), ValueError, "BerrutCode: num_data must be at most"),
         (lambda: workers.ProcessWorkers(10**8), ValueError, "ProcessWorkers: num_workers must be"),
         (lambda: laws.Uniform(2, seed=10**30), ValueError, "Uniform: seed must be at most"),
-        (lambda: laws.Trace(None), TypeError, "Trace: source must be of type Iterable, got None"),
+        (lambda: laws.Trace(None), TypeError, "Trace: source must be real numbers, got None"),
         (lambda: laws.Uniform(1).sample(10**9), ValueError, "Uniform: num_workers must be at most"),
     ],
 )

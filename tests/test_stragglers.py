@@ -126,19 +126,10 @@ def test_distributions(law, distribution):
     assert stats.kstest(draws(law, 10, 500).flatten(), distribution.cdf).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("name", ["path", "string", "rows", "array", "tensor"])
-def test_trace(tmp_path, name):
-    rows = [[0.5, 1.0, math.inf], [0.25, 2.0, 3e-3]]
-    path = tmp_path / "trace.txt"
-    path.write_text("0.5 1.0,inf\n\n , \n 0.25\t2, 3e-3 \n")
-    sources = {
-        "path": path,
-        "string": str(path),
-        "rows": rows,
-        "array": np.array(rows),
-        "tensor": torch.tensor(rows, dtype=torch.float64),
-    }
-    law = stragglers.Trace(sources[name])
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_trace(kind):
+    rows = [[0.5, 1.0, math.inf], [0.25, 2.0, 0.125]]
+    law = stragglers.Trace(kind(rows))
     got = draws(law, 3, 5)
     assert got.dtype == torch.float64
     assert got.tolist() == [rows[0], rows[1], rows[0], rows[1], rows[0]]
@@ -152,37 +143,11 @@ def test_trace(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("1 x", "must be latencies: could not convert string to float: 'x'"),
-        ("1 -2", r"must be 2 latencies of at least 0, got \[1.0, -2.0\]"),
-        ("1 nan", r"must be 2 latencies of at least 0, got \[1.0, nan\]"),
-        ("1 2 3", r"must be 2 latencies of at least 0, got \[1.0, 2.0, 3.0\]"),
-    ],
+    "source", [[], [[]], [1.0], [[1.0], [1.0, 2.0]], [[1.0, -2.0]], [[math.nan]], "1 2", [["x"]]]
 )
-def test_bad_lines(tmp_path, line, message):
-    path = tmp_path / "trace.txt"
-    path.write_text(f"1 2\n\n{line}\n")
-    with pytest.raises(ValueError, match=f"Trace: line 3 of .*trace.txt {message}"):
-        stragglers.Trace(path)
-
-
-def test_bad_traces(tmp_path):
-    empty = tmp_path / "empty.txt"
-    empty.write_text("\n")
-    for source in (empty, []):
-        with pytest.raises(ValueError, match="Trace: source must have at least one request"):
-            stragglers.Trace(source)
-    for row, message in [
-        ([], r"be 2 latencies of at least 0, got \[\]"),
-        ([1.0], r"be 2 latencies of at least 0, got \[1.0\]"),
-        (3.0, "be latencies: 'float' object is not iterable"),
-        ([None, 1.0], "be latencies"),
-    ]:
-        with pytest.raises(ValueError, match=f"Trace: row 2 of source must {message}"):
-            stragglers.Trace([[1.0, 2.0], row])
-    with pytest.raises(FileNotFoundError):
-        stragglers.Trace(tmp_path / "nowhere.txt")
+def test_bad_traces(source):
+    with pytest.raises((TypeError, ValueError), match=r"^Trace: source must be r.*, got"):
+        stragglers.Trace(source)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +186,3 @@ def test_a_law_of_the_users_own():
     for latencies in ([1.0], [1.0, -1.0], [1.0, math.nan]):
         with pytest.raises(ValueError, match=r"Given: _draw must return 2 latencies of at least 0"):
             Given(*latencies).sample(2)
-    with pytest.raises(
-        ValueError, match=r"Given: _draw must return 2 latencies .* got \(None, 1\)"
-    ):
-        Given(None, 1).sample(2)
