@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.masked import MaskedTensor
 
-__all__ = ["MOST_WORKERS", "Sparing", "count", "dense", "find_devices", "instance", "positive"]
-__all__ += ["probability", "real", "real_array", "shown", "smoothing", "sparing_logger", "warn"]
+__all__ = ["MOST_WORKERS", "Sparing", "count", "dense", "find_devices", "instance", "nonnegative"]
+__all__ += ["positive", "probability", "real", "real_array", "shown", "sparing_logger", "warn"]
 
 #: The largest N: more than the workers of any cluster, and few enough for the memory of every plan.
 MOST_WORKERS = 65_536
@@ -127,12 +127,9 @@ def real_array(owner: object, argument: str, numbers: Any) -> NDArray[np.float64
     return array.astype(np.float64)
 
 
-def smoothing(owner: object, argument: str, value: Any) -> float:
-    """Return a smoothing as a float: finite and at least 0, of anything that holds one number."""
-    array = real_array(owner, argument, value)
-    if array.size != 1:
-        raise TypeError(f"{_name(owner)}: {argument} must be a real number, got {shown(value)}")
-    return real(owner, argument, array.item(), "finite and >= 0", lambda x: 0 <= x < math.inf)
+def nonnegative(owner: object, argument: str, value: Any) -> float:
+    """Return ``value`` as a float that is finite and at least 0."""
+    return real(owner, argument, value, "finite and >= 0", lambda x: 0 <= x < math.inf)
 
 
 def find_devices(

@@ -16,8 +16,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from . import ops
-from ._arguments import count, dense, real_array, shown
-from ._arguments import smoothing as check_smoothing
+from ._arguments import count, dense, nonnegative, real_array, shown
 from ._extension import HAS_CUDA_KERNELS, curve_plan, exact_matmul
 from ._torch import placed, to_device
 
@@ -193,12 +192,6 @@ def _product(matrix: Tensor, values: Tensor) -> Tensor:
     return out.reshape(*out.shape[:last], *values.shape[last:])
 
 
-def apply_each(matrices: Tensor, values: Tensor) -> Tensor:
-    """Apply one float64 matrix to each of several tensors: ``[P, n, ...] -> [P, N, ...]``."""
-    matrices = matrices.to(values.device, torch.promote_types(values.dtype, torch.float32))
-    return _product(matrices, values)
-
-
 class SelectMap(LinearMap):
     """A map most of whose outputs are one of the inputs, bit for bit; the others are combinations.
 
@@ -281,11 +274,11 @@ class SplineMap(LinearMap):
         knots: ArrayLike | Tensor,
         points: ArrayLike | Tensor,
         *,
-        smoothing: float | Tensor = 0.0,
+        smoothing: float = 0.0,
         weights: ArrayLike | Tensor | None = None,
     ) -> None:
-        smoothing = check_smoothing("smoothing spline", "smoothing", smoothing)
         owner = "smoothing spline"
+        smoothing = nonnegative(owner, "smoothing", smoothing)
         t, z = real_array(owner, "knots", knots), real_array(owner, "points", points)
         w = None if weights is None else real_array(owner, "weights", weights)
         exact, rounded, schedule = map(torch.from_numpy, curve_plan(t, z, smoothing, w))

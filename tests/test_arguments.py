@@ -49,8 +49,6 @@ CALLS = [
                         "weights": None}),
     (functional.smoothing_spline, {"values": torch.ones(3), "knots": [0.0, 1.0, 2.0],
                                    "points": [0.5], "smoothing": 0.0, "weights": None, "dim": 0}),
-    (functional.smoothing_spline_matrix, {"knots": [0.0, 1.0, 2.0], "points": [0.5],
-                                          "smoothing": 0.0, "weights": None}),
     (ordering.Grouping, {"order": [1, 0], "num_data": 2}),
     (ordering.similarity_order, {"distances": torch.ones(2, 2)}),
     (nodes.chebyshev_first, {"num_points": 3}),

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import scipy.interpolate
 import torch
-from torch.autograd import gradcheck, gradgradcheck
 
-from coded_torch.functional import smoothing_spline, smoothing_spline_matrix
+from coded_torch.functional import smoothing_spline
 
 from . import reference
 from .splines import DTYPES, KNOTS, SMOOTHINGS, TOLERANCES, make_knots, make_points
@@ -121,22 +120,9 @@ def test_units_change_nothing(dtype, exponent, smoothing):
     knots, points = np.array([0.0, 0.3, 0.7, 1.0]), np.array([-0.1, 0.2, 0.3, 1.2])
     values = torch.randn(4, 3, dtype=torch.float64).to(dtype)
     want = smoothing_spline(values, knots, points, smoothing=smoothing)
-    matrix = smoothing_spline_matrix(knots, points, smoothing=smoothing)
     scaled = knots * 2.0**exponent, points * 2.0**exponent
     smoothing *= 2.0 ** (3 * exponent) if smoothing else 0
     assert torch.equal(smoothing_spline(values, *scaled, smoothing=smoothing), want)
-    assert torch.equal(smoothing_spline_matrix(*scaled, smoothing=smoothing), matrix)
-
-
-def test_gradients_in_units_beyond_float32():
-    values = torch.randn(4, dtype=torch.float64)
-    grads = []
-    for unit in (1.0, 2.0**-130):
-        t = torch.tensor([0.0, 0.3, 0.7, 1.0], dtype=torch.float64, requires_grad=True)
-        lam = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-        curve = smoothing_spline(values, t * unit, t * unit + unit / 8, smoothing=lam * unit**3)
-        grads.append(torch.autograd.grad(curve.square().sum(), (t, lam)))
-    assert all(map(torch.equal, *grads))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -154,38 +140,14 @@ def test_dim():
         assert torch.equal(smoothing_spline(values, knots, points, dim=dim), want)
 
 
-def test_gradients_with_respect_to_everything():
-    t = torch.tensor([0.0, 0.3, 0.7, 1.0], dtype=torch.float64, requires_grad=True)
-    z = torch.tensor([-0.1, 0.2, 0.5, 1.2], dtype=torch.float64, requires_grad=True)
-    lam = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-    w = torch.tensor([1.0, 2.0, 1.0, 0.5], dtype=torch.float64, requires_grad=True)
-    y = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
-
-    def curve(y, t, z, lam, w):
-        return smoothing_spline(y, t, z, smoothing=lam, weights=w, dim=1)
-
-    assert gradcheck(curve, (y, t, z, lam, w))
-    assert gradgradcheck(curve, (y, t, z, lam, w))
-
-
-@pytest.mark.parametrize("kind", ["equidistant", "chebyshev", "random3"])
-@pytest.mark.parametrize("n", [1, 2, 3, 60])
-def test_the_differentiable_matrix_is_the_same_map(kind, n):
-    _, knots, points = problem(kind, n)
-    for smoothing in SMOOTHINGS:
-        matrix = smoothing_spline_matrix(knots, points, smoothing=smoothing)
-        planned = smoothing_spline(torch.eye(n).double(), knots, points, smoothing=smoothing)
-        torch.testing.assert_close(matrix, planned, rtol=0, atol=1e-10 * matrix.abs().max())
-
-
-def test_the_differentiable_path_keeps_the_dtype_and_checks_the_values():
-    lam = torch.tensor(0.1, requires_grad=True)
-    knots = [0.0, 1.0, 2.0]
-    got = smoothing_spline(torch.ones(3, 2, dtype=torch.bfloat16), knots, [0.5], smoothing=lam)
-    assert got.dtype == torch.bfloat16
-    assert got.requires_grad
-    with pytest.raises(ValueError, match="values must have size 3 along dim 0"):
-        smoothing_spline(torch.ones(4), knots, [0.5], smoothing=lam)
+def test_only_values_have_gradients():
+    t = torch.tensor([0.0, 1.0, 2.0], requires_grad=True)
+    for name in ("knots", "points", "weights"):
+        given = {"knots": [0.0, 1.0, 2.0], "points": [0.5]} | {name: t}
+        with pytest.raises(ValueError, match=f"^smoothing_spline: {name} must not require a grad"):
+            smoothing_spline(torch.ones(3), **given)
+    with torch.no_grad():
+        assert smoothing_spline(torch.ones(3), t, [0.5]) == 1
 
 
 NAN, INF = math.nan, math.inf
@@ -209,9 +171,9 @@ NAN, INF = math.nan, math.inf
         ({"points": [0.5, -1e39]}, ValueError, r"float32 can plan, .* points 1\.0e\+39 from"),
         ({"smoothing": -1.0}, ValueError, "smoothing must be finite and >= 0, got -1.0"),
         ({"smoothing": NAN}, ValueError, "smoothing must be finite and >= 0, got nan"),
-        ({"smoothing": [0.1, 0.2]}, TypeError, "smoothing must be a real number"),
+        ({"smoothing": [0.1, 0.2]}, TypeError, "smoothing must be finite and >= 0"),
         ({"smoothing": 1e170}, ValueError, "must be of a scale that float32 can plan"),
-        ({"smoothing": "much"}, TypeError, "smoothing must be real numbers, got 'much'"),
+        ({"smoothing": "much"}, TypeError, "smoothing must be finite and >= 0, got 'much'"),
         ({"weights": [1.0, 1e-320, 1.0], "smoothing": 1}, ValueError,
          r"smoothing 1\.0e\+00, weights of 1\.0e-320 to 1\.0e\+00"),
         ({"weights": [1.0, 1.0]}, ValueError, r"weights must have the shape .*\(3,\), got \(2,\)"),
@@ -233,9 +195,8 @@ def test_bad_arguments(change, error, message):
 
 def test_half_precision_knots_and_autocast():
     knots = torch.tensor([0.0, 1.0, 2.0], dtype=torch.bfloat16)
-    smoothing = torch.tensor(0.1, requires_grad=True)
     values = torch.tensor([0.0, 1000.0, 10.0])
     want = smoothing_spline(values, [0.0, 1.0, 2.0], [0.3], smoothing=0.1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = smoothing_spline(values, knots, [0.3], smoothing=smoothing)
-    torch.testing.assert_close(got.detach(), want)
+        got = smoothing_spline(values, knots, [0.3], smoothing=0.1)
+    torch.testing.assert_close(got, want)

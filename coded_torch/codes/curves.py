@@ -10,7 +10,7 @@ import numpy as np
 from numpy.polynomial import chebyshev
 from numpy.typing import ArrayLike, NDArray
 
-from .._arguments import MOST_WORKERS, count, real_array, shown, smoothing
+from .._arguments import MOST_WORKERS, count, nonnegative, real_array, shown
 from ..linear import LinearMap, SplineMap
 from .base import FixedCode, Map
 from .nodes import chebyshev_first, chebyshev_second
@@ -126,8 +126,8 @@ class SplineCode(CurveCode):
         **options: Any,
     ) -> None:
         super().__init__(num_data, num_workers, **options)
-        self.encoder_smoothing = smoothing(self, "encoder_smoothing", encoder_smoothing)
-        self.decoder_smoothing = smoothing(self, "decoder_smoothing", decoder_smoothing)
+        self.encoder_smoothing = nonnegative(self, "encoder_smoothing", encoder_smoothing)
+        self.decoder_smoothing = nonnegative(self, "decoder_smoothing", decoder_smoothing)
 
     def candidates(self) -> dict[str, Sequence[Any]]:
         return {
