@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -19,14 +18,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["as_called", "device_of", "differentiated", "exactly", "fingerprint", "on_host"]
-__all__ += ["outside", "placed", "plain", "read_here", "tangent_of", "to_device", "unchanged"]
+__all__ += ["outside", "placed", "plain", "read_here", "tangent_of", "to_device"]
 
 _T = TypeVar("_T")
-Fingerprint = tuple[list[Tensor], tuple[Any, ...]]
-# The fingerprints that are known in a block of `unchanged`, by the id of a module.
-_KNOWN: ContextVar[dict[int, tuple[nn.Module, Fingerprint]] | None] = ContextVar(
-    "_KNOWN", default=None
-)
 _ALIGNMENT = 16  # bytes, as wide as the widest access of a kernel
 
 
@@ -197,25 +191,12 @@ def device_of(module: Any) -> torch.device | None:
     return next((tensor.device for tensor in tensors), None)
 
 
-@contextlib.contextmanager
-def unchanged() -> Iterator[None]:
-    """Take modules as unchanged in a block, so that :func:`fingerprint` walks each one once."""
-    token = _KNOWN.set({})
-    try:
-        yield
-    finally:
-        _KNOWN.reset(token)
-
-
-def fingerprint(module: nn.Module) -> Fingerprint:
+def fingerprint(module: nn.Module) -> tuple[list[Tensor], tuple[Any, ...]]:
     """Return the module's tensors, and a key that differs once the module has changed.
 
     Keep the tensors beside the key. If they were freed, their memory may come to hold other weights
     with the same key.
     """
-    known = _KNOWN.get()
-    if known is not None and id(module) in known:
-        return known[id(module)][1]
     kept: list[Tensor] = []
     looks: list[tuple[Any, ...]] = []
     with outside():
@@ -228,7 +209,4 @@ def fingerprint(module: nn.Module) -> Fingerprint:
             else:
                 looks.append((id(tensor), version))
             kept.append(tensor)
-    found = kept, (*looks, *(part.training for part in module.modules()))
-    if known is not None:
-        known[id(module)] = module, found
-    return found
+    return kept, (*looks, *(part.training for part in module.modules()))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from .._arguments import count, instance, real, shown
-from .._torch import on_host, unchanged
+from .._torch import on_host
 from ..codes.base import Code
 from ..input_space.regression import Regression
 from ..scheduling.latency_history import BLOCKS, History
@@ -225,8 +225,7 @@ class CodedWrapper(ModuleProxy):
             inputs = Inputs(args, kwargs, self.in_dims, mixing)
             division = self._divide(inputs, waiting, report) if inputs.batch_size else None
         if division is not None:
-            with unchanged():  # a memory and a pool look at the weights
-                answers = self._compute(module, waiting, division, report)
+            answers = self._compute(module, waiting, division, report)
         else:
             with report.timed("compute"):
                 answers = module(*args, **kwargs)
