@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from . import ops
-from ._arguments import count, dense, nonnegative, real_array, shown
+from ._arguments import count, dense, nonnegative, real_array
 from ._extension import HAS_CUDA_KERNELS, curve_plan, exact_matmul
 from ._torch import placed, to_device
 
@@ -43,16 +43,15 @@ _MOST = 1 << 26  # numbers of a matrix, 256 MB in float32; without nvcc larger p
 class LinearMap(abc.ABC):
     r"""A linear map :math:`\mathbb{R}^n \to \mathbb{R}^N`, applied to every column of a tensor.
 
-    ``map.adjoint`` is the transpose, ``sum(w * map(v)) == sum(map.adjoint(w) * v)``, and both agree
-    with ``map.matrix() @ v`` to rounding. Both are differentiable any number of times, and keep the
-    device and the dtype of their values; half precision is accumulated in float32.
+    ``map.adjoint`` is the transpose, and both agree with ``map.matrix() @ v`` to rounding. Both are
+    differentiable any number of times, and keep the device and the dtype of their values; half
+    precision is accumulated in float32.
 
     A CUDA graph may capture a map that was applied before, on the same device to the same dtype.
     Keep the map, and the grouping if any, for as long as the graph is replayed.
 
     Subclasses implement ``_apply`` and pass the tensors it needs to ``__init__``, on the host in
-    float64 (and in float32 as ``rounded``, if they exist). ``_operands`` returns them in the dtype
-    and on the device of the values.
+    float64, and in float32 as ``rounded`` unless torch is to round them.
     """
 
     _takes_any_dtype = False
@@ -111,14 +110,11 @@ class LinearMap(abc.ABC):
         dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
 
         def make() -> tuple[Tensor, ...]:
-            if torch.is_inference_mode_enabled():  # a map made there must still train
-                with torch.inference_mode(False):
-                    return make()
-            operands = self._to_place(dtype, device)
             if torch.compiler.is_compiling():
-                return tuple(t.to(device) for t in operands)
-            with torch._C._DisableFuncTorch():  # the copies outlive any transform
-                return tuple(to_device(operands, device))
+                return tuple(t.to(device) for t in self._to_place(dtype, device))
+            # The copies outlive any transform, and a map used in inference must still train.
+            with torch.inference_mode(False), torch._C._DisableFuncTorch():
+                return tuple(to_device(self._to_place(dtype, device), device))
 
         return placed(self, self._placed, device, make, dtype)
 
@@ -133,21 +129,13 @@ class LinearMap(abc.ABC):
 
     def check(self, values: Tensor, dim: int, size: int) -> int:
         """Return ``dim``, at least 0, along which ``values`` have a size, or raise an error."""
-        name = type(self).__name__
         dense(self, "values", values, floating=not self._takes_any_dtype)
-        if type(dim) is not int:
-            dim = count(self, "dim", dim, least=None)
-        if not -values.dim() <= dim < values.dim():
-            raise ValueError(
-                f"{name}: dim must be a dimension of values, got dim {shown(dim)} "
-                f"for shape {tuple(values.shape)}"
-            )
+        if type(dim) is not int or not -values.dim() <= dim < values.dim():
+            dim = count(self, "dim of values", dim, -values.dim(), values.dim() - 1)
         dim %= values.dim()
         if values.shape[dim] != size:
-            raise ValueError(
-                f"{name}: values must have size {size} along dim {dim}, "
-                f"got shape {tuple(values.shape)}"
-            )
+            must = f"{type(self).__name__}: values must have size {size} along dim {dim}"
+            raise ValueError(f"{must}, got shape {tuple(values.shape)}")
         return dim
 
     def _along(self, values: Tensor, dim: int, transpose: bool) -> Tensor:
@@ -184,19 +172,16 @@ class MatrixMap(LinearMap):
 
 
 def _product(matrix: Tensor, values: Tensor) -> Tensor:
-    """Return ``[..., N, n] x [..., n, *] -> [..., N, *]``, computed in the dtype of the matrix."""
-    last = matrix.dim() - 1
+    """Return ``[N, n] x [n, ...] -> [N, ...]``, computed in the dtype of the matrix."""
     # Contiguous, because BLAS rounds a strided view of the same numbers differently.
-    columns = values.unsqueeze(-1).flatten(last).to(matrix.dtype).contiguous()
-    out = exact_matmul(matrix, columns).to(values.dtype)
-    return out.reshape(*out.shape[:last], *values.shape[last:])
+    columns = values.flatten(1).to(matrix.dtype).contiguous()
+    return exact_matmul(matrix, columns).to(values.dtype).reshape(len(matrix), *values.shape[1:])
 
 
 class SelectMap(LinearMap):
     """A map most of whose outputs are one of the inputs, bit for bit; the others are combinations.
 
-    It costs one copy of the outputs, and :math:`O(L M)` per column. The last bits of combinations
-    may depend on the number of threads, as in all matrix products.
+    The last bits of combinations may depend on the number of threads, as in all matrix products.
 
     Args:
         num_inputs: n, the number of inputs.
@@ -237,8 +222,8 @@ class SplineMap(LinearMap):
     .. math:: \frac{1}{n} \sum_i w_i (y_i - g(t_i))^2 + \lambda \int g''(t)^2 \, dt ,
 
     and continues as its tangent beyond the first and the last knot. Smoothing 0 interpolates, and
-    straight lines are always reproduced. (``scipy.interpolate.make_smoothing_spline`` has a plain
-    sum: ``lam = n * smoothing``.)
+    straight lines are always reproduced. SciPy's ``make_smoothing_spline`` has a plain sum:
+    ``lam = n * smoothing``.
 
     Args:
         knots: ``[n]``, finite, strictly increasing, ``n >= 1``.
@@ -248,18 +233,16 @@ class SplineMap(LinearMap):
 
     Raises:
         TypeError, ValueError: an argument violates its requirement, or float32 cannot hold the
-            plan. The bounds are gaps, and distances of points from the knots, of some 1e38 mean
-            gaps or its inverse, and a smoothing of 1e150 times its cube.
+            plan: a gap, or a distance of a point, of some 1e38 mean gaps or its inverse.
 
     Note:
         Planning costs :math:`O(n + N \log n)` on the host, applying :math:`O(n + N)` per column, or
         :math:`O(n N)` on CUDA where a dense matrix is faster. The result of a column depends on
         nothing but the column, bit for bit.
 
-    References:
+    Reference:
         Wecker and Ansley, *The signal extraction approach to nonlinear regression and spline
-        smoothing*, J. Am. Stat. Assoc. 78, 1983. Green and Silverman, *Nonparametric Regression and
-        Generalized Linear Models*, 1994.
+        smoothing*, J. Am. Stat. Assoc. 78, 1983.
 
     Example:
         >>> import torch
@@ -295,8 +278,7 @@ class SplineMap(LinearMap):
         return coefficients, schedule
 
     def _apply(self, values: Tensor, transpose: bool) -> Tensor:
-        coefficients, schedule = self._operands(values)
-        return ops.spline_apply(values, coefficients, schedule, transpose=transpose)
+        return ops.spline_apply(values, *self._operands(values), transpose=transpose)
 
     def gathered(self, batch: Tensor, grouping: Grouping) -> Tensor:
         """Return ``map(grouping.gather(batch))``, reading the rows where they lie."""
@@ -304,9 +286,8 @@ class SplineMap(LinearMap):
         num_columns = batch.shape[1:].numel()
         if num_columns < _FUSED_COLUMNS:
             return super().gathered(batch, grouping)
-        coefficients, schedule = self._operands(batch)
         rows, gather = batch.reshape(len(batch), num_columns), grouping.to(batch.device).rows
-        result = ops.spline_apply(rows, coefficients, schedule, gather=gather)
+        result = ops.spline_apply(rows, *self._operands(batch), gather=gather)
         return result.view(self.num_outputs, grouping.num_groups, *batch.shape[1:])
 
     def scattered(self, groups: Tensor, grouping: Grouping) -> Tensor:
@@ -316,14 +297,12 @@ class SplineMap(LinearMap):
         num_columns = groups.shape[2:].numel()
         if num_columns < _FUSED_COLUMNS:
             return super().scattered(groups, grouping)
-        coefficients, schedule = self._operands(groups)
         targets = grouping.to(groups.device).targets
         # If no group is filled up, every entry names a row.
         num_rows = None if targets.numel() == grouping.batch_size else grouping.batch_size
+        where: Any = {"scatter": targets, "num_rows": num_rows}
         values = groups.reshape(*groups.shape[:2], num_columns)
-        result = ops.spline_apply(
-            values, coefficients, schedule, scatter=targets, num_rows=num_rows
-        )
+        result = ops.spline_apply(values, *self._operands(groups), **where)
         return result.view(grouping.batch_size, *groups.shape[2:])
 
 

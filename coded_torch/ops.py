@@ -42,7 +42,7 @@ def spline_apply(
         scatter: ``[N, G]`` (``[n, G]`` with ``transpose``), int64: row j of group g becomes row
             ``scatter[j, g]`` of the result, each row at most once; -1 drops it. Other rows are 0.
         num_rows: the number of rows of the result, with ``scatter`` only. Defaults to the number of
-            its entries, each of which must then name a row, and no row is set to 0 first.
+            its entries, each of which must then name a row.
 
     Returns:
         ``[N, G, m]``; ``[n, G, m]`` with ``transpose``; or ``[num_rows, m]`` with ``scatter``.
@@ -53,8 +53,7 @@ def spline_apply(
             index out of bounds counts as -1, and a wrong schedule may lead anywhere in memory.
 
     Note:
-        :math:`O(n + N)` per column. Results of several megabytes ask for huge pages. Every
-        derivative with respect to the values exists, in reverse and forward mode, and under
+        Every derivative with respect to the values exists, in reverse and forward mode, and under
         ``torch.func`` (compiled: ``vmap``, and after torch 2.10 forward mode). The plan has none.
     """
     return _apply(values, coefficients, schedule, transpose, gather, scatter, num_rows)
@@ -78,9 +77,8 @@ def _apply(values: Tensor, *plan: Any) -> Tensor:
 def with_matrix(coefficients: Tensor, schedule: Tensor, exact: Tensor | None = None) -> Tensor:
     """Append the dense matrix of one plan to its coefficients, ``[1, 12 n + 4 N + n N]``.
 
-    The last number is rounded up to a multiple of 4. The entries are made from ``exact``, the
-    coefficients in float64. On CUDA, :func:`spline_apply` multiplies by the matrix instead of
-    sweeping; the CPU ignores it.
+    ``n N`` is rounded up to a multiple of 4. The entries are made from ``exact``, the coefficients
+    in float64. On CUDA, :func:`spline_apply` then multiplies by the matrix instead of sweeping.
     """
     exact = coefficients.double() if exact is None else exact
     num_knots = (coefficients.shape[1] - 4 * (schedule.shape[1] - 1)) // 8
@@ -187,15 +185,14 @@ def matern52(squared_distances: Tensor, length: float, *, out: Tensor | None = N
 
     .. math:: (1 + s + s^2 / 3) \, e^{-s}, \qquad s = \sqrt 5 \, r / l
 
+    It is 0 below 2e-16 in float32, 1e-147 in float64, since subnormal products cost many times the
+    time. NaN and negatives give NaN.
+
     Args:
         squared_distances: :math:`r^2`, any shape, at least 0, float64 or float32; infinite gives 0.
         length: :math:`l`, positive.
         out: the result's memory: a contiguous tensor of the same shape, dtype and device, apart
             from the squared distances or, where these are contiguous, that very tensor.
-
-    Returns:
-        The covariances, to within a few roundings. They are 0 below 2e-16 in float32, 1e-147 in
-        float64, since subnormal products cost many times the time. NaN and negatives give NaN.
     """
     squared = squared_distances.contiguous()
     out = torch.empty_like(squared) if out is None else out

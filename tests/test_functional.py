@@ -183,8 +183,8 @@ NAN, INF = math.nan, math.inf
         ({"values": torch.ones(3, dtype=torch.int64)}, TypeError,
          "smoothing_spline: values must be a dense, strided floating-point .*int64"),
         ({"values": [1.0, 2.0, 3.0]}, TypeError, "values must be a dense, .*, got list"),
-        ({"values": torch.tensor(1.0)}, ValueError, "dim must be a dimension of values, got dim 0"),
-        ({"dim": 1}, ValueError, "dim must be a dimension of values, got dim 1"),
+        ({"values": torch.tensor(1.0)}, ValueError, "dim of values must be at most -1, got 0"),
+        ({"dim": 1}, ValueError, "dim of values must be at most 0, got 1"),
     ],
 )  # fmt: skip
 def test_bad_arguments(change, error, message):
