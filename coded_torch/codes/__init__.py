@@ -1,11 +1,4 @@
-"""Codes: an encoder, and a decoder for every set of workers that may answer.
-
-To add a code:
-
-1. In a new file, subclass :class:`FixedCode`, or :class:`CurveCode` for functions of a point.
-2. Export it here, and name it in ``peers`` of ``evaluation/compare.py``.
-3. Inherit ``coded_torch.testing.codes.CodeTests``, as ``tests/codes/test_lagrange.py`` does.
-"""
+"""Codes: an encoder, and a decoder for every set of workers. :class:`Code` says how to add one."""
 
 from .base import Code, FixedCode
 from .curves import BerrutCode, CurveCode, FloaterHormannCode, LagrangeCode, SplineCode

@@ -38,9 +38,8 @@ _CACHED_DECODERS = 256  # decoders; one for 20 of 24 workers holds some 10 KB; n
 class Code(abc.ABC):
     r"""A rule that makes coded inputs for N workers of a batch, and answers of their results.
 
-    A code is immutable; threads may share it. :meth:`plan` makes a
-    :class:`~coded_torch.codes.plans.BatchPlan`, which is linear in values and in results, decodes
-    every received set of at least :attr:`min_received` workers, and repeats its bits. The rows of
+    A code is immutable; threads may share it. Its plans are linear in values and in results, decode
+    every received set of at least :attr:`min_received` workers, and repeat their bits. The rows of
     every matrix sum to 1. An exact answer is a worker's result of that very input, bit for bit.
 
     To add a code, derive from :class:`FixedCode` if encoder and decoders depend on the arguments
@@ -90,10 +89,8 @@ class Code(abc.ABC):
         self.num_data = count(self, "num_data", num_data, most=MOST_WORKERS)
         self.num_workers = count(self, "num_workers", num_workers, most=MOST_WORKERS)
         if self.num_workers < self.num_data:
-            raise ValueError(
-                f"{type(self).__name__}: num_workers must be at least num_data, {self.num_data}, "
-                f"got {self.num_workers}"
-            )
+            must = f"num_workers must be at least num_data, {self.num_data}"
+            raise ValueError(f"{type(self).__name__}: {must}, got {self.num_workers}")
         check_ordering(self, ordering)
         if not isinstance(shuffle, random.Random):
             instance(self, "shuffle", shuffle, bool)
@@ -130,9 +127,8 @@ class Code(abc.ABC):
         count(self, "num_stragglers", num_stragglers, 0, self.num_workers)
         inputs, size = check_batch(name, inputs, batch_size)
         if not inputs and self.mixes:
-            raise ValueError(
-                f"{name}: inputs must hold a floating-point tensor to be mixed, got none"
-            )
+            must = "inputs must hold a floating-point tensor to be mixed"
+            raise ValueError(f"{name}: {must}, got none")
         with outside():
             return self._plan(inputs, size, num_stragglers, others)
 
@@ -147,10 +143,8 @@ class Code(abc.ABC):
         order = self.ordering
         if not isinstance(order, str):
             if len(order) != size:
-                raise ValueError(
-                    f"{type(self).__name__}: ordering must order the {size} rows of the batch, "
-                    f"got {len(order)} entries"
-                )
+                must = f"ordering must order the {size} rows of the batch"
+                raise ValueError(f"{type(self).__name__}: {must}, got {len(order)} entries")
         elif order == "arrival" or not inputs:
             return Grouping.arrival(size, self.num_data)
         else:  # a short path through the rows, in parts of whole groups
@@ -206,28 +200,26 @@ class FixedCode(Code):
     @on_host()
     def _new_decoder(self, workers: tuple[int, ...]) -> LinearMap:
         if list(workers) != sorted(set(workers)):
-            raise ValueError(
-                f"{type(self).__name__}: received must be strictly increasing, got {shown(workers)}"
-            )
+            must = f"{type(self).__name__}: received must be strictly increasing"
+            raise ValueError(f"{must}, got {shown(workers)}")
         if len(workers) < self.min_received:
             raise NotEnoughResults(workers, self.min_received, self.num_workers)
         return self._checked("decoder", self._make_decoder(workers), len(workers), self.num_data)
 
     def _checked(self, what: str, made: Any, *sizes: int) -> LinearMap:
-        off, sums = np.zeros(1), np.ones(1)
+        name = type(self).__name__
         if isinstance(made, np.ndarray) and made.ndim == 2:
             given, made = made, MatrixMap(made)  # refuses other objects than numbers
-            sums = given.sum(1)
-            off = np.abs(sums - 1) / np.maximum(np.abs(given).sum(1), 1)
+            sums, magnitudes = given.sum(1), np.abs(given).sum(1)
+            if (np.abs(sums - 1) > _ROUNDING * np.maximum(magnitudes, 1)).any():
+                must = f"the rows of _make_{what}'s matrix must sum to 1"
+                raise ValueError(f"{name}: {must}, got sums {shown(sums.tolist())}")
         if not isinstance(made, LinearMap) or (made.num_inputs, made.num_outputs) != sizes:
             got = made if isinstance(made, LinearMap) else type(made).__name__
             raise TypeError(
-                f"{type(self).__name__}: _make_{what} must return a NumPy array "
-                f"{[*sizes[::-1]]} or a LinearMap from {sizes[0]} to {sizes[1]}, got {got}"
+                f"{name}: _make_{what} must return a NumPy array {[*sizes[::-1]]} or a LinearMap "
+                f"from {sizes[0]} to {sizes[1]}, got {got}"
             )
-        if (off > _ROUNDING).any():
-            must = f"the rows of _make_{what}'s matrix must sum to 1"
-            raise ValueError(f"{type(self).__name__}: {must}, got sums {shown(sums.tolist())}")
         return made
 
     def encode(self, values: Tensor, dim: int = 0) -> Tensor:
@@ -245,9 +237,8 @@ class FixedCode(Code):
         if len(workers) < self.min_received or not (self._own >= 0).any():
             return torch.full((self.num_data,), -1)
         picked = unit_rows(self._decoder(workers).matrix())
-        own = self._own[list(workers)]
-        is_own = (picked >= 0) & (own[picked] == torch.arange(self.num_data))
-        return torch.where(is_own, picked, -1)
+        is_own = self._own[list(workers)][picked] == torch.arange(self.num_data)
+        return torch.where(is_own, picked, -1)  # where no result is picked, -1 anyway
 
     @functools.cached_property
     def _own(self) -> Tensor:
@@ -286,20 +277,16 @@ class FixedCode(Code):
         """Return the decoder of a valid, strictly increasing received set of enough workers."""
 
     def _received(self, received: Any) -> tuple[int, ...]:
-        name = type(self).__name__
+        must = f"{type(self).__name__}: received must"
         items = received.tolist() if isinstance(received, (Tensor, np.ndarray)) else received
         try:
             workers = None if bool in map(type, items) else tuple(map(operator.index, items))
         except TypeError:
             workers = None
         if workers is None:
-            raise TypeError(
-                f"{name}: received must be a sequence of worker indices, got {shown(received)}"
-            )
+            raise TypeError(f"{must} be a sequence of worker indices, got {shown(received)}")
         for worker in (worker for worker in workers if not 0 <= worker < self.num_workers):
-            raise ValueError(
-                f"{name}: received must lie in 0..{self.num_workers - 1}, got {worker}"
-            )
+            raise ValueError(f"{must} lie in 0..{self.num_workers - 1}, got {worker}")
         return workers
 
     def __getstate__(self) -> dict[str, Any]:

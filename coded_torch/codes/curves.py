@@ -52,12 +52,11 @@ class CurveCode(FixedCode):
         **options: Any,
     ) -> None:
         super().__init__(num_data, num_workers, **options)
-        if data_points is None:
-            data_points = chebyshev_first(self.num_data)
-        if worker_points is None:
-            worker_points = self.default_worker_points(self.num_workers)
-        self.data_points = self._points("data_points", data_points, self.num_data)
-        self.worker_points = self._points("worker_points", worker_points, self.num_workers)
+        k, n, at_workers = self.num_data, self.num_workers, self.default_worker_points
+        given = chebyshev_first(k) if data_points is None else data_points
+        self.data_points = self._points("data_points", given, k)
+        given = at_workers(n) if worker_points is None else worker_points
+        self.worker_points = self._points("worker_points", given, n)
 
     @abc.abstractmethod
     def _curve(self, nodes: Floats, points: Floats) -> Map:
@@ -84,9 +83,9 @@ class CurveCode(FixedCode):
 class SplineCode(CurveCode):
     r"""Learning-theoretic coded computing (LeTCC): the code of two smoothing splines.
 
-    Both functions of this :class:`CurveCode` are natural cubic smoothing splines. Any model can be
-    coded. The answers are approximate, and one result is enough for some answer. With both
-    smoothings tuned (:func:`~coded_torch.tune`) this is nested-regression coded computing, NeRCC.
+    Both functions are natural cubic smoothing splines. Any model can be coded. The answers are
+    approximate, and one result is enough for some answer. With both smoothings tuned
+    (:func:`~coded_torch.tune`) this is nested-regression coded computing, NeRCC.
 
     Args:
         num_data, num_workers, options: as for :class:`CurveCode`.
@@ -151,9 +150,8 @@ class BerrutCode(CurveCode):
     where :math:`j` is the position among the nodes *in use*: the decoder's signs alternate over the
     received workers in order. Signs by the workers' own indices would put poles between them.
 
-    It takes the arguments of :class:`CurveCode`. Any one result can be decoded. Planning a decoder
-    costs :math:`O(|F| K)`. With ``worker_points=chebyshev_first(num_workers)`` this is the code of
-    SBACC, arXiv 2507.01330.
+    Any one result can be decoded. Planning a decoder costs :math:`O(|F| K)`. With
+    ``worker_points=chebyshev_first(num_workers)`` this is the code of SBACC, arXiv 2507.01330.
 
     Reference:
         T. Jahani-Nezhad, M. A. Maddah-Ali, *Berrut approximated coded computing: straggler
@@ -179,14 +177,12 @@ class FloaterHormannCode(BerrutCode):
     r"""The code of Floater-Hormann interpolants, which reproduce polynomials of degree ``order``.
 
     They are Berrut's with other weights: blends of polynomials through ``order + 1`` neighbours.
+    Planning a decoder costs :math:`O(|F| (K + d^2))`.
 
     Args:
         num_data, num_workers, options: as for :class:`CurveCode`.
         order: d, at most ``num_data - 1``, or 1; 0 is Berrut's interpolant. Of d points or fewer,
             n, the order is n - 1. Defaults to 1.
-
-    Note:
-        Planning a decoder costs :math:`O(|F| (K + d^2))`.
 
     Reference:
         M. S. Floater, K. Hormann, *Barycentric rational interpolation with no poles and high rates
@@ -251,19 +247,17 @@ class LagrangeCode(CurveCode):
     For other models give ``decoder_degree``, D itself, tuned on validation data (the adapted code).
 
     Args:
-        num_data: K.
-        num_workers: N, at least D + 1.
+        num_data, num_workers, options: as for :class:`CurveCode`; N is at least D + 1. All points
+            default to :func:`~coded_torch.codes.nodes.chebyshev_first`.
         degree: the degree of the model as a polynomial, at least 1. Defaults to 1, a linear model.
         decoder_degree: D, at least 0; excludes ``degree``.
-        options: as for :class:`CurveCode`. All points default to
-            :func:`~coded_torch.codes.nodes.chebyshev_first`.
 
     Note:
         :attr:`min_received` is D + 1. Planning a decoder costs :math:`O(|F|\, D\, (D + K))`.
         The error of an exact recovery is the rounding error of the results times the norm of the
         decoder. This norm grows exponentially with the number of neighbours that are missing. For a
-        cubic, K = 5 and 13 of 20 results, it is below 1e5 for 99 % of the received sets. It is 4e7
-        if the 7 outermost workers on one side are missing.
+        cubic, K = 5 and 13 of 20 results, it is below 1e5 for 99 % of the received sets, and 4e7 if
+        the 7 outermost workers on one side are missing.
 
     Reference:
         Q. Yu et al., *Lagrange coded computing*, arXiv 1806.00939; in floating point: M. Fahim,
@@ -296,15 +290,11 @@ class LagrangeCode(CurveCode):
         elif degree is None:
             self.decoder_degree = count(self, "decoder_degree", decoder_degree, 0, MOST_WORKERS)
         else:
-            raise ValueError(
-                "LagrangeCode: degree and decoder_degree exclude each other, "
-                f"got {shown(degree)} and {shown(decoder_degree)}"
-            )
-        if self.num_workers < self.min_received:
-            raise ValueError(
-                f"LagrangeCode: num_workers must be at least {self.min_received} to recover a "
-                f"polynomial of degree {self.decoder_degree}, got {self.num_workers}"
-            )
+            got = f"got {shown(degree)} and {shown(decoder_degree)}"
+            raise ValueError(f"LagrangeCode: degree and decoder_degree exclude each other, {got}")
+        if self.num_workers < (least := self.min_received):
+            must = f"num_workers must be at least {least} for polynomials of degree {least - 1}"
+            raise ValueError(f"LagrangeCode: {must}, got {self.num_workers}")
 
     def candidates(self) -> dict[str, Sequence[Any]]:
         """Return degrees for a model that is no polynomial; for others D is known."""

@@ -31,10 +31,9 @@ _GROWTH = 0.75
 class ReplicationCode(FixedCode):
     r"""Replication, the baseline without mixing: worker n computes input ``n mod K``.
 
-    Answered inputs come back bit for bit as their first received worker, in the order of workers,
-    computed them. Inputs without an answer get the mean of the group's answered ones, every input
-    counted once. ``ReplicationCode(K, K)`` is uncoded inference. It takes the arguments of
-    :class:`~coded_torch.codes.Code`.
+    Answered inputs come back bit for bit as their first received worker computed them. Inputs
+    without an answer get the mean of the group's answered ones, every input counted once.
+    ``ReplicationCode(K, K)`` is uncoded inference.
 
     Example:
         >>> import torch
@@ -109,11 +108,8 @@ class RegressionCode(Code):
         self.coverage = self.regression.coverage
 
     def candidates(self) -> dict[str, Sequence[Any]]:
-        callables = (x for x in self.regression.metrics if not isinstance(x, str))
-        return {
-            "metric": (*METRICS, *((x,) for x in callables)),
-            "length": (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0),
-        }
+        own = ((x,) for x in self.regression.metrics if not isinstance(x, str))
+        return {"metric": (*METRICS, *own), "length": (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)}
 
     def _plan(
         self, inputs: list[Tensor], size: int, num_stragglers: int, others: Sequence[Tensor]
@@ -148,10 +144,9 @@ class _RepetitionPlan(RowPlan, BatchPlan):
 
     def encode(self, values: Tensor) -> Tensor:
         if values.shape[:1] != (self.batch_size,):
-            raise ValueError(
-                f"{type(self.code).__name__}: values must have size {self.batch_size} along dim 0, "
-                f"got shape {tuple(values.shape)}"
-            )
+            must = f"values must have size {self.batch_size} along dim 0"
+            got = tuple(values.shape)
+            raise ValueError(f"{type(self.code).__name__}: {must}, got shape {got}")
         device = values.device
         flat = self._rows.flatten()
         rows = placed(self, self._placed, device, lambda: to_device([flat], device)[0])
@@ -170,8 +165,8 @@ def _copies(
 ) -> NDArray[np.int64]:
     """Return the number of workers of each input of each group, ``[G, K]``.
 
-    Greedy: each copy goes where it lowers the expected squared error most. This is the probability
-    that all copies are missing, times ``errors [B]``, and convex in the copies, so greedy is best.
+    Each copy goes where it lowers the expected squared error most. This is the probability that all
+    copies are missing, times ``errors [B]``, and convex in the copies, so greedy is best.
     """
     # lost[c] is the probability that all of c workers are among the S lost ones of N.
     lost = np.ones(num_workers + 2)
