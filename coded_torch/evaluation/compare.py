@@ -111,6 +111,7 @@ def compare(
     for name, value in {"more": more, "surrogate": surrogate, "attack": attack}.items():
         instance("compare", name, value, Callable, optional=True)
     faulty = count("compare", "faulty", faulty)
+    instance("compare", "law", law, Callable)
     instance("compare", "settings", settings, Sequence)
     settings = [_setting(setting) for setting in settings]
     several: Any = seeds if isinstance(seeds, list | tuple | range) else [seeds]
@@ -124,9 +125,12 @@ def compare(
     cut = max(1, len(calls) // 4) if tuning is None else tuning
     cut = count("compare", "tuning", cut, most=len(calls) - 1)
 
-    def trials(law: Stragglers, n: int, number: int, part: slice) -> Iterator[tuple[Trial, Any]]:
+    def trials(setting: Setting, seed: int, number: int, part: slice) -> Iterator[Any]:
+        n, _, lost = setting
+        drawn = law(lost, seed=seed)
+        instance("compare", "the result of law", drawn, Stragglers)
         for args, classes in zip(calls[part], truth[part], strict=True):
-            sets = [received_by(law, n) for _ in range(number)]
+            sets = [received_by(drawn, n) for _ in range(number)]
             trial = Trial(module, args, sets, in_dims=in_dims, out_dims=out_dims)
             if classes is not None:
                 if [leaf.dim() for leaf in trial.exact] != [2]:
@@ -140,14 +144,15 @@ def compare(
 
     records: list[Record] = []
     codes: dict[tuple[Setting, str], Code] = {}
-    for n, k, s in settings:
-        drawn = _law(law, s, max(seeds) + 1)  # not the workers that are lost later
-        honest = [trial for trial, _ in trials(drawn, n, SETS, slice(cut))]
+    for setting in settings:
+        n, k, s = setting
+        # Not the workers that are lost later.
+        honest = [trial for trial, _ in trials(setting, max(seeds) + 1, SETS, slice(cut))]
         untuned = _schemes(k, n, honest[0], more, schemes)
         tuned = {name: chosen(code, honest, s) for name, code in untuned.items()}
-        codes |= {((n, k, s), name): code for name, code in tuned.items()}
+        codes |= {(setting, name): code for name, code in tuned.items()}
         for seed in seeds:
-            answered = trials(_law(law, s, seed), n, received_sets, slice(cut, None))
+            answered = trials(setting, seed, received_sets, slice(cut, None))
             for batch, (trial, classes) in enumerate(answered):
                 trial.attack = None if attack is None else (attack, faulty, seed)
                 exact, size = _flat(trial.exact), trial.batch_size
@@ -206,16 +211,6 @@ def _answers(
         if name in ("no redundancy, regression", "regression"):
             answers = trial.decode(code, received, lost, cheap)
             yield f"{name.removesuffix(', regression')}, residuals", answers, code
-
-
-def _law(law: Callable[..., Stragglers], lost: int, seed: int) -> Stragglers:
-    try:
-        found = law(lost, seed=seed)
-    except TypeError as error:
-        must = f"law must be callable as law(S, seed=...), got {shown(law)}: {error}"
-        raise TypeError(f"compare: {must}") from error
-    instance("compare", "the result of law", found, Stragglers)
-    return found
 
 
 def received_by(law: Stragglers, num_workers: int) -> list[int]:

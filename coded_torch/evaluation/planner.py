@@ -1,16 +1,10 @@
-"""The redundancy that meets a service-level objective at least work, by simulation.
-
-Policies run on :mod:`coded_torch.scheduling.simulation`, on workers whose latencies were measured
-or follow a law.
-"""
+"""The redundancy that meets a service-level objective at least work, by simulation."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import random
-import re
-import warnings
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,18 +136,12 @@ def read_latencies(path: Path) -> Seconds:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line does not begin with a positive number, or there are fewer than 100.
+        ValueError: a line has no positive number, or there are fewer than 100.
     """
-    with path.open() as stream:
-        heading = int(not re.match(r"\s*[-+.\d]", stream.readline()))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "no data", which the error below says
-            seconds = np.loadtxt(path, delimiter=",", usecols=0, skiprows=heading, ndmin=1)
-    except ValueError as error:
-        raise ValueError(f"latencies must be seconds, a number each line: {error}") from None
+    seconds: Seconds = np.genfromtxt(path, delimiter=",", usecols=[0], ndmin=1)
+    seconds = seconds[int(np.isnan(seconds[:1]).any()) :]  # a heading
     if not np.all((seconds > 0) & (seconds < np.inf)):
-        raise ValueError("latencies must be positive and finite")
+        raise ValueError("latencies must be positive, finite seconds, a number each line")
     if len(seconds) < _FEWEST:
         raise ValueError(f"there must be at least {_FEWEST} latencies, got {len(seconds)}")
     return seconds
@@ -225,10 +213,9 @@ def plan(
         policy: Waiting | Verified = dataclasses.replace(waiting, deadline=until)
         if verify:
             policy = Verified(policy, num_workers, verify, seed=seed)
-        sizes = {"num_workers": num_workers, "num_parts": k, "num_columns": n}
         conditions = law if isinstance(law, Conditions) else measured(law, part)
-        how: Any = sizes | {"load": load, "num_requests": num_requests, "seed": seed}
-        outcome = simulate(policy, conditions, **how)
+        how: Any = {"num_workers": num_workers, "num_parts": k, "num_columns": n, "load": load}
+        outcome = simulate(policy, conditions, num_requests=num_requests, seed=seed, **how)
         latencies = np.sort(outcome.latencies * part)
         slowest = float(np.quantile(latencies, _IN_TIME))
         late = float((latencies > deadline).mean())
@@ -237,8 +224,8 @@ def plan(
         use = f"parts={k}" if n == k else f"code=codes.RegressionCode({k}, {n})"
         use += f", verify={verify:g}" if verify else ""
         use = f"CodedWrapper(model, {use}, workers=pool, waiting={waiting})"
-        numbers = slowest, late, outcome.work, predicted, meets
-        options.append(Option(kind, name, use, k, n, latencies, *numbers))
+        numbers = latencies, slowest, late, outcome.work, predicted, meets
+        options.append(Option(kind, name, use, k, n, *numbers))
     return Plan(options, deadline, accuracy, f"{num_workers} workers, load {load:g}")
 
 

@@ -255,8 +255,7 @@ class Trial:
             rows = attack(results[place], generator)
             if not isinstance(rows, Tensor) or rows.shape != wrong[place].shape:
                 must = f"attack must return a tensor of the shape it got, {[*wrong[place].shape]}"
-                got = [*rows.shape] if isinstance(rows, Tensor) else type(rows).__name__
-                raise ValueError(f"compare: {must}, got {got}")
+                raise ValueError(f"compare: {must}, got {shown(rows)}")
             wrong[place] = rows
         return wrong
 
