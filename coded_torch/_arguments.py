@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -137,14 +137,10 @@ def find_devices(
 ) -> tuple[torch.device, ...]:
     """Return the devices of a pool, at least one; ``find`` returns the device of a name."""
     must = f"{_name(owner)}: devices must"
-    try:
-        named = None if isinstance(devices, str | torch.device | Tensor) else list(devices)
-    except TypeError:
-        named = None
-    if named is None:
+    if isinstance(devices, str | torch.device | Tensor) or not isinstance(devices, Iterable):
         raise TypeError(f"{must} be a sequence of devices, got {shown(devices)}")
     found = []
-    for device in named:
+    for device in devices:
         try:
             found.append(find(device))
         except TypeError:

@@ -250,7 +250,7 @@ class LagrangeCode(CurveCode):
         num_data, num_workers, options: as for :class:`CurveCode`; N is at least D + 1. All points
             default to :func:`~coded_torch.codes.nodes.chebyshev_first`.
         degree: the degree of the model as a polynomial, at least 1. Defaults to 1, a linear model.
-        decoder_degree: D, at least 0; excludes ``degree``.
+        decoder_degree: D, at least 0. Defaults to the D of ``degree``.
 
     Note:
         :attr:`min_received` is D + 1. Planning a decoder costs :math:`O(|F|\, D\, (D + K))`.
@@ -286,12 +286,8 @@ class LagrangeCode(CurveCode):
         super().__init__(num_data, num_workers, **options)
         if decoder_degree is None:
             degree = count(self, "degree", 1 if degree is None else degree, most=MOST_WORKERS)
-            self.decoder_degree = (self.num_data - 1) * degree
-        elif degree is None:
-            self.decoder_degree = count(self, "decoder_degree", decoder_degree, 0, MOST_WORKERS)
-        else:
-            got = f"got {shown(degree)} and {shown(decoder_degree)}"
-            raise ValueError(f"LagrangeCode: degree and decoder_degree exclude each other, {got}")
+            decoder_degree = (self.num_data - 1) * degree
+        self.decoder_degree = count(self, "decoder_degree", decoder_degree, 0)
         if self.num_workers < (least := self.min_received):
             must = f"num_workers must be at least {least} for polynomials of degree {least - 1}"
             raise ValueError(f"LagrangeCode: {must}, got {self.num_workers}")
