@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from coded_torch import ops
-from coded_torch.codes.nodes import chebyshev_first, chebyshev_second
+from coded_torch.codes.curves import chebyshev_first, chebyshev_second
 from coded_torch.linear import SplineMap, instructions, prefers_matrix
 
 from .timing import last_level_cache, measure, rotate

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from coded_torch import ops
 from coded_torch.codes import SplineCode
-from coded_torch.codes.nodes import chebyshev_first, chebyshev_second
+from coded_torch.codes.curves import chebyshev_first, chebyshev_second
 from coded_torch.linear import SplineMap
 
 from . import gpu_model

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from coded_torch import Regression, codes, compare, functional, linear, nn, tune, workers
 from coded_torch import stragglers as laws
 from coded_torch._arguments import MOST_WORKERS, count, dense, real
-from coded_torch.codes import nodes
+from coded_torch.codes import curves
 from coded_torch.evaluation import scores
 from coded_torch.input_space import ordering
 from coded_torch.scheduling import simulation
@@ -51,8 +51,8 @@ CALLS = [
                                    "points": [0.5], "smoothing": 0.0, "weights": None, "dim": 0}),
     (ordering.Grouping, {"order": [1, 0], "num_data": 2}),
     (ordering.similarity_order, {"distances": torch.ones(2, 2)}),
-    (nodes.chebyshev_first, {"num_points": 3}),
-    (nodes.chebyshev_second, {"num_points": 3}),
+    (curves.chebyshev_first, {"num_points": 3}),
+    (curves.chebyshev_second, {"num_points": 3}),
     (laws.Uniform, {"num_stragglers": 1, "seed": 0}),
     (laws.Contiguous, {"num_stragglers": 1, "seed": 0}),
     (laws.Uniform(1, seed=0).sample, {"num_workers": 3, "generator": None}),
@@ -181,7 +181,7 @@ def test_every_public_class_and_function_is_tried():
     # Abstract ones, an exception, and what is not for callers to make.
     tried |= {codes.BatchPlan, codes.Code, codes.CurveCode, codes.FixedCode, linear.LinearMap}
     tried |= {codes.NotEnoughResults, codes.DeadlineExceeded, laws.Stragglers}
-    for module in (codes, linear, functional, ordering, nodes, laws):
+    for module in (codes, linear, functional, ordering, curves, laws):
         for name in {*module.__all__}:
             thing = getattr(module, name)
             if inspect.isclass(thing) or inspect.isroutine(thing):

@@ -8,7 +8,7 @@ import torch
 
 from coded_torch import ops
 from coded_torch._extension import HAS_CUDA_KERNELS
-from coded_torch.codes.nodes import chebyshev_first, chebyshev_second
+from coded_torch.codes.curves import chebyshev_first, chebyshev_second
 from coded_torch.linear import SplineMap
 
 from .grids import ARCHITECTURES, SOURCES, linked_without_spills

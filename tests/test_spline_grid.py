@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from coded_torch import ops
-from coded_torch.codes.nodes import chebyshev_first, chebyshev_second
+from coded_torch.codes.curves import chebyshev_first, chebyshev_second
 from coded_torch.linear import SplineMap
 
 from .grids import CSRC, SOURCES, build_host, build_ptx, compile_ptx

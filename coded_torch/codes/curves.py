@@ -13,9 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 from .._arguments import MOST_WORKERS, count, nonnegative, real_array, shown
 from ..linear import LinearMap, SplineMap
 from .base import FixedCode, Map
-from .nodes import chebyshev_first, chebyshev_second
 
 __all__ = ["BerrutCode", "CurveCode", "FloaterHormannCode", "LagrangeCode", "SplineCode"]
+__all__ += ["chebyshev_first", "chebyshev_second"]
 
 Floats = NDArray[np.float64]
 _GOLDEN = (5**0.5 - 1) / 2  # the golden ratio, less 1
@@ -23,6 +23,36 @@ _GOLDEN = (5**0.5 - 1) / 2  # the golden ratio, less 1
 # Decoder degrees to try, in degrees of the encoder. The results of a network are some times rougher
 # than the coded inputs, of degree 1.
 _DEGREES = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.1, 1.2, 1.3, 1.5, 2, 3, 5)
+
+
+def chebyshev_first(num_points: int) -> Floats:
+    r"""Return the Chebyshev points of the first kind, the roots of :math:`T_n`, increasing.
+
+    .. math:: \cos\frac{(2k - 1)\pi}{2n}, \qquad k = n, \dots, 1
+
+    The points are ``[n]``, float64, strictly inside (-1, 1), and symmetric about 0 to the bit.
+    ``num_points`` is n, from 1 to 65,536.
+    """
+    n = count("chebyshev_first", "num_points", num_points, most=MOST_WORKERS)
+    return _sines(np.arange(1 - n, n, 2) / n)
+
+
+def chebyshev_second(num_points: int) -> Floats:
+    r"""Return the Chebyshev points of the second kind, the extrema of :math:`T_{n-1}`, increasing.
+
+    .. math:: \cos\frac{(k - 1)\pi}{n - 1}, \qquad k = n, \dots, 1
+
+    As :func:`chebyshev_first`, but from -1 to 1; ``[0.]`` for n = 1.
+    """
+    n = count("chebyshev_second", "num_points", num_points, most=MOST_WORKERS)
+    return _sines(np.arange(1 - n, n, 2) / max(n - 1, 1))
+
+
+def _sines(quarter_turns: Floats) -> Floats:
+    # Sines keep the digits that cosines lose near 0; averaging with the mirror image makes the
+    # symmetry independent of how the mathematical library rounds.
+    sines = np.sin(quarter_turns * (np.pi / 2))
+    return (sines - sines[::-1]) / 2
 
 
 class CurveCode(FixedCode):
@@ -248,7 +278,7 @@ class LagrangeCode(CurveCode):
 
     Args:
         num_data, num_workers, options: as for :class:`CurveCode`; N is at least D + 1. All points
-            default to :func:`~coded_torch.codes.nodes.chebyshev_first`.
+            default to :func:`~coded_torch.codes.curves.chebyshev_first`.
         degree: the degree of the model as a polynomial, at least 1. Defaults to 1, a linear model.
         decoder_degree: D, at least 0. Defaults to the D of ``degree``.
 

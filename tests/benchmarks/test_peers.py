@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from benchmarks.peers import Located, peers, wrong_workers
-from coded_torch.codes.nodes import chebyshev_second
+from coded_torch.codes.curves import chebyshev_second
 
 RECEIVED = [0, 2, 3, 4, 5, 7, 8, 9, 11]
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.interpolate import FloaterHormannInterpolator
 
-from coded_torch.codes import BerrutCode, FloaterHormannCode, nodes
+from coded_torch.codes import BerrutCode, FloaterHormannCode, curves
 from coded_torch.testing.codes import CodeTests
 
 
@@ -37,7 +37,7 @@ def berrut(nodes, values, z):
 def test_order_zero_is_the_formula(num_data, num_workers):
     code = BerrutCode(num_data, num_workers)
     rng = np.random.default_rng(0)
-    alpha, beta = nodes.chebyshev_first(num_data), nodes.chebyshev_second(num_workers)
+    alpha, beta = curves.chebyshev_first(num_data), curves.chebyshev_second(num_workers)
     inputs = rng.standard_normal(num_data)
     expected = [berrut(alpha, inputs, z) for z in beta]
     np.testing.assert_allclose(code.encode(torch.tensor(inputs)), expected, rtol=1e-11, atol=1e-13)

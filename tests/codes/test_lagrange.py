@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from coded_torch.codes import LagrangeCode, nodes
+from coded_torch.codes import LagrangeCode, curves
 from coded_torch.testing.codes import CodeTests, normal
 
 
@@ -102,7 +102,7 @@ def test_many_nodes_neither_overflow_nor_underflow():
 
 def test_exact_hits_are_copied():
     code = LagrangeCode(3, 9)
-    assert np.array_equal(code.worker_points, nodes.chebyshev_first(9))  # the data points in it
+    assert np.array_equal(code.worker_points, curves.chebyshev_first(9))  # the data points in it
     hits = np.isin(code.worker_points, code.data_points)
     inputs = normal(3)
     assert torch.equal(code.encode(inputs)[torch.tensor(hits)], inputs)

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from coded_torch.codes import nodes
+from coded_torch.codes import curves
 
-SETS = [nodes.chebyshev_first, nodes.chebyshev_second]
+SETS = [curves.chebyshev_first, curves.chebyshev_second]
 SIZES = [1, 2, 3, 4, 5, 8, 17, 100, 129, 1000]
 
 
@@ -22,9 +22,9 @@ def test_sets(make, n):
 def test_values(n):
     k = np.arange(n, 0, -1)
     first = np.cos((2 * k - 1) * np.pi / (2 * n))
-    np.testing.assert_allclose(nodes.chebyshev_first(n), first, atol=1e-15)
+    np.testing.assert_allclose(curves.chebyshev_first(n), first, atol=1e-15)
     second = np.cos((k - 1) * np.pi / (n - 1)) if n > 1 else [0.0]
-    np.testing.assert_allclose(nodes.chebyshev_second(n), second, atol=1e-15)
+    np.testing.assert_allclose(curves.chebyshev_second(n), second, atol=1e-15)
 
 
 @pytest.mark.parametrize("make", SETS)
