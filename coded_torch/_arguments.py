@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ def find_devices(
 ) -> tuple[torch.device, ...]:
     """Return the devices of a pool, at least one; ``find`` returns the device of a name."""
     must = f"{_name(owner)}: devices must"
-    if isinstance(devices, str | torch.device | Tensor) or not isinstance(devices, Iterable):
+    if isinstance(devices, str) or not isinstance(devices, Sequence):
         raise TypeError(f"{must} be a sequence of devices, got {shown(devices)}")
     found = []
     for device in devices:
