@@ -75,10 +75,8 @@ class LinearMap(abc.ABC):
     def __call__(self, values: Tensor, dim: int = 0) -> Tensor:
         """Apply the map along ``dim``: ``[..., num_inputs, ...] -> [..., num_outputs, ...]``.
 
-        Raises:
-            TypeError: ``values`` is not a dense, strided tensor of float64, float32, bfloat16 or
-                float16.
-            ValueError: ``values`` has another size than ``num_inputs`` along ``dim``.
+        Raises a TypeError unless ``values`` is a dense, strided tensor of float64, float32,
+        bfloat16 or float16, and a ValueError if it has another size.
         """
         return self._along(values, dim, transpose=False)
 

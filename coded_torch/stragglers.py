@@ -1,9 +1,8 @@
 r"""Laws of latency: the seconds that each of N workers takes to answer one request.
 
 Every law draws from a ``torch.Generator``, its own or a given one, never from the global random
-state. A latency is infinite if the worker never answers. An argument of the wrong type raises a
-TypeError, an argument out of its domain a ValueError. Every law but :class:`Trace` takes a ``seed``
-for its own generator, an integer of 64 bits. It defaults to None, a new seed.
+state. A latency is infinite if the worker never answers. Every law but :class:`Trace` takes a
+``seed`` for its own generator, an integer of 64 bits. It defaults to None, a new seed.
 """
 
 from __future__ import annotations

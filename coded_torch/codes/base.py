@@ -119,9 +119,8 @@ class Code(abc.ABC):
             batch_size: B, required if there are no inputs.
             others: the inputs of other dtypes, from which a callable metric may make features.
 
-        Raises:
-            TypeError, ValueError: the ordering or the inputs do not fit the batch, or each other;
-                :func:`torch.func.vmap` hides a dimension of an input.
+        Raises TypeError or ValueError if the ordering or the inputs do not fit, or if
+        :func:`torch.func.vmap` hides a dimension of an input.
         """
         name = type(self).__name__
         count(self, "num_stragglers", num_stragglers, 0, self.num_workers)
@@ -185,11 +184,9 @@ class FixedCode(Code):
     def decoder(self, received: Sequence[int] | Tensor) -> LinearMap:
         """Return the map from the results of the ``received`` workers to the K answers.
 
-        The code keeps the last 256 decoders. Keep the decoders that a CUDA graph replays.
-
-        Raises:
-            ValueError: ``received`` is not strictly increasing within ``0 .. num_workers - 1``.
-            NotEnoughResults: there are fewer than :attr:`min_received` results.
+        The code keeps the last 256 decoders. Keep the decoders that a CUDA graph replays. Raises a
+        ValueError unless ``received`` is strictly increasing within ``0 .. num_workers - 1``, and
+        NotEnoughResults if there are fewer than :attr:`min_received`.
         """
         return self._decoder(self._received(received))
 
@@ -254,9 +251,7 @@ class FixedCode(Code):
                 depend on the order, bit for bit.
             dim: the dimension of the results that counts workers.
 
-        Raises:
-            TypeError, ValueError: the results do not fit, or a worker is given twice.
-            NotEnoughResults: there are fewer than :attr:`min_received` results.
+        Raises as :meth:`decoder`, and a TypeError or ValueError if the results do not fit.
         """
         workers = self._received(received)
         decoder = self._decoder(tuple(sorted(workers)))

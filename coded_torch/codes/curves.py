@@ -28,9 +28,7 @@ _DEGREES = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.1, 1.2, 1.3, 1.5, 2, 3, 5)
 def chebyshev_first(num_points: int) -> Floats:
     r"""Return the Chebyshev points of the first kind, the roots of :math:`T_n`, increasing.
 
-    .. math:: \cos\frac{(2k - 1)\pi}{2n}, \qquad k = n, \dots, 1
-
-    The points are ``[n]``, float64, strictly inside (-1, 1), and symmetric about 0 to the bit.
+    They are ``[n]``, float64, strictly inside (-1, 1), and symmetric about 0 to the bit.
     ``num_points`` is n, from 1 to 65,536.
     """
     n = count("chebyshev_first", "num_points", num_points, most=MOST_WORKERS)
@@ -40,9 +38,7 @@ def chebyshev_first(num_points: int) -> Floats:
 def chebyshev_second(num_points: int) -> Floats:
     r"""Return the Chebyshev points of the second kind, the extrema of :math:`T_{n-1}`, increasing.
 
-    .. math:: \cos\frac{(k - 1)\pi}{n - 1}, \qquad k = n, \dots, 1
-
-    As :func:`chebyshev_first`, but from -1 to 1; ``[0.]`` for n = 1.
+    They are as of :func:`chebyshev_first`, but from -1 to 1; ``[0.]`` for n = 1.
     """
     n = count("chebyshev_second", "num_points", num_points, most=MOST_WORKERS)
     return _sines(np.arange(1 - n, n, 2) / max(n - 1, 1))
@@ -228,12 +224,11 @@ class FloaterHormannCode(BerrutCode):
 
 
 def _weights(nodes: Floats, order: int) -> Floats:
-    r"""Return the barycentric weights of Floater-Hormann interpolants, up to a common factor.
+    r"""Return the barycentric weights of increasing ``nodes [n]``, for d in ``0 .. n - 1``.
 
     .. math:: w_j = (-1)^j \sum_i \prod_{l = i, l \ne j}^{i + d} \frac{1}{|t_j - t_l|}
 
-    over the windows :math:`i, \dots, i + d` that contain :math:`j` (equation 18 of Floater and
-    Hormann), for increasing ``nodes [n]`` and d in ``0 .. n - 1``.
+    over the windows :math:`i, \dots, i + d` that contain :math:`j`; equation 18 of the paper.
     """
     n, width = len(nodes), order + 1
     signs = np.where(np.arange(n) % 2, -1.0, 1.0)
@@ -251,10 +246,7 @@ def _weights(nodes: Floats, order: int) -> Floats:
 
 
 def _interpolation_matrix(nodes: Floats, weights: Floats, points: Floats) -> Floats:
-    """Return the matrix ``[N, n]`` from values at ``nodes [n]`` to ``points [N]``.
-
-    Every row sums to one. The row of a point that is a node is one-hot.
-    """
+    """Return the matrix ``[N, n]``, whose rows sum to 1, from values at nodes to points."""
     offsets = points[:, None] - nodes
     nearest = np.abs(offsets).min(axis=1, keepdims=True)
     # 1 / offset, relative to the nearest node, so that no offset is too small to divide by. If the
@@ -283,11 +275,11 @@ class LagrangeCode(CurveCode):
         decoder_degree: D, at least 0. Defaults to the D of ``degree``.
 
     Note:
-        :attr:`min_received` is D + 1. Planning a decoder costs :math:`O(|F|\, D\, (D + K))`.
-        The error of an exact recovery is the rounding error of the results times the norm of the
-        decoder. This norm grows exponentially with the number of neighbours that are missing. For a
-        cubic, K = 5 and 13 of 20 results, it is below 1e5 for 99 % of the received sets, and 4e7 if
-        the 7 outermost workers on one side are missing.
+        Planning a decoder costs :math:`O(|F|\, D\, (D + K))`. The error of an exact
+        recovery is the rounding error of the results times the norm of the decoder, which grows
+        exponentially with the number of neighbours that are missing. For a cubic, K = 5 and 13 of
+        20 results, it is below 1e5 for 99 % of the received sets, and 4e7 if the 7 outermost
+        workers on one side are missing.
 
     Reference:
         Q. Yu et al., *Lagrange coded computing*, arXiv 1806.00939; in floating point: M. Fahim,
@@ -323,8 +315,7 @@ class LagrangeCode(CurveCode):
             raise ValueError(f"LagrangeCode: {must}, got {self.num_workers}")
 
     def candidates(self) -> dict[str, Sequence[Any]]:
-        """Return degrees for a model that is no polynomial; for others D is known."""
-        if "degree" in self._given:
+        if "degree" in self._given:  # the model is a polynomial, so D is known
             return {}
         degrees = {round(times * (self.num_data - 1)) for times in _DEGREES}
         return {"decoder_degree": sorted(d for d in degrees if d < self.num_workers)}
@@ -344,7 +335,6 @@ class LagrangeCode(CurveCode):
 
 
 def _through(nodes: Floats, points: Floats) -> Floats:
-    """Return the matrix of the polynomial through all nodes, ``[N, n]``."""
     # Lagrange's products keep every entry to a few units in the last place, even where the
     # polynomial is extrapolated; there the sum in the barycentric form cancels, down to an exact 0.
     # Golden-ratio steps through the nodes keep partial products moderate.

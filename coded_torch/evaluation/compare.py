@@ -79,15 +79,14 @@ def compare(
         received_sets: the number of received sets of a batch and seed. Defaults to 1.
         seeds: the seeds of the lost workers; every seed answers all batches. Defaults to 0.
         tuning: the number of first batches that codes are tuned on. Defaults to a quarter.
-        attack: maps the results of a worker, ``[rows, ...]``, and a generator to wrong ones, as in
-            :class:`~coded_torch.workers.FaultyWorkers`. Codes are tuned on honest results.
+        attack: maps the results of a worker, ``[rows, ...]``, and a generator to wrong ones. Codes
+            are tuned on honest results.
         faulty: with an attack, the number of such workers in each received set. Defaults to 1.
         in_dims, out_dims: as for :class:`~coded_torch.CodedWrapper`.
 
-    Returns:
-        The raw data, a table and a picture. Codes that mix inputs need floating-point ones, and are
-        left out otherwise. At every setting, the module runs some N / K times on all batches, and
-        for each encoder that is tried on the tuning batches.
+    Codes that mix inputs need floating-point ones, and are left out otherwise. At every setting,
+    the module runs some N / K times on all batches, and for each encoder that is tried on the
+    tuning batches.
 
     Example:
         >>> import torch

@@ -132,12 +132,7 @@ class _Tail(Stragglers):
 
 
 def read_latencies(path: Path) -> Seconds:
-    """Read seconds from the first column of a CSV file, whose first line may be a heading.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: a line has no positive number, or there are fewer than 100.
-    """
+    """Read at least 100 seconds from the first column of a CSV file, which may have a heading."""
     seconds: Seconds = np.genfromtxt(path, delimiter=",", usecols=[0], ndmin=1)
     seconds = seconds[int(np.isnan(seconds[:1]).any()) :]  # a heading
     if not np.all((seconds > 0) & (seconds < np.inf)):
@@ -186,9 +181,8 @@ def plan(
             Defaults to 0.3.
         parts: the number of parts of a request whose latencies are known. Defaults to 4.
         median: with conditions, the median seconds of a part.
-        verify: the share of rows that a second worker computes, as for
-            :class:`~coded_torch.CodedWrapper`. Above 0, codes and copies of whole requests are left
-            out, as they cannot be verified. Defaults to 0.
+        verify: the share of rows that a second worker computes. Above 0, codes and copies of whole
+            requests are left out, as they cannot be verified. Defaults to 0.
         num_requests: the number of requests under each policy, at least 1,000. Defaults to 5,000.
         seed: the seed of all draws. Defaults to 0.
     """

@@ -55,7 +55,6 @@ def score(decoded: Tensor, exact: Tensor, labels: Tensor | None = None) -> Score
     """Return the scores of answers ``[..., C]``, floating-point, against the model's own answers.
 
     A row with NaN is missing and wrong. ``labels`` are the true classes, integers, ``[...]``.
-    Raises a TypeError or ValueError if a tensor has another dtype or shape, or holds no answer.
     """
     for argument, value in (("decoded", decoded), ("exact", exact)):
         dense("score", argument, value)
@@ -101,10 +100,7 @@ def relative_accuracy(decoded: Tensor, exact: Tensor, labels: Tensor) -> float:
 
 
 def ratio(a: Array, b: Array) -> Interval:
-    """Return the ratio of two means over batches, and half the width of its interval.
-
-    Both are None if both means are 0. The ratio is infinite if only the mean of ``b`` is 0.
-    """
+    """Return the ratio of two means over batches, None if both are 0, and half its interval."""
     with np.errstate(divide="ignore", invalid="ignore"):
         value = a.mean() / b.mean()
         return rounded(value, half_width(a - value * b) / b.mean())
@@ -146,10 +142,7 @@ class Record(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The scores of one scheme at one setting, intervals as ``[value, half the 95 % width]``.
-
-    The fields with a default are None without a reference, and for the reference itself.
-    """
+    """The scores of one scheme at one setting. Those against a reference are None without one."""
 
     setting: Setting  #: N, K and S
     name: str  #: the name of the scheme
@@ -167,16 +160,12 @@ class Comparison:
     """The result of :func:`compare`; ``print`` shows it as a table in 80 columns.
 
     Intervals are Student's, at 95 %, over batches; seeds are averaged first.
-
-    Attributes:
-        records: the raw data.
-        codes: the tuned codes, by setting and scheme.
-        conditions: the law and the attack, as text; empty for the defaults.
     """
 
-    records: Sequence[Record]
+    records: Sequence[Record]  #: the raw data
+    #: the tuned codes, by setting and scheme
     codes: Mapping[tuple[Setting, str], Code] = dataclasses.field(default_factory=dict)
-    conditions: str = ""
+    conditions: str = ""  #: the law and the attack, as text; empty for the defaults
 
     @property
     def rows(self) -> list[Row]:
@@ -209,11 +198,7 @@ class Comparison:
         return rows
 
     def save(self, path: str | Path) -> None:
-        """Write the raw data to a CSV file, one line for each record.
-
-        The columns are the fields of :class:`Record` to ``work``, then the fields of
-        :class:`Score`, means over received sets. ``batch`` counts answered batches.
-        """
+        """Write the raw data to a CSV file: the fields of :class:`Record` and its score."""
         with open(path, "w", newline="") as file:
             head = [*Record._fields[:-1], *Score._fields]
             csv.writer(file).writerows([head, *([*x[:-1], *x.score] for x in self.records)])

@@ -51,10 +51,6 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
         The code with the best numbers; the first of equals. The module runs once on every batch,
         and N / K times as much for every encoder that mixes.
 
-    Raises:
-        TypeError, ValueError: an argument has the wrong type or value, or no code can decode the
-            received sets.
-
     Example:
         >>> import torch
         >>> from coded_torch import CodedWrapper, codes, stragglers, tune, workers
@@ -107,11 +103,10 @@ def _variants(code: Code, values: Mapping[str, Sequence[Any]]) -> list[Code]:
         if name not in options:
             known = ", ".join(options) or "none"
             raise ValueError(f"tune: the numbers of {code} must be among {known}, got {name!r}")
-        if isinstance(some, str | bytes) or not isinstance(some, Sequence):
-            raise TypeError(f"tune: {name} must be a sequence of values, got {shown(some)}")
-        options[name] = list(some)
-        if not options[name]:
-            raise ValueError(f"tune: {name} must hold at least one value, got none")
+        if isinstance(some, str | bytes) or not isinstance(some, Sequence) or not some:
+            must = f"{name} must be a sequence of at least one value"
+            raise TypeError(f"tune: {must}, got {shown(some)}")
+        options[name] = some
     combinations = itertools.product(*options.values())
     return [code.replace(**dict(zip(options, some, strict=True))) for some in combinations]
 
@@ -143,11 +138,10 @@ def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...
         raise ValueError(f"{owner}: {must}; call eval() on it")
     calls = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     for i, args in enumerate(calls):
-        tensors = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
-        if not tensors:
-            raise TypeError(f"{owner}: batches[{i}] must hold a tensor, got {shown(args)}")
-        if any(0 in x.shape[:1] for x in tensors):
-            raise ValueError(f"{owner}: batches[{i}] must hold at least one input, got none")
+        sizes = [x.shape[:1] for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
+        if not sizes or any(0 in size for size in sizes):
+            must = f"batches[{i}] must hold a tensor, and at least one input"
+            raise ValueError(f"{owner}: {must}, got {shown(args)}")
     return calls
 
 
@@ -156,10 +150,8 @@ class Trial:
 
     The module runs in this process, without gradients. It runs once on the batch, and once for each
     distinct encoder, on the coded inputs of the workers in ``sets``, the received sets to be tried.
-
-    Attributes:
-        mixable: a bool: all divided inputs are floating-point, so codes can mix them.
-        exact: the module's own answers, ``[B, ...]`` for every output that is decoded.
+    ``exact`` are the module's own answers, ``[B, ...]`` for every output that is decoded. Codes can
+    mix the inputs if the batch is ``mixable``.
     """
 
     def __init__(
