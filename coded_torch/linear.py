@@ -1,7 +1,6 @@
 r"""Linear maps along one dimension of a tensor, planned once, on the host, in float64.
 
-A code has an encoder and decoders; a :class:`LinearMap` applies them to millions of columns. This
-is the only file above ``ops`` that knows kernels of splines.
+This is the only file above ``ops`` that knows kernels of splines.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from . import ops
-from ._arguments import count, dense, nonnegative, real_array
+from ._arguments import count, dense, nonnegative, real_array, shown
 from ._extension import HAS_CUDA_KERNELS, curve_plan, exact_matmul
 from ._torch import placed, to_device
 
@@ -158,10 +157,9 @@ class MatrixMap(LinearMap):
 
     def __init__(self, matrix: ArrayLike | Tensor) -> None:
         array = real_array(self, "matrix", matrix)
-        if array.ndim != 2:
-            raise ValueError(f"MatrixMap: matrix must have two dimensions, got shape {array.shape}")
-        if not np.isfinite(array).all():
-            raise ValueError("MatrixMap: matrix must be finite, got NaN or infinity")
+        if array.ndim != 2 or not np.isfinite(array).all():
+            must = "matrix must be finite, with two dimensions"
+            raise ValueError(f"MatrixMap: {must}, got {shown(matrix)}")
         super().__init__(array.shape[1], array.shape[0], torch.from_numpy(array))
 
     def _apply(self, values: Tensor, transpose: bool) -> Tensor:
@@ -311,9 +309,7 @@ def instructions(num_knots: int, num_points: int) -> tuple[float, float]:
 
 
 def prefers_matrix(num_knots: int, num_points: int) -> bool:
-    """Return whether a GPU multiplies by the dense matrix of a plan rather than sweep.
-
-    The number of columns does not count, since a column's result must not depend on it.
-    """
+    """Return whether a GPU multiplies by the dense matrix of a plan rather than sweep."""
+    # The number of columns does not count, since a column's result must not depend on it.
     dense, sweep = instructions(num_knots, num_points)
     return 0 < dense <= _WAITING * sweep

@@ -48,9 +48,9 @@ def spline_apply(
         ``[N, G, m]``; ``[n, G, m]`` with ``transpose``; or ``[num_rows, m]`` with ``scatter``.
 
     Raises:
-        RuntimeError: the arguments do not fit together, the schedule or an index is out of bounds,
-            or a row of the result is named twice. Entries are checked on the CPU only. On CUDA an
-            index out of bounds counts as -1, and a wrong schedule may lead anywhere in memory.
+        RuntimeError: the arguments do not fit together, or entries on the CPU are out of bounds or
+            name a row twice. On CUDA an index out of bounds counts as -1, and a wrong schedule may
+            lead anywhere in memory.
 
     Note:
         Every derivative with respect to the values exists, in reverse and forward mode, and under
@@ -205,28 +205,23 @@ def matern52_among(
 ) -> Tensor:
     """Return :func:`matern52` of some rows and columns of a contiguous matrix, ``[R, C]``.
 
-    ``rows`` and ``columns`` are int64. One out of bounds raises a RuntimeError on the CPU, and may
-    read anywhere in memory on CUDA.
+    ``rows`` and ``columns`` are int64; on CUDA, one out of bounds may read anywhere in memory.
     """
     where = rows, columns, _scale(length)
     return _run("matern52_among", "squared_distances", squared_distances, *where)
 
 
 def squared_distances(rows: Tensor, squares: Tensor, nothing: float) -> Tensor:
-    r"""Return the squared distances of all rows from each other, :math:`O(n^2 L)`.
+    r"""Return the squared distances of all rows from each other, exact to a few roundings.
 
-    They are sums of squared differences, so every distance is exact to a few roundings, however
-    small. A distance of at most ``nothing``, at least 0, times :math:`1 + s_a + s_b` is 0. ``rows``
-    are ``[n, L]``, contiguous, finite, float64 or float32, and their squared lengths s ``squares``.
+    A distance of at most ``nothing``, at least 0, times :math:`1 + s_a + s_b` is 0. ``rows`` are
+    ``[n, L]``, contiguous, finite, float64 or float32, and their squared lengths s ``squares``.
     """
     return _run("squared_distances", "rows", rows, squares, nothing)
 
 
 def inner_products(rows: Tensor) -> Tensor:
-    """Return the inner products of all rows, ``[n, n]``: symmetric to the bit, for half the work.
-
-    ``rows`` are ``[n, L]``, contiguous, float64 or float32.
-    """
+    """Return the inner products of contiguous rows ``[n, L]``, ``[n, n]``, symmetric to the bit."""
     return _run("inner_products", "rows", rows)
 
 

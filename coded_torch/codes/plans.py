@@ -70,7 +70,6 @@ class BatchPlan:
     Attributes:
         code: the code.
         batch_size, num_groups: B and G.
-        note: a warning about the plan, one line; mostly empty.
         choices: the choices by which missing answers of the output decoded last were predicted.
     """
 
@@ -82,6 +81,7 @@ class BatchPlan:
 
     @property
     def note(self) -> str:
+        """A warning about the plan, one line; mostly empty."""
         return ""
 
     def encode(self, values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._torch import placed, to_device
+from .._torch import to_device
 from ..input_space.metrics import METRICS, Features
 from ..input_space.ordering import Grouping
 from ..input_space.regression import Regression, RowPlan
@@ -140,16 +140,13 @@ class _RepetitionPlan(RowPlan, BatchPlan):
         # Dealt anew for each group, or a lost worker would be the same copy's in all of them.
         self._rows = grouping.rows.gather(0, torch.from_numpy(_dealt(points)).T)  # [N, G]
         self.code, self.num_groups = code, grouping.num_groups
-        self._placed: dict[tuple[Any, ...], Tensor] = {}  # copies of the rows, flat
 
     def encode(self, values: Tensor) -> Tensor:
         if values.shape[:1] != (self.batch_size,):
             must = f"values must have size {self.batch_size} along dim 0"
             got = tuple(values.shape)
             raise ValueError(f"{type(self.code).__name__}: {must}, got shape {got}")
-        device = values.device
-        flat = self._rows.flatten()
-        rows = placed(self, self._placed, device, lambda: to_device([flat], device)[0])
+        (rows,) = to_device([self._rows.flatten()], values.device)
         return values.index_select(0, rows).view(*self._rows.shape, *values.shape[1:])
 
     def _source(self, received: Tensor) -> Tensor:

@@ -118,8 +118,7 @@ def compare(
     for name, values in {"settings": settings, "seeds": seeds}.items():
         if not values:
             raise ValueError(f"compare: {name} must hold at least one, got none")
-    if schemes is not None and (isinstance(schemes, str) or not isinstance(schemes, Sequence)):
-        raise TypeError(f"compare: schemes must be a sequence of names, got {shown(schemes)}")
+    instance("compare", "schemes", schemes, Sequence, optional=True)
     received_sets = count("compare", "received_sets", received_sets)
     cut = max(1, len(calls) // 4) if tuning is None else tuning
     cut = count("compare", "tuning", cut, most=len(calls) - 1)
@@ -134,8 +133,7 @@ def compare(
             if classes is not None:
                 if [leaf.dim() for leaf in trial.exact] != [2]:
                     must = "labels must go with a module that returns [B, classes]"
-                    got = " and ".join(str(list(leaf.shape)) for leaf in trial.exact)
-                    raise ValueError(f"compare: {must}, got {got}")
+                    raise ValueError(f"compare: {must}, got {[[*x.shape] for x in trial.exact]}")
                 check_labels("compare", classes, trial.exact[0])
             if attack is not None:
                 count("compare", "faulty, of the workers received,", faulty, 1, min(map(len, sets)))

@@ -168,7 +168,6 @@ class Trial:
         self._inputs = Inputs(args, {}, in_dims)
         self._module, self._out_dims, self._most = module, out_dims, max_batch_size
         self.sets, self._workers = sets, sorted(set().union(*sets))
-        self._place = {worker: i for i, worker in enumerate(self._workers)}
         self._plans: dict[Any, tuple[BatchPlan, list[Tensor]]] = {}
         self._results: dict[int, list[Tensor]] = {}
         self.attack: tuple[Attack, int, int] | None = None  # the number of workers, the seed
@@ -223,7 +222,7 @@ class Trial:
         if len(received) < code.min_received:
             return [torch.full_like(exact, math.nan) for exact in self.exact]
         plan, results = self._planned(code, num_stragglers)
-        rows = [self._place[worker] for worker in received]
+        rows = [self._workers.index(worker) for worker in received]
         answers = []
         for i, result in enumerate(results):
             arrived = to_scale(self._attacked(result[rows], received), code.link)

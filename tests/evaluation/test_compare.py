@@ -295,7 +295,7 @@ ONES = [torch.ones(4, 1)] * 2
         ({"surrogate": 3}, "surrogate must be"),
         ({"attack": "noise"}, "attack must be"),
         ({"labels": ONES[:1]}, "labels must be .* of 2"),
-        ({"schemes": "regression"}, "schemes must be a seq"),
+        ({"schemes": "regression"}, "schemes must be names of"),
         ({"schemes": ["x"]}, "schemes must be names of .the"),
         ({"schemes": ["regression", "x"]}, r"schemes must be .* got \['regression', 'x'\]"),
     ],
@@ -315,7 +315,12 @@ class Pair(torch.nn.Module):
     [
         (torch.nn.Tanh(), torch.zeros(3, dtype=int), ValueError, r"have shape \(4,\), got \(3,\)"),
         (torch.nn.Tanh(), ONES[0], TypeError, r"be an integer tensor, got torch\.float32"),
-        (Pair(), torch.zeros(4, dtype=int), ValueError, r"go with .* \[B, classes\], got \[4, 1\]"),
+        (
+            Pair(),
+            torch.zeros(4, dtype=int),
+            ValueError,
+            r"go with .* got \[\[4, 1\], \[4",
+        ),
     ],
     ids=str,
 )
