@@ -5,7 +5,7 @@ An argument of the wrong type raises a TypeError, an argument out of its domain 
 
 from importlib.metadata import version
 
-from . import codes, functional, linear, nn, stragglers, surrogates, workers
+from . import codes, linear, nn, stragglers, surrogates, workers
 from .codes import DeadlineExceeded, NotEnoughResults
 from .evaluation.compare import compare
 from .evaluation.tune import tune
@@ -14,5 +14,5 @@ from .nn import CodedWrapper, Report, Waiting
 
 __version__ = version("coded_torch")
 __all__ = ["CodedWrapper", "DeadlineExceeded", "NotEnoughResults", "Regression", "Report"]
-__all__ += ["Waiting", "codes", "compare", "functional", "linear", "nn", "stragglers"]
+__all__ += ["Waiting", "codes", "compare", "linear", "nn", "stragglers"]
 __all__ += ["surrogates", "tune", "workers"]

@@ -21,7 +21,7 @@ LAYERS = (
     {"verification"},
     {"scheduling", "codes", "surrogates"},
     {"input_space", "workers"},
-    {"functional", "open_inference"},
+    {"open_inference"},
     {"linear"},
     {"ops"},
     {"_extension", "stragglers"},

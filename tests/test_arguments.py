@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coded_torch import Regression, codes, compare, functional, linear, nn, tune, workers
+from coded_torch import Regression, codes, compare, linear, nn, tune, workers
 from coded_torch import stragglers as laws
 from coded_torch._arguments import MOST_WORKERS, count, dense, real
 from coded_torch.codes import curves
@@ -47,8 +47,6 @@ CALLS = [
     (linear.MatrixMap([[1.0]]), {"values": torch.ones(1), "dim": 0}),
     (linear.SplineMap, {"knots": [0.0, 1.0, 2.0], "points": [0.5], "smoothing": 0.0,
                         "weights": None}),
-    (functional.smoothing_spline, {"values": torch.ones(3), "knots": [0.0, 1.0, 2.0],
-                                   "points": [0.5], "smoothing": 0.0, "weights": None, "dim": 0}),
     (ordering.Grouping, {"order": [1, 0], "num_data": 2}),
     (ordering.similarity_order, {"distances": torch.ones(2, 2)}),
     (curves.chebyshev_first, {"num_points": 3}),
@@ -181,7 +179,7 @@ def test_every_public_class_and_function_is_tried():
     # Abstract ones, an exception, and what is not for callers to make.
     tried |= {codes.BatchPlan, codes.Code, codes.CurveCode, codes.FixedCode, linear.LinearMap}
     tried |= {codes.NotEnoughResults, codes.DeadlineExceeded, laws.Stragglers}
-    for module in (codes, linear, functional, ordering, curves, laws):
+    for module in (codes, linear, ordering, curves, laws):
         for name in {*module.__all__}:
             thing = getattr(module, name)
             if inspect.isclass(thing) or inspect.isroutine(thing):
@@ -222,7 +220,6 @@ def test_the_largest_code(name):
     [
         linear.SplineMap([0.0, 1.0, 2.0], [0.5]),
         linear.MatrixMap(torch.ones(2, 3)),
-        lambda x: functional.smoothing_spline(x, [0.0, 1.0, 2.0], [0.5]),
         lambda x: Regression().plan([x]),
         ordering.similarity_order,
     ],

@@ -20,7 +20,7 @@ PUBLIC = [
     "coded_torch",
     *(
         f"coded_torch.{name}"
-        for name in ("codes", "functional", "linear", "nn", "serve", "stragglers", "surrogates")
+        for name in ("codes", "linear", "nn", "serve", "stragglers", "surrogates")
     ),
     "coded_torch.workers",
 ]

@@ -180,7 +180,7 @@ def test_maps_from_and_to_nothing():
 @pytest.mark.parametrize("kind", ["chebyshev", "thinned"])
 @pytest.mark.parametrize(("n", "tolerance"), [(128, 3e-5), (1024, 3e-5), (4096, 1e-4)])
 def test_float32_is_enough_for_the_sweeps(n, tolerance, kind):
-    """Against float64, which test_functional.py holds to exact arithmetic."""
+    """Against float64, which test_spline_map.py holds to exact arithmetic."""
     rng = np.random.default_rng(n)
     knots, points = make_knots(kind, n, rng), rng.uniform(-1, 1, n // 2)
     roundings = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

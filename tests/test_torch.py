@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from coded_torch import codes, compare, functional
+from coded_torch import codes, compare
 from coded_torch._torch import fingerprint
 from coded_torch.evaluation.tune import tune
 from coded_torch.input_space.geometry import Geometry
@@ -97,7 +97,6 @@ def test_a_memory_and_wide_inputs_under_a_default_device():
 def test_maps_and_plans_under_a_default_device():
     x = randn(12, 5)
     assert unchanged(lambda: SplineMap([0.0, 1.0, 3.0], np.linspace(0, 3, 7))(x[:3]))
-    assert unchanged(lambda: functional.smoothing_spline(x[:3], [0.0, 1.0, 3.0], [0.5, 2.0]))
     assert unchanged(lambda: Geometry(x).squared_distances(0.01)[0])
     assert unchanged(lambda: Trace([[0.1, 0.2]]).sample(2))
     for make in CODES.values():

@@ -1,4 +1,4 @@
-"""smoothing_spline against exact arithmetic, SciPy, and its own limits."""
+"""Splines against exact arithmetic, SciPy, and its own limits."""
 
 import math
 
@@ -8,10 +8,14 @@ import pytest
 import scipy.interpolate
 import torch
 
-from coded_torch.functional import smoothing_spline
+from coded_torch.linear import SplineMap
 
 from . import reference
 from .splines import DTYPES, KNOTS, SMOOTHINGS, TOLERANCES, make_knots, make_points
+
+
+def smoothing_spline(values, knots, points, dim=0, **options):
+    return SplineMap(knots, points, **options)(values, dim)
 
 
 def exact(values, knots, points, smoothing, weights=None):
@@ -140,16 +144,6 @@ def test_dim():
         assert torch.equal(smoothing_spline(values, knots, points, dim=dim), want)
 
 
-def test_only_values_have_gradients():
-    t = torch.tensor([0.0, 1.0, 2.0], requires_grad=True)
-    for name in ("knots", "points", "weights"):
-        given = {"knots": [0.0, 1.0, 2.0], "points": [0.5]} | {name: t}
-        with pytest.raises(ValueError, match=f"^smoothing_spline: {name} must not require a grad"):
-            smoothing_spline(torch.ones(3), **given)
-    with torch.no_grad():
-        assert smoothing_spline(torch.ones(3), t, [0.5]) == 1
-
-
 NAN, INF = math.nan, math.inf
 
 
@@ -181,7 +175,7 @@ NAN, INF = math.nan, math.inf
         ({"weights": [1.0, NAN, 1.0]}, ValueError, "weights must be finite"),
         ({"values": torch.ones(4)}, ValueError, r"must have size 3 along dim 0, got .*\(4,\)"),
         ({"values": torch.ones(3, dtype=torch.int64)}, TypeError,
-         "smoothing_spline: values must be a dense, strided floating-point .*int64"),
+         "SplineMap: values must be a dense, strided floating-point .*int64"),
         ({"values": [1.0, 2.0, 3.0]}, TypeError, "values must be a dense, .*, got list"),
         ({"values": torch.tensor(1.0)}, ValueError, "dim of values must be at most -1, got 0"),
         ({"dim": 1}, ValueError, "dim of values must be at most 0, got 1"),
