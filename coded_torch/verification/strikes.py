@@ -37,7 +37,6 @@ class Strikes:
     Attributes:
         excluded: the workers that get no parts until they are restarted.
         tolerance: results of a row agree if they differ by no more, in spreads of the outputs.
-        whole: whether results depend on the rows beside them, so only whole parts are compared.
         stopped: why nothing is verified any more, or "".
         scores: the scores of results.
     """
@@ -45,7 +44,7 @@ class Strikes:
     def __init__(self, pool: Any, share: float, generator: random.Random | None = None) -> None:
         self.pool, self.share, self.random = pool, share, generator or secrets.SystemRandom()
         self.excluded: set[int] = set()
-        self.tolerance, self.whole, self.stopped = 0.0, False, ""
+        self.tolerance, self.stopped = 0.0, ""
         self.scores = Scores()
         self._strikes: dict[int, int] = {}
         self._clean: Counter[int] = Counter()
@@ -106,9 +105,6 @@ class Strikes:
         plain = tuple(map(tuple, parts))
         if self.stopped or len(self.workers) < 2:
             return plain, frozenset(), 0.0
-        if self.whole:  # parts are asked for twice
-            twice = tuple(part for part in plain if self.random.random() < self.share)
-            return (*plain, *twice), frozenset().union(*twice), self.share
         share = self.often if all(map(self.fresh, self.workers)) else self.share
         chosen = [self.sample(part, share) for part in plain]
         rows = frozenset().union(*chosen)
@@ -168,8 +164,8 @@ class Strikes:
             if difference <= most:
                 self.tolerance = max(self.tolerance, 2 * difference)
                 return f"honest results differ by {difference:.1e} of the outputs' spread"
-            self.whole = True
-            return f"results depend on the rows beside them, by {difference:.1e} of their spread"
+            self.stopped = f"results depend on the rows beside them, by {difference:.1e} spreads"
+            return ""
 
     def undecided(self, count: int = 1) -> None:
         """Count a trial that showed nothing."""
