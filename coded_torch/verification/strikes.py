@@ -20,8 +20,9 @@ __all__ = ["LEARNABLE", "Strikes"]
 # many of its rows were clean. More finds faults sooner and costs work at the start; not tuned.
 _OFTEN, _PROBATION = 10, 30
 _HALVING = 2_000  # calls after which strikes count half, so that rare accidents do not add up
-#: The largest tolerance that is learnt, in spreads of the outputs. Half precision differs by up to
-#: .01; results that are off by .06 begin to change classes (benchmarks verification, left).
+#: The largest difference that is taken for rounding, in spreads of the outputs. Half precision
+#: differs by up to .01; results that are off by .06 begin to change classes (benchmarks
+#: verification, left).
 LEARNABLE = 0.03
 _UNDECIDED = 10  # trials that showed nothing, after which the module is taken for random
 
@@ -158,10 +159,10 @@ class Strikes:
                 self.stopped = "results of several workers differ when they are asked again"
             return False
 
-    def learn(self, difference: float, most: float = LEARNABLE / 2) -> str:
+    def learn(self, difference: float) -> str:
         """Take a difference between honest results for rounding, if it is small; return a note."""
         with self._lock:
-            if difference <= most:
+            if difference <= LEARNABLE:
                 self.tolerance = max(self.tolerance, 2 * difference)
                 return f"honest results differ by {difference:.1e} of the outputs' spread"
             self.stopped = f"results depend on the rows beside them, by {difference:.1e} spreads"
