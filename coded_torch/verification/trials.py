@@ -39,9 +39,8 @@ class Trials:
 
     Attributes:
         first: the parts that were asked for first, with their check rows.
-        answers: by row, the number of the part whose result counts. A row is missing if only a
-            worker computed it that is now excluded.
-        owners: by row, the worker that computed the answer, if it is not doubted.
+        answers, owners: by row, the number of the part whose result counts, and the worker that
+            computed it, if it is not doubted. A row is missing if only excluded workers had it.
         doubted: the workers that were struck or excluded, or are party to an undecided dispute.
         verified, unverified, disputes, corrected, strikes, excluded, notes: the attributes of
             :class:`coded_torch.Report`, sets of rows for tensors.
@@ -59,10 +58,10 @@ class Trials:
         self.doubted, self.notes = set[int](), tuple[str, ...]()
         self.asked: list[tuple[int, ...]] = []  # the rows of all parts, by number
         self.worker: dict[int, int] = {}  # the worker of each good part
-        self.parts: dict[int, list[int]] = {}  # the parts with a result of each row, in order
+        self.parts: dict[int, list[int]] = {}  # the parts whose result of a row counts, in order
         self.wanted, self.missed = set[int](), set[int]()  # rows to check, and not checked in time
-        self.void: set[int] = set()  # parts whose results do not count
-        self.undecided: set[tuple[int, int]] = set()  # two parts that differ
+        self.void = set[int]()  # parts whose results do not count
+        self.undecided = set[tuple[int, int]]()  # two parts that differ
         self._fresh, self._renewed, self._failed = set[int](), set[int](), set[int]()
 
     def prepare(self) -> None:
@@ -135,14 +134,18 @@ class Trials:
         self._renewed |= {event.worker} if part in self._fresh else set()
         if event.ok:
             self.worker[part] = event.worker
-            for row in self.asked[part]:
+            for row in self.asked[part] if part not in self.void else ():
                 self.parts.setdefault(row, []).append(part)
-            return event
-        self._failed.add(part)
-        if self.worker.pop(part, None) is not None:  # taken back, as it is unlike most others
-            for row in self.asked[part]:
-                self.parts[row].remove(part)
+        else:
+            self._failed.add(part)
+            if self.worker.pop(part, None) is not None:  # taken back, as it is unlike most others
+                self._remove({part})
         return event
+
+    def _remove(self, parts: set[int]) -> None:
+        """Let results no longer count."""
+        for row in {row for part in parts for row in self.asked[part]}:
+            self.parts[row] = [part for part in self.parts.get(row, ()) if part not in parts]
 
     def _find(self, soon: float) -> _Doing:
         """Check rows, and settle disputes. Checks in parts of the first ask may come until soon."""
@@ -151,13 +154,12 @@ class Trials:
             yield from self._expel(worker)  # another call excluded it meanwhile
         if self.until > self.now:
             lacking = self.wanted - self._compared()[0]
-            coming = {n for n, rows in enumerate(self.asked) if not lacking.isdisjoint(rows)}
-            coming -= self.worker.keys()
-            if soon > self.now:
-                lost = coming & self._failed
-                coming = lost | (yield from self._wait(coming - lost, min(soon, self.until)))
+            late = {n for n, rows in enumerate(self.asked) if not lacking.isdisjoint(rows)}
+            late -= self.worker.keys()
+            yield from self._wait(late - self._failed, min(soon, self.until))
+            late -= self.worker.keys()
             # A drawn row whose check is late stays unchecked: to ask again would delay the call.
-            self.missed = lacking & {row for n in coming for row in self.asked[n]}
+            self.missed = lacking & {row for n in late for row in self.asked[n]}
             more = self._of_fresh() | self.results.odd(self._answers())
             self.wanted |= more
             self.missed -= more
@@ -177,10 +179,7 @@ class Trials:
 
     def _answers(self) -> dict[int, int]:
         """Return the part whose result counts, by row."""
-        if not self.void:
-            return {row: parts[0] for row, parts in self.parts.items() if parts}
-        left = {row: [x for x in parts if x not in self.void] for row, parts in self.parts.items()}
-        return {row: parts[0] for row, parts in left.items() if parts}
+        return {row: parts[0] for row, parts in self.parts.items() if parts}
 
     def _compared(self) -> tuple[set[int], dict[tuple[int, int], list[int]]]:
         """Return the rows that another worker computed alike, and the rows that differ.
@@ -193,7 +192,7 @@ class Trials:
             for row, parts in self.parts.items()
             if len(parts) > 1 and row in answers
             for other in parts
-            if other not in self.void and worker[other] != worker[answers[row]]
+            if worker[other] != worker[answers[row]]
         }
         alike, disputes = set[int](), dict[tuple[int, int], list[int]]()
         for pair, by in zip(pairs, self.results.differences(list(pairs)), strict=True):
@@ -349,6 +348,7 @@ class Trials:
             self._note(f"worker {worker} computes otherwise: {record.learn(difference)}")
             return
         self.void.add(part)
+        self._remove({part})
         self.doubted.add(worker)
         while True:
             self.strikes[worker] = self.strikes.get(worker, 0) + 1
@@ -363,6 +363,7 @@ class Trials:
     def _expel(self, worker: int) -> _Doing:
         """Let no result of a worker count, and have its rows computed by others."""
         self.void |= {part for part, by in self.worker.items() if by == worker}
+        self._remove(self.void)
         self.doubted.add(worker)
         for _ in range(_TRIES):
             if lacking := tuple(sorted(self.parts.keys() - self._answers().keys())):
