@@ -48,17 +48,15 @@ class Conditions:
     lognormal factor.
 
     Args:
-        spread: the standard deviation of the factor's logarithm, at least 0. Defaults to 0.15.
-        straggling: the probability that a part runs 5 to 50 times as long (log-uniform). Defaults
-            to 0.
-        slow: the share of time in which a worker is 3 to 10 times as slow (log-uniform). Spells are
-            exponential, of 100 mean times between two calls. Defaults to 0.
-        dead: the probability that a part fails, after ``dead_after``. Defaults to 0.
-        dead_after: the time after which a part fails, positive. Defaults to 100.
+        spread: the standard deviation of the factor's logarithm, at least 0.
+        straggling: the probability that a part runs 5 to 50 times as long (log-uniform).
+        slow: the share of time in which a worker is 3 to 10 times as slow (log-uniform), in
+            exponential spells of 100 mean times between two calls.
+        dead, dead_after: the probability that a part fails, and the time after which it does.
         bursts: the mean time between two bursts (exponential), in each of which a fifth of the
-            workers, side by side, pause for 10. Defaults to infinity, no bursts.
+            workers, side by side, pause for 10. Infinity: no bursts.
         delays: a law of further time, drawn once a call for each worker. A part with an infinite
-            delay fails after ``dead_after``. Defaults to None, no delays.
+            delay fails after ``dead_after``. None: no delays.
     """
 
     spread: float = 0.15
@@ -123,7 +121,8 @@ def simulate(
 
     Calls arrive as a Poisson process. An idle worker begins the next part that is still wanted, and
     computes it to its end. All policies meet the same faults under the same seed. Faults of a first
-    ask depend on call and part, slow spells and bursts on worker and time.
+    ask depend on call and part, slow spells and bursts on worker and time. The cost is some ten
+    microseconds a part.
 
     Args:
         policy: a :class:`~coded_torch.Waiting`, or any object that has its ``decide``. If it asks
@@ -136,9 +135,6 @@ def simulate(
         num_columns: N, for a policy that asks all at once. Defaults to ``num_workers``.
         seed: the seed of all draws. Defaults to 0.
 
-    Note:
-        The cost is some ten microseconds a part.
-
     Example:
         >>> from coded_torch import Waiting
         >>> from coded_torch.scheduling.simulation import Conditions, simulate
@@ -149,9 +145,9 @@ def simulate(
         3.7
         41.9
     """
-    numbers = {"num_workers": num_workers, "num_parts": num_parts, "num_requests": num_requests}
-    for argument, value in numbers.items():
-        count("simulate", argument, value)
+    count("simulate", "num_workers", num_workers)
+    count("simulate", "num_parts", num_parts)
+    count("simulate", "num_requests", num_requests)
     instance("simulate", "conditions", conditions, Conditions)
     real("simulate", "load", load, "in (0, 1)", lambda x: 0 < x < 1)
     num_rows, unit_rows = num_parts * _PART_ROWS, 1
@@ -249,8 +245,6 @@ class _Pool:
 
     def go_on(self) -> None:
         """Handle the next event, and let idle workers begin parts that are wanted."""
-        if not self._events:
-            raise RuntimeError("simulate: calls are open, but no event can come any more")
         self.now, _, do, what = heapq.heappop(self._events)
         do(what)
         passed = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .._arguments import count, instance, positive, real
@@ -93,34 +93,13 @@ class Waiting:
             )
 
     def decide(
-        self,
-        history: History,
-        first: Sequence[Sequence[int]],
-        *,
-        needed: int,
-        least: int = 1,
-        unit_rows: int = 1,
-        spare: Sequence[int] | None = None,
-        since: float = 0.0,
-        idle: Callable[[], int] = lambda: 1,
-        reserve: float = 0.0,
+        self, history: History, first: Sequence[Sequence[int]], **options: Any
     ) -> Generator[Decision, Event, Ended]:
         """Yield the decisions of one call; ``coded_torch.scheduling`` has the protocol.
 
-        Args:
-            history: the history of the same module on the same pool.
-            first: the units of each part of the first ask.
-            needed: the number of units with a good result that complete the call: B or N - S.
-            least: the least number of units that can be decoded. Defaults to 1.
-            unit_rows: the rows of a unit. Defaults to 1.
-            spare: the columns that are not in ``first``, any of which stands in for any column.
-                Defaults to None: units are rows, for which only the same rows stand in.
-            since: the time at which the call began. Defaults to 0.
-            idle: a callable that returns the number of idle workers. Defaults to one worker.
-            reserve: seconds before the deadline that predicting takes. Defaults to 0.
+        The arguments are those of :class:`~coded_torch.scheduling.policy.Call`.
         """
-        call = Call(self, history, first, needed, unit_rows, spare, since, idle)
-        return call.decisions(least, reserve)
+        return Call(self, history, first, **options).decisions()
 
     def _set(self, argument: str, value: Any) -> None:
         object.__setattr__(self, argument, value)
