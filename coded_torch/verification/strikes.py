@@ -62,18 +62,12 @@ class Strikes:
 
     @property
     def everyone(self) -> set[int]:
-        """The workers, excluded or not."""
         return set(self.pool.places)
 
     @property
     def workers(self) -> set[int]:
         """The workers that are not excluded."""
         return self.everyone - self.excluded
-
-    @property
-    def jury(self) -> int:
-        """The votes that decide. With two of five, a colluding pair would convict others."""
-        return 3 if len(self.workers) >= 5 else 2
 
     @property
     def often(self) -> float:
@@ -95,8 +89,7 @@ class Strikes:
     ) -> tuple[tuple[tuple[int, ...], ...], frozenset[int], float]:
         """Begin a call: draw rows, and hide each in another part, so that no round is added.
 
-        The workers of parts are not known yet, so more rows are drawn only if all workers are on
-        probation. Returns the parts with the rows to check, these rows, and their share.
+        Returns the parts with the rows to check, these rows, and their share.
         """
         with self._lock:
             self._calls += 1
@@ -106,19 +99,19 @@ class Strikes:
         plain = tuple(map(tuple, parts))
         if self.stopped or len(self.workers) < 2:
             return plain, frozenset(), 0.0
+        # More only if all workers are on probation, as the workers of parts are not known yet.
         share = self.often if all(map(self.fresh, self.workers)) else self.share
         chosen = [self.sample(part, share) for part in plain]
         rows = frozenset().union(*chosen)
         if rows and idle > len(plain) and max(map(len, plain)) == 1:
             # In a part of one row a check would take as long again, and others are idle.
             return (*plain, tuple(sorted(rows))), rows, share
-        hidden = [set(part) for part in plain]
-        if len(plain) > 1:
-            # In turn, as the part with most rows is waited for.
-            holders = itertools.cycle(self.random.sample(range(len(plain)), len(plain)))
-            for i, some in enumerate(chosen):
-                for row in some:
-                    hidden[next(j for j in holders if j != i)].add(row)
+        hidden = [list(part) for part in plain]
+        # In turn, as the part with most rows is waited for.
+        holders = itertools.cycle(self.random.sample(range(len(plain)), len(plain)))
+        for i, some in enumerate(chosen if len(plain) > 1 else ()):
+            for row in some:
+                hidden[next(j for j in holders if j != i)].append(row)
         return tuple(tuple(sorted(part)) for part in hidden), rows, share
 
     def passed(self, workers: Iterable[int]) -> None:
@@ -137,7 +130,7 @@ class Strikes:
     def strike(self, worker: int) -> bool:
         """Count a wrong result, and return whether its worker is excluded from now on.
 
-        A random module gives strikes to all workers alike. So it takes many more than the others
+        A random module gives strikes to all workers alike, so it takes many more than the others
         have: by chance an honest worker is out in one of 10,000 modules' lives.
         """
         with self._lock:

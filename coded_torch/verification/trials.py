@@ -268,11 +268,11 @@ class Trials:
     def _trial(self, a: int, b: int, rows: list[int]) -> Generator[Decision, Event, bool]:
         """Have others compute two parts exactly as they were asked; return whether it decided.
 
-        So results differ only if they are wrong or random. If both parts are confirmed, results
-        depend on the rows beside them.
+        If both parts are confirmed, results depend on the rows beside them.
         """
         record, heard = self.record, {self.worker[a], self.worker[b]}
-        need = min(record.jury - 1, len(record.workers - heard))
+        # With two votes of five workers, a colluding pair would convict others.
+        need = min(2 if len(record.workers) >= 5 else 1, len(record.workers - heard))
         parts = (a,) if self.asked[a] == self.asked[b] else (a, b)
         everyone, many = record.everyone, len(parts)
         votes = defaultdict[str, list[tuple[int, int]]](list)
