@@ -91,13 +91,13 @@ class Waiting:
         object.__setattr__(self, argument, value)
 
     def decide(
-        self, history: History, first: Sequence[Sequence[int]], **options: Any
+        self, history: History, first: Sequence[Sequence[int]], *, needed: int, **options: Any
     ) -> Generator[Decision, Event, Ended]:
         """Yield the decisions of one call; ``coded_torch.scheduling`` has the protocol.
 
         The arguments are those of :class:`~coded_torch.scheduling.policy.Call`.
         """
-        return Call(self, history, first, **options).decisions()
+        return Call(self, history, first, needed=needed, **options).decisions()
 
     @staticmethod
     def first(num_stragglers: int | None = None, *, deadline: float | None = None) -> Waiting:
