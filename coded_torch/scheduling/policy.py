@@ -75,7 +75,7 @@ class _Part:
         return any(part.failure.kind for part in self.line)
 
     @property
-    def is_unsuspected(self) -> bool:  # it may still settle, and nothing failed at its units before
+    def is_unsuspected(self) -> bool:  # open, and nothing failed at its units before
         return self.state < _GOOD and not self.suspect
 
     @property
@@ -89,13 +89,13 @@ class Call:
     def __init__(
         self,
         waiting: Waiting,
-        history: History,  # of the same module on the same pool
+        history: History,  # the history of the same module on the same pool
         first: Sequence[Sequence[int]],  # the units of each part of the first ask
         *,
         needed: int,  # the number of units that complete the call: B or N - S
         least: int = 1,  # the number of units that can be decoded
         unit_rows: int = 1,
-        spare: Sequence[int] | None = None,  # columns that stand in for any other; None: by rows
+        spare: Sequence[int] | None = None,  # the columns that stand in for any column; None: rows
         since: float = 0.0,  # the time at which the call began
         idle: Callable[[], int] = lambda: 1,  # returns the number of idle workers
         reserve: float = 0.0,  # seconds before the deadline that predicting takes

@@ -1,8 +1,7 @@
-r"""Simulation of waiting policies: thousands of open calls on one clock.
+"""Simulation of waiting policies: thousands of open calls on one clock.
 
-:func:`simulate` drives the generator of decisions that a wrapper drives over real workers,
-``Waiting.decide``. Its workers exist only as a queue and a state under
-:class:`Conditions`. The unit of time is the median of a part of the first ask without faults.
+:func:`simulate` drives the generator of decisions that a wrapper drives over real workers. The unit
+of time is the median of a part of the first ask without faults.
 """
 
 from __future__ import annotations
@@ -46,25 +45,19 @@ class Conditions:
 
     A part with the share r of the rows of a part of the first ask runs for ``0.1 + 0.9 r``, times a
     lognormal factor.
-
-    Args:
-        spread: the standard deviation of the factor's logarithm, at least 0.
-        straggling: the probability that a part runs 5 to 50 times as long (log-uniform).
-        slow: the share of time in which a worker is 3 to 10 times as slow (log-uniform), in
-            exponential spells of 100 mean times between two calls.
-        dead, dead_after: the probability that a part fails, and the time after which it does.
-        bursts: the mean time between two bursts (exponential), in each of which a fifth of the
-            workers, side by side, pause for 10. Infinity: no bursts.
-        delays: a law of further time, drawn once a call for each worker. A part with an infinite
-            delay fails after ``dead_after``. None: no delays.
     """
 
-    spread: float = 0.15
-    straggling: float = 0.0
+    spread: float = 0.15  #: the standard deviation of the factor's logarithm, at least 0
+    straggling: float = 0.0  #: the probability that a part runs 5 to 50 times as long (log-uniform)
+    #: The share of time in which a worker is 3 to 10 times as slow (log-uniform), in exponential
+    #: spells of 100 mean times between two calls.
     slow: float = 0.0
-    dead: float = 0.0
-    dead_after: float = 100.0
+    dead: float = 0.0  #: the probability that a part fails
+    dead_after: float = 100.0  #: the time after which a part fails, positive
+    #: The mean time between two bursts (exponential), in each of which a fifth of the workers, side
+    #: by side, pause for 10.
     bursts: float = math.inf
+    #: A law of further time, drawn once a call for each worker. An infinite delay fails a part.
     delays: Stragglers | None = None
 
     def __post_init__(self) -> None:
@@ -85,21 +78,13 @@ class Conditions:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The outcome of simulated calls under one policy.
+    """The outcome of simulated calls under one policy."""
 
-    Attributes:
-        latencies: float64 ``[num_requests]``, from arrival to end, in medians of a part.
-        predicted: float64 ``[num_requests]``, the share of rows that no worker answered.
-        calls: the parts that workers began, in multiples of the parts of the first asks.
-        work: the rows that workers began, in multiples of the rows of all batches.
-        ended: the number of calls that ended for each reason.
-    """
-
-    latencies: NDArray[np.float64]
-    predicted: NDArray[np.float64]
-    calls: float
-    work: float
-    ended: Counter[str]
+    latencies: NDArray[np.float64]  #: ``[num_requests]``, arrival to end, in medians of a part
+    predicted: NDArray[np.float64]  #: ``[num_requests]``, the share of rows that no worker answered
+    calls: float  #: the parts that workers began, in multiples of the parts of the first asks
+    work: float  #: the rows that workers began, in multiples of the rows of all batches
+    ended: Counter[str]  #: the number of calls that ended for each reason
 
     def percentile(self, percent: float) -> float:
         """Return a percentile of the latencies."""

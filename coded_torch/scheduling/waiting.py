@@ -95,7 +95,7 @@ class Waiting:
     ) -> Generator[Decision, Event, Ended]:
         """Yield the decisions of one call; ``coded_torch.scheduling`` has the protocol.
 
-        The arguments are those of :class:`~coded_torch.scheduling.policy.Call`.
+        :class:`~coded_torch.scheduling.policy.Call` describes the arguments.
         """
         return Call(self, history, first, needed=needed, **options).decisions()
 

@@ -34,21 +34,16 @@ class Strikes:
         pool: the pool, whose places are the workers, and which excludes workers if it can.
         share: the share of rows that are checked.
         generator: draws the rows. Defaults to the secret one of the operating system.
-
-    Attributes:
-        excluded: the workers that get no parts until they are restarted.
-        tolerance: results of a row agree if they differ by no more, in spreads of the outputs.
-        stopped: why nothing is verified any more, or "".
-        scores: the scores of results.
     """
 
     def __init__(self, pool: Any, share: float, generator: random.Random | None = None) -> None:
         self.pool, self.share, self.random = pool, share, generator or secrets.SystemRandom()
-        self.excluded: set[int] = set()
-        self.tolerance, self.stopped = 0.0, ""
+        self.excluded: set[int] = set()  #: the workers that get no parts until they are restarted
+        self.tolerance = 0.0  #: results of a row agree up to this, in spreads of the outputs
+        self.stopped = ""  #: the reason if nothing is verified any more
         self.scores = Scores()
         self._strikes: dict[int, int] = {}
-        self._clean: Counter[int] = Counter()
+        self._clean: Counter[int] = Counter()  # the checks that a worker passed since a strike
         self._calls = self._undecided = 0
         self._lock = threading.Lock()
 

@@ -36,25 +36,22 @@ class Trials:
         waiting: the policy that is followed first.
         inputs: floating-point tensors, ``[B, ...]`` each, by which results are scored.
 
-    Attributes:
-        first: the parts that were asked for first, with their check rows.
-        answers, owners: by row, the number of the part whose result counts, and the worker that
-            computed it, if it is not doubted. A row is missing if only excluded workers had it.
-        doubted: the workers that were struck or excluded, or are party to an undecided dispute.
-        verified, unverified, disputes, corrected, strikes, excluded, notes: the attributes of
-            :class:`coded_torch.Report`, sets of rows for tensors.
+    The attributes from ``verified`` to ``notes`` are of :class:`coded_torch.Report`, sets of rows
+    for tensors.
     """
 
     results: Results
-    first: tuple[tuple[int, ...], ...] = ()
+    first: tuple[tuple[int, ...], ...] = ()  #: the parts of the first ask, with their check rows
 
     def __init__(self, record: Strikes, waiting: Any = None, inputs: Sequence[Tensor] = ()) -> None:
         self.record, self.waiting, self._inputs = record, waiting, inputs
         self._out = frozenset(record.excluded)
-        self.answers, self.owners = dict[int, int](), dict[int, int]()
         self.verified, self.unverified, self.corrected = set[int](), set[int](), set[int]()
         self.disputes, self.strikes, self.excluded = 0, dict[int, int](), tuple[int, ...]()
-        self.doubted, self.notes = set[int](), tuple[str, ...]()
+        self.notes = tuple[str, ...]()
+        self.answers = dict[int, int]()  #: the part whose result counts, by row, where there is one
+        self.owners = dict[int, int]()  #: the worker that computed the answer, if it is not doubted
+        self.doubted = set[int]()  #: struck or excluded workers, and parties to undecided disputes
         self.asked: list[tuple[int, ...]] = []  # the rows of all parts, by number
         self.worker: dict[int, int] = {}  # the worker of each good part
         self.parts: dict[int, list[int]] = {}  # the parts whose result of a row counts, in order
