@@ -15,7 +15,7 @@ from coded_torch.input_space.geometry import Geometry
 from coded_torch.input_space.metrics import METRICS, leaves_of, transforms
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Uniform
-from coded_torch.surrogates import Memory, distill, distillation, memory
+from coded_torch.surrogates import Memory, distill, memory
 from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers
 
 from .nn.modules import WAYS, divided, rand
@@ -100,7 +100,7 @@ def test_the_oldest_go_first_and_memory_is_bounded():
         known.rebuild()
         assert len(known) <= 100
     kept = sum(len(outputs) for _, outputs in known._rows)
-    assert kept == len(known) == 100
+    assert kept == len(known) == 85
     (old,) = known.predict([rand(17, 4, seed=0)])
     (new,) = known.predict([rand(17, 4, seed=29)])
     torch.testing.assert_close(new, torch.full((17, 1), 29.0), rtol=0, atol=0.1)
@@ -463,56 +463,14 @@ def test_augmented_inputs_are_learnt_too():
     assert seen == [36]
 
 
-def test_half_of_what_is_learnt_is_mixtures_as_codes_make_them():
-    seen = []
-
-    class Asked(nn.Module):
-        def forward(self, x):
-            seen.append(x)
-            return x[:, :3]
-
-    torch.manual_seed(0)
-    distill(nn.Linear(40, 3), Asked(), [torch.eye(40)] * 2, epochs=1, noise=0.0, progress=False)
-    taught = seen[-1]
-    torch.testing.assert_close(taught.sum(1), torch.ones(40))
-    assert int((taught.max(1).values == 1).sum()) == 20  # as they are
-    mixtures = taught[20:]
-    assert int((mixtures < -0.01).sum(1).max()) == 2  # beyond the line between two others
-    assert mixtures.min() > -0.3
-
-
-def test_modules_need_not_bear_every_mixture():
-    """Some lie where the logarithm is no number."""
-
+def test_a_student_must_reach_a_finite_error():
     class Logarithm(nn.Module):
         def forward(self, x):
             return x.log()
 
-    x = 0.1 + torch.rand(600, 4, generator=torch.Generator().manual_seed(0))
-    small = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4))
-    assert distill(small, Logarithm(), [x], epochs=60, progress=False) < 0.1
-    alike = nn.Sequential(Logarithm(), nn.Linear(4, 4))
-    assert distill(alike, Logarithm(), [x], epochs=60, progress=False) < 0.5
+    x = torch.rand(60, 4, generator=torch.Generator().manual_seed(0))
     with pytest.raises(RuntimeError, match="student must reach a finite error"):
-        distill(small, Logarithm(), [x - 0.5], epochs=1, progress=False)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_mixtures_of_large_numbers_in_half_precision_are_finite(dtype):
-    x = (3e4 + 1e4 * torch.rand(64, 2, generator=torch.Generator().manual_seed(0))).to(dtype)
-    seen = []
-
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(2))
-
-        def forward(self, x):
-            seen.append(x)
-            return self.scale * (x.float() / 4e4)
-
-    distill(Scaled(), Scaled(), [x], epochs=1, noise=0.0, progress=False)
-    assert all(batch.isfinite().all() for batch in seen)
+        distill(nn.Linear(4, 4), Logarithm(), [x - 0.5], epochs=1, progress=False)
 
 
 def test_a_memory_goes_on_learning_in_a_forked_process():
@@ -546,7 +504,7 @@ def test_a_poor_surrogate_has_no_weight_where_results_predict_each_other_well():
 
 
 def test_a_student_must_return_what_the_module_returns():
-    with pytest.raises(ValueError, match=r"student must return shapes \[\(2, 4\)\].* got \[\(2, 1"):
+    with pytest.raises(ValueError, match=r"student must return shapes \[\(4,\)\].* got \[\(1,"):
         distill(nn.Linear(3, 1), nn.Linear(3, 4), [torch.randn(8, 3)])
 
 
@@ -577,8 +535,8 @@ def test_distilling_needs_gradients_to_be_possible():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batches": []}, "batches must hold four rows, .*, got no batch"),
-        ({"batches": [rand(1, 4)]}, "batches must hold four rows, .*, got 1 in 1"),
+        ({"batches": []}, "batches must hold four rows, .*, got 0"),
+        ({"batches": [rand(1, 4)]}, "batches must hold four rows, .*, got 1"),
         ({"batches": [(rand(3, 4), rand(2, 4))]}, r"tensors of one batch size .* got \[\(3, 4\), "),
         ({"student": 3}, "student must be of type Module, got int"),
         ({"module": 3}, "module must be of type Module, got int"),
@@ -639,7 +597,6 @@ def test_surrogates_go_where_the_wrapper_goes():
 
 def test_a_step_of_one_row_is_left_out():
     small = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
-    assert len(distillation._divided([rand(1211, 4)])[0]) % 64 == 1
     distill(small, teacher(), [rand(1211, 4).float()], epochs=1, progress=False)
 
 

@@ -1,8 +1,8 @@
 """Decisions of a policy that asks for parts, hedges late ones and ends a call, and its events.
 
 A unit is a row of the batch, or a column of a code. A part is a tuple of units. A policy does no
-waiting itself: ``Waiting.decide`` is a generator of decisions that is sent events. A wrapper drives
-it over real workers, and ``simulation`` over thousands of calls on one clock, by this protocol::
+waiting itself: ``Waiting.decide`` is a generator of decisions that is sent events, by this
+protocol::
 
     policy = waiting.decide(history, first, needed=len(rows), idle=lambda: request.idle)
     event = None
@@ -19,7 +19,7 @@ it over real workers, and ``simulation`` over thousands of calls on one clock, b
             case Wait(until): event = ...  # Began, Settled, or None at the time `until`
 
 Parts are numbered 0, 1, 2, ... in the order in which they are asked. All times are seconds on one
-clock. A driver answers ``Wait(math.inf)`` with None if nothing can come any more. It may close the
+clock. A driver answers ``Wait(math.inf)`` with None if nothing can come any more, and may close the
 generator at any time. Only a call that has :class:`Ended` changes the history of latencies.
 """
 
@@ -74,8 +74,8 @@ class Failure(NamedTuple):
 class Settled(NamedTuple):
     """A part has ended ``latency`` seconds after it began, with a good result or a failure.
 
-    A second event for the same part, not ``ok``, takes back a result that turned out to be unlike
-    most others. The worker is -1 if no worker had the part.
+    A second event, not ``ok``, takes back a result that turned out to be unlike most others. The
+    worker is -1 if no worker had the part.
     """
 
     part: int

@@ -194,39 +194,34 @@ class History:
 #: results. MOST_ROWS in input_space/selection.py has the error by size.
 BLOCKS = 4096, 512, 0
 _REMEMBERED = 16  # predictions; not tuned
-_RETRY = 32  # calls without time for a regression, after which the slowest one is forgotten
 # A regression of n rows takes 5e-3 + 6e-8 n^2 seconds on one core (64 to 4,096 rows of 784
 # features, a third of them predicted; measured once, no benchmark keeps it). The factor of a
 # machine, a module and its surrogates is measured call by call.
 _FIT, _FIT_ROWS = 5e-3, 6e-8
+_FEW = 512  # rows, below which the mean takes as long as none
 _LATE = 5e-3  # seconds by which a busy machine wakes a thread late (benchmarks/resilience.py)
 _RESERVED = 1.25  # times the usual time are kept, so that few predictions are late; not tuned
 
 
 class PredictionTimes:
-    """The times that the latest predictions took, relative to a quiet core."""
+    """The times that the latest predictions took, relative to a quiet core, by their blocks."""
 
     def __init__(self) -> None:
-        self._factors: deque[float] = deque(maxlen=_REMEMBERED)
-        self._is_warm, self._hurried = False, 0
-        self._mean = 0.0, 1  # seconds and rows of the last prediction by the mean
+        self._factors = {block: deque[float](maxlen=_REMEMBERED) for block in BLOCKS}
+        self._is_warm = False
 
     def add(self, seconds: float, rows: int, block: int) -> None:
         """Remember a prediction's time. The first one does not count, as it loads code."""
-        if not block:
-            # A regression that was slow by chance must not rule out all others.
-            self._hurried += 1
-            self._mean = (seconds, rows) if self._is_warm else self._mean
-            if self._hurried % _RETRY == 0 and (kept := list(self._factors)):
-                kept.remove(max(kept))  # not in place, as other calls may add
-                self._factors = deque(kept, _REMEMBERED)
-        elif self._is_warm:
-            self._factors.append(seconds / _quiet_seconds(rows, block))
+        if self._is_warm:
+            self._factors[block].append(seconds / _quiet_seconds(rows, block))
         self._is_warm = True
+        for exact in BLOCKS[: BLOCKS.index(block)]:
+            if known := self._factors[exact]:  # one that was slow by chance is tried again
+                known.append(min(known))
 
     def seconds(self, rows: int, block: int = BLOCKS[0]) -> float:
         """Return the seconds that predicting ``block`` rows at a time takes in 7 of 8 calls."""
-        ordered = sorted(self._factors)
+        ordered = sorted(self._factors[block])
         factor = ordered[7 * len(ordered) // 8] if ordered else 1.0
         return factor * _quiet_seconds(rows, block)
 
@@ -237,15 +232,15 @@ class PredictionTimes:
         """
         if deadline == math.inf:
             return BLOCKS[0], 0.0
-        for block in BLOCKS[:-1]:
+        for block in BLOCKS:
             seconds = _RESERVED * self.seconds(rows, block) + min(_LATE, deadline / 20)
             if seconds <= deadline / 2:
                 return block, seconds
-        seconds, known = self._mean
-        seconds *= _RESERVED * max(1.0, rows / max(known, 512))  # few rows take as long as none
-        return 0, min(max(self.seconds(1), seconds), max(deadline, 0.0) / 2)
+        return 0, max(deadline, 0.0) / 2
 
 
 def _quiet_seconds(rows: int, block: int) -> float:
+    if not block:
+        return _FIT * max(1.0, rows / _FEW)
     blocks = -(-rows // block)
     return blocks * _FIT + _FIT_ROWS * rows**2 / blocks

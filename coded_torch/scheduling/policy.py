@@ -1,12 +1,6 @@
 """The decisions of one call: hedges, failed parts, and the end.
 
-A part that fails is asked for again in smaller parts, until the rows that fail stand alone. A row
-is refused, and not asked for again in this call, if
-
-- it raised alike on two workers, or on one while no other returned a good result in the call, or
-  three times in a row on one that did return good results, or
-- it ended its worker twice, alone, and workers end less often without it.
-
+A row on which the module fails is *refused*, and not asked for again: :class:`.Waiting` says when.
 A row that fails on one broken worker only is given up, but not refused: it is missing.
 """
 
@@ -90,21 +84,27 @@ class _Part:
 
 
 class Call:
-    """The state of one call; ``Waiting.decide`` describes the arguments."""
+    """The state of one call."""
 
     def __init__(
         self,
         waiting: Waiting,
-        history: History,
-        first: Sequence[Sequence[int]],
-        needed: int,
-        unit_rows: int,
-        spare: Sequence[int] | None,
-        since: float,
-        idle: Callable[[], int],
+        history: History,  # the history of the same module on the same pool
+        first: Sequence[Sequence[int]],  # the units of each part of the first ask
+        *,
+        needed: int,  # the number of units that complete the call: B or N - S
+        least: int = 1,  # the number of units that can be decoded
+        unit_rows: int = 1,
+        spare: Sequence[int] | None = None,  # the columns that stand in for any column; None: rows
+        since: float = 0.0,  # the time at which the call began
+        idle: Callable[[], int] = lambda: 1,  # returns the number of idle workers
+        reserve: float = 0.0,  # seconds before the deadline that predicting takes
     ) -> None:
         self.waiting, self.history, self.needed, self.spare = waiting, history, needed, spare
-        self.unit_rows, self.since, self.idle = unit_rows, since, idle
+        self.unit_rows, self.since, self.idle, self.reserve = unit_rows, since, idle, reserve
+        self.least = least
+        if not waiting.at_once:
+            self.least = max(least, -(-needed // 2) if waiting.predict else needed)
         self.parts = [_Part(i, tuple(units), None, since) for i, units in enumerate(first)]
         self.open = self.num_first = len(first)  # open parts may still settle
         self.num_units, self.rows = sum(map(len, first)), unit_rows * max(map(len, first))
@@ -119,16 +119,13 @@ class Call:
             lambda n: history.hedging_threshold(n * unit_rows, budget, half)
         )
 
-    def decisions(self, least: int, reserve: float) -> Generator[Decision, Event, Ended]:
+    def decisions(self) -> Generator[Decision, Event, Ended]:
         waiting = self.waiting
-        if not waiting.at_once:
-            least = max(least, -(-self.needed // 2) if waiting.predict else self.needed)
-        self.least = least
         # Predictions begin at `late_at`, if half of the results are there, and at `end` at the
         # latest. Without a deadline, `end` limits the search for rows on which the module fails.
         if waiting.deadline is not None:
             self.deadline, self.end = waiting.deadline, self.since + waiting.deadline
-            self.late_at = self.end - reserve
+            self.late_at = self.end - self.reserve
         else:
             never = not waiting.predict or waiting.predict_after == math.inf
             median = math.inf if never else self.history.call(self.rows)
@@ -136,16 +133,11 @@ class Call:
             self.late_at, self.end = self.since + self.deadline, self.since + 2 * self.deadline
         self.history.earn(waiting.hedge_budget)
         yield Ask(tuple([part.units for part in self.parts]))
-        wait, event = Wait(-math.inf), None
         while True:
-            # Where no part can be late, the begin of one changes nothing.
-            if not isinstance(event, Began) or self.timers or self.now >= self.end:
-                if reason := self._reason():
-                    return self._end(reason)
-                until = self._until()
-                if until != wait.until:
-                    wait = Wait(until)
-            event = yield wait
+            if reason := self._reason():
+                return self._end(reason)
+            until = self._until()
+            event = yield Wait(until)
             if isinstance(event, Began):
                 self._begin(event)
                 continue
@@ -291,12 +283,10 @@ class Call:
         if not late or part.raised_twice or event is None or event.worker != part.worker:
             return False
         # The third try waits for any other part, later ones for parts that the call needs anyway.
-        third, good = part.tries < _TRIES, self.good
-        others = (p for p in self.parts if p.state == _RUNNING or p.is_unsuspected)
-        if not any(third or not good.issuperset(p.units) for p in others):
-            return False
-        self.hold_until = 2 * self.now - self.since
-        return True
+        others = [p for p in self.parts if p.state == _RUNNING or p.is_unsuspected]
+        holds = any(part.tries < _TRIES or not self.good.issuperset(p.units) for p in others)
+        self.hold_until = 2 * self.now - self.since if holds else self.hold_until
+        return holds
 
     def _may_hedge(self, part: _Part, missing: Sequence[int]) -> bool:
         """Return whether to hedge a late part now. If only the budget forbids it, try later."""
@@ -329,7 +319,8 @@ class Call:
             if not alone:
                 return _SPLIT
             refused = part.raised_twice
-            others = self._working() - {part.worker} or any(p.is_unsuspected for p in self.parts)
+            good = any(p.state == _GOOD and p.worker != part.worker for p in self.parts)
+            others = good or any(p.is_unsuspected for p in self.parts)
             most = _TRIES_IF_EXACT if others else _TRIES
         elif part.fresh is None:  # no worker had it
             most = _TRIES
@@ -344,9 +335,6 @@ class Call:
         self.given_up.update(part.units)
         self.refused |= dict.fromkeys(part.units if refused else (), part.number)
         return 0
-
-    def _working(self) -> set[int]:
-        return {part.worker for part in self.parts if part.state == _GOOD}
 
     def _chance(self, part: _Part) -> float:
         """Return the probability that other rows would have failed as often."""
@@ -364,7 +352,7 @@ class Call:
     def _end(self, reason: str) -> Ended:
         # Rows that the module raised on are refused if no other worker is known to work, or if they
         # raised three times in a row on a worker that computed other rows.
-        working = self._working()
+        working = {part.worker for part in self.parts if part.state == _GOOD}
         raised = all(part.raised for part in self.parts if part.state == _FAILED)
         blames = self.spare is None and (working or reason == "failed" or raised)
         for part in reversed(self.parts) if blames else ():

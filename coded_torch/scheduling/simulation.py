@@ -1,8 +1,7 @@
-r"""Simulation of waiting policies: thousands of open calls on one clock.
+"""Simulation of waiting policies: thousands of open calls on one clock.
 
-:func:`simulate` drives the generator of decisions that a wrapper drives over real workers,
-``Waiting.decide``. Its workers exist only as a queue and a state under
-:class:`Conditions`. The unit of time is the median of a part of the first ask without faults.
+:func:`simulate` drives the generator of decisions that a wrapper drives over real workers. The unit
+of time is the median of a part of the first ask without faults.
 """
 
 from __future__ import annotations
@@ -46,27 +45,19 @@ class Conditions:
 
     A part with the share r of the rows of a part of the first ask runs for ``0.1 + 0.9 r``, times a
     lognormal factor.
-
-    Args:
-        spread: the standard deviation of the factor's logarithm, at least 0. Defaults to 0.15.
-        straggling: the probability that a part runs 5 to 50 times as long (log-uniform). Defaults
-            to 0.
-        slow: the share of time in which a worker is 3 to 10 times as slow (log-uniform). Spells are
-            exponential, of 100 mean times between two calls. Defaults to 0.
-        dead: the probability that a part fails, after ``dead_after``. Defaults to 0.
-        dead_after: the time after which a part fails, positive. Defaults to 100.
-        bursts: the mean time between two bursts (exponential), in each of which a fifth of the
-            workers, side by side, pause for 10. Defaults to infinity, no bursts.
-        delays: a law of further time, drawn once a call for each worker. A part with an infinite
-            delay fails after ``dead_after``. Defaults to None, no delays.
     """
 
-    spread: float = 0.15
-    straggling: float = 0.0
+    spread: float = 0.15  #: the standard deviation of the factor's logarithm, at least 0
+    straggling: float = 0.0  #: the probability that a part runs 5 to 50 times as long (log-uniform)
+    #: The share of time in which a worker is 3 to 10 times as slow (log-uniform), in exponential
+    #: spells of 100 mean times between two calls.
     slow: float = 0.0
-    dead: float = 0.0
-    dead_after: float = 100.0
+    dead: float = 0.0  #: the probability that a part fails
+    dead_after: float = 100.0  #: the time after which a part fails, positive
+    #: The mean time between two bursts (exponential), in each of which a fifth of the workers, side
+    #: by side, pause for 10.
     bursts: float = math.inf
+    #: A law of further time, drawn once a call for each worker. An infinite delay fails a part.
     delays: Stragglers | None = None
 
     def __post_init__(self) -> None:
@@ -87,21 +78,13 @@ class Conditions:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The outcome of simulated calls under one policy.
+    """The outcome of simulated calls under one policy."""
 
-    Attributes:
-        latencies: float64 ``[num_requests]``, from arrival to end, in medians of a part.
-        predicted: float64 ``[num_requests]``, the share of rows that no worker answered.
-        calls: the parts that workers began, in multiples of the parts of the first asks.
-        work: the rows that workers began, in multiples of the rows of all batches.
-        ended: the number of calls that ended for each reason.
-    """
-
-    latencies: NDArray[np.float64]
-    predicted: NDArray[np.float64]
-    calls: float
-    work: float
-    ended: Counter[str]
+    latencies: NDArray[np.float64]  #: ``[num_requests]``, arrival to end, in medians of a part
+    predicted: NDArray[np.float64]  #: ``[num_requests]``, the share of rows that no worker answered
+    calls: float  #: the parts that workers began, in multiples of the parts of the first asks
+    work: float  #: the rows that workers began, in multiples of the rows of all batches
+    ended: Counter[str]  #: the number of calls that ended for each reason
 
     def percentile(self, percent: float) -> float:
         """Return a percentile of the latencies."""
@@ -123,7 +106,8 @@ def simulate(
 
     Calls arrive as a Poisson process. An idle worker begins the next part that is still wanted, and
     computes it to its end. All policies meet the same faults under the same seed. Faults of a first
-    ask depend on call and part, slow spells and bursts on worker and time.
+    ask depend on call and part, slow spells and bursts on worker and time. The cost is some ten
+    microseconds a part.
 
     Args:
         policy: a :class:`~coded_torch.Waiting`, or any object that has its ``decide``. If it asks
@@ -136,9 +120,6 @@ def simulate(
         num_columns: N, for a policy that asks all at once. Defaults to ``num_workers``.
         seed: the seed of all draws. Defaults to 0.
 
-    Note:
-        The cost is some ten microseconds a part.
-
     Example:
         >>> from coded_torch import Waiting
         >>> from coded_torch.scheduling.simulation import Conditions, simulate
@@ -149,9 +130,9 @@ def simulate(
         3.7
         41.9
     """
-    numbers = {"num_workers": num_workers, "num_parts": num_parts, "num_requests": num_requests}
-    for argument, value in numbers.items():
-        count("simulate", argument, value)
+    count("simulate", "num_workers", num_workers)
+    count("simulate", "num_parts", num_parts)
+    count("simulate", "num_requests", num_requests)
     instance("simulate", "conditions", conditions, Conditions)
     real("simulate", "load", load, "in (0, 1)", lambda x: 0 < x < 1)
     num_rows, unit_rows = num_parts * _PART_ROWS, 1
@@ -249,8 +230,6 @@ class _Pool:
 
     def go_on(self) -> None:
         """Handle the next event, and let idle workers begin parts that are wanted."""
-        if not self._events:
-            raise RuntimeError("simulate: calls are open, but no event can come any more")
         self.now, _, do, what = heapq.heappop(self._events)
         do(what)
         passed = []

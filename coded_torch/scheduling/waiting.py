@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .._arguments import count, instance, positive, real
+from .._arguments import count, instance, real
 from . import Decision, Ended, Event
 from .policy import Call
 
@@ -40,9 +40,8 @@ class Waiting:
     Instances are immutable. :meth:`first` is the paper's policy.
 
     Args:
-        deadline: seconds from the call to its answer, positive. The time of a
-            surrogate or of a callable metric is not bounded.
-            Defaults to None, no deadline.
+        deadline: seconds from the call to its answer, positive. The time of a surrogate or of a
+            callable metric is not bounded. Defaults to None, no deadline.
         predict_after: without a deadline, the number of median calls after which missing rows are
             predicted, positive. If infinite, they are predicted when nothing more can come.
             Defaults to 3.
@@ -56,6 +55,7 @@ class Waiting:
         on_error: the end of a call by rows if the module fails on a row. "raise" computes the other
             rows and raises the module's exception, with ``rows``, ``answers`` and ``report``.
             "predict" counts the row as missing. Defaults to "raise".
+        at_once, num_stragglers: set by :meth:`first`.
 
     Example:
         >>> from coded_torch import Waiting
@@ -71,59 +71,33 @@ class Waiting:
     predict: bool = True
     on_error: str = "raise"
 
-    #: A flag: all N columns are asked at once.
-    at_once = False
-    #: S, the number of columns that are not waited for. None: the number that the pool's law loses.
-    num_stragglers = None
+    at_once: bool = dataclasses.field(default=False, kw_only=True)
+    num_stragglers: int | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.deadline is not None:
-            self._set("deadline", positive("Waiting", "deadline", self.deadline))
-        for argument, requirement, valid in (
-            ("predict_after", "positive", lambda x: x > 0),
-            ("hedge_budget", "at least 0 and finite", lambda x: 0 <= x < math.inf),
-        ):
-            value = getattr(self, argument)
-            self._set(argument, real("Waiting", argument, value, requirement, valid))
+            self._check("deadline", "positive and finite", lambda x: 0 < x < math.inf)
+        self._check("predict_after", "positive", lambda x: x > 0)
+        self._check("hedge_budget", "at least 0 and finite", lambda x: 0 <= x < math.inf)
         instance("Waiting", "predict", self.predict, bool)
-        instance("Waiting", "on_error", self.on_error, str)
         if self.on_error not in ("raise", "predict"):
-            raise ValueError(
-                f"Waiting: on_error must be 'raise' or 'predict', got {self.on_error!r}"
-            )
+            must = "on_error must be 'raise' or 'predict'"
+            raise ValueError(f"Waiting: {must}, got {self.on_error!r}")
+        if self.num_stragglers is not None:
+            count("Waiting.first", "num_stragglers", self.num_stragglers, least=0)
+
+    def _check(self, argument: str, requirement: str, valid: Callable[[float], bool]) -> None:
+        value = real("Waiting", argument, getattr(self, argument), requirement, valid)
+        object.__setattr__(self, argument, value)
 
     def decide(
-        self,
-        history: History,
-        first: Sequence[Sequence[int]],
-        *,
-        needed: int,
-        least: int = 1,
-        unit_rows: int = 1,
-        spare: Sequence[int] | None = None,
-        since: float = 0.0,
-        idle: Callable[[], int] = lambda: 1,
-        reserve: float = 0.0,
+        self, history: History, first: Sequence[Sequence[int]], *, needed: int, **options: Any
     ) -> Generator[Decision, Event, Ended]:
         """Yield the decisions of one call; ``coded_torch.scheduling`` has the protocol.
 
-        Args:
-            history: the history of the same module on the same pool.
-            first: the units of each part of the first ask.
-            needed: the number of units with a good result that complete the call: B or N - S.
-            least: the least number of units that can be decoded. Defaults to 1.
-            unit_rows: the rows of a unit. Defaults to 1.
-            spare: the columns that are not in ``first``, any of which stands in for any column.
-                Defaults to None: units are rows, for which only the same rows stand in.
-            since: the time at which the call began. Defaults to 0.
-            idle: a callable that returns the number of idle workers. Defaults to one worker.
-            reserve: seconds before the deadline that predicting takes. Defaults to 0.
+        :class:`~coded_torch.scheduling.policy.Call` describes the arguments.
         """
-        call = Call(self, history, first, needed, unit_rows, spare, since, idle)
-        return call.decisions(least, reserve)
-
-    def _set(self, argument: str, value: Any) -> None:
-        object.__setattr__(self, argument, value)
+        return Call(self, history, first, needed=needed, **options).decisions()
 
     @staticmethod
     def first(num_stragglers: int | None = None, *, deadline: float | None = None) -> Waiting:
@@ -135,26 +109,12 @@ class Waiting:
             deadline: seconds from the call, positive, after which the results that arrived are
                 decoded, if the code can. Defaults to None, no deadline.
         """
-        return _First(deadline, num_stragglers=num_stragglers)
+        return Waiting(deadline, math.inf, 0.0, at_once=True, num_stragglers=num_stragglers)
 
     def __repr__(self) -> str:
-        changed = ", ".join(
-            f"{field.name}={getattr(self, field.name)!r}"
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
-        )
-        return f"Waiting{'.first' if self.at_once else ''}({changed})"
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class _First(Waiting):
-    predict_after: float = math.inf
-    hedge_budget: float = 0.0
-    num_stragglers: int | None = None  # type: ignore[assignment]  # a field here
-
-    at_once = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (lost := self.num_stragglers) is not None:
-            self._set("num_stragglers", count("Waiting.first", "num_stragglers", lost, least=0))
+        names = [field.name for field in dataclasses.fields(self)]
+        if self.at_once:
+            names = ["deadline", "num_stragglers"]
+        values = {name: getattr(self, name) for name in names}
+        changed = [f"{x}={v!r}" for x, v in values.items() if v != getattr(type(self), x)]
+        return f"Waiting{'.first' if self.at_once else ''}({', '.join(changed)})"

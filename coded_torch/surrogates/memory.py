@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -32,17 +30,14 @@ logger = sparing_logger("coded_torch.surrogates")
 # Directions of the coordinates: with 64 of 1,024 rows' the squared error grows by 7 to 10 %, with
 # 128 by less than 3 %. (measured once; no benchmark keeps it)
 _RANK = 96
-# Directions that hold less of the variance are rounding; it was not tuned.
-_NOTHING = 1e-6
+_NOTHING = 1e-6  # directions that hold less of the variance are rounding; not tuned
 # Rows from which the coordinates are found for the last time: all of 1,000 rows lower the error by
 # 1 % against 512. (measured once; no benchmark keeps it)
 _FROZEN_AT = 1024
-# Rows that determine the directions.
-_LANDMARKS = 512
+_LANDMARKS = 512  # rows that determine the directions
 _PATH = 240  # rows of the path whose steps are the unit of length, as many as batches often have
 # New rows after which the regression is made again, and the share of time for it; not tuned.
-_FRESH = 256
-_SHARE = 0.02
+_FRESH, _SHARE = 256, 0.02
 _BLOCK = 4096  # outputs whose residuals are in memory together
 _MOST_NUMBERS = 2**25  # numbers that are kept, 128 MB
 
@@ -53,7 +48,9 @@ class Memory:
     It predicts other inputs by a Matern 5/2 regression in 96 coordinates. They are the principal
     ones of its first 1,024 inputs, in the metric in which these predict each other best. When 256
     results are new, a thread makes the regression again, in at most 2 % of the time; answers never
-    wait for it.
+    wait for it. For 2,048 rows that takes some .1 s of one thread; predicting 240 rows takes some
+    ms. Only floating-point inputs that have a batch dimension are looked at. Inputs and outputs of
+    other shapes than the first are ignored.
 
     The memory is forgotten as soon as the module's weights change. It is no part of the wrapper's
     state dict, and is empty in pickles and copies.
@@ -64,14 +61,9 @@ class Memory:
         :meth:`clear` forgets.
 
     Args:
-        capacity: the most results that are remembered, at least 1; the oldest go first. If outputs
-            have many numbers, fewer are: outputs and coordinates take at most 128 MB. Defaults to
-            2048.
-
-    Note:
-        Only floating-point inputs that have a batch dimension are looked at. Inputs and outputs of
-        other shapes than the first are ignored. Making the regression of 2,048 rows takes some .1 s
-        of one thread; predicting 240 rows takes some ms.
+        capacity: the most results that are remembered, at least 1; the oldest calls go first. If
+            outputs have many numbers, fewer are: outputs and coordinates take at most 128 MB.
+            Defaults to 2048.
 
     Example:
         >>> import torch
@@ -88,8 +80,7 @@ class Memory:
         self._lock = threading.Lock()
         self._generation = 0
         self._looks: tuple[Any, Any] = None, None  # the first keeps the second valid
-        self._making: Future[None] | None = None
-        self._process = 0  # whose thread makes regressions
+        self._making: threading.Thread | None = None  # the thread of the last regression
         self._ended = self._seconds = 0.0  # the end of the last regression, and its duration
         self._forget()
 
@@ -115,13 +106,12 @@ class Memory:
 
         The returned number tells :meth:`observe` results of other weights.
         """
-        tensors, how = fingerprint(module)
-        how = id(module), *how
+        tensors, key = fingerprint(module)
+        key = id(module), *key
         with self._lock:
-            if self._looks[1] != how:
-                if self._looks[1] is not None:
-                    self._forget()
-                self._looks = (module, tensors), how
+            if self._looks[1] not in (None, key):
+                self._forget()
+            self._looks = (module, tensors), key
             return self._generation
 
     def observe(
@@ -137,25 +127,24 @@ class Memory:
             raise ValueError("Memory: inputs and outputs must have as many rows as each other")
         form = _form(inputs), _form(outputs)
         generation = self._generation if generation is None else generation
+        numbers = sum(shape.numel() for shape in form[1]) + _RANK
+        most = max(1, min(self.capacity, _MOST_NUMBERS // numbers))
+        inputs, outputs = ([x[-most:] for x in each] for each in (inputs, outputs))
         with torch.no_grad():
-            seen: Any = []
-            for leaf in metrics.leaves_of(inputs):  # copies, as the caller may change the inputs
+            seen: Any = []  # copies, as the caller may change the inputs
+            for leaf in metrics.leaves_of(inputs):
                 pooled = None if leaf.pooled is None else leaf.pooled.float()
                 seen.append(Leaf(leaf.rows.to(torch.float32, copy=True), pooled))
             flat = torch.cat([x.reshape(len(x), -1).cpu().float() for x in outputs], 1)
-            space = self._space
-            if space is not None and form == self._form:
-                seen = space(seen)
         with self._lock:
             if generation != self._generation or self._form not in (None, form):
                 return
-            if space is None and self._space is not None:  # frozen meanwhile
-                seen = self._space(seen)
             self._form = form
-            self._rows.append((seen, flat))
+            self._rows.append((self._space(seen) if self._space else seen, flat))
             self._num_rows += len(flat)
             self._num_fresh += len(flat)
-            self._trim(flat.shape[1])
+            while self._num_rows > most:
+                self._num_rows -= len(self._rows.popleft()[1])
             self._rebuild()
 
     def predict(self, inputs: Sequence[Tensor]) -> list[Tensor] | None:
@@ -177,7 +166,7 @@ class Memory:
         snapshot = self._snapshot
         if snapshot is None or _form(inputs) != snapshot.form[0]:
             return None
-        with torch.no_grad():
+        with torch.no_grad(), exactly():
             return snapshot.predict(inputs)
 
     def rebuild(self) -> None:
@@ -185,34 +174,20 @@ class Memory:
         for _ in range(2):  # one that is under way may have begun before the last results
             with self._lock:
                 self._rebuild(at_once=True)
-                making = self._making
-            if making is not None:
-                making.result()
-
-    def _trim(self, num_outputs: int) -> None:
-        most = max(1, min(self.capacity, _MOST_NUMBERS // (num_outputs + _RANK)))
-        while (surplus := self._num_rows - most) > 0:
-            row = self._rows.popleft()
-            if len(row[1]) > surplus:
-                seen, outputs = row
-                at = torch.arange(surplus, len(outputs))  # a copy, or dropped rows would stay
-                seen = seen[at] if isinstance(seen, Tensor) else [leaf.at(at) for leaf in seen]
-                self._rows.appendleft((seen, outputs[at]))
-            self._num_rows -= min(surplus, len(row[1]))
+            if self._making is not None:
+                self._making.join()
 
     def _rebuild(self, at_once: bool = False) -> None:
-        """Have the thread make the regression again, at once or in its turn; never wait."""
-        if self._process != os.getpid():  # there is no thread at first, and none after a fork
-            # One thread for all regressions: the allocator keeps memory that each thread has freed.
-            self._maker = ThreadPoolExecutor(1, "coded_torch memory")
-            self._process, self._making = os.getpid(), None
+        """Have a thread make the regression again, at once or in its turn; never wait."""
         enough = self._num_fresh >= min(_FRESH, self.capacity)
         in_turn = enough and self._seconds <= _SHARE * (time.monotonic() - self._ended)
-        if self._making is None and self._num_fresh and (at_once or in_turn):
+        is_idle = self._making is None or not self._making.is_alive()  # as after a fork
+        if is_idle and self._num_fresh and (at_once or in_turn):
             args = self._generation, self._form, self._space, list(self._rows)
             with contextlib.suppress(RuntimeError):  # Python ends: there is nothing to learn for
-                self._making = self._maker.submit(self._make, *args)
-                self._num_fresh = 0
+                making = threading.Thread(target=self._make, args=args, name="coded_torch memory")
+                making.start()
+                self._making, self._num_fresh = making, 0
 
     def _make(
         self, generation: int, form: Any, space: _Space | None, rows: list[tuple[Any, Tensor]]
@@ -224,18 +199,14 @@ class Memory:
             known = [x if space else found(x) for x, _ in rows]
             snapshot = _Snapshot(form, found, torch.cat(known), outputs)
             with self._lock:
-                self._seconds = time.thread_time() - start
-                if generation != self._generation:
-                    return
-                self._snapshot = snapshot
-                if space is None and len(outputs) >= min(_FROZEN_AT, self.capacity):
-                    self._space = found
-                    self._rows = deque((found(x), y) for x, y in self._rows)
+                self._seconds, self._ended = time.thread_time() - start, time.monotonic()
+                if generation == self._generation:
+                    self._snapshot = snapshot
+                    if space is None and len(outputs) >= min(_FROZEN_AT, self.capacity // 2):
+                        self._space = found
+                        self._rows = deque((found(x), y) for x, y in self._rows)
         except Exception:
             logger.warning("a memory could not be rebuilt; it goes on as it was", exc_info=True)
-        finally:
-            with self._lock:
-                self._ended, self._making = time.monotonic(), None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.capacity,)
@@ -251,18 +222,14 @@ class _Space:
         some = torch.from_numpy(typical_rows([leaf.rows for leaf in leaves]).nonzero()[0])
         some = some[evenly(len(some), _LANDMARKS)]
         leaves = [leaf.at(some) for leaf in leaves]
-        maps = metrics.transforms(METRICS[metric], leaves)
-        if maps is None:
-            metric = metrics.DEFAULT
-            maps = metrics.transforms(METRICS[metric], leaves)
-        assert maps is not None
-        self._maps = maps
+        of, default = METRICS[metric], METRICS[metrics.DEFAULT]
+        self._maps: list[Any] = [of.fit(leaf) or default.fit(leaf) for leaf in leaves]
         rows = self._scaled(leaves)
         values, vectors = torch.linalg.eigh(rows @ rows.T)
         values, vectors = values[-_RANK:].clamp(min=0), vectors[:, -_RANK:]
-        shrinkage, total = METRICS[metric].shrinkage, float(values.sum())
-        if shrinkage < math.inf:  # sqrt(1 / (l + tau)) turns X' U into the metric's directions
-            weights = (values + shrinkage * total).clamp(min=1e-300).rsqrt()
+        total = float(values.sum())
+        if of.shrinkage < math.inf:  # sqrt(1 / (l + tau)) turns X' U into the metric's directions
+            weights = (values + of.shrinkage * total).clamp(min=1e-300).rsqrt()
             vectors = vectors * torch.where(values > _NOTHING * total, weights, 0.0)
         projection = rows.T @ vectors
         square = float((rows @ projection).square().sum(1).mean())
@@ -315,18 +282,14 @@ class _Snapshot:
         residuals = [process.leave_one_out_residuals(y) for y in first.split(_BLOCK, 1)]
         self._scores = torch.linalg.vector_norm(torch.cat(residuals, 1), dim=1) / sizes
         self._weights = weights.float().T.contiguous().T  # the product takes half the time
-        # |a|^2 + |b|^2 - 2 a.b is one product of [-2 a, |a|^2, 1] and [b, 1, |b|^2].
-        squares = rows.square().sum(1, keepdim=True)
-        self._to_rows = torch.cat([rows, torch.ones_like(squares), squares], 1).T
+        self._rows, self._squares = rows.T, rows.square().sum(1)
 
     def predict(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Return outputs, and thresholds of their errors as :meth:`Memory.error_bars` does."""
-        with exactly():
-            z = self._space(metrics.leaves_of(inputs))
-            squares = z.square().sum(1, keepdim=True)
-            squared = torch.cat([z * -2, squares, torch.ones_like(squares)], 1) @ self._to_rows
-            covariances = matern52(squared.clamp_(min=0), self._length, out=squared)
-            outputs = torch.addmm(self._mean, covariances, self._weights).to(inputs[0].device)
+        z = self._space(metrics.leaves_of(inputs))
+        products = torch.addmm(self._squares, z, self._rows, alpha=-2)  # |a|^2 + |b|^2 - 2 a.b
+        squared = products.add_(z.square().sum(1, keepdim=True))
+        covariances = matern52(squared.clamp_(min=0), self._length, out=squared)
+        outputs = torch.addmm(self._mean, covariances, self._weights).to(inputs[0].device)
         shapes = self.form[1]
         parts = outputs.split([shape.numel() for shape in shapes], 1)
         found = [x.reshape(len(x), *shape) for x, shape in zip(parts, shapes, strict=True)]

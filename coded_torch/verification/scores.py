@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import secrets
+import statistics
 import threading
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ __all__ = ["ODD_PARTS", "ODD_ROWS", "Fit", "Results", "Scores"]
 logger = sparing_logger("coded_torch.nn")
 
 # Results of one row in batches of other sizes differ by 2.5e-6 of the outputs' spread in float32,
-# and by some .01 in half precision and TF32 (measured once; no benchmark keeps it).
+# and by some .01 in half precision (measured once; no benchmark keeps it). TF32 is learnt.
 _EXACT, _LOOSE = 1e-3, 0.03
 _SAMPLE = 64  # rows from which the spread of outputs is taken
 _QUARTILE = 1.15  # standard deviations, within which three quarters of normal numbers lie
@@ -196,7 +197,7 @@ class Results:
     """
 
     def __init__(self, scores: Scores, inputs: Sequence[Tensor] = ()) -> None:
-        self._scores, self.tolerance = scores, _LOOSE if _is_loose() else _EXACT
+        self._scores, self.tolerance = scores, _EXACT
         self._places: dict[int, dict[int, int]] = {}  # the place of a row's result, by part
         self._leaves: dict[int, list[Tensor]] = {}  # [rows, ...] each, by part
         self._scored: dict[int, Tensor] = {}  # the outputs that are scored, by part
@@ -260,9 +261,8 @@ class Results:
         scores, parts = self.scores(answers), defaultdict[int, list[int]](list)
         if not scores:
             return set()
-        top = sorted(scores, key=scores.__getitem__, reverse=True)
-        few, middle = top[: max(1, round(3 * ODD_ROWS * len(top)))], scores[top[len(top) // 2]]
-        odd, means = {row for row in few if scores[row] > self._scores.rows.at}, []
+        oddest, middle = max(scores, key=scores.__getitem__), statistics.median_low(scores.values())
+        odd, means = {oddest} if scores[oddest] > self._scores.rows.at else set[int](), []
         for row in scores:
             parts[answers[row]].append(row)
         for rows in parts.values():
@@ -322,12 +322,3 @@ def _apart(a: Tensor, b: Tensor, spread: float) -> Tensor:
         alike = _flat_rows((a == b) | (a.isnan() & b.isnan()))
         apart = apart.nan_to_num_(nan=math.inf).masked_fill_(alike, 0.0)
     return apart.amax(1).cpu()
-
-
-def _is_loose() -> bool:
-    """Return whether matrix products may have less precision than float32, as in TF32."""
-    # `allow_tf32` raises once a process has used `fp32_precision`, which is not on all modules.
-    read = torch._C._get_fp32_precision_getter
-    tf32 = any(read("cuda", kind) == "tf32" for kind in ("matmul", "conv", "rnn"))
-    on_cuda = torch.cuda.is_available() and (tf32 or torch.is_autocast_enabled("cuda"))
-    return bool(on_cuda) or torch.is_autocast_enabled("cpu")

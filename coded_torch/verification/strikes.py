@@ -20,8 +20,9 @@ __all__ = ["LEARNABLE", "Strikes"]
 # many of its rows were clean. More finds faults sooner and costs work at the start; not tuned.
 _OFTEN, _PROBATION = 10, 30
 _HALVING = 2_000  # calls after which strikes count half, so that rare accidents do not add up
-#: The largest tolerance that is learnt, in spreads of the outputs. Half precision differs by up to
-#: .01; results that are off by .06 begin to change classes (benchmarks verification, left).
+#: The largest difference that is taken for rounding, in spreads of the outputs. Half precision
+#: differs by up to .01; results that are off by .06 begin to change classes (benchmarks
+#: verification, left).
 LEARNABLE = 0.03
 _UNDECIDED = 10  # trials that showed nothing, after which the module is taken for random
 
@@ -33,22 +34,16 @@ class Strikes:
         pool: the pool, whose places are the workers, and which excludes workers if it can.
         share: the share of rows that are checked.
         generator: draws the rows. Defaults to the secret one of the operating system.
-
-    Attributes:
-        excluded: the workers that get no parts until they are restarted.
-        tolerance: results of a row agree if they differ by no more, in spreads of the outputs.
-        whole: whether results depend on the rows beside them, so only whole parts are compared.
-        stopped: why nothing is verified any more, or "".
-        scores: the scores of results.
     """
 
     def __init__(self, pool: Any, share: float, generator: random.Random | None = None) -> None:
         self.pool, self.share, self.random = pool, share, generator or secrets.SystemRandom()
-        self.excluded: set[int] = set()
-        self.tolerance, self.whole, self.stopped = 0.0, False, ""
+        self.excluded: set[int] = set()  #: the workers that get no parts until they are restarted
+        self.tolerance = 0.0  #: results of a row agree up to this, in spreads of the outputs
+        self.stopped = ""  #: the reason if nothing is verified any more
         self.scores = Scores()
         self._strikes: dict[int, int] = {}
-        self._clean: Counter[int] = Counter()
+        self._clean: Counter[int] = Counter()  # the checks that a worker passed since a strike
         self._calls = self._undecided = 0
         self._lock = threading.Lock()
 
@@ -62,18 +57,12 @@ class Strikes:
 
     @property
     def everyone(self) -> set[int]:
-        """The workers, excluded or not."""
         return set(self.pool.places)
 
     @property
     def workers(self) -> set[int]:
         """The workers that are not excluded."""
         return self.everyone - self.excluded
-
-    @property
-    def jury(self) -> int:
-        """The votes that decide. With two of five, a colluding pair would convict others."""
-        return 3 if len(self.workers) >= 5 else 2
 
     @property
     def often(self) -> float:
@@ -95,8 +84,7 @@ class Strikes:
     ) -> tuple[tuple[tuple[int, ...], ...], frozenset[int], float]:
         """Begin a call: draw rows, and hide each in another part, so that no round is added.
 
-        The workers of parts are not known yet, so more rows are drawn only if all workers are on
-        probation. Returns the parts with the rows to check, these rows, and their share.
+        Returns the parts with the rows to check, these rows, and their share.
         """
         with self._lock:
             self._calls += 1
@@ -106,22 +94,19 @@ class Strikes:
         plain = tuple(map(tuple, parts))
         if self.stopped or len(self.workers) < 2:
             return plain, frozenset(), 0.0
-        if self.whole:  # parts are asked for twice
-            twice = tuple(part for part in plain if self.random.random() < self.share)
-            return (*plain, *twice), frozenset().union(*twice), self.share
+        # More only if all workers are on probation, as the workers of parts are not known yet.
         share = self.often if all(map(self.fresh, self.workers)) else self.share
         chosen = [self.sample(part, share) for part in plain]
         rows = frozenset().union(*chosen)
         if rows and idle > len(plain) and max(map(len, plain)) == 1:
             # In a part of one row a check would take as long again, and others are idle.
             return (*plain, tuple(sorted(rows))), rows, share
-        hidden = [set(part) for part in plain]
-        if len(plain) > 1:
-            # In turn, as the part with most rows is waited for.
-            holders = itertools.cycle(self.random.sample(range(len(plain)), len(plain)))
-            for i, some in enumerate(chosen):
-                for row in some:
-                    hidden[next(j for j in holders if j != i)].add(row)
+        hidden = [list(part) for part in plain]
+        # In turn, as the part with most rows is waited for.
+        holders = itertools.cycle(self.random.sample(range(len(plain)), len(plain)))
+        for i, some in enumerate(chosen if len(plain) > 1 else ()):
+            for row in some:
+                hidden[next(j for j in holders if j != i)].append(row)
         return tuple(tuple(sorted(part)) for part in hidden), rows, share
 
     def passed(self, workers: Iterable[int]) -> None:
@@ -140,7 +125,7 @@ class Strikes:
     def strike(self, worker: int) -> bool:
         """Count a wrong result, and return whether its worker is excluded from now on.
 
-        A random module gives strikes to all workers alike. So it takes many more than the others
+        A random module gives strikes to all workers alike, so it takes many more than the others
         have: by chance an honest worker is out in one of 10,000 modules' lives.
         """
         with self._lock:
@@ -162,14 +147,14 @@ class Strikes:
                 self.stopped = "results of several workers differ when they are asked again"
             return False
 
-    def learn(self, difference: float, most: float = LEARNABLE / 2) -> str:
+    def learn(self, difference: float) -> str:
         """Take a difference between honest results for rounding, if it is small; return a note."""
         with self._lock:
-            if difference <= most:
+            if difference <= LEARNABLE:
                 self.tolerance = max(self.tolerance, 2 * difference)
                 return f"honest results differ by {difference:.1e} of the outputs' spread"
-            self.whole = True
-            return f"results depend on the rows beside them, by {difference:.1e} of their spread"
+            self.stopped = f"results depend on the rows beside them, by {difference:.1e} spreads"
+            return ""
 
     def undecided(self, count: int = 1) -> None:
         """Count a trial that showed nothing."""

@@ -16,7 +16,6 @@ from .strikes import LEARNABLE, Strikes
 __all__ = ["Trials"]
 
 # Bounds of one call, not tuned.
-_ALARMS = 4  # rounds after a strike, in each of which the oddest row of every worker is checked
 _TRIALS = 8  # more disputes than faulty workers explain stay undecided
 _TRIES = 3  # times that the rows of an excluded worker are asked for
 # A part of a trial is waited for as many times as long as a first part until it is late, or as all
@@ -37,32 +36,28 @@ class Trials:
         waiting: the policy that is followed first.
         inputs: floating-point tensors, ``[B, ...]`` each, by which results are scored.
 
-    Attributes:
-        first: the parts that were asked for first, with their check rows.
-        answers: by row, the number of the part whose result counts. A row is missing if only a
-            worker computed it that is now excluded.
-        owners: by row, the worker that computed the answer, if it is not doubted.
-        doubted: the workers that were struck or excluded, or are party to an undecided dispute.
-        verified, unverified, disputes, corrected, strikes, excluded, notes: the attributes of
-            :class:`coded_torch.Report`, sets of rows for tensors.
+    The attributes from ``verified`` to ``notes`` are of :class:`coded_torch.Report`, sets of rows
+    for tensors.
     """
 
     results: Results
-    first: tuple[tuple[int, ...], ...] = ()
+    first: tuple[tuple[int, ...], ...] = ()  #: the parts of the first ask, with their check rows
 
     def __init__(self, record: Strikes, waiting: Any = None, inputs: Sequence[Tensor] = ()) -> None:
         self.record, self.waiting, self._inputs = record, waiting, inputs
         self._out = frozenset(record.excluded)
-        self.answers, self.owners = dict[int, int](), dict[int, int]()
         self.verified, self.unverified, self.corrected = set[int](), set[int](), set[int]()
         self.disputes, self.strikes, self.excluded = 0, dict[int, int](), tuple[int, ...]()
-        self.doubted, self.notes = set[int](), tuple[str, ...]()
+        self.notes = tuple[str, ...]()
+        self.answers = dict[int, int]()  #: the part whose result counts, by row, where there is one
+        self.owners = dict[int, int]()  #: the worker that computed the answer, if it is not doubted
+        self.doubted = set[int]()  #: struck or excluded workers, and parties to undecided disputes
         self.asked: list[tuple[int, ...]] = []  # the rows of all parts, by number
         self.worker: dict[int, int] = {}  # the worker of each good part
-        self.parts: dict[int, list[int]] = {}  # the parts with a result of each row, in order
+        self.parts: dict[int, list[int]] = {}  # the parts whose result of a row counts, in order
         self.wanted, self.missed = set[int](), set[int]()  # rows to check, and not checked in time
-        self.void: set[int] = set()  # parts whose results do not count
-        self.undecided: set[tuple[int, int]] = set()  # two parts that differ
+        self.void = set[int]()  # parts whose results do not count
+        self.undecided = set[tuple[int, int]]()  # two parts that differ
         self._fresh, self._renewed, self._failed = set[int](), set[int](), set[int]()
 
     def prepare(self) -> None:
@@ -135,14 +130,18 @@ class Trials:
         self._renewed |= {event.worker} if part in self._fresh else set()
         if event.ok:
             self.worker[part] = event.worker
-            for row in self.asked[part]:
+            for row in self.asked[part] if part not in self.void else ():
                 self.parts.setdefault(row, []).append(part)
-            return event
-        self._failed.add(part)
-        if self.worker.pop(part, None) is not None:  # taken back, as it is unlike most others
-            for row in self.asked[part]:
-                self.parts[row].remove(part)
+        else:
+            self._failed.add(part)
+            if self.worker.pop(part, None) is not None:  # taken back, as it is unlike most others
+                self._remove({part})
         return event
+
+    def _remove(self, parts: set[int]) -> None:
+        """Let results no longer count."""
+        for row in {row for part in parts for row in self.asked[part]}:
+            self.parts[row] = [part for part in self.parts.get(row, ()) if part not in parts]
 
     def _find(self, soon: float) -> _Doing:
         """Check rows, and settle disputes. Checks in parts of the first ask may come until soon."""
@@ -151,50 +150,39 @@ class Trials:
             yield from self._expel(worker)  # another call excluded it meanwhile
         if self.until > self.now:
             lacking = self.wanted - self._compared()[0]
-            coming = {n for n, rows in enumerate(self.asked) if not lacking.isdisjoint(rows)}
-            coming -= self.worker.keys()
-            if soon > self.now:
-                lost = coming & self._failed
-                coming = lost | (yield from self._wait(coming - lost, min(soon, self.until)))
+            late = {n for n, rows in enumerate(self.asked) if not lacking.isdisjoint(rows)}
+            late -= self.worker.keys()
+            yield from self._wait(late - self._failed, min(soon, self.until))
+            late -= self.worker.keys()
             # A drawn row whose check is late stays unchecked: to ask again would delay the call.
-            self.missed = lacking & {row for n in coming for row in self.asked[n]}
+            self.missed = lacking & {row for n in late for row in self.asked[n]}
             more = self._of_fresh() | self.results.odd(self._answers())
             self.wanted |= more
             self.missed -= more
         yield from self._check()
-        for _ in range(_ALARMS):
-            before = sum(self.strikes.values())
-            while not record.stopped and (disputes := self._compared()[1]):
-                self.disputes += 1
-                pair, rows = disputes.popitem()
-                possible = len(record.workers) > 2 and self.disputes <= _TRIALS
-                if not (possible and (yield from self._trial(*pair, rows))):
-                    self._doubt(pair, rows)
-            if record.stopped or before == sum(self.strikes.values()):
-                break
-            self.wanted |= self._oddest()
-            yield from self._check()  # checks by a worker that is out, too
+        while not record.stopped and (disputes := self._compared()[1]):
+            self.disputes += 1
+            pair, rows = disputes.popitem()
+            possible = len(record.workers) > 2 and self.disputes <= _TRIALS
+            if not (possible and (yield from self._trial(*pair, rows))):
+                self._doubt(pair, rows)
 
     def _answers(self) -> dict[int, int]:
         """Return the part whose result counts, by row."""
-        if not self.void:
-            return {row: parts[0] for row, parts in self.parts.items() if parts}
-        left = {row: [x for x in parts if x not in self.void] for row, parts in self.parts.items()}
-        return {row: parts[0] for row, parts in left.items() if parts}
+        return {row: parts[0] for row, parts in self.parts.items() if parts}
 
     def _compared(self) -> tuple[set[int], dict[tuple[int, int], list[int]]]:
         """Return the rows that another worker computed alike, and the rows that differ.
 
         The key of rows that differ is two parts, the first of which is the answer.
         """
-        answers, worker, asked = self._answers(), self.worker, self.asked
+        answers, worker = self._answers(), self.worker
         pairs = {
             (answers[row], other): None
             for row, parts in self.parts.items()
             if len(parts) > 1 and row in answers
             for other in parts
-            if other not in self.void and worker[other] != worker[answers[row]]
-            if not self.record.whole or asked[other] == asked[answers[row]]
+            if worker[other] != worker[answers[row]]
         }
         alike, disputes = set[int](), dict[tuple[int, int], list[int]]()
         for pair, by in zip(pairs, self.results.differences(list(pairs)), strict=True):
@@ -228,22 +216,11 @@ class Trials:
     def _of_fresh(self) -> set[int]:
         """Draw more rows of the workers on probation, if not all are."""
         record, more = self.record, self.record.often - self._share
-        if more <= 0 or record.whole:
+        if more <= 0:
             return set()
         by_worker = self._by_worker(self._answers()).items()
         some = [sorted(set(rows) - self.wanted) for w, rows in by_worker if record.fresh(w)]
         return {row for rows in some for row in record.sample(rows, more)}
-
-    def _oddest(self) -> set[int]:
-        """Return the oddest row of every worker that is not checked yet."""
-        answers, done = self._answers(), self._compared()[0] | self.wanted
-        scores = self.results.scores(answers)
-        left = {row: answers[row] for row in scores if row not in done}
-        return {
-            max(rows, key=scores.__getitem__)
-            for worker, rows in self._by_worker(left).items()
-            if worker not in self.strikes
-        }
 
     def _check(self) -> _Doing:
         """Have the wanted rows computed by others."""
@@ -251,8 +228,6 @@ class Trials:
         done = alike.union(*disputes.values())
         some = {row: answers[row] for row in self.wanted - done - self.missed if row in answers}
         requests = [((*sorted(rows),), {w}) for w, rows in self._by_worker(some).items()]
-        if self.record.whole:
-            requests = [(self.asked[part], {self.worker[part]}) for part in {*some.values()}]
         yield from self._ask(requests, self.until)
 
     def _ask(
@@ -290,11 +265,11 @@ class Trials:
     def _trial(self, a: int, b: int, rows: list[int]) -> Generator[Decision, Event, bool]:
         """Have others compute two parts exactly as they were asked; return whether it decided.
 
-        So results differ only if they are wrong or random. If both parts are confirmed, results
-        depend on the rows beside them.
+        If both parts are confirmed, results depend on the rows beside them.
         """
         record, heard = self.record, {self.worker[a], self.worker[b]}
-        need = min(record.jury - 1, len(record.workers - heard))
+        # With two votes of five workers, a colluding pair would convict others.
+        need = min(2 if len(record.workers) >= 5 else 1, len(record.workers - heard))
         parts = (a,) if self.asked[a] == self.asked[b] else (a, b)
         everyone, many = record.everyone, len(parts)
         votes = defaultdict[str, list[tuple[int, int]]](list)
@@ -349,10 +324,10 @@ class Trials:
         difference = self._difference(part, truth, rows)
         same = again is not None and self._difference(part, again, self.asked[part]) == 0
         if same and difference <= LEARNABLE:
-            note = record.learn(difference, LEARNABLE)
-            self._note(f"worker {worker} computes otherwise: {note}")
+            self._note(f"worker {worker} computes otherwise: {record.learn(difference)}")
             return
         self.void.add(part)
+        self._remove({part})
         self.doubted.add(worker)
         while True:
             self.strikes[worker] = self.strikes.get(worker, 0) + 1
@@ -367,13 +342,14 @@ class Trials:
     def _expel(self, worker: int) -> _Doing:
         """Let no result of a worker count, and have its rows computed by others."""
         self.void |= {part for part, by in self.worker.items() if by == worker}
+        self._remove(self.void)
         self.doubted.add(worker)
         for _ in range(_TRIES):
             if lacking := tuple(sorted(self.parts.keys() - self._answers().keys())):
                 yield from self._ask([(lacking, {worker})])
 
     def _note(self, note: str) -> None:
-        self.notes += (note,) if note not in self.notes else ()
+        self.notes += (note,) if note not in ("", *self.notes) else ()
 
     def _conclude(self, first: Mapping[int, int]) -> None:
         alike, disputes = self._compared()

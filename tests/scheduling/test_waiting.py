@@ -131,15 +131,12 @@ def test_time_to_predict_is_what_it_took_lately_in_proportion_to_the_rows():
     late = 0.005
     assert times.reserve(64, 0.3) == (4096, 1.25 * times.seconds(64) + late)
     # A regression of all, several of some, and the mean, as time is short.
-    for deadline, block in ((10.0, 4096), (1.0, 512)):
+    for deadline, block in ((10.0, 4096), (1.0, 512), (0.15, 0)):
         seconds = 1.25 * times.seconds(4096, block) + late
         assert times.reserve(4096, deadline) == (block, seconds)
-    assert times.reserve(4096, 0.1) == (0, times.seconds(1))
-    times.add(0.02, 4096, 0)  # the mean of wide outputs takes long, too
-    assert times.reserve(8192, 0.1) == (0, pytest.approx(1.25 * 0.04))
+    times.add(0.08, 4096, 0)  # the mean of wide outputs takes long, too
+    assert times.reserve(8192, 0.5) == (0, pytest.approx(1.25 * 0.16 + late))
     assert times.reserve(8192, 0.06) == (0, 0.03)
-    times.add(5e-4, 1, 0)
-    assert times.reserve(4096, 0.1) == (0, times.seconds(1))
 
 
 def test_a_regression_that_was_slow_by_chance_is_tried_again():
@@ -150,7 +147,7 @@ def test_a_regression_that_was_slow_by_chance_is_tried_again():
     assert times.seconds(64) == pytest.approx(99 * usual)
     for _ in range(32):
         times.add(0.001, 64, 0)
-    assert times.seconds(64) == usual
+    assert times.seconds(64) == pytest.approx(usual)
 
 
 THREE = [*begin(0, 1, 2, 3), *settle(0, 1, 2)]
