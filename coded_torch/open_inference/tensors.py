@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from .._arguments import count, instance
 
 __all__ = ["ADDED", "DATATYPES", "EndpointError", "Model", "RefusedError", "TensorSpec"]
-__all__ += ["cast", "entries", "field", "from_bytes", "from_json", "json_length", "most_bytes"]
+__all__ += ["entries", "field", "from_bytes", "from_json", "json_length", "most_bytes"]
 __all__ += ["outputs_of", "parsed", "request", "require", "specs", "specs_of", "tensors_of"]
 __all__ += ["to_bytes", "written"]
 
@@ -114,71 +114,37 @@ def _numbered(word: str, count: int) -> list[str]:
     return [word] if count == 1 else [f"{word}{i}" for i in range(count)]
 
 
-def from_bytes(name: str, datatype: str, shape: Sequence[int], data: memoryview) -> Tensor:
+def from_bytes(name: str, spec: TensorSpec, shape: Sequence[int], data: memoryview) -> Tensor:
     """Return a tensor whose elements are little-endian and in row-major order."""
-    dtype, size = DATATYPES[datatype], math.prod(shape) * DATATYPES[datatype].itemsize
+    size = math.prod(shape) * spec.dtype.itemsize
     if len(data) != size:
-        must = f"{size} bytes for shape {list(shape)} of {datatype}"
+        must = f"{size} bytes for shape {list(shape)} of {spec.datatype}"
         raise ValueError(f"{name} must have {must}, got {len(data)}")
-    if not size:
-        return torch.empty(*shape, dtype=dtype)
-    stored = torch.uint8 if dtype is torch.bool else dtype
-    tensor = torch.frombuffer(bytearray(data), dtype=stored).reshape(*shape)
-    return tensor != 0 if dtype is torch.bool else tensor
+    stored = torch.uint8 if spec.dtype is torch.bool else spec.dtype
+    tensor = torch.empty(*shape, dtype=stored)
+    if size:
+        tensor = torch.frombuffer(bytearray(data), dtype=stored).reshape(*shape)
+    return tensor != 0 if spec.dtype is torch.bool else tensor
 
 
-def from_json(name: str, datatype: str, shape: Sequence[int], data: list[Any]) -> Tensor:
+def from_json(name: str, spec: TensorSpec, shape: Sequence[int], data: list[Any]) -> Tensor:
     """Return a tensor of the numbers in a list, which is flat or nested like the shape."""
-    try:
-        array = np.array(data if _is_numeric(data, len(shape)) else None)
-    except (ValueError, OverflowError):  # ragged, or nested more deeply than numpy allows
-        array = np.array(None)
-    dtype, numbers = DATATYPES[datatype], math.prod(shape)
-    kinds = "b" if dtype is torch.bool else "iuf" if dtype.is_floating_point else "iu"
-    valid = array.shape in ((numbers,), tuple(shape))
-    valid = valid and (not numbers or array.dtype.kind in kinds)
-    got = "other values, or rows of unequal lengths"
-    if array.ndim:
-        got = f"{array.dtype} {list(array.shape)}"
-    if valid and numbers and kinds == "iu":
-        limits = torch.iinfo(dtype)
-        valid = bool(limits.min <= array.min() and array.max() <= limits.max)
-        got = f"numbers from {array.min()} to {array.max()}"
-    if not valid:
-        must = f"{numbers} numbers of {datatype}, in one list or nested as the shape {list(shape)}"
-        raise ValueError(f"data of {name} must be {must}, got {got}")
-    wide = array.astype({"b": bool, "iu": np.int64, "iuf": np.float64}[kinds])
-    return torch.from_numpy(wide).to(dtype).reshape(*shape)
-
-
-def _is_numeric(data: list[Any], depth: int) -> bool:
-    """Return whether lists, nested at most ``depth`` deep, hold numbers: strings cost much."""
-    for _ in range(depth):
-        kinds = set(map(type, data))
-        if kinds != {list}:
-            return kinds <= {bool, int, float}
-        data = list(itertools.chain.from_iterable(data))
-    return False
-
-
-def cast(name: str, spec: TensorSpec, tensor: Tensor) -> Tensor:
-    """Return the tensor in the spec's dtype, if no digit is lost and every row is finite."""
-    if not _holds(spec.dtype, tensor.dtype):
-        must = f"{spec.datatype}, or of a datatype that {spec.datatype} holds without loss"
-        raise ValueError(f"{name} must be of {must}, got {_NAMES[tensor.dtype]}")
-    tensor = tensor.to(spec.dtype)
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-        row = int((~tensor.isfinite()).reshape(len(tensor), -1).any(1).nonzero()[0])
-        raise ValueError(f"{name} must be finite, but row {row} is not")
-    return tensor
-
-
-def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
-    """Return whether ``wide`` represents every value of ``narrow`` exactly."""
-    if narrow is torch.bool or not wide.is_floating_point or narrow.is_floating_point:
-        return torch.promote_types(wide, narrow) == wide
-    # A float of precision eps = 2^-d holds the integers of d + 1 bits exactly (IEEE 754).
-    return torch.iinfo(narrow).bits <= 1 - math.log2(torch.finfo(wide).eps)
+    numbers, rows = math.prod(shape), data
+    for size in shape[1:]:
+        if set(map(type, rows)) == {list} and set(map(len, rows)) == {size}:
+            rows = list(itertools.chain.from_iterable(rows))
+    kinds, wide = {int, float}, np.dtype("float64")
+    if not spec.dtype.is_floating_point:
+        kinds, wide = {int}, np.dtype("int64")
+    if spec.dtype is torch.bool:
+        kinds, wide = {bool}, np.dtype("bool")
+    valid = len(rows) == numbers and set(map(type, rows)) <= kinds
+    if valid and rows and kinds == {int}:
+        limits = torch.iinfo(spec.dtype)
+        valid = limits.min <= min(rows) and max(rows) <= limits.max
+    must = f"{numbers} numbers of {spec.datatype}, in one list or nested as the shape {list(shape)}"
+    require(valid, f"data of {name}", must, rows)
+    return torch.from_numpy(np.array(rows, wide)).to(spec.dtype).reshape(*shape)
 
 
 def to_bytes(tensor: Tensor) -> bytes:
@@ -242,31 +208,27 @@ def tensors_of(
 ) -> dict[str, Tensor]:
     """Return the tensors of all specs, by their names; ``tail`` holds the binary ones.
 
-    Shapes and sizes are checked before memory is allocated. Tensors that lose digits or are not
-    finite in the spec's dtype are refused if they are inputs.
+    Shapes and sizes are checked before memory is allocated.
     """
     given: dict[str, Tensor] = {}
     for owner, spec, entry, parameters in entries(word, listed, specs):
         datatype, shape = (field(owner, entry, *x) for x in (("datatype", str), ("shape", list)))
-        known = DATATYPES if word == "input" else (spec.datatype,)
-        require(datatype in known, f"datatype of {owner}", f"one of {', '.join(known)}", datatype)
-        least = 1 if word == "input" else 0
-        whole = bool(shape) and all(type(size) is int and size >= least for size in shape)
+        require(datatype == spec.datatype, f"datatype of {owner}", spec.datatype, datatype)
+        whole = bool(shape) and all(type(size) is int and size >= 0 for size in shape)
         fits = whole and spec.fits(shape[1:])
         require(fits, f"shape of {owner}", spec.metadata()["shape"], shape)
         must = f"from {rows[0]} to {rows[-1]}"
         require(shape[0] in rows, f"the number of rows of {owner}", must, shape[0])
-        size = parameters.get("binary_data_size")
-        if (size is None) == ("data" not in entry):
+        if ("binary_data_size" in parameters) == ("data" in entry):
             raise ValueError(f"{owner} must have either data or a binary_data_size")
-        if size is None:
-            tensor = from_json(owner, datatype, shape, field(owner, entry, "data", list))
+        if "data" in entry:
+            tensor = from_json(owner, spec, shape, field(owner, entry, "data", list))
         else:
             size = field(owner, parameters, "binary_data_size", int)
             must = f"at most the {len(tail)} bytes that are left of the body"
             require(0 <= size <= len(tail), f"binary_data_size of {owner}", must, size)
-            tensor, tail = from_bytes(owner, datatype, shape, tail[:size]), tail[size:]
-        given[spec.name] = cast(owner, spec, tensor) if word == "input" else tensor
+            tensor, tail = from_bytes(owner, spec, shape, tail[:size]), tail[size:]
+        given[spec.name] = tensor
     require(len(given) == len(specs), f"{word}s", [spec.name for spec in specs], list(given))
     require(not len(tail), "bytes after the last tensor", 0, len(tail))
     return given

@@ -101,8 +101,13 @@ def parse(
     name = field("the request", message, "id", str, "")
     listed = field("the request", message, "inputs", list)
     given = wire.tensors_of("input", listed, inputs, tail, range(1, max_rows + 1))
-    rows = [len(given[spec.name]) for spec in inputs]
+    tensors = [given[spec.name] for spec in inputs]
+    rows = [len(tensor) for tensor in tensors]
     require(len(set(rows)) == 1, "the numbers of rows of inputs", "equal", rows)
+    for spec, tensor in zip(inputs, tensors, strict=True):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            row = int((~tensor.isfinite()).reshape(len(tensor), -1).any(1).nonzero()[0])
+            raise ValueError(f"input {spec.name!r} must be finite, but row {row} is not")
     wanted = []
     listed = field("the request", message, "outputs", list, [])
     for owner, spec, _, how in wire.entries("output", listed, (*outputs, *ADDED)):
@@ -110,7 +115,6 @@ def parse(
             raise ValueError(f"{owner} must be asked for as it is, not as a classification")
         wanted.append((spec, field(owner, how, "binary_data", bool, binary)))
     wanted = wanted or [(spec, binary) for spec in outputs]
-    tensors = [given[spec.name] for spec in inputs]
     return InferRequest(name, tensors, wanted, microseconds / 1e6 or math.inf, coverage)
 
 
