@@ -6,6 +6,7 @@ sizes are checked before memory is allocated.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -265,13 +266,10 @@ class Model(NamedTuple):
 
 def parsed(body: bytes, what: str) -> dict[str, Any]:
     """Return the JSON object in a body; an EndpointError if it is none."""
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise EndpointError(f"sent {what} that is no JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise EndpointError(f"sent {what} that is no object")
-    return found
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(found := json.loads(body), dict):
+            return found
+    raise EndpointError(f"sent {what} that is no JSON object")
 
 
 def specs_of(metadata: Mapping[str, Any], key: str) -> tuple[TensorSpec, ...]:

@@ -52,24 +52,25 @@ async def read_body(request: Request, most: int) -> bytes:
     if encoding not in ("identity", "gzip", "deflate"):
         must = f"Content-Encoding must be gzip or deflate, got {encoding!r:.80}"
         raise RequestError(415, "invalid", must)
-    # 32 more than the largest window: zlib tells gzip from deflate by the header.
-    unpacker = None if encoding == "identity" else zlib.decompressobj(32 + zlib.MAX_WBITS)
-    parts, packed, size = [], 0, 0
+    too_large = RequestError(413, "too_large", f"the body must be at most {most} bytes, unpacked")
+    body = bytearray()
     async for chunk in request.stream():
-        packed += len(chunk)
-        if unpacker is not None:
-            try:
-                chunk = unpacker.decompress(chunk, most - size + 1)  # a bomb is not unpacked
-            except zlib.error as error:
-                raise ValueError(f"the body must be {encoding}, got {error}") from None
-        size += len(chunk)
-        if max(packed, size) > most:
-            raise RequestError(413, "too_large", f"the body must be at most {most} bytes, unpacked")
-        parts.append(chunk)
-    if unpacker is not None and (not unpacker.eof or unpacker.unused_data):
-        got = "more than that" if unpacker.eof else "only the beginning"
-        raise ValueError(f"the body must be {encoding}, got {got}")
-    return b"".join(parts)
+        body += chunk
+        if len(body) > most:
+            raise too_large
+    if encoding == "identity":
+        return bytes(body)
+    # 32 more than the largest window: zlib tells gzip from deflate by the header.
+    unpacker = zlib.decompressobj(32 + zlib.MAX_WBITS)
+    try:
+        unpacked = unpacker.decompress(body, most + 1)  # a bomb is not unpacked
+    except zlib.error as error:
+        raise ValueError(f"the body must be {encoding}, got {error}") from None
+    if len(unpacked) > most:
+        raise too_large
+    if not unpacker.eof or unpacker.unused_data:
+        raise ValueError(f"the body must be {encoding}, whole and once")
+    return unpacked
 
 
 def parse(

@@ -132,8 +132,8 @@ def test_packed_bodies(client, encoding, squeeze, accepted):
         (b"x", {"Content_Encoding": "br"}, 415, "gzip or deflate, got 'br'"),
         (b"[" * 1020 + b"]" * 1020, {}, 400, ""),  # its repr is too deep for Python 3.11
         (b"x", {"Content_Encoding": "gzip"}, 400, "must be gzip"),
-        (gzip.compress(b"{}")[:-4], {"Content_Encoding": "gzip"}, 400, "only the beginning"),
-        (gzip.compress(b"{}") * 2, {"Content_Encoding": "gzip"}, 400, "more than that"),
+        (gzip.compress(b"{}")[:-4], {"Content_Encoding": "gzip"}, 400, "gzip, whole and once"),
+        (gzip.compress(b"{}") * 2, {"Content_Encoding": "gzip"}, 400, "gzip, whole and once"),
         (gzip.compress(bytes(2**27)), {"Content_Encoding": "gzip"}, 413, "at most 71680 bytes"),
         (zlib.compress(bytes(2**27)), {"Content_Encoding": "deflate"}, 413, "at most 71680 bytes"),
         (bytes(71681), {}, 413, "at most 71680 bytes"),
