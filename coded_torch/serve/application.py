@@ -92,23 +92,14 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         if not name or set(name) & set("{}/?#%"):
             part = "a part of a URL, without any of {}/?#%"
             raise ValueError(f"app: name must be {part}, got {name!r}")
-        lists: Any = ("inputs", inputs, TensorSpec), ("outputs", outputs, TensorSpec)
-        for argument, given, kind in (*lists, ("examples", examples or (), Tensor)):
-            instance(self, argument, given, Sequence)
-            for each in given:
-                instance(self, f"an entry of {argument}", each, kind)
         for argument, given, reserved in (("inputs", inputs, ()), ("outputs", outputs, ADDED)):
-            names, taken = [spec.name for spec in given], [spec.name for spec in reserved]
-            if not given or len({*names, *taken}) < len(names) + len(taken):
-                but = f", none of {', '.join(taken)}" if taken else ""
-                raise ValueError(f"app: {argument} must be named, each once{but}, got {names}")
-        if examples is not None:
-            shapes = [list(x.shape) for x in examples]
-            must = [x.metadata()["shape"] for x in inputs]
-            pairs = zip(inputs, shapes, strict=False)
-            fit = all(shape[:1] > [0] and spec.fits(shape[1:]) for spec, shape in pairs)
-            if len(shapes) != len(inputs) or not fit:
-                raise ValueError(f"app: examples must be batches of shapes {must}, got {shapes}")
+            for spec in given:
+                instance(self, f"an entry of {argument}", spec, TensorSpec)
+            names = [spec.name for spec in (*reserved, *given)]
+            if not given or len(set(names)) < len(names):
+                but = f", none of {', '.join(names[: len(reserved)])}" if reserved else ""
+                got = names[len(reserved) :]
+                raise ValueError(f"app: {argument} must be named, each once{but}, got {got}")
         self.name, self.inputs, self.outputs = name, inputs, outputs
         self.deadline = positive(self, "deadline", deadline)
         self.max_rows = count(self, "max_batch_size", max_batch_size)
@@ -169,19 +160,16 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
     @contextlib.asynccontextmanager
     async def run_workers(self, _: Starlette) -> AsyncIterator[None]:
         """Start the workers, answer every accepted request, and close the workers."""
-        # A full collection stops all threads while it visits every object that is not frozen: some
-        # 100 ms with torch imported. Python unfreezes all or none, so not if the host froze some.
-        by_host = True
         try:
             await asyncio.to_thread(self.load)
-            by_host = gc.get_freeze_count() > 0
+            # A full collection stops all threads while it visits every object that is not frozen:
+            # some 100 ms with torch imported.
             gc.collect()
             gc.freeze()
             self.ready = True
             yield
         finally:
-            if not by_host:
-                gc.unfreeze()
+            gc.unfreeze()
             self.ready = False
             await self.batcher.close(self.deadline + _WRITING)
             await asyncio.to_thread(self.pool.close)
@@ -279,21 +267,18 @@ def deployment(factory: Callable[[], app], **options: Any) -> Any:
     of their names. A replica's workers are processes of its host, or actors of
     :class:`~coded_torch.workers.RayWorkers`. For six such actors of ``num_cpus=1`` on other hosts,
     ``placement_group_bundles=[{"CPU": 1}] * 7, placement_group_strategy="SPREAD"`` reserves places.
-    Needs the extra ``serve-ray``: ``pip install 'coded_torch[serve-ray]'``.
+    Ray's proxy costs 12 to 17 ms of a processor a request. With
+    ``RAY_SERVE_THROUGHPUT_OPTIMIZED=1`` before Ray starts, replicas serve HTTP themselves.
+    Needs the extra ``serve-ray``.
 
     Args:
         factory: makes the application by :class:`~coded_torch.serve.app`. The replica calls it.
         options: options of ``ray.serve.deployment``. By default Ray lets 1,024 requests into a
-            replica, and as many wait, so that the application refuses and not Ray. Keep
-            ``max_ongoing_requests`` above the application's ``max_queued_requests``.
+            replica, and as many wait, so that the application refuses and not Ray.
 
     Warning:
         Ray binds one port of each replica to every interface and reads pickles from it: use it in
         a trusted network only. Nothing of the HTTP side is ever unpickled.
-
-    Note:
-        Ray's proxy costs 12 to 17 ms of a processor a request. With
-        ``RAY_SERVE_THROUGHPUT_OPTIMIZED=1`` before Ray starts, replicas serve HTTP themselves.
     """
     from ray import serve
 
