@@ -209,7 +209,6 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[Option, .
             ("--port", int, 8000, "the port to listen on, or 0 for any"),
             ("--max-batch-size", int, 64, "rows of a batch"),
             ("--max-queued-requests", int, 256, "requests that may wait"),
-            ("--max-ongoing-batches", int, None, "batches at once, unless while a worker is idle"),
             ("--name", str, None, "the model's name in URLs, unless MODEL, lenet5 or FACTORY"),
             ("--verify", float, 0.0, "the share of rows that a second worker computes"),
             ("--memory", bool, False, "predict from earlier requests and answers, of any client"),

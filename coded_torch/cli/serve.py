@@ -60,7 +60,7 @@ def serve(args: argparse.Namespace) -> None:
         return
     usual = args.model or ("lenet5" if args.factory == LENET5 else args.factory.partition(":")[2])
     how["name"] = name = args.name or usual
-    for limit in ("deadline", "max_batch_size", "max_queued_requests", "max_ongoing_batches"):
+    for limit in ("deadline", "max_batch_size", "max_queued_requests"):
         how[limit] = getattr(args, limit)
     with usage("serve"):
         if workers is None:

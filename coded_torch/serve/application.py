@@ -45,14 +45,14 @@ _MOST_ANSWERS = 20_000  # answers that are remembered; a bound, not tuned
 class app(Starlette):  # noqa: N801 - callers read it as a function
     """An ASGI application that serves a model by the Open Inference Protocol (KServe v2).
 
-    Waiting requests are computed together. Each is answered by its deadline: with the model's own
-    results where workers replied, else with predictions, which the answer's ``predicted_rows``
-    counts. Clients may ask for further outputs, a number a row: ``predicted``, ``source``,
-    ``verified``, and ``radius`` and ``label_risk`` at the level of the parameter ``coverage``.
+    Waiting requests are computed together: a batch starts while a worker is idle, or one at a time
+    under a code. Each request is answered by its deadline: with the model's own results where
+    workers replied, else with predictions, which the answer's ``predicted_rows`` counts. Clients
+    may ask for further outputs, a number a row: ``predicted``, ``source``, ``verified``, and
+    ``radius`` and ``label_risk`` at the level of the parameter ``coverage``.
 
-    Its lifespan starts the workers and closes them. Meanwhile Python's full collections skip the
-    objects that existed before. It runs under any ASGI server, in one process. A refused request
-    gets ``{"error": ...}`` and
+    Its lifespan starts the workers and closes them. It runs under any ASGI server, in one process.
+    A refused request gets ``{"error": ...}`` and
 
     - 4xx if the request is wrong; 500 if the model fails on it, or ends three workers;
     - 503 with ``Retry-After`` if too many requests wait, the answer would probably be late, no
@@ -70,8 +70,6 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             application is ready. Defaults to None: the first requests wait for the loading.
         max_batch_size: the number of rows of a batch, and of a request.
         max_queued_requests: the number of requests that may wait.
-        max_ongoing_batches: the number of batches that may run at once. Defaults to None: a batch
-            starts while a worker is idle, or one at a time under a code.
     """
 
     def __init__(
@@ -85,7 +83,6 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         examples: Sequence[Tensor] | None = None,
         max_batch_size: int = 64,
         max_queued_requests: int = 256,
-        max_ongoing_batches: int | None = None,
     ) -> None:
         instance(self, "coded", coded, CodedWrapper)
         instance(self, "name", name, str)
@@ -104,8 +101,6 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         self.deadline = positive(self, "deadline", deadline)
         self.max_rows = count(self, "max_batch_size", max_batch_size)
         most = count(self, "max_queued_requests", max_queued_requests)
-        if max_ongoing_batches is not None:
-            max_ongoing_batches = count(self, "max_ongoing_batches", max_ongoing_batches)
         self.pool, self.metrics, self.ready = coded.workers, Metrics(), False
         # The time, the seconds, the rows and the predicted rows of the last answers.
         self.answers: deque[tuple[float, float, int, int]] = deque(maxlen=_MOST_ANSWERS)
@@ -113,9 +108,9 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         def slots() -> tuple[int, int]:
             """Return the number of slots, and how many a batch takes."""
             size = self.pool.num_workers
-            if max_ongoing_batches is None and size and coded.code is None:
+            if size and coded.code is None:
                 return size * getattr(self.pool, "concurrency", 1), coded.parts or size
-            return max_ongoing_batches or 1, 1
+            return 1, 1
 
         self.load = functools.partial(load, coded, examples)
         self.batcher = Batcher(
@@ -203,8 +198,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             if (radii := report.radii_at(coverage)) is not None:
                 answers["radius"] = radii[answer.rows].float()
         rows, predicted = len(answers["predicted"]), int(answers["predicted"].sum())
-        late = ",".join(map(str, report.missing))
-        parameters: dict[str, Any] = {"predicted_rows": predicted, "late_workers": late}
+        parameters: dict[str, Any] = {"predicted_rows": predicted}
         if coverage is not None:
             parameters["coverage"] = coverage
         body, length = protocol.format_answer(self.name, message, answers, parameters)
