@@ -15,9 +15,6 @@ from ..nn import CodedWrapper
 from ..stragglers import Bernoulli
 from ..surrogates import Memory
 from ..workers import FaultyWorkers, ProcessWorkers
-from ..workers.live import Ambient
-from ..workers.shared_memory import Pickled
-from ..workers.worker_main import ModuleStore
 from . import find_factory, need, say, usage
 
 __all__ = ["LENET5", "serve"]
@@ -72,8 +69,6 @@ def serve(args: argparse.Namespace) -> None:
         more: dict[str, Any] = {"surrogate": [Memory()] if args.memory else []}
         more |= {"verify": args.verify or None, "parts": args.parts}
         built = app(CodedWrapper(module, workers=workers, **more), **how)
-        if not args.endpoints:  # raises now, not when the server has started
-            ModuleStore(Pickled).pack(module, Ambient())
     if is_local or args.page:
         chaos = Chaos(workers) if isinstance(workers, FaultyWorkers) else None
         Page(built, chaos=chaos, is_local=is_local)
@@ -120,12 +115,12 @@ def _own(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     with usage("serve"):
         model, examples = made if isinstance(made, tuple) and len(made) == 2 else (None, ())
         examples = (examples,) if isinstance(examples, Tensor) else examples
-        whole = isinstance(examples, tuple) and all(isinstance(x, Tensor) for x in examples)
+        whole = isinstance(examples, tuple) and all(
+            isinstance(x, Tensor) and x.dim() and len(x) for x in examples
+        )
         if not (isinstance(model, nn.Module) and examples and whole):
-            must = "a module and examples of its inputs, a tensor or a tuple of some"
+            must = "a module and examples of its inputs, a tensor with rows or a tuple of some"
             raise TypeError(f"{args.factory} must return {must}, got {type(made).__name__}")
-        if not all(x.dim() and len(x) for x in examples):
-            raise ValueError(f"the examples of {args.factory} must have rows, got none")
         inputs, outputs = specs(model.eval(), examples)
         most = len(examples[0]) - 1
         if args.example is not None and not 0 <= args.example <= most:
@@ -154,6 +149,7 @@ def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None
             say(f"A page shows it: {site}")
         quiet: dict[str, Any] = {"log_level": "warning", "access_log": False}
         config = uvicorn.Config(built, timeout_keep_alive=_KEEP_ALIVE, **quiet)
-        built.load()  # here Ctrl-C ends it, and an error of the model ends the command
+        with usage("serve", TypeError, prefix="Workers: "):
+            built.load()  # here Ctrl-C ends it, and an error of the model ends the command
         built.load = lambda: None  # not twice
         uvicorn.Server(config).run(sockets=[listening])
