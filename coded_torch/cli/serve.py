@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import CodedWrapper
+from ..open_inference.tensors import Model, request
 from ..stragglers import Bernoulli
 from ..surrogates import Memory
 from ..workers import FaultyWorkers, ProcessWorkers
@@ -26,9 +27,6 @@ _KEEP_ALIVE = 75
 # Deadlines of one part after which a worker counts as hung, but at least a second. A kill costs a
 # restart, so it waits for ten times as long as any client; it was not tuned.
 _GRACE = 10
-_PRIVACY = """\
-Privacy: an answer that is not computed in time is predicted from the inputs and
-answers of earlier requests, of any client."""
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -36,7 +34,6 @@ def serve(args: argparse.Namespace) -> None:
     need("serve", "serve", "starlette", "uvicorn", "orjson", "prometheus_client")
     from ..serve import app
     from ..serve.page import LOOPBACK, Chaos, Page
-    from ..serve.protocol import example_request
 
     is_local, workers = args.host in LOOPBACK, None
     with usage("serve", errors=(RuntimeError, ValueError)):
@@ -44,21 +41,18 @@ def serve(args: argparse.Namespace) -> None:
             must = f"must listen on a loopback address, one of {', '.join(LOOPBACK)}"
             raise ValueError(f"--chaos {must}, got {args.host}")
         if args.endpoints:
-            if args.factory != LENET5:
-                must = "must be left out with --endpoints"
-                raise ValueError(f"MODULE:FACTORY {must}, got {args.factory}")
             module, workers, how = _fleet(args)
         elif args.model is not None:
             raise ValueError("--model must come with --endpoints")
     if workers is None:
         module, how = _own(args)
     if args.example is not None:
-        say(example_request(how["inputs"], how["examples"], args.example).decode())
+        rows = [x[args.example][None] for x in how["examples"]]
+        say(request(Model("", tuple(how["inputs"]), (), False), rows)[0].decode())
         return
     usual = args.model or ("lenet5" if args.factory == LENET5 else args.factory.partition(":")[2])
     how["name"] = name = args.name or usual
-    for limit in ("deadline", "max_batch_size", "max_queued_requests"):
-        how[limit] = getattr(args, limit)
+    how |= {x: getattr(args, x) for x in ("deadline", "max_batch_size", "max_queued_requests")}
     with usage("serve"):
         if workers is None:
             workers = ProcessWorkers(args.num_workers, grace=max(1.0, _GRACE * args.deadline))
@@ -70,11 +64,10 @@ def serve(args: argparse.Namespace) -> None:
         more |= {"verify": args.verify or None, "parts": args.parts}
         built = app(CodedWrapper(module, workers=workers, **more), **how)
     if is_local or args.page:
-        chaos = Chaos(workers) if isinstance(workers, FaultyWorkers) else None
-        Page(built, chaos=chaos, is_local=is_local)
+        Page(built, chaos=Chaos(workers) if args.chaos else None, is_local=is_local)
     torch.set_num_threads(1)  # the processors are the workers'
     if args.memory:
-        say(_PRIVACY)
+        say("Privacy: late answers are predicted from answers of earlier requests, of any client.")
     if args.endpoints:
         say(f"Asking {len(args.endpoints)} endpoints for {args.model}.")
     else:
@@ -89,9 +82,10 @@ def _fleet(args: argparse.Namespace) -> tuple[nn.Module, Any, dict[str, Any]]:
 
     if args.model is None:
         raise ValueError("--endpoints must come with --model, the model's name there")
-    for flag in ("chaos", "example"):
-        if (given := getattr(args, flag)) is not None and given is not False:
-            raise ValueError(f"--{flag} must be left out with --endpoints")
+    given = {"MODULE:FACTORY": args.factory != LENET5, "--chaos": args.chaos}
+    for flag, is_given in (given | {"--example": args.example is not None}).items():
+        if is_given:
+            raise ValueError(f"{flag} must be left out with --endpoints")
     silent: list[str] = []
     for url in args.endpoints:
         with usage("serve: --endpoints", ValueError, prefix="RemoteModule: "):

@@ -127,8 +127,7 @@ class Client:
     ) -> list[Tensor]:
         """Return the outputs, ``[rows, ...]`` each, in the order of the model.
 
-        Raises a RemoteError if the model failed, and a RefusedError if the request is wrong. A
-        server that takes none now, or predicted rows, is a BusyError, all else an EndpointError.
+        Each exception of this file stands for one failure; an EndpointError for all others.
         """
         body, length = wire.request(model, inputs)
         headers = {"Content-Type": "application/octet-stream" if length else "application/json"}
@@ -160,16 +159,12 @@ class Client:
                     raise _failure(answer, await _read(answer, _MESSAGE))
                 size = answer.headers.get("Inference-Header-Content-Length")
                 return await _read(answer, most), size
-        except aiohttp.ServerTimeoutError:  # connecting took too long
-            raise EndpointError("could not be reached in time") from None
-        except (asyncio.TimeoutError, TimeoutError):
+        except (aiohttp.ServerTimeoutError, aiohttp.ClientConnectorError) as error:
+            raise EndpointError(f"could not be reached: {error}") from None
+        except asyncio.TimeoutError:
             raise EndpointError("did not answer in time", lost=True) from None
-        except aiohttp.ClientConnectorError as error:
-            raise EndpointError(f"could not be reached: {error.strerror or error}") from None
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError) as error:  # its text may quote an answer
             what = type(error).__name__
-            if isinstance(error, (aiohttp.ClientConnectionError, OSError)):  # others quote answers
-                what += f": {error!s:.200}"
             raise EndpointError(f"broke the connection: {what}", lost=True) from None
 
     def _open(self) -> aiohttp.ClientSession:
@@ -221,19 +216,17 @@ def _failure(answer: aiohttp.ClientResponse, body: bytes) -> Exception:
     return EndpointError(f"answered {answer.status}{message and f': {message:.200}'}")
 
 
-_lock = threading.Lock()
 _loops: dict[int, asyncio.AbstractEventLoop] = {}  # a loop each process: no thread outlives a fork
-os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 def running_loop() -> asyncio.AbstractEventLoop:
     """Return the event loop of all clients of this process, in a thread of its own."""
-    with _lock:
-        if os.getpid() not in _loops:
-            loop = _loops[os.getpid()] = asyncio.new_event_loop()
+    if (loop := _loops.get(os.getpid())) is None:
+        made = asyncio.new_event_loop()
+        if (loop := _loops.setdefault(os.getpid(), made)) is made:  # no other thread was faster
             name = "coded_torch endpoints"
             threading.Thread(target=loop.run_forever, name=name, daemon=True).start()
-        return _loops[os.getpid()]
+    return loop
 
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -254,13 +247,13 @@ class RemoteModule(nn.Module):
         headers, token, context, connect_timeout, timeout: as in
             :class:`~coded_torch.workers.EndpointWorkers`.
 
-    Raises:
-        RuntimeError: the server cannot be reached, or does not keep the protocol.
-
     Calling takes a tensor for each input, by position or by name. It returns the output
-    ``[B, ...]``, or a dict of several by name, on the CPU. It raises a ValueError if the server
-    refuses the inputs, and a RuntimeError if the model failed, or the server. Rows that a server of
-    this package predicted are no answer: it counts as busy, unless ``outputs`` name "predicted".
+    ``[B, ...]``, or a dict of several by name, on the CPU. Rows that a server of this package
+    predicted are no answer: it counts as busy, unless ``outputs`` name "predicted".
+
+    Raises:
+        ValueError: the server refuses the inputs of a call.
+        RuntimeError: the model failed, or the server cannot be reached or breaks the protocol.
     """
 
     def __init__(
@@ -268,14 +261,10 @@ class RemoteModule(nn.Module):
     ) -> None:
         super().__init__()
         client = Client(self, **options)
-        self.url, self._options = client.checked(url), options
         instance(self, "model", model, str)
+        self.url, self.model, self._options = client.checked(url), model, options
         self.metadata: Model = run(client.model(self.url, model, outputs))
         self._client: Client | None = client
-
-    @property
-    def model(self) -> str:
-        return self.metadata.name
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.inputs(args, kwargs)

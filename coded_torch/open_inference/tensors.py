@@ -64,7 +64,6 @@ class TensorSpec:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in torch."""
         return DATATYPES[self.datatype]
 
     def metadata(self) -> dict[str, Any]:
@@ -93,11 +92,10 @@ ADDED = (
 def specs(
     module: nn.Module, examples: Sequence[Tensor]
 ) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """Return the specs of a module's inputs and outputs. The module runs once.
+    """Return the specs of a module's inputs and outputs. The module runs once on the examples.
 
-    Of the examples ``[B, ...]``, one is named ``input``, several ``input0``, ``input1`` and so on.
-    Outputs have the keys of a dict, the fields of a named tuple, else such names as well. Raises a
-    TypeError if an output is no tensor of a known dtype.
+    One input is named ``input``, several ``input0``, ``input1`` and so on. Outputs have the keys of
+    a dict, the fields of a named tuple, else such names as well.
     """
     with torch.no_grad():
         made = module(*examples)
@@ -134,18 +132,15 @@ def from_json(name: str, spec: TensorSpec, shape: Sequence[int], data: list[Any]
     for size in shape[1:]:
         if set(map(type, rows)) == {list} and set(map(len, rows)) == {size}:
             rows = list(itertools.chain.from_iterable(rows))
-    kinds, wide = {int, float}, np.dtype("float64")
-    if not spec.dtype.is_floating_point:
-        kinds, wide = {int}, np.dtype("int64")
-    if spec.dtype is torch.bool:
-        kinds, wide = {bool}, np.dtype("bool")
+    kind = bool if spec.dtype is torch.bool else float if spec.dtype.is_floating_point else int
+    kinds = {int, float} if kind is float else {kind}
     valid = len(rows) == numbers and set(map(type, rows)) <= kinds
-    if valid and rows and kinds == {int}:
+    if valid and rows and kind is int:
         limits = torch.iinfo(spec.dtype)
         valid = limits.min <= min(rows) and max(rows) <= limits.max
     must = f"{numbers} numbers of {spec.datatype}, in one list or nested as the shape {list(shape)}"
     require(valid, f"data of {name}", must, rows)
-    return torch.from_numpy(np.array(rows, wide)).to(spec.dtype).reshape(*shape)
+    return torch.from_numpy(np.array(rows, kind)).to(spec.dtype).reshape(*shape)
 
 
 def to_bytes(tensor: Tensor) -> bytes:

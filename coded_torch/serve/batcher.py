@@ -52,19 +52,17 @@ class Batch(NamedTuple):
 
 def load(coded: CodedWrapper, examples: Sequence[Tensor] | None) -> None:
     """Start the workers. With examples, let each run the module on one row; it must not fail."""
-    start, pool = time.monotonic(), coded.workers
+    pool = coded.workers
     if examples is None:
         pool.start()
         return
     try:
         pool.start(coded.module, tuple(x[:1] for x in examples), timeout=_LOADING)
+        logger.info("%s workers have run the model", pool.num_workers or "all")
     except RuntimeError as error:
         if isinstance(error, WorkerError) and error.kind in ("raised", "died"):
             raise
         logger.warning("not every worker has run the model: %s", error)
-    else:
-        size, seconds = pool.num_workers or "all", time.monotonic() - start
-        logger.info("%s workers have run the model, after %.1f s", size, seconds)
 
 
 def compute(

@@ -21,8 +21,7 @@ from torch import Tensor
 from ..open_inference import tensors as wire
 from ..open_inference.tensors import ADDED, TensorSpec, field, require
 
-__all__ = ["VERSION", "InferRequest", "RequestError", "example_request", "format_answer"]
-__all__ += ["parse", "read_body"]
+__all__ = ["VERSION", "InferRequest", "RequestError", "format_answer", "parse", "read_body"]
 
 VERSION = "1"  #: the only version of every model
 _dumps = functools.partial(orjson.dumps, option=orjson.OPT_SERIALIZE_NUMPY)
@@ -117,12 +116,6 @@ def parse(
         wanted.append((spec, field(owner, how, "binary_data", bool, binary)))
     wanted = wanted or [(spec, binary) for spec in outputs]
     return InferRequest(name, tensors, wanted, microseconds / 1e6 or math.inf, coverage)
-
-
-def example_request(inputs: Sequence[TensorSpec], examples: Sequence[Tensor], row: int) -> bytes:
-    """Return the body of a request with one row of the examples."""
-    rows = ((spec, x[row : row + 1], False) for spec, x in zip(inputs, examples, strict=True))
-    return wire.written({"id": f"example {row}"}, "inputs", rows, _dumps)[0]
 
 
 def format_answer(
