@@ -49,7 +49,7 @@ def usage(label: str, errors: Any = _MISTAKES, prefix: str = "") -> Iterator[Non
     try:
         yield
     except errors as error:
-        if not str(error).startswith(prefix):
+        if isinstance(error, CommandError) or not str(error).startswith(prefix):
             raise
         message = str(error).removeprefix(prefix or f"{label}: ")
         first = next(iter(message.splitlines()), type(error).__name__)
