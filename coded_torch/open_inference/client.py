@@ -163,7 +163,7 @@ class Client:
             raise EndpointError(f"could not be reached: {error}") from None
         except asyncio.TimeoutError:
             raise EndpointError("did not answer in time", lost=True) from None
-        except (aiohttp.ClientError, OSError) as error:  # its text may quote an answer
+        except (aiohttp.ClientError, OSError) as error:  # the text may quote an answer
             what = type(error).__name__
             raise EndpointError(f"broke the connection: {what}", lost=True) from None
 

@@ -102,7 +102,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         self.max_rows = count(self, "max_batch_size", max_batch_size)
         most = count(self, "max_queued_requests", max_queued_requests)
         self.pool, self.metrics, self.ready = coded.workers, Metrics(), False
-        # The time, the seconds, the rows and the predicted rows of the last answers.
+        #: The time, the seconds, the rows and the predicted rows of the last answers.
         self.answers: deque[tuple[float, float, int, int]] = deque(maxlen=_MOST_ANSWERS)
 
         def slots() -> tuple[int, int]:
@@ -221,8 +221,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         length = request.headers.get("inference-header-content-length")
         try:
             with anyio.fail_after(deadline - time.monotonic()):  # unlike asyncio's, makes no task
-                most = most_bytes(self.inputs, self.max_rows)
-                body = await protocol.read_body(request, most)
+                body = await protocol.read_body(request, most_bytes(self.inputs, self.max_rows))
             return protocol.parse(body, length, self.inputs, self.outputs, self.max_rows)
         except TimeoutError:
             raise RequestError(408, "late", "the body did not come within the deadline") from None
@@ -255,15 +254,13 @@ async def _first(future: asyncio.Future[Batch], request: Request, seconds: float
 
 
 def deployment(factory: Callable[[], app], **options: Any) -> Any:
-    r"""Make a deployment for Ray Serve, each of whose replicas serves its own application.
+    r"""Make a deployment for Ray Serve: ``serve.run(deployment(make).bind())``.
 
-    ``serve.run(deployment(make).bind())`` deploys it. Ray gets the metrics, with ``ray_`` in front
-    of their names. A replica's workers are processes of its host, or actors of
+    Each replica serves its own application, on processes of its host or on actors of
     :class:`~coded_torch.workers.RayWorkers`. For six such actors of ``num_cpus=1`` on other hosts,
     ``placement_group_bundles=[{"CPU": 1}] * 7, placement_group_strategy="SPREAD"`` reserves places.
-    Ray's proxy costs 12 to 17 ms of a processor a request. With
-    ``RAY_SERVE_THROUGHPUT_OPTIMIZED=1`` before Ray starts, replicas serve HTTP themselves.
-    Needs the extra ``serve-ray``.
+    Ray gets the metrics, with ``ray_`` in front of their names. Its proxy costs 12 to 17 ms of a
+    processor a request. With ``RAY_SERVE_THROUGHPUT_OPTIMIZED=1``, replicas serve HTTP themselves.
 
     Args:
         factory: makes the application by :class:`~coded_torch.serve.app`. The replica calls it.
@@ -272,7 +269,7 @@ def deployment(factory: Callable[[], app], **options: Any) -> Any:
 
     Warning:
         Ray binds one port of each replica to every interface and reads pickles from it: use it in
-        a trusted network only. Nothing of the HTTP side is ever unpickled.
+        a trusted network only.
     """
     from ray import serve
 

@@ -34,8 +34,6 @@ _BATCHES = 64
 # Seconds before the deadline that are kept to write the answers. It trades predicted rows against
 # late answers and was not tuned.
 _TO_ANSWER = 0.01
-# The fields of a report that are the added outputs of the protocol.
-_FIELDS = ("predicted", "radii", "label_risks", "source", "verified")
 _LOADING = 120.0  # seconds that workers may take to load the model; a bound, not tuned
 _MOST_BATCHES = 1024  # threads, each of which runs a batch; a bound, not tuned
 
@@ -43,8 +41,7 @@ _MOST_BATCHES = 1024  # threads, each of which runs a batch; a bound, not tuned
 class Batch(NamedTuple):
     """The answers of a batch, or of one of its requests."""
 
-    #: The model's own, ``[B, ...]`` each, then the added ones of the protocol; empty without any.
-    outputs: list[Tensor]
+    outputs: list[Tensor]  #: ``[B, ...]`` each: the model's, then the added ones; may be empty
     report: Report
     unanswered: set[int]  #: the rows without an answer
     rows: slice = slice(None)  #: the rows of the call's batch
@@ -68,12 +65,7 @@ def load(coded: CodedWrapper, examples: Sequence[Tensor] | None) -> None:
 def compute(
     coded: CodedWrapper, specs: Sequence[TensorSpec], inputs: list[Tensor], seconds: float
 ) -> Batch:
-    """Compute a batch. If rows are missing, they are predicted at the end of the seconds.
-
-    Raises:
-        TypeError: the outputs do not have the specs.
-        Exception: the call fails without naming missing rows.
-    """
+    """Compute a batch. If rows are missing, they are predicted at the end of the seconds."""
     own = coded.waiting or (Waiting.first() if coded.code else Waiting())
     # Other rows are predicted even if the module fails on one, which is refused alone.
     waiting = dataclasses.replace(own, deadline=seconds, on_error="predict")
@@ -103,7 +95,8 @@ def compute(
         must = [(spec.dtype, [rows, *spec.shape]) for spec in specs]
         raise TypeError(f"the model must return tensors {must}, got {got}")
     # Without a value, exact rows get 0, and predicted rows NaN.
-    for name, spec in zip(_FIELDS, ADDED, strict=True):
+    fields = ("predicted", "radii", "label_risks", "source", "verified")
+    for name, spec in zip(fields, ADDED, strict=True):
         values = getattr(report, name)
         if values is None:
             values = torch.zeros(rows)
@@ -128,11 +121,7 @@ class _Entry:
 
 
 class Batcher:
-    """A bounded queue, and slots in which batches run.
-
-    While a slot is free, the waiting requests are taken in order of arrival, up to the size of a
-    batch; there is no timer. A batch runs until the earliest deadline of its requests. All times
-    are seconds of :func:`time.monotonic`. The thread of one event loop uses it.
+    """A bounded queue, and slots in which batches run, until the earliest deadline of a request.
 
     ``compute`` computes a batch in a thread, given its inputs and the seconds that are left.
     ``slots`` returns the number of slots, and the most that one batch takes; it takes no more than
@@ -181,8 +170,7 @@ class Batcher:
     def reading(self, deadline: float) -> Iterator[None]:
         """Hold a place in the queue for a request while it is read, or refuse it (503)."""
         if self.num_queued >= self._max_queued:
-            most = f"{self._max_queued} requests are waiting, the most that may"
-            raise RequestError(503, "queue_full", most)
+            raise RequestError(503, "queue_full", f"{self._max_queued} requests are waiting")
         self._check(1, deadline)
         self._reading += 1
         try:
@@ -239,8 +227,7 @@ class Batcher:
 
     def _usual(self, rows: int) -> float:
         """Return the median duration of a batch in seconds; 0 until 32 batches are known."""
-        # A higher quantile, or an extrapolation to more rows, refuses requests that would have been
-        # answered in time.
+        # A higher quantile, or an extrapolation to more rows, refused requests without need.
         seconds = self._history.part(min(rows, self._history.most_rows))
         return seconds if seconds < math.inf else 0.0
 
@@ -339,11 +326,9 @@ def _error(cause: Exception, in_time: bool) -> RequestError:
 def _refusal(report: Report, row: int) -> RequestError:
     """Return the error of a request one of whose rows has no answer."""
     error = report.errors.get(row)
-    if row not in report.refused:
-        if report.ended == "deadline":
-            why = error or "no worker replied with these rows"
-            return RequestError(504, "late", f"too few results within the deadline: {why}")
-        if error is None or error.worker < 0:
-            why = error or "none is up"
-            return RequestError(503, "unavailable", f"no worker computed it: {why}")
-    return RequestError(500, "failed", f"the model failed: {error}")
+    why = error or "no worker replied with these rows"
+    if row not in report.refused and report.ended == "deadline":
+        return RequestError(504, "late", f"too few results within the deadline: {why}")
+    if row not in report.refused and (error is None or error.worker < 0):
+        return RequestError(503, "unavailable", f"no worker computed it: {why}")
+    return RequestError(500, "failed", f"the model failed: {why}")
