@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-import json
 import os
 import ssl as tls
 import threading
@@ -102,12 +101,10 @@ class Client:
             inputs, given = (wire.specs_of(found, each) for each in ("inputs", "outputs"))
         except EndpointError as error:
             raise EndpointError(f"{self._name}: {server} {error}") from None
-        extensions = about.get("extensions")
-        binary = isinstance(extensions, list) and "binary_tensor_data" in extensions
+        binary = "binary_tensor_data" in str(about.get("extensions"))
         known = {spec.name: spec for spec in given}
-        ours = set(ADDED) <= set(given)  # a server of this package
-        own = [each for each, spec in known.items() if not (ours and spec in ADDED)]
-        names = own if outputs is None else outputs
+        added = ADDED if set(ADDED) <= set(given) else ()  # a server of this package
+        names = [x for x in known if known[x] not in added] if outputs is None else outputs
         if unknown := [each for each in names if each not in known]:
             must = f"outputs must be some of {', '.join(known)}"
             raise ValueError(f"{self._name}: {must}, got {unknown}")
@@ -175,7 +172,6 @@ class Client:
                 timeout=self._limits,
                 headers=self.headers,
                 auto_decompress=False,
-                trust_env=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
             weakref.finalize(self, _end, self._session, self._process)
@@ -202,9 +198,8 @@ async def _read(answer: aiohttp.ClientResponse, most: int) -> bytes:
 def _failure(answer: aiohttp.ClientResponse, body: bytes) -> Exception:
     """Return the exception for an answer that is not 200."""
     message = ""
-    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-        said = json.loads(body)["error"]
-        message = said if isinstance(said, str) else ""
+    with contextlib.suppress(EndpointError, ValueError):
+        message = wire.field("an answer", wire.parsed(body, "an error"), "error", str, "")
     if answer.status in _BUSY:
         text = answer.headers.get("Retry-After", "")
         seconds = float(text) if text.isdecimal() else _RETRY_SECONDS
