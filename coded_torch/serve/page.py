@@ -53,6 +53,8 @@ class Chaos:
 
     def inject(self, place: int, action: str) -> None:
         """Begin a fault of the worker at a place; a ValueError if it is down, or has a fault."""
+        if action not in self.ACTIONS:
+            raise ValueError(f"the action must be one of {', '.join(self.ACTIONS)}")
         pid = self.pool.states.get(place, ("down", 0))[1]
         if not pid:
             raise ValueError(f"worker {place} is down, or none of {len(self.pool.states)}")
@@ -164,16 +166,10 @@ class Page:
         chaos, host = self.chaos, request.headers.get("host", "")
         if chaos is None or request.headers.get("origin") != f"http://{host}":
             raise RequestError(403, "invalid", "faults need --chaos, and the page's own origin")
-        place = action = None
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            wanted = orjson.loads(await read_body(request, _LARGEST))
-            place, action = wanted["worker"], wanted["action"]
-        if type(place) is not int or action not in Chaos.ACTIONS:
-            must = f"a worker, and an action of {', '.join(Chaos.ACTIONS)}"
-            raise RequestError(400, "invalid", f"the request must name {must}")
         try:
-            chaos.inject(place, action)
-        except (ValueError, ProcessLookupError) as error:
+            wanted = orjson.loads(await read_body(request, _LARGEST))
+            chaos.inject(int(wanted["worker"]), wanted["action"])
+        except (LookupError, OSError, TypeError, ValueError) as error:
             raise RequestError(409, "invalid", str(error)) from None
         return JSONResponse({})
 
