@@ -182,14 +182,17 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         """Read a request, queue it, and return its answer by its deadline."""
         arrived = time.monotonic()
         deadline = arrived + self.deadline
+        with self.batcher.reading(deadline):
+            message = await self._read(request, deadline)
+            deadline = min(deadline, arrived + message.timeout)
+            future = self.batcher.put(message.inputs, arrived, deadline)
         try:
-            with self.batcher.reading(deadline):
-                message = await self._read(request, deadline)
-                deadline = min(deadline, arrived + message.timeout)
-                future = self.batcher.put(message.inputs, arrived, deadline)
-            answer = await _first(future, request, deadline + _WRITING - time.monotonic())
-        except ClientDisconnect:
-            raise RequestError(499, "disconnected", "the client has gone") from None
+            with anyio.fail_after(deadline + _WRITING - time.monotonic()):
+                answer = await future
+        except TimeoutError:
+            raise RequestError(504, "late", "too few results came within the deadline") from None
+        finally:
+            future.cancel()  # takes the request off the queue
         report, coverage = answer.report, answer.report.coverage
         names = [spec.name for spec in (*self.outputs, *ADDED)]
         answers = dict(zip(names, answer.outputs, strict=True))
@@ -223,7 +226,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             with anyio.fail_after(deadline - time.monotonic()):  # unlike asyncio's, makes no task
                 body = await protocol.read_body(request, most_bytes(self.inputs, self.max_rows))
             return protocol.parse(body, length, self.inputs, self.outputs, self.max_rows)
-        except TimeoutError:
+        except (TimeoutError, ClientDisconnect):
             raise RequestError(408, "late", "the body did not come within the deadline") from None
         except (ValueError, RecursionError) as error:  # JSON may be too deep
             raise RequestError(400, "invalid", str(error)) from None
@@ -231,26 +234,6 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
     def _count(self, batch: Batch, rows: int, queued: Sequence[float]) -> None:
         self.metrics.batch(batch, rows, queued, self.of_places("names"))
         self.metrics.workers(self.pool)
-
-
-async def _first(future: asyncio.Future[Batch], request: Request, seconds: float) -> Batch:
-    """Return the answer, unless the client disconnects or time runs out first."""
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        if not future.done():
-            future.set_exception(ClientDisconnect())
-
-    watching = asyncio.ensure_future(watch())
-    try:
-        with anyio.fail_after(seconds):
-            return await future
-    except TimeoutError:
-        raise RequestError(504, "late", "too few results came within the deadline") from None
-    finally:
-        watching.cancel()
-        future.cancel()  # takes the request off the queue
 
 
 def deployment(factory: Callable[[], app], **options: Any) -> Any:
