@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import CodedWrapper
-from ..open_inference.tensors import Model, request
 from ..stragglers import Bernoulli
 from ..surrogates import Memory
 from ..workers import FaultyWorkers, ProcessWorkers
@@ -32,6 +31,7 @@ _GRACE = 10
 def serve(args: argparse.Namespace) -> None:
     """Serve a model over HTTP, or print a request with one example."""
     need("serve", "serve", "starlette", "uvicorn", "orjson", "prometheus_client")
+    from ..open_inference.tensors import Model, request
     from ..serve import app
     from ..serve.page import LOOPBACK, Chaos, Page
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
+import orjson
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -24,9 +23,9 @@ from torch.utils import _pytree as pytree
 from .._arguments import count, instance
 
 __all__ = ["ADDED", "DATATYPES", "EndpointError", "Model", "RefusedError", "TensorSpec"]
-__all__ += ["entries", "field", "from_bytes", "from_json", "json_length", "most_bytes"]
-__all__ += ["outputs_of", "parsed", "request", "require", "specs", "specs_of", "tensors_of"]
-__all__ += ["to_bytes", "written"]
+__all__ += ["entries", "field", "from_bytes", "from_json", "most_bytes"]
+__all__ += ["outputs_of", "parsed", "request", "require", "specs", "specs_of", "split"]
+__all__ += ["tensors_of", "to_bytes", "written"]
 
 #: The datatypes of the protocol that torch computes with.
 DATATYPES = {"BOOL": torch.bool, "UINT8": torch.uint8, "BF16": torch.bfloat16}
@@ -113,15 +112,11 @@ def _numbered(word: str, count: int) -> list[str]:
     return [word] if count == 1 else [f"{word}{i}" for i in range(count)]
 
 
-def from_bytes(name: str, spec: TensorSpec, shape: Sequence[int], data: memoryview) -> Tensor:
+def from_bytes(spec: TensorSpec, shape: Sequence[int], data: memoryview) -> Tensor:
     """Return a tensor whose elements are little-endian and in row-major order."""
-    size = math.prod(shape) * spec.dtype.itemsize
-    if len(data) != size:
-        must = f"{size} bytes for shape {list(shape)} of {spec.datatype}"
-        raise ValueError(f"{name} must have {must}, got {len(data)}")
     stored = torch.uint8 if spec.dtype is torch.bool else spec.dtype
     tensor = torch.empty(*shape, dtype=stored)
-    if size:
+    if len(data):
         tensor = torch.frombuffer(bytearray(data), dtype=stored).reshape(*shape)
     return tensor != 0 if spec.dtype is torch.bool else tensor
 
@@ -176,14 +171,14 @@ def most_bytes(specs: Sequence[TensorSpec], rows: int) -> int:
     )
 
 
-def json_length(body: bytes, length: str | None) -> int:
-    """Return the length of the JSON of a message by its Inference-Header-Content-Length."""
-    if length is None:
-        return len(body)
-    size = int(length) if length.isdecimal() and len(length) < 20 else -1
+def split(body: bytes, length: str | None) -> tuple[memoryview, memoryview]:
+    """Return the JSON of a message and its tail, by its Inference-Header-Content-Length."""
+    size = len(body)
+    if length is not None:
+        size = int(length) if length.isdecimal() and len(length) < 20 else -1
     must = f"an integer of at most the length of the body, {len(body)}"
     require(0 <= size <= len(body), "Inference-Header-Content-Length", must, length)
-    return size
+    return memoryview(body)[:size], memoryview(body)[size:]
 
 
 def entries(
@@ -220,10 +215,13 @@ def tensors_of(
         if "data" in entry:
             tensor = from_json(owner, spec, shape, field(owner, entry, "data", list))
         else:
-            size = field(owner, parameters, "binary_data_size", int)
-            must = f"at most the {len(tail)} bytes that are left of the body"
-            require(0 <= size <= len(tail), f"binary_data_size of {owner}", must, size)
-            tensor, tail = from_bytes(owner, spec, shape, tail[:size]), tail[size:]
+            given_size = field(owner, parameters, "binary_data_size", int)
+            size = math.prod(shape) * spec.dtype.itemsize
+            must = f"{size}, of {len(tail)} bytes that are left of the body"
+            require(
+                given_size == size <= len(tail), f"binary_data_size of {owner}", must, given_size
+            )
+            tensor, tail = from_bytes(spec, shape, tail[:size]), tail[size:]
         given[spec.name] = tensor
     require(len(given) == len(specs), f"{word}s", [spec.name for spec in specs], list(given))
     require(not len(tail), "bytes after the last tensor", 0, len(tail))
@@ -255,14 +253,13 @@ class Model(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The path of the model on its server."""
         return f"/v2/models/{quote(self.name, safe='')}"
 
 
-def parsed(body: bytes, what: str) -> dict[str, Any]:
+def parsed(body: bytes | memoryview, what: str) -> dict[str, Any]:
     """Return the JSON object in a body; an EndpointError if it is none."""
-    with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(found := json.loads(body), dict):
+    with contextlib.suppress(ValueError):
+        if isinstance(found := orjson.loads(body), dict):
             return found
     raise EndpointError(f"sent {what} that is no JSON object")
 
@@ -277,10 +274,7 @@ def specs_of(metadata: Mapping[str, Any], key: str) -> tuple[TensorSpec, ...]:
 
 
 def written(
-    message: dict[str, Any],
-    key: str,
-    tensors: Iterable[tuple[TensorSpec, Tensor, bool]],
-    dumps: Callable[[Any], bytes],
+    message: dict[str, Any], key: str, tensors: Iterable[tuple[TensorSpec, Tensor, bool]]
 ) -> tuple[bytes, int | None]:
     """Return a body, and the length of its JSON if binary tensors follow.
 
@@ -298,7 +292,7 @@ def written(
                 numbers = numbers.float()
             entry["data"] = numbers.numpy()  # orjson writes null for NaN and infinity
         entries.append(entry)
-    head = dumps({**message, key: entries})
+    head = orjson.dumps({**message, key: entries}, option=orjson.OPT_SERIALIZE_NUMPY)
     return b"".join([head, *tail]), len(head) if tail else None
 
 
@@ -307,17 +301,16 @@ def request(model: Model, inputs: Sequence[Tensor]) -> tuple[bytes, int | None]:
     how = {"parameters": {"binary_data": True}} if model.binary else {}
     outputs = [{"name": spec.name, **how} for spec in model.outputs]
     triples = [(spec, x, model.binary) for spec, x in zip(model.inputs, inputs, strict=True)]
-    dumps = functools.partial(json.dumps, default=np.ndarray.tolist)
-    return written({"outputs": outputs}, "inputs", triples, lambda x: dumps(x).encode())
+    return written({"outputs": outputs}, "inputs", triples)
 
 
 def outputs_of(
     model: Model, data: bytes, length: str | None, rows: int
 ) -> tuple[list[Tensor], int]:
     """Return the outputs of an answer, and how many rows the server says that it predicted."""
-    cut = json_length(data, length)
-    message = parsed(data[:cut], "an answer")
-    listed, tail = field("the answer", message, "outputs", list), memoryview(data)[cut:]
+    head, tail = split(data, length)
+    message = parsed(head, "an answer")
+    listed = field("the answer", message, "outputs", list)
     found = tensors_of("output", listed, model.outputs, tail, range(rows, rows + 1))
     predicted = field("the answer", message, "parameters", dict, {}).get("predicted_rows")
     outputs = [found[spec.name] for spec in model.outputs]

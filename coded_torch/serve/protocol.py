@@ -7,7 +7,6 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +22,6 @@ from ..open_inference.tensors import ADDED, TensorSpec, field, require
 __all__ = ["VERSION", "InferRequest", "RequestError", "format_answer", "parse", "read_body"]
 
 VERSION = "1"  #: the only version of every model
-_dumps = functools.partial(orjson.dumps, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 class RequestError(HTTPException):
@@ -69,8 +67,7 @@ def parse(
     ``header_length`` is the Inference-Header-Content-Length. A ValueError names the field that is
     wrong, its requirement and value.
     """
-    length = wire.json_length(body, header_length)
-    head, tail = memoryview(body)[:length], memoryview(body)[length:]
+    head, tail = wire.split(body, header_length)
     try:
         message = orjson.loads(head)
     except orjson.JSONDecodeError as error:
@@ -113,4 +110,4 @@ def format_answer(
     message = {"model_name": model, "model_version": VERSION, "parameters": parameters}
     message |= {"id": request.id} if request.id else {}
     tensors = ((spec, answers[spec.name], binary) for spec, binary in request.outputs)
-    return wire.written(message, "outputs", tensors, _dumps)
+    return wire.written(message, "outputs", tensors)

@@ -141,9 +141,8 @@ def test_errors_name_the_field_the_requirement_and_the_value(message, why):
 @pytest.mark.parametrize(
     ("size", "tail", "why"),
     [
-        (23, 24, "must have 24 bytes for shape [2, 3] of FP32, got 23"),
-        (25, 24, "must be at most the 24 bytes that are left"),
-        (-1, 24, "must be at most the 24 bytes"),
+        (23, 24, "must be 24, of 24 bytes that are left of the body, got 23"),
+        (24, 23, "must be 24, of 23 bytes that are left of the body, got 24"),
         (True, 24, "binary_data_size of input 'input' must be an integer"),
         (24, 25, "bytes after the last tensor must be 0, got 1"),
     ],
