@@ -38,7 +38,7 @@ def run(line):
         ("demo --device cuda:99", "--device: invalid choice: 'cuda:99'"),
         ("compare --inputs x.pt", "the following arguments are required: MODULE:FACTORY"),
         ("compare a:b", "the following arguments are required: --inputs"),
-        ("compare nowhere:net --inputs x.pt", "No module named 'nowhere'"),
+        ("compare nowhere:net --inputs x.pt", "a function of it, got 'nowhere:net'"),
         ("compare torch:nothing --inputs x.pt", "a function of it, got 'torch:nothing'"),
         ("compare torch --inputs x.pt", "must name a module and a function of it, got 'torch'"),
         ("compare torch.nn:Tanh --inputs none.pt", "--inputs cannot be read: [Errno 2]"),
@@ -112,7 +112,7 @@ def test_an_output_that_cannot_be_written_stops_the_work(command, redirection, e
     shell = ["sh", "-c", line, sys.executable]
     done = subprocess.run(shell, capture_output=True, timeout=60, cwd=tmp_path)
     assert done.stderr.decode() == err
-    assert (tmp_path / "code").read_text() == "1\n"
+    assert (tmp_path / "code").read_text() == "2\n"
 
 
 def test_demo_prints_tables_and_saves_a_picture(tmp_path, capsys):

@@ -39,7 +39,6 @@ RelAcc           right answers, relative to the bare model's right answers
 ±                half the width of the 95 % interval over batches
 ordered          the batch is ordered by similarity before it is coded"""
 _TRIPLES = "workers N, inputs a group K and lost workers S; several in quotes"
-_INTERRUPTED = 130  # the exit code of a shell for SIGINT
 
 
 @torch.no_grad()
@@ -223,15 +222,12 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[Option, .
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command ``coded-torch`` and return its exit code.
+    """Run the command ``coded-torch``, by default with the arguments of the process.
 
-    Args:
-        argv: the arguments. Defaults to the arguments of the process.
+    Return its exit code.
     """
-    parser = argparse.ArgumentParser(
-        prog="coded-torch",
-        description="Resilient and coded computing for PyTorch: answers although workers fail.",
-    )
+    text = "Resilient and coded computing for PyTorch: answers although workers fail."
+    parser = argparse.ArgumentParser(prog="coded-torch", description=text)
     version = f"coded_torch {coded_torch.__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -246,8 +242,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         if str(error):
             print(error, file=sys.stderr)
-        return error.code
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        return 130  # the exit code of a shell for SIGINT
     return 0

@@ -27,15 +27,12 @@ from .._arguments import count, instance, positive
 from ..nn import CodedWrapper
 from ..open_inference.tensors import ADDED, TensorSpec, most_bytes
 from . import protocol
-from .batcher import Batch, Batcher, compute, load
+from .batcher import TO_ANSWER, Batch, Batcher, compute, load
 from .metrics import Metrics
 from .protocol import VERSION, RequestError
 
 __all__ = ["app", "deployment"]
 
-# Seconds after a deadline in which an answer that ended at the deadline is still written. It trades
-# late answers against refused ones and was not tuned.
-_WRITING = 0.01
 # The number of requests that Ray lets into a replica; a bound, not tuned. Ray's default of 5 would
 # refuse before the application's own bound of 256 does.
 _MOST_REQUESTS = 1024
@@ -166,7 +163,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         finally:
             gc.unfreeze()
             self.ready = False
-            await self.batcher.close(self.deadline + _WRITING)
+            await self.batcher.close(self.deadline + TO_ANSWER)
             await asyncio.to_thread(self.pool.close)
 
     async def is_ready(self, _: Request) -> Response:
@@ -187,7 +184,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             deadline = min(deadline, arrived + message.timeout)
             future = self.batcher.put(message.inputs, arrived, deadline)
         try:
-            with anyio.fail_after(deadline + _WRITING - time.monotonic()):
+            with anyio.fail_after(deadline + TO_ANSWER - time.monotonic()):
                 answer = await future
         except TimeoutError:
             raise RequestError(504, "late", "too few results came within the deadline") from None
@@ -201,9 +198,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             if (radii := report.radii_at(coverage)) is not None:
                 answers["radius"] = radii[answer.rows].float()
         rows, predicted = len(answers["predicted"]), int(answers["predicted"].sum())
-        parameters: dict[str, Any] = {"predicted_rows": predicted}
-        if coverage is not None:
-            parameters["coverage"] = coverage
+        parameters = {"predicted_rows": predicted} | ({"coverage": coverage} if coverage else {})
         body, length = protocol.format_answer(self.name, message, answers, parameters)
         now = time.monotonic()
         self.answers.append((now, now - arrived, rows, predicted))

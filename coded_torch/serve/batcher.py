@@ -24,16 +24,16 @@ from ..scheduling.latency_history import History
 from ..workers import WorkerError
 from .protocol import RequestError
 
-__all__ = ["Batch", "Batcher", "compute", "load"]
+__all__ = ["TO_ANSWER", "Batch", "Batcher", "compute", "load"]
 
 logger = sparing_logger("coded_torch.serve")
 
 # The number of batches whose durations are remembered: some seconds of a busy server, so that the
 # estimate follows the load. It was not tuned.
 _BATCHES = 64
-# Seconds before the deadline that are kept to write the answers. It trades predicted rows against
-# late answers and was not tuned.
-_TO_ANSWER = 0.01
+# Seconds before the deadline that are kept to write the answers, and after it in which they may
+# still be written. It trades predicted rows against late answers and was not tuned.
+TO_ANSWER = 0.01
 _LOADING = 120.0  # seconds that workers may take to load the model; a bound, not tuned
 _MOST_BATCHES = 1024  # threads, each of which runs a batch; a bound, not tuned
 
@@ -221,7 +221,7 @@ class Batcher:
             return seconds
         # A batch beyond its deadline never ends, as far as anyone knows.
         return seconds + min(
-            math.inf if now > deadline + _TO_ANSWER else max(0.0, begin + self._usual(rows) - now)
+            math.inf if now > deadline + TO_ANSWER else max(0.0, begin + self._usual(rows) - now)
             for begin, rows, deadline in self._ongoing.values()
         )
 
@@ -271,7 +271,7 @@ class Batcher:
     async def _run(self, batch: list[_Entry]) -> None:
         begin, rows = time.monotonic(), sum(entry.rows for entry in batch)
         left = min(entry.deadline for entry in batch) - begin
-        left = max(left - _TO_ANSWER, left / 2, 1e-3)
+        left = max(left - TO_ANSWER, left / 2, 1e-3)
         columns = zip(*(entry.inputs for entry in batch), strict=True)
         inputs = [column[0] if len(column) == 1 else torch.cat(column) for column in columns]
         loop = asyncio.get_running_loop()
