@@ -97,21 +97,13 @@ def test_info(capsys):
         assert lines[built].startswith("kernels")
 
 
-FULL = "coded-torch: standard output cannot be written: [Errno 28] No space left on device\n"
-
-
-@pytest.mark.parametrize(
-    ("command", "redirection", "err"),
-    [("info", "> /dev/full", FULL), ("demo", "> /dev/full", FULL), ("info", "| true", "")],
-)
-def test_an_output_that_cannot_be_written_stops_the_work(command, redirection, err, tmp_path):
-    """The demo would take longer than the timeout."""
+def test_an_output_that_nobody_reads_stops_the_work(tmp_path):
     code = "from coded_torch.cli.main import main; raise SystemExit(main())"
-    line = f'{{ "$0" -c "{code}" {command}; echo $? > code; }} {redirection}'
+    line = f'{{ "$0" -c "{code}" info; echo $? > code; }} | true'
     # The checkout, which -c looks at first, may not be built.
     shell = ["sh", "-c", line, sys.executable]
     done = subprocess.run(shell, capture_output=True, timeout=60, cwd=tmp_path)
-    assert done.stderr.decode() == err
+    assert done.stderr == b""
     assert (tmp_path / "code").read_text() == "2\n"
 
 

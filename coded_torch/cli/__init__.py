@@ -28,15 +28,13 @@ class CommandError(Exception):
 
 
 def say(text: str) -> None:
-    """Print at once, so that an output that cannot be written stops the work early."""
+    """Print at once. A reader that has seen enough, such as `head`, ends the work silently."""
     try:
         print(text, flush=True)
-    except OSError as error:
+    except BrokenPipeError:
         # If stdout stayed, the interpreter would fail to flush the rest at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        broken = isinstance(error, BrokenPipeError)  # the reader has seen enough, such as `head`
-        why = "" if broken else f"coded-torch: standard output cannot be written: {error}"
-        raise CommandError(why) from error
+        raise CommandError from None
 
 
 @contextlib.contextmanager
@@ -61,10 +59,7 @@ def need(command: str, extra: str, *packages: str) -> None:
 
 
 def find_factory(command: str, text: str) -> Callable[[], Any]:
-    """Import the function that MODULE:FACTORY names.
-
-    An exception of the module's own code is not caught: the user needs its traceback.
-    """
+    """Import the function that MODULE:FACTORY names. Errors of its module are not caught."""
     module, _, name = text.partition(":")
     # `python -m` puts it first, too. A checkout of this package must not hide the installed one.
     sys.path.insert(len(sys.path) if os.path.isdir("coded_torch") else 0, os.getcwd())

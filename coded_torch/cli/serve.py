@@ -35,7 +35,8 @@ def serve(args: argparse.Namespace) -> None:
     from ..serve import app
     from ..serve.page import LOOPBACK, Chaos, Page
 
-    is_local, workers = args.host in LOOPBACK, None
+    is_local = args.host in LOOPBACK
+    workers: Any = None
     with usage("serve", errors=(RuntimeError, ValueError)):
         if args.chaos and not is_local:
             must = f"must listen on a loopback address, one of {', '.join(LOOPBACK)}"
@@ -86,19 +87,17 @@ def _fleet(args: argparse.Namespace) -> tuple[nn.Module, Any, dict[str, Any]]:
     for flag, is_given in (given | {"--example": args.example is not None}).items():
         if is_given:
             raise ValueError(f"{flag} must be left out with --endpoints")
-    silent: list[str] = []
+    why = ""
     for url in args.endpoints:
         with usage("serve: --endpoints", ValueError, prefix="RemoteModule: "):
             try:
                 module = RemoteModule(url, args.model)
             except RuntimeError as error:
-                silent.append(str(error).removeprefix("RemoteModule: "))
+                why = str(error).removeprefix("RemoteModule: ")
                 continue
-        for why in silent:
-            say(f"An endpoint does not describe {args.model}: {why}")
         found = {"inputs": module.metadata.inputs, "outputs": module.metadata.outputs}
         return module, EndpointWorkers(args.endpoints, model=args.model), found
-    raise RuntimeError(f"no endpoint describes the model {args.model!r}; {silent[0]}")
+    raise RuntimeError(f"no endpoint describes the model {args.model!r}; {why}")
 
 
 def _own(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:

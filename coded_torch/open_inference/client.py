@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import os
+import re
 import ssl as tls
 import threading
 import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import aiohttp
 from torch import Tensor, nn
@@ -74,18 +74,13 @@ class Client:
 
     def checked(self, url: Any) -> str:
         """Return the origin of a server's URL; a ValueError if the token must not be sent there."""
-        server, host = "", None
-        with contextlib.suppress(ValueError):
-            parts = urlsplit(url) if isinstance(url, str) else None
-            if parts and parts.scheme in ("http", "https") and parts.port != 0:
-                server, host = f"{parts.scheme}://{parts.netloc}", parts.hostname
-        if not host or "@" in server or url.rstrip("/") != server:
+        match = re.fullmatch(r"(https?)://([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?/*", str(url))
+        if match is None:
             must = "an endpoint must be a URL such as 'http://host:8000'"
             raise ValueError(f"{self._name}: {must}, got {url!r:.200}")
-        is_loopback = host == "localhost"
-        with contextlib.suppress(ValueError):  # another name
-            is_loopback = ipaddress.ip_address(host).is_loopback
-        if self._secret and not server.startswith("https") and not is_loopback:
+        server: str = url.rstrip("/")
+        is_loopback = re.fullmatch(r"localhost|\[::1\]|127(\.\d+){3}", match[2]) is not None
+        if self._secret and match[1] != "https" and not is_loopback:
             must = "a token needs https, or a loopback address"
             raise ValueError(f"{self._name}: {must}, got {server}")
         return server

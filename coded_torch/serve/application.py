@@ -49,12 +49,10 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
     ``radius`` and ``label_risk`` at the level of the parameter ``coverage``.
 
     Its lifespan starts the workers and closes them. It runs under any ASGI server, in one process.
-    A refused request gets ``{"error": ...}`` and
-
-    - 4xx if the request is wrong; 500 if the model fails on it, or ends three workers;
-    - 503 with ``Retry-After`` if too many requests wait, the answer would probably be late, no
-      worker is left, or all workers hang: then one request at a time is tried;
-    - 504 if the deadline has passed and nothing could be predicted.
+    A refused request gets ``{"error": ...}`` with 4xx if it is wrong, 500 if the model fails on it,
+    or ends three workers, and 504 after its deadline if nothing could be predicted. It gets 503
+    with ``Retry-After`` if too many requests wait, its answer would probably be late, no worker is
+    left, or all workers hang: then one request at a time is tried.
 
     Args:
         coded: the model on its workers. Its ``waiting`` gets the deadline of each batch.

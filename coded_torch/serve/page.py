@@ -40,8 +40,7 @@ _LARGEST = 1000  # bytes of a request for a fault, at most
 class Chaos:
     """Kills, pauses, delays and corrupts single workers of a pool of local processes.
 
-    All but a kill last ten seconds, or until the pool replaces the process. No worker of the pool,
-    around ProcessWorkers, carries out its attack yet.
+    All but a kill last ten seconds, or until the pool replaces the process.
     """
 
     ACTIONS = ("kill", "pause", "delay", "corrupt")
