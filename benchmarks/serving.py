@@ -156,15 +156,15 @@ def saturated_app(direct: bool) -> Any:
     pool = LocalWorkers() if direct else ProcessWorkers(PROCESSES)
     coded = CodedWrapper(model, workers=pool, parts=1, waiting=waiting)
     one = [TensorSpec("input", "FP32", (FEATURES,))], [TensorSpec("output", "FP32", (FEATURES,))]
-    limits: Any = {"max_batch_size": BATCH, "max_ongoing_batches": PROCESSES}
-    made = app(coded, name="model", inputs=one[0], outputs=one[1], deadline=10.0, **limits)
+    limits: Any = {"deadline": 10.0, "max_batch_size": BATCH}
+    made = app(coded, name="model", inputs=one[0], outputs=one[1], **limits)
     if direct:
 
         def compute(inputs: list[Tensor], _: float) -> Batch:
             added = [torch.zeros(len(inputs[0]), dtype=spec.dtype) for spec in ADDED]
             return Batch([model(*inputs), *added], Report(), set())
 
-        made.batcher._compute = compute
+        made.batcher._compute, made.batcher._slots = compute, lambda: (PROCESSES, 1)
     return made
 
 

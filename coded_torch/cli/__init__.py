@@ -24,23 +24,17 @@ _MISTAKES = EOFError, OSError, OverflowError, TypeError, ValueError
 
 
 class CommandError(Exception):
-    """An error that ends the command with one line, and with its exit code."""
-
-    def __init__(self, message: str, code: int = 2) -> None:
-        super().__init__(message)
-        self.code = code
+    """An error that ends the command with one line, and with exit code 2."""
 
 
 def say(text: str) -> None:
-    """Print at once, so that an output that cannot be written stops the work early."""
+    """Print at once. A reader that has seen enough, such as `head`, ends the work silently."""
     try:
         print(text, flush=True)
-    except OSError as error:
+    except BrokenPipeError:
         # If stdout stayed, the interpreter would fail to flush the rest at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        broken = isinstance(error, BrokenPipeError)  # the reader has seen enough, such as `head`
-        why = "" if broken else f"coded-torch: standard output cannot be written: {error}"
-        raise CommandError(why, code=1) from error
+        raise CommandError from None
 
 
 @contextlib.contextmanager
@@ -49,7 +43,7 @@ def usage(label: str, errors: Any = _MISTAKES, prefix: str = "") -> Iterator[Non
     try:
         yield
     except errors as error:
-        if not str(error).startswith(prefix):
+        if isinstance(error, CommandError) or not str(error).startswith(prefix):
             raise
         message = str(error).removeprefix(prefix or f"{label}: ")
         first = next(iter(message.splitlines()), type(error).__name__)
@@ -60,29 +54,25 @@ def need(command: str, extra: str, *packages: str) -> None:
     """Raise a CommandError unless the packages of an extra are installed."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        how = f"pip install 'coded_torch[{extra}]'"
-        raise CommandError(f"coded-torch {command} needs {' and '.join(missing)}: {how}")
+        how = f"{' and '.join(missing)}: pip install 'coded_torch[{extra}]'"
+        raise CommandError(f"coded-torch {command} needs {how}")
 
 
 def find_factory(command: str, text: str) -> Callable[[], Any]:
-    """Import the function that MODULE:FACTORY names.
-
-    An exception of the module's own code is not caught: the user needs its traceback.
-    """
+    """Import the function that MODULE:FACTORY names. Errors of its module are not caught."""
     module, _, name = text.partition(":")
     # `python -m` puts it first, too. A checkout of this package must not hide the installed one.
     sys.path.insert(len(sys.path) if os.path.isdir("coded_torch") else 0, os.getcwd())
     factory: Callable[[], Any] | None = None
-    why = f"MODULE:FACTORY must name a module and a function of it, got {text!r}"
     try:
         if name and module[:1] not in ("", "."):
             factory = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
         if not f"{module}.".startswith(f"{error.name}."):
             raise  # the module was found, and imports a missing one
-        why = str(error)
     if not callable(factory):
-        raise CommandError(f"coded-torch {command}: {why}")
+        must = "MODULE:FACTORY must name a module and a function of it"
+        raise CommandError(f"coded-torch {command}: {must}, got {text!r}")
     return factory
 
 
@@ -95,10 +85,10 @@ def options(parser: argparse.ArgumentParser, *table: Option) -> None:
         elif kind is list:
             how = {"nargs": "+", "metavar": "URL"}
         if not flag.startswith("-"):
-            how |= {"metavar": "MODULE:FACTORY"} | ({} if default is ... else {"nargs": "?"})
+            how |= {"metavar": "MODULE:FACTORY", "nargs": None if default is ... else "?"}
         elif default is ...:
             how["required"] = True
-        shown = "" if default in (None, ...) or default is False else " [%(default)s]"
+        shown = "" if default in (None, False, ...) else " [%(default)s]"
         parser.add_argument(flag, default=default, help=f"{text}{shown}", **how)
 
 

@@ -7,7 +7,6 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -34,9 +33,8 @@ __all__ = ["job"]
 
 def job(args: argparse.Namespace) -> None:
     """Compute the answers to all rows, and write the batches in order."""
-    with usage("job"):
+    with usage("job: --inputs cannot be read", errors=Exception):
         rows, read = _open(args.inputs)
-    with usage("job: --inputs must hold numbers", errors=Exception):
         next(read(1, [0]))
     made = find_factory("job", args.factory)()
     coded = made[0] if isinstance(made, tuple) and made else made  # `serve` needs examples, too
@@ -53,11 +51,8 @@ def job(args: argparse.Namespace) -> None:
             args.output.mkdir(parents=True, exist_ok=True)
             # No other process can lock the file before it is closed, or this process ends.
             lock = held.enter_context((args.output / "job.lock").open("w"))
-            try:
+            with usage(f"job: --output {args.output} must not be in use by another job"):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                must = "must not be in use by another job"
-                raise ValueError(f"--output {args.output} {must}") from None
             _claim(args, coded.module, rows)
             starts = range(0, rows, size)
             paths = {start: args.output / f"batch-{start:012}.pt" for start in starts}
@@ -109,51 +104,43 @@ def _open(path: Path) -> tuple[int, Callable[[int, list[int]], Iterator[tuple[Te
 
     A batch has a tensor for each input.
     """
-    inputs: list[Any] = []
-    if path.suffix == ".npy":
-        inputs = [np.atleast_1d(np.load(path, mmap_mode="r"))]  # pages are read on demand
-        lengths = [len(inputs[0])]
-    elif path.suffix == ".safetensors":
-        need("job", "job", "safetensors")
-        from safetensors import safe_open
-
-        with usage("job: --inputs cannot be read", errors=Exception):
-            opened: Any = safe_open(path, "pt")
-        inputs = [opened.get_slice(name) for name in sorted(opened.keys())]
-        lengths = [[*x.get_shape(), 0][0] for x in inputs]
-    elif path.suffix == ".parquet":
+    if path.suffix == ".parquet":
         need("job", "job", "pyarrow")
         from pyarrow import parquet
 
         file = parquet.ParquetFile(path)
         lengths = [file.metadata.num_rows]
-    else:
-        raise ValueError(f"--inputs must be a .npy, .safetensors or .parquet file, got {path}")
-    if len(set(lengths)) != 1 or not lengths[0]:
-        must = "must hold rows, as many of each tensor"
-        raise ValueError(f"--inputs {must}, got {lengths} of {path}")
-    rows = lengths[0]
+    elif path.suffix == ".safetensors":
+        need("job", "job", "safetensors")
+        from safetensors import safe_open
 
-    def read(size: int, starts: list[int]) -> Iterator[tuple[Tensor, ...]]:
-        if inputs or not starts:
-            for i in starts:
-                slices = (x[i : min(i + size, rows)] for x in inputs)
-                yield tuple(x if isinstance(x, Tensor) else torch.tensor(x) for x in slices)
-            return
-        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        begins = list(itertools.accumulate(sizes, initial=0))
-        # From the last group before the first batch at whose begin a batch begins.
-        first = max(i for i, x in enumerate(begins) if x <= starts[0] and x % size == 0)
-        groups, wanted = range(first, len(sizes)), set(starts)
-        for at, batch in zip(
-            range(begins[first], rows, size), file.iter_batches(size, groups), strict=True
-        ):
+        opened: Any = safe_open(path, "pt")
+        inputs = [opened.get_slice(name) for name in sorted(opened.keys())]
+        lengths = [[*x.get_shape(), 0][0] for x in inputs]
+    elif path.suffix == ".npy":
+        inputs = [np.atleast_1d(np.load(path, mmap_mode="r"))]  # pages are read on demand
+        lengths = [len(inputs[0])]
+    else:
+        raise ValueError(f"it must be a .npy, .safetensors or .parquet file, got {path}")
+    rows = lengths[0] if len(set(lengths)) == 1 else 0
+    if not rows:
+        raise ValueError(f"it must hold rows, as many of each tensor, got {lengths}")
+
+    def slices(size: int, starts: list[int]) -> Iterator[tuple[Tensor, ...]]:
+        for i in starts:
+            parts = (x[i : min(i + size, rows)] for x in inputs)
+            yield tuple(x if isinstance(x, Tensor) else torch.tensor(x) for x in parts)
+
+    def columns(size: int, starts: list[int]) -> Iterator[tuple[Tensor, ...]]:
+        at, wanted = 0, set(starts)
+        for batch in file.iter_batches(size) if wanted else ():
             if batch.num_rows != min(size, rows - at):
                 raise RuntimeError("this version of pyarrow ends batches at row groups")
             if at in wanted:
                 yield tuple(_column(name, batch[name]) for name in sorted(batch.schema.names))
+            at += size
 
-    return rows, read
+    return rows, columns if path.suffix == ".parquet" else slices
 
 
 def _column(name: str, column: Any) -> Tensor:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import platform
-import random
 import re
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +18,7 @@ import coded_torch
 
 from .. import _extension
 from .._arguments import MOST_WORKERS, count, dense
-from ..codes import Code, RegressionCode, ReplicationCode
+from ..codes import RegressionCode
 from ..demo.lenet5 import digits, lenet5
 from ..evaluation import planner
 from ..nn import CodedWrapper
@@ -36,12 +32,6 @@ __all__ = ["main"]
 
 # The rows of a batch: on 240 digits, groups of 20 inputs divide evenly. It was not tuned.
 _BATCH_SIZE = 240
-_SITUATIONS = """\
-exact      answers that a worker computed
-predicted  answers estimated from others, as no worker replied; they are flagged
-radius     the median radius: 95 % of their errors are at most as large
-error      the root mean squared error itself
-right      the share of all answers that name the right digit"""
 _LEGEND = """\
 RMSE             root of the mean squared distance of decoded from exact answers
 MSE / variance   the same distance squared, over the variance of exact answers
@@ -49,59 +39,37 @@ RelAcc           right answers, relative to the bare model's right answers
 ±                half the width of the 95 % interval over batches
 ordered          the batch is ordered by similarity before it is coded"""
 _TRIPLES = "workers N, inputs a group K and lost workers S; several in quotes"
-_INTERRUPTED = 130  # the exit code of a shell for SIGINT
 
 
+@torch.no_grad()
 def demo(args: argparse.Namespace) -> None:
     """Print LeNet-5's answers while workers are lost, then compare codes on it."""
     need("demo", "demo", "matplotlib")
     model, (images, labels) = lenet5().to(args.device), digits()
-    with usage("demo: --seed must fit 64 bits", errors=(RuntimeError, ValueError)):
-        generator = torch.Generator().manual_seed(args.seed)
-    rows = torch.randperm(len(labels), generator=generator).split(_BATCH_SIZE)[:-1]
-    batches, truth = ([part[at].to(args.device) for at in rows] for part in (images, labels))
-    count = f"{len(rows) * _BATCH_SIZE:,}"
     n, k, s = args.settings[-1]
+    with usage("demo: --seed must fit 64 bits", errors=(RuntimeError, ValueError)):
+        rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))
+        lost = LocalWorkers(Uniform(s, seed=args.seed))
+    rows = rows[: len(rows) // _BATCH_SIZE * _BATCH_SIZE]
+    batches, truth = (x[rows].to(args.device).split(_BATCH_SIZE) for x in (images, labels))
+    coded = CodedWrapper(model, RegressionCode(k, n), workers=lost)
+    runs = [coded.run(batch) for batch in batches]
+    predicted, radii = (torch.cat([getattr(r, x) for _, r in runs]) for x in ("predicted", "radii"))
+    answers = torch.cat([batch for batch, _ in runs])
+    errors = (answers - model(torch.cat(batches))).norm(dim=1)[predicted]
+    held = (errors <= radii[predicted].to(errors)).double().mean()
+    right = (answers.argmax(1) == torch.cat(truth)).double().mean()
     say(
-        f"LeNet-5 reads {count} MNIST test digits it was not trained on, {_BATCH_SIZE} at a time.\n"
-        f"Seed {args.seed}.\n\nN = {n} workers, K = {k} inputs a group: {count} answers\n"
-        f"  {'':<29}{'exact':>7}{'predicted':>11}{'radius':>10}{'error':>8}{'right':>8}"
+        f"LeNet-5 reads {len(rows):,} MNIST test digits it was not trained on, {_BATCH_SIZE} at a "
+        f"time.\nSeed {args.seed}.\n\nN = {n} workers, K = {k} inputs a group, {s} workers lost:\n"
+        f"{len(rows) - len(errors):,} answers are exact, {len(errors):,} are predicted from them.\n"
+        f"The error of a predicted answer is {errors.median():.2f} in the median.\n"
+        f"Its radius, {radii[predicted].median():.2f} in the median, is larger in {held:.1%}.\n"
+        f"{right:.1%} of all answers name the right digit.\n\n"
+        "Every code is tuned on a quarter of the batches, without labels, and answers\n"
+        "the others while the same workers are lost.\n"
     )
-    with usage("demo"):
-        cases: list[tuple[str, Code, int]] = [("all answer", RegressionCode(k, n), 0)]
-        cases.append((f"{s} lost", RegressionCode(k, n), s))
-        cases.append((f"{s} lost, replication", ReplicationCode(k, n), s))
-        for case in cases if s else cases[:1]:
-            say(_situation(*case, model, list(zip(batches, truth, strict=True)), args.seed))
-    say(
-        f"\n{_SITUATIONS}\n\nEvery code is tuned on a quarter of the batches, without labels, and "
-        "answers\nthe others while the same workers are lost.\n"
-    )
-    _compare(args, model, batches, truth)
-
-
-@torch.no_grad()
-def _situation(
-    name: str, code: Code, lost: int, model: nn.Module, batches: Sequence[Any], seed: int
-) -> str:
-    """Answer all batches while some workers are lost, and return a line of a table."""
-    rows = predicted = right = 0
-    squares, radii = 0.0, []
-    for i, (batch, classes) in enumerate(batches, seed):
-        workers = LocalWorkers(Uniform(lost, seed=i))
-        coded = CodedWrapper(model, code.replace(shuffle=random.Random(i)), workers=workers)
-        answers, report = coded.run(batch)
-        flagged = report.predicted
-        assert flagged is not None  # there are answers
-        rows += len(batch)
-        predicted += int(flagged.sum())
-        right += int((answers.argmax(-1) == classes).sum())
-        radii += [] if report.radii is None else report.radii[flagged].tolist()
-        squares += float((answers - model(batch)).cpu()[flagged].square().sum())
-    radius = f"{statistics.median(radii):.2f}" if radii else ""
-    error = f"{math.sqrt(squares / predicted):.2f}" if predicted else ""
-    counts = f"{rows - predicted:>7,}{predicted:>11,}"
-    return f"  {name:<29}{counts}{radius:>10}{error:>8}{right / rows:>8.1%}"
+    _compare(args, model, list(batches), list(truth))
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -209,7 +177,6 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[Option, .
             ("--port", int, 8000, "the port to listen on, or 0 for any"),
             ("--max-batch-size", int, 64, "rows of a batch"),
             ("--max-queued-requests", int, 256, "requests that may wait"),
-            ("--max-ongoing-batches", int, None, "batches at once, unless while a worker is idle"),
             ("--name", str, None, "the model's name in URLs, unless MODEL, lenet5 or FACTORY"),
             ("--verify", float, 0.0, "the share of rows that a second worker computes"),
             ("--memory", bool, False, "predict from earlier requests and answers, of any client"),
@@ -255,15 +222,12 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[Option, .
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command ``coded-torch`` and return its exit code.
+    """Run the command ``coded-torch``, by default with the arguments of the process.
 
-    Args:
-        argv: the arguments. Defaults to the arguments of the process.
+    Return its exit code.
     """
-    parser = argparse.ArgumentParser(
-        prog="coded-torch",
-        description="Resilient and coded computing for PyTorch: answers although workers fail.",
-    )
+    text = "Resilient and coded computing for PyTorch: answers although workers fail."
+    parser = argparse.ArgumentParser(prog="coded-torch", description=text)
     version = f"coded_torch {coded_torch.__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -278,8 +242,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         if str(error):
             print(error, file=sys.stderr)
-        return error.code
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        return 130  # the exit code of a shell for SIGINT
     return 0

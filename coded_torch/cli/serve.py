@@ -15,9 +15,6 @@ from ..nn import CodedWrapper
 from ..stragglers import Bernoulli
 from ..surrogates import Memory
 from ..workers import FaultyWorkers, ProcessWorkers
-from ..workers.live import Ambient
-from ..workers.shared_memory import Pickled
-from ..workers.worker_main import ModuleStore
 from . import find_factory, need, say, usage
 
 __all__ = ["LENET5", "serve"]
@@ -29,39 +26,34 @@ _KEEP_ALIVE = 75
 # Deadlines of one part after which a worker counts as hung, but at least a second. A kill costs a
 # restart, so it waits for ten times as long as any client; it was not tuned.
 _GRACE = 10
-_PRIVACY = """\
-Privacy: an answer that is not computed in time is predicted from the inputs and
-answers of earlier requests, of any client."""
 
 
 def serve(args: argparse.Namespace) -> None:
     """Serve a model over HTTP, or print a request with one example."""
     need("serve", "serve", "starlette", "uvicorn", "orjson", "prometheus_client")
+    from ..open_inference.tensors import Model, request
     from ..serve import app
     from ..serve.page import LOOPBACK, Chaos, Page
-    from ..serve.protocol import example_request
 
-    is_local, workers = args.host in LOOPBACK, None
+    is_local = args.host in LOOPBACK
+    workers: Any = None
     with usage("serve", errors=(RuntimeError, ValueError)):
         if args.chaos and not is_local:
             must = f"must listen on a loopback address, one of {', '.join(LOOPBACK)}"
             raise ValueError(f"--chaos {must}, got {args.host}")
         if args.endpoints:
-            if args.factory != LENET5:
-                must = "must be left out with --endpoints"
-                raise ValueError(f"MODULE:FACTORY {must}, got {args.factory}")
             module, workers, how = _fleet(args)
         elif args.model is not None:
             raise ValueError("--model must come with --endpoints")
     if workers is None:
         module, how = _own(args)
     if args.example is not None:
-        say(example_request(how["inputs"], how["examples"], args.example).decode())
+        rows = [x[args.example][None] for x in how["examples"]]
+        say(request(Model("", tuple(how["inputs"]), (), False), rows)[0].decode())
         return
     usual = args.model or ("lenet5" if args.factory == LENET5 else args.factory.partition(":")[2])
     how["name"] = name = args.name or usual
-    for limit in ("deadline", "max_batch_size", "max_queued_requests", "max_ongoing_batches"):
-        how[limit] = getattr(args, limit)
+    how |= {x: getattr(args, x) for x in ("deadline", "max_batch_size", "max_queued_requests")}
     with usage("serve"):
         if workers is None:
             workers = ProcessWorkers(args.num_workers, grace=max(1.0, _GRACE * args.deadline))
@@ -72,14 +64,11 @@ def serve(args: argparse.Namespace) -> None:
         more: dict[str, Any] = {"surrogate": [Memory()] if args.memory else []}
         more |= {"verify": args.verify or None, "parts": args.parts}
         built = app(CodedWrapper(module, workers=workers, **more), **how)
-        if not args.endpoints:  # raises now, not when the server has started
-            ModuleStore(Pickled).pack(module, Ambient())
     if is_local or args.page:
-        chaos = Chaos(workers) if isinstance(workers, FaultyWorkers) else None
-        Page(built, chaos=chaos, is_local=is_local)
+        Page(built, chaos=Chaos(workers) if args.chaos else None, is_local=is_local)
     torch.set_num_threads(1)  # the processors are the workers'
     if args.memory:
-        say(_PRIVACY)
+        say("Privacy: late answers are predicted from answers of earlier requests, of any client.")
     if args.endpoints:
         say(f"Asking {len(args.endpoints)} endpoints for {args.model}.")
     else:
@@ -94,22 +83,21 @@ def _fleet(args: argparse.Namespace) -> tuple[nn.Module, Any, dict[str, Any]]:
 
     if args.model is None:
         raise ValueError("--endpoints must come with --model, the model's name there")
-    for flag in ("chaos", "example"):
-        if (given := getattr(args, flag)) is not None and given is not False:
-            raise ValueError(f"--{flag} must be left out with --endpoints")
-    silent: list[str] = []
+    given = {"MODULE:FACTORY": args.factory != LENET5, "--chaos": args.chaos}
+    for flag, is_given in (given | {"--example": args.example is not None}).items():
+        if is_given:
+            raise ValueError(f"{flag} must be left out with --endpoints")
+    why = ""
     for url in args.endpoints:
         with usage("serve: --endpoints", ValueError, prefix="RemoteModule: "):
             try:
                 module = RemoteModule(url, args.model)
             except RuntimeError as error:
-                silent.append(str(error).removeprefix("RemoteModule: "))
+                why = str(error).removeprefix("RemoteModule: ")
                 continue
-        for why in silent:
-            say(f"An endpoint does not describe {args.model}: {why}")
         found = {"inputs": module.metadata.inputs, "outputs": module.metadata.outputs}
         return module, EndpointWorkers(args.endpoints, model=args.model), found
-    raise RuntimeError(f"no endpoint describes the model {args.model!r}; {silent[0]}")
+    raise RuntimeError(f"no endpoint describes the model {args.model!r}; {why}")
 
 
 def _own(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
@@ -120,12 +108,12 @@ def _own(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     with usage("serve"):
         model, examples = made if isinstance(made, tuple) and len(made) == 2 else (None, ())
         examples = (examples,) if isinstance(examples, Tensor) else examples
-        whole = isinstance(examples, tuple) and all(isinstance(x, Tensor) for x in examples)
+        whole = isinstance(examples, tuple) and all(
+            isinstance(x, Tensor) and x.dim() and len(x) for x in examples
+        )
         if not (isinstance(model, nn.Module) and examples and whole):
-            must = "a module and examples of its inputs, a tensor or a tuple of some"
+            must = "a module and examples of its inputs, a tensor with rows or a tuple of some"
             raise TypeError(f"{args.factory} must return {must}, got {type(made).__name__}")
-        if not all(x.dim() and len(x) for x in examples):
-            raise ValueError(f"the examples of {args.factory} must have rows, got none")
         inputs, outputs = specs(model.eval(), examples)
         most = len(examples[0]) - 1
         if args.example is not None and not 0 <= args.example <= most:
@@ -154,6 +142,7 @@ def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None
             say(f"A page shows it: {site}")
         quiet: dict[str, Any] = {"log_level": "warning", "access_log": False}
         config = uvicorn.Config(built, timeout_keep_alive=_KEEP_ALIVE, **quiet)
-        built.load()  # here Ctrl-C ends it, and an error of the model ends the command
+        with usage("serve", TypeError, prefix="Workers: "):
+            built.load()  # here Ctrl-C ends it, and an error of the model ends the command
         built.load = lambda: None  # not twice
         uvicorn.Server(config).run(sockets=[listening])

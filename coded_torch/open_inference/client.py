@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
-import json
 import os
+import re
 import ssl as tls
 import threading
 import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import aiohttp
 from torch import Tensor, nn
@@ -64,34 +63,24 @@ class Client:
         self.headers = {**(headers or {}), "Accept-Encoding": "identity"}
         if token is not None:
             self.headers["Authorization"] = f"Bearer {token}"
-        for header, value in self.headers.items():
-            if not f"{header}{value}".isprintable():
-                must = f"headers must be printable, got one named {header!r}"
-                raise ValueError(f"{self._name}: {must}")
         self._context = context if context is not None else True
         timeout = positive(owner, "timeout", timeout)
         connect_timeout = positive(owner, "connect_timeout", connect_timeout)
         # Seconds between two reads are bounded by the whole request.
         self._limits = aiohttp.ClientTimeout(total=timeout, sock_connect=connect_timeout)
-        least = min(timeout, connect_timeout + _PROBE)
-        self._probe = aiohttp.ClientTimeout(total=least, sock_connect=connect_timeout)
+        self._probe = aiohttp.ClientTimeout(total=connect_timeout + _PROBE)
         self._session: aiohttp.ClientSession | None = None
         self._process = 0  # the process whose loop the session belongs to
 
     def checked(self, url: Any) -> str:
         """Return the origin of a server's URL; a ValueError if the token must not be sent there."""
-        server, host = "", None
-        with contextlib.suppress(ValueError):
-            parts = urlsplit(url) if isinstance(url, str) else None
-            if parts and parts.scheme in ("http", "https") and parts.port != 0:
-                server, host = f"{parts.scheme}://{parts.netloc}", parts.hostname
-        if not host or "@" in server or url.rstrip("/") != server:
+        match = re.fullmatch(r"(https?)://([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?/*", str(url))
+        if match is None:
             must = "an endpoint must be a URL such as 'http://host:8000'"
             raise ValueError(f"{self._name}: {must}, got {url!r:.200}")
-        is_loopback = host == "localhost"
-        with contextlib.suppress(ValueError):  # another name
-            is_loopback = ipaddress.ip_address(host).is_loopback
-        if self._secret and not server.startswith("https") and not is_loopback:
+        server: str = url.rstrip("/")
+        is_loopback = re.fullmatch(r"localhost|\[::1\]|127(\.\d+){3}", match[2]) is not None
+        if self._secret and match[1] != "https" and not is_loopback:
             must = "a token needs https, or a loopback address"
             raise ValueError(f"{self._name}: {must}, got {server}")
         return server
@@ -107,12 +96,10 @@ class Client:
             inputs, given = (wire.specs_of(found, each) for each in ("inputs", "outputs"))
         except EndpointError as error:
             raise EndpointError(f"{self._name}: {server} {error}") from None
-        extensions = about.get("extensions")
-        binary = isinstance(extensions, list) and "binary_tensor_data" in extensions
+        binary = "binary_tensor_data" in str(about.get("extensions"))
         known = {spec.name: spec for spec in given}
-        ours = set(ADDED) <= set(given)  # a server of this package
-        own = [each for each, spec in known.items() if not (ours and spec in ADDED)]
-        names = own if outputs is None else outputs
+        added = ADDED if set(ADDED) <= set(given) else ()  # a server of this package
+        names = [x for x in known if known[x] not in added] if outputs is None else outputs
         if unknown := [each for each in names if each not in known]:
             must = f"outputs must be some of {', '.join(known)}"
             raise ValueError(f"{self._name}: {must}, got {unknown}")
@@ -132,8 +119,7 @@ class Client:
     ) -> list[Tensor]:
         """Return the outputs, ``[rows, ...]`` each, in the order of the model.
 
-        Raises a RemoteError if the model failed, and a RefusedError if the request is wrong. A
-        server that takes none now, or predicted rows, is a BusyError, all else an EndpointError.
+        Each exception of this file stands for one failure; an EndpointError for all others.
         """
         body, length = wire.request(model, inputs)
         headers = {"Content-Type": "application/octet-stream" if length else "application/json"}
@@ -165,16 +151,12 @@ class Client:
                     raise _failure(answer, await _read(answer, _MESSAGE))
                 size = answer.headers.get("Inference-Header-Content-Length")
                 return await _read(answer, most), size
-        except aiohttp.ServerTimeoutError:  # connecting took too long
-            raise EndpointError("could not be reached in time") from None
-        except (asyncio.TimeoutError, TimeoutError):
+        except (aiohttp.ServerTimeoutError, aiohttp.ClientConnectorError) as error:
+            raise EndpointError(f"could not be reached: {error}") from None
+        except asyncio.TimeoutError:
             raise EndpointError("did not answer in time", lost=True) from None
-        except aiohttp.ClientConnectorError as error:
-            raise EndpointError(f"could not be reached: {error.strerror or error}") from None
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError) as error:  # the text may quote an answer
             what = type(error).__name__
-            if isinstance(error, (aiohttp.ClientConnectionError, OSError)):  # others quote answers
-                what += f": {error!s:.200}"
             raise EndpointError(f"broke the connection: {what}", lost=True) from None
 
     def _open(self) -> aiohttp.ClientSession:
@@ -185,7 +167,6 @@ class Client:
                 timeout=self._limits,
                 headers=self.headers,
                 auto_decompress=False,
-                trust_env=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
             weakref.finalize(self, _end, self._session, self._process)
@@ -200,11 +181,7 @@ def _end(session: aiohttp.ClientSession, process: int) -> None:
 
 
 async def _read(answer: aiohttp.ClientResponse, most: int) -> bytes:
-    """Return the body of an answer; an EndpointError if it is packed, or larger than ``most``."""
-    if answer.headers.get("Content-Encoding", "identity") != "identity":
-        raise EndpointError("sent a packed answer, which was not asked for")
-    if (answer.content_length or 0) > most:
-        raise EndpointError(f"sent {answer.content_length} bytes, more than {most}")
+    """Return the body of an answer; an EndpointError if it is larger than ``most``."""
     body = bytearray()
     async for part in answer.content.iter_any():
         body += part
@@ -216,9 +193,8 @@ async def _read(answer: aiohttp.ClientResponse, most: int) -> bytes:
 def _failure(answer: aiohttp.ClientResponse, body: bytes) -> Exception:
     """Return the exception for an answer that is not 200."""
     message = ""
-    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-        said = json.loads(body)["error"]
-        message = said if isinstance(said, str) else ""
+    with contextlib.suppress(EndpointError, ValueError):
+        message = wire.field("an answer", wire.parsed(body, "an error"), "error", str, "")
     if answer.status in _BUSY:
         text = answer.headers.get("Retry-After", "")
         seconds = float(text) if text.isdecimal() else _RETRY_SECONDS
@@ -230,19 +206,17 @@ def _failure(answer: aiohttp.ClientResponse, body: bytes) -> Exception:
     return EndpointError(f"answered {answer.status}{message and f': {message:.200}'}")
 
 
-_lock = threading.Lock()
 _loops: dict[int, asyncio.AbstractEventLoop] = {}  # a loop each process: no thread outlives a fork
-os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 def running_loop() -> asyncio.AbstractEventLoop:
     """Return the event loop of all clients of this process, in a thread of its own."""
-    with _lock:
-        if os.getpid() not in _loops:
-            loop = _loops[os.getpid()] = asyncio.new_event_loop()
+    if (loop := _loops.get(os.getpid())) is None:
+        made = asyncio.new_event_loop()
+        if (loop := _loops.setdefault(os.getpid(), made)) is made:  # no other thread was faster
             name = "coded_torch endpoints"
             threading.Thread(target=loop.run_forever, name=name, daemon=True).start()
-        return _loops[os.getpid()]
+    return loop
 
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -263,13 +237,13 @@ class RemoteModule(nn.Module):
         headers, token, context, connect_timeout, timeout: as in
             :class:`~coded_torch.workers.EndpointWorkers`.
 
-    Raises:
-        RuntimeError: the server cannot be reached, or does not keep the protocol.
-
     Calling takes a tensor for each input, by position or by name. It returns the output
-    ``[B, ...]``, or a dict of several by name, on the CPU. It raises a ValueError if the server
-    refuses the inputs, and a RuntimeError if the model failed, or the server. Rows that a server of
-    this package predicted are no answer: it counts as busy, unless ``outputs`` name "predicted".
+    ``[B, ...]``, or a dict of several by name, on the CPU. Rows that a server of this package
+    predicted are no answer: it counts as busy, unless ``outputs`` name "predicted".
+
+    Raises:
+        ValueError: the server refuses the inputs of a call.
+        RuntimeError: the model failed, or the server cannot be reached or breaks the protocol.
     """
 
     def __init__(
@@ -277,14 +251,10 @@ class RemoteModule(nn.Module):
     ) -> None:
         super().__init__()
         client = Client(self, **options)
-        self.url, self._options = client.checked(url), options
         instance(self, "model", model, str)
+        self.url, self.model, self._options = client.checked(url), model, options
         self.metadata: Model = run(client.model(self.url, model, outputs))
         self._client: Client | None = client
-
-    @property
-    def model(self) -> str:
-        return self.metadata.name
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.inputs(args, kwargs)
@@ -295,20 +265,16 @@ class RemoteModule(nn.Module):
     def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """Return the arguments of a call in the order of the model's inputs."""
         specs = self.metadata.inputs
-        names = [spec.name for spec in specs[len(args) :]]
-        given = [*args, *map(kwargs.get, names)]
-        if len(given) != len(specs) or kwargs.keys() - set(names):
-            must = f"inputs must be {', '.join(spec.name for spec in specs)}"
+        names = [spec.name for spec in specs]
+        given = dict(zip(names, args, strict=False)) | dict(kwargs)
+        if len(args) + len(kwargs) != len(names) or given.keys() != set(names):
             what = f"{len(args)} by position and {sorted(kwargs)}"
-            raise TypeError(f"RemoteModule: {must}, got {what}")
-        for spec, tensor in zip(specs, given, strict=True):
-            if not isinstance(tensor, Tensor) or tensor.dtype != spec.dtype:
-                kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise TypeError(f"RemoteModule: {spec.name} must be of {spec.dtype}, got {kind}")
-            if not spec.fits(tensor.shape[1:]) or tensor.dim() == 0:
-                must = f"of shape [B, {list(spec.shape)}], got {list(tensor.shape)}"
-                raise ValueError(f"RemoteModule: {spec.name} must be {must}")
-        return given
+            raise TypeError(f"RemoteModule: inputs must be {', '.join(names)}, got {what}")
+        for spec in specs:
+            tensor = given[spec.name]
+            if (got := getattr(tensor, "dtype", type(tensor).__name__)) != spec.dtype:
+                raise TypeError(f"RemoteModule: {spec.name} must be of {spec.dtype}, got {got}")
+        return [given[name] for name in names]
 
     def outputs(self, tensors: Sequence[Tensor]) -> Any:
         """Return the outputs of the model as a call does."""

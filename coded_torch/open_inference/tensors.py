@@ -6,16 +6,16 @@ sizes are checked before memory is allocated.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import itertools
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
+import orjson
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -23,9 +23,9 @@ from torch.utils import _pytree as pytree
 from .._arguments import count, instance
 
 __all__ = ["ADDED", "DATATYPES", "EndpointError", "Model", "RefusedError", "TensorSpec"]
-__all__ += ["cast", "entries", "field", "from_bytes", "from_json", "json_length", "most_bytes"]
-__all__ += ["outputs_of", "parsed", "request", "require", "specs", "specs_of", "tensors_of"]
-__all__ += ["to_bytes", "written"]
+__all__ += ["entries", "field", "from_bytes", "from_json", "most_bytes"]
+__all__ += ["outputs_of", "parsed", "request", "require", "specs", "specs_of", "split"]
+__all__ += ["tensors_of", "to_bytes", "written"]
 
 #: The datatypes of the protocol that torch computes with.
 DATATYPES = {"BOOL": torch.bool, "UINT8": torch.uint8, "BF16": torch.bfloat16}
@@ -63,7 +63,6 @@ class TensorSpec:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in torch."""
         return DATATYPES[self.datatype]
 
     def metadata(self) -> dict[str, Any]:
@@ -92,11 +91,10 @@ ADDED = (
 def specs(
     module: nn.Module, examples: Sequence[Tensor]
 ) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """Return the specs of a module's inputs and outputs. The module runs once.
+    """Return the specs of a module's inputs and outputs. The module runs once on the examples.
 
-    Of the examples ``[B, ...]``, one is named ``input``, several ``input0``, ``input1`` and so on.
-    Outputs have the keys of a dict, the fields of a named tuple, else such names as well. Raises a
-    TypeError if an output is no tensor of a known dtype.
+    One input is named ``input``, several ``input0``, ``input1`` and so on. Outputs have the keys of
+    a dict, the fields of a named tuple, else such names as well.
     """
     with torch.no_grad():
         made = module(*examples)
@@ -114,71 +112,30 @@ def _numbered(word: str, count: int) -> list[str]:
     return [word] if count == 1 else [f"{word}{i}" for i in range(count)]
 
 
-def from_bytes(name: str, datatype: str, shape: Sequence[int], data: memoryview) -> Tensor:
+def from_bytes(spec: TensorSpec, shape: Sequence[int], data: memoryview) -> Tensor:
     """Return a tensor whose elements are little-endian and in row-major order."""
-    dtype, size = DATATYPES[datatype], math.prod(shape) * DATATYPES[datatype].itemsize
-    if len(data) != size:
-        must = f"{size} bytes for shape {list(shape)} of {datatype}"
-        raise ValueError(f"{name} must have {must}, got {len(data)}")
-    if not size:
-        return torch.empty(*shape, dtype=dtype)
-    stored = torch.uint8 if dtype is torch.bool else dtype
-    tensor = torch.frombuffer(bytearray(data), dtype=stored).reshape(*shape)
-    return tensor != 0 if dtype is torch.bool else tensor
+    stored = torch.uint8 if spec.dtype is torch.bool else spec.dtype
+    tensor = torch.empty(*shape, dtype=stored)
+    if len(data):
+        tensor = torch.frombuffer(bytearray(data), dtype=stored).reshape(*shape)
+    return tensor != 0 if spec.dtype is torch.bool else tensor
 
 
-def from_json(name: str, datatype: str, shape: Sequence[int], data: list[Any]) -> Tensor:
+def from_json(name: str, spec: TensorSpec, shape: Sequence[int], data: list[Any]) -> Tensor:
     """Return a tensor of the numbers in a list, which is flat or nested like the shape."""
-    try:
-        array = np.array(data if _is_numeric(data, len(shape)) else None)
-    except (ValueError, OverflowError):  # ragged, or nested more deeply than numpy allows
-        array = np.array(None)
-    dtype, numbers = DATATYPES[datatype], math.prod(shape)
-    kinds = "b" if dtype is torch.bool else "iuf" if dtype.is_floating_point else "iu"
-    valid = array.shape in ((numbers,), tuple(shape))
-    valid = valid and (not numbers or array.dtype.kind in kinds)
-    got = "other values, or rows of unequal lengths"
-    if array.ndim:
-        got = f"{array.dtype} {list(array.shape)}"
-    if valid and numbers and kinds == "iu":
-        limits = torch.iinfo(dtype)
-        valid = bool(limits.min <= array.min() and array.max() <= limits.max)
-        got = f"numbers from {array.min()} to {array.max()}"
-    if not valid:
-        must = f"{numbers} numbers of {datatype}, in one list or nested as the shape {list(shape)}"
-        raise ValueError(f"data of {name} must be {must}, got {got}")
-    wide = array.astype({"b": bool, "iu": np.int64, "iuf": np.float64}[kinds])
-    return torch.from_numpy(wide).to(dtype).reshape(*shape)
-
-
-def _is_numeric(data: list[Any], depth: int) -> bool:
-    """Return whether lists, nested at most ``depth`` deep, hold numbers: strings cost much."""
-    for _ in range(depth):
-        kinds = set(map(type, data))
-        if kinds != {list}:
-            return kinds <= {bool, int, float}
-        data = list(itertools.chain.from_iterable(data))
-    return False
-
-
-def cast(name: str, spec: TensorSpec, tensor: Tensor) -> Tensor:
-    """Return the tensor in the spec's dtype, if no digit is lost and every row is finite."""
-    if not _holds(spec.dtype, tensor.dtype):
-        must = f"{spec.datatype}, or of a datatype that {spec.datatype} holds without loss"
-        raise ValueError(f"{name} must be of {must}, got {_NAMES[tensor.dtype]}")
-    tensor = tensor.to(spec.dtype)
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-        row = int((~tensor.isfinite()).reshape(len(tensor), -1).any(1).nonzero()[0])
-        raise ValueError(f"{name} must be finite, but row {row} is not")
-    return tensor
-
-
-def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
-    """Return whether ``wide`` represents every value of ``narrow`` exactly."""
-    if narrow is torch.bool or not wide.is_floating_point or narrow.is_floating_point:
-        return torch.promote_types(wide, narrow) == wide
-    # A float of precision eps = 2^-d holds the integers of d + 1 bits exactly (IEEE 754).
-    return torch.iinfo(narrow).bits <= 1 - math.log2(torch.finfo(wide).eps)
+    numbers, rows = math.prod(shape), data
+    for size in shape[1:]:
+        if set(map(type, rows)) == {list} and set(map(len, rows)) == {size}:
+            rows = list(itertools.chain.from_iterable(rows))
+    kind = bool if spec.dtype is torch.bool else float if spec.dtype.is_floating_point else int
+    kinds = {int, float} if kind is float else {kind}
+    valid = len(rows) == numbers and set(map(type, rows)) <= kinds
+    if valid and rows and kind is int:
+        limits = torch.iinfo(spec.dtype)
+        valid = limits.min <= min(rows) and max(rows) <= limits.max
+    must = f"{numbers} numbers of {spec.datatype}, in one list or nested as the shape {list(shape)}"
+    require(valid, f"data of {name}", must, rows)
+    return torch.from_numpy(np.array(rows, kind)).to(spec.dtype).reshape(*shape)
 
 
 def to_bytes(tensor: Tensor) -> bytes:
@@ -214,14 +171,14 @@ def most_bytes(specs: Sequence[TensorSpec], rows: int) -> int:
     )
 
 
-def json_length(body: bytes, length: str | None) -> int:
-    """Return the length of the JSON of a message by its Inference-Header-Content-Length."""
-    if length is None:
-        return len(body)
-    size = int(length) if length.isdecimal() and len(length) < 20 else -1
+def split(body: bytes, length: str | None) -> tuple[memoryview, memoryview]:
+    """Return the JSON of a message and its tail, by its Inference-Header-Content-Length."""
+    size = len(body)
+    if length is not None:
+        size = int(length) if length.isdecimal() and len(length) < 20 else -1
     must = f"an integer of at most the length of the body, {len(body)}"
     require(0 <= size <= len(body), "Inference-Header-Content-Length", must, length)
-    return size
+    return memoryview(body)[:size], memoryview(body)[size:]
 
 
 def entries(
@@ -242,31 +199,30 @@ def tensors_of(
 ) -> dict[str, Tensor]:
     """Return the tensors of all specs, by their names; ``tail`` holds the binary ones.
 
-    Shapes and sizes are checked before memory is allocated. Tensors that lose digits or are not
-    finite in the spec's dtype are refused if they are inputs.
+    Shapes and sizes are checked before memory is allocated.
     """
     given: dict[str, Tensor] = {}
     for owner, spec, entry, parameters in entries(word, listed, specs):
         datatype, shape = (field(owner, entry, *x) for x in (("datatype", str), ("shape", list)))
-        known = DATATYPES if word == "input" else (spec.datatype,)
-        require(datatype in known, f"datatype of {owner}", f"one of {', '.join(known)}", datatype)
-        least = 1 if word == "input" else 0
-        whole = bool(shape) and all(type(size) is int and size >= least for size in shape)
+        require(datatype == spec.datatype, f"datatype of {owner}", spec.datatype, datatype)
+        whole = bool(shape) and all(type(size) is int and size >= 0 for size in shape)
         fits = whole and spec.fits(shape[1:])
         require(fits, f"shape of {owner}", spec.metadata()["shape"], shape)
         must = f"from {rows[0]} to {rows[-1]}"
         require(shape[0] in rows, f"the number of rows of {owner}", must, shape[0])
-        size = parameters.get("binary_data_size")
-        if (size is None) == ("data" not in entry):
+        if ("binary_data_size" in parameters) == ("data" in entry):
             raise ValueError(f"{owner} must have either data or a binary_data_size")
-        if size is None:
-            tensor = from_json(owner, datatype, shape, field(owner, entry, "data", list))
+        if "data" in entry:
+            tensor = from_json(owner, spec, shape, field(owner, entry, "data", list))
         else:
-            size = field(owner, parameters, "binary_data_size", int)
-            must = f"at most the {len(tail)} bytes that are left of the body"
-            require(0 <= size <= len(tail), f"binary_data_size of {owner}", must, size)
-            tensor, tail = from_bytes(owner, datatype, shape, tail[:size]), tail[size:]
-        given[spec.name] = cast(owner, spec, tensor) if word == "input" else tensor
+            given_size = field(owner, parameters, "binary_data_size", int)
+            size = math.prod(shape) * spec.dtype.itemsize
+            must = f"{size}, of {len(tail)} bytes that are left of the body"
+            require(
+                given_size == size <= len(tail), f"binary_data_size of {owner}", must, given_size
+            )
+            tensor, tail = from_bytes(spec, shape, tail[:size]), tail[size:]
+        given[spec.name] = tensor
     require(len(given) == len(specs), f"{word}s", [spec.name for spec in specs], list(given))
     require(not len(tail), "bytes after the last tensor", 0, len(tail))
     return given
@@ -297,19 +253,15 @@ class Model(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The path of the model on its server."""
         return f"/v2/models/{quote(self.name, safe='')}"
 
 
-def parsed(body: bytes, what: str) -> dict[str, Any]:
+def parsed(body: bytes | memoryview, what: str) -> dict[str, Any]:
     """Return the JSON object in a body; an EndpointError if it is none."""
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise EndpointError(f"sent {what} that is no JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise EndpointError(f"sent {what} that is no object")
-    return found
+    with contextlib.suppress(ValueError):
+        if isinstance(found := orjson.loads(body), dict):
+            return found
+    raise EndpointError(f"sent {what} that is no JSON object")
 
 
 def specs_of(metadata: Mapping[str, Any], key: str) -> tuple[TensorSpec, ...]:
@@ -322,10 +274,7 @@ def specs_of(metadata: Mapping[str, Any], key: str) -> tuple[TensorSpec, ...]:
 
 
 def written(
-    message: dict[str, Any],
-    key: str,
-    tensors: Iterable[tuple[TensorSpec, Tensor, bool]],
-    dumps: Callable[[Any], bytes],
+    message: dict[str, Any], key: str, tensors: Iterable[tuple[TensorSpec, Tensor, bool]]
 ) -> tuple[bytes, int | None]:
     """Return a body, and the length of its JSON if binary tensors follow.
 
@@ -343,7 +292,7 @@ def written(
                 numbers = numbers.float()
             entry["data"] = numbers.numpy()  # orjson writes null for NaN and infinity
         entries.append(entry)
-    head = dumps({**message, key: entries})
+    head = orjson.dumps({**message, key: entries}, option=orjson.OPT_SERIALIZE_NUMPY)
     return b"".join([head, *tail]), len(head) if tail else None
 
 
@@ -352,17 +301,16 @@ def request(model: Model, inputs: Sequence[Tensor]) -> tuple[bytes, int | None]:
     how = {"parameters": {"binary_data": True}} if model.binary else {}
     outputs = [{"name": spec.name, **how} for spec in model.outputs]
     triples = [(spec, x, model.binary) for spec, x in zip(model.inputs, inputs, strict=True)]
-    dumps = functools.partial(json.dumps, default=np.ndarray.tolist)
-    return written({"outputs": outputs}, "inputs", triples, lambda x: dumps(x).encode())
+    return written({"outputs": outputs}, "inputs", triples)
 
 
 def outputs_of(
     model: Model, data: bytes, length: str | None, rows: int
 ) -> tuple[list[Tensor], int]:
     """Return the outputs of an answer, and how many rows the server says that it predicted."""
-    cut = json_length(data, length)
-    message = parsed(data[:cut], "an answer")
-    listed, tail = field("the answer", message, "outputs", list), memoryview(data)[cut:]
+    head, tail = split(data, length)
+    message = parsed(head, "an answer")
+    listed = field("the answer", message, "outputs", list)
     found = tensors_of("output", listed, model.outputs, tail, range(rows, rows + 1))
     predicted = field("the answer", message, "parameters", dict, {}).get("predicted_rows")
     outputs = [found[spec.name] for spec in model.outputs]

@@ -27,15 +27,12 @@ from .._arguments import count, instance, positive
 from ..nn import CodedWrapper
 from ..open_inference.tensors import ADDED, TensorSpec, most_bytes
 from . import protocol
-from .batcher import Batch, Batcher, compute, load
+from .batcher import TO_ANSWER, Batch, Batcher, compute, load
 from .metrics import Metrics
 from .protocol import VERSION, RequestError
 
 __all__ = ["app", "deployment"]
 
-# Seconds after a deadline in which an answer that ended at the deadline is still written. It trades
-# late answers against refused ones and was not tuned.
-_WRITING = 0.01
 # The number of requests that Ray lets into a replica; a bound, not tuned. Ray's default of 5 would
 # refuse before the application's own bound of 256 does.
 _MOST_REQUESTS = 1024
@@ -45,19 +42,17 @@ _MOST_ANSWERS = 20_000  # answers that are remembered; a bound, not tuned
 class app(Starlette):  # noqa: N801 - callers read it as a function
     """An ASGI application that serves a model by the Open Inference Protocol (KServe v2).
 
-    Waiting requests are computed together. Each is answered by its deadline: with the model's own
-    results where workers replied, else with predictions, which the answer's ``predicted_rows``
-    counts. Clients may ask for further outputs, a number a row: ``predicted``, ``source``,
-    ``verified``, and ``radius`` and ``label_risk`` at the level of the parameter ``coverage``.
+    Waiting requests are computed together: a batch starts while a worker is idle, or one at a time
+    under a code. Each request is answered by its deadline: with the model's own results where
+    workers replied, else with predictions, which the answer's ``predicted_rows`` counts. Clients
+    may ask for further outputs, a number a row: ``predicted``, ``source``, ``verified``, and
+    ``radius`` and ``label_risk`` at the level of the parameter ``coverage``.
 
-    Its lifespan starts the workers and closes them. Meanwhile Python's full collections skip the
-    objects that existed before. It runs under any ASGI server, in one process. A refused request
-    gets ``{"error": ...}`` and
-
-    - 4xx if the request is wrong; 500 if the model fails on it, or ends three workers;
-    - 503 with ``Retry-After`` if too many requests wait, the answer would probably be late, no
-      worker is left, or all workers hang: then one request at a time is tried;
-    - 504 if the deadline has passed and nothing could be predicted.
+    Its lifespan starts the workers and closes them. It runs under any ASGI server, in one process.
+    A refused request gets ``{"error": ...}`` with 4xx if it is wrong, 500 if the model fails on it,
+    or ends three workers, and 504 after its deadline if nothing could be predicted. It gets 503
+    with ``Retry-After`` if too many requests wait, its answer would probably be late, no worker is
+    left, or all workers hang: then one request at a time is tried.
 
     Args:
         coded: the model on its workers. Its ``waiting`` gets the deadline of each batch.
@@ -70,8 +65,6 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             application is ready. Defaults to None: the first requests wait for the loading.
         max_batch_size: the number of rows of a batch, and of a request.
         max_queued_requests: the number of requests that may wait.
-        max_ongoing_batches: the number of batches that may run at once. Defaults to None: a batch
-            starts while a worker is idle, or one at a time under a code.
     """
 
     def __init__(
@@ -85,46 +78,34 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         examples: Sequence[Tensor] | None = None,
         max_batch_size: int = 64,
         max_queued_requests: int = 256,
-        max_ongoing_batches: int | None = None,
     ) -> None:
         instance(self, "coded", coded, CodedWrapper)
         instance(self, "name", name, str)
         if not name or set(name) & set("{}/?#%"):
             part = "a part of a URL, without any of {}/?#%"
             raise ValueError(f"app: name must be {part}, got {name!r}")
-        lists: Any = ("inputs", inputs, TensorSpec), ("outputs", outputs, TensorSpec)
-        for argument, given, kind in (*lists, ("examples", examples or (), Tensor)):
-            instance(self, argument, given, Sequence)
-            for each in given:
-                instance(self, f"an entry of {argument}", each, kind)
         for argument, given, reserved in (("inputs", inputs, ()), ("outputs", outputs, ADDED)):
-            names, taken = [spec.name for spec in given], [spec.name for spec in reserved]
-            if not given or len({*names, *taken}) < len(names) + len(taken):
-                but = f", none of {', '.join(taken)}" if taken else ""
-                raise ValueError(f"app: {argument} must be named, each once{but}, got {names}")
-        if examples is not None:
-            shapes = [list(x.shape) for x in examples]
-            must = [x.metadata()["shape"] for x in inputs]
-            pairs = zip(inputs, shapes, strict=False)
-            fit = all(shape[:1] > [0] and spec.fits(shape[1:]) for spec, shape in pairs)
-            if len(shapes) != len(inputs) or not fit:
-                raise ValueError(f"app: examples must be batches of shapes {must}, got {shapes}")
+            for spec in given:
+                instance(self, f"an entry of {argument}", spec, TensorSpec)
+            names = [spec.name for spec in (*reserved, *given)]
+            if not given or len(set(names)) < len(names):
+                but = f", none of {', '.join(names[: len(reserved)])}" if reserved else ""
+                got = names[len(reserved) :]
+                raise ValueError(f"app: {argument} must be named, each once{but}, got {got}")
         self.name, self.inputs, self.outputs = name, inputs, outputs
         self.deadline = positive(self, "deadline", deadline)
         self.max_rows = count(self, "max_batch_size", max_batch_size)
         most = count(self, "max_queued_requests", max_queued_requests)
-        if max_ongoing_batches is not None:
-            max_ongoing_batches = count(self, "max_ongoing_batches", max_ongoing_batches)
         self.pool, self.metrics, self.ready = coded.workers, Metrics(), False
-        # The time, the seconds, the rows and the predicted rows of the last answers.
+        #: The time, the seconds, the rows and the predicted rows of the last answers.
         self.answers: deque[tuple[float, float, int, int]] = deque(maxlen=_MOST_ANSWERS)
 
         def slots() -> tuple[int, int]:
             """Return the number of slots, and how many a batch takes."""
             size = self.pool.num_workers
-            if max_ongoing_batches is None and size and coded.code is None:
+            if size and coded.code is None:
                 return size * getattr(self.pool, "concurrency", 1), coded.parts or size
-            return max_ongoing_batches or 1, 1
+            return 1, 1
 
         self.load = functools.partial(load, coded, examples)
         self.batcher = Batcher(
@@ -169,21 +150,18 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
     @contextlib.asynccontextmanager
     async def run_workers(self, _: Starlette) -> AsyncIterator[None]:
         """Start the workers, answer every accepted request, and close the workers."""
-        # A full collection stops all threads while it visits every object that is not frozen: some
-        # 100 ms with torch imported. Python unfreezes all or none, so not if the host froze some.
-        by_host = True
         try:
             await asyncio.to_thread(self.load)
-            by_host = gc.get_freeze_count() > 0
+            # A full collection stops all threads while it visits every object that is not frozen:
+            # some 100 ms with torch imported.
             gc.collect()
             gc.freeze()
             self.ready = True
             yield
         finally:
-            if not by_host:
-                gc.unfreeze()
+            gc.unfreeze()
             self.ready = False
-            await self.batcher.close(self.deadline + _WRITING)
+            await self.batcher.close(self.deadline + TO_ANSWER)
             await asyncio.to_thread(self.pool.close)
 
     async def is_ready(self, _: Request) -> Response:
@@ -199,14 +177,17 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         """Read a request, queue it, and return its answer by its deadline."""
         arrived = time.monotonic()
         deadline = arrived + self.deadline
+        with self.batcher.reading(deadline):
+            message = await self._read(request, deadline)
+            deadline = min(deadline, arrived + message.timeout)
+            future = self.batcher.put(message.inputs, arrived, deadline)
         try:
-            with self.batcher.reading(deadline):
-                message = await self._read(request, deadline)
-                deadline = min(deadline, arrived + message.timeout)
-                future = self.batcher.put(message.inputs, arrived, deadline)
-            answer = await _first(future, request, deadline + _WRITING - time.monotonic())
-        except ClientDisconnect:
-            raise RequestError(499, "disconnected", "the client has gone") from None
+            with anyio.fail_after(deadline + TO_ANSWER - time.monotonic()):
+                answer = await future
+        except TimeoutError:
+            raise RequestError(504, "late", "too few results came within the deadline") from None
+        finally:
+            future.cancel()  # takes the request off the queue
         report, coverage = answer.report, answer.report.coverage
         names = [spec.name for spec in (*self.outputs, *ADDED)]
         answers = dict(zip(names, answer.outputs, strict=True))
@@ -215,10 +196,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             if (radii := report.radii_at(coverage)) is not None:
                 answers["radius"] = radii[answer.rows].float()
         rows, predicted = len(answers["predicted"]), int(answers["predicted"].sum())
-        late = ",".join(map(str, report.missing))
-        parameters: dict[str, Any] = {"predicted_rows": predicted, "late_workers": late}
-        if coverage is not None:
-            parameters["coverage"] = coverage
+        parameters = {"predicted_rows": predicted} | ({"coverage": coverage} if coverage else {})
         body, length = protocol.format_answer(self.name, message, answers, parameters)
         now = time.monotonic()
         self.answers.append((now, now - arrived, rows, predicted))
@@ -239,10 +217,9 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         length = request.headers.get("inference-header-content-length")
         try:
             with anyio.fail_after(deadline - time.monotonic()):  # unlike asyncio's, makes no task
-                most = most_bytes(self.inputs, self.max_rows)
-                body = await protocol.read_body(request, most)
+                body = await protocol.read_body(request, most_bytes(self.inputs, self.max_rows))
             return protocol.parse(body, length, self.inputs, self.outputs, self.max_rows)
-        except TimeoutError:
+        except (TimeoutError, ClientDisconnect):
             raise RequestError(408, "late", "the body did not come within the deadline") from None
         except (ValueError, RecursionError) as error:  # JSON may be too deep
             raise RequestError(400, "invalid", str(error)) from None
@@ -252,48 +229,23 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         self.metrics.workers(self.pool)
 
 
-async def _first(future: asyncio.Future[Batch], request: Request, seconds: float) -> Batch:
-    """Return the answer, unless the client disconnects or time runs out first."""
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        if not future.done():
-            future.set_exception(ClientDisconnect())
-
-    watching = asyncio.ensure_future(watch())
-    try:
-        with anyio.fail_after(seconds):
-            return await future
-    except TimeoutError:
-        raise RequestError(504, "late", "too few results came within the deadline") from None
-    finally:
-        watching.cancel()
-        future.cancel()  # takes the request off the queue
-
-
 def deployment(factory: Callable[[], app], **options: Any) -> Any:
-    r"""Make a deployment for Ray Serve, each of whose replicas serves its own application.
+    r"""Make a deployment for Ray Serve: ``serve.run(deployment(make).bind())``.
 
-    ``serve.run(deployment(make).bind())`` deploys it. Ray gets the metrics, with ``ray_`` in front
-    of their names. A replica's workers are processes of its host, or actors of
+    Each replica serves its own application, on processes of its host or on actors of
     :class:`~coded_torch.workers.RayWorkers`. For six such actors of ``num_cpus=1`` on other hosts,
     ``placement_group_bundles=[{"CPU": 1}] * 7, placement_group_strategy="SPREAD"`` reserves places.
-    Needs the extra ``serve-ray``: ``pip install 'coded_torch[serve-ray]'``.
+    Ray gets the metrics, with ``ray_`` in front of their names. Its proxy costs 12 to 17 ms of a
+    processor a request. With ``RAY_SERVE_THROUGHPUT_OPTIMIZED=1``, replicas serve HTTP themselves.
 
     Args:
         factory: makes the application by :class:`~coded_torch.serve.app`. The replica calls it.
         options: options of ``ray.serve.deployment``. By default Ray lets 1,024 requests into a
-            replica, and as many wait, so that the application refuses and not Ray. Keep
-            ``max_ongoing_requests`` above the application's ``max_queued_requests``.
+            replica, and as many wait, so that the application refuses and not Ray.
 
     Warning:
         Ray binds one port of each replica to every interface and reads pickles from it: use it in
-        a trusted network only. Nothing of the HTTP side is ever unpickled.
-
-    Note:
-        Ray's proxy costs 12 to 17 ms of a processor a request. With
-        ``RAY_SERVE_THROUGHPUT_OPTIMIZED=1`` before Ray starts, replicas serve HTTP themselves.
+        a trusted network only.
     """
     from ray import serve
 

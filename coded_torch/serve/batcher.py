@@ -24,18 +24,16 @@ from ..scheduling.latency_history import History
 from ..workers import WorkerError
 from .protocol import RequestError
 
-__all__ = ["Batch", "Batcher", "compute", "load"]
+__all__ = ["TO_ANSWER", "Batch", "Batcher", "compute", "load"]
 
 logger = sparing_logger("coded_torch.serve")
 
 # The number of batches whose durations are remembered: some seconds of a busy server, so that the
 # estimate follows the load. It was not tuned.
 _BATCHES = 64
-# Seconds before the deadline that are kept to write the answers. It trades predicted rows against
-# late answers and was not tuned.
-_TO_ANSWER = 0.01
-# The fields of a report that are the added outputs of the protocol.
-_FIELDS = ("predicted", "radii", "label_risks", "source", "verified")
+# Seconds before the deadline that are kept to write the answers, and after it in which they may
+# still be written. It trades predicted rows against late answers and was not tuned.
+TO_ANSWER = 0.01
 _LOADING = 120.0  # seconds that workers may take to load the model; a bound, not tuned
 _MOST_BATCHES = 1024  # threads, each of which runs a batch; a bound, not tuned
 
@@ -43,8 +41,7 @@ _MOST_BATCHES = 1024  # threads, each of which runs a batch; a bound, not tuned
 class Batch(NamedTuple):
     """The answers of a batch, or of one of its requests."""
 
-    #: The model's own, ``[B, ...]`` each, then the added ones of the protocol; empty without any.
-    outputs: list[Tensor]
+    outputs: list[Tensor]  #: ``[B, ...]`` each: the model's, then the added ones; may be empty
     report: Report
     unanswered: set[int]  #: the rows without an answer
     rows: slice = slice(None)  #: the rows of the call's batch
@@ -52,30 +49,23 @@ class Batch(NamedTuple):
 
 def load(coded: CodedWrapper, examples: Sequence[Tensor] | None) -> None:
     """Start the workers. With examples, let each run the module on one row; it must not fail."""
-    start, pool = time.monotonic(), coded.workers
+    pool = coded.workers
     if examples is None:
         pool.start()
         return
     try:
         pool.start(coded.module, tuple(x[:1] for x in examples), timeout=_LOADING)
+        logger.info("%s workers have run the model", pool.num_workers or "all")
     except RuntimeError as error:
         if isinstance(error, WorkerError) and error.kind in ("raised", "died"):
             raise
         logger.warning("not every worker has run the model: %s", error)
-    else:
-        size, seconds = pool.num_workers or "all", time.monotonic() - start
-        logger.info("%s workers have run the model, after %.1f s", size, seconds)
 
 
 def compute(
     coded: CodedWrapper, specs: Sequence[TensorSpec], inputs: list[Tensor], seconds: float
 ) -> Batch:
-    """Compute a batch. If rows are missing, they are predicted at the end of the seconds.
-
-    Raises:
-        TypeError: the outputs do not have the specs.
-        Exception: the call fails without naming missing rows.
-    """
+    """Compute a batch. If rows are missing, they are predicted at the end of the seconds."""
     own = coded.waiting or (Waiting.first() if coded.code else Waiting())
     # Other rows are predicted even if the module fails on one, which is refused alone.
     waiting = dataclasses.replace(own, deadline=seconds, on_error="predict")
@@ -105,7 +95,8 @@ def compute(
         must = [(spec.dtype, [rows, *spec.shape]) for spec in specs]
         raise TypeError(f"the model must return tensors {must}, got {got}")
     # Without a value, exact rows get 0, and predicted rows NaN.
-    for name, spec in zip(_FIELDS, ADDED, strict=True):
+    fields = ("predicted", "radii", "label_risks", "source", "verified")
+    for name, spec in zip(fields, ADDED, strict=True):
         values = getattr(report, name)
         if values is None:
             values = torch.zeros(rows)
@@ -130,11 +121,7 @@ class _Entry:
 
 
 class Batcher:
-    """A bounded queue, and slots in which batches run.
-
-    While a slot is free, the waiting requests are taken in order of arrival, up to the size of a
-    batch; there is no timer. A batch runs until the earliest deadline of its requests. All times
-    are seconds of :func:`time.monotonic`. The thread of one event loop uses it.
+    """A bounded queue, and slots in which batches run, until the earliest deadline of a request.
 
     ``compute`` computes a batch in a thread, given its inputs and the seconds that are left.
     ``slots`` returns the number of slots, and the most that one batch takes; it takes no more than
@@ -183,8 +170,7 @@ class Batcher:
     def reading(self, deadline: float) -> Iterator[None]:
         """Hold a place in the queue for a request while it is read, or refuse it (503)."""
         if self.num_queued >= self._max_queued:
-            most = f"{self._max_queued} requests are waiting, the most that may"
-            raise RequestError(503, "queue_full", most)
+            raise RequestError(503, "queue_full", f"{self._max_queued} requests are waiting")
         self._check(1, deadline)
         self._reading += 1
         try:
@@ -235,14 +221,13 @@ class Batcher:
             return seconds
         # A batch beyond its deadline never ends, as far as anyone knows.
         return seconds + min(
-            math.inf if now > deadline + _TO_ANSWER else max(0.0, begin + self._usual(rows) - now)
+            math.inf if now > deadline + TO_ANSWER else max(0.0, begin + self._usual(rows) - now)
             for begin, rows, deadline in self._ongoing.values()
         )
 
     def _usual(self, rows: int) -> float:
         """Return the median duration of a batch in seconds; 0 until 32 batches are known."""
-        # A higher quantile, or an extrapolation to more rows, refuses requests that would have been
-        # answered in time.
+        # A higher quantile, or an extrapolation to more rows, refused requests without need.
         seconds = self._history.part(min(rows, self._history.most_rows))
         return seconds if seconds < math.inf else 0.0
 
@@ -286,7 +271,7 @@ class Batcher:
     async def _run(self, batch: list[_Entry]) -> None:
         begin, rows = time.monotonic(), sum(entry.rows for entry in batch)
         left = min(entry.deadline for entry in batch) - begin
-        left = max(left - _TO_ANSWER, left / 2, 1e-3)
+        left = max(left - TO_ANSWER, left / 2, 1e-3)
         columns = zip(*(entry.inputs for entry in batch), strict=True)
         inputs = [column[0] if len(column) == 1 else torch.cat(column) for column in columns]
         loop = asyncio.get_running_loop()
@@ -341,11 +326,9 @@ def _error(cause: Exception, in_time: bool) -> RequestError:
 def _refusal(report: Report, row: int) -> RequestError:
     """Return the error of a request one of whose rows has no answer."""
     error = report.errors.get(row)
-    if row not in report.refused:
-        if report.ended == "deadline":
-            why = error or "no worker replied with these rows"
-            return RequestError(504, "late", f"too few results within the deadline: {why}")
-        if error is None or error.worker < 0:
-            why = error or "none is up"
-            return RequestError(503, "unavailable", f"no worker computed it: {why}")
-    return RequestError(500, "failed", f"the model failed: {error}")
+    why = error or "no worker replied with these rows"
+    if row not in report.refused and report.ended == "deadline":
+        return RequestError(504, "late", f"too few results within the deadline: {why}")
+    if row not in report.refused and (error is None or error.worker < 0):
+        return RequestError(503, "unavailable", f"no worker computed it: {why}")
+    return RequestError(500, "failed", f"the model failed: {why}")

@@ -45,19 +45,16 @@ class Metrics:
 
     def __init__(self, *, ray: bool = False) -> None:
         self._ray, self._registry = ray, prometheus_client.CollectorRegistry()
-        self._restarts = 0
+        self._restarts, self._numbers = 0, dict[str, Any]()
         kinds: Any = prometheus_client
         where: dict[str, Any] = {"registry": self._registry}
         if ray:
             from ray.util import metrics
 
             kinds, where = metrics, {}
-        self._numbers: dict[str, Any] = {
-            name: (kinds.Counter if name.endswith("_total") else kinds.Gauge)(
-                f"coded_torch_{name}", text, tuple(labels), **where
-            )
-            for name, (text, *labels) in _NUMBERS.items()
-        }
+        for name, (text, *labels) in _NUMBERS.items():
+            kind = kinds.Counter if name.endswith("_total") else kinds.Gauge
+            self._numbers[name] = kind(f"coded_torch_{name}", text, tuple(labels), **where)
         for name, (text, bounds) in _HISTOGRAMS.items():
             where["boundaries" if ray else "buckets"] = list(bounds)
             self._numbers[name] = kinds.Histogram(f"coded_torch_{name}", text, **where)
@@ -74,9 +71,8 @@ class Metrics:
         """Note how many workers of a pool are up, and how many were replaced."""
         if (up := pool.num_ready) is not None:
             self._numbers["workers_up"].set(up)
-        restarts = pool.num_restarts
-        self._count("worker_restarts_total", restarts - self._restarts)
-        self._restarts = restarts
+        self._count("worker_restarts_total", pool.num_restarts - self._restarts)
+        self._restarts = pool.num_restarts
 
     def batch(
         self, done: Batch, rows: int, queued: Sequence[float], names: Mapping[int, str]

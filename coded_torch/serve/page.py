@@ -1,25 +1,18 @@
 """The page at ``/`` of a server: its workers, latencies and answers, and faults on demand.
 
-A page of another site can post to a loopback address. So the page acts only if faults are allowed.
-It needs a random token of the page, its own origin and a loopback name.
+A page of another site can post to a loopback address. So the page acts only if faults are allowed,
+and only for its own origin under a loopback name.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import hashlib
 import importlib.resources
 import os
-import re
 import secrets
 import signal
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import orjson
@@ -29,7 +22,7 @@ from starlette.routing import Route
 
 from ..workers import FaultyWorkers
 from .application import app
-from .protocol import RequestError
+from .protocol import RequestError, read_body
 
 __all__ = ["LOOPBACK", "Chaos", "Page"]
 
@@ -47,20 +40,20 @@ _LARGEST = 1000  # bytes of a request for a fault, at most
 class Chaos:
     """Kills, pauses, delays and corrupts single workers of a pool of local processes.
 
-    All but a kill last ten seconds, or until the pool replaces the process. No worker of the pool,
-    around ProcessWorkers, carries out its attack yet.
+    All but a kill last ten seconds, or until the pool replaces the process.
     """
 
     ACTIONS = ("kill", "pause", "delay", "corrupt")
 
     def __init__(self, pool: FaultyWorkers) -> None:
         self.pool = pool
-        self.token = secrets.token_urlsafe(24)
         self.faults: dict[int, str] = {}  # the running faults, by place
         self._lock = threading.Lock()
 
     def inject(self, place: int, action: str) -> None:
         """Begin a fault of the worker at a place; a ValueError if it is down, or has a fault."""
+        if action not in self.ACTIONS:
+            raise ValueError(f"the action must be one of {', '.join(self.ACTIONS)}")
         pid = self.pool.states.get(place, ("down", 0))[1]
         if not pid:
             raise ValueError(f"worker {place} is down, or none of {len(self.pool.states)}")
@@ -82,18 +75,17 @@ class Chaos:
             self.pool.adversaries = tuple(attack)
 
     def _run(self, place: int, pid: int, action: str) -> None:
+        stops = action in ("pause", "delay")
+        end = time.monotonic() + _FAULT_SECONDS
         try:
-            if action == "corrupt":
-                time.sleep(_FAULT_SECONDS)
-                return
-            end = time.monotonic() + _FAULT_SECONDS
-            with _continued(pid):
-                while time.monotonic() < end:
+            while time.monotonic() < end:
+                if stops:
                     self._signal(place, pid, signal.SIGSTOP)
-                    time.sleep(0.9 * _TURN_SECONDS)
-                    if action == "delay":
-                        self._signal(place, pid, signal.SIGCONT)
-                        time.sleep(0.1 * _TURN_SECONDS)
+                time.sleep(0.9 * _TURN_SECONDS)
+                if action == "delay":
+                    self._signal(place, pid, signal.SIGCONT)
+                    time.sleep(0.1 * _TURN_SECONDS)
+            if stops:
                 self._signal(place, pid, signal.SIGCONT)
         except ProcessLookupError:
             pass  # the pool has replaced the process
@@ -104,18 +96,6 @@ class Chaos:
         if self.pool.states[place][1] != pid:  # the number may be another process's by now
             raise ProcessLookupError
         os.kill(pid, number)
-
-
-@contextlib.contextmanager
-def _continued(pid: int) -> Iterator[None]:
-    """Let a stopped process go on even if this process is killed: it then ends by itself."""
-    line = ["sh", "-c", f"sleep {_FAULT_SECONDS:g}; kill -CONT {pid}"]
-    streams: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    with subprocess.Popen(line, start_new_session=True, **streams) as guard:
-        try:
-            yield
-        finally:
-            os.killpg(guard.pid, signal.SIGKILL)  # the shell, and the sleep that it has started
 
 
 class Page:
@@ -132,35 +112,27 @@ class Page:
             Route("/page/status", self.status),
             Route("/page/fault", self.act, methods=["POST"]),
         ]
-        text = (importlib.resources.files("coded_torch.serve") / "page.html").read_text("utf-8")
-        sources = {
-            tag: " ".join(
-                f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
-                for part in re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.S)
-            )
-            for tag in ("script", "style")
-        }
-        token = chaos.token if chaos else ""
-        self.text = text.replace('name="token" content=""', f'name="token" content="{token}"')
-        self.headers = {
-            "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; "
-            f"frame-ancestors 'none'; script-src {sources['script']}; style-src {sources['style']}",
-            "Cache-Control": "no-store",
-            "Referrer-Policy": "no-referrer",
-            "X-Content-Type-Options": "nosniff",
-        }
 
     def check(self, request: Request) -> None:
         """Refuse a request under a name that another site may have given a loopback address."""
         host = None
         with contextlib.suppress(ValueError):
-            host = urlsplit(f"//{request.headers.get('host', '')}").hostname
+            host = request.url.hostname
         if self.is_local and host not in LOOPBACK:
             raise RequestError(403, "invalid", f"the page must be asked under one of {LOOPBACK}")
 
     async def page(self, request: Request) -> Response:
         self.check(request)
-        return Response(self.text, headers=self.headers, media_type="text/html")
+        nonce = secrets.token_urlsafe(16)
+        headers = {
+            "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; "
+            f"frame-ancestors 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'",
+            "Cache-Control": "no-store",
+            "Referrer-Policy": "no-referrer",
+            "X-Content-Type-Options": "nosniff",
+        }
+        text = (importlib.resources.files("coded_torch.serve") / "page.html").read_text("utf-8")
+        return Response(text.replace("NONCE", nonce), headers=headers, media_type="text/html")
 
     async def status(self, request: Request) -> Response:
         """Return the state of the workers, and the last minute."""
@@ -191,23 +163,12 @@ class Page:
     async def act(self, request: Request) -> Response:
         self.check(request)
         chaos, host = self.chaos, request.headers.get("host", "")
-        given = request.headers.get("x-page-token", "").encode()
         if chaos is None or request.headers.get("origin") != f"http://{host}":
             raise RequestError(403, "invalid", "faults need --chaos, and the page's own origin")
-        if not secrets.compare_digest(given, chaos.token.encode()):
-            raise RequestError(403, "invalid", "faults need the token of the page")
-        if int(request.headers.get("content-length", _LARGEST + 1)) > _LARGEST:
-            raise RequestError(413, "too_large", f"a fault must have at most {_LARGEST} bytes")
-        place = action = None
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            wanted = orjson.loads(await request.body())
-            place, action = wanted["worker"], wanted["action"]
-        if type(place) is not int or action not in Chaos.ACTIONS:
-            must = f"a worker, and an action of {', '.join(Chaos.ACTIONS)}"
-            raise RequestError(400, "invalid", f"the request must name {must}")
         try:
-            chaos.inject(place, action)
-        except (ValueError, ProcessLookupError) as error:
+            wanted = orjson.loads(await read_body(request, _LARGEST))
+            chaos.inject(int(wanted["worker"]), wanted["action"])
+        except (LookupError, OSError, TypeError, ValueError) as error:
             raise RequestError(409, "invalid", str(error)) from None
         return JSONResponse({})
 

@@ -7,9 +7,7 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 
 from __future__ import annotations
 
-import functools
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,11 +19,9 @@ from torch import Tensor
 from ..open_inference import tensors as wire
 from ..open_inference.tensors import ADDED, TensorSpec, field, require
 
-__all__ = ["VERSION", "InferRequest", "RequestError", "example_request", "format_answer"]
-__all__ += ["parse", "read_body"]
+__all__ = ["VERSION", "InferRequest", "RequestError", "format_answer", "parse", "read_body"]
 
 VERSION = "1"  #: the only version of every model
-_dumps = functools.partial(orjson.dumps, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 class RequestError(HTTPException):
@@ -47,29 +43,16 @@ class InferRequest(NamedTuple):
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """Return the unpacked body of a request; ``most`` bounds its bytes, packed and unpacked."""
-    encoding = request.headers.get("content-encoding", "identity").lower()
-    if encoding not in ("identity", "gzip", "deflate"):
-        must = f"Content-Encoding must be gzip or deflate, got {encoding!r:.80}"
+    """Return the body of a request, of at most so many bytes."""
+    if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
+        must = f"the body must not be packed, got Content-Encoding {encoding!r:.80}"
         raise RequestError(415, "invalid", must)
-    # 32 more than the largest window: zlib tells gzip from deflate by the header.
-    unpacker = None if encoding == "identity" else zlib.decompressobj(32 + zlib.MAX_WBITS)
-    parts, packed, size = [], 0, 0
+    body = bytearray()
     async for chunk in request.stream():
-        packed += len(chunk)
-        if unpacker is not None:
-            try:
-                chunk = unpacker.decompress(chunk, most - size + 1)  # a bomb is not unpacked
-            except zlib.error as error:
-                raise ValueError(f"the body must be {encoding}, got {error}") from None
-        size += len(chunk)
-        if max(packed, size) > most:
-            raise RequestError(413, "too_large", f"the body must be at most {most} bytes, unpacked")
-        parts.append(chunk)
-    if unpacker is not None and (not unpacker.eof or unpacker.unused_data):
-        got = "more than that" if unpacker.eof else "only the beginning"
-        raise ValueError(f"the body must be {encoding}, got {got}")
-    return b"".join(parts)
+        body += chunk
+        if len(body) > most:
+            raise RequestError(413, "too_large", f"the body must be at most {most} bytes")
+    return bytes(body)
 
 
 def parse(
@@ -84,8 +67,7 @@ def parse(
     ``header_length`` is the Inference-Header-Content-Length. A ValueError names the field that is
     wrong, its requirement and value.
     """
-    length = wire.json_length(body, header_length)
-    head, tail = memoryview(body)[:length], memoryview(body)[length:]
+    head, tail = wire.split(body, header_length)
     try:
         message = orjson.loads(head)
     except orjson.JSONDecodeError as error:
@@ -101,8 +83,13 @@ def parse(
     name = field("the request", message, "id", str, "")
     listed = field("the request", message, "inputs", list)
     given = wire.tensors_of("input", listed, inputs, tail, range(1, max_rows + 1))
-    rows = [len(given[spec.name]) for spec in inputs]
+    tensors = [given[spec.name] for spec in inputs]
+    rows = [len(tensor) for tensor in tensors]
     require(len(set(rows)) == 1, "the numbers of rows of inputs", "equal", rows)
+    for spec, tensor in zip(inputs, tensors, strict=True):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            row = int((~tensor.isfinite()).reshape(len(tensor), -1).any(1).nonzero()[0])
+            raise ValueError(f"input {spec.name!r} must be finite, but row {row} is not")
     wanted = []
     listed = field("the request", message, "outputs", list, [])
     for owner, spec, _, how in wire.entries("output", listed, (*outputs, *ADDED)):
@@ -110,14 +97,7 @@ def parse(
             raise ValueError(f"{owner} must be asked for as it is, not as a classification")
         wanted.append((spec, field(owner, how, "binary_data", bool, binary)))
     wanted = wanted or [(spec, binary) for spec in outputs]
-    tensors = [given[spec.name] for spec in inputs]
     return InferRequest(name, tensors, wanted, microseconds / 1e6 or math.inf, coverage)
-
-
-def example_request(inputs: Sequence[TensorSpec], examples: Sequence[Tensor], row: int) -> bytes:
-    """Return the body of a request with one row of the examples."""
-    rows = ((spec, x[row : row + 1], False) for spec, x in zip(inputs, examples, strict=True))
-    return wire.written({"id": f"example {row}"}, "inputs", rows, _dumps)[0]
 
 
 def format_answer(
@@ -130,4 +110,4 @@ def format_answer(
     message = {"model_name": model, "model_version": VERSION, "parameters": parameters}
     message |= {"id": request.id} if request.id else {}
     tensors = ((spec, answers[spec.name], binary) for spec, binary in request.outputs)
-    return wire.written(message, "outputs", tensors, _dumps)
+    return wire.written(message, "outputs", tensors)

@@ -11,7 +11,6 @@ import resource
 import socket
 import threading
 import time
-import zlib
 
 import pytest
 import torch
@@ -71,9 +70,10 @@ def held():
     module.go.set()
 
 
-def holding(held, **options):
-    options = {"deadline": 30.0, "max_ongoing_batches": 1} | options
-    return built(held, workers=DeviceWorkers(["cpu"] * 6), **options)
+def holding(held, num_workers=2, **options):
+    """Return an application that computes one request of two rows at a time."""
+    options = {"deadline": 30.0} | options
+    return built(held, workers=DeviceWorkers(["cpu"] * num_workers), **options)
 
 
 def test_metadata(client):
@@ -107,19 +107,10 @@ def test_unknown_paths(client, method, path, status):
     assert json.loads(body)["error"]
 
 
-@pytest.mark.parametrize(
-    ("encoding", "squeeze", "accepted"),
-    [
-        ("gzip", gzip.compress, "br, gzip;q=0.5"),
-        ("deflate", zlib.compress, "deflate"),
-        ("identity", bytes, ""),
-    ],
-)
-def test_packed_bodies(client, encoding, squeeze, accepted):
+@pytest.mark.parametrize("accepted", ["br, gzip;q=0.5", "deflate", ""])
+def test_packed_answers(client, accepted):
     many = {"inputs": [tensor(torch.arange(192.0).reshape(64, 3).tolist())]}
-    body = squeeze(json.dumps(many).encode())
-    headers = {"Content_Encoding": encoding, "Accept_Encoding": accepted}
-    status, found, answer = client.send("POST", PATH, body, **headers)
+    status, found, answer = client.send("POST", PATH, json.dumps(many), Accept_Encoding=accepted)
     packed = "gzip" if "gzip" in accepted else None
     assert (status, found["content-encoding"]) == (200, packed)
     answer = gzip.decompress(answer) if packed else answer
@@ -129,13 +120,13 @@ def test_packed_bodies(client, encoding, squeeze, accepted):
 @pytest.mark.parametrize(
     ("body", "headers", "status", "why"),
     [
-        (b"x", {"Content_Encoding": "br"}, 415, "gzip or deflate, got 'br'"),
+        (
+            gzip.compress(b"{}"),
+            {"Content_Encoding": "gzip"},
+            415,
+            "must not be packed, got Content",
+        ),
         (b"[" * 1020 + b"]" * 1020, {}, 400, ""),  # its repr is too deep for Python 3.11
-        (b"x", {"Content_Encoding": "gzip"}, 400, "must be gzip"),
-        (gzip.compress(b"{}")[:-4], {"Content_Encoding": "gzip"}, 400, "only the beginning"),
-        (gzip.compress(b"{}") * 2, {"Content_Encoding": "gzip"}, 400, "more than that"),
-        (gzip.compress(bytes(2**27)), {"Content_Encoding": "gzip"}, 413, "at most 71680 bytes"),
-        (zlib.compress(bytes(2**27)), {"Content_Encoding": "deflate"}, 413, "at most 71680 bytes"),
         (bytes(71681), {}, 413, "at most 71680 bytes"),
         (b"{}", {"Inference_Header_Content_Length": "3"}, 400, "at most the length of the body"),
     ],
@@ -223,7 +214,7 @@ def test_a_full_queue_is_noticed_before_the_body_is_read(held):
 
 
 def test_requests_are_answered_beside_a_slow_one_while_workers_are_idle(held):
-    with serving(holding(held, max_ongoing_batches=None)) as port, Client(port) as client:
+    with serving(holding(held, num_workers=6)) as port, Client(port) as client:
         client.connection.request("POST", PATH, json.dumps(ONE))
         assert held.begun.acquire(timeout=30)
         with Client(port) as other:
@@ -237,22 +228,6 @@ def test_a_body_that_does_not_come_within_the_deadline_is_408():
         status, _, body = without_body(port)
     assert status == 408
     assert "did not come within the deadline" in json.loads(body)["error"]
-
-
-def test_a_client_that_disconnects_leaves_the_queue(held):
-    application = holding(held)
-    batcher = application.batcher
-    with serving(application) as port:
-        with Client(port) as first, Client(port) as second:
-            for client in first, second:
-                client.connection.request("POST", PATH, json.dumps(ONE))
-            assert held.begun.acquire(timeout=30)
-            wait_until(lambda: batcher.num_queued == 1)
-        wait_until(lambda: batcher.num_queued == 0)
-        with Client(port) as client:
-            wait_until(lambda: 'refusals_total{reason="disconnected"} 2.0' in client.metrics())
-            held.go.set()
-            assert client.infer(ONE)[0] == 200
 
 
 @pytest.mark.parametrize(("said", "seconds"), [({}, 0.2), ({"timeout": 50_000}, 0.05)], ids=str)
@@ -318,7 +293,6 @@ def test_missing_rows_are_predicted_and_flagged(lost):
     output, predicted, errors, risks, source = found
     output, exact = output.reshape(64, 2), linear()(rows).detach()
     assert int(predicted.sum()) == answer["parameters"]["predicted_rows"] == 16 * lost
-    assert answer["parameters"]["late_workers"] != ""
     assert torch.allclose(output[~predicted], exact[~predicted], atol=1e-5)
     assert not torch.allclose(output[predicted], exact[predicted], atol=1e-5)
     assert (errors[~predicted] == 0).all()
@@ -397,14 +371,7 @@ def test_accepted_requests_are_answered_at_the_end(held):
     assert answers == [200] * 5
 
 
-def test_objects_that_the_host_has_frozen_stay_frozen():
-    gc.freeze()
-    try:
-        with serving(built()):
-            pass
-        assert gc.get_freeze_count() > 0
-    finally:
-        gc.unfreeze()
+def test_objects_are_frozen_while_the_application_runs():
     with serving(built()):
         assert gc.get_freeze_count() > 0
     assert gc.get_freeze_count() == 0
@@ -426,11 +393,6 @@ def test_objects_that_the_host_has_frozen_stay_frozen():
         ({"deadline": 0}, "app: deadline must be positive and finite, got 0"),
         ({"max_batch_size": 0}, "app: max_batch_size must be at least 1, got 0"),
         ({"max_queued_requests": 0}, "app: max_queued_requests must be at least 1"),
-        ({"max_ongoing_batches": 0}, "app: max_ongoing_batches must be at least 1"),
-        ({"examples": []}, "app: examples must be batches of shapes [[-1, 3]], got []"),
-        ({"examples": [3]}, "app: an entry of examples must be of type Tensor, got int"),
-        ({"examples": [torch.zeros(0, 3)]}, "shapes [[-1, 3]], got [[0, 3]]"),
-        ({"examples": [torch.zeros(2, 4)]}, "shapes [[-1, 3]], got [[2, 4]]"),
     ],
 )
 def test_bad_arguments(changes, message):

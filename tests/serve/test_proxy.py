@@ -118,9 +118,7 @@ def test_a_killed_server_loses_nothing():
         urls = [process.stdout.readline().strip() for process in started]
         options = ["--endpoints", "http://127.0.0.1:1", *urls, "--model", "double"]
         options += ["--deadline", "10", "--parts", "3"]
-        process, port = stack.enter_context(running(*options))
-        text = "An endpoint does not describe double: http://127.0.0.1:1 could not be reached"
-        assert text in process.head
+        _, port = stack.enter_context(running(*options))
         client = stack.enter_context(Client(port))
         for n in range(60):
             if n in (20, 40):

@@ -14,11 +14,11 @@ from coded_torch.workers import EndpointWorkers, RemoteModule
 
 from .servers import built, serving
 
-ROWS, DATATYPES, PACKINGS = (1, 7, 64), ("FP32", "FP16"), (None, "gzip", "deflate")
-# 216 cases: the encodings and the compressions of the request and of the answer.
-CASES = list(itertools.product(ROWS, DATATYPES, *[(True, False)] * 2, *[PACKINGS] * 2))
-ALIKE = [case for case in CASES if case[2] == case[3] and case[4] == case[5]]
-TYPES = {"FP32": np.float32, "FP16": np.float16, "FP64": np.float64}
+ROWS, PACKINGS = (1, 7, 64), (None, "gzip", "deflate")
+# 36 cases: the encodings of the request and of the answer, and how that may be packed.
+CASES = list(itertools.product(ROWS, *[(True, False)] * 2, PACKINGS))
+ALIKE = [case for case in CASES if case[1] == case[2]]
+TYPES = {"FP32": np.float32, "FP64": np.float64}
 shipped = functools.cache(lenet5_and_digits)
 
 
@@ -40,24 +40,23 @@ class TritonTests:
     def test_answers(self, address, case):
         self.check(address, *case)
 
-    def check(self, address, rows, datatype, sent, got, packed, unpacked):
+    def check(self, address, rows, sent, got, unpacked):
         """Check the answer to one request."""
         module, (examples,) = shipped()
-        images = examples.repeat(7, 1, 1, 1)[:rows].numpy().astype(TYPES[datatype])
-        asked = triton.InferInput("input", list(images.shape), datatype)
+        images = examples.repeat(7, 1, 1, 1)[:rows].numpy()
+        asked = triton.InferInput("input", list(images.shape), "FP32")
         asked.set_data_from_numpy(images, binary_data=sent)
         names = ("output", "predicted", "radius")
         options = {
             "outputs": [triton.InferRequestedOutput(name, binary_data=got) for name in names],
             "request_id": "7",
             "timeout": 4_000_000,
-            "request_compression_algorithm": packed,
             "response_compression_algorithm": unpacked,
         }
         with triton.InferenceServerClient(address) as client:
             answer = client.infer("m", [asked], **options)
         with torch.no_grad():
-            exact = module(torch.from_numpy(images).float()).numpy()
+            exact = module(torch.from_numpy(images)).numpy()
         # The answers of a batch of another size differ in their last bits.
         np.testing.assert_allclose(answer.as_numpy("output"), exact, rtol=1e-4, atol=1e-4)
         assert answer.as_numpy("predicted").tolist() == [False] * rows

@@ -467,8 +467,8 @@ def test_a_token_goes_over_tls_or_loopback_only(three):
     assert three[0].headers["Authorization"] == "Bearer secret"
     assert three[0].headers["X-Tenant"] == "me"
     assert "secret" not in repr(coded.workers)
-    with pytest.raises(ValueError, match="headers must be printable"):
-        EndpointWorkers([three[0].url], model="double", headers={"X": "a\r\nb"})
+    with pytest.raises(ValueError, match="in headers"):
+        RemoteModule(three[0].url, "double", token="two\nlines")
 
 
 @pytest.mark.parametrize(
@@ -492,8 +492,8 @@ def test_other_modules_are_refused(three):
 def test_inputs_are_checked_before_they_are_sent(three):
     module = RemoteModule(three[0].url, "double")
     assert torch.equal(module(input=X), 2 * X)
-    for wrong, error in ((X.double(), TypeError), (X[:, :2], ValueError)):
-        with pytest.raises(error, match="input must be"):
+    for wrong in (X.double(), X.tolist()):
+        with pytest.raises(TypeError, match=r"input must be of torch.float32, got"):
             module(wrong)
     with pytest.raises(TypeError, match="inputs must be input, got"):
         module(X, X)
