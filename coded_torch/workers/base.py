@@ -8,7 +8,7 @@ import enum
 import functools
 import math
 import operator
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
@@ -56,12 +56,6 @@ class Task:
 
         A module in the caller's process, which may change its rows, gets them ``copied``.
         """
-        return next(self.payloads(units, copied=copied))
-
-    def payloads(
-        self, units: Sequence[int], max_rows: int | None = None, copied: bool = False
-    ) -> Iterator[Arguments]:
-        """Yield the :meth:`payload` in batches of at most ``max_rows`` rows."""
         run = range(units[0], units[0] + len(units))
 
         def chosen(leaf: Tensor) -> Tensor:  # [U, R, ...] -> [len(units) R, ...]
@@ -70,15 +64,9 @@ class Task:
                 return (leaf.clone() if copied else leaf).flatten(0, 1)
             return leaf.index_select(0, torch.tensor(units, device=leaf.device)).flatten(0, 1)
 
-        both = zip(self.leaves, self.dims, strict=True)
-        pairs = [(leaf if dim is None else chosen(leaf), dim) for leaf, dim in both]
-        step = max_rows or len(units) * self.unit_rows
-        for start in range(0, len(units) * self.unit_rows, step):
-            batch = [
-                leaf if dim is None else leaf[start : start + step].movedim(0, dim)
-                for leaf, dim in pairs
-            ]
-            yield (tuple(batch), {}) if self._is_positional else unflatten(batch, self.spec)
+        pairs = zip(self.leaves, self.dims, strict=True)
+        batch = [leaf if dim is None else chosen(leaf).movedim(0, dim) for leaf, dim in pairs]
+        return (tuple(batch), {}) if self._is_positional else unflatten(batch, self.spec)
 
     @functools.cached_property
     def _is_positional(self) -> bool:  # true, arguments take a tenth of the time
@@ -391,9 +379,9 @@ def leaf_name(root: str, tree: Any, index: int) -> str:
     return root + pytree.keystr(path)
 
 
-def check_batch(output: Any, index: int, leaf: Tensor, dim: int, size: int | None = None) -> None:
+def check_batch(output: Any, index: int, leaf: Tensor, dim: int, size: int) -> None:
     """Raise a ValueError unless leaf ``index`` of ``output`` has ``size`` rows at ``dim``."""
-    if not -leaf.dim() <= dim < leaf.dim() or (size is not None and leaf.shape[dim] != size):
-        rows = "a batch dimension" if size is None else f"size {size}, the batch size,"
-        must = f"{leaf_name('output', output, index)} must have {rows} at dim {dim}"
+    if not -leaf.dim() <= dim < leaf.dim() or leaf.shape[dim] != size:
+        name = leaf_name("output", output, index)
+        must = f"{name} must have size {size}, the batch size, at dim {dim}"
         raise ValueError(f"CodedWrapper: {must}, got shape {tuple(leaf.shape)}")
