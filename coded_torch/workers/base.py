@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .._arguments import instance, positive
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -37,14 +39,12 @@ CONSTANTS = (type(None), bool, int, str, bytes, enum.Enum, torch.dtype, torch.de
 class Task:
     """A module call, cut into units. A worker is asked for some of them, a part.
 
-    A unit is a row of a batch (then R = 1), or one of N columns of coded inputs, with one row per
-    group.
+    A unit is a row of a batch (R = 1), or one of N columns of coded inputs, with a row per group.
     """
 
-    #: The leaves of ``(args, kwargs)``. A divided leaf is a tensor ``[U, R, ...]`` of any dtype.
-    #: Any other leaf is the same for every part.
+    #: The leaves of ``(args, kwargs)``: tensors ``[U, R, ...]`` of any dtype if divided.
     leaves: Sequence[Any]
-    dims: Sequence[int | None]  #: the batch dimension of each leaf; None if not divided
+    dims: Sequence[int | None]  #: the batch dimension of each leaf; None if the same for every part
     spec: pytree.TreeSpec  #: the structure of ``(args, kwargs)``
     num_units: int  #: U
     unit_rows: int  #: R
@@ -129,9 +129,9 @@ class Reply:
 class Request(abc.ABC):
     """A task that is open at a pool: parts are asked for, and events arrive.
 
-    If a worker gets a part, that causes :class:`Began`, and then one :class:`Reply`. If no worker
-    gets it, that causes only a reply with an error. A part that is dropped before it begins causes
-    nothing. A part that is handed back begins again. One thread uses a request, and closes it.
+    A part that a worker gets causes :class:`Began`, and then one :class:`Reply`. One that no worker
+    gets causes only a reply with an error, and one that is dropped before it begins nothing. A part
+    that is handed back begins again. One thread uses a request, and closes it.
     """
 
     timeout = math.inf  #: seconds after which a part that was asked for and has not replied fails
@@ -148,8 +148,8 @@ class Request(abc.ABC):
     def wait(self, until: float = math.inf) -> Began | Reply | None:
         """Return the next event, or None at the time ``until`` of the request's clock.
 
-        Events that have already happened are returned even later. None also means that nothing
-        more can happen before another part is asked for.
+        Events that have happened are returned even later. None also means that nothing more can
+        happen before another part is asked for.
         """
 
     @abc.abstractmethod
@@ -258,6 +258,8 @@ class Workers(abc.ABC):
             RuntimeError: not all workers that are not excluded started and loaded it in time.
             WorkerError: a worker could not load or call the module.
         """
+        instance(self, "module", module, nn.Module, optional=True)
+        timeout = positive(self, "timeout", timeout)
         if module is None or self.num_workers is None:
             return self
         args = example if isinstance(example, tuple) else (example,)
@@ -273,8 +275,8 @@ class Workers(abc.ABC):
                 event = request.wait(timeout)
                 if isinstance(event, Began):
                     continue
-                error = None if event is None else event.error
-                if error is not None and error.worker >= 0:
+                error = event and event.error
+                if error and error.worker >= 0:
                     raise error
                 # A place that was given up meanwhile is not missing.
                 if event is None or (error and not event.part.avoid.issuperset(self.places)):
@@ -300,7 +302,7 @@ class Workers(abc.ABC):
         """
         raise NotImplementedError(f"{type(self).__name__}: workers cannot be drained")
 
-    def close(self) -> None:  # noqa: B027 - most pools hold nothing
+    def close(self) -> None:  # noqa: B027 - some pools hold nothing
         """Release everything that the pool holds. May be called twice."""
 
     def __enter__(self) -> Self:
@@ -310,19 +312,18 @@ class Workers(abc.ABC):
         self.close()
 
 
-class _Loading(Task):  # a module cannot be called without known arguments
+class _Loading(Task):  # None stands for no call, as the arguments of a module are not known
     def payload(self, *_: Any, **__: Any) -> Arguments | None:  # type: ignore[override]
         leaves = [x.clone() if isinstance(x, Tensor) else x for x in self.leaves]
         return unflatten(leaves, self.spec) if self.num_units else None
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """Return the leaves and structure of a tree. A single tensor takes no microseconds."""
+    """Return the leaves and structure of a tree, of a single tensor at once."""
     return ([tree], _LEAF) if isinstance(tree, Tensor) else pytree.tree_flatten(tree)
 
 
 def unflatten(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
-    """Return the tree of these leaves and this structure."""
     return leaves[0] if spec is _LEAF else pytree.tree_unflatten(leaves, spec)
 
 

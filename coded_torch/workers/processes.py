@@ -42,8 +42,8 @@ class ProcessWorkers(SupervisedWorkers):
     tensors made in inference mode. Changes that a call makes to the module stay in its process.
 
     Each process draws its own random numbers, from torch, NumPy and :mod:`random`. The seed depends
-    on :func:`torch.initial_seed`, the pool, the place of the process and its restarts. A generator
-    that the module holds draws the same numbers in every process.
+    on :func:`torch.initial_seed` and the number of workers started before. A generator that the
+    module holds draws the same numbers in every process.
 
     Args:
         num_workers: the number of processes, at least 1.
@@ -67,9 +67,9 @@ class ProcessWorkers(SupervisedWorkers):
         on Windows.
 
         Processes are forked, in some 50 ms, from a server that has imported torch and the packages
-        of the module's classes. Packages that start threads or initialise CUDA are left out. The
-        server takes seconds to start, and serves all pools of this process that need the same
-        packages. A new process loads the module that was sent last before it gets parts.
+        of the module's classes, but no package that starts threads or initialises CUDA. The server
+        takes seconds to start, and serves all pools of this process that need the same packages. A
+        new process loads the module that was sent last before it gets parts.
     """
 
     def __init__(
@@ -135,8 +135,8 @@ class _Processes(Supervisor):
             raise RuntimeError(f"ProcessWorkers: {why}; {how}")
         self._selector = selectors.DefaultSelector()
         self._alarm, self._bell = socket.socketpair()
-        for end in (self._alarm, self._bell):
-            end.setblocking(False)
+        self._alarm.setblocking(False)
+        self._bell.setblocking(False)
         self._selector.register(self._alarm, selectors.EVENT_READ)
 
     def pack(self, module: nn.Module) -> Package:
@@ -150,7 +150,7 @@ class _Processes(Supervisor):
         packages = self._packages - worker_main.REFUSED
         with theirs, contextlib.ExitStack() as on_error:
             on_error.enter_context(ours)
-            descriptor = worker_main.fork(theirs, device, self._threads, self.seed(index), packages)
+            descriptor = worker_main.fork(theirs, device, self._threads, self.seed(), packages)
             on_error.pop_all()
         link = Connection(ours)
         worker = _Process(index, connection=link, descriptor=descriptor, packages=packages)
@@ -158,14 +158,14 @@ class _Processes(Supervisor):
         return worker
 
     def send(self, worker: _Process, job: Job) -> None:
-        module = job.request.module
+        module, link = job.request.module, worker.connection
         contents = Pickled(module.job(job.request.task, job.part))
         with contextlib.suppress(ConnectionError):  # the process has died, which the thread hears
             if worker.is_new_to(module):
                 worker.loading = True  # before it can answer that it has loaded the module
-                worker.connection.send_package(worker_main.MODULE, module.number, module.package)
+                link.send_package(worker_main.MODULE, module.number, module.package)
             worker.load(module)
-            worker.connection.send(worker_main.JOB, job.number, contents)
+            link.send(worker_main.JOB, job.number, contents)
 
     def end(self, worker: _Process) -> None:
         worker.exit_code(0.0)  # to learn its process id
@@ -215,11 +215,11 @@ class _Processes(Supervisor):
         last = self.modules.last()
         if last is None or self._failed_starts:  # loading it may be why they failed
             self.ready(worker)
-        else:
-            number, package = last
-            worker.modules, worker.since = frozenset([number]), time.monotonic()
-            with contextlib.suppress(ConnectionError):  # the process has died, which is heard next
-                worker.connection.send_package(worker_main.MODULE, number, package)
+            return
+        number, package = last
+        worker.modules, worker.since = frozenset([number]), time.monotonic()
+        with contextlib.suppress(ConnectionError):  # the process has died, which is heard next
+            worker.connection.send_package(worker_main.MODULE, number, package)
 
     def _bury(self, worker: _Process, seconds: float = _DYING_SECONDS) -> str:
         """Release a process that ends, and return how it ended."""
@@ -238,10 +238,9 @@ class _Processes(Supervisor):
             worker_main.replace_servers()
         if code == worker_main.UNSAFE:
             return "was forked from a server with threads, or with CUDA; another server starts"
-        if code is None and worker.pid:
-            return "closed its connection, and was killed"
         if code is None:
-            return "was not forked, as the server that forks processes ended"
+            no_fork = "was not forked, as the server that forks processes ended"
+            return "closed its connection, and was killed" if worker.pid else no_fork
         if code < 0:
             names = {each.value: each.name for each in signal.Signals}  # not of all real-time ones
             return f"was killed by {names.get(-code, f'signal {-code}')}"

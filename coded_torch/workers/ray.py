@@ -112,7 +112,7 @@ class _Actors(Supervisor):
 
     def launch(self, index: int) -> _Actor:
         self._check()
-        handle = self._class.remote(self._threads, self.seed(index))
+        handle = self._class.remote(self._threads, self.seed())
         worker = _Actor(index, handle=handle)
         self._listen(worker, None, worker.handle.hello.remote())
         return worker

@@ -62,34 +62,32 @@ def _look_at_server() -> None:
 os.register_at_fork(before=_look_at_server)
 _starting = threading.Lock()  # the environment of this process changes while a server starts
 os.register_at_fork(after_in_child=_starting._at_fork_reinit)  # type: ignore[attr-defined]
-# A server, and variables of the environment as they were before it started.
-_Server = tuple[forkserver.ForkServer, dict[str, str | None]]
-_servers: dict[frozenset[str], _Server] = {}  # a key is the packages that a server has imported
+# A key is the packages that a server has imported.
+_servers: dict[frozenset[str], forkserver.ForkServer] = {}
 os.register_at_fork(after_in_child=_servers.clear)  # a forked process starts its own servers
 
 
-def _server(packages: frozenset[str]) -> _Server:
+def _server(packages: frozenset[str]) -> forkserver.ForkServer:
     """Return the server of this process that has imported some packages, under the lock."""
-    if packages in _servers:
-        return _servers[packages]
-    own = forkserver.ForkServer()
-    own.set_forkserver_preload([__name__, *sorted(packages)])
-    # Before Python 3.14, the server does not get sys.path before it imports (cpython 117378). No
-    # working directory comes before it, where an uncompiled checkout may lie, but in Python 3.10.
-    path = os.pathsep.join(x or os.getcwd() for x in sys.path if isinstance(x, str))
-    with environment({"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}) as before:
-        own.ensure_running()
-    _servers[packages] = own, before
-    return own, before
+    if packages not in _servers:
+        own = forkserver.ForkServer()
+        own.set_forkserver_preload([__name__, *sorted(packages)])
+        # Before Python 3.14, the server does not get sys.path before it imports (cpython 117378).
+        # No working directory comes before it, where an uncompiled checkout may lie, but in 3.10.
+        path = os.pathsep.join(x or os.getcwd() for x in sys.path if isinstance(x, str))
+        with environment({"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}):
+            own.ensure_running()
+        _servers[packages] = own
+    return _servers[packages]
 
 
 @contextlib.contextmanager
-def environment(variables: Mapping[str, str | None]) -> Iterator[dict[str, str | None]]:
-    """Set variables of the environment, or delete them, in a block; yield their values before."""
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of the environment in a block."""
     before = {name: os.environ.get(name) for name in variables}
-    _set(variables)
+    os.environ.update(variables)
     try:
-        yield before
+        yield
     finally:
         _set(before)
 
@@ -111,7 +109,7 @@ def replace_servers() -> None:
 
     with _starting:
         while _servers:
-            _, (server, _) = _servers.popitem()
+            server = _servers.popitem()[1]
             threading.Thread(target=stop, args=(server,), daemon=True).start()
 
 
@@ -148,8 +146,8 @@ def fork(
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     try:
         with _starting:
-            own, variables = _server(packages)
-            descriptor, writer = own.connect_to_new_process([sock.fileno()])
+            descriptor, writer = _server(packages).connect_to_new_process([sock.fileno()])
+            variables = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
     except ChildProcessError:  # the host has waited for the server, which has ended
         replace_servers()
         raise
@@ -167,7 +165,7 @@ class _Program(NamedTuple):
     device: torch.device
     threads: int
     seed: int
-    variables: dict[str, str | None]  # the environment is to have them
+    variables: dict[str, str | None]  # variables of the environment that the server has changed
     preloaded: bool  # true if the server had to import packages
 
     def _bootstrap(self, _: int) -> int:
@@ -359,11 +357,5 @@ class _Remade(NamedTuple):
     state: dict[str, Any]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _remake, (type(self.error), self.error.args, self.state)
-
-
-def _remake(kind: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> Exception:
-    error = kind.__new__(kind, *args)
-    error.args = args
-    vars(error).update(state)  # no setter of the class runs
-    return error
+        kind = type(self.error)
+        return operator.methodcaller("__new__", kind, *self.error.args), (kind,), self.state
