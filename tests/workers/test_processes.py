@@ -780,8 +780,8 @@ def test_without_cloudpickle_a_class_of_an_interactive_session_is_refused():
     done = _session("import sys; sys.modules['cloudpickle'] = None\n" + _INTERACTIVE)
     assert done.stderr.strip().splitlines()[-1] == (
         "TypeError: Workers: the module must be picklable to be sent to another process, got Net: "
-        "Net belongs to an interactive session; install cloudpickle, or define it in a file that "
-        "can be imported"
+        "a class or function of an interactive session cannot be sent by name; install "
+        "cloudpickle, or define it in a file that can be imported"
     )
 
 
