@@ -52,9 +52,10 @@ class Task:
     out_dims: Any = 0  #: the batch dimensions of the module's outputs, a pytree prefix of them
 
     def payload(self, units: Sequence[int], copied: bool = False) -> Arguments:
-        """Return the ``(args, kwargs)`` of ``len(units) * R`` rows, views if consecutive.
+        """Return the ``(args, kwargs)`` of ``len(units) * R`` rows.
 
-        A module in the caller's process, which may change its rows, gets them ``copied``.
+        Rows of consecutive units are views, unless they are ``copied`` for a module in the caller's
+        process, which may change them.
         """
         run = range(units[0], units[0] + len(units))
 
@@ -78,10 +79,10 @@ class WorkerError(RuntimeError):
 
     Attributes:
         part: the number of the part.
-        worker: the place of the worker that had the part, or -1 if no worker had it.
+        worker: the place of the worker that had the part, or -1.
         reason: the event, in words that continue "worker 3" or "part 3".
         kind: "raised" if the module, its arguments or its result raised; "died" if the worker ended
-            while it computed; "" for anything else.
+            while it computed; else "".
     """
 
     def __init__(self, part: int, worker: int, reason: str, kind: str = "", cause: Any = None):
@@ -119,7 +120,7 @@ class Reply:
     """The end of a part: a value or an error."""
 
     part: Part
-    worker: int  #: the place of the worker that had the part, or -1 if no worker had it
+    worker: int  #: the place of the worker that had the part, or -1
     at: float  #: seconds on the clock of the request
     latency: float  #: seconds since the worker began the part; infinite if no worker did
     value: Any = None  #: the module's output for the part, a pytree, on the device of the task
@@ -140,8 +141,8 @@ class Request(abc.ABC):
     def ask(self, parts: Sequence[Part]) -> None:
         """Have parts computed, in this order, each by the next idle worker, without waiting.
 
-        Parts are numbered on from the last ones, and may share units. A closed request raises a
-        RuntimeError. If the pool is closed, the parts fail.
+        Parts are numbered on from the last ones, and may share units. They fail if the pool is
+        closed; a closed request raises a RuntimeError.
         """
 
     @abc.abstractmethod
@@ -233,10 +234,7 @@ class Workers(abc.ABC):
     def run(
         self, module: nn.Module, task: Task, *, deadline: float = math.inf
     ) -> Generator[Reply, None, None]:
-        """Ask for each unit as a part of its own, and yield replies in the order of arrival.
-
-        Waits at most ``deadline`` seconds. Closing the generator closes the request.
-        """
+        """Ask for each unit as its own part, and yield replies for at most ``deadline`` seconds."""
         with self.open(module, task) as request:
             request.ask([Part(n, (n,)) for n in range(task.num_units)])
             while (event := request.wait(deadline)) is not None:
@@ -255,7 +253,7 @@ class Workers(abc.ABC):
             timeout: seconds.
 
         Raises:
-            RuntimeError: not all workers that are not excluded started and loaded it in time.
+            RuntimeError: not all workers, but for excluded ones, started and loaded it in time.
             WorkerError: a worker could not load or call the module.
         """
         instance(self, "module", module, nn.Module, optional=True)
@@ -289,16 +287,15 @@ class Workers(abc.ABC):
     def resize(self, num_workers: int) -> None:
         """Let the pool have another number of workers, at least 1, while calls are open.
 
-        Returns at once. New workers take free places. Workers at the last places are drained.
-        Raises a NotImplementedError if the pool cannot start or end workers.
+        Returns at once. New workers take free places, and the last places are drained. Raises a
+        NotImplementedError if the pool cannot start or end workers.
         """
         raise NotImplementedError(f"{type(self).__name__}: the pool cannot be resized")
 
     def drain(self, worker: int) -> None:
         """Let the worker at a place end its part, take no other, and leave, without a successor.
 
-        Returns at once. If no worker is left, parts wait until there is one again. Raises a
-        NotImplementedError if the pool cannot end workers.
+        Returns at once. If no worker is left, parts wait until there is one again.
         """
         raise NotImplementedError(f"{type(self).__name__}: workers cannot be drained")
 
@@ -337,7 +334,7 @@ def positional(count: int) -> tuple[pytree.TreeSpec, pytree.TreeSpec]:
 def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str) -> list[Any]:
     """Return the batch dimension of each leaf of ``spec``, from ``dims``, a pytree prefix of it.
 
-    It is a tree of integers, None, or elements of ``names``. Errors name ``argument``.
+    ``dims`` holds integers, None, or elements of ``names``. Errors name ``argument``.
     """
     if dims is None or type(dims) is int:  # the same for all leaves
         return [dims] * spec.num_leaves

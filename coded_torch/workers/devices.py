@@ -127,7 +127,6 @@ class _Replica(Worker):
         return module not in self.seen
 
     def serve(self, threads: _Threads) -> None:
-        """Do jobs until there comes None."""
         while (job := self.inbox.get()) is not None:
             try:
                 value = self._call(job.request, job)

@@ -35,8 +35,8 @@ _CLOSING_SECONDS = 5.0  # the time that requests get to end when a pool closes; 
 class EndpointWorkers(DispatchedWorkers):
     r"""Servers of the Open Inference Protocol v2, such as Triton, KServe and this package's own.
 
-    Each server is a worker that computes several parts at a time. It runs its own copy of one
-    model, so a wrapper on this pool wraps a :class:`RemoteModule` of that model:
+    Each server is a worker that computes several parts at a time, with its own copy of one model.
+    So a wrapper on this pool wraps a :class:`RemoteModule` of that model:
     ``CodedWrapper(RemoteModule(url, "resnet"), workers=EndpointWorkers(urls, model="resnet"))``.
 
     - A server that fails, hangs, or does not keep the protocol gets no parts until a probe of
@@ -66,8 +66,8 @@ class EndpointWorkers(DispatchedWorkers):
         RuntimeError: the pool is closed, or was started in a process that this one was forked from.
 
     Note:
-        Redirects, proxies of the environment and cookies are not followed, used or kept. A part
-        takes some .5 ms more than with the bare client.
+        Redirects, proxies and cookies are ignored. A part takes some .5 ms more than with the bare
+        client.
     """
 
     def __init__(
@@ -202,7 +202,6 @@ class _Endpoints(Dispatcher):
             self.restart(place)
 
     def update(self, urls: Iterable[str]) -> None:
-        """Have these servers, and no others."""
         wanted = dict.fromkeys(map(self.client.checked, urls))
         for url in set(self.urls) - wanted.keys():
             self.leave(self.place_of[url])
@@ -294,10 +293,8 @@ class _Endpoints(Dispatcher):
             if not await self.client.is_ready(slot.url, f"{module.metadata.path}/ready"):
                 raise EndpointError("is not ready")
             return None
-        inputs, rows = module.inputs(*arguments), len(part.units) * task.unit_rows
-        if all(dim is None for dim in task.dims):  # the example of `start`
-            rows = len(inputs[0])
-        outputs = await self.client.infer(slot.url, module.metadata, inputs, rows)
+        inputs = module.inputs(*arguments)
+        outputs = await self.client.infer(slot.url, module.metadata, inputs, len(inputs[0]))
         answer: Any = functools.partial(module.outputs, outputs)
         if part.fault is None:
             return answer()

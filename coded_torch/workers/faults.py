@@ -53,7 +53,6 @@ class Fault:
         return self.delay > 0 or self.kind is not None
 
     def spoil(self, value: Any) -> Any:
-        """Return the result, made wrong by this fault."""
         if self.kind == "structure":
             return [value, None]
         return pytree.tree_map_only(Tensor, self._spoil_leaf, value)
@@ -109,8 +108,8 @@ class FaultyWorkers(Workers):
         pool: the pool that computes, and is closed with this one.
         delays: the law of the seconds that parts take longer; infinite if they hang. Defaults to
             None, the law of the pool.
-        rates: the probability of each of :attr:`Fault.KINDS` ("crash", "nan", "infinity", "shape",
-            "dtype", "structure"), at most 1 in sum. Defaults to none.
+        rates: the probability of "crash", "nan", "infinity", "shape", "dtype" and "structure", at
+            most 1 in sum. Defaults to none.
         seed: an integer, modulo 2^64. Defaults to 0.
         crash_every: seconds between further crashes: a drawn part of the first request after that
             time ends its worker. Defaults to None, no such crashes.
@@ -203,7 +202,6 @@ class FaultyWorkers(Workers):
         return self
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute that only the pool has, such as ``exclude``."""
         if name.startswith("_") or name == "pool":  # an own attribute, not yet assigned
             raise AttributeError(f"FaultyWorkers has no attribute {name!r}")
         return getattr(self.pool, name)

@@ -197,7 +197,6 @@ class Ambient:
 
     @contextlib.contextmanager
     def restored(self, device: torch.device) -> Iterator[None]:
-        """Let the modes hold in this thread, for a module on ``device``."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(self.inference))
             stack.enter_context(torch.set_grad_enabled(self.grad))  # inference mode sets it too

@@ -55,8 +55,6 @@ class LocalWorkers(Workers):
 
 
 class _LocalRequest(Request):
-    """A request on a clock of its own."""
-
     def __init__(self, pool: LocalWorkers, module: nn.Module, task: Task) -> None:
         self._pool, self._module, self._task = pool, module, task
         self._clock = 0.0

@@ -36,9 +36,9 @@ class ProcessWorkers(SupervisedWorkers):
     takes longer than ``grace`` for a part, is replaced at once. Its part has failed, and the
     request goes on. Ctrl-C ends the processes that compute parts of the interrupted call.
 
-    The module is sent to each process once. It is sent again when a parameter or buffer was
-    replaced or changed in place, or ``train`` or ``eval`` was called. All processes share one copy
-    of its weights. Call :meth:`forget` after other changes: of attributes, through ``.data``, or of
+    The module is sent to each process once, and again when a parameter or buffer was replaced or
+    changed in place, or ``train`` or ``eval`` was called. All processes share one copy of its
+    weights. Call :meth:`forget` after other changes: of attributes, through ``.data``, or of
     tensors made in inference mode. Changes that a call makes to the module stay in its process.
 
     Each process draws its own random numbers, from torch, NumPy and :mod:`random`. The seed depends
@@ -47,8 +47,8 @@ class ProcessWorkers(SupervisedWorkers):
 
     Args:
         num_workers: the number of processes, at least 1.
-        devices: the devices of the processes, in turn. This process never touches them. Defaults to
-            the CPU.
+        devices: the devices of the processes, in turn, which this process never touches. Defaults
+            to the CPU.
         threads: the number of threads that each process uses for one operation. Defaults to 1.
         grace: seconds that a part may take, without loading the module. It finds hung processes,
             not late ones: a few times the module's slowest call. Defaults to 30.
@@ -62,14 +62,12 @@ class ProcessWorkers(SupervisedWorkers):
 
     Note:
         Scripts must guard their main part by ``if __name__ == "__main__":``, as processes import
-        the classes of the main script from there. Classes of an interactive session are sent by
-        value, if cloudpickle is installed. The pool needs Unix domain sockets, so it does not run
-        on Windows.
+        the classes of the main script. Classes of an interactive session are sent by value, if
+        cloudpickle is installed. Without Unix domain sockets, as on Windows, the pool does not run.
 
         Processes are forked, in some 50 ms, from a server that has imported torch and the packages
-        of the module's classes, but no package that starts threads or initialises CUDA. The server
-        takes seconds to start, and serves all pools of this process that need the same packages. A
-        new process loads the module that was sent last before it gets parts.
+        of the module's classes, but for packages that start threads or initialise CUDA. The server
+        takes seconds to start. A new process loads the last module before it gets parts.
     """
 
     def __init__(

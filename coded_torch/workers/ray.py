@@ -29,10 +29,8 @@ class RayWorkers(SupervisedWorkers):
 
     The actors are supervised as the processes of :class:`~coded_torch.workers.ProcessWorkers`.
     Classes of a script or a session need not be importable elsewhere. Ray comes with
-    ``pip install 'coded_torch[ray]'``.
-
-    If this pool is the first to import Ray, a cluster of its own listens on the loopback interface
-    only. Otherwise, and in a cluster that is joined, Ray's processes listen on every interface.
+    ``pip install 'coded_torch[ray]'``. If this pool is the first to import Ray, a cluster of its
+    own listens on the loopback interface only. Otherwise, Ray listens on every interface.
 
     Args:
         num_workers: the number of actors, at least 1.
@@ -41,9 +39,8 @@ class RayWorkers(SupervisedWorkers):
             one cluster at a time.
         threads, grace, timeout: as for :class:`~coded_torch.workers.ProcessWorkers`, but ``grace``
             includes loading the module.
-        actor_options: options of each actor for Ray, such as ``num_gpus=1``, ``resources``,
-            ``scheduling_strategy``. By default ``num_cpus=0``, so that any number of actors runs
-            anywhere. With ``num_gpus``, an actor computes on the first of them.
+        actor_options: options of each actor for Ray, such as ``num_gpus=1``, for an actor on a GPU.
+            By default ``num_cpus=0``, so that any number of actors runs anywhere.
 
     Raises:
         ImportError: Ray is not installed.
@@ -222,9 +219,7 @@ def _actor_class() -> type:
             return os.getpid()
 
         def call(self, number: int, package: list[Any], contents: Any) -> Any:
-            """Do a job, as :class:`LoadedModules` does."""
-            if number not in self.modules:
-                self.modules.add(number, lambda: self.get(package[0]))
+            self.modules.add(number, lambda: self.get(package[0]))
             return self.modules.call(lambda: contents)
 
         def end(self) -> None:

@@ -117,7 +117,6 @@ class Supervisor(Dispatcher):
         """Release everything but the workers, which have ended."""
 
     def begin(self, module: nn.Module) -> None:
-        """Start the thread, and so the workers, unless it runs."""
         with self._beginning:
             if not self.process:
                 self.set_up()
@@ -205,7 +204,6 @@ class Supervisor(Dispatcher):
         self.wake()
 
     def tend(self) -> None:
-        """End overdue workers, and start missing ones."""
         now = self._clock()
         for worker in list(self._workers):
             with self._lock:  # a worker that gets its next job meanwhile is not overdue

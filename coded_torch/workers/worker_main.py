@@ -83,7 +83,6 @@ def _server(packages: frozenset[str]) -> forkserver.ForkServer:
 
 @contextlib.contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set variables of the environment in a block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -187,7 +186,6 @@ class _Program(NamedTuple):
         return 0
 
     def run(self, connection: Connection) -> None:
-        """Do jobs until the other side of the connection has ended."""
         threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
         set_up(self.threads, self.seed)
         gc.freeze()  # the objects that exist now stay: no collection needs to look at them
@@ -287,13 +285,11 @@ class ModuleStore:
         return max(entries, default=None, key=operator.itemgetter(0))
 
     def forget(self, module: nn.Module) -> None:
-        """Pack ``module`` again when it is needed next."""
         with self._lock:
             self._packed.pop(module, None)
 
 
 def set_up(threads: int, seed: int) -> None:
-    """Set the number of threads of this worker, and seed its random numbers."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     random.seed(seed)
@@ -310,14 +306,12 @@ class LoadedModules:
         self.device, self._pack = device, pack
         self._modules: dict[int, nn.Module | _Failure] = {}
 
-    def __contains__(self, number: int) -> bool:
-        return number in self._modules
-
     def add(self, number: int, read: Callable[[], nn.Module]) -> None:
-        try:
-            self._modules[number] = read().to(self.device)
-        except Exception as error:
-            self._modules[number] = _failure(error)
+        if number not in self._modules:
+            try:
+                self._modules[number] = read().to(self.device)
+            except Exception as error:
+                self._modules[number] = _failure(error)
 
     def call(self, read: Callable[[], Any]) -> Any:
         """Do a :meth:`PackedModule.job`; return, packed, whether it succeeded, and its result."""
