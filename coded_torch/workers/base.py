@@ -215,6 +215,7 @@ class Workers(abc.ABC):
     simulated: bool = False  #: true if time is virtual, so that waiting and computing take none
     num_workers: int | None = None  #: the number of workers; None if there is one for each part
     num_restarts: int = 0  #: the number of workers that have ended and were replaced
+    starts_late: bool = False  #: true if the first request starts the workers
 
     @property
     def places(self) -> Collection[int]:
@@ -258,6 +259,7 @@ class Workers(abc.ABC):
         """
         instance(self, "module", module, nn.Module, optional=True)
         timeout = positive(self, "timeout", timeout)
+        module = nn.Identity() if module is None and self.starts_late else module
         if module is None or self.num_workers is None:
             return self
         args = example if isinstance(example, tuple) else (example,)
@@ -307,6 +309,9 @@ class Workers(abc.ABC):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.num_workers or ''})"
 
 
 class _Loading(Task):  # None stands for no call, as the arguments of a module are not known

@@ -80,9 +80,6 @@ class DeviceWorkers(DispatchedWorkers):
             raise RuntimeError(f"DeviceWorkers: {must}; give the inner wrapper its own pool")
         return _DeviceRequest(module, task, self.timeout, threads)
 
-    def __repr__(self) -> str:
-        return f"DeviceWorkers({[str(device) for device in self.devices]})"
-
 
 class _DeviceRequest(LiveRequest):
     def __init__(self, module: nn.Module, task: Task, timeout: float, threads: _Threads) -> None:

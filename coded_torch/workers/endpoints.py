@@ -101,10 +101,10 @@ class EndpointWorkers(DispatchedWorkers):
 
     def _open(self) -> None:
         super()._open()
-        is_fixed = not callable(self._source)
-        self._queue.update(self._source if is_fixed else self._source())
-        if not is_fixed:
-            self._queue.follow(self._source, self.refresh)
+        source = self._source if callable(self._source) else None
+        self._queue.update(source() if source else self._source)
+        if source:
+            self._queue.follow(source, self.refresh)
         elif not self.urls:
             raise ValueError("EndpointWorkers: endpoints must not be empty")
 
@@ -139,9 +139,6 @@ class EndpointWorkers(DispatchedWorkers):
     def __getstate__(self) -> dict[str, Any]:
         source = self._source if callable(self._source) else self.urls or self._source
         return {**super().__getstate__(), "_source": source}
-
-    def __repr__(self) -> str:
-        return f"EndpointWorkers({list(self.urls)}, model={self.model!r})"
 
 
 class _EndpointRequest(LiveRequest):

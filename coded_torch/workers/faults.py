@@ -206,9 +206,6 @@ class FaultyWorkers(Workers):
             raise AttributeError(f"FaultyWorkers has no attribute {name!r}")
         return getattr(self.pool, name)
 
-    def __repr__(self) -> str:
-        return f"FaultyWorkers({self.pool!r}, delays={self.delays!r}, seed={self.seed})"
-
 
 class _FaultyRequest(Request):
     """A request of another pool. It adds faults to the parts, and attacks the replies."""

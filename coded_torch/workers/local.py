@@ -50,9 +50,6 @@ class LocalWorkers(Workers):
     def open(self, module: nn.Module, task: Task) -> Request:
         return _LocalRequest(self, module, task)
 
-    def __repr__(self) -> str:
-        return f"LocalWorkers({self.stragglers!r})"
-
 
 class _LocalRequest(Request):
     def __init__(self, pool: LocalWorkers, module: nn.Module, task: Task) -> None:

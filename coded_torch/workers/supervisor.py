@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +21,6 @@ from .base import Request, Task
 from .dispatch import DispatchedWorkers, Dispatcher, Worker, logger
 from .live import Ambient, LiveRequest
 from .worker_main import ModuleStore, PackedModule
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["START_SECONDS", "SupervisedWorkers", "Supervisor", "WatchedWorker"]
 
@@ -265,6 +262,8 @@ class Supervisor(Dispatcher):
 class SupervisedWorkers(DispatchedWorkers):
     """A pool whose :class:`Supervisor` starts, watches and replaces the workers."""
 
+    starts_late = True
+
     def __init__(self, num_workers: int, *, threads: int, grace: float, timeout: float) -> None:
         self._size = count(self, "num_workers", num_workers, most=MOST_WORKERS)
         self.threads = count(self, "threads", threads)
@@ -281,10 +280,6 @@ class SupervisedWorkers(DispatchedWorkers):
         request = LiveRequest(task, self.timeout, supervisor, None)
         request.module = supervisor.modules.pack(module, request.ambient)
         return request
-
-    def start(self, module: Any = None, example: Any = None, *, timeout: float = 120.0) -> Self:
-        module = nn.Identity() if module is None else module
-        return super().start(module, example, timeout=timeout)
 
     @property
     def pids(self) -> list[int]:
@@ -305,6 +300,3 @@ class SupervisedWorkers(DispatchedWorkers):
         if not self._warned and any(p.requires_grad for p in module.parameters()):
             self._warned = True
             warn(f"{type(self).__name__}: answers have no {how} to train")
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.num_workers})"
