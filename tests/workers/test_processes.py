@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import math
 import os
@@ -795,15 +796,8 @@ if __name__ == "__main__":
 
 
 def test_too_few_open_files_are_named_and_no_thread_ends_by_it(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(_FEW_FILES.format(timeout=WAIT))
-    done = subprocess.run(
-        [sys.executable, script],
-        capture_output=True,
-        text=True,
-        timeout=2 * WAIT,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48)),
-    )
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (48, 48))
+    done = _script(tmp_path, _FEW_FILES.format(timeout=WAIT), 2 * WAIT, preexec_fn=limit)
     assert done.stderr.count("Traceback") == 1, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert re.match(
