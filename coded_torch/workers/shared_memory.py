@@ -67,10 +67,8 @@ class Pickled:
         memory[: self.length] = self._stream
         start = _aligned(self.length)
         for tensor, offset in self._tensors.values():
-            place = torch.frombuffer(
-                memory, dtype=tensor.dtype, count=tensor.numel(), offset=start + offset
-            )
-            place.view(tensor.shape).copy_(tensor.detach())
+            place = _tensor_at(memory, start + offset, tensor.dtype, tensor.shape)
+            place.copy_(tensor.detach())
         self._tensors = {}
 
     def _place(self, obj: Any) -> tuple[str, tuple[int, ...], int] | None:
@@ -118,12 +116,8 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, place: tuple[str, tuple[int, ...], int]) -> Tensor:
         dtype, shape, offset = place
         if offset not in self._read:
-            tensor = torch.frombuffer(
-                self._memory,
-                dtype=getattr(torch, dtype),
-                count=math.prod(shape),
-                offset=self._start + offset,
-            ).view(shape)
+            kind = getattr(torch, dtype)
+            tensor = _tensor_at(self._memory, self._start + offset, kind, shape)
             self._read[offset] = tensor.clone() if tensor.nbytes <= self._copy else tensor
         return self._read[offset]
 
@@ -239,6 +233,11 @@ def _let_go(index: int, kept: set[int], done: deque[int]) -> None:
     """Note that a block was read. This is no method, so that results do not hold a connection."""
     kept.discard(index)
     done.append(index)
+
+
+def _tensor_at(memory: Any, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    count = math.prod(shape)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
 
 
 def _aligned(size: int) -> int:  # to whole cache lines
