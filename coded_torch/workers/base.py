@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .faults import Fault
 
 __all__ = ["CONSTANTS", "Arguments", "Began", "Part", "Reply", "Request", "Task", "WorkerError"]
-__all__ += ["Workers", "broadcast_dims", "check_batch", "flatten", "kind", "leaf_name"]
+__all__ += ["Workers", "broadcast_dims", "check_batch", "flatten", "leaf_name"]
 __all__ += ["positional", "show", "unflatten"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -360,13 +360,6 @@ def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str)
         got = f"{dims!r} for {pytree.tree_map(lambda _: '*', tree)}"
         raise ValueError(f"CodedWrapper: {must}, got {got}") from None
     return flat
-
-
-def kind(leaf: Any) -> tuple[Any, ...]:
-    """Return the key that all workers must agree on: a constant itself, else the type."""
-    if isinstance(leaf, Tensor):
-        return Tensor, leaf.dtype
-    return (type(leaf), leaf) if isinstance(leaf, CONSTANTS) else (type(leaf),)
 
 
 def show(leaf: Any) -> str:
