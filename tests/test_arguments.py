@@ -66,7 +66,7 @@ CALLS = [
     (nn.Waiting, {"deadline": 1.0, "predict_after": 3.0, "hedge_budget": 0.25, "predict": True,
                   "on_error": "raise"}),
     (nn.Waiting.first, {"num_stragglers": 1, "deadline": 1.0}),
-    (workers.LocalWorkers, {"stragglers": None, "max_batch_size": 4}),
+    (workers.LocalWorkers, {"stragglers": None}),
     (workers.DeviceWorkers, {"devices": ["cpu"], "timeout": 1.0}),
     (workers.ProcessWorkers, {"num_workers": 2, "devices": ["cpu"], "threads": 1, "grace": 1.0,
                               "timeout": 1.0}),

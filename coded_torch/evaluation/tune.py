@@ -69,7 +69,6 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
         raise ValueError("tune: batches must hold at least one, got none")
     draws = received_sets(wrapper)
     how = {"in_dims": wrapper.in_dims, "out_dims": wrapper.out_dims}
-    how["max_batch_size"] = getattr(wrapper.workers, "max_batch_size", None)
     trials = (Trial(wrapper.module, x, [*itertools.islice(draws, SETS)], **how) for x in calls)
     return chosen(code, trials, wrapper.num_stragglers, values)
 
@@ -162,11 +161,10 @@ class Trial:
         *,
         in_dims: Any = 0,
         out_dims: Any = 0,
-        max_batch_size: int | None = None,
     ) -> None:
         # A code that mixes checks the inputs itself; the batch goes to the module as it is.
         self._inputs = Inputs(args, {}, in_dims)
-        self._module, self._out_dims, self._most = module, out_dims, max_batch_size
+        self._module, self._out_dims = module, out_dims
         self.sets, self._workers = sets, sorted(set().union(*sets))
         self._plans: dict[Any, tuple[BatchPlan, list[Tensor]]] = {}
         self._results: dict[int, list[Tensor]] = {}
@@ -189,9 +187,8 @@ class Trial:
         ]
         task = Task(leaves, inputs.dims, inputs.spec, rows, 1, inputs.device, self._out_dims)
         with torch.no_grad(), as_called():
-            payloads = task.payloads(range(rows), self._most, copied=True)
-            outputs = [function(*args, **kwargs) for args, kwargs in payloads]
-            (tree,) = cut(task, outputs, [rows])
+            args, kwargs = task.payload(range(rows), copied=True)
+            (tree,) = cut(task, function(*args, **kwargs), [rows])
         outputs, spec = pytree.tree_flatten(tree)
         dims = broadcast_dims("out_dims", self._out_dims, spec)
         found = [

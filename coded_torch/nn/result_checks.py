@@ -349,4 +349,6 @@ def _improbable(rows: Tensor) -> str:
 
 
 def _look(leaf: Any) -> tuple[Any, ...]:
-    return (leaf.dtype, leaf.shape) if isinstance(leaf, Tensor) else base.kind(leaf)
+    if isinstance(leaf, Tensor):
+        return leaf.dtype, leaf.shape
+    return (type(leaf), leaf) if isinstance(leaf, CONSTANTS) else (type(leaf),)

@@ -8,12 +8,14 @@ import enum
 import functools
 import math
 import operator
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from .._arguments import instance, positive
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from .faults import Fault
 
 __all__ = ["CONSTANTS", "Arguments", "Began", "Part", "Reply", "Request", "Task", "WorkerError"]
-__all__ += ["Workers", "broadcast_dims", "check_batch", "flatten", "kind", "leaf_name"]
+__all__ += ["Workers", "broadcast_dims", "check_batch", "flatten", "leaf_name"]
 __all__ += ["positional", "show", "unflatten"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -37,14 +39,12 @@ CONSTANTS = (type(None), bool, int, str, bytes, enum.Enum, torch.dtype, torch.de
 class Task:
     """A module call, cut into units. A worker is asked for some of them, a part.
 
-    A unit is a row of a batch (then R = 1), or one of N columns of coded inputs, with one row per
-    group.
+    A unit is a row of a batch (R = 1), or one of N columns of coded inputs, with a row per group.
     """
 
-    #: The leaves of ``(args, kwargs)``. A divided leaf is a tensor ``[U, R, ...]`` of any dtype.
-    #: Any other leaf is the same for every part.
+    #: The leaves of ``(args, kwargs)``: tensors ``[U, R, ...]`` of any dtype if divided.
     leaves: Sequence[Any]
-    dims: Sequence[int | None]  #: the batch dimension of each leaf; None if not divided
+    dims: Sequence[int | None]  #: the batch dimension of each leaf; None if the same for every part
     spec: pytree.TreeSpec  #: the structure of ``(args, kwargs)``
     num_units: int  #: U
     unit_rows: int  #: R
@@ -52,16 +52,11 @@ class Task:
     out_dims: Any = 0  #: the batch dimensions of the module's outputs, a pytree prefix of them
 
     def payload(self, units: Sequence[int], copied: bool = False) -> Arguments:
-        """Return the ``(args, kwargs)`` of ``len(units) * R`` rows, views if consecutive.
+        """Return the ``(args, kwargs)`` of ``len(units) * R`` rows.
 
-        A module in the caller's process, which may change its rows, gets them ``copied``.
+        Rows of consecutive units are views, unless they are ``copied`` for a module in the caller's
+        process, which may change them.
         """
-        return next(self.payloads(units, copied=copied))
-
-    def payloads(
-        self, units: Sequence[int], max_rows: int | None = None, copied: bool = False
-    ) -> Iterator[Arguments]:
-        """Yield the :meth:`payload` in batches of at most ``max_rows`` rows."""
         run = range(units[0], units[0] + len(units))
 
         def chosen(leaf: Tensor) -> Tensor:  # [U, R, ...] -> [len(units) R, ...]
@@ -70,15 +65,9 @@ class Task:
                 return (leaf.clone() if copied else leaf).flatten(0, 1)
             return leaf.index_select(0, torch.tensor(units, device=leaf.device)).flatten(0, 1)
 
-        both = zip(self.leaves, self.dims, strict=True)
-        pairs = [(leaf if dim is None else chosen(leaf), dim) for leaf, dim in both]
-        step = max_rows or len(units) * self.unit_rows
-        for start in range(0, len(units) * self.unit_rows, step):
-            batch = [
-                leaf if dim is None else leaf[start : start + step].movedim(0, dim)
-                for leaf, dim in pairs
-            ]
-            yield (tuple(batch), {}) if self._is_positional else unflatten(batch, self.spec)
+        pairs = zip(self.leaves, self.dims, strict=True)
+        batch = [leaf if dim is None else chosen(leaf).movedim(0, dim) for leaf, dim in pairs]
+        return (tuple(batch), {}) if self._is_positional else unflatten(batch, self.spec)
 
     @functools.cached_property
     def _is_positional(self) -> bool:  # true, arguments take a tenth of the time
@@ -90,10 +79,10 @@ class WorkerError(RuntimeError):
 
     Attributes:
         part: the number of the part.
-        worker: the place of the worker that had the part, or -1 if no worker had it.
+        worker: the place of the worker that had the part, or -1.
         reason: the event, in words that continue "worker 3" or "part 3".
         kind: "raised" if the module, its arguments or its result raised; "died" if the worker ended
-            while it computed; "" for anything else.
+            while it computed; else "".
     """
 
     def __init__(self, part: int, worker: int, reason: str, kind: str = "", cause: Any = None):
@@ -131,7 +120,7 @@ class Reply:
     """The end of a part: a value or an error."""
 
     part: Part
-    worker: int  #: the place of the worker that had the part, or -1 if no worker had it
+    worker: int  #: the place of the worker that had the part, or -1
     at: float  #: seconds on the clock of the request
     latency: float  #: seconds since the worker began the part; infinite if no worker did
     value: Any = None  #: the module's output for the part, a pytree, on the device of the task
@@ -141,9 +130,9 @@ class Reply:
 class Request(abc.ABC):
     """A task that is open at a pool: parts are asked for, and events arrive.
 
-    If a worker gets a part, that causes :class:`Began`, and then one :class:`Reply`. If no worker
-    gets it, that causes only a reply with an error. A part that is dropped before it begins causes
-    nothing. A part that is handed back begins again. One thread uses a request, and closes it.
+    A part that a worker gets causes :class:`Began`, and then one :class:`Reply`. One that no worker
+    gets causes only a reply with an error, and one that is dropped before it begins nothing. A part
+    that is handed back begins again. One thread uses a request, and closes it.
     """
 
     timeout = math.inf  #: seconds after which a part that was asked for and has not replied fails
@@ -152,16 +141,16 @@ class Request(abc.ABC):
     def ask(self, parts: Sequence[Part]) -> None:
         """Have parts computed, in this order, each by the next idle worker, without waiting.
 
-        Parts are numbered on from the last ones, and may share units. A closed request raises a
-        RuntimeError. If the pool is closed, the parts fail.
+        Parts are numbered on from the last ones, and may share units. They fail if the pool is
+        closed; a closed request raises a RuntimeError.
         """
 
     @abc.abstractmethod
     def wait(self, until: float = math.inf) -> Began | Reply | None:
         """Return the next event, or None at the time ``until`` of the request's clock.
 
-        Events that have already happened are returned even later. None also means that nothing
-        more can happen before another part is asked for.
+        Events that have happened are returned even later. None also means that nothing more can
+        happen before another part is asked for.
         """
 
     @abc.abstractmethod
@@ -226,6 +215,7 @@ class Workers(abc.ABC):
     simulated: bool = False  #: true if time is virtual, so that waiting and computing take none
     num_workers: int | None = None  #: the number of workers; None if there is one for each part
     num_restarts: int = 0  #: the number of workers that have ended and were replaced
+    starts_late: bool = False  #: true if the first request starts the workers
 
     @property
     def places(self) -> Collection[int]:
@@ -245,10 +235,7 @@ class Workers(abc.ABC):
     def run(
         self, module: nn.Module, task: Task, *, deadline: float = math.inf
     ) -> Generator[Reply, None, None]:
-        """Ask for each unit as a part of its own, and yield replies in the order of arrival.
-
-        Waits at most ``deadline`` seconds. Closing the generator closes the request.
-        """
+        """Ask for each unit as its own part, and yield replies for at most ``deadline`` seconds."""
         with self.open(module, task) as request:
             request.ask([Part(n, (n,)) for n in range(task.num_units)])
             while (event := request.wait(deadline)) is not None:
@@ -267,9 +254,12 @@ class Workers(abc.ABC):
             timeout: seconds.
 
         Raises:
-            RuntimeError: not all workers that are not excluded started and loaded it in time.
+            RuntimeError: not all workers, but for excluded ones, started and loaded it in time.
             WorkerError: a worker could not load or call the module.
         """
+        instance(self, "module", module, nn.Module, optional=True)
+        timeout = positive(self, "timeout", timeout)
+        module = nn.Identity() if module is None and self.starts_late else module
         if module is None or self.num_workers is None:
             return self
         args = example if isinstance(example, tuple) else (example,)
@@ -285,8 +275,8 @@ class Workers(abc.ABC):
                 event = request.wait(timeout)
                 if isinstance(event, Began):
                     continue
-                error = None if event is None else event.error
-                if error is not None and error.worker >= 0:
+                error = event and event.error
+                if error and error.worker >= 0:
                     raise error
                 # A place that was given up meanwhile is not missing.
                 if event is None or (error and not event.part.avoid.issuperset(self.places)):
@@ -299,20 +289,19 @@ class Workers(abc.ABC):
     def resize(self, num_workers: int) -> None:
         """Let the pool have another number of workers, at least 1, while calls are open.
 
-        Returns at once. New workers take free places. Workers at the last places are drained.
-        Raises a NotImplementedError if the pool cannot start or end workers.
+        Returns at once. New workers take free places, and the last places are drained. Raises a
+        NotImplementedError if the pool cannot start or end workers.
         """
         raise NotImplementedError(f"{type(self).__name__}: the pool cannot be resized")
 
     def drain(self, worker: int) -> None:
         """Let the worker at a place end its part, take no other, and leave, without a successor.
 
-        Returns at once. If no worker is left, parts wait until there is one again. Raises a
-        NotImplementedError if the pool cannot end workers.
+        Returns at once. If no worker is left, parts wait until there is one again.
         """
         raise NotImplementedError(f"{type(self).__name__}: workers cannot be drained")
 
-    def close(self) -> None:  # noqa: B027 - most pools hold nothing
+    def close(self) -> None:  # noqa: B027 - some pools hold nothing
         """Release everything that the pool holds. May be called twice."""
 
     def __enter__(self) -> Self:
@@ -321,20 +310,22 @@ class Workers(abc.ABC):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.num_workers or ''})"
 
-class _Loading(Task):  # a module cannot be called without known arguments
+
+class _Loading(Task):  # None stands for no call, as the arguments of a module are not known
     def payload(self, *_: Any, **__: Any) -> Arguments | None:  # type: ignore[override]
         leaves = [x.clone() if isinstance(x, Tensor) else x for x in self.leaves]
         return unflatten(leaves, self.spec) if self.num_units else None
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """Return the leaves and structure of a tree. A single tensor takes no microseconds."""
+    """Return the leaves and structure of a tree, of a single tensor at once."""
     return ([tree], _LEAF) if isinstance(tree, Tensor) else pytree.tree_flatten(tree)
 
 
 def unflatten(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
-    """Return the tree of these leaves and this structure."""
     return leaves[0] if spec is _LEAF else pytree.tree_unflatten(leaves, spec)
 
 
@@ -348,7 +339,7 @@ def positional(count: int) -> tuple[pytree.TreeSpec, pytree.TreeSpec]:
 def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str) -> list[Any]:
     """Return the batch dimension of each leaf of ``spec``, from ``dims``, a pytree prefix of it.
 
-    It is a tree of integers, None, or elements of ``names``. Errors name ``argument``.
+    ``dims`` holds integers, None, or elements of ``names``. Errors name ``argument``.
     """
     if dims is None or type(dims) is int:  # the same for all leaves
         return [dims] * spec.num_leaves
@@ -371,13 +362,6 @@ def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str)
     return flat
 
 
-def kind(leaf: Any) -> tuple[Any, ...]:
-    """Return the key that all workers must agree on: a constant itself, else the type."""
-    if isinstance(leaf, Tensor):
-        return Tensor, leaf.dtype
-    return (type(leaf), leaf) if isinstance(leaf, CONSTANTS) else (type(leaf),)
-
-
 def show(leaf: Any) -> str:
     """Return a leaf for messages: the dtype and shape of a tensor, a constant, else the type."""
     if isinstance(leaf, Tensor):
@@ -391,9 +375,9 @@ def leaf_name(root: str, tree: Any, index: int) -> str:
     return root + pytree.keystr(path)
 
 
-def check_batch(output: Any, index: int, leaf: Tensor, dim: int, size: int | None = None) -> None:
+def check_batch(output: Any, index: int, leaf: Tensor, dim: int, size: int) -> None:
     """Raise a ValueError unless leaf ``index`` of ``output`` has ``size`` rows at ``dim``."""
-    if not -leaf.dim() <= dim < leaf.dim() or (size is not None and leaf.shape[dim] != size):
-        rows = "a batch dimension" if size is None else f"size {size}, the batch size,"
-        must = f"{leaf_name('output', output, index)} must have {rows} at dim {dim}"
+    if not -leaf.dim() <= dim < leaf.dim() or leaf.shape[dim] != size:
+        name = leaf_name("output", output, index)
+        must = f"{name} must have size {size}, the batch size, at dim {dim}"
         raise ValueError(f"CodedWrapper: {must}, got shape {tuple(leaf.shape)}")

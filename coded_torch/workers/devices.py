@@ -33,15 +33,13 @@ _CLOSING_SECONDS = 5.0  # a pool that closes waits so long for its threads; not 
 class DeviceWorkers(DispatchedWorkers):
     r"""A replica of the module and a thread per device. An idle thread takes the next part.
 
-    So a slow device delays only its own part. If the module raises, the part has failed, with the
-    exception as the cause of its error. Results come back to the device of the inputs, and
+    So a slow device delays only its own part. Results come back to the device of the inputs, and
     gradients reach the module's own parameters.
 
     Every request makes new replicas: shallow copies of the module's tree, which share the tensors
     that lie on their device. Copies of the other tensors are kept until the original changes or
     gradients flow through them. An in-place change through ``.data`` goes unnoticed. Attributes
-    that a replica assigns are lost, as with :class:`torch.nn.DataParallel`. A module that is
-    compiled as a whole is refused; decorate the ``forward`` of its class with ``torch.compile``.
+    that a replica assigns are lost, as with :class:`torch.nn.DataParallel`.
 
     Args:
         devices: one entry per replica. A device may occur more than once.
@@ -49,14 +47,14 @@ class DeviceWorkers(DispatchedWorkers):
             Defaults to 600.
 
     Opening raises:
-        TypeError: a part of the module is compiled as a whole.
+        TypeError: a part of the module is compiled as a whole; decorate the ``forward`` of its
+            class with ``torch.compile`` instead.
         RuntimeError: the pool is closed, or the module runs on this pool itself.
 
     Note:
-        A thread cannot be ended. A thread whose module hangs stays until this process ends.
-
-        Random numbers come from the generators of this process, one per device. Accelerators that
-        :func:`torch.manual_seed` seeded alike draw the same numbers: seed them apart.
+        A thread whose module hangs stays until this process ends. Random numbers come from the
+        generators of this process, one per device. Accelerators that :func:`torch.manual_seed`
+        seeded alike draw the same numbers: seed them apart.
     """
 
     def __init__(self, devices: Sequence[torch.device | str], *, timeout: float = 600.0) -> None:
@@ -73,19 +71,14 @@ class DeviceWorkers(DispatchedWorkers):
             # torch.compile(module) returns a proxy of the original: replicating it would take the
             # original apart. Only its context shows it, as its class would import the compiler.
             if "dynamo_ctx" in vars(part) or part._compiled_call_impl is not None:
-                must = "must not be compiled as a whole, as its replicas would run the original"
+                must = f"{name or 'the module'} must not be compiled as a whole"
                 how = "decorate the forward of its class with torch.compile instead"
-                got = type(part).__name__
-                raise TypeError(f"DeviceWorkers: {name or 'the module'} {must}, got {got}; {how}")
+                raise TypeError(f"DeviceWorkers: {must}, got {type(part).__name__}; {how}")
         threads = self._dispatcher()
         if threading.current_thread() in [each.thread for each in threads._workers]:
             must = "requests must not come from a thread of the pool, which would wait for itself"
-            how = "give a wrapper inside of a wrapper a pool of its own"
-            raise RuntimeError(f"DeviceWorkers: {must}; {how}")
+            raise RuntimeError(f"DeviceWorkers: {must}; give the inner wrapper its own pool")
         return _DeviceRequest(module, task, self.timeout, threads)
-
-    def __repr__(self) -> str:
-        return f"DeviceWorkers({[str(device) for device in self.devices]})"
 
 
 class _DeviceRequest(LiveRequest):
@@ -117,11 +110,12 @@ class _DeviceRequest(LiveRequest):
 class _Replica(Worker):
     """A device with its thread, and its copies of tensors that lie elsewhere."""
 
+    thread: threading.Thread
+
     def __init__(self, device: torch.device, index: int = 0) -> None:
         super().__init__(index)
         self.device = device
         self.inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self.thread: threading.Thread
         self.seen = weakref.WeakSet[nn.Module]()
         self.copies: Any = WeakIdKeyDictionary()  # version, the copy's version, copy
         self._stream = functools.cache(torch.Stream)
@@ -130,7 +124,6 @@ class _Replica(Worker):
         return module not in self.seen
 
     def serve(self, threads: _Threads) -> None:
-        """Do jobs until there comes None."""
         while (job := self.inbox.get()) is not None:
             try:
                 value = self._call(job.request, job)
@@ -173,11 +166,9 @@ class _Replica(Worker):
                     stream.synchronize()
 
     def _replicate(self, module: nn.Module, views: Mapping[int, Tensor]) -> Any:
-        moved: dict[int, Tensor] = {}  # tied parameters stay tied
+        moved: dict[int, Tensor | None] = {id(None): None}  # tied parameters stay tied
 
-        def move(tensor: Tensor | None) -> Any:
-            if tensor is None:
-                return None
+        def move(tensor: Any) -> Any:
             if id(tensor) not in moved:
                 moved[id(tensor)] = self._copy(views.get(id(tensor), tensor))
             return moved[id(tensor)]
@@ -205,8 +196,6 @@ class _Replica(Worker):
 
 
 class _Threads(Dispatcher):
-    """The threads of a pool, one per device."""
-
     kind = "devices"
 
     def __init__(self, devices: Sequence[torch.device], size: int) -> None:
@@ -217,10 +206,9 @@ class _Threads(Dispatcher):
     def wake(self) -> None:
         with self._lock:
             for index in () if self.closed else self.vacant():
-                device = self.devices[index % len(self.devices)]
-                replica, name = _Replica(device, index), f"coded_torch-{index}-{device}"
-                serve = functools.partial(replica.serve, self)
-                replica.thread = threading.Thread(target=serve, name=name, daemon=True)
+                replica = _Replica(self.devices[index % len(self.devices)], index)
+                how: Any = {"name": f"coded_torch-{index}-{replica.device}", "daemon": True}
+                replica.thread = threading.Thread(target=replica.serve, args=(self,), **how)
                 replica.thread.start()
                 self.add(replica)
 

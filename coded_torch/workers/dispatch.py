@@ -38,12 +38,10 @@ class Worker:
 
     @property
     def idle(self) -> bool:
-        """True if it would begin a job at once."""
         out = self.excluded or self.left or self.unwanted
         return self.ready and self.job is None and not out
 
     def is_new_to(self, module: Any) -> bool:
-        """Return whether the worker would have to load a module first."""
         return False
 
     def __str__(self) -> str:
@@ -53,8 +51,8 @@ class Worker:
 class Dispatcher(abc.ABC):
     """Gives each idle worker the first job that is still wanted and need not avoid this worker.
 
-    Subclasses implement :meth:`send` and :meth:`close`, :meth:`add` their ``size`` workers, and
-    report results by :meth:`settle`. Any thread may call any method.
+    Subclasses :meth:`add` their ``size`` workers, and report results by :meth:`settle`. Any thread
+    may call any method.
     """
 
     kind = "workers"  #: the word for the workers in messages
@@ -84,8 +82,6 @@ class Dispatcher(abc.ABC):
     def retire(self, worker: Any) -> None:
         """Let go of a worker that has left, and is at no job."""
         self._workers.remove(worker)
-
-    # The pool calls these methods.
 
     def vacant(self) -> list[int]:
         with self._lock:
@@ -117,7 +113,6 @@ class Dispatcher(abc.ABC):
         self.refuse()
 
     def exclude(self, index: int, excluded: bool = True) -> None:
-        """Give the worker at a place no more jobs, or jobs again."""
         with self._lock:
             for worker in self.at(index):
                 worker.excluded = excluded
@@ -133,7 +128,6 @@ class Dispatcher(abc.ABC):
 
     @property
     def num_ready(self) -> int:
-        """The number of workers that are up and get jobs."""
         return sum(state in ("idle", "busy") for state, _ in self.states().values())
 
     @property
@@ -160,14 +154,12 @@ class Dispatcher(abc.ABC):
         return "; ".join(said) if self.places else f"all {self.kind} have left"
 
     def states(self) -> dict[int, tuple[str, int]]:
-        """Return the state of each place, as :attr:`DispatchedWorkers.states` does."""
         with self._lock:
             found = dict.fromkeys(sorted(self.places), ("down", 0))
             for worker in self._workers:
                 is_known = (worker.ready or worker.excluded) and not worker.left
                 if is_known and found[worker.index][0] != "busy":
-                    state = "idle" if worker.job is None else "busy"
-                    state = "excluded" if worker.excluded else state
+                    state = "excluded" if worker.excluded else "busy" if worker.job else "idle"
                     found[worker.index] = state, getattr(worker, "pid", 0)
         return found
 
@@ -175,8 +167,6 @@ class Dispatcher(abc.ABC):
         """Fail all jobs that wait, and all later ones, as the pool is closed."""
         self.closed = True
         self.refuse()
-
-    # The workers call these methods.
 
     def add(self, worker: Worker, ready: bool = True) -> None:
         """Add a worker that is up, or one that starts."""
@@ -189,7 +179,6 @@ class Dispatcher(abc.ABC):
             self.ready(worker)
 
     def ready(self, worker: Worker) -> None:
-        """Note that a worker is up, and give it jobs."""
         worker.ready = True
         if not self.vacant() and all(each.ready for each in self._workers):
             self.trouble = ""
@@ -235,7 +224,6 @@ class Dispatcher(abc.ABC):
             return job
 
     def _assign(self) -> None:
-        """Send idle workers the jobs that are still wanted."""
         while (begun := self._begin()) is not None:
             worker, job = begun
             try:
@@ -273,8 +261,7 @@ class Dispatcher(abc.ABC):
 class DispatchedWorkers(Workers):
     """A pool whose parts wait in the queue of a dispatcher.
 
-    Subclasses implement :meth:`_make`, and call :meth:`_open`, as copies do. A copy gets ``_size``,
-    the number of workers.
+    Subclasses call :meth:`_open`, as copies do, which get ``_size``, the number of workers.
     """
 
     _queue: Any
@@ -289,11 +276,11 @@ class DispatchedWorkers(Workers):
 
     def _dispatcher(self) -> Any:
         """Return the dispatcher; a RuntimeError if the pool is closed, or of another process."""
-        if self._queue.closed:
-            raise RuntimeError(f"{type(self).__name__}: the pool is closed")
+        why = "the pool is closed" if self._queue.closed else ""
         if self._queue.process not in (0, os.getpid()):
-            must = "the pool must be used in the process that started it"
-            raise RuntimeError(f"{type(self).__name__}: {must}; give a forked process its own pool")
+            why = "the pool must be used in the process that started it; give a fork its own pool"
+        if why:
+            raise RuntimeError(f"{type(self).__name__}: {why}")
         return self._queue
 
     places: Any = property(lambda self: set(self._queue.places))
@@ -301,10 +288,9 @@ class DispatchedWorkers(Workers):
     num_ready: Any = property(attrgetter("_queue.num_ready"))
 
     @property
-    def states(self) -> dict[int, tuple[str, int]]:
+    def states(self) -> Any:
         """The state by place: "idle", "busy", "excluded" or "down"; and the process id or 0."""
-        found: dict[int, tuple[str, int]] = self._queue.states()
-        return found
+        return self._queue.states()
 
     def resize(self, num_workers: int) -> None:
         self._dispatcher().resize(count(self, "num_workers", num_workers, most=MOST_WORKERS))
@@ -314,10 +300,7 @@ class DispatchedWorkers(Workers):
         self._dispatcher().exclude(self._place(worker))
 
     def restart(self, worker: int) -> None:
-        """Replace the worker at a place in the pool, excluded or not.
-
-        A thread cannot be ended: it only gets parts again.
-        """
+        """Replace the worker at a place in the pool, excluded or not; a thread gets parts again."""
         self._dispatcher().restart(self._place(worker))
 
     def drain(self, worker: int) -> None:
@@ -334,7 +317,6 @@ class DispatchedWorkers(Workers):
         self._finalizer()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has as many workers.
         return {**vars(self), "_queue": None, "_finalizer": None, "_size": max(self.num_workers, 1)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -35,8 +35,8 @@ _CLOSING_SECONDS = 5.0  # the time that requests get to end when a pool closes; 
 class EndpointWorkers(DispatchedWorkers):
     r"""Servers of the Open Inference Protocol v2, such as Triton, KServe and this package's own.
 
-    Each server is a worker that computes several parts at a time. It runs its own copy of one
-    model, so a wrapper on this pool wraps a :class:`RemoteModule` of that model:
+    Each server is a worker that computes several parts at a time, with its own copy of one model.
+    So a wrapper on this pool wraps a :class:`RemoteModule` of that model:
     ``CodedWrapper(RemoteModule(url, "resnet"), workers=EndpointWorkers(urls, model="resnet"))``.
 
     - A server that fails, hangs, or does not keep the protocol gets no parts until a probe of
@@ -44,16 +44,15 @@ class EndpointWorkers(DispatchedWorkers):
       server is up.
     - A server that answers 429 or 503 gets no parts for the time of its ``Retry-After``. Its part
       goes to another server, and counts as no failure.
-    - An answer 400 or 422 is the caller's error: the call raises it, and asks nobody else.
-    - An answer 500 with a message is an error of the model: if two servers raise alike for the same
-      rows, the call raises it.
+    - An answer 400 or 422 is the caller's error, which the call raises. An answer 500 with a
+      message is an error of the model, which the call raises if two servers raise alike.
     - An answer is untrusted: its shapes, dtypes and sizes are checked before memory is allocated.
     - When a call ends, its requests that still run are cancelled.
 
     Args:
         endpoints: the servers, such as ``["http://a:8000", "http://b:8000"]``; or a callable that
             returns them, which is asked every ``refresh`` seconds.
-        model: the name of the model on every server.
+        model: the name of the model.
         concurrency: parts that one server computes at a time.
         headers: headers of every request. They are never logged.
         token: a bearer token, sent to the endpoints only, over TLS or to a loopback address.
@@ -67,8 +66,8 @@ class EndpointWorkers(DispatchedWorkers):
         RuntimeError: the pool is closed, or was started in a process that this one was forked from.
 
     Note:
-        Redirects, proxies of the environment and cookies are not followed, used or kept. A part
-        takes some .5 ms more than with the bare client.
+        Redirects, proxies and cookies are ignored. A part takes some .5 ms more than with the bare
+        client.
     """
 
     def __init__(
@@ -91,8 +90,8 @@ class EndpointWorkers(DispatchedWorkers):
         self.refresh = positive(self, "refresh", refresh)
         endpoints = (endpoints,) if isinstance(endpoints, str) else endpoints
         self._source = endpoints if callable(endpoints) else tuple(endpoints)
-        limits = {"connect_timeout": connect_timeout, "timeout": timeout}
-        self._options: Any = {"headers": headers, "token": token, "context": context, **limits}
+        self._options: Any = {"headers": headers, "token": token, "context": context}
+        self._options |= {"connect_timeout": connect_timeout, "timeout": timeout}
         self._open()
 
     resize = Workers.resize  # :meth:`add` and :meth:`remove` need addresses
@@ -102,10 +101,10 @@ class EndpointWorkers(DispatchedWorkers):
 
     def _open(self) -> None:
         super()._open()
-        for url in self._source() if callable(self._source) else self._source:
-            self.add(url)
-        if callable(self._source):
-            self._queue.follow(self._source, self.refresh)
+        source = self._source if callable(self._source) else None
+        self._queue.update(source() if source else self._source)
+        if source:
+            self._queue.follow(source, self.refresh)
         elif not self.urls:
             raise ValueError("EndpointWorkers: endpoints must not be empty")
 
@@ -135,15 +134,11 @@ class EndpointWorkers(DispatchedWorkers):
         if module.model != self.model:
             must = f"module must stand for the model {self.model!r}"
             raise ValueError(f"EndpointWorkers: {must}, got {module.model!r}")
-        endpoints = self._dispatcher()
-        return _EndpointRequest(task, self.timeout, endpoints, module)
+        return _EndpointRequest(task, self.timeout, self._dispatcher(), module)
 
     def __getstate__(self) -> dict[str, Any]:
         source = self._source if callable(self._source) else self.urls or self._source
         return {**super().__getstate__(), "_source": source}
-
-    def __repr__(self) -> str:
-        return f"EndpointWorkers({list(self.urls)}, model={self.model!r})"
 
 
 class _EndpointRequest(LiveRequest):
@@ -203,20 +198,21 @@ class _Endpoints(Dispatcher):
         if known:
             self.restart(place)
 
+    def update(self, urls: Iterable[str]) -> None:
+        wanted = dict.fromkeys(map(self.client.checked, urls))
+        for url in set(self.urls) - wanted.keys():
+            self.leave(self.place_of[url])
+        for url in filter(lambda url: url not in self.urls, wanted):
+            self.join(url)
+
     def follow(self, source: Callable[[], Iterable[str]], seconds: float) -> None:
         async def refresh() -> None:
             while not self.closed:
                 await asyncio.sleep(seconds)
                 try:
-                    found = await self.loop.run_in_executor(None, lambda: list(source()))
-                    wanted = [self.client.checked(url) for url in found]
+                    self.update(await self.loop.run_in_executor(None, lambda: list(source())))
                 except Exception:  # the caller's code failed: the servers stay as they are
                     logger.warning("EndpointWorkers: endpoints() failed", exc_info=True)
-                    continue
-                for url in set(self.urls) - set(wanted):
-                    self.leave(self.place_of[url])
-                for url in set(wanted) - set(self.urls):
-                    self.join(url)
 
         self.loop.call_soon_threadsafe(lambda: self._spawn(refresh()))
 
@@ -265,7 +261,7 @@ class _Endpoints(Dispatcher):
             silent = self._silent.setdefault(url, [])
             silent.append(self._num_answers)
             if len(silent) >= _SILENCE <= self._num_answers - silent[0]:
-                self._silent.pop(url)
+                del self._silent[url]
                 self._pause(url, why=f"left {_SILENCE} parts unanswered while others answered")
         elif (error := task.exception()) is None:
             self._num_answers += 1
@@ -294,10 +290,8 @@ class _Endpoints(Dispatcher):
             if not await self.client.is_ready(slot.url, f"{module.metadata.path}/ready"):
                 raise EndpointError("is not ready")
             return None
-        inputs, rows = module.inputs(*arguments), len(part.units) * task.unit_rows
-        if all(dim is None for dim in task.dims):  # the example of `start`
-            rows = len(inputs[0])
-        outputs = await self.client.infer(slot.url, module.metadata, inputs, rows)
+        inputs = module.inputs(*arguments)
+        outputs = await self.client.infer(slot.url, module.metadata, inputs, len(inputs[0]))
         answer: Any = functools.partial(module.outputs, outputs)
         if part.fault is None:
             return answer()

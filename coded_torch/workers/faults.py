@@ -53,7 +53,6 @@ class Fault:
         return self.delay > 0 or self.kind is not None
 
     def spoil(self, value: Any) -> Any:
-        """Return the result, made wrong by this fault."""
         if self.kind == "structure":
             return [value, None]
         return pytree.tree_map_only(Tensor, self._spoil_leaf, value)
@@ -61,11 +60,9 @@ class Fault:
     def _spoil_leaf(self, leaf: Tensor) -> Tensor:
         if self.kind in ("nan", "infinity") and leaf.is_floating_point():
             return torch.full_like(leaf, math.nan if self.kind == "nan" else math.inf)
-        if self.kind == "shape":
-            return torch.cat([leaf, leaf])
         if self.kind == "dtype":
             return leaf.to(torch.float64 if leaf.dtype != torch.float64 else torch.float32)
-        return leaf
+        return torch.cat([leaf, leaf]) if self.kind == "shape" else leaf
 
 
 def compute(
@@ -103,35 +100,22 @@ class FaultyWorkers(Workers):
     until the pool ends it. A crash ends its process; a thread raises instead. On
     :class:`~coded_torch.workers.LocalWorkers` delays pass on the virtual clock.
 
-    The faults of a part depend on the seed, the number of its request and its own number, not on
-    timing. Requests count in the order in which they first ask. If a request first asks for n
-    parts, part p has entry p modulo n of draw p // n for n workers. Laws with a state move on once
-    a request.
+    The faults of a part depend on the seed, the number of its request, in the order in which
+    requests first ask, and its own number. If a request first asks for n parts, part p has entry
+    p modulo n of draw p // n for n workers. Laws with a state move on once a request.
 
     Args:
         pool: the pool that computes, and is closed with this one.
         delays: the law of the seconds that parts take longer; infinite if they hang. Defaults to
             None, the law of the pool.
-        rates: the probability of each of :attr:`Fault.KINDS` ("crash", "nan", "infinity", "shape",
-            "dtype", "structure"), at most 1 in sum. Defaults to none.
+        rates: the probability of "crash", "nan", "infinity", "shape", "dtype" and "structure", at
+            most 1 in sum. Defaults to none.
         seed: an integer, modulo 2^64. Defaults to 0.
         crash_every: seconds between further crashes: a drawn part of the first request after that
             time ends its worker. Defaults to None, no such crashes.
         attack: maps rows of a floating-point output of ``adversaries`` and a generator that
             (seed, request, worker) seed, to wrong rows. Defaults to None.
         adversaries: places of the pool, whose workers attack. Defaults to none.
-
-    Example:
-        >>> import torch
-        >>> from coded_torch.codes import ReplicationCode
-        >>> from coded_torch.nn import CodedWrapper
-        >>> from coded_torch.workers import FaultyWorkers, LocalWorkers
-        >>> pool = FaultyWorkers(LocalWorkers(), rates={"nan": 0.3}, seed=2)
-        >>> coded = CodedWrapper(torch.nn.ReLU(), ReplicationCode(2, 6), workers=pool)
-        >>> coded(torch.tensor([[-1.0], [2.0]])).flatten().tolist()
-        [0.0, 2.0]
-        >>> len(coded.last_run.rejected)
-        2
     """
 
     def __init__(
@@ -148,19 +132,17 @@ class FaultyWorkers(Workers):
         instance(self, "pool", pool, Workers)
         instance(self, "delays", delays, Stragglers, optional=True)
         instance(self, "rates", rates, Mapping, optional=True)
-        self.rates = {
-            kind: probability(self, f"rates[{kind!r}]", rate)
-            for kind, rate in (rates or {}).items()
-        }
+        named = (rates or {}).items()
+        self.rates = {kind: probability(self, f"rates[{kind!r}]", rate) for kind, rate in named}
         self.adversaries = tuple(count(self, "adversaries", each, least=0) for each in adversaries)
-        unknown = sorted(self.rates.keys() - set(Fault.KINDS))
-        strange = sorted({*self.adversaries} - {*(pool.places or self.adversaries)})
+        unknown = {*self.rates} - {*Fault.KINDS}
+        strange = {*self.adversaries} - {*(pool.places or self.adversaries)}
         for holds, must, got in (
-            (not unknown, f"rates must be of {', '.join(Fault.KINDS)}", str(unknown)[1:-1]),
+            (not unknown, f"rates must be of {', '.join(Fault.KINDS)}", str(sorted(unknown))[1:-1]),
             (sum(self.rates.values()) <= 1, "rates must be at most 1 in sum", self.rates),
             (attack is None or callable(attack), "attack must be callable or None", repr(attack)),
             (attack or not self.adversaries, "adversaries must come with an attack", adversaries),
-            (not strange, "adversaries must be places of the pool", str(strange)[1:-1]),
+            (not strange, "adversaries must be places of the pool", str(sorted(strange))[1:-1]),
         ):
             if not holds:
                 raise ValueError(f"FaultyWorkers: {must}, got {got}")
@@ -168,9 +150,8 @@ class FaultyWorkers(Workers):
         self.stragglers = pool.stragglers if delays is None else delays
         self.simulated = pool.simulated
         self.seed = count(self, "seed", seed, least=None)
-        self.crash_every = math.inf
-        if crash_every is not None:
-            self.crash_every = positive(self, "crash_every", crash_every)
+        crashes = crash_every is not None
+        self.crash_every = positive(self, "crash_every", crash_every) if crashes else math.inf
         self._requests = 0
         self._crashed = math.inf  # the time of the last crash, or of the first request
 
@@ -221,13 +202,9 @@ class FaultyWorkers(Workers):
         return self
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute that only the pool has, such as ``exclude``."""
         if name.startswith("_") or name == "pool":  # an own attribute, not yet assigned
             raise AttributeError(f"FaultyWorkers has no attribute {name!r}")
         return getattr(self.pool, name)
-
-    def __repr__(self) -> str:
-        return f"FaultyWorkers({self.pool!r}, delays={self.delays!r}, seed={self.seed})"
 
 
 class _FaultyRequest(Request):
@@ -244,8 +221,8 @@ class _FaultyRequest(Request):
             self._number, self._further = self._pool.begin(len(parts) or 1)
         missing = 1 + max((part.number for part in parts), default=-1) - len(self._faults)
         self._faults += itertools.islice(self._further, max(missing, 0))
-        faulty = [dataclasses.replace(p, fault=self._faults[p.number] or None) for p in parts]
-        self._request.ask(faulty)
+        replace = dataclasses.replace
+        self._request.ask([replace(p, fault=self._faults[p.number] or None) for p in parts])
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
         event = self._request.wait(until)

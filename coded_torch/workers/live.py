@@ -31,17 +31,17 @@ class Interruption:
 
     def __init__(self) -> None:
         self._is_set = False
-        self.requests: list[LiveRequest] = []
+        self._requests: list[LiveRequest] = []
 
     def watch(self, request: LiveRequest) -> None:
-        self.requests.append(request)
+        self._requests.append(request)
         if self._is_set:
             request.interrupt()
 
     def set(self, abandon: bool = False) -> None:
         """Interrupt the requests; ``abandon`` ends even the workers that compute their parts."""
         self._is_set = True
-        for request in list(self.requests):
+        for request in list(self._requests):
             request.interrupt()
             if abandon:
                 request.abandoned = True
@@ -52,14 +52,15 @@ class Interruption:
 INTERRUPTION: ContextVar[Interruption | None] = ContextVar("INTERRUPTION", default=None)
 
 
+@dataclasses.dataclass(eq=False, slots=True)
 class Job:
     """A part that a request has asked a dispatcher for. No other job has its number."""
 
-    __slots__ = ("asked", "began", "number", "part", "request")
-
-    def __init__(self, request: LiveRequest, part: Part, asked: float) -> None:
-        self.number, self.request, self.part, self.asked = next(_numbers), request, part, asked
-        self.began: Began | None = None
+    request: LiveRequest
+    part: Part
+    asked: float
+    began: Began | None = None
+    number: int = dataclasses.field(default_factory=_numbers.__next__)
 
 
 class LiveRequest(Request):
@@ -67,8 +68,7 @@ class LiveRequest(Request):
 
     def __init__(self, task: Task, timeout: float, dispatcher: Any, module: Any) -> None:
         self.task, self.dispatcher, self.module = task, dispatcher, module
-        self.ambient = Ambient()  # the modes of the caller
-        self.timeout = timeout
+        self.timeout, self.ambient = timeout, Ambient()  # the modes of the caller
         self._opened = time.monotonic()
         self._open: OrderedDict[int, Job] = OrderedDict()  # a key is a part, the oldest is first
         # None stands for an interruption.
@@ -94,11 +94,10 @@ class LiveRequest(Request):
     def begin(self, part: Part, worker: int, fresh: bool = False) -> bool:
         """Note that a worker has got a part. If this returns False, it must not compute it."""
         with self._lock:
-            if not self.wants(part):
-                return False
-            began = self._open[part.number].began = Began(part, worker, self.now(), fresh)
-            self._events.put(began)
-            return True
+            if wanted := self.wants(part):
+                began = self._open[part.number].began = Began(part, worker, self.now(), fresh)
+                self._events.put(began)
+            return wanted
 
     def settle(self, part: Part, value: Any = None, *why: Any) -> None:
         """End a part, unless it has ended, by a value, or by an error with a reason and so on."""
@@ -194,18 +193,16 @@ class Ambient:
     grad: bool = dataclasses.field(default_factory=torch.is_grad_enabled)
     inference: bool = dataclasses.field(default_factory=torch.is_inference_mode_enabled)
     autocast: tuple[tuple[str, torch.dtype], ...] = dataclasses.field(default_factory=_autocast)
-    autocast_cache: bool = dataclasses.field(default_factory=torch.is_autocast_cache_enabled)
     default_device: torch.device = dataclasses.field(default_factory=torch.get_default_device)
 
     @contextlib.contextmanager
     def restored(self, device: torch.device) -> Iterator[None]:
-        """Let the modes hold in this thread, for a module on ``device``."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(self.inference))
             stack.enter_context(torch.set_grad_enabled(self.grad))  # inference mode sets it too
             for kind, dtype in self.autocast:
                 # All threads share one cache of cast weights, which knows of no stream.
-                cached = self.autocast_cache and device.type == "cpu"
+                cached = device.type == "cpu"
                 stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=cached))
             # If the default device is an accelerator, it stands for the module's device.
             if self.default_device.type != "cpu":

@@ -9,10 +9,9 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .._arguments import count, instance
+from .._arguments import instance
 from ..stragglers import Stragglers
 from . import base
 from .base import Began, Part, Reply, Request, Task, WorkerError, Workers
@@ -35,36 +34,24 @@ class LocalWorkers(Workers):
 
     Args:
         stragglers: the law of the latencies. Defaults to None: all latencies are 0.
-        max_batch_size: the largest number of rows in one call of the module, to bound memory.
-            Defaults to None: all parts that are asked for together take one call.
 
     Note:
-        The parts that are asked for together are one batch, in the order of their units. The
-        batch is computed when the first of their replies is due. So the bits of the results depend
-        on which parts reply, not on when. Parts that never reply are not computed.
+        The parts that are asked for together are one batch, in the order of their units, and take
+        one call of the module, when the first of their replies is due. So the bits of the results
+        depend on which parts reply, not on when. Parts that never reply are not computed.
     """
 
     simulated = True
 
-    def __init__(
-        self, stragglers: Stragglers | None = None, *, max_batch_size: int | None = None
-    ) -> None:
+    def __init__(self, stragglers: Stragglers | None = None) -> None:
         instance(self, "stragglers", stragglers, Stragglers, optional=True)
-        if max_batch_size is not None:
-            max_batch_size = count(self, "max_batch_size", max_batch_size)
         self.stragglers = stragglers
-        self.max_batch_size = max_batch_size
 
     def open(self, module: nn.Module, task: Task) -> Request:
         return _LocalRequest(self, module, task)
 
-    def __repr__(self) -> str:
-        return f"LocalWorkers({self.stragglers!r}, max_batch_size={self.max_batch_size!r})"
-
 
 class _LocalRequest(Request):
-    """A request on a clock of its own."""
-
     def __init__(self, pool: LocalWorkers, module: nn.Module, task: Task) -> None:
         self._pool, self._module, self._task = pool, module, task
         self._clock = 0.0
@@ -136,42 +123,24 @@ class _LocalRequest(Request):
         """Return the values of parts that are asked for together, by number."""
         parts.sort(key=operator.attrgetter("units"))
         units = [unit for part in parts for unit in part.units]
-        try:
-            payloads = self._task.payloads(units, self._pool.max_batch_size, copied=True)
-            outputs = [self._module(*args, **kwargs) for args, kwargs in payloads]
-        except Exception as error:
-            if sys.version_info >= (3, 11):
-                rows = f"units {units}, {self._task.unit_rows} rows each"
-                error.add_note(f"LocalWorkers: raised by the module on {rows}")
-            raise
-        values = cut(self._task, outputs, [len(part.units) for part in parts])
+        args, kwargs = self._task.payload(units, copied=True)
+        values = cut(self._task, self._module(*args, **kwargs), [len(part.units) for part in parts])
         return {part.number: value for part, value in zip(parts, values, strict=True)}
 
 
-def cut(task: Task, outputs: Sequence[Any], counts: Sequence[int]) -> list[Any]:
-    """Cut the outputs for the batches of :meth:`Task.payloads` into parts of ``counts`` units.
+def cut(task: Task, output: Any, counts: Sequence[int]) -> list[Any]:
+    """Cut the output for a :meth:`Task.payload` into parts of ``counts`` units.
 
-    Raises a ValueError if they differ in structure, kind or a constant, or lack rows.
+    Raises a ValueError if a divided leaf lacks rows.
     """
-    flat, specs = zip(*map(base.flatten, outputs), strict=True)
-    if any(spec != specs[0] for spec in specs):
-        got = " and ".join(sorted(set(map(str, specs))))
-        must = "the module must return the same structure for every batch"
-        raise ValueError(f"Task: {must}, got {got}")
     sizes = [count * task.unit_rows for count in counts]
+    leaves, spec = base.flatten(output)
+    dims = base.broadcast_dims("out_dims", task.out_dims, spec)
     columns: list[Sequence[Any]] = []
-    for i, dim in enumerate(base.broadcast_dims("out_dims", task.out_dims, specs[0])):
-        pieces = [leaves[i] for leaves in flat]
-        if dim is not None and any(base.kind(piece) != base.kind(pieces[0]) for piece in pieces):
-            name = base.leaf_name("output", outputs[0], i)
-            got = " and ".join(sorted({base.show(piece) for piece in pieces}))
-            must = "must be the same for every batch, or a tensor of one dtype"
-            raise ValueError(f"CodedWrapper: {name} {must}, got {got}")
-        if dim is None or not isinstance(pieces[0], Tensor):
-            columns.append(pieces[:1] * len(counts))
-            continue
-        base.check_batch(outputs[0], i, pieces[0], dim)
-        leaf = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
-        base.check_batch(outputs[0], i, leaf, dim, sum(sizes))
-        columns.append(leaf.split(sizes, dim))
-    return [base.unflatten([column[n] for column in columns], specs[0]) for n in range(len(counts))]
+    for i, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
+        if dim is None or not isinstance(leaf, Tensor):
+            columns.append([leaf] * len(counts))
+        else:
+            base.check_batch(output, i, leaf, dim, sum(sizes))
+            columns.append(leaf.split(sizes, dim))
+    return [base.unflatten([column[n] for column in columns], spec) for n in range(len(counts))]

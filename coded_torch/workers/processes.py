@@ -36,19 +36,19 @@ class ProcessWorkers(SupervisedWorkers):
     takes longer than ``grace`` for a part, is replaced at once. Its part has failed, and the
     request goes on. Ctrl-C ends the processes that compute parts of the interrupted call.
 
-    The module is sent to each process once. It is sent again when a parameter or buffer was
-    replaced or changed in place, or ``train`` or ``eval`` was called. All processes share one copy
-    of its weights. Call :meth:`forget` after other changes: of attributes, through ``.data``, or of
+    The module is sent to each process once, and again when a parameter or buffer was replaced or
+    changed in place, or ``train`` or ``eval`` was called. All processes share one copy of its
+    weights. Call :meth:`forget` after other changes: of attributes, through ``.data``, or of
     tensors made in inference mode. Changes that a call makes to the module stay in its process.
 
     Each process draws its own random numbers, from torch, NumPy and :mod:`random`. The seed depends
-    on :func:`torch.initial_seed`, the pool, the place of the process and its restarts. A generator
-    that the module holds draws the same numbers in every process.
+    on :func:`torch.initial_seed` and the number of workers started before. A generator that the
+    module holds draws the same numbers in every process.
 
     Args:
         num_workers: the number of processes, at least 1.
-        devices: the devices of the processes, in turn. This process never touches them. Defaults to
-            the CPU.
+        devices: the devices of the processes, in turn, which this process never touches. Defaults
+            to the CPU.
         threads: the number of threads that each process uses for one operation. Defaults to 1.
         grace: seconds that a part may take, without loading the module. It finds hung processes,
             not late ones: a few times the module's slowest call. Defaults to 30.
@@ -62,14 +62,12 @@ class ProcessWorkers(SupervisedWorkers):
 
     Note:
         Scripts must guard their main part by ``if __name__ == "__main__":``, as processes import
-        the classes of the main script from there. Classes of an interactive session are sent by
-        value, if cloudpickle is installed. The pool needs Unix domain sockets, so it does not run
-        on Windows.
+        the classes of the main script. Classes of an interactive session are sent by value, if
+        cloudpickle is installed. Without Unix domain sockets, as on Windows, the pool does not run.
 
-        Processes are forked, in some 50 ms, from a server that has imported torch and the packages
-        of the module's classes. Packages that start threads or initialise CUDA are left out. The
-        server takes seconds to start, and serves all pools of this process that need the same
-        packages. A new process loads the module that was sent last before it gets parts.
+        Processes are forked, in some 50 ms, from a server that has imported torch, which takes
+        seconds to start. A new process loads the last module, and imports the packages of its
+        classes, before it gets parts.
     """
 
     def __init__(
@@ -94,7 +92,6 @@ class _Process(WatchedWorker):
 
     connection: Connection
     descriptor: int
-    packages: frozenset[str]  #: the packages that its server has imported
     _forked = False  # true if the server has told its process id
 
     def exit_code(self, seconds: float) -> int | None:
@@ -126,7 +123,6 @@ class _Processes(Supervisor):
     ) -> None:
         super().__init__(size, grace)
         self._devices, self._threads = devices, threads
-        self._packages: frozenset[str] = frozenset()
 
     def set_up(self) -> None:
         if getattr(multiprocessing.current_process(), "_inheriting", False):
@@ -135,42 +131,38 @@ class _Processes(Supervisor):
             raise RuntimeError(f"ProcessWorkers: {why}; {how}")
         self._selector = selectors.DefaultSelector()
         self._alarm, self._bell = socket.socketpair()
-        for end in (self._alarm, self._bell):
-            end.setblocking(False)
+        self._alarm.setblocking(False)
+        self._bell.setblocking(False)
         self._selector.register(self._alarm, selectors.EVENT_READ)
 
     def pack(self, module: nn.Module) -> Package:
-        package = Package(Pickled(module))
-        self._packages |= worker_main.packages_of(module)
-        return package
+        return Package(Pickled(module))
 
     def launch(self, index: int) -> _Process:
         ours, theirs = socket.socketpair()
         device = self._devices[index % len(self._devices)]
-        packages = self._packages - worker_main.REFUSED
         with theirs, contextlib.ExitStack() as on_error:
             on_error.enter_context(ours)
-            descriptor = worker_main.fork(theirs, device, self._threads, self.seed(index), packages)
+            descriptor = worker_main.fork(theirs, device, self._threads, self.seed())
             on_error.pop_all()
-        link = Connection(ours)
-        worker = _Process(index, connection=link, descriptor=descriptor, packages=packages)
+        worker = _Process(index, connection=Connection(ours), descriptor=descriptor)
         self._selector.register(ours, selectors.EVENT_READ, worker)
         return worker
 
     def send(self, worker: _Process, job: Job) -> None:
-        module = job.request.module
+        module, link = job.request.module, worker.connection
         contents = Pickled(module.job(job.request.task, job.part))
         with contextlib.suppress(ConnectionError):  # the process has died, which the thread hears
             if worker.is_new_to(module):
                 worker.loading = True  # before it can answer that it has loaded the module
-                worker.connection.send_package(worker_main.MODULE, module.number, module.package)
+                link.send_package(worker_main.MODULE, module.number, module.package)
             worker.load(module)
-            worker.connection.send(worker_main.JOB, job.number, contents)
+            link.send(worker_main.JOB, job.number, contents)
 
     def end(self, worker: _Process) -> None:
         worker.exit_code(0.0)  # to learn its process id
         if not worker.pid and not self.closed and not worker.unwanted:
-            worker_main.replace_servers()  # the server is too slow to fork: start another one
+            worker_main.replace_server()  # the server is too slow to fork: start another one
         worker.kill()
         self._bury(worker, _DYING_SECONDS if worker.pid else 0.0)
 
@@ -215,11 +207,11 @@ class _Processes(Supervisor):
         last = self.modules.last()
         if last is None or self._failed_starts:  # loading it may be why they failed
             self.ready(worker)
-        else:
-            number, package = last
-            worker.modules, worker.since = frozenset([number]), time.monotonic()
-            with contextlib.suppress(ConnectionError):  # the process has died, which is heard next
-                worker.connection.send_package(worker_main.MODULE, number, package)
+            return
+        number, package = last
+        worker.modules, worker.since = frozenset([number]), time.monotonic()
+        with contextlib.suppress(ConnectionError):  # the process has died, which is heard next
+            worker.connection.send_package(worker_main.MODULE, number, package)
 
     def _bury(self, worker: _Process, seconds: float = _DYING_SECONDS) -> str:
         """Release a process that ends, and return how it ended."""
@@ -231,17 +223,11 @@ class _Processes(Supervisor):
         worker.connection.close()
         os.close(worker.descriptor)
         ended = self.closed or worker.unwanted  # this pool ended it
-        broken = code == worker_main.UNSAFE or (code is None and not worker.pid and not ended)
-        # Once for all workers of that server.
-        if broken and not worker.packages & worker_main.REFUSED:
-            worker_main.REFUSED.update(worker.packages)
-            worker_main.replace_servers()
-        if code == worker_main.UNSAFE:
-            return "was forked from a server with threads, or with CUDA; another server starts"
-        if code is None and worker.pid:
-            return "closed its connection, and was killed"
+        if code is None and not worker.pid and not ended:
+            worker_main.replace_server()
         if code is None:
-            return "was not forked, as the server that forks processes ended"
+            no_fork = "was not forked, as the server that forks processes ended"
+            return "closed its connection, and was killed" if worker.pid else no_fork
         if code < 0:
             names = {each.value: each.name for each in signal.Signals}  # not of all real-time ones
             return f"was killed by {names.get(-code, f'signal {-code}')}"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .dispatch import Job, logger
+from .dispatch import Job
 from .supervisor import SupervisedWorkers, Supervisor, WatchedWorker
 from .worker_main import environment
 
@@ -28,23 +28,19 @@ class RayWorkers(SupervisedWorkers):
     r"""An actor per worker, anywhere in a Ray cluster.
 
     The actors are supervised as the processes of :class:`~coded_torch.workers.ProcessWorkers`.
-    Modules that are defined in a script or a session need not be importable elsewhere. Ray comes
-    with ``pip install 'coded_torch[ray]'``.
-
-    If this pool is the first to import Ray, a cluster of its own listens on the loopback interface
-    only. Otherwise, and in a cluster that is joined, the processes of Ray listen on every
-    interface.
+    Classes of a script or a session need not be importable elsewhere. Ray comes with
+    ``pip install 'coded_torch[ray]'``. If this pool is the first to import Ray, a cluster of its
+    own listens on the loopback interface only. Otherwise, Ray listens on every interface.
 
     Args:
         num_workers: the number of actors, at least 1.
         address: the address of the cluster, as for :func:`ray.init`. Defaults to None: the cluster
-            that this process is connected to, else a local one of its own, which ends with this
-            process. A process is in one cluster at a time.
+            that this process is in, else a local one, which ends with this process. A process is in
+            one cluster at a time.
         threads, grace, timeout: as for :class:`~coded_torch.workers.ProcessWorkers`, but ``grace``
             includes loading the module.
-        actor_options: options of each actor for Ray, such as ``num_gpus=1``, ``resources``,
-            ``scheduling_strategy``. By default ``num_cpus=0``, so that any number of actors runs
-            anywhere. With ``num_gpus``, an actor computes on the first of them.
+        actor_options: options of each actor for Ray, such as ``num_gpus=1``, for an actor on a GPU.
+            By default ``num_cpus=0``, so that any number of actors runs anywhere.
 
     Raises:
         ImportError: Ray is not installed.
@@ -53,8 +49,8 @@ class RayWorkers(SupervisedWorkers):
         RuntimeError: this process is in another cluster.
 
     Note:
-        A request takes some milliseconds, ten times as long as with local processes. Ray
-        does not report an actor that is stopped: it is ended after ``grace``.
+        A request takes some milliseconds, ten times as long as with local processes. An actor that
+        is stopped is ended after ``grace``, as Ray does not report it.
     """
 
     def __init__(
@@ -70,8 +66,7 @@ class RayWorkers(SupervisedWorkers):
         if importlib.util.find_spec("ray") is None:
             must = "Ray must be installed, got none; pip install 'coded_torch[ray]'"
             raise ImportError(f"RayWorkers: {must}")
-        self.address = address
-        self.actor_options = {"num_cpus": 0, **actor_options}
+        self.address, self.actor_options = address, {"num_cpus": 0, **actor_options}
         super().__init__(num_workers, threads=threads, grace=grace, timeout=timeout)
 
     def _make(self) -> Supervisor:
@@ -100,25 +95,23 @@ class _Actors(Supervisor):
 
     def set_up(self) -> None:
         self._session = _connect(self._address)
-        self._class = _ray().remote(
-            concurrency_groups={"end": 1}, max_restarts=0, max_task_retries=0, **self._options
-        )(_actor_class())
+        fixed = {"concurrency_groups": {"end": 1}, "max_restarts": 0, "max_task_retries": 0}
+        self._class = _ray().remote(**fixed, **self._options)(_actor_class())
         # Runs before Ray's own exit handler, which would leave a pool that cannot end its actors.
         atexit.register(self.close)
 
     def pack(self, module: nn.Module) -> Any:
-        self._check()
-        return [_ray().put(module)]  # Ray would resolve a bare reference in every call
+        return [self._ray().put(module)]  # Ray would resolve a bare reference in every call
 
     def launch(self, index: int) -> _Actor:
-        self._check()
-        handle = self._class.remote(self._threads, self.seed(index))
+        self._ray()
+        handle = self._class.remote(self._threads, self.seed())
         worker = _Actor(index, handle=handle)
-        self._listen(worker, None, worker.handle.hello.remote())
+        self._listen(worker, None, handle.hello.remote())
         return worker
 
     def send(self, worker: _Actor, job: Job) -> None:
-        self._check()
+        self._ray()
         module = job.request.module
         contents = _portable(module.job(job.request.task, job.part))
         worker.load(module)
@@ -128,8 +121,7 @@ class _Actors(Supervisor):
     def end(self, worker: _Actor) -> None:
         # An actor whose cluster has ended, or that Ray does not know any more, has ended.
         with contextlib.suppress(RuntimeError, _ray().exceptions.ActorHandleNotFoundError):
-            self._check()
-            _ray().kill(worker.handle, no_restart=True)
+            self._ray().kill(worker.handle, no_restart=True)
 
     def wait(self, seconds: float) -> None:
         with contextlib.suppress(queue.Empty):
@@ -144,16 +136,16 @@ class _Actors(Supervisor):
     def let_go(self) -> None:
         atexit.unregister(self.close)
 
-    def _check(self) -> None:
-        """Raise a RuntimeError if the cluster has ended: Ray would begin another one."""
+    def _ray(self) -> Any:
+        """Return Ray; a RuntimeError if the cluster has ended, as Ray would begin another one."""
         if self._session != _session():
-            what = "this process has left the cluster of the pool; start another pool"
-            raise RuntimeError(f"RayWorkers: {what}")
+            why = "this process has left the cluster of the pool; start another pool"
+            raise RuntimeError(f"RayWorkers: {why}")
+        return _ray()
 
     def _listen(self, worker: _Actor, number: int | None, reference: Any) -> None:
-        reference.future().add_done_callback(
-            lambda future: self._news.put((worker, number, future))
-        )
+        future = reference.future()
+        future.add_done_callback(lambda future: self._news.put((worker, number, future)))
 
     def _hear(self, worker: _Actor, number: int | None, future: Any) -> None:
         error = future.exception()
@@ -172,31 +164,26 @@ class _Actors(Supervisor):
 
 
 _lock = threading.Lock()
-# The address by which each session was joined, beside its own.
-_joined: dict[tuple[str, str], str | None] = {}
+_joined: dict[tuple[str, str], str | None] = {}  # the address by which a session was joined
 
 
 def _connect(address: str | None) -> tuple[str, str]:
     """Connect this process to a cluster, unless it is in one, and return its :func:`_session`."""
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     # Ray reads the first variable when it is imported: at 0, sockets bind to 127.0.0.1.
     ours = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_USAGE_STATS_ENABLED")
     unset = set(ours) - os.environ.keys() if address is None else ()
     with _lock, environment(dict.fromkeys(unset, "0")):
-        ray = _ray()
-        local: Any = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-        if begins := not ray.is_initialized():
-            ray.init(address or "local", **({} if address else local), **quiet)
+        if begins := not _ray().is_initialized():
+            how: Any = {"log_to_driver": False, "logging_level": "ERROR"}
+            if address is None:
+                how |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+            _ray().init(address or "local", **how)
         session = _session()
-        if session not in _joined:
-            _joined[session] = address if begins else None
-            public = getattr(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", True)
-            if public or not begins or address is not None:
-                logger.warning("the processes of Ray listen on every interface")
-        if address not in (None, "auto", session[0], _joined[session]):
+        joined = _joined.setdefault(session, address if begins else None)
+        if address not in (None, "auto", session[0], joined):
             must = f"address must be that of the cluster which this process is in, {session[0]}"
-            how = "call ray.shutdown() to leave that cluster"
-            raise RuntimeError(f"RayWorkers: {must}, got {address!r}; {how}")
+            remedy = "call ray.shutdown() to leave that cluster"
+            raise RuntimeError(f"RayWorkers: {must}, got {address!r}; {remedy}")
         return session
 
 
@@ -224,17 +211,15 @@ def _actor_class() -> type:
             finally:
                 sys.path.remove(home)
             worker_main.set_up(threads, seed)
-            ray, device = ours._ray(), "cuda" if ours._ray().get_gpu_ids() else "cpu"
-            self.modules = worker_main.LoadedModules(torch.device(device), ours._portable)
-            self.get = ray.get
+            device = torch.device("cuda" if ours._ray().get_gpu_ids() else "cpu")
+            self.modules = worker_main.LoadedModules(device, ours._portable)
+            self.get = ours._ray().get
 
         def hello(self) -> int:
             return os.getpid()
 
         def call(self, number: int, package: list[Any], contents: Any) -> Any:
-            """Do a job, as :class:`LoadedModules` does."""
-            if number not in self.modules:
-                self.modules.add(number, lambda: self.get(package[0]))
+            self.modules.add(number, lambda: self.get(package[0]))
             return self.modules.call(lambda: contents)
 
         def end(self) -> None:

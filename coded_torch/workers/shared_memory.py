@@ -21,7 +21,6 @@ import socket
 import struct
 import sys
 import tempfile
-import types
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -36,15 +35,13 @@ __all__ = ["Connection", "Message", "Package", "Pickled"]
 _HEADER = struct.Struct("<qqqqQq")
 _TRUNCATED = int(socket.MSG_CTRUNC)  # an enumeration would take microseconds for "&"
 _ALIGNMENT = 64  # bytes of a cache line
-# Blocks of a connection that received tensors may keep, each with a descriptor and a mapping. The
-# tensors of further messages are copied. The field of bits in the header has room for 64. Not
-# tuned: callers hold the results of a few calls.
+# Blocks of a connection that received tensors may keep, each with a descriptor and a mapping, at
+# most 64. Tensors of further messages are copied. Not tuned: callers hold results of a few calls.
 _MOST_KEPT = 8
-# Bytes up to which a received tensor is copied, since a view would keep a whole block. Copying
-# 64 KiB takes about 5 us, as long as making a view.
+# Bytes up to which a received tensor is copied, as a view would keep a whole block. Copying 64 KiB
+# takes about 5 us, as long as making a view.
 _SMALL = 1 << 16
 _LEAST = 1 << 16  # bytes of a block; a smaller one would save only pages
-_NAMED = (type, types.FunctionType)  # kinds of objects that are pickled by name
 
 
 class Pickled:
@@ -54,11 +51,14 @@ class Pickled:
         self._tensors: dict[int, tuple[Tensor, int]] = {}  # tensors by id, with their places
         self._behind = 0  # bytes of the tensors
         buffer = io.BytesIO()
-        kind, self._refuses_main = _pickler()
-        pickler = kind(buffer, pickle.HIGHEST_PROTOCOL)
+        pickler = _pickler()(buffer, pickle.HIGHEST_PROTOCOL)
         pickler.persistent_id = self._place
         pickler.dump(value)
-        self._stream = buffer.getbuffer()
+        self._stream = buffer.getvalue()
+        if b"__main__" in self._stream and _pickler() is pickle.Pickler and is_interactive():
+            what = "a class or function of an interactive session cannot be sent by name"
+            how = "install cloudpickle, or define it in a file that can be imported"
+            raise pickle.PicklingError(f"{what}; {how}")
         self.length = len(self._stream)  # bytes of the pickle
         self.size = _aligned(self.length) + self._behind  # bytes of the pickle and the tensors
 
@@ -67,26 +67,19 @@ class Pickled:
         memory[: self.length] = self._stream
         start = _aligned(self.length)
         for tensor, offset in self._tensors.values():
-            place = torch.frombuffer(
-                memory, dtype=tensor.dtype, count=tensor.numel(), offset=start + offset
-            )
-            place.view(tensor.shape).copy_(tensor.detach())
+            place = _tensor_at(memory, start + offset, tensor.dtype, tensor.shape)
+            place.copy_(tensor.detach())
         self._tensors = {}
 
     def _place(self, obj: Any) -> tuple[str, tuple[int, ...], int] | None:
         """Return dtype, shape and place of a plain tensor, also a parameter's; else None."""
-        if type(obj) is Tensor and obj.layout is torch.strided and not obj.is_quantized:
-            if not obj.is_meta and (count := obj.numel()):
-                if id(obj) not in self._tensors:
-                    self._tensors[id(obj)] = obj, self._behind
-                    self._behind += _aligned(count * obj.element_size())
-                dtype = str(obj.dtype).removeprefix("torch.")
-                return dtype, tuple(obj.shape), self._tensors[id(obj)][1]
-        elif self._refuses_main and isinstance(obj, _NAMED) and obj.__module__ == "__main__":
-            how = "install cloudpickle, or define it in a file that can be imported"
-            what = f"{obj.__qualname__} belongs to an interactive session"
-            raise pickle.PicklingError(f"{what}; {how}")
-        return None
+        plain = type(obj) is Tensor and obj.layout is torch.strided and not obj.is_quantized
+        if not plain or obj.is_meta or not obj.numel():
+            return None
+        if id(obj) not in self._tensors:
+            self._tensors[id(obj)] = obj, self._behind
+            self._behind += _aligned(obj.nbytes)
+        return str(obj.dtype).removeprefix("torch."), tuple(obj.shape), self._tensors[id(obj)][1]
 
 
 def is_interactive() -> bool:
@@ -95,13 +88,12 @@ def is_interactive() -> bool:
 
 
 @functools.cache
-def _pickler() -> tuple[Any, bool]:
-    """Return the class of picklers, and whether it cannot pickle classes of a session by value."""
-    if not is_interactive():
-        return pickle.Pickler, False
+def _pickler() -> Any:
+    """Return the class of picklers; cloudpickle's pickles the classes of a session by value."""
     with contextlib.suppress(ImportError):
-        return importlib.import_module("cloudpickle").CloudPickler, False
-    return pickle.Pickler, True
+        if is_interactive():
+            return importlib.import_module("cloudpickle").CloudPickler
+    return pickle.Pickler
 
 
 def import_main() -> None:
@@ -124,12 +116,8 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, place: tuple[str, tuple[int, ...], int]) -> Tensor:
         dtype, shape, offset = place
         if offset not in self._read:
-            tensor = torch.frombuffer(
-                self._memory,
-                dtype=getattr(torch, dtype),
-                count=math.prod(shape),
-                offset=self._start + offset,
-            ).view(shape)
+            kind = getattr(torch, dtype)
+            tensor = _tensor_at(self._memory, self._start + offset, kind, shape)
             self._read[offset] = tensor.clone() if tensor.nbytes <= self._copy else tensor
         return self._read[offset]
 
@@ -166,8 +154,7 @@ class Connection:
     def send(self, kind: int, number: int, pickled: Pickled | None = None) -> None:
         """Send a message, with an object or without.
 
-        Raises a ConnectionError if the other side has ended, another OSError if memory or
-        descriptors are short.
+        Raises a ConnectionError if the other side has ended, an OSError if memory is short.
         """
         if pickled is None:
             self._write(kind, number, 0, -1)
@@ -192,10 +179,7 @@ class Connection:
         self._write(kind, number, package.length, -1, package.descriptor)
 
     def receive(self) -> Message | None:
-        """Return the next message, or None if the other side has ended.
-
-        Raises an OSError if this process cannot get the memory of the message.
-        """
+        """Return the next message; None if the other side has ended, an OSError as by `send`."""
         try:
             # A header is one write and one read: too short to be cut, even by a sudden death.
             data, descriptors, flags, _ = socket.recv_fds(self.socket, _HEADER.size, 1)
@@ -251,8 +235,12 @@ def _let_go(index: int, kept: set[int], done: deque[int]) -> None:
     done.append(index)
 
 
-def _aligned(size: int) -> int:
-    """Return ``size`` rounded up to whole cache lines."""
+def _tensor_at(memory: Any, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    count = math.prod(shape)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
+
+
+def _aligned(size: int) -> int:  # to whole cache lines
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 

@@ -8,23 +8,19 @@ import math
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._arguments import MOST_WORKERS, count, instance, positive, warn
+from .._arguments import MOST_WORKERS, count, positive, warn
 from .base import Request, Task
 from .dispatch import DispatchedWorkers, Dispatcher, Worker, logger
 from .live import Ambient, LiveRequest
 from .worker_main import ModuleStore, PackedModule
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["START_SECONDS", "SupervisedWorkers", "Supervisor", "WatchedWorker"]
 
@@ -37,7 +33,7 @@ _FAILED_STARTS = 3
 _LONGEST_PAUSE = 5.0  # seconds between attempts to start: .2, .4, ..., at most this; not tuned
 _LONGEST_WAIT = 3600.0  # seconds to wait for news: selectors count milliseconds in 31 bits
 _REPAIR_SECONDS = 1.0  # a pause after an unexpected exception, so that the thread does not spin
-_pools = itertools.count()
+_launches = itertools.count()
 
 
 class WatchedWorker(Worker):
@@ -72,9 +68,9 @@ class WatchedWorker(Worker):
 class Supervisor(Dispatcher):
     """The workers of a pool, of whom lost ones are replaced, and late ones ended.
 
-    A worker that computes a job for longer than ``grace`` seconds is late. Loading the module does
-    not count where it is reported. Subclasses report to :meth:`ready`, :meth:`loaded`, :meth:`take`
-    and :meth:`lost`. One thread calls :meth:`tend` and :meth:`wait`; any thread calls the rest.
+    A worker that computes a job for longer than ``grace`` seconds is late, without the time for
+    loading the module where that is reported. Subclasses report to :meth:`ready`, :meth:`loaded`,
+    :meth:`take` and :meth:`lost`. One thread runs :meth:`serve`; any thread calls the rest.
     """
 
     def __init__(self, size: int, grace: float, clock: Any = time.monotonic) -> None:
@@ -84,9 +80,7 @@ class Supervisor(Dispatcher):
         self.thread = threading.Thread(target=self.serve, name=f"coded_torch-{size}", daemon=True)
         self.num_lost = 0  # workers, while the pool is open
         self._woken = True  # there may be something for the thread to do
-        self._failed_starts = 0
-        self._start_again = -math.inf
-        self._pool, self._starts = next(_pools), Counter[int]()  # the number of starts by place
+        self._failed_starts, self._start_again = 0, -math.inf
         self._beginning = threading.Lock()
 
     def set_up(self) -> None:
@@ -120,7 +114,6 @@ class Supervisor(Dispatcher):
         """Release everything but the workers, which have ended."""
 
     def begin(self, module: nn.Module) -> None:
-        """Start the thread, and so the workers, unless it runs."""
         with self._beginning:
             if not self.process:
                 self.set_up()
@@ -130,10 +123,9 @@ class Supervisor(Dispatcher):
                 finally:  # the thread releases all that was prepared
                     self.thread.start()
 
-    def seed(self, index: int) -> int:
-        """Return the seed of the next worker at a place, different from all others."""
-        key = torch.initial_seed() % 2**64, self._pool, index, self._starts[index]
-        self._starts[index] += 1
+    def seed(self) -> int:
+        """Return the seed of the next worker of this process, different from all others."""
+        key = torch.initial_seed() % 2**64, next(_launches)
         return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
     def ready(self, worker: Any) -> None:
@@ -167,7 +159,7 @@ class Supervisor(Dispatcher):
             self._replace(worker, reason, end)
 
     def _remove(self, worker: Any) -> bool:
-        """Take a worker out: it gets no job, and none of its results counts."""
+        """Take a worker out, unless it is: it gets no job, and none of its results counts."""
         with self._lock:
             if found := worker in self._workers:
                 self._workers.remove(worker)
@@ -208,19 +200,14 @@ class Supervisor(Dispatcher):
                 worker.unwanted |= not worker.left
         self.wake()
 
-    # The thread calls these methods.
-
     def tend(self) -> None:
-        """End overdue workers, and start missing ones."""
         now = self._clock()
-        with self._lock:
-            ends = [(worker, *worker.end_by(self.grace)) for worker in self._workers]
-            overdue = [(worker, why) for worker, due, why in ends if due <= now]
-            # Taken out here: a worker that got its next job now would end with that one.
-            for worker, _ in overdue:
-                self._remove(worker)
-        for worker, why in overdue:
-            self._replace(worker, why, end=True)
+        for worker in list(self._workers):
+            with self._lock:  # a worker that gets its next job meanwhile is not overdue
+                due, why = worker.end_by(self.grace)
+                overdue = due <= now and self._remove(worker)
+            if overdue:
+                self._replace(worker, why, end=True)
         if now < self._start_again:
             return
         for index in self.vacant():
@@ -275,6 +262,8 @@ class Supervisor(Dispatcher):
 class SupervisedWorkers(DispatchedWorkers):
     """A pool whose :class:`Supervisor` starts, watches and replaces the workers."""
 
+    starts_late = True
+
     def __init__(self, num_workers: int, *, threads: int, grace: float, timeout: float) -> None:
         self._size = count(self, "num_workers", num_workers, most=MOST_WORKERS)
         self.threads = count(self, "threads", threads)
@@ -292,15 +281,6 @@ class SupervisedWorkers(DispatchedWorkers):
         request.module = supervisor.modules.pack(module, request.ambient)
         return request
 
-    def start(
-        self, module: nn.Module | None = None, example: Any = None, *, timeout: float = 120.0
-    ) -> Self:
-        instance(self, "module", module, nn.Module, optional=True)
-        timeout = positive(self, "timeout", timeout)
-        if module is None:  # to start is all that there is to do
-            module, example = nn.Identity(), None
-        return super().start(module, example, timeout=timeout)
-
     @property
     def pids(self) -> list[int]:
         """The process ids of the workers that are up, on their computers."""
@@ -313,13 +293,10 @@ class SupervisedWorkers(DispatchedWorkers):
     num_restarts: Any = property(attrgetter("_queue.num_lost"))
 
     def _check_gradients(self, module: nn.Module, task: Task) -> None:
-        owner, remedy = type(self).__name__, "call under torch.no_grad(), or use DeviceWorkers"
-        remedy = f"which do not pass through other processes; {remedy}"
+        remedy = "call under torch.no_grad(), or use DeviceWorkers"
+        how = f"gradients, which do not pass through other processes; {remedy}"
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in task.leaves):
-            raise RuntimeError(f"{owner}: inputs must not require gradients, {remedy}")
+            raise RuntimeError(f"{type(self).__name__}: inputs must not require {how}")
         if not self._warned and any(p.requires_grad for p in module.parameters()):
             self._warned = True
-            warn(f"{owner}: answers have no gradients, {remedy} to train")
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.num_workers})"
+            warn(f"{type(self).__name__}: answers have no {how} to train")

@@ -22,7 +22,6 @@ import socket
 import sys
 import threading
 import traceback
-import types
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import forkserver, reduction, resource_tracker, spawn, util
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
@@ -46,50 +45,32 @@ __all__ = ["LoadedModules", "ModuleStore", "PackedModule", "environment", "fork"
 READY, MODULE, LOADED, JOB, RESULT = range(5)  # kinds of messages
 # Descriptors that must be free: a request takes 5, and one that is cut short ends the server.
 _SPARE_DESCRIPTORS = 8
-# The exit code of a worker whose server has threads or has initialised CUDA, which forks lack.
-UNSAFE = 77
-REFUSED: set[str] = set()  # packages that no server imports, as they broke one
-
-# Written before a fork, and read in it. None if the server did not import this file.
-_server_is_unsafe: bool | None = None
-
-
-def _look_at_server() -> None:
-    global _server_is_unsafe
-    _server_is_unsafe = threading.active_count() > 1 or torch.cuda.is_initialized()
-
-
-os.register_at_fork(before=_look_at_server)
 _starting = threading.Lock()  # the environment of this process changes while a server starts
 os.register_at_fork(after_in_child=_starting._at_fork_reinit)  # type: ignore[attr-defined]
-# A server, and variables of the environment as they were before it started.
-_Server = tuple[forkserver.ForkServer, dict[str, str | None]]
-_servers: dict[frozenset[str], _Server] = {}  # a key is the packages that a server has imported
-os.register_at_fork(after_in_child=_servers.clear)  # a forked process starts its own servers
+_servers: list[forkserver.ForkServer] = []  # at most one
+os.register_at_fork(after_in_child=_servers.clear)  # a forked process starts its own server
 
 
-def _server(packages: frozenset[str]) -> _Server:
-    """Return the server of this process that has imported some packages, under the lock."""
-    if packages in _servers:
-        return _servers[packages]
-    own = forkserver.ForkServer()
-    own.set_forkserver_preload([__name__, *sorted(packages)])
-    # Before Python 3.14, the server does not get sys.path before it imports (cpython 117378). No
-    # working directory comes before it, where an uncompiled checkout may lie, but in Python 3.10.
-    path = os.pathsep.join(x or os.getcwd() for x in sys.path if isinstance(x, str))
-    with environment({"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}) as before:
-        own.ensure_running()
-    _servers[packages] = own, before
-    return own, before
+def _server() -> forkserver.ForkServer:
+    """Return the server of this process, under the lock."""
+    if not _servers:
+        own = forkserver.ForkServer()
+        own.set_forkserver_preload([__name__])
+        # Before Python 3.14, the server does not get sys.path before it imports (cpython 117378).
+        # No working directory comes before it, where an uncompiled checkout may lie, but in 3.10.
+        path = os.pathsep.join(x or os.getcwd() for x in sys.path if isinstance(x, str))
+        with environment({"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}):
+            own.ensure_running()
+        _servers.append(own)
+    return _servers[0]
 
 
 @contextlib.contextmanager
-def environment(variables: Mapping[str, str | None]) -> Iterator[dict[str, str | None]]:
-    """Set variables of the environment, or delete them, in a block; yield their values before."""
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in variables}
-    _set(variables)
+    os.environ.update(variables)
     try:
-        yield before
+        yield
     finally:
         _set(before)
 
@@ -102,8 +83,8 @@ def _set(variables: Mapping[str, str | None]) -> None:
             os.environ[name] = value
 
 
-def replace_servers() -> None:
-    """Fork no more workers from the present servers. Each ends with its last worker."""
+def replace_server() -> None:
+    """Fork no more workers from the present server, which ends with its last worker."""
 
     def stop(server: Any) -> None:
         with contextlib.suppress(OSError):  # the server has ended, and this host has waited for it
@@ -111,26 +92,11 @@ def replace_servers() -> None:
 
     with _starting:
         while _servers:
-            _, (server, _) = _servers.popitem()
-            threading.Thread(target=stop, args=(server,), daemon=True).start()
+            threading.Thread(target=stop, args=(_servers.pop(),), daemon=True).start()
 
 
-def packages_of(module: nn.Module) -> set[str]:
-    """Return the packages of a module's classes, and the imports of the main script for its own."""
-    found = {type(part).__module__ for part in module.modules()}
-    if "__main__" in found:
-        for value in list(vars(sys.modules["__main__"]).values()):  # other threads may add some
-            attribute = "__name__" if isinstance(value, types.ModuleType) else "__module__"
-            name = getattr(value, attribute, None)
-            found.add(name if isinstance(name, str) else "")
-    known = {"", "__main__", "torch", "coded_torch", *sys.stdlib_module_names}
-    return {name for name in found if name.partition(".")[0] not in known}
-
-
-def fork(
-    sock: socket.socket, device: torch.device, threads: int, seed: int, packages: frozenset[str]
-) -> int:
-    """Have a worker forked that serves a socket, from a server that has imported packages.
+def fork(sock: socket.socket, device: torch.device, threads: int, seed: int) -> int:
+    """Have a worker forked that serves a socket.
 
     Returns a descriptor, from which :func:`multiprocessing.forkserver.read_signed` reads the
     process id, and later the exit code. It ends early if the server does.
@@ -148,13 +114,13 @@ def fork(
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     try:
         with _starting:
-            own, variables = _server(packages)
-            descriptor, writer = own.connect_to_new_process([sock.fileno()])
+            descriptor, writer = _server().connect_to_new_process([sock.fileno()])
+            variables = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
     except ChildProcessError:  # the host has waited for the server, which has ended
-        replace_servers()
+        replace_server()
         raise
     with open(writer, "wb") as stream:
-        program = _Program(main, device, threads, seed, variables, bool(packages))
+        program = _Program(main, device, threads, seed, variables)
         reduction.dump(kept, stream)
         reduction.dump(program, stream)
     return descriptor
@@ -167,12 +133,9 @@ class _Program(NamedTuple):
     device: torch.device
     threads: int
     seed: int
-    variables: dict[str, str | None]  # the environment is to have them
-    preloaded: bool  # true if the server had to import packages
+    variables: dict[str, str | None]  # variables of the environment that the server has changed
 
     def _bootstrap(self, _: int) -> int:
-        if _server_is_unsafe or (_server_is_unsafe is None and self.preloaded):
-            return UNSAFE
         _set(self.variables)
         signal.signal(signal.SIGTERM, functools.partial(_end_fork, os.getpid()))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
@@ -189,7 +152,6 @@ class _Program(NamedTuple):
         return 0
 
     def run(self, connection: Connection) -> None:
-        """Do jobs until the other side of the connection has ended."""
         threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
         set_up(self.threads, self.seed)
         gc.freeze()  # the objects that exist now stay: no collection needs to look at them
@@ -289,13 +251,11 @@ class ModuleStore:
         return max(entries, default=None, key=operator.itemgetter(0))
 
     def forget(self, module: nn.Module) -> None:
-        """Pack ``module`` again when it is needed next."""
         with self._lock:
             self._packed.pop(module, None)
 
 
 def set_up(threads: int, seed: int) -> None:
-    """Set the number of threads of this worker, and seed its random numbers."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     random.seed(seed)
@@ -312,14 +272,12 @@ class LoadedModules:
         self.device, self._pack = device, pack
         self._modules: dict[int, nn.Module | _Failure] = {}
 
-    def __contains__(self, number: int) -> bool:
-        return number in self._modules
-
     def add(self, number: int, read: Callable[[], nn.Module]) -> None:
-        try:
-            self._modules[number] = read().to(self.device)
-        except Exception as error:
-            self._modules[number] = _failure(error)
+        if number not in self._modules:
+            try:
+                self._modules[number] = read().to(self.device)
+            except Exception as error:
+                self._modules[number] = _failure(error)
 
     def call(self, read: Callable[[], Any]) -> Any:
         """Do a :meth:`PackedModule.job`; return, packed, whether it succeeded, and its result."""
@@ -359,11 +317,5 @@ class _Remade(NamedTuple):
     state: dict[str, Any]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _remake, (type(self.error), self.error.args, self.state)
-
-
-def _remake(kind: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> Exception:
-    error = kind.__new__(kind, *args)
-    error.args = args
-    vars(error).update(state)  # no setter of the class runs
-    return error
+        kind = type(self.error)
+        return operator.methodcaller("__new__", kind, *self.error.args), (kind,), self.state

@@ -38,9 +38,6 @@ def test_the_module_runs_once_for_each_encoder_on_what_is_received(x):
             trial.decode(code, received, num_stragglers=2)
     # The batch; then the eight workers that are in a set, two groups each, for each encoder.
     assert module.rows == [16, 16, 16]
-    split = Rows()
-    Trial(split, (x,), [few], max_batch_size=6).decode(SplineCode(8, 10), few)
-    assert split.rows == [6, 6, 4, 6, 6, 2]
 
 
 @pytest.mark.parametrize("ordering", ["similarity", "arrival"])

@@ -392,13 +392,6 @@ def test_threads_come_and_go():
         assert pool.num_workers == 1
 
 
-def test_a_forked_process_is_refused():
-    with DeviceWorkers(["cpu"]) as pool:
-        pool._queue.process += 1  # as it would look from there
-        with pytest.raises(RuntimeError, match="in the process that started it"):
-            pool.open(nn.Identity(), task_of(torch.ones(1, 1, 1)))
-
-
 def test_each_worker_starts_with_the_example_as_it_is():
     class Counts(nn.Module):
         def forward(self, ids):

@@ -585,10 +585,9 @@ def test_workers_that_fail_together_fail_once():
     assert replies(one) == []
 
 
-def test_seeds_are_of_the_process_the_pool_the_place_and_the_start():
+def test_every_worker_of_a_process_has_its_own_seed():
     def seeds() -> list[int]:
-        supervisors = InMemory(2), InMemory(2)
-        return [s.seed(place) for s in supervisors for place in (0, 1) for _ in range(3)]
+        return [supervisor.seed() for supervisor in (InMemory(2), InMemory(2)) for _ in range(6)]
 
     with torch.random.fork_rng():
         torch.manual_seed(1)
