@@ -51,8 +51,7 @@ class CodedWrapper(ModuleProxy):
     Answers come back in the caller's order. The wrapper stands in for the module: ``state_dict``,
     ``train``, ``to``, hooks, autograd, autocast, pickling and deep copies work as they do for it.
     The names of its parameters, which ``torch.func.functional_call`` needs, begin with ``module.``.
-    Compiling the wrapper compiles the module,
-    for simulated workers only.
+    :meth:`compile` compiles the module; ``torch.compile`` leaves the wrapper as it is.
 
     Inputs and outputs may be any pytrees. A result is rejected, and counts as missing, if it is not
     finite, of another batch size, or unlike most in structure, shape or dtype. So mask logits with
@@ -164,7 +163,7 @@ class CodedWrapper(ModuleProxy):
         """Return the answers and the report of a call with its own policy; hooks do not run."""
         _check_waiting(self.code, waiting)
         report = Report()
-        return self._call(self.module, report, waiting or self._policy(), args, kwargs), report
+        return self._call(report, waiting or self._policy(), args, kwargs), report
 
     def replace(self, **changes: Any) -> CodedWrapper:
         """Return another wrapper, made with other values for some arguments of the constructor."""
@@ -191,32 +190,23 @@ class CodedWrapper(ModuleProxy):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return self._forward_outside_graphs(args, kwargs)
-        return self._forward(self.module, args, kwargs)
-
-    @_disable_dynamo
-    def _forward_outside_graphs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a compiled wrapper: none of its own Python is for the compiler."""
-        if not self.workers.simulated:
-            return self._forward(self.module, args, kwargs)
-        if self._compiled is None:
-            vars(self)["_compiled"] = torch.compile(self.module)  # no submodule
-        return self._forward(self._compiled, args, kwargs)
-
-    def _forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._outside_graphs(*args, **kwargs)
         report = Report()
         try:
-            return self._call(module, report, self._policy(), args, kwargs)
+            return self._call(report, self._policy(), args, kwargs)
         finally:
             vars(self)["last_run"] = report  # a setting would be checked
+
+    @_disable_dynamo
+    def _outside_graphs(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a compiled wrapper: none of its Python is for the compiler."""
+        return self.forward(*args, **kwargs)
 
     def _policy(self) -> Waiting:
         """Return the policy of calls that bring none of their own."""
         return self.waiting or (_AS_NEEDED if self.code is None else _AT_ONCE)
 
-    def _call(
-        self, module: Any, report: Report, waiting: Waiting, args: Any, kwargs: dict[str, Any]
-    ) -> Any:
+    def _call(self, report: Report, waiting: Waiting, args: Any, kwargs: dict[str, Any]) -> Any:
         """Return the answers; the report is written as soon as something is known."""
         if self.training:
             warn_of_training(type(self).__name__, self.module, self._warned)
@@ -226,10 +216,10 @@ class CodedWrapper(ModuleProxy):
             division = self._divide(inputs, waiting, report) if inputs.batch_size else None
         if division is not None:
             with unchanged():  # a memory and a pool look at the weights
-                answers = self._compute(module, waiting, division, report)
+                answers = self._compute(waiting, division, report)
         else:
             with report.timed("compute"):
-                answers = module(*args, **kwargs)
+                answers = self.module(*args, **kwargs)
             report.note_empty()
         report.failed = False
         return answers
@@ -250,7 +240,7 @@ class CodedWrapper(ModuleProxy):
         division.reserve = reserve
         return division
 
-    def _compute(self, module: Any, waiting: Waiting, division: Division, report: Report) -> Any:
+    def _compute(self, waiting: Waiting, division: Division, report: Report) -> Any:
         code, pool, predictions = self.code, self.workers, self._history.predictions
         predictor = getattr(code, "regression", self.predictor or _PREDICTOR)
         link, inputs = (code or predictor).link, division.inputs
@@ -261,7 +251,7 @@ class CodedWrapper(ModuleProxy):
         answers = Answers(self.surrogate, division, link, coverage, report, self.module, check)
         execution = Execution(division, results, report, check)
         with report.timed("compute"):
-            execution.run(pool, module, waiting, self._history)
+            execution.run(pool, self.module, waiting, self._history)
             answers.forget_excluded()
         with report.timed("decode"), on_host():
             error = execution.error(waiting)
@@ -304,7 +294,7 @@ class CodedWrapper(ModuleProxy):
         if name in ("workers", "module"):
             self._history = History()  # one for each module and pool
         if name == "module":
-            self._compiled = self._form = None
+            self._form = None
         if name in ("workers", "module", "verify") and "verify" in vars(self):
             self._strikes = Strikes(self.workers, self.verify) if self.verify else None
 

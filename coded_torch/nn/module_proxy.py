@@ -23,8 +23,6 @@ __all__ = ["ModuleProxy"]
 class ModuleProxy(nn.Module):
     """A wrapper with the state dict and the mode of the module inside."""
 
-    _compiled: Callable[..., Any] | None = None
-
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
@@ -75,10 +73,6 @@ class ModuleProxy(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the module inside, with the arguments of :func:`torch.compile`."""
         self.module.compile(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "_compiled": None}  # made again where it is needed
 
     # The state dict is the module's own. Overriding is enough for a wrapper on its own; as a part
     # of a bigger module, loading recurses into `module`, under whose name the keys must then be.
