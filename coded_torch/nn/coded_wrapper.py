@@ -21,7 +21,7 @@ from ..surrogates import checked
 from ..verification import Strikes, Trials
 from ..workers.base import Workers
 from ..workers.local import LocalWorkers
-from .division import Columns, Division, Inputs, Rows, warn_of_training
+from .division import Columns, Inputs, Rows, warn_of_training
 from .execute import Execution, seconds_left
 from .module_proxy import ModuleProxy
 from .predict_missing import Answers
@@ -155,7 +155,6 @@ class CodedWrapper(ModuleProxy):
         self.in_dims, self.out_dims = in_dims, out_dims
         self.last_run = None
         self._dealer = random.Random(0)
-        self._warned: set[str] = set()  # parts of the module
         _check_settings(self)
         self._is_made = True
 
@@ -173,14 +172,14 @@ class CodedWrapper(ModuleProxy):
     @property
     def num_stragglers(self) -> int:
         """S, the number of columns that calls do not wait for; 0 without a code."""
-        return 0 if self.code is None else self._lost(self.code, self._policy())
+        return self._lost(self._policy())
 
-    def _lost(self, code: Code, waiting: Waiting) -> int:
+    def _lost(self, waiting: Waiting) -> int:
         """Return S, at most as many as the code can do without."""
-        law, lost = self.workers.stragglers, waiting.num_stragglers
+        law, lost, code = self.workers.stragglers, waiting.num_stragglers, self.code
         if lost is None:
             lost = (law and law.num_stragglers) or 0
-        return max(0, min(lost, code.num_workers - code.min_received))
+        return 0 if code is None else max(0, min(lost, code.num_workers - code.min_received))
 
     def extra_repr(self) -> str:
         how = f"parts={self.parts}" if self.code is None else str(self.code)
@@ -209,46 +208,43 @@ class CodedWrapper(ModuleProxy):
     def _call(self, report: Report, waiting: Waiting, args: Any, kwargs: dict[str, Any]) -> Any:
         """Return the answers; the report is written as soon as something is known."""
         if self.training:
-            warn_of_training(type(self).__name__, self.module, self._warned)
+            warn_of_training(self.module)
         with report.timed("encode"), on_host():
             mixing = self.code if self.code is not None and self.code.mixes else None
             inputs = Inputs(args, kwargs, self.in_dims, mixing)
             division = self._divide(inputs, waiting, report) if inputs.batch_size else None
-        if division is not None:
-            with unchanged():  # a memory and a pool look at the weights
-                answers = self._compute(waiting, division, report)
-        else:
+        if division is None:
             with report.timed("compute"):
                 answers = self.module(*args, **kwargs)
             report.note_empty()
+        else:
+            with unchanged():  # a memory and a pool look at the weights
+                answers = self._compute(waiting, division, report)
         report.failed = False
         return answers
 
-    def _divide(self, inputs: Inputs, waiting: Waiting, report: Report) -> Division:
-        code, pool, block, reserve = self.code, self.workers, BLOCKS[0], 0.0
+    def _divide(self, inputs: Inputs, waiting: Waiting, report: Report) -> Rows | Columns:
+        code, block, reserve = self.code, BLOCKS[0], 0.0
         if code is None or code.uses_geometry:
-            left = seconds_left(pool, waiting, report)
+            left = seconds_left(self.workers, waiting, report)
             block, reserve = self._history.predictions.reserve(inputs.batch_size, left)
-        division: Division
+        division: Rows | Columns
         if code is None:
-            parts, predictor = self.parts or pool.num_workers or 1, self.predictor or _PREDICTOR
+            parts = self.parts or self.workers.num_workers or 1
+            predictor = self.predictor or _PREDICTOR
             division = Rows(inputs, predictor, block=block, parts=parts, out_dims=self.out_dims)
         else:
             dealer = self._dealer if code.shuffle is True else code.shuffle or None
-            lost = self._lost(code, waiting)
+            lost = self._lost(waiting)
             division = Columns(inputs, code, lost, waiting.at_once, dealer, self.out_dims)
         division.reserve = reserve
         return division
 
-    def _compute(self, waiting: Waiting, division: Division, report: Report) -> Any:
-        code, pool, predictions = self.code, self.workers, self._history.predictions
-        predictor = getattr(code, "regression", self.predictor or _PREDICTOR)
-        link, inputs = (code or predictor).link, division.inputs
-        carries = code is None or not code.mixes
-        results = Results(division.task, link, division.not_finite, carries=carries)
-        strikes, coverage = self._strikes, predictor.coverage
-        check = None if strikes is None else Trials(strikes, waiting, inputs.floating())
-        answers = Answers(self.surrogate, division, link, coverage, report, self.module, check)
+    def _compute(self, waiting: Waiting, division: Rows | Columns, report: Report) -> Any:
+        pool, predictions = self.workers, self._history.predictions
+        results, strikes = Results(division), self._strikes
+        check = None if strikes is None else Trials(strikes, waiting, division.inputs.floating())
+        answers = Answers(self.surrogate, division, report, self.module, check)
         execution = Execution(division, results, report, check)
         with report.timed("compute"):
             execution.run(pool, self.module, waiting, self._history)
@@ -261,18 +257,17 @@ class CodedWrapper(ModuleProxy):
             assert stacked is not None
             if self.surrogate:
                 self._form = stacked.form()
-            is_whole = division.is_whole(stacked.units)
-            rows = division if isinstance(division, Rows) and not is_whole else None
-            if rows is not None:
+            is_predicted = isinstance(division, Rows) and not division.is_whole(stacked.units)
+            if is_predicted:
                 left = seconds_left(pool, waiting, report)
-                report.notes += rows.keep_deadline(left, predictions)
+                report.notes += division.keep_deadline(left, predictions)
             try:
                 found = answers.of(stacked)
             except Exception as raised:  # the caller's code failed: the exception gets the answers
                 execution.holding(raised)
                 raise
-        if rows is not None and not pool.simulated:  # there, predictions take no time
-            predictions.add(report.decode_seconds, rows.batch_size, rows.block)
+        if is_predicted and not pool.simulated:  # there, predictions take no time
+            predictions.add(report.decode_seconds, division.batch_size, division.block)
         report.warn(execution.why)
         return found
 
@@ -309,7 +304,6 @@ class CodedWrapper(ModuleProxy):
 def _check_settings(wrapper: CodedWrapper) -> None:
     """Raise a TypeError or a ValueError unless the settings of a wrapper fit each other."""
     code, pool, parts, verify = wrapper.code, wrapper.workers, wrapper.parts, wrapper.verify
-    coded = code is not None
     instance(wrapper, "code", code, Code, optional=True)
     instance(wrapper, "workers", pool, Workers)
     instance(wrapper, "predictor", wrapper.predictor, Regression, optional=True)
@@ -317,22 +311,20 @@ def _check_settings(wrapper: CodedWrapper) -> None:
         count(wrapper, "parts", parts)
     if verify is not None:
         real(wrapper, "verify", verify, "between 0 and 1", lambda x: 0 <= x <= 1)
-    wrong = {  # the requirement, and whether it is broken
+    wrong: dict[str, Any] = {  # the requirement, and whether it is broken
+        f"{name} must be None with a code, as it is for batches by rows": (
+            code is not None and getattr(wrapper, name)
+        )
+        for name in ("parts", "predictor", "verify")
+    } | {
         f"parts must be given with {type(pool).__name__}, which has no number of workers": (
-            not coded and parts is None and pool.num_workers is None
-        ),
-        "parts must be None with a code, which says how many columns there are": (
-            coded and parts is not None
-        ),
-        "predictor must be None with a code, which says how missing answers are predicted": (
-            coded and wrapper.predictor is not None
+            code is None and parts is None and pool.num_workers is None
         ),
         # With a student, the paper's scheme has more error than the student alone in seven of ten
         # settings measured on two networks (benchmarks/surrogates.py).
         "surrogate must be left out with a code that mixes inputs, as it alone has less error": (
             code is not None and code.mixes and wrapper.surrogate
         ),
-        "verify must be None with a code, as only rows can be verified": coded and verify,
         "verify must be None on a pool without two workers that can be told apart": (
             verify and (pool.num_workers or 0) < 2
         ),

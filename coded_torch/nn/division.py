@@ -182,6 +182,9 @@ class Division:
     not_finite: Tensor | None = None
     reserve = 0.0  #: seconds before the deadline that predictions take
     plan: Any  #: the BatchPlan or RowPlan of the batch, by which results become answers
+    link: str | None  #: of the predictor or the code
+    coverage = 0.95  #: the level of error bars
+    mixes = False  #: true if units hold mixtures of rows
 
     def __init__(self, inputs: Inputs, num_units: int, unit_rows: int, out_dims: Any) -> None:
         self.inputs, self.batch_size = inputs, inputs.batch_size
@@ -215,26 +218,23 @@ class Division:
 class Columns(Division):
     """The N coded inputs of every group: each column has a row for each of the G groups.
 
-    The call waits for N - S results. The ``dealer``, if there is one, draws the order of asking.
+    The call waits for N - S results, where S columns may be ``lost``. The ``dealer``, a
+    :class:`random.Random` or None, draws the order of asking.
     """
 
     def __init__(
-        self,
-        inputs: Inputs,
-        code: Code,
-        num_stragglers: int,
-        all_at_once: bool,
-        dealer: random.Random | None,
-        out_dims: Any,
+        self, inputs: Inputs, code: Code, lost: int, at_once: bool, dealer: Any, out_dims: Any
     ) -> None:
         n, floating = code.num_workers, inputs.floating()
+        self.link, self.mixes = code.link, code.mixes
+        self.coverage = getattr(code, "regression", self).coverage
         others = [] if floating else inputs.batches()
-        self.plan = code.plan(floating, num_stragglers, batch_size=inputs.batch_size, others=others)
+        self.plan = code.plan(floating, lost, batch_size=inputs.batch_size, others=others)
         self.num_groups = self.plan.num_groups
         super().__init__(inputs, n, self.num_groups, out_dims)
-        self.needed, self.least = n - num_stragglers, code.min_received
+        self.needed, self.least = n - lost, code.min_received
         # The columns asked for first are spread evenly over the curve.
-        asked = n if all_at_once else self.needed
+        asked = n if at_once else self.needed
         chosen = [i * n // asked for i in range(asked)]
         spare = sorted(set(range(n)).difference(chosen))
         if dealer is not None:
@@ -271,11 +271,12 @@ class Rows(Division):
     """
 
     def __init__(
-        self, inputs: Inputs, predictor: Regression, *, block: int, parts: int, out_dims: Any
+        self, inputs: Inputs, predictor: Regression, *, block: int, parts: int, out_dims: Any = 0
     ) -> None:
         size = inputs.batch_size
         super().__init__(inputs, size, 1, out_dims)
         self._predictor, self.block = predictor, block
+        self.link, self.coverage = predictor.link, predictor.coverage
         self.needed, self.least = size, 1
         self.first = dealt(size, min(parts, size))
 
@@ -302,13 +303,11 @@ class Rows(Division):
         return (f"predicted {how}, to keep the deadline",)
 
 
-def warn_of_training(owner: str, module: nn.Module, warned: set[str]) -> None:
-    """Warn once of each part of a module that computes otherwise in training mode."""
+def warn_of_training(module: nn.Module) -> None:
+    """Warn of parts of a module that compute otherwise in training mode."""
     for kind, effect in _TRAINING_EFFECTS.items():
-        name = training_part(module, kind)
-        if name is not None and name not in warned:
-            warned.add(name)
-            warn(f"{owner}: {name} is in training mode and {effect}; call eval() on it")
+        if (name := training_part(module, kind)) is not None:
+            warn(f"CodedWrapper: {name} is in training mode and {effect}; call eval() on it")
 
 
 def training_part(module: nn.Module, kind: type[nn.Module] = _BatchNorm) -> str | None:

@@ -54,14 +54,12 @@ class Answers:
         self,
         surrogates: Sequence[Any],
         division: Division,
-        link: str | None,
-        coverage: float,
         report: Report,
         module: nn.Module,
         verdict: Trials | None,
     ) -> None:
         self._surrogates, self._division, self._inputs = surrogates, division, division.inputs
-        self._link, self._coverage, self._report = link, coverage, report
+        self._link, self._coverage, self._report = division.link, division.coverage, report
         self._verdict, self._known = verdict, dict[int, tuple[list[Tensor], Tensor] | None]()
         self._memories = [(s, s.follow(module)) for s in surrogates if isinstance(s, Memory)]
 

@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import dense
 from ..workers import base
-from ..workers.base import CONSTANTS, Reply, Task, WorkerError, flatten, show
-from .division import finite
+from ..workers.base import CONSTANTS, Reply, WorkerError, flatten, show
+from .division import Division, finite
 
 __all__ = ["Result", "Results", "Stacked"]
 
@@ -24,14 +24,16 @@ _ROUNDING = 0.01  # the most that a sum of probabilities differs from 1; half pr
 class Result:
     """The value of one reply, and its form: all that results of one module have in common.
 
-    Tensors of any dtype can be answers if the division ``carries`` them. The ``judged`` rows, bool,
-    must be finite, as their inputs are; all if None. A TypeError or a ValueError says why a value
-    cannot be decoded.
+    Tensors of any dtype can be answers unless the division mixes rows. A TypeError or a ValueError
+    says why a value cannot be decoded.
     """
 
-    def __init__(self, reply: Reply, task: Task, carries: bool, judged: Tensor | None) -> None:
+    def __init__(self, reply: Reply, division: Division) -> None:
+        task, odd = division.task, division.not_finite
         self.reply, self.part, self.worker = reply, reply.part, reply.worker
-        self._value, self._judged = reply.value, judged  # the reply need not keep it
+        self._value = reply.value  # the reply need not keep it
+        #: The rows whose inputs are finite, bool; None if all are.
+        self._judged = None if odd is None else ~odd[list(reply.part.units)].flatten()
         self.leaves, self.spec = flatten(reply.value)
         self.dims: list[Any] = base.broadcast_dims("out_dims", task.out_dims, self.spec)
         self.divided: list[int] = []  # the places of the leaves that have the part's rows
@@ -45,7 +47,7 @@ class Result:
             if isinstance(leaf, Tensor):
                 name = functools.partial(self.name, i)
                 dense("CodedWrapper", name, leaf, leaf.is_floating_point())
-            if not (isinstance(leaf, Tensor) and (carries or leaf.is_floating_point())):
+            if not (isinstance(leaf, Tensor) and (leaf.is_floating_point() or not division.mixes)):
                 got = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
                 raise TypeError(
                     f"CodedWrapper: {self.name(i)} must be a floating-point tensor to be decoded, "
@@ -137,8 +139,8 @@ class Stacked(NamedTuple):
 class Results:
     """The replies to one task, of which the largest group of one form counts.
 
-    Under a ``link``, results must be probabilities. Rows that are ``not_finite``, bool
-    ``[units, R]``, may have any result. ``carries``: whether tensors of any dtype can be answers.
+    Under a link, results must be probabilities. Rows whose inputs are not finite may have any
+    result.
 
     Attributes:
         good: the largest group, in the order of arrival; of equal ones, the group of the part that
@@ -146,11 +148,8 @@ class Results:
         units: the units with a good result.
     """
 
-    def __init__(
-        self, task: Task, link: str | None, not_finite: Tensor | None, *, carries: bool
-    ) -> None:
-        self._task, self._link, self._carries = task, link, carries
-        self._not_finite = not_finite
+    def __init__(self, division: Division) -> None:
+        self._division = division
         self._errors: list[WorkerError] = []
         self._groups: list[list[Result]] = []  # one for each form, in order of arrival
         self._misfits: list[WorkerError] = []  # of the errors, where a value cannot be decoded
@@ -168,11 +167,8 @@ class Results:
             if reply.error is not None:
                 self._errors.append(reply.error)
                 continue
-            judged = self._not_finite
-            if judged is not None:
-                judged = ~judged[list(reply.part.units)].flatten()
             try:
-                formed[i] = Result(reply, self._task, self._carries, judged)
+                formed[i] = Result(reply, self._division)
             except (TypeError, ValueError) as cause:
                 self._reject(reply, cause)
         names = _not_finite(list(formed.values()))
@@ -192,7 +188,7 @@ class Results:
             why = f"returned values that are not finite in {not_finite}"
             self._errors.append(WorkerError(result.part.number, result.worker, why))
             return [(result.reply, None)]
-        if self._link is not None:
+        if self._division.link is not None:
             try:
                 result.check_probabilities()
             except ValueError as cause:
@@ -250,7 +246,7 @@ class Results:
         leaves = list(first.leaves)
         for i in first.divided:
             own = torch.cat([result.rows(i) for result in good])
-            own = own.unflatten(0, (-1, self._task.unit_rows))  # [places, R, ...]
+            own = own.unflatten(0, (-1, self._division.task.unit_rows))  # [places, R, ...]
             if places != everywhere:
                 own = own.index_select(0, torch.tensor(places, device=own.device))
             leaves[i] = own

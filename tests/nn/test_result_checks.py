@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,7 +88,7 @@ def test_of_two_camps_of_one_size_that_of_the_part_asked_first_is_taken(order):
 
 
 def checked(task: Any) -> Results:
-    return Results(task, None, None, carries=False)
+    return Results(SimpleNamespace(task=task, link=None, not_finite=None, mixes=True))
 
 
 def reply(n: int, value: Any) -> Reply:
