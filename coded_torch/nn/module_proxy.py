@@ -37,9 +37,6 @@ class ModuleProxy(nn.Module):
 
         Context variables and torch's modes of gradients, inference and autocast hold there. If the
         task is cancelled, the call ends, and parts that no worker has begun never begin.
-
-        Args:
-            args, kwargs: of :meth:`run`.
         """
         run, interruption = _carried(self.run, Ambient())
         try:
@@ -107,31 +104,34 @@ def _map_batches(
     run: Callable[..., tuple[Any, Any]], batches: Iterable[Any], in_flight: int
 ) -> Iterator[tuple[Any, Any]]:
     """Do as :meth:`ModuleProxy.map`; ``in_flight`` batches with their results exist at once."""
-    ambient, left = Ambient(), iter(batches)
-    calls: deque[tuple[Any, Interruption]] = deque()
-    threads = ThreadPoolExecutor(in_flight, "coded_torch map")
-    try:
-        for number in itertools.count():
-            while len(calls) < in_flight:
-                try:
-                    batch = next(left)
-                except StopIteration:
-                    break
-                except Exception as error:  # the batches before it are answered first
-                    calls.append((future := Future[Any](), Interruption()))
-                    future.set_exception(error)
-                    left = iter(())
-                    break
+    ambient, threads = Ambient(), ThreadPoolExecutor(in_flight, "coded_torch map")
+
+    def begin() -> Iterator[tuple[Future[Any], Interruption]]:
+        try:
+            for batch in batches:
                 call, interruption = _carried(run, ambient)
                 args = batch if isinstance(batch, tuple) else (batch,)
-                future = threads.submit(contextvars.copy_context().run, call, *args)
-                calls.append((future, interruption))
+                yield threads.submit(contextvars.copy_context().run, call, *args), interruption
+        except Exception as error:  # the batches before it are answered first
+            future = Future[Any]()
+            future.set_exception(error)
+            yield future, Interruption()
+
+    begun, calls = begin(), deque[tuple[Future[Any], Interruption]]()
+    try:
+        for number in itertools.count():
+            calls.extend(itertools.islice(begun, in_flight - len(calls)))
             if not calls:
                 return
             try:
                 found = calls[0][0].result()
             except BaseException as error:
-                _note(error, number)
+                note = f"CodedWrapper.map: at batch {number}; the {number} batches before it"
+                with contextlib.suppress(Exception):  # a class may have slots
+                    error.batch = number  # type: ignore[attr-defined]
+                    # Python 3.10 has no add_note.
+                    notes = getattr(error, "__notes__", ())
+                    error.__notes__ = [*notes, f"{note} were answered"]
                 raise
             calls.popleft()
             yield found
@@ -145,12 +145,3 @@ def _map_batches(
             future.cancel()
             interruption.set()
         threads.shutdown(wait=False)
-
-
-def _note(error: BaseException, number: int) -> None:
-    """Say in an exception which batch it belongs to, and how many were answered before."""
-    note = f"CodedWrapper.map: at batch {number}; the {number} batches before it were answered"
-    with contextlib.suppress(Exception):  # a class may have slots, or refuse attributes
-        error.batch = number  # type: ignore[attr-defined]
-        # Python 3.10 has no add_note.
-        error.__notes__ = [*getattr(error, "__notes__", ()), note]
