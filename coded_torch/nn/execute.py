@@ -27,7 +27,8 @@ from .result_checks import Results
 __all__ = ["Execution", "seconds_left"]
 
 logger = sparing_logger("coded_torch.nn")
-_NOTE, _NOBODY = "raised by the module on", frozenset[int]()
+_NOBODY = frozenset[int]()
+_SHOWN = 8  # rows in a message
 
 
 def seconds_left(pool: workers.Workers, waiting: Waiting, report: Report) -> float:
@@ -279,22 +280,13 @@ def _of_module(first: workers.WorkerError, refused: Sequence[int]) -> Exception 
     if isinstance(cause, StopIteration):  # futures cannot hold it (PEP 479)
         cause, stopped = RuntimeError(f"the module raised {cause!r}"), cause
         cause.__cause__ = stopped
-    if refused:
-        note = f"{_NOTE} {_shown(refused)} of the batch; {first}"
-        with contextlib.suppress(Exception):  # a class may have slots, or refuse attributes
-            # `add_note` is not in Python 3.10. The module may raise one object again and again.
-            others = [n for n in getattr(cause, "__notes__", ()) if not n.startswith(_NOTE)]
-            cause.__notes__ = [*others, note]
+    note = f"raised by the module on {_shown(refused)} of the batch; {first}"
+    with contextlib.suppress(Exception):  # a class may have slots
+        # Python 3.10 has no add_note.
+        cause.__notes__ = [*getattr(cause, "__notes__", ()), *([note] if refused else ())]
     return cause
 
 
 def _shown(rows: Sequence[int]) -> str:
-    """Show rows, runs of them as their ends."""
-    runs: list[list[int]] = []
-    for row in rows:
-        if runs and row == runs[-1][-1] + 1:
-            runs[-1][1:] = [row]
-        else:
-            runs.append([row])
-    shown = ", ".join(" to ".join(map(str, run)) for run in runs)
-    return f"row {shown}" if len(rows) == 1 else f"rows {shown}"
+    more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+    return f"row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:_SHOWN]))}{more}"
