@@ -90,7 +90,7 @@ class Result:
         return rows[self._judged.to(rows.device)]
 
     def __str__(self) -> str:
-        return str(pytree.tree_unflatten(map(_Text, map(show, self.leaves)), self.spec))
+        return str(pytree.tree_unflatten(map(show, self.leaves), self.spec))
 
 
 class Stacked(NamedTuple):
@@ -264,13 +264,6 @@ def _weight(group: Sequence[Result]) -> tuple[int, int]:
     """Return the units of a group, and the number of its first part, negative."""
     parts = [result.part for result in group]
     return sum(len(part.units) for part in parts), -min(part.number for part in parts)
-
-
-class _Text(str):
-    """A text that a container prints without quotes."""
-
-    __slots__ = ()
-    __repr__ = str.__str__
 
 
 def _not_finite(results: Sequence[Result]) -> dict[Result, str]:
