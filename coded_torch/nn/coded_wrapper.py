@@ -44,47 +44,42 @@ class CodedWrapper(ModuleProxy):
     - With a code, the batch is divided by *columns*. The batch is put in order and cut into groups
       :math:`X` of K inputs; column n holds one coded input of every group. With the code's encoder
       :math:`E` (N x K) and, for the received set :math:`F`, its decoder :math:`D_F` (K x \|F\|), a
-      group is answered by :math:`D_F \, [\, f(E_n X) \,]_{n \in F}`. ``Waiting.first(S)`` asks all
-      N columns at once, and ends with the first N - S results. ``Waiting()`` asks N - S columns
-      first, and the other S stand in for late ones.
+      group is answered by :math:`D_F \, [\, f(E_n X) \,]_{n \in F}`. ``Waiting.first(S)`` ends
+      with the first N - S results. ``Waiting()`` asks N - S columns, and hedges with the other S.
 
     Answers come back in the caller's order. The wrapper stands in for the module: ``state_dict``,
     ``train``, ``to``, hooks, autograd, autocast, pickling and deep copies work as they do for it.
-    The names of its parameters, which ``torch.func.functional_call`` needs, begin with ``module.``.
-    :meth:`compile` compiles the module; ``torch.compile`` leaves the wrapper as it is.
+    The names of its parameters begin with ``module.``. :meth:`compile` compiles the module;
+    ``torch.compile`` leaves the wrapper as it is.
 
     Inputs and outputs may be any pytrees. A result is rejected, and counts as missing, if it is not
     finite, of another batch size, or unlike most in structure, shape or dtype. So mask logits with
-    a number such as -1e4, not ``-inf``. By rows, and with codes that repeat inputs, rows with NaN
-    or infinity are computed, too. If the result of such a row is missing, the mean of the others is
-    its answer, with an infinite radius.
+    a number such as -1e4, not ``-inf``. Unless a code mixes inputs, rows with NaN or infinity are
+    computed, too. A missing one is answered by the mean of the others, with an infinite radius.
 
     Args:
         module: the module; its outputs are floating-point tensors with a batch dimension, and
-            plain constants that are the same for every part. By rows, and with codes that repeat
-            inputs, tensors of other dtypes too, which are never predicted.
+            plain constants that are the same for every part. Unless a code mixes inputs, tensors
+            of other dtypes too, which are never predicted.
         code: the code. Codes that mix inputs need floating-point ones. Defaults to None: by rows.
         workers: the pool that computes. Defaults to :class:`~coded_torch.workers.LocalWorkers` with
             a code; required without one.
-        waiting: the policy: when to ask, to hedge and to stop. Defaults to ``Waiting.first()``
-            with a code, and ``Waiting()`` without one.
-        parts: the number of parts that a batch is divided into by rows. Defaults to one for each
-            worker; required for ``LocalWorkers``, which has no number of workers.
+        waiting: the policy. Defaults to ``Waiting.first()`` with a code, and ``Waiting()`` without.
+        parts: the number of parts of a batch by rows. Defaults to one for each worker; required for
+            ``LocalWorkers``, which has no number of workers.
         predictor: predicts missing rows. Defaults to ``Regression()``.
         surrogate: cheap approximations of the module, one or a sequence: callables with like
             outputs, such as a smaller network (:func:`coded_torch.surrogates.distill`), or a
             :class:`~coded_torch.surrogates.Memory`, which learns from exact answers. If something
             is missing, they run in this process, without gradients, and their residuals are
-            predicted; one that does not help gets weight 0. Defaults to none; refused with codes
-            that mix inputs.
+            predicted. Defaults to none; refused with codes that mix inputs.
         verify: the share of rows, such as 0.02, that a second worker computes. Wrong results are
             corrected, and workers that return them are excluded. By rows, on pools of at least
             three workers; with two, disputes are only reported. Defaults to None, none.
-        in_dims: as in :func:`torch.func.vmap`, for the positional arguments. Each has its batch
-            dimension, an integer, or "shared" or None for a value meant for the whole batch. A
-            pytree prefix of such is one for nested arguments. A tensor under None whose first
-            dimension has the batch size is refused: say "shared" if it is meant for all, and is not
-            changed. Tensors in keyword arguments are divided along dimension 0. Defaults to 0.
+        in_dims: as in :func:`torch.func.vmap`, for the positional arguments: a batch dimension, or
+            "shared" or None for a value meant for the whole batch; or a pytree prefix of such. A
+            tensor under None whose first dimension has the batch size is refused: say "shared".
+            Tensors in keyword arguments are divided along dimension 0. Defaults to 0.
         out_dims: the batch dimension of the outputs, in the same form; at None, the result of the
             part asked first is passed through. Defaults to 0.
 
@@ -99,16 +94,15 @@ class CodedWrapper(ModuleProxy):
         TypeError, ValueError: an argument is of another kind than said, or does not fit others. In
             calls: inputs cannot be divided or coded; no part's output can be decoded.
         NotEnoughResults: in calls, fewer good results than the code needs, or than ``waiting`` asks
-            for. Its cause is the error of the first part that had one. A
+            for. Its cause is the first error of a part. A
             :class:`~coded_torch.codes.DeadlineExceeded` at the deadline.
         Exception: in calls by rows, of the module, if a row raises alike on two workers, or three
             times where no other worker computes it. Its ``rows``, ``answers`` (NaN in rows that
             were not computed) and ``report`` hold the results.
 
     Note:
-        By rows, the module's own work and the hedges; by columns, up to :math:`N / K` times the
-        module's work. The same results give the same bits, in any order of arrival. An empty
-        batch goes to the module itself.
+        The cost is the module's own work and the hedges by rows, and up to :math:`N / K` times the
+        module's work by columns. The same results give the same bits, in any order of arrival.
 
     Reference:
         Moradi, Tahmasebi, Maddah-Ali, "Coded Computing for Resilient Distributed Computing: A
@@ -311,49 +305,40 @@ def _check_settings(wrapper: CodedWrapper) -> None:
         count(wrapper, "parts", parts)
     if verify is not None:
         real(wrapper, "verify", verify, "between 0 and 1", lambda x: 0 <= x <= 1)
-    wrong: dict[str, Any] = {  # the requirement, and whether it is broken
-        f"{name} must be None with a code, as it is for batches by rows": (
-            code is not None and getattr(wrapper, name)
-        )
-        for name in ("parts", "predictor", "verify")
-    } | {
-        f"parts must be given with {type(pool).__name__}, which has no number of workers": (
-            code is None and parts is None and pool.num_workers is None
-        ),
-        # With a student, the paper's scheme has more error than the student alone in seven of ten
-        # settings measured on two networks (benchmarks/surrogates.py).
-        "surrogate must be left out with a code that mixes inputs, as it alone has less error": (
-            code is not None and code.mixes and wrapper.surrogate
-        ),
-        "verify must be None on a pool without two workers that can be told apart": (
-            verify and (pool.num_workers or 0) < 2
-        ),
-    }
-    for must, is_wrong in wrong.items():
-        if is_wrong:
-            got = shown(getattr(wrapper, must.partition(" ")[0]))
-            raise ValueError(f"CodedWrapper: {must}, got {got}")
+    must = ""
+    if code is not None:
+        for name in ("parts", "predictor", "verify"):
+            if getattr(wrapper, name):
+                must = f"{name} must be None with a code, as it is for batches by rows"
+        if code.mixes and wrapper.surrogate:
+            # With a student, the paper's scheme has more error than the student alone in seven of
+            # ten settings measured on two networks (benchmarks/surrogates.py).
+            must = "surrogate must be left out with a code that mixes inputs: alone, it is better"
+    elif parts is None and pool.num_workers is None:
+        must = f"parts must be given with {type(pool).__name__}, which has no number of workers"
+    elif verify and (pool.num_workers or 0) < 2:
+        must = "verify must be None on a pool without two workers that can be told apart"
+    if must:
+        got = shown(getattr(wrapper, must.partition(" ")[0]))
+        raise ValueError(f"CodedWrapper: {must}, got {got}")
     _check_waiting(code, wrapper.waiting)
 
 
 def _check_waiting(code: Code | None, waiting: Waiting | None) -> None:
     """Raise a TypeError or a ValueError unless a policy fits the code."""
     instance("CodedWrapper", "waiting", waiting, Waiting, optional=True)
-    if waiting is None or (code is None and not waiting.at_once):
+    must = ""
+    if waiting is None:
         return
     if code is None:
-        raise ValueError(
-            "CodedWrapper: waiting must be Waiting(...) without a code, as rows do not stand in "
-            f"for each other, got {waiting}"
-        )
-    if not waiting.predict and code.mixes:
-        raise ValueError(
-            "CodedWrapper: waiting.predict must be True with a code that mixes inputs, as all that "
-            f"it decodes is estimated, got False with {code}"
-        )
-    lost, most = waiting.num_stragglers or 0, code.num_workers - code.min_received
-    if lost > most:
-        raise ValueError(
-            f"CodedWrapper: waiting.num_stragglers must be at most {most}, as {code} needs "
-            f"{code.min_received} results, got {lost}"
-        )
+        if waiting.at_once:
+            must = (
+                "waiting must be Waiting(...) without a code, as rows replace no others"
+            )
+    elif not waiting.predict and code.mixes:
+        must = "waiting.predict must be True with a code that mixes inputs, as it estimates all"
+    elif (waiting.num_stragglers or 0) > (most := code.num_workers - code.min_received):
+        must = f"waiting.num_stragglers must be at most {most}, as {code} needs "
+        must += f"{code.min_received} results"
+    if must:
+        raise ValueError(f"CodedWrapper: {must}, got {waiting}")
