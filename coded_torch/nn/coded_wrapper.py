@@ -332,9 +332,7 @@ def _check_waiting(code: Code | None, waiting: Waiting | None) -> None:
         return
     if code is None:
         if waiting.at_once:
-            must = (
-                "waiting must be Waiting(...) without a code, as rows replace no others"
-            )
+            must = "waiting must be Waiting(...) without a code, as rows replace no others"
     elif not waiting.predict and code.mixes:
         must = "waiting.predict must be True with a code that mixes inputs, as it estimates all"
     elif (waiting.num_stragglers or 0) > (most := code.num_workers - code.min_received):

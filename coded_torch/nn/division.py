@@ -31,12 +31,6 @@ __all__ = ["Columns", "Division", "Inputs", "Rows", "finite", "training_part", "
 _SLACK = 5e-3
 
 
-_TRAINING_EFFECTS: dict[type[nn.Module], str] = {
-    _BatchNorm: "takes its statistics from the coded inputs, not from the batch",
-    _DropoutNd: "drops values at random, so the answers of one input differ",
-}
-
-
 class Inputs:
     """The arguments of one call, checked. Inputs that a code is ``mixing`` must be finite.
 
@@ -291,16 +285,18 @@ class Rows(Division):
         return (f"predicted {how}, to keep the deadline",)
 
 
-def warn_of_training(module: nn.Module) -> None:
-    """Warn of parts of a module that compute otherwise in training mode."""
-    for kind, effect in _TRAINING_EFFECTS.items():
-        if (name := training_part(module, kind)) is not None:
-            warn(f"CodedWrapper: {name} is in training mode and {effect}; call eval() on it")
-
-
-def training_part(module: nn.Module, kind: type[nn.Module] = _BatchNorm) -> str | None:
-    """Return the name of the first part of a kind that is in training mode, or None."""
+def training_part(
+    module: nn.Module, kinds: tuple[type[nn.Module], ...] = (_BatchNorm,)
+) -> str | None:
+    """Return the name of the first part of some kinds that is in training mode, or None."""
     for name, part in module.named_modules():
-        if part.training and isinstance(part, kind) and getattr(part, "p", 1.0) > 0:
+        if part.training and isinstance(part, kinds) and getattr(part, "p", 1.0) > 0:
             return name or "the module"
     return None
+
+
+def warn_of_training(module: nn.Module) -> None:
+    """Warn of a part of a module that computes otherwise in training mode."""
+    if name := training_part(module, (_BatchNorm, _DropoutNd)):
+        what = "answers depend on the rows of a part, or on chance"
+        warn(f"CodedWrapper: {name} is in training mode, where {what}; call eval() on it")

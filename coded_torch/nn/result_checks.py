@@ -57,20 +57,20 @@ class Result:
             base.check_batch(self._value, i, leaf, dim, len(self.part.units) * task.unit_rows)
             self.form.append((leaf.dtype, self.rows(i).shape[1:]))
             self.divided.append(i)
+            if division.link is not None:
+                self._check_probabilities(i)
 
-    def check_probabilities(self) -> None:
-        """Raise a ValueError if an output is no probability distribution."""
-        for i in self.divided:
-            rows = self.judged(i).detach().float()
-            if rows.numel() == 0 or not self.leaves[i].is_floating_point():
-                continue
-            sums = rows.sum(-1)
-            if rows.dim() < 2 or max((sums - 1).abs().max(), -rows.min()) > _ROUNDING:
-                raise ValueError(
-                    f"CodedWrapper: {self.name(i)} must be probabilities over its last dimension "
-                    f"to be decoded with link='softmax', got values of {rows.min():.3g} and more, "
-                    f"of shape {[*rows.shape]}, with sums of {sums.min():.3g} to {sums.max():.3g}"
-                )
+    def _check_probabilities(self, i: int) -> None:
+        rows = self.judged(i).detach()
+        if rows.numel() == 0 or not rows.is_floating_point():
+            return
+        sums = rows.sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32))
+        if rows.dim() < 2 or max((sums - 1).abs().max(), -rows.min()) > _ROUNDING:
+            raise ValueError(
+                f"CodedWrapper: {self.name(i)} must be probabilities over its last dimension "
+                f"to be decoded with link='softmax', got values of {rows.min():.3g} and more, "
+                f"of shape {[*rows.shape]}, with sums of {sums.min():.3g} to {sums.max():.3g}"
+            )
 
     def name(self, i: int) -> str:
         return base.leaf_name("output", self._value, i)
@@ -139,8 +139,7 @@ class Stacked(NamedTuple):
 class Results:
     """The replies to one task, of which the largest group of one form counts.
 
-    Under a link, results must be probabilities. Rows whose inputs are not finite may have any
-    result.
+    Rows whose inputs are not finite may have any result.
 
     Attributes:
         good: the largest group, in the order of arrival; of equal ones, the group of the part that
@@ -152,7 +151,7 @@ class Results:
         self._division = division
         self._errors: list[WorkerError] = []
         self._groups: list[list[Result]] = []  # one for each form, in order of arrival
-        self._misfits: list[WorkerError] = []  # of the errors, where a value cannot be decoded
+        self._num_misfits = 0  # values that cannot be decoded
         self._chosen: Mapping[int, int] | None = None
         self.good: list[Result] = []
         self.units: set[int] = set()
@@ -170,17 +169,15 @@ class Results:
             try:
                 formed[i] = Result(reply, self._division)
             except (TypeError, ValueError) as cause:
-                self._reject(reply, cause)
+                text = str(cause).removeprefix("CodedWrapper: ")
+                why = f"returned what cannot be decoded: {text}"
+                self._errors.append(WorkerError(reply.part.number, reply.worker, why, cause=cause))
+                self._num_misfits += 1
         names = _not_finite(list(formed.values()))
         return [
             self._count(formed[i], names.get(formed[i])) if i in formed else [(reply, None)]
             for i, reply in enumerate(replies)
         ]
-
-    def _reject(self, reply: Reply, cause: Exception) -> None:
-        why = f"returned what cannot be decoded: {str(cause).removeprefix('CodedWrapper: ')}"
-        self._misfits.append(WorkerError(reply.part.number, reply.worker, why, cause=cause))
-        self._errors.append(self._misfits[-1])
 
     def _count(self, result: Result, not_finite: str | None) -> list[tuple[Reply, Result | None]]:
         """Let a result vote, and return whose results are good, or bad, by it."""
@@ -188,12 +185,6 @@ class Results:
             why = f"returned values that are not finite in {not_finite}"
             self._errors.append(WorkerError(result.part.number, result.worker, why))
             return [(result.reply, None)]
-        if self._division.link is not None:
-            try:
-                result.check_probabilities()
-            except ValueError as cause:
-                self._reject(result.reply, cause)
-                return [(result.reply, None)]
         group = next((g for g in self._groups if result.form == g[0].form), None)
         if group is None:
             self._groups.append(group := [])
@@ -225,7 +216,7 @@ class Results:
     @property
     def misfit(self) -> Exception | None:
         """The error of the first reply if no reply at all is an answer to the task."""
-        if self._groups or not self._misfits or self._misfits != self._errors:
+        if self._groups or not 0 < self._num_misfits == len(self._errors):
             return None
         cause = self.rejected[0].__cause__
         return cause if isinstance(cause, Exception) else None
@@ -238,9 +229,8 @@ class Results:
         flat = [(unit, result) for result in good for unit in result.part.units]
         everywhere = places = list(range(len(flat)))
         if len(flat) > len(self.units):  # some units have several results
-            chosen = self._chosen or {
-                u: r.part.number for r in self.good[::-1] for u in r.part.units
-            }
+            parts = [result.part for result in self.good[::-1]]
+            chosen = self._chosen or {unit: part.number for part in parts for unit in part.units}
             places = [i for i, (unit, r) in enumerate(flat) if chosen.get(unit) == r.part.number]
         places = sorted(places, key=lambda place: flat[place][0])
         leaves = list(first.leaves)
