@@ -7,7 +7,6 @@ import itertools
 import math
 import re
 import time
-import traceback
 from collections import deque
 from collections.abc import Generator, Sequence
 
@@ -245,8 +244,7 @@ class Execution:
         division, answers = self._division, None
         try:
             error.report = self._report  # type: ignore[attr-defined]
-            if self._report.refused:
-                error.rows = self._report.refused  # type: ignore[attr-defined]
+            error.rows = self._report.refused  # type: ignore[attr-defined]
             if division.by_rows and self._results.units:
                 stacked, wholes = self._results.stack(), dict[int, Tensor]()
                 for i in stacked.divided:
@@ -267,9 +265,9 @@ def _failure(reply: workers.Reply) -> Failure:
     if error is None:
         return Failure()
     cause = error.__cause__ or error
-    text = "".join(traceback.format_exception_only(cause)) if error.kind == "raised" else ""
     # Places, sizes and addresses differ between the parts of one batch.
-    return Failure(error.kind, (type(cause), re.sub(r"\w*\d\w*", "#", text)))
+    text = re.sub(r"\w*\d\w*", "#", str(cause)) if error.kind == "raised" else ""
+    return Failure(error.kind, (type(cause), text))
 
 
 def _of_module(first: workers.WorkerError, refused: Sequence[int]) -> Exception | None:

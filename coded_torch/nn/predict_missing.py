@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Answers"]
 
 logger = sparing_logger("coded_torch.nn")
+Plan: TypeAlias = BatchPlan | RowPlan
 
 # The factor of the surrogates' own squares, so that equal surrogates share their weight. It was not
 # tuned.
@@ -50,16 +51,12 @@ class Answers:
     """Makes the answers of one call. Memories learn nothing if the module changes meanwhile."""
 
     def __init__(
-        self,
-        surrogates: Sequence[Any],
-        division: Division,
-        report: Report,
-        module: nn.Module,
-        verdict: Trials | None,
+        self, surrogates: Any, division: Division, report: Report, module: nn.Module, check: Any
     ) -> None:
         self._surrogates, self._division, self._inputs = surrogates, division, division.inputs
         self._link, self._coverage, self._report = division.link, division.coverage, report
-        self._verdict, self._known = verdict, dict[int, tuple[list[Tensor], Tensor] | None]()
+        self._check: Trials | None = check
+        self._known = dict[int, tuple[list[Tensor], Tensor] | None]()  # by memories
         self._memories = [(s, s.follow(module)) for s in surrogates if isinstance(s, Memory)]
 
     def forget_excluded(self) -> None:
@@ -71,7 +68,7 @@ class Answers:
         """Return the answers in the structure that the module gives them."""
         division, report, odd = self._division, self._report, self._inputs.not_finite
         whole = division.is_whole(stacked.units)  # then the results are the answers
-        plan: BatchPlan | RowPlan | None = None if whole else division.plan
+        plan: Plan | None = None if whole else division.plan
         with outside():  # the report outlives a transform
             source = torch.arange(division.batch_size)
             source = source if plan is None else plan.source(stacked.units)
@@ -90,9 +87,8 @@ class Answers:
                 answers[i] = leaf.flatten(0, 1)[source.to(leaf.device)]
             else:
                 of_leaf = {j: x[i] for j, x in enumerate(approximations) if i in x}
-                rows, of_surrogates, bars = self._decoded(
-                    leaf, plan, stacked.units, source, of_leaf, not answers
-                )
+                first = not answers  # which has error bars
+                rows, of_surrogates, bars = self._decoded(stacked, i, plan, source, of_leaf, first)
                 if odd is not None:  # nothing is known of their distances
                     own = leaf.flatten(0, 1)
                     mean = own[source[exact].to(own.device)].mean(0)
@@ -217,9 +213,9 @@ class Answers:
 
     def _remember(self, answers: Sequence[Tensor], exact: Tensor) -> None:
         """Have memories learn the rows of answers, ``[B, ...]`` each, that are exact."""
-        if self._verdict is not None:
+        if self._check is not None:
             with outside():
-                exact &= torch.tensor([row in self._verdict.owners for row in range(len(exact))])
+                exact &= torch.tensor([row in self._check.owners for row in range(len(exact))])
         if not bool(exact.any()):
             return
 
@@ -234,15 +230,10 @@ class Answers:
                 memory.observe(inputs, outputs, generation)
 
     def _decoded(
-        self,
-        results: Tensor,
-        plan: BatchPlan | RowPlan,
-        received: Sequence[int],
-        source: Tensor,
-        approximations: Mapping[int, Tensor],
-        has_bars: bool,
+        self, stacked: Stacked, i: int, plan: Plan, source: Tensor, approximations: Any, bars: bool
     ) -> tuple[Tensor, Mapping[int, float], ErrorBars | None]:
-        """Return answers ``[B, ...]`` from results ``[F, R, ...]``, weights, and error bars."""
+        """Return answers ``[B, ...]``, weights of approximations, and error bars, of a leaf."""
+        results, received = stacked.leaves[i], stacked.units
         odd, by_rows, predicted = self._division.not_finite, isinstance(plan, RowPlan), source < 0
         scaled = results if odd is None else _levelled(results, odd[list(received)])
         weights, offsets = dict[int, float](), None
@@ -255,7 +246,7 @@ class Answers:
                     scaled, plan, self._division, received, approximations
                 )
         answers = plan.decode(scaled, received)
-        bars = plan.error_bars(received, scaled, answers, offsets) if has_bars else None
+        found = plan.error_bars(received, scaled, answers, offsets) if bars else None
         if offsets is not None:
             answers = answers + offsets[1]
         if is_predicted:
@@ -263,20 +254,16 @@ class Answers:
             if by_rows:  # predictions of masked scores may go beyond
                 info = torch.finfo(results.dtype)
                 answers = answers.clamp(info.min, info.max)
-        if bars is not None:
-            bars = _rounded(bars, answers, results.dtype)
+        if found is not None:
+            found = _rounded(found, answers, results.dtype)
         if scaled is not results:
             own = results.flatten(0, 1).index_select(0, source.clamp(min=0).to(results.device))
             answers = _filled(own, predicted, answers.to(results.dtype))
-        return answers, weights, bars
+        return answers, weights, found
 
 
 def _residuals(
-    results: Tensor,
-    plan: BatchPlan | RowPlan,
-    division: Division,
-    received: Sequence[int],
-    approximations: Mapping[int, Tensor],
+    results: Tensor, plan: Plan, division: Division, received: Sequence[int], approximations: Any
 ) -> tuple[dict[int, float], Tensor, tuple[Tensor, Tensor] | None]:
     r"""Return weights, residuals :math:`y - \sum_j w_j s_j` of surrogates, and both their sums.
 
