@@ -20,7 +20,7 @@ from ..surrogates import checked
 from ..verification import Strikes, Trials
 from ..workers.base import Workers
 from ..workers.local import LocalWorkers
-from .division import Columns, Inputs, Rows, warn_of_training
+from .division import Columns, Division, Inputs, Rows, warn_of_training
 from .execute import Execution, seconds_left
 from .module_proxy import ModuleProxy
 from .predict_missing import Answers
@@ -216,12 +216,12 @@ class CodedWrapper(ModuleProxy):
         report.failed = False
         return answers
 
-    def _divide(self, inputs: Inputs, waiting: Waiting, report: Report) -> Rows | Columns:
+    def _divide(self, inputs: Inputs, waiting: Waiting, report: Report) -> Division:
         code, block, reserve = self.code, BLOCKS[0], 0.0
         if code is None or code.uses_geometry:
             left = seconds_left(self.workers, waiting, report)
             block, reserve = self._history.predictions.reserve(inputs.batch_size, left)
-        division: Rows | Columns
+        division: Division
         if code is None:
             parts = self.parts or self.workers.num_workers or 1
             predictor = self.predictor or _PREDICTOR
@@ -233,7 +233,7 @@ class CodedWrapper(ModuleProxy):
         division.reserve = reserve
         return division
 
-    def _compute(self, waiting: Waiting, division: Rows | Columns, report: Report) -> Any:
+    def _compute(self, waiting: Waiting, division: Division, report: Report) -> Any:
         pool, predictions = self.workers, self._history.predictions
         results, strikes = Results(division), self._strikes
         check = None if strikes is None else Trials(strikes, waiting, division.inputs.floating())
@@ -250,17 +250,18 @@ class CodedWrapper(ModuleProxy):
             assert stacked is not None
             if self.surrogate:
                 self._form = stacked.form()
-            is_predicted = isinstance(division, Rows) and not division.is_whole(stacked.units)
-            if is_predicted:
+            is_whole = division.is_whole(stacked.units)
+            rows = division if isinstance(division, Rows) and not is_whole else None
+            if rows is not None:
                 left = seconds_left(pool, waiting, report)
-                report.notes += division.keep_deadline(left, predictions)
+                report.notes += rows.keep_deadline(left, predictions)
             try:
                 found = answers.of(stacked)
             except Exception as raised:  # the caller's code failed: the exception gets the answers
                 execution.holding(raised)
                 raise
-        if is_predicted and not pool.simulated:  # there, predictions take no time
-            predictions.add(report.decode_seconds, division.batch_size, division.block)
+        if rows is not None and not pool.simulated:  # there, predictions take no time
+            predictions.add(report.decode_seconds, rows.batch_size, rows.block)
         report.warn(execution.why)
         return found
 

@@ -90,7 +90,7 @@ class Inputs:
     def _name(self, i: int) -> str:
         if self._plain:
             return f"args[{i}]"
-        path = pytree.tree_flatten_with_path((self.args, self.kwargs))[0][i][0]
+        path: Any = pytree.tree_flatten_with_path((self.args, self.kwargs))[0][i][0]
         return ("args" if path[0].idx == 0 else "kwargs") + pytree.keystr(path[1:])
 
     def _checked_size(self, i: int, dim: int, mixing: Code | None) -> int:

@@ -48,17 +48,15 @@ class ModuleProxy(nn.Module):
     def map(
         self, batches: Iterable[Any], *, in_flight: int = 4, waiting: Any = None
     ) -> Iterator[tuple[Any, Any]]:
-        """Yield the answers and the report of each batch, in order, several calls open at once.
+        """Yield the answers and the report of each batch, in order.
 
-        ``for answers, report in coded.map(batches): ...`` keeps the workers busy between calls.
-        Memory is bounded: no batch is taken from the iterable before it can be computed. If the
-        loop ends early, also by Ctrl-C, the open calls end.
+        Several calls are open at once, which keeps the workers busy. No batch is taken from the
+        iterable before it can be computed. If the loop ends early, the open calls end.
 
         Args:
             batches: inputs, or tuples of positional arguments.
             in_flight: the number of calls that are open at once. Defaults to 4.
-            waiting: the policy of these calls, as for :meth:`run`. ``Waiting(predict=False)`` makes
-                all answers exact. Defaults to the wrapper's own.
+            waiting: the policy of these calls. Defaults to the wrapper's own.
 
         Raises:
             Exception: a call fails or, after the answers before it, the iterable. Its attribute

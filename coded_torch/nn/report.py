@@ -38,8 +38,8 @@ logger = sparing_logger("coded_torch.nn")
 class Report:
     """The report of one call of a :class:`~coded_torch.CodedWrapper`, also of one that raised.
 
-    A worker is named by its place in the pool, 0, 1, 2, ... On
-    :class:`~coded_torch.workers.LocalWorkers` every part of the call has a worker of its own.
+    Workers are named by their places in the pool. On :class:`~coded_torch.workers.LocalWorkers`
+    every part of the call has a worker of its own.
 
     Attributes:
         asked, received: the workers that began a part of the call, and those whose results count,

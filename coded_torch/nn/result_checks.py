@@ -229,8 +229,8 @@ class Results:
         flat = [(unit, result) for result in good for unit in result.part.units]
         everywhere = places = list(range(len(flat)))
         if len(flat) > len(self.units):  # some units have several results
-            parts = [result.part for result in self.good[::-1]]
-            chosen = self._chosen or {unit: part.number for part in parts for unit in part.units}
+            arrived = [result.part for result in self.good[::-1]]
+            chosen = self._chosen or {unit: part.number for part in arrived for unit in part.units}
             places = [i for i, (unit, r) in enumerate(flat) if chosen.get(unit) == r.part.number]
         places = sorted(places, key=lambda place: flat[place][0])
         leaves = list(first.leaves)
