@@ -68,7 +68,7 @@ class Answers:
         """Return the answers in the structure that the module gives them."""
         division, report, odd = self._division, self._report, self._inputs.not_finite
         whole = division.is_whole(stacked.units)  # then the results are the answers
-        plan: Plan | None = None if whole else division.plan
+        plan = None if whole else division.plan
         with outside():  # the report outlives a transform
             source = torch.arange(division.batch_size)
             source = source if plan is None else plan.source(stacked.units)
@@ -81,23 +81,21 @@ class Answers:
         choices: list[Choice] = []
         for i in stacked.divided:
             leaf = stacked.leaves[i]
-            if plan is None:
-                answers[i] = leaf.squeeze(1)
-            elif not leaf.is_floating_point():
-                answers[i] = leaf.flatten(0, 1)[source.to(leaf.device)]
-            else:
-                of_leaf = {j: x[i] for j, x in enumerate(approximations) if i in x}
-                first = not answers  # which has error bars
-                rows, of_surrogates, bars = self._decoded(stacked, i, plan, source, of_leaf, first)
-                if odd is not None:  # nothing is known of their distances
-                    own = leaf.flatten(0, 1)
-                    mean = own[source[exact].to(own.device)].mean(0)
-                    rows = _filled(rows, predicted & odd, mean)
-                if bars is not None:
-                    self._note(bars, rows)
-                weights.append(tuple(of_surrogates.get(j, 0.0) for j in range(len(approximations))))
-                choices += [dataclasses.replace(x, output=len(weights) - 1) for x in plan.choices]
-                answers[i] = rows
+            own = leaf.flatten(0, 1)
+            if not (is_predicted and leaf.is_floating_point()):
+                answers[i] = own if plan is None else own.index_select(0, source.to(own.device))
+                continue
+            of_leaf = {j: x[i] for j, x in enumerate(approximations) if i in x}
+            first = not answers  # which has error bars
+            rows, of_surrogates, bars = self._decoded(stacked, i, plan, source, of_leaf, first)
+            if odd is not None:  # nothing is known of their distances
+                mean = own[source[exact].to(own.device)].mean(0)
+                rows = _filled(rows, predicted & odd, mean)
+            if bars is not None:
+                self._note(bars, rows)
+            weights.append(tuple(of_surrogates.get(j, 0.0) for j in range(len(approximations))))
+            choices += [dataclasses.replace(x, output=len(weights) - 1) for x in plan.choices]
+            answers[i] = rows
         floating = [rows for rows in answers.values() if rows.is_floating_point()]
         if not is_predicted:
             bars = ErrorBars(division.batch_size)
@@ -234,31 +232,27 @@ class Answers:
     ) -> tuple[Tensor, Mapping[int, float], ErrorBars | None]:
         """Return answers ``[B, ...]``, weights of approximations, and error bars, of a leaf."""
         results, received = stacked.leaves[i], stacked.units
-        odd, by_rows, predicted = self._division.not_finite, isinstance(plan, RowPlan), source < 0
+        odd, by_rows = self._division.not_finite, isinstance(plan, RowPlan)
         scaled = results if odd is None else _levelled(results, odd[list(received)])
+        if by_rows:  # predictions are rounded once, at the end
+            scaled = scaled.to(torch.promote_types(scaled.dtype, torch.float32))
+        scaled = to_scale(scaled, self._link)
         weights, offsets = dict[int, float](), None
-        if is_predicted := bool(predicted.any()):
-            if by_rows:  # predictions are rounded once, at the end
-                scaled = scaled.to(torch.promote_types(scaled.dtype, torch.float32))
-            scaled = to_scale(scaled, self._link)
-            if approximations:
-                weights, scaled, offsets = _residuals(
-                    scaled, plan, self._division, received, approximations
-                )
+        if approximations:
+            weights, scaled, offsets = _residuals(
+                scaled, plan, self._division, received, approximations
+            )
         answers = plan.decode(scaled, received)
         found = plan.error_bars(received, scaled, answers, offsets) if bars else None
-        if offsets is not None:
-            answers = answers + offsets[1]
-        if is_predicted:
-            answers = _from_scale(answers, self._link)
-            if by_rows:  # predictions of masked scores may go beyond
-                info = torch.finfo(results.dtype)
-                answers = answers.clamp(info.min, info.max)
+        answers = _from_scale(answers if offsets is None else answers + offsets[1], self._link)
+        if by_rows:  # predictions of masked scores may go beyond
+            info = torch.finfo(results.dtype)
+            answers = answers.clamp(info.min, info.max)
         if found is not None:
             found = _rounded(found, answers, results.dtype)
         if scaled is not results:
             own = results.flatten(0, 1).index_select(0, source.clamp(min=0).to(results.device))
-            answers = _filled(own, predicted, answers.to(results.dtype))
+            answers = _filled(own, source < 0, answers.to(results.dtype))
         return answers, weights, found
 
 
