@@ -63,9 +63,8 @@ class Inputs:
         divided = [(i, dim) for i, dim in enumerate(self.dims) if dim is not None]
         sizes = {i: self._checked_size(i, dim, mixing) for i, dim in divided}
         if not sizes:
-            others = {type(leaf).__name__ for leaf in self.leaves if not isinstance(leaf, Tensor)}
-            got = ", ".join(sorted(others)) or "none"
-            raise ValueError(f"CodedWrapper: inputs must hold a tensor to be coded, got {got}")
+            got = ", ".join(sorted({type(leaf).__name__ for leaf in self.leaves})) or "none"
+            raise ValueError(f"CodedWrapper: inputs must hold a tensor to divide, got {got}")
         if len(set(sizes.values())) > 1:
             got = ", ".join(f"{size} in {self._name(i)}" for i, size in sizes.items())
             raise ValueError(
@@ -74,7 +73,15 @@ class Inputs:
             )
         (first, self.batch_size), *_ = sizes.items()
         self.device: torch.device = self.leaves[first].device
-        self.not_finite = _not_finite(self.floating()) if mixing is None else None
+        self.not_finite: Tensor | None = None
+        odd = [] if mixing else [leaf for leaf in self.floating() if not finite(leaf)]
+        with outside():
+            for leaf in odd:
+                good = (
+                    plain("CodedWrapper", "inputs", leaf).isfinite().reshape(len(leaf), -1).all(1)
+                )
+                bad = ~good.cpu()
+                self.not_finite = bad if self.not_finite is None else bad | self.not_finite
         if self.batch_size > 1 and None in self.dims:
             self._check_shared(dims)
 
@@ -137,17 +144,6 @@ def finite(leaf: Tensor) -> bool:
     leaf = leaf.detach() if leaf.requires_grad else leaf
     # A value that is not finite stays so in every sum; a sum may overflow without one.
     return math.isfinite(leaf.sum().item()) or bool(leaf.isfinite().all())
-
-
-def _not_finite(batches: Sequence[Tensor]) -> Tensor | None:
-    """Return the rows of ``[B, ...]`` that are not finite: bool, ``[B]``; None if all are."""
-    with outside():
-        rows = [
-            (~plain("CodedWrapper", "inputs", x).isfinite()).reshape(len(x), -1).any(1).cpu()
-            for x in batches
-            if not finite(x)
-        ]
-        return torch.stack(rows).any(0) if rows else None
 
 
 class Division:

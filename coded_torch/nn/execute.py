@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Generator, Sequence
 
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class Execution:
         self._events: deque[Event] = deque()
         self._began: dict[int, workers.Began] = {}  # the last time, as a part may begin again
         self._asked: set[int] = set()  # the workers that began a part
-        self._raised: dict[int, frozenset[int]] = {}  # the workers that raised, by unit
+        self._raised = defaultdict[int, frozenset[int]](frozenset)  # the workers, by unit
 
     def run(
         self, pool: workers.Workers, module: nn.Module, waiting: Waiting, history: History
@@ -142,7 +142,7 @@ class Execution:
         for reply in replies:
             if reply.error is not None and reply.error.kind == "raised":
                 for unit in reply.part.units:
-                    self._raised[unit] = self._raised.get(unit, _NOBODY) | {reply.worker}
+                    self._raised[unit] |= {reply.worker}
             if reply.worker >= 0:  # a worker had it
                 latencies.pop(reply.worker, None)
                 began = self._began.get(reply.part.number)
@@ -225,17 +225,15 @@ class Execution:
         division, results, report = self._division, self._results, self._report
         rejected = results.rejected
         reasons = [str(rejected[0]).partition("\n")[0]] if rejected else []
-        total = len(division.first)
-        received = [r.part.number for r in results.good if r.part.number < total]
         if division.by_rows:
-            received, total = sorted(results.units), division.batch_size
-            causes: dict[str, list[int]] = {}
+            causes = defaultdict[str, list[int]](list)
             for row in report.missing_rows:
                 cause = str(report.errors.get(row, "")).partition("\n")[0] or "no reply"
-                causes.setdefault(cause, []).append(row)
+                causes[cause].append(row)
             reasons = [f"{_shown(rows)}: {cause}" for cause, rows in causes.items()]
         kind = DeadlineExceeded if report.ended == "deadline" else NotEnoughResults
-        error = kind(received, required, total, "; ".join(filter(None, [*reasons, why])))
+        reason = "; ".join(filter(None, [*reasons, why]))
+        error = kind([*results.units], required, division.task.num_units, reason)
         error.__cause__ = next(iter([*report.errors.values(), *rejected]), None)
         return error
 
