@@ -174,9 +174,9 @@ class Report:
         self, source: Tensor, parts: Sequence[int], num_first: int, unit_rows: int = 1
     ) -> None:
         """Note the result of each answer, ``[B]``, -1 if predicted, and the part of each unit."""
-        kinds = [*(part >= num_first for part in parts), 2]  # the last is that of -1
+        kinds = bytearray([*[part >= num_first for part in parts], 2])  # the last is that of -1
         self.predicted = source < 0
-        self.source = torch.tensor(kinds, dtype=torch.uint8)[source // unit_rows]
+        self.source = torch.frombuffer(kinds, dtype=torch.uint8)[source // unit_rows]
 
     def note_empty(self) -> None:
         """Note that there are no answers."""
