@@ -31,12 +31,6 @@ __all__ = ["Columns", "Division", "Inputs", "Rows", "finite", "training_part", "
 _SLACK = 5e-3
 
 
-_TRAINING_EFFECTS: dict[type[nn.Module], str] = {
-    _BatchNorm: "takes its statistics from the coded inputs, not from the batch",
-    _DropoutNd: "drops values at random, so the answers of one input differ",
-}
-
-
 class Inputs:
     """The arguments of one call, checked. Inputs that a code is ``mixing`` must be finite.
 
@@ -69,9 +63,8 @@ class Inputs:
         divided = [(i, dim) for i, dim in enumerate(self.dims) if dim is not None]
         sizes = {i: self._checked_size(i, dim, mixing) for i, dim in divided}
         if not sizes:
-            others = {type(leaf).__name__ for leaf in self.leaves if not isinstance(leaf, Tensor)}
-            got = ", ".join(sorted(others)) or "none"
-            raise ValueError(f"CodedWrapper: inputs must hold a tensor to be coded, got {got}")
+            got = ", ".join(sorted({type(leaf).__name__ for leaf in self.leaves})) or "none"
+            raise ValueError(f"CodedWrapper: inputs must hold a tensor to divide, got {got}")
         if len(set(sizes.values())) > 1:
             got = ", ".join(f"{size} in {self._name(i)}" for i, size in sizes.items())
             raise ValueError(
@@ -80,7 +73,15 @@ class Inputs:
             )
         (first, self.batch_size), *_ = sizes.items()
         self.device: torch.device = self.leaves[first].device
-        self.not_finite = _not_finite(self.floating()) if mixing is None else None
+        self.not_finite: Tensor | None = None
+        odd = [] if mixing else [leaf for leaf in self.floating() if not finite(leaf)]
+        with outside():
+            for leaf in odd:
+                good = (
+                    plain("CodedWrapper", "inputs", leaf).isfinite().reshape(len(leaf), -1).all(1)
+                )
+                bad = ~good.cpu()
+                self.not_finite = bad if self.not_finite is None else bad | self.not_finite
         if self.batch_size > 1 and None in self.dims:
             self._check_shared(dims)
 
@@ -96,7 +97,8 @@ class Inputs:
     def _name(self, i: int) -> str:
         if self._plain:
             return f"args[{i}]"
-        return _name(pytree.tree_flatten_with_path((self.args, self.kwargs))[0][i][0])
+        path: Any = pytree.tree_flatten_with_path((self.args, self.kwargs))[0][i][0]
+        return ("args" if path[0].idx == 0 else "kwargs") + pytree.keystr(path[1:])
 
     def _checked_size(self, i: int, dim: int, mixing: Code | None) -> int:
         leaf: Tensor = self.leaves[i]
@@ -125,27 +127,14 @@ class Inputs:
 
     def _check_shared(self, dims: Sequence[Any]) -> None:
         """Raise a ValueError if a shared input looks as if each row had its own entry."""
-        at = 0  # the first leaf of a node
-        for path, node in pytree.tree_flatten_with_path((self.args, self.kwargs), _is_numbers)[0]:
-            own = len(node) if _is_numbers(node) else 0
-            if isinstance(node, Tensor | np.ndarray) and node.ndim:
-                own = node.shape[0]
-            if own == self.batch_size and dims[at] != "shared" and self.dims[at] is None:
+        for i, (leaf, dim) in enumerate(zip(self.leaves, dims, strict=True)):
+            own = leaf.shape[:1] if isinstance(leaf, Tensor | np.ndarray) else ()
+            if self.dims[i] is None and dim != "shared" and own == (self.batch_size,):
                 raise ValueError(
-                    f"CodedWrapper: {_name(path)} must be a tensor with a batch dimension in "
+                    f"CodedWrapper: {self._name(i)} must be a tensor with a batch dimension in "
                     'in_dims if each row has its own entry, or "shared" in in_dims if all rows '
-                    f"share it, got a {type(node).__name__} of the batch size {own}"
+                    f"share it, got a {type(leaf).__name__} of the batch size {own[0]}"
                 )
-            at += own if _is_numbers(node) else 1
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return ("args" if path[0].idx == 0 else "kwargs") + pytree.keystr(path[1:])
-
-
-def _is_numbers(node: Any) -> bool:
-    """Return whether a node is a list of numbers; tuples are sizes and the like."""
-    return type(node) is list and node != [] and all(isinstance(x, int | float) for x in node)
 
 
 def finite(leaf: Tensor) -> bool:
@@ -155,17 +144,6 @@ def finite(leaf: Tensor) -> bool:
     leaf = leaf.detach() if leaf.requires_grad else leaf
     # A value that is not finite stays so in every sum; a sum may overflow without one.
     return math.isfinite(leaf.sum().item()) or bool(leaf.isfinite().all())
-
-
-def _not_finite(batches: Sequence[Tensor]) -> Tensor | None:
-    """Return the rows of ``[B, ...]`` that are not finite: bool, ``[B]``; None if all are."""
-    with outside():
-        rows = [
-            (~plain("CodedWrapper", "inputs", x).isfinite()).reshape(len(x), -1).any(1).cpu()
-            for x in batches
-            if not finite(x)
-        ]
-        return torch.stack(rows).any(0) if rows else None
 
 
 class Division:
@@ -182,6 +160,9 @@ class Division:
     not_finite: Tensor | None = None
     reserve = 0.0  #: seconds before the deadline that predictions take
     plan: Any  #: the BatchPlan or RowPlan of the batch, by which results become answers
+    link: str | None  #: of the predictor or the code
+    coverage = 0.95  #: the level of error bars
+    mixes = False  #: true if units hold mixtures of rows
 
     def __init__(self, inputs: Inputs, num_units: int, unit_rows: int, out_dims: Any) -> None:
         self.inputs, self.batch_size = inputs, inputs.batch_size
@@ -215,26 +196,23 @@ class Division:
 class Columns(Division):
     """The N coded inputs of every group: each column has a row for each of the G groups.
 
-    The call waits for N - S results. The ``dealer``, if there is one, draws the order of asking.
+    The call waits for N - S results, where S columns may be ``lost``. The ``dealer``, a
+    :class:`random.Random` or None, draws the order of asking.
     """
 
     def __init__(
-        self,
-        inputs: Inputs,
-        code: Code,
-        num_stragglers: int,
-        all_at_once: bool,
-        dealer: random.Random | None,
-        out_dims: Any,
+        self, inputs: Inputs, code: Code, lost: int, at_once: bool, dealer: Any, out_dims: Any
     ) -> None:
         n, floating = code.num_workers, inputs.floating()
+        self.link, self.mixes = code.link, code.mixes
+        self.coverage = getattr(code, "regression", self).coverage
         others = [] if floating else inputs.batches()
-        self.plan = code.plan(floating, num_stragglers, batch_size=inputs.batch_size, others=others)
+        self.plan = code.plan(floating, lost, batch_size=inputs.batch_size, others=others)
         self.num_groups = self.plan.num_groups
         super().__init__(inputs, n, self.num_groups, out_dims)
-        self.needed, self.least = n - num_stragglers, code.min_received
+        self.needed, self.least = n - lost, code.min_received
         # The columns asked for first are spread evenly over the curve.
-        asked = n if all_at_once else self.needed
+        asked = n if at_once else self.needed
         chosen = [i * n // asked for i in range(asked)]
         spare = sorted(set(range(n)).difference(chosen))
         if dealer is not None:
@@ -271,11 +249,12 @@ class Rows(Division):
     """
 
     def __init__(
-        self, inputs: Inputs, predictor: Regression, *, block: int, parts: int, out_dims: Any
+        self, inputs: Inputs, predictor: Regression, *, block: int, parts: int, out_dims: Any = 0
     ) -> None:
         size = inputs.batch_size
         super().__init__(inputs, size, 1, out_dims)
         self._predictor, self.block = predictor, block
+        self.link, self.coverage = predictor.link, predictor.coverage
         self.needed, self.least = size, 1
         self.first = dealt(size, min(parts, size))
 
@@ -302,18 +281,18 @@ class Rows(Division):
         return (f"predicted {how}, to keep the deadline",)
 
 
-def warn_of_training(owner: str, module: nn.Module, warned: set[str]) -> None:
-    """Warn once of each part of a module that computes otherwise in training mode."""
-    for kind, effect in _TRAINING_EFFECTS.items():
-        name = training_part(module, kind)
-        if name is not None and name not in warned:
-            warned.add(name)
-            warn(f"{owner}: {name} is in training mode and {effect}; call eval() on it")
-
-
-def training_part(module: nn.Module, kind: type[nn.Module] = _BatchNorm) -> str | None:
-    """Return the name of the first part of a kind that is in training mode, or None."""
+def training_part(
+    module: nn.Module, kinds: tuple[type[nn.Module], ...] = (_BatchNorm,)
+) -> str | None:
+    """Return the name of the first part of some kinds that is in training mode, or None."""
     for name, part in module.named_modules():
-        if part.training and isinstance(part, kind) and getattr(part, "p", 1.0) > 0:
+        if part.training and isinstance(part, kinds) and getattr(part, "p", 1.0) > 0:
             return name or "the module"
     return None
+
+
+def warn_of_training(module: nn.Module) -> None:
+    """Warn of a part of a module that computes otherwise in training mode."""
+    if name := training_part(module, (_BatchNorm, _DropoutNd)):
+        what = "answers depend on the rows of a part, or on chance"
+        warn(f"CodedWrapper: {name} is in training mode, where {what}; call eval() on it")

@@ -7,8 +7,7 @@ import itertools
 import math
 import re
 import time
-import traceback
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Generator, Sequence
 
 from torch import Tensor, nn
@@ -27,7 +26,8 @@ from .result_checks import Results
 __all__ = ["Execution", "seconds_left"]
 
 logger = sparing_logger("coded_torch.nn")
-_NOTE, _NOBODY = "raised by the module on", frozenset[int]()
+_NOBODY = frozenset[int]()
+_SHOWN = 8  # rows in a message
 
 
 def seconds_left(pool: workers.Workers, waiting: Waiting, report: Report) -> float:
@@ -52,7 +52,7 @@ class Execution:
         self._events: deque[Event] = deque()
         self._began: dict[int, workers.Began] = {}  # the last time, as a part may begin again
         self._asked: set[int] = set()  # the workers that began a part
-        self._raised: dict[int, frozenset[int]] = {}  # the workers that raised, by unit
+        self._raised = defaultdict[int, frozenset[int]](frozenset)  # the workers, by unit
 
     def run(
         self, pool: workers.Workers, module: nn.Module, waiting: Waiting, history: History
@@ -142,7 +142,7 @@ class Execution:
         for reply in replies:
             if reply.error is not None and reply.error.kind == "raised":
                 for unit in reply.part.units:
-                    self._raised[unit] = self._raised.get(unit, _NOBODY) | {reply.worker}
+                    self._raised[unit] |= {reply.worker}
             if reply.worker >= 0:  # a worker had it
                 latencies.pop(reply.worker, None)
                 began = self._began.get(reply.part.number)
@@ -225,17 +225,15 @@ class Execution:
         division, results, report = self._division, self._results, self._report
         rejected = results.rejected
         reasons = [str(rejected[0]).partition("\n")[0]] if rejected else []
-        total = len(division.first)
-        received = [r.part.number for r in results.good if r.part.number < total]
         if division.by_rows:
-            received, total = sorted(results.units), division.batch_size
-            causes: dict[str, list[int]] = {}
+            causes = defaultdict[str, list[int]](list)
             for row in report.missing_rows:
                 cause = str(report.errors.get(row, "")).partition("\n")[0] or "no reply"
-                causes.setdefault(cause, []).append(row)
+                causes[cause].append(row)
             reasons = [f"{_shown(rows)}: {cause}" for cause, rows in causes.items()]
         kind = DeadlineExceeded if report.ended == "deadline" else NotEnoughResults
-        error = kind(received, required, total, "; ".join(filter(None, [*reasons, why])))
+        reason = "; ".join(filter(None, [*reasons, why]))
+        error = kind([*results.units], required, division.task.num_units, reason)
         error.__cause__ = next(iter([*report.errors.values(), *rejected]), None)
         return error
 
@@ -244,8 +242,7 @@ class Execution:
         division, answers = self._division, None
         try:
             error.report = self._report  # type: ignore[attr-defined]
-            if self._report.refused:
-                error.rows = self._report.refused  # type: ignore[attr-defined]
+            error.rows = self._report.refused  # type: ignore[attr-defined]
             if division.by_rows and self._results.units:
                 stacked, wholes = self._results.stack(), dict[int, Tensor]()
                 for i in stacked.divided:
@@ -266,9 +263,9 @@ def _failure(reply: workers.Reply) -> Failure:
     if error is None:
         return Failure()
     cause = error.__cause__ or error
-    text = "".join(traceback.format_exception_only(cause)) if error.kind == "raised" else ""
     # Places, sizes and addresses differ between the parts of one batch.
-    return Failure(error.kind, (type(cause), re.sub(r"\w*\d\w*", "#", text)))
+    text = re.sub(r"\w*\d\w*", "#", str(cause)) if error.kind == "raised" else ""
+    return Failure(error.kind, (type(cause), text))
 
 
 def _of_module(first: workers.WorkerError, refused: Sequence[int]) -> Exception | None:
@@ -279,22 +276,13 @@ def _of_module(first: workers.WorkerError, refused: Sequence[int]) -> Exception 
     if isinstance(cause, StopIteration):  # futures cannot hold it (PEP 479)
         cause, stopped = RuntimeError(f"the module raised {cause!r}"), cause
         cause.__cause__ = stopped
-    if refused:
-        note = f"{_NOTE} {_shown(refused)} of the batch; {first}"
-        with contextlib.suppress(Exception):  # a class may have slots, or refuse attributes
-            # `add_note` is not in Python 3.10. The module may raise one object again and again.
-            others = [n for n in getattr(cause, "__notes__", ()) if not n.startswith(_NOTE)]
-            cause.__notes__ = [*others, note]
+    note = f"raised by the module on {_shown(refused)} of the batch; {first}"
+    with contextlib.suppress(Exception):  # a class may have slots
+        # Python 3.10 has no add_note.
+        cause.__notes__ = [*getattr(cause, "__notes__", ()), *([note] if refused else ())]
     return cause
 
 
 def _shown(rows: Sequence[int]) -> str:
-    """Show rows, runs of them as their ends."""
-    runs: list[list[int]] = []
-    for row in rows:
-        if runs and row == runs[-1][-1] + 1:
-            runs[-1][1:] = [row]
-        else:
-            runs.append([row])
-    shown = ", ".join(" to ".join(map(str, run)) for run in runs)
-    return f"row {shown}" if len(rows) == 1 else f"rows {shown}"
+    more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+    return f"row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:_SHOWN]))}{more}"

@@ -23,8 +23,6 @@ __all__ = ["ModuleProxy"]
 class ModuleProxy(nn.Module):
     """A wrapper with the state dict and the mode of the module inside."""
 
-    _compiled: Callable[..., Any] | None = None
-
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
@@ -39,9 +37,6 @@ class ModuleProxy(nn.Module):
 
         Context variables and torch's modes of gradients, inference and autocast hold there. If the
         task is cancelled, the call ends, and parts that no worker has begun never begin.
-
-        Args:
-            args, kwargs: of :meth:`run`.
         """
         run, interruption = _carried(self.run, Ambient())
         try:
@@ -53,17 +48,15 @@ class ModuleProxy(nn.Module):
     def map(
         self, batches: Iterable[Any], *, in_flight: int = 4, waiting: Any = None
     ) -> Iterator[tuple[Any, Any]]:
-        """Yield the answers and the report of each batch, in order, several calls open at once.
+        """Yield the answers and the report of each batch, in order.
 
-        ``for answers, report in coded.map(batches): ...`` keeps the workers busy between calls.
-        Memory is bounded: no batch is taken from the iterable before it can be computed. If the
-        loop ends early, also by Ctrl-C, the open calls end.
+        Several calls are open at once, which keeps the workers busy. No batch is taken from the
+        iterable before it can be computed. If the loop ends early, the open calls end.
 
         Args:
             batches: inputs, or tuples of positional arguments.
             in_flight: the number of calls that are open at once. Defaults to 4.
-            waiting: the policy of these calls, as for :meth:`run`. ``Waiting(predict=False)`` makes
-                all answers exact. Defaults to the wrapper's own.
+            waiting: the policy of these calls. Defaults to the wrapper's own.
 
         Raises:
             Exception: a call fails or, after the answers before it, the iterable. Its attribute
@@ -75,10 +68,6 @@ class ModuleProxy(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the module inside, with the arguments of :func:`torch.compile`."""
         self.module.compile(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "_compiled": None}  # made again where it is needed
 
     # The state dict is the module's own. Overriding is enough for a wrapper on its own; as a part
     # of a bigger module, loading recurses into `module`, under whose name the keys must then be.
@@ -113,31 +102,34 @@ def _map_batches(
     run: Callable[..., tuple[Any, Any]], batches: Iterable[Any], in_flight: int
 ) -> Iterator[tuple[Any, Any]]:
     """Do as :meth:`ModuleProxy.map`; ``in_flight`` batches with their results exist at once."""
-    ambient, left = Ambient(), iter(batches)
-    calls: deque[tuple[Any, Interruption]] = deque()
-    threads = ThreadPoolExecutor(in_flight, "coded_torch map")
-    try:
-        for number in itertools.count():
-            while len(calls) < in_flight:
-                try:
-                    batch = next(left)
-                except StopIteration:
-                    break
-                except Exception as error:  # the batches before it are answered first
-                    calls.append((future := Future[Any](), Interruption()))
-                    future.set_exception(error)
-                    left = iter(())
-                    break
+    ambient, threads = Ambient(), ThreadPoolExecutor(in_flight, "coded_torch map")
+
+    def begin() -> Iterator[tuple[Future[Any], Interruption]]:
+        try:
+            for batch in batches:
                 call, interruption = _carried(run, ambient)
                 args = batch if isinstance(batch, tuple) else (batch,)
-                future = threads.submit(contextvars.copy_context().run, call, *args)
-                calls.append((future, interruption))
+                yield threads.submit(contextvars.copy_context().run, call, *args), interruption
+        except Exception as error:  # the batches before it are answered first
+            future = Future[Any]()
+            future.set_exception(error)
+            yield future, Interruption()
+
+    begun, calls = begin(), deque[tuple[Future[Any], Interruption]]()
+    try:
+        for number in itertools.count():
+            calls.extend(itertools.islice(begun, in_flight - len(calls)))
             if not calls:
                 return
             try:
                 found = calls[0][0].result()
             except BaseException as error:
-                _note(error, number)
+                note = f"CodedWrapper.map: at batch {number}; the {number} batches before it"
+                with contextlib.suppress(Exception):  # a class may have slots
+                    error.batch = number  # type: ignore[attr-defined]
+                    # Python 3.10 has no add_note.
+                    notes = getattr(error, "__notes__", ())
+                    error.__notes__ = [*notes, f"{note} were answered"]
                 raise
             calls.popleft()
             yield found
@@ -151,12 +143,3 @@ def _map_batches(
             future.cancel()
             interruption.set()
         threads.shutdown(wait=False)
-
-
-def _note(error: BaseException, number: int) -> None:
-    """Say in an exception which batch it belongs to, and how many were answered before."""
-    note = f"CodedWrapper.map: at batch {number}; the {number} batches before it were answered"
-    with contextlib.suppress(Exception):  # a class may have slots, or refuse attributes
-        error.batch = number  # type: ignore[attr-defined]
-        # Python 3.10 has no add_note.
-        error.__notes__ = [*getattr(error, "__notes__", ()), note]

@@ -1,8 +1,7 @@
 r"""Turns results into answers: missing ones are predicted, with the help of surrogates.
 
-With an approximation s of the module f, decoders, which are linear, decode residuals,
-:math:`s(x) + D_F\,[\,f(z) - s(z)\,]`, whose error follows the variation of f - s. An input's own
-result stays its answer, bit for bit.
+With an approximation s of the module f, decoders, which are linear, decode residuals:
+:math:`s(x) + D_F\,[\,f(z) - s(z)\,]`. An input's own result stays its answer, bit for bit.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Answers"]
 
 logger = sparing_logger("coded_torch.nn")
+Plan: TypeAlias = BatchPlan | RowPlan
 
 # The factor of the surrogates' own squares, so that equal surrogates share their weight. It was not
 # tuned.
@@ -51,18 +51,12 @@ class Answers:
     """Makes the answers of one call. Memories learn nothing if the module changes meanwhile."""
 
     def __init__(
-        self,
-        surrogates: Sequence[Any],
-        division: Division,
-        link: str | None,
-        coverage: float,
-        report: Report,
-        module: nn.Module,
-        verdict: Trials | None,
+        self, surrogates: Any, division: Division, report: Report, module: nn.Module, check: Any
     ) -> None:
         self._surrogates, self._division, self._inputs = surrogates, division, division.inputs
-        self._link, self._coverage, self._report = link, coverage, report
-        self._verdict, self._known = verdict, dict[int, tuple[list[Tensor], Tensor] | None]()
+        self._link, self._coverage, self._report = division.link, division.coverage, report
+        self._check: Trials | None = check
+        self._known = dict[int, tuple[list[Tensor], Tensor] | None]()  # by memories
         self._memories = [(s, s.follow(module)) for s in surrogates if isinstance(s, Memory)]
 
     def forget_excluded(self) -> None:
@@ -73,40 +67,37 @@ class Answers:
     def of(self, stacked: Stacked) -> Any:
         """Return the answers in the structure that the module gives them."""
         division, report, odd = self._division, self._report, self._inputs.not_finite
-        plan: BatchPlan | RowPlan | None = None
-        if not division.is_whole(stacked.units):  # otherwise the results are the answers
-            plan = division.plan
+        whole = division.is_whole(stacked.units)  # then the results are the answers
+        plan = None if whole else division.plan
         with outside():  # the report outlives a transform
             source = torch.arange(division.batch_size)
             source = source if plan is None else plan.source(stacked.units)
             predicted = source < 0
+            exact = ~predicted if odd is None else ~predicted & ~odd
         report.note_source(source, stacked.parts, len(division.first), division.task.unit_rows)
-        num_predicted = 0 if plan is None else int(predicted.sum())
-        approximations = self._approximations(stacked) if self._surrogates and num_predicted else []
+        is_predicted = bool(predicted.any())
+        approximations = self._approximations(stacked) if self._surrogates and is_predicted else []
         answers, weights = dict[int, Tensor](), list[tuple[float, ...]]()
         choices: list[Choice] = []
         for i in stacked.divided:
             leaf = stacked.leaves[i]
-            if plan is None:
-                answers[i] = leaf.squeeze(1)
-            elif not leaf.is_floating_point():
-                answers[i] = leaf.flatten(0, 1)[source.to(leaf.device)]
-            else:
-                of_leaf = {j: x[i] for j, x in enumerate(approximations) if i in x}
-                rows, of_surrogates, bars = self._decoded(
-                    leaf, plan, stacked.units, source, num_predicted, of_leaf, not answers
-                )
-                if odd is not None:  # nothing is known of their distances
-                    own = leaf.flatten(0, 1)
-                    mean = own[source[~predicted & ~odd].to(own.device)].mean(0)
-                    rows = _filled(rows, predicted & odd, mean)
-                if bars is not None:
-                    self._note(bars, rows)
-                weights.append(tuple(of_surrogates.get(j, 0.0) for j in range(len(approximations))))
-                choices += [dataclasses.replace(x, output=len(weights) - 1) for x in plan.choices]
-                answers[i] = rows
+            own = leaf.flatten(0, 1)
+            if not (is_predicted and leaf.is_floating_point()):
+                answers[i] = own if plan is None else own.index_select(0, source.to(own.device))
+                continue
+            of_leaf = {j: x[i] for j, x in enumerate(approximations) if i in x}
+            first = not answers  # which has error bars
+            rows, of_surrogates, bars = self._decoded(stacked, i, plan, source, of_leaf, first)
+            if odd is not None:  # nothing is known of their distances
+                mean = own[source[exact].to(own.device)].mean(0)
+                rows = _filled(rows, predicted & odd, mean)
+            if bars is not None:
+                self._note(bars, rows)
+            weights.append(tuple(of_surrogates.get(j, 0.0) for j in range(len(approximations))))
+            choices += [dataclasses.replace(x, output=len(weights) - 1) for x in plan.choices]
+            answers[i] = rows
         floating = [rows for rows in answers.values() if rows.is_floating_point()]
-        if not num_predicted:
+        if not is_predicted:
             bars = ErrorBars(division.batch_size)
             report.note_bars(bars, self._coverage, None, floating[0] if floating else None)
         if plan is not None and plan.note:  # the plan has been used, and knows now
@@ -114,7 +105,7 @@ class Answers:
         report.distances = tuple(choices)
         report.surrogate_weights = tuple(weights) if approximations else ()
         if self._memories:
-            self._remember(floating, ~predicted if odd is None else ~predicted & ~odd)
+            self._remember(floating, exact)
         return stacked.tree(answers)
 
     def alone(self, waiting: Waiting, stacked: Stacked | None, error: Exception) -> Any:
@@ -127,22 +118,22 @@ class Answers:
         may = division.by_rows and waiting.predict and not blamed
         if stacked is None or not may or not isinstance(error, NotEnoughResults):
             raise error
-        each = enumerate(self._approximations(stacked))
-        able = [pair for pair in each if pair[1].keys() >= set(stacked.divided)]
-        whole = [x for i, x in enumerate(stacked.leaves) if i not in stacked.divided]
-        if not able or (not stacked.units and any(isinstance(x, Tensor) for x in whole)):
+        divided, found = stacked.divided, self._approximations(stacked)
+        able = [number for number, outputs in enumerate(found) if outputs.keys() >= set(divided)]
+        shared = [x for i, x in enumerate(stacked.leaves) if i not in divided]
+        if not able or (not stacked.units and any(isinstance(x, Tensor) for x in shared)):
             raise error
-        number, outputs = able[0]
         # Copies: the surrogate may return a tensor that it keeps, or the inputs themselves.
-        answers = {i: stacked.over(i, _from_scale(outputs[i], self._link)) for i in stacked.divided}
+        outputs = found[able[0]]
+        answers = {i: stacked.over(i, _from_scale(outputs[i], self._link)) for i in divided}
         with outside():
             source = torch.full((division.batch_size,), -1)
             source[list(stacked.units)] = torch.arange(len(stacked.units))
         report.note_source(source, stacked.parts, len(division.first))
-        for rows in list(answers.values())[:1]:
-            self._note(ErrorBars.unknown(source < 0), rows)
-        name = type(self._surrogates[number]).__name__
-        report.notes += (f"surrogate {number} ({name}) answered alone: {error}",)
+        if divided:
+            self._note(ErrorBars.unknown(source < 0), answers[divided[0]])
+        name = type(self._surrogates[able[0]]).__name__
+        report.notes += (f"surrogate {able[0]} ({name}) answered alone: {error}",)
         return stacked.tree(answers)
 
     @outside()
@@ -220,9 +211,9 @@ class Answers:
 
     def _remember(self, answers: Sequence[Tensor], exact: Tensor) -> None:
         """Have memories learn the rows of answers, ``[B, ...]`` each, that are exact."""
-        if self._verdict is not None:
+        if self._check is not None:
             with outside():
-                exact &= torch.tensor([row in self._verdict.owners for row in range(len(exact))])
+                exact &= torch.tensor([row in self._check.owners for row in range(len(exact))])
         if not bool(exact.any()):
             return
 
@@ -237,54 +228,36 @@ class Answers:
                 memory.observe(inputs, outputs, generation)
 
     def _decoded(
-        self,
-        results: Tensor,
-        plan: BatchPlan | RowPlan,
-        received: Sequence[int],
-        source: Tensor,
-        num_predicted: int,
-        approximations: Mapping[int, Tensor],
-        bars: bool,
+        self, stacked: Stacked, i: int, plan: Plan, source: Tensor, approximations: Any, bars: bool
     ) -> tuple[Tensor, Mapping[int, float], ErrorBars | None]:
-        """Return answers ``[B, ...]`` from results ``[F, R, ...]``, weights, and error bars."""
-        division, odd = self._division, self._division.not_finite
+        """Return answers ``[B, ...]``, weights of approximations, and error bars, of a leaf."""
+        results, received = stacked.leaves[i], stacked.units
+        odd, by_rows = self._division.not_finite, isinstance(plan, RowPlan)
         scaled = results if odd is None else _levelled(results, odd[list(received)])
+        if by_rows:  # predictions are rounded once, at the end
+            scaled = scaled.to(torch.promote_types(scaled.dtype, torch.float32))
+        scaled = to_scale(scaled, self._link)
         weights, offsets = dict[int, float](), None
-        if num_predicted:
-            if isinstance(plan, RowPlan):  # predictions are rounded once, at the end
-                scaled = scaled.to(torch.promote_types(scaled.dtype, torch.float32))
-            scaled = to_scale(scaled, self._link)
-            if approximations:
-                weights, scaled, offsets = _residuals(
-                    scaled, plan, division, received, approximations
-                )
+        if approximations:
+            weights, scaled, offsets = _residuals(
+                scaled, plan, self._division, received, approximations
+            )
         answers = plan.decode(scaled, received)
         found = plan.error_bars(received, scaled, answers, offsets) if bars else None
-        if offsets is not None:
-            answers = answers + offsets[1]
-        if num_predicted:
-            answers = _from_scale(answers, self._link)
-            if isinstance(plan, RowPlan):  # predictions of masked scores may go beyond
-                info = torch.finfo(results.dtype)
-                answers = answers.clamp(info.min, info.max)
+        answers = _from_scale(answers if offsets is None else answers + offsets[1], self._link)
+        if by_rows:  # predictions of masked scores may go beyond
+            info = torch.finfo(results.dtype)
+            answers = answers.clamp(info.min, info.max)
         if found is not None:
             found = _rounded(found, answers, results.dtype)
         if scaled is not results:
-            answers = answers.to(results.dtype)
-            if num_predicted < division.batch_size:
-                source = source.to(results.device)
-                at, own = source.clamp(min=0), source >= 0
-                of_own = results.flatten(0, 1).index_select(0, at)
-                answers = torch.where(own.view(-1, *[1] * (answers.dim() - 1)), of_own, answers)
+            own = results.flatten(0, 1).index_select(0, source.clamp(min=0).to(results.device))
+            answers = _filled(own, source < 0, answers.to(results.dtype))
         return answers, weights, found
 
 
 def _residuals(
-    results: Tensor,
-    plan: BatchPlan | RowPlan,
-    division: Division,
-    received: Sequence[int],
-    approximations: Mapping[int, Tensor],
+    results: Tensor, plan: Plan, division: Division, received: Sequence[int], approximations: Any
 ) -> tuple[dict[int, float], Tensor, tuple[Tensor, Tensor] | None]:
     r"""Return weights, residuals :math:`y - \sum_j w_j s_j` of surrogates, and both their sums.
 
@@ -358,6 +331,7 @@ def _levelled(values: Any, odd: Tensor | None) -> Tensor:
     return values if odd is None else _filled(values, odd, values[~odd.to(values.device)].mean(0))
 
 
-def _filled(values: Tensor, rows: Tensor, value: Tensor) -> Tensor:
-    """Return values ``[..., *value.shape]`` with one value in some rows, bool ``[...]``."""
-    return torch.where(rows.to(values.device).view(*rows.shape, *[1] * value.dim()), value, values)
+def _filled(values: Tensor, rows: Tensor, others: Tensor) -> Tensor:
+    """Return values with others, or one value for all, in some rows, bool."""
+    rows = rows.to(values.device)
+    return torch.where(rows.view(*rows.shape, *[1] * (values.dim() - rows.dim())), others, values)

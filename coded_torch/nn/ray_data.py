@@ -2,7 +2,6 @@ r"""Wrappers over the batches of Ray Data."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,9 @@ __all__ = ["RayDataPredictor"]
 class RayDataPredictor:
     r"""Adds the answers of a wrapper to each batch of Ray Data, for ``Dataset.map_batches``.
 
-    Each actor of Ray Data makes its wrapper once, and keeps its workers between the batches.
+    Each actor of Ray Data makes its wrapper once, and keeps its workers between the batches. A
+    batch gets columns for the answers; ``predicted``, bool, true if no worker computed the answer;
+    and ``radius``, float64, see :attr:`Report.radii`, NaN where there is none.
 
     Args:
         factory: makes the wrapper, in the actor.
@@ -27,14 +28,6 @@ class RayDataPredictor:
             column of a dataset that was made of one array.
         output: the column for the answers, unless the module returns a dict, whose keys name the
             columns then. Defaults to "answer".
-
-    Calling returns:
-        The batch with more columns: the answers; ``predicted``, bool, whether no worker computed
-        the answer; ``radius``, float64, see :attr:`Report.radii`, NaN where there is none.
-
-    Calling raises:
-        TypeError: ``factory`` makes no wrapper, or the module returns no tensors.
-        ValueError: the batch lacks a column of ``inputs``, or has one that is added.
 
     Example:
         .. code-block:: python
@@ -68,10 +61,9 @@ class RayDataPredictor:
             instance(self, f"the output {name!r}", column, Tensor)
             column = column.float() if column.dtype is torch.bfloat16 else column
             more[name] = column.cpu().numpy()
-        assert report.predicted is not None  # there are answers
-        unknown = torch.full_like(report.predicted, math.nan, dtype=torch.float64)
-        radii = unknown if report.radii is None else report.radii
-        notes = {"predicted": report.predicted.numpy(), "radius": radii.numpy()}
+        predicted = np.asarray(report.predicted)
+        radii = np.full(len(predicted), np.nan) if report.radii is None else report.radii.numpy()
+        notes = {"predicted": predicted, "radius": radii}
         if twice := sorted((more.keys() & batch.keys()) | (notes.keys() & {*batch, *more})):
             must = f"the columns {', '.join([*more, *notes])}, which are added, must be new"
             raise ValueError(f"RayDataPredictor: {must}, got {', '.join(twice)}")

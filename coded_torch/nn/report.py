@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -38,12 +38,12 @@ logger = sparing_logger("coded_torch.nn")
 class Report:
     """The report of one call of a :class:`~coded_torch.CodedWrapper`, also of one that raised.
 
-    A worker is named by its place in the pool, 0, 1, 2, ... On
-    :class:`~coded_torch.workers.LocalWorkers` every part of the call has a worker of its own.
+    Workers are named by their places in the pool. On :class:`~coded_torch.workers.LocalWorkers`
+    every part of the call has a worker of its own.
 
     Attributes:
-        asked: the workers that began a part of the call, increasing.
-        received: the workers whose results count, increasing.
+        asked, received: the workers that began a part of the call, and those whose results count,
+            increasing.
         latencies: by worker, seconds from the opening of the request, after encoding, to its last
             reply, in that order; without workers that had to load the module.
         rejected: by worker, the fault of its last result that does not count.
@@ -51,6 +51,8 @@ class Report:
         hedges: the parts that stood in for late or failed ones.
         predicted: bool ``[B]``, on the host: the answers that are not the module's own result of
             their input. None before there are answers.
+        source: uint8 ``[B]``, on the host: 0 for answers from a part that was asked first, 1 from a
+            hedge or another later part, 2 for predictions. None before there are answers.
         radii: float64 ``[B]``, on the host: bounds of errors of the first decoded output. The norm
             of an answer's error is at most its radius with the probability ``coverage`` of the
             :class:`~coded_torch.Regression`. 0 if the answer is exact, infinite if its input is not
@@ -68,24 +70,21 @@ class Report:
         hedging_threshold: seconds after its begin at which a part of the first ask is late; None if
             not known yet.
         deadline: seconds from the call after which it was to end; None if there was none.
-        num_groups: G, the number of groups; 0 if the batch was divided by rows.
+        num_groups: G, the number of groups; 0 by rows.
         distances: for each decoded output, and each block of a large batch, the metric and length
-            that predicted missing answers. Each says how well it predicts results from each other.
-            Empty if nothing was missing or the code has no choice.
-        missing_rows: the rows that no worker computed, if the batch was divided by rows.
+            that predicted missing answers, and how well they predict results from each other.
+        missing_rows: by rows, the rows that no worker computed.
         errors: by missing row, the error of the last part that held it, if there was one.
         refused: the rows on which the module itself fails: it raised alike on two workers, or three
             times where no other worker computes them, or ended its workers, each row alone.
-        verified: bool ``[B]``, on the host: the rows that two workers computed alike. None without
-            ``verify``.
-        unverified: bool ``[B]``, on the host: the rows whose check did not come in time, or could
-            not be decided. None without ``verify``.
+        verified, unverified: bool ``[B]``, on the host: the rows that two workers computed alike,
+            and the rows whose check came too late or could not be decided. None without ``verify``.
         disputes: how often the results of two workers differed.
         corrected: the rows whose first result was wrong, and was replaced.
         strikes: by worker, how many wrong results it was found to return.
         excluded: the workers that get no more parts until they are restarted.
         notes: further remarks for the caller.
-        encode_seconds: from the call to the first ask: checking, ordering, planning and encoding.
+        encode_seconds: from the call to the first ask.
         compute_seconds: of waiting for the workers and checking their results.
         decode_seconds: of decoding and predicting.
         failed: whether the call raised.
@@ -98,6 +97,7 @@ class Report:
     work: float = 0.0
     hedges: tuple[Hedge, ...] = ()
     predicted: Tensor | None = dataclasses.field(default=None, repr=False)
+    source: Tensor | None = dataclasses.field(default=None, repr=False)
     radii: Tensor | None = dataclasses.field(default=None, repr=False)
     coverage: float | None = None
     label_risks: Tensor | None = dataclasses.field(default=None, repr=False)
@@ -124,7 +124,6 @@ class Report:
     #: When the call began, by :func:`time.perf_counter`.
     since: float = dataclasses.field(default_factory=time.perf_counter, init=False, repr=False)
     _bars: ErrorBars | None = dataclasses.field(default=None, init=False, repr=False)
-    _origin: tuple[Any, ...] = dataclasses.field(default=(), init=False, repr=False)
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -136,9 +135,6 @@ class Report:
 
         Args:
             coverage: the probability, between 0 and 1; or one for each row, ``[B]``.
-
-        Raises:
-            TypeError, ValueError: it is no number, or not between 0 and 1, or has another shape.
         """
         if not isinstance(coverage, Tensor):
             real("radii_at", "coverage", coverage, "between 0 and 1", lambda x: 0 < x < 1)
@@ -166,33 +162,21 @@ class Report:
         self.corrected, self.notes = tuple(sorted(verdict.corrected)), self.notes + verdict.notes
         self.disputes, self.strikes = verdict.disputes, verdict.strikes
         self.excluded = verdict.excluded
+        why = "CodedWrapper: worker %d returned wrong results, as others found: %d in one call"
         for worker, count in verdict.strikes.items():
-            what = "CodedWrapper: worker %d returned wrong results, as others found: %d in one call"
-            logger.warning(what, worker, count)
+            logger.warning(why, worker, count)
+        why = "CodedWrapper: worker %d is excluded until it is restarted, as it is often wrong"
         for worker in verdict.excluded:
-            what = "CodedWrapper: worker %d is excluded until it is restarted, as it is often wrong"
-            logger.error(what, worker)
-
-    @property
-    def source(self) -> Tensor | None:
-        """The sources of answers: uint8 ``[B]``, on the host; None before there are answers.
-
-        0 is a part that was asked first, 1 a hedge or another later part, 2 a prediction.
-        """
-        if not self._origin:
-            return None
-        source, parts, num_first, unit_rows = self._origin
-        units = torch.where(source < 0, -1, source // unit_rows)
-        each = [*(part >= num_first for part in parts), 2]
-        codes: Tensor = source.new_tensor(each, dtype=torch.uint8)
-        return codes[units]
+            logger.error(why, worker)
 
     @outside()
     def note_source(
         self, source: Tensor, parts: Sequence[int], num_first: int, unit_rows: int = 1
     ) -> None:
         """Note the result of each answer, ``[B]``, -1 if predicted, and the part of each unit."""
-        self.predicted, self._origin = source < 0, (source, parts, num_first, unit_rows)
+        kinds = bytearray([*[part >= num_first for part in parts], 2])  # the last is that of -1
+        self.predicted = source < 0
+        self.source = torch.frombuffer(kinds, dtype=torch.uint8)[source // unit_rows]
 
     def note_empty(self) -> None:
         """Note that there are no answers."""

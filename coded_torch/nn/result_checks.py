@@ -12,49 +12,42 @@ from torch._prims_common import suggest_memory_format
 from torch.utils import _pytree as pytree
 
 from .._arguments import dense
-from .._torch import differentiated
 from ..workers import base
-from ..workers.base import CONSTANTS, Reply, Task, WorkerError, flatten, show
-from .division import finite
+from ..workers.base import CONSTANTS, Reply, WorkerError, flatten, show
+from .division import Division, finite
 
 __all__ = ["Result", "Results", "Stacked"]
 
-_SMALL = 1 << 16  # bytes of results of which one copy takes less than a sum each; not tuned
 _ROUNDING = 0.01  # the most that a sum of probabilities differs from 1; half precision needs it
 
 
 class Result:
     """The value of one reply, and its form: all that results of one module have in common.
 
-    Tensors of any dtype can be answers if the division ``carries`` them. The ``judged`` rows, bool,
-    must be finite, as their inputs are; all if None. A TypeError or a ValueError says why a value
-    cannot be decoded.
+    Tensors of any dtype can be answers unless the division mixes rows. A TypeError or a ValueError
+    says why a value cannot be decoded.
     """
 
-    def __init__(
-        self, reply: Reply, task: Task, carries: bool, judged: Tensor | None, last: Result | None
-    ) -> None:
+    def __init__(self, reply: Reply, division: Division) -> None:
+        task, odd = division.task, division.not_finite
         self.reply, self.part, self.worker = reply, reply.part, reply.worker
         self._value = reply.value  # the reply need not keep it
+        #: The rows whose inputs are finite, bool; None if all are.
+        self._judged = None if odd is None else ~odd[list(reply.part.units)].flatten()
         self.leaves, self.spec = flatten(reply.value)
         self.dims: list[Any] = base.broadcast_dims("out_dims", task.out_dims, self.spec)
-        for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
-            if isinstance(leaf, Tensor) and dim is not None:
-                name = functools.partial(self.name, i)
-                dense("CodedWrapper", name, leaf, leaf.is_floating_point())
-        self._judged = judged
         self.divided: list[int] = []  # the places of the leaves that have the part's rows
         #: The leaves but for how many rows they have, which is alike in all good results.
         self.form: list[Any] = [self.spec]
-        self._looks = [len(self.part.units), self.spec, *map(_look, self.leaves)]
-        if last is not None and self._looks == last._looks:
-            self.divided, self.form = last.divided, last.form
-            return
         for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
             if dim is None or isinstance(leaf, CONSTANTS):
-                self.form.append(_look(leaf))
+                look = (leaf.dtype, leaf.shape) if isinstance(leaf, Tensor) else base.kind(leaf)
+                self.form.append(look)
                 continue
-            if not (isinstance(leaf, Tensor) and (carries or leaf.is_floating_point())):
+            if isinstance(leaf, Tensor):
+                name = functools.partial(self.name, i)
+                dense("CodedWrapper", name, leaf, leaf.is_floating_point())
+            if not (isinstance(leaf, Tensor) and (leaf.is_floating_point() or not division.mixes)):
                 got = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
                 raise TypeError(
                     f"CodedWrapper: {self.name(i)} must be a floating-point tensor to be decoded, "
@@ -64,15 +57,20 @@ class Result:
             base.check_batch(self._value, i, leaf, dim, len(self.part.units) * task.unit_rows)
             self.form.append((leaf.dtype, self.rows(i).shape[1:]))
             self.divided.append(i)
+            if division.link is not None:
+                self._check_probabilities(i)
 
-    def check_probabilities(self) -> None:
-        """Raise a ValueError if an output is no probability distribution."""
-        for i in self.divided:
-            if self.leaves[i].is_floating_point() and (got := _improbable(self.judged(i))):
-                raise ValueError(
-                    f"CodedWrapper: {self.name(i)} must be probabilities over its last dimension "
-                    f"to be decoded with link='softmax', got {got}"
-                )
+    def _check_probabilities(self, i: int) -> None:
+        rows = self.judged(i).detach()
+        if rows.numel() == 0 or not rows.is_floating_point():
+            return
+        sums = rows.sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32))
+        if rows.dim() < 2 or max((sums - 1).abs().max(), -rows.min()) > _ROUNDING:
+            raise ValueError(
+                f"CodedWrapper: {self.name(i)} must be probabilities over its last dimension "
+                f"to be decoded with link='softmax', got values of {rows.min():.3g} and more, "
+                f"of shape {[*rows.shape]}, with sums of {sums.min():.3g} to {sums.max():.3g}"
+            )
 
     def name(self, i: int) -> str:
         return base.leaf_name("output", self._value, i)
@@ -92,7 +90,7 @@ class Result:
         return rows[self._judged.to(rows.device)]
 
     def __str__(self) -> str:
-        return str(pytree.tree_unflatten(map(_Text, map(show, self.leaves)), self.spec))
+        return str(pytree.tree_unflatten(map(show, self.leaves), self.spec))
 
 
 class Stacked(NamedTuple):
@@ -141,8 +139,7 @@ class Stacked(NamedTuple):
 class Results:
     """The replies to one task, of which the largest group of one form counts.
 
-    Under a ``link``, results must be probabilities. Rows that are ``not_finite``, bool
-    ``[units, R]``, may have any result. ``carries``: whether tensors of any dtype can be answers.
+    Rows whose inputs are not finite may have any result.
 
     Attributes:
         good: the largest group, in the order of arrival; of equal ones, the group of the part that
@@ -150,14 +147,11 @@ class Results:
         units: the units with a good result.
     """
 
-    def __init__(
-        self, task: Task, link: str | None, not_finite: Tensor | None, *, carries: bool
-    ) -> None:
-        self._task, self._link, self._carries = task, link, carries
-        self._not_finite = not_finite
+    def __init__(self, division: Division) -> None:
+        self._division = division
         self._errors: list[WorkerError] = []
         self._groups: list[list[Result]] = []  # one for each form, in order of arrival
-        self._num_replies = self._num_misfits = 0
+        self._num_misfits = 0  # values that cannot be decoded
         self._chosen: Mapping[int, int] | None = None
         self.good: list[Result] = []
         self.units: set[int] = set()
@@ -167,30 +161,23 @@ class Results:
 
         Return, for each reply, the replies that it makes good, with their results, or bad.
         """
-        self._num_replies += len(replies)
         formed: dict[int, Result] = {}
-        last = self.good[-1] if self.good else None
         for i, reply in enumerate(replies):
             if reply.error is not None:
                 self._errors.append(reply.error)
                 continue
-            judged = self._not_finite
-            if judged is not None:
-                judged = ~judged[list(reply.part.units)].flatten()
             try:
-                last = formed[i] = Result(reply, self._task, self._carries, judged, last)
+                formed[i] = Result(reply, self._division)
             except (TypeError, ValueError) as cause:
-                self._reject(reply, cause)
+                text = str(cause).removeprefix("CodedWrapper: ")
+                why = f"returned what cannot be decoded: {text}"
+                self._errors.append(WorkerError(reply.part.number, reply.worker, why, cause=cause))
+                self._num_misfits += 1
         names = _not_finite(list(formed.values()))
         return [
             self._count(formed[i], names.get(formed[i])) if i in formed else [(reply, None)]
             for i, reply in enumerate(replies)
         ]
-
-    def _reject(self, reply: Reply, cause: Exception) -> None:
-        why = f"returned what cannot be decoded: {str(cause).removeprefix('CodedWrapper: ')}"
-        self._errors.append(WorkerError(reply.part.number, reply.worker, why, cause=cause))
-        self._num_misfits += 1
 
     def _count(self, result: Result, not_finite: str | None) -> list[tuple[Reply, Result | None]]:
         """Let a result vote, and return whose results are good, or bad, by it."""
@@ -198,12 +185,6 @@ class Results:
             why = f"returned values that are not finite in {not_finite}"
             self._errors.append(WorkerError(result.part.number, result.worker, why))
             return [(result.reply, None)]
-        if self._link is not None:
-            try:
-                result.check_probabilities()
-            except ValueError as cause:
-                self._reject(result.reply, cause)
-                return [(result.reply, None)]
         group = next((g for g in self._groups if result.form == g[0].form), None)
         if group is None:
             self._groups.append(group := [])
@@ -235,7 +216,7 @@ class Results:
     @property
     def misfit(self) -> Exception | None:
         """The error of the first reply if no reply at all is an answer to the task."""
-        if not 0 < self._num_misfits == self._num_replies:
+        if self._groups or not 0 < self._num_misfits == len(self._errors):
             return None
         cause = self.rejected[0].__cause__
         return cause if isinstance(cause, Exception) else None
@@ -248,19 +229,14 @@ class Results:
         flat = [(unit, result) for result in good for unit in result.part.units]
         everywhere = places = list(range(len(flat)))
         if len(flat) > len(self.units):  # some units have several results
-            ranks, best = {result: i for i, result in enumerate(self.good)}, dict[int, int]()
-            for place in sorted(places, key=lambda place: ranks[flat[place][1]]):
-                unit, result = flat[place]
-                if self._chosen is None or self._chosen.get(unit) == result.part.number:
-                    best.setdefault(unit, place)
-            places = list(best.values())
+            arrived = [result.part for result in self.good[::-1]]
+            chosen = self._chosen or {unit: part.number for part in arrived for unit in part.units}
+            places = [i for i, (unit, r) in enumerate(flat) if chosen.get(unit) == r.part.number]
         places = sorted(places, key=lambda place: flat[place][0])
         leaves = list(first.leaves)
         for i in first.divided:
-            column = [result.rows(i) for result in good]
-            own = _adjoining(column)
-            own = torch.cat(column) if own is None else own
-            own = own.unflatten(0, (-1, self._task.unit_rows))  # [places, R, ...]
+            own = torch.cat([result.rows(i) for result in good])
+            own = own.unflatten(0, (-1, self._division.task.unit_rows))  # [places, R, ...]
             if places != everywhere:
                 own = own.index_select(0, torch.tensor(places, device=own.device))
             leaves[i] = own
@@ -274,37 +250,10 @@ class Results:
         return Stacked(units, leaves, first.dims, first.divided, first.spec, formats, parts)
 
 
-def _adjoining(leaves: Sequence[Tensor]) -> Tensor | None:
-    """Return a view of tensors ``[n, ...]`` that lie end to end in memory; None if they do not.
-
-    Workers in this process compute all parts at once, and each leaf is a slice of that.
-    """
-    first = leaves[0]
-    if type(first) is not Tensor or differentiated(first):
-        return None
-    at, size = first.data_ptr(), first.element_size()
-    for leaf in leaves:
-        if leaf.data_ptr() != at or not leaf.is_contiguous():
-            return None
-        at += leaf.numel() * size
-    memory = first.untyped_storage()  # not the next allocation, which may adjoin by chance
-    if at > memory.data_ptr() + memory.nbytes():
-        return None
-    rows = sum(leaf.shape[0] for leaf in leaves)
-    return first.as_strided((rows, *first.shape[1:]), first.stride())
-
-
 def _weight(group: Sequence[Result]) -> tuple[int, int]:
     """Return the units of a group, and the number of its first part, negative."""
     parts = [result.part for result in group]
     return sum(len(part.units) for part in parts), -min(part.number for part in parts)
-
-
-class _Text(str):
-    """A text that a container prints without quotes."""
-
-    __slots__ = ()
-    __repr__ = str.__str__
 
 
 def _not_finite(results: Sequence[Result]) -> dict[Result, str]:
@@ -313,42 +262,14 @@ def _not_finite(results: Sequence[Result]) -> dict[Result, str]:
     The host waits for a device once, unless there is something wrong.
     """
     rows = [
-        (result, i, result.judged(i))
-        for result in sorted(results, key=lambda result: result.part.units)  # the order of `stack`
+        (result, i, result.judged(i).detach())
+        for result in results
         for i, leaf in enumerate(result.leaves)
         if isinstance(leaf, Tensor) and leaf.is_floating_point()
     ]
-    if len(rows) > 1:
-        leaves = [leaf for *_, leaf in rows]
-        alike = all(result.form == results[0].form for result in results)
-        whole = None
-        if alike and len(rows) == len(results) and leaves[0].dim():
-            whole = _adjoining(leaves)
-            if whole is None and sum(leaf.nbytes for leaf in leaves) < _SMALL:
-                whole = torch.cat(leaves)
-        if whole is None:  # a value that is not finite stays so in sums
-            device = leaves[0].device
-            sums = [leaf.detach().sum().to(device, torch.float32) for leaf in leaves]
-            whole = torch.stack(sums).sum()
-        if finite(whole):
+    if len(rows) > 1:  # a value that is not finite stays so in sums
+        device = rows[0][2].device
+        sums = [leaf.sum().to(device, torch.float32) for *_, leaf in rows]
+        if finite(torch.stack(sums)):
             return {}
     return {result: result.name(i) for result, i, leaf in reversed(rows) if not finite(leaf)}
-
-
-def _improbable(rows: Tensor) -> str:
-    """Describe rows ``[G, ..., C]``; "" if they are probabilities of C classes."""
-    if rows.dim() < 2:
-        return "one number a row"
-    if rows.numel() == 0:
-        return ""
-    sums = rows.detach().sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32))
-    least, low, high = torch.stack([rows.min().to(sums.dtype), *torch.aminmax(sums)]).tolist()
-    if least >= -_ROUNDING and max(abs(low - 1), abs(high - 1)) <= _ROUNDING:
-        return ""
-    return f"values of {least:.3g} and more, with sums of {low:.3g} to {high:.3g}"
-
-
-def _look(leaf: Any) -> tuple[Any, ...]:
-    if isinstance(leaf, Tensor):
-        return leaf.dtype, leaf.shape
-    return (type(leaf), leaf) if isinstance(leaf, CONSTANTS) else (type(leaf),)

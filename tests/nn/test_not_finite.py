@@ -128,7 +128,7 @@ def test_in_any_argument_wherever_the_batch_is():
 def test_where_the_mean_predicts_such_rows_calibrate_no_error_bars():
     """If time is short: without distances, nothing else tells which rows are finite."""
     inputs, predictor = Inputs((spoiled(),), {}, 0), Regression()
-    plan = Rows(inputs, predictor, block=0, parts=4, out_dims=0).plan
+    plan = Rows(inputs, predictor, block=0, parts=4).plan
     results, radii = torch.linspace(-1, 1, 24)[:, None, None], []
     results[BAD] = 0.0  # the mean of the others
     for received in (

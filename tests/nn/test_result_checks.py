@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ from .pools import Separate
         (
             lambda v: v["y"],
             r"^returned float32 \(1, 1\), where most returned "
-            r"{'y': float32 \(1, 1\), 'kind': 'good'}$",
+            r"{'y': 'float32 \(1, 1\)', 'kind': .*good.*}$",
         ),
         (lambda v: None, "returned .*None.*most"),
         (lambda v: v | {"y": v["y"] - math.inf}, r"not finite in output\['y'\]"),
@@ -87,7 +88,7 @@ def test_of_two_camps_of_one_size_that_of_the_part_asked_first_is_taken(order):
 
 
 def checked(task: Any) -> Results:
-    return Results(task, None, None, carries=False)
+    return Results(SimpleNamespace(task=task, link=None, not_finite=None, mixes=True))
 
 
 def reply(n: int, value: Any) -> Reply:
@@ -224,8 +225,6 @@ def test_outputs_that_no_part_can_decode(output, error, match):
         (lambda x: x[0, 0], r"must have size 1.*got shape \(\)"),
         (lambda x: x > 0, "must be a floating-point tensor"),
         (lambda x: x.to_sparse(), "must be a dense, strided .* got layout torch.sparse_coo"),
-        (lambda x: torch.nested.nested_tensor([x]), "must be a dense, .* got a nested tensor"),
-        (lambda x: x.to(torch.float8_e4m3fn), "must be a dense, .* got torch.float8_e4m3fn"),
     ],
 )
 def test_a_result_that_cannot_be_decoded_is_missing_even_if_it_is_the_first(output, reason):
@@ -249,7 +248,7 @@ def test_an_output_of_no_batch_may_have_any_layout():
     [
         (lambda x: (x.softmax(-1), 10 * x), r"output\[1\].*, got values of -.*sums of -.* to "),
         (lambda x: (x.softmax(-1), x.sigmoid()), r"output\[1\].*, got values of 0.*sums of "),
-        (lambda x: (x.softmax(-1), x.softmax(-1)[:, 0]), r"output\[1\].*, got one number a row"),
+        (lambda x: (x.softmax(-1), x.softmax(-1)[:, 0]), r"output\[1\].*, of shape \[2\], with"),
     ],
 )
 def test_what_are_no_probabilities_is_refused_by_name(output, got):
