@@ -241,11 +241,10 @@ class Measured(NamedTuple):
 
 
 class Distances:
-    """The distances between some rows of a batch, by every metric that may predict them.
+    """The distances between all or some rows of a batch, by every metric that may predict them.
 
     Attributes:
         metrics: at least one name or callable.
-        rows: ``[b]``, the rows of the batch. Defaults to all.
         first: the metric that copies go by: the only one, or the default.
         usable: ``[b]``, bool: whether others are predicted from the results of the row.
         order: ``[b]``, a short path through the rows, in the first metric.
@@ -258,7 +257,7 @@ class Distances:
         rows: Tensor | None = None,
     ) -> None:
         rows = torch.arange(len(sources.leaves[0].rows)) if rows is None else rows
-        self.sources, self.metrics, self.rows, self.first = sources, metrics, rows, DEFAULT
+        self._sources, self.metrics, self._rows, self.first = sources, metrics, rows, DEFAULT
         typical = typical_rows([leaf.at(rows).rows for leaf in sources.leaves])
         self._odd = None if typical.all() else torch.from_numpy(~typical)
         self._geometries: dict[Any, Geometry | None] = {}
@@ -332,8 +331,8 @@ class Distances:
         key = (how.features, how.rows_each) if isinstance(metric, str) else metric
         if key not in self._geometries:
             self._geometries[key] = None
-            typical = self.rows if self._odd is None else self.rows[~self._odd]
-            leaves = [leaf.at(typical) for leaf in self.sources.of(metric)]
+            typical = self._rows if self._odd is None else self._rows[~self._odd]
+            leaves = [leaf.at(typical) for leaf in self._sources.of(metric)]
             maps = transforms(how, leaves)
             if maps is None and leaves and not isinstance(metric, str):
                 maps = transforms(METRICS[DEFAULT], leaves)  # a single feature has one unit
@@ -342,7 +341,7 @@ class Distances:
                 features = each[0] if len(each) == 1 else torch.cat(each, 1)
                 if math.isfinite(float(features.sum())):
                     if self._odd is not None:
-                        all_rows = features.new_zeros(len(self.rows), features.shape[1])
+                        all_rows = features.new_zeros(len(self._rows), features.shape[1])
                         features = all_rows.masked_scatter_(~self._odd[:, None], features)
                     self._geometries[key] = Geometry(features)
         return self._geometries[key]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,8 +28,6 @@ LENGTHS = (1.0, 2.0, 4.0, 8.0)
 # Results that metrics and lengths are compared on, or an eighth if that is more: all of 204 cost
 # several times as much, and find no better ones. (benchmarks distances)
 _COMPARED = 144
-# In batches of more rows, metrics are compared in the distances of the compared rows alone.
-_MEASURED = 1024
 # Standard errors that a choice must gain, else the default stays. With one, another length lost up
 # to half as much again where results are few; with two hardly any gain is lost. (benchmarks
 # distances)
@@ -80,6 +77,7 @@ class Fits:
         self._processes: dict[Any, GaussianProcess] = {}
         self._comparisons: dict[Any, Comparison] = {}
         self._few = evenly(len(points), max(compared, len(points) // 8))
+        self._compared = points[self._few]
         self._fitted: list[Fitted] = []  # to results and to their residuals; not a history
 
     def fit(self, sample: Tensor) -> Fitted:
@@ -107,10 +105,10 @@ class Fits:
         return self._fitted[-1]
 
     def _metric(self, few: Tensor, length: float) -> str | Features:
-        distances, rows = self._compared
-        metrics = distances.competing
+        distances, metrics = self._distances, self._distances.competing
         if "metrics" not in self._comparisons:
-            squared, steps = zip(*[distances.among(x, rows) for x in metrics], strict=True)
+            some = [distances.among(x, self._compared) for x in metrics]
+            squared, steps = zip(*some, strict=True)
             lengths = [length * step for step in steps]
             self._comparisons["metrics"] = Comparison(torch.stack(squared), lengths)
         default = metrics.index(distances.first) if distances.first in metrics else None
@@ -124,8 +122,8 @@ class Fits:
             new = [length for length in lengths if length not in found]
             key = metric, *new
             if key not in self._comparisons:
-                distances, rows = self._compared
-                among, step = distances.among(metric, rows)[0], distances.by(metric).step
+                among, _ = self._distances.among(metric, self._compared)
+                step = self._distances.by(metric).step
                 self._comparisons[key] = Comparison(among[None], [step * x for x in new])
             found.update(zip(new, self._comparisons[key].losses(few), strict=True))
             return lengths[_best([found[x] for x in lengths], lengths.index(default))]
@@ -137,15 +135,6 @@ class Fits:
         if {length / 2, length * 2} <= found.keys():  # the side whose next length is better
             near.pop(1 if found[length * 2].mean() < found[length / 2].mean() else 2)
         return best(near, length)
-
-    @functools.cached_property
-    def _compared(self) -> tuple[Distances, Tensor]:
-        """The distances in which metrics are compared, and the rows of the comparison."""
-        distances, few = self._distances, self._points[self._few]
-        if len(distances.rows) <= _MEASURED:
-            return distances, few
-        some = Distances(distances.sources, distances.metrics, distances.rows[few])
-        return some, torch.arange(len(few))
 
 
 def _best(losses: Sequence[npt.NDArray[np.float64]], default: int | None) -> int:
@@ -177,8 +166,7 @@ class Part:
         self.order = torch.arange(len(rows))
         if distances is not None:
             self.usable, self.order = distances.usable, distances.order
-            if len(rows) <= _MEASURED:
-                distances.prepare()
+            distances.prepare()
         self._last: tuple[Tensor, _Known] | None = None
 
     def decode(self, source: Tensor, results: Tensor) -> tuple[Tensor, Choice | None]:

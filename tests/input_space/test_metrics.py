@@ -154,7 +154,7 @@ def test_what_is_fixed_is_what_would_be_chosen():
     assert torch.equal(fixed, chosen)
 
 
-def test_large_batches_compare_on_more_results_in_distances_of_their_own():
+def test_large_batches_compare_on_more_results():
     units = torch.tensor([1e-3, 1.0, 100.0, 1.0])
     x = normal(1500, 4) * units
     plan = Regression().plan([x])
