@@ -174,12 +174,12 @@ def times_sigma(x: Tensor, y: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
     known, lost = (~missing).nonzero().flatten(), missing.nonzero().flatten()
     answers, choice = chosen(x, y, known)
     measured = Distances(Sources([x]), (choice.metric,), torch.arange(len(x))).by(choice.metric)
-    process = GaussianProcess(measured.squared, choice.length * measured.step, known)
+    process = GaussianProcess(measured.squared, choice.length * measured.step, known, lost)
     left_out = process.leave_one_out_residuals(y[known].double()).norm(dim=1)
     off = left_out / process.leave_one_out_variances.sqrt()
     constant = off.quantile(0.95, interpolation="higher")
     errors = (answers - y).norm(dim=1)[missing].double()
-    return errors, constant * process.variances(lost).sqrt()
+    return errors, constant * process.variances.sqrt()
 
 
 def jackknife(x: Tensor, y: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,37 +47,30 @@ def bars(
     rows: Tensor,
     results: Tensor,
     predicted: Tensor,
-    regression: tuple[GaussianProcess, float, Tensor] | None,
-    offsets: Sequence[Tensor] = (),
-    *,
-    labels: bool = False,
+    regression: tuple[GaussianProcess, float] | None,
+    labels: tuple[Tensor, Tensor] | None = None,
 ) -> Bars:
     """Return the error bars of missing rows ``[L]``.
 
     Args:
         results, predicted: ``[M, C]``, and predictions of the missing rows, ``[L, C]``.
-        regression: the process, its trust in (0, 1], and its points of the missing rows. None if
-            predictions are the mean.
-        offsets: surrogates at the results ``[M, C]`` and at the missing rows ``[L, C]``; or none.
-        labels: whether outputs are scores of classes.
+        regression: the process, and its trust in (0, 1]. None if predictions are the mean.
+        labels: if outputs are scores of classes, these at the results, ``[M, C]``, and at the
+            missing rows, ``[L, C]``: with surrogates, which results and predictions lack.
     """
     count, signed = len(results), results.shape[1] == 1
-    process, trust = None, 0.0
-    left_out = torch.arange(count)
-    weights = np.zeros((len(rows), count))
-    variances, of_left_out = np.ones(len(rows)), np.ones(count)
-    if regression is not None:
-        process, trust, points = regression
+    process, trust = regression or (None, 0.0)
+    if process is None:
+        left_out, of_left_out = torch.arange(count), np.ones(count)
+        weights, variances = np.zeros((len(rows), count)), np.ones(len(rows))
+    else:
         left_out, of_left_out = process.left_out, process.leave_one_out_variances.numpy()
-        weights = process.weights_of_left_out(points).numpy()
-        variances = process.variances(points).numpy()
-    norms = np.zeros((3, len(left_out)))
-    moved, known = np.zeros(len(rows)), []
+        weights, variances = process.weights_of_left_out.numpy(), process.variances.numpy()
+    norms, moved, errors = np.zeros((3, len(left_out))), np.zeros(len(rows)), []
     for y, answers in zip(results.split(_BLOCK, 1), predicted.split(_BLOCK, 1), strict=True):
         y = y.double()
         mean = y.mean(0)
-        of_results = y[left_out]
-        deviations = (of_results - mean).numpy()
+        deviations = (y[left_out] - mean).numpy()
         residuals = shrunk = deviations * (count / max(count - 1, 1))  # less the others' mean
         if process is not None:
             residuals = process.leave_one_out_residuals(y).numpy()
@@ -85,26 +78,23 @@ def bars(
         off = (answers.double() - mean).numpy()
         for total, x in zip((*norms, moved), (residuals, shrunk, deviations, off), strict=True):
             total += x[:, 0] if signed else np.einsum("ij,ij->i", x, x)
-        if labels and results.shape[1] > 1:
-            known.append(of_results.numpy() - shrunk)
+        errors.append(shrunk if labels is not None else shrunk[:, :0])
     if not signed:
         norms, moved = np.sqrt(norms), np.sqrt(moved)
     risks = None
-    if known:
-        answered, outputs = predicted.double(), results[left_out].double()
-        found = np.concatenate(known, 1)
-        if offsets:
-            found += offsets[0][left_out].double().numpy()
-            answered, outputs = answered + offsets[1], outputs + offsets[0][left_out]
-        wrong = found.argmax(1) != outputs.numpy().argmax(1)
-        margins = _margins(answered.numpy()) / np.sqrt(variances)
-        risks = label_risks(margins, _margins(found) / np.sqrt(of_left_out), wrong)
+    if labels is not None and results.shape[1] > 1:
+        outputs, answered = labels[0][left_out].double().numpy(), labels[1].double().numpy()
+        found = outputs - np.concatenate(errors, 1)
+        wrong = found.argmax(1) != outputs.argmax(1)
+        margins = _margins(answered) / np.sqrt(variances)
+        found_risks = label_risks(margins, _margins(found) / np.sqrt(of_left_out), wrong)
+        risks = torch.from_numpy(found_risks)
     calibrating = [of_left_out, *norms]
     if len(rows) > _MISSING:
         some = evenly(len(left_out), _CALIBRATING).numpy()
         weights, calibrating = weights[:, some], [x[some] for x in calibrating]
     limits = _thresholds(weights, variances, moved, calibrating, trust, count, signed=signed)
-    return Bars(rows, torch.from_numpy(limits), None if risks is None else torch.from_numpy(risks))
+    return Bars(rows, torch.from_numpy(limits), risks)
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
@@ -213,7 +203,6 @@ class ErrorBars:
             levels = np.broadcast_to(np.asarray(coverage, dtype=np.float64), self.batch_size)[at]
             outside = np.floor((1 - levels) * (n + 1) + 1e-9).astype(np.int64)
             outside = np.minimum(outside, n)
-            # No threshold comes before the largest.
             limits = np.full((*found.shape[:2], n + 1), math.inf)
             limits[:, :, :n] = np.sort(found.numpy(), 2)
             radii[at] = np.take_along_axis(limits, (n - outside)[None, :, None], 2).max(0)[:, 0]

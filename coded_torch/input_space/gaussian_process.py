@@ -47,6 +47,7 @@ class GaussianProcess:
             float32, unless there is no factorisation.
         length: of the covariance, positive.
         points: ``[M]``, the points whose results are given, at least one. Defaults to all.
+        asked: ``[L]``, the points that are predicted. Defaults to none.
 
     Attributes:
         left_out: ``[n]``, the results that are predicted from all others, each in turn: all, or, of
@@ -61,93 +62,91 @@ class GaussianProcess:
     """
 
     def __init__(
-        self, squared_distances: Tensor, length: float, points: Tensor | None = None
+        self,
+        squared_distances: Tensor,
+        length: float,
+        points: Tensor | None = None,
+        asked: Tensor | None = None,
     ) -> None:
-        self._squared, self._length, self._nugget = squared_distances, length, NUGGET
-        self._points = torch.arange(len(squared_distances)) if points is None else points
-        self._factor, failed = self._factored(squared_distances.dtype)
-        while failed:  # ends: with a nugget of M at the latest, the diagonal dominates
+        points = torch.arange(len(squared_distances)) if points is None else points
+        self._asked = points[:0] if asked is None else asked
+        dtype, self._nugget = squared_distances.dtype, NUGGET
+        while True:  # ends: with a nugget of M at the latest, the diagonal dominates
+            self._where = squared_distances.to(dtype), points, length
+            # Laid out as LAPACK has it, which is the same, as it is symmetric.
+            covariance = self._covariances(points).mT
+            covariance.diagonal().add_(self._nugget)
+            failed = covariance.new_empty((), dtype=torch.int32)
+            # In its own memory: of many results, new memory takes an eighth as long again.
+            torch.linalg.cholesky_ex(covariance, out=(covariance, failed))
+            if not failed:
+                break
             if bool(squared_distances.isnan().any()):
                 raise ValueError("GaussianProcess: squared_distances must be numbers, got NaN")
-            if self._factor.dtype == torch.float64:
+            if dtype == torch.float64:
                 self._nugget *= 10
-            self._factor, failed = self._factored(torch.float64)
+            dtype = torch.float64
+        self._factor = covariance
         # The rows of L^-T, for the factor L, of the results that are left out; and C^-1 1, [M].
-        count = len(self._factor)
+        count = len(points)
         self._leaves_all = count <= _ALL_LEFT_OUT
-        if self._leaves_all:
-            self.left_out = torch.arange(count)
-            self._of_left_out = self._solved(torch.eye(count, dtype=self._factor.dtype), True)
-            mean = self._of_left_out @ self._of_left_out.sum(0)
-        else:
-            self.left_out = evenly(count, _LEFT_OUT)
-            some = self._factor.new_zeros(len(self.left_out), count)
-            self._of_left_out = self._solved(some.scatter_(1, self.left_out[:, None], 1), True)
-            mean = self._solved(self._solved(self._factor.new_ones(1, count), True))[0]
-        self._mean, self._precision = mean, float(mean.sum())
-        self._last: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        self._last_weights: tuple[Tensor, Tensor] | None = None
-        self._last_results: tuple[Tensor, tuple[Tensor, Tensor, float]] | None = None
+        self.left_out = evenly(count, count if self._leaves_all else _LEFT_OUT)
+        some = covariance.new_zeros(len(self.left_out), count)
+        self._of_left_out = _solved(some.scatter_(1, self.left_out[:, None], 1), covariance, True)
+        self._mean = self._whole(self._half(covariance.new_ones(1, count)))[0]
+        self._precision = float(self._mean.sum())
+        self._last: tuple[Tensor, tuple[Tensor, Tensor, float]] | None = None
 
-    def _factored(self, dtype: torch.dtype) -> tuple[Tensor, bool]:
-        """Return the covariance's lower Cholesky factor, and whether there is none."""
-        # Laid out as LAPACK has it, which is the same, as it is symmetric.
-        covariance = self._covariances(self._points, dtype).mT
-        covariance.diagonal().add_(self._nugget)
-        failed = covariance.new_empty((), dtype=torch.int32)
-        # In its own memory: of many results, new memory takes an eighth as long again.
-        torch.linalg.cholesky_ex(covariance, out=(covariance, failed))
-        return covariance, bool(failed)
-
-    def _covariances(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    def _covariances(self, rows: Tensor) -> Tensor:
         """Return the covariances of some points with the points that have results."""
-        return matern52_among(self._squared.to(dtype), rows, self._points, self._length)
-
-    def _solved(self, rows: Tensor, transposed: bool = False) -> Tensor:
-        return _solved(rows, self._factor, transposed=transposed)
+        squared, points, length = self._where
+        return matern52_among(squared, rows, points, length)
 
     def _half(self, rows: Tensor) -> Tensor:
         """Return rows times L^-T, by a product if it is known."""
-        return rows @ self._of_left_out if self._leaves_all else self._solved(rows, True)
+        return rows @ self._of_left_out if self._leaves_all else _solved(rows, self._factor, True)
 
-    def _toward(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return covariances times L^-T, the mean's weights ``[L]``, and variances ``[L]``."""
-        if self._last is None or not torch.equal(self._last[0], points):
-            covariances = self._covariances(points, self._factor.dtype)
-            half = self._half(covariances)
-            left = 1 - (covariances @ self._mean).double().numpy()
-            explained = torch.linalg.vector_norm(half, dim=1, dtype=torch.float64).numpy()
-            variances = 1 + self._nugget - explained**2 + left**2 / self._precision
-            variances = np.maximum(variances, self._nugget)
-            self._last = points, half, torch.from_numpy(left), torch.from_numpy(variances)
-        return self._last[1:]
+    def _whole(self, half: Tensor) -> Tensor:
+        """Return rows times C^-1, of rows times L^-T."""
+        return half @ self._of_left_out.T if self._leaves_all else _solved(half, self._factor)
 
-    def variances(self, points: Tensor) -> Tensor:
-        """Return the variances of predictions at points ``[L]``, float64, in the outputs'."""
-        return self._toward(points)[2]
+    @functools.cached_property
+    def _toward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Covariances times L^-T, ``[L, M]``, the mean's weights ``[L]``, and variances ``[L]``."""
+        covariances = self._covariances(self._asked)
+        half = self._half(covariances)
+        left = 1 - (covariances @ self._mean).double().numpy()
+        explained = torch.linalg.vector_norm(half, dim=1, dtype=torch.float64).numpy()
+        variances = 1 + self._nugget - explained**2 + left**2 / self._precision
+        variances = np.maximum(variances, self._nugget)
+        return half, torch.from_numpy(left), torch.from_numpy(variances)
 
-    def weights(self, points: Tensor) -> Tensor:
-        """Return the weights ``[L, M]`` of the results at points ``[L]``: rows that sum to one."""
-        half, left, _ = self._toward(points)
-        if self._last_weights is None or self._last_weights[0] is not half:
-            weights = half @ self._of_left_out.T if self._leaves_all else self._solved(half)
-            found = weights.double().numpy()
-            found += (left.numpy() / self._precision)[:, None] * self._mean.numpy()
-            found += ((1 - found.sum(1)) / found.shape[1])[:, None]  # after rounding
-            self._last_weights = half, torch.from_numpy(found)
-        return self._last_weights[1]
+    @property
+    def variances(self) -> Tensor:
+        """The variances of predictions, ``[L]``, float64, in the outputs'."""
+        return self._toward[2]
 
-    def weights_of_left_out(self, points: Tensor) -> Tensor:
-        """Return the weights of the results that are left out, ``[L, n]``, at points ``[L]``."""
+    @functools.cached_property
+    def weights(self) -> Tensor:
+        """The weights of the results, ``[L, M]``, float64: rows that sum to one."""
+        half, left, _ = self._toward
+        found = self._whole(half).double().numpy()
+        found += (left.numpy() / self._precision)[:, None] * self._mean.numpy()
+        found += ((1 - found.sum(1)) / found.shape[1])[:, None]  # after rounding
+        return torch.from_numpy(found)
+
+    @property
+    def weights_of_left_out(self) -> Tensor:
+        """The weights of the results that are left out, ``[L, n]``."""
         if self._leaves_all:
-            return self.weights(points)
-        half, left, _ = self._toward(points)
+            return self.weights
+        half, left, _ = self._toward
         weights = (half @ self._of_left_out.T).double()
         return weights.addr_(left, self._mean[self.left_out].double(), alpha=1 / self._precision)
 
-    def predict(self, points: Tensor, results: Tensor, trust: float = 1.0) -> Tensor:
-        """Return predictions ``[L, C]`` at points ``[L]``, shrunk towards the mean of results."""
-        half, left, _ = self._toward(points)
+    def predict(self, results: Tensor, trust: float = 1.0) -> Tensor:
+        """Return predictions ``[L, C]``, shrunk towards the mean of the results ``[M, C]``."""
+        half, left, _ = self._toward
         right, mean, size = self._seen(results)
         found = (half @ right.T).addr_(left.to(half), mean).double()
         return found.mul_(trust * size) + results.mean(0)
@@ -157,11 +156,11 @@ class GaussianProcess:
 
         Results are ``[M, C]``, float64. All is kept for the last results.
         """
-        if self._last_results is None or not torch.equal(self._last_results[0], results):
+        if self._last is None or not torch.equal(self._last[0], results):
             y, size = scaled(results)
             y = y.to(self._factor.dtype)
-            self._last_results = results, (self._half(y), y @ self._mean / self._precision, size)
-        return self._last_results[1]
+            self._last = results, (self._half(y), y @ self._mean / self._precision, size)
+        return self._last[1]
 
     def coefficients(self, results: Tensor) -> tuple[Tensor, Tensor]:
         """Return A, ``[M, C]``, and b, ``[C]``: for covariances k, ``k A + b`` is predicted."""
@@ -199,7 +198,9 @@ class GaussianProcess:
             slope of the regression, through 0, of every result on its prediction, both less the
             mean of the others; 0 if its gain against the mean may be chance.
         """
-        deviations = deviations_of(results, self.left_out).numpy()
+        y = results - results[:1]  # equal results have no deviation at all
+        deviations = (y[self.left_out] - y.mean(0)).numpy()
+        deviations *= len(y) / max(len(y) - 1, 1)  # less the mean of all others
         residuals = self.leave_one_out_residuals(results).numpy()
         predicted = deviations - residuals
         total, left, square = (float(np.vdot(x, x)) for x in (deviations, residuals, predicted))
@@ -223,7 +224,7 @@ class Comparison:
         covariance.diagonal(dim1=1, dim2=2).add_(NUGGET)
         factor, failed = torch.linalg.cholesky_ex(covariance)
         eye = torch.eye(factor.shape[1]).expand_as(factor)
-        self._half = _solved(eye, factor, transposed=True)
+        self._half = _solved(eye, factor, True)
         squares = self._half.square().sum(2).numpy()
         # C^-1 1: a product of matrices would take longer, as they lie in memory by columns.
         mean = (self._half * self._half.sum(1, keepdim=True)).sum(2).numpy()
@@ -256,12 +257,6 @@ class Comparison:
         return losses
 
 
-def deviations_of(results: Tensor, some: Tensor) -> Tensor:
-    """Return some results, each less the mean of all others."""
-    results = results - results[:1]  # equal results have no deviation at all
-    return (results[some] - results.mean(0)).mul_(len(results) / max(len(results) - 1, 1))
-
-
 def scaled(results: Tensor) -> tuple[Tensor, float]:
     """Return results ``[M, C]`` centred and of size 1 at most, ``[C, M]``, and the size."""
     y = results - results[:1]  # equal results become 0, however large
@@ -270,7 +265,7 @@ def scaled(results: Tensor) -> tuple[Tensor, float]:
     return y.div_(size).T.contiguous(), size
 
 
-def _solved(rows: Tensor, factor: Tensor, *, transposed: bool = False) -> Tensor:
+def _solved(rows: Tensor, factor: Tensor, transposed: bool = False) -> Tensor:
     """Return rows times the inverse of a triangle; solving for columns copies both operands."""
     triangle = factor.mT if transposed else factor
     solved: Tensor = torch.linalg.solve_triangular(triangle, rows, upper=transposed, left=False)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from torch import Tensor
 from .._torch import exactly, on_host
 from ..ops import inner_products, squared_distances
 
-__all__ = ["Centred", "Geometry", "added_up", "evenly", "typical_rows"]
+__all__ = ["ROUNDINGS", "Geometry", "added_up", "evenly", "typical_rows"]
 
 # More features are added up in buckets, with random signs: Gram matrices of 150,528 take a seventh
 # of the time on batches of 240 pictures (measured once; no benchmark keeps it). It is prime, as
@@ -24,9 +24,9 @@ _BUCKETS = 2039
 # The rows that determine the covariance: a quarter of the batch, within these limits. Of 1,000 rows
 # 256 predict as well as 512; of 3,000 they had 1 % more error (tasks of benchmarks/tasks.py).
 _LANDMARKS = 256, 512
-# Distances that so many roundings of float32 may cause are 0: a margin for sums of some thousand
+#: Distances that so many roundings of float32 may cause are 0: a margin for sums of some thousand
 # terms; it was not tuned.
-_ROUNDINGS = 128
+ROUNDINGS = 128
 # Rows so many times as long as nine tenths of them do not determine the metric, and say nothing of
 # the others. Rows of one scale seldom differ by more; it was not tuned.
 _LONG = 8
@@ -57,7 +57,6 @@ class Geometry:
         self._rows = rows.contiguous()  # scaled rows keep the strides of a transposed input
         least, most = _LANDMARKS
         self._some = evenly(len(rows), min(max(len(rows) // 4, least), most))
-        self._products: Tensor | None = None  # the inner products with the landmarks, [n, L]
         self._at: dict[float, tuple[Tensor, Tensor, float]] = {}
 
     @on_host()
@@ -73,7 +72,7 @@ class Geometry:
         if some is not None:
             rows, squares = rows[some], squares[some]
         # From differences of coordinates: rounded inner products would part rows that repeat.
-        nothing = (_ROUNDINGS * torch.finfo(rows.dtype).eps) ** 2
+        nothing = (ROUNDINGS * torch.finfo(rows.dtype).eps) ** 2
         return squared_distances(rows, squares + (unit - 1) / 2, nothing), unit
 
     def squared_lengths(self, shrinkage: float) -> Tensor:
@@ -89,18 +88,20 @@ class Geometry:
             self._at[shrinkage] = rows, squares, unit
         return self._at[shrinkage]
 
+    @functools.cached_property
+    def _products(self) -> Tensor:
+        """The inner products with the landmarks, ``[n, L]``."""
+        x, some = self._rows, self._some
+        return inner_products(x) if len(some) == len(x) else x @ x[some].T
+
     def _coordinates(self, shrinkage: float) -> Tensor:
         r"""Return Z ``[n, L]`` with :math:`Z Z^\top = M` up to a factor.
 
         It is :math:`X X_S^\top (X_S X_S^\top + \tau I)^{-1} X_S X^\top` for landmarks :math:`X_S`,
         as no two large terms are subtracted.
         """
-        whole = len(self._some) == len(self._rows)
-        if self._products is None:
-            x = self._rows
-            self._products = inner_products(x) if whole else x @ x[self._some].T
         products = self._products
-        system = products.clone() if whole else products[self._some]
+        system = products.index_select(0, self._some)
         trace = float(system.trace())
         if shrinkage == math.inf or trace == 0:
             return products
@@ -108,32 +109,6 @@ class Geometry:
         factor = torch.linalg.cholesky(system)
         rows: Tensor = torch.linalg.solve_triangular(factor.mT, products, upper=True, left=False)
         return rows
-
-
-class Centred(NamedTuple):
-    """Rows less their mean, divided by a size, so that squares neither overflow nor vanish."""
-
-    rows: Tensor  # [n, d]
-    mean: Tensor  # [d], after division
-    size: float
-    spread: float  # the root mean square of the rows' lengths; 0 if all rows are equal, or NaN
-
-    @classmethod
-    def of(cls, x: Tensor) -> Centred:
-        """Centre rows ``[n, d]``."""
-        largest = max(map(abs, map(float, torch.aminmax(x)))) if x.numel() else 0.0
-        if not math.isfinite(largest):
-            return cls(x, x.mean(0), 1.0, math.nan)
-        if not largest > torch.finfo(x.dtype).tiny:
-            return cls(torch.zeros_like(x), x.new_zeros(x.shape[1]), 1.0, 0.0)
-        size = 1.0
-        if not 1e-8 < largest < 1e8:
-            x, largest, size = x / largest, 1.0, largest
-        mean = x.mean(0)
-        rows = x - mean
-        spread = float(torch.linalg.vector_norm(rows)) / math.sqrt(len(x))
-        rounding = _ROUNDINGS * torch.finfo(x.dtype).eps * math.sqrt(x.shape[1]) * largest
-        return cls(rows, mean, size, spread if spread > rounding else 0.0)
 
 
 def evenly(size: int, most: int) -> Tensor:

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._arguments import sparing_logger
+from .._arguments import shown, sparing_logger
 from .._torch import as_called, exactly
-from .geometry import Centred, Geometry, added_up, typical_rows
+from .geometry import ROUNDINGS, Geometry, added_up, typical_rows
 from .ordering import similarity_order
 
 __all__ = ["DEFAULT", "METRICS", "Choice", "Distances", "Features", "Leaf", "Metric"]
-__all__ += ["Scaling", "Sources", "leaves_of", "made_by", "name_of", "path_step"]
-__all__ += ["transforms"]
+__all__ += ["Scaling", "Sources", "leaves_of", "name_of", "path_step", "transforms"]
 
 logger = sparing_logger("coded_torch.codes")
 
@@ -61,47 +60,58 @@ class Choice:
     output: int = 0
 
 
+class Scaling(NamedTuple):
+    """A map from a leaf to the features of a metric: their distances are measured."""
+
+    size: float
+    mean: Tensor  # [f], of the rows divided by the size
+    spread: float  # the root mean square of their lengths; 0 if all rows are equal, or NaN
+    scale: Tensor  # [f], or a number
+    pooled: bool = False
+
+    def __call__(self, leaf: Leaf) -> Tensor:
+        """Return features ``[n, f]``."""
+        leaf = (self.pooled and leaf.pooled) or leaf
+        return (leaf.rows / self.size - self.mean) * self.scale
+
+    def of_fitted(self, leaf: Leaf) -> Tensor:
+        """Return the features of the rows that determined the map."""
+        leaf = (self.pooled and leaf.pooled) or leaf
+        return (leaf.centred[0] * self.scale).float()
+
+
 @dataclasses.dataclass(eq=False)
 class Leaf:
     """The features of one input, on which distances are measured."""
 
     rows: Tensor  # [B, d], float32 or float64
-    pooled: Tensor | None = None  # [B, 2 D], of [B, T, D] the mean and the spread over T; else None
+    pooled: Leaf | None = None  # [B, 2 D]; the mean and the spread over T of [B, T, D]
 
     def at(self, rows: Tensor) -> Leaf:
         """Return some rows, in increasing order."""
         if len(rows) == len(self.rows):
             return self
-        return Leaf(self.rows[rows], None if self.pooled is None else self.pooled[rows])
+        return Leaf(self.rows[rows], self.pooled and self.pooled.at(rows))
 
     @functools.cached_property
-    def centred(self) -> Centred:
-        return Centred.of(self.rows)
+    def centred(self) -> tuple[Tensor, Scaling]:
+        """The centred rows, and the map to centred rows of root mean square length 1.
 
-    @functools.cached_property
-    def centred_pooled(self) -> Centred | None:
-        return None if self.pooled is None else Centred.of(self.pooled)
-
-
-class Scaling(NamedTuple):
-    """A map from a leaf to the features of a metric: their distances are measured."""
-
-    pooled: bool
-    size: float
-    mean: Tensor  # [f]
-    scale: Tensor  # [f], or a number
-
-    def __call__(self, leaf: Leaf) -> Tensor:
-        """Return features ``[n, f]``."""
-        rows = leaf.pooled if self.pooled else leaf.rows
-        assert rows is not None
-        return (rows / self.size - self.mean) * self.scale
-
-    def of_fitted(self, leaf: Leaf) -> Tensor:
-        """Return the features of the rows that determined the map."""
-        centred = leaf.centred_pooled if self.pooled else leaf.centred
-        assert centred is not None
-        return (centred.rows * self.scale).float()
+        Rows are divided by a size, so that squares neither overflow nor vanish.
+        """
+        x, size = self.rows, 1.0
+        largest = max(map(abs, map(float, torch.aminmax(x)))) if x.numel() else 0.0
+        if not math.isfinite(largest):
+            return x, Scaling(size, x.mean(0), math.nan, torch.tensor(math.nan))
+        if not 1e-8 < largest < 1e8:
+            size = max(largest, torch.finfo(x.dtype).tiny)
+            x, largest = x / size, largest / size
+        mean = x.mean(0)
+        rows = x - mean
+        spread = float(torch.linalg.vector_norm(rows)) / math.sqrt(max(len(x), 1))
+        rounding = ROUNDINGS * torch.finfo(x.dtype).eps * math.sqrt(x.shape[1]) * largest
+        scale = 1 / spread if spread > rounding else 0.0
+        return rows, Scaling(size, mean, spread if scale else 0.0, torch.tensor(scale))
 
 
 class Metric(NamedTuple):
@@ -119,22 +129,18 @@ class Metric(NamedTuple):
     def fit(self, leaf: Leaf) -> Scaling | None:
         """Return the map to features of root mean square length 1, or None if none applies."""
         if self.features == "pooled":
-            return None if leaf.centred_pooled is None else _scaling(leaf.centred_pooled, True)
+            return None if leaf.pooled is None else leaf.pooled.centred[1]._replace(pooled=True)
         if self.features == "rows":
-            return _scaling(leaf.centred)
-        (size, num_features), centred = leaf.rows.shape, leaf.centred
+            return leaf.centred[1]
+        size, num_features = leaf.rows.shape
         if min(size, num_features) < 2 or self.rows_each * num_features > size:
             return None
-        own = centred.rows.square().mean(0).sqrt_().numpy()  # std takes 20 times as long
-        vary = own > _NOTHING * centred.spread / math.sqrt(num_features)
+        rows, scaling = leaf.centred
+        own = rows.square().mean(0).sqrt_().numpy()  # std takes 20 times as long
+        vary = own > _NOTHING * scaling.spread / math.sqrt(num_features)
         scale = np.divide(1, own, out=np.zeros_like(own), where=vary)
         scale /= math.sqrt(max(int(vary.sum()), 1))
-        return _scaling(centred)._replace(scale=torch.from_numpy(scale))
-
-
-def _scaling(centred: Centred, pooled: bool = False) -> Scaling:
-    scale = 1 / centred.spread if centred.spread > 0 else centred.spread
-    return Scaling(pooled, centred.size, centred.mean, torch.tensor(scale))
+        return scaling._replace(scale=torch.from_numpy(scale))
 
 
 DEFAULT = "shrunk"
@@ -163,23 +169,19 @@ def name_of(metric: str | Features) -> str:
 
 def leaves_of(inputs: Sequence[Tensor]) -> list[Leaf]:
     """Bring the features of inputs to the host, in one copy."""
-    parts: list[Tensor] = []
-    pools: list[Tensor | None] = []
-    with torch.no_grad(), exactly(inputs[0].device.type):
-        for x in inputs:
+    found: list[list[Tensor]] = []
+    for x in inputs:
+        with torch.no_grad(), exactly(x.device.type):
             x = x.detach()
-            parts.append(added_up(x))
-            pools.append(None)
+            found.append([added_up(x)])
             if x.dim() == 3 and min(x.shape[1:]) > 1:
-                x = x.to(parts[-1].dtype)
-                pools[-1] = torch.cat([x.mean(1), x.std(1, correction=0)], 1)
-        if any(x.device.type != "cpu" for x in inputs):
-            several = [x.to(inputs[0].device) for x in (*parts, *pools) if x is not None]
-            widths = [x.shape[1] for x in several]
-            host = iter(torch.cat(several, 1).cpu().split(widths, 1))
-            parts = [next(host) for _ in parts]
-            pools = [None if x is None else next(host) for x in pools]
-    return [Leaf(*both) for both in zip(parts, pools, strict=True)]
+                x = x.to(found[-1][0].dtype)
+                found[-1].append(torch.cat([x.mean(1), x.std(1, correction=0)], 1))
+    if any(x.device.type != "cpu" for x in inputs):
+        several = [x.to(inputs[0].device) for both in found for x in both]
+        host = iter(torch.cat(several, 1).cpu().split([x.shape[1] for x in several], 1))
+        found = [[next(host) for _ in both] for both in found]
+    return [Leaf(both[0], *map(Leaf, both[1:])) for both in found]
 
 
 def transforms(metric: Metric, leaves: Sequence[Leaf]) -> list[Scaling] | None:
@@ -187,27 +189,7 @@ def transforms(metric: Metric, leaves: Sequence[Leaf]) -> list[Scaling] | None:
     found = [metric.fit(leaf) for leaf in leaves]
     if not any(found):
         return None
-    return [one or _scaling(leaf.centred) for one, leaf in zip(found, leaves, strict=True)]
-
-
-def made_by(features: Features, inputs: Sequence[Tensor]) -> tuple[list[Tensor] | None, str]:
-    """Return a callable's tensors, ``[B, ...]`` each; or None and the reason."""
-    size = len(inputs[0])
-    try:
-        with torch.no_grad(), as_called():
-            leaves = pytree.tree_leaves(features(*inputs))
-        for leaf in leaves or [None]:
-            shape = leaf.shape if isinstance(leaf, Tensor) and leaf.is_floating_point() else ()
-            if shape[:1] != (size,):
-                got = f"shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"{leaf!r}"
-                must = f"features must be floating-point, one for each of {size} rows"
-                raise ValueError(f"{must}, got {got}")
-    except Exception as error:  # a caller's function may raise anything; other metrics compete
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        note = f"the metric {name_of(features)} was left out: {reason}"
-        logger.warning("%s", note)
-        return None, note
-    return leaves, ""
+    return [one or leaf.centred[1] for one, leaf in zip(found, leaves, strict=True)]
 
 
 class Sources:
@@ -219,24 +201,35 @@ class Sources:
     """
 
     def __init__(self, inputs: Sequence[Tensor], leaves: Sequence[Leaf] | None = None) -> None:
-        self._inputs = inputs
-        self.leaves = leaves_of(inputs) if leaves is None else list(leaves)
-        self.notes: list[str] = []
-        self._made: dict[Features, list[Leaf] | None] = {}
+        self._inputs, self.notes = inputs, list[str]()
+        self.leaves = leaves_of(inputs) if leaves is None else leaves
+        self._made: dict[Features, list[Leaf]] = {}
 
-    def of(self, metric: str | Features) -> list[Leaf] | None:
-        """Return a metric's features; None for a callable that fails. It runs once."""
+    def of(self, metric: str | Features) -> Sequence[Leaf]:
+        """Return a metric's features; none of a callable that fails. It runs once."""
         if isinstance(metric, str):
             return self.leaves
         if metric not in self._made:
-            made, note = made_by(metric, self._inputs)
-            self._made[metric] = None if made is None else leaves_of(made)
-            self.note(note)
+            self._made[metric] = self.make(metric, self._inputs)
         return self._made[metric]
 
-    def note(self, note: str) -> None:
-        if note and note not in self.notes:
-            self.notes.append(note)
+    def make(self, features: Features, inputs: Sequence[Tensor]) -> list[Leaf]:
+        """Return the features that a callable makes of inputs; none and a note if it fails."""
+        size = len(inputs[0])
+        try:
+            with torch.no_grad(), as_called():
+                found = pytree.tree_leaves(features(*inputs))
+            for x in found or [None]:
+                if not isinstance(x, Tensor) or (x.is_floating_point(), *x.shape[:1]) != (1, size):
+                    got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else shown(x)
+                    must = f"features must be floating-point, one for each of {size} rows"
+                    raise ValueError(f"{must}, got {got}")
+        except Exception as error:  # a caller's function may raise anything; other metrics compete
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.notes.append(f"the metric {name_of(features)} was left out: {reason}")
+            logger.warning("%s", self.notes[-1])
+            return []
+        return leaves_of(found)
 
 
 class Measured(NamedTuple):
@@ -248,11 +241,10 @@ class Measured(NamedTuple):
 
 
 class Distances:
-    """The distances between some rows of a batch, by every metric that may predict them.
+    """The distances between all or some rows of a batch, by every metric that may predict them.
 
     Attributes:
-        sources, metrics: the features of the batch, and at least one name or callable.
-        rows: ``[b]``, the rows of the batch. Defaults to all.
+        metrics: at least one name or callable.
         first: the metric that copies go by: the only one, or the default.
         usable: ``[b]``, bool: whether others are predicted from the results of the row.
         order: ``[b]``, a short path through the rows, in the first metric.
@@ -265,29 +257,26 @@ class Distances:
         rows: Tensor | None = None,
     ) -> None:
         rows = torch.arange(len(sources.leaves[0].rows)) if rows is None else rows
-        self.sources, self.metrics, self.rows = sources, metrics, rows
+        self._sources, self.metrics, self._rows, self.first = sources, metrics, rows, DEFAULT
         typical = typical_rows([leaf.at(rows).rows for leaf in sources.leaves])
-        self._typical = None if typical.all() else torch.from_numpy(typical)
-        self._typical_rows = rows if self._typical is None else rows[self._typical]
+        self._odd = None if typical.all() else torch.from_numpy(~typical)
         self._geometries: dict[Any, Geometry | None] = {}
         self._measured: dict[Any, Measured] = {}
-        self.first = DEFAULT
         if len(metrics) == 1 and isinstance(metrics[0], str):
             if self.has(metrics[0]):
                 self.first = metrics[0]
             else:
-                sources.note(f"the metric {metrics[0]!r} does not apply to these inputs")
+                sources.notes.append(f"the metric {metrics[0]!r} does not apply to these inputs")
         squared, unit = self._squared(self.first)
         geometry = self._geometry(self.first)
         assert geometry is not None
-        near = geometry.squared_lengths(_how(self.first).shrinkage) <= _FAR**2 * unit
-        self.usable = near
-        if self._typical is not None:
-            self.usable = self._typical.clone()
-            self.usable[self._typical] = near
+        self.usable = geometry.squared_lengths(_how(self.first).shrinkage) <= _FAR**2 * unit
+        if self._odd is not None:
+            self.usable &= ~self._odd
         # In its own memory, as new memory takes longer than both roots and squares.
         self.order = similarity_order(squared.sqrt_())
         squared.square_()
+        self._place = self.order.numpy().argsort()
         step = path_step(squared, self.order.numpy(), unit)
         self._measured[self.first] = Measured(squared, step, unit)
 
@@ -295,17 +284,20 @@ class Distances:
         """Return whether a metric applies."""
         return self._geometry(metric) is not None
 
+    @functools.cached_property
+    def competing(self) -> Sequence[str | Features]:
+        """The metrics that apply, or the first; callables run only if a row is missing."""
+        return [metric for metric in self.metrics if self.has(metric)] or [self.first]
+
     def prepare(self) -> None:
         """Compute the coordinates of every metric, while results are awaited."""
-        for metric in self.metrics:  # callables run only if a row is missing
+        for metric in self.metrics:
             if isinstance(metric, str) and (geometry := self._geometry(metric)) is not None:
                 geometry.squared_lengths(_how(metric).shrinkage)
 
     def by(self, metric: str | Features) -> Measured:
-        """Return the distances in a metric; in the first, if it does not apply."""
+        """Return the distances in a metric that applies."""
         if metric not in self._measured:
-            if not self.has(metric):
-                return self._measured[self.first]
             squared, unit = self._squared(metric)
             step = path_step(squared, self.order.numpy(), unit)
             self._measured[metric] = Measured(squared, step, unit)
@@ -318,42 +310,40 @@ class Distances:
             squared = squared.index_select(0, some).index_select(1, some)
         else:
             squared, unit = self._squared(metric, some)
-        place = np.full(len(self.order), -1)
-        place[some.numpy()] = np.arange(len(some))
-        path = place[self.order.numpy()]
-        return squared, path_step(squared, path[path >= 0], unit)
+        return squared, path_step(squared, self._place[some.numpy()].argsort(), unit)
 
     def _squared(self, metric: str | Features, some: Tensor | None = None) -> tuple[Tensor, float]:
         """Return the distances of all or some rows, and the mean square of the rows' lengths."""
-        geometry, shrinkage = self._geometry(metric), _how(metric).shrinkage
+        geometry = self._geometry(metric)
         assert geometry is not None
-        typical = self._typical
-        if typical is None:
-            return geometry.squared_distances(shrinkage, some)
-        if some is not None:
-            place, typical = typical.cumsum(0) - 1, typical[some]
-            some = place[some[typical]]
-        among, unit = geometry.squared_distances(shrinkage, some)
-        squared = among.new_full((len(typical), len(typical)), math.inf)
-        squared[typical[:, None] & typical] = among.flatten()
-        return squared.fill_diagonal_(0), unit
+        squared, unit = geometry.squared_distances(_how(metric).shrinkage, some)
+        if self._odd is not None:
+            odd = self._odd if some is None else self._odd[some]
+            squared.masked_fill_(odd | odd[:, None], math.inf).fill_diagonal_(0)
+        return squared, unit
 
     def _geometry(self, metric: str | Features) -> Geometry | None:
-        """Return the geometry of a metric's features, which metrics of the same features share."""
+        """Return the geometry of a metric's features, which metrics of the same features share.
+
+        Rows that are not typical are at the centre there.
+        """
         how = _how(metric)
         key = (how.features, how.rows_each) if isinstance(metric, str) else metric
         if key not in self._geometries:
             self._geometries[key] = None
-            leaves = [leaf.at(self._typical_rows) for leaf in self.sources.of(metric) or ()]
-            maps = transforms(how, leaves) if leaves else None
-            if maps is None and not isinstance(metric, str):  # a single feature has one unit
-                maps = transforms(METRICS[DEFAULT], leaves)
+            typical = self._rows if self._odd is None else self._rows[~self._odd]
+            leaves = [leaf.at(typical) for leaf in self._sources.of(metric)]
+            maps = transforms(how, leaves)
+            if maps is None and leaves and not isinstance(metric, str):
+                maps = transforms(METRICS[DEFAULT], leaves)  # a single feature has one unit
             if maps is not None:
-                features = [x.of_fitted(leaf) for x, leaf in zip(maps, leaves, strict=True)]
-                if all(math.isfinite(float(x.sum())) for x in features):
-                    self._geometries[key] = Geometry(
-                        features[0] if len(features) == 1 else torch.cat(features, 1)
-                    )
+                each = [x.of_fitted(leaf) for x, leaf in zip(maps, leaves, strict=True)]
+                features = each[0] if len(each) == 1 else torch.cat(each, 1)
+                if math.isfinite(float(features.sum())):
+                    if self._odd is not None:
+                        all_rows = features.new_zeros(len(self._rows), features.shape[1])
+                        features = all_rows.masked_scatter_(~self._odd[:, None], features)
+                    self._geometries[key] = Geometry(features)
         return self._geometries[key]
 
 

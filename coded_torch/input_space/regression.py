@@ -12,7 +12,7 @@ from torch import Tensor
 from .._arguments import count, dense, instance, positive, real, shown
 from .._torch import exactly, outside, plain
 from .error_bars import ErrorBars
-from .metrics import METRICS, Choice, Distances, Features, Sources, made_by
+from .metrics import METRICS, Choice, Distances, Features, Sources
 from .selection import LENGTHS, MOST_ROWS, Part
 
 __all__ = ["MOST_ROWS", "Regression", "RowPlan", "check_batch", "check_link", "to_scale"]
@@ -138,26 +138,21 @@ class RowPlan:
     ) -> None:
         self.regression, self.batch_size, self.num_groups = regression, batch_size, 1
         self.choices: tuple[Choice, ...] = ()
-        self._note, metrics = "", regression.metrics
+        metrics, sources = regression.metrics, Sources(inputs)
+        self._notes = sources.notes
         if not inputs and others is not None:
-            inputs, self._note = _made_of(metrics, others)
+            _make(sources, metrics, others)
             metrics = tuple(metric for metric in metrics if isinstance(metric, str)) or (*METRICS,)
-        self._sources = Sources(inputs) if inputs else None
-        self._parts = [
-            Part(
-                regression.lengths,
-                rows,
-                None if self._sources is None else Distances(self._sources, metrics, rows),
-            )
-            for rows in parts
-        ]
+        self._parts = []
+        for each in parts:
+            distances = Distances(sources, metrics, each) if sources.leaves else None
+            self._parts.append(Part(regression.lengths, each, distances))
         self._back = torch.cat([part.rows for part in self._parts]).argsort()
         self._last: tuple[tuple[int, ...], Tensor] | None = None
 
     @property
     def note(self) -> str:
-        notes = [self._note, *(self._sources.notes if self._sources else ())]
-        return "; ".join(note for note in notes if note)
+        return "; ".join(dict.fromkeys(self._notes))
 
     def leave_out(self, odd: Tensor) -> None:
         """Let some rows, bool ``[B]``, predict no others, where no distances tell which."""
@@ -244,22 +239,20 @@ def check_batch(
     if isinstance(inputs, (Tensor, str, bytes)) or not isinstance(inputs, Sequence):
         what = type(inputs).__name__
         raise TypeError(f"{owner}: inputs must be a sequence of tensors, got {what}")
+    if batch_size is None and not inputs:
+        raise ValueError(f"{owner}: batch_size must be given where there are no inputs, got None")
+    size = None if batch_size is None else count(owner, "batch_size", batch_size)
+    numbers = []
     for i, x in enumerate(inputs):
         dense(owner, f"inputs[{i}]", x)
-        if not x.dim() or len(x) != len(inputs[0]):
+        numbers.append(plain(owner, f"inputs[{i}]", x))
+        size = len(x) if size is None and x.dim() else size
+        if x.shape[:1] != (size,) or not size:
             raise ValueError(
-                f"{owner}: inputs[{i}] must have the batch size of the first along dim 0, "
-                f"got shape {tuple(x.shape)} beside {tuple(inputs[0].shape)}"
+                f"{owner}: batch_size must be that of the inputs, at least 1, got {size} "
+                f"beside inputs[{i}] of shape {tuple(x.shape)}"
             )
-    numbers = [plain(owner, f"inputs[{i}]", leaf) for i, leaf in enumerate(inputs)]
-    if batch_size is None and not numbers:
-        raise ValueError(f"{owner}: batch_size must be given where there are no inputs, got None")
-    size = len(numbers[0]) if numbers else count(owner, "batch_size", batch_size)
-    if batch_size not in (None, size) or size == 0:
-        raise ValueError(
-            f"{owner}: batch_size must be that of the inputs, at least 1, got {shown(batch_size)} "
-            f"for inputs of {size} rows"
-        )
+    assert size is not None
     return numbers, size
 
 
@@ -279,38 +272,26 @@ def to_scale(outputs: Tensor, link: str | None) -> Tensor:
     return outputs.clamp(min=torch.finfo(outputs.dtype).tiny).log()
 
 
-def _made_of(
-    metrics: Sequence[str | Features], others: Sequence[Tensor]
-) -> tuple[list[Tensor], str]:
-    """Return the features of the first callable that works, of inputs of other dtypes."""
-    notes = [_BLIND]
+def _make(sources: Sources, metrics: Sequence[str | Features], others: Sequence[Tensor]) -> None:
+    """Measure by the first callable that works on inputs of other dtypes."""
+    sources.notes.append(_BLIND)
     for metric in metrics if others else ():
-        if not isinstance(metric, str):
-            made, note = made_by(metric, [plain("Regression", "others", x) for x in others])
-            if made is not None:
-                return made, ""
-            notes.append(note)
-    return [], "; ".join(notes)
+        if not (isinstance(metric, str) or sources.leaves):
+            numbers = [plain("Regression", "others", x) for x in others]
+            sources.leaves = sources.make(metric, numbers)
+    if sources.leaves:
+        sources.notes.clear()
 
 
 def _metrics(metric: Any) -> tuple[str | Features, ...]:
     """Return the metrics that compete, each once."""
     several = ("auto", metric) if callable(metric) else metric
-    several = (several,) if isinstance(several, str) else several
-    if not isinstance(several, Sequence):
-        raise TypeError(
-            "Regression: metric must be a name, a callable or a sequence of these, "
-            f"got {shown(metric)}"
-        )
     found: list[str | Features] = []
-    for one in several:
-        if not (callable(one) or isinstance(one, str)):
-            raise TypeError(f"Regression: metric must hold names and callables, got {shown(one)}")
-        if isinstance(one, str) and one not in ("auto", *METRICS):
-            raise ValueError(
-                f"Regression: metric must be 'auto' or one of {', '.join(METRICS)}, "
-                f"got {shown(one)}"
-            )
+    for one in several if isinstance(several, (list, tuple)) else (several,):
+        if not callable(one) and not (isinstance(one, str) and one in ("auto", *METRICS)):
+            names = f"'auto', one of {', '.join(METRICS)}, a callable or a sequence of these"
+            error = ValueError if isinstance(one, str) else TypeError
+            raise error(f"Regression: metric must be {names}, got {shown(metric)}")
         found += METRICS if one == "auto" else [one]
     if not found:
         raise ValueError("Regression: metric must hold at least one, got none")

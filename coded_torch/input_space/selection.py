@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,8 +28,6 @@ LENGTHS = (1.0, 2.0, 4.0, 8.0)
 # Results that metrics and lengths are compared on, or an eighth if that is more: all of 204 cost
 # several times as much, and find no better ones. (benchmarks distances)
 _COMPARED = 144
-# In batches of more rows, metrics are compared in the distances of the compared rows alone.
-_MEASURED = 1024
 # Standard errors that a choice must gain, else the default stays. With one, another length lost up
 # to half as much again where results are few; with two hardly any gain is lost. (benchmarks
 # distances)
@@ -63,7 +60,8 @@ class Fitted(NamedTuple):
 class Fits:
     """Regressions from the results of rows ``[M]``. Results and their residuals share the factors.
 
-    Metrics and lengths, in steps of the path, are compared on ``compared`` of them, or an eighth.
+    They predict the ``missing`` rows. Metrics and lengths, in steps of the path, are compared on
+    ``compared`` of the results, or an eighth.
     """
 
     def __init__(
@@ -71,46 +69,46 @@ class Fits:
         distances: Distances,
         lengths: Sequence[float],
         points: Tensor,
+        missing: Tensor | None = None,
         compared: int = _COMPARED,
     ) -> None:
-        self.points = points
         self._distances, self._lengths = distances, lengths
+        self._points, self._missing = points, missing
         self._processes: dict[Any, GaussianProcess] = {}
         self._comparisons: dict[Any, Comparison] = {}
         self._few = evenly(len(points), max(compared, len(points) // 8))
+        self._compared = points[self._few]
+        self._fitted: list[Fitted] = []  # to results and to their residuals; not a history
 
     def fit(self, sample: Tensor) -> Fitted:
         """Return the regression that predicts results ``[M, C]``, float64, best."""
-        distances = self._distances
-        metric: str | Features = distances.metrics[0]
-        if len(distances.metrics) > 1 or not distances.has(metric):
-            metric = distances.first
-        length = self._lengths[0] if len(self._lengths) == 1 else LENGTH
-        if len(self.points) >= _LEAST and sample.shape[1]:
+        for fitted in self._fitted:
+            if torch.equal(fitted.sample, sample):
+                return fitted
+        distances, length = self._distances, _one_of(self._lengths)
+        metric, *others = distances.competing
+        metric = distances.first if others else metric
+        if len(self._points) >= _LEAST and sample.shape[1]:
             few = scaled(sample[self._few])[0].float()
-            if len(distances.metrics) > 1 or metric != distances.metrics[0]:
+            if others:
                 metric = self._metric(few, length)
             if len(self._lengths) > 1:
                 length = self._length(few, metric)
         key = metric, length
         if key not in self._processes:
             squared, step, _ = distances.by(metric)
-            self._processes[key] = GaussianProcess(squared, length * step, self.points)
+            process = GaussianProcess(squared, length * step, self._points, self._missing)
+            self._processes[key] = process
         process = self._processes[key]
         choice = Choice(name_of(metric), length, *process.leave_one_out_error(sample))
-        return Fitted(choice, process, sample)
-
-    def metric(self, sample: Tensor, length: float) -> str | Features:
-        """Return the metric by which results ``[M, C]`` are predicted best from each other."""
-        return self._metric(scaled(sample[self._few])[0].float(), length)
+        self._fitted = [*self._fitted[-1:], Fitted(choice, process, sample)]
+        return self._fitted[-1]
 
     def _metric(self, few: Tensor, length: float) -> str | Features:
-        distances, rows = self._compared
-        metrics = [metric for metric in distances.metrics if distances.has(metric)]
-        if not metrics:
-            return distances.first
+        distances, metrics = self._distances, self._distances.competing
         if "metrics" not in self._comparisons:
-            squared, steps = zip(*[distances.among(x, rows) for x in metrics], strict=True)
+            some = [distances.among(x, self._compared) for x in metrics]
+            squared, steps = zip(*some, strict=True)
             lengths = [length * step for step in steps]
             self._comparisons["metrics"] = Comparison(torch.stack(squared), lengths)
         default = metrics.index(distances.first) if distances.first in metrics else None
@@ -124,8 +122,8 @@ class Fits:
             new = [length for length in lengths if length not in found]
             key = metric, *new
             if key not in self._comparisons:
-                distances, rows = self._compared
-                among, step = distances.among(metric, rows)[0], distances.by(metric).step
+                among, _ = self._distances.among(metric, self._compared)
+                step = self._distances.by(metric).step
                 self._comparisons[key] = Comparison(among[None], [step * x for x in new])
             found.update(zip(new, self._comparisons[key].losses(few), strict=True))
             return lengths[_best([found[x] for x in lengths], lengths.index(default))]
@@ -137,15 +135,6 @@ class Fits:
         if {length / 2, length * 2} <= found.keys():  # the side whose next length is better
             near.pop(1 if found[length * 2].mean() < found[length / 2].mean() else 2)
         return best(near, length)
-
-    @functools.cached_property
-    def _compared(self) -> tuple[Distances, Tensor]:
-        """The distances in which metrics are compared, and the rows of the comparison."""
-        distances, few = self._distances, self.points[self._few]
-        if len(distances.rows) <= _MEASURED:
-            return distances, few
-        some = Distances(distances.sources, distances.metrics, distances.rows[few])
-        return some, torch.arange(len(few))
 
 
 def _best(losses: Sequence[npt.NDArray[np.float64]], default: int | None) -> int:
@@ -159,60 +148,58 @@ def _best(losses: Sequence[npt.NDArray[np.float64]], default: int | None) -> int
     return best if means[default] - means[best] > by_chance else default
 
 
+class _Known(NamedTuple):
+    """The results of a part, of one received set."""
+
+    own: Tensor  # [b], the place of each row's own result, or -1
+    missing: Tensor  # the rows without
+    used: Tensor  # the places of the results that predict them, or of others if there are none
+    fits: Fits | None  # None if the mean of these results predicts them
+
+
 class Part:
     """The rows ``[b]`` of a batch that are predicted together; by their mean without distances."""
 
     def __init__(self, lengths: Sequence[float], rows: Tensor, distances: Distances | None) -> None:
         self.rows, self._distances, self._lengths = rows, distances, lengths
-        self.usable: Tensor | None = None  # bool [b], used without distances
-        self.order = torch.arange(len(rows)) if distances is None else distances.order
-        if distances is not None and len(rows) <= _MEASURED:
+        self.usable: Tensor | None = None  # bool [b]
+        self.order = torch.arange(len(rows))
+        if distances is not None:
+            self.usable, self.order = distances.usable, distances.order
             distances.prepare()
-        self._last: tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
-        # The fits to results and to their residuals; not a history.
-        self._fits: Fits | None = None
-        self._fitted: list[Fitted] = []
+        self._last: tuple[Tensor, _Known] | None = None
 
     def decode(self, source: Tensor, results: Tensor) -> tuple[Tensor, Choice | None]:
         """Return the answers of these rows, ``[b, ...]``, and how missing ones were predicted.
 
         ``source``, ``[B]``, is the place of each row's own result among ``[n, ...]``, or -1.
         """
-        # Wide outputs, other devices and derivatives need weights.
-        simple = results.device.type == "cpu" and not differentiated(results)
         with outside(), exactly():
-            own, missing, *_ = self._known(source)
-            used, weights, choice, fitted = source[:0], torch.zeros(0, 0), None, None
-            if len(missing):
-                dense("Regression", "results", results)
-                points, used = self._known(source)[2:]
-                (sample,) = few_columns(used, results)
-                wide = _columns(results)
-                few = sample.shape[1] == wide.shape[1]  # the sample has all outputs
-                if (size := _size(sample if few else torch.stack(wide.aminmax()))) != 1:
-                    answers, choice = self.decode(source, results / size)
-                    info, has = torch.finfo(answers.dtype), (own >= 0).to(results.device)
-                    answers = (answers * size).clamp(info.min, info.max)
-                    has = has.view(-1, *[1] * (results.dim() - 1))
-                    return torch.where(has, results[own], answers), choice
-                weights = torch.full((1, len(used)), 1 / len(used), dtype=torch.float64)
-                fitted = self._fit(points, sample)
-            if fitted is not None:
-                # Shrunk towards the mean as far as results are not predicted by each other.
-                choice, trust = fitted.choice, fitted.choice.trust
+            own, missing, used, fits = self._known(source)
+            if not len(missing):
+                return SelectMap(len(results), own, used[:0], torch.zeros(0, 0))(results), None
+            dense("Regression", "results", results)
+            columns, info = _columns(results), torch.finfo(results.dtype)
+            if (size := _size(columns)) != 1:
+                answers, choice = self.decode(source, results / size)
+                has = (own >= 0).to(results.device).view(-1, *[1] * (results.dim() - 1))
+                answers = (answers * size).clamp(info.min, info.max)
+                return torch.where(has, results[own], answers), choice
+            weights = torch.full((1, len(used)), 1 / len(used), dtype=torch.float64)
+            fitted = None if fits is None else fits.fit(*few_columns(used, results))
+            if fitted is not None and (trust := fitted.choice.trust) > 0:
+                # Wide outputs, other devices and derivatives need weights.
+                simple = results.device.type == "cpu" and not differentiated(results)
                 fewer = results.numel() < len(results) * len(missing)
-                if trust > 0 and len(used) > _WEIGHED and fewer and simple:
-                    some = fitted.sample
-                    if some.numel() < len(used) * results[0].numel():
-                        some = _columns(results)[used].double()
-                    predicted = fitted.process.predict(missing, some, trust).to(results.dtype)
+                if simple and fewer and len(used) > _WEIGHED:
+                    found = fitted.process.predict(columns[used].double(), trust)
                     answers = results.index_select(0, own.clamp(min=0))
-                    answers[missing] = predicted.view(len(missing), *results.shape[1:])
-                    return answers, choice
-                if trust > 0:
-                    weights = fitted.process.weights(missing) * trust + (1 - trust) / len(used)
+                    answers[missing] = found.to(results.dtype).view(len(found), *results.shape[1:])
+                    return answers, fitted.choice
+                # Shrunk towards the mean as far as results are not predicted by each other.
+                weights = fitted.process.weights * trust + (1 - trust) / len(used)
             map = SelectMap(len(results), own, used, weights)
-        return map(results), choice
+        return map(results), None if fitted is None else fitted.choice
 
     def bars(
         self,
@@ -222,7 +209,7 @@ class Part:
         surrogates: tuple[Tensor, Tensor] | None,
     ) -> Bars | None:
         """Return the error bars of missing rows, None without any, as ``RowPlan.error_bars``."""
-        _, missing, points, used = self._known(source)
+        _, missing, used, fits = self._known(source)
         if not len(missing):
             return None
         rows = self.rows[missing]
@@ -234,26 +221,29 @@ class Part:
             given = surrogates and (surrogates[0] / size, surrogates[1] / size)
             found = self.bars(source, results / size, answers / size, given)
             return found and found._replace(thresholds=found.thresholds * size)
-        fitted = self._fit(points, _few(of_used).double())
+        labels = None
+        if results.dim() == 2:
+            labels = (of_used, predicted)
+            if offsets:
+                labels = (of_used + offsets[0], predicted + offsets[1])
         regression = None
-        if fitted is not None and fitted.choice.trust > 0 and len(used) > 1:
-            regression = fitted.process, fitted.choice.trust, missing
-        found = bars(rows, of_used, predicted, regression, offsets, labels=results.dim() == 2)
-        if self._distances is None or not len(points):
+        if fits is not None and len(used) > 1:
+            choice, process, _ = fits.fit(_few(of_used).double())
+            regression = (process, choice.trust) if choice.trust > 0 else None
+        found = bars(rows, of_used, predicted, regression, labels)
+        if fits is None or self.usable is None or self.usable[missing].all():
             return found
-        near = self._distances.usable[missing]
         # Far rows are unlike the results, none of which is far.
-        return found if near.all() else found.widened(torch.where(near, 0.0, math.inf))
+        return found.widened(torch.where(self.usable[missing], 0.0, math.inf))
 
     def left_out_square(self, source: Tensor, results: Tensor) -> float:
         """Return the sum of squared errors of predicting results from the others."""
-        _, _, points, used = self._known(source)
+        _, _, used, fits = self._known(source)
         (sample,) = few_columns(used, results)
-        fitted = self._fit(points, sample)
-        if fitted is None:
+        if fits is None:
             n = len(sample)
             return float(sample.var(0).sum()) * n**2 / (n - 1) if n > 1 else 0.0
-        return float(fitted.process.leave_one_out_residuals(fitted.sample).square().sum())
+        return float(fits.fit(sample).process.leave_one_out_residuals(sample).square().sum())
 
     def leave_one_out_variances(self) -> Tensor:
         """Return the variance of each row predicted from the rows near it, ``[b]``, float64."""
@@ -261,42 +251,27 @@ class Part:
         if self._distances is None:
             return variances
         squared, step, _ = self._distances.by(self._distances.first)
-        length = step * (self._lengths[0] if len(self._lengths) == 1 else LENGTH)
+        length = step * _one_of(self._lengths)
         for near in self.order.tensor_split(-(-len(self.order) // _NEIGHBOURS)):
             variances[near] = GaussianProcess(squared, length, near).leave_one_out_variances
         return variances
 
-    def _known(self, source: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the results of these rows, the missing ones, the rows that predict them, and how.
-
-        The last are the places of their results, or of other results if none of these is there.
-        """
+    def _known(self, source: Tensor) -> _Known:
         if self._last is None or self._last[0] is not source:
             own = source[self.rows]
             has = own >= 0
-            missing, usable = (~has).nonzero().flatten(), self.usable
-            if self._distances is not None:
-                usable = self._distances.usable
-            if usable is not None and bool((has & usable).any()):
-                has = has & usable
-            points = has.nonzero().flatten()
+            missing = (~has).nonzero().flatten()
+            if self.usable is not None and bool((has & self.usable).any()):
+                has = has & self.usable
+            points, fits = has.nonzero().flatten(), None
             used = own[points]
             if not len(points):
                 known = source[source >= 0]
                 used = known[evenly(len(known), MOST_ROWS)]
-            self._last = source, (own, missing, points, used)
+            elif self._distances is not None:
+                fits = Fits(self._distances, self._lengths, points, missing)
+            self._last = source, _Known(own, missing, used, fits)
         return self._last[1]
-
-    def _fit(self, points: Tensor, sample: Tensor) -> Fitted | None:
-        if self._distances is None or not len(points):
-            return None
-        if self._fits is None or not torch.equal(self._fits.points, points):
-            self._fits, self._fitted = Fits(self._distances, self._lengths, points), []
-        for fitted in self._fitted:
-            if torch.equal(fitted.sample, sample):
-                return fitted
-        self._fitted = [*self._fitted[-1:], self._fits.fit(sample)]
-        return self._fitted[-1]
 
 
 def _size(results: Tensor) -> float:
@@ -305,6 +280,11 @@ def _size(results: Tensor) -> float:
     if not 0 < largest < math.inf or 2.0**-500 < largest < 2.0**60:
         return 1.0
     return math.ldexp(1.0, max(math.frexp(largest)[1] - 60, -1000))
+
+
+def _one_of(lengths: Sequence[float]) -> float:
+    """Return the only length, or the one where nothing is chosen."""
+    return lengths[0] if len(lengths) == 1 else LENGTH
 
 
 def few_columns(rows: Tensor, *values: Tensor) -> list[Tensor]:

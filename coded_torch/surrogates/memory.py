@@ -131,9 +131,9 @@ class Memory:
         most = max(1, min(self.capacity, _MOST_NUMBERS // numbers))
         inputs, outputs = ([x[-most:] for x in each] for each in (inputs, outputs))
         with torch.no_grad():
-            seen: Any = []  # copies, as the caller may change the inputs
-            for leaf in metrics.leaves_of(inputs):
-                pooled = None if leaf.pooled is None else leaf.pooled.float()
+            seen: Any = []
+            for leaf in metrics.leaves_of(inputs):  # copies, as the caller may change the inputs
+                pooled = leaf.pooled and Leaf(leaf.pooled.rows.float())
                 seen.append(Leaf(leaf.rows.to(torch.float32, copy=True), pooled))
             flat = torch.cat([x.reshape(len(x), -1).cpu().float() for x in outputs], 1)
         with self._lock:
@@ -243,15 +243,15 @@ class _Space:
         """
         leaves = []
         for column in zip(*seen, strict=True):
-            pooled = [leaf.pooled for leaf in column if leaf.pooled is not None]
+            pooled = [leaf.pooled.rows for leaf in column if leaf.pooled is not None]
             rows = torch.cat([leaf.rows for leaf in column])
-            leaves.append(Leaf(rows, torch.cat(pooled) if pooled else None))
+            leaves.append(Leaf(rows, Leaf(torch.cat(pooled)) if pooled else None))
         some = evenly(len(outputs), _LANDMARKS)
         sources = metrics.Sources((), [leaf.at(some) for leaf in leaves])
         distances = metrics.Distances(sources, tuple(METRICS))
         usable = distances.usable.nonzero().flatten()
         fits = Fits(distances, (LENGTH,), usable, compared=_LANDMARKS)
-        return cls(leaves, str(fits.metric(outputs[some][usable].double(), LENGTH)))
+        return cls(leaves, fits.fit(outputs[some][usable].double()).choice.metric)
 
     def __call__(self, leaves: Sequence[Leaf]) -> Tensor:
         """Return coordinates ``[n, 96]``, or fewer if there are no more directions."""

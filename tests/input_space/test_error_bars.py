@@ -21,6 +21,12 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
+def regressed(x, n):
+    """The regression of the other rows from the first n."""
+    squared = torch.cdist(x, x).square()
+    return GaussianProcess(squared, 1.5, torch.arange(n), torch.arange(n, len(x)))
+
+
 def scores(squared, points, y):
     """The numerators and denominators of the scores of all points, with fresh regressions."""
     process = GaussianProcess(squared, 1.5, points)
@@ -61,9 +67,8 @@ def problem(n, d, trust, seed):
     """A regression of n results, and its prediction of the row after them."""
     x, noise = normal(n + 1, d, seed=seed), normal(n + 1, 1, seed=seed + 1) / 10
     y = (x.sin().sum(1, keepdim=True) + noise)[:n]
-    process = GaussianProcess(torch.cdist(x, x).square(), 1.5, torch.arange(n))
-    weights = process.weights(torch.tensor([n]))
-    return process, y, torch.lerp(y.mean(0), weights @ y, trust)
+    process = regressed(x, n)
+    return process, y, torch.lerp(y.mean(0), process.weights @ y, trust)
 
 
 @settings(max_examples=60, deadline=None)
@@ -76,12 +81,11 @@ def problem(n, d, trust, seed):
 def test_a_radius_is_that_of_full_conformal_prediction(n, d, trust, seed):
     """Of one output it is the same, but where a result weighs so much that it is never odd."""
     process, y, predicted = problem(n, d, trust, seed)
-    regression = process, trust, torch.tensor([n])
-    limits = bars(torch.tensor([n]), y, predicted, regression)
+    limits = bars(torch.tensor([n]), y, predicted, (process, trust))
     found = ErrorBars(n + 1, [limits])
     for coverage in (0.8, 0.95):
         outside = math.floor((1 - coverage) * (n + 1) + 1e-9)
-        exact = brute_force(process._squared, n, y, predicted.item(), outside, trust)
+        exact = brute_force(process._where[0], n, y, predicted.item(), outside, trust)
         radius = found.radii(coverage)[n].item()
         assert radius >= exact * (1 - 1e-6)
         if limits.thresholds.isfinite().all():
@@ -94,7 +98,7 @@ def test_a_radius_of_several_outputs_is_at_least_as_large(n, trust, seed):
     """The same output three times is as long as the square root of 3."""
     process, y, predicted = problem(n, 2, trust, seed)
     rows = torch.tensor([n])
-    how = process, trust, rows
+    how = process, trust
     one = ErrorBars(n + 1, [bars(rows, y, predicted, how)]).radii(0.95)[n]
     three = bars(rows, y.expand(-1, 3), predicted.expand(-1, 3), how)
     ratio = ErrorBars(n + 1, [three]).radii(0.95)[n] / (one * math.sqrt(3))
@@ -104,11 +108,10 @@ def test_a_radius_of_several_outputs_is_at_least_as_large(n, trust, seed):
 @pytest.mark.parametrize("trust", [0.0, 0.6, 1.0])
 def test_no_radius_is_larger_at_a_lower_level(trust):
     x, y = normal(60, 3), normal(60, 4, seed=1)
-    process = GaussianProcess(torch.cdist(x, x).square(), 1.5, torch.arange(40))
-    weights = process.weights(torch.arange(40, 60))
+    process = regressed(x, 40)
     mean = y[:40].mean(0)
-    predicted = torch.lerp(mean, weights @ y[:40], trust)
-    regression = (process, trust, torch.arange(40, 60)) if trust else None
+    predicted = torch.lerp(mean, process.weights @ y[:40], trust)
+    regression = (process, trust) if trust else None
     found = ErrorBars(60, [bars(torch.arange(40, 60), y[:40], predicted, regression)])
     levels = [found.radii(level) for level in (0.5, 0.8, 0.95, 0.98)]
     assert all(bool((low <= high).all()) for low, high in itertools.pairwise(levels))
@@ -148,13 +151,12 @@ def test_rows_of_a_batch_are_covered(rows, outputs, length):
 
 def test_wide_outputs_are_summed_in_blocks(monkeypatch):
     x, y = normal(40, 2), normal(40, 10, seed=1)
-    process = GaussianProcess(torch.cdist(x, x).square(), 1.5, torch.arange(30))
-    weights = process.weights(torch.arange(30, 40))
-    how = process, 0.7, torch.arange(30, 40)
-    predicted = 0.7 * weights @ y[:30] + 0.3 * y[:30].mean(0)
-    whole = bars(torch.arange(30, 40), y[:30], predicted, how, labels=True)
+    process = regressed(x, 30)
+    how = process, 0.7
+    predicted = 0.7 * process.weights @ y[:30] + 0.3 * y[:30].mean(0)
+    whole = bars(torch.arange(30, 40), y[:30], predicted, how, (y[:30], predicted))
     monkeypatch.setattr("coded_torch.input_space.error_bars._BLOCK", 3)
-    parts = bars(torch.arange(30, 40), y[:30], predicted, how, labels=True)
+    parts = bars(torch.arange(30, 40), y[:30], predicted, how, (y[:30], predicted))
     torch.testing.assert_close(parts.thresholds, whole.thresholds)
     torch.testing.assert_close(parts.risks, whole.risks)
 
@@ -168,13 +170,12 @@ def test_the_risk_of_a_label_counts_wrong_ones_of_a_larger_margin():
 def test_surrogates_take_part_in_labels_alone():
     """Radii are those of the residuals."""
     x, rest = normal(40, 2), normal(40, 3, seed=1) / 10
-    process = GaussianProcess(torch.cdist(x, x).square(), 1.5, torch.arange(30))
-    weights = process.weights(torch.arange(30, 40))
-    how = process, 1.0, torch.arange(30, 40)
+    process = regressed(x, 30)
+    how = process, 1.0
     classes = torch.nn.functional.one_hot(torch.arange(40) % 3, 3).double()
-    args = torch.arange(30, 40), rest[:30], weights @ rest[:30], how
-    without = bars(*args, labels=True)
-    found = bars(*args, (classes[:30], classes[30:]), labels=True)
+    args = torch.arange(30, 40), rest[:30], process.weights @ rest[:30], how
+    without = bars(*args, args[1:3])
+    found = bars(*args, (args[1] + classes[:30], args[2] + classes[30:]))
     assert torch.equal(found.thresholds, without.thresholds)
     assert found.risks.tolist() == [1 / 31] * 10
     assert without.risks.max() > 0.5

@@ -72,7 +72,7 @@ def test_rows_far_from_all_others_say_nothing():
     x[3], x[5, 2], x[9] = 200, math.nan, x[9] + 1000
     distances = Distances(Sources([x + 100]), tuple(METRICS))
     assert (~distances.usable).nonzero().flatten().tolist() == [5, 9]
-    for metric in METRICS:
+    for metric in distances.competing:
         squared, step, _ = distances.by(metric)
         assert squared[5, 6:].isinf().all()
         assert squared[:, 5].isinf().sum() == 39
@@ -154,7 +154,7 @@ def test_what_is_fixed_is_what_would_be_chosen():
     assert torch.equal(fixed, chosen)
 
 
-def test_large_batches_compare_on_more_results_in_distances_of_their_own():
+def test_large_batches_compare_on_more_results():
     units = torch.tensor([1e-3, 1.0, 100.0, 1.0])
     x = normal(1500, 4) * units
     plan = Regression().plan([x])
@@ -325,10 +325,14 @@ def test_several_inputs():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"metric": "near"}, ValueError, "metric must be 'auto' or one of shrunk, covariance"),
+        ({"metric": "near"}, ValueError, "metric must be 'auto', one of shrunk, .* got 'near'"),
         ({"metric": []}, ValueError, "metric must hold at least one, got none"),
-        ({"metric": [1]}, TypeError, "metric must hold names and callables, got 1"),
-        ({"metric": 1}, TypeError, "metric must be a name, a callable or a sequence of these"),
+        (
+            {"metric": [1]},
+            TypeError,
+            r"metric must be .* a sequence of these, got \[1",
+        ),
+        ({"metric": 1}, TypeError, "metric must be .* a callable or a sequence of these, got 1"),
         ({"length": "long"}, ValueError, "length must be positive or 'auto', got 'long'"),
         ({"length": 0.0}, ValueError, "length must be positive and finite, got 0.0"),
         ({"length": None}, TypeError, "length must be positive and finite, got None"),
