@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -18,9 +19,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["as_called", "device_of", "differentiated", "exactly", "fingerprint", "on_host"]
-__all__ += ["outside", "placed", "plain", "read_here", "tangent_of", "to_device"]
+__all__ += ["outside", "placed", "plain", "read_here", "tangent_of", "to_device", "unchanged"]
 
 _T = TypeVar("_T")
+Fingerprint = tuple[list[Tensor], tuple[Any, ...]]
+# The fingerprints that are known in a block of `unchanged`, by the id of a module.
+_KNOWN: ContextVar[dict[int, tuple[nn.Module, Fingerprint]] | None] = ContextVar(
+    "_KNOWN", default=None
+)
 _ALIGNMENT = 16  # bytes, as wide as the widest access of a kernel
 
 
@@ -191,12 +197,25 @@ def device_of(module: Any) -> torch.device | None:
     return next((tensor.device for tensor in tensors), None)
 
 
-def fingerprint(module: nn.Module) -> tuple[list[Tensor], tuple[Any, ...]]:
+@contextlib.contextmanager
+def unchanged() -> Iterator[None]:
+    """Take modules as unchanged in a block, so that :func:`fingerprint` walks each one once."""
+    token = _KNOWN.set({})
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
+
+
+def fingerprint(module: nn.Module) -> Fingerprint:
     """Return the module's tensors, and a key that differs once the module has changed.
 
     Keep the tensors beside the key. If they were freed, their memory may come to hold other weights
     with the same key.
     """
+    known = _KNOWN.get()
+    if known is not None and id(module) in known:
+        return known[id(module)][1]
     kept: list[Tensor] = []
     looks: list[tuple[Any, ...]] = []
     with outside():
@@ -209,4 +228,7 @@ def fingerprint(module: nn.Module) -> tuple[list[Tensor], tuple[Any, ...]]:
             else:
                 looks.append((id(tensor), version))
             kept.append(tensor)
-    return kept, (*looks, *(part.training for part in module.modules()))
+    found = kept, (*looks, *(part.training for part in module.modules()))
+    if known is not None:
+        known[id(module)] = module, found
+    return found

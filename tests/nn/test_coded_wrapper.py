@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,8 +19,9 @@ from torch.utils import _pytree as pytree
 from coded_torch import CodedWrapper, Regression, Report, Waiting
 from coded_torch.codes import RegressionCode, ReplicationCode
 from coded_torch.stragglers import ShiftedExponential, Uniform
+from coded_torch.surrogates import Memory
 from coded_torch.testing.workers import CopyCode, PolynomialCode
-from coded_torch.workers import DeviceWorkers, LocalWorkers
+from coded_torch.workers import DeviceWorkers, LocalWorkers, ProcessWorkers
 
 from ..workers.test_local import Fixed
 from .modules import EXACT, Call, linear, rand
@@ -336,3 +338,22 @@ def test_representation():
         assert "waiting=Waiting.first()" in repr(columns)
         assert "(module): Linear" in repr(columns)
         assert "waiting=Waiting()" in repr(CodedWrapper(linear(), workers=pool))
+
+
+def test_a_call_looks_at_the_weights_once(monkeypatch):
+    walks = []
+    module = nn.Linear(3, 2)
+    parameters = nn.Module.parameters
+
+    def counted(self, *args, **kwargs):
+        if self is module and sys._getframe(1).f_code.co_name == "fingerprint":
+            walks.append(self)
+        return parameters(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "parameters", counted)
+    with ProcessWorkers(2) as pool, torch.no_grad():
+        coded = CodedWrapper(module, workers=pool, surrogate=Memory())
+        coded(torch.randn(4, 3))
+        walks.clear()
+        coded(torch.randn(4, 3))
+    assert len(walks) == 1
