@@ -38,6 +38,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # their inverse, the normal distribution's last (Abramowitz and Stegun, 26.7.5, within 1e-4).
 _STUDENT = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.306, 2.26216, 2.22814)
 _BEYOND = (2.5558497911596096, 2.8224987053284156, 2.3722712787051083, 1.959964)
+_EXACT = 1e-6  # the share of the variance below which an error is rounding, and is not drawn
 
 
 class Score(NamedTuple):
@@ -216,19 +217,41 @@ class Comparison:
         return "\n".join(lines[1:])
 
     def draw(self) -> Figure:
-        """Draw the squared errors with their intervals, a panel a setting; it needs matplotlib."""
+        """Draw the squared errors, against S or N if there are several; it needs matplotlib.
+
+        On a logarithmic axis, an interval ends at a tenth of its number, if not above.
+        """
         from matplotlib.figure import Figure  # an extra; and not pyplot: no state, no display
 
-        panels = grouped(self.rows, lambda row: row.setting)
+        by_n = grouped(self.rows, lambda row: row.setting[1:])
+        by_s = grouped(self.rows, lambda row: row.setting[:2])
+        along, panels = (0, by_n) if len(by_n) < len(by_s) else (2, by_s)
         across, down = min(2, len(panels)), math.ceil(len(panels) / 2)
         figure = Figure(figsize=(6.5 * across, 4.2 * down), layout="constrained")
-        every = figure.subplots(down, across, squeeze=False).flat
-        for axes, ((n, k, s), rows) in zip(every, panels.items(), strict=False):
-            axes.set_title(f"{k} inputs a group on {n} workers, {s} lost", fontsize=10)
-            axes.set_xlabel("mean squared error / variance of the outputs")
-            for row in rows:
-                axes.barh(row.name, row.mse[0] or 0.0, xerr=row.mse[1])
-            axes.invert_yaxis()
+        every, lines = figure.subplots(down, across, squeeze=False).flat, {}
+        error = "mean squared error / variance of the outputs"
+        for axes, rows in zip(every, panels.values(), strict=False):
+            n, k, s = rows[0].setting
+            of_lost = f", {s} workers lost" if along == 0 else f" on {n} workers"
+            axes.set_title(f"{k} inputs a group{of_lost}", fontsize=10)
+            if len({row.setting for row in rows}) == 1:
+                for row in rows:
+                    axes.barh(row.name, row.mse[0] or 0.0, xerr=row.mse[1])
+                axes.invert_yaxis()
+                axes.set_xlabel(error)
+                continue
+            for i, (name, each) in enumerate(grouped(rows, lambda x: x.name).items()):
+                points = [(x.setting[along], *x.mse) for x in each if (x.mse[0] or 0) > _EXACT]
+                at, mse, half = np.array(points, float).reshape(-1, 3).T
+                bars = np.nan_to_num([np.minimum(half, 0.9 * mse), half])
+                # Hollow markers of falling size: a line that another one covers stays visible.
+                look = {"marker": "os^vPDX"[i % 7], "fillstyle": "none", "ms": max(3, 9 - i / 2)}
+                lines[name] = axes.errorbar(at, mse, bars, **look)
+            axes.set(yscale="log", ylabel=error, xlabel="workers" if along == 0 else "workers lost")
+            axes.locator_params("x", integer=True)
+        if lines:
+            text: dict[str, Any] = {"title": "exact answers are not drawn", "fontsize": 8}
+            figure.legend(lines.values(), lines, loc="outside right upper", frameon=False, **text)
         return figure
 
 

@@ -254,14 +254,26 @@ def test_codes_of_ones_own_take_part():
             compare(torch.nn.Tanh(), batches, [(6, 4, 2)], more=lambda k, n, wrong=wrong: wrong)
 
 
-def test_a_picture_has_a_panel_a_setting_and_a_bar_a_scheme():
-    records = [made((n, n - 1, 1), name, 0.5) for n in (3, 4, 5) for name in "abc"]
-    figure = Comparison(records).draw()
-    assert [len(figure.axes), *figure.get_size_inches()] == [4, 13, 8.4]
-    axes = figure.axes[1]
-    assert axes.get_title() == "3 inputs a group on 4 workers, 1 lost"
+def test_picture_of_one_setting_has_a_bar_for_each_scheme():
+    (axes,) = Comparison([made((9, 8, 1), x, 0.5) for x in "abc"]).draw().axes
     assert [text.get_text() for text in axes.get_yticklabels()] == [*"abc"]
     assert [bar.get_width() for bar in axes.patches] == [0.5] * 3
+
+
+def test_pictures_of_several_settings_leave_out_what_is_exact():
+    by_s = [made((24, 20, s), x, (s or 1e-7) / 9) for s in (0, 4, 8) for x in "ab"]
+    (axes,) = Comparison(by_s).draw().axes
+    lines = {line.get_label(): list(line.get_xdata()) for line in axes.lines if line.get_label()}
+    assert axes.get_title() == "20 inputs a group on 24 workers"
+    assert [list(line.get_xdata()) for line in axes.lines if len(line.get_xdata())] == [[4, 8]] * 2
+    (legend,) = axes.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+    assert lines
+    by_n = [made((n, 4, 2), x, 1 / n) for n in (8, 16) for x in "ab"]
+    (axes,) = Comparison(by_n).draw().axes
+    assert (axes.get_title(), axes.get_xlabel()) == ("4 inputs a group, 2 workers lost", "workers")
+    figure = Comparison([made((n, n - 1, 1), "a", 0.5) for n in (3, 4, 5)]).draw()
+    assert [len(figure.axes), *figure.get_size_inches()] == [4, 13, 8.4]
 
 
 def test_received_are_those_not_lost():
