@@ -16,6 +16,7 @@ from .strikes import LEARNABLE, Strikes
 __all__ = ["Trials"]
 
 # Bounds of one call, not tuned.
+_ALARMS = 4  # rounds after a strike, in each of which the oddest row of every worker is checked
 _TRIALS = 8  # more disputes than faulty workers explain stay undecided
 _TRIES = 3  # times that the rows of an excluded worker are asked for
 # A part of a trial is waited for as many times as long as a first part until it is late, or as all
@@ -160,12 +161,18 @@ class Trials:
             self.wanted |= more
             self.missed -= more
         yield from self._check()
-        while not record.stopped and (disputes := self._compared()[1]):
-            self.disputes += 1
-            pair, rows = disputes.popitem()
-            possible = len(record.workers) > 2 and self.disputes <= _TRIALS
-            if not (possible and (yield from self._trial(*pair, rows))):
-                self._doubt(pair, rows)
+        for _ in range(_ALARMS):
+            before = sum(self.strikes.values())
+            while not record.stopped and (disputes := self._compared()[1]):
+                self.disputes += 1
+                pair, rows = disputes.popitem()
+                possible = len(record.workers) > 2 and self.disputes <= _TRIALS
+                if not (possible and (yield from self._trial(*pair, rows))):
+                    self._doubt(pair, rows)
+            if record.stopped or before == sum(self.strikes.values()):
+                break
+            self.wanted |= self._oddest()
+            yield from self._check()  # checks by a worker that is out, too
 
     def _answers(self) -> dict[int, int]:
         """Return the part whose result counts, by row."""
@@ -221,6 +228,17 @@ class Trials:
         by_worker = self._by_worker(self._answers()).items()
         some = [sorted(set(rows) - self.wanted) for w, rows in by_worker if record.fresh(w)]
         return {row for rows in some for row in record.sample(rows, more)}
+
+    def _oddest(self) -> set[int]:
+        """Return the oddest row of every worker that is not checked yet."""
+        answers, done = self._answers(), self._compared()[0] | self.wanted
+        scores = self.results.scores(answers)
+        left = {row: answers[row] for row in scores if row not in done}
+        return {
+            max(rows, key=scores.__getitem__)
+            for worker, rows in self._by_worker(left).items()
+            if worker not in self.strikes
+        }
 
     def _check(self) -> _Doing:
         """Have the wanted rows computed by others."""

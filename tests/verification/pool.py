@@ -16,8 +16,9 @@ class Numbers:
 
     tolerance = 1e-3
 
-    def __init__(self, odd=()):
-        self.by_part, self._odd = {}, odd
+    def __init__(self, odd=(), scores=None):
+        self.by_part = {}
+        self._odd, self._scores = odd, scores or {}
 
     def differences(self, pairs):
         return [self._of(*pair) for pair in pairs]
@@ -29,6 +30,9 @@ class Numbers:
 
     def odd(self, answers):
         return {row for row in self._odd if row in answers}
+
+    def scores(self, answers):
+        return self._scores
 
     def conclude(self, trials):
         pass
@@ -72,6 +76,7 @@ class Pool:
         size,
         returned,
         odd=(),
+        scores=None,
         lost=lambda worker, part: False,
         ended=COMPLETE,
         bounded=False,
@@ -80,7 +85,7 @@ class Pool:
         order = self.random.sample(sorted(self.strikes.workers), len(self.strikes.workers))
         count = min(len(order), size)
         parts = [range(i * size // count, (i + 1) * size // count) for i in range(count)]
-        trials, numbers = Trials(self.strikes, Settling(ended, bounded)), Numbers(odd)
+        trials, numbers = Trials(self.strikes, Settling(ended, bounded)), Numbers(odd, scores)
         trials.prepare = lambda: setattr(trials, "results", numbers)
         policy = trials.decide(None, parts, idle=lambda: len(order))
         events, event, times = deque(), None, Counter()

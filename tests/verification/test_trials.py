@@ -97,6 +97,15 @@ class TestAWrongPart:
         assert right(answers)
         assert verdict.excluded == (2,)
 
+    def test_after_a_strike_the_oddest_row_of_every_other_worker_is_checked(self):
+        pool = Pool(12)
+        scores = {row: 9.0 if row % 4 == 1 else 0.0 for row in range(ROWS)}
+        verdict, answers = pool.call(ROWS, wrong(0, 5), odd=[0, *range(4, 8)], scores=scores)
+        owner = {row: pool.trials.worker[part] for row, part in pool.first.items()}
+        if {owner[0], owner[4]} & {0, 5}:  # one of them was looked at, so both are found
+            assert right(answers)
+            assert set(verdict.excluded) == {0, 5}
+
     def test_a_worker_that_returns_wrong_checks_is_found_as_well(self):
         pool, charged = Pool(6, share=0.2), Counter()
         for _ in range(20):
