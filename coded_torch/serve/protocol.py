@@ -8,6 +8,7 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,16 +44,30 @@ class InferRequest(NamedTuple):
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """Return the body of a request, of at most so many bytes."""
-    if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
-        must = f"the body must not be packed, got Content-Encoding {encoding!r:.80}"
+    """Return the unpacked body of a request; ``most`` bounds its bytes, packed and unpacked."""
+    encoding = request.headers.get("content-encoding", "identity").lower()
+    if encoding not in ("identity", "gzip", "deflate"):
+        must = f"Content-Encoding must be gzip or deflate, got {encoding!r:.80}"
         raise RequestError(415, "invalid", must)
+    too_large = RequestError(413, "too_large", f"the body must be at most {most} bytes, unpacked")
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > most:
-            raise RequestError(413, "too_large", f"the body must be at most {most} bytes")
-    return bytes(body)
+            raise too_large
+    if encoding == "identity":
+        return bytes(body)
+    # 32 more than the largest window: zlib tells gzip from deflate by the header.
+    unpacker = zlib.decompressobj(32 + zlib.MAX_WBITS)
+    try:
+        unpacked = unpacker.decompress(body, most + 1)  # a bomb is not unpacked
+    except zlib.error as error:
+        raise ValueError(f"the body must be {encoding}, got {error}") from None
+    if len(unpacked) > most:
+        raise too_large
+    if not unpacker.eof or unpacker.unused_data:
+        raise ValueError(f"the body must be {encoding}, whole and once")
+    return unpacked
 
 
 def parse(

@@ -11,6 +11,7 @@ import resource
 import socket
 import threading
 import time
+import zlib
 
 import pytest
 import torch
@@ -107,10 +108,19 @@ def test_unknown_paths(client, method, path, status):
     assert json.loads(body)["error"]
 
 
-@pytest.mark.parametrize("accepted", ["br, gzip;q=0.5", "deflate", ""])
-def test_packed_answers(client, accepted):
+@pytest.mark.parametrize(
+    ("encoding", "squeeze", "accepted"),
+    [
+        ("gzip", gzip.compress, "br, gzip;q=0.5"),
+        ("deflate", zlib.compress, "deflate"),
+        ("identity", bytes, ""),
+    ],
+)
+def test_packed_bodies(client, encoding, squeeze, accepted):
     many = {"inputs": [tensor(torch.arange(192.0).reshape(64, 3).tolist())]}
-    status, found, answer = client.send("POST", PATH, json.dumps(many), Accept_Encoding=accepted)
+    body = squeeze(json.dumps(many).encode())
+    headers = {"Content_Encoding": encoding, "Accept_Encoding": accepted}
+    status, found, answer = client.send("POST", PATH, body, **headers)
     packed = "gzip" if "gzip" in accepted else None
     assert (status, found["content-encoding"]) == (200, packed)
     answer = gzip.decompress(answer) if packed else answer
@@ -120,13 +130,13 @@ def test_packed_answers(client, accepted):
 @pytest.mark.parametrize(
     ("body", "headers", "status", "why"),
     [
-        (
-            gzip.compress(b"{}"),
-            {"Content_Encoding": "gzip"},
-            415,
-            "must not be packed, got Content",
-        ),
+        (b"x", {"Content_Encoding": "br"}, 415, "gzip or deflate, got 'br'"),
         (b"[" * 1020 + b"]" * 1020, {}, 400, ""),  # its repr is too deep for Python 3.11
+        (b"x", {"Content_Encoding": "gzip"}, 400, "must be gzip"),
+        (gzip.compress(b"{}")[:-4], {"Content_Encoding": "gzip"}, 400, "gzip, whole and once"),
+        (gzip.compress(b"{}") * 2, {"Content_Encoding": "gzip"}, 400, "gzip, whole and once"),
+        (gzip.compress(bytes(2**27)), {"Content_Encoding": "gzip"}, 413, "at most 71680 bytes"),
+        (zlib.compress(bytes(2**27)), {"Content_Encoding": "deflate"}, 413, "at most 71680 bytes"),
         (bytes(71681), {}, 413, "at most 71680 bytes"),
         (b"{}", {"Inference_Header_Content_Length": "3"}, 400, "at most the length of the body"),
     ],

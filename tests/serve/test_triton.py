@@ -15,9 +15,9 @@ from coded_torch.workers import EndpointWorkers, RemoteModule
 from .servers import built, serving
 
 ROWS, PACKINGS = (1, 7, 64), (None, "gzip", "deflate")
-# 36 cases: the encodings of the request and of the answer, and how that may be packed.
-CASES = list(itertools.product(ROWS, *[(True, False)] * 2, PACKINGS))
-ALIKE = [case for case in CASES if case[1] == case[2]]
+# 108 cases: the encodings and the compressions of the request and of the answer.
+CASES = list(itertools.product(ROWS, *[(True, False)] * 2, *[PACKINGS] * 2))
+ALIKE = [case for case in CASES if case[1] == case[2] and case[3] == case[4]]
 TYPES = {"FP32": np.float32, "FP64": np.float64}
 shipped = functools.cache(lenet5_and_digits)
 
@@ -40,7 +40,7 @@ class TritonTests:
     def test_answers(self, address, case):
         self.check(address, *case)
 
-    def check(self, address, rows, sent, got, unpacked):
+    def check(self, address, rows, sent, got, packed, unpacked):
         """Check the answer to one request."""
         module, (examples,) = shipped()
         images = examples.repeat(7, 1, 1, 1)[:rows].numpy()
@@ -51,6 +51,7 @@ class TritonTests:
             "outputs": [triton.InferRequestedOutput(name, binary_data=got) for name in names],
             "request_id": "7",
             "timeout": 4_000_000,
+            "request_compression_algorithm": packed,
             "response_compression_algorithm": unpacked,
         }
         with triton.InferenceServerClient(address) as client:
