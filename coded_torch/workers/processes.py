@@ -65,9 +65,9 @@ class ProcessWorkers(SupervisedWorkers):
         the classes of the main script. Classes of an interactive session are sent by value, if
         cloudpickle is installed. Without Unix domain sockets, as on Windows, the pool does not run.
 
-        Processes are forked, in some 50 ms, from a server that has imported torch, which takes
-        seconds to start. A new process loads the last module, and imports the packages of its
-        classes, before it gets parts.
+        Processes are forked, in some 50 ms, from a server that has imported torch and the packages
+        of the module's classes, but for packages that start threads or initialise CUDA. The server
+        takes seconds to start. A new process loads the last module before it gets parts.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class _Process(WatchedWorker):
 
     connection: Connection
     descriptor: int
+    packages: frozenset[str]  #: the packages that its server has imported
     _forked = False  # true if the server has told its process id
 
     def exit_code(self, seconds: float) -> int | None:
@@ -123,6 +124,7 @@ class _Processes(Supervisor):
     ) -> None:
         super().__init__(size, grace)
         self._devices, self._threads = devices, threads
+        self._packages: frozenset[str] = frozenset()
 
     def set_up(self) -> None:
         if getattr(multiprocessing.current_process(), "_inheriting", False):
@@ -136,16 +138,20 @@ class _Processes(Supervisor):
         self._selector.register(self._alarm, selectors.EVENT_READ)
 
     def pack(self, module: nn.Module) -> Package:
-        return Package(Pickled(module))
+        package = Package(Pickled(module))
+        self._packages |= worker_main.packages_of(module)
+        return package
 
     def launch(self, index: int) -> _Process:
         ours, theirs = socket.socketpair()
         device = self._devices[index % len(self._devices)]
+        packages = self._packages - worker_main.REFUSED
         with theirs, contextlib.ExitStack() as on_error:
             on_error.enter_context(ours)
-            descriptor = worker_main.fork(theirs, device, self._threads, self.seed())
+            descriptor = worker_main.fork(theirs, device, self._threads, self.seed(), packages)
             on_error.pop_all()
-        worker = _Process(index, connection=Connection(ours), descriptor=descriptor)
+        link = Connection(ours)
+        worker = _Process(index, connection=link, descriptor=descriptor, packages=packages)
         self._selector.register(ours, selectors.EVENT_READ, worker)
         return worker
 
@@ -162,7 +168,7 @@ class _Processes(Supervisor):
     def end(self, worker: _Process) -> None:
         worker.exit_code(0.0)  # to learn its process id
         if not worker.pid and not self.closed and not worker.unwanted:
-            worker_main.replace_server()  # the server is too slow to fork: start another one
+            worker_main.replace_servers()  # the server is too slow to fork: start another one
         worker.kill()
         self._bury(worker, _DYING_SECONDS if worker.pid else 0.0)
 
@@ -223,8 +229,13 @@ class _Processes(Supervisor):
         worker.connection.close()
         os.close(worker.descriptor)
         ended = self.closed or worker.unwanted  # this pool ended it
-        if code is None and not worker.pid and not ended:
-            worker_main.replace_server()
+        broken = code == worker_main.UNSAFE or (code is None and not worker.pid and not ended)
+        # Once for all workers of that server.
+        if broken and not worker.packages & worker_main.REFUSED:
+            worker_main.REFUSED.update(worker.packages)
+            worker_main.replace_servers()
+        if code == worker_main.UNSAFE:
+            return "was forked from a server with threads, or with CUDA; another server starts"
         if code is None:
             no_fork = "was not forked, as the server that forks processes ended"
             return "closed its connection, and was killed" if worker.pid else no_fork

@@ -22,6 +22,7 @@ import socket
 import sys
 import threading
 import traceback
+import types
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import forkserver, reduction, resource_tracker, spawn, util
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
@@ -45,24 +46,39 @@ __all__ = ["LoadedModules", "ModuleStore", "PackedModule", "environment", "fork"
 READY, MODULE, LOADED, JOB, RESULT = range(5)  # kinds of messages
 # Descriptors that must be free: a request takes 5, and one that is cut short ends the server.
 _SPARE_DESCRIPTORS = 8
+# The exit code of a worker whose server has threads or has initialised CUDA, which forks lack.
+UNSAFE = 77
+REFUSED: set[str] = set()  # packages that no server imports, as they broke one
+
+# Written before a fork, and read in it. None if the server did not import this file.
+_server_is_unsafe: bool | None = None
+
+
+def _look_at_server() -> None:
+    global _server_is_unsafe
+    _server_is_unsafe = threading.active_count() > 1 or torch.cuda.is_initialized()
+
+
+os.register_at_fork(before=_look_at_server)
 _starting = threading.Lock()  # the environment of this process changes while a server starts
 os.register_at_fork(after_in_child=_starting._at_fork_reinit)  # type: ignore[attr-defined]
-_servers: list[forkserver.ForkServer] = []  # at most one
-os.register_at_fork(after_in_child=_servers.clear)  # a forked process starts its own server
+# A key is the packages that a server has imported.
+_servers: dict[frozenset[str], forkserver.ForkServer] = {}
+os.register_at_fork(after_in_child=_servers.clear)  # a forked process starts its own servers
 
 
-def _server() -> forkserver.ForkServer:
-    """Return the server of this process, under the lock."""
-    if not _servers:
+def _server(packages: frozenset[str]) -> forkserver.ForkServer:
+    """Return the server of this process that has imported some packages, under the lock."""
+    if packages not in _servers:
         own = forkserver.ForkServer()
-        own.set_forkserver_preload([__name__])
+        own.set_forkserver_preload([__name__, *sorted(packages)])
         # Before Python 3.14, the server does not get sys.path before it imports (cpython 117378).
         # No working directory comes before it, where an uncompiled checkout may lie, but in 3.10.
         path = os.pathsep.join(x or os.getcwd() for x in sys.path if isinstance(x, str))
         with environment({"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}):
             own.ensure_running()
-        _servers.append(own)
-    return _servers[0]
+        _servers[packages] = own
+    return _servers[packages]
 
 
 @contextlib.contextmanager
@@ -83,8 +99,8 @@ def _set(variables: Mapping[str, str | None]) -> None:
             os.environ[name] = value
 
 
-def replace_server() -> None:
-    """Fork no more workers from the present server, which ends with its last worker."""
+def replace_servers() -> None:
+    """Fork no more workers from the present servers. Each ends with its last worker."""
 
     def stop(server: Any) -> None:
         with contextlib.suppress(OSError):  # the server has ended, and this host has waited for it
@@ -92,11 +108,26 @@ def replace_server() -> None:
 
     with _starting:
         while _servers:
-            threading.Thread(target=stop, args=(_servers.pop(),), daemon=True).start()
+            server = _servers.popitem()[1]
+            threading.Thread(target=stop, args=(server,), daemon=True).start()
 
 
-def fork(sock: socket.socket, device: torch.device, threads: int, seed: int) -> int:
-    """Have a worker forked that serves a socket.
+def packages_of(module: nn.Module) -> set[str]:
+    """Return the packages of a module's classes, and the imports of the main script for its own."""
+    found = {type(part).__module__ for part in module.modules()}
+    if "__main__" in found:
+        for value in list(vars(sys.modules["__main__"]).values()):  # other threads may add some
+            attribute = "__name__" if isinstance(value, types.ModuleType) else "__module__"
+            name = getattr(value, attribute, None)
+            found.add(name if isinstance(name, str) else "")
+    known = {"", "__main__", "torch", "coded_torch", *sys.stdlib_module_names}
+    return {name for name in found if name.partition(".")[0] not in known}
+
+
+def fork(
+    sock: socket.socket, device: torch.device, threads: int, seed: int, packages: frozenset[str]
+) -> int:
+    """Have a worker forked that serves a socket, from a server that has imported packages.
 
     Returns a descriptor, from which :func:`multiprocessing.forkserver.read_signed` reads the
     process id, and later the exit code. It ends early if the server does.
@@ -114,13 +145,13 @@ def fork(sock: socket.socket, device: torch.device, threads: int, seed: int) -> 
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     try:
         with _starting:
-            descriptor, writer = _server().connect_to_new_process([sock.fileno()])
+            descriptor, writer = _server(packages).connect_to_new_process([sock.fileno()])
             variables = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
     except ChildProcessError:  # the host has waited for the server, which has ended
-        replace_server()
+        replace_servers()
         raise
     with open(writer, "wb") as stream:
-        program = _Program(main, device, threads, seed, variables)
+        program = _Program(main, device, threads, seed, variables, bool(packages))
         reduction.dump(kept, stream)
         reduction.dump(program, stream)
     return descriptor
@@ -134,8 +165,11 @@ class _Program(NamedTuple):
     threads: int
     seed: int
     variables: dict[str, str | None]  # variables of the environment that the server has changed
+    preloaded: bool  # true if the server had to import packages
 
     def _bootstrap(self, _: int) -> int:
+        if _server_is_unsafe or (_server_is_unsafe is None and self.preloaded):
+            return UNSAFE
         _set(self.variables)
         signal.signal(signal.SIGTERM, functools.partial(_end_fork, os.getpid()))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])

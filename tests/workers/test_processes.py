@@ -526,7 +526,7 @@ def test_a_server_that_is_replaced_ends_with_its_last_process():
 
     with ProcessWorkers(2).start(timeout=WAIT) as pool:
         first = parent(pool.pids[0])
-        worker_main.replace_server()
+        worker_main.replace_servers()
         os.kill(pool.pids[0], signal.SIGKILL)
         until(lambda: {parent(pid) for pid in pool.pids} - {0} > {first})
         assert len(answers(pool, nn.Identity(), torch.zeros(4, 1, 1))) == 4
@@ -624,6 +624,18 @@ def test_a_script_without_a_guard_gets_to_know(tmp_path):
     assert last.endswith('put its main part under: if __name__ == "__main__":')
 
 
+def test_a_pool_that_closes_while_it_starts_refuses_no_packages():
+    pool = ProcessWorkers(1)
+    pool._queue._packages = frozenset(["timeit"])  # a server of its own, which takes seconds
+    pool._queue.begin(nn.Identity())
+    until = time.monotonic() + WAIT
+    while not pool._queue._workers and time.monotonic() < until:
+        time.sleep(0.002)
+    assert pool._queue._workers
+    pool.close()
+    assert "timeit" not in worker_main.REFUSED
+
+
 def test_threads_start_one_server_and_leave_the_environment(monkeypatch):
     started = []
 
@@ -636,19 +648,18 @@ def test_threads_start_one_server_and_leave_the_environment(monkeypatch):
         worker_main.forkserver.ForkServer, "connect_to_new_process", lambda *_: os.pipe()
     )
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    monkeypatch.setattr(worker_main, "_servers", [])
-    found = []
+    packages, found = frozenset(["no_package"]), []
 
     def fork():
         with socket.socket() as sock:
-            found.append(worker_main.fork(sock, torch.device("cpu"), 1, 0))
+            found.append(worker_main.fork(sock, torch.device("cpu"), 1, 0, packages))
 
     threads = [threading.Thread(target=fork) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    worker_main.replace_server()
+    worker_main.replace_servers()
     for descriptor in found:
         os.close(descriptor)
     assert len(found) == 4
@@ -656,29 +667,46 @@ def test_threads_start_one_server_and_leave_the_environment(monkeypatch):
     assert "PYTHONPATH" not in os.environ
 
 
-_PLAIN = """
+_PACKAGE = """
+import os, threading
+from pathlib import Path
 import torch
+
+log = Path(__file__).parent / (__name__ + ".log")
+with log.open("a") as file:
+    print(os.getpid(), file=file)
+if __name__ == "threaded":
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
 
 class Net(torch.nn.Module):
     def forward(self, x):
         return x + 0.5
 """
 
-_ELSEWHERE = """
+_PRELOADS = """
 import os, signal, sys, time
+from pathlib import Path
 import torch
-from coded_torch.workers import ProcessWorkers
+from coded_torch.codes import ReplicationCode
 from coded_torch.nn import CodedWrapper
+from coded_torch.workers import ProcessWorkers
 
 if __name__ == "__main__":
     sys.path.insert(0, {folder!r})
-    from plain import Net
-    with ProcessWorkers(2).start(Net()) as pool, torch.no_grad():
-        victim = pool.pids[0]
-        os.kill(victim, signal.SIGKILL)
-        while victim in pool.pids or pool.num_ready < 2:
-            time.sleep(0.002)
-        print(*CodedWrapper(Net(), workers=pool)(torch.tensor([[1.0], [2.0]])).flatten().tolist())
+    from plain import Net as Plain
+    from threaded import Net as Threaded
+    servers = set()
+    for net in (Plain(), Threaded()):
+        with ProcessWorkers(2).start(net) as pool, torch.no_grad():
+            coded = CodedWrapper(net, ReplicationCode(2, 2), workers=pool)
+            print(*coded(torch.tensor([[1.0], [2.0]])).flatten().tolist())
+            victim = pool.pids[0]
+            os.kill(victim, signal.SIGKILL)
+            while victim in pool.pids or pool.num_ready < 2:
+                time.sleep(0.002)
+            print(*coded(torch.tensor([[1.0], [2.0]])).flatten().tolist())
+            if isinstance(net, Plain):
+                print(len({{os.getpid()}} & set(pool.pids)))
 """
 
 
@@ -692,16 +720,21 @@ def test_sigterm_to_the_whole_group_is_for_the_callers_process():
         assert pool.pids == pids
 
 
-def test_packages_are_found_where_this_process_finds_them(tmp_path):
+def test_packages_of_a_module_are_imported_once_for_all_processes(tmp_path):
     """Also in a folder with a package of the same name, as in a checkout without compiled parts."""
-    (tmp_path / "plain.py").write_text(_PLAIN)
+    for name in ("plain", "threaded"):
+        (tmp_path / f"{name}.py").write_text(_PACKAGE)
     (folder := tmp_path / "checkout" / "coded_torch").mkdir(parents=True)
     if sys.version_info >= (3, 11):  # Python 3.10 always imports from the working directory
         (folder / "__init__.py").write_text("raise ImportError")
-    text = _ELSEWHERE.format(folder=str(tmp_path))
+    text = _PRELOADS.format(folder=str(tmp_path))
     done = _script(tmp_path, text, 2 * WAIT, cwd=folder.parent)
-    assert (done.returncode, done.stdout.split()) == (0, ["1.5", "2.5"]), done.stderr
+    assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
+    assert done.stdout.splitlines() == ["1.5 2.5", "1.5 2.5", "0", "1.5 2.5", "1.5 2.5"]
+    imports = {p.stem: len(p.read_text().split()) for p in tmp_path.glob("*.log")}
+    assert imports["plain"] == 2  # by this process, and by the server
+    assert imports["threaded"] == 2 + 3  # by the server that is given up, and by each process
 
 
 _INTERACTIVE = """
