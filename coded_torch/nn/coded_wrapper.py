@@ -29,6 +29,7 @@ from .result_checks import Results, Stacked
 
 __all__ = ["CodedWrapper"]
 
+_CHECKED = ("code", "workers", "waiting", "parts", "predictor", "surrogate", "verify")
 _AT_ONCE, _AS_NEEDED, _PREDICTOR = Waiting.first(), Waiting(), Regression()
 
 
@@ -81,8 +82,8 @@ class CodedWrapper(ModuleProxy):
         out_dims: the batch dimension of the outputs, in the same form; at None, the result of the
             part asked first is passed through. Defaults to 0.
 
-    The arguments are attributes. Assigned values are checked by the next call. A new pool or module
-    begins with an empty history of latencies.
+    The arguments are attributes. Assigned values are checked, ``in_dims`` and ``out_dims`` by the
+    next call. A new pool or module begins with an empty history of latencies.
 
     Attributes:
         last_run: the :class:`Report` of the call that ended last, even by an error; None before
@@ -147,12 +148,14 @@ class CodedWrapper(ModuleProxy):
         self.in_dims, self.out_dims = in_dims, out_dims
         self.last_run = None
         self._dealer = random.Random(0)
-        self._check_settings(waiting)
+        _check_settings(self)
+        self._is_made = True
 
     def run(self, *args: Any, waiting: Waiting | None = None, **kwargs: Any) -> tuple[Any, Report]:
         """Return the answers and the report of a call with its own policy; hooks do not run."""
+        _check_waiting(self.code, waiting)
         report = Report()
-        return self._call(report, waiting or self.waiting, args, kwargs), report
+        return self._call(report, waiting or self._policy(), args, kwargs), report
 
     def replace(self, **changes: Any) -> CodedWrapper:
         """Return another wrapper, made with other values for some arguments of the constructor."""
@@ -182,9 +185,9 @@ class CodedWrapper(ModuleProxy):
             return self._outside_graphs(*args, **kwargs)
         report = Report()
         try:
-            return self._call(report, self.waiting, args, kwargs)
+            return self._call(report, self._policy(), args, kwargs)
         finally:
-            self.last_run = report
+            vars(self)["last_run"] = report  # a setting would be checked
 
     @_disable_dynamo
     def _outside_graphs(self, *args: Any, **kwargs: Any) -> Any:
@@ -195,10 +198,8 @@ class CodedWrapper(ModuleProxy):
         """Return the policy of calls that bring none of their own."""
         return self.waiting or (_AS_NEEDED if self.code is None else _AT_ONCE)
 
-    def _call(self, report: Report, waiting: Waiting | None, args: Any, kwargs: Any) -> Any:
+    def _call(self, report: Report, waiting: Waiting, args: Any, kwargs: dict[str, Any]) -> Any:
         """Return the answers; the report is written as soon as something is known."""
-        self._check_settings(waiting)
-        waiting = waiting or self._policy()
         if self.training:
             warn_of_training(self.module)
         with report.timed("encode"), on_host():
@@ -267,54 +268,68 @@ class CodedWrapper(ModuleProxy):
     # Settings.
 
     def __setattr__(self, name: str, value: Any) -> None:
+        before: Any = vars(self).get(name)
         if name == "module":
             instance(self, "module", value, nn.Module)
-            self._form = None
         if name == "surrogate":
             value = checked(value)
         super().__setattr__(name, value)
+        if name in _CHECKED and "_is_made" in vars(self):
+            try:
+                _check_settings(self)
+            except (TypeError, ValueError):
+                super().__setattr__(name, before)
+                raise
         if name in ("workers", "module"):
             self._history = History()  # one for each module and pool
+        if name == "module":
+            self._form = None
         if name in ("workers", "module", "verify") and "verify" in vars(self):
             self._strikes = Strikes(self.workers, self.verify) if self.verify else None
 
-    def _check_settings(self, waiting: Waiting | None) -> None:
-        """Raise a TypeError or a ValueError unless the settings and a policy fit each other."""
-        code, pool, parts, verify = self.code, self.workers, self.parts, self.verify
-        instance(self, "code", code, Code, optional=True)
-        instance(self, "workers", pool, Workers)
-        instance(self, "waiting", waiting, Waiting, optional=True)
-        instance(self, "predictor", self.predictor, Regression, optional=True)
-        if parts is not None:
-            count(self, "parts", parts)
-        if verify is not None:
-            real(self, "verify", verify, "between 0 and 1", lambda x: 0 <= x <= 1)
-        lost = (waiting and waiting.num_stragglers) or 0
-        must = ""
-        if code is None:
-            if parts is None and pool.num_workers is None:
-                kind = type(pool).__name__
-                must = f"parts must be given with {kind}, which has no number of workers"
-            elif verify and (pool.num_workers or 0) < 2:
-                must = "verify must be None on a pool without two workers that can be told apart"
-            elif waiting is not None and waiting.at_once:
-                must = "waiting must be Waiting(...) without a code, as rows replace no others"
-        else:
-            for name in ("parts", "predictor", "verify"):
-                if getattr(self, name):
-                    must = f"{name} must be None with a code, as it is for batches by rows"
-            if lost > (most := code.num_workers - code.min_received):
-                must = f"waiting.num_stragglers must be at most {most}, as {code} needs "
-                must += f"{code.min_received} results"
-            if code.mixes and waiting is not None and not waiting.predict:
-                must = "waiting.predict must be True with a code that mixes inputs"
-            if code.mixes and self.surrogate:
-                # With a student, the paper's scheme has more error than the student alone in seven
-                # of ten settings measured on two networks (benchmarks/surrogates.py).
-                must = (
-                    "surrogate must be left out with a code that mixes inputs: it is better alone"
-                )
-        if must:
-            argument, *_ = must.replace(".", " ").split()
-            got = waiting if argument == "waiting" else getattr(self, argument)
-            raise ValueError(f"CodedWrapper: {must}, got {shown(got)}")
+
+def _check_settings(wrapper: CodedWrapper) -> None:
+    """Raise a TypeError or a ValueError unless the settings of a wrapper fit each other."""
+    code, pool, parts, verify = wrapper.code, wrapper.workers, wrapper.parts, wrapper.verify
+    instance(wrapper, "code", code, Code, optional=True)
+    instance(wrapper, "workers", pool, Workers)
+    instance(wrapper, "predictor", wrapper.predictor, Regression, optional=True)
+    if parts is not None:
+        count(wrapper, "parts", parts)
+    if verify is not None:
+        real(wrapper, "verify", verify, "between 0 and 1", lambda x: 0 <= x <= 1)
+    must = ""
+    if code is not None:
+        for name in ("parts", "predictor", "verify"):
+            if getattr(wrapper, name):
+                must = f"{name} must be None with a code, as it is for batches by rows"
+        if code.mixes and wrapper.surrogate:
+            # With a student, the paper's scheme has more error than the student alone in seven of
+            # ten settings measured on two networks (benchmarks/surrogates.py).
+            must = "surrogate must be left out with a code that mixes inputs: alone, it is better"
+    elif parts is None and pool.num_workers is None:
+        must = f"parts must be given with {type(pool).__name__}, which has no number of workers"
+    elif verify and (pool.num_workers or 0) < 2:
+        must = "verify must be None on a pool without two workers that can be told apart"
+    if must:
+        got = shown(getattr(wrapper, must.partition(" ")[0]))
+        raise ValueError(f"CodedWrapper: {must}, got {got}")
+    _check_waiting(code, wrapper.waiting)
+
+
+def _check_waiting(code: Code | None, waiting: Waiting | None) -> None:
+    """Raise a TypeError or a ValueError unless a policy fits the code."""
+    instance("CodedWrapper", "waiting", waiting, Waiting, optional=True)
+    must = ""
+    if waiting is None:
+        return
+    if code is None:
+        if waiting.at_once:
+            must = "waiting must be Waiting(...) without a code, as rows replace no others"
+    elif not waiting.predict and code.mixes:
+        must = "waiting.predict must be True with a code that mixes inputs, as it estimates all"
+    elif (waiting.num_stragglers or 0) > (most := code.num_workers - code.min_received):
+        must = f"waiting.num_stragglers must be at most {most}, as {code} needs "
+        must += f"{code.min_received} results"
+    if must:
+        raise ValueError(f"CodedWrapper: {must}, got {waiting}")

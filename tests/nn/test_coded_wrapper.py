@@ -120,22 +120,22 @@ def test_the_report():
     assert coded.last_run.received == ()
 
 
-def test_what_is_assigned_is_checked_by_the_next_call():
+def test_what_is_assigned_is_checked_as_what_is_given():
     coded = CodedWrapper(linear(), ReplicationCode(3, 5), waiting=Waiting.first(4))
     coded(rand(1, 3))
     assert len(coded.last_run.received) == 1
-    coded.code = PolynomialCode(3, 5)
     with pytest.raises(ValueError, match="num_stragglers must be at most 2, as PolynomialCode"):
-        coded(rand(1, 3))
+        coded.code = PolynomialCode(3, 5)
+    assert coded.code.min_received == 1
     coded.waiting, coded.workers = None, LocalWorkers(Uniform(1))
+    coded.code = PolynomialCode(3, 5)
     coded(rand(1, 3))
     assert len(coded.last_run.received) == 4
     for name, value in (("workers", None), ("code", 3), ("parts", 2), ("surrogate", linear())):
         before = getattr(coded, name)
-        setattr(coded, name, value)
         with pytest.raises((TypeError, ValueError), match=f"^CodedWrapper: {name} must be"):
-            coded(rand(1, 3))
-        setattr(coded, name, before)
+            setattr(coded, name, value)
+        assert getattr(coded, name) is before
 
 
 def test_latencies_belong_to_one_module_on_one_pool():
