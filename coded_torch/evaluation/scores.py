@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 __all__ = ["Comparison", "Interval", "Record", "Row", "Score", "Setting", "check_labels"]
-__all__ += ["grouped", "half_width", "ratio", "relative_accuracy", "rmse", "root"]
+__all__ += ["grouped", "half_width", "paired_p", "ratio", "relative_accuracy", "rmse", "root"]
 __all__ += ["rounded", "score"]
 
 Setting = tuple[int, int, int]  # N, K and S
@@ -38,6 +38,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # their inverse, the normal distribution's last (Abramowitz and Stegun, 26.7.5, within 1e-4).
 _STUDENT = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.306, 2.26216, 2.22814)
 _BEYOND = (2.5558497911596096, 2.8224987053284156, 2.3722712787051083, 1.959964)
+_FLIPS = 20_000  # random signs of a paired test, enough for two digits of a p-value of .01
 _EXACT = 1e-6  # the share of the variance below which an error is rounding, and is not drawn
 
 
@@ -122,6 +123,23 @@ def half_width(a: Array) -> float:
     return quantile * float(a.std(ddof=1)) / math.sqrt(n + 1)
 
 
+def paired_p(differences: Array) -> float:
+    """Return the two-sided p-value of paired differences, one a batch, under a mean of 0.
+
+    The test flips the signs of the differences, in all ways for up to 14 batches, else at random.
+    The p-value is NaN if a difference is.
+    """
+    if np.isnan(differences).any():
+        return math.nan
+    n = len(differences)
+    if 2**n <= _FLIPS:
+        signs = 1.0 - 2.0 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
+    else:
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], (_FLIPS, n))
+        signs[0] = 1.0
+    return float((np.abs(signs @ differences) >= abs(differences.sum()) * (1 - 1e-12)).mean())
+
+
 def rounded(*values: float) -> Interval:
     """Round to four digits; NaN becomes None."""
     return [None if math.isnan(value) else float(f"{value:.4g}") for value in values]
@@ -143,7 +161,13 @@ class Record(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The scores of one scheme at one setting. Those against a reference are None without one."""
+    """The scores of one scheme at one setting, intervals as ``[value, half the 95 % width]``.
+
+    The fields with a default are None without a reference, and for the reference itself. ``p`` is
+    the p-value of paired sign flips of the batches' differences of squared distances, times the
+    number m of all schemes but the reference, at all settings (Bonferroni), and at most 1. With b
+    answered batches, p is at least m 2^(1-b) if b is at most 14, else m / 20,000.
+    """
 
     setting: Setting  #: N, K and S
     name: str  #: the name of the scheme
@@ -153,7 +177,9 @@ class Row(NamedTuple):
     changed: tuple[int, int]  #: rows whose class is not the module's own, and all rows
     work: float  #: the rows that workers compute, over the rows of the batches
     mse_ratio: Interval | None = None  #: the mean squared distance over the reference's
+    mse_difference: Interval | None = None  #: ``mse`` less the reference's
     gain: Interval | None = None  #: ``relative_accuracy`` less the reference's
+    p: float | None = None  #: a p-value; None if an answer is missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +206,7 @@ class Comparison:
         if reference and reference not in names:
             must = f"reference must be one of {', '.join(names)}"
             raise ValueError(f"against: {must}, got {reference!r}")
+        number = sum(name != reference for _, name in schemes)
         rows = []
         for (setting, name), records in schemes.items():
             mse, _, variance, right, exact, _ = _by_batch(records)
@@ -191,9 +218,12 @@ class Comparison:
             row = Row(setting, name, root(mse), ratio(mse, variance), kept, counts, work)
             if name != reference and (setting, reference) in schemes:
                 theirs = _by_batch(schemes[setting, reference])
+                p = number * paired_p(mse - theirs[0])
                 row = row._replace(
                     mse_ratio=ratio(mse, theirs[0]),
+                    mse_difference=ratio(mse - theirs[0], variance),
                     gain=ratio(right - theirs[3], exact) if labelled else None,
+                    p=None if math.isnan(p) else min(1.0, p),
                 )
             rows.append(row)
         return rows

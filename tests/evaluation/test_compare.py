@@ -190,15 +190,20 @@ def test_against_a_reference_differences_are_paired():
 
     records = [record("a", i, 1.0 + i, 0.5) for i in range(8)]
     records += [record("b", i, 2.0 + 2 * i, 0.75) for i in range(8)]
-    a, b = Comparison(records).against("a")
-    assert a.mse_ratio is a.gain is None
+    records += [record("c", i, 1.0 + i + (-1) ** i, 0.5) for i in range(8)]
+    a, b, c = Comparison(records).against("a")
+    assert a.mse_ratio is a.p is a.gain is None
     assert (b.mse_ratio, b.gain) == ([2.0, 0.0], [0.25, 0.0])
+    difference = torch.arange(1.0, 9.0).numpy() / 2  # over the variance
+    assert b.mse_difference == [2.25, pytest.approx(scores.half_width(difference), rel=1e-3)]
+    assert b.p == 2 * 2 / 2**8  # of two comparisons
+    assert c.p == 1
     assert b.changed == (8, 80)
-    with pytest.raises(ValueError, match="reference must be one of a, b, got 'd'"):
+    with pytest.raises(ValueError, match="reference must be one of a, b, c, got 'd'"):
         Comparison(records).against("d")
     assert b.mse == pytest.approx([4.5, b.mse[1]])
     lost = [*records[:15], record("b", 7, math.nan, 0.5)]
-    assert Comparison(lost).against("a")[-1].mse_ratio[0] is None  # an answer is missing
+    assert Comparison(lost).against("a")[-1].p is None  # an answer is missing
 
 
 def test_table(found):

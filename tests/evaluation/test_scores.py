@@ -9,6 +9,7 @@ import torch
 
 from coded_torch.evaluation.scores import (
     half_width,
+    paired_p,
     ratio,
     relative_accuracy,
     rmse,
@@ -105,3 +106,13 @@ def test_half_a_width_is_students_quantile_of_standard_errors(count):
     numbers = np.random.default_rng(0).normal(size=count)
     quantile = scipy.stats.t.ppf(0.975, count - 1)
     assert half_width(numbers) == pytest.approx(quantile * scipy.stats.sem(numbers), rel=6e-5)
+
+
+@pytest.mark.parametrize("count", [2, 8, 40])
+def test_a_paired_p_value_is_that_of_flipped_signs(count):
+    differences = np.random.default_rng(1).normal(0.5, size=count)
+    how = {"permutation_type": "samples", "n_resamples": 20_000 if count > 14 else np.inf}
+    wanted = scipy.stats.permutation_test((differences,), np.mean, rng=0, **how)
+    assert paired_p(differences) == pytest.approx(wanted.pvalue, abs=1e-9 if count < 15 else 5e-3)
+    assert paired_p(np.ones(8)) == 2 / 2**8
+    assert paired_p(np.zeros(8)) == 1
