@@ -40,6 +40,7 @@ class Strikes:
         self.pool, self.share, self.random = pool, share, generator or secrets.SystemRandom()
         self.excluded: set[int] = set()  #: the workers that get no parts until they are restarted
         self.tolerance = 0.0  #: results of a row agree up to this, in spreads of the outputs
+        self.whole = False  #: results depend on the rows beside them: whole parts are compared
         self.stopped = ""  #: the reason if nothing is verified any more
         self.scores = Scores()
         self._strikes: dict[int, int] = {}
@@ -94,6 +95,9 @@ class Strikes:
         plain = tuple(map(tuple, parts))
         if self.stopped or len(self.workers) < 2:
             return plain, frozenset(), 0.0
+        if self.whole:  # parts are asked for twice
+            twice = tuple(part for part in plain if self.random.random() < self.share)
+            return (*plain, *twice), frozenset().union(*twice), self.share
         # More only if all workers are on probation, as the workers of parts are not known yet.
         share = self.often if all(map(self.fresh, self.workers)) else self.share
         chosen = [self.sample(part, share) for part in plain]
@@ -153,8 +157,8 @@ class Strikes:
             if difference <= LEARNABLE:
                 self.tolerance = max(self.tolerance, 2 * difference)
                 return f"honest results differ by {difference:.1e} of the outputs' spread"
-            self.stopped = f"results depend on the rows beside them, by {difference:.1e} spreads"
-            return ""
+            self.whole = True
+            return f"results depend on the rows beside them, by {difference:.1e} of their spread"
 
     def undecided(self, count: int = 1) -> None:
         """Count a trial that showed nothing."""

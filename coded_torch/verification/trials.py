@@ -183,13 +183,14 @@ class Trials:
 
         The key of rows that differ is two parts, the first of which is the answer.
         """
-        answers, worker = self._answers(), self.worker
+        answers, worker, asked = self._answers(), self.worker, self.asked
         pairs = {
             (answers[row], other): None
             for row, parts in self.parts.items()
             if len(parts) > 1 and row in answers
             for other in parts
             if worker[other] != worker[answers[row]]
+            if not self.record.whole or asked[other] == asked[answers[row]]
         }
         alike, disputes = set[int](), dict[tuple[int, int], list[int]]()
         for pair, by in zip(pairs, self.results.differences(list(pairs)), strict=True):
@@ -223,7 +224,7 @@ class Trials:
     def _of_fresh(self) -> set[int]:
         """Draw more rows of the workers on probation, if not all are."""
         record, more = self.record, self.record.often - self._share
-        if more <= 0:
+        if more <= 0 or record.whole:
             return set()
         by_worker = self._by_worker(self._answers()).items()
         some = [sorted(set(rows) - self.wanted) for w, rows in by_worker if record.fresh(w)]
@@ -246,6 +247,8 @@ class Trials:
         done = alike.union(*disputes.values())
         some = {row: answers[row] for row in self.wanted - done - self.missed if row in answers}
         requests = [((*sorted(rows),), {w}) for w, rows in self._by_worker(some).items()]
+        if self.record.whole:
+            requests = [(self.asked[part], {self.worker[part]}) for part in {*some.values()}]
         yield from self._ask(requests, self.until)
 
     def _ask(
@@ -367,7 +370,7 @@ class Trials:
                 yield from self._ask([(lacking, {worker})])
 
     def _note(self, note: str) -> None:
-        self.notes += (note,) if note not in ("", *self.notes) else ()
+        self.notes += (note,) if note not in self.notes else ()
 
     def _conclude(self, first: Mapping[int, int]) -> None:
         alike, disputes = self._compared()

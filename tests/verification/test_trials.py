@@ -120,7 +120,7 @@ def test_two_workers_that_collude_convict_nobody_else():
         pool = Pool(6, seed=seed)
         verdict, _ = pool.call(ROWS, wrong(0, 1), odd=range(0, ROWS, 5))
         assert verdict.strikes.keys() <= {0, 1}
-        assert not pool.strikes.stopped
+        assert not pool.strikes.whole
         found += bool(verdict.strikes)
     assert found >= 45  # else they check each other, and nobody else
 
@@ -157,19 +157,35 @@ class TestHonestResultsThatDiffer:
         assert pool.strikes.tolerance == pytest.approx(0.02)
         assert not verdict.disputes
 
-    def test_results_that_depend_on_the_rows_beside_them_are_not_verified(self):
-        beside = {}  # the first rows of parts are seen when they are computed
+    def test_results_that_depend_on_the_rows_beside_them(self):
+        pool, notes = Pool(12), []
+        for _ in range(20):
+            verdict, _ = self._call(pool)
+            assert not verdict.strikes
+            notes += verdict.notes
+        assert pool.strikes.whole
+        assert "depend on the rows beside them" in notes[0]
+        assert len(notes) == 1
+
+    def test_whole_parts_still_show_a_wrong_worker(self):
+        pool = Pool(12)
+        self._call(pool)
+        assert pool.strikes.whole
+        pool.strikes.share, excluded = 0.3, []
+        for _ in range(20):
+            verdict, _ = self._call(pool, liar=3)
+            excluded += verdict.excluded
+        assert excluded == [3]
+
+    def _call(self, pool, liar=None):
+        # The first rows of parts are seen when they are computed.
+        beside = {}
 
         def returned(worker, row, asked):
-            return row + 0.1 * (beside.setdefault((worker, asked), row) % 5)
+            size = beside.setdefault((worker, asked), row)
+            return row + 0.1 * (size % 5) + 7.0 * (worker == liar)
 
-        pool = Pool(12)
-        for _ in range(20):
-            beside.clear()
-            verdict, _ = pool.call(ROWS, returned, odd=[1, 13])
-            assert not verdict.strikes
-        assert "depend on the rows beside them" in pool.strikes.stopped
-        assert verdict.notes == (f"not verified any more: {pool.strikes.stopped}",)
+        return pool.call(ROWS, returned, odd=[1, 13])
 
     def test_a_module_that_never_repeats_itself_is_not_verified(self):
         pool = Pool(12)
