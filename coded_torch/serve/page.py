@@ -1,18 +1,22 @@
 """The page at ``/`` of a server: its workers, latencies and answers, and faults on demand.
 
-A page of another site can post to a loopback address. So the page acts only if faults are allowed,
-and only for its own origin under a loopback name.
+A page of another site can post to a loopback address. So the page acts only if faults are allowed.
+It needs a random token of the page, its own origin and a loopback name.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import importlib.resources
 import os
+import re
 import secrets
 import signal
 import threading
 import time
+from urllib.parse import urlsplit
 
 import numpy as np
 import orjson
@@ -47,6 +51,7 @@ class Chaos:
 
     def __init__(self, pool: FaultyWorkers) -> None:
         self.pool = pool
+        self.token = secrets.token_urlsafe(24)
         self.faults: dict[int, str] = {}  # the running faults, by place
         self._lock = threading.Lock()
 
@@ -112,27 +117,35 @@ class Page:
             Route("/page/status", self.status),
             Route("/page/fault", self.act, methods=["POST"]),
         ]
+        text = (importlib.resources.files("coded_torch.serve") / "page.html").read_text("utf-8")
+        sources = {
+            tag: " ".join(
+                f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
+                for part in re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.S)
+            )
+            for tag in ("script", "style")
+        }
+        token = chaos.token if chaos else ""
+        self.text = text.replace('name="token" content=""', f'name="token" content="{token}"')
+        self.headers = {
+            "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; "
+            f"frame-ancestors 'none'; script-src {sources['script']}; style-src {sources['style']}",
+            "Cache-Control": "no-store",
+            "Referrer-Policy": "no-referrer",
+            "X-Content-Type-Options": "nosniff",
+        }
 
     def check(self, request: Request) -> None:
         """Refuse a request under a name that another site may have given a loopback address."""
         host = None
         with contextlib.suppress(ValueError):
-            host = request.url.hostname
+            host = urlsplit(f"//{request.headers.get('host', '')}").hostname
         if self.is_local and host not in LOOPBACK:
             raise RequestError(403, "invalid", f"the page must be asked under one of {LOOPBACK}")
 
     async def page(self, request: Request) -> Response:
         self.check(request)
-        nonce = secrets.token_urlsafe(16)
-        headers = {
-            "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; "
-            f"frame-ancestors 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'",
-            "Cache-Control": "no-store",
-            "Referrer-Policy": "no-referrer",
-            "X-Content-Type-Options": "nosniff",
-        }
-        text = (importlib.resources.files("coded_torch.serve") / "page.html").read_text("utf-8")
-        return Response(text.replace("NONCE", nonce), headers=headers, media_type="text/html")
+        return Response(self.text, headers=self.headers, media_type="text/html")
 
     async def status(self, request: Request) -> Response:
         """Return the state of the workers, and the last minute."""
@@ -163,8 +176,11 @@ class Page:
     async def act(self, request: Request) -> Response:
         self.check(request)
         chaos, host = self.chaos, request.headers.get("host", "")
+        given = request.headers.get("x-page-token", "").encode()
         if chaos is None or request.headers.get("origin") != f"http://{host}":
             raise RequestError(403, "invalid", "faults need --chaos, and the page's own origin")
+        if not secrets.compare_digest(given, chaos.token.encode()):
+            raise RequestError(403, "invalid", "faults need the token of the page")
         try:
             wanted = orjson.loads(await read_body(request, _LARGEST))
             chaos.inject(int(wanted["worker"]), wanted["action"])

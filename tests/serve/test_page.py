@@ -1,12 +1,17 @@
 """The page of a server: its headers, its refusals, its faults, and a browser that uses it."""
 
+import base64
+import contextlib
+import hashlib
 import importlib.resources
 import json
 import os
 import re
 import shutil
 import signal
+import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 from selenium import webdriver
@@ -15,10 +20,10 @@ from selenium.webdriver.common.keys import Keys
 
 from coded_torch.cli.main import main
 from coded_torch.serve import page as page_module
-from coded_torch.serve.page import Chaos, Page
+from coded_torch.serve.page import Chaos, Page, _continued
 
 from .servers import Client, built, serving, wait_until
-from .test_command import running
+from .test_command import family, running
 
 FILE = importlib.resources.files("coded_torch.serve") / "page.html"
 OPTIONS = ["--chaos", "--deadline", "2", "--seed", "1"]
@@ -55,9 +60,9 @@ def test_nothing_else_may_run_in_the_page(client):
     assert policy.startswith("default-src 'self'; ")
     assert "unsafe" not in policy
     for tag in ("script", "style"):
-        (nonce,) = re.findall(rf'<{tag} nonce="(.+?)">', body.decode())
-        assert f"{tag}-src 'nonce-{nonce}'" in policy
-        assert nonce not in client.send("GET", "/")[2].decode()
+        (part,) = re.findall(rf"<{tag}>(.*?)</{tag}>", body.decode(), re.S)
+        digest = base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
     assert not [name for name in headers if name.lower().startswith("access-control")]
 
 
@@ -71,7 +76,8 @@ def test_the_status(client):
 def fault(client, worker, action, **changes):
     """Ask for a fault as the page does, but for some headers."""
     host = f"127.0.0.1:{client.connection.port}"
-    headers = {"Origin": f"http://{host}", "Host": host} | changes
+    token = re.search(r'name="token" content="(.+?)"', client.send("GET", "/")[2].decode())[1]
+    headers = {"X_Page_Token": token, "Origin": f"http://{host}", "Host": host} | changes
     headers = {name: value for name, value in headers.items() if value is not None}
     body = json.dumps({"worker": worker, "action": action})
     return client.send("POST", "/page/fault", body, **headers)[0]
@@ -80,6 +86,8 @@ def fault(client, worker, action, **changes):
 @pytest.mark.parametrize(
     ("worker", "action", "changes", "status"),
     [
+        (0, "kill", {"X_Page_Token": None}, 403),
+        (0, "kill", {"X_Page_Token": "no"}, 403),
         (0, "kill", {"Origin": None}, 403),
         (0, "kill", {"Origin": "null"}, 403),
         (0, "kill", {"Origin": "http://evil.example"}, 403),
@@ -125,6 +133,7 @@ def test_a_fault_ends(action, monkeypatch):
     chaos = Chaos(pool)
     monkeypatch.setattr(page_module, "_FAULT_SECONDS", 0.05)
     monkeypatch.setattr(page_module, "_TURN_SECONDS", 0.01)
+    monkeypatch.setattr(page_module, "_continued", lambda pid: contextlib.nullcontext())
     monkeypatch.setattr(os, "kill", lambda pid, number: pool.signals.append((pid, number)))
     slept = page_module.time.sleep
 
@@ -151,6 +160,7 @@ def test_a_fault_ends(action, monkeypatch):
 def test_no_signal_is_sent_to_a_process_that_was_replaced(monkeypatch):
     pool = Pool()
     chaos = Chaos(pool)
+    monkeypatch.setattr(page_module, "_continued", lambda pid: contextlib.nullcontext())
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("the process is another one"))
     chaos.faults[0] = "pause"
     chaos._run(0, 1233, "pause")
@@ -159,13 +169,37 @@ def test_no_signal_is_sent_to_a_process_that_was_replaced(monkeypatch):
         chaos.inject(5, "pause")
 
 
+def test_a_stopped_process_goes_on_if_its_server_is_killed(monkeypatch):
+    monkeypatch.setattr(page_module, "_FAULT_SECONDS", 0.3)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        with _continued(process.pid):
+            process.send_signal(signal.SIGSTOP)
+            stat = Path(f"/proc/{process.pid}/stat")
+            wait_until(lambda: stat.read_text().split()[2] == "T")
+            wait_until(lambda: stat.read_text().split()[2] == "S")
+        process.kill()
+
+
+def test_nothing_is_left_of_the_guard_of_a_stopped_process():
+    def started():
+        return family(os.getpid()) - before
+
+    before = family(os.getpid())
+    with _continued(os.getpid()):
+        wait_until(lambda: len(started()) == 2)  # a shell, and a sleep
+        stats = [Path(f"/proc/{pid}/stat") for pid in started()]
+    # A process in state Z has ended, and waits for its parent.
+    wait_until(lambda: all(not x.exists() or " Z " in x.read_text() for x in stats))
+
+
 def test_a_page_without_faults():
     application = built()
     with serving(application) as port, Client(port) as client:
         assert client.get("/")[0] == 404  # an application of one's own has no page
         Page(application, chaos=None, is_local=False)
-        assert client.send("GET", "/", Host="some.name")[0] == 200
-        headers = {"Host": "a", "Origin": "http://a"}
+        status, _, body = client.send("GET", "/", Host="some.name")
+        assert (status, b'name="token" content=""' in body) == (200, True)
+        headers = {"Host": "a", "Origin": "http://a", "X_Page_Token": ""}
         assert client.send("POST", "/page/fault", "{}", **headers)[0] == 403
 
 
