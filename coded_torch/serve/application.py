@@ -150,16 +150,19 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
     @contextlib.asynccontextmanager
     async def run_workers(self, _: Starlette) -> AsyncIterator[None]:
         """Start the workers, answer every accepted request, and close the workers."""
+        # A full collection stops all threads while it visits every object that is not frozen: some
+        # 100 ms with torch imported. Python unfreezes all or none, so not if the host froze some.
+        by_host = True
         try:
             await asyncio.to_thread(self.load)
-            # A full collection stops all threads while it visits every object that is not frozen:
-            # some 100 ms with torch imported.
+            by_host = gc.get_freeze_count() > 0
             gc.collect()
             gc.freeze()
             self.ready = True
             yield
         finally:
-            gc.unfreeze()
+            if not by_host:
+                gc.unfreeze()
             self.ready = False
             await self.batcher.close(self.deadline + TO_ANSWER)
             await asyncio.to_thread(self.pool.close)
@@ -177,17 +180,14 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         """Read a request, queue it, and return its answer by its deadline."""
         arrived = time.monotonic()
         deadline = arrived + self.deadline
-        with self.batcher.reading(deadline):
-            message = await self._read(request, deadline)
-            deadline = min(deadline, arrived + message.timeout)
-            future = self.batcher.put(message.inputs, arrived, deadline)
         try:
-            with anyio.fail_after(deadline + TO_ANSWER - time.monotonic()):
-                answer = await future
-        except TimeoutError:
-            raise RequestError(504, "late", "too few results came within the deadline") from None
-        finally:
-            future.cancel()  # takes the request off the queue
+            with self.batcher.reading(deadline):
+                message = await self._read(request, deadline)
+                deadline = min(deadline, arrived + message.timeout)
+                future = self.batcher.put(message.inputs, arrived, deadline)
+            answer = await _first(future, request, deadline + TO_ANSWER - time.monotonic())
+        except ClientDisconnect:
+            raise RequestError(499, "disconnected", "the client has gone") from None
         report, coverage = answer.report, answer.report.coverage
         names = [spec.name for spec in (*self.outputs, *ADDED)]
         answers = dict(zip(names, answer.outputs, strict=True))
@@ -219,7 +219,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             with anyio.fail_after(deadline - time.monotonic()):  # unlike asyncio's, makes no task
                 body = await protocol.read_body(request, most_bytes(self.inputs, self.max_rows))
             return protocol.parse(body, length, self.inputs, self.outputs, self.max_rows)
-        except (TimeoutError, ClientDisconnect):
+        except TimeoutError:
             raise RequestError(408, "late", "the body did not come within the deadline") from None
         except (ValueError, RecursionError) as error:  # JSON may be too deep
             raise RequestError(400, "invalid", str(error)) from None
@@ -227,6 +227,26 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
     def _count(self, batch: Batch, rows: int, queued: Sequence[float]) -> None:
         self.metrics.batch(batch, rows, queued, self.of_places("names"))
         self.metrics.workers(self.pool)
+
+
+async def _first(future: asyncio.Future[Batch], request: Request, seconds: float) -> Batch:
+    """Return the answer, unless the client disconnects or time runs out first."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        if not future.done():
+            future.set_exception(ClientDisconnect())
+
+    watching = asyncio.ensure_future(watch())
+    try:
+        with anyio.fail_after(seconds):
+            return await future
+    except TimeoutError:
+        raise RequestError(504, "late", "too few results came within the deadline") from None
+    finally:
+        watching.cancel()
+        future.cancel()  # takes the request off the queue
 
 
 def deployment(factory: Callable[[], app], **options: Any) -> Any:

@@ -240,6 +240,22 @@ def test_a_body_that_does_not_come_within_the_deadline_is_408():
     assert "did not come within the deadline" in json.loads(body)["error"]
 
 
+def test_a_client_that_disconnects_leaves_the_queue(held):
+    application = holding(held)
+    batcher = application.batcher
+    with serving(application) as port:
+        with Client(port) as first, Client(port) as second:
+            for client in first, second:
+                client.connection.request("POST", PATH, json.dumps(ONE))
+            assert held.begun.acquire(timeout=30)
+            wait_until(lambda: batcher.num_queued == 1)
+        wait_until(lambda: batcher.num_queued == 0)
+        with Client(port) as client:
+            wait_until(lambda: 'refusals_total{reason="disconnected"} 2.0' in client.metrics())
+            held.go.set()
+            assert client.infer(ONE)[0] == 200
+
+
 @pytest.mark.parametrize(("said", "seconds"), [({}, 0.2), ({"timeout": 50_000}, 0.05)], ids=str)
 def test_a_deadline_without_results_is_504_and_in_time(held, said, seconds):
     with serving(holding(held, deadline=0.2)) as port, Client(port) as client:
@@ -381,7 +397,14 @@ def test_accepted_requests_are_answered_at_the_end(held):
     assert answers == [200] * 5
 
 
-def test_objects_are_frozen_while_the_application_runs():
+def test_objects_that_the_host_has_frozen_stay_frozen():
+    gc.freeze()
+    try:
+        with serving(built()):
+            pass
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
     with serving(built()):
         assert gc.get_freeze_count() > 0
     assert gc.get_freeze_count() == 0
