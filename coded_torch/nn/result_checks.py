@@ -41,8 +41,9 @@ class Result:
         self.form: list[Any] = [self.spec]
         for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
             if dim is None or isinstance(leaf, CONSTANTS):
-                look = (leaf.dtype, leaf.shape) if isinstance(leaf, Tensor) else base.kind(leaf)
-                self.form.append(look)
+                constant = leaf if isinstance(leaf, CONSTANTS) else None
+                is_tensor = isinstance(leaf, Tensor)
+                self.form.append((leaf.dtype, leaf.shape) if is_tensor else (type(leaf), constant))
                 continue
             if isinstance(leaf, Tensor):
                 name = functools.partial(self.name, i)
