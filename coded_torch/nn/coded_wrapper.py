@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._compile import _disable_dynamo
 
-from .._arguments import count, instance, real, shown
+from .._arguments import count, instance, real, shown, warn
 from .._torch import on_host, unchanged
 from ..codes.base import Code
 from ..input_space.regression import Regression
@@ -20,7 +20,7 @@ from ..surrogates import checked
 from ..verification import Strikes, Trials
 from ..workers.base import Workers
 from ..workers.local import LocalWorkers
-from .division import Columns, Division, Inputs, Rows, warn_of_training
+from .division import Columns, Division, Inputs, Rows, training_part
 from .execute import Execution, seconds_left
 from .module_proxy import ModuleProxy
 from .predict_missing import Answers
@@ -38,18 +38,17 @@ class CodedWrapper(ModuleProxy):
 
     Answers from workers that reply in time are exact. The rest are predicted. There are two uses:
 
-    - Without a code, the batch is divided by *rows*: each is computed once, and late parts are
-      hedged. In the end, ``predictor`` predicts missing rows from the others.
+    - Without a code, the batch is divided by *rows*: each is computed once, late parts are hedged,
+      and ``predictor`` predicts missing rows from the others.
     - With a code, the batch is divided by *columns*. The batch is put in order and cut into groups
       :math:`X` of K inputs; column n holds one coded input of every group. With the code's encoder
       :math:`E` (N x K) and, for the received set :math:`F`, its decoder :math:`D_F` (K x \|F\|), a
       group is answered by :math:`D_F \, [\, f(E_n X) \,]_{n \in F}`. ``Waiting.first(S)`` ends
       with the first N - S results. ``Waiting()`` asks N - S columns, and hedges with the other S.
 
-    Answers come back in the caller's order. The wrapper stands in for the module: ``state_dict``,
-    ``train``, ``to``, hooks, autograd, autocast, pickling and deep copies work as they do for it.
-    The names of its parameters begin with ``module.``. :meth:`compile` compiles the module;
-    ``torch.compile`` leaves the wrapper as it is.
+    The wrapper stands in for the module: ``state_dict``, ``train``, ``to``, hooks, autograd,
+    autocast, pickling and deep copies work as they do for it. The names of its parameters begin
+    with ``module.``. :meth:`compile` compiles the module; ``torch.compile`` leaves it as it is.
 
     Inputs and outputs may be any pytrees. A result is rejected, and counts as missing, if it is not
     finite, of another batch size, or unlike most in structure, shape or dtype. So mask logits with
@@ -61,8 +60,8 @@ class CodedWrapper(ModuleProxy):
             plain constants that are the same for every part. Unless a code mixes inputs, tensors
             of other dtypes too, which are never predicted.
         code: the code. Codes that mix inputs need floating-point ones. Defaults to None: by rows.
-        workers: the pool that computes. Defaults to :class:`~coded_torch.workers.LocalWorkers` with
-            a code; required without one.
+        workers: the pool. Defaults to :class:`~coded_torch.workers.LocalWorkers` with a code;
+            required without one.
         waiting: the policy. Defaults to ``Waiting.first()`` with a code, and ``Waiting()`` without.
         parts: the number of parts of a batch by rows. Defaults to one for each worker; required for
             ``LocalWorkers``, which has no number of workers.
@@ -93,8 +92,7 @@ class CodedWrapper(ModuleProxy):
         TypeError, ValueError: an argument is of another kind than said, or does not fit others. In
             calls: inputs cannot be divided or coded; no part's output can be decoded.
         NotEnoughResults: in calls, fewer good results than the code needs, or than ``waiting`` asks
-            for. Its cause is the first error of a part. A
-            :class:`~coded_torch.codes.DeadlineExceeded` at the deadline.
+            for. At the deadline it is a :class:`~coded_torch.codes.DeadlineExceeded`.
         Exception: in calls by rows, of the module, if a row raises alike on two workers, or three
             times where no other worker computes it. Its ``rows``, ``answers`` (NaN in rows that
             were not computed) and ``report`` hold the results.
@@ -200,8 +198,9 @@ class CodedWrapper(ModuleProxy):
 
     def _call(self, report: Report, waiting: Waiting, args: Any, kwargs: dict[str, Any]) -> Any:
         """Return the answers; the report is written as soon as something is known."""
-        if self.training:
-            warn_of_training(self.module)
+        if self.training and (part := training_part(self.module, dropout=True)):
+            what = "answers depend on the rows of a part, or on chance"
+            warn(f"CodedWrapper: {part} is in training mode, where {what}; call eval() on it")
         with report.timed("encode"), on_host():
             mixing = self.code if self.code is not None and self.code.mixes else None
             inputs = Inputs(args, kwargs, self.in_dims, mixing)

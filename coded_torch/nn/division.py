@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
-from .._arguments import dense, warn
+from .._arguments import dense
 from .._torch import outside, plain
 from ..codes.base import Code
 from ..scheduling.latency_history import BLOCKS, PredictionTimes
@@ -24,7 +24,7 @@ from ..workers.base import Task, broadcast_dims, positional
 if TYPE_CHECKING:
     from ..input_space.regression import Regression, RowPlan
 
-__all__ = ["Columns", "Division", "Inputs", "Rows", "finite", "training_part", "warn_of_training"]
+__all__ = ["Columns", "Division", "Inputs", "Rows", "finite", "training_part"]
 
 # Seconds that a prediction may end after the deadline before a worse one is made. A busy machine
 # wakes a thread about as late (benchmarks/resilience.py, "deadline").
@@ -281,18 +281,10 @@ class Rows(Division):
         return (f"predicted {how}, to keep the deadline",)
 
 
-def training_part(
-    module: nn.Module, kinds: tuple[type[nn.Module], ...] = (_BatchNorm,)
-) -> str | None:
-    """Return the name of the first part of some kinds that is in training mode, or None."""
+def training_part(module: nn.Module, dropout: bool = False) -> str | None:
+    """Return the name of the first part whose training mode changes answers, or None."""
+    kinds = (_BatchNorm, _DropoutNd) if dropout else (_BatchNorm,)
     for name, part in module.named_modules():
         if part.training and isinstance(part, kinds) and getattr(part, "p", 1.0) > 0:
             return name or "the module"
     return None
-
-
-def warn_of_training(module: nn.Module) -> None:
-    """Warn of a part of a module that computes otherwise in training mode."""
-    if name := training_part(module, (_BatchNorm, _DropoutNd)):
-        what = "answers depend on the rows of a part, or on chance"
-        warn(f"CodedWrapper: {name} is in training mode, where {what}; call eval() on it")

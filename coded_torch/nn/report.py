@@ -44,8 +44,8 @@ class Report:
     Attributes:
         asked, received: the workers that began a part of the call, and those whose results count,
             increasing.
-        latencies: by worker, seconds from the opening of the request, after encoding, to its last
-            reply, in that order; without workers that had to load the module.
+        latencies: by worker, seconds from the end of encoding to its last reply, in that order;
+            without workers that had to load the module.
         rejected: by worker, the fault of its last result that does not count.
         work: rows that workers began to compute, per row of the batch: 1.0 is every input once.
         hedges: the parts that stood in for late or failed ones.

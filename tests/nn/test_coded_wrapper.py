@@ -49,20 +49,12 @@ def test_an_exact_code_gives_the_answers_of_an_affine_module(data, num_data, ext
 def test_groups_are_consecutive_inputs_and_the_last_is_filled_up_with_the_last_input():
     seen = []
     coded = CodedWrapper(
-        Call(lambda x: seen.append(x) or x),
-        CopyCode(3, 3, ordering="arrival", shuffle=False),
+        Call(lambda x: seen.append(x) or x), CopyCode(3, 3, ordering="arrival", shuffle=False)
     )
     x = torch.arange(1.0, 6.0)
     assert torch.equal(coded(x), x)
     # Worker after worker, its inputs of every group.
     assert seen[0].tolist() == [1.0, 4.0, 2.0, 5.0, 3.0, 5.0]
-
-
-def test_inputs_that_are_not_contiguous():
-    wide = rand(3, 2, 7).transpose(0, 2)
-    coded = CodedWrapper(linear(), PolynomialCode(3, 5))
-    for x in (wide[:, 0], wide[::2, 1], rand(1, 3).expand(5, 3), rand(7, 3).flip(0)):
-        torch.testing.assert_close(coded(x), coded.module(x), **EXACT)
 
 
 def test_out_dims():
@@ -307,6 +299,11 @@ REPEATS = ReplicationCode(2, 4)
         ({"workers": LocalWorkers(), "parts": 2, "predictor": "mean"}, TypeError, "predictor must"),
         ({"code": CODE, "waiting": Waiting.first(3)}, ValueError, RESULTS),
         ({"code": CODE, "waiting": Waiting(predict=False)}, ValueError, "waiting.predict must be"),
+        ({"code": CODE, "surrogate": nn.Identity()}, ValueError, "surrogate must be left out with"),
+        *[
+            ({"code": REPEATS, "surrogate": surrogate}, TypeError, "surrogate must be a callable")
+            for surrogate in (3, "net", [nn.Identity(), None], {"a": nn.Identity()})
+        ],
         ({"code": CODE, "waiting": 1.0}, TypeError, "waiting must be of type Waiting or None, got"),
         ({"code": CODE, "workers": "cpu"}, TypeError, "workers must be of type Workers, got str"),
         ({"code": 3}, TypeError, "code must be of type Code or None, got int"),

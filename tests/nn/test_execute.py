@@ -10,12 +10,7 @@ import torch
 from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
-from coded_torch.codes import (
-    DeadlineExceeded,
-    NotEnoughResults,
-    ReplicationCode,
-    SplineCode,
-)
+from coded_torch.codes import DeadlineExceeded, NotEnoughResults, ReplicationCode, SplineCode
 from coded_torch.nn.division import dealt
 from coded_torch.stragglers import Bernoulli, Trace, Uniform
 from coded_torch.testing.workers import (
@@ -91,8 +86,7 @@ def test_a_part_that_is_asked_again_has_the_inputs_as_they_were():
 
 def test_what_goes_wrong_is_logged(caplog):
     coded = CodedWrapper(
-        FailsAt(2.0, nan_at_two),
-        CopyCode(3, 3, ordering="arrival", shuffle=False),
+        FailsAt(2.0, nan_at_two), CopyCode(3, 3, ordering="arrival", shuffle=False)
     )
     with caplog.at_level(logging.WARNING, "coded_torch"):
         coded(torch.tensor([[1.0], [2.0], [3.0]]))

@@ -10,13 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coded_torch import CodedWrapper
-from coded_torch.codes import (
-    BerrutCode,
-    LagrangeCode,
-    RegressionCode,
-    ReplicationCode,
-    SplineCode,
-)
+from coded_torch.codes import BerrutCode, LagrangeCode, RegressionCode, ReplicationCode, SplineCode
 from coded_torch.stragglers import Uniform
 from coded_torch.testing.workers import PolynomialCode
 from coded_torch.workers import LocalWorkers
@@ -104,10 +98,7 @@ class Words(nn.Module):
 def test_a_recurrent_network_with_lengths(way):
     x, lengths = rand(24, 7, 4).float(), torch.arange(24) % 7 + 1
     coded = CodedWrapper(
-        Words(),
-        **divided(way, 8, 12),
-        workers=LocalWorkers(Uniform(2, seed=0)),
-        in_dims=(0, 0),
+        Words(), **divided(way, 8, 12), workers=LocalWorkers(Uniform(2, seed=0)), in_dims=(0, 0)
     )
     with torch.no_grad():
         answers, exact = coded(x, lengths), coded.module(x, lengths)

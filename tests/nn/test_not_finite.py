@@ -109,11 +109,7 @@ def test_surrogates_and_memories_do_not_see_it(way):
 def test_in_any_argument_wherever_the_batch_is():
     module = Call(lambda tree, scale: {"y": tree["x"][0].T * scale[:, None], "max": scale.max()})
     coded = CodedWrapper(
-        module,
-        parts=3,
-        workers=Separate(),
-        in_dims=({"x": 1},),
-        out_dims={"y": 0, "max": None},
+        module, parts=3, workers=Separate(), in_dims=({"x": 1},), out_dims={"y": 0, "max": None}
     )
     scale, x = torch.ones(9), torch.ones(2, 9)
     scale[4], x[1, 8] = math.inf, math.nan

@@ -18,11 +18,7 @@ from coded_torch.nn.result_checks import Results
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
 from coded_torch.testing.workers import CopyCode, FailsAt, PolynomialCode, task_of
-from coded_torch.workers import (
-    LocalWorkers,
-    Part,
-    Reply,
-)
+from coded_torch.workers import LocalWorkers, Part, Reply
 
 from ..waits import host_waits
 from .modules import WAYS, Call, Liar, divided, rand
@@ -34,10 +30,7 @@ from .pools import Separate
     [
         (lambda v: v | {"y": v["y"][:, :0]}, r"float32 \(1, 0\).*most.*float32 \(1, 1\)"),
         (lambda v: v | {"y": v["y"].double()}, "float64.*most.*float32"),
-        (
-            lambda v: v | {"y": v["y"].long()},
-            r"cannot be decoded: output\['y'\] .*int64",
-        ),
+        (lambda v: v | {"y": v["y"].long()}, r"cannot be decoded: output\['y'\] .*int64"),
         (
             lambda v: v | {"y": torch.cat([v["y"], v["y"]])},
             r"^returned what cannot be decoded: output\['y'\] must have size 1, the batch size, "
@@ -59,9 +52,7 @@ from .pools import Separate
 def test_a_result_unlike_most_is_missing_and_named(lie, reason, at):
     x = torch.arange(4.0).reshape(4, 1)
     coded = CodedWrapper(
-        Liar({at: lie}),
-        CopyCode(4, 4, ordering="arrival", shuffle=False),
-        workers=Separate(),
+        Liar({at: lie}), CopyCode(4, 4, ordering="arrival", shuffle=False), workers=Separate()
     )
     out = coded(x)
     assert out["kind"] == "good"
@@ -104,24 +95,10 @@ def test_of_results_of_one_unit_the_first_counts():
     assert leaf.flatten().tolist() == [1.0, 1.0, 0.0]
 
 
-WRONG = [
-    (lambda x: torch.cat([x, x]), "must have size 1"),
-    (lambda x: x[0, 0], r"must have size 1.*got shape \(\)"),
-    (lambda x: x > 0, "must be a floating-point tensor"),
-]
-
-
-def classifier(output: Any, **options: Any) -> CodedWrapper:
-    return CodedWrapper(Call(output), RegressionCode(3, 6, link="softmax"), **options)
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_outputs_of_any_dtype_are_carried_where_every_row_has_a_result(way):
     module = Call(lambda x: {"top": x.argmax(1), "logits": x, "pair": x[:, :2].T > 0})
-    options = {
-        "out_dims": {"top": 0, "logits": 0, "pair": 1},
-        "surrogate": [module, Memory()],
-    }
+    options = {"out_dims": {"top": 0, "logits": 0, "pair": 1}, "surrogate": [module, Memory()]}
     x = rand(12, 3)
     whole = CodedWrapper(module, **divided(way, 4, 6), workers=Separate(), **options)
     answers, report = whole.run(x)
@@ -189,26 +166,14 @@ FLOATING = "must be a floating-point tensor to be decoded, got"
 @pytest.mark.parametrize(
     ("output", "error", "match"),
     [
-        (
-            lambda x: {"a": x, "top": x.argmax(1)},
-            TypeError,
-            rf"\['top'\] {FLOATING} torch.int64",
-        ),
-        (
-            lambda x: (x, x > 0),
-            TypeError,
-            rf"output\[1\] {FLOATING} torch.bool; return a tensor",
-        ),
+        (lambda x: {"a": x, "top": x.argmax(1)}, TypeError, rf"\['top'\] {FLOATING} torch.int64"),
+        (lambda x: (x, x > 0), TypeError, rf"output\[1\] {FLOATING} torch.bool; return a tensor"),
         (lambda x: (x, 1.5), TypeError, rf"output\[1\] {FLOATING} float.*None in out_dims"),
         (lambda x: x.to(torch.complex64), TypeError, f"output {FLOATING} torch.complex64"),
         (lambda x: Call(x), TypeError, f"output {FLOATING} Call.*register"),
         (lambda x: x.mean(), ValueError, "output must have .* at dim 0"),
         (lambda x: x[1:], ValueError, "output must have size 2, the batch size, at dim 0"),
-        (
-            lambda x: x * math.nan,
-            NotEnoughResults,
-            "got 0; .* not finite in output$",
-        ),
+        (lambda x: x * math.nan, NotEnoughResults, "got 0; .* not finite in output$"),
     ],
 )
 def test_outputs_that_no_part_can_decode(output, error, match):
