@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -218,7 +219,12 @@ class RowPlan:
         with outside(), exactly():
             rows, source = self._flat(results, received)
             each = [part.bars(source, rows, answers, surrogates) for part in self._parts]
-            return ErrorBars(self.batch_size, [bars for bars in each if bars is not None])
+            found = ErrorBars(self.batch_size, [bars for bars in each if bars is not None])
+            usable = torch.cat([part.usable for part in self._parts])
+            if usable.all():
+                return found
+            # Far rows are unlike the results, none of which is far.
+            return found.widened(torch.where(usable[self._back], 0.0, math.inf))
 
     def left_out_square(self, results: Tensor, received: Sequence[int]) -> float:
         """Return the sum of squared errors of predicting results from the others."""
@@ -236,24 +242,20 @@ def check_batch(
     owner: str, inputs: Sequence[Tensor], batch_size: int | None
 ) -> tuple[list[Tensor], int]:
     """Return the plain inputs and the size of the batch, or raise as :meth:`Regression.plan`."""
-    if isinstance(inputs, (Tensor, str, bytes)) or not isinstance(inputs, Sequence):
+    if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence):
         what = type(inputs).__name__
         raise TypeError(f"{owner}: inputs must be a sequence of tensors, got {what}")
     if batch_size is None and not inputs:
         raise ValueError(f"{owner}: batch_size must be given where there are no inputs, got None")
     size = None if batch_size is None else count(owner, "batch_size", batch_size)
-    numbers = []
     for i, x in enumerate(inputs):
         dense(owner, f"inputs[{i}]", x)
-        numbers.append(plain(owner, f"inputs[{i}]", x))
-        size = len(x) if size is None and x.dim() else size
+        size = x.shape[:1].numel() if size is None else size
         if x.shape[:1] != (size,) or not size:
-            raise ValueError(
-                f"{owner}: batch_size must be that of the inputs, at least 1, got {size} "
-                f"beside inputs[{i}] of shape {tuple(x.shape)}"
-            )
-    assert size is not None
-    return numbers, size
+            must = "batch_size must be that of the inputs, at least 1"
+            shape = f"{size} beside inputs[{i}] of shape {tuple(x.shape)}"
+            raise ValueError(f"{owner}: {must}, got {shape}")
+    return [plain(owner, f"inputs[{i}]", x) for i, x in enumerate(inputs)], size or 0
 
 
 def check_link(owner: object, link: Any) -> None:

@@ -162,7 +162,7 @@ class Part:
 
     def __init__(self, lengths: Sequence[float], rows: Tensor, distances: Distances | None) -> None:
         self.rows, self._distances, self._lengths = rows, distances, lengths
-        self.usable: Tensor | None = None  # bool [b]
+        self.usable = torch.ones(len(rows), dtype=torch.bool)
         self.order = torch.arange(len(rows))
         if distances is not None:
             self.usable, self.order = distances.usable, distances.order
@@ -221,20 +221,14 @@ class Part:
             given = surrogates and (surrogates[0] / size, surrogates[1] / size)
             found = self.bars(source, results / size, answers / size, given)
             return found and found._replace(thresholds=found.thresholds * size)
-        labels = None
-        if results.dim() == 2:
-            labels = (of_used, predicted)
-            if offsets:
-                labels = (of_used + offsets[0], predicted + offsets[1])
+        labels = (of_used, predicted) if results.dim() == 2 else None
+        if labels and offsets:
+            labels = of_used + offsets[0], predicted + offsets[1]
         regression = None
         if fits is not None and len(used) > 1:
             choice, process, _ = fits.fit(_few(of_used).double())
             regression = (process, choice.trust) if choice.trust > 0 else None
-        found = bars(rows, of_used, predicted, regression, labels)
-        if fits is None or self.usable is None or self.usable[missing].all():
-            return found
-        # Far rows are unlike the results, none of which is far.
-        return found.widened(torch.where(self.usable[missing], 0.0, math.inf))
+        return bars(rows, of_used, predicted, regression, labels)
 
     def left_out_square(self, source: Tensor, results: Tensor) -> float:
         """Return the sum of squared errors of predicting results from the others."""
@@ -261,7 +255,7 @@ class Part:
             own = source[self.rows]
             has = own >= 0
             missing = (~has).nonzero().flatten()
-            if self.usable is not None and bool((has & self.usable).any()):
+            if bool((has & self.usable).any()):
                 has = has & self.usable
             points, fits = has.nonzero().flatten(), None
             used = own[points]
