@@ -37,11 +37,6 @@ class Bars(NamedTuple):
     thresholds: Tensor  # [S, L, n]
     risks: Tensor | None  # [L]; None if outputs are no [B, C]
 
-    def widened(self, by: Tensor) -> Bars:
-        """Return error bars of answers that are off by so much more, ``[L]``; infinity: unknown."""
-        risks = None if self.risks is None else self.risks.masked_fill(by.isinf(), 1.0)
-        return Bars(self.rows, self.thresholds + by[:, None], risks)
-
 
 def bars(
     rows: Tensor,
@@ -220,7 +215,11 @@ class ErrorBars:
 
     def widened(self, by: Tensor) -> ErrorBars:
         """Return error bars of answers that are off by so much more, ``[B]``; infinity: unknown."""
-        return ErrorBars(self.batch_size, [x.widened(by[x.rows]) for x in self._bars])
+        wider = []
+        for rows, thresholds, risks in self._bars:
+            risks = None if risks is None else risks.masked_fill(by[rows].isinf(), 1.0)
+            wider.append(Bars(rows, thresholds + by[rows, None], risks))
+        return ErrorBars(self.batch_size, wider)
 
     @property
     def label_risks(self) -> Tensor | None:

@@ -39,7 +39,10 @@ class GaussianProcess:
 
     .. math:: k^T C^{-1} y + (1 - k^T C^{-1} 1) \, \frac{1^T C^{-1} y}{1^T C^{-1} 1} ,
 
-    linear in the results, so any number of outputs shares one factorisation.
+    linear in the results, so any number of outputs shares one factorisation (Rasmussen and
+    Williams, *Gaussian Processes for Machine Learning*, 2006, sections 2.7 and 5.4). It costs
+    :math:`O(M^3)` once and :math:`O(M^2)` per prediction. Callers leave autocast and default
+    devices, as each context takes 5 us.
 
     Args:
         squared_distances: ``[P, P]``, of some points, float32 or float64. In float32, which
@@ -52,13 +55,6 @@ class GaussianProcess:
     Attributes:
         left_out: ``[n]``, the results that are predicted from all others, each in turn: all, or, of
             more than 512, 256 of them, evenly spaced.
-
-    Note:
-        :math:`O(M^3)` once, :math:`O(M^2)` per prediction. Callers leave autocast and default
-        devices, as each context takes 5 us.
-
-    References:
-        Rasmussen and Williams, *Gaussian Processes for Machine Learning*, 2006, sections 2.7, 5.4.
     """
 
     def __init__(
@@ -98,7 +94,6 @@ class GaussianProcess:
         self._last: tuple[Tensor, tuple[Tensor, Tensor, float]] | None = None
 
     def _covariances(self, rows: Tensor) -> Tensor:
-        """Return the covariances of some points with the points that have results."""
         squared, points, length = self._where
         return matern52_among(squared, rows, points, length)
 
@@ -152,10 +147,7 @@ class GaussianProcess:
         return found.mul_(trust * size) + results.mean(0)
 
     def _seen(self, results: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Return scaled results times L^-T, ``[C, M]``, their mean ``[C]``, and the scale.
-
-        Results are ``[M, C]``, float64. All is kept for the last results.
-        """
+        """Return scaled results times L^-T, ``[C, M]``, their mean ``[C]``, and the scale."""
         if self._last is None or not torch.equal(self._last[0], results):
             y, size = scaled(results)
             y = y.to(self._factor.dtype)
@@ -182,7 +174,7 @@ class GaussianProcess:
     def leave_one_out_residuals(self, results: Tensor) -> Tensor:
         """Return the results that are left out less their predictions from all others, ``[n, C]``.
 
-        Results are ``[M, C]``, float64.
+        ``results`` are ``[M, C]``, float64.
         """
         right, mean, size = self._seen(results)
         over = (self._of_left_out @ right.T).numpy()  # over variances
@@ -192,11 +184,10 @@ class GaussianProcess:
     def leave_one_out_error(self, results: Tensor) -> tuple[float, float]:
         r"""Return how well results are predicted from each other, each from all others.
 
-        Returns:
-            The root mean square of the residuals, relative to the mean of the others', NaN if all
-            results are equal; and how far to follow predictions away from the mean, in [0, 1]: the
-            slope of the regression, through 0, of every result on its prediction, both less the
-            mean of the others; 0 if its gain against the mean may be chance.
+        The first number is the root mean square of the residuals, relative to the mean of the
+        others'; it is NaN if all results are equal. The second says how far to follow predictions
+        away from the mean, in [0, 1]. It is the slope of the regression, through 0, of every result
+        on its prediction, both less the mean of the others; 0 if its gain may be chance.
         """
         y = results - results[:1]  # equal results have no deviation at all
         deviations = (y[self.left_out] - y.mean(0)).numpy()
@@ -238,14 +229,10 @@ class Comparison:
         r"""Return how badly each result is predicted from all others, ``[K, n]``: less is better.
 
         The loss is the negative logarithm of the density that the others' prediction and its
-        variance give to each number of a result, on average and but for a constant, at the best
-        variance of the outputs: with the residuals e, their variances v, and the mean q of
-        :math:`e^2 / v` over all numbers,
-
-        .. math:: \tfrac12 \log q + \tfrac12 \left(\overline{e^2 / (q v)} - 1\right)
-            + \tfrac12 \log v .
-
-        So a few inputs far from all others do not decide. :func:`scaled` returns ``y``, ``[C, n]``.
+        variance give to a result, at the best variance of the outputs: with the residuals e, their
+        variances v, and the mean q of :math:`e^2 / v`, half of
+        :math:`\log q + \overline{e^2} / (q v) - 1 + \log v`. So a few inputs far from all others do
+        not decide. :func:`scaled` returns ``y``, ``[C, n]``.
         """
         y = y.to(self._half.dtype)
         centred = y - (self._weights @ y.T).unsqueeze(2)  # [K, C, n]

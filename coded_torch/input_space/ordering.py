@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._arguments import MOST_WORKERS, count, dense, shown
+from .._arguments import dense, shown
 from .._extension import short_path
 from .._torch import on_host, placed, to_device
 
@@ -33,8 +33,7 @@ class Grouping:
 
     Attributes:
         order: ``[B]``, int64.
-        num_data: K
-        batch_size: B
+        num_data, batch_size: K and B.
         num_groups: G, B / K rounded up.
         rows: ``[K, G]``, int64, the row of the batch at data point k of group g.
         targets: ``[K, G]``, int64, the row to which the answer of (k, g) goes; -1: nowhere.
@@ -53,25 +52,23 @@ class Grouping:
 
     @on_host()
     def __init__(self, order: Tensor | Sequence[int], num_data: int) -> None:
-        order = _permutation(order)
-        # The batch as one group may be larger than any code.
-        self.num_data = count(self, "num_data", num_data, most=max(MOST_WORKERS, len(order)))
-        self.order = order
-        self.batch_size = len(order)
-        self.num_groups = -(-self.batch_size // self.num_data)
+        order = torch.as_tensor(order).to("cpu", torch.int64)
+        self.order, self.num_data, self.batch_size = order, num_data, len(order)
+        self.num_groups = -(-self.batch_size // num_data)
         # Filled up, group after group: [G, K] seen as [K, G].
-        padding = self.num_groups * self.num_data - self.batch_size
-        shape = self.num_groups, self.num_data
+        padding = self.num_groups * num_data - self.batch_size
+        shape = self.num_groups, num_data
         self.rows = torch.cat([order, order[-1:].expand(padding)]).view(shape).T
         self.targets = torch.cat([order, order.new_full((padding,), -1)]).view(shape).T
-        self._inverse = torch.empty_like(order)
-        self._inverse[order] = torch.arange(self.batch_size)
+        self._inverse = order.argsort()
         self._copies: dict[tuple[Any, ...], Grouping] = {}
 
     @classmethod
+    @functools.lru_cache(32)
     def arrival(cls, batch_size: int, num_data: int) -> Grouping:
-        """Return the batch in the order in which it came. The last ones made are kept."""
-        return _arrival(batch_size, num_data)
+        """Return the batch in the order in which it came."""
+        with torch.inference_mode(False):
+            return cls(range(batch_size), num_data)
 
     def to(self, device: torch.device) -> Grouping:
         """Return the same grouping with its indices on ``device``; each stream's is kept."""
@@ -89,40 +86,38 @@ class Grouping:
 
     def gather(self, batch: Tensor) -> Tensor:
         """Return rows of a batch in groups: ``[B, ...] -> [K, G, ...]``, differentiable."""
-        if batch.shape[:1] != (self.batch_size,):
-            raise ValueError(
-                f"Grouping: batch must have size {self.batch_size} along dim 0, "
-                f"got shape {tuple(batch.shape)}"
-            )
+        _check("batch", batch, (self.batch_size,))
         return batch[self.to(batch.device).rows]
 
     def scatter(self, groups: Tensor) -> Tensor:
-        """Return answers in the batch's order: ``[K, G, ...] -> [B, ...]``, differentiable.
-
-        It is the inverse of :meth:`gather`. Answers of copies are dropped.
-        """
-        if groups.shape[:2] != self.rows.shape:
-            raise ValueError(
-                f"Grouping: groups must have sizes {tuple(self.rows.shape)} along dims 0 and 1, "
-                f"got shape {tuple(groups.shape)}"
-            )
+        """Return answers in the batch's order: ``[K, G, ...] -> [B, ...]``, differentiable."""
+        _check("groups", groups, self.rows.shape)
         return groups.transpose(0, 1).flatten(0, 1)[self.to(groups.device)._inverse]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_copies": {}}
 
-    def __repr__(self) -> str:
-        return f"Grouping(batch_size={self.batch_size}, num_data={self.num_data})"
+
+def _check(argument: str, tensor: Tensor, sizes: tuple[int, ...]) -> None:
+    if tensor.shape[: len(sizes)] != sizes:
+        must = f"must have shape {[*sizes]} and more, got {[*tensor.shape]}"
+        raise ValueError(f"Grouping: {argument} {must}")
 
 
 def check_ordering(owner: object, ordering: Any) -> None:
-    """Raise an error unless ordering is a name, or may be a permutation."""
-    if isinstance(ordering, str) and ordering not in ("similarity", "arrival"):
-        must = "must be 'similarity', 'arrival' or a permutation"
-        raise ValueError(f"{type(owner).__name__}: ordering {must}, got {shown(ordering)}")
-    if not isinstance(ordering, Sized):
-        must = "must be a name or a permutation"
-        raise TypeError(f"{type(owner).__name__}: ordering {must}, got {shown(ordering)}")
+    """Raise an error unless ordering is a name or a permutation."""
+    must = "ordering must be 'similarity', 'arrival' or a permutation of 0..B-1"
+    message = f"{type(owner).__name__}: {must}, got {shown(ordering)}"
+    if isinstance(ordering, str):
+        valid = ordering in ("similarity", "arrival")
+    else:
+        try:
+            order = torch.as_tensor(ordering).flatten().tolist()
+            valid = sorted(order) == [*range(len(ordering))]
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(message) from None
+    if not valid:
+        raise ValueError(message)
 
 
 def similarity_order(distances: Tensor) -> Tensor:
@@ -153,33 +148,6 @@ def similarity_order(distances: Tensor) -> Tensor:
         tensor([0, 2, 3, 1])
     """
     dense("similarity_order", "distances", distances)
-    if distances.dim() != 2 or distances.shape[0] != distances.shape[1]:
-        raise ValueError(
-            f"similarity_order: distances must be [B, B], got shape {tuple(distances.shape)}"
-        )
     dtype = torch.float64 if distances.dtype == torch.float64 else torch.float32
     host = distances.detach().to("cpu", dtype).contiguous()
     return torch.from_numpy(short_path(host.numpy()))
-
-
-@functools.lru_cache(32)
-def _arrival(batch_size: int, num_data: int) -> Grouping:
-    with torch.inference_mode(False):
-        return Grouping(torch.arange(batch_size), num_data)
-
-
-def _permutation(order: Tensor | Sequence[int]) -> Tensor:
-    if isinstance(order, Tensor):
-        dense("Grouping", "order", order, floating=False)
-    try:
-        tensor = torch.as_tensor(order).detach().cpu()
-    except (TypeError, ValueError, RuntimeError):
-        tensor = torch.zeros(1)
-    kind = tensor.dtype
-    if tensor.numel() and (kind == torch.bool or kind.is_floating_point or kind.is_complex):
-        raise TypeError(f"Grouping: order must be a sequence of integers, got {shown(order)}")
-    if tensor.dim() != 1 or not torch.equal(
-        tensor.sort().values, torch.arange(len(tensor)).to(kind)
-    ):
-        raise ValueError(f"Grouping: order must hold each of 0..n-1 once, got {shown(order)}")
-    return tensor.to(torch.int64, copy=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from .._arguments import count, dense, instance, positive, real, shown
 from .._torch import exactly, outside, plain
 from .error_bars import ErrorBars
 from .metrics import METRICS, Choice, Distances, Features, Sources
-from .selection import LENGTHS, MOST_ROWS, Part
+from .selection import LENGTHS, MOST_ROWS, Given, Part
 
 __all__ = ["MOST_ROWS", "Regression", "RowPlan", "check_batch", "check_link", "to_scale"]
 
@@ -148,7 +149,7 @@ class RowPlan:
             distances = Distances(sources, metrics, each) if sources.leaves else None
             self._parts.append(Part(regression.lengths, each, distances))
         self._back = torch.cat([part.rows for part in self._parts]).argsort()
-        self._last: tuple[tuple[int, ...], Tensor] | None = None
+        self._last: tuple[tuple[int, ...], tuple[Tensor, list[Given]]] | None = None
 
     @property
     def note(self) -> str:
@@ -166,10 +167,14 @@ class RowPlan:
 
     def source(self, received: Sequence[int]) -> Tensor:
         """Return the result that is each input's own, ``[B]``: a flat index ``[F, G]``, or -1."""
+        return self._given(received)[0]
+
+    def _given(self, received: Sequence[int]) -> tuple[Tensor, list[Given]]:
         key = tuple(received)
         if self._last is None or self._last[0] != key:  # asked again for every output
             with outside():
-                self._last = key, self._source(torch.tensor(key, dtype=torch.int64))
+                source = self._source(torch.tensor(key, dtype=torch.int64))
+                self._last = key, (source, [Given(part, source) for part in self._parts])
         return self._last[1]
 
     def _source(self, received: Tensor) -> Tensor:
@@ -181,25 +186,21 @@ class RowPlan:
         source = self.source(received)
         return source[source >= 0]
 
-    def _flat(self, results: Tensor, received: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _flat(self, results: Tensor, received: Sequence[int]) -> tuple[Tensor, list[Given]]:
         if results.shape[:2] != (len(received), self.num_groups) or not len(received):
             must = f"results must have shape {[len(received) or 1, self.num_groups]} and more"
             name = type(getattr(self, "code", self)).__name__
             raise ValueError(f"{name}: {must}, got {[*results.shape]}")
-        return results.flatten(0, 1), self.source(received)
+        return results.flatten(0, 1), self._given(received)[1]
 
     def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
         """Return the answers of the batch, ``[B, ...]``, from results ``[F, G, ...]``."""
-        rows, source = self._flat(results, received)
-        answers, choices = [], []
-        for part in self._parts:
-            of_part, choice = part.decode(source, rows)
-            answers.append(of_part)
-            choices += [choice] if choice is not None else []
-        self.choices = tuple(choices)
-        if len(answers) == 1:
-            return answers[0]
-        return torch.cat(answers)[self._back.to(rows.device)]
+        rows, parts = self._flat(results, received)
+        found = [part.decode(rows) for part in parts]
+        self.choices = tuple(choice for _, choice in found if choice is not None)
+        if len(found) == 1:
+            return found[0][0]
+        return torch.cat([answers for answers, _ in found])[self._back.to(rows.device)]
 
     def error_bars(
         self,
@@ -213,18 +214,22 @@ class RowPlan:
         ``surrogates`` are the tensors subtracted from the results, ``[F, G, ...]``, and added to
         the answers, ``[B, ...]``.
         """
-        if surrogates is not None:
-            surrogates = surrogates[0].flatten(0, 1), surrogates[1]
+        more = (surrogates[0].flatten(0, 1), surrogates[1]) if surrogates else ()
         with outside(), exactly():
-            rows, source = self._flat(results, received)
-            each = [part.bars(source, rows, answers, surrogates) for part in self._parts]
-            return ErrorBars(self.batch_size, [bars for bars in each if bars is not None])
+            rows, parts = self._flat(results, received)
+            each = [part.bars(rows, answers, *more) for part in parts]
+            found = ErrorBars(self.batch_size, [bars for bars in each if bars is not None])
+            usable = torch.cat([part.usable for part in self._parts])
+            if usable.all():
+                return found
+            # Far rows are unlike the results, none of which is far.
+            return found.widened(torch.where(usable[self._back], 0.0, math.inf))
 
     def left_out_square(self, results: Tensor, received: Sequence[int]) -> float:
         """Return the sum of squared errors of predicting results from the others."""
-        rows, source = self._flat(results, received)
         with outside(), exactly():
-            return sum(part.left_out_square(source, rows) for part in self._parts)
+            rows, parts = self._flat(results, received)
+            return sum(part.left_out_square(rows) for part in parts)
 
     def leave_one_out_variances(self) -> Tensor:
         """Return the variance of each input predicted from the inputs near it, ``[B]``."""
@@ -236,24 +241,20 @@ def check_batch(
     owner: str, inputs: Sequence[Tensor], batch_size: int | None
 ) -> tuple[list[Tensor], int]:
     """Return the plain inputs and the size of the batch, or raise as :meth:`Regression.plan`."""
-    if isinstance(inputs, (Tensor, str, bytes)) or not isinstance(inputs, Sequence):
+    if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence):
         what = type(inputs).__name__
         raise TypeError(f"{owner}: inputs must be a sequence of tensors, got {what}")
     if batch_size is None and not inputs:
         raise ValueError(f"{owner}: batch_size must be given where there are no inputs, got None")
     size = None if batch_size is None else count(owner, "batch_size", batch_size)
-    numbers = []
     for i, x in enumerate(inputs):
         dense(owner, f"inputs[{i}]", x)
-        numbers.append(plain(owner, f"inputs[{i}]", x))
-        size = len(x) if size is None and x.dim() else size
+        size = x.shape[:1].numel() if size is None else size
         if x.shape[:1] != (size,) or not size:
-            raise ValueError(
-                f"{owner}: batch_size must be that of the inputs, at least 1, got {size} "
-                f"beside inputs[{i}] of shape {tuple(x.shape)}"
-            )
-    assert size is not None
-    return numbers, size
+            must = "batch_size must be that of the inputs, at least 1"
+            shape = f"{size} beside inputs[{i}] of shape {tuple(x.shape)}"
+            raise ValueError(f"{owner}: {must}, got {shape}")
+    return [plain(owner, f"inputs[{i}]", x) for i, x in enumerate(inputs)], size or 0
 
 
 def check_link(owner: object, link: Any) -> None:

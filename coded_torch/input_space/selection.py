@@ -19,7 +19,7 @@ from .gaussian_process import Comparison, GaussianProcess, scaled
 from .geometry import evenly
 from .metrics import Choice, Distances, Features, name_of
 
-__all__ = ["LENGTH", "LENGTHS", "MOST_ROWS", "Fits", "Fitted", "Part", "few_columns"]
+__all__ = ["LENGTH", "LENGTHS", "MOST_ROWS", "Fits", "Given", "Part", "few_columns"]
 
 #: The length where nothing is chosen, in steps of a path, and the lengths that compete, with a half
 #: step to the better side; no others were better. (benchmarks distances)
@@ -148,130 +148,111 @@ def _best(losses: Sequence[npt.NDArray[np.float64]], default: int | None) -> int
     return best if means[default] - means[best] > by_chance else default
 
 
-class _Known(NamedTuple):
-    """The results of a part, of one received set."""
-
-    own: Tensor  # [b], the place of each row's own result, or -1
-    missing: Tensor  # the rows without
-    used: Tensor  # the places of the results that predict them, or of others if there are none
-    fits: Fits | None  # None if the mean of these results predicts them
-
-
 class Part:
     """The rows ``[b]`` of a batch that are predicted together; by their mean without distances."""
 
     def __init__(self, lengths: Sequence[float], rows: Tensor, distances: Distances | None) -> None:
-        self.rows, self._distances, self._lengths = rows, distances, lengths
-        self.usable: Tensor | None = None  # bool [b]
+        self.rows, self.distances, self.lengths = rows, distances, lengths
+        self.usable = torch.ones(len(rows), dtype=torch.bool)
         self.order = torch.arange(len(rows))
         if distances is not None:
             self.usable, self.order = distances.usable, distances.order
             distances.prepare()
-        self._last: tuple[Tensor, _Known] | None = None
 
-    def decode(self, source: Tensor, results: Tensor) -> tuple[Tensor, Choice | None]:
-        """Return the answers of these rows, ``[b, ...]``, and how missing ones were predicted.
+    def leave_one_out_variances(self) -> Tensor:
+        """Return the variance of each row predicted from the rows near it, ``[b]``, float64."""
+        variances = torch.ones(len(self.rows), dtype=torch.float64)
+        if self.distances is None:
+            return variances
+        squared, step, _ = self.distances.by(self.distances.first)
+        length = step * _one_of(self.lengths)
+        for near in self.order.tensor_split(-(-len(self.order) // _NEIGHBOURS)):
+            variances[near] = GaussianProcess(squared, length, near).leave_one_out_variances
+        return variances
 
-        ``source``, ``[B]``, is the place of each row's own result among ``[n, ...]``, or -1.
-        """
+
+class Given:
+    """A part of which some results are given: ``source``, ``[B]``, has the place of each, or -1.
+
+    Results are ``[n, ...]``. If none of the part's rows predicts others, all of them do.
+    """
+
+    def __init__(self, part: Part, source: Tensor) -> None:
+        self._rows, self._own = part.rows, source[part.rows]
+        has = self._own >= 0
+        self._missing = (~has).nonzero().flatten()
+        if bool((has & part.usable).any()):
+            has = has & part.usable
+        points = has.nonzero().flatten()
+        self._used = self._own[points]  # the places of the results that predict
+        self._fits: Fits | None = None  # the mean predicts
+        if not len(points):
+            known = source[source >= 0]
+            self._used = known[evenly(len(known), MOST_ROWS)]
+        elif part.distances is not None:
+            self._fits = Fits(part.distances, part.lengths, points, self._missing)
+
+    def decode(self, results: Tensor) -> tuple[Tensor, Choice | None]:
+        """Return the answers of the rows, ``[b, ...]``, and how missing ones were predicted."""
+        own, used, fitted = self._own, self._used, None
         with outside(), exactly():
-            own, missing, used, fits = self._known(source)
-            if not len(missing):
+            if not len(self._missing):
                 return SelectMap(len(results), own, used[:0], torch.zeros(0, 0))(results), None
             dense("Regression", "results", results)
             columns, info = _columns(results), torch.finfo(results.dtype)
             if (size := _size(columns)) != 1:
-                answers, choice = self.decode(source, results / size)
+                answers, choice = self.decode(results / size)
                 has = (own >= 0).to(results.device).view(-1, *[1] * (results.dim() - 1))
                 answers = (answers * size).clamp(info.min, info.max)
                 return torch.where(has, results[own], answers), choice
             weights = torch.full((1, len(used)), 1 / len(used), dtype=torch.float64)
-            fitted = None if fits is None else fits.fit(*few_columns(used, results))
+            if self._fits is not None:
+                fitted = self._fits.fit(*few_columns(used, results))
             if fitted is not None and (trust := fitted.choice.trust) > 0:
                 # Wide outputs, other devices and derivatives need weights.
                 simple = results.device.type == "cpu" and not differentiated(results)
-                fewer = results.numel() < len(results) * len(missing)
+                fewer = results.numel() < len(results) * len(self._missing)
                 if simple and fewer and len(used) > _WEIGHED:
-                    found = fitted.process.predict(columns[used].double(), trust)
+                    found = fitted.process.predict(columns[used].double(), trust).to(results.dtype)
                     answers = results.index_select(0, own.clamp(min=0))
-                    answers[missing] = found.to(results.dtype).view(len(found), *results.shape[1:])
+                    answers[self._missing] = found.view(len(found), *results.shape[1:])
                     return answers, fitted.choice
                 # Shrunk towards the mean as far as results are not predicted by each other.
                 weights = fitted.process.weights * trust + (1 - trust) / len(used)
             map = SelectMap(len(results), own, used, weights)
         return map(results), None if fitted is None else fitted.choice
 
-    def bars(
-        self,
-        source: Tensor,
-        results: Tensor,
-        answers: Tensor,
-        surrogates: tuple[Tensor, Tensor] | None,
-    ) -> Bars | None:
-        """Return the error bars of missing rows, None without any, as ``RowPlan.error_bars``."""
-        _, missing, used, fits = self._known(source)
-        if not len(missing):
+    def bars(self, results: Tensor, answers: Tensor, *surrogates: Tensor) -> Bars | None:
+        """Return the error bars of missing rows, None without any.
+
+        ``answers`` are of the batch, ``[B, ...]``. Surrogates are at the results and of the batch.
+        """
+        if not len(self._missing):
             return None
-        rows = self.rows[missing]
-        asked = [(results, used), (answers, rows)]
-        if surrogates is not None:
-            asked += [(surrogates[0], used), (surrogates[1], rows)]
+        rows, used = self._rows[self._missing], self._used
+        places = [used, rows] * 2
+        asked = [*zip((results, answers, *surrogates), places, strict=False)]
         of_used, predicted, *offsets = _on_host(asked)
         if (size := _size(of_used)) != 1:
-            given = surrogates and (surrogates[0] / size, surrogates[1] / size)
-            found = self.bars(source, results / size, answers / size, given)
+            found = self.bars(*(x / size for x in (results, answers, *surrogates)))
             return found and found._replace(thresholds=found.thresholds * size)
-        labels = None
-        if results.dim() == 2:
-            labels = (of_used, predicted)
-            if offsets:
-                labels = (of_used + offsets[0], predicted + offsets[1])
+        labels = (of_used, predicted) if results.dim() == 2 else None
+        if labels and offsets:
+            labels = of_used + offsets[0], predicted + offsets[1]
         regression = None
-        if fits is not None and len(used) > 1:
-            choice, process, _ = fits.fit(_few(of_used).double())
+        if self._fits is not None and len(used) > 1:
+            choice, process, _ = self._fits.fit(_few(of_used).double())
             regression = (process, choice.trust) if choice.trust > 0 else None
-        found = bars(rows, of_used, predicted, regression, labels)
-        if fits is None or self.usable is None or self.usable[missing].all():
-            return found
-        # Far rows are unlike the results, none of which is far.
-        return found.widened(torch.where(self.usable[missing], 0.0, math.inf))
+        return bars(rows, of_used, predicted, regression, labels)
 
-    def left_out_square(self, source: Tensor, results: Tensor) -> float:
+    def left_out_square(self, results: Tensor) -> float:
         """Return the sum of squared errors of predicting results from the others."""
-        _, _, used, fits = self._known(source)
-        (sample,) = few_columns(used, results)
-        if fits is None:
+        (sample,) = few_columns(self._used, results)
+        if self._fits is None:
             n = len(sample)
             return float(sample.var(0).sum()) * n**2 / (n - 1) if n > 1 else 0.0
-        return float(fits.fit(sample).process.leave_one_out_residuals(sample).square().sum())
-
-    def leave_one_out_variances(self) -> Tensor:
-        """Return the variance of each row predicted from the rows near it, ``[b]``, float64."""
-        variances = torch.ones(len(self.rows), dtype=torch.float64)
-        if self._distances is None:
-            return variances
-        squared, step, _ = self._distances.by(self._distances.first)
-        length = step * _one_of(self._lengths)
-        for near in self.order.tensor_split(-(-len(self.order) // _NEIGHBOURS)):
-            variances[near] = GaussianProcess(squared, length, near).leave_one_out_variances
-        return variances
-
-    def _known(self, source: Tensor) -> _Known:
-        if self._last is None or self._last[0] is not source:
-            own = source[self.rows]
-            has = own >= 0
-            missing = (~has).nonzero().flatten()
-            if self.usable is not None and bool((has & self.usable).any()):
-                has = has & self.usable
-            points, fits = has.nonzero().flatten(), None
-            used = own[points]
-            if not len(points):
-                known = source[source >= 0]
-                used = known[evenly(len(known), MOST_ROWS)]
-            elif self._distances is not None:
-                fits = Fits(self._distances, self._lengths, points, missing)
-            self._last = source, _Known(own, missing, used, fits)
-        return self._last[1]
+        process = self._fits.fit(sample).process
+        return float(process.leave_one_out_residuals(sample).square().sum())
 
 
 def _size(results: Tensor) -> float:
