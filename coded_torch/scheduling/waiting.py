@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .._arguments import count, instance, real
+from .._arguments import count, instance, real, shown
 from . import Decision, Ended, Event
 from .policy import Call
 
@@ -80,9 +80,10 @@ class Waiting:
         self._check("predict_after", "positive", lambda x: x > 0)
         self._check("hedge_budget", "at least 0 and finite", lambda x: 0 <= x < math.inf)
         instance("Waiting", "predict", self.predict, bool)
+        instance("Waiting", "on_error", self.on_error, str)
         if self.on_error not in ("raise", "predict"):
             must = "on_error must be 'raise' or 'predict'"
-            raise ValueError(f"Waiting: {must}, got {self.on_error!r}")
+            raise ValueError(f"Waiting: {must}, got {shown(self.on_error)}")
         if self.num_stragglers is not None:
             count("Waiting.first", "num_stragglers", self.num_stragglers, least=0)
 

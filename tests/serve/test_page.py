@@ -1,7 +1,6 @@
 """The page of a server: its headers, its refusals, its faults, and a browser that uses it."""
 
 import base64
-import contextlib
 import hashlib
 import importlib.resources
 import json
@@ -9,9 +8,7 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import threading
-from pathlib import Path
 
 import pytest
 from selenium import webdriver
@@ -20,10 +17,10 @@ from selenium.webdriver.common.keys import Keys
 
 from coded_torch.cli.main import main
 from coded_torch.serve import page as page_module
-from coded_torch.serve.page import Chaos, Page, _continued
+from coded_torch.serve.page import Chaos, Page
 
 from .servers import Client, built, serving, wait_until
-from .test_command import family, running
+from .test_command import running
 
 FILE = importlib.resources.files("coded_torch.serve") / "page.html"
 OPTIONS = ["--chaos", "--deadline", "2", "--seed", "1"]
@@ -133,7 +130,6 @@ def test_a_fault_ends(action, monkeypatch):
     chaos = Chaos(pool)
     monkeypatch.setattr(page_module, "_FAULT_SECONDS", 0.05)
     monkeypatch.setattr(page_module, "_TURN_SECONDS", 0.01)
-    monkeypatch.setattr(page_module, "_continued", lambda pid: contextlib.nullcontext())
     monkeypatch.setattr(os, "kill", lambda pid, number: pool.signals.append((pid, number)))
     slept = page_module.time.sleep
 
@@ -160,36 +156,12 @@ def test_a_fault_ends(action, monkeypatch):
 def test_no_signal_is_sent_to_a_process_that_was_replaced(monkeypatch):
     pool = Pool()
     chaos = Chaos(pool)
-    monkeypatch.setattr(page_module, "_continued", lambda pid: contextlib.nullcontext())
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("the process is another one"))
     chaos.faults[0] = "pause"
     chaos._run(0, 1233, "pause")
     assert chaos.faults == {}
     with pytest.raises(ValueError, match="worker 5 is down"):
         chaos.inject(5, "pause")
-
-
-def test_a_stopped_process_goes_on_if_its_server_is_killed(monkeypatch):
-    monkeypatch.setattr(page_module, "_FAULT_SECONDS", 0.3)
-    with subprocess.Popen(["sleep", "60"]) as process:
-        with _continued(process.pid):
-            process.send_signal(signal.SIGSTOP)
-            stat = Path(f"/proc/{process.pid}/stat")
-            wait_until(lambda: stat.read_text().split()[2] == "T")
-            wait_until(lambda: stat.read_text().split()[2] == "S")
-        process.kill()
-
-
-def test_nothing_is_left_of_the_guard_of_a_stopped_process():
-    def started():
-        return family(os.getpid()) - before
-
-    before = family(os.getpid())
-    with _continued(os.getpid()):
-        wait_until(lambda: len(started()) == 2)  # a shell, and a sleep
-        stats = [Path(f"/proc/{pid}/stat") for pid in started()]
-    # A process in state Z has ended, and waits for its parent.
-    wait_until(lambda: all(not x.exists() or " Z " in x.read_text() for x in stats))
 
 
 def test_a_page_without_faults():
