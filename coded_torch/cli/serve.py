@@ -31,7 +31,7 @@ _GRACE = 10
 def serve(args: argparse.Namespace) -> None:
     """Serve a model over HTTP, or print a request with one example."""
     need("serve", "serve", "starlette", "uvicorn", "orjson", "prometheus_client")
-    from ..open_inference.tensors import Model, request
+    from ..open_inference import Model, request
     from ..serve import app
     from ..serve.page import LOOPBACK, Chaos, Page
 

@@ -25,7 +25,7 @@ import coded_torch
 
 from .._arguments import count, instance, positive
 from ..nn import CodedWrapper
-from ..open_inference.tensors import ADDED, TensorSpec, most_bytes
+from ..open_inference import ADDED, TensorSpec, most_bytes
 from . import protocol
 from .batcher import TO_ANSWER, Batch, Batcher, compute, load
 from .metrics import Metrics
