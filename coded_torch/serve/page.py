@@ -6,7 +6,6 @@ and only for its own origin under a loopback name.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.resources
 import os
 import secrets
@@ -115,10 +114,7 @@ class Page:
 
     def check(self, request: Request) -> None:
         """Refuse a request under a name that another site may have given a loopback address."""
-        host = None
-        with contextlib.suppress(ValueError):
-            host = request.url.hostname
-        if self.is_local and host not in LOOPBACK:
+        if self.is_local and request.url.hostname not in LOOPBACK:
             raise RequestError(403, "invalid", f"the page must be asked under one of {LOOPBACK}")
 
     async def page(self, request: Request) -> Response:
@@ -128,8 +124,6 @@ class Page:
             "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; "
             f"frame-ancestors 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'",
             "Cache-Control": "no-store",
-            "Referrer-Policy": "no-referrer",
-            "X-Content-Type-Options": "nosniff",
         }
         text = (importlib.resources.files("coded_torch.serve") / "page.html").read_text("utf-8")
         return Response(text.replace("NONCE", nonce), headers=headers, media_type="text/html")
