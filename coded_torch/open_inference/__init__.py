@@ -125,7 +125,7 @@ def from_json(name: str, spec: TensorSpec, shape: Sequence[int], data: list[Any]
     """Return a tensor of the numbers in a list, which is flat or nested like the shape."""
     numbers, rows = math.prod(shape), data
     for size in shape[1:]:
-        if set(map(type, rows)) == {list} and set(map(len, rows)) == {size}:
+        if all(type(row) is list and len(row) == size for row in rows):
             rows = list(itertools.chain.from_iterable(rows))
     kind = bool if spec.dtype is torch.bool else float if spec.dtype.is_floating_point else int
     kinds = {int, float} if kind is float else {kind}
