@@ -172,6 +172,5 @@ def _summary(answers: np.ndarray) -> dict[str, float]:
     _, seconds, rows, predicted = answers.T
     found = {"requests": len(answers), "rows": float(rows.sum())}
     found["predicted"] = float(predicted.sum()) / (found["rows"] or 1.0)
-    for name, share in _QUANTILES.items():
-        found[name] = float(np.quantile(seconds, share)) if len(answers) else 0.0
-    return found
+    latencies = seconds if len(answers) else np.zeros(1)
+    return found | {name: float(np.quantile(latencies, q)) for name, q in _QUANTILES.items()}
