@@ -22,7 +22,7 @@ from torch import Tensor
 
 from coded_torch.codes import NotEnoughResults
 from coded_torch.nn import Report
-from coded_torch.open_inference.tensors import EndpointError, outputs_of, request
+from coded_torch.open_inference import EndpointError, outputs_of, request
 from coded_torch.workers import RemoteModule
 
 from .fleet_server import LENGTH, NAME

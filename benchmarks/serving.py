@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from coded_torch.codes import NotEnoughResults
 from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.nn import CodedWrapper, Report, Waiting
-from coded_torch.open_inference.tensors import ADDED, Model, outputs_of, request
+from coded_torch.open_inference import ADDED, Model, outputs_of, request
 from coded_torch.serve import TensorSpec, app
 from coded_torch.serve.batcher import Batch
 from coded_torch.stragglers import Bernoulli, Trace

@@ -132,11 +132,11 @@ def info(args: argparse.Namespace) -> None:
 
 
 def _settings(text: str) -> list[tuple[int, ...]]:
-    if not re.fullmatch(r"\d+,\d+,\d+( \d+,\d+,\d+)*", text):
-        raise argparse.ArgumentTypeError(f"must be N,K,S and more such triples, got {text!r}")
-    triples = [tuple(map(int, triple.split(","))) for triple in text.split()]
-    if not all(1 <= k <= n <= MOST_WORKERS and s < n for n, k, s in triples):
-        must = f"must have 1 <= K <= N <= {MOST_WORKERS} and 0 <= S < N"
+    triples: list[tuple[int, ...]] = []
+    if re.fullmatch(r"\d+,\d+,\d+( \d+,\d+,\d+)*", text):
+        triples = [tuple(map(int, triple.split(","))) for triple in text.split()]
+    if not triples or not all(1 <= k <= n <= MOST_WORKERS and s < n for n, k, s in triples):
+        must = f"must be triples N,K,S with 1 <= K <= N <= {MOST_WORKERS} and 0 <= S < N"
         raise argparse.ArgumentTypeError(f"{must}, got {text!r}")
     return triples
 

@@ -31,7 +31,7 @@ _GRACE = 10
 def serve(args: argparse.Namespace) -> None:
     """Serve a model over HTTP, or print a request with one example."""
     need("serve", "serve", "starlette", "uvicorn", "orjson", "prometheus_client")
-    from ..open_inference.tensors import Model, request
+    from ..open_inference import Model, request
     from ..serve import app
     from ..serve.page import LOOPBACK, Chaos, Page
 
@@ -81,12 +81,12 @@ def _fleet(args: argparse.Namespace) -> tuple[nn.Module, Any, dict[str, Any]]:
     need("serve", "endpoints", "aiohttp")
     from ..workers import EndpointWorkers, RemoteModule
 
-    if args.model is None:
-        raise ValueError("--endpoints must come with --model, the model's name there")
     given = {"MODULE:FACTORY": args.factory != LENET5, "--chaos": args.chaos}
     for flag, is_given in (given | {"--example": args.example is not None}).items():
         if is_given:
             raise ValueError(f"{flag} must be left out with --endpoints")
+    if args.model is None:
+        raise ValueError("--endpoints must come with --model, the model's name there")
     why = ""
     for url in args.endpoints:
         with usage("serve: --endpoints", ValueError, prefix="RemoteModule: "):

@@ -1,1 +1,317 @@
-"""The Open Inference Protocol, version 2, from a client's side and from a server's side."""
+"""Tensors and messages of the Open Inference Protocol, version 2.
+
+A tensor is raw bytes, or numbers in JSON. A server's answer is untrusted: its shapes, dtypes and
+sizes are checked before memory is allocated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+import orjson
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .._arguments import count, instance
+
+__all__ = ["ADDED", "DATATYPES", "EndpointError", "Model", "RefusedError", "TensorSpec"]
+__all__ += ["entries", "field", "from_bytes", "from_json", "most_bytes"]
+__all__ += ["outputs_of", "parsed", "request", "require", "specs", "specs_of", "split"]
+__all__ += ["tensors_of", "to_bytes", "written"]
+
+#: The datatypes of the protocol that torch computes with.
+DATATYPES = {"BOOL": torch.bool, "UINT8": torch.uint8, "BF16": torch.bfloat16}
+DATATYPES |= {f"INT{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
+DATATYPES |= {f"FP{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)}
+_NAMES = {dtype: datatype for datatype, dtype in DATATYPES.items()}
+_HEADER = 2**16  # bytes of JSON beside the numbers of a message, at most; not tuned
+_NUMBER = 32  # bytes of one number in JSON, at most: float64 takes 25
+ANY_SHAPE = 2**26  #: bytes of tensors of an open size, at most; not tuned
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """An input or an output of a served model."""
+
+    name: str  #: the name in requests and answers
+    datatype: str  #: a key of :data:`DATATYPES`, such as "FP32"
+    shape: tuple[int, ...]  #: the shape of one row, without the batch; -1 allows any size
+
+    def __post_init__(self) -> None:
+        instance(self, "name", self.name, str)
+        if self.datatype not in DATATYPES:
+            known = ", ".join(DATATYPES)
+            raise ValueError(f"TensorSpec: datatype must be one of {known}, got {self.datatype!r}")
+        instance(self, "shape", self.shape, Sequence)
+        sizes = tuple(count(self, "shape", size, least=-1) for size in self.shape)
+        object.__setattr__(self, "shape", sizes)
+
+    @classmethod
+    def of(cls, name: str, batch: Tensor) -> TensorSpec:
+        """Return the spec of a batch ``[B, ...]``; TypeError if its dtype is not supported."""
+        if batch.dtype not in _NAMES:
+            raise TypeError(f"TensorSpec: {name} must be of one of DATATYPES, got {batch.dtype}")
+        return cls(name, _NAMES[batch.dtype], tuple(batch.shape[1:]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DATATYPES[self.datatype]
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the protocol's description of a batch of any size."""
+        return {"name": self.name, "datatype": self.datatype, "shape": [-1, *self.shape]}
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Return whether a row may have this shape."""
+        pairs = zip(self.shape, shape, strict=False)
+        return len(shape) == len(self.shape) and all(ours in (-1, size) for ours, size in pairs)
+
+
+#: The outputs that this package's server gives every model beside its own: whether a row
+#: is predicted; the radius that its error is within; the risk of its label; its source, 0 from the
+#: worker asked first, 1 from a later one, 2 predicted; whether two workers computed it alike. JSON
+#: has null for infinite numbers and for NaN, which stands for unknown.
+ADDED = (
+    TensorSpec("predicted", "BOOL", ()),
+    TensorSpec("radius", "FP32", ()),
+    TensorSpec("label_risk", "FP32", ()),
+    TensorSpec("source", "UINT8", ()),
+    TensorSpec("verified", "BOOL", ()),
+)
+
+
+def specs(
+    module: nn.Module, examples: Sequence[Tensor]
+) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Return the specs of a module's inputs and outputs. The module runs once on the examples.
+
+    One input is named ``input``, several ``input0``, ``input1`` and so on. Outputs have the keys of
+    a dict, the fields of a named tuple, else such names as well.
+    """
+    with torch.no_grad():
+        made = module(*examples)
+    leaves = pytree.tree_leaves(made)
+    if not all(isinstance(leaf, Tensor) for leaf in leaves):
+        raise TypeError("the module must return tensors to be served")
+    keys = list(made) if isinstance(made, Mapping) else getattr(made, "_fields", ())
+    flat = len(keys) == len(leaves)  # False if some outputs are nested
+    names = [str(key) for key in keys] if flat else _numbered("output", len(leaves))
+    inputs = map(TensorSpec.of, _numbered("input", len(examples)), examples)
+    return list(inputs), list(map(TensorSpec.of, names, leaves))
+
+
+def _numbered(word: str, count: int) -> list[str]:
+    return [word] if count == 1 else [f"{word}{i}" for i in range(count)]
+
+
+def from_bytes(spec: TensorSpec, shape: Sequence[int], data: memoryview) -> Tensor:
+    """Return a tensor whose elements are little-endian and in row-major order."""
+    stored = torch.uint8 if spec.dtype is torch.bool else spec.dtype
+    tensor = torch.empty(*shape, dtype=stored)
+    if len(data):
+        tensor = torch.frombuffer(bytearray(data), dtype=stored).reshape(*shape)
+    return tensor != 0 if spec.dtype is torch.bool else tensor
+
+
+def from_json(name: str, spec: TensorSpec, shape: Sequence[int], data: list[Any]) -> Tensor:
+    """Return a tensor of the numbers in a list, which is flat or nested like the shape."""
+    numbers, rows = math.prod(shape), data
+    for size in shape[1:]:
+        if all(type(row) is list and len(row) == size for row in rows):
+            rows = list(itertools.chain.from_iterable(rows))
+    kind = bool if spec.dtype is torch.bool else float if spec.dtype.is_floating_point else int
+    kinds = {int, float} if kind is float else {kind}
+    valid = len(rows) == numbers and set(map(type, rows)) <= kinds
+    if valid and rows and kind is int:
+        limits = torch.iinfo(spec.dtype)
+        valid = limits.min <= min(rows) and max(rows) <= limits.max
+    must = f"{numbers} numbers of {spec.datatype}, in one list or nested as the shape {list(shape)}"
+    require(valid, f"data of {name}", must, rows)
+    return torch.from_numpy(np.array(rows, kind)).to(spec.dtype).reshape(*shape)
+
+
+def to_bytes(tensor: Tensor) -> bytes:
+    """Return the elements, little-endian and in row-major order."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+# The messages of a server and of a client. All faults are a ValueError.
+
+_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+_KINDS |= {int: "an integer", float: "a number with a decimal point"}
+
+
+def require(valid: bool, what: str, must: object, got: object) -> None:
+    """Raise a ValueError unless a field is valid."""
+    if not valid:
+        raise ValueError(f"{what} must be {must}, got {got!r:.80}")
+
+
+def field(owner: str, entry: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    """Return a field of an object, or the default if it is missing or null."""
+    value = entry.get(key)
+    if value is None and default is not None:
+        return default
+    require(type(value) is kind, f"{key} of {owner}", _KINDS[kind], value)
+    return value
+
+
+def most_bytes(specs: Sequence[TensorSpec], rows: int) -> int:
+    """Return the most bytes of a message with so many rows of tensors."""
+    return _HEADER + sum(
+        ANY_SHAPE if -1 in spec.shape else rows * math.prod(spec.shape) * _NUMBER for spec in specs
+    )
+
+
+def split(body: bytes, length: str | None) -> tuple[memoryview, memoryview]:
+    """Return the JSON of a message and its tail, by its Inference-Header-Content-Length."""
+    size = len(body)
+    if length is not None:
+        size = int(length) if length.isdecimal() and len(length) < 20 else -1
+    must = f"an integer of at most the length of the body, {len(body)}"
+    require(0 <= size <= len(body), "Inference-Header-Content-Length", must, length)
+    return memoryview(body)[:size], memoryview(body)[size:]
+
+
+def entries(
+    word: str, listed: list[Any], specs: Sequence[TensorSpec]
+) -> Iterator[tuple[str, TensorSpec, dict[str, Any], dict[str, Any]]]:
+    """Yield each input or output in words, its spec, its object and its parameters."""
+    left = {spec.name: spec for spec in specs}
+    for entry in listed:
+        require(type(entry) is dict, f"an entry of {word}s", "an object", entry)
+        name = field(f"an entry of {word}s", entry, "name", str)
+        require(name in left, f"an {word}", f"once one of {[spec.name for spec in specs]}", name)
+        owner = f"{word} {name!r}"
+        yield owner, left.pop(name), entry, field(owner, entry, "parameters", dict, {})
+
+
+def tensors_of(
+    word: str, listed: list[Any], specs: Sequence[TensorSpec], tail: memoryview, rows: range
+) -> dict[str, Tensor]:
+    """Return the tensors of all specs, by their names; ``tail`` holds the binary ones.
+
+    Shapes and sizes are checked before memory is allocated.
+    """
+    given: dict[str, Tensor] = {}
+    for owner, spec, entry, parameters in entries(word, listed, specs):
+        datatype, shape = (field(owner, entry, *x) for x in (("datatype", str), ("shape", list)))
+        require(datatype == spec.datatype, f"datatype of {owner}", spec.datatype, datatype)
+        whole = bool(shape) and all(type(size) is int and size >= 0 for size in shape)
+        fits = whole and spec.fits(shape[1:])
+        require(fits, f"shape of {owner}", spec.metadata()["shape"], shape)
+        must = f"from {rows[0]} to {rows[-1]}"
+        require(shape[0] in rows, f"the number of rows of {owner}", must, shape[0])
+        if ("binary_data_size" in parameters) == ("data" in entry):
+            raise ValueError(f"{owner} must have either data or a binary_data_size")
+        if "data" in entry:
+            tensor = from_json(owner, spec, shape, field(owner, entry, "data", list))
+        else:
+            given_size = field(owner, parameters, "binary_data_size", int)
+            size = math.prod(shape) * spec.dtype.itemsize
+            must = f"{size}, of {len(tail)} bytes that are left of the body"
+            require(
+                given_size == size <= len(tail), f"binary_data_size of {owner}", must, given_size
+            )
+            tensor, tail = from_bytes(spec, shape, tail[:size]), tail[size:]
+        given[spec.name] = tensor
+    require(len(given) == len(specs), f"{word}s", [spec.name for spec in specs], list(given))
+    require(not len(tail), "bytes after the last tensor", 0, len(tail))
+    return given
+
+
+# The messages of a client.
+
+
+class EndpointError(RuntimeError):
+    """A server failed, or did not keep the protocol; ``lost`` if it did so while it computed."""
+
+    def __init__(self, message: str, lost: bool = False) -> None:
+        super().__init__(message)
+        self.lost = lost
+
+
+class RefusedError(ValueError):
+    """A server refused a request as wrong; the message is the server's."""
+
+
+class Model(NamedTuple):
+    """The model of a server, by its metadata."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]  #: one for each argument, in order
+    outputs: tuple[TensorSpec, ...]
+    binary: bool  #: true if the server takes and sends binary tensors
+
+    @property
+    def path(self) -> str:
+        return f"/v2/models/{quote(self.name, safe='')}"
+
+
+def parsed(body: bytes | memoryview, what: str) -> dict[str, Any]:
+    """Return the JSON object in a body; an EndpointError if it is none."""
+    with contextlib.suppress(ValueError):
+        if isinstance(found := orjson.loads(body), dict):
+            return found
+    raise EndpointError(f"sent {what} that is no JSON object")
+
+
+def specs_of(metadata: Mapping[str, Any], key: str) -> tuple[TensorSpec, ...]:
+    """Return the specs of inputs or outputs, without the dimension of the batch."""
+    try:
+        found = [(each["name"], each["datatype"], each["shape"][1:]) for each in metadata[key]]
+        return tuple(TensorSpec(name, kind, tuple(shape)) for name, kind, shape in found)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise EndpointError(f"sent metadata with unusable {key}: {error}") from None
+
+
+def written(
+    message: dict[str, Any], key: str, tensors: Iterable[tuple[TensorSpec, Tensor, bool]]
+) -> tuple[bytes, int | None]:
+    """Return a body, and the length of its JSON if binary tensors follow.
+
+    The message gets a list of tensors by the key, each in binary or not.
+    """
+    entries, tail = [], []
+    for spec, tensor, binary in tensors:
+        entry = spec.metadata() | {"shape": list(tensor.shape)}
+        if binary:
+            tail.append(to_bytes(tensor))
+            entry["parameters"] = {"binary_data_size": len(tail[-1])}
+        else:
+            numbers = tensor.detach().cpu().reshape(-1)
+            if numbers.dtype in (torch.float16, torch.bfloat16):
+                numbers = numbers.float()
+            entry["data"] = numbers.numpy()  # orjson writes null for NaN and infinity
+        entries.append(entry)
+    head = orjson.dumps({**message, key: entries}, option=orjson.OPT_SERIALIZE_NUMPY)
+    return b"".join([head, *tail]), len(head) if tail else None
+
+
+def request(model: Model, inputs: Sequence[Tensor]) -> tuple[bytes, int | None]:
+    """Return the body of a request, and the length of its JSON if binary tensors follow."""
+    how = {"parameters": {"binary_data": True}} if model.binary else {}
+    outputs = [{"name": spec.name, **how} for spec in model.outputs]
+    triples = [(spec, x, model.binary) for spec, x in zip(model.inputs, inputs, strict=True)]
+    return written({"outputs": outputs}, "inputs", triples)
+
+
+def outputs_of(
+    model: Model, data: bytes, length: str | None, rows: int
+) -> tuple[list[Tensor], int]:
+    """Return the outputs of an answer, and how many rows the server says that it predicted."""
+    head, tail = split(data, length)
+    message = parsed(head, "an answer")
+    listed = field("the answer", message, "outputs", list)
+    found = tensors_of("output", listed, model.outputs, tail, range(rows, rows + 1))
+    predicted = field("the answer", message, "parameters", dict, {}).get("predicted_rows")
+    outputs = [found[spec.name] for spec in model.outputs]
+    return outputs, predicted if isinstance(predicted, int) else 0

@@ -16,9 +16,9 @@ from urllib.parse import quote
 import aiohttp
 from torch import Tensor, nn
 
+from .. import open_inference as wire
 from .._arguments import instance, positive
-from . import tensors as wire
-from .tensors import ADDED, EndpointError, Model, RefusedError
+from . import ADDED, EndpointError, Model, RefusedError
 
 __all__ = ["BusyError", "Client", "EndpointError", "Model", "RefusedError", "RemoteError"]
 __all__ += ["RemoteModule", "run", "running_loop"]

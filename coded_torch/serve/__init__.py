@@ -5,7 +5,7 @@ computes it with others, ``metrics.py`` counts the outcome, and ``page.py`` show
 the extra ``serve``.
 """
 
-from ..open_inference.tensors import DATATYPES, TensorSpec, specs
+from ..open_inference import DATATYPES, TensorSpec, specs
 from .application import app, deployment
 
 __all__ = ["DATATYPES", "TensorSpec", "app", "deployment", "specs"]

@@ -25,7 +25,7 @@ import coded_torch
 
 from .._arguments import count, instance, positive
 from ..nn import CodedWrapper
-from ..open_inference.tensors import ADDED, TensorSpec, most_bytes
+from ..open_inference import ADDED, TensorSpec, most_bytes
 from . import protocol
 from .batcher import TO_ANSWER, Batch, Batcher, compute, load
 from .metrics import Metrics
@@ -82,8 +82,8 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         instance(self, "coded", coded, CodedWrapper)
         instance(self, "name", name, str)
         if not name or set(name) & set("{}/?#%"):
-            part = "a part of a URL, without any of {}/?#%"
-            raise ValueError(f"app: name must be {part}, got {name!r}")
+            must = "name must be a part of a URL, without any of {}/?#%"
+            raise ValueError(f"app: {must}, got {name!r}")
         for argument, given, reserved in (("inputs", inputs, ()), ("outputs", outputs, ADDED)):
             for spec in given:
                 instance(self, f"an entry of {argument}", spec, TensorSpec)
@@ -95,7 +95,6 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         self.name, self.inputs, self.outputs = name, inputs, outputs
         self.deadline = positive(self, "deadline", deadline)
         self.max_rows = count(self, "max_batch_size", max_batch_size)
-        most = count(self, "max_queued_requests", max_queued_requests)
         self.pool, self.metrics, self.ready = coded.workers, Metrics(), False
         #: The time, the seconds, the rows and the predicted rows of the last answers.
         self.answers: deque[tuple[float, float, int, int]] = deque(maxlen=_MOST_ANSWERS)
@@ -111,7 +110,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         self.batcher = Batcher(
             functools.partial(compute, coded, outputs),
             max_batch_size=self.max_rows,
-            max_queued_requests=most,
+            max_queued_requests=count(self, "max_queued_requests", max_queued_requests),
             slots=slots,
             on_batch=self._count,
             has_idle=lambda: "idle" in {state for state, _ in self.of_places("states").values()},

@@ -19,7 +19,7 @@ from .._arguments import sparing_logger
 from .._torch import device_of
 from ..codes import DeadlineExceeded, NotEnoughResults
 from ..nn import CodedWrapper, Report, Waiting
-from ..open_inference.tensors import ADDED, RefusedError, TensorSpec
+from ..open_inference import ADDED, RefusedError, TensorSpec
 from ..scheduling.latency_history import History
 from ..workers import WorkerError
 from .protocol import RequestError

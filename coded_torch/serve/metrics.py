@@ -78,30 +78,26 @@ class Metrics:
         self, done: Batch, rows: int, queued: Sequence[float], names: Mapping[int, str]
     ) -> None:
         """Count a batch, whose requests waited so many seconds; places may have names."""
-        report, unanswered = done.report, len(done.unanswered)
+        report, count = done.report, self._count
         flags = [] if report.predicted is None else report.predicted.tolist()
         predicted = sum(flag and row not in done.unanswered for row, flag in enumerate(flags))
         won = sum(hedge.won for hedge in report.hedges)
-        counts: list[tuple[str, str | None, float]] = [
-            ("results_total", "received", len(report.received)),
-            ("results_total", "missing", len({*report.missing, *report.rejected})),
-            ("results_total", "rejected", len(report.rejected)),
-            ("answers_total", "exact", rows - unanswered - predicted),
-            ("answers_total", "predicted", predicted),
-            ("rows_computed_total", None, report.work * rows),
-            ("extra_rows_total", None, max(0.0, report.work - 1) * rows),
-            ("hedges_total", "won", won),
-            ("hedges_total", "lost", len(report.hedges) - won),
-            ("excluded_total", None, len(report.excluded)),
-            ("checks_total", "corrected", len(report.corrected)),
-        ]
+        count("results_total", len(report.received), "received")
+        count("results_total", len({*report.missing, *report.rejected}), "missing")
+        count("results_total", len(report.rejected), "rejected")
+        count("answers_total", rows - len(done.unanswered) - predicted, "exact")
+        count("answers_total", predicted, "predicted")
+        count("rows_computed_total", report.work * rows)
+        count("extra_rows_total", max(0.0, report.work - 1) * rows)
+        count("hedges_total", won, "won")
+        count("hedges_total", len(report.hedges) - won, "lost")
+        count("excluded_total", len(report.excluded))
+        count("checks_total", len(report.corrected), "corrected")
         for worker, number in report.strikes.items():
-            counts.append(("strikes_total", names.get(worker, str(worker)), number))
+            count("strikes_total", number, names.get(worker, str(worker)))
         for outcome in ("verified", "unverified"):
             if (flags := getattr(report, outcome)) is not None:
-                counts.append(("checks_total", outcome, int(flags.sum())))
-        for name, label, amount in counts:
-            self._count(name, amount, label)
+                count("checks_total", int(flags.sum()), outcome)
         for seconds in queued:
             self._numbers["queued_seconds"].observe(seconds)
         for name in ("encode_seconds", "compute_seconds", "decode_seconds"):

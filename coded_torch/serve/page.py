@@ -7,7 +7,6 @@ It needs a random token of the page, its own origin and a loopback name.
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import importlib.resources
 import os
@@ -16,7 +15,6 @@ import secrets
 import signal
 import threading
 import time
-from urllib.parse import urlsplit
 
 import numpy as np
 import orjson
@@ -137,10 +135,7 @@ class Page:
 
     def check(self, request: Request) -> None:
         """Refuse a request under a name that another site may have given a loopback address."""
-        host = None
-        with contextlib.suppress(ValueError):
-            host = urlsplit(f"//{request.headers.get('host', '')}").hostname
-        if self.is_local and host not in LOOPBACK:
+        if self.is_local and request.url.hostname not in LOOPBACK:
             raise RequestError(403, "invalid", f"the page must be asked under one of {LOOPBACK}")
 
     async def page(self, request: Request) -> Response:
@@ -194,6 +189,5 @@ def _summary(answers: np.ndarray) -> dict[str, float]:
     _, seconds, rows, predicted = answers.T
     found = {"requests": len(answers), "rows": float(rows.sum())}
     found["predicted"] = float(predicted.sum()) / (found["rows"] or 1.0)
-    for name, share in _QUANTILES.items():
-        found[name] = float(np.quantile(seconds, share)) if len(answers) else 0.0
-    return found
+    latencies = seconds if len(answers) else np.zeros(1)
+    return found | {name: float(np.quantile(latencies, q)) for name, q in _QUANTILES.items()}

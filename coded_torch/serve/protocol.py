@@ -17,8 +17,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from torch import Tensor
 
-from ..open_inference import tensors as wire
-from ..open_inference.tensors import ADDED, TensorSpec, field, require
+from .. import open_inference as wire
+from ..open_inference import ADDED, TensorSpec, field, require
 
 __all__ = ["VERSION", "InferRequest", "RequestError", "format_answer", "parse", "read_body"]
 

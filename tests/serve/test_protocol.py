@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coded_torch.open_inference.tensors import from_json, most_bytes, to_bytes
+from coded_torch.open_inference import from_json, most_bytes, to_bytes
 from coded_torch.serve import DATATYPES, TensorSpec
 from coded_torch.serve.protocol import ADDED, format_answer, parse
 

@@ -13,7 +13,7 @@ from coded_torch.serve.page import Page
 from coded_torch.stragglers import Trace
 from coded_torch.workers import EndpointWorkers, FaultyWorkers, LocalWorkers, RemoteModule
 
-from ..workers.endpoint_servers import servers
+from ..workers.endpoint_servers import sending, servers
 from .servers import OUTPUTS, Client, built, serving, tensor, wait_until
 from .test_command import running
 
@@ -51,13 +51,9 @@ def test_nothing_of_a_client_but_its_tensors_is_forwarded():
 
 
 def test_a_request_that_a_server_refuses_is_400():
-    def refuse(handler, rows):
-        handler.send(400, b'{"error": "at most 0 rows"}')
-        return True
-
     with servers(2) as both, fronted([each.url for each in both]) as client:
         for server in both:
-            server.fault = refuse
+            server.fault = sending(400, b'{"error": "at most 0 rows"}')
         assert client.infer(ROW, PATH) == (400, {"error": "at most 0 rows"})
         assert sum(len(server.rows) for server in both) == 0
 
@@ -85,16 +81,12 @@ def test_rows_that_a_server_predicts_are_computed_by_another():
 
 
 def test_a_server_whose_endpoints_are_down_is_not_ready():
-    def broken(handler, rows):
-        handler.send(502, b"{}")
-        return True
-
     with servers(2) as both, fronted([each.url for each in both]) as client:
         assert client.get("/v2/health/ready")[0] == 200
         workers = client.get("/page/status")[1]["workers"]
         assert [worker["name"] for worker in workers] == [server.url for server in both]
         for server in both:
-            server.ready, server.fault = False, broken
+            server.ready, server.fault = False, sending(502)
         assert client.infer(ROW, PATH)[0] >= 500
         for path in ("/v2/health/ready", "/v2/models/front/ready"):
             assert client.get(path) == (503, {"name": "front", "ready": False})

@@ -106,6 +106,11 @@ class DoubleServer:
         return Handler
 
 
+def sending(status, body=b"{}", **headers):
+    """Return a fault that sends an answer."""
+    return lambda handler, rows: handler.send(status, body, **headers) or True
+
+
 @contextlib.contextmanager
 def servers(count, **options):
     """Yield some servers, and close them."""

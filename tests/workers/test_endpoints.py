@@ -28,7 +28,7 @@ from coded_torch.open_inference.client import (
 from coded_torch.testing.workers import numbered, task_of
 from coded_torch.workers import EndpointWorkers, Part, RemoteModule, Reply, endpoints
 
-from .endpoint_servers import servers
+from .endpoint_servers import sending, servers
 
 X = torch.arange(36.0).reshape(12, 3)
 WAIT = 20.0  # seconds, of a test that hangs
@@ -82,7 +82,7 @@ def test_a_server_that_is_gone_is_left_out_and_comes_back(three):
 
 def test_a_busy_server_is_no_failure(three):
     coded = wrapped(three)
-    three[0].fault = lambda handler, rows: handler.send(503, b"{}", Retry_After="30") or True
+    three[0].fault = sending(503, Retry_After="30")
     reports = []
     until(lambda: reports.append(coded.run(X)[1]) or coded.workers.num_ready == 2)
     assert not any(report.rejected or report.hedges for report in reports)
@@ -153,7 +153,7 @@ def test_rows_that_a_server_says_it_predicted_are_computed_by_another(three):
 def test_a_request_that_a_server_refuses_is_the_callers_error(three):
     coded = wrapped(three)
     for each in three:
-        each.fault = lambda handler, rows: handler.send(400, b'{"error": "no"}') or True
+        each.fault = sending(400, b'{"error": "no"}')
     with pytest.raises(RefusedError, match="no"):
         coded(X)
 
@@ -202,7 +202,7 @@ def test_a_server_that_answers_nothing_while_others_do_gets_no_parts(three, monk
 def test_each_server_that_fails_or_comes_back_is_logged_with_the_reason(three, caplog):
     coded, down = wrapped(three), three[1:]
     for each in down:
-        each.fault, each.ready = lambda handler, rows: handler.send(502, b"{}") or True, False
+        each.fault, each.ready = sending(502), False
     until(lambda: torch.equal(coded(X), 2 * X) and coded.workers.num_ready == 1)
     for each in down:
         text = f"{each.url} failed, and is probed until it is ready: it answered 502"
