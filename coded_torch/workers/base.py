@@ -326,6 +326,7 @@ def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
 
 
 def unflatten(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
+    """Return the tree of these leaves and this structure."""
     return leaves[0] if spec is _LEAF else pytree.tree_unflatten(leaves, spec)
 
 

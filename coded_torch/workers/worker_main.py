@@ -83,6 +83,7 @@ def _server(packages: frozenset[str]) -> forkserver.ForkServer:
 
 @contextlib.contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of the environment in a block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -290,6 +291,7 @@ class ModuleStore:
 
 
 def set_up(threads: int, seed: int) -> None:
+    """Set the number of threads of this worker, and seed its random numbers."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     random.seed(seed)
