@@ -164,10 +164,7 @@ def compare(
                     text, rows = repr(code) if code else "", size * received_sets
                     means = Score(*map(float, np.mean(each, axis=0)))
                     records.append(Record(n, k, s, name, text, seed, batch, rows, work, means))
-    names = [f"{getattr(x, '__name__', repr(x)):.24}" for x in (law, attack)]
-    by = [f"law {names[0]}"] if law is not Uniform else []
-    by += [f"attack {names[1]} by {faulty} workers"] if attack is not None else []
-    return Comparison(records, codes, ", ".join(by))
+    return Comparison(records, codes)
 
 
 def _schemes(k: int, n: int, trial: Trial, more: Any, names: Any) -> dict[str, Code]:

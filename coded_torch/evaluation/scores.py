@@ -165,7 +165,6 @@ class Comparison:
     records: Sequence[Record]  #: the raw data
     #: the tuned codes, by setting and scheme
     codes: Mapping[tuple[Setting, str], Code] = dataclasses.field(default_factory=dict)
-    conditions: str = ""  #: the law and the attack, as text; empty for the defaults
 
     @property
     def rows(self) -> list[Row]:
@@ -204,7 +203,7 @@ class Comparison:
             csv.writer(file).writerows([head, *([*x[:-1], *x.score] for x in self.records)])
 
     def __str__(self) -> str:
-        lines = ["", self.conditions] if self.conditions else []
+        lines: list[str] = []
         for (n, k, s), rows in grouped(self.rows, lambda row: row.setting).items():
             accuracies = "RelAcc" if rows[0].relative_accuracy else ""
             lines += ["", f"N = {n} workers, K = {k} inputs a group, S = {s} workers lost"]
