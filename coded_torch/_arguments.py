@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.masked import MaskedTensor
 
 __all__ = ["MOST_WORKERS", "Sparing", "count", "dense", "find_devices", "instance", "nonnegative"]
 __all__ += ["positive", "probability", "real", "real_array", "shown", "sparing_logger", "warn"]
@@ -95,8 +94,6 @@ def dense(owner: object, argument: Any, value: Any, floating: bool = True) -> No
     """Raise a TypeError unless ``value`` is a tensor that kernels and planners can read."""
     if not isinstance(value, Tensor):
         got = type(value).__name__
-    elif isinstance(value, MaskedTensor):
-        got = "a masked tensor"
     elif value.is_nested:
         got = "a nested tensor"
     elif value.layout is not torch.strided:

@@ -51,9 +51,7 @@ class Stragglers(abc.ABC):
     def sample(self, num_workers: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw the latencies of one request, ``[N]``, float64, in seconds.
 
-        Args:
-            num_workers: N, at least 1 and at least S.
-            generator: a CPU generator. Defaults to the law's own.
+        ``generator`` is on the CPU, and defaults to the law's own.
         """
         instance(self, "generator", generator, torch.Generator, optional=True)
         least = max(1, self.num_stragglers or 0)
@@ -75,11 +73,6 @@ class Stragglers(abc.ABC):
     def __repr__(self) -> str:
         public = (f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
         return f"{type(self).__name__}({', '.join(public)})"
-
-
-def _uniform(num_workers: int, generator: torch.Generator) -> Tensor:
-    """Return numbers in [0, 1), so that 1 minus each has a logarithm."""
-    return torch.rand(num_workers, dtype=torch.float64, generator=generator)
 
 
 class Uniform(Stragglers):
@@ -126,7 +119,7 @@ class Bernoulli(Stragglers):
         self.latency = real(self, "latency", latency, "at least 0", lambda x: x >= 0)
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
-        late = _uniform(num_workers, generator) < self.p
+        late = torch.rand(num_workers, dtype=torch.float64, generator=generator) < self.p
         return torch.from_numpy(np.where(late, self.latency, 0.0))
 
 
@@ -151,7 +144,8 @@ class ShiftedExponential(Stragglers):
         self.rate = real(self, "rate", rate, "positive and finite", lambda x: 0 < x < math.inf)
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
-        return self.shift - torch.log1p(-_uniform(num_workers, generator)) / self.rate
+        numbers = torch.rand(num_workers, dtype=torch.float64, generator=generator)  # below 1
+        return self.shift - torch.log1p(-numbers) / self.rate
 
 
 class Trace(Stragglers):

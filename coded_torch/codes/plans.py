@@ -40,10 +40,8 @@ class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happene
     def __init__(
         self, received: Sequence[int], required: int, num_workers: int, reason: str = ""
     ) -> None:
-        self.received = tuple(sorted(received))
-        self.required = required
-        self.num_workers = num_workers
-        self.reason = reason
+        self.received, self.required = tuple(sorted(received)), required
+        self.num_workers, self.reason = num_workers, reason
         self.missing = tuple(sorted(set(range(num_workers)) - set(received)))
         self.report: Any = None
         self.answers: Any = None

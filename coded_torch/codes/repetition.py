@@ -111,10 +111,8 @@ class RegressionCode(Code):
         own = ((x,) for x in self.regression.metrics if not isinstance(x, str))
         return {"metric": (*METRICS, *own), "length": (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)}
 
-    def _plan(
-        self, inputs: list[Tensor], size: int, num_stragglers: int, others: Sequence[Tensor]
-    ) -> _RepetitionPlan:
-        return _RepetitionPlan(self, inputs, size, num_stragglers, others)
+    def _plan(self, *batch: Any) -> _RepetitionPlan:
+        return _RepetitionPlan(self, *batch)
 
 
 class _RepetitionPlan(RowPlan, BatchPlan):

@@ -28,9 +28,7 @@ from ..workers.local import cut
 
 __all__ = ["SETS", "Trial", "calls_of", "chosen", "tune"]
 
-#: The number of received sets of a batch. Rare sets decide the squared error; more than 5 were not
-#: measured.
-SETS = 5
+SETS = 5  #: received sets of a batch. Rare ones decide the error; more than 5 were not measured.
 
 
 @on_host()
