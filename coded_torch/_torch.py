@@ -174,10 +174,8 @@ def placed(
         found = next((c for k, c in list(copies.items()) if k[:-1] == (device, *kind)), None)
         if found is None:
             what = "".join(f" to {x} values" for x in kind)
-            raise RuntimeError(
-                f"{type(owner).__name__}: the map must have been applied{what} on {device} before "
-                "it is captured in a CUDA graph, got none"
-            )
+            must = f"the map must have been applied{what} on {device} before a CUDA graph"
+            raise RuntimeError(f"{type(owner).__name__}: {must} captures it, got none")
     if found is None:
         found = copies[(device, *kind, on_stream)] = make()
     return found

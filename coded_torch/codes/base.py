@@ -59,15 +59,12 @@ class Code(abc.ABC):
             together hold columns far apart. A ``random.Random`` repeats orders. Defaults to True.
         link: "softmax" if all outputs are probabilities over their last dimension. They are decoded
             on the scale of logits. Defaults to None.
-
-    Attributes:
-        mixes: whether coded inputs are mixtures of inputs. Other codes carry values of any dtype.
-        uses_geometry: whether planning measures distances between the inputs, which takes time.
     """
 
+    #: True if coded inputs are mixtures of inputs. Other codes carry values of any dtype.
     mixes: bool = True
+    #: True if planning measures distances between the inputs, which takes time.
     uses_geometry: bool = False
-
     _given: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:

@@ -96,12 +96,10 @@ class CurveCode(FixedCode):
 
     def _points(self, argument: str, points: ArrayLike, size: int) -> Floats:
         array = real_array(self, argument, points)
-        must = f"{type(self).__name__}: {argument} must"
-        if array.shape != (size,):
-            raise ValueError(f"{must} have shape ({size},), got {array.shape}")
-        if not (np.isfinite(array).all() and (np.diff(array) > 0).all()):  # negated: NaN fails
-            got = shown(array.tolist())
-            raise ValueError(f"{must} be finite and strictly increasing, got {got}")
+        increasing = array.shape == (size,) and bool((np.diff(array) > 0).all())  # NaN fails
+        if not (increasing and np.isfinite(array).all()):
+            must = f"{argument} must be finite and strictly increasing, of shape ({size},)"
+            raise ValueError(f"{type(self).__name__}: {must}, got {shown(array.tolist())}")
         array.flags.writeable = False
         return array
 

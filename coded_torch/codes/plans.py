@@ -90,10 +90,8 @@ class BatchPlan:
     def decode(self, results: Tensor, received: Any) -> Tensor:
         """Return the answers of the batch, ``[B, ...]``.
 
-        Args:
-            results: ``[|F|, G, ...]``, in the order of ``received``.
-            received: the workers of these results, strictly increasing, at least
-                :attr:`~coded_torch.codes.Code.min_received`.
+        ``received`` are the workers of the results, ``[|F|, G, ...]``: strictly increasing, and at
+        least :attr:`~coded_torch.codes.Code.min_received`.
         """
         answered: Tensor = self.code.decoder(received).scattered(results, self._grouping)
         return answered

@@ -196,7 +196,5 @@ def _dealt(points: NDArray[Any]) -> NDArray[Any]:
     group = np.arange(groups)
     step = np.array(steps)[group % len(steps)]
     shift = np.floor(group * golden % 1 * n).astype(np.int64)
-    dealt = np.empty_like(points)
-    workers = (step[:, None] * np.arange(n) + shift[:, None]) % n
-    np.put_along_axis(dealt, workers, points, axis=1)
-    return dealt
+    workers = (step[:, None] * np.arange(n) + shift[:, None]) % n  # the worker of each point
+    return np.take_along_axis(points, workers.argsort(axis=1), axis=1)

@@ -237,8 +237,7 @@ class Trial:
         if self.attack is None:
             return results
         attack, faulty, seed = self.attack
-        key = np.random.SeedSequence([seed, *received]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(key))
+        generator = torch.Generator().manual_seed(hash((seed, *received)))
         wrong = results.clone()
         for place in torch.randperm(len(results), generator=generator)[:faulty].tolist():
             rows = attack(results[place], generator)
