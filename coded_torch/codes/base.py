@@ -240,23 +240,11 @@ class FixedCode(Code):
         return unit_rows(self.encoder.matrix())
 
     def decode(self, results: Tensor, received: Sequence[int] | Tensor, dim: int = 0) -> Tensor:
-        """Decode results ``[..., |F|, ...]`` into answers ``[..., K, ...]``, along ``dim``.
+        """Decode the ``received`` workers' results, ``[..., |F|, ...]``, into ``[..., K, ...]``.
 
-        Args:
-            results: the results that arrived, stacked along ``dim``.
-            received: the worker of each result, in any order, each worker once. The answers do not
-                depend on the order, bit for bit.
-            dim: the dimension of the results that counts workers.
-
-        Raises as :meth:`decoder`, and a TypeError or ValueError if the results do not fit.
+        ``received`` and the errors are as for :meth:`decoder`.
         """
-        workers = self._received(received)
-        decoder = self._decoder(tuple(sorted(workers)))
-        if workers != tuple(sorted(workers)):
-            decoder.check(results, dim, len(workers))
-            order = torch.tensor(workers, device=results.device).argsort()
-            results = results.index_select(dim, order)
-        return decoder(results, dim)
+        return self.decoder(received)(results, dim)
 
     def _plan(self, inputs: list[Tensor], size: int, *_: Any) -> BatchPlan:
         return BatchPlan(self, self._grouping(inputs, size))
