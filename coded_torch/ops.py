@@ -176,10 +176,6 @@ def _run(name: str, argument: str, tensor: Tensor, *rest: Any) -> Tensor:
     return out
 
 
-def _scale(length: float) -> float:
-    return math.sqrt(5) / max(length, _SHORTEST)
-
-
 def matern52(squared_distances: Tensor, length: float, *, out: Tensor | None = None) -> Tensor:
     r"""Return the Matern covariance of smoothness 5/2, in one pass over the distances.
 
@@ -196,7 +192,8 @@ def matern52(squared_distances: Tensor, length: float, *, out: Tensor | None = N
     """
     squared = squared_distances.contiguous()
     out = torch.empty_like(squared) if out is None else out
-    _run("matern52_out", "squared_distances", squared, _scale(length), out)
+    scale = math.sqrt(5) / max(length, _SHORTEST)
+    _run("matern52_out", "squared_distances", squared, scale, out)
     return out
 
 
@@ -207,7 +204,7 @@ def matern52_among(
 
     ``rows`` and ``columns`` are int64; on CUDA, one out of bounds may read anywhere in memory.
     """
-    where = rows, columns, _scale(length)
+    where = rows, columns, math.sqrt(5) / max(length, _SHORTEST)
     return _run("matern52_among", "squared_distances", squared_distances, *where)
 
 

@@ -69,8 +69,8 @@ def compare(
         module: the module, in evaluation mode.
         batches: at least two, each an argument of the module or a tuple of several.
         settings: N, K and S of each: workers, inputs a group, workers lost.
-        labels: for every batch the true classes, ``[B]``, integers; the module's output is then
-            ``[B, classes]``. Defaults to None, errors only.
+        labels: for every batch the true classes, ``[B]``, integers, of outputs ``[B, classes]``.
+            Defaults to None, errors only.
         more: a function of K and N that returns further codes by their names. Defaults to None.
         surrogate: a cheap approximation of the module. Defaults to None.
         schemes: the codes to try, by name; a surrogate adds its baselines. Defaults to None, all.

@@ -79,7 +79,17 @@ def chosen(
     values: Mapping[str, Sequence[Any]] | None = None,
 ) -> Code:
     """Return the code with the numbers of the least squared error on trials."""
-    variants = _variants(code, values or {})
+    options = dict(code.candidates())
+    for name, some in (values or {}).items():
+        if name not in options:
+            known = ", ".join(options) or "none"
+            raise ValueError(f"tune: the numbers of {code} must be among {known}, got {name!r}")
+        if isinstance(some, str | bytes) or not isinstance(some, Sequence) or not some:
+            must = f"{name} must be a sequence of at least one value"
+            raise TypeError(f"tune: {must}, got {shown(some)}")
+        options[name] = some
+    combinations = itertools.product(*options.values())
+    variants = [code.replace(**dict(zip(options, some, strict=True))) for some in combinations]
     if len(variants) == 1:
         return variants[0]
     errors = np.zeros(len(variants))
@@ -92,21 +102,6 @@ def chosen(
         must = f"{code} must be able to decode the received results"
         raise ValueError(f"tune: {must}, got too few results")
     return variants[int(np.nan_to_num(errors, nan=np.inf).argmin())]
-
-
-def _variants(code: Code, values: Mapping[str, Sequence[Any]]) -> list[Code]:
-    """Return the code with every combination of numbers."""
-    options = dict(code.candidates())
-    for name, some in values.items():
-        if name not in options:
-            known = ", ".join(options) or "none"
-            raise ValueError(f"tune: the numbers of {code} must be among {known}, got {name!r}")
-        if isinstance(some, str | bytes) or not isinstance(some, Sequence) or not some:
-            must = f"{name} must be a sequence of at least one value"
-            raise TypeError(f"tune: {must}, got {shown(some)}")
-        options[name] = some
-    combinations = itertools.product(*options.values())
-    return [code.replace(**dict(zip(options, some, strict=True))) for some in combinations]
 
 
 def received_sets(wrapper: CodedWrapper) -> Iterator[tuple[int, ...]]:
@@ -212,7 +207,7 @@ class Trial:
         num_stragglers: int = 0,
         surrogate: Sequence[Tensor] = (),
     ) -> list[Tensor]:
-        """Return every output's answers, ``[B, ...]``; NaN if the code cannot decode.
+        """Return every output's answers, ``[B, ...]``, NaN without enough results.
 
         With outputs of a surrogate, ``[B, ...]``, a code that repeats inputs decodes residuals.
         """
