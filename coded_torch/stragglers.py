@@ -27,9 +27,6 @@ class Stragglers(abc.ABC):
 
     A copy continues from the same state of its generator.
 
-    Attributes:
-        num_stragglers: S if exactly S workers never answer, otherwise None.
-
     Example:
         >>> from coded_torch import stragglers
         >>> class Staggered(stragglers.Stragglers):
@@ -39,7 +36,7 @@ class Stragglers(abc.ABC):
         tensor([0.0000, 0.1000, 0.2000], dtype=torch.float64)
     """
 
-    num_stragglers: int | None = None
+    num_stragglers: int | None = None  #: S if exactly S workers never answer, otherwise None
 
     def __init__(self, seed: int | None = None) -> None:
         self._generator = torch.Generator()

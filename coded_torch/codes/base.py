@@ -89,8 +89,7 @@ class Code(abc.ABC):
             must = f"num_workers must be at least num_data, {self.num_data}"
             raise ValueError(f"{type(self).__name__}: {must}, got {self.num_workers}")
         check_ordering(self, ordering)
-        if not isinstance(shuffle, random.Random):
-            instance(self, "shuffle", shuffle, bool)
+        instance(self, "shuffle", shuffle, bool | random.Random)
         check_link(self, link)
         self.ordering, self.shuffle, self.link = ordering, shuffle, link
 

@@ -24,14 +24,10 @@ class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happene
 
     A code numbers results by its workers, the call of a wrapper by rows of the batch or by columns.
 
-    Args:
-        received: the results that arrived, in any order.
-        required: the number of results that are needed.
-        num_workers: the number of all results: N, or the number of rows.
-        reason: why the others did not arrive, in a few words, if that is known.
-
     Attributes:
         received, missing: the results that arrived, and the others, in increasing order.
+        required, num_workers: the number of results that are needed, and of all: N, or the rows.
+        reason: why the others did not arrive, in a few words, if that is known.
         report: the report of a wrapper's call. Defaults to None.
         answers: the answers that a wrapper's call has computed by rows, in the structure of the
             answer. The other rows are NaN, or 0 in integers. Defaults to None.

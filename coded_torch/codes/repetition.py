@@ -75,9 +75,6 @@ class RegressionCode(Code):
         num_data, num_workers, options: as for every :class:`~coded_torch.codes.Code`.
         metric, length, coverage: as for :class:`~coded_torch.Regression`.
 
-    Attributes:
-        regression: the regression that predicts.
-
     Example:
         >>> import torch
         >>> from coded_torch.codes import RegressionCode
@@ -103,6 +100,7 @@ class RegressionCode(Code):
         **options: Any,
     ) -> None:
         super().__init__(num_data, num_workers, **options)
+        #: the regression that predicts
         self.regression = Regression(metric, length, self.link, coverage)
         self.metric, self.length = metric, self.regression.length
         self.coverage = self.regression.coverage

@@ -113,9 +113,8 @@ class Plan(NamedTuple):
             label = f"{kind}: {option.name}, {option.parts} parts"
             axes.step(1e3 * option.latencies, slower, label=label, where="post")
         axes.axvline(1e3 * self.deadline, color="0.4", linestyle=":", label="deadline")
-        labels = {"xlabel": "latency, ms", "ylabel": "share of requests that take longer"}
-        axes.set(xscale="log", yscale="log", title=f"{self.workers}, simulated", **labels)
-        axes.grid(which="major", alpha=0.3)
+        axes.set(xlabel="latency, ms", ylabel="share of requests that take longer")
+        axes.set(xscale="log", yscale="log", title=f"{self.workers}, simulated")
         axes.legend(frameon=False, fontsize="small")
         return figure
 
@@ -170,7 +169,7 @@ def plan(
 ) -> Plan:
     """Simulate policies without redundancy, with hedging, copies, predictions and codes.
 
-    Predicted rows count as right as often as :data:`RIGHT` says. Up to 43 policies take seconds.
+    Predicted rows count as right as often as :data:`RIGHT` says.
 
     Args:
         law: measured seconds of parts, or conditions.

@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-__all__ = ["Comparison", "Interval", "Record", "Row", "Score", "Setting", "check_labels"]
-__all__ += ["grouped", "half_width", "ratio", "relative_accuracy", "rmse", "root"]
-__all__ += ["rounded", "score"]
+__all__ = ["Comparison", "Interval", "Record", "Row", "Score", "Setting", "check_labels", "grouped"]
+__all__ += ["half_width", "ratio", "relative_accuracy", "rmse", "root", "rounded", "score"]
 
 Setting = tuple[int, int, int]  # N, K and S
 Interval = list[float | None]  # a number, and half the width of its 95 % interval
@@ -78,12 +77,12 @@ def score(decoded: Tensor, exact: Tensor, labels: Tensor | None = None) -> Score
 
 def check_labels(owner: str, labels: Any, exact: Tensor) -> None:
     """Raise an error unless labels are integers, one for each answer ``[..., C]``."""
+    must = f"{owner}: labels must"
     if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
         got = getattr(labels, "dtype", type(labels).__name__)
-        raise TypeError(f"{owner}: labels must be an integer tensor, got {got}")
-    if labels.shape != exact.shape[:-1]:
-        must = f"labels must have shape {tuple(exact.shape[:-1])}"
-        raise ValueError(f"{owner}: {must}, got {tuple(labels.shape)}")
+        raise TypeError(f"{must} be an integer tensor, got {got}")
+    if (got := tuple(labels.shape)) != exact.shape[:-1]:
+        raise ValueError(f"{must} have shape {tuple(exact.shape[:-1])}, got {got}")
 
 
 def rmse(decoded: Tensor, exact: Tensor) -> float:
@@ -189,10 +188,8 @@ class Comparison:
             row = Row(setting, name, root(mse), ratio(mse, variance), kept, counts, work)
             if name != reference and (setting, reference) in schemes:
                 theirs = _by_batch(schemes[setting, reference])
-                row = row._replace(
-                    mse_ratio=ratio(mse, theirs[0]),
-                    gain=ratio(right - theirs[3], exact) if labelled else None,
-                )
+                gain = ratio(right - theirs[3], exact) if labelled else None
+                row = row._replace(mse_ratio=ratio(mse, theirs[0]), gain=gain)
             rows.append(row)
         return rows
 

@@ -65,7 +65,7 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
     calls = calls_of("tune", wrapper.module, batches)
     if not calls:
         raise ValueError("tune: batches must hold at least one, got none")
-    draws = received_sets(wrapper)
+    draws = received_sets(wrapper, code)
     how = {"in_dims": wrapper.in_dims, "out_dims": wrapper.out_dims}
     how["max_batch_size"] = getattr(wrapper.workers, "max_batch_size", None)
     trials = (Trial(wrapper.module, x, [*itertools.islice(draws, SETS)], **how) for x in calls)
@@ -104,11 +104,9 @@ def chosen(
     return variants[int(np.nan_to_num(errors, nan=np.inf).argmin())]
 
 
-def received_sets(wrapper: CodedWrapper) -> Iterator[tuple[int, ...]]:
+def received_sets(wrapper: CodedWrapper, code: Code) -> Iterator[tuple[int, ...]]:
     """Yield sets of workers whose results may be decoded, drawn from the workers' law."""
-    code, lost = wrapper.code, wrapper.num_stragglers
-    assert code is not None
-    n = code.num_workers
+    n, lost = code.num_workers, wrapper.num_stragglers
     # A copy keeps the draws of the wrapper's own calls.
     law = copy.deepcopy(wrapper.workers.stragglers) or Uniform(lost, seed=0)
     latest = (wrapper.waiting and wrapper.waiting.deadline) or sys.float_info.max

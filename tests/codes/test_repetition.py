@@ -319,7 +319,7 @@ def test_copies_of_the_code():
         ({"num_workers": 6.0}, TypeError, r"num_workers must be an integer, got 6\.0"),
         ({"ordering": "near"}, ValueError, "ordering must be 'similarity', 'arrival' or a perm"),
         ({"ordering": 3}, TypeError, "ordering must be a name or a permutation, got 3"),
-        ({"shuffle": 1}, TypeError, "shuffle must be of type bool, got int"),
+        ({"shuffle": 1}, TypeError, "shuffle must be of type bool .*, got int"),
         ({"link": "logit"}, ValueError, "link must be None or 'softmax', got 'logit'"),
         ({"unknown": 1}, TypeError, "unexpected keyword argument 'unknown'"),
     ],
