@@ -192,8 +192,7 @@ def device_of(module: Any) -> torch.device | None:
 def fingerprint(module: nn.Module) -> tuple[list[Tensor], tuple[Any, ...]]:
     """Return the module's tensors, and a key that differs once the module has changed.
 
-    Keep the tensors beside the key. If they were freed, their memory may come to hold other weights
-    with the same key.
+    Keep the tensors beside the key. If they are freed, their memory may hold other weights.
     """
     kept: list[Tensor] = []
     looks: list[tuple[Any, ...]] = []

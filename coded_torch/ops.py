@@ -31,6 +31,9 @@ def spline_apply(
 ) -> Tensor:
     r"""Apply planned smoothing splines, or their transpose, to every column.
 
+    Every derivative with respect to the values exists, in reverse and forward mode, and under
+    ``torch.func`` (compiled: ``vmap``, and after torch 2.10 forward mode). The plan has none.
+
     Args:
         values: at the knots, ``[n, G, m]``, for G groups of m columns, any strides; ``[N, G, m]``
             with ``transpose``; ``[R, m]`` with ``gather``. float64, float32, bfloat16 or float16.
@@ -51,10 +54,6 @@ def spline_apply(
         RuntimeError: the arguments do not fit together, or entries on the CPU are out of bounds or
             name a row twice. On CUDA an index out of bounds counts as -1, and a wrong schedule may
             lead anywhere in memory.
-
-    Note:
-        Every derivative with respect to the values exists, in reverse and forward mode, and under
-        ``torch.func`` (compiled: ``vmap``, and after torch 2.10 forward mode). The plan has none.
     """
     return _apply(values, coefficients, schedule, transpose, gather, scatter, num_rows)
 

@@ -57,10 +57,8 @@ class Stragglers(abc.ABC):
             given = self._draw(num_workers, self._generator if generator is None else generator)
             drawn = torch.as_tensor(given, dtype=torch.float64)
         if drawn.shape != (num_workers,) or not bool((drawn >= 0).all()):  # NaN fails, too
-            raise ValueError(
-                f"{type(self).__name__}: _draw must return {num_workers} latencies of at least 0, "
-                f"got {shown(given)}"
-            )
+            must = f"_draw must return {num_workers} latencies of at least 0"
+            raise ValueError(f"{type(self).__name__}: {must}, got {shown(given)}")
         return drawn
 
     @abc.abstractmethod
@@ -73,10 +71,9 @@ class Stragglers(abc.ABC):
 
 
 class Uniform(Stragglers):
-    r"""A law under which S workers, drawn uniformly, never answer. The others have latency 0.
+    """A law under which ``num_stragglers`` workers never answer. The others have latency 0.
 
-    Args:
-        num_stragglers: S, at least 0, and at most the number of workers.
+    They are drawn uniformly, and at most as many as there are workers.
     """
 
     def __init__(self, num_stragglers: int, *, seed: int | None = None) -> None:
@@ -172,9 +169,8 @@ class Trace(Stragglers):
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
         if num_workers != self.num_workers:
-            raise ValueError(
-                f"Trace: num_workers must be {self.num_workers}, as in the trace, got {num_workers}"
-            )
+            must = f"num_workers must be {self.num_workers}, as in the trace"
+            raise ValueError(f"Trace: {must}, got {num_workers}")
         latencies = torch.tensor(self._latencies[self.position])
         self.position = (self.position + 1) % self.num_requests
         return latencies

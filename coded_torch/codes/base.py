@@ -30,8 +30,7 @@ __all__ = ["Code", "FixedCode"]
 
 #: The result of ``_make_encoder`` and ``_make_decoder``.
 Map = LinearMap | NDArray[np.float64]
-# A row's sum differs from 1 by so much of its numbers at most; a bound, not tuned.
-_ROUNDING = 1e-6
+_ROUNDING = 1e-6  # a row's sum is off from 1 by so much of its numbers at most; not tuned
 _CACHED_DECODERS = 256  # decoders; one for 20 of 24 workers holds some 10 KB; not tuned
 
 

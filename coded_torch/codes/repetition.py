@@ -69,11 +69,8 @@ class RegressionCode(Code):
     input are missing. Then a :class:`~coded_torch.Regression` on all groups' results predicts it.
 
     Copies are planned before there are results: by the metric that is given, if it is one name,
-    else by "shrunk". Without floating-point inputs, copies are equal.
-
-    Args:
-        num_data, num_workers, options: as for every :class:`~coded_torch.codes.Code`.
-        metric, length, coverage: as for :class:`~coded_torch.Regression`.
+    else by "shrunk". Without floating-point inputs, copies are equal. ``metric``, ``length`` and
+    ``coverage`` are arguments of :class:`~coded_torch.Regression`.
 
     Example:
         >>> import torch

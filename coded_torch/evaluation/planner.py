@@ -174,7 +174,7 @@ def plan(
     Args:
         law: measured seconds of parts, or conditions.
         deadline: seconds within which 99.9 % of the requests are to be answered, positive.
-        accuracy: the least share of rows with the model's own class, in [0, 1]. Defaults to 0.99.
+        accuracy: the least share of rows with the model's own class. Defaults to 0.99.
         num_workers: the number of workers, at least 1, or 2 with ``verify``. Defaults to 6.
         load: the share of the workers' time that requests take without redundancy. Defaults to .3.
         parts: the number of parts of a request whose latencies are known. Defaults to 4.
