@@ -42,7 +42,7 @@ def instance(owner: object, argument: str, value: Any, kind: Any, optional: bool
     """Raise a TypeError unless ``value`` has a type, or is None and may be."""
     if not (isinstance(value, kind) or (optional and value is None)):
         raise TypeError(
-            f"{_name(owner)}: {argument} must be of type {kind.__name__}"
+            f"{_name(owner)}: {argument} must be of type {getattr(kind, '__name__', kind)}"
             f"{' or None' if optional else ''}, got {type(value).__name__}"
         )
 
@@ -95,10 +95,8 @@ def dense(owner: object, argument: Any, value: Any, floating: bool = True) -> No
     """Raise a TypeError unless ``value`` is a tensor that kernels and planners can read."""
     if not isinstance(value, Tensor):
         got = type(value).__name__
-    elif isinstance(value, MaskedTensor):
-        got = "a masked tensor"
-    elif value.is_nested:
-        got = "a nested tensor"
+    elif value.is_nested or isinstance(value, MaskedTensor):
+        got = "a nested or masked tensor"
     elif value.layout is not torch.strided:
         got = f"layout {value.layout}"
     elif value.is_meta:

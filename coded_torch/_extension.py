@@ -1,8 +1,8 @@
-"""The only loader of compiled code, and operators of torch's own for CUDA where there is none.
+"""The only loader of compiled code, and operators of torch's own for CUDA without nvcc.
 
-Most GPU hosts have a driver and torch, but no nvcc. A spline is applied there as the dense matrix
-of its plan, or on the host if ``ops.with_matrix`` has appended none. Results agree to rounding, but
-the bits of a column may depend on the number of columns, by which cuBLAS chooses its kernels.
+A spline is applied there as the dense matrix of its plan, or on the host if ``ops.with_matrix`` has
+appended none. Results agree to rounding, but the bits of a column may depend on the number of
+columns, by which cuBLAS chooses its kernels.
 """
 
 from __future__ import annotations

@@ -180,10 +180,8 @@ def placed(
         found = next((c for k, c in list(copies.items()) if k[:-1] == (device, *kind)), None)
         if found is None:
             what = "".join(f" to {x} values" for x in kind)
-            raise RuntimeError(
-                f"{type(owner).__name__}: the map must have been applied{what} on {device} before "
-                "it is captured in a CUDA graph, got none"
-            )
+            must = f"the map must have been applied{what} on {device} before a CUDA graph"
+            raise RuntimeError(f"{type(owner).__name__}: {must} captures it, got none")
     if found is None:
         found = copies[(device, *kind, on_stream)] = make()
     return found
@@ -210,8 +208,7 @@ def unchanged() -> Iterator[None]:
 def fingerprint(module: nn.Module) -> Fingerprint:
     """Return the module's tensors, and a key that differs once the module has changed.
 
-    Keep the tensors beside the key. If they were freed, their memory may come to hold other weights
-    with the same key.
+    Keep the tensors beside the key. If they are freed, their memory may hold other weights.
     """
     known = _KNOWN.get()
     if known is not None and id(module) in known:

@@ -222,19 +222,15 @@ class SplineMap(LinearMap):
     ``lam = n * smoothing``.
 
     Args:
-        knots: ``[n]``, finite, strictly increasing, ``n >= 1``.
+        knots: ``[n]``, finite, strictly increasing, ``n >= 1``. A gap, and a distance of a point,
+            is below some 1e38 mean gaps and above the inverse, so that float32 holds the plan.
         points: ``[N]``, finite, in any order.
         smoothing: :math:`\lambda`, finite, at least 0.
         weights: ``[n]``, :math:`w`, finite, positive; all 1 by default.
 
-    Raises:
-        TypeError, ValueError: an argument violates its requirement, or float32 cannot hold the
-            plan: a gap, or a distance of a point, of some 1e38 mean gaps or its inverse.
-
-    Note:
-        Planning costs :math:`O(n + N \log n)` on the host, applying :math:`O(n + N)` per column, or
-        :math:`O(n N)` on CUDA where a dense matrix is faster. The result of a column depends on
-        nothing but the column, bit for bit.
+    Planning costs :math:`O(n + N \log n)` on the host, applying :math:`O(n + N)` per column, or
+    :math:`O(n N)` on CUDA where a dense matrix is faster. The result of a column depends on nothing
+    but the column, bit for bit.
 
     Reference:
         Wecker and Ansley, *The signal extraction approach to nonlinear regression and spline

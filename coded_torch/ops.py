@@ -31,6 +31,9 @@ def spline_apply(
 ) -> Tensor:
     r"""Apply planned smoothing splines, or their transpose, to every column.
 
+    Every derivative with respect to the values exists, in reverse and forward mode, and under
+    ``torch.func`` (compiled: ``vmap``, and after torch 2.10 forward mode). The plan has none.
+
     Args:
         values: at the knots, ``[n, G, m]``, for G groups of m columns, any strides; ``[N, G, m]``
             with ``transpose``; ``[R, m]`` with ``gather``. float64, float32, bfloat16 or float16.
@@ -51,10 +54,6 @@ def spline_apply(
         RuntimeError: the arguments do not fit together, or entries on the CPU are out of bounds or
             name a row twice. On CUDA an index out of bounds counts as -1, and a wrong schedule may
             lead anywhere in memory.
-
-    Note:
-        Every derivative with respect to the values exists, in reverse and forward mode, and under
-        ``torch.func`` (compiled: ``vmap``, and after torch 2.10 forward mode). The plan has none.
     """
     return _apply(values, coefficients, schedule, transpose, gather, scatter, num_rows)
 
@@ -176,10 +175,6 @@ def _run(name: str, argument: str, tensor: Tensor, *rest: Any) -> Tensor:
     return out
 
 
-def _scale(length: float) -> float:
-    return math.sqrt(5) / max(length, _SHORTEST)
-
-
 def matern52(squared_distances: Tensor, length: float, *, out: Tensor | None = None) -> Tensor:
     r"""Return the Matern covariance of smoothness 5/2, in one pass over the distances.
 
@@ -196,7 +191,8 @@ def matern52(squared_distances: Tensor, length: float, *, out: Tensor | None = N
     """
     squared = squared_distances.contiguous()
     out = torch.empty_like(squared) if out is None else out
-    _run("matern52_out", "squared_distances", squared, _scale(length), out)
+    scale = math.sqrt(5) / max(length, _SHORTEST)
+    _run("matern52_out", "squared_distances", squared, scale, out)
     return out
 
 
@@ -207,7 +203,7 @@ def matern52_among(
 
     ``rows`` and ``columns`` are int64; on CUDA, one out of bounds may read anywhere in memory.
     """
-    where = rows, columns, _scale(length)
+    where = rows, columns, math.sqrt(5) / max(length, _SHORTEST)
     return _run("matern52_among", "squared_distances", squared_distances, *where)
 
 

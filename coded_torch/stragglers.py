@@ -27,9 +27,6 @@ class Stragglers(abc.ABC):
 
     A copy continues from the same state of its generator.
 
-    Attributes:
-        num_stragglers: S if exactly S workers never answer, otherwise None.
-
     Example:
         >>> from coded_torch import stragglers
         >>> class Staggered(stragglers.Stragglers):
@@ -39,7 +36,7 @@ class Stragglers(abc.ABC):
         tensor([0.0000, 0.1000, 0.2000], dtype=torch.float64)
     """
 
-    num_stragglers: int | None = None
+    num_stragglers: int | None = None  #: S if exactly S workers never answer, otherwise None
 
     def __init__(self, seed: int | None = None) -> None:
         self._generator = torch.Generator()
@@ -51,9 +48,7 @@ class Stragglers(abc.ABC):
     def sample(self, num_workers: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw the latencies of one request, ``[N]``, float64, in seconds.
 
-        Args:
-            num_workers: N, at least 1 and at least S.
-            generator: a CPU generator. Defaults to the law's own.
+        ``generator`` is on the CPU, and defaults to the law's own.
         """
         instance(self, "generator", generator, torch.Generator, optional=True)
         least = max(1, self.num_stragglers or 0)
@@ -62,10 +57,8 @@ class Stragglers(abc.ABC):
             given = self._draw(num_workers, self._generator if generator is None else generator)
             drawn = torch.as_tensor(given, dtype=torch.float64)
         if drawn.shape != (num_workers,) or not bool((drawn >= 0).all()):  # NaN fails, too
-            raise ValueError(
-                f"{type(self).__name__}: _draw must return {num_workers} latencies of at least 0, "
-                f"got {shown(given)}"
-            )
+            must = f"_draw must return {num_workers} latencies of at least 0"
+            raise ValueError(f"{type(self).__name__}: {must}, got {shown(given)}")
         return drawn
 
     @abc.abstractmethod
@@ -77,16 +70,10 @@ class Stragglers(abc.ABC):
         return f"{type(self).__name__}({', '.join(public)})"
 
 
-def _uniform(num_workers: int, generator: torch.Generator) -> Tensor:
-    """Return numbers in [0, 1), so that 1 minus each has a logarithm."""
-    return torch.rand(num_workers, dtype=torch.float64, generator=generator)
-
-
 class Uniform(Stragglers):
-    r"""A law under which S workers, drawn uniformly, never answer. The others have latency 0.
+    """A law under which ``num_stragglers`` workers never answer. The others have latency 0.
 
-    Args:
-        num_stragglers: S, at least 0, and at most the number of workers.
+    They are drawn uniformly, and at most as many as there are workers.
     """
 
     def __init__(self, num_stragglers: int, *, seed: int | None = None) -> None:
@@ -126,7 +113,7 @@ class Bernoulli(Stragglers):
         self.latency = real(self, "latency", latency, "at least 0", lambda x: x >= 0)
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
-        late = _uniform(num_workers, generator) < self.p
+        late = torch.rand(num_workers, dtype=torch.float64, generator=generator) < self.p
         return torch.from_numpy(np.where(late, self.latency, 0.0))
 
 
@@ -151,7 +138,8 @@ class ShiftedExponential(Stragglers):
         self.rate = real(self, "rate", rate, "positive and finite", lambda x: 0 < x < math.inf)
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
-        return self.shift - torch.log1p(-_uniform(num_workers, generator)) / self.rate
+        numbers = torch.rand(num_workers, dtype=torch.float64, generator=generator)  # below 1
+        return self.shift - torch.log1p(-numbers) / self.rate
 
 
 class Trace(Stragglers):
@@ -181,9 +169,8 @@ class Trace(Stragglers):
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
         if num_workers != self.num_workers:
-            raise ValueError(
-                f"Trace: num_workers must be {self.num_workers}, as in the trace, got {num_workers}"
-            )
+            must = f"num_workers must be {self.num_workers}, as in the trace"
+            raise ValueError(f"Trace: {must}, got {num_workers}")
         latencies = torch.tensor(self._latencies[self.position])
         self.position = (self.position + 1) % self.num_requests
         return latencies

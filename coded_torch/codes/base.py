@@ -30,8 +30,7 @@ __all__ = ["Code", "FixedCode"]
 
 #: The result of ``_make_encoder`` and ``_make_decoder``.
 Map = LinearMap | NDArray[np.float64]
-# A row's sum differs from 1 by so much of its numbers at most; a bound, not tuned.
-_ROUNDING = 1e-6
+_ROUNDING = 1e-6  # a row's sum is off from 1 by so much of its numbers at most; not tuned
 _CACHED_DECODERS = 256  # decoders; one for 20 of 24 workers holds some 10 KB; not tuned
 
 
@@ -59,15 +58,12 @@ class Code(abc.ABC):
             together hold columns far apart. A ``random.Random`` repeats orders. Defaults to True.
         link: "softmax" if all outputs are probabilities over their last dimension. They are decoded
             on the scale of logits. Defaults to None.
-
-    Attributes:
-        mixes: whether coded inputs are mixtures of inputs. Other codes carry values of any dtype.
-        uses_geometry: whether planning measures distances between the inputs, which takes time.
     """
 
+    #: True if coded inputs are mixtures of inputs. Other codes carry values of any dtype.
     mixes: bool = True
+    #: True if planning measures distances between the inputs, which takes time.
     uses_geometry: bool = False
-
     _given: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -92,8 +88,7 @@ class Code(abc.ABC):
             must = f"num_workers must be at least num_data, {self.num_data}"
             raise ValueError(f"{type(self).__name__}: {must}, got {self.num_workers}")
         check_ordering(self, ordering)
-        if not isinstance(shuffle, random.Random):
-            instance(self, "shuffle", shuffle, bool)
+        instance(self, "shuffle", shuffle, bool | random.Random)
         check_link(self, link)
         self.ordering, self.shuffle, self.link = ordering, shuffle, link
 
@@ -243,23 +238,11 @@ class FixedCode(Code):
         return unit_rows(self.encoder.matrix())
 
     def decode(self, results: Tensor, received: Sequence[int] | Tensor, dim: int = 0) -> Tensor:
-        """Decode results ``[..., |F|, ...]`` into answers ``[..., K, ...]``, along ``dim``.
+        """Decode the ``received`` workers' results, ``[..., |F|, ...]``, into ``[..., K, ...]``.
 
-        Args:
-            results: the results that arrived, stacked along ``dim``.
-            received: the worker of each result, in any order, each worker once. The answers do not
-                depend on the order, bit for bit.
-            dim: the dimension of the results that counts workers.
-
-        Raises as :meth:`decoder`, and a TypeError or ValueError if the results do not fit.
+        ``received`` and the errors are as for :meth:`decoder`.
         """
-        workers = self._received(received)
-        decoder = self._decoder(tuple(sorted(workers)))
-        if workers != tuple(sorted(workers)):
-            decoder.check(results, dim, len(workers))
-            order = torch.tensor(workers, device=results.device).argsort()
-            results = results.index_select(dim, order)
-        return decoder(results, dim)
+        return self.decoder(received)(results, dim)
 
     def _plan(self, inputs: list[Tensor], size: int, *_: Any) -> BatchPlan:
         return BatchPlan(self, self._grouping(inputs, size))

@@ -36,10 +36,7 @@ def chebyshev_first(num_points: int) -> Floats:
 
 
 def chebyshev_second(num_points: int) -> Floats:
-    r"""Return the Chebyshev points of the second kind, the extrema of :math:`T_{n-1}`, increasing.
-
-    They are as of :func:`chebyshev_first`, but from -1 to 1; ``[0.]`` for n = 1.
-    """
+    r"""Return the Chebyshev points of the second kind, from -1 to 1; ``[0.]`` for n = 1."""
     n = count("chebyshev_second", "num_points", num_points, most=MOST_WORKERS)
     return _sines(np.arange(1 - n, n, 2) / max(n - 1, 1))
 
@@ -96,12 +93,10 @@ class CurveCode(FixedCode):
 
     def _points(self, argument: str, points: ArrayLike, size: int) -> Floats:
         array = real_array(self, argument, points)
-        must = f"{type(self).__name__}: {argument} must"
-        if array.shape != (size,):
-            raise ValueError(f"{must} have shape ({size},), got {array.shape}")
-        if not (np.isfinite(array).all() and (np.diff(array) > 0).all()):  # negated: NaN fails
-            got = shown(array.tolist())
-            raise ValueError(f"{must} be finite and strictly increasing, got {got}")
+        increasing = array.shape == (size,) and bool((np.diff(array) > 0).all())  # NaN fails
+        if not (increasing and np.isfinite(array).all()):
+            must = f"{argument} must be finite and strictly increasing, of shape ({size},)"
+            raise ValueError(f"{type(self).__name__}: {must}, got {shown(array.tolist())}")
         array.flags.writeable = False
         return array
 
@@ -114,7 +109,6 @@ class SplineCode(CurveCode):
     (:func:`~coded_torch.tune`) this is nested-regression coded computing, NeRCC.
 
     Args:
-        num_data, num_workers, options: as for :class:`CurveCode`.
         encoder_smoothing: :math:`\lambda_e`, finite, at least 0, in the mean convention of
             :class:`~coded_torch.linear.SplineMap`. Defaults to 0.
         decoder_smoothing: :math:`\lambda_d`, in the same convention. 0, the default, is best for a
@@ -206,7 +200,6 @@ class FloaterHormannCode(BerrutCode):
     Planning a decoder costs :math:`O(|F| (K + d^2))`.
 
     Args:
-        num_data, num_workers, options: as for :class:`CurveCode`.
         order: d, at most ``num_data - 1``, or 1; 0 is Berrut's interpolant. Of d points or fewer,
             n, the order is n - 1. Defaults to 1.
 

@@ -24,14 +24,10 @@ class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happene
 
     A code numbers results by its workers, the call of a wrapper by rows of the batch or by columns.
 
-    Args:
-        received: the results that arrived, in any order.
-        required: the number of results that are needed.
-        num_workers: the number of all results: N, or the number of rows.
-        reason: why the others did not arrive, in a few words, if that is known.
-
     Attributes:
         received, missing: the results that arrived, and the others, in increasing order.
+        required, num_workers: the number of results that are needed, and of all: N, or the rows.
+        reason: why the others did not arrive, in a few words, if that is known.
         report: the report of a wrapper's call. Defaults to None.
         answers: the answers that a wrapper's call has computed by rows, in the structure of the
             answer. The other rows are NaN, or 0 in integers. Defaults to None.
@@ -40,10 +36,8 @@ class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happene
     def __init__(
         self, received: Sequence[int], required: int, num_workers: int, reason: str = ""
     ) -> None:
-        self.received = tuple(sorted(received))
-        self.required = required
-        self.num_workers = num_workers
-        self.reason = reason
+        self.received, self.required = tuple(sorted(received)), required
+        self.num_workers, self.reason = num_workers, reason
         self.missing = tuple(sorted(set(range(num_workers)) - set(received)))
         self.report: Any = None
         self.answers: Any = None
@@ -92,10 +86,8 @@ class BatchPlan:
     def decode(self, results: Tensor, received: Any) -> Tensor:
         """Return the answers of the batch, ``[B, ...]``.
 
-        Args:
-            results: ``[|F|, G, ...]``, in the order of ``received``.
-            received: the workers of these results, strictly increasing, at least
-                :attr:`~coded_torch.codes.Code.min_received`.
+        ``received`` are the workers of the results, ``[|F|, G, ...]``: strictly increasing, and at
+        least :attr:`~coded_torch.codes.Code.min_received`.
         """
         answered: Tensor = self.code.decoder(received).scattered(results, self._grouping)
         return answered

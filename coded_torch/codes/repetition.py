@@ -69,14 +69,8 @@ class RegressionCode(Code):
     input are missing. Then a :class:`~coded_torch.Regression` on all groups' results predicts it.
 
     Copies are planned before there are results: by the metric that is given, if it is one name,
-    else by "shrunk". Without floating-point inputs, copies are equal.
-
-    Args:
-        num_data, num_workers, options: as for every :class:`~coded_torch.codes.Code`.
-        metric, length, coverage: as for :class:`~coded_torch.Regression`.
-
-    Attributes:
-        regression: the regression that predicts.
+    else by "shrunk". Without floating-point inputs, copies are equal. ``metric``, ``length`` and
+    ``coverage`` are arguments of :class:`~coded_torch.Regression`.
 
     Example:
         >>> import torch
@@ -103,6 +97,7 @@ class RegressionCode(Code):
         **options: Any,
     ) -> None:
         super().__init__(num_data, num_workers, **options)
+        #: the regression that predicts
         self.regression = Regression(metric, length, self.link, coverage)
         self.metric, self.length = metric, self.regression.length
         self.coverage = self.regression.coverage
@@ -111,10 +106,8 @@ class RegressionCode(Code):
         own = ((x,) for x in self.regression.metrics if not isinstance(x, str))
         return {"metric": (*METRICS, *own), "length": (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)}
 
-    def _plan(
-        self, inputs: list[Tensor], size: int, num_stragglers: int, others: Sequence[Tensor]
-    ) -> _RepetitionPlan:
-        return _RepetitionPlan(self, inputs, size, num_stragglers, others)
+    def _plan(self, *batch: Any) -> _RepetitionPlan:
+        return _RepetitionPlan(self, *batch)
 
 
 class _RepetitionPlan(RowPlan, BatchPlan):
@@ -198,7 +191,5 @@ def _dealt(points: NDArray[Any]) -> NDArray[Any]:
     group = np.arange(groups)
     step = np.array(steps)[group % len(steps)]
     shift = np.floor(group * golden % 1 * n).astype(np.int64)
-    dealt = np.empty_like(points)
-    workers = (step[:, None] * np.arange(n) + shift[:, None]) % n
-    np.put_along_axis(dealt, workers, points, axis=1)
-    return dealt
+    workers = (step[:, None] * np.arange(n) + shift[:, None]) % n  # the worker of each point
+    return np.take_along_axis(points, workers.argsort(axis=1), axis=1)

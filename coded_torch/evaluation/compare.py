@@ -69,8 +69,8 @@ def compare(
         module: the module, in evaluation mode.
         batches: at least two, each an argument of the module or a tuple of several.
         settings: N, K and S of each: workers, inputs a group, workers lost.
-        labels: for every batch the true classes, ``[B]``, integers; the module's output is then
-            ``[B, classes]``. Defaults to None, errors only.
+        labels: for every batch the true classes, ``[B]``, integers, of outputs ``[B, classes]``.
+            Defaults to None, errors only.
         more: a function of K and N that returns further codes by their names. Defaults to None.
         surrogate: a cheap approximation of the module. Defaults to None.
         schemes: the codes to try, by name; a surrogate adds its baselines. Defaults to None, all.
@@ -164,10 +164,7 @@ def compare(
                     text, rows = repr(code) if code else "", size * received_sets
                     means = Score(*map(float, np.mean(each, axis=0)))
                     records.append(Record(n, k, s, name, text, seed, batch, rows, work, means))
-    names = [f"{getattr(x, '__name__', repr(x)):.24}" for x in (law, attack)]
-    by = [f"law {names[0]}"] if law is not Uniform else []
-    by += [f"attack {names[1]} by {faulty} workers"] if attack is not None else []
-    return Comparison(records, codes, ", ".join(by))
+    return Comparison(records, codes)
 
 
 def _schemes(k: int, n: int, trial: Trial, more: Any, names: Any) -> dict[str, Code]:

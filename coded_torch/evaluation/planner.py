@@ -113,9 +113,8 @@ class Plan(NamedTuple):
             label = f"{kind}: {option.name}, {option.parts} parts"
             axes.step(1e3 * option.latencies, slower, label=label, where="post")
         axes.axvline(1e3 * self.deadline, color="0.4", linestyle=":", label="deadline")
-        labels = {"xlabel": "latency, ms", "ylabel": "share of requests that take longer"}
-        axes.set(xscale="log", yscale="log", title=f"{self.workers}, simulated", **labels)
-        axes.grid(which="major", alpha=0.3)
+        axes.set(xlabel="latency, ms", ylabel="share of requests that take longer")
+        axes.set(xscale="log", yscale="log", title=f"{self.workers}, simulated")
         axes.legend(frameon=False, fontsize="small")
         return figure
 
@@ -170,15 +169,14 @@ def plan(
 ) -> Plan:
     """Simulate policies without redundancy, with hedging, copies, predictions and codes.
 
-    Predicted rows count as right as often as :data:`RIGHT` says. Up to 43 policies take seconds.
+    Predicted rows count as right as often as :data:`RIGHT` says.
 
     Args:
         law: measured seconds of parts, or conditions.
         deadline: seconds within which 99.9 % of the requests are to be answered, positive.
-        accuracy: the least share of rows with the model's own class, in [0, 1]. Defaults to 0.99.
+        accuracy: the least share of rows with the model's own class. Defaults to 0.99.
         num_workers: the number of workers, at least 1, or 2 with ``verify``. Defaults to 6.
-        load: the share of the workers' time that requests take without redundancy, in (0, 1).
-            Defaults to 0.3.
+        load: the share of the workers' time that requests take without redundancy. Defaults to .3.
         parts: the number of parts of a request whose latencies are known. Defaults to 4.
         median: with conditions, the median seconds of a part.
         verify: the share of rows that a second worker computes. Above 0, codes and copies of whole

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-__all__ = ["Comparison", "Interval", "Record", "Row", "Score", "Setting", "check_labels"]
-__all__ += ["grouped", "half_width", "paired_p", "ratio", "relative_accuracy", "rmse", "root"]
-__all__ += ["rounded", "score"]
+__all__ = ["Comparison", "Interval", "Record", "Row", "Score", "Setting", "check_labels", "grouped"]
+__all__ += ["half_width", "paired_p", "ratio", "relative_accuracy", "rmse", "root", "rounded"]
+__all__ += ["score"]
 
 Setting = tuple[int, int, int]  # N, K and S
 Interval = list[float | None]  # a number, and half the width of its 95 % interval
@@ -80,12 +80,12 @@ def score(decoded: Tensor, exact: Tensor, labels: Tensor | None = None) -> Score
 
 def check_labels(owner: str, labels: Any, exact: Tensor) -> None:
     """Raise an error unless labels are integers, one for each answer ``[..., C]``."""
+    must = f"{owner}: labels must"
     if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
         got = getattr(labels, "dtype", type(labels).__name__)
-        raise TypeError(f"{owner}: labels must be an integer tensor, got {got}")
-    if labels.shape != exact.shape[:-1]:
-        must = f"labels must have shape {tuple(exact.shape[:-1])}"
-        raise ValueError(f"{owner}: {must}, got {tuple(labels.shape)}")
+        raise TypeError(f"{must} be an integer tensor, got {got}")
+    if (got := tuple(labels.shape)) != exact.shape[:-1]:
+        raise ValueError(f"{must} have shape {tuple(exact.shape[:-1])}, got {got}")
 
 
 def rmse(decoded: Tensor, exact: Tensor) -> float:
@@ -192,7 +192,6 @@ class Comparison:
     records: Sequence[Record]  #: the raw data
     #: the tuned codes, by setting and scheme
     codes: Mapping[tuple[Setting, str], Code] = dataclasses.field(default_factory=dict)
-    conditions: str = ""  #: the law and the attack, as text; empty for the defaults
 
     @property
     def rows(self) -> list[Row]:
@@ -235,7 +234,7 @@ class Comparison:
             csv.writer(file).writerows([head, *([*x[:-1], *x.score] for x in self.records)])
 
     def __str__(self) -> str:
-        lines = ["", self.conditions] if self.conditions else []
+        lines: list[str] = []
         for (n, k, s), rows in grouped(self.rows, lambda row: row.setting).items():
             accuracies = "RelAcc" if rows[0].relative_accuracy else ""
             lines += ["", f"N = {n} workers, K = {k} inputs a group, S = {s} workers lost"]

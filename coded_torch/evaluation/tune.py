@@ -28,9 +28,7 @@ from ..workers.local import cut
 
 __all__ = ["SETS", "Trial", "calls_of", "chosen", "tune"]
 
-#: The number of received sets of a batch. Rare sets decide the squared error; more than 5 were not
-#: measured.
-SETS = 5
+SETS = 5  #: received sets of a batch. Rare ones decide the error; more than 5 were not measured.
 
 
 @on_host()
@@ -67,7 +65,7 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
     calls = calls_of("tune", wrapper.module, batches)
     if not calls:
         raise ValueError("tune: batches must hold at least one, got none")
-    draws = received_sets(wrapper)
+    draws = received_sets(wrapper, code)
     how = {"in_dims": wrapper.in_dims, "out_dims": wrapper.out_dims}
     trials = (Trial(wrapper.module, x, [*itertools.islice(draws, SETS)], **how) for x in calls)
     return chosen(code, trials, wrapper.num_stragglers, values)
@@ -80,7 +78,17 @@ def chosen(
     values: Mapping[str, Sequence[Any]] | None = None,
 ) -> Code:
     """Return the code with the numbers of the least squared error on trials."""
-    variants = _variants(code, values or {})
+    options = dict(code.candidates())
+    for name, some in (values or {}).items():
+        if name not in options:
+            known = ", ".join(options) or "none"
+            raise ValueError(f"tune: the numbers of {code} must be among {known}, got {name!r}")
+        if isinstance(some, str | bytes) or not isinstance(some, Sequence) or not some:
+            must = f"{name} must be a sequence of at least one value"
+            raise TypeError(f"tune: {must}, got {shown(some)}")
+        options[name] = some
+    combinations = itertools.product(*options.values())
+    variants = [code.replace(**dict(zip(options, some, strict=True))) for some in combinations]
     if len(variants) == 1:
         return variants[0]
     errors = np.zeros(len(variants))
@@ -95,26 +103,9 @@ def chosen(
     return variants[int(np.nan_to_num(errors, nan=np.inf).argmin())]
 
 
-def _variants(code: Code, values: Mapping[str, Sequence[Any]]) -> list[Code]:
-    """Return the code with every combination of numbers."""
-    options = dict(code.candidates())
-    for name, some in values.items():
-        if name not in options:
-            known = ", ".join(options) or "none"
-            raise ValueError(f"tune: the numbers of {code} must be among {known}, got {name!r}")
-        if isinstance(some, str | bytes) or not isinstance(some, Sequence) or not some:
-            must = f"{name} must be a sequence of at least one value"
-            raise TypeError(f"tune: {must}, got {shown(some)}")
-        options[name] = some
-    combinations = itertools.product(*options.values())
-    return [code.replace(**dict(zip(options, some, strict=True))) for some in combinations]
-
-
-def received_sets(wrapper: CodedWrapper) -> Iterator[tuple[int, ...]]:
+def received_sets(wrapper: CodedWrapper, code: Code) -> Iterator[tuple[int, ...]]:
     """Yield sets of workers whose results may be decoded, drawn from the workers' law."""
-    code, lost = wrapper.code, wrapper.num_stragglers
-    assert code is not None
-    n = code.num_workers
+    n, lost = code.num_workers, wrapper.num_stragglers
     # A copy keeps the draws of the wrapper's own calls.
     law = copy.deepcopy(wrapper.workers.stragglers) or Uniform(lost, seed=0)
     latest = (wrapper.waiting and wrapper.waiting.deadline) or sys.float_info.max
@@ -211,7 +202,7 @@ class Trial:
         num_stragglers: int = 0,
         surrogate: Sequence[Tensor] = (),
     ) -> list[Tensor]:
-        """Return every output's answers, ``[B, ...]``; NaN if the code cannot decode.
+        """Return every output's answers, ``[B, ...]``, NaN without enough results.
 
         With outputs of a surrogate, ``[B, ...]``, a code that repeats inputs decodes residuals.
         """
@@ -236,8 +227,7 @@ class Trial:
         if self.attack is None:
             return results
         attack, faulty, seed = self.attack
-        key = np.random.SeedSequence([seed, *received]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(key))
+        generator = torch.Generator().manual_seed(hash((seed, *received)))
         wrong = results.clone()
         for place in torch.randperm(len(results), generator=generator)[:faulty].tolist():
             rows = attack(results[place], generator)

@@ -66,8 +66,8 @@ def test_counts(argument):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ([0.0], r"must have shape \(2,\), got \(1,\)"),
-        ([[0.0, 1.0]], r"must have shape \(2,\), got \(1, 2\)"),
+        ([0.0], r"must be .* of shape \(2,\), got \[0.0\]"),
+        ([[0.0, 1.0]], r"must be .* of shape \(2,\), got \[\[0.0, 1.0\]\]"),
         ([1.0, 0.0], "must be finite and strictly increasing"),
         ([0.0, 0.0], "must be finite and strictly increasing"),
         ([0.0, float("nan")], "must be finite and strictly increasing"),

@@ -322,7 +322,7 @@ def test_copies_of_the_code():
         ({"ordering": [1.5, 0]}, ValueError, r"or a permutation of 0..B-1, got \[1.5, 0\]"),
         ({"ordering": [0, 2, 2]}, ValueError, r"or a permutation of 0..B-1, got \[0, 2, 2\]"),
         ({"ordering": [[0, 1]]}, ValueError, r"or a permutation of 0..B-1, got \[\[0, 1\]\]"),
-        ({"shuffle": 1}, TypeError, "shuffle must be of type bool, got int"),
+        ({"shuffle": 1}, TypeError, "shuffle must be of type bool.*, got int"),
         ({"link": "logit"}, ValueError, "link must be None or 'softmax', got 'logit'"),
         ({"unknown": 1}, TypeError, "unexpected keyword argument 'unknown'"),
     ],
@@ -346,7 +346,7 @@ class TestUncoded(CodeTests):
 def test_inputs_with_an_answer_of_their_own_inputs_come_back_bit_for_bit(dtype):
     code = ReplicationCode(4, 10)
     results = normal(10, 33, dtype=dtype) * 100
-    received = [9, 2, 6, 1, 5]  # inputs 1, 2, 2, 1, 1
+    received = [1, 2, 5, 6, 9]  # inputs 1, 2, 1, 2, 1
     answers = code.decode(results[received], received)
     assert torch.equal(answers[[1, 2]], results[[1, 2]])
     mean = results[[1, 2]].double().mean(0).to(dtype)
@@ -362,7 +362,7 @@ def test_workers_compute_the_inputs_in_turn():
 
 def test_every_input_counts_once_in_the_mean():
     code = ReplicationCode(3, 9)
-    answers = code.decode(torch.tensor([1.0, 1.0, 1.0, 4.0]), [0, 3, 6, 1])
+    answers = code.decode(torch.tensor([1.0, 4.0, 1.0, 1.0]), [0, 1, 3, 6])
     assert answers.tolist() == [1.0, 4.0, 2.5]
 
 

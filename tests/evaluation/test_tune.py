@@ -150,16 +150,16 @@ def test_received_sets_follow_the_wrapper():
     code = SplineCode(4, 10)
     for waiting, most in ((Waiting.first(3), 7), (Waiting.first(0, deadline=1.5), 9)):
         wrapper = wrapped(torch.nn.Tanh(), code, law, waiting=waiting)
-        sets = list(islice(received_sets(wrapper), 20))
+        sets = list(islice(received_sets(wrapper, wrapper.code), 20))
         assert max(map(len, sets)) <= most
         assert all(list(received) == sorted(set(received)) for received in sets)
         assert len(set(sets)) > 10
     wrapper = CodedWrapper(torch.nn.Tanh(), code, workers=LocalWorkers(), waiting=Waiting.first(3))
-    assert {len(received) for received in islice(received_sets(wrapper), 20)} == {7}
+    assert {len(received) for received in islice(received_sets(wrapper, wrapper.code), 20)} == {7}
     for shuffle, runs in ((False, True), (True, False)):
         wrapper = wrapped(torch.nn.Tanh(), code.replace(shuffle=shuffle), Contiguous(4, seed=0))
         blocks = [{(i + j) % 10 for j in range(4)} for i in range(10)]
-        sets = islice(received_sets(wrapper), 9)
+        sets = islice(received_sets(wrapper, wrapper.code), 9)
         assert all({*range(10)} - {*workers} in blocks for workers in sets) is runs
 
 
