@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -82,8 +80,7 @@ class Memory:
         self._lock = threading.Lock()
         self._generation = 0
         self._looks: tuple[Any, Any] = None, None  # the first keeps the second valid
-        self._making: Future[None] | None = None
-        self._process = 0  # whose thread makes regressions
+        self._making: threading.Thread | None = None  # the thread of the last regression
         self._ended = self._seconds = 0.0  # the end of the last regression, and its duration
         self._forget()
 
@@ -177,23 +174,20 @@ class Memory:
         for _ in range(2):  # one that is under way may have begun before the last results
             with self._lock:
                 self._rebuild(at_once=True)
-                making = self._making
-            if making is not None:
-                making.result()
+            if self._making is not None:
+                self._making.join()
 
     def _rebuild(self, at_once: bool = False) -> None:
-        """Have the thread make the regression again, at once or in its turn; never wait."""
-        if self._process != os.getpid():  # there is no thread at first, and none after a fork
-            # One thread for all regressions: the allocator keeps memory that each thread has freed.
-            self._maker = ThreadPoolExecutor(1, "coded_torch memory")
-            self._process, self._making = os.getpid(), None
+        """Have a thread make the regression again, at once or in its turn; never wait."""
         enough = self._num_fresh >= min(_FRESH, self.capacity)
         in_turn = enough and self._seconds <= _SHARE * (time.monotonic() - self._ended)
-        if self._making is None and self._num_fresh and (at_once or in_turn):
+        is_idle = self._making is None or not self._making.is_alive()  # as after a fork
+        if is_idle and self._num_fresh and (at_once or in_turn):
             args = self._generation, self._form, self._space, list(self._rows)
             with contextlib.suppress(RuntimeError):  # Python ends: there is nothing to learn for
-                self._making = self._maker.submit(self._make, *args)
-                self._num_fresh = 0
+                making = threading.Thread(target=self._make, args=args, name="coded_torch memory")
+                making.start()
+                self._making, self._num_fresh = making, 0
 
     def _make(
         self, generation: int, form: Any, space: _Space | None, rows: list[tuple[Any, Tensor]]
@@ -205,18 +199,14 @@ class Memory:
             known = [x if space else found(x) for x, _ in rows]
             snapshot = _Snapshot(form, found, torch.cat(known), outputs)
             with self._lock:
-                self._seconds = time.thread_time() - start
-                if generation != self._generation:
-                    return
-                self._snapshot = snapshot
-                if space is None and len(outputs) >= min(_FROZEN_AT, self.capacity // 2):
-                    self._space = found
-                    self._rows = deque((found(x), y) for x, y in self._rows)
+                self._seconds, self._ended = time.thread_time() - start, time.monotonic()
+                if generation == self._generation:
+                    self._snapshot = snapshot
+                    if space is None and len(outputs) >= min(_FROZEN_AT, self.capacity // 2):
+                        self._space = found
+                        self._rows = deque((found(x), y) for x, y in self._rows)
         except Exception:
             logger.warning("a memory could not be rebuilt; it goes on as it was", exc_info=True)
-        finally:
-            with self._lock:
-                self._ended, self._making = time.monotonic(), None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.capacity,)
