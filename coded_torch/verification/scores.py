@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import secrets
+import statistics
 import threading
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -260,9 +261,8 @@ class Results:
         scores, parts = self.scores(answers), defaultdict[int, list[int]](list)
         if not scores:
             return set()
-        top = sorted(scores, key=scores.__getitem__, reverse=True)
-        few, middle = top[: max(1, round(3 * ODD_ROWS * len(top)))], scores[top[len(top) // 2]]
-        odd, means = {row for row in few if scores[row] > self._scores.rows.at}, []
+        oddest, middle = max(scores, key=scores.__getitem__), statistics.median_low(scores.values())
+        odd, means = {oddest} if scores[oddest] > self._scores.rows.at else set[int](), []
         for row in scores:
             parts[answers[row]].append(row)
         for rows in parts.values():
