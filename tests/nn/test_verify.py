@@ -127,14 +127,15 @@ class TestHonestWorkers:
         assert sorted(units for _, units in pool.log) == list(dealt(ROWS, 6))
 
     def test_of_other_precision_by_batch_size_are_never_charged(self):
-        """As tensor cores compute: the first dispute teaches the tolerance."""
-        coded = wrap(AtOnce(6, lambda worker, y, asked: y + 1e-3 * (len(y) % 5)))
+        """As tensor cores compute: each dispute at least doubles the tolerance."""
+        coded, disputes = wrap(AtOnce(6, lambda worker, y, asked: y + 1e-3 * (len(y) % 5))), 0
         for seed in range(20):
             _, report = coded.run(batch(seed))
             assert not report.strikes
+            disputes += report.disputes
         assert coded._strikes.stopped == ""
         assert 1e-3 < coded._strikes.tolerance <= 0.03
-        assert not report.disputes
+        assert disputes <= 5
 
 
 class TestAWrongWorker:
