@@ -133,16 +133,11 @@ class Call:
             self.late_at, self.end = self.since + self.deadline, self.since + 2 * self.deadline
         self.history.earn(waiting.hedge_budget)
         yield Ask(tuple([part.units for part in self.parts]))
-        wait, event = Wait(-math.inf), None
         while True:
-            # Where no part can be late, the begin of one changes nothing.
-            if not isinstance(event, Began) or self.timers or self.now >= self.end:
-                if reason := self._reason():
-                    return self._end(reason)
-                until = self._until()
-                if until != wait.until:
-                    wait = Wait(until)
-            event = yield wait
+            if reason := self._reason():
+                return self._end(reason)
+            until = self._until()
+            event = yield Wait(until)
             if isinstance(event, Began):
                 self._begin(event)
                 continue
