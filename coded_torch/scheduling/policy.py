@@ -91,7 +91,7 @@ class Call:
         needed: int,  # the number of units that complete the call: B or N - S
         least: int = 1,  # the number of units that can be decoded
         unit_rows: int = 1,
-        spare: Sequence[int] | None = None,  # the columns that stand in for any column; None: rows
+        spare: Sequence[int] | None = None,  # the columns that stand in for any column
         since: float = 0.0,  # the time at which the call began
         idle: Callable[[], int] = lambda: 1,  # returns the number of idle workers
         reserve: float = 0.0,  # seconds before the deadline that predicting takes
