@@ -80,6 +80,7 @@ class Waiting:
         self._check("predict_after", "positive", lambda x: x > 0)
         self._check("hedge_budget", "at least 0 and finite", lambda x: 0 <= x < math.inf)
         instance("Waiting", "predict", self.predict, bool)
+        instance("Waiting", "on_error", self.on_error, str)
         if self.on_error not in ("raise", "predict"):
             must = "on_error must be 'raise' or 'predict'"
             raise ValueError(f"Waiting: {must}, got {self.on_error!r}")
