@@ -75,10 +75,6 @@ class _Part:
         return any(part.failure.kind for part in self.line)
 
     @property
-    def is_unsuspected(self) -> bool:  # open, and nothing failed at its units before
-        return self.state < _GOOD and not self.suspect
-
-    @property
     def let_down(self) -> bool:  # the worker failed, without an exception of the module
         return self.state == _FAILED and not self.raised
 
@@ -95,7 +91,7 @@ class Call:
         needed: int,  # the number of units that complete the call: B or N - S
         least: int = 1,  # the number of units that can be decoded
         unit_rows: int = 1,
-        spare: Sequence[int] | None = None,  # the columns that stand in for any column; None: rows
+        spare: Sequence[int] | None = None,  # the columns that stand in for any column
         since: float = 0.0,  # the time at which the call began
         idle: Callable[[], int] = lambda: 1,  # returns the number of idle workers
         reserve: float = 0.0,  # seconds before the deadline that predicting takes
@@ -283,7 +279,8 @@ class Call:
         if not late or part.raised_twice or event is None or event.worker != part.worker:
             return False
         # The third try waits for any other part, later ones for parts that the call needs anyway.
-        others = [p for p in self.parts if p.state == _RUNNING or p.is_unsuspected]
+        running = [p for p in self.parts if p.state <= _RUNNING]
+        others = [p for p in running if p.state == _RUNNING or not p.suspect]
         holds = any(part.tries < _TRIES or not self.good.issuperset(p.units) for p in others)
         self.hold_until = 2 * self.now - self.since if holds else self.hold_until
         return holds
@@ -320,7 +317,7 @@ class Call:
                 return _SPLIT
             refused = part.raised_twice
             good = any(p.state == _GOOD and p.worker != part.worker for p in self.parts)
-            others = good or any(p.is_unsuspected for p in self.parts)
+            others = good or any(p.state <= _RUNNING and not p.suspect for p in self.parts)
             most = _TRIES_IF_EXACT if others else _TRIES
         elif part.fresh is None:  # no worker had it
             most = _TRIES

@@ -181,7 +181,7 @@ class Memory:
         """Have a thread make the regression again, at once or in its turn; never wait."""
         enough = self._num_fresh >= min(_FRESH, self.capacity)
         in_turn = enough and self._seconds <= _SHARE * (time.monotonic() - self._ended)
-        is_idle = self._making is None or not self._making.is_alive()  # as after a fork
+        is_idle = self._making is None or not self._making.is_alive()  # a fork leaves it dead
         if is_idle and self._num_fresh and (at_once or in_turn):
             args = self._generation, self._form, self._space, list(self._rows)
             with contextlib.suppress(RuntimeError):  # Python ends: there is nothing to learn for

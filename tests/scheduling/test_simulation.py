@@ -11,6 +11,13 @@ from coded_torch import Waiting, stragglers
 from coded_torch.scheduling import Ask, Began, Drop, Settled, Wait
 from coded_torch.scheduling.simulation import Conditions, simulate
 
+WAIT_FOR_ALL = Waiting(predict_after=math.inf, hedge_budget=0)
+CALM, STILL = Conditions(), Conditions(spread=0.0)
+
+
+def run(policy, conditions=CALM, *, workers=6, parts=4, **options):
+    return simulate(policy, conditions, num_workers=workers, num_parts=parts, **options)
+
 
 class Watched:
     """A policy whose every decision is checked against what it has been told."""
@@ -137,18 +144,8 @@ policies = st.builds(
 )
 def test_what_holds_for_every_call(conditions, waiting, workers, parts, load, seed):
     watched = [Watched(waiting), Watched(waiting)]
-    outcomes = [
-        simulate(
-            policy,
-            conditions,
-            num_workers=workers,
-            num_parts=parts,
-            load=load,
-            num_requests=150,
-            seed=seed,
-        )
-        for policy in watched
-    ]
+    how = {"workers": workers, "parts": parts, "load": load, "num_requests": 150, "seed": seed}
+    outcomes = [run(policy, conditions, **how) for policy in watched]
     assert watched[0].log == watched[1].log
     np.testing.assert_array_equal(outcomes[0].latencies, outcomes[1].latencies)
     assert watched[0].calls == outcomes[0].ended.total() == 150
@@ -163,7 +160,7 @@ def test_what_holds_for_every_call(conditions, waiting, workers, parts, load, se
 
 
 def test_parts_that_always_fail_end_in_a_prediction_of_all():
-    outcome = simulate(Waiting(), Conditions(dead=1.0, dead_after=1.0), num_workers=6, num_parts=4)
+    outcome = run(Waiting(), Conditions(dead=1.0, dead_after=1.0))
     assert outcome.ended == {"failed": 10_000}
     assert (outcome.predicted == 1).all()
     assert outcome.work == pytest.approx(3.0)
@@ -171,7 +168,7 @@ def test_parts_that_always_fail_end_in_a_prediction_of_all():
 
 def test_a_policy_that_must_not_predict_computes_all():
     failing = Conditions(straggling=0.03, dead=0.1, dead_after=1.0)
-    outcome = simulate(Waiting(predict=False), failing, num_workers=6, num_parts=4)
+    outcome = run(Waiting(predict=False), failing)
     # Where a tenth of the parts fail, a row is blamed for it in fewer than one call of a thousand.
     assert outcome.ended["complete"] >= 9_990
     assert set(outcome.ended) <= {"complete", "error"}
@@ -180,86 +177,49 @@ def test_a_policy_that_must_not_predict_computes_all():
 
 @pytest.mark.parametrize(("load", "most"), [(0.3, 0.0005), (0.7, 0.01), (0.9, 0.04)])
 def test_when_calm_little_is_predicted_and_nothing_slower(load, most):
-    common = {"num_workers": 6, "num_parts": 4, "load": load, "num_requests": 40_000}
-    outcome = simulate(Waiting(), Conditions(), **common)
+    outcome = run(Waiting(), load=load, num_requests=40_000)
     assert outcome.predicted.mean() <= most
     assert outcome.work <= 1.005
-    uncoded = simulate(Waiting(predict_after=math.inf, hedge_budget=0), Conditions(), **common)
+    uncoded = run(WAIT_FOR_ALL, load=load, num_requests=40_000)
     assert uncoded.work == uncoded.calls == 1
     assert outcome.percentile(50) <= 1.1 * uncoded.percentile(50)
 
 
 def test_stragglers_cost_least_where_the_rest_is_predicted():
-    common = {"num_workers": 6, "num_parts": 4, "num_requests": 20_000}
-    conditions = Conditions(straggling=0.03)
-    tails = [
-        simulate(policy, conditions, **common).percentile(99.9)
-        for policy in (
-            Waiting(predict_after=math.inf, hedge_budget=0),
-            Waiting(predict_after=math.inf),
-            Waiting(),
-        )
-    ]
+    policies = WAIT_FOR_ALL, Waiting(predict_after=math.inf), Waiting()
+    straggling = Conditions(straggling=0.03)
+    tails = [run(x, straggling, num_requests=20_000).percentile(99.9) for x in policies]
     assert tails == sorted(tails, reverse=True)
     assert 40 < tails[0] < 60
     assert tails[-1] < 8
 
 
 def test_one_worker_serves_one_part_after_the_other():
-    still = Conditions(spread=0.0)
-    outcome = simulate(
-        Waiting(predict_after=math.inf, hedge_budget=0),
-        still,
-        num_workers=1,
-        num_parts=3,
-        load=0.001,
-        num_requests=20,
-    )
+    outcome = run(WAIT_FOR_ALL, STILL, workers=1, parts=3, load=0.001, num_requests=20)
     np.testing.assert_allclose(outcome.latencies, 3.0)
 
 
 def test_a_paused_worker_goes_on_afterwards():
     often = Conditions(spread=0.0, bursts=30.0)
-    outcome = simulate(
-        Waiting(predict_after=math.inf, hedge_budget=0),
-        often,
-        num_workers=1,
-        num_parts=1,
-        load=0.5,
-    )
-    free = simulate(
-        Waiting(predict_after=math.inf, hedge_budget=0),
-        Conditions(spread=0.0),
-        num_workers=1,
-        num_parts=1,
-        load=0.5,
-    )
+    outcome, free = (run(WAIT_FOR_ALL, x, workers=1, parts=1, load=0.5) for x in (often, STILL))
     assert (outcome.latencies >= free.latencies - 1e-9).all()
     assert outcome.latencies.mean() > 1.5 * free.latencies.mean()
 
 
 def test_the_first_n_less_s_are_waited_for():
     straggling = Conditions(straggling=0.05)
-    common = {"num_workers": 6, "num_parts": 4, "load": 0.1, "num_requests": 3000}
-    first = simulate(Waiting.first(2), straggling, **common)
+    first = run(Waiting.first(2), straggling, load=0.1, num_requests=3000)
     assert first.calls == first.work == pytest.approx(1.5, rel=1e-2)  # some need not begin
     assert first.ended["first"] > 2900
     assert 0.1 < first.predicted.mean() < 0.4  # of 4 results, two may be copies of one share
-    everything = simulate(Waiting.first(0), straggling, **common)
+    everything = run(Waiting.first(0), straggling, load=0.1, num_requests=3000)
     assert everything.ended == {"complete": 3000}
     assert first.percentile(99) < everything.percentile(99) / 3
 
 
 def test_laws_of_the_package_delay_workers():
-    law = stragglers.Uniform(1, seed=0)
-    outcome = simulate(
-        Waiting(predict_after=math.inf, hedge_budget=0),
-        Conditions(delays=law, dead_after=5.0),
-        num_workers=2,
-        num_parts=2,
-        load=0.01,
-        num_requests=200,
-    )
+    lossy = Conditions(delays=stragglers.Uniform(1, seed=0), dead_after=5.0)
+    outcome = run(WAIT_FOR_ALL, lossy, workers=2, parts=2, load=0.01, num_requests=200)
     # One of two workers fails at each request, and may be given the part again.
     assert outcome.percentile(50) > 5.0
     assert outcome.calls > 1.4
@@ -271,14 +231,8 @@ def test_laws_of_the_package_delay_workers():
         (lambda: Conditions(dead=2.0), "dead must be a probability"),
         (lambda: Conditions(spread=-1.0), "spread must be at least 0"),
         (lambda: Conditions(dead_after=0.0), "dead_after must be positive"),
-        (
-            lambda: simulate(Waiting(), Conditions(), num_workers=0, num_parts=1),
-            "num_workers must be at least 1, got 0",
-        ),
-        (
-            lambda: simulate(Waiting(), Conditions(), num_workers=1, num_parts=1, load=1.0),
-            r"load must be in \(0, 1\), got 1.0",
-        ),
+        (lambda: run(Waiting(), workers=0), "num_workers must be at least 1, got 0"),
+        (lambda: run(Waiting(), load=1.0), r"load must be in \(0, 1\), got 1.0"),
     ],
 )
 def test_bad_arguments(make, match):

@@ -453,35 +453,26 @@ def test_a_call_is_remembered_when_it_has_ended():
     assert history.call(2) == 1.0
 
 
-def test_the_hedging_threshold_is_the_tail_of_a_lognormal_body():
+WIDE = [0.01 * (i + 1) for i in range(100)]  # a tail of 8 medians
+
+
+@pytest.mark.parametrize(
+    ("latencies", "budget", "threshold"),
+    [
+        ([1.0] * 20 + [0.9] * 20, 0.0, (1 / 0.9) ** 4.45),
+        ([1.0] * 25 + [0.8] * 13, 0.0, (1 / 0.8) ** 4.45),
+        ([1.0] * 25 + [0.8] * 13 + [math.inf] * 50, 0.0, math.inf),
+        ([0.0] * 20 + [0.1] * 30, 0.0, 0.8),
+        ([0.02] * 40 + [0.002] * 20, 0.0, 8 * 0.02),  # one worker of three is fast
+        (WIDE, 0.2, 0.81),  # parts are late as soon as the budget allows
+        (WIDE, 0.25, 1.5 * 0.51),
+        (WIDE, 0.0, 8 * 0.51),
+    ],
+)
+def test_the_hedging_threshold_is_the_tail_of_a_lognormal_body(latencies, budget, threshold):
     history = History()
-    history.add([(4, 1.0)] * 20 + [(4, 0.9)] * 20, None)
-    assert history.hedging_threshold(4) == pytest.approx(max(1.5, (1 / 0.9) ** 4.45))
-    history = History()
-    history.add([(4, 1.0)] * 25 + [(4, 0.8)] * 13, None)
-    assert history.hedging_threshold(4) == pytest.approx((1 / 0.8) ** 4.45)
-    history.add([(4, math.inf)] * 50, None)
-    assert history.hedging_threshold(4) == math.inf
-
-
-def test_parts_that_take_no_time_leave_a_threshold():
-    history = History()
-    history.add([(4, 0.0)] * 20 + [(4, 0.1)] * 30, None)
-    assert history.hedging_threshold(4) == pytest.approx(0.8)
-
-
-def test_uneven_workers_have_late_parts_too():
-    history = History()
-    history.add([(4, 0.02)] * 40 + [(4, 0.002)] * 20, None)  # one of three is fast
-    assert history.hedging_threshold(4) == pytest.approx(8 * 0.02)
-
-
-def test_parts_of_a_wide_body_are_late_as_soon_as_the_budget_allows():
-    history = History()
-    history.add([(4, 0.01 * (i + 1)) for i in range(100)], None)  # a tail of 8 medians
-    assert history.hedging_threshold(4, 0.2) == pytest.approx(0.81)
-    assert history.hedging_threshold(4, 0.25) == pytest.approx(1.5 * 0.51)
-    assert history.hedging_threshold(4, 0.0) == pytest.approx(8 * 0.51)
+    history.add([(4, seconds) for seconds in latencies], None)
+    assert history.hedging_threshold(4, budget) == pytest.approx(threshold)
 
 
 def test_what_is_old_is_forgotten():
