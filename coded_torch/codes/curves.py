@@ -301,8 +301,9 @@ class LagrangeCode(CurveCode):
         super().__init__(num_data, num_workers, **options)
         if decoder_degree is None:
             degree = count(self, "degree", 1 if degree is None else degree, most=MOST_WORKERS)
-            decoder_degree = (self.num_data - 1) * degree
-        self.decoder_degree = count(self, "decoder_degree", decoder_degree, 0)
+            self.decoder_degree = (self.num_data - 1) * degree
+        else:
+            self.decoder_degree = count(self, "decoder_degree", decoder_degree, 0, MOST_WORKERS)
         if self.num_workers < (least := self.min_received):
             must = f"num_workers must be at least {least} for polynomials of degree {least - 1}"
             raise ValueError(f"LagrangeCode: {must}, got {self.num_workers}")
