@@ -2,7 +2,6 @@ r"""A module that runs any other module on unreliable workers."""
 
 from __future__ import annotations
 
-import inspect
 import random
 from typing import Any
 
@@ -151,11 +150,6 @@ class CodedWrapper(ModuleProxy):
         """Return the answers and the report of a call with its own policy; hooks do not run."""
         report = Report()
         return self._call(report, waiting or self.waiting, args, kwargs), report
-
-    def replace(self, **changes: Any) -> CodedWrapper:
-        """Return another wrapper, made with other values for some arguments of the constructor."""
-        names = inspect.signature(CodedWrapper).parameters.keys() - changes.keys()
-        return CodedWrapper(**{name: getattr(self, name) for name in names}, **changes)
 
     @property
     def num_stragglers(self) -> int:

@@ -181,7 +181,8 @@ def test_a_deadline_holds_while_workers_start_and_load_and_hang():
 
 def test_a_memory_answers_with_less_than_half(pool):
     memory = Memory()
-    coded = wrapper(pool, deadline=5.0).replace(surrogate=memory)
+    coded = wrapper(pool, deadline=5.0)
+    coded.surrogate = memory
     coded(X[:BAD])
     assert coded.last_run.ended == "complete"
     memory.rebuild()

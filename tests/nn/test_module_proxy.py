@@ -136,7 +136,7 @@ def test_a_part_in_training_is_warned_of(part, matters):
         assert [warning.filename for warning in seen] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (coded.replace().eval() if matters else coded)(rand(4, 3))
+        (coded.eval() if matters else coded)(rand(4, 3))
 
 
 def test_modes_devices_dtypes_and_hooks_reach_the_module():

@@ -324,7 +324,6 @@ def test_surrogates_are_no_part_of_the_module():
     student = linear(4, 3)
     coded = wrap("regression", surrogate=student)
     assert coded.surrogate == (student,)
-    assert coded.replace(waiting=None).surrogate == (student,)
     names = {name for name, _ in coded.named_parameters()}
     assert names == {f"module.{name}" for name, _ in net().named_parameters()}
     assert coded.state_dict().keys() == net().state_dict().keys()
