@@ -160,7 +160,7 @@ class Division:
     not_finite: Tensor | None = None
     reserve = 0.0  #: seconds before the deadline that predictions take
     plan: Any  #: the BatchPlan or RowPlan of the batch, by which results become answers
-    link: str | None  #: of the predictor or the code
+    link: str | None  #: the link of the predictor or the code
     coverage = 0.95  #: the level of error bars
     mixes = False  #: true if units hold mixtures of rows
     by_rows = False  #: true if units are rows

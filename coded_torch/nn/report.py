@@ -174,7 +174,7 @@ class Report:
         self, source: Tensor, parts: Sequence[int], num_first: int, unit_rows: int = 1
     ) -> None:
         """Note the result of each answer, ``[B]``, -1 if predicted, and the part of each unit."""
-        kinds = bytearray([*[part >= num_first for part in parts], 2])  # the last is that of -1
+        kinds = bytearray([*[part >= num_first for part in parts], 2])  # at -1, predictions
         self.predicted = source < 0
         self.source = torch.frombuffer(kinds, dtype=torch.uint8)[source // unit_rows]
 
