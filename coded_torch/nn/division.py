@@ -77,10 +77,8 @@ class Inputs:
         odd = [] if mixing else [leaf for leaf in self.floating() if not finite(leaf)]
         with outside():
             for leaf in odd:
-                good = (
-                    plain("CodedWrapper", "inputs", leaf).isfinite().reshape(len(leaf), -1).all(1)
-                )
-                bad = ~good.cpu()
+                rows = plain("CodedWrapper", "inputs", leaf).reshape(len(leaf), -1)
+                bad = ~rows.isfinite().all(1).cpu()
                 self.not_finite = bad if self.not_finite is None else bad | self.not_finite
         if self.batch_size > 1 and None in self.dims:
             self._check_shared(dims)
