@@ -394,8 +394,8 @@ def test_few_results_are_calibrated_by_a_memory(lost):
 def test_levels_of_radii_are_checked():
     coded = wrap("rows")
     _, report = coded.run(rand(23, 4))
-    assert report.radii_at(torch.full((23,), 0.9)).shape == (23,)
-    for level in (0, 1.5, math.nan, torch.tensor(1.0), torch.full((3,), 0.9)):
+    assert report.radii_at(0.9).shape == (23,)
+    for level in (0, 1.5, math.nan):
         with pytest.raises(ValueError, match="radii_at: coverage must be between 0 and 1"):
             report.radii_at(level)
     with pytest.raises(TypeError, match="radii_at: coverage must be between 0 and 1"):
