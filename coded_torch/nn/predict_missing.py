@@ -109,10 +109,7 @@ class Answers:
         return stacked.tree(answers)
 
     def alone(self, waiting: Waiting, stacked: Stacked | None, error: Exception) -> Any:
-        """Return a surrogate's answers for missing rows, or raise the error if none may answer.
-
-        ``stacked`` holds the results that came, or the form of earlier results.
-        """
+        """Return a surrogate's answers, in the form of earlier results if none came, or raise."""
         division, report = self._division, self._report
         blamed = report.refused and waiting.on_error == "raise"
         may = division.by_rows and waiting.predict and not blamed
