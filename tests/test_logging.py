@@ -93,10 +93,10 @@ def main():
         coded = CodedWrapper(Model(), workers=pool)
         with contextlib.suppress(RuntimeError):
             coded.run(torch.cat([-torch.ones(1, 1), x]), waiting=Waiting(deadline=2.0))
-        nan = coded.replace(workers=FaultyWorkers(pool, rates={"nan": 0.7}, seed=1))
+        coded.workers = FaultyWorkers(pool, rates={"nan": 0.7}, seed=1)
         for _ in range(8):
             with contextlib.suppress(RuntimeError):
-                nan.run(x)
+                coded.run(x)
     print("done")
 
 if __name__ == "__main__":

@@ -77,10 +77,8 @@ class Inputs:
         odd = [] if mixing else [leaf for leaf in self.floating() if not finite(leaf)]
         with outside():
             for leaf in odd:
-                good = (
-                    plain("CodedWrapper", "inputs", leaf).isfinite().reshape(len(leaf), -1).all(1)
-                )
-                bad = ~good.cpu()
+                rows = plain("CodedWrapper", "inputs", leaf).reshape(len(leaf), -1)
+                bad = ~rows.isfinite().all(1).cpu()
                 self.not_finite = bad if self.not_finite is None else bad | self.not_finite
         if self.batch_size > 1 and None in self.dims:
             self._check_shared(dims)
@@ -160,9 +158,10 @@ class Division:
     not_finite: Tensor | None = None
     reserve = 0.0  #: seconds before the deadline that predictions take
     plan: Any  #: the BatchPlan or RowPlan of the batch, by which results become answers
-    link: str | None  #: of the predictor or the code
+    link: str | None  #: the link of the predictor or the code
     coverage = 0.95  #: the level of error bars
     mixes = False  #: true if units hold mixtures of rows
+    by_rows = False  #: true if units are rows
 
     def __init__(self, inputs: Inputs, num_units: int, unit_rows: int, out_dims: Any) -> None:
         self.inputs, self.batch_size = inputs, inputs.batch_size
@@ -175,10 +174,6 @@ class Division:
         )
         if inputs.not_finite is not None:
             self.not_finite = self._spread(inputs.not_finite)
-
-    @property
-    def by_rows(self) -> bool:
-        return self.spare is None
 
     def is_whole(self, received: Sequence[int]) -> bool:
         """Return whether the results of these units are the answers as they are."""
@@ -253,7 +248,7 @@ class Rows(Division):
     ) -> None:
         size = inputs.batch_size
         super().__init__(inputs, size, 1, out_dims)
-        self._predictor, self.block = predictor, block
+        self._predictor, self.block, self.by_rows = predictor, block, True
         self.link, self.coverage = predictor.link, predictor.coverage
         self.needed, self.least = size, 1
         self.first = dealt(size, min(parts, size))

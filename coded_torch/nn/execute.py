@@ -199,8 +199,6 @@ class Execution:
             required, why = division.needed, ""
             first = min(blamed, key=lambda error: self._parts[error.part].units)
             error = _of_module(first, report.refused)
-            if first.kind == "died" and enough:
-                why = "on_error='predict' predicts rows that end their workers"
         elif enough:
             required, error = division.needed, None
             if not (why := self._unpredictable()):

@@ -10,7 +10,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -18,6 +18,8 @@ from .._arguments import count
 from ..workers.live import INTERRUPTION, Ambient, Interruption
 
 __all__ = ["ModuleProxy"]
+
+Call: TypeAlias = Callable[..., tuple[Any, Any]]
 
 
 class ModuleProxy(nn.Module):
@@ -84,9 +86,7 @@ class ModuleProxy(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _carried(
-    run: Callable[..., tuple[Any, Any]], ambient: Ambient
-) -> tuple[Callable[..., tuple[Any, Any]], Interruption]:
+def _carried(run: Call, ambient: Ambient) -> tuple[Call, Interruption]:
     """Return a function for another thread that runs in the caller's modes, and can be ended."""
     interruption = Interruption()
 
@@ -98,9 +98,7 @@ def _carried(
     return carried, interruption
 
 
-def _map_batches(
-    run: Callable[..., tuple[Any, Any]], batches: Iterable[Any], in_flight: int
-) -> Iterator[tuple[Any, Any]]:
+def _map_batches(run: Call, batches: Iterable[Any], in_flight: int) -> Iterator[tuple[Any, Any]]:
     """Do as :meth:`ModuleProxy.map`; ``in_flight`` batches with their results exist at once."""
     ambient, threads = Ambient(), ThreadPoolExecutor(in_flight, "coded_torch map")
 

@@ -56,7 +56,7 @@ class Answers:
         self._surrogates, self._division, self._inputs = surrogates, division, division.inputs
         self._link, self._coverage, self._report = division.link, division.coverage, report
         self._check: Trials | None = check
-        self._known = dict[int, tuple[list[Tensor], Tensor] | None]()  # by memories
+        self._known = dict[int, tuple[list[Tensor], Tensor] | None]()  # the predictions of memories
         self._memories = [(s, s.follow(module)) for s in surrogates if isinstance(s, Memory)]
 
     def forget_excluded(self) -> None:
@@ -68,7 +68,7 @@ class Answers:
         """Return the answers in the structure that the module gives them."""
         division, report, odd = self._division, self._report, self._inputs.not_finite
         whole = division.is_whole(stacked.units)  # then the results are the answers
-        plan = None if whole else division.plan
+        plan: Plan | None = None if whole else division.plan
         with outside():  # the report outlives a transform
             source = torch.arange(division.batch_size)
             source = source if plan is None else plan.source(stacked.units)
@@ -82,11 +82,11 @@ class Answers:
         for i in stacked.divided:
             leaf = stacked.leaves[i]
             own = leaf.flatten(0, 1)
-            if not (is_predicted and leaf.is_floating_point()):
+            if plan is None or not (is_predicted and leaf.is_floating_point()):
                 answers[i] = own if plan is None else own.index_select(0, source.to(own.device))
                 continue
             of_leaf = {j: x[i] for j, x in enumerate(approximations) if i in x}
-            first = not answers  # which has error bars
+            first = not answers  # the first output has error bars
             rows, of_surrogates, bars = self._decoded(stacked, i, plan, source, of_leaf, first)
             if odd is not None:  # nothing is known of their distances
                 mean = own[source[exact].to(own.device)].mean(0)
@@ -109,10 +109,7 @@ class Answers:
         return stacked.tree(answers)
 
     def alone(self, waiting: Waiting, stacked: Stacked | None, error: Exception) -> Any:
-        """Return a surrogate's answers for missing rows, or raise the error if none may answer.
-
-        ``stacked`` holds the results that came, or the form of earlier results.
-        """
+        """Return a surrogate's answers, in the form of earlier results if none came, or raise."""
         division, report = self._division, self._report
         blamed = report.refused and waiting.on_error == "raise"
         may = division.by_rows and waiting.predict and not blamed

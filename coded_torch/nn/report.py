@@ -130,19 +130,9 @@ class Report:
         """The workers that began a part and have no result that counts."""
         return tuple(sorted(set(self.asked) - set(self.received)))
 
-    def radii_at(self, coverage: float | Tensor) -> Tensor | None:
-        """Return the radii at a level of one's own, or None if there are none.
-
-        Args:
-            coverage: the probability, between 0 and 1; or one for each row, ``[B]``.
-        """
-        if not isinstance(coverage, Tensor):
-            real("radii_at", "coverage", coverage, "between 0 and 1", lambda x: 0 < x < 1)
-        elif self.radii is not None:
-            shape, size = list(coverage.shape), len(self.radii)
-            if shape not in ([], [size]) or not bool(((coverage > 0) & (coverage < 1)).all()):
-                must = f"coverage must be between 0 and 1, of shape [] or [{size}]"
-                raise ValueError(f"radii_at: {must}, got {coverage} of shape {shape}")
+    def radii_at(self, coverage: float) -> Tensor | None:
+        """Return the radii at another level, between 0 and 1, or None if there are none."""
+        real("radii_at", "coverage", coverage, "between 0 and 1", lambda x: 0 < x < 1)
         return None if self.radii is None or self._bars is None else self._bars.radii(coverage)
 
     def note_end(self, ended: Ended) -> None:
@@ -174,7 +164,7 @@ class Report:
         self, source: Tensor, parts: Sequence[int], num_first: int, unit_rows: int = 1
     ) -> None:
         """Note the result of each answer, ``[B]``, -1 if predicted, and the part of each unit."""
-        kinds = bytearray([*[part >= num_first for part in parts], 2])  # the last is that of -1
+        kinds = bytearray([*[part >= num_first for part in parts], 2])  # at -1, predictions
         self.predicted = source < 0
         self.source = torch.frombuffer(kinds, dtype=torch.uint8)[source // unit_rows]
 

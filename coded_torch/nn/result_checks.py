@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 from torch.utils import _pytree as pytree
 
 from .._arguments import dense
@@ -103,7 +102,6 @@ class Stacked(NamedTuple):
     dims: list[int | None]  #: the batch dimension of each leaf of the module's output
     divided: list[int]  #: the places of the leaves that have a row for each of the batch
     spec: pytree.TreeSpec
-    formats: list[torch.memory_format]
     parts: tuple[int, ...]  #: the number of the part that each unit's result is from
 
     @property
@@ -124,8 +122,7 @@ class Stacked(NamedTuple):
         leaves = list(self.leaves)
         for i, rows in answers.items():
             dim = self.dims[i]
-            rows = rows.movedim(0, dim) if dim else rows
-            leaves[i] = rows.contiguous(memory_format=self.formats[i])
+            leaves[i] = (rows.movedim(0, dim) if dim else rows).contiguous()
         return base.unflatten(leaves, self.spec)
 
     def form(self) -> Stacked:
@@ -241,14 +238,8 @@ class Results:
             if places != everywhere:
                 own = own.index_select(0, torch.tensor(places, device=own.device))
             leaves[i] = own
-        formats = [
-            suggest_memory_format(x)
-            if isinstance(x, Tensor) and not x.is_contiguous()
-            else torch.contiguous_format
-            for x in first.leaves
-        ]
         units, parts = zip(*[(flat[i][0], flat[i][1].part.number) for i in places], strict=True)
-        return Stacked(units, leaves, first.dims, first.divided, first.spec, formats, parts)
+        return Stacked(units, leaves, first.dims, first.divided, first.spec, parts)
 
 
 def _weight(group: Sequence[Result]) -> tuple[int, int]:

@@ -36,8 +36,8 @@ def test_a_call_with_a_late_part_runs_code_in_few_files():
             files.add(str(path.relative_to(PACKAGE)))
 
     with ProcessWorkers(4).start() as pool, torch.no_grad():
-        coded = CodedWrapper(Slow(), workers=pool, waiting=Waiting(deadline=2.0))
-        coded = coded.replace(surrogate=Memory())
+        waiting = Waiting(deadline=2.0)
+        coded = CodedWrapper(Slow(), workers=pool, waiting=waiting, surrogate=Memory())
         for _ in range(12):  # until the latencies are known
             coded.run(x, waiting=Waiting(deadline=20.0))
         coded(late)

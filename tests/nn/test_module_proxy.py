@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
-from coded_torch.codes import RegressionCode, ReplicationCode, SplineCode
+from coded_torch.codes import RegressionCode, SplineCode
 from coded_torch.stragglers import Uniform
 from coded_torch.testing.workers import PolynomialCode
 from coded_torch.workers import DeviceWorkers, LocalWorkers
@@ -81,19 +81,6 @@ def test_a_compiled_wrapper_runs_as_it_is_and_may_compile_its_module(make, mode)
         torch.testing.assert_close(inside(x), wanted)
 
 
-@pytest.mark.parametrize("waiting", [None, Waiting()])
-@pytest.mark.parametrize("make", [SplineCode, ReplicationCode])
-def test_outputs_keep_the_layout_of_the_modules(make, waiting):
-    module = nn.Conv2d(3, 4, 3, padding=1).to(memory_format=torch.channels_last)
-    x = rand(8, 3, 6, 6).float().contiguous(memory_format=torch.channels_last)
-    coded = CodedWrapper(module, make(4, 6), waiting=waiting)
-    for inputs in (x, x.contiguous()):
-        wanted = module(inputs)
-        got = coded(inputs)
-        assert got.stride() == wanted.stride()
-        assert got.is_contiguous(memory_format=torch.channels_last)
-
-
 @pytest.mark.parametrize("bigger", [False, True])
 def test_the_state_dict_is_that_of_the_module_both_ways(bigger):
     """On its own, and as a part of a bigger module."""
@@ -136,7 +123,7 @@ def test_a_part_in_training_is_warned_of(part, matters):
         assert [warning.filename for warning in seen] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (coded.replace().eval() if matters else coded)(rand(4, 3))
+        (coded.eval() if matters else coded)(rand(4, 3))
 
 
 def test_modes_devices_dtypes_and_hooks_reach_the_module():

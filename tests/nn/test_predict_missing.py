@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coded_torch import CodedWrapper, Regression, Waiting
+from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import DeadlineExceeded
 from coded_torch.nn.division import dealt
 from coded_torch.stragglers import Uniform
@@ -81,19 +81,6 @@ def test_a_mask_is_seen_in_any_of_many_outputs(place):
         assert answers.isfinite().all()
         assert not report.radii.isnan().any()
         assert (answers.argmax(1) == scores(x).argmax(1)).double().mean() > 0.9
-
-
-def test_tiny_outputs_and_infinite_results_are_decoded():
-    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0)).double()
-    coded = CodedWrapper(
-        Call(lambda x: 1e-310 * x), workers=LocalWorkers(Uniform(1, seed=0)), parts=6
-    )
-    answers, report = coded.run(x)
-    assert report.predicted.sum() == 10
-    assert (answers - 1e-310 * x).abs().max() < 5e-310
-    results = x.clone()[:50, None]
-    results[3] = math.inf
-    assert not Regression().plan([x]).decode(results, range(50))[50:].isfinite().any()
 
 
 def test_inputs_may_have_any_strides():
@@ -324,7 +311,6 @@ def test_surrogates_are_no_part_of_the_module():
     student = linear(4, 3)
     coded = wrap("regression", surrogate=student)
     assert coded.surrogate == (student,)
-    assert coded.replace(waiting=None).surrogate == (student,)
     names = {name for name, _ in coded.named_parameters()}
     assert names == {f"module.{name}" for name, _ in net().named_parameters()}
     assert coded.state_dict().keys() == net().state_dict().keys()
@@ -395,8 +381,8 @@ def test_few_results_are_calibrated_by_a_memory(lost):
 def test_levels_of_radii_are_checked():
     coded = wrap("rows")
     _, report = coded.run(rand(23, 4))
-    assert report.radii_at(torch.full((23,), 0.9)).shape == (23,)
-    for level in (0, 1.5, math.nan, torch.tensor(1.0), torch.full((3,), 0.9)):
+    assert report.radii_at(0.9).shape == (23,)
+    for level in (0, 1.5, math.nan):
         with pytest.raises(ValueError, match="radii_at: coverage must be between 0 and 1"):
             report.radii_at(level)
     with pytest.raises(TypeError, match="radii_at: coverage must be between 0 and 1"):
