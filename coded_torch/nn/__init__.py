@@ -1,7 +1,8 @@
 """A wrapper that runs any module on unreliable workers."""
 
 from ..scheduling.waiting import Waiting
-from .coded_wrapper import CodedWrapper, RayDataPredictor
+from .coded_wrapper import CodedWrapper
+from .ray_data import RayDataPredictor
 from .report import Report
 
 __all__ = ["CodedWrapper", "RayDataPredictor", "Report", "Waiting"]

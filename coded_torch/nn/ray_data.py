@@ -1,0 +1,70 @@
+r"""Wrappers over the batches of Ray Data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._arguments import instance
+from .coded_wrapper import CodedWrapper
+
+__all__ = ["RayDataPredictor"]
+
+
+class RayDataPredictor:
+    r"""Adds the answers of a wrapper to each batch of Ray Data, for ``Dataset.map_batches``.
+
+    Each actor of Ray Data makes its wrapper once, and keeps its workers between the batches. A
+    batch gets columns for the answers; ``predicted``, bool, true if no worker computed the answer;
+    and ``radius``, float64, see :attr:`Report.radii`, NaN where there is none.
+
+    Args:
+        factory: makes the wrapper, in the actor.
+        inputs: the columns that are the positional arguments of the module. Defaults to "data", the
+            column of a dataset that was made of one array.
+        output: the column for the answers, unless the module returns a dict, whose keys name the
+            columns then. Defaults to "answer".
+
+    Example:
+        .. code-block:: python
+
+            def make():
+                return CodedWrapper(load_model(), workers=workers.ProcessWorkers(6))
+
+            data.map_batches(RayDataPredictor, fn_constructor_args=(make,), concurrency=1)
+    """
+
+    def __init__(
+        self,
+        factory: Callable[[], CodedWrapper],
+        inputs: Sequence[str] = ("data",),
+        output: str = "answer",
+    ) -> None:
+        self.coded = factory()
+        instance(self, "the result of factory", self.coded, CodedWrapper)
+        self.inputs, self.output = (inputs,) if isinstance(inputs, str) else tuple(inputs), output
+
+    def __call__(self, batch: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
+        """Return the batch, a dict of arrays ``[B, ...]``, with more columns."""
+        if missing := sorted(set(self.inputs) - batch.keys()):
+            must = f"inputs must be columns of the batch, {sorted(batch)}"
+            raise ValueError(f"RayDataPredictor: {must}, got {missing}")
+        with torch.no_grad():
+            answers, report = self.coded.run(*(torch.tensor(batch[name]) for name in self.inputs))
+        columns = answers if isinstance(answers, Mapping) else {self.output: answers}
+        more = {}
+        for name, column in columns.items():
+            instance(self, f"the output {name!r}", column, Tensor)
+            column = column.float() if column.dtype is torch.bfloat16 else column
+            more[name] = column.cpu().numpy()
+        predicted = np.asarray(report.predicted)
+        radii = np.full(len(predicted), np.nan) if report.radii is None else report.radii.numpy()
+        notes = {"predicted": predicted, "radius": radii}
+        if twice := sorted((more.keys() & batch.keys()) | (notes.keys() & {*batch, *more})):
+            must = f"the columns {', '.join([*more, *notes])}, which are added, must be new"
+            raise ValueError(f"RayDataPredictor: {must}, got {', '.join(twice)}")
+        return {**batch, **more, **notes}
