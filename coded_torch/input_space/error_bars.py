@@ -82,26 +82,19 @@ def bars(
         found = outputs - np.concatenate(errors, 1)
         wrong = found.argmax(1) != outputs.argmax(1)
         margins = _margins(answered) / np.sqrt(variances)
-        found_risks = label_risks(margins, _margins(found) / np.sqrt(of_left_out), wrong)
-        risks = torch.from_numpy(found_risks)
-    calibrating = [of_left_out, *norms]
+        of_results = _margins(found) / np.sqrt(of_left_out)
+        risks = torch.from_numpy(label_risks(margins, of_results, wrong))
+    calibrating = np.stack([of_left_out, *norms])
     if len(rows) > _MISSING:
         some = evenly(len(left_out), _CALIBRATING).numpy()
-        weights, calibrating = weights[:, some], [x[some] for x in calibrating]
-    limits = _thresholds(weights, variances, moved, calibrating, trust, count, signed=signed)
+        weights, calibrating = weights[:, some], calibrating[:, some]
+    limits = _thresholds(weights, variances, moved, calibrating, trust, count, signed)
     return Bars(rows, torch.from_numpy(limits), risks)
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
 def _thresholds(
-    weights: Array,
-    variances: Array,
-    moved: Array,
-    left_out: Sequence[Array],
-    trust: float,
-    count: int,
-    *,
-    signed: bool,
+    w: Array, variances: Array, moved: Array, known: Array, trust: float, count: int, signed: bool
 ) -> Array:
     r"""Return the errors of missing rows up to which results look as odd as these rows.
 
@@ -119,18 +112,18 @@ def _thresholds(
     triangle inequality.
 
     Args:
-        weights, variances: ``[L, n]`` and ``[L]``, before shrinking.
+        w, variances: ``[L, n]`` and ``[L]``, weights and variances before shrinking.
         moved: ``[L]``, the norms of the shrunk predictions less the mean of the results.
-        left_out: ``[n]`` each: variances and norms of residuals before shrinking, norms of
-            residuals after it, and norms of results less the mean of all ``count``.
+        known: ``[4, n]``, of each result the variance and the norms of its residual before
+            shrinking, of its residual after it, and of itself less the mean of all ``count``.
         signed: whether there is one output, and numbers instead of norms are given.
 
     Returns:
         ``[1, L, n]``; or ``[2, L, n]``, for positive and for negative errors.
     """
-    of_left_out, residuals, shrunk, deviations = left_out
-    rest, moved = 1 - trust, moved[:, None]
-    w, ratio = weights if signed else np.abs(weights), of_left_out / variances[:, None]
+    of_left_out, residuals, shrunk, deviations = known
+    rest, moved, w = 1 - trust, moved[:, None], w if signed else np.abs(w)
+    ratio = of_left_out / variances[:, None]
     # The variance of j shrinks once row i is among the results.
     shrink = 1 / (w * w * ratio + 1)
     ratio *= shrink
@@ -157,10 +150,7 @@ def _thresholds(
 
 
 def label_risks(margins: Array, left_out: Array, wrong: npt.NDArray[np.bool_]) -> Array:
-    """Return the estimated probabilities that labels of such margins are wrong, ``[L]``.
-
-    ``left_out`` are margins of results that are left out, of which some are ``wrong``, ``[n]``.
-    """
+    """Return the estimated risks ``[L]`` of labels, from ``[n]`` left out, some of them wrong."""
     worse = np.sort(left_out[wrong])
     larger = len(worse) - np.searchsorted(worse, margins)
     return (1.0 + larger) / (len(wrong) + 1)
@@ -188,9 +178,7 @@ class ErrorBars:
     def radii(self, coverage: float | Tensor) -> Tensor:
         """Return the radii, ``[B]``, float64: 0 for exact rows, infinite for too few results.
 
-        Args:
-            coverage: the probability that an error is at most its radius, in (0, 1); or one for
-                each row, ``[B]``.
+        The ``coverage`` is one probability that an error is at most its radius, or ``[B]``.
         """
         radii = np.zeros(self.batch_size)
         for rows, found, _ in self._bars:

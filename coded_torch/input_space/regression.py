@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._arguments import count, dense, instance, positive, real, shown
+from .._arguments import count, dense, instance, real, shown
 from .._torch import exactly, outside, plain
 from .error_bars import ErrorBars
 from .metrics import METRICS, Choice, Distances, Features, Sources
@@ -31,22 +30,20 @@ class Regression:
 
     Args:
         metric: how far inputs are apart: a name in
-            :data:`~coded_torch.input_space.metrics.METRICS`; "auto", all of these; a sequence of
-            names, "auto" and callables; or a callable, which is short for ("auto", callable). If
-            there are several, one is chosen for every output of the module. It predicts the results
-            best from each other, each left out in turn. A callable is given the floating-point
-            inputs, ``[B, ...]`` each, or the others if there are none. It returns the tensors that
-            distances are measured on, such as the module's own embedding, pooled. It runs without
-            gradients, once a call, if a row is missing. If it fails, it is left out, and the report
-            says so. Defaults to "auto".
+            :data:`~coded_torch.input_space.metrics.METRICS`; "auto", all of these; a callable,
+            short for ("auto", callable); or a sequence of these. Every output of the module has the
+            metric by which its results are predicted best, each left out in turn. A callable is
+            given the floating-point inputs, ``[B, ...]`` each, or the others if there are none. It
+            returns tensors to measure distances on, such as the module's own embedding, pooled. It
+            runs once a call, without gradients, if a row is missing. If it fails, the report says
+            so. Defaults to "auto".
         length: of the regression, positive, in median distances between neighbours on a path
             through the batch. "auto" chooses among 1, 2, 4, 8 and half a step, by the root of 2, to
             the better side. Defaults to "auto".
         link: "softmax" if all outputs are probabilities over their last dimension: they are
             predicted on the scale of logits. Defaults to None.
         coverage: the probability, between 0 and 1, with which the error of a predicted answer is at
-            most its radius. A level above 0.995 may be out of reach, with infinite radii: of many
-            results, a few hundred calibrate. Defaults to 0.95.
+            most its radius. Above 0.995 radii may be infinite. Defaults to 0.95.
 
     Attributes:
         metrics, lengths: the competing metrics and lengths.
@@ -55,7 +52,6 @@ class Regression:
         :math:`O(B^2 d + B^3)` on the host, in float32; batches of more than 4,096 rows are
         predicted in parts. Another metric than "shrunk", or another length than 2, must predict
         better by two standard errors of the gain. The same inputs and results give the same bits.
-
         Gradients of predictions take distances, metric, length and trust as constant.
 
     Example:
@@ -77,13 +73,11 @@ class Regression:
         coverage: float = 0.95,
     ) -> None:
         self.metric, self.metrics = metric, _metrics(metric)
-        if isinstance(length, str):
-            if length != "auto":
-                raise ValueError(f"Regression: length must be positive or 'auto', got {length!r}")
-            self.lengths: tuple[float, ...] = LENGTHS
-        else:
-            self.lengths = (positive(self, "length", length),)
-        self.length = self.lengths[0] if isinstance(length, numbers.Real) else length
+        self.length, self.lengths = length, tuple[float, ...](LENGTHS)
+        if not isinstance(length, str) or length != "auto":
+            must = "positive and finite, or 'auto'"
+            self.length = real(self, "length", length, must, lambda x: 0 < x < math.inf)
+            self.lengths = (self.length,)
         check_link(self, link)
         self.link = link
         self.coverage = real(self, "coverage", coverage, "between 0 and 1", lambda x: 0 < x < 1)
@@ -108,16 +102,13 @@ class Regression:
                 the mean of all results.
         """
         inputs, size = check_batch("Regression", inputs, batch_size)
-        parts = max(1, -(-size // (count("Regression", "block", block, least=0) or size)))
-        rows = list(torch.arange(size, device="cpu").tensor_split(parts))
+        parts = -(-size // (count("Regression", "block", block, least=0) or size))
         with outside():
-            if not block:
-                return RowPlan(self, [], size, None, rows)
-            return RowPlan(self, inputs, size, others, rows)
+            rows = torch.arange(size).tensor_split(parts)
+            return RowPlan(self, inputs if block else [], size, others if block else None, rows)
 
     def __repr__(self) -> str:
-        given = {"metric": self.metric, "length": self.length, "link": self.link}
-        given["coverage"] = self.coverage
+        given = {k: getattr(self, k) for k in ("metric", "length", "link", "coverage")}
         shown = (f"{k}={v!r}" for k, v in given.items() if v not in ("auto", None, 0.95))
         return f"Regression({', '.join(shown)})"
 
@@ -142,8 +133,14 @@ class RowPlan:
         metrics, sources = regression.metrics, Sources(inputs)
         self._notes = sources.notes
         if not inputs and others is not None:
-            _make(sources, metrics, others)
+            self._notes.append(_BLIND)
+            for metric in metrics if others else ():  # the first callable that works measures
+                if not isinstance(metric, str) and not sources.leaves:
+                    numbers = [plain("Regression", "others", x) for x in others]
+                    sources.leaves = sources.make(metric, numbers)
             metrics = tuple(metric for metric in metrics if isinstance(metric, str)) or (*METRICS,)
+            if sources.leaves:
+                self._notes.clear()
         self._parts = []
         for each in parts:
             distances = Distances(sources, metrics, each) if sources.leaves else None
@@ -258,7 +255,6 @@ def check_batch(
 
 
 def check_link(owner: object, link: Any) -> None:
-    """Raise an error unless ``link`` is None or "softmax"."""
     instance(owner, "link", link, str, optional=True)
     if link not in (None, "softmax"):
         name = owner if isinstance(owner, str) else type(owner).__name__
@@ -271,17 +267,6 @@ def to_scale(outputs: Tensor, link: str | None) -> Tensor:
         return outputs
     # A probability that is 0 in floating point has no logarithm.
     return outputs.clamp(min=torch.finfo(outputs.dtype).tiny).log()
-
-
-def _make(sources: Sources, metrics: Sequence[str | Features], others: Sequence[Tensor]) -> None:
-    """Measure by the first callable that works on inputs of other dtypes."""
-    sources.notes.append(_BLIND)
-    for metric in metrics if others else ():
-        if not (isinstance(metric, str) or sources.leaves):
-            numbers = [plain("Regression", "others", x) for x in others]
-            sources.leaves = sources.make(metric, numbers)
-    if sources.leaves:
-        sources.notes.clear()
 
 
 def _metrics(metric: Any) -> tuple[str | Features, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,14 +49,6 @@ _WEIGHED = 512
 _NEIGHBOURS = 500
 
 
-class Fitted(NamedTuple):
-    """A regression from results."""
-
-    choice: Choice
-    process: GaussianProcess
-    sample: Tensor  # the results whose residuals the regression keeps
-
-
 class Fits:
     """Regressions from the results of rows ``[M]``. Results and their residuals share the factors.
 
@@ -78,13 +70,14 @@ class Fits:
         self._comparisons: dict[Any, Comparison] = {}
         self._few = evenly(len(points), max(compared, len(points) // 8))
         self._compared = points[self._few]
-        self._fitted: list[Fitted] = []  # to results and to their residuals; not a history
+        # To results and to their residuals; not a history.
+        self._fitted: list[tuple[Tensor, Choice, GaussianProcess]] = []
 
-    def fit(self, sample: Tensor) -> Fitted:
+    def fit(self, sample: Tensor) -> tuple[Choice, GaussianProcess]:
         """Return the regression that predicts results ``[M, C]``, float64, best."""
-        for fitted in self._fitted:
-            if torch.equal(fitted.sample, sample):
-                return fitted
+        for known, choice, process in self._fitted:
+            if torch.equal(known, sample):
+                return choice, process
         distances, length = self._distances, _one_of(self._lengths)
         metric, *others = distances.competing
         metric = distances.first if others else metric
@@ -101,8 +94,8 @@ class Fits:
             self._processes[key] = process
         process = self._processes[key]
         choice = Choice(name_of(metric), length, *process.leave_one_out_error(sample))
-        self._fitted = [*self._fitted[-1:], Fitted(choice, process, sample)]
-        return self._fitted[-1]
+        self._fitted = [*self._fitted[-1:], (sample, choice, process)]
+        return choice, process
 
     def _metric(self, few: Tensor, length: float) -> str | Features:
         distances, metrics = self._distances, self._distances.competing
@@ -194,7 +187,7 @@ class Given:
 
     def decode(self, results: Tensor) -> tuple[Tensor, Choice | None]:
         """Return the answers of the rows, ``[b, ...]``, and how missing ones were predicted."""
-        own, used, fitted = self._own, self._used, None
+        own, used, choice = self._own, self._used, None
         with outside(), exactly():
             if not len(self._missing):
                 return SelectMap(len(results), own, used[:0], torch.zeros(0, 0))(results), None
@@ -207,20 +200,20 @@ class Given:
                 return torch.where(has, results[own], answers), choice
             weights = torch.full((1, len(used)), 1 / len(used), dtype=torch.float64)
             if self._fits is not None:
-                fitted = self._fits.fit(*few_columns(used, results))
-            if fitted is not None and (trust := fitted.choice.trust) > 0:
+                choice, process = self._fits.fit(*few_columns(used, results))
+            if choice is not None and (trust := choice.trust) > 0:
                 # Wide outputs, other devices and derivatives need weights.
                 simple = results.device.type == "cpu" and not differentiated(results)
                 fewer = results.numel() < len(results) * len(self._missing)
                 if simple and fewer and len(used) > _WEIGHED:
-                    found = fitted.process.predict(columns[used].double(), trust).to(results.dtype)
+                    found = process.predict(columns[used].double(), trust).to(results.dtype)
                     answers = results.index_select(0, own.clamp(min=0))
                     answers[self._missing] = found.view(len(found), *results.shape[1:])
-                    return answers, fitted.choice
+                    return answers, choice
                 # Shrunk towards the mean as far as results are not predicted by each other.
-                weights = fitted.process.weights * trust + (1 - trust) / len(used)
+                weights = process.weights * trust + (1 - trust) / len(used)
             map = SelectMap(len(results), own, used, weights)
-        return map(results), None if fitted is None else fitted.choice
+        return map(results), choice
 
     def bars(self, results: Tensor, answers: Tensor, *surrogates: Tensor) -> Bars | None:
         """Return the error bars of missing rows, None without any.
@@ -241,7 +234,7 @@ class Given:
             labels = of_used + offsets[0], predicted + offsets[1]
         regression = None
         if self._fits is not None and len(used) > 1:
-            choice, process, _ = self._fits.fit(_few(of_used).double())
+            choice, process = self._fits.fit(_few(of_used).double())
             regression = (process, choice.trust) if choice.trust > 0 else None
         return bars(rows, of_used, predicted, regression, labels)
 
@@ -251,7 +244,7 @@ class Given:
         if self._fits is None:
             n = len(sample)
             return float(sample.var(0).sum()) * n**2 / (n - 1) if n > 1 else 0.0
-        process = self._fits.fit(sample).process
+        _, process = self._fits.fit(sample)
         return float(process.leave_one_out_residuals(sample).square().sum())
 
 
