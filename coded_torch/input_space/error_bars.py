@@ -50,8 +50,7 @@ def bars(
     Args:
         results, predicted: ``[M, C]``, and predictions of the missing rows, ``[L, C]``.
         regression: the process, and its trust in (0, 1]. None if predictions are the mean.
-        labels: if outputs are scores of classes, these at the results, ``[M, C]``, and at the
-            missing rows, ``[L, C]``: with surrogates, which results and predictions lack.
+        labels: results and predictions with their surrogates, if they are scores of classes.
     """
     count, signed = len(results), results.shape[1] == 1
     process, trust = regression or (None, 0.0)
@@ -61,7 +60,7 @@ def bars(
     else:
         left_out, of_left_out = process.left_out, process.leave_one_out_variances.numpy()
         weights, variances = process.weights_of_left_out.numpy(), process.variances.numpy()
-    norms, moved, errors = np.zeros((3, len(left_out))), np.zeros(len(rows)), []
+    norms, moved, errors = np.zeros((3, len(left_out))), np.zeros(len(rows)), list[Array]()
     for y, answers in zip(results.split(_BLOCK, 1), predicted.split(_BLOCK, 1), strict=True):
         y = y.double()
         mean = y.mean(0)
@@ -73,7 +72,7 @@ def bars(
         off = (answers.double() - mean).numpy()
         for total, x in zip((*norms, moved), (residuals, shrunk, deviations, off), strict=True):
             total += x[:, 0] if signed else np.einsum("ij,ij->i", x, x)
-        errors.append(shrunk if labels is not None else shrunk[:, :0])
+        errors += [] if labels is None else [shrunk]
     if not signed:
         norms, moved = np.sqrt(norms), np.sqrt(moved)
     risks = None

@@ -39,22 +39,20 @@ class GaussianProcess:
 
     .. math:: k^T C^{-1} y + (1 - k^T C^{-1} 1) \, \frac{1^T C^{-1} y}{1^T C^{-1} 1} ,
 
-    linear in the results, so any number of outputs shares one factorisation (Rasmussen and
-    Williams, *Gaussian Processes for Machine Learning*, 2006, sections 2.7 and 5.4). It costs
-    :math:`O(M^3)` once and :math:`O(M^2)` per prediction. Callers leave autocast and default
-    devices, as each context takes 5 us.
+    linear in the results (Rasmussen and Williams, *Gaussian Processes for Machine Learning*, 2006,
+    sections 2.7 and 5.4). It costs :math:`O(M^3)` once and :math:`O(M^2)` per prediction. Callers
+    leave autocast and default devices, as each context takes 5 us.
 
     Args:
-        squared_distances: ``[P, P]``, of some points, float32 or float64. In float32, which
-            predicts as well up to 4,096 results and takes half the time, all is computed in
-            float32, unless there is no factorisation.
+        squared_distances: ``[P, P]``, of some points. In float32, which predicts as well up to
+            4,096 results and takes half the time, all is computed in float32, unless there is no
+            factorisation.
         length: of the covariance, positive.
         points: ``[M]``, the points whose results are given, at least one. Defaults to all.
         asked: ``[L]``, the points that are predicted. Defaults to none.
 
     Attributes:
-        left_out: ``[n]``, the results that are predicted from all others, each in turn: all, or, of
-            more than 512, 256 of them, evenly spaced.
+        left_out: ``[n]``, the results that are predicted from all others: all, or 256 of many.
     """
 
     def __init__(
@@ -172,10 +170,7 @@ class GaussianProcess:
         return torch.from_numpy(1 / np.maximum(inverses, 1e-12))  # a single result has 0
 
     def leave_one_out_residuals(self, results: Tensor) -> Tensor:
-        """Return the results that are left out less their predictions from all others, ``[n, C]``.
-
-        ``results`` are ``[M, C]``, float64.
-        """
+        """Return results less their predictions from all others, from ``[M, C]``: ``[n, C]``."""
         right, mean, size = self._seen(results)
         over = (self._of_left_out @ right.T).numpy()  # over variances
         over -= self._mean[self.left_out].numpy()[:, None] * mean.numpy()
@@ -184,10 +179,9 @@ class GaussianProcess:
     def leave_one_out_error(self, results: Tensor) -> tuple[float, float]:
         r"""Return how well results are predicted from each other, each from all others.
 
-        The first number is the root mean square of the residuals, relative to the mean of the
-        others'; it is NaN if all results are equal. The second says how far to follow predictions
-        away from the mean, in [0, 1]. It is the slope of the regression, through 0, of every result
-        on its prediction, both less the mean of the others; 0 if its gain may be chance.
+        The first number is :attr:`Choice.error`. The second is the trust: the slope of the
+        regression, through 0, of every result on its prediction, both less the mean of the others;
+        0 if its gain may be chance.
         """
         y = results - results[:1]  # equal results have no deviation at all
         deviations = (y[self.left_out] - y.mean(0)).numpy()
@@ -228,11 +222,10 @@ class Comparison:
     def losses(self, y: Tensor) -> npt.NDArray[np.float64]:
         r"""Return how badly each result is predicted from all others, ``[K, n]``: less is better.
 
-        The loss is the negative logarithm of the density that the others' prediction and its
-        variance give to a result, at the best variance of the outputs: with the residuals e, their
-        variances v, and the mean q of :math:`e^2 / v`, half of
-        :math:`\log q + \overline{e^2} / (q v) - 1 + \log v`. So a few inputs far from all others do
-        not decide. :func:`scaled` returns ``y``, ``[C, n]``.
+        It is the negative logarithm of the density that the others' prediction gives to a result,
+        at the best variance of the outputs: with the residuals e, their variances v, and the mean q
+        of :math:`e^2 / v`, half of :math:`\log q + \overline{e^2} / (q v) - 1 + \log v`. So a few
+        inputs far from all others do not decide. :func:`scaled` returns ``y``, ``[C, n]``.
         """
         y = y.to(self._half.dtype)
         centred = y - (self._weights @ y.T).unsqueeze(2)  # [K, C, n]

@@ -35,8 +35,7 @@ _LONG = 8
 class Geometry:
     r"""The inner products and distances of rows, in a metric fitted to these rows.
 
-    Let :math:`X` hold the features as centred rows, of root mean square length 1. The inner
-    products are
+    For centred rows :math:`X` of root mean square length 1, the inner products are
 
     .. math:: M = X \, C \, (C + \tau I)^{-1} X^\top, \qquad
               C = X^\top X, \quad \tau = \text{shrinkage} \cdot \operatorname{tr} C,
@@ -60,10 +59,7 @@ class Geometry:
     def squared_distances(
         self, shrinkage: float, some: Tensor | None = None
     ) -> tuple[Tensor, float]:
-        """Return squared distances, and the mean of the squared lengths of all rows.
-
-        Distances of all rows, or ``[m, m]`` of some, are symmetric, and 0 between equal rows.
-        """
+        """Return squared distances of all or some rows, and the mean square of all lengths."""
         rows, squares, unit = self.at(shrinkage)
         if some is not None:
             rows, squares = rows[some], squares[some]
@@ -106,8 +102,7 @@ class Geometry:
 
 def evenly(size: int, most: int) -> Tensor:
     """Return at most so many of ``0 .. size - 1``, evenly spaced."""
-    if size <= most:
-        return torch.arange(size)
+    most = min(size, most)
     return torch.arange(most) * size // max(most, 1)
 
 

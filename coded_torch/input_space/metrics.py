@@ -63,7 +63,7 @@ class Scaling(NamedTuple):
 
     size: float
     mean: Tensor  # [f], of the rows divided by the size
-    spread: float  # the root mean square of their lengths; 0 if all rows are equal, or NaN
+    spread: float  # the root mean square of their lengths; 0 if all rows are equal
     scale: Tensor  # [f], or a number
     pooled: bool = False
 
@@ -93,15 +93,10 @@ class Leaf:
 
     @functools.cached_property
     def centred(self) -> tuple[Tensor, Scaling]:
-        """The centred rows, and the map to centred rows of root mean square length 1.
-
-        Rows are divided by a size, so that squares neither overflow nor vanish.
-        """
+        """The centred rows, and the map to centred rows of root mean square length 1."""
         x, size = self.rows, 1.0
         largest = max(map(abs, map(float, torch.aminmax(x)))) if x.numel() else 0.0
-        if not math.isfinite(largest):
-            return x, Scaling(size, x.mean(0), math.nan, torch.tensor(math.nan))
-        if not 1e-8 < largest < 1e8:
+        if not 1e-8 < largest < 1e8:  # squares would overflow, or vanish
             size = max(largest, torch.finfo(x.dtype).tiny)
             x, largest = x / size, largest / size
         mean = x.mean(0)
@@ -115,8 +110,8 @@ class Leaf:
 class Metric(NamedTuple):
     """A distance between inputs: the distance of their features.
 
-    ``features`` are "rows", the input as it is; "spread", each feature divided by its spread, for
-    features in different units, or seldom not 0; or "pooled", the mean and the spread over T of
+    These are "rows", the input as it is; "spread", each feature divided by its spread, for features
+    in different units, or seldom not 0; or "pooled", the mean and the spread over T of
     ``[B, T, D]``. The metric applies to at least ``rows_each`` rows for each feature.
     """
 

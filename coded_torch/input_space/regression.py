@@ -93,13 +93,11 @@ class Regression:
         """Plan one batch, before any of its results is there.
 
         Args:
-            inputs: the floating-point inputs that are divided, ``[B, ...]`` each. If there is none,
-                missing rows get the mean of the others.
+            inputs: the floating-point inputs that are divided, ``[B, ...]`` each.
             batch_size: B, which must be given if there is no input.
             others: the inputs of other dtypes, of which a callable metric makes features if there
                 is no floating-point input.
-            block: the most rows that are predicted together. At 0, each missing row is predicted by
-                the mean of all results.
+            block: the most rows that are predicted together. At 0, the mean predicts all.
         """
         inputs, size = check_batch("Regression", inputs, batch_size)
         parts = -(-size // (count("Regression", "block", block, least=0) or size))
@@ -208,8 +206,7 @@ class RowPlan:
     ) -> ErrorBars:
         """Return the error bars of the answers ``[B, ...]`` of :meth:`decode`.
 
-        ``surrogates`` are the tensors subtracted from the results, ``[F, G, ...]``, and added to
-        the answers, ``[B, ...]``.
+        Surrogates ``[F, G, ...]`` were subtracted from results, ``[B, ...]`` will be added.
         """
         more = (surrogates[0].flatten(0, 1), surrogates[1]) if surrogates else ()
         with outside(), exactly():

@@ -216,10 +216,7 @@ class Given:
         return map(results), choice
 
     def bars(self, results: Tensor, answers: Tensor, *surrogates: Tensor) -> Bars | None:
-        """Return the error bars of missing rows, None without any.
-
-        ``answers`` are of the batch, ``[B, ...]``. Surrogates are at the results and of the batch.
-        """
+        """Return the error bars of missing rows, None without any; see ``RowPlan.error_bars``."""
         if not len(self._missing):
             return None
         rows, used = self._rows[self._missing], self._used
