@@ -44,11 +44,11 @@ class GaussianProcess:
     leave autocast and default devices, as each context takes 5 us.
 
     Args:
-        squared_distances: ``[P, P]``, of some points. In float32, which predicts as well up to
+        squared: ``[P, P]``, squared distances of points. In float32, which predicts as well up to
             4,096 results and takes half the time, all is computed in float32, unless there is no
             factorisation.
         length: of the covariance, positive.
-        points: ``[M]``, the points whose results are given, at least one. Defaults to all.
+        known: ``[M]``, the points whose results are given, at least one. Defaults to all.
         asked: ``[L]``, the points that are predicted. Defaults to none.
 
     Attributes:
@@ -57,32 +57,32 @@ class GaussianProcess:
 
     def __init__(
         self,
-        squared_distances: Tensor,
+        squared: Tensor,
         length: float,
-        points: Tensor | None = None,
+        known: Tensor | None = None,
         asked: Tensor | None = None,
     ) -> None:
-        points = torch.arange(len(squared_distances)) if points is None else points
-        self._asked = points[:0] if asked is None else asked
-        dtype, self._nugget = squared_distances.dtype, NUGGET
+        known = torch.arange(len(squared)) if known is None else known
+        self._asked = known[:0] if asked is None else asked
+        dtype, self._nugget = squared.dtype, NUGGET
         while True:  # ends: with a nugget of M at the latest, the diagonal dominates
-            self._where = squared_distances.to(dtype), points, length
+            self._where = squared.to(dtype), known, length
             # Laid out as LAPACK has it, which is the same, as it is symmetric.
-            covariance = self._covariances(points).mT
+            covariance = self._covariances(known).mT
             covariance.diagonal().add_(self._nugget)
             failed = covariance.new_empty((), dtype=torch.int32)
             # In its own memory: of many results, new memory takes an eighth as long again.
             torch.linalg.cholesky_ex(covariance, out=(covariance, failed))
             if not failed:
                 break
-            if bool(squared_distances.isnan().any()):
-                raise ValueError("GaussianProcess: squared_distances must be numbers, got NaN")
+            if bool(squared.isnan().any()):
+                raise ValueError("GaussianProcess: squared must be numbers, got NaN")
             if dtype == torch.float64:
                 self._nugget *= 10
             dtype = torch.float64
         self._factor = covariance
         # The rows of L^-T, for the factor L, of the results that are left out; and C^-1 1, [M].
-        count = len(points)
+        count = len(known)
         self._leaves_all = count <= _ALL_LEFT_OUT
         self.left_out = evenly(count, count if self._leaves_all else _LEFT_OUT)
         some = covariance.new_zeros(len(self.left_out), count)
@@ -92,8 +92,8 @@ class GaussianProcess:
         self._last: tuple[Tensor, tuple[Tensor, Tensor, float]] | None = None
 
     def _covariances(self, rows: Tensor) -> Tensor:
-        squared, points, length = self._where
-        return matern52_among(squared, rows, points, length)
+        squared, known, length = self._where
+        return matern52_among(squared, rows, known, length)
 
     def _half(self, rows: Tensor) -> Tensor:
         """Return rows times L^-T, by a product if it is known."""

@@ -13,7 +13,7 @@ from .._arguments import count, dense, instance, real, shown
 from .._torch import exactly, outside, plain
 from .error_bars import ErrorBars
 from .metrics import METRICS, Choice, Distances, Features, Sources
-from .selection import LENGTHS, MOST_ROWS, Given, Part
+from .selection import MOST_ROWS, Given, Part
 
 __all__ = ["MOST_ROWS", "Regression", "RowPlan", "check_batch", "check_link", "to_scale"]
 
@@ -46,7 +46,7 @@ class Regression:
             most its radius. Above 0.995 radii may be infinite. Defaults to 0.95.
 
     Attributes:
-        metrics, lengths: the competing metrics and lengths.
+        metrics: the competing metrics.
 
     Note:
         :math:`O(B^2 d + B^3)` on the host, in float32; batches of more than 4,096 rows are
@@ -73,11 +73,10 @@ class Regression:
         coverage: float = 0.95,
     ) -> None:
         self.metric, self.metrics = metric, _metrics(metric)
-        self.length, self.lengths = length, tuple[float, ...](LENGTHS)
+        self.length = length
         if not isinstance(length, str) or length != "auto":
             must = "positive and finite, or 'auto'"
             self.length = real(self, "length", length, must, lambda x: 0 < x < math.inf)
-            self.lengths = (self.length,)
         check_link(self, link)
         self.link = link
         self.coverage = real(self, "coverage", coverage, "between 0 and 1", lambda x: 0 < x < 1)
@@ -139,10 +138,11 @@ class RowPlan:
             metrics = tuple(metric for metric in metrics if isinstance(metric, str)) or (*METRICS,)
             if sources.leaves:
                 self._notes.clear()
+        length = None if isinstance(regression.length, str) else regression.length
         self._parts = []
         for each in parts:
             distances = Distances(sources, metrics, each) if sources.leaves else None
-            self._parts.append(Part(regression.lengths, each, distances))
+            self._parts.append(Part(each, distances, length))
         self._back = torch.cat([part.rows for part in self._parts]).argsort()
         self._last: tuple[tuple[int, ...], tuple[Tensor, list[Given]]] | None = None
 
@@ -236,8 +236,7 @@ def check_batch(
 ) -> tuple[list[Tensor], int]:
     """Return the plain inputs and the size of the batch, or raise as :meth:`Regression.plan`."""
     if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence):
-        what = type(inputs).__name__
-        raise TypeError(f"{owner}: inputs must be a sequence of tensors, got {what}")
+        raise TypeError(f"{owner}: inputs must be a sequence of tensors, got {shown(inputs)}")
     if batch_size is None and not inputs:
         raise ValueError(f"{owner}: batch_size must be given where there are no inputs, got None")
     size = None if batch_size is None else count(owner, "batch_size", batch_size)

@@ -19,12 +19,12 @@ from .gaussian_process import Comparison, GaussianProcess, scaled
 from .geometry import evenly
 from .metrics import Choice, Distances, Features, name_of
 
-__all__ = ["LENGTH", "LENGTHS", "MOST_ROWS", "Fits", "Given", "Part", "few_columns"]
+__all__ = ["LENGTH", "MOST_ROWS", "Fits", "Given", "Part", "few_columns"]
 
 #: The length where nothing is chosen, in steps of a path, and the lengths that compete, with a half
 #: step to the better side; no others were better. (benchmarks distances)
 LENGTH = 2.0
-LENGTHS = (1.0, 2.0, 4.0, 8.0)
+_LENGTHS = (1.0, 2.0, 4.0, 8.0)
 # Results that metrics and lengths are compared on, or an eighth if that is more: all of 204 cost
 # several times as much, and find no better ones. (benchmarks distances)
 _COMPARED = 144
@@ -52,19 +52,19 @@ _NEIGHBOURS = 500
 class Fits:
     """Regressions from the results of rows ``[M]``. Results and their residuals share the factors.
 
-    They predict the ``missing`` rows. Metrics and lengths, in steps of the path, are compared on
+    They predict the ``missing`` rows. Metrics, and lengths if none is fixed, are compared on
     ``compared`` of the results, or an eighth.
     """
 
     def __init__(
         self,
         distances: Distances,
-        lengths: Sequence[float],
+        length: float | None,
         points: Tensor,
         missing: Tensor | None = None,
         compared: int = _COMPARED,
     ) -> None:
-        self._distances, self._lengths = distances, lengths
+        self._distances, self._fixed = distances, length
         self._points, self._missing = points, missing
         self._processes: dict[Any, GaussianProcess] = {}
         self._comparisons: dict[Any, Comparison] = {}
@@ -78,14 +78,14 @@ class Fits:
         for known, choice, process in self._fitted:
             if torch.equal(known, sample):
                 return choice, process
-        distances, length = self._distances, _one_of(self._lengths)
+        distances, length = self._distances, self._fixed or LENGTH
         metric, *others = distances.competing
         metric = distances.first if others else metric
         if len(self._points) >= _LEAST and sample.shape[1]:
             few = scaled(sample[self._few])[0].float()
             if others:
                 metric = self._metric(few, length)
-            if len(self._lengths) > 1:
+            if self._fixed is None:
                 length = self._length(few, metric)
         key = metric, length
         if key not in self._processes:
@@ -121,9 +121,9 @@ class Fits:
             found.update(zip(new, self._comparisons[key].losses(few), strict=True))
             return lengths[_best([found[x] for x in lengths], lengths.index(default))]
 
-        length = best(LENGTHS[:-1], LENGTH)
-        if length == LENGTHS[-2]:
-            length = best(LENGTHS, LENGTH)
+        length = best(_LENGTHS[:-1], LENGTH)
+        if length == _LENGTHS[-2]:
+            length = best(_LENGTHS, LENGTH)
         near = [length, length / math.sqrt(2), length * math.sqrt(2)]
         if {length / 2, length * 2} <= found.keys():  # the side whose next length is better
             near.pop(1 if found[length * 2].mean() < found[length / 2].mean() else 2)
@@ -144,8 +144,8 @@ def _best(losses: Sequence[npt.NDArray[np.float64]], default: int | None) -> int
 class Part:
     """The rows ``[b]`` of a batch that are predicted together; by their mean without distances."""
 
-    def __init__(self, lengths: Sequence[float], rows: Tensor, distances: Distances | None) -> None:
-        self.rows, self.distances, self.lengths = rows, distances, lengths
+    def __init__(self, rows: Tensor, distances: Distances | None, length: float | None) -> None:
+        self.rows, self.distances, self.length = rows, distances, length
         self.usable = torch.ones(len(rows), dtype=torch.bool)
         self.order = torch.arange(len(rows))
         if distances is not None:
@@ -158,7 +158,7 @@ class Part:
         if self.distances is None:
             return variances
         squared, step, _ = self.distances.by(self.distances.first)
-        length = step * _one_of(self.lengths)
+        length = step * (self.length or LENGTH)
         for near in self.order.tensor_split(-(-len(self.order) // _NEIGHBOURS)):
             variances[near] = GaussianProcess(squared, length, near).leave_one_out_variances
         return variances
@@ -183,7 +183,7 @@ class Given:
             known = source[source >= 0]
             self._used = known[evenly(len(known), MOST_ROWS)]
         elif part.distances is not None:
-            self._fits = Fits(part.distances, part.lengths, points, self._missing)
+            self._fits = Fits(part.distances, part.length, points, self._missing)
 
     def decode(self, results: Tensor) -> tuple[Tensor, Choice | None]:
         """Return the answers of the rows, ``[b, ...]``, and how missing ones were predicted."""
@@ -251,11 +251,6 @@ def _size(results: Tensor) -> float:
     if not 0 < largest < math.inf or 2.0**-500 < largest < 2.0**60:
         return 1.0
     return math.ldexp(1.0, max(math.frexp(largest)[1] - 60, -1000))
-
-
-def _one_of(lengths: Sequence[float]) -> float:
-    """Return the only length, or the one where nothing is chosen."""
-    return lengths[0] if len(lengths) == 1 else LENGTH
 
 
 def few_columns(rows: Tensor, *values: Tensor) -> list[Tensor]:

@@ -133,7 +133,7 @@ def test_distances_that_no_points_have(generator, dtype):
 
 
 def test_distances_that_are_no_numbers():
-    with pytest.raises(ValueError, match="squared_distances must be numbers, got NaN"):
+    with pytest.raises(ValueError, match="squared must be numbers, got NaN"):
         GaussianProcess(torch.full((3, 3), math.nan, dtype=torch.float64), 1.0)
 
 
