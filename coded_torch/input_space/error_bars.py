@@ -107,18 +107,15 @@ def _thresholds(
 
     for predictions that are not shrunk; it is infinite if the denominator is not positive. If k - 1
     thresholds are larger than a radius, the error of row i exceeds it with probability
-    :math:`k / (n + 1)` at most. The thresholds of a single output are exact, and others hold by the
-    triangle inequality.
+    :math:`k / (n + 1)` at most. Thresholds of one output are exact, others by triangle inequality.
 
     Args:
         w, variances: ``[L, n]`` and ``[L]``, weights and variances before shrinking.
         moved: ``[L]``, the norms of the shrunk predictions less the mean of the results.
         known: ``[4, n]``, of each result the variance and the norms of its residual before
             shrinking, of its residual after it, and of itself less the mean of all ``count``.
-        signed: whether there is one output, and numbers instead of norms are given.
-
-    Returns:
-        ``[1, L, n]``; or ``[2, L, n]``, for positive and for negative errors.
+        signed: whether there is one output, and numbers instead of norms are given. Then thresholds
+            are ``[2, L, n]``, for positive and for negative errors, instead of ``[1, L, n]``.
     """
     of_left_out, residuals, shrunk, deviations = known
     rest, moved, w = 1 - trust, moved[:, None], w if signed else np.abs(w)
@@ -183,8 +180,7 @@ class ErrorBars:
         for rows, found, _ in self._bars:
             at, n = rows.numpy(), found.shape[2]
             levels = np.broadcast_to(np.asarray(coverage, dtype=np.float64), self.batch_size)[at]
-            outside = np.floor((1 - levels) * (n + 1) + 1e-9).astype(np.int64)
-            outside = np.minimum(outside, n)
+            outside = np.minimum(np.floor((1 - levels) * (n + 1) + 1e-9).astype(np.int64), n)
             limits = np.full((*found.shape[:2], n + 1), math.inf)
             limits[:, :, :n] = np.sort(found.numpy(), 2)
             radii[at] = np.take_along_axis(limits, (n - outside)[None, :, None], 2).max(0)[:, 0]

@@ -49,26 +49,22 @@ class GaussianProcess:
             factorisation.
         length: of the covariance, positive.
         known: ``[M]``, the points whose results are given, at least one. Defaults to all.
-        asked: ``[L]``, the points that are predicted. Defaults to none.
+        at: ``[L]``, the points that are predicted. Defaults to none.
 
     Attributes:
         left_out: ``[n]``, the results that are predicted from all others: all, or 256 of many.
     """
 
     def __init__(
-        self,
-        squared: Tensor,
-        length: float,
-        known: Tensor | None = None,
-        asked: Tensor | None = None,
+        self, squared: Tensor, length: float, known: Tensor | None = None, at: Tensor | None = None
     ) -> None:
         known = torch.arange(len(squared)) if known is None else known
-        self._asked = known[:0] if asked is None else asked
+        self._at = known[:0] if at is None else at
         dtype, self._nugget = squared.dtype, NUGGET
         while True:  # ends: with a nugget of M at the latest, the diagonal dominates
             self._where = squared.to(dtype), known, length
             # Laid out as LAPACK has it, which is the same, as it is symmetric.
-            covariance = self._covariances(known).mT
+            covariance = matern52_among(self._where[0], known, known, length).mT
             covariance.diagonal().add_(self._nugget)
             failed = covariance.new_empty((), dtype=torch.int32)
             # In its own memory: of many results, new memory takes an eighth as long again.
@@ -91,10 +87,6 @@ class GaussianProcess:
         self._precision = float(self._mean.sum())
         self._last: tuple[Tensor, tuple[Tensor, Tensor, float]] | None = None
 
-    def _covariances(self, rows: Tensor) -> Tensor:
-        squared, known, length = self._where
-        return matern52_among(squared, rows, known, length)
-
     def _half(self, rows: Tensor) -> Tensor:
         """Return rows times L^-T, by a product if it is known."""
         return rows @ self._of_left_out if self._leaves_all else _solved(rows, self._factor, True)
@@ -106,7 +98,8 @@ class GaussianProcess:
     @functools.cached_property
     def _toward(self) -> tuple[Tensor, Tensor, Tensor]:
         """Covariances times L^-T, ``[L, M]``, the mean's weights ``[L]``, and variances ``[L]``."""
-        covariances = self._covariances(self._asked)
+        squared, known, length = self._where
+        covariances = matern52_among(squared, self._at, known, length)
         half = self._half(covariances)
         left = 1 - (covariances @ self._mean).double().numpy()
         explained = torch.linalg.vector_norm(half, dim=1, dtype=torch.float64).numpy()

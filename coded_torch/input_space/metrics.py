@@ -45,8 +45,7 @@ class Choice:
     Attributes:
         metric: the name of the metric.
         length: of the regression, in median steps of a path through the batch.
-        error: the leave-one-out root mean squared error, relative to predicting the mean of the
-            others. NaN if there are too few results, or all are equal.
+        error: the leave-one-out root mean squared error, relative to the mean's; or NaN.
         trust: how far predictions go away from the mean of the results, in [0, 1].
         output: which of the decoded outputs was predicted.
     """
@@ -189,9 +188,8 @@ class Sources:
     """
 
     def __init__(self, inputs: Sequence[Tensor], leaves: Sequence[Leaf] | None = None) -> None:
-        self._inputs, self.notes = inputs, list[str]()
+        self._inputs, self.notes, self._made = inputs, list[str](), dict[Features, list[Leaf]]()
         self.leaves = leaves_of(inputs) if leaves is None else leaves
-        self._made: dict[Features, list[Leaf]] = {}
 
     def of(self, metric: str | Features) -> Sequence[Leaf]:
         """Return a metric's features; none of a callable that fails. It runs once."""
@@ -245,11 +243,11 @@ class Distances:
         self._odd = None if typical.all() else torch.from_numpy(~typical)
         self._geometries: dict[Any, Geometry | None] = {}
         self._measured: dict[Any, Measured] = {}
-        if len(metrics) == 1 and isinstance(metrics[0], str):
-            if self.has(metrics[0]):
-                self.first = metrics[0]
-            else:
-                sources.notes.append(f"the metric {metrics[0]!r} does not apply to these inputs")
+        only, *others = metrics
+        if isinstance(only, str) and not others:
+            self.first = DEFAULT if self._geometry(only) is None else only
+            if self.first != only:
+                sources.notes.append(f"the metric {only!r} does not apply to these inputs")
         squared, unit = self._squared(self.first)
         geometry = self._geometry(self.first)
         assert geometry is not None
@@ -263,14 +261,10 @@ class Distances:
         step = path_step(squared, self.order.numpy(), unit)
         self._measured[self.first] = Measured(squared, step, unit)
 
-    def has(self, metric: str | Features) -> bool:
-        """Return whether a metric applies."""
-        return self._geometry(metric) is not None
-
     @functools.cached_property
     def competing(self) -> Sequence[str | Features]:
         """The metrics that apply, or the first; callables run only if a row is missing."""
-        return [metric for metric in self._metrics if self.has(metric)] or [self.first]
+        return [x for x in self._metrics if self._geometry(x) is not None] or [self.first]
 
     def prepare(self) -> None:
         """Compute the coordinates of every metric, while results are awaited."""

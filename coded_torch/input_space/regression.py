@@ -23,10 +23,9 @@ _BLIND = "no floating-point input to measure distances on: missing answers are t
 class Regression:
     """Predicts missing rows of a batch by regression on the rows that have results.
 
-    The predictions are the posterior means of a Gaussian process in input space,
-    :class:`~coded_torch.input_space.gaussian_process.GaussianProcess`. If results are predicted
-    badly from each other, predictions are shrunk towards their mean. Without floating-point inputs,
-    missing rows get the mean.
+    The predictions are the posterior means of a Gaussian process in input space. If results are
+    predicted badly from each other, predictions are shrunk towards their mean. Without
+    floating-point inputs, missing rows get the mean.
 
     Args:
         metric: how far inputs are apart: a name in
@@ -37,16 +36,12 @@ class Regression:
             returns tensors to measure distances on, such as the module's own embedding, pooled. It
             runs once a call, without gradients, if a row is missing. If it fails, the report says
             so. Defaults to "auto".
-        length: of the regression, positive, in median distances between neighbours on a path
-            through the batch. "auto" chooses among 1, 2, 4, 8 and half a step, by the root of 2, to
-            the better side. Defaults to "auto".
+        length: of the regression, positive, in median steps of a path through the batch. "auto"
+            chooses among 1, 2, 4, 8, and then times or over the root of 2. Defaults to "auto".
         link: "softmax" if all outputs are probabilities over their last dimension: they are
             predicted on the scale of logits. Defaults to None.
         coverage: the probability, between 0 and 1, with which the error of a predicted answer is at
             most its radius. Above 0.995 radii may be infinite. Defaults to 0.95.
-
-    Attributes:
-        metrics: the competing metrics.
 
     Note:
         :math:`O(B^2 d + B^3)` on the host, in float32; batches of more than 4,096 rows are

@@ -220,11 +220,10 @@ class Given:
         if not len(self._missing):
             return None
         rows, used = self._rows[self._missing], self._used
-        places = [used, rows] * 2
-        asked = [*zip((results, answers, *surrogates), places, strict=False)]
-        of_used, predicted, *offsets = _on_host(asked)
+        values = results, answers, *surrogates
+        of_used, predicted, *offsets = _on_host([*zip(values, [used, rows] * 2, strict=False)])
         if (size := _size(of_used)) != 1:
-            found = self.bars(*(x / size for x in (results, answers, *surrogates)))
+            found = self.bars(*(x / size for x in values))
             return found and found._replace(thresholds=found.thresholds * size)
         labels = (of_used, predicted) if results.dim() == 2 else None
         if labels and offsets:
