@@ -132,8 +132,7 @@ class GaussianProcess:
 
     def predict(self, results: Tensor, trust: float = 1.0) -> Tensor:
         """Return predictions ``[L, C]``, shrunk towards the mean of the results ``[M, C]``."""
-        half, left, _ = self._toward
-        right, mean, size = self._seen(results)
+        (half, left, _), (right, mean, size) = self._toward, self._seen(results)
         found = (half @ right.T).addr_(left.to(half), mean).double()
         return found.mul_(trust * size) + results.mean(0)
 

@@ -40,8 +40,7 @@ class Geometry:
     .. math:: M = X \, C \, (C + \tau I)^{-1} X^\top, \qquad
               C = X^\top X, \quad \tau = \text{shrinkage} \cdot \operatorname{tr} C,
 
-    up to a factor. ``shrinkage = 0`` is the Euclidean metric, ``math.inf`` is
-    :math:`M = X C X^\top`, the metric of the covariance alone.
+    up to a factor. Shrinkage 0 is the Euclidean metric, ``math.inf`` the covariance's alone.
 
     ``rows`` are X, ``[n, d]``, float32, on the host. Of more than 256, L landmarks determine C: a
     quarter of the rows, 256 at least and 512 at most. The cost is :math:`O(L n d + L n^2)`.

@@ -243,8 +243,7 @@ class Distances:
         self._odd = None if typical.all() else torch.from_numpy(~typical)
         self._geometries: dict[Any, Geometry | None] = {}
         self._measured: dict[Any, Measured] = {}
-        only, *others = metrics
-        if isinstance(only, str) and not others:
+        if len(metrics) == 1 and isinstance(only := metrics[0], str):
             self.first = DEFAULT if self._geometry(only) is None else only
             if self.first != only:
                 sources.notes.append(f"the metric {only!r} does not apply to these inputs")

@@ -13,7 +13,7 @@ from .._arguments import dense, shown
 from .._extension import short_path
 from .._torch import on_host, placed, to_device
 
-__all__ = ["Grouping", "check_ordering", "similarity_order"]
+__all__ = ["Grouping", "similarity_order"]
 
 
 class Grouping:

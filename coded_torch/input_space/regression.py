@@ -126,9 +126,9 @@ class RowPlan:
         self._notes = sources.notes
         if not inputs and others is not None:
             self._notes.append(_BLIND)
+            numbers = [plain("Regression", "others", x) for x in others]
             for metric in metrics if others else ():  # the first callable that works measures
                 if not isinstance(metric, str) and not sources.leaves:
-                    numbers = [plain("Regression", "others", x) for x in others]
                     sources.leaves = sources.make(metric, numbers)
             metrics = tuple(metric for metric in metrics if isinstance(metric, str)) or (*METRICS,)
             if sources.leaves:
@@ -208,11 +208,9 @@ class RowPlan:
             rows, parts = self._flat(results, received)
             each = [part.bars(rows, answers, *more) for part in parts]
             found = ErrorBars(self.batch_size, [bars for bars in each if bars is not None])
-            usable = torch.cat([part.usable for part in self._parts])
-            if usable.all():
-                return found
+            usable = torch.cat([part.usable for part in self._parts])[self._back]
             # Far rows are unlike the results, none of which is far.
-            return found.widened(torch.where(usable[self._back], 0.0, math.inf))
+            return found if usable.all() else found.widened(torch.where(usable, 0.0, math.inf))
 
     def left_out_square(self, results: Tensor, received: Sequence[int]) -> float:
         """Return the sum of squared errors of predicting results from the others."""
@@ -239,9 +237,10 @@ def check_batch(
         dense(owner, f"inputs[{i}]", x)
         size = x.shape[:1].numel() if size is None else size
         if x.shape[:1] != (size,) or not size:
-            must = "batch_size must be that of the inputs, at least 1"
-            shape = f"{size} beside inputs[{i}] of shape {tuple(x.shape)}"
-            raise ValueError(f"{owner}: {must}, got {shape}")
+            got = f"{size} beside inputs[{i}] of shape {tuple(x.shape)}"
+            raise ValueError(
+                f"{owner}: batch_size must be that of the inputs, at least 1, got {got}"
+            )
     return [plain(owner, f"inputs[{i}]", x) for i, x in enumerate(inputs)], size or 0
 
 

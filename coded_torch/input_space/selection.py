@@ -70,8 +70,7 @@ class Fits:
         self._comparisons: dict[Any, Comparison] = {}
         self._few = evenly(len(points), max(compared, len(points) // 8))
         self._compared = points[self._few]
-        # To results and to their residuals; not a history.
-        self._fitted: list[tuple[Tensor, Choice, GaussianProcess]] = []
+        self._fitted: list[tuple[Tensor, Choice, GaussianProcess]] = []  # to results, residuals
 
     def fit(self, sample: Tensor) -> tuple[Choice, GaussianProcess]:
         """Return the regression that predicts results ``[M, C]``, float64, best."""
@@ -87,8 +86,7 @@ class Fits:
                 metric = self._metric(few, length)
             if self._fixed is None:
                 length = self._length(few, metric)
-        key = metric, length
-        if key not in self._processes:
+        if (key := (metric, length)) not in self._processes:
             squared, step, _ = distances.by(metric)
             process = GaussianProcess(squared, length * step, self._points, self._missing)
             self._processes[key] = process
