@@ -171,9 +171,8 @@ class GaussianProcess:
     def leave_one_out_error(self, results: Tensor) -> tuple[float, float]:
         r"""Return how well results are predicted from each other, each from all others.
 
-        The first number is :attr:`Choice.error`. The second is the trust: the slope of the
-        regression, through 0, of every result on its prediction, both less the mean of the others;
-        0 if its gain may be chance.
+        The first number is the error of a choice. The second is its trust: the slope of every
+        result's regression on its prediction, less the others' mean; 0 if its gain may be chance.
         """
         y = results - results[:1]  # equal results have no deviation at all
         deviations = (y[self.left_out] - y.mean(0)).numpy()

@@ -89,8 +89,7 @@ class Regression:
         Args:
             inputs: the floating-point inputs that are divided, ``[B, ...]`` each.
             batch_size: B, which must be given if there is no input.
-            others: the inputs of other dtypes, of which a callable metric makes features if there
-                is no floating-point input.
+            others: inputs of other dtypes, for callable metrics if there is no floating-point one.
             block: the most rows that are predicted together. At 0, the mean predicts all.
         """
         inputs, size = check_batch("Regression", inputs, batch_size)
@@ -245,6 +244,7 @@ def check_batch(
 
 
 def check_link(owner: object, link: Any) -> None:
+    """Raise an error unless ``link`` is None or "softmax"."""
     instance(owner, "link", link, str, optional=True)
     if link not in (None, "softmax"):
         name = owner if isinstance(owner, str) else type(owner).__name__
