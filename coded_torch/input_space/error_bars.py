@@ -50,8 +50,7 @@ def bars(
     Args:
         results, predicted: ``[M, C]``, and predictions of the missing rows, ``[L, C]``.
         regression: the process, and its trust in (0, 1]. None if predictions are the mean.
-        labels: if outputs are scores of classes, these at the results, ``[M, C]``, and at the
-            missing rows, ``[L, C]``: with surrogates, which results and predictions lack.
+        labels: results and predictions with their surrogates, if they are scores of classes.
     """
     count, signed = len(results), results.shape[1] == 1
     process, trust = regression or (None, 0.0)
@@ -61,7 +60,7 @@ def bars(
     else:
         left_out, of_left_out = process.left_out, process.leave_one_out_variances.numpy()
         weights, variances = process.weights_of_left_out.numpy(), process.variances.numpy()
-    norms, moved, errors = np.zeros((3, len(left_out))), np.zeros(len(rows)), []
+    norms, moved, errors = np.zeros((3, len(left_out))), np.zeros(len(rows)), list[Array]()
     for y, answers in zip(results.split(_BLOCK, 1), predicted.split(_BLOCK, 1), strict=True):
         y = y.double()
         mean = y.mean(0)
@@ -73,7 +72,7 @@ def bars(
         off = (answers.double() - mean).numpy()
         for total, x in zip((*norms, moved), (residuals, shrunk, deviations, off), strict=True):
             total += x[:, 0] if signed else np.einsum("ij,ij->i", x, x)
-        errors.append(shrunk if labels is not None else shrunk[:, :0])
+        errors += [] if labels is None else [shrunk]
     if not signed:
         norms, moved = np.sqrt(norms), np.sqrt(moved)
     risks = None
@@ -82,26 +81,19 @@ def bars(
         found = outputs - np.concatenate(errors, 1)
         wrong = found.argmax(1) != outputs.argmax(1)
         margins = _margins(answered) / np.sqrt(variances)
-        found_risks = label_risks(margins, _margins(found) / np.sqrt(of_left_out), wrong)
-        risks = torch.from_numpy(found_risks)
-    calibrating = [of_left_out, *norms]
+        of_results = _margins(found) / np.sqrt(of_left_out)
+        risks = torch.from_numpy(label_risks(margins, of_results, wrong))
+    calibrating = np.stack([of_left_out, *norms])
     if len(rows) > _MISSING:
         some = evenly(len(left_out), _CALIBRATING).numpy()
-        weights, calibrating = weights[:, some], [x[some] for x in calibrating]
-    limits = _thresholds(weights, variances, moved, calibrating, trust, count, signed=signed)
+        weights, calibrating = weights[:, some], calibrating[:, some]
+    limits = _thresholds(weights, variances, moved, calibrating, trust, count, signed)
     return Bars(rows, torch.from_numpy(limits), risks)
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
 def _thresholds(
-    weights: Array,
-    variances: Array,
-    moved: Array,
-    left_out: Sequence[Array],
-    trust: float,
-    count: int,
-    *,
-    signed: bool,
+    w: Array, variances: Array, moved: Array, known: Array, trust: float, count: int, signed: bool
 ) -> Array:
     r"""Return the errors of missing rows up to which results look as odd as these rows.
 
@@ -115,22 +107,19 @@ def _thresholds(
 
     for predictions that are not shrunk; it is infinite if the denominator is not positive. If k - 1
     thresholds are larger than a radius, the error of row i exceeds it with probability
-    :math:`k / (n + 1)` at most. The thresholds of a single output are exact, and others hold by the
-    triangle inequality.
+    :math:`k / (n + 1)` at most. Thresholds of one output are exact, others by triangle inequality.
 
     Args:
-        weights, variances: ``[L, n]`` and ``[L]``, before shrinking.
+        w, variances: ``[L, n]`` and ``[L]``, weights and variances before shrinking.
         moved: ``[L]``, the norms of the shrunk predictions less the mean of the results.
-        left_out: ``[n]`` each: variances and norms of residuals before shrinking, norms of
-            residuals after it, and norms of results less the mean of all ``count``.
-        signed: whether there is one output, and numbers instead of norms are given.
-
-    Returns:
-        ``[1, L, n]``; or ``[2, L, n]``, for positive and for negative errors.
+        known: ``[4, n]``, of each result the variance and the norms of its residual before
+            shrinking, of its residual after it, and of itself less the mean of all ``count``.
+        signed: whether there is one output, and numbers instead of norms are given. Then thresholds
+            are ``[2, L, n]``, for positive and for negative errors, instead of ``[1, L, n]``.
     """
-    of_left_out, residuals, shrunk, deviations = left_out
-    rest, moved = 1 - trust, moved[:, None]
-    w, ratio = weights if signed else np.abs(weights), of_left_out / variances[:, None]
+    of_left_out, residuals, shrunk, deviations = known
+    rest, moved, w = 1 - trust, moved[:, None], w if signed else np.abs(w)
+    ratio = of_left_out / variances[:, None]
     # The variance of j shrinks once row i is among the results.
     shrink = 1 / (w * w * ratio + 1)
     ratio *= shrink
@@ -157,10 +146,7 @@ def _thresholds(
 
 
 def label_risks(margins: Array, left_out: Array, wrong: npt.NDArray[np.bool_]) -> Array:
-    """Return the estimated probabilities that labels of such margins are wrong, ``[L]``.
-
-    ``left_out`` are margins of results that are left out, of which some are ``wrong``, ``[n]``.
-    """
+    """Return the estimated risks ``[L]`` of labels, from ``[n]`` left out, some of them wrong."""
     worse = np.sort(left_out[wrong])
     larger = len(worse) - np.searchsorted(worse, margins)
     return (1.0 + larger) / (len(wrong) + 1)
@@ -188,16 +174,13 @@ class ErrorBars:
     def radii(self, coverage: float | Tensor) -> Tensor:
         """Return the radii, ``[B]``, float64: 0 for exact rows, infinite for too few results.
 
-        Args:
-            coverage: the probability that an error is at most its radius, in (0, 1); or one for
-                each row, ``[B]``.
+        The ``coverage`` is one probability that an error is at most its radius, or ``[B]``.
         """
         radii = np.zeros(self.batch_size)
         for rows, found, _ in self._bars:
             at, n = rows.numpy(), found.shape[2]
             levels = np.broadcast_to(np.asarray(coverage, dtype=np.float64), self.batch_size)[at]
-            outside = np.floor((1 - levels) * (n + 1) + 1e-9).astype(np.int64)
-            outside = np.minimum(outside, n)
+            outside = np.minimum(np.floor((1 - levels) * (n + 1) + 1e-9).astype(np.int64), n)
             limits = np.full((*found.shape[:2], n + 1), math.inf)
             limits[:, :, :n] = np.sort(found.numpy(), 2)
             radii[at] = np.take_along_axis(limits, (n - outside)[None, :, None], 2).max(0)[:, 0]

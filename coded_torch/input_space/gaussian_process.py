@@ -39,52 +39,46 @@ class GaussianProcess:
 
     .. math:: k^T C^{-1} y + (1 - k^T C^{-1} 1) \, \frac{1^T C^{-1} y}{1^T C^{-1} 1} ,
 
-    linear in the results, so any number of outputs shares one factorisation (Rasmussen and
-    Williams, *Gaussian Processes for Machine Learning*, 2006, sections 2.7 and 5.4). It costs
-    :math:`O(M^3)` once and :math:`O(M^2)` per prediction. Callers leave autocast and default
-    devices, as each context takes 5 us.
+    linear in the results (Rasmussen and Williams, *Gaussian Processes for Machine Learning*, 2006,
+    sections 2.7 and 5.4). It costs :math:`O(M^3)` once and :math:`O(M^2)` per prediction. Callers
+    leave autocast and default devices, as each context takes 5 us.
 
     Args:
-        squared_distances: ``[P, P]``, of some points, float32 or float64. In float32, which
-            predicts as well up to 4,096 results and takes half the time, all is computed in
-            float32, unless there is no factorisation.
+        squared: ``[P, P]``, squared distances of points. In float32, which predicts as well up to
+            4,096 results and takes half the time, all is computed in float32, unless there is no
+            factorisation.
         length: of the covariance, positive.
-        points: ``[M]``, the points whose results are given, at least one. Defaults to all.
-        asked: ``[L]``, the points that are predicted. Defaults to none.
+        known: ``[M]``, the points whose results are given, at least one. Defaults to all.
+        at: ``[L]``, the points that are predicted. Defaults to none.
 
     Attributes:
-        left_out: ``[n]``, the results that are predicted from all others, each in turn: all, or, of
-            more than 512, 256 of them, evenly spaced.
+        left_out: ``[n]``, the results that are predicted from all others: all, or 256 of many.
     """
 
     def __init__(
-        self,
-        squared_distances: Tensor,
-        length: float,
-        points: Tensor | None = None,
-        asked: Tensor | None = None,
+        self, squared: Tensor, length: float, known: Tensor | None = None, at: Tensor | None = None
     ) -> None:
-        points = torch.arange(len(squared_distances)) if points is None else points
-        self._asked = points[:0] if asked is None else asked
-        dtype, self._nugget = squared_distances.dtype, NUGGET
+        known = torch.arange(len(squared)) if known is None else known
+        self._at = known[:0] if at is None else at
+        dtype, self._nugget = squared.dtype, NUGGET
         while True:  # ends: with a nugget of M at the latest, the diagonal dominates
-            self._where = squared_distances.to(dtype), points, length
+            self._where = squared.to(dtype), known, length
             # Laid out as LAPACK has it, which is the same, as it is symmetric.
-            covariance = self._covariances(points).mT
+            covariance = matern52_among(self._where[0], known, known, length).mT
             covariance.diagonal().add_(self._nugget)
             failed = covariance.new_empty((), dtype=torch.int32)
             # In its own memory: of many results, new memory takes an eighth as long again.
             torch.linalg.cholesky_ex(covariance, out=(covariance, failed))
             if not failed:
                 break
-            if bool(squared_distances.isnan().any()):
-                raise ValueError("GaussianProcess: squared_distances must be numbers, got NaN")
+            if bool(squared.isnan().any()):
+                raise ValueError("GaussianProcess: squared must be numbers, got NaN")
             if dtype == torch.float64:
                 self._nugget *= 10
             dtype = torch.float64
         self._factor = covariance
         # The rows of L^-T, for the factor L, of the results that are left out; and C^-1 1, [M].
-        count = len(points)
+        count = len(known)
         self._leaves_all = count <= _ALL_LEFT_OUT
         self.left_out = evenly(count, count if self._leaves_all else _LEFT_OUT)
         some = covariance.new_zeros(len(self.left_out), count)
@@ -92,10 +86,6 @@ class GaussianProcess:
         self._mean = self._whole(self._half(covariance.new_ones(1, count)))[0]
         self._precision = float(self._mean.sum())
         self._last: tuple[Tensor, tuple[Tensor, Tensor, float]] | None = None
-
-    def _covariances(self, rows: Tensor) -> Tensor:
-        squared, points, length = self._where
-        return matern52_among(squared, rows, points, length)
 
     def _half(self, rows: Tensor) -> Tensor:
         """Return rows times L^-T, by a product if it is known."""
@@ -108,7 +98,8 @@ class GaussianProcess:
     @functools.cached_property
     def _toward(self) -> tuple[Tensor, Tensor, Tensor]:
         """Covariances times L^-T, ``[L, M]``, the mean's weights ``[L]``, and variances ``[L]``."""
-        covariances = self._covariances(self._asked)
+        squared, known, length = self._where
+        covariances = matern52_among(squared, self._at, known, length)
         half = self._half(covariances)
         left = 1 - (covariances @ self._mean).double().numpy()
         explained = torch.linalg.vector_norm(half, dim=1, dtype=torch.float64).numpy()
@@ -141,8 +132,7 @@ class GaussianProcess:
 
     def predict(self, results: Tensor, trust: float = 1.0) -> Tensor:
         """Return predictions ``[L, C]``, shrunk towards the mean of the results ``[M, C]``."""
-        half, left, _ = self._toward
-        right, mean, size = self._seen(results)
+        (half, left, _), (right, mean, size) = self._toward, self._seen(results)
         found = (half @ right.T).addr_(left.to(half), mean).double()
         return found.mul_(trust * size) + results.mean(0)
 
@@ -172,10 +162,7 @@ class GaussianProcess:
         return torch.from_numpy(1 / np.maximum(inverses, 1e-12))  # a single result has 0
 
     def leave_one_out_residuals(self, results: Tensor) -> Tensor:
-        """Return the results that are left out less their predictions from all others, ``[n, C]``.
-
-        ``results`` are ``[M, C]``, float64.
-        """
+        """Return results less their predictions from all others, from ``[M, C]``: ``[n, C]``."""
         right, mean, size = self._seen(results)
         over = (self._of_left_out @ right.T).numpy()  # over variances
         over -= self._mean[self.left_out].numpy()[:, None] * mean.numpy()
@@ -184,10 +171,8 @@ class GaussianProcess:
     def leave_one_out_error(self, results: Tensor) -> tuple[float, float]:
         r"""Return how well results are predicted from each other, each from all others.
 
-        The first number is the root mean square of the residuals, relative to the mean of the
-        others'; it is NaN if all results are equal. The second says how far to follow predictions
-        away from the mean, in [0, 1]. It is the slope of the regression, through 0, of every result
-        on its prediction, both less the mean of the others; 0 if its gain may be chance.
+        The first number is the error of a choice. The second is its trust: the slope of every
+        result's regression on its prediction, less the others' mean; 0 if its gain may be chance.
         """
         y = results - results[:1]  # equal results have no deviation at all
         deviations = (y[self.left_out] - y.mean(0)).numpy()
@@ -228,11 +213,10 @@ class Comparison:
     def losses(self, y: Tensor) -> npt.NDArray[np.float64]:
         r"""Return how badly each result is predicted from all others, ``[K, n]``: less is better.
 
-        The loss is the negative logarithm of the density that the others' prediction and its
-        variance give to a result, at the best variance of the outputs: with the residuals e, their
-        variances v, and the mean q of :math:`e^2 / v`, half of
-        :math:`\log q + \overline{e^2} / (q v) - 1 + \log v`. So a few inputs far from all others do
-        not decide. :func:`scaled` returns ``y``, ``[C, n]``.
+        It is the negative logarithm of the density that the others' prediction gives to a result,
+        at the best variance of the outputs: with the residuals e, their variances v, and the mean q
+        of :math:`e^2 / v`, half of :math:`\log q + \overline{e^2} / (q v) - 1 + \log v`. So a few
+        inputs far from all others do not decide. :func:`scaled` returns ``y``, ``[C, n]``.
         """
         y = y.to(self._half.dtype)
         centred = y - (self._weights @ y.T).unsqueeze(2)  # [K, C, n]

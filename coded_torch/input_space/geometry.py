@@ -35,21 +35,15 @@ _LONG = 8
 class Geometry:
     r"""The inner products and distances of rows, in a metric fitted to these rows.
 
-    Let :math:`X` hold the features as centred rows, of root mean square length 1. The inner
-    products are
+    For centred rows :math:`X` of root mean square length 1, the inner products are
 
     .. math:: M = X \, C \, (C + \tau I)^{-1} X^\top, \qquad
               C = X^\top X, \quad \tau = \text{shrinkage} \cdot \operatorname{tr} C,
 
-    up to a factor. ``shrinkage = 0`` is the Euclidean metric, ``math.inf`` is
-    :math:`M = X C X^\top`, the metric of the covariance alone.
+    up to a factor. Shrinkage 0 is the Euclidean metric, ``math.inf`` the covariance's alone.
 
-    Args:
-        rows: ``[n, d]``, X, float32, on the host.
-
-    Note:
-        :math:`O(L n d + L n^2)`. Of more than 256 rows, L landmarks determine C: a quarter of the
-        rows, 256 at least and 512 at most.
+    ``rows`` are X, ``[n, d]``, float32, on the host. Of more than 256, L landmarks determine C: a
+    quarter of the rows, 256 at least and 512 at most. The cost is :math:`O(L n d + L n^2)`.
     """
 
     @on_host()
@@ -64,22 +58,16 @@ class Geometry:
     def squared_distances(
         self, shrinkage: float, some: Tensor | None = None
     ) -> tuple[Tensor, float]:
-        """Return squared distances, and the mean of the squared lengths of all rows.
-
-        Distances of all rows, or ``[m, m]`` of some, are symmetric, and 0 between equal rows.
-        """
-        rows, squares, unit = self._measured(shrinkage)
+        """Return squared distances of all or some rows, and the mean square of all lengths."""
+        rows, squares, unit = self.at(shrinkage)
         if some is not None:
             rows, squares = rows[some], squares[some]
         # From differences of coordinates: rounded inner products would part rows that repeat.
         nothing = (ROUNDINGS * torch.finfo(rows.dtype).eps) ** 2
         return squared_distances(rows, squares + (unit - 1) / 2, nothing), unit
 
-    def squared_lengths(self, shrinkage: float) -> Tensor:
-        """Return the squared lengths of all rows, ``[n]``."""
-        return self._measured(shrinkage)[1]
-
-    def _measured(self, shrinkage: float) -> tuple[Tensor, Tensor, float]:
+    def at(self, shrinkage: float) -> tuple[Tensor, Tensor, float]:
+        """Return coordinates ``[n, L]``, the squared lengths ``[n]``, and the mean of these."""
         if shrinkage not in self._at:
             rows = self._rows if shrinkage == 0 else self._coordinates(shrinkage)
             rows = rows.contiguous()
@@ -113,8 +101,7 @@ class Geometry:
 
 def evenly(size: int, most: int) -> Tensor:
     """Return at most so many of ``0 .. size - 1``, evenly spaced."""
-    if size <= most:
-        return torch.arange(size)
+    most = min(size, most)
     return torch.arange(most) * size // max(most, 1)
 
 
@@ -135,11 +122,8 @@ def added_up(x: Tensor) -> Tensor:
 
 def typical_rows(features: Sequence[Tensor]) -> npt.NDArray[np.bool_]:
     """Return which rows of features ``[B, d]`` are finite, and no longer than others by far."""
-    lengths = np.stack([torch.linalg.vector_norm(x, dim=1).numpy() for x in features])
-    if not lengths.size or not 1e-15 < float(lengths.max()) < 1e15:  # [inputs, B]
-        # Squares overflow, or vanish.
-        norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in features]
-        lengths = np.stack([x.numpy() for x in norms])
+    norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in features]
+    lengths = torch.stack(norms).numpy()  # [inputs, B]
     finite: npt.NDArray[np.bool_] = np.isfinite(lengths).all(0)
     if not (count := int(finite.sum())):
         return finite

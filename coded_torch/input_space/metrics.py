@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,10 +44,8 @@ class Choice:
 
     Attributes:
         metric: the name of the metric.
-        length: of the regression, in median distances between neighbours on a path through the
-            batch.
-        error: the leave-one-out root mean squared error, relative to predicting the mean of the
-            others. NaN if there are too few results, or all are equal.
+        length: of the regression, in median steps of a path through the batch.
+        error: the leave-one-out root mean squared error, relative to the mean's; or NaN.
         trust: how far predictions go away from the mean of the results, in [0, 1].
         output: which of the decoded outputs was predicted.
     """
@@ -65,7 +62,7 @@ class Scaling(NamedTuple):
 
     size: float
     mean: Tensor  # [f], of the rows divided by the size
-    spread: float  # the root mean square of their lengths; 0 if all rows are equal, or NaN
+    spread: float  # the root mean square of their lengths; 0 if all rows are equal
     scale: Tensor  # [f], or a number
     pooled: bool = False
 
@@ -95,15 +92,10 @@ class Leaf:
 
     @functools.cached_property
     def centred(self) -> tuple[Tensor, Scaling]:
-        """The centred rows, and the map to centred rows of root mean square length 1.
-
-        Rows are divided by a size, so that squares neither overflow nor vanish.
-        """
+        """The centred rows, and the map to centred rows of root mean square length 1."""
         x, size = self.rows, 1.0
         largest = max(map(abs, map(float, torch.aminmax(x)))) if x.numel() else 0.0
-        if not math.isfinite(largest):
-            return x, Scaling(size, x.mean(0), math.nan, torch.tensor(math.nan))
-        if not 1e-8 < largest < 1e8:
+        if not 1e-8 < largest < 1e8:  # squares would overflow, or vanish
             size = max(largest, torch.finfo(x.dtype).tiny)
             x, largest = x / size, largest / size
         mean = x.mean(0)
@@ -117,8 +109,8 @@ class Leaf:
 class Metric(NamedTuple):
     """A distance between inputs: the distance of their features.
 
-    ``features`` are "rows", the input as it is; "spread", each feature divided by its spread, for
-    features in different units, or seldom not 0; or "pooled", the mean and the spread over T of
+    These are "rows", the input as it is; "spread", each feature divided by its spread, for features
+    in different units, or seldom not 0; or "pooled", the mean and the spread over T of
     ``[B, T, D]``. The metric applies to at least ``rows_each`` rows for each feature.
     """
 
@@ -148,23 +140,20 @@ DEFAULT = "shrunk"
 #: five, the error is at most 1.011 of thirteen's on every development case
 #: (benchmarks/results/metrics.json). Against a shrinkage of 0, .01 had 26 % less squared error for
 #: a LeNet-5 on MNIST, and 0 to 3 % for two other networks (measured once, for version 0.2).
-METRICS: MappingProxyType[str, Metric] = MappingProxyType(
-    {
-        DEFAULT: Metric("rows", 0.01),
-        "covariance": Metric("rows", math.inf),
-        "spread": Metric("spread", 0.0),
-        # For tables, whose features seldom are as many as a quarter of the rows.
-        "spread_covariance": Metric("spread", math.inf, rows_each=4),
-        "mean_spread": Metric("pooled", 0.0),
-    }
-)
+METRICS = {
+    DEFAULT: Metric("rows", 0.01),
+    "covariance": Metric("rows", math.inf),
+    "spread": Metric("spread", 0.0),
+    # For tables, whose features seldom are as many as a quarter of the rows.
+    "spread_covariance": Metric("spread", math.inf, rows_each=4),
+    "mean_spread": Metric("pooled", 0.0),
+}
 
 
 def name_of(metric: str | Features) -> str:
     """Return the name of a metric or of a callable."""
-    if isinstance(metric, str):
-        return metric
-    return str(getattr(metric, "__name__", type(metric).__name__))
+    name = metric if isinstance(metric, str) else getattr(metric, "__name__", None)
+    return name or type(metric).__name__
 
 
 def leaves_of(inputs: Sequence[Tensor]) -> list[Leaf]:
@@ -193,17 +182,14 @@ def transforms(metric: Metric, leaves: Sequence[Leaf]) -> list[Scaling] | None:
 
 
 class Sources:
-    """The features of the rows of a batch, for every metric; callables make them of the inputs.
+    """The features of a batch, as given or of its inputs, of which callables make others.
 
-    Attributes:
-        leaves: as given. Defaults to :func:`leaves_of` the inputs.
-        notes: which metrics could not be had, and why.
+    ``notes`` say which metrics could not be had, and why.
     """
 
     def __init__(self, inputs: Sequence[Tensor], leaves: Sequence[Leaf] | None = None) -> None:
-        self._inputs, self.notes = inputs, list[str]()
+        self._inputs, self.notes, self._made = inputs, list[str](), dict[Features, list[Leaf]]()
         self.leaves = leaves_of(inputs) if leaves is None else leaves
-        self._made: dict[Features, list[Leaf]] = {}
 
     def of(self, metric: str | Features) -> Sequence[Leaf]:
         """Return a metric's features; none of a callable that fails. It runs once."""
@@ -221,9 +207,8 @@ class Sources:
                 found = pytree.tree_leaves(features(*inputs))
             for x in found or [None]:
                 if not isinstance(x, Tensor) or (x.is_floating_point(), *x.shape[:1]) != (1, size):
-                    got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else shown(x)
                     must = f"features must be floating-point, one for each of {size} rows"
-                    raise ValueError(f"{must}, got {got}")
+                    raise ValueError(f"{must}, got {shown(getattr(x, 'shape', x))}")
         except Exception as error:  # a caller's function may raise anything; other metrics compete
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             self.notes.append(f"the metric {name_of(features)} was left out: {reason}")
@@ -244,33 +229,28 @@ class Distances:
     """The distances between all or some rows of a batch, by every metric that may predict them.
 
     Attributes:
-        metrics: at least one name or callable.
         first: the metric that copies go by: the only one, or the default.
         usable: ``[b]``, bool: whether others are predicted from the results of the row.
         order: ``[b]``, a short path through the rows, in the first metric.
     """
 
     def __init__(
-        self,
-        sources: Sources,
-        metrics: Sequence[str | Features],
-        rows: Tensor | None = None,
+        self, sources: Sources, metrics: Sequence[str | Features], rows: Tensor | None = None
     ) -> None:
         rows = torch.arange(len(sources.leaves[0].rows)) if rows is None else rows
-        self._sources, self.metrics, self._rows, self.first = sources, metrics, rows, DEFAULT
+        self._sources, self._metrics, self._rows, self.first = sources, metrics, rows, DEFAULT
         typical = typical_rows([leaf.at(rows).rows for leaf in sources.leaves])
         self._odd = None if typical.all() else torch.from_numpy(~typical)
         self._geometries: dict[Any, Geometry | None] = {}
         self._measured: dict[Any, Measured] = {}
-        if len(metrics) == 1 and isinstance(metrics[0], str):
-            if self.has(metrics[0]):
-                self.first = metrics[0]
-            else:
-                sources.notes.append(f"the metric {metrics[0]!r} does not apply to these inputs")
+        if len(metrics) == 1 and isinstance(only := metrics[0], str):
+            self.first = DEFAULT if self._geometry(only) is None else only
+            if self.first != only:
+                sources.notes.append(f"the metric {only!r} does not apply to these inputs")
         squared, unit = self._squared(self.first)
         geometry = self._geometry(self.first)
         assert geometry is not None
-        self.usable = geometry.squared_lengths(_how(self.first).shrinkage) <= _FAR**2 * unit
+        self.usable = geometry.at(_how(self.first).shrinkage)[1] <= _FAR**2 * unit
         if self._odd is not None:
             self.usable &= ~self._odd
         # In its own memory, as new memory takes longer than both roots and squares.
@@ -280,20 +260,16 @@ class Distances:
         step = path_step(squared, self.order.numpy(), unit)
         self._measured[self.first] = Measured(squared, step, unit)
 
-    def has(self, metric: str | Features) -> bool:
-        """Return whether a metric applies."""
-        return self._geometry(metric) is not None
-
     @functools.cached_property
     def competing(self) -> Sequence[str | Features]:
         """The metrics that apply, or the first; callables run only if a row is missing."""
-        return [metric for metric in self.metrics if self.has(metric)] or [self.first]
+        return [x for x in self._metrics if self._geometry(x) is not None] or [self.first]
 
     def prepare(self) -> None:
         """Compute the coordinates of every metric, while results are awaited."""
-        for metric in self.metrics:
+        for metric in self._metrics:
             if isinstance(metric, str) and (geometry := self._geometry(metric)) is not None:
-                geometry.squared_lengths(_how(metric).shrinkage)
+                geometry.at(_how(metric).shrinkage)
 
     def by(self, metric: str | Features) -> Measured:
         """Return the distances in a metric that applies."""
@@ -348,10 +324,7 @@ class Distances:
 
 
 def path_step(squared_distances: Tensor, path: npt.NDArray[np.int64], unit: float = 1.0) -> float:
-    """Return the median distance between neighbours on a path; 1 if that says nothing.
-
-    ``unit`` is the mean square of the rows' lengths.
-    """
+    """Return the median distance between neighbours on a path; 1 if that says nothing."""
     steps = squared_distances.numpy()[path[:-1], path[1:]]
     steps = steps[(steps > 0) & (steps < math.inf)]
     if not steps.size:

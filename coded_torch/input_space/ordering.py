@@ -13,12 +13,7 @@ from .._arguments import dense, shown
 from .._extension import short_path
 from .._torch import on_host, placed, to_device
 
-__all__ = ["Grouping", "Ordering", "similarity_order"]
-
-#: An order of a batch, which is "similarity", "arrival" or the permutation itself.
-Ordering = str | Tensor | Sequence[int]
-
-_INDICES = ("rows", "targets", "_inverse")
+__all__ = ["Grouping", "similarity_order"]
 
 
 class Grouping:
@@ -27,27 +22,11 @@ class Grouping:
     Data point k of group g is row ``order[g * K + k]`` of the batch. The last group is filled up
     with copies of its last row, whose answers are dropped.
 
-    Args:
-        order: ``[B]``, each of 0..B-1 once.
-        num_data: K, at least 1.
-
     Attributes:
-        order: ``[B]``, int64.
-        num_data, batch_size: K and B.
+        order, num_data, batch_size: ``[B]``, int64, each of 0..B-1 once; K and B.
         num_groups: G, B / K rounded up.
         rows: ``[K, G]``, int64, the row of the batch at data point k of group g.
         targets: ``[K, G]``, int64, the row to which the answer of (k, g) goes; -1: nowhere.
-
-    Example:
-        >>> import torch
-        >>> from coded_torch.input_space.ordering import Grouping
-        >>> grouping = Grouping([2, 0, 1], num_data=2)
-        >>> groups = grouping.gather(torch.tensor([0.0, 10.0, 20.0]))
-        >>> groups
-        tensor([[20., 10.],
-                [ 0., 10.]])
-        >>> grouping.scatter(groups)
-        tensor([ 0., 10., 20.])
     """
 
     @on_host()
@@ -78,8 +57,9 @@ class Grouping:
         def make() -> Grouping:
             grouping = object.__new__(type(self))
             with torch.inference_mode(False):  # later calls may need derivatives
-                indices = to_device([getattr(self, name) for name in _INDICES], device)
-            grouping.__dict__.update(self.__dict__, **dict(zip(_INDICES, indices, strict=True)))
+                indices = to_device([self.rows, self.targets, self._inverse], device)
+            grouping.__dict__.update(self.__dict__)
+            grouping.rows, grouping.targets, grouping._inverse = indices
             return grouping
 
         return placed(self, self._copies, device, make)
@@ -121,24 +101,16 @@ def check_ordering(owner: object, ordering: Any) -> None:
 
 
 def similarity_order(distances: Tensor) -> Tensor:
-    """Return an order in which neighbours are near each other: a short open path.
+    """Return an order in which neighbours are near each other, ``[B]``: a short open path.
 
     The path goes from the most remote row to the nearest one not yet visited, and so on. Then 2-opt
-    and Or-opt shorten it until no such move does, or for 20 moves a row at most.
+    and Or-opt (Croes, 1958; Or, 1976) shorten it until no such move does, or for 20 moves a row at
+    most. One thread of the host takes 0.2 ms for 256 rows, 40 ms for 4,096, without the GIL. The
+    same distances give the same order.
 
     Args:
         distances: ``[B, B]``, floating-point, symmetric, at least 0. NaN counts as infinity. A row
             without finite distances to others comes last.
-
-    Returns:
-        ``[B]``, int64, on the host. The same distances give the same order.
-
-    Note:
-        Compiled, on one thread of the host, without the GIL: 0.2 ms for 256 rows, 40 ms for 4,096.
-
-    References:
-        Croes, "A method for solving traveling-salesman problems", 1958 (2-opt). Or, PhD thesis,
-        Northwestern University, 1976 (Or-opt).
 
     Example:
         >>> import torch

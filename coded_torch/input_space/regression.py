@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._arguments import count, dense, instance, positive, real, shown
+from .._arguments import count, dense, instance, real, shown
 from .._torch import exactly, outside, plain
 from .error_bars import ErrorBars
 from .metrics import METRICS, Choice, Distances, Features, Sources
-from .selection import LENGTHS, MOST_ROWS, Given, Part
+from .selection import MOST_ROWS, Given, Part
 
 __all__ = ["MOST_ROWS", "Regression", "RowPlan", "check_batch", "check_link", "to_scale"]
 
@@ -24,38 +23,30 @@ _BLIND = "no floating-point input to measure distances on: missing answers are t
 class Regression:
     """Predicts missing rows of a batch by regression on the rows that have results.
 
-    The predictions are the posterior means of a Gaussian process in input space,
-    :class:`~coded_torch.input_space.gaussian_process.GaussianProcess`. If results are predicted
-    badly from each other, predictions are shrunk towards their mean. Without floating-point inputs,
-    missing rows get the mean.
+    The predictions are the posterior means of a Gaussian process in input space. If results are
+    predicted badly from each other, predictions are shrunk towards their mean. Without
+    floating-point inputs, missing rows get the mean.
 
     Args:
         metric: how far inputs are apart: a name in
-            :data:`~coded_torch.input_space.metrics.METRICS`; "auto", all of these; a sequence of
-            names, "auto" and callables; or a callable, which is short for ("auto", callable). If
-            there are several, one is chosen for every output of the module. It predicts the results
-            best from each other, each left out in turn. A callable is given the floating-point
-            inputs, ``[B, ...]`` each, or the others if there are none. It returns the tensors that
-            distances are measured on, such as the module's own embedding, pooled. It runs without
-            gradients, once a call, if a row is missing. If it fails, it is left out, and the report
-            says so. Defaults to "auto".
-        length: of the regression, positive, in median distances between neighbours on a path
-            through the batch. "auto" chooses among 1, 2, 4, 8 and half a step, by the root of 2, to
-            the better side. Defaults to "auto".
+            :data:`~coded_torch.input_space.metrics.METRICS`; "auto", all of these; a callable,
+            short for ("auto", callable); or a sequence of these. Every output of the module has the
+            metric by which its results are predicted best, each left out in turn. A callable is
+            given the floating-point inputs, ``[B, ...]`` each, or the others if there are none. It
+            returns tensors to measure distances on, such as the module's own embedding, pooled. It
+            runs once a call, without gradients, if a row is missing. If it fails, the report says
+            so. Defaults to "auto".
+        length: of the regression, positive, in median steps of a path through the batch. "auto"
+            chooses among 1, 2, 4, 8, and then times or over the root of 2. Defaults to "auto".
         link: "softmax" if all outputs are probabilities over their last dimension: they are
             predicted on the scale of logits. Defaults to None.
         coverage: the probability, between 0 and 1, with which the error of a predicted answer is at
-            most its radius. A level above 0.995 may be out of reach, with infinite radii: of many
-            results, a few hundred calibrate. Defaults to 0.95.
-
-    Attributes:
-        metrics, lengths: the competing metrics and lengths.
+            most its radius. Above 0.995 radii may be infinite. Defaults to 0.95.
 
     Note:
         :math:`O(B^2 d + B^3)` on the host, in float32; batches of more than 4,096 rows are
         predicted in parts. Another metric than "shrunk", or another length than 2, must predict
         better by two standard errors of the gain. The same inputs and results give the same bits.
-
         Gradients of predictions take distances, metric, length and trust as constant.
 
     Example:
@@ -77,13 +68,10 @@ class Regression:
         coverage: float = 0.95,
     ) -> None:
         self.metric, self.metrics = metric, _metrics(metric)
-        if isinstance(length, str):
-            if length != "auto":
-                raise ValueError(f"Regression: length must be positive or 'auto', got {length!r}")
-            self.lengths: tuple[float, ...] = LENGTHS
-        else:
-            self.lengths = (positive(self, "length", length),)
-        self.length = self.lengths[0] if isinstance(length, numbers.Real) else length
+        self.length = length
+        if not isinstance(length, str) or length != "auto":
+            must = "positive and finite, or 'auto'"
+            self.length = real(self, "length", length, must, lambda x: 0 < x < math.inf)
         check_link(self, link)
         self.link = link
         self.coverage = real(self, "coverage", coverage, "between 0 and 1", lambda x: 0 < x < 1)
@@ -99,25 +87,19 @@ class Regression:
         """Plan one batch, before any of its results is there.
 
         Args:
-            inputs: the floating-point inputs that are divided, ``[B, ...]`` each. If there is none,
-                missing rows get the mean of the others.
+            inputs: the floating-point inputs that are divided, ``[B, ...]`` each.
             batch_size: B, which must be given if there is no input.
-            others: the inputs of other dtypes, of which a callable metric makes features if there
-                is no floating-point input.
-            block: the most rows that are predicted together. At 0, each missing row is predicted by
-                the mean of all results.
+            others: inputs of other dtypes, for callable metrics if there is no floating-point one.
+            block: the most rows that are predicted together. At 0, the mean predicts all.
         """
         inputs, size = check_batch("Regression", inputs, batch_size)
-        parts = max(1, -(-size // (count("Regression", "block", block, least=0) or size)))
-        rows = list(torch.arange(size, device="cpu").tensor_split(parts))
+        parts = -(-size // (count("Regression", "block", block, least=0) or size))
         with outside():
-            if not block:
-                return RowPlan(self, [], size, None, rows)
-            return RowPlan(self, inputs, size, others, rows)
+            rows = torch.arange(size).tensor_split(parts)
+            return RowPlan(self, inputs if block else [], size, others if block else None, rows)
 
     def __repr__(self) -> str:
-        given = {"metric": self.metric, "length": self.length, "link": self.link}
-        given["coverage"] = self.coverage
+        given = {k: getattr(self, k) for k in ("metric", "length", "link", "coverage")}
         shown = (f"{k}={v!r}" for k, v in given.items() if v not in ("auto", None, 0.95))
         return f"Regression({', '.join(shown)})"
 
@@ -142,12 +124,19 @@ class RowPlan:
         metrics, sources = regression.metrics, Sources(inputs)
         self._notes = sources.notes
         if not inputs and others is not None:
-            _make(sources, metrics, others)
+            self._notes.append(_BLIND)
+            numbers = [plain("Regression", "others", x) for x in others]
+            for metric in metrics if others else ():  # the first callable that works measures
+                if not isinstance(metric, str) and not sources.leaves:
+                    sources.leaves = sources.make(metric, numbers)
             metrics = tuple(metric for metric in metrics if isinstance(metric, str)) or (*METRICS,)
+            if sources.leaves:
+                self._notes.clear()
+        length = None if isinstance(regression.length, str) else regression.length
         self._parts = []
         for each in parts:
             distances = Distances(sources, metrics, each) if sources.leaves else None
-            self._parts.append(Part(regression.lengths, each, distances))
+            self._parts.append(Part(each, distances, length))
         self._back = torch.cat([part.rows for part in self._parts]).argsort()
         self._last: tuple[tuple[int, ...], tuple[Tensor, list[Given]]] | None = None
 
@@ -211,19 +200,16 @@ class RowPlan:
     ) -> ErrorBars:
         """Return the error bars of the answers ``[B, ...]`` of :meth:`decode`.
 
-        ``surrogates`` are the tensors subtracted from the results, ``[F, G, ...]``, and added to
-        the answers, ``[B, ...]``.
+        Surrogates ``[F, G, ...]`` were subtracted from results, ``[B, ...]`` will be added.
         """
         more = (surrogates[0].flatten(0, 1), surrogates[1]) if surrogates else ()
         with outside(), exactly():
             rows, parts = self._flat(results, received)
             each = [part.bars(rows, answers, *more) for part in parts]
             found = ErrorBars(self.batch_size, [bars for bars in each if bars is not None])
-            usable = torch.cat([part.usable for part in self._parts])
-            if usable.all():
-                return found
+            usable = torch.cat([part.usable for part in self._parts])[self._back]
             # Far rows are unlike the results, none of which is far.
-            return found.widened(torch.where(usable[self._back], 0.0, math.inf))
+            return found if usable.all() else found.widened(torch.where(usable, 0.0, math.inf))
 
     def left_out_square(self, results: Tensor, received: Sequence[int]) -> float:
         """Return the sum of squared errors of predicting results from the others."""
@@ -242,8 +228,7 @@ def check_batch(
 ) -> tuple[list[Tensor], int]:
     """Return the plain inputs and the size of the batch, or raise as :meth:`Regression.plan`."""
     if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence):
-        what = type(inputs).__name__
-        raise TypeError(f"{owner}: inputs must be a sequence of tensors, got {what}")
+        raise TypeError(f"{owner}: inputs must be a sequence of tensors, got {shown(inputs)}")
     if batch_size is None and not inputs:
         raise ValueError(f"{owner}: batch_size must be given where there are no inputs, got None")
     size = None if batch_size is None else count(owner, "batch_size", batch_size)
@@ -251,9 +236,10 @@ def check_batch(
         dense(owner, f"inputs[{i}]", x)
         size = x.shape[:1].numel() if size is None else size
         if x.shape[:1] != (size,) or not size:
-            must = "batch_size must be that of the inputs, at least 1"
-            shape = f"{size} beside inputs[{i}] of shape {tuple(x.shape)}"
-            raise ValueError(f"{owner}: {must}, got {shape}")
+            got = f"{size} beside inputs[{i}] of shape {tuple(x.shape)}"
+            raise ValueError(
+                f"{owner}: batch_size must be that of the inputs, at least 1, got {got}"
+            )
     return [plain(owner, f"inputs[{i}]", x) for i, x in enumerate(inputs)], size or 0
 
 
@@ -271,17 +257,6 @@ def to_scale(outputs: Tensor, link: str | None) -> Tensor:
         return outputs
     # A probability that is 0 in floating point has no logarithm.
     return outputs.clamp(min=torch.finfo(outputs.dtype).tiny).log()
-
-
-def _make(sources: Sources, metrics: Sequence[str | Features], others: Sequence[Tensor]) -> None:
-    """Measure by the first callable that works on inputs of other dtypes."""
-    sources.notes.append(_BLIND)
-    for metric in metrics if others else ():
-        if not (isinstance(metric, str) or sources.leaves):
-            numbers = [plain("Regression", "others", x) for x in others]
-            sources.leaves = sources.make(metric, numbers)
-    if sources.leaves:
-        sources.notes.clear()
 
 
 def _metrics(metric: Any) -> tuple[str | Features, ...]:

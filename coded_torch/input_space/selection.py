@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +19,12 @@ from .gaussian_process import Comparison, GaussianProcess, scaled
 from .geometry import evenly
 from .metrics import Choice, Distances, Features, name_of
 
-__all__ = ["LENGTH", "LENGTHS", "MOST_ROWS", "Fits", "Given", "Part", "few_columns"]
+__all__ = ["LENGTH", "MOST_ROWS", "Fits", "Given", "Part", "few_columns"]
 
 #: The length where nothing is chosen, in steps of a path, and the lengths that compete, with a half
 #: step to the better side; no others were better. (benchmarks distances)
 LENGTH = 2.0
-LENGTHS = (1.0, 2.0, 4.0, 8.0)
+_LENGTHS = (1.0, 2.0, 4.0, 8.0)
 # Results that metrics and lengths are compared on, or an eighth if that is more: all of 204 cost
 # several times as much, and find no better ones. (benchmarks distances)
 _COMPARED = 144
@@ -49,60 +49,51 @@ _WEIGHED = 512
 _NEIGHBOURS = 500
 
 
-class Fitted(NamedTuple):
-    """A regression from results."""
-
-    choice: Choice
-    process: GaussianProcess
-    sample: Tensor  # the results whose residuals the regression keeps
-
-
 class Fits:
     """Regressions from the results of rows ``[M]``. Results and their residuals share the factors.
 
-    They predict the ``missing`` rows. Metrics and lengths, in steps of the path, are compared on
+    They predict the ``missing`` rows. Metrics, and lengths if none is fixed, are compared on
     ``compared`` of the results, or an eighth.
     """
 
     def __init__(
         self,
         distances: Distances,
-        lengths: Sequence[float],
+        length: float | None,
         points: Tensor,
         missing: Tensor | None = None,
         compared: int = _COMPARED,
     ) -> None:
-        self._distances, self._lengths = distances, lengths
+        self._distances, self._fixed = distances, length
         self._points, self._missing = points, missing
         self._processes: dict[Any, GaussianProcess] = {}
         self._comparisons: dict[Any, Comparison] = {}
         self._few = evenly(len(points), max(compared, len(points) // 8))
         self._compared = points[self._few]
-        self._fitted: list[Fitted] = []  # to results and to their residuals; not a history
+        self._fitted: list[tuple[Tensor, Choice, GaussianProcess]] = []  # to results, residuals
 
-    def fit(self, sample: Tensor) -> Fitted:
+    def fit(self, sample: Tensor) -> tuple[Choice, GaussianProcess]:
         """Return the regression that predicts results ``[M, C]``, float64, best."""
-        for fitted in self._fitted:
-            if torch.equal(fitted.sample, sample):
-                return fitted
-        distances, length = self._distances, _one_of(self._lengths)
+        for known, choice, process in self._fitted:
+            if torch.equal(known, sample):
+                return choice, process
+        distances, length = self._distances, self._fixed or LENGTH
         metric, *others = distances.competing
         metric = distances.first if others else metric
         if len(self._points) >= _LEAST and sample.shape[1]:
             few = scaled(sample[self._few])[0].float()
             if others:
                 metric = self._metric(few, length)
-            if len(self._lengths) > 1:
+            if self._fixed is None:
                 length = self._length(few, metric)
-        key = metric, length
-        if key not in self._processes:
+        if (key := (metric, length)) not in self._processes:
             squared, step, _ = distances.by(metric)
             process = GaussianProcess(squared, length * step, self._points, self._missing)
             self._processes[key] = process
         process = self._processes[key]
         choice = Choice(name_of(metric), length, *process.leave_one_out_error(sample))
-        self._fitted = [*self._fitted[-1:], Fitted(choice, process, sample)]
-        return self._fitted[-1]
+        self._fitted = [*self._fitted[-1:], (sample, choice, process)]
+        return choice, process
 
     def _metric(self, few: Tensor, length: float) -> str | Features:
         distances, metrics = self._distances, self._distances.competing
@@ -128,9 +119,9 @@ class Fits:
             found.update(zip(new, self._comparisons[key].losses(few), strict=True))
             return lengths[_best([found[x] for x in lengths], lengths.index(default))]
 
-        length = best(LENGTHS[:-1], LENGTH)
-        if length == LENGTHS[-2]:
-            length = best(LENGTHS, LENGTH)
+        length = best(_LENGTHS[:-1], LENGTH)
+        if length == _LENGTHS[-2]:
+            length = best(_LENGTHS, LENGTH)
         near = [length, length / math.sqrt(2), length * math.sqrt(2)]
         if {length / 2, length * 2} <= found.keys():  # the side whose next length is better
             near.pop(1 if found[length * 2].mean() < found[length / 2].mean() else 2)
@@ -151,8 +142,8 @@ def _best(losses: Sequence[npt.NDArray[np.float64]], default: int | None) -> int
 class Part:
     """The rows ``[b]`` of a batch that are predicted together; by their mean without distances."""
 
-    def __init__(self, lengths: Sequence[float], rows: Tensor, distances: Distances | None) -> None:
-        self.rows, self.distances, self.lengths = rows, distances, lengths
+    def __init__(self, rows: Tensor, distances: Distances | None, length: float | None) -> None:
+        self.rows, self.distances, self.length = rows, distances, length
         self.usable = torch.ones(len(rows), dtype=torch.bool)
         self.order = torch.arange(len(rows))
         if distances is not None:
@@ -165,7 +156,7 @@ class Part:
         if self.distances is None:
             return variances
         squared, step, _ = self.distances.by(self.distances.first)
-        length = step * _one_of(self.lengths)
+        length = step * (self.length or LENGTH)
         for near in self.order.tensor_split(-(-len(self.order) // _NEIGHBOURS)):
             variances[near] = GaussianProcess(squared, length, near).leave_one_out_variances
         return variances
@@ -190,11 +181,11 @@ class Given:
             known = source[source >= 0]
             self._used = known[evenly(len(known), MOST_ROWS)]
         elif part.distances is not None:
-            self._fits = Fits(part.distances, part.lengths, points, self._missing)
+            self._fits = Fits(part.distances, part.length, points, self._missing)
 
     def decode(self, results: Tensor) -> tuple[Tensor, Choice | None]:
         """Return the answers of the rows, ``[b, ...]``, and how missing ones were predicted."""
-        own, used, fitted = self._own, self._used, None
+        own, used, choice = self._own, self._used, None
         with outside(), exactly():
             if not len(self._missing):
                 return SelectMap(len(results), own, used[:0], torch.zeros(0, 0))(results), None
@@ -207,41 +198,37 @@ class Given:
                 return torch.where(has, results[own], answers), choice
             weights = torch.full((1, len(used)), 1 / len(used), dtype=torch.float64)
             if self._fits is not None:
-                fitted = self._fits.fit(*few_columns(used, results))
-            if fitted is not None and (trust := fitted.choice.trust) > 0:
+                choice, process = self._fits.fit(*few_columns(used, results))
+            if choice is not None and (trust := choice.trust) > 0:
                 # Wide outputs, other devices and derivatives need weights.
                 simple = results.device.type == "cpu" and not differentiated(results)
                 fewer = results.numel() < len(results) * len(self._missing)
                 if simple and fewer and len(used) > _WEIGHED:
-                    found = fitted.process.predict(columns[used].double(), trust).to(results.dtype)
+                    found = process.predict(columns[used].double(), trust).to(results.dtype)
                     answers = results.index_select(0, own.clamp(min=0))
                     answers[self._missing] = found.view(len(found), *results.shape[1:])
-                    return answers, fitted.choice
+                    return answers, choice
                 # Shrunk towards the mean as far as results are not predicted by each other.
-                weights = fitted.process.weights * trust + (1 - trust) / len(used)
+                weights = process.weights * trust + (1 - trust) / len(used)
             map = SelectMap(len(results), own, used, weights)
-        return map(results), None if fitted is None else fitted.choice
+        return map(results), choice
 
     def bars(self, results: Tensor, answers: Tensor, *surrogates: Tensor) -> Bars | None:
-        """Return the error bars of missing rows, None without any.
-
-        ``answers`` are of the batch, ``[B, ...]``. Surrogates are at the results and of the batch.
-        """
+        """Return the error bars of missing rows, None without any; see ``RowPlan.error_bars``."""
         if not len(self._missing):
             return None
         rows, used = self._rows[self._missing], self._used
-        places = [used, rows] * 2
-        asked = [*zip((results, answers, *surrogates), places, strict=False)]
-        of_used, predicted, *offsets = _on_host(asked)
+        values = results, answers, *surrogates
+        of_used, predicted, *offsets = _on_host([*zip(values, [used, rows] * 2, strict=False)])
         if (size := _size(of_used)) != 1:
-            found = self.bars(*(x / size for x in (results, answers, *surrogates)))
+            found = self.bars(*(x / size for x in values))
             return found and found._replace(thresholds=found.thresholds * size)
         labels = (of_used, predicted) if results.dim() == 2 else None
         if labels and offsets:
             labels = of_used + offsets[0], predicted + offsets[1]
         regression = None
         if self._fits is not None and len(used) > 1:
-            choice, process, _ = self._fits.fit(_few(of_used).double())
+            choice, process = self._fits.fit(_few(of_used).double())
             regression = (process, choice.trust) if choice.trust > 0 else None
         return bars(rows, of_used, predicted, regression, labels)
 
@@ -251,7 +238,7 @@ class Given:
         if self._fits is None:
             n = len(sample)
             return float(sample.var(0).sum()) * n**2 / (n - 1) if n > 1 else 0.0
-        process = self._fits.fit(sample).process
+        _, process = self._fits.fit(sample)
         return float(process.leave_one_out_residuals(sample).square().sum())
 
 
@@ -261,11 +248,6 @@ def _size(results: Tensor) -> float:
     if not 0 < largest < math.inf or 2.0**-500 < largest < 2.0**60:
         return 1.0
     return math.ldexp(1.0, max(math.frexp(largest)[1] - 60, -1000))
-
-
-def _one_of(lengths: Sequence[float]) -> float:
-    """Return the only length, or the one where nothing is chosen."""
-    return lengths[0] if len(lengths) == 1 else LENGTH
 
 
 def few_columns(rows: Tensor, *values: Tensor) -> list[Tensor]:

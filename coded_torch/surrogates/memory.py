@@ -250,8 +250,8 @@ class _Space:
         sources = metrics.Sources((), [leaf.at(some) for leaf in leaves])
         distances = metrics.Distances(sources, tuple(METRICS))
         usable = distances.usable.nonzero().flatten()
-        fits = Fits(distances, (LENGTH,), usable, compared=_LANDMARKS)
-        return cls(leaves, fits.fit(outputs[some][usable].double()).choice.metric)
+        fits = Fits(distances, LENGTH, usable, compared=_LANDMARKS)
+        return cls(leaves, fits.fit(outputs[some][usable].double())[0].metric)
 
     def __call__(self, leaves: Sequence[Leaf]) -> Tensor:
         """Return coordinates ``[n, 96]``, or fewer if there are no more directions."""

@@ -306,7 +306,7 @@ def test_copies_of_the_code():
     code = RegressionCode(4, 6, length=3.0, link="softmax", shuffle=False)
     for other in (pickle.loads(pickle.dumps(code)), copy.deepcopy(code), code.replace()):
         assert repr(other) == repr(code)
-        assert other.regression.lengths == (3.0,)
+        assert other.regression.length == 3.0
     assert code.replace(length=4.0).length == 4.0
     assert code.replace(length=4.0).link == "softmax"
 

@@ -23,8 +23,8 @@ def problem(generator):
     return at[:30], torch.cdist(at, at).square()
 
 
-def given(squared, length=1.3, points=KNOWN, asked=ASKED):
-    return GaussianProcess(squared, length, points, asked)
+def given(squared, length=1.3, known=KNOWN, at=ASKED):
+    return GaussianProcess(squared, length, known, at)
 
 
 def trust(process, results):
@@ -65,7 +65,7 @@ def test_leaving_one_out_is_leaving_one_out(problem, most, monkeypatch):
     assert len(process.left_out) == (30 if most > 30 else 6)
     for place, i in enumerate(process.left_out.tolist()):
         rest = torch.tensor([j for j in range(30) if j != i])
-        without = given(squared, points=rest, asked=torch.tensor([i]))
+        without = given(squared, known=rest, at=torch.tensor([i]))
         torch.testing.assert_close(process.leave_one_out_variances[place], without.variances[0])
         left = y[i] - (without.weights @ y[rest])[0]
         torch.testing.assert_close(residuals[place], left, rtol=1e-4, atol=1e-6)
@@ -93,7 +93,7 @@ def test_trust_is_the_slope_of_leaving_one_out(problem):
     above, below = 0.0, 0.0
     for i in range(30):
         rest = torch.tensor([j for j in range(30) if j != i])
-        weights = given(squared, points=rest, asked=torch.tensor([i])).weights
+        weights = given(squared, known=rest, at=torch.tensor([i])).weights
         mean = results[rest].mean(0)
         predicted = (weights @ results[rest])[0] - mean
         above += float((predicted * (results[i] - mean)).sum())
@@ -133,7 +133,7 @@ def test_distances_that_no_points_have(generator, dtype):
 
 
 def test_distances_that_are_no_numbers():
-    with pytest.raises(ValueError, match="squared_distances must be numbers, got NaN"):
+    with pytest.raises(ValueError, match="squared must be numbers, got NaN"):
         GaussianProcess(torch.full((3, 3), math.nan, dtype=torch.float64), 1.0)
 
 

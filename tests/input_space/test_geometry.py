@@ -54,10 +54,10 @@ def test_distances_and_lengths(shrinkage, dtype, widths):
     features = [randn(24, w, seed=i, dtype=dtype) * 7**i + 3 * i for i, w in enumerate(widths)]
     squared = measured(features, shrinkage)
     found, (want, lengths) = geometry(features), naive(features, shrinkage)
-    squares = found.squared_lengths(shrinkage) / found.squared_distances(shrinkage)[1]
+    _, squares, unit = found.at(shrinkage)
     assert squared.dtype == torch.float32
     torch.testing.assert_close(squared.double(), want, atol=2e-4, rtol=1e-3)
-    torch.testing.assert_close(squares.double(), lengths, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(squares.double() / unit, lengths, atol=2e-4, rtol=1e-3)
     assert torch.equal(squared, squared.T)
     assert (squared >= 0).all()
     assert (squared.diagonal() == 0).all()

@@ -333,9 +333,9 @@ def test_several_inputs():
             r"metric must be .* a sequence of these, got \[1",
         ),
         ({"metric": 1}, TypeError, "metric must be .* a callable or a sequence of these, got 1"),
-        ({"length": "long"}, ValueError, "length must be positive or 'auto', got 'long'"),
-        ({"length": 0.0}, ValueError, "length must be positive and finite, got 0.0"),
-        ({"length": None}, TypeError, "length must be positive and finite, got None"),
+        ({"length": "long"}, TypeError, "length must be positive .* or 'auto', got 'long'"),
+        ({"length": 0.0}, ValueError, "length must be positive and finite, or 'auto', got 0.0"),
+        ({"length": None}, TypeError, "length must be positive and finite, or 'auto', got None"),
         ({"link": "logit"}, ValueError, "link must be None or 'softmax', got 'logit'"),
     ],
 )
