@@ -3,10 +3,11 @@ r"""A module that runs any other module on unreliable workers."""
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from .._arguments import count, instance, real, shown, warn
@@ -68,8 +69,8 @@ class CodedWrapper(ModuleProxy):
         surrogate: cheap approximations of the module, one or a sequence: callables with like
             outputs, such as a smaller network (:func:`coded_torch.surrogates.distill`), or a
             :class:`~coded_torch.surrogates.Memory`, which learns from exact answers. If something
-            is missing, they run in this process, without gradients, where they are, and their
-            residuals are predicted. Defaults to none; refused with codes that mix inputs.
+            is missing, they run in this process, without gradients, and their residuals are
+            predicted. Defaults to none; refused with codes that mix inputs.
         verify: the share of rows, such as 0.02, that a second worker computes. Wrong results are
             corrected, and workers that return them are excluded. By rows, on pools of at least
             three workers; with two, disputes are only reported. Defaults to None, none.
@@ -279,6 +280,13 @@ class CodedWrapper(ModuleProxy):
             self._form = None
         if name in ("workers", "module", "verify") and "verify" in vars(self):
             self._strikes = Strikes(self.workers, self.verify) if self.verify else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedWrapper:
+        """Move surrogates along with the module, though they are not its submodules."""
+        for surrogate in self.surrogate:
+            if isinstance(surrogate, nn.Module):
+                surrogate._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _check_settings(wrapper: CodedWrapper) -> None:
