@@ -217,8 +217,7 @@ class Given:
         """Return the error bars of missing rows, None without any; see ``RowPlan.error_bars``."""
         if not len(self._missing):
             return None
-        rows, used = self._rows[self._missing], self._used
-        values = results, answers, *surrogates
+        rows, used, values = self._rows[self._missing], self._used, (results, answers, *surrogates)
         of_used, predicted, *offsets = _on_host([*zip(values, [used, rows] * 2, strict=False)])
         if (size := _size(of_used)) != 1:
             found = self.bars(*(x / size for x in values))
