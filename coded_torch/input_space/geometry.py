@@ -101,8 +101,7 @@ class Geometry:
 
 def evenly(size: int, most: int) -> Tensor:
     """Return at most so many of ``0 .. size - 1``, evenly spaced."""
-    most = min(size, most)
-    return torch.arange(most) * size // max(most, 1)
+    return torch.arange(min(size, most)) * size // max(min(size, most), 1)
 
 
 def added_up(x: Tensor) -> Tensor:
@@ -122,8 +121,11 @@ def added_up(x: Tensor) -> Tensor:
 
 def typical_rows(features: Sequence[Tensor]) -> npt.NDArray[np.bool_]:
     """Return which rows of features ``[B, d]`` are finite, and no longer than others by far."""
-    norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in features]
-    lengths = torch.stack(norms).numpy()  # [inputs, B]
+    for dtype in (None, torch.float64):  # squares of float32 may overflow, or vanish
+        norms = [torch.linalg.vector_norm(x, dim=1, dtype=dtype).numpy() for x in features]
+        lengths = np.stack(norms)  # [inputs, B]
+        if lengths.size and 1e-15 < float(lengths.max()) < 1e15:
+            break
     finite: npt.NDArray[np.bool_] = np.isfinite(lengths).all(0)
     if not (count := int(finite.sum())):
         return finite

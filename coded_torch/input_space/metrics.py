@@ -182,10 +182,7 @@ def transforms(metric: Metric, leaves: Sequence[Leaf]) -> list[Scaling] | None:
 
 
 class Sources:
-    """The features of a batch, as given or of its inputs, of which callables make others.
-
-    ``notes`` say which metrics could not be had, and why.
-    """
+    """The features of a batch, as given or of its inputs; callables make others, or a note."""
 
     def __init__(self, inputs: Sequence[Tensor], leaves: Sequence[Leaf] | None = None) -> None:
         self._inputs, self.notes, self._made = inputs, list[str](), dict[Features, list[Leaf]]()

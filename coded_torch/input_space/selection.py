@@ -185,40 +185,39 @@ class Given:
 
     def decode(self, results: Tensor) -> tuple[Tensor, Choice | None]:
         """Return the answers of the rows, ``[b, ...]``, and how missing ones were predicted."""
-        own, used, choice = self._own, self._used, None
+        # Wide outputs, other devices and derivatives need weights.
+        simple = results.device.type == "cpu" and not differentiated(results)
+        own, used, choice, size = self._own, self._used, None, 1.0
         with outside(), exactly():
             if not len(self._missing):
-                return SelectMap(len(results), own, used[:0], torch.zeros(0, 0))(results), None
-            dense("Regression", "results", results)
-            columns, info = _columns(results), torch.finfo(results.dtype)
-            if (size := _size(columns)) != 1:
-                answers, choice = self.decode(results / size)
-                has = (own >= 0).to(results.device).view(-1, *[1] * (results.dim() - 1))
-                answers = (answers * size).clamp(info.min, info.max)
-                return torch.where(has, results[own], answers), choice
-            weights = torch.full((1, len(used)), 1 / len(used), dtype=torch.float64)
-            if self._fits is not None:
+                used, weights = used[:0], torch.zeros(0, 0)
+            else:
+                dense("Regression", "results", results)
+                columns, size = _columns(results), _size(_columns(results))
+                weights = torch.full((1, len(used)), 1 / len(used), dtype=torch.float64)
+            if len(self._missing) and self._fits is not None and size == 1:
                 choice, process = self._fits.fit(*few_columns(used, results))
-            if choice is not None and (trust := choice.trust) > 0:
-                # Wide outputs, other devices and derivatives need weights.
-                simple = results.device.type == "cpu" and not differentiated(results)
                 fewer = results.numel() < len(results) * len(self._missing)
-                if simple and fewer and len(used) > _WEIGHED:
-                    found = process.predict(columns[used].double(), trust).to(results.dtype)
+                if choice.trust > 0 and simple and fewer and len(used) > _WEIGHED:
+                    found = process.predict(columns[used].double(), choice.trust).to(results.dtype)
                     answers = results.index_select(0, own.clamp(min=0))
                     answers[self._missing] = found.view(len(found), *results.shape[1:])
                     return answers, choice
-                # Shrunk towards the mean as far as results are not predicted by each other.
-                weights = process.weights * trust + (1 - trust) / len(used)
+                if choice.trust > 0:  # shrunk as far as results are not predicted by each other
+                    weights = process.weights * choice.trust + (1 - choice.trust) / len(used)
             map = SelectMap(len(results), own, used, weights)
-        return map(results), choice
+        if size == 1:
+            return map(results), choice
+        info, has = torch.finfo(results.dtype), (own >= 0).to(results.device)
+        answers, choice = self.decode(results / size)
+        answers = (answers * size).clamp(info.min, info.max)
+        return torch.where(has.view(-1, *[1] * (results.dim() - 1)), results[own], answers), choice
 
     def bars(self, results: Tensor, answers: Tensor, *surrogates: Tensor) -> Bars | None:
         """Return the error bars of missing rows, None without any; see ``RowPlan.error_bars``."""
         if not len(self._missing):
             return None
-        rows, used = self._rows[self._missing], self._used
-        values = results, answers, *surrogates
+        rows, used, values = self._rows[self._missing], self._used, (results, answers, *surrogates)
         of_used, predicted, *offsets = _on_host([*zip(values, [used, rows] * 2, strict=False)])
         if (size := _size(of_used)) != 1:
             found = self.bars(*(x / size for x in values))
