@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coded_torch.demo.lenet5 import digits, lenet5
+from coded_torch.demo import digits, lenet5
 from coded_torch.nn import Waiting
 from coded_torch.workers import ProcessWorkers, Workers
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import coded_torch
-from coded_torch.demo.lenet5 import LeNet5
+from coded_torch.demo import LeNet5
 
 from .runs import MissingDataError, progress
 

@@ -40,7 +40,7 @@ import uvicorn
 from torch import Tensor, nn
 
 from coded_torch.codes import NotEnoughResults
-from coded_torch.demo.lenet5 import digits, lenet5
+from coded_torch.demo import digits, lenet5
 from coded_torch.nn import CodedWrapper, Report, Waiting
 from coded_torch.open_inference import ADDED, Model, outputs_of, request
 from coded_torch.serve import TensorSpec, app

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from coded_torch.demo.lenet5 import digits, lenet5
+from coded_torch.demo import digits, lenet5
 from coded_torch.surrogates import distill
 
 from . import networks, tasks

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 import coded_torch
 from coded_torch.cli import find_factory
 from coded_torch.cli.main import main
-from coded_torch.demo.lenet5 import digits
+from coded_torch.demo import digits
 from coded_torch.evaluation.scores import Comparison, Record, Score
 
 
@@ -137,7 +137,7 @@ def test_compare_takes_a_model_and_files(tmp_path, monkeypatch, capsys):
     torch.save(images[:250], tmp_path / "images.pt")
     torch.save(labels[:250], tmp_path / "labels.pt")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "nets.py").write_text("from coded_torch.demo.lenet5 import lenet5 as net\n")
+    (tmp_path / "nets.py").write_text("from coded_torch.demo import lenet5 as net\n")
     line = "compare nets:net --inputs images.pt --labels labels.pt --batch-size 120 --settings"
     assert run([*line.split(), "9,8,1 6,4,2", "--output", "out.png"]) == 0
     out, err = capsys.readouterr()

@@ -5,7 +5,7 @@ import importlib.resources
 import pytest
 import torch
 
-from coded_torch.demo.lenet5 import LeNet5, digits, lenet5
+from coded_torch.demo import LeNet5, digits, lenet5
 
 
 @pytest.fixture(scope="module")

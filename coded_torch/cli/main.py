@@ -19,7 +19,7 @@ import coded_torch
 from .. import _extension
 from .._arguments import MOST_WORKERS, count, dense
 from ..codes import RegressionCode
-from ..demo.lenet5 import digits, lenet5
+from ..demo import digits, lenet5
 from ..evaluation import planner
 from ..nn import CodedWrapper
 from ..stragglers import Uniform

@@ -20,7 +20,7 @@ from . import find_factory, need, say, usage
 __all__ = ["LENET5", "serve"]
 
 #: The factory of the embedded LeNet-5.
-LENET5 = "coded_torch.demo.lenet5:lenet5_and_digits"
+LENET5 = "coded_torch.demo:lenet5_and_digits"
 # Seconds, nginx's default: clients keep connections longer than uvicorn's default of 5.
 _KEEP_ALIVE = 75
 # Deadlines of one part after which a worker counts as hung, but at least a second. A kill costs a

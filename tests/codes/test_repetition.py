@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coded_torch.codes import BerrutCode, RegressionCode, ReplicationCode, SplineCode
-from coded_torch.demo.lenet5 import digits, lenet5
+from coded_torch.demo import digits, lenet5
 from coded_torch.evaluation import scores
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Contiguous, Uniform

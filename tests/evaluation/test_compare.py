@@ -7,7 +7,7 @@ import torch
 
 import coded_torch
 from coded_torch import codes
-from coded_torch.demo.lenet5 import digits, lenet5
+from coded_torch.demo import digits, lenet5
 from coded_torch.evaluation import scores
 from coded_torch.evaluation.compare import compare, peers, received_by
 from coded_torch.evaluation.scores import Comparison, Record, Score

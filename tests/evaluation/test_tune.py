@@ -13,7 +13,7 @@ from coded_torch.codes import (
     ReplicationCode,
     SplineCode,
 )
-from coded_torch.demo.lenet5 import digits, lenet5
+from coded_torch.demo import digits, lenet5
 from coded_torch.evaluation import scores
 from coded_torch.evaluation.tune import received_sets, tune
 from coded_torch.nn import CodedWrapper, Waiting

@@ -30,7 +30,7 @@ WAIT = 120.0  # seconds for a cluster to start
 def lenet():
     """Return an application. Ray pickles this whole, so its imports stand inside."""
     from coded_torch import CodedWrapper
-    from coded_torch.demo.lenet5 import lenet5_and_digits
+    from coded_torch.demo import lenet5_and_digits
     from coded_torch.serve import app, specs
     from coded_torch.workers import LocalWorkers
 

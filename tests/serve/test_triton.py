@@ -8,7 +8,7 @@ import pytest
 import torch
 import tritonclient.http as triton
 
-from coded_torch.demo.lenet5 import lenet5_and_digits
+from coded_torch.demo import lenet5_and_digits
 from coded_torch.serve import specs
 from coded_torch.workers import EndpointWorkers, RemoteModule
 

@@ -1,1 +1,0 @@
-"""The demo: a small network and real digits."""
