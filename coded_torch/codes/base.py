@@ -230,7 +230,7 @@ class FixedCode(Code):
             return torch.full((self.num_data,), -1)
         picked = unit_rows(self._decoder(workers).matrix())
         is_own = self._own[list(workers)][picked] == torch.arange(self.num_data)
-        return torch.where(is_own, picked, -1)  # where no result is picked, -1 anyway
+        return torch.where(is_own, picked, -1)  # a result that is not picked has -1 too
 
     @functools.cached_property
     def _own(self) -> Tensor:
