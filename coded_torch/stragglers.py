@@ -8,6 +8,7 @@ state. A latency is infinite if the worker never answers. Every law but :class:`
 from __future__ import annotations
 
 import abc
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -55,7 +56,9 @@ class Stragglers(abc.ABC):
         num_workers = count(self, "num_workers", num_workers, least, MOST_WORKERS)
         with outside():
             given = self._draw(num_workers, self._generator if generator is None else generator)
-            drawn = torch.as_tensor(given, dtype=torch.float64)
+            drawn = torch.tensor(math.nan)
+            with contextlib.suppress(TypeError, ValueError):  # no numbers
+                drawn = torch.as_tensor(given, dtype=torch.float64)
         if drawn.shape != (num_workers,) or not bool((drawn >= 0).all()):  # NaN fails, too
             must = f"_draw must return {num_workers} latencies of at least 0"
             raise ValueError(f"{type(self).__name__}: {must}, got {shown(given)}")

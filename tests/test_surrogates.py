@@ -501,6 +501,18 @@ def test_a_poor_surrogate_has_no_weight_where_results_predict_each_other_well():
     assert report.surrogate_weights == ((0.0,),)
 
 
+def test_noise_may_leave_the_domain_of_the_module():
+    class Root(nn.Module):
+        def forward(self, x):
+            return x.sqrt()
+
+    x = torch.rand(600, 4, generator=torch.Generator().manual_seed(0))
+    small = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4))
+    assert distill(small, Root(), [x], epochs=60, progress=False) < 0.1
+    with pytest.raises(ValueError, match="student must return shapes"):
+        distill(nn.Sequential(small, nn.Flatten(0)), Root(), [x], epochs=1, progress=False)
+
+
 def test_distilling_needs_gradients_to_be_possible():
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"^distill: leave torch.infer"):
         distill(student(), teacher(), [rand(9, 4).float()])
@@ -513,7 +525,7 @@ def test_distilling_needs_gradients_to_be_possible():
         ({"batches": [rand(1, 4)]}, "batches must hold four rows, .*, got 1"),
         ({"batches": [(rand(3, 4), rand(2, 4))]}, r"tensors of one batch size .* got \[\(3, 4\), "),
         ({"student": nn.Identity(), "module": nn.Identity()}, "student must have weights to train"),
-        ({"student": nn.Linear(4, 1)}, r"student must return shapes \[\(3,\)\].* got \[\(1,"),
+        ({"student": nn.Linear(4, 1)}, r"student must return shapes \[\(3, 3\)\].* got \[\(3, 1"),
         ({"student": 3}, "student must be of type Module, got int"),
         ({"module": 3}, "module must be of type Module, got int"),
         ({"batches": 3}, r"batches must be a sequence of batches, such as \[x\], got int"),

@@ -18,7 +18,7 @@ from torch import Tensor
 from .._arguments import MOST_WORKERS, count, instance, shown
 from .._torch import on_host, outside
 from ..input_space.metrics import Distances, Sources
-from ..input_space.ordering import Grouping, check_ordering
+from ..input_space.ordering import Grouping, checked_ordering
 from ..input_space.regression import check_batch, check_link
 from ..linear import LinearMap, MatrixMap, unit_rows
 from .plans import BatchPlan, NotEnoughResults, cut
@@ -47,7 +47,9 @@ class Code(abc.ABC):
     Write ``_make_encoder()`` and ``_make_decoder(received)``, ``_curve`` with points, or ``_plan``
     here; :attr:`min_received` if one result is not enough; and :meth:`candidates` if values are
     worth tuning. Inherit the tests of :class:`coded_torch.testing.codes.CodeTests`, as
-    ``tests/codes/test_b_spline.py`` does, and compare by ``coded_torch.compare(more=...)``.
+    ``tests/codes/test_b_spline.py`` does, and compare by ``coded_torch.compare(more=...)``. One of
+    the package is exported by ``codes/__init__.py``, and named in ``peers`` of
+    ``evaluation/compare.py``.
 
     Args:
         num_data: K, the number of inputs coded together, at least 1.
@@ -87,10 +89,9 @@ class Code(abc.ABC):
         if self.num_workers < self.num_data:
             must = f"num_workers must be at least num_data, {self.num_data}"
             raise ValueError(f"{type(self).__name__}: {must}, got {self.num_workers}")
-        check_ordering(self, ordering)
         instance(self, "shuffle", shuffle, bool | random.Random)
         check_link(self, link)
-        self.ordering, self.shuffle, self.link = ordering, shuffle, link
+        self.ordering, self.shuffle, self.link = checked_ordering(self, ordering), shuffle, link
 
     @property
     def min_received(self) -> int:

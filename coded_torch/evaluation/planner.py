@@ -132,8 +132,9 @@ class _Tail(Stragglers):
 
 def read_latencies(path: Path) -> Seconds:
     """Read at least 100 seconds from the first column of a CSV file, which may have a heading."""
-    seconds: Seconds = np.genfromtxt(path, delimiter=",", usecols=[0], ndmin=1)
-    seconds = seconds[int(np.isnan(seconds[:1]).any()) :]  # a heading
+    with path.open() as stream:
+        heading = int(stream.readline().lstrip()[:1].isalpha())
+    seconds: Seconds = np.genfromtxt(path, delimiter=",", usecols=[0], ndmin=1, skip_header=heading)
     if not np.all((seconds > 0) & (seconds < np.inf)):
         raise ValueError("latencies must be positive, finite seconds, a number each line")
     if len(seconds) < _FEWEST:

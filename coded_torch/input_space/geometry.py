@@ -42,15 +42,18 @@ class Geometry:
 
     up to a factor. Shrinkage 0 is the Euclidean metric, ``math.inf`` the covariance's alone.
 
-    ``rows`` are X, ``[n, d]``, float32, on the host. Of more than 256, L landmarks determine C: a
-    quarter of the rows, 256 at least and 512 at most. The cost is :math:`O(L n d + L n^2)`.
+    ``rows`` are X, ``[n, d]``, float32, on the host, and 0 where they are not ``typical``, ``[t]``,
+    all by default. Of more than 256 typical rows, L landmarks determine C: a quarter, 256 at least
+    and 512 at most. The cost is :math:`O(L n d + L n^2)`.
     """
 
     @on_host()
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor, typical: Tensor | None = None) -> None:
         self._rows = rows.contiguous()  # scaled rows keep the strides of a transposed input
         least, most = _LANDMARKS
-        self._some = evenly(len(rows), min(max(len(rows) // 4, least), most))
+        typical = torch.arange(len(rows)) if typical is None else typical
+        self._count = len(typical)
+        self._some = typical[evenly(self._count, min(max(self._count // 4, least), most))]
         self._at: dict[float, tuple[Tensor, Tensor, float]] = {}
 
     @on_host()
@@ -58,7 +61,7 @@ class Geometry:
     def squared_distances(
         self, shrinkage: float, some: Tensor | None = None
     ) -> tuple[Tensor, float]:
-        """Return squared distances of all or some rows, and the mean square of all lengths."""
+        """Return squared distances of all or some rows, and the mean square of lengths."""
         rows, squares, unit = self.at(shrinkage)
         if some is not None:
             rows, squares = rows[some], squares[some]
@@ -72,7 +75,7 @@ class Geometry:
             rows = self._rows if shrinkage == 0 else self._coordinates(shrinkage)
             rows = rows.contiguous()
             squares = torch.linalg.vector_norm(rows, dim=1).square_()
-            unit = float(squares.sum()) / max(len(rows), 1)
+            unit = float(squares.sum()) / max(self._count, 1)
             self._at[shrinkage] = rows, squares, unit
         return self._at[shrinkage]
 

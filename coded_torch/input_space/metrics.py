@@ -313,10 +313,11 @@ class Distances:
                 each = [x.of_fitted(leaf) for x, leaf in zip(maps, leaves, strict=True)]
                 features = each[0] if len(each) == 1 else torch.cat(each, 1)
                 if math.isfinite(float(features.sum())):
-                    if self._odd is not None:
-                        all_rows = features.new_zeros(len(self._rows), features.shape[1])
-                        features = all_rows.masked_scatter_(~self._odd[:, None], features)
-                    self._geometries[key] = Geometry(features)
+                    known = None if self._odd is None else (~self._odd).nonzero().flatten()
+                    if known is not None:
+                        zeros = features.new_zeros(len(self._rows), features.shape[1])
+                        features = zeros.index_copy_(0, known, features)
+                    self._geometries[key] = Geometry(features, known)
         return self._geometries[key]
 
 

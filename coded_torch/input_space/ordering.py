@@ -84,20 +84,22 @@ def _check(argument: str, tensor: Tensor, sizes: tuple[int, ...]) -> None:
         raise ValueError(f"Grouping: {argument} {must}")
 
 
-def check_ordering(owner: object, ordering: Any) -> None:
-    """Raise an error unless ordering is a name or a permutation."""
+def checked_ordering(owner: object, ordering: Any) -> str | Tensor:
+    """Return a name, or a copy of a permutation; raise an error if ordering is neither."""
     must = "ordering must be 'similarity', 'arrival' or a permutation of 0..B-1"
     message = f"{type(owner).__name__}: {must}, got {shown(ordering)}"
-    if isinstance(ordering, str):
-        valid = ordering in ("similarity", "arrival")
-    else:
-        try:
-            order = torch.as_tensor(ordering).flatten().tolist()
-            valid = sorted(order) == [*range(len(ordering))]
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(message) from None
-    if not valid:
+    if isinstance(ordering, str) and ordering in ("similarity", "arrival"):
+        return ordering
+    try:
+        size, order = len(ordering), torch.as_tensor([] if isinstance(ordering, str) else ordering)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(message) from None
+    kind = order.dtype
+    if order.dim() != 1 or kind == torch.bool or kind.is_floating_point or kind.is_complex:
         raise ValueError(message)
+    if sorted(order.tolist()) != [*range(size)]:
+        raise ValueError(message)
+    return order.to("cpu", torch.int64, copy=True)
 
 
 def similarity_order(distances: Tensor) -> Tensor:

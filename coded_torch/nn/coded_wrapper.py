@@ -175,17 +175,18 @@ class CodedWrapper(ModuleProxy):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return self._outside_graphs(*args, **kwargs)
+            return self._outside_graphs(args, kwargs)
+        return self._forward(args, kwargs)
+
+    def _forward(self, args: Any, kwargs: dict[str, Any]) -> Any:
         report = Report()
         try:
             return self._call(report, self._policy(), args, kwargs)
         finally:
             vars(self)["last_run"] = report  # a setting would be checked
 
-    @_disable_dynamo
-    def _outside_graphs(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a compiled wrapper: none of its Python is for the compiler."""
-        return self.forward(*args, **kwargs)
+    # None of the wrapper's Python is for the compiler.
+    _outside_graphs = _disable_dynamo(_forward)
 
     def _policy(self) -> Waiting:
         """Return the policy of calls that bring none of their own."""
@@ -325,7 +326,7 @@ def _check_waiting(code: Code | None, waiting: Waiting | None) -> None:
     if waiting is None:
         return
     if code is None:
-        if waiting.at_once:
+        if waiting.at_once or waiting.num_stragglers is not None:
             must = "waiting must be Waiting(...) without a code, as rows replace no others"
     elif not waiting.predict and code.mixes:
         must = "waiting.predict must be True with a code that mixes inputs, as it estimates all"

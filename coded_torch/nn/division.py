@@ -95,8 +95,7 @@ class Inputs:
     def _name(self, i: int) -> str:
         if self._plain:
             return f"args[{i}]"
-        path: Any = pytree.tree_flatten_with_path((self.args, self.kwargs))[0][i][0]
-        return ("args" if path[0].idx == 0 else "kwargs") + pytree.keystr(path[1:])
+        return _name(pytree.tree_flatten_with_path((self.args, self.kwargs))[0][i][0])
 
     def _checked_size(self, i: int, dim: int, mixing: Code | None) -> int:
         leaf: Tensor = self.leaves[i]
@@ -125,14 +124,27 @@ class Inputs:
 
     def _check_shared(self, dims: Sequence[Any]) -> None:
         """Raise a ValueError if a shared input looks as if each row had its own entry."""
-        for i, (leaf, dim) in enumerate(zip(self.leaves, dims, strict=True)):
-            own = leaf.shape[:1] if isinstance(leaf, Tensor | np.ndarray) else ()
-            if self.dims[i] is None and dim != "shared" and own == (self.batch_size,):
+        at = 0  # the first leaf of a node
+        for path, node in pytree.tree_flatten_with_path((self.args, self.kwargs), _is_numbers)[0]:
+            own = len(node) if _is_numbers(node) else 0
+            if isinstance(node, Tensor | np.ndarray) and node.ndim:
+                own = node.shape[0]
+            if own == self.batch_size and dims[at] != "shared" and self.dims[at] is None:
                 raise ValueError(
-                    f"CodedWrapper: {self._name(i)} must be a tensor with a batch dimension in "
+                    f"CodedWrapper: {_name(path)} must be a tensor with a batch dimension in "
                     'in_dims if each row has its own entry, or "shared" in in_dims if all rows '
-                    f"share it, got a {type(leaf).__name__} of the batch size {own[0]}"
+                    f"share it, got a {type(node).__name__} of the batch size {own}"
                 )
+            at += own if _is_numbers(node) else 1
+
+
+def _name(path: Any) -> str:
+    return ("args" if path[0].idx == 0 else "kwargs") + pytree.keystr(path[1:])
+
+
+def _is_numbers(node: Any) -> bool:
+    """Return whether a node is a list of numbers; tuples are sizes and the like."""
+    return type(node) is list and node != [] and all(isinstance(x, int | float) for x in node)
 
 
 def finite(leaf: Tensor) -> bool:

@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 import time
+import traceback
 from collections import defaultdict, deque
 from collections.abc import Generator, Sequence
 
@@ -28,6 +29,7 @@ __all__ = ["Execution", "seconds_left"]
 logger = sparing_logger("coded_torch.nn")
 _NOBODY = frozenset[int]()
 _SHOWN = 8  # rows in a message
+_NOTE = "raised by the module on"
 
 
 def seconds_left(pool: workers.Workers, waiting: Waiting, report: Report) -> float:
@@ -262,8 +264,8 @@ def _failure(reply: workers.Reply) -> Failure:
         return Failure()
     cause = error.__cause__ or error
     # Places, sizes and addresses differ between the parts of one batch.
-    text = re.sub(r"\w*\d\w*", "#", str(cause)) if error.kind == "raised" else ""
-    return Failure(error.kind, (type(cause), text))
+    text = "".join(traceback.format_exception_only(cause)) if error.kind == "raised" else ""
+    return Failure(error.kind, (type(cause), re.sub(r"\w*\d\w*", "#", text)))
 
 
 def _of_module(first: workers.WorkerError, refused: Sequence[int]) -> Exception | None:
@@ -274,10 +276,11 @@ def _of_module(first: workers.WorkerError, refused: Sequence[int]) -> Exception 
     if isinstance(cause, StopIteration):  # futures cannot hold it (PEP 479)
         cause, stopped = RuntimeError(f"the module raised {cause!r}"), cause
         cause.__cause__ = stopped
-    note = f"raised by the module on {_shown(refused)} of the batch; {first}"
+    notes = [f"{_NOTE} {_shown(refused)} of the batch; {first}"] if refused else []
     with contextlib.suppress(Exception):  # a class may have slots
-        # Python 3.10 has no add_note.
-        cause.__notes__ = [*getattr(cause, "__notes__", ()), *([note] if refused else ())]
+        # Python 3.10 has no add_note. The module may raise one exception again and again.
+        old = [note for note in getattr(cause, "__notes__", ()) if not note.startswith(_NOTE)]
+        cause.__notes__ = [*old, *notes]
     return cause
 
 

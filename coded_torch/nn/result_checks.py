@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._arguments import dense
+from .._torch import differentiated
 from ..workers import base
 from ..workers.base import CONSTANTS, Reply, WorkerError, flatten, show
 from .division import Division, finite
@@ -233,13 +234,32 @@ class Results:
         places = sorted(places, key=lambda place: flat[place][0])
         leaves = list(first.leaves)
         for i in first.divided:
-            own = torch.cat([result.rows(i) for result in good])
+            own = _joined([result.rows(i) for result in good])
             own = own.unflatten(0, (-1, self._division.task.unit_rows))  # [places, R, ...]
             if places != everywhere:
                 own = own.index_select(0, torch.tensor(places, device=own.device))
             leaves[i] = own
         units, parts = zip(*[(flat[i][0], flat[i][1].part.number) for i in places], strict=True)
         return Stacked(units, leaves, first.dims, first.divided, first.spec, parts)
+
+
+def _joined(leaves: Sequence[Tensor]) -> Tensor:
+    """Return tensors ``[n, ...]`` joined: as a view if they lie end to end in memory.
+
+    Simulated workers compute all parts at once, and each leaf is a slice of the whole.
+    """
+    first = leaves[0]
+    if type(first) is not Tensor or differentiated(first):
+        return torch.cat([*leaves])
+    at, memory = first.data_ptr(), first.untyped_storage()
+    for leaf in leaves:
+        if leaf.data_ptr() != at or not leaf.is_contiguous():
+            return torch.cat([*leaves])
+        at += leaf.numel() * first.element_size()
+    if at > memory.data_ptr() + memory.nbytes():  # the next allocation adjoins by chance
+        return torch.cat([*leaves])
+    rows = sum(len(leaf) for leaf in leaves)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
 def _weight(group: Sequence[Result]) -> tuple[int, int]:

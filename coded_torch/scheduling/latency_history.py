@@ -194,6 +194,8 @@ class History:
 #: results. MOST_ROWS in input_space/selection.py has the error by size.
 BLOCKS = 4096, 512, 0
 _REMEMBERED = 16  # predictions; not tuned
+# Calls without time for the most exact block, after which its slowest is forgotten; not tuned.
+_RETRY = 32
 # A regression of n rows takes 5e-3 + 6e-8 n^2 seconds on one core (64 to 4,096 rows of 784
 # features, a third of them predicted; measured once, no benchmark keeps it). The factor of a
 # machine, a module and its surrogates is measured call by call.
@@ -208,16 +210,20 @@ class PredictionTimes:
 
     def __init__(self) -> None:
         self._factors = {block: deque[float](maxlen=_REMEMBERED) for block in BLOCKS}
-        self._is_warm = False
+        self._is_warm, self._hurried = False, 0
 
     def add(self, seconds: float, rows: int, block: int) -> None:
         """Remember a prediction's time. The first one does not count, as it loads code."""
         if self._is_warm:
             self._factors[block].append(seconds / _quiet_seconds(rows, block))
         self._is_warm = True
-        for exact in BLOCKS[: BLOCKS.index(block)]:
-            if known := self._factors[exact]:  # one that was slow by chance is tried again
-                known.append(min(known))
+        self._hurried += block != BLOCKS[0]
+        if block != BLOCKS[0] and self._hurried % _RETRY == 0:
+            # One that was slow by chance must not rule out all others.
+            for exact in BLOCKS[: BLOCKS.index(block)]:
+                if kept := list(self._factors[exact]):
+                    kept.remove(max(kept))  # not in place, as other calls may add
+                    self._factors[exact] = deque(kept, _REMEMBERED)
 
     def seconds(self, rows: int, block: int = BLOCKS[0]) -> float:
         """Return the seconds that predicting ``block`` rows at a time takes in 7 of 8 calls."""

@@ -1,6 +1,12 @@
 """The decisions of one call: hedges, failed parts, and the end.
 
-A row on which the module fails is *refused*, and not asked for again: :class:`.Waiting` says when.
+A part that fails is asked for again in smaller parts, until the rows that fail stand alone. A row
+is *refused*, and not asked for again in this call, if
+
+- it raised alike on two workers, or on one while no other returned a good result in the call, or
+  three times in a row on one that did return good results, or
+- it ended its worker twice, alone, and workers end less often without it.
+
 A row that fails on one broken worker only is given up, but not refused: it is missing.
 """
 

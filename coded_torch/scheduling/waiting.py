@@ -79,7 +79,8 @@ class Waiting:
             self._check("deadline", "positive and finite", lambda x: 0 < x < math.inf)
         self._check("predict_after", "positive", lambda x: x > 0)
         self._check("hedge_budget", "at least 0 and finite", lambda x: 0 <= x < math.inf)
-        instance("Waiting", "predict", self.predict, bool)
+        for argument in ("predict", "at_once"):
+            instance("Waiting", argument, getattr(self, argument), bool)
         instance("Waiting", "on_error", self.on_error, str)
         if self.on_error not in ("raise", "predict"):
             must = "on_error must be 'raise' or 'predict'"

@@ -103,7 +103,7 @@ def distill(
         return [torch.cat(leaves) for leaves in zip(*parts, strict=True)]
 
     exact, found = on_held_out(module), on_held_out(student.eval())
-    shapes, must = ([tuple(x.shape[1:]) for x in each] for each in (found, exact))
+    shapes, must = ([tuple(x.shape) for x in each] for each in (found, exact))
     if shapes != must:
         raise ValueError(f"distill: student must return shapes {must}, as module, got {shapes}")
     weights = [p for p in student.parameters() if p.requires_grad]
@@ -142,9 +142,13 @@ def distill(
                 step = pytree.tree_map_only(Tensor, noisy, step)
                 with torch.no_grad():
                     wanted = outputs(module, step)
+                    finite = [f.reshape(len(f), -1).isfinite().all(1) for f in wanted]
+                    if not bool((known := torch.stack(finite).all(0)).any()):
+                        continue  # noise may leave the domain of the module
                 with torch.enable_grad():
                     pairs = zip(outputs(student, step), wanted, variances, strict=True)
-                    loss = torch.stack([(s - f).square().mean() / v for s, f, v in pairs]).mean()
+                    errors = [(s - f)[known].square().mean() / v for s, f, v in pairs]
+                    loss = torch.stack(errors).mean()
                     optimiser.zero_grad()
                     loss.backward()
                 optimiser.step()

@@ -151,10 +151,10 @@ class Strikes:
                 self.stopped = "results of several workers differ when they are asked again"
             return False
 
-    def learn(self, difference: float) -> str:
+    def learn(self, difference: float, most: float = LEARNABLE / 2) -> str:
         """Take a difference between honest results for rounding, if it is small; return a note."""
         with self._lock:
-            if difference <= LEARNABLE:
+            if difference <= most:
                 self.tolerance = max(self.tolerance, 2 * difference)
                 return f"honest results differ by {difference:.1e} of the outputs' spread"
             self.whole = True

@@ -345,7 +345,8 @@ class Trials:
         difference = self._difference(part, truth, rows)
         same = again is not None and self._difference(part, again, self.asked[part]) == 0
         if same and difference <= LEARNABLE:
-            self._note(f"worker {worker} computes otherwise: {record.learn(difference)}")
+            note = record.learn(difference, LEARNABLE)
+            self._note(f"worker {worker} computes otherwise: {note}")
             return
         self.void.add(part)
         self._remove({part})

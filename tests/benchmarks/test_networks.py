@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import networks
 from benchmarks.runs import MissingDataError
-from coded_torch.demo import lenet5
+from coded_torch.demo import digits
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_another_seed_trains_another_network(pictures):
 def test_every_fifth_held_out_digit_ships():
     train, held_out = networks.mnist()
     assert (len(train.labels), len(held_out.labels)) == (55_000, 10_000)
-    images, labels = lenet5.digits()
+    images, labels = digits()
     assert torch.equal(held_out.images[::5], images)
     assert torch.equal(held_out.labels[::5], labels)
 

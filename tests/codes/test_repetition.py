@@ -302,6 +302,13 @@ def test_probabilities_are_decoded_as_logits(network):
     assert errors[1] < errors[0]
 
 
+def test_an_ordering_is_a_copy():
+    ordering = torch.arange(8).flip(0)
+    code = ReplicationCode(4, 4, ordering=ordering)
+    ordering[:] = 0
+    assert code.ordering.tolist() == [*range(7, -1, -1)]
+
+
 def test_copies_of_the_code():
     code = RegressionCode(4, 6, length=3.0, link="softmax", shuffle=False)
     for other in (pickle.loads(pickle.dumps(code)), copy.deepcopy(code), code.replace()):
@@ -321,6 +328,8 @@ def test_copies_of_the_code():
         ({"ordering": 3}, TypeError, "ordering must be .* a permutation of 0..B-1, got 3"),
         ({"ordering": [1.5, 0]}, ValueError, r"or a permutation of 0..B-1, got \[1.5, 0\]"),
         ({"ordering": [0, 2, 2]}, ValueError, r"or a permutation of 0..B-1, got \[0, 2, 2\]"),
+        ({"ordering": [True, False]}, ValueError, r"or a permutation of 0..B-1, got \[True, Fal"),
+        ({"ordering": torch.tensor([[1], [0]])}, ValueError, "or a permutation of 0..B-1, got"),
         ({"ordering": [[0, 1]]}, ValueError, r"or a permutation of 0..B-1, got \[\[0, 1\]\]"),
         ({"shuffle": 1}, TypeError, "shuffle must be of type bool.*, got int"),
         ({"link": "logit"}, ValueError, "link must be None or 'softmax', got 'logit'"),

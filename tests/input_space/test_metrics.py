@@ -80,6 +80,26 @@ def test_rows_far_from_all_others_say_nothing():
     assert set(distances.order[-2:].tolist()) == {5, 9}
 
 
+@pytest.mark.parametrize(("size", "odd"), [(1024, 4), (512, 2), (1000, 0)])
+def test_rows_that_are_not_finite_determine_no_metric(size, odd):
+    """A quarter, a half and 97 % of the rows are NaN; each predicts as without them."""
+    x = normal(size, 4)
+    y = x.sin()
+    good = torch.tensor([i % odd > 0 if odd else i % 33 == 0 for i in range(size)])
+    x[~good] = math.nan
+    places = good.nonzero().flatten()
+    received = [int(i) for k, i in enumerate(places) if k % 6]
+    missing = places[::6]
+    alone = Regression("shrunk").plan([x[places]])
+    among = Regression("shrunk").plan([x])
+    own = [k for k in range(len(places)) if k % 6]
+    want = alone.decode(y[received, None], own)[::6]
+    got = among.decode(y[received, None], received)
+    torch.testing.assert_close(got[missing], want, rtol=1e-3, atol=1e-3)
+    radii = among.error_bars(received, y[received, None], got).radii(0.5)
+    assert radii[missing].isfinite().all()
+
+
 # The choice
 
 

@@ -150,7 +150,9 @@ def test_tensors_that_are_not_plain_are_refused_in_one_line(kind, how):
     ("place", "given"),
     [
         (r"args\[1\]", lambda: ((MASK,), {})),
-        (r"kwargs\['mask'\]", lambda: ((), {"mask": MASK.numpy()})),
+        (r"args\[1\]", lambda: ((MASK.numpy(),), {})),
+        (r"kwargs\['mask'\]", lambda: ((), {"mask": [1, 0, 1, 0]})),
+        (r"args\[1\]\['a'\]\[1\]", lambda: (({"a": (None, [1, 0, 1, 0])},), {})),
     ],
 )
 def test_a_shared_input_that_looks_like_an_entry_for_each_row_is_refused(place, given):
