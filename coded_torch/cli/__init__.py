@@ -28,13 +28,15 @@ class CommandError(Exception):
 
 
 def say(text: str) -> None:
-    """Print at once. A reader that has seen enough, such as `head`, ends the work silently."""
+    """Print at once, so that an output that cannot be written stops the work early."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
         # If stdout stayed, the interpreter would fail to flush the rest at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise CommandError from None
+        broken = isinstance(error, BrokenPipeError)  # the reader has seen enough, such as `head`
+        why = "" if broken else f"coded-torch: standard output cannot be written: {error}"
+        raise CommandError(why) from None
 
 
 @contextlib.contextmanager

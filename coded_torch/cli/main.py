@@ -59,13 +59,17 @@ def demo(args: argparse.Namespace) -> None:
     errors = (answers - model(torch.cat(batches))).norm(dim=1)[predicted]
     held = (errors <= radii[predicted].to(errors)).double().mean()
     right = (answers.argmax(1) == torch.cat(truth)).double().mean()
+    bars = ""
+    if len(errors):
+        bars = f"The error of a predicted answer is {errors.median():.2f} in the median.\n"
+        bars += (
+            f"Its radius, {radii[predicted].median():.2f} in the median, is larger in {held:.1%}.\n"
+        )
     say(
         f"LeNet-5 reads {len(rows):,} MNIST test digits it was not trained on, {_BATCH_SIZE} at a "
         f"time.\nSeed {args.seed}.\n\nN = {n} workers, K = {k} inputs a group, {s} workers lost:\n"
         f"{len(rows) - len(errors):,} answers are exact, {len(errors):,} are predicted from them.\n"
-        f"The error of a predicted answer is {errors.median():.2f} in the median.\n"
-        f"Its radius, {radii[predicted].median():.2f} in the median, is larger in {held:.1%}.\n"
-        f"{right:.1%} of all answers name the right digit.\n\n"
+        f"{bars}{right:.1%} of all answers name the right digit.\n\n"
         "Every code is tuned on a quarter of the batches, without labels, and answers\n"
         "the others while the same workers are lost.\n"
     )

@@ -63,6 +63,10 @@ class Client:
         self.headers = {**(headers or {}), "Accept-Encoding": "identity"}
         if token is not None:
             self.headers["Authorization"] = f"Bearer {token}"
+        for header, value in self.headers.items():
+            if not f"{header}{value}".isprintable():
+                must = f"headers must be printable, got one named {header!r}"
+                raise ValueError(f"{self._name}: {must}")
         self._context = context if context is not None else True
         timeout = positive(owner, "timeout", timeout)
         connect_timeout = positive(owner, "connect_timeout", connect_timeout)
@@ -75,10 +79,10 @@ class Client:
     def checked(self, url: Any) -> str:
         """Return the origin of a server's URL; a ValueError if the token must not be sent there."""
         match = re.fullmatch(r"(https?)://([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?/*", str(url))
-        if match is None:
+        if match is None or not 0 < int((match[3] or ":1")[1:]) < 2**16:
             must = "an endpoint must be a URL such as 'http://host:8000'"
             raise ValueError(f"{self._name}: {must}, got {url!r:.200}")
-        server: str = url.rstrip("/")
+        server = match[0].rstrip("/")
         is_loopback = re.fullmatch(r"localhost|\[::1\]|127(\.\d+){3}", match[2]) is not None
         if self._secret and match[1] != "https" and not is_loopback:
             must = "a token needs https, or a loopback address"
@@ -274,6 +278,9 @@ class RemoteModule(nn.Module):
             tensor = given[spec.name]
             if (got := getattr(tensor, "dtype", type(tensor).__name__)) != spec.dtype:
                 raise TypeError(f"RemoteModule: {spec.name} must be of {spec.dtype}, got {got}")
+            if not spec.fits(tensor.shape[1:]) or tensor.dim() == 0:
+                must = f"of shape [B, {list(spec.shape)}], got {list(tensor.shape)}"
+                raise ValueError(f"RemoteModule: {spec.name} must be {must}")
         return [given[name] for name in names]
 
     def outputs(self, tensors: Sequence[Tensor]) -> Any:

@@ -85,6 +85,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             must = "name must be a part of a URL, without any of {}/?#%"
             raise ValueError(f"app: {must}, got {name!r}")
         for argument, given, reserved in (("inputs", inputs, ()), ("outputs", outputs, ADDED)):
+            instance(self, argument, given, Sequence)
             for spec in given:
                 instance(self, f"an entry of {argument}", spec, TensorSpec)
             names = [spec.name for spec in (*reserved, *given)]

@@ -71,8 +71,9 @@ class Metrics:
         """Note how many workers of a pool are up, and how many were replaced."""
         if (up := pool.num_ready) is not None:
             self._numbers["workers_up"].set(up)
-        self._count("worker_restarts_total", pool.num_restarts - self._restarts)
-        self._restarts = pool.num_restarts
+        restarts = pool.num_restarts  # read once, as it may grow
+        self._count("worker_restarts_total", restarts - self._restarts)
+        self._restarts = restarts
 
     def batch(
         self, done: Batch, rows: int, queued: Sequence[float], names: Mapping[int, str]

@@ -7,6 +7,7 @@ It needs a random token of the page, its own origin and a loopback name.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import importlib.resources
 import os
@@ -15,6 +16,7 @@ import secrets
 import signal
 import threading
 import time
+from urllib.parse import urlsplit
 
 import numpy as np
 import orjson
@@ -135,7 +137,10 @@ class Page:
 
     def check(self, request: Request) -> None:
         """Refuse a request under a name that another site may have given a loopback address."""
-        if self.is_local and request.url.hostname not in LOOPBACK:
+        host = None
+        with contextlib.suppress(ValueError):
+            host = urlsplit(f"//{request.headers.get('host', '')}").hostname
+        if self.is_local and host not in LOOPBACK:
             raise RequestError(403, "invalid", f"the page must be asked under one of {LOOPBACK}")
 
     async def page(self, request: Request) -> Response:

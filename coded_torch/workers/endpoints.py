@@ -290,8 +290,10 @@ class _Endpoints(Dispatcher):
             if not await self.client.is_ready(slot.url, f"{module.metadata.path}/ready"):
                 raise EndpointError("is not ready")
             return None
-        inputs = module.inputs(*arguments)
-        outputs = await self.client.infer(slot.url, module.metadata, inputs, len(inputs[0]))
+        inputs, rows = module.inputs(*arguments), len(part.units) * task.unit_rows
+        if all(dim is None for dim in task.dims):  # the example of `start`
+            rows = len(inputs[0])
+        outputs = await self.client.infer(slot.url, module.metadata, inputs, rows)
         answer: Any = functools.partial(module.outputs, outputs)
         if part.fault is None:
             return answer()

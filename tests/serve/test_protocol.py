@@ -217,6 +217,15 @@ def test_no_number_is_changed(datatype, data):
         from_json("x", TensorSpec("x", datatype, ()), [1], data)
 
 
+@pytest.mark.parametrize("data", [[[1, 2, 3], [4, 5, 6]], [[[1, 2, 3], [4, 5, 6]]], [[1, 2]] * 3])
+def test_numbers_nested_otherwise_than_the_shape_are_refused(data):
+    """Transposed rows must not be read as if they lay the right way."""
+    with pytest.raises(ValueError, match=r"in one list or nested as the shape \[1, 3, 2\]"):
+        from_json("x", TensorSpec("x", "FP32", (3, 2)), [1, 3, 2], data)
+    right = from_json("x", TensorSpec("x", "FP32", (3, 2)), [1, 3, 2], [[[1, 2], [3, 4], [5, 6]]])
+    assert right.tolist() == [[[1, 2], [3, 4], [5, 6]]]
+
+
 KEYS = ["name", "shape", "datatype", "data", "parameters", "binary_data_size"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import math
 import os
 import pickle
 import select
@@ -68,6 +69,28 @@ def test_a_batch_is_computed_by_all_servers(binary):
         assert report.asked == (0, 1, 2)
         assert [len(each.rows) for each in made] == [1, 1, 1]
         assert torch.equal(RemoteModule(made[0].url, "double")(X), 2 * X)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_inputs_need_not_be_contiguous(binary):
+    with servers(1, binary=binary) as made:
+        coded = wrapped(made)
+        assert torch.equal(coded(X.T.contiguous().T), 2 * X)
+        assert torch.equal(coded(torch.ones(1, 1).expand(5, 3)), torch.full((5, 3), 2.0))
+
+
+def test_json_with_numbers_that_are_not_finite_is_an_answer():
+    def one_nan(handler, rows):
+        rows[rows[:, 0] == 0] = math.nan
+
+    with servers(2, binary=False) as made:
+        coded = wrapped(made, Waiting(deadline=WAIT))
+        for each in made:
+            each.fault = one_nan
+        answers, report = coded.run(X)
+        assert torch.equal(answers[1:], 2 * X[1:])
+        assert report.predicted.nonzero().flatten().tolist() == [0]
+        assert coded.workers.num_ready == 2
 
 
 def test_a_server_that_is_gone_is_left_out_and_comes_back(three):
@@ -441,7 +464,9 @@ def test_a_token_goes_over_tls_or_loopback_only(three):
     assert three[0].headers["Authorization"] == "Bearer secret"
     assert three[0].headers["X-Tenant"] == "me"
     assert "secret" not in repr(coded.workers)
-    with pytest.raises(ValueError, match="in headers"):
+    with pytest.raises(
+        ValueError, match="headers must be printable, got one"
+    ):
         RemoteModule(three[0].url, "double", token="two\nlines")
 
 
