@@ -464,9 +464,7 @@ def test_a_token_goes_over_tls_or_loopback_only(three):
     assert three[0].headers["Authorization"] == "Bearer secret"
     assert three[0].headers["X-Tenant"] == "me"
     assert "secret" not in repr(coded.workers)
-    with pytest.raises(
-        ValueError, match="headers must be printable, got one"
-    ):
+    with pytest.raises(ValueError, match="headers must be printable, got one"):
         RemoteModule(three[0].url, "double", token="two\nlines")
 
 
