@@ -134,7 +134,10 @@ def test_a_replica_that_dies_takes_only_its_own_requests(port):
     assert {status for status, _ in found} == {200}
     victim, other = {pid for _, (pid,) in found}
     answers = []
-    threads = started([lambda: answers.append(ask(port, 2.0))] * 8)
+    threads = []
+    for _ in range(8):  # one after the other, so that the router sees the queues of both replicas
+        threads += started([lambda: answers.append(ask(port, 2.0))])
+        time.sleep(0.05)
     time.sleep(1.0)
     os.kill(victim, signal.SIGKILL)
     for thread in threads:
