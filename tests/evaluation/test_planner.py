@@ -139,7 +139,7 @@ def test_the_picture_has_a_line_a_kind():
         ("--median 0", "plan: median must be positive and finite, got 0.0"),
         ("--num-requests 10", "plan: num_requests must be at least 1000, got 10"),
         ("--seed -1", "plan: seed must be at least 0, got -1"),
-        ("--latencies none.csv", "none.csv not found"),
+        ("--latencies none.csv", "No such file or directory: 'none.csv'"),
         ("--latencies few.csv", "there must be at least 100 latencies, got 3"),
         ("--latencies words.csv", "finite seconds, a number each line"),
         ("--latencies wrong.csv", "latencies must be positive, finite seconds"),
