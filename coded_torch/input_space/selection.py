@@ -193,10 +193,12 @@ class Given:
                 used, weights = used[:0], torch.zeros(0, 0)
             else:
                 dense("Regression", "results", results)
-                columns, size = _columns(results), _size(_columns(results))
+                columns, (sample,) = _columns(results), few_columns(used, results)
+                all_columns = sample.shape[1] == columns.shape[1]  # a host's numbers are known
+                size = _size(sample if all_columns else torch.stack(columns.aminmax()))
                 weights = torch.full((1, len(used)), 1 / len(used), dtype=torch.float64)
             if len(self._missing) and self._fits is not None and size == 1:
-                choice, process = self._fits.fit(*few_columns(used, results))
+                choice, process = self._fits.fit(sample)
                 fewer = results.numel() < len(results) * len(self._missing)
                 if choice.trust > 0 and simple and fewer and len(used) > _WEIGHED:
                     found = process.predict(columns[used].double(), choice.trust).to(results.dtype)
