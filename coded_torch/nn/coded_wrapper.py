@@ -312,7 +312,7 @@ def _check_settings(wrapper: CodedWrapper) -> None:
     elif parts is None and pool.num_workers is None:
         must = f"parts must be given with {type(pool).__name__}, which has no number of workers"
     elif verify and (pool.num_workers or 0) < 2:
-        must = "verify must be None on a pool without two workers that can be told apart"
+        must = "verify must be None on a pool that does not have two workers or more"
     if must:
         got = shown(getattr(wrapper, must.partition(" ")[0]))
         raise ValueError(f"CodedWrapper: {must}, got {got}")

@@ -217,10 +217,10 @@ class PredictionTimes:
         if self._is_warm:
             self._factors[block].append(seconds / _quiet_seconds(rows, block))
         self._is_warm = True
-        self._hurried += block != BLOCKS[0]
-        if block != BLOCKS[0] and self._hurried % _RETRY == 0:
-            # One that was slow by chance must not rule out all others.
-            for exact in BLOCKS[: BLOCKS.index(block)]:
+        slower = BLOCKS[: BLOCKS.index(block)]
+        self._hurried += bool(slower)
+        if self._hurried % _RETRY == 0:  # one that was slow by chance must not rule out all others
+            for exact in slower:
                 if kept := list(self._factors[exact]):
                     kept.remove(max(kept))  # not in place, as other calls may add
                     self._factors[exact] = deque(kept, _REMEMBERED)

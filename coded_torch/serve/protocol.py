@@ -57,7 +57,7 @@ async def read_body(request: Request, most: int) -> bytes:
             raise too_large
     if encoding == "identity":
         return bytes(body)
-    # 32 more than the largest window: zlib tells gzip from deflate by the header.
+    # With 32 added to the largest window, zlib reads from the header if it is gzip or deflate.
     unpacker = zlib.decompressobj(32 + zlib.MAX_WBITS)
     try:
         unpacked = unpacker.decompress(body, most + 1)  # a bomb is not unpacked

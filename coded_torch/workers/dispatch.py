@@ -288,9 +288,9 @@ class DispatchedWorkers(Workers):
     num_ready: Any = property(attrgetter("_queue.num_ready"))
 
     @property
-    def states(self) -> Any:
+    def states(self) -> dict[int, tuple[str, int]]:
         """The state by place: "idle", "busy", "excluded" or "down"; and the process id or 0."""
-        return self._queue.states()
+        return dict(self._queue.states())
 
     def resize(self, num_workers: int) -> None:
         self._dispatcher().resize(count(self, "num_workers", num_workers, most=MOST_WORKERS))

@@ -127,7 +127,7 @@ class TestHonestWorkers:
         assert sorted(units for _, units in pool.log) == list(dealt(ROWS, 6))
 
     def test_of_other_precision_by_batch_size_are_never_charged(self):
-        """As tensor cores compute: each dispute at least doubles the tolerance."""
+        """Results depend on the size of the part. Each dispute at least doubles the tolerance."""
         coded, disputes = wrap(AtOnce(6, lambda worker, y, asked: y + 1e-3 * (len(y) % 5))), 0
         for seed in range(20):
             _, report = coded.run(batch(seed))
