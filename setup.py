@@ -194,6 +194,7 @@ def extensions(cuda: bool) -> list[Extension]:
                 "csrc/ops/library.cpp",
                 "csrc/ops/cpu/spline.cpp",
                 "csrc/ops/cpu/distances.cpp",
+                "csrc/ops/cpu/left_out.cpp",
                 "csrc/ops/cpu/matern.cpp",
                 "csrc/ops/cpu/kernels_baseline.cpp",
                 "csrc/ops/cpu/kernels_avx2.cpp",

@@ -3,6 +3,7 @@ r"""The torch operators; each has its call, fake, gradient and vmap side by side
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch.autograd import forward_ad
 from . import _extension  # noqa: F401 - loads the operators
 from ._torch import tangent_of
 
-__all__ = ["inner_products", "matern52", "matern52_among", "spline_apply", "squared_distances"]
-__all__ += ["with_matrix"]
+__all__ = ["inner_products", "left_out_losses", "matern52", "matern52_among", "spline_apply"]
+__all__ += ["squared_distances", "with_matrix"]
 
 _OPERATOR = torch.ops.coded_torch.spline_apply.default
 _SHORTEST = 1e-30  # length of a covariance, the shortest whose inverse float32 holds
@@ -221,7 +222,32 @@ def inner_products(rows: Tensor) -> Tensor:
     return _run("inner_products", "rows", rows)
 
 
+def left_out_losses(
+    squared_distances: Tensor, lengths: Sequence[float], results: Tensor, nugget: float
+) -> Tensor:
+    r"""Return how badly results are predicted, each from all others, ``[K, n]``, float64.
+
+    The regression has the covariance :func:`matern52` of one of K lengths, plus the nugget, and an
+    unknown mean. The loss is the negative logarithm of the density that it gives to the result that
+    is left out, at the best variance of the outputs. With residuals e, their variances v, and the
+    mean q of :math:`e^2 / v`, it is half of
+    :math:`\log q + \overline{e^2} / (q v) - 1 + \log v`. So a few inputs far from all others do not
+    decide. It is infinite if no such process exists.
+
+    Args:
+        squared_distances: ``[n, n]``, float32, symmetric, contiguous, on the CPU.
+        lengths: K positive numbers. The cost is :math:`n^3 / 3` multiplications each.
+        results: of C outputs, ``[C, n]``, finite, float32, contiguous, on the CPU.
+        nugget: the variance of a result that the distances do not explain.
+    """
+    scales = torch.tensor([math.sqrt(5) / max(x, _SHORTEST) for x in lengths], dtype=torch.float64)
+    return _run("left_out_losses", "squared_distances", squared_distances, scales, results, nugget)
+
+
 _FAKES: dict[str, Any] = {
+    "left_out_losses": lambda _, scales, results, __: scales.new_empty(
+        len(scales), results.shape[1]
+    ),
     "matern52_out": lambda *_: None,
     "matern52_among": lambda squared, rows, columns, _: squared.new_empty(len(rows), len(columns)),
     "squared_distances": lambda rows, *_: rows.new_empty(len(rows), len(rows)),

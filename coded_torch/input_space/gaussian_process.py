@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..ops import matern52, matern52_among
 from .geometry import evenly
 
-__all__ = ["NUGGET", "Comparison", "GaussianProcess", "matern52", "scaled"]
+__all__ = ["NUGGET", "GaussianProcess", "matern52", "scaled"]
 
 #: The variance of a result that its input does not explain, relative to the outputs' variance. It
 #: keeps repeated inputs apart; with 1e-3 the squared error of 3,400 results is .993 to 1.004 times
@@ -187,45 +185,6 @@ class GaussianProcess:
         gains = (predicted * (2 * deviations - slope * predicted)).sum(1) * (slope / square)
         by_chance = _ERRORS * float(gains.std()) * math.sqrt(len(gains))
         return error, slope if float(gains.sum()) > by_chance else 0.0
-
-
-class Comparison:
-    """Regressions of the same results in squared distances ``[K, n, n]`` and K lengths."""
-
-    @np.errstate(all="ignore")  # a matrix may have no factorisation
-    def __init__(self, squared: Tensor, lengths: Sequence[float]) -> None:
-        scales = squared.new_tensor([length**-2 for length in lengths])
-        covariance = squared * scales.view(-1, 1, 1)
-        matern52(covariance, 1.0, out=covariance)
-        covariance.diagonal(dim1=1, dim2=2).add_(NUGGET)
-        factor, failed = torch.linalg.cholesky_ex(covariance)
-        eye = torch.eye(factor.shape[1]).expand_as(factor)
-        self._half = _solved(eye, factor, True)
-        squares = self._half.square().sum(2).numpy()
-        # C^-1 1: a product of matrices would take longer, as they lie in memory by columns.
-        mean = (self._half * self._half.sum(1, keepdim=True)).sum(2).numpy()
-        weights = mean / mean.sum(1, keepdims=True)
-        self._weights, self._failed = torch.from_numpy(weights), failed.numpy() > 0
-        self._precisions = np.maximum((squares - weights * mean).astype(np.float64), 1e-12)
-        self._logarithms = np.log(self._precisions)
-
-    @np.errstate(all="ignore")
-    def losses(self, y: Tensor) -> npt.NDArray[np.float64]:
-        r"""Return how badly each result is predicted from all others, ``[K, n]``: less is better.
-
-        It is the negative logarithm of the density that the others' prediction gives to a result,
-        at the best variance of the outputs: with the residuals e, their variances v, and the mean q
-        of :math:`e^2 / v`, half of :math:`\log q + \overline{e^2} / (q v) - 1 + \log v`. So a few
-        inputs far from all others do not decide. :func:`scaled` returns ``y``, ``[C, n]``.
-        """
-        y = y.to(self._half.dtype)
-        centred = y - (self._weights @ y.T).unsqueeze(2)  # [K, C, n]
-        residuals = torch.bmm(torch.bmm(centred, self._half), self._half.mT).numpy()
-        squares = np.square(residuals, out=residuals).mean(1) / self._precisions
-        mean = np.maximum(squares.mean(1, keepdims=True), 1e-300)
-        losses: npt.NDArray[np.float64] = (squares / mean + np.log(mean) - 1 - self._logarithms) / 2
-        losses[self._failed] = math.inf
-        return losses
 
 
 def scaled(results: Tensor) -> tuple[Tensor, float]:

@@ -14,8 +14,9 @@ from torch import Tensor
 from .._arguments import dense
 from .._torch import differentiated, exactly, outside, plain, to_device
 from ..linear import SelectMap
+from ..ops import left_out_losses
 from .error_bars import Bars, bars
-from .gaussian_process import Comparison, GaussianProcess, scaled
+from .gaussian_process import NUGGET, GaussianProcess, scaled
 from .geometry import evenly
 from .metrics import Choice, Distances, Features, name_of
 
@@ -67,7 +68,7 @@ class Fits:
         self._distances, self._fixed = distances, length
         self._points, self._missing = points, missing
         self._processes: dict[Any, GaussianProcess] = {}
-        self._comparisons: dict[Any, Comparison] = {}
+        self._among: dict[Any, tuple[Tensor, float]] = {}
         self._few = evenly(len(points), max(compared, len(points) // 8))
         self._compared = points[self._few]
         self._fitted: list[tuple[Tensor, Choice, GaussianProcess]] = []  # to results, residuals
@@ -97,26 +98,18 @@ class Fits:
 
     def _metric(self, few: Tensor, length: float) -> str | Features:
         distances, metrics = self._distances, self._distances.competing
-        if "metrics" not in self._comparisons:
-            some = [distances.among(x, self._compared) for x in metrics]
-            squared, steps = zip(*some, strict=True)
-            lengths = [length * step for step in steps]
-            self._comparisons["metrics"] = Comparison(torch.stack(squared), lengths)
+        losses = [self._losses(few, x, [length], self._distances_of(x)[1])[0] for x in metrics]
         default = metrics.index(distances.first) if distances.first in metrics else None
-        return metrics[_best([*self._comparisons["metrics"].losses(few)], default)]
+        return metrics[_best(losses, default)]
 
     def _length(self, few: Tensor, metric: str | Features) -> float:
         """Return the best length; no longer one and no half step is tried where losses rise."""
         found: dict[float, npt.NDArray[np.float64]] = {}
+        step = self._distances.by(metric).step
 
         def best(lengths: Sequence[float], default: float) -> float:
             new = [length for length in lengths if length not in found]
-            key = metric, *new
-            if key not in self._comparisons:
-                among, _ = self._distances.among(metric, self._compared)
-                step = self._distances.by(metric).step
-                self._comparisons[key] = Comparison(among[None], [step * x for x in new])
-            found.update(zip(new, self._comparisons[key].losses(few), strict=True))
+            found.update(zip(new, self._losses(few, metric, new, step), strict=True))
             return lengths[_best([found[x] for x in lengths], lengths.index(default))]
 
         length = best(_LENGTHS[:-1], LENGTH)
@@ -126,6 +119,18 @@ class Fits:
         if {length / 2, length * 2} <= found.keys():  # the side whose next length is better
             near.pop(1 if found[length * 2].mean() < found[length / 2].mean() else 2)
         return best(near, length)
+
+    def _losses(
+        self, few: Tensor, metric: str | Features, lengths: Sequence[float], step: float
+    ) -> npt.NDArray[np.float64]:
+        squared, _ = self._distances_of(metric)
+        return left_out_losses(squared, [x * step for x in lengths], few, NUGGET).numpy()
+
+    def _distances_of(self, metric: str | Features) -> tuple[Tensor, float]:
+        """Return the distances among the compared results, and their step."""
+        if metric not in self._among:
+            self._among[metric] = self._distances.among(metric, self._compared)
+        return self._among[metric]
 
 
 def _best(losses: Sequence[npt.NDArray[np.float64]], default: int | None) -> int:

@@ -24,6 +24,12 @@ STABLE_TORCH_LIBRARY(coded_torch, m) {
   m.def("squared_distances(Tensor rows, Tensor squares, float nothing) -> Tensor");
   // Inner products [n, n] of rows [n, L], symmetric.
   m.def("inner_products(Tensor rows) -> Tensor");
+  // How badly each of n results [C, n] is predicted from all others by regressions with K Matern
+  // covariances, of squared distances [n, n] and scales [K], sqrt(5) / length: float64 [K, n],
+  // infinite if a covariance plus the nugget is not positive. On the CPU only.
+  m.def(
+      "left_out_losses(Tensor squared_distances, Tensor scales, Tensor results, float nugget) -> "
+      "Tensor");
   // The instruction sets of this machine that have kernels, space-separated, best first.
   m.def("cpu_capabilities() -> str");
   // Private, for tests and benchmarks: from now on, every operator of this process uses the kernels

@@ -7,10 +7,8 @@ import torch
 
 from coded_torch.input_space.gaussian_process import (
     NUGGET,
-    Comparison,
     GaussianProcess,
     matern52,
-    scaled,
 )
 
 KNOWN, ASKED = torch.arange(30), torch.arange(30, 35)
@@ -69,20 +67,6 @@ def test_leaving_one_out_is_leaving_one_out(problem, most, monkeypatch):
         torch.testing.assert_close(process.leave_one_out_variances[place], without.variances[0])
         left = y[i] - (without.weights @ y[rest])[0]
         torch.testing.assert_close(residuals[place], left, rtol=1e-4, atol=1e-6)
-
-
-def test_a_comparison_is_by_the_density_of_what_is_left_out(problem):
-    at, squared = problem
-    (y, size), wants = scaled(at.sin()), []
-    for length in (1.3, 4.0):
-        process = given(squared, length)
-        e, v = process.leave_one_out_residuals(at.sin()), process.leave_one_out_variances
-        q = (e.square().mean(1) / v).mean()
-        wants.append((q.log() + e.square().mean(1) / (q * v) - 1 + v.log()) / 2)
-    among = squared[:30, :30].expand(2, 30, 30)
-    got = Comparison(among, [1.3, 4.0]).losses(y) + math.log(size)
-    torch.testing.assert_close(torch.from_numpy(got), torch.stack(wants), rtol=1e-4, atol=1e-4)
-    assert (Comparison(-among, [1.3, 4.0]).losses(y) == math.inf).all()  # no covariance
 
 
 def test_trust_is_the_slope_of_leaving_one_out(problem):

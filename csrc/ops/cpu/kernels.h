@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../distances_args.h"
+#include "../left_out_args.h"
 #include "../matern_args.h"
 #include "../spline_args.h"
 
@@ -45,13 +46,29 @@ struct DistancesKernels {
   DistancesFunction distances[2], products[2];  // float64, float32
 };
 
+// The memory of one candidate, aligned to 64 bytes. Rows of the matrix have the `stride`, rows of y
+// and half have `columns`; both are multiples of 16.
+struct LeftOutSpace {
+  float *matrix, *inverses, *diagonal, *mean, *squares;  // [n + 3, stride], then [stride] each
+  float *y, *half;                                       // [n, columns]
+  double* precisions;                                    // [n]
+  int64_t stride, columns;
+};
+
+// Fills the squares of the residuals, summed over columns, and the precisions of one candidate.
+// Returns false if its covariance is not positive.
+using LeftOutFunction = bool (*)(const LeftOutArgs& args, int64_t candidate,
+                                 const LeftOutSpace& space);
+
 extern const TileKernels kBaselineTiles;
 extern const MaternKernels kBaselineMatern;
 extern const DistancesKernels kBaselineDistances;
+extern const LeftOutFunction kBaselineLeftOut;
 #ifdef CODED_TORCH_X86_KERNELS
 extern const TileKernels kAvx2Tiles, kAvx512Tiles;
 extern const MaternKernels kAvx2Matern, kAvx512Matern;
 extern const DistancesKernels kAvx2Distances, kAvx512Distances;
+extern const LeftOutFunction kAvx2LeftOut, kAvx512LeftOut;
 #endif
 
 }  // namespace coded_torch

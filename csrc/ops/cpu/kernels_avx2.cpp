@@ -5,8 +5,10 @@
 #define CODED_TORCH_TILES kAvx2Tiles
 #define CODED_TORCH_MATERN kAvx2Matern
 #define CODED_TORCH_DISTANCES kAvx2Distances
+#define CODED_TORCH_LEFT_OUT kAvx2LeftOut
 #define CODED_TORCH_VECTOR_BYTES 32
 #include "distances.inc"
+#include "left_out.inc"
 #include "matern.inc"
 #include "spline.inc"
 #endif

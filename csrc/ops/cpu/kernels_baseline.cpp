@@ -2,7 +2,9 @@
 #define CODED_TORCH_TILES kBaselineTiles
 #define CODED_TORCH_MATERN kBaselineMatern
 #define CODED_TORCH_DISTANCES kBaselineDistances
+#define CODED_TORCH_LEFT_OUT kBaselineLeftOut
 #define CODED_TORCH_VECTOR_BYTES 16
 #include "distances.inc"
+#include "left_out.inc"
 #include "matern.inc"
 #include "spline.inc"
