@@ -26,7 +26,7 @@ __all__ = ["Bernoulli", "Contiguous", "ShiftedExponential", "Stragglers", "Trace
 class Stragglers(abc.ABC):
     """A law of the latencies of N workers. A subclass implements ``_draw``.
 
-    A copy continues from the same state of its generator.
+    A deep copy continues from the same state of its generator.
 
     Example:
         >>> from coded_torch import stragglers
