@@ -175,7 +175,7 @@ def finished(stars: Sequence[str], found: Mapping[str, Any]) -> str:
 
 
 def missed(stars: Sequence[str], pair: Any) -> str:
-    """Return "missed" if a number misses its bar; minus signs turn a bar around."""
+    """Return "missed" if a number misses its bar."""
     return "missed" if pair[0] > pair[1] else ""
 
 
@@ -221,6 +221,7 @@ PEERS: tuple[tuple[str, str, str, str, Callable[[Any], Any]], ...] = (
 )
 LATENCY = {f"{at}, ms": f"{at}:.1f" for at in ("p50", "p99", "p99.9")}
 LATENCIES = LATENCY | {
+    "no answer": "failed:.0f",
     "work": "work:.3f",
     "predicted": "predicted:.2%",
     "right answers": "accuracy:.2%",
@@ -307,7 +308,9 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
         {"": "against chosen > mse > 0:.2f"},
         2,
     ),
-    "memories": Table("surrogates > * > memory > *", ("",), {"": "against without:.3f"}, 1),
+    "memories": Table(
+        "surrogates > * > memory > third 1|third 2|third 3", ("",), {"": "against without:.3f"}, 1
+    ),
     "useless": Table("surrogates > * > useless > * > *", ("", "batch"), {"": "0:.4f"}, 2),
     "waiting": Table("waiting > regimes > * > policies > *", ("workers / parts",), {"": tail}, 1),
     "fan_out": Table("waiting > fan-out > * > policies > *", ("parts",), {"": tail}, 1),

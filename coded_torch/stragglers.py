@@ -26,7 +26,7 @@ __all__ = ["Bernoulli", "Contiguous", "ShiftedExponential", "Stragglers", "Trace
 class Stragglers(abc.ABC):
     """A law of the latencies of N workers. A subclass implements ``_draw``.
 
-    A copy continues from the same state of its generator.
+    A deep copy continues from the same state of its generator.
 
     Example:
         >>> from coded_torch import stragglers
@@ -76,7 +76,7 @@ class Stragglers(abc.ABC):
 class Uniform(Stragglers):
     """A law under which ``num_stragglers`` workers never answer. The others have latency 0.
 
-    They are drawn uniformly, and at most as many as there are workers.
+    They are drawn uniformly. There must be at least as many workers.
     """
 
     def __init__(self, num_stragglers: int, *, seed: int | None = None) -> None:

@@ -200,8 +200,8 @@ class FloaterHormannCode(BerrutCode):
     Planning a decoder costs :math:`O(|F| (K + d^2))`.
 
     Args:
-        order: d, at most ``num_data - 1``, or 1; 0 is Berrut's interpolant. Of d points or fewer,
-            n, the order is n - 1. Defaults to 1.
+        order: d, at most ``num_data - 1``, or 1; 0 is Berrut's interpolant. If only
+            n <= d points are in use, the order is n - 1. Defaults to 1.
 
     Reference:
         M. S. Floater, K. Hormann, *Barycentric rational interpolation with no poles and high rates

@@ -65,7 +65,7 @@ class RegressionCode(Code):
     r"""A code that repeats inputs, unevenly, and predicts missing answers by regression.
 
     Every worker computes inputs, of any dtype, as they are. The extra N - K workers of a group
-    repeat the inputs that the others say least about. An answer is exact unless all results of its
+    repeat the inputs that are hardest to predict. An answer is exact unless all results of its
     input are missing. Then a :class:`~coded_torch.Regression` on all groups' results predicts it.
 
     Copies are planned before there are results: by the metric that is given, if it is one name,

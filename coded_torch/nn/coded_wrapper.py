@@ -307,7 +307,7 @@ def _check_settings(wrapper: CodedWrapper) -> None:
                 must = f"{name} must be None with a code, as it is for batches by rows"
         if code.mixes and wrapper.surrogate:
             # With a student, the paper's scheme has more error than the student alone in seven of
-            # ten settings measured on two networks (benchmarks/surrogates.py).
+            # ten settings measured on two networks (once; no benchmark keeps it).
             must = "surrogate must be left out with a code that mixes inputs: alone, it is better"
     elif parts is None and pool.num_workers is None:
         must = f"parts must be given with {type(pool).__name__}, which has no number of workers"

@@ -56,11 +56,11 @@ class Report:
         radii: float64 ``[B]``, on the host: bounds of errors of the first decoded output. The norm
             of an answer's error is at most its radius with the probability ``coverage`` of the
             :class:`~coded_torch.Regression`. 0 if the answer is exact, infinite if its input is not
-            finite, or too few results arrived. None under a link, or if the code mixes inputs.
+            finite, or too few results arrived. None under a link, or without a regression.
         coverage: the level of the radii; None if there are none.
         label_risks: float64 ``[B]``, on the host: for a first decoded output ``[B, C]``, the
             estimated probability that an answer's largest number is not the module's. 0 if the
-            answer is exact. None for other outputs, or if the code mixes inputs.
+            answer is exact. None for other outputs, or without a regression.
         surrogate_weights: for every decoded output, of each surrogate; 0 if the surrogate failed or
             did not improve the prediction. Empty if nothing was predicted.
         ended: why the call waited no longer. "complete": every result is there; "first": the first

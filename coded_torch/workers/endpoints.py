@@ -44,8 +44,8 @@ class EndpointWorkers(DispatchedWorkers):
       server is up.
     - A server that answers 429 or 503 gets no parts for the time of its ``Retry-After``. Its part
       goes to another server, and counts as no failure.
-    - An answer 400 or 422 is the caller's error, which the call raises. An answer 500 with a
-      message is an error of the model, which the call raises if two servers raise alike.
+    - An answer such as 400 or 422 is the caller's error, which the call raises. An answer 500 with
+      a message is an error of the model, which the call raises if two servers raise alike.
     - An answer is untrusted: its shapes, dtypes and sizes are checked before memory is allocated.
     - When a call ends, its requests that still run are cancelled.
 
@@ -66,7 +66,7 @@ class EndpointWorkers(DispatchedWorkers):
         RuntimeError: the pool is closed, or was started in a process that this one was forked from.
 
     Note:
-        Redirects, proxies and cookies are ignored. A part takes some .5 ms more than with the bare
+        Redirects, proxies and cookies are ignored. A part takes some .3 ms more than with the bare
         client.
     """
 
