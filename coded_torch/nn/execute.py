@@ -54,7 +54,7 @@ class Execution:
         self._events: deque[Event] = deque()
         self._began: dict[int, workers.Began] = {}  # the last time, as a part may begin again
         self._asked: set[int] = set()  # the workers that began a part
-        self._raised = defaultdict[int, frozenset[int]](frozenset)  # the workers, by unit
+        self._failed = defaultdict[int, frozenset[int]](frozenset)  # the workers, by unit
 
     def run(
         self, pool: workers.Workers, module: nn.Module, waiting: Waiting, history: History
@@ -112,8 +112,8 @@ class Execution:
                 first = len(self._parts)
                 asked = itertools.zip_longest(decision.parts, decision.avoid, fillvalue=_NOBODY)
                 for number, (units, avoid) in enumerate(asked, first):
-                    raised = [self._raised.get(unit, _NOBODY) for unit in units if self._raised]
-                    tried = frozenset[int].intersection(*raised) if raised else _NOBODY
+                    failed = [self._failed.get(unit, _NOBODY) for unit in units if self._failed]
+                    tried = frozenset[int].intersection(*failed) if failed else _NOBODY
                     self._parts.append(workers.Part(number, (*units,), avoid=avoid, tried=tried))
                 self._request.ask(self._parts[first:])
             elif isinstance(decision, Drop):
@@ -142,9 +142,6 @@ class Execution:
                 if wanted <= 0:
                     break
         for reply in replies:
-            if reply.error is not None and reply.error.kind == "raised":
-                for unit in reply.part.units:
-                    self._raised[unit] |= {reply.worker}
             if reply.worker >= 0:  # a worker had it
                 latencies.pop(reply.worker, None)
                 began = self._began.get(reply.part.number)
@@ -154,6 +151,9 @@ class Execution:
             reply.value = None  # the results hold it, if it is good
             for of, result in settled:
                 part, good = of.part, result is not None
+                if not good and (of.error is None or of.error.kind == "raised"):
+                    for unit in part.units:
+                        self._failed[unit] |= {of.worker}
                 if result is not None and self._check is not None:
                     rows = [result.rows(i) for i in result.divided]
                     self._check.results.add(part.number, part.units, rows)

@@ -37,9 +37,12 @@ class Worker:
     unwanted = False  #: true if it is to be ended
 
     @property
+    def takes_jobs(self) -> bool:
+        return self.ready and not (self.excluded or self.left or self.unwanted)
+
+    @property
     def idle(self) -> bool:
-        out = self.excluded or self.left or self.unwanted
-        return self.ready and self.job is None and not out
+        return self.job is None and self.takes_jobs
 
     def is_new_to(self, module: Any) -> bool:
         return False
@@ -242,15 +245,18 @@ class Dispatcher(abc.ABC):
             busy, at = [w.index for w in self._workers if w.job is not None], 0
             while at < len(self._jobs) and not self.closed:
                 job = self._jobs[at]
-                workers = [w for w in idle if w.index not in job.part.avoid]
+                out = job.part.avoid | job.part.tried
+                if job.part.tried and not any(
+                    w.takes_jobs and w.index not in out for w in self._workers
+                ):
+                    out = job.part.avoid
+                workers = [w for w in idle if w.index not in out]
                 if not workers and job.request.wants(job.part):
                     at += 1
                     continue
                 del self._jobs[at]
                 if workers:
-                    tried = job.part.tried
-                    order = {w: (w.index in tried, busy.count(w.index), w.since) for w in workers}
-                    worker = min(workers, key=order.__getitem__)
+                    worker = min(workers, key=lambda w: (busy.count(w.index), w.since))
                     fresh = worker.is_new_to(job.request.module)
                     if job.request.begin(job.part, worker.index, fresh):
                         worker.job, worker.since = job, self._clock()
