@@ -201,8 +201,8 @@ class Execution:
             required, why = division.needed, ""
             first = min(blamed, key=lambda error: self._parts[error.part].units)
             error = _of_module(first, report.refused)
-        elif enough:
-            required, error = division.needed, None
+        elif enough and error is None:
+            required = division.needed
             if not (why := self._unpredictable()):
                 return None
         return self.holding(error or self._too_few(required, why))

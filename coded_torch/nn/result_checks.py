@@ -150,7 +150,8 @@ class Results:
         self._division = division
         self._errors: list[WorkerError] = []
         self._groups: list[list[Result]] = []  # one for each form, in order of arrival
-        self._num_misfits = 0  # values that cannot be decoded
+        # Values that cannot be decoded: the number and the units of the part, and the error.
+        self._misfits: list[tuple[int, int, Exception]] = []
         self._chosen: Mapping[int, int] | None = None
         self.good: list[Result] = []
         self.units: set[int] = set()
@@ -171,7 +172,7 @@ class Results:
                 text = str(cause).removeprefix("CodedWrapper: ")
                 why = f"returned what cannot be decoded: {text}"
                 self._errors.append(WorkerError(reply.part.number, reply.worker, why, cause=cause))
-                self._num_misfits += 1
+                self._misfits.append((reply.part.number, len(reply.part.units), cause))
         names = _not_finite(list(formed.values()))
         return [
             self._count(formed[i], names.get(formed[i])) if i in formed else [(reply, None)]
@@ -214,11 +215,15 @@ class Results:
 
     @property
     def misfit(self) -> Exception | None:
-        """The error of the first reply if no reply at all is an answer to the task."""
-        if self._groups or not 0 < self._num_misfits == len(self._errors):
-            return None
-        cause = self.rejected[0].__cause__
-        return cause if isinstance(cause, Exception) else None
+        """The error of the first reply if none is an answer, or only those of single rows are.
+
+        An output without a batch dimension has size 1 there, as if it were a single row's.
+        """
+        good = {len(result.part.units) for group in self._groups for result in group}
+        cut = good == {1} == {self._division.task.unit_rows}
+        cut = cut and sum(units > 1 for _, units, _ in self._misfits) > 1
+        none = not good and 0 < len(self._misfits) == len(self._errors)
+        return min(self._misfits)[2] if cut or none else None
 
     def stack(self) -> Stacked:
         """Stack the good results, of each unit the first that arrived, or the chosen one."""

@@ -111,7 +111,7 @@ class Call:
         self.open = self.num_first = len(first)  # open parts may still settle
         self.num_units, self.rows = sum(map(len, first)), unit_rows * max(map(len, first))
         self.unasked, self.hedged = deque(spare or ()), False
-        self.deadline = self.late_at = self.end = self.prepare_at = self.hold_until = math.inf
+        self.deadline = self.late_at = self.end = self.prepare_at = math.inf
         self.now = self.heard = since  # no event can come any more from before `heard`
         self.good, self.given_up = set[int](), set[int]()
         self.refused: dict[int, int] = {}  # the part that showed it, by unit
@@ -147,7 +147,7 @@ class Call:
                 self._settle(event)
                 if len(self.good) < self.needed and (unwanted := self._unwanted()):
                     yield Drop(unwanted)
-                if event.ok and self.hold_until == math.inf:
+                if event.ok:
                     continue
             elif until == math.inf:
                 return self._end("failed")
@@ -155,7 +155,7 @@ class Call:
                 self.now = self.heard = max(self.now, until)
                 if self._reason():
                     continue
-            if asked := self._stand_ins(event):
+            if asked := self._stand_ins():
                 yield Ask(asked)
             if self.now >= self.prepare_at:
                 self.prepare_at = math.inf
@@ -179,11 +179,11 @@ class Call:
     def _searching(self) -> bool:
         """Return whether a row on which the module fails is being looked for."""
         asked = (p for p in self.parts[self.num_first :] if p.state <= _RUNNING and p.suspect)
-        return self.hold_until < math.inf or not all(self.good.issuperset(p.units) for p in asked)
+        return not all(self.good.issuperset(p.units) for p in asked)
 
     def _until(self) -> float:
         """Return when to act if nothing happens."""
-        due = min(self.prepare_at, self.hold_until)
+        due = self.prepare_at
         while self.timers:
             at, number = self.timers[0]
             if self.parts[number].state == _RUNNING and self.parts[number].due == at:
@@ -244,13 +244,12 @@ class Call:
     def _missing(self, part: _Part) -> list[int]:
         return [u for u in part.units if u not in self.good and u not in self.refused]
 
-    def _stand_ins(self, event: Settled | None) -> tuple[tuple[int, ...], ...]:
+    def _stand_ins(self) -> tuple[tuple[int, ...], ...]:
         """Return new parts that stand in for late and failed parts."""
         if self.waiting.at_once:
             return ()
         while self.timers and self.timers[0][0] <= self.now:
             heapq.heappop(self.timers)
-        self.hold_until = math.inf
         num_parts, idle, lacking = len(self.parts), self.idle(), self.num_units
         if self.spare is not None:  # less the columns that may still come in time
             hopeful = [p for p in self.parts if p.state <= _RUNNING and p.due > self.now]
@@ -261,7 +260,7 @@ class Call:
                 continue
             missing = self._missing(part)[: max(0, lacking)]
             asks = missing and (not late or self._may_hedge(part, missing))
-            if not asks or self._holds(part, event):
+            if not asks:
                 continue
             part.replaced = True
             part.hedges += late
@@ -278,18 +277,6 @@ class Call:
                 self._add(missing, num, part)
         self.open += len(self.parts) - num_parts
         return tuple([part.units for part in self.parts[num_parts:]])
-
-    def _holds(self, part: _Part, event: Settled | None) -> bool:
-        """Return whether a row that raised twice waits for another worker before its next try."""
-        late = self.spare is None and part.blamed and part.tries >= _TRIES - 1
-        if not late or part.raised_twice or event is None or event.worker != part.worker:
-            return False
-        # The third try waits for any other part, later ones for parts that the call needs anyway.
-        running = [p for p in self.parts if p.state <= _RUNNING]
-        others = [p for p in running if p.state == _RUNNING or not p.suspect]
-        holds = any(part.tries < _TRIES or not self.good.issuperset(p.units) for p in others)
-        self.hold_until = 2 * self.now - self.since if holds else self.hold_until
-        return holds
 
     def _may_hedge(self, part: _Part, missing: Sequence[int]) -> bool:
         """Return whether to hedge a late part now. If only the budget forbids it, try later."""

@@ -50,8 +50,8 @@ class ProcessWorkers(SupervisedWorkers):
         devices: the devices of the processes, in turn, which this process never touches. Defaults
             to the CPU.
         threads: the number of threads that each process uses for one operation. Defaults to 1.
-        grace: seconds that a part may take, without loading the module. It finds hung processes,
-            not late ones: a few times the module's slowest call. Defaults to 30.
+        grace: seconds that a part may take, without loading the module, for which it has 120. It
+            finds hung processes, not late ones: a few times the slowest call. Defaults to 30.
         timeout: seconds after which a part that was asked for and has not replied has failed.
             Defaults to 600.
 

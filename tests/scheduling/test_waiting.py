@@ -335,37 +335,14 @@ def test_what_only_one_worker_raises_on_is_refused_if_no_other_worker_works(
     assert (ended.reason, ended.refused) == (reason, refused)
 
 
-def test_a_last_try_waits_until_another_worker_may_be_free():
-    good = [Settled(part, 1.0, 1.0, True, worker=1) for part in (0, 1)]
-    events = [*begin(1), *good[:1], *raised(3, 4, 5, 6, 7, worker=1)]
-    asked = drive(Waiting(deadline=4.0), events)[0]
-    assert asked[1:] == [Ask(((6,), (7,))), Ask(((6,),)), Ask(((7,),))]
-    for more, ends in (
-        (good[1:], False),  # the same worker, and part 2 is open
-        ([*good[1:], Settled(2, 1.0, 1.0, True, worker=1)], True),  # the same: the only one
-        (raised(2, worker=0), True),
-        ([Settled(2, 1.0, 1.0, True, worker=0)], True),
-        ([None], True),  # part 1 is late
-    ):
-        decisions = drive(Waiting(deadline=4.0), [*events, *more])[0]
-        again = [d.parts for d in decisions[4:] if isinstance(d, Ask)]
-        assert {(6,), (7,)} <= {*sum(again, ())} if ends else not again
-
-
-def test_a_held_try_is_made_in_time_or_the_row_is_refused():
-    """Part 2 hangs, so that no event comes; rows 6 and 7 raise twice."""
-    events = [*begin(2, at=0.5), *settle(0, 1), *raised(3, 4, 5, 6, 7, worker=-1, at=1.5)]
-    waiting = Waiting(predict=False)
-    decisions, waits, _ = drive(waiting, [*events, None])  # there is no history
-    assert waits[-2] == 3.0  # as long again
-    assert decisions[-1] == Ask(((6,), (7,)))
+def test_a_row_that_raises_until_the_deadline_is_refused():
     good = [Settled(part, 1.0, 1.0, True, worker=-1) for part in (0, 1)]
     events = [*good, *raised(3, 4, 5, 6, 7, worker=-1, at=1.5), None]
     ended = drive(Waiting(deadline=2.0, hedge_budget=0), events)[2]
     assert (ended.reason, ended.refused) == ("deadline", (6, 7))
     columns = {"first": [(0,), (1,), (2,)], "needed": 3, "spare": [3, 4, 5]}
     asked = drive(Waiting(), [*raised(1, 3, worker=0)], **columns)[0]
-    assert asked == [Ask(((0,), (1,), (2,))), Ask(((3,),)), Ask(((4,),))]  # columns are not held
+    assert asked == [Ask(((0,), (1,), (2,))), Ask(((3,),)), Ask(((4,),))]
 
 
 def test_where_nothing_is_predicted_other_workers_get_more_tries():
