@@ -1,5 +1,6 @@
 """The CUDA operator of splines: compiled and linked everywhere, and run on a GPU."""
 
+import itertools
 import re
 
 import numpy as np
@@ -38,8 +39,11 @@ def test_compiles_links_and_does_not_spill(tmp_path):
 @pytest.mark.cuda
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", [1, 2, 17, 128, 2000])
-@pytest.mark.parametrize("columns", [1, 9, 1032])
+@pytest.mark.parametrize(
+    ("n", "columns"),
+    # The states of 128 knots fill a workspace already: wide batches of 2000 take only longer.
+    [*itertools.product([1, 2, 17, 128], [1, 9, 1032]), (2000, 1), (2000, 9)],
+)
 def test_agrees_with_the_cpu(n, dtype, transpose, columns):
     coefficients, schedule, (matrix,) = make_plan(n, dtype)
     rows = matrix.shape[0] if transpose else n

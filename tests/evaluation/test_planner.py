@@ -27,13 +27,17 @@ def planned(law, deadline, **options):
 KINDS = ["no redundancy", "hedged", "everything twice", "predicted", "coded"]
 
 
-def test_nothing_is_worth_anything_where_nothing_goes_wrong():
-    found = planned("calm", 0.2)
-    assert list(found.best) == KINDS
-    alone = found.best["no redundancy"]
+@pytest.fixture(scope="module")
+def calm():
+    return planned("calm", 0.2)
+
+
+def test_nothing_is_worth_anything_where_nothing_goes_wrong(calm):
+    assert list(calm.best) == KINDS
+    alone = calm.best["no redundancy"]
     assert alone.meets
     assert (alone.work, alone.predicted) == (1, 0)
-    text = str(found)
+    text = str(calm)
     assert "least work by no redundancy, wait for all" in text
     assert "waiting=Waiting(hedge_budget=0.0, predict=False))." in text
     assert text.endswith("Neither predictions nor codes are worth it here.")
@@ -53,10 +57,10 @@ def test_a_deadline_that_only_predictions_meet():
     assert not planned("straggling", 0.035, accuracy=1.0).best["predicted"].meets
 
 
-def test_verification_costs_its_share_of_work_and_leaves_codes_out():
-    plain, found = planned("calm", 0.2).best, planned("calm", 0.2, verify=0.1)
+def test_verification_costs_its_share_of_work_and_leaves_codes_out(calm):
+    found = planned("calm", 0.2, verify=0.1)
     assert list(found.best) == ["no redundancy", "hedged", "predicted"]
-    extra = found.best["no redundancy"].work - plain["no redundancy"].work
+    extra = found.best["no redundancy"].work - calm.best["no redundancy"].work
     assert 0.1 <= extra <= 0.15  # and the odd ones; new workers are checked more often
     assert all(", verify=0.1, workers=pool" in option.use for option in found.options)
     with pytest.raises(ValueError, match="num_workers with verify must be at least 2, got 1"):

@@ -20,7 +20,7 @@ class Slow(nn.Module):
 
     def forward(self, x):
         if (x[:, 0] == 99).any():
-            time.sleep(2.5)
+            time.sleep(1.3)
         return x.sin()
 
 
@@ -36,12 +36,12 @@ def test_a_call_with_a_late_part_runs_code_in_few_files():
             files.add(str(path.relative_to(PACKAGE)))
 
     with ProcessWorkers(4).start() as pool, torch.no_grad():
-        waiting = Waiting(deadline=2.0)
+        waiting = Waiting(deadline=1.0)
         coded = CodedWrapper(Slow(), workers=pool, waiting=waiting, surrogate=Memory())
         for _ in range(12):  # until the latencies are known
             coded.run(x, waiting=Waiting(deadline=20.0))
         coded(late)
-        time.sleep(2.6)
+        time.sleep(1.4)
         coded.run(x, waiting=Waiting(deadline=20.0))
         sys.setprofile(note)
         try:
