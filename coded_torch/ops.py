@@ -65,7 +65,7 @@ def _apply(values: Tensor, *plan: Any) -> Tensor:
         out: Tensor = _Transformed.apply(values, *plan)  # type: ignore[no-untyped-call]
     elif (tangent := tangent_of(values)) is not None:  # linear: it is mapped as the value is
         primal = forward_ad.unpack_dual(values).primal
-        out = forward_ad.make_dual(_apply(primal, *plan), _apply(tangent, *plan))
+        out = forward_ad.make_dual(_apply(primal, *plan), _OPERATOR(tangent, *plan))
     elif compiling or (torch.is_grad_enabled() and (values.requires_grad or plan[0].requires_grad)):
         out = _OPERATOR(values, *plan)
     else:

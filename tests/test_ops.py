@@ -278,6 +278,15 @@ def test_derivatives_by_torch_func(indexed):
     close(torch.vmap(grad(loss))(each)[1], grad(loss)(each[1]))
 
 
+def test_forward_mode_is_vectorised():
+    coefficients, schedule, _ = make_plan(5)
+    values = randn(5, 1, 2)
+    apply = functools.partial(ops.spline_apply, coefficients=coefficients, schedule=schedule)
+    jacobian = torch.autograd.functional.jacobian
+    got = jacobian(apply, values, vectorize=True, strategy="forward-mode")
+    torch.testing.assert_close(got, jacobian(apply, values), rtol=0, atol=1e-12)
+
+
 @of_the_compiler
 @pytest.mark.skipif(torch.__version__.startswith("2.10."), reason="torch 2.10 cannot compile it")
 def test_forward_mode_compiles():

@@ -78,6 +78,17 @@ def test_several_inputs_and_outputs_count_alike():
         assert float((got - wanted).square().mean()) < 0.1 * float(wanted.var())
 
 
+@pytest.mark.parametrize("far", [1e6, 1e20])
+def test_a_far_row_spoils_no_predictions(far):
+    known, x = Memory(), rand(600, 3)
+    x[0] = far
+    y = x.clamp(max=9).sum(1, keepdim=True).sin()
+    known.observe([x], [y])
+    known.rebuild()
+    (got,) = known.predict([x[1:200] + 1e-3])
+    assert float((got - y[1:200]).square().mean()) < 0.02 * float(y.var())
+
+
 def test_other_shapes_are_ignored():
     known = filled(300)
     known.observe([rand(10, 5)], [rand(10, 2)])
@@ -535,6 +546,10 @@ def test_distilling_needs_gradients_to_be_possible():
         ({"patience": 0}, "patience must be at least 1, got 0"),
         ({"learning_rate": 0}, "learning_rate must be positive and finite, got 0"),
         ({"noise": -1}, "noise must be at least 0 and finite, got -1"),
+        ({"batches": [rand(5, 4), rand(5, 3)]}, "batches must be alike but for their sizes"),
+        ({"batches": [rand(5, 4), (rand(5, 4),) * 2]}, "batches must be alike but for their"),
+        ({"seed": "a"}, "seed must be an integer"),
+        ({"augment": "a"}, "augment must be of type Callable or None, got str"),
         ({"link": "logit"}, "link must be None or 'softmax', got 'logit'"),
     ],
 )

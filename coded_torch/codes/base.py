@@ -257,8 +257,8 @@ class FixedCode(Code):
 
     def _received(self, received: Any) -> tuple[int, ...]:
         must = f"{type(self).__name__}: received must"
-        items = received.tolist() if isinstance(received, (Tensor, np.ndarray)) else received
         try:
+            items = received.tolist() if isinstance(received, Tensor | np.ndarray) else [*received]
             workers = None if bool in map(type, items) else tuple(map(operator.index, items))
         except TypeError:
             workers = None

@@ -309,7 +309,7 @@ class LagrangeCode(CurveCode):
             raise ValueError(f"LagrangeCode: {must}, got {self.num_workers}")
 
     def candidates(self) -> dict[str, Sequence[Any]]:
-        if "degree" in self._given:  # the model is a polynomial, so D is known
+        if self._given.get("degree") is not None:  # the model is a polynomial, so D is known
             return {}
         degrees = {round(times * (self.num_data - 1)) for times in _DEGREES}
         return {"decoder_degree": sorted(d for d in degrees if d < self.num_workers)}

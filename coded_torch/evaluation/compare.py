@@ -60,10 +60,10 @@ def compare(
     All schemes answer the same batches from the same workers. On the first batches every code's
     numbers are chosen as :func:`~coded_torch.tune` does, without labels; the others are answered.
     Beside the codes of :func:`peers` stand the baselines. In "no redundancy, regression" the N
-    workers compute each row once (and some twice, if B is no multiple of N), and missing rows are
-    predicted. In "no redundancy, surrogate" and "replication, surrogate" the surrogate answers
-    missing rows, in "surrogate alone" all rows, without any worker. With a surrogate, "regression"
-    and "no redundancy" also predict its residuals.
+    workers compute each row once, or rows of the last group several times if B is no multiple of N.
+    Missing rows are predicted. In "no redundancy, surrogate" and "replication, surrogate" the
+    surrogate answers missing rows, in "surrogate alone" all rows, without any worker. With a
+    surrogate, "regression" and "no redundancy" also predict its residuals.
 
     Args:
         module: the module, in evaluation mode.
@@ -146,7 +146,7 @@ def compare(
         # Not the workers that are lost later.
         honest = [trial for trial, _ in trials(setting, max(seeds) + 1, SETS, slice(cut))]
         untuned = _schemes(k, n, honest[0], more, schemes)
-        tuned = {name: chosen(code, honest, s) for name, code in untuned.items()}
+        tuned = {name: chosen("compare", code, honest, s) for name, code in untuned.items()}
         codes |= {(setting, name): code for name, code in tuned.items()}
         for seed in seeds:
             answered = trials(setting, seed, received_sets, slice(cut, None))
@@ -154,7 +154,10 @@ def compare(
                 trial.attack = None if attack is None else (attack, faulty, seed)
                 exact, size = _flat(trial.exact), trial.batch_size
                 found: dict[tuple[str, Code | None], list[Score]] = {}
-                cheap = trial.run(surrogate) if surrogate is not None else []
+                cheap = [] if surrogate is None else trial.run(surrogate, name="surrogate")
+                if cheap and [x.shape for x in cheap] != [x.shape for x in trial.exact]:
+                    wanted, got = ([[*x.shape] for x in each] for each in (trial.exact, cheap))
+                    raise ValueError(f"compare: surrogate must return {wanted}, got {got}")
                 for received in trial.sets:
                     for name, answers, code in _answers(trial, tuned, received, s, cheap):
                         scores = score(_flat(answers), exact, classes)

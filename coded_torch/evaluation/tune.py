@@ -68,10 +68,11 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
     draws = received_sets(wrapper, code)
     how = {"in_dims": wrapper.in_dims, "out_dims": wrapper.out_dims}
     trials = (Trial(wrapper.module, x, [*itertools.islice(draws, SETS)], **how) for x in calls)
-    return chosen(code, trials, wrapper.num_stragglers, values)
+    return chosen("tune", code, trials, wrapper.num_stragglers, values)
 
 
 def chosen(
+    owner: str,
     code: Code,
     trials: Iterable[Trial],
     num_stragglers: int,
@@ -91,15 +92,17 @@ def chosen(
     variants = [code.replace(**dict(zip(options, some, strict=True))) for some in combinations]
     if len(variants) == 1:
         return variants[0]
-    errors = np.zeros(len(variants))
-    for trial in trials:
-        for (i, variant), received in itertools.product(enumerate(variants), trial.sets):
-            answers = trial.decode(variant, received, num_stragglers)
-            for a, e in zip(answers, trial.exact, strict=True):
-                errors[i] += float((a.double() - e.double()).square().sum())
-    if not np.isfinite(errors).any():
+    errors, decodable = np.zeros(len(variants)), False
+    for trial, received in ((each, received) for each in trials for received in each.sets):
+        found = np.zeros(len(variants))
+        for i, variant in enumerate(variants):
+            pairs = zip(trial.decode(variant, received, num_stragglers), trial.exact, strict=True)
+            found[i] = sum(float((a.double() - e.double()).square().sum()) for a, e in pairs)
+        if np.isfinite(found).any():  # no variant decodes other sets
+            errors, decodable = errors + found, True
+    if not (decodable and np.isfinite(errors).any()):
         must = f"{code} must be able to decode the received results"
-        raise ValueError(f"tune: {must}, got too few results")
+        raise ValueError(f"{owner}: {must}, got too few results")
     return variants[int(np.nan_to_num(errors, nan=np.inf).argmin())]
 
 
@@ -166,7 +169,10 @@ class Trial:
         self.exact = self.run(module)
 
     def run(
-        self, function: Callable[..., Any], batches: list[Tensor] | None = None
+        self,
+        function: Callable[..., Any],
+        batches: list[Tensor] | None = None,
+        name: str = "the module",
     ) -> list[Tensor]:
         """Return a function's outputs that are decoded, of the batch or of rows ``[R, ...]``."""
         inputs = self._inputs
@@ -189,10 +195,10 @@ class Trial:
         ]
         for output in found:
             if not output.is_floating_point():
-                must = "an output must be a floating-point tensor to be decoded"
-                raise TypeError(f"{must}, got {output.dtype}")
+                must = "must return floating-point tensors to be decoded"
+                raise TypeError(f"{name} {must}, got {output.dtype}")
             if not bool(output.isfinite().all()):
-                raise RuntimeError("the module must return finite outputs, got not finite ones")
+                raise RuntimeError(f"{name} must return finite outputs, got not finite ones")
         return found
 
     def decode(

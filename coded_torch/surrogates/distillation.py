@@ -83,6 +83,8 @@ def distill(
         raise RuntimeError("distill: leave torch.inference_mode(); torch.no_grad() does no harm")
     epochs, rows = count("distill", "epochs", epochs), count("distill", "rows", rows)
     patience = count("distill", "patience", patience)
+    seed = count("distill", "seed", seed, 0, 2**64 - 2)
+    instance("distill", "augment", augment, Callable, optional=True)
     learning_rate = positive("distill", "learning_rate", learning_rate)
     noise = real("distill", "noise", noise, "at least 0 and finite", lambda x: 0 <= x < math.inf)
     check_link("distill", link)
@@ -193,8 +195,12 @@ def _joined(batches: list[Any]) -> Any:
     """Return the rows of all batches as one."""
     if (size := sum(len(_tensors(batch)[0]) for batch in batches)) < 4:
         raise ValueError(f"distill: batches must hold four rows, to hold some out, got {size}")
-    columns = zip(*map(pytree.tree_leaves, batches), strict=True)
-    leaves = [torch.cat(x) if isinstance(x[0], Tensor) else x[0] for x in columns]
+    try:
+        columns = zip(*map(pytree.tree_leaves, batches), strict=True)
+        leaves = [torch.cat(x) if isinstance(x[0], Tensor) else x[0] for x in columns]
+    except (RuntimeError, ValueError) as error:
+        must = "batches must be alike but for their sizes"
+        raise ValueError(f"distill: {must}, got some that are not: {error}") from None
     return pytree.tree_unflatten(leaves, pytree.tree_structure(batches[0]))
 
 

@@ -161,7 +161,8 @@ class Memory:
 
         Thresholds ``[n, m]``, float64, are the leave-one-out residuals of m remembered results,
         scaled by the distances to the nearest result. If remembered rows and a new row are
-        exchangeable, its error exceeds the k-th largest with probability k / (m + 1).
+        exchangeable, its error exceeds the k-th largest with probability k / (m + 1). With 20 rows
+        it is up to 4 points more, as they choose the metric, too.
         """
         snapshot = self._snapshot
         if snapshot is None or _form(inputs) != snapshot.form[0]:
@@ -267,6 +268,8 @@ class _Snapshot:
 
     def __init__(self, form: Any, space: _Space, rows: Tensor, outputs: Tensor) -> None:
         self.form, self._space = form, space
+        known = torch.from_numpy(typical_rows([rows]))  # beside a far row others would coincide
+        rows, outputs = rows[known], outputs[known]
         squared, _ = Geometry(rows).squared_distances(0.0)
         some = evenly(len(rows), _PATH)
         among = squared[some][:, some]

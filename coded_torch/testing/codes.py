@@ -222,7 +222,7 @@ class CodeTests:
         for _ in range(10_000):
             count = choose.randint(code.min_received, min(code.min_received + 2, code.num_workers))
             code.decoder(sorted(choose.sample(range(code.num_workers), count)))
-        assert code._decoder.cache_info().currsize == base._CACHED_DECODERS
+        assert code._decoder.cache_info().currsize <= base._CACHED_DECODERS
 
     def test_shared_between_threads(self, code):
         choose = random.Random(0)

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import os
 import ssl
+import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
@@ -212,6 +213,8 @@ class _Endpoints(Dispatcher):
                 try:
                     self.update(await self.loop.run_in_executor(None, lambda: list(source())))
                 except Exception:  # the caller's code failed: the servers stay as they are
+                    if not threading.main_thread().is_alive():  # no: the interpreter ends
+                        return
                     logger.warning("EndpointWorkers: endpoints() failed", exc_info=True)
 
         self.loop.call_soon_threadsafe(lambda: self._spawn(refresh()))

@@ -30,7 +30,8 @@ class LocalWorkers(Workers):
     An exception of the module is raised to the caller, since all parts run the same code.
 
     If the first ask has n parts, each draw of the law is for n workers. Part p of the request takes
-    entry p modulo n of draw p // n, whenever it is asked for.
+    entry p modulo n of draw p // n, whenever it is asked for. Without a deadline, a part that never
+    replies is hedged only where earlier calls tell how long parts take.
 
     Args:
         stragglers: the law of the latencies. Defaults to None: all latencies are 0.

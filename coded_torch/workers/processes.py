@@ -140,7 +140,13 @@ class _Processes(Supervisor):
     def pack(self, module: nn.Module) -> Package:
         package = Package(Pickled(module))
         self._packages |= worker_main.packages_of(module)
+        self.wake()  # their server starts before a worker is lost
         return package
+
+    def tend(self) -> None:
+        with contextlib.suppress(OSError):  # too many processes: a launch says so
+            worker_main.prepare(self._packages - worker_main.REFUSED)
+        super().tend()
 
     def launch(self, index: int) -> _Process:
         ours, theirs = socket.socketpair()

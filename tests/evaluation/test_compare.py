@@ -136,6 +136,28 @@ def test_inputs_that_cannot_be_mixed_go_to_codes_that_do_not(generator):
     assert [row.name for row in found.rows] == ["replication", "regression", NAMES[-1]]
 
 
+def test_sets_that_no_code_can_decode_choose_nothing(generator):
+    """A batch of two rows has two workers without redundancy, which may both be lost."""
+    batches = [torch.randn(2, 2, generator=generator) for _ in range(4)]
+    for seed in range(4):
+        found = compare(torch.nn.Tanh(), batches, [(6, 2, 3)], seeds=seed)
+        assert len({row.name for row in found.rows}) == 9
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "message"),
+    [
+        (lambda x: x[:, :1], r"compare: surrogate must return \[\[16, 2\]\], got \[\[16, 1\]\]"),
+        (lambda x: x * torch.nan, "surrogate must return finite outputs"),
+        (lambda x: x.long(), "surrogate must return floating-point tensors"),
+    ],
+)
+def test_a_surrogate_must_return_what_the_module_does(generator, surrogate, message):
+    batches = [torch.randn(16, 2, generator=generator) for _ in range(2)]
+    with pytest.raises((RuntimeError, TypeError, ValueError), match=message):
+        compare(torch.nn.Tanh(), batches, [(4, 4, 1)], surrogate=surrogate)
+
+
 def test_baselines_with_a_surrogate_are_the_formulas(generator):
     model, cheap = torch.nn.Tanh(), torch.nn.Hardtanh()
     batches = [torch.randn(12, 2, generator=generator) for _ in range(3)]

@@ -116,5 +116,5 @@ def test_results_that_cannot_be_decoded_are_an_error(x):
 
     with pytest.raises(RuntimeError, match="not finite"):
         Trial(Broken(), (x,))
-    with pytest.raises(TypeError, match="must be a floating-point tensor to be decoded"):
+    with pytest.raises(TypeError, match="the module must return floating-point tensors"):
         Trial(torch.nn.Identity(), (torch.arange(16),))

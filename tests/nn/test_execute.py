@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import pickle
+import time
 
 import pytest
 import torch
@@ -50,6 +51,34 @@ def test_a_call_without_half_of_its_results_raises_at_its_deadline():
         assert info.value.answers[1:].isnan().all()
         again = pickle.loads(pickle.dumps(info.value))
         assert (str(again), again.report.missing_rows) == (str(info.value), (1, 2, 3))
+
+
+@pytest.mark.parametrize("predict", [True, False])
+def test_outputs_without_a_batch_dimension_are_an_error(predict):
+    """Of single rows they look right, as their size is 1 there."""
+    lstm = nn.LSTM(4, 3, batch_first=True)  # the states are [1, B, 3]
+    with DeviceWorkers(["cpu"] * 3) as pool, torch.no_grad():
+        coded = CodedWrapper(lstm, workers=pool, waiting=Waiting(predict=predict))
+        with pytest.raises(ValueError, match=r"output\[1\]\[0\] must have size 2, the batch size"):
+            coded(torch.randn(6, 5, 4))
+        coded.out_dims = (0, 1)
+        x = torch.randn(6, 5, 4)
+        torch.testing.assert_close(coded(x)[1][0], lstm(x)[1][0])
+
+
+class Waits(nn.Module):
+    def forward(self, x):
+        time.sleep(0.005)
+        return x
+
+
+def test_what_a_broken_worker_returns_is_asked_of_others_that_are_busy():
+    attack = {"adversaries": (1,), "attack": lambda rows, _: rows * math.nan}
+    with FaultyWorkers(DeviceWorkers(["cpu"] * 2), **attack) as pool, torch.no_grad():
+        coded = CodedWrapper(Waits(), workers=pool, waiting=Waiting(predict=False))
+        rows = [torch.full((1, 2), float(n)) for n in range(24)]
+        found = [answers for answers, _ in coded.map(rows, in_flight=6)]
+    assert torch.equal(torch.cat(found), torch.cat(rows))
 
 
 def test_predictions_that_do_not_fit_before_the_deadline_are_made_of_less():
