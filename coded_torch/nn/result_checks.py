@@ -215,9 +215,9 @@ class Results:
 
     @property
     def misfit(self) -> Exception | None:
-        """The error of the first reply if none is an answer, or only those of single rows are.
+        """The error of the first reply if no reply is good, or only single rows are.
 
-        An output without a batch dimension has size 1 there, as if it were a single row's.
+        A single row looks right if the output has no batch dimension, but a dimension of size 1.
         """
         good = {len(result.part.units) for group in self._groups for result in group}
         cut = good == {1} == {self._division.task.unit_rows}

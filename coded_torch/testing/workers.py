@@ -255,19 +255,6 @@ class WorkersTests(abc.ABC):
         assert len(events) == 22
         assert all(event.worker not in {-1, *event.part.avoid} for event in events)
 
-    def test_a_part_waits_for_another_worker_than_tried_it(self, pool, tmp_path):
-        with self.begin_all(pool, tmp_path, extra=0) as earlier:
-            with pool.open(nn.Identity(), task_of(self.values())) as request:
-                places = frozenset(pool.places)
-                tried = [frozenset({0}), places - {0}, places]
-                request.ask([Part(n, (n,), tried=some) for n, some in enumerate(tried)])
-                (tmp_path / "open").touch()
-                workers = {reply.part.number: reply.worker for reply in replies_of(request)}
-            assert (workers[0] != 0) == (len(places) > 1)
-            assert workers[1] == 0
-            assert workers[2] in places
-            replies_of(earlier)
-
     def test_parts_whose_only_worker_they_must_avoid_fail(self, pool):
         last = (pool.num_workers or 1) - 1
         if last and not hasattr(pool, "exclude"):

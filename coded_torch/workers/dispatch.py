@@ -37,12 +37,12 @@ class Worker:
     unwanted = False  #: true if it is to be ended
 
     @property
-    def takes_jobs(self) -> bool:
+    def is_wanted(self) -> bool:
         return self.ready and not (self.excluded or self.left or self.unwanted)
 
     @property
     def idle(self) -> bool:
-        return self.job is None and self.takes_jobs
+        return self.job is None and self.is_wanted
 
     def is_new_to(self, module: Any) -> bool:
         return False
@@ -247,7 +247,7 @@ class Dispatcher(abc.ABC):
                 job = self._jobs[at]
                 out = job.part.avoid | job.part.tried
                 if job.part.tried and not any(
-                    w.takes_jobs and w.index not in out for w in self._workers
+                    w.is_wanted and w.index not in out for w in self._workers
                 ):
                     out = job.part.avoid
                 workers = [w for w in idle if w.index not in out]

@@ -140,7 +140,7 @@ class _Processes(Supervisor):
     def pack(self, module: nn.Module) -> Package:
         package = Package(Pickled(module))
         self._packages |= worker_main.packages_of(module)
-        self.wake()  # their server starts before a worker is lost
+        self.wake()  # the server for new packages starts before a worker is lost
         return package
 
     def tend(self) -> None:

@@ -23,10 +23,11 @@ from coded_torch.testing.workers import (
     WorkersTests,
     events_of,
     numbered,
+    replies_of,
     task_of,
     until,
 )
-from coded_torch.workers import Began, DeviceWorkers
+from coded_torch.workers import Began, DeviceWorkers, Part
 
 WAIT = 30.0  # bounds waits that end at once unless something is broken
 
@@ -34,6 +35,21 @@ WAIT = 30.0  # bounds waits that end at once unless something is broken
 class TestDeviceWorkers(WorkersTests):
     def make(self) -> DeviceWorkers:
         return DeviceWorkers(["cpu", "cpu"])
+
+    def test_a_part_waits_for_another_worker_than_tried_it(self, pool, tmp_path):
+        with self.begin_all(pool, tmp_path, extra=0) as earlier:
+            with pool.open(nn.Identity(), task_of(self.values())) as request:
+                tried = [frozenset({0}), frozenset({1}), frozenset({0, 1})]
+                request.ask([Part(n, (n,), tried=some) for n, some in enumerate(tried)])
+                (tmp_path / "open").touch()
+                workers = {reply.part.number: reply.worker for reply in replies_of(request)}
+            assert (workers[0], workers[1]) == (1, 0)
+            assert workers[2] in (0, 1)
+            replies_of(earlier)
+            pool.exclude(1)
+            with pool.open(nn.Identity(), task_of(self.values())) as request:
+                request.ask([Part(0, (0,), tried=frozenset({0}))])  # no other is left
+                assert [reply.worker for reply in replies_of(request)] == [0]
 
 
 class TestOneDevice(WorkersTests):
