@@ -146,7 +146,7 @@ class ShiftedExponential(Stragglers):
 
 
 class Trace(Stragglers):
-    r"""A law of measured latencies, one request after the other, from the start after the last.
+    r"""A law of measured latencies, a row for each request; after the last, it starts again.
 
     The law has a state, ``position``, and draws nothing at random.
 

@@ -78,8 +78,8 @@ class CodedWrapper(ModuleProxy):
             "shared" or None for a value meant for the whole batch; or a pytree prefix of such. A
             tensor under None whose first dimension has the batch size is refused: say "shared".
             Tensors in keyword arguments are divided along dimension 0. Defaults to 0.
-        out_dims: the batch dimension of the outputs, in the same form; at None, the result of the
-            part asked first is passed through. Defaults to 0.
+        out_dims: the batch dimension of the outputs, in the same form; None passes on the result
+            of the first part. Defaults to 0.
 
     The arguments are attributes. Assigned values are checked, ``in_dims`` and ``out_dims`` by the
     next call. A new pool or module begins with an empty history of latencies.

@@ -27,8 +27,8 @@ class Waiting:
       replied, a part is late at half of the deadline.
     - A part that failed is asked again at once, in smaller parts, until the rows that fail stand
       alone. If a row raises alike on two workers, the module fails on it. If 16 rows, or all, raise
-      alike before any result is good, it fails on all rows. If a row ends its worker twice, alone,
-      and other parts fail less often, it is not asked again in this call. Any other row is given up
+      alike before any result is good, the module fails on all rows. If a row ends its worker twice,
+      alone, and other parts fail less often, it is not asked again. Any other row is given up
       after three failures alone, or 20 if the module raises and another worker has good results.
     - The call answers or raises at its deadline. If half of the results are there, missing rows are
       predicted in time. Otherwise the call raises :class:`~coded_torch.codes.DeadlineExceeded`,
