@@ -54,8 +54,8 @@ class Conditions:
     slow: float = 0.0
     dead: float = 0.0  #: the probability that a part fails
     dead_after: float = 100.0  #: the time after which a part fails, positive
-    #: The mean time between bursts (exponential). A burst stops a fifth of the workers, side by side,
-    #: for 10.
+    #: The mean time between bursts (exponential). A burst stops a fifth of the workers, which are
+    #: side by side, for 10.
     bursts: float = math.inf
     #: A law of further time, drawn once a call for each worker. An infinite delay fails a part.
     delays: Stragglers | None = None
