@@ -236,17 +236,18 @@ def left_out_losses(
 
     Args:
         squared_distances: ``[n, n]``, float32, symmetric, contiguous, on the CPU.
-        lengths: K positive numbers. The cost is :math:`n^3 / 3` multiplications each.
-        results: of C outputs, ``[C, n]``, finite, float32, contiguous, on the CPU.
+        lengths: K positive numbers. The cost is :math:`n^3 / 3 + C n^2` multiplications each.
+        results: of C outputs, ``[C, n]``, of size 1 at most, float32, contiguous, on the CPU.
         nugget: the variance of a result that the distances do not explain.
     """
-    scales = torch.tensor([math.sqrt(5) / max(x, _SHORTEST) for x in lengths], dtype=torch.float64)
+    inverses = [math.sqrt(5) / max(x, _SHORTEST) for x in lengths]
+    scales = torch.tensor(inverses, dtype=torch.float64, device="cpu")
     return _run("left_out_losses", "squared_distances", squared_distances, scales, results, nugget)
 
 
 _FAKES: dict[str, Any] = {
-    "left_out_losses": lambda _, scales, results, __: scales.new_empty(
-        len(scales), results.shape[1]
+    "left_out_losses": lambda _, scales, results, __: results.new_empty(
+        len(scales), results.shape[1], dtype=torch.float64
     ),
     "matern52_out": lambda *_: None,
     "matern52_among": lambda squared, rows, columns, _: squared.new_empty(len(rows), len(columns)),

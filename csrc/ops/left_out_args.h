@@ -1,4 +1,4 @@
-// What crosses from left_out_losses to its kernels.
+// The arguments of left_out_losses, as its kernels see them.
 #pragma once
 
 #include <cstdint>

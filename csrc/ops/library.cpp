@@ -24,9 +24,9 @@ STABLE_TORCH_LIBRARY(coded_torch, m) {
   m.def("squared_distances(Tensor rows, Tensor squares, float nothing) -> Tensor");
   // Inner products [n, n] of rows [n, L], symmetric.
   m.def("inner_products(Tensor rows) -> Tensor");
-  // How badly each of n results [C, n] is predicted from all others by regressions with K Matern
-  // covariances, of squared distances [n, n] and scales [K], sqrt(5) / length: float64 [K, n],
-  // infinite if a covariance plus the nugget is not positive. On the CPU only.
+  // Losses, float64 [K, n], of results [C, n] that are predicted each from all others, by
+  // regressions on squared distances [n, n] with scales [K], sqrt(5) / length. They are infinite if
+  // a covariance plus the nugget is not positive. On the CPU only.
   m.def(
       "left_out_losses(Tensor squared_distances, Tensor scales, Tensor results, float nugget) -> "
       "Tensor");

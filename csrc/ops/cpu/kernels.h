@@ -46,18 +46,18 @@ struct DistancesKernels {
   DistancesFunction distances[2], products[2];  // float64, float32
 };
 
-// The memory of one candidate, aligned to 64 bytes. Rows of the matrix have the `stride`, rows of y
+// The memory of one length, aligned to 64 bytes. Rows of the matrix have the `stride`, rows of y
 // and half have `columns`; both are multiples of 16.
 struct LeftOutSpace {
   float *matrix, *inverses, *diagonal, *mean, *squares;  // [n + 3, stride], then [stride] each
   float *y, *half;                                       // [n, columns]
-  double* precisions;                                    // [n]
+  double* precisions;                                    // [n], not aligned
   int64_t stride, columns;
 };
 
-// Fills the squares of the residuals, summed over columns, and the precisions of one candidate.
+// Fills the squares of the residuals, summed over columns, and the precisions of one length.
 // Returns false if its covariance is not positive.
-using LeftOutFunction = bool (*)(const LeftOutArgs& args, int64_t candidate,
+using LeftOutFunction = bool (*)(const LeftOutArgs& args, int64_t length,
                                  const LeftOutSpace& space);
 
 extern const TileKernels kBaselineTiles;

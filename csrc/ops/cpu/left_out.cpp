@@ -6,7 +6,6 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
-#include <vector>
 
 #include "../checks.h"
 #include "capabilities.h"
@@ -22,19 +21,17 @@ static int64_t padded(int64_t count) {
   return (count + kLineFloats - 1) / kLineFloats * kLineFloats;
 }
 
-// From the squares of the residuals and the precisions of one candidate.
-static void write_losses(const LeftOutSpace& space, int64_t n, int64_t num_columns,
-                         double* losses) {
+// Turns the precisions of one length into losses.
+static void write_losses(const float* squares, int64_t n, int64_t num_columns, double* losses) {
   double mean = 0;
   for (int64_t j = 0; j < n; ++j) {
-    space.precisions[j] = std::max(space.precisions[j], kLeastPrecision);
-    losses[j] = space.squares[j] / num_columns / space.precisions[j];
-    mean += losses[j] / n;
+    losses[j] = std::max(losses[j], kLeastPrecision);
+    mean += squares[j] / num_columns / losses[j] / n;
   }
   mean = std::max(mean, 1e-300);
-  const double logarithm = std::log(mean);
   for (int64_t j = 0; j < n; ++j) {
-    losses[j] = (losses[j] / mean + logarithm - 1 - std::log(space.precisions[j])) / 2;
+    const double square = squares[j] / num_columns / losses[j];
+    losses[j] = (square / mean + std::log(mean) - 1 - std::log(losses[j])) / 2;
   }
 }
 
@@ -50,9 +47,9 @@ Tensor left_out_losses_cpu(const Tensor& squared, const Tensor& scales, const Te
                   "left_out_losses: squared_distances, scales and results must be contiguous on "
                   "the CPU, float32 [n, n], float64 [K] and float32 [C, n], got ",
                   shape_str(squared), ", ", shape_str(scales), " and ", shape_str(results));
-  const int64_t num_candidates = scales.size(0), n = results.size(1), columns = results.size(0);
+  const int64_t num_lengths = scales.size(0), n = results.size(1), columns = results.size(0);
   const Tensor out =
-      torch::stable::empty({num_candidates, n}, ScalarType::Double, std::nullopt, squared.device());
+      torch::stable::empty({num_lengths, n}, ScalarType::Double, std::nullopt, squared.device());
   if (n == 0) return out;
   const LeftOutArgs args{static_cast<const float*>(squared.const_data_ptr()),
                          static_cast<const double*>(scales.const_data_ptr()),
@@ -65,28 +62,28 @@ Tensor left_out_losses_cpu(const Tensor& squared, const Tensor& scales, const Te
   const int64_t stride = padded(n), wide = padded(columns),
                 grain = kProductsPerThread / (n * n * n);
   torch::stable::parallel_for(
-      0, num_candidates, std::max<int64_t>(1, grain), [&](int64_t begin, int64_t end) {
+      0, num_lengths, std::max<int64_t>(1, grain), [&](int64_t begin, int64_t end) {
         // Three rows behind the matrix are read, and nothing is made of them.
         const int64_t floats = (n + 3) * stride + 4 * stride + 2 * n * wide;
         const std::unique_ptr<float, decltype(&std::free)> memory(
             static_cast<float*>(std::aligned_alloc(64, floats * sizeof(float))), &std::free);
-        STD_TORCH_CHECK(memory, "left_out_losses: out of memory for ", n, " results");
+        STD_TORCH_CHECK(memory, "left_out_losses: out of memory");
         std::fill_n(memory.get(), floats, 0.0f);
-        std::vector<double> precisions(n);
         float* at = memory.get() + (n + 3) * stride;
-        const LeftOutSpace space{memory.get(),
-                                 at,
-                                 at + stride,
-                                 at + 2 * stride,
-                                 at + 3 * stride,
-                                 at + 4 * stride,
-                                 at + 4 * stride + n * wide,
-                                 precisions.data(),
-                                 stride,
-                                 wide};
+        LeftOutSpace space{memory.get(),
+                           at,
+                           at + stride,
+                           at + 2 * stride,
+                           at + 3 * stride,
+                           at + 4 * stride,
+                           at + 4 * stride + n * wide,
+                           nullptr,
+                           stride,
+                           wide};
         for (int64_t k = begin; k < end; ++k) {
+          space.precisions = losses + k * n;
           if (run(args, k, space)) {
-            write_losses(space, n, columns, losses + k * n);
+            write_losses(space.squares, n, columns, losses + k * n);
           } else {
             std::fill_n(losses + k * n, n, std::numeric_limits<double>::infinity());
           }
