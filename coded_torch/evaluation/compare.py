@@ -155,8 +155,8 @@ def compare(
                 exact, size = _flat(trial.exact), trial.batch_size
                 found: dict[tuple[str, Code | None], list[Score]] = {}
                 cheap = [] if surrogate is None else trial.run(surrogate, name="surrogate")
-                if cheap and [x.shape for x in cheap] != [x.shape for x in trial.exact]:
-                    wanted, got = ([[*x.shape] for x in each] for each in (trial.exact, cheap))
+                wanted, got = ([[*x.shape] for x in each] for each in (trial.exact, cheap))
+                if surrogate is not None and got != wanted:
                     raise ValueError(f"compare: surrogate must return {wanted}, got {got}")
                 for received in trial.sets:
                     for name, answers, code in _answers(trial, tuned, received, s, cheap):

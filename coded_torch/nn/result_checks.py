@@ -150,8 +150,8 @@ class Results:
         self._division = division
         self._errors: list[WorkerError] = []
         self._groups: list[list[Result]] = []  # one for each form, in order of arrival
-        # Values that cannot be decoded: the number and the units of the part, and the error.
-        self._misfits: list[tuple[int, int, Exception]] = []
+        # Replies that cannot be decoded: the number and the units of the part, worker and error.
+        self._misfits: list[tuple[int, int, int, Exception]] = []
         self._chosen: Mapping[int, int] | None = None
         self.good: list[Result] = []
         self.units: set[int] = set()
@@ -172,7 +172,8 @@ class Results:
                 text = str(cause).removeprefix("CodedWrapper: ")
                 why = f"returned what cannot be decoded: {text}"
                 self._errors.append(WorkerError(reply.part.number, reply.worker, why, cause=cause))
-                self._misfits.append((reply.part.number, len(reply.part.units), cause))
+                number, units = reply.part.number, len(reply.part.units)
+                self._misfits.append((number, units, reply.worker, cause))
         names = _not_finite(list(formed.values()))
         return [
             self._count(formed[i], names.get(formed[i])) if i in formed else [(reply, None)]
@@ -219,11 +220,13 @@ class Results:
 
         A single row looks right if the output has no batch dimension, but a dimension of size 1.
         """
-        good = {len(result.part.units) for group in self._groups for result in group}
-        cut = good == {1} == {self._division.task.unit_rows}
-        cut = cut and sum(units > 1 for _, units, _ in self._misfits) > 1
+        good = [result for group in self._groups for result in group]
+        cut = all(len(result.part.units) == 1 == self._division.task.unit_rows for result in good)
+        # A single broken worker shows nothing, unless single rows of its own are good.
+        workers = {worker for _, units, worker, _ in self._misfits if units > 1}
+        cut &= len(workers) > 1 or not workers.isdisjoint(result.worker for result in good)
         none = not good and 0 < len(self._misfits) == len(self._errors)
-        return min(self._misfits)[2] if cut or none else None
+        return min(self._misfits)[3] if none or (good and cut) else None
 
     def stack(self) -> Stacked:
         """Stack the good results, of each unit the first that arrived, or the chosen one."""

@@ -23,6 +23,9 @@ __all__ = ["DispatchedWorkers", "Dispatcher", "Job", "Worker"]
 
 logger = sparing_logger("coded_torch.workers")
 
+# Seconds at one job, after which no failed part waits for the worker: it may hang. Not tuned.
+_PATIENCE = 0.5
+
 
 @dataclasses.dataclass(eq=False)
 class Worker:
@@ -245,10 +248,9 @@ class Dispatcher(abc.ABC):
             busy, at = [w.index for w in self._workers if w.job is not None], 0
             while at < len(self._jobs) and not self.closed:
                 job = self._jobs[at]
-                out = job.part.avoid | job.part.tried
-                if job.part.tried and not any(
-                    w.is_wanted and w.index not in out for w in self._workers
-                ):
+                out, now = job.part.avoid | job.part.tried, self._clock()
+                others = [w for w in self._workers if w.is_wanted and w.index not in out]
+                if not any(w.job is None or now - w.since < _PATIENCE for w in others):
                     out = job.part.avoid
                 workers = [w for w in idle if w.index not in out]
                 if not workers and job.request.wants(job.part):

@@ -260,12 +260,12 @@ class _Endpoints(Dispatcher):
         """Report the result or the error of a part, which may not even have begun."""
         url = slot.url
         if task.cancelled():
-            self.settle(slot, job.number, None, "was cancelled")
             silent = self._silent.setdefault(url, [])
             silent.append(self._num_answers)
             if len(silent) >= _SILENCE <= self._num_answers - silent[0]:
                 del self._silent[url]
                 self._pause(url, why=f"left {_SILENCE} parts unanswered while others answered")
+            self.settle(slot, job.number, None, "was cancelled")
         elif (error := task.exception()) is None:
             self._num_answers += 1
             self._pauses.pop(url, None)

@@ -24,6 +24,9 @@ from .base import Began, Part, Reply, Request, Task, WorkerError
 __all__ = ["INTERRUPTION", "Ambient", "Interruption", "Job", "LiveRequest"]
 
 _numbers = itertools.count()
+_AGAIN = (
+    0.1  # seconds after which it is asked again which workers may take a failed part; not tuned
+)
 
 
 class Interruption:
@@ -73,7 +76,7 @@ class LiveRequest(Request):
         self._open: OrderedDict[int, Job] = OrderedDict()  # a key is a part, the oldest is first
         # None stands for an interruption.
         self._events: queue.SimpleQueue[Began | Reply | None] = queue.SimpleQueue()
-        self._closed = False
+        self._closed = self._retries = False  # true if a part may have to wait for some workers
         self.abandoned = False  # true if its workers may be ended, as the caller was interrupted
         # Guards _open and _closed. A pool may take it while it holds a lock of its own, never the
         # other way round.
@@ -117,6 +120,7 @@ class LiveRequest(Request):
     def ask(self, parts: Sequence[Part]) -> None:
         now = self.now()
         jobs = [Job(self, part, now) for part in parts]
+        self._retries |= any(part.tried for part in parts)
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"{type(self).__name__}: the request is closed")
@@ -130,9 +134,13 @@ class LiveRequest(Request):
             # If nothing is open, all that can happen has happened.
             limit = math.inf if oldest is None else oldest.asked + self.timeout
             seconds = 0.0 if oldest is None else max(min(until, limit) - self.now(), 0.0)
+            seconds = min(seconds, _AGAIN) if self._retries else seconds
             try:
                 event = self._events.get(timeout=min(seconds, threading.TIMEOUT_MAX))
             except queue.Empty:
+                if oldest is not None and self.now() < min(until, limit):
+                    self.dispatcher.refuse()  # gives jobs to idle workers
+                    continue
                 if oldest is None or until < limit:
                     return None
                 status = self.status() if oldest.began is None else ""

@@ -67,7 +67,8 @@ class ProcessWorkers(SupervisedWorkers):
 
         Processes are forked, in some 50 ms, from a server that has imported torch and the packages
         of the module's classes, but for packages that start threads or initialise CUDA. The server
-        takes seconds to start. A new process loads the last module before it gets parts.
+        takes seconds to start, also for the first new process after a module of other packages. A
+        new process loads the last module before it gets parts.
     """
 
     def __init__(
@@ -140,13 +141,7 @@ class _Processes(Supervisor):
     def pack(self, module: nn.Module) -> Package:
         package = Package(Pickled(module))
         self._packages |= worker_main.packages_of(module)
-        self.wake()  # the server for new packages starts before a worker is lost
         return package
-
-    def tend(self) -> None:
-        with contextlib.suppress(OSError):  # too many processes: a launch says so
-            worker_main.prepare(self._packages - worker_main.REFUSED)
-        super().tend()
 
     def launch(self, index: int) -> _Process:
         ours, theirs = socket.socketpair()

@@ -188,6 +188,7 @@ class Supervisor(Dispatcher):
             job.request.settle(job.part, None, f"was lost: {what}", "died")
         if hopeless:
             self.refuse(what)
+        self._assign()  # a failed part may have waited for this worker
         self.wake()
 
     def retire(self, worker: Any) -> None:

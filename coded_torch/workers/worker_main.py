@@ -113,16 +113,6 @@ def replace_servers() -> None:
             threading.Thread(target=stop, args=(server,), daemon=True).start()
 
 
-def prepare(packages: frozenset[str]) -> None:
-    """Begin to start the server that has imported packages, which takes seconds."""
-    # Ctrl-C, and SIGTERM to a whole group, are meant for the caller's process: the server and its
-    # forks inherit this mask. The tracker would unblock the signals if it were started later.
-    resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
-    with _starting:
-        _server(packages)
-
-
 def packages_of(module: nn.Module) -> set[str]:
     """Return the packages of a module's classes, and the imports of the main script for its own."""
     found = {type(part).__module__ for part in module.modules()}
@@ -150,7 +140,10 @@ def fork(
     with contextlib.ExitStack() as spare:
         for _ in range(_SPARE_DESCRIPTORS):
             spare.callback(os.close, os.dup(sock.fileno()))
-    prepare(packages)
+    # Ctrl-C, and SIGTERM to a whole group, are meant for the caller's process: the server and its
+    # forks inherit this mask. The tracker would unblock the signals if it were started later.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     try:
         with _starting:
             descriptor, writer = _server(packages).connect_to_new_process([sock.fileno()])

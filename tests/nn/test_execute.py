@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import pickle
+import threading
 import time
 
 import pytest
@@ -66,6 +67,23 @@ def test_outputs_without_a_batch_dimension_are_an_error(predict):
         torch.testing.assert_close(coded(x)[1][0], lstm(x)[1][0])
 
 
+class Blocks(nn.Module):
+    """Holds one worker of two until it is opened, and raises on 13."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.lock = threading.Event(), threading.Lock()
+
+    def forward(self, x):
+        if (x < 0).any() and self.lock.acquire(blocking=False):
+            self.open.wait(60)
+        if (x < 0).any():
+            time.sleep(0.1)
+        if (x == 13).any():
+            raise ValueError("13 is not to be had")
+        return x
+
+
 class Waits(nn.Module):
     def forward(self, x):
         time.sleep(0.005)
@@ -79,6 +97,19 @@ def test_what_a_broken_worker_returns_is_asked_of_others_that_are_busy():
         rows = [torch.full((1, 2), float(n)) for n in range(24)]
         found = [answers for answers, _ in coded.map(rows, in_flight=6)]
     assert torch.equal(torch.cat(found), torch.cat(rows))
+
+
+def test_a_failed_part_does_not_wait_for_a_worker_that_hangs():
+    module = Blocks()
+    with DeviceWorkers(["cpu"] * 2) as pool, torch.no_grad():
+        coded = CodedWrapper(module, workers=pool, waiting=Waiting(predict=False))
+        with pytest.raises(DeadlineExceeded):
+            coded.run(torch.full((2, 1), -1.0), waiting=Waiting(deadline=0.05, hedge_budget=0))
+        begin = time.monotonic()
+        with pytest.raises(ValueError, match="13 is not to be had"):
+            coded(torch.tensor([[13.0]]))
+        assert 0.4 < time.monotonic() - begin < 10  # half a second, and not until the end
+        module.open.set()
 
 
 def test_predictions_that_do_not_fit_before_the_deadline_are_made_of_less():

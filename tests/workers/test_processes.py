@@ -720,15 +720,6 @@ def test_sigterm_to_the_whole_group_is_for_the_callers_process():
         assert pool.pids == pids
 
 
-def test_a_server_for_new_packages_starts_before_a_worker_is_lost():
-    worker_main.replace_servers()
-    with ProcessWorkers(1).start(timeout=WAIT) as pool, torch.no_grad():
-        assert worker_main._servers.keys() == {frozenset()}
-        answers(pool, Sleepy(), torch.zeros(1, 1, 1))
-        until(lambda: frozenset([Sleepy.__module__]) in worker_main._servers)
-        assert pool.num_restarts == 0
-
-
 def test_packages_of_a_module_are_imported_once_for_all_processes(tmp_path):
     """Also in a folder with a package of the same name, as in a checkout without compiled parts."""
     for name in ("plain", "threaded"):
