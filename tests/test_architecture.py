@@ -120,7 +120,7 @@ def test_files_are_small(name):
 def test_files_are_few():
     # What they are: a new file, or many lines, should be a decision. 14,500 is the aim.
     assert len(COUNTED) <= 72
-    assert sum(len(path.read_text().splitlines()) for path in COUNTED) <= 15446
+    assert sum(len(path.read_text().splitlines()) for path in COUNTED) <= 15444
 
 
 def test_the_wrapper_takes_ten_arguments():

@@ -24,9 +24,7 @@ from .base import Began, Part, Reply, Request, Task, WorkerError
 __all__ = ["INTERRUPTION", "Ambient", "Interruption", "Job", "LiveRequest"]
 
 _numbers = itertools.count()
-_AGAIN = (
-    0.1  # seconds after which it is asked again which workers may take a failed part; not tuned
-)
+_AGAIN = 0.1  # seconds between two looks for a worker that may take a failed part; not tuned
 
 
 class Interruption:
