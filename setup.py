@@ -209,9 +209,8 @@ def extensions(cuda: bool) -> list[Extension]:
         # torch's CUDA library by name, as linkers drop "torch", of which nothing is used directly.
         # The runtime is static: a library built for another CUDA than torch's still loads.
         libraries = ["torch_cuda", "torch_cpu", "c10", "cudart_static", "dl", "rt", "pthread"]
-        names = ("spline", "matern", "distances")
-        sources = [f"csrc/ops/cuda/{name}.cu" for name in names]
-        built.append(operators("coded_torch._ops_cuda", sources, libraries, architectures(TOOLKIT)))
+        sources, flags = ["csrc/ops/cuda/spline.cu"], architectures(TOOLKIT)
+        built.append(operators("coded_torch._ops_cuda", sources, libraries, flags))
     return built
 
 

@@ -25,10 +25,6 @@ except ImportError as error:
     raise ImportError(f"coded_torch: the compiled planner is missing; {_REMEDY}") from error
 
 
-# From this sqrt(5) r / l on, a covariance counts as 0, as in csrc/math/matern.h.
-_ZERO_FROM = {torch.float32: 43.0, torch.float64: 350.0}
-
-
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _allows_tf32() -> bool:  # the compiler cannot trace the setting
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
@@ -80,32 +76,6 @@ def spline_apply(
     return result[:-1]
 
 
-def matern52_out(squared: Tensor, scale: float, out: Tensor) -> None:
-    s = squared.sqrt().mul_(scale)
-    decay = s.neg().exp_()
-    polynomial = torch.addcmul(s, s, s, value=1 / 3)  # s + s^2 / 3
-    torch.addcmul(decay, polynomial, decay, out=out)
-    out.masked_fill_(s > _ZERO_FROM[s.dtype], 0)
-
-
-def matern52_among(squared: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
-    some = squared[rows.unsqueeze(1), columns]
-    matern52_out(some, scale, some)
-    return some
-
-
-def inner_products(rows: Tensor) -> Tensor:
-    products = exact_matmul(rows, rows.T)
-    return products.triu().add_(products.triu(1).T)  # symmetric to the bit
-
-
-def squared_distances(rows: Tensor, squares: Tensor, nothing: float) -> Tensor:
-    # From differences, without their matrix; the root is taken back.
-    distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square_()
-    threshold = (squares.unsqueeze(1) + squares).add_(1).mul_(nothing)
-    return distances.masked_fill_(distances <= threshold, 0)
-
-
 def _load(name: str) -> str:
     """Load a library of operators; return why there is none, or an empty string."""
     for path in sorted(_PACKAGE.glob(f"{name}.*")):
@@ -139,8 +109,7 @@ HAS_CUDA_KERNELS = not _CUDA_MISSING
 
 if _CUDA_MISSING:
     _library = torch.library.Library("coded_torch", "IMPL")  # lasts as long as the process
-    for _own in (spline_apply, matern52_out, matern52_among, inner_products, squared_distances):
-        _library.impl(_own.__name__, _own, "CUDA")
+    _library.impl("spline_apply", spline_apply, "CUDA")
 
 
 def build_info() -> dict[str, str]:

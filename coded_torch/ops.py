@@ -185,10 +185,11 @@ def matern52(squared_distances: Tensor, length: float, *, out: Tensor | None = N
     time. NaN and negatives give NaN.
 
     Args:
-        squared_distances: :math:`r^2`, any shape, at least 0, float64 or float32; infinite gives 0.
+        squared_distances: :math:`r^2`, any shape, at least 0, on the CPU, float64 or float32;
+            infinite gives 0.
         length: :math:`l`, positive.
-        out: the result's memory: a contiguous tensor of the same shape, dtype and device, apart
-            from the squared distances or, where these are contiguous, that very tensor.
+        out: the result's memory: a contiguous tensor of the same shape and dtype, apart from the
+            squared distances or, where these are contiguous, that very tensor.
     """
     squared = squared_distances.contiguous()
     out = torch.empty_like(squared) if out is None else out
@@ -202,7 +203,7 @@ def matern52_among(
 ) -> Tensor:
     """Return :func:`matern52` of some rows and columns of a contiguous matrix, ``[R, C]``.
 
-    ``rows`` and ``columns`` are int64; on CUDA, one out of bounds may read anywhere in memory.
+    ``rows`` and ``columns`` are int64, and all tensors are on the CPU.
     """
     where = rows, columns, math.sqrt(5) / max(length, _SHORTEST)
     return _run("matern52_among", "squared_distances", squared_distances, *where)
@@ -212,13 +213,17 @@ def squared_distances(rows: Tensor, squares: Tensor, nothing: float) -> Tensor:
     r"""Return the squared distances of all rows from each other, exact to a few roundings.
 
     A distance of at most ``nothing``, at least 0, times :math:`1 + s_a + s_b` is 0. ``rows`` are
-    ``[n, L]``, contiguous, finite, float64 or float32, and their squared lengths s ``squares``.
+    ``[n, L]``, contiguous, finite, float64 or float32, on the CPU, and their squared lengths s
+    ``squares``.
     """
     return _run("squared_distances", "rows", rows, squares, nothing)
 
 
 def inner_products(rows: Tensor) -> Tensor:
-    """Return the inner products of contiguous rows ``[n, L]``, ``[n, n]``, symmetric to the bit."""
+    """Return the inner products, ``[n, n]``, of contiguous rows ``[n, L]`` on the CPU.
+
+    They are symmetric to the bit.
+    """
     return _run("inner_products", "rows", rows)
 
 

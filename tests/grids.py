@@ -15,30 +15,27 @@ from .test_setup import load_setup
 
 CSRC = Path(__file__).parent / "csrc"
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
+KERNELS = SOURCES / "ops" / "cuda" / "spline.cu"  # all that CUDA has
 NVCC = shutil.which("nvcc") or (CUDA_HOME and str(Path(CUDA_HOME, "bin", "nvcc")))
 # Of Colab's T4, the A100 and the H100.
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
 
 
-def run_nvcc(*options, source="spline.cu"):
+def run_nvcc(*options):
     """What nvcc says; the test is skipped where there is none."""
     if NVCC is None:
         pytest.skip("nvcc is not installed")
     includes = (f"-isystem={path}" for path in include_paths())
-    path = str(SOURCES / "ops" / "cuda" / source)
-    command = [NVCC, *load_setup().NVCC, *options, *includes, path]
+    command = [NVCC, *load_setup().NVCC, *options, *includes, str(KERNELS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
 
-def linked_without_spills(library, source="spline.cu"):
+def linked_without_spills(library):
     """Make a library; what nvcc says, and how many kernels it holds, none of which spills."""
     codes = (f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in ARCHITECTURES)
-    log = run_nvcc(
-        *codes, "-Xptxas=-v", "-Xcompiler=-fPIC", "--shared",
-        "-o", str(library), source=source,
-    )  # fmt: skip
+    log = run_nvcc(*codes, "-Xptxas=-v", "-Xcompiler=-fPIC", "--shared", "-o", str(library))
     spills = re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log
     )
@@ -46,7 +43,7 @@ def linked_without_spills(library, source="spline.cu"):
     return log, len(spills)
 
 
-def build(folder, source, *more, flags=()):
+def build(folder, source, *more, flags):
     library = folder / "grid.so"
     flags = [*flags, *os.environ.get("CODED_TORCH_GRID_FLAGS", "").split()]  # .ci/sanitizers
     sources = map(str, (CSRC / source, *more))
@@ -60,11 +57,10 @@ def build_host(folder, source, *flags):
     return build(folder, source, flags=["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", *flags])
 
 
-def compile_ptx(folder, kernels):
-    """What nvcc makes of kernels."""
+def compile_ptx(folder):
+    """What nvcc makes of the kernels."""
     path = folder / "kernels.ptx"
-    virtual = "-gencode=arch=compute_90,code=compute_90"
-    run_nvcc(virtual, "-ptx", "-o", str(path), source=kernels)
+    run_nvcc("-gencode=arch=compute_90,code=compute_90", "-ptx", "-o", str(path))
     return path.read_text()
 
 
@@ -74,16 +70,3 @@ def build_ptx(folder, source, ptx):
     translated.write_text(translate(ptx))
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-DCODED_TORCH_PTX", f"-I{CSRC}"]
     return build(folder, source, translated, flags=flags)
-
-
-def grid_fixture(source, kernels, *flags):
-    """A fixture of a file: its kernels' bodies as the host's compiler sees them, and as nvcc."""
-
-    @pytest.fixture(scope="module", params=["host", "ptx"])
-    def grid(request, tmp_path_factory):
-        folder = tmp_path_factory.mktemp(request.param)
-        if request.param == "host":
-            return build_host(folder, source, *flags)
-        return build_ptx(folder, source, compile_ptx(folder, kernels))
-
-    return grid

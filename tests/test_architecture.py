@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import inspect
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,22 @@ LAYERS = (
 FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 # The inherited suites count as tests.
 COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
+# The most lines of each folder: today's with a little room, which not all can take at once.
+LINES = {
+    "beside the folders": 1430,
+    "cli": 750,
+    "codes": 970,
+    "evaluation": 1110,
+    "input_space": 1590,
+    "nn": 2030,
+    "open_inference": 640,
+    "scheduling": 1240,
+    "serve": 1110,
+    "surrogates": 570,
+    "verification": 910,
+    "workers": 3430,
+}
+MOST_LINES = 15_444  # of all folders; 13,900 is the aim
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 
@@ -118,9 +135,18 @@ def test_files_are_small(name):
 
 
 def test_files_are_few():
-    # What they are: a new file, or many lines, should be a decision. 14,500 is the aim.
+    # A new file should be a decision.
     assert len(COUNTED) <= 72
-    assert sum(len(path.read_text().splitlines()) for path in COUNTED) <= 15444
+
+
+def test_folders_keep_their_budgets():
+    lines = Counter()
+    for name, path in FILES.items():
+        if path in COUNTED:
+            folder = name.parts[0] if len(name.parts) > 1 else "beside the folders"
+            lines[folder] += len(path.read_text().splitlines())
+    assert not lines - Counter(LINES)
+    assert sum(lines.values()) <= MOST_LINES
 
 
 def test_the_wrapper_takes_ten_arguments():

@@ -106,20 +106,6 @@ def test_a_gathered_row_out_of_bounds_has_no_gradient():
     assert values.grad[[0, 8]].any(1).all()
 
 
-def test_covariances():
-    squared = 10 * torch.rand(30, 50, dtype=torch.float64)
-    squared[0, 0], squared[1, 1], squared[2, 2] = 0, torch.inf, 1e9
-    rows, columns = torch.arange(0, 30, 3), torch.arange(5)
-    want = ops.matern52(squared, 1.3)
-    out = squared.cuda()
-    with Launches() as launches:
-        fallback.matern52_out(out, 5**0.5 / 1.3, out)  # in place, as regressions do
-    assert len(launches.names) <= MOST_LAUNCHES, launches.names
-    agree(out, want, 1e-14)
-    some = fallback.matern52_among(*on_device(squared, rows, columns), 5**0.5 / 1.3)
-    agree(some, want[rows][:, columns], 1e-14)
-
-
 @pytest.fixture
 def tf32():
     """The host allows products of rounded inputs; the setting must be there in the end."""
@@ -128,25 +114,6 @@ def tf32():
     yield
     after, matmul.fp32_precision = matmul.fp32_precision, before
     assert after == "tf32"
-
-
-@pytest.mark.parametrize("settings", ["as they are", "tf32", "autocast"])
-def test_pairs_of_rows(settings, request):
-    if settings == "tf32":
-        request.getfixturevalue("tf32")
-    rows = 1 + torch.randn(40, 33)
-    rows[3] = rows[0]
-    squares = rows.square().sum(1)
-    inputs = on_device(rows, squares)
-    with torch.autocast("cuda", enabled=settings == "autocast"), Launches() as launches:
-        products = fallback.inner_products(inputs[0])
-        distances = fallback.squared_distances(*inputs, 1e-6)
-    agree(products, (rows.double() @ rows.double().T).float(), 1e-6)
-    assert torch.equal(products, products.T)
-    agree(distances, ops.squared_distances(rows, squares, 1e-6), 1e-5)
-    assert not distances.diagonal().any()
-    assert distances[0, 3] == 0
-    assert len(launches.names) <= 2 * MOST_LAUNCHES, launches.names
 
 
 @pytest.mark.usefixtures("tf32")

@@ -1,6 +1,5 @@
-"""The Matern covariance: every kernel of the CPU, and that of CUDA on the host and on a GPU."""
+"""The Matern covariance: every kernel of the CPU."""
 
-import ctypes
 import math
 
 import pytest
@@ -8,12 +7,10 @@ import torch
 
 from coded_torch.ops import matern52, matern52_among
 
-from .grids import ARCHITECTURES, grid_fixture, linked_without_spills
 from .test_ops import every_kernel
 
 DTYPES = (torch.float64, torch.float32)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-grid = grid_fixture("matern_grid.cpp", "matern.cu")
 
 
 def reference(squared, length):
@@ -136,58 +133,3 @@ def test_opcheck_and_compile():
     torch.library.opcheck(operators.matern52_among.default, (*some_of(torch.float32), 1.0))
     run = torch.compile(lambda d: matern52(d, 0.5) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(run(squared), matern52(squared, 0.5) + 1)
-
-
-@every_dtype
-@pytest.mark.parametrize("count", [0, 1, 255, 1023, 5003])
-@pytest.mark.parametrize("offset", [0, 1])  # wide packs, and numbers one by one
-def test_the_kernel_body_over_a_whole_grid(grid, dtype, count, offset):
-    run = grid.coded_torch_run_matern
-    squared = problem(dtype)[offset : offset + count]
-    out = torch.full_like(squared, math.nan)
-    failure = ctypes.create_string_buffer(80)
-
-    def run_on(squared, out, scale):
-        memory = ctypes.c_void_p(squared.data_ptr()), ctypes.c_void_p(out.data_ptr())
-        count, scale = ctypes.c_int64(squared.numel()), ctypes.c_double(scale)
-        run(*memory, count, scale, dtype == torch.float64, failure)
-
-    run_on(squared, out, math.sqrt(5) / 2)
-    assert failure.value == b""
-    if count:
-        check(out, squared, 2.0)
-    nothing = torch.full((9,), math.nan, dtype=dtype)
-    run_on(nothing, nothing, 1.0)
-    assert nothing.isnan().all()
-
-
-@every_dtype
-def test_some_rows_and_columns_over_a_whole_grid(grid, dtype):
-    run = grid.coded_torch_run_matern_among
-    squared, rows, columns = some_of(dtype)
-    out = torch.full((len(rows), len(columns)), math.nan, dtype=dtype)
-    failure = ctypes.create_string_buffer(80)
-    memory, *indices, result = (
-        ctypes.c_void_p(x.data_ptr()) for x in (squared, rows, columns, out)
-    )
-    sizes = map(ctypes.c_int64, out.shape)
-    stride, scale = ctypes.c_int64(squared.shape[1]), ctypes.c_double(math.sqrt(5) / 2)
-    run(memory, stride, *indices, result, *sizes, scale, dtype == torch.float64, failure)
-    assert failure.value == b""
-    check(out, squared[rows][:, columns], 2.0)
-
-
-def test_compiles_links_and_does_not_spill(tmp_path):
-    _, count = linked_without_spills(tmp_path / "matern.so", "matern.cu")
-    assert count == len(ARCHITECTURES) * 6  # dtypes wide and narrow, and of some
-
-
-@pytest.mark.cuda
-@every_dtype
-@pytest.mark.parametrize("offset", [0, 1])
-def test_on_a_gpu(dtype, offset):
-    squared = problem(dtype, 300_001)[offset:]
-    check(matern52(squared.cuda()[offset:], 2.0).cpu(), squared[offset:], 2.0)
-    matrix, rows, columns = some_of(dtype)
-    got = matern52_among(matrix.cuda(), rows.cuda(), columns.cuda(), 2.0)
-    check(got.cpu(), matrix[rows][:, columns], 2.0)

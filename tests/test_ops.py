@@ -372,3 +372,17 @@ def test_plans_have_shapes_and_no_gradient():
         spline_plan(np.zeros(3), np.zeros(3), np.zeros(3))
     with pytest.raises(ValueError, match="coefficients must not require a gradient"):
         ops.spline_apply(GOOD, PLAN[0].clone().requires_grad_(), PLAN[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "is_there"),
+    [
+        ("spline_apply", True), ("matern52_out", False), ("matern52_among", False),
+        ("squared_distances", False), ("inner_products", False), ("left_out_losses", False),
+    ],
+)  # fmt: skip
+def test_only_splines_run_on_cuda(name, is_there):
+    """Features come to the host before distances and covariances are made of them."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has(f"coded_torch::{name}", "CPU")
+    assert has(f"coded_torch::{name}", "CUDA") == is_there

@@ -45,7 +45,7 @@ H100 = Device(index=0, multiprocessors=132, shared_bytes=233_472 // 2 - 1024)
 
 @pytest.fixture(scope="module")
 def ptx(tmp_path_factory):
-    return compile_ptx(tmp_path_factory.mktemp("ptx"), "spline.cu")
+    return compile_ptx(tmp_path_factory.mktemp("ptx"))
 
 
 def typed(loaded):

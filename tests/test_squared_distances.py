@@ -1,19 +1,14 @@
-"""Distances and products of rows: every kernel of the CPU, and CUDA's on the host and a GPU."""
-
-import ctypes
-import re
+"""Distances and products of rows: every kernel of the CPU."""
 
 import pytest
 import torch
 
 from coded_torch.ops import inner_products, squared_distances
 
-from .grids import ARCHITECTURES, grid_fixture, linked_without_spills
 from .test_ops import every_kernel
 
 DTYPES = (torch.float64, torch.float32)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-library = grid_fixture("distances_grid.cpp", "distances.cu")
 SIZES = [(0, 5), (1, 0), (1, 1), (2, 7), (5, 8), (63, 16), (64, 33), (67, 240), (130, 3)]
 
 
@@ -98,57 +93,3 @@ def test_opcheck():
     rows, squares = problem(5, 8, torch.float32)
     torch.library.opcheck(operator, (rows, squares, 0.0))
     torch.library.opcheck(torch.ops.coded_torch.inner_products.default, (rows,))
-
-
-# The multiprocessors of a card that a tile's slices are divided over, and of one that is too small.
-LARGE, SMALL = 132, 1
-
-
-@pytest.fixture
-def grid(library):
-    return library.coded_torch_run_distances
-
-
-def run_grid(grid, rows, squares, multiprocessors=LARGE):
-    n, columns = rows.shape
-    out = torch.full((n, n), torch.nan, dtype=rows.dtype)
-    failure = ctypes.create_string_buffer(80)
-    sizes = ctypes.c_int64(n), ctypes.c_int64(columns)
-    addresses = (None if t is None else t.data_ptr() for t in (rows, squares, out))
-    tensors = map(ctypes.c_void_p, addresses)
-    double = rows.dtype == torch.float64
-    grid(*tensors, *sizes, ctypes.c_double(0), double, multiprocessors, failure)
-    assert failure.value == b""
-    return out
-
-
-@every_dtype
-@pytest.mark.parametrize(("n", "columns"), [*SIZES[1:], (66, 600)])
-def test_the_kernel_body_over_a_whole_grid(grid, n, columns, dtype):
-    rows, squares = problem(n, columns, dtype)
-    check(run_grid(grid, rows, squares), rows)
-    check_products(run_grid(grid, rows, None), rows)
-
-
-@every_dtype
-def test_a_pair_on_a_grid_depends_on_nothing_but_its_rows(grid, dtype):
-    rows, squares = problem(70, 2039, dtype)  # slices of 256 columns
-    whole = run_grid(grid, rows, squares)
-    assert torch.equal(run_grid(grid, rows, squares, SMALL), whole)
-    part = run_grid(grid, rows[3:9].contiguous(), squares[3:9].contiguous())
-    assert torch.equal(part, whole[3:9, 3:9])
-
-
-def test_compiles_links_and_does_not_spill(tmp_path):
-    log, count = linked_without_spills(tmp_path / "distances.so", "distances.cu")
-    assert count == len(ARCHITECTURES) * 8  # dtypes, distances and products, whole and of slices
-    assert max(map(int, re.findall(r"Used (\d+) registers", log))) <= 128
-
-
-@pytest.mark.cuda
-@every_dtype
-@pytest.mark.parametrize("columns", [33, 240])
-def test_on_a_gpu(dtype, columns):
-    rows, squares = problem(300, columns, dtype)
-    check(squared_distances(rows.cuda(), squares.cuda(), 0.0).cpu(), rows)
-    check_products(inner_products(rows.cuda()).cpu(), rows)

@@ -10,6 +10,7 @@ from torch.utils.cpp_extension import include_paths
 
 import coded_torch
 
+from ..grids import KERNELS as SPLINE
 from ..grids import run_nvcc
 from ..ptx import translate
 
@@ -27,24 +28,25 @@ def build(folder: Path) -> None:
             folder / name / "coded_torch",
             ignore=shutil.ignore_patterns("__pycache__", "_ops_cuda.*"),
         )
-    sources = sorted((HERE.parents[1] / "csrc" / "ops" / "cuda").glob("*.cu"))
     with ThreadPoolExecutor(2) as pool:
-        kernels = [pool.submit(_kernels, folder, source) for source in sources]
+        kernels = pool.submit(_kernels, folder)
         device = [pool.submit(_compile, folder, HERE / f"{n}.cpp") for n in ("operators", "device")]
         runtime = pool.submit(_compile, folder, HERE / "runtime.cpp", *KERNELS)
     library = folder / "libaccelerator.so"
     _link(library, *(d.result() for d in device))
-    objects = [runtime.result(), *(path for k in kernels for path in k.result())]
-    _link(folder / "kernels" / "coded_torch" / "_ops_cuda.so", *objects, library)
+    _link(
+        folder / "kernels" / "coded_torch" / "_ops_cuda.so",
+        runtime.result(), *kernels.result(), library,
+    )  # fmt: skip
 
 
-def _kernels(folder: Path, source: Path) -> list[Path]:
-    """The host's code of a module as nvcc makes it, and its kernels' PTX as code for the host."""
-    host = folder / f"{source.stem}-host.o"
+def _kernels(folder: Path) -> list[Path]:
+    """The host's code as nvcc makes it, and the kernels' PTX as code for the host."""
+    host = folder / f"{SPLINE.stem}-host.o"
     options = ["-gencode=arch=compute_90,code=compute_90", "-Xcompiler=-fPIC"]
     keep = ["--keep", f"--keep-dir={folder}"]
-    run_nvcc(*options, *keep, "-c", "-o", str(host), source=source.name)
-    translated = folder / f"{source.stem}.cpp"
+    run_nvcc(*options, *keep, "-c", "-o", str(host))
+    translated = folder / f"{SPLINE.stem}.cpp"
     translated.write_text(translate(translated.with_suffix(".ptx").read_text()))
     # In this order their initialisers run: kernels are there before the host's code looks for them.
     return [_compile(folder, translated, *KERNELS, "-w"), host]

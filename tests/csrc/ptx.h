@@ -151,10 +151,6 @@ T op_fma_rn(auto a, auto b, auto c) {
   return std::fma(as<T>(a), as<T>(b), as<T>(c));
 }
 template <class T>
-T op_sqrt_rn(auto a) {
-  return std::sqrt(as<T>(a));
-}
-template <class T>
 T op_div(auto a, auto b) {
   return as<T>(a) / as<T>(b);
 }
@@ -200,13 +196,6 @@ T op_shr(auto a, auto by) {  // of signed numbers with their sign
   const uint32_t most = 8 * sizeof(T) - 1, shift = as<uint32_t>(by);
   if (std::is_unsigned_v<T> && shift > most) return 0;
   return as<T>(a) >> (shift < most ? shift : most);
-}
-
-// The lowest bits of a in their place in b.
-template <class T>
-T op_bfi(auto a, auto b, auto from, auto count) {
-  const T mask = ((T{1} << as<uint32_t>(count)) - 1) << as<uint32_t>(from);
-  return (as<T>(b) & ~mask) | ((as<T>(a) << as<uint32_t>(from)) & mask);
 }
 
 template <class T>
