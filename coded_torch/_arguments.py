@@ -26,9 +26,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.masked import MaskedTensor
 
-__all__ = ["MOST_WORKERS", "Sparing", "count", "dense", "find_devices", "instance", "nonnegative"]
-__all__ += ["positive", "probability", "real", "real_array", "shown", "sparing_logger", "warn"]
-
 #: The largest N: more than the workers of any cluster, and few enough for the memory of every plan.
 MOST_WORKERS = 65_536
 

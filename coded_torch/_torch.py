@@ -18,8 +18,6 @@ from torch.utils._device import DeviceContext
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["as_called", "device_of", "differentiated", "exactly", "fingerprint", "on_host"]
-__all__ += ["outside", "placed", "plain", "read_here", "tangent_of", "to_device", "unchanged"]
 
 _T = TypeVar("_T")
 Fingerprint = tuple[list[Tensor], tuple[Any, ...]]

@@ -13,9 +13,6 @@ from torch.autograd import forward_ad
 from . import _extension  # noqa: F401 - loads the operators
 from ._torch import tangent_of
 
-__all__ = ["inner_products", "left_out_losses", "matern52", "matern52_among", "spline_apply"]
-__all__ += ["squared_distances", "with_matrix"]
-
 _OPERATOR = torch.ops.coded_torch.spline_apply.default
 _SHORTEST = 1e-30  # length of a covariance, the shortest whose inverse float32 holds
 
@@ -167,13 +164,14 @@ class _Transformed(torch.autograd.Function):
         return _apply(tangent, coefficients, schedule, ctx.transpose, *where)
 
 
-def _run(name: str, argument: str, tensor: Tensor, *rest: Any) -> Tensor:
-    """Run an operator that has no gradient on ``tensor``, the caller's ``argument``."""
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        owner = name.removesuffix("_out")
-        raise RuntimeError(f"{owner}: {argument} must not require a gradient, it has none")
-    out: Tensor = getattr(torch.ops.coded_torch, name).default(tensor, *rest)
+def _on_host(name: str, *arguments: Any) -> Tensor:
+    """Run an operator of the CPU alone. It has no gradient, and no graph holds it."""
+    out: Tensor = getattr(torch.ops.coded_torch, name).default(*arguments)
     return out
+
+
+def _scale(length: float) -> float:
+    return math.sqrt(5) / max(length, _SHORTEST)
 
 
 def matern52(squared_distances: Tensor, length: float, *, out: Tensor | None = None) -> Tensor:
@@ -193,8 +191,7 @@ def matern52(squared_distances: Tensor, length: float, *, out: Tensor | None = N
     """
     squared = squared_distances.contiguous()
     out = torch.empty_like(squared) if out is None else out
-    scale = math.sqrt(5) / max(length, _SHORTEST)
-    _run("matern52_out", "squared_distances", squared, scale, out)
+    torch.ops.coded_torch.matern52_out.default(squared, _scale(length), out)
     return out
 
 
@@ -205,8 +202,7 @@ def matern52_among(
 
     ``rows`` and ``columns`` are int64, and all tensors are on the CPU.
     """
-    where = rows, columns, math.sqrt(5) / max(length, _SHORTEST)
-    return _run("matern52_among", "squared_distances", squared_distances, *where)
+    return _on_host("matern52_among", squared_distances, rows, columns, _scale(length))
 
 
 def squared_distances(rows: Tensor, squares: Tensor, nothing: float) -> Tensor:
@@ -216,7 +212,7 @@ def squared_distances(rows: Tensor, squares: Tensor, nothing: float) -> Tensor:
     ``[n, L]``, contiguous, finite, float64 or float32, on the CPU, and their squared lengths s
     ``squares``.
     """
-    return _run("squared_distances", "rows", rows, squares, nothing)
+    return _on_host("squared_distances", rows, squares, nothing)
 
 
 def inner_products(rows: Tensor) -> Tensor:
@@ -224,7 +220,7 @@ def inner_products(rows: Tensor) -> Tensor:
 
     They are symmetric to the bit.
     """
-    return _run("inner_products", "rows", rows)
+    return _on_host("inner_products", rows)
 
 
 def left_out_losses(
@@ -245,19 +241,5 @@ def left_out_losses(
         results: of C outputs, ``[C, n]``, of size 1 at most, float32, contiguous, on the CPU.
         nugget: the variance of a result that the distances do not explain.
     """
-    inverses = [math.sqrt(5) / max(x, _SHORTEST) for x in lengths]
-    scales = torch.tensor(inverses, dtype=torch.float64, device="cpu")
-    return _run("left_out_losses", "squared_distances", squared_distances, scales, results, nugget)
-
-
-_FAKES: dict[str, Any] = {
-    "left_out_losses": lambda _, scales, results, __: results.new_empty(
-        len(scales), results.shape[1], dtype=torch.float64
-    ),
-    "matern52_out": lambda *_: None,
-    "matern52_among": lambda squared, rows, columns, _: squared.new_empty(len(rows), len(columns)),
-    "squared_distances": lambda rows, *_: rows.new_empty(len(rows), len(rows)),
-    "inner_products": lambda rows: rows.new_empty(len(rows), len(rows)),
-}
-for _name, _made in _FAKES.items():
-    torch.library.register_fake(f"coded_torch::{_name}", _made)
+    scales = torch.tensor([*map(_scale, lengths)], dtype=torch.float64, device="cpu")
+    return _on_host("left_out_losses", squared_distances, scales, results, nugget)

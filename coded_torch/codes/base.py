@@ -26,7 +26,6 @@ from .plans import BatchPlan, NotEnoughResults, cut
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Code", "FixedCode"]
 
 #: The result of ``_make_encoder`` and ``_make_decoder``.
 Map = LinearMap | NDArray[np.float64]

@@ -12,9 +12,7 @@ from .._torch import outside, plain
 from ..input_space.error_bars import ErrorBars
 from ..input_space.metrics import Choice
 from ..input_space.ordering import Grouping
-from ..input_space.regression import MOST_ROWS
-
-__all__ = ["BatchPlan", "DeadlineExceeded", "NotEnoughResults", "cut"]
+from ..input_space.selection import MOST_ROWS
 
 _SHOWN = 16  # missing results that the message lists
 

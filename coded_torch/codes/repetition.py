@@ -19,8 +19,6 @@ from ..linear import LinearMap, SelectMap
 from .base import Code, FixedCode
 from .plans import BatchPlan, cut
 
-__all__ = ["RegressionCode", "ReplicationCode"]
-
 # The power of the variances that follow from distances with which squared errors grow. Measured in
 # November 2026, on tuning batches: 1.0 for a LeNet-5 on MNIST, 0.49 for a RepVGG and 0.46 for a
 # vision transformer on Fashion-MNIST, which the benchmarks no longer have. `benchmarks accuracy`

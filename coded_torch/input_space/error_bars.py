@@ -16,7 +16,6 @@ from .geometry import evenly
 if TYPE_CHECKING:
     from .gaussian_process import GaussianProcess
 
-__all__ = ["GROWTH", "Bars", "ErrorBars", "bars", "label_risks"]
 
 Array = npt.NDArray[np.float64]
 

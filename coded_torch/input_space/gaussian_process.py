@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops import matern52, matern52_among
+from ..ops import matern52 as matern52
+from ..ops import matern52_among
 from .geometry import evenly
-
-__all__ = ["NUGGET", "GaussianProcess", "matern52", "scaled"]
 
 #: The variance of a result that its input does not explain, relative to the outputs' variance. It
 #: keeps repeated inputs apart; with 1e-3 the squared error of 3,400 results is .993 to 1.004 times

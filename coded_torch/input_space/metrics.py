@@ -19,9 +19,6 @@ from .._torch import as_called, exactly
 from .geometry import ROUNDINGS, Geometry, added_up, typical_rows
 from .ordering import similarity_order
 
-__all__ = ["DEFAULT", "METRICS", "Choice", "Distances", "Features", "Leaf", "Metric"]
-__all__ += ["Scaling", "Sources", "leaves_of", "name_of", "path_step", "transforms"]
-
 logger = sparing_logger("coded_torch.codes")
 
 #: A map from the inputs, ``[B, ...]`` each, to tensors ``[B, ...]`` to measure distances on.

@@ -15,8 +15,6 @@ from .error_bars import ErrorBars
 from .metrics import METRICS, Choice, Distances, Features, Sources
 from .selection import MOST_ROWS, Given, Part
 
-__all__ = ["MOST_ROWS", "Regression", "RowPlan", "check_batch", "check_link", "to_scale"]
-
 _BLIND = "no floating-point input to measure distances on: missing answers are the mean"
 
 

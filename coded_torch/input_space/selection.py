@@ -20,8 +20,6 @@ from .gaussian_process import NUGGET, GaussianProcess, scaled
 from .geometry import evenly
 from .metrics import Choice, Distances, Features, name_of
 
-__all__ = ["LENGTH", "MOST_ROWS", "Fits", "Given", "Part", "few_columns"]
-
 #: The length where nothing is chosen, in steps of a path, and the lengths that compete, with a half
 #: step to the better side; no others were better. (benchmarks distances)
 LENGTH = 2.0

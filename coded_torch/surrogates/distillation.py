@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._arguments import count, instance, positive, real
+from .._arguments import count, instance, nonnegative, positive
 from ..input_space.regression import check_link, to_scale
-
-__all__ = ["distill"]
 
 _HELD_OUT = 10  # one row of so many is held out; not tuned
 
@@ -86,7 +84,7 @@ def distill(
     seed = count("distill", "seed", seed, 0, 2**64 - 2)
     instance("distill", "augment", augment, Callable, optional=True)
     learning_rate = positive("distill", "learning_rate", learning_rate)
-    noise = real("distill", "noise", noise, "at least 0 and finite", lambda x: 0 <= x < math.inf)
+    noise = nonnegative("distill", "noise", noise)
     check_link("distill", link)
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
     inputs = _joined([_checked(batch, device) for batch in batches])

@@ -23,8 +23,6 @@ from ..input_space.metrics import METRICS, Leaf
 from ..input_space.ordering import similarity_order
 from ..input_space.selection import LENGTH, Fits
 
-__all__ = ["Memory"]
-
 logger = sparing_logger("coded_torch.surrogates")
 
 # Directions of the coordinates: with 64 of 1,024 rows' the squared error grows by 7 to 10 %, with

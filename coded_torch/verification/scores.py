@@ -27,7 +27,6 @@ from ..input_space.selection import LENGTH
 if TYPE_CHECKING:
     from .trials import Trials
 
-__all__ = ["ODD_PARTS", "ODD_ROWS", "Fit", "Results", "Scores"]
 
 logger = sparing_logger("coded_torch.nn")
 

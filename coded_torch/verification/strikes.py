@@ -14,8 +14,6 @@ from typing import Any
 
 from .scores import Scores
 
-__all__ = ["LEARNABLE", "Strikes"]
-
 # A worker that is new, restarted or struck is checked so many times as often as others, until so
 # many of its rows were clean. More finds faults sooner and costs work at the start; not tuned.
 _OFTEN, _PROBATION = 10, 30

@@ -13,8 +13,6 @@ from ..scheduling import Ask, Began, Decision, Drop, Ended, Event, Settled, Wait
 from .scores import Results
 from .strikes import LEARNABLE, Strikes
 
-__all__ = ["Trials"]
-
 # Bounds of one call, not tuned.
 _ALARMS = 4  # rounds after a strike, in each of which the oddest row of every worker is checked
 _TRIALS = 8  # more disputes than faulty workers explain stay undecided
