@@ -6,7 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,6 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 from torch.utils._device import DeviceContext
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 
 _T = TypeVar("_T")
 Fingerprint = tuple[list[Tensor], tuple[Any, ...]]
@@ -62,7 +58,7 @@ class _Block(contextlib.ContextDecorator):
     def __init__(self, *args: str) -> None:
         self._args = args
 
-    def _recreate_cm(self) -> Self:  # each call of a function enters its own
+    def _recreate_cm(self) -> Any:  # each call of a function enters its own
         return type(self)(*self._args)
 
     def _change(self) -> Any:
