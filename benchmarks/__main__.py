@@ -6,6 +6,7 @@ import argparse
 import importlib
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks",
         description="Run benchmarks, each a question, and keep their numbers in benchmarks/results;"
         f" those that are there are not measured again. In this order: {', '.join(QUESTIONS)}."
-        " Compiled kernels have a command of their own: python -m benchmarks.kernels.",
+        " Compiled kernels have a command of their own: python -m benchmarks.kernels. This version"
+        " is compared with another one by: python -m benchmarks against REVISION.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="which of these [all]")
     parser.add_argument(
@@ -40,6 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--rows", type=Path, metavar="FOLDER", help="write raw rows of comparisons, a CSV file each"
     )
     args = parser.parse_args(argv)
+    if args.names[:1] == ["against"]:
+        if len(args.names) != 2:
+            parser.error(f"against needs one REVISION, got {args.names[1:]}")
+        try:
+            return run_against(args)
+        except (ValueError, RuntimeError) as error:
+            parser.error(str(error))
     names = args.names or list(QUESTIONS)
     for name in names:
         if name not in QUESTIONS:
@@ -68,6 +77,20 @@ def run(args: argparse.Namespace) -> int:
     path = args.output or (None if args.quick or args.rows else RESULTS / f"{name}.json")
     given = {"quick": args.quick, "only": args.only, "again": args.again, "rows": args.rows}
     keep(name, benchmark, path=path, **given)
+    return 0
+
+
+def run_against(args: argparse.Namespace) -> int:
+    """Compare this version with another revision, and print the table of all measured so far."""
+    from . import against
+
+    benchmark = against.Benchmark(args.names[1])
+    with tempfile.TemporaryDirectory() as scratch:
+        quick = Path(scratch, "quick.json") if args.quick else benchmark.path
+        path = args.output or quick
+        given = {"quick": args.quick, "only": args.only, "again": args.again}
+        keep(f"against {args.names[1]}", benchmark, path=path, **given)
+        print(against.table(path))
     return 0
 
 

@@ -545,7 +545,7 @@ def test_distilling_needs_gradients_to_be_possible():
         ({"rows": 0}, "rows must be at least 1, got 0"),
         ({"patience": 0}, "patience must be at least 1, got 0"),
         ({"learning_rate": 0}, "learning_rate must be positive and finite, got 0"),
-        ({"noise": -1}, "noise must be at least 0 and finite, got -1"),
+        ({"noise": -1}, "noise must be finite and >= 0, got -1"),
         ({"batches": [rand(5, 4), rand(5, 3)]}, "batches must be alike but for their sizes"),
         ({"batches": [rand(5, 4), (rand(5, 4),) * 2]}, "batches must be alike but for their"),
         ({"seed": "a"}, "seed must be an integer"),
