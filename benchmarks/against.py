@@ -76,32 +76,32 @@ class Side:
             env=os.environ | {"PYTHONPATH": path}, cwd=folder, bufsize=0,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
+        self.asked: Any = self.process.stdin
+        self.told: Any = self.process.stdout
 
     def line(self) -> str:
         """Return the next line, or raise if none comes."""
-        assert self.process.stdout
-        ready, _, _ = select.select([self.process.stdout], [], [], LONGEST)
-        line = self.process.stdout.readline().decode() if ready else ""
+        ready, _, _ = select.select([self.told], [], [], LONGEST)
+        line = self.told.readline().decode() if ready else ""
         if not line:
             raise RuntimeError(f"{' '.join(self.process.args)} ended or hangs")
         return line
 
     def measure(self, calls: int) -> list[float]:
         """Return the wall time and the processor time of a call, in milliseconds."""
-        assert self.process.stdin
-        self.process.stdin.write(f"{calls}\n".encode())
+        self.asked.write(f"{calls}\n".encode())
         return [1e3 * x for x in json.loads(self.line())]
 
     def __enter__(self) -> Side:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
+        self.asked.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(30)
         self.process.kill()
         self.process.wait()
+        self.told.close()
 
 
 def compare(name: str, folder: Path, quick: bool) -> dict[str, Any]:
