@@ -27,9 +27,9 @@ import scipy.stats
 from torch import Tensor, nn
 
 from coded_torch.codes import Code
-from coded_torch.evaluation.compare import compare
-from coded_torch.evaluation.scores import Comparison, grouped
-from coded_torch.evaluation.tune import Trial
+from coded_torch.experiments.compare import compare
+from coded_torch.experiments.scores import Comparison, grouped
+from coded_torch.experiments.tune import Trial
 from coded_torch.stragglers import Contiguous, Stragglers, Trace, Uniform
 
 from .networks import SEED, Subject

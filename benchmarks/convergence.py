@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from coded_torch.codes import BerrutCode, FixedCode, ReplicationCode, SplineCode
-from coded_torch.evaluation.compare import received_by
-from coded_torch.evaluation.scores import half_width, rounded
+from coded_torch.experiments.compare import received_by
+from coded_torch.experiments.scores import half_width, rounded
 from coded_torch.stragglers import Bernoulli, Stragglers, Uniform
 
 from .networks import SEED

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from coded_torch import CodedWrapper, Regression, Waiting
 from coded_torch.codes import NotEnoughResults, RegressionCode
-from coded_torch.evaluation.scores import half_width, rounded
+from coded_torch.experiments.scores import half_width, rounded
 from coded_torch.input_space.gaussian_process import GaussianProcess
 from coded_torch.input_space.metrics import Choice, Distances, Sources
 from coded_torch.nn.division import dealt

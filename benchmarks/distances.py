@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from coded_torch.codes import Code, RegressionCode
-from coded_torch.evaluation.compare import compare
-from coded_torch.evaluation.scores import Comparison, Record
+from coded_torch.experiments.compare import compare
+from coded_torch.experiments.scores import Comparison, Record
 from coded_torch.input_space.metrics import METRICS, leaves_of, transforms
 
 from . import tasks

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from coded_torch.codes import BerrutCode, Code, SplineCode
 from coded_torch.codes.curves import chebyshev_first
 from coded_torch.demo import LeNet5, digits
-from coded_torch.evaluation.compare import received_by
-from coded_torch.evaluation.scores import Comparison, Record, Score, half_width, rounded, score
+from coded_torch.experiments.compare import received_by
+from coded_torch.experiments.scores import Comparison, Record, Score, half_width, rounded, score
 from coded_torch.stragglers import Uniform
 
 from . import networks

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from coded_torch.codes import RegressionCode
-from coded_torch.evaluation.scores import Score, ratio, score
+from coded_torch.experiments.scores import Score, ratio, score
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory

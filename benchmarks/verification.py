@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coded_torch.evaluation.planner import Verified
+from coded_torch.experiments.planner import Verified
+from coded_torch.experiments.simulation import Conditions, simulate
 from coded_torch.nn import Waiting
-from coded_torch.scheduling.simulation import Conditions, simulate
 
 from .faulty import BATCH_SIZE, FAULTS, ROUNDING, WORKERS, Data, Fault, Fleet, Voters
 from .networks import SEED

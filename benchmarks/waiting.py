@@ -1,7 +1,7 @@
 """How much do waiting policies cost and gain, simulated? ``python -m benchmarks waiting``.
 
 Workers serve one part at a time from one queue, and requests arrive on their own, see
-:mod:`coded_torch.scheduling.simulation`. For each regime, each number of parts of a request and
+:mod:`coded_torch.experiments.simulation`. For each regime, each number of parts of a request and
 each policy: percentiles of latency in medians of a part, the share of rows that is predicted, calls
 and rows beyond asking for each row once. "One hedge" is the best in hindsight of five times.
 
@@ -17,8 +17,8 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from coded_torch.experiments.simulation import Conditions, simulate
 from coded_torch.nn import Waiting
-from coded_torch.scheduling.simulation import Conditions, simulate
 
 from .hedging import WAIT_FOR_ALL, HedgeOnce, Unsplit
 from .runs import Measurement

@@ -3,16 +3,26 @@
 An argument of the wrong type raises a TypeError, an argument out of its domain a ValueError.
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from . import codes, linear, nn, stragglers, surrogates, workers
 from .codes import DeadlineExceeded, NotEnoughResults
-from .evaluation.compare import compare
-from .evaluation.tune import tune
 from .input_space.regression import Regression
 from .nn import CodedWrapper, Report, Waiting
+
+if TYPE_CHECKING:
+    from .experiments.compare import compare
+    from .experiments.tune import tune
 
 __version__ = version("coded_torch")
 __all__ = ["CodedWrapper", "DeadlineExceeded", "NotEnoughResults", "Regression", "Report"]
 __all__ += ["Waiting", "codes", "compare", "linear", "nn", "stragglers"]
 __all__ += ["surrogates", "tune", "workers"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("compare", "tune"):  # nothing else of the package needs the experiments
+        return getattr(import_module(f"{__name__}.experiments.{name}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,7 +19,7 @@ from coded_torch import Regression, codes, compare, linear, nn, tune, workers
 from coded_torch import stragglers as laws
 from coded_torch._arguments import MOST_WORKERS, count, dense, real
 from coded_torch.codes import curves
-from coded_torch.evaluation import scores
+from coded_torch.experiments import scores
 from coded_torch.input_space import ordering
 from coded_torch.scheduling import simulation
 

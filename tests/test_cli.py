@@ -13,7 +13,7 @@ import coded_torch
 from coded_torch.cli import find_factory
 from coded_torch.cli.main import main
 from coded_torch.demo import digits
-from coded_torch.evaluation.scores import Comparison, Record, Score
+from coded_torch.experiments.scores import Comparison, Record, Score
 
 
 def run(line):
@@ -78,7 +78,7 @@ def test_help_and_version(capsys):
     assert run("--help") == 0
     out = capsys.readouterr().out
     for command in ("demo", "compare", "serve", "job", "plan", "info"):
-        assert f"\n    {command} " in out
+        assert f"\n  {command} " in out
         assert run([command, "--help"]) == 0
     assert "99.9 % of the requests" in capsys.readouterr().out
     assert run("--version") == 0

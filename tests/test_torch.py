@@ -10,7 +10,7 @@ from torch import nn
 
 from coded_torch import codes, compare
 from coded_torch._torch import fingerprint
-from coded_torch.evaluation.tune import tune
+from coded_torch.experiments.tune import tune
 from coded_torch.input_space.geometry import Geometry
 from coded_torch.linear import SplineMap
 from coded_torch.nn import CodedWrapper

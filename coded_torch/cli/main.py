@@ -20,7 +20,7 @@ from .. import _extension
 from .._arguments import MOST_WORKERS, count, dense
 from ..codes import RegressionCode
 from ..demo import digits, lenet5
-from ..evaluation import planner
+from ..experiments import planner
 from ..nn import CodedWrapper
 from ..stragglers import Uniform
 from ..workers import LocalWorkers
@@ -223,6 +223,7 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[Option, .
     ),
     info: ("print versions, build, devices and threads", ()),
 }
+_GROUPS = {"models and jobs": (serve, job, info), "experiments": (demo, compare, plan)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -231,13 +232,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     Return its exit code.
     """
     text = "Resilient and coded computing for PyTorch: answers although workers fail."
-    parser = argparse.ArgumentParser(prog="coded-torch", description=text)
+    for title, commands in _GROUPS.items():
+        text += f"\n\n{title}:\n" + "\n".join(
+            f"  {c.__name__:<9} {_COMMANDS[c][0]}" for c in commands
+        )
+    parser = argparse.ArgumentParser(
+        prog="coded-torch",
+        usage="%(prog)s [--version] COMMAND ...",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     version = f"coded_torch {coded_torch.__version__}"
     parser.add_argument("--version", action="version", version=version)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    added = parser.add_subparsers(metavar="COMMAND", required=True, help=argparse.SUPPRESS)
     for run, (text, table) in _COMMANDS.items():
         sentence = f"{text[0].upper()}{text[1:]}."
-        command = commands.add_parser(run.__name__, help=text, description=sentence)
+        command = added.add_parser(run.__name__, description=sentence)
         command.set_defaults(run=run)
         options(command, *table)
     args = parser.parse_args(argv)

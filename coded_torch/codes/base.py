@@ -48,7 +48,7 @@ class Code(abc.ABC):
     worth tuning. Inherit the tests of :class:`coded_torch.testing.codes.CodeTests`, as
     ``tests/codes/test_b_spline.py`` does, and compare by ``coded_torch.compare(more=...)``. One of
     the package is exported by ``codes/__init__.py``, and named in ``peers`` of
-    ``evaluation/compare.py``.
+    ``experiments/compare.py``.
 
     Args:
         num_data: K, the number of inputs coded together, at least 1.

@@ -11,16 +11,18 @@ To add a pool on real time:
 4. Inherit ``coded_torch.testing.workers.WorkersTests``, as ``tests/workers/test_threads.py`` does.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .base import Began, Part, Reply, Request, Task, WorkerError, Workers
 from .devices import DeviceWorkers
-from .faults import Fault, FaultyWorkers
+from .faults import Fault
 from .local import LocalWorkers
 from .processes import ProcessWorkers
 from .ray import RayWorkers
 
 if TYPE_CHECKING:
+    from ..experiments.faults import FaultyWorkers
     from ..open_inference.client import RemoteModule
     from .endpoints import EndpointWorkers
 
@@ -30,8 +32,9 @@ __all__ += ["WorkerError", "Workers"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("EndpointWorkers", "RemoteModule"):  # aiohttp, an extra, takes .1 s to import
-        from . import endpoints
-
-        return getattr(endpoints, name)
+    # aiohttp, an extra, takes .1 s to import. The product does not need the experiments.
+    if name in ("EndpointWorkers", "RemoteModule"):
+        return getattr(import_module(f"{__name__}.endpoints"), name)
+    if name == "FaultyWorkers":
+        return import_module("coded_torch.experiments.faults").FaultyWorkers
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

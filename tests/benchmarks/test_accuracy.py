@@ -5,7 +5,7 @@ import pytest
 from benchmarks import accuracy
 from benchmarks.subjects import subject
 from benchmarks.tables import BASELINES
-from coded_torch.evaluation.scores import Comparison, Record, Score
+from coded_torch.experiments.scores import Comparison, Record, Score
 
 
 def record(scheme, batch, mse, right=1.0, lost=1):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from coded_torch.codes import BerrutCode, RegressionCode, ReplicationCode, SplineCode
 from coded_torch.demo import digits, lenet5
-from coded_torch.evaluation import scores
+from coded_torch.experiments import scores
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Contiguous, Uniform
 from coded_torch.testing.codes import DTYPES, CodeTests, normal

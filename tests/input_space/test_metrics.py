@@ -7,7 +7,7 @@ import torch
 
 from coded_torch import Regression
 from coded_torch.codes import RegressionCode
-from coded_torch.evaluation.tune import tune
+from coded_torch.experiments.tune import tune
 from coded_torch.input_space.metrics import METRICS, Distances, Sources, leaves_of, transforms
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform

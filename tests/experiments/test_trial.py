@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coded_torch.codes import BerrutCode, RegressionCode, ReplicationCode, SplineCode
-from coded_torch.evaluation.tune import Trial
+from coded_torch.experiments.tune import Trial
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Trace, Uniform
 from coded_torch.workers import LocalWorkers

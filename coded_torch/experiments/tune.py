@@ -23,8 +23,8 @@ from ..nn import CodedWrapper
 from ..nn.division import Inputs, training_part
 from ..stragglers import Uniform
 from ..workers.base import Task, broadcast_dims
-from ..workers.faults import Attack
 from ..workers.local import cut
+from .faults import Attack
 
 __all__ = ["SETS", "Trial", "calls_of", "chosen", "tune"]
 

@@ -8,9 +8,9 @@ import torch
 import coded_torch
 from coded_torch import codes
 from coded_torch.demo import digits, lenet5
-from coded_torch.evaluation import scores
-from coded_torch.evaluation.compare import compare, peers, received_by
-from coded_torch.evaluation.scores import Comparison, Record, Score
+from coded_torch.experiments import scores
+from coded_torch.experiments.compare import compare, peers, received_by
+from coded_torch.experiments.scores import Comparison, Record, Score
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Contiguous, Trace, Uniform
 from coded_torch.workers import LocalWorkers

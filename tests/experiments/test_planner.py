@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.runs import RESULTS
 from coded_torch.cli.main import main
-from coded_torch.evaluation.planner import LAWS, RIGHT, measured, plan, read_latencies
+from coded_torch.experiments.planner import LAWS, RIGHT, measured, plan, read_latencies
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.workers import ProcessWorkers
 

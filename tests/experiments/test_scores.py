@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from coded_torch.evaluation.scores import (
+from coded_torch.experiments.scores import (
     half_width,
     paired_p,
     ratio,

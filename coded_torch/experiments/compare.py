@@ -14,7 +14,7 @@ from .._arguments import count, instance, shown
 from .._torch import on_host
 from ..codes import Code, RegressionCode
 from ..stragglers import Stragglers, Uniform
-from ..workers.faults import Attack
+from .faults import Attack
 from .scores import Comparison, Record, Score, Setting, check_labels, score
 from .tune import SETS, Trial, calls_of, chosen
 

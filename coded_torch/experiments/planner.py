@@ -15,12 +15,12 @@ import torch
 
 from .._arguments import count, positive, probability, real
 from ..scheduling import Decision, Ended, Event
-from ..scheduling.simulation import OVERHEAD, Conditions, simulate
 from ..scheduling.waiting import Waiting
 from ..stragglers import Stragglers
 from ..verification import Strikes, Trials
 from ..verification.scores import ODD_PARTS, ODD_ROWS
 from .scores import grouped
+from .simulation import OVERHEAD, Conditions, simulate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

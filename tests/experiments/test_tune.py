@@ -14,8 +14,8 @@ from coded_torch.codes import (
     SplineCode,
 )
 from coded_torch.demo import digits, lenet5
-from coded_torch.evaluation import scores
-from coded_torch.evaluation.tune import received_sets, tune
+from coded_torch.experiments import scores
+from coded_torch.experiments.tune import received_sets, tune
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Contiguous, ShiftedExponential, Uniform
 from coded_torch.workers import LocalWorkers

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from .._arguments import count, instance, positive, probability, real
+from ..scheduling import Ask, Began, Decision, Drop, Ended, Event, Failure, Settled, Wait
+from ..scheduling.latency_history import History
 from ..stragglers import Stragglers
-from . import Ask, Began, Decision, Drop, Ended, Event, Failure, Settled, Wait
-from .latency_history import History
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -122,7 +122,7 @@ def simulate(
 
     Example:
         >>> from coded_torch import Waiting
-        >>> from coded_torch.scheduling.simulation import Conditions, simulate
+        >>> from coded_torch.experiments.simulation import Conditions, simulate
         >>> straggling = Conditions(straggling=0.03)
         >>> for waiting in Waiting(), Waiting(predict_after=float("inf"), hedge_budget=0):
         ...     outcome = simulate(waiting, straggling, num_workers=6, num_parts=4)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from coded_torch.evaluation.planner import Verified
-from coded_torch.scheduling.simulation import Conditions, simulate
+from coded_torch.experiments.planner import Verified
+from coded_torch.experiments.simulation import Conditions, simulate
 from coded_torch.scheduling.waiting import Waiting
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coded_torch import Waiting, stragglers
+from coded_torch.experiments.simulation import Conditions, simulate
 from coded_torch.scheduling import Ask, Began, Drop, Settled, Wait
-from coded_torch.scheduling.simulation import Conditions, simulate
 
 WAIT_FOR_ALL = Waiting(predict_after=math.inf, hedge_budget=0)
 CALM, STILL = Conditions(), Conditions(spread=0.0)

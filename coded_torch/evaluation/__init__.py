@@ -1,1 +1,0 @@
-"""Comparisons of codes, the choice of their numbers, and plans of redundancy."""
