@@ -19,9 +19,8 @@ from coded_torch import Regression, codes, compare, linear, nn, tune, workers
 from coded_torch import stragglers as laws
 from coded_torch._arguments import MOST_WORKERS, count, dense, real
 from coded_torch.codes import curves
-from coded_torch.experiments import scores
+from coded_torch.experiments import scores, simulation
 from coded_torch.input_space import ordering
-from coded_torch.scheduling import simulation
 
 SECONDS, BYTES = 0.1, 10e6
 X = torch.arange(12.0).view(6, 2)

@@ -17,7 +17,7 @@ from coded_torch.stragglers import Bernoulli, ShiftedExponential, Trace, Uniform
 from coded_torch.testing.workers import PolynomialCode, WorkersTests, numbered, replies_of, task_of
 from coded_torch.workers import Fault, FaultyWorkers, LocalWorkers
 
-from .test_threads import ThreadWorkers
+from ..workers.test_threads import ThreadWorkers
 
 
 class TestFaultyWorkers(WorkersTests):
