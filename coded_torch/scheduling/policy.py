@@ -316,8 +316,11 @@ class Call:
             most = _TRIES
         else:
             died, chance = part.failure.kind == "died", self._chance(part)
-            # Where most parts fail, smaller parts would only lose more workers.
-            if not alone and (chance <= _SUSPECT or (part.tries >= _TRIES and not died)):
+            # Where most parts fail, smaller parts would only lose more workers. But one part alone
+            # cannot tell: it is cut once before all of its rows are given up.
+            whole = len(part.units) == len(part.line[-1].units) and most > _TRIES
+            cut = part.tries >= _TRIES and (whole or not died)
+            if not alone and (chance <= _SUSPECT or cut):
                 return _SPLIT
             refused = alone and died and part.tries >= 2 and chance <= _POISON
         if part.tries < most and not refused:
