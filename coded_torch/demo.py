@@ -57,9 +57,10 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def lenet5_and_digits() -> tuple[LeNet5, tuple[Tensor]]:
-    """Return the network and one digit of each kind, in order, for ``coded-torch serve``."""
+    """Return the network and 63 digits for ``coded-torch serve``; the first ten are 0 to 9."""
     images, labels = digits()
-    return lenet5(), (images[[int((labels == digit).nonzero()[0]) for digit in range(10)]],)
+    rows = [int((labels == digit).nonzero()[0]) for digit in range(10)]
+    return lenet5(), (images[rows + [row for row in range(63) if row not in rows]],)
 
 
 def _arrays(file: str) -> dict[str, np.ndarray]:

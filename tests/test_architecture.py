@@ -16,7 +16,7 @@ PACKAGE = Path(coded_torch.__file__).parent
 LAYERS = (
     {"testing"},
     {"cli"},
-    {"demo"},
+    {"demo", "page"},
     {"experiments"},
     {"serve"},
     {"nn"},

@@ -78,14 +78,16 @@ class TensorSpec:
 
 #: The outputs that this package's server gives every model beside its own: whether a row
 #: is predicted; the radius that its error is within; the risk of its label; its source, 0 from the
-#: worker asked first, 1 from a later one, 2 predicted; whether two workers computed it alike. JSON
-#: has null for infinite numbers and for NaN, which stands for unknown.
+#: worker asked first, 1 from a later one, 2 predicted; whether two workers computed it alike;
+#: whether its first result was wrong and was replaced. JSON has null for infinite numbers and for
+#: NaN, which stands for unknown.
 ADDED = (
     TensorSpec("predicted", "BOOL", ()),
     TensorSpec("radius", "FP32", ()),
     TensorSpec("label_risk", "FP32", ()),
     TensorSpec("source", "UINT8", ()),
     TensorSpec("verified", "BOOL", ()),
+    TensorSpec("corrected", "BOOL", ()),
 )
 
 

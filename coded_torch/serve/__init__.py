@@ -1,8 +1,7 @@
 """A model behind HTTP on unreliable workers: the Open Inference Protocol, in an ASGI application.
 
 ``application.py`` receives a request, ``protocol.py`` parses it, ``batcher.py`` queues it and
-computes it with others, ``metrics.py`` counts the outcome, and ``page.py`` shows the server. Needs
-the extra ``serve``.
+computes it with others, and ``metrics.py`` counts the outcome. Needs the extra ``serve``.
 """
 
 from ..open_inference import DATATYPES, TensorSpec, specs

@@ -45,8 +45,8 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
     Waiting requests are computed together: a batch starts while a worker is idle, or one at a time
     under a code. Each request is answered by its deadline: with the model's own results where
     workers replied, else with predictions, which the answer's ``predicted_rows`` counts. Clients
-    may ask for further outputs, a number a row: ``predicted``, ``source``, ``verified``, and
-    ``radius`` and ``label_risk`` at the level of the parameter ``coverage``.
+    may ask for further outputs, a number a row: ``predicted``, ``source``, ``verified``,
+    ``corrected``, and ``radius`` and ``label_risk`` at the level of the parameter ``coverage``.
 
     Its lifespan starts the workers and closes them. It runs under any ASGI server, in one process.
     A refused request gets ``{"error": ...}`` with 4xx if it is wrong, 500 if the model fails on it,
@@ -94,6 +94,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
                 got = names[len(reserved) :]
                 raise ValueError(f"app: {argument} must be named, each once{but}, got {got}")
         self.name, self.inputs, self.outputs = name, inputs, outputs
+        self.coded, self.examples = coded, examples
         self.deadline = positive(self, "deadline", deadline)
         self.max_rows = count(self, "max_batch_size", max_batch_size)
         self.pool, self.metrics, self.ready = coded.workers, Metrics(), False

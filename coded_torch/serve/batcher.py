@@ -95,9 +95,11 @@ def compute(
         must = [(spec.dtype, [rows, *spec.shape]) for spec in specs]
         raise TypeError(f"the model must return tensors {must}, got {got}")
     # Without a value, exact rows get 0, and predicted rows NaN.
-    fields = ("predicted", "radii", "label_risks", "source", "verified")
+    fields = ("predicted", "radii", "label_risks", "source", "verified", "corrected")
     for name, spec in zip(fields, ADDED, strict=True):
         values = getattr(report, name)
+        if name == "corrected":
+            values = torch.tensor([row in values for row in range(rows)])
         if values is None:
             values = torch.zeros(rows)
             if spec.dtype.is_floating_point and report.predicted is not None:

@@ -421,7 +421,7 @@ def test_objects_that_the_host_has_frozen_stay_frozen():
         ({"outputs": ["output"]}, "app: an entry of outputs must be of type TensorSpec, got str"),
         (
             {"outputs": [TensorSpec("predicted", "BOOL", ())]},
-            "each once, none of predicted, radius, label_risk, source, verified, got ['predicted']",
+            "each once, none of predicted, radius, label_risk, source, verified, corrected, got",
         ),
         ({"deadline": 0}, "app: deadline must be positive and finite, got 0"),
         ({"max_batch_size": 0}, "app: max_batch_size must be at least 1, got 0"),

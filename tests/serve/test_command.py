@@ -236,7 +236,7 @@ def test_a_server_may_listen_at_an_address_of_ipv6(mine):
         ("--port 65536", "--port must be free: bind(): port must be 0-65535"),
         ("--port 1 --host 203.0.113.1", "--port must be free: [Errno"),
         ("--max-batch-size 0", "max_batch_size must be at least 1"),
-        ("--example 10", "--example must be from 0 to 9, got 10"),
+        ("--example 63", "--example must be from 0 to 62, got 63"),
         ("mine:nothing", "MODULE:FACTORY must name a module and a function of it, got 'mine:n"),
         ("mine:bare", "mine:bare must return a module and examples of its inputs, a tensor with"),
         ("mine:text", "mine:text must return a module and examples of its inputs"),
@@ -247,7 +247,10 @@ def test_a_server_may_listen_at_an_address_of_ipv6(mine):
         ),
         ("mine:small --endpoints http://127.0.0.1:1", "MODULE:FACTORY must be left out with --e"),
         ("mine:wordy", "the module must return tensors to be served"),
-        ("mine:predicted", "none of predicted, radius, label_risk, source, verified, got ['pr"),
+        (
+            "mine:predicted",
+            "none of predicted, radius, label_risk, source, verified, corrected, got ['pr",
+        ),
     ],
 )
 def test_bad_values_get_one_line_and_exit_code_2(arguments, message, mine, capsys):

@@ -1,7 +1,5 @@
 """The page of a server: its headers, its refusals, its faults, and a browser that uses it."""
 
-import base64
-import hashlib
 import importlib.resources
 import json
 import os
@@ -11,18 +9,22 @@ import signal
 import threading
 
 import pytest
+import torch
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
+from coded_torch import page as page_module
 from coded_torch.cli.main import main
-from coded_torch.serve import page as page_module
-from coded_torch.serve.page import Chaos, Page
+from coded_torch.demo import lenet5, lenet5_and_digits
+from coded_torch.page import Chaos, Page
+from coded_torch.serve import TensorSpec, specs
 
-from .servers import Client, built, serving, wait_until
+from .servers import OUTPUTS, Client, built, linear, serving, wait_until
 from .test_command import running
 
-FILE = importlib.resources.files("coded_torch.serve") / "page.html"
+FILE = importlib.resources.files("coded_torch") / "page.html"
+KINDS = "computed", "hedged", "estimated", "corrected"
 OPTIONS = ["--chaos", "--deadline", "2", "--seed", "1"]
 
 
@@ -43,7 +45,7 @@ def client(port):
 
 def test_the_page_is_one_small_file():
     text = FILE.read_text()
-    assert len(text.splitlines()) <= 400
+    assert len(text.splitlines()) <= 480
     assert re.findall(r"https?://[^\"]*", text) == ["http://www.w3.org/2000/svg"]
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacent|document\.write|eval|style=| on\w+=", text
@@ -51,22 +53,30 @@ def test_the_page_is_one_small_file():
 
 
 def test_nothing_else_may_run_in_the_page(client):
-    status, headers, body = client.send("GET", "/")
-    assert status == 200
-    policy = headers["Content-Security-Policy"]
-    assert policy.startswith("default-src 'self'; ")
-    assert "unsafe" not in policy
-    for tag in ("script", "style"):
-        (part,) = re.findall(rf"<{tag}>(.*?)</{tag}>", body.decode(), re.S)
-        digest = base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
-        assert f"{tag}-src 'sha256-{digest}'" in policy
-    assert not [name for name in headers if name.lower().startswith("access-control")]
+    seen = set()
+    for _ in range(2):
+        status, headers, body = client.send("GET", "/")
+        assert status == 200
+        policy = headers["Content-Security-Policy"]
+        assert policy.startswith("default-src 'self'; ")
+        assert "unsafe" not in policy
+        for tag in ("script", "style"):
+            (nonce,) = re.findall(rf'<{tag} nonce="(.{{32}})">', body.decode())
+            assert f"{tag}-src 'nonce-{nonce}'" in policy
+        seen.add(nonce)
+        assert not [name for name in headers if name.lower().startswith("access-control")]
+    assert len(seen) == 2  # nobody can know it before
 
 
 def test_the_status(client):
     status, found = client.get("/page/status")
     assert (status, found["name"], found["deadline"]) == (200, "lenet5", 2.0)
+    assert found["verify"] == 0
     assert [worker["place"] for worker in found["workers"]] == list(range(6))
+    for worker in found["workers"]:
+        why = worker["actions"]
+        assert list(why) == ["kill", "pause", "delay", "corrupt"]
+        assert why["corrupt"] == "wrong results are found with --verify only"
     assert len(found["history"]) == 12
 
 
@@ -77,7 +87,7 @@ def fault(client, worker, action, **changes):
     headers = {"X_Page_Token": token, "Origin": f"http://{host}", "Host": host} | changes
     headers = {name: value for name, value in headers.items() if value is not None}
     body = json.dumps({"worker": worker, "action": action})
-    return client.send("POST", "/page/fault", body, **headers)[0]
+    return client.send("POST", "/page/action", body, **headers)[0]
 
 
 @pytest.mark.parametrize(
@@ -90,12 +100,14 @@ def fault(client, worker, action, **changes):
         (0, "kill", {"Origin": "http://evil.example"}, 403),
         (0, "kill", {"Host": "evil.example", "Origin": "http://evil.example"}, 403),
         (0, "fly", {}, 409),
+        (0, "restart", {}, 409),  # it is not excluded
+        (0, "corrupt", {}, 409),  # without --verify nobody would find it
         ("x", "kill", {}, 409),
         (6, "kill", {}, 409),
         (0, "k" * 1000, {}, 413),
     ],
 )
-def test_only_the_page_may_cause_faults(client, worker, action, changes, status):
+def test_only_the_page_may_act(client, worker, action, changes, status):
     assert fault(client, worker, action, **changes) == status
 
 
@@ -117,61 +129,155 @@ def test_a_killed_worker_is_replaced_and_a_paused_one_is_shown(client):
 
 
 class Pool:
-    """A pool of one process, whose signals are kept."""
+    """A pool of processes, whose signals are kept."""
 
-    def __init__(self):
-        self.states, self.adversaries, self.signals = {0: ("idle", 1234)}, (), []
+    def __init__(self, size=1):
+        self.states = {place: ("idle", 1234 + place) for place in range(size)}
+        self.adversaries, self.signals, self.restarted = (), [], []
+
+    def restart(self, place):
+        self.restarted.append(place)
+
+
+def ended():
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and thread.name.endswith("(_run)"):
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("action", ["pause", "delay", "corrupt"])
 def test_a_fault_ends(action, monkeypatch):
-    pool, seen = Pool(), []
-    chaos = Chaos(pool)
+    pool, seen = Pool(3), []
+    chaos = Chaos(pool, faults=True, verifies=True)
     monkeypatch.setattr(page_module, "_FAULT_SECONDS", 0.05)
     monkeypatch.setattr(page_module, "_TURN_SECONDS", 0.01)
     monkeypatch.setattr(os, "kill", lambda pid, number: pool.signals.append((pid, number)))
     slept = page_module.time.sleep
 
     def sleep(seconds):
-        seen.append(pool.adversaries)
+        seen.append(set(pool.adversaries))
         slept(seconds)
 
     monkeypatch.setattr(page_module.time, "sleep", sleep)
-    chaos.inject(0, action)
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.name.endswith("(_run)"):
-            thread.join(10)
-    assert (chaos.faults, pool.adversaries) == ({}, ())
-    assert set(seen) == {(0,)} if action == "corrupt" else {()}
+    chaos.act(0, action)
+    ended()
+    assert (chaos.faults, set(pool.adversaries)) == ({}, set())
+    assert {0} in seen if action == "corrupt" else {0} not in seen
     stops = [number for _, number in pool.signals]
     stop, go = signal.SIGSTOP, signal.SIGCONT
     if action == "pause":
         assert stops == [stop] * (len(stops) - 1) + [go]
     elif action == "delay":
         assert stops == [stop, go] * (len(stops) // 2) + [go]
-    assert (len(stops) > 2) is (action != "corrupt")
+    else:
+        assert set(stops) == {0}  # asks whether the process is there
+    assert len(stops) > 2
 
 
-def test_no_signal_is_sent_to_a_process_that_was_replaced(monkeypatch):
-    pool = Pool()
-    chaos = Chaos(pool)
-    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("the process is another one"))
-    chaos.faults[0] = "pause"
-    chaos._run(0, 1233, "pause")
-    assert chaos.faults == {}
+@pytest.mark.parametrize("action", ["pause", "corrupt"])
+def test_a_fault_ends_with_its_process(action, monkeypatch):
+    pool = Pool(3)
+    chaos = Chaos(pool, faults=True, verifies=True)
+    monkeypatch.setattr(page_module, "_TURN_SECONDS", 0.01)
+    monkeypatch.setattr(os, "kill", lambda pid, number: pool.signals.append((pid, number)))
+    chaos.act(0, action)
+    wait_until(lambda: pool.signals)
+    pool.states[0] = ("idle", 77)  # not a second of the ten has gone
+    ended()
+    assert (chaos.faults, set(pool.adversaries)) == ({}, set())
+    assert {pid for pid, _ in pool.signals} == {1234}  # 77 may be anything
     with pytest.raises(ValueError, match="worker 5 is down"):
-        chaos.inject(5, "pause")
+        chaos.act(5, "pause")
+
+
+@pytest.mark.parametrize(("size", "most"), [(2, 0), (3, 1), (4, 1), (5, 2), (6, 2), (7, 3)])
+def test_fewer_than_half_of_the_workers_are_corrupt(size, most, monkeypatch):
+    pool = Pool(size)
+    chaos = Chaos(pool, faults=True, verifies=True)
+    monkeypatch.setattr(threading.Thread, "start", lambda self: None)  # faults do not end
+    for place in range(most):
+        assert chaos.offered(place)["corrupt"] == ""
+        chaos.act(place, "corrupt")
+    for place in range(size):
+        assert (
+            chaos.offered(place)["corrupt"] == f"fewer than half of {size} workers may be corrupt"
+        )
+    with pytest.raises(ValueError, match="fewer than half"):
+        chaos.act(most, "corrupt")
+    assert set(pool.adversaries) == set(range(most))
+
+
+def test_an_excluded_worker_can_only_be_restarted():
+    pool = Pool(6)
+    pool.states |= {1: ("excluded", 1235), 2: ("excluded", 1236)}
+    chaos = Chaos(pool, faults=True, verifies=True)
+    chaos.corrupt |= {1, 2, 3}  # excluded ones do not count, but of four workers one may be
+    assert chaos.offered(0)["corrupt"] == "fewer than half of 4 workers may be corrupt"
+    assert chaos.offered(1) == {"restart": ""}
+    with pytest.raises(ValueError, match="the action must be one of restart"):
+        chaos.act(1, "kill")
+    chaos.act(1, "restart")
+    assert pool.restarted == [1]
+    calm = Chaos(pool, faults=False, verifies=True)  # without --chaos, nothing else
+    assert (calm.offered(0), calm.offered(2)) == ({}, {"restart": ""})
+
+
+def shown(application, **options):
+    """Return the examples in the page of an application."""
+    Page(application, **options)
+    with serving(application) as port, Client(port) as client:
+        text = client.send("GET", "/")[2].decode()
+    (found,) = re.findall(r'id="examples">(.*?)</script>', text, re.S)
+    return json.loads(found)
 
 
 def test_a_page_without_faults():
     application = built()
     with serving(application) as port, Client(port) as client:
         assert client.get("/")[0] == 404  # an application of one's own has no page
-        Page(application, chaos=None, is_local=False)
+        Page(application, is_local=False)
         status, _, body = client.send("GET", "/", Host="some.name")
         assert (status, b'name="token" content=""' in body) == (200, True)
         headers = {"Host": "a", "Origin": "http://a", "X_Page_Token": ""}
-        assert client.send("POST", "/page/fault", "{}", **headers)[0] == 403
+        assert client.send("POST", "/page/action", "{}", **headers)[0] == 403
+
+
+def test_the_page_has_63_digits_and_their_right_answers():
+    module, (digits,) = lenet5_and_digits()
+    inputs, outputs = specs(module, (digits,))
+    how = {"inputs": inputs, "outputs": outputs, "examples": (digits,)}
+    found = shown(built(module, **how), is_local=True)
+    (images,), (answer,) = found["request"]["inputs"], found["answer"]["outputs"]
+    assert images["shape"] == [63, 1, 28, 28]
+    assert torch.tensor(images["data"]).equal(digits.flatten())
+    labels = torch.tensor(answer["data"]).reshape(63, 10).argmax(1)
+    assert labels.equal(lenet5()(digits).argmax(1))
+    assert labels[:10].tolist() == list(range(10))
+    few = shown(built(module, **how, max_batch_size=8), is_local=True)
+    assert few["request"]["inputs"][0]["shape"][0] == 7  # the drawing is the eighth
+
+
+class Random(torch.nn.Module):
+    def forward(self, x):
+        return torch.rand(len(x), 2)
+
+
+@pytest.mark.parametrize(
+    ("module", "width", "rows", "known"),
+    [(linear(), 3, 5, 5), (Random(), 3, 5, 0), (torch.nn.Identity(), 40_000, 2, 2)],
+)
+def test_examples_of_any_model(module, width, rows, known):
+    how = {"inputs": [TensorSpec("</script>", "FP32", (width,))], "outputs": OUTPUTS}
+    found = shown(built(module, **how, examples=(torch.ones(5, width),)), is_local=True)
+    assert found["request"]["inputs"][0]["name"] == "</script>"
+    assert found["request"]["inputs"][0]["shape"] == [rows, width]
+    assert sum(each["shape"][0] for each in found["answer"]["outputs"]) == known
+
+
+@pytest.mark.parametrize("examples", [None, (torch.ones(5, 100_001),)])
+def test_no_examples(examples):
+    assert shown(built(torch.nn.Identity(), examples=examples), is_local=True) == {}
 
 
 def test_faults_are_refused_where_others_reach_them(capsys):
@@ -209,10 +315,14 @@ def browser():
 
 @pytest.fixture
 def opened(port, browser):
+    return open_page(port, browser)
+
+
+def open_page(port, browser, name="lenet5"):
     """Open the page in a browser, and return functions that find elements and wait for texts."""
     browser.get(f"http://127.0.0.1:{port}/")
     page = Opened(browser)
-    page.until("name", "lenet5")
+    page.until("name", name)
     return page
 
 
@@ -234,9 +344,17 @@ class Opened:
         wait_until(lambda: text in self.text(key))
 
     def answered(self):
-        """Return how many rows were answered, and how many requests were refused."""
+        """Return how many rows of each kind were answered, and how many requests were refused."""
         numbers = [int(number) for number in re.findall(r"\d+", self.text("counts"))]
-        return sum(numbers[:-1]), sum(numbers[-1:])
+        return dict(zip([*KINDS, "wrong", "refused"], numbers or [0] * 6, strict=True))
+
+    def rows(self):
+        return sum(self.answered()[kind] for kind in KINDS)
+
+    def states(self):
+        """Return what is said of each worker."""
+        script = "return [...document.querySelectorAll('#workers li p')].map(p => p.textContent)"
+        return self.browser.execute_script(script)
 
     def press(self, action, worker):
         label = f"{action} worker {worker}"
@@ -262,8 +380,13 @@ def test_a_drawn_digit_is_read(opened, width):
     opened.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     opened.draw(*SEVEN)
     opened.until("class", "7")
-    assert opened.text("how") in ("exact", "hedged")
-    assert opened.text("radius") == "0"
+    assert opened.text("how") in ("computed, not verified", "hedged, not verified")
+    found = opened.answered()
+    assert found["computed"] + found["hedged"] == 64
+    assert found["wrong"] == 0
+    tiles = opened.browser.find_elements("css selector", "#tiles li")
+    assert len(tiles) == 64
+    assert [tile.find_element("tag name", "b").text for tile in tiles[:11]] == list("70123456789")
     wide = opened.browser.execute_script("return document.documentElement.scrollWidth")
     assert wide <= width
     assert opened.browser.get_log("browser") == []
@@ -277,14 +400,97 @@ def test_answers_go_on_while_four_of_six_workers_are_dead(opened):
     for _ in range(5):
         for worker in range(4):
             opened.press("Kill", worker)
-        before = opened.answered()[0]
-        wait_until(lambda before=before: opened.answered()[0] >= before + 3)
+        before = opened.rows()
+        wait_until(lambda before=before: opened.rows() >= before + 3 * 64)
     red = "return document.querySelectorAll('li.bad').length"
     assert opened.browser.execute_script(red) >= 4
-    assert opened.answered()[1] == 0
+    assert opened.answered()["refused"] == 0
     assert opened.text("class") == "7"
     wait_until(lambda: opened.browser.execute_script(red) == 0)  # all have come back
     opened.until("latency-text", "p99.9")
+
+
+ANSWER = """
+const answer = {parameters: {coverage: .9}, outputs: [
+  {shape: [64, 10], data: Array(640).fill(0)},
+  ...["predicted", "radius", "source", "verified", "corrected"].map(
+    name => ({name, shape: [64], data: Array(64).fill(0)}))]};
+const [output, predicted, radius, source, verified, corrected] = answer.outputs;
+for (let row = 0; row < 64; row++) output.data[10 * row + (row ? labels[row - 1] : 7)] = 9;
+source.data[1] = 1;
+predicted.data[2] = predicted.data[3] = 1; source.data[2] = source.data[3] = 2;
+radius.data[2] = .25; radius.data[3] = null;
+corrected.data[4] = source.data[4] = verified.data[4] = 1;
+output.data[10 * 5 + (labels[4] + 1) % 10] = 99;
+output.data[10 * 6 + (labels[5] + 1) % 10] = 99; predicted.data[6] = 1; radius.data[6] = 120;
+window.fetch = async path => ({ok: true, json: async () => answer});
+"""
+
+
+@pytest.mark.browser
+def test_each_row_is_shown_as_what_it_is(port, browser):
+    opened = open_page(port, browser)
+    module, (digits,) = lenet5_and_digits()
+    labels = module(digits).argmax(1).tolist()
+    browser.execute_script(f"const labels = {labels}; {ANSWER}")
+    opened.find("ask").click()
+    opened.until("how", "computed, not verified")
+    tiles = browser.find_elements("css selector", "#tiles li")[:8]
+    shown = [
+        (tile.get_attribute("class"), tile.find_element("tag name", "small").text) for tile in tiles
+    ]
+    assert shown == [
+        ("kind computed", ""),
+        ("kind hedged", "hedged"),
+        ("kind estimated", "± 0.25"),
+        ("kind estimated", "± unknown"),
+        ("kind corrected", "corrected"),
+        ("kind computed wrong", ""),
+        ("kind estimated wrong", "± 120"),
+        ("kind computed", ""),
+    ]
+    titles = [tile.get_attribute("title") for tile in tiles]
+    assert titles[2] == "estimated, error at most 0.25"
+    assert titles[4:6] == ["corrected, verified", "computed, wrong"]
+    assert tiles[5].find_element("tag name", "b").text == f"{(labels[4] + 1) % 10} ✗"
+    counts = {"computed": 59, "hedged": 1, "estimated": 3, "corrected": 1, "wrong": 2, "refused": 0}
+    assert opened.answered() == counts
+
+
+@pytest.mark.browser
+def test_corrupt_workers_are_excluded_and_restarted(browser):
+    options = "--chaos", "--verify", "0.5", "--deadline", "5"
+    with running(*options) as (_, port):
+        opened = open_page(port, browser)
+        opened.until("summary", "Ready. 6 of 6 workers are up")
+        opened.until("summary", "50 % of the rows are verified")
+        opened.find("ask").click()
+        opened.find("repeat").click()
+        for worker in (1, 4):
+            opened.press("Corrupt", worker)
+            wait_until(lambda worker=worker: "excluded" in opened.states()[worker])
+        assert opened.answered()["corrected"] > 0
+        for worker in (1, 4):
+            opened.press("Restart", worker)
+            wait_until(lambda worker=worker: "excluded" not in opened.states()[worker])
+        opened.until("summary", "6 of 6 workers are up")
+        assert not [state for state in opened.states() if "excluded" in state]
+        assert opened.answered()["refused"] == 0
+
+
+@pytest.mark.browser
+def test_a_model_without_pictures(browser):
+    application = built(examples=(torch.eye(3),))
+    Page(application, is_local=True)
+    with serving(application) as port:
+        opened = open_page(port, browser, "m")
+        assert not opened.find("drawing").is_displayed()
+        opened.find("ask").click()
+        wait_until(lambda: opened.rows() == 3)
+        assert opened.answered()["wrong"] == 0
+        tiles = browser.find_elements("css selector", "#tiles li")
+        wanted = linear()(torch.eye(3)).argmax(1).tolist()
+        assert [tile.text for tile in tiles] == [str(label) for label in wanted]
 
 
 @pytest.mark.browser
@@ -313,7 +519,7 @@ def test_a_request_as_json(opened):
     entry = {"name": "input", "datatype": "FP32", "shape": [3, 1, 28, 28]}
     entry["data"] = [0.0] * 3 * 784
     for text, answer in (
-        (json.dumps({"inputs": [entry]}), "radius"),
+        (json.dumps({"inputs": [entry]}), "3 rows in "),
         ("{", "Refused: "),
         ("{}", "Refused: the request must have inputs"),
         ('{"inputs": []}', "Refused: inputs must be"),
