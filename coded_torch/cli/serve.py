@@ -32,7 +32,7 @@ def serve(args: argparse.Namespace) -> None:
     """Serve a model over HTTP, or print a request with one example."""
     need("serve", "serve", "starlette", "uvicorn", "orjson", "prometheus_client")
     from ..open_inference import Model, request
-    from ..page import LOOPBACK, Page
+    from ..page import LOOPBACK, add_page
     from ..serve import app
 
     is_local = args.host in LOOPBACK
@@ -57,15 +57,15 @@ def serve(args: argparse.Namespace) -> None:
     with usage("serve"):
         if workers is None:
             workers = ProcessWorkers(args.num_workers, grace=max(1.0, _GRACE * args.deadline))
-        if args.chaos:  # the page says which workers attack
+        if args.chaos:  # the page says which workers attack, each in its own way
             law = Bernoulli(0.03, latency=0.05, seed=args.seed)
-            faults: Any = {"seed": args.seed, "crash_every": 5.0, "attack": _noise}
+            faults: Any = {"seed": args.seed, "crash_every": 5.0, "attack": _spoil}
             workers = FaultyWorkers(workers, delays=law, **faults)
         more: dict[str, Any] = {"surrogate": [Memory()] if args.memory else []}
         more |= {"verify": args.verify or None, "parts": args.parts}
         built = app(CodedWrapper(module, workers=workers, **more), **how)
     if is_local or args.page:
-        Page(built, faults=args.chaos, is_local=is_local)
+        add_page(built, faults=args.chaos, is_local=is_local)
     torch.set_num_threads(1)  # the processors are the workers'
     if args.memory:
         say("Privacy: late answers are predicted from answers of earlier requests, of any client.")
@@ -76,10 +76,8 @@ def serve(args: argparse.Namespace) -> None:
     _listen(built, args.host, args.port, name, is_local or args.page)
 
 
-def _noise(rows: Tensor, draws: torch.Generator) -> Tensor:
-    """Return wrong rows, wrong in another way for each worker: none confirms another."""
-    scale = 1 + rows.abs().amax()
-    return rows + scale * torch.randn(rows.shape, dtype=rows.dtype, generator=draws)
+def _spoil(rows: Tensor, draws: torch.Generator) -> Tensor:
+    return rows + rows.abs().amax().add(1) * torch.randn(rows.shape, generator=draws)
 
 
 def _fleet(args: argparse.Namespace) -> tuple[nn.Module, Any, dict[str, Any]]:

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import threading
+import types
 
 import pytest
 import torch
@@ -17,10 +18,10 @@ from selenium.webdriver.common.keys import Keys
 from coded_torch import page as page_module
 from coded_torch.cli.main import main
 from coded_torch.demo import lenet5, lenet5_and_digits
-from coded_torch.page import Chaos, Page
+from coded_torch.page import Chaos, add_page
 from coded_torch.serve import TensorSpec, specs
 
-from .servers import OUTPUTS, Client, built, linear, serving, wait_until
+from .servers import OUTPUTS, Client, built, linear, serving, tensor, wait_until
 from .test_command import running
 
 FILE = importlib.resources.files("coded_torch") / "page.html"
@@ -33,7 +34,7 @@ def port():
     with running(*OPTIONS) as (process, port):
         assert f"A page shows it: http://127.0.0.1:{port}/" in process.stdout.readline()
         with Client(port) as client:
-            wait_until(lambda: client.get("/v2/health/ready")[0] == 200)
+            wait_until(lambda: client.get("/v2/health/ready")[0] == 200, 180)
         yield port
 
 
@@ -45,7 +46,7 @@ def client(port):
 
 def test_the_page_is_one_small_file():
     text = FILE.read_text()
-    assert len(text.splitlines()) <= 480
+    assert len(text.splitlines()) <= 500
     assert re.findall(r"https?://[^\"]*", text) == ["http://www.w3.org/2000/svg"]
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacent|document\.write|eval|style=| on\w+=", text
@@ -77,7 +78,14 @@ def test_the_status(client):
         why = worker["actions"]
         assert list(why) == ["kill", "pause", "delay", "corrupt"]
         assert why["corrupt"] == "wrong results are found with --verify only"
-    assert len(found["history"]) == 12
+    with Client(client.connection.port) as other:
+        entry = tensor(torch.zeros(2, 1, 28, 28))
+        assert other.infer({"inputs": [entry]}, "/v2/models/lenet5/infer")[0] == 200
+    for path in ("/page/status", "/page/status?minute"):
+        found = client.get(path)[1]
+        when, seconds, rows, estimated = found["answers"][-1]
+        assert 0 <= found["now"] - when < 3
+        assert (seconds > 0, rows, estimated) == (True, 2, 0)
 
 
 def fault(client, worker, action, **changes):
@@ -129,7 +137,7 @@ def test_a_killed_worker_is_replaced_and_a_paused_one_is_shown(client):
 
 
 class Pool:
-    """A pool of processes, whose signals are kept."""
+    """A pool of processes, whose signals are kept, in an application."""
 
     def __init__(self, size=1):
         self.states = {place: ("idle", 1234 + place) for place in range(size)}
@@ -137,6 +145,11 @@ class Pool:
 
     def restart(self, place):
         self.restarted.append(place)
+
+    def chaos(self, faults=True):
+        application = types.SimpleNamespace(pool=self, coded=types.SimpleNamespace(verify=0.2))
+        application.of_places = lambda what: {"states": self.states}[what]
+        return Chaos(application, faults=faults, is_local=True)
 
 
 def ended():
@@ -149,7 +162,7 @@ def ended():
 @pytest.mark.parametrize("action", ["pause", "delay", "corrupt"])
 def test_a_fault_ends(action, monkeypatch):
     pool, seen = Pool(3), []
-    chaos = Chaos(pool, faults=True, verifies=True)
+    chaos = pool.chaos()
     monkeypatch.setattr(page_module, "_FAULT_SECONDS", 0.05)
     monkeypatch.setattr(page_module, "_TURN_SECONDS", 0.01)
     monkeypatch.setattr(os, "kill", lambda pid, number: pool.signals.append((pid, number)))
@@ -178,7 +191,7 @@ def test_a_fault_ends(action, monkeypatch):
 @pytest.mark.parametrize("action", ["pause", "corrupt"])
 def test_a_fault_ends_with_its_process(action, monkeypatch):
     pool = Pool(3)
-    chaos = Chaos(pool, faults=True, verifies=True)
+    chaos = pool.chaos()
     monkeypatch.setattr(page_module, "_TURN_SECONDS", 0.01)
     monkeypatch.setattr(os, "kill", lambda pid, number: pool.signals.append((pid, number)))
     chaos.act(0, action)
@@ -194,7 +207,7 @@ def test_a_fault_ends_with_its_process(action, monkeypatch):
 @pytest.mark.parametrize(("size", "most"), [(2, 0), (3, 1), (4, 1), (5, 2), (6, 2), (7, 3)])
 def test_fewer_than_half_of_the_workers_are_corrupt(size, most, monkeypatch):
     pool = Pool(size)
-    chaos = Chaos(pool, faults=True, verifies=True)
+    chaos = pool.chaos()
     monkeypatch.setattr(threading.Thread, "start", lambda self: None)  # faults do not end
     for place in range(most):
         assert chaos.offered(place)["corrupt"] == ""
@@ -211,7 +224,7 @@ def test_fewer_than_half_of_the_workers_are_corrupt(size, most, monkeypatch):
 def test_an_excluded_worker_can_only_be_restarted():
     pool = Pool(6)
     pool.states |= {1: ("excluded", 1235), 2: ("excluded", 1236)}
-    chaos = Chaos(pool, faults=True, verifies=True)
+    chaos = pool.chaos()
     chaos.corrupt |= {1, 2, 3}  # excluded ones do not count, but of four workers one may be
     assert chaos.offered(0)["corrupt"] == "fewer than half of 4 workers may be corrupt"
     assert chaos.offered(1) == {"restart": ""}
@@ -219,13 +232,13 @@ def test_an_excluded_worker_can_only_be_restarted():
         chaos.act(1, "kill")
     chaos.act(1, "restart")
     assert pool.restarted == [1]
-    calm = Chaos(pool, faults=False, verifies=True)  # without --chaos, nothing else
+    calm = pool.chaos(faults=False)  # without --chaos, nothing else
     assert (calm.offered(0), calm.offered(2)) == ({}, {"restart": ""})
 
 
 def shown(application, **options):
     """Return the examples in the page of an application."""
-    Page(application, **options)
+    add_page(application, **options)
     with serving(application) as port, Client(port) as client:
         text = client.send("GET", "/")[2].decode()
     (found,) = re.findall(r'id="examples">(.*?)</script>', text, re.S)
@@ -236,7 +249,7 @@ def test_a_page_without_faults():
     application = built()
     with serving(application) as port, Client(port) as client:
         assert client.get("/")[0] == 404  # an application of one's own has no page
-        Page(application, is_local=False)
+        add_page(application, is_local=False)
         status, _, body = client.send("GET", "/", Host="some.name")
         assert (status, b'name="token" content=""' in body) == (200, True)
         headers = {"Host": "a", "Origin": "http://a", "X_Page_Token": ""}
@@ -248,14 +261,14 @@ def test_the_page_has_63_digits_and_their_right_answers():
     inputs, outputs = specs(module, (digits,))
     how = {"inputs": inputs, "outputs": outputs, "examples": (digits,)}
     found = shown(built(module, **how), is_local=True)
-    (images,), (answer,) = found["request"]["inputs"], found["answer"]["outputs"]
+    (images,), (answer,) = found["inputs"], found["outputs"]
     assert images["shape"] == [63, 1, 28, 28]
     assert torch.tensor(images["data"]).equal(digits.flatten())
     labels = torch.tensor(answer["data"]).reshape(63, 10).argmax(1)
     assert labels.equal(lenet5()(digits).argmax(1))
     assert labels[:10].tolist() == list(range(10))
     few = shown(built(module, **how, max_batch_size=8), is_local=True)
-    assert few["request"]["inputs"][0]["shape"][0] == 7  # the drawing is the eighth
+    assert few["inputs"][0]["shape"][0] == 7  # the drawing is the eighth
 
 
 class Random(torch.nn.Module):
@@ -270,9 +283,9 @@ class Random(torch.nn.Module):
 def test_examples_of_any_model(module, width, rows, known):
     how = {"inputs": [TensorSpec("</script>", "FP32", (width,))], "outputs": OUTPUTS}
     found = shown(built(module, **how, examples=(torch.ones(5, width),)), is_local=True)
-    assert found["request"]["inputs"][0]["name"] == "</script>"
-    assert found["request"]["inputs"][0]["shape"] == [rows, width]
-    assert sum(each["shape"][0] for each in found["answer"]["outputs"]) == known
+    assert found["inputs"][0]["name"] == "</script>"
+    assert found["inputs"][0]["shape"] == [rows, width]
+    assert sum(each["shape"][0] for each in found["outputs"]) == known
 
 
 @pytest.mark.parametrize("examples", [None, (torch.ones(5, 100_001),)])
@@ -462,7 +475,7 @@ def test_corrupt_workers_are_excluded_and_restarted(browser):
     options = "--chaos", "--verify", "0.5", "--deadline", "5"
     with running(*options) as (_, port):
         opened = open_page(port, browser)
-        opened.until("summary", "Ready. 6 of 6 workers are up")
+        wait_until(lambda: "Ready. 6 of 6 workers are up" in opened.text("summary"), 180)
         opened.until("summary", "50 % of the rows are verified")
         opened.find("ask").click()
         opened.find("repeat").click()
@@ -481,7 +494,7 @@ def test_corrupt_workers_are_excluded_and_restarted(browser):
 @pytest.mark.browser
 def test_a_model_without_pictures(browser):
     application = built(examples=(torch.eye(3),))
-    Page(application, is_local=True)
+    add_page(application, is_local=True)
     with serving(application) as port:
         opened = open_page(port, browser, "m")
         assert not opened.find("drawing").is_displayed()

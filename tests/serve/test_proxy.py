@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from coded_torch.cli.main import main
-from coded_torch.page import Page
+from coded_torch.page import add_page
 from coded_torch.stragglers import Trace
 from coded_torch.workers import EndpointWorkers, FaultyWorkers, LocalWorkers, RemoteModule
 
@@ -34,7 +34,7 @@ def fronted(urls, model="double", **options):
     module, pool = RemoteModule(urls[0], model), EndpointWorkers(urls, model=model)
     options |= {"inputs": module.metadata.inputs, "outputs": module.metadata.outputs}
     application = built(module, workers=pool, name="front", **options)
-    Page(application, is_local=True)
+    add_page(application, is_local=True)
     with serving(application) as port, Client(port) as client:
         yield client
 
