@@ -34,7 +34,8 @@ def built(module=None, *, workers=None, surrogate=(), waiting=None, **options):
 @contextlib.contextmanager
 def serving(application):
     """Yield the application's port, while it runs."""
-    config = uvicorn.Config(application, port=0, log_level="critical", access_log=False)
+    quiet = {"log_level": "critical", "access_log": False, "ws": "none"}
+    config = uvicorn.Config(application, port=0, **quiet)
     server = uvicorn.Server(config)
     (thread,) = started([server.run])
     try:
