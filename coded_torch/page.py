@@ -116,9 +116,7 @@ def add_page(built: app, *, faults: bool = False, is_local: bool) -> None:
     """
     chaos = Chaos(built, faults=faults, is_local=is_local)
     text = (importlib.resources.files("coded_torch") / "page.html").read_text("utf-8")
-    text = text.replace("TOKEN", chaos.token).replace(
-        "EXAMPLES", _examples(built).replace("<", r"\u003c")
-    )
+    text, examples = text.replace("TOKEN", chaos.token), _examples(built).replace("<", r"\u003c")
 
     def check(request: Request) -> None:
         """Refuse a request under a name that another site may have given a loopback address."""
@@ -133,7 +131,8 @@ def add_page(built: app, *, faults: bool = False, is_local: bool) -> None:
         nonce = secrets.token_urlsafe(24)  # the script and the style of this response may run
         policy = f"{_POLICY}script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'"
         headers = _HEADERS | {"Content-Security-Policy": policy}
-        return Response(text.replace("NONCE", nonce), headers=headers, media_type="text/html")
+        content = text.replace("NONCE", nonce).replace("EXAMPLES", examples)
+        return Response(content, headers=headers, media_type="text/html")
 
     async def status(request: Request) -> Response:
         """Return the state of the workers, and the last answers: of a minute with any query."""

@@ -185,7 +185,12 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[Option, .
             ("--verify", float, 0.0, "the share of rows that a second worker computes"),
             ("--memory", bool, False, "predict from earlier requests and answers, of any client"),
             ("--chaos", bool, False, "delay 3 %% of the calls, let one kill its worker every 5 s"),
-            ("--page", bool, False, "show the page at / even if HOST is not a loopback address"),
+            (
+                "--page",
+                bool,
+                False,
+                "show the page and its examples at / even if HOST is not a loopback one",
+            ),
             ("--seed", int, 0, "the seed of --chaos"),
             ("--example", int, None, "print a request with this row of the examples, and end"),
         ),

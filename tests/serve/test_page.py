@@ -281,9 +281,9 @@ class Random(torch.nn.Module):
     [(linear(), 3, 5, 5), (Random(), 3, 5, 0), (torch.nn.Identity(), 40_000, 2, 2)],
 )
 def test_examples_of_any_model(module, width, rows, known):
-    how = {"inputs": [TensorSpec("</script>", "FP32", (width,))], "outputs": OUTPUTS}
+    how = {"inputs": [TensorSpec("</script>NONCE", "FP32", (width,))], "outputs": OUTPUTS}
     found = shown(built(module, **how, examples=(torch.ones(5, width),)), is_local=True)
-    assert found["inputs"][0]["name"] == "</script>"
+    assert found["inputs"][0]["name"] == "</script>NONCE"
     assert found["inputs"][0]["shape"] == [rows, width]
     assert sum(each["shape"][0] for each in found["outputs"]) == known
 
