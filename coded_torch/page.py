@@ -13,6 +13,7 @@ import secrets
 import signal
 import threading
 import time
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import orjson
@@ -54,7 +55,7 @@ class Chaos:
     """
 
     def __init__(self, built: app, *, faults: bool, is_local: bool) -> None:
-        self.built, self.pool = built, built.pool
+        self.built, self.pool = built, cast("Any", built.pool)
         self.token = secrets.token_urlsafe(24) if is_local else ""
         self.actions = ("kill", "pause", "delay", "corrupt") if faults else ()
         self.faults: dict[int, str] = {}  # the running faults, by place

@@ -101,7 +101,8 @@ def test_the_default_kernel_is_the_best():
     coefficients, schedule, _ = make_plan(17, torch.float32)
     values = torch.randn(17, 2, 100)
     operators, default = torch.ops.coded_torch, ops.spline_apply(values, coefficients, schedule)
-    best, *_, least = operators.cpu_capabilities().split()
+    capabilities = operators.cpu_capabilities().split()  # one only, if clang compiled them
+    best, least = capabilities[0], capabilities[-1]
     try:
         operators._use_cpu_capability(least)
         other = ops.spline_apply(values, coefficients, schedule)

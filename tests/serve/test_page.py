@@ -134,6 +134,7 @@ def test_a_killed_worker_is_replaced_and_a_paused_one_is_shown(client):
     assert fault(client, 3, "pause") == 200
     assert workers()[3]["fault"] == "pause"
     assert fault(client, 3, "delay") == 409
+    assert fault(client, 3, "kill") == 200  # a paused process would outlive a killed server
 
 
 class Pool:
