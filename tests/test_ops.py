@@ -111,7 +111,7 @@ def test_the_default_kernel_is_the_best():
     assert torch.equal(ops.spline_apply(values, coefficients, schedule), default)
     # The wider instruction sets may fuse multiplications with additions, as the compiler chooses.
     assert torch.allclose(other, default, atol=1e-5)
-    with pytest.raises(RuntimeError, match=f"must be one of {best}.*{least}, got mmx"):
+    with pytest.raises(RuntimeError, match=f"must be one of .*{least}, got mmx"):
         operators._use_cpu_capability("mmx")
 
 
