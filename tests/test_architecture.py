@@ -34,7 +34,7 @@ FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
-    "beside the folders": 1430,
+    "beside the folders": 1600,
     "cli": 750,
     "codes": 970,
     "experiments": 1900,
@@ -42,7 +42,7 @@ LINES = {
     "nn": 2030,
     "open_inference": 640,
     "scheduling": 900,
-    "serve": 1110,
+    "serve": 940,
     "surrogates": 570,
     "verification": 910,
     "workers": 3430,
