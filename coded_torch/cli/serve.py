@@ -30,7 +30,7 @@ _GRACE = 10
 
 def serve(args: argparse.Namespace) -> None:
     """Serve a model over HTTP, or print a request with one example."""
-    need("serve", "serve", "starlette", "uvicorn", "orjson", "prometheus_client")
+    need("serve", "serve", "starlette", "uvicorn", "httptools", "orjson", "prometheus_client")
     from ..open_inference import Model, request
     from ..serve import app
     from ..serve.page import LOOPBACK, Chaos, Page
@@ -54,6 +54,8 @@ def serve(args: argparse.Namespace) -> None:
     usual = args.model or ("lenet5" if args.factory == LENET5 else args.factory.partition(":")[2])
     how["name"] = name = args.name or usual
     how |= {x: getattr(args, x) for x in ("deadline", "max_batch_size", "max_queued_requests")}
+    if is_local or args.allowed_hosts:
+        how["allowed_hosts"] = [*(LOOPBACK if is_local else ()), *(args.allowed_hosts or ())]
     with usage("serve"):
         if workers is None:
             workers = ProcessWorkers(args.num_workers, grace=max(1.0, _GRACE * args.deadline))
@@ -124,6 +126,8 @@ def _own(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
 def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None:
     import uvicorn
 
+    from ..serve import Connection
+
     logging.basicConfig(stream=sys.stderr, level="WARNING", format="%(name)s: %(message)s")
     logging.getLogger("coded_torch.serve").setLevel("INFO")  # says when the model is loaded
     # Requests may come before the model is loaded, so the socket is opened here. The protocol is
@@ -141,6 +145,7 @@ def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None
         if has_page:
             say(f"A page shows it: {site}")
         quiet: dict[str, Any] = {"log_level": "warning", "access_log": False}
+        quiet |= {"http": Connection, "ws": "none", "backlog": max(1, Connection.most // 2)}
         config = uvicorn.Config(built, timeout_keep_alive=_KEEP_ALIVE, **quiet)
         with usage("serve", TypeError, prefix="Workers: "):
             built.load()  # here Ctrl-C ends it, and an error of the model ends the command

@@ -7,5 +7,6 @@ the extra ``serve``.
 
 from ..open_inference import DATATYPES, TensorSpec, specs
 from .application import app, deployment
+from .protocol import Connection
 
-__all__ = ["DATATYPES", "TensorSpec", "app", "deployment", "specs"]
+__all__ = ["DATATYPES", "Connection", "TensorSpec", "app", "deployment", "specs"]
