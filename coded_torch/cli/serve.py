@@ -145,7 +145,12 @@ def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None
         if has_page:
             say(f"A page shows it: {site}")
         quiet: dict[str, Any] = {"log_level": "warning", "access_log": False}
-        quiet |= {"http": Connection, "ws": "none", "backlog": max(1, Connection.most // 2)}
+        quiet |= {
+            "http": Connection,
+            "ws": "none",
+            "lifespan": "on",
+            "backlog": max(1, Connection.most // 2),
+        }
         config = uvicorn.Config(built, timeout_keep_alive=_KEEP_ALIVE, **quiet)
         with usage("serve", TypeError, prefix="Workers: "):
             built.load()  # here Ctrl-C ends it, and an error of the model ends the command

@@ -163,15 +163,16 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, unless it comes under a name that is not allowed."""
-        allowed, headers = self.allowed_hosts, Headers(scope=scope)
-        if scope["type"] == "http" and allowed is not None:
-            for url in (f"//{headers.get('host', '')}", headers.get("origin")):
-                if url is not None and (host := _host(url)) not in allowed:
-                    must = f"Host and Origin must name one of {', '.join(allowed)}"
-                    error = RequestError(403, "invalid", f"{must}, got {host or url!r:.80}")
-                    refusal = await self.refuse(Request(scope), error)
-                    return await refusal(scope, receive, send)
-        return await super().__call__(scope, receive, send)
+        if scope["type"] == "http" and (allowed := self.allowed_hosts) is not None:
+            headers = Headers(scope=scope)
+            for name, slashes in (("host", "//"), ("origin", "")):
+                url = headers.get(name, "" if name == "host" else f"//{allowed[0]}")
+                if _host(slashes + url) not in allowed:
+                    must = f"the {name.title()} of a request must be one of {', '.join(allowed)}"
+                    error = RequestError(403, "invalid", f"{must}, got {url!r:.80}")
+                    await (await self.refuse(Request(scope), error))(scope, receive, send)
+                    return
+        await super().__call__(scope, receive, send)
 
     def of_places(self, what: str) -> Mapping[int, Any]:
         """Return the "states" or the "names" of the pool's places, if it has some."""

@@ -282,7 +282,8 @@ class Connection(HttpToolsProtocol):
     gets 503.
     """
 
-    most = min(_MOST_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+    # Without a limit, the number of descriptors is -1.
+    most = min(_MOST_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**63 // 2)
     rest, since = 0, 0.0  # bytes since the last body or request; the time of the last answer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -78,7 +78,7 @@ def holding(held, num_workers=2, **options):
 
 
 def test_metadata(client):
-    assert client.get("/v2")[1]["extensions"] == ["binary_tensor_data"]
+    assert "binary_tensor_data" in client.get("/v2")[1]["extensions"]
     assert client.get("/v2/health/live") == (200, {"live": True})
     ready = 200, {"name": "m", "ready": True}
     assert client.get("/v2/health/ready") == ready
@@ -109,21 +109,15 @@ def test_unknown_paths(client, method, path, status):
 
 
 @pytest.mark.parametrize(
-    ("encoding", "squeeze", "accepted"),
-    [
-        ("gzip", gzip.compress, "br, gzip;q=0.5"),
-        ("deflate", zlib.compress, "deflate"),
-        ("identity", bytes, ""),
-    ],
+    ("encoding", "squeeze"),
+    [("gzip", gzip.compress), ("deflate", zlib.compress), ("identity", bytes)],
 )
-def test_packed_bodies(client, encoding, squeeze, accepted):
+def test_packed_bodies(client, encoding, squeeze):
     many = {"inputs": [tensor(torch.arange(192.0).reshape(64, 3).tolist())]}
     body = squeeze(json.dumps(many).encode())
-    headers = {"Content_Encoding": encoding, "Accept_Encoding": accepted}
+    headers = {"Content_Encoding": encoding, "Accept_Encoding": "gzip"}
     status, found, answer = client.send("POST", PATH, body, **headers)
-    packed = "gzip" if "gzip" in accepted else None
-    assert (status, found["content-encoding"]) == (200, packed)
-    answer = gzip.decompress(answer) if packed else answer
+    assert (status, found["content-encoding"]) == (200, None)
     assert json.loads(answer)["outputs"][0]["shape"] == [64, 2]
 
 
@@ -203,10 +197,7 @@ def test_a_full_queue_is_noticed_before_the_body_is_read(held):
 
         def ask():
             with Client(port) as mine:
-                # A request without a body may have the place in the queue.
-                while (status := mine.infer(ONE)[0]) == 503:
-                    time.sleep(0.001)
-                answers.append(status)
+                answers.append(mine.infer(ONE)[0])
 
         threads = started([ask])
         assert held.begun.acquire(timeout=30)
@@ -233,11 +224,11 @@ def test_requests_are_answered_beside_a_slow_one_while_workers_are_idle(held):
         assert client.connection.getresponse().status == 200
 
 
-def test_a_body_that_does_not_come_within_the_deadline_is_408():
-    with serving(built(deadline=0.05)) as port:
+def test_a_body_that_does_not_come_within_half_the_deadline_is_408():
+    with serving(built(deadline=0.1)) as port:
         status, _, body = without_body(port)
     assert status == 408
-    assert "did not come within the deadline" in json.loads(body)["error"]
+    assert "the body did not come within 0.05 s" in json.loads(body)["error"]
 
 
 def test_a_client_that_disconnects_leaves_the_queue(held):

@@ -84,9 +84,9 @@ async def until(condition):
 
 
 def refused(batcher, seconds=10.0):
-    """Return the status and the reason of a request that is refused before it is read."""
-    with pytest.raises(RequestError) as caught, batcher.reading(time.monotonic() + seconds):
-        raise AssertionError
+    """Return the status and the reason of a request that is refused."""
+    with pytest.raises(RequestError) as caught:
+        put(batcher, 0.0, seconds=seconds)
     return caught.value.status_code, caught.value.reason
 
 
@@ -186,10 +186,11 @@ async def test_an_expired_request_does_not_shorten_the_batch_of_others(model):
 async def test_a_full_queue_refuses_before_it_reads(model):
     batcher = model.batcher(max_queued_requests=2)
     entries = [put(batcher, 0.0), put(batcher, 1.0)]
-    with batcher.reading(time.monotonic() + 10):
-        assert refused(batcher) == (503, "queue_full")
-    with batcher.reading(time.monotonic() + 10):
-        pass
+    batcher.check(1, time.monotonic() + 10)
+    entries.append(put(batcher, 2.0))
+    with pytest.raises(RequestError, match="2 requests are waiting"):
+        batcher.check(1, time.monotonic() + 10)
+    assert refused(batcher) == (503, "queue_full")
     model.go.set()
     await answers(*entries)
 
@@ -198,8 +199,8 @@ async def test_a_full_queue_refuses_before_it_reads(model):
 async def test_requests_that_would_be_late_are_refused_when_batches_are_known(quick):
     batcher = quick.batcher(max_queued_requests=1000)
     await known(batcher, quick, 0.02)
-    with batcher.reading(time.monotonic() + 0.015):  # an idle server tries everything
-        assert await answers(put(batcher, 1.0, seconds=0.015)) == [[2.0]]
+    # An idle server tries everything.
+    assert await answers(put(batcher, 1.0, seconds=0.015)) == [[2.0]]
     quick.go.clear()
     entries = [put(batcher, 0.0) for _ in range(41)]  # ten batches and more: .2 s
     assert refused(batcher, 0.1) == (503, "expected_late")
