@@ -188,7 +188,7 @@ def _numbers(
     if len(text) <= 2 * count:
         raise wrong
     for size in reversed(shape):
-        nested = b"[%b]" % b",".join([nested] * size)
+        nested = b"[%b]" % ((nested + b",") * size)[:-1]
     if text.translate(None, _NO_COMMAS) not in (nested, b"[%b]" % (b"," * (count - 1))):
         raise wrong
     text, at, tensors = text.translate(_NO_BRACKETS), 0, list[Tensor]()

@@ -11,7 +11,7 @@ import uvicorn
 from torch import nn
 
 from coded_torch.nn import CodedWrapper
-from coded_torch.serve import TensorSpec, app
+from coded_torch.serve import Connection, TensorSpec, app
 from coded_torch.workers import LocalWorkers
 
 INPUTS = [TensorSpec("input", "FP32", (3,))]
@@ -34,7 +34,8 @@ def built(module=None, *, workers=None, surrogate=(), waiting=None, **options):
 @contextlib.contextmanager
 def serving(application):
     """Yield the application's port, while it runs."""
-    config = uvicorn.Config(application, port=0, log_level="critical", access_log=False)
+    quiet = {"log_level": "critical", "access_log": False}
+    config = uvicorn.Config(application, port=0, http=Connection, lifespan="on", **quiet)
     server = uvicorn.Server(config)
     (thread,) = started([server.run])
     try:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import time
 import tracemalloc
 
 import numpy as np
@@ -79,6 +80,64 @@ def test_strings_among_numbers_take_no_memory():
     assert "data of input 'input' must be" in refused(one(data=[[1, "2", 3], [4, 5, None]]))
     assert tracemalloc.get_traced_memory()[1] < 2**23  # an array would take 80 MB
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        (b'{"inputs": [%b]}' % b",".join([b'{"a":[{}]}'] * 400_000), "JSON beside numbers must be"),
+        (b'{"id": "' + b"a" * 4_000_000 + b'"}', "JSON beside numbers must be at most 65536, got"),
+        (
+            b'{"inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 3], "data": [%b]}]}'
+            % b",".join([b"[]"] * 1_300_000),
+            "the bytes of data of input 'input' must be at most 65632, got 3900001",
+        ),
+        (
+            b'{"inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 1000000], "data": [%b]'
+            b"}]}" % b",".join([b"[]"] * 1_000_000),
+            "must be 1000000 numbers of FP32, in one list or nested as the shape [1, 1000000], got",
+        ),
+    ],
+    ids=["objects", "string", "more than declared", "nested"],
+)
+def test_nothing_is_built_of_what_does_not_fit_the_shape(message, why):
+    tracemalloc.start()
+    begin = time.monotonic()
+    assert why in refused(message, [TensorSpec("input", "FP32", (-1,))])
+    took, most = time.monotonic() - begin, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2**25  # 4 MB of JSON; as Python's objects, 80 MB and more
+    assert took < 2
+
+
+@pytest.mark.parametrize("shape", [(70_000, 3), (2, 35_000, 3)])
+@pytest.mark.parametrize("datatype", ["FP64", "INT64"])
+def test_many_numbers_are_read_in_pieces(shape, datatype):
+    spec = [TensorSpec("input", datatype, shape[1:])]
+    values = 1e6 * torch.randn(shape, dtype=torch.float64)
+    values = values.to(DATATYPES[datatype])
+    for listed in (values.tolist(), values.flatten().tolist()):
+        entry = {"name": "input", "datatype": datatype, "shape": shape, "data": listed}
+        body = bytearray(json.dumps({"inputs": [entry]}, indent=1).encode())
+        found = parse(body, None, spec, OUTPUTS, shape[0])
+        assert torch.equal(found.inputs[0], values)
+        with pytest.raises(TimeoutError):
+            parse(body, None, spec, OUTPUTS, shape[0], until=time.monotonic())
+        listed[-1] = "1"
+        with pytest.raises(ValueError, match=r"data of input 'input' must be|JSON"):
+            read({"inputs": [entry]}, spec)
+
+
+def test_what_only_looks_like_data_is_no_data():
+    entry = one()["inputs"][0]
+    entry["parameters"] = {"data": [7, 8], "x": '"data":[9]'}
+    found = read({"id": '\\"data": [1, 2', "inputs": [entry], "data": [[3]]})
+    assert torch.equal(found.inputs[0], torch.tensor(ROWS))
+    assert found.id == '\\"data": [1, 2'
+    spelled = (
+        orjson.dumps(one()).replace(b'"data"', b'"d\\u0061ta"').replace(orjson.dumps(ROWS), b"[0]")
+    )
+    assert "data of an input must be" in refused(spelled)
 
 
 def test_rows_that_are_to_blame_are_named():
