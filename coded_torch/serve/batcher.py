@@ -199,8 +199,8 @@ class Batcher:
         hung = (self._hung and not self._states()["idle"]) or self._expected(1, now) == math.inf
         if self._is_used and hung:
             why = "workers hang: no batch was answered lately"
-            if left := self._left:
-                why += f"; {left} workers compute rows of requests that have ended"
+            if busy := self._states()["busy"]:
+                why += f"; {busy} are busy, perhaps with rows of requests that have ended"
             raise RequestError(503, "overdue", why)
         entry = _Entry(inputs, arrived, deadline)
         self._queue[entry] = None
