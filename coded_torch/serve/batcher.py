@@ -157,10 +157,6 @@ class Batcher:
         return len(self._queue)
 
     @property
-    def _is_used(self) -> bool:
-        return bool(self._ongoing or self._queue)
-
-    @property
     def _at_once(self) -> int:
         """The number of whole batches that can run at once."""
         slots, parts = self._slots()
@@ -181,27 +177,30 @@ class Batcher:
     def _is_free(self) -> bool:
         return not self._ongoing or self._used + self._left < self._slots()[0]
 
-    def check(self, rows: int, deadline: float) -> None:
-        """Refuse (503) a request if the queue is full, or its answer would probably be late."""
+    def check(self, rows: int, deadline: float, *, is_read: bool = False) -> None:
+        """Refuse (503) a request if the queue is full, or its answer would probably be late.
+
+        If the workers hang, only a request that is read is refused: a wrong one gets 400 even then.
+        """
         if self.num_queued >= self._max_queued:
             raise RequestError(503, "queue_full", f"{self._max_queued} requests are waiting")
         # An idle server takes anything: only a batch can show that workers are fast again.
-        now = time.monotonic()
-        late = now + self._expected(rows, now) - deadline if self._is_used else 0.0
+        if not (self._ongoing or self._queue):
+            return
+        now, states = time.monotonic(), self._states()
+        late = now + self._expected(rows, now) - deadline
+        if is_read and (late == math.inf or (self._hung and not states["idle"])):
+            why = "workers hang: no batch was answered lately"
+            if states["busy"]:
+                why += f"; {states['busy']} are busy, perhaps with rows of requests that have ended"
+            raise RequestError(503, "overdue", why)
         if 0 < late < math.inf:
             when = f"{late * 1e3:.0f} ms after the deadline"
             raise RequestError(503, "expected_late", f"the answer would probably come {when}")
 
     def put(self, inputs: list[Tensor], arrived: float, deadline: float) -> asyncio.Future[Batch]:
         """Queue a request, or refuse it (503). To cancel the future takes it off the queue."""
-        self.check(len(inputs[0]), deadline)
-        now = time.monotonic()
-        hung = (self._hung and not self._states()["idle"]) or self._expected(1, now) == math.inf
-        if self._is_used and hung:
-            why = "workers hang: no batch was answered lately"
-            if busy := self._states()["busy"]:
-                why += f"; {busy} are busy, perhaps with rows of requests that have ended"
-            raise RequestError(503, "overdue", why)
+        self.check(len(inputs[0]), deadline, is_read=True)
         entry = _Entry(inputs, arrived, deadline)
         self._queue[entry] = None
         self._rows += entry.rows
