@@ -286,7 +286,7 @@ class Call:
         if not self.hedged:
             self.hedged, self.prepare_at = True, (self.since + self.late_at) / 2
         # A row that is late on two workers may be slow on all: one worker stays free for others.
-        may = part.hedges == 0 or idle > 1
+        may = part.hedges == 0 or len(missing) > 1 or idle > 1
         if may and self.history.spend(len(missing) / self.num_units, 1 + _BURST / self.num_first):
             return True
         # Where parts take no time, a threshold of 0 would be due for ever.
