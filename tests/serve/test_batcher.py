@@ -4,6 +4,7 @@ import asyncio
 import functools
 import threading
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -225,6 +226,38 @@ async def test_while_workers_hang_one_request_at_a_time_is_tried(quick):
     quick.go.set()
     assert await answers(tried) == [[2.0]]
     assert await answers(put(batcher, 2.0), put(batcher, 3.0)) == [[4.0], [6.0]]
+
+
+@in_loop
+async def test_a_late_batch_beside_answered_ones_is_no_hang(quick):
+    def hang(rows, report):
+        if 9.0 in rows:
+            time.sleep(0.2)
+            raise NotEnoughResults([], 2, 4)
+
+    batcher = quick.batcher(slots=lambda: (2, 1))
+    quick.behave = hang
+    late = put(batcher, 9.0, seconds=0.2)
+    assert await answers(put(batcher, 1.0)) == [[2.0]]
+    assert (await answers(late))[0].status_code == 504
+    quick.go.clear()
+    tried = [put(batcher, 2.0), put(batcher, 3.0)]  # no worker is known to be idle
+    quick.go.set()
+    assert await answers(*tried) == [[4.0], [6.0]]
+
+
+@in_loop
+async def test_rows_of_calls_that_have_ended_take_slots(model):
+    busy = Counter(busy=3)
+    batcher = model.batcher(slots=lambda: (3, 1), states=lambda: busy)
+    entries = [put(batcher, float(i)) for i in range(3)]
+    await until(lambda: model.batches)
+    await asyncio.sleep(0.05)
+    assert model.batches == [[0]]  # an idle server tries a batch, and one only
+    busy["busy"] = 1  # nothing else tells that workers are free
+    await until(lambda: len(model.batches) == 3)
+    model.go.set()
+    assert await answers(*entries) == [[0.0], [2.0], [4.0]]
 
 
 @in_loop
