@@ -70,7 +70,7 @@ class InferRequest(NamedTuple):
 async def read_body(
     request: Request, most: int, count: Callable[[int], None] = lambda size: None
 ) -> bytearray:
-    """Return the body of a request, at most ``most`` bytes. ``count`` gets each chunk's size."""
+    """Return a body of at most ``most`` bytes. ``count`` gets the number of bytes that came."""
     body = bytearray()
     async for chunk in request.stream():
         count(len(chunk))
@@ -156,7 +156,8 @@ def _lists(head: bytearray) -> tuple[bytes, list[bytearray]]:
     A list is found and not read: it ends before the next string or the end of its object.
     """
     kept, lists = list[bytes | bytearray](), list[bytearray]()
-    start = at = rest = 0  # from `start` on nothing is kept yet; `rest` counts bytes of lists
+    # Nothing is kept yet from `start` on. The lists have `rest` bytes.
+    start = at = rest = 0
     while (quote := head.find(b'"', at)) >= 0:
         require(quote - rest <= wire.HEADER, *_MOST_JSON, len(head))
         if not (found := _STRING.match(head, quote, quote + wire.HEADER)):
@@ -167,7 +168,7 @@ def _lists(head: bytearray) -> tuple[bytes, list[bytearray]]:
             end = len(head) if end < 0 else end
             brace = head.find(b"}", at, end)
             end = head.rfind(b"]", at, end if brace < 0 else brace) + 1
-            if end:  # else it holds strings, or is cut off
+            if end:  # a list without an end holds strings, or is cut off
                 kept += head[start : at - 1], b"[%d]" % len(lists)
                 lists.append(head[at - 1 : end])
                 rest += len(lists[-1])
@@ -288,7 +289,7 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._timers = dict[float, asyncio.TimerHandle]()  # by their seconds
+        self._timers = dict[float, asyncio.TimerHandle]()  # the timers by their seconds
 
     @property
     def is_idle(self) -> bool:
