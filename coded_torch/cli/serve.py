@@ -54,8 +54,9 @@ def serve(args: argparse.Namespace) -> None:
     usual = args.model or ("lenet5" if args.factory == LENET5 else args.factory.partition(":")[2])
     how["name"] = name = args.name or usual
     how |= {x: getattr(args, x) for x in ("deadline", "max_batch_size", "max_queued_requests")}
-    if is_local or args.allowed_hosts:
-        how["allowed_hosts"] = [*(LOOPBACK if is_local else ()), *(args.allowed_hosts or ())]
+    own = (*LOOPBACK, args.host) if is_local or args.host.startswith("127.") else ()
+    if hosts := [*dict.fromkeys((*own, *(args.allowed_hosts or ())))]:
+        how["allowed_hosts"] = hosts
     with usage("serve"):
         if workers is None:
             workers = ProcessWorkers(args.num_workers, grace=max(1.0, _GRACE * args.deadline))
@@ -145,13 +146,9 @@ def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None
         if has_page:
             say(f"A page shows it: {site}")
         quiet: dict[str, Any] = {"log_level": "warning", "access_log": False}
-        quiet |= {
-            "http": Connection,
-            "ws": "none",
-            "lifespan": "on",
-            "backlog": max(1, Connection.most // 2),
-        }
-        config = uvicorn.Config(built, timeout_keep_alive=_KEEP_ALIVE, **quiet)
+        quiet |= {"http": Connection, "backlog": max(1, Connection.most // 2)}
+        how: Any = {"ws": "none", "lifespan": "on", "timeout_keep_alive": _KEEP_ALIVE}
+        config = uvicorn.Config(built, **how, **quiet)
         with usage("serve", TypeError, prefix="Workers: "):
             built.load()  # here Ctrl-C ends it, and an error of the model ends the command
         built.load = lambda: None  # not twice

@@ -100,7 +100,11 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
                 got = names[len(reserved) :]
                 raise ValueError(f"app: {argument} must be named, each once{but}, got {got}")
         self.name, self.inputs, self.outputs = name, inputs, outputs
-        self.allowed_hosts = allowed_hosts
+        self.allowed_hosts = None if allowed_hosts is None else [x.lower() for x in allowed_hosts]
+        for host in self.allowed_hosts or ():
+            if set(host) & set("/*[]@") or host.count(":") == 1:
+                must = "allowed_hosts must be names or addresses, without ports"
+                raise ValueError(f"app: {must}, got {host!r}")
         self.deadline = positive(self, "deadline", deadline)
         self.max_rows = count(self, "max_batch_size", max_batch_size)
         self.pool, self.metrics, self.ready = coded.workers, Metrics(), False

@@ -255,7 +255,15 @@ def test_clients_name_a_loopback_host_or_an_allowed_one(mine, monkeypatch):
         for more in ((), ("--allowed-hosts", "a.example", "b.example")):
             assert main(["serve", "mine:small", "--host", host, *more]) == 0
     loopback, named = ["127.0.0.1", "localhost", "::1"], ["a.example", "b.example"]
-    assert [app.allowed_hosts for app in built] == [loopback, [*loopback, *named], None, named]
+    assert main(["serve", "mine:small", "--host", "127.0.0.2"]) == 0
+    more = [*loopback, "127.0.0.2"]
+    assert [app.allowed_hosts for app in built] == [
+        loopback,
+        [*loopback, *named],
+        None,
+        named,
+        more,
+    ]
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="Python has no IPv6")
@@ -272,6 +280,7 @@ def test_a_server_may_listen_at_an_address_of_ipv6(mine):
         ("--deadline 0", "deadline must be positive and finite, got 0.0"),
         ("--port 65536", "--port must be free: bind(): port must be 0-65535"),
         ("--port 1 --host 203.0.113.1", "--port must be free: [Errno"),
+        ("--allowed-hosts a.example:80", "names or addresses, without ports, got 'a.example:80'"),
         ("--max-batch-size 0", "max_batch_size must be at least 1"),
         ("--example 10", "--example must be from 0 to 9, got 10"),
         ("mine:nothing", "MODULE:FACTORY must name a module and a function of it, got 'mine:n"),
