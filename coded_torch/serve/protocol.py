@@ -297,7 +297,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.since = self.loop.time()
+        self.since = time.monotonic()
         self._limit(_HEADERS_SECONDS)
         others = [each for each in self.connections if not each.transport.is_closing()]
         if len(others) > self.most:
@@ -328,7 +328,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        self.since = self.loop.time()
+        self.since = time.monotonic()
         super().on_response_complete()
 
     def pause_writing(self) -> None:
