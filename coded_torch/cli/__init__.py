@@ -85,7 +85,7 @@ def options(parser: argparse.ArgumentParser, *table: Option) -> None:
         if kind is bool:
             how = {"action": "store_true"}
         elif kind is list:
-            how = {"nargs": "+", "metavar": "URL"}
+            how = {"nargs": "+", "metavar": flag[2:-1].upper()}
         if not flag.startswith("-"):
             how |= {"metavar": "MODULE:FACTORY", "nargs": None if default is ... else "?"}
         elif default is ...:

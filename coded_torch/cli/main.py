@@ -179,6 +179,7 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[Option, .
             ("--deadline", float, 0.2, "seconds from the arrival of a request to its answer"),
             ("--host", str, "127.0.0.1", "the address to listen on"),
             ("--port", int, 8000, "the port to listen on, or 0 for any"),
+            ("--allowed-hosts", list, None, "names by which clients may ask, and loopback ones"),
             ("--max-batch-size", int, 64, "rows of a batch"),
             ("--max-queued-requests", int, 256, "requests that may wait"),
             ("--name", str, None, "the model's name in URLs, unless MODEL, lenet5 or FACTORY"),

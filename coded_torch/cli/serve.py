@@ -30,7 +30,7 @@ _GRACE = 10
 
 def serve(args: argparse.Namespace) -> None:
     """Serve a model over HTTP, or print a request with one example."""
-    need("serve", "serve", "starlette", "uvicorn", "orjson", "prometheus_client")
+    need("serve", "serve", "starlette", "uvicorn", "httptools", "orjson", "prometheus_client")
     from ..open_inference import Model, request
     from ..page import LOOPBACK, add_page
     from ..serve import app
@@ -54,6 +54,9 @@ def serve(args: argparse.Namespace) -> None:
     usual = args.model or ("lenet5" if args.factory == LENET5 else args.factory.partition(":")[2])
     how["name"] = name = args.name or usual
     how |= {x: getattr(args, x) for x in ("deadline", "max_batch_size", "max_queued_requests")}
+    own = (*LOOPBACK, args.host) if is_local or args.host.startswith("127.") else ()
+    if hosts := [*dict.fromkeys((*own, *(args.allowed_hosts or ())))]:
+        how["allowed_hosts"] = hosts
     with usage("serve"):
         if workers is None:
             workers = ProcessWorkers(args.num_workers, grace=max(1.0, _GRACE * args.deadline))
@@ -128,6 +131,8 @@ def _own(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
 def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None:
     import uvicorn
 
+    from ..serve import Connection
+
     logging.basicConfig(stream=sys.stderr, level="WARNING", format="%(name)s: %(message)s")
     logging.getLogger("coded_torch.serve").setLevel("INFO")  # says when the model is loaded
     # Requests may come before the model is loaded, so the socket is opened here. The protocol is
@@ -145,7 +150,9 @@ def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None
         if has_page:
             say(f"A page shows it: {site}")
         quiet: dict[str, Any] = {"log_level": "warning", "access_log": False}
-        config = uvicorn.Config(built, timeout_keep_alive=_KEEP_ALIVE, **quiet)
+        quiet |= {"http": Connection, "backlog": max(1, Connection.most // 2)}
+        how: Any = {"ws": "none", "lifespan": "on", "timeout_keep_alive": _KEEP_ALIVE}
+        config = uvicorn.Config(built, **how, **quiet)
         with usage("serve", TypeError, prefix="Workers: "):
             built.load()  # here Ctrl-C ends it, and an error of the model ends the command
         built.load = lambda: None  # not twice

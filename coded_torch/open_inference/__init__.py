@@ -33,8 +33,8 @@ DATATYPES = {"BOOL": torch.bool, "UINT8": torch.uint8, "BF16": torch.bfloat16}
 DATATYPES |= {f"INT{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
 DATATYPES |= {f"FP{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)}
 _NAMES = {dtype: datatype for datatype, dtype in DATATYPES.items()}
-_HEADER = 2**16  # bytes of JSON beside the numbers of a message, at most; not tuned
-_NUMBER = 32  # bytes of one number in JSON, at most: float64 takes 25
+HEADER = 2**16  #: bytes of JSON beside the numbers of a message, at most; not tuned
+NUMBER = 32  #: bytes of one number in JSON, at most: float64 takes 25
 ANY_SHAPE = 2**26  #: bytes of tensors of an open size, at most; not tuned
 
 
@@ -170,12 +170,12 @@ def field(owner: str, entry: dict[str, Any], key: str, kind: type, default: Any 
 
 def most_bytes(specs: Sequence[TensorSpec], rows: int) -> int:
     """Return the most bytes of a message with so many rows of tensors."""
-    return _HEADER + sum(
-        ANY_SHAPE if -1 in spec.shape else rows * math.prod(spec.shape) * _NUMBER for spec in specs
+    return HEADER + sum(
+        ANY_SHAPE if -1 in spec.shape else rows * math.prod(spec.shape) * NUMBER for spec in specs
     )
 
 
-def split(body: bytes, length: str | None) -> tuple[memoryview, memoryview]:
+def split(body: bytes | bytearray, length: str | None) -> tuple[memoryview, memoryview]:
     """Return the JSON of a message and its tail, by its Inference-Header-Content-Length."""
     size = len(body)
     if length is not None:
@@ -216,7 +216,9 @@ def tensors_of(
         require(shape[0] in rows, f"the number of rows of {owner}", must, shape[0])
         if ("binary_data_size" in parameters) == ("data" in entry):
             raise ValueError(f"{owner} must have either data or a binary_data_size")
-        if "data" in entry:
+        if callable(entry.get("data")):  # a server reads numbers when their shape is known
+            tensor = entry["data"](owner, spec, shape)
+        elif "data" in entry:
             tensor = from_json(owner, spec, shape, field(owner, entry, "data", list))
         else:
             given_size = field(owner, parameters, "binary_data_size", int)

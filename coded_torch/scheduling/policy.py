@@ -259,7 +259,7 @@ class Call:
             if part.replaced or not (late or part.state >= _FAILED):
                 continue
             missing = self._missing(part)[: max(0, lacking)]
-            asks = missing and (not late or self._may_hedge(part, missing))
+            asks = missing and (not late or self._may_hedge(part, missing, idle))
             if not asks:
                 continue
             part.replaced = True
@@ -278,14 +278,16 @@ class Call:
         self.open += len(self.parts) - num_parts
         return tuple([part.units for part in self.parts[num_parts:]])
 
-    def _may_hedge(self, part: _Part, missing: Sequence[int]) -> bool:
-        """Return whether to hedge a late part now. If only the budget forbids it, try later."""
+    def _may_hedge(self, part: _Part, missing: Sequence[int], idle: int) -> bool:
+        """Return whether to hedge a late part now. If not now, but perhaps later, try again."""
         # A copy of a part that ended a worker would end another worker, too.
         if part.hedges >= _HEDGES or any(other.failure.kind == "died" for other in part.line):
             return False
         if not self.hedged:
             self.hedged, self.prepare_at = True, (self.since + self.late_at) / 2
-        if self.history.spend(len(missing) / self.num_units, 1 + _BURST / self.num_first):
+        # A row that is late on two workers may be slow on all: one worker stays free for others.
+        may = part.hedges == 0 or len(missing) > 1 or idle > 1
+        if may and self.history.spend(len(missing) / self.num_units, 1 + _BURST / self.num_first):
             return True
         # Where parts take no time, a threshold of 0 would be due for ever.
         self._set_due(part, self.now + (self.threshold(len(part.units)) or math.inf))

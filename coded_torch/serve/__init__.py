@@ -6,5 +6,6 @@ computes it with others, and ``metrics.py`` counts the outcome. Needs the extra 
 
 from ..open_inference import DATATYPES, TensorSpec, specs
 from .application import app, deployment
+from .protocol import Connection
 
-__all__ = ["DATATYPES", "TensorSpec", "app", "deployment", "specs"]
+__all__ = ["DATATYPES", "Connection", "TensorSpec", "app", "deployment", "specs"]

@@ -7,25 +7,26 @@ import contextlib
 import functools
 import gc
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import anyio
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
 import coded_torch
 
 from .._arguments import count, instance, positive
 from ..nn import CodedWrapper
-from ..open_inference import ADDED, TensorSpec, most_bytes
+from ..open_inference import ADDED, TensorSpec
 from . import protocol
 from .batcher import TO_ANSWER, Batch, Batcher, compute, load
 from .metrics import Metrics
@@ -36,6 +37,7 @@ __all__ = ["app", "deployment"]
 # The number of requests that Ray lets into a replica; a bound, not tuned. Ray's default of 5 would
 # refuse before the application's own bound of 256 does.
 _MOST_REQUESTS = 1024
+_EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
 _MOST_ANSWERS = 20_000  # answers that are remembered; a bound, not tuned
 
 
@@ -65,6 +67,9 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             application is ready. Defaults to None: the first requests wait for the loading.
         max_batch_size: the number of rows of a batch, and of a request.
         max_queued_requests: the number of requests that may wait.
+        allowed_hosts: the names that a request's ``Host``, and its ``Origin`` if it has one, may
+            have. Without them, any page of the web can use a server on a loopback address. Defaults
+            to None: any name.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         examples: Sequence[Tensor] | None = None,
         max_batch_size: int = 64,
         max_queued_requests: int = 256,
+        allowed_hosts: Sequence[str] | None = None,
     ) -> None:
         instance(self, "coded", coded, CodedWrapper)
         instance(self, "name", name, str)
@@ -95,6 +101,11 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
                 raise ValueError(f"app: {argument} must be named, each once{but}, got {got}")
         self.name, self.inputs, self.outputs = name, inputs, outputs
         self.coded, self.examples = coded, examples
+        self.allowed_hosts = None if allowed_hosts is None else [x.lower() for x in allowed_hosts]
+        for host in self.allowed_hosts or ():
+            if set(host) & set("/*[]@") or host.count(":") == 1:
+                must = "allowed_hosts must be names or addresses, without ports"
+                raise ValueError(f"app: {must}, got {host!r}")
         self.deadline = positive(self, "deadline", deadline)
         self.max_rows = count(self, "max_batch_size", max_batch_size)
         self.pool, self.metrics, self.ready = coded.workers, Metrics(), False
@@ -115,8 +126,9 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             max_queued_requests=count(self, "max_queued_requests", max_queued_requests),
             slots=slots,
             on_batch=self._count,
-            has_idle=lambda: "idle" in {state for state, _ in self.of_places("states").values()},
+            states=lambda: Counter(state for state, _ in self.of_places("states").values()),
         )
+        self.reader = protocol.Reader(inputs, outputs, self.max_rows)
         server = {"name": "coded_torch", "version": coded_torch.__version__}
         model = {
             "name": name,
@@ -125,24 +137,47 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             "inputs": [spec.metadata() for spec in inputs],
             "outputs": [spec.metadata() for spec in (*outputs, *ADDED)],
         }
+        config: dict[str, Any] = {"name": name, "platform": "coded_torch", "backend": "coded_torch"}
+        config["max_batch_size"] = self.max_rows
+        for key, given in (("input", inputs), ("output", (*outputs, *ADDED))):
+            config[key] = [
+                {"name": x.name, "data_type": f"TYPE_{x.datatype}", "dims": [*x.shape]}
+                for x in given
+            ]
         routes = [
             Route("/metrics", self.metrics_text),
-            Route("/v2", lambda _: JSONResponse(server | {"extensions": ["binary_tensor_data"]})),
+            Route("/v2", lambda _: JSONResponse(server | {"extensions": _EXTENSIONS})),
             Route("/v2/health/live", lambda _: JSONResponse({"live": True})),
             Route("/v2/health/ready", self.is_ready),
+            Route("/v2/models/stats", self.statistics),
+            Route("/v2/repository/index", self.index, methods=["POST"]),
         ]
         for path in (f"/v2/models/{name}", f"/v2/models/{name}/versions/{VERSION}"):
             routes += [
                 Route(path, lambda _: JSONResponse(model)),
+                Route(f"{path}/config", lambda _: JSONResponse(config)),
                 Route(f"{path}/ready", self.is_ready),
+                Route(f"{path}/stats", self.statistics),
                 Route(f"{path}/infer", self.infer, methods=["POST"]),
             ]
         super().__init__(
             routes=routes,
-            middleware=[Middleware(GZipMiddleware, compresslevel=1)],
             lifespan=self.run_workers,
             exception_handlers=dict.fromkeys((HTTPException, Exception), self.refuse),
         )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, unless it comes under a name that is not allowed."""
+        if scope["type"] == "http" and (allowed := self.allowed_hosts) is not None:
+            headers = Headers(scope=scope)
+            for name, slashes in (("host", "//"), ("origin", "")):
+                url = headers.get(name, "" if name == "host" else f"//{allowed[0]}")
+                if _host(slashes + url) not in allowed:
+                    must = f"the {name.title()} of a request must be one of {', '.join(allowed)}"
+                    error = RequestError(403, "invalid", f"{must}, got {url!r:.80}")
+                    await (await self.refuse(Request(scope), error))(scope, receive, send)
+                    return
+        await super().__call__(scope, receive, send)
 
     def of_places(self, what: str) -> Mapping[int, Any]:
         """Return the "states" or the "names" of the pool's places, if it has some."""
@@ -166,12 +201,23 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
                 gc.unfreeze()
             self.ready = False
             await self.batcher.close(self.deadline + TO_ANSWER)
+            self.reader.close()
             await asyncio.to_thread(self.pool.close)
 
     async def is_ready(self, _: Request) -> Response:
         """Say whether the model is loaded, and a worker is up if the pool has workers."""
         ready = self.ready and self.pool.num_ready != 0
         return JSONResponse({"name": self.name, "ready": ready}, 200 if ready else 503)
+
+    async def index(self, _: Request) -> Response:
+        """List the model, as Triton lists its repository."""
+        state = "READY" if self.ready else "UNAVAILABLE"
+        return JSONResponse([{"name": self.name, "version": VERSION, "state": state, "reason": ""}])
+
+    async def statistics(self, _: Request) -> Response:
+        """Return the numbers and the times of requests and batches, as Triton does."""
+        found = {"name": self.name, "version": VERSION, "batch_stats": []}
+        return JSONResponse({"model_stats": [found | self.metrics.statistics()]})
 
     async def metrics_text(self, _: Request) -> Response:
         self.metrics.workers(self.pool)
@@ -182,10 +228,10 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         arrived = time.monotonic()
         deadline = arrived + self.deadline
         try:
-            with self.batcher.reading(deadline):
-                message = await self._read(request, deadline)
-                deadline = min(deadline, arrived + message.timeout)
-                future = self.batcher.put(message.inputs, arrived, deadline)
+            self.batcher.check(1, deadline)  # before the body is read
+            message = await self.reader.read(request, deadline)
+            deadline = min(deadline, arrived + message.timeout)
+            future = self.batcher.put(message.inputs, arrived, deadline)
             answer = await _first(future, request, deadline + TO_ANSWER - time.monotonic())
         except ClientDisconnect:
             raise RequestError(499, "disconnected", "the client has gone") from None
@@ -201,6 +247,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         body, length = protocol.format_answer(self.name, message, answers, parameters)
         now = time.monotonic()
         self.answers.append((now, now - arrived, rows, predicted))
+        self.metrics.answered(now - arrived)
         if length is None:
             return Response(body, media_type="application/json")
         headers = {"Inference-Header-Content-Length": str(length)}
@@ -210,24 +257,22 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         """Answer a request that failed or is refused, and count why."""
         if not isinstance(error, HTTPException):
             error = RequestError(500, "failed", f"the server failed: {type(error).__name__}")
-        if error.status_code != 404 and request.url.path.endswith("/infer"):
+        path, why = request.url.path, error.detail
+        if error.status_code != 404 and path.endswith("/infer"):
             self.metrics.refused(getattr(error, "reason", "invalid"))
-        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-
-    async def _read(self, request: Request, deadline: float) -> protocol.InferRequest:
-        length = request.headers.get("inference-header-content-length")
-        try:
-            with anyio.fail_after(deadline - time.monotonic()):  # unlike asyncio's, makes no task
-                body = await protocol.read_body(request, most_bytes(self.inputs, self.max_rows))
-            return protocol.parse(body, length, self.inputs, self.outputs, self.max_rows)
-        except TimeoutError:
-            raise RequestError(408, "late", "the body did not come within the deadline") from None
-        except (ValueError, RecursionError) as error:  # JSON may be too deep
-            raise RequestError(400, "invalid", str(error)) from None
+        if error.status_code == 404:
+            why = f"there is no {path!r:.120}; the model here is {self.name!r}, version {VERSION}"
+        return JSONResponse({"error": why}, error.status_code, error.headers)
 
     def _count(self, batch: Batch, rows: int, queued: Sequence[float]) -> None:
         self.metrics.batch(batch, rows, queued, self.of_places("names"))
         self.metrics.workers(self.pool)
+
+
+def _host(url: str) -> str | None:
+    with contextlib.suppress(ValueError):
+        return urlsplit(url).hostname
+    return None
 
 
 async def _first(future: asyncio.Future[Batch], request: Request, seconds: float) -> Batch:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, cast
 
@@ -128,7 +128,7 @@ class Batcher:
     ``compute`` computes a batch in a thread, given its inputs and the seconds that are left.
     ``slots`` returns the number of slots, and the most that one batch takes; it takes no more than
     it has rows. ``on_batch`` gets each batch, its rows, and the seconds that its requests waited.
-    ``has_idle`` returns whether a worker is known to be idle.
+    ``states`` returns how many workers are known to be in each state, "idle", "busy" or other.
     """
 
     def __init__(
@@ -139,23 +139,24 @@ class Batcher:
         max_queued_requests: int,
         slots: Callable[[], tuple[int, int]],
         on_batch: Callable[[Batch, int, Sequence[float]], None],
-        has_idle: Callable[[], bool] = lambda: False,
+        states: Callable[[], Counter[str]] = Counter,
     ) -> None:
-        self._compute, self._on_batch, self._has_idle = compute, on_batch, has_idle
+        self._compute, self._on_batch, self._states = compute, on_batch, states
         self._max_rows, self._max_queued, self._slots = max_batch_size, max_queued_requests, slots
         self._queue: dict[_Entry, None] = {}  # the first to arrive is first
         self._rows = 0  # the rows of the queue
-        self._reading = 0
         self._history = History(_BATCHES)
-        self._hung = False  # True if the last batch was late, though it had its usual time
+        # True if a batch was late, though it had its usual time, and none was answered meanwhile.
+        self._hung, self._answered = False, -math.inf
+        self._timer: asyncio.TimerHandle | None = None
         # Begin, rows and deadline of each running batch.
         self._ongoing: dict[asyncio.Task[None], tuple[float, int, float]] = {}
         self._threads = ThreadPoolExecutor(_MOST_BATCHES, "coded_torch batch")
 
     @property
     def num_queued(self) -> int:
-        """The number of waiting requests, including requests being read."""
-        return self._reading + len(self._queue)
+        """The number of waiting requests."""
+        return len(self._queue)
 
     @property
     def _at_once(self) -> int:
@@ -164,25 +165,44 @@ class Batcher:
         return max(1, slots // min(parts, self._max_rows))
 
     @property
-    def _is_free(self) -> bool:
-        slots, parts = self._slots()
-        return sum(min(rows, parts) for _, rows, _ in self._ongoing.values()) < slots
+    def _used(self) -> int:
+        """The number of slots of running batches."""
+        _, parts = self._slots()
+        return sum(min(rows, parts) for _, rows, _ in self._ongoing.values())
 
-    @contextlib.contextmanager
-    def reading(self, deadline: float) -> Iterator[None]:
-        """Hold a place in the queue for a request while it is read, or refuse it (503)."""
+    @property
+    def _left(self) -> int:
+        """The number of workers that still compute rows of calls that have ended."""
+        return max(0, self._states()["busy"] - self._used)
+
+    @property
+    def _is_free(self) -> bool:
+        return not self._ongoing or self._used + self._left < self._slots()[0]
+
+    def check(self, rows: int, deadline: float, *, is_read: bool = False) -> None:
+        """Refuse (503) a request if the queue is full, or its answer would probably be late.
+
+        If the workers hang, only a request that is read is refused: a wrong one gets 400 even then.
+        """
         if self.num_queued >= self._max_queued:
             raise RequestError(503, "queue_full", f"{self._max_queued} requests are waiting")
-        self._check(1, deadline)
-        self._reading += 1
-        try:
-            yield
-        finally:
-            self._reading -= 1
+        # An idle server takes anything: only a batch can show that workers are fast again.
+        if not (self._ongoing or self._queue):
+            return
+        now, states = time.monotonic(), self._states()
+        late = now + self._expected(rows, now) - deadline
+        if is_read and (late == math.inf or (self._hung and not states["idle"])):
+            why = "workers hang: no batch was answered lately"
+            if states["busy"]:
+                why += f"; {states['busy']} are busy, perhaps with rows of requests that have ended"
+            raise RequestError(503, "overdue", why)
+        if 0 < late < math.inf:
+            when = f"{late * 1e3:.0f} ms after the deadline"
+            raise RequestError(503, "expected_late", f"the answer would probably come {when}")
 
     def put(self, inputs: list[Tensor], arrived: float, deadline: float) -> asyncio.Future[Batch]:
         """Queue a request, or refuse it (503). To cancel the future takes it off the queue."""
-        self._check(len(inputs[0]), deadline)
+        self.check(len(inputs[0]), deadline, is_read=True)
         entry = _Entry(inputs, arrived, deadline)
         self._queue[entry] = None
         self._rows += entry.rows
@@ -201,18 +221,6 @@ class Batcher:
         while self._ongoing and (left := until - time.monotonic()) > 0:
             await asyncio.wait(self._ongoing, timeout=left)
         self._threads.shutdown(wait=False)
-
-    def _check(self, rows: int, deadline: float) -> None:
-        # An idle server takes anything: only a batch can show that workers are fast again.
-        if not (self._ongoing or self._queue):
-            return
-        now = time.monotonic()
-        late = now + self._expected(rows, now) - deadline
-        if late == math.inf or (self._hung and not self._has_idle()):
-            raise RequestError(503, "overdue", "workers hang: no batch was answered lately")
-        if late > 0:
-            when = f"{late * 1e3:.0f} ms after the deadline"
-            raise RequestError(503, "expected_late", f"the answer would probably come {when}")
 
     def _expected(self, rows: int, now: float) -> float:
         """Return the seconds until ``rows`` more rows are probably answered."""
@@ -240,6 +248,10 @@ class Batcher:
             rows, until = sum(entry.rows for entry in batch), min(e.deadline for e in batch)
             self._ongoing[task] = time.monotonic(), rows, until
             task.add_done_callback(self._free)
+        if self._timer:
+            self._timer.cancel()
+        if self._queue and self._left:  # nothing tells when their rows end
+            self._timer = asyncio.get_running_loop().call_later(TO_ANSWER, self._fill)
 
     def _free(self, task: asyncio.Task[None]) -> None:
         begin, rows, _ = self._ongoing.pop(task)
@@ -290,8 +302,8 @@ class Batcher:
             if len(done.report.refused) == rows > batch[0].rows:  # all parts raised alike
                 error = _refusal(done.report, 0)
         if not late:
-            self._hung = False
-        elif left >= self._usual(rows):
+            self._hung, self._answered = False, time.monotonic()
+        elif left >= self._usual(rows) and self._answered < begin:
             self._hung = True
         start = 0
         for entry in batch:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,6 +40,9 @@ _HISTOGRAMS = {
     "decode_seconds": ("Seconds of a batch that make answers from results.", _SECONDS),
     "radius": ("Of predicted rows, if finite: their error is at most as large.", _ERRORS),
 }
+# Triton's names of the times of a batch.
+_TRITONS = {"encode_seconds": "compute_input", "compute_seconds": "compute_infer"}
+_TRITONS |= {"decode_seconds": "compute_output"}
 
 
 class Metrics:
@@ -46,6 +51,8 @@ class Metrics:
     def __init__(self, *, ray: bool = False) -> None:
         self._ray, self._registry = ray, prometheus_client.CollectorRegistry()
         self._restarts, self._numbers = 0, dict[str, Any]()
+        self._times, self._last = defaultdict[str, list[int]](lambda: [0, 0]), 0
+        self._rows = 0
         kinds: Any = prometheus_client
         where: dict[str, Any] = {"registry": self._registry}
         if ray:
@@ -66,6 +73,24 @@ class Metrics:
     def refused(self, reason: str) -> None:
         """Count a request that was not answered."""
         self._count("refusals_total", 1, reason)
+        self._time("fail", 0.0)
+
+    def answered(self, seconds: float) -> None:
+        """Count a request that was answered within so many seconds of its arrival."""
+        self._last = time.time_ns() // 10**6
+        self._time("success", seconds)
+
+    def statistics(self) -> dict[str, Any]:
+        """Return totals by the names of Triton's extension ``statistics``; times in ns."""
+        names = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
+        times = {name: dict(zip(("count", "ns"), self._times[name], strict=True)) for name in names}
+        found = {"last_inference": self._last, "inference_count": self._rows}
+        found["execution_count"] = times["compute_infer"]["count"]
+        return {**found, "inference_stats": times}
+
+    def _time(self, name: str, seconds: float) -> None:
+        total = self._times[name]
+        total[:] = total[0] + 1, total[1] + round(seconds * 1e9)
 
     def workers(self, pool: Workers) -> None:
         """Note how many workers of a pool are up, and how many were replaced."""
@@ -99,10 +124,13 @@ class Metrics:
         for outcome in ("verified", "unverified"):
             if (flags := getattr(report, outcome)) is not None:
                 count("checks_total", int(flags.sum()), outcome)
+        self._rows += rows
         for seconds in queued:
             self._numbers["queued_seconds"].observe(seconds)
-        for name in ("encode_seconds", "compute_seconds", "decode_seconds"):
+            self._time("queue", seconds)
+        for name, its in _TRITONS.items():
             self._numbers[name].observe(getattr(report, name))
+            self._time(its, getattr(report, name))
         if report.radii is not None and report.predicted is not None:
             for radius in report.radii[report.predicted].tolist():
                 if radius < math.inf:  # an infinite sum would stay infinite

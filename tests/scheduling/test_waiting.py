@@ -200,14 +200,17 @@ def test_decisions_after_the_first(name):
     assert decisions[1:] == wanted
 
 
-def test_a_late_part_is_asked_again_three_times():
-    waiting = Waiting(predict_after=math.inf)
+@pytest.mark.parametrize(("idle", "times"), [(2, 3), (1, 1), (0, 1)])
+def test_a_late_part_is_asked_again_three_times_if_another_worker_stays_free(idle, times):
+    waiting, how = Waiting(predict_after=math.inf), {"first": [(0,), (1,), (2,), (3,)], "needed": 4}
     events = [*begin(0, 1, 2, 3), *settle(0, 1, 2)]
-    for part in range(4, 7):
+    for part in range(4, 4 + times):
         events += [None, *begin(part, at=float(part))]
-    decisions, waits, _ = drive(waiting, [*events, None], history=known())
-    assert decisions.count(Ask(((6, 7),))) == 3
-    assert waits[-1] == math.inf
+    how |= {"history": known(rows=1), "idle": lambda: idle}
+    decisions, waits, _ = drive(waiting, [*events, None], **how)
+    assert decisions.count(Ask(((3,),))) == times
+    # A part that is late on two workers is looked at again, as a worker may become free.
+    assert (waits[-1] == math.inf) == (times == 3)
 
 
 @pytest.mark.parametrize("hedge_budget", [0.0, 0.25])

@@ -11,7 +11,7 @@ import uvicorn
 from torch import nn
 
 from coded_torch.nn import CodedWrapper
-from coded_torch.serve import TensorSpec, app
+from coded_torch.serve import Connection, TensorSpec, app
 from coded_torch.workers import LocalWorkers
 
 INPUTS = [TensorSpec("input", "FP32", (3,))]
@@ -35,7 +35,7 @@ def built(module=None, *, workers=None, surrogate=(), waiting=None, **options):
 def serving(application):
     """Yield the application's port, while it runs."""
     quiet = {"log_level": "critical", "access_log": False, "ws": "none"}
-    config = uvicorn.Config(application, port=0, **quiet)
+    config = uvicorn.Config(application, port=0, http=Connection, lifespan="on", **quiet)
     server = uvicorn.Server(config)
     (thread,) = started([server.run])
     try:

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import threading
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -84,9 +85,9 @@ async def until(condition):
 
 
 def refused(batcher, seconds=10.0):
-    """Return the status and the reason of a request that is refused before it is read."""
-    with pytest.raises(RequestError) as caught, batcher.reading(time.monotonic() + seconds):
-        raise AssertionError
+    """Return the status and the reason of a request that is refused."""
+    with pytest.raises(RequestError) as caught:
+        put(batcher, 0.0, seconds=seconds)
     return caught.value.status_code, caught.value.reason
 
 
@@ -186,10 +187,11 @@ async def test_an_expired_request_does_not_shorten_the_batch_of_others(model):
 async def test_a_full_queue_refuses_before_it_reads(model):
     batcher = model.batcher(max_queued_requests=2)
     entries = [put(batcher, 0.0), put(batcher, 1.0)]
-    with batcher.reading(time.monotonic() + 10):
-        assert refused(batcher) == (503, "queue_full")
-    with batcher.reading(time.monotonic() + 10):
-        pass
+    batcher.check(1, time.monotonic() + 10)
+    entries.append(put(batcher, 2.0))
+    with pytest.raises(RequestError, match="2 requests are waiting"):
+        batcher.check(1, time.monotonic() + 10)
+    assert refused(batcher) == (503, "queue_full")
     model.go.set()
     await answers(*entries)
 
@@ -198,8 +200,8 @@ async def test_a_full_queue_refuses_before_it_reads(model):
 async def test_requests_that_would_be_late_are_refused_when_batches_are_known(quick):
     batcher = quick.batcher(max_queued_requests=1000)
     await known(batcher, quick, 0.02)
-    with batcher.reading(time.monotonic() + 0.015):  # an idle server tries everything
-        assert await answers(put(batcher, 1.0, seconds=0.015)) == [[2.0]]
+    # An idle server tries everything.
+    assert await answers(put(batcher, 1.0, seconds=0.015)) == [[2.0]]
     quick.go.clear()
     entries = [put(batcher, 0.0) for _ in range(41)]  # ten batches and more: .2 s
     assert refused(batcher, 0.1) == (503, "expected_late")
@@ -224,6 +226,38 @@ async def test_while_workers_hang_one_request_at_a_time_is_tried(quick):
     quick.go.set()
     assert await answers(tried) == [[2.0]]
     assert await answers(put(batcher, 2.0), put(batcher, 3.0)) == [[4.0], [6.0]]
+
+
+@in_loop
+async def test_a_late_batch_beside_answered_ones_is_no_hang(quick):
+    def hang(rows, report):
+        if 9.0 in rows:
+            time.sleep(0.2)
+            raise NotEnoughResults([], 2, 4)
+
+    batcher = quick.batcher(slots=lambda: (2, 1))
+    quick.behave = hang
+    late = put(batcher, 9.0, seconds=0.2)
+    assert await answers(put(batcher, 1.0)) == [[2.0]]
+    assert (await answers(late))[0].status_code == 504
+    quick.go.clear()
+    tried = [put(batcher, 2.0), put(batcher, 3.0)]  # no worker is known to be idle
+    quick.go.set()
+    assert await answers(*tried) == [[4.0], [6.0]]
+
+
+@in_loop
+async def test_rows_of_calls_that_have_ended_take_slots(model):
+    busy = Counter(busy=3)
+    batcher = model.batcher(slots=lambda: (3, 1), states=lambda: busy)
+    entries = [put(batcher, float(i)) for i in range(3)]
+    await until(lambda: model.batches)
+    await asyncio.sleep(0.05)
+    assert model.batches == [[0]]  # an idle server tries a batch, and one only
+    busy["busy"] = 1  # nothing else tells that workers are free
+    await until(lambda: len(model.batches) == 3)
+    model.go.set()
+    assert await answers(*entries) == [[0.0], [2.0], [4.0]]
 
 
 @in_loop

@@ -78,9 +78,11 @@ def mine(tmp_path, monkeypatch):
 
 
 @contextlib.contextmanager
-def running(*arguments, cwd=None):
+def running(*arguments, cwd=None, most_files=None):
     """Run the command; yield its process, with its output and log so far, and its port."""
     line = [sys.executable, "-c", CODE, "serve", "--port", "0", *arguments]
+    if most_files:
+        line = ["bash", "-c", f'ulimit -n {most_files} && exec "$@"', "bash", *line]
     # Not in the checkout, whose package may not be built: Python looks there first.
     with tempfile.TemporaryDirectory() as folder, tempfile.NamedTemporaryFile() as log:
         process = subprocess.Popen(
@@ -221,6 +223,49 @@ def test_a_kept_connection_does_not_wait_for_acknowledgements(mine):
     assert statistics.quantiles(took)[0] < 0.025
 
 
+@pytest.mark.slow
+def test_idle_connections_leave_descriptors_for_clients_and_workers(mine):
+    body = json.dumps({"inputs": [tensor([[1.0, 2.0, 3.0]])]}).encode()
+    line = "mine:small", "--num-workers", "2", "--deadline", "20"
+    with (
+        running(*line, cwd=mine, most_files=256) as (process, port),
+        contextlib.ExitStack() as stack,
+    ):
+        with Client(port) as client:
+            wait_until(lambda: client.get("/v2/health/ready")[0] == 200)
+        for _ in range(400):
+            address = "127.0.0.1", port
+            stack.enter_context(socket.create_connection(address, timeout=30))
+        before = family(process.pid) - {process.pid}
+        for _ in range(10):
+            with Client(port) as client:
+                assert client.infer(body, "/v2/models/small/infer")[0] == 200
+        for pid in before:  # a worker is replaced
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with Client(port) as client:
+            wait_until(lambda: "worker_restarts_total 2.0" in client.metrics())
+            wait_until(lambda: "workers_up 2.0" in client.metrics())
+
+
+def test_clients_name_a_loopback_host_or_an_allowed_one(mine, monkeypatch):
+    built = []
+    monkeypatch.setattr("coded_torch.cli.serve._listen", lambda app, *_: built.append(app))
+    for host in ("127.0.0.1", "0.0.0.0"):
+        for more in ((), ("--allowed-hosts", "a.example", "b.example")):
+            assert main(["serve", "mine:small", "--host", host, *more]) == 0
+    loopback, named = ["127.0.0.1", "localhost", "::1"], ["a.example", "b.example"]
+    assert main(["serve", "mine:small", "--host", "127.0.0.2"]) == 0
+    more = [*loopback, "127.0.0.2"]
+    assert [app.allowed_hosts for app in built] == [
+        loopback,
+        [*loopback, *named],
+        None,
+        named,
+        more,
+    ]
+
+
 @pytest.mark.skipif(not socket.has_ipv6, reason="Python has no IPv6")
 def test_a_server_may_listen_at_an_address_of_ipv6(mine):
     line = "mine:small", "--num-workers", "1", "--host", "::1"
@@ -235,6 +280,7 @@ def test_a_server_may_listen_at_an_address_of_ipv6(mine):
         ("--deadline 0", "deadline must be positive and finite, got 0.0"),
         ("--port 65536", "--port must be free: bind(): port must be 0-65535"),
         ("--port 1 --host 203.0.113.1", "--port must be free: [Errno"),
+        ("--allowed-hosts a.example:80", "names or addresses, without ports, got 'a.example:80'"),
         ("--max-batch-size 0", "max_batch_size must be at least 1"),
         ("--example 63", "--example must be from 0 to 62, got 63"),
         ("mine:nothing", "MODULE:FACTORY must name a module and a function of it, got 'mine:n"),

@@ -49,7 +49,15 @@ def test_a_batch():
     )
     metrics.batch(Batch([], report, set()), 4, [0.1, 0.2], {2: "http://a"})
     metrics.refused("late")
-    found = values(metrics)
+    metrics.answered(0.25)
+    found, totals = values(metrics), metrics.statistics()
+    times = {name: (x["count"], x["ns"]) for name, x in totals.pop("inference_stats").items()}
+    assert times.pop("success") == (1, 250_000_000)
+    assert times.pop("fail") == (1, 0)
+    assert times.pop("queue") == (2, pytest.approx(300_000_000))
+    assert [*times] == ["compute_input", "compute_infer", "compute_output"]
+    assert [*times.values()] == [(1, 2_000_000), (1, 30_000_000), (1, 4_000_000)]
+    assert (totals["inference_count"], totals["execution_count"]) == (4, 1)
     for key, value in {
         "results_total received": 3,
         "results_total missing": 2,

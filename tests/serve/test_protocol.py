@@ -3,6 +3,8 @@
 import contextlib
 import json
 import math
+import socket
+import time
 import tracemalloc
 
 import numpy as np
@@ -11,12 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from coded_torch.open_inference import from_json, most_bytes, to_bytes
-from coded_torch.serve import DATATYPES, TensorSpec
+from coded_torch.serve import DATATYPES, Connection, TensorSpec, protocol
 from coded_torch.serve.protocol import ADDED, format_answer, parse
 
-from .servers import INPUTS, OUTPUTS, tensor
+from .servers import INPUTS, OUTPUTS, Client, built, serving, tensor
 
 ROWS = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
 MOST = 8  # rows of a request
@@ -81,6 +84,64 @@ def test_strings_among_numbers_take_no_memory():
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        (b'{"inputs": [%b]}' % b",".join([b'{"a":[{}]}'] * 400_000), "JSON beside numbers must be"),
+        (b'{"id": "' + b"a" * 4_000_000 + b'"}', "JSON beside numbers must be at most 65536, got"),
+        (
+            b'{"inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 3], "data": [%b]}]}'
+            % b",".join([b"[]"] * 1_300_000),
+            "the bytes of data of input 'input' must be at most 65632, got 3900001",
+        ),
+        (
+            b'{"inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 1000000], "data": [%b]'
+            b"}]}" % b",".join([b"[]"] * 1_000_000),
+            "must be 1000000 numbers of FP32, in one list or nested as the shape [1, 1000000], got",
+        ),
+    ],
+    ids=["objects", "string", "more than declared", "nested"],
+)
+def test_nothing_is_built_of_what_does_not_fit_the_shape(message, why):
+    tracemalloc.start()
+    begin = time.monotonic()
+    assert why in refused(message, [TensorSpec("input", "FP32", (-1,))])
+    took, most = time.monotonic() - begin, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2**25  # 4 MB of JSON; as Python's objects, 80 MB and more
+    assert took < 2
+
+
+@pytest.mark.parametrize("shape", [(70_000, 3), (2, 35_000, 3)])
+@pytest.mark.parametrize("datatype", ["FP64", "INT64"])
+def test_many_numbers_are_read_in_pieces(shape, datatype):
+    spec = [TensorSpec("input", datatype, shape[1:])]
+    values = 1e6 * torch.randn(shape, dtype=torch.float64)
+    values = values.to(DATATYPES[datatype])
+    for listed in (values.tolist(), values.flatten().tolist()):
+        entry = {"name": "input", "datatype": datatype, "shape": shape, "data": listed}
+        body = bytearray(json.dumps({"inputs": [entry]}, indent=1).encode())
+        found = parse(body, None, spec, OUTPUTS, shape[0])
+        assert torch.equal(found.inputs[0], values)
+        with pytest.raises(TimeoutError):
+            parse(body, None, spec, OUTPUTS, shape[0], until=time.monotonic())
+        listed[-1] = "1"
+        with pytest.raises(ValueError, match=r"data of input 'input' must be|JSON"):
+            read({"inputs": [entry]}, spec)
+
+
+def test_what_only_looks_like_data_is_no_data():
+    entry = one()["inputs"][0]
+    entry["parameters"] = {"data": [7, 8], "x": '"data":[9]'}
+    found = read({"id": '\\"data": [1, 2', "inputs": [entry], "data": [[3]]})
+    assert torch.equal(found.inputs[0], torch.tensor(ROWS))
+    assert found.id == '\\"data": [1, 2'
+    spelled = (
+        orjson.dumps(one()).replace(b'"data"', b'"d\\u0061ta"').replace(orjson.dumps(ROWS), b"[0]")
+    )
+    assert "data of an input must be" in refused(spelled)
+
+
 def test_rows_that_are_to_blame_are_named():
     message, tail = binary(torch.tensor([1.0, math.inf]))
     spec = [TensorSpec("input", "FP32", ())]
@@ -121,9 +182,9 @@ def test_rows_that_are_to_blame_are_named():
         (one(data=["a"] * 6), "must be 6 numbers of FP32"),
         (one(data=[True] * 6), "must be 6 numbers of FP32"),
         (one(data=[1, 2]), "6 numbers of FP32, in one list or nested as the shape [2, 3], got"),
-        (one(data=[[1, 2], [3, 4], [5, 6]]), "got [[1, 2], [3, 4], [5, 6]]"),
-        (one(data=[[1, 2, 3], [4, 5]]), "as the shape [2, 3], got [[1, 2, 3], [4, 5]]"),
-        (one(data=[[1, 2, 3], [4, None, 6]]), "as the shape [2, 3], got [1, 2, 3, 4, None, 6]"),
+        (one(data=[[1, 2], [3, 4], [5, 6]]), "got [[1,2],[3,4],[5,6]]"),
+        (one(data=[[1, 2, 3], [4, 5]]), "as the shape [2, 3], got [[1,2,3],[4,5]]"),
+        (one(data=[[1, 2, 3], [4, None, 6]]), "as the shape [2, 3], got [[1,2,3],[4,null,6]]"),
         (one(parameters={"binary_data_size": 4}), "must have either data or a binary_data_size"),
         ({"inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 3]}]}, "either data or"),
         (one() | {"parameters": {"coverage": 1.5}}, "coverage of the request must be between 0"),
@@ -272,3 +333,113 @@ def test_specs(arguments, message):
     with pytest.raises(TypeError, match=r"x must be of one of DATATYPES, got torch.complex64"):
         TensorSpec.of("x", torch.zeros(2, 3, dtype=torch.complex64))
     assert TensorSpec.of("x", torch.zeros(2, 3)) == TensorSpec("x", "FP32", (3,))
+
+
+# Connections.
+
+
+@pytest.fixture
+def port(monkeypatch):
+    """Yield the port of a server with short limits, of rows of any size."""
+    monkeypatch.setattr(protocol, "_HEADERS_SECONDS", 0.5)
+    monkeypatch.setattr(protocol, "_ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(Connection, "most", 6)
+    spec = TensorSpec("input", "FP32", (-1,))
+    with serving(built(nn.Identity(), inputs=[spec], outputs=[spec])) as port:
+        yield port
+
+
+def connected(port, text=b""):
+    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    connection.sendall(text)
+    return connection
+
+
+def ended(connection):
+    """Return what the server sent before it closed the connection."""
+    found = b""
+    with contextlib.suppress(ConnectionError), connection:
+        while data := connection.recv(65536):
+            found += data
+    return found
+
+
+GET = b"GET /v2 HTTP/1.1\r\nHost: x\r\n"
+CHUNKED = (
+    b"POST /v2/models/m/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("begin", "more"),
+    [
+        (GET, b"a: b\r\n"),
+        (GET + b"a: ", b"b" * 1000),
+        (b"GET /", b"v" * 1000),
+        (CHUNKED + b"0\r\n", b"a: b\r\n"),
+        (CHUNKED + b"2;a=", b"b" * 1000),
+    ],
+    ids=["many", "one", "path", "trailers", "extension"],
+)
+def test_headers_without_end_end_the_connection(port, begin, more):
+    sent = 0
+    with connected(port, begin) as connection:
+        with contextlib.suppress(ConnectionError):
+            while sent < 2**26:
+                connection.sendall(more * 100)
+                sent += 100 * len(more)
+        assert sent < 2**26  # of which most lies in the buffers of the sockets
+        with contextlib.suppress(ConnectionError):
+            assert b" 431 " in connection.recv(65536) or b" 400 " in connection.recv(65536)
+
+
+@pytest.mark.parametrize("begin", [b"", b"\r\n", GET, GET + b"\r\n" + GET], ids=str)
+def test_headers_come_in_time(port, begin):
+    start = time.monotonic()
+    with connected(port, begin) as connection:
+        for _ in range(20):  # a byte at a time
+            time.sleep(0.1)
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(b"a" if begin else b"")
+        found = ended(connection)
+    assert found.count(b" 200 ") == begin.count(b"\r\n\r\n")
+    assert time.monotonic() - start < 20
+
+
+def test_a_kept_connection_may_be_idle_for_longer(port):
+    with Client(port) as client:
+        assert client.get("/v2")[0] == 200
+        own = client.connection.sock
+        time.sleep(1)
+        assert client.get("/v2")[0] == 200
+        assert client.connection.sock is own
+
+
+def test_the_connection_that_is_idle_the_longest_makes_room(port):
+    with contextlib.ExitStack() as stack:
+        for _ in range(30):
+            stack.enter_context(connected(port))
+        for _ in range(3):
+            with Client(port) as client:
+                assert client.get("/v2")[0] == 200
+    with contextlib.ExitStack() as stack:
+        head = b"POST /v2/models/m/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
+        busy = [stack.enter_context(connected(port, head)) for _ in range(6)]
+        time.sleep(0.3)
+        assert b" 503 Service Unavailable" in ended(connected(port, GET + b"\r\n"))
+        assert all(b" 408 " in connection.recv(65536) for connection in busy)  # of 2.5 s
+
+
+def test_a_client_that_does_not_read_its_answer_is_disconnected(port):
+    message, tail = binary(torch.zeros(1, 4_000_000))
+    message["outputs"] = [{"name": "input", "parameters": {"binary_data": True}}]
+    head = orjson.dumps(message)
+    asked = (
+        b"POST /v2/models/m/infer HTTP/1.1\r\nHost: x\r\nInference-Header-Content-Length: %d\r\n"
+    )
+    asked = asked % len(head) + b"Content-Length: %d\r\n\r\n" % len(head + tail)
+    with connected(port, asked + head + tail) as connection:
+        time.sleep(4)
+        assert len(ended(connection)) < len(tail)
+    with Client(port) as client:
+        assert client.get("/v2")[0] == 200

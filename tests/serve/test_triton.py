@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -35,6 +36,33 @@ class TritonTests:
                 assert metadata["inputs"][0]["shape"] == [-1, 1, 28, 28]
             assert "binary_tensor_data" in client.get_server_metadata()["extensions"]
             assert not client.is_model_ready("other")
+            with pytest.raises(
+                triton.InferenceServerException, match="'/v2/models/other'; the mod"
+            ):
+                client.get_model_metadata("other")
+
+    def test_repository_configuration_and_statistics(self, address):
+        self.check(address, 7, True, True, None, None)
+        with triton.InferenceServerClient(address) as client:
+            (model,) = client.get_model_repository_index()
+            assert model == {"name": "m", "version": "1", "state": "READY", "reason": ""}
+            for version in ("", "1"):
+                config = client.get_model_config("m", version)
+                assert (config["name"], config["max_batch_size"]) == ("m", 64)
+                image = {"name": "input", "data_type": "TYPE_FP32", "dims": [1, 28, 28]}
+                assert config["input"] == [image]
+                (of_model,) = client.get_inference_statistics("m", version)["model_stats"]
+                assert (of_model["name"], of_model["version"]) == ("m", "1")
+            (found,) = client.get_inference_statistics()["model_stats"]
+        assert found["inference_count"] >= 7
+        assert found["execution_count"] >= 1
+        assert abs(found["last_inference"] / 1000 - time.time()) < 300
+        times = found["inference_stats"]
+        names = {"success", "fail", "queue", "compute_input", "compute_infer", "compute_output"}
+        assert set(times) == names
+        assert times["success"]["count"] >= 1
+        assert all(times[name]["ns"] > 0 for name in names - {"fail"})
+        assert times["success"]["ns"] >= times["compute_infer"]["ns"]
 
     @pytest.mark.parametrize("case", ALIKE)
     def test_answers(self, address, case):
