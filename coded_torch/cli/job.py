@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import fcntl
 import hashlib
@@ -50,11 +49,9 @@ _MANIFEST = "manifest.sha256"  # digests of batches, which `sha256sum --check` r
 def job(args: argparse.Namespace) -> None:
     """Compute the answers to all rows, and write the batches in order; or check a folder."""
     if args.check is not None:
-        _check(args.check)
-        return
-    with usage("job"):
-        if None in (args.factory, args.inputs, args.output):
-            raise ValueError("MODULE:FACTORY, --inputs and --output must be given")
+        return _check(args.check)
+    if None in (args.factory, args.inputs, args.output):
+        raise CommandError("coded-torch job: MODULE:FACTORY, --inputs and --output must be given")
     with usage("job: --inputs cannot be read", errors=Exception):
         names, rows, read = _open(args.inputs)
     factory = find_factory("job", args.factory)
@@ -240,13 +237,10 @@ def _started(coded: CodedWrapper, batches: Iterator[BoundArguments]) -> Iterator
             rows = different_rows(tree_leaves(given))
             args, kwargs = tree_map(operator.itemgetter(rows), given)
             with usage("job", TypeError, prefix="Workers: "):
-                # If the model fails on these rows, the batch says so.
-                for example in (batch.signature.bind(*args, **kwargs), None):
-                    try:
-                        coded.workers.start(coded.module, example)
-                        break
-                    except RuntimeError as error:
-                        logger.warning("not every worker has run the model: %s", error)
+                try:
+                    coded.workers.start(coded.module, batch.signature.bind(*args, **kwargs))
+                except RuntimeError as error:  # if the model fails on these rows, the batch says so
+                    logger.warning("not every worker has run the model: %s", error)
         yield batch
 
 
@@ -307,22 +301,12 @@ class _Pickler(pickle.Pickler):
             value = value.dequantize() if value.is_quantized else value.to_dense()
             flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             return str(value.dtype), *value.shape, hashlib.blake2b(flat.numpy().data).digest()
-        if isinstance(value, type):
-            self.modules.update(str(each.__module__) for each in value.__mro__)
+        if isinstance(value, (type, types.FunctionType)):
+            self.modules.update(str(x.__module__) for x in getattr(value, "__mro__", [value]))
             return value.__qualname__
         return None
 
     def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, types.FunctionType):
-            self.modules.add(str(value.__module__))
-            code, cells = value.__code__, value.__closure__ or ()
-            plain = [x for x in code.co_consts if not isinstance(x, types.CodeType)]
-            plain += [value.__defaults__, value.__kwdefaults__, vars(value)]
-            return (
-                str,
-                (value.__qualname__, code.co_code),
-                [plain, [x.cell_contents for x in cells]],
-            )
         with contextlib.suppress(Exception):
             if isinstance(reduced := value.__reduce_ex__(4), tuple):
                 return reduced
@@ -337,33 +321,27 @@ def _digest(value: Any, modules: set[str]) -> str:
 
 
 def _digest_of_files(modules: set[str]) -> str:
-    """Return a digest of the source of modules, without comments and layout."""
+    """Return a digest of the files of modules."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(modules):
         path = getattr(sys.modules.get(name), "__file__", None)
         if path and name.partition(".")[0] != "torch":  # its version says enough
-            content = Path(path).read_bytes()
-            with contextlib.suppress(SyntaxError, ValueError):  # compiled code
-                content = ast.dump(ast.parse(content)).encode()
-            digest.update(name.encode() + content)
+            digest.update(name.encode() + Path(path).read_bytes())
     return digest.hexdigest()
 
 
 def _examine(folder: Path, rows: int, size: int) -> tuple[dict[str, str], dict[str, str]]:
     """Return the digests of the batches that fit theirs, and what is wrong with the others."""
-    text = path.read_text(errors="replace") if (path := folder / _MANIFEST).exists() else ""
-    lines = re.findall(r"^([0-9a-f]{64})  (batch-\d{12}\.pt)\n", text, re.M)
-    digests, good, wrong = {name: digest for digest, name in lines}, {}, {}
+    path = folder / _MANIFEST
+    text = path.read_text(errors="replace") if path.exists() else ""
+    known = dict(map(reversed, re.findall(r"^(\w{64})  (\S+)\n", text, re.M)))
+    good, wrong = dict[str, str](), dict[str, str]()
     for name in (f"batch-{start:012}.pt" for start in range(0, rows, size)):
-        path = folder / name
-        if not path.exists():
-            wrong[name] = "is missing"
-        elif name not in digests:
-            wrong[name] = "has no digest"
-        elif hashlib.sha256(path.read_bytes()).hexdigest() != digests[name]:
-            wrong[name] = "does not fit its digest"
+        path, digest = folder / name, known.get(name, "")
+        if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == digest:
+            good[name] = digest
         else:
-            good[name] = digests[name]
+            wrong[name] = "has no digest that fits" if path.exists() else "is missing"
     return good, wrong
 
 
@@ -372,13 +350,11 @@ def _check(folder: Path) -> None:
     with usage("job: --check"):
         claim = _read_claim(folder / "job.json")
         good, wrong = _examine(folder, claim["rows"], claim["batch-size"])
-    every = len(good) + len(wrong)
-    for path in sorted(folder.glob("batch-*.pt")):
-        if path.name not in good:
-            wrong.setdefault(path.name, "is not of this job")
+    found = f"{len(good)} of {len(good) + len(wrong)} batches in {folder} fit their digests"
+    others = {x.name for x in folder.glob("batch-*.pt")} - good.keys()
+    wrong = dict.fromkeys(sorted(others), "is not of this job") | wrong
     for name, why in wrong.items():
         say(f"{folder / name} {why}.")
-    found = f"{len(good)} of {every} batches in {folder} are there and fit their digests"
     if wrong:
         raise CommandError(f"coded-torch job: {found}")
     say(f"{found}.")
