@@ -264,7 +264,7 @@ def _claim(args: Any, factory: Any, coded: CodedWrapper, rows: int, mapping: str
     now |= {"batch-size": args.batch_size, "parts": coded.parts, "waiting": str(coded.waiting)}
     for name in ("code", "predictor", "surrogate", "verify", "in_dims", "out_dims"):
         now[name] = f"digest {_digest(getattr(coded, name), sources)}"
-    # What --trust-model does not compare.
+    # The option --trust-model leaves these out.
     trusted = {"model": f"{args.factory}, digest {_digest((factory, coded.module), sources)}"}
     trusted["source"] = f"digest {_digest_of_files(sources)}"
     trusted["versions"] = f"torch {torch.__version__}, coded_torch {coded_torch.__version__}"
@@ -310,7 +310,7 @@ class _Pickler(pickle.Pickler):
         with contextlib.suppress(Exception):
             if isinstance(reduced := value.__reduce_ex__(4), tuple):
                 return reduced
-        return str, (re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)),)  # such as a lock
+        return str, (re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)),)  # a lock cannot be pickled
 
 
 def _digest(value: Any, modules: set[str]) -> str:
@@ -325,13 +325,13 @@ def _digest_of_files(modules: set[str]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(modules):
         path = getattr(sys.modules.get(name), "__file__", None)
-        if path and name.partition(".")[0] != "torch":  # its version says enough
+        if path and name.partition(".")[0] != "torch":  # the claim has its version
             digest.update(name.encode() + Path(path).read_bytes())
     return digest.hexdigest()
 
 
 def _examine(folder: Path, rows: int, size: int) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the digests of the batches that fit theirs, and what is wrong with the others."""
+    """Return the digests of good batches, and what is wrong with the other ones, by their names."""
     path = folder / _MANIFEST
     text = path.read_text(errors="replace") if path.exists() else ""
     known = dict(map(reversed, re.findall(r"^(\w{64})  (\S+)\n", text, re.M)))
@@ -346,7 +346,7 @@ def _examine(folder: Path, rows: int, size: int) -> tuple[dict[str, str], dict[s
 
 
 def _check(folder: Path) -> None:
-    """Print what is wrong with the batches of a folder, and end with an error if something is."""
+    """Print each batch that is wrong, and raise a CommandError if there is one."""
     with usage("job: --check"):
         claim = _read_claim(folder / "job.json")
         good, wrong = _examine(folder, claim["rows"], claim["batch-size"])
