@@ -5,38 +5,57 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import functools
 import hashlib
+import inspect
+import io
 import json
+import logging
+import operator
 import os
+import pickle
 import re
 import signal
+import sys
 import time
+import types
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from inspect import BoundArguments
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
+
+import coded_torch
 
 from .._arguments import count
+from ..codes import NotEnoughResults
 from ..nn import CodedWrapper, Waiting
 from ..workers import ProcessWorkers
-from . import find_factory, need, say, usage
+from ..workers.base import different_rows
+from . import CommandError, find_factory, need, say, usage
 
 __all__ = ["job"]
 
+logger = logging.getLogger("coded_torch.job")
+
+_MANIFEST = "manifest.sha256"  # digests of batches, which `sha256sum --check` reads, too
+
 
 def job(args: argparse.Namespace) -> None:
-    """Compute the answers to all rows, and write the batches in order."""
+    """Compute the answers to all rows, and write the batches in order; or check a folder."""
+    if args.check is not None:
+        return _check(args.check)
+    if None in (args.factory, args.inputs, args.output):
+        raise CommandError("coded-torch job: MODULE:FACTORY, --inputs and --output must be given")
     with usage("job: --inputs cannot be read", errors=Exception):
-        rows, read = _open(args.inputs)
-        next(read(1, [0]))
-    made = find_factory("job", args.factory)()
+        names, rows, read = _open(args.inputs)
+    factory = find_factory("job", args.factory)
+    made = factory()
     coded = made[0] if isinstance(made, tuple) and made else made  # `serve` needs examples, too
     with contextlib.ExitStack() as held:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
@@ -45,35 +64,53 @@ def job(args: argparse.Namespace) -> None:
             if not isinstance(coded, CodedWrapper):
                 how = {"predict": args.deadline is not None or args.on_error == "predict"}
                 waiting = Waiting(args.deadline, float("inf"), on_error=args.on_error, **how)
-                workers = ProcessWorkers(args.num_workers)
+                workers = ProcessWorkers(args.num_workers, grace=args.grace)
                 coded = CodedWrapper(coded, workers=workers, waiting=waiting)
+            elif args.deadline is not None or args.on_error != "raise":
+                own = f"as {args.factory} returns a CodedWrapper with its own waiting"
+                raise ValueError(f"--deadline and --on-error must be left out, {own}")
+            columns = _columns(args, names, coded.eval().module)
+            next(read(columns, 1, [0]))
+            mapping = ", ".join(f"{name}={x}" for name, x in columns.arguments.items())
             size = count("job", "batch_size", args.batch_size)
             args.output.mkdir(parents=True, exist_ok=True)
             # No other process can lock the file before it is closed, or this process ends.
             lock = held.enter_context((args.output / "job.lock").open("w"))
             with usage(f"job: --output {args.output} must not be in use by another job"):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _claim(args, coded.module, rows)
-            starts = range(0, rows, size)
-            paths = {start: args.output / f"batch-{start:012}.pt" for start in starts}
-            missing = [start for start, path in paths.items() if not zipfile.is_zipfile(path)]
-            found = coded.eval().map(read(size, missing), in_flight=args.in_flight)
+            _claim(args, factory, coded, rows, mapping)
+            good, wrong = _examine(args.output, rows, size)
+            if again := [name for name, why in wrong.items() if why != "is missing"]:
+                logger.warning("batches without a fitting digest are computed again: %s", again)
+            lines = (f"{digest}  {name}\n" for name, digest in good.items())
+            _replace(args.output / _MANIFEST, "".join(lines).encode())
+            manifest = held.enter_context((args.output / _MANIFEST).open("a"))
+            missing = [int(name[6:18]) for name in wrong]
+            batches = _started(coded, read(columns, size, missing))
+            found = coded.map(batches, in_flight=args.in_flight)
+        say(f"Columns of {args.inputs}: {mapping}.")
         held.enter_context(coded.workers)
         held.enter_context(torch.no_grad())
         counts: Counter[str] = Counter()
         begin, end = time.monotonic(), ""
-        progress: Iterable[int] = missing
+        progress: Iterable[str] = wrong
         with contextlib.suppress(ImportError):
             from tqdm import tqdm
 
-            progress = tqdm(missing, desc="batches", disable=None)  # if there is a terminal
+            progress = tqdm(wrong, desc="batches", disable=None)  # if there is a terminal
         try:
-            for start, (answers, report) in zip(progress, found, strict=True):
+            for name, (answers, report) in zip(progress, found, strict=True):
                 # A zip file for ``torch.load``: outputs, a dict or a list, and their errors.
                 outputs = dict(answers) if isinstance(answers, Mapping) else tree_leaves(answers)
                 content = {"outputs": outputs, "predicted": report.predicted, "radii": report.radii}
+                with usage("job: outputs must be what torch.load can read", errors=Exception):
+                    torch.save(content, file := io.BytesIO())
+                    torch.load(io.BytesIO(data := file.getbuffer()), weights_only=True)
                 with usage("job: --output cannot be written", errors=OSError):
-                    _replace(paths[start], functools.partial(torch.save, content))
+                    _replace(args.output / name, data)
+                    # Written later: a batch without its digest is computed again.
+                    print(f"{hashlib.sha256(data).hexdigest()}  {name}", file=manifest, flush=True)
+                    os.fsync(manifest.fileno())
                 flags = [] if report.predicted is None else report.predicted.tolist()
                 counts.update("predicted" if flag else "exact" for flag in flags)
                 counts.update(batches=1, hedges=len(report.hedges))
@@ -81,66 +118,84 @@ def job(args: argparse.Namespace) -> None:
             if "batch" in (facts := vars(error)):  # numbered by `map`, from the first missing one
                 first = missing[facts["batch"]]
                 rows_of_file = [first + row for row in facts.get("rows", ())]
-                end = f"\nBatch {first // size}, from row {first} of {args.inputs}, failed. "
-                end += f"The first failing rows of the file: {rows_of_file[:16] or 'none'}."
+                end = f"Batch {first // size}, from row {first} of {args.inputs}, failed. "
+                if rows_of_file:
+                    end += f"The first failing rows of the file: {rows_of_file[:16]}. "
                 facts |= {"batch": first // size, "rows": rows_of_file}
                 facts["__notes__"][-1] = end.strip()
+            if isinstance(error, NotEnoughResults):  # the user's own code raised nothing
+                raise CommandError(f"coded-torch job: {error}. {end.strip()}") from None
             raise
         finally:
             total = counts["exact"] + counts["predicted"]
             speed = total / max(time.monotonic() - begin, 1e-9)
-            there = len(paths) - len(missing) + counts["batches"]
-            end += "" if there == len(paths) else "\nGo on with --resume."
+            there, every = len(good) + counts["batches"], len(good) + len(wrong)
+            end = "" if there == every else f"\n{end}Go on with --resume."
             say(
-                f"{there} of {len(paths)} batches are in {args.output}. This run: "
+                f"{there} of {every} batches are in {args.output}. This run: "
                 f"{counts['exact']:,} exact rows, {counts['predicted']:,} predicted rows, "
                 f"{counts['hedges']:,} hedges, {coded.workers.num_restarts} workers lost, "
                 f"{speed:,.0f} rows per second.{end}"
             )
 
 
-def _open(path: Path) -> tuple[int, Callable[[int, list[int]], Iterator[tuple[Tensor, ...]]]]:
-    """Return the number of rows, and a function that yields the batches of a size by their starts.
+# Inputs and calls.
 
-    A batch has a tensor for each input.
+
+def _open(path: Path) -> tuple[list[str], int, Callable[..., Iterator[BoundArguments]]]:
+    """Return the names of the columns, the number of rows, and a function that reads batches.
+
+    It puts tensors in the place of columns, for each batch of a size that begins at some rows.
     """
+    look = operator.attrgetter("st_ino", "st_size", "st_mtime_ns")
+    before = look(path.stat())
     if path.suffix == ".parquet":
         need("job", "job", "pyarrow")
         from pyarrow import parquet
 
         file = parquet.ParquetFile(path)
+        inputs: dict[str, Any] = dict.fromkeys(file.schema_arrow.names)
         lengths = [file.metadata.num_rows]
     elif path.suffix == ".safetensors":
         need("job", "job", "safetensors")
         from safetensors import safe_open
 
         opened: Any = safe_open(path, "pt")
-        inputs = [opened.get_slice(name) for name in sorted(opened.keys())]
-        lengths = [[*x.get_shape(), 0][0] for x in inputs]
+        inputs = {name: opened.get_slice(name) for name in sorted(opened.keys())}
+        lengths = [[*x.get_shape(), 0][0] for x in inputs.values()]
     elif path.suffix == ".npy":
-        inputs = [np.atleast_1d(np.load(path, mmap_mode="r"))]  # pages are read on demand
-        lengths = [len(inputs[0])]
+        inputs = {"rows": np.atleast_1d(np.load(path, mmap_mode="r"))}  # read on demand
+        lengths = [len(inputs["rows"])]
     else:
         raise ValueError(f"it must be a .npy, .safetensors or .parquet file, got {path}")
     rows = lengths[0] if len(set(lengths)) == 1 else 0
     if not rows:
         raise ValueError(f"it must hold rows, as many of each tensor, got {lengths}")
 
-    def slices(size: int, starts: list[int]) -> Iterator[tuple[Tensor, ...]]:
+    def slices(names: list[str], size: int, starts: list[int]) -> Iterator[list[Tensor]]:
         for i in starts:
-            parts = (x[i : min(i + size, rows)] for x in inputs)
-            yield tuple(x if isinstance(x, Tensor) else torch.tensor(x) for x in parts)
+            parts = [inputs[name][i : i + size] for name in names]
+            yield [x.clone() if isinstance(x, Tensor) else torch.tensor(x) for x in parts]
 
-    def columns(size: int, starts: list[int]) -> Iterator[tuple[Tensor, ...]]:
+    def tables(names: list[str], size: int, starts: list[int]) -> Iterator[list[Tensor]]:
         at, wanted = 0, set(starts)
-        for batch in file.iter_batches(size) if wanted else ():
+        for batch in file.iter_batches(size, columns=names) if wanted else ():
             if batch.num_rows != min(size, rows - at):
                 raise RuntimeError("this version of pyarrow ends batches at row groups")
             if at in wanted:
-                yield tuple(_column(name, batch[name]) for name in sorted(batch.schema.names))
+                yield [_column(name, batch[name]) for name in names]
             at += size
 
-    return rows, columns if path.suffix == ".parquet" else slices
+    def read(columns: BoundArguments, size: int, starts: list[int]) -> Iterator[BoundArguments]:
+        names, many = [*columns.args, *columns.kwargs.values()], len(columns.args)
+        with usage("job: --inputs cannot be read", errors=Exception):
+            for batch in (tables if path.suffix == ".parquet" else slices)(names, size, starts):
+                if look(path.stat()) != before:
+                    raise ValueError(f"{path} has changed since the job began")
+                named = zip(columns.kwargs, batch[many:], strict=True)
+                yield columns.signature.bind(*batch[:many], **dict(named))
+
+    return list(inputs), rows, read
 
 
 def _column(name: str, column: Any) -> Tensor:
@@ -149,56 +204,167 @@ def _column(name: str, column: Any) -> Tensor:
     while hasattr(values.type, "value_field") and not values.null_count:  # a list
         values = values.flatten()
     if values.null_count:
-        raise ValueError(f"--inputs must have no nulls, got some in the column {name!r}")
+        raise ValueError(f"it must have no nulls, got some in the column {name!r}")
     kind = getattr(values.type, "value_type", values.type)  # a dictionary has one, too
     return torch.from_numpy(np.array(column.to_pylist(), kind.to_pandas_dtype()))
 
 
-def _claim(args: argparse.Namespace, module: nn.Module, rows: int) -> None:
-    """Begin a job in its folder, or check that the folder holds the same job.
+def _columns(args: argparse.Namespace, names: list[str], module: nn.Module) -> BoundArguments:
+    """Return the names of the columns in the places of the arguments of ``forward``."""
+    signature = inspect.signature(lambda *args, **kwargs: None)
+    with contextlib.suppress(ValueError):  # TorchScript may have none; compiled modules hide it
+        signature = inspect.signature(getattr(module, "_orig_mod", module).forward)
+    kinds = {name: x.kind.name for name, x in signature.parameters.items()}
+    by_name = all(kinds.get(x) in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY") for x in names)
+    by_name |= set(kinds.values()) == {"VAR_KEYWORD"}
+    pairs = [(name if by_name and args.inputs.suffix != ".npy" else "", name) for name in names]
+    if args.columns is not None:
+        pairs = [each.rpartition("=")[::2] for each in args.columns.split(",")]
+    by_order = [column for name, column in pairs if not name]
+    with usage(f"job: --columns must name columns for forward{signature}, as a,b or x=a,y=b"):
+        if args.columns is None and len(by_order) > 1:
+            raise ValueError(f"the file has {names}")
+        if unknown := [column for _, column in pairs if column not in names]:
+            raise ValueError(f"{unknown} are not among {names}")
+        return signature.bind(*by_order, **{name: column for name, column in pairs if name})
 
-    The digests are of the inputs' bytes, of the module's ``repr`` without addresses, which differ
-    in every process, and of every byte of its state.
-    """
-    content = hashlib.blake2b(np.memmap(args.inputs, mode="r").data, digest_size=16)
-    digest = hashlib.blake2b(_shown(module), digest_size=16)
-    for name, value in module.state_dict().items():
-        digest.update(name.encode())
+
+def _started(coded: CodedWrapper, batches: Iterator[BoundArguments]) -> Iterator[BoundArguments]:
+    """Yield the batches, once the workers have run the model on rows of the first one."""
+    for number, batch in enumerate(batches):
+        if number == 0:
+            given = batch.args, batch.kwargs
+            rows = different_rows(tree_leaves(given))
+            args, kwargs = tree_map(operator.itemgetter(rows), given)
+            with usage("job", TypeError, prefix="Workers: "):
+                try:
+                    coded.workers.start(coded.module, batch.signature.bind(*args, **kwargs))
+                except RuntimeError as error:  # if the model fails on these rows, the batch says so
+                    logger.warning("not every worker has run the model: %s", error)
+        yield batch
+
+
+# The folder.
+
+
+def _claim(args: Any, factory: Any, coded: CodedWrapper, rows: int, mapping: str) -> None:
+    """Begin a job in its folder, or check that the folder holds the same job."""
+    path, before = args.output / "job.json", dict[str, Any]()
+    if path.exists():
+        if not args.resume:
+            raise ValueError(f"--output {args.output} holds a job; --resume goes on with it")
+        before = _read_claim(path)
+    elif {*os.listdir(args.output)} - {"job.lock", "job.part"}:  # a job that was cut short
+        raise ValueError(f"--output must be an empty folder, got {args.output}")
+    if coded.code is None and coded.parts is None:  # rounding may depend on the rows of a part
+        coded.parts = before.get("parts") or coded.workers.num_workers
+    sources = {args.factory.partition(":")[0]}
+    content = hashlib.blake2b(np.memmap(args.inputs, mode="r").data, digest_size=16).hexdigest()
+    now = {"inputs": f"of {rows} rows, digest {content}", "rows": rows, "columns": mapping}
+    now |= {"batch-size": args.batch_size, "parts": coded.parts, "waiting": str(coded.waiting)}
+    for name in ("code", "predictor", "surrogate", "verify", "in_dims", "out_dims"):
+        now[name] = f"digest {_digest(getattr(coded, name), sources)}"
+    # The option --trust-model leaves these out.
+    trusted = {"model": f"{args.factory}, digest {_digest((factory, coded.module), sources)}"}
+    trusted["source"] = f"digest {_digest_of_files(sources)}"
+    trusted["versions"] = f"torch {torch.__version__}, coded_torch {coded_torch.__version__}"
+    compared = now if args.trust_model else now | trusted
+    differ = [key for key, value in compared.items() if before.get(key) != value]
+    if before and differ and any(args.output.glob("batch-*.pt")):
+        must = "; ".join(f"{key} {before.get(key)}, got {compared[key]}" for key in differ)
+        how = " (--trust-model goes on)" if trusted.keys() >= {*differ} else ""
+        raise ValueError(f"--resume must repeat the job in {args.output}: {must}{how}")
+    _replace(path, json.dumps(now | trusted).encode())
+
+
+def _read_claim(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(KeyError, RecursionError, TypeError, ValueError):
+        claim = json.loads(path.read_bytes())
+        if type(claim["rows"]) is type(claim["batch-size"]) is int:
+            return dict(claim)
+    raise ValueError(f"{path} must describe a job, but it is damaged, or of an earlier version")
+
+
+class _Pickler(pickle.Pickler):
+    """Writes a value in the same way in every process, and collects the modules of its code."""
+
+    modules: set[str]
+
+    def persistent_id(self, value: Any) -> Any:
+        if isinstance(value, (set, frozenset)):
+            return sorted(_digest(each, self.modules) for each in value)
+        if isinstance(value, torch.jit.ScriptModule):  # the order in its code differs
+            with zipfile.ZipFile(io.BytesIO(value.save_to_buffer())) as file:
+                names = [name for name in file.namelist() if re.search("/(data|constants)", name)]
+                return str(value.inlined_graph), *map(file.read, names)
         if isinstance(value, Tensor):
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
+            value = value.dequantize() if value.is_quantized else value.to_dense()
+            flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            return str(value.dtype), *value.shape, hashlib.blake2b(flat.numpy().data).digest()
+        if isinstance(value, (type, types.FunctionType)):
+            self.modules.update(str(x.__module__) for x in getattr(value, "__mro__", [value]))
+            return value.__qualname__
+        return None
+
+    def reducer_override(self, value: Any) -> Any:
+        with contextlib.suppress(Exception):
+            if isinstance(reduced := value.__reduce_ex__(4), tuple):
+                return reduced
+        return str, (re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)),)  # a lock cannot be pickled
+
+
+def _digest(value: Any, modules: set[str]) -> str:
+    pickler = _Pickler(file := io.BytesIO(), 4)
+    pickler.modules = modules
+    pickler.dump(value)
+    return hashlib.blake2b(file.getbuffer(), digest_size=16).hexdigest()
+
+
+def _digest_of_files(modules: set[str]) -> str:
+    """Return a digest of the files of modules."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(modules):
+        path = getattr(sys.modules.get(name), "__file__", None)
+        if path and name.partition(".")[0] != "torch":  # the claim has its version
+            digest.update(name.encode() + Path(path).read_bytes())
+    return digest.hexdigest()
+
+
+def _examine(folder: Path, rows: int, size: int) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the digests of good batches, and what is wrong with the other ones, by their names."""
+    path = folder / _MANIFEST
+    text = path.read_text(errors="replace") if path.exists() else ""
+    known = dict(map(reversed, re.findall(r"^(\w{64})  (\S+)\n", text, re.M)))
+    good, wrong = dict[str, str](), dict[str, str]()
+    for name in (f"batch-{start:012}.pt" for start in range(0, rows, size)):
+        path, digest = folder / name, known.get(name, "")
+        if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == digest:
+            good[name] = digest
         else:
-            digest.update(_shown(value))
-    now = {
-        "inputs": f"of {rows} rows, digest {content.hexdigest()}",
-        "model": f"{args.factory}, digest {digest.hexdigest()}",
-        "batch-size": args.batch_size,
-        "deadline": args.deadline,
-    }
-    path = args.output / "job.json"
-    if not path.exists():
-        ours = ("job.lock", "job.part")  # a job that was cut short leaves them
-        if any(each.name not in ours for each in args.output.iterdir()):
-            raise ValueError(f"--output must be an empty folder, got {args.output}")
-        _replace(path, lambda file: file.write(json.dumps(now).encode()))
-        return
-    if not args.resume:
-        raise ValueError(f"--output {args.output} holds a job; --resume goes on with it")
-    before = json.loads(path.read_text())
-    if different := [key for key, value in now.items() if before.get(key) != value]:
-        must = "; ".join(f"{key} {before.get(key)}, got {now[key]}" for key in different)
-        raise ValueError(f"--resume must repeat the job in {args.output}: {must}")
+            wrong[name] = "has no digest that fits" if path.exists() else "is missing"
+    return good, wrong
 
 
-def _shown(value: object) -> bytes:
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)).encode()
+def _check(folder: Path) -> None:
+    """Print each batch that is wrong, and raise a CommandError if there is one."""
+    with usage("job: --check"):
+        claim = _read_claim(folder / "job.json")
+        good, wrong = _examine(folder, claim["rows"], claim["batch-size"])
+    found = f"{len(good)} of {len(good) + len(wrong)} batches in {folder} fit their digests"
+    others = {x.name for x in folder.glob("batch-*.pt")} - good.keys()
+    wrong = dict.fromkeys(sorted(others), "is not of this job") | wrong
+    for name, why in wrong.items():
+        say(f"{folder / name} {why}.")
+    if wrong:
+        raise CommandError(f"coded-torch job: {found}")
+    say(f"{found}.")
 
 
-def _replace(path: Path, write: Callable[[Any], Any]) -> None:
+def _replace(path: Path, data: bytes | memoryview) -> None:
     """Write a file whole or not at all, even if the process or the host ends meanwhile."""
     part = path.with_suffix(".part")
     with part.open("wb") as file:
-        write(file)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)

@@ -38,6 +38,11 @@ MSE / variance   the same distance squared, over the variance of exact answers
 RelAcc           right answers, relative to the bare model's right answers
 ±                half the width of the 95 % interval over batches
 ordered          the batch is ordered by similarity before it is coded"""
+_COLUMNS = """columns in the order of the arguments, as a,b, or by name, as x=a,y=b; not needed for
+one column, or if every column has the name of an argument"""
+_RESUME = """go on with the job in the folder, if there is one. The inputs, the options, the model's
+weights and attributes, and the files of its classes and of the factory must be the same. Not seen:
+other files that the model imports or reads, values that functions hold, and the kind of workers"""
 _TRIPLES = "workers N, inputs a group K and lost workers S; several in quotes"
 
 
@@ -199,13 +204,22 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[Option, .
     job: (
         "compute the answers to all rows of a file, and go on after an interruption",
         (
-            ("factory", str, ..., "returns the model or a CodedWrapper, also with examples"),
-            ("--inputs", Path, ..., "a .npy, .safetensors or .parquet file; inputs sorted by name"),
-            ("--output", Path, ..., "a folder, for a file of torch.save a batch"),
-            ("--resume", bool, False, "go on with the job in the folder, if there is one"),
+            ("factory", str, None, "returns the model or a CodedWrapper, also with examples"),
+            ("--inputs", Path, None, "a .npy, .safetensors or .parquet file"),
+            ("--columns", str, None, _COLUMNS),
+            ("--output", Path, None, "a folder, for a file of torch.save per batch"),
+            ("--resume", bool, False, _RESUME),
+            (
+                "--trust-model",
+                bool,
+                False,
+                "with --resume: the model, its files and versions may differ",
+            ),
+            ("--check", Path, None, "a folder; print which of its batches are not whole, and end"),
             ("--batch-size", int, 256, "rows of a batch"),
             ("--in-flight", int, 4, "batches that are computed at once"),
             ("--num-workers", int, 6, "worker processes"),
+            ("--grace", float, 30.0, "hang timeout of a worker, in seconds"),
             ("--deadline", float, None, "seconds after which missing rows are predicted; or exact"),
             ("--on-error", ("raise", "predict"), "raise", "if the model fails on a row"),
         ),

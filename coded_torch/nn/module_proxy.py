@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from .._arguments import count
+from ..workers.base import arguments
 from ..workers.live import INTERRUPTION, Ambient, Interruption
 
 __all__ = ["ModuleProxy"]
@@ -56,7 +57,8 @@ class ModuleProxy(nn.Module):
         iterable before it can be computed. If the loop ends early, the open calls end.
 
         Args:
-            batches: inputs, or tuples of positional arguments.
+            batches: inputs, tuples of positional arguments, or bound arguments
+                (:meth:`inspect.Signature.bind`).
             in_flight: the number of calls that are open at once. Defaults to 4.
             waiting: the policy of these calls. Defaults to the wrapper's own.
 
@@ -106,8 +108,9 @@ def _map_batches(run: Call, batches: Iterable[Any], in_flight: int) -> Iterator[
         try:
             for batch in batches:
                 call, interruption = _carried(run, ambient)
-                args = batch if isinstance(batch, tuple) else (batch,)
-                yield threads.submit(contextvars.copy_context().run, call, *args), interruption
+                args, kwargs = arguments(batch)
+                context = contextvars.copy_context()
+                yield threads.submit(context.run, call, *args, **kwargs), interruption
         except Exception as error:  # the batches before it are answered first
             future = Future[Any]()
             future.set_exception(error)

@@ -63,7 +63,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         outputs: the specs of the tensors that the module returns, leaf by leaf, ``[B, ...]``.
         deadline: seconds from the arrival of a request to its answer. A request may ask for less
             by its parameter ``timeout``, in microseconds.
-        examples: some rows of each input. Every worker runs the model on one row before the
+        examples: some rows of each input. Every worker runs the model on two of them before the
             application is ready. Defaults to None: the first requests wait for the loading.
         max_batch_size: the number of rows of a batch, and of a request.
         max_queued_requests: the number of requests that may wait.

@@ -22,6 +22,7 @@ from ..nn import CodedWrapper, Report, Waiting
 from ..open_inference import ADDED, RefusedError, TensorSpec
 from ..scheduling.latency_history import History
 from ..workers import WorkerError
+from ..workers.base import different_rows
 from .protocol import RequestError
 
 __all__ = ["TO_ANSWER", "Batch", "Batcher", "compute", "load"]
@@ -48,13 +49,14 @@ class Batch(NamedTuple):
 
 
 def load(coded: CodedWrapper, examples: Sequence[Tensor] | None) -> None:
-    """Start the workers. With examples, let each run the module on one row; it must not fail."""
+    """Start the workers. With examples, let each run the module on two rows; it must not fail."""
     pool = coded.workers
     if examples is None:
         pool.start()
         return
     try:
-        pool.start(coded.module, tuple(x[:1] for x in examples), timeout=_LOADING)
+        rows = different_rows(examples)
+        pool.start(coded.module, tuple(x[rows] for x in examples), timeout=_LOADING)
         logger.info("%s workers have run the model", pool.num_workers or "all")
     except RuntimeError as error:
         if isinstance(error, WorkerError) and error.kind in ("raised", "died"):

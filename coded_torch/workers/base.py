@@ -6,6 +6,7 @@ import abc
 import dataclasses
 import enum
 import functools
+import inspect
 import math
 import operator
 from collections.abc import Collection, Generator, Iterable, Sequence
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from .faults import Fault
 
 __all__ = ["CONSTANTS", "Arguments", "Began", "Part", "Reply", "Request", "Task", "WorkerError"]
-__all__ += ["Workers", "broadcast_dims", "check_batch", "flatten", "leaf_name"]
-__all__ += ["positional", "show", "unflatten"]
+__all__ += ["Workers", "arguments", "broadcast_dims", "check_batch", "different_rows", "flatten"]
+__all__ += ["leaf_name", "positional", "show", "unflatten"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _LEAF = pytree.tree_structure(0)
@@ -250,8 +251,9 @@ class Workers(abc.ABC):
 
         Args:
             module: the module that every worker loads before this returns. Defaults to none.
-            example: an input, or a tuple of positional arguments, that every worker calls the
-                module with, so that no later call warms up. Defaults to None: no call.
+            example: an input, a tuple of positional arguments, or bound arguments, that every
+                worker calls the module with, so that no later call warms up. Defaults to None: no
+                call.
             timeout: seconds.
 
         Raises:
@@ -263,8 +265,7 @@ class Workers(abc.ABC):
         module = nn.Identity() if module is None and self.starts_late else module
         if module is None or self.num_workers is None:
             return self
-        args = example if isinstance(example, tuple) else (example,)
-        leaves, spec = pytree.tree_flatten((args, {}))
+        leaves, spec = pytree.tree_flatten(arguments(example))
         calls = int(example is not None)
         task = _Loading(leaves, [None] * len(leaves), spec, calls, 1, torch.device("cpu"))
         with torch.no_grad(), self.open(module, task) as request:
@@ -319,6 +320,20 @@ class _Loading(Task):  # None stands for no call, as the arguments of a module a
     def payload(self, *_: Any, **__: Any) -> Arguments | None:  # type: ignore[override]
         leaves = [x.clone() if isinstance(x, Tensor) else x for x in self.leaves]
         return unflatten(leaves, self.spec) if self.num_units else None
+
+
+def arguments(given: Any) -> Arguments:
+    """Return ``(args, kwargs)`` of an input, a tuple of positional arguments, or bound ones."""
+    if isinstance(given, inspect.BoundArguments):
+        return given.args, given.kwargs
+    return given if isinstance(given, tuple) else (given,), {}
+
+
+def different_rows(inputs: Sequence[Tensor]) -> list[int]:
+    """Return the numbers of the first row and of the first that differs from it, if one does."""
+    numbers = range(1, len(inputs[0]))
+    other = next((i for i in numbers if any(not x[i].equal(x[0]) for x in inputs)), 0)
+    return [0, other] if other else [0]
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:

@@ -1,6 +1,7 @@
 """Calls for many batches: their order, their number at once, and their end."""
 
 import gc
+import inspect
 import os
 import signal
 import threading
@@ -139,3 +140,20 @@ def test_bad_arguments(coded):
     with pytest.raises(ValueError, match="map: in_flight must be at least 1, got 0"):
         coded.map([], in_flight=0)
     assert list(coded.map([])) == []
+
+
+class Scaled(nn.Module):
+    """Multiplies its input by an argument that has to be named."""
+
+    def forward(self, x, *, by):
+        return x * by
+
+
+def test_bound_arguments_are_passed_by_name():
+    module, x, by = Scaled().eval(), torch.arange(8.0)[:, None], torch.full((8, 1), 3.0)
+    bound = inspect.signature(module.forward).bind(by=by, x=x)
+    with DeviceWorkers(["cpu"] * 2) as pool:
+        pool.start(module, bound)
+        coded = CodedWrapper(module, workers=pool, waiting=Waiting(predict=False))
+        ((answers, _),) = coded.map([bound])
+    assert torch.equal(answers, 3 * x)

@@ -582,6 +582,21 @@ def test_every_worker_has_run_the_model_before_the_application_is_ready():
             assert client.infer(ONE)[0] == 200
 
 
+def test_a_worker_starts_on_two_rows_that_differ():
+    started = []
+
+    class Noted(nn.Module):
+        def forward(self, x):
+            started.append(x.tolist())
+            return x[:, :2]
+
+    examples = torch.tensor([[1.0, 2.0, 3.0]] * 2 + [[4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
+    application = built(Noted().eval(), workers=DeviceWorkers(["cpu"]), examples=[examples])
+    application.load()
+    application.pool.close()
+    assert started[0] == [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+
+
 class Ends(nn.Module):
     """Ends the process that runs it."""
 
