@@ -120,6 +120,7 @@ class CodedWrapper(ModuleProxy):
     workers: Workers
     last_run: Report | None
     _form: Stacked | None = None  # the last results, without values
+    _warned = frozenset[str]()
 
     def __init__(
         self,
@@ -237,6 +238,8 @@ class CodedWrapper(ModuleProxy):
         with report.timed("compute"):
             execution.run(pool, self.module, waiting, self._history)
             answers.forget_excluded()
+        if self.code is None:
+            self._warn_once(waiting, execution.not_floating())
         with report.timed("decode"), on_host():
             error = execution.error(waiting)
             stacked = results.stack() if results.units else self._form
@@ -259,6 +262,16 @@ class CodedWrapper(ModuleProxy):
             predictions.add(report.decode_seconds, rows.batch_size, rows.block)
         report.warn(execution.why)
         return found
+
+    def _warn_once(self, waiting: Waiting, not_floating: str) -> None:
+        """Warn if a call by rows never uses a surrogate, or can never predict an output."""
+        what = not_floating
+        if not waiting.may_predict(by_rows=True):
+            how = "give a deadline, predict_after or on_error='predict'"
+            what = f"surrogate is never used by {waiting}; {how}" if self.surrogate else ""
+        if what and what not in self._warned:
+            self._warned |= {what}
+            warn(f"CodedWrapper: {what}")
 
     # Settings.
 

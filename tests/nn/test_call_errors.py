@@ -94,7 +94,7 @@ class OneBroken(nn.Module):
 
 def test_no_row_is_refused_because_one_worker_is_broken():
     with DeviceWorkers(["cpu"] * 4) as pool:
-        coded = wrapper(pool)
+        coded = wrapper(pool, predict_after=3.0)
         for _ in range(3):
             coded.module, coded.parts = OneBroken(4), 4
             answers, report = coded.run(X)
@@ -104,7 +104,7 @@ def test_no_row_is_refused_because_one_worker_is_broken():
 
 
 def test_fewer_than_half_are_no_ground_for_predictions():
-    coded = wrapper(Separate())
+    coded = wrapper(Separate(), predict_after=3.0)
     coded.module = nn.Threshold(62.0, math.nan)  # one result is good
     with pytest.raises(NotEnoughResults, match="at least 32 of 64") as info:
         coded(X)
@@ -134,10 +134,10 @@ def test_a_row_that_ends_its_worker_costs_five_at_most(pool):
         assert 2 <= len(pids - set(pool.pids)) <= 5
 
 
-def test_predict_false_computes_every_row_whatever_fails(pool):
+def test_every_row_is_computed_whatever_fails(pool):
     kinds = ("nan", "infinity", "shape", "dtype", "structure")
     rates = {"crash": 0.3} | dict.fromkeys(kinds, 0.02)
-    coded = wrapper(FaultyWorkers(pool, rates=rates, seed=3), predict=False, hedge_budget=0.25)
+    coded = wrapper(FaultyWorkers(pool, rates=rates, seed=3), hedge_budget=0.25)
     for _ in range(12):
         answers, report = coded.run(X[:BAD])
         assert torch.equal(answers, 2 * X[:BAD])
@@ -145,12 +145,16 @@ def test_predict_false_computes_every_row_whatever_fails(pool):
         assert report.missing_rows == ()
 
 
-def test_predict_false_names_what_is_missing_and_why():
-    coded = wrapper(Separate(), predict=False)
+@pytest.mark.parametrize("predict", [True, False])
+def test_the_error_names_what_nobody_could_compute_and_why(predict):
+    coded = wrapper(Separate(), predict=predict)
     coded.module = nn.Threshold(40.0, math.nan)  # of rows 0 to 40
-    with pytest.raises(NotEnoughResults, match=r"64 of 64 .*row 40: worker \d+ ret") as info:
+    with pytest.raises(
+        NotEnoughResults, match=r"^rows? .*row 40: worker \d+ ret.*64 of 64"
+    ) as info:
         coded(X)
-    assert info.value.report.missing_rows == tuple(range(41))
+    assert info.value.report.missing_rows == info.value.rows == tuple(range(41))
+    assert info.value.report.refused == ()
     assert torch.equal(info.value.answers[41:], X[41:])
     with pytest.raises(ValueError, match="predict must be True with a code that mixes"):
         CodedWrapper(nn.Identity(), LagrangeCode(4, 6), waiting=Waiting(predict=False))
