@@ -160,10 +160,10 @@ def test_the_error_names_what_nobody_could_compute_and_why(predict):
         CodedWrapper(nn.Identity(), LagrangeCode(4, 6), waiting=Waiting(predict=False))
 
 
-def late(coded, deadline, x=X):
+def late(coded, deadline, x=X, why=""):
     """Seconds after the deadline at which a call raises."""
     start = time.perf_counter()
-    with pytest.raises(DeadlineExceeded) as info:
+    with pytest.raises(DeadlineExceeded, match=why or None) as info:
         coded(x)
     assert len(info.value.received) < 32
     return time.perf_counter() - start - deadline
@@ -173,7 +173,8 @@ def test_a_deadline_holds_while_workers_start_and_load_and_hang():
     with ProcessWorkers(2, grace=600) as pool, torch.no_grad():
         heavy = wrapper(pool, deadline=0.1)
         heavy.module = Heavy()
-        assert -0.01 < late(heavy, 0.1) < 0.5  # they start
+        first = r"^workers are still starting; call pool.start\(model, example\) first; nothing"
+        assert -0.01 < late(heavy, 0.1, why=first) < 0.5
         pool.start()
         heavy.module = Heavy()
         assert -0.01 < late(heavy, 0.1) < 0.5  # they load

@@ -484,7 +484,8 @@ def test_the_obstacle_is_said():
     supervisor = InMemory(3)
     request = Asking(supervisor, 1)
     supervisor.tend()
-    assert request.status() == "3 of 3 workers are starting"
+    first = "workers are still starting; call pool.start(model, example) first"
+    assert request.status() == first
     supervisor.ready(supervisor.launched[0])
     assert request.status() == ""
     later = Asking(supervisor, 1)
