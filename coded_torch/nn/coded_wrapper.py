@@ -36,10 +36,11 @@ _AT_ONCE, _AS_NEEDED, _PREDICTOR = Waiting.first(), Waiting(), Regression()
 class CodedWrapper(ModuleProxy):
     r"""Run a module on unreliable workers.
 
-    Answers from workers that reply in time are exact. The rest are predicted. There are two uses:
+    There are two uses:
 
-    - Without a code, the batch is divided by *rows*: each is computed once, late parts are hedged,
-      and ``predictor`` predicts missing rows from the others.
+    - Without a code, the batch is divided by *rows*: each is computed once, and late parts are
+      hedged. Every row is computed, or the call raises, unless ``waiting`` asks for estimates:
+      then ``predictor`` estimates missing rows from the others.
     - With a code, the batch is divided by *columns*. The batch is put in order and cut into groups
       :math:`X` of K inputs; column n holds one coded input of every group. With the code's encoder
       :math:`E` (N x K) and, for the received set :math:`F`, its decoder :math:`D_F` (K x \|F\|), a
@@ -68,9 +69,9 @@ class CodedWrapper(ModuleProxy):
         predictor: predicts missing rows. Defaults to ``Regression()``.
         surrogate: cheap approximations of the module, one or a sequence: callables with like
             outputs, such as a smaller network (:func:`coded_torch.surrogates.distill`), or a
-            :class:`~coded_torch.surrogates.Memory`, which learns from exact answers. If something
-            is missing, they run in this process, without gradients, and their residuals are
-            predicted. Defaults to none; refused with codes that mix inputs.
+            :class:`~coded_torch.surrogates.Memory`, which learns from exact answers. If estimates
+            are needed, they run in this process, without gradients, and their residuals are
+            estimated. Defaults to none; refused with codes that mix inputs.
         verify: the share of rows, such as 0.02, that a second worker computes. Wrong results are
             corrected, and workers that return them are excluded. By rows, on pools of at least
             three workers; with two, disputes are only reported. Defaults to None, none.
@@ -92,7 +93,8 @@ class CodedWrapper(ModuleProxy):
         TypeError, ValueError: an argument is of another kind than said, or does not fit others. In
             calls: inputs cannot be divided or coded; no part's output can be decoded.
         NotEnoughResults: in calls, fewer good results than the code needs, or than ``waiting`` asks
-            for. At the deadline it is a :class:`~coded_torch.codes.DeadlineExceeded`.
+            for. At the deadline it is a :class:`~coded_torch.codes.DeadlineExceeded`, otherwise its
+            ``rows`` are the rows that nobody could compute.
         Exception: in calls by rows, of the module, if a row raises alike on two workers, or three
             times where no other worker computes it. Its ``rows``, ``answers`` (NaN in rows that
             were not computed) and ``report`` hold the results.

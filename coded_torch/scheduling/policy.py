@@ -1,13 +1,7 @@
-"""The decisions of one call: hedges, failed parts, and the end.
+"""The decisions of one call: hedges, failed parts, and the end, as :class:`Waiting` says.
 
-A part that fails is asked for again in smaller parts, until the rows that fail stand alone. A row
-is *refused*, and not asked for again in this call, if
-
-- it raised alike on two workers, or on one while no other returned a good result in the call, or
-  three times in a row on one that did return good results, or
-- it ended its worker twice, alone, and workers end less often without it.
-
-A row that fails on one broken worker only is given up, but not refused: it is missing.
+A row is *refused*, and not asked for again in this call, if the module fails on it. A row that
+fails on one broken worker only is given up, but not refused: it is missing.
 """
 
 from __future__ import annotations
@@ -72,10 +66,6 @@ class _Part:
     @property
     def blamed(self) -> bool:  # the module raised on this unit alone
         return self.raised and len(self.units) == 1
-
-    @property
-    def raised_twice(self) -> bool:  # alike, on two workers
-        return len({part.worker for part in self.line if part.failure == self.failure}) > 1
 
     @property
     def suspect(self) -> bool:  # the module raised, or a worker ended, at these units before
@@ -297,7 +287,7 @@ class Call:
         if part.raised:
             if not alone:
                 return _SPLIT
-            refused = part.raised_twice
+            refused = len({p.worker for p in part.line if p.failure == part.failure}) > 1
             good = any(p.state == _GOOD and p.worker != part.worker for p in self.parts)
             others = good or any(p.state <= _RUNNING and not p.suspect for p in self.parts)
             most = _TRIES_IF_EXACT if others else _TRIES

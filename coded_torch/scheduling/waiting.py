@@ -99,13 +99,7 @@ class Waiting:
         return self.predict and (is_asked or not by_rows)
 
     def least(self, needed: int, decodable: int, by_rows: bool) -> int:
-        """Return how many results suffice for an answer before all that are ``needed`` are there.
-
-        Args:
-            needed: the number of results that complete the call.
-            decodable: the number of results that can be decoded.
-            by_rows: whether the results are rows.
-        """
+        """Return how many results suffice for an answer, if all are ``needed`` to complete it."""
         if self.at_once:
             return decodable
         return max(decodable, -(-needed // 2)) if self.may_predict(by_rows) else needed
