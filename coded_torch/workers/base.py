@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._arguments import instance, positive
+from .._arguments import instance, positive, sparing_logger
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["CONSTANTS", "Arguments", "Began", "Part", "Reply", "Request", "Task", "WorkerError"]
 __all__ += ["Workers", "broadcast_dims", "check_batch", "flatten", "leaf_name"]
 __all__ += ["positional", "show", "unflatten"]
+
+logger = sparing_logger("coded_torch.workers")
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _LEAF = pytree.tree_structure(0)
@@ -279,6 +281,8 @@ class Workers(abc.ABC):
                 error = event and event.error
                 if error and error.worker >= 0:
                     raise error
+                if event and missing == len(wanted):
+                    _say_what_is_never_estimated(event.value)
                 # A place that was given up meanwhile is not missing.
                 if event is None or (error and not event.part.avoid.issuperset(self.places)):
                     why = error.reason if error else request.status() or "the others are loading"
@@ -319,6 +323,13 @@ class _Loading(Task):  # None stands for no call, as the arguments of a module a
     def payload(self, *_: Any, **__: Any) -> Arguments | None:  # type: ignore[override]
         leaves = [x.clone() if isinstance(x, Tensor) else x for x in self.leaves]
         return unflatten(leaves, self.spec) if self.num_units else None
+
+
+def _say_what_is_never_estimated(outputs: Any) -> None:
+    for i, leaf in enumerate(flatten(outputs)[0]):
+        if isinstance(leaf, Tensor) and not leaf.is_floating_point():
+            name = leaf_name("output", outputs, i)
+            logger.info("%s is %s, so its missing rows cannot be estimated", name, leaf.dtype)
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
