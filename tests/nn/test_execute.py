@@ -249,6 +249,17 @@ def test_what_is_rejected_again_and_again_is_an_error_or_predicted():
     assert (run.radii > 0).equal(run.predicted)
 
 
+@pytest.mark.parametrize(("asked", "estimated"), [({}, 0), ({"predict_after": 3.0}, 2)])
+def test_late_rows_are_waited_for_unless_the_caller_asked_for_estimates(asked, estimated):
+    law = Trace([[0.1, 0.1, 0.1, 0.1]] * 20 + [[0.1, 0.1, 0.1, 2.0]])
+    waiting = Waiting(hedge_budget=0.0, **asked)
+    coded = CodedWrapper(nn.Identity(), parts=4, workers=LocalWorkers(law), waiting=waiting)
+    for _ in range(21):
+        answers, report = coded.run(X)
+    assert report.predicted.sum() == estimated
+    assert torch.equal(answers[~report.predicted], X[~report.predicted])
+
+
 def test_surrogates_and_outputs_that_no_call_can_use_are_warned_of_once():
     """The output is whole numbers, which are never predicted."""
     coded = rows(nn.Hardtanh(), workers=Separate(), surrogate=nn.Hardtanh())
