@@ -82,6 +82,9 @@ class Execution:
                 if check is not None:
                     self._results.choose(check.answers)
                 self.why = request.status()
+                if self.why and pool.num_ready == pool.num_restarts == 0:
+                    first = "workers are still starting; call pool.start(model, example) first"
+                    self.why = f"{first}; {self.why}"
             finally:
                 self._note()
         if check is not None:
@@ -205,7 +208,7 @@ class Execution:
         return self.holding(error or self._too_few(required, why))
 
     def not_floating(self) -> str:
-        """Return which output cannot be predicted, and what to do; "" if all outputs can."""
+        """Return which output cannot be predicted, and a remedy; "" if there is none such."""
         for result in self._results.good[:1]:
             for i in result.divided:
                 if not (leaf := result.leaves[i]).is_floating_point():

@@ -149,8 +149,6 @@ class Dispatcher(abc.ABC):
             free = {w.index for w in workers if w.job is None or w.job.request is request}
             busy = {w.index for w in workers} - free
             excluded = {w.index for w in workers if w.excluded}
-        if workers and not up and not self.trouble:
-            return "workers are still starting; call pool.start(model, example) first"
         grace = f" (grace {self.grace:g} s)" if self.grace < math.inf else ""
         reasons = (
             (busy, f"are at earlier tasks{grace}"),

@@ -173,7 +173,7 @@ def test_a_deadline_holds_while_workers_start_and_load_and_hang():
     with ProcessWorkers(2, grace=600) as pool, torch.no_grad():
         heavy = wrapper(pool, deadline=0.1)
         heavy.module = Heavy()
-        first = r"^workers are still starting; call pool.start\(model, example\) first; nothing"
+        first = r"^workers are still starting; call pool.start\(model, example\) first; 2 of 2"
         assert -0.01 < late(heavy, 0.1, why=first) < 0.5
         pool.start()
         heavy.module = Heavy()

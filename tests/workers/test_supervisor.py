@@ -484,8 +484,7 @@ def test_the_obstacle_is_said():
     supervisor = InMemory(3)
     request = Asking(supervisor, 1)
     supervisor.tend()
-    first = "workers are still starting; call pool.start(model, example) first"
-    assert request.status() == first
+    assert request.status() == "3 of 3 workers are starting"
     supervisor.ready(supervisor.launched[0])
     assert request.status() == ""
     later = Asking(supervisor, 1)
