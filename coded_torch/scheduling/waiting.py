@@ -50,8 +50,8 @@ class Waiting:
             0. Unused work is saved, up to 20 parts and one whole call. A larger budget hedges
             earlier where latencies vary widely. At 0 only failed parts are asked again. Defaults to
             0.25.
-        predict: whether rows may be estimated at all. If not, a call with a deadline raises then
-            unless every row is computed. Must be True with codes that mix inputs. Defaults to True.
+        predict: whether rows may be estimated at all, even at a deadline. Must be True with codes
+            that mix inputs. Defaults to True.
         on_error: the end of a call by rows if the module fails on a row. "raise" computes the other
             rows and raises the module's exception, with ``rows``, ``answers`` and ``report``.
             "predict" estimates such a row, and any other that nobody could compute. Defaults to
