@@ -139,7 +139,8 @@ def batches(setting: Setting, outputs: Tensor, count: int) -> Iterator[Tensor]:
 
 
 def wrapped(model: nn.Module, setting: Setting, surrogate: Any, seed: int) -> CodedWrapper:
-    how: dict[str, Any] = {"parts": min(setting.parts, setting.rows), "waiting": Waiting()}
+    how: dict[str, Any] = {"waiting": Waiting(predict_after=3.0)}
+    how["parts"] = min(setting.parts, setting.rows)
     if setting.helper == "copies":
         how = {"code": RegressionCode(20, PARTS)}
     pool = LocalWorkers(Uniform(setting.missing, seed=seed))

@@ -90,7 +90,7 @@ def coded_torch(draw: Callable[[], float]) -> Any:
     """Return the application of this package."""
     import torch
 
-    from coded_torch import CodedWrapper, Waiting, workers
+    from coded_torch import CodedWrapper, workers
     from coded_torch.serve import TensorSpec, app
 
     class Model(torch.nn.Module):
@@ -100,7 +100,7 @@ def coded_torch(draw: Callable[[], float]) -> Any:
 
     torch.set_num_threads(1)
     pool = workers.DeviceWorkers(["cpu"] * 8)
-    coded = CodedWrapper(Model(), workers=pool, parts=1, waiting=Waiting(predict=False))
+    coded = CodedWrapper(Model(), workers=pool, parts=1)
     inputs, outputs = TensorSpec("input", "FP32", (FEATURES,)), TensorSpec("output", "FP32", (10,))
     return app(coded, name=NAME, inputs=[inputs], outputs=[outputs], deadline=10.0)
 

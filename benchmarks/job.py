@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.nn import CodedWrapper
 from coded_torch.workers import ProcessWorkers
 
 from .runs import Measurement
@@ -84,7 +84,7 @@ def holders(folder: str) -> list[tuple[int, float]]:
 
 def ours(model: Model, rows: Tensor, begun: Begun) -> Iterator[Any]:
     with ProcessWorkers(N).start(model, rows[:1], timeout=START) as pool, torch.no_grad():
-        coded = CodedWrapper(model, workers=pool, waiting=Waiting(predict=False))
+        coded = CodedWrapper(model, workers=pool)
         begun(pool)
         for answers, _ in coded.map(rows.split(BATCH), in_flight=4):
             yield answers
@@ -203,7 +203,7 @@ def memory(num_rows: int) -> dict[str, Any]:
     model, found = nn.Linear(64, 8), []
     batches = (torch.randn(BATCH, 64) for _ in range(num_rows // BATCH))
     with ProcessWorkers(N).start(model, torch.zeros(1, 64), timeout=START) as pool, torch.no_grad():
-        coded = CodedWrapper(model, workers=pool, waiting=Waiting(predict=False))
+        coded = CodedWrapper(model, workers=pool)
         for _ in coded.map(batches, in_flight=4):
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             found.append(round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1))

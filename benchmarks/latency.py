@@ -39,9 +39,9 @@ def policies(load: Load, part: float) -> dict[str, Waiting]:
         **{f"hedge at {x:g} medians": HedgeOnce(medians=x) for x in (1.2, 1.5, 2.0)},
         "hedge at the fence": HedgeOnce(),
         "hedge at p95": HedgeOnce(quantile=0.95),
-        "three re-asks": Waiting(predict=False),
+        "three re-asks": Waiting(),
         "coded at once": Waiting.first(load.num_stragglers),
-        "hedge, predict": Waiting(),
+        "hedge, predict": Waiting(predict_after=3.0),
         "hedge, deadline": Waiting(deadline=3 * part),
     }
 

@@ -6,7 +6,7 @@ stands beside its bar.
 - kill: with a code, up to S of N processes are killed at random moments;
 - ray: the same on Ray, whose actors are killed every three seconds;
 - overhead: of the pool and of the wrapper;
-- exact: ``Waiting(predict=False)`` where a third of the parts end their process, others return
+- exact: ``Waiting()`` where a third of the parts end their process, others return
   wrong results, and processes are killed from outside as well;
 - poison: one row that ends its process, beside calls of others on the same pool;
 - deadline: calls of 0.3 s while all processes hang, load, are slow, or die.
@@ -239,7 +239,7 @@ def exact(quick: bool) -> dict[str, Any]:
     generator, model = torch.Generator().manual_seed(SEED), Model()
     wrong, predicted, times = 0, 0, []
     with ProcessWorkers(N).start(timeout=START) as pool:
-        coded = _coded(FaultyWorkers(pool, rates=RATES, seed=SEED), model, predict=False)
+        coded = _coded(FaultyWorkers(pool, rates=RATES, seed=SEED), model)
         killer = Killer(pool, lambda: 0.1 if quick else 0.5, 1)
         with killer.at_work():
             for _ in range(count):
@@ -269,7 +269,7 @@ def poison(quick: bool) -> dict[str, Any]:
     generator, model = torch.Generator().manual_seed(SEED), Model()
     lost, computed = [], []
     with ProcessWorkers(N).start(timeout=START) as pool:
-        mine, others = _coded(pool, model, predict=False), _coded(pool, model)
+        mine, others = _coded(pool, model), _coded(pool, model, predict_after=3.0)
 
         @torch.no_grad()
         def call(value: float) -> None:

@@ -46,10 +46,10 @@ REGIMES: dict[str, Regime] = {
 FAN_OUTS = (1, 2, 4, 8, 16, 32, 64, 128)  # the numbers of parts of a request
 POLICIES: dict[str, Any] = {
     "wait for all": WAIT_FOR_ALL,
-    "three re-asks, whole": Unsplit(predict=False),
-    "three re-asks, split": Waiting(predict=False),
+    "three re-asks, whole": Unsplit(),
+    "three re-asks, split": Waiting(),
     "predict at 3 medians of a part": Waiting(deadline=3.0),
-    "predict at 3 medians of whole calls": Waiting(),
+    "predict at 3 medians of whole calls": Waiting(predict_after=3.0),
 }
 HEDGES: dict[str, Any] = {
     "1.2 medians": HedgeOnce(medians=1.2),

@@ -68,7 +68,7 @@ def real(
     """Return ``value`` as a float that is ``valid``; a bool is none."""
     message = f"{_name(owner)}: {argument} must be {requirement}, got {shown(value)}"
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(message)
+        raise TypeError(f"{message} of type {type(value).__name__}")
     try:
         number = float(value)
     except OverflowError:  # an integer or a fraction is too large

@@ -90,7 +90,7 @@ class Model(nn.Module):
 def main():
     x = torch.linspace(0, 3, 24)[:, None]
     with ProcessWorkers(2).start() as pool, torch.no_grad():
-        coded = CodedWrapper(Model(), workers=pool)
+        coded = CodedWrapper(Model(), workers=pool, waiting=Waiting(predict_after=3.0))
         with contextlib.suppress(RuntimeError):
             coded.run(torch.cat([-torch.ones(1, 1), x]), waiting=Waiting(deadline=2.0))
         coded.workers = FaultyWorkers(pool, rates={"nan": 0.7}, seed=1)

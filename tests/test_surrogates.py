@@ -246,13 +246,8 @@ def test_it_travels_empty():
 
 
 def wrap(known, way="regression", module=None, link=None, **options):
-    return CodedWrapper(
-        module or Function(),
-        **divided(way, 5, 6, link),
-        workers=LocalWorkers(Uniform(2, seed=1)),
-        surrogate=known,
-        **options,
-    )
+    options = {"workers": LocalWorkers(Uniform(2, seed=1)), "surrogate": known} | options
+    return CodedWrapper(module or Function(), **divided(way, 5, 6, link) | options)
 
 
 def mse(coded, batches):
@@ -264,7 +259,7 @@ def mse(coded, batches):
 def test_a_wrapper_fills_it_with_exact_answers_and_asks_it(way):
     known = Memory()
     # Without hedges, rows are missing in every batch.
-    never = {"waiting": Waiting(hedge_budget=0)} if way == "rows" else {}
+    never = {"waiting": Waiting(predict_after=3.0, hedge_budget=0)} if way == "rows" else {}
     coded = wrap(known, way, **never)
     exact = 0
     for i in range(10):
@@ -507,7 +502,9 @@ def test_a_poor_surrogate_has_no_weight_where_results_predict_each_other_well():
         return module(x) + wrong * torch.sin(3 * x @ waves)
 
     workers = LocalWorkers(Uniform(4, seed=0))
-    _, report = CodedWrapper(module, parts=24, workers=workers, surrogate=poor).run(x)
+    _, report = CodedWrapper(
+        module, parts=24, workers=workers, surrogate=poor, waiting=Waiting(predict_after=3.0)
+    ).run(x)
     assert report.predicted.any()
     assert report.surrogate_weights == ((0.0,),)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from coded_torch import codes, compare
+from coded_torch import Waiting, codes, compare
 from coded_torch._torch import fingerprint
 from coded_torch.experiments.tune import tune
 from coded_torch.input_space.geometry import Geometry
@@ -44,7 +44,7 @@ def unchanged(make):
 WAYS = {
     name: lambda make=make: {"code": make().replace(shuffle=False)} for name, make in CODES.items()
 }
-WAYS["rows"] = lambda: {"parts": 4}
+WAYS["rows"] = lambda: {"parts": 4, "waiting": Waiting(predict_after=3.0)}
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)

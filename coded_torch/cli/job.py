@@ -62,8 +62,7 @@ def job(args: argparse.Namespace) -> None:
         held.callback(signal.signal, signal.SIGTERM, before)
         with usage("job"):
             if not isinstance(coded, CodedWrapper):
-                how = {"predict": args.deadline is not None or args.on_error == "predict"}
-                waiting = Waiting(args.deadline, float("inf"), on_error=args.on_error, **how)
+                waiting = Waiting(args.deadline, on_error=args.on_error)
                 workers = ProcessWorkers(args.num_workers, grace=args.grace)
                 coded = CodedWrapper(coded, workers=workers, waiting=waiting)
             elif args.deadline is not None or args.on_error != "raise":

@@ -41,10 +41,9 @@ class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happene
         self.answers: Any = None
         more = len(self.missing) - _SHOWN
         super().__init__(
-            f"at least {required} of {num_workers} results are needed, got {len(self.received)}; "
-            f"missing: {list(self.missing[:_SHOWN])}"
-            + (f" and {more} more" if more > 0 else "")
-            + (f"; {reason}" if reason else "")
+            (f"{reason}; " if reason else "")  # first, as the cause
+            + f"at least {required} of {num_workers} results are needed, got {len(self.received)}; "
+            f"missing: {list(self.missing[:_SHOWN])}" + (f" and {more} more" if more > 0 else "")
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -36,10 +36,11 @@ _AT_ONCE, _AS_NEEDED, _PREDICTOR = Waiting.first(), Waiting(), Regression()
 class CodedWrapper(ModuleProxy):
     r"""Run a module on unreliable workers.
 
-    Answers from workers that reply in time are exact. The rest are predicted. There are two uses:
+    There are two uses:
 
-    - Without a code, the batch is divided by *rows*: each is computed once, late parts are hedged,
-      and ``predictor`` predicts missing rows from the others.
+    - Without a code, the batch is divided by *rows*: each is computed once, and late parts are
+      hedged. Every row is computed, or the call raises, unless ``waiting`` asks for estimates:
+      then ``predictor`` estimates missing rows from the others.
     - With a code, the batch is divided by *columns*. The batch is put in order and cut into groups
       :math:`X` of K inputs; column n holds one coded input of every group. With the code's encoder
       :math:`E` (N x K) and, for the received set :math:`F`, its decoder :math:`D_F` (K x \|F\|), a
@@ -68,9 +69,9 @@ class CodedWrapper(ModuleProxy):
         predictor: predicts missing rows. Defaults to ``Regression()``.
         surrogate: cheap approximations of the module, one or a sequence: callables with like
             outputs, such as a smaller network (:func:`coded_torch.surrogates.distill`), or a
-            :class:`~coded_torch.surrogates.Memory`, which learns from exact answers. If something
-            is missing, they run in this process, without gradients, and their residuals are
-            predicted. Defaults to none; refused with codes that mix inputs.
+            :class:`~coded_torch.surrogates.Memory`, which learns from exact answers. If estimates
+            are needed, they run in this process, without gradients, and their residuals are
+            estimated. Defaults to none; refused with codes that mix inputs.
         verify: the share of rows, such as 0.02, that a second worker computes. Wrong results are
             corrected, and workers that return them are excluded. By rows, on pools of at least
             three workers; with two, disputes are only reported. Defaults to None, none.
@@ -92,7 +93,8 @@ class CodedWrapper(ModuleProxy):
         TypeError, ValueError: an argument is of another kind than said, or does not fit others. In
             calls: inputs cannot be divided or coded; no part's output can be decoded.
         NotEnoughResults: in calls, fewer good results than the code needs, or than ``waiting`` asks
-            for. At the deadline it is a :class:`~coded_torch.codes.DeadlineExceeded`.
+            for. At the deadline it is a :class:`~coded_torch.codes.DeadlineExceeded`, otherwise its
+            ``rows`` are the rows that nobody could compute.
         Exception: in calls by rows, of the module, if a row raises alike on two workers, or three
             times where no other worker computes it. Its ``rows``, ``answers`` (NaN in rows that
             were not computed) and ``report`` hold the results.
@@ -120,6 +122,7 @@ class CodedWrapper(ModuleProxy):
     workers: Workers
     last_run: Report | None
     _form: Stacked | None = None  # the last results, without values
+    _warned = frozenset[str]()
 
     def __init__(
         self,
@@ -237,6 +240,8 @@ class CodedWrapper(ModuleProxy):
         with report.timed("compute"):
             execution.run(pool, self.module, waiting, self._history)
             answers.forget_excluded()
+        if self.code is None:
+            self._warn_once(waiting, execution.not_floating())
         with report.timed("decode"), on_host():
             error = execution.error(waiting)
             stacked = results.stack() if results.units else self._form
@@ -259,6 +264,16 @@ class CodedWrapper(ModuleProxy):
             predictions.add(report.decode_seconds, rows.batch_size, rows.block)
         report.warn(execution.why)
         return found
+
+    def _warn_once(self, waiting: Waiting, not_floating: str) -> None:
+        """Warn if a call by rows never uses a surrogate, or can never predict an output."""
+        what = not_floating
+        if not waiting.may_predict(by_rows=True):
+            how = "give a deadline, predict_after or on_error='predict'"
+            what = f"surrogate is never used by {waiting}; {how}" if self.surrogate else ""
+        if what and what not in self._warned:
+            self._warned |= {what}
+            warn(f"CodedWrapper: {what}")
 
     # Settings.
 

@@ -82,6 +82,9 @@ class Execution:
                 if check is not None:
                     self._results.choose(check.answers)
                 self.why = request.status()
+                if self.why and pool.num_ready == pool.num_restarts == 0:
+                    first = "workers are still starting; call pool.start(model, example) first"
+                    self.why = f"{first}; {self.why}"
             finally:
                 self._note()
         if check is not None:
@@ -92,7 +95,7 @@ class Execution:
         if ended.reason == "deadline":
             what = "no more" if self._results.units else "nothing"
             late = f"{what} arrived within the deadline of {ended.deadline:g} s"
-            self.why = f"{late}; {self.why}" if self.why else late
+            self.why = f"{self.why}; {late}" if self.why else late
 
     def _follow(self, policy: Generator[Decision, Event, Ended]) -> Ended:
         """Carry out the decisions of a policy, and send it the events, until it ends."""
@@ -189,11 +192,8 @@ class Execution:
             report.missing_rows = tuple(sorted(set(range(division.batch_size)) - good))
             report.errors = {row: last[row] for row in report.missing_rows if row in last}
             report.refused = tuple(sorted(refused - good))
-        # As many results as others may be predicted from.
-        required = max(division.least, -(-division.needed // 2))
-        if not waiting.predict:
-            required = division.needed
-        elif waiting.at_once or (report.ended == "failed" and not division.by_rows):
+        required = waiting.least(division.needed, division.least, division.by_rows)
+        if report.ended == "failed" and waiting.predict and not division.by_rows:
             required = division.least  # no more could come
         why, error = self.why, results.misfit
         enough = len(results.units) >= required
@@ -207,16 +207,21 @@ class Execution:
                 return None
         return self.holding(error or self._too_few(required, why))
 
+    def not_floating(self) -> str:
+        """Return which output cannot be predicted, and a remedy; "" if there is none such."""
+        for result in self._results.good[:1]:
+            for i in result.divided:
+                if not (leaf := result.leaves[i]).is_floating_point():
+                    remedy = "take Waiting(predict=False), or return logits instead"
+                    return f"{result.name(i)} is {leaf.dtype} and cannot be predicted; {remedy}"
+        return ""
+
     def _unpredictable(self) -> str:
         """Return why rows without a result cannot be predicted; "" if they can, or all have one."""
-        division, first, why = self._division, self._results.good[0], ""
+        division, why = self._division, self.not_floating()
         received, odd = sorted(self._results.units), division.not_finite
         if odd is not None and bool(odd[received].all()):
             why = "there is no result of finite inputs to predict others from"
-        for i in first.divided:
-            if not (leaf := first.leaves[i]).is_floating_point():
-                remedy = "take Waiting(predict=False), or return logits instead"
-                why = why or f"{first.name(i)} is {leaf.dtype} and cannot be predicted; {remedy}"
         if not why or division.is_whole(received):
             return ""
         return why if division.by_rows or bool((division.plan.source(received) < 0).any()) else ""
@@ -232,7 +237,7 @@ class Execution:
                 causes[cause].append(row)
             reasons = [f"{_shown(rows)}: {cause}" for cause, rows in causes.items()]
         kind = DeadlineExceeded if report.ended == "deadline" else NotEnoughResults
-        reason = "; ".join(filter(None, [*reasons, why]))
+        reason = "; ".join(filter(None, [why, *reasons]))
         error = kind([*results.units], required, division.task.num_units, reason)
         error.__cause__ = next(iter([*report.errors.values(), *rejected]), None)
         return error
@@ -242,7 +247,8 @@ class Execution:
         division, answers = self._division, None
         try:
             error.report = self._report  # type: ignore[attr-defined]
-            error.rows = self._report.refused  # type: ignore[attr-defined]
+            given_up = self._report.missing_rows if self._report.ended == "failed" else ()
+            error.rows = self._report.refused or given_up  # type: ignore[attr-defined]
             if division.by_rows and self._results.units:
                 stacked, wholes = self._results.stack(), dict[int, Tensor]()
                 for i in stacked.divided:

@@ -112,7 +112,7 @@ class Answers:
         """Return a surrogate's answers, in the form of earlier results if none came, or raise."""
         division, report = self._division, self._report
         blamed = report.refused and waiting.on_error == "raise"
-        may = division.by_rows and waiting.predict and not blamed
+        may = division.by_rows and waiting.may_predict(True) and not blamed
         if stacked is None or not may or not isinstance(error, NotEnoughResults):
             raise error
         divided, found = stacked.divided, self._approximations(stacked)

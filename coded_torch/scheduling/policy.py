@@ -1,13 +1,7 @@
-"""The decisions of one call: hedges, failed parts, and the end.
+"""The decisions of one call: hedges, failed parts, and the end, as :class:`Waiting` says.
 
-A part that fails is asked for again in smaller parts, until the rows that fail stand alone. A row
-is *refused*, and not asked for again in this call, if
-
-- it raised alike on two workers, or on one while no other returned a good result in the call, or
-  three times in a row on one that did return good results, or
-- it ended its worker twice, alone, and workers end less often without it.
-
-A row that fails on one broken worker only is given up, but not refused: it is missing.
+A row is *refused*, and not asked for again in this call, if the module fails on it. A row that
+fails on one broken worker only is given up, but not refused: it is missing.
 """
 
 from __future__ import annotations
@@ -33,6 +27,7 @@ _QUEUED, _RUNNING, _GOOD, _FAILED, _DROPPED = range(5)  # states of a part
 # failed part is cut in four: few workers are lost to a row that ends them (benchmarks resilience).
 _HEDGES, _SPLIT = 3, 4
 _BURST = 20  # parts that may be hedged at once, beside one whole call; benchmarks/waiting.py
+_PREDICT_AFTER = 3.0  # median calls, with a code; benchmarks/waiting.py
 # Failures in a row of the same rows, which are then given up. A call that may not predict gives up
 # one row of a million at a failure rate of 0.5.
 _TRIES, _TRIES_IF_EXACT = 3, 20
@@ -73,10 +68,6 @@ class _Part:
         return self.raised and len(self.units) == 1
 
     @property
-    def raised_twice(self) -> bool:  # alike, on two workers
-        return len({part.worker for part in self.line if part.failure == self.failure}) > 1
-
-    @property
     def suspect(self) -> bool:  # the module raised, or a worker ended, at these units before
         return any(part.failure.kind for part in self.line)
 
@@ -104,9 +95,8 @@ class Call:
     ) -> None:
         self.waiting, self.history, self.needed, self.spare = waiting, history, needed, spare
         self.unit_rows, self.since, self.idle, self.reserve = unit_rows, since, idle, reserve
-        self.least = least
-        if not waiting.at_once:
-            self.least = max(least, -(-needed // 2) if waiting.predict else needed)
+        self.least = waiting.least(needed, least, spare is None)
+        self.may_predict = waiting.may_predict(spare is None)
         self.parts = [_Part(i, tuple(units), None, since) for i, units in enumerate(first)]
         self.open = self.num_first = len(first)  # open parts may still settle
         self.num_units, self.rows = sum(map(len, first)), unit_rows * max(map(len, first))
@@ -123,16 +113,14 @@ class Call:
 
     def decisions(self) -> Generator[Decision, Event, Ended]:
         waiting = self.waiting
-        # Predictions begin at `late_at`, if half of the results are there, and at `end` at the
-        # latest. Without a deadline, `end` limits the search for rows on which the module fails.
+        after = waiting.predict_after or (math.inf if self.spare is None else _PREDICT_AFTER)
         if waiting.deadline is not None:
-            self.deadline, self.end = waiting.deadline, self.since + waiting.deadline
-            self.late_at = self.end - self.reserve
-        else:
-            never = not waiting.predict or waiting.predict_after == math.inf
-            median = math.inf if never else self.history.call(self.rows)
-            self.deadline = waiting.predict_after * median
-            self.late_at, self.end = self.since + self.deadline, self.since + 2 * self.deadline
+            self.deadline = waiting.deadline
+        elif self.may_predict and after < math.inf:
+            self.deadline = after * self.history.call(self.rows)
+        # From `late_at` on, missing rows are estimated as soon as half of the results are there.
+        self.end = self.since + self.deadline
+        self.late_at = self.end - self.reserve
         self.history.earn(waiting.hedge_budget)
         yield Ask(tuple([part.units for part in self.parts]))
         while True:
@@ -168,18 +156,11 @@ class Call:
             return "first" if is_first else "complete"
         if self.refused and len(self.good | self.refused.keys()) >= self.needed:
             return "error"  # the module itself fails on all missing rows
-        enough = self.heard >= self.late_at and len(self.good) >= self.least
-        if self.waiting.deadline is not None:
-            if enough or self.heard >= self.end:
-                return "deadline"
-        elif enough and (self.now >= self.end or not self._searching()):
-            return "predict_after"
+        how = "deadline" if self.waiting.deadline is not None else "predict_after"
+        is_over = self.heard >= self.end and how == "deadline"
+        if is_over or (self.heard >= self.late_at and len(self.good) >= self.least):
+            return how
         return "" if self.open else "failed"
-
-    def _searching(self) -> bool:
-        """Return whether a row on which the module fails is being looked for."""
-        asked = (p for p in self.parts[self.num_first :] if p.state <= _RUNNING and p.suspect)
-        return not all(self.good.issuperset(p.units) for p in asked)
 
     def _until(self) -> float:
         """Return when to act if nothing happens."""
@@ -192,9 +173,7 @@ class Call:
             heapq.heappop(self.timers)
         if self.heard < self.late_at:
             return min(due, self.late_at)
-        if self.waiting.deadline is None and len(self.good) < self.least:
-            return due  # the rest could not be predicted
-        return min(due, self.end)
+        return due if self.waiting.deadline is None else min(due, self.end)
 
     def _begin(self, event: Began) -> None:
         part = self.parts[event.part]
@@ -305,12 +284,12 @@ class Call:
         """Return into how many parts to cut a failed part; 0 to give up its rows."""
         if self.spare is not None:
             return int(part.tries < _TRIES)
-        most, alone = _TRIES if self.waiting.predict else _TRIES_IF_EXACT, len(part.units) == 1
+        most, alone = _TRIES if self.may_predict else _TRIES_IF_EXACT, len(part.units) == 1
         refused = False
         if part.raised:
             if not alone:
                 return _SPLIT
-            refused = part.raised_twice
+            refused = len({p.worker for p in part.line if p.failure == part.failure}) > 1
             good = any(p.state == _GOOD and p.worker != part.worker for p in self.parts)
             others = good or any(p.state <= _RUNNING and not p.suspect for p in self.parts)
             most = _TRIES_IF_EXACT if others else _TRIES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .._arguments import count, instance, real, shown
@@ -19,7 +19,11 @@ __all__ = ["Waiting"]
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Waiting:
-    r"""A policy that asks for each part once, hedges late parts, and predicts missing rows.
+    r"""A policy that asks for each part once, hedges late parts, and decides about missing rows.
+
+    By rows, a row is estimated only if the caller asked for it: by a deadline, a number
+    ``predict_after``, or ``on_error="predict"``. Otherwise every answer is computed, or the call
+    raises :class:`~coded_torch.codes.NotEnoughResults` with the rows that nobody could compute.
 
     - A part is late when its running time exceeds the hedging threshold
       (:meth:`~coded_torch.scheduling.latency_history.History.hedging_threshold`). It is hedged at
@@ -29,13 +33,10 @@ class Waiting:
       alone. If a row raises alike on two workers, the module fails on it. If 16 rows, or all, raise
       alike before any result is good, the module fails on all rows. If a row ends its worker twice,
       alone, and other parts fail less often, it is not asked again. Any other row is given up
-      after three failures alone, or 20 if the module raises and another worker has good results.
+      after 20 failures alone, or after three if it may be estimated and the module did not raise.
     - The call answers or raises at its deadline. If half of the results are there, missing rows are
-      predicted in time. Otherwise the call raises :class:`~coded_torch.codes.DeadlineExceeded`,
+      estimated in time. Otherwise the call raises :class:`~coded_torch.codes.DeadlineExceeded`,
       unless a surrogate can answer, once a result has shown the form of the outputs.
-    - Without a deadline, missing rows are predicted after ``predict_after`` medians of whole calls,
-      if half of the results are there. While failed parts are computed again, the call waits for up
-      to twice as long.
 
     Instances are immutable. :meth:`first` is the paper's policy.
 
@@ -43,18 +44,18 @@ class Waiting:
         deadline: seconds from the call to its answer, positive. The time of a surrogate or of a
             callable metric is not bounded. Defaults to None, no deadline.
         predict_after: without a deadline, the number of median calls after which missing rows are
-            predicted, positive. If infinite, they are predicted when nothing more can come.
-            Defaults to 3.
+            estimated, once half of the results are there; positive. If infinite, they are estimated
+            when nothing more can come. Defaults to None: never by rows, 3 with a code.
         hedge_budget: the work that hedges of late parts may take, as a share of all work, at least
             0. Unused work is saved, up to 20 parts and one whole call. A larger budget hedges
             earlier where latencies vary widely. At 0 only failed parts are asked again. Defaults to
             0.25.
-        predict: whether answers may be predicted. If not, every row is computed, or the call raises
-            :class:`~coded_torch.codes.NotEnoughResults` at its deadline or when a row has failed 20
-            times alone. Must be True with codes that mix inputs. Defaults to True.
+        predict: whether rows may be estimated at all, even at a deadline. Must be True with codes
+            that mix inputs. Defaults to True.
         on_error: the end of a call by rows if the module fails on a row. "raise" computes the other
             rows and raises the module's exception, with ``rows``, ``answers`` and ``report``.
-            "predict" counts the row as missing. Defaults to "raise".
+            "predict" estimates such a row, and any other that nobody could compute. Defaults to
+            "raise".
         at_once, num_stragglers: set by :meth:`first`.
 
     Example:
@@ -66,7 +67,7 @@ class Waiting:
     """
 
     deadline: float | None = None
-    predict_after: float = 3.0
+    predict_after: float | None = None
     hedge_budget: float = 0.25
     predict: bool = True
     on_error: str = "raise"
@@ -75,10 +76,14 @@ class Waiting:
     num_stragglers: int | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.deadline is not None:
-            self._check("deadline", "positive and finite", lambda x: 0 < x < math.inf)
-        self._check("predict_after", "positive", lambda x: x > 0)
-        self._check("hedge_budget", "at least 0 and finite", lambda x: 0 <= x < math.inf)
+        for argument, must, valid in (
+            ("deadline", "a positive and finite number of seconds", lambda x: 0 < x < math.inf),
+            ("predict_after", "positive", lambda x: x > 0),
+            ("hedge_budget", "at least 0 and finite", lambda x: 0 <= x < math.inf),
+        ):
+            value = getattr(self, argument)
+            if value is not None or argument == "hedge_budget":
+                object.__setattr__(self, argument, real("Waiting", argument, value, must, valid))
         for argument in ("predict", "at_once"):
             instance("Waiting", argument, getattr(self, argument), bool)
         instance("Waiting", "on_error", self.on_error, str)
@@ -88,9 +93,16 @@ class Waiting:
         if self.num_stragglers is not None:
             count("Waiting.first", "num_stragglers", self.num_stragglers, least=0)
 
-    def _check(self, argument: str, requirement: str, valid: Callable[[float], bool]) -> None:
-        value = real("Waiting", argument, getattr(self, argument), requirement, valid)
-        object.__setattr__(self, argument, value)
+    def may_predict(self, by_rows: bool) -> bool:
+        """Return whether answers may be estimated: by rows, only if the caller asked for it."""
+        is_asked = (self.deadline, self.predict_after, self.on_error) != (None, None, "raise")
+        return self.predict and (is_asked or not by_rows)
+
+    def least(self, needed: int, decodable: int, by_rows: bool) -> int:
+        """Return how many results suffice for an answer, if all are ``needed`` to complete it."""
+        if self.at_once:
+            return decodable
+        return max(decodable, -(-needed // 2)) if self.may_predict(by_rows) else needed
 
     def decide(
         self, history: History, first: Sequence[Sequence[int]], *, needed: int, **options: Any

@@ -81,7 +81,7 @@ class CallTests:
     def test_every_row_is_computed(self, scripts: Any, budget: float, parts: int) -> None:
         """Without a deadline nothing is estimated, whatever workers do that compute in the end."""
         pool = VirtualWorkers(scripts)
-        waiting = Waiting(hedge_budget=budget, predict=False)
+        waiting = Waiting(hedge_budget=budget)
         coded = self.make(Exact(), pool, parts=parts, waiting=waiting)
         answers, report = coded.run(INPUTS)
         assert not report.predicted.any()
@@ -125,7 +125,7 @@ class CallTests:
         honest = [[("ok", seconds) for _, seconds in script] for script in scripts]
         killing = killing - raising
         pool = VirtualWorkers(honest, kills=lambda x: not killing.isdisjoint(numbers(x)))
-        coded = self.make(Exact(raising), pool, parts=parts, waiting=Waiting(predict=False))
+        coded = self.make(Exact(raising), pool, parts=parts, waiting=Waiting())
         if not raising | killing:
             answers, report = coded.run(INPUTS)
             return self.check(pool, answers, report)
@@ -163,7 +163,7 @@ class CallTests:
     def test_hedges_keep_their_number(self, workers: int, parts: int, budget: float) -> None:
         """Where all workers are slow, a late part is hedged three times at most."""
         pool = VirtualWorkers([[("ok", 1.0)] * 50 + [("ok", 500.0)]] * workers)
-        waiting = Waiting(hedge_budget=budget, predict=False)
+        waiting = Waiting(hedge_budget=budget)
         coded = self.make(Exact(), pool, parts=parts, waiting=waiting)
         for _ in range(40):
             answers, report = coded.run(INPUTS)
@@ -183,7 +183,7 @@ class CallTests:
         script = {"slow": ("ok", 30.0), "none": ("ok", 1.0)}.get(fault, (fault, 1.0))
         scripts = [[script], *([("ok", 1.0 + place / 100)] for place in range(1, workers))]
         pool = VirtualWorkers(scripts)
-        coded = self.make(Exact(), pool, verify=share, waiting=Waiting(predict=False))
+        coded = self.make(Exact(), pool, verify=share, waiting=Waiting())
         for _ in range(3):
             answers, report = coded.run(INPUTS)
             assert {*report.strikes, *report.excluded} <= ({0} if fault == "lie" else set())

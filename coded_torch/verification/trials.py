@@ -247,7 +247,7 @@ class Trials:
         requests = [((*sorted(rows),), {w}) for w, rows in self._by_worker(some).items()]
         if self.record.whole:
             requests = [(self.asked[part], {self.worker[part]}) for part in {*some.values()}]
-        yield from self._ask(requests, self.until)
+        yield from self._ask(requests, min(self.until, self.now + self.patience))
 
     def _ask(
         self, requests: Sequence[_Request], until: float | None = None, *, aside: bool = False

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._arguments import instance, positive
+from .._arguments import instance, positive, sparing_logger
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["CONSTANTS", "Arguments", "Began", "Part", "Reply", "Request", "Task", "WorkerError"]
 __all__ += ["Workers", "arguments", "broadcast_dims", "check_batch", "different_rows", "flatten"]
 __all__ += ["leaf_name", "positional", "show", "unflatten"]
+
+logger = sparing_logger("coded_torch.workers")
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _LEAF = pytree.tree_structure(0)
@@ -280,6 +282,8 @@ class Workers(abc.ABC):
                 error = event and event.error
                 if error and error.worker >= 0:
                     raise error
+                if event and missing == len(wanted):
+                    _say_what_is_never_estimated(event.value)
                 # A place that was given up meanwhile is not missing.
                 if event is None or (error and not event.part.avoid.issuperset(self.places)):
                     why = error.reason if error else request.status() or "the others are loading"
@@ -334,6 +338,13 @@ def different_rows(inputs: Sequence[Tensor]) -> list[int]:
     numbers = range(1, len(inputs[0]))
     other = next((i for i in numbers if any(not x[i].equal(x[0]) for x in inputs)), 0)
     return [0, other] if other else [0]
+
+
+def _say_what_is_never_estimated(outputs: Any) -> None:
+    for i, leaf in enumerate(flatten(outputs)[0]):
+        if isinstance(leaf, Tensor) and not leaf.is_floating_point():
+            name = leaf_name("output", outputs, i)
+            logger.info("%s is %s, so its missing rows cannot be estimated", name, leaf.dtype)
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:

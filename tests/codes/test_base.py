@@ -19,10 +19,10 @@ class Nearest(CurveCode):
         return MatrixMap(np.eye(1, len(nodes)).repeat(len(points), 0))
 
 
-@pytest.mark.parametrize(("reason", "end"), [("", ""), ("worker 0 fails", "; worker 0 fails")])
-def test_not_enough_results_says_what_is_missing_and_why(reason, end):
+@pytest.mark.parametrize(("reason", "first"), [("", ""), ("worker 0 fails", "worker 0 fails; ")])
+def test_not_enough_results_says_why_and_what_is_missing(reason, first):
     error = NotEnoughResults([4, 1], required=3, num_workers=6, reason=reason)
-    text = f"at least 3 of 6 results are needed, got 2; missing: [0, 2, 3, 5]{end}"
+    text = f"{first}at least 3 of 6 results are needed, got 2; missing: [0, 2, 3, 5]"
     assert (error.received, error.required, error.missing) == ((1, 4), 3, (0, 2, 3, 5))
     for twin in (error, pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert (str(twin), twin.missing, twin.reason) == (text, error.missing, reason)

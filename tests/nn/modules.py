@@ -7,18 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coded_torch import Regression
+from coded_torch import Regression, Waiting
 from coded_torch.codes import RegressionCode, ReplicationCode
 
 #: The ways to divide a batch whose inputs are not mixed.
 WAYS = ("rows", "regression", "replication")
 FIXED = {"metric": "shrunk", "length": 2.0}  # to choose takes time
+SOON = Waiting(predict_after=3.0)  # missing rows are estimated
 
 
 def divided(way: str, k: int, n: int, link: str | None = None, **choice: Any) -> dict[str, Any]:
     """Arguments of a wrapper: K parts of rows, or the N columns of a code that repeats K inputs."""
     if way == "rows":
-        return {"parts": k, "predictor": Regression(link=link, **choice)}
+        return {"parts": k, "predictor": Regression(link=link, **choice), "waiting": SOON}
     if way == "regression":
         return {"code": RegressionCode(k, n, link=link, **choice)}
     return {"code": ReplicationCode(k, n, link=link)}

@@ -94,7 +94,7 @@ class OneBroken(nn.Module):
 
 def test_no_row_is_refused_because_one_worker_is_broken():
     with DeviceWorkers(["cpu"] * 4) as pool:
-        coded = wrapper(pool)
+        coded = wrapper(pool, predict_after=3.0)
         for _ in range(3):
             coded.module, coded.parts = OneBroken(4), 4
             answers, report = coded.run(X)
@@ -104,7 +104,7 @@ def test_no_row_is_refused_because_one_worker_is_broken():
 
 
 def test_fewer_than_half_are_no_ground_for_predictions():
-    coded = wrapper(Separate())
+    coded = wrapper(Separate(), predict_after=3.0)
     coded.module = nn.Threshold(62.0, math.nan)  # one result is good
     with pytest.raises(NotEnoughResults, match="at least 32 of 64") as info:
         coded(X)
@@ -134,10 +134,10 @@ def test_a_row_that_ends_its_worker_costs_five_at_most(pool):
         assert 2 <= len(pids - set(pool.pids)) <= 5
 
 
-def test_predict_false_computes_every_row_whatever_fails(pool):
+def test_every_row_is_computed_whatever_fails(pool):
     kinds = ("nan", "infinity", "shape", "dtype", "structure")
     rates = {"crash": 0.3} | dict.fromkeys(kinds, 0.02)
-    coded = wrapper(FaultyWorkers(pool, rates=rates, seed=3), predict=False, hedge_budget=0.25)
+    coded = wrapper(FaultyWorkers(pool, rates=rates, seed=3), hedge_budget=0.25)
     for _ in range(12):
         answers, report = coded.run(X[:BAD])
         assert torch.equal(answers, 2 * X[:BAD])
@@ -145,21 +145,25 @@ def test_predict_false_computes_every_row_whatever_fails(pool):
         assert report.missing_rows == ()
 
 
-def test_predict_false_names_what_is_missing_and_why():
-    coded = wrapper(Separate(), predict=False)
+@pytest.mark.parametrize("predict", [True, False])
+def test_the_error_names_what_nobody_could_compute_and_why(predict):
+    coded = wrapper(Separate(), predict=predict)
     coded.module = nn.Threshold(40.0, math.nan)  # of rows 0 to 40
-    with pytest.raises(NotEnoughResults, match=r"64 of 64 .*row 40: worker \d+ ret") as info:
+    with pytest.raises(
+        NotEnoughResults, match=r"^rows? .*row 40: worker \d+ ret.*64 of 64"
+    ) as info:
         coded(X)
-    assert info.value.report.missing_rows == tuple(range(41))
+    assert info.value.report.missing_rows == info.value.rows == tuple(range(41))
+    assert info.value.report.refused == ()
     assert torch.equal(info.value.answers[41:], X[41:])
     with pytest.raises(ValueError, match="predict must be True with a code that mixes"):
         CodedWrapper(nn.Identity(), LagrangeCode(4, 6), waiting=Waiting(predict=False))
 
 
-def late(coded, deadline, x=X):
+def late(coded, deadline, x=X, why=""):
     """Seconds after the deadline at which a call raises."""
     start = time.perf_counter()
-    with pytest.raises(DeadlineExceeded) as info:
+    with pytest.raises(DeadlineExceeded, match=why or None) as info:
         coded(x)
     assert len(info.value.received) < 32
     return time.perf_counter() - start - deadline
@@ -169,7 +173,8 @@ def test_a_deadline_holds_while_workers_start_and_load_and_hang():
     with ProcessWorkers(2, grace=600) as pool, torch.no_grad():
         heavy = wrapper(pool, deadline=0.1)
         heavy.module = Heavy()
-        assert -0.01 < late(heavy, 0.1) < 0.5  # they start
+        first = r"^workers are still starting; call pool.start\(model, example\) first; 2 of 2"
+        assert -0.01 < late(heavy, 0.1, why=first) < 0.5
         pool.start()
         heavy.module = Heavy()
         assert -0.01 < late(heavy, 0.1) < 0.5  # they load

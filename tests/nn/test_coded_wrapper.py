@@ -349,7 +349,8 @@ def test_a_call_looks_at_the_weights_once(monkeypatch):
 
     monkeypatch.setattr(nn.Module, "parameters", counted)
     with ProcessWorkers(2) as pool, torch.no_grad():
-        coded = CodedWrapper(module, workers=pool, surrogate=Memory())
+        waiting = Waiting(predict_after=3.0)
+        coded = CodedWrapper(module, workers=pool, surrogate=Memory(), waiting=waiting)
         coded(torch.randn(4, 3))
         walks.clear()
         coded(torch.randn(4, 3))

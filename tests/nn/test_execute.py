@@ -43,7 +43,7 @@ def test_a_call_without_half_of_its_results_raises_at_its_deadline():
             assert report.ended == "deadline"
             assert report.missing_rows == (2, 3)
             continue
-        with pytest.raises(DeadlineExceeded, match=r"2 of 4 .*; rows 1, 2, 3: no reply") as info:
+        with pytest.raises(DeadlineExceeded, match=r"; rows 1, 2, 3: no reply; .*2 of 4") as info:
             coded(x)
         assert isinstance(info.value, TimeoutError)
         assert info.value.report is coded.last_run
@@ -200,6 +200,11 @@ def test_a_worker_that_handed_its_part_back_was_asked_too():
     assert (report.asked, report.missing, report.work) == ((0, 1, 2, 3, 9), (9,), 1.0)
 
 
+class Ranks(nn.Module):
+    def forward(self, x):
+        return x, x.long()
+
+
 class FailsFirst(nn.Module):
     """Raises the first time it sees a row of some value."""
 
@@ -226,8 +231,14 @@ def test_a_part_that_failed_is_asked_again_at_once():
     assert run.source.nonzero().flatten().tolist() == list(failed)
 
 
-def test_what_is_rejected_again_and_again_is_predicted():
+def test_what_is_rejected_again_and_again_is_an_error_or_predicted():
     coded = rows(FailsAt(2.0, nan_at_two), workers=Separate())
+    with pytest.raises(
+        NotEnoughResults, match=r"^row 1: .* not finite in output; .* 8 of 8"
+    ) as info:
+        coded(X)
+    assert info.value.rows == (1,)
+    coded.waiting = Waiting(on_error="predict")
     answers = coded(X)
     run = coded.last_run
     assert run.predicted.tolist() == [False, True, *[False] * 6]
@@ -236,6 +247,33 @@ def test_what_is_rejected_again_and_again_is_predicted():
     assert (run.ended, run.missing_rows, run.refused) == ("failed", (1,), ())
     assert "not finite" in run.errors[1].reason
     assert (run.radii > 0).equal(run.predicted)
+
+
+@pytest.mark.parametrize(("asked", "estimated"), [({}, 0), ({"predict_after": 3.0}, 2)])
+def test_late_rows_are_waited_for_unless_the_caller_asked_for_estimates(asked, estimated):
+    law = Trace([[0.1, 0.1, 0.1, 0.1]] * 20 + [[0.1, 0.1, 0.1, 2.0]])
+    waiting = Waiting(hedge_budget=0.0, **asked)
+    coded = CodedWrapper(nn.Identity(), parts=4, workers=LocalWorkers(law), waiting=waiting)
+    for _ in range(21):
+        answers, report = coded.run(X)
+    assert report.predicted.sum() == estimated
+    assert torch.equal(answers[~report.predicted], X[~report.predicted])
+
+
+def test_surrogates_and_outputs_that_no_call_can_use_are_warned_of_once():
+    """The output is whole numbers, which are never predicted."""
+    coded = rows(nn.Hardtanh(), workers=Separate(), surrogate=nn.Hardtanh())
+    with pytest.warns(UserWarning, match=r"^CodedWrapper: surrogate is never used by Waiting\(\)"):
+        coded(X)
+    answers = coded(X)
+    for asked in (Waiting(deadline=1.0), Waiting(predict_after=3.0), Waiting(on_error="predict")):
+        assert torch.equal(coded.run(X, waiting=asked)[0], answers)
+    coded = rows(Ranks(), workers=Separate())
+    coded(X)  # every row is computed
+    coded.waiting = Waiting(on_error="predict")
+    with pytest.warns(UserWarning, match=r"output\[1\] is torch.int64 and cannot be predicted"):
+        coded(X)
+    coded(X)
 
 
 @pytest.mark.cuda
@@ -261,6 +299,7 @@ def test_laws_on_a_cuda_module(pool, make, waiting):
 
 def test_where_parts_take_no_time_a_lost_one_is_not_asked_for_again_and_again():
     coded = rows(nn.Identity(), workers=LocalWorkers(Uniform(2, seed=0)))
+    coded.waiting = Waiting(predict_after=3.0)
     for _ in range(
         100
     ):  # until the policy knows the parts, which take 0 s, and has spent its extra
@@ -284,12 +323,12 @@ class Busy(Separate):
     [
         (
             Busy(),
-            "nothing arrived within the deadline of 0.5 s; "
-            r"6 of 6 processes are at earlier tasks \(grace 30 s\)$",
+            r"^6 of 6 processes are at earlier tasks \(grace 30 s\); "
+            "nothing arrived within the deadline of 0.5 s; at least 2 of 4 results are needed",
         ),
         (
             LocalWorkers(Fixed(0.1, 1.0, 1.0, math.inf)),
-            r"got 1; missing: \[1, 2, 3\]; no more arrived within the deadline of 0.5 s$",
+            r"^no more arrived within the deadline of 0.5 s; .* got 1; missing: \[1, 2, 3\]$",
         ),
         (LocalWorkers(Uniform(3)), "at least 2 of 4 results are needed, got 1"),
     ],

@@ -144,7 +144,7 @@ def test_a_batch_of_nothing_else(way):
     assert coded(x).isnan().all()
     module = FailsAt(7.0, divide_by_zero)
     x[:2] = 7.0
-    waiting = Waiting(on_error="predict")
-    lost = CodedWrapper(module, **divided(way, 3, 3), workers=Separate(), waiting=waiting)
+    how = divided(way, 3, 3) | {"waiting": Waiting(on_error="predict")}
+    lost = CodedWrapper(module, **how, workers=Separate())
     with pytest.raises(NotEnoughResults, match="no result of finite inputs to predict others from"):
         lost(x)

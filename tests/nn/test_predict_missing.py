@@ -18,7 +18,7 @@ from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
 from coded_torch.workers import LocalWorkers
 
-from .modules import FIXED, WAYS, Call, divided, linear, rand
+from .modules import FIXED, SOON, WAYS, Call, divided, linear, rand
 
 
 def net() -> nn.Module:
@@ -30,13 +30,11 @@ def net() -> nn.Module:
 
 
 def wrap(way, module=None, lost=2, link=None, **options) -> CodedWrapper:
-    return CodedWrapper(
-        net() if module is None else module,
-        **divided(way, 5, 6, link, **FIXED if way == "rows" else {}),
-        workers=LocalWorkers(Uniform(lost, seed=1)),
-        waiting=Waiting(deadline=1.0, hedge_budget=0) if way == "rows" else None,
-        **options,
-    )
+    how = divided(way, 5, 6, link, **FIXED if way == "rows" else {})
+    if way == "rows":
+        how["waiting"] = Waiting(deadline=1.0, hedge_budget=0)
+    pool = LocalWorkers(Uniform(lost, seed=1))
+    return CodedWrapper(net() if module is None else module, **how, workers=pool, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -54,7 +52,7 @@ def test_masked_scores_are_predicted_within_their_dtype(dtype, masked):
 
     x = torch.randn(240, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
     pool = LocalWorkers(Uniform(4, seed=0))
-    answers, report = CodedWrapper(Call(scores), workers=pool, parts=24).run(x)
+    answers, report = CodedWrapper(Call(scores), workers=pool, parts=24, waiting=SOON).run(x)
     assert report.predicted.sum() == 40
     assert answers.isfinite().all()
     assert not report.radii.isnan().any()
@@ -75,7 +73,8 @@ def test_a_mask_is_seen_in_any_of_many_outputs(place):
     x = torch.randn(240, 4, generator=torch.Generator().manual_seed(0))
     for surrogate in ((), approximate):
         pool = LocalWorkers(Uniform(4, seed=0))
-        coded = CodedWrapper(Call(scores), workers=pool, parts=24, surrogate=surrogate)
+        how = {"parts": 24, "waiting": SOON, "surrogate": surrogate}
+        coded = CodedWrapper(Call(scores), workers=pool, **how)
         answers, report = coded.run(x)
         assert report.predicted.sum() == 40
         assert answers.isfinite().all()
@@ -86,9 +85,9 @@ def test_a_mask_is_seen_in_any_of_many_outputs(place):
 def test_inputs_may_have_any_strides():
     def answers(x, **options):
         pool = LocalWorkers(Uniform(2, seed=1))
-        return CodedWrapper(nn.Tanh(), workers=pool, parts=6, **options)(x)
+        return CodedWrapper(nn.Tanh(), workers=pool, parts=6, waiting=SOON, **options)(x)
 
-    x = torch.randn(5, 60)
+    x = torch.randn(5, 60, generator=torch.Generator().manual_seed(0))
     want = answers(x.T.contiguous())
     torch.testing.assert_close(answers(x.T), want)
     torch.testing.assert_close(answers(x, in_dims=1, out_dims=1).T, want)
@@ -356,7 +355,7 @@ def test_few_results_are_calibrated_by_a_memory(lost):
     """One of four rows missing, or all; 1,000 earlier rows say how far off it may be."""
     f, known = net(), Memory()
     coded = CodedWrapper(
-        f, parts=4, workers=LocalWorkers(Uniform(lost, seed=1)), waiting=Waiting(), surrogate=known
+        f, parts=4, workers=LocalWorkers(Uniform(lost, seed=1)), waiting=SOON, surrogate=known
     )
     known.follow(f)
     earlier = rand(1000, 4, seed=9)
@@ -428,7 +427,7 @@ def test_error_bars_hold_the_rounding_of_single_precision(offset):
     coded = CodedWrapper(module, workers=LocalWorkers(Uniform(4, seed=1)), parts=12)
     held = []
     for _ in range(10):
-        answers, report = coded.run(x, waiting=Waiting(hedge_budget=0))
+        answers, report = coded.run(x, waiting=Waiting(predict_after=3.0, hedge_budget=0))
         errors = (answers.double() - module(x).double()).norm(dim=1)
         held.append((errors <= report.radii)[report.predicted].double().mean())
     assert torch.stack(held).mean() > 0.9
@@ -442,7 +441,7 @@ def test_error_bars_hold_for_periodic_batches():
         level = torch.randn(24, 4, generator=generator).repeat(10, 1)
         x = level + 0.05 * torch.randn(240, 4, generator=generator)
         pool = LocalWorkers(Uniform(8, seed=seed))
-        answers, report = CodedWrapper(module, workers=pool, parts=24).run(x)
+        answers, report = CodedWrapper(module, workers=pool, parts=24, waiting=SOON).run(x)
         errors = (answers - module(x)).norm(dim=1)
         held.append((errors <= report.radii)[report.predicted].double().mean())
     assert torch.stack(held).mean() > 0.93  # .95 less two standard errors; .2 with strides

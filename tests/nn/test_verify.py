@@ -182,7 +182,7 @@ class TestAWrongWorker:
     def test_leaves_nothing_in_a_memory(self):
         memory = Memory()
         pool = AtOnce(6, wrong(2, size=0.0))
-        coded = wrap(pool, surrogate=memory)
+        coded = wrap(pool, surrogate=memory, waiting=Waiting(predict_after=3.0))
         coded._strikes.share = 0.0
         coded.run(batch())
         assert len(memory) == ROWS
@@ -237,7 +237,7 @@ class TestAWrongWorker:
                     ask(self, [part])
 
         pool, ask, failed = AtOnce(6, spoil), _AtOnce.ask, []
-        coded = wrap(pool)
+        coded = wrap(pool, waiting=Waiting(predict_after=3.0))
         coded.run(batch(1))
         monkeypatch.setattr(_AtOnce, "ask", failing)
         with caplog.at_level(logging.WARNING):

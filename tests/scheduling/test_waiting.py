@@ -13,6 +13,7 @@ from coded_torch.scheduling import Ask, Began, Drop, Ended, Failure, Prepare, Se
 from coded_torch.scheduling.latency_history import History, PredictionTimes
 
 FOUR = [(0, 1), (2, 3), (4, 5), (6, 7)]
+SOON = Waiting(predict_after=3.0)
 
 
 def drive(waiting, events, first=FOUR, needed=8, history=None, **options):
@@ -55,7 +56,7 @@ def known(seconds=1.0, rows=2, calls=10):
 def test_while_nothing_is_late_all_is_asked_once():
     decisions, _, ended = drive(Waiting(), begin(0, 1, 2, 3) + settle(0, 1, 2, 3), history=known())
     assert decisions == [Ask(tuple(FOUR))]
-    assert ended == Ended("complete", (), 1.5, 3.0)
+    assert ended == Ended("complete", (), 1.5, math.inf)
 
 
 def test_before_latencies_are_known_a_part_is_late_at_half_of_the_deadline():
@@ -68,7 +69,7 @@ def test_before_latencies_are_known_a_part_is_late_at_half_of_the_deadline():
 
 def test_a_late_part_is_split_over_idle_workers():
     events = [*begin(0, 1, 2, 3, at=0.5), *settle(0, 1, 2), None, *settle(3, at=2.1)]
-    decisions, waits, ended = drive(Waiting(), events, history=known(), idle=lambda: 5)
+    decisions, waits, ended = drive(SOON, events, history=known(), idle=lambda: 5)
     assert decisions == [Ask(tuple(FOUR)), Ask(((6,), (7,))), Prepare()]
     assert waits[0] == 3.0  # nothing runs yet
     assert waits[-2] == 2.0  # from the begin, not from the call
@@ -194,9 +195,7 @@ SCRIPTS = {
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_decisions_after_the_first(name):
     events, wanted, options = SCRIPTS[name]
-    decisions, _, _ = drive(
-        **{"waiting": Waiting(), "events": events, "history": known()} | options
-    )
+    decisions, _, _ = drive(**{"waiting": SOON, "events": events, "history": known()} | options)
     assert decisions[1:] == wanted
 
 
@@ -221,14 +220,6 @@ def test_failed_parts_are_asked_again_at_once_until_they_have_failed_three_times
     assert ended.reason == "failed"
 
 
-def test_what_failed_is_cleared_up_before_anything_is_predicted():
-    events = [*begin(0, 1, 2, 3), *settle(0, 1, 2), *raised(3, worker=0, at=2.5)]
-    events += [*begin(4, 5, at=2.5), None, *settle(4, at=3.2)]  # predicted from 3 on
-    events += raised(5, worker=1, at=3.3)
-    ended = drive(Waiting(), events, history=known())[2]
-    assert (ended.reason, ended.refused) == ("error", (5,))
-
-
 def raised(*parts, worker, at=1.0):
     failure = Failure("raised", "wrong")
     return [Settled(part, at, at, False, failure, worker) for part in parts]
@@ -242,15 +233,6 @@ def test_a_part_that_ends_its_worker_is_cut_while_all_others_run():
     events[4:6] = begin(4, 5, at=0.09)  # they may end their workers as soon
     decisions, _, _ = drive(Waiting(predict=False), events, six, 12, History())
     assert decisions == [Ask(tuple(six)), Ask(((0, 1),))]
-
-
-def test_the_search_for_what_failed_ends_at_twice_predict_after():
-    events = [*begin(0, 1, 2, 3), *settle(0, 1, 2), Settled(3, 1.0, 1.0, False, Failure("died"))]
-    events += [*begin(4, at=1.0), None, None, None]  # it hangs
-    decisions, waits, ended = drive(Waiting(), events, history=known())
-    assert decisions == [Ask(tuple(FOUR)), Ask(((6, 7),))]
-    assert waits[-3:] == [2.5, 3.0, 6.0]  # a copy might end another worker
-    assert (ended.reason, ended.deadline) == ("predict_after", 3.0)
 
 
 @pytest.mark.parametrize(
@@ -360,13 +342,13 @@ def test_failures_do_not_need_the_bucket():
     history = known()
     assert history.spend(6.0, most=6.0)
     events = [*begin(0, 1, 2, 3), *settle(0, 1), *settle(2, ok=False), None]
-    decisions, waits, _ = drive(Waiting(hedge_budget=0.01), events, history=history)
+    decisions, waits, _ = drive(Waiting(None, 3.0, 0.01), events, history=history)
     assert decisions[1:] == [Ask(((4, 5),)), Prepare()]  # part 3 is late, and stays so
     assert waits[-1] == 3.0
 
 
 @pytest.mark.parametrize(
-    ("waiting", "reason"), [(Waiting(), "predict_after"), (Waiting(deadline=3.0), "deadline")]
+    ("waiting", "reason"), [(SOON, "predict_after"), (Waiting(deadline=3.0), "deadline")]
 )
 def test_the_rest_is_predicted_if_half_is_there(waiting, reason):
     enough = drive(waiting, [*settle(0, 1), None], history=known())
@@ -387,11 +369,40 @@ def test_a_deadline_counts_from_the_call():
     assert ended.deadline == 3.0
 
 
-@pytest.mark.parametrize("waiting", [Waiting(predict_after=math.inf), Waiting(predict=False)])
+@pytest.mark.parametrize(
+    "waiting",
+    [
+        Waiting(),
+        Waiting(on_error="predict"),
+        Waiting(predict_after=math.inf),
+        Waiting(predict_after=3.0, predict=False),
+    ],
+)
 def test_what_is_never_predicted_waits_for_all_that_can_come(waiting):
     _, waits, ended = drive(waiting, [*settle(0, 1), *settle(2, 3, at=99.0)], history=known())
     assert set(waits) == {math.inf}
     assert ended.reason == "complete"
+
+
+@pytest.mark.parametrize(
+    ("waiting", "by_rows", "with_a_code"),
+    [
+        (Waiting(), False, True),
+        (Waiting(deadline=1.0), True, True),
+        (Waiting(predict_after=3.0), True, True),
+        (Waiting(on_error="predict"), True, True),
+        (Waiting(deadline=1.0, predict_after=3.0, predict=False, on_error="predict"), False, False),
+    ],
+)
+def test_rows_are_estimated_only_if_the_caller_asked_for_it(waiting, by_rows, with_a_code):
+    assert (waiting.may_predict(True), waiting.may_predict(False)) == (by_rows, with_a_code)
+    tries, rows = 3 if by_rows else 20, [(row,) for row in range(4)]
+    events = [*begin(0, 1, 2, 3, at=0.1), *settle(0, 1, 2, at=0.2)]
+    for part in range(3, 3 + tries):
+        events += [*begin(part, at=0.2), *settle(part, at=0.2, ok=False)]
+    decisions, _, ended = drive(waiting, events, rows, needed=4)
+    assert decisions == [Ask(tuple(rows))] + [Ask(((3,),))] * (tries - 1)
+    assert ended.reason == "failed"
 
 
 def test_columns_stand_in_for_each_other():
@@ -540,9 +551,18 @@ def test_options_are_values():
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"deadline": 0.0}, ValueError, "deadline must be positive and finite, got 0.0"),
-        ({"deadline": math.inf}, ValueError, "deadline must be positive and finite, got inf"),
-        ({"deadline": "soon"}, TypeError, "deadline must be positive and finite, got 'soon'"),
+        (
+            {"deadline": 0.0},
+            ValueError,
+            "deadline must be a positive and finite number of seconds, got 0.0",
+        ),
+        (
+            {"deadline": math.inf},
+            ValueError,
+            "deadline must be a positive and finite number of seconds, got inf",
+        ),
+        ({"deadline": "200ms"}, TypeError, "number of seconds, got '200ms' of type str"),
+        ({"hedge_budget": None}, TypeError, "hedge_budget must be .*, got None of type NoneType"),
         ({"predict_after": 0}, ValueError, "predict_after must be positive, got 0"),
         ({"predict_after": math.nan}, ValueError, "predict_after must be positive, got nan"),
         ({"predict": 0}, TypeError, "predict must be of type bool, got int"),

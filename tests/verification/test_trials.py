@@ -293,6 +293,14 @@ class TestWithoutTime:
         assert pool.waits
         assert max(pool.waits) <= 5.0
 
+    def test_nor_does_one_that_hangs_at_a_check_where_there_is_no_deadline(self):
+        pool, ended = Pool(8), Ended("complete", hedging_threshold=1.0)
+        hangs = {"lost": lambda worker, part: True, "ended": ended}
+        verdict, answers = pool.call(ROWS, honest, range(ROWS), **hangs)
+        assert right(answers)
+        assert len(verdict.unverified) > ROWS / 2
+        assert max(pool.waits) <= 5.0
+
 
 @pytest.mark.parametrize("failed", [True, False])
 def test_a_part_that_failed_is_not_waited_for(failed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 import re
 import threading
 import time
@@ -406,6 +407,18 @@ def test_threads_come_and_go():
         replies = list(pool.run(nn.Identity(), task_of(torch.ones(4, 1, 1))))
         assert {reply.worker for reply in replies} == {1}
         assert pool.num_workers == 1
+
+
+def test_start_says_which_output_is_never_estimated(caplog):
+    class Top(nn.Module):
+        def forward(self, x):
+            return {"logits": x, "top": x.argmax(1)}
+
+    with caplog.at_level(logging.INFO, "coded_torch"), DeviceWorkers(["cpu"] * 3) as pool:
+        pool.start(nn.Identity(), torch.ones(1, 2))
+        assert "estimated" not in caplog.text
+        pool.start(Top(), torch.ones(1, 2))
+    assert caplog.text.count("output['top'] is torch.int64, so its missing rows cannot be") == 1
 
 
 def test_each_worker_starts_with_the_example_as_it_is():
