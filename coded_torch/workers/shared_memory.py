@@ -3,13 +3,15 @@ r"""Messages between two local processes, with their tensors in shared memory.
 A pipe would copy every tensor twice, and :mod:`torch.multiprocessing` opens a file for each tensor.
 Here the sender writes a message into memory that the receiver has mapped already, and sends a
 header of 48 bytes. The received tensors are views of that memory. The sender writes there again
-when the receiver holds no view any more.
+when the receiver holds no view any more. Until then it could change them, but not their memory's
+size, which would end the receiver by a signal: both sides seal it (``man F_ADD_SEALS``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import importlib
 import io
@@ -130,6 +132,7 @@ class Package:
         weakref.finalize(self, os.close, self.descriptor)
         with mmap.mmap(self.descriptor, 0) as memory:
             pickled.write(memory)
+        _seal(self.descriptor, "F_SEAL_WRITE")  # no receiver can change it for the others
 
 
 class Message(NamedTuple):
@@ -179,7 +182,10 @@ class Connection:
         self._write(kind, number, package.length, -1, package.descriptor)
 
     def receive(self) -> Message | None:
-        """Return the next message; None if the other side has ended, an OSError as by `send`."""
+        """Return the next message; None if the other side has ended.
+
+        Raises an OSError if descriptors are short, or if the memory refuses to keep its size.
+        """
         try:
             # A header is one write and one read: too short to be cut, even by a sudden death.
             data, descriptors, flags, _ = socket.recv_fds(self.socket, _HEADER.size, 1)
@@ -197,8 +203,11 @@ class Connection:
         memory, copy = memoryview(b""), 0
         if new:
             access = mmap.ACCESS_WRITE if index >= 0 else mmap.ACCESS_COPY
-            self._known[index] = mmap.mmap(descriptors[0], 0, access=access)
-            os.close(descriptors[0])
+            try:
+                _seal(descriptors[0])
+                self._known[index] = mmap.mmap(descriptors[0], 0, access=access)
+            finally:
+                os.close(descriptors[0])
         if new and index < 0:  # a package
             memory = memoryview(self._known.pop(index))
         elif length:
@@ -206,6 +215,8 @@ class Connection:
             copy = _SMALL if len(self._kept) < _MOST_KEPT else sys.maxsize
             self._kept.add(index)
             weakref.finalize(memory, _let_go, index, self._kept, self._done).atexit = False
+        if not 0 <= length <= len(memory):
+            raise ValueError(f"a message of {length} bytes came in a block of {len(memory)}")
         return Message(kind, number, _Unpickler(memory, length, copy).load)
 
     def close(self) -> None:
@@ -247,9 +258,17 @@ def _aligned(size: int) -> int:  # to whole cache lines
 def _anonymous_file(size: int) -> int:
     """Return the descriptor of shared memory, which exists while any process has it."""
     if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("coded_torch")
+        descriptor = os.memfd_create("coded_torch", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     else:
         with tempfile.TemporaryFile() as file:
             descriptor = os.dup(file.fileno())
     os.ftruncate(descriptor, size)
+    _seal(descriptor)
     return descriptor
+
+
+def _seal(descriptor: int, *more: str) -> None:
+    """Let memory keep its size, where the system can. Raises an OSError if it refuses."""
+    seals = [getattr(fcntl, name, 0) for name in ("F_SEAL_SHRINK", "F_SEAL_GROW", *more)]
+    if any(seals):
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, sum(seals))
