@@ -3,8 +3,8 @@ r"""Messages between two local processes, with their tensors in shared memory.
 A pipe would copy every tensor twice, and :mod:`torch.multiprocessing` opens a file for each tensor.
 Here the sender writes a message into memory that the receiver has mapped already, and sends a
 header of 48 bytes. The received tensors are views of that memory. The sender writes there again
-when the receiver holds no view any more. Until then it could change them, but not their memory's
-size, which would end the receiver by a signal: both sides seal it (``man F_ADD_SEALS``).
+when the receiver holds no view any more. Both sides seal the size of the memory, as reading behind
+its end would kill the receiver.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import pickle
 import socket
 import struct
 import sys
-import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -132,7 +131,7 @@ class Package:
         weakref.finalize(self, os.close, self.descriptor)
         with mmap.mmap(self.descriptor, 0) as memory:
             pickled.write(memory)
-        _seal(self.descriptor, "F_SEAL_WRITE")  # no receiver can change it for the others
+        _seal(self.descriptor, fcntl.F_SEAL_WRITE)  # no receiver can change it for the others
 
 
 class Message(NamedTuple):
@@ -181,11 +180,13 @@ class Connection:
         """Send a package. The receiver maps its memory, and copies the pages that it changes."""
         self._write(kind, number, package.length, -1, package.descriptor)
 
-    def receive(self) -> Message | None:
-        """Return the next message; None if the other side has ended.
+    def beat(self, kind: int) -> None:
+        """Send a kind alone, from any thread, unless the other side has left many unread."""
+        with contextlib.suppress(OSError):
+            self.socket.send(_HEADER.pack(kind, 0, 0, -1, 0, 0), socket.MSG_DONTWAIT)
 
-        Raises an OSError if descriptors are short, or if the memory refuses to keep its size.
-        """
+    def receive(self) -> Message | None:
+        """Return the next message; None if the other side has ended, an OSError as by `send`."""
         try:
             # A header is one write and one read: too short to be cut, even by a sudden death.
             data, descriptors, flags, _ = socket.recv_fds(self.socket, _HEADER.size, 1)
@@ -203,11 +204,9 @@ class Connection:
         memory, copy = memoryview(b""), 0
         if new:
             access = mmap.ACCESS_WRITE if index >= 0 else mmap.ACCESS_COPY
-            try:
+            with open(descriptors[0], "rb"):  # closes it
                 _seal(descriptors[0])
                 self._known[index] = mmap.mmap(descriptors[0], 0, access=access)
-            finally:
-                os.close(descriptors[0])
         if new and index < 0:  # a package
             memory = memoryview(self._known.pop(index))
         elif length:
@@ -257,18 +256,12 @@ def _aligned(size: int) -> int:  # to whole cache lines
 
 def _anonymous_file(size: int) -> int:
     """Return the descriptor of shared memory, which exists while any process has it."""
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("coded_torch", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    else:
-        with tempfile.TemporaryFile() as file:
-            descriptor = os.dup(file.fileno())
+    descriptor = os.memfd_create("coded_torch", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(descriptor, size)
     _seal(descriptor)
     return descriptor
 
 
-def _seal(descriptor: int, *more: str) -> None:
-    """Let memory keep its size, where the system can. Raises an OSError if it refuses."""
-    seals = [getattr(fcntl, name, 0) for name in ("F_SEAL_SHRINK", "F_SEAL_GROW", *more)]
-    if any(seals):
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, sum(seals))
+def _seal(descriptor: int, more: int = 0) -> None:
+    """Let memory keep its size. Raises an OSError if it refuses."""
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | more)
