@@ -12,6 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Generator, Sequence
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .._arguments import sparing_logger
 from ..codes.plans import DeadlineExceeded, NotEnoughResults
@@ -145,6 +146,8 @@ class Execution:
                 if wanted <= 0:
                     break
         for reply in replies:
+            if self._check is not None:  # a faulty worker may still write to memory that it shares
+                reply.value = pytree.tree_map_only(Tensor, Tensor.clone, reply.value)
             if reply.worker >= 0:  # a worker had it
                 latencies.pop(reply.worker, None)
                 began = self._began.get(reply.part.number)

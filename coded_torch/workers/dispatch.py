@@ -35,6 +35,7 @@ class Worker:
     job: Job | None = None
     since = 0.0  #: the time when it began its job
     ready = False  #: true if it is up
+    fresh = False  #: true if its job's module was new to it, and is not known to be loaded
     excluded = False  #: true if it gets no more jobs
     left = False  #: true if it leaves after its job, and has no successor
     unwanted = False  #: true if it is to be ended
@@ -81,6 +82,10 @@ class Dispatcher(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Call :meth:`stop`, and end the workers. May be called twice."""
+
+    def may_load(self, module: Any) -> bool:
+        """Return whether a worker may take a job whose module is new to it."""
+        return True
 
     def wake(self) -> None:  # noqa: B027 - not all pools start or end workers
         """Hear that workers may have to be started or ended."""
@@ -252,15 +257,17 @@ class Dispatcher(abc.ABC):
                 others = [w for w in self._workers if w.is_wanted and w.index not in out]
                 if not any(w.job is None or now - w.since < _PATIENCE for w in others):
                     out = job.part.avoid
-                workers = [w for w in idle if w.index not in out]
+                workers, module = [w for w in idle if w.index not in out], job.request.module
+                known = [w for w in workers if not w.is_new_to(module)]
+                workers = known or (workers if self.may_load(module) else [])
                 if not workers and job.request.wants(job.part):
                     at += 1
                     continue
                 del self._jobs[at]
                 if workers:
                     worker = min(workers, key=lambda w: (busy.count(w.index), w.since))
-                    fresh = worker.is_new_to(job.request.module)
-                    if job.request.begin(job.part, worker.index, fresh):
+                    worker.fresh = worker.is_new_to(module)
+                    if job.request.begin(job.part, worker.index, worker.fresh):
                         worker.job, worker.since = job, self._clock()
                         return worker, job
             return None

@@ -9,7 +9,7 @@ import math
 import queue
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextvars import ContextVar
@@ -75,6 +75,7 @@ class LiveRequest(Request):
         # None stands for an interruption.
         self._events: queue.SimpleQueue[Began | Reply | None] = queue.SimpleQueue()
         self._closed = self._retries = False  # true if a part may have to wait for some workers
+        self.kills = Counter[int]()  # the times that a worker was ended at a unit
         self.abandoned = False  # true if its workers may be ended, as the caller was interrupted
         # Guards _open and _closed. A pool may take it while it holds a lock of its own, never the
         # other way round.

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,20 +22,29 @@ from .._arguments import find_devices
 from . import worker_main
 from .dispatch import Job
 from .shared_memory import Connection, Package, Pickled
-from .supervisor import SupervisedWorkers, Supervisor, WatchedWorker
+from .supervisor import Limits, SupervisedWorkers, Supervisor, WatchedWorker
 
 __all__ = ["ProcessWorkers"]
 
 # Seconds that the server may take to say how a process ended, while the pool waits. Not tuned.
 _DYING_SECONDS = 0.5
+# The share of a processor above which a process is alive. A hung one uses .4 %, by its thread that
+# waits for Python's global lock; compiled code uses 6 % of a processor that 16 processes share.
+_BUSY = 0.02
 
 
 class ProcessWorkers(SupervisedWorkers):
     r"""A process per worker, each with the module. An idle process takes the next part.
 
-    Inputs and results pass through shared memory, gradients do not pass. A process that dies, or
-    takes longer than ``grace`` for a part, is replaced at once. Its part has failed, and the
-    request goes on. Ctrl-C ends the processes that compute parts of the interrupted call.
+    Inputs and results pass through shared memory, gradients do not pass. A process that dies or
+    hangs is replaced at once. Its part has failed, and the request goes on. Ctrl-C ends the
+    processes that compute parts of the interrupted call.
+
+    A process hangs if a call waits for its part, and it shows no sign of life. A thread gives signs
+    while the module computes, sleeps or waits, and processor time is one, too, so that no slow part
+    is taken for a hang. A process that is stopped, or waits while it holds Python's global lock,
+    shows none. An endless loop does: it ends after ``timeout``, or after ``grace`` if no call waits
+    for the part any more.
 
     The module is sent to each process once, and again when a parameter or buffer was replaced or
     changed in place, or ``train`` or ``eval`` was called. All processes share one copy of its
@@ -50,10 +60,10 @@ class ProcessWorkers(SupervisedWorkers):
         devices: the devices of the processes, in turn, which this process never touches. Defaults
             to the CPU.
         threads: the number of threads that each process uses for one operation. Defaults to 1.
-        grace: seconds that a part may take, without loading the module, for which it has 120. It
-            finds hung processes, not late ones: a few times the slowest call. Defaults to 30.
-        timeout: seconds after which a part that was asked for and has not replied has failed.
-            Defaults to 600.
+        grace: seconds without a sign of life after which a process at a part is ended; twice as
+            many after each end at one of its rows. Loading may take 120 s. Defaults to 30.
+        timeout: seconds after which a part that was asked for and has not replied has failed, and
+            its process is ended. Defaults to 600.
 
     Opening raises:
         RuntimeError: the pool is closed, an input requires gradients, this process was forked from
@@ -84,7 +94,7 @@ class ProcessWorkers(SupervisedWorkers):
         super().__init__(num_workers, threads=threads, grace=grace, timeout=timeout)
 
     def _make(self) -> Supervisor:
-        return _Processes(self._size, self.grace, self.devices, self.threads)
+        return _Processes(self._size, self._limits, self.devices, self.threads)
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -94,6 +104,7 @@ class _Process(WatchedWorker):
     connection: Connection
     descriptor: int
     packages: frozenset[str]  #: the packages that its server has imported
+    used = 0.0  #: seconds of processor time of all its threads, at the last look
     _forked = False  # true if the server has told its process id
 
     def exit_code(self, seconds: float) -> int | None:
@@ -105,6 +116,13 @@ class _Process(WatchedWorker):
                     return number
                 self.pid, self._forked = number, True
         return None
+
+    def look(self) -> None:
+        with contextlib.suppress(OSError):  # the process has ended
+            used = time.clock_gettime(~self.pid << 3 | 2)  # Linux's clock of another process
+            if used - self.used > _BUSY * (time.monotonic() - max(self.since, self.life)):
+                self.life = time.monotonic()
+            self.used = used
 
     def kill(self) -> None:
         if self.pid:
@@ -120,10 +138,8 @@ class _Processes(Supervisor):
 
     kind = "processes"
 
-    def __init__(
-        self, size: int, grace: float, devices: Sequence[torch.device], threads: int
-    ) -> None:
-        super().__init__(size, grace)
+    def __init__(self, size: int, limits: Limits, devices: Sequence[Any], threads: int) -> None:
+        super().__init__(size, limits)
         self._devices, self._threads = devices, threads
         self._packages: frozenset[str] = frozenset()
 
@@ -149,7 +165,8 @@ class _Processes(Supervisor):
         packages = self._packages - worker_main.REFUSED
         with theirs, contextlib.ExitStack() as on_error:
             on_error.enter_context(ours)
-            descriptor = worker_main.fork(theirs, device, self._threads, self.seed(), packages)
+            options = device, self._threads, self.seed(), self.beat
+            descriptor = worker_main.fork(theirs, packages, *options)
             on_error.pop_all()
         link = Connection(ours)
         worker = _Process(index, connection=link, descriptor=descriptor, packages=packages)
@@ -163,7 +180,8 @@ class _Processes(Supervisor):
             if worker.is_new_to(module):
                 worker.loading = True  # before it can answer that it has loaded the module
                 link.send_package(worker_main.MODULE, module.number, module.package)
-            worker.load(module)
+            worker.load(job)
+            worker.look()
             link.send(worker_main.JOB, job.number, contents)
 
     def end(self, worker: _Process) -> None:
@@ -206,6 +224,9 @@ class _Processes(Supervisor):
             self.lost(worker, self._bury(worker))
         elif message.kind == worker_main.LOADED:
             self.loaded(worker)
+        elif message.kind == worker_main.ALIVE:
+            worker.life = time.monotonic()
+            worker.look()
         elif message.kind != worker_main.READY:
             self.take(worker, message.number, message.value)
 

@@ -10,6 +10,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .dispatch import Job
-from .supervisor import SupervisedWorkers, Supervisor, WatchedWorker
-from .worker_main import environment
+from .supervisor import Limits, SupervisedWorkers, Supervisor, WatchedWorker
 
 __all__ = ["RayWorkers"]
 
@@ -37,8 +37,8 @@ class RayWorkers(SupervisedWorkers):
         address: the address of the cluster, as for :func:`ray.init`. Defaults to None: the cluster
             that this process is in, else a local one, which ends with this process. A process is in
             one cluster at a time.
-        threads, grace, timeout: as for :class:`~coded_torch.workers.ProcessWorkers`, but ``grace``
-            includes loading the module.
+        threads, grace, timeout: as for :class:`~coded_torch.workers.ProcessWorkers`, but a module
+            has to give signs of life while it loads, and processor time is none.
         actor_options: options of each actor for Ray, such as ``num_gpus=1``, for an actor on a GPU.
             By default ``num_cpus=0``, so that any number of actors runs anywhere.
 
@@ -70,7 +70,7 @@ class RayWorkers(SupervisedWorkers):
         super().__init__(num_workers, threads=threads, grace=grace, timeout=timeout)
 
     def _make(self) -> Supervisor:
-        return _Actors(self._size, self.grace, self.address, self.threads, self.actor_options)
+        return _Actors(self._size, self._limits, self.address, self.threads, self.actor_options)
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -86,16 +86,14 @@ class _Actors(Supervisor):
 
     kind = "actors"
 
-    def __init__(
-        self, size: int, grace: float, address: str | None, threads: int, options: dict[str, Any]
-    ) -> None:
-        super().__init__(size, grace)
+    def __init__(self, size: int, limits: Limits, address: str | None, *options: Any) -> None:
+        super().__init__(size, limits)
         self._news: queue.SimpleQueue[tuple[_Actor, int | None, Any] | None] = queue.SimpleQueue()
-        self._address, self._threads, self._options = address, threads, options
+        self._address, (self._threads, self._options) = address, options
 
     def set_up(self) -> None:
         self._session = _connect(self._address)
-        fixed = {"concurrency_groups": {"end": 1}, "max_restarts": 0, "max_task_retries": 0}
+        fixed = {"concurrency_groups": {"life": 1}, "max_restarts": 0, "max_task_retries": 0}
         self._class = _ray().remote(**fixed, **self._options)(_actor_class())
         # Runs before Ray's own exit handler, which would leave a pool that cannot end its actors.
         atexit.register(self.close)
@@ -107,14 +105,14 @@ class _Actors(Supervisor):
         self._ray()
         handle = self._class.remote(self._threads, self.seed())
         worker = _Actor(index, handle=handle)
-        self._listen(worker, None, handle.hello.remote())
+        self._listen(worker, None, handle.live.remote(0.0))
         return worker
 
     def send(self, worker: _Actor, job: Job) -> None:
         self._ray()
         module = job.request.module
         contents = _portable(module.job(job.request.task, job.part))
-        worker.load(module)
+        worker.load(job)
         reply = worker.handle.call.remote(module.number, module.package, contents)
         self._listen(worker, job.number, reply)
 
@@ -156,11 +154,12 @@ class _Actors(Supervisor):
             self.take(worker, number, future.result)
         elif error is not None:
             self.lost(worker, f"did not come up: {error}")
-        elif not worker.ready:
-            worker.pid = future.result()
-            end = worker.handle.end.options(concurrency_group="end").remote()
-            self._listen(worker, None, end)
-            self.ready(worker)
+        elif worker in self._workers:
+            worker.pid, worker.life = future.result(), time.monotonic()
+            live = worker.handle.live.options(concurrency_group="life")
+            self._listen(worker, None, live.remote(self.beat))
+            if not worker.ready:
+                self.ready(worker)
 
 
 _lock = threading.Lock()
@@ -172,7 +171,10 @@ def _connect(address: str | None) -> tuple[str, str]:
     # Ray reads the first variable when it is imported: at 0, sockets bind to 127.0.0.1.
     ours = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_USAGE_STATS_ENABLED")
     unset = set(ours) - os.environ.keys() if address is None else ()
-    with _lock, environment(dict.fromkeys(unset, "0")):
+    with _lock, contextlib.ExitStack() as restoring:
+        for name in unset:
+            os.environ[name] = "0"
+            restoring.callback(os.environ.pop, name)
         if begins := not _ray().is_initialized():
             how: Any = {"log_to_driver": False, "logging_level": "ERROR"}
             if address is None:
@@ -215,16 +217,14 @@ def _actor_class() -> type:
             self.modules = worker_main.LoadedModules(device, ours._portable)
             self.get = ours._ray().get
 
-        def hello(self) -> int:
+        def live(self, seconds: float) -> int:
+            """Return the process id, after some seconds. The pool hears of an end meanwhile."""
+            time.sleep(seconds)
             return os.getpid()
 
         def call(self, number: int, package: list[Any], contents: Any) -> Any:
             self.modules.add(number, lambda: self.get(package[0]))
             return self.modules.call(lambda: contents)
-
-        def end(self) -> None:
-            """Never return: the pool notices the end of the actor by waiting for this."""
-            threading.Event().wait()
 
     return CodedTorchWorker
 

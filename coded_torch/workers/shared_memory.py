@@ -3,13 +3,15 @@ r"""Messages between two local processes, with their tensors in shared memory.
 A pipe would copy every tensor twice, and :mod:`torch.multiprocessing` opens a file for each tensor.
 Here the sender writes a message into memory that the receiver has mapped already, and sends a
 header of 48 bytes. The received tensors are views of that memory. The sender writes there again
-when the receiver holds no view any more.
+when the receiver holds no view any more. Both sides seal the size of the memory, as reading behind
+its end would kill the receiver.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import importlib
 import io
@@ -20,7 +22,6 @@ import pickle
 import socket
 import struct
 import sys
-import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -130,6 +131,7 @@ class Package:
         weakref.finalize(self, os.close, self.descriptor)
         with mmap.mmap(self.descriptor, 0) as memory:
             pickled.write(memory)
+        _seal(self.descriptor, fcntl.F_SEAL_WRITE)  # no receiver can change it for the others
 
 
 class Message(NamedTuple):
@@ -178,6 +180,11 @@ class Connection:
         """Send a package. The receiver maps its memory, and copies the pages that it changes."""
         self._write(kind, number, package.length, -1, package.descriptor)
 
+    def beat(self, kind: int) -> None:
+        """Send a kind alone, from any thread, unless the other side has left many unread."""
+        with contextlib.suppress(OSError):
+            self.socket.send(_HEADER.pack(kind, 0, 0, -1, 0, 0), socket.MSG_DONTWAIT)
+
     def receive(self) -> Message | None:
         """Return the next message; None if the other side has ended, an OSError as by `send`."""
         try:
@@ -197,8 +204,9 @@ class Connection:
         memory, copy = memoryview(b""), 0
         if new:
             access = mmap.ACCESS_WRITE if index >= 0 else mmap.ACCESS_COPY
-            self._known[index] = mmap.mmap(descriptors[0], 0, access=access)
-            os.close(descriptors[0])
+            with open(descriptors[0], "rb"):  # closes it
+                _seal(descriptors[0])
+                self._known[index] = mmap.mmap(descriptors[0], 0, access=access)
         if new and index < 0:  # a package
             memory = memoryview(self._known.pop(index))
         elif length:
@@ -206,6 +214,8 @@ class Connection:
             copy = _SMALL if len(self._kept) < _MOST_KEPT else sys.maxsize
             self._kept.add(index)
             weakref.finalize(memory, _let_go, index, self._kept, self._done).atexit = False
+        if not 0 <= length <= len(memory):
+            raise ValueError(f"a message of {length} bytes came in a block of {len(memory)}")
         return Message(kind, number, _Unpickler(memory, length, copy).load)
 
     def close(self) -> None:
@@ -246,10 +256,12 @@ def _aligned(size: int) -> int:  # to whole cache lines
 
 def _anonymous_file(size: int) -> int:
     """Return the descriptor of shared memory, which exists while any process has it."""
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("coded_torch")
-    else:
-        with tempfile.TemporaryFile() as file:
-            descriptor = os.dup(file.fileno())
+    descriptor = os.memfd_create("coded_torch", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(descriptor, size)
+    _seal(descriptor)
     return descriptor
+
+
+def _seal(descriptor: int, more: int = 0) -> None:
+    """Let memory keep its size. Raises an OSError if it refuses."""
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | more)

@@ -18,15 +18,18 @@ from torch import Tensor, nn
 
 from .._arguments import MOST_WORKERS, count, positive, warn
 from .base import Request, Task
-from .dispatch import DispatchedWorkers, Dispatcher, Worker, logger
+from .dispatch import DispatchedWorkers, Dispatcher, Job, Worker, logger
 from .live import Ambient, LiveRequest
 from .worker_main import ModuleStore, PackedModule
 
-__all__ = ["START_SECONDS", "SupervisedWorkers", "Supervisor", "WatchedWorker"]
+__all__ = ["START_SECONDS", "Limits", "SupervisedWorkers", "Supervisor", "WatchedWorker"]
 
 # Seconds that a worker has to start, or to load a module. Importing torch from a cold disk takes
 # tens of seconds. Not tuned: a lower value ends healthy workers, a higher one finds hung ones late.
 START_SECONDS = 120.0
+_BEATS = 4  # signs of life per ``grace``: some may be late on a busy machine; not tuned
+_LONGEST_BEAT = 10.0  # seconds between signs of life, at most; not tuned
+_RECENT = 10.0  # seconds since its last part began, for which a module still has calls; not tuned
 _CLOSING_SECONDS = 10.0  # a pool that closes waits so long for its thread; not tuned
 # Failed starts in a row after which waiting jobs fail, instead of at their timeout. Not tuned.
 _FAILED_STARTS = 3
@@ -36,46 +39,68 @@ _REPAIR_SECONDS = 1.0  # a pause after an unexpected exception, so that the thre
 _launches = itertools.count()
 
 
+Limits = tuple[float, float]  # ``grace`` and ``timeout`` of a pool
+
+
 class WatchedWorker(Worker):
     """A process or an actor: starting, loading a module, at a job, or idle."""
 
     pid = 0  #: 0 until it is known
     loading = False  #: true until it has loaded the module of its job
+    life = -math.inf  #: the time of its last sign of life
     modules: frozenset[int] = frozenset()  #: the numbers of its modules
+    latest = -1  #: the number of the module of its last job
+    kills = 0  #: the times that a worker was ended at a row of its job, before it began
 
     def is_new_to(self, module: PackedModule) -> bool:
         return module.number not in self.modules
 
-    def load(self, module: PackedModule) -> None:
-        """Note that the worker gets a module, and forgets all that are not alive."""
+    def load(self, job: Job) -> None:
+        """Note that the worker gets a job, and forgets all modules that are not alive."""
+        module, kills = job.request.module, job.request.kills
         self.modules = self.modules & module.alive | {module.number}
+        self.latest = module.number
+        self.kills = max(map(kills.__getitem__, job.part.units)) if kills else 0
 
-    def end_by(self, grace: float) -> tuple[float, str]:
+    def look(self) -> None:
+        """Look for a sign of life that the worker does not give itself."""
+
+    def end_by(self, grace: float, timeout: float) -> tuple[float, str]:
         """Return when the worker is to be ended, and why, in words that continue its name."""
         if self.unwanted:
             return -math.inf, "was to be restarted"
         if self.job is not None and self.job.request.abandoned:
             return -math.inf, "was at a call that was interrupted"
-        if self.ready and self.job is None:
-            return math.inf, ""
-        seconds, what = grace, "at one job"
         if self.loading or not self.ready:
             seconds = max(START_SECONDS, grace)
             what = "loading a module" if self.ready else "starting"
-        return self.since + seconds, f"was {what} for more than {seconds:g} s, and was ended"
+            return self.since + seconds, f"was {what} for more than {seconds:g} s, and was ended"
+        if self.job is None:
+            return math.inf, ""
+        awaited, longest = self.job.request.awaits(self.job.part), max(grace, timeout)
+        grace *= 2.0 ** min(self.kills, 9)
+        due, what, option = self.since + longest, "", "timeout"
+        if (silent := (max(self.since, self.life) if awaited else self.since) + grace) <= due:
+            what = " without a sign of life" if awaited else " that no call waits for"
+            due, longest, option = silent, grace, "grace (--grace)"
+        how = f"for more than {longest:g} s{what}, and was ended; {option} sets this time"
+        return due, f"was at one job {how}"
 
 
 class Supervisor(Dispatcher):
     """The workers of a pool, of whom lost ones are replaced, and late ones ended.
 
-    A worker that computes a job for longer than ``grace`` seconds is late, without the time for
-    loading the module where that is reported. Subclasses report to :meth:`ready`, :meth:`loaded`,
-    :meth:`take` and :meth:`lost`. One thread runs :meth:`serve`; any thread calls the rest.
+    A worker hangs if it computes a job that a call waits for, and shows no sign of life for
+    ``grace`` seconds, without the time for loading the module where that is reported. No job takes
+    longer than ``timeout``. Subclasses report to :meth:`ready`, :meth:`loaded`, :meth:`take` and
+    :meth:`lost`, and note each :attr:`~WatchedWorker.life`. One thread runs :meth:`serve`; any
+    thread calls the rest.
     """
 
-    def __init__(self, size: int, grace: float, clock: Any = time.monotonic) -> None:
+    def __init__(self, size: int, limits: Limits, clock: Any = time.monotonic) -> None:
         super().__init__(size, clock)
-        self.grace = grace
+        self.limits, self.grace = limits, limits[0]
+        self.beat = min(self.grace / _BEATS, _LONGEST_BEAT)  # seconds between signs of life
         self.modules = ModuleStore(self.pack)
         self.thread = threading.Thread(target=self.serve, name=f"coded_torch-{size}", daemon=True)
         self.num_lost = 0  # workers, while the pool is open
@@ -135,9 +160,17 @@ class Supervisor(Dispatcher):
     def loaded(self, worker: Any) -> None:
         """Note that a worker has loaded a module: of its job or, before it is up, the last one."""
         with self._lock:
-            worker.loading, worker.since = False, self._clock()
-        if not worker.ready:
-            self.ready(worker)
+            worker.loading, worker.fresh, worker.since = False, False, self._clock()
+        self._assign() if worker.ready else self.ready(worker)
+
+    def may_load(self, module: PackedModule) -> bool:
+        """Return whether one more worker may load a module, which stops calls of others there."""
+        recent, used, loading = self._clock() - _RECENT, set[int](), set[int]()
+        for worker in self._workers:
+            number = worker.latest if (job := worker.job) is None else job.request.module.number
+            used |= {number} if job is not None or worker.since > recent else set()
+            loading |= {number} if job is not None and worker.fresh else set()
+        return module.number not in loading or used.isdisjoint(module.alive - {module.number})
 
     def take(self, worker: Any, number: int, read: Callable[[], tuple[bool, Any]]) -> None:
         """Take the result of a job. If it is awaited, read whether it succeeded, and its value."""
@@ -205,9 +238,13 @@ class Supervisor(Dispatcher):
         now = self._clock()
         for worker in list(self._workers):
             with self._lock:  # a worker that gets its next job meanwhile is not overdue
-                due, why = worker.end_by(self.grace)
+                if worker.end_by(*self.limits)[0] <= now:
+                    worker.look()
+                due, why = worker.end_by(*self.limits)
                 overdue = due <= now and self._remove(worker)
             if overdue:
+                if due > -math.inf and worker.job is not None:
+                    worker.job.request.kills.update(worker.job.part.units)
                 self._replace(worker, why, end=True)
         if now < self._start_again:
             return
@@ -224,7 +261,7 @@ class Supervisor(Dispatcher):
     def pause(self) -> float:
         """Return the seconds until :meth:`tend` has something to do, at most ``grace``."""
         with self._lock:
-            due: list[float] = [worker.end_by(self.grace)[0] for worker in self._workers]
+            due: list[float] = [worker.end_by(*self.limits)[0] for worker in self._workers]
             if self.vacant():
                 due.append(self._start_again)
         # A job that begins meanwhile is due no earlier than a grace from now.
@@ -236,14 +273,15 @@ class Supervisor(Dispatcher):
         try:
             while not self.closed:
                 try:
+                    # Signs of life may have come while this process was stopped.
+                    self.wait(max(0.0, due - self._clock()))
                     if self._woken or self._clock() >= due:  # replies alone take no care
                         self._woken = False
                         self.tend()
                         due = self._clock() + self.pause()
-                    self.wait(max(0.0, due - self._clock()))
                 except Exception as cause:  # workers and requests are as they were
                     logger.exception("%s: the thread of the pool goes on", self.thread.name)
-                    self.trouble, self._woken = f"{type(cause).__name__}: {cause}", True
+                    self.trouble, due = f"{type(cause).__name__}: {cause}", -math.inf
                     time.sleep(_REPAIR_SECONDS)
         finally:
             self.stop()
@@ -270,7 +308,7 @@ class SupervisedWorkers(DispatchedWorkers):
         self.threads = count(self, "threads", threads)
         self.grace = positive(self, "grace", grace)
         self.timeout = positive(self, "timeout", timeout)
-        self._warned = False
+        self._limits, self._warned = (self.grace, self.timeout), False
         self._open()
 
     def open(self, module: nn.Module, task: Task) -> Request:

@@ -2,7 +2,8 @@ r"""Worker processes: how they are forked, their program, and modules on both si
 
 They are forks of a server that has imported this package, so that they start in milliseconds. The
 server is a private :class:`multiprocessing.forkserver.ForkServer`, since the packages that the
-public one imports are a setting of the whole process.
+public one imports are a setting of the whole process. The server ends when the process that
+started it has ended, and ends its workers, stopped ones too.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import select
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import traceback
 import types
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable
 from multiprocessing import forkserver, reduction, resource_tracker, spawn, util
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from typing import Any, NamedTuple
@@ -41,14 +44,34 @@ from .faults import compute, kill_own_process
 from .live import Ambient
 from .shared_memory import Connection, Pickled
 
-__all__ = ["LoadedModules", "ModuleStore", "PackedModule", "environment", "fork", "set_up"]
+__all__ = ["LoadedModules", "ModuleStore", "PackedModule", "fork", "set_up"]
 
-READY, MODULE, LOADED, JOB, RESULT = range(5)  # kinds of messages
+READY, MODULE, LOADED, JOB, RESULT, ALIVE = range(6)  # kinds of messages
 # Descriptors that must be free: a request takes 5, and one that is cut short ends the server.
 _SPARE_DESCRIPTORS = 8
 # The exit code of a worker whose server has threads or has initialised CUDA, which forks lack.
 UNSAFE = 77
 REFUSED: set[str] = set()  # packages that no server imports, as they broke one
+# The begin of a server's program. Before Python 3.14, the server gets no sys.path before it imports
+# (cpython 117378). Every 2 s, for some microseconds, it looks whether its caller has ended. Then it
+# ends its workers, as a stopped one cannot do that itself, and at last itself.
+_PROGRAM = """
+import sys
+sys.path = {path}
+import os, signal
+def look(*_):
+    if os.getppid() != {caller}:
+        with open(f"/proc/self/task/{{os.getpid()}}/children") as file:
+            pids = file.read().split()
+        for pid in pids:
+            os.kill(int(pid), signal.SIGKILL)
+        if not pids:
+            os._exit(0)
+signal.signal(signal.SIGALRM, look)
+signal.siginterrupt(signal.SIGALRM, False)  # some libraries cannot be interrupted
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+signal.setitimer(signal.ITIMER_REAL, 0.001, 2.0)
+"""
 
 # Written before a fork, and read in it. None if the server did not import this file.
 _server_is_unsafe: bool | None = None
@@ -60,44 +83,47 @@ def _look_at_server() -> None:
 
 
 os.register_at_fork(before=_look_at_server)
-_starting = threading.Lock()  # the environment of this process changes while a server starts
+_starting = threading.Lock()  # held while a server starts
 os.register_at_fork(after_in_child=_starting._at_fork_reinit)  # type: ignore[attr-defined]
 # A key is the packages that a server has imported.
-_servers: dict[frozenset[str], forkserver.ForkServer] = {}
+_servers: dict[frozenset[str], _Server] = {}
 os.register_at_fork(after_in_child=_servers.clear)  # a forked process starts its own servers
 
 
-def _server(packages: frozenset[str]) -> forkserver.ForkServer:
-    """Return the server of this process that has imported some packages, under the lock."""
-    if packages not in _servers:
-        own = forkserver.ForkServer()
-        own.set_forkserver_preload([__name__, *sorted(packages)])
-        # Before Python 3.14, the server does not get sys.path before it imports (cpython 117378).
-        # No working directory comes before it, where an uncompiled checkout may lie, but in 3.10.
-        path = os.pathsep.join(x or os.getcwd() for x in sys.path if isinstance(x, str))
-        with environment({"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}):
-            own.ensure_running()
-        _servers[packages] = own
-    return _servers[packages]
+class _Server(forkserver.ForkServer):
+    """A server whose socket has lost its file: a file would stay after a kill of this process.
 
+    Both sides reach the socket through descriptors, since a path may have 107 bytes at most.
+    """
 
-@contextlib.contextmanager
-def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set variables of the environment in a block."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        _set(before)
+    def __init__(self, packages: Iterable[str]) -> None:
+        super().__init__()
+        self.set_forkserver_preload([__name__, *sorted(packages)])
 
+    def ensure_running(self: Any) -> None:
+        with contextlib.ExitStack() as starting:
 
-def _set(variables: Mapping[str, str | None]) -> None:
-    for name, value in variables.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+            def address(_: str) -> str:
+                folder = starting.enter_context(tempfile.TemporaryDirectory(prefix="coded_torch-"))
+                starting.callback(os.close, place := os.open(folder, os.O_PATH))
+                return f"/proc/self/fd/{place}/socket"
+
+            def spawn_server(executable: Any, arguments: Any, descriptors: Any) -> int:
+                # No working directory, where an uncompiled checkout may lie.
+                path = [x or os.getcwd() for x in sys.path if isinstance(x, str)]
+                arguments[-1] = _PROGRAM.format(path=path, caller=os.getpid()) + arguments[-1]
+                return util.spawnv_passfds(executable, arguments, descriptors)
+
+            # The method of the class with other functions, which no other server gets.
+            before, method = self._forkserver_pid, forkserver.ForkServer.ensure_running
+            utilities = vars(util) | {"spawnv_passfds": spawn_server}
+            names = {"util": types.SimpleNamespace(**utilities)}
+            names["connection"] = types.SimpleNamespace(arbitrary_address=address)
+            types.FunctionType(method.__code__, vars(forkserver) | names)(self)
+            if self._forkserver_pid != before:
+                file = os.open(self._forkserver_address, os.O_PATH)
+                self._forkserver_address = f"/proc/self/fd/{file}"
+                weakref.finalize(self, os.close, file)
 
 
 def replace_servers() -> None:
@@ -125,13 +151,12 @@ def packages_of(module: nn.Module) -> set[str]:
     return {name for name in found if name.partition(".")[0] not in known}
 
 
-def fork(
-    sock: socket.socket, device: torch.device, threads: int, seed: int, packages: frozenset[str]
-) -> int:
+def fork(sock: socket.socket, packages: frozenset[str], device: torch.device, *options: Any) -> int:
     """Have a worker forked that serves a socket, from a server that has imported packages.
 
-    Returns a descriptor, from which :func:`multiprocessing.forkserver.read_signed` reads the
-    process id, and later the exit code. It ends early if the server does.
+    The options are the fields of a :class:`_Program` after its device. Returns a descriptor, from
+    which :func:`multiprocessing.forkserver.read_signed` reads the process id, and later the exit
+    code. It ends early if the server does.
     """
     data = spawn.get_preparation_data("worker")
     kept = {name: data[name] for name in ("sys_path", "sys_argv", "orig_dir", "dir")}
@@ -146,13 +171,13 @@ def fork(
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     try:
         with _starting:
-            descriptor, writer = _server(packages).connect_to_new_process([sock.fileno()])
-            variables = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
+            server = _servers.setdefault(packages, _Server(packages))
+            descriptor, writer = server.connect_to_new_process([sock.fileno()])
     except ChildProcessError:  # the host has waited for the server, which has ended
         replace_servers()
         raise
     with open(writer, "wb") as stream:
-        program = _Program(main, device, threads, seed, variables, bool(packages))
+        program = _Program(main, bool(packages), os.getpid(), device, *options)
         reduction.dump(kept, stream)
         reduction.dump(program, stream)
     return descriptor
@@ -162,16 +187,17 @@ class _Program(NamedTuple):
     """The program of a worker. :func:`multiprocessing.spawn._main` calls :meth:`_bootstrap`."""
 
     main: dict[str, str]
+    preloaded: bool  # true if the server had to import packages
+    caller: int  # the id of the process that has the pool
     device: torch.device
     threads: int
     seed: int
-    variables: dict[str, str | None]  # variables of the environment that the server has changed
-    preloaded: bool  # true if the server had to import packages
+    beat: float  # seconds between two signs of life
 
     def _bootstrap(self, _: int) -> int:
         if _server_is_unsafe or (_server_is_unsafe is None and self.preloaded):
             return UNSAFE
-        _set(self.variables)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, functools.partial(_end_fork, os.getpid()))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         descriptors: Any = forkserver.get_inherited_fds()
@@ -187,7 +213,7 @@ class _Program(NamedTuple):
         return 0
 
     def run(self, connection: Connection) -> None:
-        threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
+        threading.Thread(target=self.watch, args=(connection,), daemon=True).start()
         set_up(self.threads, self.seed)
         gc.freeze()  # the objects that exist now stay: no collection needs to look at them
         modules = LoadedModules(self.device, Pickled)
@@ -202,20 +228,23 @@ class _Program(NamedTuple):
                 del message  # the answer says that its memory can be used again
                 connection.send(RESULT, number, result)
 
+    def watch(self, connection: Connection) -> None:
+        """Give signs of life, and end this process with its caller, even during a call."""
+        poll = select.poll()
+        poll.register(connection.socket, 0)
+        with contextlib.suppress(AttributeError, OSError):  # not every system has it
+            # A process that the caller forked keeps the connection open.
+            poll.register(os.pidfd_open(self.caller), select.POLLIN)
+        while not poll.poll(1000 * self.beat):
+            connection.beat(ALIVE)
+        os._exit(0)
+
 
 def _end_fork(worker: int, number: int, _: Any) -> None:
     """Let SIGTERM end the processes of a module, but no worker, which ends with its pool."""
     if os.getpid() != worker:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
-
-
-def _end_with(connection: Connection) -> None:
-    """End this process when the other side of the connection has ended, even during a call."""
-    poll = select.poll()
-    poll.register(connection.socket, 0)
-    poll.poll()
-    os._exit(0)
 
 
 def _import_main(preparation: dict[str, Any]) -> None:
@@ -255,34 +284,39 @@ class ModuleStore:
 
     def __init__(self, pack: Callable[[nn.Module], Any]) -> None:
         self._make, self._lock, self._numbers = pack, threading.Lock(), itertools.count()
+        self._packing = threading.Lock()  # held while one is packed, which may take seconds
         # module -> (its fingerprint, its number, the package, its tensors)
         self._packed: Any = WeakIdKeyDictionary()
 
     def pack(self, module: nn.Module, ambient: Ambient) -> PackedModule:
         """Return the module in its present state, for a caller with these modes."""
         tensors, how = fingerprint(module)
+        if (packed := self._find(module, how)) is None:
+            with self._packing:
+                if (packed := self._find(module, how)) is None:
+                    try:
+                        package = self._make(module)
+                    except (pickle.PicklingError, AttributeError, TypeError) as error:
+                        must = "the module must be picklable to be sent to another process"
+                        got = f"{type(module).__name__}: {error}"
+                        raise TypeError(f"Workers: {must}, got {got}") from error
+                    packed = how, next(self._numbers), package, tensors
+                    with self._lock:
+                        self._packed[module] = packed
+        with self._lock:
+            alive = frozenset(number for _, number, *_ in self._packed.values())
+        _, number, package, _ = packed
+        return PackedModule(number, package, alive, _dumps((number, alive, ambient)))
+
+    def _find(self, module: nn.Module, how: Any) -> Any:
         with self._lock:
             packed = self._packed.get(module)
-            if packed is None or packed[0] != how:
-                try:
-                    package = self._make(module)
-                except (pickle.PicklingError, AttributeError, TypeError) as error:
-                    must = "the module must be picklable to be sent to another process"
-                    got = f"{type(module).__name__}: {error}"
-                    raise TypeError(f"Workers: {must}, got {got}") from error
-                packed = self._packed[module] = how, next(self._numbers), package, tensors
-            alive = frozenset(number for _, number, *_ in self._packed.values())
-            _, number, package, _ = packed
-            return PackedModule(number, package, alive, _dumps((number, alive, ambient)))
+        return packed if packed is not None and packed[0] == how else None
 
     def last(self) -> tuple[int, Any] | None:
-        """Return the number and the package of the newest module; None while one is packed."""
-        if not self._lock.acquire(blocking=False):
-            return None
-        try:
+        """Return the number and the package of the newest module, if there is one."""
+        with self._lock:
             entries = [entry[1:3] for entry in self._packed.values()]
-        finally:
-            self._lock.release()
         return max(entries, default=None, key=operator.itemgetter(0))
 
     def forget(self, module: nn.Module) -> None:

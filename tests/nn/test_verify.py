@@ -379,3 +379,22 @@ def test_a_check_part_of_the_first_ask_is_no_later_part():
     answers, report = coded.run(batch(rows=4))
     assert torch.equal(answers, batch(rows=4))
     assert report.source.tolist() == [0] * 4
+
+
+def test_what_a_worker_writes_into_its_results_after_their_check_reaches_no_answer():
+    """A process shares the memory of its results with the caller."""
+    sent = []
+
+    class Shared(_AtOnce):
+        def close(self):
+            for outputs in sent:
+                outputs.fill_(13.0)
+
+    class Pool(AtOnce):
+        def open(self, module, task):
+            return Shared(self, module, task)
+
+    pool = Pool(4, lambda worker, outputs, asked: sent.append(outputs) or outputs)
+    answers, report = wrap(pool, verify=1.0).run(batch())
+    assert report.verified.all()
+    assert torch.allclose(answers, network()(batch()).detach(), atol=1e-6)

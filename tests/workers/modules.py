@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import random
 import signal
@@ -59,6 +60,24 @@ class Sleepy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         time.sleep(float(x.max()))
+        return x.clone()
+
+
+class Stuck(nn.Module):
+    """Waits in compiled code where the input is not 0, so that no other thread can run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ctypes.PyDLL(None).sleep(int(x.max()))
+        return x.clone()
+
+
+class Greedy(nn.Module):
+    """Computes in compiled code for some seconds, so that no other thread can run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        end = time.monotonic() + float(x.max())
+        while (left := end - time.monotonic()) > 0:
+            sum(range(int(max(left, 0.1) * 1e8)))  # about as many seconds at once
         return x.clone()
 
 

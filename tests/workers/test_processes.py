@@ -49,6 +49,7 @@ from .modules import (
     Exits,
     FailsOn,
     Garbles,
+    Greedy,
     Heavy,
     Pid,
     Poison,
@@ -57,6 +58,7 @@ from .modules import (
     Remembers,
     Scale,
     Sleepy,
+    Stuck,
     Tied,
     Trap,
     TwoPartsError,
@@ -292,27 +294,73 @@ def test_kept_results_keep_few_blocks_of_shared_memory(columns, most):
     assert [float(reply.value.max()) for reply in kept] == list(range(30))
 
 
-def test_a_hung_process_is_killed_after_its_grace_and_its_delays_are_those_of_a_law():
-    law = Trace([[0.0, math.inf], [0.0, 0.0]])
-    with ProcessWorkers(2, grace=0.3).start(timeout=WAIT) as inner:
-        for pool, seconds in ((inner, 3600.0), (FaultyWorkers(inner, delays=law), 0.0)):
-            until(lambda: inner.num_ready == 2)
-            replies = answers(pool, Sleepy(), torch.tensor([[[0.0]], [[seconds]]]))
-            reasons = {reply.part.number: reply.error and reply.error.reason for reply in replies}
-            assert reasons[0] is None
-            assert "was at one job for more than 0.3 s, and was ended" in reasons[1]
+def test_a_hung_process_is_killed_after_its_grace():
+    module = Stuck()
+    with ProcessWorkers(3, grace=1.0).start(module, timeout=WAIT) as pool:
+        os.kill(pool.pids[0], signal.SIGSTOP)
+        replies = answers(pool, module, torch.tensor([[[0.0]], [[3600.0]], [[0.0]], [[0.0]]]))
+        reasons = {reply.part.number: reply.error and reply.error.reason for reply in replies}
+        assert len(reasons) == 4
+        assert reasons[3] is None
+        hung = [reason for reason in reasons.values() if reason is not None]
+        assert len(hung) == 2
+        for reason in hung:
+            assert "for more than 1 s without a sign of life, and was ended; grace (--g" in reason
+
+
+@pytest.mark.parametrize("module", [Sleepy(), Greedy()], ids=["sleeps", "computes"])
+def test_a_slow_part_is_not_taken_for_a_hang(module):
+    with ProcessWorkers(2, grace=1.0).start(timeout=WAIT) as pool:
+        replies = answers(pool, module, torch.full((2, 1, 1), 4.0))
+        assert [reply.error for reply in replies] == [None, None]
+        assert pool.num_restarts == 0
+
+
+def test_a_hung_part_that_lives_ends_after_the_timeout_or_when_its_call_ended():
+    law = Trace([[0.0, math.inf]])
+    with ProcessWorkers(2, grace=0.3, timeout=3.0).start(timeout=WAIT) as inner:
+        replies = answers(FaultyWorkers(inner, delays=law), Sleepy(), torch.zeros(2, 1, 1))
+        reasons = {reply.part.number: reply.error and reply.error.reason for reply in replies}
+        assert reasons[0] is None
+        assert "more than 3 s" in reasons[1] or "not reply within 3 s" in reasons[1]
+    with ProcessWorkers(1, grace=0.3).start(timeout=WAIT) as pool:
+        answers(pool, Sleepy(), torch.full((1, 1, 1), 3600.0), deadline=0.1)
+        assert len(answers(pool, Sleepy(), torch.zeros(1, 1, 1))) == 1
 
 
 def test_the_grace_counts_though_a_process_has_loaded_the_module_at_once(monkeypatch):
-    with ProcessWorkers(1, grace=0.3).start(timeout=WAIT) as pool:
+    with ProcessWorkers(1, grace=0.5).start(timeout=WAIT) as pool:
         (worker,), heard, loaded = pool._queue._workers, threading.Event(), pool._queue.loaded
         send = worker.connection.send_package
         monkeypatch.setattr(pool._queue, "loaded", lambda worker: (loaded(worker), heard.set()))
         monkeypatch.setattr(
             worker.connection, "send_package", lambda *args: (send(*args), heard.wait(WAIT))
         )
-        (reply,) = answers(pool, Sleepy(), torch.full((1, 1, 1), 3600.0))
-        assert "was at one job for more than 0.3 s, and was ended" in reply.error.reason
+        (reply,) = answers(pool, Stuck(), torch.full((1, 1, 1), 3600.0))
+        assert "at one job for more than 0.5 s without a sign of life" in reply.error.reason
+
+
+class _Slow(nn.Module):
+    """Takes seconds to be packed."""
+
+    def __getstate__(self):
+        time.sleep(2.0)
+        return super().__getstate__()
+
+
+@pytest.mark.parametrize("module", [Heavy(), _Slow()], ids=["loaded", "packed"])
+def test_another_module_that_is_loaded_stops_no_calls(module):
+    waiting = Waiting(deadline=0.8, predict=False)
+    with ProcessWorkers(3).start(Sleepy(), timeout=WAIT) as pool, torch.no_grad():
+        first = CodedWrapper(Sleepy(), workers=pool, waiting=waiting)
+        second, x = CodedWrapper(module, workers=pool), torch.zeros(12, 1)
+        first(x)
+        with ThreadPoolExecutor(1) as threads:
+            loading, calls = threads.submit(second, x), 0
+            while not loading.done():
+                first(x)
+                calls += 1
+        assert calls > 3
 
 
 def test_processes_load_modules_beside_their_grace_and_before_they_replace_others():
@@ -340,7 +388,7 @@ def test_a_module_that_ends_processes_spoils_no_other():
 def test_hung_processes_are_killed_though_their_server_has_died():
     with ProcessWorkers(2, grace=1.0).start(timeout=WAIT) as pool:
         first, hung = pool.pids
-        server = int(Path(f"/proc/{first}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        server = _parent(first)
         os.kill(server, signal.SIGKILL)
         os.kill(first, signal.SIGKILL)
         until(lambda: pool.num_ready == 2 and first not in pool.pids)  # by a new server
@@ -517,18 +565,21 @@ def test_a_drained_process_ends_its_part_takes_no_other_and_leaves():
         not_started.resize(0)
 
 
-def test_a_server_that_is_replaced_ends_with_its_last_process():
-    def parent(pid: int) -> int:
-        try:
-            return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-        except FileNotFoundError:  # the killed process, before the pool has noticed
-            return 0
+def _parent(pid: int) -> int:
+    """The parent of a process; 0 if it has ended."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[:2]
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return 0 if state == "Z" else int(parent)
 
+
+def test_a_server_that_is_replaced_ends_with_its_last_process():
     with ProcessWorkers(2).start(timeout=WAIT) as pool:
-        first = parent(pool.pids[0])
+        first = _parent(pool.pids[0])
         worker_main.replace_servers()
         os.kill(pool.pids[0], signal.SIGKILL)
-        until(lambda: {parent(pid) for pid in pool.pids} - {0} > {first})
+        until(lambda: {_parent(pid) for pid in pool.pids} - {0} > {first})
         assert len(answers(pool, nn.Identity(), torch.zeros(4, 1, 1))) == 4
     until(lambda: not Path(f"/proc/{first}").exists())
 
@@ -637,22 +688,20 @@ def test_a_pool_that_closes_while_it_starts_refuses_no_packages():
 
 
 def test_threads_start_one_server_and_leave_the_environment(monkeypatch):
-    started = []
+    started, spawn = [], worker_main.util.spawnv_passfds
 
-    def start(self):
-        started.append(os.environ["PYTHONPATH"])
-        time.sleep(0.1)
+    def start(path, arguments, descriptors):
+        if "forkserver" in arguments[-1]:
+            started.append(arguments[-1])
+            time.sleep(0.1)
+        return spawn(path, arguments, descriptors)
 
-    monkeypatch.setattr(worker_main.forkserver.ForkServer, "ensure_running", start)
-    monkeypatch.setattr(
-        worker_main.forkserver.ForkServer, "connect_to_new_process", lambda *_: os.pipe()
-    )
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    packages, found = frozenset(["no_package"]), []
+    monkeypatch.setattr(worker_main.util, "spawnv_passfds", start)
+    packages, found, before = frozenset(["no_package"]), [], dict(os.environ)
 
     def fork():
         with socket.socket() as sock:
-            found.append(worker_main.fork(sock, torch.device("cpu"), 1, 0, packages))
+            found.append(worker_main.fork(sock, packages, torch.device("cpu"), 1, 0, 1.0))
 
     threads = [threading.Thread(target=fork) for _ in range(4)]
     for thread in threads:
@@ -664,7 +713,7 @@ def test_threads_start_one_server_and_leave_the_environment(monkeypatch):
         os.close(descriptor)
     assert len(found) == 4
     assert len(started) == 1
-    assert "PYTHONPATH" not in os.environ
+    assert dict(os.environ) == before
 
 
 _PACKAGE = """
@@ -818,6 +867,45 @@ def test_exit_is_clean(tmp_path, end):
     answer, pids = done.stdout.strip().rsplit("]", 1)
     assert answer == "[0.0, 3.0"
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids.split()))
+
+
+_KILLED = """
+import os, signal, time
+from coded_torch.workers import ProcessWorkers
+
+if __name__ == "__main__":
+    pool = ProcessWorkers(2).start()
+    os.kill(pool.pids[0], signal.SIGSTOP)
+    if not (child := os.fork()):
+        time.sleep(3600)
+    print(child, *pool.pids, flush=True)
+    time.sleep(3600)
+"""
+
+
+@pytest.mark.parametrize("server_lives", [True, False])
+def test_a_killed_caller_leaves_nothing_though_a_worker_is_stopped_and_a_fork_lives(
+    tmp_path, server_lives
+):
+    """Also in a folder whose name is too long for the address of a socket."""
+    (folder := tmp_path / (100 * "x")).mkdir()
+    (script := tmp_path / "script.py").write_text(_KILLED)
+    command, variables = [sys.executable, script], os.environ | {"TMPDIR": str(folder)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as caller:
+        child, stopped, worker = map(int, caller.stdout.readline().split())
+        try:
+            server = _parent(worker)
+            assert server not in (0, 1, caller.pid)
+            if not server_lives:
+                os.kill(server, signal.SIGKILL)
+                os.kill(stopped, signal.SIGCONT)
+            assert not list(folder.iterdir())
+            caller.kill()
+            until(lambda: not any(map(_parent, (stopped, worker, server))))
+            assert not list(folder.iterdir())
+        finally:
+            os.kill(child, signal.SIGKILL)
+            caller.kill()
 
 
 def test_an_interrupt_is_clean(tmp_path):

@@ -28,6 +28,7 @@ from coded_torch.workers.supervisor import (
 from coded_torch.workers.worker_main import PackedModule
 
 GRACE = 10.0
+TIMEOUT = 600.0
 
 
 class Clock:
@@ -59,7 +60,7 @@ class InMemory(Supervisor):
     def __init__(self, size: int) -> None:
         self.clock = Clock()
         self.launched: list[Numbered] = []
-        super().__init__(size, GRACE, self.clock)
+        super().__init__(size, (GRACE, TIMEOUT), self.clock)
 
     def pack(self, module: nn.Module) -> None:
         return None
@@ -73,7 +74,7 @@ class InMemory(Supervisor):
         assert isinstance(worker, Numbered)
         assert not worker.ended, "asked a worker that has ended"
         assert job.request.awaits(job.part), "began what is not wanted"
-        worker.load(job.request.module)
+        worker.load(job)
         worker.sent.append(job)
 
     def end(self, worker: WatchedWorker) -> None:
@@ -350,9 +351,113 @@ def test_a_worker_that_is_overdue_is_ended_and_replaced():
     first, second = replies(one)
     assert first.value == "good"
     assert str(second.error) == (
-        f"worker 0 was lost: {late} was at one job for more than 10 s, and was ended"
+        f"worker 0 was lost: {late} was at one job for more than 10 s without a sign of life, "
+        "and was ended; grace (--grace) sets this time"
     )
     assert [worker.index for worker in supervisor.launched] == [0, 1, 0]
+
+
+def pass_time(supervisor: InMemory, seconds: float, *alive: Numbered) -> None:
+    """Let time pass, in which some workers give signs of life."""
+    end = supervisor.clock.now + seconds
+    while supervisor.clock.now < end:
+        supervisor.clock.now += 1.0
+        for worker in alive:
+            worker.life = supervisor.clock.now
+        supervisor.tend()
+
+
+def test_a_worker_that_gives_signs_of_life_has_the_timeout_for_a_part_that_is_awaited():
+    supervisor = started(3)
+    one, other = Asking(supervisor, 2), Asking(supervisor, 1)
+    slow, hung, unawaited = supervisor.launched
+    other.close()
+    pass_time(supervisor, GRACE - 1, slow, unawaited)
+    assert not any(worker.ended for worker in supervisor.launched)
+    pass_time(supervisor, 1, slow, unawaited)
+    assert [worker.ended for worker in (slow, hung, unawaited)] == [False, True, True]
+    assert "without a sign of life" in str(replies(one)[0].error)
+    pass_time(supervisor, TIMEOUT - GRACE - 1, slow)
+    assert not slow.ended
+    pass_time(supervisor, 1, slow)
+    assert slow.ended
+    (late,) = replies(one)
+    assert late.error.reason == (
+        f"was lost: {slow} was at one job for more than 600 s, and was ended; "
+        "timeout sets this time"
+    )
+
+
+def test_a_worker_that_falls_silent_has_its_grace_from_then_on():
+    supervisor = started(1)
+    Asking(supervisor, 1)
+    (worker,) = supervisor.launched
+    pass_time(supervisor, 3 * GRACE, worker)
+    pass_time(supervisor, GRACE - 1)
+    assert not worker.ended
+    pass_time(supervisor, 1)
+    assert worker.ended
+
+
+def test_the_grace_of_rows_grows_whenever_their_worker_was_ended():
+    supervisor = started(1)
+    request = Asking(supervisor, 1)
+    for kills in range(8):
+        worker = supervisor.launched[-1]
+        grace = min(GRACE * 2**kills, TIMEOUT)
+        pass_time(supervisor, grace - 1)
+        assert not worker.ended
+        pass_time(supervisor, 1)
+        assert worker.ended
+        assert f"at one job for more than {grace:g} s" in str(replies(request)[0].error)
+        supervisor.ready(supervisor.launched[-1])
+        request.more(1)
+    request.more(1)
+    request.close()
+    Asking(supervisor, 1)  # of another request
+    supervisor.take(supervisor.launched[-1], supervisor.launched[-1].job.number, lambda: (True, 0))
+    pass_time(supervisor, GRACE)
+    assert supervisor.launched[-2].ended
+
+
+def test_a_module_is_loaded_by_one_worker_at_a_time_while_another_one_has_calls():
+    supervisor, alive = started(4), frozenset({0, 1})
+    first = Asking(supervisor, 4)
+    for worker in supervisor.launched:
+        supervisor.take(worker, worker.job.number, lambda: (True, 0))
+    first.module = PackedModule(0, None, alive, b"")
+    second = Asking(supervisor, 0)
+    second.module = PackedModule(1, None, alive, b"")
+    second.more(6)
+
+    def loading() -> list[Numbered]:
+        return [w for w in supervisor.launched if w.job and w.job.request is second and w.fresh]
+
+    (loader,) = loading()
+    first.more(3)
+    assert supervisor.num_idle == 0
+    for worker in set(supervisor.launched) - {loader}:
+        supervisor.take(worker, worker.job.number, lambda: (True, 0))
+    assert loading() == [loader]
+    supervisor.loaded(loader)
+    (another,) = loading()
+    assert another is not loader
+    supervisor.take(another, another.job.number, lambda: (True, 0))  # loading is not reported
+    assert another.job.request is second
+    assert len(loading()) == 1
+    supervisor.clock.now += 10.0  # nobody calls the first module any more
+    second.more(1)
+    assert len(loading()) == 2
+
+
+def test_a_module_that_was_changed_is_loaded_by_all_workers_at_once():
+    supervisor = started(3)
+    request = Asking(supervisor, 3)
+    for worker in supervisor.launched:
+        supervisor.take(worker, worker.job.number, lambda: (True, 0))
+    request.module = PackedModule(1, None, frozenset({1}), b"")  # its former state is not alive
+    request.more(3)
+    assert supervisor.num_idle == 0
 
 
 def test_loading_a_module_is_no_part_of_the_grace():

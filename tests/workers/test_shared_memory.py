@@ -1,0 +1,111 @@
+"""Messages in shared memory, of which the other side may do anything."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from coded_torch.workers.shared_memory import _HEADER, Connection, Package, Pickled
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is sealed on Linux alone")
+WAIT = 60.0
+
+
+@pytest.fixture
+def ends():
+    one, other = map(Connection, socket.socketpair())
+    yield one, other
+    one.close()
+    other.close()
+
+
+def memories() -> list[int]:
+    """The descriptors of this process that are shared memory of messages."""
+    names = {int(n): f"/proc/self/fd/{n}" for n in os.listdir("/proc/self/fd")}
+    return [n for n, at in names.items() if os.path.exists(at) and "memfd:coded" in os.readlink(at)]
+
+
+def test_neither_side_can_change_the_size_of_the_memory(ends):
+    one, other = ends
+    one.send(0, 0, Pickled(torch.arange(50_000)))
+    message = other.receive()
+    assert len(memories()) == 2
+    for descriptor in memories():
+        for size in (0, 1 << 30):
+            with pytest.raises(PermissionError):
+                os.ftruncate(descriptor, size)
+    assert torch.equal(message.value(), torch.arange(50_000))
+
+
+@pytest.mark.parametrize("kind", ["unsealable", "file"])
+def test_memory_that_refuses_the_seals_is_not_read(ends, kind, tmp_path):
+    one, other = ends
+    flags = os.O_RDWR | os.O_CREAT
+    is_file = kind == "file"
+    descriptor = os.open(tmp_path / "file", flags) if is_file else os.memfd_create("coded_torch")
+    before = len(os.listdir("/proc/self/fd"))
+    os.ftruncate(descriptor, 1 << 16)
+    socket.send_fds(one.socket, [_HEADER.pack(0, 0, 100, 0, 0, 1)], [descriptor])
+    with pytest.raises(OSError, match=r"Operation not permitted|Invalid argument"):
+        other.receive()
+    assert len(os.listdir("/proc/self/fd")) == before
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("length", [-1, (1 << 16) + 1, 1 << 62])
+def test_a_message_longer_than_its_memory_is_not_read(ends, length):
+    one, other = ends
+    one.send(0, 0, Pickled(1))
+    other.receive()
+    one.socket.send(_HEADER.pack(0, 1, length, 0, 0, 0))
+    with pytest.raises(ValueError, match=f"a message of {length} bytes came in a block of 65536"):
+        other.receive()
+
+
+def test_no_receiver_can_change_a_package_for_the_others(ends):
+    one, other = ends
+    package = Package(Pickled(torch.ones(3)))
+    with pytest.raises(PermissionError):
+        mmap.mmap(package.descriptor, 0)
+    for _ in range(2):
+        one.send_package(0, 0, package)
+        tensor = other.receive().value()
+        assert torch.equal(tensor, torch.ones(3))
+        tensor.zero_()  # its own copy
+
+
+_TRUNCATES = """
+import contextlib, os
+import torch
+from torch import nn
+from coded_torch import CodedWrapper
+from coded_torch.workers import ProcessWorkers
+
+class Truncates(nn.Module):
+    def forward(self, x):
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if "memfd:" in os.readlink(f"/proc/self/fd/{name}"):
+                    os.ftruncate(int(name), 0)
+        return 2 * x
+
+if __name__ == "__main__":
+    with ProcessWorkers(2) as pool, torch.no_grad():
+        coded = CodedWrapper(Truncates(), workers=pool)
+        for _ in range(3):
+            x = torch.randn(8, 40_000)
+            print(torch.equal(coded(x), 2 * x))
+"""
+
+
+def test_a_module_that_truncates_all_shared_memory_harms_no_caller(tmp_path):
+    (tmp_path / "script.py").write_text(_TRUNCATES)
+    command = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * WAIT)
+    assert (done.returncode, done.stdout.split()) == (0, ["True"] * 3), done.stderr
