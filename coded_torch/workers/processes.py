@@ -73,7 +73,7 @@ class ProcessWorkers(SupervisedWorkers):
     Note:
         Scripts must guard their main part by ``if __name__ == "__main__":``, as processes import
         the classes of the main script. Classes of an interactive session are sent by value, if
-        cloudpickle is installed. Without Unix domain sockets, as on Windows, the pool does not run.
+        cloudpickle is installed. The pool needs Linux, whose shared memory it seals.
 
         Processes are forked, in some 50 ms, from a server that has imported torch and the packages
         of the module's classes, but for packages that start threads or initialise CUDA. The server
