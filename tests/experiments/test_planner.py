@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from coded_torch import workers
 from coded_torch.cli.main import main
 from coded_torch.experiments.planner import LAWS, RIGHT, measured, plan, read_latencies
 from coded_torch.nn import CodedWrapper, Waiting
-from coded_torch.scheduling.simulation import Conditions
+from coded_torch.scheduling.simulation import Outcome
 from coded_torch.workers import ProcessWorkers
 
 REQUESTS = 1000
@@ -67,14 +68,18 @@ def test_every_recommendation_keeps_the_deadline(calm):
         assert coded.waiting.deadline <= 0.2
 
 
-def test_requests_without_enough_results_to_predict_from_are_late():
-    found = planned("calm", 0.012, accuracy=0.5).best["predicted"]  # ends before a part does
-    assert not found.meets
-    assert found.late > 0.2
-    dead = Conditions(dead=0.9, dead_after=0.1)  # rows that have failed 20 times are given up
-    (option,) = [x for x in planned(dead, 99.0).options if (x.name, x.parts) == ("wait for all", 4)]
-    assert option.late > 0.3
-    assert option.predicted == 0
+def test_requests_without_enough_results_to_predict_from_are_late(monkeypatch):
+    missing = np.repeat([0.0, 0.25, 0.75], 400)  # of the rows of each request
+
+    def simulate(*args, **options):
+        return Outcome(np.ones(1200), missing, 1.0, 1.0, Counter())
+
+    monkeypatch.setattr("coded_torch.evaluation.planner.simulate", simulate)
+    for kind, option in planned("calm", 0.2).best.items():
+        if kind in ("no redundancy", "hedged"):  # exact
+            assert (option.late, option.predicted) == (pytest.approx(2 / 3), 0.0)
+        else:
+            assert (option.late, option.predicted) == (pytest.approx(1 / 3), 0.25 / 3)
 
 
 def test_verification_costs_its_share_of_work_and_leaves_codes_out(calm):
