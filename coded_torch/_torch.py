@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import enum
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -21,6 +25,11 @@ Fingerprint = tuple[list[Tensor], tuple[Any, ...]]
 _KNOWN: ContextVar[dict[int, tuple[nn.Module, Fingerprint]] | None] = ContextVar(
     "_KNOWN", default=None
 )
+_INTERNAL = frozenset(vars(nn.Module()))  # attributes that every module has
+# The types of attributes that are compared by value, as are tuples and lists of them.
+_PLAIN = {type(None), bool, int, float, complex, str, bytes, BuiltinFunctionType}
+_PLAIN |= {torch.dtype, torch.device, torch.memory_format}
+_MOST = 100  # elements of a tuple or list that are compared: 10 us; a bound, not tuned
 _ALIGNMENT = 16  # bytes, as wide as the widest access of a kernel
 
 
@@ -208,18 +217,37 @@ def fingerprint(module: nn.Module) -> Fingerprint:
     if known is not None and id(module) in known:
         return known[id(module)][1]
     kept: list[Tensor] = []
-    looks: list[tuple[Any, ...]] = []
+    look, looks = functools.partial(_look, kept), list[Any]()
     with outside():
-        for tensor in itertools.chain(module.parameters(), module.buffers()):
-            tensor = torch.func.debug_unwrap(tensor)  # a transform's tensor has no memory
-            version = 0 if tensor.is_inference() else tensor._version
-            if tensor.layout is torch.strided:
-                tensor = tensor.detach()  # follows no later assignment to data
-                looks.append((tensor.data_ptr(), version, tensor.shape, tensor.stride()))
-            else:
-                looks.append((id(tensor), version))
-            kept.append(tensor)
-    found = kept, (*looks, *(part.training for part in module.modules()))
+        for part in module.modules():
+            looks += (type(part), part.training, *map(look, part._parameters.values()))
+            looks += map(look, part._buffers.values())
+            attributes = part.__dict__.items()
+            looks += [(name, look(value)) for name, value in attributes if name not in _INTERNAL]
+    found = kept, tuple(looks)
     if known is not None:
         known[id(module)] = module, found
     return found
+
+
+def _look(kept: list[Tensor], value: Any) -> Any:
+    """Return an attribute as it is compared: of types that are not plain, only the type is.
+
+    Tensors are added to ``kept``.
+    """
+    if type(value) in _PLAIN:
+        return type(value), value
+    if isinstance(value, Tensor):
+        value = torch.func.debug_unwrap(value)  # a transform's tensor has no memory
+        version = 0 if value.is_inference() else value._version
+        strided = value.layout is torch.strided
+        value = value.detach() if strided else value  # follows no later assignment to data
+        kept.append(value)
+        if not strided:
+            return id(value), version
+        return value.data_ptr(), version, value.shape, value.stride()
+    if isinstance(value, tuple | list):
+        return type(value), len(value), *[_look(kept, each) for each in value[:_MOST]]
+    if isinstance(value, FunctionType | enum.Enum | np.generic):
+        return type(value), getattr(value, "__code__", value)
+    return type(value)
