@@ -6,6 +6,7 @@ import abc
 import dataclasses
 import enum
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Collection, Generator, Iterable, Sequence
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._arguments import instance, positive
+from .._arguments import instance, positive, sparing_logger, warn
+from .._torch import dependent_output, flatten, leaf_name, positional, two_rows, unflatten
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,8 +29,9 @@ __all__ = ["CONSTANTS", "Arguments", "Began", "Part", "Reply", "Request", "Task"
 __all__ += ["Workers", "broadcast_dims", "check_batch", "flatten", "leaf_name"]
 __all__ += ["positional", "show", "unflatten"]
 
+logger = sparing_logger("coded_torch.workers")
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-_LEAF = pytree.tree_structure(0)
 
 #: The types of outputs that pass through, if all workers return the same. A float does not: it is a
 #: loss or a score, which depends on the inputs.
@@ -251,7 +254,9 @@ class Workers(abc.ABC):
         Args:
             module: the module that every worker loads before this returns. Defaults to none.
             example: an input, or a tuple of positional arguments, that every worker calls the
-                module with, so that no later call warms up. Defaults to None: no call.
+                module with, so that no later call warms up. Defaults to None: no call. If it has
+                two different rows at dimension 0, one worker computes them alone and together.
+                A warning names an output of a row that depends on the other row.
             timeout: seconds.
 
         Raises:
@@ -285,7 +290,40 @@ class Workers(abc.ABC):
                     what = f"only {len(wanted) - missing} of {len(wanted)} workers started"
                     raise RuntimeError(f"{type(self).__name__}: {what} within {timeout:g} s; {why}")
                 missing -= 1
+            if calls:
+                self._check_rows(module, leaves, spec, places - {*wanted[:1]}, timeout)
         return self
+
+    def _check_rows(
+        self, module: nn.Module, leaves: Any, spec: Any, avoid: frozenset[int], timeout: float
+    ) -> None:
+        """Warn if two rows of an example, computed by one worker, depend on each other."""
+        try:
+            pair, dims = two_rows(leaves)
+            device = next(x.device for x, dim in zip(pair, dims, strict=True) if dim == 0)
+            with self.open(module, Task(pair, dims, spec, 2, 1, device)) as request:
+                numbers = itertools.count()
+
+                def compute(*units: int) -> Any:
+                    request.ask([Part(next(numbers), units, avoid=avoid)])
+                    while isinstance(event := request.wait(timeout), Began):
+                        pass
+                    if event is None or event.error:
+                        late = RuntimeError(f"there was no answer within {timeout:g} s")
+                        raise (event and event.error) or late
+                    return event.value
+
+                found = dependent_output(compute, pair)
+        except RuntimeError as error:
+            what = "%s: whether rows depend on each other was not checked: %s"
+            logger.warning(what, type(self).__name__, str(error).partition("\n")[0])
+        else:
+            if found:
+                what = (
+                    f"{type(self).__name__}: {found[0]} of a row depends on the other rows of its"
+                )
+                what += f" batch, by up to {found[1]:.2g}. Parts of a batch are computed apart, so "
+                warn(f"{what}answers differ from those of the module to the whole batch")
 
     def resize(self, num_workers: int) -> None:
         """Let the pool have another number of workers, at least 1, while calls are open.
@@ -321,23 +359,6 @@ class _Loading(Task):  # None stands for no call, as the arguments of a module a
         return unflatten(leaves, self.spec) if self.num_units else None
 
 
-def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """Return the leaves and structure of a tree, of a single tensor at once."""
-    return ([tree], _LEAF) if isinstance(tree, Tensor) else pytree.tree_flatten(tree)
-
-
-def unflatten(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
-    """Return the tree of these leaves and this structure."""
-    return leaves[0] if spec is _LEAF else pytree.tree_unflatten(leaves, spec)
-
-
-@functools.cache
-def positional(count: int) -> tuple[pytree.TreeSpec, pytree.TreeSpec]:
-    """Return the structures of ``(args, kwargs)`` and of args, for ``count`` positional tensors."""
-    args = (0,) * count
-    return pytree.tree_structure((args, {})), pytree.tree_structure(args)
-
-
 def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str) -> list[Any]:
     """Return the batch dimension of each leaf of ``spec``, from ``dims``, a pytree prefix of it.
 
@@ -369,12 +390,6 @@ def show(leaf: Any) -> str:
     if isinstance(leaf, Tensor):
         return f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
     return repr(leaf) if isinstance(leaf, CONSTANTS) else type(leaf).__name__
-
-
-def leaf_name(root: str, tree: Any, index: int) -> str:
-    """Return the Python expression of a leaf of ``tree``."""
-    path, _ = pytree.tree_flatten_with_path(tree)[0][index]
-    return root + pytree.keystr(path)
 
 
 def check_batch(output: Any, index: int, leaf: Tensor, dim: int, size: int) -> None:
