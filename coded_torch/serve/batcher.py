@@ -48,13 +48,13 @@ class Batch(NamedTuple):
 
 
 def load(coded: CodedWrapper, examples: Sequence[Tensor] | None) -> None:
-    """Start the workers. With examples, let each run the module on one row; it must not fail."""
+    """Start the workers. With examples, let each run the module on two rows; it must not fail."""
     pool = coded.workers
     if examples is None:
         pool.start()
         return
     try:
-        pool.start(coded.module, tuple(x[:1] for x in examples), timeout=_LOADING)
+        pool.start(coded.module, tuple(x[:2] for x in examples), timeout=_LOADING)
         logger.info("%s workers have run the model", pool.num_workers or "all")
     except RuntimeError as error:
         if isinstance(error, WorkerError) and error.kind in ("raised", "died"):

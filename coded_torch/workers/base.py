@@ -291,7 +291,8 @@ class Workers(abc.ABC):
                     raise RuntimeError(f"{type(self).__name__}: {what} within {timeout:g} s; {why}")
                 missing -= 1
             if calls:
-                self._check_rows(module, leaves, spec, places - {*wanted[:1]}, timeout)
+                left = max(timeout - request.now(), 0.0)
+                self._check_rows(module, leaves, spec, places - {*wanted[:1]}, left)
         return self
 
     def _check_rows(
