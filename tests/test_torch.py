@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from coded_torch import codes, compare
 from coded_torch._torch import dependent_output, fingerprint, two_rows
@@ -160,7 +160,7 @@ class Held(nn.Module):
     def __init__(self):
         super().__init__()
         self.k, self.sizes, self.mean = 2.0, [1, (2, None)], torch.zeros(2)
-        self.act, self.kind, self.name = F.relu, torch.float32, "a"
+        self.act, self.kind, self.name = functional.relu, torch.float32, "a"
         self.layer, self.other = nn.ReLU(), object()
 
     def forward(self, x):
@@ -172,7 +172,7 @@ class Held(nn.Module):
     [
         *(("k", k) for k in (3.0, 2, None, np.float64(2.0))),
         *(("sizes", sizes) for sizes in ([1, (3, None)], (1, (2, None)), [1])),
-        *(("act", act) for act in (F.gelu, abs, lambda x: x)),
+        *(("act", act) for act in (functional.gelu, abs, lambda x: x)),
         ("mean", torch.zeros(2)),
         ("kind", torch.float64),
         ("name", "b"),
@@ -292,7 +292,7 @@ def encoder(dtype):
         *((encoder(d), x(2, 17, 64, dtype=d)) for d in (torch.float, torch.half)),
         (lambda x: encoder(torch.bfloat16)(x).argmax(-1), x(2, 17, 64, dtype=torch.bfloat16)),
         (nn.Linear(1024, 100), x(2, 1024) * 1e6),
-        (lambda x: 1e3 * LIN(x) - F.linear(x, 1e3 * LIN.weight, 1e3 * LIN.bias), x(3, 8)),
+        (lambda x: 1e3 * LIN(x) - functional.linear(x, 1e3 * LIN.weight, 1e3 * LIN.bias), x(3, 8)),
         (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval(), x(2, 3, 8, 8)),
         (nn.LSTM(8, 16, 2, batch_first=True), x(2, 5, 8)),
         (nn.Embedding(10, 4), torch.tensor([[1, 2], [1, 3]])),
