@@ -282,76 +282,62 @@ def leaf_name(root: str, tree: Any, index: int) -> str:
     return root + pytree.keystr(path)
 
 
-def two_rows(leaves: Sequence[Any]) -> tuple[list[Any], list[int | None]]:
-    """Return two different rows of tensors ``[B, ...]``, ``[2, 1, ...]`` each, and their dimension.
+def two_rows(leaves: Sequence[Any]) -> tuple[list[int | None], int, float]:
+    """Return the batch dimension of each leaf, 0 or None, and a row that differs from row 0.
 
-    Other leaves stay as they are, with None. Raises a RuntimeError if there are no such rows.
+    And the size of floating-point inputs. Raises a RuntimeError if there is no such row.
     """
-    whole = [x for x in leaves if isinstance(x, Tensor) and x.dim() and x.layout is torch.strided]
-    if len(sizes := {len(x) for x in whole}) != 1:
+    kinds = [isinstance(x, Tensor) and x.dim() and x.layout is torch.strided for x in leaves]
+    whole = list(itertools.compress(leaves, kinds))
+    if len(lengths := {len(x) for x in whole}) != 1:
         raise RuntimeError("the inputs of the example must have one size at dimension 0")
-    differs = [(x != x[:1])[..., None].flatten(1).any(1).cpu() for x in whole]
-    others = torch.stack(differs).any(0).nonzero().flatten().tolist()
-    if not others:
-        raise RuntimeError(f"the example must have two different rows, got {sizes.pop()} alike")
-    divided = {id(x) for x in whole}
-    dims = [0 if id(x) in divided else None for x in leaves]
-    pairs = zip(leaves, dims, strict=True)
-    return [x if dim is None else x[[0, others[0]]][:, None] for x, dim in pairs], dims
+    others = sum((x != x[:1])[..., None].flatten(1).any(1).cpu() for x in whole)
+    if not torch.any(others):
+        raise RuntimeError(f"the example must have two different rows, got {lengths.pop()} alike")
+    sizes = [float(x.abs().max()) for x in whole if x.is_floating_point() and x.numel()]
+    return (
+        [0 if kind else None for kind in kinds],
+        int(others.nonzero()[0]),
+        max(sizes, default=1.0),
+    )
 
 
 def dependent_output(
-    compute: Callable[..., Any], inputs: Sequence[Any]
+    compute: Callable[[list[list[int]]], list[Any]], row: int, scale: float
 ) -> tuple[str, float] | None:
-    """Return the name of an output of a row that depends on the other row, and by how much.
+    """Return the name of an output that is another one if row 0 and ``row`` are computed together.
 
-    ``compute`` returns the output for some of two rows of the ``inputs``, by their numbers. Raises
-    a RuntimeError if the outputs do not tell.
+    And how far it is off. ``compute`` returns the output for each of some batches of these rows.
+    ``scale`` is the size of the inputs. Raises a RuntimeError if the outputs do not tell.
     """
-    tree, leaves = compute(0, 1), dict[int, tuple[Tensor, Tensor, float]]()
-    for i, each in enumerate(
-        zip(*[flatten(x)[0] for x in (tree, compute(0), compute(1))], strict=False)
-    ):
+    trees, found = compute([[0, row]]) + compute([[0], [row]]), dict[int, tuple[Any, ...]]()
+    for i, each in enumerate(zip(*[flatten(tree)[0] for tree in trees], strict=False)):
         if all(isinstance(x, Tensor) and x.layout is torch.strided and x.dim() for x in each):
-            both, *single = each
-            alone = torch.cat(single) if single[0].shape == single[1].shape else both[:0]
-            if alone.shape == both.shape and both.numel():
-                exact = not (both.is_floating_point() or both.is_complex())
-                eps = 0.0 if exact else torch.finfo(both.dtype).eps
-                leaves[i] = _real(both), _real(alone), eps
-    if not leaves:
+            both, *single = map(_real, each)
+            if single[0].shape == single[1].shape and both.shape == (2, *single[0].shape[1:]):
+                is_rounded = each[0].is_floating_point() or each[0].is_complex()
+                eps = torch.finfo(each[0].dtype).eps if is_rounded else 0.0
+                found[i] = both, torch.cat(single), eps
+    if not found:
         raise RuntimeError("no output has a row for each row of the example at dimension 0")
-    if all((_off(both, alone) <= eps * _size(both)).all() for both, alone, eps in leaves.values()):
+    if all(bool(((x - y).abs() <= eps * x.abs()).all()) for x, y, eps in found.values()):
         return None
-    # Products of another shape are rounded differently, but those of one shape are mostly not.
-    first, second, again = (flatten(compute(*rows))[0] for rows in ((0, 0), (1, 1), (0, 1)))
-    floats = [x for x in inputs if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
-    given = max([float(_size(_real(x)).max()) for x in floats] or [1.0])
-    for i, (both, alone, eps) in leaves.items():
-        twin = torch.cat([_real(first[i])[:1], _real(second[i])[1:]])
-        chance, rounding = _off(_real(again[i]), both).max(), _off(twin, alone).max() * bool(eps)
-        limit = _MOST_ROUNDING * _size(twin).max() * bool(eps) + math.sqrt(eps) * given
+    # Products of another shape are rounded differently, but those of one shape mostly are not.
+    others = [flatten(tree)[0] for tree in compute([[0, 0], [row, row], [0, row]])]
+    for i, (both, alone, eps) in found.items():
+        first, second, again = (_real(leaves[i]) for leaves in others)
+        twin = torch.cat([first[:1], second[1:]])
+        chance, rounding = ((x - y).abs().max() for x, y in ((again, both), (twin, alone)))
+        limit = (_MOST_ROUNDING * twin.abs().max() + math.sqrt(eps) * scale) * bool(eps)
         if chance > limit:
             raise RuntimeError("the outputs differ from call to call")
-        name, noise, effect = leaf_name("output", tree, i), max(chance, rounding), _off(both, twin)
-        if rounding > limit:
-            return name, float(rounding)
-        if (effect > 4 * (noise + eps * _size(twin))).any():
-            return name, float(effect.max())
+        rounding, effect = rounding * bool(eps), (both - twin).abs()
+        if rounding > limit or (effect > 4 * (chance + rounding + eps * twin.abs())).any():
+            return leaf_name("output", trees[0], i), float((both - alone).abs().max())
     return None
 
 
 def _real(tensor: Tensor) -> Tensor:
+    """Return the numbers of a tensor, in single precision or better, all finite."""
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    kind = tensor.dtype if tensor.is_floating_point() else torch.float64
-    return tensor.detach().to(torch.promote_types(kind, torch.float32))
-
-
-def _size(tensor: Tensor) -> Tensor:
-    return tensor.abs().nan_to_num(0.0, 0.0)
-
-
-def _off(x: Tensor, y: Tensor) -> Tensor:
-    """Return how far numbers are apart: 0 where both are the same, or not numbers."""
-    same = (x == y) | (x.isnan() & y.isnan())
-    return (x - y).abs().masked_fill(same, 0.0).nan_to_num(math.inf)
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).nan_to_num()

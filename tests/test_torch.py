@@ -216,18 +216,20 @@ LIN = nn.Linear(8, 5)
 
 
 def dependent(module, *inputs):
-    pair, dims = two_rows(inputs)
-    rows = []
+    dims, row, scale = two_rows(inputs)
+    asked = []
 
-    def compute(*units):
-        rows.extend(units)
-        chosen = zip(pair, dims, strict=True)
-        args = [x if dim is None else x[list(units)].flatten(0, 1) for x, dim in chosen]
+    def compute(batches):
+        asked.extend(each for batch in batches for each in batch)
+        pairs = list(zip(inputs, dims, strict=True))
         with torch.no_grad():
-            return module(*args)
+            return [
+                module(*[x if dim is None else x[batch] for x, dim in pairs]) for batch in batches
+            ]
 
-    found = dependent_output(compute, pair)
-    assert len(rows) in (4, 10)
+    found = dependent_output(compute, row, scale)
+    assert {*asked} == {0, row}
+    assert len(asked) in (4, 10)
     return found
 
 

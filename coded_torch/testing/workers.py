@@ -282,7 +282,7 @@ class WorkersTests(abc.ABC):
         example = torch.tensor([[1.0, 2.0], [1.0, 2.0], [5.0, 3.0]])
         pool.start(nn.Linear(2, 3), example, timeout=WAIT)
         assert caplog.text == ""
-        depends = "output of a row depends on the other rows of its batch, by up to 4. Parts"
+        depends = "output of a row depends on the other rows of its batch, by 2; answers"
         with pytest.warns(UserWarning, match=depends):
             pool.start(CumulativeSum(), example, timeout=WAIT)
         for module, rows, why in (

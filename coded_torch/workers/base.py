@@ -6,7 +6,6 @@ import abc
 import dataclasses
 import enum
 import functools
-import itertools
 import math
 import operator
 from collections.abc import Collection, Generator, Iterable, Sequence
@@ -299,32 +298,32 @@ class Workers(abc.ABC):
         self, module: nn.Module, leaves: Any, spec: Any, avoid: frozenset[int], timeout: float
     ) -> None:
         """Warn if two rows of an example, computed by one worker, depend on each other."""
+
+        def compute(batches: list[list[int]]) -> list[Any]:
+            rows, device = torch.tensor(batches), leaves[dims.index(0)].device
+            pairs = zip(leaves, dims, strict=True)
+            inputs = [x if dim is None else x[rows] for x, dim in pairs]
+            task = Task(inputs, dims, spec, *rows.shape, device)
+            with self.open(module, task) as request:
+                request.ask([Part(n, (n,), avoid=avoid) for n in range(len(batches))])
+                events = iter(functools.partial(request.wait, timeout), None)
+                replies = {x.part.number: x for x in events if isinstance(x, Reply)}
+            for error in [reply.error for reply in replies.values() if reply.error]:
+                raise error
+            if len(replies) < len(batches):
+                raise RuntimeError(f"there was no answer within {timeout:g} s")
+            return [replies[n].value for n in range(len(batches))]
+
         try:
-            pair, dims = two_rows(leaves)
-            device = next(x.device for x, dim in zip(pair, dims, strict=True) if dim == 0)
-            with self.open(module, Task(pair, dims, spec, 2, 1, device)) as request:
-                numbers = itertools.count()
-
-                def compute(*units: int) -> Any:
-                    request.ask([Part(next(numbers), units, avoid=avoid)])
-                    while isinstance(event := request.wait(timeout), Began):
-                        pass
-                    if event is None or event.error:
-                        late = RuntimeError(f"there was no answer within {timeout:g} s")
-                        raise (event and event.error) or late
-                    return event.value
-
-                found = dependent_output(compute, pair)
+            dims, row, scale = two_rows(leaves)
+            found = dependent_output(compute, row, scale)
         except RuntimeError as error:
             what = "%s: whether rows depend on each other was not checked: %s"
             logger.warning(what, type(self).__name__, str(error).partition("\n")[0])
-        else:
-            if found:
-                what = (
-                    f"{type(self).__name__}: {found[0]} of a row depends on the other rows of its"
-                )
-                what += f" batch, by up to {found[1]:.2g}. Parts of a batch are computed apart, so "
-                warn(f"{what}answers differ from those of the module to the whole batch")
+            return
+        if found:
+            what = f"{found[0]} of a row depends on the other rows of its batch, by {found[1]:.2g}"
+            warn(f"{type(self).__name__}: {what}; answers are not those to the whole batch")
 
     def resize(self, num_workers: int) -> None:
         """Let the pool have another number of workers, at least 1, while calls are open.
