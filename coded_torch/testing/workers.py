@@ -281,7 +281,7 @@ class WorkersTests(abc.ABC):
             pytest.skip("the pool does not load modules")
         example = torch.tensor([[1.0, 2.0], [1.0, 2.0], [5.0, 3.0]])
         pool.start(nn.Linear(2, 3), example, timeout=WAIT)
-        assert caplog.text == ""
+        assert "was not checked" not in caplog.text
         depends = "output of a row depends on the other rows of its batch, by 2; answers"
         with pytest.warns(UserWarning, match=depends):
             pool.start(CumulativeSum(), example, timeout=WAIT)
