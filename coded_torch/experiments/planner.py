@@ -203,7 +203,7 @@ def plan(
     for kind, name, k, n, waiting in _policies(num_workers, deadline, bool(verify)):
         part = scale * (OVERHEAD + (1 - OVERHEAD) * parts / k)
         # Simulated times are in multiples of a part. Calls that are late go on, to see how late.
-        until = waiting.deadline / part if kind == "predicted" else None
+        until = (waiting.deadline or 0.0) / part if kind == "predicted" else None
         policy: Waiting | Verified = dataclasses.replace(waiting, deadline=until)
         if verify:
             policy = Verified(policy, num_workers, verify, seed=seed)

@@ -300,10 +300,10 @@ class Workers(abc.ABC):
         """Warn if two rows of an example, computed by one worker, depend on each other."""
 
         def compute(batches: list[list[int]]) -> list[Any]:
-            rows, device = torch.tensor(batches), leaves[dims.index(0)].device
-            pairs = zip(leaves, dims, strict=True)
+            rows, pairs = torch.tensor(batches), zip(leaves, dims, strict=True)
             inputs = [x if dim is None else x[rows] for x, dim in pairs]
-            task = Task(inputs, dims, spec, *rows.shape, device)
+            device = leaves[dims.index(0)].device
+            task = Task(inputs, dims, spec, len(rows), rows.shape[1], device)
             with self.open(module, task) as request:
                 request.ask([Part(n, (n,), avoid=avoid) for n in range(len(batches))])
                 events = iter(functools.partial(request.wait, timeout), None)
