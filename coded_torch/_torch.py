@@ -322,7 +322,7 @@ def dependent_output(
         raise RuntimeError("no output has a row for each row of the example at dimension 0")
     if all(bool(((x - y).abs() <= eps * x.abs()).all()) for x, y, eps in found.values()):
         return None
-    # Products of another shape are rounded differently, but those of one shape mostly are not.
+    # Batches of another size are rounded differently, but batches of one size mostly are not.
     others = [flatten(tree)[0] for tree in compute([[0, 0], [row, row], [0, row]])]
     for i, (both, alone, eps) in found.items():
         first, second, again = (_real(leaves[i]) for leaves in others)

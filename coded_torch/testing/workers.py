@@ -275,23 +275,6 @@ class WorkersTests(abc.ABC):
             f"part {last} did not start: it avoids all workers that are left"
         )
 
-    def test_starting_warns_of_rows_that_depend_on_each_other(self, pool, caplog):
-        """Warnings are errors here, so that none comes for the other modules."""
-        if pool.num_workers is None:
-            pytest.skip("the pool does not load modules")
-        example = torch.tensor([[1.0, 2.0], [1.0, 2.0], [5.0, 3.0]])
-        pool.start(nn.Linear(2, 3), example, timeout=WAIT)
-        assert "was not checked" not in caplog.text
-        depends = "output of a row depends on the other rows of its batch, by 2; answers"
-        with pytest.warns(UserWarning, match=depends):
-            pool.start(CumulativeSum(), example, timeout=WAIT)
-        for module, rows, why in (
-            (CumulativeSum(), example[:2], "the example must have two different rows, got 2 alike"),
-            (nn.Dropout(), example, "the outputs differ from call to call"),
-        ):
-            pool.start(module, rows, timeout=WAIT)
-            assert f"rows depend on each other was not checked: {why}" in caplog.text
-
     def test_workers_are_idle_when_they_have_ended(self, pool, tmp_path):
         with self.begin_all(pool, tmp_path, extra=2) as request:
             (tmp_path / "open").touch()
