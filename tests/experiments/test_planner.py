@@ -16,8 +16,8 @@ from benchmarks.runs import RESULTS
 from coded_torch import workers
 from coded_torch.cli.main import main
 from coded_torch.experiments.planner import LAWS, RIGHT, measured, plan, read_latencies
+from coded_torch.experiments.simulation import Outcome
 from coded_torch.nn import CodedWrapper, Waiting
-from coded_torch.scheduling.simulation import Outcome
 from coded_torch.workers import ProcessWorkers
 
 REQUESTS = 1000
@@ -74,7 +74,7 @@ def test_requests_without_enough_results_to_predict_from_are_late(monkeypatch):
     def simulate(*args, **options):
         return Outcome(np.ones(1200), missing, 1.0, 1.0, Counter())
 
-    monkeypatch.setattr("coded_torch.evaluation.planner.simulate", simulate)
+    monkeypatch.setattr("coded_torch.experiments.planner.simulate", simulate)
     for kind, option in planned("calm", 0.2).best.items():
         if kind in ("no redundancy", "hedged"):  # exact
             assert (option.late, option.predicted) == (pytest.approx(2 / 3), 0.0)
