@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from coded_torch.codes import BerrutCode, FixedCode, ReplicationCode, SplineCode
-from coded_torch.experiments.compare import received_by
 from coded_torch.experiments.scores import half_width, rounded
 from coded_torch.stragglers import Bernoulli, Stragglers, Uniform
 
@@ -110,7 +109,8 @@ def errors(
         exact = task.outputs(inputs)
         spread = (NOISE * exact.var()).sqrt() if noisy else 0.0
         for n in task.workers:
-            received = received_by(LAWS[law](task.s, n, seed + draw), n)
+            latencies = LAWS[law](task.s, n, seed + draw).sample(n)
+            received = latencies.isfinite().nonzero().flatten().tolist()
             codes = make(n, len(received))
             results = task.outputs(codes[0].encode(inputs)[received])
             noise = torch.randn(results.shape, generator=generator, dtype=torch.float64)

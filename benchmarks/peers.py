@@ -131,7 +131,7 @@ def parm(quick: bool) -> dict[str, Any]:
         others = outputs.sum(1, keepdim=True) - outputs
         decoded = (sums[:, None] - others).flatten(0, 1)
         scores = []
-        for received in (received_by(law, n) for _ in range(sets)):
+        for received in (received_by(law, n, s) for _ in range(sets)):
             missing = ~torch.isin(torch.arange(len(exact)) % k, torch.tensor(received))
             answers = torch.where(missing[:, None], decoded, exact)
             scores.append(score(answers, exact, batch.labels))

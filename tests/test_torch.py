@@ -1,15 +1,21 @@
-"""The package's own work is done on the host, whatever default device its caller has."""
+"""Torch's state around a call: the host as the device, changed modules, dependent rows."""
 
 import copy
+import functools
+import gc
+import math
 import random
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from coded_torch import Waiting, codes, compare
-from coded_torch._torch import fingerprint
+from coded_torch._torch import dependent_output, fingerprint, two_rows
+from coded_torch.demo import digits, lenet5
 from coded_torch.experiments.tune import tune
 from coded_torch.input_space.geometry import Geometry
 from coded_torch.linear import SplineMap
@@ -146,3 +152,174 @@ def test_sparse_weights_that_are_replaced_are_noticed():
     assert len(kept) == 3
     module.matrix = torch.eye(2).to_sparse()
     assert fingerprint(module)[1] != before
+
+
+class Held(nn.Module):
+    """A module with attributes of all kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.k, self.sizes, self.mean = 2.0, [1, (2, None)], torch.zeros(2)
+        self.act, self.kind, self.name = functional.relu, torch.float32, "a"
+        self.layer, self.other = nn.ReLU(), object()
+
+    def forward(self, x):
+        return x * self.k
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("k", k) for k in (3.0, 2, None, np.float64(2.0))),
+        *(("sizes", sizes) for sizes in ([1, (3, None)], (1, (2, None)), [1])),
+        *(("act", act) for act in (functional.gelu, abs, lambda x: x)),
+        ("mean", torch.zeros(2)),
+        ("kind", torch.float64),
+        ("name", "b"),
+        ("layer", nn.GELU()),
+        ("other", nn.Identity),
+        ("new", True),
+    ],
+)
+def test_an_attribute_that_is_replaced_is_noticed(name, value):
+    module = nn.Sequential(Held())
+    _, before = fingerprint(module)
+    assert fingerprint(module)[1] == before
+    kept = vars(module[0]).get(name)
+    setattr(module[0], name, value)
+    assert fingerprint(module)[1] != before
+    assert kept is not value
+
+
+def test_what_changes_in_place_is_noticed_in_lists_and_tensors():
+    module = Held()
+    for change in (lambda: module.sizes.append(3), lambda: module.mean.add_(1)):
+        _, before = fingerprint(module)
+        change()
+        assert fingerprint(module)[1] != before
+
+
+def test_a_fingerprint_keeps_no_module_alive():
+    def made():
+        module = Held()
+        module.act, module.forward = functools.partial(module), lambda x: module(x)
+        return weakref.ref(module), fingerprint(module)
+
+    module, _ = made()
+    gc.collect()
+    assert module() is None
+
+
+# Rows that depend on each other.
+
+LIN = nn.Linear(8, 5)
+
+
+def dependent(module, *inputs):
+    dims, row, scale = two_rows(inputs)
+    asked = []
+
+    def compute(batches):
+        asked.extend(each for batch in batches for each in batch)
+        pairs = list(zip(inputs, dims, strict=True))
+        with torch.no_grad():
+            return [
+                module(*[x if dim is None else x[batch] for x, dim in pairs]) for batch in batches
+            ]
+
+    found = dependent_output(compute, row, scale)
+    assert {*asked} == {0, row}
+    assert len(asked) in (4, 10)
+    return found
+
+
+def x(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs"),
+    [
+        *((lambda x: x - x.mean(0), x(3, 8, dtype=d)) for d in (torch.half, torch.bfloat16)),
+        (lambda x: x + 1e-4 * x.mean(0), x(3, 8)),
+        (lambda x: 1e-9 * (x - x.mean(0)), x(3, 8)),
+        (lambda x: torch.stack([1e6 * x[:, 0], x[:, 1] - x[:, 1].mean()], 1), x(3, 8)),
+        (lambda x: x - x[0], x(3, 8)),
+        (lambda x: x - x[-1], x(3, 8)),
+        (lambda x: x / x.amax(0), torch.tensor([[1.0], [2.0]])),
+        (lambda x: x / x.amax(0), torch.tensor([[2.0], [1.0]])),
+        (lambda x: x / len(x), x(3, 8)),
+        (lambda x: x + torch.arange(len(x))[:, None], x(3, 8)),
+        (lambda x: torch.fft.fft(x, dim=0), x(3, 8)),
+        (lambda x: x > x.mean(0), x(3, 8)),
+        (lambda x: x.argsort(0), x(3, 8)),
+        (nn.BatchNorm2d(3).train(), x(2, 3, 4, 4)),
+        (nn.TransformerEncoderLayer(8, 2, 16, batch_first=False).eval(), x(3, 4, 8)),
+    ],
+)
+def test_rows_that_depend_on_each_other_are_found(module, inputs):
+    name, off = dependent(module, inputs)
+    assert name == "output"
+    assert off > 0
+
+
+def test_the_output_that_depends_is_named_with_its_difference():
+    name, off = dependent(lambda x: {"a": x, "b": (x, x - x.mean(0))}, torch.tensor([[0.0], [2.0]]))
+    assert (name, off) == ("output['b'][1]", 1.0)
+
+
+def stack(dtype):
+    torch.manual_seed(0)
+    layers = (
+        layer for _ in range(30) for layer in (nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU())
+    )
+    return nn.Sequential(*layers).to(dtype)
+
+
+def mixed(module, dtype):
+    return lambda x: module(x.to(dtype)).float()
+
+
+def encoder(dtype):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    return nn.TransformerEncoder(layer, 6, enable_nested_tensor=False).eval().to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs"),
+    [
+        *((stack(d), x(2, 64, dtype=d)) for d in (torch.double, torch.float, torch.bfloat16)),
+        (mixed(stack(torch.bfloat16), torch.bfloat16), x(2, 64)),
+        *((encoder(d), x(2, 17, 64, dtype=d)) for d in (torch.float, torch.half)),
+        (lambda x: encoder(torch.bfloat16)(x).argmax(-1), x(2, 17, 64, dtype=torch.bfloat16)),
+        (nn.Linear(1024, 100), x(2, 1024) * 1e6),
+        (lambda x: 1e3 * LIN(x) - functional.linear(x, 1e3 * LIN.weight, 1e3 * LIN.bias), x(3, 8)),
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval(), x(2, 3, 8, 8)),
+        (nn.LSTM(8, 16, 2, batch_first=True), x(2, 5, 8)),
+        (nn.Embedding(10, 4), torch.tensor([[1, 2], [1, 3]])),
+        (lambda x: torch.where(x > 0, x, -math.inf), x(3, 8)),
+        (lambda x: x.log(), x(3, 8)),
+        (lambda x: x * 2, torch.tensor([1.0, 2.0])),
+        (lenet5(), digits()[0][:4]),
+    ],
+)
+def test_rounding_is_no_dependence(module, inputs):
+    assert dependent(module, inputs) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "why"),
+    [
+        (nn.Dropout(), [x(3, 8)], "the outputs differ from call to call"),
+        (torch.bernoulli, [torch.full((2, 99), 0.5) + x(2, 1) / 100], "differ from call to call"),
+        (torch.mean, [x(3, 8)], "no output has a row for each row of the example"),
+        (LIN, [torch.zeros(3, 8)], "must have two different rows, got 3 alike"),
+        (LIN, [x(1, 8)], "must have two different rows, got 1 alike"),
+        (torch.add, [x(3, 8), x(8)], "must have one size at dimension 0"),
+        (torch.add, [1.0, 2], "must have one size at dimension 0"),
+    ],
+)
+def test_rows_are_not_compared_where_that_tells_nothing(module, inputs, why):
+    with pytest.raises(RuntimeError, match=why):
+        dependent(module, *inputs)

@@ -2,6 +2,7 @@ r"""Codes and trivial baselines side by side on one's own model."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -74,8 +75,8 @@ def compare(
         more: a function of K and N that returns further codes by their names. Defaults to None.
         surrogate: a cheap approximation of the module. Defaults to None.
         schemes: the codes to try, by name; a surrogate adds its baselines. Defaults to None, all.
-        law: called as ``law(S, seed=...)``, returns the law of the lost workers, whose latency is
-            infinite, such as a class of :mod:`coded_torch.stragglers`. Defaults to ``Uniform``.
+        law: called as ``law(S, seed=...)``, returns a law of latencies, such as a class of
+            :mod:`coded_torch.stragglers`. The S slowest workers are lost. Defaults to ``Uniform``.
         received_sets: the number of received sets of a batch and seed. Defaults to 1.
         seeds: the seeds of the lost workers; every seed answers all batches. Defaults to 0.
         tuning: the number of first batches that codes are tuned on. Defaults to a quarter.
@@ -128,7 +129,7 @@ def compare(
         drawn = law(lost, seed=seed)
         instance("compare", "the result of law", drawn, Stragglers)
         for args, classes in zip(calls[part], truth[part], strict=True):
-            sets = [received_by(drawn, n) for _ in range(number)]
+            sets = [received_by(drawn, n, lost) for _ in range(number)]
             trial = Trial(module, args, sets, in_dims=in_dims, out_dims=out_dims)
             if classes is not None:
                 if [leaf.dim() for leaf in trial.exact] != [2]:
@@ -210,9 +211,18 @@ def _answers(
             yield f"{name.removesuffix(', regression')}, residuals", answers, code
 
 
-def received_by(law: Stragglers, num_workers: int) -> list[int]:
-    """Return the workers that one draw of a law does not lose."""
-    return law.sample(num_workers).isfinite().nonzero().flatten().tolist()
+def received_by(law: Stragglers, num_workers: int, lost: int) -> list[int]:
+    """Return the workers that answer in one draw of a law: all but the ``lost`` slowest.
+
+    Raises a ValueError if the law does not tell which workers these are, or loses more of them.
+    """
+    latencies = law.sample(num_workers)
+    seconds, order = latencies.sort()
+    first = num_workers - lost
+    if not seconds[first - 1] < [*seconds, math.inf][first]:
+        must = f"law must make S = {lost} of N = {num_workers} workers slower than all others"
+        raise ValueError(f"compare: {must}, got latencies {shown(latencies.tolist())}")
+    return sorted(order[:first].tolist())
 
 
 def _setting(setting: Any) -> Setting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import random
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
@@ -61,7 +62,7 @@ class Option(NamedTuple):
     asked: int  #: the number of parts that are asked for at once, N with a code
     latencies: Seconds  #: sorted seconds ``[num_requests]``
     slowest: float  #: the seconds within which 99.9 % of the requests are answered
-    late: float  #: the share of requests that miss the deadline
+    late: float  #: the share of requests that miss the deadline, or get too few results
     work: float  #: the number of computed rows per row
     predicted: float  #: the share of predicted rows
     meets: bool  #: true if the policy meets the objective
@@ -201,8 +202,8 @@ def plan(
     options = []
     for kind, name, k, n, waiting in _policies(num_workers, deadline, bool(verify)):
         part = scale * (OVERHEAD + (1 - OVERHEAD) * parts / k)
-        # Simulated times are in multiples of a part.
-        until = waiting.deadline and waiting.deadline / part
+        # Simulated times are in multiples of a part. Calls that are late go on, to see how late.
+        until = (waiting.deadline or 0.0) / part if kind == "predicted" else None
         policy: Waiting | Verified = dataclasses.replace(waiting, deadline=until)
         if verify:
             policy = Verified(policy, num_workers, verify, seed=seed)
@@ -211,8 +212,10 @@ def plan(
         outcome = simulate(policy, conditions, num_requests=num_requests, seed=seed, **how)
         latencies = np.sort(outcome.latencies * part)
         slowest = float(np.quantile(latencies, _IN_TIME))
-        late = float((latencies > deadline).mean())
-        predicted = float(outcome.predicted.mean())
+        # A call raises if fewer than half of its rows came, or any is missing that must be exact.
+        raised = outcome.predicted > (0.5 if waiting.predict else 0.0)
+        late = float((raised | (outcome.latencies * part > deadline)).mean())
+        predicted = float(np.where(raised, 0.0, outcome.predicted).mean())
         meets = late <= 1 - _IN_TIME + 1e-9 and 1 - predicted * (1 - RIGHT) >= accuracy
         use = f"parts={k}" if n == k else f"code=codes.RegressionCode({k}, {n})"
         use += f", verify={verify:g}" if verify else ""
@@ -226,19 +229,21 @@ def _policies(
     num_workers: int, deadline: float, verified: bool
 ) -> Iterator[tuple[str, str, int, int, Waiting]]:
     """Yield the kind, the name, K, N and the policy, whose deadline is in seconds."""
+    first = functools.partial(Waiting.first, deadline=deadline)
+    exact = Waiting(deadline, predict=False, hedge_budget=0)
     for k in (k for k in _PARTS if k <= num_workers):
-        yield "no redundancy", "wait for all", k, k, Waiting(predict=False, hedge_budget=0)
+        yield "no redundancy", "wait for all", k, k, exact
         for budget in _BUDGETS:
             name = f"hedge, at most {budget:.0%} more work"
-            yield "hedged", name, k, k, Waiting(predict=False, hedge_budget=budget)
+            yield "hedged", name, k, k, dataclasses.replace(exact, hedge_budget=budget)
         for share in _SHARES:
             until = float(f"{share * deadline:.4g}")
             name = f"hedge, predict at {1e3 * until:.4g} ms"
             yield "predicted", name, k, k, Waiting(deadline=until)
         if not verified and 2 * k <= num_workers:
-            yield "everything twice", "first answers", k, 2 * k, Waiting.first(1)
+            yield "everything twice", "first answers", k, 2 * k, first(1)
         for n in range(k + 1, min(2 * k, num_workers + 1)) if not verified else ():
-            yield "coded", f"all at once, first {k} of {n}", k, n, Waiting.first(n - k)
+            yield "coded", f"all at once, first {k} of {n}", k, n, first(n - k)
 
 
 class Verified:

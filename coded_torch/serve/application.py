@@ -119,7 +119,9 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
                 return size * getattr(self.pool, "concurrency", 1), coded.parts or size
             return 1, 1
 
-        self.load = functools.partial(load, coded, examples)
+        self.load = functools.partial(
+            load, coded, examples and [x[: self.max_rows] for x in examples]
+        )
         self.batcher = Batcher(
             functools.partial(compute, coded, outputs),
             max_batch_size=self.max_rows,

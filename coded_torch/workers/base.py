@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._arguments import instance, positive, sparing_logger
+from .._arguments import instance, positive, sparing_logger, warn
+from .._torch import dependent_output, flatten, leaf_name, positional, two_rows, unflatten
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,7 +32,6 @@ __all__ += ["leaf_name", "positional", "show", "unflatten"]
 logger = sparing_logger("coded_torch.workers")
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-_LEAF = pytree.tree_structure(0)
 
 #: The types of outputs that pass through, if all workers return the same. A float does not: it is a
 #: loss or a score, which depends on the inputs.
@@ -254,8 +254,9 @@ class Workers(abc.ABC):
         Args:
             module: the module that every worker loads before this returns. Defaults to none.
             example: an input, a tuple of positional arguments, or bound arguments, that every
-                worker calls the module with, so that no later call warms up. Defaults to None: no
-                call.
+                worker calls the module with, so that no later call warms up. If it has two
+                different rows at dimension 0, one worker computes them alone and together, and a
+                warning names an output of a row that depends on the other. Defaults to None.
             timeout: seconds.
 
         Raises:
@@ -290,7 +291,41 @@ class Workers(abc.ABC):
                     what = f"only {len(wanted) - missing} of {len(wanted)} workers started"
                     raise RuntimeError(f"{type(self).__name__}: {what} within {timeout:g} s; {why}")
                 missing -= 1
+            if calls:
+                left = max(timeout - request.now(), 0.0)
+                self._check_rows(module, leaves, spec, places - {*wanted[:1]}, left)
         return self
+
+    def _check_rows(
+        self, module: nn.Module, leaves: Any, spec: Any, avoid: frozenset[int], timeout: float
+    ) -> None:
+        """Warn if two rows of an example, computed by one worker, depend on each other."""
+
+        def compute(batches: list[list[int]]) -> list[Any]:
+            rows, pairs = torch.tensor(batches), zip(leaves, dims, strict=True)
+            inputs = [x if dim is None else x[rows] for x, dim in pairs]
+            device = leaves[dims.index(0)].device
+            task = Task(inputs, dims, spec, len(rows), rows.shape[1], device)
+            with self.open(module, task) as request:
+                request.ask([Part(n, (n,), avoid=avoid) for n in range(len(batches))])
+                events = iter(functools.partial(request.wait, timeout), None)
+                replies = {x.part.number: x for x in events if isinstance(x, Reply)}
+            for error in [reply.error for reply in replies.values() if reply.error]:
+                raise error
+            if len(replies) < len(batches):
+                raise RuntimeError(f"there was no answer within {timeout:g} s")
+            return [replies[n].value for n in range(len(batches))]
+
+        try:
+            dims, row, scale = two_rows(leaves)
+            found = dependent_output(compute, row, scale)
+        except RuntimeError as error:
+            what = "%s: whether rows depend on each other was not checked: %s"
+            logger.warning(what, type(self).__name__, str(error).partition("\n")[0])
+            return
+        if found:
+            what = f"{found[0]} of a row depends on the other rows of its batch, by {found[1]:.2g}"
+            warn(f"{type(self).__name__}: {what}; answers are not those to the whole batch")
 
     def resize(self, num_workers: int) -> None:
         """Let the pool have another number of workers, at least 1, while calls are open.
@@ -347,23 +382,6 @@ def _say_what_is_never_estimated(outputs: Any) -> None:
             logger.info("%s is %s, so its missing rows cannot be estimated", name, leaf.dtype)
 
 
-def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """Return the leaves and structure of a tree, of a single tensor at once."""
-    return ([tree], _LEAF) if isinstance(tree, Tensor) else pytree.tree_flatten(tree)
-
-
-def unflatten(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
-    """Return the tree of these leaves and this structure."""
-    return leaves[0] if spec is _LEAF else pytree.tree_unflatten(leaves, spec)
-
-
-@functools.cache
-def positional(count: int) -> tuple[pytree.TreeSpec, pytree.TreeSpec]:
-    """Return the structures of ``(args, kwargs)`` and of args, for ``count`` positional tensors."""
-    args = (0,) * count
-    return pytree.tree_structure((args, {})), pytree.tree_structure(args)
-
-
 def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str) -> list[Any]:
     """Return the batch dimension of each leaf of ``spec``, from ``dims``, a pytree prefix of it.
 
@@ -395,12 +413,6 @@ def show(leaf: Any) -> str:
     if isinstance(leaf, Tensor):
         return f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
     return repr(leaf) if isinstance(leaf, CONSTANTS) else type(leaf).__name__
-
-
-def leaf_name(root: str, tree: Any, index: int) -> str:
-    """Return the Python expression of a leaf of ``tree``."""
-    path, _ = pytree.tree_flatten_with_path(tree)[0][index]
-    return root + pytree.keystr(path)
 
 
 def check_batch(output: Any, index: int, leaf: Tensor, dim: int, size: int) -> None:

@@ -110,9 +110,15 @@ class _Unpickler(pickle.Unpickler):
         self._read: dict[int, Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "__main__":
-            import_main()
-        return super().find_class(module, name)
+        if module != "__main__":
+            return super().find_class(module, name)
+        import_main()
+        try:
+            return super().find_class(module, name)
+        except AttributeError:
+            what = f"{name} is not defined when a worker imports the main script"
+            how = "move it out of the `if`, to the top level of the script, or into a module"
+            raise AttributeError(f"{what}; {how}") from None
 
     def persistent_load(self, place: tuple[str, tuple[int, ...], int]) -> Tensor:
         dtype, shape, offset = place

@@ -12,7 +12,7 @@ from coded_torch.experiments import scores
 from coded_torch.experiments.compare import compare, peers, received_by
 from coded_torch.experiments.scores import Comparison, Record, Score
 from coded_torch.nn import CodedWrapper
-from coded_torch.stragglers import Contiguous, Trace, Uniform
+from coded_torch.stragglers import Bernoulli, Contiguous, ShiftedExponential, Trace, Uniform
 from coded_torch.workers import LocalWorkers
 
 NAMES = [*peers(4, 6), "no redundancy, regression"]
@@ -105,6 +105,40 @@ def test_workers_are_lost_by_any_law(shipped):
         compare(model, batches[:2], [(9, 8, 1)], law=lambda lost, seed: 0.5)
     with pytest.raises(TypeError, match="law must be"):
         compare(model, batches[:2], [(9, 8, 1)], law=Uniform(1))
+
+
+def test_the_slowest_are_lost_under_a_law_of_finite_latencies(shipped):
+    model, batches, _ = shipped
+    setting = [(9, 8, 3)]
+    slow = [[1.0, 3.0, 2.0, 0.5, 9.0, 0.1, 8.0, 0.2, 7.0]]
+    dead = [[math.inf if x > 6 else 0.0 for x in slow[0]]]
+    found, expected = (
+        compare(model, batches[:2], setting, law=lambda lost, seed, x=x: Trace(x))
+        for x in (slow, dead)
+    )
+    assert [row.rmse for row in found.rows] == [row.rmse for row in expected.rows]
+    mixed = Trace([[math.inf, 1.0, 3.0, 2.0]])  # one never answers, and the next slowest is lost
+    assert received_by(mixed, 4, 2) == [1, 3]
+    law = ShiftedExponential(0.1, 1.0, seed=0)
+    latencies = ShiftedExponential(0.1, 1.0, seed=0).sample(9)
+    received = received_by(law, 9, 3)
+    assert len(received) == 6
+    assert max(latencies[received]) < min(latencies[sorted({*range(9)} - {*received})])
+
+
+@pytest.mark.parametrize(
+    ("law", "lost"),
+    [
+        *((Uniform(2, seed=0), lost) for lost in (0, 1, 3)),
+        (Bernoulli(1.0, latency=1.0), 2),
+        (Trace([[1.0] * 5]), 1),
+    ],
+)
+def test_a_law_must_tell_which_workers_are_lost(shipped, law, lost):
+    model, batches, _ = shipped
+    must = f"compare: law must make S = {lost} of N = 5 workers slower than all others, got lat"
+    with pytest.raises(ValueError, match=must):
+        compare(model, batches[:2], [(5, 4, lost)], law=lambda lost, seed: law)
 
 
 def test_nothing_lost(shipped):
@@ -304,7 +338,7 @@ def test_pictures_of_several_settings_leave_out_what_is_exact():
 
 
 def test_received_are_those_not_lost():
-    received = received_by(Uniform(3, seed=0), 10)
+    received = received_by(Uniform(3, seed=0), 10, 3)
     assert len(received) == 7
     assert received == sorted(set(received))
 

@@ -4,15 +4,19 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import coded_torch
 from benchmarks.runs import RESULTS
+from coded_torch import workers
 from coded_torch.cli.main import main
 from coded_torch.experiments.planner import LAWS, RIGHT, measured, plan, read_latencies
+from coded_torch.experiments.simulation import Outcome
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.workers import ProcessWorkers
 
@@ -39,7 +43,7 @@ def test_nothing_is_worth_anything_where_nothing_goes_wrong(calm):
     assert (alone.work, alone.predicted) == (1, 0)
     text = str(calm)
     assert "least work by no redundancy, wait for all" in text
-    assert "waiting=Waiting(hedge_budget=0.0, predict=False))." in text
+    assert "waiting=Waiting(deadline=0.2, hedge_budget=0.0, predict=False))." in text
     assert text.endswith("Neither predictions nor codes are worth it here.")
     assert max(map(len, text.splitlines()[:-3])) <= 80
 
@@ -55,6 +59,27 @@ def test_a_deadline_that_only_predictions_meet():
     use = f"CodedWrapper(model, parts={option.parts}, workers=pool, waiting=Waiting(deadline="
     assert f"Use {use}0.0" in text
     assert not planned("straggling", 0.035, accuracy=1.0).best["predicted"].meets
+
+
+def test_every_recommendation_keeps_the_deadline(calm):
+    for option in calm.options:
+        use = option.use.replace("workers=pool", "workers=LocalWorkers()")
+        coded = eval(use, {"model": nn.Identity(), **vars(coded_torch), **vars(workers)})
+        assert coded.waiting.deadline <= 0.2
+
+
+def test_requests_without_enough_results_to_predict_from_are_late(monkeypatch):
+    missing = np.repeat([0.0, 0.25, 0.75], 400)  # of the rows of each request
+
+    def simulate(*args, **options):
+        return Outcome(np.ones(1200), missing, 1.0, 1.0, Counter())
+
+    monkeypatch.setattr("coded_torch.experiments.planner.simulate", simulate)
+    for kind, option in planned("calm", 0.2).best.items():
+        if kind in ("no redundancy", "hedged"):  # exact
+            assert (option.late, option.predicted) == (pytest.approx(2 / 3), 0.0)
+        else:
+            assert (option.late, option.predicted) == (pytest.approx(1 / 3), 0.25 / 3)
 
 
 def test_verification_costs_its_share_of_work_and_leaves_codes_out(calm):

@@ -6,10 +6,20 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
-from coded_torch.testing.workers import task_of
-from coded_torch.workers import Part, Task, WorkerError, Workers
+from coded_torch.testing.helpers import CumulativeSum
+from coded_torch.testing.workers import WAIT, task_of
+from coded_torch.workers import (
+    DeviceWorkers,
+    FaultyWorkers,
+    Part,
+    ProcessWorkers,
+    Task,
+    WorkerError,
+    Workers,
+)
 from coded_torch.workers.faults import Fault
 from coded_torch.workers.local import cut
 
@@ -71,3 +81,29 @@ def test_errors_say_which_worker_or_else_which_part():
 def test_pools_must_open():
     with pytest.raises(TypeError, match="open"):
         Workers()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DeviceWorkers(["cpu"] * 2),
+        lambda: ProcessWorkers(2),
+        lambda: FaultyWorkers(DeviceWorkers(["cpu"]), rates={"nan": 1.0}),
+    ],
+    ids=["devices", "processes", "faulty"],
+)
+def test_starting_warns_of_rows_that_depend_on_each_other(make, caplog):
+    """Warnings are errors here, so that none comes for the other modules."""
+    example = torch.tensor([[1.0, 2.0], [1.0, 2.0], [5.0, 3.0]])
+    with make() as pool:
+        pool.start(nn.Linear(2, 3), example, timeout=2 * WAIT)
+        assert "was not checked" not in caplog.text
+        depends = "Workers: output of a row depends on the other rows of its batch, by 2; answers"
+        with pytest.warns(UserWarning, match=depends):
+            pool.start(CumulativeSum(), example, timeout=2 * WAIT)
+        for module, rows, why in (
+            (CumulativeSum(), example[:2], "the example must have two different rows, got 2 alike"),
+            (nn.Dropout(), 1 + torch.rand(2, 99), "the outputs differ from call to call"),
+        ):
+            pool.start(module, rows, timeout=2 * WAIT)
+            assert f"rows depend on each other was not checked: {why}" in caplog.text

@@ -250,6 +250,18 @@ def test_servers_are_probed_often_while_none_is_up(three, monkeypatch):
     until(lambda: torch.equal(coded(X), 2 * X))
 
 
+def test_starting_warns_of_a_model_whose_rows_depend_on_each_other(three):
+    def centred(handler, rows):
+        handler.answer(rows - rows.mean(0))
+        return True
+
+    coded = wrapped(three[:1])
+    coded.workers.start(coded.module, X, timeout=WAIT)
+    three[0].fault = centred
+    with pytest.warns(UserWarning, match="EndpointWorkers: output of a row depends on the other"):
+        coded.workers.start(coded.module, X, timeout=WAIT)
+
+
 def test_servers_come_and_go(three):
     coded = wrapped(three[:1])
     pool = coded.workers

@@ -465,6 +465,18 @@ def test_exceptions_travel_without_their_constructors(pool):
     assert vars(reply.error.__cause__) == {}
 
 
+def test_a_class_that_workers_do_not_define_is_named_with_its_remedy(pool, monkeypatch):
+    class Mean(nn.Identity):  # as under ``if __name__ == "__main__"``
+        __module__, __qualname__ = "__main__", "Mean"
+
+    monkeypatch.setattr(sys.modules["__main__"], "Mean", Mean, raising=False)
+    (reply,) = answers(pool, Mean(), torch.ones(1, 1, 1))
+    assert str(reply.error).endswith(
+        "AttributeError: Mean is not defined when a worker imports the main script; move it out "
+        "of the `if`, to the top level of the script, or into a module"
+    )
+
+
 def test_modules_that_cannot_travel_are_named(pool):
     module, trapped, texts = nn.Identity(), nn.Identity(), set()
     module.hook = lambda x: x
