@@ -8,7 +8,7 @@ import enum
 import functools
 import math
 import operator
-from collections.abc import Collection, Generator, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
@@ -136,6 +136,7 @@ class Request(abc.ABC):
     """
 
     timeout = math.inf  #: seconds after which a part that was asked for and has not replied fails
+    versions: Mapping[int, str] = {}  #: by worker, the version of the model, where it names one
 
     @abc.abstractmethod
     def ask(self, parts: Sequence[Part]) -> None:

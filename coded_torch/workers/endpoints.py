@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import os
 import ssl
 import threading
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
@@ -19,7 +21,7 @@ from torch import nn
 from .._arguments import count, instance, positive
 from ..open_inference import client
 from ..open_inference.client import EndpointError, RemoteModule, running_loop
-from .base import Reply, Request, Task, Workers
+from .base import Request, Task, Workers
 from .dispatch import DispatchedWorkers, Dispatcher, Job, Worker, logger
 from .faults import InjectedCrash, compute
 from .live import LiveRequest
@@ -30,6 +32,7 @@ __all__ = ["EndpointWorkers"]
 # or the third while no server is up. Not tuned: a probe is one small request.
 _PROBE_SECONDS, _MOST_PROBE_SECONDS, _ALONE_PROBE_SECONDS = 0.25, 30.0, 1.0
 _SILENCE = 16  # parts in a row without an answer, while others answered as many; not tuned
+_CONTRADICTED = 3  # parts in a row that a server refused, while others computed them; not tuned
 _CLOSING_SECONDS = 5.0  # the time that requests get to end when a pool closes; not tuned
 
 
@@ -42,12 +45,15 @@ class EndpointWorkers(DispatchedWorkers):
 
     - A server that fails, hangs, or does not keep the protocol gets no parts until a probe of
       ``/v2/health/ready`` succeeds. Probes come at growing intervals, of at most a second while no
-      server is up.
+      server is up. If two servers fail on the same rows, the rows are to blame, and both are
+      probed at once.
     - A server that answers 429 or 503 gets no parts for the time of its ``Retry-After``. Its part
       goes to another server, and counts as no failure.
-    - An answer such as 400 or 422 is the caller's error, which the call raises. An answer 500 with
-      a message is an error of the model, which the call raises if two servers raise alike.
+    - An answer such as 400 or 422 is an error of the caller, and 500 an error of the model. The call
+      raises it if two servers answer alike to the same rows, or if no other server answers. A
+      server that refuses three parts in a row that others compute counts as failed.
     - An answer is untrusted: its shapes, dtypes and sizes are checked before memory is allocated.
+      It must have the id of its request; a server that sends none gets a connection per request.
     - When a call ends, its requests that still run are cancelled.
 
     Args:
@@ -143,14 +149,20 @@ class EndpointWorkers(DispatchedWorkers):
 
 
 class _EndpointRequest(LiveRequest):
-    """A request whose running parts are cancelled when it is closed."""
+    """A request whose running parts are cancelled when it is closed.
 
-    def wait(self, until: float = float("inf")) -> Any:
-        event = super().wait(until)
-        error = event.error if isinstance(event, Reply) else None
-        if error is not None and isinstance(error.__cause__, client.RefusedError):
-            raise error.__cause__
-        return event
+    The loop notes which servers failed on which rows, and the version of the model by place.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.versions: dict[int, str] = {}
+        self.failures: list[tuple[str, set[int], Exception]] = []
+
+    def note(self, place: int, version: str) -> None:
+        if len(found := {version, *self.versions.values()} - {""}) > 1:
+            logger.warning("EndpointWorkers: one call got answers of versions %s", sorted(found))
+        self.versions |= {place: version} if version else {}
 
     def close(self) -> None:
         super().close()
@@ -178,7 +190,9 @@ class _Endpoints(Dispatcher):
         self.client, self.concurrency = asking, concurrency
         self.loop, self.process = running_loop(), os.getpid()
         self.place_of: dict[str, int] = {}  # the place of each URL, also after its removal
-        self._pauses: dict[str, float] = {}  # before the last probe, of servers without an answer
+        self._pauses: dict[str, float] = {}  # to the next probe, of servers without an answer
+        self._cleared: dict[str, asyncio.Event] = {}  # of servers that failed, ends the pause
+        self._contradicted = Counter[str]()  # parts in a row that others computed
         self._num_answers = 0
         self._silent: dict[str, list[int]] = {}  # answers of all at each part that got none
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -268,8 +282,9 @@ class _Endpoints(Dispatcher):
             self.settle(slot, job.number, None, "was cancelled")
         elif (error := task.exception()) is None:
             self._num_answers += 1
-            self._pauses.pop(url, None)
-            self._silent.pop(url, None)
+            for known in (self._pauses, self._silent, self._contradicted):
+                known.pop(url, None)
+            self._compare(url, job)
             self.settle(slot, job.number, task.result())
         elif isinstance(error, client.BusyError):
             self._pause(url, error.seconds)
@@ -277,12 +292,35 @@ class _Endpoints(Dispatcher):
         elif isinstance(error, EndpointError):
             self.trouble = f"{url} {error}"
             self._pause(url, why=str(error))
+            self._compare(url, job, error)
             kind = "died" if error.lost else ""
             self.settle(slot, job.number, None, f"({url}) {error}", kind, error)
         else:  # the model failed, or the arguments are wrong
             raised = isinstance(error, client.RemoteError | TypeError | ValueError)
+            if isinstance(error, client.RemoteError | client.RefusedError):
+                self._compare(url, job, error)
             kind = "raised" if raised else "died" if isinstance(error, InjectedCrash) else ""
             self.settle(slot, job.number, None, f"({url}) raised {error!r}", kind, error)
+
+    def _compare(self, url: str, job: Job, error: Exception | None = None) -> None:
+        """Blame rows that several servers fail on, or a server whose rows another one computes."""
+        failures, units = job.request.failures, set(job.part.units)
+        same = [each for each in failures if each[0] != url and not units.isdisjoint(each[1])]
+        if error is not None:
+            failures.append((url, units, error))
+            for other in {url, *(each[0] for each in same)} & self._cleared.keys() if same else ():
+                self._pauses.pop(other, None)
+                self._cleared[other].set()
+            return
+        for other, missing, error in same:
+            missing -= units
+            if missing or isinstance(error, EndpointError):
+                continue
+            self._contradicted[other] += 1
+            if self._contradicted[other] >= _CONTRADICTED:
+                del self._contradicted[other]
+                why = f"failed on {_CONTRADICTED} parts in a row that others computed"
+                self._pause(other, why=f"{why}: {error!r:.200}")
 
     async def _ask(self, slot: _Slot, job: Job) -> Any:
         module: RemoteModule = job.request.module
@@ -296,7 +334,8 @@ class _Endpoints(Dispatcher):
         inputs, rows = module.inputs(*arguments), len(part.units) * task.unit_rows
         if all(dim is None for dim in task.dims):  # the example of `start`
             rows = len(inputs[0])
-        outputs = await self.client.infer(slot.url, module.metadata, inputs, rows)
+        outputs, version = await self.client.infer(slot.url, module.metadata, inputs, rows)
+        job.request.note(slot.index, version)
         answer: Any = functools.partial(module.outputs, outputs)
         if part.fault is None:
             return answer()
@@ -312,6 +351,7 @@ class _Endpoints(Dispatcher):
             for slot in slots:
                 slot.ready = False
         if why:
+            self._cleared[url] = asyncio.Event()
             text = "EndpointWorkers: %s failed, and is probed until it is ready: it %s"
             logger.warning(text, url, why, extra={"cause": url})
         self._spawn(self._resume(url, slots, seconds, bool(why)))
@@ -322,10 +362,14 @@ class _Endpoints(Dispatcher):
         await asyncio.sleep(seconds)
         while failed and not all(slot.left for slot in slots):
             pause = self._bounded(2 * self._pauses.get(url, _PROBE_SECONDS / 2))
-            self._pauses[url], waited = pause, 0.0
-            while waited < self._bounded(pause):  # the other servers may fail meanwhile
-                await asyncio.sleep(step := min(pause, _ALONE_PROBE_SECONDS))
+            self._pauses[url], waited, cleared = pause, 0.0, self._cleared[url]
+            # The other servers may fail meanwhile.
+            while waited < self._bounded(pause) and not cleared.is_set():
+                step = min(pause, _ALONE_PROBE_SECONDS)
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(cleared.wait(), step)
                 waited += step
+            cleared.clear()
             if await self.client.is_ready(url):
                 logger.warning("EndpointWorkers: %s is ready again", url, extra={"cause": url})
                 break
