@@ -124,12 +124,10 @@ def from_bytes(spec: TensorSpec, shape: Sequence[int], data: memoryview) -> Tens
     return tensor != 0 if spec.dtype is torch.bool else tensor
 
 
-def from_json(
-    name: str, spec: TensorSpec, shape: Sequence[int], data: list[Any], nulls: bool = False
-) -> Tensor:
+def from_json(name: str, spec: TensorSpec, shape: Sequence[int], data: list[Any]) -> Tensor:
     """Return a tensor of the numbers in a list, which is flat or nested like the shape.
 
-    With ``nulls``, null is NaN, which JSON has no number for.
+    Null is NaN, for which JSON has no number.
     """
     numbers, rows = math.prod(shape), data
     if len(rows) == shape[0] and len(rows) and type(rows[0]) is list:
@@ -137,7 +135,7 @@ def from_json(
             if all(type(row) is list and len(row) == size for row in rows):
                 rows = list(itertools.chain.from_iterable(rows))
     kind = bool if spec.dtype is torch.bool else float if spec.dtype.is_floating_point else int
-    kinds = {int, float, *[type(None)] * nulls} if kind is float else {kind}
+    kinds = {int, float, type(None)} if kind is float else {kind}
     valid = len(rows) == numbers and set(map(type, rows)) <= kinds
     if valid and rows and kind is int:
         limits = torch.iinfo(spec.dtype)
@@ -224,8 +222,7 @@ def tensors_of(
         if ("binary_data_size" in parameters) == ("data" in entry):
             raise ValueError(f"{owner} must have either data or a binary_data_size")
         if "data" in entry:
-            data = field(owner, entry, "data", list)
-            tensor = from_json(owner, spec, shape, data, nulls=word == "output")
+            tensor = from_json(owner, spec, shape, field(owner, entry, "data", list))
         else:
             given_size = field(owner, parameters, "binary_data_size", int)
             size = math.prod(shape) * spec.dtype.itemsize
@@ -268,22 +265,22 @@ class Model(NamedTuple):
         return f"/v2/models/{quote(self.name, safe='')}"
 
 
-def parsed(body: bytes | memoryview, length: str | None = None) -> dict[str, Any]:
-    """Return the JSON object in a body; an EndpointError if it is none."""
+def parsed(body: bytes | memoryview) -> dict[str, Any]:
+    """Return the JSON object in a body; a ValueError if it is none."""
     for loads in (orjson.loads, json.loads):  # servers in Python write NaN, which orjson refuses
         with contextlib.suppress(ValueError, RecursionError):
             if isinstance(found := loads(bytes(body)), dict):
                 return found
-    raise EndpointError("sent what is no JSON object")
+    raise ValueError("the answer must be a JSON object")
 
 
 def specs_of(metadata: Mapping[str, Any], key: str) -> tuple[TensorSpec, ...]:
-    """Return the specs of inputs or outputs, without the dimension of the batch."""
+    """Return the specs of inputs or outputs, without the batch; a ValueError if they are wrong."""
     try:
         found = [(each["name"], each["datatype"], each["shape"][1:]) for each in metadata[key]]
         return tuple(TensorSpec(name, kind, tuple(shape)) for name, kind, shape in found)
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise EndpointError(f"sent metadata with unusable {key}: {error}") from None
+        raise ValueError(f"sent metadata with unusable {key}: {error}") from None
 
 
 def written(

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
+import functools
 import os
 import re
 import ssl as tls
+import sys
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
 import aiohttp
+from aiohttp.client_proto import ResponseHandler
 from torch import Tensor, nn
 
 from .. import open_inference as wire
@@ -32,7 +34,7 @@ _MOST_RETRY_SECONDS = 30.0  # the longest pause that a server may ask for; not t
 _PROBE = 5.0  # seconds to say that a server is ready; not tuned
 _CALLERS = (400, 405, 406, 413, 415, 422)  # the request is wrong, says the server
 _VERSION = 80  # characters of a model's version that are kept; not tuned
-_INTERIM = 8  # answers such as 100 Continue before the final one, at most; not tuned
+_HEAD = 2**14  # bytes before the final status of an answer, at most; not tuned
 
 
 class BusyError(RuntimeError):
@@ -47,23 +49,39 @@ class RemoteError(RuntimeError):
     """The model of a server failed on a request; the message is the server's."""
 
 
+class _Connection(ResponseHandler):
+    """A connection that breaks if a status comes too late, or an answer unasked."""
+
+    left = 0  # bytes that may come before the status of the answer
+
+    def set_response_params(self, **options: Any) -> None:  # a request begins
+        self.left = _HEAD
+        super().set_response_params(**options)
+
+    def feed_data(self, message: Any, size: int = 0) -> None:
+        if self.left > _HEAD:
+            self.close()
+        self.left = sys.maxsize if message[0].code >= 200 else self.left
+        super().feed_data(message, size)
+
+    def data_received(self, data: bytes) -> None:
+        left, self.left = self.left, self.left - len(data)
+        super().data_received(data[:left])
+        if self.left <= 0:
+            self.close()
+            self.set_exception(aiohttp.ServerDisconnectedError())
+        elif len(data) > left:
+            super().data_received(data[left:])
+
+
 class _Answer(aiohttp.ClientResponse):
-    """An answer that can break its connection, after a bounded number of interim ones."""
+    """An answer that knows its connection."""
 
     async def start(self, connection: Any) -> aiohttp.ClientResponse:
-        self.protocol = protocol = connection.protocol
+        self.protocol = connection.protocol
         if self.request_info.headers["Connection"] == "close":  # whatever the server wants
-            protocol.force_close()
-        reads = itertools.repeat(protocol.read, 1 + _INTERIM)
-        protocol.read = lambda: next(reads, _flooded)()
-        try:
-            return await super().start(connection)
-        finally:
-            del protocol.read
-
-
-async def _flooded() -> Any:
-    raise EndpointError(f"sent more than {_INTERIM} interim answers")
+            self.protocol.force_close()
+        return await super().start(connection)
 
 
 class Client:
@@ -118,10 +136,10 @@ class Client:
         """Return the model of a server, by its metadata, with some of its outputs or all."""
         path = f"/v2/models/{quote(name, safe='')}"
         try:
-            about = await self._ask("GET", f"{server}/v2", _MESSAGE, wire.parsed)
-            found = await self._ask("GET", f"{server}{path}", _MESSAGE, wire.parsed)
+            asked = [await self._ask("GET", server + x, _MESSAGE) for x in ("/v2", path)]
+            about, found = [wire.parsed(body) for body, _ in asked]
             inputs, given = (wire.specs_of(found, each) for each in ("inputs", "outputs"))
-        except EndpointError as error:
+        except (EndpointError, ValueError) as error:
             raise EndpointError(f"{self._name}: {server} {error}") from None
         binary = "binary_tensor_data" in str(about.get("extensions"))
         known = {spec.name: spec for spec in given}
@@ -134,12 +152,10 @@ class Client:
 
     async def is_ready(self, server: str, path: str = "/v2/health/ready") -> bool:
         """Return whether a server, or a model at its path, is ready."""
-        try:
-            probe = self._open().get(server + path, timeout=self._probe, allow_redirects=False)
-            async with probe as answer:
-                return answer.status == 200
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
-            return False
+        with contextlib.suppress(RuntimeError, ValueError):
+            await self._ask("GET", server + path, _MESSAGE, timeout=self._probe)
+            return True
+        return False
 
     async def infer(
         self, server: str, model: Model, inputs: Sequence[Tensor], rows: int
@@ -154,19 +170,18 @@ class Client:
         headers |= {"Inference-Header-Content-Length": str(length)} if length else {}
         headers |= {"Connection": "keep-alive"} if kept else {}
 
-        def read(data: bytes, size: str | None) -> tuple[list[Tensor], dict[str, Any]]:
-            self._echoing.discard(server)
-            try:
-                outputs, message = wire.outputs_of(model, data, size, rows)
-            except ValueError as error:
-                raise EndpointError(f"answered against the protocol: {error}") from None
-            if (echoed := message.get("id") or "") != own and (kept or echoed):
-                raise EndpointError("answered without the id of the request")
-            self._echoing.update({server} if echoed else ())
-            return outputs, message
-
         url, most = f"{server}{model.path}/infer", wire.most_bytes(model.outputs, rows)
-        outputs, message = await self._ask("POST", url, most, read, data=body, headers=headers)
+        data, answer = await self._ask("POST", url, most, data=body, headers=headers)
+        self._echoing.discard(server)
+        try:
+            size = answer.headers.get("Inference-Header-Content-Length")
+            outputs, message = wire.outputs_of(model, data, size, rows)
+            if (echoed := message.get("id") or "") != own and (kept or echoed):
+                raise ValueError("the answer must have the id of the request")
+        except ValueError as error:
+            answer.protocol.close()  # the next answer may not be the next request's
+            raise EndpointError(f"answered against the protocol: {error}") from None
+        self._echoing.update({server} if echoed else ())
         predicted = message["predicted_rows"]
         if predicted and all(spec.name != ADDED[0].name for spec in model.outputs):
             why = f"the server predicted {predicted} of {rows} rows"
@@ -177,21 +192,14 @@ class Client:
         if self._session is not None:
             await self._session.close()
 
-    async def _ask(
-        self, method: str, url: str, most: int, read: Callable[..., Any], **options: Any
-    ) -> Any:
-        """Return what ``read`` makes of an answer's body and of the length of its JSON, or None."""
+    async def _ask(self, method: str, url: str, most: int, **options: Any) -> tuple[bytes, Any]:
+        """Return the body of an answer, and the answer."""
         try:
             asked = self._open().request(method, url, allow_redirects=False, **options)
             async with asked as answer:
                 if answer.status != 200:
                     raise _failure(answer, await _read(answer, _MESSAGE))
-                body = await _read(answer, most)
-                try:
-                    return read(body, answer.headers.get("Inference-Header-Content-Length"))
-                except EndpointError:  # the next answer may not be the next request's
-                    answer.protocol.close()
-                    raise
+                return await _read(answer, most), answer
         except (aiohttp.ServerTimeoutError, aiohttp.ClientConnectorError) as error:
             failure = EndpointError(f"could not be reached: {error}")
         except asyncio.TimeoutError:
@@ -203,8 +211,10 @@ class Client:
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None or self._process != os.getpid():
             self._process = os.getpid()
+            connector = aiohttp.TCPConnector(limit=0, ssl=self._context)
+            connector._factory = functools.partial(_Connection, loop=running_loop())
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, ssl=self._context),
+                connector=connector,
                 timeout=self._limits,
                 headers={"Connection": "close"} | self.headers,
                 response_class=_Answer,

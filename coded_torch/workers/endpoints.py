@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import os
@@ -31,6 +30,7 @@ __all__ = ["EndpointWorkers"]
 # Seconds from a failure to the first probe of a server; the pause doubles up to the second number,
 # or the third while no server is up. Not tuned: a probe is one small request.
 _PROBE_SECONDS, _MOST_PROBE_SECONDS, _ALONE_PROBE_SECONDS = 0.25, 30.0, 1.0
+_STEP = 0.05  # seconds between two looks whether a probe is due
 _SILENCE = 16  # parts in a row without an answer, while others answered as many; not tuned
 _CONTRADICTED = 3  # parts in a row that a server refused, while others computed them; not tuned
 _CLOSING_SECONDS = 5.0  # the time that requests get to end when a pool closes; not tuned
@@ -49,7 +49,7 @@ class EndpointWorkers(DispatchedWorkers):
       probed at once.
     - A server that answers 429 or 503 gets no parts for the time of its ``Retry-After``. Its part
       goes to another server, and counts as no failure.
-    - An answer such as 400 or 422 is an error of the caller, and 500 an error of the model. The call
+    - An answer such as 400 or 422 is an error of the caller, 500 one of the model. The call
       raises it if two servers answer alike to the same rows, or if no other server answers. A
       server that refuses three parts in a row that others compute counts as failed.
     - An answer is untrusted: its shapes, dtypes and sizes are checked before memory is allocated.
@@ -149,20 +149,12 @@ class EndpointWorkers(DispatchedWorkers):
 
 
 class _EndpointRequest(LiveRequest):
-    """A request whose running parts are cancelled when it is closed.
-
-    The loop notes which servers failed on which rows, and the version of the model by place.
-    """
+    """A request whose running parts are cancelled when it is closed."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.versions: dict[int, str] = {}
-        self.failures: list[tuple[str, set[int], Exception]] = []
-
-    def note(self, place: int, version: str) -> None:
-        if len(found := {version, *self.versions.values()} - {""}) > 1:
-            logger.warning("EndpointWorkers: one call got answers of versions %s", sorted(found))
-        self.versions |= {place: version} if version else {}
+        self.failures: list[tuple[str, set[int], Exception]] = []  # URL, rows that nobody computed
 
     def close(self) -> None:
         super().close()
@@ -191,7 +183,6 @@ class _Endpoints(Dispatcher):
         self.loop, self.process = running_loop(), os.getpid()
         self.place_of: dict[str, int] = {}  # the place of each URL, also after its removal
         self._pauses: dict[str, float] = {}  # to the next probe, of servers without an answer
-        self._cleared: dict[str, asyncio.Event] = {}  # of servers that failed, ends the pause
         self._contradicted = Counter[str]()  # parts in a row that others computed
         self._num_answers = 0
         self._silent: dict[str, list[int]] = {}  # answers of all at each part that got none
@@ -304,23 +295,20 @@ class _Endpoints(Dispatcher):
 
     def _compare(self, url: str, job: Job, error: Exception | None = None) -> None:
         """Blame rows that several servers fail on, or a server whose rows another one computes."""
-        failures, units = job.request.failures, set(job.part.units)
-        same = [each for each in failures if each[0] != url and not units.isdisjoint(each[1])]
+        units, failures = {*job.part.units}, job.request.failures
+        others = [each for each in failures if each[0] != url and not units.isdisjoint(each[1])]
         if error is not None:
             failures.append((url, units, error))
-            for other in {url, *(each[0] for each in same)} & self._cleared.keys() if same else ():
-                self._pauses.pop(other, None)
-                self._cleared[other].set()
+            for each in [url, *(other for other, *_ in others)] if others else ():
+                self._pauses.pop(each, None)  # if it failed, it is probed at once
             return
-        for other, missing, error in same:
+        for other, missing, failure in others:
             missing -= units
-            if missing or isinstance(error, EndpointError):
-                continue
-            self._contradicted[other] += 1
-            if self._contradicted[other] >= _CONTRADICTED:
-                del self._contradicted[other]
-                why = f"failed on {_CONTRADICTED} parts in a row that others computed"
-                self._pause(other, why=f"{why}: {error!r:.200}")
+            if not missing and not isinstance(failure, EndpointError):
+                self._contradicted[other] += 1
+                if self._contradicted[other] % _CONTRADICTED == 0:
+                    why = f"failed on {_CONTRADICTED} parts in a row that others computed"
+                    self._pause(other, why=f"{why}: {failure!r:.200}")
 
     async def _ask(self, slot: _Slot, job: Job) -> Any:
         module: RemoteModule = job.request.module
@@ -335,7 +323,11 @@ class _Endpoints(Dispatcher):
         if all(dim is None for dim in task.dims):  # the example of `start`
             rows = len(inputs[0])
         outputs, version = await self.client.infer(slot.url, module.metadata, inputs, rows)
-        job.request.note(slot.index, version)
+        if version:
+            job.request.versions[slot.index] = version
+            if len(found := set(job.request.versions.values())) > 1:
+                text = "EndpointWorkers: one call got answers of versions %s of %s"
+                logger.warning(text, sorted(found), module.model)
         answer: Any = functools.partial(module.outputs, outputs)
         if part.fault is None:
             return answer()
@@ -351,7 +343,7 @@ class _Endpoints(Dispatcher):
             for slot in slots:
                 slot.ready = False
         if why:
-            self._cleared[url] = asyncio.Event()
+            self._pauses[url] = max(_PROBE_SECONDS, 2 * self._pauses.get(url, 0.0))
             text = "EndpointWorkers: %s failed, and is probed until it is ready: it %s"
             logger.warning(text, url, why, extra={"cause": url})
         self._spawn(self._resume(url, slots, seconds, bool(why)))
@@ -361,21 +353,18 @@ class _Endpoints(Dispatcher):
     ) -> None:
         await asyncio.sleep(seconds)
         while failed and not all(slot.left for slot in slots):
-            pause = self._bounded(2 * self._pauses.get(url, _PROBE_SECONDS / 2))
-            self._pauses[url], waited, cleared = pause, 0.0, self._cleared[url]
-            # The other servers may fail meanwhile.
-            while waited < self._bounded(pause) and not cleared.is_set():
-                step = min(pause, _ALONE_PROBE_SECONDS)
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(cleared.wait(), step)
-                waited += step
-            cleared.clear()
+            waited = 0.0
+            while waited < self._pause_of(url):
+                await asyncio.sleep(_STEP)
+                waited += _STEP
             if await self.client.is_ready(url):
                 logger.warning("EndpointWorkers: %s is ready again", url, extra={"cause": url})
                 break
+            self._pauses[url] = max(_PROBE_SECONDS, 2 * self._pause_of(url))
         for slot in slots:
             self.ready(slot)
 
-    def _bounded(self, pause: float) -> float:
+    def _pause_of(self, url: str) -> float:
         """Return the seconds to the next probe: a server that others stand in for may wait."""
-        return min(pause, _MOST_PROBE_SECONDS if self.num_ready else _ALONE_PROBE_SECONDS)
+        most = _MOST_PROBE_SECONDS if self.num_ready else _ALONE_PROBE_SECONDS
+        return min(self._pauses.get(url, 0.0), most)
