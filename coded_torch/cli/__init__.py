@@ -20,6 +20,7 @@ __all__ = ["CommandError", "find_factory", "need", "options", "picture", "save",
 # The flag of an option, or "factory"; its type or choices; its default, or ``...`` if required; its
 # help.
 Option = tuple[str, Any, Any, str]
+_METAVARS = {list: "URL", dict: "NAME=SOURCE"}  # of options that take several values
 _MISTAKES = EOFError, OSError, OverflowError, TypeError, ValueError
 
 
@@ -84,8 +85,8 @@ def options(parser: argparse.ArgumentParser, *table: Option) -> None:
         how: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         if kind is bool:
             how = {"action": "store_true"}
-        elif kind is list:
-            how = {"nargs": "+", "metavar": "URL"}
+        elif kind in _METAVARS:
+            how = {"action": "extend", "nargs": "+", "metavar": _METAVARS[kind]}
         if not flag.startswith("-"):
             how |= {"metavar": "MODULE:FACTORY", "nargs": None if default is ... else "?"}
         elif default is ...:

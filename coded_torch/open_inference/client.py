@@ -101,10 +101,11 @@ class Client:
         connect_timeout: float = 2.0,
         timeout: float = 30.0,
     ) -> None:
-        self._name, self._secret = type(owner).__name__, token is not None
+        self._name = type(owner).__name__
         self.headers = {**(headers or {}), "Accept-Encoding": "identity"}
         if token is not None:
             self.headers["Authorization"] = f"Bearer {token}"
+        self._secret = "authorization" in map(str.lower, self.headers)
         for header, value in self.headers.items():
             if not f"{header}{value}".isprintable():
                 must = f"headers must be printable, got one named {header!r}"
@@ -169,7 +170,6 @@ class Client:
         headers = {"Content-Type": "application/octet-stream" if length else "application/json"}
         headers |= {"Inference-Header-Content-Length": str(length)} if length else {}
         headers |= {"Connection": "keep-alive"} if kept else {}
-
         url, most = f"{server}{model.path}/infer", wire.most_bytes(model.outputs, rows)
         data, answer = await self._ask("POST", url, most, data=body, headers=headers)
         self._echoing.discard(server)
