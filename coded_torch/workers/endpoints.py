@@ -31,8 +31,9 @@ __all__ = ["EndpointWorkers"]
 # or the third while no server is up. Not tuned: a probe is one small request.
 _PROBE_SECONDS, _MOST_PROBE_SECONDS, _ALONE_PROBE_SECONDS = 0.25, 30.0, 1.0
 _STEP = 0.05  # seconds between two looks whether a probe is due
-_SILENCE = 16  # parts in a row without an answer, while others answered as many; not tuned
-_CONTRADICTED = 3  # parts in a row that a server refused, while others computed them; not tuned
+# Doubts in a row after which a server counts as failed: one per part that it left unanswered while
+# others answered, more per part that it refused and others computed. Not tuned.
+_MOST_DOUBTS, _DOUBTS_OF_REFUSAL = 16, 6
 _CLOSING_SECONDS = 5.0  # the time that requests get to end when a pool closes; not tuned
 
 
@@ -51,7 +52,7 @@ class EndpointWorkers(DispatchedWorkers):
       goes to another server, and counts as no failure.
     - An answer such as 400 or 422 is an error of the caller, 500 one of the model. The call
       raises it if two servers answer alike to the same rows, or if no other server answers. A
-      server that refuses three parts in a row that others compute counts as failed.
+      server that does so three times in a row where others compute the rows counts as failed.
     - An answer is untrusted: its shapes, dtypes and sizes are checked before memory is allocated.
       It must have the id of its request; a server that sends none gets a connection per request.
     - When a call ends, its requests that still run are cancelled.
@@ -154,6 +155,7 @@ class _EndpointRequest(LiveRequest):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.versions: dict[int, str] = {}
+        self.answered = set[str]()  # URLs
         self.failures: list[tuple[str, set[int], Exception]] = []  # URL, rows that nobody computed
 
     def close(self) -> None:
@@ -183,9 +185,7 @@ class _Endpoints(Dispatcher):
         self.loop, self.process = running_loop(), os.getpid()
         self.place_of: dict[str, int] = {}  # the place of each URL, also after its removal
         self._pauses: dict[str, float] = {}  # to the next probe, of servers without an answer
-        self._contradicted = Counter[str]()  # parts in a row that others computed
-        self._num_answers = 0
-        self._silent: dict[str, list[int]] = {}  # answers of all at each part that got none
+        self._doubts = Counter[str]()  # of servers, since their last answers
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -265,16 +265,13 @@ class _Endpoints(Dispatcher):
         """Report the result or the error of a part, which may not even have begun."""
         url = slot.url
         if task.cancelled():
-            silent = self._silent.setdefault(url, [])
-            silent.append(self._num_answers)
-            if len(silent) >= _SILENCE <= self._num_answers - silent[0]:
-                del self._silent[url]
-                self._pause(url, why=f"left {_SILENCE} parts unanswered while others answered")
+            if job.request.answered - {url}:
+                self._doubt(url, 1, f"left {_MOST_DOUBTS} parts unanswered while others answered")
             self.settle(slot, job.number, None, "was cancelled")
         elif (error := task.exception()) is None:
-            self._num_answers += 1
-            for known in (self._pauses, self._silent, self._contradicted):
-                known.pop(url, None)
+            self._pauses.pop(url, None)
+            self._doubts.pop(url, None)
+            job.request.answered.add(url)
             self._compare(url, job)
             self.settle(slot, job.number, task.result())
         elif isinstance(error, client.BusyError):
@@ -305,10 +302,14 @@ class _Endpoints(Dispatcher):
         for other, missing, failure in others:
             missing -= units
             if not missing and not isinstance(failure, EndpointError):
-                self._contradicted[other] += 1
-                if self._contradicted[other] % _CONTRADICTED == 0:
-                    why = f"failed on {_CONTRADICTED} parts in a row that others computed"
-                    self._pause(other, why=f"{why}: {failure!r:.200}")
+                why = f"refused what others computed: {failure!r:.200}"
+                self._doubt(other, _DOUBTS_OF_REFUSAL, why)
+
+    def _doubt(self, url: str, doubts: int, why: str) -> None:
+        self._doubts[url] += doubts
+        if self._doubts[url] >= _MOST_DOUBTS:
+            del self._doubts[url]
+            self._pause(url, why=why)
 
     async def _ask(self, slot: _Slot, job: Job) -> Any:
         module: RemoteModule = job.request.module

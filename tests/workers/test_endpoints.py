@@ -206,7 +206,7 @@ def test_a_server_that_refuses_what_others_compute_is_paused_and_named(three, re
     three[1].fault, three[1].ready = refusal, False
     until(lambda: torch.equal(coded(X), 2 * X) and coded.workers.num_ready == 2)
     assert torch.equal(coded(X), 2 * X)
-    failed = f"{three[1].url} failed, and is probed until it is ready: it failed on 3 parts in a"
+    failed = f"{three[1].url} failed, and is probed until it is ready: it refused what others"
     assert caplog.text.count(failed) == 1
     assert caplog.text.count("failed, and is probed") == 1
     three[1].fault, three[1].ready = None, True
@@ -324,7 +324,7 @@ def test_a_server_that_hangs_delays_nobody_beyond_the_deadline(three):
 
 
 def test_a_server_that_answers_nothing_while_others_do_gets_no_parts(three, monkeypatch):
-    monkeypatch.setattr(endpoints, "_SILENCE", 3)
+    monkeypatch.setattr(endpoints, "_MOST_DOUBTS", 3)
     coded, hung = wrapped(three, Waiting(deadline=0.1)), threading.Event()
     three[2].fault, three[2].ready = lambda handler, rows: hung.wait(WAIT) or True, False
     try:
