@@ -10,7 +10,6 @@ import re
 import ssl as tls
 import sys
 import threading
-import uuid
 import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
@@ -165,7 +164,7 @@ class Client:
 
         Each exception of this file stands for one failure; an EndpointError for all others.
         """
-        own, kept = uuid.uuid4().hex, server in self._echoing
+        own, kept = os.urandom(16).hex(), server in self._echoing
         body, length = wire.request(model, inputs, own)
         headers = {"Content-Type": "application/octet-stream" if length else "application/json"}
         headers |= {"Inference-Header-Content-Length": str(length)} if length else {}
