@@ -20,7 +20,6 @@ __all__ = ["CommandError", "find_factory", "need", "options", "picture", "save",
 # The flag of an option, or "factory"; its type or choices; its default, or ``...`` if required; its
 # help.
 Option = tuple[str, Any, Any, str]
-_METAVARS = {list: "URL", dict: "NAME=SOURCE"}  # of options that take several values
 _MISTAKES = EOFError, OSError, OverflowError, TypeError, ValueError
 
 
@@ -85,8 +84,9 @@ def options(parser: argparse.ArgumentParser, *table: Option) -> None:
         how: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         if kind is bool:
             how = {"action": "store_true"}
-        elif kind in _METAVARS:
-            how = {"action": "extend", "nargs": "+", "metavar": _METAVARS[kind]}
+        elif kind in (list, dict):
+            metavar = "URL" if kind is list else "NAME=SOURCE"
+            how = {"action": "extend", "nargs": "+", "metavar": metavar}
         if not flag.startswith("-"):
             how |= {"metavar": "MODULE:FACTORY", "nargs": None if default is ... else "?"}
         elif default is ...:

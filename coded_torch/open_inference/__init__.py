@@ -166,7 +166,7 @@ def field(owner: str, entry: dict[str, Any], key: str, kind: type, default: Any 
     """Return a field of an object, or the default if it is missing or null."""
     value = entry.get(key)
     if kind is int and type(value) is str and value.isdecimal() and len(value) < 20:
-        value = int(value)  # as protobuf writes 64 bits in JSON
+        value = int(value)  # protobuf writes integers of 64 bits like this
     if value is None and default is not None:
         return default
     require(type(value) is kind, f"{key} of {owner}", _KINDS[kind], value)

@@ -78,7 +78,7 @@ class _Answer(aiohttp.ClientResponse):
 
     async def start(self, connection: Any) -> aiohttp.ClientResponse:
         self.protocol = connection.protocol
-        if self.request_info.headers["Connection"] == "close":  # whatever the server wants
+        if self.request_info.headers["Connection"] == "close":  # even if the server keeps it open
             self.protocol.force_close()
         return await super().start(connection)
 
@@ -210,7 +210,7 @@ class Client:
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None or self._process != os.getpid():
             self._process = os.getpid()
-            connector = aiohttp.TCPConnector(limit=0, ssl=self._context)
+            connector: Any = aiohttp.TCPConnector(limit=0, ssl=self._context)
             connector._factory = functools.partial(_Connection, loop=running_loop())
             self._session = aiohttp.ClientSession(
                 connector=connector,

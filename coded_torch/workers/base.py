@@ -136,7 +136,7 @@ class Request(abc.ABC):
     """
 
     timeout = math.inf  #: seconds after which a part that was asked for and has not replied fails
-    versions: Mapping[int, str] = {}  #: by worker, the version of the model, where it names one
+    versions: Mapping[int, str] = {}  #: the version of the model, by worker
 
     @abc.abstractmethod
     def ask(self, parts: Sequence[Part]) -> None:

@@ -155,7 +155,7 @@ class _EndpointRequest(LiveRequest):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.versions: dict[int, str] = {}
-        self.answered = set[str]()  # URLs
+        self.answered = set[str]()  # the URLs of servers
         self.failures: list[tuple[str, set[int], Exception]] = []  # URL, rows that nobody computed
 
     def close(self) -> None:
@@ -185,7 +185,7 @@ class _Endpoints(Dispatcher):
         self.loop, self.process = running_loop(), os.getpid()
         self.place_of: dict[str, int] = {}  # the place of each URL, also after its removal
         self._pauses: dict[str, float] = {}  # to the next probe, of servers without an answer
-        self._doubts = Counter[str]()  # of servers, since their last answers
+        self._doubts = Counter[str]()  # the doubts about each server since its last answer
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -261,12 +261,12 @@ class _Endpoints(Dispatcher):
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.client.close()
 
-    def _report(self, slot: _Slot, job: Job, task: asyncio.Task[Any]) -> None:
+    def _report(self, slot: _Slot, job: Any, task: asyncio.Task[Any]) -> None:
         """Report the result or the error of a part, which may not even have begun."""
         url = slot.url
         if task.cancelled():
             if job.request.answered - {url}:
-                self._doubt(url, 1, f"left {_MOST_DOUBTS} parts unanswered while others answered")
+                self._doubt(url, 1, "left parts unanswered while others answered")
             self.settle(slot, job.number, None, "was cancelled")
         elif (error := task.exception()) is None:
             self._pauses.pop(url, None)
@@ -290,7 +290,7 @@ class _Endpoints(Dispatcher):
             kind = "raised" if raised else "died" if isinstance(error, InjectedCrash) else ""
             self.settle(slot, job.number, None, f"({url}) raised {error!r}", kind, error)
 
-    def _compare(self, url: str, job: Job, error: Exception | None = None) -> None:
+    def _compare(self, url: str, job: Any, error: Exception | None = None) -> None:
         """Blame rows that several servers fail on, or a server whose rows another one computes."""
         units, failures = {*job.part.units}, job.request.failures
         others = [each for each in failures if each[0] != url and not units.isdisjoint(each[1])]
@@ -311,7 +311,7 @@ class _Endpoints(Dispatcher):
             del self._doubts[url]
             self._pause(url, why=why)
 
-    async def _ask(self, slot: _Slot, job: Job) -> Any:
+    async def _ask(self, slot: _Slot, job: Any) -> Any:
         module: RemoteModule = job.request.module
         task, part = job.request.task, job.part
         with torch.inference_mode():
@@ -326,9 +326,9 @@ class _Endpoints(Dispatcher):
         outputs, version = await self.client.infer(slot.url, module.metadata, inputs, rows)
         if version:
             job.request.versions[slot.index] = version
-            if len(found := set(job.request.versions.values())) > 1:
-                text = "EndpointWorkers: one call got answers of versions %s of %s"
-                logger.warning(text, sorted(found), module.model)
+        if len(found := {version, *job.request.versions.values()} - {""}) > 1:
+            text = "EndpointWorkers: one call got answers of versions %s of %s"
+            logger.warning(text, sorted(found), module.model)
         answer: Any = functools.partial(module.outputs, outputs)
         if part.fault is None:
             return answer()

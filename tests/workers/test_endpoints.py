@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
-from coded_torch.codes import DeadlineExceeded, NotEnoughResults
+from coded_torch.codes import DeadlineExceeded, NotEnoughResults, SplineCode
 from coded_torch.open_inference.client import (
     Client,
     EndpointError,
@@ -225,6 +225,15 @@ def test_a_request_that_all_servers_refuse_is_the_callers_error(many, caplog):
             assert raised.value.rows == tuple(range(12))
         assert coded.workers.num_ready == many
         assert "failed" not in caplog.text
+
+
+def test_a_refusal_of_every_column_is_the_callers_error(three):
+    for each in three:
+        each.fault = sending(400, b'{"error": "no"}')
+    module = RemoteModule(three[0].url, "double")
+    pool = EndpointWorkers([each.url for each in three], model="double")
+    with pool, pytest.raises(RefusedError, match="no"):
+        CodedWrapper(module, SplineCode(4, 6), workers=pool)(X)
 
 
 @pytest.mark.parametrize(
