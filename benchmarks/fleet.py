@@ -8,6 +8,7 @@ compared with what the model computes.
 - workloads: the one that hedge-python publishes, and one with longer delays. Hedges of ours may
   take as much work as those of hedge-python took.
 - faults: at one server of six; or at several, while one is killed every 5 s.
+- hostile: all servers but one fail, each in its way, and every answer is exact.
 - overhead: of a call beside a call of the bare client.
 """
 
@@ -41,8 +42,10 @@ from .traffic import Reply, drive, percentiles
 
 SEED = 0  # the seed of requests and kills
 KINDS = ("coded_torch", "asgi", "http", "http", "http", "http")
-#: The places of servers with faults; killed ones are at random places from the last on.
-PLACES = {"hung": 1, "corrupted": 2, "killed": 3}
+#: The places of servers with faults. A killed one is at a random place.
+PLACES = {"hung": (1,), "corrupted": (2,), "killed": (3, 4, 5)}
+HOSTILE = ("refusing", "twice", "hung", "killed", "version 2")  # the faults of five servers of six
+SEEDS = 5
 START = 60.0  # seconds that servers may take to come up
 ROWS = 16  # rows of a part
 DEADLINE = 0.015  # seconds: three times the mean of a request without stragglers
@@ -94,16 +97,16 @@ class Fleet:
         return False
 
     @contextlib.contextmanager
-    def failing(self, fault: str) -> Iterator[None]:
+    def failing(self, fault: str, *places: int) -> Iterator[None]:
         """Let a server hang, answer in one of the ``FAULTS``, or be killed every 5 s and begun."""
-        place, done = PLACES.get(fault, 2), threading.Event()
-        killer = threading.Thread(target=self._kill, args=(done, place))
+        places, done = places or PLACES.get(fault, (2,)), threading.Event()
+        killer = threading.Thread(target=self._kill, args=(done, places))
         if fault == "killed":
             killer.start()
         elif fault == "hung":
-            self.processes[place].send_signal(signal.SIGSTOP)
+            self.processes[places[0]].send_signal(signal.SIGSTOP)
         else:
-            assert self.answers(place, "/fault", fault)
+            assert self.answers(places[0], "/fault", fault)
         try:
             yield
         finally:
@@ -111,10 +114,10 @@ class Fleet:
             if fault == "killed":
                 killer.join()
 
-    def _kill(self, done: threading.Event, least: int) -> None:
+    def _kill(self, done: threading.Event, places: Sequence[int]) -> None:
         source = random.Random(SEED)
         while not done.wait(5.0):
-            place = source.randrange(least, len(self.kinds))
+            place = source.choice(places)
             self.processes[place].kill()
             self.processes[place].wait(30)
             self.processes[place] = self.begun(place)
@@ -131,12 +134,14 @@ def wrapped(fleet: Fleet, waiting: Waiting, parts: int, verify: float | None = N
 
 def outcome(batches: Sequence[Tensor], replies: Sequence[Reply]) -> dict[str, Any]:
     answered = [(r, x) for r, x in zip(replies, batches, strict=True) if r.report is not None]
+    thresholds = [r.report.hedging_threshold for r, _ in answered if r.report.hedging_threshold]
     predicted = torch.cat([r.report.predicted for r, _ in answered])
     exact = torch.from_numpy(perceptron(torch.cat([x for _, x in answered]).numpy()))
     off = (torch.cat([r.answers for r, _ in answered]) - exact).abs()
     error = off[predicted].square().mean().sqrt() / exact.std() if predicted.any() else 0.0
     return {
         **percentiles([reply.latency for reply, _ in answered]),
+        "hedging threshold": 1e3 * float(np.median(thresholds)) if thresholds else 0.0,
         "lost": len(replies) - len(answered),
         "wrong": int((~predicted & ~(off.amax(1) <= OFF)).sum()),
         "predicted": float(predicted.double().mean()),
@@ -146,9 +151,18 @@ def outcome(batches: Sequence[Tensor], replies: Sequence[Reply]) -> dict[str, An
     }
 
 
-def driven(fleet: Fleet, client: Any, parts: int, rate: float, count: int, **options: Any) -> Any:
+def driven(
+    fleet: Fleet,
+    client: Any,
+    parts: int,
+    rate: float,
+    count: int,
+    *,
+    seed: int = SEED,
+    **options: Any,
+) -> Any:
     """Send requests by a peer's name or under a policy; return how that went."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     batches = [torch.randn(ROWS * parts, FEATURES, generator=generator) for _ in range(count)]
     with contextlib.ExitStack() as stack:
         if isinstance(client, Waiting):
@@ -159,9 +173,9 @@ def driven(fleet: Fleet, client: Any, parts: int, rate: float, count: int, **opt
             from .fleet_peers import Peer
 
             send = stack.enter_context(contextlib.closing(Peer(client, fleet.urls, parts, rate)))
-        drive(send, batches[:400], rate, SEED + 1)
+        drive(send, batches[:400], rate, seed + 1)
         before = getattr(send, "sent", 0)
-        found = outcome(batches, drive(send, batches, rate, SEED))
+        found = outcome(batches, drive(send, batches, rate, seed))
     if isinstance(client, str):
         found["work"] = (send.sent - before) / (parts * count)
         found["extra requests"] = parts * (found["work"] - 1)
@@ -200,6 +214,20 @@ def faults(some: Sequence[str], client: str, count: int, rate: float) -> dict[st
     return {**found, "bars": {key: [found[key], x] for key, x in bars.items()}}
 
 
+def hostile(seed: int, count: int, rate: float) -> dict[str, Any]:
+    """Return how exact calls do on a calm fleet, and while all servers but one fail."""
+    exact, options = Waiting(predict=False), {"parts": 4, "rate": rate, "count": count}
+    with Fleet((0.005, 0.0, 1.0, 0.0), ("http",) * 6) as fleet:
+        calm = driven(fleet, exact, **options, seed=seed)
+        with contextlib.ExitStack() as stack:
+            for place, fault in enumerate(HOSTILE):
+                stack.enter_context(fleet.failing(fault, place))
+            found = driven(fleet, exact, **options, seed=seed)
+    most = calm["p99"] + calm["hedging threshold"] + calm["p50"]
+    bars = {key: [found[key], x] for key, x in {"lost": 0, "wrong": 0, "p99": most}.items()}
+    return {"calm": calm, "hostile": found, "bars": bars}
+
+
 def overhead(runs: int) -> dict[str, Any]:
     with Fleet((0.0, 0.0, 1.0, 0.0), ("http",)) as fleet:
         coded, rows = wrapped(fleet, Waiting(predict=False), 1), torch.zeros(ROWS, FEATURES)
@@ -219,6 +247,11 @@ def measurements(quick: bool) -> Iterator[Measurement]:
     for client, many in {"hedge-python": count, "tenacity": count, "ours": 10 * count}.items():
         run = functools.partial(faults, several, client, count if quick else many, rate)
         yield ("faults", ", ".join(several), client), run
+    for seed in range(1 if quick else SEEDS):
+        yield (
+            ("hostile", str(seed)),
+            functools.partial(hostile, seed, count if quick else 10_000, rate),
+        )
     for fault in () if quick else ("killed", "hung", *FAULTS):
         yield ("faults", fault, "ours"), functools.partial(faults, [fault], "ours", count, rate)
 

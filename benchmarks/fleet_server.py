@@ -23,7 +23,7 @@ import numpy as np
 
 NAME, FEATURES, HIDDEN, CLASSES = "perceptron", 16, 32, 10
 DEVIATION = 0.4  # of the time, relative to its mean, as in the benchmark of hedge-python
-FAULTS = ("slow-loris", "half-closed", "corrupted", "wrong")
+FAULTS = ("slow-loris", "half-closed", "corrupted", "wrong", "refusing", "twice", "version 2")
 LENGTH = "inference-header-content-length"
 PATH = f"/v2/models/{NAME}"
 KNOWN = {
@@ -56,15 +56,18 @@ def law(mean: float, share: float, factor: float, delay: float) -> Callable[[], 
     return draw
 
 
-def answer(path: str, length: str, body: bytes, wrong: bool = False) -> tuple[bytes, bytes]:
+def answer(path: str, length: str, body: bytes, fault: str = "") -> tuple[bytes, bytes]:
     """Return the JSON and the tensor of an answer."""
     if path != f"{PATH}/infer":
         return json.dumps(KNOWN[path]).encode(), b""
     rows = np.frombuffer(body[int(length) :], "<f4").reshape(-1, FEATURES)
-    data = (perceptron(rows) * (-1 if wrong else 1)).astype("<f4").tobytes()
+    data = (perceptron(rows) * (-1 if fault == "wrong" else 1)).astype("<f4").tobytes()
     out = {"name": "output", "datatype": "FP32", "shape": [len(rows), CLASSES]}
     out["parameters"] = {"binary_data_size": len(data)}
-    return json.dumps({"model_name": NAME, "outputs": [out]}).encode(), data
+    version = "2" if fault == "version 2" else "1"
+    message = {"model_name": NAME, "model_version": version, "outputs": [out]}
+    message["id"] = json.loads(body[: int(length)]).get("id", "")
+    return json.dumps(message).encode(), data
 
 
 def asgi(draw: Callable[[], float]) -> Callable[..., Any]:
@@ -118,13 +121,17 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/fault":
             Handler.fault, self.path = body.decode(), "/v2"
         fault = Handler.fault
-        head, data = answer(self.path, self.headers.get(LENGTH, ""), body, fault == "wrong")
-        whole = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n" % len(head + data)
+        head, data = answer(self.path, self.headers.get(LENGTH, ""), body, fault)
+        status = b"400 Bad Request" if data and fault == "refusing" else b"200 OK"
+        whole = b"HTTP/1.1 %s\r\nContent-Length: %d\r\n" % (status, len(head + data))
         whole += b"%s: %d\r\n\r\n%s%s" % (LENGTH.encode(), len(head), head, data)
         if data:
             time.sleep(type(self).draw())
-        if not data or fault in ("", "wrong"):
+        if not data or fault in ("", "wrong", "refusing", "twice", "version 2"):
             self.wfile.write(whole)
+            if data and fault == "twice":
+                time.sleep(type(self).draw())
+                self.wfile.write(whole)
         elif fault == "slow-loris":
             for byte in whole:
                 self.wfile.write(bytes([byte]))

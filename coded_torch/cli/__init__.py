@@ -84,8 +84,9 @@ def options(parser: argparse.ArgumentParser, *table: Option) -> None:
         how: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         if kind is bool:
             how = {"action": "store_true"}
-        elif kind is list:
-            how = {"nargs": "+", "metavar": flag[2:-1].upper()}
+        elif kind in (list, dict):
+            metavar = flag[2:-1].upper() if kind is list else "NAME=SOURCE"
+            how = {"action": "extend", "nargs": "+", "metavar": metavar}
         if not flag.startswith("-"):
             how |= {"metavar": "MODULE:FACTORY", "nargs": None if default is ... else "?"}
         elif default is ...:

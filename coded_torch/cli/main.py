@@ -179,6 +179,8 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[Option, .
             ("factory", str, LENET5, "a function that returns the model and examples of inputs"),
             ("--endpoints", list, None, "servers (KServe v2) that compute, instead of processes"),
             ("--model", str, None, "the model's name at the endpoints"),
+            ("--header", dict, None, "headers for the endpoints: NAME=@FILE or NAME='$VARIABLE'"),
+            ("--ca", Path, None, "a PEM file of certificates that verify the endpoints"),
             ("--parts", int, 4, "parts of a batch"),
             ("--num-workers", int, 6, "worker processes"),
             ("--deadline", float, 0.2, "seconds from the arrival of a request to its answer"),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import socket
+import ssl
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,8 +46,9 @@ def serve(args: argparse.Namespace) -> None:
             raise ValueError(f"--chaos {must}, got {args.host}")
         if args.endpoints:
             module, workers, how = _fleet(args)
-        elif args.model is not None:
-            raise ValueError("--model must come with --endpoints")
+        for flag in () if args.endpoints else ("model", "header", "ca"):
+            if getattr(args, flag) is not None:
+                raise ValueError(f"--{flag} must come with --endpoints")
     if workers is None:
         module, how = _own(args)
     if args.example is not None:
@@ -94,17 +98,32 @@ def _fleet(args: argparse.Namespace) -> tuple[nn.Module, Any, dict[str, Any]]:
             raise ValueError(f"{flag} must be left out with --endpoints")
     if args.model is None:
         raise ValueError("--endpoints must come with --model, the model's name there")
+    with usage("serve: --header"):
+        options: dict[str, Any] = {"headers": dict(map(_header, args.header or ()))}
+    if args.ca is not None:
+        with usage("serve: --ca must be a file of certificates"):
+            options["context"] = ssl.create_default_context(cafile=args.ca)
     why = ""
     for url in args.endpoints:
         with usage("serve: --endpoints", ValueError, prefix="RemoteModule: "):
             try:
-                module = RemoteModule(url, args.model)
+                module = RemoteModule(url, args.model, **options)
             except RuntimeError as error:
                 why = str(error).removeprefix("RemoteModule: ")
                 continue
         found = {"inputs": module.metadata.inputs, "outputs": module.metadata.outputs}
-        return module, EndpointWorkers(args.endpoints, model=args.model), found
+        return module, EndpointWorkers(args.endpoints, model=args.model, **options), found
     raise RuntimeError(f"no endpoint describes the model {args.model!r}; {why}")
+
+
+def _header(text: str) -> tuple[str, str]:
+    """Return the name and the value of a header, which no message and no list of processes has."""
+    name, _, source = text.partition("=")
+    value = os.environ.get(source[1:], "") if source[:1] == "$" else ""
+    value = Path(source[1:]).read_text().strip() if source[:1] == "@" else value
+    if not name or not value:
+        raise ValueError("must be NAME=@FILE or NAME='$VARIABLE', which holds the value")
+    return name, value
 
 
 def _own(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:

@@ -188,6 +188,7 @@ class _FaultyRequest(Request):
     drop: Any = property(attrgetter("_request.drop"))
     now: Any = property(attrgetter("_request.now"))
     idle: Any = property(attrgetter("_request.idle"))
+    versions: Any = property(attrgetter("_request.versions"))
     status: Any = property(attrgetter("_request.status"))
     close: Any = property(attrgetter("_request.close"))
     abandon: Any = property(attrgetter("_request.abandon"))

@@ -172,6 +172,7 @@ class Execution:
         """Report who was asked, and which results count."""
         report, division = self._report, self._division
         report.asked = tuple(sorted(self._asked))
+        report.versions = dict(self._request.versions)
         units = sum(len(began.part.units) for began in self._began.values())
         report.work = units * division.task.unit_rows / division.batch_size
         report.received = tuple(sorted({result.worker for result in self._results.good}))

@@ -46,6 +46,7 @@ class Report:
             increasing.
         latencies: by worker, seconds from the end of encoding to its last reply, in that order;
             without workers that had to load the module.
+        versions: by worker, the version of the model that its server named in its last reply.
         rejected: by worker, the fault of its last result that does not count.
         work: rows that workers began to compute, per row of the batch: 1.0 is every input once.
         hedges: the parts that stood in for late or failed ones.
@@ -93,6 +94,7 @@ class Report:
     asked: tuple[int, ...] = ()
     received: tuple[int, ...] = ()
     latencies: dict[int, float] = dataclasses.field(default_factory=dict)
+    versions: dict[int, str] = dataclasses.field(default_factory=dict)
     rejected: dict[int, str] = dataclasses.field(default_factory=dict)
     work: float = 0.0
     hedges: tuple[Hedge, ...] = ()

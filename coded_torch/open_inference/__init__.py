@@ -125,14 +125,17 @@ def from_bytes(spec: TensorSpec, shape: Sequence[int], data: memoryview) -> Tens
 
 
 def from_json(name: str, spec: TensorSpec, shape: Sequence[int], data: list[Any]) -> Tensor:
-    """Return a tensor of the numbers in a list, which is flat or nested like the shape."""
+    """Return a tensor of the numbers in a list, which is flat or nested like the shape.
+
+    Null is NaN, for which JSON has no number.
+    """
     numbers, rows = math.prod(shape), data
     if len(rows) == shape[0] and len(rows) and type(rows[0]) is list:
         for size in shape[1:]:
             if all(type(row) is list and len(row) == size for row in rows):
                 rows = list(itertools.chain.from_iterable(rows))
     kind = bool if spec.dtype is torch.bool else float if spec.dtype.is_floating_point else int
-    kinds = {int, float} if kind is float else {kind}
+    kinds = {int, float, type(None)} if kind is float else {kind}
     valid = len(rows) == numbers and set(map(type, rows)) <= kinds
     if valid and rows and kind is int:
         limits = torch.iinfo(spec.dtype)
@@ -162,6 +165,8 @@ def require(valid: bool, what: str, must: object, got: object) -> None:
 def field(owner: str, entry: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
     """Return a field of an object, or the default if it is missing or null."""
     value = entry.get(key)
+    if kind is int and type(value) is str and value.isdecimal() and len(value) < 20:
+        value = int(value)  # protobuf writes integers of 64 bits like this
     if value is None and default is not None:
         return default
     require(type(value) is kind, f"{key} of {owner}", _KINDS[kind], value)
@@ -262,22 +267,22 @@ class Model(NamedTuple):
         return f"/v2/models/{quote(self.name, safe='')}"
 
 
-def parsed(body: bytes | memoryview, what: str) -> dict[str, Any]:
-    """Return the JSON object in a body; an EndpointError if it is none."""
+def parsed(body: bytes | memoryview) -> dict[str, Any]:
+    """Return the JSON object in a body; a ValueError if it is none."""
     for loads in (orjson.loads, json.loads):  # servers in Python write NaN, which orjson refuses
         with contextlib.suppress(ValueError, RecursionError):
             if isinstance(found := loads(bytes(body)), dict):
                 return found
-    raise EndpointError(f"sent {what} that is no JSON object")
+    raise ValueError("the answer must be a JSON object")
 
 
 def specs_of(metadata: Mapping[str, Any], key: str) -> tuple[TensorSpec, ...]:
-    """Return the specs of inputs or outputs, without the dimension of the batch."""
+    """Return the specs of inputs or outputs, without the batch; a ValueError if they are wrong."""
     try:
         found = [(each["name"], each["datatype"], each["shape"][1:]) for each in metadata[key]]
         return tuple(TensorSpec(name, kind, tuple(shape)) for name, kind, shape in found)
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise EndpointError(f"sent metadata with unusable {key}: {error}") from None
+        raise ValueError(f"sent metadata with unusable {key}: {error}") from None
 
 
 def written(
@@ -303,22 +308,25 @@ def written(
     return b"".join([head, *tail]), len(head) if tail else None
 
 
-def request(model: Model, inputs: Sequence[Tensor]) -> tuple[bytes, int | None]:
-    """Return the body of a request, and the length of its JSON if binary tensors follow."""
+def request(model: Model, inputs: Sequence[Tensor], own: str = "") -> tuple[bytes, int | None]:
+    """Return the body of a request with an id, and the length of its JSON if tensors follow."""
     how = {"parameters": {"binary_data": True}} if model.binary else {}
     outputs = [{"name": spec.name, **how} for spec in model.outputs]
     triples = [(spec, x, model.binary) for spec, x in zip(model.inputs, inputs, strict=True)]
-    return written({"outputs": outputs}, "inputs", triples)
+    return written({"outputs": outputs} | ({"id": own} if own else {}), "inputs", triples)
 
 
 def outputs_of(
     model: Model, data: bytes, length: str | None, rows: int
-) -> tuple[list[Tensor], int]:
-    """Return the outputs of an answer, and how many rows the server says that it predicted."""
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Return the outputs of an answer, and its fields with the number of predicted rows."""
     head, tail = split(data, length)
-    message = parsed(head, "an answer")
+    message = parsed(head)
+    name = field("the answer", message, "model_name", str, model.name)
+    require(name == model.name, "model_name of the answer", repr(model.name), name)
     listed = field("the answer", message, "outputs", list)
     found = tensors_of("output", listed, model.outputs, tail, range(rows, rows + 1))
-    predicted = field("the answer", message, "parameters", dict, {}).get("predicted_rows")
-    outputs = [found[spec.name] for spec in model.outputs]
-    return outputs, predicted if isinstance(predicted, int) else 0
+    parameters = field("the answer", message, "parameters", dict, {})
+    predicted = field("the answer", parameters, "predicted_rows", int, 0)
+    require(0 <= predicted <= rows, "predicted_rows of the answer", f"from 0 to {rows}", predicted)
+    return [found[spec.name] for spec in model.outputs], message | {"predicted_rows": predicted}

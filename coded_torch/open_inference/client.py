@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import re
 import ssl as tls
+import sys
 import threading
 import weakref
 from collections.abc import Coroutine, Mapping, Sequence
@@ -14,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 import aiohttp
+from aiohttp.client_proto import ResponseHandler
 from torch import Tensor, nn
 
 from .. import open_inference as wire
@@ -28,7 +31,9 @@ _BUSY = (429, 503)
 _RETRY_SECONDS = 0.1  # the pause of a busy server that does not name one; not tuned
 _MOST_RETRY_SECONDS = 30.0  # the longest pause that a server may ask for; not tuned
 _PROBE = 5.0  # seconds to say that a server is ready; not tuned
-_CALLERS = (400, 405, 406, 413, 415, 422)  # the request is wrong, whichever server is asked
+_CALLERS = (400, 405, 406, 413, 415, 422)  # the request is wrong, says the server
+_VERSION = 80  # characters of a model's version that are kept; not tuned
+_HEAD = 2**14  # bytes before the final status of an answer, at most; not tuned
 
 
 class BusyError(RuntimeError):
@@ -43,10 +48,46 @@ class RemoteError(RuntimeError):
     """The model of a server failed on a request; the message is the server's."""
 
 
-class Client:
-    """Asks servers, over connections that are kept. Redirects and proxies are not followed.
+class _Connection(ResponseHandler):
+    """A connection that breaks if a status comes too late, or an answer unasked."""
 
-    Errors name ``owner``. EndpointWorkers describe the other arguments.
+    left = 0  # bytes that may come before the status of the answer
+
+    def set_response_params(self, **options: Any) -> None:  # a request begins
+        self.left = _HEAD
+        super().set_response_params(**options)
+
+    def feed_data(self, message: Any, size: int = 0) -> None:
+        if self.left > _HEAD:
+            self.close()
+        self.left = sys.maxsize if message[0].code >= 200 else self.left
+        super().feed_data(message, size)
+
+    def data_received(self, data: bytes) -> None:
+        left, self.left = self.left, self.left - len(data)
+        super().data_received(data[:left])
+        if self.left <= 0:
+            self.close()
+            self.set_exception(aiohttp.ServerDisconnectedError())
+        elif len(data) > left:
+            super().data_received(data[left:])
+
+
+class _Answer(aiohttp.ClientResponse):
+    """An answer that knows its connection."""
+
+    async def start(self, connection: Any) -> aiohttp.ClientResponse:
+        self.protocol = connection.protocol
+        if self.request_info.headers["Connection"] == "close":  # even if the server keeps it open
+            self.protocol.force_close()
+        return await super().start(connection)
+
+
+class Client:
+    """Asks servers. Redirects and proxies are not followed.
+
+    A connection is kept only if its server answers with the ids of requests. Errors name ``owner``.
+    EndpointWorkers describe the other arguments.
     """
 
     def __init__(
@@ -59,10 +100,11 @@ class Client:
         connect_timeout: float = 2.0,
         timeout: float = 30.0,
     ) -> None:
-        self._name, self._secret = type(owner).__name__, token is not None
+        self._name = type(owner).__name__
         self.headers = {**(headers or {}), "Accept-Encoding": "identity"}
         if token is not None:
             self.headers["Authorization"] = f"Bearer {token}"
+        self._secret = "authorization" in map(str.lower, self.headers)
         for header, value in self.headers.items():
             if not f"{header}{value}".isprintable():
                 must = f"headers must be printable, got one named {header!r}"
@@ -73,6 +115,7 @@ class Client:
         # Seconds between two reads are bounded by the whole request.
         self._limits = aiohttp.ClientTimeout(total=timeout, sock_connect=connect_timeout)
         self._probe = aiohttp.ClientTimeout(total=connect_timeout + _PROBE)
+        self._echoing = set[str]()  # the servers whose last answer had the id of its request
         self._session: aiohttp.ClientSession | None = None
         self._process = 0  # the process whose loop the session belongs to
 
@@ -93,12 +136,10 @@ class Client:
         """Return the model of a server, by its metadata, with some of its outputs or all."""
         path = f"/v2/models/{quote(name, safe='')}"
         try:
-            body, _ = await self._ask("GET", f"{server}/v2", _MESSAGE)
-            about = wire.parsed(body, "the server's metadata")
-            body, _ = await self._ask("GET", f"{server}{path}", _MESSAGE)
-            found = wire.parsed(body, "the model's metadata")
+            asked = [await self._ask("GET", server + x, _MESSAGE) for x in ("/v2", path)]
+            about, found = [wire.parsed(body) for body, _ in asked]
             inputs, given = (wire.specs_of(found, each) for each in ("inputs", "outputs"))
-        except EndpointError as error:
+        except (EndpointError, ValueError) as error:
             raise EndpointError(f"{self._name}: {server} {error}") from None
         binary = "binary_tensor_data" in str(about.get("extensions"))
         known = {spec.name: spec for spec in given}
@@ -111,65 +152,71 @@ class Client:
 
     async def is_ready(self, server: str, path: str = "/v2/health/ready") -> bool:
         """Return whether a server, or a model at its path, is ready."""
-        try:
-            probe = self._open().get(server + path, timeout=self._probe, allow_redirects=False)
-            async with probe as answer:
-                return answer.status == 200
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
-            return False
+        with contextlib.suppress(RuntimeError, ValueError):
+            await self._ask("GET", server + path, _MESSAGE, timeout=self._probe)
+            return True
+        return False
 
     async def infer(
         self, server: str, model: Model, inputs: Sequence[Tensor], rows: int
-    ) -> list[Tensor]:
-        """Return the outputs, ``[rows, ...]`` each, in the order of the model.
+    ) -> tuple[list[Tensor], str]:
+        """Return the outputs, ``[rows, ...]`` each, in the order of the model, and its version.
 
         Each exception of this file stands for one failure; an EndpointError for all others.
         """
-        body, length = wire.request(model, inputs)
+        own, kept = os.urandom(16).hex(), server in self._echoing
+        body, length = wire.request(model, inputs, own)
         headers = {"Content-Type": "application/octet-stream" if length else "application/json"}
-        if length:
-            headers["Inference-Header-Content-Length"] = str(length)
+        headers |= {"Inference-Header-Content-Length": str(length)} if length else {}
+        headers |= {"Connection": "keep-alive"} if kept else {}
         url, most = f"{server}{model.path}/infer", wire.most_bytes(model.outputs, rows)
-        data, size = await self._ask("POST", url, most, data=body, headers=headers)
+        data, answer = await self._ask("POST", url, most, data=body, headers=headers)
+        self._echoing.discard(server)
         try:
-            found, predicted = wire.outputs_of(model, data, size, rows)
+            size = answer.headers.get("Inference-Header-Content-Length")
+            outputs, message = wire.outputs_of(model, data, size, rows)
+            if (echoed := message.get("id") or "") != own and (kept or echoed):
+                raise ValueError("the answer must have the id of the request")
         except ValueError as error:
+            answer.protocol.close()  # the next answer may not be the next request's
             raise EndpointError(f"answered against the protocol: {error}") from None
+        self._echoing.update({server} if echoed else ())
+        predicted = message["predicted_rows"]
         if predicted and all(spec.name != ADDED[0].name for spec in model.outputs):
             why = f"the server predicted {predicted} of {rows} rows"
             raise BusyError(_RETRY_SECONDS, f"{why}, which outputs with 'predicted' would return")
-        return found
+        return outputs, str(message.get("model_version") or "")[:_VERSION]
 
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
 
-    async def _ask(
-        self, method: str, url: str, most: int, **options: Any
-    ) -> tuple[bytes, str | None]:
-        """Return the body of an answer, and the length of its JSON if it names one."""
+    async def _ask(self, method: str, url: str, most: int, **options: Any) -> tuple[bytes, Any]:
+        """Return the body of an answer, and the answer."""
         try:
             asked = self._open().request(method, url, allow_redirects=False, **options)
             async with asked as answer:
                 if answer.status != 200:
                     raise _failure(answer, await _read(answer, _MESSAGE))
-                size = answer.headers.get("Inference-Header-Content-Length")
-                return await _read(answer, most), size
+                return await _read(answer, most), answer
         except (aiohttp.ServerTimeoutError, aiohttp.ClientConnectorError) as error:
-            raise EndpointError(f"could not be reached: {error}") from None
+            failure = EndpointError(f"could not be reached: {error}")
         except asyncio.TimeoutError:
-            raise EndpointError("did not answer in time", lost=True) from None
+            failure = EndpointError("did not answer in time", lost=True)
         except (aiohttp.ClientError, OSError) as error:  # the text may quote an answer
-            what = type(error).__name__
-            raise EndpointError(f"broke the connection: {what}", lost=True) from None
+            failure = EndpointError(f"broke the connection: {type(error).__name__}", lost=True)
+        raise failure  # here, as those errors hold the headers of the request
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None or self._process != os.getpid():
             self._process = os.getpid()
+            connector: Any = aiohttp.TCPConnector(limit=0, ssl=self._context)
+            connector._factory = functools.partial(_Connection, loop=running_loop())
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, ssl=self._context),
+                connector=connector,
                 timeout=self._limits,
-                headers=self.headers,
+                headers={"Connection": "close"} | self.headers,
+                response_class=_Answer,
                 auto_decompress=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
@@ -186,27 +233,25 @@ def _end(session: aiohttp.ClientSession, process: int) -> None:
 
 async def _read(answer: aiohttp.ClientResponse, most: int) -> bytes:
     """Return the body of an answer; an EndpointError if it is larger than ``most``."""
-    body = bytearray()
-    async for part in answer.content.iter_any():
-        body += part
-        if len(body) > most:
-            raise EndpointError(f"sent more than {most} bytes")
-    return bytes(body)
+    try:
+        await answer.content.readexactly(most + 1)
+    except asyncio.IncompleteReadError as ended:
+        return ended.partial
+    raise EndpointError(f"sent more than {most} bytes")
 
 
 def _failure(answer: aiohttp.ClientResponse, body: bytes) -> Exception:
     """Return the exception for an answer that is not 200."""
     message = ""
     with contextlib.suppress(EndpointError, ValueError):
-        message = wire.field("an answer", wire.parsed(body, "an error"), "error", str, "")
+        message = wire.field("an answer", wire.parsed(body), "error", str, "")
     if answer.status in _BUSY:
         text = answer.headers.get("Retry-After", "")
         seconds = float(text) if text.isdecimal() else _RETRY_SECONDS
         return BusyError(min(max(seconds, _RETRY_SECONDS), _MOST_RETRY_SECONDS))
-    if answer.status in _CALLERS:
-        return RefusedError(message or f"the server answered {answer.status}")
-    if answer.status == 500 and message:
-        return RemoteError(message)
+    if answer.status == 500 or answer.status in _CALLERS:
+        kind = RemoteError if answer.status == 500 else RefusedError
+        return kind(message or f"the server answered {answer.status}")
     return EndpointError(f"answered {answer.status}{message and f': {message:.200}'}")
 
 
@@ -264,7 +309,7 @@ class RemoteModule(nn.Module):
         inputs = self.inputs(args, kwargs)
         self._client = self._client or Client(self, **self._options)
         asked = self._client.infer(self.url, self.metadata, inputs, len(inputs[0]))
-        return self.outputs(run(asked))
+        return self.outputs(run(asked)[0])
 
     def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """Return the arguments of a call in the order of the model's inputs."""

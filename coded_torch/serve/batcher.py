@@ -19,7 +19,7 @@ from .._arguments import sparing_logger
 from .._torch import device_of
 from ..codes import DeadlineExceeded, NotEnoughResults
 from ..nn import CodedWrapper, Report, Waiting
-from ..open_inference import ADDED, RefusedError, TensorSpec
+from ..open_inference import ADDED, EndpointError, RefusedError, TensorSpec
 from ..scheduling.latency_history import History
 from ..workers import WorkerError
 from ..workers.base import different_rows
@@ -342,7 +342,11 @@ def _error(cause: Exception, in_time: bool) -> RequestError:
 def _refusal(report: Report, row: int) -> RequestError:
     """Return the error of a request one of whose rows has no answer."""
     error = report.errors.get(row)
-    why = error or "no worker replied with these rows"
+    why, cause = error or "no worker replied with these rows", error and error.__cause__
+    if row in report.refused and isinstance(cause, RefusedError):
+        return RequestError(400, "invalid", str(cause))
+    if row not in report.refused and isinstance(cause, EndpointError):
+        return RequestError(503, "unavailable", f"no worker computed it: {why}")
     if row not in report.refused and report.ended == "deadline":
         return RequestError(504, "late", f"too few results within the deadline: {why}")
     if row not in report.refused and (error is None or error.worker < 0):

@@ -9,7 +9,7 @@ import functools
 import inspect
 import math
 import operator
-from collections.abc import Collection, Generator, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
@@ -139,6 +139,7 @@ class Request(abc.ABC):
     """
 
     timeout = math.inf  #: seconds after which a part that was asked for and has not replied fails
+    versions: Mapping[int, str] = {}  #: the version of the model, by worker
 
     @abc.abstractmethod
     def ask(self, parts: Sequence[Part]) -> None:

@@ -9,6 +9,7 @@ import functools
 import os
 import ssl
 import threading
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
@@ -19,7 +20,7 @@ from torch import nn
 from .._arguments import count, instance, positive
 from ..open_inference import client
 from ..open_inference.client import EndpointError, RemoteModule, running_loop
-from .base import Reply, Request, Task, Workers
+from .base import Request, Task, Workers
 from .dispatch import DispatchedWorkers, Dispatcher, Job, Worker, logger
 from .faults import InjectedCrash, compute
 from .live import LiveRequest
@@ -29,7 +30,10 @@ __all__ = ["EndpointWorkers"]
 # Seconds from a failure to the first probe of a server; the pause doubles up to the second number,
 # or the third while no server is up. Not tuned: a probe is one small request.
 _PROBE_SECONDS, _MOST_PROBE_SECONDS, _ALONE_PROBE_SECONDS = 0.25, 30.0, 1.0
-_SILENCE = 16  # parts in a row without an answer, while others answered as many; not tuned
+_STEP = 0.05  # seconds between two looks whether a probe is due
+# Doubts in a row after which a server counts as failed: one per part that it left unanswered while
+# others answered, more per part that it refused and others computed. Not tuned.
+_MOST_DOUBTS, _DOUBTS_OF_REFUSAL = 16, 6
 _CLOSING_SECONDS = 5.0  # the time that requests get to end when a pool closes; not tuned
 
 
@@ -42,12 +46,15 @@ class EndpointWorkers(DispatchedWorkers):
 
     - A server that fails, hangs, or does not keep the protocol gets no parts until a probe of
       ``/v2/health/ready`` succeeds. Probes come at growing intervals, of at most a second while no
-      server is up.
+      server is up. If two servers fail on the same rows, the rows are to blame, and both are
+      probed at once.
     - A server that answers 429 or 503 gets no parts for the time of its ``Retry-After``. Its part
       goes to another server, and counts as no failure.
-    - An answer such as 400 or 422 is the caller's error, which the call raises. An answer 500 with
-      a message is an error of the model, which the call raises if two servers raise alike.
+    - An answer such as 400 or 422 is an error of the caller, 500 one of the model. The call
+      raises it if two servers answer alike to the same rows, or if no other server answers. A
+      server that does so three times in a row where others compute the rows counts as failed.
     - An answer is untrusted: its shapes, dtypes and sizes are checked before memory is allocated.
+      It must have the id of its request; a server that sends none gets a connection per request.
     - When a call ends, its requests that still run are cancelled.
 
     Args:
@@ -145,12 +152,11 @@ class EndpointWorkers(DispatchedWorkers):
 class _EndpointRequest(LiveRequest):
     """A request whose running parts are cancelled when it is closed."""
 
-    def wait(self, until: float = float("inf")) -> Any:
-        event = super().wait(until)
-        error = event.error if isinstance(event, Reply) else None
-        if error is not None and isinstance(error.__cause__, client.RefusedError):
-            raise error.__cause__
-        return event
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.versions: dict[int, str] = {}
+        self.answered = set[str]()  # the URLs of servers
+        self.failures: list[tuple[str, set[int], Exception]] = []  # URL, rows that nobody computed
 
     def close(self) -> None:
         super().close()
@@ -178,9 +184,8 @@ class _Endpoints(Dispatcher):
         self.client, self.concurrency = asking, concurrency
         self.loop, self.process = running_loop(), os.getpid()
         self.place_of: dict[str, int] = {}  # the place of each URL, also after its removal
-        self._pauses: dict[str, float] = {}  # before the last probe, of servers without an answer
-        self._num_answers = 0
-        self._silent: dict[str, list[int]] = {}  # answers of all at each part that got none
+        self._pauses: dict[str, float] = {}  # to the next probe, of servers without an answer
+        self._doubts = Counter[str]()  # the doubts about each server since its last answer
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -256,20 +261,18 @@ class _Endpoints(Dispatcher):
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.client.close()
 
-    def _report(self, slot: _Slot, job: Job, task: asyncio.Task[Any]) -> None:
+    def _report(self, slot: _Slot, job: Any, task: asyncio.Task[Any]) -> None:
         """Report the result or the error of a part, which may not even have begun."""
         url = slot.url
         if task.cancelled():
-            silent = self._silent.setdefault(url, [])
-            silent.append(self._num_answers)
-            if len(silent) >= _SILENCE <= self._num_answers - silent[0]:
-                del self._silent[url]
-                self._pause(url, why=f"left {_SILENCE} parts unanswered while others answered")
+            if job.request.answered - {url}:
+                self._doubt(url, 1, "left parts unanswered while others answered")
             self.settle(slot, job.number, None, "was cancelled")
         elif (error := task.exception()) is None:
-            self._num_answers += 1
             self._pauses.pop(url, None)
-            self._silent.pop(url, None)
+            self._doubts.pop(url, None)
+            job.request.answered.add(url)
+            self._compare(url, job)
             self.settle(slot, job.number, task.result())
         elif isinstance(error, client.BusyError):
             self._pause(url, error.seconds)
@@ -277,14 +280,38 @@ class _Endpoints(Dispatcher):
         elif isinstance(error, EndpointError):
             self.trouble = f"{url} {error}"
             self._pause(url, why=str(error))
+            self._compare(url, job, error)
             kind = "died" if error.lost else ""
             self.settle(slot, job.number, None, f"({url}) {error}", kind, error)
         else:  # the model failed, or the arguments are wrong
             raised = isinstance(error, client.RemoteError | TypeError | ValueError)
+            if isinstance(error, client.RemoteError | client.RefusedError):
+                self._compare(url, job, error)
             kind = "raised" if raised else "died" if isinstance(error, InjectedCrash) else ""
             self.settle(slot, job.number, None, f"({url}) raised {error!r}", kind, error)
 
-    async def _ask(self, slot: _Slot, job: Job) -> Any:
+    def _compare(self, url: str, job: Any, error: Exception | None = None) -> None:
+        """Blame rows that several servers fail on, or a server whose rows another one computes."""
+        units, failures = {*job.part.units}, job.request.failures
+        others = [each for each in failures if each[0] != url and not units.isdisjoint(each[1])]
+        if error is not None:
+            failures.append((url, units, error))
+            for each in [url, *(other for other, *_ in others)] if others else ():
+                self._pauses.pop(each, None)  # if it failed, it is probed at once
+            return
+        for other, missing, failure in others:
+            missing -= units
+            if not missing and not isinstance(failure, EndpointError):
+                why = f"refused what others computed: {failure!r:.200}"
+                self._doubt(other, _DOUBTS_OF_REFUSAL, why)
+
+    def _doubt(self, url: str, doubts: int, why: str) -> None:
+        self._doubts[url] += doubts
+        if self._doubts[url] >= _MOST_DOUBTS:
+            del self._doubts[url]
+            self._pause(url, why=why)
+
+    async def _ask(self, slot: _Slot, job: Any) -> Any:
         module: RemoteModule = job.request.module
         task, part = job.request.task, job.part
         with torch.inference_mode():
@@ -296,7 +323,12 @@ class _Endpoints(Dispatcher):
         inputs, rows = module.inputs(*arguments), len(part.units) * task.unit_rows
         if all(dim is None for dim in task.dims):  # the example of `start`
             rows = len(inputs[0])
-        outputs = await self.client.infer(slot.url, module.metadata, inputs, rows)
+        outputs, version = await self.client.infer(slot.url, module.metadata, inputs, rows)
+        if version:
+            job.request.versions[slot.index] = version
+        if len(found := {version, *job.request.versions.values()} - {""}) > 1:
+            text = "EndpointWorkers: one call got answers of versions %s of %s"
+            logger.warning(text, sorted(found), module.model)
         answer: Any = functools.partial(module.outputs, outputs)
         if part.fault is None:
             return answer()
@@ -312,6 +344,7 @@ class _Endpoints(Dispatcher):
             for slot in slots:
                 slot.ready = False
         if why:
+            self._pauses[url] = max(_PROBE_SECONDS, 2 * self._pauses.get(url, 0.0))
             text = "EndpointWorkers: %s failed, and is probed until it is ready: it %s"
             logger.warning(text, url, why, extra={"cause": url})
         self._spawn(self._resume(url, slots, seconds, bool(why)))
@@ -321,17 +354,18 @@ class _Endpoints(Dispatcher):
     ) -> None:
         await asyncio.sleep(seconds)
         while failed and not all(slot.left for slot in slots):
-            pause = self._bounded(2 * self._pauses.get(url, _PROBE_SECONDS / 2))
-            self._pauses[url], waited = pause, 0.0
-            while waited < self._bounded(pause):  # the other servers may fail meanwhile
-                await asyncio.sleep(step := min(pause, _ALONE_PROBE_SECONDS))
-                waited += step
+            waited = 0.0
+            while waited < self._pause_of(url):
+                await asyncio.sleep(_STEP)
+                waited += _STEP
             if await self.client.is_ready(url):
                 logger.warning("EndpointWorkers: %s is ready again", url, extra={"cause": url})
                 break
+            self._pauses[url] = max(_PROBE_SECONDS, 2 * self._pause_of(url))
         for slot in slots:
             self.ready(slot)
 
-    def _bounded(self, pause: float) -> float:
+    def _pause_of(self, url: str) -> float:
         """Return the seconds to the next probe: a server that others stand in for may wait."""
-        return min(pause, _MOST_PROBE_SECONDS if self.num_ready else _ALONE_PROBE_SECONDS)
+        most = _MOST_PROBE_SECONDS if self.num_ready else _ALONE_PROBE_SECONDS
+        return min(self._pauses.get(url, 0.0), most)

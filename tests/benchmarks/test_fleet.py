@@ -34,6 +34,13 @@ def test_an_outcome_counts_lost_requests_and_wrong_rows_that_are_not_marked():
     assert (found["lost"], found["wrong"], found["predicted"]) == (1, 2, 1 / 8)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(fleet.SEEDS))
+def test_a_fleet_loses_nothing_while_five_of_six_servers_fail(seed):
+    found = fleet.hostile(seed, 10_000, 50.0)
+    assert all(value <= most for value, most in found["bars"].values()), found
+
+
 @pytest.mark.parametrize("case", ["killed every 5 s", "two drained"])
 def test_a_job_on_workers_that_leave_loses_and_repeats_nothing(case, monkeypatch):
     monkeypatch.setattr(job, "EVERY", 0.3)

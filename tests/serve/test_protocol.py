@@ -184,7 +184,7 @@ def test_rows_that_are_to_blame_are_named():
         (one(data=[1, 2]), "6 numbers of FP32, in one list or nested as the shape [2, 3], got"),
         (one(data=[[1, 2], [3, 4], [5, 6]]), "got [[1,2],[3,4],[5,6]]"),
         (one(data=[[1, 2, 3], [4, 5]]), "as the shape [2, 3], got [[1,2,3],[4,5]]"),
-        (one(data=[[1, 2, 3], [4, None, 6]]), "as the shape [2, 3], got [[1,2,3],[4,null,6]]"),
+        (one(data=[[1, 2, 3], [4, None, 6]]), "input 'input' must be finite, but row 1 is not"),
         (one(parameters={"binary_data_size": 4}), "must have either data or a binary_data_size"),
         ({"inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 3]}]}, "either data or"),
         (one() | {"parameters": {"coverage": 1.5}}, "coverage of the request must be between 0"),

@@ -1,6 +1,8 @@
 """A server in front of servers: what it forwards, what it refuses, and killed servers."""
 
 import contextlib
+import re
+import ssl
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from coded_torch.cli.main import main
+from coded_torch.open_inference import EndpointError
 from coded_torch.page import add_page
 from coded_torch.stragglers import Trace
 from coded_torch.workers import EndpointWorkers, FaultyWorkers, LocalWorkers, RemoteModule
@@ -20,6 +23,8 @@ from .test_command import running
 ROW = {"inputs": [tensor([[1.0, 2.0, 3.0]])]}
 DOUBLED = [2.0, 4.0, 6.0]
 PATH = "/v2/models/front/infer"
+HEADER = "--header: must be NAME=@FILE or NAME='$VARIABLE', which holds the value"
+HEADERS = "X-Api-Key=hidden", "hidden", "=@/dev/null", "X=$no_hidden", "X=", "X=@/dev/null"
 SERVER = """
 from endpoint_servers import DoubleServer
 server = DoubleServer()
@@ -87,7 +92,9 @@ def test_a_server_whose_endpoints_are_down_is_not_ready():
         assert [worker["name"] for worker in workers] == [server.url for server in both]
         for server in both:
             server.ready, server.fault = False, sending(502)
-        assert client.infer(ROW, PATH)[0] >= 500
+        status, answer = client.infer(ROW, PATH)
+        assert status == 503
+        assert re.fullmatch(r"no worker computed it: .*\(http.*\) answered 502.*", answer["error"])
         for path in ("/v2/health/ready", "/v2/models/front/ready"):
             assert client.get(path) == (503, {"name": "front", "ready": False})
         assert client.get("/v2/health/live")[0] == 200
@@ -122,11 +129,52 @@ def test_a_killed_server_loses_nothing():
             assert answer["outputs"][0]["data"] == [2 * x for row in rows for x in row]
 
 
+def test_headers_and_certificates_come_from_files_and_variables(tmp_path, monkeypatch):
+    certificate, key, secret = (tmp_path / name for name in ("cert.pem", "key.pem", "secret"))
+    line = (
+        "openssl req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:P-256 -days 2 -subj /CN=x"
+    )
+    line += f" -addext subjectAltName=IP:127.0.0.1 -keyout {key} -out {certificate}"
+    subprocess.run(line.split(), check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    secret.write_text("hidden in a file\n")
+    monkeypatch.setenv("A_SECRET", "hidden in a variable")
+    with servers(2, context=context) as both:
+        options = ["--endpoints", *(each.url for each in both), "--model", "double"]
+        options += ["--deadline", "10"]
+        with pytest.raises(EndpointError, match="could not be reached"):
+            RemoteModule(both[0].url, "double")
+        options += ["--ca", str(certificate), "--header", f"X-Api-Key=@{secret}"]
+        options += ["--header", "Authorization=$A_SECRET"]
+        with running(*options) as (process, port), Client(port) as client:
+            status, answer = client.infer(ROW, "/v2/models/double/infer")
+            assert (status, answer["outputs"][0]["data"]) == (200, DOUBLED)
+            both[0].fault = both[1].fault = sending(502)
+            assert client.infer(ROW, "/v2/models/double/infer")[0] == 503
+            seen = Path(f"/proc/{process.pid}/cmdline").read_text() + process.head
+            seen += process.log.read_text() + client.metrics()
+        for each in both:
+            if each.rows:
+                assert each.headers["X-Api-Key"] == "hidden in a file"
+                assert each.headers["Authorization"] == "hidden in a variable"
+        assert "answered 502" in seen
+        assert "hidden" not in seen
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("--endpoints {url}", "--endpoints must come with --model, the model's name there"),
         ("--model double", "--model must come with --endpoints"),
+        ("--header A=@b", "--header must come with --endpoints"),
+        ("--ca {url}", "--ca must come with --endpoints"),
+        (
+            "--endpoints {url} --model double --ca none",
+            "--ca must be a file of certificates: [Errno",
+        ),
+        *((f"--endpoints {{url}} --model double --header {x}", HEADER) for x in HEADERS),
+        ("--endpoints http://10.0.0.1 --model double --header Authorization=$PATH", "needs https"),
         ("--endpoints {url} --model double --chaos", "--chaos must be left out with --endpoints"),
         ("--endpoints {url} --model double --example 0", "--example must be left out with"),
         ("--endpoints {url} --model none", "no endpoint describes the model 'none'; http://"),
@@ -142,3 +190,4 @@ def test_bad_values_get_one_line(arguments, message, capsys):
     assert err.count("\n") == 1
     assert err.startswith("coded-torch serve: ")
     assert message in err
+    assert "hidden" not in err

@@ -25,19 +25,26 @@ class DoubleServer:
         rows: the rows of every request that was answered.
         headers: the headers of the last request.
         ready: whether ``/v2/health/ready`` says so.
+        num_connections: how many were opened.
+        nan: how JSON has it.
+        head: what the JSON of answers has beside the outputs, in place of the usual.
     """
 
-    def __init__(self, binary=True):
+    def __init__(self, binary=True, echoes=True, context=None):
         self.binary, self.fault, self.rows, self.headers = binary, None, [], {}
-        self.ready, self.delay = True, 0.0
+        self.ready, self.delay, self.num_connections = True, 0.0, 0
+        self.echoes, self.head, self.scheme = echoes, {}, "https" if context else "http"
+        self.nan = "NaN"
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
         self.server.daemon_threads = True
+        if context:
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
         self.thread.start()
 
     @property
     def url(self):
-        return f"http://127.0.0.1:{self.server.server_address[1]}"
+        return f"{self.scheme}://127.0.0.1:{self.server.server_address[1]}"
 
     def close(self):
         self.server.shutdown()
@@ -47,6 +54,10 @@ class DoubleServer:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             disable_nagle_algorithm = True
+
+            def setup(self):
+                owner.num_connections += 1
+                super().setup()
 
             def log_message(self, *_):
                 pass
@@ -77,7 +88,9 @@ class DoubleServer:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 length = self.headers.get("Inference-Header-Content-Length")
                 head = json.loads(body[: int(length)] if length else body)
-                (entry,) = head["inputs"]
+                (entry,), self.head = head["inputs"], {"model_name": "double"}
+                if owner.echoes and "id" in head:
+                    self.head["id"] = head["id"]
                 if length:
                     rows = np.frombuffer(body[int(length) :], "<f4").reshape(entry["shape"])
                 else:
@@ -98,7 +111,8 @@ class DoubleServer:
                     out["parameters"] = {"binary_data_size": len(tail)}
                 else:
                     out["data"] = array.ravel().tolist()
-                head = json.dumps({"model_name": "double", "outputs": [out | changes]}).encode()
+                message = self.head | {"outputs": [out | changes]} | owner.head
+                head = json.dumps(message).replace("NaN", owner.nan).encode()
                 sizes = {"Inference_Header_Content_Length": str(len(head))} if owner.binary else {}
                 with contextlib.suppress(OSError):  # the client may have gone
                     self.send(200, head + tail, **sizes)

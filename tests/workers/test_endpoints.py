@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import math
 import os
 import pickle
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
-from coded_torch.codes import DeadlineExceeded, NotEnoughResults
+from coded_torch.codes import DeadlineExceeded, NotEnoughResults, SplineCode
 from coded_torch.open_inference.client import (
     Client,
     EndpointError,
@@ -79,18 +78,20 @@ def test_inputs_need_not_be_contiguous(binary):
         assert torch.equal(coded(torch.ones(1, 1).expand(5, 3)), torch.full((5, 3), 2.0))
 
 
-def test_json_with_numbers_that_are_not_finite_is_an_answer():
+@pytest.mark.parametrize("word", ["NaN", "null"])
+def test_json_with_numbers_that_are_not_finite_is_an_answer(word):
     def one_nan(handler, rows):
         rows[rows[:, 0] == 0] = math.nan
 
     with servers(2, binary=False) as made:
         coded = wrapped(made, Waiting(deadline=WAIT))
         for each in made:
-            each.fault = one_nan
+            each.fault, each.nan = one_nan, word
         answers, report = coded.run(X)
         assert torch.equal(answers[1:], 2 * X[1:])
         assert report.predicted.nonzero().flatten().tolist() == [0]
         assert coded.workers.num_ready == 2
+        assert coded.module(X)[0].isnan().all()
 
 
 def test_a_server_that_is_gone_is_left_out_and_comes_back(three):
@@ -132,10 +133,29 @@ def huge(handler, rows):
     handler.close_connection = True
 
 
+def interim(handler, rows):
+    with contextlib.suppress(OSError):
+        for _ in range(100_000):
+            handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 64)
+
+
+def answering(**head):
+    return lambda handler, rows: handler.head.update(head) or handler.answer(2 * rows)
+
+
+def counting(predicted):
+    """Return a fault that says how many rows it predicted."""
+    return answering(parameters={"predicted_rows": predicted})
+
+
 FAULTS = {
     "broken": broken,
     "no http": no_http,
     "huge": huge,
+    "interim": interim,
+    "another id": answering(id="another"),
+    "another model": answering(model_name="another"),
+    **{f"predicted {x!r}": counting(x) for x in (3.0, 0.0, "3.0", True, -1, 99, [], "")},
     "garbage": lambda handler, _: handler.send(200, b"\x00garbage"),
     "deep": lambda handler, _: handler.send(200, b"[" * 60_000),
     "packed": lambda handler, _: handler.send(200, b"\x1f\x8b", Content_Encoding="gzip"),
@@ -156,15 +176,13 @@ def test_an_answer_against_the_protocol_is_not_used(three, fault):
     assert coded.workers.num_ready == 2
 
 
-def test_rows_that_a_server_says_it_predicted_are_computed_by_another(three):
+@pytest.mark.parametrize("kind", [int, str])  # protobuf writes 64 bits as strings
+def test_rows_that_a_server_says_it_predicted_are_computed_by_another(three, kind):
     """Whatever the server that described the model is: fleets may be mixed."""
 
     def predicted(handler, rows):
-        entry = {"name": "output", "datatype": "FP32", "shape": [len(rows), 3]}
-        entry["data"] = [-99.0] * (3 * len(rows))
-        message = {"outputs": [entry], "parameters": {"predicted_rows": len(rows)}}
         used.append(rows)
-        handler.send(200, json.dumps(message).encode())
+        counting(kind(len(rows)))(handler, np.float32(-50) * rows)
         return True
 
     coded, used = wrapped(three), []
@@ -173,28 +191,133 @@ def test_rows_that_a_server_says_it_predicted_are_computed_by_another(three):
     assert not coded.last_run.predicted.any()
 
 
-def test_a_request_that_a_server_refuses_is_the_callers_error(three):
+REFUSALS = {
+    "400": sending(400, b'{"error": "no"}'),
+    "405": sending(405),
+    "413": sending(413, b"<html>413 Request Entity Too Large</html>"),
+    "422": sending(422, b""),
+    "500": sending(500, b"Internal Server Error"),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
+def test_a_server_that_refuses_what_others_compute_is_paused_and_named(three, refusal, caplog):
     coded = wrapped(three)
+    three[1].fault, three[1].ready = refusal, False
+    until(lambda: torch.equal(coded(X), 2 * X) and coded.workers.num_ready == 2)
+    assert torch.equal(coded(X), 2 * X)
+    failed = f"{three[1].url} failed, and is probed until it is ready: it refused what others"
+    assert caplog.text.count(failed) == 1
+    assert caplog.text.count("failed, and is probed") == 1
+    three[1].fault, three[1].ready = None, True
+    until(lambda: coded.workers.num_ready == 3)
+
+
+@pytest.mark.parametrize("many", [1, 3])
+def test_a_request_that_all_servers_refuse_is_the_callers_error(many, caplog):
+    with servers(many) as made:
+        coded = wrapped(made)
+        for each in made:
+            each.fault = sending(400, b'{"error": "no"}')
+        for _ in range(4):
+            with pytest.raises(RefusedError, match="no") as raised:
+                coded(X)
+            assert raised.value.rows == tuple(range(12))
+        assert coded.workers.num_ready == many
+        assert "failed" not in caplog.text
+
+
+def test_a_refusal_of_every_column_is_the_callers_error(three):
     for each in three:
         each.fault = sending(400, b'{"error": "no"}')
-    with pytest.raises(RefusedError, match="no"):
-        coded(X)
+    module = RemoteModule(three[0].url, "double")
+    pool = EndpointWorkers([each.url for each in three], model="double")
+    with pool, pytest.raises(RefusedError, match="no"):
+        CodedWrapper(module, SplineCode(4, 6), workers=pool)(X)
 
 
-def test_the_models_error_is_raised_with_its_rows(three):
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "text"),
+    [
+        (422, b'{"error": "fifteen"}', RefusedError, "fifteen"),
+        (500, b'{"error": "fifteen"}', RemoteError, "fifteen"),
+        (500, b"Internal Server Error", RemoteError, "answered 500"),
+    ],
+)
+def test_an_error_of_some_rows_is_raised_with_them(three, status, body, kind, text, caplog):
     coded = wrapped(three)
-
-    def fails(handler, rows):
-        if (rows == 15).any():
-            handler.send(500, b'{"error": "fifteen"}')
-            return True
-        return False
-
+    refuse = sending(status, body)
     for each in three:
-        each.fault = fails
-    with pytest.raises(RemoteError, match="fifteen") as raised:
-        coded(X)
-    assert raised.value.rows == (5,)
+        each.fault = lambda handler, rows: (rows == 15).any() and refuse(handler, rows)
+    for _ in range(4):
+        with pytest.raises(kind, match=text) as raised:
+            coded(X)
+        assert raised.value.rows == (5,)
+    assert coded.workers.num_ready == 3
+    assert "failed" not in caplog.text
+
+
+def test_servers_that_fail_on_the_same_rows_clear_each_other(three, monkeypatch):
+    for name in ("_PROBE_SECONDS", "_MOST_PROBE_SECONDS", "_ALONE_PROBE_SECONDS"):
+        monkeypatch.setattr(endpoints, name, 600.0)
+    coded = wrapped(three, Waiting(deadline=5.0))
+    for each in three:
+        each.fault = lambda handler, rows: (rows == 15).any() and broken(handler, rows)
+    for _ in range(3):
+        _, report = coded.run(X)
+        assert report.predicted.nonzero().flatten().tolist() == [5]
+        until(lambda: coded.workers.num_ready == 3)
+    for each in three:
+        each.fault = broken if each is three[0] else None
+    until(lambda: torch.equal(coded(X), 2 * X) and coded.workers.num_ready == 2)
+    assert torch.equal(coded(X), 2 * X)
+    assert coded.workers.num_ready == 2  # it failed alone: only a probe clears it
+
+
+@pytest.mark.parametrize("echoes", [True, False])
+def test_a_late_second_response_is_not_the_next_answer(echoes):
+    def twice(handler, rows):
+        for _ in range(2):
+            handler.answer(2 * rows)
+            time.sleep(0.01)
+        return True
+
+    with servers(3, echoes=echoes) as made:
+        coded = wrapped(made)
+        made[1].fault = twice
+        for n in range(100):
+            assert torch.equal(coded(X + n), 2 * (X + n))
+            time.sleep(0.002)
+
+
+@pytest.mark.parametrize("echoes", [True, False])
+def test_a_connection_is_kept_if_answers_have_ids(echoes):
+    with servers(1, echoes=echoes) as (server,):
+        module = RemoteModule(server.url, "double")
+        module(X)
+        before = server.num_connections
+        for _ in range(5):
+            assert torch.equal(module(X), 2 * X)
+        assert server.num_connections - before == (1 if echoes else 5)
+        server.echoes = False
+        if echoes:  # on a kept connection, nothing shows whose answer it is
+            with pytest.raises(EndpointError, match="the answer must have the id of the request"):
+                module(X)
+        assert torch.equal(module(X), 2 * X)
+
+
+def test_versions_are_reported_and_two_in_a_call_are_logged(three, caplog):
+    coded = wrapped(three)
+    for server, version in zip(three, ("1", "1", None), strict=True):
+        server.head = {"model_version": version}
+    _, report = coded.run(X)
+    assert report.versions == {worker: "1" for worker in report.received if worker < 2}
+    assert not caplog.text
+    three[2].head = {"model_version": "2"}
+    reports = []
+    until(lambda: reports.append(coded.run(X)[1]) or len({*reports[-1].versions.values()}) > 1)
+    assert reports[-1].versions[2] == "2"
+    assert "one call got answers of versions ['1', '2'] of double" in caplog.text
 
 
 def test_a_server_that_hangs_delays_nobody_beyond_the_deadline(three):
@@ -210,7 +333,7 @@ def test_a_server_that_hangs_delays_nobody_beyond_the_deadline(three):
 
 
 def test_a_server_that_answers_nothing_while_others_do_gets_no_parts(three, monkeypatch):
-    monkeypatch.setattr(endpoints, "_SILENCE", 3)
+    monkeypatch.setattr(endpoints, "_MOST_DOUBTS", 3)
     coded, hung = wrapped(three, Waiting(deadline=0.1)), threading.Event()
     three[2].fault, three[2].ready = lambda handler, rows: hung.wait(WAIT) or True, False
     try:
@@ -464,6 +587,11 @@ def test_no_log_and_no_error_has_a_secret(three, caplog):
         coded.run(X, waiting=Waiting(deadline=1.0))
     text = f"{caplog.text} {info.value} {info.value.report}"
     assert "broke the connection" in text
+    with pytest.raises(EndpointError) as raised:
+        RemoteModule(three[0].url, "double", token="secret", headers={"X-Api-Key": "hidden"})(X)
+    assert raised.value.__context__ is None  # aiohttp's error holds the headers
+    again = pickle.loads(pickle.dumps(coded))
+    text += f"{again!r} {again.workers!r} {again.module!r} {again.workers._queue.client!r}"
     assert "secret" not in text
     assert "hidden" not in text
 
