@@ -14,7 +14,7 @@ import re
 import resource
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -29,22 +29,18 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from .. import open_inference as wire
 from ..open_inference import ADDED, TensorSpec, field, require
 
-__all__ = ["VERSION", "Connection", "InferRequest", "Reader", "RequestError"]
-__all__ += ["format_answer", "parse", "read_body"]
-
 VERSION = "1"  #: the only version of every model
 
 # Bounds, which are not tuned. First of a connection, then of bodies.
 _MOST_CONNECTIONS, _HEADER_BYTES = 2048, 2**14
-_HEADERS_SECONDS, _ANSWER_SECONDS = 5.0, 30.0
+_HEADERS_SECONDS, _ANSWER_SECONDS, _WATCH_SECONDS = 5.0, 30.0, 1.0
 _TOGETHER = 2**27  # bytes of all bodies that are being read, unless four of one model are more
 _READING = 5.0  # seconds in which a body must come
 _UNPACKED, _RATIO = 2**20, 32  # bytes that any packed body may have, and more by its packed size
 _PIECE = 2**16  # bytes of numbers that are parsed at once: 1 ms, for which the event loop may wait
 
-_MOST_JSON = "the bytes of JSON beside numbers", f"at most {wire.HEADER}"
-# A string, or the name of a list of data and the begin of the list.
-_STRING = re.compile(rb'"(?:(data"\s*:\s*\[)|[^"\\]*(?:\\.[^"\\]*)*")', re.S)
+_MOST_LISTS = 1000  # lists of numbers that are set aside; a further list is JSON like any other
+_LIST = re.compile(rb'"data"\s*:\s*(\[)')
 _NO_COMMAS = bytes(set(range(256)) - set(b"[,]"))
 _NO_BRACKETS = bytes.maketrans(b"[]", b"  ")
 
@@ -65,19 +61,6 @@ class InferRequest(NamedTuple):
     outputs: list[tuple[TensorSpec, bool]]  #: the wanted ones, and whether in binary
     timeout: float  #: seconds, infinite if the client names none
     coverage: float  #: the level of radii; 0 if the client names none
-
-
-async def read_body(
-    request: Request, most: int, count: Callable[[int], None] = lambda size: None
-) -> bytearray:
-    """Return a body of at most ``most`` bytes. ``count`` gets the number of bytes that came."""
-    body = bytearray()
-    async for chunk in request.stream():
-        count(len(chunk))
-        body += chunk
-        if len(body) > most:
-            raise RequestError(413, "too_large", f"the body must be at most {most} bytes, unpacked")
-    return body
 
 
 class Reader:
@@ -101,13 +84,7 @@ class Reader:
         if encoding not in ("identity", "gzip", "deflate"):
             must = f"Content-Encoding must be gzip or deflate, got {encoding!r:.80}"
             raise RequestError(415, "invalid", must)
-        sizes = list[int]()
-
-        def count(size: int) -> None:
-            sizes.append(size)
-            self.left -= size
-            if self.left < 0:
-                raise RequestError(503, "queue_full", "too many bytes of requests are being read")
+        body = bytearray()
 
         def work() -> InferRequest:
             whole = body if encoding == "identity" else self._unpack(body, encoding)
@@ -117,7 +94,14 @@ class Reader:
         late = f"the body did not come within {seconds:.3g} s"
         try:
             with anyio.fail_after(seconds):  # unlike asyncio's, makes no task
-                body = await read_body(request, self.most, count)
+                async for chunk in request.stream():
+                    body += chunk
+                    self.left -= len(chunk)
+                    if len(body) > self.most:
+                        raise _too_large(self.most)
+                    if self.left < 0:
+                        why = "too many bytes of requests are being read"
+                        raise RequestError(503, "queue_full", why)
             if encoding == "identity" and len(body) <= wire.HEADER:
                 return work()
             late = "the body was not parsed within the deadline"
@@ -128,7 +112,7 @@ class Reader:
         except (ValueError, RecursionError) as error:  # JSON may be too deep
             raise RequestError(400, "invalid", str(error)) from None
         finally:
-            self.left += sum(sizes)
+            self.left += len(body)
 
     def close(self) -> None:
         self._thread.shutdown(wait=False)
@@ -142,39 +126,40 @@ class Reader:
         except zlib.error as error:
             raise ValueError(f"the body must be {encoding}, got {error}") from None
         if len(unpacked) > most:
-            why = f"the body must be at most {most} bytes, unpacked"
-            why += "" if most == self.most else f" from {len(body)} bytes"
-            raise RequestError(413, "too_large", why)
+            raise _too_large(most, f" from {len(body)} bytes")
         if not unpacker.eof or unpacker.unused_data:
             raise ValueError(f"the body must be {encoding}, whole and once")
         return bytearray(unpacked)
 
 
-def _lists(head: bytearray) -> tuple[bytes, list[bytearray]]:
-    """Return JSON with ``[i]`` in place of list i of numbers named "data", and the lists as text.
+def _too_large(most: int, where: str = "") -> RequestError:
+    return RequestError(413, "too_large", f"the body must be at most {most} bytes, unpacked{where}")
 
-    A list is found and not read: it ends before the next string or the end of its object.
+
+def _lists(head: bytearray) -> tuple[bytes, dict[int, bytearray]]:
+    """Return JSON with i in place of the list i of numbers named "data", and the lists as text.
+
+    A list is found and not read: it ends before the next string or the end of its object. A list
+    that holds others than numbers is wrong, and may remain in the JSON.
     """
-    kept, lists = list[bytes | bytearray](), list[bytearray]()
-    # Nothing is kept yet from `start` on. The lists have `rest` bytes.
-    start = at = rest = 0
-    while (quote := head.find(b'"', at)) >= 0:
-        require(quote - rest <= wire.HEADER, *_MOST_JSON, len(head))
-        if not (found := _STRING.match(head, quote, quote + wire.HEADER)):
+    kept, lists = list[bytes | bytearray](), dict[int, bytearray]()
+    start = at = 0
+    for _ in range(_MOST_LISTS):
+        if (at := head.find(b'"data"', at)) < 0:
             break
-        at = found.end()
-        if found[1]:
-            end = head.find(b'"', at)
-            end = len(head) if end < 0 else end
-            brace = head.find(b"}", at, end)
-            end = head.rfind(b"]", at, end if brace < 0 else brace) + 1
-            if end:  # a list without an end holds strings, or is cut off
-                kept += head[start : at - 1], b"[%d]" % len(lists)
-                lists.append(head[at - 1 : end])
-                rest += len(lists[-1])
-                start = at = end
-    require(len(head) - rest <= wire.HEADER, *_MOST_JSON, len(head))
-    return b"".join([*kept, head[start:]]), lists
+        if found := _LIST.match(head, at):
+            begin, quote = found.start(1), head.find(b'"', found.end())  # -1 is the end, too
+            brace = head.find(b"}", begin, quote)
+            end = head.rfind(b"]", begin, brace if brace >= 0 else quote) + 1
+            if end:
+                kept += head[start:begin], b"%d" % len(lists)
+                lists[len(lists)] = head[begin:end]
+                start = end
+        at = max(at + 1, start)
+    shortened = b"".join([*kept, head[start:]])
+    must = f"at most {wire.HEADER}"
+    require(len(shortened) <= wire.HEADER, "the bytes of JSON beside numbers", must, len(shortened))
+    return shortened, lists
 
 
 def _numbers(
@@ -240,9 +225,8 @@ def parse(
     listed = field("the request", message, "inputs", list)
     for entry in listed:  # numbers are read when their shape is known
         data = entry.get("data") if type(entry) is dict else None
-        if type(data) is list and len(data) == 1 and type(data[0]) is int:
-            require(data[0] < len(lists), "data of an input", 'named "data"', data)
-            entry["data"] = functools.partial(_numbers, lists[data[0]], until)
+        if type(data) is int and data in lists:
+            entry["data"] = functools.partial(_numbers, lists.pop(data), until)
     given = wire.tensors_of("input", listed, inputs, tail, range(1, max_rows + 1))
     tensors = [given[spec.name] for spec in inputs]
     rows = [len(tensor) for tensor in tensors]
@@ -277,19 +261,16 @@ def format_answer(
 class Connection(HttpToolsProtocol):
     """A connection that no client can hold: ``uvicorn.run(app, http=Connection)``.
 
-    The headers of a request have at most 16 KB. They end within 5 s of the connection, or of the
-    first byte after an answer, which the client reads within 30 s. At most half of the process's
-    file descriptors are connections: a further connection ends the one that is idle the longest, or
-    gets 503.
+    The headers of a request have at most 16 KB. They end within some 5 s of the connection, or of
+    the first byte after an answer, which the client reads within some 30 s. At most half of the
+    process's file descriptors are connections: a further connection ends the one that is idle the
+    longest, or gets 503.
     """
 
     # Without a limit, the number of descriptors is -1.
     most = min(_MOST_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**63 // 2)
-    rest, since = 0, 0.0  # bytes since the last body or request; the time of the last answer
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._timers = dict[float, asyncio.TimerHandle]()  # the timers by their seconds
+    rest, since = 0, 0.0  # bytes since the last body or answer; the time of the last answer
+    limit, begun = 0.0, 0.0  # seconds that the client may take, and since when it may
 
     @property
     def is_idle(self) -> bool:
@@ -298,26 +279,18 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.since = time.monotonic()
-        self._limit(_HEADERS_SECONDS)
+        self._watch()
         others = [each for each in self.connections if not each.transport.is_closing()]
         if len(others) > self.most:
             idle = [each for each in others if isinstance(each, Connection) and each.is_idle]
             first = min(idle, key=lambda each: each.since)
             first.end(b"503 Service Unavailable" if first is self else b"")
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._unlimit(_HEADERS_SECONDS, _ANSWER_SECONDS)
-
     def data_received(self, data: bytes) -> None:
         self.rest += len(data)
         super().data_received(data)
         if self.rest > _HEADER_BYTES:
             self.end(b"431 Request Header Fields Too Large")
-        elif not self.is_idle:
-            self._unlimit(_HEADERS_SECONDS)
-        elif _HEADERS_SECONDS not in self._timers:
-            self._limit(_HEADERS_SECONDS)
 
     def on_body(self, body: bytes) -> None:
         self.rest = 0
@@ -331,24 +304,20 @@ class Connection(HttpToolsProtocol):
         self.since = time.monotonic()
         super().on_response_complete()
 
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._limit(_ANSWER_SECONDS)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._unlimit(_ANSWER_SECONDS)
-
     def end(self, status: bytes) -> None:
         """Close the connection, after an answer without a body if there is a status."""
         if status:
             self.transport.write(b"HTTP/1.1 %b\r\ncontent-length: 0\r\n\r\n" % status)
         self.transport.close()
 
-    def _limit(self, seconds: float) -> None:
-        self._timers[seconds] = self.loop.call_later(seconds, self.transport.abort)
-
-    def _unlimit(self, *limits: float) -> None:
-        for seconds in limits:
-            if timer := self._timers.pop(seconds, None):
-                timer.cancel()
+    def _watch(self) -> None:
+        """Abort the connection if the client takes too long to send headers or to read."""
+        now, limit = time.monotonic(), _ANSWER_SECONDS if self.flow.write_paused else math.inf
+        if self.is_idle and (self.cycle is None or self.rest):
+            limit = _HEADERS_SECONDS
+        if limit != self.limit:
+            self.limit, self.begun = limit, now
+        if now - self.begun >= limit:
+            self.transport.abort()
+        elif not self.transport.is_closing():
+            self.loop.call_later(_WATCH_SECONDS, self._watch)

@@ -136,10 +136,11 @@ def test_what_only_looks_like_data_is_no_data():
     found = read({"id": '\\"data": [1, 2', "inputs": [entry], "data": [[3]]})
     assert torch.equal(found.inputs[0], torch.tensor(ROWS))
     assert found.id == '\\"data": [1, 2'
-    spelled = (
-        orjson.dumps(one()).replace(b'"data"', b'"d\\u0061ta"').replace(orjson.dumps(ROWS), b"[0]")
-    )
-    assert "data of an input must be" in refused(spelled)
+    assert "data of input 'input' must be a list, got 0" in refused(one(data=0))
+    spec = [TensorSpec(name, "FP32", ()) for name in "ab"]
+    entries = [tensor([7.0], "a"), tensor([0], "b")]
+    spelled = orjson.dumps({"inputs": entries}).replace(b'"data":[0]', b'"d\\u0061ta":[0]')
+    assert [x.item() for x in read(spelled, spec).inputs] == [7.0, 0.0]  # and not list 0
 
 
 def test_rows_that_are_to_blame_are_named():
@@ -343,6 +344,7 @@ def port(monkeypatch):
     """Yield the port of a server with short limits, of rows of any size."""
     monkeypatch.setattr(protocol, "_HEADERS_SECONDS", 0.5)
     monkeypatch.setattr(protocol, "_ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(protocol, "_WATCH_SECONDS", 0.1)
     monkeypatch.setattr(Connection, "most", 6)
     spec = TensorSpec("input", "FP32", (-1,))
     with serving(built(nn.Identity(), inputs=[spec], outputs=[spec])) as port:
