@@ -32,8 +32,6 @@ from .batcher import TO_ANSWER, Batch, Batcher, compute, load
 from .metrics import Metrics
 from .protocol import VERSION, RequestError
 
-__all__ = ["app", "deployment"]
-
 # The number of requests that Ray lets into a replica; a bound, not tuned. Ray's default of 5 would
 # refuse before the application's own bound of 256 does.
 _MOST_REQUESTS = 1024
@@ -90,16 +88,17 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         if not name or set(name) & set("{}/?#%"):
             must = "name must be a part of a URL, without any of {}/?#%"
             raise ValueError(f"app: {must}, got {name!r}")
-        for argument, given, reserved in (("inputs", inputs, ()), ("outputs", outputs, ADDED)):
+        for argument, given in (("inputs", inputs), ("outputs", outputs)):
             instance(self, argument, given, Sequence)
             for spec in given:
                 instance(self, f"an entry of {argument}", spec, TensorSpec)
-            names = [spec.name for spec in (*reserved, *given)]
-            if not given or len(set(names)) < len(names):
-                but = f", none of {', '.join(names[: len(reserved)])}" if reserved else ""
-                got = names[len(reserved) :]
-                raise ValueError(f"app: {argument} must be named, each once{but}, got {got}")
+            names = [spec.name for spec in given]
+            added = [spec.name for spec in ADDED if argument == "outputs"]
+            if not given or len({*names, *added}) < len(names) + len(added):
+                but = f", none of {', '.join(added)}" if added else ""
+                raise ValueError(f"app: {argument} must be named, each once{but}, got {names}")
         self.name, self.inputs, self.outputs = name, inputs, outputs
+        self.answered = [*outputs, *ADDED]
         self.coded, self.examples = coded, examples
         self.allowed_hosts = None if allowed_hosts is None else [x.lower() for x in allowed_hosts]
         for host in self.allowed_hosts or ():
@@ -127,24 +126,24 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             max_batch_size=self.max_rows,
             max_queued_requests=count(self, "max_queued_requests", max_queued_requests),
             slots=slots,
-            on_batch=self._count,
+            on_batch=lambda *batch: self.metrics.batch(*batch, self.pool),
             states=lambda: Counter(state for state, _ in self.of_places("states").values()),
         )
         self.reader = protocol.Reader(inputs, outputs, self.max_rows)
         server = {"name": "coded_torch", "version": coded_torch.__version__}
-        model = {
+        model: dict[str, Any] = {
             "name": name,
             "versions": [VERSION],
             "platform": "coded_torch",
             "inputs": [spec.metadata() for spec in inputs],
-            "outputs": [spec.metadata() for spec in (*outputs, *ADDED)],
+            "outputs": [spec.metadata() for spec in self.answered],
         }
         config: dict[str, Any] = {"name": name, "platform": "coded_torch", "backend": "coded_torch"}
         config["max_batch_size"] = self.max_rows
-        for key, given in (("input", inputs), ("output", (*outputs, *ADDED))):
+        for key in ("input", "output"):
             config[key] = [
-                {"name": x.name, "data_type": f"TYPE_{x.datatype}", "dims": [*x.shape]}
-                for x in given
+                {"name": x["name"], "data_type": f"TYPE_{x['datatype']}", "dims": x["shape"][1:]}
+                for x in model[f"{key}s"]
             ]
         routes = [
             Route("/metrics", self.metrics_text),
@@ -172,11 +171,11 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         """Answer a request, unless it comes under a name that is not allowed."""
         if scope["type"] == "http" and (allowed := self.allowed_hosts) is not None:
             headers = Headers(scope=scope)
-            for name, slashes in (("host", "//"), ("origin", "")):
-                url = headers.get(name, "" if name == "host" else f"//{allowed[0]}")
-                if _host(slashes + url) not in allowed:
-                    must = f"the {name.title()} of a request must be one of {', '.join(allowed)}"
-                    error = RequestError(403, "invalid", f"{must}, got {url!r:.80}")
+            host = "//" + headers.get("host", "")
+            for name, url in (("Host", host), ("Origin", headers.get("origin", host))):
+                if _host(url) not in allowed:
+                    must = f"the {name} of a request must be one of {', '.join(allowed)}"
+                    error = RequestError(403, "invalid", f"{must}, got {url.lstrip('/')!r:.80}")
                     await (await self.refuse(Request(scope), error))(scope, receive, send)
                     return
         await super().__call__(scope, receive, send)
@@ -238,7 +237,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         except ClientDisconnect:
             raise RequestError(499, "disconnected", "the client has gone") from None
         report, coverage = answer.report, answer.report.coverage
-        names = [spec.name for spec in (*self.outputs, *ADDED)]
+        names = [spec.name for spec in self.answered]
         answers = dict(zip(names, answer.outputs, strict=True))
         if message.coverage and coverage is not None:
             coverage = message.coverage
@@ -265,10 +264,6 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         if error.status_code == 404:
             why = f"there is no {path!r:.120}; the model here is {self.name!r}, version {VERSION}"
         return JSONResponse({"error": why}, error.status_code, error.headers)
-
-    def _count(self, batch: Batch, rows: int, queued: Sequence[float]) -> None:
-        self.metrics.batch(batch, rows, queued, self.of_places("names"))
-        self.metrics.workers(self.pool)
 
 
 def _host(url: str) -> str | None:

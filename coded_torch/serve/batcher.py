@@ -25,8 +25,6 @@ from ..workers import WorkerError
 from ..workers.base import different_rows
 from .protocol import RequestError
 
-__all__ = ["TO_ANSWER", "Batch", "Batcher", "compute", "load"]
-
 logger = sparing_logger("coded_torch.serve")
 
 # The number of batches whose durations are remembered: some seconds of a busy server, so that the
@@ -156,11 +154,6 @@ class Batcher:
         self._threads = ThreadPoolExecutor(_MOST_BATCHES, "coded_torch batch")
 
     @property
-    def num_queued(self) -> int:
-        """The number of waiting requests."""
-        return len(self._queue)
-
-    @property
     def _at_once(self) -> int:
         """The number of whole batches that can run at once."""
         slots, parts = self._slots()
@@ -173,20 +166,17 @@ class Batcher:
         return sum(min(rows, parts) for _, rows, _ in self._ongoing.values())
 
     @property
-    def _left(self) -> int:
-        """The number of workers that still compute rows of calls that have ended."""
-        return max(0, self._states()["busy"] - self._used)
-
-    @property
     def _is_free(self) -> bool:
-        return not self._ongoing or self._used + self._left < self._slots()[0]
+        # Workers still compute rows of calls that have ended: these workers are busy, too.
+        used = max(self._used, self._states()["busy"])
+        return not self._ongoing or used < self._slots()[0]
 
     def check(self, rows: int, deadline: float, *, is_read: bool = False) -> None:
         """Refuse (503) a request if the queue is full, or its answer would probably be late.
 
         If the workers hang, only a request that is read is refused: a wrong one gets 400 even then.
         """
-        if self.num_queued >= self._max_queued:
+        if len(self._queue) >= self._max_queued:
             raise RequestError(503, "queue_full", f"{self._max_queued} requests are waiting")
         # An idle server takes anything: only a batch can show that workers are fast again.
         if not (self._ongoing or self._queue):
@@ -252,7 +242,7 @@ class Batcher:
             task.add_done_callback(self._free)
         if self._timer:
             self._timer.cancel()
-        if self._queue and self._left:  # nothing tells when their rows end
+        if self._queue and self._states()["busy"] > self._used:  # nothing tells when rows end
             self._timer = asyncio.get_running_loop().call_later(TO_ANSWER, self._fill)
 
     def _free(self, task: asyncio.Task[None]) -> None:
@@ -343,12 +333,11 @@ def _refusal(report: Report, row: int) -> RequestError:
     """Return the error of a request one of whose rows has no answer."""
     error = report.errors.get(row)
     why, cause = error or "no worker replied with these rows", error and error.__cause__
-    if row in report.refused and isinstance(cause, RefusedError):
-        return RequestError(400, "invalid", str(cause))
-    if row not in report.refused and isinstance(cause, EndpointError):
-        return RequestError(503, "unavailable", f"no worker computed it: {why}")
-    if row not in report.refused and report.ended == "deadline":
+    if row in report.refused:
+        if isinstance(cause, RefusedError):
+            return RequestError(400, "invalid", str(cause))
+    elif report.ended == "deadline" and not isinstance(cause, EndpointError):
         return RequestError(504, "late", f"too few results within the deadline: {why}")
-    if row not in report.refused and (error is None or error.worker < 0):
+    elif error is None or error.worker < 0 or isinstance(cause, EndpointError):
         return RequestError(503, "unavailable", f"no worker computed it: {why}")
     return RequestError(500, "failed", f"the model failed: {why}")

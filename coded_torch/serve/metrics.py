@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import prometheus_client
@@ -40,9 +39,9 @@ _HISTOGRAMS = {
     "decode_seconds": ("Seconds of a batch that make answers from results.", _SECONDS),
     "radius": ("Of predicted rows, if finite: their error is at most as large.", _ERRORS),
 }
-# Triton's names of the times of a batch.
-_TRITONS = {"encode_seconds": "compute_input", "compute_seconds": "compute_infer"}
-_TRITONS |= {"decode_seconds": "compute_output"}
+# The names of histograms by Triton's names.
+_TRITONS = {"queue": "queued_seconds", "compute_input": "encode_seconds"}
+_TRITONS |= {"compute_infer": "compute_seconds", "compute_output": "decode_seconds"}
 
 
 class Metrics:
@@ -51,8 +50,9 @@ class Metrics:
     def __init__(self, *, ray: bool = False) -> None:
         self._ray, self._registry = ray, prometheus_client.CollectorRegistry()
         self._restarts, self._numbers = 0, dict[str, Any]()
-        self._times, self._last = defaultdict[str, list[int]](lambda: [0, 0]), 0
-        self._rows = 0
+        # By the names of Triton's extension ``statistics``; times in ns, and the last in ms.
+        self._times = {name: {"count": 0, "ns": 0} for name in ("success", "fail", *_TRITONS)}
+        self._totals = {"last_inference": 0, "inference_count": 0, "execution_count": 0}
         kinds: Any = prometheus_client
         where: dict[str, Any] = {"registry": self._registry}
         if ray:
@@ -77,20 +77,18 @@ class Metrics:
 
     def answered(self, seconds: float) -> None:
         """Count a request that was answered within so many seconds of its arrival."""
-        self._last = time.time_ns() // 10**6
+        self._totals["last_inference"] = time.time_ns() // 10**6
         self._time("success", seconds)
 
     def statistics(self) -> dict[str, Any]:
-        """Return totals by the names of Triton's extension ``statistics``; times in ns."""
-        names = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
-        times = {name: dict(zip(("count", "ns"), self._times[name], strict=True)) for name in names}
-        found = {"last_inference": self._last, "inference_count": self._rows}
-        found["execution_count"] = times["compute_infer"]["count"]
-        return {**found, "inference_stats": times}
+        """Return totals by the names of Triton's extension ``statistics``."""
+        return {**self._totals, "inference_stats": self._times}
 
     def _time(self, name: str, seconds: float) -> None:
-        total = self._times[name]
-        total[:] = total[0] + 1, total[1] + round(seconds * 1e9)
+        self._times[name]["count"] += 1
+        self._times[name]["ns"] += round(seconds * 1e9)
+        if name in _TRITONS:
+            self._numbers[_TRITONS[name]].observe(seconds)
 
     def workers(self, pool: Workers) -> None:
         """Note how many workers of a pool are up, and how many were replaced."""
@@ -100,11 +98,10 @@ class Metrics:
         self._count("worker_restarts_total", restarts - self._restarts)
         self._restarts = restarts
 
-    def batch(
-        self, done: Batch, rows: int, queued: Sequence[float], names: Mapping[int, str]
-    ) -> None:
-        """Count a batch, whose requests waited so many seconds; places may have names."""
-        report, count = done.report, self._count
+    def batch(self, done: Batch, rows: int, queued: Sequence[float], pool: Workers) -> None:
+        """Count a batch of a pool, whose requests waited so many seconds."""
+        self.workers(pool)
+        report, count, names = done.report, self._count, getattr(pool, "names", {})
         flags = [] if report.predicted is None else report.predicted.tolist()
         predicted = sum(flag and row not in done.unanswered for row, flag in enumerate(flags))
         won = sum(hedge.won for hedge in report.hedges)
@@ -124,13 +121,13 @@ class Metrics:
         for outcome in ("verified", "unverified"):
             if (flags := getattr(report, outcome)) is not None:
                 count("checks_total", int(flags.sum()), outcome)
-        self._rows += rows
+        self._totals["inference_count"] += rows
+        self._totals["execution_count"] += 1
         for seconds in queued:
-            self._numbers["queued_seconds"].observe(seconds)
             self._time("queue", seconds)
-        for name, its in _TRITONS.items():
-            self._numbers[name].observe(getattr(report, name))
-            self._time(its, getattr(report, name))
+        self._time("compute_input", report.encode_seconds)
+        self._time("compute_infer", report.compute_seconds)
+        self._time("compute_output", report.decode_seconds)
         if report.radii is not None and report.predicted is not None:
             for radius in report.radii[report.predicted].tolist():
                 if radius < math.inf:  # an infinite sum would stay infinite

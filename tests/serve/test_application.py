@@ -335,8 +335,8 @@ def test_a_client_that_disconnects_leaves_the_queue(held):
             for client in first, second:
                 client.connection.request("POST", PATH, json.dumps(ONE))
             assert held.begun.acquire(timeout=30)
-            wait_until(lambda: batcher.num_queued == 1)
-        wait_until(lambda: batcher.num_queued == 0)
+            wait_until(lambda: len(batcher._queue) == 1)
+        wait_until(lambda: len(batcher._queue) == 0)
         with Client(port) as client:
             wait_until(lambda: 'refusals_total{reason="disconnected"} 2.0' in client.metrics())
             held.go.set()

@@ -105,7 +105,7 @@ async def test_waiting_requests_run_together_in_order_as_soon_as_a_slot_is_free(
     sizes = (1, 1, 2, 1, 3, 1, 4)
     entries = [put(batcher, *[float(i)] * n) for i, n in enumerate(sizes)]
     await until(lambda: model.batches == [[0.0]])  # at once, without others
-    assert batcher.num_queued == 6
+    assert len(batcher._queue) == 6
     model.go.set()
     assert await answers(*entries) == [[2.0 * i] * n for i, n in enumerate(sizes)]
     await batcher.close(1.0)
@@ -127,7 +127,7 @@ async def test_as_many_batches_run_at_once_as_their_parts_find_slots(model):
     batcher = model.batcher(slots=lambda: (3, 2))
     entries = [put(batcher, 0.0), put(batcher, 1.0, 1.0, 1.0), put(batcher, 2.0), put(batcher, 3.0)]
     await until(lambda: len(model.batches) == 2)  # one has one part, the other two
-    assert batcher.num_queued == 2
+    assert len(batcher._queue) == 2
     model.go.set()
     assert await answers(*entries) == [[0.0], [2.0] * 3, [4.0], [6.0]]
     assert sorted(map(len, model.batches)) == [1, 2, 3]
@@ -164,7 +164,7 @@ async def test_a_cancelled_request_is_not_computed(model):
     await until(lambda: model.batches)
     second.cancel()
     await asyncio.sleep(0)
-    assert batcher.num_queued == 1
+    assert len(batcher._queue) == 1
     first.cancel()  # the answer of a running request is dropped
     model.go.set()
     assert await answers(last) == [[4.0]]
