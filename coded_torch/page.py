@@ -13,6 +13,7 @@ import secrets
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any, cast
 
 import orjson
@@ -59,29 +60,29 @@ class Chaos:
         if faults:  # the pool reads it with each result
             self.pool.adversaries = self.corrupt
 
-    def offered(self, place: int) -> dict[str, str]:
-        """Return the actions on a worker, each with why it cannot be now, or ""."""
-        states = self.built.of_places("states")
+    def offered(self, place: int, states: Mapping[int, tuple[str, int]]) -> dict[str, str]:
+        """Return the actions on a worker of some states, each with why it cannot be now, or ""."""
         state, pid = states.get(place, ("down", 0))
         if state == "excluded":
             return {"restart": ""} if self.token else {}
-        wrong, fault = "", self.faults.get(place)
         down = "" if pid else f"worker {place} is down, or none of {len(states)}"
-        why = down or (f"worker {place} has a fault already: {fault}" if fault else "")
+        has = f"worker {place} has a fault already: {self.faults.get(place)}"
+        why = wrong = down or (has if place in self.faults else "")
         members = {each for each, (state, _) in states.items() if state != "excluded"}
         if not self.built.coded.verify:
             wrong = "wrong results are found with --verify only"
         elif 2 * len(self.corrupt & members) + 2 >= len(members):
             wrong = f"fewer than half of {len(members)} workers may be corrupt"
-        reasons = {"kill": down, "corrupt": wrong or why}
+        reasons = {"kill": down, "corrupt": wrong}
         return {action: reasons.get(action, why) for action in self.actions}
 
     def act(self, place: int, action: str) -> None:
         """Act on the worker at a place; a ValueError if that cannot be now."""
-        offered = self.offered(place)
+        states = self.built.of_places("states")  # read once, as a process may end meanwhile
+        offered = self.offered(place, states)
         if why := offered.get(action, f"the action must be one of {', '.join(offered) or 'none'}"):
             raise ValueError(why)
-        pid = self.built.of_places("states")[place][1]
+        pid = states[place][1]
         if action == "restart":
             self.pool.restart(place)
         elif action == "kill":
@@ -124,7 +125,7 @@ def add_page(built: app, *, faults: bool = False, is_local: bool) -> None:
 
     async def status(request: Request) -> Response:
         """Return the state of the workers, and the last answers: of a minute with any query."""
-        now, names = time.monotonic(), built.of_places("names")
+        now, names, states = time.monotonic(), *map(built.of_places, ("names", "states"))
         since = now - (_MINUTE if request.url.query else _AGAIN)
         content = {
             "name": built.name,
@@ -137,8 +138,8 @@ def add_page(built: app, *, faults: bool = False, is_local: bool) -> None:
             "workers": [
                 {"place": place, "name": names.get(place, f"Worker {place}"), "state": state}
                 | {"pid": pid, "fault": chaos.faults.get(place, "")}
-                | {"actions": chaos.offered(place)}
-                for place, (state, pid) in built.of_places("states").items()
+                | {"actions": chaos.offered(place, states)}
+                for place, (state, pid) in states.items()
                 if built.ready
             ],
             "now": now,

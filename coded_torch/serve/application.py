@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-import anyio
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -126,7 +125,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             max_batch_size=self.max_rows,
             max_queued_requests=count(self, "max_queued_requests", max_queued_requests),
             slots=slots,
-            on_batch=lambda *batch: self.metrics.batch(*batch, self.pool),
+            on_batch=lambda *batch: self.metrics.batch(self.pool, *batch),
             states=lambda: Counter(state for state, _ in self.of_places("states").values()),
         )
         self.reader = protocol.Reader(inputs, outputs, self.max_rows)
@@ -278,17 +277,17 @@ async def _first(future: asyncio.Future[Batch], request: Request, seconds: float
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        if not future.done():
-            future.set_exception(ClientDisconnect())
 
-    watching = asyncio.ensure_future(watch())
+    gone = asyncio.ensure_future(watch())
     try:
-        with anyio.fail_after(seconds):
-            return await future
-    except TimeoutError:
-        raise RequestError(504, "late", "too few results came within the deadline") from None
+        await asyncio.wait((future, gone), timeout=seconds, return_when="FIRST_COMPLETED")
+        if future.done():
+            return future.result()
+        if gone.done():
+            raise ClientDisconnect
+        raise RequestError(504, "late", "too few results came within the deadline")
     finally:
-        watching.cancel()
+        gone.cancel()
         future.cancel()  # takes the request off the queue
 
 

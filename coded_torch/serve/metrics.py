@@ -98,8 +98,8 @@ class Metrics:
         self._count("worker_restarts_total", restarts - self._restarts)
         self._restarts = restarts
 
-    def batch(self, done: Batch, rows: int, queued: Sequence[float], pool: Workers) -> None:
-        """Count a batch of a pool, whose requests waited so many seconds."""
+    def batch(self, pool: Workers, done: Batch, rows: int, queued: Sequence[float]) -> None:
+        """Count a pool's batch, whose requests waited so many seconds."""
         self.workers(pool)
         report, count, names = done.report, self._count, getattr(pool, "names", {})
         flags = [] if report.predicted is None else report.predicted.tolist()

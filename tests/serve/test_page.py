@@ -205,17 +205,27 @@ def test_a_fault_ends_with_its_process(action, monkeypatch):
         chaos.act(5, "pause")
 
 
+def test_a_worker_that_ends_meanwhile_is_not_signalled(monkeypatch):
+    pool = Pool()
+    chaos, reads = pool.chaos(), [{0: ("idle", 1234)}, {0: ("down", 0)}]
+    chaos.built.of_places = lambda what: reads.pop(0)
+    monkeypatch.setattr(os, "kill", lambda pid, number: pool.signals.append((pid, number)))
+    chaos.act(0, "kill")
+    assert pool.signals == [(1234, signal.SIGKILL)]  # 0 is this process, and its whole group
+
+
 @pytest.mark.parametrize(("size", "most"), [(2, 0), (3, 1), (4, 1), (5, 2), (6, 2), (7, 3)])
 def test_fewer_than_half_of_the_workers_are_corrupt(size, most, monkeypatch):
     pool = Pool(size)
     chaos = pool.chaos()
     monkeypatch.setattr(threading.Thread, "start", lambda self: None)  # faults do not end
     for place in range(most):
-        assert chaos.offered(place)["corrupt"] == ""
+        assert chaos.offered(place, pool.states)["corrupt"] == ""
         chaos.act(place, "corrupt")
     for place in range(size):
         assert (
-            chaos.offered(place)["corrupt"] == f"fewer than half of {size} workers may be corrupt"
+            chaos.offered(place, pool.states)["corrupt"]
+            == f"fewer than half of {size} workers may be corrupt"
         )
     with pytest.raises(ValueError, match="fewer than half"):
         chaos.act(most, "corrupt")
@@ -227,14 +237,14 @@ def test_an_excluded_worker_can_only_be_restarted():
     pool.states |= {1: ("excluded", 1235), 2: ("excluded", 1236)}
     chaos = pool.chaos()
     chaos.corrupt |= {1, 2, 3}  # excluded ones do not count, but of four workers one may be
-    assert chaos.offered(0)["corrupt"] == "fewer than half of 4 workers may be corrupt"
-    assert chaos.offered(1) == {"restart": ""}
+    assert chaos.offered(0, pool.states)["corrupt"] == "fewer than half of 4 workers may be corrupt"
+    assert chaos.offered(1, pool.states) == {"restart": ""}
     with pytest.raises(ValueError, match="the action must be one of restart"):
         chaos.act(1, "kill")
     chaos.act(1, "restart")
     assert pool.restarted == [1]
     calm = pool.chaos(faults=False)  # without --chaos, nothing else
-    assert (calm.offered(0), calm.offered(2)) == ({}, {"restart": ""})
+    assert (calm.offered(0, pool.states), calm.offered(2, pool.states)) == ({}, {"restart": ""})
 
 
 def shown(application, **options):
