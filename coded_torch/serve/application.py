@@ -25,11 +25,10 @@ import coded_torch
 
 from .._arguments import count, instance, positive
 from ..nn import CodedWrapper
-from ..open_inference import ADDED, TensorSpec
-from . import protocol
+from ..open_inference import ADDED, TensorSpec, written
 from .batcher import TO_ANSWER, Batch, Batcher, compute, load
 from .metrics import Metrics
-from .protocol import VERSION, RequestError
+from .protocol import VERSION, Reader, RequestError
 
 # The number of requests that Ray lets into a replica; a bound, not tuned. Ray's default of 5 would
 # refuse before the application's own bound of 256 does.
@@ -128,7 +127,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             on_batch=lambda *batch: self.metrics.batch(self.pool, *batch),
             states=lambda: Counter(state for state, _ in self.of_places("states").values()),
         )
-        self.reader = protocol.Reader(inputs, outputs, self.max_rows)
+        self.reader = Reader(inputs, outputs, self.max_rows)
         server = {"name": "coded_torch", "version": coded_torch.__version__}
         model: dict[str, Any] = {
             "name": name,
@@ -172,7 +171,10 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             headers = Headers(scope=scope)
             host = "//" + headers.get("host", "")
             for name, url in (("Host", host), ("Origin", headers.get("origin", host))):
-                if _host(url) not in allowed:
+                found = None
+                with contextlib.suppress(ValueError):
+                    found = urlsplit(url).hostname
+                if found not in allowed:
                     must = f"the {name} of a request must be one of {', '.join(allowed)}"
                     error = RequestError(403, "invalid", f"{must}, got {url.lstrip('/')!r:.80}")
                     await (await self.refuse(Request(scope), error))(scope, receive, send)
@@ -201,7 +203,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
                 gc.unfreeze()
             self.ready = False
             await self.batcher.close(self.deadline + TO_ANSWER)
-            self.reader.close()
+            self.reader.thread.shutdown(wait=False)
             await asyncio.to_thread(self.pool.close)
 
     async def is_ready(self, _: Request) -> Response:
@@ -244,7 +246,10 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
                 answers["radius"] = radii[answer.rows].float()
         rows, predicted = len(answers["predicted"]), int(answers["predicted"].sum())
         parameters = {"predicted_rows": predicted} | ({"coverage": coverage} if coverage else {})
-        body, length = protocol.format_answer(self.name, message, answers, parameters)
+        about = {"model_name": self.name, "model_version": VERSION, "parameters": parameters}
+        about |= {"id": message.id} if message.id else {}
+        tensors = ((spec, answers[spec.name], binary) for spec, binary in message.outputs)
+        body, length = written(about, "outputs", tensors)
         now = time.monotonic()
         self.answers.append((now, now - arrived, rows, predicted))
         self.metrics.answered(now - arrived)
@@ -263,12 +268,6 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         if error.status_code == 404:
             why = f"there is no {path!r:.120}; the model here is {self.name!r}, version {VERSION}"
         return JSONResponse({"error": why}, error.status_code, error.headers)
-
-
-def _host(url: str) -> str | None:
-    with contextlib.suppress(ValueError):
-        return urlsplit(url).hostname
-    return None
 
 
 async def _first(future: asyncio.Future[Batch], request: Request, seconds: float) -> Batch:

@@ -14,9 +14,9 @@ import re
 import resource
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import anyio
 import orjson
@@ -75,7 +75,7 @@ class Reader:
         self.inputs, self.outputs, self.max_rows = inputs, outputs, max_rows
         self.most = wire.most_bytes(inputs, max_rows)  # bytes of one body, packed and unpacked
         self.left = max(_TOGETHER, 4 * self.most)
-        self._thread = ThreadPoolExecutor(1, "coded_torch parse")
+        self.thread = ThreadPoolExecutor(1, "coded_torch parse")
 
     async def read(self, request: Request, deadline: float) -> InferRequest:
         """Return a request. Its body must come within half of the time to its deadline, or 5 s."""
@@ -106,16 +106,13 @@ class Reader:
                 return work()
             late = "the body was not parsed within the deadline"
             with anyio.fail_after(deadline - time.monotonic()):
-                return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+                return await asyncio.get_running_loop().run_in_executor(self.thread, work)
         except TimeoutError:
             raise RequestError(408, "late", late) from None
         except (ValueError, RecursionError) as error:  # JSON may be too deep
             raise RequestError(400, "invalid", str(error)) from None
         finally:
             self.left += len(body)
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=False)
 
     def _unpack(self, body: bytearray, encoding: str) -> bytearray:
         most = min(self.most, _UNPACKED + _RATIO * len(body))
@@ -243,19 +240,6 @@ def parse(
         wanted.append((spec, field(owner, how, "binary_data", bool, binary)))
     wanted = wanted or [(spec, binary) for spec in outputs]
     return InferRequest(name, tensors, wanted, microseconds / 1e6 or math.inf, coverage)
-
-
-def format_answer(
-    model: str,
-    request: InferRequest,
-    answers: Mapping[str, Tensor],
-    parameters: Mapping[str, Any],
-) -> tuple[bytes, int | None]:
-    """Return the body of an answer, and the length of its JSON if binary tensors follow."""
-    message = {"model_name": model, "model_version": VERSION, "parameters": parameters}
-    message |= {"id": request.id} if request.id else {}
-    tensors = ((spec, answers[spec.name], binary) for spec, binary in request.outputs)
-    return wire.written(message, "outputs", tensors)
 
 
 class Connection(HttpToolsProtocol):

@@ -148,12 +148,15 @@ def test_only_allowed_hosts_may_use_any_route(headers, named):
     [("gzip", gzip.compress), ("deflate", zlib.compress), ("identity", bytes)],
 )
 def test_packed_bodies(client, encoding, squeeze):
-    many = {"inputs": [tensor(torch.arange(192.0).reshape(64, 3).tolist())]}
+    many = {"id": "a", "inputs": [tensor(torch.arange(192.0).reshape(64, 3).tolist())]}
     body = squeeze(json.dumps(many).encode())
     headers = {"Content_Encoding": encoding, "Accept_Encoding": "gzip"}
     status, found, answer = client.send("POST", PATH, body, **headers)
     assert (status, found["content-encoding"]) == (200, None)
-    assert json.loads(answer)["outputs"][0]["shape"] == [64, 2]
+    answer = json.loads(answer)
+    assert answer.pop("outputs")[0]["shape"] == [64, 2]
+    head = {"model_name": "m", "model_version": "1", "id": "a"}
+    assert answer == head | {"parameters": {"predicted_rows": 0, "coverage": 0.95}}
 
 
 @pytest.mark.parametrize(

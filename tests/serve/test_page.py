@@ -222,11 +222,9 @@ def test_fewer_than_half_of_the_workers_are_corrupt(size, most, monkeypatch):
     for place in range(most):
         assert chaos.offered(place, pool.states)["corrupt"] == ""
         chaos.act(place, "corrupt")
+    why = f"fewer than half of {size} workers may be corrupt"
     for place in range(size):
-        assert (
-            chaos.offered(place, pool.states)["corrupt"]
-            == f"fewer than half of {size} workers may be corrupt"
-        )
+        assert chaos.offered(place, pool.states)["corrupt"] == why
     with pytest.raises(ValueError, match="fewer than half"):
         chaos.act(most, "corrupt")
     assert set(pool.adversaries) == set(range(most))

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from coded_torch.open_inference import from_json, most_bytes, to_bytes
+from coded_torch.open_inference import from_json, most_bytes, to_bytes, written
 from coded_torch.serve import DATATYPES, Connection, TensorSpec, protocol
-from coded_torch.serve.protocol import ADDED, format_answer, parse
+from coded_torch.serve.protocol import ADDED, parse
 
 from .servers import INPUTS, OUTPUTS, Client, built, serving, tensor
 
@@ -246,7 +246,8 @@ def test_answers_in_json_and_binary():
     output = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).T  # not contiguous
     errors = torch.tensor([0.5, torch.nan])  # JSON has no number for it
     answers = {"output": output, "predicted": torch.tensor([True, False]), "radius": errors}
-    body, length = format_answer("m", read(message), answers, {"predicted_rows": 1})
+    tensors = ((spec, answers[spec.name], binary) for spec, binary in read(message).outputs)
+    body, length = written({"id": "a"}, "outputs", tensors)
     found = json.loads(body[:length])
     size = {"binary_data_size": 16}
     assert found.pop("outputs") == [
@@ -254,8 +255,7 @@ def test_answers_in_json_and_binary():
         {"name": "predicted", "datatype": "BOOL", "shape": [2], "data": [True, False]},
         {"name": "radius", "datatype": "FP32", "shape": [2], "data": [0.5, None]},
     ]
-    head = {"model_name": "m", "model_version": "1", "id": "a"}
-    assert found == head | {"parameters": {"predicted_rows": 1}}
+    assert found == {"id": "a"}
     assert np.frombuffer(body[length:], "<f4").tolist() == [1, 3, 2, 4]
 
 
