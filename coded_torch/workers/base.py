@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import instance, positive, sparing_logger, warn
-from .._torch import dependent_output, flatten, leaf_name, positional, two_rows, unflatten
+from .._torch import dependent_output, flatten, has_rows, leaf_name, positional, unflatten
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -302,13 +302,14 @@ class Workers(abc.ABC):
     ) -> None:
         """Warn if two rows of an example, computed by one worker, depend on each other."""
 
-        def compute(batches: list[list[int]]) -> list[Any]:
-            rows, pairs = torch.tensor(batches), zip(leaves, dims, strict=True)
-            inputs = [x if dim is None else x[rows] for x, dim in pairs]
-            device = leaves[dims.index(0)].device
-            task = Task(inputs, dims, spec, len(rows), rows.shape[1], device)
+        divided = list(filter(has_rows, leaves))
+
+        def compute(batches: list[tuple[int, ...]]) -> list[Any]:
+            dims = [0 if has_rows(x) else None for x in leaves]
+            inputs = [x[rows * 2].unsqueeze(1) if has_rows(x) else x for x in leaves]
+            task = Task(inputs, dims, spec, len(rows * 2), 1, divided[0].device)
             with self.open(module, task) as request:
-                request.ask([Part(n, (n,), avoid=avoid) for n in range(len(batches))])
+                request.ask([Part(n, each, avoid=avoid) for n, each in enumerate(batches)])
                 events = iter(functools.partial(request.wait, timeout), None)
                 replies = {x.part.number: x for x in events if isinstance(x, Reply)}
             for error in [reply.error for reply in replies.values() if reply.error]:
@@ -318,8 +319,13 @@ class Workers(abc.ABC):
             return [replies[n].value for n in range(len(batches))]
 
         try:
-            dims, row, scale = two_rows(leaves)
-            found = dependent_output(compute, row, scale)
+            if len({len(x) for x in divided}) != 1:
+                raise RuntimeError("the inputs of the example must have one size at dimension 0")
+            if len(rows := different_rows(divided)) == 1:
+                got = f"{len(divided[0])} alike"
+                raise RuntimeError(f"the example must have two different rows, got {got}")
+            sizes = [float(x[rows].abs().max()) for x in divided if x.is_floating_point()]
+            found = dependent_output(compute, max(sizes, default=1.0))
         except RuntimeError as error:
             what = "%s: whether rows depend on each other was not checked: %s"
             logger.warning(what, type(self).__name__, str(error).partition("\n")[0])
