@@ -16,15 +16,13 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from .._arguments import dense
-from .._torch import outside, plain
+from .._torch import outside, plain, positional
 from ..codes.base import Code
 from ..scheduling.latency_history import BLOCKS, PredictionTimes
-from ..workers.base import Task, broadcast_dims, positional
+from ..workers.base import Task, broadcast_dims
 
 if TYPE_CHECKING:
     from ..input_space.regression import Regression, RowPlan
-
-__all__ = ["Columns", "Division", "Inputs", "Rows", "finite", "training_part"]
 
 # Seconds that a prediction may end after the deadline before a worse one is made. A busy machine
 # wakes a thread about as late (benchmarks/resilience.py, "deadline").

@@ -18,8 +18,6 @@ from .._arguments import count
 from ..workers.base import arguments
 from ..workers.live import INTERRUPTION, Ambient, Interruption
 
-__all__ = ["ModuleProxy"]
-
 Call: TypeAlias = Callable[..., tuple[Any, Any]]
 
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import sparing_logger
-from .._torch import as_called, device_of, outside, plain
+from .._torch import as_called, device_of, flatten, outside, plain
 from ..codes.plans import BatchPlan, NotEnoughResults
 from ..input_space.error_bars import ErrorBars
 from ..input_space.regression import RowPlan, to_scale
 from ..input_space.selection import few_columns
 from ..surrogates import Memory
-from ..workers.base import flatten, show
+from ..workers.base import show
 from .division import finite
 from .result_checks import Stacked
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from ..verification import Trials
     from .division import Division
     from .report import Report
-
-__all__ = ["Answers"]
 
 logger = sparing_logger("coded_torch.nn")
 Plan: TypeAlias = BatchPlan | RowPlan

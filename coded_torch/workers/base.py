@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from ..stragglers import Stragglers
     from .faults import Fault
 
-__all__ = ["CONSTANTS", "Arguments", "Began", "Part", "Reply", "Request", "Task", "WorkerError"]
-__all__ += ["Workers", "arguments", "broadcast_dims", "check_batch", "different_rows", "flatten"]
-__all__ += ["leaf_name", "positional", "show", "unflatten"]
-
 logger = sparing_logger("coded_torch.workers")
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
