@@ -22,9 +22,8 @@ from ..input_space.error_bars import ErrorBars
 from ..input_space.regression import RowPlan, to_scale
 from ..input_space.selection import few_columns
 from ..surrogates import Memory
-from ..workers.base import show
 from .division import finite
-from .result_checks import Stacked
+from .result_checks import Stacked, show
 
 if TYPE_CHECKING:
     from ..input_space.metrics import Choice

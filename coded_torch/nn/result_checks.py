@@ -12,10 +12,17 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import dense
 from .._torch import differentiated, flatten, leaf_name, unflatten
-from ..workers.base import CONSTANTS, Reply, WorkerError, broadcast_dims, check_batch, show
+from ..workers.base import CONSTANTS, Reply, WorkerError, broadcast_dims, check_batch
 from .division import Division, finite
 
 _ROUNDING = 0.01  # the most that a sum of probabilities differs from 1; half precision needs it
+
+
+def show(leaf: Any) -> str:
+    """Return a leaf for messages: the dtype and shape of a tensor, a constant, else the type."""
+    if isinstance(leaf, Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
+    return repr(leaf) if isinstance(leaf, CONSTANTS) else type(leaf).__name__
 
 
 class Result:
