@@ -259,7 +259,7 @@ def _residuals(
     no weights if results are not predicted better from each other with them, by more than chance.
     """
     used = list(approximations.values())
-    of_units = [division.of_units(approximation, received) for approximation in used]  # [F, R, ...]
+    of_units = [division.spread(approximation)[list(received)] for approximation in used]
     dtype, places = torch.promote_types(results.dtype, torch.float32), plan.used(received)
     with outside():
         numbers = [plain("decode", "results", x).flatten(0, 1) for x in (results, *of_units)]
