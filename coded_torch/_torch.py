@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -282,48 +283,60 @@ def leaf_name(root: str, tree: Any, index: int) -> str:
     return root + pytree.keystr(path)
 
 
-def two_rows(leaves: Sequence[Any]) -> tuple[list[int | None], int, float]:
-    """Return the batch dimension of each leaf, 0 or None, and a row that differs from row 0.
+def arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return ``(args, kwargs)`` of an input, a tuple of positional arguments, or bound ones."""
+    if isinstance(given, inspect.BoundArguments):
+        return given.args, given.kwargs
+    return given if isinstance(given, tuple) else (given,), {}
 
-    And the size of floating-point inputs. Raises a RuntimeError if there is no such row.
-    """
-    kinds = [isinstance(x, Tensor) and x.dim() and x.layout is torch.strided for x in leaves]
-    whole = list(itertools.compress(leaves, kinds))
-    if len(lengths := {len(x) for x in whole}) != 1:
-        raise RuntimeError("the inputs of the example must have one size at dimension 0")
-    others = sum((x != x[:1])[..., None].flatten(1).any(1).cpu() for x in whole)
-    if not torch.any(others):
-        raise RuntimeError(f"the example must have two different rows, got {lengths.pop()} alike")
-    sizes = [float(x.abs().max()) for x in whole if x.is_floating_point() and x.numel()]
-    return (
-        [0 if kind else None for kind in kinds],
-        int(others.nonzero()[0]),
-        max(sizes, default=1.0),
-    )
+
+def has_rows(leaf: Any) -> bool:
+    """Return whether a leaf is a tensor that can be read row by row."""
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.layout is torch.strided
+
+
+def different_rows(inputs: Sequence[Tensor]) -> list[int]:
+    """Return the numbers of the first row and of the first that differs from it, if one does."""
+    numbers = range(1, len(inputs[0]))
+    other = next((i for i in numbers if any(not x[i].equal(x[0]) for x in inputs)), 0)
+    return [0, other] if other else [0]
 
 
 def dependent_output(
-    compute: Callable[[list[list[int]]], list[Any]], row: int, scale: float
+    leaves: Sequence[Any], compute: Callable[[list[Any], list[tuple[int, ...]]], list[Any]]
 ) -> tuple[str, float] | None:
-    """Return the name of an output that is another one if row 0 and ``row`` are computed together.
+    """Return the name of an output that is another one if two rows are computed together.
 
-    And how far it is off. ``compute`` returns the output for each of some batches of these rows.
-    ``scale`` is the size of the inputs. Raises a RuntimeError if the outputs do not tell.
+    And how far it is off. Raises a RuntimeError if the inputs or the outputs do not tell.
+
+    Args:
+        leaves: the inputs; of tensors with rows, two that differ are compared.
+        compute: returns the outputs for some batches, given the inputs of some rows, ``[4, 1,
+            ...]``, and the numbers of the rows of each batch.
     """
-    trees, found = compute([[0, row]]) + compute([[0], [row]]), dict[int, tuple[Any, ...]]()
+    divided = list(filter(has_rows, leaves))
+    if len({len(x) for x in divided}) != 1:
+        raise RuntimeError("the inputs of the example must have one size at dimension 0")
+    if len(rows := different_rows(divided)) == 1:
+        got = f"{len(divided[0])} alike"
+        raise RuntimeError(f"the example must have two different rows, got {got}")
+    sizes = [float(x[rows].abs().max()) for x in divided if x.is_floating_point() and x.numel()]
+    scale = max(sizes, default=1.0)
+    inputs = [x[rows * 2, None] if has_rows(x) else x for x in leaves]
+    trees, found = compute(inputs, [(0,), (1,), (0, 1)]), dict[int, tuple[Any, ...]]()
     for i, each in enumerate(zip(*[flatten(tree)[0] for tree in trees], strict=False)):
-        if all(isinstance(x, Tensor) and x.layout is torch.strided and x.dim() for x in each):
-            both, *single = map(_real, each)
-            if single[0].shape == single[1].shape and both.shape == (2, *single[0].shape[1:]):
+        if all(map(has_rows, each)) and [*map(len, each)] == [1, 1, 2]:
+            first, second, both = map(_real, each)
+            if both.numel() and first.shape == second.shape == both[:1].shape:
                 is_rounded = each[0].is_floating_point() or each[0].is_complex()
                 eps = torch.finfo(each[0].dtype).eps if is_rounded else 0.0
-                found[i] = both, torch.cat(single), eps
+                found[i] = both, torch.cat([first, second]), eps
     if not found:
         raise RuntimeError("no output has a row for each row of the example at dimension 0")
     if all(bool(((x - y).abs() <= eps * x.abs()).all()) for x, y, eps in found.values()):
         return None
     # Batches of another size are rounded differently, but batches of one size mostly are not.
-    others = [flatten(tree)[0] for tree in compute([[0, 0], [row, row], [0, row]])]
+    others = [flatten(tree)[0] for tree in compute(inputs, [(0, 2), (1, 3), (0, 1)])]
     for i, (both, alone, eps) in found.items():
         first, second, again = (_real(leaves[i]) for leaves in others)
         twin = torch.cat([first[:1], second[1:]])

@@ -33,10 +33,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 import coded_torch
 
 from .._arguments import count
+from .._torch import different_rows
 from ..codes import NotEnoughResults
 from ..nn import CodedWrapper, Waiting
 from ..workers import ProcessWorkers
-from ..workers.base import different_rows
 from . import CommandError, find_factory, need, say, usage
 
 __all__ = ["job"]

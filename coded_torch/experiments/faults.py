@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import count, instance, positive, probability
-from .._torch import on_host
+from .._torch import flatten, on_host, unflatten
 from ..stragglers import Stragglers
-from ..workers import base
-from ..workers.base import Began, Part, Reply, Request, Task, Workers
+from ..workers.base import Began, Part, Reply, Request, Task, Workers, broadcast_dims
 from ..workers.faults import Fault
 
 if TYPE_CHECKING:
@@ -175,15 +174,15 @@ class _FaultyRequest(Request):
     @on_host()
     def _attacked(self, value: Any, worker: int) -> Any:
         attack: Any = self._pool.attack  # adversaries come with an attack
-        leaves, spec = base.flatten(value)
-        dims = base.broadcast_dims("out_dims", self._task.out_dims, spec)
+        leaves, spec = flatten(value)
+        dims = broadcast_dims("out_dims", self._task.out_dims, spec)
         for i, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
             if dim is not None and isinstance(leaf, Tensor) and leaf.is_floating_point():
                 draws = self._pool.generator(self._number, 1, 1 + worker)
                 made = attack(leaf.movedim(dim, 0), draws)
                 instance(self._pool, "what attack returns", made, Tensor)
                 leaves[i] = made.to(leaf.dtype).movedim(0, dim)
-        return base.unflatten(leaves, spec)
+        return unflatten(leaves, spec)
 
     drop: Any = property(attrgetter("_request.drop"))
     now: Any = property(attrgetter("_request.now"))

@@ -27,8 +27,6 @@ from .predict_missing import Answers
 from .report import Report
 from .result_checks import Results, Stacked
 
-__all__ = ["CodedWrapper"]
-
 _CHECKED = ("code", "workers", "waiting", "parts", "predictor", "surrogate", "verify")
 _AT_ONCE, _AS_NEEDED, _PREDICTOR = Waiting.first(), Waiting(), Regression()
 

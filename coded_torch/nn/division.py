@@ -16,15 +16,13 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from .._arguments import dense
-from .._torch import outside, plain
+from .._torch import outside, plain, positional
 from ..codes.base import Code
 from ..scheduling.latency_history import BLOCKS, PredictionTimes
-from ..workers.base import Task, broadcast_dims, positional
+from ..workers.base import Task, broadcast_dims
 
 if TYPE_CHECKING:
     from ..input_space.regression import Regression, RowPlan
-
-__all__ = ["Columns", "Division", "Inputs", "Rows", "finite", "training_part"]
 
 # Seconds that a prediction may end after the deadline before a worse one is made. A busy machine
 # wakes a thread about as late (benchmarks/resilience.py, "deadline").
@@ -178,24 +176,20 @@ class Division:
     def __init__(self, inputs: Inputs, num_units: int, unit_rows: int, out_dims: Any) -> None:
         self.inputs, self.batch_size = inputs, inputs.batch_size
         leaves = [
-            leaf if dim is None else self._spread(leaf.movedim(dim, 0) if dim else leaf)
+            leaf if dim is None else self.spread(leaf.movedim(dim, 0) if dim else leaf)
             for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
         ]
         self.task = Task(
             leaves, inputs.dims, inputs.spec, num_units, unit_rows, inputs.device, out_dims
         )
         if inputs.not_finite is not None:
-            self.not_finite = self._spread(inputs.not_finite)
+            self.not_finite = self.spread(inputs.not_finite)
 
     def is_whole(self, received: Sequence[int]) -> bool:
         """Return whether the results of these units are the answers as they are."""
         return self.by_rows and len(received) == self.batch_size
 
-    def of_units(self, values: Tensor, units: Sequence[int]) -> Tensor:
-        """Return values of the batch, ``[B, ...]``, for units that repeat it: ``[F, R, ...]``."""
-        return self._spread(values)[list(units)]
-
-    def _spread(self, values: Tensor) -> Tensor:
+    def spread(self, values: Tensor) -> Tensor:
         """Return values of the batch, ``[B, ...]``, for all units: ``[units, R, ...]``."""
         raise NotImplementedError
 
@@ -227,7 +221,7 @@ class Columns(Division):
             dealer.shuffle(spare)
         self.first, self.spare = [(column,) for column in chosen], spare
 
-    def _spread(self, values: Tensor) -> Tensor:
+    def spread(self, values: Tensor) -> Tensor:
         encoded: Tensor = self.plan.encode(values)
         return encoded
 
@@ -274,7 +268,7 @@ class Rows(Division):
             plan.leave_out(self.inputs.not_finite)
         return plan
 
-    def _spread(self, values: Tensor) -> Tensor:
+    def spread(self, values: Tensor) -> Tensor:
         return values.unsqueeze(1)
 
     def keep_deadline(self, seconds: float, times: PredictionTimes) -> tuple[str, ...]:

@@ -25,8 +25,6 @@ from .division import Division
 from .report import Report
 from .result_checks import Results
 
-__all__ = ["Execution", "seconds_left"]
-
 logger = sparing_logger("coded_torch.nn")
 _NOBODY = frozenset[int]()
 _SHOWN = 8  # rows in a message

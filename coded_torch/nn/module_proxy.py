@@ -15,10 +15,8 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from .._arguments import count
-from ..workers.base import arguments
+from .._torch import arguments
 from ..workers.live import INTERRUPTION, Ambient, Interruption
-
-__all__ = ["ModuleProxy"]
 
 Call: TypeAlias = Callable[..., tuple[Any, Any]]
 

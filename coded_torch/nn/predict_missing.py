@@ -16,15 +16,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import sparing_logger
-from .._torch import as_called, device_of, outside, plain
+from .._torch import as_called, device_of, flatten, outside, plain
 from ..codes.plans import BatchPlan, NotEnoughResults
 from ..input_space.error_bars import ErrorBars
 from ..input_space.regression import RowPlan, to_scale
 from ..input_space.selection import few_columns
 from ..surrogates import Memory
-from ..workers.base import flatten, show
 from .division import finite
-from .result_checks import Stacked
+from .result_checks import Stacked, show
 
 if TYPE_CHECKING:
     from ..input_space.metrics import Choice
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from ..verification import Trials
     from .division import Division
     from .report import Report
-
-__all__ = ["Answers"]
 
 logger = sparing_logger("coded_torch.nn")
 Plan: TypeAlias = BatchPlan | RowPlan
@@ -262,7 +259,7 @@ def _residuals(
     no weights if results are not predicted better from each other with them, by more than chance.
     """
     used = list(approximations.values())
-    of_units = [division.of_units(approximation, received) for approximation in used]  # [F, R, ...]
+    of_units = [division.spread(approximation)[list(received)] for approximation in used]
     dtype, places = torch.promote_types(results.dtype, torch.float32), plan.used(received)
     with outside():
         numbers = [plain("decode", "results", x).flatten(0, 1) for x in (results, *of_units)]

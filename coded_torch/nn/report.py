@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from ..input_space.metrics import Choice
     from ..verification import Trials
 
-__all__ = ["Report"]
-
 _CUT_SHORT = {
     "deadline": "the deadline was over",
     "predict_after": "most calls have ended by then",

@@ -11,14 +11,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._arguments import dense
-from .._torch import differentiated
-from ..workers import base
-from ..workers.base import CONSTANTS, Reply, WorkerError, flatten, show
+from .._torch import differentiated, flatten, leaf_name, unflatten
+from ..workers.base import CONSTANTS, Reply, WorkerError, broadcast_dims, check_batch
 from .division import Division, finite
 
-__all__ = ["Result", "Results", "Stacked"]
-
 _ROUNDING = 0.01  # the most that a sum of probabilities differs from 1; half precision needs it
+
+
+def show(leaf: Any) -> str:
+    """Return a leaf for messages: the dtype and shape of a tensor, a constant, else the type."""
+    if isinstance(leaf, Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
+    return repr(leaf) if isinstance(leaf, CONSTANTS) else type(leaf).__name__
 
 
 class Result:
@@ -35,7 +39,7 @@ class Result:
         #: The rows whose inputs are finite, bool; None if all are.
         self._judged = None if odd is None else ~odd[list(reply.part.units)].flatten()
         self.leaves, self.spec = flatten(reply.value)
-        self.dims: list[Any] = base.broadcast_dims("out_dims", task.out_dims, self.spec)
+        self.dims: list[Any] = broadcast_dims("out_dims", task.out_dims, self.spec)
         self.divided: list[int] = []  # the places of the leaves that have the part's rows
         #: The leaves but for how many rows they have, which is alike in all good results.
         self.form: list[Any] = [self.spec]
@@ -55,7 +59,7 @@ class Result:
                     f"got {got}; return a tensor of logits or scores instead, register containers "
                     "with torch.utils._pytree, or say None in out_dims"
                 )
-            base.check_batch(self._value, i, leaf, dim, len(self.part.units) * task.unit_rows)
+            check_batch(self._value, i, leaf, dim, len(self.part.units) * task.unit_rows)
             self.form.append((leaf.dtype, self.rows(i).shape[1:]))
             self.divided.append(i)
             if division.link is not None:
@@ -74,7 +78,7 @@ class Result:
             )
 
     def name(self, i: int) -> str:
-        return base.leaf_name("output", self._value, i)
+        return leaf_name("output", self._value, i)
 
     def rows(self, i: int) -> Tensor:
         """Return a leaf, batch first."""
@@ -124,7 +128,7 @@ class Stacked(NamedTuple):
         for i, rows in answers.items():
             dim = self.dims[i]
             leaves[i] = (rows.movedim(0, dim) if dim else rows).contiguous()
-        return base.unflatten(leaves, self.spec)
+        return unflatten(leaves, self.spec)
 
     def form(self) -> Stacked:
         """Return the same without any result: views would keep the results."""

@@ -10,8 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-__all__ = ["BLOCKS", "History", "PredictionTimes"]
-
 # These numbers of parts and calls are not tuned. More of them follow changes more slowly, fewer
 # make thresholds noisier.
 _PARTS, _CALLS = 512, 128  # remembered

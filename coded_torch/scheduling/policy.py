@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from .latency_history import History
     from .waiting import Waiting
 
-__all__ = ["Call"]
-
 _QUEUED, _RUNNING, _GOOD, _FAILED, _DROPPED = range(5)  # states of a part
 
 # Late parts are hedged three times, first split over four idle workers (benchmarks/waiting.py). A

@@ -16,13 +16,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._arguments import sparing_logger
-from .._torch import device_of
+from .._torch import device_of, different_rows
 from ..codes import DeadlineExceeded, NotEnoughResults
 from ..nn import CodedWrapper, Report, Waiting
 from ..open_inference import ADDED, EndpointError, RefusedError, TensorSpec
 from ..scheduling.latency_history import History
 from ..workers import WorkerError
-from ..workers.base import different_rows
 from .protocol import RequestError
 
 logger = sparing_logger("coded_torch.serve")

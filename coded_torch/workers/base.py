@@ -6,10 +6,9 @@ import abc
 import dataclasses
 import enum
 import functools
-import inspect
 import math
 import operator
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
@@ -17,17 +16,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import instance, positive, sparing_logger, warn
-from .._torch import dependent_output, flatten, leaf_name, positional, two_rows, unflatten
+from .._torch import arguments, dependent_output, has_rows, leaf_name, positional, unflatten
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ..stragglers import Stragglers
     from .faults import Fault
-
-__all__ = ["CONSTANTS", "Arguments", "Began", "Part", "Reply", "Request", "Task", "WorkerError"]
-__all__ += ["Workers", "arguments", "broadcast_dims", "check_batch", "different_rows", "flatten"]
-__all__ += ["leaf_name", "positional", "show", "unflatten"]
 
 logger = sparing_logger("coded_torch.workers")
 
@@ -157,6 +152,12 @@ class Request(abc.ABC):
         happen before another part is asked for.
         """
 
+    def replies(self, until: float = math.inf) -> Iterator[Reply]:
+        """Yield the replies up to a time, as long as one can come."""
+        while (event := self.wait(until)) is not None:
+            if isinstance(event, Reply):
+                yield event
+
     @abc.abstractmethod
     def drop(self, parts: Iterable[Part]) -> None:
         """Drop parts. Parts that have begun go on, and reply. The others never begin."""
@@ -243,9 +244,7 @@ class Workers(abc.ABC):
         """Ask for each unit as its own part, and yield replies for at most ``deadline`` seconds."""
         with self.open(module, task) as request:
             request.ask([Part(n, (n,)) for n in range(task.num_units)])
-            while (event := request.wait(deadline)) is not None:
-                if isinstance(event, Reply):
-                    yield event
+            yield from request.replies(deadline)
 
     def start(
         self, module: nn.Module | None = None, example: Any = None, *, timeout: float = 120.0
@@ -275,23 +274,22 @@ class Workers(abc.ABC):
         with torch.no_grad(), self.open(module, task) as request:
             places, states = frozenset(self.places), getattr(self, "states", {})
             wanted = sorted(p for p in places if states.get(p, ("",))[0] != "excluded")
-            missing, request.timeout = len(wanted), math.inf
+            started, error, request.timeout = 0, None, math.inf
             request.ask([Part(n, (0,), avoid=places - {p}) for n, p in enumerate(wanted)])
-            while missing:
-                event = request.wait(timeout)
-                if isinstance(event, Began):
-                    continue
-                error = event and event.error
-                if error and error.worker >= 0:
-                    raise error
-                if event and missing == len(wanted):
-                    _say_what_is_never_estimated(event.value)
+            for reply in request.replies(timeout):
+                if reply.error and reply.error.worker >= 0:
+                    raise reply.error
                 # A place that was given up meanwhile is not missing.
-                if event is None or (error and not event.part.avoid.issuperset(self.places)):
-                    why = error.reason if error else request.status() or "the others are loading"
-                    what = f"only {len(wanted) - missing} of {len(wanted)} workers started"
-                    raise RuntimeError(f"{type(self).__name__}: {what} within {timeout:g} s; {why}")
-                missing -= 1
+                error = None if reply.part.avoid.issuperset(self.places) else reply.error
+                if error:
+                    break
+                if not started:
+                    _say_what_is_never_estimated(reply.value)
+                started += 1
+            if started < len(wanted):
+                why = error.reason if error else request.status() or "the others are loading"
+                what = f"only {started} of {len(wanted)} workers started within {timeout:g} s"
+                raise RuntimeError(f"{type(self).__name__}: {what}; {why}")
             if calls:
                 left = max(timeout - request.now(), 0.0)
                 self._check_rows(module, leaves, spec, places - {*wanted[:1]}, left)
@@ -302,24 +300,21 @@ class Workers(abc.ABC):
     ) -> None:
         """Warn if two rows of an example, computed by one worker, depend on each other."""
 
-        def compute(batches: list[list[int]]) -> list[Any]:
-            rows, pairs = torch.tensor(batches), zip(leaves, dims, strict=True)
-            inputs = [x if dim is None else x[rows] for x, dim in pairs]
-            device = leaves[dims.index(0)].device
-            task = Task(inputs, dims, spec, len(rows), rows.shape[1], device)
+        def compute(inputs: list[Any], batches: list[tuple[int, ...]]) -> list[Any]:
+            dims = [0 if has_rows(x) else None for x in inputs]
+            first = inputs[dims.index(0)]
+            task = Task(inputs, dims, spec, len(first), 1, first.device)
             with self.open(module, task) as request:
-                request.ask([Part(n, (n,), avoid=avoid) for n in range(len(batches))])
-                events = iter(functools.partial(request.wait, timeout), None)
-                replies = {x.part.number: x for x in events if isinstance(x, Reply)}
-            for error in [reply.error for reply in replies.values() if reply.error]:
+                request.ask([Part(n, each, avoid=avoid) for n, each in enumerate(batches)])
+                replies = sorted(request.replies(timeout), key=lambda reply: reply.part.number)
+            for error in [reply.error for reply in replies if reply.error]:
                 raise error
             if len(replies) < len(batches):
                 raise RuntimeError(f"there was no answer within {timeout:g} s")
-            return [replies[n].value for n in range(len(batches))]
+            return [reply.value for reply in replies]
 
         try:
-            dims, row, scale = two_rows(leaves)
-            found = dependent_output(compute, row, scale)
+            found = dependent_output(leaves, compute)
         except RuntimeError as error:
             what = "%s: whether rows depend on each other was not checked: %s"
             logger.warning(what, type(self).__name__, str(error).partition("\n")[0])
@@ -362,22 +357,8 @@ class _Loading(Task):  # None stands for no call, as the arguments of a module a
         return unflatten(leaves, self.spec) if self.num_units else None
 
 
-def arguments(given: Any) -> Arguments:
-    """Return ``(args, kwargs)`` of an input, a tuple of positional arguments, or bound ones."""
-    if isinstance(given, inspect.BoundArguments):
-        return given.args, given.kwargs
-    return given if isinstance(given, tuple) else (given,), {}
-
-
-def different_rows(inputs: Sequence[Tensor]) -> list[int]:
-    """Return the numbers of the first row and of the first that differs from it, if one does."""
-    numbers = range(1, len(inputs[0]))
-    other = next((i for i in numbers if any(not x[i].equal(x[0]) for x in inputs)), 0)
-    return [0, other] if other else [0]
-
-
 def _say_what_is_never_estimated(outputs: Any) -> None:
-    for i, leaf in enumerate(flatten(outputs)[0]):
+    for i, leaf in enumerate(pytree.tree_leaves(outputs)):
         if isinstance(leaf, Tensor) and not leaf.is_floating_point():
             name = leaf_name("output", outputs, i)
             logger.info("%s is %s, so its missing rows cannot be estimated", name, leaf.dtype)
@@ -407,13 +388,6 @@ def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str)
         got = f"{dims!r} for {pytree.tree_map(lambda _: '*', tree)}"
         raise ValueError(f"CodedWrapper: {must}, got {got}") from None
     return flat
-
-
-def show(leaf: Any) -> str:
-    """Return a leaf for messages: the dtype and shape of a tensor, a constant, else the type."""
-    if isinstance(leaf, Tensor):
-        return f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
-    return repr(leaf) if isinstance(leaf, CONSTANTS) else type(leaf).__name__
 
 
 def check_batch(output: Any, index: int, leaf: Tensor, dim: int, size: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._arguments import instance
+from .._torch import flatten, unflatten
 from ..stragglers import Stragglers
 from . import base
 from .base import Began, Part, Reply, Request, Task, WorkerError, Workers
@@ -135,7 +136,7 @@ def cut(task: Task, output: Any, counts: Sequence[int]) -> list[Any]:
     Raises a ValueError if a divided leaf lacks rows.
     """
     sizes = [count * task.unit_rows for count in counts]
-    leaves, spec = base.flatten(output)
+    leaves, spec = flatten(output)
     dims = base.broadcast_dims("out_dims", task.out_dims, spec)
     columns: list[Sequence[Any]] = []
     for i, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
@@ -144,4 +145,4 @@ def cut(task: Task, output: Any, counts: Sequence[int]) -> list[Any]:
         else:
             base.check_batch(output, i, leaf, dim, sum(sizes))
             columns.append(leaf.split(sizes, dim))
-    return [base.unflatten([column[n] for column in columns], spec) for n in range(len(counts))]
+    return [unflatten([column[n] for column in columns], spec) for n in range(len(counts))]

@@ -24,6 +24,11 @@ from coded_torch.workers.faults import Fault
 from coded_torch.workers.local import cut
 
 
+class Outer(nn.Module):
+    def forward(self, x, y):
+        return x * y
+
+
 def storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
@@ -101,8 +106,10 @@ def test_starting_warns_of_rows_that_depend_on_each_other(make, caplog):
         depends = "Workers: output of a row depends on the other rows of its batch, by 2; answers"
         with pytest.warns(UserWarning, match=depends):
             pool.start(CumulativeSum(), example, timeout=2 * WAIT)
+        pair = example, example[0]
         for module, rows, why in (
             (CumulativeSum(), example[:2], "the example must have two different rows, got 2 alike"),
+            (Outer(), pair, "the inputs of the example must have one size at dim"),
             (nn.Dropout(), 1 + torch.rand(2, 99), "the outputs differ from call to call"),
         ):
             pool.start(module, rows, timeout=2 * WAIT)
