@@ -18,14 +18,12 @@ import torch
 from torch import nn
 
 from .._arguments import count, instance, positive
-from ..open_inference import client
-from ..open_inference.client import EndpointError, RemoteModule, running_loop
+from ..open_inference import EndpointError, RefusedError, client
+from ..open_inference.client import RemoteModule, running_loop
 from .base import Request, Task, Workers
 from .dispatch import DispatchedWorkers, Dispatcher, Job, Worker, logger
 from .faults import InjectedCrash, compute
 from .live import LiveRequest
-
-__all__ = ["EndpointWorkers"]
 
 # Seconds from a failure to the first probe of a server; the pause doubles up to the second number,
 # or the third while no server is up. Not tuned: a probe is one small request.
@@ -285,7 +283,7 @@ class _Endpoints(Dispatcher):
             self.settle(slot, job.number, None, f"({url}) {error}", kind, error)
         else:  # the model failed, or the arguments are wrong
             raised = isinstance(error, client.RemoteError | TypeError | ValueError)
-            if isinstance(error, client.RemoteError | client.RefusedError):
+            if isinstance(error, client.RemoteError | RefusedError):
                 self._compare(url, job, error)
             kind = "raised" if raised else "died" if isinstance(error, InjectedCrash) else ""
             self.settle(slot, job.number, None, f"({url}) raised {error!r}", kind, error)

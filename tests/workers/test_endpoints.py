@@ -17,14 +17,8 @@ from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import DeadlineExceeded, NotEnoughResults, SplineCode
-from coded_torch.open_inference.client import (
-    Client,
-    EndpointError,
-    Model,
-    RefusedError,
-    RemoteError,
-    run,
-)
+from coded_torch.open_inference import EndpointError, Model, RefusedError
+from coded_torch.open_inference.client import Client, RemoteError, run
 from coded_torch.testing.workers import numbered, task_of
 from coded_torch.workers import EndpointWorkers, Part, RemoteModule, Reply, endpoints
 
