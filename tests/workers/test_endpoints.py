@@ -438,7 +438,7 @@ def test_a_server_that_was_removed_at_work_can_be_added_again(three):
 def test_a_removed_server_gets_no_parts_after_a_probe(three):
     pool = EndpointWorkers([three[0].url, three[1].url], model="double", concurrency=1)
     request, gate = at_work(three[0], pool, task_of(X[None]))
-    slots = [slot for slot in pool._queue._workers if slot.url == three[0].url]
+    slots = pool._queue.at(0)
     pool.remove(three[0].url)
     run(pool._queue._resume(three[0].url, slots, 0.0))
     gate.set()
