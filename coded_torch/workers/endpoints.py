@@ -328,7 +328,7 @@ class _Endpoints(Dispatcher):
         """Give a server no parts for a time, and if it failed until a probe of it succeeds."""
         with self._lock:
             slots = [slot for slot in self.at(self.known.index(url)) if not slot.left]
-            if not slots or not slots[0].ready:
+            if self.closed or not slots or not slots[0].ready:
                 return
             for slot in slots:
                 slot.ready = False

@@ -484,6 +484,18 @@ def test_a_pool_that_is_closed_by_the_thread_of_its_loop_does_not_wait(three):
     assert run(close()) < 1
 
 
+def test_a_closed_pool_probes_no_server(three, monkeypatch, caplog):
+    monkeypatch.setattr(endpoints, "_MOST_DOUBTS", 1)
+    pool = EndpointWorkers([three[0].url], model="double")
+    request, gate = at_work(three[0], pool, task_of(X[None]))
+    request.answered.add(three[1].url)
+    pool.close()  # cancels the part, which another server has answered
+    gate.set()
+    until(lambda: not pool._queue._tasks)
+    assert "probed" not in caplog.text
+    request.close()
+
+
 def test_a_server_that_does_not_accept_did_not_end_at_work():
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
