@@ -342,15 +342,15 @@ class _Endpoints(Dispatcher):
         self, url: str, slots: Sequence[Worker], seconds: float, failed: bool = False
     ) -> None:
         await asyncio.sleep(seconds)
+        waited = 0.0
         while failed and not all(slot.left for slot in slots):
-            waited = 0.0
-            while waited < self._pause_of(url):
+            if waited < self._pause_of(url):
                 await asyncio.sleep(_STEP)
                 waited += _STEP
-            if await self.client.is_ready(url):
+            elif failed := not await self.client.is_ready(url):
+                self._pauses[url], waited = max(_PROBE_SECONDS, 2 * self._pause_of(url)), 0.0
+            else:
                 logger.warning("EndpointWorkers: %s is ready again", url, extra={"cause": url})
-                break
-            self._pauses[url] = max(_PROBE_SECONDS, 2 * self._pause_of(url))
         for slot in slots:
             self.ready(slot)
 
