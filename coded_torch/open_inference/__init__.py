@@ -226,12 +226,10 @@ def tensors_of(
         elif "data" in entry:
             tensor = from_json(owner, spec, shape, field(owner, entry, "data", list))
         else:
-            given_size = field(owner, parameters, "binary_data_size", int)
+            stated = field(owner, parameters, "binary_data_size", int)
             size = math.prod(shape) * spec.dtype.itemsize
             must = f"{size}, of {len(tail)} bytes that are left of the body"
-            require(
-                given_size == size <= len(tail), f"binary_data_size of {owner}", must, given_size
-            )
+            require(stated == size <= len(tail), f"binary_data_size of {owner}", must, stated)
             tensor, tail = from_bytes(spec, shape, tail[:size]), tail[size:]
         given[spec.name] = tensor
     require(len(given) == len(specs), f"{word}s", [spec.name for spec in specs], list(given))

@@ -23,9 +23,6 @@ from .. import open_inference as wire
 from .._arguments import instance, positive
 from . import ADDED, EndpointError, Model, RefusedError
 
-__all__ = ["BusyError", "Client", "EndpointError", "Model", "RefusedError", "RemoteError"]
-__all__ += ["RemoteModule", "run", "running_loop"]
-
 _MESSAGE = 2**20  # bytes of metadata and of an error's text, at most; not tuned
 _BUSY = (429, 503)
 _RETRY_SECONDS = 0.1  # the pause of a busy server that does not name one; not tuned

@@ -18,14 +18,12 @@ import torch
 from torch import nn
 
 from .._arguments import count, instance, positive
-from ..open_inference import client
-from ..open_inference.client import EndpointError, RemoteModule, running_loop
+from ..open_inference import EndpointError, RefusedError, client
+from ..open_inference.client import RemoteModule, running_loop
 from .base import Request, Task, Workers
 from .dispatch import DispatchedWorkers, Dispatcher, Job, Worker, logger
 from .faults import InjectedCrash, compute
 from .live import LiveRequest
-
-__all__ = ["EndpointWorkers"]
 
 # Seconds from a failure to the first probe of a server; the pause doubles up to the second number,
 # or the third while no server is up. Not tuned: a probe is one small request.
@@ -121,7 +119,7 @@ class EndpointWorkers(DispatchedWorkers):
     @property
     def names(self) -> dict[int, str]:
         """The URL of each place in the pool, also after its removal."""
-        return {place: url for url, place in self._queue.place_of.copy().items()}
+        return dict(enumerate(self._queue.known))
 
     def add(self, url: str) -> None:
         """Let a server take parts. An excluded server that is added again is restarted."""
@@ -133,7 +131,7 @@ class EndpointWorkers(DispatchedWorkers):
         server = url.rstrip("/")
         if server not in self.urls:
             raise ValueError(f"EndpointWorkers: url must be one of {self.urls}, got {url!r}")
-        self._queue.leave(self._queue.place_of[server])
+        self._queue.leave(self._queue.known.index(server))
 
     def open(self, module: nn.Module, task: Task) -> Request:
         if not isinstance(module, RemoteModule):
@@ -163,19 +161,11 @@ class _EndpointRequest(LiveRequest):
         self.dispatcher.loop.call_soon_threadsafe(self.dispatcher.cancel, self)
 
 
-@dataclasses.dataclass(eq=False, kw_only=True)
-class _Slot(Worker):
-    """One of the parts that a server computes at a time. Its slots have one place."""
-
-    url: str
-    running: asyncio.Task[None] | None = None
-
-    def __str__(self) -> str:
-        return self.url
-
-
 class _Endpoints(Dispatcher):
-    """The servers of a pool. :meth:`cancel` and the private methods run on the loop."""
+    """The servers of a pool. :meth:`cancel` and the private methods run on the loop.
+
+    Each part that a server computes at a time has a Worker. The Workers of a server have one place.
+    """
 
     kind = "servers"
 
@@ -183,31 +173,30 @@ class _Endpoints(Dispatcher):
         super().__init__(0)
         self.client, self.concurrency = asking, concurrency
         self.loop, self.process = running_loop(), os.getpid()
-        self.place_of: dict[str, int] = {}  # the place of each URL, also after its removal
+        self.known: list[str] = []  # the URL of each place, also after its removal
         self._pauses: dict[str, float] = {}  # to the next probe, of servers without an answer
         self._doubts = Counter[str]()  # the doubts about each server since its last answer
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: dict[asyncio.Task[Any], LiveRequest | None] = {}
 
     @property
     def urls(self) -> tuple[str, ...]:
-        with self._lock:
-            return tuple(dict.fromkeys(slot.url for slot in self._workers if not slot.left))
+        return tuple(url for place, url in enumerate(self.known) if place in self.places)
 
     def join(self, url: str) -> None:
         """Add a server, or give one that was excluded parts again."""
         with self._lock:
-            place = self.place_of.setdefault(url, len(self.place_of))
-            known = place in self.places
-            self.places.add(place)
-            for _ in range(0 if known else self.concurrency):
-                self.add(_Slot(place, url=url))
-        if known:
-            self.restart(place)
+            self.known += [] if url in self.known else [url]
+            place = self.known.index(url)
+            if place not in self.places:
+                self.places.add(place)
+                for _ in range(self.concurrency):
+                    self.add(Worker(place))
+        self.restart(place)
 
     def update(self, urls: Iterable[str]) -> None:
         wanted = dict.fromkeys(map(self.client.checked, urls))
         for url in set(self.urls) - wanted.keys():
-            self.leave(self.place_of[url])
+            self.leave(self.known.index(url))
         for url in filter(lambda url: url not in self.urls, wanted):
             self.join(url)
 
@@ -224,14 +213,13 @@ class _Endpoints(Dispatcher):
 
         self.loop.call_soon_threadsafe(lambda: self._spawn(refresh()))
 
-    def send(self, worker: _Slot, job: Job) -> None:
+    def send(self, worker: Worker, job: Job) -> None:
         self.loop.call_soon_threadsafe(self._begin_at, worker, job)
 
     def cancel(self, request: LiveRequest) -> None:
-        with self._lock:
-            for slot in self._workers:
-                if slot.job is not None and slot.job.request is request and slot.running:
-                    slot.running.cancel()
+        for task, asking in self._tasks.items():
+            if asking is request:
+                task.cancel()
 
     def close(self) -> None:
         self.stop()
@@ -241,29 +229,30 @@ class _Endpoints(Dispatcher):
         if concurrent.futures.wait([ended], _CLOSING_SECONDS).not_done:
             logger.warning("EndpointWorkers: connections did not close in time")
 
-    def _begin_at(self, slot: _Slot, job: Job) -> None:
+    def _begin_at(self, slot: Worker, job: Job) -> None:
         if not job.request.awaits(job.part):  # cancelled before it started
             self.settle(slot, job.number, None, "was cancelled")
             return
-        slot.running = self._spawn(self._ask(slot, job))
-        slot.running.add_done_callback(functools.partial(self._report, slot, job))
+        task = self._spawn(self._ask(slot, job), job.request)
+        task.add_done_callback(functools.partial(self._report, slot, job))
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    def _spawn(
+        self, coroutine: Coroutine[Any, Any, Any], asking: LiveRequest | None = None
+    ) -> asyncio.Task[Any]:
         task = self.loop.create_task(coroutine)
-        self._tasks.add(task)  # the loop itself holds tasks weakly
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = asking  # the loop itself holds tasks weakly
+        task.add_done_callback(self._tasks.pop)
         return task
 
     async def _close(self) -> None:
-        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
-        for task in tasks:
+        for task in (tasks := list(self._tasks)):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.client.close()
 
-    def _report(self, slot: _Slot, job: Any, task: asyncio.Task[Any]) -> None:
+    def _report(self, slot: Worker, job: Any, task: asyncio.Task[Any]) -> None:
         """Report the result or the error of a part, which may not even have begun."""
-        url = slot.url
+        url = self.known[slot.index]
         if task.cancelled():
             if job.request.answered - {url}:
                 self._doubt(url, 1, "left parts unanswered while others answered")
@@ -285,7 +274,7 @@ class _Endpoints(Dispatcher):
             self.settle(slot, job.number, None, f"({url}) {error}", kind, error)
         else:  # the model failed, or the arguments are wrong
             raised = isinstance(error, client.RemoteError | TypeError | ValueError)
-            if isinstance(error, client.RemoteError | client.RefusedError):
+            if isinstance(error, client.RemoteError | RefusedError):
                 self._compare(url, job, error)
             kind = "raised" if raised else "died" if isinstance(error, InjectedCrash) else ""
             self.settle(slot, job.number, None, f"({url}) raised {error!r}", kind, error)
@@ -311,19 +300,19 @@ class _Endpoints(Dispatcher):
             del self._doubts[url]
             self._pause(url, why=why)
 
-    async def _ask(self, slot: _Slot, job: Any) -> Any:
+    async def _ask(self, slot: Worker, job: Any) -> Any:
         module: RemoteModule = job.request.module
-        task, part = job.request.task, job.part
+        url, task, part = self.known[slot.index], job.request.task, job.part
         with torch.inference_mode():
             arguments = task.payload(part.units)
         if arguments is None:  # the pool loads the module
-            if not await self.client.is_ready(slot.url, f"{module.metadata.path}/ready"):
+            if not await self.client.is_ready(url, f"{module.metadata.path}/ready"):
                 raise EndpointError("is not ready")
             return None
         inputs, rows = module.inputs(*arguments), len(part.units) * task.unit_rows
         if all(dim is None for dim in task.dims):  # the example of `start`
             rows = len(inputs[0])
-        outputs, version = await self.client.infer(slot.url, module.metadata, inputs, rows)
+        outputs, version = await self.client.infer(url, module.metadata, inputs, rows)
         if version:
             job.request.versions[slot.index] = version
         if len(found := {version, *job.request.versions.values()} - {""}) > 1:
@@ -338,8 +327,8 @@ class _Endpoints(Dispatcher):
     def _pause(self, url: str, seconds: float = 0.0, why: str = "") -> None:
         """Give a server no parts for a time, and if it failed until a probe of it succeeds."""
         with self._lock:
-            slots = [slot for slot in self._workers if slot.url == url and not slot.left]
-            if not slots or not slots[0].ready:
+            slots = [slot for slot in self.at(self.known.index(url)) if not slot.left]
+            if self.closed or not slots or not slots[0].ready:
                 return
             for slot in slots:
                 slot.ready = False
@@ -350,18 +339,18 @@ class _Endpoints(Dispatcher):
         self._spawn(self._resume(url, slots, seconds, bool(why)))
 
     async def _resume(
-        self, url: str, slots: Sequence[_Slot], seconds: float, failed: bool = False
+        self, url: str, slots: Sequence[Worker], seconds: float, failed: bool = False
     ) -> None:
         await asyncio.sleep(seconds)
+        waited = 0.0
         while failed and not all(slot.left for slot in slots):
-            waited = 0.0
-            while waited < self._pause_of(url):
+            if waited < self._pause_of(url):
                 await asyncio.sleep(_STEP)
                 waited += _STEP
-            if await self.client.is_ready(url):
+            elif failed := not await self.client.is_ready(url):
+                self._pauses[url], waited = max(_PROBE_SECONDS, 2 * self._pause_of(url)), 0.0
+            else:
                 logger.warning("EndpointWorkers: %s is ready again", url, extra={"cause": url})
-                break
-            self._pauses[url] = max(_PROBE_SECONDS, 2 * self._pause_of(url))
         for slot in slots:
             self.ready(slot)
 
