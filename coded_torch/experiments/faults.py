@@ -25,8 +25,6 @@ from ..workers.faults import Fault
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Attack", "FaultyWorkers"]
-
 #: Maps rows of a result, ``[rows, ...]``, and a generator of the worker to wrong rows.
 Attack = Callable[[Tensor, torch.Generator], Tensor]
 _lock = threading.Lock()  # guards the state of all pools with faults

@@ -26,8 +26,6 @@ from ..workers.base import Task, broadcast_dims
 from ..workers.local import cut
 from .faults import Attack
 
-__all__ = ["SETS", "Trial", "calls_of", "chosen", "tune"]
-
 SETS = 5  #: received sets of a batch. Rare ones decide the error; more than 5 were not measured.
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -66,9 +67,10 @@ class Fits:
         self._distances, self._fixed = distances, length
         self._points, self._missing = points, missing
         self._processes: dict[Any, GaussianProcess] = {}
-        self._among: dict[Any, tuple[Tensor, float]] = {}
         self._few = evenly(len(points), max(compared, len(points) // 8))
-        self._compared = points[self._few]
+        few = points[self._few]
+        # The distances among the compared results, and their step, by metric.
+        self._among = functools.cache(lambda metric: distances.among(metric, few))
         self._fitted: list[tuple[Tensor, Choice, GaussianProcess]] = []  # to results, residuals
 
     def fit(self, sample: Tensor) -> tuple[Choice, GaussianProcess]:
@@ -96,7 +98,7 @@ class Fits:
 
     def _metric(self, few: Tensor, length: float) -> str | Features:
         distances, metrics = self._distances, self._distances.competing
-        losses = [self._losses(few, x, [length], self._distances_of(x)[1])[0] for x in metrics]
+        losses = [self._losses(few, x, [length], self._among(x)[1])[0] for x in metrics]
         default = metrics.index(distances.first) if distances.first in metrics else None
         return metrics[_best(losses, default)]
 
@@ -121,14 +123,8 @@ class Fits:
     def _losses(
         self, few: Tensor, metric: str | Features, lengths: Sequence[float], step: float
     ) -> npt.NDArray[np.float64]:
-        squared, _ = self._distances_of(metric)
+        squared, _ = self._among(metric)
         return left_out_losses(squared, [x * step for x in lengths], few, NUGGET).numpy()
-
-    def _distances_of(self, metric: str | Features) -> tuple[Tensor, float]:
-        """Return the distances among the compared results, and their step."""
-        if metric not in self._among:
-            self._among[metric] = self._distances.among(metric, self._compared)
-        return self._among[metric]
 
 
 def _best(losses: Sequence[npt.NDArray[np.float64]], default: int | None) -> int:

@@ -68,18 +68,17 @@ def test_every_recommendation_keeps_the_deadline(calm):
         assert coded.waiting.deadline <= 0.2
 
 
-def test_requests_without_enough_results_to_predict_from_are_late(monkeypatch):
-    missing = np.repeat([0.0, 0.25, 0.75], 400)  # of the rows of each request
+def test_requests_with_fewer_results_than_their_policy_asks_for_are_late(monkeypatch):
+    missing = np.repeat([0.0, 0.25, 0.75, 1.0], 300)  # of the rows of each request
 
     def simulate(*args, **options):
         return Outcome(np.ones(1200), missing, 1.0, 1.0, Counter())
 
     monkeypatch.setattr("coded_torch.experiments.planner.simulate", simulate)
-    for kind, option in planned("calm", 0.2).best.items():
-        if kind in ("no redundancy", "hedged"):  # exact
-            assert (option.late, option.predicted) == (pytest.approx(2 / 3), 0.0)
-        else:
-            assert (option.late, option.predicted) == (pytest.approx(1 / 3), 0.25 / 3)
+    exact, codes = (0.75, 0.0), (0.25, 0.25)  # late and predicted; a code decodes a single result
+    expected = dict(zip(KINDS, [exact, exact, codes, (0.5, 0.0625), codes], strict=True))
+    best = planned("calm", 0.2).best
+    assert {kind: (x.late, x.predicted) for kind, x in best.items()} == expected
 
 
 def test_verification_costs_its_share_of_work_and_leaves_codes_out(calm):
