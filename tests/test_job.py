@@ -477,8 +477,9 @@ def test_the_parts_of_a_job_stay_as_many(folder, monkeypatch):
     assert json.loads((folder / "out" / "job.json").read_text())["parts"] == 2
 
 
-def test_a_job_without_a_batch_may_begin_in_another_way(folder, capsys):
-    assert main(line("served", "--num-workers", "1", "--deadline", "1e-6")) == 2
+def test_a_job_without_a_batch_may_begin_in_another_way(folder, capsys, monkeypatch):
+    monkeypatch.setenv("PAUSE", "0.5")  # no busy host lets a batch be in time
+    assert main(line("slow", "--num-workers", "1", "--deadline", "1e-6")) == 2
     found = capsys.readouterr()
     (err,) = found.err.splitlines()
     assert "at least 4 of 8 results are needed" in err
