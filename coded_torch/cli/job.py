@@ -46,7 +46,7 @@ _MANIFEST = "manifest.sha256"  # digests of batches, which `sha256sum --check` r
 
 
 def job(args: argparse.Namespace) -> None:
-    """Compute the answers to all rows, and write the batches in order; or check a folder."""
+    """Compute the answers to all rows of a file, and go on after an interruption."""
     if args.check is not None:
         return _check(args.check)
     if None in (args.factory, args.inputs, args.output):
