@@ -248,6 +248,7 @@ def test_columns_are_arguments_as_the_caller_says(folder, factory, columns, sign
         ("minus", "a", "as a,b or x=a,y=b: missing a required argument: 'a'"),
         ("minus", "b,a,scale", "as a,b or x=a,y=b: ['scale'] are not among ['a', 'b']"),
         ("minus", "a,b=b", "as a,b or x=a,y=b: multiple values for argument 'b'"),
+        ("minus", "a=a,b=b,a=b", "as a,b or x=a,y=b: an argument is named twice, got a=a,b=b,a=b"),
         ("here", "a,b", "for forward(x), as a,b or x=a,y=b: too many positional arguments"),
     ],
 )

@@ -218,7 +218,10 @@ def _columns(args: argparse.Namespace, names: list[str], module: nn.Module) -> B
             raise ValueError(f"the file has {names}")
         if unknown := [column for _, column in pairs if column not in names]:
             raise ValueError(f"{unknown} are not among {names}")
-        return signature.bind(*by_order, **{name: column for name, column in pairs if name})
+        named = {name: column for name, column in pairs if name}
+        if len(by_order) + len(named) < len(pairs):
+            raise ValueError(f"an argument is named twice, got {args.columns}")
+        return signature.bind(*by_order, **named)
 
 
 def _started(coded: CodedWrapper, batches: Iterator[BoundArguments]) -> Iterator[BoundArguments]:
