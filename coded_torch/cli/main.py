@@ -229,8 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = "Resilient and coded computing for PyTorch: answers although workers fail."
     for title, commands in _GROUPS.items():
         text += f"\n\n{title}:"
-        for run in commands:
-            text += f"\n  {run.__name__:<9} {run.__doc__}"
+        for each in commands:
+            text += f"\n  {each.__name__:<9} {each.__doc__}"
     parser = argparse.ArgumentParser(
         prog="coded-torch",
         usage="%(prog)s [--version] COMMAND ...",
