@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import logging
 import operator
@@ -39,15 +40,13 @@ from ..nn import CodedWrapper, Waiting
 from ..workers import ProcessWorkers
 from . import CommandError, find_factory, need, say, usage
 
-__all__ = ["job"]
-
 logger = logging.getLogger("coded_torch.job")
 
 _MANIFEST = "manifest.sha256"  # digests of batches, which `sha256sum --check` reads, too
 
 
 def job(args: argparse.Namespace) -> None:
-    """Compute the answers to all rows, and write the batches in order; or check a folder."""
+    """Compute the answers to all rows of a file, and go on after an interruption."""
     if args.check is not None:
         return _check(args.check)
     if None in (args.factory, args.inputs, args.output):
@@ -116,11 +115,10 @@ def job(args: argparse.Namespace) -> None:
         except Exception as error:
             if "batch" in (facts := vars(error)):  # numbered by `map`, from the first missing one
                 first = missing[facts["batch"]]
-                rows_of_file = [first + row for row in facts.get("rows", ())]
+                failing = [first + row for row in facts.get("rows", ())]
+                facts |= {"batch": first // size, "rows": failing}
                 end = f"Batch {first // size}, from row {first} of {args.inputs}, failed. "
-                if rows_of_file:
-                    end += f"The first failing rows of the file: {rows_of_file[:16]}. "
-                facts |= {"batch": first // size, "rows": rows_of_file}
+                end += f"The first failing rows of the file: {failing[:16]}. " if failing else ""
                 facts["__notes__"][-1] = end.strip()
             if isinstance(error, NotEnoughResults):  # the user's own code raised nothing
                 raise CommandError(f"coded-torch job: {error}. {end.strip()}") from None
@@ -147,59 +145,54 @@ def _open(path: Path) -> tuple[list[str], int, Callable[..., Iterator[BoundArgum
     It puts tensors in the place of columns, for each batch of a size that begins at some rows.
     """
     look = operator.attrgetter("st_ino", "st_size", "st_mtime_ns")
-    before = look(path.stat())
+    before, file = look(path.stat()), None
     if path.suffix == ".parquet":
         need("job", "job", "pyarrow")
         from pyarrow import parquet
 
         file = parquet.ParquetFile(path)
         inputs: dict[str, Any] = dict.fromkeys(file.schema_arrow.names)
-        lengths = [file.metadata.num_rows]
+        lengths = {file.metadata.num_rows}
     elif path.suffix == ".safetensors":
         need("job", "job", "safetensors")
         from safetensors import safe_open
 
         opened: Any = safe_open(path, "pt")
         inputs = {name: opened.get_slice(name) for name in sorted(opened.keys())}
-        lengths = [[*x.get_shape(), 0][0] for x in inputs.values()]
+        lengths = {[*x.get_shape(), 0][0] for x in inputs.values()}
     elif path.suffix == ".npy":
-        inputs = {"rows": np.atleast_1d(np.load(path, mmap_mode="r"))}  # read on demand
-        lengths = [len(inputs["rows"])]
+        inputs = {"rows": np.atleast_1d(np.load(path, mmap_mode="c"))}  # read on demand
+        lengths = {len(inputs["rows"])}
     else:
         raise ValueError(f"it must be a .npy, .safetensors or .parquet file, got {path}")
-    rows = lengths[0] if len(set(lengths)) == 1 else 0
-    if not rows:
-        raise ValueError(f"it must hold rows, as many of each tensor, got {lengths}")
-
-    def slices(names: list[str], size: int, starts: list[int]) -> Iterator[list[Tensor]]:
-        for i in starts:
-            parts = [inputs[name][i : i + size] for name in names]
-            yield [x.clone() if isinstance(x, Tensor) else torch.tensor(x) for x in parts]
-
-    def tables(names: list[str], size: int, starts: list[int]) -> Iterator[list[Tensor]]:
-        at, wanted = 0, set(starts)
-        for batch in file.iter_batches(size, columns=names) if wanted else ():
-            if batch.num_rows != min(size, rows - at):
-                raise RuntimeError("this version of pyarrow ends batches at row groups")
-            if at in wanted:
-                yield [_column(name, batch[name]) for name in names]
-            at += size
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"it must hold rows, as many of each tensor, got {sorted(lengths)}")
+    (rows,) = lengths
 
     def read(columns: BoundArguments, size: int, starts: list[int]) -> Iterator[BoundArguments]:
-        names, many = [*columns.args, *columns.kwargs.values()], len(columns.args)
+        places, wanted = (columns.args, columns.kwargs), set(starts)
+        names, all_starts = tree_leaves(places), range(0, max(starts, default=-1) + 1, size)
         with usage("job: --inputs cannot be read", errors=Exception):
-            for batch in (tables if path.suffix == ".parquet" else slices)(names, size, starts):
-                if look(path.stat()) != before:
-                    raise ValueError(f"{path} has changed since the job began")
-                named = zip(columns.kwargs, batch[many:], strict=True)
-                yield columns.signature.bind(*batch[:many], **dict(named))
+            tables = file.iter_batches(size, columns=names) if file else itertools.repeat(inputs)
+            for start, table in zip(all_starts, tables, strict=False):
+                if file and table.num_rows != min(size, rows - start):
+                    raise RuntimeError("this version of pyarrow ends batches at row groups")
+                if start in wanted:
+                    part = slice(None) if file else slice(start, start + size)
+                    tensors = {name: _tensor(name, table[name][part]) for name in names}
+                    if look(path.stat()) != before:
+                        raise ValueError(f"{path} has changed since the job began")
+                    args, kwargs = tree_map(tensors.get, places)
+                    yield columns.signature.bind(*args, **kwargs)
 
     return list(inputs), rows, read
 
 
-def _column(name: str, column: Any) -> Tensor:
-    """Return a column of numbers, or of lists of numbers."""
+def _tensor(name: str, column: Any) -> Tensor:
+    """Return a column that holds numbers or, in a Parquet file, lists of numbers."""
     values = column
+    if isinstance(values, (Tensor, np.ndarray)):
+        return torch.as_tensor(values).clone()
     while hasattr(values.type, "value_field") and not values.null_count:  # a list
         values = values.flatten()
     if values.null_count:
@@ -225,22 +218,24 @@ def _columns(args: argparse.Namespace, names: list[str], module: nn.Module) -> B
             raise ValueError(f"the file has {names}")
         if unknown := [column for _, column in pairs if column not in names]:
             raise ValueError(f"{unknown} are not among {names}")
-        return signature.bind(*by_order, **{name: column for name, column in pairs if name})
+        named = {name: column for name, column in pairs if name}
+        if len(by_order) + len(named) < len(pairs):
+            raise ValueError(f"an argument is named twice, got {args.columns}")
+        return signature.bind(*by_order, **named)
 
 
 def _started(coded: CodedWrapper, batches: Iterator[BoundArguments]) -> Iterator[BoundArguments]:
     """Yield the batches, once the workers have run the model on rows of the first one."""
-    for number, batch in enumerate(batches):
-        if number == 0:
-            given = batch.args, batch.kwargs
-            rows = different_rows(tree_leaves(given))
-            args, kwargs = tree_map(operator.itemgetter(rows), given)
-            with usage("job", TypeError, prefix="Workers: "):
-                try:
-                    coded.workers.start(coded.module, batch.signature.bind(*args, **kwargs))
-                except RuntimeError as error:  # if the model fails on these rows, the batch says so
-                    logger.warning("not every worker has run the model: %s", error)
-        yield batch
+    for first in itertools.islice(batches, 1):
+        given = first.args, first.kwargs
+        args, kwargs = tree_map(operator.itemgetter(different_rows(tree_leaves(given))), given)
+        with usage("job", TypeError, prefix="Workers: "):
+            try:
+                coded.workers.start(coded.module, first.signature.bind(*args, **kwargs))
+            except RuntimeError as error:  # if the model fails on these rows, the batch says so
+                logger.warning("not every worker has run the model: %s", error)
+        yield first
+    yield from batches
 
 
 # The folder.
@@ -258,14 +253,17 @@ def _claim(args: Any, factory: Any, coded: CodedWrapper, rows: int, mapping: str
     if coded.code is None and coded.parts is None:  # rounding may depend on the rows of a part
         coded.parts = before.get("parts") or coded.workers.num_workers
     sources = {args.factory.partition(":")[0]}
-    content = hashlib.blake2b(np.memmap(args.inputs, mode="r").data, digest_size=16).hexdigest()
-    now = {"inputs": f"of {rows} rows, digest {content}", "rows": rows, "columns": mapping}
+    inputs = hashlib.blake2b(np.memmap(args.inputs, mode="r").data, digest_size=16).hexdigest()
+    now = {"inputs": f"of {rows} rows, digest {inputs}", "rows": rows, "columns": mapping}
     now |= {"batch-size": args.batch_size, "parts": coded.parts, "waiting": str(coded.waiting)}
     for name in ("code", "predictor", "surrogate", "verify", "in_dims", "out_dims"):
         now[name] = f"digest {_digest(getattr(coded, name), sources)}"
     # The option --trust-model leaves these out.
     trusted = {"model": f"{args.factory}, digest {_digest((factory, coded.module), sources)}"}
-    trusted["source"] = f"digest {_digest_of_files(sources)}"
+    names = sorted(name for name in sources if name.partition(".")[0] != "torch")  # by its version
+    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in names}
+    content = {name: Path(file).read_bytes() for name, file in files.items() if file}
+    trusted["source"] = f"digest {_digest(content, set())}"
     trusted["versions"] = f"torch {torch.__version__}, coded_torch {coded_torch.__version__}"
     compared = now if args.trust_model else now | trusted
     differ = [key for key, value in compared.items() if before.get(key) != value]
@@ -317,16 +315,6 @@ def _digest(value: Any, modules: set[str]) -> str:
     pickler.modules = modules
     pickler.dump(value)
     return hashlib.blake2b(file.getbuffer(), digest_size=16).hexdigest()
-
-
-def _digest_of_files(modules: set[str]) -> str:
-    """Return a digest of the files of modules."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(modules):
-        path = getattr(sys.modules.get(name), "__file__", None)
-        if path and name.partition(".")[0] != "torch":  # the claim has its version
-            digest.update(name.encode() + Path(path).read_bytes())
-    return digest.hexdigest()
 
 
 def _examine(folder: Path, rows: int, size: int) -> tuple[dict[str, str], dict[str, str]]:

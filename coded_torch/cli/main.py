@@ -38,8 +38,7 @@ MSE / variance   the same distance squared, over the variance of exact answers
 RelAcc           right answers, relative to the bare model's right answers
 ±                half the width of the 95 % interval over batches
 ordered          the batch is ordered by similarity before it is coded"""
-_COLUMNS = """columns in the order of the arguments, as a,b, or by name, as x=a,y=b; not needed for
-one column, or if every column has the name of an argument"""
+_COLUMNS = "columns in the order of the arguments, as a,b, or x=a,y=b, unless all have their names"
 _RESUME = """go on with the job in the folder, if there is one. The inputs, the options, the model's
 weights and attributes, and the files of its classes and of the factory must be the same. Not seen:
 other files that the model imports or reads, values that functions hold, and the kind of workers"""
@@ -48,7 +47,7 @@ _TRIPLES = "workers N, inputs a group K and lost workers S; several in quotes"
 
 @torch.no_grad()
 def demo(args: argparse.Namespace) -> None:
-    """Print LeNet-5's answers while workers are lost, then compare codes on it."""
+    """Let a wrapped LeNet-5 read digits while workers are lost, and compare the codes."""
     need("demo", "demo", "matplotlib")
     model, (images, labels) = lenet5().to(args.device), digits()
     n, k, s = args.settings[-1]
@@ -62,14 +61,13 @@ def demo(args: argparse.Namespace) -> None:
     predicted, radii = (torch.cat([getattr(r, x) for _, r in runs]) for x in ("predicted", "radii"))
     answers = torch.cat([batch for batch, _ in runs])
     errors = (answers - model(torch.cat(batches))).norm(dim=1)[predicted]
-    held = (errors <= radii[predicted].to(errors)).double().mean()
+    radii = radii[predicted].to(errors)
+    held = (errors <= radii).double().mean()
     right = (answers.argmax(1) == torch.cat(truth)).double().mean()
     bars = ""
     if len(errors):
         bars = f"The error of a predicted answer is {errors.median():.2f} in the median.\n"
-        bars += (
-            f"Its radius, {radii[predicted].median():.2f} in the median, is larger in {held:.1%}.\n"
-        )
+        bars += f"Its radius, {radii.median():.2f} in the median, is larger in {held:.1%}.\n"
     say(
         f"LeNet-5 reads {len(rows):,} MNIST test digits it was not trained on, {_BATCH_SIZE} at a "
         f"time.\nSeed {args.seed}.\n\nN = {n} workers, K = {k} inputs a group, {s} workers lost:\n"
@@ -82,7 +80,7 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Compare codes on a model and inputs of the user."""
+    """Compare the codes on your own model while workers are lost."""
     need("compare", "demo", "matplotlib")
 
     def load(flag: str, path: Path) -> list[Tensor]:
@@ -112,7 +110,7 @@ def _compare(
 
 
 def plan(args: argparse.Namespace) -> None:
-    """Find the redundancy that meets an objective at least work."""
+    """Find the redundancy that meets a deadline and an accuracy at least work."""
     need("plan", "demo", "matplotlib")
     given = {**vars(args)}
     law, path = planner.LAWS[given.pop("law")], given.pop("latencies")
@@ -157,93 +155,68 @@ _LOST = (
     ("--seed", int, 0, "the seed of the lost workers"),
     _OUTPUT,
 )
-_COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[Option, ...]]] = {
-    demo: (
-        "let a wrapped LeNet-5 read digits while workers are lost, and compare the codes",
-        (("--settings", _settings, "100,20,60 24,20,4", _TRIPLES), *_LOST),
-    ),
+_COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
+    demo: (("--settings", _settings, "100,20,60 24,20,4", _TRIPLES), *_LOST),
     compare: (
-        "compare the codes on your own model while workers are lost",
-        (
-            ("factory", str, ..., "a function that returns the model"),
-            ("--inputs", Path, ..., "a file: torch.save of a tensor [n, ...]"),
-            ("--labels", Path, None, "a file: torch.save of the true classes [n]"),
-            ("--batch-size", int, _BATCH_SIZE, "rows of a batch"),
-            ("--settings", _settings, "24,20,4", _TRIPLES),
-            *_LOST,
-        ),
+        ("factory", str, ..., "a function that returns the model"),
+        ("--inputs", Path, ..., "a file: torch.save of a tensor [n, ...]"),
+        ("--labels", Path, None, "a file: torch.save of the true classes [n]"),
+        ("--batch-size", int, _BATCH_SIZE, "rows of a batch"),
+        ("--settings", _settings, "24,20,4", _TRIPLES),
+        *_LOST,
     ),
     serve: (
-        "answer HTTP requests (KServe v2) within a deadline, on processes that fail",
-        (
-            ("factory", str, LENET5, "a function that returns the model and examples of inputs"),
-            ("--endpoints", list, None, "servers (KServe v2) that compute, instead of processes"),
-            ("--model", str, None, "the model's name at the endpoints"),
-            ("--header", dict, None, "headers for the endpoints: NAME=@FILE or NAME='$VARIABLE'"),
-            ("--ca", Path, None, "a PEM file of certificates that verify the endpoints"),
-            ("--parts", int, 4, "parts of a batch"),
-            ("--num-workers", int, 6, "worker processes"),
-            ("--deadline", float, 0.2, "seconds from the arrival of a request to its answer"),
-            ("--host", str, "127.0.0.1", "the address to listen on"),
-            ("--port", int, 8000, "the port to listen on, or 0 for any"),
-            ("--allowed-hosts", list, None, "names by which clients may ask, and loopback ones"),
-            ("--max-batch-size", int, 64, "rows of a batch"),
-            ("--max-queued-requests", int, 256, "requests that may wait"),
-            ("--name", str, None, "the model's name in URLs, unless MODEL, lenet5 or FACTORY"),
-            ("--verify", float, 0.0, "the share of rows that a second worker computes"),
-            ("--memory", bool, False, "predict from earlier requests and answers, of any client"),
-            ("--chaos", bool, False, "delay 3 %% of the calls, let one kill its worker every 5 s"),
-            (
-                "--page",
-                bool,
-                False,
-                "show the page and its examples at / even if HOST is not a loopback one",
-            ),
-            ("--seed", int, 0, "the seed of --chaos"),
-            ("--example", int, None, "print a request with this row of the examples, and end"),
-        ),
+        ("factory", str, LENET5, "a function that returns the model and examples of inputs"),
+        ("--endpoints", list, None, "servers (KServe v2) that compute, instead of processes"),
+        ("--model", str, None, "the model's name at the endpoints"),
+        ("--header", dict, None, "headers for the endpoints: NAME=@FILE or NAME='$VARIABLE'"),
+        ("--ca", Path, None, "a PEM file of certificates that verify the endpoints"),
+        ("--parts", int, 4, "parts of a batch"),
+        ("--num-workers", int, 6, "worker processes"),
+        ("--deadline", float, 0.2, "seconds from the arrival of a request to its answer"),
+        ("--host", str, "127.0.0.1", "the address to listen on"),
+        ("--port", int, 8000, "the port to listen on, or 0 for any"),
+        ("--allowed-hosts", list, None, "names by which clients may ask, and loopback ones"),
+        ("--max-batch-size", int, 64, "rows of a batch"),
+        ("--max-queued-requests", int, 256, "requests that may wait"),
+        ("--name", str, None, "the model's name in URLs, unless MODEL, lenet5 or FACTORY"),
+        ("--verify", float, 0.0, "the share of rows that a second worker computes"),
+        ("--memory", bool, False, "predict from earlier requests and answers, of any client"),
+        ("--chaos", bool, False, "delay 3 %% of the calls, let one kill its worker every 5 s"),
+        ("--page", bool, False, "show the page and examples even if HOST is not a loopback one"),
+        ("--seed", int, 0, "the seed of --chaos"),
+        ("--example", int, None, "print a request with this row of the examples, and end"),
     ),
     job: (
-        "compute the answers to all rows of a file, and go on after an interruption",
-        (
-            ("factory", str, None, "returns the model or a CodedWrapper, also with examples"),
-            ("--inputs", Path, None, "a .npy, .safetensors or .parquet file"),
-            ("--columns", str, None, _COLUMNS),
-            ("--output", Path, None, "a folder, for a file of torch.save per batch"),
-            ("--resume", bool, False, _RESUME),
-            (
-                "--trust-model",
-                bool,
-                False,
-                "with --resume: the model, its files and versions may differ",
-            ),
-            ("--check", Path, None, "a folder; print which of its batches are not whole, and end"),
-            ("--batch-size", int, 256, "rows of a batch"),
-            ("--in-flight", int, 4, "batches that are computed at once"),
-            ("--num-workers", int, 6, "worker processes"),
-            ("--grace", float, 30.0, "hang timeout of a worker, in seconds"),
-            ("--deadline", float, None, "seconds after which missing rows are predicted; or exact"),
-            ("--on-error", ("raise", "predict"), "raise", "if the model fails on a row"),
-        ),
+        ("factory", str, None, "returns the model or a CodedWrapper, also with examples"),
+        ("--inputs", Path, None, "a .npy, .safetensors or .parquet file"),
+        ("--columns", str, None, _COLUMNS),
+        ("--output", Path, None, "a folder, for a file of torch.save per batch"),
+        ("--resume", bool, False, _RESUME),
+        ("--trust-model", bool, False, "with --resume: model, files and versions may differ"),
+        ("--check", Path, None, "a folder; print which of its batches are not whole, and end"),
+        ("--batch-size", int, 256, "rows of a batch"),
+        ("--in-flight", int, 4, "batches that are computed at once"),
+        ("--num-workers", int, 6, "worker processes"),
+        ("--grace", float, 30.0, "hang timeout of a worker, in seconds"),
+        ("--deadline", float, None, "seconds after which missing rows are predicted; or exact"),
+        ("--on-error", ("raise", "predict"), "raise", "if the model fails on a row"),
     ),
     plan: (
-        "find the redundancy that meets a deadline and an accuracy at least work",
-        (
-            ("--latencies", Path, None, "a CSV file: seconds of one part, a line each"),
-            ("--law", tuple(planner.LAWS), "mix", "a law of latencies, unless they are measured"),
-            ("--deadline", float, 0.2, "seconds within which 99.9 %% of the requests are answered"),
-            ("--accuracy", float, 0.99, "the share of rows answered as rightly as by the model"),
-            ("--num-workers", int, 6, "workers"),
-            ("--parts", int, 4, "parts of a request, whose latencies are known"),
-            ("--median", float, 0.01, "seconds that a part takes, under a law"),
-            ("--load", float, 0.3, "the share of the workers' time that requests take"),
-            ("--verify", float, 0.0, "the share of rows that a second worker computes"),
-            ("--num-requests", int, 5000, "requests under each policy"),
-            ("--seed", int, 0, "the seed of everything"),
-            _OUTPUT,
-        ),
+        ("--latencies", Path, None, "a CSV file: seconds of one part, a line each"),
+        ("--law", tuple(planner.LAWS), "mix", "a law of latencies, unless they are measured"),
+        ("--deadline", float, 0.2, "seconds within which 99.9 %% of the requests are answered"),
+        ("--accuracy", float, 0.99, "the share of rows answered as rightly as by the model"),
+        ("--num-workers", int, 6, "workers"),
+        ("--parts", int, 4, "parts of a request, whose latencies are known"),
+        ("--median", float, 0.01, "seconds that a part takes, under a law"),
+        ("--load", float, 0.3, "the share of the workers' time that requests take"),
+        ("--verify", float, 0.0, "the share of rows that a second worker computes"),
+        ("--num-requests", int, 5000, "requests under each policy"),
+        ("--seed", int, 0, "the seed of everything"),
+        _OUTPUT,
     ),
-    info: ("print versions, build, devices and threads", ()),
+    info: (),
 }
 _GROUPS = {"models and jobs": (serve, job, info), "experiments": (demo, compare, plan)}
 
@@ -255,9 +228,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     text = "Resilient and coded computing for PyTorch: answers although workers fail."
     for title, commands in _GROUPS.items():
-        text += f"\n\n{title}:\n" + "\n".join(
-            f"  {c.__name__:<9} {_COMMANDS[c][0]}" for c in commands
-        )
+        text += f"\n\n{title}:"
+        for each in commands:
+            text += f"\n  {each.__name__:<9} {each.__doc__}"
     parser = argparse.ArgumentParser(
         prog="coded-torch",
         usage="%(prog)s [--version] COMMAND ...",
@@ -267,9 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     version = f"coded_torch {coded_torch.__version__}"
     parser.add_argument("--version", action="version", version=version)
     added = parser.add_subparsers(metavar="COMMAND", required=True, help=argparse.SUPPRESS)
-    for run, (text, table) in _COMMANDS.items():
-        sentence = f"{text[0].upper()}{text[1:]}."
-        command = added.add_parser(run.__name__, description=sentence)
+    for run, table in _COMMANDS.items():
+        command = added.add_parser(run.__name__, description=run.__doc__)
         command.set_defaults(run=run)
         options(command, *table)
     args = parser.parse_args(argv)

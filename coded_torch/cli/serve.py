@@ -20,8 +20,6 @@ from ..surrogates import Memory
 from ..workers import FaultyWorkers, ProcessWorkers
 from . import find_factory, need, say, usage
 
-__all__ = ["LENET5", "serve"]
-
 #: The factory of the embedded LeNet-5.
 LENET5 = "coded_torch.demo:lenet5_and_digits"
 # Seconds, nginx's default: clients keep connections longer than uvicorn's default of 5.
@@ -32,7 +30,7 @@ _GRACE = 10
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Serve a model over HTTP, or print a request with one example."""
+    """Answer HTTP requests (KServe v2) within a deadline, on processes that fail."""
     need("serve", "serve", "starlette", "uvicorn", "httptools", "orjson", "prometheus_client")
     from ..open_inference import Model, request
     from ..page import LOOPBACK, add_page
@@ -133,10 +131,8 @@ def _own(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     made = find_factory("serve", args.factory)()
     with usage("serve"):
         model, examples = made if isinstance(made, tuple) and len(made) == 2 else (None, ())
-        examples = (examples,) if isinstance(examples, Tensor) else examples
-        whole = isinstance(examples, tuple) and all(
-            isinstance(x, Tensor) and x.dim() and len(x) for x in examples
-        )
+        examples = examples if isinstance(examples, tuple) else (examples,)
+        whole = all(isinstance(x, Tensor) and x.dim() and len(x) for x in examples)
         if not (isinstance(model, nn.Module) and examples and whole):
             must = "a module and examples of its inputs, a tensor with rows or a tuple of some"
             raise TypeError(f"{args.factory} must return {must}, got {type(made).__name__}")
