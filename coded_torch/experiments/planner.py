@@ -213,8 +213,8 @@ def plan(
         latencies = np.sort(outcome.latencies * part)
         slowest = float(np.quantile(latencies, _IN_TIME))
         # A call raises if fewer rows came than the policy asks of it; a code decodes one result.
-        least = waiting.least(2 * k, 1, by_rows=n == k) / (2 * k)
-        raised = 1 - outcome.predicted < least - 1e-9
+        enough = waiting.least(2 * k, 1, by_rows=n == k) / (2 * k)
+        raised = 1 - outcome.predicted < enough - 1e-9
         late = float((raised | (outcome.latencies * part > deadline)).mean())
         predicted = float(np.where(raised, 0.0, outcome.predicted).mean())
         meets = late <= 1 - _IN_TIME + 1e-9 and 1 - predicted * (1 - RIGHT) >= accuracy
