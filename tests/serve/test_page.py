@@ -340,6 +340,12 @@ def opened(port, browser):
     return open_page(port, browser)
 
 
+def resize(browser, width):
+    """Give the page a width in pixels, which the browser keeps for the next page."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
 def open_page(port, browser, name="lenet5"):
     """Open the page in a browser, and return functions that find elements and wait for texts."""
     browser.get(f"http://127.0.0.1:{port}/")
@@ -398,8 +404,7 @@ SEVEN = (-50, -60), (90, 0), (-50, 130)
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 400])
 def test_a_drawn_digit_is_read(opened, width):
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    opened.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    resize(opened.browser, width)
     opened.draw(*SEVEN)
     opened.until("class", "7")
     assert opened.text("how") in ("computed, not verified", "hedged, not verified")
@@ -452,6 +457,7 @@ window.fetch = (path, options) => path.endsWith("/infer") ? stub() : own(path, o
 
 @pytest.mark.browser
 def test_each_row_is_shown_as_what_it_is(port, browser):
+    resize(browser, 1280)  # narrow tiles have no words
     opened = open_page(port, browser)
     module, (digits,) = lenet5_and_digits()
     labels = module(digits).argmax(1).tolist()

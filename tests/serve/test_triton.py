@@ -36,9 +36,7 @@ class TritonTests:
                 assert metadata["inputs"][0]["shape"] == [-1, 1, 28, 28]
             assert "binary_tensor_data" in client.get_server_metadata()["extensions"]
             assert not client.is_model_ready("other")
-            with pytest.raises(
-                triton.InferenceServerException, match="'/v2/models/other'; the mod"
-            ):
+            with pytest.raises(triton.InferenceServerException, match="/v2/models/other'; the mod"):
                 client.get_model_metadata("other")
 
     def test_repository_configuration_and_statistics(self, address):
