@@ -145,7 +145,7 @@ def test_changes_of_the_module_are_noticed(pool):
     module.factor = nn.Parameter(torch.tensor([1.0]))
     assert got() == {11.5}
     module.attribute = 2.0
-    assert got() == {11.5}
+    assert got() == {12.5}
     pool.forget(module)
     assert got() == {12.5}
 
