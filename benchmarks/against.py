@@ -29,7 +29,8 @@ import coded_torch
 from . import yardstick
 from .runs import Measurement, read_results
 
-ROOT = Path(coded_torch.__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+THIS = Path(coded_torch.__file__).resolve().parents[1]  # perhaps not in the repository
 SECONDS, LEAST, MOST = 15.0, 5, 41  # rounds of a question: for so long, at least, at most
 LONGEST = 300.0  # seconds that a process may take for one round, or to come up
 
@@ -52,7 +53,7 @@ def commit(revision: str) -> str:
 def installed(revision: str) -> Path:
     """Return the folder of a revision, compiled once."""
     if revision == ".":
-        return ROOT
+        return THIS
     folder = ROOT / "build" / "against" / commit(revision)
     if not (folder / "compiled").exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -109,7 +110,7 @@ def compare(name: str, folder: Path, quick: bool) -> dict[str, Any]:
     _, calls, _ = yardstick.QUESTIONS[name]
     least, most, calls = (1, 1, 1) if quick else (LEAST, MOST, calls)
     rounds = []
-    with Side(name, ROOT) as ours, Side(name, folder) as others:
+    with Side(name, THIS) as ours, Side(name, folder) as others:
         for side in (ours, others):
             side.line()  # it is ready
         until = time.monotonic() + SECONDS

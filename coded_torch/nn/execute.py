@@ -53,6 +53,7 @@ class Execution:
         self._events: deque[Event] = deque()
         self._began: dict[int, workers.Began] = {}  # the last time, as a part may begin again
         self._asked: set[int] = set()  # the workers that began a part
+        self._replied: set[int] = set()  # the parts whose reply came; a second one does not count
         self._failed = defaultdict[int, frozenset[int]](frozenset)  # the workers, by unit
 
     def run(
@@ -138,7 +139,8 @@ class Execution:
                 self._asked.add(event.worker)
                 if not self._at_once:  # otherwise no part is hedged
                     self._events.append(Began(event.part.number, event.at, event.fresh))
-            else:
+            elif event.part.number not in self._replied:
+                self._replied.add(event.part.number)
                 replies.append(event)
                 wanted -= len(event.part.units)
                 if wanted <= 0:

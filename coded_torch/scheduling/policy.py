@@ -299,6 +299,7 @@ class Call:
             # cannot tell: it is cut once before all of its rows are given up.
             whole = len(part.units) == len(part.line[-1].units) and most > _TRIES
             cut = part.tries >= _TRIES and (whole or not died)
+            cut |= part.tries >= most and bool(self.good)  # some workers work: cut to the bad row
             if not alone and (chance <= _SUSPECT or cut):
                 return _SPLIT
             refused = alone and died and part.tries >= 2 and chance <= _POISON

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -19,11 +19,12 @@ __all__ = ["CallTests"]
 ROWS = 32
 INPUTS = torch.stack([torch.arange(ROWS), torch.arange(ROWS) / 7, torch.arange(ROWS).sin()], 1)
 
+OK = ("ok", 1.0)
 seconds = st.floats(0.1, 20.0) | st.just(1.0)
 #: Acts of a worker that is honest: a part may be late, be lost, or be of another form.
 acts = st.tuples(st.sampled_from(["ok", "ok", "ok", "die", "nan", "rows", "twice"]), seconds)
 #: In the end, every worker computes.
-scripts = st.lists(acts, max_size=4).map(lambda some: [*some, ("ok", 1.0)])
+scripts = st.lists(acts, max_size=4).map(lambda some: [*some, OK])
 pools = st.lists(scripts, min_size=1, max_size=6)
 drains = st.lists(st.tuples(st.floats(0.0, 10.0), st.integers(0, 5)), max_size=2)
 bad_rows = st.sets(st.integers(0, ROWS - 1), max_size=3)
@@ -89,6 +90,7 @@ class CallTests:
         self.check(pool, answers, report)
 
     @given(pools, drains, st.floats(0.5, 30.0), st.integers(1, 8), st.booleans())
+    @example([[OK], [("ok", 2.0), OK], [("twice", 1.0), OK]], [], 2.0, 6, True)
     @settings(max_examples=100, deadline=None)
     def test_a_deadline_is_kept(
         self, scripts: Any, drains: Any, deadline: float, parts: int, estimate: bool
@@ -117,6 +119,7 @@ class CallTests:
         assert pool.clock <= deadline + 1e-9
 
     @given(pools, bad_rows, bad_rows, st.integers(1, 8))
+    @example([[OK]], set(), {0, 8, 16}, 1)  # three quarters of the part have such a row
     @settings(max_examples=100, deadline=None)
     def test_rows_on_which_the_module_fails(
         self, scripts: Any, raising: set[int], killing: set[int], parts: int

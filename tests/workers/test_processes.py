@@ -296,16 +296,17 @@ def test_kept_results_keep_few_blocks_of_shared_memory(columns, most):
 
 def test_a_hung_process_is_killed_after_its_grace():
     module = Stuck()
-    with ProcessWorkers(3, grace=1.0).start(module, timeout=WAIT) as pool:
+    with ProcessWorkers(3, grace=3.0).start(module, timeout=WAIT) as pool:
         os.kill(pool.pids[0], signal.SIGSTOP)
-        replies = answers(pool, module, torch.tensor([[[0.0]], [[3600.0]], [[0.0]], [[0.0]]]))
+        # Nobody is idle before the stopped process has a part.
+        replies = answers(pool, module, torch.tensor([[[1.0]], [[3600.0]], [[1.0]], [[0.0]]]))
         reasons = {reply.part.number: reply.error and reply.error.reason for reply in replies}
         assert len(reasons) == 4
         assert reasons[3] is None
         hung = [reason for reason in reasons.values() if reason is not None]
         assert len(hung) == 2
         for reason in hung:
-            assert "for more than 1 s without a sign of life, and was ended; grace (--g" in reason
+            assert "for more than 3 s without a sign of life, and was ended; grace (--g" in reason
 
 
 @pytest.mark.parametrize("module", [Sleepy(), Greedy()], ids=["sleeps", "computes"])
