@@ -49,20 +49,6 @@ def test_a_cubic_from_any_13_of_20_results():
     assert worst < 1e-8
 
 
-@pytest.mark.parametrize("num_workers", [136, 150])
-def test_degree_15_with_10_inputs(num_workers):
-    code = LagrangeCode(10, num_workers, degree=15)
-    inputs = 2 * torch.rand(10, 8, generator=torch.Generator().manual_seed(0)).double() - 1
-    everybody = list(range(num_workers))
-    assert relative_error(code, lambda x: x**15, inputs, everybody) < 1e-11
-
-
-def test_linear_models_by_default():
-    code = LagrangeCode(4, 9)
-    assert code.min_received == 4
-    assert relative_error(code, lambda x: 3 * x - 1, normal(4, 5), [0, 2, 5, 8]) < 1e-13
-
-
 @pytest.mark.parametrize("received", [[1, 3, 4, 6, 8], [0, 1, 2, 3, 4]])
 def test_interpolation_in_rational_arithmetic(received):
     code = LagrangeCode(3, 9, degree=2)

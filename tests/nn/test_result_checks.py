@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from types import SimpleNamespace
@@ -13,10 +12,11 @@ import torch
 from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
-from coded_torch.codes import NotEnoughResults, RegressionCode, ReplicationCode
+from coded_torch.codes import NotEnoughResults, RegressionCode
 from coded_torch.nn.result_checks import Results
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
+from coded_torch.testing.virtual import VirtualWorkers
 from coded_torch.testing.workers import CopyCode, FailsAt, PolynomialCode, task_of
 from coded_torch.workers import LocalWorkers, Part, Reply
 
@@ -62,37 +62,12 @@ def test_a_result_unlike_most_is_missing_and_named(lie, reason, at):
     assert re.search(reason, coded.last_run.rejected[int(at)])
 
 
-@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 2, 0], [1, 2, 3, 0]])
-def test_of_two_camps_of_one_size_that_of_the_part_asked_first_is_taken(order):
-    results = checked(task_of(torch.zeros(4, 1, 1)))
-    changes = [results.add([reply(n, torch.zeros(1, 1 + n % 2))])[0] for n in order]
-    assert results.units == {0, 2}
-    assert results.stack().units == (0, 2)
-    assert [error.worker for error in results.rejected] == [1, 3]
-    assert (
-        results.rejected[0].reason
-        == "returned float32 (1, 2), where as many returned float32 (1, 1)"
-    )
-    # What the changes say of each part in the end is what holds.
-    final = {one.part.number: result is not None for change in changes for one, result in change}
-    assert final == {0: True, 1: False, 2: True, 3: False}
-
-
 def checked(task: Any) -> Results:
     return Results(SimpleNamespace(task=task, link=None, not_finite=None, mixes=True))
 
 
 def reply(n: int, value: Any) -> Reply:
     return Reply(Part(n, (n,)), n, 0.0, 0.0, value)
-
-
-def test_of_results_of_one_unit_the_first_counts():
-    results = checked(task_of(torch.zeros(3, 1, 1)))
-    for n, units in enumerate([(2,), (0, 1), (1, 2)]):
-        results.add([Reply(Part(n, units), n, 0.0, 0.0, torch.full((len(units), 1), float(n)))])
-    units, (leaf,), *_ = results.stack()
-    assert units == (0, 1, 2)
-    assert leaf.flatten().tolist() == [1.0, 1.0, 0.0]
 
 
 @pytest.mark.filterwarnings("ignore:.* cannot be predicted")
@@ -114,35 +89,6 @@ def test_outputs_of_any_dtype_are_carried_where_every_row_has_a_result(way):
         match=r"output\['top'\] is torch.int64 and cannot be predicted; .*predict=False",
     ):
         lost(x)
-
-
-def test_an_empty_batch_has_an_empty_report():
-    coded = CodedWrapper(nn.ReLU(), ReplicationCode(2, 4))
-    answers, report = coded.run(torch.zeros(0, 3))
-    assert answers.shape == (0, 3)
-    assert (report.predicted.dtype, report.predicted.shape) == (torch.bool, (0,))
-    assert report.radii.shape == (0,)
-
-
-@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
-def test_what_has_no_batch_is_that_of_the_part_asked_first(order):
-    task = task_of(torch.zeros(2, 1, 1))
-    results = checked(dataclasses.replace(task, out_dims=(0, None)))
-    for n in order:
-        results.add([reply(n, (torch.zeros(1, 1), torch.tensor(float(n))))])
-    assert results.stack().leaves[1].item() == 0.0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("bad", [None, 2])
-def test_replies_that_arrive_together_are_judged_together(bad, dtype):
-    whole = torch.full((4, 2), torch.finfo(dtype).max, dtype=dtype)  # whose sum is not finite
-    if bad is not None:
-        whole[bad] = torch.nan
-    results = checked(task_of(whole[:, None]))
-    settled = results.add([reply(n, leaf) for n, leaf in enumerate(whole.split(1))])
-    assert [result is not None for ((_, result),) in settled] == [n != bad for n in range(4)]
-    assert results.units == {0, 1, 2, 3} - {bad}
 
 
 @pytest.mark.cuda
@@ -217,6 +163,13 @@ def test_what_are_no_probabilities_is_refused_by_name(output, got):
         CodedWrapper(Call(output), code, workers=Separate())(rand(6, 5))
 
 
-@pytest.mark.parametrize("output", [None, ()])
-def test_outputs_without_any_tensor(output):
-    assert CodedWrapper(Call(lambda x: output), PolynomialCode(2, 4))(rand(4, 3)) == output
+@pytest.mark.parametrize("seconds", [(1.0, 1.1, 1.2, 1.3), (1.3, 1.2, 1.1, 1.0)])
+def test_of_two_camps_of_one_size_that_of_the_part_asked_first_is_taken(seconds):
+    camps = [lambda y: y, lambda y: y.repeat(1, 2)] * 2
+    pool = VirtualWorkers([[act] for act in zip(camps, seconds, strict=True)])
+    x, waiting = rand(4, 1), Waiting(deadline=1.35, hedge_budget=0)
+    answers, report = CodedWrapper(nn.Identity(), workers=pool, waiting=waiting).run(x)
+    assert torch.equal(answers[[0, 2]], x[[0, 2]])
+    assert report.predicted.tolist() == [False, True, False, True]
+    assert report.rejected.keys() == {1, 3}
+    assert "returned float64 (1, 2), where as many returned float64 (1, 1)" in report.rejected[1]

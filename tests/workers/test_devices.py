@@ -64,20 +64,6 @@ class TestCudaDeviceWorkers(WorkersTests):
         return DeviceWorkers(["cuda", "cuda", "cpu"])
 
 
-class Blocking(nn.Module):
-    """Identity that blocks on inputs of ``value`` until it is released."""
-
-    def __init__(self, value: float) -> None:
-        super().__init__()
-        self.value, self.entered, self.release = value, threading.Event(), threading.Event()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if (x == self.value).any():
-            self.entered.set()
-            assert self.release.wait(WAIT)
-        return x.clone()
-
-
 def column(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).reshape(-1, 1)
 
@@ -182,21 +168,6 @@ def test_a_pool_does_not_wait_for_itself():
         assert outer(column(1)).item() == pytest.approx(1.0)
 
 
-def test_a_device_that_hangs_holds_back_only_its_own_part():
-    module = Blocking(1.0)
-    with DeviceWorkers(["cpu", "cpu"]) as pool:
-        coded = CodedWrapper(module, CopyCode(4, 4), workers=pool, waiting=first(1))
-        assert coded(column(0, 1, 2, 3)).flatten().tolist() == [0.0, 0.0, 2.0, 3.0]
-        # One thread still hangs: it is not used, its late result reaches nothing.
-        assert module.entered.wait(WAIT)
-        coded.waiting = first()
-        assert coded(column(5, 6, 7, 8)).flatten().tolist() == [5.0, 6.0, 7.0, 8.0]
-        module.release.set()
-        for i in range(10):
-            x = column(i, i + 10, i + 20, i + 30) + 100
-            assert torch.equal(coded(x), x)
-
-
 def test_an_idle_pool_keeps_no_batch_and_no_module_alive():
     with DeviceWorkers(["cpu", "cpu"]) as pool:
         module, values = nn.Linear(1, 1), torch.ones(4, 1, 1)
@@ -295,13 +266,6 @@ class TestCopies:
         assert copy[0].weight is copy[1].weight
         assert copy[1].weight.device.type == "meta"
 
-    def test_copies_made_in_inference_mode_serve_outside_of_it(self, replica):
-        module = nn.Linear(2, 2).requires_grad_(False)
-        with torch.inference_mode():
-            inside = replica._replicate(module, {})
-            assert not inside.weight.is_inference()
-        assert replica._replicate(module, {}).weight is inside.weight
-
 
 @pytest.mark.parametrize(
     ("devices", "timeout", "error", "match"),
@@ -317,30 +281,6 @@ class TestCopies:
 def test_bad_arguments(devices, timeout, error, match):
     with pytest.raises(error, match=match):
         DeviceWorkers(devices, timeout=timeout)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("home", ["cpu", "cuda"])
-def test_answers_and_gradients_on_cuda(home):
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)).double().to(home)
-    stream = torch.cuda.Stream()
-    with DeviceWorkers(["cuda", "cuda", "cpu"]) as pool, torch.cuda.stream(stream):
-        coded = CodedWrapper(module, PolynomialCode(3, 6), workers=pool, waiting=first(1))
-        for seed in range(20):
-            generator = torch.Generator().manual_seed(seed)
-            x = torch.randn(500, 64, generator=generator).double().to(home).requires_grad_()
-            wanted = module(x)
-            gradients = torch.autograd.grad(wanted.sum(), [x, *module.parameters()])
-            out = coded(x)
-            assert out.device == x.device
-            torch.testing.assert_close(out, wanted, rtol=1e-8, atol=1e-8)
-            torch.testing.assert_close(
-                torch.autograd.grad(out.sum(), [x, *module.parameters()]),
-                gradients,
-                rtol=1e-7,
-                atol=1e-7,
-            )
 
 
 @pytest.mark.cuda

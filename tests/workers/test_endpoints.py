@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
-from coded_torch.codes import DeadlineExceeded, NotEnoughResults, SplineCode
+from coded_torch.codes import DeadlineExceeded, NotEnoughResults
 from coded_torch.open_inference import EndpointError, Model, RefusedError
 from coded_torch.open_inference.client import Client, RemoteError, run
 from coded_torch.testing.workers import numbered, task_of
@@ -62,14 +62,6 @@ def test_a_batch_is_computed_by_all_servers(binary):
         assert report.asked == (0, 1, 2)
         assert [len(each.rows) for each in made] == [1, 1, 1]
         assert torch.equal(RemoteModule(made[0].url, "double")(X), 2 * X)
-
-
-@pytest.mark.parametrize("binary", [True, False])
-def test_inputs_need_not_be_contiguous(binary):
-    with servers(1, binary=binary) as made:
-        coded = wrapped(made)
-        assert torch.equal(coded(X.T.contiguous().T), 2 * X)
-        assert torch.equal(coded(torch.ones(1, 1).expand(5, 3)), torch.full((5, 3), 2.0))
 
 
 @pytest.mark.parametrize("word", ["NaN", "null"])
@@ -219,15 +211,6 @@ def test_a_request_that_all_servers_refuse_is_the_callers_error(many, caplog):
             assert raised.value.rows == tuple(range(12))
         assert coded.workers.num_ready == many
         assert "failed" not in caplog.text
-
-
-def test_a_refusal_of_every_column_is_the_callers_error(three):
-    for each in three:
-        each.fault = sending(400, b'{"error": "no"}')
-    module = RemoteModule(three[0].url, "double")
-    pool = EndpointWorkers([each.url for each in three], model="double")
-    with pool, pytest.raises(RefusedError, match="no"):
-        CodedWrapper(module, SplineCode(4, 6), workers=pool)(X)
 
 
 @pytest.mark.parametrize(
