@@ -45,36 +45,6 @@ def test_a_code_says_the_arguments_that_it_was_given(text):
     assert repr(code.replace(num_workers=7)) == text.replace("6", "7")
 
 
-@pytest.mark.parametrize("argument", ["num_data", "num_workers"])
-def test_counts(argument):
-    counts = {"num_data": 1, "num_workers": 1, "data_points": [0.0], "worker_points": [0.0]}
-    for wrong, error, message in [
-        (0, ValueError, f"Nearest: {argument} must be at least 1, got 0"),
-        (1.0, TypeError, f"Nearest: {argument} must be an integer, got 1.0"),
-        (True, TypeError, f"Nearest: {argument} must be an integer, got True"),
-    ]:
-        with pytest.raises(error, match=message):
-            Nearest(**(counts | {argument: wrong}))
-
-
-@pytest.mark.parametrize("argument", ["data_points", "worker_points"])
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ([0.0], r"must be .* of shape \(2,\), got \[0.0\]"),
-        ([[0.0, 1.0]], r"must be .* of shape \(2,\), got \[\[0.0, 1.0\]\]"),
-        ([1.0, 0.0], "must be finite and strictly increasing"),
-        ([0.0, 0.0], "must be finite and strictly increasing"),
-        ([0.0, float("nan")], "must be finite and strictly increasing"),
-        ([0.0, float("inf")], "must be finite and strictly increasing"),
-    ],
-)
-def test_points(argument, wrong, message):
-    points = {"data_points": [0.0, 1.0], "worker_points": [0.0, 1.0]} | {argument: wrong}
-    with pytest.raises(ValueError, match=f"Nearest: {argument} {message}"):
-        Nearest(2, 2, **points)
-
-
 def test_points_cannot_change_under_the_decoders():
     points = np.array([0.0, 1.0])
     code = Nearest(2, 2, data_points=points, worker_points=points)

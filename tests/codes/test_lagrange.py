@@ -92,18 +92,3 @@ def test_exact_hits_are_copied():
     hits = np.isin(code.worker_points, code.data_points)
     inputs = normal(3)
     assert torch.equal(code.encode(inputs)[torch.tensor(hits)], inputs)
-
-
-@pytest.mark.parametrize(
-    ("degrees", "error", "message"),
-    [
-        ({"degree": 0}, ValueError, "degree must be at least 1, got 0"),
-        ({"degree": 1.5}, TypeError, "degree must be an integer, got 1.5"),
-        ({"decoder_degree": -1}, ValueError, "decoder_degree must be at least 0, got -1"),
-        ({"degree": 3}, ValueError, "num_workers must be at least 13 .* degree 12, got 12"),
-        ({"decoder_degree": 12}, ValueError, "num_workers must be at least 13 .* degree 12, got"),
-    ],
-)
-def test_bad_degrees(degrees, error, message):
-    with pytest.raises(error, match=f"LagrangeCode: {message}"):
-        LagrangeCode(5, 12, **degrees)

@@ -222,29 +222,6 @@ def test_copies_of_the_code():
     assert code.replace(length=4.0).link == "softmax"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"num_workers": 3}, ValueError, "num_workers must be at least num_data, 4, got 3"),
-        ({"num_data": True}, TypeError, "num_data must be an integer, got True"),
-        ({"num_workers": 6.0}, TypeError, r"num_workers must be an integer, got 6\.0"),
-        ({"ordering": "near"}, ValueError, "ordering must be 'similarity', 'arrival' or a perm"),
-        ({"ordering": 3}, TypeError, "ordering must be .* a permutation of 0..B-1, got 3"),
-        ({"ordering": [1.5, 0]}, ValueError, r"or a permutation of 0..B-1, got \[1.5, 0\]"),
-        ({"ordering": [0, 2, 2]}, ValueError, r"or a permutation of 0..B-1, got \[0, 2, 2\]"),
-        ({"ordering": [True, False]}, ValueError, r"or a permutation of 0..B-1, got \[True, Fal"),
-        ({"ordering": torch.tensor([[1], [0]])}, ValueError, "or a permutation of 0..B-1, got"),
-        ({"ordering": [[0, 1]]}, ValueError, r"or a permutation of 0..B-1, got \[\[0, 1\]\]"),
-        ({"shuffle": 1}, TypeError, "shuffle must be of type bool.*, got int"),
-        ({"link": "logit"}, ValueError, "link must be None or 'softmax', got 'logit'"),
-        ({"unknown": 1}, TypeError, "unexpected keyword argument 'unknown'"),
-    ],
-)
-def test_bad_arguments(arguments, error, message):
-    with pytest.raises(error, match=message):
-        RegressionCode(**({"num_data": 4, "num_workers": 6} | arguments))
-
-
 class TestReplicationCode(CodeTests):
     def make(self):
         return ReplicationCode(6, 21)

@@ -1,15 +1,9 @@
 """What holds for every policy over every law, and what a simulation is given and gives."""
 
-import math
-
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from coded_torch import Waiting, stragglers
 from coded_torch.experiments.simulation import Conditions, simulate
-from coded_torch.scheduling import Ask, Began, Drop, Settled, Wait
 
 WAIT_FOR_ALL, SOON = Waiting(hedge_budget=0), Waiting(predict_after=3.0)
 CALM, STILL = Conditions(), Conditions(spread=0.0)
@@ -17,147 +11,6 @@ CALM, STILL = Conditions(), Conditions(spread=0.0)
 
 def run(policy, conditions=CALM, *, workers=6, parts=4, **options):
     return simulate(policy, conditions, num_workers=workers, num_parts=parts, **options)
-
-
-class Watched:
-    """A policy whose every decision is checked against what it has been told."""
-
-    def __init__(self, waiting):
-        self.waiting = waiting
-        self.log, self.hedged, self.calls = [], 0.0, 0
-
-    def decide(self, history, first, *, needed, since, **options):
-        self.calls += 1
-        thresholds = {}
-        policy = self.waiting.decide(history, first, needed=needed, since=since, **options)
-        parts, states, due = [], [], []  # of each part: units; queued, running ...; when late
-        good, event, now = set(), None, since
-        before = 0
-        while True:
-            try:
-                decision = policy.send(event)
-            except StopIteration as stop:
-                self.check_end(stop.value, now - since, good, before, needed, states)
-                return stop.value
-            if isinstance(decision, Wait):
-                event = yield decision
-                before = len(good)
-                now = self.hear(
-                    event, decision.until, good, parts, states, due, history, thresholds
-                )
-                continue
-            if isinstance(decision, Ask):
-                self.check_ask(decision.parts, parts, states, due, now, good, needed)
-            elif isinstance(decision, Drop):
-                for part in decision.parts:
-                    assert states[part] == "queued"
-                    assert good.issuperset(parts[part])
-                    states[part] = "dropped"
-            self.log.append((now, decision))
-            event = yield decision
-
-    def hear(self, event, until, good, parts, states, due, history, thresholds):
-        """Note what an event says; the time of it."""
-        if event is None:
-            return until
-        if isinstance(event, Began):
-            assert states[event.part] == "queued", "what is not wanted has begun"
-            units = len(parts[event.part])
-            known = history.hedging_threshold(units, self.waiting.hedge_budget)
-            half = (self.waiting.deadline or math.inf) / 2
-            threshold = thresholds.setdefault(units, known if known < math.inf else half)
-            states[event.part], due[event.part] = "running", event.at + threshold
-        elif isinstance(event, Settled):
-            states[event.part] = "good" if event.ok else "failed"
-            if event.ok:
-                good.update(parts[event.part])
-        return event.at
-
-    def check_ask(self, asked, parts, states, due, now, good, needed):
-        first, before = not parts, list(parts)
-        for units in asked:
-            assert units
-            assert list(units) == sorted(units)
-            copies = [n for n, other in enumerate(before) if set(other) & set(units)]
-            parts.append(units)
-            states.append("queued")
-            due.append(math.inf)
-            if first:
-                assert not copies
-                continue
-            assert good.isdisjoint(units), "what is answered is asked again"
-            # Late three times, and failed three times, or twenty.
-            assert parts.count(units) <= (7 if self.waiting.may_predict(True) else 24)
-            for n in copies:
-                assert states[n] == "failed" or (states[n] == "running" and due[n] <= now)
-            if not any(states[n] == "failed" for n in copies):
-                self.hedged += len(units) / needed
-
-    def check_end(self, ended, seconds, good, before, needed, states):
-        self.log.append((seconds, ended))
-        waiting, half = self.waiting, needed / 2
-        assert (ended.reason == "complete") == (len(good) == needed)
-        if ended.reason == "deadline":
-            assert seconds == pytest.approx(waiting.deadline)
-        if ended.reason == "predict_after":
-            assert waiting.deadline is None
-            assert waiting.may_predict(True)
-            assert len(good) >= half
-            # Exactly then, or when the half was there.
-            assert seconds == pytest.approx(ended.deadline) or (
-                seconds > ended.deadline and before < half
-            )
-        if ended.reason == "failed":
-            assert not {"queued", "running"} & set(states)
-        if seconds > ended.deadline * (1 + 1e-9):
-            assert waiting.deadline is None
-            assert before < half, "half was there, and it is time to predict"
-
-
-conditions = st.builds(
-    Conditions,
-    spread=st.sampled_from([0.0, 0.15, 0.5]),
-    straggling=st.sampled_from([0.0, 0.03, 0.3]),
-    slow=st.sampled_from([0.0, 0.1]),
-    dead=st.sampled_from([0.0, 0.02, 0.5]),
-    dead_after=st.sampled_from([0.5, 20.0]),
-    bursts=st.sampled_from([20.0, math.inf]),
-    delays=st.sampled_from([None, stragglers.ShiftedExponential(0.0, 2.0, seed=0)]),
-)
-policies = st.builds(
-    Waiting,
-    deadline=st.sampled_from([None, 1.2, 3.0]),
-    predict_after=st.sampled_from([None, 1.5, 3.0, math.inf]),
-    hedge_budget=st.sampled_from([0.0, 0.02, 0.25, 2.0]),
-    predict=st.booleans(),
-    on_error=st.sampled_from(["raise", "predict"]),
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    conditions=conditions,
-    waiting=policies,
-    workers=st.integers(1, 8),
-    parts=st.integers(1, 6),
-    load=st.sampled_from([0.3, 0.7, 0.95]),
-    seed=st.integers(0, 99),
-)
-def test_what_holds_for_every_call(conditions, waiting, workers, parts, load, seed):
-    watched = [Watched(waiting), Watched(waiting)]
-    how = {"workers": workers, "parts": parts, "load": load, "num_requests": 150, "seed": seed}
-    outcomes = [run(policy, conditions, **how) for policy in watched]
-    assert watched[0].log == watched[1].log
-    np.testing.assert_array_equal(outcomes[0].latencies, outcomes[1].latencies)
-    assert watched[0].calls == outcomes[0].ended.total() == 150
-    assert watched[0].hedged <= waiting.hedge_budget * 150 + 1 + 20 / parts + 1e-9
-    predicted = outcomes[0].predicted
-    assert ((predicted > 0) == (predicted != 0)).all()
-    assert (predicted > 0).sum() == 150 - outcomes[0].ended["complete"]
-    # "error": where half of the parts fail, a row may be blamed for it.
-    assert set(outcomes[0].ended) <= {"complete", "deadline", "predict_after", "failed", "error"}
-    if waiting.hedge_budget == 0:
-        assert watched[0].hedged == 0
 
 
 def test_parts_that_always_fail_end_in_a_prediction_of_all():
@@ -195,11 +48,6 @@ def test_stragglers_cost_least_where_the_rest_is_predicted():
     assert tails[-1] < 8
 
 
-def test_one_worker_serves_one_part_after_the_other():
-    outcome = run(WAIT_FOR_ALL, STILL, workers=1, parts=3, load=0.001, num_requests=20)
-    np.testing.assert_allclose(outcome.latencies, 3.0)
-
-
 def test_a_paused_worker_goes_on_afterwards():
     often = Conditions(spread=0.0, bursts=30.0)
     outcome, free = (run(WAIT_FOR_ALL, x, workers=1, parts=1, load=0.5) for x in (often, STILL))
@@ -224,18 +72,3 @@ def test_laws_of_the_package_delay_workers():
     # One of two workers fails at each request, and may be given the part again.
     assert outcome.percentile(50) > 5.0
     assert outcome.calls > 1.4
-
-
-@pytest.mark.parametrize(
-    ("make", "match"),
-    [
-        (lambda: Conditions(dead=2.0), "dead must be a probability"),
-        (lambda: Conditions(spread=-1.0), "spread must be at least 0"),
-        (lambda: Conditions(dead_after=0.0), "dead_after must be positive"),
-        (lambda: run(Waiting(), workers=0), "num_workers must be at least 1, got 0"),
-        (lambda: run(Waiting(), load=1.0), r"load must be in \(0, 1\), got 1.0"),
-    ],
-)
-def test_bad_arguments(make, match):
-    with pytest.raises(ValueError, match=match):
-        make()

@@ -212,21 +212,6 @@ def test_replicas_see_the_module_as_it_is():
         assert coded(column(1, 2)).flatten().tolist() == [0.0, 0.0]
 
 
-def test_replicas_keep_their_attributes_and_may_be_recurrent():
-    class Remembers(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            self.memory = x
-            return self.memory * 2
-
-    module, lstm = nn.Sequential(Remembers()), nn.LSTM(3, 2, batch_first=True)
-    x, series = torch.arange(64.0).reshape(64, 1), torch.randn(4, 5, 3)
-    with DeviceWorkers(["cpu", "cpu"]) as pool:
-        assert torch.equal(CodedWrapper(module, CopyCode(64, 64), workers=pool)(x), x * 2)
-        coded = CodedWrapper(lstm, CopyCode(4, 4), workers=pool, out_dims=(0, 1))
-        torch.testing.assert_close(coded(series), lstm(series))
-    assert not hasattr(module[0], "memory")
-
-
 class TestCopies:
     """Tensors elsewhere are copied when needed: seen on the meta device, which costs nothing."""
 
@@ -258,50 +243,6 @@ class TestCopies:
         assert first.weight.grad_fn is not None
         assert first.weight is not second.weight
         assert first.bias is second.bias
-
-    def test_tied_parameters_stay_tied(self, replica):
-        module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-        module[1].weight = module[0].weight
-        copy = replica._replicate(module, {})
-        assert copy[0].weight is copy[1].weight
-        assert copy[1].weight.device.type == "meta"
-
-
-@pytest.mark.parametrize(
-    ("devices", "timeout", "error", "match"),
-    [
-        ([], 1.0, ValueError, "devices must name at least one device"),
-        ("cpu", 1.0, TypeError, "devices must be a sequence of devices, got 'cpu'"),
-        (torch.device("cpu"), 1.0, TypeError, "devices must be a sequence of devices, got .*cpu"),
-        (["cpu", "nonsense"], 1.0, ValueError, "devices must be available, got 'nonsense'"),
-        (["cpu", "cuda:99"], 1.0, ValueError, "devices must be available, got 'cuda:99'"),
-        (["cpu"], float("nan"), ValueError, "timeout must be positive and finite, got nan"),
-    ],
-)
-def test_bad_arguments(devices, timeout, error, match):
-    with pytest.raises(error, match=match):
-        DeviceWorkers(devices, timeout=timeout)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("enabled", [False, True])
-def test_gradients_of_a_batch_on_cuda(enabled):
-    """In single precision and under autocast, whose cache of weights knows no streams."""
-    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)).cuda()
-    with DeviceWorkers(["cuda", "cuda"]) as pool:
-        coded = CodedWrapper(module, CopyCode(4, 4), workers=pool, waiting=first(0))
-        for seed in range(5):
-            generator = torch.Generator().manual_seed(seed)
-            x = torch.randn(200, 64, generator=generator).cuda().requires_grad_()
-            parameters = [x, *module.parameters()]
-            with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
-                wanted, out = module(x), coded(x)
-            torch.testing.assert_close(
-                torch.autograd.grad(out.float().sum(), parameters),
-                torch.autograd.grad(wanted.float().sum(), parameters),
-                rtol=0.05 if enabled else 1e-4,
-                atol=0.5 if enabled else 1e-3,
-            )
 
 
 @pytest.mark.cuda

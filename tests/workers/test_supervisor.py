@@ -355,16 +355,6 @@ def test_a_module_is_loaded_by_one_worker_at_a_time_while_another_one_has_calls(
     assert len(loading()) == 2
 
 
-def test_a_module_that_was_changed_is_loaded_by_all_workers_at_once():
-    supervisor = started(3)
-    request = Asking(supervisor, 3)
-    for worker in supervisor.launched:
-        supervisor.take(worker, worker.job.number, lambda: (True, 0))
-    request.module = PackedModule(1, None, frozenset({1}), b"")  # its former state is not alive
-    request.more(3)
-    assert supervisor.num_idle == 0
-
-
 def test_loading_a_module_is_no_part_of_the_grace():
     supervisor = started(1)
     one = Asking(supervisor, 1)
@@ -416,23 +406,6 @@ def test_workers_that_do_not_come_up_are_tried_less_and_less_often_and_what_wait
     last = supervisor.launched[-1]
     supervisor.take(last, last.job.number, lambda: (True, "up again"))
     assert replies(another)[0].value == "up again"
-
-
-def test_a_place_that_does_not_come_up_costs_no_job_of_the_others():
-    supervisor = InMemory(2)
-    supervisor.tend()
-    good, bad = supervisor.launched
-    supervisor.ready(good)
-    one = Asking(supervisor, 2)
-    for _ in range(5):
-        supervisor.lost(bad, "ended before it was up")
-        supervisor.clock.now += supervisor.pause()
-        supervisor.tend()
-        bad = supervisor.launched[-1]
-    assert replies(one) == []
-    for _ in range(2):
-        supervisor.take(good, good.job.number, lambda: (True, "good"))
-    assert [reply.value for reply in replies(one)] == ["good", "good"]
 
 
 def test_a_worker_that_cannot_be_launched_is_tried_again():
@@ -503,29 +476,6 @@ def test_the_obstacle_is_said():
         "1 of 3 workers are at earlier tasks (grace 10 s); 2 of 3 workers are starting; "
         f"{supervisor.launched[1]} ended before it was up"
     )
-
-
-def test_a_worker_that_answers_at_the_last_moment_begins_nothing_that_ends_with_it():
-    supervisor = started(1)
-    one = Asking(supervisor, 2)
-    (late,) = supervisor.launched
-    end = supervisor.end
-
-    def too_late(worker: Numbered) -> None:
-        supervisor.take(worker, worker.sent[0].number, lambda: (True, "just in time"))
-        end(worker)
-
-    supervisor.end = too_late
-    supervisor.clock.now = GRACE
-    supervisor.tend()
-    assert late.ended
-    assert len(late.sent) == 1
-    supervisor.ready(supervisor.launched[-1])
-    successor = supervisor.launched[-1]
-    supervisor.take(successor, successor.job.number, lambda: (True, "by another"))
-    first, second = replies(one)
-    assert "was at one job for more than 10 s" in str(first.error)
-    assert second.value == "by another"
 
 
 def test_only_workers_that_are_at_an_interrupted_request_are_ended():
@@ -601,15 +551,3 @@ def test_the_thread_of_a_pool_survives_any_exception_and_closing_blocks_nobody(c
     pool.served.blocked.set()
     closing.join(60.0)
     assert not pool.served.thread.is_alive()
-
-
-def test_a_worker_that_is_to_be_replaced_gets_no_part():
-    supervisor = InMemory(1)
-    supervisor.tend()
-    supervisor.ready(supervisor.launched[0])
-    supervisor.restart(0)
-    request = Asking(supervisor, 1)
-    assert (request.idle, events(request)) == (0, [])
-    supervisor.tend()
-    supervisor.ready(supervisor.launched[1])
-    assert [event.worker for event in events(request)] == [0]
