@@ -193,12 +193,3 @@ class TestOnCuda:
         assert want.abs().max() > 0
         for _ in range(5):
             assert torch.equal(gradients(), want)
-
-    @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
-    def test_a_graph_needs_a_call_before(self):
-        map, values = spline_map(20, 50), torch.randn(20, 100, device="cuda")
-        with (
-            pytest.raises(RuntimeError, match=r"must have been applied to torch\.float32"),
-            torch.cuda.graph(torch.cuda.CUDAGraph()),
-        ):
-            map(values)

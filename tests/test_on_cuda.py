@@ -13,7 +13,6 @@ from coded_torch.input_space.ordering import Grouping
 from coded_torch.linear import MatrixMap, SplineMap
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Uniform
-from coded_torch.surrogates import Memory
 from coded_torch.workers import DeviceWorkers, LocalWorkers
 
 from .serve.servers import Client, built, linear, serving, tensor
@@ -30,8 +29,6 @@ CODES = {
     "kernel, spread": lambda: RegressionCode(4, 8, metric="spread"),
 }
 every_code = pytest.mark.parametrize("make_code", CODES.values(), ids=CODES)
-REPEATING = {name: make for name, make in CODES.items() if not make().mixes}
-repeating = pytest.mark.parametrize("make_code", REPEATING.values(), ids=REPEATING)
 # Answers of float32 that were computed in another order, after a decoder that amplifies.
 TOLERANCE = 1e-3
 # The same in 8 bits.
@@ -123,23 +120,6 @@ def test_codes(make_code, variant):
     check_agreement(make_code, **variant)
 
 
-@repeating
-def test_surrogates(make_code):
-    def surrogates():
-        return [nn.Linear(12, 5), Memory()]
-
-    device = "cuda:0"
-    wrapper = coded(network(), make_code, surrogate=surrogates()).to(device)
-    with torch.no_grad():
-        for seed in range(4):
-            x = random_numbers(30, 12, seed=seed).to(device)
-            answers = wrapper(x)
-            exact = ~wrapper.last_run.predicted.to(device)
-            want = wrapper.module(x)
-            torch.testing.assert_close(answers[exact], want[exact], atol=TOLERANCE, rtol=0)
-            assert not wrapper.last_run.rejected
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @every_code
 def test_gradients(make_code, device):
@@ -152,31 +132,6 @@ def test_gradients(make_code, device):
 
     # A sum over 30 rows.
     torch.testing.assert_close(gradients(device), gradients("cpu"), atol=30 * TOLERANCE, rtol=0)
-
-
-@contextlib.contextmanager
-def set_default():
-    torch.set_default_device("cuda")
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
-DEFAULTS = {"set": set_default, "context": lambda: torch.device("cuda")}
-every_default = pytest.mark.parametrize("default", DEFAULTS.values(), ids=DEFAULTS)
-
-
-@every_default
-@repeating
-def test_default_devices(make_code, default):
-    with default():
-        module, x = nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 5)), X.to("cuda")
-        assert next(module.parameters()).is_cuda
-        module.load_state_dict(network().state_dict())
-        answers = coded(module.eval(), make_code, surrogate=Memory())(x)
-    want = coded(network(), make_code, surrogate=Memory())(X)
-    torch.testing.assert_close(answers.cpu(), want, atol=TOLERANCE, rtol=0)
 
 
 @either_pool

@@ -200,15 +200,6 @@ def test_opcheck_gradients_and_vmap(n, transpose, indexed):
             assert torch.equal(got[b], apply(batch.select(dim, b)))
 
 
-@pytest.mark.parametrize(("n", "plans"), [(9, 4), (2000, 1)])  # of more states than the stack holds
-def test_one_plan_or_one_for_each_group(n, plans):
-    coefficients, schedule, matrices = make_plan(n, plans=plans)
-    values = randn(n, 4, 7)
-    got = ops.spline_apply(values, coefficients, schedule)
-    want = torch.einsum("goi,igm->ogm", matrices.expand(4, -1, -1), values)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
-
-
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # which torch itself uses here
 @pytest.mark.parametrize("indexed", [False, True])
 def test_derivatives_by_torch_func(indexed):

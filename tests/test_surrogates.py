@@ -4,7 +4,6 @@ import copy
 import os
 import pickle
 import signal
-import threading
 
 import pytest
 import torch
@@ -121,37 +120,6 @@ def test_it_measures_in_the_metric_that_predicts_best():
     assert float(error) < 0.2
 
 
-def test_the_regression_is_made_beside_and_seldom(monkeypatch):
-    began, go = threading.Event(), threading.Event()
-    make = memory._Snapshot
-
-    def slow(*args):
-        began.set()
-        assert go.wait(10)
-        return make(*args)
-
-    monkeypatch.setattr(memory, "_Snapshot", slow)
-    known, x = Memory(), rand(256, 4)
-    known.observe([x[:255]], [f(x[:255])])
-    assert not began.is_set()  # 256 must be new
-    known.observe([x[255:]], [f(x[255:])])
-    assert began.wait(10)
-    assert known.predict([x]) is None  # and does not wait
-    known.observe([x], [f(x)])
-    go.set()
-    known.rebuild()
-    assert known.predict([x]) is not None
-    # As long as it would take more than a fiftieth of the time, nothing happens.
-    known._seconds = 1e6
-    began.clear()
-    known.observe([x], [f(x)])
-    assert not began.is_set()
-    known._seconds = 0.0
-    known.observe([x], [f(x)])
-    assert began.wait(10)
-    known.rebuild()
-
-
 def test_a_failure_is_logged_and_what_was_known_stays(monkeypatch, caplog):
     known = filled(300)
     before = error(known)
@@ -237,14 +205,6 @@ def test_it_is_forgotten_when_the_weights_change():
     known.clear()
     known.observe([rand(9, 4)], [f(rand(9, 4))], generation)
     assert len(known) == 0
-
-
-def test_after_the_data_have_changed_it_is_not_believed():
-    known = filled(1000, outputs=lambda x: -3 * f(x.flip(1)))
-    coded, alone = wrap(known), wrap(())
-    batches = [rand(64, 4, seed=100 + i) for i in range(12)]
-    known.observe = lambda *args, **kwargs: None
-    assert mse(coded, batches) < 1.02 * mse(alone, batches)
 
 
 def test_probabilities_are_remembered_as_logarithms():
@@ -368,11 +328,6 @@ def test_a_poor_surrogate_has_no_weight_where_results_predict_each_other_well():
     ).run(x)
     assert report.predicted.any()
     assert report.surrogate_weights == ((0.0,),)
-
-
-def test_distilling_needs_gradients_to_be_possible():
-    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"^distill: leave torch.infer"):
-        distill(student(), teacher(), [rand(9, 4).float()])
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import copy
 import functools
 import gc
 import math
-import random
 import weakref
 
 import numpy as np
@@ -82,25 +81,6 @@ def test_the_callers_own_code_sees_its_default_device():
         torch.set_default_device(None)
     names = ("module", "metric", "surrogate")
     assert seen == {*((name, ELSEWHERE) for name in names), ("module", torch.device("cpu"))}
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("make", CODES.values(), ids=CODES)
-def test_answers_under_cuda_as_the_default_device(make):
-    x = randn(30, 3)
-
-    def answers(x):
-        coded = CodedWrapper(
-            nn.Tanh(),
-            make().replace(shuffle=random.Random(0)),
-            workers=LocalWorkers(Uniform(2, seed=0)),
-        )
-        return [coded(x) for _ in range(2)][1].cpu()
-
-    want = answers(x)
-    with torch.device("cuda"):
-        torch.testing.assert_close(answers(x.cuda()), want, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(answers(x), want, rtol=1e-3, atol=1e-3)
 
 
 class Held(nn.Module):

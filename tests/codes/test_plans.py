@@ -66,13 +66,6 @@ def test_exact_answers_are_results_bit_for_bit(code, ordering, batch_size, most,
         assert not radii[exact].any()
 
 
-def test_what_is_lost_is_not_exact():
-    """Worker n of replication computes input n mod 5 of each group; 2 and 7 are lost."""
-    plan = ReplicationCode(5, 9, ordering="arrival").plan([inputs(12)], 2)
-    exact = plan.source([0, 1, 3, 4, 5, 6, 8]) >= 0
-    assert exact.tolist() == [i % 5 != 2 for i in range(12)]
-
-
 @pytest.mark.parametrize("code", MIXING)
 def test_codes_that_mix_refuse_what_cannot_be_mixed(code):
     name = type(code).__name__
@@ -222,12 +215,6 @@ def test_results_of_another_shape_are_refused():
         Regression().plan([x]).decode(x[:5], range(5))
     with pytest.raises(ValueError, match=r"results must have shape \[1, 1\] and more"):
         Regression().plan([x]).decode(x[:0, None], [])
-
-
-def test_the_mean_of_doubles_is_a_double():
-    results = torch.full((3, 1, 2), 1e6, dtype=torch.float64)
-    answers = Regression().plan([], 4).decode(results, [0, 1, 2])
-    assert float((answers - 1e6).abs().max()) < 1e-8
 
 
 def test_the_only_metric_measures_few_rows_too():

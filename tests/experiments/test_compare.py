@@ -189,22 +189,6 @@ def test_baselines_with_a_surrogate_are_the_formulas(generator):
         assert perfect[name].rmse[0] < 1e-6
 
 
-def test_received_sets_and_seeds_are_averaged_in_the_raw_data(shipped):
-    model, batches, labels = shipped
-    options = {"labels": labels, "tuning": 2}
-    one = compare(model, batches, [(9, 8, 2)], seeds=[0, 7], **options)
-    assert {(x.seed, x.batch) for x in one.records} == {(s, b) for s in (0, 7) for b in (0, 1)}
-    assert {x.rows for x in one.records} == {96}
-    many = compare(model, batches, [(9, 8, 2)], received_sets=3, **options)
-    assert {x.rows for x in many.records} == {3 * 96}
-    assert len(many.records) == 2 * len(NAMES)
-    first = [x for x in one.records if x.scheme == "replication" and x.batch == 0]
-    assert len({x.score.mse for x in first}) == 2
-    row = by_name(one, (9, 8, 2))["replication"]
-    mean = sum(x.score.mse for x in one.records if x.scheme == "replication") / 4
-    assert row.rmse[0] == pytest.approx(mean**0.5, rel=1e-3)
-
-
 def test_against_a_reference_differences_are_paired():
     def record(name, batch, mse, right):
         return Record(3, 2, 1, name, "", 0, batch, 10, 1.5, Score(mse, 1.0, 2.0, right, 1.0, 0.9))
@@ -259,32 +243,3 @@ def test_pictures_of_several_settings_leave_out_what_is_exact():
     assert (axes.get_title(), axes.get_xlabel()) == ("4 inputs a group, 2 workers lost", "workers")
     figure = Comparison([made((n, n - 1, 1), "a", 0.5) for n in (3, 4, 5)]).draw()
     assert [len(figure.axes), *figure.get_size_inches()] == [4, 13, 8.4]
-
-
-def test_faulty_workers_spoil_every_scheme_alike():
-    x = torch.randn(3, 24, 2, generator=torch.Generator().manual_seed(0))
-    module, seen = torch.nn.Linear(2, 3), []
-
-    def compared(**options):
-        return compare(module, list(x), **{"settings": [(6, 4, 0)]} | options)
-
-    def attack(rows, generator):
-        seen.append(rows.shape)
-        return rows + 100 + torch.rand((), generator=generator)
-
-    surrogate = torch.nn.Linear(2, 3)
-    honest = {row.name: row.mse[0] for row in compared(surrogate=surrogate).rows}
-    assert not seen
-    attacked = compared(surrogate=surrogate, attack=attack, faulty=2)
-    for row in attacked.rows:
-        if row.name != "surrogate alone":
-            assert row.mse[0] > honest[row.name] + 1, row.name
-    assert seen
-    again = str(compared(surrogate=surrogate, attack=attack, faulty=2))
-    assert again == str(attacked)
-    few = {"schemes": ["regression"], "settings": [(6, 4, 2)]}
-    for wrong in (lambda rows, _: None, lambda rows, _: rows[:1]):
-        with pytest.raises(ValueError, match=r"attack must .* it got, \[6, 3\], got"):
-            compared(attack=wrong, **few)
-    with pytest.raises(ValueError, match="faulty, of the workers received, must be at most 4"):
-        compared(attack=attack, faulty=5, **few)

@@ -140,22 +140,6 @@ def test_every_output_has_its_own_choice():
     assert second.metric != "mean_spread"
 
 
-def test_what_is_fixed_is_what_would_be_chosen():
-    x = normal(240, 6) * torch.tensor([1.0, 1, 10, 1, 1, 30])
-    received = list(range(3, 23))
-
-    def decoded(**how):
-        plan = RegressionCode(20, 24, **how).plan([x])
-        return plan.decode(plan.encode(ramp(x))[received], received), plan.choices
-
-    chosen, (choice,) = decoded()
-    assert choice.metric != "shrunk"
-    plan = RegressionCode(20, 24, metric=["shrunk", choice.metric], length=choice.length).plan([x])
-    fixed = plan.decode(plan.encode(ramp(x))[received], received)
-    assert plan.choices == (choice,)
-    assert torch.equal(fixed, chosen)
-
-
 # Callables
 
 
@@ -258,9 +242,3 @@ def test_inputs_of_any_kind(kind, size):
 
 
 # Arguments, and tuning
-
-
-def test_a_regression_says_what_it_was_made_of():
-    assert repr(Regression()) == "Regression()"
-    text = "Regression(metric='spread', length=3.0, link='softmax')"
-    assert repr(Regression("spread", 3, "softmax")) == text

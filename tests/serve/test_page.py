@@ -2,10 +2,8 @@
 
 import importlib.resources
 import json
-import os
 import re
 import shutil
-import signal
 import threading
 import types
 
@@ -13,9 +11,7 @@ import pytest
 import torch
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.keys import Keys
 
-from coded_torch import page as page_module
 from coded_torch.cli.main import main
 from coded_torch.demo import lenet5, lenet5_and_digits
 from coded_torch.page import Chaos, add_page
@@ -146,42 +142,6 @@ class Pool:
         application = types.SimpleNamespace(pool=self, coded=types.SimpleNamespace(verify=0.2))
         application.of_places = lambda what: {"states": self.states}[what]
         return Chaos(application, faults=faults, is_local=True)
-
-
-def ended():
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.name.endswith("(_run)"):
-            thread.join(10)
-            assert not thread.is_alive()
-
-
-@pytest.mark.parametrize("action", ["pause", "delay", "corrupt"])
-def test_a_fault_ends(action, monkeypatch):
-    pool, seen = Pool(3), []
-    chaos = pool.chaos()
-    monkeypatch.setattr(page_module, "_FAULT_SECONDS", 0.05)
-    monkeypatch.setattr(page_module, "_TURN_SECONDS", 0.01)
-    monkeypatch.setattr(os, "kill", lambda pid, number: pool.signals.append((pid, number)))
-    slept = page_module.time.sleep
-
-    def sleep(seconds):
-        seen.append(set(pool.adversaries))
-        slept(seconds)
-
-    monkeypatch.setattr(page_module.time, "sleep", sleep)
-    chaos.act(0, action)
-    ended()
-    assert (chaos.faults, set(pool.adversaries)) == ({}, set())
-    assert {0} in seen if action == "corrupt" else {0} not in seen
-    stops = [number for _, number in pool.signals]
-    stop, go = signal.SIGSTOP, signal.SIGCONT
-    if action == "pause":
-        assert stops == [stop] * (len(stops) - 1) + [go]
-    elif action == "delay":
-        assert stops == [stop, go] * (len(stops) // 2) + [go]
-    else:
-        assert set(stops) == {0}  # asks whether the process is there
-    assert len(stops) > 2
 
 
 @pytest.mark.parametrize(("size", "most"), [(2, 0), (3, 1), (4, 1), (5, 2), (6, 2), (7, 3)])
@@ -439,23 +399,3 @@ def test_a_model_without_pictures(browser):
         tiles = browser.find_elements("css selector", "#tiles li")
         wanted = linear()(torch.eye(3)).argmax(1).tolist()
         assert [tile.text for tile in tiles] == [str(label) for label in wanted]
-
-
-@pytest.mark.browser
-def test_the_page_is_used_by_keyboard_alone(opened):
-    keys = ActionChains(opened.browser)
-    opened.browser.execute_script("document.getElementById('canvas').focus()")
-    keys.send_keys(*[Keys.UP] * 9, " ", *[Keys.DOWN] * 18, " ", Keys.TAB, Keys.ENTER).perform()
-    opened.until("class", "1")
-    opened.browser.execute_script("document.getElementById('deadline').focus()")
-    keys = ActionChains(opened.browser)
-    keys.send_keys(Keys.LEFT).perform()
-    opened.until("deadline-text", "1999 ms")
-    opened.browser.execute_script(
-        "window.sent = []; const own = fetch; window.fetch = (path, options) => {"
-        "if (options) sent.push(options.body); return own(path, options); }"
-    )
-    opened.find("ask").send_keys(Keys.ENTER)
-    wait_until(lambda: opened.browser.execute_script("return sent.length"))
-    sent = json.loads(opened.browser.execute_script("return sent[0]"))
-    assert sent["parameters"] == {"timeout": 1_999_000}

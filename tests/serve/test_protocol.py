@@ -348,28 +348,6 @@ def test_headers_without_end_end_the_connection(port, begin, more):
             assert b" 431 " in connection.recv(65536) or b" 400 " in connection.recv(65536)
 
 
-@pytest.mark.parametrize("begin", [b"", b"\r\n", GET, GET + b"\r\n" + GET], ids=str)
-def test_headers_come_in_time(port, begin):
-    start = time.monotonic()
-    with connected(port, begin) as connection:
-        for _ in range(20):  # a byte at a time
-            time.sleep(0.1)
-            with contextlib.suppress(ConnectionError):
-                connection.sendall(b"a" if begin else b"")
-        found = ended(connection)
-    assert found.count(b" 200 ") == begin.count(b"\r\n\r\n")
-    assert time.monotonic() - start < 20
-
-
-def test_a_kept_connection_may_be_idle_for_longer(port):
-    with Client(port) as client:
-        assert client.get("/v2")[0] == 200
-        own = client.connection.sock
-        time.sleep(1)
-        assert client.get("/v2")[0] == 200
-        assert client.connection.sock is own
-
-
 def test_the_connection_that_is_idle_the_longest_makes_room(port):
     with contextlib.ExitStack() as stack:
         for _ in range(30):

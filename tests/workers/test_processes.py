@@ -323,18 +323,6 @@ def test_another_module_that_is_loaded_stops_no_calls(module):
         assert calls > 3
 
 
-def test_a_request_asks_again_with_its_own_module_after_a_newer_one():
-    module, task = Scale(2.0).requires_grad_(False), task_of(torch.ones(2, 1, 1))
-    with ProcessWorkers(1).start(timeout=WAIT) as pool, pool.open(module, task) as request:
-        request.ask(numbered((0,)))
-        assert [float(reply.value) for reply in replies_of(request)] == [2.0]
-        module.factor.fill_(3.0)
-        assert {float(reply.value) for reply in pool.run(module, task)} == {3.0}
-        request.ask(numbered((1,), first=1))
-        (reply,) = replies_of(request)
-        assert reply.error is None
-
-
 @pytest.mark.parametrize(
     ("module", "match"),
     [(Unreadable(), "the trap is sprung"), (Unpicklable(), "Can't (pickle|get) local object")],
@@ -475,13 +463,6 @@ def test_a_server_that_is_replaced_ends_with_its_last_process():
         until(lambda: {_parent(pid) for pid in pool.pids} - {0} > {first})
         assert len(answers(pool, nn.Identity(), torch.zeros(4, 1, 1))) == 4
     until(lambda: not Path(f"/proc/{first}").exists())
-
-
-def test_a_forked_process_is_refused():
-    with ProcessWorkers(1).start(timeout=WAIT) as pool:
-        pool._queue.process += 1  # as it would look from there
-        with pytest.raises(RuntimeError, match="in the process that started it"):
-            answers(pool, nn.Identity(), torch.ones(1, 1, 1))
 
 
 _UNGUARDED = """

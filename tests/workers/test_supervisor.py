@@ -444,25 +444,6 @@ def test_any_number_of_jobs_that_cannot_be_sent_fail():
     assert supervisor.num_idle == 1
 
 
-def test_an_interrupt_while_a_job_is_sent_takes_no_worker():
-    supervisor = started(2)
-    send = supervisor.send
-
-    def interrupted(worker: WatchedWorker, job: Job) -> None:
-        supervisor.send = send
-        raise KeyboardInterrupt
-
-    supervisor.send = interrupted
-    one = Asking(supervisor, 0)
-    with pytest.raises(KeyboardInterrupt):
-        one.more(2)
-    one.close()
-    another = Asking(supervisor, 2)
-    for worker in supervisor.launched:
-        supervisor.take(worker, worker.job.number, lambda: (True, "good"))
-    assert [reply.value for reply in replies(another)] == ["good", "good"]
-
-
 def test_the_obstacle_is_said():
     supervisor = InMemory(3)
     request = Asking(supervisor, 1)
