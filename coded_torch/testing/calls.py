@@ -114,7 +114,8 @@ class CallTests:
                 known = ~error.answers.isnan().any(1)
                 assert torch.equal(error.answers[known], EXACT[known])
             assert error.report.missing_rows == tuple((~known).nonzero().flatten().tolist())
-            assert known.sum() < (ROWS / 2 if estimate else ROWS)
+            # A row at which workers ended again and again is refused, though others are there.
+            assert known.sum() < (ROWS / 2 if estimate and not error.report.refused else ROWS)
         self.check_workers(pool)
         assert pool.clock <= deadline + 1e-9
 
