@@ -45,7 +45,6 @@ Limits = tuple[float, float]  # ``grace`` and ``timeout`` of a pool
 class WatchedWorker(Worker):
     """A process or an actor: starting, loading a module, at a job, or idle."""
 
-    pid = 0  #: 0 until it is known
     loading = False  #: true until it has loaded the module of its job
     life = -math.inf  #: the time of its last sign of life
     modules: frozenset[int] = frozenset()  #: the numbers of its modules

@@ -184,17 +184,19 @@ def test_bad_arguments(options, error, match):
         FaultyWorkers(**{"pool": LocalWorkers(), **options})
 
 
-def test_what_only_the_pool_has_is_passed_on():
+def test_the_abilities_of_the_pool_are_passed_on():
     class Excluding(LocalWorkers):
-        pids = (1, 2)
+        pids, concurrency, names, states = (1, 2), 3, {0: "a"}, {0: ("idle", 0)}
 
         def exclude(self, worker: int) -> str:
             return f"excluded {worker}"
 
     pool = FaultyWorkers(FaultyWorkers(Excluding()))
     assert (pool.exclude(1), pool.pids) == ("excluded 1", (1, 2))
-    with pytest.raises(AttributeError, match="'Excluding' object has no attribute 'restart'"):
-        pool.restart(1)
+    assert (pool.concurrency, pool.names, pool.states) == (3, {0: "a"}, {0: ("idle", 0)})
+    assert pool.restart is None
+    with pytest.raises(AttributeError, match="'Excluding' object has no attribute 'urls'"):
+        _ = pool.urls
 
 
 class Pair(nn.Module):
