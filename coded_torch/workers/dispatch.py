@@ -19,8 +19,6 @@ from .._arguments import MOST_WORKERS, count, sparing_logger
 from .base import Workers
 from .live import Job, LiveRequest
 
-__all__ = ["DispatchedWorkers", "Dispatcher", "Job", "Worker"]
-
 logger = sparing_logger("coded_torch.workers")
 
 # Seconds at one job, after which no failed part waits for the worker: it may hang. Not tuned.

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 
 from .._arguments import MOST_WORKERS, count, positive, warn
 from .base import Request, Task
-from .dispatch import DispatchedWorkers, Dispatcher, Job, Worker, logger
-from .live import Ambient, LiveRequest
+from .dispatch import DispatchedWorkers, Dispatcher, Worker, logger
+from .live import Ambient, Job, LiveRequest
 from .worker_main import ModuleStore, PackedModule
-
-__all__ = ["START_SECONDS", "Limits", "SupervisedWorkers", "Supervisor", "WatchedWorker"]
 
 # Seconds that a worker has to start, or to load a module. Importing torch from a cold disk takes
 # tens of seconds. Not tuned: a lower value ends healthy workers, a higher one finds hung ones late.
