@@ -52,7 +52,8 @@ class Settling:
 
 
 def record(num_workers, share=0.02, seed=0):
-    return Strikes(SimpleNamespace(places=range(num_workers)), share, random.Random(seed))
+    pool = SimpleNamespace(places=range(num_workers), exclude=None)
+    return Strikes(pool, share, random.Random(seed))
 
 
 class Pool:
