@@ -52,7 +52,7 @@ class Strikes:
     @property
     def exclude(self) -> Any:
         """The pool's method that gives a worker no more parts; None if it has none."""
-        return getattr(self.pool, "exclude", None)
+        return self.pool.exclude
 
     @property
     def everyone(self) -> set[int]:

@@ -140,7 +140,6 @@ class Pool:
 
     def chaos(self, faults=True):
         application = types.SimpleNamespace(pool=self, coded=types.SimpleNamespace(verify=0.2))
-        application.of_places = lambda what: {"states": self.states}[what]
         return Chaos(application, faults=faults, is_local=True)
 
 

@@ -14,6 +14,7 @@ from coded_torch.testing.workers import (
     events_of,
     numbered,
     replies_of,
+    run,
     task_of,
 )
 from coded_torch.workers import Began, LocalWorkers, Reply
@@ -108,7 +109,7 @@ def test_waiting_is_on_the_virtual_clock():
     task = task_of(values(4))
 
     def got(deadline: float) -> list[int]:
-        return [r.part.number for r in pool.run(nn.Identity(), task, deadline=deadline)]
+        return [r.part.number for r in run(pool, nn.Identity(), task, deadline=deadline)]
 
     assert got(20.0) == [1, 2]
     assert got(5.0) == []
@@ -121,7 +122,7 @@ def test_waiting_is_on_the_virtual_clock():
 
 def test_latencies_come_from_the_law():
     def draw(pool: LocalWorkers) -> list[float]:
-        return [r.latency for r in pool.run(nn.Identity(), task_of(values(3)))]
+        return [r.latency for r in run(pool, nn.Identity(), task_of(values(3)))]
 
     state = torch.get_rng_state()
     again = LocalWorkers(ShiftedExponential(0.0, 1.0, seed=1))
