@@ -75,6 +75,14 @@ class TestHonestWorkers:
         assert report.work == 1.0
         assert len(pool.begun) == 6
 
+    def test_that_had_all_rows_are_checked_afterwards(self):
+        pool = pool_of(3)
+        report = check(wrap(pool, 0.05, parts=1), batch())
+        assert report.verified.sum() == ROWS / 2
+        assert not report.unverified.any()
+        assert [time for time, _, _ in pool.begun] == [0.0, 1.0]
+        assert pool.begun[1][2].avoid == {0}
+
     def test_of_other_hardware_are_never_charged(self):
         coded = wrap(pool_of(12, {worker: [by(0.01)] for worker in range(0, 12, 2)}))
         found = [coded.run(batch(seed))[1] for seed in range(20)]
