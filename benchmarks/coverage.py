@@ -1,7 +1,7 @@
 """Do radii hold as often as they say? ``python -m benchmarks coverage``.
 
 Batches of held-out rows go through a wrapper that loses some of 24 parts. The
-errors of predicted rows are compared with their radii at three levels, and labels with their risks.
+errors of estimated rows are compared with their radii at three levels, and labels with their risks.
 The oracle's constant is the radius that contains just as many of all errors of the data set. Half
 the width of a 95 % interval of the mean over batches stands beside every coverage.
 
@@ -10,7 +10,7 @@ unevenly; batches sorted by the module's outputs, as dealt and in contiguous par
 linear map fitted to earlier rows; a memory of these rows; a memory of other classes; and requests
 of four rows, where the memory calibrates the only missing one.
 
-Rivals, at 95 %: split conformal prediction, which predicts from half of the results and calibrates
+Rivals, at 95 %: split conformal prediction, which estimates from half of the results and calibrates
 on the others; the regression's standard deviation times the constant that contains 95 % of the
 left-out errors; and, of one output, MAPIE's jackknife+ with the same regression.
 """
@@ -139,7 +139,7 @@ def batches(setting: Setting, outputs: Tensor, count: int) -> Iterator[Tensor]:
 
 
 def wrapped(model: nn.Module, setting: Setting, surrogate: Any, seed: int) -> CodedWrapper:
-    how: dict[str, Any] = {"waiting": Waiting(predict_after=3.0)}
+    how: dict[str, Any] = {"waiting": Waiting(estimate_after=3.0)}
     how["parts"] = min(setting.parts, setting.rows)
     if setting.helper == "copies":
         how = {"code": RegressionCode(20, PARTS)}
@@ -161,7 +161,7 @@ def surrogate_of(setting: Setting, model: nn.Module, x: Tensor, y: Tensor) -> An
 
 
 def split_conformal(x: Tensor, y: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
-    """Return errors of missing rows predicted from half of the results, and radii at 95 %."""
+    """Return errors of missing rows estimated from half of the results, and radii at 95 %."""
     known = (~missing).nonzero().flatten()
     calibrating, half = known[::2], known[1::2].tolist()
     off = (Regression().plan([x]).decode(y[half, None], half) - y).norm(dim=1).double()
@@ -214,7 +214,7 @@ def jackknife(x: Tensor, y: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chosen(x: Tensor, y: Tensor, known: Tensor) -> tuple[Tensor, Choice]:
-    """Return the answers of a batch, and how they were predicted."""
+    """Return the answers of a batch, and how they were estimated."""
     plan = Regression().plan([x])
     return plan.decode(y[known, None], known.tolist()), plan.choices[0]
 
@@ -231,7 +231,7 @@ def rivals(make: Callable[[], Task], setting: Setting, quick: bool) -> dict[str,
     for number, rows in enumerate(batches(setting, y, counts["batches"])):
         coded = wrapped(model, setting, (), 1000 * number)
         answers, report = coded.run(task.inputs[rows])
-        missing, exact = report.predicted, y[rows]
+        missing, exact = report.estimated, y[rows]
         error = (answers - exact).norm(dim=1)[missing].double()
         found["ours"].append({"error": error, "0.95": report.radii_at(0.95)[missing]})
         if number == JACKKNIFE:
@@ -263,7 +263,7 @@ def coverage(make: Callable[[], Task], setting: Setting, quick: bool) -> dict[st
                 answers, report = coded.run(inputs)
             except NotEnoughResults:  # 12 of 24 parts may hold more than half of few rows
                 continue
-            missing = report.predicted
+            missing = report.estimated
             if missing.any():
                 risks = report.radii if report.label_risks is None else report.label_risks
                 wrong = (answers.argmax(1) != exact.argmax(1))[missing].double()

@@ -31,7 +31,7 @@ ON_PROCESSES = {  # policies of the latency benchmark in the README's picture
     "wait for all": "no redundancy",
     "hedge at 1.5 medians": "one hedge",
     "three re-asks": "three hedges",
-    "hedge, predict": "three hedges, then predicted",
+    "hedge, estimate": "three hedges, then estimated",
     "hedge, deadline": "the same by a deadline",
 }
 
@@ -106,7 +106,7 @@ def processes(results: Results) -> Figure:
     axes = figure.subplots()
     for marker, (key, name) in zip(MARKERS, ON_PROCESSES.items(), strict=False):
         found = measured[key]
-        exact = f"{name}: {1 - found['predicted']:.1%} exact"
+        exact = f"{name}: {1 - found['estimated']:.1%} exact"
         axes.plot(found["work"] - 1, found["p99.9"], marker, label=exact, markersize=8)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axes.set_ylim(bottom=0)

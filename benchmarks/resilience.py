@@ -237,7 +237,7 @@ def _batch(generator: torch.Generator, rows: int = ROWS) -> Tensor:
 def exact(quick: bool) -> dict[str, Any]:
     count, rows = 15 if quick else 2_000, 24
     generator, model = torch.Generator().manual_seed(SEED), Model()
-    wrong, predicted, times = 0, 0, []
+    wrong, estimated, times = 0, 0, []
     with ProcessWorkers(N).start(timeout=START) as pool:
         coded = _coded(FaultyWorkers(pool, rates=RATES, seed=SEED), model)
         killer = Killer(pool, lambda: 0.1 if quick else 0.5, 1)
@@ -250,7 +250,7 @@ def exact(quick: bool) -> dict[str, Any]:
                 answers, report = found
                 times.append(spent)
                 wrong += not torch.allclose(answers, model(x), atol=1e-5)
-                predicted += int(report.predicted.sum())
+                estimated += int(report.estimated.sum())
     return {
         "calls": count,
         "rates": RATES,
@@ -258,7 +258,7 @@ def exact(quick: bool) -> dict[str, Any]:
         "times": percentiles(times),
         "bars": {
             "wrong": [wrong, 0],
-            "predicted": [predicted, 0],
+            "estimated": [estimated, 0],
             "share that raise": [round(1 - len(times) / count, 4), 0.01],
         },
     }
@@ -269,7 +269,7 @@ def poison(quick: bool) -> dict[str, Any]:
     generator, model = torch.Generator().manual_seed(SEED), Model()
     lost, computed = [], []
     with ProcessWorkers(N).start(timeout=START) as pool:
-        mine, others = _coded(pool, model), _coded(pool, model, predict_after=3.0)
+        mine, others = _coded(pool, model), _coded(pool, model, estimate_after=3.0)
 
         @torch.no_grad()
         def call(value: float) -> None:

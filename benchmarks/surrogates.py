@@ -76,8 +76,8 @@ def memory(quick: bool) -> dict[str, Any]:
                 scores[name] += of_batch
             report = coded["with"].last_run
             assert report is not None
-            assert report.predicted is not None
-            fresh += int((~report.predicted).sum())
+            assert report.estimated is not None
+            fresh += int((~report.estimated).sum())
             if fresh >= LEARNS_AFTER:
                 known.rebuild()
                 fresh = 0

@@ -37,9 +37,9 @@ NAMES = {
     "three re-asks, split": "up to three hedges, split",
     "three re-asks, whole": "up to three hedges, whole",
     "three re-asks": "up to three hedges",
-    "predict at 3 medians of a part": "`Waiting(deadline=3)`",
-    "predict at 3 medians of whole calls": "`Waiting(predict_after=3)`",
-    "hedge, predict": "`Waiting(predict_after=3)`",
+    "estimate at 3 medians of a part": "`Waiting(deadline=3)`",
+    "estimate at 3 medians of whole calls": "`Waiting(estimate_after=3)`",
+    "hedge, estimate": "`Waiting(estimate_after=3)`",
     "hedge, deadline": "`Waiting(deadline=...)`",
     "hedge at the fence": "hedge at the hedging threshold",
     "coded at once": "all N at once, the paper's way",
@@ -70,8 +70,8 @@ def shown(value: Any, how: str) -> str:
 
 
 def tail(stars: Sequence[str], found: Mapping[str, Any]) -> str:
-    """Return the p99.9 of latency, and the share of predicted answers."""
-    share = f", {100 * found['predicted']:.2g} %" if found["predicted"] else ""
+    """Return the p99.9 of latency, and the share of estimated answers."""
+    share = f", {100 * found['estimated']:.2g} %" if found["estimated"] else ""
     return f"{found['p99.9']:.1f}{share}"
 
 
@@ -221,7 +221,7 @@ PEERS: tuple[tuple[str, str, str, str, Callable[[Any], Any]], ...] = (
 )
 LATENCY = {f"{at}, ms": f"{at}:.1f" for at in ("p50", "p99", "p99.9")}
 LATENCIES = LATENCY | {"no answer": "failed:.0f", "work": "work:.3f"}
-LATENCIES |= {"predicted": "predicted:.2%", "right answers": "accuracy:.2%"}
+LATENCIES |= {"estimated": "estimated:.2%", "right answers": "accuracy:.2%"}
 ACCURACY = "relative_accuracy:.3f"
 #: Columns of accuracies by scheme, with the baselines.
 SCHEMES = {
@@ -240,7 +240,7 @@ BARS = {"measured": "0:g", "bar": "1:g", "": missed}
 CLIENTS = LATENCY | {
     "lost": "lost:d",
     "wrong": "wrong:d",
-    "predicted": "predicted:.2%",
+    "estimated": "estimated:.2%",
     "extra requests": "extra requests:.1%",
     "extra work": lambda _, found: f"{100 * (found['work'] - 1):.1f} %",
 }

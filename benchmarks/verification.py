@@ -198,7 +198,7 @@ def measure_latency(count: int, requests: int) -> dict[str, Any]:
     found: dict[str, Any] = {"ms while workers compute": while_, "ms after": after}
     for name, (workers, parts, load) in POOLS.items():
         sizes = {"num_workers": workers, "num_parts": parts, "load": load}
-        waiting = Waiting(predict_after=3.0)
+        waiting = Waiting(estimate_after=3.0)
         policies = waiting, Verified(waiting, workers)
         plain, checked = (
             simulate(x, Conditions(), num_requests=requests, **sizes).latencies for x in policies

@@ -114,9 +114,9 @@ def test_demo_prints_tables_and_saves_a_picture(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     assert "Seed 5." in out
-    found = re.search(r"([\d,]+) answers are exact, ([\d,]+) are predicted", out)
-    exact, predicted = (int(number.replace(",", "")) for number in found.groups())
-    assert exact + predicted == 1920 > exact
+    found = re.search(r"([\d,]+) answers are exact, ([\d,]+) are estimated", out)
+    exact, estimated = (int(number.replace(",", "")) for number in found.groups())
+    assert exact + estimated == 1920 > exact
     error, radius = map(float, re.findall(r"([\d.]+) in the median", out))
     assert error < radius < 4 * error
     held, right = map(float, re.findall(r"([\d.]+)%", out)[:2])

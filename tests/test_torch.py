@@ -50,7 +50,7 @@ def unchanged(make):
 WAYS = {
     name: lambda make=make: {"code": make().replace(shuffle=False)} for name, make in CODES.items()
 }
-WAYS["rows"] = lambda: {"parts": 4, "waiting": Waiting(predict_after=3.0)}
+WAYS["rows"] = lambda: {"parts": 4, "waiting": Waiting(estimate_after=3.0)}
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)

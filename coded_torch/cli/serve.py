@@ -73,7 +73,7 @@ def serve(args: argparse.Namespace) -> None:
         add_page(built, faults=args.chaos, is_local=is_local)
     torch.set_num_threads(1)  # the processors are the workers'
     if args.memory:
-        say("Privacy: late answers are predicted from answers of earlier requests, of any client.")
+        say("Privacy: late answers are estimated from answers of earlier requests, of any client.")
     if args.endpoints:
         say(f"Asking {len(args.endpoints)} endpoints for {args.model}.")
     else:

@@ -62,9 +62,9 @@ def compare(
     numbers are chosen as :func:`~coded_torch.tune` does, without labels; the others are answered.
     Beside the codes of :func:`peers` stand the baselines. In "no redundancy, regression" the N
     workers compute each row once, or rows of the last group several times if B is no multiple of N.
-    Missing rows are predicted. In "no redundancy, surrogate" and "replication, surrogate" the
+    Missing rows are estimated. In "no redundancy, surrogate" and "replication, surrogate" the
     surrogate answers missing rows, in "surrogate alone" all rows, without any worker. With a
-    surrogate, "regression" and "no redundancy" also predict its residuals.
+    surrogate, "regression" and "no redundancy" also estimate its residuals.
 
     Args:
         module: the module, in evaluation mode.

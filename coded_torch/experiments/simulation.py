@@ -81,7 +81,7 @@ class Outcome:
     """The outcome of simulated calls under one policy."""
 
     latencies: NDArray[np.float64]  #: ``[num_requests]``, arrival to end, in medians of a part
-    predicted: NDArray[np.float64]  #: ``[num_requests]``, the share of rows that no worker answered
+    estimated: NDArray[np.float64]  #: ``[num_requests]``, the share of rows that no worker answered
     calls: float  #: the parts that workers began, in multiples of the parts of the first asks
     work: float  #: the rows that workers began, in multiples of the rows of all batches
     ended: Counter[str]  #: the number of calls that ended for each reason
@@ -160,14 +160,14 @@ def simulate(
     pool.at(arrivals[0], arrive, 0)
     while len(pool.ended) < num_requests:
         pool.go_on()
-    latencies, predicted = np.zeros(num_requests), np.zeros(num_requests)
+    latencies, estimated = np.zeros(num_requests), np.zeros(num_requests)
     for call, how, at in pool.ended:
         latencies[call.number] = at - call.arrival
         if how != "complete":
-            predicted[call.number] = 1 - len({u % num_units for u in call.answered}) / num_units
+            estimated[call.number] = 1 - len({u % num_units for u in call.answered}) / num_units
     return Outcome(
         latencies,
-        predicted,
+        estimated,
         pool.begun_parts / (num_requests * num_parts),
         pool.begun_rows / (num_requests * num_rows),
         Counter(how for _, how, _ in pool.ended),

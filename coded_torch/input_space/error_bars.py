@@ -30,7 +30,7 @@ _BLOCK = 8192  # outputs whose residuals are in memory together, float64
 
 
 class Bars(NamedTuple):
-    """The error bars of rows that are predicted from the same results."""
+    """The error bars of rows that are estimated from the same results."""
 
     rows: Tensor  # [L], of the batch
     thresholds: Tensor  # [S, L, n]
@@ -40,16 +40,16 @@ class Bars(NamedTuple):
 def bars(
     rows: Tensor,
     results: Tensor,
-    predicted: Tensor,
+    estimated: Tensor,
     regression: tuple[GaussianProcess, float] | None,
     labels: tuple[Tensor, Tensor] | None = None,
 ) -> Bars:
     """Return the error bars of missing rows ``[L]``.
 
     Args:
-        results, predicted: ``[M, C]``, and predictions of the missing rows, ``[L, C]``.
-        regression: the process, and its trust in (0, 1]. None if predictions are the mean.
-        labels: results and predictions with their surrogates, if they are scores of classes.
+        results, estimated: ``[M, C]``, and estimates of the missing rows, ``[L, C]``.
+        regression: the process, and its trust in (0, 1]. None if estimates are the mean.
+        labels: results and estimates with their surrogates, if they are scores of classes.
     """
     count, signed = len(results), results.shape[1] == 1
     process, trust = regression or (None, 0.0)
@@ -60,7 +60,7 @@ def bars(
         left_out, of_left_out = process.left_out, process.leave_one_out_variances.numpy()
         weights, variances = process.weights_of_left_out.numpy(), process.variances.numpy()
     norms, moved, errors = np.zeros((3, len(left_out))), np.zeros(len(rows)), list[Array]()
-    for y, answers in zip(results.split(_BLOCK, 1), predicted.split(_BLOCK, 1), strict=True):
+    for y, answers in zip(results.split(_BLOCK, 1), estimated.split(_BLOCK, 1), strict=True):
         y = y.double()
         mean = y.mean(0)
         deviations = (y[left_out] - mean).numpy()
@@ -104,13 +104,13 @@ def _thresholds(
     .. math:: \frac{h_{ij} |e_j|}{q_{ij}^{3/8} - |w_{ij}| q_{ij}}, \qquad
         h_{ij} = \frac{1}{1 + w_{ij}^2 v_j / v_i}, \quad q_{ij} = h_{ij} v_j / v_i,
 
-    for predictions that are not shrunk; it is infinite if the denominator is not positive. If k - 1
+    for estimates that are not shrunk; it is infinite if the denominator is not positive. If k - 1
     thresholds are larger than a radius, the error of row i exceeds it with probability
     :math:`k / (n + 1)` at most. Thresholds of one output are exact, others by triangle inequality.
 
     Args:
         w, variances: ``[L, n]`` and ``[L]``, weights and variances before shrinking.
-        moved: ``[L]``, the norms of the shrunk predictions less the mean of the results.
+        moved: ``[L]``, the norms of the shrunk estimates less the mean of the results.
         known: ``[4, n]``, of each result the variance and the norms of its residual before
             shrinking, of its residual after it, and of itself less the mean of all ``count``.
         signed: whether there is one output, and numbers instead of norms are given. Then thresholds
@@ -190,7 +190,7 @@ class ErrorBars:
         return all((1 - coverage) * (x.thresholds.shape[2] + 1) >= 1 - 1e-9 for x in self._bars)
 
     def calibrated(self, thresholds: Tensor, off: Tensor) -> ErrorBars:
-        """Return error bars by thresholds ``[B, m]`` of predictions that are ``off``, ``[B]``."""
+        """Return error bars by thresholds ``[B, m]`` of estimates that are ``off``, ``[B]``."""
         limits = (thresholds + off[:, None])[None]
         bars = [Bars(x.rows, limits[:, x.rows], x.risks) for x in self._bars]
         return ErrorBars(self.batch_size, bars)

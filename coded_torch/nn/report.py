@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _CUT_SHORT = {
     "deadline": "the deadline was over",
-    "predict_after": "most calls have ended by then",
+    "estimate_after": "most calls have ended by then",
     "error": "the module fails on them",
     "failed": "no more results could come",
 }
@@ -48,10 +48,10 @@ class Report:
         rejected: by worker, the fault of its last result that does not count.
         work: rows that workers began to compute, per row of the batch: 1.0 is every input once.
         hedges: the parts that stood in for late or failed ones.
-        predicted: bool ``[B]``, on the host: the answers that are not the module's own result of
+        estimated: bool ``[B]``, on the host: the answers that are not the module's own result of
             their input. None before there are answers.
         source: uint8 ``[B]``, on the host: 0 for answers from a part that was asked first, 1 from a
-            hedge or another later part, 2 for predictions. None before there are answers.
+            hedge or another later part, 2 for estimates. None before there are answers.
         radii: float64 ``[B]``, on the host: bounds of errors of the first decoded output. The norm
             of an answer's error is at most its radius with the probability ``coverage`` of the
             :class:`~coded_torch.Regression`. 0 if the answer is exact, infinite if its input is not
@@ -61,17 +61,17 @@ class Report:
             estimated probability that an answer's largest number is not the module's. 0 if the
             answer is exact. None for other outputs, or without a regression.
         surrogate_weights: for every decoded output, of each surrogate; 0 if the surrogate failed or
-            did not improve the prediction. Empty if nothing was predicted.
+            did not improve the estimate. Empty if nothing was estimated.
         ended: why the call waited no longer. "complete": every result is there; "first": the first
-            N - S are; "deadline"; "predict_after": as many medians of calls were over; "error": all
-            is there but the rows that the module itself fails on; "failed": nothing more could
-            come.
+            N - S are; "deadline"; "estimate_after": as many medians of calls were over; "error":
+            all is there but the rows that the module itself fails on; "failed": nothing more
+            could come.
         hedging_threshold: seconds after its begin at which a part of the first ask is late; None if
             not known yet.
         deadline: seconds from the call after which it was to end; None if there was none.
         num_groups: G, the number of groups; 0 by rows.
         distances: for each decoded output, and each block of a large batch, the metric and length
-            that predicted missing answers, and how well they predict results from each other.
+            that estimated missing answers, and how well they estimate results from each other.
         missing_rows: by rows, the rows that no worker computed.
         errors: by missing row, the error of the last part that held it, if there was one.
         refused: the rows on which the module itself fails: it raised alike on two workers, or three
@@ -85,7 +85,7 @@ class Report:
         notes: further remarks for the caller.
         encode_seconds: from the call to the first ask.
         compute_seconds: of waiting for the workers and checking their results.
-        decode_seconds: of decoding and predicting.
+        decode_seconds: of decoding and estimating.
         failed: whether the call raised.
     """
 
@@ -96,7 +96,7 @@ class Report:
     rejected: dict[int, str] = dataclasses.field(default_factory=dict)
     work: float = 0.0
     hedges: tuple[Hedge, ...] = ()
-    predicted: Tensor | None = dataclasses.field(default=None, repr=False)
+    estimated: Tensor | None = dataclasses.field(default=None, repr=False)
     source: Tensor | None = dataclasses.field(default=None, repr=False)
     radii: Tensor | None = dataclasses.field(default=None, repr=False)
     coverage: float | None = None
@@ -163,9 +163,9 @@ class Report:
     def note_source(
         self, source: Tensor, parts: Sequence[int], num_first: int, unit_rows: int = 1
     ) -> None:
-        """Note the result of each answer, ``[B]``, -1 if predicted, and the part of each unit."""
-        kinds = bytearray([*[part >= num_first for part in parts], 2])  # at -1, predictions
-        self.predicted = source < 0
+        """Note the result of each answer, ``[B]``, -1 if estimated, and the part of each unit."""
+        kinds = bytearray([*[part >= num_first for part in parts], 2])  # at -1, estimates
+        self.estimated = source < 0
         self.source = torch.frombuffer(kinds, dtype=torch.uint8)[source // unit_rows]
 
     def note_empty(self) -> None:
@@ -184,11 +184,11 @@ class Report:
             self.radii, self.coverage = bars.radii(coverage), coverage
 
     def warn(self, why: str) -> None:
-        """Log how many answers were predicted, and why, unless no more results were wanted."""
-        if self.predicted is not None and self.ended in _CUT_SHORT and self.predicted.any():
-            count, size = int(self.predicted.sum()), len(self.predicted)
+        """Log how many answers were estimated, and why, unless no more results were wanted."""
+        if self.estimated is not None and self.ended in _CUT_SHORT and self.estimated.any():
+            count, size = int(self.estimated.sum()), len(self.estimated)
             because = why or _CUT_SHORT[self.ended]
-            logger.warning("CodedWrapper: %d of %d answers are predicted: %s", count, size, because)
+            logger.warning("CodedWrapper: %d of %d answers are estimated: %s", count, size, because)
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:

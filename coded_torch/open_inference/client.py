@@ -34,7 +34,7 @@ _HEAD = 2**14  # bytes before the final status of an answer, at most; not tuned
 
 
 class BusyError(RuntimeError):
-    """A server takes no request for ``seconds``, or was late and predicted rows."""
+    """A server takes no request for ``seconds``, or was late and estimated rows."""
 
     def __init__(self, seconds: float, why: str = "the server is busy") -> None:
         super().__init__(f"{why}; it may be asked again after {seconds:g} s")
@@ -178,10 +178,10 @@ class Client:
             answer.protocol.close()  # the next answer may not be the next request's
             raise EndpointError(f"answered against the protocol: {error}") from None
         self._echoing.update({server} if echoed else ())
-        predicted = message["predicted_rows"]
-        if predicted and all(spec.name != ADDED[0].name for spec in model.outputs):
-            why = f"the server predicted {predicted} of {rows} rows"
-            raise BusyError(_RETRY_SECONDS, f"{why}, which outputs with 'predicted' would return")
+        estimated = message["estimated_rows"]
+        if estimated and all(spec.name != ADDED[0].name for spec in model.outputs):
+            why = f"the server estimated {estimated} of {rows} rows"
+            raise BusyError(_RETRY_SECONDS, f"{why}, which outputs with 'estimated' would return")
         return outputs, str(message.get("model_version") or "")[:_VERSION]
 
     async def close(self) -> None:
@@ -285,7 +285,7 @@ class RemoteModule(nn.Module):
 
     Calling takes a tensor for each input, by position or by name. It returns the output
     ``[B, ...]``, or a dict of several by name, on the CPU. Rows that a server of this package
-    predicted are no answer: it counts as busy, unless ``outputs`` name "predicted".
+    estimated are no answer: it counts as busy, unless ``outputs`` name "estimated".
 
     Raises:
         ValueError: the server refuses the inputs of a call.

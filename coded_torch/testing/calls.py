@@ -63,7 +63,7 @@ class CallTests:
 
     def check(self, pool: VirtualWorkers, answers: Tensor, report: Report) -> None:
         """Check what every call that ended well promises."""
-        estimated = report.predicted
+        estimated = report.estimated
         assert estimated is not None
         assert torch.equal(answers[~estimated], EXACT[~estimated])
         assert answers.isfinite().all()
@@ -85,7 +85,7 @@ class CallTests:
         waiting = Waiting(hedge_budget=budget)
         coded = self.make(Exact(), pool, parts=parts, waiting=waiting)
         answers, report = coded.run(INPUTS)
-        assert not report.predicted.any()
+        assert not report.estimated.any()
         assert report.ended == "complete"
         self.check(pool, answers, report)
 
@@ -97,7 +97,7 @@ class CallTests:
     ) -> None:
         """At its deadline a call answers, with estimates if they may be, or raises."""
         pool = VirtualWorkers(scripts, drains)
-        waiting = Waiting(deadline=deadline, predict=estimate)
+        waiting = Waiting(deadline=deadline, estimate=estimate)
         coded = self.make(Exact(), pool, parts=parts, waiting=waiting)
         error: Any = None
         try:
@@ -105,8 +105,8 @@ class CallTests:
         except (NotEnoughResults, ValueError) as raised:  # a ValueError if no result has its form
             error = raised
         if error is None:
-            assert estimate or not report.predicted.any()
-            assert report.ended != "complete" or not report.predicted.any()
+            assert estimate or not report.estimated.any()
+            assert report.ended != "complete" or not report.estimated.any()
             self.check(pool, answers, report)
         else:
             known = torch.zeros(ROWS, dtype=torch.bool)

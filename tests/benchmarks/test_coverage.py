@@ -23,4 +23,4 @@ def test_rivals_answer_the_same_rows(generator):
         assert least <= numbers["covered"][0] <= 1, name
         assert 0.1 < numbers["radius to ours"] < 10, name  # five batches of a smooth function
     assert found["ours"]["radius to ours"] == 1
-    assert found["split conformal"]["radius to ours"] > 1  # half of the results predict
+    assert found["split conformal"]["radius to ours"] > 1  # half of the results estimate

@@ -151,7 +151,7 @@ def test_rows(batch_size, block, data):
     assert (radii > 0).tolist() == (~exact).tolist()
 
 
-def test_rows_are_predicted_as_in_a_batch():
+def test_rows_are_estimated_as_in_a_batch():
     """One group of B workers is the same thing, but for the order of the workers."""
     x = inputs(30)
     rows = Regression().plan([x])

@@ -83,7 +83,7 @@ def test_copies_go_where_the_others_tell_least(generator):
 
 @pytest.mark.parametrize("batch_size", [500, 501, 1001])
 def test_large_batches_leave_no_few_inputs_to_themselves(batch_size):
-    """Each is predicted from many others, however the batch is cut."""
+    """Each is estimated from many others, however the batch is cut."""
     x = torch.linspace(0, 1, batch_size)[:, None]
     assert RegressionCode(3, 4).plan([x]).leave_one_out_variances().max() < 0.1
 
@@ -133,7 +133,7 @@ def test_beats_the_paper_and_replication_and_knows_by_how_much(network, setting)
                 answers.append(coded(part))
                 if (radii := coded.last_run.radii) is not None:
                     errors = (answers[-1] - model(part)).norm(dim=1)
-                    within.append((errors <= radii)[coded.last_run.predicted])
+                    within.append((errors <= radii)[coded.last_run.estimated])
         return torch.cat(answers), within
 
     answers, within = run(RegressionCode(k, n))

@@ -39,7 +39,7 @@ def answered(module, code, *x, lost=4, seed=0):
     """The squared error of the answers, and the report."""
     coded = CodedWrapper(Some(module), code, workers=LocalWorkers(Uniform(lost, seed=seed)))
     got, want = coded(*x), module(*x)
-    assert torch.equal(got[~coded.last_run.predicted], want[~coded.last_run.predicted])
+    assert torch.equal(got[~coded.last_run.estimated], want[~coded.last_run.estimated])
     return float((got - want).square().sum()), coded.last_run
 
 
@@ -82,7 +82,7 @@ def test_rows_far_from_all_others_say_nothing():
 
 @pytest.mark.parametrize(("size", "odd"), [(1024, 4), (512, 2), (1000, 0)])
 def test_rows_that_are_not_finite_determine_no_metric(size, odd):
-    """A quarter, a half and 97 % of the rows are NaN; each predicts as without them."""
+    """A quarter, a half and 97 % of the rows are NaN; each estimates as without them."""
     x = normal(size, 4)
     y = x.sin()
     good = torch.tensor([i % odd > 0 if odd else i % 33 == 0 for i in range(size)])

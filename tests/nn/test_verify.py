@@ -117,7 +117,7 @@ class TestHonestWorkers:
             assert not report.unverified.any()
             assert (report.disputes, report.corrected, report.strikes) == (0, (), {})
             assert report.work == pytest.approx(1 + report.verified.sum() / ROWS)
-            assert not report.predicted.any()
+            assert not report.estimated.any()
 
     def test_cost_nothing_without_it(self):
         pool = AtOnce(6)
@@ -182,7 +182,7 @@ class TestAWrongWorker:
     def test_leaves_nothing_in_a_memory(self):
         memory = Memory()
         pool = AtOnce(6, wrong(2, size=0.0))
-        coded = wrap(pool, surrogate=memory, waiting=Waiting(predict_after=3.0))
+        coded = wrap(pool, surrogate=memory, waiting=Waiting(estimate_after=3.0))
         coded._strikes.share = 0.0
         coded.run(batch())
         assert len(memory) == ROWS
@@ -237,17 +237,17 @@ class TestAWrongWorker:
                     ask(self, [part])
 
         pool, ask, failed = AtOnce(6, spoil), _AtOnce.ask, []
-        coded = wrap(pool, waiting=Waiting(predict_after=3.0))
+        coded = wrap(pool, waiting=Waiting(estimate_after=3.0))
         coded.run(batch(1))
         monkeypatch.setattr(_AtOnce, "ask", failing)
         with caplog.at_level(logging.WARNING):
             answers, report = coded.run(batch())
         assert len(failed) == times
         assert torch.isfinite(answers).all()
-        assert report.predicted.any() == (times == 3)
+        assert report.estimated.any() == (times == 3)
         assert report.ended == ("complete" if times == 1 else "failed")
-        assert ("answers are predicted" in caplog.text) == (times == 3)
-        good = ~report.predicted
+        assert ("answers are estimated" in caplog.text) == (times == 3)
+        good = ~report.estimated
         assert torch.allclose(answers[good], coded.module(batch()).detach()[good], atol=1e-6)
 
 
@@ -276,12 +276,12 @@ def test_a_faulty_process_is_excluded_restarted_and_on_probation():
     fault = Fault()
     with ProcessWorkers(4) as processes:
         pool = FaultyWorkers(processes, attack=fault, adversaries=[2])
-        # On a busy machine, rows would be predicted where a call takes long.
-        coded, excluded = wrap(pool, verify=0.1, waiting=Waiting(predict=False)), []
+        # On a busy machine, rows would be estimated where a call takes long.
+        coded, excluded = wrap(pool, verify=0.1, waiting=Waiting(estimate=False)), []
         for seed in range(20):
             x = batch(seed)
             answers, report = coded.run(x)
-            assert not report.predicted.any()
+            assert not report.estimated.any()
             excluded += report.excluded
             if report.corrected or not report.unverified.any():
                 assert report.strikes.keys() <= {2}

@@ -10,10 +10,10 @@ import pytest
 
 from coded_torch import Waiting
 from coded_torch.scheduling import Ask, Began, Drop, Ended, Failure, Prepare, Settled, Wait
-from coded_torch.scheduling.latency_history import History, PredictionTimes
+from coded_torch.scheduling.latency_history import EstimationTimes, History
 
 FOUR = [(0, 1), (2, 3), (4, 5), (6, 7)]
-SOON = Waiting(predict_after=3.0)
+SOON = Waiting(estimate_after=3.0)
 
 
 def drive(waiting, events, first=FOUR, needed=8, history=None, **options):
@@ -79,7 +79,7 @@ def test_a_late_part_is_split_over_idle_workers():
     ]
 
 
-def test_predictions_are_prepared_when_half_of_the_time_is_over():
+def test_estimates_are_prepared_when_half_of_the_time_is_over():
     events = [*begin(0, 1, 2, 3), *settle(0, 1, 2), None, *begin(4, at=1.6), None]
     decisions, waits, _ = drive(Waiting(deadline=4.0), events, history=known())
     assert decisions == [Ask(tuple(FOUR)), Ask(((6, 7),)), Prepare()]
@@ -90,7 +90,7 @@ def test_predictions_are_prepared_when_half_of_the_time_is_over():
 
 
 @pytest.mark.parametrize(
-    ("least", "ended"), [(1, "predict_after"), (3, "predict_after"), (4, "complete")]
+    ("least", "ended"), [(1, "estimate_after"), (3, "estimate_after"), (4, "complete")]
 )
 def test_what_the_code_cannot_decode_is_waited_for(least, ended):
     columns = [(0,), (1,), (2,), (3,)]
@@ -108,21 +108,21 @@ def test_what_the_code_cannot_decode_is_waited_for(least, ended):
         assert end.reason == "deadline"
 
 
-def test_time_to_predict_is_kept_before_the_deadline():
+def test_time_to_estimate_is_kept_before_the_deadline():
     events = [*begin(0, 1, 2, 3), *settle(0, 1), None]
     _, waits, ended = drive(
         Waiting(deadline=4.0, hedge_budget=0), events, history=known(), reserve=0.5
     )
     assert waits[-1] == 3.5
     assert (ended.reason, ended.deadline) == ("deadline", 4.0)
-    few = [*begin(0, 1, 2, 3), *settle(0), None, None]  # to predict from: it is not needed
+    few = [*begin(0, 1, 2, 3), *settle(0), None, None]  # to estimate from: it is not needed
     for exact, script in ((False, few), (True, [*events, None])):
-        waiting = Waiting(deadline=4.0, hedge_budget=0, predict=not exact)
+        waiting = Waiting(deadline=4.0, hedge_budget=0, estimate=not exact)
         assert drive(waiting, script, history=known(), reserve=0.5)[1][-2:] == [3.5, 4.0]
 
 
-def test_time_to_predict_is_what_it_took_lately_in_proportion_to_the_rows():
-    times = PredictionTimes()
+def test_time_to_estimate_is_what_it_took_lately_in_proportion_to_the_rows():
+    times = EstimationTimes()
     usual = times.seconds(64)
     for factor in [99.0] + [1.0] * 13 + [2.0] * 3:  # the first loads code
         times.add(factor * usual, 64, 4096)
@@ -141,7 +141,7 @@ def test_time_to_predict_is_what_it_took_lately_in_proportion_to_the_rows():
 
 
 def test_a_regression_that_was_slow_by_chance_is_tried_again():
-    times = PredictionTimes()
+    times = EstimationTimes()
     usual = times.seconds(64)
     for factor in (1.0, 99.0, 99.0):  # the first loads code
         times.add(factor * usual, 64, 4096)
@@ -201,12 +201,12 @@ def test_decisions_after_the_first(name):
 
 @pytest.mark.parametrize(("idle", "times"), [(2, 3), (1, 1), (0, 1)])
 def test_a_late_part_is_asked_again_three_times_if_another_worker_stays_free(idle, times):
-    waiting, how = Waiting(predict_after=math.inf), {"first": [(0,), (1,), (2,), (3,)], "needed": 4}
+    waiting = Waiting(estimate_after=math.inf)
     events = [*begin(0, 1, 2, 3), *settle(0, 1, 2)]
     for part in range(4, 4 + times):
         events += [None, *begin(part, at=float(part))]
-    how |= {"history": known(rows=1), "idle": lambda: idle}
-    decisions, waits, _ = drive(waiting, [*events, None], **how)
+    how = {"first": [(0,), (1,), (2,), (3,)], "needed": 4, "idle": lambda: idle}
+    decisions, waits, _ = drive(waiting, [*events, None], history=known(rows=1), **how)
     assert decisions.count(Ask(((3,),))) == times
     # A part that is late on two workers is looked at again, as a worker may become free.
     assert (waits[-1] == math.inf) == (times == 3)
@@ -228,10 +228,10 @@ def raised(*parts, worker, at=1.0):
 def test_a_part_that_ends_its_worker_is_cut_while_all_others_run():
     six = [(2 * i, 2 * i + 1) for i in range(6)]
     events = [*begin(*range(6)), Settled(0, 0.1, 0.1, False, Failure("died"))]
-    decisions, _, _ = drive(Waiting(predict=False), events, six, 12, History())
+    decisions, _, _ = drive(Waiting(estimate=False), events, six, 12, History())
     assert decisions == [Ask(tuple(six)), Ask(((0,), (1,)))]
     events[4:6] = begin(4, 5, at=0.09)  # they may end their workers as soon
-    decisions, _, _ = drive(Waiting(predict=False), events, six, 12, History())
+    decisions, _, _ = drive(Waiting(estimate=False), events, six, 12, History())
     assert decisions == [Ask(tuple(six)), Ask(((0, 1),))]
 
 
@@ -330,12 +330,12 @@ def test_a_row_that_raises_until_the_deadline_is_refused():
     assert asked == [Ask(((0,), (1,), (2,))), Ask(((3,),)), Ask(((4,),))]
 
 
-def test_where_nothing_is_predicted_other_workers_get_more_tries():
+def test_where_nothing_is_estimated_other_workers_get_more_tries():
     good = [Settled(part, 1.0, 1.0, True, worker=1) for part in range(3)]
     events = [*good, *raised(*range(3, 12), worker=0), Settled(12, 2.0, 2.0, True, worker=1)]
-    assert drive(Waiting(predict=False), events)[2] is None
+    assert drive(Waiting(estimate=False), events)[2] is None
     events += [Settled(13, 3.0, 1.0, True, worker=1)]
-    assert drive(Waiting(predict=False), events)[2].reason == "complete"
+    assert drive(Waiting(estimate=False), events)[2].reason == "complete"
 
 
 def test_failures_do_not_need_the_bucket():
@@ -348,9 +348,9 @@ def test_failures_do_not_need_the_bucket():
 
 
 @pytest.mark.parametrize(
-    ("waiting", "reason"), [(SOON, "predict_after"), (Waiting(deadline=3.0), "deadline")]
+    ("waiting", "reason"), [(SOON, "estimate_after"), (Waiting(deadline=3.0), "deadline")]
 )
-def test_the_rest_is_predicted_if_half_is_there(waiting, reason):
+def test_the_rest_is_estimated_if_half_is_there(waiting, reason):
     enough = drive(waiting, [*settle(0, 1), None], history=known())
     assert enough[2].reason == reason
     assert enough[2].deadline == 3.0
@@ -373,12 +373,12 @@ def test_a_deadline_counts_from_the_call():
     "waiting",
     [
         Waiting(),
-        Waiting(on_error="predict"),
-        Waiting(predict_after=math.inf),
-        Waiting(predict_after=3.0, predict=False),
+        Waiting(on_error="estimate"),
+        Waiting(estimate_after=math.inf),
+        Waiting(estimate_after=3.0, estimate=False),
     ],
 )
-def test_what_is_never_predicted_waits_for_all_that_can_come(waiting):
+def test_what_is_never_estimated_waits_for_all_that_can_come(waiting):
     _, waits, ended = drive(waiting, [*settle(0, 1), *settle(2, 3, at=99.0)], history=known())
     assert set(waits) == {math.inf}
     assert ended.reason == "complete"
@@ -389,13 +389,13 @@ def test_what_is_never_predicted_waits_for_all_that_can_come(waiting):
     [
         (Waiting(), False, True),
         (Waiting(deadline=1.0), True, True),
-        (Waiting(predict_after=3.0), True, True),
-        (Waiting(on_error="predict"), True, True),
-        (Waiting(deadline=1.0, predict_after=3.0, predict=False, on_error="predict"), False, False),
+        (Waiting(estimate_after=3.0), True, True),
+        (Waiting(on_error="estimate"), True, True),
+        (Waiting(deadline=1.0, estimate=False, on_error="estimate"), False, False),
     ],
 )
 def test_rows_are_estimated_only_if_the_caller_asked_for_it(waiting, by_rows, with_a_code):
-    assert (waiting.may_predict(True), waiting.may_predict(False)) == (by_rows, with_a_code)
+    assert (waiting.may_estimate(True), waiting.may_estimate(False)) == (by_rows, with_a_code)
     tries, rows = 3 if by_rows else 20, [(row,) for row in range(4)]
     events = [*begin(0, 1, 2, 3, at=0.1), *settle(0, 1, 2, at=0.2)]
     for part in range(3, 3 + tries):
@@ -508,7 +508,7 @@ def test_sizes_that_are_new_soon_count_as_what_they_take():
 def test_latencies_of_zero_are_a_history_too():
     history = known(0.0)
     assert (history.hedging_threshold(2), history.call(2)) == (0.0, 0.0)
-    waits = drive(Waiting(predict_after=math.inf), begin(0, 1), history=history)[1]
+    waits = drive(Waiting(estimate_after=math.inf), begin(0, 1), history=history)[1]
     assert waits == [math.inf, 0.0, 0.0]
 
 
@@ -563,10 +563,10 @@ def test_options_are_values():
         ),
         ({"deadline": "200ms"}, TypeError, "number of seconds, got '200ms' of type str"),
         ({"hedge_budget": None}, TypeError, "hedge_budget must be .*, got None of type NoneType"),
-        ({"predict_after": 0}, ValueError, "predict_after must be positive, got 0"),
-        ({"predict_after": math.nan}, ValueError, "predict_after must be positive, got nan"),
-        ({"predict": 0}, TypeError, "predict must be of type bool, got int"),
-        ({"on_error": "skip"}, ValueError, "on_error must be 'raise' or 'predict', got 'skip'"),
+        ({"estimate_after": 0}, ValueError, "estimate_after must be positive, got 0"),
+        ({"estimate_after": math.nan}, ValueError, "estimate_after must be positive, got nan"),
+        ({"estimate": 0}, TypeError, "estimate must be of type bool, got int"),
+        ({"on_error": "skip"}, ValueError, "on_error must be 'raise' or 'estimate', got 'skip'"),
         ({"hedge_budget": -1}, ValueError, "hedge_budget must be at least 0 and finite, got -1"),
         ({"num_stragglers": -1}, ValueError, "num_stragglers must be at least 0, got -1"),
         ({"num_stragglers": 1.5}, TypeError, "num_stragglers must be an integer, got 1.5"),

@@ -271,7 +271,7 @@ def test_an_interrupted_call_leaves_nothing_that_the_next_one_waits_for():
 @pytest.mark.usefixtures("interrupts")
 def test_an_interrupted_map_leaves_nothing_that_the_next_call_waits_for():
     with ProcessWorkers(2, grace=WAIT).start(Sleepy(), timeout=WAIT) as pool, torch.no_grad():
-        coded = CodedWrapper(Sleepy(), workers=pool, parts=1, waiting=Waiting(predict=False))
+        coded = CodedWrapper(Sleepy(), workers=pool, parts=1, waiting=Waiting(estimate=False))
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             list(coded.map([torch.full((2, 1), 3600.0)] * 2, in_flight=2))
@@ -351,7 +351,7 @@ class _Slow(nn.Module):
 
 @pytest.mark.parametrize("module", [Heavy(), _Slow()], ids=["loaded", "packed"])
 def test_another_module_that_is_loaded_stops_no_calls(module):
-    waiting = Waiting(deadline=0.8, predict=False)
+    waiting = Waiting(deadline=0.8, estimate=False)
     with ProcessWorkers(3).start(Sleepy(), timeout=WAIT) as pool, torch.no_grad():
         first = CodedWrapper(Sleepy(), workers=pool, waiting=waiting)
         second, x = CodedWrapper(module, workers=pool), torch.zeros(12, 1)
@@ -526,7 +526,7 @@ def test_an_excluded_process_gets_nothing_until_it_is_restarted():
 def test_calls_go_on_while_the_pool_grows_and_shrinks():
     rows, stop = torch.full((12, 1), 0.01), threading.Event()
     with ProcessWorkers(2, grace=WAIT).start(Sleepy(), timeout=WAIT) as pool:
-        coded = CodedWrapper(Sleepy(), workers=pool, parts=6, waiting=Waiting(predict=False))
+        coded = CodedWrapper(Sleepy(), workers=pool, parts=6, waiting=Waiting(estimate=False))
 
         def calls() -> int:
             number = 0

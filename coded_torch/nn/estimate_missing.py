@@ -1,4 +1,4 @@
-r"""Turns results into answers: missing ones are predicted, with the help of surrogates.
+r"""Turns results into answers: missing ones are estimated, with the help of surrogates.
 
 With an approximation s of the module f, decoders, which are linear, decode residuals:
 :math:`s(x) + D_F\,[\,f(z) - s(z)\,]`. An input's own result stays its answer, bit for bit.
@@ -41,7 +41,7 @@ _RIDGE = 1.001
 # A surrogate is used if it explains more than six times the squares that one of noise explains on
 # average: none of noise is used then. (benchmarks surrogates, "useless")
 _CHANCE = 6
-_ROUNDING = 4.0  # units in the last place; two cover outputs of 1e6 (test_predict_missing.py)
+_ROUNDING = 4.0  # units in the last place; two cover outputs of 1e6 (test_estimate_missing.py)
 
 
 class Answers:
@@ -53,7 +53,7 @@ class Answers:
         self._surrogates, self._division, self._inputs = surrogates, division, division.inputs
         self._link, self._coverage, self._report = division.link, division.coverage, report
         self._check: Trials | None = check
-        self._known = dict[int, tuple[list[Tensor], Tensor] | None]()  # the predictions of memories
+        self._known = dict[int, tuple[list[Tensor], Tensor] | None]()  # the estimates of memories
         self._memories = [(s, s.follow(module)) for s in surrogates if isinstance(s, Memory)]
 
     def forget_excluded(self) -> None:
@@ -69,17 +69,17 @@ class Answers:
         with outside():  # the report outlives a transform
             source = torch.arange(division.batch_size)
             source = source if plan is None else plan.source(stacked.units)
-            predicted = source < 0
-            exact = ~predicted if odd is None else ~predicted & ~odd
+            estimated = source < 0
+            exact = ~estimated if odd is None else ~estimated & ~odd
         report.note_source(source, stacked.parts, len(division.first), division.task.unit_rows)
-        is_predicted = bool(predicted.any())
-        approximations = self._approximations(stacked) if self._surrogates and is_predicted else []
+        is_estimated = bool(estimated.any())
+        approximations = self._approximations(stacked) if self._surrogates and is_estimated else []
         answers, weights = dict[int, Tensor](), list[tuple[float, ...]]()
         choices: list[Choice] = []
         for i in stacked.divided:
             leaf = stacked.leaves[i]
             own = leaf.flatten(0, 1)
-            if plan is None or not (is_predicted and leaf.is_floating_point()):
+            if plan is None or not (is_estimated and leaf.is_floating_point()):
                 answers[i] = own if plan is None else own.index_select(0, source.to(own.device))
                 continue
             of_leaf = {j: x[i] for j, x in enumerate(approximations) if i in x}
@@ -87,14 +87,14 @@ class Answers:
             rows, of_surrogates, bars = self._decoded(stacked, i, plan, source, of_leaf, first)
             if odd is not None:  # nothing is known of their distances
                 mean = own[source[exact].to(own.device)].mean(0)
-                rows = _filled(rows, predicted & odd, mean)
+                rows = _filled(rows, estimated & odd, mean)
             if bars is not None:
                 self._note(bars, rows)
             weights.append(tuple(of_surrogates.get(j, 0.0) for j in range(len(approximations))))
             choices += [dataclasses.replace(x, output=len(weights) - 1) for x in plan.choices]
             answers[i] = rows
         floating = [rows for rows in answers.values() if rows.is_floating_point()]
-        if not is_predicted:
+        if not is_estimated:
             bars = ErrorBars(division.batch_size)
             report.note_bars(bars, self._coverage, None, floating[0] if floating else None)
         if plan is not None and plan.note:  # the plan has been used, and knows now
@@ -109,7 +109,7 @@ class Answers:
         """Return a surrogate's answers, in the form of earlier results if none came, or raise."""
         division, report = self._division, self._report
         blamed = report.refused and waiting.on_error == "raise"
-        may = division.by_rows and waiting.may_predict(True) and not blamed
+        may = division.by_rows and waiting.may_estimate(True) and not blamed
         if stacked is None or not may or not isinstance(error, NotEnoughResults):
             raise error
         divided, found = stacked.divided, self._approximations(stacked)
@@ -164,13 +164,13 @@ class Answers:
         return found
 
     def _remembered(self, memory: Memory, stacked: Stacked) -> dict[int, Tensor]:
-        odd, (predicted, _) = self._inputs.not_finite, self._known_to(memory) or ((), None)
-        pairs = zip(stacked.decoded, predicted, strict=False)
+        odd, (estimated, _) = self._inputs.not_finite, self._known_to(memory) or ((), None)
+        pairs = zip(stacked.decoded, estimated, strict=False)
         alike = [(i, x) for i, x in pairs if x.shape[1:] == stacked.leaves[i].shape[2:]]
         return {i: _levelled(x, odd) for i, x in alike}
 
     def _known_to(self, memory: Memory) -> tuple[list[Tensor], Tensor] | None:
-        """Return a memory's predictions of the batch, and its thresholds of their errors."""
+        """Return a memory's estimates of the batch, and its thresholds of their errors."""
         if id(memory) not in self._known:
             inputs = [plain("Memory", "leaf", leaf) for leaf in self._inputs.floating()]
             with outside():
@@ -228,7 +228,7 @@ class Answers:
         results, received = stacked.leaves[i], stacked.units
         odd, by_rows = self._division.not_finite, isinstance(plan, RowPlan)
         scaled = results if odd is None else _levelled(results, odd[list(received)])
-        if by_rows:  # predictions are rounded once, at the end
+        if by_rows:  # estimates are rounded once, at the end
             scaled = scaled.to(torch.promote_types(scaled.dtype, torch.float32))
         scaled = to_scale(scaled, self._link)
         weights, offsets = dict[int, float](), None
@@ -239,7 +239,7 @@ class Answers:
         answers = plan.decode(scaled, received)
         found = plan.error_bars(received, scaled, answers, offsets) if bars else None
         answers = _from_scale(answers if offsets is None else answers + offsets[1], self._link)
-        if by_rows:  # predictions of masked scores may go beyond
+        if by_rows:  # estimates of masked scores may go beyond
             info = torch.finfo(results.dtype)
             answers = answers.clamp(info.min, info.max)
         if found is not None:
@@ -256,7 +256,7 @@ def _residuals(
     r"""Return weights, residuals :math:`y - \sum_j w_j s_j` of surrogates, and both their sums.
 
     The sums are at the results, ``[F, R, ...]``, and for the batch, ``[B, ...]``. Surrogates have
-    no weights if results are not predicted better from each other with them, by more than chance.
+    no weights if results are not estimated better from each other with them, by more than chance.
     """
     used = list(approximations.values())
     of_units = [division.spread(approximation)[list(received)] for approximation in used]
