@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance
 
-__all__ = ["ADDED", "DATATYPES", "EndpointError", "Model", "RefusedError", "TensorSpec"]
+__all__ = ["ADDED", "DATATYPES", "FORMER", "EndpointError", "Model", "RefusedError", "TensorSpec"]
 __all__ += ["entries", "field", "from_bytes", "from_json", "most_bytes"]
 __all__ += ["outputs_of", "parsed", "request", "require", "specs", "specs_of", "split"]
 __all__ += ["tensors_of", "to_bytes", "written"]
@@ -89,6 +89,9 @@ ADDED = (
     TensorSpec("verified", "BOOL", ()),
     TensorSpec("corrected", "BOOL", ()),
 )
+#: What "estimated" was named before. For one version servers answer to both names and list this
+#: one, as older clients take any other output than they know for one of the model's own.
+FORMER = TensorSpec("predicted", "BOOL", ())
 
 
 def specs(
@@ -325,6 +328,9 @@ def outputs_of(
     listed = field("the answer", message, "outputs", list)
     found = tensors_of("output", listed, model.outputs, tail, range(rows, rows + 1))
     parameters = field("the answer", message, "parameters", dict, {})
-    estimated = field("the answer", parameters, "estimated_rows", int, 0)
-    require(0 <= estimated <= rows, "estimated_rows of the answer", f"from 0 to {rows}", estimated)
+    estimated = 0
+    for key in ("estimated_rows", "predicted_rows"):  # older servers send the second alone
+        stated = field("the answer", parameters, key, int, 0)
+        require(0 <= stated <= rows, f"{key} of the answer", f"from 0 to {rows}", stated)
+        estimated = max(estimated, stated)
     return [found[spec.name] for spec in model.outputs], message | {"estimated_rows": estimated}

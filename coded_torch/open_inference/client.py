@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import open_inference as wire
 from .._arguments import instance, positive
-from . import ADDED, EndpointError, Model, RefusedError
+from . import ADDED, FORMER, EndpointError, Model, RefusedError
 
 _MESSAGE = 2**20  # bytes of metadata and of an error's text, at most; not tuned
 _BUSY = (429, 503)
@@ -140,8 +140,11 @@ class Client:
             raise EndpointError(f"{self._name}: {server} {error}") from None
         binary = "binary_tensor_data" in str(about.get("extensions"))
         known = {spec.name: spec for spec in given}
-        added = ADDED if set(ADDED) <= set(given) else ()  # a server of this package
+        # A server of this package has these further outputs, and either name of the first.
+        added = (*ADDED, FORMER) if set(ADDED[1:]) <= set(given) else ()
         names = [x for x in known if known[x] not in added] if outputs is None else outputs
+        if added and FORMER in given:
+            known.setdefault(ADDED[0].name, FORMER)
         if unknown := [each for each in names if each not in known]:
             must = f"outputs must be some of {', '.join(known)}"
             raise ValueError(f"{self._name}: {must}, got {unknown}")
@@ -179,7 +182,7 @@ class Client:
             raise EndpointError(f"answered against the protocol: {error}") from None
         self._echoing.update({server} if echoed else ())
         estimated = message["estimated_rows"]
-        if estimated and all(spec.name != ADDED[0].name for spec in model.outputs):
+        if estimated and {ADDED[0], FORMER}.isdisjoint(model.outputs):
             why = f"the server estimated {estimated} of {rows} rows"
             raise BusyError(_RETRY_SECONDS, f"{why}, which outputs with 'estimated' would return")
         return outputs, str(message.get("model_version") or "")[:_VERSION]
@@ -300,6 +303,8 @@ class RemoteModule(nn.Module):
         instance(self, "model", model, str)
         self.url, self.model, self._options = client.checked(url), model, options
         self.metadata: Model = run(client.model(self.url, model, outputs))
+        #: The names of a call's outputs; a server may have another name for "estimated".
+        self.names = tuple(outputs or (spec.name for spec in self.metadata.outputs))
         self._client: Client | None = client
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -327,7 +332,7 @@ class RemoteModule(nn.Module):
 
     def outputs(self, tensors: Sequence[Tensor]) -> Any:
         """Return the outputs of the model as a call does."""
-        names = [spec.name for spec in self.metadata.outputs]
+        names = self.names
         return tensors[0] if len(names) == 1 else dict(zip(names, tensors, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:

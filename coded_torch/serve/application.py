@@ -25,7 +25,7 @@ import coded_torch
 
 from .._arguments import count, instance, positive
 from ..nn import CodedWrapper
-from ..open_inference import ADDED, TensorSpec, written
+from ..open_inference import ADDED, FORMER, TensorSpec, written
 from .batcher import TO_ANSWER, Batch, Batcher, compute, load
 from .metrics import Metrics
 from .protocol import VERSION, Reader, RequestError
@@ -91,12 +91,11 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             for spec in given:
                 instance(self, f"an entry of {argument}", spec, TensorSpec)
             names = [spec.name for spec in given]
-            added = [spec.name for spec in ADDED if argument == "outputs"]
+            added = [spec.name for spec in (*ADDED, FORMER) if argument == "outputs"]
             if not given or len({*names, *added}) < len(names) + len(added):
                 but = f", none of {', '.join(added)}" if added else ""
                 raise ValueError(f"app: {argument} must be named, each once{but}, got {names}")
         self.name, self.inputs, self.outputs = name, inputs, outputs
-        self.answered = [*outputs, *ADDED]
         self.coded, self.examples = coded, examples
         self.allowed_hosts = None if allowed_hosts is None else [x.lower() for x in allowed_hosts]
         for host in self.allowed_hosts or ():
@@ -134,7 +133,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             "versions": [VERSION],
             "platform": "coded_torch",
             "inputs": [spec.metadata() for spec in inputs],
-            "outputs": [spec.metadata() for spec in self.answered],
+            "outputs": [spec.metadata() for spec in (*outputs, FORMER, *ADDED[1:])],
         }
         config: dict[str, Any] = {"name": name, "platform": "coded_torch", "backend": "coded_torch"}
         config["max_batch_size"] = self.max_rows
@@ -238,14 +237,16 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         except ClientDisconnect:
             raise RequestError(499, "disconnected", "the client has gone") from None
         report, coverage = answer.report, answer.report.coverage
-        names = [spec.name for spec in self.answered]
+        names = [spec.name for spec in (*self.outputs, *ADDED)]
         answers = dict(zip(names, answer.outputs, strict=True))
+        answers[FORMER.name] = answers["estimated"]
         if message.coverage and coverage is not None:
             coverage = message.coverage
             if (radii := report.radii_at(coverage)) is not None:
                 answers["radius"] = radii[answer.rows].float()
         rows, estimated = len(answers["estimated"]), int(answers["estimated"].sum())
-        parameters = {"estimated_rows": estimated} | ({"coverage": coverage} if coverage else {})
+        parameters = {"estimated_rows": estimated, "predicted_rows": estimated}
+        parameters |= {"coverage": coverage} if coverage else {}
         about = {"model_name": self.name, "model_version": VERSION, "parameters": parameters}
         about |= {"id": message.id} if message.id else {}
         tensors = ((spec, answers[spec.name], binary) for spec, binary in message.outputs)

@@ -21,7 +21,6 @@ from torch import nn
 from coded_torch import Waiting
 from coded_torch.nn import CodedWrapper
 from coded_torch.serve import TensorSpec, app, protocol, specs
-from coded_torch.serve.protocol import ADDED
 from coded_torch.stragglers import Bernoulli, Trace
 from coded_torch.workers import (
     DeviceWorkers,
@@ -97,7 +96,10 @@ def test_metadata(client):
         assert (status, found["name"], found["versions"]) == (200, "m", ["1"])
         assert found["inputs"] == [{"name": "input", "datatype": "FP32", "shape": [-1, 3]}]
         names = [spec["name"] for spec in found["outputs"]]
-        assert names == ["output", *(spec.name for spec in ADDED)]
+        # As version 0.3 lists them: an older client takes an output that it does not know for one
+        # of the model's own.
+        older = ["predicted", "radius", "label_risk", "source", "verified", "corrected"]
+        assert names == ["output", *older]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,9 @@ def test_packed_bodies(client, encoding, squeeze):
     answer = json.loads(answer)
     assert answer.pop("outputs")[0]["shape"] == [64, 2]
     head = {"model_name": "m", "model_version": "1", "id": "a"}
-    assert answer == head | {"parameters": {"estimated_rows": 0, "coverage": 0.95}}
+    assert answer == head | {
+        "parameters": {"estimated_rows": 0, "predicted_rows": 0, "coverage": 0.95}
+    }
 
 
 @pytest.mark.parametrize(
@@ -431,7 +435,7 @@ def test_while_some_workers_hang_idle_ones_answer(held):
 def test_missing_rows_are_estimated_and_flagged(lost):
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(64, 3, generator=generator)
-    names = ("output", "estimated", "radius", "label_risk", "source")
+    names = ("output", "estimated", "radius", "label_risk", "source", "predicted")
     outputs = [{"name": name} for name in names]
     workers = LocalWorkers(Trace([[math.inf] * lost + [0.0] * (4 - lost)]))
     application = built(workers=workers, waiting=Waiting(hedge_budget=0))
@@ -446,9 +450,12 @@ def test_missing_rows_are_estimated_and_flagged(lost):
         torch.tensor([math.inf if x is None else x for x in entry["data"]])
         for entry in answer["outputs"]
     )
-    output, estimated, errors, risks, source = found
+    output, estimated, errors, risks, source, predicted = found
     output, exact = output.reshape(64, 2), linear()(rows).detach()
     assert int(estimated.sum()) == answer["parameters"]["estimated_rows"] == 16 * lost
+    # The names of version 0.3, by which an older client tells rows that no worker computed.
+    assert torch.equal(estimated, predicted)
+    assert answer["parameters"]["predicted_rows"] == 16 * lost
     assert torch.allclose(output[~estimated], exact[~estimated], atol=1e-5)
     assert not torch.allclose(output[estimated], exact[estimated], atol=1e-5)
     assert (errors[~estimated] == 0).all()
@@ -550,8 +557,8 @@ def test_objects_that_the_host_has_frozen_stay_frozen():
         ({"inputs": INPUTS * 2}, "app: inputs must be named, each once, got ['input', 'input']"),
         ({"outputs": ["output"]}, "app: an entry of outputs must be of type TensorSpec, got str"),
         (
-            {"outputs": [TensorSpec("estimated", "BOOL", ())]},
-            "each once, none of estimated, radius, label_risk, source, verified, corrected, got",
+            {"outputs": [TensorSpec("predicted", "BOOL", ())]},
+            "once, none of estimated, radius, label_risk, source, verified, corrected, predicted",
         ),
         ({"deadline": 0}, "app: deadline must be positive and finite, got 0"),
         ({"max_batch_size": 0}, "app: max_batch_size must be at least 1, got 0"),

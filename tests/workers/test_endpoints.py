@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import math
 import os
 import pickle
@@ -18,7 +19,7 @@ from torch import nn
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import DeadlineExceeded, NotEnoughResults, SplineCode
 from coded_torch.open_inference import EndpointError, Model, RefusedError
-from coded_torch.open_inference.client import Client, RemoteError, run
+from coded_torch.open_inference.client import BusyError, Client, RemoteError, run
 from coded_torch.testing.workers import numbered, task_of
 from coded_torch.workers import EndpointWorkers, Part, RemoteModule, Reply, endpoints
 
@@ -137,9 +138,9 @@ def answering(**head):
     return lambda handler, rows: handler.head.update(head) or handler.answer(2 * rows)
 
 
-def counting(estimated):
+def counting(estimated, *keys):
     """Return a fault that says how many rows it estimated."""
-    return answering(parameters={"estimated_rows": estimated})
+    return answering(parameters=dict.fromkeys(keys or ["estimated_rows"], estimated))
 
 
 FAULTS = {
@@ -150,6 +151,7 @@ FAULTS = {
     "another id": answering(id="another"),
     "another model": answering(model_name="another"),
     **{f"estimated {x!r}": counting(x) for x in (3.0, 0.0, "3.0", True, -1, 99, [], "")},
+    **{f"predicted {x!r}": counting(x, "predicted_rows") for x in (3.0, -1, 99)},
     "garbage": lambda handler, _: handler.send(200, b"\x00garbage"),
     "deep": lambda handler, _: handler.send(200, b"[" * 60_000),
     "packed": lambda handler, _: handler.send(200, b"\x1f\x8b", Content_Encoding="gzip"),
@@ -170,19 +172,53 @@ def test_an_answer_against_the_protocol_is_not_used(three, fault):
     assert coded.workers.num_ready == 2
 
 
+@pytest.mark.parametrize(
+    "keys", [("estimated_rows",), ("predicted_rows",), ("estimated_rows", "predicted_rows")]
+)
 @pytest.mark.parametrize("kind", [int, str])  # protobuf writes 64 bits as strings
-def test_rows_that_a_server_says_it_estimated_are_computed_by_another(three, kind):
-    """Whatever the server that described the model is: fleets may be mixed."""
+def test_rows_that_a_server_says_it_estimated_are_computed_by_another(three, kind, keys):
+    """Whatever the server that described the model is: fleets may be mixed, also of versions."""
 
     def estimated(handler, rows):
         used.append(rows)
-        counting(kind(len(rows)))(handler, np.float32(-50) * rows)
+        counting(kind(len(rows)), *keys)(handler, np.float32(-50) * rows)
         return True
 
     coded, used = wrapped(three), []
     three[1].fault = estimated
     until(lambda: torch.equal(coded(X), 2 * X) and used)
     assert not coded.last_run.estimated.any()
+
+
+@pytest.mark.parametrize("name", ["predicted", "estimated"])
+def test_rows_are_marked_whatever_the_server_calls_the_mark(name):
+    """Servers of version 0.3 know the first name alone, later ones may know only the second."""
+    added = [("radius", "FP32"), ("label_risk", "FP32"), ("source", "UINT8")]
+    added += [(name, "BOOL"), ("verified", "BOOL"), ("corrected", "BOOL")]
+
+    def marked(handler, rows):
+        out = {"name": "output", "datatype": "FP32", "shape": [len(rows), 3]}
+        out["data"] = (2 * rows).ravel().tolist()
+        mark = {"name": name, "datatype": "BOOL", "shape": [len(rows)]}
+        mark["data"] = [row == 5 for row in range(len(rows))]
+        message = handler.head | {"parameters": {f"{name}_rows": 1}}
+        message["outputs"] = [out, mark][: len(server.wanted)]
+        return handler.send(200, json.dumps(message).encode()) or True
+
+    with servers(1, binary=False) as (server,):
+        server.outputs = server.outputs + [
+            {"name": key, "datatype": kind, "shape": [-1]} for key, kind in added
+        ]
+        server.fault = marked
+        found = RemoteModule(server.url, "double", outputs=["output", "estimated"])(X)
+        assert server.wanted == ["output", name]
+        assert list(found) == ["output", "estimated"]
+        assert torch.equal(found["output"], 2 * X)
+        assert found["estimated"].nonzero().flatten().tolist() == [5]
+        plain = RemoteModule(server.url, "double")
+        with pytest.raises(BusyError, match=r"estimated 1 of 12 rows, .* with 'estimated' would"):
+            plain(X)
+        assert server.wanted == ["output"]
 
 
 REFUSALS = {
