@@ -51,9 +51,9 @@ ROWS = 16  # rows of a part
 DEADLINE = 0.015  # seconds: three times the mean of a request without stragglers
 UNDER_FAULTS = 0.1  # the deadline under faults, seconds
 OFF = 1e-4  # of an exact answer at most: float32 rounding
-Law = tuple[float, float, float, float]
-#: The law of ``fleet_server.py``, the parts of a request, and requests per second.
-CASES: dict[str, tuple[Law, int, float]] = {
+Delays = tuple[float, float, float, float]
+#: The delays of ``fleet_server.py``, the parts of a request, and requests per second.
+CASES: dict[str, tuple[Delays, int, float]] = {
     "5 % ten times slower, one part": ((0.005, 0.05, 10.0, 0.0), 1, 100.0),
     "3 % take 50 ms longer, four parts": ((0.005, 0.03, 1.0, 0.05), 4, 50.0),
 }
@@ -62,8 +62,8 @@ CASES: dict[str, tuple[Law, int, float]] = {
 class Fleet:
     """Servers in processes of their own, at addresses that stay."""
 
-    def __init__(self, law: Law, kinds: Sequence[str] = KINDS) -> None:
-        self.kinds, self.law = kinds, law
+    def __init__(self, delays: Delays, kinds: Sequence[str] = KINDS) -> None:
+        self.kinds, self.delays = kinds, delays
         with contextlib.ExitStack() as stack:
             found = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in kinds]
             self.ports = [each.getsockname()[1] for each in found]
@@ -86,7 +86,7 @@ class Fleet:
 
     def begun(self, place: int) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "benchmarks.fleet_server", self.kinds[place]]
-        command += [str(self.ports[place]), *map(str, self.law)]
+        command += [str(self.ports[place]), *map(str, self.delays)]
         return subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
     def answers(self, place: int, path: str, body: str = "") -> bool:
@@ -184,8 +184,8 @@ def driven(
 
 
 def workload(name: str, seconds: float) -> dict[str, Any]:
-    law, parts, rate = CASES[name]
-    with Fleet(law) as fleet:
+    delays, parts, rate = CASES[name]
+    with Fleet(delays) as fleet:
         send = functools.partial(driven, fleet, parts=parts, rate=rate, count=int(rate * seconds))
         found = {kind: send(kind) for kind in ("no hedge", "hedge-python", "tenacity")}
         budget = found["hedge-python"]["work"] - 1

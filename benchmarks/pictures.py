@@ -119,11 +119,11 @@ def processes(results: Results) -> Figure:
 
 def convergence(results: Results) -> Figure:
     """Draw squared errors against workers, beside the theorem's bound through the first point."""
-    laws = (("S fixed", "no noise"), ("S fixed", "noise"), ("each with p = 0.05", "no noise"))
+    cases = (("S fixed", "no noise"), ("S fixed", "noise"), ("each with p = 0.05", "no noise"))
     of = {
-        f"{name_of(task)}, {law}, {noise}": found[law][noise]
+        f"{name_of(task)}, {delays}, {noise}": found[delays][noise]
         for task, found in results["convergence"].items()
-        for law, noise in laws
+        for delays, noise in cases
     }
     figure, every = panels(list(of), rows=len(results["convergence"]), height=2.6)
     for axes, each in zip(every, of.values(), strict=True):

@@ -88,8 +88,8 @@ LENET5 = Model("model", (INPUT,), (OUTPUT, ADDED[0]), binary=True)  # and the fl
 def lenet5_app() -> Any:
     """Return the application of the faults."""
     pool = ProcessWorkers(N, grace=10 * DEADLINE)
-    law = Bernoulli(0.03, latency=0.05, seed=SEED)
-    faulty = FaultyWorkers(pool, delays=law, seed=SEED, crash_every=5.0)
+    delays = Bernoulli(0.03, latency=0.05, seed=SEED)
+    faulty = FaultyWorkers(pool, delays=delays, seed=SEED, crash_every=5.0)
     coded = CodedWrapper(lenet5(), workers=faulty, parts=K, surrogate=Memory())
     return app(coded, name="model", inputs=[INPUT], outputs=[OUTPUT], deadline=DEADLINE)
 

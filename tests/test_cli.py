@@ -51,7 +51,7 @@ def run(line):
         ("compare ./mine:make --inputs x.pt", "a function of it, got './mine:make'"),
         ("compare a:b --inputs x.pt --output x", "--output: must end in .pdf, .png or .svg, in a"),
         ("demo --output nowhere/demo.png", "in a folder that exists, got nowhere/demo.png"),
-        ("plan --law murphy", "--law: invalid choice: 'murphy'"),
+        ("plan --conditions murphy", "--conditions: invalid choice: 'murphy'"),
     ],
 )
 def test_bad_values_are_said_and_end_with_2(arguments, message, tmp_path, monkeypatch, capsys):

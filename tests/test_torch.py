@@ -46,7 +46,7 @@ def unchanged(make):
         return torch.equal(make(), want)
 
 
-# Made anew for each call, as laws go on from one to the next.
+# Made anew for each call, as delays go on from one to the next.
 WAYS = {
     name: lambda make=make: {"code": make().replace(shuffle=False)} for name, make in CODES.items()
 }

@@ -64,15 +64,15 @@ def demo(args: argparse.Namespace) -> None:
     radii = radii[estimated].to(errors)
     held = (errors <= radii).double().mean()
     right = (answers.argmax(1) == torch.cat(truth)).double().mean()
-    bars = ""
+    bounds = ""
     if len(errors):
-        bars = f"The error of an estimated answer is {errors.median():.2f} in the median.\n"
-        bars += f"Its radius, {radii.median():.2f} in the median, is larger in {held:.1%}.\n"
+        bounds = f"The error of an estimated answer is {errors.median():.2f} in the median.\n"
+        bounds += f"Its bound, {radii.median():.2f} in the median, is larger in {held:.1%}.\n"
     say(
         f"LeNet-5 reads {len(rows):,} MNIST test digits it was not trained on, {_BATCH_SIZE} at a "
         f"time.\nSeed {args.seed}.\n\nN = {n} workers, K = {k} inputs a group, {s} workers lost:\n"
         f"{len(rows) - len(errors):,} answers are exact, {len(errors):,} are estimated from them.\n"
-        f"{bars}{right:.1%} of all answers name the right digit.\n\n"
+        f"{bounds}{right:.1%} of all answers name the right digit.\n\n"
         "Every code is tuned on a quarter of the batches, without labels, and answers\n"
         "the others while the same workers are lost.\n"
     )
@@ -113,10 +113,10 @@ def plan(args: argparse.Namespace) -> None:
     """Find the redundancy that meets a deadline and an accuracy at least work."""
     need("plan", "demo", "matplotlib")
     given = {**vars(args)}
-    law, path = planner.LAWS[given.pop("law")], given.pop("latencies")
+    conditions, path = planner.CONDITIONS[given.pop("conditions")], given.pop("latencies")
     output, _ = given.pop("output"), given.pop("run")
     with usage("plan"):
-        found = planner.plan(law if path is None else planner.read_latencies(path), **given)
+        found = planner.plan(conditions if path is None else planner.read_latencies(path), **given)
     say(str(found))
     save("plan", found.draw(), output)
 
@@ -204,12 +204,12 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
     ),
     plan: (
         ("--latencies", Path, None, "a CSV file: seconds of one part, a line each"),
-        ("--law", tuple(planner.LAWS), "mix", "a law of latencies, unless they are measured"),
+        ("--conditions", tuple(planner.CONDITIONS), "mix", "of workers, without --latencies"),
         ("--deadline", float, 0.2, "seconds within which 99.9 %% of the requests are answered"),
         ("--accuracy", float, 0.99, "the share of rows answered as rightly as by the model"),
         ("--num-workers", int, 6, "workers"),
         ("--parts", int, 4, "parts of a request, whose latencies are known"),
-        ("--median", float, 0.01, "seconds that a part takes, under a law"),
+        ("--median", float, 0.01, "seconds that a part takes, under --conditions"),
         ("--load", float, 0.3, "the share of the workers' time that requests take"),
         ("--verify", float, 0.0, "the share of rows that a second worker computes"),
         ("--num-requests", int, 5000, "requests under each policy"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._torch import outside, plain
-from ..input_space.error_bars import ErrorBars
+from ..input_space.error_bounds import ErrorBounds
 from ..input_space.metrics import Choice
 from ..input_space.ordering import Grouping
 from ..input_space.selection import MOST_ROWS
@@ -107,8 +107,8 @@ class BatchPlan:
             n = len(rows)
             return float(rows.var(0).sum()) * n**2 / (n - 1) if n > 1 else 0.0
 
-    def error_bars(self, *_: Any, **__: Any) -> ErrorBars | None:
-        """Return the error bars of estimated answers, as a ``RowPlan``; None if there are none."""
+    def error_bounds(self, *_: Any, **__: Any) -> ErrorBounds | None:
+        """Return the error bounds of estimated answers, as a ``RowPlan``; None without any."""
         return None
 
 

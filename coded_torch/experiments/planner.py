@@ -18,7 +18,7 @@ from .._arguments import count, positive, probability, real
 from ..scheduling import Decision, Ended, Event
 from ..scheduling.waiting import Waiting
 from ..stragglers import Stragglers
-from ..verification import Strikes, Trials
+from ..verification import Record, Trials
 from ..verification.scores import ODD_PARTS, ODD_ROWS
 from .scores import grouped
 from .simulation import OVERHEAD, Conditions, simulate
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
     Seconds: TypeAlias = NDArray[np.float64]
 
-__all__ = ["LAWS", "RIGHT", "Option", "Plan", "Verified", "plan", "read_latencies"]
+__all__ = ["CONDITIONS", "RIGHT", "Option", "Plan", "Verified", "plan", "read_latencies"]
 
 #: Conditions by name. A part that straggles runs 5 to 50 times as long.
-LAWS = {
+CONDITIONS = {
     "calm": Conditions(),
     "straggling": Conditions(straggling=0.03),
     "slow": Conditions(slow=0.05),
@@ -157,7 +157,7 @@ def measured(seconds: Seconds, part: float) -> Conditions:
 
 
 def plan(
-    law: Conditions | Seconds,
+    conditions: Conditions | Seconds,
     deadline: float,
     *,
     accuracy: float = 0.99,
@@ -174,7 +174,7 @@ def plan(
     Estimated rows count as right as often as :data:`RIGHT` says.
 
     Args:
-        law: measured seconds of parts, or conditions.
+        conditions: the workers' conditions, or measured seconds of parts.
         deadline: seconds within which 99.9 % of the requests are to be answered, positive.
         accuracy: the least share of rows with the model's own class. Defaults to 0.99.
         num_workers: the number of workers, at least 1, or 2 with ``verify``. Defaults to 6.
@@ -194,9 +194,9 @@ def plan(
     least["num_workers with verify" if verify else "num_workers"] = num_workers, 2 if verify else 1
     for argument, (value, bound) in least.items():
         count("plan", argument, value, least=bound)
-    if isinstance(law, Conditions):
+    if isinstance(conditions, Conditions):
         scale = positive("plan", "median", median)
-    elif (scale := float(np.median(law))) > 100 * deadline:
+    elif (scale := float(np.median(conditions))) > 100 * deadline:
         must = f"latencies must be seconds within reach of the deadline, {deadline:g}"
         raise ValueError(f"{must}, got a median of {scale:g}")
     options = []
@@ -207,9 +207,9 @@ def plan(
         policy: Waiting | Verified = dataclasses.replace(waiting, deadline=until)
         if verify:
             policy = Verified(policy, num_workers, verify, seed=seed)
-        conditions = law if isinstance(law, Conditions) else measured(law, part)
+        given = conditions if isinstance(conditions, Conditions) else measured(conditions, part)
         how: Any = {"num_workers": num_workers, "num_parts": k, "num_columns": n, "load": load}
-        outcome = simulate(policy, conditions, num_requests=num_requests, seed=seed, **how)
+        outcome = simulate(policy, given, num_requests=num_requests, seed=seed, **how)
         latencies = np.sort(outcome.latencies * part)
         slowest = float(np.quantile(latencies, _IN_TIME))
         # A call raises if fewer rows came than the policy asks of it; a code decodes one result.
@@ -255,10 +255,10 @@ class Verified:
     def __init__(self, waiting: Any, num_workers: int, share: float = 0.02, seed: int = 0) -> None:
         self.waiting = waiting
         pool = SimpleNamespace(places=range(num_workers))
-        self.strikes = Strikes(pool, share, random.Random(seed))
+        self.record = Record(pool, share, random.Random(seed))
 
     def decide(self, *args: Any, **options: Any) -> Generator[Decision, Event, Ended]:
-        return _Right(self.strikes, self.waiting).decide(*args, **options)
+        return _Right(self.record, self.waiting).decide(*args, **options)
 
 
 class _Right(Trials):

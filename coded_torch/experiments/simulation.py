@@ -57,7 +57,7 @@ class Conditions:
     #: The mean time between bursts (exponential). A burst stops a fifth of the workers, which are
     #: side by side, for 10.
     bursts: float = math.inf
-    #: A law of further time, drawn once a call for each worker. An infinite delay fails a part.
+    #: Further time, drawn once a call for each worker. An infinite delay fails a part.
     delays: Stragglers | None = None
 
     def __post_init__(self) -> None:
@@ -219,8 +219,9 @@ class _Pool:
 
     def delays(self) -> Sequence[float]:
         """Return the delay of each worker in a new call."""
-        law, num_workers = self.conditions.delays, len(self._ends)
-        return () if law is None else law.sample(num_workers, self._numbers_of_delays).tolist()
+        delays = self.conditions.delays
+        drawn = delays and delays.sample(len(self._ends), self._numbers_of_delays).tolist()
+        return drawn or ()
 
     def at(self, time: float, do: Callable[[Any], None], what: Any) -> None:
         heapq.heappush(self._events, (time, next(self._order), do, what))

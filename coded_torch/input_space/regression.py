@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._arguments import count, dense, instance, real, shown
 from .._torch import exactly, outside, plain
-from .error_bars import ErrorBars
+from .error_bounds import ErrorBounds
 from .metrics import METRICS, Choice, Distances, Features, Sources
 from .selection import MOST_ROWS, Given, Part
 
@@ -189,22 +189,22 @@ class RowPlan:
             return found[0][0]
         return torch.cat([answers for answers, _ in found])[self._back.to(rows.device)]
 
-    def error_bars(
+    def error_bounds(
         self,
         received: Sequence[int],
         results: Tensor,
         answers: Tensor,
         surrogates: tuple[Tensor, Tensor] | None = None,
-    ) -> ErrorBars:
-        """Return the error bars of the answers ``[B, ...]`` of :meth:`decode`.
+    ) -> ErrorBounds:
+        """Return the error bounds of the answers ``[B, ...]`` of :meth:`decode`.
 
         Surrogates ``[F, G, ...]`` were subtracted from results, ``[B, ...]`` will be added.
         """
         more = (surrogates[0].flatten(0, 1), surrogates[1]) if surrogates else ()
         with outside(), exactly():
             rows, parts = self._flat(results, received)
-            each = [part.bars(rows, answers, *more) for part in parts]
-            found = ErrorBars(self.batch_size, [bars for bars in each if bars is not None])
+            each = [part.bounds(rows, answers, *more) for part in parts]
+            found = ErrorBounds(self.batch_size, [bounds for bounds in each if bounds is not None])
             usable = torch.cat([part.usable for part in self._parts])[self._back]
             # Far rows are unlike the results, none of which is far.
             return found if usable.all() else found.widened(torch.where(usable, 0.0, math.inf))

@@ -16,7 +16,7 @@ from .._arguments import dense
 from .._torch import differentiated, exactly, outside, plain, to_device
 from ..linear import SelectMap
 from ..ops import left_out_losses
-from .error_bars import Bars, bars
+from .error_bounds import Bounds, bounds
 from .gaussian_process import NUGGET, GaussianProcess, scaled
 from .geometry import evenly
 from .metrics import Choice, Distances, Features, name_of
@@ -214,14 +214,14 @@ class Given:
         answers = (answers * size).clamp(info.min, info.max)
         return torch.where(has.view(-1, *[1] * (results.dim() - 1)), results[own], answers), choice
 
-    def bars(self, results: Tensor, answers: Tensor, *surrogates: Tensor) -> Bars | None:
-        """Return the error bars of missing rows, None without any; see ``RowPlan.error_bars``."""
+    def bounds(self, results: Tensor, answers: Tensor, *surrogates: Tensor) -> Bounds | None:
+        """Return the error bounds of missing rows, None without any, as ``RowPlan`` does."""
         if not len(self._missing):
             return None
         rows, used, values = self._rows[self._missing], self._used, (results, answers, *surrogates)
         of_used, estimated, *offsets = _on_host([*zip(values, [used, rows] * 2, strict=False)])
         if (size := _size(of_used)) != 1:
-            found = self.bars(*(x / size for x in values))
+            found = self.bounds(*(x / size for x in values))
             return found and found._replace(thresholds=found.thresholds * size)
         labels = (of_used, estimated) if results.dim() == 2 else None
         if labels and offsets:
@@ -230,7 +230,7 @@ class Given:
         if self._fits is not None and len(used) > 1:
             choice, process = self._fits.fit(_few(of_used).double())
             regression = (process, choice.trust) if choice.trust > 0 else None
-        return bars(rows, of_used, estimated, regression, labels)
+        return bounds(rows, of_used, estimated, regression, labels)
 
     def left_out_square(self, results: Tensor) -> float:
         """Return the sum of squared errors of estimating results from the others."""

@@ -17,7 +17,7 @@ from ..input_space.regression import Regression
 from ..scheduling.latency_history import BLOCKS, History
 from ..scheduling.waiting import Waiting
 from ..surrogates import checked
-from ..verification import Strikes, Trials
+from ..verification import Record, Trials
 from ..workers.base import Workers
 from ..workers.local import LocalWorkers
 from .division import Columns, Division, Inputs, Rows, training_part
@@ -163,9 +163,9 @@ class CodedWrapper(ModuleProxy):
 
     def _lost(self, waiting: Waiting) -> int:
         """Return S, at most as many as the code can do without."""
-        law, lost, code = self.workers.stragglers, waiting.num_stragglers, self.code
+        delays, lost, code = self.workers.stragglers, waiting.num_stragglers, self.code
         if lost is None:
-            lost = (law and law.num_stragglers) or 0
+            lost = (delays and delays.num_stragglers) or 0
         return 0 if code is None else max(0, min(lost, code.num_workers - code.min_received))
 
     def extra_repr(self) -> str:
@@ -231,8 +231,8 @@ class CodedWrapper(ModuleProxy):
 
     def _compute(self, waiting: Waiting, division: Division, report: Report) -> Any:
         pool, estimates = self.workers, self._history.estimates
-        results, strikes = Results(division), self._strikes
-        check = None if strikes is None else Trials(strikes, waiting, division.inputs.floating())
+        results, record = Results(division), self._record
+        check = None if record is None else Trials(record, waiting, division.inputs.floating())
         answers = Answers(self.surrogate, division, report, self.module, check)
         execution = Execution(division, results, report, check)
         with report.timed("compute"):
@@ -293,7 +293,7 @@ class CodedWrapper(ModuleProxy):
         if name == "module":
             self._form = None
         if name in ("workers", "module", "verify") and "verify" in vars(self):
-            self._strikes = Strikes(self.workers, self.verify) if self.verify else None
+            self._record = Record(self.workers, self.verify) if self.verify else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedWrapper:
         """Move surrogates along with the module, though they are not its submodules."""

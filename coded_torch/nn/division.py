@@ -169,7 +169,7 @@ class Division:
     reserve = 0.0  #: seconds before the deadline that estimates take
     plan: Any  #: the BatchPlan or RowPlan of the batch, by which results become answers
     link: str | None  #: the link of the estimator or the code
-    coverage = 0.95  #: the level of error bars
+    coverage = 0.95  #: the level of error bounds
     mixes = False  #: true if units hold mixtures of rows
     by_rows = False  #: true if units are rows
 

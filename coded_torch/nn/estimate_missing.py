@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from .._arguments import sparing_logger
 from .._torch import as_called, device_of, flatten, outside, plain
 from ..codes.plans import BatchPlan, NotEnoughResults
-from ..input_space.error_bars import ErrorBars
+from ..input_space.error_bounds import ErrorBounds
 from ..input_space.regression import RowPlan, to_scale
 from ..input_space.selection import few_columns
 from ..surrogates import Memory
@@ -83,20 +83,20 @@ class Answers:
                 answers[i] = own if plan is None else own.index_select(0, source.to(own.device))
                 continue
             of_leaf = {j: x[i] for j, x in enumerate(approximations) if i in x}
-            first = not answers  # the first output has error bars
-            rows, of_surrogates, bars = self._decoded(stacked, i, plan, source, of_leaf, first)
+            first = not answers  # the first output has error bounds
+            rows, of_surrogates, bounds = self._decoded(stacked, i, plan, source, of_leaf, first)
             if odd is not None:  # nothing is known of their distances
                 mean = own[source[exact].to(own.device)].mean(0)
                 rows = _filled(rows, estimated & odd, mean)
-            if bars is not None:
-                self._note(bars, rows)
+            if bounds is not None:
+                self._note(bounds, rows)
             weights.append(tuple(of_surrogates.get(j, 0.0) for j in range(len(approximations))))
             choices += [dataclasses.replace(x, output=len(weights) - 1) for x in plan.choices]
             answers[i] = rows
         floating = [rows for rows in answers.values() if rows.is_floating_point()]
         if not is_estimated:
-            bars = ErrorBars(division.batch_size)
-            report.note_bars(bars, self._coverage, None, floating[0] if floating else None)
+            bounds = ErrorBounds(division.batch_size)
+            report.note_bounds(bounds, self._coverage, None, floating[0] if floating else None)
         if plan is not None and plan.note:  # the plan has been used, and knows now
             report.notes = (plan.note, *report.notes)
         report.distances = tuple(choices)
@@ -125,25 +125,25 @@ class Answers:
             source[list(stacked.units)] = torch.arange(len(stacked.units))
         report.note_source(source, stacked.parts, len(division.first))
         if divided:
-            self._note(ErrorBars.unknown(source < 0), answers[divided[0]])
+            self._note(ErrorBounds.unknown(source < 0), answers[divided[0]])
         name = type(self._surrogates[able[0]]).__name__
         report.notes += (f"surrogate {able[0]} ({name}) answered alone: {error}",)
         return stacked.tree(answers)
 
     @outside()
-    def _note(self, bars: ErrorBars, answers: Tensor) -> None:
-        """Note error bars. With too few results, a memory's rows calibrate them."""
+    def _note(self, bounds: ErrorBounds, answers: Tensor) -> None:
+        """Note error bounds. With too few results, a memory's rows calibrate them."""
         odd = self._inputs.not_finite
-        for memory, _ in () if bars.enough(self._coverage) or self._link else self._memories:
+        for memory, _ in () if bounds.enough(self._coverage) or self._link else self._memories:
             found = self._known_to(memory)
             if found is not None and found[0][0].shape == answers.shape:
                 own = plain("Memory", "answers", answers).cpu().double()
                 off = (own - found[0][0].cpu()).flatten(1).norm(dim=1)
-                more = bars.calibrated(found[1], off)
-                bars = more if more.enough(self._coverage) else bars
+                more = bounds.calibrated(found[1], off)
+                bounds = more if more.enough(self._coverage) else bounds
         if odd is not None:
-            bars = bars.widened(torch.where(odd, math.inf, 0.0))
-        self._report.note_bars(bars, self._coverage, self._link, answers)
+            bounds = bounds.widened(torch.where(odd, math.inf, 0.0))
+        self._report.note_bounds(bounds, self._coverage, self._link, answers)
 
     def _approximations(self, stacked: Stacked) -> list[dict[int, Tensor]]:
         """Return the outputs ``[B, ...]`` of each surrogate, by leaf; none if it failed."""
@@ -174,7 +174,7 @@ class Answers:
         if id(memory) not in self._known:
             inputs = [plain("Memory", "leaf", leaf) for leaf in self._inputs.floating()]
             with outside():
-                self._known[id(memory)] = memory.error_bars(inputs) if inputs else None
+                self._known[id(memory)] = memory.error_bounds(inputs) if inputs else None
         return self._known[id(memory)]
 
     def _computed(self, surrogate: Any, stacked: Stacked) -> dict[int, Tensor]:
@@ -222,9 +222,9 @@ class Answers:
                 memory.observe(inputs, outputs, generation)
 
     def _decoded(
-        self, stacked: Stacked, i: int, plan: Plan, source: Tensor, approximations: Any, bars: bool
-    ) -> tuple[Tensor, Mapping[int, float], ErrorBars | None]:
-        """Return answers ``[B, ...]``, weights of approximations, and error bars, of a leaf."""
+        self, stacked: Stacked, i: int, plan: Plan, source: Tensor, approximations: Any, first: bool
+    ) -> tuple[Tensor, Mapping[int, float], ErrorBounds | None]:
+        """Return answers ``[B, ...]``, weights of approximations, and error bounds, of a leaf."""
         results, received = stacked.leaves[i], stacked.units
         odd, by_rows = self._division.not_finite, isinstance(plan, RowPlan)
         scaled = results if odd is None else _levelled(results, odd[list(received)])
@@ -237,7 +237,7 @@ class Answers:
                 scaled, plan, self._division, received, approximations
             )
         answers = plan.decode(scaled, received)
-        found = plan.error_bars(received, scaled, answers, offsets) if bars else None
+        found = plan.error_bounds(received, scaled, answers, offsets) if first else None
         answers = _from_scale(answers if offsets is None else answers + offsets[1], self._link)
         if by_rows:  # estimates of masked scores may go beyond
             info = torch.finfo(results.dtype)
@@ -312,12 +312,12 @@ def _from_scale(decoded: Tensor, link: str | None) -> Tensor:
 
 
 @outside()
-def _rounded(bars: ErrorBars, answers: Tensor, dtype: torch.dtype) -> ErrorBars:
-    """Return the error bars of answers ``[B, ...]`` that are computed in a dtype, or rounded."""
+def _rounded(bounds: ErrorBounds, answers: Tensor, dtype: torch.dtype) -> ErrorBounds:
+    """Return the error bounds of answers ``[B, ...]`` that are computed in a dtype, or rounded."""
     info, most = torch.finfo(dtype), 0.5 if answers.dtype != dtype else _ROUNDING
     numbers = plain("decode", "answers", answers).reshape(len(answers), -1)
     units = numbers.double().abs().clamp_(min=info.smallest_normal) * (info.eps * most)
-    return bars.widened(units.square().sum(1).sqrt().cpu())
+    return bounds.widened(units.square().sum(1).sqrt().cpu())
 
 
 def _levelled(values: Any, odd: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._arguments import real, sparing_logger
 from .._torch import outside
-from ..input_space.error_bars import ErrorBars
+from ..input_space.error_bounds import ErrorBounds
 from ..scheduling import Ended, Hedge
 from ..workers.base import WorkerError
 
@@ -80,7 +80,7 @@ class Report:
             and the rows whose check came too late or could not be decided. None without ``verify``.
         disputes: how often the results of two workers differed.
         corrected: the rows whose first result was wrong, and was replaced.
-        strikes: by worker, how many wrong results it was found to return.
+        faults: by worker, how many wrong results it was found to return.
         excluded: the workers that get no more parts until they are restarted.
         notes: further remarks for the caller.
         encode_seconds: from the call to the first ask.
@@ -114,7 +114,7 @@ class Report:
     unverified: Tensor | None = dataclasses.field(default=None, repr=False)
     disputes: int = 0
     corrected: tuple[int, ...] = ()
-    strikes: dict[int, int] = dataclasses.field(default_factory=dict)
+    faults: dict[int, int] = dataclasses.field(default_factory=dict)
     excluded: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     encode_seconds: float = 0.0
@@ -123,7 +123,7 @@ class Report:
     failed: bool = True
     #: When the call began, by :func:`time.perf_counter`.
     since: float = dataclasses.field(default_factory=time.perf_counter, init=False, repr=False)
-    _bars: ErrorBars | None = dataclasses.field(default=None, init=False, repr=False)
+    _bounds: ErrorBounds | None = dataclasses.field(default=None, init=False, repr=False)
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -133,7 +133,7 @@ class Report:
     def radii_at(self, coverage: float) -> Tensor | None:
         """Return the radii at another level, between 0 and 1, or None if there are none."""
         real("radii_at", "coverage", coverage, "between 0 and 1", lambda x: 0 < x < 1)
-        return None if self.radii is None or self._bars is None else self._bars.radii(coverage)
+        return None if self.radii is None or self._bounds is None else self._bounds.radii(coverage)
 
     def note_end(self, ended: Ended) -> None:
         """Note how the policy ended the call."""
@@ -150,10 +150,10 @@ class Report:
             rows[sorted(getattr(verdict, name))] = True
             setattr(self, name, rows)
         self.corrected, self.notes = tuple(sorted(verdict.corrected)), self.notes + verdict.notes
-        self.disputes, self.strikes = verdict.disputes, verdict.strikes
+        self.disputes, self.faults = verdict.disputes, verdict.faults
         self.excluded = verdict.excluded
         why = "CodedWrapper: worker %d returned wrong results, as others found: %d in one call"
-        for worker, count in verdict.strikes.items():
+        for worker, count in verdict.faults.items():
             logger.warning(why, worker, count)
         why = "CodedWrapper: worker %d is excluded until it is restarted, as it is often wrong"
         for worker in verdict.excluded:
@@ -174,14 +174,14 @@ class Report:
         self.radii = self.label_risks = torch.zeros(0, dtype=torch.float64)
 
     @outside()
-    def note_bars(
-        self, bars: ErrorBars, coverage: float, link: str | None, answers: Tensor | None
+    def note_bounds(
+        self, bounds: ErrorBounds, coverage: float, link: str | None, answers: Tensor | None
     ) -> None:
         """Note how far off answers ``[B, ...]`` may be; under a link, only their labels."""
         labels = answers is not None and answers.dim() == 2 and answers.shape[1] > 1
-        self._bars, self.label_risks = bars, bars.label_risks if labels else None
+        self._bounds, self.label_risks = bounds, bounds.label_risks if labels else None
         if link is None:
-            self.radii, self.coverage = bars.radii(coverage), coverage
+            self.radii, self.coverage = bounds.radii(coverage), coverage
 
     def warn(self, why: str) -> None:
         """Log how many answers were estimated, and why, unless no more results were wanted."""

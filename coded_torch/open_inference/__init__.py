@@ -23,8 +23,8 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance
 
-__all__ = ["ADDED", "DATATYPES", "FORMER", "EndpointError", "Model", "RefusedError", "TensorSpec"]
-__all__ += ["entries", "field", "from_bytes", "from_json", "most_bytes"]
+__all__ = ["ADDED", "DATATYPES", "FORMER", "LISTED", "EndpointError", "Model", "RefusedError"]
+__all__ += ["TensorSpec", "entries", "field", "from_bytes", "from_json", "most_bytes"]
 __all__ += ["outputs_of", "parsed", "request", "require", "specs", "specs_of", "split"]
 __all__ += ["tensors_of", "to_bytes", "written"]
 
@@ -89,9 +89,11 @@ ADDED = (
     TensorSpec("verified", "BOOL", ()),
     TensorSpec("corrected", "BOOL", ()),
 )
-#: What "estimated" was named before. For one version servers answer to both names and list this
-#: one, as older clients take any other output than they know for one of the model's own.
+#: What "estimated" was named before. For one version servers answer to both names.
 FORMER = TensorSpec("predicted", "BOOL", ())
+#: The further outputs in metadata. An older client asks by default for outputs that it does not
+#: know, as if they were the model's own: so these are as they were before.
+LISTED = (FORMER, *ADDED[1:5])
 
 
 def specs(

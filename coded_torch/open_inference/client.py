@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import open_inference as wire
 from .._arguments import instance, positive
-from . import ADDED, FORMER, EndpointError, Model, RefusedError
+from . import ADDED, FORMER, LISTED, EndpointError, Model, RefusedError
 
 _MESSAGE = 2**20  # bytes of metadata and of an error's text, at most; not tuned
 _BUSY = (429, 503)
@@ -140,11 +140,12 @@ class Client:
             raise EndpointError(f"{self._name}: {server} {error}") from None
         binary = "binary_tensor_data" in str(about.get("extensions"))
         known = {spec.name: spec for spec in given}
-        # A server of this package has these further outputs, and either name of the first.
-        added = (*ADDED, FORMER) if set(ADDED[1:]) <= set(given) else ()
+        added = {*ADDED, FORMER} if {*LISTED[1:]} <= {*given} else ()  # a server of this package
         names = [x for x in known if known[x] not in added] if outputs is None else outputs
+        if added:
+            known = {spec.name: spec for spec in ADDED} | known
         if added and FORMER in given:
-            known.setdefault(ADDED[0].name, FORMER)
+            known[ADDED[0].name] = FORMER
         if unknown := [each for each in names if each not in known]:
             must = f"outputs must be some of {', '.join(known)}"
             raise ValueError(f"{self._name}: {must}, got {unknown}")

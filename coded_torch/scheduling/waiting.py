@@ -118,8 +118,8 @@ class Waiting:
         """Return a policy that asks all N columns at once and takes the first N - S good results.
 
         Args:
-            num_stragglers: S, at least 0. Defaults to the number that the law of the pool loses,
-                or 0.
+            num_stragglers: S, at least 0. Defaults to the number that the delay distribution of the
+                pool loses, or 0.
             deadline: seconds from the call, positive, after which the results that arrived are
                 decoded, if the code can. Defaults to None, no deadline.
         """

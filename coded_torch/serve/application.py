@@ -25,7 +25,7 @@ import coded_torch
 
 from .._arguments import count, instance, positive
 from ..nn import CodedWrapper
-from ..open_inference import ADDED, FORMER, TensorSpec, written
+from ..open_inference import ADDED, FORMER, LISTED, TensorSpec, written
 from .batcher import TO_ANSWER, Batch, Batcher, compute, load
 from .metrics import Metrics
 from .protocol import VERSION, Reader, RequestError
@@ -133,7 +133,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             "versions": [VERSION],
             "platform": "coded_torch",
             "inputs": [spec.metadata() for spec in inputs],
-            "outputs": [spec.metadata() for spec in (*outputs, FORMER, *ADDED[1:])],
+            "outputs": [spec.metadata() for spec in (*outputs, *LISTED)],
         }
         config: dict[str, Any] = {"name": name, "platform": "coded_torch", "backend": "coded_torch"}
         config["max_batch_size"] = self.max_rows
@@ -245,7 +245,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             if (radii := report.radii_at(coverage)) is not None:
                 answers["radius"] = radii[answer.rows].float()
         rows, estimated = len(answers["estimated"]), int(answers["estimated"].sum())
-        parameters = {"estimated_rows": estimated, "predicted_rows": estimated}
+        parameters: dict[str, float] = dict.fromkeys(("estimated_rows", "predicted_rows"), estimated)
         parameters |= {"coverage": coverage} if coverage else {}
         about = {"model_name": self.name, "model_version": VERSION, "parameters": parameters}
         about |= {"id": message.id} if message.id else {}

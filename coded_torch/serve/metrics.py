@@ -27,7 +27,7 @@ _NUMBERS: dict[str, tuple[str, ...]] = {
     "extra_rows_total": ("Rows that workers began beyond one computation of every row.",),
     "hedges_total": ("Hedges that replied first (won) or not (lost).", "outcome"),
     "checks_total": ("Rows verified, unverified, or corrected by a check.", "outcome"),
-    "strikes_total": ("Wrong results that workers were found to return.", "worker"),
+    "faults_total": ("Wrong results that workers were found to return.", "worker"),
     "excluded_total": ("Workers that were excluded for wrong results.",),
     "workers_up": ("Workers that are up.",),
     "worker_restarts_total": ("Workers that ended and were replaced.",),
@@ -116,8 +116,8 @@ class Metrics:
         count("hedges_total", len(report.hedges) - won, "lost")
         count("excluded_total", len(report.excluded))
         count("checks_total", len(report.corrected), "corrected")
-        for worker, number in report.strikes.items():
-            count("strikes_total", number, names.get(worker, str(worker)))
+        for worker, number in report.faults.items():
+            count("faults_total", number, names.get(worker, str(worker)))
         for outcome in ("verified", "unverified"):
             if (flags := getattr(report, outcome)) is not None:
                 count("checks_total", int(flags.sum()), outcome)

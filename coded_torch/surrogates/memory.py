@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .._arguments import count, sparing_logger
 from .._torch import exactly, fingerprint
 from ..input_space import metrics
-from ..input_space.error_bars import GROWTH
+from ..input_space.error_bounds import GROWTH
 from ..input_space.gaussian_process import NUGGET, GaussianProcess, matern52
 from ..input_space.geometry import Geometry, evenly, typical_rows
 from ..input_space.metrics import METRICS, Leaf
@@ -154,10 +154,10 @@ class Memory:
         Estimates, ``[n, ...]``, float32, of every output, are on the inputs' device. They are
         None if nothing has been learnt for inputs of these shapes.
         """
-        found = self.error_bars(inputs)
+        found = self.error_bounds(inputs)
         return None if found is None else found[0]
 
-    def error_bars(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor] | None:
+    def error_bounds(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor] | None:
         """Return estimates, and thresholds of the errors of the first output.
 
         Thresholds ``[n, m]``, float64, are the leave-one-out residuals of m remembered results,

@@ -181,15 +181,15 @@ class CallTests:
         st.sampled_from([0.02, 0.25, 1.0]),
     )
     @settings(max_examples=60, deadline=None)
-    def test_no_honest_worker_is_struck(self, workers: int, fault: str, share: float) -> None:
-        """Whatever one faulty worker does, no honest one is struck, and verified rows are right."""
+    def test_no_honest_worker_is_at_fault(self, workers: int, fault: str, share: float) -> None:
+        """Whatever one faulty worker does, honest ones have no fault, and verified rows are right."""
         script = {"slow": ("ok", 30.0), "none": ("ok", 1.0)}.get(fault, (fault, 1.0))
         scripts = [[script], *([("ok", 1.0 + place / 100)] for place in range(1, workers))]
         pool = VirtualWorkers(scripts)
         coded = self.make(Exact(), pool, verify=share, waiting=Waiting())
         for _ in range(3):
             answers, report = coded.run(INPUTS)
-            assert {*report.strikes, *report.excluded} <= ({0} if fault == "lie" else set())
+            assert {*report.faults, *report.excluded} <= ({0} if fault == "lie" else set())
             right = (answers == EXACT).all(1)
             assert right[report.verified].all()
             assert right.all() or fault == "lie"

@@ -10,7 +10,7 @@ from coded_torch.nn import Report
 
 
 def test_the_law_of_a_server():
-    draw = fleet_server.law(0.005, 0.05, 10.0, 0.0)
+    draw = fleet_server.delays(0.005, 0.05, 10.0, 0.0)
     seconds = np.array([draw() for _ in range(20_000)])
     slow = seconds > 0.02  # ten times a quick one
     assert slow.mean() == pytest.approx(0.05, abs=0.01)

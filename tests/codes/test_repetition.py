@@ -153,8 +153,8 @@ def test_a_burst_of_late_neighbours_is_no_worse_than_others(network):
     with torch.inference_mode():
         exact = model(images[:960])
         errors = []
-        for law in (Uniform(60, seed=3), Contiguous(60, seed=3)):
-            coded = CodedWrapper(model, RegressionCode(20, 100), workers=LocalWorkers(law))
+        for delays in (Uniform(60, seed=3), Contiguous(60, seed=3)):
+            coded = CodedWrapper(model, RegressionCode(20, 100), workers=LocalWorkers(delays))
             answers = torch.cat([coded(part) for part in images[:960].split(240)])
             errors.append(scores.rmse(answers, exact))
     assert errors[1] < 1.25 * errors[0]
@@ -282,7 +282,7 @@ def test_a_plan_keeps_clear_of_an_input_that_is_not_finite(bad, generator):
     others = torch.arange(60) != 7
     assert answers[others].isfinite().all()
     assert scores.rmse(answers[others], smooth(x[others])) < 0.7
-    radii = plan.error_bars(received, results, answers).radii(0.9)
+    radii = plan.error_bounds(received, results, answers).radii(0.9)
     assert radii[others].isfinite().all()
 
 

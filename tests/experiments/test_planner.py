@@ -15,7 +15,7 @@ import coded_torch
 from benchmarks.runs import RESULTS
 from coded_torch import workers
 from coded_torch.cli.main import main
-from coded_torch.experiments.planner import LAWS, RIGHT, measured, plan, read_latencies
+from coded_torch.experiments.planner import CONDITIONS, RIGHT, measured, plan, read_latencies
 from coded_torch.experiments.simulation import Outcome
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.workers import ProcessWorkers
@@ -23,8 +23,8 @@ from coded_torch.workers import ProcessWorkers
 REQUESTS = 1000
 
 
-def planned(law, deadline, **options):
-    conditions = LAWS[law] if isinstance(law, str) else law
+def planned(given, deadline, **options):
+    conditions = CONDITIONS[given] if isinstance(given, str) else given
     return plan(conditions, deadline, num_requests=REQUESTS, median=0.01, **options)
 
 
@@ -136,7 +136,8 @@ for package in ("starlette", "anyio", "uvicorn", "orjson", "prometheus_client"):
 from coded_torch.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
-    line = ["plan", "--law", "calm", "--num-requests", "1000", "--output", tmp_path / "plan.png"]
+    line = ["plan", "--conditions", "calm", "--num-requests", "1000"]
+    line += ["--output", tmp_path / "plan.png"]
     done = subprocess.run(
         [sys.executable, "-c", script, *line], cwd=tmp_path, capture_output=True, text=True
     )

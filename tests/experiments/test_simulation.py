@@ -1,4 +1,4 @@
-"""What holds for every policy over every law, and what a simulation is given and gives."""
+"""What holds for every policy under all conditions, and what a simulation is given and gives."""
 
 import math
 

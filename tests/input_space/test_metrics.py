@@ -96,7 +96,7 @@ def test_rows_that_are_not_finite_determine_no_metric(size, odd):
     want = alone.decode(y[received, None], own)[::6]
     got = among.decode(y[received, None], received)
     torch.testing.assert_close(got[missing], want, rtol=1e-3, atol=1e-3)
-    radii = among.error_bars(received, y[received, None], got).radii(0.5)
+    radii = among.error_bounds(received, y[received, None], got).radii(0.5)
     assert radii[missing].isfinite().all()
 
 
@@ -150,7 +150,7 @@ def test_the_same_results_give_the_same_bits():
         plan = RegressionCode(8, 10).plan([x], 2)
         results = plan.encode(y)[received]
         answers.append(plan.decode(results, received))
-        plan.error_bars(received, results, answers[-1])
+        plan.error_bounds(received, results, answers[-1])
         # What was decoded before leaves no trace.
         plan.decode(results.cos(), received)
         plan.decode(results[1:], received[1:])
@@ -316,7 +316,7 @@ def test_inputs_of_any_kind(kind, size):
     results = plan.encode(x.float().tanh())[received]
     answers = plan.decode(results, received)
     assert answers.isfinite().all()
-    assert not plan.error_bars(received, results, answers).radii(0.9).isnan().any()
+    assert not plan.error_bounds(received, results, answers).radii(0.9).isnan().any()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

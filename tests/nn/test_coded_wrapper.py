@@ -200,9 +200,9 @@ def test_half_precision(dtype):
 
 
 def test_concurrent_calls_keep_their_reports_whole():
-    law = ShiftedExponential(0.0, 1.0)
+    delays = ShiftedExponential(0.0, 1.0)
     coded = CodedWrapper(
-        linear(), PolynomialCode(2, 6), workers=LocalWorkers(law), waiting=Waiting.first(3)
+        linear(), PolynomialCode(2, 6), workers=LocalWorkers(delays), waiting=Waiting.first(3)
     )
     reports = []
 
@@ -258,7 +258,7 @@ def test_pytrees_and_dims(data, batch, num_data):
 
 
 @pytest.mark.parametrize(
-    ("given", "law", "lost"),
+    ("given", "delays", "lost"),
     [
         (None, None, 0),
         (None, Uniform(2), 2),
@@ -270,8 +270,8 @@ def test_pytrees_and_dims(data, batch, num_data):
         (5, ShiftedExponential(0.0, 1.0), 5),
     ],
 )
-def test_the_number_of_stragglers_is_the_laws_or_the_given_one(given, law, lost):
-    pool, waiting = LocalWorkers(law), Waiting.first(given)
+def test_the_number_of_stragglers_is_the_pools_or_the_given_one(given, delays, lost):
+    pool, waiting = LocalWorkers(delays), Waiting.first(given)
     coded = CodedWrapper(linear(), PolynomialCode(3, 8), workers=pool, waiting=waiting)
     coded(rand(3, 3))
     assert len(coded.last_run.received) == 8 - lost

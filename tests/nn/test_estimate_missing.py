@@ -420,7 +420,7 @@ def test_of_any_rows_in_turn_each_part_gets_one(size, parts):
 
 
 @pytest.mark.parametrize("offset", [0.1, 1e4, 1e6])
-def test_error_bars_hold_the_rounding_of_single_precision(offset):
+def test_error_bounds_hold_the_rounding_of_single_precision(offset):
     """Of a constant, and of numbers that are large beside their differences."""
     x = torch.randn(96, 4, generator=torch.Generator().manual_seed(0))
     module = Call(lambda x: offset + (0.0 if offset < 1 else 1.0) * x)
@@ -433,7 +433,7 @@ def test_error_bars_hold_the_rounding_of_single_precision(offset):
     assert torch.stack(held).mean() > 0.9
 
 
-def test_error_bars_hold_for_periodic_batches():
+def test_error_bounds_hold_for_periodic_batches():
     """Rows of 24 sources in turn, on 24 parts: a part of one source would be lost as a whole."""
     generator = torch.Generator().manual_seed(0)
     module, held = nn.Tanh(), []

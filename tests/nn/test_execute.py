@@ -251,9 +251,9 @@ def test_what_is_rejected_again_and_again_is_an_error_or_estimated():
 
 @pytest.mark.parametrize(("asked", "estimated"), [({}, 0), ({"estimate_after": 3.0}, 2)])
 def test_late_rows_are_waited_for_unless_the_caller_asked_for_estimates(asked, estimated):
-    law = Trace([[0.1, 0.1, 0.1, 0.1]] * 20 + [[0.1, 0.1, 0.1, 2.0]])
+    delays = Trace([[0.1, 0.1, 0.1, 0.1]] * 20 + [[0.1, 0.1, 0.1, 2.0]])
     waiting = Waiting(hedge_budget=0.0, **asked)
-    coded = CodedWrapper(nn.Identity(), parts=4, workers=LocalWorkers(law), waiting=waiting)
+    coded = CodedWrapper(nn.Identity(), parts=4, workers=LocalWorkers(delays), waiting=waiting)
     for _ in range(21):
         answers, report = coded.run(X)
     assert report.estimated.sum() == estimated
@@ -282,8 +282,8 @@ def test_surrogates_and_outputs_that_no_call_can_use_are_warned_of_once():
 @pytest.mark.parametrize(
     "pool",
     [
-        lambda law: LocalWorkers(law),
-        lambda law: FaultyWorkers(DeviceWorkers(["cuda", "cuda"]), delays=law),
+        lambda delays: LocalWorkers(delays),
+        lambda delays: FaultyWorkers(DeviceWorkers(["cuda", "cuda"]), delays=delays),
     ],
 )
 def test_laws_on_a_cuda_module(pool, make, waiting):

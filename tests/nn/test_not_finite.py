@@ -121,7 +121,7 @@ def test_in_any_argument_wherever_the_batch_is():
     assert torch.equal(masked(mask), mask.clone())
 
 
-def test_where_the_mean_estimates_such_rows_calibrate_no_error_bars():
+def test_where_the_mean_estimates_such_rows_calibrate_no_error_bounds():
     """If time is short: without distances, nothing else tells which rows are finite."""
     inputs, estimator = Inputs((spoiled(),), {}, 0), Regression()
     plan = Rows(inputs, estimator, block=0, parts=4).plan
@@ -132,7 +132,7 @@ def test_where_the_mean_estimates_such_rows_calibrate_no_error_bars():
         [i for i in range(24) if i not in (5, *BAD)],
     ):
         answers = plan.decode(results[received], received)
-        radii.append(plan.error_bars(received, results[received], answers).radii(0.5)[5])
+        radii.append(plan.error_bounds(received, results[received], answers).radii(0.5)[5])
         plan = estimator.plan([], 24)
     assert radii[0] == pytest.approx(radii[1])
 

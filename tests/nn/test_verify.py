@@ -115,7 +115,7 @@ class TestHonestWorkers:
             assert torch.allclose(answers, coded.module(x), atol=1e-6)
             assert report.verified.sum() >= 0.1 * ROWS
             assert not report.unverified.any()
-            assert (report.disputes, report.corrected, report.strikes) == (0, (), {})
+            assert (report.disputes, report.corrected, report.faults) == (0, (), {})
             assert report.work == pytest.approx(1 + report.verified.sum() / ROWS)
             assert not report.estimated.any()
 
@@ -131,10 +131,10 @@ class TestHonestWorkers:
         coded, disputes = wrap(AtOnce(6, lambda worker, y, asked: y + 1e-3 * (len(y) % 5))), 0
         for seed in range(20):
             _, report = coded.run(batch(seed))
-            assert not report.strikes
+            assert not report.faults
             disputes += report.disputes
-        assert coded._strikes.stopped == ""
-        assert 1e-3 < coded._strikes.tolerance <= 0.03
+        assert coded._record.stopped == ""
+        assert 1e-3 < coded._record.tolerance <= 0.03
         assert disputes <= 5
 
 
@@ -146,13 +146,13 @@ class TestAWrongWorker:
             answers, report = coded.run(x)
         assert torch.allclose(answers, coded.module(x).detach(), atol=1e-6)
         assert report.excluded == (2,)
-        assert report.strikes.keys() == {2}
+        assert report.faults.keys() == {2}
         assert report.corrected
         assert pool.out == {2}
         levels = {record.levelname for record in caplog.records if "worker 2" in record.message}
         assert levels == {"WARNING", "ERROR"}
 
-    def test_is_on_probation_once_it_is_restarted(self):
+    def test_begins_a_trial_period_once_it_is_restarted(self):
         pool = AtOnce(6, wrong(2))
         coded = wrap(pool, verify=0.02)
         for seed in range(30):
@@ -167,7 +167,7 @@ class TestAWrongWorker:
             pool.log.clear()
             _, report = coded.run(batch(seed))
             asked.update(worker for worker, _ in pool.log)
-            assert not report.strikes
+            assert not report.faults
         assert asked[2] >= 10
 
     def test_that_is_out_gets_nothing_from_pools_that_cannot_exclude(self):
@@ -183,10 +183,10 @@ class TestAWrongWorker:
         memory = Memory()
         pool = AtOnce(6, wrong(2, size=0.0))
         coded = wrap(pool, surrogate=memory, waiting=Waiting(estimate_after=3.0))
-        coded._strikes.share = 0.0
+        coded._record.share = 0.0
         coded.run(batch())
         assert len(memory) == ROWS
-        pool.spoil, coded._strikes.share = wrong(2), 0.05
+        pool.spoil, coded._record.share = wrong(2), 0.05
         coded.run(batch(1))
         assert pool.out == {2}
         assert len(memory) == 0  # the first call has rows of worker 2
@@ -195,7 +195,7 @@ class TestAWrongWorker:
 
     def test_that_had_all_rows_that_nobody_else_computes_is_an_error_that_says_so(self):
         def spoil(worker, outputs, asked):
-            coded._strikes.excluded.add(worker)  # by another call
+            coded._record.excluded.add(worker)  # by another call
             pool.out = {0, 1, 2}
             return outputs
 
@@ -209,21 +209,21 @@ class TestAWrongWorker:
 
     def test_that_another_call_excludes_meanwhile_is_not_pardoned(self):
         def spoil(worker, outputs, asked):
-            coded._strikes.excluded.add(2)
+            coded._record.excluded.add(2)
             return outputs + (worker == 2)
 
         coded = wrap(AtOnce(6))
         coded.run(batch(1))
         coded.workers.spoil = spoil
         answers, _ = coded.run(batch())
-        assert coded._strikes.excluded == {2}
+        assert coded._record.excluded == {2}
         assert torch.allclose(answers, coded.module(batch()).detach(), atol=1e-6)
 
     @pytest.mark.parametrize("times", [1, 3], ids=["once", "always"])
     def test_whose_rows_others_fail_on_too(self, times, monkeypatch, caplog):
         def spoil(worker, outputs, asked):
             if len(pool.log) == 11:  # the last part of the second call
-                coded._strikes.excluded.add(2)  # by another call
+                coded._record.excluded.add(2)  # by another call
                 pool.exclude(2)
             return outputs
 
@@ -266,7 +266,7 @@ def test_an_exception_in_scoring_loses_no_answers(place, monkeypatch, caplog):
 
 
 @torch.no_grad()
-def test_a_faulty_process_is_excluded_restarted_and_on_probation():
+def test_a_faulty_process_is_excluded_restarted_and_tried_anew():
     class Fault:
         size = 1.0
 
@@ -284,7 +284,7 @@ def test_a_faulty_process_is_excluded_restarted_and_on_probation():
             assert not report.estimated.any()
             excluded += report.excluded
             if report.corrected or not report.unverified.any():
-                assert report.strikes.keys() <= {2}
+                assert report.faults.keys() <= {2}
             if 2 in excluded:
                 assert torch.allclose(answers, coded.module(x).detach(), atol=1e-5)
         assert excluded == [2]
@@ -299,13 +299,13 @@ def test_a_faulty_process_is_excluded_restarted_and_on_probation():
             x = batch(seed)
             answers, report = coded.run(x)
             assert torch.allclose(answers, coded.module(x).detach(), atol=1e-5)
-            assert not report.strikes
+            assert not report.faults
             asked |= set(report.asked)
             if 2 in asked:
                 break
         assert 2 in asked
-        assert coded._strikes.fresh(2)
-        assert not coded._strikes.fresh(0)
+        assert coded._record.fresh(2)
+        assert not coded._record.fresh(0)
 
 
 class TestArguments:
@@ -325,12 +325,12 @@ class TestArguments:
         coded = wrap(AtOnce(6, wrong(2)))
         coded.run(batch())
         coded.workers = AtOnce(6)
-        assert coded._strikes.excluded == set()
+        assert coded._record.excluded == set()
 
     def test_copies_begin_anew_and_hold_no_rows(self):
         coded = wrap(AtOnce(6, seed=1), verify=0.5)
         coded.run(batch())
-        other = copy.deepcopy(coded._strikes)
+        other = copy.deepcopy(coded._record)
         assert other.scores.recent is None
 
 
@@ -353,7 +353,7 @@ class TestOutputs:
         coded = CodedWrapper(Module(), workers=AtOnce(6, spoil), verify=0.2)
         for seed in range(5):
             answers, report = coded.run(batch(seed))
-        assert set(coded._strikes.excluded) == set(workers)
+        assert set(coded._record.excluded) == set(workers)
         want = coded.module(batch(4))
         torch.testing.assert_close(answers, want)
         assert report.verified.any()
@@ -369,7 +369,7 @@ class TestOutputs:
             answers, report = coded.run(x)
             assert torch.allclose(answers, coded.module(x).detach(), atol=1e-6)
             assert report.verified.any()
-            assert not report.strikes
+            assert not report.faults
 
 
 def test_a_check_part_of_the_first_ask_is_no_later_part():

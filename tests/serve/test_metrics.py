@@ -41,7 +41,7 @@ def test_a_batch():
         verified=torch.tensor([False, True, True, False]),
         unverified=torch.tensor([True, False, False, False]),
         corrected=(1,),
-        strikes={2: 4},
+        faults={2: 4},
         excluded=(2,),
         encode_seconds=0.002,
         compute_seconds=0.03,
@@ -72,7 +72,7 @@ def test_a_batch():
         "checks_total verified": 2,
         "checks_total unverified": 1,
         "checks_total corrected": 1,
-        "strikes_total http://a": 4,
+        "faults_total http://a": 4,
         "excluded_total": 1,
         "queued_seconds_sum": 0.3,
         "queued_seconds_count": 2,
@@ -105,7 +105,7 @@ def test_the_dashboard_shows_every_number():
     shown = set(re.findall(r"\$\{prefix\}coded_torch_(\w+)", json.dumps(dashboard)))
     metrics = Metrics()
     true = torch.tensor([True])
-    report = Report(estimated=true, verified=true, unverified=~true, strikes={2: 1})
+    report = Report(estimated=true, verified=true, unverified=~true, faults={2: 1})
     metrics.batch(LocalWorkers(), Batch([], report, set()), 1, [0.1])
     metrics.refused("late")
     families = text_string_to_metric_families(metrics.text().decode())

@@ -6,7 +6,7 @@ from collections import Counter, deque
 from types import SimpleNamespace
 
 from coded_torch.scheduling import Ask, Ended, Settled, Wait
-from coded_torch.verification import Strikes, Trials
+from coded_torch.verification import Record, Trials
 
 COMPLETE = Ended("complete")
 
@@ -52,7 +52,7 @@ class Settling:
 
 
 def record(num_workers, share=0.02, seed=0):
-    return Strikes(SimpleNamespace(places=range(num_workers)), share, random.Random(seed))
+    return Record(SimpleNamespace(places=range(num_workers)), share, random.Random(seed))
 
 
 class Pool:
@@ -64,12 +64,12 @@ class Pool:
 
     def __init__(self, num_workers, share=0.02, seed=0, proven=True):
         self.random = random.Random(seed)
-        self.strikes = record(num_workers, share, seed + 1)
+        self.record = record(num_workers, share, seed + 1)
         if proven:
             self.prove()
 
     def prove(self):
-        self.strikes.passed([*self.strikes.everyone] * 30)
+        self.record.passed([*self.record.everyone] * 30)
 
     def call(
         self,
@@ -82,10 +82,10 @@ class Pool:
         bounded=False,
     ):
         """The trials of a call, and the answers by row."""
-        order = self.random.sample(sorted(self.strikes.workers), len(self.strikes.workers))
+        order = self.random.sample(sorted(self.record.workers), len(self.record.workers))
         count = min(len(order), size)
         parts = [range(i * size // count, (i + 1) * size // count) for i in range(count)]
-        trials, numbers = Trials(self.strikes, Settling(ended, bounded)), Numbers(odd, scores)
+        trials, numbers = Trials(self.record, Settling(ended, bounded)), Numbers(odd, scores)
         trials.prepare = lambda: setattr(trials, "results", numbers)
         policy = trials.decide(None, parts, idle=lambda: len(order))
         events, event, times = deque(), None, Counter()
@@ -101,7 +101,7 @@ class Pool:
                 for part, rows in enumerate(decision.parts, first):
                     worker = order[part % len(order)]
                     if first:
-                        able = sorted(self.strikes.workers - decision.avoid[part - first])
+                        able = sorted(self.record.workers - decision.avoid[part - first])
                         worker = self.random.choice(able) if able else -1
                         if able and lost(worker, part):
                             continue

@@ -41,8 +41,8 @@ class TestHonestWorkers:
             odd = [row for row in range(size) if pool.random.random() < share]
             verdict, _ = pool.call(size, honest, odd)
             found.update(rows=size, computed=pool.work * size, disputes=verdict.disputes)
-            found.update(strikes=sum(verdict.strikes.values()), left=len(verdict.unverified))
-        assert (found["disputes"], found["strikes"], found["left"]) == (0, 0, 0)
+            found.update(faults=sum(verdict.faults.values()), left=len(verdict.unverified))
+        assert (found["disputes"], found["faults"], found["left"]) == (0, 0, 0)
         assert found["computed"] <= 1.023 * found["rows"]
 
     def test_that_are_new_are_checked_ten_times_as_often(self):
@@ -52,11 +52,11 @@ class TestHonestWorkers:
         assert len(new.trials.wanted) > 3 * len(proven.trials.wanted)
         assert new.work == pytest.approx(1.2, abs=0.02)
 
-    def test_one_on_probation_among_proven_ones_is_checked_more(self):
+    def test_one_in_its_trial_period_among_proven_ones_is_checked_more(self):
         pool, checked = Pool(6), Counter()
         for _ in range(200):
             pool.prove()
-            pool.strikes.renew([3])
+            pool.record.renew([3])
             pool.call(60, honest)
             of = pool.trials
             checked.update(of.worker[of.parts[row][0]] for row in of.wanted)
@@ -71,9 +71,9 @@ class TestAWrongPart:
         verdict, answers = pool.call(ROWS, wrong(0), odd=range(ROWS))
         assert right(answers)
         assert verdict.excluded == (0,)
-        assert verdict.strikes.keys() == {0}
+        assert verdict.faults.keys() == {0}
         assert 0 in verdict.doubted
-        assert pool.strikes.workers == set(range(1, num_workers))
+        assert pool.record.workers == set(range(1, num_workers))
         own = {row for row in range(ROWS) if pool.trials.worker[pool.first[row]] == 0}
         assert verdict.corrected == own
 
@@ -81,9 +81,9 @@ class TestAWrongPart:
         pool = Pool(24)
         verdict, answers = pool.call(ROWS, wrong(0, first_only=True), odd=range(ROWS))
         assert right(answers)
-        assert verdict.strikes == {0: 1}
+        assert verdict.faults == {0: 1}
         assert verdict.excluded == ()
-        assert pool.strikes.fresh(0)
+        assert pool.record.fresh(0)
 
     def test_strikes_add_up_over_calls(self):
         pool = Pool(24)
@@ -119,9 +119,9 @@ def test_two_workers_that_collude_convict_nobody_else():
     for seed in range(50):
         pool = Pool(6, seed=seed)
         verdict, _ = pool.call(ROWS, wrong(0, 1), odd=range(0, ROWS, 5))
-        assert verdict.strikes.keys() <= {0, 1}
-        assert not pool.strikes.whole
-        found += bool(verdict.strikes)
+        assert verdict.faults.keys() <= {0, 1}
+        assert not pool.record.whole
+        found += bool(verdict.faults)
     assert found >= 45  # else they check each other, and nobody else
 
 
@@ -141,7 +141,7 @@ class TestTwoWorkers:
         pool = Pool(2)
         verdict, _ = pool.call(ROWS, wrong(0), odd=[0, 30])
         assert verdict.disputes
-        assert not verdict.strikes
+        assert not verdict.faults
         assert {0, 30} <= verdict.unverified
         assert verdict.doubted == {0, 1}
 
@@ -153,25 +153,25 @@ class TestHonestResultsThatDiffer:
             verdict, _ = pool.call(
                 ROWS, lambda worker, row, asked: row + 0.01 * (worker % 2), odd=range(0, ROWS, 7)
             )
-            assert not verdict.strikes
-        assert pool.strikes.tolerance == pytest.approx(0.02)
+            assert not verdict.faults
+        assert pool.record.tolerance == pytest.approx(0.02)
         assert not verdict.disputes
 
     def test_results_that_depend_on_the_rows_beside_them(self):
         pool, notes = Pool(12), []
         for _ in range(20):
             verdict, _ = self._call(pool)
-            assert not verdict.strikes
+            assert not verdict.faults
             notes += verdict.notes
-        assert pool.strikes.whole
+        assert pool.record.whole
         assert "depend on the rows beside them" in notes[0]
         assert len(notes) == 1
 
     def test_whole_parts_still_show_a_wrong_worker(self):
         pool = Pool(12)
         self._call(pool)
-        assert pool.strikes.whole
-        pool.strikes.share, excluded = 0.3, []
+        assert pool.record.whole
+        pool.record.share, excluded = 0.3, []
         for _ in range(20):
             verdict, _ = self._call(pool, liar=3)
             excluded += verdict.excluded
@@ -193,10 +193,10 @@ class TestHonestResultsThatDiffer:
             verdict, _ = pool.call(
                 ROWS, lambda worker, row, asked: row + pool.random.random(), odd=range(ROWS)
             )
-            assert not verdict.strikes
-        assert pool.strikes.stopped
+            assert not verdict.faults
+        assert pool.record.stopped
         assert any("not verified any more" in note for note in verdict.notes)
-        assert pool.strikes.draw([range(4), range(4, 8)])[1] == frozenset()
+        assert pool.record.draw([range(4), range(4, 8)])[1] == frozenset()
 
     def test_a_module_that_sometimes_does_not_is_not_verified(self):
         for seed in range(20):
@@ -208,7 +208,7 @@ class TestHonestResultsThatDiffer:
             for _ in range(200):
                 verdict, _ = pool.call(ROWS, returned, odd=[3, 20])
                 assert not verdict.excluded
-            assert pool.strikes.stopped
+            assert pool.record.stopped
 
 
 def test_a_row_is_verified_only_if_its_answer_is_what_two_workers_computed():
@@ -216,10 +216,10 @@ def test_a_row_is_verified_only_if_its_answer_is_what_two_workers_computed():
 
     class Stopping(Numbers):
         def odd(self, answers):
-            pool.strikes.stopped = "another call found the module random"
+            pool.record.stopped = "another call found the module random"
             return set()
 
-    trials = Trials(pool.strikes, Settling())
+    trials = Trials(pool.record, Settling())
     trials.prepare, trials.wanted = (lambda: None), {0}
     trials.results = Stopping()
     trials.results.by_part = {0: {0: 5.0}, 1: {0: 0.0}, 2: {0: 0.0}}
@@ -262,7 +262,7 @@ class TestWithoutTime:
         verdict, _ = pool.call(ROWS, wrong(0), odd=[3], ended=Ended("deadline"), bounded=True)
         assert pool.work == pytest.approx(1.5, abs=0.05)  # what rode along
         assert verdict.disputes
-        assert not verdict.strikes
+        assert not verdict.faults
         assert verdict.unverified
         assert 0 in verdict.doubted
 
@@ -272,7 +272,7 @@ class TestWithoutTime:
         assert {3, 4} <= verdict.unverified
         assert right(answers)
 
-    def test_jurors_that_do_not_answer_are_replaced(self):
+    def test_voters_that_do_not_answer_are_replaced(self):
         pool = Pool(8)
         verdict, answers = pool.call(
             ROWS, wrong(0), range(ROWS), lost=lambda worker, part: worker == 5 and part > 20
@@ -289,7 +289,7 @@ class TestWithoutTime:
         ended = Ended("complete", hedging_threshold=1.0, deadline=1.0)
         verdict, answers = pool.call(ROWS, wrong(0), range(ROWS), lost=lost, ended=ended)
         assert right(answers)
-        assert verdict.strikes == {0: 1}
+        assert verdict.faults == {0: 1}
         assert pool.waits
         assert max(pool.waits) <= 5.0
 

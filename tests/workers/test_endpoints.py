@@ -192,9 +192,9 @@ def test_rows_that_a_server_says_it_estimated_are_computed_by_another(three, kin
 
 @pytest.mark.parametrize("name", ["predicted", "estimated"])
 def test_rows_are_marked_whatever_the_server_calls_the_mark(name):
-    """Servers of version 0.3 know the first name alone, later ones may know only the second."""
+    """Older servers know the first name alone, later ones may know only the second."""
     added = [("radius", "FP32"), ("label_risk", "FP32"), ("source", "UINT8")]
-    added += [(name, "BOOL"), ("verified", "BOOL"), ("corrected", "BOOL")]
+    added += [(name, "BOOL"), ("verified", "BOOL")]
 
     def marked(handler, rows):
         out = {"name": "output", "datatype": "FP32", "shape": [len(rows), 3]}

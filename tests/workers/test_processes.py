@@ -318,9 +318,9 @@ def test_a_slow_part_is_not_taken_for_a_hang(module):
 
 
 def test_a_hung_part_that_lives_ends_after_the_timeout_or_when_its_call_ended():
-    law = Trace([[0.0, math.inf]])
+    delays = Trace([[0.0, math.inf]])
     with ProcessWorkers(2, grace=0.3, timeout=3.0).start(timeout=WAIT) as inner:
-        replies = answers(FaultyWorkers(inner, delays=law), Sleepy(), torch.zeros(2, 1, 1))
+        replies = answers(FaultyWorkers(inner, delays=delays), Sleepy(), torch.zeros(2, 1, 1))
         reasons = {reply.part.number: reply.error and reply.error.reason for reply in replies}
         assert reasons[0] is None
         assert "more than 3 s" in reasons[1] or "not reply within 3 s" in reasons[1]

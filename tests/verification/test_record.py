@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from coded_torch.verification import Strikes
+from coded_torch.verification import Record
 from coded_torch.workers import DeviceWorkers
 
 from .pool import record
@@ -17,47 +17,47 @@ def of(num_workers=24, share=0.02):
 class TestExclusion:
     @pytest.mark.parametrize("num_workers", [3, 6, 24, 1000])
     def test_comes_with_so_many_strikes(self, num_workers):
-        strikes, least = of(num_workers), 1 + math.ceil(4 / math.log10(num_workers))
-        struck = [strikes.strike(2) for _ in range(least)]
+        record, least = of(num_workers), 1 + math.ceil(4 / math.log10(num_workers))
+        struck = [record.add_fault(2) for _ in range(least)]
         assert struck == [False] * (least - 1) + [True]
-        assert strikes.excluded == {2}
+        assert record.excluded == {2}
 
     def test_takes_more_if_others_have_strikes_too(self):
-        strikes = of()
-        strikes.strike(1)
-        assert [strikes.strike(2) for _ in range(6)] == [False] * 5 + [True]
+        record = of()
+        record.add_fault(1)
+        assert [record.add_fault(2) for _ in range(6)] == [False] * 5 + [True]
 
     def test_ends_with_a_restart(self):
-        strikes = of()
-        while not strikes.strike(2):
+        record = of()
+        while not record.add_fault(2):
             pass
-        strikes.renew([2])
-        assert strikes.excluded == set()
-        assert strikes.fresh(2)
+        record.renew([2])
+        assert record.excluded == set()
+        assert record.fresh(2)
 
 
 def test_strikes_of_three_workers_alike_mean_a_random_module():
-    strikes = of()
+    record = of()
     for worker in (1, 5, 9):
-        assert not strikes.stopped
-        strikes.strike(worker)
-    assert strikes.stopped
+        assert not record.stopped
+        record.add_fault(worker)
+    assert record.stopped
 
 
 def test_strikes_halve():
-    strikes = of()
+    record = of()
     for _ in range(3):
-        strikes.strike(2)
+        record.add_fault(2)
     for _ in range(2000):
-        strikes.draw([range(3)])
-    assert [strikes.strike(2) for _ in range(3)] == [False, False, True]
+        record.draw([range(3)])
+    assert [record.add_fault(2) for _ in range(3)] == [False, False, True]
 
 
 class TestDrawn:
     def test_rows_ride_in_parts_of_others(self):
-        strikes = of(4, 0.3)
+        record = of(4, 0.3)
         for _ in range(50):
-            parts, rows, _ = strikes.draw([range(10), range(10, 20), range(20, 30)])
+            parts, rows, _ = record.draw([range(10), range(10, 20), range(20, 30)])
             assert all(sum(row in part for part in parts) == 2 for row in rows)
             assert all(list(part) == sorted(set(part)) for part in parts)
 
@@ -77,9 +77,9 @@ class TestDrawn:
 
 def test_the_workers_are_those_that_the_pool_has_now():
     with DeviceWorkers(["cpu"] * 4) as pool:
-        strikes = Strikes(pool, 0.1)
-        assert strikes.workers == {0, 1, 2, 3}
+        record = Record(pool, 0.1)
+        assert record.workers == {0, 1, 2, 3}
         pool.drain(1)
-        assert strikes.workers == strikes.everyone == {0, 2, 3}
+        assert record.workers == record.everyone == {0, 2, 3}
         pool.resize(4)
-        assert strikes.everyone == {0, 1, 2, 3}
+        assert record.everyone == {0, 1, 2, 3}

@@ -1,4 +1,4 @@
-r"""Error bars with a guarantee: conformal prediction by leaving one out, in closed form."""
+r"""Error bounds with a guarantee: conformal prediction by leaving one out, in closed form."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ _MISSING, _CALIBRATING = 256, 200
 _BLOCK = 8192  # outputs whose residuals are in memory together, float64
 
 
-class Bars(NamedTuple):
-    """The error bars of rows that are estimated from the same results."""
+class Bounds(NamedTuple):
+    """The error bounds of rows that are estimated from the same results."""
 
     rows: Tensor  # [L], of the batch
     thresholds: Tensor  # [S, L, n]
     risks: Tensor | None  # [L]; None if outputs are no [B, C]
 
 
-def bars(
+def bounds(
     rows: Tensor,
     results: Tensor,
     estimated: Tensor,
     regression: tuple[GaussianProcess, float] | None,
     labels: tuple[Tensor, Tensor] | None = None,
-) -> Bars:
-    """Return the error bars of missing rows ``[L]``.
+) -> Bounds:
+    """Return the error bounds of missing rows ``[L]``.
 
     Args:
         results, estimated: ``[M, C]``, and estimates of the missing rows, ``[L, C]``.
@@ -87,7 +87,7 @@ def bars(
         some = evenly(len(left_out), _CALIBRATING).numpy()
         weights, calibrating = weights[:, some], calibrating[:, some]
     limits = _thresholds(weights, variances, moved, calibrating, trust, count, signed)
-    return Bars(rows, torch.from_numpy(limits), risks)
+    return Bounds(rows, torch.from_numpy(limits), risks)
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
@@ -157,18 +157,18 @@ def _margins(outputs: Array) -> Array:
     return largest[:, -1] - largest[:, -2]
 
 
-class ErrorBars:
-    """The error bars of a batch, at any level; rows without are exact."""
+class ErrorBounds:
+    """The error bounds of a batch, at any level; rows without are exact."""
 
-    def __init__(self, batch_size: int, bars: Sequence[Bars] = ()) -> None:
-        self.batch_size, self._bars = batch_size, bars
+    def __init__(self, batch_size: int, bounds: Sequence[Bounds] = ()) -> None:
+        self.batch_size, self._bounds = batch_size, bounds
 
     @classmethod
-    def unknown(cls, missing: Tensor) -> ErrorBars:
-        """Return infinite error bars for missing rows, bool ``[B]``."""
+    def unknown(cls, missing: Tensor) -> ErrorBounds:
+        """Return infinite error bounds for missing rows, bool ``[B]``."""
         rows = missing.nonzero().flatten()
         risks = torch.ones(len(rows), dtype=torch.float64)
-        return cls(len(missing), [Bars(rows, risks.new_empty(1, len(rows), 0), risks)])
+        return cls(len(missing), [Bounds(rows, risks.new_empty(1, len(rows), 0), risks)])
 
     def radii(self, coverage: float | Tensor) -> Tensor:
         """Return the radii, ``[B]``, float64: 0 for exact rows, infinite for too few results.
@@ -176,7 +176,7 @@ class ErrorBars:
         The ``coverage`` is one probability that an error is at most its radius, or ``[B]``.
         """
         radii = np.zeros(self.batch_size)
-        for rows, found, _ in self._bars:
+        for rows, found, _ in self._bounds:
             at, n = rows.numpy(), found.shape[2]
             levels = np.broadcast_to(np.asarray(coverage, dtype=np.float64), self.batch_size)[at]
             outside = np.minimum(np.floor((1 - levels) * (n + 1) + 1e-9).astype(np.int64), n)
@@ -187,27 +187,27 @@ class ErrorBars:
 
     def enough(self, coverage: float) -> bool:
         """Return whether results are as many as the level needs."""
-        return all((1 - coverage) * (x.thresholds.shape[2] + 1) >= 1 - 1e-9 for x in self._bars)
+        return all((1 - coverage) * (x.thresholds.shape[2] + 1) >= 1 - 1e-9 for x in self._bounds)
 
-    def calibrated(self, thresholds: Tensor, off: Tensor) -> ErrorBars:
-        """Return error bars by thresholds ``[B, m]`` of estimates that are ``off``, ``[B]``."""
+    def calibrated(self, thresholds: Tensor, off: Tensor) -> ErrorBounds:
+        """Return error bounds by thresholds ``[B, m]`` of estimates that are ``off``, ``[B]``."""
         limits = (thresholds + off[:, None])[None]
-        bars = [Bars(x.rows, limits[:, x.rows], x.risks) for x in self._bars]
-        return ErrorBars(self.batch_size, bars)
+        bounds = [Bounds(x.rows, limits[:, x.rows], x.risks) for x in self._bounds]
+        return ErrorBounds(self.batch_size, bounds)
 
-    def widened(self, by: Tensor) -> ErrorBars:
-        """Return error bars of answers that are off by so much more, ``[B]``; infinity: unknown."""
+    def widened(self, by: Tensor) -> ErrorBounds:
+        """Return error bounds of answers that are off by so much more, ``[B]``, inf if unknown."""
         wider = []
-        for rows, thresholds, risks in self._bars:
+        for rows, thresholds, risks in self._bounds:
             risks = None if risks is None else risks.masked_fill(by[rows].isinf(), 1.0)
-            wider.append(Bars(rows, thresholds + by[rows, None], risks))
-        return ErrorBars(self.batch_size, wider)
+            wider.append(Bounds(rows, thresholds + by[rows, None], risks))
+        return ErrorBounds(self.batch_size, wider)
 
     @property
     def label_risks(self) -> Tensor | None:
         """The estimated risks of the labels, ``[B]``, float64; 0 for exact rows."""
         risks = torch.zeros(self.batch_size, dtype=torch.float64)
-        for rows, _, of_rows in self._bars:
+        for rows, _, of_rows in self._bounds:
             if of_rows is None:
                 return None
             risks[rows] = of_rows
