@@ -189,13 +189,13 @@ def workload(name: str, seconds: float) -> dict[str, Any]:
         send = functools.partial(driven, fleet, parts=parts, rate=rate, count=int(rate * seconds))
         found = {kind: send(kind) for kind in ("no hedge", "hedge-python", "tenacity")}
         budget = found["hedge-python"]["work"] - 1
-        found["ours, exact"] = send(Waiting(estimate=False, hedge_budget=budget))
+        found["ours, computed"] = send(Waiting(estimate=False, hedge_budget=budget))
         found["ours, deadline"] = send(Waiting(deadline=DEADLINE, hedge_budget=budget))
     bars = {
         f"{client}, {at}": [found[client][at], round(share * found["hedge-python"][at], 3)]
         for client, at, share in (
-            ("ours, exact", "p99", 1.0),
-            ("ours, exact", "p99.9", 1.0),
+            ("ours, computed", "p99", 1.0),
+            ("ours, computed", "p99.9", 1.0),
             ("ours, deadline", "p99.9", 0.7),
         )
     }

@@ -6,7 +6,7 @@ stands beside its bar.
 - kill: with a code, up to S of N processes are killed at random moments;
 - ray: the same on Ray, whose actors are killed every three seconds;
 - overhead: of the pool and of the wrapper;
-- exact: ``Waiting()`` where a third of the parts end their process, others return
+- computed: ``Waiting()`` where a third of the parts end their process, others return
   wrong results, and processes are killed from outside as well;
 - poison: one row that ends its process, beside calls of others on the same pool;
 - deadline: calls of 0.3 s while all processes hang, load, are slow, or die.
@@ -234,7 +234,7 @@ def _batch(generator: torch.Generator, rows: int = ROWS) -> Tensor:
     return torch.rand(rows, FEATURES, generator=generator)
 
 
-def exact(quick: bool) -> dict[str, Any]:
+def computed(quick: bool) -> dict[str, Any]:
     count, rows = 15 if quick else 2_000, 24
     generator, model = torch.Generator().manual_seed(SEED), Model()
     wrong, estimated, times = 0, 0, []
@@ -336,7 +336,7 @@ def _lateness(coded: CodedWrapper, count: int) -> tuple[list[float], dict[str, i
 
 
 SCENARIOS: dict[str, Callable[[bool], dict[str, Any]]] = {
-    function.__name__: function for function in (kill, overhead, ray, exact, poison, deadline)
+    function.__name__: function for function in (kill, overhead, ray, computed, poison, deadline)
 }
 
 

@@ -257,7 +257,7 @@ def faults(seconds: float) -> dict[str, Any]:
         "largest error of an unflagged row": [float(f"{float(error):.2g}"), 1e-3],
         **times,
         "p99.9": [times["p99.9"], 1e3 * (DEADLINE + SLACK)],
-        "exact rows": [round(float((~flag).double().mean()), 5), 0.995],
+        "computed rows": [round(float((~flag).double().mean()), 5), 0.995],
         "estimated rows": int(flag.sum()),
         "estimated rows of the right class": int(
             (flag & (logits.argmax(1) == labels[chosen])).sum()

@@ -55,7 +55,7 @@ def answered(
 
 
 def summary(scores: list[Score], reference: list[Score]) -> dict[str, Any]:
-    """Return the error over the variance and over a reference's, and the accuracy that is kept."""
+    """Return the normalised MSE, alone and over a reference's, and the accuracy that is kept."""
     ours, theirs = np.array(scores).T, np.array(reference).T
     return {
         "mse": ratio(ours[0], ours[2]),

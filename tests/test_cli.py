@@ -114,7 +114,7 @@ def test_demo_prints_tables_and_saves_a_picture(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     assert "Seed 5." in out
-    found = re.search(r"([\d,]+) answers are exact, ([\d,]+) are estimated", out)
+    found = re.search(r"([\d,]+) answers are computed, ([\d,]+) are estimated", out)
     exact, estimated = (int(number.replace(",", "")) for number in found.groups())
     assert exact + estimated == 1920 > exact
     error, radius = map(float, re.findall(r"([\d.]+) in the median", out))

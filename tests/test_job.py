@@ -192,7 +192,7 @@ def test_a_job_writes_all_answers_and_a_summary(folder, capsys):
     out = capsys.readouterr().out
     assert re.match(
         r"Columns of rows.npy: x=rows\.\n"
-        r"25 of 25 batches are in out\. This run: 200 exact rows, 0 estimated rows,",
+        r"25 of 25 batches are in out\. This run: 200 computed rows, 0 estimated rows,",
         out,
     )
     rows = computed(folder)

@@ -110,7 +110,7 @@ def job(args: argparse.Namespace) -> None:
                     print(f"{hashlib.sha256(data).hexdigest()}  {name}", file=manifest, flush=True)
                     os.fsync(manifest.fileno())
                 flags = [] if report.estimated is None else report.estimated.tolist()
-                counts.update("estimated" if flag else "exact" for flag in flags)
+                counts.update("estimated" if flag else "computed" for flag in flags)
                 counts.update(batches=1, hedges=len(report.hedges))
         except Exception as error:
             if "batch" in (facts := vars(error)):  # numbered by `map`, from the first missing one
@@ -124,13 +124,13 @@ def job(args: argparse.Namespace) -> None:
                 raise CommandError(f"coded-torch job: {error}. {end.strip()}") from None
             raise
         finally:
-            total = counts["exact"] + counts["estimated"]
+            total = counts["computed"] + counts["estimated"]
             speed = total / max(time.monotonic() - begin, 1e-9)
             there, every = len(good) + counts["batches"], len(good) + len(wrong)
             end = "" if there == every else f"\n{end}Go on with --resume."
             say(
                 f"{there} of {every} batches are in {args.output}. This run: "
-                f"{counts['exact']:,} exact rows, {counts['estimated']:,} estimated rows, "
+                f"{counts['computed']:,} computed rows, {counts['estimated']:,} estimated rows, "
                 f"{counts['hedges']:,} hedges, {coded.workers.num_restarts} workers lost, "
                 f"{speed:,.0f} rows per second.{end}"
             )

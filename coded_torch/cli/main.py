@@ -33,8 +33,8 @@ __all__ = ["main"]
 # The rows of a batch: on 240 digits, groups of 20 inputs divide evenly. It was not tuned.
 _BATCH_SIZE = 240
 _LEGEND = """\
-RMSE             root of the mean squared distance of decoded from exact answers
-MSE / variance   the same distance squared, over the variance of exact answers
+RMSE             root of the mean squared distance of decoded answers from the module's
+normalised MSE   the same distance squared, over the variance of the module's answers
 RelAcc           right answers, relative to the bare model's right answers
 ±                half the width of the 95 % interval over batches
 ordered          the batch is ordered by similarity before it is coded"""
@@ -71,7 +71,7 @@ def demo(args: argparse.Namespace) -> None:
     say(
         f"LeNet-5 reads {len(rows):,} MNIST test digits it was not trained on, {_BATCH_SIZE} at a "
         f"time.\nSeed {args.seed}.\n\nN = {n} workers, K = {k} inputs a group, {s} workers lost:\n"
-        f"{len(rows) - len(errors):,} answers are exact, {len(errors):,} are estimated from them.\n"
+        f"{len(rows) - len(errors):,} answers are computed, {len(errors):,} are estimated.\n"
         f"{bounds}{right:.1%} of all answers name the right digit.\n\n"
         "Every code is tuned on a quarter of the batches, without labels, and answers\n"
         "the others while the same workers are lost.\n"
@@ -199,7 +199,7 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
         ("--in-flight", int, 4, "batches that are computed at once"),
         ("--num-workers", int, 6, "worker processes"),
         ("--grace", float, 30.0, "hang timeout of a worker, in seconds"),
-        ("--deadline", float, None, "seconds after which missing rows are estimated; or exact"),
+        ("--deadline", float, None, "seconds after which missing rows are estimated"),
         ("--on-error", ("raise", "estimate"), "raise", "if the model fails on a row"),
     ),
     plan: (

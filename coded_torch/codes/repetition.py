@@ -63,7 +63,7 @@ class RegressionCode(Code):
     r"""A code that repeats inputs, unevenly, and estimates missing answers by regression.
 
     Every worker computes inputs, of any dtype, as they are. The extra N - K workers of a group
-    repeat the inputs that are hardest to estimate. An answer is exact unless all results of its
+    repeat the inputs that are hardest to estimate. An answer is computed unless all results of its
     input are missing. Then a :class:`~coded_torch.Regression` on all groups' results estimates it.
 
     Copies are planned before there are results: by the metric that is given, if it is one name,

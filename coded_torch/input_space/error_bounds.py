@@ -158,7 +158,7 @@ def _margins(outputs: Array) -> Array:
 
 
 class ErrorBounds:
-    """The error bounds of a batch, at any level; rows without are exact."""
+    """The error bounds of a batch, at any level; rows without are computed."""
 
     def __init__(self, batch_size: int, bounds: Sequence[Bounds] = ()) -> None:
         self.batch_size, self._bounds = batch_size, bounds
@@ -171,9 +171,9 @@ class ErrorBounds:
         return cls(len(missing), [Bounds(rows, risks.new_empty(1, len(rows), 0), risks)])
 
     def radii(self, coverage: float | Tensor) -> Tensor:
-        """Return the radii, ``[B]``, float64: 0 for exact rows, infinite for too few results.
+        """Return the bounds, ``[B]``, float64: 0 for computed rows, infinite for too few results.
 
-        The ``coverage`` is one probability that an error is at most its radius, or ``[B]``.
+        The ``coverage`` is one probability that an error is at most its bound, or ``[B]``.
         """
         radii = np.zeros(self.batch_size)
         for rows, found, _ in self._bounds:
@@ -205,7 +205,7 @@ class ErrorBounds:
 
     @property
     def label_risks(self) -> Tensor | None:
-        """The estimated risks of the labels, ``[B]``, float64; 0 for exact rows."""
+        """The estimated risks of the labels, ``[B]``, float64; 0 for computed rows."""
         risks = torch.zeros(self.batch_size, dtype=torch.float64)
         for rows, _, of_rows in self._bounds:
             if of_rows is None:

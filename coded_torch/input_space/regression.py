@@ -39,7 +39,7 @@ class Regression:
         link: "softmax" if all outputs are probabilities over their last dimension: they are
             estimated on the scale of logits. Defaults to None.
         coverage: the probability, between 0 and 1, with which the error of an estimated answer is
-            at most its radius. Above 0.995 radii may be infinite. Defaults to 0.95.
+            at most its bound. Above 0.995 bounds may be infinite. Defaults to 0.95.
 
     Note:
         :math:`O(B^2 d + B^3)` on the host, in float32; batches of more than 4,096 rows are

@@ -52,7 +52,7 @@ class CodedWrapper(ModuleProxy):
     Inputs and outputs may be any pytrees. A result is rejected, and counts as missing, if it is not
     finite, of another batch size, or unlike most in structure, shape or dtype. So mask logits with
     a number such as -1e4, not ``-inf``. Unless a code mixes inputs, rows with NaN or infinity are
-    computed, too. A missing one is answered by the mean of the others, with an infinite radius.
+    computed, too. A missing one is answered by the mean of the others; its bound is infinite.
 
     Args:
         module: the module; its outputs are floating-point tensors with a batch dimension, and
@@ -67,7 +67,7 @@ class CodedWrapper(ModuleProxy):
         estimator: estimates missing rows. Defaults to ``Regression()``.
         surrogate: cheap approximations of the module, one or a sequence: callables with like
             outputs, such as a smaller network (:func:`coded_torch.surrogates.distill`), or a
-            :class:`~coded_torch.surrogates.Memory`, which learns from exact answers. If estimates
+            :class:`~coded_torch.surrogates.Memory`, which learns computed answers. If estimates
             are needed, they run in this process, without gradients, and their residuals are
             estimated. Defaults to none; refused with codes that mix inputs.
         verify: the share of rows, such as 0.02, that a second worker computes. Wrong results are

@@ -20,7 +20,7 @@ class RayDataPredictor:
 
     Each actor of Ray Data makes its wrapper once, and keeps its workers between the batches. A
     batch gets columns for the answers; ``estimated``, bool, true if no worker computed the answer;
-    and ``radius``, float64, see :attr:`Report.radii`, NaN where there is none.
+    and ``radius``, the error bound, float64, NaN where there is none, see :attr:`Report.radii`.
 
     Args:
         factory: makes the wrapper, in the actor.

@@ -53,13 +53,13 @@ class Report:
         source: uint8 ``[B]``, on the host: 0 for answers from a part that was asked first, 1 from a
             hedge or another later part, 2 for estimates. None before there are answers.
         radii: float64 ``[B]``, on the host: bounds of errors of the first decoded output. The norm
-            of an answer's error is at most its radius with the probability ``coverage`` of the
-            :class:`~coded_torch.Regression`. 0 if the answer is exact, infinite if its input is not
-            finite, or too few results arrived. None under a link, or without a regression.
-        coverage: the level of the radii; None if there are none.
+            of an answer's error is at most its bound with the probability ``coverage`` of the
+            :class:`~coded_torch.Regression`. 0 if the answer is computed, infinite if its input is
+            not finite, or too few results arrived. None under a link, or without a regression.
+        coverage: the level of the error bounds; None if there are none.
         label_risks: float64 ``[B]``, on the host: for a first decoded output ``[B, C]``, the
             estimated probability that an answer's largest number is not the module's. 0 if the
-            answer is exact. None for other outputs, or without a regression.
+            answer is computed. None for other outputs, or without a regression.
         surrogate_weights: for every decoded output, of each surrogate; 0 if the surrogate failed or
             did not improve the estimate. Empty if nothing was estimated.
         ended: why the call waited no longer. "complete": every result is there; "first": the first
@@ -131,7 +131,7 @@ class Report:
         return tuple(sorted(set(self.asked) - set(self.received)))
 
     def radii_at(self, coverage: float) -> Tensor | None:
-        """Return the radii at another level, between 0 and 1, or None if there are none."""
+        """Return the error bounds at another level, between 0 and 1, or None if there are none."""
         real("radii_at", "coverage", coverage, "between 0 and 1", lambda x: 0 < x < 1)
         return None if self.radii is None or self._bounds is None else self._bounds.radii(coverage)
 

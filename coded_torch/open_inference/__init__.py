@@ -77,7 +77,7 @@ class TensorSpec:
 
 
 #: The outputs that this package's server gives every model beside its own: whether a row
-#: is estimated; the radius that its error is within; the risk of its label; its source, 0 from the
+#: is estimated; the bound that its error is within; the risk of its label; its source, 0 from the
 #: worker asked first, 1 from a later one, 2 estimated; whether two workers computed it alike;
 #: whether its first result was wrong and was replaced. JSON has null for infinite numbers and for
 #: NaN, which stands for unknown.

@@ -245,8 +245,8 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             if (radii := report.radii_at(coverage)) is not None:
                 answers["radius"] = radii[answer.rows].float()
         rows, estimated = len(answers["estimated"]), int(answers["estimated"].sum())
-        parameters: dict[str, float] = dict.fromkeys(("estimated_rows", "predicted_rows"), estimated)
-        parameters |= {"coverage": coverage} if coverage else {}
+        parameters = {"coverage": coverage} if coverage else {}
+        parameters |= dict.fromkeys(("estimated_rows", "predicted_rows"), estimated)
         about = {"model_name": self.name, "model_version": VERSION, "parameters": parameters}
         about |= {"id": message.id} if message.id else {}
         tensors = ((spec, answers[spec.name], binary) for spec, binary in message.outputs)

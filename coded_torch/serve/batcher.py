@@ -93,7 +93,7 @@ def compute(
     if not fit:
         must = [(spec.dtype, [rows, *spec.shape]) for spec in specs]
         raise TypeError(f"the model must return tensors {must}, got {got}")
-    # Without a value, exact rows get 0, and estimated rows NaN.
+    # Without a value, computed rows get 0, and estimated rows NaN.
     fields = ("estimated", "radii", "label_risks", "source", "verified", "corrected")
     for name, spec in zip(fields, ADDED, strict=True):
         values = getattr(report, name)

@@ -21,7 +21,7 @@ _ERRORS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 # others gauges.
 _NUMBERS: dict[str, tuple[str, ...]] = {
     "results_total": ("Workers whose result was received, missing or rejected.", "state"),
-    "answers_total": ("Answered rows: exact or estimated.", "kind"),
+    "answers_total": ("Answered rows: computed or estimated.", "kind"),
     "refusals_total": ("Requests that were not answered.", "reason"),
     "rows_computed_total": ("Rows that workers began to compute.",),
     "extra_rows_total": ("Rows that workers began beyond one computation of every row.",),
@@ -108,7 +108,7 @@ class Metrics:
         count("results_total", len(report.received), "received")
         count("results_total", len({*report.missing, *report.rejected}), "missing")
         count("results_total", len(report.rejected), "rejected")
-        count("answers_total", rows - len(done.unanswered) - estimated, "exact")
+        count("answers_total", rows - len(done.unanswered) - estimated, "computed")
         count("answers_total", estimated, "estimated")
         count("rows_computed_total", report.work * rows)
         count("extra_rows_total", max(0.0, report.work - 1) * rows)

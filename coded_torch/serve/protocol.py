@@ -60,7 +60,7 @@ class InferRequest(NamedTuple):
     inputs: list[Tensor]  #: ``[n, ...]`` each, in the order of the model's arguments
     outputs: list[tuple[TensorSpec, bool]]  #: the wanted ones, and whether in binary
     timeout: float  #: seconds, infinite if the client names none
-    coverage: float  #: the level of radii; 0 if the client names none
+    coverage: float  #: the level of error bounds; 0 if the client names none
 
 
 class Reader:

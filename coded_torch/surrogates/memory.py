@@ -1,4 +1,4 @@
-r"""A surrogate that trains itself: regression on exact answers of the wrapper."""
+r"""A surrogate that trains itself: regression on computed answers of the wrapper."""
 
 from __future__ import annotations
 

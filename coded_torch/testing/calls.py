@@ -182,7 +182,7 @@ class CallTests:
     )
     @settings(max_examples=60, deadline=None)
     def test_no_honest_worker_is_at_fault(self, workers: int, fault: str, share: float) -> None:
-        """Whatever one faulty worker does, honest ones have no fault, and verified rows are right."""
+        """Whatever one faulty worker does, others have no fault, and verified rows are right."""
         script = {"slow": ("ok", 30.0), "none": ("ok", 1.0)}.get(fault, (fault, 1.0))
         scripts = [[script], *([("ok", 1.0 + place / 100)] for place in range(1, workers))]
         pool = VirtualWorkers(scripts)

@@ -267,7 +267,7 @@ def test_table(found):
     lines = str(found).splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0] == "N = 24 workers, K = 20 inputs a group, S = 4 workers lost"
-    assert lines[1].split() == ["RMSE", "MSE", "/", "variance", "RelAcc"]
+    assert lines[1].split() == ["RMSE", "normalised", "MSE", "RelAcc"]
     for line, row in zip(lines[2 : 2 + len(NAMES)], found.rows, strict=False):
         assert line.startswith(f"  {row.name} ")
         assert line.count("±") == 3
@@ -287,11 +287,11 @@ def test_table_without_labels_and_intervals():
     rows.append(made((5, 2, 1), "mine", float(numbers[1]), 1))
     assert str(Comparison(rows)).splitlines() == [
         "N = 3 workers, K = 2 inputs a group, S = 1 workers lost",
-        "                              RMSE            MSE / variance",
+        "                              RMSE            normalised MSE",
         "  few                         0.123           0.0152",
         "",
         "N = 5 workers, K = 2 inputs a group, S = 1 workers lost",
-        "                              RMSE            MSE / variance",
+        "                              RMSE            normalised MSE",
         "  mine                        1.0e-03 ± 6e-06 1.0e-06 ± 1e-08",
     ]
 

@@ -465,7 +465,7 @@ def test_missing_rows_are_estimated_and_flagged(lost):
     assert (risks[~estimated] == 0).all()
     assert (risks[estimated] > 0).all()
     assert f'coded_torch_answers_total{{kind="estimated"}} {16.0 * lost}' in text
-    assert f'coded_torch_answers_total{{kind="exact"}} {64 - 16.0 * lost}' in text
+    assert f'coded_torch_answers_total{{kind="computed"}} {64 - 16.0 * lost}' in text
 
 
 class Named(nn.Module):

@@ -62,7 +62,7 @@ def test_a_batch():
         "results_total received": 3,
         "results_total missing": 2,
         "results_total rejected": 1,
-        "answers_total exact": 2,
+        "answers_total computed": 2,
         "answers_total estimated": 2,
         "refusals_total late": 1,
         "rows_computed_total": 6,
@@ -123,5 +123,5 @@ def test_the_dashboard_shows_every_number():
 def test_rows_without_an_answer_are_no_answers():
     metrics, report = Metrics(), Report(estimated=torch.tensor([True, True, False, False]))
     metrics.batch(LocalWorkers(), Batch([], report, {0, 3}), 4, [0.1])
-    assert values(metrics)["coded_torch_answers_total exact"] == 1
+    assert values(metrics)["coded_torch_answers_total computed"] == 1
     assert values(metrics)["coded_torch_answers_total estimated"] == 1
