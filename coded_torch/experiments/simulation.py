@@ -220,8 +220,7 @@ class _Pool:
     def delays(self) -> Sequence[float]:
         """Return the delay of each worker in a new call."""
         delays = self.conditions.delays
-        drawn = delays and delays.sample(len(self._ends), self._numbers_of_delays).tolist()
-        return drawn or ()
+        return delays.sample(len(self._ends), self._numbers_of_delays).tolist() if delays else ()
 
     def at(self, time: float, do: Callable[[Any], None], what: Any) -> None:
         heapq.heappush(self._events, (time, next(self._order), do, what))

@@ -105,7 +105,7 @@ def _thresholds(
         h_{ij} = \frac{1}{1 + w_{ij}^2 v_j / v_i}, \quad q_{ij} = h_{ij} v_j / v_i,
 
     for estimates that are not shrunk; it is infinite if the denominator is not positive. If k - 1
-    thresholds are larger than a radius, the error of row i exceeds it with probability
+    thresholds are larger than a bound, the error of row i exceeds it with probability
     :math:`k / (n + 1)` at most. Thresholds of one output are exact, others by triangle inequality.
 
     Args:

@@ -89,10 +89,9 @@ ADDED = (
     TensorSpec("verified", "BOOL", ()),
     TensorSpec("corrected", "BOOL", ()),
 )
-#: What "estimated" was named before. For one version servers answer to both names.
+#: What "estimated" was named before. For one version servers answer to both names, and metadata
+#: list what older clients know: these ask for any other output as if it was the model's own.
 FORMER = TensorSpec("predicted", "BOOL", ())
-#: The further outputs in metadata. An older client asks by default for outputs that it does not
-#: know, as if they were the model's own: so these are as they were before.
 LISTED = (FORMER, *ADDED[1:5])
 
 
@@ -330,9 +329,8 @@ def outputs_of(
     listed = field("the answer", message, "outputs", list)
     found = tensors_of("output", listed, model.outputs, tail, range(rows, rows + 1))
     parameters = field("the answer", message, "parameters", dict, {})
-    estimated = 0
-    for key in ("estimated_rows", "predicted_rows"):  # older servers send the second alone
-        stated = field("the answer", parameters, key, int, 0)
-        require(0 <= stated <= rows, f"{key} of the answer", f"from 0 to {rows}", stated)
-        estimated = max(estimated, stated)
+    names = "estimated_rows", "predicted_rows"  # older servers send the second alone
+    stated = [field("the answer", parameters, key, int, 0) for key in names]
+    estimated, valid = max(stated), 0 <= min(stated) <= max(stated) <= rows
+    require(valid, f"{' and '.join(names)} of the answer", f"from 0 to {rows}", stated)
     return [found[spec.name] for spec in model.outputs], message | {"estimated_rows": estimated}

@@ -332,8 +332,7 @@ class RemoteModule(nn.Module):
 
     def outputs(self, tensors: Sequence[Tensor]) -> Any:
         """Return the outputs of the model as a call does."""
-        names = self.names
-        return tensors[0] if len(names) == 1 else dict(zip(names, tensors, strict=True))
+        return tensors[0] if len(tensors) == 1 else dict(zip(self.names, tensors, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_client": None}

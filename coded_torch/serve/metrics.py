@@ -135,8 +135,7 @@ class Metrics:
 
     def _count(self, name: str, amount: float, label: str | None = None) -> None:
         counter = self._numbers[name]
-        if self._ray:
-            if amount > 0:  # Ray refuses 0
-                counter.inc(amount, dict.fromkeys(_NUMBERS[name][1:], label))
-        else:
+        if not self._ray:
             (counter.labels(label) if label else counter).inc(amount)
+        elif amount > 0:  # Ray refuses 0
+            counter.inc(amount, dict.fromkeys(_NUMBERS[name][1:], label))

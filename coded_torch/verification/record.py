@@ -36,6 +36,7 @@ class Record:
 
     def __init__(self, pool: Any, share: float, generator: random.Random | None = None) -> None:
         self.pool, self.share, self.random = pool, share, generator or secrets.SystemRandom()
+        self.exclude = getattr(pool, "exclude", None)  #: gives a worker no more parts
         self.excluded: set[int] = set()  #: the workers that get no parts until they are restarted
         self.tolerance = 0.0  #: results of a row agree up to this, in spreads of the outputs
         self.whole = False  #: results depend on the rows beside them: whole parts are compared
@@ -48,11 +49,6 @@ class Record:
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy begins anew, and holds no rows of users
         return type(self), (self.pool, self.share)
-
-    @property
-    def exclude(self) -> Any:
-        """The pool's method that gives a worker no more parts; None if it has none."""
-        return getattr(self.pool, "exclude", None)
 
     @property
     def everyone(self) -> set[int]:

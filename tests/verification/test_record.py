@@ -16,13 +16,13 @@ def of(num_workers=24, share=0.02):
 
 class TestExclusion:
     @pytest.mark.parametrize("num_workers", [3, 6, 24, 1000])
-    def test_comes_with_so_many_strikes(self, num_workers):
+    def test_comes_with_so_many_faults(self, num_workers):
         record, least = of(num_workers), 1 + math.ceil(4 / math.log10(num_workers))
         struck = [record.add_fault(2) for _ in range(least)]
         assert struck == [False] * (least - 1) + [True]
         assert record.excluded == {2}
 
-    def test_takes_more_if_others_have_strikes_too(self):
+    def test_takes_more_if_others_have_faults_too(self):
         record = of()
         record.add_fault(1)
         assert [record.add_fault(2) for _ in range(6)] == [False] * 5 + [True]
@@ -36,7 +36,7 @@ class TestExclusion:
         assert record.fresh(2)
 
 
-def test_strikes_of_three_workers_alike_mean_a_random_module():
+def test_faults_of_three_workers_alike_mean_a_random_module():
     record = of()
     for worker in (1, 5, 9):
         assert not record.stopped
@@ -44,7 +44,7 @@ def test_strikes_of_three_workers_alike_mean_a_random_module():
     assert record.stopped
 
 
-def test_strikes_halve():
+def test_faults_halve():
     record = of()
     for _ in range(3):
         record.add_fault(2)

@@ -77,7 +77,7 @@ class TestAWrongPart:
         own = {row for row in range(ROWS) if pool.trials.worker[pool.first[row]] == 0}
         assert verdict.corrected == own
 
-    def test_of_a_worker_that_is_honest_when_asked_again_is_a_strike(self):
+    def test_of_a_worker_that_is_honest_when_asked_again_is_a_fault(self):
         pool = Pool(24)
         verdict, answers = pool.call(ROWS, wrong(0, first_only=True), odd=range(ROWS))
         assert right(answers)
@@ -85,7 +85,7 @@ class TestAWrongPart:
         assert verdict.excluded == ()
         assert pool.record.fresh(0)
 
-    def test_strikes_add_up_over_calls(self):
+    def test_faults_add_up_over_calls(self):
         pool = Pool(24)
         for number in range(1, 5):
             verdict, _ = pool.call(ROWS, wrong(0, first_only=True), odd=range(ROWS))
@@ -97,7 +97,7 @@ class TestAWrongPart:
         assert right(answers)
         assert verdict.excluded == (2,)
 
-    def test_after_a_strike_the_oddest_row_of_every_other_worker_is_checked(self):
+    def test_after_a_fault_the_oddest_row_of_every_other_worker_is_checked(self):
         pool = Pool(12)
         scores = {row: 9.0 if row % 4 == 1 else 0.0 for row in range(ROWS)}
         verdict, answers = pool.call(ROWS, wrong(0, 5), odd=[0, *range(4, 8)], scores=scores)
