@@ -115,10 +115,10 @@ def test_demo_prints_tables_and_saves_a_picture(tmp_path, capsys):
     assert err == ""
     assert "Seed 5." in out
     found = re.search(r"([\d,]+) answers are computed, ([\d,]+) are estimated", out)
-    exact, estimated = (int(number.replace(",", "")) for number in found.groups())
-    assert exact + estimated == 1920 > exact
-    error, radius = map(float, re.findall(r"([\d.]+) in the median", out))
-    assert error < radius < 4 * error
+    computed, estimated = (int(number.replace(",", "")) for number in found.groups())
+    assert computed + estimated == 1920 > computed
+    error, bound = map(float, re.findall(r"([\d.]+) in the median", out))
+    assert error < bound < 4 * error
     held, right = map(float, re.findall(r"([\d.]+)%", out)[:2])
     assert held > 90
     assert right > 90

@@ -33,8 +33,8 @@ __all__ = ["main"]
 # The rows of a batch: on 240 digits, groups of 20 inputs divide evenly. It was not tuned.
 _BATCH_SIZE = 240
 _LEGEND = """\
-RMSE             root of the mean squared distance of decoded answers from the module's
-normalised MSE   the same distance squared, over the variance of the module's answers
+RMSE             root of the mean squared distance from the module's answers
+normalised MSE   its square, over the variance of the module's answers
 RelAcc           right answers, relative to the bare model's right answers
 ±                half the width of the 95 % interval over batches
 ordered          the batch is ordered by similarity before it is coded"""
