@@ -59,7 +59,8 @@ def spline_apply(
 def _apply(values: Tensor, *plan: Any) -> Tensor:
     compiling = torch.compiler.is_compiling()
     if not compiling and torch._C._are_functorch_transforms_active():
-        out: Tensor = _Transformed.apply(values, *plan)  # type: ignore[no-untyped-call]
+        transformed: Any = _Transformed  # its apply has a type for some releases of Python
+        out: Tensor = transformed.apply(values, *plan)
     elif (tangent := tangent_of(values)) is not None:  # linear: it is mapped as the value is
         primal = forward_ad.unpack_dual(values).primal
         out = forward_ad.make_dual(_apply(primal, *plan), _OPERATOR(tangent, *plan))

@@ -100,6 +100,11 @@ class FaultyWorkers(Workers):
     num_ready: Any = property(attrgetter("pool.num_ready"))
     num_restarts: Any = property(attrgetter("pool.num_restarts"))
     resize: Any = property(attrgetter("pool.resize"))
+    concurrency: Any = property(attrgetter("pool.concurrency"))
+    names: Any = property(attrgetter("pool.names"))
+    states: Any = property(attrgetter("pool.states"))
+    exclude: Any = property(attrgetter("pool.exclude"))
+    restart: Any = property(attrgetter("pool.restart"))
     drain: Any = property(attrgetter("pool.drain"))
     close: Any = property(attrgetter("pool.close"))
 

@@ -254,7 +254,7 @@ class Verified:
 
     def __init__(self, waiting: Any, num_workers: int, share: float = 0.02, seed: int = 0) -> None:
         self.waiting = waiting
-        pool = SimpleNamespace(places=range(num_workers))
+        pool = SimpleNamespace(places=range(num_workers), exclude=None)
         self.record = Record(pool, share, random.Random(seed))
 
     def decide(self, *args: Any, **options: Any) -> Generator[Decision, Event, Ended]:

@@ -132,6 +132,7 @@ def paired_p(differences: Array) -> float:
     if np.isnan(differences).any():
         return math.nan
     n = len(differences)
+    signs: Any
     if 2**n <= _FLIPS:
         signs = 1.0 - 2.0 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
     else:

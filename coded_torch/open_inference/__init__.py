@@ -23,11 +23,6 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance
 
-__all__ = ["ADDED", "DATATYPES", "FORMER", "LISTED", "EndpointError", "Model", "RefusedError"]
-__all__ += ["TensorSpec", "entries", "field", "from_bytes", "from_json", "most_bytes"]
-__all__ += ["outputs_of", "parsed", "request", "require", "specs", "specs_of", "split"]
-__all__ += ["tensors_of", "to_bytes", "written"]
-
 #: The datatypes of the protocol that torch computes with.
 DATATYPES = {"BOOL": torch.bool, "UINT8": torch.uint8, "BF16": torch.bfloat16}
 DATATYPES |= {f"INT{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}

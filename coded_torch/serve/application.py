@@ -8,7 +8,7 @@ import functools
 import gc
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -112,7 +112,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             """Return the number of slots, and how many a batch takes."""
             size = self.pool.num_workers
             if size and coded.code is None:
-                return size * getattr(self.pool, "concurrency", 1), coded.parts or size
+                return size * self.pool.concurrency, coded.parts or size
             return 1, 1
 
         self.load = functools.partial(
@@ -124,7 +124,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             max_queued_requests=count(self, "max_queued_requests", max_queued_requests),
             slots=slots,
             on_batch=lambda *batch: self.metrics.batch(self.pool, *batch),
-            states=lambda: Counter(state for state, _ in self.of_places("states").values()),
+            states=lambda: Counter(state for state, _ in self.pool.states.values()),
         )
         self.reader = Reader(inputs, outputs, self.max_rows)
         server = {"name": "coded_torch", "version": coded_torch.__version__}
@@ -179,10 +179,6 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
                     await (await self.refuse(Request(scope), error))(scope, receive, send)
                     return
         await super().__call__(scope, receive, send)
-
-    def of_places(self, what: str) -> Mapping[int, Any]:
-        """Return the "states" or the "names" of the pool's places, if it has some."""
-        return getattr(self.pool, what, {})
 
     @contextlib.asynccontextmanager
     async def run_workers(self, _: Starlette) -> AsyncIterator[None]:

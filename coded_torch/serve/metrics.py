@@ -101,7 +101,7 @@ class Metrics:
     def batch(self, pool: Workers, done: Batch, rows: int, queued: Sequence[float]) -> None:
         """Count a pool's batch, whose requests waited so many seconds."""
         self.workers(pool)
-        report, count, names = done.report, self._count, getattr(pool, "names", {})
+        report, count, names = done.report, self._count, pool.names
         flags = [] if report.estimated is None else report.estimated.tolist()
         estimated = sum(flag and row not in done.unanswered for row, flag in enumerate(flags))
         won = sum(hedge.won for hedge in report.hedges)

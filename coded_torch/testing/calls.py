@@ -84,7 +84,16 @@ class CallTests:
         pool = VirtualWorkers(scripts)
         waiting = Waiting(hedge_budget=budget)
         coded = self.make(Exact(), pool, parts=parts, waiting=waiting)
-        answers, report = coded.run(INPUTS)
+        try:
+            answers, report = coded.run(INPUTS)
+        except NotEnoughResults as error:  # by chance, workers ended at one row again and again
+            held: Any = error
+            missing = held.report.missing_rows
+            assert missing
+            assert missing == held.report.refused
+            others = [row for row in range(ROWS) if row not in missing]
+            assert torch.equal(held.answers[others], EXACT[others])
+            return
         assert not report.estimated.any()
         assert report.ended == "complete"
         self.check(pool, answers, report)
@@ -114,7 +123,8 @@ class CallTests:
                 known = ~error.answers.isnan().any(1)
                 assert torch.equal(error.answers[known], EXACT[known])
             assert error.report.missing_rows == tuple((~known).nonzero().flatten().tolist())
-            assert known.sum() < (ROWS / 2 if estimate else ROWS)
+            # A row at which workers ended again and again is refused, though others are there.
+            assert known.sum() < (ROWS / 2 if estimate and not error.report.refused else ROWS)
         self.check_workers(pool)
         assert pool.clock <= deadline + 1e-9
 

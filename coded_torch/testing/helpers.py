@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from coded_torch.codes import FixedCode
 from coded_torch.linear import MatrixMap
-from coded_torch.workers import Began, Part, Reply, Request, Task
+from coded_torch.workers import Began, Part, Reply, Request, Task, Workers
 
 WAIT = 60.0  # bounds waits that end at once unless something is broken
 
@@ -115,6 +116,13 @@ def by_part(replies: list[Reply]) -> dict[int, Any]:
     """The values, by the number of the part."""
     assert len({reply.part.number for reply in replies}) == len(replies)
     return {reply.part.number: reply.value for reply in replies}
+
+
+def run(pool: Workers, module: nn.Module, task: Task, deadline: float = math.inf):
+    """Ask for each unit as its own part, and yield replies for at most ``deadline`` seconds."""
+    with pool.open(module, task) as request:
+        request.ask([Part(n, (n,)) for n in range(task.num_units)])
+        yield from request.replies(deadline)
 
 
 def numbered(*units: Any, first: int = 0) -> list[Part]:

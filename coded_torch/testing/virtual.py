@@ -18,8 +18,9 @@ __all__ = ["Act", "VirtualWorkers"]
 
 #: An act of a worker with one part, and its seconds, which may be infinite: "ok" returns the
 #: module's result, and "twice" returns it twice; "die" ends the worker; "nan", "rows" and "lie"
-#: return values that are not finite, that lack a row, and that are wrong.
-Act = tuple[str, float]
+#: return values that are not finite, that lack a row, and that are wrong. A callable returns what
+#: the worker makes of the module's result.
+Act = tuple[str | Callable[[Tensor], Tensor], float]
 
 
 class _Worker:
@@ -169,7 +170,8 @@ class _VirtualRequest(Request):
         else:
             try:
                 value = self._module(*args, **kwargs)
-                reply.value = pytree.tree_map_only(Tensor, _SPOILS.get(act, lambda x: x), value)
+                spoil = _SPOILS.get(act, lambda x: x) if isinstance(act, str) else act
+                reply.value = pytree.tree_map_only(Tensor, spoil, value)
             except Exception as cause:
                 reply.error = WorkerError(
                     part.number, worker.place, f"failed: {cause!r}", "raised", cause

@@ -36,7 +36,6 @@ class Record:
 
     def __init__(self, pool: Any, share: float, generator: random.Random | None = None) -> None:
         self.pool, self.share, self.random = pool, share, generator or secrets.SystemRandom()
-        self.exclude = getattr(pool, "exclude", None)  #: gives a worker no more parts
         self.excluded: set[int] = set()  #: the workers that get no parts until they are restarted
         self.tolerance = 0.0  #: results of a row agree up to this, in spreads of the outputs
         self.whole = False  #: results depend on the rows beside them: whole parts are compared
@@ -134,9 +133,9 @@ class Record:
             others = sum(self._faults.values()) - own
             if own >= 1 + math.ceil(4 / math.log10(max(2, len(self.workers)))) + 2 * others:
                 # First, as an excluded one with a part is a new one. It may have left.
-                if self.exclude is not None:
+                if self.pool.exclude is not None:
                     with contextlib.suppress(ValueError):
-                        self.exclude(worker)
+                        self.pool.exclude(worker)
                 self.excluded.add(worker)
                 del self._faults[worker]
                 return True

@@ -113,7 +113,7 @@ class Trials:
     def _asking(self, parts: tuple[tuple[int, ...], ...]) -> Ask:
         """Return the decision to ask for parts, not of excluded workers if the pool can't tell."""
         self.asked += parts
-        out = self.record.excluded if self.record.exclude is None else ()
+        out = self.record.excluded if self.record.pool.exclude is None else ()
         return Ask(parts, (frozenset(out),) * len(parts) if out else ())
 
     def _heard(self, wait: Wait) -> Generator[Decision, Event, Event]:

@@ -8,8 +8,9 @@ import enum
 import functools
 import math
 import operator
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -222,6 +223,15 @@ class Workers(abc.ABC):
     num_workers: int | None = None  #: the number of workers; None if there is one for each part
     num_restarts: int = 0  #: the number of workers that have ended and were replaced
     starts_late: bool = False  #: true if the first request starts the workers
+    concurrency: int = 1  #: the number of parts that a worker computes at a time
+    names: Mapping[int, str] = MappingProxyType({})  #: the names of places that have one
+    #: The state by place: "idle", "busy", "excluded" or "down"; and the process id or 0. It is
+    #: empty if nobody knows.
+    states: Mapping[int, tuple[str, int]] = MappingProxyType({})
+    #: Give the worker at a place no more parts until it is restarted; None if the pool cannot.
+    exclude: Callable[[int], None] | None = None
+    #: Replace the worker at a place, excluded or not; None if the pool cannot.
+    restart: Callable[[int], None] | None = None
 
     @property
     def places(self) -> Collection[int]:
@@ -236,15 +246,6 @@ class Workers(abc.ABC):
     @abc.abstractmethod
     def open(self, module: nn.Module, task: Task) -> Request:
         """Open a request for a module and its inputs. Its clock starts."""
-
-    @final
-    def run(
-        self, module: nn.Module, task: Task, *, deadline: float = math.inf
-    ) -> Generator[Reply, None, None]:
-        """Ask for each unit as its own part, and yield replies for at most ``deadline`` seconds."""
-        with self.open(module, task) as request:
-            request.ask([Part(n, (n,)) for n in range(task.num_units)])
-            yield from request.replies(deadline)
 
     def start(
         self, module: nn.Module | None = None, example: Any = None, *, timeout: float = 120.0
@@ -272,7 +273,7 @@ class Workers(abc.ABC):
         calls = int(example is not None)
         task = _Loading(leaves, [None] * len(leaves), spec, calls, 1, torch.device("cpu"))
         with torch.no_grad(), self.open(module, task) as request:
-            places, states = frozenset(self.places), getattr(self, "states", {})
+            places, states = frozenset(self.places), self.states
             wanted = sorted(p for p in places if states.get(p, ("",))[0] != "excluded")
             started, error, request.timeout = 0, None, math.inf
             request.ask([Part(n, (0,), avoid=places - {p}) for n, p in enumerate(wanted)])

@@ -21,11 +21,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .._arguments import find_devices, positive
 from .._torch import read_here
 from .base import Request, Task
-from .dispatch import DispatchedWorkers, Dispatcher, Job, Worker
+from .dispatch import DispatchedWorkers, Dispatcher, Worker
 from .faults import InjectedCrash, compute
-from .live import LiveRequest
-
-__all__ = ["DeviceWorkers"]
+from .live import Job, LiveRequest
 
 _CLOSING_SECONDS = 5.0  # a pool that closes waits so long for its threads; not tuned
 

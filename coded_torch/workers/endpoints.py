@@ -21,9 +21,9 @@ from .._arguments import count, instance, positive
 from ..open_inference import EndpointError, RefusedError, client
 from ..open_inference.client import RemoteModule, running_loop
 from .base import Request, Task, Workers
-from .dispatch import DispatchedWorkers, Dispatcher, Job, Worker, logger
+from .dispatch import DispatchedWorkers, Dispatcher, Worker, logger
 from .faults import InjectedCrash, compute
-from .live import LiveRequest
+from .live import Job, LiveRequest
 
 # Seconds from a failure to the first probe of a server; the pause doubles up to the second number,
 # or the third while no server is up. Not tuned: a probe is one small request.
@@ -115,11 +115,7 @@ class EndpointWorkers(DispatchedWorkers):
             raise ValueError("EndpointWorkers: endpoints must not be empty")
 
     urls: Any = property(attrgetter("_queue.urls"), doc="The servers that are in the pool.")
-
-    @property
-    def names(self) -> dict[int, str]:
-        """The URL of each place in the pool, also after its removal."""
-        return dict(enumerate(self._queue.known))
+    names: Any = property(lambda self: dict(enumerate(self._queue.known)))
 
     def add(self, url: str) -> None:
         """Let a server take parts. An excluded server that is added again is restarted."""

@@ -21,8 +21,6 @@ from torch.utils import _pytree as pytree
 
 from .base import Began, Part, Reply, Request, Task, WorkerError
 
-__all__ = ["INTERRUPTION", "Ambient", "Interruption", "Job", "LiveRequest"]
-
 _numbers = itertools.count()
 _AGAIN = 0.1  # seconds between two looks for a worker that may take a failed part; not tuned
 

@@ -17,8 +17,6 @@ from ..stragglers import Stragglers
 from . import base
 from .base import Began, Part, Reply, Request, Task, WorkerError, Workers
 
-__all__ = ["LocalWorkers"]
-
 # A time, an event, and the values of its ask.
 _Event = tuple[float, Began | Reply, Callable[[], dict[int, Any]] | None]
 

@@ -20,11 +20,9 @@ from torch import nn
 
 from .._arguments import find_devices
 from . import worker_main
-from .dispatch import Job
+from .live import Job
 from .shared_memory import Connection, Package, Pickled
 from .supervisor import Limits, SupervisedWorkers, Supervisor, WatchedWorker
-
-__all__ = ["ProcessWorkers"]
 
 # Seconds that the server may take to say how a process ended, while the pool waits. Not tuned.
 _DYING_SECONDS = 0.5

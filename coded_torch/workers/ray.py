@@ -18,10 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .dispatch import Job
+from .live import Job
 from .supervisor import Limits, SupervisedWorkers, Supervisor, WatchedWorker
-
-__all__ = ["RayWorkers"]
 
 
 class RayWorkers(SupervisedWorkers):

@@ -78,7 +78,7 @@ def problem(n, d, trust, seed):
     trust=st.one_of(st.just(1.0), st.floats(0.05, 1)),
     seed=st.integers(0, 10**6),
 )
-def test_a_radius_is_that_of_full_conformal_prediction(n, d, trust, seed):
+def test_a_radius_is_that_of_full_conformal_estimate(n, d, trust, seed):
     """Of one output it is the same, but where a result weighs so much that it is never odd."""
     process, y, estimated = problem(n, d, trust, seed)
     limits = bounds(torch.tensor([n]), y, estimated, (process, trust))

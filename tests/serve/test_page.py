@@ -149,7 +149,6 @@ class Pool:
 
     def chaos(self, faults=True):
         application = types.SimpleNamespace(pool=self, coded=types.SimpleNamespace(verify=0.2))
-        application.of_places = lambda what: {"states": self.states}[what]
         return Chaos(application, faults=faults, is_local=True)
 
 
@@ -206,9 +205,13 @@ def test_a_fault_ends_with_its_process(action, monkeypatch):
 
 
 def test_a_worker_that_ends_meanwhile_is_not_signalled(monkeypatch):
-    pool = Pool()
-    chaos, reads = pool.chaos(), [{0: ("idle", 1234)}, {0: ("down", 0)}]
-    chaos.built.of_places = lambda what: reads.pop(0)
+    reads = [{0: ("idle", 1234)}, {0: ("down", 0)}]
+
+    class Ending(Pool):
+        states = property(lambda self: reads.pop(0), lambda self, states: None)
+
+    pool = Ending()
+    chaos = pool.chaos()
     monkeypatch.setattr(os, "kill", lambda pid, number: pool.signals.append((pid, number)))
     chaos.act(0, "kill")
     assert pool.signals == [(1234, signal.SIGKILL)]  # 0 is this process, and its whole group

@@ -1,78 +1,37 @@
 """What is known of workers after many calls."""
 
-import math
+import random
 
 import pytest
 
+from coded_torch.testing.virtual import VirtualWorkers
 from coded_torch.verification import Record
 from coded_torch.workers import DeviceWorkers
 
-from .pool import record
+
+@pytest.fixture
+def record():
+    return Record(VirtualWorkers([[("ok", 1.0)]] * 24), 0.02, random.Random(0))
 
 
-def of(num_workers=24, share=0.02):
-    return record(num_workers, share)
+def test_exclusion_takes_more_faults_if_others_have_some(record):
+    record.add_fault(1)
+    assert [record.add_fault(2) for _ in range(6)] == [False] * 5 + [True]
 
 
-class TestExclusion:
-    @pytest.mark.parametrize("num_workers", [3, 6, 24, 1000])
-    def test_comes_with_so_many_faults(self, num_workers):
-        record, least = of(num_workers), 1 + math.ceil(4 / math.log10(num_workers))
-        struck = [record.add_fault(2) for _ in range(least)]
-        assert struck == [False] * (least - 1) + [True]
-        assert record.excluded == {2}
-
-    def test_takes_more_if_others_have_faults_too(self):
-        record = of()
-        record.add_fault(1)
-        assert [record.add_fault(2) for _ in range(6)] == [False] * 5 + [True]
-
-    def test_ends_with_a_restart(self):
-        record = of()
-        while not record.add_fault(2):
-            pass
-        record.renew([2])
-        assert record.excluded == set()
-        assert record.fresh(2)
-
-
-def test_faults_of_three_workers_alike_mean_a_random_module():
-    record = of()
+def test_faults_of_three_workers_alike_mean_a_random_module(record):
     for worker in (1, 5, 9):
         assert not record.stopped
         record.add_fault(worker)
     assert record.stopped
 
 
-def test_faults_halve():
-    record = of()
+def test_faults_halve(record):
     for _ in range(3):
         record.add_fault(2)
     for _ in range(2000):
         record.draw([range(3)])
     assert [record.add_fault(2) for _ in range(3)] == [False, False, True]
-
-
-class TestDrawn:
-    def test_rows_ride_in_parts_of_others(self):
-        record = of(4, 0.3)
-        for _ in range(50):
-            parts, rows, _ = record.draw([range(10), range(10, 20), range(20, 30)])
-            assert all(sum(row in part for part in parts) == 2 for row in rows)
-            assert all(list(part) == sorted(set(part)) for part in parts)
-
-    def test_idle_workers_take_the_checks_of_single_rows(self):
-        parts, rows, _ = of(4, 0.1).draw([(0,), (1,), (2,)], idle=4)
-        assert parts[:3] == ((0,), (1,), (2,))
-        assert parts[3:] == ((tuple(sorted(rows)),) if rows else ())
-
-    def test_a_single_part_has_nowhere_to_hide_them(self):
-        parts, rows, _ = of(4, 0.1).draw([range(10)])
-        assert parts == (tuple(range(10)),)
-        assert rows
-
-    def test_nothing_is_drawn_for_one_worker(self):
-        assert of(1, 0.1).draw([range(10)])[1] == frozenset()
 
 
 def test_the_workers_are_those_that_the_pool_has_now():

@@ -17,8 +17,7 @@ from torch import nn
 
 from coded_torch.testing.workers import task_of, until
 from coded_torch.workers import Began, Part, Reply
-from coded_torch.workers.dispatch import Job
-from coded_torch.workers.live import LiveRequest
+from coded_torch.workers.live import Job, LiveRequest
 from coded_torch.workers.supervisor import (
     START_SECONDS,
     SupervisedWorkers,
