@@ -75,32 +75,27 @@ class Fits:
 
     def fit(self, sample: Tensor) -> tuple[Choice, GaussianProcess]:
         """Return the regression that estimates results ``[M, C]``, float64, best."""
-        for known, choice, process in self._fitted:
+        for known, choice, fitted in self._fitted:
             if torch.equal(known, sample):
-                return choice, process
+                return choice, fitted
         distances, length = self._distances, self._fixed or LENGTH
-        metric, *others = distances.competing
-        metric = distances.first if others else metric
+        metrics = distances.competing
+        metric = distances.first if len(metrics) > 1 else metrics[0]
         if len(self._points) >= _LEAST and sample.shape[1]:
             few = scaled(sample[self._few])[0].float()
-            if others:
-                metric = self._metric(few, length)
+            if len(metrics) > 1:
+                losses = [self._losses(few, x, [length], self._among(x)[1])[0] for x in metrics]
+                default = metrics.index(metric) if metric in metrics else None
+                metric = metrics[_best(losses, default)]
             if self._fixed is None:
                 length = self._length(few, metric)
-        if (key := (metric, length)) not in self._processes:
+        if (process := self._processes.get((metric, length))) is None:
             squared, step, _ = distances.by(metric)
             process = GaussianProcess(squared, length * step, self._points, self._missing)
-            self._processes[key] = process
-        process = self._processes[key]
+            self._processes[metric, length] = process
         choice = Choice(name_of(metric), length, *process.leave_one_out_error(sample))
         self._fitted = [*self._fitted[-1:], (sample, choice, process)]
         return choice, process
-
-    def _metric(self, few: Tensor, length: float) -> str | Features:
-        distances, metrics = self._distances, self._distances.competing
-        losses = [self._losses(few, x, [length], self._among(x)[1])[0] for x in metrics]
-        default = metrics.index(distances.first) if distances.first in metrics else None
-        return metrics[_best(losses, default)]
 
     def _length(self, few: Tensor, metric: str | Features) -> float:
         """Return the best length; no longer one and no half step is tried where losses rise."""

@@ -143,8 +143,7 @@ class Client:
         added = {*ADDED, FORMER} if {*LISTED[1:]} <= {*given} else ()  # a server of this package
         names = [x for x in known if known[x] not in added] if outputs is None else outputs
         if added:
-            first = FORMER if FORMER in given else ADDED[0]
-            known = {spec.name: spec for spec in ADDED} | {ADDED[0].name: first} | known
+            known = {spec.name: spec for spec in ADDED} | {ADDED[0].name: FORMER} | known
         if unknown := [each for each in names if each not in known]:
             must = f"outputs must be some of {', '.join(known)}"
             raise ValueError(f"{self._name}: {must}, got {unknown}")
