@@ -86,4 +86,4 @@ class Unsplit(Waiting):
         return super().decide(history, first, needed=needed, **options | {"idle": lambda: 1})
 
 
-WAIT_FOR_ALL = Unsplit(predict_after=math.inf, hedge_budget=0)
+WAIT_FOR_ALL = Unsplit(estimate_after=math.inf, hedge_budget=0)

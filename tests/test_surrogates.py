@@ -40,14 +40,14 @@ def filled(size=600, capacity=2048, outputs=f):
 
 def error(known, function=f):
     x = rand(200, 4, seed=1)
-    (got,) = known.predict([x])
+    (got,) = known.estimate([x])
     wanted = function(x)
     return float((got - wanted).square().mean() / wanted.var(0).mean())
 
 
-def test_it_predicts_what_it_has_seen_and_what_is_near():
+def test_it_estimates_what_it_has_seen_and_what_is_near():
     known = filled()
-    (got,) = known.predict([rand(600, 4)])
+    (got,) = known.estimate([rand(600, 4)])
     assert got.dtype == torch.float32
     assert float((got - f(rand(600, 4))).square().mean()) < 1e-3
     assert error(known) < 0.1 < error(filled(40))
@@ -55,21 +55,21 @@ def test_it_predicts_what_it_has_seen_and_what_is_near():
 
 def test_it_knows_nothing_at_first_and_its_capacity_is_a_count():
     known = Memory()
-    assert known.predict([rand(3, 4)]) is None
+    assert known.estimate([rand(3, 4)]) is None
     known.rebuild()
-    assert (len(known), known.predict([rand(3, 4)])) == (0, None)
+    assert (len(known), known.estimate([rand(3, 4)])) == (0, None)
     with pytest.raises(ValueError, match=r"^Memory: capacity must be at least 1, got 0"):
         Memory(0)
 
 
 @pytest.mark.parametrize("far", [1e6, 1e20])
-def test_a_far_row_spoils_no_predictions(far):
+def test_a_far_row_spoils_no_estimates(far):
     known, x = Memory(), rand(600, 3)
     x[0] = far
     y = x.clamp(max=9).sum(1, keepdim=True).sin()
     known.observe([x], [y])
     known.rebuild()
-    (got,) = known.predict([x[1:200] + 1e-3])
+    (got,) = known.estimate([x[1:200] + 1e-3])
     assert float((got - y[1:200]).square().mean()) < 0.02 * float(y.var())
 
 
@@ -78,7 +78,7 @@ def test_other_shapes_are_ignored():
     known.observe([rand(10, 5)], [rand(10, 2)])
     known.observe([rand(10, 4)], [rand(10, 3)])
     assert len(known) == 300
-    assert known.predict([rand(10, 5)]) is None
+    assert known.estimate([rand(10, 5)]) is None
 
 
 @pytest.mark.parametrize("x", [torch.zeros(300, 4), torch.ones(300, 1), rand(300, 1).round()])
@@ -86,7 +86,7 @@ def test_inputs_that_repeat_or_say_nothing(x):
     known = Memory()
     known.observe([x], [x[:, :1] * 2])
     known.rebuild()
-    (got,) = known.predict([x])
+    (got,) = known.estimate([x])
     torch.testing.assert_close(got.double(), x[:, :1].double() * 2, rtol=0, atol=0.01)
 
 
@@ -98,13 +98,13 @@ def test_the_oldest_go_first_and_memory_is_bounded():
         assert len(known) <= 100
     kept = sum(len(outputs) for _, outputs in known._rows)
     assert kept == len(known) == 85
-    (old,) = known.predict([rand(17, 4, seed=0)])
-    (new,) = known.predict([rand(17, 4, seed=29)])
+    (old,) = known.estimate([rand(17, 4, seed=0)])
+    (new,) = known.estimate([rand(17, 4, seed=29)])
     torch.testing.assert_close(new, torch.full((17, 1), 29.0), rtol=0, atol=0.1)
     assert float(old.min()) > 20
 
 
-def test_it_measures_in_the_metric_that_predicts_best():
+def test_it_measures_in_the_metric_that_estimates_best():
     """The feature that decides is a thousandth of the others."""
 
     def hidden(x):
@@ -115,7 +115,7 @@ def test_it_measures_in_the_metric_that_predicts_best():
     x, unseen = (rand(n, 4, seed=n) * scale for n in (1100, 200))
     known.observe([x], [hidden(x)])
     known.rebuild()
-    (got,) = known.predict([unseen])
+    (got,) = known.estimate([unseen])
     error = (got - hidden(unseen)).square().mean() / hidden(unseen).var()
     assert float(error) < 0.2
 
@@ -158,12 +158,12 @@ def mse(coded, batches):
 def test_a_wrapper_fills_it_with_exact_answers_and_asks_it(way):
     known = Memory()
     # Without hedges, rows are missing in every batch.
-    never = {"waiting": Waiting(predict_after=3.0, hedge_budget=0)} if way == "rows" else {}
+    never = {"waiting": Waiting(estimate_after=3.0, hedge_budget=0)} if way == "rows" else {}
     coded = wrap(known, way, **never)
     exact = 0
     for i in range(10):
         coded(rand(64, 4, seed=i))
-        exact += int((~coded.last_run.predicted).sum())
+        exact += int((~coded.last_run.estimated).sum())
     assert len(known) == exact
     known.rebuild()
     batches = [rand(32, 4, seed=100 + i) for i in range(8)]
@@ -182,9 +182,9 @@ def test_all_are_remembered_where_nothing_is_missing(way):
     with torch.inference_mode():
         coded(x)
     assert len(known) == 20
-    assert not coded.last_run.predicted.any()
+    assert not coded.last_run.estimated.any()
     known.rebuild()
-    torch.testing.assert_close(known.predict([x])[0].double(), f(x), rtol=0, atol=0.01)
+    torch.testing.assert_close(known.estimate([x])[0].double(), f(x), rtol=0, atol=0.01)
 
 
 def test_it_is_forgotten_when_the_weights_change():
@@ -220,7 +220,7 @@ def test_probabilities_are_remembered_as_logarithms():
     batches = [rand(32, 4, seed=100 + i) for i in range(8)]
     assert mse(coded, batches) < 0.6 * mse(wrap((), module=Soft(), link="softmax"), batches)
     assert coded.last_run.notes == ()
-    assert any(x.min() < 0 for x in known.predict([batches[0]]))
+    assert any(x.min() < 0 for x in known.estimate([batches[0]]))
 
 
 # Students.
@@ -313,7 +313,7 @@ def test_a_memory_goes_on_learning_in_a_forked_process():
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_poor_surrogate_has_no_weight_where_results_predict_each_other_well():
+def test_a_poor_surrogate_has_no_weight_where_results_estimate_each_other_well():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 24), nn.Tanh(), nn.Linear(24, 4)).requires_grad_(False)
     x, waves = torch.randn(240, 4), torch.randn(4, 4)
@@ -324,9 +324,9 @@ def test_a_poor_surrogate_has_no_weight_where_results_predict_each_other_well():
 
     workers = LocalWorkers(Uniform(4, seed=0))
     _, report = CodedWrapper(
-        module, parts=24, workers=workers, surrogate=poor, waiting=Waiting(predict_after=3.0)
+        module, parts=24, workers=workers, surrogate=poor, waiting=Waiting(estimate_after=3.0)
     ).run(x)
-    assert report.predicted.any()
+    assert report.estimated.any()
     assert report.surrogate_weights == ((0.0,),)
 
 

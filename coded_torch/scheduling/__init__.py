@@ -15,7 +15,7 @@ protocol::
         match decision:
             case Ask(parts): ...        # each part is a tuple of units
             case Drop(parts): ...       # numbers of parts that need not begin any more
-            case Prepare(): ...         # missing rows may have to be predicted
+            case Prepare(): ...         # missing rows may have to be estimated
             case Wait(until): event = ...  # Began, Settled, or None at the time `until`
 
 Parts are numbered 0, 1, 2, ... in the order in which they are asked. All times are seconds on one
@@ -47,7 +47,7 @@ class Drop(NamedTuple):
 
 
 class Prepare(NamedTuple):
-    """Prepare predictions: a part is late, and half of the time to the end is over."""
+    """Prepare estimates: a part is late, and half of the time to the end is over."""
 
 
 class Wait(NamedTuple):

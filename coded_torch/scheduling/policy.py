@@ -25,8 +25,8 @@ _QUEUED, _RUNNING, _GOOD, _FAILED, _DROPPED = range(5)  # states of a part
 # failed part is cut in four: few workers are lost to a row that ends them (benchmarks resilience).
 _HEDGES, _SPLIT = 3, 4
 _BURST = 20  # parts that may be hedged at once, beside one whole call; benchmarks/waiting.py
-_PREDICT_AFTER = 3.0  # median calls, with a code; benchmarks/waiting.py
-# Failures in a row of the same rows, which are then given up. A call that may not predict gives up
+_ESTIMATE_AFTER = 3.0  # median calls, with a code; benchmarks/waiting.py
+# Failures in a row of the same rows, which are then given up. A call that may not estimate gives up
 # one row of a million at a failure rate of 0.5.
 _TRIES, _TRIES_IF_EXACT = 3, 20
 # Rows that must raise alike, alone, with no good result, before all rows are refused. If half of
@@ -89,12 +89,12 @@ class Call:
         spare: Sequence[int] | None = None,  # the columns that stand in for any column
         since: float = 0.0,  # the time at which the call began
         idle: Callable[[], int] = lambda: 1,  # returns the number of idle workers
-        reserve: float = 0.0,  # seconds before the deadline that predicting takes
+        reserve: float = 0.0,  # seconds before the deadline that estimating takes
     ) -> None:
         self.waiting, self.history, self.needed, self.spare = waiting, history, needed, spare
         self.unit_rows, self.since, self.idle, self.reserve = unit_rows, since, idle, reserve
         self.least = waiting.least(needed, least, spare is None)
-        self.may_predict = waiting.may_predict(spare is None)
+        self.may_estimate = waiting.may_estimate(spare is None)
         self.parts = [_Part(i, tuple(units), None, since) for i, units in enumerate(first)]
         self.open = self.num_first = len(first)  # open parts may still settle
         self.num_units, self.rows = sum(map(len, first)), unit_rows * max(map(len, first))
@@ -111,10 +111,10 @@ class Call:
 
     def decisions(self) -> Generator[Decision, Event, Ended]:
         waiting = self.waiting
-        after = waiting.predict_after or (math.inf if self.spare is None else _PREDICT_AFTER)
+        after = waiting.estimate_after or (math.inf if self.spare is None else _ESTIMATE_AFTER)
         if waiting.deadline is not None:
             self.deadline = waiting.deadline
-        elif self.may_predict and after < math.inf:
+        elif self.may_estimate and after < math.inf:
             self.deadline = after * self.history.call(self.rows)
         # From `late_at` on, missing rows are estimated as soon as half of the results are there.
         self.end = self.since + self.deadline
@@ -154,7 +154,7 @@ class Call:
             return "first" if is_first else "complete"
         if self.refused and len(self.good | self.refused.keys()) >= self.needed:
             return "error"  # the module itself fails on all missing rows
-        how = "deadline" if self.waiting.deadline is not None else "predict_after"
+        how = "deadline" if self.waiting.deadline is not None else "estimate_after"
         is_over = self.heard >= self.end and how == "deadline"
         if is_over or (self.heard >= self.late_at and len(self.good) >= self.least):
             return how
@@ -282,7 +282,7 @@ class Call:
         """Return into how many parts to cut a failed part; 0 to give up its rows."""
         if self.spare is not None:
             return int(part.tries < _TRIES)
-        most, alone = _TRIES if self.may_predict else _TRIES_IF_EXACT, len(part.units) == 1
+        most, alone = _TRIES if self.may_estimate else _TRIES_IF_EXACT, len(part.units) == 1
         refused = False
         if part.raised:
             if not alone:

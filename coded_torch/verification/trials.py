@@ -10,11 +10,11 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from ..scheduling import Ask, Began, Decision, Drop, Ended, Event, Settled, Wait
+from .record import LEARNABLE, Record
 from .scores import Results
-from .strikes import LEARNABLE, Strikes
 
 # Bounds of one call, not tuned.
-_ALARMS = 4  # rounds after a strike, in each of which the oddest row of every worker is checked
+_ALARMS = 4  # rounds after a fault, in each of which the oddest row of every worker is checked
 _TRIALS = 8  # more disputes than faulty workers explain stay undecided
 _TRIES = 3  # times that the rows of an excluded worker are asked for
 # A part of a trial is waited for as many times as long as a first part until it is late, or as all
@@ -42,15 +42,15 @@ class Trials:
     results: Results
     first: tuple[tuple[int, ...], ...] = ()  #: the parts of the first ask, with their check rows
 
-    def __init__(self, record: Strikes, waiting: Any = None, inputs: Sequence[Tensor] = ()) -> None:
+    def __init__(self, record: Record, waiting: Any = None, inputs: Sequence[Tensor] = ()) -> None:
         self.record, self.waiting, self._inputs = record, waiting, inputs
         self._out = frozenset(record.excluded)
         self.verified, self.unverified, self.corrected = set[int](), set[int](), set[int]()
-        self.disputes, self.strikes, self.excluded = 0, dict[int, int](), tuple[int, ...]()
+        self.disputes, self.faults, self.excluded = 0, dict[int, int](), tuple[int, ...]()
         self.notes = tuple[str, ...]()
         self.answers = dict[int, int]()  #: the part whose result counts, by row, where there is one
         self.owners = dict[int, int]()  #: the worker that computed the answer, if it is not doubted
-        self.doubted = set[int]()  #: struck or excluded workers, and parties to undecided disputes
+        self.doubted = set[int]()  #: workers at fault, excluded, or in undecided disputes
         self.asked: list[tuple[int, ...]] = []  # the rows of all parts, by number
         self.worker: dict[int, int] = {}  # the worker of each good part
         self.parts: dict[int, list[int]] = {}  # the parts whose result of a row counts, in order
@@ -113,7 +113,7 @@ class Trials:
     def _asking(self, parts: tuple[tuple[int, ...], ...]) -> Ask:
         """Return the decision to ask for parts, not of excluded workers if the pool can't tell."""
         self.asked += parts
-        out = self.record.excluded if self.record.exclude is None else ()
+        out = self.record.excluded if self.record.pool.exclude is None else ()
         return Ask(parts, (frozenset(out),) * len(parts) if out else ())
 
     def _heard(self, wait: Wait) -> Generator[Decision, Event, Event]:
@@ -160,14 +160,14 @@ class Trials:
             self.missed -= more
         yield from self._check()
         for _ in range(_ALARMS):
-            before = sum(self.strikes.values())
+            before = sum(self.faults.values())
             while not record.stopped and (disputes := self._compared()[1]):
                 self.disputes += 1
                 pair, rows = disputes.popitem()
                 possible = len(record.workers) > 2 and self.disputes <= _TRIALS
                 if not (possible and (yield from self._trial(*pair, rows))):
                     self._doubt(pair, rows)
-            if record.stopped or before == sum(self.strikes.values()):
+            if record.stopped or before == sum(self.faults.values()):
                 break
             self.wanted |= self._oddest()
             yield from self._check()  # checks by a worker that is out, too
@@ -220,7 +220,7 @@ class Trials:
         return rows
 
     def _of_fresh(self) -> set[int]:
-        """Draw more rows of the workers on probation, if not all are."""
+        """Draw more rows of the workers in their trial period, if not all are."""
         record, more = self.record, self.record.often - self._share
         if more <= 0 or record.whole:
             return set()
@@ -236,7 +236,7 @@ class Trials:
         return {
             max(rows, key=scores.__getitem__)
             for worker, rows in self._by_worker(left).items()
-            if worker not in self.strikes
+            if worker not in self.faults
         }
 
     def _check(self) -> _Doing:
@@ -293,19 +293,19 @@ class Trials:
         everyone, many = record.everyone, len(parts)
         votes = defaultdict[str, list[tuple[int, int]]](list)
         while (lacking := need - max(len(votes["a"]), len(votes["b"]))) > 0:
-            jurors = sorted(record.workers - heard)
-            if not jurors or len(votes["both"]) > 1 or len(votes["neither"]) > need:
+            others = sorted(record.workers - heard)
+            if not others or len(votes["both"]) > 1 or len(votes["neither"]) > need:
                 break
-            some = record.random.sample(jurors, min(lacking, len(jurors)))
+            some = record.random.sample(others, min(lacking, len(others)))
             heard.update(some)
             replies = yield from self._ask(
-                [(self.asked[part], everyone - {juror}) for juror in some for part in parts]
+                [(self.asked[part], everyone - {other}) for other in some for part in parts]
             )
             for p, q in zip(replies[::many], replies[many - 1 :: many], strict=True):
                 if p is not None and q is not None:
                     votes[self._vote(p, q, a, b, rows)].append((p, q))
         both, neither = votes["both"], votes["neither"]
-        if len(both) > 1 or (both and not (jurors or neither or votes["a"] or votes["b"])):
+        if len(both) > 1 or (both and not (others or neither or votes["a"] or votes["b"])):
             self._note(record.learn(self._difference(a, b, rows)))
         elif any(not self._agree(neither[0][0], p, rows) for p, _ in neither[1:]):
             record.undecided(5)
@@ -324,7 +324,7 @@ class Trials:
         return True
 
     def _vote(self, p: int, q: int, a: int, b: int, rows: list[int]) -> str:
-        """Return which results a juror confirms who computed part a as p, and part b as q."""
+        """Return which results another worker confirms by its own, p of part a and q of part b."""
         for_a, for_b = self._agree(p, a, rows), self._agree(q, b, rows)
         if for_a and for_b:
             return "both"
@@ -335,7 +335,7 @@ class Trials:
     def _sentence(self, part: int, truth: int, rows: list[int]) -> _Doing:
         """Let a result no longer count, and ask the worker that was wrong the same again.
 
-        Each time that it is wrong is a strike. The same bits, nearly right, are another hardware.
+        Each time that it is wrong is a fault. The same bits, nearly right, are another hardware.
         """
         record, worker = self.record, self.worker[part]
         request = [(self.asked[part], record.everyone - {worker})]
@@ -350,8 +350,8 @@ class Trials:
         self._remove({part})
         self.doubted.add(worker)
         while True:
-            self.strikes[worker] = self.strikes.get(worker, 0) + 1
-            if record.strike(worker):
+            self.faults[worker] = self.faults.get(worker, 0) + 1
+            if record.add_fault(worker):
                 self.excluded += (worker,)
                 yield from self._expel(worker)
                 return

@@ -218,7 +218,7 @@ class Workers(abc.ABC):
        parts of open requests fail.
     """
 
-    stragglers: Stragglers | None = None  #: the law by which the pool delays its workers
+    stragglers: Stragglers | None = None  #: the delay distribution of its workers
     simulated: bool = False  #: true if time is virtual, so that waiting and computing take none
     num_workers: int | None = None  #: the number of workers; None if there is one for each part
     num_restarts: int = 0  #: the number of workers that have ended and were replaced

@@ -1,11 +1,11 @@
-"""What holds for every policy over every law, and what a simulation is given and gives."""
+"""What holds for every policy under all conditions, and what a simulation is given and gives."""
 
 import pytest
 
 from coded_torch import Waiting, stragglers
 from coded_torch.experiments.simulation import Conditions, simulate
 
-WAIT_FOR_ALL, SOON = Waiting(hedge_budget=0), Waiting(predict_after=3.0)
+WAIT_FOR_ALL, SOON = Waiting(hedge_budget=0), Waiting(estimate_after=3.0)
 CALM, STILL = Conditions(), Conditions(spread=0.0)
 
 
@@ -13,10 +13,10 @@ def run(policy, conditions=CALM, *, workers=6, parts=4, **options):
     return simulate(policy, conditions, num_workers=workers, num_parts=parts, **options)
 
 
-def test_parts_that_always_fail_end_in_a_prediction_of_all():
+def test_parts_that_always_fail_end_in_a_estimate_of_all():
     outcome = run(SOON, Conditions(dead=1.0, dead_after=1.0), num_requests=1000)
     assert outcome.ended == {"failed": 1000}
-    assert (outcome.predicted == 1).all()
+    assert (outcome.estimated == 1).all()
     assert outcome.work == pytest.approx(3.0)
 
 
@@ -30,16 +30,16 @@ def test_the_default_computes_all():
 
 
 @pytest.mark.parametrize(("load", "most"), [(0.3, 0.0005), (0.7, 0.01), (0.9, 0.04)])
-def test_when_calm_little_is_predicted_and_nothing_slower(load, most):
+def test_when_calm_little_is_estimated_and_nothing_slower(load, most):
     outcome = run(SOON, load=load, num_requests=10_000)
-    assert outcome.predicted.mean() <= most
+    assert outcome.estimated.mean() <= most
     assert outcome.work <= 1.005
     uncoded = run(WAIT_FOR_ALL, load=load, num_requests=10_000)
     assert uncoded.work == uncoded.calls == 1
     assert outcome.percentile(50) <= 1.1 * uncoded.percentile(50)
 
 
-def test_stragglers_cost_least_where_the_rest_is_predicted():
+def test_stragglers_cost_least_where_the_rest_is_estimated():
     policies = WAIT_FOR_ALL, Waiting(), SOON
     straggling = Conditions(straggling=0.03)
     tails = [run(x, straggling, num_requests=10_000).percentile(99.9) for x in policies]
@@ -60,7 +60,7 @@ def test_the_first_n_less_s_are_waited_for():
     first = run(Waiting.first(2), straggling, load=0.1, num_requests=3000)
     assert first.calls == first.work == pytest.approx(1.5, rel=1e-2)  # some need not begin
     assert first.ended["first"] > 2900
-    assert 0.1 < first.predicted.mean() < 0.4  # of 4 results, two may be copies of one share
+    assert 0.1 < first.estimated.mean() < 0.4  # of 4 results, two may be copies of one share
     everything = run(Waiting.first(0), straggling, load=0.1, num_requests=3000)
     assert everything.ended == {"complete": 3000}
     assert first.percentile(99) < everything.percentile(99) / 3

@@ -43,7 +43,7 @@ def test_such_a_row_is_answered_as_the_module_does(way, dtype):
     for module in (nn.ReLU(), Call(lambda x: x.nan_to_num(nan=-1.0, neginf=3.0))):
         coded = CodedWrapper(module, **divided(way, 4, 6), workers=Separate())
         assert same(coded(x), module(x))
-        assert not coded.last_run.predicted.any()
+        assert not coded.last_run.estimated.any()
         assert not coded.last_run.rejected
         assert coded.last_run.radii is None or not coded.last_run.radii.any()
 
@@ -51,7 +51,7 @@ def test_such_a_row_is_answered_as_the_module_does(way, dtype):
 @pytest.mark.parametrize("ordering", ["similarity", "arrival"])
 @pytest.mark.parametrize("way", WAYS)
 def test_without_a_result_it_gets_the_mean_and_an_infinite_error_bar(way, ordering):
-    """And what else is lost is predicted from finite rows alone."""
+    """And what else is lost is estimated from finite rows alone."""
     x, module = spoiled(), Call(lambda x: x.sin())
     seen = torch.zeros(24, dtype=torch.bool)
     for seed in range(20):
@@ -61,10 +61,10 @@ def test_without_a_result_it_gets_the_mean_and_an_infinite_error_bar(way, orderi
             how["code"] = how["code"].replace(ordering=ordering)
         coded = CodedWrapper(module, **how, workers=LocalWorkers(stragglers))
         answers, report = coded.run(x)
-        own, errors = ~report.predicted, report.radii
+        own, errors = ~report.estimated, report.radii
         assert same(answers[own], module(x)[own])
         assert answers[others()].isfinite().all()
-        lost = report.predicted & ~others()
+        lost = report.estimated & ~others()
         seen |= lost
         mean = module(x)[own & others()].mean(0).expand(int(lost.sum()), 3)
         torch.testing.assert_close(answers[lost], mean)
@@ -82,7 +82,7 @@ def test_no_other_answer_depends_on_it(way):
         pool = LocalWorkers(Uniform(3 if way != "rows" else 2, seed=1))
         coded = CodedWrapper(module, **divided(way, 4, 6), workers=pool)
         answers.append(coded(x))
-        assert coded.last_run.predicted[others()].any()
+        assert coded.last_run.estimated[others()].any()
     assert torch.equal(answers[0][others()], answers[1][others()])
     assert torch.equal(answers[0][others()], answers[2][others()])
 
@@ -109,7 +109,7 @@ def test_a_batch_of_nothing_else(way):
     assert coded(x).isnan().all()
     module = FailsAt(7.0, divide_by_zero)
     x[:2] = 7.0
-    how = divided(way, 3, 3) | {"waiting": Waiting(on_error="predict")}
+    how = divided(way, 3, 3) | {"waiting": Waiting(on_error="estimate")}
     lost = CodedWrapper(module, **how, workers=Separate())
-    with pytest.raises(NotEnoughResults, match="no result of finite inputs to predict others from"):
+    with pytest.raises(NotEnoughResults, match="no result of finite inputs to estimate others"):
         lost(x)

@@ -70,7 +70,7 @@ def reply(n: int, value: Any) -> Reply:
     return Reply(Part(n, (n,)), n, 0.0, 0.0, value)
 
 
-@pytest.mark.filterwarnings("ignore:.* cannot be predicted")
+@pytest.mark.filterwarnings("ignore:.* cannot be estimated")
 @pytest.mark.parametrize("way", WAYS)
 def test_outputs_of_any_dtype_are_carried_where_every_row_has_a_result(way):
     module = Call(lambda x: {"top": x.argmax(1), "logits": x, "pair": x[:, :2].T > 0})
@@ -80,13 +80,13 @@ def test_outputs_of_any_dtype_are_carried_where_every_row_has_a_result(way):
     answers, report = whole.run(x)
     for name, wanted in module(x).items():
         assert torch.equal(answers[name], wanted)
-    assert not report.predicted.any()
+    assert not report.estimated.any()
     assert not report.radii.any()
     pool = LocalWorkers(Uniform(1, seed=0))
     lost = CodedWrapper(module, **divided(way, 4, 4), workers=pool, **options)
     with pytest.raises(
         NotEnoughResults,
-        match=r"output\['top'\] is torch.int64 and cannot be predicted; .*predict=False",
+        match=r"output\['top'\] is torch.int64 and cannot be estimated; .*estimate=False",
     ):
         lost(x)
 
@@ -170,6 +170,6 @@ def test_of_two_camps_of_one_size_that_of_the_part_asked_first_is_taken(seconds)
     x, waiting = rand(4, 1), Waiting(deadline=1.35, hedge_budget=0)
     answers, report = CodedWrapper(nn.Identity(), workers=pool, waiting=waiting).run(x)
     assert torch.equal(answers[[0, 2]], x[[0, 2]])
-    assert report.predicted.tolist() == [False, True, False, True]
+    assert report.estimated.tolist() == [False, True, False, True]
     assert report.rejected.keys() == {1, 3}
     assert "returned float64 (1, 2), where as many returned float64 (1, 1)" in report.rejected[1]

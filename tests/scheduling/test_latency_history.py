@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from coded_torch.scheduling.latency_history import History, PredictionTimes
+from coded_torch.scheduling.latency_history import EstimationTimes, History
 
 
 def known(seconds=1.0, rows=2, calls=10):
@@ -17,8 +17,8 @@ def known(seconds=1.0, rows=2, calls=10):
     return history
 
 
-def test_time_to_predict_is_what_it_took_lately_in_proportion_to_the_rows():
-    times = PredictionTimes()
+def test_time_to_estimate_is_what_it_took_lately_in_proportion_to_the_rows():
+    times = EstimationTimes()
     usual = times.seconds(64)
     for factor in [99.0] + [1.0] * 13 + [2.0] * 3:  # the first loads code
         times.add(factor * usual, 64, 4096)
@@ -37,7 +37,7 @@ def test_time_to_predict_is_what_it_took_lately_in_proportion_to_the_rows():
 
 
 def test_a_regression_that_was_slow_by_chance_is_tried_again():
-    times = PredictionTimes()
+    times = EstimationTimes()
     usual = times.seconds(64)
     for factor in (1.0, 99.0, 99.0):  # the first loads code
         times.add(factor * usual, 64, 4096)

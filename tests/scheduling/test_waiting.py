@@ -159,7 +159,7 @@ def test_a_row_that_raised_is_not_refused_if_a_late_result_has_it():
 @pytest.mark.parametrize(
     ("waiting", "reason"),
     [
-        (Waiting(predict_after=3.0, hedge_budget=0), "predict_after"),
+        (Waiting(estimate_after=3.0, hedge_budget=0), "estimate_after"),
         (Waiting(deadline=3.0, hedge_budget=0), "deadline"),
     ],
 )
@@ -168,7 +168,7 @@ def test_the_rest_is_estimated_if_half_is_there(waiting, reason):
     assert play.report.ended == reason
     assert play.report.deadline == 3.0
     assert 2.5 < play.pool.clock - 10 <= 3.0
-    assert sorted(play.report.predicted.nonzero().flatten().tolist()) == sorted(
+    assert sorted(play.report.estimated.nonzero().flatten().tolist()) == sorted(
         play.first[2] + play.first[3]
     )
     few = Play([OK], [("ok", 7.0)], [LATE], [LATE], waiting=waiting)
@@ -177,16 +177,16 @@ def test_the_rest_is_estimated_if_half_is_there(waiting, reason):
         assert few.seconds == 3.0
     else:
         assert few.seconds == 7.0
-        assert few.report.predicted.sum() == 4
+        assert few.report.estimated.sum() == 4
 
 
 @pytest.mark.parametrize(
     "waiting",
     [
         Waiting(hedge_budget=0),
-        Waiting(hedge_budget=0, on_error="predict"),
-        Waiting(hedge_budget=0, predict_after=math.inf),
-        Waiting(hedge_budget=0, predict_after=3.0, predict=False),
+        Waiting(hedge_budget=0, on_error="estimate"),
+        Waiting(hedge_budget=0, estimate_after=math.inf),
+        Waiting(hedge_budget=0, estimate_after=3.0, estimate=False),
     ],
 )
 def test_what_is_never_estimated_waits_for_all_that_can_come(waiting):
@@ -199,9 +199,9 @@ def test_what_is_never_estimated_waits_for_all_that_can_come(waiting):
     [
         (Waiting(), False, 21),
         (Waiting(deadline=100.0), True, 4),
-        (Waiting(predict_after=30.0), True, 4),
-        (Waiting(on_error="predict"), True, 4),
-        (Waiting(deadline=100.0, predict_after=3.0, predict=False), False, 21),
+        (Waiting(estimate_after=30.0), True, 4),
+        (Waiting(on_error="estimate"), True, 4),
+        (Waiting(deadline=100.0, estimate_after=3.0, estimate=False), False, 21),
     ],
 )
 def test_rows_are_estimated_only_if_the_caller_asked_for_it(waiting, estimates, tries):

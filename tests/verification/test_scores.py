@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coded_torch.testing.virtual import VirtualWorkers
-from coded_torch.verification import Results, Scores, Strikes, Trials
+from coded_torch.verification import Record, Results, Scores, Trials
 
 
 def smooth(x):
@@ -30,7 +30,7 @@ def results(scores, x, y, parts=4):
 
 
 def conclude(found, answers, doubted=()):
-    trials = Trials(Strikes(VirtualWorkers([[("ok", 1.0)]] * 4), 0.02))
+    trials = Trials(Record(VirtualWorkers([[("ok", 1.0)]] * 4), 0.02))
     trials.answers, trials.doubted = answers, set(doubted)
     trials.owners = {row: part for row, part in answers.items() if part not in doubted}
     found.conclude(trials)

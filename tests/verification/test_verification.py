@@ -48,8 +48,8 @@ def check(coded, x, wrong=(), charged=()):
     """Run a call whose answers must be right, and that charges some, and perhaps others."""
     answers, report = coded.run(x)
     assert torch.allclose(answers, 2 * x + 1, atol=1e-6)
-    assert not report.predicted.any()
-    assert set(charged) <= set(report.strikes) <= {*wrong, *charged}
+    assert not report.estimated.any()
+    assert set(charged) <= set(report.faults) <= {*wrong, *charged}
     return report
 
 
@@ -86,7 +86,7 @@ class TestHonestWorkers:
     def test_of_other_hardware_are_never_charged(self):
         coded = wrap(pool_of(12, {worker: [by(0.01)] for worker in range(0, 12, 2)}))
         found = [coded.run(batch(seed))[1] for seed in range(20)]
-        assert not any(report.strikes for report in found)
+        assert not any(report.faults for report in found)
         assert found[0].disputes
         assert not found[-1].disputes
 
@@ -101,7 +101,7 @@ class TestHonestWorkers:
         coded = wrap(pool, 0.3, Beside(), parts=6)
         for seed in range(3):
             _, report = coded.run(batch(seed))
-            assert not report.strikes
+            assert not report.faults
             notes += report.notes
         assert sum("depend on the rows beside them" in note for note in notes) == 1
         pool._workers[3].acts = iter([by(7.0)] * 1000)
@@ -143,7 +143,7 @@ class TestAWrongWorker:
     def test_that_is_honest_when_asked_again_is_charged_once(self):
         pool = pool_of(24, {0: [by(1.0), OK]})
         report = check(wrap(pool), batch(), wrong=[0])
-        assert report.strikes == {0: 1}
+        assert report.faults == {0: 1}
         assert report.excluded == ()
 
     @pytest.mark.parametrize(("num_workers", "least"), [(6, 7), (24, 4)])
@@ -170,7 +170,7 @@ class TestAWrongWorker:
             charged += report.excluded
         assert charged == [1]
 
-    def test_is_on_probation_once_it_is_restarted(self):
+    def test_begins_a_trial_period_once_it_is_restarted(self):
         size = [1.0]
         pool = pool_of(6, {2: [(lambda y: y + size[0], 1.0)]})
         coded, seed = wrap(pool, verify=0.02), 0
@@ -204,7 +204,7 @@ class TestAWrongWorker:
     def test_leaves_nothing_in_a_memory(self):
         size, memory = [0.0], Memory()
         pool = pool_of(6, {2: [(lambda y: y + size[0], 1.0)]})
-        waiting = Waiting(predict_after=100.0)
+        waiting = Waiting(estimate_after=100.0)
         coded = wrap(pool, surrogate=memory, waiting=waiting)
         coded.run(batch())
         assert len(memory) == ROWS
@@ -218,17 +218,17 @@ class TestAWrongWorker:
         """It had two parts, one of which others repeated to find it wrong, before they left."""
         drains = [(5.0, worker) for worker in (1, 2, 3)]
         x = batch()
-        for waiting in (Waiting(), Waiting(predict_after=100.0)):
+        for waiting in (Waiting(), Waiting(estimate_after=100.0)):
             pool = VirtualWorkers([[by(9.0)], [OK], [OK], [OK]], drains)
             coded = wrap(pool, 0.02, parts=8, waiting=waiting)
-            if waiting.predict_after is None:
+            if waiting.estimate_after is None:
                 with pytest.raises(NotEnoughResults) as caught:
                     coded.run(x)
                 answers, report = caught.value.answers, caught.value.report
                 missing = answers.isnan().all(1)
             else:
                 answers, report = coded.run(x)
-                missing = report.predicted
+                missing = report.estimated
             assert (report.ended, report.excluded) == ("failed", (0,))
             assert 0 < missing.sum() <= 12
             assert torch.equal(answers[~missing], 2 * x[~missing] + 1)
@@ -238,7 +238,7 @@ class TestAWrongWorker:
     def test_that_hangs_when_it_is_asked_again_does_not_hold_the_call(self):
         pool = pool_of(8, {0: [by(1.0), HANGS]})
         report = check(wrap(pool), batch(), wrong=[0])
-        assert report.strikes == {0: 1}
+        assert report.faults == {0: 1}
         assert pool.clock <= 10.0
 
     def test_is_found_though_others_do_not_answer_when_they_are_asked_again(self):
@@ -249,7 +249,7 @@ class TestAWrongWorker:
     def test_cannot_be_told_from_the_other_of_two(self):
         _, report = wrap(pool_of(2, {0: [by(1.0)]})).run(batch())
         assert report.disputes
-        assert not report.strikes
+        assert not report.faults
         assert report.unverified.all()
 
 
@@ -258,8 +258,8 @@ def test_two_wrong_workers_convict_nobody_else():
     found = 0
     for seed in range(20):
         _, report = wrap(pool_of(6, {0: [by(1.0)], 1: [by(1.0)]}), 0.02).run(batch(seed))
-        assert set(report.strikes) <= {0, 1}
-        found += bool(report.strikes)
+        assert set(report.faults) <= {0, 1}
+        found += bool(report.faults)
     assert found >= 15  # else they check each other, and nobody else
     report = check(wrap(pool_of(8, {0: [by(1.0)], 1: [by(2.0)]})), batch(), charged=[0, 1])
     assert set(report.excluded) == {0, 1}
@@ -271,7 +271,7 @@ class TestWithoutTime:
         _, report = wrap(pool, 0.05, waiting=Waiting(deadline=1.2)).run(batch())
         assert pool.clock <= 1.2
         assert report.disputes
-        assert not report.strikes
+        assert not report.faults
         assert report.unverified.any()
 
     def test_checks_that_do_not_come_are_unverified(self):
@@ -300,7 +300,7 @@ def test_an_exception_in_scoring_loses_no_answers(place, monkeypatch, caplog):
 
 
 @torch.no_grad()
-def test_a_faulty_process_is_excluded_restarted_and_on_probation():
+def test_a_faulty_process_is_excluded_restarted_and_tried_anew():
     size = [1.0]
     with ProcessWorkers(4) as processes:
         attack = {"attack": lambda rows, generator: rows + size[0], "adversaries": [2]}
@@ -309,7 +309,7 @@ def test_a_faulty_process_is_excluded_restarted_and_on_probation():
             answers, report = coded.run(batch(seed))
             excluded += report.excluded
             if report.corrected or not report.unverified.any():
-                assert report.strikes.keys() <= {2}
+                assert report.faults.keys() <= {2}
             if 2 in excluded:
                 assert torch.allclose(answers, 2 * batch(seed) + 1, atol=1e-5)
         assert excluded == [2]
@@ -344,8 +344,8 @@ def test_another_pool_and_a_copy_begin_anew():
     twin = copy.deepcopy(coded)
     coded.workers = pool_of()
     for each in (coded, twin):
-        assert each._strikes.excluded == set()
-        assert each._strikes.scores.recent is None
+        assert each._record.excluded == set()
+        assert each._record.scores.recent is None
 
 
 @pytest.mark.parametrize(

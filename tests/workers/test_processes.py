@@ -290,9 +290,9 @@ def test_a_slow_part_is_not_taken_for_a_hang(module):
 
 
 def test_a_hung_part_that_lives_ends_after_the_timeout_or_when_its_call_ended():
-    law = Trace([[0.0, math.inf]])
+    delays = Trace([[0.0, math.inf]])
     with ProcessWorkers(2, grace=0.3, timeout=3.0).start(timeout=WAIT) as inner:
-        replies = answers(FaultyWorkers(inner, delays=law), Sleepy(), torch.zeros(2, 1, 1))
+        replies = answers(FaultyWorkers(inner, delays=delays), Sleepy(), torch.zeros(2, 1, 1))
         reasons = {reply.part.number: reply.error and reply.error.reason for reply in replies}
         assert reasons[0] is None
         assert "more than 3 s" in reasons[1] or "not reply within 3 s" in reasons[1]
@@ -311,7 +311,7 @@ class _Slow(nn.Module):
 
 @pytest.mark.parametrize("module", [Heavy(), _Slow()], ids=["loaded", "packed"])
 def test_another_module_that_is_loaded_stops_no_calls(module):
-    waiting = Waiting(deadline=0.8, predict=False)
+    waiting = Waiting(deadline=0.8, estimate=False)
     with ProcessWorkers(3).start(Sleepy(), timeout=WAIT) as pool, torch.no_grad():
         first = CodedWrapper(Sleepy(), workers=pool, waiting=waiting)
         second, x = CodedWrapper(module, workers=pool), torch.zeros(12, 1)
@@ -394,7 +394,7 @@ def test_gradients_are_refused_and_warned_of_once():
 def test_calls_go_on_while_the_pool_grows_and_shrinks():
     rows, stop = torch.full((12, 1), 0.01), threading.Event()
     with ProcessWorkers(2, grace=WAIT).start(Sleepy(), timeout=WAIT) as pool:
-        coded = CodedWrapper(Sleepy(), workers=pool, parts=6, waiting=Waiting(predict=False))
+        coded = CodedWrapper(Sleepy(), workers=pool, parts=6, waiting=Waiting(estimate=False))
 
         def calls() -> int:
             number = 0
