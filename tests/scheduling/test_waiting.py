@@ -209,6 +209,7 @@ def test_rows_are_estimated_only_if_the_caller_asked_for_it(waiting, estimates, 
     play = Play(*[[OK]] * 4, waiting=waiting, module=bad)
     assert (play.error is None) == estimates
     assert play.report.missing_rows == (0,)
+    assert play.pool.clock < 60  # nothing more can come, so no deadline is waited for
     assert sum(0 in units for _, _, units in play.again) == tries
     assert torch.equal(play.answers[1:], X[1:])
 
