@@ -259,7 +259,11 @@ def test_every_public_class_and_function_is_tried():
         (lambda: workers.ProcessWorkers(10**8), ValueError, "ProcessWorkers: num_workers must be"),
         (lambda: stragglers.Uniform(2, seed=10**30), ValueError, "Uniform: seed must be at most"),
         (lambda: stragglers.Trace(None), TypeError, "Trace: source must be real numbers, got None"),
-        (lambda: stragglers.Uniform(1).sample(10**9), ValueError, "Uniform: num_workers must be at"),
+        (
+            lambda: stragglers.Uniform(1).sample(10**9),
+            ValueError,
+            "Uniform: num_workers must be at",
+        ),
     ],
 )
 def test_messages(make, error, message):

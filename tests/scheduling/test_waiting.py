@@ -149,6 +149,13 @@ def test_a_module_that_fails_on_all_rows_is_found_by_single_rows():
     assert len(pool.begun) < 75
 
 
+def test_a_row_is_refused_that_one_worker_raises_on_again_and_again_though_another_worked():
+    """The other has left, so that nobody else can try it."""
+    play = Play([OK], [OK], parts=2, known=False, module=Raises(0.0), drains=[(0.5, 1)])
+    assert (play.report.ended, play.report.refused) == ("error", (0,))
+    assert isinstance(play.error, ValueError)
+
+
 def test_a_row_that_raised_is_not_refused_if_a_late_result_has_it():
     """The module fails on it at two other workers."""
     once = [lambda y: y, lambda y: 1 / 0]
