@@ -315,6 +315,25 @@ def test_a_drawn_digit_is_read(opened, width):
     assert opened.browser.get_log("browser") == []
 
 
+@pytest.mark.browser
+def test_answers_go_on_while_four_of_six_workers_are_dead(opened):
+    opened.draw(*SEVEN)
+    opened.until("class", "7")
+    opened.find("repeat").click()
+    red, most = "return document.querySelectorAll('li.bad').length", 0
+    for _ in range(5):
+        for worker in range(4):
+            opened.press("Kill", worker)
+        most = max(most, opened.browser.execute_script(red))
+        before = opened.rows()
+        wait_until(lambda before=before: opened.rows() >= before + 3 * 64)
+    assert most >= 3  # the first may be back on a busy machine
+    assert opened.answered()["refused"] == 0
+    assert opened.text("class") == "7"
+    wait_until(lambda: opened.browser.execute_script(red) == 0)  # all have come back
+    opened.until("latency-text", "p99.9")
+
+
 ANSWER = """
 const answer = {parameters: {coverage: .9}, outputs: [
   {shape: [64, 10], data: Array(640).fill(0)},
