@@ -29,7 +29,6 @@ Fingerprint = tuple[list[Tensor], tuple[Any, ...]]
 _KNOWN: ContextVar[dict[int, tuple[nn.Module, Fingerprint]] | None] = ContextVar(
     "_KNOWN", default=None
 )
-ANY = inspect.signature(lambda *args, **kwargs: None)  #: takes any arguments
 _INTERNAL = frozenset(vars(nn.Module()))  # attributes that every module has
 # The types of attributes that are compared by value, as are tuples and lists of them.
 _PLAIN = {type(None), bool, int, float, complex, str, bytes, BuiltinFunctionType}
@@ -335,6 +334,14 @@ def different_rows(inputs: Sequence[Tensor]) -> list[int]:
     numbers = range(1, len(inputs[0]))
     other = next((i for i in numbers if any(not x[i].equal(x[0]) for x in inputs)), 0)
     return [0, other] if other else [0]
+
+
+def sample(batch: Any) -> inspect.BoundArguments:
+    """Return the first row of a batch, and the first that differs from it, as bound arguments."""
+    given = arguments(batch)
+    rows = different_rows(pytree.tree_leaves(given))
+    args, kwargs = pytree.tree_map(lambda x: x[rows], given)
+    return inspect.signature(lambda *args, **kwargs: None).bind(*args, **kwargs)
 
 
 def dependent_output(

@@ -17,16 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import instance, positive, sparing_logger, warn
-from .._torch import (
-    ANY,
-    arguments,
-    dependent_output,
-    different_rows,
-    has_rows,
-    leaf_name,
-    positional,
-    unflatten,
-)
+from .._torch import arguments, dependent_output, has_rows, leaf_name, positional, sample, unflatten
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -339,11 +330,8 @@ class Workers(abc.ABC):
         ``batch`` is an example of :meth:`start`, all of whose leaves have rows. If a worker does
         not start, a warning says why. Raises a WorkerError if the module raises or ends a worker.
         """
-        given = arguments(batch)
-        rows = different_rows(pytree.tree_leaves(given))
-        args, kwargs = pytree.tree_map(operator.itemgetter(rows), given)
         try:
-            self.start(module, ANY.bind(*args, **kwargs))
+            self.start(module, sample(batch))
             logger.info("%s workers have run the model", self.num_workers or "all")
         except RuntimeError as error:
             if isinstance(error, WorkerError) and error.kind in ("raised", "died"):
