@@ -45,9 +45,9 @@ from .live import Ambient
 from .shared_memory import Connection, Pickled
 
 READY, MODULE, LOADED, JOB, RESULT, ALIVE = range(6)  # kinds of messages
-_IMPORT_SECONDS = 120  # that a server may take to import its packages; not tuned
-_SEND_SECONDS = 10.0  # that some hundred earlier requests may keep the next one waiting; not tuned
-_LOOK_SECONDS = 2.0  # between two looks of a server whether its caller has ended; not tuned
+# Bounds in seconds, not tuned: to import the packages of a server, to wait behind some hundred
+# earlier requests to it, and between two looks whether its caller has ended.
+_IMPORT_SECONDS, _SEND_SECONDS, _LOOK_SECONDS = 120, 10.0, 2.0
 REFUSED: set[str] = set()  # packages that no server imports, as they broke one
 
 _starting = threading.Lock()  # held while a server starts
