@@ -40,7 +40,7 @@ LINES = {
     "experiments": 1660,
     "input_space": 1570,
     "nn": 2000,
-    "open_inference": 670,
+    "open_inference": 680,
     "scheduling": 860,
     "serve": 1120,
     "surrogates": 560,

@@ -225,8 +225,7 @@ class Workers(abc.ABC):
     starts_late: bool = False  #: true if the first request starts the workers
     concurrency: int = 1  #: the number of parts that a worker computes at a time
     names: Mapping[int, str] = MappingProxyType({})  #: the names of places that have one
-    #: The state by place: "idle", "busy", "excluded" or "down"; and the process id or 0. It is
-    #: empty if nobody knows.
+    #: The state by place, "idle", "busy", "excluded" or "down", and the process id or 0, if known.
     states: Mapping[int, tuple[str, int]] = MappingProxyType({})
     #: Give the worker at a place no more parts until it is restarted; None if the pool cannot.
     exclude: Callable[[int], None] | None = None

@@ -28,6 +28,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable
 from multiprocessing import forkserver, resource_tracker, spawn, util
+from multiprocessing.connection import wait
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from typing import Any, NamedTuple
 
@@ -83,7 +84,7 @@ def _server(packages: frozenset[str]) -> int:
 def replace_servers() -> None:
     """Fork no more workers from the present servers. Each ends with its last worker."""
 
-    def wait(pid: int) -> None:
+    def await_end(pid: int) -> None:
         with contextlib.suppress(ChildProcessError):  # this host has waited for it
             os.waitpid(pid, 0)
 
@@ -91,7 +92,7 @@ def replace_servers() -> None:
         while _servers:
             pid, requests = _servers.popitem()[1]
             os.close(requests)
-            threading.Thread(target=wait, args=(pid,), daemon=True).start()
+            threading.Thread(target=await_end, args=(pid,), daemon=True).start()
 
 
 def serve(requests: int, tracker: int, caller: int, packages: list[str]) -> None:
@@ -113,13 +114,10 @@ def serve(requests: int, tracker: int, caller: int, packages: list[str]) -> None
     os.set_blocking(bell, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(bell)
-    poll = select.poll()
-    poll.register(link, select.POLLIN)
-    poll.register(ring, select.POLLIN)
+    heard = [requests, ring]
     ends: dict[int, int] = {}  # by the process id of a worker, the pipe that tells its end
-    wanted = True
-    while (wanted or ends) and os.getppid() == caller:
-        ready = [descriptor for descriptor, _ in poll.poll(1000 * _LOOK_SECONDS)]
+    while (requests in heard or ends) and os.getppid() == caller:
+        ready = wait(heard, _LOOK_SECONDS)
         if ring in ready:
             os.read(ring, 4096)
         for pid, end in list(ends.items()):
@@ -131,8 +129,7 @@ def serve(requests: int, tracker: int, caller: int, packages: list[str]) -> None
         if requests in ready:
             data, given, *_ = socket.recv_fds(link, 1, 3)
             if not data:
-                poll.unregister(link)
-                wanted = False
+                heard.remove(requests)
             with contextlib.suppress(OSError, ValueError):  # processes or descriptors are short
                 sock, program, end = given
                 if not (pid := os.fork()):
