@@ -34,20 +34,20 @@ FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
-    "beside the folders": 1720,
-    "cli": 910,
+    "beside the folders": 1760,
+    "cli": 890,
     "codes": 960,
     "experiments": 1660,
     "input_space": 1570,
     "nn": 2000,
     "open_inference": 680,
     "scheduling": 860,
-    "serve": 1140,
+    "serve": 1120,
     "surrogates": 560,
     "verification": 910,
-    "workers": 3360,
+    "workers": 3310,
 }
-MOST_LINES = 16_154  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 16_153  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import count, instance, positive, probability
-from .._torch import flatten, on_host, unflatten
+from .._torch import broadcast_dims, flatten, on_host, unflatten
 from ..stragglers import Stragglers
-from ..workers.base import Began, Part, Reply, Request, Task, Workers, broadcast_dims
+from ..workers.base import Began, Part, Reply, Request, Task, Workers
 from ..workers.faults import Fault
 
 if TYPE_CHECKING:

@@ -324,6 +324,16 @@ def test_another_module_that_is_loaded_stops_no_calls(module):
         assert calls > 3
 
 
+def test_processes_end_with_their_server_and_are_replaced():
+    with ProcessWorkers(2).start(timeout=WAIT) as pool:
+        before = pool.pids
+        os.kill(before[0], signal.SIGSTOP)
+        os.kill(_parent(before[0]), signal.SIGKILL)
+        until(lambda: pool.num_ready == 2 and not set(before) & set(pool.pids))
+        assert not any(map(_parent, before))
+        assert len(answers(pool, nn.Identity(), torch.zeros(4, 1, 1))) == 4
+
+
 @pytest.mark.parametrize(
     ("module", "match"),
     [(Unreadable(), "the trap is sprung"), (Unpicklable(), "Can't (pickle|get) local object")],
@@ -594,6 +604,7 @@ _INTERACTIVE = """
 import torch
 from coded_torch.codes import ReplicationCode
 from coded_torch.nn import CodedWrapper
+from coded_torch.testing.helpers import run
 from coded_torch.workers import ProcessWorkers, Task
 from torch.utils._pytree import tree_structure
 from dataclasses import dataclass
@@ -702,7 +713,7 @@ def test_a_killed_caller_leaves_nothing_though_a_worker_is_stopped_and_a_fork_li
             assert server not in (0, 1, caller.pid)
             if not server_lives:
                 os.kill(server, signal.SIGKILL)
-                os.kill(stopped, signal.SIGCONT)
+                until(lambda: not any(map(_parent, (stopped, worker))))
             assert not list(folder.iterdir())
             caller.kill()
             until(lambda: not any(map(_parent, (stopped, worker, server))))
