@@ -202,6 +202,13 @@ def test_a_job_writes_all_answers_and_a_summary(folder, capsys):
     assert computed(folder) == []
 
 
+def test_a_job_that_ended_as_it_began_can_begin_again(folder):
+    (folder / "out").mkdir()
+    (folder / "out" / "job.part").write_text("{")
+    assert main(line()) == 0
+    assert not list((folder / "out").glob("*.part"))
+
+
 def subtracted(folder, factory, *more):
     """Return the answers of a model to ten rows of b = 1 and a = 0, 1, 2, ..., 9."""
     save_file({"a": torch.arange(10.0)[:, None], "b": torch.ones(10, 1)}, "rows.safetensors")
@@ -254,6 +261,18 @@ def test_columns_that_do_not_fit_are_refused(folder, capsys, factory, columns, m
     assert message in err
 
 
+def test_columns_of_a_parquet_file_may_be_lists(folder):
+    x = np.arange(20, dtype=np.float32).reshape(10, 2) / 2
+    types = pyarrow.list_(pyarrow.float32(), 2), pyarrow.list_(pyarrow.float32())
+    columns = [pyarrow.array(list(x + i), kind) for i, kind in enumerate(types)]
+    table = pyarrow.table({"b": columns[0], "a": columns[1], "text": ["other"] * 10})
+    parquet.write_table(table, folder / "rows.parquet", row_group_size=3)  # batches are of 8 rows
+    assert main(line("pair", "--inputs", "rows.parquet", "--columns", "a,b")) == 0
+    loaded = [torch.load(path, weights_only=True)["outputs"] for path in written(folder)]
+    assert torch.equal(torch.cat([y["sum"] for y in loaded]), torch.from_numpy(2 * x + 1))
+    assert torch.equal(torch.cat([y["x"] for y in loaded]), torch.from_numpy(x + 1))
+
+
 def test_a_batch_of_a_parquet_file_is_read_again(folder):
     x = np.arange(10, dtype=np.float32)
     table = pyarrow.table({"x": x, "y": x})
@@ -265,6 +284,15 @@ def test_a_batch_of_a_parquet_file_is_read_again(folder):
     last.unlink()
     assert main([*arguments, "--resume"]) == 0
     assert torch.equal(torch.load(last, weights_only=True)["outputs"]["sum"], before)
+
+
+@pytest.mark.parametrize("some", [[1.0, None], [[1.0, 2.0], [3.0, None]]])
+def test_nulls_of_a_parquet_file_are_refused(folder, capsys, some):
+    table = pyarrow.table({"x": some, "y": [1.0, 2.0]})
+    parquet.write_table(table, folder / "rows.parquet")
+    assert main(line("pair", "--inputs", "rows.parquet")) == 2
+    message = "--inputs cannot be read: it must have no nulls, got some in the column 'x'"
+    assert message in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -294,6 +322,11 @@ def test_rows_on_which_the_model_fails_are_estimated_on_demand(thirteen, folder)
     assert torch.cat([x["estimated"] for x in loaded]).nonzero().flatten().tolist() == [13]
 
 
+def test_a_function_for_serve_is_one_for_job(folder):
+    assert main(line("served", "--num-workers", "1")) == 0
+    assert torch.equal(outputs(folder), exact())
+
+
 def test_a_batch_that_was_cut_short_is_computed_again(folder):
     assert main(line()) == 0
     computed(folder)
@@ -301,6 +334,16 @@ def test_a_batch_that_was_cut_short_is_computed_again(folder):
     assert main(line("here", "--resume")) == 0
     assert set(computed(folder)) == set(range(24, 32))
     assert torch.equal(outputs(folder), exact())
+
+
+def test_inputs_are_known_by_their_content(folder, capsys):
+    assert main(line()) == 0
+    os.utime(folder / "rows.npy", (0, 0))
+    assert main(line("here", "--resume")) == 0
+    np.save(folder / "rows.npy", np.load(folder / "rows.npy") + 1)
+    os.utime(folder / "rows.npy", (0, 0))
+    assert main(line("here", "--resume")) == 2
+    assert "--resume must repeat the job in out: inputs of 200 rows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -347,6 +390,14 @@ def test_a_damaged_description_of_a_job_is_refused_in_one_line(folder, capsys, c
         assert (
             "out/job.json must describe a job, but it is damaged, or of an earlier version" in err
         )
+
+
+def test_a_folder_of_an_earlier_version_is_refused(folder, capsys):
+    assert main(line()) == 0
+    old = {"inputs": "of 200 rows, digest 0", "model": "models:here, digest 0", "batch-size": 8}
+    (folder / "out" / "job.json").write_text(json.dumps(old | {"deadline": None}))
+    assert main(line("here", "--resume")) == 2
+    assert "or of an earlier version" in capsys.readouterr().err
 
 
 def test_a_wrong_batch_is_found_and_computed_again(folder, capsys, caplog):
@@ -444,6 +495,13 @@ def test_inputs_must_not_change_meanwhile(folder, capsys):
     assert "--inputs cannot be read: rows.npy has changed since" in capsys.readouterr().err
     assert len(written(folder)) == 11  # the batch of the change was read before it
     assert main(line("here", "--check", "out")) == 2
+
+
+def test_outputs_must_be_readable(folder, capsys):
+    assert main(line("odd")) == 2
+    (err,) = capsys.readouterr().err.splitlines()
+    assert err.startswith("coded-torch job: outputs must be what torch.load can read: ")
+    assert written(folder) == []
 
 
 def test_grace_is_passed_on(folder, monkeypatch):

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import gzip
 import json
 import math
@@ -19,7 +20,7 @@ from torch import nn
 
 from coded_torch import Waiting
 from coded_torch.nn import CodedWrapper
-from coded_torch.serve import TensorSpec, app, protocol
+from coded_torch.serve import TensorSpec, app, protocol, specs
 from coded_torch.stragglers import Bernoulli, Trace
 from coded_torch.workers import (
     DeviceWorkers,
@@ -182,6 +183,40 @@ def test_bad_bodies(port, body, headers, status, why):
     assert why in answer["error"]
 
 
+def test_a_bad_request_leaves_the_connection_usable_and_no_label_in_the_metrics(client):
+    bad = {"inputs": [tensor(ROWS) | {"data": [1, 2, 3, 4, 1e39, 6]}]}
+    status, answer = client.infer(bad)
+    assert (status, answer) == (400, {"error": "input 'input' must be finite, but row 1 is not"})
+    assert client.infer(ONE)[0] == 200
+    client.infer({"inputs": [tensor(ROWS, "secret")]})
+    refusals = [line for line in client.metrics().splitlines() if 'reason="invalid"' in line]
+    assert refusals
+    client.send("POST", "/v2/models/secret/infer", b"{}")
+    text = client.metrics()
+    assert set(refusals) <= set(text.splitlines())  # another path is no invalid request
+    assert "secret" not in text
+
+
+def chunked(port, chunks):
+    """Send a body without its length, and return the beginning of the answer."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        connection.sendall(head.encode())
+        with contextlib.suppress(OSError):  # the server may refuse before all is sent
+            for chunk in chunks:
+                connection.sendall(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+            connection.sendall(b"0\r\n\r\n")
+        return connection.recv(65536)
+
+
+def test_chunked_bodies(port):
+    body = json.dumps(ONE).encode()
+    assert b" 200 " in chunked(port, [body[:10], body[10:]])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert b" 413 " in chunked(port, (bytes(2**16) for _ in range(2**12)))  # 256 MB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**15  # kB
+
+
 def without_body(port):
     """Return the answer to a request whose body never comes; status 0 if there is none soon."""
     with Client(port) as client:
@@ -281,6 +316,16 @@ def test_a_full_queue_is_noticed_before_the_body_is_read(held):
     assert answers == [200, 200]
 
 
+def test_requests_are_answered_beside_a_slow_one_while_workers_are_idle(held):
+    with serving(holding(held, num_workers=6)) as port, Client(port) as client:
+        client.connection.request("POST", PATH, json.dumps(ONE))
+        assert held.begun.acquire(timeout=30)
+        with Client(port) as other:
+            assert other.infer({"inputs": [tensor([[0.0] * 3])]})[0] == 200
+        held.go.set()
+        assert client.connection.getresponse().status == 200
+
+
 def test_a_body_that_does_not_come_within_half_the_deadline_is_408():
     with serving(built(deadline=0.1)) as port:
         status, _, body = without_body(port)
@@ -372,6 +417,18 @@ def test_while_workers_compute_rows_of_requests_that_have_ended_others_are_told_
     )
 
 
+def test_while_some_workers_hang_idle_ones_answer(held):
+    pool, waiting = DeviceWorkers(["cpu"] * 6), Waiting(hedge_budget=0)
+    application = built(held, workers=pool, waiting=waiting, deadline=1.0)
+    with serving(application) as port, Client(port) as client, Client(port) as other:
+        assert client.infer(ONE)[0] == 504  # two workers hang, and two more:
+        other.connection.request("POST", PATH, json.dumps(ONE))
+        assert all(held.begun.acquire(timeout=10) for _ in range(4))
+        zeros = {"inputs": [tensor([[0.0] * 3])]}
+        assert client.infer(zeros)[0] == 200
+        held.go.set()
+
+
 @pytest.mark.parametrize("lost", [1, 2])
 def test_missing_rows_are_estimated_and_flagged(lost):
     generator = torch.Generator().manual_seed(0)
@@ -411,6 +468,19 @@ def test_missing_rows_are_estimated_and_flagged(lost):
     assert f'coded_torch_answers_total{{kind="computed"}} {64 - 16.0 * lost}' in text
 
 
+class Named(nn.Module):
+    def forward(self, x):
+        return {"sum": x.sum(1), "double": 2 * x}
+
+
+def test_outputs_are_named_by_the_keys_of_a_dict():
+    inputs, outputs = specs(Named(), (torch.ones(2, 3),))
+    with serving(built(Named(), inputs=inputs, outputs=outputs)) as port, Client(port) as client:
+        _, answer = client.infer(ONE)
+    found = {entry["name"]: entry["data"] for entry in answer["outputs"]}
+    assert found == {"sum": [6.0, 15.0], "double": [2.0, 4.0, 6.0, 8.0, 10.0, 12.0]}
+
+
 class Embed(nn.Module):
     def forward(self, ids):
         return nn.functional.embedding(ids, torch.arange(8.0).reshape(4, 2)).sum(1)
@@ -438,6 +508,13 @@ def test_a_request_that_makes_the_module_fail_fails_alone():
         assert answer["outputs"][0]["data"] == [2.0 * i + 2, 2.0 * i + 4]
 
 
+def test_a_model_that_returns_other_tensors_than_its_specs_is_500(caplog):
+    outputs = [TensorSpec("output", "FP32", (3,))]
+    with serving(built(outputs=outputs)) as port, Client(port) as client:
+        assert client.infer(ONE) == (500, {"error": "the model failed: TypeError"})
+    assert "must return tensors [(torch.float32, [2, 3])], got [(torch.float32, [2" in caplog.text
+
+
 def test_accepted_requests_are_answered_at_the_end(held):
     answers = []
     with serving(holding(held)) as port:
@@ -453,6 +530,19 @@ def test_accepted_requests_are_answered_at_the_end(held):
     for thread in threads:
         thread.join(30)
     assert answers == [200] * 5
+
+
+def test_objects_that_the_host_has_frozen_stay_frozen():
+    gc.freeze()
+    try:
+        with serving(built()):
+            pass
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+    with serving(built()):
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize(
@@ -493,6 +583,14 @@ class Seen(nn.Module):
         return x[:, :2]
 
 
+def test_every_worker_has_run_the_model_before_the_application_is_ready():
+    pool = DeviceWorkers(["cpu"] * 3)
+    with serving(built(Seen().eval(), workers=pool, examples=[torch.zeros(2, 3)])) as port:
+        assert len(run_by) == 3
+        with Client(port) as client:
+            assert client.infer(ONE)[0] == 200
+
+
 def test_a_worker_starts_on_two_rows_that_differ():
     started = []
 
@@ -520,3 +618,13 @@ def test_a_module_that_ends_its_workers_does_not_become_ready():
     with pytest.raises(WorkerError, match="exit code 3"):
         application.load()
     application.pool.close()
+
+
+@pytest.mark.cuda
+def test_a_module_on_cuda_in_this_process():
+    module = linear().cuda()
+    with serving(built(module, workers=LocalWorkers())) as port, Client(port) as client:
+        status, answer = client.infer(ONE)
+    assert status == 200
+    wanted = module(torch.tensor(ROWS, device="cuda")).flatten().tolist()
+    assert answer["outputs"][0]["data"] == pytest.approx(wanted, rel=1e-3)

@@ -115,6 +115,14 @@ async def test_waiting_requests_run_together_in_order_as_soon_as_a_slot_is_free(
 
 
 @in_loop
+async def test_rows_of_different_shapes_are_not_mixed(quick):
+    batcher, now = quick.batcher(), time.monotonic()
+    rows = [torch.full((1, width), float(width)) for width in (1, 2, 2, 1)]
+    await answers(*[batcher.put([row], now, now + 10) for row in rows])
+    assert quick.batches == [[1], [2, 2], [1]]
+
+
+@in_loop
 async def test_as_many_batches_run_at_once_as_their_parts_find_slots(model):
     batcher = model.batcher(slots=lambda: (3, 2))
     entries = [put(batcher, 0.0), put(batcher, 1.0, 1.0, 1.0), put(batcher, 2.0), put(batcher, 3.0)]
@@ -123,6 +131,19 @@ async def test_as_many_batches_run_at_once_as_their_parts_find_slots(model):
     model.go.set()
     assert await answers(*entries) == [[0.0], [2.0] * 3, [4.0], [6.0]]
     assert sorted(map(len, model.batches)) == [1, 2, 3]
+
+
+@in_loop
+async def test_slots_follow_the_pool(model):
+    slots = [1]
+    batcher = model.batcher(slots=lambda: (slots[0], 1))
+    entries = [put(batcher, 0.0), put(batcher, 1.0)]
+    await until(lambda: len(model.batches) == 1)
+    slots[0] = 3
+    entries.append(put(batcher, 2.0))
+    await until(lambda: len(model.batches) == 3)
+    model.go.set()
+    assert await answers(*entries) == [[0.0], [2.0], [4.0]]
 
 
 @in_loop
@@ -148,6 +169,18 @@ async def test_a_cancelled_request_is_not_computed(model):
     model.go.set()
     assert await answers(last) == [[4.0]]
     assert model.batches == [[0], [2]]
+
+
+@in_loop
+async def test_an_expired_request_does_not_shorten_the_batch_of_others(model):
+    batcher = model.batcher()
+    first, short, last = put(batcher, 0.0), put(batcher, 1.0, seconds=0.01), put(batcher, 2.0)
+    await asyncio.sleep(0.02)
+    model.go.set()
+    assert await answers(first, last) == [[0.0], [4.0]]
+    assert not short.done()  # the handler notices the deadline itself
+    assert model.batches == [[0], [2]]
+    assert model.seconds[1] > 9
 
 
 @in_loop
@@ -196,6 +229,24 @@ async def test_while_workers_hang_one_request_at_a_time_is_tried(quick):
 
 
 @in_loop
+async def test_a_late_batch_beside_answered_ones_is_no_hang(quick):
+    def hang(rows, report):
+        if 9.0 in rows:
+            time.sleep(0.2)
+            raise NotEnoughResults([], 2, 4)
+
+    batcher = quick.batcher(slots=lambda: (2, 1))
+    quick.behave = hang
+    late = put(batcher, 9.0, seconds=0.2)
+    assert await answers(put(batcher, 1.0)) == [[2.0]]
+    assert (await answers(late))[0].status_code == 504
+    quick.go.clear()
+    tried = [put(batcher, 2.0), put(batcher, 3.0)]  # no worker is known to be idle
+    quick.go.set()
+    assert await answers(*tried) == [[4.0], [6.0]]
+
+
+@in_loop
 async def test_rows_of_calls_that_have_ended_take_slots(model):
     busy = Counter(busy=3)
     batcher = model.batcher(slots=lambda: (3, 1), states=lambda: busy)
@@ -207,6 +258,17 @@ async def test_rows_of_calls_that_have_ended_take_slots(model):
     await until(lambda: len(model.batches) == 3)
     model.go.set()
     assert await answers(*entries) == [[0.0], [2.0], [4.0]]
+
+
+@in_loop
+async def test_a_batch_beyond_its_deadline_is_not_waited_for(model):
+    batcher = model.batcher()
+    first = put(batcher, 0.0, seconds=0.01)
+    put(batcher, 1.0)
+    await asyncio.sleep(0.05)
+    assert refused(batcher) == (503, "overdue")
+    model.go.set()
+    assert await answers(first) == [[0.0]]
 
 
 @in_loop
@@ -274,3 +336,21 @@ async def test_closing_waits_for_accepted_requests_but_not_for_ever(model, secon
     await batcher.close(seconds)
     assert [future.done() for future in entries] == [answered] * 2
     assert answered or time.monotonic() - start < 0.19
+
+
+@in_loop
+async def test_batches_that_run_at_once_share_the_rows(model):
+    batcher = model.batcher(slots=lambda: (2, 1), max_batch_size=8)
+    first = [put(batcher, 0.0), put(batcher, 1.0)]
+    await until(lambda: len(model.batches) == 2)
+    others = [put(batcher, float(i)) for i in range(2, 8)]
+    model.go.set()
+    await answers(*first, *others)
+    assert max(map(len, model.batches)) == 4  # half of the 8 rows, not all 6 that wait
+
+
+@in_loop
+async def test_a_request_with_a_much_shorter_deadline_is_not_mixed_with_others(quick):
+    batcher = quick.batcher()
+    await answers(*[put(batcher, s, seconds=s) for s in (10.0, 10.0, 1.0, 10.0, 1.0)])
+    assert quick.batches == [[10], [10, 10], [1, 1]]

@@ -266,6 +266,13 @@ def test_clients_name_a_loopback_host_or_an_allowed_one(mine, monkeypatch):
     ]
 
 
+@pytest.mark.skipif(not socket.has_ipv6, reason="Python has no IPv6")
+def test_a_server_may_listen_at_an_address_of_ipv6(mine):
+    line = "mine:small", "--num-workers", "1", "--host", "::1"
+    with running(*line, cwd=mine) as (process, port), socket.create_connection(("::1", port)):
+        assert f"at http://[::1]:{port}/v2/models/small/infer" in process.head
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

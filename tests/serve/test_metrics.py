@@ -118,3 +118,10 @@ def test_the_dashboard_shows_every_number():
     assert shown == counted - {"rows_computed_total"}  # the extra ones are shown
     (prefix,) = [x for x in dashboard["templating"]["list"] if x["name"] == "prefix"]
     assert [option["value"] for option in prefix["options"]] == ["", "ray_"]
+
+
+def test_rows_without_an_answer_are_no_answers():
+    metrics, report = Metrics(), Report(estimated=torch.tensor([True, True, False, False]))
+    metrics.batch(LocalWorkers(), Batch([], report, {0, 3}), 4, [0.1])
+    assert values(metrics)["coded_torch_answers_total computed"] == 1
+    assert values(metrics)["coded_torch_answers_total estimated"] == 1

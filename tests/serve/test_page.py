@@ -2,8 +2,10 @@
 
 import importlib.resources
 import json
+import os
 import re
 import shutil
+import signal
 import threading
 import types
 
@@ -11,13 +13,15 @@ import pytest
 import torch
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.keys import Keys
 
+from coded_torch import page as page_module
 from coded_torch.cli.main import main
 from coded_torch.demo import lenet5, lenet5_and_digits
 from coded_torch.page import Chaos, add_page
-from coded_torch.serve import specs
+from coded_torch.serve import TensorSpec, specs
 
-from .servers import Client, built, linear, serving, tensor, wait_until
+from .servers import OUTPUTS, Client, built, linear, serving, tensor, wait_until
 from .test_command import running
 
 FILE = importlib.resources.files("coded_torch") / "page.html"
@@ -115,6 +119,11 @@ def test_only_the_page_may_act(client, worker, action, changes, status):
     assert fault(client, worker, action, **changes) == status
 
 
+@pytest.mark.parametrize("path", ["/", "/page/status"])
+def test_a_name_that_another_site_gave_the_address_is_refused(client, path):
+    assert client.send("GET", path, Host="evil.example")[0] == 403
+
+
 def test_a_killed_worker_is_replaced_and_a_paused_one_is_shown(client):
     def workers():
         return client.get("/page/status")[1]["workers"]
@@ -141,6 +150,71 @@ class Pool:
     def chaos(self, faults=True):
         application = types.SimpleNamespace(pool=self, coded=types.SimpleNamespace(verify=0.2))
         return Chaos(application, faults=faults, is_local=True)
+
+
+def ended():
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and thread.name.endswith("(_run)"):
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("action", ["pause", "delay", "corrupt"])
+def test_a_fault_ends(action, monkeypatch):
+    pool, seen = Pool(3), []
+    chaos = pool.chaos()
+    monkeypatch.setattr(page_module, "_FAULT_SECONDS", 0.05)
+    monkeypatch.setattr(page_module, "_TURN_SECONDS", 0.01)
+    monkeypatch.setattr(os, "kill", lambda pid, number: pool.signals.append((pid, number)))
+    slept = page_module.time.sleep
+
+    def sleep(seconds):
+        seen.append(set(pool.adversaries))
+        slept(seconds)
+
+    monkeypatch.setattr(page_module.time, "sleep", sleep)
+    chaos.act(0, action)
+    ended()
+    assert (chaos.faults, set(pool.adversaries)) == ({}, set())
+    assert {0} in seen if action == "corrupt" else {0} not in seen
+    stops = [number for _, number in pool.signals]
+    stop, go = signal.SIGSTOP, signal.SIGCONT
+    if action == "pause":
+        assert stops == [stop] * (len(stops) - 1) + [go]
+    elif action == "delay":
+        assert stops == [stop, go] * (len(stops) // 2) + [go]
+    else:
+        assert set(stops) == {0}  # asks whether the process is there
+    assert len(stops) > 2
+
+
+@pytest.mark.parametrize("action", ["pause", "corrupt"])
+def test_a_fault_ends_with_its_process(action, monkeypatch):
+    pool = Pool(3)
+    chaos = pool.chaos()
+    monkeypatch.setattr(page_module, "_TURN_SECONDS", 0.01)
+    monkeypatch.setattr(os, "kill", lambda pid, number: pool.signals.append((pid, number)))
+    chaos.act(0, action)
+    wait_until(lambda: pool.signals)
+    pool.states[0] = ("idle", 77)  # not a second of the ten has gone
+    ended()
+    assert (chaos.faults, set(pool.adversaries)) == ({}, set())
+    assert {pid for pid, _ in pool.signals} == {1234}  # 77 may be anything
+    with pytest.raises(ValueError, match="worker 5 is down"):
+        chaos.act(5, "pause")
+
+
+def test_a_worker_that_ends_meanwhile_is_not_signalled(monkeypatch):
+    reads = [{0: ("idle", 1234)}, {0: ("down", 0)}]
+
+    class Ending(Pool):
+        states = property(lambda self: reads.pop(0), lambda self, states: None)
+
+    pool = Ending()
+    chaos = pool.chaos()
+    monkeypatch.setattr(os, "kill", lambda pid, number: pool.signals.append((pid, number)))
+    chaos.act(0, "kill")
+    assert pool.signals == [(1234, signal.SIGKILL)]  # 0 is this process, and its whole group
 
 
 @pytest.mark.parametrize(("size", "most"), [(2, 0), (3, 1), (4, 1), (5, 2), (6, 2), (7, 3)])
@@ -183,6 +257,17 @@ def shown(application, **options):
     return json.loads(found)
 
 
+def test_a_page_without_faults():
+    application = built()
+    with serving(application) as port, Client(port) as client:
+        assert client.get("/")[0] == 404  # an application of one's own has no page
+        add_page(application, is_local=False)
+        status, _, body = client.send("GET", "/", Host="some.name")
+        assert (status, b'name="token" content=""' in body) == (200, True)
+        headers = {"Host": "a", "Origin": "http://a", "X_Page_Token": ""}
+        assert client.send("POST", "/page/action", **headers)[0] == 403
+
+
 def test_the_page_has_63_digits_and_their_right_answers():
     module, (digits,) = lenet5_and_digits()
     inputs, outputs = specs(module, (digits,))
@@ -196,6 +281,28 @@ def test_the_page_has_63_digits_and_their_right_answers():
     assert labels[:10].tolist() == list(range(10))
     few = shown(built(module, **how, max_batch_size=8), is_local=True)
     assert few["inputs"][0]["shape"][0] == 7  # the drawing is the eighth
+
+
+class Random(torch.nn.Module):
+    def forward(self, x):
+        return torch.rand(len(x), 2)
+
+
+@pytest.mark.parametrize(
+    ("module", "width", "rows", "known"),
+    [(linear(), 3, 5, 5), (Random(), 3, 5, 0), (torch.nn.Identity(), 40_000, 2, 2)],
+)
+def test_examples_of_any_model(module, width, rows, known):
+    how = {"inputs": [TensorSpec("</script>NONCE", "FP32", (width,))], "outputs": OUTPUTS}
+    found = shown(built(module, **how, examples=(torch.ones(5, width),)), is_local=True)
+    assert found["inputs"][0]["name"] == "</script>NONCE"
+    assert found["inputs"][0]["shape"] == [rows, width]
+    assert sum(each["shape"][0] for each in found["outputs"]) == known
+
+
+@pytest.mark.parametrize("examples", [None, (torch.ones(5, 100_001),)])
+def test_no_examples(examples):
+    assert shown(built(torch.nn.Identity(), examples=examples), is_local=True) == {}
 
 
 def test_faults_are_refused_where_others_reach_them(capsys):
@@ -417,3 +524,40 @@ def test_a_model_without_pictures(browser):
         tiles = browser.find_elements("css selector", "#tiles li")
         wanted = linear()(torch.eye(3)).argmax(1).tolist()
         assert [tile.text for tile in tiles] == [str(label) for label in wanted]
+
+
+@pytest.mark.browser
+def test_the_page_is_used_by_keyboard_alone(opened):
+    keys = ActionChains(opened.browser)
+    opened.browser.execute_script("document.getElementById('canvas').focus()")
+    keys.send_keys(*[Keys.UP] * 9, " ", *[Keys.DOWN] * 18, " ", Keys.TAB, Keys.ENTER).perform()
+    opened.until("class", "1")
+    opened.browser.execute_script("document.getElementById('deadline').focus()")
+    keys = ActionChains(opened.browser)
+    keys.send_keys(Keys.LEFT).perform()
+    opened.until("deadline-text", "1999 ms")
+    opened.browser.execute_script(
+        "window.sent = []; const own = fetch; window.fetch = (path, options) => {"
+        "if (options) sent.push(options.body); return own(path, options); }"
+    )
+    opened.find("ask").send_keys(Keys.ENTER)
+    wait_until(lambda: opened.browser.execute_script("return sent.length"))
+    sent = json.loads(opened.browser.execute_script("return sent[0]"))
+    assert sent["parameters"] == {"timeout": 1_999_000}
+
+
+@pytest.mark.browser
+def test_a_request_as_json(opened):
+    opened.browser.execute_script("document.getElementById('json').open = true")
+    entry = {"name": "input", "datatype": "FP32", "shape": [3, 1, 28, 28]}
+    entry["data"] = [0.0] * 3 * 784
+    for text, answer in (
+        (json.dumps({"inputs": [entry]}), "3 rows in "),
+        ("{", "Refused: "),
+        ("{}", "Refused: the request must have inputs"),
+        ('{"inputs": []}', "Refused: inputs must be"),
+    ):
+        fill = "document.getElementById('text').value = arguments[0]"
+        opened.browser.execute_script(fill, text)
+        opened.find("send").click()
+        opened.until("answer", answer)

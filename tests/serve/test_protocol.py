@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from coded_torch.open_inference import to_bytes, written
+from coded_torch.open_inference import from_json, most_bytes, to_bytes, written
 from coded_torch.serve import DATATYPES, Connection, TensorSpec, protocol
 from coded_torch.serve.protocol import ADDED, parse
 
@@ -52,6 +52,14 @@ def binary(batch, datatype="FP32", size=None, **changes):
     parameters = {"binary_data_size": len(data) if size is None else size}
     entry = {"name": "input", "datatype": datatype, "shape": list(batch.shape)}
     return {"inputs": [entry | {"parameters": parameters} | changes]}, data
+
+
+@pytest.mark.parametrize("data", [ROWS, [1, 2, 3, 4.0, 5, 6]])
+def test_json_numbers_nested_or_in_one_list(data):
+    request = read(one(data=data))
+    assert torch.equal(request.inputs[0], torch.tensor(ROWS))
+    assert (len(request.inputs[0]), request.id, request.timeout) == (2, "", math.inf)
+    assert request.outputs == [(OUTPUTS[0], False)]
 
 
 @pytest.mark.parametrize("datatype", DATATYPES)
@@ -213,6 +221,16 @@ def test_bad_header_lengths(length):
         parse(b"{}", length, INPUTS, OUTPUTS, MOST)
 
 
+def test_several_inputs_in_any_order_of_open_sizes():
+    specs = [TensorSpec("ids", "INT64", (-1,)), TensorSpec("scale", "FP64", ())]
+    scales, ids = tensor([1.5, 2.5], "scale", "FP64"), tensor([[1, 2]] * 2, "ids", "INT64")
+    message = {"inputs": [scales, ids]}
+    ids, scale = read(message, specs).inputs
+    assert (ids.tolist(), scale.tolist()) == ([[1, 2], [1, 2]], [1.5, 2.5])
+    message["inputs"][0] |= {"shape": [1], "data": [1.5]}
+    assert "numbers of rows of inputs must be equal, got [2, 1]" in refused(message, specs)
+
+
 def test_requested_outputs_and_times():
     parameters = {"timeout": 50_000, "coverage": 0.9, "binary_data_output": True, "any": "else"}
     outputs = [{"name": "radius"}, {"name": "output", "parameters": {"binary_data": False}}]
@@ -239,6 +257,35 @@ def test_answers_in_json_and_binary():
     ]
     assert found == {"id": "a"}
     assert np.frombuffer(body[length:], "<f4").tolist() == [1, 3, 2, 4]
+
+
+def test_the_largest_body_grows_with_the_model():
+    assert most_bytes(INPUTS, 64) == 2**16 + 32 * 64 * 3
+    open_size = TensorSpec("x", "FP32", (-1,))
+    assert most_bytes([open_size, *INPUTS], 64) == 2**26 + most_bytes(INPUTS, 64)
+
+
+@pytest.mark.parametrize("datatype", ["INT64", "BOOL", "FP32"])
+def test_no_numbers_are_numbers_of_any_type(datatype):
+    assert from_json("x", TensorSpec("x", datatype, (0,)), [1, 0], []).shape == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("datatype", "data"),
+    [("INT8", [300]), ("UINT8", [-1]), ("INT64", [2**63]), ("INT8", [1.0]), ("BOOL", [1])],
+)
+def test_no_number_is_changed(datatype, data):
+    with pytest.raises(ValueError, match=f"data of x must be 1 numbers of {datatype}, in one"):
+        from_json("x", TensorSpec("x", datatype, ()), [1], data)
+
+
+@pytest.mark.parametrize("data", [[[1, 2, 3], [4, 5, 6]], [[[1, 2, 3], [4, 5, 6]]], [[1, 2]] * 3])
+def test_numbers_nested_otherwise_than_the_shape_are_refused(data):
+    """Transposed rows must not be read as if they lay the right way."""
+    with pytest.raises(ValueError, match=r"in one list or nested as the shape \[1, 3, 2\]"):
+        from_json("x", TensorSpec("x", "FP32", (3, 2)), [1, 3, 2], data)
+    right = from_json("x", TensorSpec("x", "FP32", (3, 2)), [1, 3, 2], [[[1, 2], [3, 4], [5, 6]]])
+    assert right.tolist() == [[[1, 2], [3, 4], [5, 6]]]
 
 
 KEYS = ["name", "shape", "datatype", "data", "parameters", "binary_data_size"]
@@ -346,6 +393,28 @@ def test_headers_without_end_end_the_connection(port, begin, more):
         assert sent < 2**26  # of which most lies in the buffers of the sockets
         with contextlib.suppress(ConnectionError):
             assert b" 431 " in connection.recv(65536) or b" 400 " in connection.recv(65536)
+
+
+@pytest.mark.parametrize("begin", [b"", b"\r\n", GET, GET + b"\r\n" + GET], ids=str)
+def test_headers_come_in_time(port, begin):
+    start = time.monotonic()
+    with connected(port, begin) as connection:
+        for _ in range(20):  # a byte at a time
+            time.sleep(0.1)
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(b"a" if begin else b"")
+        found = ended(connection)
+    assert found.count(b" 200 ") == begin.count(b"\r\n\r\n")
+    assert time.monotonic() - start < 20
+
+
+def test_a_kept_connection_may_be_idle_for_longer(port):
+    with Client(port) as client:
+        assert client.get("/v2")[0] == 200
+        own = client.connection.sock
+        time.sleep(1)
+        assert client.get("/v2")[0] == 200
+        assert client.connection.sock is own
 
 
 def test_the_connection_that_is_idle_the_longest_makes_room(port):

@@ -112,6 +112,12 @@ class TestRay(TritonTests):
         return f"127.0.0.1:{port}/lenet"
 
 
+def test_a_body_that_is_too_large_is_413(port):
+    with Client(port) as client:
+        status, answer = client.infer(bytes(2**22), "/lenet/v2/models/m/infer")
+    assert (status, answer["error"][:20]) == (413, "the body must be at ")
+
+
 def ask(port, *seconds, route="where"):
     """Return the status of an answer, and the processes that gave it, row by row."""
     data = list(seconds)
@@ -162,3 +168,10 @@ def test_actors_of_the_cluster_compute_for_a_replica_and_one_may_die(port):
             break
         time.sleep(1.0)
     assert re.search(r'ray_coded_torch_answers_total\{[^}]*kind="computed"[^}]*\} [1-9]', text)
+
+
+def test_the_application_refuses_before_ray():
+    from coded_torch.serve import deployment
+
+    made = deployment(lenet, name="x")
+    assert (made.max_ongoing_requests, made.max_queued_requests) == (1024, 1024)

@@ -143,6 +143,13 @@ def _spring() -> None:
     raise ValueError("the trap is sprung")
 
 
+class Poison(nn.Module):
+    """Ends the process that loads it."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        os._exit(3)
+
+
 class Heavy(nn.Module):
     """Takes a second to arrive, as one whose packages have to be imported."""
 

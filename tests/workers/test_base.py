@@ -14,10 +14,13 @@ from coded_torch.testing.workers import WAIT, task_of
 from coded_torch.workers import (
     DeviceWorkers,
     FaultyWorkers,
+    Part,
     ProcessWorkers,
     Task,
     WorkerError,
+    Workers,
 )
+from coded_torch.workers.faults import Fault
 from coded_torch.workers.local import cut
 
 
@@ -69,10 +72,20 @@ def test_outputs_without_the_batch_are_refused():
         cut(task, torch.ones(3, 1), [3])
 
 
+def test_a_fault_makes_no_other_part():
+    assert Part(1, (2,), Fault(delay=1.0)) == Part(1, (2,))
+    assert len({Part(1, (2,), Fault(delay=1.0)), Part(1, (2,))}) == 1
+
+
 def test_errors_say_which_worker_or_else_which_part():
     error = pickle.loads(pickle.dumps(WorkerError(3, 1, "failed")))
     assert (str(error), error.part, error.worker) == ("worker 1 failed", 3, 1)
     assert str(WorkerError(3, -1, "did not start")) == "part 3 did not start"
+
+
+def test_pools_must_open():
+    with pytest.raises(TypeError, match="open"):
+        Workers()
 
 
 @pytest.mark.parametrize(

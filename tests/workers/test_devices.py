@@ -65,6 +65,20 @@ class TestCudaDeviceWorkers(WorkersTests):
         return DeviceWorkers(["cuda", "cuda", "cpu"])
 
 
+class Blocking(nn.Module):
+    """Identity that blocks on inputs of ``value`` until it is released."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value, self.entered, self.release = value, threading.Event(), threading.Event()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (x == self.value).any():
+            self.entered.set()
+            assert self.release.wait(WAIT)
+        return x.clone()
+
+
 def column(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).reshape(-1, 1)
 
@@ -169,6 +183,21 @@ def test_a_pool_does_not_wait_for_itself():
         assert outer(column(1)).item() == pytest.approx(1.0)
 
 
+def test_a_device_that_hangs_holds_back_only_its_own_part():
+    module = Blocking(1.0)
+    with DeviceWorkers(["cpu", "cpu"]) as pool:
+        coded = CodedWrapper(module, CopyCode(4, 4), workers=pool, waiting=first(1))
+        assert coded(column(0, 1, 2, 3)).flatten().tolist() == [0.0, 0.0, 2.0, 3.0]
+        # One thread still hangs: it is not used, its late result reaches nothing.
+        assert module.entered.wait(WAIT)
+        coded.waiting = first()
+        assert coded(column(5, 6, 7, 8)).flatten().tolist() == [5.0, 6.0, 7.0, 8.0]
+        module.release.set()
+        for i in range(10):
+            x = column(i, i + 10, i + 20, i + 30) + 100
+            assert torch.equal(coded(x), x)
+
+
 def test_an_idle_pool_keeps_no_batch_and_no_module_alive():
     with DeviceWorkers(["cpu", "cpu"]) as pool:
         module, values = nn.Linear(1, 1), torch.ones(4, 1, 1)
@@ -213,6 +242,21 @@ def test_replicas_see_the_module_as_it_is():
         assert coded(column(1, 2)).flatten().tolist() == [0.0, 0.0]
 
 
+def test_replicas_keep_their_attributes_and_may_be_recurrent():
+    class Remembers(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            self.memory = x
+            return self.memory * 2
+
+    module, lstm = nn.Sequential(Remembers()), nn.LSTM(3, 2, batch_first=True)
+    x, series = torch.arange(64.0).reshape(64, 1), torch.randn(4, 5, 3)
+    with DeviceWorkers(["cpu", "cpu"]) as pool:
+        assert torch.equal(CodedWrapper(module, CopyCode(64, 64), workers=pool)(x), x * 2)
+        coded = CodedWrapper(lstm, CopyCode(4, 4), workers=pool, out_dims=(0, 1))
+        torch.testing.assert_close(coded(series), lstm(series))
+    assert not hasattr(module[0], "memory")
+
+
 class TestCopies:
     """Tensors elsewhere are copied when needed: seen on the meta device, which costs nothing."""
 
@@ -244,6 +288,81 @@ class TestCopies:
         assert first.weight.grad_fn is not None
         assert first.weight is not second.weight
         assert first.bias is second.bias
+
+    def test_tied_parameters_stay_tied(self, replica):
+        module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        module[1].weight = module[0].weight
+        copy = replica._replicate(module, {})
+        assert copy[0].weight is copy[1].weight
+        assert copy[1].weight.device.type == "meta"
+
+    def test_copies_made_in_inference_mode_serve_outside_of_it(self, replica):
+        module = nn.Linear(2, 2).requires_grad_(False)
+        with torch.inference_mode():
+            inside = replica._replicate(module, {})
+            assert not inside.weight.is_inference()
+        assert replica._replicate(module, {}).weight is inside.weight
+
+
+@pytest.mark.parametrize(
+    ("devices", "timeout", "error", "match"),
+    [
+        ([], 1.0, ValueError, "devices must name at least one device"),
+        ("cpu", 1.0, TypeError, "devices must be a sequence of devices, got 'cpu'"),
+        (torch.device("cpu"), 1.0, TypeError, "devices must be a sequence of devices, got .*cpu"),
+        (["cpu", "nonsense"], 1.0, ValueError, "devices must be available, got 'nonsense'"),
+        (["cpu", "cuda:99"], 1.0, ValueError, "devices must be available, got 'cuda:99'"),
+        (["cpu"], float("nan"), ValueError, "timeout must be positive and finite, got nan"),
+    ],
+)
+def test_bad_arguments(devices, timeout, error, match):
+    with pytest.raises(error, match=match):
+        DeviceWorkers(devices, timeout=timeout)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("home", ["cpu", "cuda"])
+def test_answers_and_gradients_on_cuda(home):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)).double().to(home)
+    stream = torch.cuda.Stream()
+    with DeviceWorkers(["cuda", "cuda", "cpu"]) as pool, torch.cuda.stream(stream):
+        coded = CodedWrapper(module, PolynomialCode(3, 6), workers=pool, waiting=first(1))
+        for seed in range(20):
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.randn(500, 64, generator=generator).double().to(home).requires_grad_()
+            wanted = module(x)
+            gradients = torch.autograd.grad(wanted.sum(), [x, *module.parameters()])
+            out = coded(x)
+            assert out.device == x.device
+            torch.testing.assert_close(out, wanted, rtol=1e-8, atol=1e-8)
+            torch.testing.assert_close(
+                torch.autograd.grad(out.sum(), [x, *module.parameters()]),
+                gradients,
+                rtol=1e-7,
+                atol=1e-7,
+            )
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("enabled", [False, True])
+def test_gradients_of_a_batch_on_cuda(enabled):
+    """In single precision and under autocast, whose cache of weights knows no streams."""
+    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)).cuda()
+    with DeviceWorkers(["cuda", "cuda"]) as pool:
+        coded = CodedWrapper(module, CopyCode(4, 4), workers=pool, waiting=first(0))
+        for seed in range(5):
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.randn(200, 64, generator=generator).cuda().requires_grad_()
+            parameters = [x, *module.parameters()]
+            with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
+                wanted, out = module(x), coded(x)
+            torch.testing.assert_close(
+                torch.autograd.grad(out.float().sum(), parameters),
+                torch.autograd.grad(wanted.float().sum(), parameters),
+                rtol=0.05 if enabled else 1e-4,
+                atol=0.5 if enabled else 1e-3,
+            )
 
 
 @pytest.mark.cuda

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
-from coded_torch.codes import DeadlineExceeded, NotEnoughResults
-from coded_torch.open_inference import EndpointError, RefusedError
-from coded_torch.open_inference.client import BusyError, RemoteError, run
+from coded_torch.codes import DeadlineExceeded, NotEnoughResults, SplineCode
+from coded_torch.open_inference import EndpointError, Model, RefusedError
+from coded_torch.open_inference.client import BusyError, Client, RemoteError, run
 from coded_torch.testing.workers import numbered, task_of
 from coded_torch.workers import EndpointWorkers, Part, RemoteModule, Reply, endpoints
 
@@ -63,6 +63,14 @@ def test_a_batch_is_computed_by_all_servers(binary):
         assert report.asked == (0, 1, 2)
         assert [len(each.rows) for each in made] == [1, 1, 1]
         assert torch.equal(RemoteModule(made[0].url, "double")(X), 2 * X)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_inputs_need_not_be_contiguous(binary):
+    with servers(1, binary=binary) as made:
+        coded = wrapped(made)
+        assert torch.equal(coded(X.T.contiguous().T), 2 * X)
+        assert torch.equal(coded(torch.ones(1, 1).expand(5, 3)), torch.full((5, 3), 2.0))
 
 
 @pytest.mark.parametrize("word", ["NaN", "null"])
@@ -249,6 +257,15 @@ def test_a_request_that_all_servers_refuse_is_the_callers_error(many, caplog):
         assert "failed" not in caplog.text
 
 
+def test_a_refusal_of_every_column_is_the_callers_error(three):
+    for each in three:
+        each.fault = sending(400, b'{"error": "no"}')
+    module = RemoteModule(three[0].url, "double")
+    pool = EndpointWorkers([each.url for each in three], model="double")
+    with pool, pytest.raises(RefusedError, match="no"):
+        CodedWrapper(module, SplineCode(4, 6), workers=pool)(X)
+
+
 @pytest.mark.parametrize(
     ("status", "body", "kind", "text"),
     [
@@ -380,6 +397,20 @@ def test_each_server_that_fails_or_comes_back_is_logged_with_the_reason(three, c
         assert caplog.text.count(f"{each.url} is ready again") == 1
 
 
+def test_servers_are_probed_often_while_none_is_up(three, monkeypatch):
+    monkeypatch.setattr(endpoints, "_PROBE_SECONDS", 600.0)
+    monkeypatch.setattr(endpoints, "_MOST_PROBE_SECONDS", 600.0)
+    coded = wrapped(three, Waiting(deadline=1.0, estimate=False))
+    three[0].fault = broken
+    until(lambda: torch.equal(coded(X), 2 * X) and coded.workers.num_ready == 2)
+    three[0].fault = None
+    for each in three[1:]:
+        each.fault, each.ready = broken, False
+    with contextlib.suppress(RuntimeError):
+        coded(X)
+    until(lambda: torch.equal(coded(X), 2 * X))
+
+
 def test_starting_warns_of_a_model_whose_rows_depend_on_each_other(three):
     def centred(handler, rows):
         handler.answer(rows - rows.mean(0))
@@ -453,6 +484,71 @@ def test_a_removed_server_gets_no_parts_after_a_probe(three):
     assert "avoids all workers that are left" in str(request.wait(WAIT).error)
     request.close()
     pool.close()
+
+
+def test_the_status_counts_servers(three):
+    pool = EndpointWorkers([three[0].url, three[1].url], model="double", concurrency=1)
+    task = task_of(X.reshape(12, 1, 3))
+    (first, one), (second, two) = (at_work(each, pool, task) for each in three[:2])
+    third = pool.open(first.module, task)
+    third.ask([Part(0, (0,))])
+    assert third.status() == "2 of 2 servers are at earlier tasks"
+    one.set()
+    two.set()
+    for request in (first, second, third):
+        request.close()
+    pool.close()
+    several = EndpointWorkers([three[2].url], model="double")
+    assert "starting" not in several._queue.status(first)
+    several.close()
+
+
+def test_a_wrong_input_is_raised_to_the_caller(three):
+    coded = wrapped(three)
+    with pytest.raises(TypeError, match=r"input must be of torch.float32, got torch.float64"):
+        coded(X.double())
+
+
+def test_a_pool_that_is_closed_by_the_thread_of_its_loop_does_not_wait(three):
+    pool = EndpointWorkers([three[0].url], model="double")
+
+    async def close():
+        start = time.monotonic()
+        pool.close()
+        return time.monotonic() - start
+
+    assert run(close()) < 1
+
+
+def test_a_closed_pool_probes_no_server(three, monkeypatch, caplog):
+    monkeypatch.setattr(endpoints, "_MOST_DOUBTS", 1)
+    pool = EndpointWorkers([three[0].url], model="double")
+    request, gate = at_work(three[0], pool, task_of(X[None]))
+    request.answered.add(three[1].url)
+    pool.close()  # cancels the part, which another server has answered
+    gate.set()
+    until(lambda: not pool._queue._tasks)
+    assert "probed" not in caplog.text
+    request.close()
+
+
+def test_a_server_that_does_not_accept_did_not_end_at_work():
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        url = f"http://127.0.0.1:{full.getsockname()[1]}"
+        waiting = [socket.socket() for _ in range(4)]
+        for each in waiting:  # they fill the queue of the socket
+            each.setblocking(False)
+            each.connect_ex(full.getsockname())
+        client = Client(None, connect_timeout=0.1)
+        model = Model("double", (), (), True)
+        with pytest.raises(EndpointError, match="could not be reached") as caught:
+            run(client.infer(url, model, [], 1))
+        assert not caught.value.lost
+        for each in waiting:
+            each.close()
+        run(client.close())
 
 
 def test_a_forked_process_opens_its_own_connections(three):
@@ -594,6 +690,13 @@ def test_inputs_are_checked_before_they_are_sent(three):
         RemoteModule(three[0].url, "shapeless")
     with pytest.raises(ValueError, match="outputs must be some of output"):
         RemoteModule(three[0].url, "double", outputs=["logits"])
+
+
+def test_pools_and_modules_are_copied_without_their_connections(three):
+    coded = wrapped(three)
+    again = pickle.loads(pickle.dumps(coded))
+    assert torch.equal(again(X), 2 * X)
+    assert torch.equal(copy.deepcopy(coded)(X), 2 * X)
 
 
 def test_a_wrong_server_is_found_by_recomputation(three):

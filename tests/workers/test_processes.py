@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,10 +23,12 @@ import pytest
 import torch
 from torch import nn
 
+from coded_torch.codes import NotEnoughResults
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Trace
 from coded_torch.testing.workers import (
     WAIT,
+    PolynomialCode,
     WorkersTests,
     by_part,
     numbered,
@@ -36,6 +39,7 @@ from coded_torch.testing.workers import (
 )
 from coded_torch.workers import (
     Began,
+    Fault,
     FaultyWorkers,
     ProcessWorkers,
     WorkerError,
@@ -49,6 +53,7 @@ from .modules import (
     Greedy,
     Heavy,
     Pid,
+    Poison,
     Raises,
     Random,
     Remembers,
@@ -146,6 +151,15 @@ def test_changes_of_the_module_are_noticed(pool):
     assert got() == {12.5}
 
 
+def test_weights_in_memory_that_others_were_in_are_noticed(pool):
+    module, one = Scale(0.0), torch.ones(3, 1, 1)
+    for i in range(1, 8):
+        answers(pool, module, one)
+        module.factor.data = torch.tensor([-1.0])
+        module.factor.data = torch.tensor([float(i)])  # often where the first one was
+        assert {float(reply.value) for reply in answers(pool, module, one)} == {float(i)}
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what Linux knows")
 def test_modules_that_are_gone_are_forgotten(pool):
     def mapped() -> int:
@@ -207,6 +221,11 @@ def test_a_module_is_new_to_each_process_once_and_again_when_it_has_changed():
         answers(pool, nn.Identity(), torch.ones(2, 1, 1))
 
 
+def test_starting_takes_its_own_time_not_that_of_a_part():
+    with ProcessWorkers(1, timeout=0.001).start(nn.Identity(), timeout=WAIT) as pool:
+        assert pool.num_ready == 1
+
+
 def test_every_process_has_random_numbers_of_its_own_and_so_has_its_successor():
     before, seen = torch.get_rng_state(), []
     with ProcessWorkers(6).start(Random()) as pool:
@@ -248,6 +267,16 @@ def test_an_interrupted_call_leaves_nothing_that_the_next_one_waits_for():
             answers(pool, Sleepy(), torch.full((2, 1, 1), 3600.0))
         assert len(answers(pool, Sleepy(), torch.zeros(2, 1, 1), deadline=WAIT / 2)) == 2
         assert not pids & set(pool.pids)
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_an_interrupted_map_leaves_nothing_that_the_next_call_waits_for():
+    with ProcessWorkers(2, grace=WAIT).start(Sleepy(), timeout=WAIT) as pool, torch.no_grad():
+        coded = CodedWrapper(Sleepy(), workers=pool, parts=1, waiting=Waiting(estimate=False))
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            list(coded.map([torch.full((2, 1), 3600.0)] * 2, in_flight=2))
+        assert len(answers(pool, Sleepy(), torch.zeros(2, 1, 1), deadline=WAIT / 2)) == 2
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what Linux knows")
@@ -301,6 +330,18 @@ def test_a_hung_part_that_lives_ends_after_the_timeout_or_when_its_call_ended():
         assert len(answers(pool, Sleepy(), torch.zeros(1, 1, 1))) == 1
 
 
+def test_the_grace_counts_though_a_process_has_loaded_the_module_at_once(monkeypatch):
+    with ProcessWorkers(1, grace=0.5).start(timeout=WAIT) as pool:
+        (worker,), heard, loaded = pool._queue._workers, threading.Event(), pool._queue.loaded
+        send = worker.connection.send_package
+        monkeypatch.setattr(pool._queue, "loaded", lambda worker: (loaded(worker), heard.set()))
+        monkeypatch.setattr(
+            worker.connection, "send_package", lambda *args: (send(*args), heard.wait(WAIT))
+        )
+        (reply,) = answers(pool, Stuck(), torch.full((1, 1, 1), 3600.0))
+        assert "at one job for more than 0.5 s without a sign of life" in reply.error.reason
+
+
 class _Slow(nn.Module):
     """Takes seconds to be packed."""
 
@@ -324,6 +365,28 @@ def test_another_module_that_is_loaded_stops_no_calls(module):
         assert calls > 3
 
 
+def test_processes_load_modules_beside_their_grace_and_before_they_replace_others():
+    with ProcessWorkers(2, grace=0.5).start(timeout=WAIT) as pool:
+        module = Heavy()
+        assert all(reply.error is None for reply in answers(pool, module, torch.zeros(2, 1, 1)))
+        os.kill(pool.pids[0], signal.SIGKILL)
+        until(lambda: pool.num_ready == 1)
+        until(lambda: pool.num_ready == 2)
+        start = time.monotonic()
+        assert all(reply.error is None for reply in answers(pool, module, torch.zeros(2, 1, 1)))
+        assert time.monotonic() - start < 0.9
+
+
+def test_a_module_that_ends_processes_spoils_no_other():
+    with ProcessWorkers(1, grace=WAIT, timeout=WAIT).start(timeout=WAIT) as pool:
+        bad = Poison()
+        (reply,) = answers(pool, bad, torch.zeros(1, 1, 1))
+        assert "ended with exit code 3" in reply.error.reason
+        for _ in range(2):
+            (reply,) = answers(pool, nn.Identity(), torch.zeros(1, 1, 1))
+            assert reply.error is None
+
+
 def test_processes_end_with_their_server_and_are_replaced():
     with ProcessWorkers(2).start(timeout=WAIT) as pool:
         before = pool.pids
@@ -332,6 +395,51 @@ def test_processes_end_with_their_server_and_are_replaced():
         until(lambda: pool.num_ready == 2 and not set(before) & set(pool.pids))
         assert not any(map(_parent, before))
         assert len(answers(pool, nn.Identity(), torch.zeros(4, 1, 1))) == 4
+
+
+def test_stopped_processes_hold_up_no_later_request_and_nothing_stale_is_used():
+    with ProcessWorkers(3, grace=WAIT).start(timeout=WAIT) as pool:
+        code = PolynomialCode(2, 3)
+        coded = CodedWrapper(nn.Identity(), code, workers=pool, waiting=Waiting.first(1))
+        stopped = pool.pids[0]
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            for i in range(20):
+                x = torch.full((2, 1), float(i), dtype=torch.float64)
+                torch.testing.assert_close(coded(x), x)
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        for i in range(20, 40):
+            x = torch.full((2, 1), float(i), dtype=torch.float64)
+            torch.testing.assert_close(coded(x), x)
+        assert stopped in pool.pids
+
+
+def test_processes_at_earlier_tasks_are_named_where_nothing_arrived_in_time():
+    with ProcessWorkers(3, grace=30).start(timeout=WAIT) as pool:
+        code, waiting = PolynomialCode(2, 3), Waiting.first(1, deadline=0.3)
+        coded = CodedWrapper(Sleepy(), code, workers=pool, waiting=waiting)
+        with pytest.raises(NotEnoughResults) as info:
+            coded(torch.full((2, 1), 3600.0))
+        assert "earlier" not in str(info.value)  # they are at this very task
+        start = time.monotonic()
+        with pytest.raises(NotEnoughResults) as info:
+            coded(torch.zeros(2, 1))
+        assert 0.3 <= time.monotonic() - start < 0.3 + 5
+        cause = "3 of 3 processes are at earlier tasks (grace 30 s); nothing arrived within"
+        assert cause in str(info.value)
+
+
+def test_a_request_asks_again_with_its_own_module_after_a_newer_one():
+    module, task = Scale(2.0).requires_grad_(False), task_of(torch.ones(2, 1, 1))
+    with ProcessWorkers(1).start(timeout=WAIT) as pool, pool.open(module, task) as request:
+        request.ask(numbered((0,)))
+        assert [float(reply.value) for reply in replies_of(request)] == [2.0]
+        module.factor.fill_(3.0)
+        assert {float(reply.value) for reply in run(pool, module, task)} == {3.0}
+        request.ask(numbered((1,), first=1))
+        (reply,) = replies_of(request)
+        assert reply.error is None
 
 
 @pytest.mark.parametrize(
@@ -399,6 +507,20 @@ def test_gradients_are_refused_and_warned_of_once():
             list(run(pool, Scale(1.0), task))
         assert [warning.filename for warning in seen] == [__file__]
         assert len(list(run(pool, Scale(1.0), task))) == 1  # a warning would be an error
+
+
+def test_an_excluded_process_gets_nothing_until_it_is_restarted():
+    with ProcessWorkers(2, grace=WAIT, timeout=WAIT).start(timeout=WAIT) as pool:
+        before = set(pool.pids)
+        pool.exclude(1)
+        assert all(reply.worker == 0 for reply in answers(pool, Pid(), torch.zeros(6, 1, 1)))
+        pool.restart(1)
+        until(lambda: pool.num_ready == 2 and set(pool.pids) != before)
+        assert len(set(pool.pids) & before) == 1
+        asleep = answers(pool, Sleepy(), torch.full((6, 1, 1), 0.05))
+        assert {reply.worker for reply in asleep} == {0, 1}
+        with pytest.raises(ValueError, match=r"worker must be one of \[0, 1\], got 2"):
+            pool.exclude(2)
 
 
 def test_calls_go_on_while_the_pool_grows_and_shrinks():
@@ -476,6 +598,43 @@ def test_a_server_that_is_replaced_ends_with_its_last_process():
     until(lambda: not Path(f"/proc/{first}").exists())
 
 
+def test_every_fault_is_rejected_and_spoils_nothing():
+    n, rates = 7, dict.fromkeys(Fault.KINDS, 0.03)
+    with FaultyWorkers(ProcessWorkers(n).start(timeout=WAIT), rates=rates, seed=0) as pool:
+        code = PolynomialCode(2, n)
+        coded = CodedWrapper(nn.Identity(), code, workers=pool, waiting=Waiting.first(0))
+        reasons = []
+        for i in range(30):
+            x = torch.tensor([[i, 1.0], [i + 1.0, 2.0]], dtype=torch.float64)
+            torch.testing.assert_close(coded(x), x)
+            reasons += coded.last_run.rejected.values()
+    for kind in ("was lost", "not finite", "got shape", "float32", "'None']"):
+        assert any(kind in reason for reason in reasons), (kind, reasons)
+
+
+def test_a_forked_process_is_refused():
+    with ProcessWorkers(1).start(timeout=WAIT) as pool:
+        pool._queue.process += 1  # as it would look from there
+        with pytest.raises(RuntimeError, match="in the process that started it"):
+            answers(pool, nn.Identity(), torch.ones(1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"num_workers": 0}, ValueError, "num_workers must be at least 1, got 0"),
+        ({"threads": 0}, ValueError, "threads must be at least 1, got 0"),
+        ({"grace": 0.0}, ValueError, "grace must be positive and finite, got 0.0"),
+        ({"timeout": math.nan}, ValueError, "timeout must be positive and finite, got nan"),
+        ({"devices": "cpu"}, TypeError, "devices must be a sequence of devices, got 'cpu'"),
+        ({"devices": ["nowhere"]}, ValueError, "devices must be available, got 'nowhere'"),
+    ],
+)
+def test_bad_arguments(options, error, match):
+    with pytest.raises(error, match=match):
+        ProcessWorkers(**{"num_workers": 2, **options})
+
+
 _UNGUARDED = """
 import torch
 from coded_torch.workers import ProcessWorkers
@@ -528,6 +687,47 @@ def test_a_script_without_a_guard_gets_to_know(tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert "RuntimeError: ProcessWorkers: workers import the main script" in last
     assert last.endswith('put its main part under: if __name__ == "__main__":')
+
+
+def test_a_pool_that_closes_while_it_starts_refuses_no_packages():
+    pool = ProcessWorkers(1)
+    pool._queue._packages = frozenset(["timeit"])  # a server of its own, which takes seconds
+    pool._queue.begin(nn.Identity())
+    until = time.monotonic() + WAIT
+    while not pool._queue._workers and time.monotonic() < until:
+        time.sleep(0.002)
+    assert pool._queue._workers
+    pool.close()
+    assert "timeit" not in worker_main.REFUSED
+
+
+def test_threads_start_one_server_and_leave_the_environment(monkeypatch):
+    started, spawn = [], worker_main.util.spawnv_passfds
+
+    def start(path, arguments, descriptors):
+        if "serve" in arguments[-1]:
+            started.append(arguments[-1])
+            time.sleep(0.1)
+        return spawn(path, arguments, descriptors)
+
+    monkeypatch.setattr(worker_main.util, "spawnv_passfds", start)
+    packages, found, before = frozenset(["no_package"]), [], dict(os.environ)
+
+    def fork():
+        with socket.socket() as sock:
+            found.append(worker_main.fork(sock, packages, torch.device("cpu"), 1, 0, 1.0))
+
+    threads = [threading.Thread(target=fork) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    worker_main.replace_servers()
+    for descriptor in found:
+        os.close(descriptor)
+    assert len(found) == 4
+    assert len(started) == 1
+    assert dict(os.environ) == before
 
 
 _PACKAGE = """
