@@ -111,5 +111,5 @@ def test_a_batch_of_nothing_else(way):
     x[:2] = 7.0
     how = divided(way, 3, 3) | {"waiting": Waiting(on_error="estimate")}
     lost = CodedWrapper(module, **how, workers=Separate())
-    with pytest.raises(NotEnoughResults, match="no result of finite inputs to estimate others"):
+    with pytest.raises(NotEnoughResults, match="no row with finite inputs has a result"):
         lost(x)

@@ -1,4 +1,4 @@
-"""Verification of calls on a virtual clock: who is found, what is corrected, and what it costs."""
+"""Tests of verification on a virtual clock: excluded workers, corrected rows, and extra work."""
 
 import copy
 import logging

@@ -191,7 +191,7 @@ class Script:
         supervisor = self.supervisor
         for request, got in self.events.items():
             new = events(request)
-            assert not new or request in self.requests, "something came of what is closed"
+            assert not new or request in self.requests, "a closed request got an event"
             for event in new:
                 began = [e for e in got if isinstance(e, Began) and e.part is event.part]
                 assert event.part.number not in self.dropped[request]
