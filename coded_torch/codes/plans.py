@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import outside, plain
+from .._torch import outside
 from ..input_space.error_bounds import ErrorBounds
+from ..input_space.gaussian_process import off_mean
 from ..input_space.metrics import Choice
 from ..input_space.ordering import Grouping
-from ..input_space.selection import MOST_ROWS
+from ..input_space.regressor import MOST_ROWS
 
 _SHOWN = 16  # missing results that the message lists
 
@@ -80,7 +81,7 @@ class BatchPlan:
         coded: Tensor = self.code.encoder.gathered(values, self._grouping)
         return coded
 
-    def decode(self, results: Tensor, received: Any) -> Tensor:
+    def decode(self, results: Tensor, received: Any, search: bool = True) -> Tensor:
         """Return the answers of the batch, ``[B, ...]``.
 
         ``received`` are the workers of the results, ``[|F|, G, ...]``: strictly increasing, and at
@@ -96,16 +97,13 @@ class BatchPlan:
             flat = of_group * self.num_groups + torch.arange(self.num_groups)
             return self._grouping.scatter(torch.where(of_group >= 0, flat, -1))
 
-    def used(self, received: Sequence[int]) -> Tensor:
-        """Return the distinct results that others are estimated from: flat indices ``[|F|, G]``."""
-        return torch.arange(len(received) * self.num_groups)
+    def left_out_squares(self, received: Sequence[int], *values: Tensor) -> list[float]:
+        """Return the sum of squared errors of estimating values from each other, by their mean.
 
-    def left_out_square(self, results: Tensor, received: Sequence[int]) -> float:
-        """Return the sum of squared errors of estimating results from the others, by their mean."""
+        Values are float64, ``[|F| G, C]`` each.
+        """
         with outside():
-            rows = plain("decode", "results", results).flatten(0, 1).to("cpu", torch.float64)
-            n = len(rows)
-            return float(rows.var(0).sum()) * n**2 / (n - 1) if n > 1 else 0.0
+            return [float(off_mean(x).square().sum()) for x in values]
 
     def error_bounds(self, *_: Any, **__: Any) -> ErrorBounds | None:
         """Return the error bounds of estimated answers, as a ``RowPlan``; None without any."""

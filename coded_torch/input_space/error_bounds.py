@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .gaussian_process import GaussianProcess, off_mean
 from .geometry import evenly
-
-if TYPE_CHECKING:
-    from .gaussian_process import GaussianProcess
-
 
 Array = npt.NDArray[np.float64]
 
@@ -51,31 +48,28 @@ def bounds(
         regression: the process, and its trust in (0, 1]. None if estimates are the mean.
         labels: results and estimates with their surrogates, if they are scores of classes.
     """
-    count, signed = len(results), results.shape[1] == 1
     process, trust = regression or (None, 0.0)
-    if process is None:
-        left_out, of_left_out = torch.arange(count), np.ones(count)
-        weights, variances = np.zeros((len(rows), count)), np.ones(len(rows))
-    else:
+    left_out, of_left_out = torch.arange(len(results)), np.ones(len(results))
+    weights, variances = np.zeros((len(rows), len(results))), np.ones(len(rows))
+    if process is not None:
         left_out, of_left_out = process.left_out, process.leave_one_out_variances.numpy()
         weights, variances = process.weights_of_left_out.numpy(), process.variances.numpy()
-    norms, moved, errors = np.zeros((3, len(left_out))), np.zeros(len(rows)), list[Array]()
+    signed, errors = results.shape[1] == 1, list[Array]()
+    norms, moved = np.zeros((3, len(left_out))), np.zeros(len(rows))
     for y, answers in zip(results.split(_BLOCK, 1), estimated.split(_BLOCK, 1), strict=True):
         y = y.double()
-        mean = y.mean(0)
-        deviations = (y[left_out] - mean).numpy()
-        residuals = shrunk = deviations * (count / max(count - 1, 1))  # less the others' mean
+        residuals = deviations = off_mean(y)[left_out].numpy()
         if process is not None:
             residuals = process.leave_one_out_residuals(y).numpy()
-            shrunk = shrunk + trust * (residuals - shrunk)
-        off = (answers.double() - mean).numpy()
-        for total, x in zip((*norms, moved), (residuals, shrunk, deviations, off), strict=True):
+        errors.append(deviations + trust * (residuals - deviations))
+        off = (answers.double() - y.mean(0)).numpy()
+        for total, x in zip((*norms, moved), (residuals, errors[-1], deviations, off), strict=True):
             total += x[:, 0] if signed else np.einsum("ij,ij->i", x, x)
-        errors += [] if labels is None else [shrunk]
+        errors = errors if labels else []  # they may be large
     if not signed:
         norms, moved = np.sqrt(norms), np.sqrt(moved)
     risks = None
-    if labels is not None and results.shape[1] > 1:
+    if labels is not None and not signed:
         outputs, answered = labels[0][left_out].double().numpy(), labels[1].double().numpy()
         found = outputs - np.concatenate(errors, 1)
         wrong = found.argmax(1) != outputs.argmax(1)
@@ -86,7 +80,7 @@ def bounds(
     if len(rows) > _MISSING:
         some = evenly(len(left_out), _CALIBRATING).numpy()
         weights, calibrating = weights[:, some], calibrating[:, some]
-    limits = _thresholds(weights, variances, moved, calibrating, trust, count, signed)
+    limits = _thresholds(weights, variances, moved, calibrating, trust, len(results), signed)
     return Bounds(rows, torch.from_numpy(limits), risks)
 
 
@@ -112,7 +106,8 @@ def _thresholds(
         w, variances: ``[L, n]`` and ``[L]``, weights and variances before shrinking.
         moved: ``[L]``, the norms of the shrunk estimates less the mean of the results.
         known: ``[4, n]``, of each result the variance and the norms of its residual before
-            shrinking, of its residual after it, and of itself less the mean of all ``count``.
+            shrinking, of its residual after it, and of itself less the mean of all others.
+        count: the number of results.
         signed: whether there is one output, and numbers instead of norms are given. Then thresholds
             are ``[2, L, n]``, for positive and for negative errors, instead of ``[1, L, n]``.
     """
@@ -125,13 +120,12 @@ def _thresholds(
     pull = w * ratio
     after = shrink * (trust * residuals)
     if rest:  # the mean of the others has row i in it, too
-        of_mean = rest * deviations
-        after += (1 + 1 / count) * of_mean
+        after += (1 - 1 / count**2) * rest * deviations
         if signed:
             after += rest * (pull - 1 / count) * moved
         else:  # both are at least as large as the norm
             other = shrunk + trust * (1 - shrink) * residuals
-            after = np.minimum(after, other + of_mean / (count * max(count - 1, 1)))
+            after = np.minimum(after, other + rest * deviations / count**2)
             after += rest * (pull + 1 / count) * moved
     score, pull = ratio ** (GROWTH / 2), trust * pull + rest / count
     never = score <= np.abs(pull)  # no error makes row i odder

@@ -93,8 +93,8 @@ class GaussianProcess:
         return half @ self._of_left_out.T if self._leaves_all else _solved(half, self._factor)
 
     @functools.cached_property
-    def _toward(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Covariances times L^-T, ``[L, M]``, the mean's weights ``[L]``, and variances ``[L]``."""
+    def _toward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Covariances, and times L^-T, ``[L, M]``; the mean's weights, and variances, ``[L]``."""
         squared, known, length = self._where
         covariances = matern52_among(squared, self._at, known, length)
         half = self._half(covariances)
@@ -102,17 +102,17 @@ class GaussianProcess:
         explained = torch.linalg.vector_norm(half, dim=1, dtype=torch.float64).numpy()
         variances = 1 + self._nugget - explained**2 + left**2 / self._precision
         variances = np.maximum(variances, self._nugget)
-        return half, torch.from_numpy(left), torch.from_numpy(variances)
+        return covariances, half, torch.from_numpy(left), torch.from_numpy(variances)
 
     @property
     def variances(self) -> Tensor:
         """The variances of estimates, ``[L]``, float64, in the outputs'."""
-        return self._toward[2]
+        return self._toward[3]
 
     @functools.cached_property
     def weights(self) -> Tensor:
         """The weights of the results, ``[L, M]``, float64: rows that sum to one."""
-        half, left, _ = self._toward
+        _, half, left, _ = self._toward
         found = self._whole(half).double().numpy()
         found += (left.numpy() / self._precision)[:, None] * self._mean.numpy()
         found += ((1 - found.sum(1)) / found.shape[1])[:, None]  # after rounding
@@ -123,32 +123,31 @@ class GaussianProcess:
         """The weights of the results that are left out, ``[L, n]``."""
         if self._leaves_all:
             return self.weights
-        half, left, _ = self._toward
+        _, half, left, _ = self._toward
         weights = (half @ self._of_left_out.T).double()
         return weights.addr_(left, self._mean[self.left_out].double(), alpha=1 / self._precision)
 
-    def estimate(self, results: Tensor, trust: float = 1.0) -> Tensor:
-        """Return estimates ``[L, C]``, shrunk towards the mean of the results ``[M, C]``."""
-        (half, left, _), (right, mean, size) = self._toward, self._seen(results)
-        found = (half @ right.T).addr_(left.to(half), mean).double()
-        return found.mul_(trust * size) + results.mean(0)
+    def coefficients(self, results: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Return A, ``[C, M]``, b, ``[C]``, and a scale of results ``[M, C]``, less their mean.
 
-    def _seen(self, results: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Return scaled results times L^-T, ``[C, M]``, their mean ``[C]``, and the scale."""
+        For covariances k with the results, ``(A k + b) * scale`` is estimated.
+        """
         if self._last is None or not torch.equal(self._last[0], results):
             y, size = scaled(results)
             y = y.to(self._factor.dtype)
-            self._last = results, (self._half(y), y @ self._mean / self._precision, size)
+            mean = y @ self._mean / self._precision
+            over = self._whole(self._half(y)).addr_(mean, self._mean, alpha=-1)
+            self._last = results, (over, mean, size)
         return self._last[1]
 
-    def coefficients(self, results: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A, ``[M, C]``, and b, ``[C]``: for covariances k, ``k A + b`` is estimated."""
-        y = results.to(self._factor.dtype)
-        mean = self._mean @ y / self._precision
-        return torch.cholesky_solve(y - mean, self._factor), mean
+    def estimate(self, results: Tensor, trust: float = 1.0) -> Tensor:
+        """Return estimates ``[L, C]``, shrunk towards the mean of the results ``[M, C]``."""
+        over, mean, size = self.coefficients(results)
+        found = torch.addmm(mean, self._toward[0], over.T).double()
+        return found.mul_(trust * size) + results.mean(0)
 
     # Leaving out: with the projection P = C^-1 - m m' / 1' m, m = C^-1 1, the residual of a result
-    # that is left out is (P y) / P_ii, of variance 1 / P_ii.
+    # that is left out is (P y) / P_ii, of variance 1 / P_ii; P y are the coefficients.
 
     @functools.cached_property
     def leave_one_out_variances(self) -> Tensor:
@@ -160,10 +159,8 @@ class GaussianProcess:
 
     def leave_one_out_residuals(self, results: Tensor) -> Tensor:
         """Return results less their estimates from all others, from ``[M, C]``: ``[n, C]``."""
-        right, mean, size = self._seen(results)
-        over = (self._of_left_out @ right.T).numpy()  # over variances
-        over -= self._mean[self.left_out].numpy()[:, None] * mean.numpy()
-        return torch.from_numpy(over * (self.leave_one_out_variances.numpy()[:, None] * size))
+        over, _, size = self.coefficients(results)
+        return over.T[self.left_out] * (self.leave_one_out_variances[:, None] * size)
 
     def leave_one_out_error(self, results: Tensor) -> tuple[float, float]:
         r"""Return how well results are estimated from each other, each from all others.
@@ -171,9 +168,7 @@ class GaussianProcess:
         The first number is the error of a choice. The second is its trust: the slope of every
         result's regression on its estimate, less the others' mean; 0 if its gain may be chance.
         """
-        y = results - results[:1]  # equal results have no deviation at all
-        deviations = (y[self.left_out] - y.mean(0)).numpy()
-        deviations *= len(y) / max(len(y) - 1, 1)  # less the mean of all others
+        deviations = off_mean(results)[self.left_out].numpy()
         residuals = self.leave_one_out_residuals(results).numpy()
         estimated = deviations - residuals
         total, left, square = (float(np.vdot(x, x)) for x in (deviations, residuals, estimated))
@@ -184,6 +179,12 @@ class GaussianProcess:
         gains = (estimated * (2 * deviations - slope * estimated)).sum(1) * (slope / square)
         by_chance = _ERRORS * float(gains.std()) * math.sqrt(len(gains))
         return error, slope if float(gains.sum()) > by_chance else 0.0
+
+
+def off_mean(results: Tensor) -> Tensor:
+    """Return results ``[M, C]`` less the mean of all others."""
+    y = results - results[:1]  # equal results become 0, however large
+    return (y - y.mean(0)) * (len(y) / max(len(y) - 1, 1))
 
 
 def scaled(results: Tensor) -> tuple[Tensor, float]:

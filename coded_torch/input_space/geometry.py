@@ -40,16 +40,16 @@ class Geometry:
 
     up to a factor. Shrinkage 0 is the Euclidean metric, ``math.inf`` the covariance's alone.
 
-    ``rows`` are X, ``[n, d]``, float32, on the host, and 0 where they are not ``typical``, ``[t]``,
-    all by default. Of more than 256 typical rows, L landmarks determine C: a quarter, 256 at least
-    and 512 at most. The cost is :math:`O(L n d + L n^2)`.
+    ``rows`` are X, ``[n, d]``, float32, on the host, and 0 where they are not ``typical``, bool
+    ``[n]``, which defaults to all. Of more than 256 typical rows, L landmarks determine C: a
+    quarter, 256 at least and 512 at most. The cost is :math:`O(L n d + L n^2)`.
     """
 
     @on_host()
     def __init__(self, rows: Tensor, typical: Tensor | None = None) -> None:
         self._rows = rows.contiguous()  # scaled rows keep the strides of a transposed input
         least, most = _LANDMARKS
-        typical = torch.arange(len(rows)) if typical is None else typical
+        typical = (rows.new_ones(len(rows)) if typical is None else typical).nonzero().flatten()
         self._count = len(typical)
         self._some = typical[evenly(self._count, min(max(self._count // 4, least), most))]
         self._at: dict[float, tuple[Tensor, Tensor, float]] = {}

@@ -49,7 +49,7 @@ class Choice:
 
     metric: str
     length: float
-    error: float
+    error: float = math.nan
     trust: float = 1.0
     output: int = 0
 
@@ -80,24 +80,40 @@ class Leaf:
 
     rows: Tensor  # [B, d], float32 or float64
     pooled: Leaf | None = None  # [B, 2 D]; the mean and the spread over T of [B, T, D]
+    typical: Tensor | None = None  # [B], bool: the rows that determine metrics; None if all do
 
-    def at(self, rows: Tensor) -> Leaf:
-        """Return some rows, in increasing order."""
-        if len(rows) == len(self.rows):
-            return self
-        return Leaf(self.rows[rows], self.pooled and self.pooled.at(rows))
+    def at(self, rows: Tensor, typical: Tensor | None = None) -> Leaf:
+        """Return some rows, in increasing order, of which ``typical`` ones determine metrics."""
+        x = self.rows if len(rows) == len(self.rows) else self.rows[rows]
+        x = x if typical is None else x.masked_fill(~typical[:, None], 0.0)
+        return Leaf(x, self.pooled and self.pooled.at(rows, typical), typical)
+
+    @classmethod
+    def joined(cls, leaves: Sequence[Leaf]) -> Leaf:
+        """Return the rows of leaves of one form as one."""
+        pooled = [leaf.pooled for leaf in leaves if leaf.pooled is not None]
+        return cls(
+            torch.cat([leaf.rows for leaf in leaves]), cls.joined(pooled) if pooled else None
+        )
+
+    @functools.cached_property
+    def count(self) -> int:
+        """The number of rows that determine metrics."""
+        return len(self.rows) if self.typical is None else int(self.typical.sum())
 
     @functools.cached_property
     def centred(self) -> tuple[Tensor, Scaling]:
-        """The centred rows, and the map to centred rows of root mean square length 1."""
+        """The centred rows, or 0, and the map to centred rows of root mean square length 1."""
         x, size = self.rows, 1.0
         largest = max(map(abs, map(float, torch.aminmax(x)))) if x.numel() else 0.0
         if not 1e-8 < largest < 1e8:  # squares would overflow, or vanish
             size = max(largest, torch.finfo(x.dtype).tiny)
             x, largest = x / size, largest / size
-        mean = x.mean(0)
+        mean = x.sum(0) / max(self.count, 1)
         rows = x - mean
-        spread = float(torch.linalg.vector_norm(rows)) / math.sqrt(max(len(x), 1))
+        if self.typical is not None:
+            rows[~self.typical] = 0.0
+        spread = float(torch.linalg.vector_norm(rows)) / math.sqrt(max(self.count, 1))
         rounding = ROUNDINGS * torch.finfo(x.dtype).eps * math.sqrt(x.shape[1]) * largest
         scale = 1 / spread if spread > rounding else 0.0
         return rows, Scaling(size, mean, spread if scale else 0.0, torch.tensor(scale))
@@ -121,11 +137,11 @@ class Metric(NamedTuple):
             return None if leaf.pooled is None else leaf.pooled.centred[1]._replace(pooled=True)
         if self.features == "rows":
             return leaf.centred[1]
-        size, num_features = leaf.rows.shape
-        if min(size, num_features) < 2 or self.rows_each * num_features > size:
+        num_features = leaf.rows.shape[1]
+        if min(leaf.count, num_features) < 2 or self.rows_each * num_features > leaf.count:
             return None
         rows, scaling = leaf.centred
-        own = rows.square().mean(0).sqrt_().numpy()  # std takes 20 times as long
+        own = (rows.square().sum(0) / leaf.count).sqrt_().numpy()  # std takes 20 times as long
         vary = own > _NOTHING * scaling.spread / math.sqrt(num_features)
         scale = np.divide(1, own, out=np.zeros_like(own), where=vary)
         scale /= math.sqrt(max(int(vary.sum()), 1))
@@ -154,20 +170,16 @@ def name_of(metric: str | Features) -> str:
 
 
 def leaves_of(inputs: Sequence[Tensor]) -> list[Leaf]:
-    """Bring the features of inputs to the host, in one copy."""
-    found: list[list[Tensor]] = []
+    """Bring the features of inputs to the host."""
+    found = []
     for x in inputs:
         with torch.no_grad(), exactly(x.device.type):
-            x = x.detach()
-            found.append([added_up(x)])
+            rows, pooled = added_up(x.detach()), None
             if x.dim() == 3 and min(x.shape[1:]) > 1:
-                x = x.to(found[-1][0].dtype)
-                found[-1].append(torch.cat([x.mean(1), x.std(1, correction=0)], 1))
-    if any(x.device.type != "cpu" for x in inputs):
-        several = [x.to(inputs[0].device) for both in found for x in both]
-        host = iter(torch.cat(several, 1).cpu().split([x.shape[1] for x in several], 1))
-        found = [[next(host) for _ in both] for both in found]
-    return [Leaf(both[0], *map(Leaf, both[1:])) for both in found]
+                wide = x.detach().to(rows.dtype)
+                pooled = Leaf(torch.cat([wide.mean(1), wide.std(1, correction=0)], 1).cpu())
+            found.append(Leaf(rows.cpu(), pooled))
+    return found
 
 
 def transforms(metric: Metric, leaves: Sequence[Leaf]) -> list[Scaling] | None:
@@ -211,48 +223,45 @@ class Sources:
         return leaves_of(found)
 
 
-class Measured(NamedTuple):
-    """Some rows in one metric."""
-
-    squared: Tensor  # [b, b], float32, the squared distances; infinite to rows not typical
-    step: float  # the median distance between neighbours on the path
-    unit: float  # the mean square of the rows' lengths
-
-
 class Distances:
     """The distances between all or some rows of a batch, by every metric that may estimate them.
 
     Attributes:
+        rows: ``[b]``, the rows, in increasing order.
+        measured: whether there are features to measure distances on.
         first: the metric that copies go by: the only one, or the default.
-        usable: ``[b]``, bool: whether others are estimated from the results of the row.
+        far: ``[b]``, bool: the rows from whose results no others are estimated.
         order: ``[b]``, a short path through the rows, in the first metric.
     """
 
     def __init__(
         self, sources: Sources, metrics: Sequence[str | Features], rows: Tensor | None = None
     ) -> None:
-        rows = torch.arange(len(sources.leaves[0].rows)) if rows is None else rows
-        self._sources, self._metrics, self._rows, self.first = sources, metrics, rows, DEFAULT
-        typical = typical_rows([leaf.at(rows).rows for leaf in sources.leaves])
-        self._odd = None if typical.all() else torch.from_numpy(~typical)
+        self.rows = torch.arange(len(sources.leaves[0].rows)) if rows is None else rows
+        self._sources, self._metrics, self.first = sources, metrics, DEFAULT
+        self.measured, self.order = bool(sources.leaves), torch.arange(len(self.rows))
+        self.far = torch.zeros(len(self.rows), dtype=torch.bool)
+        if not self.measured:
+            return
+        typical = typical_rows([leaf.at(self.rows).rows for leaf in sources.leaves])
+        self._typical = None if typical.all() else torch.from_numpy(typical)
+        self._leaves = [leaf.at(self.rows, self._typical) for leaf in sources.leaves]
         self._geometries: dict[Any, Geometry | None] = {}
-        self._measured: dict[Any, Measured] = {}
+        self._squared: dict[Any, Tensor] = {}
         if len(metrics) == 1 and isinstance(only := metrics[0], str):
             self.first = DEFAULT if self._geometry(only) is None else only
             if self.first != only:
                 sources.notes.append(f"the metric {only!r} does not apply to these inputs")
-        squared, unit = self._squared(self.first)
-        geometry = self._geometry(self.first)
-        assert geometry is not None
-        self.usable = geometry.at(_how(self.first).shrinkage)[1] <= _FAR**2 * unit
-        if self._odd is not None:
-            self.usable &= ~self._odd
+        squared, _ = self.by(self.first)
         # In its own memory, as new memory takes longer than both roots and squares.
         self.order = similarity_order(squared.sqrt_())
         squared.square_()
-        self._place = self.order.numpy().argsort()
-        step = path_step(squared, self.order.numpy(), unit)
-        self._measured[self.first] = Measured(squared, step, unit)
+        geometry = self._geometry(self.first)
+        assert geometry is not None
+        _, squares, unit = geometry.at(_how(self.first).shrinkage)
+        self.far = squares > _FAR**2 * unit
+        if self._typical is not None:
+            self.far |= ~self._typical
 
     @functools.cached_property
     def competing(self) -> Sequence[str | Features]:
@@ -261,60 +270,47 @@ class Distances:
 
     def prepare(self) -> None:
         """Compute the coordinates of every metric, while results are awaited."""
-        for metric in self._metrics:
+        for metric in self._metrics if self.measured else ():
             if isinstance(metric, str) and (geometry := self._geometry(metric)) is not None:
                 geometry.at(_how(metric).shrinkage)
 
-    def by(self, metric: str | Features) -> Measured:
-        """Return the distances in a metric that applies."""
-        if metric not in self._measured:
-            squared, unit = self._squared(metric)
-            step = path_step(squared, self.order.numpy(), unit)
-            self._measured[metric] = Measured(squared, step, unit)
-        return self._measured[metric]
+    def by(self, metric: str | Features, some: Tensor | None = None) -> tuple[Tensor, float]:
+        """Return the squared distances of all or some rows, in a metric that applies, and a step.
 
-    def among(self, metric: str | Features, some: Tensor) -> tuple[Tensor, float]:
-        """Return the squared distances among some rows, ``[m, m]``, and their step."""
-        if metric in self._measured:
-            squared, _, unit = self._measured[metric]
-            squared = squared.index_select(0, some).index_select(1, some)
-        else:
-            squared, unit = self._squared(metric, some)
-        return squared, path_step(squared, self._place[some.numpy()].argsort(), unit)
-
-    def _squared(self, metric: str | Features, some: Tensor | None = None) -> tuple[Tensor, float]:
-        """Return the distances of all or some rows, and the mean square of the rows' lengths."""
-        geometry = self._geometry(metric)
+        Distances are ``[b, b]``, float32, and infinite to rows that are not typical. The step is
+        the median distance between neighbours on the path.
+        """
+        geometry, shrinkage = self._geometry(metric), _how(metric).shrinkage
         assert geometry is not None
-        squared, unit = geometry.squared_distances(_how(metric).shrinkage, some)
-        if self._odd is not None:
-            odd = self._odd if some is None else self._odd[some]
-            squared.masked_fill_(odd | odd[:, None], math.inf).fill_diagonal_(0)
-        return squared, unit
+        squared, order = self._squared.get(metric), self.order
+        if squared is None:
+            squared, _ = geometry.squared_distances(shrinkage, some)
+            if self._typical is not None:
+                odd = ~self._typical if some is None else ~self._typical[some]
+                squared.masked_fill_(odd | odd[:, None], math.inf).fill_diagonal_(0)
+            if some is None:
+                self._squared[metric] = squared
+        elif some is not None:
+            squared = squared.index_select(0, some).index_select(1, some)
+        if some is not None:
+            order = order.argsort()[some].argsort()
+        return squared, path_step(squared, order.numpy(), geometry.at(shrinkage)[2])
 
     def _geometry(self, metric: str | Features) -> Geometry | None:
-        """Return the geometry of a metric's features, which metrics of the same features share.
-
-        Rows that are not typical are at the centre there.
-        """
-        how = _how(metric)
-        key = (how.features, how.rows_each) if isinstance(metric, str) else metric
+        """Return the geometry of a metric's features, which metrics of the same features share."""
+        how, is_named = _how(metric), isinstance(metric, str)
+        key = (how.features, how.rows_each) if is_named else metric
         if key not in self._geometries:
-            self._geometries[key] = None
-            typical = self._rows if self._odd is None else self._rows[~self._odd]
-            leaves = [leaf.at(typical) for leaf in self._sources.of(metric)]
+            leaves = self._leaves
+            if not is_named:
+                leaves = [x.at(self.rows, self._typical) for x in self._sources.of(metric)]
             maps = transforms(how, leaves)
-            if maps is None and leaves and not isinstance(metric, str):
+            if maps is None and not is_named and leaves:
                 maps = transforms(METRICS[DEFAULT], leaves)  # a single feature has one unit
-            if maps is not None:
-                each = [x.of_fitted(leaf) for x, leaf in zip(maps, leaves, strict=True)]
-                features = each[0] if len(each) == 1 else torch.cat(each, 1)
-                if math.isfinite(float(features.sum())):
-                    known = None if self._odd is None else (~self._odd).nonzero().flatten()
-                    if known is not None:
-                        zeros = features.new_zeros(len(self._rows), features.shape[1])
-                        features = zeros.index_copy_(0, known, features)
-                    self._geometries[key] = Geometry(features, known)
+            each = [x.of_fitted(leaf) for x, leaf in zip(maps or (), leaves, strict=False)]
+            features = torch.cat(each, 1) if len(each) > 1 else next(iter(each), None)
+            is_finite = features is not None and math.isfinite(float(features.sum()))
+            self._geometries[key] = Geometry(features, self._typical) if is_finite else None
         return self._geometries[key]
 
 

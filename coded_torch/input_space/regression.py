@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 
 from .._arguments import count, dense, instance, real, shown
-from .._torch import exactly, outside, plain
+from .._torch import exactly, outside, plain, to_device
 from .error_bounds import ErrorBounds
+from .gaussian_process import GaussianProcess
 from .metrics import METRICS, Choice, Distances, Features, Sources
-from .selection import MOST_ROWS, Given, Part
+from .regressor import LENGTH, MOST_ROWS, Part, columns, size_of
 
 _BLIND = "no floating-point input to measure distances on: missing answers are the mean"
+# Rows whose variances are found together where copies are planned: estimating an input from more
+# than its neighbours on the path changes its variance little. (MKL factorises 500 rows in less than
+# half the time that it takes for 512.)
+_NEIGHBOURS = 500
 
 
 class Regression:
@@ -130,13 +135,11 @@ class RowPlan:
             metrics = tuple(metric for metric in metrics if isinstance(metric, str)) or (*METRICS,)
             if sources.leaves:
                 self._notes.clear()
-        length = None if isinstance(regression.length, str) else regression.length
-        self._parts = []
-        for each in parts:
-            distances = Distances(sources, metrics, each) if sources.leaves else None
-            self._parts.append(Part(each, distances, length))
-        self._back = torch.cat([part.rows for part in self._parts]).argsort()
-        self._last: tuple[tuple[int, ...], tuple[Tensor, list[Given]]] | None = None
+        self._length = None if isinstance(regression.length, str) else regression.length
+        self._parts = [Distances(sources, metrics, each) for each in parts]
+        for part in self._parts:
+            part.prepare()
+        self._last: tuple[tuple[int, ...], tuple[Tensor, list[Part]]] | None = None
 
     @property
     def note(self) -> str:
@@ -145,7 +148,7 @@ class RowPlan:
     def leave_out(self, odd: Tensor) -> None:
         """Let some rows, bool ``[B]``, estimate no others, where no distances tell which."""
         for part in self._parts:
-            part.usable = ~odd[part.rows]
+            part.far = odd[part.rows]
 
     @property
     def order(self) -> Tensor:
@@ -156,69 +159,90 @@ class RowPlan:
         """Return the result that is each input's own, ``[B]``: a flat index ``[F, G]``, or -1."""
         return self._given(received)[0]
 
-    def _given(self, received: Sequence[int]) -> tuple[Tensor, list[Given]]:
+    def _given(self, received: Sequence[int]) -> tuple[Tensor, list[Part]]:
         key = tuple(received)
         if self._last is None or self._last[0] != key:  # asked again for every output
             with outside():
                 source = self._source(torch.tensor(key, dtype=torch.int64))
-                self._last = key, (source, [Given(part, source) for part in self._parts])
+                given = [Part(part, self._length, source) for part in self._parts]
+                self._last = key, (source, given)
         return self._last[1]
 
     def _source(self, received: Tensor) -> Tensor:
         source = torch.full((self.batch_size,), -1)
         return source.index_copy_(0, received, torch.arange(len(received)))
 
-    def used(self, received: Sequence[int]) -> Tensor:
-        """Return the distinct results that others are estimated from: flat indices ``[F, G]``."""
-        source = self.source(received)
-        return source[source >= 0]
-
-    def _flat(self, results: Tensor, received: Sequence[int]) -> tuple[Tensor, list[Given]]:
+    def _flat(self, results: Tensor, received: Sequence[int]) -> tuple[Tensor, list[Part]]:
         if results.shape[:2] != (len(received), self.num_groups) or not len(received):
             must = f"results must have shape {[len(received) or 1, self.num_groups]} and more"
             name = type(getattr(self, "code", self)).__name__
             raise ValueError(f"{name}: {must}, got {[*results.shape]}")
         return results.flatten(0, 1), self._given(received)[1]
 
-    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
-        """Return the answers of the batch, ``[B, ...]``, from results ``[F, G, ...]``."""
+    def decode(self, results: Tensor, received: Sequence[int], search: bool = True) -> Tensor:
+        """Return the answers of the batch, ``[B, ...]``, from results ``[F, G, ...]``.
+
+        Without a search, metric and length are those of the values whose errors were summed last.
+        """
         rows, parts = self._flat(results, received)
-        found = [part.decode(rows) for part in parts]
-        self.choices = tuple(choice for _, choice in found if choice is not None)
-        if len(found) == 1:
-            return found[0][0]
-        return torch.cat([answers for answers, _ in found])[self._back.to(rows.device)]
+        places = [self.source(received).clamp(min=0), *(part.missing for part in parts)]
+        own, *missing = to_device(places, rows.device)
+        answers, self.choices = rows.index_select(0, own), ()
+        with outside():
+            size = size_of(columns(rows)) if rows.is_floating_point() else 1.0
+        for part, at in zip(parts, missing, strict=True):
+            if len(at):
+                estimates, choice = part.estimate(rows if size == 1 else rows / size, search)
+                if size != 1:
+                    info = torch.finfo(rows.dtype)
+                    estimates = (estimates * size).clamp(info.min, info.max)
+                answers = answers.index_copy(0, at, estimates)
+                self.choices += () if choice is None else (choice,)
+        return answers
 
     def error_bounds(
         self,
         received: Sequence[int],
         results: Tensor,
         answers: Tensor,
-        surrogates: tuple[Tensor, Tensor] | None = None,
+        surrogates: tuple[Tensor, Tensor] | tuple[()] = (),
     ) -> ErrorBounds:
         """Return the error bounds of the answers ``[B, ...]`` of :meth:`decode`.
 
-        Surrogates ``[F, G, ...]`` were subtracted from results, ``[B, ...]`` will be added.
+        Surrogates ``[F G, ...]`` were subtracted from results, ``[B, ...]`` will be added.
         """
-        more = (surrogates[0].flatten(0, 1), surrogates[1]) if surrogates else ()
         with outside(), exactly():
             rows, parts = self._flat(results, received)
-            each = [part.bounds(rows, answers, *more) for part in parts]
-            found = ErrorBounds(self.batch_size, [bounds for bounds in each if bounds is not None])
-            usable = torch.cat([part.usable for part in self._parts])[self._back]
-            # Far rows are unlike the results, none of which is far.
-            return found if usable.all() else found.widened(torch.where(usable, 0.0, math.inf))
+            values, size = [rows, answers, *surrogates], size_of(columns(rows))
+            values = values if size == 1 else [x / size for x in values]
+            each = [part.bounds(*values) for part in parts if len(part.missing)]
+            each = [x._replace(thresholds=x.thresholds * size) for x in each]
+            found, by = ErrorBounds(self.batch_size, each), torch.zeros(self.batch_size)
+            for part in self._parts:  # far rows are unlike the results, none of which is far
+                by[part.rows[part.far]] = math.inf
+            return found.widened(by) if by.any() else found
 
-    def left_out_square(self, results: Tensor, received: Sequence[int]) -> float:
-        """Return the sum of squared errors of estimating results from the others."""
+    def left_out_squares(self, received: Sequence[int], *values: Tensor) -> list[float]:
+        """Return the sum of squared errors of estimating values from each other.
+
+        Values are float64, ``[F G, C]`` each. The metric and length are those that estimate the
+        first best.
+        """
         with outside(), exactly():
-            rows, parts = self._flat(results, received)
-            return sum(part.left_out_square(rows) for part in parts)
+            each = [part.left_out_squares(values) for part in self._given(received)[1]]
+            return [sum(squares) for squares in zip(*each, strict=True)]
 
     def leave_one_out_variances(self) -> Tensor:
         """Return the variance of each input estimated from the inputs near it, ``[B]``."""
+        variances = torch.ones(self.batch_size, dtype=torch.float64)
         with outside(), exactly():
-            return torch.cat([part.leave_one_out_variances() for part in self._parts])[self._back]
+            for part in (x for x in self._parts if x.measured):
+                squared, step = part.by(part.first)
+                length = step * (self._length or LENGTH)
+                for near in part.order.tensor_split(-(-len(part.order) // _NEIGHBOURS)):
+                    process = GaussianProcess(squared, length, near)
+                    variances[part.rows[near]] = process.leave_one_out_variances
+        return variances
 
 
 def check_batch(

@@ -20,7 +20,7 @@ from .._torch import as_called, device_of, flatten, outside, plain
 from ..codes.plans import BatchPlan, NotEnoughResults
 from ..input_space.error_bounds import ErrorBounds
 from ..input_space.regression import RowPlan, to_scale
-from ..input_space.selection import few_columns
+from ..input_space.regressor import few_columns
 from ..surrogates import Memory
 from .division import finite
 from .result_checks import Stacked, show
@@ -231,14 +231,16 @@ class Answers:
         if by_rows:  # estimates are rounded once, at the end
             scaled = scaled.to(torch.promote_types(scaled.dtype, torch.float32))
         scaled = to_scale(scaled, self._link)
-        weights, offsets = dict[int, float](), None
+        weights, offsets = dict[int, float](), ()
         if approximations:
             weights, scaled, offsets = _residuals(
                 scaled, plan, self._division, received, approximations
             )
-        answers = plan.decode(scaled, received)
+        # A memory is a regression, too, and leaves what the same metric and length estimate well.
+        students = [j for j in weights if not isinstance(self._surrogates[j], Memory)]
+        answers = plan.decode(scaled, received, search=not weights or bool(students))
         found = plan.error_bounds(received, scaled, answers, offsets) if first else None
-        answers = _from_scale(answers if offsets is None else answers + offsets[1], self._link)
+        answers = _from_scale(answers + offsets[1] if offsets else answers, self._link)
         if by_rows:  # estimates of masked scores may go beyond
             info = torch.finfo(results.dtype)
             answers = answers.clamp(info.min, info.max)
@@ -252,37 +254,33 @@ class Answers:
 
 def _residuals(
     results: Tensor, plan: Plan, division: Division, received: Sequence[int], approximations: Any
-) -> tuple[dict[int, float], Tensor, tuple[Tensor, Tensor] | None]:
+) -> tuple[dict[int, float], Tensor, tuple[Tensor, Tensor] | tuple[()]]:
     r"""Return weights, residuals :math:`y - \sum_j w_j s_j` of surrogates, and both their sums.
 
-    The sums are at the results, ``[F, R, ...]``, and for the batch, ``[B, ...]``. Surrogates have
-    no weights if results are not estimated better from each other with them, by more than chance.
+    The sums are at the results, ``[F R, ...]``, and for the batch, ``[B, ...]``. Surrogates have no
+    weights if results are not estimated better from each other with them, by more than chance.
     """
     used = list(approximations.values())
     of_units = [division.spread(approximation)[list(received)] for approximation in used]
-    dtype, places = torch.promote_types(results.dtype, torch.float32), plan.used(received)
     with outside():
+        places = torch.arange(results.shape[0] * results.shape[1])
         numbers = [plain("decode", "results", x).flatten(0, 1) for x in (results, *of_units)]
-        y, *of_y = few_columns(places, *numbers)  # [n, C], the only copies to the host
-        found, explained, by_chance = _least_squares(y, of_y)
+        y, *of_y = few_columns(places, *numbers)  # [F R, C], the only copies to the host
+        if isinstance(plan, RowPlan):  # each input once
+            places = (source := plan.source(received))[source >= 0]
+        found, explained, by_chance = _least_squares(y[places], [x[places] for x in of_y])
         if not explained > _CHANCE * by_chance:  # another metric may win by chance, too
-            return {}, results, None
-
-        def left_out_square(sample: Tensor) -> float:
-            host = sample.new_zeros(results.shape[0] * results.shape[1], sample.shape[1])
-            host[places] = sample
-            return plan.left_out_square(host.view(*results.shape[:2], -1), received)
-
-        # As below, bit for bit: one regression serves both.
-        of_y = [x.to(values.dtype) for x, values in zip(of_y, of_units, strict=True)]
-        rest = y.to(dtype) - _weighted(found, of_y)
-        if not left_out_square(rest) < (1 - _CHANCE * by_chance) * left_out_square(y):
-            return {}, results, None
+            return {}, results, ()
+        before, after = plan.left_out_squares(received, y, y - _weighted(found, of_y))
+        if not after < (1 - _CHANCE * by_chance) * before:
+            return {}, results, ()
+    dtype = torch.promote_types(results.dtype, torch.float32)
     subtracted, known = (_weighted(found, [x.to(dtype) for x in each]) for each in (of_units, used))
     residuals = results.to(dtype) - subtracted
     if not finite(residuals):  # scores may be masked by numbers near the largest
-        return {}, results, None
-    return dict(zip(approximations, found, strict=True)), residuals, (subtracted, known)
+        return {}, results, ()
+    weights = dict(zip(approximations, found, strict=True))
+    return weights, residuals, (subtracted.flatten(0, 1), known)
 
 
 def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:

@@ -189,7 +189,7 @@ class History:
 
 
 #: The numbers of rows that are estimated together, the most exact first; 0: each by the mean of all
-#: results. MOST_ROWS in input_space/selection.py has the error by size.
+#: results. MOST_ROWS in input_space/regressor.py has the error by size.
 BLOCKS = 4096, 512, 0
 _REMEMBERED = 16  # estimates; not tuned
 # Calls without time for the most exact block, after which its slowest is forgotten; not tuned.

@@ -21,7 +21,7 @@ from ..input_space.gaussian_process import NUGGET, GaussianProcess, matern52
 from ..input_space.geometry import Geometry, evenly, typical_rows
 from ..input_space.metrics import METRICS, Leaf
 from ..input_space.ordering import similarity_order
-from ..input_space.selection import LENGTH, Fits
+from ..input_space.regressor import LENGTH, Regressor
 
 logger = sparing_logger("coded_torch.surrogates")
 
@@ -33,9 +33,6 @@ _NOTHING = 1e-6  # directions that hold less of the variance are rounding; not t
 # 1 % against 512. (measured once; no benchmark keeps it)
 _FROZEN_AT = 1024
 _LANDMARKS = 512  # rows that determine the directions
-# Rows so many times as long as nine tenths are left out: float32 has no digits for distances beside
-# them (with 1e4 the root mean square error of the others was 8 times as large; measured once).
-_FAR = 1000
 _PATH = 240  # rows of the path whose steps are the unit of length, as many as batches often have
 # New rows after which the regression is made again, and the share of time for it; not tuned.
 _FRESH, _SHARE = 256, 0.02
@@ -197,7 +194,7 @@ class Memory:
         try:
             start = time.thread_time()  # other threads' time does not count
             outputs = torch.cat([y for _, y in rows])
-            found = space or _Space.of([x for x, _ in rows], outputs)
+            found = space or _Space([x for x, _ in rows], outputs)
             known = [x if space else found(x) for x, _ in rows]
             snapshot = _Snapshot(form, found, torch.cat(known), outputs)
             with self._lock:
@@ -218,42 +215,31 @@ class Memory:
 
 
 class _Space:
-    """Few coordinates of inputs, whose distances agree with a metric that rows determine."""
+    """Few coordinates of inputs, in the metric in which results estimate each other best.
 
-    def __init__(self, leaves: Sequence[Leaf], metric: str) -> None:
+    At most 512 of the rows determine them. Among the few rows of a batch another metric wins: the
+    more rows there are, the finer it is.
+    """
+
+    def __init__(self, seen: Sequence[list[Leaf]], outputs: Tensor) -> None:
+        leaves = [Leaf.joined(column) for column in zip(*seen, strict=True)]
         some = torch.from_numpy(typical_rows([leaf.rows for leaf in leaves]).nonzero()[0])
         some = some[evenly(len(some), _LANDMARKS)]
         leaves = [leaf.at(some) for leaf in leaves]
-        of, default = METRICS[metric], METRICS[metrics.DEFAULT]
-        self._maps: list[Any] = [of.fit(leaf) or default.fit(leaf) for leaf in leaves]
+        distances = metrics.Distances(metrics.Sources((), leaves), tuple(METRICS))
+        regressor = Regressor(distances, LENGTH, compared=_LANDMARKS)
+        best = regressor.fit(outputs[some[regressor.known]].double()).choice.metric
+        self._maps, shrinkage = metrics.transforms(METRICS[best], leaves), METRICS[best].shrinkage
         rows = self._scaled(leaves)
         values, vectors = torch.linalg.eigh(rows @ rows.T)
         values, vectors = values[-_RANK:].clamp(min=0), vectors[:, -_RANK:]
         total = float(values.sum())
-        if of.shrinkage < math.inf:  # sqrt(1 / (l + tau)) turns X' U into the metric's directions
-            weights = (values + of.shrinkage * total).clamp(min=1e-300).rsqrt()
+        if shrinkage < math.inf:  # sqrt(1 / (l + tau)) turns X' U into the metric's directions
+            weights = (values + shrinkage * total).clamp(min=1e-300).rsqrt()
             vectors = vectors * torch.where(values > _NOTHING * total, weights, 0.0)
         projection = rows.T @ vectors
         square = float((rows @ projection).square().sum(1).mean())
         self._projection = projection * (square**-0.5 if square > 0 else 0.0)
-
-    @classmethod
-    def of(cls, seen: Sequence[list[Leaf]], outputs: Tensor) -> _Space:
-        """Return the coordinates in which up to 512 rows estimate each other's outputs best.
-
-        Among the few rows of a batch another metric wins: the more there are, the finer it is.
-        """
-        leaves = []
-        for column in zip(*seen, strict=True):
-            pooled = [leaf.pooled.rows for leaf in column if leaf.pooled is not None]
-            rows = torch.cat([leaf.rows for leaf in column])
-            leaves.append(Leaf(rows, Leaf(torch.cat(pooled)) if pooled else None))
-        some = evenly(len(outputs), _LANDMARKS)
-        sources = metrics.Sources((), [leaf.at(some) for leaf in leaves])
-        distances = metrics.Distances(sources, tuple(METRICS))
-        usable = distances.usable.nonzero().flatten()
-        fits = Fits(distances, LENGTH, usable, compared=_LANDMARKS)
-        return cls(leaves, fits.fit(outputs[some][usable].double())[0].metric)
 
     def __call__(self, leaves: Sequence[Leaf]) -> Tensor:
         """Return coordinates ``[n, 96]``, or fewer if there are no more directions."""
@@ -261,7 +247,8 @@ class _Space:
         return z.float()
 
     def _scaled(self, leaves: Sequence[Leaf]) -> Tensor:
-        return torch.cat([each(x).double() for each, x in zip(self._maps, leaves, strict=True)], 1)
+        pairs = zip(self._maps or (), leaves, strict=True)
+        return torch.cat([each(leaf).double() for each, leaf in pairs], 1)
 
 
 class _Snapshot:
@@ -269,17 +256,17 @@ class _Snapshot:
 
     def __init__(self, form: Any, space: _Space, rows: Tensor, outputs: Tensor) -> None:
         self.form, self._space = form, space
-        lengths = torch.linalg.vector_norm(rows, dim=1)
-        far = _FAR * lengths.kthvalue(1 + 9 * (len(rows) - 1) // 10).values
-        known = lengths <= far if far > 0 else lengths.isfinite()
-        rows, outputs = rows[known], outputs[known]
+        typical = typical_rows([rows])
+        rows, outputs = rows[typical], outputs[typical]
         squared, _ = Geometry(rows).squared_distances(0.0)
         some = evenly(len(rows), _PATH)
         among = squared[some][:, some]
         self._length = LENGTH * metrics.path_step(among, similarity_order(among.sqrt()).numpy())
         process = GaussianProcess(squared, self._length)
-        weights, mean = process.coefficients(outputs)
-        self._mean = mean.float()
+        weights, mean, size = process.coefficients(outputs.double())
+        self._mean = (mean * size + outputs.mean(0)).float()
+        # Column by column: the product takes half the time.
+        self._weights = (weights * size).float().T
         # The scores of results that are left out, of the first output.
         left_out, first = process.left_out, outputs[:, : form[1][0].numel()].double()
         among = squared[left_out]
@@ -287,7 +274,6 @@ class _Snapshot:
         sizes = _deviation(matern52(among, self._length))
         residuals = [process.leave_one_out_residuals(y) for y in first.split(_BLOCK, 1)]
         self._scores = torch.linalg.vector_norm(torch.cat(residuals, 1), dim=1) / sizes
-        self._weights = weights.float().T.contiguous().T  # the product takes half the time
         self._rows, self._squares = rows.T, rows.square().sum(1)
 
     def estimate(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

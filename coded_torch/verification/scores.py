@@ -19,10 +19,9 @@ from torch import Tensor
 
 from .._arguments import sparing_logger
 from .._torch import exactly, on_host
-from ..input_space.gaussian_process import GaussianProcess
 from ..input_space.geometry import added_up
-from ..input_space.metrics import DEFAULT, Distances, Sources
-from ..input_space.selection import LENGTH
+from ..input_space.metrics import DEFAULT, Distances, Leaf, Sources
+from ..input_space.regressor import LENGTH, Regressor
 
 if TYPE_CHECKING:
     from .trials import Trials
@@ -82,14 +81,12 @@ class Scores:
             some, past = torch.cat([features, recent.features[first:]]), recent.outputs[first:]
         if len(some) < _LEAST:
             return Fit(rows, features)
-        each = some.split([x.shape[1] for x in leaves], 1)
-        distances = Distances(Sources(each), [DEFAULT])
-        squared, step_length, _ = distances.by(DEFAULT)
-        usable = distances.usable.nonzero().flatten()
-        process = GaussianProcess(squared, LENGTH * step_length, usable)
-        residuals = process.leave_one_out_residuals(torch.eye(len(usable), dtype=torch.float64))
+        each = map(Leaf, some.split([x.shape[1] for x in leaves], 1))
+        regressor = Regressor(Distances(Sources((), [*each]), [DEFAULT]), LENGTH)
+        process, known = regressor.process(DEFAULT, LENGTH), regressor.known
+        residuals = process.leave_one_out_residuals(torch.eye(len(known), dtype=torch.float64))
         residuals /= process.leave_one_out_variances.sqrt()[:, None]
-        return Fit(rows, features, usable, residuals.float(), past)
+        return Fit(rows, features, known, residuals.float(), past)
 
     @on_host()
     def learn(self) -> None:

@@ -195,15 +195,15 @@ def test_what_is_left_out_of_the_mean_and_of_a_regression():
     mean = Regression().plan([], batch_size=10)
     others = (y.sum(0) - y) / 9
     left = float((y - others).square().sum())
-    assert mean.left_out_square(y[:, None], range(10)) == pytest.approx(left)
+    assert mean.left_out_squares(range(10), y) == pytest.approx([left])
     plan = Regression("shrunk", 2.0).plan([x])
-    squared, step, _ = Distances(Sources([x]), ["shrunk"]).by("shrunk")
+    squared, step = Distances(Sources([x]), ["shrunk"]).by("shrunk")
     left = 0.0
     for i in range(10):
         kept = torch.tensor([j for j in range(10) if j != i])
         weights = GaussianProcess(squared, 2.0 * step, kept, torch.tensor([i])).weights
         left += float((y[i] - weights @ y[kept]).square().sum())
-    assert plan.left_out_square(y[:, None], range(10)) == pytest.approx(left, rel=1e-4)
+    assert plan.left_out_squares(range(10), y, 2 * y) == pytest.approx([left, 4 * left], rel=1e-4)
 
 
 def test_results_of_another_shape_are_refused():

@@ -70,9 +70,9 @@ def test_rows_far_from_all_others_say_nothing():
     x = normal(40, 6)
     x[3], x[5, 2], x[9] = 200, math.nan, x[9] + 1000
     distances = Distances(Sources([x + 100]), tuple(METRICS))
-    assert (~distances.usable).nonzero().flatten().tolist() == [5, 9]
+    assert distances.far.nonzero().flatten().tolist() == [5, 9]
     for metric in distances.competing:
-        squared, step, _ = distances.by(metric)
+        squared, step = distances.by(metric)
         assert squared[5, 6:].isinf().all()
         assert squared[:, 5].isinf().sum() == 39
         assert step > 0
