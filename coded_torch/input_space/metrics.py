@@ -49,7 +49,7 @@ class Choice:
 
     metric: str
     length: float
-    error: float = math.nan
+    error: float
     trust: float = 1.0
     output: int = 0
 
@@ -262,17 +262,14 @@ class Distances:
         self.far = squares > _FAR**2 * unit
         if self._typical is not None:
             self.far |= ~self._typical
+        for metric in metrics:  # while results are awaited
+            if isinstance(metric, str) and (geometry := self._geometry(metric)) is not None:
+                geometry.at(_how(metric).shrinkage)
 
     @functools.cached_property
     def competing(self) -> Sequence[str | Features]:
         """The metrics that apply, or the first; callables run only if a row is missing."""
         return [x for x in self._metrics if self._geometry(x) is not None] or [self.first]
-
-    def prepare(self) -> None:
-        """Compute the coordinates of every metric, while results are awaited."""
-        for metric in self._metrics if self.measured else ():
-            if isinstance(metric, str) and (geometry := self._geometry(metric)) is not None:
-                geometry.at(_how(metric).shrinkage)
 
     def by(self, metric: str | Features, some: Tensor | None = None) -> tuple[Tensor, float]:
         """Return the squared distances of all or some rows, in a metric that applies, and a step.

@@ -14,7 +14,7 @@ from .._torch import exactly, outside, plain, to_device
 from .error_bounds import ErrorBounds
 from .gaussian_process import GaussianProcess
 from .metrics import METRICS, Choice, Distances, Features, Sources
-from .regressor import LENGTH, MOST_ROWS, Part, columns, size_of
+from .regressor import LENGTH, MOST_ROWS, Regressor, columns, size_of
 
 _BLIND = "no floating-point input to measure distances on: missing answers are the mean"
 # Rows whose variances are found together where copies are planned: estimating an input from more
@@ -137,9 +137,7 @@ class RowPlan:
                 self._notes.clear()
         self._length = None if isinstance(regression.length, str) else regression.length
         self._parts = [Distances(sources, metrics, each) for each in parts]
-        for part in self._parts:
-            part.prepare()
-        self._last: tuple[tuple[int, ...], tuple[Tensor, list[Part]]] | None = None
+        self._last: tuple[tuple[int, ...], tuple[Tensor, list[Regressor]]] | None = None
 
     @property
     def note(self) -> str:
@@ -159,12 +157,12 @@ class RowPlan:
         """Return the result that is each input's own, ``[B]``: a flat index ``[F, G]``, or -1."""
         return self._given(received)[0]
 
-    def _given(self, received: Sequence[int]) -> tuple[Tensor, list[Part]]:
+    def _given(self, received: Sequence[int]) -> tuple[Tensor, list[Regressor]]:
         key = tuple(received)
         if self._last is None or self._last[0] != key:  # asked again for every output
             with outside():
                 source = self._source(torch.tensor(key, dtype=torch.int64))
-                given = [Part(part, self._length, source) for part in self._parts]
+                given = [Regressor(part, self._length, source) for part in self._parts]
                 self._last = key, (source, given)
         return self._last[1]
 
@@ -172,7 +170,7 @@ class RowPlan:
         source = torch.full((self.batch_size,), -1)
         return source.index_copy_(0, received, torch.arange(len(received)))
 
-    def _flat(self, results: Tensor, received: Sequence[int]) -> tuple[Tensor, list[Part]]:
+    def _flat(self, results: Tensor, received: Sequence[int]) -> tuple[Tensor, list[Regressor]]:
         if results.shape[:2] != (len(received), self.num_groups) or not len(received):
             must = f"results must have shape {[len(received) or 1, self.num_groups]} and more"
             name = type(getattr(self, "code", self)).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeVar
@@ -48,33 +47,51 @@ _WEIGHED = 512
 
 
 class Fit(NamedTuple):
-    """A regression that has been fitted to results."""
+    """A regression that has been fitted to results. None: their mean estimates."""
 
-    choice: Choice
-    process: GaussianProcess
+    choice: Choice | None = None
+    process: GaussianProcess | None = None
+
+    @property
+    def trusted(self) -> tuple[GaussianProcess, float] | None:
+        """The process and its trust, if that is positive."""
+        trust = self.choice.trust if self.choice else 0.0
+        return (self.process, trust) if self.process is not None and trust > 0 else None
 
 
 class Regressor:
-    """Estimates rows from results of other rows, in the metric and the length that do it best.
+    """Estimates rows of a batch from results of others, in the metric and length that do it best.
 
     Args:
-        distances: of the rows, by every metric that competes.
+        distances: of the rows that are estimated together, by every metric that competes.
         length: of the regression, in steps of a path. None to choose among some.
-        known: ``[M]``, the rows that have results. Defaults to all that are not far.
-        missing: ``[L]``, the rows that are estimated. Defaults to none.
+        source: ``[B]``, the place of each row's result among results ``[n, ...]``, or -1. Defaults
+            to results of all rows.
         compared: the results that choices are compared on, if an eighth of them is less.
+
+    Attributes:
+        known: ``[M]``, those of the rows from which the others are estimated. If there are none,
+            all results of the batch are taken, and estimate by their mean.
+        missing: ``[L]``, the rows of the batch that are estimated.
     """
 
     def __init__(
         self,
         distances: Distances,
         length: float | None,
-        known: Tensor | None = None,
-        missing: Tensor | None = None,
+        source: Tensor | None = None,
         compared: int = _COMPARED,
     ) -> None:
-        self.known = (~distances.far).nonzero().flatten() if known is None else known
-        self._distances, self._length, self._missing = distances, length, missing
+        source = torch.arange(len(distances.rows)) if source is None else source
+        own = source[distances.rows]
+        near = (has := own >= 0) & ~distances.far
+        self.known = (near if near.any() else has).nonzero().flatten()
+        self._missing = (~has).nonzero().flatten()
+        self.missing, self._used = distances.rows[self._missing], own[self.known]
+        if not len(self.known):
+            places = source[source >= 0]
+            self._used = places[evenly(len(places), MOST_ROWS)]
+        self._distances, self._length = distances, length
         few = evenly(len(self.known), max(compared, len(self.known) // 8))
         self._few, self._compared = few, self.known[few]
         # The distances among the compared results, and their step, by metric.
@@ -87,18 +104,16 @@ class Regressor:
 
         Without a search it has the metric and the length of the last one.
         """
+        if not self._distances.measured or len(self.known) < 2:
+            return Fit()
         for known, fit in self._fits:
             if torch.equal(known, results):
                 return fit
-        if search or not self._fits:
-            metric, length = self._best(results)
-            choice, process = Choice(name_of(metric), length), self.process(metric, length)
-        else:
-            choice, process = self._fits[-1][1]
-        error, trust = process.leave_one_out_error(results)
-        fit = Fit(dataclasses.replace(choice, error=error, trust=trust), process)
-        self._fits = [*self._fits[-1:], (results, fit)]
-        return fit
+        metric, length = self._last if self._fits and not search else self._search(results)
+        self._last, process = (metric, length), self.process(metric, length)
+        choice = Choice(name_of(metric), length, *process.leave_one_out_error(results))
+        self._fits = [*self._fits[-1:], (results, Fit(choice, process))]
+        return self._fits[-1][1]
 
     def process(self, metric: str | Features, length: float) -> GaussianProcess:
         """Return the regression of one metric and length; results of any outputs share it."""
@@ -108,7 +123,7 @@ class Regressor:
             self._processes[metric, length] = found
         return self._processes[metric, length]
 
-    def _best(self, results: Tensor) -> tuple[str | Features, float]:
+    def _search(self, results: Tensor) -> tuple[str | Features, float]:
         """Return the metric that estimates results best, and then the length."""
         metrics, length, losses = self._distances.competing, self._length or LENGTH, self._losses
         metric = self._distances.first if len(metrics) > 1 else metrics[0]
@@ -146,6 +161,47 @@ class Regressor:
         found = left_out_losses(squared, [x * step for x in lengths], few, NUGGET).numpy()
         return dict(zip(lengths, found, strict=True))
 
+    def estimate(self, results: Tensor, search: bool) -> tuple[Tensor, Choice | None]:
+        """Return estimates of the missing rows, ``[L, ...]``, and how they were made."""
+        dense("Regression", "results", results)
+        used, (at,) = self._used, to_device([self._used], results.device)
+        with outside(), exactly():
+            weights = torch.full((1, len(used)), 1 / len(used), dtype=torch.float64)
+            fit = self.fit(*few_columns(used, results), search)
+            if fit.trusted:  # shrunk as far as results are not estimated by each other
+                process, trust = fit.trusted
+                # Wide outputs, other devices and derivatives need weights.
+                simple = results.device.type == "cpu" and not differentiated(results)
+                if simple and results[0].numel() < len(self.missing) and len(used) > _WEIGHED:
+                    found = process.estimate(columns(results)[used].double(), trust)
+                    return found.to(results.dtype).view(-1, *results.shape[1:]), fit.choice
+                weights = process.weights * trust + (1 - trust) / len(used)
+            map = MatrixMap(weights)
+        found = map(results.index_select(0, at))
+        return found.expand(len(self.missing), *found.shape[1:]), fit.choice
+
+    def bounds(self, results: Tensor, answers: Tensor, *surrogates: Tensor) -> Bounds:
+        """Return the error bounds of the missing rows, as ``RowPlan`` does."""
+        rows, values = self.missing, [columns(x) for x in (results, answers, *surrogates)]
+        places = to_device([self._used, rows] * 2, results.device)
+        pairs = zip(values, places, strict=False)
+        of_used, estimated, *offsets = (x.index_select(0, at).cpu() for x, at in pairs)
+        labels = (of_used, estimated) if results.dim() == 2 else None
+        if labels and offsets:
+            labels = of_used + offsets[0], estimated + offsets[1]
+        regression = self.fit(_few(of_used).double()).trusted
+        return bounds(rows, of_used, estimated, regression, labels)
+
+    def left_out_squares(self, values: Sequence[Tensor]) -> list[float]:
+        """Return the sums of squared errors of estimating values from each other.
+
+        The regression is the one that estimates the first of them best.
+        """
+        values = [x[self._used] for x in values]
+        process = self.fit(values[0]).process
+        left_out = off_mean if process is None else process.leave_one_out_residuals
+        return [float(left_out(x).square().sum()) for x in values]
+
 
 def _best(losses: Mapping[_T, npt.NDArray[np.float64]], default: _T) -> _T:
     """Return what has the least mean loss; the default, if that may be chance."""
@@ -156,76 +212,6 @@ def _best(losses: Mapping[_T, npt.NDArray[np.float64]], default: _T) -> _T:
     gain = losses[default] - losses[best]
     by_chance = _ERRORS * float(gain.std(ddof=1)) / math.sqrt(len(gain))
     return best if means[default] - means[best] > by_chance else default
-
-
-class Part:
-    """Rows of a batch that are estimated together: ``source``, ``[B]``, has their results, or -1.
-
-    Results are ``[n, ...]``. If none of these rows estimates others, all results of the batch do.
-    ``missing`` are the rows of the batch, ``[L]``, that are estimated.
-    """
-
-    def __init__(self, distances: Distances, length: float | None, source: Tensor) -> None:
-        own = source[distances.rows]
-        has = own >= 0
-        near = has & ~distances.far
-        known = (near if near.any() else has).nonzero().flatten()
-        missing = (~has).nonzero().flatten()
-        self.missing, self._used = distances.rows[missing], own[known]
-        self._regressor: Regressor | None = None  # the mean estimates
-        if not len(known):
-            places = source[source >= 0]
-            self._used = places[evenly(len(places), MOST_ROWS)]
-        elif distances.measured:
-            self._regressor = Regressor(distances, length, known, missing)
-
-    def estimate(self, results: Tensor, search: bool) -> tuple[Tensor, Choice | None]:
-        """Return estimates of the missing rows, ``[L, ...]``, and how they were made."""
-        dense("Regression", "results", results)
-        used, choice, (at,) = self._used, None, to_device([self._used], results.device)
-        with outside(), exactly():
-            weights = torch.full((1, len(used)), 1 / len(used), dtype=torch.float64)
-            if self._regressor is not None:
-                (sample,) = few_columns(used, results)
-                choice, process = self._regressor.fit(sample, search)
-                # Wide outputs, other devices and derivatives need weights.
-                simple = results.device.type == "cpu" and not differentiated(results)
-                fewer = results[0].numel() < len(self.missing) and len(used) > _WEIGHED
-                if choice.trust > 0 and simple and fewer:
-                    found = process.estimate(columns(results)[used].double(), choice.trust)
-                    return found.to(results.dtype).view(-1, *results.shape[1:]), choice
-                if choice.trust > 0:  # shrunk as far as results are not estimated by each other
-                    weights = process.weights * choice.trust + (1 - choice.trust) / len(used)
-            map = MatrixMap(weights)
-        found = map(results.index_select(0, at))
-        return found.expand(len(self.missing), *found.shape[1:]), choice
-
-    def bounds(self, results: Tensor, answers: Tensor, *surrogates: Tensor) -> Bounds:
-        """Return the error bounds of the missing rows, as ``RowPlan`` does."""
-        rows, values = self.missing, [columns(x) for x in (results, answers, *surrogates)]
-        places = to_device([self._used, rows] * 2, results.device)
-        of_used, estimated, *offsets = (
-            x.index_select(0, at).cpu() for x, at in zip(values, places, strict=False)
-        )
-        labels = (of_used, estimated) if results.dim() == 2 else None
-        if labels and offsets:
-            labels = of_used + offsets[0], estimated + offsets[1]
-        regression = None
-        if self._regressor is not None and len(of_used) > 1:
-            choice, process = self._regressor.fit(_few(of_used).double())
-            regression = (process, choice.trust) if choice.trust > 0 else None
-        return bounds(rows, of_used, estimated, regression, labels)
-
-    def left_out_squares(self, values: Sequence[Tensor]) -> list[float]:
-        """Return the sums of squared errors of estimating values from each other.
-
-        The regression is the one that estimates the first of them best.
-        """
-        values = [x[self._used] for x in values]
-        left_out = off_mean
-        if self._regressor is not None:
-            left_out = self._regressor.fit(values[0]).process.leave_one_out_residuals
-        return [float(left_out(x).square().sum()) for x in values]
 
 
 def size_of(results: Tensor) -> float:
