@@ -14,7 +14,7 @@ from .._torch import exactly, outside, plain, to_device
 from .error_bounds import ErrorBounds
 from .gaussian_process import GaussianProcess
 from .metrics import METRICS, Choice, Distances, Features, Sources
-from .regressor import LENGTH, MOST_ROWS, Regressor, columns, size_of
+from .regressor import LENGTH, MOST_ROWS, Regressor
 
 _BLIND = "no floating-point input to measure distances on: missing answers are the mean"
 # Rows whose variances are found together where copies are planned: estimating an input from more
@@ -186,14 +186,9 @@ class RowPlan:
         places = [self.source(received).clamp(min=0), *(part.missing for part in parts)]
         own, *missing = to_device(places, rows.device)
         answers, self.choices = rows.index_select(0, own), ()
-        with outside():
-            size = size_of(columns(rows)) if rows.is_floating_point() else 1.0
         for part, at in zip(parts, missing, strict=True):
             if len(at):
-                estimates, choice = part.estimate(rows if size == 1 else rows / size, search)
-                if size != 1:
-                    info = torch.finfo(rows.dtype)
-                    estimates = (estimates * size).clamp(info.min, info.max)
+                estimates, choice = part.estimate(rows, search)
                 answers = answers.index_copy(0, at, estimates)
                 self.choices += () if choice is None else (choice,)
         return answers
@@ -211,10 +206,7 @@ class RowPlan:
         """
         with outside(), exactly():
             rows, parts = self._flat(results, received)
-            values, size = [rows, answers, *surrogates], size_of(columns(rows))
-            values = values if size == 1 else [x / size for x in values]
-            each = [part.bounds(*values) for part in parts if len(part.missing)]
-            each = [x._replace(thresholds=x.thresholds * size) for x in each]
+            each = [x.bounds(rows, answers, *surrogates) for x in parts if len(x.missing)]
             found, by = ErrorBounds(self.batch_size, each), torch.zeros(self.batch_size)
             for part in self._parts:  # far rows are unlike the results, none of which is far
                 by[part.rows[part.far]] = math.inf

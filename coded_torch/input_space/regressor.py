@@ -46,8 +46,8 @@ _COLUMNS = 64
 _WEIGHED = 512
 
 
-class Fit(NamedTuple):
-    """A regression that has been fitted to results. None: their mean estimates."""
+class Chosen(NamedTuple):
+    """The regression that estimates results best. It is None where their mean estimates."""
 
     choice: Choice | None = None
     process: GaussianProcess | None = None
@@ -97,22 +97,22 @@ class Regressor:
         # The distances among the compared results, and their step, by metric.
         self._among: dict[str | Features, tuple[Tensor, float]] = {}
         self._processes: dict[tuple[str | Features, float], GaussianProcess] = {}
-        self._fits: list[tuple[Tensor, Fit]] = []  # to results, and to residuals
+        self._fits: list[tuple[Tensor, Chosen]] = []  # to results, and to residuals
 
-    def fit(self, results: Tensor, search: bool = True) -> Fit:
+    def fit(self, results: Tensor, search: bool = True) -> Chosen:
         """Return the regression that estimates results ``[M, C]``, float64, best.
 
         Without a search it has the metric and the length of the last one.
         """
         if not self._distances.measured or len(self.known) < 2:
-            return Fit()
-        for known, fit in self._fits:
+            return Chosen()
+        for known, chosen in self._fits:
             if torch.equal(known, results):
-                return fit
+                return chosen
         metric, length = self._last if self._fits and not search else self._search(results)
         self._last, process = (metric, length), self.process(metric, length)
         choice = Choice(name_of(metric), length, *process.leave_one_out_error(results))
-        self._fits = [*self._fits[-1:], (results, Fit(choice, process))]
+        self._fits = [*self._fits[-1:], (results, Chosen(choice, process))]
         return self._fits[-1][1]
 
     def process(self, metric: str | Features, length: float) -> GaussianProcess:
@@ -166,31 +166,34 @@ class Regressor:
         dense("Regression", "results", results)
         used, (at,) = self._used, to_device([self._used], results.device)
         with outside(), exactly():
+            size, (sample,) = _size(columns(results)), few_columns(used, results)
             weights = torch.full((1, len(used)), 1 / len(used), dtype=torch.float64)
-            fit = self.fit(*few_columns(used, results), search)
-            if fit.trusted:  # shrunk as far as results are not estimated by each other
-                process, trust = fit.trusted
+            chosen = self.fit(sample / size, search)
+            if chosen.trusted:  # shrunk as far as results are not estimated by each other
+                process, trust = chosen.trusted
                 # Wide outputs, other devices and derivatives need weights.
                 simple = results.device.type == "cpu" and not differentiated(results)
                 if simple and results[0].numel() < len(self.missing) and len(used) > _WEIGHED:
-                    found = process.estimate(columns(results)[used].double(), trust)
-                    return found.to(results.dtype).view(-1, *results.shape[1:]), fit.choice
+                    found = process.estimate(columns(results)[used].double() / size, trust) * size
+                    return found.to(results.dtype).view(-1, *results.shape[1:]), chosen.choice
                 weights = process.weights * trust + (1 - trust) / len(used)
             map = MatrixMap(weights)
-        found = map(results.index_select(0, at))
-        return found.expand(len(self.missing), *found.shape[1:]), fit.choice
+        values = results.index_select(0, at)
+        found = map(values) if size == 1 else map(values / size) * size
+        return found.expand(len(self.missing), *found.shape[1:]), chosen.choice
 
     def bounds(self, results: Tensor, answers: Tensor, *surrogates: Tensor) -> Bounds:
         """Return the error bounds of the missing rows, as ``RowPlan`` does."""
         rows, values = self.missing, [columns(x) for x in (results, answers, *surrogates)]
-        places = to_device([self._used, rows] * 2, results.device)
+        places, size = to_device([self._used, rows] * 2, results.device), _size(values[0])
         pairs = zip(values, places, strict=False)
-        of_used, estimated, *offsets = (x.index_select(0, at).cpu() for x, at in pairs)
+        of_used, estimated, *offsets = (x.index_select(0, at).cpu() / size for x, at in pairs)
         labels = (of_used, estimated) if results.dim() == 2 else None
         if labels and offsets:
             labels = of_used + offsets[0], estimated + offsets[1]
         regression = self.fit(_few(of_used).double()).trusted
-        return bounds(rows, of_used, estimated, regression, labels)
+        found = bounds(rows, of_used, estimated, regression, labels)
+        return found._replace(thresholds=found.thresholds * size)
 
     def left_out_squares(self, values: Sequence[Tensor]) -> list[float]:
         """Return the sums of squared errors of estimating values from each other.
@@ -214,7 +217,7 @@ def _best(losses: Mapping[_T, npt.NDArray[np.float64]], default: _T) -> _T:
     return best if means[default] - means[best] > by_chance else default
 
 
-def size_of(results: Tensor) -> float:
+def _size(results: Tensor) -> float:
     """Return the power of two to divide results by; 1, unless squares or sums could overflow."""
     largest = max(map(abs, map(float, results.aminmax()))) if results.numel() else 0.0
     if not 0 < largest < math.inf or 2.0**-500 < largest < 2.0**60:
