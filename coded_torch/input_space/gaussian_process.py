@@ -82,7 +82,7 @@ class GaussianProcess:
         self._of_left_out = _solved(some.scatter_(1, self.left_out[:, None], 1), covariance, True)
         self._mean = self._whole(self._half(covariance.new_ones(1, count)))[0]
         self._precision = float(self._mean.sum())
-        self._last: tuple[Tensor, tuple[Tensor, Tensor, float]] | None = None
+        self._last: tuple[Tensor, tuple[Tensor, Tensor, float, Tensor]] | None = None
 
     def _half(self, rows: Tensor) -> Tensor:
         """Return rows times L^-T, by a product if it is known."""
@@ -93,8 +93,8 @@ class GaussianProcess:
         return half @ self._of_left_out.T if self._leaves_all else _solved(half, self._factor)
 
     @functools.cached_property
-    def _toward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Covariances, and times L^-T, ``[L, M]``; the mean's weights, and variances, ``[L]``."""
+    def _toward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Covariances times L^-T, ``[L, M]``, the mean's weights ``[L]``, and variances ``[L]``."""
         squared, known, length = self._where
         covariances = matern52_among(squared, self._at, known, length)
         half = self._half(covariances)
@@ -102,17 +102,17 @@ class GaussianProcess:
         explained = torch.linalg.vector_norm(half, dim=1, dtype=torch.float64).numpy()
         variances = 1 + self._nugget - explained**2 + left**2 / self._precision
         variances = np.maximum(variances, self._nugget)
-        return covariances, half, torch.from_numpy(left), torch.from_numpy(variances)
+        return half, torch.from_numpy(left), torch.from_numpy(variances)
 
     @property
     def variances(self) -> Tensor:
         """The variances of estimates, ``[L]``, float64, in the outputs'."""
-        return self._toward[3]
+        return self._toward[2]
 
     @functools.cached_property
     def weights(self) -> Tensor:
         """The weights of the results, ``[L, M]``, float64: rows that sum to one."""
-        _, half, left, _ = self._toward
+        half, left, _ = self._toward
         found = self._whole(half).double().numpy()
         found += (left.numpy() / self._precision)[:, None] * self._mean.numpy()
         found += ((1 - found.sum(1)) / found.shape[1])[:, None]  # after rounding
@@ -123,27 +123,28 @@ class GaussianProcess:
         """The weights of the results that are left out, ``[L, n]``."""
         if self._leaves_all:
             return self.weights
-        _, half, left, _ = self._toward
+        half, left, _ = self._toward
         weights = (half @ self._of_left_out.T).double()
         return weights.addr_(left, self._mean[self.left_out].double(), alpha=1 / self._precision)
 
-    def coefficients(self, results: Tensor) -> tuple[Tensor, Tensor, float]:
+    def coefficients(self, results: Tensor) -> tuple[Tensor, Tensor, float, Tensor]:
         """Return A, ``[C, M]``, b, ``[C]``, and a scale of results ``[M, C]``, less their mean.
 
-        For covariances k with the results, ``(A k + b) * scale`` is estimated.
+        For covariances k with the results, ``(A k + b) * scale`` is estimated. The last are the
+        scaled results times L^-T, ``[C, M]``.
         """
         if self._last is None or not torch.equal(self._last[0], results):
             y, size = scaled(results)
-            y = y.to(self._factor.dtype)
+            half = self._half(y := y.to(self._factor.dtype))
             mean = y @ self._mean / self._precision
-            over = self._whole(self._half(y)).addr_(mean, self._mean, alpha=-1)
-            self._last = results, (over, mean, size)
+            over = self._whole(half).addr_(mean, self._mean, alpha=-1)
+            self._last = results, (over, mean, size, half)
         return self._last[1]
 
     def estimate(self, results: Tensor, trust: float = 1.0) -> Tensor:
         """Return estimates ``[L, C]``, shrunk towards the mean of the results ``[M, C]``."""
-        over, mean, size = self.coefficients(results)
-        found = torch.addmm(mean, self._toward[0], over.T).double()
+        (half, left, _), (_, mean, size, right) = self._toward, self.coefficients(results)
+        found = (half @ right.T).addr_(left.to(half), mean).double()
         return found.mul_(trust * size) + results.mean(0)
 
     # Leaving out: with the projection P = C^-1 - m m' / 1' m, m = C^-1 1, the residual of a result
@@ -159,7 +160,7 @@ class GaussianProcess:
 
     def leave_one_out_residuals(self, results: Tensor) -> Tensor:
         """Return results less their estimates from all others, from ``[M, C]``: ``[n, C]``."""
-        over, _, size = self.coefficients(results)
+        over, _, size, _ = self.coefficients(results)
         return over.T[self.left_out] * (self.leave_one_out_variances[:, None] * size)
 
     def leave_one_out_error(self, results: Tensor) -> tuple[float, float]:

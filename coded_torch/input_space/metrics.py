@@ -306,8 +306,10 @@ class Distances:
                 maps = transforms(METRICS[DEFAULT], leaves)  # a single feature has one unit
             each = [x.of_fitted(leaf) for x, leaf in zip(maps or (), leaves, strict=False)]
             features = torch.cat(each, 1) if len(each) > 1 else next(iter(each), None)
-            is_finite = features is not None and math.isfinite(float(features.sum()))
-            self._geometries[key] = Geometry(features, self._typical) if is_finite else None
+            if features is not None and not math.isfinite(float(features.sum())):
+                features = None
+            made = None if features is None else Geometry(features, self._typical)
+            self._geometries[key] = made
         return self._geometries[key]
 
 

@@ -98,6 +98,7 @@ class Regressor:
         self._among: dict[str | Features, tuple[Tensor, float]] = {}
         self._processes: dict[tuple[str | Features, float], GaussianProcess] = {}
         self._fits: list[tuple[Tensor, Chosen]] = []  # to results, and to residuals
+        self._last: tuple[str | Features, float] | None = None  # metric and length
 
     def fit(self, results: Tensor, search: bool = True) -> Chosen:
         """Return the regression that estimates results ``[M, C]``, float64, best.
@@ -109,7 +110,7 @@ class Regressor:
         for known, chosen in self._fits:
             if torch.equal(known, results):
                 return chosen
-        metric, length = self._last if self._fits and not search else self._search(results)
+        metric, length = (not search and self._last) or self._search(results)
         self._last, process = (metric, length), self.process(metric, length)
         choice = Choice(name_of(metric), length, *process.leave_one_out_error(results))
         self._fits = [*self._fits[-1:], (results, Chosen(choice, process))]

@@ -231,7 +231,8 @@ class Answers:
         if by_rows:  # estimates are rounded once, at the end
             scaled = scaled.to(torch.promote_types(scaled.dtype, torch.float32))
         scaled = to_scale(scaled, self._link)
-        weights, offsets = dict[int, float](), ()
+        weights = dict[int, float]()
+        offsets: tuple[Tensor, Tensor] | tuple[()] = ()
         if approximations:
             weights, scaled, offsets = _residuals(
                 scaled, plan, self._division, received, approximations

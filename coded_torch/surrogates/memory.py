@@ -228,8 +228,9 @@ class _Space:
         leaves = [leaf.at(some) for leaf in leaves]
         distances = metrics.Distances(metrics.Sources((), leaves), tuple(METRICS))
         regressor = Regressor(distances, LENGTH, compared=_LANDMARKS)
-        best = regressor.fit(outputs[some[regressor.known]].double()).choice.metric
-        self._maps, shrinkage = metrics.transforms(METRICS[best], leaves), METRICS[best].shrinkage
+        choice = regressor.fit(outputs[some[regressor.known]].double()).choice
+        metric = METRICS[choice.metric if choice else metrics.DEFAULT]
+        self._maps, shrinkage = metrics.transforms(metric, leaves), metric.shrinkage
         rows = self._scaled(leaves)
         values, vectors = torch.linalg.eigh(rows @ rows.T)
         values, vectors = values[-_RANK:].clamp(min=0), vectors[:, -_RANK:]
@@ -263,7 +264,7 @@ class _Snapshot:
         among = squared[some][:, some]
         self._length = LENGTH * metrics.path_step(among, similarity_order(among.sqrt()).numpy())
         process = GaussianProcess(squared, self._length)
-        weights, mean, size = process.coefficients(outputs.double())
+        weights, mean, size, _ = process.coefficients(outputs.double())
         self._mean = (mean * size + outputs.mean(0)).float()
         # Column by column: the product takes half the time.
         self._weights = (weights * size).float().T
