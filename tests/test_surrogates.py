@@ -172,6 +172,18 @@ def test_a_wrapper_fills_it_with_exact_answers_and_asks_it(way):
     assert coded.last_run.surrogate_weights[0][0] > 0.5
 
 
+def test_what_it_leaves_is_estimated_in_the_metric_and_length_of_the_results():
+    known, x, module = filled(2000), rand(64, 4, seed=9), Function()
+    known.follow(module)
+    coded, alone = wrap(known, module=module), wrap((), module=module)
+    with torch.no_grad():
+        coded(x), alone(x)
+    assert coded.last_run.surrogate_weights[0][0] > 0.5
+    (choice,), (of_results,) = coded.last_run.distances, alone.last_run.distances
+    assert (choice.metric, choice.length) == (of_results.metric, of_results.length)
+    assert choice.error > of_results.error
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_all_are_remembered_where_nothing_is_missing(way):
     known, x = Memory(), rand(10, 4)

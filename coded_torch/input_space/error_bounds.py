@@ -38,17 +38,17 @@ def bounds(
     rows: Tensor,
     results: Tensor,
     estimated: Tensor,
-    regression: tuple[GaussianProcess, float] | None,
+    process: GaussianProcess | None = None,
+    trust: float = 0.0,
     labels: tuple[Tensor, Tensor] | None = None,
 ) -> Bounds:
     """Return the error bounds of missing rows ``[L]``.
 
     Args:
         results, estimated: ``[M, C]``, and estimates of the missing rows, ``[L, C]``.
-        regression: the process, and its trust in (0, 1]. None if estimates are the mean.
+        process: the regression, which has a trust in (0, 1]. None if estimates are the mean.
         labels: results and estimates with their surrogates, if they are scores of classes.
     """
-    process, trust = regression or (None, 0.0)
     left_out, of_left_out = torch.arange(len(results)), np.ones(len(results))
     weights, variances = np.zeros((len(rows), len(results))), np.ones(len(rows))
     if process is not None:

@@ -56,16 +56,14 @@ class Geometry:
 
     @on_host()
     @exactly()
-    def squared_distances(
-        self, shrinkage: float, some: Tensor | None = None
-    ) -> tuple[Tensor, float]:
-        """Return squared distances of all or some rows, and the mean square of lengths."""
+    def squared_distances(self, shrinkage: float, some: Tensor | None = None) -> Tensor:
+        """Return the squared distances of all or some rows."""
         rows, squares, unit = self.at(shrinkage)
         if some is not None:
             rows, squares = rows[some], squares[some]
         # From differences of coordinates: rounded inner products would part rows that repeat.
         nothing = (ROUNDINGS * torch.finfo(rows.dtype).eps) ** 2
-        return squared_distances(rows, squares + (unit - 1) / 2, nothing), unit
+        return squared_distances(rows, squares + (unit - 1) / 2, nothing)
 
     def at(self, shrinkage: float) -> tuple[Tensor, Tensor, float]:
         """Return coordinates ``[n, L]``, the squared lengths ``[n]``, and the mean of these."""

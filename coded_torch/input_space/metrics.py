@@ -281,7 +281,7 @@ class Distances:
         assert geometry is not None
         squared, order = self._squared.get(metric), self.order
         if squared is None:
-            squared, _ = geometry.squared_distances(shrinkage, some)
+            squared = geometry.squared_distances(shrinkage, some)
             if self._typical is not None:
                 odd = ~self._typical if some is None else ~self._typical[some]
                 squared.masked_fill_(odd | odd[:, None], math.inf).fill_diagonal_(0)

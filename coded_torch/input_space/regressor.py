@@ -47,16 +47,11 @@ _WEIGHED = 512
 
 
 class Chosen(NamedTuple):
-    """The regression that estimates results best. It is None where their mean estimates."""
+    """The regression that estimates results best; its process is None if their mean does."""
 
-    choice: Choice | None = None
+    choice: Choice | None = None  # None if there is no choice
     process: GaussianProcess | None = None
-
-    @property
-    def trusted(self) -> tuple[GaussianProcess, float] | None:
-        """The process and its trust, if that is positive."""
-        trust = self.choice.trust if self.choice else 0.0
-        return (self.process, trust) if self.process is not None and trust > 0 else None
+    trust: float = 0.0  # in the process, which is 0 without one
 
 
 class Regressor:
@@ -112,8 +107,10 @@ class Regressor:
                 return chosen
         metric, length = (not search and self._last) or self._search(results)
         self._last, process = (metric, length), self.process(metric, length)
-        choice = Choice(name_of(metric), length, *process.leave_one_out_error(results))
-        self._fits = [*self._fits[-1:], (results, Chosen(choice, process))]
+        error, trust = process.leave_one_out_error(results)
+        choice = Choice(name_of(metric), length, error, trust)
+        chosen = Chosen(choice, process if trust > 0 else None, trust)
+        self._fits = [*self._fits[-1:], (results, chosen)]
         return self._fits[-1][1]
 
     def process(self, metric: str | Features, length: float) -> GaussianProcess:
@@ -167,21 +164,20 @@ class Regressor:
         dense("Regression", "results", results)
         used, (at,) = self._used, to_device([self._used], results.device)
         with outside(), exactly():
-            size, (sample,) = _size(columns(results)), few_columns(used, results)
+            size, sample = _size(columns(results)), few_columns(used, results)
             weights = torch.full((1, len(used)), 1 / len(used), dtype=torch.float64)
-            chosen = self.fit(sample / size, search)
-            if chosen.trusted:  # shrunk as far as results are not estimated by each other
-                process, trust = chosen.trusted
+            choice, process, trust = self.fit(sample / size, search)
+            if process is not None:  # shrunk as far as results are not estimated by each other
                 # Wide outputs, other devices and derivatives need weights.
                 simple = results.device.type == "cpu" and not differentiated(results)
                 if simple and results[0].numel() < len(self.missing) and len(used) > _WEIGHED:
                     found = process.estimate(columns(results)[used].double() / size, trust) * size
-                    return found.to(results.dtype).view(-1, *results.shape[1:]), chosen.choice
+                    return found.to(results.dtype).view(-1, *results.shape[1:]), choice
                 weights = process.weights * trust + (1 - trust) / len(used)
             map = MatrixMap(weights)
         values = results.index_select(0, at)
         found = map(values) if size == 1 else map(values / size) * size
-        return found.expand(len(self.missing), *found.shape[1:]), chosen.choice
+        return found.expand(len(self.missing), *found.shape[1:]), choice
 
     def bounds(self, results: Tensor, answers: Tensor, *surrogates: Tensor) -> Bounds:
         """Return the error bounds of the missing rows, as ``RowPlan`` does."""
@@ -192,8 +188,8 @@ class Regressor:
         labels = (of_used, estimated) if results.dim() == 2 else None
         if labels and offsets:
             labels = of_used + offsets[0], estimated + offsets[1]
-        regression = self.fit(_few(of_used).double()).trusted
-        found = bounds(rows, of_used, estimated, regression, labels)
+        _, *regression = self.fit(_few(of_used).double())
+        found = bounds(rows, of_used, estimated, *regression, labels)
         return found._replace(thresholds=found.thresholds * size)
 
     def left_out_squares(self, values: Sequence[Tensor]) -> list[float]:
@@ -226,10 +222,10 @@ def _size(results: Tensor) -> float:
     return math.ldexp(1.0, max(math.frexp(largest)[1] - 60, -1000))
 
 
-def few_columns(rows: Tensor, *values: Tensor) -> list[Tensor]:
+def few_columns(rows: Tensor, values: Tensor) -> Tensor:
     """Return some columns of some rows of values ``[n, ...]``: ``[M, C]``, float64 on the host."""
-    (at,) = to_device([rows], values[0].device)
-    return [_few(columns(x)).index_select(0, at).cpu().double() for x in values]
+    (at,) = to_device([rows], values.device)
+    return _few(columns(values)).index_select(0, at).cpu().double()
 
 
 def columns(values: Tensor) -> Tensor:

@@ -263,10 +263,10 @@ def _residuals(
     """
     used = list(approximations.values())
     of_units = [division.spread(approximation)[list(received)] for approximation in used]
+    numbers = [x.flatten(0, 1) for x in (results, *of_units)]
     with outside():
-        places = torch.arange(results.shape[0] * results.shape[1])
-        numbers = [plain("decode", "results", x).flatten(0, 1) for x in (results, *of_units)]
-        y, *of_y = few_columns(places, *numbers)  # [F R, C], the only copies to the host
+        places = torch.arange(len(numbers[0]))
+        y, *of_y = (few_columns(places, x) for x in numbers)  # [F R, C], on the host
         if isinstance(plan, RowPlan):  # each input once
             places = (source := plan.source(received))[source >= 0]
         found, explained, by_chance = _least_squares(y[places], [x[places] for x in of_y])

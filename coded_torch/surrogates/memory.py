@@ -36,7 +36,6 @@ _LANDMARKS = 512  # rows that determine the directions
 _PATH = 240  # rows of the path whose steps are the unit of length, as many as batches often have
 # New rows after which the regression is made again, and the share of time for it; not tuned.
 _FRESH, _SHARE = 256, 0.02
-_BLOCK = 4096  # outputs whose residuals are in memory together
 _MOST_NUMBERS = 2**25  # numbers that are kept, 128 MB
 
 
@@ -259,7 +258,7 @@ class _Snapshot:
         self.form, self._space = form, space
         typical = typical_rows([rows])
         rows, outputs = rows[typical], outputs[typical]
-        squared, _ = Geometry(rows).squared_distances(0.0)
+        squared = Geometry(rows).squared_distances(0.0)
         some = evenly(len(rows), _PATH)
         among = squared[some][:, some]
         self._length = LENGTH * metrics.path_step(among, similarity_order(among.sqrt()).numpy())
@@ -273,8 +272,7 @@ class _Snapshot:
         among = squared[left_out]
         among[torch.arange(len(left_out)), left_out] = math.inf  # a row is not its own neighbour
         sizes = _deviation(matern52(among, self._length))
-        residuals = [process.leave_one_out_residuals(y) for y in first.split(_BLOCK, 1)]
-        self._scores = torch.linalg.vector_norm(torch.cat(residuals, 1), dim=1) / sizes
+        self._scores = process.leave_one_out_residuals(first).norm(dim=1) / sizes
         self._rows, self._squares = rows.T, rows.square().sum(1)
 
     def estimate(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -204,6 +204,10 @@ def test_what_is_left_out_of_the_mean_and_of_a_regression():
         weights = GaussianProcess(squared, 2.0 * step, kept, torch.tensor([i])).weights
         left += float((y[i] - weights @ y[kept]).square().sum())
     assert plan.left_out_squares(range(10), y, 2 * y) == pytest.approx([left, 4 * left], rel=1e-4)
+    zigzag = torch.tensor([[1.0], [-1.0]] * 5, dtype=torch.float64)  # the mean estimates it
+    plan = Regression("shrunk", 2.0).plan([torch.arange(10.0)[:, None]])
+    left = mean.left_out_squares(range(10), zigzag)
+    assert plan.left_out_squares(range(10), zigzag) == left
 
 
 def test_results_of_another_shape_are_refused():

@@ -81,7 +81,7 @@ def problem(n, d, trust, seed):
 def test_a_radius_is_that_of_full_conformal_estimate(n, d, trust, seed):
     """Of one output it is the same, but where a result weighs so much that it is never odd."""
     process, y, estimated = problem(n, d, trust, seed)
-    limits = bounds(torch.tensor([n]), y, estimated, (process, trust))
+    limits = bounds(torch.tensor([n]), y, estimated, process, trust)
     found = ErrorBounds(n + 1, [limits])
     for coverage in (0.8, 0.95):
         outside = math.floor((1 - coverage) * (n + 1) + 1e-9)
@@ -98,8 +98,8 @@ def test_no_radius_is_larger_at_a_lower_level(trust):
     process = regressed(x, 40)
     mean = y[:40].mean(0)
     estimated = torch.lerp(mean, process.weights @ y[:40], trust)
-    regression = (process, trust) if trust else None
-    found = ErrorBounds(60, [bounds(torch.arange(40, 60), y[:40], estimated, regression)])
+    regression = (process, trust) if trust else ()
+    found = ErrorBounds(60, [bounds(torch.arange(40, 60), y[:40], estimated, *regression)])
     levels = [found.radii(level) for level in (0.5, 0.8, 0.95, 0.98)]
     assert all(bool((low <= high).all()) for low, high in itertools.pairwise(levels))
     assert not levels[0][:40].any()
@@ -111,7 +111,7 @@ def test_no_radius_is_larger_at_a_lower_level(trust):
 def test_about_the_mean_it_is_the_largest_deviation():
     """With 19 results at 95 %: row i is as odd as the farthest result from the others' mean."""
     y = normal(19, 1)
-    found = ErrorBounds(20, [bounds(torch.tensor([19]), y, y.mean(0, keepdim=True), None)])
+    found = ErrorBounds(20, [bounds(torch.tensor([19]), y, y.mean(0, keepdim=True))])
     far = (y - y.mean()).abs().max().item()
     assert found.radii(0.95)[19].item() == pytest.approx(far * (1 + 1 / 19) / (1 - 1 / 19))
     assert found.radii(0.96)[19].item() == math.inf
@@ -146,9 +146,8 @@ def test_surrogates_take_part_in_labels_alone():
     """Radii are those of the residuals."""
     x, rest = normal(40, 2), normal(40, 3, seed=1) / 10
     process = regressed(x, 30)
-    how = process, 1.0
     classes = torch.nn.functional.one_hot(torch.arange(40) % 3, 3).double()
-    args = torch.arange(30, 40), rest[:30], process.weights @ rest[:30], how
+    args = torch.arange(30, 40), rest[:30], process.weights @ rest[:30], process, 1.0
     without = bounds(*args, args[1:3])
     found = bounds(*args, (args[1] + classes[:30], args[2] + classes[30:]))
     assert torch.equal(found.thresholds, without.thresholds)

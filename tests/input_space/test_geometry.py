@@ -23,8 +23,8 @@ def geometry(features):
 
 def measured(features, shrinkage):
     """Squared distances of all rows, whose squared lengths have a mean of 1."""
-    squared, unit = geometry(features).squared_distances(shrinkage)
-    return squared / unit if unit else squared
+    of = geometry(features)
+    return of.squared_distances(shrinkage) / (of.at(shrinkage)[2] or 1)
 
 
 def naive(features, shrinkage):
