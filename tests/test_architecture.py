@@ -38,16 +38,16 @@ LINES = {
     "cli": 890,
     "codes": 960,
     "experiments": 1660,
-    "input_space": 1570,
+    "input_space": 1530,
     "nn": 2000,
     "open_inference": 680,
     "scheduling": 860,
     "serve": 1120,
-    "surrogates": 560,
+    "surrogates": 545,
     "verification": 910,
     "workers": 3310,
 }
-MOST_LINES = 16_167  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 16_121  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

@@ -283,8 +283,8 @@ class Distances:
         if squared is None:
             squared = geometry.squared_distances(shrinkage, some)
             if self._typical is not None:
-                odd = ~self._typical if some is None else ~self._typical[some]
-                squared.masked_fill_(odd | odd[:, None], math.inf).fill_diagonal_(0)
+                typical = self._typical if some is None else self._typical[some]
+                squared.masked_fill_(~(typical & typical[:, None]), math.inf).fill_diagonal_(0)
             if some is None:
                 self._squared[metric] = squared
         elif some is not None:

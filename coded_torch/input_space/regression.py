@@ -143,10 +143,10 @@ class RowPlan:
     def note(self) -> str:
         return "; ".join(dict.fromkeys(self._notes))
 
-    def leave_out(self, odd: Tensor) -> None:
+    def leave_out(self, far: Tensor) -> None:
         """Let some rows, bool ``[B]``, estimate no others, where no distances tell which."""
         for part in self._parts:
-            part.far = odd[part.rows]
+            part.far = far[part.rows]
 
     @property
     def order(self) -> Tensor:
@@ -198,7 +198,7 @@ class RowPlan:
         received: Sequence[int],
         results: Tensor,
         answers: Tensor,
-        surrogates: tuple[Tensor, Tensor] | tuple[()] = (),
+        surrogates: tuple[Tensor, ...] = (),
     ) -> ErrorBounds:
         """Return the error bounds of the answers ``[B, ...]`` of :meth:`decode`.
 

@@ -188,8 +188,8 @@ class Regressor:
         labels = (of_used, estimated) if results.dim() == 2 else None
         if labels and offsets:
             labels = of_used + offsets[0], estimated + offsets[1]
-        _, *regression = self.fit(_few(of_used).double())
-        found = bounds(rows, of_used, estimated, *regression, labels)
+        _, process, trust = self.fit(_few(of_used).double())
+        found = bounds(rows, of_used, estimated, process, trust, labels)
         return found._replace(thresholds=found.thresholds * size)
 
     def left_out_squares(self, values: Sequence[Tensor]) -> list[float]:

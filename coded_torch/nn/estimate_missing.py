@@ -63,14 +63,14 @@ class Answers:
 
     def of(self, stacked: Stacked) -> Any:
         """Return the answers in the structure that the module gives them."""
-        division, report, odd = self._division, self._report, self._inputs.not_finite
+        division, report, not_finite = self._division, self._report, self._inputs.not_finite
         whole = division.is_whole(stacked.units)  # then the results are the answers
         plan: Plan | None = None if whole else division.plan
         with outside():  # the report outlives a transform
             source = torch.arange(division.batch_size)
             source = source if plan is None else plan.source(stacked.units)
             estimated = source < 0
-            exact = ~estimated if odd is None else ~estimated & ~odd
+            exact = ~estimated if not_finite is None else ~estimated & ~not_finite
         report.note_source(source, stacked.parts, len(division.first), division.task.unit_rows)
         is_estimated = bool(estimated.any())
         approximations = self._approximations(stacked) if self._surrogates and is_estimated else []
@@ -85,9 +85,9 @@ class Answers:
             of_leaf = {j: x[i] for j, x in enumerate(approximations) if i in x}
             first = not answers  # the first output has error bounds
             rows, of_surrogates, bounds = self._decoded(stacked, i, plan, source, of_leaf, first)
-            if odd is not None:  # nothing is known of their distances
+            if not_finite is not None:  # nothing is known of their distances
                 mean = own[source[exact].to(own.device)].mean(0)
-                rows = _filled(rows, estimated & odd, mean)
+                rows = _filled(rows, estimated & not_finite, mean)
             if bounds is not None:
                 self._note(bounds, rows)
             weights.append(tuple(of_surrogates.get(j, 0.0) for j in range(len(approximations))))
@@ -133,7 +133,7 @@ class Answers:
     @outside()
     def _note(self, bounds: ErrorBounds, answers: Tensor) -> None:
         """Note error bounds. With too few results, a memory's rows calibrate them."""
-        odd = self._inputs.not_finite
+        not_finite = self._inputs.not_finite
         for memory, _ in () if bounds.enough(self._coverage) or self._link else self._memories:
             found = self._known_to(memory)
             if found is not None and found[0][0].shape == answers.shape:
@@ -141,8 +141,8 @@ class Answers:
                 off = (own - found[0][0].cpu()).flatten(1).norm(dim=1)
                 more = bounds.calibrated(found[1], off)
                 bounds = more if more.enough(self._coverage) else bounds
-        if odd is not None:
-            bounds = bounds.widened(torch.where(odd, math.inf, 0.0))
+        if not_finite is not None:
+            bounds = bounds.widened(torch.where(not_finite, math.inf, 0.0))
         self._report.note_bounds(bounds, self._coverage, self._link, answers)
 
     def _approximations(self, stacked: Stacked) -> list[dict[int, Tensor]]:
@@ -164,10 +164,10 @@ class Answers:
         return found
 
     def _remembered(self, memory: Memory, stacked: Stacked) -> dict[int, Tensor]:
-        odd, (estimated, _) = self._inputs.not_finite, self._known_to(memory) or ((), None)
+        not_finite, (estimated, _) = self._inputs.not_finite, self._known_to(memory) or ((), None)
         pairs = zip(stacked.decoded, estimated, strict=False)
         alike = [(i, x) for i, x in pairs if x.shape[1:] == stacked.leaves[i].shape[2:]]
-        return {i: _levelled(x, odd) for i, x in alike}
+        return {i: _levelled(x, not_finite) for i, x in alike}
 
     def _known_to(self, memory: Memory) -> tuple[list[Tensor], Tensor] | None:
         """Return a memory's estimates of the batch, and its thresholds of their errors."""
@@ -226,13 +226,12 @@ class Answers:
     ) -> tuple[Tensor, Mapping[int, float], ErrorBounds | None]:
         """Return answers ``[B, ...]``, weights of approximations, and error bounds, of a leaf."""
         results, received = stacked.leaves[i], stacked.units
-        odd, by_rows = self._division.not_finite, isinstance(plan, RowPlan)
-        scaled = results if odd is None else _levelled(results, odd[list(received)])
+        not_finite, by_rows = self._division.not_finite, isinstance(plan, RowPlan)
+        scaled = results if not_finite is None else _levelled(results, not_finite[list(received)])
         if by_rows:  # estimates are rounded once, at the end
             scaled = scaled.to(torch.promote_types(scaled.dtype, torch.float32))
         scaled = to_scale(scaled, self._link)
-        weights = dict[int, float]()
-        offsets: tuple[Tensor, Tensor] | tuple[()] = ()
+        weights, offsets = dict[int, float](), tuple[Tensor, ...]()
         if approximations:
             weights, scaled, offsets = _residuals(
                 scaled, plan, self._division, received, approximations
@@ -255,7 +254,7 @@ class Answers:
 
 def _residuals(
     results: Tensor, plan: Plan, division: Division, received: Sequence[int], approximations: Any
-) -> tuple[dict[int, float], Tensor, tuple[Tensor, Tensor] | tuple[()]]:
+) -> tuple[dict[int, float], Tensor, tuple[Tensor, ...]]:
     r"""Return weights, residuals :math:`y - \sum_j w_j s_j` of surrogates, and both their sums.
 
     The sums are at the results, ``[F R, ...]``, and for the batch, ``[B, ...]``. Surrogates have no
@@ -319,9 +318,11 @@ def _rounded(bounds: ErrorBounds, answers: Tensor, dtype: torch.dtype) -> ErrorB
     return bounds.widened(units.square().sum(1).sqrt().cpu())
 
 
-def _levelled(values: Any, odd: Tensor | None) -> Tensor:
-    """Replace the rows of values that are ``odd`` by the mean of the others."""
-    return values if odd is None else _filled(values, odd, values[~odd.to(values.device)].mean(0))
+def _levelled(values: Tensor, rows: Tensor | None) -> Tensor:
+    """Replace some rows of values, bool, by the mean of the others."""
+    if rows is None:
+        return values
+    return _filled(values, rows, values[~rows.to(values.device)].mean(0))
 
 
 def _filled(values: Tensor, rows: Tensor, others: Tensor) -> Tensor:
