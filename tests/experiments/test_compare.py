@@ -11,8 +11,10 @@ from coded_torch.experiments import scores
 from coded_torch.experiments.compare import compare, peers, received_by
 from coded_torch.experiments.scores import Comparison, Record, Score
 from coded_torch.nn import CodedWrapper
-from coded_torch.stragglers import Bernoulli, Contiguous, ShiftedExponential, Trace, Uniform
+from coded_torch.stragglers import Bernoulli, ShiftedExponential, Trace, Uniform
 from coded_torch.workers import LocalWorkers
+
+from ..nn.modules import Call
 
 NAMES = [*peers(4, 6), "no redundancy, regression"]
 WITH_A_SURROGATE = [
@@ -88,24 +90,6 @@ def test_a_seed_repeats_and_another_does_not(shipped):
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_workers_are_lost_by_any_law(shipped):
-    model, batches, _ = shipped
-    asked = []
-
-    def delays(lost, seed):
-        asked.append((lost, seed))
-        return Trace([[math.inf] * lost + [0.0] * (9 - lost)])
-
-    compare(model, batches[:2], [(9, 8, 1)], delays=delays, seeds=5)
-    assert sorted(asked) == [(1, 5), (1, 6)]
-    uniform = compare(model, batches[:2], [(9, 8, 3)]).rows[0].rmse
-    assert compare(model, batches[:2], [(9, 8, 3)], delays=Contiguous).rows[0].rmse > uniform
-    with pytest.raises(TypeError, match=r"the result of delays must be .*Stragglers"):
-        compare(model, batches[:2], [(9, 8, 1)], delays=lambda lost, seed: 0.5)
-    with pytest.raises(TypeError, match="delays must be"):
-        compare(model, batches[:2], [(9, 8, 1)], delays=Uniform(1))
-
-
 def test_the_slowest_are_lost_under_a_law_of_finite_latencies(shipped):
     model, batches, _ = shipped
     setting = [(9, 8, 3)]
@@ -141,12 +125,9 @@ def test_delays_must_tell_which_workers_are_lost(shipped, delays, lost):
 
 
 def test_inputs_that_cannot_be_mixed_go_to_codes_that_do_not(generator):
-    class Embedded(torch.nn.Module):
-        def forward(self, x):
-            return torch.stack([x.sin(), x.cos()], 1)
-
+    embedded = Call(lambda x: torch.stack([x.sin(), x.cos()], 1))
     tokens = [torch.randint(0, 50, (40,), generator=generator) for _ in range(2)]
-    found = compare(Embedded(), tokens, [(8, 5, 2)])
+    found = compare(embedded, tokens, [(8, 5, 2)])
     assert [row.name for row in found.rows] == ["replication", "regression", NAMES[-1]]
 
 
