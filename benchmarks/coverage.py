@@ -174,8 +174,8 @@ def times_sigma(x: Tensor, y: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
     """Return errors of missing rows, and their standard deviations times a constant."""
     known, lost = (~missing).nonzero().flatten(), missing.nonzero().flatten()
     answers, choice = chosen(x, y, known)
-    measured = Distances(Sources([x]), (choice.metric,), torch.arange(len(x))).by(choice.metric)
-    process = GaussianProcess(measured.squared, choice.length * measured.step, known, lost)
+    squared, step = Distances(Sources([x]), (choice.metric,)).by(choice.metric)
+    process = GaussianProcess(squared, choice.length * step, known, lost)
     left_out = process.leave_one_out_residuals(y[known].double()).norm(dim=1)
     off = left_out / process.leave_one_out_variances.sqrt()
     constant = off.quantile(0.95, interpolation="higher")

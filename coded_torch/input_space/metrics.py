@@ -247,18 +247,17 @@ class Distances:
         self._typical = None if typical.all() else torch.from_numpy(typical)
         self._leaves = [leaf.at(self.rows, self._typical) for leaf in sources.leaves]
         self._geometries: dict[Any, Geometry | None] = {}
-        self._squared: dict[Any, Tensor] = {}
+        self._measured: dict[Any, tuple[Tensor, float]] = {}
         if len(metrics) == 1 and isinstance(only := metrics[0], str):
             self.first = DEFAULT if self._geometry(only) is None else only
             if self.first != only:
                 sources.notes.append(f"the metric {only!r} does not apply to these inputs")
-        squared, _ = self.by(self.first)
+        squared, squares, unit = self._distances(self.first)
         # In its own memory, as new memory takes longer than both roots and squares.
         self.order = similarity_order(squared.sqrt_())
         squared.square_()
-        geometry = self._geometry(self.first)
-        assert geometry is not None
-        _, squares, unit = geometry.at(_how(self.first).shrinkage)
+        self._measured[self.first] = squared, path_step(squared, self.order.numpy(), unit)
+        self._place = self.order.numpy().argsort()
         self.far = squares > _FAR**2 * unit
         if self._typical is not None:
             self.far |= ~self._typical
@@ -277,21 +276,29 @@ class Distances:
         Distances are ``[b, b]``, float32, and infinite to rows that are not typical. The step is
         the median distance between neighbours on the path.
         """
+        if some is None:
+            if metric not in self._measured:
+                squared, _, unit = self._distances(metric)
+                self._measured[metric] = squared, path_step(squared, self.order.numpy(), unit)
+            return self._measured[metric]
+        squared, _, unit = self._distances(metric, some)
+        return squared, path_step(squared, self._place[some.numpy()].argsort(), unit)
+
+    def _distances(
+        self, metric: str | Features, some: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, float]:
+        """Return squared distances, squared lengths, and the mean square of all rows' lengths."""
         geometry, shrinkage = self._geometry(metric), _how(metric).shrinkage
         assert geometry is not None
-        squared, order = self._squared.get(metric), self.order
-        if squared is None:
-            squared = geometry.squared_distances(shrinkage, some)
-            if self._typical is not None:
-                typical = self._typical if some is None else self._typical[some]
-                squared.masked_fill_(~(typical & typical[:, None]), math.inf).fill_diagonal_(0)
-            if some is None:
-                self._squared[metric] = squared
-        elif some is not None:
-            squared = squared.index_select(0, some).index_select(1, some)
-        if some is not None:
-            order = order.argsort()[some].argsort()
-        return squared, path_step(squared, order.numpy(), geometry.at(shrinkage)[2])
+        _, squares, unit = geometry.at(shrinkage)
+        if some is not None and metric in self._measured:
+            squared = self._measured[metric][0].index_select(0, some).index_select(1, some)
+            return squared, squares, unit
+        squared = geometry.squared_distances(shrinkage, some)
+        if self._typical is not None:
+            typical = self._typical if some is None else self._typical[some]
+            squared.masked_fill_(~(typical & typical[:, None]), math.inf).fill_diagonal_(0)
+        return squared, squares, unit
 
     def _geometry(self, metric: str | Features) -> Geometry | None:
         """Return the geometry of a metric's features, which metrics of the same features share."""

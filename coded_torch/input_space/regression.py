@@ -210,7 +210,7 @@ class RowPlan:
             found, by = ErrorBounds(self.batch_size, each), torch.zeros(self.batch_size)
             for part in self._parts:  # far rows are unlike the results, none of which is far
                 by[part.rows[part.far]] = math.inf
-            return found.widened(by)
+            return found.widened(by) if by.any() else found
 
     def left_out_squares(self, received: Sequence[int], *values: Tensor) -> list[float]:
         """Return the sum of squared errors of estimating values from each other.
