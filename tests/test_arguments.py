@@ -170,13 +170,14 @@ NAN, INF = math.nan, math.inf
 # Values that each argument of a call refuses, beside what else is right.
 REFUSED = [
     (codes.SplineCode, {
-        "num_data": [0, True, 1.0], "num_workers": [0, 3, 6.0], "encoder_smoothing": [-1.0],
-        "decoder_smoothing": [NAN, "x"], "data_points": [[0.0], [[0.0] * 4], [0.0, 1, 1, 2]],
+        "num_data": [0, True, 1.0, 10**30], "num_workers": [0, 3, 6.0, 10**9],
+        "encoder_smoothing": [-1.0], "decoder_smoothing": [NAN, "x"],
+        "data_points": [[0.0], [[0.0] * 4], [0.0, 1, 1, 2]],
         "worker_points": [[0.0, 1, 2, 3, 4, NAN], [0.0, 1, 2, 3, 4, INF], [5.0, 4, 3, 2, 1, 0]]}),
     (codes.FloaterHormannCode, {"order": [-1, 4, 0.5]}),
     (codes.LagrangeCode, {"degree": [0, 1.5], "decoder_degree": [-1], "num_workers": [2]}),
     (codes.RegressionCode, {
-        "num_workers": [1, 6.0], "shuffle": [1], "link": ["logit"],
+        "num_workers": [1, 6.0, 10**30], "shuffle": [1], "link": ["logit"],
         "ordering": ["near", 3, [1.5, 0], [0, 2, 2], [True, False], [[0, 1]]]}),
     (Regression, {"metric": ["near", [], [1], 1], "length": ["long", 0.0, None]}),
     (curves.chebyshev_first, {"num_points": [0, 2.0]}),
@@ -185,11 +186,11 @@ REFUSED = [
         "knots": [[0, 2, 1], [0, 1, 1], [0, NAN, 1], [0, 1, INF], [[0, 1, 2]], [], ["a"] * 3],
         "points": [[NAN], 0.5], "smoothing": [-1.0, NAN, [0.1, 0.2], "much"],
         "weights": [[1, 1], [1, 0, 1], [1, NAN, 1]]}),
-    (stragglers.Uniform, {"num_stragglers": [-1, 1.5], "seed": [0.5]}),
-    (stragglers.Uniform(1, seed=0).sample, {"num_workers": [0, 4.0], "generator": [5]}),
+    (stragglers.Uniform, {"num_stragglers": [-1, 1.5], "seed": [0.5, 10**30]}),
+    (stragglers.Uniform(1, seed=0).sample, {"num_workers": [0, 4.0, 10**9], "generator": [5]}),
     (stragglers.Bernoulli, {"p": [1.5, "0.5"], "latency": [-1.0]}),
     (stragglers.ShiftedExponential, {"shift": [INF], "rate": [0]}),
-    (stragglers.Trace, {"source": [[], [[]], [1.0], [[1.0], [1.0, 2.0]], [[-2.0]], [[NAN]]]}),
+    (stragglers.Trace, {"source": [None, [], [[]], [1.0], [[1.0], [1.0, 2.0]], [[-2.0]], [[NAN]]]}),
     (scores.rmse, {"decoded": [[1.0], X[:2]], "exact": [X.int()]}),
     (scores.relative_accuracy, {"labels": [X, [0, 1, 2], torch.ones(2).long()]}),
     (nn.Waiting, {
@@ -200,7 +201,7 @@ REFUSED = [
     (workers.DeviceWorkers, {
         "devices": [[], "cpu", torch.device("cpu"), ["nonsense"], ["cuda:99"]], "timeout": [NAN]}),
     (workers.ProcessWorkers, {
-        "num_workers": [0], "threads": [0], "grace": [0.0], "timeout": [NAN],
+        "num_workers": [0, 10**8], "threads": [0], "grace": [0.0], "timeout": [NAN],
         "devices": ["cpu", ["nowhere"]]}),
     (workers.FaultyWorkers, {
         "pool": [3], "delays": [0.1], "seed": [0.5], "crash_every": [0], "attack": ["lie"],
@@ -243,32 +244,6 @@ def test_every_public_class_and_function_is_tried():
             thing = getattr(module, name)
             if inspect.isclass(thing) or inspect.isroutine(thing):
                 assert thing in tried, name
-
-
-# What was found in use.
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda: codes.SplineCode(0, 24), ValueError, "SplineCode: num_data must be at least 1"),
-        (lambda: codes.SplineCode(24, 20), ValueError, "SplineCode: num_workers must be at least"),
-        (lambda: codes.SplineCode(4, 10**9), ValueError, "SplineCode: num_workers must be at most"),
-        (lambda: codes.RegressionCode(4, 10**30), ValueError, "RegressionCode: num_workers must"),
-        (lambda: codes.BerrutCode(10**30, 6), ValueError, "BerrutCode: num_data must be at most"),
-        (lambda: workers.ProcessWorkers(10**8), ValueError, "ProcessWorkers: num_workers must be"),
-        (lambda: stragglers.Uniform(2, seed=10**30), ValueError, "Uniform: seed must be at most"),
-        (lambda: stragglers.Trace(None), TypeError, "Trace: source must be real numbers, got None"),
-        (
-            lambda: stragglers.Uniform(1).sample(10**9),
-            ValueError,
-            "Uniform: num_workers must be at",
-        ),
-    ],
-)
-def test_messages(make, error, message):
-    with pytest.raises(error, match=f"^{message}"):
-        make()
 
 
 @pytest.mark.parametrize("name", ["SplineCode", "BerrutCode", "ReplicationCode", "RegressionCode"])

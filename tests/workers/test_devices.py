@@ -304,22 +304,6 @@ class TestCopies:
         assert replica._replicate(module, {}).weight is inside.weight
 
 
-@pytest.mark.parametrize(
-    ("devices", "timeout", "error", "match"),
-    [
-        ([], 1.0, ValueError, "devices must name at least one device"),
-        ("cpu", 1.0, TypeError, "devices must be a sequence of devices, got 'cpu'"),
-        (torch.device("cpu"), 1.0, TypeError, "devices must be a sequence of devices, got .*cpu"),
-        (["cpu", "nonsense"], 1.0, ValueError, "devices must be available, got 'nonsense'"),
-        (["cpu", "cuda:99"], 1.0, ValueError, "devices must be available, got 'cuda:99'"),
-        (["cpu"], float("nan"), ValueError, "timeout must be positive and finite, got nan"),
-    ],
-)
-def test_bad_arguments(devices, timeout, error, match):
-    with pytest.raises(error, match=match):
-        DeviceWorkers(devices, timeout=timeout)
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("home", ["cpu", "cuda"])
 def test_answers_and_gradients_on_cuda(home):

@@ -166,11 +166,6 @@ def test_latencies_come_from_the_law():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_bad_arguments():
-    with pytest.raises(TypeError, match="stragglers must be of type Stragglers or None, got int"):
-        LocalWorkers(3)
-
-
 def test_simulated_workers_neither_come_nor_go():
     with pytest.raises(NotImplementedError, match="LocalWorkers: the pool cannot be resized"):
         LocalWorkers().resize(2)

@@ -620,22 +620,6 @@ def test_a_forked_process_is_refused():
             answers(pool, nn.Identity(), torch.ones(1, 1, 1))
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "match"),
-    [
-        ({"num_workers": 0}, ValueError, "num_workers must be at least 1, got 0"),
-        ({"threads": 0}, ValueError, "threads must be at least 1, got 0"),
-        ({"grace": 0.0}, ValueError, "grace must be positive and finite, got 0.0"),
-        ({"timeout": math.nan}, ValueError, "timeout must be positive and finite, got nan"),
-        ({"devices": "cpu"}, TypeError, "devices must be a sequence of devices, got 'cpu'"),
-        ({"devices": ["nowhere"]}, ValueError, "devices must be available, got 'nowhere'"),
-    ],
-)
-def test_bad_arguments(options, error, match):
-    with pytest.raises(error, match=match):
-        ProcessWorkers(**{"num_workers": 2, **options})
-
-
 _UNGUARDED = """
 import torch
 from coded_torch.workers import ProcessWorkers
