@@ -327,15 +327,6 @@ def test_a_function_for_serve_is_one_for_job(folder):
     assert torch.equal(outputs(folder), exact())
 
 
-def test_a_batch_that_was_cut_short_is_computed_again(folder):
-    assert main(line()) == 0
-    computed(folder)
-    os.truncate(written(folder)[3], 700)
-    assert main(line("here", "--resume")) == 0
-    assert set(computed(folder)) == set(range(24, 32))
-    assert torch.equal(outputs(folder), exact())
-
-
 def test_inputs_are_known_by_their_content(folder, capsys):
     assert main(line()) == 0
     os.utime(folder / "rows.npy", (0, 0))
@@ -380,7 +371,11 @@ def test_a_job_refuses_another_jobs_folder_and_bad_values(folder, capsys, change
     assert message in err
 
 
-@pytest.mark.parametrize("content", [b"[]", b"null", b'{"rows": 20', b"\xff\x00", b"[" * 9999, b""])
+OLD = {"inputs": "of 200 rows, digest 0", "model": "models:here, digest 0", "batch-size": 8}
+DAMAGED = [b"[]", b"null", b'{"rows": 20', b"\xff\x00", b"[" * 9999, b"", json.dumps(OLD).encode()]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_description_of_a_job_is_refused_in_one_line(folder, capsys, content):
     assert main(line()) == 0
     (folder / "out" / "job.json").write_bytes(content)
@@ -390,14 +385,6 @@ def test_a_damaged_description_of_a_job_is_refused_in_one_line(folder, capsys, c
         assert (
             "out/job.json must describe a job, but it is damaged, or of an earlier version" in err
         )
-
-
-def test_a_folder_of_an_earlier_version_is_refused(folder, capsys):
-    assert main(line()) == 0
-    old = {"inputs": "of 200 rows, digest 0", "model": "models:here, digest 0", "batch-size": 8}
-    (folder / "out" / "job.json").write_text(json.dumps(old | {"deadline": None}))
-    assert main(line("here", "--resume")) == 2
-    assert "or of an earlier version" in capsys.readouterr().err
 
 
 def test_a_wrong_batch_is_found_and_computed_again(folder, capsys, caplog):

@@ -21,10 +21,9 @@ from torch import nn
 from coded_torch import Waiting
 from coded_torch.nn import CodedWrapper
 from coded_torch.serve import TensorSpec, app, protocol, specs
-from coded_torch.stragglers import Bernoulli, Trace
+from coded_torch.stragglers import Trace
 from coded_torch.workers import (
     DeviceWorkers,
-    FaultyWorkers,
     LocalWorkers,
     ProcessWorkers,
     WorkerError,
@@ -316,16 +315,6 @@ def test_a_full_queue_is_noticed_before_the_body_is_read(held):
     assert answers == [200, 200]
 
 
-def test_requests_are_answered_beside_a_slow_one_while_workers_are_idle(held):
-    with serving(holding(held, num_workers=6)) as port, Client(port) as client:
-        client.connection.request("POST", PATH, json.dumps(ONE))
-        assert held.begun.acquire(timeout=30)
-        with Client(port) as other:
-            assert other.infer({"inputs": [tensor([[0.0] * 3])]})[0] == 200
-        held.go.set()
-        assert client.connection.getresponse().status == 200
-
-
 def test_a_body_that_does_not_come_within_half_the_deadline_is_408():
     with serving(built(deadline=0.1)) as port:
         status, _, body = without_body(port)
@@ -362,20 +351,6 @@ def test_a_deadline_without_results_is_504_and_in_time(held, said, seconds):
         "too few results came within the deadline",
     )
     assert seconds - 0.02 <= took < seconds + 1
-
-
-def test_while_all_processes_hang_requests_are_refused_at_once():
-    pool = FaultyWorkers(ProcessWorkers(2, grace=60.0), delays=Bernoulli(1.0))  # infinite delays
-    application = built(workers=pool, deadline=1.0)
-    with serving(application) as port, Client(port) as client, Client(port) as other:
-        assert client.infer(ONE)[0] == 504
-        # If the server is idle again, one request is tried, and all others are refused meanwhile.
-        other.connection.request("POST", PATH, json.dumps(ONE))
-        time.sleep(0.1)
-        start = time.monotonic()
-        status, headers, _ = client.send("POST", PATH, json.dumps(ONE))
-        assert (status, headers["retry-after"]) == (503, "1")
-        assert time.monotonic() - start < 0.5
 
 
 @pytest.mark.parametrize("num_slow", [1, 2])
@@ -571,26 +546,6 @@ def test_bad_arguments(changes, message):
     assert message in str(caught.value)
 
 
-run_by = set()  # the threads that run a replica of Seen
-
-
-class Seen(nn.Module):
-    """Notes the threads that run it."""
-
-    def forward(self, x):
-        run_by.add(threading.get_ident())
-        time.sleep(0.05)  # every worker is wanted
-        return x[:, :2]
-
-
-def test_every_worker_has_run_the_model_before_the_application_is_ready():
-    pool = DeviceWorkers(["cpu"] * 3)
-    with serving(built(Seen().eval(), workers=pool, examples=[torch.zeros(2, 3)])) as port:
-        assert len(run_by) == 3
-        with Client(port) as client:
-            assert client.infer(ONE)[0] == 200
-
-
 def test_a_worker_starts_on_two_rows_that_differ():
     started = []
 
@@ -618,13 +573,3 @@ def test_a_module_that_ends_its_workers_does_not_become_ready():
     with pytest.raises(WorkerError, match="exit code 3"):
         application.load()
     application.pool.close()
-
-
-@pytest.mark.cuda
-def test_a_module_on_cuda_in_this_process():
-    module = linear().cuda()
-    with serving(built(module, workers=LocalWorkers())) as port, Client(port) as client:
-        status, answer = client.infer(ONE)
-    assert status == 200
-    wanted = module(torch.tensor(ROWS, device="cuda")).flatten().tolist()
-    assert answer["outputs"][0]["data"] == pytest.approx(wanted, rel=1e-3)

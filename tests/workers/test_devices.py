@@ -65,20 +65,6 @@ class TestCudaDeviceWorkers(WorkersTests):
         return DeviceWorkers(["cuda", "cuda", "cpu"])
 
 
-class Blocking(nn.Module):
-    """Identity that blocks on inputs of ``value`` until it is released."""
-
-    def __init__(self, value: float) -> None:
-        super().__init__()
-        self.value, self.entered, self.release = value, threading.Event(), threading.Event()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if (x == self.value).any():
-            self.entered.set()
-            assert self.release.wait(WAIT)
-        return x.clone()
-
-
 def column(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).reshape(-1, 1)
 
@@ -181,21 +167,6 @@ def test_a_pool_does_not_wait_for_itself():
         )
         outer.workers = other
         assert outer(column(1)).item() == pytest.approx(1.0)
-
-
-def test_a_device_that_hangs_holds_back_only_its_own_part():
-    module = Blocking(1.0)
-    with DeviceWorkers(["cpu", "cpu"]) as pool:
-        coded = CodedWrapper(module, CopyCode(4, 4), workers=pool, waiting=first(1))
-        assert coded(column(0, 1, 2, 3)).flatten().tolist() == [0.0, 0.0, 2.0, 3.0]
-        # One thread still hangs: it is not used, its late result reaches nothing.
-        assert module.entered.wait(WAIT)
-        coded.waiting = first()
-        assert coded(column(5, 6, 7, 8)).flatten().tolist() == [5.0, 6.0, 7.0, 8.0]
-        module.release.set()
-        for i in range(10):
-            x = column(i, i + 10, i + 20, i + 30) + 100
-            assert torch.equal(coded(x), x)
 
 
 def test_an_idle_pool_keeps_no_batch_and_no_module_alive():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 
@@ -34,49 +33,6 @@ class Quiet(LiveRequest):
         self.parts: list[Part] = []
 
 
-def test_only_what_is_open_and_not_dropped_begins_and_only_once():
-    request = Quiet()
-    first, second, third = parts = numbered((0,), (1,), (2,))
-    assert not request.begin(first, 0)
-    request.ask(parts)
-    assert request.wants(first)
-    assert request.begin(first, 4, fresh=True)
-    assert not request.begin(first, 5)
-    request.drop([first, second, Part(99, (0,))])
-    assert not request.begin(second, 5)
-    began = request.wait()
-    assert (began.part, began.worker, began.fresh) == (first, 4, True)
-    request.close()
-    assert not request.begin(third, 5)
-    request.settle(first, "late")
-    assert request.wait() is None
-
-
-def test_a_part_has_one_reply_and_its_latency_is_from_when_it_began():
-    request = Quiet()
-    (part,) = parts = numbered((0,))
-    request.ask(parts)
-    time.sleep(0.02)
-    request.begin(part, 2)
-    request.settle(part, "value")
-    request.settle(part, "again")
-    assert isinstance(began := request.wait(), Began)
-    reply = request.wait()
-    assert request.wait() is None
-    assert (reply.value, reply.worker, reply.error) == ("value", 2, None)
-    assert reply.latency == reply.at - began.at
-    assert reply.at >= began.at >= 0.02
-
-
-def test_what_was_never_begun_fails_without_a_worker():
-    request = Quiet()
-    request.ask(parts := numbered((0,)))
-    request.settle(parts[0], None, "did not start: there was none")
-    (reply,) = replies_of(request)
-    assert (reply.worker, reply.latency) == (-1, math.inf)
-    assert str(reply.error) == "part 0 did not start: there was none"
-
-
 def test_every_part_fails_at_its_own_time():
     request = Quiet(timeout=0.5)
     request.ask(numbered((0,), (1,)))
@@ -96,17 +52,6 @@ def test_every_part_fails_at_its_own_time():
     assert all(at <= reply.at < at + 2 for reply, at in times)  # a busy machine is late
     request.settle(request.parts[0], "late")
     assert request.wait() is None
-
-
-def test_a_status_is_given_while_a_part_has_not_begun():
-    request = Quiet()
-    assert request.status() == ""
-    request.ask(parts := numbered((0,), (1,)))
-    assert request.status() == "all is quiet"
-    request.begin(parts[0], 0)
-    assert request.status() == "all is quiet"
-    request.drop(parts)
-    assert request.status() == ""
 
 
 def test_nothing_begins_once_close_has_returned():
