@@ -1,6 +1,5 @@
 """The spline operator: every layout, dtype, kernel and transformation."""
 
-import functools
 import re
 import sys
 from pathlib import Path
@@ -198,33 +197,6 @@ def test_opcheck_gradients_and_vmap(n, transpose, indexed):
         got = torch.vmap(apply, dim)(batch)
         for b in range(3):
             assert torch.equal(got[b], apply(batch.select(dim, b)))
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit")  # which torch itself uses here
-@pytest.mark.parametrize("indexed", [False, True])
-def test_derivatives_by_torch_func(indexed):
-    coefficients, schedule, _ = make_plan(5)
-    gather, scatter, num_rows = make_indices(5, 12, 2, torch.Generator().manual_seed(1))
-    indices = {"gather": gather, "scatter": scatter, "num_rows": num_rows} if indexed else {}
-    values = randn(*((10, 2) if indexed else (5, 2, 2)))
-
-    def apply(v):
-        return ops.spline_apply(v, coefficients, schedule, **indices)
-
-    def loss(v):
-        return apply(v).sin().sum()
-
-    jacobian = torch.autograd.functional.jacobian(apply, values)
-    hessian = torch.autograd.functional.hessian(loss, values)
-    grad, jacrev, jacfwd = torch.func.grad, torch.func.jacrev, torch.func.jacfwd
-    close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-12)
-    close(jacrev(apply)(values), jacobian)
-    close(jacfwd(apply)(values), jacobian)
-    close(grad(loss)(values), torch.autograd.functional.jacobian(loss, values))
-    for second in (torch.func.hessian(loss), jacrev(grad(loss)), jacrev(jacfwd(loss))):
-        close(second(values), hessian)
-    each = torch.stack([values, 2 * values])
-    close(torch.vmap(grad(loss))(each)[1], grad(loss)(each[1]))
 
 
 @of_the_compiler
