@@ -14,7 +14,7 @@ from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory, distill, memory
 from coded_torch.workers import LocalWorkers
 
-from .nn.modules import WAYS, divided, rand
+from .nn.modules import WAYS, Call, divided, rand
 
 
 def f(x):
@@ -289,13 +289,9 @@ def test_it_stops_early_and_keeps_the_best():
 
 
 def test_a_student_must_reach_a_finite_error():
-    class Logarithm(nn.Module):
-        def forward(self, x):
-            return x.log()
-
     x = torch.rand(60, 4, generator=torch.Generator().manual_seed(0))
     with pytest.raises(RuntimeError, match="student must reach a finite error"):
-        distill(nn.Linear(4, 4), Logarithm(), [x - 0.5], epochs=1, progress=False)
+        distill(nn.Linear(4, 4), Call(torch.log), [x - 0.5], epochs=1, progress=False)
 
 
 def test_a_memory_goes_on_learning_in_a_forked_process():

@@ -19,6 +19,8 @@ from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
 from coded_torch.workers import DeviceWorkers, LocalWorkers
 
+from .nn.modules import Call
+
 CODES = {
     "spline": lambda: codes.SplineCode(4, 8),
     "berrut": lambda: codes.BerrutCode(4, 8),
@@ -62,12 +64,9 @@ def test_the_callers_own_code_sees_its_default_device():
         seen.add((name, torch.get_default_device()))
         return result
 
-    class Module(nn.Module):
-        def forward(self, x):
-            return see("module", x.sin())
-
+    module = Call(lambda x: see("module", x.sin()))
     coded = CodedWrapper(
-        Module(),
+        module,
         codes.RegressionCode(4, 8, metric=lambda x: see("metric", x)),
         workers=LocalWorkers(Uniform(6, seed=0)),
         surrogate=lambda x: see("surrogate", x),
@@ -76,7 +75,7 @@ def test_the_callers_own_code_sees_its_default_device():
     try:
         coded(x)
         with DeviceWorkers(["cpu"]) as pool:  # a default device becomes the replica's own
-            CodedWrapper(Module(), codes.SplineCode(4, 8), workers=pool)(x)
+            CodedWrapper(module, codes.SplineCode(4, 8), workers=pool)(x)
     finally:
         torch.set_default_device(None)
     names = ("module", "metric", "surrogate")

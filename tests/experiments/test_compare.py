@@ -14,6 +14,8 @@ from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Bernoulli, Contiguous, ShiftedExponential, Trace, Uniform
 from coded_torch.workers import LocalWorkers
 
+from ..nn.modules import Call
+
 NAMES = [*peers(4, 6), "no redundancy, regression"]
 WITH_A_SURROGATE = [
     "surrogate alone",
@@ -141,12 +143,9 @@ def test_delays_must_tell_which_workers_are_lost(shipped, delays, lost):
 
 
 def test_inputs_that_cannot_be_mixed_go_to_codes_that_do_not(generator):
-    class Embedded(torch.nn.Module):
-        def forward(self, x):
-            return torch.stack([x.sin(), x.cos()], 1)
-
+    embedded = Call(lambda x: torch.stack([x.sin(), x.cos()], 1))
     tokens = [torch.randint(0, 50, (40,), generator=generator) for _ in range(2)]
-    found = compare(Embedded(), tokens, [(8, 5, 2)])
+    found = compare(embedded, tokens, [(8, 5, 2)])
     assert [row.name for row in found.rows] == ["replication", "regression", NAMES[-1]]
 
 

@@ -9,6 +9,8 @@ from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
 from coded_torch.workers import LocalWorkers
 
+from ..nn.modules import Call
+
 
 @pytest.fixture
 def x(generator):
@@ -64,11 +66,8 @@ def test_residuals_of_a_surrogate_are_decoded(x):
 
 
 def test_dimensions_and_leaves_are_the_callers(x):
-    class Two(torch.nn.Module):
-        def forward(self, x, scale):
-            return {"sine": (x * scale).sin(), "none": None}
-
-    trial = Trial(Two(), (x.T, torch.tensor(2.0)), [[0, 1, 2]], in_dims=(1, None), out_dims=1)
+    two = Call(lambda x, scale: {"sine": (x * scale).sin(), "none": None})
+    trial = Trial(two, (x.T, torch.tensor(2.0)), [[0, 1, 2]], in_dims=(1, None), out_dims=1)
     assert trial.mixable
     assert [leaf.shape for leaf in trial.inputs] == [x.shape]
     (exact,) = trial.exact
@@ -78,11 +77,7 @@ def test_dimensions_and_leaves_are_the_callers(x):
 
 
 def test_results_that_cannot_be_decoded_are_an_error(x):
-    class Broken(torch.nn.Module):
-        def forward(self, x):
-            return x * torch.inf
-
     with pytest.raises(RuntimeError, match="not finite"):
-        Trial(Broken(), (x,))
+        Trial(Call(lambda x: x * torch.inf), (x,))
     with pytest.raises(TypeError, match="the module must return floating-point tensors"):
         Trial(torch.nn.Identity(), (torch.arange(16),))

@@ -20,6 +20,8 @@ from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Contiguous, ShiftedExponential, Uniform
 from coded_torch.workers import LocalWorkers
 
+from ..nn.modules import Call
+
 
 def wrapped(module, code, delays=None, **options):
     return CodedWrapper(
@@ -54,17 +56,12 @@ def test_a_tuned_code_does_better_on_other_digits(code, bad):
     assert error(found) < 0.8 * error(code.replace(**bad))
 
 
-class Probabilities(torch.nn.Module):
-    def forward(self, x):
-        return (5 * x).softmax(-1)
-
-
 @pytest.mark.parametrize(
     ("model", "options"),
     [
         (torch.nn.Tanh(), {"ordering": "arrival"}),
         (torch.nn.Tanh(), {}),
-        (Probabilities(), {"link": "softmax"}),
+        (Call(lambda x: (5 * x).softmax(-1)), {"link": "softmax"}),
     ],
     ids=str,
 )

@@ -25,6 +25,7 @@ from coded_torch.testing.workers import (
 from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers
 
 from ..workers.test_local import Fixed
+from .modules import Call
 from .pools import Separate
 
 
@@ -58,16 +59,11 @@ class Blocks(nn.Module):
         return x
 
 
-class Waits(nn.Module):
-    def forward(self, x):
-        time.sleep(0.005)
-        return x
-
-
 def test_what_a_broken_worker_returns_is_asked_of_others_that_are_busy():
+    waits = Call(lambda x: time.sleep(0.005) or x)
     attack = {"adversaries": (1,), "attack": lambda rows, _: rows * math.nan}
     with FaultyWorkers(DeviceWorkers(["cpu"] * 2), **attack) as pool, torch.no_grad():
-        coded = CodedWrapper(Waits(), workers=pool, waiting=Waiting(estimate=False))
+        coded = CodedWrapper(waits, workers=pool, waiting=Waiting(estimate=False))
         rows = [torch.full((1, 2), float(n)) for n in range(24)]
         found = [answers for answers, _ in coded.map(rows, in_flight=6)]
     assert torch.equal(torch.cat(found), torch.cat(rows))
@@ -140,11 +136,6 @@ X = torch.arange(1.0, 9.0).view(8, 1)
 MEAN = torch.ones(2)
 
 
-class Ranks(nn.Module):
-    def forward(self, x):
-        return x, x.long()
-
-
 class FailsFirst(nn.Module):
     """Raises the first time it sees a row of some value."""
 
@@ -185,7 +176,7 @@ def test_surrogates_and_outputs_that_no_call_can_use_are_warned_of_once():
     answers = coded(X)
     for asked in (Waiting(deadline=1.0), Waiting(estimate_after=3.0), Waiting(on_error="estimate")):
         assert torch.equal(coded.run(X, waiting=asked)[0], answers)
-    coded = rows(Ranks(), workers=Separate())
+    coded = rows(Call(lambda x: (x, x.long())), workers=Separate())
     coded(X)  # every row is computed
     coded.waiting = Waiting(on_error="estimate")
     with pytest.warns(UserWarning, match=r"output\[1\] is torch.int64 and cannot be estimated"):

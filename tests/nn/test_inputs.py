@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coded_torch import CodedWrapper
 from coded_torch.codes import BerrutCode, LagrangeCode, ReplicationCode, SplineCode
@@ -30,11 +30,6 @@ def test_a_batch_that_vmap_hides_is_refused_by_name(way):
 # ------------------------------------------------------------------ masks, token ids, lengths
 
 
-class Masked(nn.Module):
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return x * mask
-
-
 X = torch.tensor([[3.0], [1.0], [4.0], [2.0]])
 MASK = torch.tensor([[1], [0], [1], [0]]).bool()
 
@@ -43,8 +38,8 @@ MASK = torch.tensor([[1], [0], [1], [0]]).bool()
 @pytest.mark.parametrize("lost", [0, 2])
 def test_masks_are_carried_where_inputs_are_not_mixed(way, lost):
     pool = LocalWorkers(Uniform(lost, seed=0))
-    coded = CodedWrapper(Masked(), **divided(way, 4, 8), workers=pool)
-    exact = Masked()(X, MASK)
+    module, exact = Call(lambda x, mask: x * mask), X * MASK
+    coded = CodedWrapper(module, **divided(way, 4, 8), workers=pool)
     answers = coded(X, MASK)
     own = ~coded.last_run.estimated
     assert torch.equal(answers[own], exact[own])

@@ -15,6 +15,8 @@ from torch import nn
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.workers import DeviceWorkers, LocalWorkers
 
+from .modules import Call
+
 
 class Gated(nn.Module):
     """Doubles its input after the gate of its first value has opened, if it has one."""
@@ -69,11 +71,7 @@ def test_answers_come_in_order_and_equal_those_of_single_calls(coded, model):
 
 
 def test_a_call_may_have_several_arguments_and_a_policy_of_its_own():
-    class Sum(nn.Module):
-        def forward(self, x, y):
-            return x + y
-
-    coded = CodedWrapper(Sum(), workers=LocalWorkers(), parts=2)
+    coded = CodedWrapper(Call(torch.add), workers=LocalWorkers(), parts=2)
     pairs = [(torch.ones(4, 1), torch.full((4, 1), float(i))) for i in range(3)]
     found = list(coded.map(pairs, waiting=Waiting(estimate=False, deadline=9.0)))
     assert [answers[0, 0].item() for answers, _ in found] == [1.0, 2.0, 3.0]

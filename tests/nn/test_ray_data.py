@@ -15,6 +15,8 @@ from coded_torch.stragglers import Uniform
 from coded_torch.testing.workers import WAIT
 from coded_torch.workers import LocalWorkers, ProcessWorkers
 
+from .modules import Call
+
 
 def half():
     """Return a wrapper that loses one of two parts."""
@@ -39,12 +41,9 @@ def test_a_batch_gets_columns():
 
 
 def test_several_inputs_and_outputs_are_columns_of_their_own():
-    class Both(nn.Module):
-        def forward(self, a, b):
-            return {"sum": a + b, "difference": a - b}
-
+    both = Call(lambda a, b: {"sum": a + b, "difference": a - b})
     estimator = RayDataPredictor(
-        lambda: CodedWrapper(Both(), workers=LocalWorkers(), parts=2), inputs=["a", "b"]
+        lambda: CodedWrapper(both, workers=LocalWorkers(), parts=2), inputs=["a", "b"]
     )
     ones = np.ones((4, 2), np.float32)
     made = estimator({"a": 2 * ones, "b": ones, "name": np.array(list("abcd"))})
@@ -57,12 +56,8 @@ def test_several_inputs_and_outputs_are_columns_of_their_own():
 def test_what_is_no_wrapper_or_no_tensor_is_named():
     with pytest.raises(TypeError, match="the result of factory must be of type CodedWrapper, got"):
         RayDataPredictor(nn.Identity)
-
-    class Two(nn.Module):
-        def forward(self, x):
-            return x, x
-
-    estimator = RayDataPredictor(lambda: CodedWrapper(Two(), workers=LocalWorkers(), parts=2))
+    two = Call(lambda x: (x, x))
+    estimator = RayDataPredictor(lambda: CodedWrapper(two, workers=LocalWorkers(), parts=2))
     with pytest.raises(TypeError, match="the output 'answer' must be of type Tensor, got tuple"):
         estimator(batch())
 

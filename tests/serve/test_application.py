@@ -29,6 +29,7 @@ from coded_torch.workers import (
     WorkerError,
 )
 
+from ..nn.modules import Call
 from .servers import INPUTS, OUTPUTS, Client, built, linear, serving, started, tensor, wait_until
 
 ROWS = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
@@ -59,14 +60,6 @@ class Held(nn.Module):
         if x.any():
             self.begun.release()
             assert self.go.wait(30)
-        return x[:, :2]
-
-
-class Slow(nn.Module):
-    """Takes two seconds for rows of nines."""
-
-    def forward(self, x):
-        time.sleep(2.0 if (x == 9).any() else 0.002)
         return x[:, :2]
 
 
@@ -356,7 +349,8 @@ def test_a_deadline_without_results_is_504_and_in_time(held, said, seconds):
 @pytest.mark.parametrize("num_slow", [1, 2])
 def test_a_slow_row_does_not_take_all_workers(num_slow):
     pool, answers = DeviceWorkers(["cpu"] * 6), []
-    with serving(built(Slow(), workers=pool, deadline=1.0)) as port:
+    slow = Call(lambda x: time.sleep(2.0 if (x == 9).any() else 0.002) or x[:, :2])
+    with serving(built(slow, workers=pool, deadline=1.0)) as port:
 
         def ask(row):
             with Client(port) as client:
@@ -443,29 +437,21 @@ def test_missing_rows_are_estimated_and_flagged(lost):
     assert f'coded_torch_answers_total{{kind="computed"}} {64 - 16.0 * lost}' in text
 
 
-class Named(nn.Module):
-    def forward(self, x):
-        return {"sum": x.sum(1), "double": 2 * x}
-
-
 def test_outputs_are_named_by_the_keys_of_a_dict():
-    inputs, outputs = specs(Named(), (torch.ones(2, 3),))
-    with serving(built(Named(), inputs=inputs, outputs=outputs)) as port, Client(port) as client:
+    named = Call(lambda x: {"sum": x.sum(1), "double": 2 * x})
+    inputs, outputs = specs(named, (torch.ones(2, 3),))
+    with serving(built(named, inputs=inputs, outputs=outputs)) as port, Client(port) as client:
         _, answer = client.infer(ONE)
     found = {entry["name"]: entry["data"] for entry in answer["outputs"]}
     assert found == {"sum": [6.0, 15.0], "double": [2.0, 4.0, 6.0, 8.0, 10.0, 12.0]}
 
 
-class Embed(nn.Module):
-    def forward(self, ids):
-        return nn.functional.embedding(ids, torch.arange(8.0).reshape(4, 2)).sum(1)
-
-
 @pytest.mark.filterwarnings("ignore:.*there are no distances")
 def test_a_request_that_makes_the_module_fail_fails_alone():
+    embed = Call(lambda ids: nn.functional.embedding(ids, torch.arange(8.0).view(4, 2)).sum(1))
     inputs = [TensorSpec("ids", "INT64", (-1,))]
     workers = DeviceWorkers(["cpu"] * 6)
-    with serving(built(Embed(), workers=workers, inputs=inputs)) as port:
+    with serving(built(embed, workers=workers, inputs=inputs)) as port:
         answers = {}
 
         def ask(name, ids):
@@ -548,14 +534,9 @@ def test_bad_arguments(changes, message):
 
 def test_a_worker_starts_on_two_rows_that_differ():
     started = []
-
-    class Noted(nn.Module):
-        def forward(self, x):
-            started.append(x.tolist())
-            return x[:, :2]
-
+    noted = Call(lambda x: started.append(x.tolist()) or x[:, :2])
     examples = torch.tensor([[1.0, 2.0, 3.0]] * 2 + [[4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
-    application = built(Noted().eval(), workers=DeviceWorkers(["cpu"]), examples=[examples])
+    application = built(noted.eval(), workers=DeviceWorkers(["cpu"]), examples=[examples])
     application.load()
     application.pool.close()
     assert started[0] == [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]

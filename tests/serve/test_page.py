@@ -21,6 +21,7 @@ from coded_torch.demo import lenet5, lenet5_and_digits
 from coded_torch.page import Chaos, add_page
 from coded_torch.serve import TensorSpec, specs
 
+from ..nn.modules import Call
 from .servers import OUTPUTS, Client, built, linear, serving, tensor, wait_until
 from .test_command import running
 
@@ -283,14 +284,13 @@ def test_the_page_has_63_digits_and_their_right_answers():
     assert few["inputs"][0]["shape"][0] == 7  # the drawing is the eighth
 
 
-class Random(torch.nn.Module):
-    def forward(self, x):
-        return torch.rand(len(x), 2)
-
-
 @pytest.mark.parametrize(
     ("module", "width", "rows", "known"),
-    [(linear(), 3, 5, 5), (Random(), 3, 5, 0), (torch.nn.Identity(), 40_000, 2, 2)],
+    [
+        (linear(), 3, 5, 5),
+        (Call(lambda x: torch.rand(len(x), 2)), 3, 5, 0),
+        (torch.nn.Identity(), 40_000, 2, 2),
+    ],
 )
 def test_examples_of_any_model(module, width, rows, known):
     how = {"inputs": [TensorSpec("</script>NONCE", "FP32", (width,))], "outputs": OUTPUTS}

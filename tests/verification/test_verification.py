@@ -7,7 +7,6 @@ import time
 
 import pytest
 import torch
-from torch import nn
 
 from coded_torch import CodedWrapper, Waiting, codes
 from coded_torch.codes import NotEnoughResults
@@ -16,15 +15,14 @@ from coded_torch.testing.virtual import VirtualWorkers
 from coded_torch.verification.scores import Fit, Scores
 from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers
 
+from ..nn.modules import Call
+
 ROWS = 48
 OK, HANGS, DIES = ("ok", 1.0), ("ok", math.inf), ("die", 1.0)
 
 
-class Twice(nn.Module):
-    """Maps each row alone, with the same bits in every batch."""
-
-    def forward(self, x):
-        return 2 * x + 1
+def twice(x):
+    return 2 * x + 1
 
 
 def batch(seed=0, rows=ROWS):
@@ -41,7 +39,7 @@ def pool_of(num_workers=6, scripts=None, all_others=OK):
 
 
 def wrap(pool, verify=0.2, module=None, **options):
-    return CodedWrapper(module or Twice(), workers=pool, verify=verify, **options)
+    return CodedWrapper(module or Call(twice), workers=pool, verify=verify, **options)
 
 
 def check(coded, x, wrong=(), charged=()):
@@ -93,12 +91,8 @@ class TestHonestWorkers:
     def test_of_a_module_whose_rows_depend_on_each_other_are_never_charged(self):
         """Whole parts are compared then, and still show a wrong worker."""
 
-        class Beside(nn.Module):
-            def forward(self, x):
-                return x + 0.1 * x[:1]
-
         pool, notes, excluded = pool_of(12), [], []
-        coded = wrap(pool, 0.3, Beside(), parts=6)
+        coded = wrap(pool, 0.3, Call(lambda x: x + 0.1 * x[:1]), parts=6)
         for seed in range(3):
             _, report = coded.run(batch(seed))
             assert not report.faults
@@ -113,12 +107,11 @@ class TestHonestWorkers:
     def test_of_a_module_that_does_not_repeat_itself_are_not_verified_any_more(self, share):
         generator = torch.Generator().manual_seed(0)
 
-        class Random(nn.Module):
-            def forward(self, x):
-                noise = torch.rand(2, len(x), 1, generator=generator)
-                return x + (noise[0] < share) * (1 + noise[1])
+        def random(x):
+            noise = torch.rand(2, len(x), 1, generator=generator)
+            return x + (noise[0] < share) * (1 + noise[1])
 
-        coded, stopped = wrap(pool_of(12), 0.1, Random()), False
+        coded, stopped = wrap(pool_of(12), 0.1, Call(random)), False
         for seed in range(300):
             _, report = coded.run(batch(seed))
             assert not report.excluded
@@ -336,7 +329,7 @@ def test_a_faulty_process_is_excluded_restarted_and_tried_anew():
 )
 def test_arguments_are_refused_by_name(options, match):
     with pytest.raises(ValueError, match=f"verify must be {match}"):
-        CodedWrapper(Twice(), **{"workers": pool_of(4), "verify": 0.1} | options)
+        CodedWrapper(Call(twice), **{"workers": pool_of(4), "verify": 0.1} | options)
 
 
 def test_another_pool_and_a_copy_begin_anew():
@@ -356,12 +349,8 @@ def test_another_pool_and_a_copy_begin_anew():
 )
 @pytest.mark.parametrize("wrong", [(), (2,)], ids=["honest", "one wrong"])
 def test_outputs_of_any_form_are_verified(of, wrong):
-    class Module(nn.Module):
-        def forward(self, x):
-            return of(x)
-
     pool = pool_of(6, {worker: [(lambda y: y.flip(0), 1.0)] for worker in wrong})
-    coded, excluded = wrap(pool, module=Module()), set()
+    coded, excluded = wrap(pool, module=Call(of)), set()
     for seed in range(5):
         answers, report = coded.run(batch(seed))
         excluded |= set(report.excluded)

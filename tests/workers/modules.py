@@ -11,11 +11,14 @@ import socket
 import struct
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ..nn.modules import Call
 
 
 class Scale(nn.Module):
@@ -48,60 +51,46 @@ class Tied(nn.Module):
         return x + (self.second.weight.sum() - self.first.weight.sum())
 
 
-class Pid(nn.Module):
-    """The process that answers, beside the input."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, torch.full_like(x, os.getpid(), dtype=torch.float64)
+def pid(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the process that answers, beside the input."""
+    return x, torch.full_like(x, os.getpid(), dtype=torch.float64)
 
 
-class Sleepy(nn.Module):
-    """Takes the seconds that the input says."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        time.sleep(float(x.max()))
-        return x.clone()
+def sleep(x: Tensor) -> Tensor:
+    """Take the seconds that the input says."""
+    time.sleep(float(x.max()))
+    return x.clone()
 
 
-class Stuck(nn.Module):
-    """Waits in compiled code where the input is not 0, so that no other thread can run."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        ctypes.PyDLL(None).sleep(int(x.max()))
-        return x.clone()
+def stick(x: Tensor) -> Tensor:
+    """Wait in compiled code for as many seconds, so that no other thread can run."""
+    ctypes.PyDLL(None).sleep(int(x.max()))
+    return x.clone()
 
 
-class Greedy(nn.Module):
-    """Computes in compiled code for some seconds, so that no other thread can run."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        end = time.monotonic() + float(x.max())
-        while (left := end - time.monotonic()) > 0:
-            sum(range(int(max(left, 0.1) * 1e8)))  # about as many seconds at once
-        return x.clone()
+def grab(x: Tensor) -> Tensor:
+    """Compute in compiled code for as many seconds, so that no other thread can run."""
+    end = time.monotonic() + float(x.max())
+    while (left := end - time.monotonic()) > 0:
+        sum(range(int(max(left, 0.1) * 1e8)))  # about as many seconds at once
+    return x.clone()
 
 
-class Exits(nn.Module):
-    """Ends its process where the input is 1."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if bool((x == 1).any()):
-            sys.exit(7)
-        return x.clone()
+def leave(x: Tensor) -> Tensor:
+    """End the process where the input is 1."""
+    if bool((x == 1).any()):
+        sys.exit(7)
+    return x.clone()
 
 
-class Unreadable(nn.Module):
-    """Returns what can be pickled, and not be read."""
-
-    def forward(self, x: Tensor) -> Any:
-        return Trap()
+def give_trap(x: Tensor) -> Any:
+    """Return what can be pickled, and not be read."""
+    return Trap()
 
 
-class Unpicklable(nn.Module):
-    """Returns what cannot be pickled."""
-
-    def forward(self, x: Tensor) -> Any:
-        return lambda: x
+def give_function(x: Tensor) -> Any:
+    """Return what cannot be pickled."""
+    return lambda: x
 
 
 class TwoPartsError(Exception):
@@ -112,11 +101,9 @@ class TwoPartsError(Exception):
         self.first, self.second = first, second
 
 
-class Raises(nn.Module):
-    """Raises an exception that cannot be made from its arguments; of 1, not with its state."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        raise TwoPartsError("first", (lambda: x) if bool((x == 1).any()) else "second")
+def fail(x: Tensor) -> Tensor:
+    """Raise an exception that cannot be made from its arguments; of 1, not with its state."""
+    raise TwoPartsError("first", (lambda: x) if bool((x == 1).any()) else "second")
 
 
 class Remembers(nn.Module):
@@ -161,24 +148,20 @@ class Heavy(nn.Module):
         return x
 
 
-class Random(nn.Module):
-    """A number of each generator that modules use, for every row."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = [(torch.rand(()).item(), random.random(), np.random.rand()) for _ in x]
-        return torch.tensor(rows, dtype=torch.float64)
+def draw(x: Tensor) -> Tensor:
+    """Return a number of each generator that modules use, for every row."""
+    rows = [(torch.rand(()).item(), random.random(), np.random.rand()) for _ in x]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
-class Garbles(nn.Module):
-    """Writes what nobody understands to the connections of its process."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for name in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):
-                sock = socket.socket(fileno=os.dup(int(name)))
-                sock.send(struct.pack("<qqqqQq", 5, 0, 10, 3, 0, 0))
-        time.sleep(3600)
-        return x
+def garble(x: Tensor) -> Tensor:
+    """Write what nobody understands to the connections of the process."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            sock = socket.socket(fileno=os.dup(int(name)))
+            sock.send(struct.pack("<qqqqQq", 5, 0, 10, 3, 0, 0))
+    time.sleep(3600)
+    return x
 
 
 class FailsOn(nn.Module):
@@ -196,3 +179,8 @@ class FailsOn(nn.Module):
                 signal.raise_signal(signal.SIGSEGV)
             time.sleep(3600)
         return 2.0 * x
+
+
+Pid, Sleepy, Stuck, Greedy = (partial(Call, f) for f in (pid, sleep, stick, grab))
+Unreadable, Unpicklable, Raises = (partial(Call, f) for f in (give_trap, give_function, fail))
+Exits, Random, Garbles = (partial(Call, f) for f in (leave, draw, garble))

@@ -23,10 +23,7 @@ from coded_torch.workers import (
 from coded_torch.workers.faults import Fault
 from coded_torch.workers.local import cut
 
-
-class Outer(nn.Module):
-    def forward(self, x, y):
-        return x * y
+from ..nn.modules import Call
 
 
 def storage(tensor: torch.Tensor) -> int:
@@ -109,7 +106,7 @@ def test_starting_warns_of_rows_that_depend_on_each_other(make, caplog):
         pair = example, example[0]
         for module, rows, why in (
             (CumulativeSum(), example[:2], "the example must have two different rows, got 2 alike"),
-            (Outer(), pair, "the inputs of the example must have one size at dim"),
+            (Call(torch.mul), pair, "the inputs of the example must have one size at dim"),
             (nn.Dropout(), 1 + torch.rand(2, 99), "the outputs differ from call to call"),
         ):
             pool.start(module, rows, timeout=2 * WAIT)

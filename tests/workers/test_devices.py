@@ -31,6 +31,8 @@ from coded_torch.testing.workers import (
 )
 from coded_torch.workers import Began, DeviceWorkers, Part
 
+from ..nn.modules import Call
+
 WAIT = 30.0  # bounds waits that end at once unless something is broken
 
 
@@ -347,13 +349,8 @@ def test_threads_come_and_go():
         threads = threading.active_count()
         pool.resize(3)
         together = threading.Barrier(3, timeout=WAIT)
-
-        class Meet(nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                together.wait()
-                return x
-
-        replies = list(run(pool, Meet(), task_of(torch.ones(3, 1, 1))))
+        meet = Call(lambda x: (together.wait(), x)[1])
+        replies = list(run(pool, meet, task_of(torch.ones(3, 1, 1))))
         assert {reply.worker for reply in replies} == {0, 1, 2}
         assert threading.active_count() == threads + 2
         assert copy.copy(pool).num_workers == 3
@@ -366,23 +363,16 @@ def test_threads_come_and_go():
 
 
 def test_start_says_which_output_is_never_estimated(caplog):
-    class Top(nn.Module):
-        def forward(self, x):
-            return {"logits": x, "top": x.argmax(1)}
-
+    top = Call(lambda x: {"logits": x, "top": x.argmax(1)})
     with caplog.at_level(logging.INFO, "coded_torch"), DeviceWorkers(["cpu"] * 3) as pool:
         pool.start(nn.Identity(), torch.ones(1, 2))
         assert "estimated" not in caplog.text
-        pool.start(Top(), torch.ones(1, 2))
+        pool.start(top, torch.ones(1, 2))
     assert caplog.text.count("output['top'] is torch.int64, so its missing rows cannot be") == 1
 
 
 def test_each_worker_starts_with_the_example_as_it_is():
-    class Counts(nn.Module):
-        def forward(self, ids):
-            return torch.eye(3)[ids.add_(1)]
-
     example = torch.tensor([0, 1])
     with DeviceWorkers(["cpu"] * 4) as pool:
-        pool.start(Counts(), example)
+        pool.start(Call(lambda ids: torch.eye(3)[ids.add_(1)]), example)
     assert example.tolist() == [0, 1]
