@@ -386,18 +386,6 @@ def test_while_workers_compute_rows_of_requests_that_have_ended_others_are_told_
     )
 
 
-def test_while_some_workers_hang_idle_ones_answer(held):
-    pool, waiting = DeviceWorkers(["cpu"] * 6), Waiting(hedge_budget=0)
-    application = built(held, workers=pool, waiting=waiting, deadline=1.0)
-    with serving(application) as port, Client(port) as client, Client(port) as other:
-        assert client.infer(ONE)[0] == 504  # two workers hang, and two more:
-        other.connection.request("POST", PATH, json.dumps(ONE))
-        assert all(held.begun.acquire(timeout=10) for _ in range(4))
-        zeros = {"inputs": [tensor([[0.0] * 3])]}
-        assert client.infer(zeros)[0] == 200
-        held.go.set()
-
-
 @pytest.mark.parametrize("lost", [1, 2])
 def test_missing_rows_are_estimated_and_flagged(lost):
     generator = torch.Generator().manual_seed(0)

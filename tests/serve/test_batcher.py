@@ -134,19 +134,6 @@ async def test_as_many_batches_run_at_once_as_their_parts_find_slots(model):
 
 
 @in_loop
-async def test_slots_follow_the_pool(model):
-    slots = [1]
-    batcher = model.batcher(slots=lambda: (slots[0], 1))
-    entries = [put(batcher, 0.0), put(batcher, 1.0)]
-    await until(lambda: len(model.batches) == 1)
-    slots[0] = 3
-    entries.append(put(batcher, 2.0))
-    await until(lambda: len(model.batches) == 3)
-    model.go.set()
-    assert await answers(*entries) == [[0.0], [2.0], [4.0]]
-
-
-@in_loop
 async def test_a_batch_runs_to_the_earliest_deadline_of_its_requests(quick):
     batcher = quick.batcher()
     seconds = (10.0, 9.0, 5.0)

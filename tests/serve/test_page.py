@@ -120,11 +120,6 @@ def test_only_the_page_may_act(client, worker, action, changes, status):
     assert fault(client, worker, action, **changes) == status
 
 
-@pytest.mark.parametrize("path", ["/", "/page/status"])
-def test_a_name_that_another_site_gave_the_address_is_refused(client, path):
-    assert client.send("GET", path, Host="evil.example")[0] == 403
-
-
 def test_a_killed_worker_is_replaced_and_a_paused_one_is_shown(client):
     def workers():
         return client.get("/page/status")[1]["workers"]

@@ -54,14 +54,6 @@ def binary(batch, datatype="FP32", size=None, **changes):
     return {"inputs": [entry | {"parameters": parameters} | changes]}, data
 
 
-@pytest.mark.parametrize("data", [ROWS, [1, 2, 3, 4.0, 5, 6]])
-def test_json_numbers_nested_or_in_one_list(data):
-    request = read(one(data=data))
-    assert torch.equal(request.inputs[0], torch.tensor(ROWS))
-    assert (len(request.inputs[0]), request.id, request.timeout) == (2, "", math.inf)
-    assert request.outputs == [(OUTPUTS[0], False)]
-
-
 @pytest.mark.parametrize("datatype", DATATYPES)
 def test_every_datatype_in_json_and_in_binary(datatype):
     spec = [TensorSpec("input", datatype, (3,))]

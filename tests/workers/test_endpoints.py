@@ -56,14 +56,6 @@ def test_a_batch_is_computed_by_all_servers(binary):
         assert torch.equal(RemoteModule(made[0].url, "double")(X), 2 * X)
 
 
-@pytest.mark.parametrize("binary", [True, False])
-def test_inputs_need_not_be_contiguous(binary):
-    with servers(1, binary=binary) as made:
-        coded = wrapped(made)
-        assert torch.equal(coded(X.T.contiguous().T), 2 * X)
-        assert torch.equal(coded(torch.ones(1, 1).expand(5, 3)), torch.full((5, 3), 2.0))
-
-
 @pytest.mark.parametrize("word", ["NaN", "null"])
 def test_json_with_numbers_that_are_not_finite_is_an_answer(word):
     def one_nan(handler, rows):
@@ -445,23 +437,6 @@ def test_a_removed_server_gets_no_parts_after_a_probe(three):
     assert "avoids all workers that are left" in str(request.wait(WAIT).error)
     request.close()
     pool.close()
-
-
-def test_the_status_counts_servers(three):
-    pool = EndpointWorkers([three[0].url, three[1].url], model="double", concurrency=1)
-    task = task_of(X.reshape(12, 1, 3))
-    (first, one), (second, two) = (at_work(each, pool, task) for each in three[:2])
-    third = pool.open(first.module, task)
-    third.ask([Part(0, (0,))])
-    assert third.status() == "2 of 2 servers are at earlier tasks"
-    one.set()
-    two.set()
-    for request in (first, second, third):
-        request.close()
-    pool.close()
-    several = EndpointWorkers([three[2].url], model="double")
-    assert "starting" not in several._queue.status(first)
-    several.close()
 
 
 def test_a_wrong_input_is_raised_to_the_caller(three):

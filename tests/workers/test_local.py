@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Bernoulli, ShiftedExponential, Stragglers, Trace, Uniform
 from coded_torch.testing.workers import (
-    CopyCode,
     FailsAt,
     WorkersTests,
     divide_by_zero,
@@ -51,11 +49,6 @@ class Counting(nn.Module):
 class TestLocalWorkers(WorkersTests):
     def make(self) -> LocalWorkers:
         return LocalWorkers()
-
-
-class TestStragglingLocalWorkers(WorkersTests):
-    def make(self) -> LocalWorkers:
-        return LocalWorkers(ShiftedExponential(0.1, 1.0, seed=0))
 
 
 def values(num_units: int, num_rows: int = 2) -> Tensor:
@@ -108,16 +101,6 @@ def test_laws_for_one_number_of_workers_serve_parts_that_are_asked_later():
         assert len(late) in range(8, 13)
 
 
-def test_every_part_has_a_worker_of_its_own():
-    pool = LocalWorkers()
-    assert (pool.num_workers, pool.simulated) == (None, True)
-    with pool.open(nn.Identity(), task_of(values(3))) as request:
-        assert request.idle > 10**6
-        request.ask(numbered((0,), (1,), (2,)))
-        request.ask(numbered((1,), first=3))
-        assert [reply.worker for reply in replies_of(request)] == [0, 1, 2, 3]
-
-
 def test_waiting_is_on_the_virtual_clock():
     pool = LocalWorkers(Fixed(3600.0, 10.0, 20.0, math.inf))
     task = task_of(values(4))
@@ -132,20 +115,6 @@ def test_waiting_is_on_the_virtual_clock():
         assert (request.wait(), request.now()) == (None, 0.0)
         assert (request.wait(7.0), request.now()) == (None, 7.0)
         assert (request.wait(3.0), request.now()) == (None, 7.0)
-
-
-def test_another_result_stands_in_for_one_that_is_rejected():
-    coded = CodedWrapper(
-        FailsAt(1.0, lambda x: torch.where(x == 1.0, torch.inf, x)),
-        CopyCode(4, 4, ordering="arrival", shuffle=False),
-        workers=LocalWorkers(Fixed(0.4, 0.1, 0.2, 0.3)),
-        waiting=Waiting.first(2),
-    )
-    x = torch.arange(4.0).reshape(4, 1)
-    assert coded(x).flatten().tolist() == [0.0, 0.0, 2.0, 3.0]
-    assert coded.last_run.received == (2, 3)
-    assert coded.last_run.latencies == {1: 0.1, 2: 0.2, 3: 0.3}
-    assert coded.last_run.rejected == {1: "returned values that are not finite in output"}
 
 
 def test_an_exception_of_the_module_is_the_callers():
