@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.interpolate import FloaterHormannInterpolator
 
-from coded_torch.codes import BerrutCode, FloaterHormannCode, curves
+from coded_torch.codes import BerrutCode, FloaterHormannCode
 from coded_torch.testing.codes import CodeTests
 
 
@@ -23,30 +23,6 @@ def test_a_single_input_has_the_order_that_it_can_have():
 class TestFloaterHormannCode(CodeTests):
     def make(self):
         return FloaterHormannCode(8, 25, order=3)
-
-
-def berrut(nodes, values, z):
-    """The formula as it is written."""
-    if z in nodes:
-        return values[list(nodes).index(z)]
-    terms = [(-1) ** j / (z - t) for j, t in enumerate(nodes)]
-    return sum(w * y for w, y in zip(terms, values, strict=True)) / sum(terms)
-
-
-@pytest.mark.parametrize(("num_data", "num_workers"), [(1, 1), (1, 5), (5, 16), (7, 21), (20, 41)])
-def test_order_zero_is_the_formula(num_data, num_workers):
-    code = BerrutCode(num_data, num_workers)
-    rng = np.random.default_rng(0)
-    alpha, beta = curves.chebyshev_first(num_data), curves.chebyshev_second(num_workers)
-    inputs = rng.standard_normal(num_data)
-    expected = [berrut(alpha, inputs, z) for z in beta]
-    np.testing.assert_allclose(code.encode(torch.tensor(inputs)), expected, rtol=1e-11, atol=1e-13)
-    for count in {1, (num_workers + 1) // 2, num_workers}:
-        received = np.sort(rng.choice(num_workers, count, replace=False))
-        results = rng.standard_normal(count)
-        expected = [berrut(beta[received], results, z) for z in alpha]
-        answers = code.decode(torch.tensor(results), received)
-        np.testing.assert_allclose(answers, expected, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3, 7])

@@ -5,15 +5,13 @@ import time
 
 import pytest
 import torch
-from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
-from coded_torch.codes import DeadlineExceeded, LagrangeCode, NotEnoughResults
+from coded_torch.codes import DeadlineExceeded, NotEnoughResults
 from coded_torch.surrogates import Memory
 from coded_torch.workers import FaultyWorkers, ProcessWorkers
 
 from ..workers.modules import FailsOn, Heavy, Sleepy
-from .pools import Separate
 
 X = torch.arange(64.0).view(64, 1)
 BAD = 17  # the row that the module fails on
@@ -69,21 +67,6 @@ def test_a_row_that_ends_its_worker_costs_five_at_most(pool):
         check_innocent(info.value)
         pool.start()
         assert 2 <= len(pids - set(pool.pids)) <= 5
-
-
-@pytest.mark.parametrize("estimate", [True, False])
-def test_the_error_names_what_nobody_could_compute_and_why(estimate):
-    coded = wrapper(Separate(), estimate=estimate)
-    coded.module = nn.Threshold(40.0, math.nan)  # of rows 0 to 40
-    with pytest.raises(
-        NotEnoughResults, match=r"^rows? .*row 40: worker \d+ ret.*64 of 64"
-    ) as info:
-        coded(X)
-    assert info.value.report.missing_rows == info.value.rows == tuple(range(41))
-    assert info.value.report.refused == ()
-    assert torch.equal(info.value.answers[41:], X[41:])
-    with pytest.raises(ValueError, match="estimate must be True with a code that mixes"):
-        CodedWrapper(nn.Identity(), LagrangeCode(4, 6), waiting=Waiting(estimate=False))
 
 
 def late(coded, deadline, x=X, why=""):

@@ -29,22 +29,6 @@ from .pools import Separate
 Pair = namedtuple("Pair", "first second")
 
 
-@settings(max_examples=60, deadline=None)
-@given(data=st.data(), num_data=st.integers(1, 5), extra=st.integers(0, 4))
-def test_an_exact_code_gives_the_answers_of_an_affine_module(data, num_data, extra):
-    code = PolynomialCode(num_data, num_data + extra)
-    lost = data.draw(st.integers(0, extra))
-    batch = data.draw(st.integers(0, 3 * num_data + 1))
-    seed = data.draw(st.integers(0, 1000))
-    coded = CodedWrapper(linear(), code, workers=LocalWorkers(Uniform(lost, seed=seed)))
-    x = rand(batch, 3, seed=seed)
-    out = coded(x)
-    torch.testing.assert_close(out, coded.module(x), **EXACT)
-    run = coded.last_run
-    assert run.num_groups == math.ceil(batch / num_data)
-    assert len(run.received) == (code.num_workers - lost if batch else 0)
-
-
 def test_the_report():
     coded = CodedWrapper(
         linear(),
@@ -124,20 +108,6 @@ def test_probabilities_stay_such(dtype):
     coded.code = coded.code.replace(link=None)
     coded(x)
     assert coded.last_run.radii is not None
-
-
-def test_gradients_are_those_of_finite_differences():
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
-    coded = CodedWrapper(
-        module,
-        PolynomialCode(2, 4, ordering="arrival", shuffle=False),
-        workers=LocalWorkers(Fixed(0.0, math.inf, 2.0, 1.0)),
-        waiting=Waiting.first(1),
-    )
-    x = rand(3, 2).requires_grad_()
-    assert torch.autograd.gradcheck(coded, (x,))
-    assert torch.autograd.gradgradcheck(coded, (x,))
 
 
 def test_concurrent_calls_keep_their_reports_whole():

@@ -150,20 +150,6 @@ class TestAWrongWorker:
             excluded += check(coded, batch(seed), charged=[0]).excluded
             assert bool(excluded) == (seed == least - 1)
 
-    def test_whose_checks_are_wrong_is_found_as_well(self):
-        class Checks(VirtualWorkers):
-            """Worker 1 is wrong about rows that are not its own."""
-
-            def open(self, module, task):
-                self.own = None
-                return super().open(module, task)
-
-        coded, charged = wrap(pool_of(6, {1: [by(1.0)]}), verify=0.02), []
-        for seed in range(20):
-            _, report = coded.run(batch(seed))
-            charged += report.excluded
-        assert charged == [1]
-
     def test_begins_a_trial_period_once_it_is_restarted(self):
         size = [1.0]
         pool = pool_of(6, {2: [(lambda y: y + size[0], 1.0)]})
