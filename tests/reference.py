@@ -1,25 +1,9 @@
-r"""Slow twins of the kernels, in plain numpy: what the tests measure against."""
-
-from __future__ import annotations
-
-import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+r"""A slow twin of the spline kernels, in plain numpy: what the tests measure against."""
 
 import numpy as np
 
-__all__ = ["smoothing_spline"]
 
-
-def smoothing_spline(
-    values: Any,
-    knots: Sequence[Any],
-    points: Sequence[Any],
-    *,
-    smoothing: Any = 0.0,
-    weights: Sequence[Any] | None = None,
-    number: Callable[[Any], Any] = float,
-) -> np.ndarray[Any, Any]:
+def smoothing_spline(values, knots, points, *, smoothing=0.0, weights=None, number=float):
     r"""The natural cubic smoothing spline in its textbook form, in any kind of number.
 
     Solves the pentadiagonal system :math:`(R + Q^T L Q) \gamma = Q^T y` for the second derivatives
@@ -27,78 +11,49 @@ def smoothing_spline(
     functions*, Numer. Math. 10, 1967). Its condition grows like :math:`n^4 \lambda`, so ``number``
     should be ``mpmath.mpf`` or ``fractions.Fraction`` for all but small problems.
     """
-    y = np.array([[number(v) for v in row] for row in np.asarray(values, dtype=object)])
-    t = [number(k) for k in knots]
-    n = len(t)
-    w = [number(1)] * n if weights is None else [number(v) for v in weights]
-    penalty = [n * number(smoothing) / v for v in w]
-    gamma = np.array([[number(0)] * y.shape[1]] * n, dtype=object)
-    g = y.astype(object)
-    if n > 2:
-        gamma[1:-1] = _second_derivatives(y, t, penalty)
-        for i in range(n):
-            g[i] = y[i] - penalty[i] * _q_times(gamma, t, i)
-    return np.array([_evaluate(g, gamma, t, number(p)) for p in points], dtype=object).reshape(
-        len(points), y.shape[1]
-    )
+    exact = np.frompyfunc(number, 1, 1)
+    y, t, points = (exact(np.asarray(x, dtype=object)) for x in (values, knots, points))
+    n, h = len(t), np.diff(t)
+    penalty = n * number(smoothing) / exact(np.ones(n) if weights is None else np.asarray(weights))
+    gamma, size = y * 0, n - 2
+    if size > 0:
+        q = np.stack([1 / h[:-1], -1 / h[:-1] - 1 / h[1:], 1 / h[1:]])  # the rows of Q^T
+        p = np.stack([penalty[k : k + size] for k in range(3)])
+        bands = [(h[:-1] + h[1:]) / 3 + (p * q * q).sum(0)]
+        bands += [h[1:-1] / 6 + (p[1:, :-1] * q[1:, :-1] * q[:-1, 1:]).sum(0)]
+        bands += [p[2, :-2] * q[2, :-2] * q[0, 2:]]
+        jumps = np.diff(np.diff(y, axis=0) / h[:, None], axis=0)
+        gamma[1:-1] = _solved(*bands, jumps)
+    slopes = np.diff(gamma, axis=0) / h[:, None]
+    zero = gamma[:1] * 0
+    g = y - penalty[:, None] * np.diff(np.concatenate([zero, slopes, zero]), axis=0)
+    return np.stack([_evaluate(g, gamma, t, point) for point in points])
 
 
-def _q_times(gamma: Any, t: Sequence[Any], i: int) -> Any:
-    """Row i of Q gamma: the jump of the third derivative at knot i."""
-    right = (gamma[i + 1] - gamma[i]) / (t[i + 1] - t[i]) if i + 1 < len(t) else 0
-    left = (gamma[i] - gamma[i - 1]) / (t[i] - t[i - 1]) if i > 0 else 0
-    return right - left
+def _solved(main, upper1, upper2, right):
+    """Solve a symmetric pentadiagonal system by elimination."""
+    bands, x = [[*main], [*upper1], [*upper2]], [*right]
+    for i in range(len(x)):
+        for k in (1, 2):
+            if i + k < len(x):
+                factor = bands[k][i] / bands[0][i]
+                bands[0][i + k] -= factor * bands[k][i]
+                x[i + k] = x[i + k] - factor * x[i]
+                if k == 1 and i + 2 < len(x):
+                    bands[1][i + 1] -= factor * bands[2][i]
+    for i in reversed(range(len(x))):
+        for k in (1, 2):
+            if i + k < len(x):
+                x[i] = x[i] - bands[k][i] * x[i + k]
+        x[i] = x[i] / bands[0][i]
+    return x
 
 
-def _second_derivatives(y: Any, t: Sequence[Any], penalty: Sequence[Any]) -> Any:
-    """Solve the pentadiagonal system by LDL'."""
-    h = [b - a for a, b in itertools.pairwise(t)]
-    size = len(t) - 2
-    q = [(1 / h[i], -1 / h[i] - 1 / h[i + 1], 1 / h[i + 1]) for i in range(size)]
-    main = [
-        (h[i] + h[i + 1]) / 3 + sum(penalty[i + k] * q[i][k] ** 2 for k in range(3))
-        for i in range(size)
-    ]
-    upper1 = [
-        h[i + 1] / 6
-        + penalty[i + 1] * q[i][1] * q[i + 1][0]
-        + penalty[i + 2] * q[i][2] * q[i + 1][1]
-        for i in range(size - 1)
-    ]
-    upper2 = [penalty[i + 2] * q[i][2] * q[i + 2][0] for i in range(size - 2)]
-    d: list[Any] = []
-    l1: list[Any] = []
-    l2: list[Any] = []
-    z: list[Any] = []
-    for i in range(size):
-        rhs = (y[i + 2] - y[i + 1]) / h[i + 1] - (y[i + 1] - y[i]) / h[i]
-        pivot = main[i]
-        if i > 0:
-            pivot = pivot - l1[i - 1] ** 2 * d[i - 1]
-            rhs = rhs - l1[i - 1] * z[i - 1]
-        if i > 1:
-            pivot = pivot - l2[i - 2] ** 2 * d[i - 2]
-            rhs = rhs - l2[i - 2] * z[i - 2]
-        d.append(pivot)
-        z.append(rhs)
-        if i + 1 < size:
-            off = upper1[i] - (l1[i - 1] * l2[i - 1] * d[i - 1] if i > 0 else 0)
-            l1.append(off / pivot)
-        if i + 2 < size:
-            l2.append(upper2[i] / pivot)
-    gamma = [zi / di for zi, di in zip(z, d, strict=True)]
-    for i in range(size - 2, -1, -1):
-        gamma[i] = gamma[i] - l1[i] * gamma[i + 1]
-        if i + 2 < size:
-            gamma[i] = gamma[i] - l2[i] * gamma[i + 2]
-    return np.array(gamma, dtype=object)
-
-
-def _evaluate(g: Any, gamma: Any, t: Sequence[Any], point: Any) -> Any:
+def _evaluate(g, gamma, t, point):
     n = len(t)
     if n == 1:
         return g[0]
-    i = min(max(sum(1 for knot in t if knot <= point) - 1, 0), n - 2)
+    i = min(max(int((t <= point).sum()) - 1, 0), n - 2)
     h, left, right = t[i + 1] - t[i], point - t[i], t[i + 1] - point
     chord = (g[i + 1] - g[i]) / h
     if left < 0:

@@ -212,6 +212,7 @@ REFUSED = [
         "module": [None], "batches": [None, X, [X, X[:0]], [X]], "labels": [[X]], "tuning": [2],
         "settings": [[(4, 5, 1)], [(5, 4, 5)], [(5, 4)], (5, 4, 1), []], "received_sets": [0],
         "seeds": [-1, ["x"], [], [10**30]], "surrogate": [3], "attack": ["noise"],
+        "delays": [stragglers.Uniform(1)],
         "schemes": ["regression", ["x"], ["regression", "x"]]}),
     (simulation.Conditions, {"dead": [2.0], "spread": [-1.0], "dead_after": [0.0]}),
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from coded_torch.experiments import scores
 from coded_torch.experiments.compare import compare, peers, received_by
 from coded_torch.experiments.scores import Comparison, Record, Score
 from coded_torch.nn import CodedWrapper
-from coded_torch.stragglers import Bernoulli, Contiguous, ShiftedExponential, Trace, Uniform
+from coded_torch.stragglers import Bernoulli, ShiftedExponential, Trace, Uniform
 from coded_torch.workers import LocalWorkers
 
 from ..nn.modules import Call
@@ -88,24 +88,6 @@ def test_a_seed_repeats_and_another_does_not(shipped):
     model, batches, _ = shipped
     runs = [compare(model, batches[:2], [(9, 8, 1)], seeds=seed).rows[0].rmse for seed in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
-
-
-def test_workers_are_lost_by_any_law(shipped):
-    model, batches, _ = shipped
-    asked = []
-
-    def delays(lost, seed):
-        asked.append((lost, seed))
-        return Trace([[math.inf] * lost + [0.0] * (9 - lost)])
-
-    compare(model, batches[:2], [(9, 8, 1)], delays=delays, seeds=5)
-    assert sorted(asked) == [(1, 5), (1, 6)]
-    uniform = compare(model, batches[:2], [(9, 8, 3)]).rows[0].rmse
-    assert compare(model, batches[:2], [(9, 8, 3)], delays=Contiguous).rows[0].rmse > uniform
-    with pytest.raises(TypeError, match=r"the result of delays must be .*Stragglers"):
-        compare(model, batches[:2], [(9, 8, 1)], delays=lambda lost, seed: 0.5)
-    with pytest.raises(TypeError, match="delays must be"):
-        compare(model, batches[:2], [(9, 8, 1)], delays=Uniform(1))
 
 
 def test_the_slowest_are_lost_under_a_law_of_finite_latencies(shipped):

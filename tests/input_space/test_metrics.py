@@ -239,6 +239,3 @@ def test_inputs_of_any_kind(kind, size):
     answers = plan.decode(results, received)
     assert answers.isfinite().all()
     assert not plan.error_bounds(received, results, answers).radii(0.9).isnan().any()
-
-
-# Arguments, and tuning

@@ -166,15 +166,6 @@ def test_ties_go_to_the_lowest_index():
         assert short_path(np.zeros((n, n), np.float32)).tolist() == list(range(n))
 
 
-def test_nan_row_comes_last_and_changes_nothing_else():
-    distances = naive_distances(randn(30, 2)).numpy()
-    order = short_path(distances)
-    spoilt = np.insert(np.insert(distances, 7, np.nan, axis=0), 7, np.nan, axis=1)
-    got = short_path(spoilt)
-    assert got[-1] == 7
-    assert np.array_equal(got[:-1] - (got[:-1] > 7), order)
-
-
 @pytest.mark.parametrize("n", [4, 5, 6, 7])
 def test_path_is_close_to_the_shortest(n):
     ratios = []
