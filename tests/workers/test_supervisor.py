@@ -254,24 +254,6 @@ def started(size: int) -> InMemory:
     return supervisor
 
 
-def test_a_worker_that_is_overdue_is_ended_and_replaced():
-    supervisor = started(2)
-    one = Asking(supervisor, 2)
-    late, good = supervisor.launched
-    supervisor.take(good, good.job.number, lambda: (True, "good"))
-    supervisor.clock.now = GRACE
-    supervisor.tend()
-    assert late.ended
-    assert not good.ended
-    first, second = replies(one)
-    assert first.value == "good"
-    assert str(second.error) == (
-        f"worker 0 was lost: {late} was at one job for more than 10 s without a sign of life, "
-        "and was ended; grace (--grace) sets this time"
-    )
-    assert [worker.index for worker in supervisor.launched] == [0, 1, 0]
-
-
 def pass_time(supervisor: InMemory, seconds: float, *alive: Numbered) -> None:
     """Let time pass, in which some workers give signs of life."""
     end = supervisor.clock.now + seconds
@@ -474,9 +456,9 @@ def test_only_workers_that_are_at_an_interrupted_request_are_ended():
 
 
 def test_overdue_workers_are_replaced_though_one_cannot_be_ended():
-    supervisor = started(2)
+    supervisor = started(3)
     one = Asking(supervisor, 2)
-    first, second = supervisor.launched
+    first, second, idle = supervisor.launched
     end = supervisor.end
 
     def fail(worker: Numbered) -> None:
@@ -487,9 +469,13 @@ def test_overdue_workers_are_replaced_though_one_cannot_be_ended():
     supervisor.end = fail
     supervisor.clock.now = GRACE
     supervisor.tend()
-    assert second.ended
-    assert len(supervisor.launched) == 4
-    assert all("for more than 10 s" in str(reply.error) for reply in replies(one))
+    assert (second.ended, idle.ended) == (True, False)
+    assert [worker.index for worker in supervisor.launched] == [0, 1, 2, 0, 1]
+    assert [str(reply.error) for reply in replies(one)] == [
+        f"worker {n} was lost: {worker} was at one job for more than 10 s without a sign of life, "
+        "and was ended; grace (--grace) sets this time"
+        for n, worker in enumerate((first, second))
+    ]
 
 
 class Served(InMemory):
