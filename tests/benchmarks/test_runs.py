@@ -48,14 +48,10 @@ def test_a_run_that_was_stopped_is_gone_on_with(measure, tmp_path):
     assert [results["measured"][x][y]["value"] for x, y in (first, second, third)] == [1, 2, 3]
 
 
-def test_other_settings_do_not_mix(measure):
+def test_other_settings_and_environments_do_not_mix(measure, monkeypatch):
     measure([(("a",), lambda: {"value": 1})])
     with pytest.raises(ValueError, match="measured with other settings"):
         measure([(("a",), forbidden)], settings={"seed": 1})
-
-
-def test_other_environments_do_not_mix(measure, monkeypatch):
-    measure([(("a",), lambda: {"value": 1})])
     monkeypatch.setattr(runs, "environment", lambda: {"threads": 99})
     with pytest.raises(ValueError, match="measured with other environment"):
         measure([(("b",), forbidden)])

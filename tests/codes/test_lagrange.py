@@ -1,5 +1,3 @@
-from fractions import Fraction
-
 import numpy as np
 import pytest
 import torch
@@ -47,23 +45,6 @@ def test_a_cubic_from_any_13_of_20_results():
         relative_error(code, cubic, inputs, received) for received in [*contiguous(20, 7), *drawn]
     )
     assert worst < 1e-8
-
-
-@pytest.mark.parametrize("received", [[1, 3, 4, 6, 8], [0, 1, 2, 3, 4]])
-def test_interpolation_in_rational_arithmetic(received):
-    code = LagrangeCode(3, 9, degree=2)
-    nodes = [Fraction(t) for t in code.worker_points[received].tolist()]
-    expected = []
-    for z in map(Fraction, code.data_points.tolist()):
-        row = []
-        for j, t in enumerate(nodes):
-            entry = Fraction(1)
-            for other in nodes[:j] + nodes[j + 1 :]:
-                entry *= (z - other) / (t - other)
-            row.append(float(entry))
-        expected.append(row)
-    # Four products of rounded differences and quotients each.
-    np.testing.assert_allclose(code.decoder(received).matrix(), expected, rtol=20 * 2.0**-53)
 
 
 @pytest.mark.parametrize("degree", [0, 1, 4, 9])
