@@ -150,6 +150,24 @@ class FailsFirst(nn.Module):
         return x.clone()
 
 
+def test_what_is_rejected_again_and_again_is_an_error_or_estimated():
+    coded = rows(FailsAt(2.0, nan_at_two), workers=Separate())
+    with pytest.raises(
+        NotEnoughResults, match=r"^row 1: .* not finite in output; .* 8 of 8"
+    ) as info:
+        coded(X)
+    assert info.value.rows == (1,)
+    coded.waiting = Waiting(on_error="estimate")
+    answers = coded(X)
+    run = coded.last_run
+    assert run.estimated.tolist() == [False, True, *[False] * 6]
+    assert torch.equal(answers[~run.estimated], X[~run.estimated])
+    assert 0.0 < answers[1] < 8.0
+    assert (run.ended, run.missing_rows, run.refused) == ("failed", (1,), ())
+    assert "not finite" in run.errors[1].reason
+    assert (run.radii > 0).equal(run.estimated)
+
+
 def test_surrogates_and_outputs_that_no_call_can_use_are_warned_of_once():
     """The output is whole numbers, which are never estimated."""
     coded = rows(nn.Hardtanh(), workers=Separate(), surrogate=nn.Hardtanh())
