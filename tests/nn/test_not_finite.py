@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from coded_torch import CodedWrapper, Waiting
+from coded_torch import CodedWrapper, Regression, Waiting
 from coded_torch.codes import NotEnoughResults, ReplicationCode
+from coded_torch.nn.division import Inputs, Rows
 from coded_torch.stragglers import Uniform
+from coded_torch.surrogates import Memory
 from coded_torch.testing.workers import FailsAt, divide_by_zero
 from coded_torch.workers import LocalWorkers
 
@@ -85,6 +87,34 @@ def test_no_other_answer_depends_on_it(way):
         assert coded.last_run.estimated[others()].any()
     assert torch.equal(answers[0][others()], answers[1][others()])
     assert torch.equal(answers[0][others()], answers[2][others()])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_surrogates_and_memories_do_not_see_it(way):
+    x, memory = spoiled(48), Memory()
+    module = Call(lambda x: (90 * x).sin())  # which distances do not tell
+    surrogates = Call(lambda x: (90 * x).sin() - 0.1 * x), memory
+    for seed in range(2):
+        pool = LocalWorkers(Uniform(3 if way != "rows" else 2, seed=seed))
+        coded = CodedWrapper(module, **divided(way, 4, 6), workers=pool, surrogate=surrogates)
+        known, answers = len(memory), coded(x)
+        run = coded.last_run
+        assert (run.notes, run.surrogate_weights[0][0] > 0.5) == ((), True)
+        assert answers[others(48)].isfinite().all()
+        assert len(memory) - known == (~run.estimated & others(48)).sum()
+
+
+def test_where_the_mean_estimates_such_rows_calibrate_no_error_bounds():
+    """If time is short: without distances, nothing else tells which rows are finite."""
+    plan = Rows(Inputs((spoiled(),), {}, 0), Regression(), block=0, parts=4).plan
+    results, radii = torch.linspace(-1, 1, 24)[:, None, None], []
+    results[BAD] = 0.0  # the mean of the others
+    for left_out in ((5,), (5, *BAD)):
+        received = [i for i in range(24) if i not in left_out]
+        answers = plan.decode(results[received], received)
+        radii.append(plan.error_bounds(received, results[received], answers).radii(0.5)[5])
+        plan = Regression().plan([], 24)
+    assert radii[0] == pytest.approx(radii[1])
 
 
 def test_in_any_argument_wherever_the_batch_is():

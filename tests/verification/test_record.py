@@ -34,6 +34,12 @@ def test_faults_halve(record):
     assert [record.add_fault(2) for _ in range(3)] == [False, False, True]
 
 
+def test_small_differences_of_honest_results_raise_the_tolerance(record):
+    record.learn(0.004)
+    record.learn(0.001)
+    assert (record.tolerance, record.whole) == (0.008, False)
+
+
 def test_the_workers_are_those_that_the_pool_has_now():
     with DeviceWorkers(["cpu"] * 4) as pool:
         record = Record(pool, 0.1)
