@@ -156,6 +156,18 @@ def test_a_row_is_refused_that_one_worker_raises_on_again_and_again_though_anoth
     assert isinstance(play.error, ValueError)
 
 
+def test_at_the_deadline_rows_are_refused_if_nothing_but_exceptions_came():
+    how = {"module": Raises(*range(8)), "waiting": Waiting(deadline=2.0, hedge_budget=0)}
+    play = Play([("ok", 0.3)], known=False, **how)
+    assert (play.report.ended, play.report.refused) == ("deadline", (0, 6))
+    assert isinstance(play.error, ValueError)
+
+
+def test_a_part_is_asked_again_whose_result_turns_out_unlike_most():
+    play = Play([(lambda y: y.repeat(1, 2), 0.5), OK], *[[OK]] * 3, known=False)
+    assert (play.report.ended, play.report.missing_rows) == ("complete", ())
+
+
 def test_a_row_that_raised_is_not_refused_if_a_late_result_has_it():
     """The module fails on it at two other workers."""
     once = [lambda y: y, lambda y: 1 / 0]

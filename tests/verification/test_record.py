@@ -34,6 +34,13 @@ def test_faults_halve(record):
     assert [record.add_fault(2) for _ in range(3)] == [False, False, True]
 
 
+def test_a_fault_begins_a_trial_period(record):
+    record.passed([2] * 1000)
+    assert not record.fresh(2)
+    record.add_fault(2)
+    assert record.fresh(2)
+
+
 def test_small_differences_of_honest_results_raise_the_tolerance(record):
     record.learn(0.004)
     record.learn(0.001)
