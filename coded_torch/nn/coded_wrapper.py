@@ -25,7 +25,7 @@ from .execute import Execution, seconds_left
 from .module_proxy import ModuleProxy
 from .predict_missing import Answers
 from .report import Report
-from .result_checks import Results, Stacked
+from .result_checks import Stacked
 
 _CHECKED = ("code", "workers", "waiting", "parts", "predictor", "surrogate", "verify")
 _AT_ONCE, _AS_NEEDED, _PREDICTOR = Waiting.first(), Waiting(), Regression()
@@ -231,10 +231,10 @@ class CodedWrapper(ModuleProxy):
 
     def _compute(self, waiting: Waiting, division: Division, report: Report) -> Any:
         pool, predictions = self.workers, self._history.predictions
-        results, strikes = Results(division), self._strikes
+        strikes = self._strikes
         check = None if strikes is None else Trials(strikes, waiting, division.inputs.floating())
         answers = Answers(self.surrogate, division, report, self.module, check)
-        execution = Execution(division, results, report, check)
+        execution = Execution(division, report, check)
         with report.timed("compute"):
             execution.run(pool, self.module, waiting, self._history)
             answers.forget_excluded()
@@ -242,7 +242,7 @@ class CodedWrapper(ModuleProxy):
             self._warn_once(waiting, execution.not_floating())
         with report.timed("decode"), on_host():
             error = execution.error(waiting)
-            stacked = results.stack() if results.units else self._form
+            stacked = execution.checks.stack() if execution.table.answered else self._form
             if error is not None:
                 return answers.alone(waiting, stacked, error)
             assert stacked is not None

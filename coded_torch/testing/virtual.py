@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..workers.base import Began, Part, Reply, Request, Task, WorkerError, Workers
+from ..table import Began, Part, Reply, WorkerError
+from ..workers.base import Request, Task, Workers
 
 __all__ = ["Act", "VirtualWorkers"]
 

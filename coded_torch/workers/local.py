@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from .._arguments import instance
 from .._torch import flatten, unflatten
 from ..stragglers import Stragglers
+from ..table import Began, Part, Reply, WorkerError
 from . import base
-from .base import Began, Part, Reply, Request, Task, WorkerError, Workers
+from .base import Request, Task, Workers
 
 __all__ = ["LocalWorkers"]
 

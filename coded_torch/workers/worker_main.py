@@ -38,8 +38,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .._torch import fingerprint
+from ..table import Part
 from . import shared_memory
-from .base import Part, Task
+from .base import Task
 from .faults import compute, kill_own_process
 from .live import Ambient
 from .shared_memory import Connection, Pickled

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from coded_torch import Waiting, stragglers
 from coded_torch.experiments.simulation import Conditions, simulate
-from coded_torch.scheduling import Ask, Began, Drop, Settled, Wait
 
 WAIT_FOR_ALL, SOON = Waiting(hedge_budget=0), Waiting(predict_after=3.0)
 CALM, STILL = Conditions(), Conditions(spread=0.0)
@@ -20,96 +19,80 @@ def run(policy, conditions=CALM, *, workers=6, parts=4, **options):
 
 
 class Watched:
-    """A policy whose every decision is checked against what it has been told."""
+    """A policy whose every decision is checked against the columns of the table."""
 
     def __init__(self, waiting):
         self.waiting = waiting
         self.log, self.hedged, self.calls = [], 0.0, 0
+        self.before, self.thresholds = {}, {}  # by call: answered units; when parts are late
 
-    def decide(self, history, first, *, needed, since, **options):
-        self.calls += 1
-        thresholds = {}
-        policy = self.waiting.decide(history, first, needed=needed, since=since, **options)
-        parts, states, due = [], [], []  # of each part: units; queued, running ...; when late
-        good, event, now = set(), None, since
-        before = 0
-        while True:
-            try:
-                decision = policy.send(event)
-            except StopIteration as stop:
-                self.check_end(stop.value, now - since, good, before, needed, states)
-                return stop.value
-            if isinstance(decision, Wait):
-                event = yield decision
-                before = len(good)
-                now = self.hear(
-                    event, decision.until, good, parts, states, due, history, thresholds
-                )
-                continue
-            if isinstance(decision, Ask):
-                self.check_ask(decision.parts, parts, states, due, now, good, needed)
-            elif isinstance(decision, Drop):
-                for part in decision.parts:
-                    assert states[part] == "queued"
-                    assert good.issuperset(parts[part])
-                    states[part] = "dropped"
-            self.log.append((now, decision))
-            event = yield decision
+    def decide(self, history, table):
+        first, seen = not table.parts, len(table.parts)
+        self.calls += first
+        due = [self.due(history, table, part) for part in table.parts]
+        good = self.good(table)
+        until = self.waiting.decide(history, table)
+        new, dropped = table.parts[seen:], table.unwanted[:]
+        table.unwanted.clear()
+        for part in dropped:
+            assert part.began == math.inf
+            assert part.number >= len(table.first)
+            assert good.issuperset(part.units)
+        self.check_ask(table, new, good, due)
+        self.log.append((table.now, [p.units for p in new], len(dropped), table.reason))
+        if table.reason:
+            self.check_end(table, good, self.before.get(table, 0))
+        self.before[table] = len(good)
+        return until
 
-    def hear(self, event, until, good, parts, states, due, history, thresholds):
-        """Note what an event says; the time of it."""
-        if event is None:
-            return until
-        if isinstance(event, Began):
-            assert states[event.part] == "queued", "what is not wanted has begun"
-            units = len(parts[event.part])
-            known = history.hedging_threshold(units, self.waiting.hedge_budget)
-            half = (self.waiting.deadline or math.inf) / 2
-            threshold = thresholds.setdefault(units, known if known < math.inf else half)
-            states[event.part], due[event.part] = "running", event.at + threshold
-        elif isinstance(event, Settled):
-            states[event.part] = "good" if event.ok else "failed"
-            if event.ok:
-                good.update(parts[event.part])
-        return event.at
+    def good(self, table):
+        return {unit for part in table.parts if part.outcome == "good" for unit in part.units}
 
-    def check_ask(self, asked, parts, states, due, now, good, needed):
-        first, before = not parts, list(parts)
-        for units in asked:
+    def due(self, history, table, part):
+        """The time when a part that has begun is late."""
+        thresholds, units = self.thresholds.setdefault(table, {}), len(part.units)
+        if part.began == math.inf:
+            return math.inf
+        known = history.hedging_threshold(units)
+        half = (self.waiting.deadline or math.inf) / 2
+        return part.began + thresholds.setdefault(units, known if known < math.inf else half)
+
+    def check_ask(self, table, new, good, due):
+        before = table.parts[: len(table.parts) - len(new)]
+        for part in new:
+            units = part.units
             assert units
             assert list(units) == sorted(units)
-            copies = [n for n, other in enumerate(before) if set(other) & set(units)]
-            parts.append(units)
-            states.append("queued")
-            due.append(math.inf)
-            if first:
+            copies = [n for n, other in enumerate(before) if set(other.units) & set(units)]
+            if not before:
                 assert not copies
                 continue
             assert good.isdisjoint(units), "what is answered is asked again"
             # Late three times, and failed three times, or twenty.
-            assert parts.count(units) <= (7 if self.waiting.may_predict(True) else 24)
-            for n in copies:
-                assert states[n] == "failed" or (states[n] == "running" and due[n] <= now)
-            if not any(states[n] == "failed" for n in copies):
-                self.hedged += len(units) / needed
+            same = sum(other.units == units for other in table.parts)
+            assert same <= (7 if self.waiting.may_predict(True) else 24)
+            states = [before[n].outcome for n in copies]
+            for n, state in zip(copies, states, strict=True):
+                assert state == "failed" or (state == "open" and due[n] <= table.now)
+            if "failed" not in states:
+                self.hedged += len(units) / table.needed
 
-    def check_end(self, ended, seconds, good, before, needed, states):
-        self.log.append((seconds, ended))
-        waiting, half = self.waiting, needed / 2
-        assert (ended.reason == "complete") == (len(good) == needed)
-        if ended.reason == "deadline":
+    def check_end(self, table, good, before):
+        waiting, half, seconds = self.waiting, table.needed / 2, table.now - table.since
+        assert (table.reason == "complete") == (len(good) == table.needed)
+        if table.reason == "deadline":
             assert seconds == pytest.approx(waiting.deadline)
-        if ended.reason == "predict_after":
+        if table.reason == "predict_after":
             assert waiting.deadline is None
             assert waiting.may_predict(True)
             assert len(good) >= half
             # Exactly then, or when the half was there.
-            assert seconds == pytest.approx(ended.deadline) or (
-                seconds > ended.deadline and before < half
+            assert seconds == pytest.approx(table.deadline) or (
+                seconds > table.deadline and before < half
             )
-        if ended.reason == "failed":
-            assert not {"queued", "running"} & set(states)
-        if seconds > ended.deadline * (1 + 1e-9):
+        if table.reason == "failed":
+            assert not any(part.outcome == "open" for part in table.parts)
+        if seconds > table.deadline * (1 + 1e-9):
             assert waiting.deadline is None
             assert before < half, "half was there, and it is time to predict"
 

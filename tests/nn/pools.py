@@ -7,8 +7,9 @@ from collections import deque
 
 from torch import nn
 
+from coded_torch.table import Began, Reply, WorkerError
 from coded_torch.workers import Workers
-from coded_torch.workers.base import Began, Reply, Request, Task, WorkerError
+from coded_torch.workers.base import Request, Task
 
 
 class Separate(Workers):

@@ -15,6 +15,7 @@ from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import DeadlineExceeded, NotEnoughResults, ReplicationCode, SplineCode
 from coded_torch.nn.division import dealt
 from coded_torch.stragglers import Bernoulli, Trace, Uniform
+from coded_torch.table import Began
 from coded_torch.testing.workers import (
     CopyCode,
     FailsAt,
@@ -23,7 +24,6 @@ from coded_torch.testing.workers import (
     nan_at_two,
 )
 from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers
-from coded_torch.workers.base import Began
 
 from ..workers.test_local import Fixed
 from .pools import Separate

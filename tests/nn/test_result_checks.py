@@ -14,11 +14,12 @@ from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import NotEnoughResults, RegressionCode, ReplicationCode
-from coded_torch.nn.result_checks import Results
+from coded_torch.nn.result_checks import Checks
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
+from coded_torch.table import DISPUTED, GOOD, Table
 from coded_torch.testing.workers import CopyCode, FailsAt, PolynomialCode, task_of
-from coded_torch.workers import LocalWorkers, Part, Reply
+from coded_torch.workers import LocalWorkers, Reply
 
 from ..waits import host_waits
 from .modules import WAYS, Call, Liar, divided, rand
@@ -65,31 +66,38 @@ def test_a_result_unlike_most_is_missing_and_named(lie, reason, at):
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 2, 0], [1, 2, 3, 0]])
 def test_of_two_camps_of_one_size_that_of_the_part_asked_first_is_taken(order):
     results = checked(task_of(torch.zeros(4, 1, 1)))
-    changes = [results.add([reply(n, torch.zeros(1, 1 + n % 2))])[0] for n in order]
-    assert results.units == {0, 2}
+    for n in order:
+        hear(results, (n, torch.zeros(1, 1 + n % 2)))
+    assert results.table.answered.keys() == {0, 2}
     assert results.stack().units == (0, 2)
     assert [error.worker for error in results.rejected] == [1, 3]
     assert (
         results.rejected[0].reason
         == "returned float32 (1, 2), where as many returned float32 (1, 1)"
     )
-    # What the changes say of each part in the end is what holds.
-    final = {one.part.number: result is not None for change in changes for one, result in change}
-    assert final == {0: True, 1: False, 2: True, 3: False}
+    outcomes = [part.outcome for part in results.table.parts]
+    assert outcomes == [GOOD, DISPUTED, GOOD, DISPUTED]
 
 
-def checked(task: Any) -> Results:
-    return Results(SimpleNamespace(task=task, link=None, not_finite=None, mixes=True))
+def checked(task: Any, first: Any = None) -> Checks:
+    first = first or [(n,) for n in range(task.num_units)]
+    checks = Checks(SimpleNamespace(task=task, link=None, not_finite=None, mixes=True))
+    checks.table = Table(first, needed=task.num_units, judge=checks.judge)
+    for units in first:
+        checks.table.ask(units)
+    return checks
 
 
-def reply(n: int, value: Any) -> Reply:
-    return Reply(Part(n, (n,)), n, 0.0, 0.0, value)
+def hear(checks: Checks, *values: Any) -> None:
+    parts = checks.table.parts
+    checks.table.hear([Reply(parts[n], n, 0.0, 0.0, value) for n, value in values])
 
 
 def test_of_results_of_one_unit_the_first_counts():
-    results = checked(task_of(torch.zeros(3, 1, 1)))
-    for n, units in enumerate([(2,), (0, 1), (1, 2)]):
-        results.add([Reply(Part(n, units), n, 0.0, 0.0, torch.full((len(units), 1), float(n)))])
+    first = [(2,), (0, 1), (1, 2)]
+    results = checked(task_of(torch.zeros(3, 1, 1)), first)
+    for n, units in enumerate(first):
+        hear(results, (n, torch.full((len(units), 1), float(n))))
     units, (leaf,), *_ = results.stack()
     assert units == (0, 1, 2)
     assert leaf.flatten().tolist() == [1.0, 1.0, 0.0]
@@ -129,7 +137,7 @@ def test_what_has_no_batch_is_that_of_the_part_asked_first(order):
     task = task_of(torch.zeros(2, 1, 1))
     results = checked(dataclasses.replace(task, out_dims=(0, None)))
     for n in order:
-        results.add([reply(n, (torch.zeros(1, 1), torch.tensor(float(n))))])
+        hear(results, (n, (torch.zeros(1, 1), torch.tensor(float(n)))))
     assert results.stack().leaves[1].item() == 0.0
 
 
@@ -140,9 +148,8 @@ def test_replies_that_arrive_together_are_judged_together(bad, dtype):
     if bad is not None:
         whole[bad] = torch.nan
     results = checked(task_of(whole[:, None]))
-    settled = results.add([reply(n, leaf) for n, leaf in enumerate(whole.split(1))])
-    assert [result is not None for ((_, result),) in settled] == [n != bad for n in range(4)]
-    assert results.units == {0, 1, 2, 3} - {bad}
+    hear(results, *enumerate(whole.split(1)))
+    assert results.table.answered.keys() == {0, 1, 2, 3} - {bad}
 
 
 @pytest.mark.cuda
@@ -150,8 +157,8 @@ def test_replies_that_arrive_together_are_waited_for_once():
     whole = torch.ones(4, 2, device="cuda")
     results = checked(task_of(whole[:, None]))
     with host_waits() as lines:
-        results.add([reply(n, leaf) for n, leaf in enumerate(whole.split(1))])
-    assert results.units == {0, 1, 2, 3}
+        hear(results, *enumerate(whole.split(1)))
+    assert results.table.answered.keys() == {0, 1, 2, 3}
     assert sum(lines.values()) == 1, lines
 
 

@@ -15,9 +15,10 @@ from coded_torch import CodedWrapper, Waiting, codes
 from coded_torch.codes import NotEnoughResults
 from coded_torch.nn.division import dealt
 from coded_torch.surrogates import Memory
+from coded_torch.table import Began, Reply, WorkerError
 from coded_torch.verification.scores import Fit, Scores
 from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers
-from coded_torch.workers.base import Began, Reply, Request, WorkerError, Workers
+from coded_torch.workers.base import Request, Workers
 
 ROWS = 48
 

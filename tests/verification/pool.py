@@ -5,10 +5,9 @@ import random
 from collections import Counter, deque
 from types import SimpleNamespace
 
-from coded_torch.scheduling import Ask, Ended, Settled, Wait
+from coded_torch.table import Table
 from coded_torch.verification import Strikes, Trials
-
-COMPLETE = Ended("complete")
+from coded_torch.workers import Reply, WorkerError
 
 
 class Numbers:
@@ -19,6 +18,9 @@ class Numbers:
     def __init__(self, odd=(), scores=None):
         self.by_part = {}
         self._odd, self._scores = odd, scores or {}
+
+    def add(self, part, rows, leaves):
+        """The tests write numbers when a worker computes them."""
 
     def differences(self, pairs):
         return [self._of(*pair) for pair in pairs]
@@ -41,14 +43,17 @@ class Numbers:
 class Settling:
     """A waiting policy that asks once, waits for all, and has ended as a test says."""
 
-    def __init__(self, ended=COMPLETE, bounded=False):
-        self.ended, self.deadline = ended, 1.0 if bounded else None
+    def __init__(self, reason="complete", bounded=False, threshold=math.inf, deadline=math.inf):
+        self.reason, self.deadline = reason, 1.0 if bounded else None
+        self.found = {"hedging_threshold": threshold, "deadline": deadline}
 
-    def decide(self, history, first, **options):
-        yield Ask(tuple(map(tuple, first)))
-        for _ in first:
-            yield Wait(math.inf)
-        return self.ended
+    def decide(self, history, table):
+        if not table.parts:
+            for units in table.first:
+                table.ask(units)
+        if not table.open or (table.is_quiet and table.ended):
+            vars(table).update(self.found, reason=self.reason)
+        return math.inf
 
 
 def record(num_workers, share=0.02, seed=0):
@@ -78,47 +83,46 @@ class Pool:
         odd=(),
         scores=None,
         lost=lambda worker, part: False,
-        ended=COMPLETE,
-        bounded=False,
+        **ended,
     ):
         """The trials of a call, and the answers by row."""
         order = self.random.sample(sorted(self.strikes.workers), len(self.strikes.workers))
         count = min(len(order), size)
         parts = [range(i * size // count, (i + 1) * size // count) for i in range(count)]
-        trials, numbers = Trials(self.strikes, Settling(ended, bounded)), Numbers(odd, scores)
+        trials, numbers = Trials(self.strikes, Settling(**ended)), Numbers(odd, scores)
         trials.prepare = lambda: setattr(trials, "results", numbers)
-        policy = trials.decide(None, parts, idle=lambda: len(order))
-        events, event, times = deque(), None, Counter()
-        self.waits = []  # how long was waited in vain
+        table = Table(parts, needed=size, idle=lambda: len(order))
+        events, times, asked = deque(), Counter(), 0
+        self.waits, self.first = [], {}  # how long was waited in vain; the first answers
         while True:
-            try:
-                decision = policy.send(event)
-            except StopIteration:
+            until = trials.decide(None, table)
+            if table.reason:
                 break
-            event = None
-            if isinstance(decision, Ask):
-                first = len(trials.asked) - len(decision.parts)
-                for part, rows in enumerate(decision.parts, first):
-                    worker = order[part % len(order)]
-                    if first:
-                        able = sorted(self.strikes.workers - decision.avoid[part - first])
-                        worker = self.random.choice(able) if able else -1
-                        if able and lost(worker, part):
-                            continue
-                    if worker >= 0:
-                        asked = times[worker]
-                        numbers.by_part[part] = {r: returned(worker, r, asked) for r in rows}
-                        times[worker] += 1
-                    events.append(Settled(part, 0.0, 0.0, worker >= 0, worker=worker))
-                if not first:
-                    self.random.shuffle(events)
-                    replies = [event.part for event in reversed(events)]
-                    self.first = {row: part for part in replies for row in trials.asked[part]}
-            elif isinstance(decision, Wait) and events:
-                event = events.popleft()
-            elif isinstance(decision, Wait):
-                self.waits.append(decision.until)
+            new, is_first = table.parts[asked:], not asked
+            asked = len(table.parts)
+            for part in new:
+                worker = order[part.number % len(order)]
+                if not is_first:
+                    able = sorted(self.strikes.workers - part.avoid)
+                    worker = self.random.choice(able) if able else -1
+                    if able and lost(worker, part.number):
+                        continue
+                error = WorkerError(part.number, -1, "has no worker") if worker < 0 else None
+                if error is None:
+                    rows, many = part.units, times[worker]
+                    numbers.by_part[part.number] = {r: returned(worker, r, many) for r in rows}
+                    times[worker] += 1
+                events.append(Reply(part, worker, 0.0, 0.0, error=error))
+            if is_first:
+                self.random.shuffle(events)
+            if events and until > -math.inf:
+                table.hear([events.popleft()])
+                if len(table.ended) == len(table.first):
+                    self.first = dict(table.answered)
+            else:
+                self.waits.append(until)
+                table.hear([], until)
         answers = {row: numbers.by_part[part][row] for row, part in trials.answers.items()}
-        self.work = sum(map(len, trials.asked)) / size
+        self.work = sum(len(part.units) for part in table.parts) / size
         self.trials = trials
         return trials, answers

@@ -6,10 +6,11 @@ from collections import Counter
 
 import pytest
 
-from coded_torch.scheduling import Ask, Ended, Settled, Wait
+from coded_torch.table import Table
 from coded_torch.verification import Trials
+from coded_torch.workers import Reply, WorkerError
 
-from .pool import COMPLETE, Numbers, Pool, Settling, record
+from .pool import Numbers, Pool, Settling, record
 
 ROWS = 48
 
@@ -58,8 +59,8 @@ class TestHonestWorkers:
             pool.prove()
             pool.strikes.renew([3])
             pool.call(60, honest)
-            of = pool.trials
-            checked.update(of.worker[of.parts[row][0]] for row in of.wanted)
+            answered = pool.trials.table.answered
+            checked.update(answered[row].worker for row in pool.trials.wanted)
         others = sum(checked[worker] for worker in range(6) if worker != 3) / 5
         assert checked[3] > 5 * others
 
@@ -74,7 +75,7 @@ class TestAWrongPart:
         assert verdict.strikes.keys() == {0}
         assert 0 in verdict.doubted
         assert pool.strikes.workers == set(range(1, num_workers))
-        own = {row for row in range(ROWS) if pool.trials.worker[pool.first[row]] == 0}
+        own = {row for row in range(ROWS) if pool.first[row].worker == 0}
         assert verdict.corrected == own
 
     def test_of_a_worker_that_is_honest_when_asked_again_is_a_strike(self):
@@ -101,7 +102,7 @@ class TestAWrongPart:
         pool = Pool(12)
         scores = {row: 9.0 if row % 4 == 1 else 0.0 for row in range(ROWS)}
         verdict, answers = pool.call(ROWS, wrong(0, 5), odd=[0, *range(4, 8)], scores=scores)
-        owner = {row: pool.trials.worker[part] for row, part in pool.first.items()}
+        owner = {row: part.worker for row, part in pool.first.items()}
         if {owner[0], owner[4]} & {0, 5}:  # one of them was looked at, so both are found
             assert right(answers)
             assert set(verdict.excluded) == {0, 5}
@@ -223,43 +224,45 @@ def test_a_row_is_verified_only_if_its_answer_is_what_two_workers_computed():
     trials.prepare, trials.wanted = (lambda: None), {0}
     trials.results = Stopping()
     trials.results.by_part = {0: {0: 5.0}, 1: {0: 0.0}, 2: {0: 0.0}}
-    policy = trials.decide(None, [(0,)] * 3, idle=int)
-    next(policy)
-    policy.send(None)
-    policy.send(Settled(0, 0.0, 0.0, True, worker=0))
-    policy.send(Settled(1, 0.0, 0.0, True, worker=1))
-    policy.send(Settled(2, 0.0, 0.0, True, worker=2))
-    with pytest.raises(StopIteration):
-        policy.send(None)  # nothing else has arrived
+    table = Table([(0,)] * 3, needed=1, idle=int)
+    decide(trials, table, None, (0, 0.0), (1, 0.0), (2, 0.0), None)
     assert (trials.verified, trials.unverified) == (set(), {0})
     assert 0 in trials.doubted
 
 
 def test_results_that_arrived_with_the_last_event_count():
-    trials = Trials(record(4), Settling(Ended("deadline")))
+    trials = Trials(record(4), Settling("deadline"))
     trials.prepare = lambda: setattr(trials, "results", Numbers())
-    trials.waiting.decide = lambda history, first, **_: (yield from _ends_at_the_first(first))
-    policy = trials.decide(None, [(0,), (1,)], idle=int)
-    next(policy)
-    policy.send(None)
-    decision = policy.send(Settled(1, 0.0, 0.0, True, worker=1))
-    assert decision == Wait(-math.inf)
-    policy.send(Settled(0, 0.0, 0.0, True, worker=0))
-    with pytest.raises(StopIteration):
-        policy.send(None)
+    table = Table([(0,), (1,)], needed=2, idle=int)
+    asks = trials.waiting.decide
+
+    def ends_at_the_first(history, table):
+        asks(history, table)
+        table.reason = "deadline" if table.ended else ""
+        return math.inf
+
+    trials.waiting.decide = ends_at_the_first
+    assert decide(trials, table, None, (1, 0.0)) == -math.inf
+    decide(trials, table, (0, 0.0), None)
     assert trials.answers == {0: 0, 1: 1}
 
 
-def _ends_at_the_first(first):
-    yield Ask(tuple(first))
-    yield Wait(math.inf)
-    return Ended("deadline")
+def decide(trials, table, *events):
+    """Decide, after each event: the number of a part, which is also its worker, and the time."""
+    until = trials.decide(None, table)
+    for event in events:
+        heard = event and [Reply(table.parts[event[0]], event[0], event[1], event[1])]
+        if event and len(event) > 2:
+            heard[0].error = WorkerError(event[0], event[0], "failed")
+        table.hear(heard or [], until)
+        until = trials.decide(None, table)
+    return until
 
 
 class TestWithoutTime:
     def test_nothing_is_asked_and_what_was_drawn_is_unverified(self):
         pool = Pool(6, share=0.5)
-        verdict, _ = pool.call(ROWS, wrong(0), odd=[3], ended=Ended("deadline"), bounded=True)
+        verdict, _ = pool.call(ROWS, wrong(0), odd=[3], reason="deadline", bounded=True)
         assert pool.work == pytest.approx(1.5, abs=0.05)  # what rode along
         assert verdict.disputes
         assert not verdict.strikes
@@ -286,16 +289,16 @@ class TestWithoutTime:
         def lost(worker, part):
             return worker == 0
 
-        ended = Ended("complete", hedging_threshold=1.0, deadline=1.0)
-        verdict, answers = pool.call(ROWS, wrong(0), range(ROWS), lost=lost, ended=ended)
+        ended = {"threshold": 1.0, "deadline": 1.0}
+        verdict, answers = pool.call(ROWS, wrong(0), range(ROWS), lost=lost, **ended)
         assert right(answers)
         assert verdict.strikes == {0: 1}
         assert pool.waits
         assert max(pool.waits) <= 5.0
 
     def test_nor_does_one_that_hangs_at_a_check_where_there_is_no_deadline(self):
-        pool, ended = Pool(8), Ended("complete", hedging_threshold=1.0)
-        hangs = {"lost": lambda worker, part: True, "ended": ended}
+        pool = Pool(8)
+        hangs = {"lost": lambda worker, part: True, "threshold": 1.0}
         verdict, answers = pool.call(ROWS, honest, range(ROWS), **hangs)
         assert right(answers)
         assert len(verdict.unverified) > ROWS / 2
@@ -305,20 +308,17 @@ class TestWithoutTime:
 @pytest.mark.parametrize("failed", [True, False])
 def test_a_part_that_failed_is_not_waited_for(failed):
     """Its check rows stay unchecked, as those of a late part."""
-    trials = Trials(record(3), Settling(COMPLETE._replace(hedging_threshold=5.0)))
+    trials = Trials(record(3), Settling(threshold=5.0))
     numbers = Numbers()
     numbers.by_part = {0: {0: 0.0, 1: 0.0}, 2: {2: 0.0, 3: 0.0}}
     trials.record.passed([0, 1, 2] * 30)
     trials.record.share = 0.0
     trials.prepare, trials.wanted = (lambda: setattr(trials, "results", numbers)), {0}
-    policy = trials.decide(None, [(0, 1), (2, 3, 0), (2, 3)], idle=int)
-    next(policy)
-    policy.send(None)
-    policy.send(Settled(0, 1.0, 1.0, True, worker=0))
-    policy.send(Settled(1, 1.0, 1.0, False) if failed else None)
-    policy.send(Settled(2, 1.0, 1.0, True, worker=2))
+    table = Table([(0, 1), (2, 3, 0), (2, 3)], needed=4, idle=int)
+    third = (1, 1.0, "failed") if failed else None
+    until = decide(trials, table, None, (0, 1.0), (2, 1.0), third, None)
     if not failed:
-        assert policy.send(None) == Wait(5.0)
-    with pytest.raises(StopIteration):
-        policy.send(None)
+        assert until == 5.0
+        decide(trials, table, None)
+    assert table.reason
     assert trials.unverified == {0}

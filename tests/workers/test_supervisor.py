@@ -17,7 +17,6 @@ from torch import nn
 
 from coded_torch.testing.workers import task_of, until
 from coded_torch.workers import Began, Part, Reply
-from coded_torch.workers.dispatch import Job
 from coded_torch.workers.live import LiveRequest
 from coded_torch.workers.supervisor import (
     START_SECONDS,
@@ -46,7 +45,7 @@ class Numbered(WatchedWorker):
     def __init__(self, index: int) -> None:
         super().__init__(index)
         self.number = next(self.serial)
-        self.sent: list[Job] = []
+        self.sent: list[Part] = []
         self.ended = False
         self.paused = False
 
@@ -70,10 +69,10 @@ class InMemory(Supervisor):
         self.launched.append(worker)
         return worker
 
-    def send(self, worker: WatchedWorker, job: Job) -> None:
+    def send(self, worker: WatchedWorker, job: Part) -> None:
         assert isinstance(worker, Numbered)
         assert not worker.ended, "asked a worker that has ended"
-        assert job.request.awaits(job.part), "began what is not wanted"
+        assert job.request.awaits(job), "began what is not wanted"
         worker.load(job)
         worker.sent.append(job)
 
@@ -192,7 +191,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         """Workers answer in any order, so results are delayed and reordered."""
         worker = self.pick(data, [m for m in self.alive() if m.job and not m.paused])
         job = worker.job
-        self.supervisor.take(worker, job.number, lambda: (True, (job.number, worker.number)))
+        self.supervisor.take(worker, job.ticket, lambda: (True, (job.ticket, worker.number)))
 
     @precondition(lambda self: any(worker.sent for worker in self.supervisor.launched))
     @rule(data=st.data())
@@ -201,9 +200,9 @@ class SupervisorMachine(RuleBasedStateMachine):
         worker = self.pick(data, [m for m in self.supervisor.launched if m.sent])
         job = data.draw(st.sampled_from(worker.sent), label="job")
         other = self.pick(data, self.supervisor.launched)
-        if other.job is None or other.job.number != job.number:
+        if other.job is None or other.job.ticket != job.ticket:
             before = other.job
-            self.supervisor.take(other, job.number, lambda: (True, "stale"))
+            self.supervisor.take(other, job.ticket, lambda: (True, "stale"))
             assert other.job is before
 
     @precondition(lambda self: any(m.job and not m.paused for m in self.alive()))
@@ -211,7 +210,7 @@ class SupervisorMachine(RuleBasedStateMachine):
     def corrupt(self, data, number: int) -> None:
         """A number that no job has: the worker is still at its job."""
         worker = self.pick(data, [m for m in self.alive() if m.job and not m.paused])
-        if worker.job.number != number:
+        if worker.job.ticket != number:
             job = worker.job
             self.supervisor.take(worker, number, lambda: (True, "corrupt"))
             assert worker.job is job
@@ -260,8 +259,8 @@ class SupervisorMachine(RuleBasedStateMachine):
                     assert job_number not in self.answered
                     self.answered.add(job_number)
                     sent = next(m for m in self.supervisor.launched if m.number == worker).sent
-                    job = next(job for job in sent if job.number == job_number)
-                    assert (job.request, job.part) == (request, event.part)
+                    job = next(job for job in sent if job.ticket == job_number)
+                    assert (job.request, job) == (request, event.part)
                 else:
                     assert event.error.part == number
             numbers = [reply.part.number for reply in got]
@@ -271,17 +270,17 @@ class SupervisorMachine(RuleBasedStateMachine):
     def no_job_is_forgotten_and_none_is_at_two_workers(self) -> None:
         busy = [worker.job for worker in self.supervisor._workers if worker.job is not None]
         waiting = list(self.supervisor._jobs)
-        numbers = [job.number for job in busy + waiting]
+        numbers = [job.ticket for job in busy + waiting]
         assert len(set(numbers)) == len(numbers)
         for request in self.requests:
-            mine = {job.part.number for job in busy + waiting if job.request is request}
+            mine = {job.number for job in busy + waiting if job.request is request}
             answered = {reply.part.number for reply in self.got[request]}
             asked = {part.number for part in request.asked}
             assert asked - self.dropped[request] <= mine | answered
 
     @invariant()
     def no_worker_is_idle_while_a_job_waits(self) -> None:
-        wanted = any(job.request.wants(job.part) for job in self.supervisor._jobs)
+        wanted = any(job.request.wants(job) for job in self.supervisor._jobs)
         assert not (wanted and self.supervisor.num_idle)
 
     @invariant()
@@ -305,7 +304,7 @@ class SupervisorMachine(RuleBasedStateMachine):
                     self.supervisor.ready(worker)
                 if (job := worker.job) is not None:
                     self.supervisor.take(
-                        worker, job.number, lambda m=worker: (True, (m.job.number, m.number))
+                        worker, job.ticket, lambda m=worker: (True, (m.job.ticket, m.number))
                     )
             busy = any(worker.job for worker in self.supervisor._workers)
             if (
@@ -343,7 +342,7 @@ def test_a_worker_that_is_overdue_is_ended_and_replaced():
     supervisor = started(2)
     one = Asking(supervisor, 2)
     late, good = supervisor.launched
-    supervisor.take(good, good.job.number, lambda: (True, "good"))
+    supervisor.take(good, good.job.ticket, lambda: (True, "good"))
     supervisor.clock.now = GRACE
     supervisor.tend()
     assert late.ended
@@ -415,7 +414,7 @@ def test_the_grace_of_rows_grows_whenever_their_worker_was_ended():
     request.more(1)
     request.close()
     Asking(supervisor, 1)  # of another request
-    supervisor.take(supervisor.launched[-1], supervisor.launched[-1].job.number, lambda: (True, 0))
+    supervisor.take(supervisor.launched[-1], supervisor.launched[-1].job.ticket, lambda: (True, 0))
     pass_time(supervisor, GRACE)
     assert supervisor.launched[-2].ended
 
@@ -424,7 +423,7 @@ def test_a_module_is_loaded_by_one_worker_at_a_time_while_another_one_has_calls(
     supervisor, alive = started(4), frozenset({0, 1})
     first = Asking(supervisor, 4)
     for worker in supervisor.launched:
-        supervisor.take(worker, worker.job.number, lambda: (True, 0))
+        supervisor.take(worker, worker.job.ticket, lambda: (True, 0))
     first.module = PackedModule(0, None, alive, b"")
     second = Asking(supervisor, 0)
     second.module = PackedModule(1, None, alive, b"")
@@ -437,12 +436,12 @@ def test_a_module_is_loaded_by_one_worker_at_a_time_while_another_one_has_calls(
     first.more(3)
     assert supervisor.num_idle == 0
     for worker in set(supervisor.launched) - {loader}:
-        supervisor.take(worker, worker.job.number, lambda: (True, 0))
+        supervisor.take(worker, worker.job.ticket, lambda: (True, 0))
     assert loading() == [loader]
     supervisor.loaded(loader)
     (another,) = loading()
     assert another is not loader
-    supervisor.take(another, another.job.number, lambda: (True, 0))  # loading is not reported
+    supervisor.take(another, another.job.ticket, lambda: (True, 0))  # loading is not reported
     assert another.job.request is second
     assert len(loading()) == 1
     supervisor.clock.now += 10.0  # nobody calls the first module any more
@@ -454,7 +453,7 @@ def test_a_module_that_was_changed_is_loaded_by_all_workers_at_once():
     supervisor = started(3)
     request = Asking(supervisor, 3)
     for worker in supervisor.launched:
-        supervisor.take(worker, worker.job.number, lambda: (True, 0))
+        supervisor.take(worker, worker.job.ticket, lambda: (True, 0))
     request.module = PackedModule(1, None, frozenset({1}), b"")  # its former state is not alive
     request.more(3)
     assert supervisor.num_idle == 0
@@ -509,7 +508,7 @@ def test_workers_that_do_not_come_up_are_tried_less_and_less_often_and_what_wait
     another = Asking(supervisor, 1)
     assert "ended before it was up" not in supervisor.status(another)
     last = supervisor.launched[-1]
-    supervisor.take(last, last.job.number, lambda: (True, "up again"))
+    supervisor.take(last, last.job.ticket, lambda: (True, "up again"))
     assert replies(another)[0].value == "up again"
 
 
@@ -526,7 +525,7 @@ def test_a_place_that_does_not_come_up_costs_no_job_of_the_others():
         bad = supervisor.launched[-1]
     assert replies(one) == []
     for _ in range(2):
-        supervisor.take(good, good.job.number, lambda: (True, "good"))
+        supervisor.take(good, good.job.ticket, lambda: (True, "good"))
     assert [reply.value for reply in replies(one)] == ["good", "good"]
 
 
@@ -555,7 +554,7 @@ def test_a_worker_that_cannot_be_launched_is_tried_again():
 def test_any_number_of_jobs_that_cannot_be_sent_fail():
     supervisor = started(1)
 
-    def refuse(worker: WatchedWorker, job: Job) -> None:
+    def refuse(worker: WatchedWorker, job: Part) -> None:
         raise ValueError("too heavy")
 
     supervisor.send = refuse
@@ -570,7 +569,7 @@ def test_an_interrupt_while_a_job_is_sent_takes_no_worker():
     supervisor = started(2)
     send = supervisor.send
 
-    def interrupted(worker: WatchedWorker, job: Job) -> None:
+    def interrupted(worker: WatchedWorker, job: Part) -> None:
         supervisor.send = send
         raise KeyboardInterrupt
 
@@ -581,7 +580,7 @@ def test_an_interrupt_while_a_job_is_sent_takes_no_worker():
     one.close()
     another = Asking(supervisor, 2)
     for worker in supervisor.launched:
-        supervisor.take(worker, worker.job.number, lambda: (True, "good"))
+        supervisor.take(worker, worker.job.ticket, lambda: (True, "good"))
     assert [reply.value for reply in replies(another)] == ["good", "good"]
 
 
@@ -617,7 +616,7 @@ def test_a_worker_that_answers_at_the_last_moment_begins_nothing_that_ends_with_
     assert len(late.sent) == 1
     supervisor.ready(supervisor.launched[-1])
     successor = supervisor.launched[-1]
-    supervisor.take(successor, successor.job.number, lambda: (True, "by another"))
+    supervisor.take(successor, successor.job.ticket, lambda: (True, "by another"))
     first, second = replies(one)
     assert "was at one job for more than 10 s" in str(first.error)
     assert second.value == "by another"
@@ -629,12 +628,12 @@ def test_only_workers_that_are_at_an_interrupted_request_are_ended():
     interrupted.more(1)  # waits
     first, second, third = supervisor.launched
     interrupted.abandoned = True  # in another thread: its own has still to close it
-    supervisor.take(first, first.job.number, lambda: (True, "done meanwhile"))
+    supervisor.take(first, first.job.ticket, lambda: (True, "done meanwhile"))
     assert first.idle
     interrupted.abandon()
     supervisor.tend()
     assert [worker.ended for worker in (first, second, third)] == [False, True, False]
-    supervisor.take(third, third.job.number, lambda: (True, "good"))
+    supervisor.take(third, third.job.ticket, lambda: (True, "good"))
     assert [reply.value for reply in replies(other)] == ["good"]
 
 
@@ -653,7 +652,7 @@ def test_a_result_that_cannot_be_read_is_not_kept():
 
     gc.disable()
     try:
-        supervisor.take(supervisor.launched[0], supervisor.launched[0].job.number, read)
+        supervisor.take(supervisor.launched[0], supervisor.launched[0].job.ticket, read)
         assert "sent what cannot be read" in str(replies(request)[0].error)
         assert kept() is None
     finally:
