@@ -99,7 +99,7 @@ class Part:
     @property
     def seconds(self) -> float:
         """The seconds that its worker took; infinite if it has not ended, or no worker had it."""
-        return self.ended - self.began if self.began < self.ended < math.inf else math.inf
+        return self.ended - self.began if self.began < math.inf else math.inf
 
     @property
     def failed(self) -> bool:
@@ -301,19 +301,10 @@ class Table:
     @property
     def hedges(self) -> tuple[Hedge, ...]:
         """The parts that stand in for others."""
-        won = {part.number for part in self.answered.values()}
+        parts = [part for part in self.parts if part.of is not None]
+        won = {part.number for part in self.answered.values()} if parts else ()
         return tuple(
             Hedge(p.number, p.of.number, p.units, p.asked - self.since, p.number in won)
-            for p in self.parts[len(self.first) :]
+            for p in parts
             if p.of is not None
         )
-
-    @property
-    def latencies(self) -> dict[int, float]:
-        """The time of each worker's last reply, in order, without workers that had to load."""
-        found: dict[int, float] = {}
-        for part in self.ended:
-            found.pop(part.worker, None)
-            if part.worker >= 0 and not part.fresh:
-                found[part.worker] = part.ended
-        return found

@@ -239,7 +239,7 @@ class CodedWrapper(ModuleProxy):
             execution.run(pool, self.module, waiting, self._history)
             answers.forget_excluded()
         if self.code is None:
-            self._warn_once(waiting, execution.not_floating())
+            self._warn_once(waiting, execution)
         with report.timed("decode"), on_host():
             error = execution.error(waiting)
             stacked = execution.checks.stack() if execution.table.answered else self._form
@@ -263,10 +263,11 @@ class CodedWrapper(ModuleProxy):
         report.warn(execution.why)
         return found
 
-    def _warn_once(self, waiting: Waiting, not_floating: str) -> None:
+    def _warn_once(self, waiting: Waiting, execution: Execution) -> None:
         """Warn if a call by rows never uses a surrogate, or can never predict an output."""
-        what = not_floating
-        if not waiting.may_predict(by_rows=True):
+        if waiting.may_predict(by_rows=True):
+            what = execution.not_floating()
+        else:
             how = "give a deadline, predict_after or on_error='predict'"
             what = f"surrogate is never used by {waiting}; {how}" if self.surrogate else ""
         if what and what not in self._warned:

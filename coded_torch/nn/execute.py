@@ -116,7 +116,9 @@ class Execution:
     def error(self, waiting: Waiting) -> Exception | None:
         """Return the exception if some rows may not, or cannot, be predicted, and report these."""
         division, table, report = self._division, self.table, self._report
-        answered = table.answered.keys()
+        answered, error = table.answered.keys(), self.checks.misfit
+        if error is None and division.is_whole(answered):
+            return None
         blamed = [part for unit, part in table.refused.items() if unit not in answered]
         if division.by_rows:
             last = dict[int, WorkerError]()
@@ -128,8 +130,7 @@ class Execution:
         required = waiting.least(division.needed, division.least, division.by_rows)
         if report.ended == "failed" and waiting.predict and not division.by_rows:
             required = division.least  # no more could come
-        why, error = self.why, self.checks.misfit
-        enough = len(answered) >= required
+        why, enough = self.why, len(answered) >= required
         if blamed and (waiting.on_error == "raise" or not enough):
             required, why = division.needed, ""
             first = min(blamed, key=lambda part: part.units).error
@@ -142,7 +143,8 @@ class Execution:
 
     def not_floating(self) -> str:
         """Return which output cannot be predicted, and a remedy; "" if there is none such."""
-        for result in [part.result for part in self.table.good[:1]]:
+        for part in self.table.good[:1]:
+            result = part.result
             for i in result.divided:
                 if not (leaf := result.leaves[i]).is_floating_point():
                     remedy = "take Waiting(predict=False), or return logits instead"

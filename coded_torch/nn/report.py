@@ -15,7 +15,7 @@ from torch import Tensor
 from .._arguments import real, sparing_logger
 from .._torch import outside
 from ..input_space.error_bars import ErrorBars
-from ..table import Hedge, Table, WorkerError
+from ..table import GOOD, Hedge, Table, WorkerError
 
 if TYPE_CHECKING:
     from ..input_space.metrics import Choice
@@ -136,10 +136,17 @@ class Report:
 
     def note_table(self, table: Table, size: int, rejected: Sequence[WorkerError]) -> None:
         """Note who was asked, which results count, and how the policy ended the call, if it did."""
-        self.asked, self.latencies = tuple(sorted(table.asked)), table.latencies
-        begun = sum([len(part.units) for part in table.parts if part.began < math.inf])
+        begun, received = 0, set[int]()
+        for part in table.ended:
+            self.latencies.pop(part.worker, None)
+            if part.worker >= 0 and not part.fresh:
+                self.latencies[part.worker] = part.ended
+            if part.outcome is GOOD:
+                received.add(part.worker)
+        for part in table.parts:
+            begun += len(part.units) if part.began < math.inf else 0
+        self.asked, self.received = tuple(sorted(table.asked)), tuple(sorted(received))
         self.work = begun * table.unit_rows / size
-        self.received = tuple(sorted({part.worker for part in table.good}))
         self.rejected = {error.worker: error.reason for error in rejected if error.worker >= 0}
         for error in rejected:
             logger.warning("CodedWrapper: a result was rejected: %s", error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -150,7 +151,7 @@ class Checks:
 
     def __init__(self, division: Division) -> None:
         self._division = division
-        self._groups: list[list[Part]] = []  # one for each form, in the order of their ends
+        self._groups: list[list[Part]] = []  # one for each form, the largest first
         self._misfits: list[tuple[int, Part, Exception]] = []  # parts that cannot be decoded
 
     def judge(self, ended: Sequence[Part]) -> None:
@@ -169,10 +170,10 @@ class Checks:
                 self._reject(part, f"returned what cannot be decoded: {text}", cause)
         names = _not_finite([part.result for part in formed])
         for part in formed:
-            if (name := names.get(part.result)) is None:
-                self._count(part)
-            else:
+            if name := names.get(part.result):
                 self._reject(part, f"returned values that are not finite in {name}")
+            else:
+                self._count(part)
 
     def _reject(self, part: Part, why: str, cause: Exception | None = None) -> None:
         part.result = None
@@ -181,14 +182,17 @@ class Checks:
 
     def _count(self, part: Part) -> None:
         """Let a result vote, and mark whose results are good, or disputed, by it."""
-        groups, form = self._groups, part.result.form
-        before = max(groups, key=_weight, default=None)
-        group = next((g for g in groups if form == g[0].result.form), None)
-        if group is None:
-            groups.append(group := [])
-        group.append(part)
-        lead = group if len(groups) == 1 else max(groups, key=_weight)
-        if lead is before or before is None:
+        before = self._groups[0] if self._groups else []
+        for group in self._groups:
+            if part.result.form == group[0].result.form:
+                group.append(part)
+                break
+        else:
+            self._groups.append(group := [part])
+        if len(self._groups) > 1:
+            self._groups.sort(key=_weight, reverse=True)
+        lead = self._groups[0]
+        if lead is before or not before:
             self.table.mark(part, GOOD if group is lead else DISPUTED)
             return
         for other in before:  # others have the majority now
@@ -200,13 +204,13 @@ class Checks:
     def rejected(self) -> list[WorkerError]:
         """The errors of all parts whose results do not count, in the order of asking."""
         errors = [part.error for part in self.table.ended if part.error is not None]
-        lead = max(self._groups, key=_weight, default=[])
-        for group in self._groups if len(self._groups) > 1 else ():
+        for group in self._groups[1:]:
+            lead = self._groups[0]
             many = "as many" if _weight(group)[0] == _weight(lead)[0] else "most"
-            for part in group if group is not lead else ():
+            for part in group:
                 why = f"returned {part.result}, where {many} returned {lead[0].result}"
                 errors.append(WorkerError(part.number, part.worker, why))
-        return sorted(errors, key=lambda error: error.part)
+        return sorted(errors, key=attrgetter("part"))
 
     @property
     def misfit(self) -> Exception | None:
@@ -214,20 +218,22 @@ class Checks:
 
         A single row looks right if the output has no batch dimension, but a dimension of size 1.
         """
+        if not self._misfits:
+            return None
         good = [part for group in self._groups for part in group]
         cut = all(len(part.units) == 1 == self._division.task.unit_rows for part in good)
         # A single broken worker shows nothing, unless single rows of its own are good.
         workers = {part.worker for _, part, _ in self._misfits if len(part.units) > 1}
         cut &= len(workers) > 1 or not workers.isdisjoint(part.worker for part in good)
-        none = not good and 0 < len(self._misfits) == len(self.table.ended)
+        none = not good and len(self._misfits) == len(self.table.ended)
         return min(self._misfits)[2] if none or (good and cut) else None
 
     def stack(self) -> Stacked:
         """Stack the results that answer units."""
         answered, good = self.table.answered, self.table.good
-        first = min(good, key=lambda part: part.number).result  # not the first to arrive
+        first = min(good, key=attrgetter("number")).result  # not the first to arrive
         # Side by side in the order of their units, which leaves little or nothing to put in place.
-        good = sorted(good, key=lambda part: part.units)
+        good = sorted(good, key=attrgetter("units"))
         flat = [unit for part in good for unit in part.units]
         everywhere = places = list(range(len(flat)))
         if len(flat) > len(answered):  # some units have several results

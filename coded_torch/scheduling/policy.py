@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..table import DROPPED, GOOD, OPEN, Part, Table
+from ..table import GOOD, OPEN, Part, Table
 
 if TYPE_CHECKING:
     from .latency_history import History
@@ -68,20 +68,22 @@ class Decisions:
 
     def decide(self) -> float:
         """Return when to decide again if nothing happens."""
-        table = self.table
+        table, raised = self.table, False
         for part in table.changed:
-            if part.failed or part.outcome is DROPPED:
-                self.to_replace[part.number] = part
-            elif part.outcome is OPEN and self.waiting.hedge_budget:
+            if part.outcome is OPEN and self.waiting.hedge_budget:
                 self._set_due(part, part.began + self.threshold(len(part.units)))
-        if any(part.kind == "raised" for part in table.changed) and not table.answered:
+            elif part.outcome is not OPEN and part.outcome is not GOOD:
+                self.to_replace[part.number] = part
+                raised |= part.kind == "raised"
+        if raised and not table.answered:
             self._blame()
         table.changed.clear()
         reason = self._reason()
         if not reason and table.is_over:
             reason = "failed"
         elif not reason:
-            self._drop()
+            if len(table.parts) > len(table.first):
+                self._drop()
             self._replace()
             reason = self._reason() or ("" if table.open else "failed")
             if table.now >= self.prepare_at:
@@ -255,38 +257,46 @@ class Decisions:
         )
 
     def _end(self, reason: str) -> None:
-        # Rows that the module raised on are refused if no other worker is known to work, or if they
-        # raised three times in a row on a worker that computed other rows.
-        table, failed = self.table, [part for part in self.table.parts if part.failed]
-        working = {part.worker for part in table.good}
-        raised = all(part.kind == "raised" for part in failed)
-        blames = table.spare is None and (working or reason == "failed" or raised)
-        for part in reversed(failed) if blames else ():
-            works = part.worker in working and part.tries >= _TRIES
-            lone = part.kind == "raised" and len(part.units) == 1
-            lone = lone and part.units[0] not in table.answered
-            if lone and (works or working <= {part.worker}):
-                table.refused.setdefault(part.units[0], part)
+        table = self.table
+        if reason != "complete" and table.spare is None:
+            self._refuse(reason)
         reason = "error" if reason == "failed" and self._reason() == "error" else reason
         if not self.waiting.at_once:
             self._remember()
         table.hedging_threshold = self.history.hedging_threshold(table.rows)
         table.reason = reason
 
+    def _refuse(self, reason: str) -> None:
+        """Refuse rows that raised alone, if no other worker is known to work.
+
+        Refuse rows, too, that raised three times in a row on a worker that computed other rows.
+        """
+        table, failed = self.table, [part for part in self.table.parts if part.failed]
+        working = {part.worker for part in table.good}
+        if not working and reason != "failed" and any(part.kind != "raised" for part in failed):
+            return
+        for part in reversed(failed):
+            works = part.worker in working and part.tries >= _TRIES
+            lone = part.kind == "raised" and len(part.units) == 1
+            lone = lone and part.units[0] not in table.answered
+            if lone and (works or working <= {part.worker}):
+                table.refused.setdefault(part.units[0], part)
+
     def _remember(self) -> None:
-        table = self.table
-        ran = [part for part in table.parts if part.began < math.inf]
+        table, is_typical = self.table, True
+        parts, failures = list[tuple[int, float]](), list[bool]()
+        for part in table.parts:
+            if part.began == math.inf:
+                continue
+            if part.fresh:
+                is_typical = False
+            else:
+                seconds = part.seconds if part.outcome is GOOD else math.inf
+                parts.append((table.unit_rows * len(part.units), seconds))
+            ended = part.outcome is GOOD or (part.failed and part.kind != "raised")
+            if ended and table.given_up.isdisjoint(part.units):
+                failures.append(part.failed)
         # If calls that were cut short did not count as infinite, the median would not follow.
         is_complete = len(table.answered) >= table.needed
         took = table.now - table.since if is_complete else math.inf
-        is_typical = not any(part.fresh for part in ran)
-        innocent = [p for p in ran if p.kind != "raised" and table.given_up.isdisjoint(p.units)]
-        self.history.add(
-            [
-                (table.unit_rows * len(p.units), p.seconds if p.outcome is GOOD else math.inf)
-                for p in ran
-                if not p.fresh
-            ],
-            (table.rows, took) if is_typical else None,
-            [p.failed for p in innocent if p.outcome is GOOD or p.failed],
-        )
+        self.history.add(parts, (table.rows, took) if is_typical else None, failures)

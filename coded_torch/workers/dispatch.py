@@ -254,10 +254,12 @@ class Dispatcher(abc.ABC):
             busy, at = [w.index for w in self._workers if w.job is not None], 0
             while at < len(self._jobs) and not self.closed:
                 job = self._jobs[at]
-                out, now = job.avoid | job.tried, self._clock()
-                others = [w for w in self._workers if w.is_wanted and w.index not in out]
-                if not any(w.job is None or now - w.since < _PATIENCE for w in others):
-                    out = job.avoid
+                out = job.avoid | job.tried
+                if job.tried:
+                    begun = self._clock() - _PATIENCE
+                    others = [w for w in self._workers if w.is_wanted and w.index not in out]
+                    if not any(w.job is None or w.since > begun for w in others):
+                        out = job.avoid
                 workers, module = [w for w in idle if w.index not in out], job.request.module
                 known = [w for w in workers if not w.is_new_to(module)]
                 workers = known or (workers if self.may_load(module) else [])
