@@ -16,9 +16,13 @@ _PARTS, _CALLS = 512, 128  # remembered
 _LEAST = 32  # parts that have replied before the history is used
 _REFIT = 32  # new parts after which the line through sizes is fitted again; a new size counts as 4
 _GROUP = 8  # the least number of small parts, and of large parts, of a fit
-# Medians after which a part is late, which trades work on calm workers against latency (1.2 to 2 in
-# benchmarks/waiting.py). A threshold that follows the spread of latencies has no shorter tail.
-_LATE_AFTER = 1.5
+# A part is late beyond three standard deviations of a lognormal body (99.9 %), whose lower half
+# stragglers do not touch: 3 / 0.6745 = 4.45 in powers of median / lower quartile. At least 1.5
+# medians, which trades work on calm workers against latency (1.2 to 2 in benchmarks/waiting.py). At
+# most 8 medians, which .4 % of exponential latencies exceed: where a third of the workers are ten
+# times as fast as the others, the quartile is that fast, and no part would be late. Where the body
+# is wide, that tail comes after the hedges that the budget allows (benchmarks/fleet.py).
+_TAIL, _LEAST_TAIL, _MOST_TAIL = 4.45, 1.5, 8.0
 # A smaller part that takes more than this share of the time is no use, as each may straggle: where
 # rows take no time, four straggle four times as often as one (benchmarks/fleet.py).
 _SPLIT_SHARE = 0.5
@@ -97,13 +101,21 @@ class History:
         with self._lock:
             return self._quantile(self._parts, quantile) * self._scale(rows)
 
-    def hedging_threshold(self, rows: int, unknown: float = math.inf) -> float:
-        """Return the seconds after which a part of so many rows is late: 1.5 medians.
+    def hedging_threshold(self, rows: int, budget: float = 0.0, unknown: float = math.inf) -> float:
+        r"""Return the seconds after which a part of so many rows is late.
 
-        Return ``unknown`` until 32 parts have replied, or if most of them never did.
+        With the median m and the lower quartile q of parts, m times :math:`(m / q)^{4.45}`, or the
+        quantile 1 - ``budget`` if it is less, which is bounded by 1.5 m and 8 m. ``unknown`` until
+        32 parts have replied.
         """
-        threshold = _LATE_AFTER * self.part(rows)
-        return threshold if threshold < math.inf else unknown
+        with self._lock:
+            quantiles = (0.5, 0.25, max(0.0, 1.0 - budget))
+            median, quartile, spent = (self._quantile(self._parts, q) for q in quantiles)
+            tail = _MOST_TAIL if median > 0 else _LEAST_TAIL
+            if quartile > 0 and median < math.inf:
+                tail = min(tail, (median / quartile) ** _TAIL)
+            threshold = max(_LEAST_TAIL * median, min(tail * median, spent))
+            return threshold * self._scale(rows) if threshold < math.inf else unknown
 
     def num_hedges(self, rows: int, most: int) -> int:
         """Return how many parts stand in for a late one: ``most``, or 1 if that is no use."""

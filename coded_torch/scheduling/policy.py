@@ -60,7 +60,7 @@ class Decisions:
         self.to_replace: dict[int, Part] = {}  # late and failed parts, by number
         half = (waiting.deadline or math.inf) / 2
         self.threshold = functools.cache(
-            lambda n: history.hedging_threshold(n * table.unit_rows, half)
+            lambda n: history.hedging_threshold(n * table.unit_rows, budget, half)
         )
         history.earn(budget)
         for units in table.first:
@@ -263,7 +263,8 @@ class Decisions:
         reason = "error" if reason == "failed" and self._reason() == "error" else reason
         if not self.waiting.at_once:
             self._remember()
-        table.hedging_threshold = self.history.hedging_threshold(table.rows)
+        budget = self.waiting.hedge_budget
+        table.hedging_threshold = self.history.hedging_threshold(table.rows, budget)
         table.reason = reason
 
     def _refuse(self, reason: str) -> None:

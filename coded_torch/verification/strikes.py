@@ -127,16 +127,18 @@ class Strikes:
     def strike(self, worker: int) -> bool:
         """Count a wrong result, and return whether its worker is excluded from now on.
 
-        A random module gives strikes to all workers alike, so it takes many more than the others
-        have: by chance an honest worker is out in one of 10,000 modules' lives.
+        One of n workers has t + 1 strikes in turn by chance once in n^t = 10,000 times. Each other
+        worker with strikes adds three, and not all of its own: faulty workers would protect each
+        other. If most workers have strikes, the module does not repeat its results. By chance an
+        honest worker is out in one of 10,000 lives of such modules.
         """
         with self._lock:
             if worker in self.excluded:  # another call was faster
                 return True
             own = self._strikes[worker] = self._strikes.get(worker, 0) + 1
             self._clean[worker] = 0
-            others = sum(self._strikes.values()) - own
-            if own >= 1 + math.ceil(4 / math.log10(max(2, len(self.workers)))) + 2 * others:
+            workers, struck = len(self.workers), len(self._strikes)
+            if own >= math.ceil(4 / math.log10(max(2, workers))) + 3 * struck - 2:
                 # First, as an excluded one with a part is a new one. It may have left.
                 if self.exclude is not None:
                     with contextlib.suppress(ValueError):
@@ -144,8 +146,7 @@ class Strikes:
                 self.excluded.add(worker)
                 del self._strikes[worker]
                 return True
-            most = max(self._strikes.values())
-            if len(self._strikes) >= 3 and most <= 2 * (own + others - most):
+            if struck > workers / 2:
                 self.stopped = "results of several workers differ when they are asked again"
             return False
 

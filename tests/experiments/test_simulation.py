@@ -53,7 +53,7 @@ class Watched:
         thresholds, units = self.thresholds.setdefault(table, {}), len(part.units)
         if part.began == math.inf:
             return math.inf
-        known = history.hedging_threshold(units)
+        known = history.hedging_threshold(units, self.waiting.hedge_budget)
         half = (self.waiting.deadline or math.inf) / 2
         return part.began + thresholds.setdefault(units, known if known < math.inf else half)
 

@@ -424,19 +424,26 @@ def test_a_call_is_remembered_when_it_has_ended():
     assert history.call(2) == 1.0
 
 
+WIDE = [0.01 * (i + 1) for i in range(100)]  # a tail of 8 medians
+
+
 @pytest.mark.parametrize(
-    ("latencies", "threshold"),
+    ("latencies", "budget", "threshold"),
     [
-        ([1.0] * 20 + [0.2] * 19, 1.5),
-        ([1.0] * 33 + [math.inf] * 32, 1.5),
-        ([1.0] * 25 + [0.8] * 13 + [math.inf] * 50, math.inf),
-        ([1.0] * 31, math.inf),  # not known yet
+        ([1.0] * 20 + [0.9] * 20, 0.0, (1 / 0.9) ** 4.45),
+        ([1.0] * 25 + [0.8] * 13, 0.0, (1 / 0.8) ** 4.45),
+        ([1.0] * 25 + [0.8] * 13 + [math.inf] * 50, 0.0, math.inf),
+        ([0.0] * 20 + [0.1] * 30, 0.0, 0.8),
+        ([0.02] * 40 + [0.002] * 20, 0.0, 8 * 0.02),  # one worker of three is fast
+        (WIDE, 0.2, 0.81),  # parts are late as soon as the budget allows
+        (WIDE, 0.25, 1.5 * 0.51),
+        (WIDE, 0.0, 8 * 0.51),
     ],
 )
-def test_a_part_is_late_after_one_and_a_half_medians(latencies, threshold):
+def test_the_hedging_threshold_is_the_tail_of_a_lognormal_body(latencies, budget, threshold):
     history = History()
     history.add([(4, seconds) for seconds in latencies], None)
-    assert history.hedging_threshold(4) == threshold
+    assert history.hedging_threshold(4, budget) == pytest.approx(threshold)
 
 
 def test_what_is_old_is_forgotten():
