@@ -77,7 +77,7 @@ class Fleet:
         count = min(len(order), size)
         parts = [range(i * size // count, (i + 1) * size // count) for i in range(count)]
         trials, values = Trials(self.strikes, _All(), inputs), dict[int, Tensor]()
-        table = Table(parts, needed=size, idle=lambda: len(order))
+        table = Table(first=parts, needed=size, idle=lambda: len(order))
         events, asked = deque[Reply](), 0
         begin, first_wait = time.perf_counter(), 0.0
         while True:

@@ -19,6 +19,7 @@ import math
 import re
 import traceback
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Part:
     avoid: frozenset[int] = frozenset()
     tried: frozenset[int] = frozenset()
     request: Any = None  #: the request that has asked a dispatcher for it
-    ticket: int = dataclasses.field(default_factory=_tickets.__next__)  #: no other part has it
+    ticket: int = field(default_factory=_tickets.__next__)  #: no other part has it
     # ---
     of: Part | None = None  #: the part that it stands in for
     why: str = "first"  #: or "hedge" for a late part, "retry" for a failed one, "check", "vote"
@@ -149,67 +150,59 @@ class Hedge(NamedTuple):
     won: bool  #: true if this part was the first to answer any of its units
 
 
+@dataclasses.dataclass(eq=False, kw_only=True)
 class Table:
     """The parts of one call. One thread uses a table, and calls a policy's ``decide`` on it.
 
     A unit is a row of the batch, or a column of a code. All times are seconds on one clock.
-
-    Args:
-        first: the units of each part that is asked for first.
-        needed: the number of units that complete the call: B, or N - S.
-        least: the number of units that can be decoded. Defaults to 1.
-        unit_rows: the rows of a unit. Defaults to 1.
-        spare: the columns that stand in for any column. Defaults to None, by rows.
-        since: the time at which the call began. Defaults to 0.
-        idle: returns the number of idle workers.
-        reserve: seconds before the deadline that estimates take. Defaults to 0.
-        judge: marks parts that have ended, perhaps others, too. Defaults to the pool's word.
     """
 
-    def __init__(
-        self,
-        first: Sequence[Sequence[int]],
-        *,
-        needed: int,
-        least: int = 1,
-        unit_rows: int = 1,
-        spare: Sequence[int] | None = None,
-        since: float = 0.0,
-        idle: Callable[[], int] = lambda: 1,
-        reserve: float = 0.0,
-        judge: Callable[[Sequence[Part]], None] | None = None,
-    ) -> None:
-        self.needed, self.least, self.unit_rows = needed, least, unit_rows
-        self.spare, self.since, self.idle, self.reserve = spare, since, idle, reserve
-        self.judge = judge or self._believe
-        self.deal(first)
-        self.parts: list[Part] = []
-        self.now = self.heard = since  # no event can come any more from before `heard`
-        self.is_quiet = False  #: true if nothing has happened since the last decision
-        self.is_over = False  #: true if nothing can come any more
-        # Indexes, which follow from the columns.
-        self.answered: dict[int, Part] = {}  #: the part that answers a unit: the first good one
-        self.ended: list[Part] = []  #: parts in the order of their ends
-        self.open = 0  #: parts whose outcome is open
-        self.asked: set[int] = set()  #: workers that began a part
-        self.failed: dict[int, frozenset[int]] = {}  #: the workers whose module failed, by unit
-        self.changed: list[Part] = []  #: parts that began or failed since the last decision
-        # What policies write beside the parts.
-        self.reason = ""  #: why the call has ended, as :attr:`coded_torch.Report.ended`
-        self.refused: dict[int, Part] = {}  #: the part that showed that the module fails on a unit
-        self.given_up: set[int] = set()  #: units that are not asked for any more
-        self.avoid = _NOBODY  #: workers that no part may have
-        self.unwanted: list[Part] = []  #: dropped parts, which the pool has not been told of
-        self.prepares = False  #: true if missing rows may soon have to be estimated
-        self.deadline = math.inf  #: seconds from the call to its answer
-        self.hedging_threshold = math.inf  #: seconds after which the largest part is late
-        self.policy: Any = None  #: what the policy keeps of this call
-        self.verdict: Any = None  #: what verification keeps of this call
+    first: Sequence[Sequence[int]]  #: the units of each part that is asked for first
+    needed: int  #: the number of units that complete the call: B, or N - S
+    least: int = 1  #: the number of units that can be decoded
+    unit_rows: int = 1  #: the rows of a unit
+    spare: Sequence[int] | None = None  #: the columns that stand in for any; None by rows
+    since: float = 0.0  #: the time at which the call began
+    idle: Callable[[], int] = lambda: 1  #: returns the number of idle workers
+    reserve: float = 0.0  #: seconds before the deadline that estimates take
+    #: Marks parts that have ended, perhaps others, too. Defaults to believing the pool.
+    judge: Callable[[Sequence[Part]], None] | None = None
+    # Indexes, which follow from the columns.
+    parts: list[Part] = field(default_factory=list)
+    answered: dict[int, Part] = field(default_factory=dict)  #: the first good part, by unit
+    ended: list[Part] = field(default_factory=list)  #: parts in the order of their ends
+    open: int = 0  #: parts whose outcome is open
+    asked: set[int] = field(default_factory=set)  #: workers that began a part
+    failed: dict[int, frozenset[int]] = field(default_factory=dict)  #: workers, by unit
+    changed: list[Part] = field(default_factory=list)  #: began or failed since the last decision
+    now: float = -math.inf
+    heard: float = -math.inf  #: no event can come any more from before
+    is_quiet: bool = False  #: true if nothing has happened since the last decision
+    is_over: bool = False  #: true if nothing can come any more
+    # What policies write beside the parts.
+    reason: str = ""  #: why the call has ended, as :attr:`coded_torch.Report.ended`
+    refused: dict[int, Part] = field(default_factory=dict)  #: why the module fails on a unit
+    given_up: set[int] = field(default_factory=set)  #: units that are not asked for any more
+    avoid: frozenset[int] = _NOBODY  #: workers that no part may have
+    unwanted: list[Part] = field(default_factory=list)  #: dropped, and not yet told the pool
+    prepares: bool = False  #: true if missing rows may soon have to be estimated
+    deadline: float = math.inf  #: seconds from the call to its answer
+    hedging_threshold: float = math.inf  #: seconds after which the largest part is late
+    policy: Any = None  #: what the policy keeps of this call
+    verdict: Any = None  #: what verification keeps of this call
 
-    def deal(self, first: Sequence[Sequence[int]]) -> None:
-        """Let these units be asked for first."""
-        self.first = first
-        self.num_units, self.rows = sum(map(len, first)), self.unit_rows * max(map(len, first))
+    def __post_init__(self) -> None:
+        self.now = self.heard = self.since
+
+    @property
+    def num_units(self) -> int:
+        """The number of units that are asked for first."""
+        return sum(map(len, self.first))
+
+    @property
+    def rows(self) -> int:
+        """The rows of the largest part that is asked for first."""
+        return self.unit_rows * max(map(len, self.first))
 
     def ask(
         self,
@@ -236,7 +229,7 @@ class Table:
 
     def hear(self, events: Iterable[Began | Reply], until: float = -math.inf) -> None:
         """Write events, or without any that nothing happens until a time; infinite: any more."""
-        ended, events = [], [*events]
+        ended, events = list[Part](), [*events]
         for event in events:
             part = event.part
             self.now = max(self.now, event.at)
@@ -252,9 +245,12 @@ class Table:
                 part.began = event.at - event.latency if event.latency < math.inf else math.inf
                 part.result, part.error = event.value, event.error
                 ended.append(part)
-        if ended:
-            self.ended += ended
+        self.ended += ended
+        if ended and self.judge is not None:
             self.judge(ended)
+        elif ended:
+            for part in ended:
+                self.mark(part, GOOD if part.error is None else FAILED)
         self.is_quiet = not events
         self.is_over = self.is_quiet and until == math.inf
         if self.is_quiet and not self.is_over:
@@ -282,10 +278,6 @@ class Table:
         if not self.answered.keys().isdisjoint(units):
             units = tuple([unit for unit in units if unit not in self.answered])
         self.answered.update(dict.fromkeys(units, part))
-
-    def _believe(self, ended: Sequence[Part]) -> None:
-        for part in ended:
-            self.mark(part, GOOD if part.error is None else FAILED)
 
     # Views.
 

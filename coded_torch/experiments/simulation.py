@@ -152,7 +152,7 @@ def simulate(
     history = History()
 
     def arrive(number: int) -> None:
-        table = Table(first, since=pool.now, **options)
+        table = Table(first=first, since=pool.now, **options)
         own = factors[number * len(first) : (number + 1) * len(first)]
         decide = functools.partial(policy.decide, history, table)
         pool.step(_Call(number, table, decide, own, pool.delays()))

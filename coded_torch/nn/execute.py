@@ -52,7 +52,7 @@ class Execution:
             # On a simulated clock, only the simulation takes time.
             began = 0.0 if pool.simulated else request.now() + report.since - time.perf_counter()
             table = self.table = self.checks.table = Table(
-                division.first,
+                first=division.first,
                 needed=division.needed,
                 least=division.least,
                 unit_rows=division.task.unit_rows,

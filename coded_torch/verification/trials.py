@@ -69,8 +69,7 @@ class Trials:
 
     def _decisions(self, history: Any, table: Table) -> _Doing:
         record, self.table = self.record, table
-        first, rows, self._share = record.draw(table.first, table.idle())
-        table.deal(first)
+        table.first, rows, self._share = record.draw(table.first, table.idle())
         self.wanted = self.wanted | rows
         self.waiting.decide(history, table)
         yield -math.inf  # the parts are asked for

@@ -82,7 +82,7 @@ def test_of_two_camps_of_one_size_that_of_the_part_asked_first_is_taken(order):
 def checked(task: Any, first: Any = None) -> Checks:
     first = first or [(n,) for n in range(task.num_units)]
     checks = Checks(SimpleNamespace(task=task, link=None, not_finite=None, mixes=True))
-    checks.table = Table(first, needed=task.num_units, judge=checks.judge)
+    checks.table = Table(first=first, needed=task.num_units, judge=checks.judge)
     for units in first:
         checks.table.ask(units)
     return checks

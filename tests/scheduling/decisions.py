@@ -88,7 +88,7 @@ def drive(waiting, events, first=((0, 1), (2, 3), (4, 5), (6, 7)), needed=8, his
 
     ``events`` may be a function of the units of all parts.
     """
-    table, decisions, waits, asked = Table(first, needed=needed, **kw), [], [], 0
+    table, decisions, waits, asked = Table(first=first, needed=needed, **kw), [], [], 0
     history, given = history or History(), iter(() if callable(events) else events)
     for _ in range(100_000):
         until = waiting.decide(history, table)

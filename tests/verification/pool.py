@@ -91,7 +91,7 @@ class Pool:
         parts = [range(i * size // count, (i + 1) * size // count) for i in range(count)]
         trials, numbers = Trials(self.strikes, Settling(**ended)), Numbers(odd, scores)
         trials.prepare = lambda: setattr(trials, "results", numbers)
-        table = Table(parts, needed=size, idle=lambda: len(order))
+        table = Table(first=parts, needed=size, idle=lambda: len(order))
         events, times, asked = deque(), Counter(), 0
         self.waits, self.first = [], {}  # how long was waited in vain; the first answers
         while True:

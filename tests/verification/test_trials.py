@@ -241,7 +241,7 @@ def test_a_row_is_verified_only_if_its_answer_is_what_two_workers_computed():
     trials.prepare, trials.wanted = (lambda: None), {0}
     trials.results = Stopping()
     trials.results.by_part = {0: {0: 5.0}, 1: {0: 0.0}, 2: {0: 0.0}}
-    table = Table([(0,)] * 3, needed=1, idle=int)
+    table = Table(first=[(0,)] * 3, needed=1, idle=int)
     decide(trials, table, None, (0, 0.0), (1, 0.0), (2, 0.0), None)
     assert (trials.verified, trials.unverified) == (set(), {0})
     assert 0 in trials.doubted
@@ -250,7 +250,7 @@ def test_a_row_is_verified_only_if_its_answer_is_what_two_workers_computed():
 def test_results_that_arrived_with_the_last_event_count():
     trials = Trials(record(4), Settling("deadline"))
     trials.prepare = lambda: setattr(trials, "results", Numbers())
-    table = Table([(0,), (1,)], needed=2, idle=int)
+    table = Table(first=[(0,), (1,)], needed=2, idle=int)
     asks = trials.waiting.decide
 
     def ends_at_the_first(history, table):
@@ -331,7 +331,7 @@ def test_a_part_that_failed_is_not_waited_for(failed):
     trials.record.passed([0, 1, 2] * 30)
     trials.record.share = 0.0
     trials.prepare, trials.wanted = (lambda: setattr(trials, "results", numbers)), {0}
-    table = Table([(0, 1), (2, 3, 0), (2, 3)], needed=4, idle=int)
+    table = Table(first=[(0, 1), (2, 3, 0), (2, 3)], needed=4, idle=int)
     third = (1, 1.0, "failed") if failed else None
     until = decide(trials, table, None, (0, 1.0), (2, 1.0), third, None)
     if not failed:
