@@ -24,7 +24,9 @@ class HedgeOnce(Waiting):
 
     def decide(self, history: History, table: Table) -> float:
         if not table.parts:
-            table.hedging_threshold = self._after(history, table.rows)
+            table.hedging_threshold = self._after(
+                history, table.unit_rows * max(map(len, table.first))
+            )
             for units in table.first:
                 table.ask(units)
         until = math.inf
@@ -45,7 +47,8 @@ class HedgeOnce(Waiting):
             table.reason = "failed"
         if table.reason:
             began = [part for part in table.parts if part.began < math.inf]
-            history.add([(table.rows, part.seconds) for part in began], None)
+            rows = table.unit_rows * max(map(len, table.first))
+            history.add([(rows, part.seconds) for part in began], None)
         return until
 
     def _after(self, history: History, rows: int) -> float:

@@ -64,8 +64,8 @@ class WorkerError(RuntimeError):
 class Part:
     """The units of a task that one worker is asked for, and what came of it.
 
-    The thread of the call writes all columns but ``request``, by events of the pool. A pool reads
-    those above the line, and ``outcome``.
+    The thread of the call writes the columns, by events of the pool, which reads those above the
+    line.
     """
 
     number: int  #: 0, 1, 2, ... within the request, in the order of asking
@@ -194,16 +194,6 @@ class Table:
     def __post_init__(self) -> None:
         self.now = self.heard = self.since
 
-    @property
-    def num_units(self) -> int:
-        """The number of units that are asked for first."""
-        return sum(map(len, self.first))
-
-    @property
-    def rows(self) -> int:
-        """The rows of the largest part that is asked for first."""
-        return self.unit_rows * max(map(len, self.first))
-
     def ask(
         self,
         units: Iterable[int],
@@ -221,11 +211,6 @@ class Table:
         self.open += 1
         self.is_over = False
         return part
-
-    def drop(self, part: Part) -> None:
-        """Keep a part from beginning."""
-        self.mark(part, DROPPED)
-        self.unwanted.append(part)
 
     def hear(self, events: Iterable[Began | Reply], until: float = -math.inf) -> None:
         """Write events, or without any that nothing happens until a time; infinite: any more."""
@@ -259,6 +244,8 @@ class Table:
     def mark(self, part: Part, outcome: str, error: WorkerError | None = None) -> None:
         """Write the outcome of a part, which may change later, and why it is not good."""
         before, part.outcome = part.outcome, outcome
+        if outcome is DROPPED:
+            self.unwanted.append(part)
         part.error = error or part.error
         self.open -= before is OPEN
         if outcome is GOOD:

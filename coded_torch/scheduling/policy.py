@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..table import GOOD, OPEN, Part, Table
+from ..table import DROPPED, GOOD, OPEN, Part, Table
 
 if TYPE_CHECKING:
     from .latency_history import History
@@ -47,12 +47,14 @@ class Decisions:
         by_rows, budget = table.spare is None, waiting.hedge_budget
         self.may_predict = waiting.may_predict(by_rows)
         self.least = waiting.least(table.needed, table.least, by_rows)
+        self.num_units, self.rows = sum(map(len, table.first)), max(map(len, table.first))
+        self.rows *= table.unit_rows
         self.unasked = deque(table.spare or ())
         after = waiting.predict_after or (math.inf if by_rows else _PREDICT_AFTER)
         if waiting.deadline is not None:
             table.deadline = waiting.deadline
         elif self.may_predict and after < math.inf:
-            table.deadline = after * history.call(table.rows)
+            table.deadline = after * history.call(self.rows)
         # From `late_at` on, missing rows are estimated as soon as half of the results are there.
         self.end = table.since + table.deadline
         self.late_at, self.prepare_at, self.hedged = self.end - table.reserve, math.inf, False
@@ -126,23 +128,21 @@ class Decisions:
         """Refuse all rows if single rows raise alike, on several workers."""
         table = self.table
         singles = {part.units: part for part in reversed(table.parts) if len(part.units) == 1}
-        most = max(3, min(_BLAMED, table.num_units))
+        most = max(3, min(_BLAMED, self.num_units))
         # The first that were asked: rows that raise may be faster than others.
         alone = sorted(singles.values(), key=lambda part: part.number)[:most]
         if len(alone) < most or not all(part.kind == "raised" for part in alone):
             return
-        alike = (
-            len({p.error and p.error.alike for p in alone}) == 1 < len({p.worker for p in alone})
-        )
+        causes, workers = {p.error and p.error.alike for p in alone}, {p.worker for p in alone}
         first = table.parts[: len(table.first)]
-        if alike and all(part.kind == "raised" for part in first):
+        if len(causes) == 1 < len(workers) and all(part.kind == "raised" for part in first):
             table.refused |= {unit: part for part in first for unit in part.units}
 
     def _drop(self) -> None:
         """Drop parts that have not begun, and that other parts have answered."""
         for part in self.table.parts[len(self.table.first) :]:
             if part.outcome is OPEN and part.began == math.inf and not self.table.missing(part):
-                self.table.drop(part)
+                self.table.mark(part, DROPPED)
 
     def _replace(self) -> None:
         """Ask for parts that stand in for late and failed ones."""
@@ -152,7 +152,7 @@ class Decisions:
             self.to_replace[part.number] = part
         if not self.to_replace or self.waiting.at_once:
             return
-        idle, lacking = table.idle(), table.num_units
+        idle, lacking = table.idle(), self.num_units
         if table.spare is not None:  # less the columns that may still come in time
             hopeful = [p for p in table.parts if p.outcome is OPEN and p.due > table.heard]
             lacking = table.needed - len(table.answered)
@@ -188,7 +188,7 @@ class Decisions:
             self.hedged, self.prepare_at = True, (self.table.since + self.late_at) / 2
         # A row that is late on two workers may be slow on all: one worker stays free for others.
         may = hedges == 0 or len(missing) > 1 or idle > 1
-        work = len(missing) / self.table.num_units
+        work = len(missing) / self.num_units
         if may and self.history.spend(work, 1 + _BURST / len(self.table.first)):
             return True
         # Where parts take no time, a threshold of 0 would be due for ever.
@@ -264,7 +264,7 @@ class Decisions:
         if not self.waiting.at_once:
             self._remember()
         budget = self.waiting.hedge_budget
-        table.hedging_threshold = self.history.hedging_threshold(table.rows, budget)
+        table.hedging_threshold = self.history.hedging_threshold(self.rows, budget)
         table.reason = reason
 
     def _refuse(self, reason: str) -> None:
@@ -300,4 +300,4 @@ class Decisions:
         # If calls that were cut short did not count as infinite, the median would not follow.
         is_complete = len(table.answered) >= table.needed
         took = table.now - table.since if is_complete else math.inf
-        self.history.add(parts, (table.rows, took) if is_typical else None, failures)
+        self.history.add(parts, (self.rows, took) if is_typical else None, failures)

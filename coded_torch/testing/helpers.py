@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from coded_torch.codes import FixedCode
 from coded_torch.linear import MatrixMap
-from coded_torch.workers import Began, Part, Reply, Request, Task
+from coded_torch.workers import Began, Part, Reply, Request, Task, Workers
 
 WAIT = 60.0  # bounds waits that end at once unless something is broken
 
@@ -109,6 +110,15 @@ def task_of(values: Tensor, *shared: Any, dim: int = 0) -> Task:
     leaves, spec = pytree.tree_flatten(((values, *shared), {}))
     dims = [dim] + [None] * (len(leaves) - 1)
     return Task(leaves, dims, spec, values.shape[0], values.shape[1], values.device, out_dims=dim)
+
+
+def run(
+    pool: Workers, module: nn.Module, task: Task, deadline: float = math.inf
+) -> Generator[Reply, None, None]:
+    """Ask for each unit as its own part, and yield replies for at most ``deadline`` seconds."""
+    with pool.open(module, task) as request:
+        request.ask([Part(n, (n,)) for n in range(task.num_units)])
+        yield from request.replies(deadline)
 
 
 def by_part(replies: list[Reply]) -> dict[int, Any]:

@@ -37,6 +37,7 @@ from .helpers import (
     nan_at_two,
     numbered,
     replies_of,
+    run,
     task_of,
     until,
 )
@@ -69,7 +70,7 @@ class WorkersTests(abc.ABC):
         torch.manual_seed(0)
         module = nn.Linear(3, 2).double().requires_grad_(False)
         values = torch.randn(self.num_units, 4, 3).double()
-        replies = list(pool.run(module, task_of(values)))
+        replies = list(run(pool, module, task_of(values)))
         assert all(reply.error is None and reply.latency >= 0 for reply in replies)
         got = by_part(replies)
         assert sorted(got) == list(range(self.num_units))
@@ -142,14 +143,14 @@ class WorkersTests(abc.ABC):
 
     def test_arguments_that_are_not_divided_are_the_same_for_every_part(self, pool):
         values = torch.arange(self.num_units * 2.0).reshape(self.num_units, 2, 1)
-        got = by_part(list(pool.run(Affine(), task_of(values, torch.tensor([10.0]), 3.0))))
+        got = by_part(list(run(pool, Affine(), task_of(values, torch.tensor([10.0]), 3.0))))
         for n, value in got.items():
             torch.testing.assert_close(value, values[n] * 10 + 3)
 
     @pytest.mark.parametrize("dtype", [torch.int64, torch.bool], ids=str)
     def test_units_need_not_be_floating_point(self, pool, dtype):
         values = self.values().to(dtype)
-        got = by_part(list(pool.run(nn.Identity(), task_of(values))))
+        got = by_part(list(run(pool, nn.Identity(), task_of(values))))
         assert len(got) == self.num_units
         for n, value in got.items():
             assert value.dtype == dtype
@@ -158,21 +159,21 @@ class WorkersTests(abc.ABC):
     def test_a_batch_dimension_other_than_the_first(self, pool):
         values = torch.randn(self.num_units, 3, 7, 2, generator=torch.Generator().manual_seed(0))
         for dim in (1, -1):
-            got = by_part(list(pool.run(CumulativeSum(), task_of(values, dim=dim))))
+            got = by_part(list(run(pool, CumulativeSum(), task_of(values, dim=dim))))
             for n, value in got.items():
                 torch.testing.assert_close(value, values[n].movedim(0, dim).cumsum(0))
 
     def test_a_consumer_that_stops_early_disturbs_no_later_request(self, pool):
         for round in range(20):
             values = torch.full((self.num_units, 2, 1), float(round))
-            replies = pool.run(nn.Identity(), task_of(values))
+            replies = run(pool, nn.Identity(), task_of(values))
             assert (next(replies).value == round).all()
             replies.close()
 
     def test_requests_from_several_threads_do_not_mix(self, pool):
         def request(i: int) -> bool:
             values = torch.full((self.num_units, 2, 1), float(i))
-            got = by_part(list(pool.run(nn.Identity(), task_of(values), deadline=WAIT)))
+            got = by_part(list(run(pool, nn.Identity(), task_of(values), deadline=WAIT)))
             return len(got) == self.num_units and all((v == i).all() for v in got.values())
 
         with ThreadPoolExecutor(4) as threads:
@@ -202,7 +203,7 @@ class WorkersTests(abc.ABC):
         (tmp_path / "open").touch()
         for i in range(10):
             values = torch.full((7, 1, 1), 100.0 + i)
-            got = by_part(list(pool.run(nn.Identity(), task_of(values), deadline=WAIT)))
+            got = by_part(list(run(pool, nn.Identity(), task_of(values), deadline=WAIT)))
             assert len(got) == 7
             assert all((value == 100 + i).all() for value in got.values())
         assert request.wait(WAIT) is None
@@ -296,7 +297,7 @@ class WorkersTests(abc.ABC):
         module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
         x = torch.randn(self.num_units, 2, 3, dtype=torch.float64, requires_grad=True)
         wanted = torch.autograd.grad(module(x).sum(), [x, *module.parameters()])
-        sum(reply.value.sum() for reply in pool.run(module, task_of(x))).backward()
+        sum(reply.value.sum() for reply in run(pool, module, task_of(x))).backward()
         got = [x.grad, *(p.grad for p in module.parameters())]
         torch.testing.assert_close(got, list(wanted), rtol=1e-8, atol=1e-8)
 
@@ -304,7 +305,7 @@ class WorkersTests(abc.ABC):
         values = torch.ones(self.num_units, 1, 1)
 
         def modes() -> set[tuple[Any, ...]]:
-            replies = list(pool.run(Modes(), task_of(values)))
+            replies = list(run(pool, Modes(), task_of(values)))
             assert [reply.error for reply in replies] == [None] * self.num_units
             found = [reply.value for reply in replies]
             return {(x.dtype, float(grad), float(inference)) for x, grad, inference in found}
@@ -323,7 +324,7 @@ class WorkersTests(abc.ABC):
     def test_an_exception_of_the_module_reaches_the_caller(self, pool):
         def first_error() -> BaseException | None:
             try:
-                replies = list(pool.run(FailsAt(1.0, divide_by_zero), task_of(self.values())))
+                replies = list(run(pool, FailsAt(1.0, divide_by_zero), task_of(self.values())))
             except ZeroDivisionError as error:
                 return error
             assert len(replies) == self.num_units
@@ -338,7 +339,7 @@ class WorkersTests(abc.ABC):
             error = error.__cause__
         assert "boom at [" in str(error)
         # The pool is as good as before.
-        assert len(list(pool.run(nn.Identity(), task_of(self.values())))) == self.num_units
+        assert len(list(run(pool, nn.Identity(), task_of(self.values())))) == self.num_units
 
     def test_a_result_that_is_not_finite_is_missing_and_named(self, pool):
         n = self.num_units
@@ -350,17 +351,17 @@ class WorkersTests(abc.ABC):
 
     def test_a_pool_may_be_copied_and_pickled(self, pool):
         values = torch.ones(self.num_units, 2, 1)
-        next(pool.run(nn.Identity(), task_of(values)))
+        next(run(pool, nn.Identity(), task_of(values)))
         for twin in (copy.deepcopy(pool), pickle.loads(pickle.dumps(pool))):
             with twin:
-                replies = list(twin.run(nn.Identity(), task_of(values)))
+                replies = list(run(twin, nn.Identity(), task_of(values)))
                 assert len(replies) == self.num_units
                 assert twin.num_workers == pool.num_workers
 
     def test_closing_twice_is_fine_and_leaves_nothing_behind(self):
         before = set(threading.enumerate())
         pool = self.make()
-        list(pool.run(nn.Identity(), task_of(self.values())))
+        list(run(pool, nn.Identity(), task_of(self.values())))
         pool.close()
         pool.close()
         assert set(threading.enumerate()) <= before
@@ -391,7 +392,7 @@ class WorkersTests(abc.ABC):
     def test_a_pool_that_nothing_holds_leaves_nothing_behind(self):
         before = set(threading.enumerate())
         pool = self.make()
-        list(pool.run(nn.Identity(), task_of(self.values())))
+        list(run(pool, nn.Identity(), task_of(self.values())))
         del pool
         gc.collect()
         assert set(threading.enumerate()) <= before

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from ..table import DISPUTED, GOOD, OPEN, Part, Table
+from ..table import DISPUTED, DROPPED, GOOD, OPEN, Part, Table
 from .scores import Results
 from .strikes import LEARNABLE, Strikes
 
@@ -234,7 +234,7 @@ class Trials:
         out = self.record.excluded
         parts = [table.ask(rows, why=why, avoid=some | out) for rows, some in requests]
         for part in (yield from self._wait(parts, until)):
-            table.drop(part)
+            table.mark(part, DROPPED)
         found = [part if part.outcome is GOOD else None for part in parts]
         if why == "aside":
             for part in parts:

@@ -8,8 +8,8 @@ import enum
 import functools
 import math
 import operator
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, final
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -183,15 +183,6 @@ class Workers(abc.ABC):
     @abc.abstractmethod
     def open(self, module: nn.Module, task: Task) -> Request:
         """Open a request for a module and its inputs. Its clock starts."""
-
-    @final
-    def run(
-        self, module: nn.Module, task: Task, *, deadline: float = math.inf
-    ) -> Generator[Reply, None, None]:
-        """Ask for each unit as its own part, and yield replies for at most ``deadline`` seconds."""
-        with self.open(module, task) as request:
-            request.ask([Part(n, (n,)) for n in range(task.num_units)])
-            yield from request.replies(deadline)
 
     def start(
         self, module: nn.Module | None = None, example: Any = None, *, timeout: float = 120.0

@@ -59,7 +59,7 @@ class LiveRequest(Request):
         self.task, self.dispatcher, self.module = task, dispatcher, module
         self.timeout, self.ambient = timeout, Ambient()  # the modes of the caller
         self._opened = time.monotonic()
-        self._open: OrderedDict[int, tuple[Part, float]] = OrderedDict()  # when asked, oldest first
+        self._open: OrderedDict[int, Part] = OrderedDict()  # by number, the oldest is first
         self._began: dict[int, Began] = {}  # of open parts
         # None stands for an interruption.
         self._events: queue.SimpleQueue[Began | Reply | None] = queue.SimpleQueue()
@@ -112,20 +112,20 @@ class LiveRequest(Request):
     def ask(self, parts: Sequence[Part]) -> None:
         now = self.now()
         for part in parts:
-            part.request = self
+            part.request, part.asked = self, now
         self._retries |= any(part.tried for part in parts)
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"{type(self).__name__}: the request is closed")
-            self._open.update((part.number, (part, now)) for part in parts)
+            self._open.update((part.number, part) for part in parts)
         self.dispatcher.submit(parts)
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
         while True:
             with self._lock:
-                oldest, asked = next(iter(self._open.values()), (None, 0.0))
+                oldest = next(iter(self._open.values()), None)
             # If nothing is open, all that can happen has happened.
-            limit = math.inf if oldest is None else asked + self.timeout
+            limit = math.inf if oldest is None else oldest.asked + self.timeout
             seconds = 0.0 if oldest is None else max(min(until, limit) - self.now(), 0.0)
             seconds = min(seconds, _AGAIN) if self._retries else seconds
             try:

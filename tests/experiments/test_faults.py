@@ -14,6 +14,7 @@ from torch import nn
 
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Bernoulli, ShiftedExponential, Trace, Uniform
+from coded_torch.testing.helpers import run
 from coded_torch.testing.workers import PolynomialCode, WorkersTests, numbered, replies_of, task_of
 from coded_torch.workers import Fault, FaultyWorkers, LocalWorkers
 
@@ -118,14 +119,14 @@ def test_a_request_that_asks_for_nothing_takes_no_faults():
     with pool.open(nn.Identity(), TASK):
         pass
     for each in (pool, twin):
-        list(each.run(nn.Identity(), TASK))
+        list(run(each, nn.Identity(), TASK))
     assert [part.fault for part in recording.asked] == [part.fault for part in other.asked]
 
 
 def test_seeds_of_any_size_and_sign_are_different_ones():
     def kinds(seed: int) -> list[str | None]:
         pool = FaultyWorkers(recording := Recording(), rates={"nan": 0.5}, seed=seed)
-        list(pool.run(nn.Identity(), task_of(torch.zeros(64, 1, 1))))
+        list(run(pool, nn.Identity(), task_of(torch.zeros(64, 1, 1))))
         return [part.fault and part.fault.kind for part in recording.asked]
 
     assert len({tuple(kinds(seed)) for seed in (-1, 0, 1, 2**63, 2**64 - 2)}) == 5
@@ -139,7 +140,7 @@ def test_one_part_in_so_many_seconds_crashes(monkeypatch):
     for seconds in (0.0, 4.9, 0.2, 4.9, 20.0, 0.0):
         clock[0] += seconds
         recording.asked = []
-        list(pool.run(nn.Identity(), task_of(torch.zeros(4, 1, 1))))
+        list(run(pool, nn.Identity(), task_of(torch.zeros(4, 1, 1))))
         kinds = [part.fault and part.fault.kind for part in recording.asked]
         assert len(kinds) == 4
         crashed.append(kinds.count("crash"))
@@ -208,7 +209,7 @@ def told(pool, seed=0, module=None, **dims):
     """The values by worker of one request."""
     rows = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(seed))
     task = dataclasses.replace(task_of(rows), **dims)
-    return {reply.worker: reply.value for reply in pool.run(module or nn.Identity(), task)}
+    return {reply.worker: reply.value for reply in run(pool, module or nn.Identity(), task)}
 
 
 def test_adversaries_attack_by_the_seed_and_the_request_and_nobody_else_does():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from coded_torch.codes import NotEnoughResults
 from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.testing.helpers import run
 from coded_torch.testing.workers import (
     CopyCode,
     FailsAt,
@@ -107,7 +108,7 @@ def test_no_exception_ends_a_thread(error, reason):
 
     with DeviceWorkers(["cpu"]) as pool:
         for _ in range(3):
-            replies = {r.part.number: r for r in pool.run(FailsAt(0.0, fail), units(0, 1))}
+            replies = {r.part.number: r for r in run(pool, FailsAt(0.0, fail), units(0, 1))}
             assert re.match(f"worker 0 failed on cpu: {reason}", str(replies[0].error))
             assert replies[1].error is None
 
@@ -201,7 +202,7 @@ def test_an_idle_pool_keeps_no_batch_and_no_module_alive():
     with DeviceWorkers(["cpu", "cpu"]) as pool:
         module, values = nn.Linear(1, 1), torch.ones(4, 1, 1)
         kept = [weakref.ref(module), weakref.ref(values)]
-        replies = list(pool.run(module, task_of(values)))
+        replies = list(run(pool, module, task_of(values)))
         del module, values, replies
         deadline = time.monotonic() + WAIT
         while any(ref() is not None for ref in kept) and time.monotonic() < deadline:
@@ -379,7 +380,7 @@ def test_a_module_that_raises_has_read_its_weights_when_its_error_arrives():
 
     module, values = Raises(), torch.ones(1, 1, 2048, device="cuda")
     with DeviceWorkers(["cuda"]) as pool:
-        (reply,) = pool.run(module, task_of(values))
+        (reply,) = run(pool, module, task_of(values))
         module.weight.zero_()
         assert isinstance(reply.error.__cause__, ZeroDivisionError)
         torch.cuda.synchronize()
@@ -397,14 +398,14 @@ def test_threads_come_and_go():
                 together.wait()
                 return x
 
-        replies = list(pool.run(Meet(), task_of(torch.ones(3, 1, 1))))
+        replies = list(run(pool, Meet(), task_of(torch.ones(3, 1, 1))))
         assert {reply.worker for reply in replies} == {0, 1, 2}
         assert threading.active_count() == threads + 2
         assert copy.copy(pool).num_workers == 3
         pool.drain(0)
         pool.resize(1)
         until(lambda: threading.active_count() == threads)
-        replies = list(pool.run(nn.Identity(), task_of(torch.ones(4, 1, 1))))
+        replies = list(run(pool, nn.Identity(), task_of(torch.ones(4, 1, 1))))
         assert {reply.worker for reply in replies} == {1}
         assert pool.num_workers == 1
 

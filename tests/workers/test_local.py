@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Bernoulli, ShiftedExponential, Stragglers, Trace, Uniform
+from coded_torch.testing.helpers import run
 from coded_torch.testing.workers import (
     CopyCode,
     FailsAt,
@@ -122,7 +123,7 @@ def test_waiting_is_on_the_virtual_clock():
     task = task_of(values(4))
 
     def got(deadline: float) -> list[int]:
-        return [r.part.number for r in pool.run(nn.Identity(), task, deadline=deadline)]
+        return [r.part.number for r in run(pool, nn.Identity(), task, deadline=deadline)]
 
     assert got(20.0) == [1, 2]
     assert got(5.0) == []
@@ -150,12 +151,12 @@ def test_another_result_stands_in_for_one_that_is_rejected():
 def test_an_exception_of_the_module_is_the_callers():
     pool, module = LocalWorkers(), FailsAt(1.0, divide_by_zero)
     with pytest.raises(ZeroDivisionError, match="boom"):
-        list(pool.run(module, task_of(values(2))))
+        list(run(pool, module, task_of(values(2))))
 
 
 def test_latencies_come_from_the_law():
     def draw(pool: LocalWorkers) -> list[float]:
-        return [r.latency for r in pool.run(nn.Identity(), task_of(values(3)))]
+        return [r.latency for r in run(pool, nn.Identity(), task_of(values(3)))]
 
     state = torch.get_rng_state()
     again = LocalWorkers(ShiftedExponential(0.0, 1.0, seed=1))

@@ -26,6 +26,7 @@ from torch import nn
 from coded_torch.codes import NotEnoughResults
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Trace
+from coded_torch.testing.helpers import run
 from coded_torch.testing.workers import (
     WAIT,
     PolynomialCode,
@@ -89,7 +90,7 @@ def pool():
 
 def answers(pool, module, values, deadline=WAIT):
     with torch.no_grad():
-        return list(pool.run(module, task_of(values), deadline=deadline))
+        return list(run(pool, module, task_of(values), deadline=deadline))
 
 
 @pytest.mark.parametrize(
@@ -436,7 +437,7 @@ def test_a_request_asks_again_with_its_own_module_after_a_newer_one():
         request.ask(numbered((0,)))
         assert [float(reply.value) for reply in replies_of(request)] == [2.0]
         module.factor.fill_(3.0)
-        assert {float(reply.value) for reply in pool.run(module, task)} == {3.0}
+        assert {float(reply.value) for reply in run(pool, module, task)} == {3.0}
         request.ask(numbered((1,), first=1))
         (reply,) = replies_of(request)
         assert reply.error is None
@@ -498,15 +499,15 @@ def test_gradients_are_refused_and_warned_of_once():
         with pytest.raises(RuntimeError, match="inputs must not require gradients"):
             pool.open(nn.Identity(), task)
         with torch.no_grad():
-            assert len(list(pool.run(nn.Identity(), task))) == 1
+            assert len(list(run(pool, nn.Identity(), task))) == 1
         task = task_of(torch.ones(1, 1, 1))
         with torch.no_grad():
-            list(pool.run(Scale(1.0), task))
-        list(pool.run(Scale(1.0).requires_grad_(False), task))
+            list(run(pool, Scale(1.0), task))
+        list(run(pool, Scale(1.0).requires_grad_(False), task))
         with pytest.warns(UserWarning, match="ProcessWorkers: answers have no gradients") as seen:
-            list(pool.run(Scale(1.0), task))
+            list(run(pool, Scale(1.0), task))
         assert [warning.filename for warning in seen] == [__file__]
-        assert len(list(pool.run(Scale(1.0), task))) == 1  # a warning would be an error
+        assert len(list(run(pool, Scale(1.0), task))) == 1  # a warning would be an error
 
 
 def test_an_excluded_process_gets_nothing_until_it_is_restarted():
@@ -817,7 +818,7 @@ class Net(torch.nn.Module):
 with ProcessWorkers(1) as pool, torch.no_grad():
     print(CodedWrapper(Net(), ReplicationCode(2, 2), workers=pool)(torch.ones(2, 1)).max().item())
     task = Task([torch.ones(1, 1)], [0], tree_structure(((0,), {})), 1, 1, torch.device("cpu"))
-    (reply,) = pool.run(Net(), task)
+    (reply,) = run(pool, Net(), task)
     print(isinstance(reply.value, Pair))
 
 """

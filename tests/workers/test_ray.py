@@ -16,6 +16,7 @@ from torch import nn
 
 from coded_torch.codes import NotEnoughResults
 from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.testing.helpers import run
 from coded_torch.testing.workers import WAIT, PolynomialCode, WorkersTests, task_of, until
 from coded_torch.workers import FaultyWorkers, RayWorkers
 
@@ -66,7 +67,7 @@ class TestRayWorkers(WorkersTests):
 
 def answers(pool, module, values):
     with torch.no_grad():
-        return list(pool.run(module, task_of(values), deadline=WAIT))
+        return list(run(pool, module, task_of(values), deadline=WAIT))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64], ids=str)
@@ -221,12 +222,12 @@ def _runs(pid: int) -> bool:
 
 _CLUSTERS = """
 import ray, torch
-from coded_torch.testing.workers import task_of
+from coded_torch.testing.helpers import run, task_of
 from coded_torch.workers import RayWorkers
 
 def answers(pool):
     with torch.no_grad():
-        return len(list(pool.run(torch.nn.Identity(), task_of(torch.ones(2, 1, 1)))))
+        return len(list(run(pool, torch.nn.Identity(), task_of(torch.ones(2, 1, 1)))))
 
 first = RayWorkers(1).start()
 address = ray.get_runtime_context().gcs_address
