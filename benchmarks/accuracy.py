@@ -97,13 +97,13 @@ def rate(count: int, total: int) -> list[float]:
     return [float(f"{x:.3g}") for x in (count / total, interval.low, interval.high)]
 
 
-def table(name: str, case: Case, size: int, law: Any, quick: bool) -> dict[str, Any]:
+def table(name: str, case: Case, size: int, delays: Any, quick: bool) -> dict[str, Any]:
     limits, records = settings(quick), []
     seeds = SEEDS[name][: limits["trainings"]]
     for seed in progress(seeds, "seeds"):
         count = max(limits["batches"][name], -(-limits["rows"] // size))
         found = tried(
-            subject(name, quick, seed), [case], size, count, law=law,
+            subject(name, quick, seed), [case], size, count, delays=delays,
             surrogate=student_of(name, quick, seed), received_sets=limits["received sets"],
         )  # fmt: skip
         # One of several trainings is one observation.
@@ -126,7 +126,7 @@ def adversarial(size: int) -> dict[str, Any]:
     count = settings(False)["batches"]["lenet5"]
     for (_, scheme), code in progress(codes.items(), "schemes"):
         lost[scheme] = worst(of.model, batch.images, code, FEW)
-        how = {"law": fixed(FEW[0], lost[scheme]), "surrogate": student, "schemes": [scheme]}
+        how = {"delays": fixed(FEW[0], lost[scheme]), "surrogate": student, "schemes": [scheme]}
         records += tried(of, [FEW], size, count, **how).records
     once = {(x.scheme, x.batch): x for x in records}  # every comparison has the student alone
     comparison = Comparison([*once.values()])
@@ -134,7 +134,7 @@ def adversarial(size: int) -> dict[str, Any]:
 
 
 def fixed(count: int, lost: Iterable[int]) -> Callable[..., Stragglers]:
-    """Return the law by which these workers are lost, but in tuning, which has another seed."""
+    """Return delays by which these workers are lost, but in tuning, which has another seed."""
     latencies = [math.inf if n in set(lost) else 0.0 for n in range(count)]
     return lambda s, seed: Trace([latencies]) if seed == SEED else Uniform(s, seed=seed)
 

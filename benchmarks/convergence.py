@@ -39,8 +39,8 @@ from .subjects import run, subject
 FACTORS = tuple(10.0**x for x in range(-8, 1))  # c
 NOISE = 0.01  # the variance of workers' errors over the variance of the outputs
 TASKS = ("x sin x", "lenet5-tanh", "lenet5")
-# The laws of the lost workers, given S at N = 32, N, and a seed.
-LAWS: dict[str, Callable[[int, int, int], Stragglers]] = {
+# The delay distributions of the lost workers, given S at N = 32, N, and a seed.
+DELAYS: dict[str, Callable[[int, int, int], Stragglers]] = {
     "S fixed": lambda s, n, seed: Uniform(s, seed=seed),
     "S as the square root of N": lambda s, n, seed: Uniform(
         round(s * math.sqrt(n / 32)), seed=seed
@@ -84,9 +84,9 @@ class Task:
         return float((self.outputs(x) - exact).square().mean())
 
 
-def bounds(law: Stragglers, noisy: bool) -> dict[str, Callable[[float, float], float]]:
+def bounds(delays: Stragglers, noisy: bool) -> dict[str, Callable[[float, float], float]]:
     """Return the theorems' bounds of each code's error, up to a factor, given N and S."""
-    if isinstance(law, Bernoulli):
+    if isinstance(delays, Bernoulli):
         return {
             "spline": lambda n, s: math.log(n) ** 3 / n**3,
             "Berrut": lambda n, s: math.log(n) ** 4 / n**2,
@@ -95,7 +95,7 @@ def bounds(law: Stragglers, noisy: bool) -> dict[str, Callable[[float, float], f
 
 
 def errors(
-    task: Task, make: Callable[[int, int], list[FixedCode]], law: str, noisy: bool, part: str
+    task: Task, make: Callable[[int, int], list[FixedCode]], delays: str, noisy: bool, part: str
 ) -> np.ndarray:
     """Return the mean squared errors, ``[draws, N, codes]``, of codes with one encoder.
 
@@ -109,7 +109,7 @@ def errors(
         exact = task.outputs(inputs)
         spread = (NOISE * exact.var()).sqrt() if noisy else 0.0
         for n in task.workers:
-            latencies = LAWS[law](task.s, n, seed + draw).sample(n)
+            latencies = DELAYS[delays](task.s, n, seed + draw).sample(n)
             received = latencies.isfinite().nonzero().flatten().tolist()
             codes = make(n, len(received))
             results = task.outputs(codes[0].encode(inputs)[received])
@@ -120,7 +120,7 @@ def errors(
     return np.array(table)
 
 
-def convergence(name: str, law: str, noisy: bool, quick: bool) -> dict[str, Any]:
+def convergence(name: str, delays: str, noisy: bool, quick: bool) -> dict[str, Any]:
     task = Task(name, quick)
 
     def splines(n: int, count: int) -> list[FixedCode]:
@@ -132,20 +132,21 @@ def convergence(name: str, law: str, noisy: bool, quick: bool) -> dict[str, Any]
         "Berrut": lambda n, count: [BerrutCode(task.k, n)],
         "replication": lambda n, count: [ReplicationCode(task.k, n)],
     }
-    laws = [LAWS[law](task.s, n, SEED) for n in task.workers]
+    drawn = [DELAYS[delays](task.s, n, SEED) for n in task.workers]
     stragglers = [  # on average
         each.p * n if isinstance(each, Bernoulli) else float(each.num_stragglers or 0)
-        for each, n in zip(laws, task.workers, strict=True)
+        for each, n in zip(drawn, task.workers, strict=True)
     ]
     table: dict[str, Any] = {"workers": list(task.workers), "stragglers": stragglers}
     table["floor"] = float(f"{task.floor():.3g}")
     best = 0
     if noisy:  # one c for every N, with the least product of their errors
-        tuning = errors(task, splines, law, noisy, "tuning")
+        tuning = errors(task, splines, delays, noisy, "tuning")
         best = int(np.log(tuning.mean(0)).mean(0).argmin())
         table["c"] = FACTORS[best]
     for code, make in codes.items():
-        squares = errors(task, make, law, noisy, "held_out")[:, :, best if code == "spline" else 0]
+        at = best if code == "spline" else 0
+        squares = errors(task, make, delays, noisy, "held_out")[:, :, at]
         table[code] = {"mse": [rounded(x.mean(), half_width(x)) for x in squares.T]}
         if (squares <= 0).any():  # an exact answer has no logarithm
             continue
@@ -156,7 +157,7 @@ def convergence(name: str, law: str, noisy: bool, quick: bool) -> dict[str, Any]
             for i in range(len(task.workers) - 1)
         ]
         table[code]["local slopes"] = [rounded(x.mean(), half_width(x)) for x in local]
-        if bound := bounds(laws[0], noisy).get(code):
+        if bound := bounds(drawn[0], noisy).get(code):
             rates = [bound(n, s) for n, s in zip(task.workers, stragglers, strict=True)]
             table[code]["bound"] = [float(f"{rate / rates[0]:.4g}") for rate in rates]
             slope = _slopes(task.workers, np.array([rates]))[0]
@@ -171,11 +172,11 @@ def _slopes(workers: Sequence[int], squares: np.ndarray) -> np.ndarray:
 
 def measurements(quick: bool) -> Iterable[Measurement]:
     for name in TASKS:
-        for law, make in LAWS.items():
+        for delays, make in DELAYS.items():
             # No theorem covers noise if each worker is lost with a probability.
             for noisy in (False,) if isinstance(make(1, 32, SEED), Bernoulli) else (False, True):
-                key = name, law, "noise" if noisy else "no noise"
-                yield key, functools.partial(convergence, name, law, noisy, quick)
+                key = name, delays, "noise" if noisy else "no noise"
+                yield key, functools.partial(convergence, name, delays, noisy, quick)
 
 
 def settings(quick: bool) -> dict[str, Any]:

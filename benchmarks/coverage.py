@@ -1,8 +1,8 @@
-"""Do radii hold as often as they say? ``python -m benchmarks coverage``.
+"""Do error bounds hold as often as they say? ``python -m benchmarks coverage``.
 
-Batches of held-out rows go through a wrapper that loses some of 24 parts. The
-errors of predicted rows are compared with their radii at three levels, and labels with their risks.
-The oracle's constant is the radius that contains just as many of all errors of the data set. Half
+Batches of held-out rows go through a wrapper that loses some of 24 parts. The errors of estimated
+rows are compared with their bounds at three levels, and labels with their risks.
+The oracle's constant is the bound that contains just as many of all errors of the data set. Half
 the width of a 95 % interval of the mean over batches stands beside every coverage.
 
 Settings: 4, 8 or 12 parts missing of 240 rows, 8 of 64 rows, 12 of 40; a code that repeats inputs
@@ -10,7 +10,7 @@ unevenly; batches sorted by the module's outputs, as dealt and in contiguous par
 linear map fitted to earlier rows; a memory of these rows; a memory of other classes; and requests
 of four rows, where the memory calibrates the only missing one.
 
-Rivals, at 95 %: split conformal prediction, which predicts from half of the results and calibrates
+Rivals, at 95 %: split conformal prediction, which estimates from half of the results and calibrates
 on the others; the regression's standard deviation times the constant that contains 95 % of the
 left-out errors; and, of one output, MAPIE's jackknife+ with the same regression.
 """
@@ -41,7 +41,7 @@ from .runs import Measurement, MissingDataError, progress
 from .tasks import Task
 
 SEED, PARTS = 0, 24
-LEVELS = (0.9, 0.95, 0.99)  # the levels of radii that are compared
+LEVELS = (0.9, 0.95, 0.99)  # the levels of bounds that are compared
 JACKKNIFE = 10  # the batches of jackknife+, which fits a regression for every result
 
 
@@ -85,9 +85,9 @@ def linear(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def summary(batches: list[dict[str, Tensor]], classes: bool = False) -> dict[str, Any]:
-    """Return coverages with half their intervals, and radii over the oracle's constant.
+    """Return coverages with half their intervals, and bounds over the oracle's constant.
 
-    Each batch has the errors, radii and risks of its missing rows, in all received sets.
+    Each batch has the errors, bounds and risks of its missing rows, in all received sets.
     """
     errors, found = torch.cat([of["error"] for of in batches]), {}
     for level in (key for key in batches[0] if key.startswith("0.")):
@@ -98,7 +98,7 @@ def summary(batches: list[dict[str, Tensor]], classes: bool = False) -> dict[str
         found[level] = {
             "covered": mean(inside),
             "terciles": rounded(*(float(hits[third].double().mean()) for third in thirds)),
-            "radius to constant": rounded(float(radii.median() / constant))[0],
+            "bound to constant": rounded(float(radii.median() / constant))[0],
             "infinite": rounded(float(radii.isinf().double().mean()))[0],
         }
     if classes:
@@ -110,9 +110,9 @@ def summary(batches: list[dict[str, Tensor]], classes: bool = False) -> dict[str
 
 
 def beside(batches: list[dict[str, Tensor]], ours: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """Return a rival's numbers at 95 %, and the median of its radii over the median of ours."""
+    """Return a rival's numbers at 95 %, and the median of its bounds over the median of ours."""
     theirs, own = (torch.cat([of["0.95"] for of in x]).median() for x in (batches, ours))
-    return summary(batches)["0.95"] | {"radius to ours": rounded(float(theirs / own))[0]}
+    return summary(batches)["0.95"] | {"bound to ours": rounded(float(theirs / own))[0]}
 
 
 def mean(flags: list[Tensor]) -> list[float | None]:
@@ -139,7 +139,7 @@ def batches(setting: Setting, outputs: Tensor, count: int) -> Iterator[Tensor]:
 
 
 def wrapped(model: nn.Module, setting: Setting, surrogate: Any, seed: int) -> CodedWrapper:
-    how: dict[str, Any] = {"waiting": Waiting(predict_after=3.0)}
+    how: dict[str, Any] = {"waiting": Waiting(estimate_after=3.0)}
     how["parts"] = min(setting.parts, setting.rows)
     if setting.helper == "copies":
         how = {"code": RegressionCode(20, PARTS)}
@@ -161,7 +161,7 @@ def surrogate_of(setting: Setting, model: nn.Module, x: Tensor, y: Tensor) -> An
 
 
 def split_conformal(x: Tensor, y: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
-    """Return errors of missing rows predicted from half of the results, and radii at 95 %."""
+    """Return errors of missing rows estimated from half of the results, and bounds at 95 %."""
     known = (~missing).nonzero().flatten()
     calibrating, half = known[::2], known[1::2].tolist()
     off = (Regression().plan([x]).decode(y[half, None], half) - y).norm(dim=1).double()
@@ -214,14 +214,14 @@ def jackknife(x: Tensor, y: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chosen(x: Tensor, y: Tensor, known: Tensor) -> tuple[Tensor, Choice]:
-    """Return the answers of a batch, and how they were predicted."""
+    """Return the answers of a batch, and how they were estimated."""
     plan = Regression().plan([x])
     return plan.decode(y[known, None], known.tolist()), plan.choices[0]
 
 
 @torch.no_grad()
 def rivals(make: Callable[[], Task], setting: Setting, quick: bool) -> dict[str, Any]:
-    """Return coverages and radii of the rivals at 95 %, on one received set a batch."""
+    """Return coverages and bounds of the rivals at 95 %, on one received set a batch."""
     task, counts = make(), settings(quick)
     model, found = task.model.eval(), defaultdict[str, list[dict[str, Tensor]]](list)
     every = {"split conformal": split_conformal, "sigma times a constant": times_sigma}
@@ -231,7 +231,7 @@ def rivals(make: Callable[[], Task], setting: Setting, quick: bool) -> dict[str,
     for number, rows in enumerate(batches(setting, y, counts["batches"])):
         coded = wrapped(model, setting, (), 1000 * number)
         answers, report = coded.run(task.inputs[rows])
-        missing, exact = report.predicted, y[rows]
+        missing, exact = report.estimated, y[rows]
         error = (answers - exact).norm(dim=1)[missing].double()
         found["ours"].append({"error": error, "0.95": report.radii_at(0.95)[missing]})
         if number == JACKKNIFE:
@@ -263,7 +263,7 @@ def coverage(make: Callable[[], Task], setting: Setting, quick: bool) -> dict[st
                 answers, report = coded.run(inputs)
             except NotEnoughResults:  # 12 of 24 parts may hold more than half of few rows
                 continue
-            missing = report.predicted
+            missing = report.estimated
             if missing.any():
                 risks = report.radii if report.label_risks is None else report.label_risks
                 wrong = (answers.argmax(1) != exact.argmax(1))[missing].double()

@@ -1,4 +1,4 @@
-"""On which data does prediction help, by which metrics? ``python -m benchmarks distances``.
+"""On which data do estimates help, by which metrics? ``python -m benchmarks distances``.
 
 Small networks on tables, sequences, text and pictures (``tasks.py``). ``RegressionCode`` with one
 metric and length for all ("one metric"), with both chosen on the results ("chosen"), with a stem of

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from coded_torch.table import Table
-from coded_torch.verification import Strikes, Trials
+from coded_torch.verification import Record, Trials
 from coded_torch.workers import Reply, WorkerError
 
 from .networks import SEED
@@ -61,22 +61,22 @@ class Fleet:
         self.data, self.random = data, random.Random(seed)
         self.seconds: list[tuple[float, float]] = []
         pool = SimpleNamespace(places=range(num_workers))
-        self.strikes = Strikes(pool, share, random.Random(seed + 1))
+        self.record = Record(pool, share, random.Random(seed + 1))
 
     def settle(self) -> Fleet:
-        """Take all workers for proven, with no strikes."""
-        strikes = self.strikes
-        strikes.renew(strikes.everyone)
-        strikes.passed([*strikes.everyone] * 30)
+        """Take all workers for proven, with no faults."""
+        record = self.record
+        record.renew(record.everyone)
+        record.passed([*record.everyone] * 30)
         return self
 
     def call(self, at: Tensor, compute: Compute) -> Outcome:
         """Answer the inputs at some places of the data."""
         size, inputs = len(at), [self.data.inputs[at]]
-        order = self.random.sample(sorted(self.strikes.workers), len(self.strikes.workers))
+        order = self.random.sample(sorted(self.record.workers), len(self.record.workers))
         count = min(len(order), size)
         parts = [range(i * size // count, (i + 1) * size // count) for i in range(count)]
-        trials, values = Trials(self.strikes, _All(), inputs), dict[int, Tensor]()
+        trials, values = Trials(self.record, _All(), inputs), dict[int, Tensor]()
         table = Table(first=parts, needed=size, idle=lambda: len(order))
         events, asked = deque[Reply](), 0
         begin, first_wait = time.perf_counter(), 0.0
@@ -87,7 +87,7 @@ class Fleet:
             for part in table.parts[asked:]:
                 worker = order[part.number % len(order)]
                 if asked:
-                    able = sorted(self.strikes.workers - part.avoid)
+                    able = sorted(self.record.workers - part.avoid)
                     worker = self.random.choice(able) if able else -1
                 error = WorkerError(part.number, -1, "has no worker") if worker < 0 else None
                 if worker >= 0:
@@ -136,7 +136,7 @@ class Voters:
                 results.append(compute(workers[2], rows, True))
             computed += len(rows) * len(results)
             answers.append(self._elected(results))
-        return Outcome(torch.cat(answers), Trials(Strikes(None, 0.0)), computed)
+        return Outcome(torch.cat(answers), Trials(Record(None, 0.0)), computed)
 
     def _elected(self, results: Sequence[Tensor]) -> Tensor:
         """Return the first result, but where the other two are alike and differ from it."""

@@ -51,9 +51,9 @@ ROWS = 16  # rows of a part
 DEADLINE = 0.015  # seconds: three times the mean of a request without stragglers
 UNDER_FAULTS = 0.1  # the deadline under faults, seconds
 OFF = 1e-4  # of an exact answer at most: float32 rounding
-Law = tuple[float, float, float, float]
-#: The law of ``fleet_server.py``, the parts of a request, and requests per second.
-CASES: dict[str, tuple[Law, int, float]] = {
+Delays = tuple[float, float, float, float]
+#: The delays of ``fleet_server.py``, the parts of a request, and requests per second.
+CASES: dict[str, tuple[Delays, int, float]] = {
     "5 % ten times slower, one part": ((0.005, 0.05, 10.0, 0.0), 1, 100.0),
     "3 % take 50 ms longer, four parts": ((0.005, 0.03, 1.0, 0.05), 4, 50.0),
 }
@@ -62,8 +62,8 @@ CASES: dict[str, tuple[Law, int, float]] = {
 class Fleet:
     """Servers in processes of their own, at addresses that stay."""
 
-    def __init__(self, law: Law, kinds: Sequence[str] = KINDS) -> None:
-        self.kinds, self.law = kinds, law
+    def __init__(self, delays: Delays, kinds: Sequence[str] = KINDS) -> None:
+        self.kinds, self.delays = kinds, delays
         with contextlib.ExitStack() as stack:
             found = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in kinds]
             self.ports = [each.getsockname()[1] for each in found]
@@ -86,7 +86,7 @@ class Fleet:
 
     def begun(self, place: int) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "benchmarks.fleet_server", self.kinds[place]]
-        command += [str(self.ports[place]), *map(str, self.law)]
+        command += [str(self.ports[place]), *map(str, self.delays)]
         return subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
     def answers(self, place: int, path: str, body: str = "") -> bool:
@@ -124,10 +124,10 @@ class Fleet:
 
 
 def wrapped(fleet: Fleet, waiting: Waiting, parts: int, verify: float | None = None) -> Any:
-    """Return a wrapper on the fleet, with a memory if its answers may be predicted."""
+    """Return a wrapper on the fleet, with a memory if its answers may be estimated."""
     module = RemoteModule(fleet.urls[-1], NAME, outputs=["output"])
     pool = EndpointWorkers(fleet.urls, model=NAME, concurrency=8, timeout=10.0)
-    surrogate = Memory() if waiting.predict else ()
+    surrogate = Memory() if waiting.estimate else ()
     options: Any = {"parts": parts, "surrogate": surrogate, "verify": verify}
     return CodedWrapper(module, workers=pool, waiting=waiting, **options)
 
@@ -135,17 +135,17 @@ def wrapped(fleet: Fleet, waiting: Waiting, parts: int, verify: float | None = N
 def outcome(batches: Sequence[Tensor], replies: Sequence[Reply]) -> dict[str, Any]:
     answered = [(r, x) for r, x in zip(replies, batches, strict=True) if r.report is not None]
     thresholds = [r.report.hedging_threshold for r, _ in answered if r.report.hedging_threshold]
-    predicted = torch.cat([r.report.predicted for r, _ in answered])
+    estimated = torch.cat([r.report.estimated for r, _ in answered])
     exact = torch.from_numpy(perceptron(torch.cat([x for _, x in answered]).numpy()))
     off = (torch.cat([r.answers for r, _ in answered]) - exact).abs()
-    error = off[predicted].square().mean().sqrt() / exact.std() if predicted.any() else 0.0
+    error = off[estimated].square().mean().sqrt() / exact.std() if estimated.any() else 0.0
     return {
         **percentiles([reply.latency for reply, _ in answered]),
         "hedging threshold": 1e3 * float(np.median(thresholds)) if thresholds else 0.0,
         "lost": len(replies) - len(answered),
-        "wrong": int((~predicted & ~(off.amax(1) <= OFF)).sum()),
-        "predicted": float(predicted.double().mean()),
-        "error of predictions": float(error),
+        "wrong": int((~estimated & ~(off.amax(1) <= OFF)).sum()),
+        "estimated": float(estimated.double().mean()),
+        "error of estimates": float(error),
         "work": float(np.mean([r.report.work for r, _ in answered])),
         "extra requests": float(np.mean([len(r.report.hedges) for r, _ in answered])),
     }
@@ -184,18 +184,18 @@ def driven(
 
 
 def workload(name: str, seconds: float) -> dict[str, Any]:
-    law, parts, rate = CASES[name]
-    with Fleet(law) as fleet:
+    delays, parts, rate = CASES[name]
+    with Fleet(delays) as fleet:
         send = functools.partial(driven, fleet, parts=parts, rate=rate, count=int(rate * seconds))
         found = {kind: send(kind) for kind in ("no hedge", "hedge-python", "tenacity")}
         budget = found["hedge-python"]["work"] - 1
-        found["ours, exact"] = send(Waiting(predict=False, hedge_budget=budget))
+        found["ours, computed"] = send(Waiting(estimate=False, hedge_budget=budget))
         found["ours, deadline"] = send(Waiting(deadline=DEADLINE, hedge_budget=budget))
     bars = {
         f"{client}, {at}": [found[client][at], round(share * found["hedge-python"][at], 3)]
         for client, at, share in (
-            ("ours, exact", "p99", 1.0),
-            ("ours, exact", "p99.9", 1.0),
+            ("ours, computed", "p99", 1.0),
+            ("ours, computed", "p99.9", 1.0),
             ("ours, deadline", "p99.9", 0.7),
         )
     }
@@ -216,7 +216,7 @@ def faults(some: Sequence[str], client: str, count: int, rate: float) -> dict[st
 
 def hostile(seed: int, count: int, rate: float) -> dict[str, Any]:
     """Return how exact calls do on a calm fleet, and while all servers but one fail."""
-    exact, options = Waiting(predict=False), {"parts": 4, "rate": rate, "count": count}
+    exact, options = Waiting(estimate=False), {"parts": 4, "rate": rate, "count": count}
     with Fleet((0.005, 0.0, 1.0, 0.0), ("http",) * 6) as fleet:
         calm = driven(fleet, exact, **options, seed=seed)
         with contextlib.ExitStack() as stack:
@@ -230,7 +230,7 @@ def hostile(seed: int, count: int, rate: float) -> dict[str, Any]:
 
 def overhead(runs: int) -> dict[str, Any]:
     with Fleet((0.0, 0.0, 1.0, 0.0), ("http",)) as fleet:
-        coded, rows = wrapped(fleet, Waiting(predict=False), 1), torch.zeros(ROWS, FEATURES)
+        coded, rows = wrapped(fleet, Waiting(estimate=False), 1), torch.zeros(ROWS, FEATURES)
         with coded.workers:
             calls = {"bare": lambda: coded.module(rows), "endpoint": lambda: coded.run(rows)}
             timings = measure(calls, runs=runs)

@@ -45,7 +45,7 @@ def perceptron(rows: Any) -> Any:
     return (np.tanh(rows.astype(float) @ _INNER) @ _OUTER).astype(np.float32)
 
 
-def law(mean: float, share: float, factor: float, delay: float) -> Callable[[], float]:
+def delays(mean: float, share: float, factor: float, delay: float) -> Callable[[], float]:
     """Return a function that draws the seconds of a request."""
     variance = math.log(1 + DEVIATION**2)
 
@@ -157,7 +157,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main(kind: str, port: str, *numbers: str) -> None:
-    draw = law(*map(float, numbers))
+    draw = delays(*map(float, numbers))
     if kind == "http":
         Handler.draw = staticmethod(draw)
         ThreadingHTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()

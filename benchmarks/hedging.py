@@ -67,4 +67,4 @@ class Unsplit(Waiting):
         return super().decide(history, table)
 
 
-WAIT_FOR_ALL = Unsplit(predict_after=math.inf, hedge_budget=0)
+WAIT_FOR_ALL = Unsplit(estimate_after=math.inf, hedge_budget=0)

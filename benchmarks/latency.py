@@ -2,7 +2,7 @@
 
 Requests arrive on their own at LeNet-5, under several waiting policies, on the same worker
 processes, with the same arrivals and delays for all, see ``traffic.py``. For each case and policy:
-the medians, over five rounds, of percentiles in milliseconds, of work, of the share of predicted
+the medians, over five rounds, of percentiles in milliseconds, of work, of the share of estimated
 answers and of accuracy. The load is the share of their time for which workers are busy.
 """
 
@@ -41,7 +41,7 @@ def policies(load: Load, part: float) -> dict[str, Waiting]:
         "hedge at p95": HedgeOnce(quantile=0.95),
         "three re-asks": Waiting(),
         "coded at once": Waiting.first(load.num_stragglers),
-        "hedge, predict": Waiting(predict_after=3.0),
+        "hedge, estimate": Waiting(estimate_after=3.0),
         "hedge, deadline": Waiting(deadline=3 * part),
     }
 
@@ -51,13 +51,13 @@ def outcome(replies: Sequence[Reply], labels: Sequence[Tensor]) -> dict[str, flo
     answered = [(r, y) for r, y in zip(replies, labels, strict=True) if r.report is not None]
     rows = sum(len(y) for _, y in answered)
     right = sum(int((r.answers.argmax(-1) == y).sum()) for r, y in answered)
-    predicted = sum(int(r.report.predicted.sum()) for r, _ in answered)
+    estimated = sum(int(r.report.estimated.sum()) for r, _ in answered)
     late = [r.spent - r.report.deadline for r, _ in answered if r.report.ended == "deadline"]
     return {
         **percentiles([r.latency for r, _ in answered]),
         "failed": len(replies) - len(answered),
         "work": float(np.mean([r.report.work for r, _ in answered])),
-        "predicted": predicted / rows,
+        "estimated": estimated / rows,
         "accuracy": right / rows,
         "after the deadline, p99.9": percentiles(late)["p99.9"] if late else None,
     }
@@ -74,7 +74,7 @@ def compare(
     """Send the load under every policy; return the median of a part, and the outcomes."""
     model, (images, labels) = lenet5(), digits()
     first = images[: load.batch_size]
-    part = median_part(dealt(model, load, pool, Waiting(predict=False)), first)
+    part = median_part(dealt(model, load, pool, Waiting(estimate=False)), first)
     rate = round(load.busy * load.num_workers / (load.num_data * part), 1)
     every = {
         name: dealt(model, load, pool, waiting)

@@ -122,7 +122,7 @@ def parm(quick: bool) -> dict[str, Any]:
     model = parity_model(of, of.tuning.images if quick else None)
     student = student_of("lenet5", quick)
     found = tried(of, [PARITY], BATCH_SIZE, count, surrogate=student, received_sets=sets)
-    records, law = [*found.records], Uniform(s, seed=SEED)  # the sets that `compare` has drawn
+    records, delays = [*found.records], Uniform(s, seed=SEED)  # the sets that `compare` has drawn
     accuracies = []
     for number, batch in enumerate(of.batches("held_out", BATCH_SIZE, count)):
         exact = run(of.model, batch.images)
@@ -131,7 +131,7 @@ def parm(quick: bool) -> dict[str, Any]:
         others = outputs.sum(1, keepdim=True) - outputs
         decoded = (sums[:, None] - others).flatten(0, 1)
         scores = []
-        for received in (received_by(law, n, s) for _ in range(sets)):
+        for received in (received_by(delays, n, s) for _ in range(sets)):
             missing = ~torch.isin(torch.arange(len(exact)) % k, torch.tensor(received))
             answers = torch.where(missing[:, None], decoded, exact)
             scores.append(score(answers, exact, batch.labels))

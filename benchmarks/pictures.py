@@ -31,7 +31,7 @@ ON_PROCESSES = {  # policies of the latency benchmark in the README's picture
     "wait for all": "no redundancy",
     "hedge at 1.5 medians": "one hedge",
     "three re-asks": "three hedges",
-    "hedge, predict": "three hedges, then predicted",
+    "hedge, estimate": "three hedges, then estimated",
     "hedge, deadline": "the same by a deadline",
 }
 
@@ -100,14 +100,14 @@ def accuracy(results: Results) -> Figure:
 
 
 def processes(results: Results) -> Figure:
-    """Draw the p99.9 of latency on processes against extra work, with the share of exact rows."""
+    """Draw the p99.9 of latency on processes against extra work, and the share of computed rows."""
     measured = results["latency"]["load 0.4, 3 % delayed"]["policies"]
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
     for marker, (key, name) in zip(MARKERS, ON_PROCESSES.items(), strict=False):
         found = measured[key]
-        exact = f"{name}: {1 - found['predicted']:.1%} exact"
-        axes.plot(found["work"] - 1, found["p99.9"], marker, label=exact, markersize=8)
+        label = f"{name}: {1 - found['estimated']:.1%} computed"
+        axes.plot(found["work"] - 1, found["p99.9"], marker, label=label, markersize=8)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("extra work")
@@ -119,11 +119,11 @@ def processes(results: Results) -> Figure:
 
 def convergence(results: Results) -> Figure:
     """Draw squared errors against workers, beside the theorem's bound through the first point."""
-    laws = (("S fixed", "no noise"), ("S fixed", "noise"), ("each with p = 0.05", "no noise"))
+    cases = (("S fixed", "no noise"), ("S fixed", "noise"), ("each with p = 0.05", "no noise"))
     of = {
-        f"{name_of(task)}, {law}, {noise}": found[law][noise]
+        f"{name_of(task)}, {delays}, {noise}": found[delays][noise]
         for task, found in results["convergence"].items()
-        for law, noise in laws
+        for delays, noise in cases
     }
     figure, every = panels(list(of), rows=len(results["convergence"]), height=2.6)
     for axes, each in zip(every, of.values(), strict=True):
@@ -141,15 +141,15 @@ def convergence(results: Results) -> Figure:
 
 
 def coverage(results: Results) -> Figure:
-    """Coverage against its nominal level, and radii against the oracle's, by data set."""
-    figure, every = panels(["errors within their radius", "median radius over the oracle's"])
+    """Coverage against its nominal level, and bounds against the oracle's, by data set."""
+    figure, every = panels(["errors within their bound", "median bound over the oracle's"])
     for n, (name, settings) in enumerate(results["coverage"].items()):
         found = {level: of for level, of in settings["B 240"].items() if level[:2] == "0."}
         nominal = [float(level) for level in found]
         style = {"marker": MARKERS[n % len(MARKERS)], "color": f"C{n}", "markersize": 4}
         covered = [of["covered"][0] for of in found.values()]
         every[0].plot(nominal, covered, label=name_of(name), linewidth=1, **style)
-        ratios = [of["radius to constant"] for of in found.values()]
+        ratios = [of["bound to constant"] for of in found.values()]
         every[1].plot(nominal, ratios, linewidth=1, **style)
     every[0].plot([0.9, 0.99], [0.9, 0.99], color="0.6", linestyle=":")
     for axes in every:

@@ -6,7 +6,7 @@ stands beside its bar.
 - kill: with a code, up to S of N processes are killed at random moments;
 - ray: the same on Ray, whose actors are killed every three seconds;
 - overhead: of the pool and of the wrapper;
-- exact: ``Waiting()`` where a third of the parts end their process, others return
+- computed: ``Waiting()`` where a third of the parts end their process, others return
   wrong results, and processes are killed from outside as well;
 - poison: one row that ends its process, beside calls of others on the same pool;
 - deadline: calls of 0.3 s while all processes hang, load, are slow, or die.
@@ -39,7 +39,6 @@ from coded_torch.workers import (
     Part,
     ProcessWorkers,
     RayWorkers,
-    Reply,
     Task,
     Workers,
 )
@@ -170,7 +169,7 @@ def overhead(quick: bool) -> dict[str, Any]:
         for name, columns in (("4 x 40 B", 10), ("4 x 1 MiB", 1 << 18)):
             leaves, spec = pytree.tree_flatten(((torch.randn(4, 1, columns),), {}))
             task = Task(leaves, [0], spec, 4, 1, torch.device("cpu"))
-            found[f"pool, {name}"] = _times(lambda task=task: _asked(pool, module, task), runs)
+            found[f"pool, {name}"] = _times(functools.partial(_each, pool, module, task), runs)
         x = torch.randn(8, (1 << 20) // 32)
         for ordering in ("arrival", "similarity"):
             code = SplineCode(8, 12, ordering=ordering)
@@ -195,11 +194,11 @@ class _Head(nn.Module):
         return x[:, :10]
 
 
-def _asked(pool: Workers, module: nn.Module, task: Task) -> list[Reply]:
-    """Ask for each unit as its own part, and return the replies."""
+def _each(pool: Workers, module: nn.Module, task: Task) -> None:
+    """Have a pool compute each unit of a task as its own part."""
     with pool.open(module, task) as request:
-        request.ask([Part(number, (number,)) for number in range(task.num_units)])
-        return list(request.replies())
+        request.ask([Part(n, (n,)) for n in range(task.num_units)])
+        assert len(list(request.replies())) == task.num_units
 
 
 def _times(call: Callable[[], object], runs: int) -> dict[str, float]:
@@ -243,10 +242,10 @@ def _batch(generator: torch.Generator, rows: int = ROWS) -> Tensor:
     return torch.rand(rows, FEATURES, generator=generator)
 
 
-def exact(quick: bool) -> dict[str, Any]:
+def computed(quick: bool) -> dict[str, Any]:
     count, rows = 15 if quick else 2_000, 24
     generator, model = torch.Generator().manual_seed(SEED), Model()
-    wrong, predicted, times = 0, 0, []
+    wrong, estimated, times = 0, 0, []
     with ProcessWorkers(N).start(timeout=START) as pool:
         coded = _coded(FaultyWorkers(pool, rates=RATES, seed=SEED), model)
         killer = Killer(pool, lambda: 0.1 if quick else 0.5, 1)
@@ -259,7 +258,7 @@ def exact(quick: bool) -> dict[str, Any]:
                 answers, report = found
                 times.append(spent)
                 wrong += not torch.allclose(answers, model(x), atol=1e-5)
-                predicted += int(report.predicted.sum())
+                estimated += int(report.estimated.sum())
     return {
         "calls": count,
         "rates": RATES,
@@ -267,7 +266,7 @@ def exact(quick: bool) -> dict[str, Any]:
         "times": percentiles(times),
         "bars": {
             "wrong": [wrong, 0],
-            "predicted": [predicted, 0],
+            "estimated": [estimated, 0],
             "share that raise": [round(1 - len(times) / count, 4), 0.01],
         },
     }
@@ -278,7 +277,7 @@ def poison(quick: bool) -> dict[str, Any]:
     generator, model = torch.Generator().manual_seed(SEED), Model()
     lost, computed = [], []
     with ProcessWorkers(N).start(timeout=START) as pool:
-        mine, others = _coded(pool, model), _coded(pool, model, predict_after=3.0)
+        mine, others = _coded(pool, model), _coded(pool, model, estimate_after=3.0)
 
         @torch.no_grad()
         def call(value: float) -> None:
@@ -345,7 +344,7 @@ def _lateness(coded: CodedWrapper, count: int) -> tuple[list[float], dict[str, i
 
 
 SCENARIOS: dict[str, Callable[[bool], dict[str, Any]]] = {
-    function.__name__: function for function in (kill, overhead, ray, exact, poison, deadline)
+    function.__name__: function for function in (kill, overhead, ray, computed, poison, deadline)
 }
 
 

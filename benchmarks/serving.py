@@ -5,7 +5,7 @@ six worker processes. Requests of 1 to 8 rows arrive on their own, and latencies
 request was due. Some calls are delayed by 50 ms, and a worker is killed every 5 s.
 
 - faults: every row is compared with the module's own output;
-- predicted: how often LeNet-5's class is predicted rightly from so many earlier answers;
+- estimated: how often LeNet-5's class is estimated rightly from so many earlier answers;
 - saturation: rows a second of a model that sleeps 1 ms a row, one row a request, by the number of
   connections. "direct" has the same server and batcher, whose threads call the model. Ray Serve and
   LitServe have as many processes and the same size of a batch.
@@ -88,8 +88,8 @@ LENET5 = Model("model", (INPUT,), (OUTPUT, ADDED[0]), binary=True)  # and the fl
 def lenet5_app() -> Any:
     """Return the application of the faults."""
     pool = ProcessWorkers(N, grace=10 * DEADLINE)
-    law = Bernoulli(0.03, latency=0.05, seed=SEED)
-    faulty = FaultyWorkers(pool, delays=law, seed=SEED, crash_every=5.0)
+    delays = Bernoulli(0.03, latency=0.05, seed=SEED)
+    faulty = FaultyWorkers(pool, delays=delays, seed=SEED, crash_every=5.0)
     coded = CodedWrapper(lenet5(), workers=faulty, parts=K, surrogate=Memory())
     return app(coded, name="model", inputs=[INPUT], outputs=[OUTPUT], deadline=DEADLINE)
 
@@ -152,7 +152,7 @@ PEERS = {"LitServe": lit_serve, "Ray Serve": ray_serve}
 
 def saturated_app(direct: bool) -> Any:
     """Return the application of the sleeping model, whose batcher may call it in its threads."""
-    model, waiting = sleeping(), Waiting(predict=False)
+    model, waiting = sleeping(), Waiting(estimate=False)
     pool = LocalWorkers() if direct else ProcessWorkers(PROCESSES)
     coded = CodedWrapper(model, workers=pool, parts=1, waiting=waiting)
     one = [TensorSpec("input", "FP32", (FEATURES,))], [TensorSpec("output", "FP32", (FEATURES,))]
@@ -223,8 +223,8 @@ def _send(mine: threading.local, port: int, images: Tensor) -> tuple[Tensor, Rep
     body = answer.read()
     if answer.status != 200:
         raise NotEnoughResults((), 1, N)
-    (logits, predicted), _ = outputs_of(LENET5, body, answer.headers[LENGTH], len(images))
-    return logits, Report(predicted=predicted)
+    (logits, estimated), _ = outputs_of(LENET5, body, answer.headers[LENGTH], len(images))
+    return logits, Report(estimated=estimated)
 
 
 def batches(count: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -247,7 +247,7 @@ def faults(seconds: float) -> dict[str, Any]:
         replies = drive(send, batches(count, SEED)[0], rate, SEED)
     answered = [(r, x) for r, x in zip(replies, rows, strict=True) if r.report is not None]
     logits = torch.cat([reply.answers for reply, _ in answered])
-    flag = torch.cat([reply.report.predicted for reply, _ in answered])
+    flag = torch.cat([reply.report.estimated for reply, _ in answered])
     chosen = torch.cat([x for _, x in answered])
     error = (logits - exact[chosen]).abs().amax(1)[~flag].max()
     times = percentiles([reply.latency for reply in replies])
@@ -257,16 +257,16 @@ def faults(seconds: float) -> dict[str, Any]:
         "largest error of an unflagged row": [float(f"{float(error):.2g}"), 1e-3],
         **times,
         "p99.9": [times["p99.9"], 1e3 * (DEADLINE + SLACK)],
-        "exact rows": [round(float((~flag).double().mean()), 5), 0.995],
-        "predicted rows": int(flag.sum()),
-        "predicted rows of the right class": int(
+        "computed rows": [round(float((~flag).double().mean()), 5), 0.995],
+        "estimated rows": int(flag.sum()),
+        "estimated rows of the right class": int(
             (flag & (logits.argmax(1) == labels[chosen])).sum()
         ),
     }
 
 
 @torch.no_grad()
-def predicted() -> dict[str, Any]:
+def estimated() -> dict[str, Any]:
     """Return the share of missing digits that get the right class, by the answers remembered."""
     (images, labels), model, found = digits(), lenet5(), {}
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SEED))
@@ -275,12 +275,12 @@ def predicted() -> dict[str, Any]:
         memory, seen, right = Memory(), order[:known], []
         memory.observe([images[seen]], [model(images[seen])])
         memory.rebuild()
-        how: Any = {"surrogate": lambda x, memory=memory: memory.predict([x])[0], "parts": K}
+        how: Any = {"surrogate": lambda x, memory=memory: memory.estimate([x])[0], "parts": K}
         coded = CodedWrapper(model, workers=half_lost, waiting=Waiting(deadline=1.0), **how)
         for rows in order[-HELD_OUT:].split(MOST_ROWS):
             answers, report = coded.run(images[rows])
-            assert report.predicted is not None
-            right.append((answers.argmax(1) == labels[rows])[report.predicted])
+            assert report.estimated is not None
+            right.append((answers.argmax(1) == labels[rows])[report.estimated])
         found[str(known)] = round(float(torch.cat(right).double().mean()), 4)
     return {"right class": found}
 
@@ -333,7 +333,7 @@ def saturation(quick: bool) -> dict[str, Any]:
 
 
 def measurements(quick: bool) -> Iterator[Measurement]:
-    yield ("predicted",), predicted
+    yield ("estimated",), estimated
     yield ("faults",), functools.partial(faults, 4 if quick else 60)
     yield ("saturation",), functools.partial(saturation, quick)
 

@@ -55,7 +55,7 @@ def answered(
 
 
 def summary(scores: list[Score], reference: list[Score]) -> dict[str, Any]:
-    """Return the error over the variance and over a reference's, and the accuracy that is kept."""
+    """Return the normalised MSE, alone and over a reference's, and the accuracy that is kept."""
     ours, theirs = np.array(scores).T, np.array(reference).T
     return {
         "mse": ratio(ours[0], ours[2]),
@@ -76,8 +76,8 @@ def memory(quick: bool) -> dict[str, Any]:
                 scores[name] += of_batch
             report = coded["with"].last_run
             assert report is not None
-            assert report.predicted is not None
-            fresh += int((~report.predicted).sum())
+            assert report.estimated is not None
+            fresh += int((~report.estimated).sum())
             if fresh >= LEARNS_AFTER:
                 known.rebuild()
                 fresh = 0

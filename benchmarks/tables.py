@@ -37,14 +37,14 @@ NAMES = {
     "three re-asks, split": "up to three hedges, split",
     "three re-asks, whole": "up to three hedges, whole",
     "three re-asks": "up to three hedges",
-    "predict at 3 medians of a part": "`Waiting(deadline=3)`",
-    "predict at 3 medians of whole calls": "`Waiting(predict_after=3)`",
-    "hedge, predict": "`Waiting(predict_after=3)`",
+    "estimate at 3 medians of a part": "`Waiting(deadline=3)`",
+    "estimate at 3 medians of whole calls": "`Waiting(estimate_after=3)`",
+    "hedge, estimate": "`Waiting(estimate_after=3)`",
     "hedge, deadline": "`Waiting(deadline=...)`",
     "hedge at the fence": "hedge at the hedging threshold",
     "coded at once": "all N at once, the paper's way",
     "ours": "`CodedWrapper`",
-    "ours, exact": "`CodedWrapper`, exact",
+    "ours, computed": "`CodedWrapper`, computed",
     "ours, deadline": "`CodedWrapper`, deadline",
     "no hedge": "httpx",
     "tenacity": "httpx, retries of tenacity",
@@ -70,21 +70,21 @@ def shown(value: Any, how: str) -> str:
 
 
 def tail(stars: Sequence[str], found: Mapping[str, Any]) -> str:
-    """Return the p99.9 of latency, and the share of predicted answers."""
-    share = f", {100 * found['predicted']:.2g} %" if found["predicted"] else ""
+    """Return the p99.9 of latency, and the share of estimated answers."""
+    share = f", {100 * found['estimated']:.2g} %" if found["estimated"] else ""
     return f"{found['p99.9']:.1f}{share}"
 
 
 def rivals(results: Mapping[str, Any]) -> Iterable[list[str]]:
-    """Yield the coverage of every rival, and the median of its radii over ours."""
-    yield ["data", "batch", "", "covered", "lowest tercile", "radius over ours"]
+    """Yield the coverage of every rival, and the median of its bounds over ours."""
+    yield ["data", "batch", "", "covered", "lowest tercile", "bound over ours"]
     for name, settings in results["coverage"].items():
         for setting in (x for x in settings if x.endswith(", rivals")):
             for rival, of in settings[setting].items():
                 if rival != "seconds":
                     numbers = shown(of["covered"], ".3f"), f"{min(of['terciles']):.3f}"
                     head = NAMES.get(name, name), setting.removesuffix(", rivals"), rival
-                    yield [*head, *numbers, f"{of['radius to ours']:.2f}"]
+                    yield [*head, *numbers, f"{of['bound to ours']:.2f}"]
 
 
 def coverages(results: Mapping[str, Any]) -> Iterable[list[str]]:
@@ -221,7 +221,7 @@ PEERS: tuple[tuple[str, str, str, str, Callable[[Any], Any]], ...] = (
 )
 LATENCY = {f"{at}, ms": f"{at}:.1f" for at in ("p50", "p99", "p99.9")}
 LATENCIES = LATENCY | {"no answer": "failed:.0f", "work": "work:.3f"}
-LATENCIES |= {"predicted": "predicted:.2%", "right answers": "accuracy:.2%"}
+LATENCIES |= {"estimated": "estimated:.2%", "right answers": "accuracy:.2%"}
 ACCURACY = "relative_accuracy:.3f"
 #: Columns of accuracies by scheme, with the baselines.
 SCHEMES = {
@@ -229,7 +229,7 @@ SCHEMES = {
     for name in ("the paper's scheme", "replication", "regression", *BASELINES)
 }
 SCORES: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "squared error / variance": lambda of: shown(of["mse"], ".4f"),
+    "normalised MSE": lambda of: shown(of["mse"], ".4f"),
     "accuracy kept": lambda of: shown(of["relative_accuracy"], ".3f"),
     "work": lambda of: f"{of['work']:.2f}",
     "over `RegressionCode`'s": lambda of: shown(_paired(of)["mse"], ".2f"),
@@ -240,7 +240,7 @@ BARS = {"measured": "0:g", "bar": "1:g", "": missed}
 CLIENTS = LATENCY | {
     "lost": "lost:d",
     "wrong": "wrong:d",
-    "predicted": "predicted:.2%",
+    "estimated": "estimated:.2%",
     "extra requests": "extra requests:.1%",
     "extra work": lambda _, found: f"{100 * (found['work'] - 1):.1f} %",
 }
@@ -251,8 +251,8 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
         {
             "covered": "B 240 > 0.95 > covered:.3f",
             "lowest tercile": lambda _, of: f"{min(of['B 240']['0.95']['terciles']):.3f}",
-            "radius over the oracle's": "B 240 > 0.95 > radius to constant:.2f",
-            "split conformal's radius over ours": "B 240 > split > radius to ours:.2f",
+            "bound over the oracle's": "B 240 > 0.95 > bound to constant:.2f",
+            "split conformal's bound over ours": "B 240 > split > bound to ours:.2f",
             "certified": "B 240 > certified:.3f",
             "certified and wrong": "B 240 > certified and wrong:.3f",
         },
@@ -280,7 +280,7 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
     "parm": Table(
         "peers > ParM > schemes > *",
         ("",),
-        {"squared error / variance": "mse:.4f", "accuracy kept": ACCURACY, "work": "work:.2f"},
+        {"normalised MSE": "mse:.4f", "accuracy kept": ACCURACY, "work": "work:.2f"},
     ),
     "leaderboard": leaderboard,
     "peers": peers,
@@ -288,7 +288,7 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
         "distances > * > (24, 20, 4)",
         ("data",),
         {
-            "error / variance": "schemes > chosen > mse:.4f",
+            "normalised MSE": "schemes > chosen > mse:.4f",
             "the batch's mean": "schemes > mean > against chosen > mse > 0:.1f",
             "one metric for all": "schemes > one metric > against chosen > mse > 0:.2f",
             "a stem competing": "schemes > with a stem > against chosen > mse > 0:.2f",

@@ -78,8 +78,8 @@ def dealt(model: nn.Module, load: Load, pool: Workers, waiting: Waiting) -> Code
 
 def delayed(pool: Workers, load: Load, number: int) -> FaultyWorkers:
     """Return the pool with delayed parts, the same ones in every round of this number."""
-    law = Bernoulli(load.share, latency=load.delay, seed=0)
-    return FaultyWorkers(pool, delays=law, seed=load.seed + number)
+    delays = Bernoulli(load.share, latency=load.delay, seed=0)
+    return FaultyWorkers(pool, delays=delays, seed=load.seed + number)
 
 
 @torch.no_grad()

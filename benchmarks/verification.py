@@ -5,7 +5,7 @@ of the outputs' spread, results of other inputs, the two largest outputs swapped
 answers another, a block of outputs in all rows, or one number (of another row, or with a bit of its
 exponent or mantissa flipped). LeNet-5 answers the 2,000 digits that ship.
 
-- *honest*: requests of 8 to 240 rows in which nobody is wrong; "charged" counts their strikes.
+- *honest*: requests of 8 to 240 rows in which nobody is wrong; "charged" counts their faults.
 - *left*: the share of wrong rows that reach the caller in a request in which the worker is wrong,
   and of the harmful ones, which change the class, or outputs by a tenth of their spread (RMS).
 - *small*: the same in requests of 8 rows, of a row that answers another, by odd scores alone.
@@ -81,8 +81,8 @@ def request(
 
     call = fleet.call(at, compute)
     counted = Counter(rows=size, computed=call.computed, disputes=call.verdict.disputes)
-    strikes = call.verdict.strikes
-    counted["charged"] = sum(n for worker, n in strikes.items() if worker not in faulty)
+    faults = call.verdict.faults
+    counted["charged"] = sum(n for worker, n in faults.items() if worker not in faulty)
     for name, rows in (("wrong", made), ("left", call.answers)):
         off = (rows - truth).abs() / data.spread
         wrong = off.amax(1) > 1e-3
@@ -155,7 +155,7 @@ def measure_left(count: int, share: float) -> dict[str, Any]:
 def measure_small(count: int) -> dict[str, Any]:
     fleet = Fleet(Data(), WORKERS, 0.02).settle()
     honest(fleet, [SMALL] * 1000)
-    fleet.strikes.share = 0.0  # odd scores alone
+    fleet.record.share = 0.0  # odd scores alone
     return left(fleet, FAULTS["one row"], count, SMALL, between=200)
 
 
@@ -198,7 +198,7 @@ def measure_latency(count: int, requests: int) -> dict[str, Any]:
     found: dict[str, Any] = {"ms while workers compute": while_, "ms after": after}
     for name, (workers, parts, load) in POOLS.items():
         sizes = {"num_workers": workers, "num_parts": parts, "load": load}
-        waiting = Waiting(predict_after=3.0)
+        waiting = Waiting(estimate_after=3.0)
         policies = waiting, Verified(waiting, workers)
         plain, checked = (
             simulate(x, Conditions(), num_requests=requests, **sizes).latencies for x in policies

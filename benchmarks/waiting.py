@@ -2,7 +2,7 @@
 
 Workers serve one part at a time from one queue, and requests arrive on their own, see
 :mod:`coded_torch.experiments.simulation`. For each regime, each number of parts of a request and
-each policy: percentiles of latency in medians of a part, the share of rows that is predicted, calls
+each policy: percentiles of latency in medians of a part, the share of rows that is estimated, calls
 and rows beyond asking for each row once. "One hedge" is the best in hindsight of five times.
 
 3 %, 10 %: so many parts take 5 to 50 times as long. Slow: every worker is slow for 5 % of the time,
@@ -48,8 +48,8 @@ POLICIES: dict[str, Any] = {
     "wait for all": WAIT_FOR_ALL,
     "three re-asks, whole": Unsplit(),
     "three re-asks, split": Waiting(),
-    "predict at 3 medians of a part": Waiting(deadline=3.0),
-    "predict at 3 medians of whole calls": Waiting(predict_after=3.0),
+    "estimate at 3 medians of a part": Waiting(deadline=3.0),
+    "estimate at 3 medians of whole calls": Waiting(estimate_after=3.0),
 }
 HEDGES: dict[str, Any] = {
     "1.2 medians": HedgeOnce(medians=1.2),
@@ -66,7 +66,7 @@ def outcome(policy: Any, regime: Regime, requests: int) -> dict[str, Any]:
     found = simulate(policy, conditions, num_requests=requests, **how)
     return {
         **{f"p{at:g}": round(found.percentile(at), 3) for at in (50, 99, 99.9)},
-        "predicted": round(float(found.predicted.mean()), 6),
+        "estimated": round(float(found.estimated.mean()), 6),
         "extra calls": round(found.calls - 1, 4),
         "extra work": round(found.work - 1, 4),
         "ended": dict(found.ended),

@@ -227,7 +227,7 @@ def inner_products(rows: Tensor) -> Tensor:
 def left_out_losses(
     squared_distances: Tensor, lengths: Sequence[float], results: Tensor, nugget: float
 ) -> Tensor:
-    r"""Return how badly results are predicted, each from all others, ``[K, n]``, float64.
+    r"""Return how badly results are estimated, each from all others, ``[K, n]``, float64.
 
     The regression has the covariance :func:`matern52` of one of K lengths, plus the nugget, and an
     unknown mean. The loss is the negative logarithm of the density that it gives to the result that

@@ -78,7 +78,7 @@ class Chaos:
 
     def act(self, place: int, action: str) -> None:
         """Act on the worker at a place; a ValueError if that cannot be now."""
-        states = self.built.of_places("states")  # read once, as a process may end meanwhile
+        states = self.pool.states  # read once, as a process may end meanwhile
         offered = self.offered(place, states)
         if why := offered.get(action, f"the action must be one of {', '.join(offered) or 'none'}"):
             raise ValueError(why)
@@ -98,7 +98,7 @@ class Chaos:
         turn = [(stop, 0.9), (go if action == "delay" else stop, 0.1)]
         with contextlib.suppress(ProcessLookupError):  # the process has ended
             for number, share in [*turn * round(_FAULT_SECONDS / _TURN_SECONDS), (go, 0.0)]:
-                if self.built.of_places("states").get(place, ("", 0))[1] != pid:
+                if self.pool.states.get(place, ("", 0))[1] != pid:
                     break  # the pool has replaced the process: another one may have its number
                 os.kill(pid, number)
                 time.sleep(share * _TURN_SECONDS)
@@ -125,7 +125,7 @@ def add_page(built: app, *, faults: bool = False, is_local: bool) -> None:
 
     async def status(request: Request) -> Response:
         """Return the state of the workers, and the last answers: of a minute with any query."""
-        now, names, states = time.monotonic(), *map(built.of_places, ("names", "states"))
+        now, names, states = time.monotonic(), built.pool.names, built.pool.states
         since = now - (_MINUTE if request.url.query else _AGAIN)
         content = {
             "name": built.name,

@@ -1,8 +1,8 @@
-r"""Laws of latency: the seconds that each of N workers takes to answer one request.
+r"""Delay distributions: the seconds that each of N workers takes to answer one request.
 
-Every law draws from a ``torch.Generator``, its own or a given one, never from the global random
-state. A latency is infinite if the worker never answers. Every law but :class:`Trace` takes a
-``seed`` for its own generator, an integer of 64 bits. It defaults to None, a new seed.
+Every one draws from a ``torch.Generator``, its own or a given one, never from the global random
+state. A latency is infinite if the worker never answers. All but :class:`Trace` take a
+``seed`` for their own generator, an integer of 64 bits. It defaults to None, a new seed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Bernoulli", "Contiguous", "ShiftedExponential", "Stragglers", "Trace
 
 
 class Stragglers(abc.ABC):
-    """A law of the latencies of N workers. A subclass implements ``_draw``.
+    """A distribution of the latencies of N workers. A subclass implements ``_draw``.
 
     A deep copy continues from the same state of its generator.
 
@@ -49,7 +49,7 @@ class Stragglers(abc.ABC):
     def sample(self, num_workers: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw the latencies of one request, ``[N]``, float64, in seconds.
 
-        ``generator`` is on the CPU, and defaults to the law's own.
+        ``generator`` is on the CPU, and defaults to the distribution's own.
         """
         instance(self, "generator", generator, torch.Generator, optional=True)
         least = max(1, self.num_stragglers or 0)
@@ -74,7 +74,7 @@ class Stragglers(abc.ABC):
 
 
 class Uniform(Stragglers):
-    """A law under which ``num_stragglers`` workers never answer. The others have latency 0.
+    """A distribution by which ``num_stragglers`` workers never answer. The others have latency 0.
 
     They are drawn uniformly. There must be at least as many workers.
     """
@@ -92,7 +92,7 @@ class Uniform(Stragglers):
 
 
 class Contiguous(Uniform):
-    r"""A law under which S neighbouring workers never answer, such as a rack that fails.
+    r"""A distribution by which S neighbouring workers never answer, such as a rack that fails.
 
     The block starts at a uniform worker, and continues at worker 0 after the last worker.
     """
@@ -103,7 +103,7 @@ class Contiguous(Uniform):
 
 
 class Bernoulli(Stragglers):
-    r"""A law under which each worker, independently, is late with probability p.
+    r"""A distribution by which each worker, independently, is late with probability p.
 
     Args:
         p: the probability, in [0, 1].
@@ -121,7 +121,7 @@ class Bernoulli(Stragglers):
 
 
 class ShiftedExponential(Stragglers):
-    r"""A law of a fixed time plus an exponential time, independent for each worker.
+    r"""The distribution of a fixed time plus an exponential time, independent for each worker.
 
     .. math:: P(T > t) = \exp(-\mathrm{rate}\,(t - \mathrm{shift})), \qquad t \ge \mathrm{shift}
 
@@ -146,9 +146,9 @@ class ShiftedExponential(Stragglers):
 
 
 class Trace(Stragglers):
-    r"""A law of measured latencies, a row for each request; after the last, it starts again.
+    r"""Measured latencies, a row for each request; after the last row, the first comes again.
 
-    The law has a state, ``position``, and draws nothing at random.
+    It has a state, ``position``, and draws nothing at random.
 
     Args:
         source: an array or a sequence of rows, ``[requests, N]``, in seconds, at least 0 or
@@ -156,8 +156,8 @@ class Trace(Stragglers):
 
     Example:
         >>> from coded_torch import stragglers
-        >>> law = stragglers.Trace([[0.1, 0.2], [0.3, float("inf")]])
-        >>> [law.sample(2)[0].item() for _ in range(3)]
+        >>> delays = stragglers.Trace([[0.1, 0.2], [0.3, float("inf")]])
+        >>> [delays.sample(2)[0].item() for _ in range(3)]
         [0.1, 0.3, 0.1]
     """
 

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coded_torch import Regression, codes, compare, linear, nn, tune, workers
-from coded_torch import stragglers as laws
+from coded_torch import Regression, codes, compare, linear, nn, stragglers, tune, workers
 from coded_torch._arguments import MOST_WORKERS, count, dense, real
 from coded_torch.codes import curves
 from coded_torch.experiments import scores, simulation
@@ -49,19 +48,19 @@ CALLS = [
     (ordering.similarity_order, {"distances": torch.ones(2, 2)}),
     (curves.chebyshev_first, {"num_points": 3}),
     (curves.chebyshev_second, {"num_points": 3}),
-    (laws.Uniform, {"num_stragglers": 1, "seed": 0}),
-    (laws.Contiguous, {"num_stragglers": 1, "seed": 0}),
-    (laws.Uniform(1, seed=0).sample, {"num_workers": 3, "generator": None}),
-    (laws.Bernoulli, {"p": 0.5, "latency": 1.0, "seed": None}),
-    (laws.ShiftedExponential, {"shift": 1.0, "rate": 1.0, "seed": 0}),
-    (laws.Trace, {"source": [[1.0]]}),
+    (stragglers.Uniform, {"num_stragglers": 1, "seed": 0}),
+    (stragglers.Contiguous, {"num_stragglers": 1, "seed": 0}),
+    (stragglers.Uniform(1, seed=0).sample, {"num_workers": 3, "generator": None}),
+    (stragglers.Bernoulli, {"p": 0.5, "latency": 1.0, "seed": None}),
+    (stragglers.ShiftedExponential, {"shift": 1.0, "rate": 1.0, "seed": 0}),
+    (stragglers.Trace, {"source": [[1.0]]}),
     (scores.rmse, {"decoded": X, "exact": X}),
     (scores.relative_accuracy, {"decoded": X, "exact": X, "labels": torch.ones(6).long()}),
     (nn.CodedWrapper, {"module": torch.nn.Tanh(), "code": codes.ReplicationCode(2, 3),
                        "workers": None, "waiting": None}),
     (nn.CodedWrapper, {"module": torch.nn.Tanh(), "code": None, "workers": workers.LocalWorkers(),
-                       "parts": 2, "predictor": None}),
-    (nn.Waiting, {"deadline": 1.0, "predict_after": 3.0, "hedge_budget": 0.25, "predict": True,
+                       "parts": 2, "estimator": None}),
+    (nn.Waiting, {"deadline": 1.0, "estimate_after": 3.0, "hedge_budget": 0.25, "estimate": True,
                   "on_error": "raise"}),
     (nn.Waiting.first, {"num_stragglers": 1, "deadline": 1.0}),
     (workers.LocalWorkers, {"stragglers": None}),
@@ -144,7 +143,7 @@ def name_of(call):
 def test_wrong_arguments_are_named_at_once(call, arguments, data):
     argument = data.draw(st.sampled_from(sorted(arguments)))
     wrong = data.draw(WRONG)
-    if call is laws.Trace and isinstance(wrong, (str, bytes)):
+    if call is stragglers.Trace and isinstance(wrong, (str, bytes)):
         return  # a path
     if (argument == "ordering" and callable(wrong)) or (
         argument == "batch_size" and is_huge(wrong)
@@ -176,8 +175,9 @@ def test_every_public_class_and_function_is_tried():
     tried = {call for call, _ in CALLS if inspect.isclass(call) or inspect.isroutine(call)}
     # Abstract ones, an exception, and what is not for callers to make.
     tried |= {codes.BatchPlan, codes.Code, codes.CurveCode, codes.FixedCode, linear.LinearMap}
-    tried |= {codes.NotEnoughResults, codes.DeadlineExceeded, laws.Stragglers, ordering.Grouping}
-    for module in (codes, linear, ordering, curves, laws):
+    tried |= {codes.NotEnoughResults, codes.DeadlineExceeded, ordering.Grouping}
+    tried.add(stragglers.Stragglers)
+    for module in (codes, linear, ordering, curves, stragglers):
         for name in {*module.__all__}:
             thing = getattr(module, name)
             if inspect.isclass(thing) or inspect.isroutine(thing):
@@ -196,9 +196,9 @@ def test_every_public_class_and_function_is_tried():
         (lambda: codes.RegressionCode(4, 10**30), ValueError, "RegressionCode: num_workers must"),
         (lambda: codes.BerrutCode(10**30, 6), ValueError, "BerrutCode: num_data must be at most"),
         (lambda: workers.ProcessWorkers(10**8), ValueError, "ProcessWorkers: num_workers must be"),
-        (lambda: laws.Uniform(2, seed=10**30), ValueError, "Uniform: seed must be at most"),
-        (lambda: laws.Trace(None), TypeError, "Trace: source must be real numbers, got None"),
-        (lambda: laws.Uniform(1).sample(10**9), ValueError, "Uniform: num_workers must be at most"),
+        (lambda: stragglers.Uniform(2, seed=10**30), ValueError, "Uniform: seed must be at most"),
+        (lambda: stragglers.Trace(None), TypeError, "Trace: source must be real numbers, got None"),
+        (lambda: stragglers.Uniform(1).sample(10**9), ValueError, "num_workers must be at most"),
     ],
 )
 def test_messages(make, error, message):

@@ -51,7 +51,7 @@ def run(line):
         ("compare ./mine:make --inputs x.pt", "a function of it, got './mine:make'"),
         ("compare a:b --inputs x.pt --output x", "--output: must end in .pdf, .png or .svg, in a"),
         ("demo --output nowhere/demo.png", "in a folder that exists, got nowhere/demo.png"),
-        ("plan --law murphy", "--law: invalid choice: 'murphy'"),
+        ("plan --conditions murphy", "--conditions: invalid choice: 'murphy'"),
     ],
 )
 def test_bad_values_are_said_and_end_with_2(arguments, message, tmp_path, monkeypatch, capsys):
@@ -114,11 +114,11 @@ def test_demo_prints_tables_and_saves_a_picture(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     assert "Seed 5." in out
-    found = re.search(r"([\d,]+) answers are exact, ([\d,]+) are predicted", out)
-    exact, predicted = (int(number.replace(",", "")) for number in found.groups())
-    assert exact + predicted == 1920 > exact
-    error, radius = map(float, re.findall(r"([\d.]+) in the median", out))
-    assert error < radius < 4 * error
+    found = re.search(r"([\d,]+) answers are computed, ([\d,]+) are estimated", out)
+    computed, estimated = (int(number.replace(",", "")) for number in found.groups())
+    assert computed + estimated == 1920 > computed
+    error, bound = map(float, re.findall(r"([\d.]+) in the median", out))
+    assert error < bound < 4 * error
     held, right = map(float, re.findall(r"([\d.]+)%", out)[:2])
     assert held > 90
     assert right > 90

@@ -50,7 +50,7 @@ def slow():
 
 def here():
     pool = workers.DeviceWorkers(["cpu"] * 2)
-    return CodedWrapper(Logged().eval(), workers=pool, waiting=Waiting(predict=False))
+    return CodedWrapper(Logged().eval(), workers=pool, waiting=Waiting(estimate=False))
 
 def other():
     wrapped = here()
@@ -70,7 +70,7 @@ def sums():
 
 def wrapped(module):
     pool = workers.DeviceWorkers(["cpu"] * 2)
-    return CodedWrapper(module.eval(), workers=pool, waiting=Waiting(predict=False))
+    return CodedWrapper(module.eval(), workers=pool, waiting=Waiting(estimate=False))
 
 def pair():
     return wrapped(Sum())
@@ -129,7 +129,7 @@ class Varied(Logged):
 
 def varied():
     change = os.environ.get("CHANGE", "")
-    policy = Waiting(predict=False, hedge_budget=0.5 if change == "waiting" else 0.25)
+    policy = Waiting(estimate=False, hedge_budget=0.5 if change == "waiting" else 0.25)
     surrogate = torch.nn.Linear(2, 2) if change == "surrogate" else ()
     pool = workers.DeviceWorkers(["cpu"] * (3 if change == "workers" else 2))
     parts = 4 if change == "parts" else None
@@ -163,7 +163,7 @@ def written(folder):
 def outputs(folder):
     """Return the outputs of all batches, in order."""
     loaded = [torch.load(path, weights_only=True) for path in written(folder)]
-    assert not any(batch["predicted"].any() for batch in loaded)
+    assert not any(batch["estimated"].any() for batch in loaded)
     return torch.cat([batch["outputs"][0] for batch in loaded])
 
 
@@ -192,7 +192,7 @@ def test_a_job_writes_all_answers_and_a_summary(folder, capsys):
     out = capsys.readouterr().out
     assert re.match(
         r"Columns of rows.npy: x=rows\.\n"
-        r"25 of 25 batches are in out\. This run: 200 exact rows, 0 predicted rows,",
+        r"25 of 25 batches are in out\. This run: 200 computed rows, 0 estimated rows,",
         out,
     )
     rows = computed(folder)
@@ -315,11 +315,11 @@ def test_an_exception_ends_the_job_and_names_rows_of_the_file(thirteen, capsys):
         assert out.endswith("Go on with --resume.\n")
 
 
-def test_rows_on_which_the_model_fails_are_predicted_on_demand(thirteen, folder):
-    more = "--on-error", "predict", "--num-workers", "2"
+def test_rows_on_which_the_model_fails_are_estimated_on_demand(thirteen, folder):
+    more = "--on-error", "estimate", "--num-workers", "2"
     assert main(line("sums", *thirteen, *more)) == 0
     loaded = [torch.load(path, weights_only=True) for path in written(folder)]
-    assert torch.cat([x["predicted"] for x in loaded]).nonzero().flatten().tolist() == [13]
+    assert torch.cat([x["estimated"] for x in loaded]).nonzero().flatten().tolist() == [13]
 
 
 def test_a_function_for_serve_is_one_for_job(folder):

@@ -90,7 +90,7 @@ class Model(nn.Module):
 def main():
     x = torch.linspace(0, 3, 24)[:, None]
     with ProcessWorkers(2).start() as pool, torch.no_grad():
-        coded = CodedWrapper(Model(), workers=pool, waiting=Waiting(predict_after=3.0))
+        coded = CodedWrapper(Model(), workers=pool, waiting=Waiting(estimate_after=3.0))
         with contextlib.suppress(RuntimeError):
             coded.run(torch.cat([-torch.ones(1, 1), x]), waiting=Waiting(deadline=2.0))
         coded.workers = FaultyWorkers(pool, rates={"nan": 0.7}, seed=1)
@@ -105,7 +105,7 @@ if __name__ == "__main__":
 
 
 def test_python_shows_what_went_wrong_where_nothing_is_configured(tmp_path):
-    """Rejected results, replaced workers, predicted answers: each once, on standard error."""
+    """Rejected results, replaced workers, estimated answers: each once, on standard error."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     ran = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100)
@@ -113,7 +113,7 @@ def test_python_shows_what_went_wrong_where_nothing_is_configured(tmp_path):
     for line in (
         "a worker was lost and is replaced: process",
         r"CodedWrapper: a result was rejected: worker \d returned values that are not finite in",
-        r"CodedWrapper: \d+ of 2\d answers are predicted: ",
+        r"CodedWrapper: \d+ of 2\d answers are estimated: ",
     ):
         assert re.search(line, ran.stderr), ran.stderr
     texts = [re.sub(r"\d+", "#", line) for line in ran.stderr.splitlines()]

@@ -140,7 +140,7 @@ def test_surrogates(make_code):
         for seed in range(4):
             x = random_numbers(30, 12, seed=seed).to(device)
             answers = wrapper(x)
-            exact = ~wrapper.last_run.predicted.to(device)
+            exact = ~wrapper.last_run.estimated.to(device)
             want = wrapper.module(x)
             torch.testing.assert_close(answers[exact], want[exact], atol=TOLERANCE, rtol=0)
             assert not wrapper.last_run.rejected
@@ -268,7 +268,7 @@ def test_faulty_workers():
         wrapper = CodedWrapper(network().to("cuda"), workers=pool, waiting=Waiting(deadline=5.0))
         with torch.no_grad():
             for _ in range(5):
-                answers, exact = wrapper(x), ~wrapper.last_run.predicted.to("cuda")
+                answers, exact = wrapper(x), ~wrapper.last_run.estimated.to("cuda")
                 want = wrapper.module(x)
                 torch.testing.assert_close(answers[exact], want[exact], atol=TOLERANCE, rtol=0)
 

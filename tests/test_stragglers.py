@@ -1,4 +1,4 @@
-"""Laws of latency: what every law keeps, and the distribution of each."""
+"""Delay distributions: what all of them keep, and the draws of each."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ from scipy import stats
 
 from coded_torch import stragglers
 
-LAWS = {
+DELAYS = {
     "uniform": lambda seed: stragglers.Uniform(3, seed=seed),
     "contiguous": lambda seed: stragglers.Contiguous(3, seed=seed),
     "bernoulli": lambda seed: stragglers.Bernoulli(0.3, seed=seed),
@@ -19,11 +19,11 @@ LAWS = {
 }
 
 
-def draws(law, num_workers, count):
-    return torch.stack([law.sample(num_workers) for _ in range(count)])
+def draws(delays, num_workers, count):
+    return torch.stack([delays.sample(num_workers) for _ in range(count)])
 
 
-@pytest.fixture(params=LAWS.values(), ids=LAWS)
+@pytest.fixture(params=DELAYS.values(), ids=DELAYS)
 def make(request):
     return request.param
 
@@ -44,17 +44,17 @@ def test_seeds(make):
 
 
 def test_a_given_generator_is_drawn_from(make):
-    law, given = make(0), torch.Generator().manual_seed(3)
-    got = torch.stack([law.sample(20, given) for _ in range(5)])
+    delays, given = make(0), torch.Generator().manual_seed(3)
+    got = torch.stack([delays.sample(20, given) for _ in range(5)])
     assert torch.equal(got, draws(make(3), 20, 5))
-    assert torch.equal(law._generator.get_state(), make(0)._generator.get_state())
+    assert torch.equal(delays._generator.get_state(), make(0)._generator.get_state())
 
 
 def test_copies_continue_alike(make):
-    law = make(0)
-    draws(law, 20, 3)
-    twins = [pickle.loads(pickle.dumps(law)), copy.deepcopy(law)]
-    expected = draws(law, 20, 5)
+    delays = make(0)
+    draws(delays, 20, 3)
+    twins = [pickle.loads(pickle.dumps(delays)), copy.deepcopy(delays)]
+    expected = draws(delays, 20, 5)
     for twin in twins:
         assert torch.equal(draws(twin, 20, 5), expected)
 
@@ -74,10 +74,10 @@ def test_bad_arguments_of_every_law(make, use, error, message):
 
 
 def test_uniform():
-    law = stragglers.Uniform(3, seed=0)
-    latencies = draws(law, 10, 4000)
+    delays = stragglers.Uniform(3, seed=0)
+    latencies = draws(delays, 10, 4000)
     lost = latencies.isinf()
-    assert law.num_stragglers == 3
+    assert delays.num_stragglers == 3
     assert bool((lost.sum(1) == 3).all())
     assert bool((latencies[~lost] == 0).all())
     # Workers are lost equally often, and independently of their neighbours: pairs too.
@@ -86,28 +86,29 @@ def test_uniform():
 
 
 def test_contiguous():
-    law = stragglers.Contiguous(3, seed=0)
-    lost = draws(law, 10, 2000).isinf()
+    delays = stragglers.Contiguous(3, seed=0)
+    lost = draws(delays, 10, 2000).isinf()
     starts = lost & ~lost.roll(1, 1)  # lost, and the neighbour before is not
-    assert law.num_stragglers == 3
+    assert delays.num_stragglers == 3
     assert bool((lost.sum(1) == 3).all())
     assert bool((starts.sum(1) == 1).all())
     assert stats.chisquare(starts.sum(0)).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("law", [stragglers.Uniform, stragglers.Contiguous])
-def test_all_or_none_lost(law):
-    assert bool((law(0).sample(4) == 0).all())
-    assert bool(law(4).sample(4).isinf().all())
-    with pytest.raises(ValueError, match=f"{law.__name__}: num_workers must be at least 4, got 3"):
-        law(4).sample(3)
+@pytest.mark.parametrize("delays", [stragglers.Uniform, stragglers.Contiguous])
+def test_all_or_none_lost(delays):
+    assert bool((delays(0).sample(4) == 0).all())
+    assert bool(delays(4).sample(4).isinf().all())
+    must = f"{delays.__name__}: num_workers must be at least 4, got 3"
+    with pytest.raises(ValueError, match=must):
+        delays(4).sample(3)
 
 
 def test_bernoulli():
-    law = stragglers.Bernoulli(0.3, latency=0.5, seed=0)
-    latencies = draws(law, 10, 2000)
+    delays = stragglers.Bernoulli(0.3, latency=0.5, seed=0)
+    latencies = draws(delays, 10, 2000)
     late = latencies > 0
-    assert law.num_stragglers is None
+    assert delays.num_stragglers is None
     assert set(latencies.unique().tolist()) == {0.0, 0.5}
     assert stats.binomtest(int(late.sum()), late.numel(), 0.3).pvalue > 1e-3
     counts = torch.bincount(late.sum(1), minlength=11)[:8]
@@ -117,29 +118,29 @@ def test_bernoulli():
 
 
 @pytest.mark.parametrize(
-    ("law", "distribution"),
+    ("delays", "distribution"),
     [
         (stragglers.ShiftedExponential(0.5, 4.0, seed=0), stats.expon(0.5, 0.25)),
     ],
 )
-def test_distributions(law, distribution):
-    assert stats.kstest(draws(law, 10, 500).flatten(), distribution.cdf).pvalue > 1e-3
+def test_distributions(delays, distribution):
+    assert stats.kstest(draws(delays, 10, 500).flatten(), distribution.cdf).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
 def test_trace(kind):
     rows = [[0.5, 1.0, math.inf], [0.25, 2.0, 0.125]]
-    law = stragglers.Trace(kind(rows))
-    got = draws(law, 3, 5)
+    delays = stragglers.Trace(kind(rows))
+    got = draws(delays, 3, 5)
     assert got.dtype == torch.float64
     assert got.tolist() == [rows[0], rows[1], rows[0], rows[1], rows[0]]
-    assert (law.num_requests, law.num_workers, law.position) == (2, 3, 1)
-    twin = copy.deepcopy(law)
-    law.sample(3).zero_()  # a draw is a copy
-    assert draws(law, 3, 2).tolist() == rows
+    assert (delays.num_requests, delays.num_workers, delays.position) == (2, 3, 1)
+    twin = copy.deepcopy(delays)
+    delays.sample(3).zero_()  # a draw is a copy
+    assert draws(delays, 3, 2).tolist() == rows
     assert twin.sample(3).tolist() == rows[1]
     with pytest.raises(ValueError, match="Trace: num_workers must be 3, as in the trace, got 4"):
-        law.sample(4)
+        delays.sample(4)
 
 
 @pytest.mark.parametrize(

@@ -44,14 +44,14 @@ def filled(size=600, capacity=2048, outputs=f):
 
 def error(known, function=f):
     x = rand(200, 4, seed=1)
-    (got,) = known.predict([x])
+    (got,) = known.estimate([x])
     wanted = function(x)
     return float((got - wanted).square().mean() / wanted.var(0).mean())
 
 
-def test_it_predicts_what_it_has_seen_and_what_is_near():
+def test_it_estimates_what_it_has_seen_and_what_is_near():
     known = filled()
-    (got,) = known.predict([rand(600, 4)])
+    (got,) = known.estimate([rand(600, 4)])
     assert got.dtype == torch.float32
     assert float((got - f(rand(600, 4))).square().mean()) < 1e-3
     assert error(known) < 0.1 < error(filled(40))
@@ -59,9 +59,9 @@ def test_it_predicts_what_it_has_seen_and_what_is_near():
 
 def test_it_knows_nothing_at_first_and_its_capacity_is_a_count():
     known = Memory()
-    assert known.predict([rand(3, 4)]) is None
+    assert known.estimate([rand(3, 4)]) is None
     known.rebuild()
-    assert (len(known), known.predict([rand(3, 4)])) == (0, None)
+    assert (len(known), known.estimate([rand(3, 4)])) == (0, None)
     with pytest.raises(ValueError, match=r"^Memory: capacity must be at least 1, got 0"):
         Memory(0)
 
@@ -72,20 +72,20 @@ def test_several_inputs_and_outputs_count_alike():
     y, z = a.sum(1), (b / 1e5).square().sum(1).view(400, 1, 1)
     known.observe([a, b], [y, z])
     known.rebuild()
-    got_y, got_z = known.predict([a[:50] + 1e-3, b[:50] + 1])
+    got_y, got_z = known.estimate([a[:50] + 1e-3, b[:50] + 1])
     assert (got_y.shape, got_z.shape) == ((50,), (50, 1, 1))
     for got, wanted in ((got_y, y[:50]), (got_z, z[:50])):
         assert float((got - wanted).square().mean()) < 0.1 * float(wanted.var())
 
 
 @pytest.mark.parametrize("far", [1e6, 1e20])
-def test_a_far_row_spoils_no_predictions(far):
+def test_a_far_row_spoils_no_estimates(far):
     known, x = Memory(), rand(600, 3)
     x[0] = far
     y = x.clamp(max=9).sum(1, keepdim=True).sin()
     known.observe([x], [y])
     known.rebuild()
-    (got,) = known.predict([x[1:200] + 1e-3])
+    (got,) = known.estimate([x[1:200] + 1e-3])
     assert float((got - y[1:200]).square().mean()) < 0.02 * float(y.var())
 
 
@@ -94,7 +94,7 @@ def test_other_shapes_are_ignored():
     known.observe([rand(10, 5)], [rand(10, 2)])
     known.observe([rand(10, 4)], [rand(10, 3)])
     assert len(known) == 300
-    assert known.predict([rand(10, 5)]) is None
+    assert known.estimate([rand(10, 5)]) is None
 
 
 @pytest.mark.parametrize("x", [torch.zeros(300, 4), torch.ones(300, 1), rand(300, 1).round()])
@@ -102,7 +102,7 @@ def test_inputs_that_repeat_or_say_nothing(x):
     known = Memory()
     known.observe([x], [x[:, :1] * 2])
     known.rebuild()
-    (got,) = known.predict([x])
+    (got,) = known.estimate([x])
     torch.testing.assert_close(got.double(), x[:, :1].double() * 2, rtol=0, atol=0.01)
 
 
@@ -114,8 +114,8 @@ def test_the_oldest_go_first_and_memory_is_bounded():
         assert len(known) <= 100
     kept = sum(len(outputs) for _, outputs in known._rows)
     assert kept == len(known) == 85
-    (old,) = known.predict([rand(17, 4, seed=0)])
-    (new,) = known.predict([rand(17, 4, seed=29)])
+    (old,) = known.estimate([rand(17, 4, seed=0)])
+    (new,) = known.estimate([rand(17, 4, seed=29)])
     torch.testing.assert_close(new, torch.full((17, 1), 29.0), rtol=0, atol=0.1)
     assert float(old.min()) > 20
 
@@ -155,7 +155,7 @@ def test_coordinates_have_the_distances_of_a_metric(metric):
     torch.testing.assert_close(alone, z[:1].float(), rtol=1e-3, atol=1e-3)
 
 
-def test_it_measures_in_the_metric_that_predicts_best():
+def test_it_measures_in_the_metric_that_estimates_best():
     """The feature that decides is a thousandth of the others."""
 
     def hidden(x):
@@ -166,7 +166,7 @@ def test_it_measures_in_the_metric_that_predicts_best():
     x, unseen = (rand(n, 4, seed=n) * scale for n in (1100, 200))
     known.observe([x], [hidden(x)])
     known.rebuild()
-    (got,) = known.predict([unseen])
+    (got,) = known.estimate([unseen])
     error = (got - hidden(unseen)).square().mean() / hidden(unseen).var()
     assert float(error) < 0.2
 
@@ -176,7 +176,7 @@ def test_features_that_were_added_up_are_taken_as_they_are():
     known = Memory()
     known.observe([x], [x[:, :1]])
     known.rebuild()
-    assert known.predict([x])[0].shape == (60, 1)
+    assert known.estimate([x])[0].shape == (60, 1)
 
 
 def test_the_regression_is_made_beside_and_seldom(monkeypatch):
@@ -194,11 +194,11 @@ def test_the_regression_is_made_beside_and_seldom(monkeypatch):
     assert not began.is_set()  # 256 must be new
     known.observe([x[255:]], [f(x[255:])])
     assert began.wait(10)
-    assert known.predict([x]) is None  # and does not wait
+    assert known.estimate([x]) is None  # and does not wait
     known.observe([x], [f(x)])
     go.set()
     known.rebuild()
-    assert known.predict([x]) is not None
+    assert known.estimate([x]) is not None
     # As long as it would take more than a fiftieth of the time, nothing happens.
     known._seconds = 1e6
     began.clear()
@@ -218,7 +218,7 @@ def test_what_is_cleared_meanwhile_stays_so(monkeypatch):
     known.clear()
     go.set()
     known.rebuild()
-    assert (len(known), known.predict([x])) == (0, None)
+    assert (len(known), known.estimate([x])) == (0, None)
 
 
 def test_a_failure_is_logged_and_what_was_known_stays(monkeypatch, caplog):
@@ -259,12 +259,12 @@ def mse(coded, batches):
 def test_a_wrapper_fills_it_with_exact_answers_and_asks_it(way):
     known = Memory()
     # Without hedges, rows are missing in every batch.
-    never = {"waiting": Waiting(predict_after=3.0, hedge_budget=0)} if way == "rows" else {}
+    never = {"waiting": Waiting(estimate_after=3.0, hedge_budget=0)} if way == "rows" else {}
     coded = wrap(known, way, **never)
     exact = 0
     for i in range(10):
         coded(rand(64, 4, seed=i))
-        exact += int((~coded.last_run.predicted).sum())
+        exact += int((~coded.last_run.estimated).sum())
     assert len(known) == exact
     known.rebuild()
     batches = [rand(32, 4, seed=100 + i) for i in range(8)]
@@ -283,9 +283,9 @@ def test_all_are_remembered_where_nothing_is_missing(way):
     with torch.inference_mode():
         coded(x)
     assert len(known) == 20
-    assert not coded.last_run.predicted.any()
+    assert not coded.last_run.estimated.any()
     known.rebuild()
-    torch.testing.assert_close(known.predict([x])[0].double(), f(x), rtol=0, atol=0.01)
+    torch.testing.assert_close(known.estimate([x])[0].double(), f(x), rtol=0, atol=0.01)
 
 
 def test_it_is_forgotten_when_the_weights_change():
@@ -329,7 +329,7 @@ def test_probabilities_are_remembered_as_logarithms():
     batches = [rand(32, 4, seed=100 + i) for i in range(8)]
     assert mse(coded, batches) < 0.6 * mse(wrap((), module=Soft(), link="softmax"), batches)
     assert coded.last_run.notes == ()
-    assert any(x.min() < 0 for x in known.predict([batches[0]]))
+    assert any(x.min() < 0 for x in known.estimate([batches[0]]))
 
 
 def test_inputs_it_cannot_look_at():
@@ -359,7 +359,7 @@ def test_threads_share_it():
             for i in range(20):
                 x = rand(32, 4, seed=1000 * seed + i)
                 y, report = coded.run(x)
-                own = ~report.predicted
+                own = ~report.estimated
                 torch.testing.assert_close(y[own], coded.module(x)[own])
         except Exception as error:
             failures.append(error)
@@ -492,7 +492,7 @@ def test_a_memory_goes_on_learning_in_a_forked_process():
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_poor_surrogate_has_no_weight_where_results_predict_each_other_well():
+def test_a_poor_surrogate_has_no_weight_where_results_estimate_each_other_well():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 24), nn.Tanh(), nn.Linear(24, 4)).requires_grad_(False)
     x, waves = torch.randn(240, 4), torch.randn(4, 4)
@@ -503,9 +503,9 @@ def test_a_poor_surrogate_has_no_weight_where_results_predict_each_other_well():
 
     workers = LocalWorkers(Uniform(4, seed=0))
     _, report = CodedWrapper(
-        module, parts=24, workers=workers, surrogate=poor, waiting=Waiting(predict_after=3.0)
+        module, parts=24, workers=workers, surrogate=poor, waiting=Waiting(estimate_after=3.0)
     ).run(x)
-    assert report.predicted.any()
+    assert report.estimated.any()
     assert report.surrogate_weights == ((0.0,),)
 
 
@@ -562,15 +562,15 @@ def test_progress_on_terminals_only(capsys):
 
 
 @pytest.mark.cuda
-def test_a_stream_predicts_while_the_memory_changes():
+def test_a_stream_estimates_while_the_memory_changes():
     known, x = filled(), rand(200, 4, seed=1).float().cuda()
-    (want,) = known.predict([x])  # places what it knows, on this stream
+    (want,) = known.estimate([x])  # places what it knows, on this stream
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         big = torch.ones(1024, 1024, device="cuda")
         big = big @ big
-        (got,) = known.predict([x])
+        (got,) = known.estimate([x])
     known.clear()
     _others = [torch.zeros(600, 98, device="cuda") for _ in range(64)]
     torch.cuda.synchronize()

@@ -46,11 +46,11 @@ def unchanged(make):
         return torch.equal(make(), want)
 
 
-# Made anew for each call, as laws go on from one to the next.
+# Made anew for each call, as delays go on from one to the next.
 WAYS = {
     name: lambda make=make: {"code": make().replace(shuffle=False)} for name, make in CODES.items()
 }
-WAYS["rows"] = lambda: {"parts": 4, "waiting": Waiting(predict_after=3.0)}
+WAYS["rows"] = lambda: {"parts": 4, "waiting": Waiting(estimate_after=3.0)}
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["CommandError", "find_factory", "need", "options", "picture", "save", "say", "usage"]
-
 # The flag of an option, or "factory"; its type or choices; its default, or ``...`` if required; its
 # help.
 Option = tuple[str, Any, Any, str]

@@ -100,7 +100,7 @@ def job(args: argparse.Namespace) -> None:
             for name, (answers, report) in zip(progress, found, strict=True):
                 # A zip file for ``torch.load``: outputs, a dict or a list, and their errors.
                 outputs = dict(answers) if isinstance(answers, Mapping) else tree_leaves(answers)
-                content = {"outputs": outputs, "predicted": report.predicted, "radii": report.radii}
+                content = {"outputs": outputs, "estimated": report.estimated, "radii": report.radii}
                 with usage("job: outputs must be what torch.load can read", errors=Exception):
                     torch.save(content, file := io.BytesIO())
                     torch.load(io.BytesIO(data := file.getbuffer()), weights_only=True)
@@ -109,8 +109,8 @@ def job(args: argparse.Namespace) -> None:
                     # Written later: a batch without its digest is computed again.
                     print(f"{hashlib.sha256(data).hexdigest()}  {name}", file=manifest, flush=True)
                     os.fsync(manifest.fileno())
-                flags = [] if report.predicted is None else report.predicted.tolist()
-                counts.update("predicted" if flag else "exact" for flag in flags)
+                flags = [] if report.estimated is None else report.estimated.tolist()
+                counts.update("estimated" if flag else "computed" for flag in flags)
                 counts.update(batches=1, hedges=len(report.hedges))
         except Exception as error:
             if "batch" in (facts := vars(error)):  # numbered by `map`, from the first missing one
@@ -124,13 +124,13 @@ def job(args: argparse.Namespace) -> None:
                 raise CommandError(f"coded-torch job: {error}. {end.strip()}") from None
             raise
         finally:
-            total = counts["exact"] + counts["predicted"]
+            total = counts["computed"] + counts["estimated"]
             speed = total / max(time.monotonic() - begin, 1e-9)
             there, every = len(good) + counts["batches"], len(good) + len(wrong)
             end = "" if there == every else f"\n{end}Go on with --resume."
             say(
                 f"{there} of {every} batches are in {args.output}. This run: "
-                f"{counts['exact']:,} exact rows, {counts['predicted']:,} predicted rows, "
+                f"{counts['computed']:,} computed rows, {counts['estimated']:,} estimated rows, "
                 f"{counts['hedges']:,} hedges, {coded.workers.num_restarts} workers lost, "
                 f"{speed:,.0f} rows per second.{end}"
             )
@@ -256,7 +256,7 @@ def _claim(args: Any, factory: Any, coded: CodedWrapper, rows: int, mapping: str
     inputs = hashlib.blake2b(np.memmap(args.inputs, mode="r").data, digest_size=16).hexdigest()
     now = {"inputs": f"of {rows} rows, digest {inputs}", "rows": rows, "columns": mapping}
     now |= {"batch-size": args.batch_size, "parts": coded.parts, "waiting": str(coded.waiting)}
-    for name in ("code", "predictor", "surrogate", "verify", "in_dims", "out_dims"):
+    for name in ("code", "estimator", "surrogate", "verify", "in_dims", "out_dims"):
         now[name] = f"digest {_digest(getattr(coded, name), sources)}"
     # The option --trust-model leaves these out.
     trusted = {"model": f"{args.factory}, digest {_digest((factory, coded.module), sources)}"}

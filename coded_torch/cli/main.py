@@ -33,8 +33,8 @@ __all__ = ["main"]
 # The rows of a batch: on 240 digits, groups of 20 inputs divide evenly. It was not tuned.
 _BATCH_SIZE = 240
 _LEGEND = """\
-RMSE             root of the mean squared distance of decoded from exact answers
-MSE / variance   the same distance squared, over the variance of exact answers
+RMSE             root of the mean squared distance from the module's answers
+normalised MSE   its square, over the variance of the module's answers
 RelAcc           right answers, relative to the bare model's right answers
 ±                half the width of the 95 % interval over batches
 ordered          the batch is ordered by similarity before it is coded"""
@@ -58,21 +58,21 @@ def demo(args: argparse.Namespace) -> None:
     batches, truth = (x[rows].to(args.device).split(_BATCH_SIZE) for x in (images, labels))
     coded = CodedWrapper(model, RegressionCode(k, n), workers=lost)
     runs = [coded.run(batch) for batch in batches]
-    predicted, radii = (torch.cat([getattr(r, x) for _, r in runs]) for x in ("predicted", "radii"))
+    estimated, radii = (torch.cat([getattr(r, x) for _, r in runs]) for x in ("estimated", "radii"))
     answers = torch.cat([batch for batch, _ in runs])
-    errors = (answers - model(torch.cat(batches))).norm(dim=1)[predicted]
-    radii = radii[predicted].to(errors)
+    errors = (answers - model(torch.cat(batches))).norm(dim=1)[estimated]
+    radii = radii[estimated].to(errors)
     held = (errors <= radii).double().mean()
     right = (answers.argmax(1) == torch.cat(truth)).double().mean()
-    bars = ""
+    bounds = ""
     if len(errors):
-        bars = f"The error of a predicted answer is {errors.median():.2f} in the median.\n"
-        bars += f"Its radius, {radii.median():.2f} in the median, is larger in {held:.1%}.\n"
+        bounds = f"The error of an estimated answer is {errors.median():.2f} in the median.\n"
+        bounds += f"Its bound, {radii.median():.2f} in the median, is larger in {held:.1%}.\n"
     say(
         f"LeNet-5 reads {len(rows):,} MNIST test digits it was not trained on, {_BATCH_SIZE} at a "
         f"time.\nSeed {args.seed}.\n\nN = {n} workers, K = {k} inputs a group, {s} workers lost:\n"
-        f"{len(rows) - len(errors):,} answers are exact, {len(errors):,} are predicted from them.\n"
-        f"{bars}{right:.1%} of all answers name the right digit.\n\n"
+        f"{len(rows) - len(errors):,} answers are computed, {len(errors):,} are estimated.\n"
+        f"{bounds}{right:.1%} of all answers name the right digit.\n\n"
         "Every code is tuned on a quarter of the batches, without labels, and answers\n"
         "the others while the same workers are lost.\n"
     )
@@ -113,10 +113,10 @@ def plan(args: argparse.Namespace) -> None:
     """Find the redundancy that meets a deadline and an accuracy at least work."""
     need("plan", "demo", "matplotlib")
     given = {**vars(args)}
-    law, path = planner.LAWS[given.pop("law")], given.pop("latencies")
+    conditions, path = planner.CONDITIONS[given.pop("conditions")], given.pop("latencies")
     output, _ = given.pop("output"), given.pop("run")
     with usage("plan"):
-        found = planner.plan(law if path is None else planner.read_latencies(path), **given)
+        found = planner.plan(conditions if path is None else planner.read_latencies(path), **given)
     say(str(found))
     save("plan", found.draw(), output)
 
@@ -181,7 +181,7 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
         ("--max-queued-requests", int, 256, "requests that may wait"),
         ("--name", str, None, "the model's name in URLs, unless MODEL, lenet5 or FACTORY"),
         ("--verify", float, 0.0, "the share of rows that a second worker computes"),
-        ("--memory", bool, False, "predict from earlier requests and answers, of any client"),
+        ("--memory", bool, False, "estimate from earlier requests and answers, of any client"),
         ("--chaos", bool, False, "delay 3 %% of the calls, let one kill its worker every 5 s"),
         ("--page", bool, False, "show the page and examples even if HOST is not a loopback one"),
         ("--seed", int, 0, "the seed of --chaos"),
@@ -199,17 +199,17 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
         ("--in-flight", int, 4, "batches that are computed at once"),
         ("--num-workers", int, 6, "worker processes"),
         ("--grace", float, 30.0, "hang timeout of a worker, in seconds"),
-        ("--deadline", float, None, "seconds after which missing rows are predicted; or exact"),
-        ("--on-error", ("raise", "predict"), "raise", "if the model fails on a row"),
+        ("--deadline", float, None, "seconds after which missing rows are estimated"),
+        ("--on-error", ("raise", "estimate"), "raise", "if the model fails on a row"),
     ),
     plan: (
         ("--latencies", Path, None, "a CSV file: seconds of one part, a line each"),
-        ("--law", tuple(planner.LAWS), "mix", "a law of latencies, unless they are measured"),
+        ("--conditions", tuple(planner.CONDITIONS), "mix", "of workers, without --latencies"),
         ("--deadline", float, 0.2, "seconds within which 99.9 %% of the requests are answered"),
         ("--accuracy", float, 0.99, "the share of rows answered as rightly as by the model"),
         ("--num-workers", int, 6, "workers"),
         ("--parts", int, 4, "parts of a request, whose latencies are known"),
-        ("--median", float, 0.01, "seconds that a part takes, under a law"),
+        ("--median", float, 0.01, "seconds that a part takes, under --conditions"),
         ("--load", float, 0.3, "the share of the workers' time that requests take"),
         ("--verify", float, 0.0, "the share of rows that a second worker computes"),
         ("--num-requests", int, 5000, "requests under each policy"),

@@ -63,9 +63,9 @@ def serve(args: argparse.Namespace) -> None:
         if workers is None:
             workers = ProcessWorkers(args.num_workers, grace=max(1.0, _GRACE * args.deadline))
         if args.chaos:  # the page says which workers attack, each in its own way
-            law = Bernoulli(0.03, latency=0.05, seed=args.seed)
+            delays = Bernoulli(0.03, latency=0.05, seed=args.seed)
             faults: Any = {"seed": args.seed, "crash_every": 5.0, "attack": _spoil}
-            workers = FaultyWorkers(workers, delays=law, **faults)
+            workers = FaultyWorkers(workers, delays=delays, **faults)
         more: dict[str, Any] = {"surrogate": [Memory()] if args.memory else []}
         more |= {"verify": args.verify or None, "parts": args.parts}
         built = app(CodedWrapper(module, workers=workers, **more), **how)
@@ -73,7 +73,7 @@ def serve(args: argparse.Namespace) -> None:
         add_page(built, faults=args.chaos, is_local=is_local)
     torch.set_num_threads(1)  # the processors are the workers'
     if args.memory:
-        say("Privacy: late answers are predicted from answers of earlier requests, of any client.")
+        say("Privacy: late answers are estimated from answers of earlier requests, of any client.")
     if args.endpoints:
         say(f"Asking {len(args.endpoints)} endpoints for {args.model}.")
     else:

@@ -38,7 +38,7 @@ class Code(abc.ABC):
 
     A code is immutable; threads may share it. Its plans are linear in values and in results, decode
     every received set of at least :attr:`min_received` workers, and repeat their bits. The rows of
-    every matrix sum to 1. An exact answer is a worker's result of that very input, bit for bit.
+    every matrix sum to 1. A computed answer is a worker's result of that very input, bit for bit.
 
     To add a code, derive from :class:`FixedCode` if encoder and decoders depend on the arguments
     alone, from :class:`CurveCode` if inputs and workers also have points, or from this class. The

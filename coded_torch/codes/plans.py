@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._torch import outside, plain
-from ..input_space.error_bars import ErrorBars
+from ..input_space.error_bounds import ErrorBounds
 from ..input_space.metrics import Choice
 from ..input_space.ordering import Grouping
 from ..input_space.selection import MOST_ROWS
@@ -52,7 +52,7 @@ class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happene
 
 
 class DeadlineExceeded(NotEnoughResults, TimeoutError):  # noqa: N818 - as above
-    """The deadline of a call has passed before enough results arrived to predict the others."""
+    """The deadline of a call has passed before enough results arrived to estimate the others."""
 
 
 class BatchPlan:
@@ -61,7 +61,7 @@ class BatchPlan:
     Attributes:
         code: the code.
         batch_size, num_groups: B and G.
-        choices: the choices by which missing answers of the output decoded last were predicted.
+        choices: the choices by which missing answers of the output decoded last were estimated.
     """
 
     choices: tuple[Choice, ...] = ()
@@ -97,18 +97,18 @@ class BatchPlan:
             return self._grouping.scatter(torch.where(of_group >= 0, flat, -1))
 
     def used(self, received: Sequence[int]) -> Tensor:
-        """Return the distinct results that others are predicted from: flat indices ``[|F|, G]``."""
+        """Return the distinct results that others are estimated from: flat indices ``[|F|, G]``."""
         return torch.arange(len(received) * self.num_groups)
 
     def left_out_square(self, results: Tensor, received: Sequence[int]) -> float:
-        """Return the sum of squared errors of predicting results from the others, by their mean."""
+        """Return the sum of squared errors of estimating results from the others, by their mean."""
         with outside():
             rows = plain("decode", "results", results).flatten(0, 1).to("cpu", torch.float64)
             n = len(rows)
             return float(rows.var(0).sum()) * n**2 / (n - 1) if n > 1 else 0.0
 
-    def error_bars(self, *_: Any, **__: Any) -> ErrorBars | None:
-        """Return the error bars of predicted answers, as a ``RowPlan``; None if there are none."""
+    def error_bounds(self, *_: Any, **__: Any) -> ErrorBounds | None:
+        """Return the error bounds of estimated answers, as a ``RowPlan``; None without any."""
         return None
 
 

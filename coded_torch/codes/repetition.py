@@ -60,11 +60,11 @@ class ReplicationCode(FixedCode):
 
 
 class RegressionCode(Code):
-    r"""A code that repeats inputs, unevenly, and predicts missing answers by regression.
+    r"""A code that repeats inputs, unevenly, and estimates missing answers by regression.
 
     Every worker computes inputs, of any dtype, as they are. The extra N - K workers of a group
-    repeat the inputs that are hardest to predict. An answer is exact unless all results of its
-    input are missing. Then a :class:`~coded_torch.Regression` on all groups' results predicts it.
+    repeat the inputs that are hardest to estimate. An answer is computed unless all results of its
+    input are missing. Then a :class:`~coded_torch.Regression` on all groups' results estimates it.
 
     Copies are planned before there are results: by the metric that is given, if it is one name,
     else by "shrunk". Without floating-point inputs, copies are equal. ``metric``, ``length`` and
@@ -95,7 +95,7 @@ class RegressionCode(Code):
         **options: Any,
     ) -> None:
         super().__init__(num_data, num_workers, **options)
-        #: the regression that predicts
+        #: the regression that estimates
         self.regression = Regression(metric, length, self.link, coverage)
         self.metric, self.length = metric, self.regression.length
         self.coverage = self.regression.coverage
@@ -109,7 +109,7 @@ class RegressionCode(Code):
 
 
 class _RepetitionPlan(RowPlan, BatchPlan):
-    """Workers compute inputs as they are; missing answers are predicted by a regression."""
+    """Workers compute inputs as they are; missing answers are estimated by a regression."""
 
     def __init__(
         self,

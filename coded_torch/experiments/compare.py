@@ -47,7 +47,7 @@ def compare(
     more: Callable[[int, int], Mapping[str, Code]] | None = None,
     surrogate: Callable[..., Any] | None = None,
     schemes: Sequence[str] | None = None,
-    law: Callable[..., Stragglers] = Uniform,
+    delays: Callable[..., Stragglers] = Uniform,
     received_sets: int = 1,
     seeds: int | Sequence[int] = 0,
     tuning: int | None = None,
@@ -62,9 +62,9 @@ def compare(
     numbers are chosen as :func:`~coded_torch.tune` does, without labels; the others are answered.
     Beside the codes of :func:`peers` stand the baselines. In "no redundancy, regression" the N
     workers compute each row once, or rows of the last group several times if B is no multiple of N.
-    Missing rows are predicted. In "no redundancy, surrogate" and "replication, surrogate" the
+    Missing rows are estimated. In "no redundancy, surrogate" and "replication, surrogate" the
     surrogate answers missing rows, in "surrogate alone" all rows, without any worker. With a
-    surrogate, "regression" and "no redundancy" also predict its residuals.
+    surrogate, "regression" and "no redundancy" also estimate its residuals.
 
     Args:
         module: the module, in evaluation mode.
@@ -75,8 +75,8 @@ def compare(
         more: a function of K and N that returns further codes by their names. Defaults to None.
         surrogate: a cheap approximation of the module. Defaults to None.
         schemes: the codes to try, by name; a surrogate adds its baselines. Defaults to None, all.
-        law: called as ``law(S, seed=...)``, returns a law of latencies, such as a class of
-            :mod:`coded_torch.stragglers`. The S slowest workers are lost. Defaults to ``Uniform``.
+        delays: called as ``delays(S, seed=...)``, returns a delay distribution, such as a class
+            of :mod:`coded_torch.stragglers`. The S slowest workers are lost. Defaults to Uniform.
         received_sets: the number of received sets of a batch and seed. Defaults to 1.
         seeds: the seeds of the lost workers; every seed answers all batches. Defaults to 0.
         tuning: the number of first batches that codes are tuned on. Defaults to a quarter.
@@ -111,7 +111,7 @@ def compare(
     for name, value in {"more": more, "surrogate": surrogate, "attack": attack}.items():
         instance("compare", name, value, Callable, optional=True)
     faulty = count("compare", "faulty", faulty)
-    instance("compare", "law", law, Callable)
+    instance("compare", "delays", delays, Callable)
     instance("compare", "settings", settings, Sequence)
     settings = [_setting(setting) for setting in settings]
     several: Any = seeds if isinstance(seeds, list | tuple | range) else [seeds]
@@ -126,8 +126,8 @@ def compare(
 
     def trials(setting: Setting, seed: int, number: int, part: slice) -> Iterator[Any]:
         n, _, lost = setting
-        drawn = law(lost, seed=seed)
-        instance("compare", "the result of law", drawn, Stragglers)
+        drawn = delays(lost, seed=seed)
+        instance("compare", "the result of delays", drawn, Stragglers)
         for args, classes in zip(calls[part], truth[part], strict=True):
             sets = [received_by(drawn, n, lost) for _ in range(number)]
             trial = Trial(module, args, sets, in_dims=in_dims, out_dims=out_dims)
@@ -211,16 +211,16 @@ def _answers(
             yield f"{name.removesuffix(', regression')}, residuals", answers, code
 
 
-def received_by(law: Stragglers, num_workers: int, lost: int) -> list[int]:
-    """Return the workers that answer in one draw of a law: all but the ``lost`` slowest.
+def received_by(delays: Stragglers, num_workers: int, lost: int) -> list[int]:
+    """Return the workers that answer in one draw of delays: all but the ``lost`` slowest.
 
-    Raises a ValueError if the law does not tell which workers these are, or loses more of them.
+    Raises a ValueError if the delays do not tell which workers these are, or lose more of them.
     """
-    latencies = law.sample(num_workers)
+    latencies = delays.sample(num_workers)
     seconds, order = latencies.sort()
     first = num_workers - lost
     if not seconds[first - 1] < [*seconds, math.inf][first]:
-        must = f"law must make S = {lost} of N = {num_workers} workers slower than all others"
+        must = f"delays must make S = {lost} of N = {num_workers} workers slower than all others"
         raise ValueError(f"compare: {must}, got latencies {shown(latencies.tolist())}")
     return sorted(order[:first].tolist())
 

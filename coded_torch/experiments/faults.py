@@ -40,12 +40,12 @@ class FaultyWorkers(Workers):
 
     The faults of a part depend on the seed, the number of its request, in the order in which
     requests first ask, and its own number. If a request first asks for n parts, part p has entry
-    p modulo n of draw p // n for n workers. Laws with a state move on once a request.
+    p modulo n of draw p // n for n workers. Distributions with a state move on once a request.
 
     Args:
         pool: the pool that computes, and is closed with this one.
-        delays: the law of the seconds that parts take longer; infinite if they hang. Defaults to
-            None, the law of the pool.
+        delays: the distribution of the seconds that parts take longer; infinite if they hang.
+            Defaults to None, the pool's own.
         rates: the probability of "crash", "nan", "infinity", "shape", "dtype" and "structure", at
             most 1 in sum. Defaults to none.
         seed: an integer, modulo 2^64. Defaults to 0.
@@ -101,6 +101,11 @@ class FaultyWorkers(Workers):
     num_ready: Any = property(attrgetter("pool.num_ready"))
     num_restarts: Any = property(attrgetter("pool.num_restarts"))
     resize: Any = property(attrgetter("pool.resize"))
+    concurrency: Any = property(attrgetter("pool.concurrency"))
+    names: Any = property(attrgetter("pool.names"))
+    states: Any = property(attrgetter("pool.states"))
+    exclude: Any = property(attrgetter("pool.exclude"))
+    restart: Any = property(attrgetter("pool.restart"))
     drain: Any = property(attrgetter("pool.drain"))
     close: Any = property(attrgetter("pool.close"))
 

@@ -19,7 +19,7 @@ from ..scheduling.latency_history import History
 from ..scheduling.waiting import Waiting
 from ..stragglers import Stragglers
 from ..table import Table
-from ..verification import Strikes, Trials
+from ..verification import Record, Trials
 from ..verification.scores import ODD_PARTS, ODD_ROWS
 from .scores import grouped
 from .simulation import OVERHEAD, Conditions, simulate
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
     Seconds: TypeAlias = NDArray[np.float64]
 
-__all__ = ["LAWS", "RIGHT", "Option", "Plan", "Verified", "plan", "read_latencies"]
+__all__ = ["CONDITIONS", "RIGHT", "Option", "Plan", "Verified", "plan", "read_latencies"]
 
 #: Conditions by name. A part that straggles runs 5 to 50 times as long.
-LAWS = {
+CONDITIONS = {
     "calm": Conditions(),
     "straggling": Conditions(straggling=0.03),
     "slow": Conditions(slow=0.05),
@@ -41,14 +41,14 @@ LAWS = {
     "bursts": Conditions(bursts=300.0),
     "mix": Conditions(straggling=0.01, slow=0.05, dead=0.001, bursts=300.0),
 }
-#: The share of predicted rows with the right class: LeNet-5's digits without results, predicted
+#: The share of estimated rows with the right class: LeNet-5's digits without results, estimated
 #: from 1,024 remembered answers (``python -m benchmarks serving``).
 RIGHT = 0.9318
-_KINDS = ("no redundancy", "hedged", "everything twice", "predicted", "coded")
+_KINDS = ("no redundancy", "hedged", "everything twice", "estimated", "coded")
 # The policies that are tried, in steps of a factor of two or four; not tuned.
 _PARTS = (1, 2, 4, 8)  # the numbers of parts of a request
 _BUDGETS = (0.05, 0.25, 1.0)  # hedging budgets: scarce, the default, and a whole call
-_SHARES = (0.5, 0.7, 0.9)  # shares of the deadline after which missing rows are predicted
+_SHARES = (0.5, 0.7, 0.9)  # shares of the deadline after which missing rows are estimated
 _IN_TIME = 0.999  # the share of requests that must meet the deadline
 _FEWEST = 100  # the least number of latencies, whose quartiles are then known to some per cent
 
@@ -56,7 +56,7 @@ _FEWEST = 100  # the least number of latencies, whose quartiles are then known t
 class Option(NamedTuple):
     """A policy, and its simulated outcome."""
 
-    kind: str  #: "no redundancy", "hedged", "everything twice", "predicted" or "coded"
+    kind: str  #: "no redundancy", "hedged", "everything twice", "estimated" or "coded"
     name: str  #: a description of the policy
     use: str  #: Python code
     parts: int  #: the number of parts of a request, K with a code
@@ -65,7 +65,7 @@ class Option(NamedTuple):
     slowest: float  #: the seconds within which 99.9 % of the requests are answered
     late: float  #: the share of requests that miss the deadline, or get too few results
     work: float  #: the number of computed rows per row
-    predicted: float  #: the share of predicted rows
+    estimated: float  #: the share of estimated rows
     meets: bool  #: true if the policy meets the objective
 
     @property
@@ -90,18 +90,18 @@ class Plan(NamedTuple):
         return {kind: min(kinds[kind], key=lambda x: x.rank) for kind in _KINDS if kind in kinds}
 
     def __str__(self) -> str:
-        lines = [f"{'':34}{'K':>3}{'N':>3}{'p99.9':>9}{'late':>8}{'work':>7}{'predicted':>11}"]
+        lines = [f"{'':34}{'K':>3}{'N':>3}{'p99.9':>9}{'late':>8}{'work':>7}{'estimated':>11}"]
         for kind, option in self.best.items():
             text = f"  {option.name:32}{option.parts:3}{option.asked:3}"
             text += f"{1e3 * option.slowest:7.1f}ms{option.late:8.2%}{option.work:7.3f}"
-            lines += [kind, f"{text}{option.predicted:11.3%}{'  yes' if option.meets else '   no'}"]
+            lines += [kind, f"{text}{option.estimated:11.3%}{'  yes' if option.meets else '   no'}"]
         what = f"99.9 % within {1e3 * self.deadline:g} ms and {self.accuracy:.2%} of the rows right"
         least = min(self.best.values(), key=lambda option: option.rank[:2])
         if not least.meets:
             return "\n".join([*lines, "", f"Nothing meets {what}."])
         lines += ["", f"{what}: least work by {least.kind}, {least.name}.", f"Use {least.use}."]
-        if least.kind not in ("predicted", "coded"):
-            lines.append("Neither predictions nor codes are worth it here.")
+        if least.kind not in ("estimated", "coded"):
+            lines.append("Neither estimates nor codes are worth it here.")
         return "\n".join(lines)
 
     def draw(self) -> Figure:
@@ -158,7 +158,7 @@ def measured(seconds: Seconds, part: float) -> Conditions:
 
 
 def plan(
-    law: Conditions | Seconds,
+    conditions: Conditions | Seconds,
     deadline: float,
     *,
     accuracy: float = 0.99,
@@ -170,12 +170,12 @@ def plan(
     num_requests: int = 5_000,
     seed: int = 0,
 ) -> Plan:
-    """Simulate policies without redundancy, with hedging, copies, predictions and codes.
+    """Simulate policies without redundancy, with hedging, copies, estimates and codes.
 
-    Predicted rows count as right as often as :data:`RIGHT` says.
+    Estimated rows count as right as often as :data:`RIGHT` says.
 
     Args:
-        law: measured seconds of parts, or conditions.
+        conditions: the workers' conditions, or measured seconds of parts.
         deadline: seconds within which 99.9 % of the requests are to be answered, positive.
         accuracy: the least share of rows with the model's own class. Defaults to 0.99.
         num_workers: the number of workers, at least 1, or 2 with ``verify``. Defaults to 6.
@@ -195,34 +195,34 @@ def plan(
     least["num_workers with verify" if verify else "num_workers"] = num_workers, 2 if verify else 1
     for argument, (value, bound) in least.items():
         count("plan", argument, value, least=bound)
-    if isinstance(law, Conditions):
+    if isinstance(conditions, Conditions):
         scale = positive("plan", "median", median)
-    elif (scale := float(np.median(law))) > 100 * deadline:
+    elif (scale := float(np.median(conditions))) > 100 * deadline:
         must = f"latencies must be seconds within reach of the deadline, {deadline:g}"
         raise ValueError(f"{must}, got a median of {scale:g}")
     options = []
     for kind, name, k, n, waiting in _policies(num_workers, deadline, bool(verify)):
         part = scale * (OVERHEAD + (1 - OVERHEAD) * parts / k)
         # Simulated times are in multiples of a part. Calls that are late go on, to see how late.
-        until = (waiting.deadline or 0.0) / part if kind == "predicted" else None
+        until = (waiting.deadline or 0.0) / part if kind == "estimated" else None
         policy: Waiting | Verified = dataclasses.replace(waiting, deadline=until)
         if verify:
             policy = Verified(policy, num_workers, verify, seed=seed)
-        conditions = law if isinstance(law, Conditions) else measured(law, part)
+        given = conditions if isinstance(conditions, Conditions) else measured(conditions, part)
         how: Any = {"num_workers": num_workers, "num_parts": k, "num_columns": n, "load": load}
-        outcome = simulate(policy, conditions, num_requests=num_requests, seed=seed, **how)
+        outcome = simulate(policy, given, num_requests=num_requests, seed=seed, **how)
         latencies = np.sort(outcome.latencies * part)
         slowest = float(np.quantile(latencies, _IN_TIME))
         # A call raises if fewer rows came than the policy asks of it; a code decodes one result.
         enough = waiting.least(2 * k, 1, by_rows=n == k) / (2 * k)
-        raised = 1 - outcome.predicted < enough - 1e-9
+        raised = 1 - outcome.estimated < enough - 1e-9
         late = float((raised | (outcome.latencies * part > deadline)).mean())
-        predicted = float(np.where(raised, 0.0, outcome.predicted).mean())
-        meets = late <= 1 - _IN_TIME + 1e-9 and 1 - predicted * (1 - RIGHT) >= accuracy
+        estimated = float(np.where(raised, 0.0, outcome.estimated).mean())
+        meets = late <= 1 - _IN_TIME + 1e-9 and 1 - estimated * (1 - RIGHT) >= accuracy
         use = f"parts={k}" if n == k else f"code=codes.RegressionCode({k}, {n})"
         use += f", verify={verify:g}" if verify else ""
         use = f"CodedWrapper(model, {use}, workers=pool, waiting={waiting})"
-        numbers = latencies, slowest, late, outcome.work, predicted, meets
+        numbers = latencies, slowest, late, outcome.work, estimated, meets
         options.append(Option(kind, name, use, k, n, *numbers))
     return Plan(options, deadline, accuracy, f"{num_workers} workers, load {load:g}")
 
@@ -232,7 +232,7 @@ def _policies(
 ) -> Iterator[tuple[str, str, int, int, Waiting]]:
     """Yield the kind, the name, K, N and the policy, whose deadline is in seconds."""
     first = functools.partial(Waiting.first, deadline=deadline)
-    exact = Waiting(deadline, predict=False, hedge_budget=0)
+    exact = Waiting(deadline, estimate=False, hedge_budget=0)
     for k in (k for k in _PARTS if k <= num_workers):
         yield "no redundancy", "wait for all", k, k, exact
         for budget in _BUDGETS:
@@ -240,8 +240,8 @@ def _policies(
             yield "hedged", name, k, k, dataclasses.replace(exact, hedge_budget=budget)
         for share in _SHARES:
             until = float(f"{share * deadline:.4g}")
-            name = f"hedge, predict at {1e3 * until:.4g} ms"
-            yield "predicted", name, k, k, Waiting(deadline=until)
+            name = f"hedge, estimate at {1e3 * until:.4g} ms"
+            yield "estimated", name, k, k, Waiting(deadline=until)
         if not verified and 2 * k <= num_workers:
             yield "everything twice", "first answers", k, 2 * k, first(1)
         for n in range(k + 1, min(2 * k, num_workers + 1)) if not verified else ():
@@ -255,11 +255,11 @@ class Verified:
 
     def __init__(self, waiting: Any, num_workers: int, share: float = 0.02, seed: int = 0) -> None:
         self.waiting = waiting
-        pool = SimpleNamespace(places=range(num_workers))
-        self.strikes = Strikes(pool, share, random.Random(seed))
+        pool = SimpleNamespace(places=range(num_workers), exclude=None)
+        self.record = Record(pool, share, random.Random(seed))
 
     def decide(self, history: History, table: Table) -> float:
-        table.verdict = table.verdict or _Right(self.strikes, self.waiting)
+        table.verdict = table.verdict or _Right(self.record, self.waiting)
         return float(table.verdict.decide(history, table))
 
 

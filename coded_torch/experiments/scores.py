@@ -239,7 +239,7 @@ class Comparison:
         for (n, k, s), rows in grouped(self.rows, lambda row: row.setting).items():
             accuracies = "RelAcc" if rows[0].relative_accuracy else ""
             lines += ["", f"N = {n} workers, K = {k} inputs a group, S = {s} workers lost"]
-            lines.append(f"  {'':<27} {'RMSE':<16}{'MSE / variance':<18}{accuracies}".rstrip())
+            lines.append(f"  {'':<27} {'RMSE':<16}{'normalised MSE':<18}{accuracies}".rstrip())
             for row in rows:
                 scores = f"{_text(row.rmse):<15} {_text(row.mse):<17}"
                 text = f"  {row.name:<27} {scores} {_text(row.relative_accuracy)}"
@@ -259,7 +259,7 @@ class Comparison:
         across, down = min(2, len(panels)), math.ceil(len(panels) / 2)
         figure = Figure(figsize=(6.5 * across, 4.2 * down), layout="constrained")
         every, lines = figure.subplots(down, across, squeeze=False).flat, {}
-        error = "mean squared error / variance of the outputs"
+        error = "normalised MSE"
         for axes, rows in zip(every, panels.values(), strict=False):
             n, k, s = rows[0].setting
             of_lost = f", {s} workers lost" if along == 0 else f" on {n} workers"

@@ -58,7 +58,7 @@ class Conditions:
     #: The mean time between bursts (exponential). A burst stops a fifth of the workers, which are
     #: side by side, for 10.
     bursts: float = math.inf
-    #: A law of further time, drawn once a call for each worker. An infinite delay fails a part.
+    #: Further time, drawn once a call for each worker. An infinite delay fails a part.
     delays: Stragglers | None = None
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class Outcome:
     """The outcome of simulated calls under one policy."""
 
     latencies: NDArray[np.float64]  #: ``[num_requests]``, arrival to end, in medians of a part
-    predicted: NDArray[np.float64]  #: ``[num_requests]``, the share of rows that no worker answered
+    estimated: NDArray[np.float64]  #: ``[num_requests]``, the share of rows that no worker answered
     calls: float  #: the parts that workers began, in multiples of the parts of the first asks
     work: float  #: the rows that workers began, in multiples of the rows of all batches
     ended: Counter[str]  #: the number of calls that ended for each reason
@@ -162,15 +162,15 @@ def simulate(
     pool.at(arrivals[0], arrive, 0)
     while len(pool.ended) < num_requests:
         pool.go_on()
-    latencies, predicted = np.zeros(num_requests), np.zeros(num_requests)
+    latencies, estimated = np.zeros(num_requests), np.zeros(num_requests)
     for call, at in pool.ended:
         latencies[call.number] = at - call.table.since
         if call.table.reason != "complete":
             units = {unit % num_units for unit in call.table.answered}
-            predicted[call.number] = 1 - len(units) / num_units
+            estimated[call.number] = 1 - len(units) / num_units
     return Outcome(
         latencies,
-        predicted,
+        estimated,
         pool.begun_parts / (num_requests * num_parts),
         pool.begun_rows / (num_requests * num_rows),
         Counter(call.table.reason for call, _ in pool.ended),
@@ -220,8 +220,8 @@ class _Pool:
 
     def delays(self) -> Sequence[float]:
         """Return the delay of each worker in a new call."""
-        law, num_workers = self.conditions.delays, len(self._ends)
-        return () if law is None else law.sample(num_workers, self._numbers_of_delays).tolist()
+        delays = self.conditions.delays
+        return delays.sample(len(self._ends), self._numbers_of_delays).tolist() if delays else ()
 
     def at(self, time: float, do: Callable[[Any], None], what: Any) -> None:
         heapq.heappush(self._events, (time, next(self._order), do, what))

@@ -35,7 +35,7 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
 
     The code has the least squared error, against the module's own answers, among all combinations
     of its :meth:`~coded_torch.codes.Code.candidates`. Each batch has five received sets, drawn from
-    the law of the wrapper's workers; without a law, S of N workers are lost uniformly.
+    the delay distribution of the wrapper's workers; without one, S of N workers are lost uniformly.
 
     Args:
         wrapper: a wrapped module with the code. It is not changed: assign the new code to
@@ -105,14 +105,14 @@ def chosen(
 
 
 def received_sets(wrapper: CodedWrapper, code: Code) -> Iterator[tuple[int, ...]]:
-    """Yield sets of workers whose results may be decoded, drawn from the workers' law."""
+    """Yield sets of workers whose results may be decoded, drawn from the workers' delays."""
     n, lost = code.num_workers, wrapper.num_stragglers
     # A copy keeps the draws of the wrapper's own calls.
-    law = copy.deepcopy(wrapper.workers.stragglers) or Uniform(lost, seed=0)
+    delays = copy.deepcopy(wrapper.workers.stragglers) or Uniform(lost, seed=0)
     latest = (wrapper.waiting and wrapper.waiting.deadline) or sys.float_info.max
     shuffler = random.Random(0)
     while True:
-        latencies = law.sample(n).tolist()
+        latencies = delays.sample(n).tolist()
         first = sorted(range(n), key=latencies.__getitem__)[: n - lost]
         place = shuffler.sample(range(n), n) if code.shuffle else range(n)
         yield tuple(sorted(place[worker] for worker in first if latencies[worker] <= latest))

@@ -1,4 +1,4 @@
-r"""Regression on distances: predictions, their errors, and how well results predict each other."""
+r"""Regression on distances: estimates, their errors, and how well results estimate each other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NUGGET = 1e-4
 _ALL_LEFT_OUT = 512
 _LEFT_OUT = 256
 # Standard errors that a gain must exceed. On outputs of noise, with 6 to 204 results, the mean is
-# predicted in 65 to 78 of 100 batches instead of 17 to 60. Where inputs explain little, and in
+# estimated in 65 to 78 of 100 batches instead of 17 to 60. Where inputs explain little, and in
 # residuals of students, the squared error stays within .2 %. A whole standard error costs up to 7 %
 # there. (measured once; no benchmark keeps it)
 _ERRORS = 0.5
@@ -31,25 +31,25 @@ _ERRORS = 0.5
 class GaussianProcess:
     r"""The Gaussian process of an unknown constant mean, given results at M points.
 
-    With :math:`C = k(Z, Z) + \nu I` for a Matern 5/2 covariance :math:`k`, the prediction at a
+    With :math:`C = k(Z, Z) + \nu I` for a Matern 5/2 covariance :math:`k`, the estimate at a
     point of covariances :math:`k` with the results :math:`y` is the best linear unbiased one,
 
     .. math:: k^T C^{-1} y + (1 - k^T C^{-1} 1) \, \frac{1^T C^{-1} y}{1^T C^{-1} 1} ,
 
     linear in the results (Rasmussen and Williams, *Gaussian Processes for Machine Learning*, 2006,
-    sections 2.7 and 5.4). It costs :math:`O(M^3)` once and :math:`O(M^2)` per prediction. Callers
+    sections 2.7 and 5.4). It costs :math:`O(M^3)` once and :math:`O(M^2)` per estimate. Callers
     leave autocast and default devices, as each context takes 5 us.
 
     Args:
-        squared: ``[P, P]``, squared distances of points. In float32, which predicts as well up to
+        squared: ``[P, P]``, squared distances of points. In float32, which estimates as well up to
             4,096 results and takes half the time, all is computed in float32, unless there is no
             factorisation.
         length: of the covariance, positive.
         known: ``[M]``, the points whose results are given, at least one. Defaults to all.
-        at: ``[L]``, the points that are predicted. Defaults to none.
+        at: ``[L]``, the points that are estimated. Defaults to none.
 
     Attributes:
-        left_out: ``[n]``, the results that are predicted from all others: all, or 256 of many.
+        left_out: ``[n]``, the results that are estimated from all others: all, or 256 of many.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class GaussianProcess:
 
     @property
     def variances(self) -> Tensor:
-        """The variances of predictions, ``[L]``, float64, in the outputs'."""
+        """The variances of estimates, ``[L]``, float64, in the outputs'."""
         return self._toward[2]
 
     @functools.cached_property
@@ -127,8 +127,8 @@ class GaussianProcess:
         weights = (half @ self._of_left_out.T).double()
         return weights.addr_(left, self._mean[self.left_out].double(), alpha=1 / self._precision)
 
-    def predict(self, results: Tensor, trust: float = 1.0) -> Tensor:
-        """Return predictions ``[L, C]``, shrunk towards the mean of the results ``[M, C]``."""
+    def estimate(self, results: Tensor, trust: float = 1.0) -> Tensor:
+        """Return estimates ``[L, C]``, shrunk towards the mean of the results ``[M, C]``."""
         (half, left, _), (right, mean, size) = self._toward, self._seen(results)
         found = (half @ right.T).addr_(left.to(half), mean).double()
         return found.mul_(trust * size) + results.mean(0)
@@ -142,7 +142,7 @@ class GaussianProcess:
         return self._last[1]
 
     def coefficients(self, results: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A, ``[M, C]``, and b, ``[C]``: for covariances k, ``k A + b`` is predicted."""
+        """Return A, ``[M, C]``, and b, ``[C]``: for covariances k, ``k A + b`` is estimated."""
         y = results.to(self._factor.dtype)
         mean = self._mean @ y / self._precision
         return torch.cholesky_solve(y - mean, self._factor), mean
@@ -159,29 +159,29 @@ class GaussianProcess:
         return torch.from_numpy(1 / np.maximum(inverses, 1e-12))  # a single result has 0
 
     def leave_one_out_residuals(self, results: Tensor) -> Tensor:
-        """Return results less their predictions from all others, from ``[M, C]``: ``[n, C]``."""
+        """Return results less their estimates from all others, from ``[M, C]``: ``[n, C]``."""
         right, mean, size = self._seen(results)
         over = (self._of_left_out @ right.T).numpy()  # over variances
         over -= self._mean[self.left_out].numpy()[:, None] * mean.numpy()
         return torch.from_numpy(over * (self.leave_one_out_variances.numpy()[:, None] * size))
 
     def leave_one_out_error(self, results: Tensor) -> tuple[float, float]:
-        r"""Return how well results are predicted from each other, each from all others.
+        r"""Return how well results are estimated from each other, each from all others.
 
         The first number is the error of a choice. The second is its trust: the slope of every
-        result's regression on its prediction, less the others' mean; 0 if its gain may be chance.
+        result's regression on its estimate, less the others' mean; 0 if its gain may be chance.
         """
         y = results - results[:1]  # equal results have no deviation at all
         deviations = (y[self.left_out] - y.mean(0)).numpy()
         deviations *= len(y) / max(len(y) - 1, 1)  # less the mean of all others
         residuals = self.leave_one_out_residuals(results).numpy()
-        predicted = deviations - residuals
-        total, left, square = (float(np.vdot(x, x)) for x in (deviations, residuals, predicted))
+        estimated = deviations - residuals
+        total, left, square = (float(np.vdot(x, x)) for x in (deviations, residuals, estimated))
         error = math.sqrt(left / total) if total > 0 else math.nan
         if not square > 0:
             return error, 1.0
         slope = min(max((total + square - left) / (2 * square), 0), 1)
-        gains = (predicted * (2 * deviations - slope * predicted)).sum(1) * (slope / square)
+        gains = (estimated * (2 * deviations - slope * estimated)).sum(1) * (slope / square)
         by_chance = _ERRORS * float(gains.std()) * math.sqrt(len(gains))
         return error, slope if float(gains.sum()) > by_chance else 0.0
 

@@ -20,7 +20,7 @@ from ..ops import inner_products, squared_distances
 _MOST_FEATURES = 8192
 _BUCKETS = 2039
 # The rows that determine the covariance: a quarter of the batch, within these limits. Of 1,000 rows
-# 256 predict as well as 512; of 3,000 they had 1 % more error (tasks of benchmarks/tasks.py).
+# 256 estimate as well as 512; of 3,000 they had 1 % more error (tasks of benchmarks/tasks.py).
 _LANDMARKS = 256, 512
 #: Distances that so many roundings of float32 may cause are 0: a margin for sums of some thousand
 # terms; it was not tuned.

@@ -27,7 +27,7 @@ Features = Callable[..., Any]
 # Features that vary less, relative to the overall spread, are rounding. In float32 a constant
 # feature has 1e-7; it was not tuned.
 _NOTHING = 1e-6
-# Rows farther from the centre than so many times the root mean square predict no others, as their
+# Rows farther from the centre than so many times the root mean square estimate no others, as their
 # results may be large. It was not tuned.
 _FAR = 8
 # The least step, in root mean squares of the rows' lengths: noisy copies of a few pictures would
@@ -37,14 +37,14 @@ _SHORTEST = 0.01
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The way in which missing answers were predicted.
+    """The way in which missing answers were estimated.
 
     Attributes:
         metric: the name of the metric.
         length: of the regression, in median steps of a path through the batch.
         error: the leave-one-out root mean squared error, relative to the mean's; or NaN.
-        trust: how far predictions go away from the mean of the results, in [0, 1].
-        output: which of the decoded outputs was predicted.
+        trust: how far estimates go away from the mean of the results, in [0, 1].
+        output: which of the decoded outputs was estimated.
     """
 
     metric: str
@@ -220,11 +220,11 @@ class Measured(NamedTuple):
 
 
 class Distances:
-    """The distances between all or some rows of a batch, by every metric that may predict them.
+    """The distances between all or some rows of a batch, by every metric that may estimate them.
 
     Attributes:
         first: the metric that copies go by: the only one, or the default.
-        usable: ``[b]``, bool: whether others are predicted from the results of the row.
+        usable: ``[b]``, bool: whether others are estimated from the results of the row.
         order: ``[b]``, a short path through the rows, in the first metric.
     """
 

@@ -1,4 +1,4 @@
-"""Missing answers, predicted from the answers of similar inputs."""
+"""Missing answers, estimated from the answers of similar inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._arguments import count, dense, instance, real, shown
 from .._torch import exactly, outside, plain
-from .error_bars import ErrorBars
+from .error_bounds import ErrorBounds
 from .metrics import METRICS, Choice, Distances, Features, Sources
 from .selection import MOST_ROWS, Given, Part
 
@@ -19,17 +19,17 @@ _BLIND = "no floating-point input to measure distances on: missing answers are t
 
 
 class Regression:
-    """Predicts missing rows of a batch by regression on the rows that have results.
+    """Estimates missing rows of a batch by regression on the rows that have results.
 
-    The predictions are the posterior means of a Gaussian process in input space. If results are
-    predicted badly from each other, predictions are shrunk towards their mean. Without
+    The estimates are the posterior means of a Gaussian process in input space. If results are
+    estimated badly from each other, estimates are shrunk towards their mean. Without
     floating-point inputs, missing rows get the mean.
 
     Args:
         metric: how far inputs are apart: a name in
             :data:`~coded_torch.input_space.metrics.METRICS`; "auto", all of these; a callable,
             short for ("auto", callable); or a sequence of these. Every output of the module has the
-            metric by which its results are predicted best, each left out in turn. A callable is
+            metric by which its results are estimated best, each left out in turn. A callable is
             given the floating-point inputs, ``[B, ...]`` each, or the others if there are none. It
             returns tensors to measure distances on, such as the module's own embedding, pooled. It
             runs once a call, without gradients, if a row is missing. If it fails, the report says
@@ -37,15 +37,15 @@ class Regression:
         length: of the regression, positive, in median steps of a path through the batch. "auto"
             chooses among 1, 2, 4, 8, and then times or over the root of 2. Defaults to "auto".
         link: "softmax" if all outputs are probabilities over their last dimension: they are
-            predicted on the scale of logits. Defaults to None.
-        coverage: the probability, between 0 and 1, with which the error of a predicted answer is at
-            most its radius. Above 0.995 radii may be infinite. Defaults to 0.95.
+            estimated on the scale of logits. Defaults to None.
+        coverage: the probability, between 0 and 1, with which the error of an estimated answer is
+            at most its bound. Above 0.995 bounds may be infinite. Defaults to 0.95.
 
     Note:
         :math:`O(B^2 d + B^3)` on the host, in float32; batches of more than 4,096 rows are
-        predicted in parts. Another metric than "shrunk", or another length than 2, must predict
+        estimated in parts. Another metric than "shrunk", or another length than 2, must estimate
         better by two standard errors of the gain. The same inputs and results give the same bits.
-        Gradients of predictions take distances, metric, length and trust as constant.
+        Gradients of estimates take distances, metric, length and trust as constant.
 
     Example:
         >>> import torch
@@ -88,7 +88,7 @@ class Regression:
             inputs: the floating-point inputs that are divided, ``[B, ...]`` each.
             batch_size: B, which must be given if there is no input.
             others: inputs of other dtypes, for callable metrics if there is no floating-point one.
-            block: the most rows that are predicted together. At 0, the mean predicts all.
+            block: the most rows that are estimated together. At 0, the mean estimates all.
         """
         inputs, size = check_batch("Regression", inputs, batch_size)
         parts = -(-size // (count("Regression", "block", block, least=0) or size))
@@ -103,10 +103,10 @@ class Regression:
 
 
 class RowPlan:
-    """A regression fitted to one batch, whose ``parts``, of some rows each, it predicts together.
+    """A regression fitted to one batch, whose ``parts``, of some rows each, it estimates together.
 
     Results are ``[F, 1, ...]``, and ``received`` names their F rows, increasing. ``choices`` say
-    how missing answers of the output decoded last were predicted, for every part.
+    how missing answers of the output decoded last were estimated, for every part.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class RowPlan:
         return "; ".join(dict.fromkeys(self._notes))
 
     def leave_out(self, odd: Tensor) -> None:
-        """Let some rows, bool ``[B]``, predict no others, where no distances tell which."""
+        """Let some rows, bool ``[B]``, estimate no others, where no distances tell which."""
         for part in self._parts:
             part.usable = ~odd[part.rows]
 
@@ -169,7 +169,7 @@ class RowPlan:
         return source.index_copy_(0, received, torch.arange(len(received)))
 
     def used(self, received: Sequence[int]) -> Tensor:
-        """Return the distinct results that others are predicted from: flat indices ``[F, G]``."""
+        """Return the distinct results that others are estimated from: flat indices ``[F, G]``."""
         source = self.source(received)
         return source[source >= 0]
 
@@ -189,34 +189,34 @@ class RowPlan:
             return found[0][0]
         return torch.cat([answers for answers, _ in found])[self._back.to(rows.device)]
 
-    def error_bars(
+    def error_bounds(
         self,
         received: Sequence[int],
         results: Tensor,
         answers: Tensor,
         surrogates: tuple[Tensor, Tensor] | None = None,
-    ) -> ErrorBars:
-        """Return the error bars of the answers ``[B, ...]`` of :meth:`decode`.
+    ) -> ErrorBounds:
+        """Return the error bounds of the answers ``[B, ...]`` of :meth:`decode`.
 
         Surrogates ``[F, G, ...]`` were subtracted from results, ``[B, ...]`` will be added.
         """
         more = (surrogates[0].flatten(0, 1), surrogates[1]) if surrogates else ()
         with outside(), exactly():
             rows, parts = self._flat(results, received)
-            each = [part.bars(rows, answers, *more) for part in parts]
-            found = ErrorBars(self.batch_size, [bars for bars in each if bars is not None])
+            each = [part.bounds(rows, answers, *more) for part in parts]
+            found = ErrorBounds(self.batch_size, [bounds for bounds in each if bounds is not None])
             usable = torch.cat([part.usable for part in self._parts])[self._back]
             # Far rows are unlike the results, none of which is far.
             return found if usable.all() else found.widened(torch.where(usable, 0.0, math.inf))
 
     def left_out_square(self, results: Tensor, received: Sequence[int]) -> float:
-        """Return the sum of squared errors of predicting results from the others."""
+        """Return the sum of squared errors of estimating results from the others."""
         with outside(), exactly():
             rows, parts = self._flat(results, received)
             return sum(part.left_out_square(rows) for part in parts)
 
     def leave_one_out_variances(self) -> Tensor:
-        """Return the variance of each input predicted from the inputs near it, ``[B]``."""
+        """Return the variance of each input estimated from the inputs near it, ``[B]``."""
         with outside(), exactly():
             return torch.cat([part.leave_one_out_variances() for part in self._parts])[self._back]
 

@@ -1,4 +1,4 @@
-"""Regressions from results, with the metric and the length that predict them best."""
+"""Regressions from results, with the metric and the length that estimate them best."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .._arguments import dense
 from .._torch import differentiated, exactly, outside, plain, to_device
 from ..linear import SelectMap
 from ..ops import left_out_losses
-from .error_bars import Bars, bars
+from .error_bounds import Bounds, bounds
 from .gaussian_process import NUGGET, GaussianProcess, scaled
 from .geometry import evenly
 from .metrics import Choice, Distances, Features, name_of
@@ -32,18 +32,18 @@ _COMPARED = 144
 # to half as much again where results are few; with two hardly any gain is lost. (benchmarks
 # distances)
 _ERRORS = 2
-# With fewer results, chance decides which metric predicts best. (benchmarks distances)
+# With fewer results, chance decides which metric estimates best. (benchmarks distances)
 _LEAST = 8
 #: Rows that are regressed together; time grows with the cube, memory with the square. In 2, 4, 8
 #: parts the squared error is 1.6, 2.4, 4.0 times as large. (measured once; no benchmark keeps it)
 MOST_ROWS = 4096
-# Columns of the results, to judge predictions by: the outputs' variance and trust are as exact from
+# Columns of the results, to judge estimates by: the outputs' variance and trust are as exact from
 # some 64 outputs as from all. It was not tuned.
 _COLUMNS = 64
-# Weights of more results take longer than predictions, as a system is solved for each missing row.
+# Weights of more results take longer than estimates, as a system is solved for each missing row.
 # It is the number up to which the inverse is known.
 _WEIGHED = 512
-# Rows whose variances are found together where copies are planned: predicting an input from more
+# Rows whose variances are found together where copies are planned: estimating an input from more
 # than its neighbours on the path changes its variance little. (MKL factorises 500 rows in less than
 # half the time that it takes for 512.)
 _NEIGHBOURS = 500
@@ -52,7 +52,7 @@ _NEIGHBOURS = 500
 class Fits:
     """Regressions from the results of rows ``[M]``. Results and their residuals share the factors.
 
-    They predict the ``missing`` rows. Metrics, and lengths if none is fixed, are compared on
+    They estimate the ``missing`` rows. Metrics, and lengths if none is fixed, are compared on
     ``compared`` of the results, or an eighth.
     """
 
@@ -74,33 +74,28 @@ class Fits:
         self._fitted: list[tuple[Tensor, Choice, GaussianProcess]] = []  # to results, residuals
 
     def fit(self, sample: Tensor) -> tuple[Choice, GaussianProcess]:
-        """Return the regression that predicts results ``[M, C]``, float64, best."""
-        for known, choice, process in self._fitted:
+        """Return the regression that estimates results ``[M, C]``, float64, best."""
+        for known, choice, fitted in self._fitted:
             if torch.equal(known, sample):
-                return choice, process
+                return choice, fitted
         distances, length = self._distances, self._fixed or LENGTH
-        metric, *others = distances.competing
-        metric = distances.first if others else metric
+        metrics = distances.competing
+        metric = distances.first if len(metrics) > 1 else metrics[0]
         if len(self._points) >= _LEAST and sample.shape[1]:
             few = scaled(sample[self._few])[0].float()
-            if others:
-                metric = self._metric(few, length)
+            if len(metrics) > 1:
+                losses = [self._losses(few, x, [length], self._among(x)[1])[0] for x in metrics]
+                default = metrics.index(metric) if metric in metrics else None
+                metric = metrics[_best(losses, default)]
             if self._fixed is None:
                 length = self._length(few, metric)
-        if (key := (metric, length)) not in self._processes:
+        if (process := self._processes.get((metric, length))) is None:
             squared, step, _ = distances.by(metric)
             process = GaussianProcess(squared, length * step, self._points, self._missing)
-            self._processes[key] = process
-        process = self._processes[key]
+            self._processes[metric, length] = process
         choice = Choice(name_of(metric), length, *process.leave_one_out_error(sample))
         self._fitted = [*self._fitted[-1:], (sample, choice, process)]
         return choice, process
-
-    def _metric(self, few: Tensor, length: float) -> str | Features:
-        distances, metrics = self._distances, self._distances.competing
-        losses = [self._losses(few, x, [length], self._among(x)[1])[0] for x in metrics]
-        default = metrics.index(distances.first) if distances.first in metrics else None
-        return metrics[_best(losses, default)]
 
     def _length(self, few: Tensor, metric: str | Features) -> float:
         """Return the best length; no longer one and no half step is tried where losses rise."""
@@ -139,7 +134,7 @@ def _best(losses: Sequence[npt.NDArray[np.float64]], default: int | None) -> int
 
 
 class Part:
-    """The rows ``[b]`` of a batch that are predicted together; by their mean without distances."""
+    """The rows ``[b]`` of a batch that are estimated together; by their mean without distances."""
 
     def __init__(self, rows: Tensor, distances: Distances | None, length: float | None) -> None:
         self.rows, self.distances, self.length = rows, distances, length
@@ -150,7 +145,7 @@ class Part:
             distances.prepare()
 
     def leave_one_out_variances(self) -> Tensor:
-        """Return the variance of each row predicted from the rows near it, ``[b]``, float64."""
+        """Return the variance of each row estimated from the rows near it, ``[b]``, float64."""
         variances = torch.ones(len(self.rows), dtype=torch.float64)
         if self.distances is None:
             return variances
@@ -164,7 +159,7 @@ class Part:
 class Given:
     """A part of which some results are given: ``source``, ``[B]``, has the place of each, or -1.
 
-    Results are ``[n, ...]``. If none of the part's rows predicts others, all of them do.
+    Results are ``[n, ...]``. If none of the part's rows estimates others, all of them do.
     """
 
     def __init__(self, part: Part, source: Tensor) -> None:
@@ -174,8 +169,8 @@ class Given:
         if bool((has & part.usable).any()):
             has = has & part.usable
         points = has.nonzero().flatten()
-        self._used = self._own[points]  # the places of the results that predict
-        self._fits: Fits | None = None  # the mean predicts
+        self._used = self._own[points]  # the places of the results that estimate
+        self._fits: Fits | None = None  # the mean estimates
         if not len(points):
             known = source[source >= 0]
             self._used = known[evenly(len(known), MOST_ROWS)]
@@ -183,7 +178,7 @@ class Given:
             self._fits = Fits(part.distances, part.length, points, self._missing)
 
     def decode(self, results: Tensor) -> tuple[Tensor, Choice | None]:
-        """Return the answers of the rows, ``[b, ...]``, and how missing ones were predicted."""
+        """Return the answers of the rows, ``[b, ...]``, and how missing ones were estimated."""
         # Wide outputs, other devices and derivatives need weights.
         simple = results.device.type == "cpu" and not differentiated(results)
         own, used, choice, size = self._own, self._used, None, 1.0
@@ -200,11 +195,11 @@ class Given:
                 choice, process = self._fits.fit(sample)
                 fewer = results.numel() < len(results) * len(self._missing)
                 if choice.trust > 0 and simple and fewer and len(used) > _WEIGHED:
-                    found = process.predict(columns[used].double(), choice.trust).to(results.dtype)
+                    found = process.estimate(columns[used].double(), choice.trust).to(results.dtype)
                     answers = results.index_select(0, own.clamp(min=0))
                     answers[self._missing] = found.view(len(found), *results.shape[1:])
                     return answers, choice
-                if choice.trust > 0:  # shrunk as far as results are not predicted by each other
+                if choice.trust > 0:  # shrunk as far as results are not estimated by each other
                     weights = process.weights * choice.trust + (1 - choice.trust) / len(used)
             map = SelectMap(len(results), own, used, weights)
         if size == 1:
@@ -214,26 +209,26 @@ class Given:
         answers = (answers * size).clamp(info.min, info.max)
         return torch.where(has.view(-1, *[1] * (results.dim() - 1)), results[own], answers), choice
 
-    def bars(self, results: Tensor, answers: Tensor, *surrogates: Tensor) -> Bars | None:
-        """Return the error bars of missing rows, None without any; see ``RowPlan.error_bars``."""
+    def bounds(self, results: Tensor, answers: Tensor, *surrogates: Tensor) -> Bounds | None:
+        """Return the error bounds of missing rows, None without any, as ``RowPlan`` does."""
         if not len(self._missing):
             return None
         rows, used, values = self._rows[self._missing], self._used, (results, answers, *surrogates)
-        of_used, predicted, *offsets = _on_host([*zip(values, [used, rows] * 2, strict=False)])
+        of_used, estimated, *offsets = _on_host([*zip(values, [used, rows] * 2, strict=False)])
         if (size := _size(of_used)) != 1:
-            found = self.bars(*(x / size for x in values))
+            found = self.bounds(*(x / size for x in values))
             return found and found._replace(thresholds=found.thresholds * size)
-        labels = (of_used, predicted) if results.dim() == 2 else None
+        labels = (of_used, estimated) if results.dim() == 2 else None
         if labels and offsets:
-            labels = of_used + offsets[0], predicted + offsets[1]
+            labels = of_used + offsets[0], estimated + offsets[1]
         regression = None
         if self._fits is not None and len(used) > 1:
             choice, process = self._fits.fit(_few(of_used).double())
             regression = (process, choice.trust) if choice.trust > 0 else None
-        return bars(rows, of_used, predicted, regression, labels)
+        return bounds(rows, of_used, estimated, regression, labels)
 
     def left_out_square(self, results: Tensor) -> float:
-        """Return the sum of squared errors of predicting results from the others."""
+        """Return the sum of squared errors of estimating results from the others."""
         (sample,) = few_columns(self._used, results)
         if self._fits is None:
             n = len(sample)

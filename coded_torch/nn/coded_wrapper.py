@@ -17,18 +17,18 @@ from ..input_space.regression import Regression
 from ..scheduling.latency_history import BLOCKS, History
 from ..scheduling.waiting import Waiting
 from ..surrogates import checked
-from ..verification import Strikes, Trials
+from ..verification import Record, Trials
 from ..workers.base import Workers
 from ..workers.local import LocalWorkers
 from .division import Columns, Division, Inputs, Rows, training_part
+from .estimate_missing import Answers
 from .execute import Execution, seconds_left
 from .module_proxy import ModuleProxy
-from .predict_missing import Answers
 from .report import Report
 from .result_checks import Stacked
 
-_CHECKED = ("code", "workers", "waiting", "parts", "predictor", "surrogate", "verify")
-_AT_ONCE, _AS_NEEDED, _PREDICTOR = Waiting.first(), Waiting(), Regression()
+_CHECKED = ("code", "workers", "waiting", "parts", "estimator", "surrogate", "verify")
+_AT_ONCE, _AS_NEEDED, _ESTIMATOR = Waiting.first(), Waiting(), Regression()
 
 
 class CodedWrapper(ModuleProxy):
@@ -38,7 +38,7 @@ class CodedWrapper(ModuleProxy):
 
     - Without a code, the batch is divided by *rows*: each is computed once, and late parts are
       hedged. Every row is computed, or the call raises, unless ``waiting`` asks for estimates:
-      then ``predictor`` estimates missing rows from the others.
+      then ``estimator`` estimates missing rows from the others.
     - With a code, the batch is divided by *columns*. The batch is put in order and cut into groups
       :math:`X` of K inputs; column n holds one coded input of every group. With the code's encoder
       :math:`E` (N x K) and, for the received set :math:`F`, its decoder :math:`D_F` (K x \|F\|), a
@@ -52,22 +52,22 @@ class CodedWrapper(ModuleProxy):
     Inputs and outputs may be any pytrees. A result is rejected, and counts as missing, if it is not
     finite, of another batch size, or unlike most in structure, shape or dtype. So mask logits with
     a number such as -1e4, not ``-inf``. Unless a code mixes inputs, rows with NaN or infinity are
-    computed, too. A missing one is answered by the mean of the others, with an infinite radius.
+    computed, too. A missing one is answered by the mean of the others; its bound is infinite.
 
     Args:
         module: the module; its outputs are floating-point tensors with a batch dimension, and
             plain constants that are the same for every part. Unless a code mixes inputs, tensors
-            of other dtypes too, which are never predicted.
+            of other dtypes too, which are never estimated.
         code: the code. Codes that mix inputs need floating-point ones. Defaults to None: by rows.
         workers: the pool. Defaults to :class:`~coded_torch.workers.LocalWorkers` with a code;
             required without one.
         waiting: the policy. Defaults to ``Waiting.first()`` with a code, and ``Waiting()`` without.
         parts: the number of parts of a batch by rows. Defaults to one for each worker; required for
             ``LocalWorkers``, which has no number of workers.
-        predictor: predicts missing rows. Defaults to ``Regression()``.
+        estimator: estimates missing rows. Defaults to ``Regression()``.
         surrogate: cheap approximations of the module, one or a sequence: callables with like
             outputs, such as a smaller network (:func:`coded_torch.surrogates.distill`), or a
-            :class:`~coded_torch.surrogates.Memory`, which learns from exact answers. If estimates
+            :class:`~coded_torch.surrogates.Memory`, which learns computed answers. If estimates
             are needed, they run in this process, without gradients, and their residuals are
             estimated. Defaults to none; refused with codes that mix inputs.
         verify: the share of rows, such as 0.02, that a second worker computes. Wrong results are
@@ -130,7 +130,7 @@ class CodedWrapper(ModuleProxy):
         workers: Workers | None = None,
         waiting: Waiting | None = None,
         parts: int | None = None,
-        predictor: Regression | None = None,
+        estimator: Regression | None = None,
         surrogate: Any = (),
         verify: float | None = None,
         in_dims: Any = 0,
@@ -142,7 +142,7 @@ class CodedWrapper(ModuleProxy):
                 raise ValueError("CodedWrapper: workers must be given without a code, got None")
             workers = LocalWorkers()
         self.code, self.workers, self.waiting = code, workers, waiting
-        self.parts, self.predictor, self.surrogate = parts, predictor, surrogate
+        self.parts, self.estimator, self.surrogate = parts, estimator, surrogate
         self.verify = verify
         self.in_dims, self.out_dims = in_dims, out_dims
         self.last_run = None
@@ -163,9 +163,9 @@ class CodedWrapper(ModuleProxy):
 
     def _lost(self, waiting: Waiting) -> int:
         """Return S, at most as many as the code can do without."""
-        law, lost, code = self.workers.stragglers, waiting.num_stragglers, self.code
+        delays, lost, code = self.workers.stragglers, waiting.num_stragglers, self.code
         if lost is None:
-            lost = (law and law.num_stragglers) or 0
+            lost = (delays and delays.num_stragglers) or 0
         return 0 if code is None else max(0, min(lost, code.num_workers - code.min_received))
 
     def extra_repr(self) -> str:
@@ -216,12 +216,12 @@ class CodedWrapper(ModuleProxy):
         code, block, reserve = self.code, BLOCKS[0], 0.0
         if code is None or code.uses_geometry:
             left = seconds_left(self.workers, waiting, report)
-            block, reserve = self._history.predictions.reserve(inputs.batch_size, left)
+            block, reserve = self._history.estimates.reserve(inputs.batch_size, left)
         division: Division
         if code is None:
             parts = self.parts or self.workers.num_workers or 1
-            predictor = self.predictor or _PREDICTOR
-            division = Rows(inputs, predictor, block=block, parts=parts, out_dims=self.out_dims)
+            estimator = self.estimator or _ESTIMATOR
+            division = Rows(inputs, estimator, block=block, parts=parts, out_dims=self.out_dims)
         else:
             dealer = self._dealer if code.shuffle is True else code.shuffle or None
             lost = self._lost(waiting)
@@ -230,9 +230,9 @@ class CodedWrapper(ModuleProxy):
         return division
 
     def _compute(self, waiting: Waiting, division: Division, report: Report) -> Any:
-        pool, predictions = self.workers, self._history.predictions
-        strikes = self._strikes
-        check = None if strikes is None else Trials(strikes, waiting, division.inputs.floating())
+        pool, estimates = self.workers, self._history.estimates
+        record = self._record
+        check = None if record is None else Trials(record, waiting, division.inputs.floating())
         answers = Answers(self.surrogate, division, report, self.module, check)
         execution = Execution(division, report, check)
         with report.timed("compute"):
@@ -252,23 +252,23 @@ class CodedWrapper(ModuleProxy):
             rows = division if isinstance(division, Rows) and not is_whole else None
             if rows is not None:
                 left = seconds_left(pool, waiting, report)
-                report.notes += rows.keep_deadline(left, predictions)
+                report.notes += rows.keep_deadline(left, estimates)
             try:
                 found = answers.of(stacked)
             except Exception as raised:  # the caller's code failed: the exception gets the answers
                 execution.holding(raised)
                 raise
-        if rows is not None and not pool.simulated:  # there, predictions take no time
-            predictions.add(report.decode_seconds, rows.batch_size, rows.block)
+        if rows is not None and not pool.simulated:  # there, estimates take no time
+            estimates.add(report.decode_seconds, rows.batch_size, rows.block)
         report.warn(execution.why)
         return found
 
     def _warn_once(self, waiting: Waiting, execution: Execution) -> None:
-        """Warn if a call by rows never uses a surrogate, or can never predict an output."""
-        if waiting.may_predict(by_rows=True):
+        """Warn if a call by rows never uses a surrogate, or can never estimate an output."""
+        if waiting.may_estimate(by_rows=True):
             what = execution.not_floating()
         else:
-            how = "give a deadline, predict_after or on_error='predict'"
+            how = "give a deadline, estimate_after or on_error='estimate'"
             what = f"surrogate is never used by {waiting}; {how}" if self.surrogate else ""
         if what and what not in self._warned:
             self._warned |= {what}
@@ -294,7 +294,7 @@ class CodedWrapper(ModuleProxy):
         if name == "module":
             self._form = None
         if name in ("workers", "module", "verify") and "verify" in vars(self):
-            self._strikes = Strikes(self.workers, self.verify) if self.verify else None
+            self._record = Record(self.workers, self.verify) if self.verify else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedWrapper:
         """Move surrogates along with the module, though they are not its submodules."""
@@ -309,14 +309,14 @@ def _check_settings(wrapper: CodedWrapper) -> None:
     code, pool, parts, verify = wrapper.code, wrapper.workers, wrapper.parts, wrapper.verify
     instance(wrapper, "code", code, Code, optional=True)
     instance(wrapper, "workers", pool, Workers)
-    instance(wrapper, "predictor", wrapper.predictor, Regression, optional=True)
+    instance(wrapper, "estimator", wrapper.estimator, Regression, optional=True)
     if parts is not None:
         count(wrapper, "parts", parts)
     if verify is not None:
         real(wrapper, "verify", verify, "between 0 and 1", lambda x: 0 <= x <= 1)
     must = ""
     if code is not None:
-        for name in ("parts", "predictor", "verify"):
+        for name in ("parts", "estimator", "verify"):
             if getattr(wrapper, name):
                 must = f"{name} must be None with a code, as it is for batches by rows"
         if code.mixes and wrapper.surrogate:
@@ -342,8 +342,8 @@ def _check_waiting(code: Code | None, waiting: Waiting | None) -> None:
     if code is None:
         if waiting.at_once or waiting.num_stragglers is not None:
             must = "waiting must be Waiting(...) without a code, as rows replace no others"
-    elif not waiting.predict and code.mixes:
-        must = "waiting.predict must be True with a code that mixes inputs, as it estimates all"
+    elif not waiting.estimate and code.mixes:
+        must = "waiting.estimate must be True with a code that mixes inputs, as it estimates all"
     elif (waiting.num_stragglers or 0) > (most := code.num_workers - code.min_received):
         must = f"waiting.num_stragglers must be at most {most}, as {code} needs "
         must += f"{code.min_received} results"

@@ -18,13 +18,13 @@ from torch.utils import _pytree as pytree
 from .._arguments import dense
 from .._torch import outside, plain, positional
 from ..codes.base import Code
-from ..scheduling.latency_history import BLOCKS, PredictionTimes
+from ..scheduling.latency_history import BLOCKS, EstimationTimes
 from ..workers.base import Task, broadcast_dims
 
 if TYPE_CHECKING:
     from ..input_space.regression import Regression, RowPlan
 
-# Seconds that a prediction may end after the deadline before a worse one is made. A busy machine
+# Seconds that an estimate may end after the deadline before a worse one is made. A busy machine
 # wakes a thread about as late (benchmarks/resilience.py, "deadline").
 _SLACK = 5e-3
 
@@ -166,10 +166,10 @@ class Division:
     num_groups = 0  #: G; 0 by rows
     #: bool ``[units, R]``, rows of units whose inputs are not finite; None if there is none.
     not_finite: Tensor | None = None
-    reserve = 0.0  #: seconds before the deadline that predictions take
+    reserve = 0.0  #: seconds before the deadline that estimates take
     plan: Any  #: the BatchPlan or RowPlan of the batch, by which results become answers
-    link: str | None  #: the link of the predictor or the code
-    coverage = 0.95  #: the level of error bars
+    link: str | None  #: the link of the estimator or the code
+    coverage = 0.95  #: the level of error bounds
     mixes = False  #: true if units hold mixtures of rows
     by_rows = False  #: true if units are rows
 
@@ -245,17 +245,17 @@ def dealt(size: int, parts: int) -> tuple[tuple[int, ...], ...]:
 class Rows(Division):
     """The rows of the batch, each of which is asked for once, in at most ``parts`` parts.
 
-    Nothing is fitted before a row is missing. Then the predictor takes ``block`` rows together; at
-    0, each is predicted by the mean of all results.
+    Nothing is fitted before a row is missing. Then the estimator takes ``block`` rows together; at
+    0, each is estimated by the mean of all results.
     """
 
     def __init__(
-        self, inputs: Inputs, predictor: Regression, *, block: int, parts: int, out_dims: Any = 0
+        self, inputs: Inputs, estimator: Regression, *, block: int, parts: int, out_dims: Any = 0
     ) -> None:
         size = inputs.batch_size
         super().__init__(inputs, size, 1, out_dims)
-        self._predictor, self.block, self.by_rows = predictor, block, True
-        self.link, self.coverage = predictor.link, predictor.coverage
+        self._estimator, self.block, self.by_rows = estimator, block, True
+        self.link, self.coverage = estimator.link, estimator.coverage
         self.needed, self.least = size, 1
         self.first = dealt(size, min(parts, size))
 
@@ -263,7 +263,7 @@ class Rows(Division):
     def plan(self) -> RowPlan:
         size, floating = self.batch_size, self.inputs.floating()
         others = [] if floating else self.inputs.batches()
-        plan = self._predictor.plan(floating, size, others=others, block=self.block)
+        plan = self._estimator.plan(floating, size, others=others, block=self.block)
         if not self.block and self.inputs.not_finite is not None:
             plan.leave_out(self.inputs.not_finite)
         return plan
@@ -271,15 +271,15 @@ class Rows(Division):
     def spread(self, values: Tensor) -> Tensor:
         return values.unsqueeze(1)
 
-    def keep_deadline(self, seconds: float, times: PredictionTimes) -> tuple[str, ...]:
-        """Predict from less if time is short, and return the notes that say so."""
+    def keep_deadline(self, seconds: float, times: EstimationTimes) -> tuple[str, ...]:
+        """Estimate from less if time is short, and return the notes that say so."""
         is_planned = not self.block or "plan" in vars(self)
         if not is_planned and times.seconds(self.batch_size, self.block) > seconds + _SLACK:
             self.block = 0
         if self.block >= min(self.batch_size, BLOCKS[0]):
             return ()
         how = f"{self.block} rows at a time" if self.block else "by the mean of the results"
-        return (f"predicted {how}, to keep the deadline",)
+        return (f"estimated {how}, to keep the deadline",)
 
 
 def training_part(module: nn.Module, dropout: bool = False) -> str | None:

@@ -114,7 +114,7 @@ class Execution:
     # Missing results.
 
     def error(self, waiting: Waiting) -> Exception | None:
-        """Return the exception if some rows may not, or cannot, be predicted, and report these."""
+        """Return the exception if some rows may not, or cannot, be estimated, and report these."""
         division, table, report = self._division, self.table, self._report
         answered, error = table.answered.keys(), self.checks.misfit
         if error is None and division.is_whole(answered):
@@ -128,7 +128,7 @@ class Execution:
             report.errors = {row: last[row] for row in report.missing_rows if row in last}
             report.refused = tuple(sorted(table.refused.keys() - answered))
         required = waiting.least(division.needed, division.least, division.by_rows)
-        if report.ended == "failed" and waiting.predict and not division.by_rows:
+        if report.ended == "failed" and waiting.estimate and not division.by_rows:
             required = division.least  # no more could come
         why, enough = self.why, len(answered) >= required
         if blamed and (waiting.on_error == "raise" or not enough):
@@ -137,26 +137,26 @@ class Execution:
             error = _of_module(first, report.refused) if first else None
         elif enough and error is None:
             required = division.needed
-            if not (why := self._unpredictable()):
+            if not (why := self._why_not_estimated()):
                 return None
         return self.holding(error or self._too_few(required, why))
 
     def not_floating(self) -> str:
-        """Return which output cannot be predicted, and a remedy; "" if there is none such."""
+        """Return which output cannot be estimated, and a remedy; "" if there is none such."""
         for part in self.table.good[:1]:
             result = part.result
             for i in result.divided:
                 if not (leaf := result.leaves[i]).is_floating_point():
-                    remedy = "take Waiting(predict=False), or return logits instead"
-                    return f"{result.name(i)} is {leaf.dtype} and cannot be predicted; {remedy}"
+                    remedy = "take Waiting(estimate=False), or return logits instead"
+                    return f"{result.name(i)} is {leaf.dtype} and cannot be estimated; {remedy}"
         return ""
 
-    def _unpredictable(self) -> str:
-        """Return why rows without a result cannot be predicted; "" if they can, or all have one."""
+    def _why_not_estimated(self) -> str:
+        """Return why rows without a result cannot be estimated; "" if they can, or all have one."""
         division, why = self._division, self.not_floating()
         received, odd = sorted(self.table.answered), division.not_finite
         if odd is not None and bool(odd[received].all()):
-            why = "there is no result of finite inputs to predict others from"
+            why = "there is no result of finite inputs to estimate others from"
         if not why or division.is_whole(received):
             return ""
         return why if division.by_rows or bool((division.plan.source(received) < 0).any()) else ""

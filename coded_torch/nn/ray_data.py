@@ -19,8 +19,8 @@ class RayDataPredictor:
     r"""Adds the answers of a wrapper to each batch of Ray Data, for ``Dataset.map_batches``.
 
     Each actor of Ray Data makes its wrapper once, and keeps its workers between the batches. A
-    batch gets columns for the answers; ``predicted``, bool, true if no worker computed the answer;
-    and ``radius``, float64, see :attr:`Report.radii`, NaN where there is none.
+    batch gets columns for the answers; ``estimated``, bool, true if no worker computed the answer;
+    and ``radius``, the error bound, float64, NaN where there is none, see :attr:`Report.radii`.
 
     Args:
         factory: makes the wrapper, in the actor.
@@ -61,9 +61,9 @@ class RayDataPredictor:
             instance(self, f"the output {name!r}", column, Tensor)
             column = column.float() if column.dtype is torch.bfloat16 else column
             more[name] = column.cpu().numpy()
-        predicted = np.asarray(report.predicted)
-        radii = np.full(len(predicted), np.nan) if report.radii is None else report.radii.numpy()
-        notes = {"predicted": predicted, "radius": radii}
+        estimated = np.asarray(report.estimated)
+        radii = np.full(len(estimated), np.nan) if report.radii is None else report.radii.numpy()
+        notes = {"estimated": estimated, "radius": radii}
         if twice := sorted((more.keys() & batch.keys()) | (notes.keys() & {*batch, *more})):
             must = f"the columns {', '.join([*more, *notes])}, which are added, must be new"
             raise ValueError(f"RayDataPredictor: {must}, got {', '.join(twice)}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._arguments import real, sparing_logger
 from .._torch import outside
-from ..input_space.error_bars import ErrorBars
+from ..input_space.error_bounds import ErrorBounds
 from ..table import GOOD, Hedge, Table, WorkerError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _CUT_SHORT = {
     "deadline": "the deadline was over",
-    "predict_after": "most calls have ended by then",
+    "estimate_after": "most calls have ended by then",
     "error": "the module fails on them",
     "failed": "no more results could come",
 }
@@ -47,30 +47,30 @@ class Report:
         rejected: by worker, the fault of its last result that does not count.
         work: rows that workers began to compute, per row of the batch: 1.0 is every input once.
         hedges: the parts that stood in for late or failed ones.
-        predicted: bool ``[B]``, on the host: the answers that are not the module's own result of
+        estimated: bool ``[B]``, on the host: the answers that are not the module's own result of
             their input. None before there are answers.
         source: uint8 ``[B]``, on the host: 0 for answers from a part that was asked first, 1 from a
-            hedge or another later part, 2 for predictions. None before there are answers.
+            hedge or another later part, 2 for estimates. None before there are answers.
         radii: float64 ``[B]``, on the host: bounds of errors of the first decoded output. The norm
-            of an answer's error is at most its radius with the probability ``coverage`` of the
-            :class:`~coded_torch.Regression`. 0 if the answer is exact, infinite if its input is not
-            finite, or too few results arrived. None under a link, or without a regression.
-        coverage: the level of the radii; None if there are none.
+            of an answer's error is at most its bound with the probability ``coverage`` of the
+            :class:`~coded_torch.Regression`. 0 if the answer is computed, infinite if its input is
+            not finite, or too few results arrived. None under a link, or without a regression.
+        coverage: the level of the error bounds; None if there are none.
         label_risks: float64 ``[B]``, on the host: for a first decoded output ``[B, C]``, the
             estimated probability that an answer's largest number is not the module's. 0 if the
-            answer is exact. None for other outputs, or without a regression.
+            answer is computed. None for other outputs, or without a regression.
         surrogate_weights: for every decoded output, of each surrogate; 0 if the surrogate failed or
-            did not improve the prediction. Empty if nothing was predicted.
+            did not improve the estimate. Empty if nothing was estimated.
         ended: why the call waited no longer. "complete": every result is there; "first": the first
-            N - S are; "deadline"; "predict_after": as many medians of calls were over; "error": all
-            is there but the rows that the module itself fails on; "failed": nothing more could
-            come.
+            N - S are; "deadline"; "estimate_after": as many medians of calls were over; "error":
+            all is there but the rows that the module itself fails on; "failed": nothing more
+            could come.
         hedging_threshold: seconds after its begin at which a part of the first ask is late; None if
             not known yet.
         deadline: seconds from the call after which it was to end; None if there was none.
         num_groups: G, the number of groups; 0 by rows.
         distances: for each decoded output, and each block of a large batch, the metric and length
-            that predicted missing answers, and how well they predict results from each other.
+            that estimated missing answers, and how well they estimate results from each other.
         missing_rows: by rows, the rows that no worker computed.
         errors: by missing row, the error of the last part that held it, if there was one.
         refused: the rows on which the module itself fails: it raised alike on two workers, or three
@@ -79,12 +79,12 @@ class Report:
             and the rows whose check came too late or could not be decided. None without ``verify``.
         disputes: how often the results of two workers differed.
         corrected: the rows whose first result was wrong, and was replaced.
-        strikes: by worker, how many wrong results it was found to return.
+        faults: by worker, how many wrong results it was found to return.
         excluded: the workers that get no more parts until they are restarted.
         notes: further remarks for the caller.
         encode_seconds: from the call to the first ask.
         compute_seconds: of waiting for the workers and checking their results.
-        decode_seconds: of decoding and predicting.
+        decode_seconds: of decoding and estimating.
         failed: whether the call raised.
     """
 
@@ -95,7 +95,7 @@ class Report:
     rejected: dict[int, str] = dataclasses.field(default_factory=dict)
     work: float = 0.0
     hedges: tuple[Hedge, ...] = ()
-    predicted: Tensor | None = dataclasses.field(default=None, repr=False)
+    estimated: Tensor | None = dataclasses.field(default=None, repr=False)
     source: Tensor | None = dataclasses.field(default=None, repr=False)
     radii: Tensor | None = dataclasses.field(default=None, repr=False)
     coverage: float | None = None
@@ -113,7 +113,7 @@ class Report:
     unverified: Tensor | None = dataclasses.field(default=None, repr=False)
     disputes: int = 0
     corrected: tuple[int, ...] = ()
-    strikes: dict[int, int] = dataclasses.field(default_factory=dict)
+    faults: dict[int, int] = dataclasses.field(default_factory=dict)
     excluded: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     encode_seconds: float = 0.0
@@ -122,7 +122,7 @@ class Report:
     failed: bool = True
     #: When the call began, by :func:`time.perf_counter`.
     since: float = dataclasses.field(default_factory=time.perf_counter, init=False, repr=False)
-    _bars: ErrorBars | None = dataclasses.field(default=None, init=False, repr=False)
+    _bounds: ErrorBounds | None = dataclasses.field(default=None, init=False, repr=False)
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -130,9 +130,9 @@ class Report:
         return tuple(sorted(set(self.asked) - set(self.received)))
 
     def radii_at(self, coverage: float) -> Tensor | None:
-        """Return the radii at another level, between 0 and 1, or None if there are none."""
+        """Return the error bounds at another level, between 0 and 1, or None if there are none."""
         real("radii_at", "coverage", coverage, "between 0 and 1", lambda x: 0 < x < 1)
-        return None if self.radii is None or self._bars is None else self._bars.radii(coverage)
+        return None if self.radii is None or self._bounds is None else self._bounds.radii(coverage)
 
     def note_table(self, table: Table, size: int, rejected: Sequence[WorkerError]) -> None:
         """Note who was asked, which results count, and how the policy ended the call, if it did."""
@@ -163,10 +163,10 @@ class Report:
             rows[sorted(getattr(verdict, name))] = True
             setattr(self, name, rows)
         self.corrected, self.notes = tuple(sorted(verdict.corrected)), self.notes + verdict.notes
-        self.disputes, self.strikes = verdict.disputes, verdict.strikes
+        self.disputes, self.faults = verdict.disputes, verdict.faults
         self.excluded = verdict.excluded
         why = "CodedWrapper: worker %d returned wrong results, as others found: %d in one call"
-        for worker, count in verdict.strikes.items():
+        for worker, count in verdict.faults.items():
             logger.warning(why, worker, count)
         why = "CodedWrapper: worker %d is excluded until it is restarted, as it is often wrong"
         for worker in verdict.excluded:
@@ -174,9 +174,9 @@ class Report:
 
     @outside()
     def note_source(self, source: Tensor, late: Sequence[bool], unit_rows: int = 1) -> None:
-        """Note the result of each answer, ``[B]``, -1 if predicted, and which results are late."""
-        kinds = bytearray([*late, 2])  # at -1, predictions
-        self.predicted = source < 0
+        """Note the result of each answer, ``[B]``, -1 if estimated, and which results are late."""
+        kinds = bytearray([*late, 2])  # at -1, estimates
+        self.estimated = source < 0
         self.source = torch.frombuffer(kinds, dtype=torch.uint8)[source // unit_rows]
 
     def note_empty(self) -> None:
@@ -185,21 +185,21 @@ class Report:
         self.radii = self.label_risks = torch.zeros(0, dtype=torch.float64)
 
     @outside()
-    def note_bars(
-        self, bars: ErrorBars, coverage: float, link: str | None, answers: Tensor | None
+    def note_bounds(
+        self, bounds: ErrorBounds, coverage: float, link: str | None, answers: Tensor | None
     ) -> None:
         """Note how far off answers ``[B, ...]`` may be; under a link, only their labels."""
         labels = answers is not None and answers.dim() == 2 and answers.shape[1] > 1
-        self._bars, self.label_risks = bars, bars.label_risks if labels else None
+        self._bounds, self.label_risks = bounds, bounds.label_risks if labels else None
         if link is None:
-            self.radii, self.coverage = bars.radii(coverage), coverage
+            self.radii, self.coverage = bounds.radii(coverage), coverage
 
     def warn(self, why: str) -> None:
-        """Log how many answers were predicted, and why, unless no more results were wanted."""
-        if self.predicted is not None and self.ended in _CUT_SHORT and self.predicted.any():
-            count, size = int(self.predicted.sum()), len(self.predicted)
+        """Log how many answers were estimated, and why, unless no more results were wanted."""
+        if self.estimated is not None and self.ended in _CUT_SHORT and self.estimated.any():
+            count, size = int(self.estimated.sum()), len(self.estimated)
             because = why or _CUT_SHORT[self.ended]
-            logger.warning("CodedWrapper: %d of %d answers are predicted: %s", count, size, because)
+            logger.warning("CodedWrapper: %d of %d answers are estimated: %s", count, size, because)
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:

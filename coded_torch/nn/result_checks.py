@@ -112,7 +112,7 @@ class Stacked(NamedTuple):
 
     @property
     def decoded(self) -> list[int]:
-        """The places of the divided leaves that can be predicted."""
+        """The places of the divided leaves that can be estimated."""
         return [i for i in self.divided if self.leaves[i].is_floating_point()]
 
     def over(self, i: int, rows: Tensor) -> Tensor:

@@ -23,11 +23,6 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance
 
-__all__ = ["ADDED", "DATATYPES", "EndpointError", "Model", "RefusedError", "TensorSpec"]
-__all__ += ["entries", "field", "from_bytes", "from_json", "most_bytes"]
-__all__ += ["outputs_of", "parsed", "request", "require", "specs", "specs_of", "split"]
-__all__ += ["tensors_of", "to_bytes", "written"]
-
 #: The datatypes of the protocol that torch computes with.
 DATATYPES = {"BOOL": torch.bool, "UINT8": torch.uint8, "BF16": torch.bfloat16}
 DATATYPES |= {f"INT{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
@@ -77,18 +72,22 @@ class TensorSpec:
 
 
 #: The outputs that this package's server gives every model beside its own: whether a row
-#: is predicted; the radius that its error is within; the risk of its label; its source, 0 from the
-#: worker asked first, 1 from a later one, 2 predicted; whether two workers computed it alike;
+#: is estimated; the bound that its error is within; the risk of its label; its source, 0 from the
+#: worker asked first, 1 from a later one, 2 estimated; whether two workers computed it alike;
 #: whether its first result was wrong and was replaced. JSON has null for infinite numbers and for
 #: NaN, which stands for unknown.
 ADDED = (
-    TensorSpec("predicted", "BOOL", ()),
+    TensorSpec("estimated", "BOOL", ()),
     TensorSpec("radius", "FP32", ()),
     TensorSpec("label_risk", "FP32", ()),
     TensorSpec("source", "UINT8", ()),
     TensorSpec("verified", "BOOL", ()),
     TensorSpec("corrected", "BOOL", ()),
 )
+#: What "estimated" was named before. For one version servers answer to both names, and metadata
+#: list what older clients know: these ask for any other output as if it was the model's own.
+FORMER = TensorSpec("predicted", "BOOL", ())
+LISTED = (FORMER, *ADDED[1:5])
 
 
 def specs(
@@ -317,7 +316,7 @@ def request(model: Model, inputs: Sequence[Tensor], own: str = "") -> tuple[byte
 def outputs_of(
     model: Model, data: bytes, length: str | None, rows: int
 ) -> tuple[list[Tensor], dict[str, Any]]:
-    """Return the outputs of an answer, and its fields with the number of predicted rows."""
+    """Return the outputs of an answer, and its fields with the number of estimated rows."""
     head, tail = split(data, length)
     message = parsed(head)
     name = field("the answer", message, "model_name", str, model.name)
@@ -325,6 +324,8 @@ def outputs_of(
     listed = field("the answer", message, "outputs", list)
     found = tensors_of("output", listed, model.outputs, tail, range(rows, rows + 1))
     parameters = field("the answer", message, "parameters", dict, {})
-    predicted = field("the answer", parameters, "predicted_rows", int, 0)
-    require(0 <= predicted <= rows, "predicted_rows of the answer", f"from 0 to {rows}", predicted)
-    return [found[spec.name] for spec in model.outputs], message | {"predicted_rows": predicted}
+    names = "estimated_rows", "predicted_rows"  # older servers send the second alone
+    stated = [field("the answer", parameters, key, int, 0) for key in names]
+    estimated, valid = max(stated), 0 <= min(stated) <= max(stated) <= rows
+    require(valid, f"{' and '.join(names)} of the answer", f"from 0 to {rows}", stated)
+    return [found[spec.name] for spec in model.outputs], message | {"estimated_rows": estimated}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import open_inference as wire
 from .._arguments import instance, positive
-from . import ADDED, EndpointError, Model, RefusedError
+from . import ADDED, FORMER, LISTED, EndpointError, Model, RefusedError
 
 _MESSAGE = 2**20  # bytes of metadata and of an error's text, at most; not tuned
 _BUSY = (429, 503)
@@ -34,7 +34,7 @@ _HEAD = 2**14  # bytes before the final status of an answer, at most; not tuned
 
 
 class BusyError(RuntimeError):
-    """A server takes no request for ``seconds``, or was late and predicted rows."""
+    """A server takes no request for ``seconds``, or was late and estimated rows."""
 
     def __init__(self, seconds: float, why: str = "the server is busy") -> None:
         super().__init__(f"{why}; it may be asked again after {seconds:g} s")
@@ -140,8 +140,10 @@ class Client:
             raise EndpointError(f"{self._name}: {server} {error}") from None
         binary = "binary_tensor_data" in str(about.get("extensions"))
         known = {spec.name: spec for spec in given}
-        added = ADDED if set(ADDED) <= set(given) else ()  # a server of this package
+        added = {*ADDED, FORMER} if {*LISTED[1:]} <= {*given} else ()  # a server of this package
         names = [x for x in known if known[x] not in added] if outputs is None else outputs
+        if added:
+            known = {spec.name: spec for spec in ADDED} | {ADDED[0].name: FORMER} | known
         if unknown := [each for each in names if each not in known]:
             must = f"outputs must be some of {', '.join(known)}"
             raise ValueError(f"{self._name}: {must}, got {unknown}")
@@ -178,10 +180,10 @@ class Client:
             answer.protocol.close()  # the next answer may not be the next request's
             raise EndpointError(f"answered against the protocol: {error}") from None
         self._echoing.update({server} if echoed else ())
-        predicted = message["predicted_rows"]
-        if predicted and all(spec.name != ADDED[0].name for spec in model.outputs):
-            why = f"the server predicted {predicted} of {rows} rows"
-            raise BusyError(_RETRY_SECONDS, f"{why}, which outputs with 'predicted' would return")
+        estimated = message["estimated_rows"]
+        if estimated and {ADDED[0], FORMER}.isdisjoint(model.outputs):
+            why = f"the server estimated {estimated} of {rows} rows"
+            raise BusyError(_RETRY_SECONDS, f"{why}, which outputs with 'estimated' would return")
         return outputs, str(message.get("model_version") or "")[:_VERSION]
 
     async def close(self) -> None:
@@ -285,7 +287,7 @@ class RemoteModule(nn.Module):
 
     Calling takes a tensor for each input, by position or by name. It returns the output
     ``[B, ...]``, or a dict of several by name, on the CPU. Rows that a server of this package
-    predicted are no answer: it counts as busy, unless ``outputs`` name "predicted".
+    estimated are no answer: it counts as busy, unless ``outputs`` name "estimated".
 
     Raises:
         ValueError: the server refuses the inputs of a call.
@@ -300,6 +302,8 @@ class RemoteModule(nn.Module):
         instance(self, "model", model, str)
         self.url, self.model, self._options = client.checked(url), model, options
         self.metadata: Model = run(client.model(self.url, model, outputs))
+        #: The names of a call's outputs; a server may have another name for "estimated".
+        self.names = tuple(outputs or (spec.name for spec in self.metadata.outputs))
         self._client: Client | None = client
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -327,8 +331,7 @@ class RemoteModule(nn.Module):
 
     def outputs(self, tensors: Sequence[Tensor]) -> Any:
         """Return the outputs of the model as a call does."""
-        names = [spec.name for spec in self.metadata.outputs]
-        return tensors[0] if len(names) == 1 else dict(zip(names, tensors, strict=True))
+        return tensors[0] if len(tensors) == 1 else dict(zip(self.names, tensors, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_client": None}

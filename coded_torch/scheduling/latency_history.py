@@ -1,4 +1,4 @@
-"""The latest latencies of parts, calls and predictions, which define the hedging threshold."""
+"""The latest latencies of parts, calls and estimates, which define the hedging threshold."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class History:
         self._slope = 0.0  # the share of the time of `most_rows` rows that grows with the rows
         self._debt = 0.0
         self._failures: deque[bool] = deque(maxlen=_PARTS)
-        self.predictions = PredictionTimes()
+        self.estimates = EstimationTimes()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return History, ()
@@ -188,30 +188,30 @@ class History:
         self._calls.rescale(self._scale)
 
 
-#: The numbers of rows that are predicted together, the most exact first; 0: each by the mean of all
+#: The numbers of rows that are estimated together, the most exact first; 0: each by the mean of all
 #: results. MOST_ROWS in input_space/selection.py has the error by size.
 BLOCKS = 4096, 512, 0
-_REMEMBERED = 16  # predictions; not tuned
+_REMEMBERED = 16  # estimates; not tuned
 # Calls without time for the most exact block, after which its slowest is forgotten; not tuned.
 _RETRY = 32
 # A regression of n rows takes 5e-3 + 6e-8 n^2 seconds on one core (64 to 4,096 rows of 784
-# features, a third of them predicted; measured once, no benchmark keeps it). The factor of a
+# features, a third of them estimated; measured once, no benchmark keeps it). The factor of a
 # machine, a module and its surrogates is measured call by call.
 _FIT, _FIT_ROWS = 5e-3, 6e-8
 _FEW = 512  # rows, below which the mean takes as long as none
 _LATE = 5e-3  # seconds by which a busy machine wakes a thread late (benchmarks/resilience.py)
-_RESERVED = 1.25  # times the usual time are kept, so that few predictions are late; not tuned
+_RESERVED = 1.25  # times the usual time are kept, so that few estimates are late; not tuned
 
 
-class PredictionTimes:
-    """The times that the latest predictions took, relative to a quiet core, by their blocks."""
+class EstimationTimes:
+    """The times that the latest estimates took, relative to a quiet core, by their blocks."""
 
     def __init__(self) -> None:
         self._factors = {block: deque[float](maxlen=_REMEMBERED) for block in BLOCKS}
         self._is_warm, self._hurried = False, 0
 
     def add(self, seconds: float, rows: int, block: int) -> None:
-        """Remember a prediction's time. The first one does not count, as it loads code."""
+        """Remember an estimate's time. The first one does not count, as it loads code."""
         if self._is_warm:
             self._factors[block].append(seconds / _quiet_seconds(rows, block))
         self._is_warm = True
@@ -224,13 +224,13 @@ class PredictionTimes:
                     self._factors[exact] = deque(kept, _REMEMBERED)
 
     def seconds(self, rows: int, block: int = BLOCKS[0]) -> float:
-        """Return the seconds that predicting ``block`` rows at a time takes in 7 of 8 calls."""
+        """Return the seconds that estimating ``block`` rows at a time takes in 7 of 8 calls."""
         ordered = sorted(self._factors[block])
         factor = ordered[7 * len(ordered) // 8] if ordered else 1.0
         return factor * _quiet_seconds(rows, block)
 
     def reserve(self, rows: int, deadline: float) -> tuple[int, float]:
-        """Return how many rows to predict together, and how many seconds to keep for that.
+        """Return how many rows to estimate together, and how many seconds to keep for that.
 
         At most half of the time to the deadline is kept; none if the deadline is infinite.
         """

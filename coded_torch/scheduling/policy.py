@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 # failed part is cut in four: few workers are lost to a row that ends them (benchmarks resilience).
 _HEDGES, _SPLIT = 3, 4
 _BURST = 20  # parts that may be hedged at once, beside one whole call; benchmarks/waiting.py
-_PREDICT_AFTER = 3.0  # median calls, with a code; benchmarks/waiting.py
-# Failures in a row of the same rows, which are then given up. A call that may not predict gives up
+_ESTIMATE_AFTER = 3.0  # median calls, with a code; benchmarks/waiting.py
+# Failures in a row of the same rows, which are then given up. A call that may not estimate gives up
 # one row of a million at a failure rate of 0.5.
 _TRIES, _TRIES_IF_EXACT = 3, 20
 # Rows that must raise alike, alone, with no good result, before all rows are refused. If half of
@@ -45,15 +45,15 @@ class Decisions:
     def __init__(self, waiting: Waiting, history: History, table: Table) -> None:
         self.waiting, self.history, self.table = waiting, history, table
         by_rows, budget = table.spare is None, waiting.hedge_budget
-        self.may_predict = waiting.may_predict(by_rows)
+        self.may_estimate = waiting.may_estimate(by_rows)
         self.least = waiting.least(table.needed, table.least, by_rows)
         self.num_units, self.rows = sum(map(len, table.first)), max(map(len, table.first))
         self.rows *= table.unit_rows
         self.unasked = deque(table.spare or ())
-        after = waiting.predict_after or (math.inf if by_rows else _PREDICT_AFTER)
+        after = waiting.estimate_after or (math.inf if by_rows else _ESTIMATE_AFTER)
         if waiting.deadline is not None:
             table.deadline = waiting.deadline
-        elif self.may_predict and after < math.inf:
+        elif self.may_estimate and after < math.inf:
             table.deadline = after * history.call(self.rows)
         # From `late_at` on, missing rows are estimated as soon as half of the results are there.
         self.end = table.since + table.deadline
@@ -102,7 +102,7 @@ class Decisions:
             return "first" if is_first else "complete"
         if table.refused and len(table.answered.keys() | table.refused.keys()) >= table.needed:
             return "error"  # the module itself fails on all missing rows
-        how = "deadline" if self.waiting.deadline is not None else "predict_after"
+        how = "deadline" if self.waiting.deadline is not None else "estimate_after"
         is_late = table.heard >= self.late_at and len(table.answered) >= self.least
         return how if is_late or (table.heard >= self.end and how == "deadline") else ""
 
@@ -207,7 +207,7 @@ class Decisions:
         tries = part.tries
         if self.table.spare is not None:
             return int(tries < _TRIES)
-        most, alone = _TRIES if self.may_predict else _TRIES_IF_EXACT, len(part.units) == 1
+        most, alone = _TRIES if self.may_estimate else _TRIES_IF_EXACT, len(part.units) == 1
         refused = False
         if part.kind == "raised":
             if not alone:

@@ -21,7 +21,7 @@ class Waiting:
     r"""A policy that asks for each part once, hedges late parts, and decides about missing rows.
 
     By rows, a row is estimated only if the caller asked for it: by a deadline, a number
-    ``predict_after``, or ``on_error="predict"``. Otherwise every answer is computed, or the call
+    ``estimate_after``, or ``on_error="estimate"``. Otherwise every answer is computed, or the call
     raises :class:`~coded_torch.codes.NotEnoughResults` with the rows that nobody could compute.
 
     - A part is late when its running time exceeds the hedging threshold
@@ -42,18 +42,18 @@ class Waiting:
     Args:
         deadline: seconds from the call to its answer, positive. The time of a surrogate or of a
             callable metric is not bounded. Defaults to None, no deadline.
-        predict_after: without a deadline, the number of median calls after which missing rows are
+        estimate_after: without a deadline, the number of median calls after which missing rows are
             estimated, once half of the results are there; positive. If infinite, they are estimated
             when nothing more can come. Defaults to None: never by rows, 3 with a code.
         hedge_budget: the work that hedges of late parts may take, as a share of all work, at least
             0. Unused work is saved, up to 20 parts and one whole call. A larger budget hedges
             earlier where latencies vary widely. At 0 only failed parts are asked again. Defaults to
             0.25.
-        predict: whether rows may be estimated at all, even at a deadline. Must be True with codes
+        estimate: whether rows may be estimated at all, even at a deadline. Must be True with codes
             that mix inputs. Defaults to True.
         on_error: the end of a call by rows if the module fails on a row. "raise" computes the other
             rows and raises the module's exception, with ``rows``, ``answers`` and ``report``.
-            "predict" estimates such a row, and any other that nobody could compute. Defaults to
+            "estimate" estimates such a row, and any other that nobody could compute. Defaults to
             "raise".
         at_once, num_stragglers: set by :meth:`first`.
 
@@ -66,9 +66,9 @@ class Waiting:
     """
 
     deadline: float | None = None
-    predict_after: float | None = None
+    estimate_after: float | None = None
     hedge_budget: float = 0.25
-    predict: bool = True
+    estimate: bool = True
     on_error: str = "raise"
 
     at_once: bool = dataclasses.field(default=False, kw_only=True)
@@ -77,31 +77,31 @@ class Waiting:
     def __post_init__(self) -> None:
         for argument, must, valid in (
             ("deadline", "a positive and finite number of seconds", lambda x: 0 < x < math.inf),
-            ("predict_after", "positive", lambda x: x > 0),
+            ("estimate_after", "positive", lambda x: x > 0),
             ("hedge_budget", "at least 0 and finite", lambda x: 0 <= x < math.inf),
         ):
             value = getattr(self, argument)
             if value is not None or argument == "hedge_budget":
                 object.__setattr__(self, argument, real("Waiting", argument, value, must, valid))
-        for argument in ("predict", "at_once"):
+        for argument in ("estimate", "at_once"):
             instance("Waiting", argument, getattr(self, argument), bool)
         instance("Waiting", "on_error", self.on_error, str)
-        if self.on_error not in ("raise", "predict"):
-            must = "on_error must be 'raise' or 'predict'"
+        if self.on_error not in ("raise", "estimate"):
+            must = "on_error must be 'raise' or 'estimate'"
             raise ValueError(f"Waiting: {must}, got {shown(self.on_error)}")
         if self.num_stragglers is not None:
             count("Waiting.first", "num_stragglers", self.num_stragglers, least=0)
 
-    def may_predict(self, by_rows: bool) -> bool:
+    def may_estimate(self, by_rows: bool) -> bool:
         """Return whether answers may be estimated: by rows, only if the caller asked for it."""
-        is_asked = (self.deadline, self.predict_after, self.on_error) != (None, None, "raise")
-        return self.predict and (is_asked or not by_rows)
+        is_asked = (self.deadline, self.estimate_after, self.on_error) != (None, None, "raise")
+        return self.estimate and (is_asked or not by_rows)
 
     def least(self, needed: int, decodable: int, by_rows: bool) -> int:
         """Return how many results suffice for an answer, if all are ``needed`` to complete it."""
         if self.at_once:
             return decodable
-        return max(decodable, -(-needed // 2)) if self.may_predict(by_rows) else needed
+        return max(decodable, -(-needed // 2)) if self.may_estimate(by_rows) else needed
 
     def decide(self, history: History, table: Table) -> float:
         """Write into a call's table what is asked for next, and return when to decide again.
@@ -117,8 +117,8 @@ class Waiting:
         """Return a policy that asks all N columns at once and takes the first N - S good results.
 
         Args:
-            num_stragglers: S, at least 0. Defaults to the number that the law of the pool loses,
-                or 0.
+            num_stragglers: S, at least 0. Defaults to the number that the delay distribution of the
+                pool loses, or 0.
             deadline: seconds from the call, positive, after which the results that arrived are
                 decoded, if the code can. Defaults to None, no deadline.
         """

@@ -8,7 +8,7 @@ import functools
 import gc
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,7 +25,7 @@ import coded_torch
 
 from .._arguments import count, instance, positive
 from ..nn import CodedWrapper
-from ..open_inference import ADDED, TensorSpec, written
+from ..open_inference import ADDED, FORMER, LISTED, TensorSpec, written
 from .batcher import TO_ANSWER, Batch, Batcher, compute, load
 from .metrics import Metrics
 from .protocol import VERSION, Reader, RequestError
@@ -42,13 +42,13 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
 
     Waiting requests are computed together: a batch starts while a worker is idle, or one at a time
     under a code. Each request is answered by its deadline: with the model's own results where
-    workers replied, else with predictions, which the answer's ``predicted_rows`` counts. Clients
-    may ask for further outputs, a number a row: ``predicted``, ``source``, ``verified``,
+    workers replied, else with estimates, which the answer's ``estimated_rows`` counts. Clients
+    may ask for further outputs, a number a row: ``estimated``, ``source``, ``verified``,
     ``corrected``, and ``radius`` and ``label_risk`` at the level of the parameter ``coverage``.
 
     Its lifespan starts the workers and closes them. It runs under any ASGI server, in one process.
     A refused request gets ``{"error": ...}`` with 4xx if it is wrong, 500 if the model fails on it,
-    or ends three workers, and 504 after its deadline if nothing could be predicted. It gets 503
+    or ends three workers, and 504 after its deadline if nothing could be estimated. It gets 503
     with ``Retry-After`` if too many requests wait, its answer would probably be late, no worker is
     left, or all workers hang: then one request at a time is tried.
 
@@ -91,12 +91,11 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             for spec in given:
                 instance(self, f"an entry of {argument}", spec, TensorSpec)
             names = [spec.name for spec in given]
-            added = [spec.name for spec in ADDED if argument == "outputs"]
+            added = [spec.name for spec in (*ADDED, FORMER) if argument == "outputs"]
             if not given or len({*names, *added}) < len(names) + len(added):
                 but = f", none of {', '.join(added)}" if added else ""
                 raise ValueError(f"app: {argument} must be named, each once{but}, got {names}")
         self.name, self.inputs, self.outputs = name, inputs, outputs
-        self.answered = [*outputs, *ADDED]
         self.coded, self.examples = coded, examples
         self.allowed_hosts = None if allowed_hosts is None else [x.lower() for x in allowed_hosts]
         for host in self.allowed_hosts or ():
@@ -106,14 +105,14 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         self.deadline = positive(self, "deadline", deadline)
         self.max_rows = count(self, "max_batch_size", max_batch_size)
         self.pool, self.metrics, self.ready = coded.workers, Metrics(), False
-        #: The time, the seconds, the rows and the predicted rows of the last answers.
+        #: The time, the seconds, the rows and the estimated rows of the last answers.
         self.answers: deque[tuple[float, float, int, int]] = deque(maxlen=_MOST_ANSWERS)
 
         def slots() -> tuple[int, int]:
             """Return the number of slots, and how many a batch takes."""
             size = self.pool.num_workers
             if size and coded.code is None:
-                return size * getattr(self.pool, "concurrency", 1), coded.parts or size
+                return size * self.pool.concurrency, coded.parts or size
             return 1, 1
 
         self.load = functools.partial(
@@ -125,7 +124,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             max_queued_requests=count(self, "max_queued_requests", max_queued_requests),
             slots=slots,
             on_batch=lambda *batch: self.metrics.batch(self.pool, *batch),
-            states=lambda: Counter(state for state, _ in self.of_places("states").values()),
+            states=lambda: Counter(state for state, _ in self.pool.states.values()),
         )
         self.reader = Reader(inputs, outputs, self.max_rows)
         server = {"name": "coded_torch", "version": coded_torch.__version__}
@@ -134,7 +133,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             "versions": [VERSION],
             "platform": "coded_torch",
             "inputs": [spec.metadata() for spec in inputs],
-            "outputs": [spec.metadata() for spec in self.answered],
+            "outputs": [spec.metadata() for spec in (*outputs, *LISTED)],
         }
         config: dict[str, Any] = {"name": name, "platform": "coded_torch", "backend": "coded_torch"}
         config["max_batch_size"] = self.max_rows
@@ -180,10 +179,6 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
                     await (await self.refuse(Request(scope), error))(scope, receive, send)
                     return
         await super().__call__(scope, receive, send)
-
-    def of_places(self, what: str) -> Mapping[int, Any]:
-        """Return the "states" or the "names" of the pool's places, if it has some."""
-        return getattr(self.pool, what, {})
 
     @contextlib.asynccontextmanager
     async def run_workers(self, _: Starlette) -> AsyncIterator[None]:
@@ -238,20 +233,22 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         except ClientDisconnect:
             raise RequestError(499, "disconnected", "the client has gone") from None
         report, coverage = answer.report, answer.report.coverage
-        names = [spec.name for spec in self.answered]
+        names = [spec.name for spec in (*self.outputs, *ADDED)]
         answers = dict(zip(names, answer.outputs, strict=True))
+        answers[FORMER.name] = answers["estimated"]
         if message.coverage and coverage is not None:
             coverage = message.coverage
             if (radii := report.radii_at(coverage)) is not None:
                 answers["radius"] = radii[answer.rows].float()
-        rows, predicted = len(answers["predicted"]), int(answers["predicted"].sum())
-        parameters = {"predicted_rows": predicted} | ({"coverage": coverage} if coverage else {})
+        rows, estimated = len(answers["estimated"]), int(answers["estimated"].sum())
+        parameters = {"coverage": coverage} if coverage else {}
+        parameters |= dict.fromkeys(("estimated_rows", "predicted_rows"), estimated)
         about = {"model_name": self.name, "model_version": VERSION, "parameters": parameters}
         about |= {"id": message.id} if message.id else {}
         tensors = ((spec, answers[spec.name], binary) for spec, binary in message.outputs)
         body, length = written(about, "outputs", tensors)
         now = time.monotonic()
-        self.answers.append((now, now - arrived, rows, predicted))
+        self.answers.append((now, now - arrived, rows, estimated))
         self.metrics.answered(now - arrived)
         if length is None:
             return Response(body, media_type="application/json")

@@ -30,7 +30,7 @@ logger = sparing_logger("coded_torch.serve")
 # estimate follows the load. It was not tuned.
 _BATCHES = 64
 # Seconds before the deadline that are kept to write the answers, and after it in which they may
-# still be written. It trades predicted rows against late answers and was not tuned.
+# still be written. It trades estimated rows against late answers and was not tuned.
 TO_ANSWER = 0.01
 _LOADING = 120.0  # seconds that workers may take to load the model; a bound, not tuned
 _MOST_BATCHES = 1024  # threads, each of which runs a batch; a bound, not tuned
@@ -64,10 +64,10 @@ def load(coded: CodedWrapper, examples: Sequence[Tensor] | None) -> None:
 def compute(
     coded: CodedWrapper, specs: Sequence[TensorSpec], inputs: list[Tensor], seconds: float
 ) -> Batch:
-    """Compute a batch. If rows are missing, they are predicted at the end of the seconds."""
+    """Compute a batch. If rows are missing, they are estimated at the end of the seconds."""
     own = coded.waiting or (Waiting.first() if coded.code else Waiting())
-    # Other rows are predicted even if the module fails on one, which is refused alone.
-    waiting = dataclasses.replace(own, deadline=seconds, on_error="predict")
+    # Other rows are estimated even if the module fails on one, which is refused alone.
+    waiting = dataclasses.replace(own, deadline=seconds, on_error="estimate")
     if coded.workers.simulated:  # other pools move their inputs
         device = device_of(coded.module)
         inputs = [x.to(device or x.device) for x in inputs]
@@ -79,7 +79,7 @@ def compute(
         if not isinstance(held, Report) or not held.missing_rows:
             raise
         answers, report = getattr(error, "answers", None), held
-    unanswered = set() if own.on_error == "predict" else set(report.refused)
+    unanswered = set() if own.on_error == "estimate" else set(report.refused)
     if report.failed or report.ended == "failed":
         unanswered |= {*report.refused, *report.missing_rows}
     if answers is None:
@@ -93,16 +93,16 @@ def compute(
     if not fit:
         must = [(spec.dtype, [rows, *spec.shape]) for spec in specs]
         raise TypeError(f"the model must return tensors {must}, got {got}")
-    # Without a value, exact rows get 0, and predicted rows NaN.
-    fields = ("predicted", "radii", "label_risks", "source", "verified", "corrected")
+    # Without a value, computed rows get 0, and estimated rows NaN.
+    fields = ("estimated", "radii", "label_risks", "source", "verified", "corrected")
     for name, spec in zip(fields, ADDED, strict=True):
         values = getattr(report, name)
         if name == "corrected":
             values = torch.tensor([row in values for row in range(rows)])
         if values is None:
             values = torch.zeros(rows)
-            if spec.dtype.is_floating_point and report.predicted is not None:
-                values.masked_fill_(report.predicted, math.nan)
+            if spec.dtype.is_floating_point and report.estimated is not None:
+                values.masked_fill_(report.estimated, math.nan)
         leaves.append(values.to(spec.dtype))
     return Batch(leaves, report, unanswered)
 

@@ -21,13 +21,13 @@ _ERRORS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 # others gauges.
 _NUMBERS: dict[str, tuple[str, ...]] = {
     "results_total": ("Workers whose result was received, missing or rejected.", "state"),
-    "answers_total": ("Answered rows: exact or predicted.", "kind"),
+    "answers_total": ("Answered rows: computed or estimated.", "kind"),
     "refusals_total": ("Requests that were not answered.", "reason"),
     "rows_computed_total": ("Rows that workers began to compute.",),
     "extra_rows_total": ("Rows that workers began beyond one computation of every row.",),
     "hedges_total": ("Hedges that replied first (won) or not (lost).", "outcome"),
     "checks_total": ("Rows verified, unverified, or corrected by a check.", "outcome"),
-    "strikes_total": ("Wrong results that workers were found to return.", "worker"),
+    "faults_total": ("Wrong results that workers were found to return.", "worker"),
     "excluded_total": ("Workers that were excluded for wrong results.",),
     "workers_up": ("Workers that are up.",),
     "worker_restarts_total": ("Workers that ended and were replaced.",),
@@ -37,7 +37,7 @@ _HISTOGRAMS = {
     "encode_seconds": ("Seconds of a batch before its parts are asked.", _SECONDS),
     "compute_seconds": ("Seconds of a batch that wait for workers.", _SECONDS),
     "decode_seconds": ("Seconds of a batch that make answers from results.", _SECONDS),
-    "radius": ("Of predicted rows, if finite: their error is at most as large.", _ERRORS),
+    "radius": ("Of estimated rows, if finite: their error is at most as large.", _ERRORS),
 }
 # The names of histograms by Triton's names.
 _TRITONS = {"queue": "queued_seconds", "compute_input": "encode_seconds"}
@@ -101,23 +101,23 @@ class Metrics:
     def batch(self, pool: Workers, done: Batch, rows: int, queued: Sequence[float]) -> None:
         """Count a pool's batch, whose requests waited so many seconds."""
         self.workers(pool)
-        report, count, names = done.report, self._count, getattr(pool, "names", {})
-        flags = [] if report.predicted is None else report.predicted.tolist()
-        predicted = sum(flag and row not in done.unanswered for row, flag in enumerate(flags))
+        report, count, names = done.report, self._count, pool.names
+        flags = [] if report.estimated is None else report.estimated.tolist()
+        estimated = sum(flag and row not in done.unanswered for row, flag in enumerate(flags))
         won = sum(hedge.won for hedge in report.hedges)
         count("results_total", len(report.received), "received")
         count("results_total", len({*report.missing, *report.rejected}), "missing")
         count("results_total", len(report.rejected), "rejected")
-        count("answers_total", rows - len(done.unanswered) - predicted, "exact")
-        count("answers_total", predicted, "predicted")
+        count("answers_total", rows - len(done.unanswered) - estimated, "computed")
+        count("answers_total", estimated, "estimated")
         count("rows_computed_total", report.work * rows)
         count("extra_rows_total", max(0.0, report.work - 1) * rows)
         count("hedges_total", won, "won")
         count("hedges_total", len(report.hedges) - won, "lost")
         count("excluded_total", len(report.excluded))
         count("checks_total", len(report.corrected), "corrected")
-        for worker, number in report.strikes.items():
-            count("strikes_total", number, names.get(worker, str(worker)))
+        for worker, number in report.faults.items():
+            count("faults_total", number, names.get(worker, str(worker)))
         for outcome in ("verified", "unverified"):
             if (flags := getattr(report, outcome)) is not None:
                 count("checks_total", int(flags.sum()), outcome)
@@ -128,15 +128,14 @@ class Metrics:
         self._time("compute_input", report.encode_seconds)
         self._time("compute_infer", report.compute_seconds)
         self._time("compute_output", report.decode_seconds)
-        if report.radii is not None and report.predicted is not None:
-            for radius in report.radii[report.predicted].tolist():
+        if report.radii is not None and report.estimated is not None:
+            for radius in report.radii[report.estimated].tolist():
                 if radius < math.inf:  # an infinite sum would stay infinite
                     self._numbers["radius"].observe(radius)
 
     def _count(self, name: str, amount: float, label: str | None = None) -> None:
         counter = self._numbers[name]
-        if self._ray:
-            if amount > 0:  # Ray refuses 0
-                counter.inc(amount, dict.fromkeys(_NUMBERS[name][1:], label))
-        else:
+        if not self._ray:
             (counter.labels(label) if label else counter).inc(amount)
+        elif amount > 0:  # Ray refuses 0
+            counter.inc(amount, dict.fromkeys(_NUMBERS[name][1:], label))

@@ -27,7 +27,7 @@ from torch import Tensor
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .. import open_inference as wire
-from ..open_inference import ADDED, TensorSpec, field, require
+from ..open_inference import ADDED, FORMER, TensorSpec, field, require
 
 VERSION = "1"  #: the only version of every model
 
@@ -60,7 +60,7 @@ class InferRequest(NamedTuple):
     inputs: list[Tensor]  #: ``[n, ...]`` each, in the order of the model's arguments
     outputs: list[tuple[TensorSpec, bool]]  #: the wanted ones, and whether in binary
     timeout: float  #: seconds, infinite if the client names none
-    coverage: float  #: the level of radii; 0 if the client names none
+    coverage: float  #: the level of error bounds; 0 if the client names none
 
 
 class Reader:
@@ -234,7 +234,7 @@ def parse(
             raise ValueError(f"input {spec.name!r} must be finite, but row {row} is not")
     wanted = []
     listed = field("the request", message, "outputs", list, [])
-    for owner, spec, _, how in wire.entries("output", listed, (*outputs, *ADDED)):
+    for owner, spec, _, how in wire.entries("output", listed, (*outputs, *ADDED, FORMER)):
         if how.get("classification"):
             raise ValueError(f"{owner} must be asked for as it is, not as a classification")
         wanted.append((spec, field(owner, how, "binary_data", bool, binary)))

@@ -1,6 +1,6 @@
 """Cheap approximations of a module, for ``CodedWrapper(..., surrogate=...)``.
 
-Codes then decode the residuals. :class:`Memory` learns by itself from exact answers.
+Codes then decode the residuals. :class:`Memory` learns by itself from computed answers.
 :func:`distill` teaches a smaller network.
 """
 

@@ -57,7 +57,7 @@ def distill(
 
     Returns:
         The error that it reached: the held-out variance of f - s over the variance of f, the
-        mean over the outputs. The squared error of predicted answers falls by about this factor.
+        mean over the outputs. The squared error of estimated answers falls by about this factor.
 
     Raises:
         ValueError: the student returns other shapes than the module.
@@ -93,7 +93,7 @@ def distill(
     taught, held_out = places[places % share > 0], places[::share].split(rows)
 
     def outputs(network: nn.Module, args: Any) -> list[Tensor]:
-        """Return the floating-point outputs, on the scale on which they are predicted."""
+        """Return the floating-point outputs, on the scale on which they are estimated."""
         args = pytree.tree_map_only(Tensor, Tensor.clone, args)  # the network may change its inputs
         return [to_scale(x, link) for x in _tensors(network(*args)) if x.is_floating_point()]
 

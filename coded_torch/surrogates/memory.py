@@ -1,4 +1,4 @@
-r"""A surrogate that trains itself: regression on exact answers of the wrapper."""
+r"""A surrogate that trains itself: regression on computed answers of the wrapper."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .._arguments import count, sparing_logger
 from .._torch import exactly, fingerprint
 from ..input_space import metrics
-from ..input_space.error_bars import GROWTH
+from ..input_space.error_bounds import GROWTH
 from ..input_space.gaussian_process import NUGGET, GaussianProcess, matern52
 from ..input_space.geometry import Geometry, evenly, typical_rows
 from ..input_space.metrics import METRICS, Leaf
@@ -46,10 +46,10 @@ _MOST_NUMBERS = 2**25  # numbers that are kept, 128 MB
 class Memory:
     r"""Kernel regression on the last results that the wrapper has seen, a surrogate for nothing.
 
-    It predicts other inputs by a Matern 5/2 regression in 96 coordinates. They are the principal
-    ones of its first 1,024 inputs, in the metric in which these predict each other best. When 256
+    It estimates other inputs by a Matern 5/2 regression in 96 coordinates. They are the principal
+    ones of its first 1,024 inputs, in the metric in which these estimate each other best. When 256
     results are new, a thread makes the regression again, in at most 2 % of the time; answers never
-    wait for it. For 2,048 rows that takes some .1 s of one thread; predicting 240 rows takes some
+    wait for it. For 2,048 rows that takes some .1 s of one thread; estimating 240 rows takes some
     ms. Only floating-point inputs that have a batch dimension are looked at. Inputs and outputs of
     other shapes than the first are ignored.
 
@@ -72,7 +72,7 @@ class Memory:
         >>> memory, x = Memory(), torch.linspace(-2, 2, 600)[:, None]
         >>> memory.observe([x], [x.tanh()])
         >>> memory.rebuild()
-        >>> bool((memory.predict([x])[0] - x.tanh()).abs().max() < 0.01)
+        >>> bool((memory.estimate([x])[0] - x.tanh()).abs().max() < 0.01)
         True
     """
 
@@ -148,17 +148,17 @@ class Memory:
                 self._num_rows -= len(self._rows.popleft()[1])
             self._rebuild()
 
-    def predict(self, inputs: Sequence[Tensor]) -> list[Tensor] | None:
-        """Return predictions for inputs, ``[n, ...]`` each, as :meth:`observe` takes them.
+    def estimate(self, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+        """Return estimates for inputs, ``[n, ...]`` each, as :meth:`observe` takes them.
 
-        Predictions, ``[n, ...]``, float32, of every output, are on the inputs' device. They are
+        Estimates, ``[n, ...]``, float32, of every output, are on the inputs' device. They are
         None if nothing has been learnt for inputs of these shapes.
         """
-        found = self.error_bars(inputs)
+        found = self.error_bounds(inputs)
         return None if found is None else found[0]
 
-    def error_bars(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor] | None:
-        """Return predictions, and thresholds of the errors of the first output.
+    def error_bounds(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor] | None:
+        """Return estimates, and thresholds of the errors of the first output.
 
         Thresholds ``[n, m]``, float64, are the leave-one-out residuals of m remembered results,
         scaled by the distances to the nearest result. If remembered rows and a new row are
@@ -169,7 +169,7 @@ class Memory:
         if snapshot is None or _form(inputs) != snapshot.form[0]:
             return None
         with torch.no_grad(), exactly():
-            return snapshot.predict(inputs)
+            return snapshot.estimate(inputs)
 
     def rebuild(self) -> None:
         """Learn all that is remembered, and wait: for results observed before the first call."""
@@ -239,7 +239,7 @@ class _Space:
 
     @classmethod
     def of(cls, seen: Sequence[list[Leaf]], outputs: Tensor) -> _Space:
-        """Return the coordinates in which up to 512 rows predict each other's outputs best.
+        """Return the coordinates in which up to 512 rows estimate each other's outputs best.
 
         Among the few rows of a batch another metric wins: the more there are, the finer it is.
         """
@@ -290,7 +290,7 @@ class _Snapshot:
         self._weights = weights.float().T.contiguous().T  # the product takes half the time
         self._rows, self._squares = rows.T, rows.square().sum(1)
 
-    def predict(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    def estimate(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         z = self._space(metrics.leaves_of(inputs))
         products = torch.addmm(self._squares, z, self._rows, alpha=-2)  # |a|^2 + |b|^2 - 2 a.b
         squared = products.add_(z.square().sum(1, keepdim=True))

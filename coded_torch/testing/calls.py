@@ -63,7 +63,7 @@ class CallTests:
 
     def check(self, pool: VirtualWorkers, answers: Tensor, report: Report) -> None:
         """Check what every call that ended well promises."""
-        estimated = report.predicted
+        estimated = report.estimated
         assert estimated is not None
         assert torch.equal(answers[~estimated], EXACT[~estimated])
         assert answers.isfinite().all()
@@ -94,7 +94,7 @@ class CallTests:
             others = [row for row in range(ROWS) if row not in missing]
             assert torch.equal(held.answers[others], EXACT[others])
             return
-        assert not report.predicted.any()
+        assert not report.estimated.any()
         assert report.ended == "complete"
         self.check(pool, answers, report)
 
@@ -106,7 +106,7 @@ class CallTests:
     ) -> None:
         """At its deadline a call answers, with estimates if they may be, or raises."""
         pool = VirtualWorkers(scripts, drains)
-        waiting = Waiting(deadline=deadline, predict=estimate)
+        waiting = Waiting(deadline=deadline, estimate=estimate)
         coded = self.make(Exact(), pool, parts=parts, waiting=waiting)
         error: Any = None
         try:
@@ -114,8 +114,8 @@ class CallTests:
         except (NotEnoughResults, ValueError) as raised:  # a ValueError if no result has its form
             error = raised
         if error is None:
-            assert estimate or not report.predicted.any()
-            assert report.ended != "complete" or not report.predicted.any()
+            assert estimate or not report.estimated.any()
+            assert report.ended != "complete" or not report.estimated.any()
             self.check(pool, answers, report)
         else:
             known = torch.zeros(ROWS, dtype=torch.bool)
@@ -191,15 +191,15 @@ class CallTests:
         st.sampled_from([0.02, 0.25, 1.0]),
     )
     @settings(max_examples=60, deadline=None)
-    def test_no_honest_worker_is_struck(self, workers: int, fault: str, share: float) -> None:
-        """Whatever one faulty worker does, no honest one is struck, and verified rows are right."""
+    def test_no_honest_worker_is_at_fault(self, workers: int, fault: str, share: float) -> None:
+        """Whatever one faulty worker does, others have no fault, and verified rows are right."""
         script = {"slow": ("ok", 30.0), "none": ("ok", 1.0)}.get(fault, (fault, 1.0))
         scripts = [[script], *([("ok", 1.0 + place / 100)] for place in range(1, workers))]
         pool = VirtualWorkers(scripts)
         coded = self.make(Exact(), pool, verify=share, waiting=Waiting())
         for _ in range(3):
             answers, report = coded.run(INPUTS)
-            assert {*report.strikes, *report.excluded} <= ({0} if fault == "lie" else set())
+            assert {*report.faults, *report.excluded} <= ({0} if fault == "lie" else set())
             right = (answers == EXACT).all(1)
             assert right[report.verified].all()
             assert right.all() or fault == "lie"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,19 +112,17 @@ def task_of(values: Tensor, *shared: Any, dim: int = 0) -> Task:
     return Task(leaves, dims, spec, values.shape[0], values.shape[1], values.device, out_dims=dim)
 
 
-def run(
-    pool: Workers, module: nn.Module, task: Task, deadline: float = math.inf
-) -> Generator[Reply, None, None]:
-    """Ask for each unit as its own part, and yield replies for at most ``deadline`` seconds."""
-    with pool.open(module, task) as request:
-        request.ask([Part(n, (n,)) for n in range(task.num_units)])
-        yield from request.replies(deadline)
-
-
 def by_part(replies: list[Reply]) -> dict[int, Any]:
     """The values, by the number of the part."""
     assert len({reply.part.number for reply in replies}) == len(replies)
     return {reply.part.number: reply.value for reply in replies}
+
+
+def run(pool: Workers, module: nn.Module, task: Task, deadline: float = math.inf):
+    """Ask for each unit as its own part, and yield replies for at most ``deadline`` seconds."""
+    with pool.open(module, task) as request:
+        request.ask([Part(n, (n,)) for n in range(task.num_units)])
+        yield from request.replies(deadline)
 
 
 def numbered(*units: Any, first: int = 0) -> list[Part]:

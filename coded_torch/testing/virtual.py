@@ -7,6 +7,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,9 @@ __all__ = ["Act", "VirtualWorkers"]
 
 #: An act of a worker with one part, and its seconds, which may be infinite: "ok" returns the
 #: module's result, and "twice" returns it twice; "die" ends the worker; "nan", "rows" and "lie"
-#: return values that are not finite, that lack a row, and that are wrong.
-Act = tuple[str, float]
+#: return values that are not finite, that lack a row, and that are wrong. A callable returns what
+#: the worker makes of the module's result.
+Act = tuple[str | Callable[[Tensor], Tensor], float]
 
 
 class _Worker:
@@ -64,7 +66,11 @@ class VirtualWorkers(Workers):
         self.drains = sorted(drains)
         self.clock = 0.0
         self.begun: list[tuple[float, int, Part]] = []
+        self._scripts = scripts
         self._workers = [_Worker(place, script) for place, script in enumerate(scripts)]
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy begins anew, as that of every pool
+        return type(self), (self._scripts, self.drains, self.kills)
 
     def open(self, module: nn.Module, task: Task) -> Request:
         return _VirtualRequest(self, module, task)
@@ -170,7 +176,8 @@ class _VirtualRequest(Request):
         else:
             try:
                 value = self._module(*args, **kwargs)
-                reply.value = pytree.tree_map_only(Tensor, _SPOILS.get(act, lambda x: x), value)
+                spoil = _SPOILS.get(act, lambda x: x) if isinstance(act, str) else act
+                reply.value = pytree.tree_map_only(Tensor, spoil, value)
             except Exception as cause:
                 reply.error = WorkerError(
                     part.number, worker.place, f"failed: {cause!r}", "raised", cause

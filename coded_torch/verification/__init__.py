@@ -4,8 +4,8 @@ Nothing here waits or knows a clock: :class:`Trials` is a waiting policy
 (:mod:`coded_torch.scheduling`) around another one.
 """
 
+from .record import Record
 from .scores import Results, Scores
-from .strikes import Strikes
 from .trials import Trials
 
-__all__ = ["Results", "Scores", "Strikes", "Trials"]
+__all__ = ["Record", "Results", "Scores", "Trials"]

@@ -1,6 +1,6 @@
 """The results of one call: by how much they differ, and how odd they look.
 
-A result looks odd if a regression on the batch and on recent rows predicts it badly.
+A result looks odd if a regression on the batch and on recent rows estimates it badly.
 """
 
 from __future__ import annotations
@@ -275,7 +275,7 @@ class Results:
         return odd
 
     def scores(self, answers: Mapping[int, int]) -> dict[int, float]:
-        """Return scores by row, larger if others predict its result worse; empty if not known."""
+        """Return scores by row, larger if others estimate its result worse; empty if not known."""
         if self._fit is None or not self._scored or not answers.keys() >= set(self._fit.rows):
             return {}
         with _scoring():

@@ -10,11 +10,11 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from ..table import DISPUTED, DROPPED, GOOD, OPEN, Part, Table
+from .record import LEARNABLE, Record
 from .scores import Results
-from .strikes import LEARNABLE, Strikes
 
 # Bounds of one call, not tuned.
-_ALARMS = 4  # rounds after a strike, in each of which the oddest row of every worker is checked
+_ALARMS = 4  # rounds after a fault, in each of which the oddest row of every worker is checked
 _TRIALS = 8  # more disputes than faulty workers explain stay undecided
 _TRIES = 3  # times that the rows of an excluded worker are asked for
 # A part of a trial is waited for as many times as long as a first part until it is late, or as all
@@ -40,15 +40,15 @@ class Trials:
     results: Results
     table: Table
 
-    def __init__(self, record: Strikes, waiting: Any = None, inputs: Sequence[Tensor] = ()) -> None:
+    def __init__(self, record: Record, waiting: Any = None, inputs: Sequence[Tensor] = ()) -> None:
         self.record, self.waiting, self._inputs = record, waiting, inputs
         self._out = frozenset(record.excluded)
         self.verified, self.unverified, self.corrected = set[int](), set[int](), set[int]()
-        self.disputes, self.strikes, self.excluded = 0, dict[int, int](), tuple[int, ...]()
+        self.disputes, self.faults, self.excluded = 0, dict[int, int](), tuple[int, ...]()
         self.notes = tuple[str, ...]()
         self.answers = dict[int, int]()  #: the number of the part that answers a row, if there is
         self.owners = dict[int, int]()  #: the worker that computed the answer, if it is not doubted
-        self.doubted = set[int]()  #: struck or excluded workers, and parties to undecided disputes
+        self.doubted = set[int]()  #: workers at fault, excluded, or in undecided disputes
         self.wanted, self.missed = set[int](), set[int]()  # rows to check, and not checked in time
         self.void = list[Part]()  # parts whose results were good, and do not count
         self.undecided = set[tuple[int, int]]()  # the numbers of two parts that differ
@@ -64,7 +64,7 @@ class Trials:
         if self._steps is None:
             self._steps = self._decisions(history, table)
         # A pool that cannot exclude workers is told to avoid them.
-        table.avoid = frozenset(self.record.excluded if self.record.exclude is None else ())
+        table.avoid = frozenset(self.record.excluded if self.record.pool.exclude is None else ())
         return next(self._steps, -math.inf)
 
     def _decisions(self, history: Any, table: Table) -> _Doing:
@@ -141,14 +141,14 @@ class Trials:
             self.missed -= more
         yield from self._check()
         for _ in range(_ALARMS):
-            before = sum(self.strikes.values())
+            before = sum(self.faults.values())
             while not record.stopped and (disputes := self._compared()[1]):
                 self.disputes += 1
                 (a, b), rows = disputes.popitem()
                 possible = len(record.workers) > 2 and self.disputes <= _TRIALS
                 if not (possible and (yield from self._trial(a, b, rows))):
                     self._doubt(a, b, rows)
-            if record.stopped or before == sum(self.strikes.values()):
+            if record.stopped or before == sum(self.faults.values()):
                 break
             self.wanted |= self._oddest()
             yield from self._check()  # checks by a worker that is out, too
@@ -195,7 +195,7 @@ class Trials:
         return by
 
     def _of_fresh(self) -> set[int]:
-        """Draw more rows of the workers on probation, if not all are."""
+        """Draw more rows of the workers in their trial period, if not all are."""
         record, more = self.record, self.record.often - self._share
         if more <= 0 or record.whole:
             return set()
@@ -208,7 +208,7 @@ class Trials:
         answers = {row: part.number for row, part in self.table.answered.items()}
         scores, done = self.results.scores(answers), self._compared()[0] | self.wanted
         by_worker = self._by_worker(row for row in scores if row not in done).items()
-        return {max(rows, key=scores.__getitem__) for w, rows in by_worker if w not in self.strikes}
+        return {max(rows, key=scores.__getitem__) for w, rows in by_worker if w not in self.faults}
 
     def _check(self) -> _Doing:
         """Have the wanted rows computed by others."""
@@ -261,19 +261,19 @@ class Trials:
         everyone, many = record.everyone, len(parts)
         votes = defaultdict[str, list[tuple[Part, Part]]](list)
         while (lacking := need - max(len(votes["a"]), len(votes["b"]))) > 0:
-            jurors = sorted(record.workers - heard)
-            if not jurors or len(votes["both"]) > 1 or len(votes["neither"]) > need:
+            others = sorted(record.workers - heard)
+            if not others or len(votes["both"]) > 1 or len(votes["neither"]) > need:
                 break
-            some = record.random.sample(jurors, min(lacking, len(jurors)))
+            some = record.random.sample(others, min(lacking, len(others)))
             heard.update(some)
             replies = yield from self._ask(
-                [(part.units, everyone - {juror}) for juror in some for part in parts]
+                [(part.units, everyone - {other}) for other in some for part in parts]
             )
             for p, q in zip(replies[::many], replies[many - 1 :: many], strict=True):
                 if p is not None and q is not None:
                     votes[self._vote(p, q, a, b, rows)].append((p, q))
         both, neither = votes["both"], votes["neither"]
-        if len(both) > 1 or (both and not (jurors or neither or votes["a"] or votes["b"])):
+        if len(both) > 1 or (both and not (others or neither or votes["a"] or votes["b"])):
             self._note(record.learn(self._difference(a, b, rows)))
         elif any(not self._agree(neither[0][0], p, rows) for p, _ in neither[1:]):
             record.undecided(5)
@@ -292,7 +292,7 @@ class Trials:
         return True
 
     def _vote(self, p: Part, q: Part, a: Part, b: Part, rows: list[int]) -> str:
-        """Return which results a juror confirms who computed part a as p, and part b as q."""
+        """Return which results another worker confirms by its own, p of part a and q of part b."""
         for_a, for_b = self._agree(p, a, rows), self._agree(q, b, rows)
         if for_a and for_b:
             return "both"
@@ -303,7 +303,7 @@ class Trials:
     def _sentence(self, part: Part, truth: Part, rows: list[int]) -> _Doing:
         """Let a result no longer count, and ask the worker that was wrong the same again.
 
-        Each time that it is wrong is a strike. The same bits, nearly right, are another hardware.
+        Each time that it is wrong is a fault. The same bits, nearly right, are another hardware.
         """
         record, worker = self.record, part.worker
         request = [(part.units, record.everyone - {worker})]
@@ -317,8 +317,8 @@ class Trials:
         self._void([part])
         self.doubted.add(worker)
         while True:
-            self.strikes[worker] = self.strikes.get(worker, 0) + 1
-            if record.strike(worker):
+            self.faults[worker] = self.faults.get(worker, 0) + 1
+            if record.add_fault(worker):
                 self.excluded += (worker,)
                 yield from self._expel(worker)
                 return

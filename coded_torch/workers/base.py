@@ -8,7 +8,8 @@ import enum
 import functools
 import math
 import operator
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -164,11 +165,20 @@ class Workers(abc.ABC):
        parts of open requests fail.
     """
 
-    stragglers: Stragglers | None = None  #: the law by which the pool delays its workers
+    stragglers: Stragglers | None = None  #: the delay distribution of its workers
     simulated: bool = False  #: true if time is virtual, so that waiting and computing take none
     num_workers: int | None = None  #: the number of workers; None if there is one for each part
     num_restarts: int = 0  #: the number of workers that have ended and were replaced
     starts_late: bool = False  #: true if the first request starts the workers
+    concurrency: int = 1  #: the number of parts that a worker computes at a time
+    names: Mapping[int, str] = MappingProxyType({})  #: the names of places that have one
+    #: The state by place: "idle", "busy", "excluded" or "down"; and the process id or 0. It is
+    #: empty if nobody knows.
+    states: Mapping[int, tuple[str, int]] = MappingProxyType({})
+    #: Give the worker at a place no more parts until it is restarted; None if the pool cannot.
+    exclude: Callable[[int], None] | None = None
+    #: Replace the worker at a place, excluded or not; None if the pool cannot.
+    restart: Callable[[int], None] | None = None
 
     @property
     def places(self) -> Collection[int]:
@@ -210,7 +220,7 @@ class Workers(abc.ABC):
         calls = int(example is not None)
         task = _Loading(leaves, [None] * len(leaves), spec, calls, 1, torch.device("cpu"))
         with torch.no_grad(), self.open(module, task) as request:
-            places, states = frozenset(self.places), getattr(self, "states", {})
+            places, states = frozenset(self.places), self.states
             wanted = sorted(p for p in places if states.get(p, ("",))[0] != "excluded")
             started, error, request.timeout = 0, None, math.inf
             request.ask([Part(n, (0,), avoid=places - {p}) for n, p in enumerate(wanted)])

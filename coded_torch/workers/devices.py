@@ -26,8 +26,6 @@ from .dispatch import DispatchedWorkers, Dispatcher, Worker
 from .faults import InjectedCrash, compute
 from .live import LiveRequest
 
-__all__ = ["DeviceWorkers"]
-
 _CLOSING_SECONDS = 5.0  # a pool that closes waits so long for its threads; not tuned
 
 

@@ -20,8 +20,6 @@ from ..table import Part
 from .base import Workers
 from .live import LiveRequest
 
-__all__ = ["DispatchedWorkers", "Dispatcher", "Worker"]
-
 logger = sparing_logger("coded_torch.workers")
 
 # Seconds at one job, after which no failed part waits for the worker: it may hang. Not tuned.
@@ -34,6 +32,7 @@ class Worker:
 
     index: int
     job: Part | None = None  #: the part that it computes
+    pid = 0  #: the id of its process; 0 until it is known
     since = 0.0  #: the time when it began its job
     ready = False  #: true if it is up
     fresh = False  #: true if its job's module was new to it, and is not known to be loaded
@@ -172,7 +171,7 @@ class Dispatcher(abc.ABC):
                 is_known = (worker.ready or worker.excluded) and not worker.left
                 if is_known and found[worker.index][0] != "busy":
                     state = "excluded" if worker.excluded else "busy" if worker.job else "idle"
-                    found[worker.index] = state, getattr(worker, "pid", 0)
+                    found[worker.index] = state, worker.pid
         return found
 
     def stop(self) -> None:
@@ -304,11 +303,7 @@ class DispatchedWorkers(Workers):
     places: Any = property(lambda self: set(self._queue.places))
     num_workers: Any = property(lambda self: len(self._queue.places))
     num_ready: Any = property(attrgetter("_queue.num_ready"))
-
-    @property
-    def states(self) -> dict[int, tuple[str, int]]:
-        """The state by place: "idle", "busy", "excluded" or "down"; and the process id or 0."""
-        return dict(self._queue.states())
+    states: Any = property(lambda self: self._queue.states())
 
     def resize(self, num_workers: int) -> None:
         self._dispatcher().resize(count(self, "num_workers", num_workers, most=MOST_WORKERS))

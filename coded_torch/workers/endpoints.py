@@ -116,11 +116,7 @@ class EndpointWorkers(DispatchedWorkers):
             raise ValueError("EndpointWorkers: endpoints must not be empty")
 
     urls: Any = property(attrgetter("_queue.urls"), doc="The servers that are in the pool.")
-
-    @property
-    def names(self) -> dict[int, str]:
-        """The URL of each place in the pool, also after its removal."""
-        return dict(enumerate(self._queue.known))
+    names: Any = property(lambda self: dict(enumerate(self._queue.known)))
 
     def add(self, url: str) -> None:
         """Let a server take parts. An excluded server that is added again is restarted."""

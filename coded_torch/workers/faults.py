@@ -16,8 +16,6 @@ from torch.utils import _pytree as pytree
 
 from .base import Arguments
 
-__all__ = ["Fault", "InjectedCrash", "compute", "kill_own_process"]
-
 _DAY = 86_400.0  # seconds that a hung call sleeps, longer than any call waits
 
 

@@ -21,8 +21,6 @@ from torch.utils import _pytree as pytree
 from ..table import Began, Part, Reply, WorkerError
 from .base import Request, Task
 
-__all__ = ["INTERRUPTION", "Ambient", "Interruption", "LiveRequest"]
-
 _AGAIN = 0.1  # seconds between two looks for a worker that may take a failed part; not tuned
 
 

@@ -18,8 +18,6 @@ from ..table import Began, Part, Reply, WorkerError
 from . import base
 from .base import Request, Task, Workers
 
-__all__ = ["LocalWorkers"]
-
 # A time, an event, and the values of its ask.
 _Event = tuple[float, Began | Reply, Callable[[], dict[int, Any]] | None]
 
@@ -27,16 +25,16 @@ _Event = tuple[float, Began | Reply, Callable[[], dict[int, Any]] | None]
 class LocalWorkers(Workers):
     r"""Simulated workers: one for each part, all idle.
 
-    Part n begins on worker n as soon as it is asked for, and takes as long as the law says. Times
+    Part n begins on worker n as soon as it is asked for, and takes as long as its delay says. Times
     are on a virtual clock, which only :meth:`Request.wait` moves. The module itself takes no time.
     An exception of the module is raised to the caller, since all parts run the same code.
 
-    If the first ask has n parts, each draw of the law is for n workers. Part p of the request takes
+    If the first ask has n parts, each draw of delays is for n workers. Part p of the request takes
     entry p modulo n of draw p // n, whenever it is asked for. Without a deadline, a part that never
     replies is hedged only where earlier calls tell how long parts take.
 
     Args:
-        stragglers: the law of the latencies. Defaults to None: all latencies are 0.
+        stragglers: the delay distribution. Defaults to None: all latencies are 0.
 
     Note:
         The parts that are asked for together are one batch, in the order of their units, and take
@@ -66,11 +64,11 @@ class _LocalRequest(Request):
     def ask(self, parts: Sequence[Part]) -> None:
         if self._closed:
             raise RuntimeError("LocalWorkers: the request is closed")
-        # The first ask says for how many workers the law draws.
-        law, self._first = self._pool.stragglers, self._first or len(parts)
+        # The first ask says for how many workers delays are drawn.
+        delays, self._first = self._pool.stragglers, self._first or len(parts)
         last = max((part.number for part in parts), default=-1)
         while len(self._latencies) <= last:
-            drawn = [0.0] * self._first if law is None else law.sample(self._first).tolist()
+            drawn = [0.0] * self._first if delays is None else delays.sample(self._first).tolist()
             self._latencies += drawn
         now, events = self._clock, self._events[::-1]
         computed: list[Part] = []

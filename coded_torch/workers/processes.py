@@ -24,8 +24,6 @@ from . import worker_main
 from .shared_memory import Connection, Package, Pickled
 from .supervisor import Limits, SupervisedWorkers, Supervisor, WatchedWorker
 
-__all__ = ["ProcessWorkers"]
-
 # Seconds that the server may take to say how a process ended, while the pool waits. Not tuned.
 _DYING_SECONDS = 0.5
 # The share of a processor above which a process is alive. A hung one uses .4 %, by its thread that

@@ -21,8 +21,6 @@ from torch.utils import _pytree as pytree
 from ..table import Part
 from .supervisor import Limits, SupervisedWorkers, Supervisor, WatchedWorker
 
-__all__ = ["RayWorkers"]
-
 
 class RayWorkers(SupervisedWorkers):
     r"""An actor per worker, anywhere in a Ray cluster.

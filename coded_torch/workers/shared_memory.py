@@ -30,8 +30,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Connection", "Message", "Package", "Pickled"]
-
 # Kind, number, bytes of the pickle, its block, bits of the blocks that were read, block is new.
 _HEADER = struct.Struct("<qqqqQq")
 _TRUNCATED = int(socket.MSG_CTRUNC)  # an enumeration would take microseconds for "&"

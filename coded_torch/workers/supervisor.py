@@ -23,8 +23,6 @@ from .dispatch import DispatchedWorkers, Dispatcher, Worker, logger
 from .live import Ambient, LiveRequest
 from .worker_main import ModuleStore, PackedModule
 
-__all__ = ["START_SECONDS", "Limits", "SupervisedWorkers", "Supervisor", "WatchedWorker"]
-
 # Seconds that a worker has to start, or to load a module. Importing torch from a cold disk takes
 # tens of seconds. Not tuned: a lower value ends healthy workers, a higher one finds hung ones late.
 START_SECONDS = 120.0
@@ -46,7 +44,6 @@ Limits = tuple[float, float]  # ``grace`` and ``timeout`` of a pool
 class WatchedWorker(Worker):
     """A process or an actor: starting, loading a module, at a job, or idle."""
 
-    pid = 0  #: 0 until it is known
     loading = False  #: true until it has loaded the module of its job
     life = -math.inf  #: the time of its last sign of life
     modules: frozenset[int] = frozenset()  #: the numbers of its modules

@@ -45,8 +45,6 @@ from .faults import compute, kill_own_process
 from .live import Ambient
 from .shared_memory import Connection, Pickled
 
-__all__ = ["LoadedModules", "ModuleStore", "PackedModule", "fork", "set_up"]
-
 READY, MODULE, LOADED, JOB, RESULT, ALIVE = range(6)  # kinds of messages
 # Descriptors that must be free: a request takes 5, and one that is cut short ends the server.
 _SPARE_DESCRIPTORS = 8

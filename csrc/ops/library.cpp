@@ -24,7 +24,7 @@ STABLE_TORCH_LIBRARY(coded_torch, m) {
   m.def("squared_distances(Tensor rows, Tensor squares, float nothing) -> Tensor");
   // Inner products [n, n] of rows [n, L], symmetric.
   m.def("inner_products(Tensor rows) -> Tensor");
-  // Losses, float64 [K, n], of results [C, n] that are predicted each from all others, by
+  // Losses, float64 [K, n], of results [C, n] that are estimated each from all others, by
   // regressions on squared distances [n, n] with scales [K], sqrt(5) / length. They are infinite if
   // a covariance plus the nugget is not positive. On the CPU only.
   m.def(

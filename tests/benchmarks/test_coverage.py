@@ -21,6 +21,6 @@ def test_rivals_answer_the_same_rows(generator):
     for name, numbers in found.items():
         least = 0.6 if name == "sigma times a constant" else 0.8  # it guarantees nothing
         assert least <= numbers["covered"][0] <= 1, name
-        assert 0.1 < numbers["radius to ours"] < 10, name  # five batches of a smooth function
-    assert found["ours"]["radius to ours"] == 1
-    assert found["split conformal"]["radius to ours"] > 1  # half of the results predict
+        assert 0.1 < numbers["bound to ours"] < 10, name  # five batches of a smooth function
+    assert found["ours"]["bound to ours"] == 1
+    assert found["split conformal"]["bound to ours"] > 1  # half of the results estimate

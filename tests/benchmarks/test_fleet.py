@@ -10,7 +10,7 @@ from coded_torch.nn import Report
 
 
 def test_the_law_of_a_server():
-    draw = fleet_server.law(0.005, 0.05, 10.0, 0.0)
+    draw = fleet_server.delays(0.005, 0.05, 10.0, 0.0)
     seconds = np.array([draw() for _ in range(20_000)])
     slow = seconds > 0.02  # ten times a quick one
     assert slow.mean() == pytest.approx(0.05, abs=0.01)
@@ -22,16 +22,16 @@ def test_an_outcome_counts_lost_requests_and_wrong_rows_that_are_not_marked():
     answers = [torch.from_numpy(fleet_server.perceptron(x.numpy())) for x in batches]
     answers[0][:2] += 1
     answers[1][3] = torch.nan
-    predicted = torch.zeros(4, dtype=torch.bool)
-    marked = predicted.clone()
+    estimated = torch.zeros(4, dtype=torch.bool)
+    marked = estimated.clone()
     marked[0] = True
     replies = [
-        Reply(0.1, 0.1, answers[0], Report(predicted=marked)),
-        Reply(0.1, 0.1, answers[1], Report(predicted=predicted)),
+        Reply(0.1, 0.1, answers[0], Report(estimated=marked)),
+        Reply(0.1, 0.1, answers[1], Report(estimated=estimated)),
         Reply(0.1, 0.1, None, None),
     ]
     found = fleet.outcome(batches, replies)
-    assert (found["lost"], found["wrong"], found["predicted"]) == (1, 2, 1 / 8)
+    assert (found["lost"], found["wrong"], found["estimated"]) == (1, 2, 1 / 8)
 
 
 @pytest.mark.slow

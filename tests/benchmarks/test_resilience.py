@@ -6,7 +6,7 @@ import torch
 from benchmarks import resilience
 
 # Bars on times are for the long runs: a few requests on a busy machine have no 99th percentile.
-EXACT = ("failed", "wrong", "predicted")
+EXACT = ("failed", "wrong", "estimated")
 SHORT = [name for name in resilience.SCENARIOS if name not in ("overhead", "ray")]
 
 

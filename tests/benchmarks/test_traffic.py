@@ -30,7 +30,7 @@ def test_every_request_under_every_policy_is_answered():
         assert 0 < outcome["p50"] <= outcome["p99"] <= outcome["p99.9"]
     for name in NAMES[:3]:
         assert found[name]["accuracy"] > 0.9
-        assert found[name]["predicted"] == 0
+        assert found[name]["estimated"] == 0
     assert found["wait for all"]["work"] == 1
     assert found["coded at once"]["work"] > 1.2  # some need not begin
 
@@ -77,7 +77,7 @@ def test_a_call_without_an_answer_is_a_reply_without_one():
     assert reply.report is None
     labels = [torch.zeros(1, dtype=torch.int64)]
     ok = traffic.Reply(
-        0.1, 0.1, torch.ones(1, 2), Report(predicted=torch.tensor([False]), work=1.0)
+        0.1, 0.1, torch.ones(1, 2), Report(estimated=torch.tensor([False]), work=1.0)
     )
     assert latency.outcome([reply, ok], labels * 2)["failed"] == 1
 

@@ -58,10 +58,10 @@ def test_exact_answers_are_results_bit_for_bit(code, ordering, batch_size, most,
     assert exact.dtype == torch.bool
     assert answers.shape == x.shape
     assert torch.equal(answers[exact], x.sin()[exact])
-    bars = plan.error_bars(received, results, answers)
-    assert (bars is None) == (not isinstance(code, RegressionCode))
-    if bars is not None:
-        radii = bars.radii(0.5)
+    bounds = plan.error_bounds(received, results, answers)
+    assert (bounds is None) == (not isinstance(code, RegressionCode))
+    if bounds is not None:
+        radii = bounds.radii(0.5)
         assert radii.shape == (batch_size,)
         assert ((radii > 0) | exact).all()
         assert not radii[exact].any()
@@ -119,7 +119,7 @@ def test_without_distances_copies_are_equal_and_lost_answers_the_mean(code, orde
         assert plan.note == NOTE
         mean = normal(11, 3)[exact].mean(0)
         torch.testing.assert_close(answers[~exact], mean.expand(int((~exact).sum()), 3))
-        radii = plan.error_bars(received, results, answers).radii(0.75)
+        radii = plan.error_bounds(received, results, answers).radii(0.75)
         assert len(radii[~exact].unique()) == 1
         assert not radii[exact].any()
 
@@ -147,11 +147,11 @@ def test_rows(batch_size, block, data):
     exact = source >= 0
     assert exact.nonzero().flatten().tolist() == received
     assert torch.equal(answers[exact], x.sin()[exact])
-    radii = plan.error_bars(received, results, answers).radii(0.5)
+    radii = plan.error_bounds(received, results, answers).radii(0.5)
     assert (radii > 0).tolist() == (~exact).tolist()
 
 
-def test_rows_are_predicted_as_in_a_batch():
+def test_rows_are_estimated_as_in_a_batch():
     """One group of B workers is the same thing, but for the order of the workers."""
     x = inputs(30)
     rows = Regression().plan([x])
@@ -162,8 +162,8 @@ def test_rows_are_predicted_as_in_a_batch():
     at = torch.stack([(order == row).nonzero().flatten()[0] for row in received]).sort()
     want = batch.decode(results[at.indices], at.values.tolist())
     torch.testing.assert_close(rows.decode(results, received.tolist()), want)
-    radii = rows.error_bars(received.tolist(), results, want).radii(0.8)
-    of_batch = batch.error_bars(at.values.tolist(), results[at.indices], want).radii(0.8)
+    radii = rows.error_bounds(received.tolist(), results, want).radii(0.8)
+    of_batch = batch.error_bounds(at.values.tolist(), results[at.indices], want).radii(0.8)
     torch.testing.assert_close(radii, of_batch)
 
 
@@ -197,7 +197,7 @@ def test_a_part_of_the_rows_that_is_lost_altogether_is_answered_by_the_mean():
     results = x[:3, None]
     answers = plan.decode(results, [0, 1, 2])
     torch.testing.assert_close(answers[4:], x[:3].mean(0).expand(4, 4))
-    radii = plan.error_bars([0, 1, 2], results, answers).radii(0.75)
+    radii = plan.error_bounds([0, 1, 2], results, answers).radii(0.75)
     far = float((x[:3] - x[:3].mean(0)).norm(dim=1).max())
     assert radii[4:].tolist() == pytest.approx([far * (4 / 3) / (2 / 3)] * 4)
 
@@ -215,7 +215,7 @@ def test_transforms(code, ordering):
         plan = planned(code, ordering, x)
         results = plan.encode(x)[RECEIVED].sin()
         found = plan.decode(results, RECEIVED)
-        plan.error_bars(RECEIVED, results, found)
+        plan.error_bounds(RECEIVED, results, found)
         return found
 
     leaf = x.clone().requires_grad_()

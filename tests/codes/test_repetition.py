@@ -83,7 +83,7 @@ def test_copies_go_where_the_others_tell_least(generator):
 
 @pytest.mark.parametrize("batch_size", [500, 501, 1001])
 def test_large_batches_leave_no_few_inputs_to_themselves(batch_size):
-    """Each is predicted from many others, however the batch is cut."""
+    """Each is estimated from many others, however the batch is cut."""
     x = torch.linspace(0, 1, batch_size)[:, None]
     assert RegressionCode(3, 4).plan([x]).leave_one_out_variances().max() < 0.1
 
@@ -133,7 +133,7 @@ def test_beats_the_paper_and_replication_and_knows_by_how_much(network, setting)
                 answers.append(coded(part))
                 if (radii := coded.last_run.radii) is not None:
                     errors = (answers[-1] - model(part)).norm(dim=1)
-                    within.append((errors <= radii)[coded.last_run.predicted])
+                    within.append((errors <= radii)[coded.last_run.estimated])
         return torch.cat(answers), within
 
     answers, within = run(RegressionCode(k, n))
@@ -153,8 +153,8 @@ def test_a_burst_of_late_neighbours_is_no_worse_than_others(network):
     with torch.inference_mode():
         exact = model(images[:960])
         errors = []
-        for law in (Uniform(60, seed=3), Contiguous(60, seed=3)):
-            coded = CodedWrapper(model, RegressionCode(20, 100), workers=LocalWorkers(law))
+        for delays in (Uniform(60, seed=3), Contiguous(60, seed=3)):
+            coded = CodedWrapper(model, RegressionCode(20, 100), workers=LocalWorkers(delays))
             answers = torch.cat([coded(part) for part in images[:960].split(240)])
             errors.append(scores.rmse(answers, exact))
     assert errors[1] < 1.25 * errors[0]
@@ -282,7 +282,7 @@ def test_a_plan_keeps_clear_of_an_input_that_is_not_finite(bad, generator):
     others = torch.arange(60) != 7
     assert answers[others].isfinite().all()
     assert scores.rmse(answers[others], smooth(x[others])) < 0.7
-    radii = plan.error_bars(received, results, answers).radii(0.9)
+    radii = plan.error_bounds(received, results, answers).radii(0.9)
     assert radii[others].isfinite().all()
 
 

@@ -93,18 +93,18 @@ def test_workers_are_lost_by_any_law(shipped):
     model, batches, _ = shipped
     asked = []
 
-    def law(lost, seed):
+    def delays(lost, seed):
         asked.append((lost, seed))
         return Trace([[math.inf] * lost + [0.0] * (9 - lost)])
 
-    compare(model, batches[:2], [(9, 8, 1)], law=law, seeds=5)
+    compare(model, batches[:2], [(9, 8, 1)], delays=delays, seeds=5)
     assert sorted(asked) == [(1, 5), (1, 6)]
     uniform = compare(model, batches[:2], [(9, 8, 3)]).rows[0].rmse
-    assert compare(model, batches[:2], [(9, 8, 3)], law=Contiguous).rows[0].rmse > uniform
-    with pytest.raises(TypeError, match=r"the result of law must be .*Stragglers"):
-        compare(model, batches[:2], [(9, 8, 1)], law=lambda lost, seed: 0.5)
-    with pytest.raises(TypeError, match="law must be"):
-        compare(model, batches[:2], [(9, 8, 1)], law=Uniform(1))
+    assert compare(model, batches[:2], [(9, 8, 3)], delays=Contiguous).rows[0].rmse > uniform
+    with pytest.raises(TypeError, match=r"the result of delays must be .*Stragglers"):
+        compare(model, batches[:2], [(9, 8, 1)], delays=lambda lost, seed: 0.5)
+    with pytest.raises(TypeError, match="delays must be"):
+        compare(model, batches[:2], [(9, 8, 1)], delays=Uniform(1))
 
 
 def test_the_slowest_are_lost_under_a_law_of_finite_latencies(shipped):
@@ -113,32 +113,32 @@ def test_the_slowest_are_lost_under_a_law_of_finite_latencies(shipped):
     slow = [[1.0, 3.0, 2.0, 0.5, 9.0, 0.1, 8.0, 0.2, 7.0]]
     dead = [[math.inf if x > 6 else 0.0 for x in slow[0]]]
     found, expected = (
-        compare(model, batches[:2], setting, law=lambda lost, seed, x=x: Trace(x))
+        compare(model, batches[:2], setting, delays=lambda lost, seed, x=x: Trace(x))
         for x in (slow, dead)
     )
     assert [row.rmse for row in found.rows] == [row.rmse for row in expected.rows]
     mixed = Trace([[math.inf, 1.0, 3.0, 2.0]])  # one never answers, and the next slowest is lost
     assert received_by(mixed, 4, 2) == [1, 3]
-    law = ShiftedExponential(0.1, 1.0, seed=0)
+    delays = ShiftedExponential(0.1, 1.0, seed=0)
     latencies = ShiftedExponential(0.1, 1.0, seed=0).sample(9)
-    received = received_by(law, 9, 3)
+    received = received_by(delays, 9, 3)
     assert len(received) == 6
     assert max(latencies[received]) < min(latencies[sorted({*range(9)} - {*received})])
 
 
 @pytest.mark.parametrize(
-    ("law", "lost"),
+    ("delays", "lost"),
     [
         *((Uniform(2, seed=0), lost) for lost in (0, 1, 3)),
         (Bernoulli(1.0, latency=1.0), 2),
         (Trace([[1.0] * 5]), 1),
     ],
 )
-def test_a_law_must_tell_which_workers_are_lost(shipped, law, lost):
+def test_delays_must_tell_which_workers_are_lost(shipped, delays, lost):
     model, batches, _ = shipped
-    must = f"compare: law must make S = {lost} of N = 5 workers slower than all others, got lat"
+    must = f"compare: delays must make S = {lost} of N = 5 workers slower than all others, got lat"
     with pytest.raises(ValueError, match=must):
-        compare(model, batches[:2], [(5, 4, lost)], law=lambda lost, seed: law)
+        compare(model, batches[:2], [(5, 4, lost)], delays=lambda lost, seed: delays)
 
 
 def test_nothing_lost(shipped):
@@ -196,10 +196,10 @@ def test_baselines_with_a_surrogate_are_the_formulas(generator):
     model, cheap = torch.nn.Tanh(), torch.nn.Hardtanh()
     batches = [torch.randn(12, 2, generator=generator) for _ in range(3)]
 
-    def law(lost, seed):
+    def delays(lost, seed):
         return Trace([[0.0, 0.0, math.inf, 0.0]])
 
-    found = compare(model, batches, [(4, 3, 1)], surrogate=cheap, law=law)
+    found = compare(model, batches, [(4, 3, 1)], surrogate=cheap, delays=delays)
     rows = by_name(found, (4, 3, 1))
     assert list(rows) == [*NAMES, *WITH_A_SURROGATE]
     exact, stands = torch.cat(batches[1:]).tanh(), cheap(torch.cat(batches[1:]))
@@ -212,7 +212,8 @@ def test_baselines_with_a_surrogate_are_the_formulas(generator):
     assert rows["replication, surrogate"].mse[0] < rows["replication"].mse[0]
     some = compare(model, batches, [(4, 3, 1)], surrogate=cheap, schemes=["replication"])
     assert [row.name for row in some.rows] == ["replication", *WITH_A_SURROGATE[:2]]
-    perfect = by_name(compare(model, batches, [(4, 3, 1)], surrogate=model, law=law), (4, 3, 1))
+    found = compare(model, batches, [(4, 3, 1)], surrogate=model, delays=delays)
+    perfect = by_name(found, (4, 3, 1))
     for name in WITH_A_SURROGATE:
         assert perfect[name].rmse[0] < 1e-6
 
@@ -266,7 +267,7 @@ def test_table(found):
     lines = str(found).splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0] == "N = 24 workers, K = 20 inputs a group, S = 4 workers lost"
-    assert lines[1].split() == ["RMSE", "MSE", "/", "variance", "RelAcc"]
+    assert lines[1].split() == ["RMSE", "normalised", "MSE", "RelAcc"]
     for line, row in zip(lines[2 : 2 + len(NAMES)], found.rows, strict=False):
         assert line.startswith(f"  {row.name} ")
         assert line.count("±") == 3
@@ -286,11 +287,11 @@ def test_table_without_labels_and_intervals():
     rows.append(made((5, 2, 1), "mine", float(numbers[1]), 1))
     assert str(Comparison(rows)).splitlines() == [
         "N = 3 workers, K = 2 inputs a group, S = 1 workers lost",
-        "                              RMSE            MSE / variance",
+        "                              RMSE            normalised MSE",
         "  few                         0.123           0.0152",
         "",
         "N = 5 workers, K = 2 inputs a group, S = 1 workers lost",
-        "                              RMSE            MSE / variance",
+        "                              RMSE            normalised MSE",
         "  mine                        1.0e-03 ± 6e-06 1.0e-06 ± 1e-08",
     ]
 

@@ -14,8 +14,14 @@ from torch import nn
 
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Bernoulli, ShiftedExponential, Trace, Uniform
-from coded_torch.testing.helpers import run
-from coded_torch.testing.workers import PolynomialCode, WorkersTests, numbered, replies_of, task_of
+from coded_torch.testing.workers import (
+    PolynomialCode,
+    WorkersTests,
+    numbered,
+    replies_of,
+    run,
+    task_of,
+)
 from coded_torch.workers import Fault, FaultyWorkers, LocalWorkers
 
 from ..workers.test_threads import ThreadWorkers
@@ -41,9 +47,9 @@ def test_an_attack_must_have_a_worker_and_return_a_tensor():
 
 
 def test_the_law_is_that_of_the_delays_or_of_the_pool():
-    inner, law = LocalWorkers(Uniform(2)), Uniform(1)
+    inner, delays = LocalWorkers(Uniform(2)), Uniform(1)
     assert FaultyWorkers(inner).stragglers is inner.stragglers
-    assert FaultyWorkers(inner, delays=law).stragglers is law
+    assert FaultyWorkers(inner, delays=delays).stragglers is delays
     coded = CodedWrapper(nn.Identity(), PolynomialCode(2, 5), workers=FaultyWorkers(inner))
     coded(torch.ones(2, 1))
     assert len(coded.last_run.received) == 3
@@ -69,17 +75,17 @@ def noise(rows, generator):
 
 
 TASK = task_of(torch.zeros(4, 1, 1))
-LAWS = [
+DELAYS = [
     lambda: ShiftedExponential(0.0, 1.0, seed=5),
     lambda: Bernoulli(0.5, latency=2.0, seed=5),
     lambda: Trace([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0], [0.0, 1.0, 0.0]]),
 ]
 
 
-def faults_of(law, order: list[tuple[int, int]], again: int = 7) -> dict[tuple[int, int], Fault]:
+def faults_of(delays, order: list[tuple[int, int]], again: int = 7) -> dict[tuple[int, int], Fault]:
     """The faults of parts (request, ask) of three requests that ask in an order."""
     recording = Recording()
-    pool = FaultyWorkers(recording, delays=law(), rates={"nan": 0.2, "crash": 0.2}, seed=3)
+    pool = FaultyWorkers(recording, delays=delays(), rates={"nan": 0.2, "crash": 0.2}, seed=3)
     requests = [pool.open(nn.Identity(), TASK) for _ in range(3)]
     faults = {}
     for request, ask in order:
@@ -90,23 +96,23 @@ def faults_of(law, order: list[tuple[int, int]], again: int = 7) -> dict[tuple[i
     return faults
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_faults_depend_on_the_request_and_the_part_and_not_on_the_order_of_asking(law):
+@pytest.mark.parametrize("delays", DELAYS)
+def test_faults_depend_on_the_request_and_the_part_and_not_on_the_order_of_asking(delays):
     order = [(r, ask) for r in range(3) for ask in range(4)]
-    wanted = faults_of(law, order)
+    wanted = faults_of(delays, order)
     assert len(wanted) == 3 * (3 + 3 * 7)
     for seed in range(5):
         further = [(r, ask) for r, ask in order if ask]
         # Any interleaving, but for that of first asks and that of each request itself.
         random.Random(seed).shuffle(further)
         further.sort(key=lambda pair: pair[1])
-        assert faults_of(law, [(r, 0) for r in range(3)] + further) == wanted
+        assert faults_of(delays, [(r, 0) for r in range(3)] + further) == wanted
         one_by_one = [(r, ask) for r in range(3) for ask in range(1 + 3 * 7)]
-        assert faults_of(law, one_by_one, again=1) == wanted
+        assert faults_of(delays, one_by_one, again=1) == wanted
 
 
 def test_laws_with_a_state_move_on_once_a_request():
-    faults = faults_of(LAWS[2], [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)])
+    faults = faults_of(DELAYS[2], [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)])
     delays = {key: fault.delay if fault else 0.0 for key, fault in faults.items()}
     assert [delays[0, p] for p in range(10)] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
     assert [delays[1, p] for p in range(3)] == [4, 5, 6]
@@ -185,17 +191,19 @@ def test_bad_arguments(options, error, match):
         FaultyWorkers(**{"pool": LocalWorkers(), **options})
 
 
-def test_what_only_the_pool_has_is_passed_on():
+def test_the_abilities_of_the_pool_are_passed_on():
     class Excluding(LocalWorkers):
-        pids = (1, 2)
+        pids, concurrency, names, states = (1, 2), 3, {0: "a"}, {0: ("idle", 0)}
 
         def exclude(self, worker: int) -> str:
             return f"excluded {worker}"
 
     pool = FaultyWorkers(FaultyWorkers(Excluding()))
     assert (pool.exclude(1), pool.pids) == ("excluded 1", (1, 2))
-    with pytest.raises(AttributeError, match="'Excluding' object has no attribute 'restart'"):
-        pool.restart(1)
+    assert (pool.concurrency, pool.names, pool.states) == (3, {0: "a"}, {0: ("idle", 0)})
+    assert pool.restart is None
+    with pytest.raises(AttributeError, match="'Excluding' object has no attribute 'urls'"):
+        _ = pool.urls
 
 
 class Pair(nn.Module):

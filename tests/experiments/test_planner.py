@@ -15,7 +15,7 @@ import coded_torch
 from benchmarks.runs import RESULTS
 from coded_torch import workers
 from coded_torch.cli.main import main
-from coded_torch.experiments.planner import LAWS, RIGHT, measured, plan, read_latencies
+from coded_torch.experiments.planner import CONDITIONS, RIGHT, measured, plan, read_latencies
 from coded_torch.experiments.simulation import Outcome
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.workers import ProcessWorkers
@@ -23,12 +23,12 @@ from coded_torch.workers import ProcessWorkers
 REQUESTS = 1000
 
 
-def planned(law, deadline, **options):
-    conditions = LAWS[law] if isinstance(law, str) else law
+def planned(given, deadline, **options):
+    conditions = CONDITIONS[given] if isinstance(given, str) else given
     return plan(conditions, deadline, num_requests=REQUESTS, median=0.01, **options)
 
 
-KINDS = ["no redundancy", "hedged", "everything twice", "predicted", "coded"]
+KINDS = ["no redundancy", "hedged", "everything twice", "estimated", "coded"]
 
 
 @pytest.fixture(scope="module")
@@ -40,25 +40,25 @@ def test_nothing_is_worth_anything_where_nothing_goes_wrong(calm):
     assert list(calm.best) == KINDS
     alone = calm.best["no redundancy"]
     assert alone.meets
-    assert (alone.work, alone.predicted) == (1, 0)
+    assert (alone.work, alone.estimated) == (1, 0)
     text = str(calm)
     assert "least work by no redundancy, wait for all" in text
-    assert "waiting=Waiting(deadline=0.2, hedge_budget=0.0, predict=False))." in text
-    assert text.endswith("Neither predictions nor codes are worth it here.")
+    assert "waiting=Waiting(deadline=0.2, hedge_budget=0.0, estimate=False))." in text
+    assert text.endswith("Neither estimates nor codes are worth it here.")
     assert max(map(len, text.splitlines()[:-3])) <= 80
 
 
-def test_a_deadline_that_only_predictions_meet():
+def test_a_deadline_that_only_estimates_meet():
     """3 % of the parts take 5 to 50 times as long; six workers for four parts."""
     found = planned("straggling", 0.035)
     assert not found.best["no redundancy"].meets
-    option = found.best["predicted"]
+    option = found.best["estimated"]
     assert option.meets
-    assert 0 < option.predicted * (1 - RIGHT) <= 1 - 0.99  # the default accuracy
+    assert 0 < option.estimated * (1 - RIGHT) <= 1 - 0.99  # the default accuracy
     text = str(found._replace(options=[option]))
     use = f"CodedWrapper(model, parts={option.parts}, workers=pool, waiting=Waiting(deadline="
     assert f"Use {use}0.0" in text
-    assert not planned("straggling", 0.035, accuracy=1.0).best["predicted"].meets
+    assert not planned("straggling", 0.035, accuracy=1.0).best["estimated"].meets
 
 
 def test_every_recommendation_keeps_the_deadline(calm):
@@ -75,15 +75,15 @@ def test_requests_with_fewer_results_than_their_policy_asks_for_are_late(monkeyp
         return Outcome(np.ones(1200), missing, 1.0, 1.0, Counter())
 
     monkeypatch.setattr("coded_torch.experiments.planner.simulate", simulate)
-    exact, codes = (0.75, 0.0), (0.25, 0.25)  # late and predicted; a code decodes a single result
+    exact, codes = (0.75, 0.0), (0.25, 0.25)  # late and estimated; a code decodes a single result
     expected = dict(zip(KINDS, [exact, exact, codes, (0.5, 0.0625), codes], strict=True))
     best = planned("calm", 0.2).best
-    assert {kind: (x.late, x.predicted) for kind, x in best.items()} == expected
+    assert {kind: (x.late, x.estimated) for kind, x in best.items()} == expected
 
 
 def test_verification_costs_its_share_of_work_and_leaves_codes_out(calm):
     found = planned("calm", 0.2, verify=0.1)
-    assert list(found.best) == ["no redundancy", "hedged", "predicted"]
+    assert list(found.best) == ["no redundancy", "hedged", "estimated"]
     extra = found.best["no redundancy"].work - calm.best["no redundancy"].work
     assert 0.1 <= extra <= 0.15  # and the odd ones; new workers are checked more often
     assert all(", verify=0.1, workers=pool" in option.use for option in found.options)
@@ -120,7 +120,7 @@ def test_measured_latencies_are_simulated_as_they_are(tmp_path):
 
 def test_calls_that_load_the_model_are_no_latencies():
     """README's recipe, on processes that have not run the module before."""
-    waiting = Waiting(predict_after=math.inf, hedge_budget=0)
+    waiting = Waiting(estimate_after=math.inf, hedge_budget=0)
     with ProcessWorkers(2).start() as workers, torch.no_grad():
         coded = CodedWrapper(nn.Linear(3, 2), workers=workers, waiting=waiting)
         reports = [coded.run(torch.ones(2, 3))[1] for _ in range(2)]
@@ -136,7 +136,8 @@ for package in ("starlette", "anyio", "uvicorn", "orjson", "prometheus_client"):
 from coded_torch.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
-    line = ["plan", "--law", "calm", "--num-requests", "1000", "--output", tmp_path / "plan.png"]
+    line = ["plan", "--conditions", "calm", "--num-requests", "1000"]
+    line += ["--output", tmp_path / "plan.png"]
     done = subprocess.run(
         [sys.executable, "-c", script, *line], cwd=tmp_path, capture_output=True, text=True
     )
@@ -145,9 +146,9 @@ sys.exit(main(sys.argv[1:]))
     assert (tmp_path / "plan.png").stat().st_size > 0
 
 
-def test_the_share_of_right_predictions_is_the_measured_one():
+def test_the_share_of_right_estimates_is_the_measured_one():
     results = json.loads((RESULTS / "serving.json").read_text())
-    assert results["measured"]["predicted"]["right class"]["1024"] == RIGHT
+    assert results["measured"]["estimated"]["right class"]["1024"] == RIGHT
 
 
 def test_the_picture_has_a_line_a_kind():

@@ -1,4 +1,4 @@
-"""What holds for every policy over every law, and what a simulation is given and gives."""
+"""What holds for every policy under all conditions, and what a simulation is given and gives."""
 
 import math
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from coded_torch import Waiting, stragglers
 from coded_torch.experiments.simulation import Conditions, simulate
 
-WAIT_FOR_ALL, SOON = Waiting(hedge_budget=0), Waiting(predict_after=3.0)
+WAIT_FOR_ALL, SOON = Waiting(hedge_budget=0), Waiting(estimate_after=3.0)
 CALM, STILL = Conditions(), Conditions(spread=0.0)
 
 
@@ -43,6 +43,9 @@ class Watched:
         if table.reason:
             self.check_end(table, good, self.before.get(table, 0))
         self.before[table] = len(good)
+        if not table.reason:  # deciding again at one moment adds nothing
+            assert self.waiting.decide(history, table) == until
+            assert len(table.parts) == seen + len(new)
         return until
 
     def good(self, table):
@@ -70,7 +73,7 @@ class Watched:
             assert good.isdisjoint(units), "what is answered is asked again"
             # Late three times, and failed three times, or twenty.
             same = sum(other.units == units for other in table.parts)
-            assert same <= (7 if self.waiting.may_predict(True) else 24)
+            assert same <= (7 if self.waiting.may_estimate(True) else 24)
             states = [before[n].outcome for n in copies]
             for n, state in zip(copies, states, strict=True):
                 assert state == "failed" or (state == "open" and due[n] <= table.now)
@@ -82,9 +85,9 @@ class Watched:
         assert (table.reason == "complete") == (len(good) == table.needed)
         if table.reason == "deadline":
             assert seconds == pytest.approx(waiting.deadline)
-        if table.reason == "predict_after":
+        if table.reason == "estimate_after":
             assert waiting.deadline is None
-            assert waiting.may_predict(True)
+            assert waiting.may_estimate(True)
             assert len(good) >= half
             # Exactly then, or when the half was there.
             assert seconds == pytest.approx(table.deadline) or (
@@ -94,7 +97,7 @@ class Watched:
             assert not any(part.outcome == "open" for part in table.parts)
         if seconds > table.deadline * (1 + 1e-9):
             assert waiting.deadline is None
-            assert before < half, "half was there, and it is time to predict"
+            assert before < half, "half was there, and it is time to estimate"
 
 
 conditions = st.builds(
@@ -110,10 +113,10 @@ conditions = st.builds(
 policies = st.builds(
     Waiting,
     deadline=st.sampled_from([None, 1.2, 3.0]),
-    predict_after=st.sampled_from([None, 1.5, 3.0, math.inf]),
+    estimate_after=st.sampled_from([None, 1.5, 3.0, math.inf]),
     hedge_budget=st.sampled_from([0.0, 0.02, 0.25, 2.0]),
-    predict=st.booleans(),
-    on_error=st.sampled_from(["raise", "predict"]),
+    estimate=st.booleans(),
+    on_error=st.sampled_from(["raise", "estimate"]),
 )
 
 
@@ -134,19 +137,19 @@ def test_what_holds_for_every_call(conditions, waiting, workers, parts, load, se
     np.testing.assert_array_equal(outcomes[0].latencies, outcomes[1].latencies)
     assert watched[0].calls == outcomes[0].ended.total() == 150
     assert watched[0].hedged <= waiting.hedge_budget * 150 + 1 + 20 / parts + 1e-9
-    predicted = outcomes[0].predicted
-    assert ((predicted > 0) == (predicted != 0)).all()
-    assert (predicted > 0).sum() == 150 - outcomes[0].ended["complete"]
+    estimated = outcomes[0].estimated
+    assert ((estimated > 0) == (estimated != 0)).all()
+    assert (estimated > 0).sum() == 150 - outcomes[0].ended["complete"]
     # "error": where half of the parts fail, a row may be blamed for it.
-    assert set(outcomes[0].ended) <= {"complete", "deadline", "predict_after", "failed", "error"}
+    assert set(outcomes[0].ended) <= {"complete", "deadline", "estimate_after", "failed", "error"}
     if waiting.hedge_budget == 0:
         assert watched[0].hedged == 0
 
 
-def test_parts_that_always_fail_end_in_a_prediction_of_all():
+def test_parts_that_always_fail_end_in_estimates_of_all():
     outcome = run(SOON, Conditions(dead=1.0, dead_after=1.0), num_requests=1000)
     assert outcome.ended == {"failed": 1000}
-    assert (outcome.predicted == 1).all()
+    assert (outcome.estimated == 1).all()
     assert outcome.work == pytest.approx(3.0)
 
 
@@ -160,16 +163,16 @@ def test_the_default_computes_all():
 
 
 @pytest.mark.parametrize(("load", "most"), [(0.3, 0.0005), (0.7, 0.01), (0.9, 0.04)])
-def test_when_calm_little_is_predicted_and_nothing_slower(load, most):
+def test_when_calm_little_is_estimated_and_nothing_slower(load, most):
     outcome = run(SOON, load=load, num_requests=10_000)
-    assert outcome.predicted.mean() <= most
+    assert outcome.estimated.mean() <= most
     assert outcome.work <= 1.005
     uncoded = run(WAIT_FOR_ALL, load=load, num_requests=10_000)
     assert uncoded.work == uncoded.calls == 1
     assert outcome.percentile(50) <= 1.1 * uncoded.percentile(50)
 
 
-def test_stragglers_cost_least_where_the_rest_is_predicted():
+def test_stragglers_cost_least_where_the_rest_is_estimated():
     policies = WAIT_FOR_ALL, Waiting(), SOON
     straggling = Conditions(straggling=0.03)
     tails = [run(x, straggling, num_requests=10_000).percentile(99.9) for x in policies]
@@ -195,7 +198,7 @@ def test_the_first_n_less_s_are_waited_for():
     first = run(Waiting.first(2), straggling, load=0.1, num_requests=3000)
     assert first.calls == first.work == pytest.approx(1.5, rel=1e-2)  # some need not begin
     assert first.ended["first"] > 2900
-    assert 0.1 < first.predicted.mean() < 0.4  # of 4 results, two may be copies of one share
+    assert 0.1 < first.estimated.mean() < 0.4  # of 4 results, two may be copies of one share
     everything = run(Waiting.first(0), straggling, load=0.1, num_requests=3000)
     assert everything.ended == {"complete": 3000}
     assert first.percentile(99) < everything.percentile(99) / 3

@@ -51,7 +51,7 @@ def test_answers_are_those_of_the_wrapper(x, kind, ordering):
     torch.testing.assert_close(answers, coded(x))
     assert torch.equal(trial.exact[0], x.tanh())
     if not code.mixes:
-        missing = coded.last_run.predicted
+        missing = coded.last_run.estimated
         assert torch.equal(trial.missing(code, received, num_stragglers=3), missing)
 
 

@@ -21,11 +21,11 @@ from coded_torch.stragglers import Contiguous, ShiftedExponential, Uniform
 from coded_torch.workers import LocalWorkers
 
 
-def wrapped(module, code, law=None, **options):
+def wrapped(module, code, delays=None, **options):
     return CodedWrapper(
         module,
         code,
-        workers=LocalWorkers(law or Uniform(2, seed=0)),
+        workers=LocalWorkers(delays or Uniform(2, seed=0)),
         **options,
     )
 
@@ -146,10 +146,10 @@ def test_tuning_runs_no_hook_of_the_wrapper_and_leaves_no_gradient(generator):
 
 
 def test_received_sets_follow_the_wrapper():
-    law = ShiftedExponential(1.0, 1.0, seed=0)
+    delays = ShiftedExponential(1.0, 1.0, seed=0)
     code = SplineCode(4, 10)
     for waiting, most in ((Waiting.first(3), 7), (Waiting.first(0, deadline=1.5), 9)):
-        wrapper = wrapped(torch.nn.Tanh(), code, law, waiting=waiting)
+        wrapper = wrapped(torch.nn.Tanh(), code, delays, waiting=waiting)
         sets = list(islice(received_sets(wrapper, wrapper.code), 20))
         assert max(map(len, sets)) <= most
         assert all(list(received) == sorted(set(received)) for received in sets)

@@ -17,11 +17,11 @@ def run(policy, conditions, num_requests=300, workers=24):
 def test_honest_workers_cost_little_time_and_work(straggling):
     conditions, verified = Conditions(straggling=straggling), Verified(Waiting(), 24)
     for worker in range(24):
-        verified.strikes.passed([worker] * 30)
+        verified.record.passed([worker] * 30)
     plain, checked = run(Waiting(), conditions), run(verified, conditions)
     assert checked.latencies.mean() <= plain.latencies.mean() + 0.2
     assert checked.work <= plain.work + 0.03
-    assert not verified.strikes.excluded
+    assert not verified.record.excluded
 
 
 def test_a_deadline_is_kept():

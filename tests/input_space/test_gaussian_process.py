@@ -30,7 +30,7 @@ def trust(process, results):
 
 
 def dense(squared, length):
-    """The best linear unbiased predictor by its bordered system, and its variance."""
+    """The best linear unbiased estimator by its bordered system, and its variance."""
     m = len(KNOWN)
     c = matern52(squared[:m, :m], length) + NUGGET * torch.eye(m, dtype=torch.float64)
     border = torch.zeros(m + 1, m + 1, dtype=torch.float64)
@@ -46,7 +46,7 @@ def test_agrees_with_the_bordered_system(problem):
     weights, variances = dense(squared, 1.3)
     torch.testing.assert_close(process.weights, weights)
     torch.testing.assert_close(process.variances, variances)
-    torch.testing.assert_close(process.predict(at.sin()), weights @ at.sin())
+    torch.testing.assert_close(process.estimate(at.sin()), weights @ at.sin())
     torch.testing.assert_close(weights.sum(1), torch.ones(5, dtype=torch.float64))
     coefficients, mean = process.coefficients(at.sin())
     covariances = matern52(squared[30:, :30], 1.3)
@@ -79,9 +79,9 @@ def test_trust_is_the_slope_of_leaving_one_out(problem):
         rest = torch.tensor([j for j in range(30) if j != i])
         weights = given(squared, known=rest, at=torch.tensor([i])).weights
         mean = results[rest].mean(0)
-        predicted = (weights @ results[rest])[0] - mean
-        above += float((predicted * (results[i] - mean)).sum())
-        below += float(predicted.square().sum())
+        estimated = (weights @ results[rest])[0] - mean
+        above += float((estimated * (results[i] - mean)).sum())
+        below += float(estimated.square().sum())
     assert 0.1 < above / below < 0.9
     assert trust(process, results) == pytest.approx(above / below, rel=1e-4)
     assert trust(process, at.sin()) > 0.8

@@ -39,7 +39,7 @@ def answered(module, code, *x, lost=4, seed=0):
     """The squared error of the answers, and the report."""
     coded = CodedWrapper(Some(module), code, workers=LocalWorkers(Uniform(lost, seed=seed)))
     got, want = coded(*x), module(*x)
-    assert torch.equal(got[~coded.last_run.predicted], want[~coded.last_run.predicted])
+    assert torch.equal(got[~coded.last_run.estimated], want[~coded.last_run.estimated])
     return float((got - want).square().sum()), coded.last_run
 
 
@@ -82,7 +82,7 @@ def test_rows_far_from_all_others_say_nothing():
 
 @pytest.mark.parametrize(("size", "odd"), [(1024, 4), (512, 2), (1000, 0)])
 def test_rows_that_are_not_finite_determine_no_metric(size, odd):
-    """A quarter, a half and 97 % of the rows are NaN; each predicts as without them."""
+    """A quarter, a half and 97 % of the rows are NaN; each estimates as without them."""
     x = normal(size, 4)
     y = x.sin()
     good = torch.tensor([i % odd > 0 if odd else i % 33 == 0 for i in range(size)])
@@ -96,7 +96,7 @@ def test_rows_that_are_not_finite_determine_no_metric(size, odd):
     want = alone.decode(y[received, None], own)[::6]
     got = among.decode(y[received, None], received)
     torch.testing.assert_close(got[missing], want, rtol=1e-3, atol=1e-3)
-    radii = among.error_bars(received, y[received, None], got).radii(0.5)
+    radii = among.error_bounds(received, y[received, None], got).radii(0.5)
     assert radii[missing].isfinite().all()
 
 
@@ -150,7 +150,7 @@ def test_the_same_results_give_the_same_bits():
         plan = RegressionCode(8, 10).plan([x], 2)
         results = plan.encode(y)[received]
         answers.append(plan.decode(results, received))
-        plan.error_bars(received, results, answers[-1])
+        plan.error_bounds(received, results, answers[-1])
         # What was decoded before leaves no trace.
         plan.decode(results.cos(), received)
         plan.decode(results[1:], received[1:])
@@ -316,7 +316,7 @@ def test_inputs_of_any_kind(kind, size):
     results = plan.encode(x.float().tanh())[received]
     answers = plan.decode(results, received)
     assert answers.isfinite().all()
-    assert not plan.error_bars(received, results, answers).radii(0.9).isnan().any()
+    assert not plan.error_bounds(received, results, answers).radii(0.9).isnan().any()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -13,13 +13,13 @@ from coded_torch.codes import RegressionCode, ReplicationCode
 #: The ways to divide a batch whose inputs are not mixed.
 WAYS = ("rows", "regression", "replication")
 FIXED = {"metric": "shrunk", "length": 2.0}  # to choose takes time
-SOON = Waiting(predict_after=3.0)  # missing rows are estimated
+SOON = Waiting(estimate_after=3.0)  # missing rows are estimated
 
 
 def divided(way: str, k: int, n: int, link: str | None = None, **choice: Any) -> dict[str, Any]:
     """Arguments of a wrapper: K parts of rows, or the N columns of a code that repeats K inputs."""
     if way == "rows":
-        return {"parts": k, "predictor": Regression(link=link, **choice), "waiting": SOON}
+        return {"parts": k, "estimator": Regression(link=link, **choice), "waiting": SOON}
     if way == "regression":
         return {"code": RegressionCode(k, n, link=link, **choice)}
     return {"code": ReplicationCode(k, n, link=link)}

@@ -52,11 +52,11 @@ def test_a_row_that_the_module_raises_on_is_named(pool):
     assert len(coded.last_run.hedges) <= MOST
 
 
-def test_the_row_is_predicted_if_that_is_asked_for(pool):
-    answers, report = wrapper(pool, on_error="predict").run(X)
-    assert report.predicted.nonzero().flatten().tolist() == [BAD]
+def test_the_row_is_estimated_if_that_is_asked_for(pool):
+    answers, report = wrapper(pool, on_error="estimate").run(X)
+    assert report.estimated.nonzero().flatten().tolist() == [BAD]
     assert report.refused == (BAD,)
-    assert torch.equal(answers[~report.predicted], 2 * X[~report.predicted])
+    assert torch.equal(answers[~report.estimated], 2 * X[~report.estimated])
     assert isinstance(report.errors[BAD].__cause__, ValueError)
 
 
@@ -94,23 +94,23 @@ class OneBroken(nn.Module):
 
 def test_no_row_is_refused_because_one_worker_is_broken():
     with DeviceWorkers(["cpu"] * 4) as pool:
-        coded = wrapper(pool, predict_after=3.0)
+        coded = wrapper(pool, estimate_after=3.0)
         for _ in range(3):
             coded.module, coded.parts = OneBroken(4), 4
             answers, report = coded.run(X)
             assert report.refused == ()
             assert len(report.missing_rows) <= 16
-            assert torch.equal(answers[~report.predicted], 2 * X[~report.predicted])
+            assert torch.equal(answers[~report.estimated], 2 * X[~report.estimated])
 
 
-def test_fewer_than_half_are_no_ground_for_predictions():
-    coded = wrapper(Separate(), predict_after=3.0)
+def test_fewer_than_half_are_no_ground_for_estimates():
+    coded = wrapper(Separate(), estimate_after=3.0)
     coded.module = nn.Threshold(62.0, math.nan)  # one result is good
     with pytest.raises(NotEnoughResults, match="at least 32 of 64") as info:
         coded(X)
     assert info.value.received == (63,)
     coded.module = nn.Threshold(31.0, math.nan)
-    assert coded.run(X)[1].predicted.sum() == 32
+    assert coded.run(X)[1].estimated.sum() == 32
 
 
 @pytest.mark.parametrize("batch", [1, 2, 64])
@@ -141,13 +141,13 @@ def test_every_row_is_computed_whatever_fails(pool):
     for _ in range(12):
         answers, report = coded.run(X[:BAD])
         assert torch.equal(answers, 2 * X[:BAD])
-        assert not report.predicted.any()
+        assert not report.estimated.any()
         assert report.missing_rows == ()
 
 
-@pytest.mark.parametrize("predict", [True, False])
-def test_the_error_names_what_nobody_could_compute_and_why(predict):
-    coded = wrapper(Separate(), predict=predict)
+@pytest.mark.parametrize("estimate", [True, False])
+def test_the_error_names_what_nobody_could_compute_and_why(estimate):
+    coded = wrapper(Separate(), estimate=estimate)
     coded.module = nn.Threshold(40.0, math.nan)  # of rows 0 to 40
     with pytest.raises(
         NotEnoughResults, match=r"^rows? .*row 40: worker \d+ ret.*64 of 64"
@@ -156,8 +156,8 @@ def test_the_error_names_what_nobody_could_compute_and_why(predict):
     assert info.value.report.missing_rows == info.value.rows == tuple(range(41))
     assert info.value.report.refused == ()
     assert torch.equal(info.value.answers[41:], X[41:])
-    with pytest.raises(ValueError, match="predict must be True with a code that mixes"):
-        CodedWrapper(nn.Identity(), LagrangeCode(4, 6), waiting=Waiting(predict=False))
+    with pytest.raises(ValueError, match="estimate must be True with a code that mixes"):
+        CodedWrapper(nn.Identity(), LagrangeCode(4, 6), waiting=Waiting(estimate=False))
 
 
 def late(coded, deadline, x=X, why=""):
@@ -178,7 +178,7 @@ def test_a_deadline_holds_while_workers_start_and_load_and_hang():
         pool.start()
         heavy.module = Heavy()
         assert -0.01 < late(heavy, 0.1) < 0.5  # they load
-        hanging = wrapper(pool, deadline=0.1, predict=False)
+        hanging = wrapper(pool, deadline=0.1, estimate=False)
         hanging.module = Sleepy()
         for _ in range(3):
             assert -0.01 < late(hanging, 0.1, torch.full((64, 1), 100.0)) < 0.5
@@ -193,6 +193,6 @@ def test_a_memory_answers_with_less_than_half(pool):
     memory.rebuild()
     coded.workers = FaultyWorkers(pool, rates={"nan": 1.0})
     answers, report = coded.run(X[:BAD])
-    assert report.predicted.all()
+    assert report.estimated.all()
     assert "answered alone" in report.notes[-1]
     torch.testing.assert_close(answers, 2 * X[:BAD], atol=1.0, rtol=0)

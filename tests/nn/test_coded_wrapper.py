@@ -103,7 +103,7 @@ def test_the_report():
     assert run.rejected == {}
     assert run.asked == (0, 1, 2, 3, 4)
     assert (run.work, run.ended) == (5 * 3 / 5, "first")
-    assert run.predicted.all()
+    assert run.estimated.all()
     assert not run.failed
     assert run.num_groups == 3
     assert min(run.encode_seconds, run.compute_seconds, run.decode_seconds) > 0
@@ -161,7 +161,7 @@ def test_probabilities_stay_such(dtype):
         out.double().sum(-1), torch.ones(12).double(), rtol=0, atol=8 * torch.finfo(dtype).eps
     )
     # The error of logarithms is in no unit of the answers.
-    assert coded.last_run.radii is None or not coded.last_run.predicted.any()
+    assert coded.last_run.radii is None or not coded.last_run.estimated.any()
     coded.code = coded.code.replace(link=None)
     coded(x)
     assert coded.last_run.radii is not None
@@ -200,9 +200,9 @@ def test_half_precision(dtype):
 
 
 def test_concurrent_calls_keep_their_reports_whole():
-    law = ShiftedExponential(0.0, 1.0)
+    delays = ShiftedExponential(0.0, 1.0)
     coded = CodedWrapper(
-        linear(), PolynomialCode(2, 6), workers=LocalWorkers(law), waiting=Waiting.first(3)
+        linear(), PolynomialCode(2, 6), workers=LocalWorkers(delays), waiting=Waiting.first(3)
     )
     reports = []
 
@@ -258,7 +258,7 @@ def test_pytrees_and_dims(data, batch, num_data):
 
 
 @pytest.mark.parametrize(
-    ("given", "law", "lost"),
+    ("given", "delays", "lost"),
     [
         (None, None, 0),
         (None, Uniform(2), 2),
@@ -270,8 +270,8 @@ def test_pytrees_and_dims(data, batch, num_data):
         (5, ShiftedExponential(0.0, 1.0), 5),
     ],
 )
-def test_the_number_of_stragglers_is_the_laws_or_the_given_one(given, law, lost):
-    pool, waiting = LocalWorkers(law), Waiting.first(given)
+def test_the_number_of_stragglers_is_the_pools_or_the_given_one(given, delays, lost):
+    pool, waiting = LocalWorkers(delays), Waiting.first(given)
     coded = CodedWrapper(linear(), PolynomialCode(3, 8), workers=pool, waiting=waiting)
     coded(rand(3, 3))
     assert len(coded.last_run.received) == 8 - lost
@@ -295,10 +295,10 @@ REPEATS = ReplicationCode(2, 4)
             r"waiting must be Waiting\(...\) without a code, .* got Waiting.first\(\)",
         ),
         ({"code": REPEATS, "parts": 2}, ValueError, "parts must be None with a code, .* got 2$"),
-        ({"code": REPEATS, "predictor": Regression()}, ValueError, "predictor must be None with a"),
-        ({"workers": LocalWorkers(), "parts": 2, "predictor": "mean"}, TypeError, "predictor must"),
+        ({"code": REPEATS, "estimator": Regression()}, ValueError, "estimator must be None with a"),
+        ({"workers": LocalWorkers(), "parts": 2, "estimator": "mean"}, TypeError, "estimator must"),
         ({"code": CODE, "waiting": Waiting.first(3)}, ValueError, RESULTS),
-        ({"code": CODE, "waiting": Waiting(predict=False)}, ValueError, "waiting.predict must be"),
+        ({"code": CODE, "waiting": Waiting(estimate=False)}, ValueError, "waiting.estimate must"),
         ({"code": CODE, "surrogate": nn.Identity()}, ValueError, "surrogate must be left out with"),
         *[
             ({"code": REPEATS, "surrogate": surrogate}, TypeError, "surrogate must be a callable")
@@ -319,8 +319,8 @@ def test_a_call_may_have_a_policy_of_its_own_and_returns_its_report():
     x = torch.arange(1.0, 9.0).view(8, 1)
     coded = CodedWrapper(nn.Identity(), ReplicationCode(4, 6), workers=Separate())
     answers, report = coded.run(x, waiting=Waiting.first(2))
-    assert (report.asked, report.work, int(report.predicted.sum())) == (tuple(range(6)), 1.5, 2)
-    assert torch.equal(answers[~report.predicted], x[~report.predicted])
+    assert (report.asked, report.work, int(report.estimated.sum())) == (tuple(range(6)), 1.5, 2)
+    assert torch.equal(answers[~report.estimated], x[~report.estimated])
     assert coded.last_run is None  # run() leaves it alone
     _, report = coded.run(x, waiting=Waiting())
     assert (report.work, report.ended) == (1.5, "complete")
@@ -349,7 +349,7 @@ def test_a_call_looks_at_the_weights_once(monkeypatch):
 
     monkeypatch.setattr(nn.Module, "modules", counted)
     with ProcessWorkers(2) as pool, torch.no_grad():
-        waiting = Waiting(predict_after=3.0)
+        waiting = Waiting(estimate_after=3.0)
         coded = CodedWrapper(module, workers=pool, surrogate=Memory(), waiting=waiting)
         coded(torch.randn(4, 3))
         walks.clear()

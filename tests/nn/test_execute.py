@@ -54,12 +54,12 @@ def test_a_call_without_half_of_its_results_raises_at_its_deadline():
         assert (str(again), again.report.missing_rows) == (str(info.value), (1, 2, 3))
 
 
-@pytest.mark.parametrize("predict", [True, False])
-def test_outputs_without_a_batch_dimension_are_an_error(predict):
+@pytest.mark.parametrize("estimate", [True, False])
+def test_outputs_without_a_batch_dimension_are_an_error(estimate):
     """Of single rows they look right, as their size is 1 there."""
     lstm = nn.LSTM(4, 3, batch_first=True)  # the states are [1, B, 3]
     with DeviceWorkers(["cpu"] * 3) as pool, torch.no_grad():
-        coded = CodedWrapper(lstm, workers=pool, waiting=Waiting(predict=predict))
+        coded = CodedWrapper(lstm, workers=pool, waiting=Waiting(estimate=estimate))
         with pytest.raises(ValueError, match=r"output\[1\]\[0\] must have size 2, the batch size"):
             coded(torch.randn(6, 5, 4))
         coded.out_dims = (0, 1)
@@ -93,7 +93,7 @@ class Waits(nn.Module):
 def test_what_a_broken_worker_returns_is_asked_of_others_that_are_busy():
     attack = {"adversaries": (1,), "attack": lambda rows, _: rows * math.nan}
     with FaultyWorkers(DeviceWorkers(["cpu"] * 2), **attack) as pool, torch.no_grad():
-        coded = CodedWrapper(Waits(), workers=pool, waiting=Waiting(predict=False))
+        coded = CodedWrapper(Waits(), workers=pool, waiting=Waiting(estimate=False))
         rows = [torch.full((1, 2), float(n)) for n in range(24)]
         found = [answers for answers, _ in coded.map(rows, in_flight=6)]
     assert torch.equal(torch.cat(found), torch.cat(rows))
@@ -102,7 +102,7 @@ def test_what_a_broken_worker_returns_is_asked_of_others_that_are_busy():
 def test_a_failed_part_does_not_wait_for_a_worker_that_hangs():
     module = Blocks()
     with DeviceWorkers(["cpu"] * 2) as pool, torch.no_grad():
-        coded = CodedWrapper(module, workers=pool, waiting=Waiting(predict=False))
+        coded = CodedWrapper(module, workers=pool, waiting=Waiting(estimate=False))
         with pytest.raises(DeadlineExceeded):
             coded.run(torch.full((2, 1), -1.0), waiting=Waiting(deadline=0.05, hedge_budget=0))
         begin = time.monotonic()
@@ -112,7 +112,7 @@ def test_a_failed_part_does_not_wait_for_a_worker_that_hangs():
         module.open.set()
 
 
-def test_predictions_that_do_not_fit_before_the_deadline_are_made_of_less():
+def test_estimates_that_do_not_fit_before_the_deadline_are_made_of_less():
     late = Trace([[0.0, 0.0, 0.0, 1.0]])
     x = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0))
     with FaultyWorkers(DeviceWorkers(["cpu"] * 4), delays=late) as pool, torch.no_grad():
@@ -121,7 +121,7 @@ def test_predictions_that_do_not_fit_before_the_deadline_are_made_of_less():
     assert report.missing_rows == dealt(4000, 4)[3]
     assert len(report.notes) == 1
     assert "to keep the deadline" in report.notes[0]
-    exact = ~report.predicted
+    exact = ~report.estimated
     assert torch.equal(answers[exact], x[exact].tanh())
 
 
@@ -139,7 +139,7 @@ def test_a_part_that_is_asked_again_has_the_inputs_as_they_were():
     x = torch.ones(4, 3)
     with DeviceWorkers(["cpu"] * 4) as pool, torch.no_grad():
         answers, report = CodedWrapper(Doubles(), workers=pool).run(x)
-    assert not report.predicted.any()
+    assert not report.estimated.any()
     assert torch.equal(answers, torch.full((4, 3), 2.0))
     assert torch.equal(x, torch.ones(4, 3))
 
@@ -152,7 +152,7 @@ def test_what_goes_wrong_is_logged(caplog):
         coded(torch.tensor([[1.0], [2.0], [3.0]]))
     assert [record.name for record in caplog.records] == ["coded_torch.nn"] * 2
     assert "worker 1 returned values that are not finite" in caplog.text
-    assert "1 of 3 answers are predicted: no more results could come" in caplog.text
+    assert "1 of 3 answers are estimated: no more results could come" in caplog.text
 
 
 # ------------------------------------------------------------------ rows
@@ -179,7 +179,7 @@ def test_every_row_is_asked_for_once_and_answered_as_the_module_does():
     run = coded.last_run
     assert sizes == [2, 2, 2, 2]
     assert (run.work, run.ended, run.hedges, run.num_groups) == (1.0, "complete", (), 0)
-    assert not run.predicted.any()
+    assert not run.estimated.any()
     assert not run.radii.any()
 
 
@@ -231,47 +231,47 @@ def test_a_part_that_failed_is_asked_again_at_once():
     assert run.source.nonzero().flatten().tolist() == list(failed)
 
 
-def test_what_is_rejected_again_and_again_is_an_error_or_predicted():
+def test_what_is_rejected_again_and_again_is_an_error_or_estimated():
     coded = rows(FailsAt(2.0, nan_at_two), workers=Separate())
     with pytest.raises(
         NotEnoughResults, match=r"^row 1: .* not finite in output; .* 8 of 8"
     ) as info:
         coded(X)
     assert info.value.rows == (1,)
-    coded.waiting = Waiting(on_error="predict")
+    coded.waiting = Waiting(on_error="estimate")
     answers = coded(X)
     run = coded.last_run
-    assert run.predicted.tolist() == [False, True, *[False] * 6]
-    assert torch.equal(answers[~run.predicted], X[~run.predicted])
+    assert run.estimated.tolist() == [False, True, *[False] * 6]
+    assert torch.equal(answers[~run.estimated], X[~run.estimated])
     assert 0.0 < answers[1] < 8.0
     assert (run.ended, run.missing_rows, run.refused) == ("failed", (1,), ())
     assert "not finite" in run.errors[1].reason
-    assert (run.radii > 0).equal(run.predicted)
+    assert (run.radii > 0).equal(run.estimated)
 
 
-@pytest.mark.parametrize(("asked", "estimated"), [({}, 0), ({"predict_after": 3.0}, 2)])
+@pytest.mark.parametrize(("asked", "estimated"), [({}, 0), ({"estimate_after": 3.0}, 2)])
 def test_late_rows_are_waited_for_unless_the_caller_asked_for_estimates(asked, estimated):
-    law = Trace([[0.1, 0.1, 0.1, 0.1]] * 20 + [[0.1, 0.1, 0.1, 2.0]])
+    delays = Trace([[0.1, 0.1, 0.1, 0.1]] * 20 + [[0.1, 0.1, 0.1, 2.0]])
     waiting = Waiting(hedge_budget=0.0, **asked)
-    coded = CodedWrapper(nn.Identity(), parts=4, workers=LocalWorkers(law), waiting=waiting)
+    coded = CodedWrapper(nn.Identity(), parts=4, workers=LocalWorkers(delays), waiting=waiting)
     for _ in range(21):
         answers, report = coded.run(X)
-    assert report.predicted.sum() == estimated
-    assert torch.equal(answers[~report.predicted], X[~report.predicted])
+    assert report.estimated.sum() == estimated
+    assert torch.equal(answers[~report.estimated], X[~report.estimated])
 
 
 def test_surrogates_and_outputs_that_no_call_can_use_are_warned_of_once():
-    """The output is whole numbers, which are never predicted."""
+    """The output is whole numbers, which are never estimated."""
     coded = rows(nn.Hardtanh(), workers=Separate(), surrogate=nn.Hardtanh())
     with pytest.warns(UserWarning, match=r"^CodedWrapper: surrogate is never used by Waiting\(\)"):
         coded(X)
     answers = coded(X)
-    for asked in (Waiting(deadline=1.0), Waiting(predict_after=3.0), Waiting(on_error="predict")):
+    for asked in (Waiting(deadline=1.0), Waiting(estimate_after=3.0), Waiting(on_error="estimate")):
         assert torch.equal(coded.run(X, waiting=asked)[0], answers)
     coded = rows(Ranks(), workers=Separate())
     coded(X)  # every row is computed
-    coded.waiting = Waiting(on_error="predict")
-    with pytest.warns(UserWarning, match=r"output\[1\] is torch.int64 and cannot be predicted"):
+    coded.waiting = Waiting(on_error="estimate")
+    with pytest.warns(UserWarning, match=r"output\[1\] is torch.int64 and cannot be estimated"):
         coded(X)
     coded(X)
 
@@ -282,8 +282,8 @@ def test_surrogates_and_outputs_that_no_call_can_use_are_warned_of_once():
 @pytest.mark.parametrize(
     "pool",
     [
-        lambda law: LocalWorkers(law),
-        lambda law: FaultyWorkers(DeviceWorkers(["cuda", "cuda"]), delays=law),
+        lambda delays: LocalWorkers(delays),
+        lambda delays: FaultyWorkers(DeviceWorkers(["cuda", "cuda"]), delays=delays),
     ],
 )
 def test_laws_on_a_cuda_module(pool, make, waiting):
@@ -293,19 +293,19 @@ def test_laws_on_a_cuda_module(pool, make, waiting):
         coded = CodedWrapper(module, make(4, 8), workers=workers, waiting=waiting)
         answers = coded(x)
         assert answers.device == x.device
-        own = ~coded.last_run.predicted.to("cuda")
+        own = ~coded.last_run.estimated.to("cuda")
         torch.testing.assert_close(answers[own], module(x)[own])
 
 
 def test_where_parts_take_no_time_a_lost_one_is_not_asked_for_again_and_again():
     coded = rows(nn.Identity(), workers=LocalWorkers(Uniform(2, seed=0)))
-    coded.waiting = Waiting(predict_after=3.0)
+    coded.waiting = Waiting(estimate_after=3.0)
     for _ in range(
         100
     ):  # until the policy knows the parts, which take 0 s, and has spent its extra
         coded(X)
-    assert coded.last_run.ended in ("failed", "predict_after")
-    assert coded.last_run.predicted.sum() == 4
+    assert coded.last_run.ended in ("failed", "estimate_after")
+    assert coded.last_run.estimated.sum() == 4
 
 
 class Busy(Separate):
@@ -394,7 +394,7 @@ def test_a_surrogate_that_answers_alone_keeps_what_it_returned(own):
     )
     coded = CodedWrapper(nn.Identity(), parts=4, workers=pool, waiting=waiting, surrogate=own)
     answers, report = coded.run(x)
-    assert report.predicted.tolist() == [False, True, True, True]
+    assert report.estimated.tolist() == [False, True, True, True]
     assert torch.equal(answers[0], x[0])
     answers.zero_()
     assert torch.equal(x, torch.arange(8.0).view(4, 2))

@@ -54,11 +54,11 @@ def test_masks_are_carried_where_inputs_are_not_mixed(way, lost):
     coded = CodedWrapper(Masked(), **divided(way, 4, 8), workers=pool)
     exact = Masked()(X, MASK)
     answers = coded(X, MASK)
-    own = ~coded.last_run.predicted
+    own = ~coded.last_run.estimated
     assert torch.equal(answers[own], exact[own])
     assert own.sum() >= 2
     by_name = coded(X, mask=MASK)
-    own = ~coded.last_run.predicted
+    own = ~coded.last_run.estimated
     assert torch.equal(by_name[own], exact[own])
 
 
@@ -71,7 +71,7 @@ def test_token_ids_alone(way):
     coded = CodedWrapper(module, **divided(way, 4, 6), workers=pool)
     answers, exact = coded(ids), module(ids)
     run = coded.last_run
-    own = ~run.predicted
+    own = ~run.estimated
     assert torch.equal(answers[own], exact[own])
     assert 0 < own.sum() < 12
     assert "no floating-point input" in run.notes[0]
@@ -102,7 +102,7 @@ def test_a_recurrent_network_with_lengths(way):
     )
     with torch.no_grad():
         answers, exact = coded(x, lengths), coded.module(x, lengths)
-    own = ~coded.last_run.predicted
+    own = ~coded.last_run.estimated
     assert own.sum() >= 16
     torch.testing.assert_close(answers[own], exact[own])
 

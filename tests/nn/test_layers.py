@@ -50,5 +50,5 @@ def test_a_call_with_a_late_part_runs_code_in_few_files():
             sys.setprofile(None)
     assert report.ended == "deadline"
     assert report.hedges
-    assert report.predicted.any()
+    assert report.estimated.any()
     assert len(files) <= 30, sorted(files)

@@ -41,7 +41,7 @@ def model():
 def coded(model):
     """A wrapper on four workers, whose calls have one part."""
     with DeviceWorkers(["cpu"] * 4) as pool, torch.no_grad():
-        yield CodedWrapper(model, workers=pool, parts=1, waiting=Waiting(predict=False))
+        yield CodedWrapper(model, workers=pool, parts=1, waiting=Waiting(estimate=False))
         for gate in model.gates.values():
             gate.set()
 
@@ -75,7 +75,7 @@ def test_a_call_may_have_several_arguments_and_a_policy_of_its_own():
 
     coded = CodedWrapper(Sum(), workers=LocalWorkers(), parts=2)
     pairs = [(torch.ones(4, 1), torch.full((4, 1), float(i))) for i in range(3)]
-    found = list(coded.map(pairs, waiting=Waiting(predict=False, deadline=9.0)))
+    found = list(coded.map(pairs, waiting=Waiting(estimate=False, deadline=9.0)))
     assert [answers[0, 0].item() for answers, _ in found] == [1.0, 2.0, 3.0]
     assert all(report.deadline == 9.0 for _, report in found)
 
@@ -154,6 +154,6 @@ def test_bound_arguments_are_passed_by_name():
     bound = inspect.signature(module.forward).bind(by=by, x=x)
     with DeviceWorkers(["cpu"] * 2) as pool:
         pool.start(module, bound)
-        coded = CodedWrapper(module, workers=pool, waiting=Waiting(predict=False))
+        coded = CodedWrapper(module, workers=pool, waiting=Waiting(estimate=False))
         ((answers, _),) = coded.map([bound])
     assert torch.equal(answers, 3 * x)

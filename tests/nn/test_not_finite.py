@@ -45,7 +45,7 @@ def test_such_a_row_is_answered_as_the_module_does(way, dtype):
     for module in (nn.ReLU(), Call(lambda x: x.nan_to_num(nan=-1.0, neginf=3.0))):
         coded = CodedWrapper(module, **divided(way, 4, 6), workers=Separate())
         assert same(coded(x), module(x))
-        assert not coded.last_run.predicted.any()
+        assert not coded.last_run.estimated.any()
         assert not coded.last_run.rejected
         assert coded.last_run.radii is None or not coded.last_run.radii.any()
 
@@ -53,7 +53,7 @@ def test_such_a_row_is_answered_as_the_module_does(way, dtype):
 @pytest.mark.parametrize("ordering", ["similarity", "arrival"])
 @pytest.mark.parametrize("way", WAYS)
 def test_without_a_result_it_gets_the_mean_and_an_infinite_error_bar(way, ordering):
-    """And what else is lost is predicted from finite rows alone."""
+    """And what else is lost is estimated from finite rows alone."""
     x, module = spoiled(), Call(lambda x: x.sin())
     seen = torch.zeros(24, dtype=torch.bool)
     for seed in range(20):
@@ -63,10 +63,10 @@ def test_without_a_result_it_gets_the_mean_and_an_infinite_error_bar(way, orderi
             how["code"] = how["code"].replace(ordering=ordering)
         coded = CodedWrapper(module, **how, workers=LocalWorkers(stragglers))
         answers, report = coded.run(x)
-        own, errors = ~report.predicted, report.radii
+        own, errors = ~report.estimated, report.radii
         assert same(answers[own], module(x)[own])
         assert answers[others()].isfinite().all()
-        lost = report.predicted & ~others()
+        lost = report.estimated & ~others()
         seen |= lost
         mean = module(x)[own & others()].mean(0).expand(int(lost.sum()), 3)
         torch.testing.assert_close(answers[lost], mean)
@@ -84,7 +84,7 @@ def test_no_other_answer_depends_on_it(way):
         pool = LocalWorkers(Uniform(3 if way != "rows" else 2, seed=1))
         coded = CodedWrapper(module, **divided(way, 4, 6), workers=pool)
         answers.append(coded(x))
-        assert coded.last_run.predicted[others()].any()
+        assert coded.last_run.estimated[others()].any()
     assert torch.equal(answers[0][others()], answers[1][others()])
     assert torch.equal(answers[0][others()], answers[2][others()])
 
@@ -92,7 +92,7 @@ def test_no_other_answer_depends_on_it(way):
 @pytest.mark.parametrize("way", WAYS)
 def test_surrogates_and_memories_do_not_see_it(way):
     x, memory = spoiled(48), Memory()
-    module = Call(lambda x: (90 * x).sin())  # which distances do not predict
+    module = Call(lambda x: (90 * x).sin())  # which distances do not estimate
     surrogates = (Call(lambda x: (90 * x).sin() - 0.1 * x), memory)
     for seed in range(2):
         pool = LocalWorkers(Uniform(3 if way != "rows" else 2, seed=seed))
@@ -103,7 +103,7 @@ def test_surrogates_and_memories_do_not_see_it(way):
         assert not run.notes
         assert run.surrogate_weights[0][0] > 0.5
         assert answers[others(48)].isfinite().all()
-        assert len(memory) - known == (~run.predicted & others(48)).sum()
+        assert len(memory) - known == (~run.estimated & others(48)).sum()
 
 
 def test_in_any_argument_wherever_the_batch_is():
@@ -121,10 +121,10 @@ def test_in_any_argument_wherever_the_batch_is():
     assert torch.equal(masked(mask), mask.clone())
 
 
-def test_where_the_mean_predicts_such_rows_calibrate_no_error_bars():
+def test_where_the_mean_estimates_such_rows_calibrate_no_error_bounds():
     """If time is short: without distances, nothing else tells which rows are finite."""
-    inputs, predictor = Inputs((spoiled(),), {}, 0), Regression()
-    plan = Rows(inputs, predictor, block=0, parts=4).plan
+    inputs, estimator = Inputs((spoiled(),), {}, 0), Regression()
+    plan = Rows(inputs, estimator, block=0, parts=4).plan
     results, radii = torch.linspace(-1, 1, 24)[:, None, None], []
     results[BAD] = 0.0  # the mean of the others
     for received in (
@@ -132,8 +132,8 @@ def test_where_the_mean_predicts_such_rows_calibrate_no_error_bars():
         [i for i in range(24) if i not in (5, *BAD)],
     ):
         answers = plan.decode(results[received], received)
-        radii.append(plan.error_bars(received, results[received], answers).radii(0.5)[5])
-        plan = predictor.plan([], 24)
+        radii.append(plan.error_bounds(received, results[received], answers).radii(0.5)[5])
+        plan = estimator.plan([], 24)
     assert radii[0] == pytest.approx(radii[1])
 
 
@@ -144,7 +144,7 @@ def test_a_batch_of_nothing_else(way):
     assert coded(x).isnan().all()
     module = FailsAt(7.0, divide_by_zero)
     x[:2] = 7.0
-    how = divided(way, 3, 3) | {"waiting": Waiting(on_error="predict")}
+    how = divided(way, 3, 3) | {"waiting": Waiting(on_error="estimate")}
     lost = CodedWrapper(module, **how, workers=Separate())
-    with pytest.raises(NotEnoughResults, match="no result of finite inputs to predict others from"):
+    with pytest.raises(NotEnoughResults, match="no result of finite inputs to estimate others"):
         lost(x)

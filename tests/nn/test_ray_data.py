@@ -30,8 +30,8 @@ def test_a_batch_gets_columns():
     given = batch()
     given["data"].flags.writeable = False  # as Ray Data's
     made = RayDataPredictor(half, output="y")(given)
-    assert set(made) == {"data", "y", "predicted", "radius"}
-    exact = ~made["predicted"]
+    assert set(made) == {"data", "y", "estimated", "radius"}
+    exact = ~made["estimated"]
     assert exact.sum() == 10
     assert np.array_equal(made["y"][exact], given["data"][exact])
     assert (made["radius"][exact] == 0).all()
@@ -43,15 +43,15 @@ def test_several_inputs_and_outputs_are_columns_of_their_own():
         def forward(self, a, b):
             return {"sum": a + b, "difference": a - b}
 
-    predictor = RayDataPredictor(
+    estimator = RayDataPredictor(
         lambda: CodedWrapper(Both(), workers=LocalWorkers(), parts=2), inputs=["a", "b"]
     )
     ones = np.ones((4, 2), np.float32)
-    made = predictor({"a": 2 * ones, "b": ones, "name": np.array(list("abcd"))})
+    made = estimator({"a": 2 * ones, "b": ones, "name": np.array(list("abcd"))})
     assert (made["sum"] == 3).all()
     assert (made["difference"] == 1).all()
     assert list(made["name"]) == list("abcd")
-    assert not made["predicted"].any()
+    assert not made["estimated"].any()
 
 
 def test_what_is_no_wrapper_or_no_tensor_is_named():
@@ -62,15 +62,15 @@ def test_what_is_no_wrapper_or_no_tensor_is_named():
         def forward(self, x):
             return x, x
 
-    predictor = RayDataPredictor(lambda: CodedWrapper(Two(), workers=LocalWorkers(), parts=2))
+    estimator = RayDataPredictor(lambda: CodedWrapper(Two(), workers=LocalWorkers(), parts=2))
     with pytest.raises(TypeError, match="the output 'answer' must be of type Tensor, got tuple"):
-        predictor(batch())
+        estimator(batch())
 
 
 def test_columns_that_would_be_lost_are_named():
     with pytest.raises(ValueError, match=r"columns answer, .* must be new, got radius$"):
         RayDataPredictor(half)(batch() | {"radius": np.zeros(20)})
-    for name in ("predicted", "data"):
+    for name in ("estimated", "data"):
         with pytest.raises(ValueError, match=rf"got {name}$"):
             RayDataPredictor(half, output=name)(batch())
     with pytest.raises(ValueError, match=r"inputs must be columns .*\['data'\], got \['x'\]"):
@@ -88,7 +88,7 @@ def killed(log):
                 log.write_text(str(pids[0]))
 
     threading.Thread(target=kill, daemon=True).start()
-    return CodedWrapper(nn.Flatten(), workers=pool, parts=4, waiting=Waiting(predict=False))
+    return CodedWrapper(nn.Flatten(), workers=pool, parts=4, waiting=Waiting(estimate=False))
 
 
 @pytest.mark.ray
@@ -117,4 +117,4 @@ def test_ray_data_loses_no_row_while_workers_are_killed(tmp_path, monkeypatch):
     assert len(found) == len(rows)
     answers = np.stack([row["answer"] for row in found])
     assert np.array_equal(answers[np.argsort(answers[:, 0])], rows)
-    assert not any(row["predicted"] or row["radius"] for row in found)
+    assert not any(row["estimated"] or row["radius"] for row in found)

@@ -103,7 +103,7 @@ def test_of_results_of_one_unit_the_first_counts():
     assert leaf.flatten().tolist() == [1.0, 1.0, 0.0]
 
 
-@pytest.mark.filterwarnings("ignore:.* cannot be predicted")
+@pytest.mark.filterwarnings("ignore:.* cannot be estimated")
 @pytest.mark.parametrize("way", WAYS)
 def test_outputs_of_any_dtype_are_carried_where_every_row_has_a_result(way):
     module = Call(lambda x: {"top": x.argmax(1), "logits": x, "pair": x[:, :2].T > 0})
@@ -113,13 +113,13 @@ def test_outputs_of_any_dtype_are_carried_where_every_row_has_a_result(way):
     answers, report = whole.run(x)
     for name, wanted in module(x).items():
         assert torch.equal(answers[name], wanted)
-    assert not report.predicted.any()
+    assert not report.estimated.any()
     assert not report.radii.any()
     pool = LocalWorkers(Uniform(1, seed=0))
     lost = CodedWrapper(module, **divided(way, 4, 4), workers=pool, **options)
     with pytest.raises(
         NotEnoughResults,
-        match=r"output\['top'\] is torch.int64 and cannot be predicted; .*predict=False",
+        match=r"output\['top'\] is torch.int64 and cannot be estimated; .*estimate=False",
     ):
         lost(x)
 
@@ -128,7 +128,7 @@ def test_an_empty_batch_has_an_empty_report():
     coded = CodedWrapper(nn.ReLU(), ReplicationCode(2, 4))
     answers, report = coded.run(torch.zeros(0, 3))
     assert answers.shape == (0, 3)
-    assert (report.predicted.dtype, report.predicted.shape) == (torch.bool, (0,))
+    assert (report.estimated.dtype, report.estimated.shape) == (torch.bool, (0,))
     assert report.radii.shape == (0,)
 
 

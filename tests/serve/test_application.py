@@ -21,7 +21,6 @@ from torch import nn
 from coded_torch import Waiting
 from coded_torch.nn import CodedWrapper
 from coded_torch.serve import TensorSpec, app, protocol, specs
-from coded_torch.serve.protocol import ADDED
 from coded_torch.stragglers import Bernoulli, Trace
 from coded_torch.workers import (
     DeviceWorkers,
@@ -97,7 +96,8 @@ def test_metadata(client):
         assert (status, found["name"], found["versions"]) == (200, "m", ["1"])
         assert found["inputs"] == [{"name": "input", "datatype": "FP32", "shape": [-1, 3]}]
         names = [spec["name"] for spec in found["outputs"]]
-        assert names == ["output", *(spec.name for spec in ADDED)]
+        # An older client takes an output that it does not know for one of the model's own.
+        assert names == ["output", "predicted", "radius", "label_risk", "source", "verified"]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,9 @@ def test_packed_bodies(client, encoding, squeeze):
     answer = json.loads(answer)
     assert answer.pop("outputs")[0]["shape"] == [64, 2]
     head = {"model_name": "m", "model_version": "1", "id": "a"}
-    assert answer == head | {"parameters": {"predicted_rows": 0, "coverage": 0.95}}
+    assert answer == head | {
+        "parameters": {"estimated_rows": 0, "predicted_rows": 0, "coverage": 0.95}
+    }
 
 
 @pytest.mark.parametrize(
@@ -428,10 +430,10 @@ def test_while_some_workers_hang_idle_ones_answer(held):
 
 
 @pytest.mark.parametrize("lost", [1, 2])
-def test_missing_rows_are_predicted_and_flagged(lost):
+def test_missing_rows_are_estimated_and_flagged(lost):
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(64, 3, generator=generator)
-    names = ("output", "predicted", "radius", "label_risk", "source")
+    names = ("output", "estimated", "radius", "label_risk", "source", "predicted")
     outputs = [{"name": name} for name in names]
     workers = LocalWorkers(Trace([[math.inf] * lost + [0.0] * (4 - lost)]))
     application = built(workers=workers, waiting=Waiting(hedge_budget=0))
@@ -446,21 +448,24 @@ def test_missing_rows_are_predicted_and_flagged(lost):
         torch.tensor([math.inf if x is None else x for x in entry["data"]])
         for entry in answer["outputs"]
     )
-    output, predicted, errors, risks, source = found
+    output, estimated, errors, risks, source, predicted = found
     output, exact = output.reshape(64, 2), linear()(rows).detach()
-    assert int(predicted.sum()) == answer["parameters"]["predicted_rows"] == 16 * lost
-    assert torch.allclose(output[~predicted], exact[~predicted], atol=1e-5)
-    assert not torch.allclose(output[predicted], exact[predicted], atol=1e-5)
-    assert (errors[~predicted] == 0).all()
-    assert (errors[predicted] > 0).all()
-    assert (torch.tensor(low["outputs"][2]["data"])[predicted] <= errors[predicted]).all()
-    assert high["outputs"][2]["data"][int(predicted.nonzero()[0])] is None  # infinite
+    assert int(estimated.sum()) == answer["parameters"]["estimated_rows"] == 16 * lost
+    # The names of version 0.3, by which an older client tells rows that no worker computed.
+    assert torch.equal(estimated, predicted)
+    assert answer["parameters"]["predicted_rows"] == 16 * lost
+    assert torch.allclose(output[~estimated], exact[~estimated], atol=1e-5)
+    assert not torch.allclose(output[estimated], exact[estimated], atol=1e-5)
+    assert (errors[~estimated] == 0).all()
+    assert (errors[estimated] > 0).all()
+    assert (torch.tensor(low["outputs"][2]["data"])[estimated] <= errors[estimated]).all()
+    assert high["outputs"][2]["data"][int(estimated.nonzero()[0])] is None  # infinite
     assert [x["parameters"]["coverage"] for x in (answer, low, high)] == [0.95, 0.5, 0.999]
-    assert (source == torch.where(predicted, 2, 0)).all()
-    assert (risks[~predicted] == 0).all()
-    assert (risks[predicted] > 0).all()
-    assert f'coded_torch_answers_total{{kind="predicted"}} {16.0 * lost}' in text
-    assert f'coded_torch_answers_total{{kind="exact"}} {64 - 16.0 * lost}' in text
+    assert (source == torch.where(estimated, 2, 0)).all()
+    assert (risks[~estimated] == 0).all()
+    assert (risks[estimated] > 0).all()
+    assert f'coded_torch_answers_total{{kind="estimated"}} {16.0 * lost}' in text
+    assert f'coded_torch_answers_total{{kind="computed"}} {64 - 16.0 * lost}' in text
 
 
 class Named(nn.Module):
@@ -499,7 +504,7 @@ def test_a_request_that_makes_the_module_fail_fails_alone():
     assert status == 500
     assert "index out of range" in answer["error"]
     for i, (status, answer) in answers.items():
-        assert (status, answer["parameters"]["predicted_rows"]) == (200, 0)
+        assert (status, answer["parameters"]["estimated_rows"]) == (200, 0)
         assert answer["outputs"][0]["data"] == [2.0 * i + 2, 2.0 * i + 4]
 
 
@@ -551,7 +556,7 @@ def test_objects_that_the_host_has_frozen_stay_frozen():
         ({"outputs": ["output"]}, "app: an entry of outputs must be of type TensorSpec, got str"),
         (
             {"outputs": [TensorSpec("predicted", "BOOL", ())]},
-            "each once, none of predicted, radius, label_risk, source, verified, corrected, got",
+            "once, none of estimated, radius, label_risk, source, verified, corrected, predicted",
         ),
         ({"deadline": 0}, "app: deadline must be positive and finite, got 0"),
         ({"max_batch_size": 0}, "app: max_batch_size must be at least 1, got 0"),

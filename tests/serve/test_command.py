@@ -52,8 +52,8 @@ def text():
 def small():
     return torch.nn.Linear(3, 2), torch.ones(2, 3)
 
-def predicted():
-    return Of(lambda x: {"predicted": x}), torch.ones(2, 3)
+def estimated():
+    return Of(lambda x: {"estimated": x}), torch.ones(2, 3)
 
 def wordy():
     return Of(lambda x: (x, "words")), torch.ones(2, 1)
@@ -294,8 +294,8 @@ def test_a_server_may_listen_at_an_address_of_ipv6(mine):
         ("mine:small --endpoints http://127.0.0.1:1", "MODULE:FACTORY must be left out with --e"),
         ("mine:wordy", "the module must return tensors to be served"),
         (
-            "mine:predicted",
-            "none of predicted, radius, label_risk, source, verified, corrected, got ['pr",
+            "mine:estimated",
+            "none of estimated, radius, label_risk, source, verified, corrected, predicted, got ['",
         ),
     ],
 )

@@ -36,12 +36,12 @@ def test_a_batch():
         rejected={3: "was killed by SIGKILL"},  # the next worker at its place answered
         work=1.5,
         hedges=(hedge(4, True), hedge(5, False), hedge(6, False)),
-        predicted=torch.tensor([True, False, False, True]),
+        estimated=torch.tensor([True, False, False, True]),
         radii=torch.tensor([0.3, 0.0, 0.0, 0.4], dtype=torch.float64),
         verified=torch.tensor([False, True, True, False]),
         unverified=torch.tensor([True, False, False, False]),
         corrected=(1,),
-        strikes={2: 4},
+        faults={2: 4},
         excluded=(2,),
         encode_seconds=0.002,
         compute_seconds=0.03,
@@ -62,8 +62,8 @@ def test_a_batch():
         "results_total received": 3,
         "results_total missing": 2,
         "results_total rejected": 1,
-        "answers_total exact": 2,
-        "answers_total predicted": 2,
+        "answers_total computed": 2,
+        "answers_total estimated": 2,
         "refusals_total late": 1,
         "rows_computed_total": 6,
         "extra_rows_total": 2,
@@ -72,7 +72,7 @@ def test_a_batch():
         "checks_total verified": 2,
         "checks_total unverified": 1,
         "checks_total corrected": 1,
-        "strikes_total http://a": 4,
+        "faults_total http://a": 4,
         "excluded_total": 1,
         "queued_seconds_sum": 0.3,
         "queued_seconds_count": 2,
@@ -105,7 +105,7 @@ def test_the_dashboard_shows_every_number():
     shown = set(re.findall(r"\$\{prefix\}coded_torch_(\w+)", json.dumps(dashboard)))
     metrics = Metrics()
     true = torch.tensor([True])
-    report = Report(predicted=true, verified=true, unverified=~true, strikes={2: 1})
+    report = Report(estimated=true, verified=true, unverified=~true, faults={2: 1})
     metrics.batch(LocalWorkers(), Batch([], report, set()), 1, [0.1])
     metrics.refused("late")
     families = text_string_to_metric_families(metrics.text().decode())
@@ -121,7 +121,7 @@ def test_the_dashboard_shows_every_number():
 
 
 def test_rows_without_an_answer_are_no_answers():
-    metrics, report = Metrics(), Report(predicted=torch.tensor([True, True, False, False]))
+    metrics, report = Metrics(), Report(estimated=torch.tensor([True, True, False, False]))
     metrics.batch(LocalWorkers(), Batch([], report, {0, 3}), 4, [0.1])
-    assert values(metrics)["coded_torch_answers_total exact"] == 1
-    assert values(metrics)["coded_torch_answers_total predicted"] == 1
+    assert values(metrics)["coded_torch_answers_total computed"] == 1
+    assert values(metrics)["coded_torch_answers_total estimated"] == 1

@@ -149,7 +149,6 @@ class Pool:
 
     def chaos(self, faults=True):
         application = types.SimpleNamespace(pool=self, coded=types.SimpleNamespace(verify=0.2))
-        application.of_places = lambda what: {"states": self.states}[what]
         return Chaos(application, faults=faults, is_local=True)
 
 
@@ -206,9 +205,13 @@ def test_a_fault_ends_with_its_process(action, monkeypatch):
 
 
 def test_a_worker_that_ends_meanwhile_is_not_signalled(monkeypatch):
-    pool = Pool()
-    chaos, reads = pool.chaos(), [{0: ("idle", 1234)}, {0: ("down", 0)}]
-    chaos.built.of_places = lambda what: reads.pop(0)
+    reads = [{0: ("idle", 1234)}, {0: ("down", 0)}]
+
+    class Ending(Pool):
+        states = property(lambda self: reads.pop(0), lambda self, states: None)
+
+    pool = Ending()
+    chaos = pool.chaos()
     monkeypatch.setattr(os, "kill", lambda pid, number: pool.signals.append((pid, number)))
     chaos.act(0, "kill")
     assert pool.signals == [(1234, signal.SIGKILL)]  # 0 is this process, and its whole group
@@ -440,16 +443,16 @@ def test_answers_go_on_while_four_of_six_workers_are_dead(opened):
 ANSWER = """
 const answer = {parameters: {coverage: .9}, outputs: [
   {shape: [64, 10], data: Array(640).fill(0)},
-  ...["predicted", "radius", "source", "verified", "corrected"].map(
+  ...["estimated", "radius", "source", "verified", "corrected"].map(
     name => ({name, shape: [64], data: Array(64).fill(0)}))]};
-const [output, predicted, radius, source, verified, corrected] = answer.outputs;
+const [output, estimated, radius, source, verified, corrected] = answer.outputs;
 for (let row = 0; row < 64; row++) output.data[10 * row + (row ? labels[row - 1] : 7)] = 9;
 source.data[1] = 1;
-predicted.data[2] = predicted.data[3] = 1; source.data[2] = source.data[3] = 2;
+estimated.data[2] = estimated.data[3] = 1; source.data[2] = source.data[3] = 2;
 radius.data[2] = .25; radius.data[3] = null;
 corrected.data[4] = source.data[4] = verified.data[4] = 1;
 output.data[10 * 5 + (labels[4] + 1) % 10] = 99;
-output.data[10 * 6 + (labels[5] + 1) % 10] = 99; predicted.data[6] = 1; radius.data[6] = 120;
+output.data[10 * 6 + (labels[5] + 1) % 10] = 99; estimated.data[6] = 1; radius.data[6] = 120;
 const own = fetch, stub = async () => ({ok: true, json: async () => answer});
 window.fetch = (path, options) => path.endsWith("/infer") ? stub() : own(path, options);
 """

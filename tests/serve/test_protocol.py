@@ -190,7 +190,7 @@ def test_rows_that_are_to_blame_are_named():
         ({"inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 3]}]}, "either data or"),
         (one() | {"parameters": {"coverage": 1.5}}, "coverage of the request must be between 0"),
         (one() | {"outputs": 3}, "outputs of the request must be a list"),
-        (one() | {"outputs": [{"name": "x"}]}, "once one of ['output', 'predicted', 'radius"),
+        (one() | {"outputs": [{"name": "x"}]}, "once one of ['output', 'estimated', 'radius"),
         (one() | {"outputs": [{"name": "output"}] * 2}, "an output must be once one of"),
         (wanted(classification=3), "not as a classification"),
         (wanted(binary_data=1), "binary_data of output 'output' must be true or false"),
@@ -241,18 +241,18 @@ def test_requested_outputs_and_times():
 
 def test_answers_in_json_and_binary():
     wanted = [{"name": "output", "parameters": {"binary_data": True}}]
-    wanted += [{"name": "predicted"}, {"name": "radius"}]
+    wanted += [{"name": "estimated"}, {"name": "radius"}]
     message = one() | {"id": "a", "outputs": wanted}
     output = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).T  # not contiguous
     errors = torch.tensor([0.5, torch.nan])  # JSON has no number for it
-    answers = {"output": output, "predicted": torch.tensor([True, False]), "radius": errors}
+    answers = {"output": output, "estimated": torch.tensor([True, False]), "radius": errors}
     tensors = ((spec, answers[spec.name], binary) for spec, binary in read(message).outputs)
     body, length = written({"id": "a"}, "outputs", tensors)
     found = json.loads(body[:length])
     size = {"binary_data_size": 16}
     assert found.pop("outputs") == [
         {"name": "output", "datatype": "FP32", "shape": [2, 2], "parameters": size},
-        {"name": "predicted", "datatype": "BOOL", "shape": [2], "data": [True, False]},
+        {"name": "estimated", "datatype": "BOOL", "shape": [2], "data": [True, False]},
         {"name": "radius", "datatype": "FP32", "shape": [2], "data": [0.5, None]},
     ]
     assert found == {"id": "a"}

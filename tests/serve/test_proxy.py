@@ -63,20 +63,20 @@ def test_a_request_that_a_server_refuses_is_400():
         assert sum(len(server.rows) for server in both) == 0
 
 
-def test_rows_that_a_server_predicts_are_computed_by_another():
+def test_rows_that_a_server_estimates_are_computed_by_another():
     late = FaultyWorkers(LocalWorkers(), delays=Trace([[float("inf"), 0.0, 0.0, 0.0]]))
     rows = torch.randn(16, 3, generator=torch.Generator().manual_seed(0)).tolist()
-    request = {"inputs": [tensor(rows)], "outputs": [{"name": "output"}, {"name": "predicted"}]}
+    request = {"inputs": [tensor(rows)], "outputs": [{"name": "output"}, {"name": "estimated"}]}
     with serving(built()) as good, serving(built(workers=late)) as bad:
         with Client(bad) as client:
             assert any(client.infer(request)[1]["outputs"][1]["data"])
         urls = [f"http://127.0.0.1:{port}" for port in (bad, good)]
         with Client(good) as client, fronted(urls, "m", deadline=10.0) as front:
             assert RemoteModule(urls[0], "m").metadata.outputs == tuple(OUTPUTS)
-            with pytest.raises(RuntimeError, match=r"the server predicted \d+ of 16 rows"):
+            with pytest.raises(RuntimeError, match=r"the server estimated \d+ of 16 rows"):
                 RemoteModule(urls[0], "m")(torch.tensor(rows))
-            flagged = RemoteModule(urls[0], "m", outputs=["output", "predicted"])
-            assert flagged(torch.tensor(rows))["predicted"].any()
+            flagged = RemoteModule(urls[0], "m", outputs=["output", "estimated"])
+            assert flagged(torch.tensor(rows))["estimated"].any()
             for _ in range(5):
                 status, answer = front.infer(request, PATH)
                 assert status == 200
@@ -125,7 +125,7 @@ def test_a_killed_server_loses_nothing():
             rows = [[float(n), 0.0, 1.0], [1.0, float(n), 2.0], [3.0, 1.0, float(n)]]
             request = {"inputs": [tensor(rows)], "outputs": [{"name": "output"}]}
             status, answer = client.infer(request, "/v2/models/double/infer")
-            assert (status, answer["parameters"]["predicted_rows"]) == (200, 0)
+            assert (status, answer["parameters"]["estimated_rows"]) == (200, 0)
             assert answer["outputs"][0]["data"] == [2 * x for row in rows for x in row]
 
 
@@ -180,7 +180,7 @@ def test_headers_and_certificates_come_from_files_and_variables(tmp_path, monkey
         ("--endpoints {url} --model none", "no endpoint describes the model 'none'; http://"),
         ("--endpoints ftp://a --model double", "--endpoints: an endpoint must be a URL such as"),
         ("--endpoints http://127.0.0.1:1 --model double", "no endpoint describes the model"),
-        ("--endpoints {url} --model double --name predicted/x", "name must be a part of a URL"),
+        ("--endpoints {url} --model double --name estimated/x", "name must be a part of a URL"),
     ],
 )
 def test_bad_values_get_one_line(arguments, message, capsys):

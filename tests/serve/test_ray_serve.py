@@ -167,7 +167,7 @@ def test_actors_of_the_cluster_compute_for_a_replica_and_one_may_die(port):
         if "ray_coded_torch_answers_total" in text or time.monotonic() > until:
             break
         time.sleep(1.0)
-    assert re.search(r'ray_coded_torch_answers_total\{[^}]*kind="exact"[^}]*\} [1-9]', text)
+    assert re.search(r'ray_coded_torch_answers_total\{[^}]*kind="computed"[^}]*\} [1-9]', text)
 
 
 def test_the_application_refuses_before_ray():

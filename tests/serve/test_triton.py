@@ -72,7 +72,7 @@ class TritonTests:
         images = examples.repeat(7, 1, 1, 1)[:rows].numpy()
         asked = triton.InferInput("input", list(images.shape), "FP32")
         asked.set_data_from_numpy(images, binary_data=sent)
-        names = ("output", "predicted", "radius")
+        names = ("output", "estimated", "radius")
         options = {
             "outputs": [triton.InferRequestedOutput(name, binary_data=got) for name in names],
             "request_id": "7",
@@ -86,7 +86,7 @@ class TritonTests:
             exact = module(torch.from_numpy(images)).numpy()
         # The answers of a batch of another size differ in their last bits.
         np.testing.assert_allclose(answer.as_numpy("output"), exact, rtol=1e-4, atol=1e-4)
-        assert answer.as_numpy("predicted").tolist() == [False] * rows
+        assert answer.as_numpy("estimated").tolist() == [False] * rows
         assert answer.as_numpy("radius").tolist() == [0.0] * rows
         assert answer.get_response()["id"] == "7"
 

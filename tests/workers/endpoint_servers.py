@@ -27,6 +27,8 @@ class DoubleServer:
         ready: whether ``/v2/health/ready`` says so.
         num_connections: how many were opened.
         nan: how JSON has it.
+        outputs: the descriptions of the outputs.
+        wanted: the names of the outputs that the last request asked for.
         head: what the JSON of answers has beside the outputs, in place of the usual.
     """
 
@@ -34,7 +36,7 @@ class DoubleServer:
         self.binary, self.fault, self.rows, self.headers = binary, None, [], {}
         self.ready, self.delay, self.num_connections = True, 0.0, 0
         self.echoes, self.head, self.scheme = echoes, {}, "https" if context else "http"
-        self.nan = "NaN"
+        self.nan, self.outputs, self.wanted = "NaN", META["outputs"], []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
         self.server.daemon_threads = True
         if context:
@@ -77,7 +79,7 @@ class DoubleServer:
                     known = ["binary_tensor_data"] if owner.binary else []
                     self.send(200, json.dumps({"name": "test", "extensions": known}).encode())
                 elif self.path == "/v2/models/double":
-                    self.send(200, json.dumps(META).encode())
+                    self.send(200, json.dumps(META | {"outputs": owner.outputs}).encode())
                 elif self.path == "/v2/models/shapeless":
                     self.send(200, json.dumps(META | {"inputs": [{"name": "input"}]}).encode())
                 else:
@@ -89,6 +91,7 @@ class DoubleServer:
                 length = self.headers.get("Inference-Header-Content-Length")
                 head = json.loads(body[: int(length)] if length else body)
                 (entry,), self.head = head["inputs"], {"model_name": "double"}
+                owner.wanted = [each["name"] for each in head["outputs"]]
                 if owner.echoes and "id" in head:
                     self.head["id"] = head["id"]
                 if length:

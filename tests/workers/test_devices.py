@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from coded_torch.codes import NotEnoughResults
 from coded_torch.nn import CodedWrapper, Waiting
-from coded_torch.testing.helpers import run
 from coded_torch.testing.workers import (
     CopyCode,
     FailsAt,
@@ -26,6 +25,7 @@ from coded_torch.testing.workers import (
     events_of,
     numbered,
     replies_of,
+    run,
     task_of,
     until,
 )

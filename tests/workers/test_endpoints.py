@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import math
 import os
 import pickle
@@ -18,7 +19,7 @@ from torch import nn
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import DeadlineExceeded, NotEnoughResults, SplineCode
 from coded_torch.open_inference import EndpointError, Model, RefusedError
-from coded_torch.open_inference.client import Client, RemoteError, run
+from coded_torch.open_inference.client import BusyError, Client, RemoteError, run
 from coded_torch.testing.workers import numbered, task_of
 from coded_torch.workers import EndpointWorkers, Part, RemoteModule, Reply, endpoints
 
@@ -37,7 +38,7 @@ def three():
 def wrapped(made, waiting=None, **options):
     module = RemoteModule(made[0].url, "double")
     pool = EndpointWorkers([each.url for each in made], model="double", **options)
-    waiting = waiting or Waiting(deadline=WAIT, predict=False)
+    waiting = waiting or Waiting(deadline=WAIT, estimate=False)
     return CodedWrapper(module, workers=pool, waiting=waiting)
 
 
@@ -83,7 +84,7 @@ def test_json_with_numbers_that_are_not_finite_is_an_answer(word):
             each.fault, each.nan = one_nan, word
         answers, report = coded.run(X)
         assert torch.equal(answers[1:], 2 * X[1:])
-        assert report.predicted.nonzero().flatten().tolist() == [0]
+        assert report.estimated.nonzero().flatten().tolist() == [0]
         assert coded.workers.num_ready == 2
         assert coded.module(X)[0].isnan().all()
 
@@ -137,9 +138,9 @@ def answering(**head):
     return lambda handler, rows: handler.head.update(head) or handler.answer(2 * rows)
 
 
-def counting(predicted):
-    """Return a fault that says how many rows it predicted."""
-    return answering(parameters={"predicted_rows": predicted})
+def counting(estimated, *keys):
+    """Return a fault that says how many rows it estimated."""
+    return answering(parameters=dict.fromkeys(keys or ["estimated_rows"], estimated))
 
 
 FAULTS = {
@@ -149,7 +150,8 @@ FAULTS = {
     "interim": interim,
     "another id": answering(id="another"),
     "another model": answering(model_name="another"),
-    **{f"predicted {x!r}": counting(x) for x in (3.0, 0.0, "3.0", True, -1, 99, [], "")},
+    **{f"estimated {x!r}": counting(x) for x in (3.0, 0.0, "3.0", True, -1, 99, [], "")},
+    **{f"predicted {x!r}": counting(x, "predicted_rows") for x in (3.0, -1, 99)},
     "garbage": lambda handler, _: handler.send(200, b"\x00garbage"),
     "deep": lambda handler, _: handler.send(200, b"[" * 60_000),
     "packed": lambda handler, _: handler.send(200, b"\x1f\x8b", Content_Encoding="gzip"),
@@ -170,19 +172,53 @@ def test_an_answer_against_the_protocol_is_not_used(three, fault):
     assert coded.workers.num_ready == 2
 
 
+@pytest.mark.parametrize(
+    "keys", [("estimated_rows",), ("predicted_rows",), ("estimated_rows", "predicted_rows")]
+)
 @pytest.mark.parametrize("kind", [int, str])  # protobuf writes 64 bits as strings
-def test_rows_that_a_server_says_it_predicted_are_computed_by_another(three, kind):
-    """Whatever the server that described the model is: fleets may be mixed."""
+def test_rows_that_a_server_says_it_estimated_are_computed_by_another(three, kind, keys):
+    """Whatever the server that described the model is: fleets may be mixed, also of versions."""
 
-    def predicted(handler, rows):
+    def estimated(handler, rows):
         used.append(rows)
-        counting(kind(len(rows)))(handler, np.float32(-50) * rows)
+        counting(kind(len(rows)), *keys)(handler, np.float32(-50) * rows)
         return True
 
     coded, used = wrapped(three), []
-    three[1].fault = predicted
+    three[1].fault = estimated
     until(lambda: torch.equal(coded(X), 2 * X) and used)
-    assert not coded.last_run.predicted.any()
+    assert not coded.last_run.estimated.any()
+
+
+@pytest.mark.parametrize("name", ["predicted", "estimated"])
+def test_rows_are_marked_whatever_the_server_calls_the_mark(name):
+    """Older servers know the first name alone, later ones may know only the second."""
+    added = [("radius", "FP32"), ("label_risk", "FP32"), ("source", "UINT8")]
+    added += [(name, "BOOL"), ("verified", "BOOL")]
+
+    def marked(handler, rows):
+        out = {"name": "output", "datatype": "FP32", "shape": [len(rows), 3]}
+        out["data"] = (2 * rows).ravel().tolist()
+        mark = {"name": name, "datatype": "BOOL", "shape": [len(rows)]}
+        mark["data"] = [row == 5 for row in range(len(rows))]
+        message = handler.head | {"parameters": {f"{name}_rows": 1}}
+        message["outputs"] = [out, mark][: len(server.wanted)]
+        return handler.send(200, json.dumps(message).encode()) or True
+
+    with servers(1, binary=False) as (server,):
+        server.outputs = server.outputs + [
+            {"name": key, "datatype": kind, "shape": [-1]} for key, kind in added
+        ]
+        server.fault = marked
+        found = RemoteModule(server.url, "double", outputs=["output", "estimated"])(X)
+        assert server.wanted == ["output", name]
+        assert list(found) == ["output", "estimated"]
+        assert torch.equal(found["output"], 2 * X)
+        assert found["estimated"].nonzero().flatten().tolist() == [5]
+        plain = RemoteModule(server.url, "double")
+        with pytest.raises(BusyError, match=r"estimated 1 of 12 rows, .* with 'estimated' would"):
+            plain(X)
+        assert server.wanted == ["output"]
 
 
 REFUSALS = {
@@ -259,7 +295,7 @@ def test_servers_that_fail_on_the_same_rows_clear_each_other(three, monkeypatch)
         each.fault = lambda handler, rows: (rows == 15).any() and broken(handler, rows)
     for _ in range(3):
         _, report = coded.run(X)
-        assert report.predicted.nonzero().flatten().tolist() == [5]
+        assert report.estimated.nonzero().flatten().tolist() == [5]
         until(lambda: coded.workers.num_ready == 3)
     for each in three:
         each.fault = broken if each is three[0] else None
@@ -315,7 +351,7 @@ def test_versions_are_reported_and_two_in_a_call_are_logged(three, caplog):
 
 
 def test_a_server_that_hangs_delays_nobody_beyond_the_deadline(three):
-    coded = wrapped(three, Waiting(deadline=1.0, predict=False, hedge_budget=0))
+    coded = wrapped(three, Waiting(deadline=1.0, estimate=False, hedge_budget=0))
     asked, hung, rows_asked = threading.Event(), threading.Event(), set()
 
     def hang(handler, rows):
@@ -364,7 +400,7 @@ def test_each_server_that_fails_or_comes_back_is_logged_with_the_reason(three, c
 def test_servers_are_probed_often_while_none_is_up(three, monkeypatch):
     monkeypatch.setattr(endpoints, "_PROBE_SECONDS", 600.0)
     monkeypatch.setattr(endpoints, "_MOST_PROBE_SECONDS", 600.0)
-    coded = wrapped(three, Waiting(deadline=1.0, predict=False))
+    coded = wrapped(three, Waiting(deadline=1.0, estimate=False))
     three[0].fault = broken
     until(lambda: torch.equal(coded(X), 2 * X) and coded.workers.num_ready == 2)
     three[0].fault = None
@@ -666,7 +702,7 @@ def test_pools_and_modules_are_copied_without_their_connections(three):
 def test_a_wrong_server_is_found_by_recomputation(three):
     module = RemoteModule(three[0].url, "double")
     pool = EndpointWorkers([each.url for each in three], model="double")
-    coded = CodedWrapper(module, workers=pool, waiting=Waiting(predict=False), verify=0.5)
+    coded = CodedWrapper(module, workers=pool, waiting=Waiting(estimate=False), verify=0.5)
     three[0].fault = lambda handler, rows: handler.answer(np.float32(3) * rows) or True
     excluded = set()
     for _ in range(20):

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Bernoulli, ShiftedExponential, Stragglers, Trace, Uniform
-from coded_torch.testing.helpers import run
 from coded_torch.testing.workers import (
     CopyCode,
     FailsAt,
@@ -19,6 +18,7 @@ from coded_torch.testing.workers import (
     events_of,
     numbered,
     replies_of,
+    run,
     task_of,
 )
 from coded_torch.workers import Began, LocalWorkers, Reply
@@ -82,8 +82,8 @@ def test_parts_asked_together_are_computed_in_one_batch_in_the_order_of_units():
 
 
 def test_parts_asked_later_begin_then_and_are_computed_by_themselves():
-    module, law = Counting(), Trace([[1.0, 2.0], [3.0, 4.0], [5.0, math.inf]])
-    with LocalWorkers(law).open(module, task_of(values(4))) as request:
+    module, delays = Counting(), Trace([[1.0, 2.0], [3.0, 4.0], [5.0, math.inf]])
+    with LocalWorkers(delays).open(module, task_of(values(4))) as request:
         request.ask(numbered((0, 1), (2, 3)))
         assert times([request.wait() for _ in range(3)])[2:] == [("Reply", 0, 1.0)]
         assert (request.wait(1.5), request.now()) == (None, 1.5)
@@ -99,8 +99,8 @@ def test_parts_asked_later_begin_then_and_are_computed_by_themselves():
 
 
 def test_laws_for_one_number_of_workers_serve_parts_that_are_asked_later():
-    for law in (Uniform(1, seed=0), Bernoulli(0.5, latency=2.0, seed=0)):
-        with LocalWorkers(law).open(nn.Identity(), task_of(values(3))) as request:
+    for delays in (Uniform(1, seed=0), Bernoulli(0.5, latency=2.0, seed=0)):
+        with LocalWorkers(delays).open(nn.Identity(), task_of(values(3))) as request:
             request.ask(numbered((0,), (1,), (2,)))
             for n in range(3, 12):
                 request.ask(numbered((0,), first=n))

@@ -26,7 +26,6 @@ from torch import nn
 from coded_torch.codes import NotEnoughResults
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Trace
-from coded_torch.testing.helpers import run
 from coded_torch.testing.workers import (
     WAIT,
     PolynomialCode,
@@ -34,6 +33,7 @@ from coded_torch.testing.workers import (
     by_part,
     numbered,
     replies_of,
+    run,
     task_of,
     until,
 )
@@ -272,7 +272,7 @@ def test_an_interrupted_call_leaves_nothing_that_the_next_one_waits_for():
 @pytest.mark.usefixtures("interrupts")
 def test_an_interrupted_map_leaves_nothing_that_the_next_call_waits_for():
     with ProcessWorkers(2, grace=WAIT).start(Sleepy(), timeout=WAIT) as pool, torch.no_grad():
-        coded = CodedWrapper(Sleepy(), workers=pool, parts=1, waiting=Waiting(predict=False))
+        coded = CodedWrapper(Sleepy(), workers=pool, parts=1, waiting=Waiting(estimate=False))
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             list(coded.map([torch.full((2, 1), 3600.0)] * 2, in_flight=2))
@@ -319,9 +319,9 @@ def test_a_slow_part_is_not_taken_for_a_hang(module):
 
 
 def test_a_hung_part_that_lives_ends_after_the_timeout_or_when_its_call_ended():
-    law = Trace([[0.0, math.inf]])
+    delays = Trace([[0.0, math.inf]])
     with ProcessWorkers(2, grace=0.3, timeout=3.0).start(timeout=WAIT) as inner:
-        replies = answers(FaultyWorkers(inner, delays=law), Sleepy(), torch.zeros(2, 1, 1))
+        replies = answers(FaultyWorkers(inner, delays=delays), Sleepy(), torch.zeros(2, 1, 1))
         reasons = {reply.part.number: reply.error and reply.error.reason for reply in replies}
         assert reasons[0] is None
         assert "more than 3 s" in reasons[1] or "not reply within 3 s" in reasons[1]
@@ -352,7 +352,7 @@ class _Slow(nn.Module):
 
 @pytest.mark.parametrize("module", [Heavy(), _Slow()], ids=["loaded", "packed"])
 def test_another_module_that_is_loaded_stops_no_calls(module):
-    waiting = Waiting(deadline=0.8, predict=False)
+    waiting = Waiting(deadline=0.8, estimate=False)
     with ProcessWorkers(3).start(Sleepy(), timeout=WAIT) as pool, torch.no_grad():
         first = CodedWrapper(Sleepy(), workers=pool, waiting=waiting)
         second, x = CodedWrapper(module, workers=pool), torch.zeros(12, 1)
@@ -527,7 +527,7 @@ def test_an_excluded_process_gets_nothing_until_it_is_restarted():
 def test_calls_go_on_while_the_pool_grows_and_shrinks():
     rows, stop = torch.full((12, 1), 0.01), threading.Event()
     with ProcessWorkers(2, grace=WAIT).start(Sleepy(), timeout=WAIT) as pool:
-        coded = CodedWrapper(Sleepy(), workers=pool, parts=6, waiting=Waiting(predict=False))
+        coded = CodedWrapper(Sleepy(), workers=pool, parts=6, waiting=Waiting(estimate=False))
 
         def calls() -> int:
             number = 0

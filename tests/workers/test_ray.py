@@ -16,8 +16,7 @@ from torch import nn
 
 from coded_torch.codes import NotEnoughResults
 from coded_torch.nn import CodedWrapper, Waiting
-from coded_torch.testing.helpers import run
-from coded_torch.testing.workers import WAIT, PolynomialCode, WorkersTests, task_of, until
+from coded_torch.testing.workers import WAIT, PolynomialCode, WorkersTests, run, task_of, until
 from coded_torch.workers import FaultyWorkers, RayWorkers
 
 from .modules import Exits
@@ -222,7 +221,7 @@ def _runs(pid: int) -> bool:
 
 _CLUSTERS = """
 import ray, torch
-from coded_torch.testing.helpers import run, task_of
+from coded_torch.testing.workers import run, task_of
 from coded_torch.workers import RayWorkers
 
 def answers(pool):

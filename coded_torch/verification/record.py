@@ -14,10 +14,10 @@ from typing import Any
 
 from .scores import Scores
 
-# A worker that is new, restarted or struck is checked so many times as often as others, until so
+# A worker that is new, restarted or at fault is checked so many times as often as others, until so
 # many of its rows were clean. More finds faults sooner and costs work at the start; not tuned.
-_OFTEN, _PROBATION = 10, 30
-_HALVING = 2_000  # calls after which strikes count half, so that rare accidents do not add up
+_OFTEN, _TRIAL = 10, 30
+_HALVING = 2_000  # calls after which faults count half, so that rare accidents do not add up
 #: The largest difference that is taken for rounding, in spreads of the outputs. Half precision
 #: differs by up to .01; results that are off by .06 begin to change classes (benchmarks
 #: verification, left).
@@ -25,8 +25,8 @@ LEARNABLE = 0.03
 _UNDECIDED = 10  # trials that showed nothing, after which the module is taken for random
 
 
-class Strikes:
-    """The strikes of the workers of one pool, and facts about the module. Thread-safe.
+class Record:
+    """The faults of the workers of one pool, and facts about the module. Thread-safe.
 
     Args:
         pool: the pool, whose places are the workers, and which excludes workers if it can.
@@ -41,18 +41,13 @@ class Strikes:
         self.whole = False  #: results depend on the rows beside them: whole parts are compared
         self.stopped = ""  #: the reason if nothing is verified any more
         self.scores = Scores()
-        self._strikes: dict[int, int] = {}
-        self._clean: Counter[int] = Counter()  # the checks that a worker passed since a strike
+        self._faults: dict[int, int] = {}
+        self._clean: Counter[int] = Counter()  # the checks that a worker passed since a fault
         self._calls = self._undecided = 0
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy begins anew, and holds no rows of users
         return type(self), (self.pool, self.share)
-
-    @property
-    def exclude(self) -> Any:
-        """The pool's method that gives a worker no more parts; None if it has none."""
-        return getattr(self.pool, "exclude", None)
 
     @property
     def everyone(self) -> set[int]:
@@ -65,12 +60,12 @@ class Strikes:
 
     @property
     def often(self) -> float:
-        """The share of rows that are checked of workers on probation."""
+        """The share of rows that are checked of workers in their trial period."""
         return min(1.0, _OFTEN * self.share)
 
     def fresh(self, worker: int) -> bool:
-        """Return whether a worker is on probation."""
-        return self._clean[worker] < _PROBATION
+        """Return whether a worker is in its trial period."""
+        return self._clean[worker] < _TRIAL
 
     def sample(self, rows: Sequence[int], share: float) -> list[int]:
         """Draw a share of rows, on average."""
@@ -88,7 +83,7 @@ class Strikes:
         with self._lock:
             self._calls += 1
             if self._calls % _HALVING == 0:
-                self._strikes = {w: n // 2 for w, n in self._strikes.items() if n > 1}
+                self._faults = {w: n // 2 for w, n in self._faults.items() if n > 1}
                 self._undecided //= 2
         plain = tuple(map(tuple, parts))
         if self.stopped or len(self.workers) < 2:
@@ -96,7 +91,7 @@ class Strikes:
         if self.whole:  # parts are asked for twice
             twice = tuple(part for part in plain if self.random.random() < self.share)
             return (*plain, *twice), frozenset().union(*twice), self.share
-        # More only if all workers are on probation, as the workers of parts are not known yet.
+        # More only if all workers are in trial, as the workers of parts are not known yet.
         share = self.often if all(map(self.fresh, self.workers)) else self.share
         chosen = [self.sample(part, share) for part in plain]
         rows = frozenset().union(*chosen)
@@ -117,36 +112,35 @@ class Strikes:
             self._clean.update(workers)
 
     def renew(self, workers: Collection[int]) -> None:
-        """Put workers that were restarted on probation."""
+        """Begin a trial period of workers that were restarted."""
         with self._lock:
             for worker in workers:
                 self._clean[worker] = 0
-                self._strikes.pop(worker, None)
+                self._faults.pop(worker, None)
                 self.excluded.discard(worker)
 
-    def strike(self, worker: int) -> bool:
+    def add_fault(self, worker: int) -> bool:
         """Count a wrong result, and return whether its worker is excluded from now on.
 
-        One of n workers has t + 1 strikes in turn by chance once in n^t = 10,000 times. Each other
-        worker with strikes adds three, and not all of its own: faulty workers would protect each
-        other. If most workers have strikes, the module does not repeat its results. By chance an
-        honest worker is out in one of 10,000 lives of such modules.
+        A random module adds faults to all workers alike, so it takes many more than the others
+        have: by chance an honest worker is out in one of 10,000 modules' lives.
         """
         with self._lock:
             if worker in self.excluded:  # another call was faster
                 return True
-            own = self._strikes[worker] = self._strikes.get(worker, 0) + 1
+            own = self._faults[worker] = self._faults.get(worker, 0) + 1
             self._clean[worker] = 0
-            workers, struck = len(self.workers), len(self._strikes)
-            if own >= math.ceil(4 / math.log10(max(2, workers))) + 3 * struck - 2:
+            others = sum(self._faults.values()) - own
+            if own >= 1 + math.ceil(4 / math.log10(max(2, len(self.workers)))) + 2 * others:
                 # First, as an excluded one with a part is a new one. It may have left.
-                if self.exclude is not None:
+                if self.pool.exclude is not None:
                     with contextlib.suppress(ValueError):
-                        self.exclude(worker)
+                        self.pool.exclude(worker)
                 self.excluded.add(worker)
-                del self._strikes[worker]
+                del self._faults[worker]
                 return True
-            if struck > workers / 2:
+            most = max(self._faults.values())
+            if len(self._faults) >= 3 and most <= 2 * (own + others - most):
                 self.stopped = "results of several workers differ when they are asked again"
             return False
 

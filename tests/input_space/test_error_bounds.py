@@ -1,4 +1,4 @@
-"""Error bars against full conformal prediction by brute force, and their limits."""
+"""Error bounds against full conformal prediction by brute force, and their limits."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coded_torch import Regression
-from coded_torch.input_space.error_bars import Bars, ErrorBars, bars, label_risks
+from coded_torch.input_space.error_bounds import Bounds, ErrorBounds, bounds, label_risks
 from coded_torch.input_space.gaussian_process import GaussianProcess
 
 POWER = 0.75 / 2
@@ -47,7 +47,7 @@ def brute_force(squared, n, y, centre, outside, trust):
         residuals, sizes = scores(squared, points, z)
         deviations = (z - z.mean(0)) * ((n + 1) / n)
         residuals = trust * residuals[:, 0] + (1 - trust) * deviations[:, 0]
-        residuals[n] = value - centre  # by the prediction that stands in the middle of the ball
+        residuals[n] = value - centre  # by the estimate that stands in the middle of the ball
         tried.append(residuals / sizes)
     at_0, slope = tried[0], tried[1] - tried[0]
     roots = [(s * at_0[n] - at_0[:n]) / (slope[:n] - s * slope[n]) for s in (1.0, -1.0)]
@@ -64,7 +64,7 @@ def brute_force(squared, n, y, centre, outside, trust):
 
 
 def problem(n, d, trust, seed):
-    """A regression of n results, and its prediction of the row after them."""
+    """A regression of n results, and its estimate of the row after them."""
     x, noise = normal(n + 1, d, seed=seed), normal(n + 1, 1, seed=seed + 1) / 10
     y = (x.sin().sum(1, keepdim=True) + noise)[:n]
     process = regressed(x, n)
@@ -78,14 +78,14 @@ def problem(n, d, trust, seed):
     trust=st.one_of(st.just(1.0), st.floats(0.05, 1)),
     seed=st.integers(0, 10**6),
 )
-def test_a_radius_is_that_of_full_conformal_prediction(n, d, trust, seed):
+def test_a_radius_is_that_of_full_conformal_estimate(n, d, trust, seed):
     """Of one output it is the same, but where a result weighs so much that it is never odd."""
-    process, y, predicted = problem(n, d, trust, seed)
-    limits = bars(torch.tensor([n]), y, predicted, (process, trust))
-    found = ErrorBars(n + 1, [limits])
+    process, y, estimated = problem(n, d, trust, seed)
+    limits = bounds(torch.tensor([n]), y, estimated, (process, trust))
+    found = ErrorBounds(n + 1, [limits])
     for coverage in (0.8, 0.95):
         outside = math.floor((1 - coverage) * (n + 1) + 1e-9)
-        exact = brute_force(process._where[0], n, y, predicted.item(), outside, trust)
+        exact = brute_force(process._where[0], n, y, estimated.item(), outside, trust)
         radius = found.radii(coverage)[n].item()
         assert radius >= exact * (1 - 1e-6)
         if limits.thresholds.isfinite().all():
@@ -96,12 +96,12 @@ def test_a_radius_is_that_of_full_conformal_prediction(n, d, trust, seed):
 @given(n=st.integers(19, 50), trust=st.floats(0.05, 1), seed=st.integers(0, 10**6))
 def test_a_radius_of_several_outputs_is_at_least_as_large(n, trust, seed):
     """The same output three times is as long as the square root of 3."""
-    process, y, predicted = problem(n, 2, trust, seed)
+    process, y, estimated = problem(n, 2, trust, seed)
     rows = torch.tensor([n])
     how = process, trust
-    one = ErrorBars(n + 1, [bars(rows, y, predicted, how)]).radii(0.95)[n]
-    three = bars(rows, y.expand(-1, 3), predicted.expand(-1, 3), how)
-    ratio = ErrorBars(n + 1, [three]).radii(0.95)[n] / (one * math.sqrt(3))
+    one = ErrorBounds(n + 1, [bounds(rows, y, estimated, how)]).radii(0.95)[n]
+    three = bounds(rows, y.expand(-1, 3), estimated.expand(-1, 3), how)
+    ratio = ErrorBounds(n + 1, [three]).radii(0.95)[n] / (one * math.sqrt(3))
     assert ratio >= 1 - 1e-6 or one.isinf()
 
 
@@ -110,9 +110,9 @@ def test_no_radius_is_larger_at_a_lower_level(trust):
     x, y = normal(60, 3), normal(60, 4, seed=1)
     process = regressed(x, 40)
     mean = y[:40].mean(0)
-    predicted = torch.lerp(mean, process.weights @ y[:40], trust)
+    estimated = torch.lerp(mean, process.weights @ y[:40], trust)
     regression = (process, trust) if trust else None
-    found = ErrorBars(60, [bars(torch.arange(40, 60), y[:40], predicted, regression)])
+    found = ErrorBounds(60, [bounds(torch.arange(40, 60), y[:40], estimated, regression)])
     levels = [found.radii(level) for level in (0.5, 0.8, 0.95, 0.98)]
     assert all(bool((low <= high).all()) for low, high in itertools.pairwise(levels))
     assert not levels[0][:40].any()
@@ -124,7 +124,7 @@ def test_no_radius_is_larger_at_a_lower_level(trust):
 def test_about_the_mean_it_is_the_largest_deviation():
     """With 19 results at 95 %: row i is as odd as the farthest result from the others' mean."""
     y = normal(19, 1)
-    found = ErrorBars(20, [bars(torch.tensor([19]), y, y.mean(0, keepdim=True), None)])
+    found = ErrorBounds(20, [bounds(torch.tensor([19]), y, y.mean(0, keepdim=True), None)])
     far = (y - y.mean()).abs().max().item()
     assert found.radii(0.95)[19].item() == pytest.approx(far * (1 + 1 / 19) / (1 - 1 / 19))
     assert found.radii(0.96)[19].item() == math.inf
@@ -142,7 +142,7 @@ def test_rows_of_a_batch_are_covered(rows, outputs, length):
         plan = Regression(length=length).plan([x])
         answers = plan.decode(y[received, None], received)
         errors = (answers - y).norm(dim=1)
-        radii = plan.error_bars(received, y[received, None], answers).radii(0.9)
+        radii = plan.error_bounds(received, y[received, None], answers).radii(0.9)
         assert not radii[received].any()
         lost = plan.source(received) < 0
         covered, count = covered + int((errors <= radii)[lost].sum()), count + int(lost.sum())
@@ -153,10 +153,10 @@ def test_wide_outputs_are_summed_in_blocks(monkeypatch):
     x, y = normal(40, 2), normal(40, 10, seed=1)
     process = regressed(x, 30)
     how = process, 0.7
-    predicted = 0.7 * process.weights @ y[:30] + 0.3 * y[:30].mean(0)
-    whole = bars(torch.arange(30, 40), y[:30], predicted, how, (y[:30], predicted))
-    monkeypatch.setattr("coded_torch.input_space.error_bars._BLOCK", 3)
-    parts = bars(torch.arange(30, 40), y[:30], predicted, how, (y[:30], predicted))
+    estimated = 0.7 * process.weights @ y[:30] + 0.3 * y[:30].mean(0)
+    whole = bounds(torch.arange(30, 40), y[:30], estimated, how, (y[:30], estimated))
+    monkeypatch.setattr("coded_torch.input_space.error_bounds._BLOCK", 3)
+    parts = bounds(torch.arange(30, 40), y[:30], estimated, how, (y[:30], estimated))
     torch.testing.assert_close(parts.thresholds, whole.thresholds)
     torch.testing.assert_close(parts.risks, whole.risks)
 
@@ -174,16 +174,16 @@ def test_surrogates_take_part_in_labels_alone():
     how = process, 1.0
     classes = torch.nn.functional.one_hot(torch.arange(40) % 3, 3).double()
     args = torch.arange(30, 40), rest[:30], process.weights @ rest[:30], how
-    without = bars(*args, args[1:3])
-    found = bars(*args, (args[1] + classes[:30], args[2] + classes[30:]))
+    without = bounds(*args, args[1:3])
+    found = bounds(*args, (args[1] + classes[:30], args[2] + classes[30:]))
     assert torch.equal(found.thresholds, without.thresholds)
     assert found.risks.tolist() == [1 / 31] * 10
     assert without.risks.max() > 0.5
 
 
 def test_nothing_is_known_of_some_rows():
-    found = ErrorBars(
-        3, [Bars(torch.tensor([0, 2]), normal(1, 2, 30).fill_(1), normal(2).fill_(0))]
+    found = ErrorBounds(
+        3, [Bounds(torch.tensor([0, 2]), normal(1, 2, 30).fill_(1), normal(2).fill_(0))]
     )
     found = found.widened(torch.tensor([math.inf, math.inf, 0.0]))
     assert found.radii(0.9).tolist() == [math.inf, 0.0, 1.0]

@@ -1,4 +1,4 @@
-r"""Turns results into answers: missing ones are predicted, with the help of surrogates.
+r"""Turns results into answers: missing ones are estimated, with the help of surrogates.
 
 With an approximation s of the module f, decoders, which are linear, decode residuals:
 :math:`s(x) + D_F\,[\,f(z) - s(z)\,]`. An input's own result stays its answer, bit for bit.
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from .._arguments import sparing_logger
 from .._torch import as_called, device_of, flatten, outside, plain
 from ..codes.plans import BatchPlan, NotEnoughResults
-from ..input_space.error_bars import ErrorBars
+from ..input_space.error_bounds import ErrorBounds
 from ..input_space.regression import RowPlan, to_scale
 from ..input_space.selection import few_columns
 from ..surrogates import Memory
@@ -41,7 +41,7 @@ _RIDGE = 1.001
 # A surrogate is used if it explains more than six times the squares that one of noise explains on
 # average: none of noise is used then. (benchmarks surrogates, "useless")
 _CHANCE = 6
-_ROUNDING = 4.0  # units in the last place; two cover outputs of 1e6 (test_predict_missing.py)
+_ROUNDING = 4.0  # units in the last place; two cover outputs of 1e6 (test_estimate_missing.py)
 
 
 class Answers:
@@ -53,7 +53,7 @@ class Answers:
         self._surrogates, self._division, self._inputs = surrogates, division, division.inputs
         self._link, self._coverage, self._report = division.link, division.coverage, report
         self._check: Trials | None = check
-        self._known = dict[int, tuple[list[Tensor], Tensor] | None]()  # the predictions of memories
+        self._known = dict[int, tuple[list[Tensor], Tensor] | None]()  # the estimates of memories
         self._memories = [(s, s.follow(module)) for s in surrogates if isinstance(s, Memory)]
 
     def forget_excluded(self) -> None:
@@ -69,34 +69,34 @@ class Answers:
         with outside():  # the report outlives a transform
             source = torch.arange(division.batch_size)
             source = source if plan is None else plan.source(stacked.units)
-            predicted = source < 0
-            exact = ~predicted if odd is None else ~predicted & ~odd
+            estimated = source < 0
+            exact = ~estimated if odd is None else ~estimated & ~odd
         report.note_source(source, stacked.late, division.task.unit_rows)
-        is_predicted = bool(predicted.any())
-        approximations = self._approximations(stacked) if self._surrogates and is_predicted else []
+        is_estimated = bool(estimated.any())
+        approximations = self._approximations(stacked) if self._surrogates and is_estimated else []
         answers, weights = dict[int, Tensor](), list[tuple[float, ...]]()
         choices: list[Choice] = []
         for i in stacked.divided:
             leaf = stacked.leaves[i]
             own = leaf.flatten(0, 1)
-            if plan is None or not (is_predicted and leaf.is_floating_point()):
+            if plan is None or not (is_estimated and leaf.is_floating_point()):
                 answers[i] = own if plan is None else own.index_select(0, source.to(own.device))
                 continue
             of_leaf = {j: x[i] for j, x in enumerate(approximations) if i in x}
-            first = not answers  # the first output has error bars
-            rows, of_surrogates, bars = self._decoded(stacked, i, plan, source, of_leaf, first)
+            first = not answers  # the first output has error bounds
+            rows, of_surrogates, bounds = self._decoded(stacked, i, plan, source, of_leaf, first)
             if odd is not None:  # nothing is known of their distances
                 mean = own[source[exact].to(own.device)].mean(0)
-                rows = _filled(rows, predicted & odd, mean)
-            if bars is not None:
-                self._note(bars, rows)
+                rows = _filled(rows, estimated & odd, mean)
+            if bounds is not None:
+                self._note(bounds, rows)
             weights.append(tuple(of_surrogates.get(j, 0.0) for j in range(len(approximations))))
             choices += [dataclasses.replace(x, output=len(weights) - 1) for x in plan.choices]
             answers[i] = rows
         floating = [rows for rows in answers.values() if rows.is_floating_point()]
-        if not is_predicted:
-            bars = ErrorBars(division.batch_size)
-            report.note_bars(bars, self._coverage, None, floating[0] if floating else None)
+        if not is_estimated:
+            bounds = ErrorBounds(division.batch_size)
+            report.note_bounds(bounds, self._coverage, None, floating[0] if floating else None)
         if plan is not None and plan.note:  # the plan has been used, and knows now
             report.notes = (plan.note, *report.notes)
         report.distances = tuple(choices)
@@ -109,7 +109,7 @@ class Answers:
         """Return a surrogate's answers, in the form of earlier results if none came, or raise."""
         division, report = self._division, self._report
         blamed = report.refused and waiting.on_error == "raise"
-        may = division.by_rows and waiting.may_predict(True) and not blamed
+        may = division.by_rows and waiting.may_estimate(True) and not blamed
         if stacked is None or not may or not isinstance(error, NotEnoughResults):
             raise error
         divided, found = stacked.divided, self._approximations(stacked)
@@ -125,25 +125,25 @@ class Answers:
             source[list(stacked.units)] = torch.arange(len(stacked.units))
         report.note_source(source, stacked.late)
         if divided:
-            self._note(ErrorBars.unknown(source < 0), answers[divided[0]])
+            self._note(ErrorBounds.unknown(source < 0), answers[divided[0]])
         name = type(self._surrogates[able[0]]).__name__
         report.notes += (f"surrogate {able[0]} ({name}) answered alone: {error}",)
         return stacked.tree(answers)
 
     @outside()
-    def _note(self, bars: ErrorBars, answers: Tensor) -> None:
-        """Note error bars. With too few results, a memory's rows calibrate them."""
+    def _note(self, bounds: ErrorBounds, answers: Tensor) -> None:
+        """Note error bounds. With too few results, a memory's rows calibrate them."""
         odd = self._inputs.not_finite
-        for memory, _ in () if bars.enough(self._coverage) or self._link else self._memories:
+        for memory, _ in () if bounds.enough(self._coverage) or self._link else self._memories:
             found = self._known_to(memory)
             if found is not None and found[0][0].shape == answers.shape:
                 own = plain("Memory", "answers", answers).cpu().double()
                 off = (own - found[0][0].cpu()).flatten(1).norm(dim=1)
-                more = bars.calibrated(found[1], off)
-                bars = more if more.enough(self._coverage) else bars
+                more = bounds.calibrated(found[1], off)
+                bounds = more if more.enough(self._coverage) else bounds
         if odd is not None:
-            bars = bars.widened(torch.where(odd, math.inf, 0.0))
-        self._report.note_bars(bars, self._coverage, self._link, answers)
+            bounds = bounds.widened(torch.where(odd, math.inf, 0.0))
+        self._report.note_bounds(bounds, self._coverage, self._link, answers)
 
     def _approximations(self, stacked: Stacked) -> list[dict[int, Tensor]]:
         """Return the outputs ``[B, ...]`` of each surrogate, by leaf; none if it failed."""
@@ -164,17 +164,17 @@ class Answers:
         return found
 
     def _remembered(self, memory: Memory, stacked: Stacked) -> dict[int, Tensor]:
-        odd, (predicted, _) = self._inputs.not_finite, self._known_to(memory) or ((), None)
-        pairs = zip(stacked.decoded, predicted, strict=False)
+        odd, (estimated, _) = self._inputs.not_finite, self._known_to(memory) or ((), None)
+        pairs = zip(stacked.decoded, estimated, strict=False)
         alike = [(i, x) for i, x in pairs if x.shape[1:] == stacked.leaves[i].shape[2:]]
         return {i: _levelled(x, odd) for i, x in alike}
 
     def _known_to(self, memory: Memory) -> tuple[list[Tensor], Tensor] | None:
-        """Return a memory's predictions of the batch, and its thresholds of their errors."""
+        """Return a memory's estimates of the batch, and its thresholds of their errors."""
         if id(memory) not in self._known:
             inputs = [plain("Memory", "leaf", leaf) for leaf in self._inputs.floating()]
             with outside():
-                self._known[id(memory)] = memory.error_bars(inputs) if inputs else None
+                self._known[id(memory)] = memory.error_bounds(inputs) if inputs else None
         return self._known[id(memory)]
 
     def _computed(self, surrogate: Any, stacked: Stacked) -> dict[int, Tensor]:
@@ -222,13 +222,13 @@ class Answers:
                 memory.observe(inputs, outputs, generation)
 
     def _decoded(
-        self, stacked: Stacked, i: int, plan: Plan, source: Tensor, approximations: Any, bars: bool
-    ) -> tuple[Tensor, Mapping[int, float], ErrorBars | None]:
-        """Return answers ``[B, ...]``, weights of approximations, and error bars, of a leaf."""
+        self, stacked: Stacked, i: int, plan: Plan, source: Tensor, approximations: Any, first: bool
+    ) -> tuple[Tensor, Mapping[int, float], ErrorBounds | None]:
+        """Return answers ``[B, ...]``, weights of approximations, and error bounds, of a leaf."""
         results, received = stacked.leaves[i], stacked.units
         odd, by_rows = self._division.not_finite, isinstance(plan, RowPlan)
         scaled = results if odd is None else _levelled(results, odd[list(received)])
-        if by_rows:  # predictions are rounded once, at the end
+        if by_rows:  # estimates are rounded once, at the end
             scaled = scaled.to(torch.promote_types(scaled.dtype, torch.float32))
         scaled = to_scale(scaled, self._link)
         weights, offsets = dict[int, float](), None
@@ -237,9 +237,9 @@ class Answers:
                 scaled, plan, self._division, received, approximations
             )
         answers = plan.decode(scaled, received)
-        found = plan.error_bars(received, scaled, answers, offsets) if bars else None
+        found = plan.error_bounds(received, scaled, answers, offsets) if first else None
         answers = _from_scale(answers if offsets is None else answers + offsets[1], self._link)
-        if by_rows:  # predictions of masked scores may go beyond
+        if by_rows:  # estimates of masked scores may go beyond
             info = torch.finfo(results.dtype)
             answers = answers.clamp(info.min, info.max)
         if found is not None:
@@ -256,7 +256,7 @@ def _residuals(
     r"""Return weights, residuals :math:`y - \sum_j w_j s_j` of surrogates, and both their sums.
 
     The sums are at the results, ``[F, R, ...]``, and for the batch, ``[B, ...]``. Surrogates have
-    no weights if results are not predicted better from each other with them, by more than chance.
+    no weights if results are not estimated better from each other with them, by more than chance.
     """
     used = list(approximations.values())
     of_units = [division.spread(approximation)[list(received)] for approximation in used]
@@ -312,12 +312,12 @@ def _from_scale(decoded: Tensor, link: str | None) -> Tensor:
 
 
 @outside()
-def _rounded(bars: ErrorBars, answers: Tensor, dtype: torch.dtype) -> ErrorBars:
-    """Return the error bars of answers ``[B, ...]`` that are computed in a dtype, or rounded."""
+def _rounded(bounds: ErrorBounds, answers: Tensor, dtype: torch.dtype) -> ErrorBounds:
+    """Return the error bounds of answers ``[B, ...]`` that are computed in a dtype, or rounded."""
     info, most = torch.finfo(dtype), 0.5 if answers.dtype != dtype else _ROUNDING
     numbers = plain("decode", "answers", answers).reshape(len(answers), -1)
     units = numbers.double().abs().clamp_(min=info.smallest_normal) * (info.eps * most)
-    return bars.widened(units.square().sum(1).sqrt().cpu())
+    return bounds.widened(units.square().sum(1).sqrt().cpu())
 
 
 def _levelled(values: Any, odd: Tensor | None) -> Tensor:

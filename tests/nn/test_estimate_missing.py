@@ -39,7 +39,7 @@ def wrap(way, module=None, lost=2, link=None, **options) -> CodedWrapper:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("masked", ["a class", "some rows"])
-def test_masked_scores_are_predicted_within_their_dtype(dtype, masked):
+def test_masked_scores_are_estimated_within_their_dtype(dtype, masked):
     least = torch.finfo(dtype).min
 
     def scores(x):
@@ -53,7 +53,7 @@ def test_masked_scores_are_predicted_within_their_dtype(dtype, masked):
     x = torch.randn(240, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
     pool = LocalWorkers(Uniform(4, seed=0))
     answers, report = CodedWrapper(Call(scores), workers=pool, parts=24, waiting=SOON).run(x)
-    assert report.predicted.sum() == 40
+    assert report.estimated.sum() == 40
     assert answers.isfinite().all()
     assert not report.radii.isnan().any()
     if masked == "a class":
@@ -76,7 +76,7 @@ def test_a_mask_is_seen_in_any_of_many_outputs(place):
         how = {"parts": 24, "waiting": SOON, "surrogate": surrogate}
         coded = CodedWrapper(Call(scores), workers=pool, **how)
         answers, report = coded.run(x)
-        assert report.predicted.sum() == 40
+        assert report.estimated.sum() == 40
         assert answers.isfinite().all()
         assert not report.radii.isnan().any()
         assert (answers.argmax(1) == scores(x).argmax(1)).double().mean() > 0.9
@@ -107,7 +107,7 @@ def test_what_a_surrogate_knows_is_not_decoded(way, scale):
     f, x = net(), rand(23, 4)
     coded = wrap(way, surrogate=lambda x: scale * f(x))
     answers, run = coded(x), coded.last_run
-    assert run.predicted.any()
+    assert run.estimated.any()
     ((weight,),) = run.surrogate_weights
     assert weight == pytest.approx(1 / scale, rel=2e-3)  # but for the ridge
     without = mse(wrap(way), x)
@@ -123,7 +123,7 @@ def test_own_results_stay_bit_for_bit(way):
     x = rand(23, 4)
     coded = wrap(way, module=Call(cubic), surrogate=lambda x: cubic(x) + 1e-3 * x[:, :3])
     answers = coded(x)
-    own = ~coded.last_run.predicted
+    own = ~coded.last_run.estimated
     assert any(coded.last_run.surrogate_weights[0])
     assert own.any()
     assert torch.equal(answers[own], cubic(x)[own])
@@ -233,7 +233,7 @@ def test_probabilities(way):
     answers = coded(x)
     torch.testing.assert_close(answers, f(x), rtol=0, atol=1e-2)
     torch.testing.assert_close(answers.sum(-1), torch.ones(23).double())
-    own = ~coded.last_run.predicted
+    own = ~coded.last_run.estimated
     torch.testing.assert_close(answers[own], f(x)[own], rtol=1e-12, atol=0)
     assert coded.last_run.radii is None
 
@@ -256,7 +256,7 @@ def test_gradients_pass_through_results_only(way):
     assert x.grad.isfinite().all()
     coded.surrogate = [student, Memory()]
     values = torch.func.grad(lambda x: coded(x).sum())(x.detach())
-    for name in ("predicted", "radii", "label_risks"):  # they outlive the transform
+    for name in ("estimated", "radii", "label_risks"):  # they outlive the transform
         kept = getattr(coded.last_run, name)
         assert not torch._C._functorch.is_functorch_wrapped_tensor(kept), name
     assert values.shape == x.shape
@@ -291,10 +291,10 @@ def test_radii_hold_rounded_answers(way, dtype):
     answers, report = run(dtype)
     assert torch.equal(answers, exact.to(dtype))
     moved = (answers.double() - exact.double()).norm(dim=1)
-    wider = (report.radii - known.radii)[report.predicted]
-    assert (wider >= moved[report.predicted]).all()
+    wider = (report.radii - known.radii)[report.estimated]
+    assert (wider >= moved[report.estimated]).all()
     assert wider.max() < 200 * torch.finfo(dtype).eps
-    assert not report.radii[~report.predicted].any()
+    assert not report.radii[~report.estimated].any()
     reports = []
 
     def total(x):
@@ -345,7 +345,7 @@ def test_a_lack_of_memory_is_raised_with_the_answers_that_came(error):
     with pytest.raises(error, match="no memory is left") as info:
         coded(x)
     assert info.value.report is coded.last_run
-    own = ~coded.last_run.predicted
+    own = ~coded.last_run.estimated
     torch.testing.assert_close(info.value.answers[own], net()(x)[own])
     assert info.value.answers[~own].isnan().all()
 
@@ -369,7 +369,7 @@ def test_few_results_are_calibrated_by_a_memory(lost):
         for seed in range(100):
             x = rand(4, 4, seed=100 + seed)
             answers, report = coded.run(x)
-            missing = report.predicted
+            missing = report.estimated
             assert report.radii[missing].isfinite().all()
             assert report.radii_at(0.999)[missing].isinf().all()
             errors = (answers - f(x)).norm(dim=1)
@@ -401,11 +401,11 @@ def test_a_memory_of_fewer_rows_than_the_batch_calibrates_nothing():
 @pytest.mark.parametrize(("shape", "classes"), [((3,), True), ((1,), False), ((3, 2), False)])
 @pytest.mark.parametrize("lost", [0, 2, 4])
 def test_only_scores_of_classes_have_label_risks(shape, classes, lost):
-    """If every answer is exact, if some are predicted, and if a surrogate answers alone."""
+    """If every answer is exact, if some are estimated, and if a surrogate answers alone."""
     f = Call(lambda x: x[:, : math.prod(shape)].reshape(-1, *shape) if len(x) else x)
     coded = wrap("rows", f, lost, surrogate=f)
     _, run = coded.run(rand(20, 6), waiting=Waiting(deadline=1.0, hedge_budget=0))
-    assert run.predicted.sum() == 4 * lost
+    assert run.estimated.sum() == 4 * lost
     assert (run.label_risks is not None) == classes
     assert run.radii is not None
 
@@ -420,20 +420,20 @@ def test_of_any_rows_in_turn_each_part_gets_one(size, parts):
 
 
 @pytest.mark.parametrize("offset", [0.1, 1e4, 1e6])
-def test_error_bars_hold_the_rounding_of_single_precision(offset):
+def test_error_bounds_hold_the_rounding_of_single_precision(offset):
     """Of a constant, and of numbers that are large beside their differences."""
     x = torch.randn(96, 4, generator=torch.Generator().manual_seed(0))
     module = Call(lambda x: offset + (0.0 if offset < 1 else 1.0) * x)
     coded = CodedWrapper(module, workers=LocalWorkers(Uniform(4, seed=1)), parts=12)
     held = []
     for _ in range(10):
-        answers, report = coded.run(x, waiting=Waiting(predict_after=3.0, hedge_budget=0))
+        answers, report = coded.run(x, waiting=Waiting(estimate_after=3.0, hedge_budget=0))
         errors = (answers.double() - module(x).double()).norm(dim=1)
-        held.append((errors <= report.radii)[report.predicted].double().mean())
+        held.append((errors <= report.radii)[report.estimated].double().mean())
     assert torch.stack(held).mean() > 0.9
 
 
-def test_error_bars_hold_for_periodic_batches():
+def test_error_bounds_hold_for_periodic_batches():
     """Rows of 24 sources in turn, on 24 parts: a part of one source would be lost as a whole."""
     generator = torch.Generator().manual_seed(0)
     module, held = nn.Tanh(), []
@@ -443,7 +443,7 @@ def test_error_bars_hold_for_periodic_batches():
         pool = LocalWorkers(Uniform(8, seed=seed))
         answers, report = CodedWrapper(module, workers=pool, parts=24, waiting=SOON).run(x)
         errors = (answers - module(x)).norm(dim=1)
-        held.append((errors <= report.radii)[report.predicted].double().mean())
+        held.append((errors <= report.radii)[report.estimated].double().mean())
     assert torch.stack(held).mean() > 0.93  # .95 less two standard errors; .2 with strides
 
 

@@ -1,4 +1,4 @@
-r"""Error bars with a guarantee: conformal prediction by leaving one out, in closed form."""
+r"""Error bounds with a guarantee: conformal prediction by leaving one out, in closed form."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ _MISSING, _CALIBRATING = 256, 200
 _BLOCK = 8192  # outputs whose residuals are in memory together, float64
 
 
-class Bars(NamedTuple):
-    """The error bars of rows that are predicted from the same results."""
+class Bounds(NamedTuple):
+    """The error bounds of rows that are estimated from the same results."""
 
     rows: Tensor  # [L], of the batch
     thresholds: Tensor  # [S, L, n]
     risks: Tensor | None  # [L]; None if outputs are no [B, C]
 
 
-def bars(
+def bounds(
     rows: Tensor,
     results: Tensor,
-    predicted: Tensor,
+    estimated: Tensor,
     regression: tuple[GaussianProcess, float] | None,
     labels: tuple[Tensor, Tensor] | None = None,
-) -> Bars:
-    """Return the error bars of missing rows ``[L]``.
+) -> Bounds:
+    """Return the error bounds of missing rows ``[L]``.
 
     Args:
-        results, predicted: ``[M, C]``, and predictions of the missing rows, ``[L, C]``.
-        regression: the process, and its trust in (0, 1]. None if predictions are the mean.
-        labels: results and predictions with their surrogates, if they are scores of classes.
+        results, estimated: ``[M, C]``, and estimates of the missing rows, ``[L, C]``.
+        regression: the process, and its trust in (0, 1]. None if estimates are the mean.
+        labels: results and estimates with their surrogates, if they are scores of classes.
     """
     count, signed = len(results), results.shape[1] == 1
     process, trust = regression or (None, 0.0)
@@ -60,7 +60,7 @@ def bars(
         left_out, of_left_out = process.left_out, process.leave_one_out_variances.numpy()
         weights, variances = process.weights_of_left_out.numpy(), process.variances.numpy()
     norms, moved, errors = np.zeros((3, len(left_out))), np.zeros(len(rows)), list[Array]()
-    for y, answers in zip(results.split(_BLOCK, 1), predicted.split(_BLOCK, 1), strict=True):
+    for y, answers in zip(results.split(_BLOCK, 1), estimated.split(_BLOCK, 1), strict=True):
         y = y.double()
         mean = y.mean(0)
         deviations = (y[left_out] - mean).numpy()
@@ -87,7 +87,7 @@ def bars(
         some = evenly(len(left_out), _CALIBRATING).numpy()
         weights, calibrating = weights[:, some], calibrating[:, some]
     limits = _thresholds(weights, variances, moved, calibrating, trust, count, signed)
-    return Bars(rows, torch.from_numpy(limits), risks)
+    return Bounds(rows, torch.from_numpy(limits), risks)
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
@@ -104,13 +104,13 @@ def _thresholds(
     .. math:: \frac{h_{ij} |e_j|}{q_{ij}^{3/8} - |w_{ij}| q_{ij}}, \qquad
         h_{ij} = \frac{1}{1 + w_{ij}^2 v_j / v_i}, \quad q_{ij} = h_{ij} v_j / v_i,
 
-    for predictions that are not shrunk; it is infinite if the denominator is not positive. If k - 1
-    thresholds are larger than a radius, the error of row i exceeds it with probability
+    for estimates that are not shrunk; it is infinite if the denominator is not positive. If k - 1
+    thresholds are larger than a bound, the error of row i exceeds it with probability
     :math:`k / (n + 1)` at most. Thresholds of one output are exact, others by triangle inequality.
 
     Args:
         w, variances: ``[L, n]`` and ``[L]``, weights and variances before shrinking.
-        moved: ``[L]``, the norms of the shrunk predictions less the mean of the results.
+        moved: ``[L]``, the norms of the shrunk estimates less the mean of the results.
         known: ``[4, n]``, of each result the variance and the norms of its residual before
             shrinking, of its residual after it, and of itself less the mean of all ``count``.
         signed: whether there is one output, and numbers instead of norms are given. Then thresholds
@@ -157,26 +157,26 @@ def _margins(outputs: Array) -> Array:
     return largest[:, -1] - largest[:, -2]
 
 
-class ErrorBars:
-    """The error bars of a batch, at any level; rows without are exact."""
+class ErrorBounds:
+    """The error bounds of a batch, at any level; rows without are computed."""
 
-    def __init__(self, batch_size: int, bars: Sequence[Bars] = ()) -> None:
-        self.batch_size, self._bars = batch_size, bars
+    def __init__(self, batch_size: int, bounds: Sequence[Bounds] = ()) -> None:
+        self.batch_size, self._bounds = batch_size, bounds
 
     @classmethod
-    def unknown(cls, missing: Tensor) -> ErrorBars:
-        """Return infinite error bars for missing rows, bool ``[B]``."""
+    def unknown(cls, missing: Tensor) -> ErrorBounds:
+        """Return infinite error bounds for missing rows, bool ``[B]``."""
         rows = missing.nonzero().flatten()
         risks = torch.ones(len(rows), dtype=torch.float64)
-        return cls(len(missing), [Bars(rows, risks.new_empty(1, len(rows), 0), risks)])
+        return cls(len(missing), [Bounds(rows, risks.new_empty(1, len(rows), 0), risks)])
 
     def radii(self, coverage: float | Tensor) -> Tensor:
-        """Return the radii, ``[B]``, float64: 0 for exact rows, infinite for too few results.
+        """Return the bounds, ``[B]``, float64: 0 for computed rows, infinite for too few results.
 
-        The ``coverage`` is one probability that an error is at most its radius, or ``[B]``.
+        The ``coverage`` is one probability that an error is at most its bound, or ``[B]``.
         """
         radii = np.zeros(self.batch_size)
-        for rows, found, _ in self._bars:
+        for rows, found, _ in self._bounds:
             at, n = rows.numpy(), found.shape[2]
             levels = np.broadcast_to(np.asarray(coverage, dtype=np.float64), self.batch_size)[at]
             outside = np.minimum(np.floor((1 - levels) * (n + 1) + 1e-9).astype(np.int64), n)
@@ -187,27 +187,27 @@ class ErrorBars:
 
     def enough(self, coverage: float) -> bool:
         """Return whether results are as many as the level needs."""
-        return all((1 - coverage) * (x.thresholds.shape[2] + 1) >= 1 - 1e-9 for x in self._bars)
+        return all((1 - coverage) * (x.thresholds.shape[2] + 1) >= 1 - 1e-9 for x in self._bounds)
 
-    def calibrated(self, thresholds: Tensor, off: Tensor) -> ErrorBars:
-        """Return error bars by thresholds ``[B, m]`` of predictions that are ``off``, ``[B]``."""
+    def calibrated(self, thresholds: Tensor, off: Tensor) -> ErrorBounds:
+        """Return error bounds by thresholds ``[B, m]`` of estimates that are ``off``, ``[B]``."""
         limits = (thresholds + off[:, None])[None]
-        bars = [Bars(x.rows, limits[:, x.rows], x.risks) for x in self._bars]
-        return ErrorBars(self.batch_size, bars)
+        bounds = [Bounds(x.rows, limits[:, x.rows], x.risks) for x in self._bounds]
+        return ErrorBounds(self.batch_size, bounds)
 
-    def widened(self, by: Tensor) -> ErrorBars:
-        """Return error bars of answers that are off by so much more, ``[B]``; infinity: unknown."""
+    def widened(self, by: Tensor) -> ErrorBounds:
+        """Return error bounds of answers that are off by so much more, ``[B]``, inf if unknown."""
         wider = []
-        for rows, thresholds, risks in self._bars:
+        for rows, thresholds, risks in self._bounds:
             risks = None if risks is None else risks.masked_fill(by[rows].isinf(), 1.0)
-            wider.append(Bars(rows, thresholds + by[rows, None], risks))
-        return ErrorBars(self.batch_size, wider)
+            wider.append(Bounds(rows, thresholds + by[rows, None], risks))
+        return ErrorBounds(self.batch_size, wider)
 
     @property
     def label_risks(self) -> Tensor | None:
-        """The estimated risks of the labels, ``[B]``, float64; 0 for exact rows."""
+        """The estimated risks of the labels, ``[B]``, float64; 0 for computed rows."""
         risks = torch.zeros(self.batch_size, dtype=torch.float64)
-        for rows, _, of_rows in self._bars:
+        for rows, _, of_rows in self._bounds:
             if of_rows is None:
                 return None
             risks[rows] = of_rows

@@ -1,0 +1,390 @@
+"""Verification of calls on a virtual clock: who is found, what is corrected, and what it costs."""
+
+import copy
+import logging
+import math
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from coded_torch import CodedWrapper, Waiting, codes
+from coded_torch.codes import NotEnoughResults
+from coded_torch.surrogates import Memory
+from coded_torch.testing.virtual import VirtualWorkers
+from coded_torch.verification.scores import Fit, Scores
+from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers
+
+ROWS = 48
+OK, HANGS, DIES = ("ok", 1.0), ("ok", math.inf), ("die", 1.0)
+
+
+class Twice(nn.Module):
+    """Maps each row alone, with the same bits in every batch."""
+
+    def forward(self, x):
+        return 2 * x + 1
+
+
+def batch(seed=0, rows=ROWS):
+    return torch.randn(rows, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def by(size):
+    """The act of a worker whose results are wrong by a size."""
+    return lambda y: y + size, 1.0
+
+
+def pool_of(num_workers=6, scripts=None, all_others=OK):
+    return VirtualWorkers([(scripts or {}).get(w, [all_others]) for w in range(num_workers)])
+
+
+def wrap(pool, verify=0.2, module=None, **options):
+    return CodedWrapper(module or Twice(), workers=pool, verify=verify, **options)
+
+
+def check(coded, x, wrong=(), charged=()):
+    """Run a call whose answers must be right, and that charges some, and perhaps others."""
+    answers, report = coded.run(x)
+    assert torch.allclose(answers, 2 * x + 1, atol=1e-6)
+    assert not report.estimated.any()
+    assert set(charged) <= set(report.faults) <= {*wrong, *charged}
+    return report
+
+
+class TestHonestWorkers:
+    def test_are_checked_ten_times_as_often_until_they_are_known(self):
+        coded, checked, work = wrap(pool_of(), verify=0.02), [], []
+        for seed in range(40):
+            rows = (240, 8, 24, 64)[seed % 4]
+            report = check(coded, batch(seed, rows))
+            assert (report.disputes, report.corrected) == (0, ())
+            assert not report.unverified.any()
+            # Rows ride in the parts of others, or are a part of their own.
+            assert report.work == pytest.approx(1 + report.verified.sum() / rows)
+            checked.append(float(report.verified.double().mean()))
+            work.append(report.work * rows)
+        assert checked[0] == pytest.approx(0.2, abs=0.02)
+        assert sum(work[20:]) <= 1.05 * 5 * (240 + 8 + 24 + 64)
+
+    def test_cost_nothing_without_it(self):
+        pool = pool_of()
+        _, report = wrap(pool, None).run(batch())
+        assert report.verified is None
+        assert report.work == 1.0
+        assert len(pool.begun) == 6
+
+    def test_of_other_hardware_are_never_charged(self):
+        coded = wrap(pool_of(12, {worker: [by(0.01)] for worker in range(0, 12, 2)}))
+        found = [coded.run(batch(seed))[1] for seed in range(20)]
+        assert not any(report.faults for report in found)
+        assert found[0].disputes
+        assert not found[-1].disputes
+
+    def test_of_a_module_whose_rows_depend_on_each_other_are_never_charged(self):
+        """Whole parts are compared then, and still show a wrong worker."""
+
+        class Beside(nn.Module):
+            def forward(self, x):
+                return x + 0.1 * x[:1]
+
+        pool, notes, excluded = pool_of(12), [], []
+        coded = wrap(pool, 0.3, Beside(), parts=6)
+        for seed in range(3):
+            _, report = coded.run(batch(seed))
+            assert not report.faults
+            notes += report.notes
+        assert sum("depend on the rows beside them" in note for note in notes) == 1
+        pool._workers[3].acts = iter([by(7.0)] * 1000)
+        for seed in range(20):
+            excluded += coded.run(batch(seed))[1].excluded
+        assert excluded == [3]
+
+    @pytest.mark.parametrize("share", [0.5, 0.05])
+    def test_of_a_module_that_does_not_repeat_itself_are_not_verified_any_more(self, share):
+        generator = torch.Generator().manual_seed(0)
+
+        class Random(nn.Module):
+            def forward(self, x):
+                return x + (torch.rand(len(x), 1, generator=generator) < share) * (1 + x[:, :1])
+
+        coded, stopped = wrap(pool_of(12), 0.1, Random()), False
+        for seed in range(300):
+            _, report = coded.run(batch(seed))
+            assert not report.excluded
+            if stopped:
+                assert not report.verified.any()
+                break
+            stopped = any("not verified any more" in note for note in report.notes)
+        assert stopped
+
+
+class TestAWrongWorker:
+    @pytest.mark.parametrize("num_workers", [3, 4, 5, 6, 24])
+    def test_is_corrected_excluded_and_logged(self, num_workers, caplog):
+        pool = pool_of(num_workers, {0: [by(1.0)]})
+        with caplog.at_level(logging.WARNING):
+            report = check(wrap(pool), batch(), charged=[0])
+        assert report.excluded == (0,)
+        assert pool.states[0][0] == "excluded"
+        assert set(report.corrected) == set(pool.begun[0][2].units)  # its replies came first
+        levels = {record.levelname for record in caplog.records if "worker 0" in record.message}
+        assert levels == {"WARNING", "ERROR"}
+
+    def test_that_is_honest_when_asked_again_is_charged_once(self):
+        pool = pool_of(24, {0: [by(1.0), OK]})
+        report = check(wrap(pool), batch(), wrong=[0])
+        assert report.faults == {0: 1}
+        assert report.excluded == ()
+
+    @pytest.mark.parametrize(("num_workers", "least"), [(6, 7), (24, 4)])
+    def test_is_excluded_after_some_such_calls(self, num_workers, least):
+        once = []
+        pool = pool_of(num_workers, {0: [(lambda y: y + (once.pop() if once else 0.0), 1.0)]})
+        coded, excluded = wrap(pool), []
+        for seed in range(least):
+            once[:] = [1.0]
+            excluded += check(coded, batch(seed), charged=[0]).excluded
+            assert bool(excluded) == (seed == least - 1)
+
+    def test_whose_checks_are_wrong_is_found_as_well(self):
+        class Checks(VirtualWorkers):
+            """Worker 1 is wrong about rows that are not its own."""
+
+            def open(self, module, task):
+                self.own = None
+                return super().open(module, task)
+
+        coded, charged = wrap(pool_of(6, {1: [by(1.0)]}), verify=0.02), []
+        for seed in range(20):
+            _, report = coded.run(batch(seed))
+            charged += report.excluded
+        assert charged == [1]
+
+    def test_begins_a_trial_period_once_it_is_restarted(self):
+        size = [1.0]
+        pool = pool_of(6, {2: [(lambda y: y + size[0], 1.0)]})
+        coded, seed = wrap(pool, verify=0.02), 0
+        while not coded.run(batch(seed))[1].excluded:
+            seed += 1
+        for _ in range(20):  # all others are known then
+            coded.run(batch())
+        pool.begun.clear()
+        check(coded, batch())
+        assert 2 not in {worker for _, worker, _ in pool.begun}
+        size[0] = 0.0
+        pool.restart(2)
+        own, others = 0, 0
+        for seed in range(8):
+            pool.begun.clear()
+            report = check(coded, batch(seed))
+            rows = next(set(part.units) for _, worker, part in pool.begun if worker == 2)
+            checked = {*report.verified.nonzero().flatten().tolist()}
+            own, others = own + len(rows & checked), others + len(checked - rows)
+        assert own > others / 2  # of a fifth of the rows
+
+    def test_gets_nothing_from_pools_that_cannot_exclude(self):
+        pool = pool_of(6, {2: [by(1.0)]})
+        pool.exclude = None
+        coded = wrap(pool)
+        check(coded, batch(), charged=[2])
+        pool.begun.clear()
+        check(coded, batch(1))
+        assert 2 not in {worker for _, worker, _ in pool.begun}
+
+    def test_leaves_nothing_in_a_memory(self):
+        size, memory = [0.0], Memory()
+        pool = pool_of(6, {2: [(lambda y: y + size[0], 1.0)]})
+        waiting = Waiting(estimate_after=100.0)
+        coded = wrap(pool, surrogate=memory, waiting=waiting)
+        coded.run(batch())
+        assert len(memory) == ROWS
+        size[0] = 1.0
+        check(coded, batch(1), charged=[2])
+        assert len(memory) == 0  # the first call has rows of worker 2
+        check(coded, batch(2))
+        assert len(memory) == ROWS
+
+    def test_whose_rows_nobody_else_computes(self, caplog):
+        """It had two parts, one of which others repeated to find it wrong, before they left."""
+        drains = [(5.0, worker) for worker in (1, 2, 3)]
+        x = batch()
+        for waiting in (Waiting(), Waiting(estimate_after=100.0)):
+            pool = VirtualWorkers([[by(9.0)], [OK], [OK], [OK]], drains)
+            coded = wrap(pool, 0.02, parts=8, waiting=waiting)
+            if waiting.estimate_after is None:
+                with pytest.raises(NotEnoughResults) as caught:
+                    coded.run(x)
+                answers, report = caught.value.answers, caught.value.report
+                missing = answers.isnan().all(1)
+            else:
+                answers, report = coded.run(x)
+                missing = report.estimated
+            assert (report.ended, report.excluded) == ("failed", (0,))
+            assert 0 < missing.sum() <= 12
+            assert torch.equal(answers[~missing], 2 * x[~missing] + 1)
+            own = [set(part.units) for _, worker, part in pool.begun[:8] if worker == 0]
+            assert set(missing.nonzero().flatten().tolist()) <= set.union(*own)
+
+    def test_that_hangs_when_it_is_asked_again_does_not_hold_the_call(self):
+        pool = pool_of(8, {0: [by(1.0), HANGS]})
+        report = check(wrap(pool), batch(), wrong=[0])
+        assert report.faults == {0: 1}
+        assert pool.clock <= 10.0
+
+    def test_is_found_though_others_do_not_answer_when_they_are_asked_again(self):
+        pool = pool_of(8, {0: [by(1.0)], 5: [OK, HANGS]})
+        report = check(wrap(pool), batch(), charged=[0])
+        assert report.excluded == (0,)
+
+    def test_cannot_be_told_from_the_other_of_two(self):
+        _, report = wrap(pool_of(2, {0: [by(1.0)]})).run(batch())
+        assert report.disputes
+        assert not report.faults
+        assert report.unverified.all()
+
+
+def test_two_wrong_workers_convict_nobody_else():
+    """If they collude, and if they are wrong in their own ways."""
+    found = 0
+    for seed in range(20):
+        _, report = wrap(pool_of(6, {0: [by(1.0)], 1: [by(1.0)]}), 0.02).run(batch(seed))
+        assert set(report.faults) <= {0, 1}
+        found += bool(report.faults)
+    assert found >= 15  # else they check each other, and nobody else
+    report = check(wrap(pool_of(8, {0: [by(1.0)], 1: [by(2.0)]})), batch(), charged=[0, 1])
+    assert set(report.excluded) == {0, 1}
+
+
+class TestWithoutTime:
+    def test_nothing_more_is_asked_and_what_differs_is_unverified(self):
+        pool = pool_of(6, {0: [by(1.0)]})
+        _, report = wrap(pool, 0.05, waiting=Waiting(deadline=1.2)).run(batch())
+        assert pool.clock <= 1.2
+        assert report.disputes
+        assert not report.faults
+        assert report.unverified.any()
+
+    def test_checks_that_do_not_come_are_unverified(self):
+        pool = pool_of(4, {0: [OK]}, all_others=HANGS)
+        report = check(wrap(pool, 0.02, parts=1), batch())
+        assert 5 <= report.unverified.sum() <= 15
+        assert pool.clock <= 6.0
+
+    def test_the_check_rows_of_a_part_that_fails_are_not_waited_for(self):
+        pool = pool_of(3, {1: [DIES, HANGS]})
+        report = check(wrap(pool, 0.05), batch())
+        assert report.unverified.any()
+        assert pool.clock <= 8.0
+
+
+@pytest.mark.parametrize("place", [(Scores, "fit"), (Scores, "learn"), (Fit, "scores")])
+def test_an_exception_in_scoring_loses_no_answers(place, monkeypatch, caplog):
+    def raising(*args):
+        raise FloatingPointError("no such number")
+
+    monkeypatch.setattr(*place, raising)
+    coded = wrap(pool_of())
+    for seed in range(3):
+        assert check(coded, batch(seed)).verified.any()
+    assert caplog.text.count("results are not scored") == 1
+
+
+@torch.no_grad()
+def test_a_faulty_process_is_excluded_restarted_and_tried_anew():
+    size = [1.0]
+    with ProcessWorkers(4) as processes:
+        attack = {"attack": lambda rows, generator: rows + size[0], "adversaries": [2]}
+        coded, excluded = wrap(FaultyWorkers(processes, **attack), verify=0.1), []
+        for seed in range(20):
+            answers, report = coded.run(batch(seed))
+            excluded += report.excluded
+            if report.corrected or not report.unverified.any():
+                assert report.faults.keys() <= {2}
+            if 2 in excluded:
+                assert torch.allclose(answers, 2 * batch(seed) + 1, atol=1e-5)
+        assert excluded == [2]
+        size[0] = 0.0
+        processes.restart(2)
+        end = time.monotonic() + 60
+        while processes.num_restarts < 1 or processes.num_ready < 4:  # calls take less time
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        asked = set()
+        while 2 not in asked:
+            assert time.monotonic() < end
+            asked |= set(check(coded, batch()).asked)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"code": codes.ReplicationCode(2, 4)}, "None with a code"),
+        ({"workers": LocalWorkers(), "parts": 4}, "None on a pool"),
+        *[({"verify": share}, "between 0 and 1") for share in (-0.1, 1.5, math.nan)],
+    ],
+)
+def test_arguments_are_refused_by_name(options, match):
+    with pytest.raises(ValueError, match=f"verify must be {match}"):
+        CodedWrapper(Twice(), **{"workers": pool_of(4), "verify": 0.1} | options)
+
+
+def test_another_pool_and_a_copy_begin_anew():
+    coded = wrap(pool_of(6, {2: [by(1.0)]}))
+    check(coded, batch(), charged=[2])
+    twin = copy.deepcopy(coded)
+    coded.workers = pool_of()
+    for each in (coded, twin):
+        assert each._record.excluded == set()
+        assert each._record.scores.recent is None
+
+
+@pytest.mark.parametrize(
+    "of",
+    [lambda y: y.sum(1), lambda y: y.argmax(1), lambda y: (y, y.argmax(1)), lambda y: y > 0],
+    ids=["a number a row", "classes", "both", "booleans"],
+)
+@pytest.mark.parametrize("wrong", [(), (2,)], ids=["honest", "one wrong"])
+def test_outputs_of_any_form_are_verified(of, wrong):
+    class Module(nn.Module):
+        def forward(self, x):
+            return of(x)
+
+    pool = pool_of(6, {worker: [(lambda y: y.flip(0), 1.0)] for worker in wrong})
+    coded, excluded = wrap(pool, module=Module()), set()
+    for seed in range(5):
+        answers, report = coded.run(batch(seed))
+        excluded |= set(report.excluded)
+    assert excluded == set(wrong)
+    torch.testing.assert_close(answers, of(batch(4)))
+    assert report.verified.any()
+
+
+def test_results_of_another_form_are_left_out_and_no_faults():
+    for first in range(6):
+        pool = pool_of(6, {first: [("rows", 1.0)]})
+        assert check(wrap(pool), batch(first, 96)).verified.any()
+
+
+def test_of_single_rows_idle_workers_take_the_checks():
+    pool = pool_of(8)
+    report = check(wrap(pool, 1.0, parts=4), batch(rows=4))
+    assert [len(part.units) for _, _, part in pool.begun] == [1, 1, 1, 1, 4]
+    assert report.source.tolist() == [0] * 4
+    assert report.verified.all()
+
+
+def test_what_a_worker_writes_into_its_results_after_their_check_reaches_no_answer():
+    """A process shares the memory of its results with the caller."""
+    sent = []
+
+    class Shared(VirtualWorkers):
+        def open(self, module, task):
+            request = super().open(module, task)
+            close = request.close
+            request.close = lambda: ([y.fill_(13.0) for y in sent], close())
+            return request
+
+    pool = Shared([[(lambda y: sent.append(y) or y, 1.0)]] * 4)
+    assert check(wrap(pool, 1.0), batch()).verified.all()
