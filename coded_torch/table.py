@@ -78,7 +78,8 @@ class Part:
     ticket: int = field(default_factory=_tickets.__next__)  #: no other part has it
     # ---
     of: Part | None = None  #: the part that it stands in for
-    why: str = "first"  #: or "hedge" for a late part, "retry" for a failed one, "check", "vote"
+    #: "first", "hedge" of a late part, "retry" of a failed one, "check", "vote" or "aside"
+    why: str = "first"
     asked: float = 0.0  #: seconds on the clock of the request, as are all times
     worker: int = -1  #: the place of the worker that had it last; -1 for none
     began: float = math.inf
