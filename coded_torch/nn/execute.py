@@ -69,6 +69,7 @@ class Execution:
                     first = "workers are still starting; call pool.start(model, example) first"
                     self.why = f"{first}; {self.why}"
             finally:
+                table.judge = table.policy = None  # no cycle keeps results until it is collected
                 report.versions = dict(request.versions)
                 report.note_table(table, division.batch_size, self.checks.rejected)
         report.num_groups = division.num_groups

@@ -199,6 +199,7 @@ class Dispatcher(abc.ABC):
         """End a job by a value, or by the arguments of a :class:`WorkerError` after the worker."""
         if (job := self._finish(worker, number)) is not None:
             job.request.settle(job, value, *why)
+            job.request = None  # whoever keeps the part need not keep the inputs
         self._assign()
 
     def hand_back(self, worker: Worker, number: int) -> None:
