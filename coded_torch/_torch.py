@@ -290,6 +290,40 @@ def arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return given if isinstance(given, tuple) else (given,), {}
 
 
+def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str) -> list[Any]:
+    """Return the batch dimension of each leaf of ``spec``, from ``dims``, a pytree prefix of it.
+
+    ``dims`` holds integers, None, or elements of ``names``. Errors name ``argument``.
+    """
+    if dims is None or type(dims) is int:  # the same for all leaves
+        return [dims] * spec.num_leaves
+    flat: list[int | None] = []
+    tree = pytree.tree_unflatten([0] * spec.num_leaves, spec)
+
+    def repeat(dim: Any, subtree: Any) -> None:
+        if not (dim is None or dim in names or type(dim) is int):
+            *some, last = "integers", "None", *map(repr, names)
+            must = f"{argument} must hold {', '.join(some)} or {last}"
+            raise TypeError(f"CodedWrapper: {must}, got {dim!r}")
+        flat.extend([dim] * pytree.tree_structure(subtree).num_leaves)
+
+    try:
+        pytree.tree_map_(repeat, dims, tree)
+    except ValueError:
+        must = f"{argument} must be a pytree prefix of the values"
+        got = f"{dims!r} for {pytree.tree_map(lambda _: '*', tree)}"
+        raise ValueError(f"CodedWrapper: {must}, got {got}") from None
+    return flat
+
+
+def check_batch(output: Any, index: int, leaf: Tensor, dim: int, size: int) -> None:
+    """Raise a ValueError unless leaf ``index`` of ``output`` has ``size`` rows at ``dim``."""
+    if not -leaf.dim() <= dim < leaf.dim() or leaf.shape[dim] != size:
+        name = leaf_name("output", output, index)
+        must = f"{name} must have size {size}, the batch size, at dim {dim}"
+        raise ValueError(f"CodedWrapper: {must}, got shape {tuple(leaf.shape)}")
+
+
 def has_rows(leaf: Any) -> bool:
     """Return whether a leaf is a tensor that can be read row by row."""
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.layout is torch.strided
@@ -300,6 +334,14 @@ def different_rows(inputs: Sequence[Tensor]) -> list[int]:
     numbers = range(1, len(inputs[0]))
     other = next((i for i in numbers if any(not x[i].equal(x[0]) for x in inputs)), 0)
     return [0, other] if other else [0]
+
+
+def sample(batch: Any) -> inspect.BoundArguments:
+    """Return the first row of a batch, and the first that differs from it, as bound arguments."""
+    given = arguments(batch)
+    rows = different_rows(pytree.tree_leaves(given))
+    args, kwargs = pytree.tree_map(lambda x: x[rows], given)
+    return inspect.signature(lambda *args, **kwargs: None).bind(*args, **kwargs)
 
 
 def dependent_output(

@@ -34,20 +34,20 @@ FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
-    "beside the folders": 2010,
-    "cli": 910,
+    "beside the folders": 2060,
+    "cli": 900,
     "codes": 960,
     "experiments": 1680,
-    "input_space": 1570,
+    "input_space": 1560,
     "nn": 1930,
     "open_inference": 680,
     "scheduling": 710,
-    "serve": 1140,
+    "serve": 1120,
     "surrogates": 560,
     "verification": 870,
-    "workers": 3280,
+    "workers": 3260,
 }
-MOST_LINES = 16_152  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 16_151  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

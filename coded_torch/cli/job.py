@@ -34,10 +34,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 import coded_torch
 
 from .._arguments import count
-from .._torch import different_rows
 from ..codes import NotEnoughResults
 from ..nn import CodedWrapper, Waiting
-from ..workers import ProcessWorkers
+from ..workers import ProcessWorkers, WorkerError
 from . import CommandError, find_factory, need, say, usage
 
 logger = logging.getLogger("coded_torch.job")
@@ -84,8 +83,7 @@ def job(args: argparse.Namespace) -> None:
             _replace(args.output / _MANIFEST, "".join(lines).encode())
             manifest = held.enter_context((args.output / _MANIFEST).open("a"))
             missing = [int(name[6:18]) for name in wrong]
-            batches = _started(coded, read(columns, size, missing))
-            found = coded.map(batches, in_flight=args.in_flight)
+            found = coded.map(read(columns, size, missing), in_flight=args.in_flight)
         say(f"Columns of {args.inputs}: {mapping}.")
         held.enter_context(coded.workers)
         held.enter_context(torch.no_grad())
@@ -97,6 +95,10 @@ def job(args: argparse.Namespace) -> None:
 
             progress = tqdm(wrong, desc="batches", disable=None)  # if there is a terminal
         try:
+            for first in read(columns, size, missing[:1]):
+                # If the model fails on these rows, their batch says so.
+                with usage("job", TypeError, "Workers: "), contextlib.suppress(WorkerError):
+                    coded.workers.start_on(coded.module, first)
             for name, (answers, report) in zip(progress, found, strict=True):
                 # A zip file for ``torch.load``: outputs, a dict or a list, and their errors.
                 outputs = dict(answers) if isinstance(answers, Mapping) else tree_leaves(answers)
@@ -222,20 +224,6 @@ def _columns(args: argparse.Namespace, names: list[str], module: nn.Module) -> B
         if len(by_order) + len(named) < len(pairs):
             raise ValueError(f"an argument is named twice, got {args.columns}")
         return signature.bind(*by_order, **named)
-
-
-def _started(coded: CodedWrapper, batches: Iterator[BoundArguments]) -> Iterator[BoundArguments]:
-    """Yield the batches, once the workers have run the model on rows of the first one."""
-    for first in itertools.islice(batches, 1):
-        given = first.args, first.kwargs
-        args, kwargs = tree_map(operator.itemgetter(different_rows(tree_leaves(given))), given)
-        with usage("job", TypeError, prefix="Workers: "):
-            try:
-                coded.workers.start(coded.module, first.signature.bind(*args, **kwargs))
-            except RuntimeError as error:  # if the model fails on these rows, the batch says so
-                logger.warning("not every worker has run the model: %s", error)
-        yield first
-    yield from batches
 
 
 # The folder.

@@ -149,7 +149,7 @@ def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None
     from ..serve import Connection
 
     logging.basicConfig(stream=sys.stderr, level="WARNING", format="%(name)s: %(message)s")
-    logging.getLogger("coded_torch.serve").setLevel("INFO")  # says when the model is loaded
+    logging.getLogger("coded_torch.workers").setLevel("INFO")  # says when the model is loaded
     # Requests may come before the model is loaded, so the socket is opened here. The protocol is
     # named: if it is 0, asyncio leaves Nagle's algorithm on, which adds 40 ms to every request of a
     # kept connection.

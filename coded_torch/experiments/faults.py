@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import count, instance, positive, probability
-from .._torch import flatten, on_host, unflatten
+from .._torch import broadcast_dims, flatten, on_host, unflatten
 from ..stragglers import Stragglers
 from ..table import Began, Part, Reply
-from ..workers.base import Request, Task, Workers, broadcast_dims
+from ..workers.base import Request, Task, Workers
 from ..workers.faults import Fault
 
 if TYPE_CHECKING:

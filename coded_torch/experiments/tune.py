@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import instance, shown
-from .._torch import as_called, on_host
+from .._torch import as_called, broadcast_dims, on_host
 from ..codes import BatchPlan, Code
 from ..input_space.regression import to_scale
 from ..nn import CodedWrapper
 from ..nn.division import Inputs, training_part
 from ..stragglers import Uniform
-from ..workers.base import Task, broadcast_dims
+from ..workers.base import Task
 from ..workers.local import cut
 from .faults import Attack
 

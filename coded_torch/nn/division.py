@@ -16,10 +16,10 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from .._arguments import dense
-from .._torch import outside, plain, positional
+from .._torch import broadcast_dims, outside, plain, positional
 from ..codes.base import Code
 from ..scheduling.latency_history import BLOCKS, EstimationTimes
-from ..workers.base import Task, broadcast_dims
+from ..workers.base import Task
 
 if TYPE_CHECKING:
     from ..input_space.regression import Regression, RowPlan

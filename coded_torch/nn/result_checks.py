@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._arguments import dense
-from .._torch import differentiated, flatten, leaf_name, unflatten
+from .._torch import broadcast_dims, check_batch, differentiated, flatten, leaf_name, unflatten
 from ..table import DISPUTED, FAILED, GOOD, Part, Table, WorkerError
-from ..workers.base import CONSTANTS, broadcast_dims, check_batch
+from ..workers.base import CONSTANTS
 from .division import Division, finite
 
 _ROUNDING = 0.01  # the most that a sum of probabilities differs from 1; half precision needs it

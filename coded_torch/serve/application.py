@@ -26,7 +26,7 @@ import coded_torch
 from .._arguments import count, instance, positive
 from ..nn import CodedWrapper
 from ..open_inference import ADDED, FORMER, LISTED, TensorSpec, written
-from .batcher import TO_ANSWER, Batch, Batcher, compute, load
+from .batcher import TO_ANSWER, Batch, Batcher, compute
 from .metrics import Metrics
 from .protocol import VERSION, Reader, RequestError
 
@@ -115,9 +115,6 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
                 return size * self.pool.concurrency, coded.parts or size
             return 1, 1
 
-        self.load = functools.partial(
-            load, coded, examples and [x[: self.max_rows] for x in examples]
-        )
         self.batcher = Batcher(
             functools.partial(compute, coded, outputs),
             max_batch_size=self.max_rows,
@@ -179,6 +176,13 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
                     await (await self.refuse(Request(scope), error))(scope, receive, send)
                     return
         await super().__call__(scope, receive, send)
+
+    def load(self) -> None:
+        """Start the workers. With examples, each runs the model on two rows; it must not fail."""
+        if self.examples is None:
+            self.pool.start()
+        else:
+            self.pool.start_on(self.coded.module, tuple(x[: self.max_rows] for x in self.examples))
 
     @contextlib.asynccontextmanager
     async def run_workers(self, _: Starlette) -> AsyncIterator[None]:

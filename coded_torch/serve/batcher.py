@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,12 +17,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._arguments import sparing_logger
-from .._torch import device_of, different_rows
+from .._torch import device_of
 from ..codes import DeadlineExceeded, NotEnoughResults
 from ..nn import CodedWrapper, Report, Waiting
 from ..open_inference import ADDED, EndpointError, RefusedError, TensorSpec
 from ..scheduling.latency_history import History
-from ..workers import WorkerError
 from .protocol import RequestError
 
 logger = sparing_logger("coded_torch.serve")
@@ -32,7 +32,6 @@ _BATCHES = 64
 # Seconds before the deadline that are kept to write the answers, and after it in which they may
 # still be written. It trades estimated rows against late answers and was not tuned.
 TO_ANSWER = 0.01
-_LOADING = 120.0  # seconds that workers may take to load the model; a bound, not tuned
 _MOST_BATCHES = 1024  # threads, each of which runs a batch; a bound, not tuned
 
 
@@ -43,22 +42,6 @@ class Batch(NamedTuple):
     report: Report
     unanswered: set[int]  #: the rows without an answer
     rows: slice = slice(None)  #: the rows of the call's batch
-
-
-def load(coded: CodedWrapper, examples: Sequence[Tensor] | None) -> None:
-    """Start the workers. With examples, let each run the module on two rows; it must not fail."""
-    pool = coded.workers
-    if examples is None:
-        pool.start()
-        return
-    try:
-        rows = different_rows(examples)
-        pool.start(coded.module, tuple(x[rows] for x in examples), timeout=_LOADING)
-        logger.info("%s workers have run the model", pool.num_workers or "all")
-    except RuntimeError as error:
-        if isinstance(error, WorkerError) and error.kind in ("raised", "died"):
-            raise
-        logger.warning("not every worker has run the model: %s", error)
 
 
 def compute(
@@ -331,7 +314,10 @@ def _error(cause: Exception, in_time: bool) -> RequestError:
 def _refusal(report: Report, row: int) -> RequestError:
     """Return the error of a request one of whose rows has no answer."""
     error = report.errors.get(row)
-    why, cause = error or "no worker replied with these rows", error and error.__cause__
+    why, cause = str(error or "no worker replied with these rows"), error and error.__cause__
+    if error and isinstance(cause, EndpointError):  # no address, and no text of that server
+        why = f"worker {error.worker} {str(cause).partition(':')[0]}"
+    why = re.sub(r" \(https?://\S+\)", "", why)
     if row in report.refused:
         if isinstance(cause, RefusedError):
             return RequestError(400, "invalid", str(cause))

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import instance, positive, sparing_logger, warn
-from .._torch import arguments, dependent_output, has_rows, leaf_name, positional, unflatten
-from ..table import Began, Part, Reply
+from .._torch import arguments, dependent_output, has_rows, leaf_name, positional, sample, unflatten
+from ..table import Began, Part, Reply, WorkerError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -172,8 +172,7 @@ class Workers(abc.ABC):
     starts_late: bool = False  #: true if the first request starts the workers
     concurrency: int = 1  #: the number of parts that a worker computes at a time
     names: Mapping[int, str] = MappingProxyType({})  #: the names of places that have one
-    #: The state by place: "idle", "busy", "excluded" or "down"; and the process id or 0. It is
-    #: empty if nobody knows.
+    #: The state by place, "idle", "busy", "excluded" or "down", and the process id or 0, if known.
     states: Mapping[int, tuple[str, int]] = MappingProxyType({})
     #: Give the worker at a place no more parts until it is restarted; None if the pool cannot.
     exclude: Callable[[int], None] | None = None
@@ -271,6 +270,20 @@ class Workers(abc.ABC):
             what = f"{found[0]} of a row depends on the other rows of its batch, by {found[1]:.2g}"
             warn(f"{type(self).__name__}: {what}; answers are not those to the whole batch")
 
+    def start_on(self, module: nn.Module, batch: Any) -> None:
+        """Have every worker that starts run a module on two different rows of a batch.
+
+        ``batch`` is an example of :meth:`start`, all of whose leaves have rows. If a worker does
+        not start, a warning says why. Raises a WorkerError if the module raises or ends a worker.
+        """
+        try:
+            self.start(module, sample(batch))
+            logger.info("%s workers have run the model", self.num_workers or "all")
+        except RuntimeError as error:
+            if isinstance(error, WorkerError) and error.kind in ("raised", "died"):
+                raise
+            logger.warning("not every worker has run the model: %s", error)
+
     def resize(self, num_workers: int) -> None:
         """Let the pool have another number of workers, at least 1, while calls are open.
 
@@ -310,37 +323,3 @@ def _say_what_is_never_estimated(outputs: Any) -> None:
         if isinstance(leaf, Tensor) and not leaf.is_floating_point():
             name = leaf_name("output", outputs, i)
             logger.info("%s is %s, so its missing rows cannot be estimated", name, leaf.dtype)
-
-
-def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str) -> list[Any]:
-    """Return the batch dimension of each leaf of ``spec``, from ``dims``, a pytree prefix of it.
-
-    ``dims`` holds integers, None, or elements of ``names``. Errors name ``argument``.
-    """
-    if dims is None or type(dims) is int:  # the same for all leaves
-        return [dims] * spec.num_leaves
-    flat: list[int | None] = []
-    tree = pytree.tree_unflatten([0] * spec.num_leaves, spec)
-
-    def repeat(dim: Any, subtree: Any) -> None:
-        if not (dim is None or dim in names or type(dim) is int):
-            *some, last = "integers", "None", *map(repr, names)
-            must = f"{argument} must hold {', '.join(some)} or {last}"
-            raise TypeError(f"CodedWrapper: {must}, got {dim!r}")
-        flat.extend([dim] * pytree.tree_structure(subtree).num_leaves)
-
-    try:
-        pytree.tree_map_(repeat, dims, tree)
-    except ValueError:
-        must = f"{argument} must be a pytree prefix of the values"
-        got = f"{dims!r} for {pytree.tree_map(lambda _: '*', tree)}"
-        raise ValueError(f"CodedWrapper: {must}, got {got}") from None
-    return flat
-
-
-def check_batch(output: Any, index: int, leaf: Tensor, dim: int, size: int) -> None:
-    """Raise a ValueError unless leaf ``index`` of ``output`` has ``size`` rows at ``dim``."""
-    if not -leaf.dim() <= dim < leaf.dim() or leaf.shape[dim] != size:
-        name = leaf_name("output", output, index)
-        must = f"{name} must have size {size}, the batch size, at dim {dim}"
-        raise ValueError(f"CodedWrapper: {must}, got shape {tuple(leaf.shape)}")

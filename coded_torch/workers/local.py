@@ -12,10 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._arguments import instance
-from .._torch import flatten, unflatten
+from .._torch import broadcast_dims, check_batch, flatten, unflatten
 from ..stragglers import Stragglers
 from ..table import Began, Part, Reply, WorkerError
-from . import base
 from .base import Request, Task, Workers
 
 # A time, an event, and the values of its ask.
@@ -136,12 +135,12 @@ def cut(task: Task, output: Any, counts: Sequence[int]) -> list[Any]:
     """
     sizes = [count * task.unit_rows for count in counts]
     leaves, spec = flatten(output)
-    dims = base.broadcast_dims("out_dims", task.out_dims, spec)
+    dims = broadcast_dims("out_dims", task.out_dims, spec)
     columns: list[Sequence[Any]] = []
     for i, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
         if dim is None or not isinstance(leaf, Tensor):
             columns.append([leaf] * len(counts))
         else:
-            base.check_batch(output, i, leaf, dim, sum(sizes))
+            check_batch(output, i, leaf, dim, sum(sizes))
             columns.append(leaf.split(sizes, dim))
     return [unflatten([column[n] for column in columns], spec) for n in range(len(counts))]

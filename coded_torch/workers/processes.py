@@ -9,7 +9,9 @@ import os
 import selectors
 import signal
 import socket
+import sys
 import time
+import types
 from collections.abc import Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
@@ -148,13 +150,12 @@ class _Processes(Supervisor):
             raise RuntimeError(f"ProcessWorkers: {why}; {how}")
         self._selector = selectors.DefaultSelector()
         self._alarm, self._bell = socket.socketpair()
-        self._alarm.setblocking(False)
         self._bell.setblocking(False)
         self._selector.register(self._alarm, selectors.EVENT_READ)
 
     def pack(self, module: nn.Module) -> Package:
         package = Package(Pickled(module))
-        self._packages |= worker_main.packages_of(module)
+        self._packages |= _packages_of(module)
         return package
 
     def launch(self, index: int) -> _Process:
@@ -184,17 +185,13 @@ class _Processes(Supervisor):
 
     def end(self, worker: _Process) -> None:
         worker.exit_code(0.0)  # to learn its process id
-        if not worker.pid and not self.closed and not worker.unwanted:
-            worker_main.replace_servers()  # the server is too slow to fork: start another one
         worker.kill()
         self._bury(worker, _DYING_SECONDS if worker.pid else 0.0)
 
     def wait(self, seconds: float) -> None:
         for key, _ in self._selector.select(seconds):
             if key.data is None:
-                with contextlib.suppress(BlockingIOError):
-                    while self._alarm.recv(4096):
-                        pass
+                self._alarm.recv(4096)
             elif key.data in self._workers:  # the others were ended meanwhile
                 self._hear(key.data)
 
@@ -248,19 +245,28 @@ class _Processes(Supervisor):
             worker.kill()  # the process may live, but it has closed its connection
         worker.connection.close()
         os.close(worker.descriptor)
-        ended = self.closed or worker.unwanted  # this pool ended it
-        broken = code == worker_main.UNSAFE or (code is None and not worker.pid and not ended)
-        # Once for all workers of that server.
-        if broken and not worker.packages & worker_main.REFUSED:
-            worker_main.REFUSED.update(worker.packages)
-            worker_main.replace_servers()
-        if code == worker_main.UNSAFE:
-            return "was forked from a server with threads, or with CUDA; another server starts"
+        if code is None and worker.pid:
+            return "closed its connection, and was killed"
         if code is None:
-            no_fork = "was not forked, as the server that forks processes ended"
-            return "closed its connection, and was killed" if worker.pid else no_fork
+            # Once for all workers of that server, unless this pool ended this one.
+            if not (self.closed or worker.unwanted or worker.packages & worker_main.REFUSED):
+                worker_main.REFUSED.update(worker.packages)
+                worker_main.replace_servers()
+            return "was not forked, as its server ended, or has threads or CUDA"
         if code < 0:
             names = {each.value: each.name for each in signal.Signals}  # not of all real-time ones
             return f"was killed by {names.get(-code, f'signal {-code}')}"
         up = "" if worker.ready or worker.modules else " before it was up; its output says why"
         return f"ended with exit code {code}{up}"
+
+
+def _packages_of(module: nn.Module) -> set[str]:
+    """Return the packages of a module's classes, and the imports of the main script for its own."""
+    found = {type(part).__module__ for part in module.modules()}
+    if "__main__" in found:
+        for value in list(vars(sys.modules["__main__"]).values()):  # other threads may add some
+            attribute = "__name__" if isinstance(value, types.ModuleType) else "__module__"
+            name = getattr(value, attribute, None)
+            found.add(name if isinstance(name, str) else "")
+    known = {"", "__main__", "torch", "coded_torch", *sys.stdlib_module_names}
+    return {name for name in found if name.partition(".")[0] not in known}

@@ -1,16 +1,19 @@
 r"""Worker processes: how they are forked, their program, and modules on both sides.
 
-They are forks of a server that has imported this package, so that they start in milliseconds. The
-server is a private :class:`multiprocessing.forkserver.ForkServer`, since the packages that the
-public one imports are a setting of the whole process. The server ends when the process that
-started it has ended, and ends its workers, stopped ones too.
+They are forks of a server that has imported this package, so that they start in milliseconds. There
+is a server for each set of packages to import. The server of :mod:`multiprocessing` would not do:
+the whole process shares it and its packages, and its socket has a file, which stays after a kill.
+
+A server ends when the process that started it has ended. The system then ends its workers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import gc
+import importlib
 import itertools
 import multiprocessing
 import operator
@@ -21,13 +24,11 @@ import select
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import traceback
-import types
-import weakref
 from collections.abc import Callable, Iterable
-from multiprocessing import forkserver, reduction, resource_tracker, spawn, util
+from multiprocessing import forkserver, resource_tracker, spawn, util
+from multiprocessing.connection import wait
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from typing import Any, NamedTuple
 
@@ -46,108 +47,99 @@ from .live import Ambient
 from .shared_memory import Connection, Pickled
 
 READY, MODULE, LOADED, JOB, RESULT, ALIVE = range(6)  # kinds of messages
-# Descriptors that must be free: a request takes 5, and one that is cut short ends the server.
-_SPARE_DESCRIPTORS = 8
-# The exit code of a worker whose server has threads or has initialised CUDA, which forks lack.
-UNSAFE = 77
+# Bounds in seconds, not tuned: to import the packages of a server, to wait behind some hundred
+# earlier requests to it, and between two looks whether its caller has ended.
+_IMPORT_SECONDS, _SEND_SECONDS, _LOOK_SECONDS = 120, 10.0, 2.0
 REFUSED: set[str] = set()  # packages that no server imports, as they broke one
-# The begin of a server's program. Before Python 3.14, the server gets no sys.path before it imports
-# (cpython 117378). Every 2 s, for some microseconds, it looks whether its caller has ended. Then it
-# ends its workers, as a stopped one cannot do that itself, and at last itself.
-_PROGRAM = """
-import sys
-sys.path = {path}
-import os, signal
-def look(*_):
-    if os.getppid() != {caller}:
-        with open(f"/proc/self/task/{{os.getpid()}}/children") as file:
-            pids = file.read().split()
-        for pid in pids:
-            os.kill(int(pid), signal.SIGKILL)
-        if not pids:
-            os._exit(0)
-signal.signal(signal.SIGALRM, look)
-signal.siginterrupt(signal.SIGALRM, False)  # some libraries cannot be interrupted
-signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-signal.setitimer(signal.ITIMER_REAL, 0.001, 2.0)
-"""
 
-# Written before a fork, and read in it. None if the server did not import this file.
-_server_is_unsafe: bool | None = None
-
-
-def _look_at_server() -> None:
-    global _server_is_unsafe
-    _server_is_unsafe = threading.active_count() > 1 or torch.cuda.is_initialized()
-
-
-os.register_at_fork(before=_look_at_server)
 _starting = threading.Lock()  # held while a server starts
 os.register_at_fork(after_in_child=_starting._at_fork_reinit)  # type: ignore[attr-defined]
-# A key is the packages that a server has imported.
-_servers: dict[frozenset[str], _Server] = {}
+# By the packages that a server has imported: its process id, and the socket for requests to it.
+_servers: dict[frozenset[str], tuple[int, int]] = {}
 os.register_at_fork(after_in_child=_servers.clear)  # a forked process starts its own servers
 
 
-class _Server(forkserver.ForkServer):
-    """A server whose socket has lost its file: a file would stay after a kill of this process.
-
-    Both sides reach the socket through descriptors, since a path may have 107 bytes at most.
-    """
-
-    def __init__(self, packages: Iterable[str]) -> None:
-        super().__init__()
-        self.set_forkserver_preload([__name__, *sorted(packages)])
-
-    def ensure_running(self: Any) -> None:
-        with contextlib.ExitStack() as starting:
-
-            def address(_: str) -> str:
-                folder = starting.enter_context(tempfile.TemporaryDirectory(prefix="coded_torch-"))
-                starting.callback(os.close, place := os.open(folder, os.O_PATH))
-                return f"/proc/self/fd/{place}/socket"
-
-            def spawn_server(executable: Any, arguments: Any, descriptors: Any) -> int:
-                # No working directory, where an uncompiled checkout may lie.
-                path = [x or os.getcwd() for x in sys.path if isinstance(x, str)]
-                arguments[-1] = _PROGRAM.format(path=path, caller=os.getpid()) + arguments[-1]
-                return util.spawnv_passfds(executable, arguments, descriptors)
-
-            # The method of the class with other functions, which no other server gets.
-            before, method = self._forkserver_pid, forkserver.ForkServer.ensure_running
-            utilities = vars(util) | {"spawnv_passfds": spawn_server}
-            names = {"util": types.SimpleNamespace(**utilities)}
-            names["connection"] = types.SimpleNamespace(arbitrary_address=address)
-            types.FunctionType(method.__code__, vars(forkserver) | names)(self)
-            if self._forkserver_pid != before:
-                file = os.open(self._forkserver_address, os.O_PATH)
-                self._forkserver_address = f"/proc/self/fd/{file}"
-                weakref.finalize(self, os.close, file)
+def _server(packages: frozenset[str]) -> int:
+    """Return the socket of the server with these packages, which is started if there is none."""
+    if packages in _servers:
+        pid, requests = _servers[packages]
+        with contextlib.suppress(ChildProcessError):  # the host has waited for it: it has ended
+            if not os.waitpid(pid, os.WNOHANG)[0]:
+                return requests
+        del _servers[packages]
+        os.close(requests)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        # No working directory, where an uncompiled checkout may lie.
+        path = [x or os.getcwd() for x in sys.path if isinstance(x, str)]
+        descriptors: Any = theirs.fileno(), resource_tracker.getfd()
+        options = *descriptors, os.getpid(), sorted(packages)
+        program = f"import sys; sys.path = {path}; import {__name__} as main; main.serve{options}"
+        flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        command = [spawn.get_executable(), *flags, "-c", program]
+        pid = util.spawnv_passfds(command[0], command, descriptors)
+        _servers[packages] = pid, ours.detach()
+    return _servers[packages][1]
 
 
 def replace_servers() -> None:
     """Fork no more workers from the present servers. Each ends with its last worker."""
 
-    def stop(server: Any) -> None:
-        with contextlib.suppress(OSError):  # the server has ended, and this host has waited for it
-            server._stop()
+    def await_end(pid: int) -> None:
+        with contextlib.suppress(ChildProcessError):  # this host has waited for it
+            os.waitpid(pid, 0)
 
     with _starting:
         while _servers:
-            server = _servers.popitem()[1]
-            threading.Thread(target=stop, args=(server,), daemon=True).start()
+            pid, requests = _servers.popitem()[1]
+            os.close(requests)
+            threading.Thread(target=await_end, args=(pid,), daemon=True).start()
 
 
-def packages_of(module: nn.Module) -> set[str]:
-    """Return the packages of a module's classes, and the imports of the main script for its own."""
-    found = {type(part).__module__ for part in module.modules()}
-    if "__main__" in found:
-        for value in list(vars(sys.modules["__main__"]).values()):  # other threads may add some
-            attribute = "__name__" if isinstance(value, types.ModuleType) else "__module__"
-            name = getattr(value, attribute, None)
-            found.add(name if isinstance(name, str) else "")
-    known = {"", "__main__", "torch", "coded_torch", *sys.stdlib_module_names}
-    return {name for name in found if name.partition(".")[0] not in known}
+def serve(requests: int, tracker: int, caller: int, packages: list[str]) -> None:
+    """Run a server: import packages, then fork a worker per request and tell how each ends."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGINT, signal.SIGTERM])
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(_IMPORT_SECONDS)  # ends even a server that hangs in compiled code
+    util._close_stdin()  # type: ignore[attr-defined]
+    resource_tracker._resource_tracker._fd = tracker  # type: ignore[attr-defined]
+    for package in packages:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(package)
+    signal.alarm(0)
+    util._flush_std_streams()  # type: ignore[attr-defined]
+    if threading.active_count() > 1 or torch.cuda.is_initialized():
+        os._exit(0)  # forks would lack them
+    server, link = os.getpid(), socket.socket(fileno=requests)
+    ring, bell = os.pipe()  # rings when a worker has ended
+    os.set_blocking(bell, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(bell)
+    heard = [requests, ring]
+    ends: dict[int, int] = {}  # by the process id of a worker, the pipe that tells its end
+    while (requests in heard or ends) and os.getppid() == caller:
+        ready = wait(heard, _LOOK_SECONDS)
+        if ring in ready:
+            os.read(ring, 4096)
+        for pid, end in list(ends.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                with contextlib.suppress(BrokenPipeError):
+                    forkserver.write_signed(end, os.waitstatus_to_exitcode(status))
+                os.close(ends.pop(pid))
+        if requests in ready:
+            data, given, *_ = socket.recv_fds(link, 1, 3)
+            if not data:
+                heard.remove(requests)
+            with contextlib.suppress(OSError, ValueError):  # processes or descriptors are short
+                sock, program, end = given
+                if not (pid := os.fork()):
+                    _work(server, sock, program, (requests, ring, bell, end, *ends.values()))
+                ends[pid] = given.pop()
+                forkserver.write_signed(end, pid)
+            for descriptor in given:
+                os.close(descriptor)
+    os._exit(0)
 
 
 def fork(sock: socket.socket, packages: frozenset[str], device: torch.device, *options: Any) -> int:
@@ -155,63 +147,69 @@ def fork(sock: socket.socket, packages: frozenset[str], device: torch.device, *o
 
     The options are the fields of a :class:`_Program` after its device. Returns a descriptor, from
     which :func:`multiprocessing.forkserver.read_signed` reads the process id, and later the exit
-    code. It ends early if the server does.
+    code. It ends early if there is no fork, or the server ends.
     """
     data = spawn.get_preparation_data("worker")
     kept = {name: data[name] for name in ("sys_path", "sys_argv", "orig_dir", "dir")}
     names = {"init_main_from_name", "init_main_from_path"} & data.keys()
     main = {} if shared_memory.is_interactive() else {name: data[name] for name in names}
-    with contextlib.ExitStack() as spare:
-        for _ in range(_SPARE_DESCRIPTORS):
-            spare.callback(os.close, os.dup(sock.fileno()))
     # Ctrl-C, and SIGTERM to a whole group, are meant for the caller's process: the server and its
     # forks inherit this mask. The tracker would unblock the signals if it were started later.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
-    try:
-        with _starting:
-            server = _servers.setdefault(packages, _Server(packages))
-            descriptor, writer = server.connect_to_new_process([sock.fileno()])
-    except ChildProcessError:  # the host has waited for the server, which has ended
-        replace_servers()
-        raise
-    with open(writer, "wb") as stream:
-        program = _Program(main, bool(packages), os.getpid(), device, *options)
-        reduction.dump(kept, stream)
-        reduction.dump(program, stream)
+    with contextlib.ExitStack() as on_error, open(os.memfd_create("program"), "w+b") as program:
+        pickle.dump((kept, _Program(main, device, *options)), program)
+        program.seek(0)
+        descriptor, end = os.pipe()
+        on_error.callback(os.close, descriptor)
+        with open(end, "wb"), _starting:
+            requests = _server(packages)
+            with socket.fromfd(requests, socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
+                link.settimeout(_SEND_SECONDS)
+                socket.send_fds(link, [b"!"], [sock.fileno(), program.fileno(), end])
+        on_error.pop_all()
     return descriptor
 
 
+def _work(server: int, sock: int, program: int, others: Iterable[int]) -> None:
+    """Be a worker, which has just been forked from a server that has other descriptors, too."""
+    code = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        for descriptor in others:
+            os.close(descriptor)
+        # PR_SET_PDEATHSIG: Linux ends this process with its server, even if it is stopped.
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
+        if os.getppid() == server:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, functools.partial(_end_fork, os.getpid()))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+            with open(program, "rb") as file:
+                preparation, worker = pickle.load(file)
+            spawn.prepare(preparation)
+            worker.run(Connection(socket.socket(fileno=sock)))
+            code = 0
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        util._flush_std_streams()  # type: ignore[attr-defined]
+        os._exit(code)
+
+
 class _Program(NamedTuple):
-    """The program of a worker. :func:`multiprocessing.spawn._main` calls :meth:`_bootstrap`."""
+    """The program of a worker."""
 
     main: dict[str, str]
-    preloaded: bool  # true if the server had to import packages
-    caller: int  # the id of the process that has the pool
     device: torch.device
     threads: int
     seed: int
     beat: float  # seconds between two signs of life
 
-    def _bootstrap(self, _: int) -> int:
-        if _server_is_unsafe or (_server_is_unsafe is None and self.preloaded):
-            return UNSAFE
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, functools.partial(_end_fork, os.getpid()))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-        descriptors: Any = forkserver.get_inherited_fds()
-        connection = Connection(socket.socket(fileno=descriptors[0]))
+    def run(self, connection: Connection) -> None:
         shared_memory.is_interactive = lambda: not self.main
         shared_memory.import_main = functools.cache(lambda: _import_main(self.main))
-        try:
-            self.run(connection)
-        except SystemExit as end:
-            return end.code if isinstance(end.code, int) else int(end.code is not None)
-        finally:
-            util._flush_std_streams()  # type: ignore[attr-defined]
-        return 0
-
-    def run(self, connection: Connection) -> None:
         threading.Thread(target=self.watch, args=(connection,), daemon=True).start()
         set_up(self.threads, self.seed)
         gc.freeze()  # the objects that exist now stay: no collection needs to look at them
@@ -228,12 +226,9 @@ class _Program(NamedTuple):
                 connection.send(RESULT, number, result)
 
     def watch(self, connection: Connection) -> None:
-        """Give signs of life, and end this process with its caller, even during a call."""
+        """Give signs of life, and end this process with its connection, even during a call."""
         poll = select.poll()
         poll.register(connection.socket, 0)
-        with contextlib.suppress(AttributeError, OSError):  # not every system has it
-            # A process that the caller forked keeps the connection open.
-            poll.register(os.pidfd_open(self.caller), select.POLLIN)
         while not poll.poll(1000 * self.beat):
             connection.beat(ALIVE)
         os._exit(0)

@@ -387,15 +387,14 @@ def test_a_module_that_ends_processes_spoils_no_other():
             assert reply.error is None
 
 
-def test_hung_processes_are_killed_though_their_server_has_died():
-    with ProcessWorkers(2, grace=1.0).start(timeout=WAIT) as pool:
-        first, hung = pool.pids
-        server = _parent(first)
-        os.kill(server, signal.SIGKILL)
-        os.kill(first, signal.SIGKILL)
-        until(lambda: pool.num_ready == 2 and first not in pool.pids)  # by a new server
-        answers(pool, Sleepy(), torch.full((2, 1, 1), 3600.0))
-        until(lambda: not Path(f"/proc/{hung}").exists())
+def test_processes_end_with_their_server_and_are_replaced():
+    with ProcessWorkers(2).start(timeout=WAIT) as pool:
+        before = pool.pids
+        os.kill(before[0], signal.SIGSTOP)
+        os.kill(_parent(before[0]), signal.SIGKILL)
+        until(lambda: pool.num_ready == 2 and not set(before) & set(pool.pids))
+        assert not any(map(_parent, before))
+        assert len(answers(pool, nn.Identity(), torch.zeros(4, 1, 1))) == 4
 
 
 def test_stopped_processes_hold_up_no_later_request_and_nothing_stale_is_used():
@@ -706,7 +705,7 @@ def test_threads_start_one_server_and_leave_the_environment(monkeypatch):
     started, spawn = [], worker_main.util.spawnv_passfds
 
     def start(path, arguments, descriptors):
-        if "forkserver" in arguments[-1]:
+        if "serve" in arguments[-1]:
             started.append(arguments[-1])
             time.sleep(0.1)
         return spawn(path, arguments, descriptors)
@@ -805,6 +804,7 @@ _INTERACTIVE = """
 import torch
 from coded_torch.codes import ReplicationCode
 from coded_torch.nn import CodedWrapper
+from coded_torch.testing.helpers import run
 from coded_torch.workers import ProcessWorkers, Task
 from torch.utils._pytree import tree_structure
 from dataclasses import dataclass
@@ -913,7 +913,7 @@ def test_a_killed_caller_leaves_nothing_though_a_worker_is_stopped_and_a_fork_li
             assert server not in (0, 1, caller.pid)
             if not server_lives:
                 os.kill(server, signal.SIGKILL)
-                os.kill(stopped, signal.SIGCONT)
+                until(lambda: not any(map(_parent, (stopped, worker))))
             assert not list(folder.iterdir())
             caller.kill()
             until(lambda: not any(map(_parent, (stopped, worker, server))))
