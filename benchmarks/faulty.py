@@ -60,7 +60,7 @@ class Fleet:
     def __init__(self, data: Data, num_workers: int, share: float, seed: int = SEED) -> None:
         self.data, self.random = data, random.Random(seed)
         self.seconds: list[tuple[float, float]] = []
-        pool = SimpleNamespace(places=range(num_workers))
+        pool = SimpleNamespace(places=range(num_workers), exclude=None)
         self.record = Record(pool, share, random.Random(seed + 1))
 
     def settle(self) -> Fleet:

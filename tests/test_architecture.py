@@ -35,9 +35,9 @@ COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
     "beside the folders": 2060,
-    "cli": 900,
+    "cli": 890,
     "codes": 960,
-    "experiments": 1680,
+    "experiments": 1670,
     "input_space": 1560,
     "nn": 1930,
     "open_inference": 680,
@@ -47,7 +47,7 @@ LINES = {
     "verification": 870,
     "workers": 3260,
 }
-MOST_LINES = 16_151  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 16_163  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 
@@ -144,7 +144,7 @@ def test_files_are_small(name):
 
 def test_files_are_few():
     # A new file should be a decision.
-    assert len(COUNTED) <= 74
+    assert len(COUNTED) <= 73
 
 
 def test_folders_keep_their_budgets():

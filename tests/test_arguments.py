@@ -166,6 +166,67 @@ def test_wrong_arguments_are_named_at_once(call, arguments, data):
         assert min(outcome(call, given)[1] for _ in range(3)) < SECONDS
 
 
+NAN, INF = math.nan, math.inf
+# Values that each argument of a call refuses, beside what else is right.
+REFUSED = [
+    (codes.SplineCode, {
+        "num_data": [0, True, 1.0], "num_workers": [0, 3, 6.0], "encoder_smoothing": [-1.0],
+        "decoder_smoothing": [NAN, "x"], "data_points": [[0.0], [[0.0] * 4], [0.0, 1, 1, 2]],
+        "worker_points": [[0.0, 1, 2, 3, 4, NAN], [0.0, 1, 2, 3, 4, INF], [5.0, 4, 3, 2, 1, 0]]}),
+    (codes.FloaterHormannCode, {"order": [-1, 4, 0.5]}),
+    (codes.LagrangeCode, {"degree": [0, 1.5], "decoder_degree": [-1], "num_workers": [2]}),
+    (codes.RegressionCode, {
+        "num_workers": [1, 6.0], "shuffle": [1], "link": ["logit"],
+        "ordering": ["near", 3, [1.5, 0], [0, 2, 2], [True, False], [[0, 1]]]}),
+    (Regression, {"metric": ["near", [], [1], 1], "length": ["long", 0.0, None]}),
+    (curves.chebyshev_first, {"num_points": [0, 2.0]}),
+    (linear.MatrixMap, {"matrix": [[1.0, 2.0], [[NAN]], "ab", [[1.0], [1.0, 2.0]]]}),
+    (linear.SplineMap, {
+        "knots": [[0, 2, 1], [0, 1, 1], [0, NAN, 1], [0, 1, INF], [[0, 1, 2]], [], ["a"] * 3],
+        "points": [[NAN], 0.5], "smoothing": [-1.0, NAN, [0.1, 0.2], "much"],
+        "weights": [[1, 1], [1, 0, 1], [1, NAN, 1]]}),
+    (stragglers.Uniform, {"num_stragglers": [-1, 1.5], "seed": [0.5]}),
+    (stragglers.Uniform(1, seed=0).sample, {"num_workers": [0, 4.0], "generator": [5]}),
+    (stragglers.Bernoulli, {"p": [1.5, "0.5"], "latency": [-1.0]}),
+    (stragglers.ShiftedExponential, {"shift": [INF], "rate": [0]}),
+    (stragglers.Trace, {"source": [[], [[]], [1.0], [[1.0], [1.0, 2.0]], [[-2.0]], [[NAN]]]}),
+    (scores.rmse, {"decoded": [[1.0], X[:2]], "exact": [X.int()]}),
+    (scores.relative_accuracy, {"labels": [X, [0, 1, 2], torch.ones(2).long()]}),
+    (nn.Waiting, {
+        "deadline": [0.0, INF, "200ms"], "estimate_after": [0, NAN], "estimate": [0],
+        "on_error": ["skip"], "hedge_budget": [-1, None]}),
+    (nn.Waiting.first, {"num_stragglers": [-1, 1.5]}),
+    (workers.LocalWorkers, {"stragglers": [3]}),
+    (workers.DeviceWorkers, {
+        "devices": [[], "cpu", torch.device("cpu"), ["nonsense"], ["cuda:99"]], "timeout": [NAN]}),
+    (workers.ProcessWorkers, {
+        "num_workers": [0], "threads": [0], "grace": [0.0], "timeout": [NAN],
+        "devices": ["cpu", ["nowhere"]]}),
+    (workers.FaultyWorkers, {
+        "pool": [3], "delays": [0.1], "seed": [0.5], "crash_every": [0], "attack": ["lie"],
+        "rates": [{"nan": "x"}, {"nan": 1.5}, {"nap": 0.5}, {"nan": 0.6, "crash": 0.6}],
+        "adversaries": [(1,)]}),
+    (tune, {"wrapper": [None], "batches": [None, []], "order": [1.0, [], [-1.0]]}),
+    (compare, {
+        "module": [None], "batches": [None, X, [X, X[:0]], [X]], "labels": [[X]], "tuning": [2],
+        "settings": [[(4, 5, 1)], [(5, 4, 5)], [(5, 4)], (5, 4, 1), []], "received_sets": [0],
+        "seeds": [-1, ["x"], [], [10**30]], "surrogate": [3], "attack": ["noise"],
+        "schemes": ["regression", ["x"], ["regression", "x"]]}),
+    (simulation.Conditions, {"dead": [2.0], "spread": [-1.0], "dead_after": [0.0]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "refused"), REFUSED, ids=name_of)
+def test_what_is_wrong_is_refused_by_name(call, refused):
+    others = [args for each, args in CALLS if name_of(each) == name_of(call)]
+    for argument, values in refused.items():
+        given = next((args for args in others if argument in args), others[0])
+        for wrong in values:
+            with pytest.raises((TypeError, ValueError), match=rf"\b{argument}\b.* must ") as info:
+                call(**given | {argument: wrong})
+            assert "\n" not in str(info.value), (argument, wrong)
+
+
 @pytest.mark.parametrize(("call", "arguments"), CALLS, ids=name_of)
 def test_what_is_right_is_taken(call, arguments):
     call(**arguments)
@@ -198,7 +259,11 @@ def test_every_public_class_and_function_is_tried():
         (lambda: workers.ProcessWorkers(10**8), ValueError, "ProcessWorkers: num_workers must be"),
         (lambda: stragglers.Uniform(2, seed=10**30), ValueError, "Uniform: seed must be at most"),
         (lambda: stragglers.Trace(None), TypeError, "Trace: source must be real numbers, got None"),
-        (lambda: stragglers.Uniform(1).sample(10**9), ValueError, "num_workers must be at most"),
+        (
+            lambda: stragglers.Uniform(1).sample(10**9),
+            ValueError,
+            "Uniform: num_workers must be at",
+        ),
     ],
 )
 def test_messages(make, error, message):

@@ -7,13 +7,11 @@ import sys
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 import coded_torch
 from coded_torch.cli import find_factory
 from coded_torch.cli.main import main
 from coded_torch.demo import digits
-from coded_torch.experiments.scores import Comparison, Record, Score
 
 
 def run(line):
@@ -155,22 +153,6 @@ def compared(monkeypatch):
         monkeypatch.setattr(coded_torch, "compare", function)
 
     return replace
-
-
-def test_a_picture_that_cannot_be_saved(compared, tmp_path, monkeypatch, capsys):
-    score = Score(1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
-    record = Record(6, 2, 1, "mine", "", 0, 0, 4, 3.0, score)
-    compared(lambda *_, **__: Comparison([record]))
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Figure, "savefig", full)
-    assert run(f"demo --output {tmp_path / 'picture.png'}") == 2
-    err = capsys.readouterr().err
-    assert err == (
-        "coded-torch demo: --output cannot be written: [Errno 28] No space left on device\n"
-    )
 
 
 def test_interrupt(compared, capsys):

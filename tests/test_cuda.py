@@ -109,3 +109,12 @@ def test_runs_on_the_current_stream_and_in_a_graph():
     graph.replay()
     torch.cuda.synchronize()
     torch.testing.assert_close(got, 2 * want)
+
+
+@pytest.mark.cuda
+def test_a_graph_needs_a_call_before():
+    map = SplineMap(np.linspace(-1, 1, 20), np.linspace(-1, 1, 50))
+    values = torch.randn(20, 100, device="cuda")
+    must = pytest.raises(RuntimeError, match=r"must have been applied to torch\.float32")
+    with must, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        map(values)

@@ -89,18 +89,6 @@ class TestLinearMaps:
         want = map.matrix(torch.float32).sum(0)[:, None].expand(5, 3)
         torch.testing.assert_close(values.grad, want)
 
-    @pytest.mark.filterwarnings("ignore")  # of the compiler, about its own dependencies
-    def test_compiles_into_one_frame(self, make):
-        map = make(4, 6)
-        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-        compiled = torch.compile(
-            lambda v: map(v, 1).sin(), fullgraph=True, dynamic=True, backend=counter
-        )
-        for columns in (19, 23, 29):  # no size twice, or the compiler takes them for one
-            values = torch.randn(2, 4, columns)
-            torch.testing.assert_close(compiled(values), map(values, 1).sin())
-        assert counter.frame_count == 1
-
     def test_vmap_copies_and_autocast_change_nothing(self, make):
         map = make(4, 6)
         values = torch.randn(3, 4, 5)
@@ -143,38 +131,6 @@ class TestLinearMaps:
             for out in (answers, want)
         )
         torch.testing.assert_close(*gradients)
-
-    @pytest.mark.parametrize("columns", [2, 300])
-    def test_groups_that_do_not_fit(self, make, columns):
-        to, back, grouping = make(4, 6), make(6, 4), Grouping(range(9), 4)
-        for call, shape, message in (
-            (to.gathered, (12,), r"must have (size 9|shape \[9\])"),
-            (back.scattered, (7, 3), "must have size 6 along dim 0"),
-            (back.scattered, (6, 4), r"must have s(ize|hape) .*3"),
-        ):
-            with pytest.raises(ValueError, match=message):
-                call(torch.ones(*shape, columns), grouping)
-        with pytest.raises(TypeError, match="values must be a dense, strided floating-point"):
-            to.gathered(torch.ones(9, columns, dtype=torch.int64), grouping)
-
-
-@pytest.mark.parametrize(
-    ("matrix", "message"),
-    [
-        ([1.0, 2.0], "matrix must be finite, with two dim"),
-        ([[float("nan")]], "matrix must be finite"),
-        ("ab", "matrix must be real numbers, got 'ab'"),
-        ([[1.0], [1.0, 2.0]], "matrix must be real numbers"),
-    ],
-)
-def test_bad_matrices(matrix, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        MatrixMap(matrix)
-
-
-def test_maps_from_and_to_nothing():
-    assert torch.equal(MatrixMap(np.zeros((2, 0)))(torch.zeros(0, 3)), torch.zeros(2, 3))
-    assert MatrixMap(np.zeros((0, 2)))(torch.zeros(2, 3)).shape == (0, 3)
 
 
 @pytest.mark.parametrize("kind", ["chebyshev", "thinned"])
@@ -237,23 +193,3 @@ class TestOnCuda:
         assert want.abs().max() > 0
         for _ in range(5):
             assert torch.equal(gradients(), want)
-
-    def test_every_stream_has_its_own_operands(self):
-        map, values = spline_map(20, 50), torch.randn(20, 100, device="cuda")
-        want = map(values)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            got = map(values)
-        torch.cuda.synchronize()
-        assert torch.equal(got, want)
-        assert len(map._placed) == 4  # two dtypes on the host, two streams
-
-    @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
-    def test_a_graph_needs_a_call_before(self):
-        map, values = spline_map(20, 50), torch.randn(20, 100, device="cuda")
-        with (
-            pytest.raises(RuntimeError, match=r"must have been applied to torch\.float32"),
-            torch.cuda.graph(torch.cuda.CUDAGraph()),
-        ):
-            map(values)

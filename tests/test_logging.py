@@ -46,13 +46,6 @@ def test_one_warning_per_cause_and_minute_says_how_many_were_held_back(clock, pa
     assert texts[3:] == ["machine 8 failed"] * 2
 
 
-def test_a_named_cause_is_told_from_others(passed):
-    logger, texts = passed
-    for host in ("http://10.0.0.1:8000", "http://10.0.0.2:8000", "http://10.0.0.1:8000"):
-        logger.warning("%s failed", host, extra={"cause": host})
-    assert texts == ["http://10.0.0.1:8000 failed", "http://10.0.0.2:8000 failed"]
-
-
 def test_the_causes_that_are_remembered_are_bounded(passed):
     logger, texts = passed
     words = ["".join(chr(97 + (i >> s) % 16) for s in (0, 4, 8)) for i in range(1000)]

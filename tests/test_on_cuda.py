@@ -8,14 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from coded_torch import compare
 from coded_torch.codes import BerrutCode, LagrangeCode, RegressionCode, ReplicationCode, SplineCode
 from coded_torch.input_space.ordering import Grouping
 from coded_torch.linear import MatrixMap, SplineMap
 from coded_torch.nn import CodedWrapper, Waiting
-from coded_torch.stragglers import Bernoulli, Uniform
-from coded_torch.surrogates import Memory
-from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers, ProcessWorkers
+from coded_torch.stragglers import Uniform
+from coded_torch.workers import DeviceWorkers, LocalWorkers
 
 from .serve.servers import Client, built, linear, serving, tensor
 from .waits import host_waits
@@ -31,8 +29,6 @@ CODES = {
     "kernel, spread": lambda: RegressionCode(4, 8, metric="spread"),
 }
 every_code = pytest.mark.parametrize("make_code", CODES.values(), ids=CODES)
-REPEATING = {name: make for name, make in CODES.items() if not make().mixes}
-repeating = pytest.mark.parametrize("make_code", REPEATING.values(), ids=REPEATING)
 # Answers of float32 that were computed in another order, after a decoder that amplifies.
 TOLERANCE = 1e-3
 # The same in 8 bits.
@@ -124,28 +120,6 @@ def test_codes(make_code, variant):
     check_agreement(make_code, **variant)
 
 
-@every_code
-def test_an_order_on_the_device(make_code):
-    check_agreement(make_code, ordering=ORDER.to("cuda:0"))
-
-
-@repeating
-def test_surrogates(make_code):
-    def surrogates():
-        return [nn.Linear(12, 5), Memory()]
-
-    device = "cuda:0"
-    wrapper = coded(network(), make_code, surrogate=surrogates()).to(device)
-    with torch.no_grad():
-        for seed in range(4):
-            x = random_numbers(30, 12, seed=seed).to(device)
-            answers = wrapper(x)
-            exact = ~wrapper.last_run.estimated.to(device)
-            want = wrapper.module(x)
-            torch.testing.assert_close(answers[exact], want[exact], atol=TOLERANCE, rtol=0)
-            assert not wrapper.last_run.rejected
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @every_code
 def test_gradients(make_code, device):
@@ -158,50 +132,6 @@ def test_gradients(make_code, device):
 
     # A sum over 30 rows.
     torch.testing.assert_close(gradients(device), gradients("cpu"), atol=30 * TOLERANCE, rtol=0)
-
-
-@contextlib.contextmanager
-def set_default():
-    torch.set_default_device("cuda")
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
-DEFAULTS = {"set": set_default, "context": lambda: torch.device("cuda")}
-every_default = pytest.mark.parametrize("default", DEFAULTS.values(), ids=DEFAULTS)
-
-
-@every_default
-@repeating
-def test_default_devices(make_code, default):
-    with default():
-        module, x = nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 5)), X.to("cuda")
-        assert next(module.parameters()).is_cuda
-        module.load_state_dict(network().state_dict())
-        answers = coded(module.eval(), make_code, surrogate=Memory())(x)
-    want = coded(network(), make_code, surrogate=Memory())(X)
-    torch.testing.assert_close(answers.cpu(), want, atol=TOLERANCE, rtol=0)
-
-
-class MakesTensors(nn.Module):
-    """Adds what it makes on the device that is the default where it runs."""
-
-    def forward(self, x):
-        return x + torch.ones(x.shape[-1])
-
-
-@every_default
-@either_pool
-def test_modules_see_the_default_of_the_caller(default, pool):
-    x = X.to("cuda")
-    with contextlib.ExitStack() as stack:
-        workers = stack.enter_context(pool())
-        wrapper = CodedWrapper(MakesTensors(), CODES["replication"](), workers=workers)
-        with default():
-            answers = wrapper(x)
-    torch.testing.assert_close(answers, x + 1)
 
 
 @either_pool
@@ -221,16 +151,6 @@ def test_autocast(make_code, pool):
     with torch.no_grad():
         want = host(X)
     torch.testing.assert_close(answers.cpu().float(), want, atol=TOLERANCE_OF_HALF, rtol=0)
-
-
-@repeating
-def test_after_inference_mode(make_code):
-    wrapper = coded(network().to("cuda"), make_code, surrogate=Memory())
-    x = X.to("cuda")
-    with torch.inference_mode():
-        wrapper(x)
-    wrapper(x).sum().backward()
-    assert all(p.grad.isfinite().all() for p in wrapper.module.parameters())
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["", "gradients"])
@@ -259,64 +179,6 @@ def test_device_workers(devices, home, make_code, waiting, grad):
             if waiting is None:  # all results arrive
                 torch.testing.assert_close(answers.detach().cpu(), want, atol=TOLERANCE, rtol=0)
             assert not wrapper.last_run.rejected
-
-
-def test_faulty_workers():
-    x = X.to("cuda")
-    delays = Bernoulli(0.3, latency=0.02, seed=0)
-    with FaultyWorkers(DeviceWorkers(["cuda", "cuda"]), delays=delays) as pool:
-        wrapper = CodedWrapper(network().to("cuda"), workers=pool, waiting=Waiting(deadline=5.0))
-        with torch.no_grad():
-            for _ in range(5):
-                answers, exact = wrapper(x), ~wrapper.last_run.estimated.to("cuda")
-                want = wrapper.module(x)
-                torch.testing.assert_close(answers[exact], want[exact], atol=TOLERANCE, rtol=0)
-
-
-def test_processes_on_the_host():
-    x = X.to("cuda")
-    with ProcessWorkers(2) as pool, torch.no_grad():
-        wrapper = CodedWrapper(network().to("cuda"), workers=pool)
-        answers = wrapper(x)
-        torch.testing.assert_close(answers, wrapper.module(x), atol=TOLERANCE, rtol=0)
-
-
-def test_images():
-    conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
-    conv = conv.double()  # cuDNN may round inputs of float32
-    x = random_numbers(20, 3, 16, 16).double().to(memory_format=torch.channels_last)
-    for images in (x, x[:, :, ::2, ::2]):
-        check_agreement(CODES["spline"], x=images, module=conv)
-        check_agreement(CODES["kernel"], x=images, module=conv)
-
-
-class Classifier(nn.Module):
-    """Logits of sentences, in a dictionary."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.linear = nn.Embedding(50, 8), nn.Linear(8, 3)
-
-    def forward(self, tokens, mask, scale):
-        hidden = self.embedding(tokens) * mask[..., None]
-        return {"logits": self.linear(hidden.mean(1)) * scale, "rest": None}
-
-
-@pytest.mark.filterwarnings("ignore:CodedWrapper. no input is floating-point")
-@pytest.mark.parametrize("code", ["kernel", "replication"])
-@pytest.mark.parametrize("scale", ["host", "device"])
-def test_tokens_masks_and_shared_arguments(code, scale):
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 50, (30, 7), generator=generator)
-    mask = torch.rand(30, 7, generator=generator) > 0.3
-    module = Classifier().eval()
-    options = {"workers": LocalWorkers(), "in_dims": (0, 0, None)}
-    with torch.no_grad():
-        want = module(tokens, mask, torch.tensor(2.0))["logits"]
-        wrapper = coded(module.to("cuda"), CODES[code], **options)
-        shared = torch.tensor(2.0, device="cuda" if scale == "device" else "cpu")
-        got = wrapper(tokens.cuda(), mask.cuda(), shared)["logits"]
-    torch.testing.assert_close(got.cpu(), want, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -349,16 +211,6 @@ def test_linear_maps(kind, dtype, device):
             )
         )
         check(*(torch.func.vmap(map)(values.expand(2, 9, 300).to(d)) for d in (device, "cpu")))
-
-
-@pytest.mark.parametrize("labels_on", ["cpu", "cuda"])
-def test_compare(labels_on):
-    batches = [random_numbers(48, 12, seed=i) for i in range(3)]
-    labels = [batch.argmax(1) % 5 for batch in batches]
-    want = compare(network(), batches, [(8, 4, 2)], labels=labels)
-    there = [x.to("cuda") for x in batches], [(8, 4, 2)]
-    got = compare(network().to("cuda"), *there, labels=[y.to(labels_on) for y in labels])
-    assert str(got).splitlines()[0] == str(want).splitlines()[0]
 
 
 @either_pool

@@ -157,16 +157,6 @@ def test_indexed_rows_are_read_and_written_where_they_lie(plans, dtype, transpos
                 assert torch.equal(apply(given, index, every_row)[every_row], want)
 
 
-@every_dtype
-def test_indexed_rows_past_the_cache(dtype):
-    coefficients, schedule, _ = make_plan(5, dtype)
-    values = randn(10, 100_032, dtype=dtype)
-    gather, scatter = torch.randperm(10).view(5, 2), torch.randperm(24).view(12, 2)
-    want = ops.spline_apply(values[gather], coefficients, schedule)
-    indices = {"gather": gather, "scatter": scatter, "num_rows": 24}
-    assert torch.equal(ops.spline_apply(values, coefficients, schedule, **indices)[scatter], want)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_large_results_ask_for_huge_pages():
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -182,22 +172,6 @@ def test_large_results_ask_for_huge_pages():
         elif inside and line.startswith("AnonHugePages:"):
             huge += int(line.split()[1]) << 10
     assert huge >= 0.9 * out.nbytes
-
-
-def test_indices_of_nothing():
-    coefficients, schedule, _ = make_plan(5)
-    empty = torch.empty(5, 0, dtype=torch.int64)
-    values, zeros = randn(7, 3), torch.zeros(12, 2, 3, dtype=torch.float64)
-    apply = functools.partial(ops.spline_apply, coefficients=coefficients, schedule=schedule)
-    assert apply(values, gather=empty).shape == (12, 0, 3)
-    got = apply(values, gather=empty, scatter=empty.new_empty(12, 0), num_rows=4)
-    assert torch.equal(got, zeros[:4, 0])
-    assert torch.equal(apply(values[:0], gather=torch.full((5, 2), -1)), zeros)
-    # No column costs nothing, whatever the number of rows.
-    values, scatter = torch.ones(5, 2, 0, dtype=torch.float64), torch.arange(24).view(12, 2)
-    assert apply(values, scatter=scatter, num_rows=2**40).shape == (2**40, 0)
-    with pytest.raises(RuntimeError, match=r"scatter must lie in -1\.\.22, got 23"):
-        apply(values, scatter=scatter, num_rows=23)
 
 
 @both_ways
@@ -226,32 +200,6 @@ def test_opcheck_gradients_and_vmap(n, transpose, indexed):
             assert torch.equal(got[b], apply(batch.select(dim, b)))
 
 
-def test_vmap_over_plans_is_refused():
-    coefficients, schedule, _ = make_plan(5)
-    values = randn(5, 1, 3)
-    run = torch.vmap(lambda c: ops.spline_apply(values, c, schedule))
-    with pytest.raises(NotImplementedError, match="vmap over plans or indices is not supported"):
-        run(coefficients[None])
-
-
-@pytest.mark.parametrize(("n", "plans"), [(9, 4), (2000, 1)])  # of more states than the stack holds
-def test_one_plan_or_one_for_each_group(n, plans):
-    coefficients, schedule, matrices = make_plan(n, plans=plans)
-    values = randn(n, 4, 7)
-    got = ops.spline_apply(values, coefficients, schedule)
-    want = torch.einsum("goi,igm->ogm", matrices.expand(4, -1, -1), values)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
-
-
-def test_vmap_of_the_gradient():
-    coefficients, schedule, (matrix,) = make_plan(6)
-    values = torch.randn(6, 1, 1, dtype=torch.float64, requires_grad=True)
-    out = ops.spline_apply(values, coefficients, schedule)
-    unit = torch.eye(len(out), dtype=torch.float64)[:, :, None, None]
-    (jacobian,) = torch.autograd.grad(out, values, unit, is_grads_batched=True)
-    torch.testing.assert_close(jacobian[..., 0, 0], matrix)
-
-
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # which torch itself uses here
 @pytest.mark.parametrize("indexed", [False, True])
 def test_derivatives_by_torch_func(indexed):
@@ -277,25 +225,6 @@ def test_derivatives_by_torch_func(indexed):
         close(second(values), hessian)
     each = torch.stack([values, 2 * values])
     close(torch.vmap(grad(loss))(each)[1], grad(loss)(each[1]))
-
-
-def test_forward_mode_is_vectorised():
-    coefficients, schedule, _ = make_plan(5)
-    values = randn(5, 1, 2)
-    apply = functools.partial(ops.spline_apply, coefficients=coefficients, schedule=schedule)
-    jacobian = torch.autograd.functional.jacobian
-    got = jacobian(apply, values, vectorize=True, strategy="forward-mode")
-    torch.testing.assert_close(got, jacobian(apply, values), rtol=0, atol=1e-12)
-
-
-@of_the_compiler
-@pytest.mark.skipif(torch.__version__.startswith("2.10."), reason="torch 2.10 cannot compile it")
-def test_forward_mode_compiles():
-    coefficients, schedule, _ = make_plan(5)
-    values = randn(5, 1, 2)
-    tangent_of = torch.func.jacfwd(lambda v: ops.spline_apply(v, coefficients, schedule))
-    compiled = torch.compile(tangent_of, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(values), tangent_of(values))
 
 
 @of_the_compiler

@@ -204,15 +204,6 @@ def test_a_row_that_is_only_selected_keeps_its_bits(grid_library, transpose):
 
 
 @pytest.mark.parametrize("transpose", [False, True])
-def test_a_plan_for_each_group_on_a_grid(grid_library, transpose):
-    coefficients, schedule, matrices = make_plan(9, plans=4)
-    values = torch.randn(12 if transpose else 9, 4, 7, dtype=torch.float64)
-    got, _ = run_grid(grid_library, values, coefficients, schedule, transpose)
-    equation = "gio,igm->ogm" if transpose else "goi,igm->ogm"
-    torch.testing.assert_close(got, torch.einsum(equation, matrices, values))
-
-
-@pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [1, 9, 136])
 def test_indexed_rows_on_a_grid(grid_library, dtype, transpose, columns):
@@ -229,19 +220,6 @@ def test_indexed_rows_on_a_grid(grid_library, dtype, transpose, columns):
         gather[1, 1] = -1
         want = run_grid(grid_library, gathered(values, gather), some, schedule, transpose)[0]
         assert torch.equal(got, scattered(want, scatter, num_rows))
-
-
-@pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("shared", [0, 15_360, H100.shared_bytes])
-def test_where_the_states_are_kept_changes_nothing(grid_library, shared, transpose):
-    coefficients, schedule, _ = make_plan(17, torch.float32)
-    values = torch.randn(12 if transpose else 17, 2, 260)
-    device = Device(multiprocessors=1, shared_bytes=shared)
-    got, grid = run_grid(grid_library, values, coefficients, schedule, transpose, device)
-    assert (grid.kernel, grid.states) == (SWEEP, SHARED if shared else WORKSPACE)
-    assert grid.shared_bytes <= shared
-    want, _ = run_grid(grid_library, values, coefficients, schedule, transpose)
-    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("transpose", [False, True])

@@ -4,19 +4,15 @@ import copy
 import os
 import pickle
 import signal
-import threading
 
 import pytest
 import torch
 from torch import nn
 
-from coded_torch.codes import RegressionCode
-from coded_torch.input_space.geometry import Geometry
-from coded_torch.input_space.metrics import METRICS, leaves_of, transforms
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory, distill, memory
-from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers
+from coded_torch.workers import LocalWorkers
 
 from .nn.modules import WAYS, divided, rand
 
@@ -66,18 +62,6 @@ def test_it_knows_nothing_at_first_and_its_capacity_is_a_count():
         Memory(0)
 
 
-def test_several_inputs_and_outputs_count_alike():
-    known = Memory()
-    a, b = rand(400, 2), 1e5 * rand(400, 3, seed=1)
-    y, z = a.sum(1), (b / 1e5).square().sum(1).view(400, 1, 1)
-    known.observe([a, b], [y, z])
-    known.rebuild()
-    got_y, got_z = known.estimate([a[:50] + 1e-3, b[:50] + 1])
-    assert (got_y.shape, got_z.shape) == ((50,), (50, 1, 1))
-    for got, wanted in ((got_y, y[:50]), (got_z, z[:50])):
-        assert float((got - wanted).square().mean()) < 0.1 * float(wanted.var())
-
-
 @pytest.mark.parametrize("far", [1e6, 1e20])
 def test_a_far_row_spoils_no_estimates(far):
     known, x = Memory(), rand(600, 3)
@@ -120,41 +104,6 @@ def test_the_oldest_go_first_and_memory_is_bounded():
     assert float(old.min()) > 20
 
 
-def test_outputs_of_many_numbers_are_few(monkeypatch):
-    monkeypatch.setattr(memory, "_MOST_NUMBERS", 10_000)
-    known = Memory()
-    known.observe([rand(64, 4)], [rand(64, 1000)])
-    assert len(known) == 9
-
-
-def test_coordinates_are_frozen():
-    known = filled(1100)
-    space = known._space
-    assert space is not None
-    assert all(seen.shape[1] <= 96 for seen, *_ in known._rows)
-    known.observe([rand(300, 4, seed=5)], [f(rand(300, 4, seed=5))])
-    known.rebuild()
-    assert known._space is space
-    assert error(known) < 0.05
-
-
-@pytest.mark.parametrize("metric", METRICS)
-def test_coordinates_have_the_distances_of_a_metric(metric):
-    shape = (5, 3) if metric == "mean_spread" else (7,)
-    x = rand(60, *shape).float() * torch.linspace(1, 3, shape[-1])
-    a = [*leaves_of([x]), *leaves_of([1e4 * x.flatten(1).square()])]  # inputs count alike
-    space, how = memory._Space(a, metric), METRICS[metric]
-    z = space(a).double()
-    features = [each(leaf) for each, leaf in zip(transforms(how, a), a, strict=True)]
-    wanted = Geometry(torch.cat(features, 1).float()).squared_distances(how.shrinkage)[0].double()
-    got = torch.cdist(z, z).square()
-    got *= wanted.mean() / got.mean()
-    torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-2 * float(wanted.mean()))
-    # They are frozen: what a batch holds beside a row does not move it.
-    alone = space([leaf.at(torch.tensor([0])) for leaf in a])
-    torch.testing.assert_close(alone, z[:1].float(), rtol=1e-3, atol=1e-3)
-
-
 def test_it_measures_in_the_metric_that_estimates_best():
     """The feature that decides is a thousandth of the others."""
 
@@ -169,56 +118,6 @@ def test_it_measures_in_the_metric_that_estimates_best():
     (got,) = known.estimate([unseen])
     error = (got - hidden(unseen)).square().mean() / hidden(unseen).var()
     assert float(error) < 0.2
-
-
-def test_features_that_were_added_up_are_taken_as_they_are():
-    x = rand(60, 9000)
-    known = Memory()
-    known.observe([x], [x[:, :1]])
-    known.rebuild()
-    assert known.estimate([x])[0].shape == (60, 1)
-
-
-def test_the_regression_is_made_beside_and_seldom(monkeypatch):
-    began, go = threading.Event(), threading.Event()
-    make = memory._Snapshot
-
-    def slow(*args):
-        began.set()
-        assert go.wait(10)
-        return make(*args)
-
-    monkeypatch.setattr(memory, "_Snapshot", slow)
-    known, x = Memory(), rand(256, 4)
-    known.observe([x[:255]], [f(x[:255])])
-    assert not began.is_set()  # 256 must be new
-    known.observe([x[255:]], [f(x[255:])])
-    assert began.wait(10)
-    assert known.estimate([x]) is None  # and does not wait
-    known.observe([x], [f(x)])
-    go.set()
-    known.rebuild()
-    assert known.estimate([x]) is not None
-    # As long as it would take more than a fiftieth of the time, nothing happens.
-    known._seconds = 1e6
-    began.clear()
-    known.observe([x], [f(x)])
-    assert not began.is_set()
-    known._seconds = 0.0
-    known.observe([x], [f(x)])
-    assert began.wait(10)
-    known.rebuild()
-
-
-def test_what_is_cleared_meanwhile_stays_so(monkeypatch):
-    go, make = threading.Event(), memory._Snapshot
-    monkeypatch.setattr(memory, "_Snapshot", lambda *args: go.wait(10) and make(*args))
-    known, x = Memory(), rand(300, 4)
-    known.observe([x], [f(x)])
-    known.clear()
-    go.set()
-    known.rebuild()
-    assert (len(known), known.estimate([x])) == (0, None)
 
 
 def test_a_failure_is_logged_and_what_was_known_stays(monkeypatch, caplog):
@@ -308,14 +207,6 @@ def test_it_is_forgotten_when_the_weights_change():
     assert len(known) == 0
 
 
-def test_after_the_data_have_changed_it_is_not_believed():
-    known = filled(1000, outputs=lambda x: -3 * f(x.flip(1)))
-    coded, alone = wrap(known), wrap(())
-    batches = [rand(64, 4, seed=100 + i) for i in range(12)]
-    known.observe = lambda *args, **kwargs: None
-    assert mse(coded, batches) < 1.02 * mse(alone, batches)
-
-
 def test_probabilities_are_remembered_as_logarithms():
     class Soft(Function):
         def forward(self, x):
@@ -330,48 +221,6 @@ def test_probabilities_are_remembered_as_logarithms():
     assert mse(coded, batches) < 0.6 * mse(wrap((), module=Soft(), link="softmax"), batches)
     assert coded.last_run.notes == ()
     assert any(x.min() < 0 for x in known.estimate([batches[0]]))
-
-
-def test_inputs_it_cannot_look_at():
-    class Embedding(nn.Module):
-        def forward(self, x):
-            return torch.stack([x, x * x], 1).double()
-
-    known = Memory()
-    coded = wrap(known, module=Embedding())
-    coded(torch.arange(20))
-    assert (len(known), coded.last_run.surrogate_weights) == (0, ((0.0,),))
-
-
-def test_it_is_no_part_of_the_state():
-    coded = wrap(filled(300))
-    assert coded.state_dict().keys() == {"scale"}
-    assert len(pickle.loads(pickle.dumps(coded)).surrogate[0]) == 0
-
-
-def test_threads_share_it():
-    known = Memory(300)
-    coded = wrap(known)
-    failures = []
-
-    def ask(seed):
-        try:
-            for i in range(20):
-                x = rand(32, 4, seed=1000 * seed + i)
-                y, report = coded.run(x)
-                own = ~report.estimated
-                torch.testing.assert_close(y[own], coded.module(x)[own])
-        except Exception as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not failures
-    known.rebuild()
-    assert 200 < len(known) <= 300
 
 
 # Students.
@@ -439,34 +288,6 @@ def test_it_stops_early_and_keeps_the_best():
     assert reached == pytest.approx(float(missed.var(0).mean() / exact.var(0).mean()), rel=1e-4)
 
 
-def test_students_of_any_arguments():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(4, 2)
-            self.table = nn.Embedding(5, 2)
-
-        def forward(self, x, tokens, scale):
-            return {"y": self.linear(x) * scale, "z": [self.table(tokens)], "n": None}
-
-    torch.manual_seed(0)
-    tokens = torch.arange(200) % 5
-    module, small = Two(), Two()
-    batches = [(rand(200, 4).float(), tokens, 2.0)] * 2
-    assert distill(small, module, batches, epochs=30, learning_rate=0.05, progress=False) < 0.05
-
-
-def test_augmented_inputs_are_learnt_too():
-    seen = []
-
-    def augment(x):
-        seen.append(len(x))
-        return (x.flip(0),)
-
-    distill(student(), teacher(), [rand(40, 4).float()], epochs=1, augment=augment, progress=False)
-    assert seen == [36]
-
-
 def test_a_student_must_reach_a_finite_error():
     class Logarithm(nn.Module):
         def forward(self, x):
@@ -509,23 +330,6 @@ def test_a_poor_surrogate_has_no_weight_where_results_estimate_each_other_well()
     assert report.surrogate_weights == ((0.0,),)
 
 
-def test_noise_may_leave_the_domain_of_the_module():
-    class Root(nn.Module):
-        def forward(self, x):
-            return x.sqrt()
-
-    x = torch.rand(600, 4, generator=torch.Generator().manual_seed(0))
-    small = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4))
-    assert distill(small, Root(), [x], epochs=60, progress=False) < 0.1
-    with pytest.raises(ValueError, match="student must return shapes"):
-        distill(nn.Sequential(small, nn.Flatten(0)), Root(), [x], epochs=1, progress=False)
-
-
-def test_distilling_needs_gradients_to_be_possible():
-    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"^distill: leave torch.infer"):
-        distill(student(), teacher(), [rand(9, 4).float()])
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -554,47 +358,6 @@ def test_arguments_are_checked(arguments, message):
     given = {"student": student(), "module": teacher(), "batches": [rand(9, 4).float()]}
     with pytest.raises((TypeError, ValueError), match=f"^distill: .*{message}"):
         distill(**given | arguments)
-
-
-def test_progress_on_terminals_only(capsys):
-    distill(student(), teacher(), [rand(20, 4).float()], epochs=1)
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.cuda
-def test_a_stream_estimates_while_the_memory_changes():
-    known, x = filled(), rand(200, 4, seed=1).float().cuda()
-    (want,) = known.estimate([x])  # places what it knows, on this stream
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        big = torch.ones(1024, 1024, device="cuda")
-        big = big @ big
-        (got,) = known.estimate([x])
-    known.clear()
-    _others = [torch.zeros(600, 98, device="cuda") for _ in range(64)]
-    torch.cuda.synchronize()
-    torch.testing.assert_close(got, want)
-
-
-@pytest.mark.cuda
-def test_surrogates_go_where_the_wrapper_goes():
-    module, student, x = nn.Linear(4, 2), nn.Linear(4, 2), rand(24, 4).float()
-    student.load_state_dict(module.state_dict())
-    with DeviceWorkers(["cuda"]) as pool, torch.no_grad():
-        lossy = FaultyWorkers(pool, rates={"crash": 0.4}, seed=0)
-        coded = CodedWrapper(module, RegressionCode(4, 8), workers=lossy, surrogate=student).cuda()
-        coded.waiting = Waiting.first(4)
-        for inputs in (x, x.cuda()):
-            answers, report = coded.run(inputs)
-            assert answers.device == inputs.device
-            assert not report.notes
-            assert report.surrogate_weights[0][0] > 0.9
-
-
-def test_a_step_of_one_row_is_left_out():
-    small = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
-    distill(small, teacher(), [rand(1211, 4).float()], epochs=1, progress=False)
 
 
 def test_a_memory_needs_as_many_outputs_as_inputs():

@@ -4,7 +4,6 @@ import copy
 import functools
 import gc
 import math
-import random
 import weakref
 
 import numpy as np
@@ -13,15 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from coded_torch import Waiting, codes, compare
+from coded_torch import Waiting, codes
 from coded_torch._torch import dependent_output, fingerprint
 from coded_torch.demo import digits, lenet5
-from coded_torch.experiments.tune import tune
-from coded_torch.input_space.geometry import Geometry
-from coded_torch.linear import SplineMap
 from coded_torch.nn import CodedWrapper
-from coded_torch.stragglers import Trace, Uniform
-from coded_torch.surrogates import Memory
+from coded_torch.stragglers import Uniform
 from coded_torch.workers import DeviceWorkers, LocalWorkers
 
 CODES = {
@@ -86,72 +81,6 @@ def test_the_callers_own_code_sees_its_default_device():
         torch.set_default_device(None)
     names = ("module", "metric", "surrogate")
     assert seen == {*((name, ELSEWHERE) for name in names), ("module", torch.device("cpu"))}
-
-
-def test_a_memory_and_wide_inputs_under_a_default_device():
-    memory, x, wide = Memory(), randn(300, 3), randn(8, 8193)
-    with ELSEWHERE:
-        coded = CodedWrapper(
-            nn.Tanh(), CODES["kernel"](), workers=LocalWorkers(Uniform(3, seed=0)), surrogate=memory
-        )
-        coded(x)
-        memory.rebuild()
-        assert (coded(x) - x.tanh()).abs().max() < 0.5
-        assert coded(wide).device == wide.device
-
-
-def test_maps_and_plans_under_a_default_device():
-    x = randn(12, 5)
-    assert unchanged(lambda: SplineMap([0.0, 1.0, 3.0], np.linspace(0, 3, 7))(x[:3]))
-    assert unchanged(lambda: Geometry(x).squared_distances(0.01)[0])
-    assert unchanged(lambda: Trace([[0.1, 0.2]]).sample(2))
-    for make in CODES.values():
-        code = make()
-        if isinstance(code, codes.FixedCode):
-            received = list(range(1, 8))
-            assert unchanged(lambda: make().encoder.matrix())  # noqa: B023
-            assert unchanged(lambda: make().source(received))  # noqa: B023
-
-
-def test_tuning_and_comparing_under_a_default_device():
-    batches = [randn(8, 3, seed=seed) for seed in range(2)]
-
-    def results():
-        coded = CodedWrapper(nn.Tanh(), CODES["kernel"](), workers=LocalWorkers(Uniform(2, seed=0)))
-        chosen = tune(coded, batches[:1], metric=["shrunk"], length=[1.0, 2.0])
-        row = compare(nn.Tanh(), batches, [(4, 4, 1)]).rows[-1]
-        return torch.tensor([chosen.length, row.mse[0]], device="cpu")
-
-    assert unchanged(results)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("make", CODES.values(), ids=CODES)
-def test_answers_under_cuda_as_the_default_device(make):
-    x = randn(30, 3)
-
-    def answers(x):
-        coded = CodedWrapper(
-            nn.Tanh(),
-            make().replace(shuffle=random.Random(0)),
-            workers=LocalWorkers(Uniform(2, seed=0)),
-        )
-        return [coded(x) for _ in range(2)][1].cpu()
-
-    want = answers(x)
-    with torch.device("cuda"):
-        torch.testing.assert_close(answers(x.cuda()), want, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(answers(x), want, rtol=1e-3, atol=1e-3)
-
-
-def test_sparse_weights_that_are_replaced_are_noticed():
-    module = nn.Linear(2, 1)
-    module.register_buffer("matrix", torch.eye(2).to_sparse())
-    kept, before = fingerprint(module)
-    assert fingerprint(module)[1] == before
-    assert len(kept) == 3
-    module.matrix = torch.eye(2).to_sparse()
-    assert fingerprint(module)[1] != before
 
 
 class Held(nn.Module):

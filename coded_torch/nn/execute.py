@@ -157,7 +157,7 @@ class Execution:
         division, why = self._division, self.not_floating()
         received, odd = sorted(self.table.answered), division.not_finite
         if odd is not None and bool(odd[received].all()):
-            why = "there is no result of finite inputs to estimate others from"
+            why = "no row with finite inputs has a result, which estimates need"
         if not why or division.is_whole(received):
             return ""
         return why if division.by_rows or bool((division.plan.source(received) < 0).any()) else ""

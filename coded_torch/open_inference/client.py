@@ -286,8 +286,8 @@ class RemoteModule(nn.Module):
             :class:`~coded_torch.workers.EndpointWorkers`.
 
     Calling takes a tensor for each input, by position or by name. It returns the output
-    ``[B, ...]``, or a dict of several by name, on the CPU. Rows that a server of this package
-    estimated are no answer: it counts as busy, unless ``outputs`` name "estimated".
+    ``[B, ...]``, or a dict of several by name, on the CPU. A server of this package
+    that estimated rows counts as busy, unless ``outputs`` name "estimated".
 
     Raises:
         ValueError: the server refuses the inputs of a call.

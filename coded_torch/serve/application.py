@@ -234,6 +234,10 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             deadline = min(deadline, arrived + message.timeout)
             future = self.batcher.put(message.inputs, arrived, deadline)
             answer = await _first(future, request, deadline + TO_ANSWER - time.monotonic())
+            if answer is None and self.pool.num_ready == 0:
+                raise RequestError(503, "unavailable", "no worker computed it: none is up")
+            if answer is None:
+                raise RequestError(504, "late", "too few results came within the deadline")
         except ClientDisconnect:
             raise RequestError(499, "disconnected", "the client has gone") from None
         report, coverage = answer.report, answer.report.coverage
@@ -271,8 +275,8 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         return JSONResponse({"error": why}, error.status_code, error.headers)
 
 
-async def _first(future: asyncio.Future[Batch], request: Request, seconds: float) -> Batch:
-    """Return the answer, unless the client disconnects or time runs out first."""
+async def _first(future: asyncio.Future[Batch], request: Request, seconds: float) -> Batch | None:
+    """Return the answer, None if time runs out first, or raise if the client disconnects."""
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -285,7 +289,7 @@ async def _first(future: asyncio.Future[Batch], request: Request, seconds: float
             return future.result()
         if gone.done():
             raise ClientDisconnect
-        raise RequestError(504, "late", "too few results came within the deadline")
+        return None
     finally:
         gone.cancel()
         future.cancel()  # takes the request off the queue

@@ -174,7 +174,7 @@ class _Processes(Supervisor):
 
     def send(self, worker: _Process, job: Part) -> None:
         module, link = job.request.module, worker.connection
-        contents = Pickled(module.job(job.request.task, job))
+        contents = Pickled(module.contents(job))
         with contextlib.suppress(ConnectionError):  # the process has died, which the thread hears
             if worker.is_new_to(module):
                 worker.loading = True  # before it can answer that it has loaded the module

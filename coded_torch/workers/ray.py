@@ -109,7 +109,7 @@ class _Actors(Supervisor):
     def send(self, worker: _Actor, job: Part) -> None:
         self._ray()
         module = job.request.module
-        contents = _portable(module.job(job.request.task, job))
+        contents = _portable(module.contents(job))
         worker.load(job)
         reply = worker.handle.call.remote(module.number, module.package, contents)
         self._listen(worker, job.ticket, reply)

@@ -39,9 +39,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .._torch import fingerprint
-from ..table import Part
 from . import shared_memory
-from .base import Task
 from .faults import compute, kill_own_process
 from .live import Ambient
 from .shared_memory import Connection, Pickled
@@ -50,6 +48,8 @@ READY, MODULE, LOADED, JOB, RESULT, ALIVE = range(6)  # kinds of messages
 # Bounds in seconds, not tuned: to import the packages of a server, to wait behind some hundred
 # earlier requests to it, and between two looks whether its caller has ended.
 _IMPORT_SECONDS, _SEND_SECONDS, _LOOK_SECONDS = 120, 10.0, 2.0
+# Ctrl-C, and SIGTERM to a whole group, are meant for the caller's process.
+_OF_CALLER = signal.SIGINT, signal.SIGTERM
 REFUSED: set[str] = set()  # packages that no server imports, as they broke one
 
 _starting = threading.Lock()  # held while a server starts
@@ -72,12 +72,11 @@ def _server(packages: frozenset[str]) -> int:
     with ours, theirs:
         # No working directory, where an uncompiled checkout may lie.
         path = [x or os.getcwd() for x in sys.path if isinstance(x, str)]
-        descriptors: Any = theirs.fileno(), resource_tracker.getfd()
-        options = *descriptors, os.getpid(), sorted(packages)
+        options = theirs.fileno(), os.getpid(), sorted(packages)
         program = f"import sys; sys.path = {path}; import {__name__} as main; main.serve{options}"
-        flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]
-        command = [spawn.get_executable(), *flags, "-c", program]
-        pid = util.spawnv_passfds(command[0], command, descriptors)
+        interpreter: list[Any] = spawn.get_command_line()[:-3]  # with its flags
+        command = [*interpreter, "-c", program]
+        pid = util.spawnv_passfds(command[0], command, [theirs.fileno()])
         _servers[packages] = pid, ours.detach()
     return _servers[packages][1]
 
@@ -96,18 +95,24 @@ def replace_servers() -> None:
             threading.Thread(target=await_end, args=(pid,), daemon=True).start()
 
 
-def serve(requests: int, tracker: int, caller: int, packages: list[str]) -> None:
+def serve(requests: int, caller: int, packages: list[str]) -> None:
     """Run a server: import packages, then fork a worker per request and tell how each ends."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGINT, signal.SIGTERM])
+    # All workers share this tracker of memory: the caller's would stay with a fork of the caller.
+    # Its start unblocks these signals, which are ignored meanwhile.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _OF_CALLER}
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(_IMPORT_SECONDS)  # ends even a server that hangs in compiled code
-    util._close_stdin()  # type: ignore[attr-defined]
-    resource_tracker._resource_tracker._fd = tracker  # type: ignore[attr-defined]
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)  # workers do not read the caller's terminal
     for package in packages:
         with contextlib.suppress(ImportError):
             importlib.import_module(package)
     signal.alarm(0)
-    util._flush_std_streams()  # type: ignore[attr-defined]
+    _flush()
     if threading.active_count() > 1 or torch.cuda.is_initialized():
         os._exit(0)  # forks would lack them
     server, link = os.getpid(), socket.socket(fileno=requests)
@@ -153,10 +158,7 @@ def fork(sock: socket.socket, packages: frozenset[str], device: torch.device, *o
     kept = {name: data[name] for name in ("sys_path", "sys_argv", "orig_dir", "dir")}
     names = {"init_main_from_name", "init_main_from_path"} & data.keys()
     main = {} if shared_memory.is_interactive() else {name: data[name] for name in names}
-    # Ctrl-C, and SIGTERM to a whole group, are meant for the caller's process: the server and its
-    # forks inherit this mask. The tracker would unblock the signals if it were started later.
-    resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    signal.pthread_sigmask(signal.SIG_BLOCK, _OF_CALLER)  # the server inherits this mask
     with contextlib.ExitStack() as on_error, open(os.memfd_create("program"), "w+b") as program:
         pickle.dump((kept, _Program(main, device, *options)), program)
         program.seek(0)
@@ -194,8 +196,14 @@ def _work(server: int, sock: int, program: int, others: Iterable[int]) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
-        util._flush_std_streams()  # type: ignore[attr-defined]
+        _flush()
         os._exit(code)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # there is none, or it is closed
+            stream.flush()
 
 
 class _Program(NamedTuple):
@@ -268,9 +276,9 @@ class PackedModule(NamedTuple):
     alive: frozenset[int]  # the numbers of all modules that may still be needed
     head: bytes  # the pickle of number, alive and the caller's modes
 
-    def job(self, task: Task, part: Part) -> tuple[Any, ...]:
+    def contents(self, job: Any) -> tuple[Any, ...]:
         """Return the contents of a job, which :meth:`LoadedModules.call` reads."""
-        return self.head, part.fault, task.payload(part.units)
+        return self.head, job.fault, job.request.task.payload(job.units)
 
 
 class ModuleStore:

@@ -50,11 +50,6 @@ class TestBSplineCode(CodeTests):  # 5. the suite
         return BSplineCode(8, 24)
 
 
-class TestBSplineCodeOfLines(CodeTests):
-    def make(self):
-        return BSplineCode(8, 24, degree=1)
-
-
 @pytest.mark.parametrize("degree", [1, 2, 3])
 def test_local_support(degree):
     matrix = BSplineCode(12, 40, degree=degree).encoder.matrix()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from coded_torch import codes
-from coded_torch.codes import Code, CurveCode, NotEnoughResults, ReplicationCode, base
+from coded_torch.codes import CurveCode, NotEnoughResults, ReplicationCode
 from coded_torch.linear import MatrixMap
 
 
@@ -45,41 +45,6 @@ def test_a_code_says_the_arguments_that_it_was_given(text):
     assert repr(code.replace(num_workers=7)) == text.replace("6", "7")
 
 
-def test_a_code_needs_its_maps():
-    with pytest.raises(TypeError, match="abstract"):
-        Code(1, 1)
-
-
-@pytest.mark.parametrize("argument", ["num_data", "num_workers"])
-def test_counts(argument):
-    counts = {"num_data": 1, "num_workers": 1, "data_points": [0.0], "worker_points": [0.0]}
-    for wrong, error, message in [
-        (0, ValueError, f"Nearest: {argument} must be at least 1, got 0"),
-        (1.0, TypeError, f"Nearest: {argument} must be an integer, got 1.0"),
-        (True, TypeError, f"Nearest: {argument} must be an integer, got True"),
-    ]:
-        with pytest.raises(error, match=message):
-            Nearest(**(counts | {argument: wrong}))
-
-
-@pytest.mark.parametrize("argument", ["data_points", "worker_points"])
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ([0.0], r"must be .* of shape \(2,\), got \[0.0\]"),
-        ([[0.0, 1.0]], r"must be .* of shape \(2,\), got \[\[0.0, 1.0\]\]"),
-        ([1.0, 0.0], "must be finite and strictly increasing"),
-        ([0.0, 0.0], "must be finite and strictly increasing"),
-        ([0.0, float("nan")], "must be finite and strictly increasing"),
-        ([0.0, float("inf")], "must be finite and strictly increasing"),
-    ],
-)
-def test_points(argument, wrong, message):
-    points = {"data_points": [0.0, 1.0], "worker_points": [0.0, 1.0]} | {argument: wrong}
-    with pytest.raises(ValueError, match=f"Nearest: {argument} {message}"):
-        Nearest(2, 2, **points)
-
-
 def test_points_cannot_change_under_the_decoders():
     points = np.array([0.0, 1.0])
     code = Nearest(2, 2, data_points=points, worker_points=points)
@@ -87,18 +52,6 @@ def test_points_cannot_change_under_the_decoders():
     assert code.data_points.tolist() == [0.0, 1.0]
     with pytest.raises(ValueError, match="read-only"):
         code.data_points[0] = 9
-
-
-def test_the_least_recently_used_decoder_goes_first():
-    size = base._CACHED_DECODERS
-    code = Nearest(1, size + 1, data_points=[0.0], worker_points=np.arange(size + 1.0))
-    kept, dropped = code.decoder([0]), code.decoder([1])
-    for worker in range(2, size):
-        code.decoder([worker])
-    assert code.decoder([0]) is kept
-    code.decoder([size])
-    assert code.decoder([0]) is kept
-    assert code.decoder([1]) is not dropped
 
 
 @pytest.mark.parametrize(
@@ -145,8 +98,3 @@ def test_the_rows_of_matrices_of_ones_own_must_sum_to_1(monkeypatch):
 def test_received_sets_may_be_any_sequence_or_keys(received):
     code = codes.SplineCode(2, 4)
     assert (code.decoder(received).matrix() == code.decoder([0, 2, 3]).matrix()).all()
-
-
-def test_flags_are_no_workers():
-    with pytest.raises(TypeError, match="received must be a sequence of worker indices"):
-        codes.SplineCode(2, 4).decoder([0, True])

@@ -98,16 +98,3 @@ def test_exact_hits_are_copied():
 def test_a_node_too_near_to_divide_by():
     code = BerrutCode(1, 2, data_points=[5e-324], worker_points=[0.0, 1.0])
     assert code.decoder([0, 1]).matrix().tolist() == [[1.0, 5e-324]]
-
-
-@pytest.mark.parametrize(
-    ("order", "error", "message"),
-    [
-        (-1, ValueError, "FloaterHormannCode: order must be at least 0, got -1"),
-        (4, ValueError, "FloaterHormannCode: order must be at most 3, got 4"),
-        (0.5, TypeError, "FloaterHormannCode: order must be an integer, got 0.5"),
-    ],
-)
-def test_bad_orders(order, error, message):
-    with pytest.raises(error, match=message):
-        FloaterHormannCode(4, 8, order=order)

@@ -25,11 +25,3 @@ def test_values(n):
     np.testing.assert_allclose(curves.chebyshev_first(n), first, atol=1e-15)
     second = np.cos((k - 1) * np.pi / (n - 1)) if n > 1 else [0.0]
     np.testing.assert_allclose(curves.chebyshev_second(n), second, atol=1e-15)
-
-
-@pytest.mark.parametrize("make", SETS)
-def test_bad_counts(make):
-    with pytest.raises(ValueError, match=r"num_points must be at least 1, got 0"):
-        make(0)
-    with pytest.raises(TypeError, match=r"num_points must be an integer, got 2\.0"):
-        make(2.0)

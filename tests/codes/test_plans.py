@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from coded_torch import Regression
 from coded_torch.codes import BerrutCode, RegressionCode, ReplicationCode, SplineCode, plans
-from coded_torch.input_space import selection
 from coded_torch.input_space.gaussian_process import GaussianProcess
 from coded_torch.input_space.metrics import Distances, Sources
 from coded_torch.testing.codes import DTYPES, normal
@@ -65,31 +64,6 @@ def test_exact_answers_are_results_bit_for_bit(code, ordering, batch_size, most,
         assert radii.shape == (batch_size,)
         assert ((radii > 0) | exact).all()
         assert not radii[exact].any()
-
-
-@pytest.mark.parametrize("code", [*SELECTING, SYSTEMATIC])
-def test_with_every_worker_all_answers_are_exact(code):
-    plan = code.plan([inputs(23)], 2)
-    assert (plan.source(range(9)) >= 0).all()
-    assert not (plan.source([]) >= 0).any()
-
-
-def test_what_is_lost_is_not_exact():
-    """Worker n of replication computes input n mod 5 of each group; 2 and 7 are lost."""
-    plan = ReplicationCode(5, 9, ordering="arrival").plan([inputs(12)], 2)
-    exact = plan.source([0, 1, 3, 4, 5, 6, 8]) >= 0
-    assert exact.tolist() == [i % 5 != 2 for i in range(12)]
-
-
-@pytest.mark.parametrize("code", SELECTING)
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.complex64])
-def test_codes_that_select_carry_any_dtype(code, dtype):
-    x, tokens = inputs(13), torch.arange(26).view(13, 2).to(dtype)
-    assert not code.mixes
-    plan = code.plan([x], 2)
-    rows = plan.encode(torch.arange(13))
-    assert torch.equal(plan.encode(tokens), tokens[rows])
-    assert torch.equal(plan.encode(x), x[rows])
 
 
 @pytest.mark.parametrize("code", MIXING)
@@ -149,29 +123,6 @@ def test_rows(batch_size, block, data):
     assert torch.equal(answers[exact], x.sin()[exact])
     radii = plan.error_bounds(received, results, answers).radii(0.5)
     assert (radii > 0).tolist() == (~exact).tolist()
-
-
-def test_rows_are_estimated_as_in_a_batch():
-    """One group of B workers is the same thing, but for the order of the workers."""
-    x = inputs(30)
-    rows = Regression().plan([x])
-    batch = RegressionCode(30, 30).plan([x])
-    order = batch.encode(torch.arange(30)).flatten()
-    received = torch.arange(0, 30, 3)
-    results = x.sin()[received, None]
-    at = torch.stack([(order == row).nonzero().flatten()[0] for row in received]).sort()
-    want = batch.decode(results[at.indices], at.values.tolist())
-    torch.testing.assert_close(rows.decode(results, received.tolist()), want)
-    radii = rows.error_bounds(received.tolist(), results, want).radii(0.8)
-    of_batch = batch.error_bounds(at.values.tolist(), results[at.indices], want).radii(0.8)
-    torch.testing.assert_close(radii, of_batch)
-
-
-def test_rows_of_tokens():
-    plan = Regression().plan([], batch_size=6)
-    assert plan.note == NOTE
-    got = plan.decode(torch.tensor([[1.0], [5.0]]), [1, 4])
-    assert got.tolist() == [3.0, 1.0, 3.0, 3.0, 5.0, 3.0]
 
 
 # Large batches.
@@ -238,20 +189,6 @@ def test_a_permutation_of_another_batch():
             code.plan([inputs(5)])
 
 
-@pytest.mark.parametrize("code", SELECTING, ids=repr)
-@pytest.mark.parametrize("most", [4096, 11])
-def test_what_is_left_out_falls_with_what_is_left_of_the_results(code, most, monkeypatch):
-    monkeypatch.setattr(plans, "MOST_ROWS", most)
-    x = inputs(23)
-    plan = code.plan([x], 2)
-    results = plan.encode(x)[RECEIVED].sin()
-    used = plan.used(RECEIVED)
-    assert len(used.unique()) == len(used)
-    whole = plan.left_out_square(results, RECEIVED)
-    assert whole > 0
-    assert plan.left_out_square(results / 3 + 5, RECEIVED) == pytest.approx(whole / 9, rel=1e-5)
-
-
 def test_what_is_left_out_of_the_mean_and_of_a_regression():
     x = inputs(10)
     y = x.sin()
@@ -269,13 +206,6 @@ def test_what_is_left_out_of_the_mean_and_of_a_regression():
     assert plan.left_out_square(y[:, None], range(10)) == pytest.approx(left, rel=1e-4)
 
 
-def test_few_columns_stand_for_many():
-    results = normal(6, 200)
-    (some,) = selection.few_columns(torch.tensor([1, 4]), results)
-    assert some.shape == (2, 67)
-    assert torch.equal(some, results[[1, 4]][:, ::3].double())
-
-
 def test_results_of_another_shape_are_refused():
     code, x = RegressionCode(3, 4), inputs(9)
     plan = code.plan([x], 1)
@@ -285,12 +215,6 @@ def test_results_of_another_shape_are_refused():
         Regression().plan([x]).decode(x[:5], range(5))
     with pytest.raises(ValueError, match=r"results must have shape \[1, 1\] and more"):
         Regression().plan([x]).decode(x[:0, None], [])
-
-
-def test_the_mean_of_doubles_is_a_double():
-    results = torch.full((3, 1, 2), 1e6, dtype=torch.float64)
-    answers = Regression().plan([], 4).decode(results, [0, 1, 2])
-    assert float((answers - 1e6).abs().max()) < 1e-8
 
 
 def test_the_only_metric_measures_few_rows_too():

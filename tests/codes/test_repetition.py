@@ -1,8 +1,6 @@
 """The codes that repeat inputs: exact where it can be, close where it cannot, and it knows."""
 
-import copy
 import math
-import pickle
 
 import pytest
 import torch
@@ -20,11 +18,6 @@ from coded_torch.workers import LocalWorkers
 
 def smooth(x):
     return torch.stack([x.sum(-1).sin(), x.square().sum(-1)], dim=-1)
-
-
-class Smooth(torch.nn.Module):
-    def forward(self, x):
-        return smooth(x)
 
 
 def inputs(size, generator, dim=2):
@@ -64,14 +57,6 @@ def test_answers_come_back_in_the_callers_order(batch_size, ordering, code, stra
     assert bool((y >= -batch_size).all())
 
 
-def test_lost_answers_are_close(generator):
-    x = inputs(200, generator)
-    coded = CodedWrapper(Smooth(), RegressionCode(20, 30), workers=LocalWorkers(Uniform(8, seed=0)))
-    got = coded(x)
-    mean = smooth(x).mean(0).expand_as(got)
-    assert scores.rmse(got, smooth(x)) < 0.2 * scores.rmse(mean, smooth(x))
-
-
 def test_copies_go_where_the_others_tell_least(generator):
     """Three inputs far from all others get the copies that there are to spare."""
     x = 0.01 * inputs(16, generator)
@@ -79,13 +64,6 @@ def test_copies_go_where_the_others_tell_least(generator):
     plan = arrival(16, 19).plan([x], num_stragglers=3)
     sent = plan.encode(torch.arange(16.0)).flatten().long()
     assert sent.bincount().tolist() == [2 if i in (2, 7, 11) else 1 for i in range(16)]
-
-
-@pytest.mark.parametrize("batch_size", [500, 501, 1001])
-def test_large_batches_leave_no_few_inputs_to_themselves(batch_size):
-    """Each is estimated from many others, however the batch is cut."""
-    x = torch.linspace(0, 1, batch_size)[:, None]
-    assert RegressionCode(3, 4).plan([x]).leave_one_out_variances().max() < 0.1
 
 
 def test_without_stragglers_copies_are_even(generator):
@@ -160,20 +138,6 @@ def test_a_burst_of_late_neighbours_is_no_worse_than_others(network):
     assert errors[1] < 1.25 * errors[0]
 
 
-def test_inputs_that_tell_nothing_are_answered_by_the_mean(generator):
-    """Outputs that change from each input to the next: no worse than replication's fill."""
-    x = torch.randn(240, 300, dtype=torch.float64, generator=generator)
-    exact = torch.randn(240, 10, dtype=torch.float64, generator=generator)
-    plan = arrival(20, 24).plan([x], num_stragglers=4)
-    received = list(range(20))
-    results = plan.encode(exact)[received]
-    got = plan.decode(results, received)
-    lost = plan.source(received) < 0
-    mean = exact[~lost].mean(0).expand_as(exact)
-    assert scores.rmse(got[lost], exact[lost]) < 1.02 * scores.rmse(mean[lost], exact[lost])
-    assert torch.equal(got[~lost], exact[~lost])
-
-
 def test_gradients_of_lost_answers_take_the_weights_as_constant(generator):
     x = inputs(12, generator).requires_grad_()
     plan, received = RegressionCode(4, 6).plan([x], 2), [0, 1, 3, 5]
@@ -190,87 +154,6 @@ def test_gradients_of_lost_answers_take_the_weights_as_constant(generator):
     assert gradient[own].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(), (2, 3), (0,), (50,)])
-def test_answers_of_any_shape_are_the_same_with_gradients(shape, dtype, generator):
-    x = inputs(72, generator)
-    plan = RegressionCode(4, 6).plan([x], 2)
-    of = torch.randn(2, math.prod(shape), dtype=torch.float64, generator=generator)
-    y = (10 + (x @ of).sin()).view(72, *shape).to(dtype)
-    received, results = [0, 2, 3, 5], plan.encode(y)[[0, 2, 3, 5]]
-    answers = plan.decode(results, received)
-    assert (answers.dtype, answers.shape) == (dtype, y.shape)
-    own = plan.source(received) >= 0
-    assert torch.equal(answers[own], y[own])
-    recorded = plan.decode(results.clone().requires_grad_(), received)
-    assert recorded.requires_grad
-    rounding = max(torch.finfo(dtype).eps, 1e-5)  # of systems solved in float32
-    torch.testing.assert_close(recorded, answers, rtol=rounding, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
-def test_results_that_cannot_be_decoded(dtype, generator):
-    plan = RegressionCode(4, 6).plan([inputs(72, generator)], 2)
-    with pytest.raises(TypeError, match="results must be a dense, strided floating"):
-        plan.decode(torch.ones(4, 18, 5, dtype=dtype), range(4))
-
-
-@pytest.mark.parametrize("scale", [1e-60, 1e-45, 1e39, 1e100])
-def test_results_beyond_the_range_of_float32(scale, generator):
-    x = inputs(72, generator).float()
-    y = smooth(x.double())
-    plan = RegressionCode(4, 6).plan([x], 2)
-    want, got = (plan.decode(plan.encode(z)[:4], range(4)) for z in (y, y * scale))
-    torch.testing.assert_close(got / scale, want, rtol=1e-6, atol=1e-6)
-
-
-def answered(code, model, x, lost, seed=0):
-    """The answers, the truth, and which of them are the model's own, bit for bit."""
-    coded = CodedWrapper(model, code, workers=LocalWorkers(Uniform(lost, seed=seed)))
-    with torch.inference_mode():
-        got, want = coded(x), model(x)
-    assert got.isfinite().all()
-    assert not coded.last_run.radii.isnan().any()
-    return got.double(), want.double(), (got == want).flatten(1).all(1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("noise", [0, 1e-9, 1e-6, 1e-4, 1e-3, 0.01, 0.02, 0.03, 0.05, 0.1])
-def test_near_duplicates(dtype, noise, generator):
-    """Their distances are as small as what rounding does to those of the others."""
-    x = torch.randn(5, 32, dtype=torch.float64, generator=generator).repeat(12, 1)
-    x = (x + noise * torch.randn(60, 32, dtype=torch.float64, generator=generator)).to(dtype)
-    got, want, own = answered(RegressionCode(4, 6), torch.nn.Tanh(), x, 2)
-    assert scores.rmse(got, want) < 0.1 * scores.rmse(want.mean(0).expand_as(want), want)
-    assert own.sum() >= 40
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("batch_size", [20, 240])
-def test_one_image_that_is_not_normalised(dtype, batch_size, network):
-    model, images, _ = network
-    model = copy.deepcopy(model).to(dtype)
-    errors = []
-    for factor in (1, 50, 255, 3000, 1e5):
-        x = images[:batch_size].to(dtype, copy=True)
-        x[0] *= factor
-        square = 0
-        for seed in range(5 if batch_size == 240 else 20):
-            got, want, own = answered(RegressionCode(20, 24), model, x, 4, seed)
-            square += float((got - want)[1:].square().sum())
-            assert own.sum() >= batch_size * 5 // 6
-        errors.append(math.sqrt(square))
-    assert max(errors) < 1.2 * errors[0]
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
-def test_inputs_of_any_scale(scale, generator):
-    x = torch.randn(24, 5, generator=generator)
-    small, _, _ = answered(RegressionCode(6, 9), torch.nn.Identity(), x, 2)
-    got, _, _ = answered(RegressionCode(6, 9), torch.nn.Identity(), x * scale, 2)
-    torch.testing.assert_close(got / scale, small, rtol=0, atol=1e-4)
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e25])
 def test_a_plan_keeps_clear_of_an_input_that_is_not_finite(bad, generator):
     x = inputs(60, generator).float()
@@ -284,61 +167,6 @@ def test_a_plan_keeps_clear_of_an_input_that_is_not_finite(bad, generator):
     assert scores.rmse(answers[others], smooth(x[others])) < 0.7
     radii = plan.error_bounds(received, results, answers).radii(0.9)
     assert radii[others].isfinite().all()
-
-
-def test_probabilities_are_decoded_as_logits(network):
-    model, images, _ = network
-    softmax = torch.nn.Sequential(model, torch.nn.Softmax(dim=-1))
-    errors = []
-    with torch.inference_mode():
-        exact = softmax(images[:240])
-        for link in (None, "softmax"):
-            coded = CodedWrapper(
-                softmax, SplineCode(20, 60, link=link), workers=LocalWorkers(Uniform(20, seed=0))
-            )
-            answers = coded(images[:240])
-            errors.append(scores.rmse(answers, exact))
-        torch.testing.assert_close(answers.sum(1), torch.ones(240))
-    assert errors[1] < errors[0]
-
-
-def test_an_ordering_is_a_copy():
-    ordering = torch.arange(8).flip(0)
-    code = ReplicationCode(4, 4, ordering=ordering)
-    ordering[:] = 0
-    assert code.ordering.tolist() == [*range(7, -1, -1)]
-
-
-def test_copies_of_the_code():
-    code = RegressionCode(4, 6, length=3.0, link="softmax", shuffle=False)
-    for other in (pickle.loads(pickle.dumps(code)), copy.deepcopy(code), code.replace()):
-        assert repr(other) == repr(code)
-        assert other.regression.length == 3.0
-    assert code.replace(length=4.0).length == 4.0
-    assert code.replace(length=4.0).link == "softmax"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"num_workers": 3}, ValueError, "num_workers must be at least num_data, 4, got 3"),
-        ({"num_data": True}, TypeError, "num_data must be an integer, got True"),
-        ({"num_workers": 6.0}, TypeError, r"num_workers must be an integer, got 6\.0"),
-        ({"ordering": "near"}, ValueError, "ordering must be 'similarity', 'arrival' or a perm"),
-        ({"ordering": 3}, TypeError, "ordering must be .* a permutation of 0..B-1, got 3"),
-        ({"ordering": [1.5, 0]}, ValueError, r"or a permutation of 0..B-1, got \[1.5, 0\]"),
-        ({"ordering": [0, 2, 2]}, ValueError, r"or a permutation of 0..B-1, got \[0, 2, 2\]"),
-        ({"ordering": [True, False]}, ValueError, r"or a permutation of 0..B-1, got \[True, Fal"),
-        ({"ordering": torch.tensor([[1], [0]])}, ValueError, "or a permutation of 0..B-1, got"),
-        ({"ordering": [[0, 1]]}, ValueError, r"or a permutation of 0..B-1, got \[\[0, 1\]\]"),
-        ({"shuffle": 1}, TypeError, "shuffle must be of type bool.*, got int"),
-        ({"link": "logit"}, ValueError, "link must be None or 'softmax', got 'logit'"),
-        ({"unknown": 1}, TypeError, "unexpected keyword argument 'unknown'"),
-    ],
-)
-def test_bad_arguments(arguments, error, message):
-    with pytest.raises(error, match=message):
-        RegressionCode(**({"num_data": 4, "num_workers": 6} | arguments))
 
 
 class TestReplicationCode(CodeTests):
@@ -361,12 +189,6 @@ def test_inputs_with_an_answer_of_their_own_inputs_come_back_bit_for_bit(dtype):
     mean = results[[1, 2]].double().mean(0).to(dtype)
     torch.testing.assert_close(answers[[0, 3]], mean.expand(2, -1))
     assert torch.equal(answers[0], answers[3])
-
-
-def test_workers_compute_the_inputs_in_turn():
-    code = ReplicationCode(3, 8)
-    inputs = normal(3, 5)
-    assert torch.equal(code.encode(inputs), inputs[[0, 1, 2, 0, 1, 2, 0, 1]])
 
 
 def test_every_input_counts_once_in_the_mean():

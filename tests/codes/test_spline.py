@@ -1,7 +1,6 @@
 """The paper's code: what every code promises, and how fast its error falls."""
 
 import numpy as np
-import pytest
 import torch
 
 from coded_torch.codes import BerrutCode, SplineCode
@@ -68,18 +67,3 @@ def test_with_noise_the_error_falls_at_the_theoretical_smoothing():
         for n in NUM_WORKERS
     ]
     assert slope(errors) <= -0.6, errors
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"encoder_smoothing": -1.0}, ValueError, "encoder_smoothing must be finite and >= 0, got"),
-        ({"decoder_smoothing": float("nan")}, ValueError, "decoder_smoothing must be .* got nan"),
-        ({"decoder_smoothing": "x"}, TypeError, "decoder_smoothing must be .* got 'x'"),
-        ({"data_points": [0.0, 1.0]}, ValueError, r"data_points must be .* of shape \(3,\)"),
-        ({"worker_points": [0.0, 1.0, 1.0, 2.0]}, ValueError, "strictly increasing"),
-    ],
-)
-def test_bad_arguments(arguments, error, message):
-    with pytest.raises(error, match=message):
-        SplineCode(3, 4, **arguments)

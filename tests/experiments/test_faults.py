@@ -111,33 +111,6 @@ def test_faults_depend_on_the_request_and_the_part_and_not_on_the_order_of_askin
         assert faults_of(delays, one_by_one, again=1) == wanted
 
 
-def test_laws_with_a_state_move_on_once_a_request():
-    faults = faults_of(DELAYS[2], [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)])
-    delays = {key: fault.delay if fault else 0.0 for key, fault in faults.items()}
-    assert [delays[0, p] for p in range(10)] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
-    assert [delays[1, p] for p in range(3)] == [4, 5, 6]
-    assert [delays[2, p] for p in range(10)] == [7, 8, 9, 0, 1, 0, 1, 2, 3, 4]
-
-
-def test_a_request_that_asks_for_nothing_takes_no_faults():
-    pool = FaultyWorkers(recording := Recording(), rates={"nan": 0.5}, seed=1)
-    twin = FaultyWorkers(other := Recording(), rates={"nan": 0.5}, seed=1)
-    with pool.open(nn.Identity(), TASK):
-        pass
-    for each in (pool, twin):
-        list(run(each, nn.Identity(), TASK))
-    assert [part.fault for part in recording.asked] == [part.fault for part in other.asked]
-
-
-def test_seeds_of_any_size_and_sign_are_different_ones():
-    def kinds(seed: int) -> list[str | None]:
-        pool = FaultyWorkers(recording := Recording(), rates={"nan": 0.5}, seed=seed)
-        list(run(pool, nn.Identity(), task_of(torch.zeros(64, 1, 1))))
-        return [part.fault and part.fault.kind for part in recording.asked]
-
-    assert len({tuple(kinds(seed)) for seed in (-1, 0, 1, 2**63, 2**64 - 2)}) == 5
-
-
 def test_one_part_in_so_many_seconds_crashes(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr("coded_torch.workers.faults.time.monotonic", lambda: clock[0])
@@ -170,27 +143,6 @@ def test_every_kind_of_fault_on_a_virtual_clock(kind):
         assert (reply.value.shape, reply.value.dtype) != ((3, 1), torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "match"),
-    [
-        ({"pool": 3}, TypeError, "pool must be of type Workers, got int"),
-        ({"delays": 0.1}, TypeError, "delays must be of type Stragglers or None, got float"),
-        ({"seed": 0.5}, TypeError, "seed must be an integer, got 0.5"),
-        ({"rates": {"nan": "x"}}, TypeError, r"rates\['nan'\] must be a probability .* got 'x'"),
-        ({"rates": {"nan": 1.5}}, ValueError, r"rates\['nan'\] must be a probability .* got 1.5"),
-        ({"rates": {"nap": 0.5}}, ValueError, "rates must be of crash, .*, got 'nap'"),
-        ({"crash_every": 0}, ValueError, "crash_every must be positive and finite, got 0"),
-        ({"rates": {"nan": 0.6, "crash": 0.6}}, ValueError, "rates must be at most 1 in sum"),
-        ({"attack": "lie"}, ValueError, "attack must be callable or None, got 'lie'"),
-        ({"adversaries": (1,)}, ValueError, "adversaries must come with an attack, got"),
-        ({"attack": noise, "adversaries": (-1,)}, ValueError, "adversaries must be at least 0"),
-    ],
-)
-def test_bad_arguments(options, error, match):
-    with pytest.raises(error, match=f"FaultyWorkers: {match}"):
-        FaultyWorkers(**{"pool": LocalWorkers(), **options})
-
-
 def test_the_abilities_of_the_pool_are_passed_on():
     class Excluding(LocalWorkers):
         pids, concurrency, names, states = (1, 2), 3, {0: "a"}, {0: ("idle", 0)}
@@ -204,13 +156,6 @@ def test_the_abilities_of_the_pool_are_passed_on():
     assert pool.restart is None
     with pytest.raises(AttributeError, match="'Excluding' object has no attribute 'urls'"):
         _ = pool.urls
-
-
-class Pair(nn.Module):
-    """Two outputs, one of them with the batch last."""
-
-    def forward(self, x):
-        return {"a": 2 * x, "b": (x + 1).T, "n": None}
 
 
 def told(pool, seed=0, module=None, **dims):
@@ -228,15 +173,3 @@ def test_adversaries_attack_by_the_seed_and_the_request_and_nobody_else_does():
         assert {m for m in truth if not torch.equal(truth[m], got[m])} == {1, 3}
         assert all(torch.equal(got[m], again[m]) for m in got)
     assert copy.deepcopy(pool).adversaries == (1, 3)
-
-
-def test_attacks_get_rows_of_every_tensor():
-    pool = FaultyWorkers(LocalWorkers(), attack=lambda rows, _: rows.flip(0), adversaries=(1,))
-    truth, got = (
-        told(each, module=Pair(), out_dims={"a": 0, "b": 1, "n": None})
-        for each in (LocalWorkers(), pool)
-    )
-    assert got[1]["n"] is None
-    assert torch.equal(got[1]["a"], truth[1]["a"].flip(0))
-    assert torch.equal(got[1]["b"], truth[1]["b"].flip(1))
-    assert torch.equal(got[2]["a"], truth[2]["a"])

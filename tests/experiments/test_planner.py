@@ -1,24 +1,17 @@
 """Redundancy chosen by simulation: what is recommended where it is known what should be."""
 
-import json
 import math
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from torch import nn
 
 import coded_torch
-from benchmarks.runs import RESULTS
 from coded_torch import workers
 from coded_torch.cli.main import main
 from coded_torch.experiments.planner import CONDITIONS, RIGHT, measured, plan, read_latencies
 from coded_torch.experiments.simulation import Outcome
-from coded_torch.nn import CodedWrapper, Waiting
-from coded_torch.workers import ProcessWorkers
 
 REQUESTS = 1000
 
@@ -91,15 +84,6 @@ def test_verification_costs_its_share_of_work_and_leaves_codes_out(calm):
         planned("calm", 0.2, verify=0.1, num_workers=1)
 
 
-def test_latencies_of_another_unit_are_refused():
-    with pytest.raises(ValueError, match="latencies must be seconds within reach of the deadline"):
-        plan(np.full(100, 46.9), 0.1)
-
-
-def test_what_nothing_meets():
-    assert "Nothing meets 99.9 % within 1 ms" in str(planned("mix", 0.001))
-
-
 def test_measured_latencies_are_simulated_as_they_are(tmp_path):
     """A body around 10 ms, and one in thirty 50 ms longer."""
     generator = np.random.default_rng(0)
@@ -116,45 +100,6 @@ def test_measured_latencies_are_simulated_as_they_are(tmp_path):
     late = float((uncoded.latencies > 0.05).mean())
     assert late == pytest.approx(1 - (29 / 30) ** 4, abs=0.05)
     assert np.median(uncoded.latencies) == pytest.approx(0.011, rel=0.15)
-
-
-def test_calls_that_load_the_model_are_no_latencies():
-    """README's recipe, on processes that have not run the module before."""
-    waiting = Waiting(estimate_after=math.inf, hedge_budget=0)
-    with ProcessWorkers(2).start() as workers, torch.no_grad():
-        coded = CodedWrapper(nn.Linear(3, 2), workers=workers, waiting=waiting)
-        reports = [coded.run(torch.ones(2, 3))[1] for _ in range(2)]
-    assert [sorted(report.received) for report in reports] == [[0, 1]] * 2
-    assert [sorted(report.latencies) for report in reports] == [[], [0, 1]]
-
-
-def test_the_servers_packages_are_not_needed(tmp_path):
-    script = """
-import sys
-for package in ("starlette", "anyio", "uvicorn", "orjson", "prometheus_client"):
-    sys.modules[package] = None
-from coded_torch.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
-    line = ["plan", "--conditions", "calm", "--num-requests", "1000"]
-    line += ["--output", tmp_path / "plan.png"]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *line], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "least work by no redundancy" in done.stdout
-    assert (tmp_path / "plan.png").stat().st_size > 0
-
-
-def test_the_share_of_right_estimates_is_the_measured_one():
-    results = json.loads((RESULTS / "serving.json").read_text())
-    assert results["measured"]["estimated"]["right class"]["1024"] == RIGHT
-
-
-def test_the_picture_has_a_line_a_kind():
-    (axes,) = planned("mix", 0.05).draw().axes
-    labels = [line.get_label().partition(":")[0] for line in axes.lines]
-    assert labels == [*KINDS, "deadline"]
 
 
 @pytest.mark.parametrize(

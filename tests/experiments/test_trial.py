@@ -1,14 +1,12 @@
 """A module on one batch, tried with any code."""
 
-import math
-
 import pytest
 import torch
 
 from coded_torch.codes import BerrutCode, RegressionCode, ReplicationCode, SplineCode
 from coded_torch.experiments.tune import Trial
 from coded_torch.nn import CodedWrapper
-from coded_torch.stragglers import Trace, Uniform
+from coded_torch.stragglers import Uniform
 from coded_torch.workers import LocalWorkers
 
 
@@ -55,15 +53,6 @@ def test_answers_are_those_of_the_wrapper(x, kind, ordering):
         assert torch.equal(trial.missing(code, received, num_stragglers=3), missing)
 
 
-def test_results_with_a_link_are_decoded_as_the_wrapper_does(x):
-    code, received = RegressionCode(8, 10, shuffle=False, link="softmax"), [0, 1, 2, 4, 5, 6, 8]
-    model = torch.nn.Softmax(-1)
-    latencies = [0.0 if n in received else math.inf for n in range(10)]
-    coded = CodedWrapper(model, code, workers=LocalWorkers(Trace([latencies])))
-    (answers,) = Trial(model, (x,), [received]).decode(code, received, num_stragglers=0)
-    torch.testing.assert_close(answers, coded(x))
-
-
 def test_residuals_of_a_surrogate_are_decoded(x):
     code, received = RegressionCode(8, 10, shuffle=False), [0, 1, 2, 4, 5, 6, 8]
     trial = Trial(torch.nn.Tanh(), (x,), [received])
@@ -72,14 +61,6 @@ def test_residuals_of_a_surrogate_are_decoded(x):
     torch.testing.assert_close(answers, x.tanh())
     (alone,) = trial.decode(code, received, 3)
     assert (alone - x.tanh()).abs().max() > 0.01
-
-
-def test_workers_that_a_code_does_not_have_have_no_part_in_it(x):
-    trial = Trial(torch.nn.Tanh(), (x,), [[0, 1, 3, 7, 9]])
-    code = RegressionCode(4, 4)
-    more, few = trial.decode(code, [0, 1, 3, 7, 9])[0], trial.decode(code, [0, 1, 3])[0]
-    assert torch.equal(more, few)
-    assert int(trial.missing(code, [0, 1, 3, 7, 9]).sum()) == 4
 
 
 def test_dimensions_and_leaves_are_the_callers(x):
@@ -94,19 +75,6 @@ def test_dimensions_and_leaves_are_the_callers(x):
     torch.testing.assert_close(exact, (2 * x).sin())
     (answers,) = trial.decode(ReplicationCode(2, 3), [0, 1, 2])
     torch.testing.assert_close(answers, exact)
-
-
-def test_integers_are_no_inputs_to_mix():
-    class Embedded(torch.nn.Module):
-        def forward(self, tokens):
-            return tokens.double()[:, None]
-
-    trial = Trial(Embedded(), (torch.arange(16),), [[0, 1]])
-    assert (trial.mixable, trial.inputs) == (False, [])
-    (answers,) = trial.decode(ReplicationCode(8, 10, ordering="arrival"), [0, 1])
-    assert answers.flatten()[:2].tolist() == [0, 1]
-    with pytest.raises(ValueError, match="inputs must hold a floating-point tensor"):
-        trial.decode(SplineCode(8, 10), [0, 1])
 
 
 def test_results_that_cannot_be_decoded_are_an_error(x):

@@ -90,38 +90,6 @@ def test_the_choice_is_what_the_wrapper_does_best_with(model, options, generator
     assert chosen == pytest.approx(min(errors.values()), rel=1e-4)
 
 
-def test_a_tuple_is_several_arguments_and_outputs_may_be_nested(generator):
-    class Two(torch.nn.Module):
-        def forward(self, x, scale):
-            return {"sine": (x * scale).sin(), "none": None, "first": x[:, 0]}
-
-    batches = [(torch.randn(40, 3, generator=generator), torch.tensor(0.5))]
-    for code, number, good, bad in (
-        (RegressionCode(5, 8, metric="shrunk"), "length", 3.0, 1e-3),
-        (SplineCode(5, 8), "decoder_smoothing", 1e-6, 1e3),
-    ):
-        coded = wrapped(Two(), code, in_dims=(0, None))
-        assert getattr(tune(coded, batches, **{number: [bad, good]}), number) == good
-
-
-class Own(SplineCode):
-    """A code with an argument more."""
-
-    def __init__(self, name, decoder_smoothing=0.0):
-        super().__init__(5, 8, decoder_smoothing=decoder_smoothing)
-        self.name = name
-
-    def candidates(self):
-        return {"decoder_smoothing": (0.0,)}
-
-
-def test_the_code_remains_what_it_is(generator):
-    coded = wrapped(torch.nn.Tanh(), Own("mine"))
-    code = tune(coded, [torch.randn(40, 3, generator=generator)], decoder_smoothing=[1e3, 1e-6])
-    assert type(code) is Own
-    assert (code.name, code.decoder_smoothing) == ("mine", 1e-6)
-
-
 def test_a_code_without_numbers_is_kept_and_nothing_runs():
     def forbidden(*_):
         raise AssertionError
@@ -130,19 +98,6 @@ def test_a_code_without_numbers_is_kept_and_nothing_runs():
     model.register_forward_hook(forbidden)
     code = tune(wrapped(model, ReplicationCode(4, 8)), [torch.ones(4, 1)])
     assert repr(code) == "ReplicationCode(num_data=4, num_workers=8)"
-
-
-def test_tuning_runs_no_hook_of_the_wrapper_and_leaves_no_gradient(generator):
-    def forbidden(*_):
-        raise AssertionError
-
-    model = torch.nn.Linear(3, 2)
-    workers = LocalWorkers(Uniform(2, seed=0))
-    coded = CodedWrapper(model, SplineCode(5, 8), workers=workers)
-    coded.register_forward_hook(forbidden)
-    tune(coded, [torch.randn(40, 3, generator=generator, requires_grad=True)])
-    assert coded.last_run is None
-    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_received_sets_follow_the_wrapper():
@@ -161,26 +116,6 @@ def test_received_sets_follow_the_wrapper():
         blocks = [{(i + j) % 10 for j in range(4)} for i in range(10)]
         sets = islice(received_sets(wrapper, wrapper.code), 9)
         assert all({*range(10)} - {*workers} in blocks for workers in sets) is runs
-
-
-@pytest.mark.parametrize(
-    ("arguments", "numbers", "message"),
-    [
-        ([None, None], {}, "wrapper must be of type CodedWrapper, got NoneType"),
-        ([None], {}, "batches must be a sequence of batches, such as .x., got NoneType"),
-        ([[]], {}, "batches must hold at least one, got none"),
-        ([], {"length": [1.0]}, "must be among encoder_smoothing, decoder_smoothing, got 'length'"),
-        ([], {"decoder_smoothing": 1.0}, "decoder_smoothing must be a seq.* one value, got 1.0"),
-        ([], {"decoder_smoothing": []}, "decoder_smoothing must be a seq.* one value, got"),
-        ([], {"decoder_smoothing": [-1.0]}, "decoder_smoothing must be .*, got -1.0"),
-    ],
-)
-def test_bad_arguments(arguments, numbers, message):
-    given = [*arguments, *([torch.ones(4, 1)],) * (not arguments)]
-    if len(given) == 1:
-        given = [wrapped(torch.nn.ReLU(), SplineCode(4, 8)), *given]
-    with pytest.raises((TypeError, ValueError), match=message):
-        tune(*given, **numbers)
 
 
 def test_no_code_that_can_decode_what_is_received(generator):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coded_torch import Regression
-from coded_torch.input_space.error_bounds import Bounds, ErrorBounds, bounds, label_risks
+from coded_torch.input_space.error_bounds import ErrorBounds, bounds, label_risks
 from coded_torch.input_space.gaussian_process import GaussianProcess
 
 POWER = 0.75 / 2
@@ -92,19 +92,6 @@ def test_a_radius_is_that_of_full_conformal_estimate(n, d, trust, seed):
             assert radius == pytest.approx(exact, rel=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
-@given(n=st.integers(19, 50), trust=st.floats(0.05, 1), seed=st.integers(0, 10**6))
-def test_a_radius_of_several_outputs_is_at_least_as_large(n, trust, seed):
-    """The same output three times is as long as the square root of 3."""
-    process, y, estimated = problem(n, 2, trust, seed)
-    rows = torch.tensor([n])
-    how = process, trust
-    one = ErrorBounds(n + 1, [bounds(rows, y, estimated, how)]).radii(0.95)[n]
-    three = bounds(rows, y.expand(-1, 3), estimated.expand(-1, 3), how)
-    ratio = ErrorBounds(n + 1, [three]).radii(0.95)[n] / (one * math.sqrt(3))
-    assert ratio >= 1 - 1e-6 or one.isinf()
-
-
 @pytest.mark.parametrize("trust", [0.0, 0.6, 1.0])
 def test_no_radius_is_larger_at_a_lower_level(trust):
     x, y = normal(60, 3), normal(60, 4, seed=1)
@@ -149,18 +136,6 @@ def test_rows_of_a_batch_are_covered(rows, outputs, length):
     assert 0.87 <= covered / count <= 0.97
 
 
-def test_wide_outputs_are_summed_in_blocks(monkeypatch):
-    x, y = normal(40, 2), normal(40, 10, seed=1)
-    process = regressed(x, 30)
-    how = process, 0.7
-    estimated = 0.7 * process.weights @ y[:30] + 0.3 * y[:30].mean(0)
-    whole = bounds(torch.arange(30, 40), y[:30], estimated, how, (y[:30], estimated))
-    monkeypatch.setattr("coded_torch.input_space.error_bounds._BLOCK", 3)
-    parts = bounds(torch.arange(30, 40), y[:30], estimated, how, (y[:30], estimated))
-    torch.testing.assert_close(parts.thresholds, whole.thresholds)
-    torch.testing.assert_close(parts.risks, whole.risks)
-
-
 def test_the_risk_of_a_label_counts_wrong_ones_of_a_larger_margin():
     margins, left_out = np.array([0.5, 2.0, 9.0]), np.array([1.0, 2.0, 3.0, 0.1])
     wrong = np.array([True, True, False, True])
@@ -179,12 +154,3 @@ def test_surrogates_take_part_in_labels_alone():
     assert torch.equal(found.thresholds, without.thresholds)
     assert found.risks.tolist() == [1 / 31] * 10
     assert without.risks.max() > 0.5
-
-
-def test_nothing_is_known_of_some_rows():
-    found = ErrorBounds(
-        3, [Bounds(torch.tensor([0, 2]), normal(1, 2, 30).fill_(1), normal(2).fill_(0))]
-    )
-    found = found.widened(torch.tensor([math.inf, math.inf, 0.0]))
-    assert found.radii(0.9).tolist() == [math.inf, 0.0, 1.0]
-    assert found.label_risks.tolist() == [1.0, 0.0, 0.0]

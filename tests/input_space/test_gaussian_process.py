@@ -88,17 +88,6 @@ def test_trust_is_the_slope_of_leaving_one_out(problem):
     assert trust(process, torch.ones(30, 1, dtype=torch.float64)) == 1
 
 
-def test_no_trust_where_the_gain_may_be_chance(problem, generator):
-    at, squared = problem
-    process = given(squared)
-    noise = [torch.randn(30, 4, generator=generator, dtype=torch.float64) for _ in range(50)]
-    assert (
-        sum(trust(process, results) > 0 for results in noise) <= 18
-    )  # else in more than half of them
-    assert trust(process, at.sin() + 0.5 * noise[0][:, :3]) > 0.3
-    assert trust(process, 1e100 * at.sin()) == pytest.approx(trust(process, at.sin()))
-
-
 def test_trust_lies_within_0_and_1():
     at = torch.arange(4, dtype=torch.float64)
     process = GaussianProcess((at[:, None] - at).square(), 3.0)
@@ -114,11 +103,6 @@ def test_distances_that_no_points_have(generator, dtype):
     weights = given((noise + noise.T).fill_diagonal_(0), 1.0).weights
     assert weights.abs().max() < 10
     torch.testing.assert_close(weights.sum(1), torch.ones(5, dtype=torch.float64))
-
-
-def test_distances_that_are_no_numbers():
-    with pytest.raises(ValueError, match="squared must be numbers, got NaN"):
-        GaussianProcess(torch.full((3, 3), math.nan, dtype=torch.float64), 1.0)
 
 
 def test_one_result_and_repeated_inputs():

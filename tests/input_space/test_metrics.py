@@ -7,7 +7,6 @@ import torch
 
 from coded_torch import Regression
 from coded_torch.codes import RegressionCode
-from coded_torch.experiments.tune import tune
 from coded_torch.input_space.metrics import METRICS, Distances, Sources, leaves_of, transforms
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
@@ -141,55 +140,6 @@ def test_every_output_has_its_own_choice():
     assert second.metric != "mean_spread"
 
 
-def test_the_same_results_give_the_same_bits():
-    x = normal(100, 5)
-    y = x.sin()
-    received = [0, 1, 3, 4, 6, 7, 8, 9]
-    answers = []
-    for _ in range(3):
-        plan = RegressionCode(8, 10).plan([x], 2)
-        results = plan.encode(y)[received]
-        answers.append(plan.decode(results, received))
-        plan.error_bounds(received, results, answers[-1])
-        # What was decoded before leaves no trace.
-        plan.decode(results.cos(), received)
-        plan.decode(results[1:], received[1:])
-        assert torch.equal(plan.decode(results, received), answers[0])
-        assert torch.equal(answers[-1], answers[0])
-
-
-def test_what_is_fixed_is_what_would_be_chosen():
-    x = normal(240, 6) * torch.tensor([1.0, 1, 10, 1, 1, 30])
-    received = list(range(3, 23))
-
-    def decoded(**how):
-        plan = RegressionCode(20, 24, **how).plan([x])
-        return plan.decode(plan.encode(ramp(x))[received], received), plan.choices
-
-    chosen, (choice,) = decoded()
-    assert choice.metric != "shrunk"
-    plan = RegressionCode(20, 24, metric=["shrunk", choice.metric], length=choice.length).plan([x])
-    fixed = plan.decode(plan.encode(ramp(x))[received], received)
-    assert plan.choices == (choice,)
-    assert torch.equal(fixed, chosen)
-
-
-def test_large_batches_compare_on_more_results():
-    units = torch.tensor([1e-3, 1.0, 100.0, 1.0])
-    x = normal(1500, 4) * units
-    plan = Regression().plan([x])
-    known = torch.arange(0, 1500, 2)
-    answers = plan.decode(ramp(x / units)[known, None], known.tolist())
-    assert plan.choices[0].metric in ("spread", "spread_covariance")
-    assert (answers - ramp(x / units)).square().mean() < 0.01
-
-
-def test_one_result_or_few():
-    for size in (1, 2, 3, 7, 9):
-        error, _ = answered(torch.sin, RegressionCode(3, 4), normal(size, 4), lost=2)
-        assert error < 4 * size
-
-
 # Callables
 
 
@@ -213,22 +163,6 @@ def test_a_callable_competes():
     assert alone > without
 
 
-def test_a_callable_runs_once_without_gradients():
-    seen = []
-
-    def stem(x):
-        assert not torch.is_grad_enabled()
-        seen.append(len(x))
-        return x.square()
-
-    code = RegressionCode(20, 24, metric=stem)
-    coded = CodedWrapper(
-        Some(lambda x: (x.sin(), x.cos())), code, workers=LocalWorkers(Uniform(4, seed=0))
-    )
-    coded(normal(100, 3).requires_grad_())
-    assert seen == [100]
-
-
 @pytest.mark.parametrize(
     ("stem", "reason"),
     [
@@ -249,18 +183,6 @@ def test_a_callable_that_fails_is_left_out(stem, reason, caplog):
     assert "was left out" in caplog.text
     _, report = answered(torch.sin, RegressionCode(20, 24, metric=[stem]), x)
     assert report.distances[0].metric == "shrunk"
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_callable_whose_features_are_not_finite_is_left_out(bad):
-    def stem(x):
-        features = x.square()
-        features[7, 1] = bad
-        return features
-
-    x = normal(60, 3)
-    without, _ = answered(torch.sin, RegressionCode(20, 24), x)
-    assert answered(torch.sin, RegressionCode(20, 24, metric=stem), x)[0] == without
 
 
 def test_token_ids_are_near_by_their_embeddings():
@@ -319,72 +241,4 @@ def test_inputs_of_any_kind(kind, size):
     assert not plan.error_bounds(received, results, answers).radii(0.9).isnan().any()
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("shape", [(5,), (6, 3), (3, 4, 4), (600,)])
-def test_rows_that_are_not_finite(bad, shape):
-    x = normal(60, *shape)
-    x.view(60, -1)[7, 3] = bad
-    plan = RegressionCode(6, 9).plan([x], 2)
-    received = [0, 1, 3, 4, 5, 7, 8]
-    y = x.flatten(1)[:, :2].nan_to_num(0, 0, 0).sin()
-    assert plan.decode(plan.encode(y)[received], received).isfinite().all()
-
-
-def test_several_inputs():
-    x = normal(120, 3, 4, 4), 100 * normal(120, 5, seed=1)
-    error, report = answered(
-        lambda a, b: a.mean((2, 3)) + b[:, :3] / 100, RegressionCode(10, 12), *x
-    )
-    assert len(report.distances) == 1
-    assert math.isfinite(error)
-
-
 # Arguments, and tuning
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"metric": "near"}, ValueError, "metric must be 'auto', one of shrunk, .* got 'near'"),
-        ({"metric": []}, ValueError, "metric must hold at least one, got none"),
-        (
-            {"metric": [1]},
-            TypeError,
-            r"metric must be .* a sequence of these, got \[1",
-        ),
-        ({"metric": 1}, TypeError, "metric must be .* a callable or a sequence of these, got 1"),
-        ({"length": "long"}, TypeError, "length must be positive .* or 'auto', got 'long'"),
-        ({"length": 0.0}, ValueError, "length must be positive and finite, or 'auto', got 0.0"),
-        ({"length": None}, TypeError, "length must be positive and finite, or 'auto', got None"),
-        ({"link": "logit"}, ValueError, "link must be None or 'softmax', got 'logit'"),
-    ],
-)
-def test_bad_arguments(arguments, error, message):
-    with pytest.raises(error, match=f"Regression: {message}"):
-        Regression(**arguments)
-
-
-def test_a_regression_says_what_it_was_made_of():
-    assert repr(Regression()) == "Regression()"
-    text = "Regression(metric='spread', length=3.0, link='softmax')"
-    assert repr(Regression("spread", 3, "softmax")) == text
-
-
-def test_tuning_fixes_metric_and_length():
-    units = torch.tensor([1e-3, 1.0, 100.0, 1.0, 1e-2, 30.0])
-    coded = CodedWrapper(
-        Some(lambda x: ramp(x / units)),
-        RegressionCode(20, 24),
-        workers=LocalWorkers(Uniform(4, seed=0)),
-    )
-    code = tune(coded, [normal(240, 6, seed=i) * units for i in range(3)])
-    assert code.metric in ("spread", "spread_covariance")
-    assert code.length >= 2
-
-
-@pytest.mark.cuda
-def test_the_regression_under_autocast_on_cuda():
-    module, x = torch.nn.Linear(12, 5).cuda(), normal(64, 12).cuda()
-    coded = CodedWrapper(module, RegressionCode(8, 10), workers=LocalWorkers(Uniform(4, seed=0)))
-    with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
-        assert (coded(x) - module(x)).abs().max() < 1

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
-from coded_torch.codes import NotEnoughResults, ReplicationCode
+from coded_torch.codes import ReplicationCode
 from coded_torch.workers import DeviceWorkers, ProcessWorkers
 
 from ..workers.modules import Sleepy
@@ -62,12 +62,6 @@ def test_context_variables_and_modes_of_torch_hold():
     coded = CodedWrapper(Call(note), ReplicationCode(2, 2))  # runs where it is called
     asyncio.run(main())
     assert seen == [("the caller", False, True)]
-
-
-def test_errors_are_those_of_run():
-    coded = CodedWrapper(Call(lambda x: x * torch.nan), ReplicationCode(2, 2))
-    with pytest.raises(NotEnoughResults):
-        asyncio.run(coded.arun(X))
 
 
 @pytest.mark.parametrize("make", [lambda: DeviceWorkers(["cpu"]), lambda: ProcessWorkers(1)])

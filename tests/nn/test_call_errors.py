@@ -1,7 +1,6 @@
 """Whose fault failures are: the module's, on some row, or that of workers."""
 
 import math
-import threading
 import time
 
 import pytest
@@ -11,7 +10,7 @@ from torch import nn
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import DeadlineExceeded, LagrangeCode, NotEnoughResults
 from coded_torch.surrogates import Memory
-from coded_torch.workers import DeviceWorkers, FaultyWorkers, ProcessWorkers
+from coded_torch.workers import FaultyWorkers, ProcessWorkers
 
 from ..workers.modules import FailsOn, Heavy, Sleepy
 from .pools import Separate
@@ -60,68 +59,6 @@ def test_the_row_is_estimated_if_that_is_asked_for(pool):
     assert isinstance(report.errors[BAD].__cause__, ValueError)
 
 
-def test_a_module_that_fails_on_all_rows_is_found_by_a_few():
-    calls = []
-
-    class Refuses(nn.Module):
-        def forward(self, x):
-            calls.append(len(x))
-            raise TypeError(f"got {len(x)} rows of a wrong kind")
-
-    with pytest.raises(TypeError, match="of a wrong kind") as info:
-        CodedWrapper(Refuses(), parts=6, workers=Separate())(X)
-    assert info.value.report.work < 3.5  # 16 rows alone show that the module fails on all
-    assert info.value.answers is None
-
-
-class OneBroken(nn.Module):
-    """The first worker raises at once, the others take a while; at first each waits for all."""
-
-    def __init__(self, workers):
-        super().__init__()
-        self.all, self.seen = threading.Barrier(workers), set()
-
-    def forward(self, x):
-        name = threading.current_thread().name
-        if name not in self.seen:
-            self.seen.add(name)
-            self.all.wait(30)
-        if name.startswith("coded_torch-0"):
-            raise RuntimeError("broken")
-        time.sleep(0.05)
-        return 2 * x
-
-
-def test_no_row_is_refused_because_one_worker_is_broken():
-    with DeviceWorkers(["cpu"] * 4) as pool:
-        coded = wrapper(pool, estimate_after=3.0)
-        for _ in range(3):
-            coded.module, coded.parts = OneBroken(4), 4
-            answers, report = coded.run(X)
-            assert report.refused == ()
-            assert len(report.missing_rows) <= 16
-            assert torch.equal(answers[~report.estimated], 2 * X[~report.estimated])
-
-
-def test_fewer_than_half_are_no_ground_for_estimates():
-    coded = wrapper(Separate(), estimate_after=3.0)
-    coded.module = nn.Threshold(62.0, math.nan)  # one result is good
-    with pytest.raises(NotEnoughResults, match="at least 32 of 64") as info:
-        coded(X)
-    assert info.value.received == (63,)
-    coded.module = nn.Threshold(31.0, math.nan)
-    assert coded.run(X)[1].estimated.sum() == 32
-
-
-@pytest.mark.parametrize("batch", [1, 2, 64])
-def test_on_one_worker_it_takes_three_tries(batch):
-    with DeviceWorkers(["cpu"]) as pool:
-        coded = wrapper(pool)
-        with pytest.raises(ValueError, match="not to be had") as info:
-            coded(X[BAD : BAD + batch] if batch < 64 else X)
-        assert info.value.rows == ((BAD,) if batch == 64 else (0,))
-
-
 def test_a_row_that_ends_its_worker_costs_five_at_most(pool):
     for _ in range(3):
         pids = set(pool.pids)
@@ -132,17 +69,6 @@ def test_a_row_that_ends_its_worker_costs_five_at_most(pool):
         check_innocent(info.value)
         pool.start()
         assert 2 <= len(pids - set(pool.pids)) <= 5
-
-
-def test_every_row_is_computed_whatever_fails(pool):
-    kinds = ("nan", "infinity", "shape", "dtype", "structure")
-    rates = {"crash": 0.3} | dict.fromkeys(kinds, 0.02)
-    coded = wrapper(FaultyWorkers(pool, rates=rates, seed=3), hedge_budget=0.25)
-    for _ in range(12):
-        answers, report = coded.run(X[:BAD])
-        assert torch.equal(answers, 2 * X[:BAD])
-        assert not report.estimated.any()
-        assert report.missing_rows == ()
 
 
 @pytest.mark.parametrize("estimate", [True, False])

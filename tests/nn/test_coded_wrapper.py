@@ -8,7 +8,6 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,8 +19,8 @@ from coded_torch import CodedWrapper, Regression, Report, Waiting
 from coded_torch.codes import RegressionCode, ReplicationCode
 from coded_torch.stragglers import ShiftedExponential, Uniform
 from coded_torch.surrogates import Memory
-from coded_torch.testing.workers import CopyCode, PolynomialCode
-from coded_torch.workers import DeviceWorkers, LocalWorkers, ProcessWorkers
+from coded_torch.testing.workers import PolynomialCode
+from coded_torch.workers import LocalWorkers, ProcessWorkers
 
 from ..workers.test_local import Fixed
 from .modules import EXACT, Call, linear, rand
@@ -44,46 +43,6 @@ def test_an_exact_code_gives_the_answers_of_an_affine_module(data, num_data, ext
     run = coded.last_run
     assert run.num_groups == math.ceil(batch / num_data)
     assert len(run.received) == (code.num_workers - lost if batch else 0)
-
-
-def test_groups_are_consecutive_inputs_and_the_last_is_filled_up_with_the_last_input():
-    seen = []
-    coded = CodedWrapper(
-        Call(lambda x: seen.append(x) or x), CopyCode(3, 3, ordering="arrival", shuffle=False)
-    )
-    x = torch.arange(1.0, 6.0)
-    assert torch.equal(coded(x), x)
-    # Worker after worker, its inputs of every group.
-    assert seen[0].tolist() == [1.0, 4.0, 2.0, 5.0, 3.0, 5.0]
-
-
-def test_out_dims():
-    torch.manual_seed(0)
-    gru, x = nn.GRU(3, 2).double(), rand(4, 5, 3)  # the batch is the second dimension
-    coded = CodedWrapper(gru, CopyCode(2, 2), in_dims=1, out_dims=1)
-    torch.testing.assert_close(coded(x), gru(x))
-    both = Call(lambda x: (2 * x, torch.arange(3), x.T))
-    out = CodedWrapper(both, PolynomialCode(2, 4), out_dims=(0, None, -1))(rand(3, 2))
-    torch.testing.assert_close(out, both(rand(3, 2)), **EXACT)
-
-
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), batch=st.integers(1, 9))
-def test_answers_do_not_depend_on_the_order_of_replies(seed, batch):
-    """The same received set in another order: the same bits."""
-    order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
-    latencies = (order + 1).double()
-    latencies[order >= 3] = math.inf
-    in_order = torch.where(latencies < math.inf, torch.arange(5).double(), math.inf)
-    torch.manual_seed(seed)
-    module, x = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)), rand(batch, 3).float()
-    first, second = (
-        CodedWrapper(module, PolynomialCode(2, 5), workers=LocalWorkers(Fixed(*times.tolist())))
-        for times in (latencies, in_order)
-    )
-    assert torch.equal(first(x), second(x))
-    assert first.last_run.received == second.last_run.received
-    assert first.last_run.latencies != second.last_run.latencies or latencies.equal(in_order)
 
 
 def test_the_report():
@@ -181,24 +140,6 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradgradcheck(coded, (x,))
 
 
-def test_no_graph_without_gradients():
-    coded, x = CodedWrapper(linear(), PolynomialCode(2, 4)), rand(3, 3).requires_grad_()
-    with torch.no_grad():
-        assert not coded(x).requires_grad
-    with torch.inference_mode():
-        assert coded(x).is_inference()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype):
-    coded = CodedWrapper(linear(dtype=dtype), PolynomialCode(2, 4))
-    x = rand(5, 3).to(dtype)
-    out = coded(x)
-    assert out.dtype == dtype
-    # Coded inputs and results are rounded once each; the decoder at most triples that.
-    torch.testing.assert_close(out, coded.module(x), rtol=0, atol=12 * torch.finfo(dtype).eps)
-
-
 def test_concurrent_calls_keep_their_reports_whole():
     delays = ShiftedExponential(0.0, 1.0)
     coded = CodedWrapper(
@@ -257,27 +198,6 @@ def test_pytrees_and_dims(data, batch, num_data):
     torch.testing.assert_close(pytree.tree_leaves(got)[:4], pytree.tree_leaves(wanted)[:4], **EXACT)
 
 
-@pytest.mark.parametrize(
-    ("given", "delays", "lost"),
-    [
-        (None, None, 0),
-        (None, Uniform(2), 2),
-        (4, Uniform(2), 4),
-        (np.int64(3), None, 3),
-        (torch.tensor(1), None, 1),
-        (0, Uniform(2), 2),  # no more will come
-        (None, ShiftedExponential(0.0, 1.0), 0),
-        (5, ShiftedExponential(0.0, 1.0), 5),
-    ],
-)
-def test_the_number_of_stragglers_is_the_pools_or_the_given_one(given, delays, lost):
-    pool, waiting = LocalWorkers(delays), Waiting.first(given)
-    coded = CodedWrapper(linear(), PolynomialCode(3, 8), workers=pool, waiting=waiting)
-    coded(rand(3, 3))
-    assert len(coded.last_run.received) == 8 - lost
-    assert coded.num_stragglers == (lost if given is None else given)
-
-
 CODE = PolynomialCode(3, 5)
 RESULTS = r"waiting.num_stragglers must be at most 2, .* needs 3 results"
 REPEATS = ReplicationCode(2, 4)
@@ -326,15 +246,6 @@ def test_a_call_may_have_a_policy_of_its_own_and_returns_its_report():
     assert (report.work, report.ended) == (1.5, "complete")
     with pytest.raises(ValueError, match=r"waiting.num_stragglers must be at most"):
         coded.run(x, waiting=Waiting.first(6))
-
-
-def test_representation():
-    with DeviceWorkers(["cpu"]) as pool:
-        columns = CodedWrapper(linear(), ReplicationCode(2, 4), workers=pool)
-        assert "ReplicationCode(num_data=2, num_workers=4)" in repr(columns)
-        assert "waiting=Waiting.first()" in repr(columns)
-        assert "(module): Linear" in repr(columns)
-        assert "waiting=Waiting()" in repr(CodedWrapper(linear(), workers=pool))
 
 
 def test_a_call_looks_at_the_weights_once(monkeypatch):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import DeadlineExceeded
-from coded_torch.nn.division import dealt
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
 from coded_torch.workers import LocalWorkers
@@ -60,39 +59,6 @@ def test_masked_scores_are_estimated_within_their_dtype(dtype, masked):
         assert (answers.argmax(1) != 2).all()
 
 
-@pytest.mark.parametrize("place", [1, 5, 100])
-def test_a_mask_is_seen_in_any_of_many_outputs(place):
-    weights = torch.randn(4, 129, generator=torch.Generator().manual_seed(1))
-
-    def scores(x):
-        return (x @ weights).index_fill(1, torch.tensor([place]), torch.finfo(x.dtype).min)
-
-    def approximate(x):
-        return 0.4 * scores(x)
-
-    x = torch.randn(240, 4, generator=torch.Generator().manual_seed(0))
-    for surrogate in ((), approximate):
-        pool = LocalWorkers(Uniform(4, seed=0))
-        how = {"parts": 24, "waiting": SOON, "surrogate": surrogate}
-        coded = CodedWrapper(Call(scores), workers=pool, **how)
-        answers, report = coded.run(x)
-        assert report.estimated.sum() == 40
-        assert answers.isfinite().all()
-        assert not report.radii.isnan().any()
-        assert (answers.argmax(1) == scores(x).argmax(1)).double().mean() > 0.9
-
-
-def test_inputs_may_have_any_strides():
-    def answers(x, **options):
-        pool = LocalWorkers(Uniform(2, seed=1))
-        return CodedWrapper(nn.Tanh(), workers=pool, parts=6, waiting=SOON, **options)(x)
-
-    x = torch.randn(5, 60, generator=torch.Generator().manual_seed(0))
-    want = answers(x.T.contiguous())
-    torch.testing.assert_close(answers(x.T), want)
-    torch.testing.assert_close(answers(x, in_dims=1, out_dims=1).T, want)
-
-
 def mse(coded: CodedWrapper, x: Tensor) -> float:
     return float((coded(x) - coded.module(x)).square().mean())
 
@@ -127,19 +93,6 @@ def test_own_results_stay_bit_for_bit(way):
     assert any(coded.last_run.surrogate_weights[0])
     assert own.any()
     assert torch.equal(answers[own], cubic(x)[own])
-
-
-@pytest.mark.parametrize("size", [8, 64])
-def test_noise_costs_next_to_nothing(way, size):
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(x):
-        return torch.randn(len(x), 3, generator=generator, dtype=x.dtype)
-
-    helped, alone = wrap(way, surrogate=noise), wrap(way)
-    ratios = [(mse(helped, x), mse(alone, x)) for x in (rand(size, 4, seed=i) for i in range(60))]
-    with_noise, without = map(sum, zip(*ratios, strict=True))
-    assert with_noise < (1.03 if size == 64 else 1.05) * without
 
 
 def test_each_has_its_weight_and_the_best_wins(way):
@@ -226,18 +179,6 @@ def test_pytrees_and_dims(way):
     assert coded.last_run.notes == ()
 
 
-def test_probabilities(way):
-    f = nn.Sequential(net(), nn.Softmax(-1))
-    x = rand(23, 4)
-    coded = wrap(way, module=f, surrogate=f, link="softmax")
-    answers = coded(x)
-    torch.testing.assert_close(answers, f(x), rtol=0, atol=1e-2)
-    torch.testing.assert_close(answers.sum(-1), torch.ones(23).double())
-    own = ~coded.last_run.estimated
-    torch.testing.assert_close(answers[own], f(x)[own], rtol=1e-12, atol=0)
-    assert coded.last_run.radii is None
-
-
 def test_gradients_pass_through_results_only(way):
     class Scaled(nn.Module):
         def __init__(self, scale):
@@ -262,19 +203,6 @@ def test_gradients_pass_through_results_only(way):
     assert values.shape == x.shape
     assert torch.isfinite(values).all()
     assert coded.module.scale.grad.isfinite()
-
-
-def test_half_precision_and_autocast(way):
-    f, x = net().float(), rand(23, 4).float()
-    coded = wrap(way, module=f, surrogate=lambda x: 0.9 * f(x))
-    with torch.autocast("cpu", torch.bfloat16):
-        answers, exact = coded(x), f(x)
-    assert answers.dtype == torch.bfloat16
-    error = (answers.float() - exact.float()).square().mean()
-    assert float(error) < 0.01 * float(exact.float().square().mean())
-    coded.to(torch.bfloat16)
-    assert f[0].weight.dtype == torch.bfloat16
-    assert coded(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -318,22 +246,6 @@ def test_surrogates_are_no_part_of_the_module():
     assert student.weight.dtype == torch.float32  # it has to go where the inputs are
     x = rand(23, 4).float()
     torch.testing.assert_close(pickle.loads(pickle.dumps(coded.eval()))(x), copy.deepcopy(coded)(x))
-
-
-def test_modules_without_gradients_and_inference_mode(way):
-    grad_modes = []
-
-    def surrogate(x):
-        grad_modes.append(torch.is_grad_enabled())
-        return net()(x)
-
-    coded = wrap(way, module=net().requires_grad_(True), surrogate=surrogate)
-    coded(rand(23, 4))
-    assert grad_modes
-    assert not any(grad_modes)
-    with torch.inference_mode():
-        coded(rand(23, 4))
-    assert coded.last_run.notes == ()
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
@@ -388,16 +300,6 @@ def test_levels_of_radii_are_checked():
         report.radii_at("x")
 
 
-def test_a_memory_of_fewer_rows_than_the_batch_calibrates_nothing():
-    memory = Memory()
-    coded = wrap("rows", surrogate=memory)
-    memory.follow(coded.module)
-    memory.observe([rand(3, 4)], [coded.module(rand(3, 4))])
-    memory.rebuild()
-    _, report = coded.run(rand(16, 4))
-    assert report.radii_at(0.8).isfinite().all()
-
-
 @pytest.mark.parametrize(("shape", "classes"), [((3,), True), ((1,), False), ((3, 2), False)])
 @pytest.mark.parametrize("lost", [0, 2, 4])
 def test_only_scores_of_classes_have_label_risks(shape, classes, lost):
@@ -408,15 +310,6 @@ def test_only_scores_of_classes_have_label_risks(shape, classes, lost):
     assert run.estimated.sum() == 4 * lost
     assert (run.label_risks is not None) == classes
     assert run.radii is not None
-
-
-@pytest.mark.parametrize(("size", "parts"), [(240, 24), (7, 3), (5, 5), (3, 1)])
-def test_of_any_rows_in_turn_each_part_gets_one(size, parts):
-    hands = dealt(size, parts)
-    assert sorted(row for hand in hands for row in hand) == list(range(size))
-    for number, hand in enumerate(hands):
-        assert hand[0] == number
-        assert [row // parts for row in hand] == list(range(len(hand)))
 
 
 @pytest.mark.parametrize("offset", [0.1, 1e4, 1e6])
@@ -455,13 +348,5 @@ def test_a_shared_output_has_its_shape_beside_a_surrogate(shape):
     answers, shared = coded(rand(20, 4))
     assert (answers.shape, shared.shape) == ((20, 2), shape)
     coded.workers = LocalWorkers(Uniform(5))
-    with pytest.raises(DeadlineExceeded):
-        coded(rand(20, 4))
-
-
-def test_another_module_has_its_own_form_beside_a_surrogate():
-    coded = wrap("rows", surrogate=net())
-    coded(rand(20, 4))
-    coded.module, coded.workers = linear(4, 2), LocalWorkers(Uniform(5))
     with pytest.raises(DeadlineExceeded):
         coded(rand(20, 4))

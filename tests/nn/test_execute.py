@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
-from coded_torch.codes import DeadlineExceeded, NotEnoughResults, ReplicationCode, SplineCode
+from coded_torch.codes import DeadlineExceeded, NotEnoughResults
 from coded_torch.nn.division import dealt
-from coded_torch.stragglers import Bernoulli, Trace, Uniform
-from coded_torch.table import Began
+from coded_torch.stragglers import Trace, Uniform
 from coded_torch.testing.workers import (
     CopyCode,
     FailsAt,
@@ -27,31 +26,6 @@ from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers
 
 from ..workers.test_local import Fixed
 from .pools import Separate
-
-
-def test_a_call_without_half_of_its_results_raises_at_its_deadline():
-    for latencies, enough in (([0.1, 0.5, 0.6, 0.7], False), ([0.1, 0.15, 0.6, 0.7], True)):
-        coded = CodedWrapper(
-            nn.Identity(),
-            parts=4,
-            workers=LocalWorkers(Trace([latencies])),
-            waiting=Waiting(deadline=0.2, hedge_budget=0),
-        )
-        x = torch.randn(4, 2)
-        if enough:
-            _, report = coded.run(x)
-            assert report.ended == "deadline"
-            assert report.missing_rows == (2, 3)
-            continue
-        with pytest.raises(DeadlineExceeded, match=r"; rows 1, 2, 3: no reply; .*2 of 4") as info:
-            coded(x)
-        assert isinstance(info.value, TimeoutError)
-        assert info.value.report is coded.last_run
-        assert (info.value.received, info.value.report.missing_rows) == ((0,), (1, 2, 3))
-        assert torch.equal(info.value.answers[0], x[0])
-        assert info.value.answers[1:].isnan().all()
-        again = pickle.loads(pickle.dumps(info.value))
-        assert (str(again), again.report.missing_rows) == (str(info.value), (1, 2, 3))
 
 
 @pytest.mark.parametrize("estimate", [True, False])
@@ -166,40 +140,6 @@ X = torch.arange(1.0, 9.0).view(8, 1)
 MEAN = torch.ones(2)
 
 
-def test_every_row_is_asked_for_once_and_answered_as_the_module_does():
-    sizes = []
-
-    class Seen(nn.Module):
-        def forward(self, x):
-            sizes.append(len(x))
-            return x.square()
-
-    coded = rows(Seen(), workers=Separate())
-    assert torch.equal(coded(X), X.square())
-    run = coded.last_run
-    assert sizes == [2, 2, 2, 2]
-    assert (run.work, run.ended, run.hedges, run.num_groups) == (1.0, "complete", (), 0)
-    assert not run.estimated.any()
-    assert not run.radii.any()
-
-
-def test_a_worker_that_handed_its_part_back_was_asked_too():
-    class HandsBack(Separate):
-        def open(self, module, task):
-            request = super().open(module, task)
-            ask = request.ask
-
-            def begin(parts):
-                request.events.append(Began(parts[0], 9, 0.0))
-                ask(parts)
-
-            request.ask = begin
-            return request
-
-    _, report = rows(nn.Identity(), workers=HandsBack()).run(X)
-    assert (report.asked, report.missing, report.work) == ((0, 1, 2, 3, 9), (9,), 1.0)
-
-
 class Ranks(nn.Module):
     def forward(self, x):
         return x, x.long()
@@ -217,18 +157,6 @@ class FailsFirst(nn.Module):
             self.times -= 1
             raise RuntimeError("once")
         return x.clone()
-
-
-def test_a_part_that_failed_is_asked_again_at_once():
-    coded = rows(FailsFirst(3.0), workers=Separate())
-    assert torch.equal(coded(X), X)
-    run = coded.last_run
-    assert run.work == 1.25
-    hedges = [(hedge.of, hedge.units, hedge.won) for hedge in run.hedges]
-    number, failed = next((i, part) for i, part in enumerate(dealt(8, 4)) if 2 in part)
-    assert hedges == [(number, (row,), True) for row in failed]
-    assert (run.ended, list(run.rejected)) == ("complete", [number])
-    assert run.source.nonzero().flatten().tolist() == list(failed)
 
 
 def test_what_is_rejected_again_and_again_is_an_error_or_estimated():
@@ -249,17 +177,6 @@ def test_what_is_rejected_again_and_again_is_an_error_or_estimated():
     assert (run.radii > 0).equal(run.estimated)
 
 
-@pytest.mark.parametrize(("asked", "estimated"), [({}, 0), ({"estimate_after": 3.0}, 2)])
-def test_late_rows_are_waited_for_unless_the_caller_asked_for_estimates(asked, estimated):
-    delays = Trace([[0.1, 0.1, 0.1, 0.1]] * 20 + [[0.1, 0.1, 0.1, 2.0]])
-    waiting = Waiting(hedge_budget=0.0, **asked)
-    coded = CodedWrapper(nn.Identity(), parts=4, workers=LocalWorkers(delays), waiting=waiting)
-    for _ in range(21):
-        answers, report = coded.run(X)
-    assert report.estimated.sum() == estimated
-    assert torch.equal(answers[~report.estimated], X[~report.estimated])
-
-
 def test_surrogates_and_outputs_that_no_call_can_use_are_warned_of_once():
     """The output is whole numbers, which are never estimated."""
     coded = rows(nn.Hardtanh(), workers=Separate(), surrogate=nn.Hardtanh())
@@ -274,38 +191,6 @@ def test_surrogates_and_outputs_that_no_call_can_use_are_warned_of_once():
     with pytest.warns(UserWarning, match=r"output\[1\] is torch.int64 and cannot be estimated"):
         coded(X)
     coded(X)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("waiting", [None, Waiting(), Waiting.first(2)])
-@pytest.mark.parametrize("make", [ReplicationCode, SplineCode])
-@pytest.mark.parametrize(
-    "pool",
-    [
-        lambda delays: LocalWorkers(delays),
-        lambda delays: FaultyWorkers(DeviceWorkers(["cuda", "cuda"]), delays=delays),
-    ],
-)
-def test_laws_on_a_cuda_module(pool, make, waiting):
-    module = nn.Linear(3, 2, device="cuda")
-    x = torch.randn(12, 3, device="cuda")
-    with pool(Bernoulli(0.2, latency=0.01, seed=0)) as workers, torch.no_grad():
-        coded = CodedWrapper(module, make(4, 8), workers=workers, waiting=waiting)
-        answers = coded(x)
-        assert answers.device == x.device
-        own = ~coded.last_run.estimated.to("cuda")
-        torch.testing.assert_close(answers[own], module(x)[own])
-
-
-def test_where_parts_take_no_time_a_lost_one_is_not_asked_for_again_and_again():
-    coded = rows(nn.Identity(), workers=LocalWorkers(Uniform(2, seed=0)))
-    coded.waiting = Waiting(estimate_after=3.0)
-    for _ in range(
-        100
-    ):  # until the policy knows the parts, which take 0 s, and has spent its extra
-        coded(X)
-    assert coded.last_run.ended in ("failed", "estimate_after")
-    assert coded.last_run.estimated.sum() == 4
 
 
 class Busy(Separate):

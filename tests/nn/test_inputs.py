@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coded_torch import CodedWrapper
-from coded_torch.codes import BerrutCode, LagrangeCode, RegressionCode, ReplicationCode, SplineCode
+from coded_torch.codes import BerrutCode, LagrangeCode, ReplicationCode, SplineCode
 from coded_torch.stragglers import Uniform
 from coded_torch.testing.workers import PolynomialCode
 from coded_torch.workers import LocalWorkers
@@ -18,14 +18,6 @@ from coded_torch.workers import LocalWorkers
 from .modules import WAYS, Call, divided, rand
 
 CODES = [PolynomialCode, SplineCode, BerrutCode, LagrangeCode, ReplicationCode]
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_inputs_may_be_as_great_as_their_sum_is_not(dtype):
-    greatest = torch.finfo(dtype).max
-    x = torch.tensor([[greatest], [greatest], [-greatest], [1.0]], dtype=dtype)
-    coded = CodedWrapper(nn.Identity(), ReplicationCode(2, 4, ordering="arrival"))
-    assert torch.equal(coded(x), x)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -77,47 +69,6 @@ def test_token_ids_alone(way):
     assert "no floating-point input" in run.notes[0]
     mean = exact[own].mean(0).expand_as(answers)
     torch.testing.assert_close(answers[~own], mean[~own])
-
-
-class Words(nn.Module):
-    """A recurrent network over sequences of unequal lengths."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.gru = nn.GRU(4, 6, batch_first=True)
-
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        packed = nn.utils.rnn.pack_padded_sequence(
-            x, lengths.cpu(), batch_first=True, enforce_sorted=False
-        )
-        return self.gru(packed)[1][-1]
-
-
-@pytest.mark.parametrize("way", ["rows", "regression"])
-def test_a_recurrent_network_with_lengths(way):
-    x, lengths = rand(24, 7, 4).float(), torch.arange(24) % 7 + 1
-    coded = CodedWrapper(
-        Words(), **divided(way, 8, 12), workers=LocalWorkers(Uniform(2, seed=0)), in_dims=(0, 0)
-    )
-    with torch.no_grad():
-        answers, exact = coded(x, lengths), coded.module(x, lengths)
-    own = ~coded.last_run.estimated
-    assert own.sum() >= 16
-    torch.testing.assert_close(answers[own], exact[own])
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own jvp
-@pytest.mark.parametrize("ordering", ["similarity", "arrival"])
-@pytest.mark.parametrize("make", [SplineCode, RegressionCode, ReplicationCode, BerrutCode])
-def test_functional_transforms_pass(make, ordering):
-    coded, x = CodedWrapper(Call(torch.tanh), make(2, 4).replace(ordering=ordering)), rand(4, 3)
-    grad = torch.func.grad(lambda v: coded(v).sum())(x)
-    wanted = torch.autograd.functional.jacobian(lambda v: coded(v).sum(), x)
-    torch.testing.assert_close(grad, wanted)
-    _, tangent = torch.func.jvp(coded, (x,), (torch.ones_like(x),))
-    assert tangent.shape == x.shape
-    assert torch.func.jacrev(coded)(x).shape == (4, 3, 4, 3)
 
 
 UNREADABLE = {

@@ -8,11 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from coded_torch import CodedWrapper, Regression, Waiting
+from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import NotEnoughResults, ReplicationCode
-from coded_torch.nn.division import Inputs, Rows
 from coded_torch.stragglers import Uniform
-from coded_torch.surrogates import Memory
 from coded_torch.testing.workers import FailsAt, divide_by_zero
 from coded_torch.workers import LocalWorkers
 
@@ -89,23 +87,6 @@ def test_no_other_answer_depends_on_it(way):
     assert torch.equal(answers[0][others()], answers[2][others()])
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_surrogates_and_memories_do_not_see_it(way):
-    x, memory = spoiled(48), Memory()
-    module = Call(lambda x: (90 * x).sin())  # which distances do not estimate
-    surrogates = (Call(lambda x: (90 * x).sin() - 0.1 * x), memory)
-    for seed in range(2):
-        pool = LocalWorkers(Uniform(3 if way != "rows" else 2, seed=seed))
-        coded = CodedWrapper(module, **divided(way, 4, 6), workers=pool, surrogate=surrogates)
-        known = len(memory)
-        answers = coded(x)
-        run = coded.last_run
-        assert not run.notes
-        assert run.surrogate_weights[0][0] > 0.5
-        assert answers[others(48)].isfinite().all()
-        assert len(memory) - known == (~run.estimated & others(48)).sum()
-
-
 def test_in_any_argument_wherever_the_batch_is():
     module = Call(lambda tree, scale: {"y": tree["x"][0].T * scale[:, None], "max": scale.max()})
     coded = CodedWrapper(
@@ -121,22 +102,6 @@ def test_in_any_argument_wherever_the_batch_is():
     assert torch.equal(masked(mask), mask.clone())
 
 
-def test_where_the_mean_estimates_such_rows_calibrate_no_error_bounds():
-    """If time is short: without distances, nothing else tells which rows are finite."""
-    inputs, estimator = Inputs((spoiled(),), {}, 0), Regression()
-    plan = Rows(inputs, estimator, block=0, parts=4).plan
-    results, radii = torch.linspace(-1, 1, 24)[:, None, None], []
-    results[BAD] = 0.0  # the mean of the others
-    for received in (
-        [i for i in range(24) if i != 5],
-        [i for i in range(24) if i not in (5, *BAD)],
-    ):
-        answers = plan.decode(results[received], received)
-        radii.append(plan.error_bounds(received, results[received], answers).radii(0.5)[5])
-        plan = estimator.plan([], 24)
-    assert radii[0] == pytest.approx(radii[1])
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_a_batch_of_nothing_else(way):
     x = torch.full((6, 2), math.nan)
@@ -146,5 +111,5 @@ def test_a_batch_of_nothing_else(way):
     x[:2] = 7.0
     how = divided(way, 3, 3) | {"waiting": Waiting(on_error="estimate")}
     lost = CodedWrapper(module, **how, workers=Separate())
-    with pytest.raises(NotEnoughResults, match="no result of finite inputs to estimate others"):
+    with pytest.raises(NotEnoughResults, match="no row with finite inputs has a result"):
         lost(x)

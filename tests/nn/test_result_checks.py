@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
-from coded_torch.codes import NotEnoughResults, RegressionCode, ReplicationCode
+from coded_torch.codes import NotEnoughResults, RegressionCode
 from coded_torch.nn.result_checks import Checks
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
-from coded_torch.table import DISPUTED, GOOD, Table
+from coded_torch.table import Table
+from coded_torch.testing.virtual import VirtualWorkers
 from coded_torch.testing.workers import CopyCode, FailsAt, PolynomialCode, task_of
 from coded_torch.workers import LocalWorkers, Reply
 
@@ -63,46 +62,6 @@ def test_a_result_unlike_most_is_missing_and_named(lie, reason, at):
     assert re.search(reason, coded.last_run.rejected[int(at)])
 
 
-@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 2, 0], [1, 2, 3, 0]])
-def test_of_two_camps_of_one_size_that_of_the_part_asked_first_is_taken(order):
-    results = checked(task_of(torch.zeros(4, 1, 1)))
-    for n in order:
-        hear(results, (n, torch.zeros(1, 1 + n % 2)))
-    assert results.table.answered.keys() == {0, 2}
-    assert results.stack().units == (0, 2)
-    assert [error.worker for error in results.rejected] == [1, 3]
-    assert (
-        results.rejected[0].reason
-        == "returned float32 (1, 2), where as many returned float32 (1, 1)"
-    )
-    outcomes = [part.outcome for part in results.table.parts]
-    assert outcomes == [GOOD, DISPUTED, GOOD, DISPUTED]
-
-
-def checked(task: Any, first: Any = None) -> Checks:
-    first = first or [(n,) for n in range(task.num_units)]
-    checks = Checks(SimpleNamespace(task=task, link=None, not_finite=None, mixes=True))
-    checks.table = Table(first=first, needed=task.num_units, judge=checks.judge)
-    for units in first:
-        checks.table.ask(units)
-    return checks
-
-
-def hear(checks: Checks, *values: Any) -> None:
-    parts = checks.table.parts
-    checks.table.hear([Reply(parts[n], n, 0.0, 0.0, value) for n, value in values])
-
-
-def test_of_results_of_one_unit_the_first_counts():
-    first = [(2,), (0, 1), (1, 2)]
-    results = checked(task_of(torch.zeros(3, 1, 1)), first)
-    for n, units in enumerate(first):
-        hear(results, (n, torch.full((len(units), 1), float(n))))
-    units, (leaf,), *_ = results.stack()
-    assert units == (0, 1, 2)
-    assert leaf.flatten().tolist() == [1.0, 1.0, 0.0]
-
-
 @pytest.mark.filterwarnings("ignore:.* cannot be estimated")
 @pytest.mark.parametrize("way", WAYS)
 def test_outputs_of_any_dtype_are_carried_where_every_row_has_a_result(way):
@@ -124,41 +83,16 @@ def test_outputs_of_any_dtype_are_carried_where_every_row_has_a_result(way):
         lost(x)
 
 
-def test_an_empty_batch_has_an_empty_report():
-    coded = CodedWrapper(nn.ReLU(), ReplicationCode(2, 4))
-    answers, report = coded.run(torch.zeros(0, 3))
-    assert answers.shape == (0, 3)
-    assert (report.estimated.dtype, report.estimated.shape) == (torch.bool, (0,))
-    assert report.radii.shape == (0,)
-
-
-@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
-def test_what_has_no_batch_is_that_of_the_part_asked_first(order):
-    task = task_of(torch.zeros(2, 1, 1))
-    results = checked(dataclasses.replace(task, out_dims=(0, None)))
-    for n in order:
-        hear(results, (n, (torch.zeros(1, 1), torch.tensor(float(n)))))
-    assert results.stack().leaves[1].item() == 0.0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("bad", [None, 2])
-def test_replies_that_arrive_together_are_judged_together(bad, dtype):
-    whole = torch.full((4, 2), torch.finfo(dtype).max, dtype=dtype)  # whose sum is not finite
-    if bad is not None:
-        whole[bad] = torch.nan
-    results = checked(task_of(whole[:, None]))
-    hear(results, *enumerate(whole.split(1)))
-    assert results.table.answered.keys() == {0, 1, 2, 3} - {bad}
-
-
 @pytest.mark.cuda
 def test_replies_that_arrive_together_are_waited_for_once():
     whole = torch.ones(4, 2, device="cuda")
-    results = checked(task_of(whole[:, None]))
+    task = task_of(whole[:, None])
+    checks = Checks(SimpleNamespace(task=task, link=None, not_finite=None, mixes=True))
+    table = checks.table = Table(first=[(n,) for n in range(4)], needed=4, judge=checks.judge)
+    parts = [table.ask(units) for units in table.first]
     with host_waits() as lines:
-        hear(results, *enumerate(whole.split(1)))
-    assert results.table.answered.keys() == {0, 1, 2, 3}
+        table.hear([Reply(part, part.number, 0.0, 0.0, whole[part.units]) for part in parts])
+    assert table.answered.keys() == {0, 1, 2, 3}
     assert sum(lines.values()) == 1, lines
 
 
@@ -224,6 +158,13 @@ def test_what_are_no_probabilities_is_refused_by_name(output, got):
         CodedWrapper(Call(output), code, workers=Separate())(rand(6, 5))
 
 
-@pytest.mark.parametrize("output", [None, ()])
-def test_outputs_without_any_tensor(output):
-    assert CodedWrapper(Call(lambda x: output), PolynomialCode(2, 4))(rand(4, 3)) == output
+@pytest.mark.parametrize("seconds", [(1.0, 1.1, 1.2, 1.3), (1.3, 1.2, 1.1, 1.0)])
+def test_of_two_camps_of_one_size_that_of_the_part_asked_first_is_taken(seconds):
+    camps = [lambda y: y, lambda y: y.repeat(1, 2)] * 2
+    pool = VirtualWorkers([[act] for act in zip(camps, seconds, strict=True)])
+    x, waiting = rand(4, 1), Waiting(deadline=1.35, hedge_budget=0)
+    answers, report = CodedWrapper(nn.Identity(), workers=pool, waiting=waiting).run(x)
+    assert torch.equal(answers[[0, 2]], x[[0, 2]])
+    assert report.estimated.tolist() == [False, True, False, True]
+    assert report.rejected.keys() == {1, 3}
+    assert "returned float64 (1, 2), where as many returned float64 (1, 1)" in report.rejected[1]

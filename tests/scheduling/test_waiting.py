@@ -149,6 +149,13 @@ def test_a_module_that_fails_on_all_rows_is_found_by_single_rows():
     assert len(pool.begun) < 75
 
 
+def test_a_row_is_refused_that_one_worker_raises_on_again_and_again_though_another_worked():
+    """The other has left, so that nobody else can try it."""
+    play = Play([OK], [OK], parts=2, known=False, module=Raises(0.0), drains=[(0.5, 1)])
+    assert (play.report.ended, play.report.refused) == ("error", (0,))
+    assert isinstance(play.error, ValueError)
+
+
 def test_a_row_that_raised_is_not_refused_if_a_late_result_has_it():
     """The module fails on it at two other workers."""
     once = [lambda y: y, lambda y: 1 / 0]
@@ -209,6 +216,7 @@ def test_rows_are_estimated_only_if_the_caller_asked_for_it(waiting, estimates, 
     play = Play(*[[OK]] * 4, waiting=waiting, module=bad)
     assert (play.error is None) == estimates
     assert play.report.missing_rows == (0,)
+    assert play.pool.clock < 60  # nothing more can come, so no deadline is waited for
     assert sum(0 in units for _, _, units in play.again) == tries
     assert torch.equal(play.answers[1:], X[1:])
 
@@ -243,30 +251,6 @@ def test_options_are_values():
     assert (Waiting().num_stragglers, Waiting.first(3).num_stragglers) == (None, 3)
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "match"),
-    [
-        (
-            {"deadline": 0.0},
-            ValueError,
-            "deadline must be a positive and finite number of seconds, got 0.0",
-        ),
-        (
-            {"deadline": math.inf},
-            ValueError,
-            "deadline must be a positive and finite number of seconds, got inf",
-        ),
-        ({"deadline": "200ms"}, TypeError, "number of seconds, got '200ms' of type str"),
-        ({"hedge_budget": None}, TypeError, "hedge_budget must be .*, got None of type NoneType"),
-        ({"estimate_after": 0}, ValueError, "estimate_after must be positive, got 0"),
-        ({"estimate_after": math.nan}, ValueError, "estimate_after must be positive, got nan"),
-        ({"estimate": 0}, TypeError, "estimate must be of type bool, got int"),
-        ({"on_error": "skip"}, ValueError, "on_error must be 'raise' or 'estimate', got 'skip'"),
-        ({"hedge_budget": -1}, ValueError, "hedge_budget must be at least 0 and finite, got -1"),
-        ({"num_stragglers": -1}, ValueError, "num_stragglers must be at least 0, got -1"),
-        ({"num_stragglers": 1.5}, TypeError, "num_stragglers must be an integer, got 1.5"),
-    ],
-)
-def test_bad_options(options, error, match):
-    with pytest.raises(error, match=match):
-        (Waiting.first if "num_stragglers" in options else Waiting)(**options)
+def test_a_deadline_in_words_is_refused_with_its_type_and_unit():
+    with pytest.raises(TypeError, match="number of seconds, got '200ms' of type str"):
+        Waiting(deadline="200ms")

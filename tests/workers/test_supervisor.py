@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import threading
-import weakref
-from typing import Any
 
-import hypothesis
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from coded_torch.testing.workers import task_of, until
@@ -112,222 +108,142 @@ def replies(request: Asking) -> list[Reply]:
     return [event for event in events(request) if isinstance(event, Reply)]
 
 
-class SupervisorMachine(RuleBasedStateMachine):
-    """Asks, drops, delivers, kills, pauses, corrupts, duplicates and reorders, in any order."""
+NAMES = {
+    *("open", "more", "drop", "close", "up", "answer", "stale", "die"),
+    *("exclude", "restart", "drain", "resize", "time"),
+}
+ACTS = st.lists(
+    st.tuples(st.sampled_from(sorted(NAMES)), st.integers(0, 4), st.integers(0, 4)),
+    min_size=30,
+    max_size=60,
+)
 
-    @initialize(size=st.integers(1, 4))
-    def begin(self, size: int) -> None:
+
+class Script:
+    """Acts on a supervisor, after each of which its promises are checked."""
+
+    def __init__(self, size: int) -> None:
         self.supervisor = InMemory(size)
-        self.requests: list[Asking] = []  # that are open
-        self.began: dict[Asking, set[int]] = {}
-        self.got: dict[Asking, list[Reply]] = {}
-        self.excluded: dict[int, int] = {}  # by the number of a worker, the jobs it had had then
+        self.requests: list[Asking] = []
+        self.events: dict[Asking, list[Began | Reply]] = {}
         self.dropped: dict[Asking, set[int]] = {}  # before they had begun
-        self.answered: set[int] = set()  # numbers of jobs whose answer was let through
+        self.out: dict[Numbered, int] = {}  # that were excluded or left, and their jobs until then
         self.supervisor.tend()
+        for worker in self.supervisor.launched:
+            self.supervisor.ready(worker)
+        self.act("open", 0, 4)
 
-    def alive(self) -> list[Numbered]:
-        return [worker for worker in self.supervisor.launched if not worker.ended]
+    def act(self, act: str, which: int, number: int) -> None:
+        supervisor = self.supervisor
+        alive = [worker for worker in supervisor.launched if not worker.ended]
+        ready = [worker for worker in alive if worker.job]
+        worker = alive[which % len(alive)] if alive else None
+        request = self.requests[which % len(self.requests)] if self.requests else None
+        if act == "open":
+            self.requests.append(new := Asking(supervisor, number + 1))
+            self.events[new], self.dropped[new] = [], set()
+        elif act == "more" and request:
+            request.more(number)
+        elif act == "drop" and request:
+            parts = request.asked[number : number + 2]
+            self.dropped[request] |= {part.number for part in parts if request.wants(part)}
+            request.drop(parts)
+        elif act == "close" and request:
+            self.requests.remove(request)
+            request.close()
+        elif act == "up" and worker and not worker.ready:
+            supervisor.ready(worker)
+        elif act == "answer" and ready:
+            self.answer(ready[which % len(ready)])
+        elif act == "stale":  # an answer to an old job, or to one that no worker had
+            for other in alive:
+                job = other.sent[0].ticket if other.sent else -1
+                if other.job is None or other.job.ticket != job:
+                    supervisor.take(other, job, lambda: (True, "stale"))
+        elif act == "die" and worker:
+            worker.ended = True
+            supervisor.lost(worker, "died")
+            supervisor.lost(worker, "died")  # comes twice
+        elif act == "exclude":
+            supervisor.exclude(which)
+            self.out |= {m: len(m.sent) for m in alive if m.index == which}
+        elif act == "restart":
+            self.out = {m: sent for m, sent in self.out.items() if m.index != which or m.left}
+            supervisor.restart(which)
+            supervisor.tend()
+        elif act == "drain":
+            self.out |= {m: len(m.sent) for m in alive if m.index == which}
+            supervisor.leave(which)
+            supervisor.tend()
+        elif act == "resize":
+            supervisor.resize(number + 1)
+        elif act == "time":
+            supervisor.clock.now += (0.1, 1.0, GRACE, START_SECONDS, 5.0)[number]
+            supervisor.tend()
 
-    def pick(self, data, workers: list[Numbered]) -> Numbered:
-        return data.draw(st.sampled_from(workers), label="worker")
-
-    @rule(num_parts=st.integers(1, 6))
-    def open(self, num_parts: int) -> None:
-        new = Asking(self.supervisor, num_parts)
-        self.requests.append(new)
-        self.began[new], self.got[new], self.dropped[new] = set(), [], set()
-
-    @precondition(lambda self: self.requests)
-    @rule(data=st.data(), num_parts=st.integers(1, 3))
-    def ask_again(self, data, num_parts: int) -> None:
-        data.draw(st.sampled_from(self.requests), label="request").more(num_parts)
-
-    @rule(index=st.integers(0, 3))
-    def exclude(self, index: int) -> None:
-        self.supervisor.exclude(index)
-        self.excluded |= {m.number: len(m.sent) for m in self.alive() if m.index == index}
-
-    @rule(index=st.integers(0, 3))
-    def restart(self, index: int) -> None:
-        self.supervisor.restart(index)
-        self.supervisor.tend()
-        assert not any(m.excluded for m in self.alive() if m.index == index and not m.left)
-
-    @rule(index=st.integers(0, 4))
-    def drain(self, index: int) -> None:
-        busy = [m for m in self.alive() if m.index == index and m.job]
-        self.supervisor.leave(index)
-        self.supervisor.tend()
-        assert [m for m in self.alive() if m.index == index and m.left] == busy
-
-    @rule(size=st.integers(1, 5))
-    def resize(self, size: int) -> None:
-        self.supervisor.resize(size)
-        assert len(self.supervisor.places) == size
-
-    @invariant()
-    def the_excluded_get_nothing(self) -> None:
-        for worker in self.alive():
-            sent = self.excluded.get(worker.number)
-            assert sent is None or sent >= len(worker.sent)
-
-    @precondition(lambda self: self.requests)
-    @rule(data=st.data())
-    def drop(self, data) -> None:
-        request = data.draw(st.sampled_from(self.requests), label="request")
-        parts = data.draw(st.lists(st.sampled_from(request.asked), unique=True), label="parts")
-        self.dropped[request] |= {part.number for part in parts if request.wants(part)}
-        request.drop(parts)
-
-    @precondition(lambda self: any(not worker.ready for worker in self.alive()))
-    @rule(data=st.data())
-    def come_up(self, data) -> None:
-        self.supervisor.ready(self.pick(data, [m for m in self.alive() if not m.ready]))
-
-    @precondition(lambda self: any(m.job and not m.paused for m in self.alive()))
-    @rule(data=st.data())
-    def deliver(self, data) -> None:
-        """Workers answer in any order, so results are delayed and reordered."""
-        worker = self.pick(data, [m for m in self.alive() if m.job and not m.paused])
+    def answer(self, worker: Numbered) -> None:
         job = worker.job
-        self.supervisor.take(worker, job.ticket, lambda: (True, (job.ticket, worker.number)))
+        assert job is not None
+        self.supervisor.take(worker, job.ticket, lambda: (True, (job.request, job)))
 
-    @precondition(lambda self: any(worker.sent for worker in self.supervisor.launched))
-    @rule(data=st.data())
-    def deliver_again_or_stale(self, data) -> None:
-        """An answer to an old job, from the worker that had it or from another one."""
-        worker = self.pick(data, [m for m in self.supervisor.launched if m.sent])
-        job = data.draw(st.sampled_from(worker.sent), label="job")
-        other = self.pick(data, self.supervisor.launched)
-        if other.job is None or other.job.ticket != job.ticket:
-            before = other.job
-            self.supervisor.take(other, job.ticket, lambda: (True, "stale"))
-            assert other.job is before
-
-    @precondition(lambda self: any(m.job and not m.paused for m in self.alive()))
-    @rule(data=st.data(), number=st.integers(-5, 10**6))
-    def corrupt(self, data, number: int) -> None:
-        """A number that no job has: the worker is still at its job."""
-        worker = self.pick(data, [m for m in self.alive() if m.job and not m.paused])
-        if worker.job.ticket != number:
-            job = worker.job
-            self.supervisor.take(worker, number, lambda: (True, "corrupt"))
-            assert worker.job is job
-
-    @precondition(lambda self: self.alive())
-    @rule(data=st.data())
-    def die(self, data) -> None:
-        worker = self.pick(data, self.alive())
-        worker.ended = True
-        self.supervisor.lost(worker, "died")
-        self.supervisor.lost(worker, "died")  # comes twice
-
-    @precondition(lambda self: self.alive())
-    @rule(data=st.data())
-    def pause_or_continue(self, data) -> None:
-        worker = self.pick(data, self.alive())
-        worker.paused = not worker.paused
-
-    @rule(seconds=st.sampled_from([0.1, 1.0, GRACE, START_SECONDS]))
-    def time_passes(self, seconds: float) -> None:
-        self.supervisor.clock.now += seconds
-        self.supervisor.tend()
-
-    @precondition(lambda self: self.requests)
-    @rule(data=st.data())
-    def close(self, data) -> None:
-        request = data.draw(st.sampled_from(self.requests), label="request")
-        self.requests.remove(request)
-        request.close()
-
-    @invariant()
-    def every_reply_is_the_answer_to_its_own_job(self) -> None:
-        for request, got in self.got.items():
-            for event in events(request):
-                assert request in self.requests, "something came of what is closed"
-                number = event.part.number
-                if isinstance(event, Began):
-                    assert number not in self.began[request] | self.dropped[request]
-                    self.began[request].add(number)
-                    continue
-                assert (event.worker >= 0) == (number in self.began[request])
-                assert number not in self.dropped[request]
+    def check(self) -> None:
+        """Every event is that of its own part, no part is lost, and no worker is idle or extra."""
+        supervisor = self.supervisor
+        for request, got in self.events.items():
+            new = events(request)
+            assert not new or request in self.requests, "a closed request got an event"
+            for event in new:
+                began = [e for e in got if isinstance(e, Began) and e.part is event.part]
+                assert event.part.number not in self.dropped[request]
+                assert len(began) == (isinstance(event, Reply) and event.worker >= 0)
+                assert not any(isinstance(e, Reply) and e.part is event.part for e in got)
+                if isinstance(event, Reply) and event.error is None:
+                    assert event.value == (request, event.part)  # neither stale nor another's
                 got.append(event)
-                if event.error is None:
-                    job_number, worker = event.value  # neither stale nor corrupt
-                    assert job_number not in self.answered
-                    self.answered.add(job_number)
-                    sent = next(m for m in self.supervisor.launched if m.number == worker).sent
-                    job = next(job for job in sent if job.ticket == job_number)
-                    assert job is event.part
-                else:
-                    assert event.error.part == number
-            numbers = [reply.part.number for reply in got]
-            assert len(set(numbers)) == len(numbers)
-
-    @invariant()
-    def no_job_is_forgotten_and_none_is_at_two_workers(self) -> None:
-        busy = [worker.job for worker in self.supervisor._workers if worker.job is not None]
-        waiting = list(self.supervisor._jobs)
-        numbers = [job.ticket for job in busy + waiting]
-        assert len(set(numbers)) == len(numbers)
+        jobs = [w.job for w in supervisor._workers if w.job is not None] + [*supervisor._jobs]
+        assert len({job.ticket for job in jobs}) == len(jobs)
         for request in self.requests:
-            mine = {job.number for job in busy + waiting if job.request is request}
-            answered = {reply.part.number for reply in self.got[request]}
-            asked = {part.number for part in request.asked}
-            assert asked - self.dropped[request] <= mine | answered
-
-    @invariant()
-    def no_worker_is_idle_while_a_job_waits(self) -> None:
-        wanted = any(job.request.wants(job) for job in self.supervisor._jobs)
-        assert not (wanted and self.supervisor.num_idle)
-
-    @invariant()
-    def there_are_never_too_many_workers(self) -> None:
-        places = [worker.index for worker in self.supervisor._workers if not worker.left]
+            known = {job.number for job in jobs if job.request is request}
+            known |= {e.part.number for e in self.events[request] if isinstance(e, Reply)}
+            assert {part.number for part in request.asked} <= known | self.dropped[request]
+        wanted = any(job.request.wants(job) for job in supervisor._jobs)
+        assert not (wanted and supervisor.num_idle)
+        assert all(len(worker.sent) == sent for worker, sent in self.out.items())
+        places = [worker.index for worker in supervisor._workers if not worker.left]
         assert len(set(places)) == len(places)
-        assert self.supervisor.places.issuperset(places)
+        assert supervisor.places.issuperset(places)
 
-    def teardown(self) -> None:
-        if not hasattr(self, "supervisor"):
-            return
-        # When all workers work again, everything is answered.
+    def finish(self) -> None:
+        """When all workers work again, everything is answered."""
         self.supervisor.resize(2)
-        for index in range(5):
-            self.supervisor.restart(index)
-        for _ in range(200):
+        for place in range(5):
+            self.act("restart", place, 0)
+        for _ in range(100):
             self.supervisor.clock.now += 5.0  # less than the grace, no less than any pause
             self.supervisor.tend()
-            for worker in self.alive():
-                if not worker.ready:
+            for worker in self.supervisor.launched:
+                if not worker.ended and not worker.ready:
                     self.supervisor.ready(worker)
-                if (job := worker.job) is not None:
-                    self.supervisor.take(
-                        worker, job.ticket, lambda m=worker: (True, (m.job.ticket, m.number))
-                    )
-            busy = any(worker.job for worker in self.supervisor._workers)
-            if (
-                not busy
-                and not self.supervisor._jobs
-                and len(self.supervisor._workers) == len(self.supervisor.places)
-            ):
-                break
-        self.every_reply_is_the_answer_to_its_own_job()
+                if not worker.ended and worker.job:
+                    self.answer(worker)
+            self.check()
         for request in self.requests:
-            missing = len(request.asked) - len(self.got[request])
-            assert missing == len(self.dropped[request])
+            replies = [e.part.number for e in self.events[request] if isinstance(e, Reply)]
+            asked = {part.number for part in request.asked}
+            assert {*replies} == asked - self.dropped[request]
         assert len(self.supervisor._workers) == len(self.supervisor.places)
 
 
-TestSupervisor = SupervisorMachine.TestCase
-TestSupervisor.settings = hypothesis.settings(
-    max_examples=60,
-    stateful_step_count=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # on a busy machine
-)
+@given(st.integers(1, 4), ACTS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_no_part_is_lost_or_mixed_whatever_happens(
+    size: int, acts: list[tuple[str, int, int]]
+) -> None:
+    script = Script(size)
+    for act in acts:
+        script.act(*act)
+        script.check()
+    script.finish()
 
 
 def started(size: int) -> InMemory:
@@ -387,17 +303,6 @@ def test_a_worker_that_gives_signs_of_life_has_the_timeout_for_a_part_that_is_aw
     )
 
 
-def test_a_worker_that_falls_silent_has_its_grace_from_then_on():
-    supervisor = started(1)
-    Asking(supervisor, 1)
-    (worker,) = supervisor.launched
-    pass_time(supervisor, 3 * GRACE, worker)
-    pass_time(supervisor, GRACE - 1)
-    assert not worker.ended
-    pass_time(supervisor, 1)
-    assert worker.ended
-
-
 def test_the_grace_of_rows_grows_whenever_their_worker_was_ended():
     supervisor = started(1)
     request = Asking(supervisor, 1)
@@ -447,16 +352,6 @@ def test_a_module_is_loaded_by_one_worker_at_a_time_while_another_one_has_calls(
     supervisor.clock.now += 10.0  # nobody calls the first module any more
     second.more(1)
     assert len(loading()) == 2
-
-
-def test_a_module_that_was_changed_is_loaded_by_all_workers_at_once():
-    supervisor = started(3)
-    request = Asking(supervisor, 3)
-    for worker in supervisor.launched:
-        supervisor.take(worker, worker.job.ticket, lambda: (True, 0))
-    request.module = PackedModule(1, None, frozenset({1}), b"")  # its former state is not alive
-    request.more(3)
-    assert supervisor.num_idle == 0
 
 
 def test_loading_a_module_is_no_part_of_the_grace():
@@ -512,23 +407,6 @@ def test_workers_that_do_not_come_up_are_tried_less_and_less_often_and_what_wait
     assert replies(another)[0].value == "up again"
 
 
-def test_a_place_that_does_not_come_up_costs_no_job_of_the_others():
-    supervisor = InMemory(2)
-    supervisor.tend()
-    good, bad = supervisor.launched
-    supervisor.ready(good)
-    one = Asking(supervisor, 2)
-    for _ in range(5):
-        supervisor.lost(bad, "ended before it was up")
-        supervisor.clock.now += supervisor.pause()
-        supervisor.tend()
-        bad = supervisor.launched[-1]
-    assert replies(one) == []
-    for _ in range(2):
-        supervisor.take(good, good.job.ticket, lambda: (True, "good"))
-    assert [reply.value for reply in replies(one)] == ["good", "good"]
-
-
 def test_a_worker_that_cannot_be_launched_is_tried_again():
     supervisor = InMemory(2)
     one = Asking(supervisor, 2)
@@ -565,25 +443,6 @@ def test_any_number_of_jobs_that_cannot_be_sent_fail():
     assert supervisor.num_idle == 1
 
 
-def test_an_interrupt_while_a_job_is_sent_takes_no_worker():
-    supervisor = started(2)
-    send = supervisor.send
-
-    def interrupted(worker: WatchedWorker, job: Part) -> None:
-        supervisor.send = send
-        raise KeyboardInterrupt
-
-    supervisor.send = interrupted
-    one = Asking(supervisor, 0)
-    with pytest.raises(KeyboardInterrupt):
-        one.more(2)
-    one.close()
-    another = Asking(supervisor, 2)
-    for worker in supervisor.launched:
-        supervisor.take(worker, worker.job.ticket, lambda: (True, "good"))
-    assert [reply.value for reply in replies(another)] == ["good", "good"]
-
-
 def test_the_obstacle_is_said():
     supervisor = InMemory(3)
     request = Asking(supervisor, 1)
@@ -599,29 +458,6 @@ def test_the_obstacle_is_said():
     )
 
 
-def test_a_worker_that_answers_at_the_last_moment_begins_nothing_that_ends_with_it():
-    supervisor = started(1)
-    one = Asking(supervisor, 2)
-    (late,) = supervisor.launched
-    end = supervisor.end
-
-    def too_late(worker: Numbered) -> None:
-        supervisor.take(worker, worker.sent[0].number, lambda: (True, "just in time"))
-        end(worker)
-
-    supervisor.end = too_late
-    supervisor.clock.now = GRACE
-    supervisor.tend()
-    assert late.ended
-    assert len(late.sent) == 1
-    supervisor.ready(supervisor.launched[-1])
-    successor = supervisor.launched[-1]
-    supervisor.take(successor, successor.job.ticket, lambda: (True, "by another"))
-    first, second = replies(one)
-    assert "was at one job for more than 10 s" in str(first.error)
-    assert second.value == "by another"
-
-
 def test_only_workers_that_are_at_an_interrupted_request_are_ended():
     supervisor = started(3)
     interrupted, other = Asking(supervisor, 2), Asking(supervisor, 1)
@@ -635,28 +471,6 @@ def test_only_workers_that_are_at_an_interrupted_request_are_ended():
     assert [worker.ended for worker in (first, second, third)] == [False, True, False]
     supervisor.take(third, third.job.ticket, lambda: (True, "good"))
     assert [reply.value for reply in replies(other)] == ["good"]
-
-
-def test_a_result_that_cannot_be_read_is_not_kept():
-    supervisor = started(1)
-    request = Asking(supervisor, 1)
-
-    class UnreadableError(Exception):
-        pass
-
-    errors = [UnreadableError()]
-    kept = weakref.ref(errors[0])
-
-    def read() -> tuple[bool, Any]:
-        raise errors.pop()
-
-    gc.disable()
-    try:
-        supervisor.take(supervisor.launched[0], supervisor.launched[0].job.ticket, read)
-        assert "sent what cannot be read" in str(replies(request)[0].error)
-        assert kept() is None
-    finally:
-        gc.enable()
 
 
 def test_overdue_workers_are_replaced_though_one_cannot_be_ended():
@@ -676,28 +490,6 @@ def test_overdue_workers_are_replaced_though_one_cannot_be_ended():
     assert second.ended
     assert len(supervisor.launched) == 4
     assert all("for more than 10 s" in str(reply.error) for reply in replies(one))
-
-
-def test_workers_that_fail_together_fail_once():
-    supervisor = InMemory(5)
-    one = Asking(supervisor, 1)
-    for _ in range(2):
-        supervisor.tend()
-        for worker in supervisor.launched[-5:]:
-            supervisor.lost(worker, "ended with its server")
-        supervisor.clock.now += supervisor.pause()
-    assert replies(one) == []
-
-
-def test_every_worker_of_a_process_has_its_own_seed():
-    def seeds() -> list[int]:
-        return [supervisor.seed() for supervisor in (InMemory(2), InMemory(2)) for _ in range(6)]
-
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        one = seeds()
-        torch.manual_seed(2)
-        assert len({*one, *seeds()}) == 24
 
 
 class Served(InMemory):
@@ -739,39 +531,3 @@ def test_the_thread_of_a_pool_survives_any_exception_and_closing_blocks_nobody(c
     pool.served.blocked.set()
     closing.join(60.0)
     assert not pool.served.thread.is_alive()
-
-
-def test_a_worker_that_starts_while_its_place_goes_leaves():
-    class Shrinking(InMemory):
-        def launch(self, index: int) -> Numbered:
-            if index == 1:
-                self.resize(1)
-            return super().launch(index)
-
-    supervisor = Shrinking(2)
-    supervisor.tend()
-    supervisor.tend()  # ends the worker that has no place
-    kept, gone = supervisor.launched
-    assert gone.ended
-    assert not kept.ended
-    assert list(supervisor.states()) == [0]
-
-
-def test_jobs_that_nobody_wants_do_not_pile_up_while_no_worker_is_up():
-    supervisor = InMemory(1)
-    for _ in range(3):
-        Asking(supervisor, 4).close()
-    last = Asking(supervisor, 2)
-    assert [job.request for job in supervisor._jobs] == [last, last]
-
-
-def test_a_worker_that_is_to_be_replaced_gets_no_part():
-    supervisor = InMemory(1)
-    supervisor.tend()
-    supervisor.ready(supervisor.launched[0])
-    supervisor.restart(0)
-    request = Asking(supervisor, 1)
-    assert (request.idle, events(request)) == (0, [])
-    supervisor.tend()
-    supervisor.ready(supervisor.launched[1])
-    assert [event.worker for event in events(request)] == [0]
