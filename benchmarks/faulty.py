@@ -6,15 +6,16 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from coded_torch.scheduling import Ask, Decision, Ended, Event, Settled, Wait
+from coded_torch.table import Table
 from coded_torch.verification import Record, Trials
+from coded_torch.workers import Reply, WorkerError
 
 from .networks import SEED
 from .subjects import run, subject
@@ -41,13 +42,12 @@ class _All:
 
     deadline = None
 
-    def decide(
-        self, history: Any, first: Sequence[tuple[int, ...]], **options: Any
-    ) -> Generator[Decision, Event, Ended]:
-        yield Ask(tuple(first))
-        for _ in first:
-            yield Wait(math.inf)
-        return Ended("complete")
+    def decide(self, history: Any, table: Table) -> float:
+        if not table.parts:
+            for units in table.first:
+                table.ask(units)
+        table.reason = "" if table.open else "complete"
+        return math.inf
 
 
 class Fleet:
@@ -77,40 +77,38 @@ class Fleet:
         count = min(len(order), size)
         parts = [range(i * size // count, (i + 1) * size // count) for i in range(count)]
         trials, values = Trials(self.record, _All(), inputs), dict[int, Tensor]()
-        policy = trials.decide(None, parts, idle=lambda: len(order))
-        events, event, added = deque[Event](), None, 0
-        begin, first_wait, first_parts = time.perf_counter(), 0.0, 0
+        table = Table(first=parts, needed=size, idle=lambda: len(order))
+        events, asked = deque[Reply](), 0
+        begin, first_wait = time.perf_counter(), 0.0
         while True:
-            try:
-                decision = policy.send(event)
-            except StopIteration:
+            until = trials.decide(None, table)
+            if table.reason:
                 break
-            event = None
-            if isinstance(decision, Ask):
-                first = len(trials.asked) - len(decision.parts)
-                for part, rows in enumerate(decision.parts, first):
-                    worker = order[part % len(order)]
-                    if first:
-                        able = sorted(self.record.workers - decision.avoid[part - first])
-                        worker = self.random.choice(able) if able else -1
-                    if worker >= 0:
-                        values[part] = compute(worker, rows, first > 0)
-                    events.append(Settled(part, 0.0, 0.0, worker >= 0, worker=worker))
-                if not first:
-                    self.random.shuffle(events)
-                    first_parts = len(events)
-            elif isinstance(decision, Wait):
-                first_wait = first_wait or time.perf_counter() - begin
-                for part in [part for part in values if part >= added]:
-                    trials.results.add(part, trials.asked[part], [values[part]])
-                added, event = len(trials.asked), events.popleft() if events else None
-                if isinstance(event, Settled) and event.part < first_parts:
-                    begin = time.perf_counter()  # of the last one, in the end
+            for part in table.parts[asked:]:
+                worker = order[part.number % len(order)]
+                if asked:
+                    able = sorted(self.record.workers - part.avoid)
+                    worker = self.random.choice(able) if able else -1
+                error = WorkerError(part.number, -1, "has no worker") if worker < 0 else None
+                if worker >= 0:
+                    value = values[part.number] = compute(worker, part.units, asked > 0)
+                    part.result = SimpleNamespace(divided=[0], rows=lambda i, value=value: value)
+                events.append(Reply(part, worker, 0.0, 0.0, part.result, error))
+            if not asked:
+                self.random.shuffle(events)
+            asked = len(table.parts)
+            if until == -math.inf:
+                table.hear([], until)
+                continue
+            first_wait = first_wait or time.perf_counter() - begin
+            if events and len(table.ended) < len(table.first):
+                begin = time.perf_counter()  # of the last one, in the end
+            table.hear([events.popleft()] if events else [], until)
         self.seconds.append((first_wait, time.perf_counter() - begin))
         answers = torch.full((size, *values[0].shape[1:]), math.nan)
-        for row, part in trials.answers.items():
-            answers[row] = values[part][trials.asked[part].index(row)]
-        return Outcome(answers, trials, sum(map(len, trials.asked)))
+        for row, part in table.answered.items():
+            answers[row] = values[part.number][part.units.index(row)]
+        return Outcome(answers, trials, sum(len(part.units) for part in table.parts))
 
 
 class Voters:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Generator, Sequence
-from typing import Any
 
 from coded_torch.nn import Waiting
-from coded_torch.scheduling import Ask, Began, Decision, Ended, Event, Settled, Wait
 from coded_torch.scheduling.latency_history import History
+from coded_torch.table import OPEN, Table
 
 _TRIES = 3  # the most asks for a part that fails
 
@@ -24,50 +22,34 @@ class HedgeOnce(Waiting):
     medians: float | None = None  #: medians of a part after which it is hedged
     quantile: float | None = None  #: instead, the quantile of the latencies of parts
 
-    def decide(
-        self,
-        history: History,
-        first: Sequence[Sequence[int]],
-        *,
-        needed: int,
-        unit_rows: int = 1,
-        **options: Any,
-    ) -> Generator[Decision, Event, Ended]:
-        parts, rows = [tuple(units) for units in first], unit_rows * max(map(len, first))
-        after = self._after(history, rows)
-        due: dict[int, float] = {}  # the times of parts that have begun and were not hedged
-        seconds: dict[int, float] = {}  # the seconds of parts that have begun
-        good: set[int] = set()
-        open_parts = len(parts)
-        yield Ask(tuple(parts))
-        while len(good) < needed and open_parts:
-            until = min(due.values(), default=math.inf)
-            event = yield Wait(until)
-            again: list[int] = []
-            if isinstance(event, Began):
-                seconds[event.part] = math.inf
-                if event.part < len(first) and after < math.inf:
-                    due[event.part] = event.at + after
-            elif isinstance(event, Settled):
-                open_parts -= 1
-                due.pop(event.part, None)
-                if event.ok:
-                    seconds[event.part] = event.latency
-                    good.update(parts[event.part])
-                elif parts.count(parts[event.part]) <= _TRIES:
-                    again = [event.part]
-            elif until == math.inf:
-                break
-            else:
-                again = [part for part, at in due.items() if at <= until]
-                due = {part: at for part, at in due.items() if at > until}
-            if asked := tuple(parts[part] for part in again if not good.issuperset(parts[part])):
-                parts += asked
-                open_parts += len(asked)
-                yield Ask(asked)
-        history.add([(rows, took) for took in seconds.values()], None)
-        reason = "complete" if len(good) >= needed else "failed"
-        return Ended(reason, hedging_threshold=after)
+    def decide(self, history: History, table: Table) -> float:
+        if not table.parts:
+            table.hedging_threshold = self._after(
+                history, table.unit_rows * max(map(len, table.first))
+            )
+            for units in table.first:
+                table.ask(units)
+        until = math.inf
+        for part in list(table.parts):
+            if part.replaced or not table.missing(part):
+                continue
+            due = part.began + table.hedging_threshold if part.why == "first" else math.inf
+            late = part.outcome is OPEN and due <= table.heard
+            tries = sum(other.units == part.units for other in table.parts)
+            if late or (part.failed and tries <= _TRIES):
+                part.replaced = True
+                table.ask(part.units, part, "hedge" if late else "retry")
+            elif part.outcome is OPEN:
+                until = min(until, due)
+        if len(table.answered) >= table.needed:
+            table.reason = "complete"
+        elif table.is_over or not table.open:
+            table.reason = "failed"
+        if table.reason:
+            began = [part for part in table.parts if part.began < math.inf]
+            rows = table.unit_rows * max(map(len, table.first))
+            history.add([(rows, part.seconds) for part in began], None)
+        return until
 
     def _after(self, history: History, rows: int) -> float:
         if self.quantile is not None:
@@ -80,10 +62,9 @@ class HedgeOnce(Waiting):
 class Unsplit(Waiting):
     """Hedge as ``Waiting`` does, but without splitting late parts over idle workers."""
 
-    def decide(
-        self, history: History, first: Sequence[Sequence[int]], *, needed: int, **options: Any
-    ) -> Generator[Decision, Event, Ended]:
-        return super().decide(history, first, needed=needed, **options | {"idle": lambda: 1})
+    def decide(self, history: History, table: Table) -> float:
+        table.idle = lambda: 1
+        return super().decide(history, table)
 
 
 WAIT_FOR_ALL = Unsplit(estimate_after=math.inf, hedge_budget=0)

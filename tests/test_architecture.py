@@ -23,7 +23,7 @@ LAYERS = (
     {"verification"},
     {"scheduling", "codes", "surrogates"},
     {"input_space", "workers"},
-    {"open_inference"},
+    {"open_inference", "table"},
     {"linear"},
     {"ops"},
     {"_extension", "stragglers"},
@@ -34,18 +34,18 @@ FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
-    "beside the folders": 1760,
+    "beside the folders": 2060,
     "cli": 890,
     "codes": 960,
-    "experiments": 1660,
+    "experiments": 1670,
     "input_space": 1535,
-    "nn": 2000,
+    "nn": 1930,
     "open_inference": 680,
-    "scheduling": 860,
+    "scheduling": 710,
     "serve": 1120,
     "surrogates": 545,
-    "verification": 910,
-    "workers": 3310,
+    "verification": 870,
+    "workers": 3260,
 }
 MOST_LINES = 16_129  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
@@ -144,7 +144,7 @@ def test_files_are_small(name):
 
 def test_files_are_few():
     # A new file should be a decision.
-    assert len(COUNTED) <= 73
+    assert len(COUNTED) <= 74
 
 
 def test_folders_keep_their_budgets():

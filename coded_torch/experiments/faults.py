@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from .._arguments import count, instance, positive, probability
 from .._torch import broadcast_dims, flatten, on_host, unflatten
 from ..stragglers import Stragglers
-from ..workers.base import Began, Part, Reply, Request, Task, Workers
+from ..table import Began, Part, Reply
+from ..workers.base import Request, Task, Workers
 from ..workers.faults import Fault
 
 if TYPE_CHECKING:
@@ -163,8 +164,9 @@ class _FaultyRequest(Request):
             self._number, self._further = self._pool.begin(len(parts) or 1)
         missing = 1 + max((part.number for part in parts), default=-1) - len(self._faults)
         self._faults += itertools.islice(self._further, max(missing, 0))
-        replace = dataclasses.replace
-        self._request.ask([replace(p, fault=self._faults[p.number] or None) for p in parts])
+        for part in parts:
+            part.fault = self._faults[part.number] or None
+        self._request.ask(parts)
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
         event = self._request.wait(until)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import random
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from .._arguments import count, positive, probability, real
-from ..scheduling import Decision, Ended, Event
+from ..scheduling.latency_history import History
 from ..scheduling.waiting import Waiting
 from ..stragglers import Stragglers
+from ..table import Table
 from ..verification import Record, Trials
 from ..verification.scores import ODD_PARTS, ODD_ROWS
 from .scores import grouped
@@ -257,8 +258,9 @@ class Verified:
         pool = SimpleNamespace(places=range(num_workers), exclude=None)
         self.record = Record(pool, share, random.Random(seed))
 
-    def decide(self, *args: Any, **options: Any) -> Generator[Decision, Event, Ended]:
-        return _Right(self.record, self.waiting).decide(*args, **options)
+    def decide(self, history: History, table: Table) -> float:
+        table.verdict = table.verdict or _Right(self.record, self.waiting)
+        return float(table.verdict.decide(history, table))
 
 
 class _Right(Trials):
@@ -270,7 +272,11 @@ class _Right(Trials):
         self.results = cast(Any, self)
 
     def differences(self, pairs: Collection[tuple[int, int]]) -> list[dict[int, float]]:
-        return [dict.fromkeys({*self.asked[a]}.intersection(self.asked[b]), 0.0) for a, b in pairs]
+        rows = [{*part.units} for part in self.table.parts]
+        return [dict.fromkeys(rows[a] & rows[b], 0.0) for a, b in pairs]
+
+    def add(self, *result: Any) -> None:
+        """Do nothing: results are not compared."""
 
     def odd(self, answers: Mapping[int, int]) -> set[int]:
         draw, parts = self.record.random.random, {part: row for row, part in answers.items()}

@@ -1,27 +1,28 @@
 """Simulation of waiting policies: thousands of open calls on one clock.
 
-:func:`simulate` drives the generator of decisions that a wrapper drives over real workers. The unit
+:func:`simulate` drives the policy that a wrapper drives over real workers. The unit
 of time is the median of a part of the first ask without faults.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import heapq
 import itertools
 import math
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from .._arguments import count, instance, positive, probability, real
-from ..scheduling import Ask, Began, Decision, Drop, Ended, Event, Failure, Settled, Wait
 from ..scheduling.latency_history import History
 from ..stragglers import Stragglers
+from ..table import OPEN, Began, Part, Reply, Table, WorkerError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -151,9 +152,10 @@ def simulate(
     history = History()
 
     def arrive(number: int) -> None:
-        decisions = policy.decide(history, first, since=pool.now, **options)
+        table = Table(first=first, since=pool.now, **options)
         own = factors[number * len(first) : (number + 1) * len(first)]
-        pool.step(_Call(number, pool.now, decisions, own, pool.delays()), None)
+        decide = functools.partial(policy.decide, history, table)
+        pool.step(_Call(number, table, decide, own, pool.delays()))
         if number + 1 < num_requests:
             pool.at(arrivals[number + 1], arrive, number + 1)
 
@@ -161,16 +163,17 @@ def simulate(
     while len(pool.ended) < num_requests:
         pool.go_on()
     latencies, estimated = np.zeros(num_requests), np.zeros(num_requests)
-    for call, how, at in pool.ended:
-        latencies[call.number] = at - call.arrival
-        if how != "complete":
-            estimated[call.number] = 1 - len({u % num_units for u in call.answered}) / num_units
+    for call, at in pool.ended:
+        latencies[call.number] = at - call.table.since
+        if call.table.reason != "complete":
+            units = {unit % num_units for unit in call.table.answered}
+            estimated[call.number] = 1 - len(units) / num_units
     return Outcome(
         latencies,
         estimated,
         pool.begun_parts / (num_requests * num_parts),
         pool.begun_rows / (num_requests * num_rows),
-        Counter(how for _, how, _ in pool.ended),
+        Counter(call.table.reason for call, _ in pool.ended),
     )
 
 
@@ -179,13 +182,11 @@ class _Call:
     """A call, with the time that its policy waits for."""
 
     number: int
-    arrival: float
-    policy: Generator[Decision, Event, Ended] | None  # None: the call has ended
+    table: Table
+    decide: Callable[[], float]
     factors: Sequence[float]  # factors of the running times in the first ask
     delays: Sequence[float]  # a delay for each worker
-    parts: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
-    answered: list[int] = dataclasses.field(default_factory=list)  # units
-    dropped: set[int] = dataclasses.field(default_factory=set)
+    asked: int = 0  # the parts that are in the queue, or were
     until: float = math.inf
 
 
@@ -197,12 +198,12 @@ class _Pool:
     ) -> None:
         self.conditions, self.unit_rows = conditions, unit_rows
         self.now, self.begun_parts, self.begun_rows = 0.0, 0, 0
-        self.ended: list[tuple[_Call, str, float]] = []  # each call, the reason, the time
+        self.ended: list[tuple[_Call, float]] = []  # each call and the time
         self._events: list[tuple[float, int, Callable[[Any], None], Any]] = []
         self._order = itertools.count()
-        self._queue: deque[tuple[_Call, int, frozenset[int]]] = deque()
+        self._queue: deque[tuple[_Call, Part]] = deque()
         self._idle = deque(range(num_workers))
-        self._running: list[tuple[_Call, int, float, bool] | None] = [None] * num_workers
+        self._running: list[tuple[_Call, Part, float, bool] | None] = [None] * num_workers
         self._ends = [0.0] * num_workers  # the time at which each worker's part ends
         self._resumes = [0.0] * num_workers  # the time at which each worker's pause ends
         # Each kind of fault has numbers of its own, so that it is the same for every policy.
@@ -234,49 +235,52 @@ class _Pool:
         do(what)
         passed = []
         while self._idle and self._queue:
-            call, part, avoid = entry = self._queue.popleft()
-            if call.policy is None or part in call.dropped:
+            call, part = entry = self._queue.popleft()
+            if call.table.reason or part.outcome is not OPEN:
                 continue
-            worker = next((worker for worker in self._idle if worker not in avoid), None)
+            worker = next((worker for worker in self._idle if worker not in part.avoid), None)
             if worker is not None:
                 self._idle.remove(worker)
                 self._begin(worker, call, part)
-            elif len(avoid) < len(self._ends):
+            elif len(part.avoid) < len(self._ends):
                 passed.append(entry)
-            else:  # no worker is left
-                self.step(call, Settled(part, self.now, math.inf, False))
+            else:
+                error = WorkerError(part.number, -1, "did not start: no worker is left")
+                self.step(call, Reply(part, -1, self.now, math.inf, error=error))
         self._queue.extendleft(reversed(passed))
 
-    def step(self, call: _Call, event: Event) -> None:
-        """Send an event to a policy, and carry out its decisions until it waits or ends."""
-        assert call.policy is not None
-        try:
-            while type(decision := call.policy.send(event)) is not Wait:
-                event = None
-                if type(decision) is Ask:
-                    avoided = decision.avoid or (frozenset[int](),) * len(decision.parts)
-                    for units, avoid in zip(decision.parts, avoided, strict=True):
-                        self._queue.append((call, len(call.parts), avoid))
-                        call.parts.append(units)
-                elif type(decision) is Drop:
-                    call.dropped.update(decision.parts)
-        except StopIteration as stop:
-            call.policy, call.until = None, math.inf
-            self.ended.append((call, stop.value.reason, self.now))
+    def step(self, call: _Call, *events: Began | Reply) -> None:
+        """Tell a policy what has happened, and carry out its decisions until it waits or ends."""
+        table = call.table
+        if call.asked:
+            table.hear(events, call.until)
+        until = call.decide()
+        while until == -math.inf and not table.reason:
+            self._ask(call)
+            table.hear((), until)
+            until = call.decide()
+        if table.reason:
+            call.until = math.inf
+            self.ended.append((call, self.now))
             return
-        if decision.until != call.until:
-            call.until = decision.until
-            if call.until < math.inf:
-                self.at(max(call.until, self.now), self._wake, call)
+        self._ask(call)
+        if until != call.until or not events:
+            call.until = until
+            if until < math.inf:
+                self.at(max(until, self.now), self._wake, call)
+
+    def _ask(self, call: _Call) -> None:
+        self._queue.extend((call, part) for part in call.table.parts[call.asked :])
+        call.asked = len(call.table.parts)
 
     def _wake(self, call: _Call) -> None:
-        if call.until <= self.now:
-            call.until = math.inf
-            self.step(call, None)
+        if call.until <= self.now and not call.table.reason:
+            self.step(call)
 
-    def _begin(self, worker: int, call: _Call, part: int) -> None:
-        rows = len(call.parts[part]) * self.unit_rows
-        seconds = call.factors[part] if part < len(call.factors) else next(self._later)
+    def _begin(self, worker: int, call: _Call, part: Part) -> None:
+        rows = len(part.units) * self.unit_rows
+        is_first = part.number < len(call.factors)
+        seconds = call.factors[part.number] if is_first else next(self._later)
         seconds *= OVERHEAD + (1 - OVERHEAD) * rows / _PART_ROWS
         while self._spell[worker][1] <= self.now:
             self._spell[worker] = next(self._spells[worker])
@@ -291,7 +295,7 @@ class _Pool:
         self.at(self._ends[worker], self._end, worker)
         self.begun_parts += 1
         self.begun_rows += rows
-        self.step(call, Began(part, self.now))
+        self.step(call, Began(part, worker, self.now))
 
     def _end(self, worker: int) -> None:
         """End a worker's part, if it has one, or its pause."""
@@ -300,12 +304,10 @@ class _Pool:
             return
         self._idle.append(worker)
         running, self._running[worker] = self._running[worker], None
-        if running is not None and running[0].policy is not None:
+        if running is not None and not running[0].table.reason:
             call, part, began, ok = running
-            if ok:
-                call.answered += call.parts[part]
-            failure = Failure() if ok else Failure("died")
-            self.step(call, Settled(part, self.now, self.now - began, ok, failure, worker))
+            error = None if ok else WorkerError(part.number, worker, "died", "died")
+            self.step(call, Reply(part, worker, self.now, self.now - began, error=error))
 
     def _burst(self, _: None) -> None:
         num_workers, resume = len(self._ends), self.now + _PAUSE

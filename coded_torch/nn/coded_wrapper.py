@@ -25,7 +25,7 @@ from .estimate_missing import Answers
 from .execute import Execution, seconds_left
 from .module_proxy import ModuleProxy
 from .report import Report
-from .result_checks import Results, Stacked
+from .result_checks import Stacked
 
 _CHECKED = ("code", "workers", "waiting", "parts", "estimator", "surrogate", "verify")
 _AT_ONCE, _AS_NEEDED, _ESTIMATOR = Waiting.first(), Waiting(), Regression()
@@ -231,18 +231,18 @@ class CodedWrapper(ModuleProxy):
 
     def _compute(self, waiting: Waiting, division: Division, report: Report) -> Any:
         pool, estimates = self.workers, self._history.estimates
-        results, record = Results(division), self._record
+        record = self._record
         check = None if record is None else Trials(record, waiting, division.inputs.floating())
         answers = Answers(self.surrogate, division, report, self.module, check)
-        execution = Execution(division, results, report, check)
+        execution = Execution(division, report, check)
         with report.timed("compute"):
             execution.run(pool, self.module, waiting, self._history)
             answers.forget_excluded()
         if self.code is None:
-            self._warn_once(waiting, execution.not_floating())
+            self._warn_once(waiting, execution)
         with report.timed("decode"), on_host():
             error = execution.error(waiting)
-            stacked = results.stack() if results.units else self._form
+            stacked = execution.checks.stack() if execution.table.answered else self._form
             if error is not None:
                 return answers.alone(waiting, stacked, error)
             assert stacked is not None
@@ -263,10 +263,11 @@ class CodedWrapper(ModuleProxy):
         report.warn(execution.why)
         return found
 
-    def _warn_once(self, waiting: Waiting, not_floating: str) -> None:
+    def _warn_once(self, waiting: Waiting, execution: Execution) -> None:
         """Warn if a call by rows never uses a surrogate, or can never estimate an output."""
-        what = not_floating
-        if not waiting.may_estimate(by_rows=True):
+        if waiting.may_estimate(by_rows=True):
+            what = execution.not_floating()
+        else:
             how = "give a deadline, estimate_after or on_error='estimate'"
             what = f"surrogate is never used by {waiting}; {how}" if self.surrogate else ""
         if what and what not in self._warned:

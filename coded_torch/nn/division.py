@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -185,7 +185,7 @@ class Division:
         if inputs.not_finite is not None:
             self.not_finite = self.spread(inputs.not_finite)
 
-    def is_whole(self, received: Sequence[int]) -> bool:
+    def is_whole(self, received: Collection[int]) -> bool:
         """Return whether the results of these units are the answers as they are."""
         return self.by_rows and len(received) == self.batch_size
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from .._arguments import real, sparing_logger
 from .._torch import outside
 from ..input_space.error_bounds import ErrorBounds
-from ..scheduling import Ended, Hedge
-from ..workers.base import WorkerError
+from ..table import GOOD, Hedge, Table, WorkerError
 
 if TYPE_CHECKING:
     from ..input_space.metrics import Choice
@@ -135,11 +134,25 @@ class Report:
         real("radii_at", "coverage", coverage, "between 0 and 1", lambda x: 0 < x < 1)
         return None if self.radii is None or self._bounds is None else self._bounds.radii(coverage)
 
-    def note_end(self, ended: Ended) -> None:
-        """Note how the policy ended the call."""
-        self.ended, self.hedges = ended.reason, ended.hedges
+    def note_table(self, table: Table, size: int, rejected: Sequence[WorkerError]) -> None:
+        """Note who was asked, which results count, and how the policy ended the call, if it did."""
+        begun, received = 0, set[int]()
+        for part in table.ended:
+            self.latencies.pop(part.worker, None)
+            if part.worker >= 0 and not part.fresh:
+                self.latencies[part.worker] = part.ended
+            if part.outcome is GOOD:
+                received.add(part.worker)
+        for part in table.parts:
+            begun += len(part.units) if part.began < math.inf else 0
+        self.asked, self.received = tuple(sorted(table.asked)), tuple(sorted(received))
+        self.work = begun * table.unit_rows / size
+        self.rejected = {error.worker: error.reason for error in rejected if error.worker >= 0}
+        for error in rejected:
+            logger.warning("CodedWrapper: a result was rejected: %s", error)
+        self.ended, self.hedges = table.reason, table.hedges if table.reason else ()
         for name in ("hedging_threshold", "deadline"):
-            seconds = getattr(ended, name)
+            seconds = getattr(table, name)
             setattr(self, name, None if seconds == math.inf else seconds)
 
     @outside()
@@ -160,17 +173,15 @@ class Report:
             logger.error(why, worker)
 
     @outside()
-    def note_source(
-        self, source: Tensor, parts: Sequence[int], num_first: int, unit_rows: int = 1
-    ) -> None:
-        """Note the result of each answer, ``[B]``, -1 if estimated, and the part of each unit."""
-        kinds = bytearray([*[part >= num_first for part in parts], 2])  # at -1, estimates
+    def note_source(self, source: Tensor, late: Sequence[bool], unit_rows: int = 1) -> None:
+        """Note the result of each answer, ``[B]``, -1 if estimated, and which results are late."""
+        kinds = bytearray([*late, 2])  # at -1, estimates
         self.estimated = source < 0
         self.source = torch.frombuffer(kinds, dtype=torch.uint8)[source // unit_rows]
 
     def note_empty(self) -> None:
         """Note that there are no answers."""
-        self.note_source(torch.zeros(0, dtype=torch.int64), (), 0)
+        self.note_source(torch.zeros(0, dtype=torch.int64), ())
         self.radii = self.label_risks = torch.zeros(0, dtype=torch.float64)
 
     @outside()

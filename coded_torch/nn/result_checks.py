@@ -1,9 +1,10 @@
-r"""Judges replies by their form, and puts the good results side by side."""
+r"""Judges results by their form, and puts the good ones side by side."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import dense
 from .._torch import broadcast_dims, check_batch, differentiated, flatten, leaf_name, unflatten
-from ..workers.base import CONSTANTS, Reply, WorkerError
+from ..table import DISPUTED, FAILED, GOOD, Part, Table, WorkerError
+from ..workers.base import CONSTANTS
 from .division import Division, finite
 
 _ROUNDING = 0.01  # the most that a sum of probabilities differs from 1; half precision needs it
@@ -26,19 +28,18 @@ def show(leaf: Any) -> str:
 
 
 class Result:
-    """The value of one reply, and its form: all that results of one module have in common.
+    """The module's output for a part, and its form: all that results of one module have in common.
 
     Tensors of any dtype can be answers unless the division mixes rows. A TypeError or a ValueError
     says why a value cannot be decoded.
     """
 
-    def __init__(self, reply: Reply, division: Division) -> None:
+    def __init__(self, value: Any, units: Sequence[int], division: Division) -> None:
         task, odd = division.task, division.not_finite
-        self.reply, self.part, self.worker = reply, reply.part, reply.worker
-        self._value = reply.value  # the reply need not keep it
+        self._value = value
         #: The rows whose inputs are finite, bool; None if all are.
-        self._judged = None if odd is None else ~odd[list(reply.part.units)].flatten()
-        self.leaves, self.spec = flatten(reply.value)
+        self._judged = None if odd is None else ~odd[list(units)].flatten()
+        self.leaves, self.spec = flatten(value)
         self.dims: list[Any] = broadcast_dims("out_dims", task.out_dims, self.spec)
         self.divided: list[int] = []  # the places of the leaves that have the part's rows
         #: The leaves but for how many rows they have, which is alike in all good results.
@@ -59,7 +60,7 @@ class Result:
                     f"got {got}; return a tensor of logits or scores instead, register containers "
                     "with torch.utils._pytree, or say None in out_dims"
                 )
-            check_batch(self._value, i, leaf, dim, len(self.part.units) * task.unit_rows)
+            check_batch(self._value, i, leaf, dim, len(units) * task.unit_rows)
             self.form.append((leaf.dtype, self.rows(i).shape[1:]))
             self.divided.append(i)
             if division.link is not None:
@@ -107,7 +108,7 @@ class Stacked(NamedTuple):
     dims: list[int | None]  #: the batch dimension of each leaf of the module's output
     divided: list[int]  #: the places of the leaves that have a row for each of the batch
     spec: pytree.TreeSpec
-    parts: tuple[int, ...]  #: the number of the part that each unit's result is from
+    late: tuple[bool, ...]  #: whether the part of each unit's result was asked for later
 
     @property
     def decoded(self) -> list[int]:
@@ -136,123 +137,119 @@ class Stacked(NamedTuple):
         for i, x in enumerate(leaves):
             if isinstance(x, Tensor):
                 leaves[i] = torch.atleast_1d(x)[:0].detach().clone()
-        return self._replace(units=(), parts=(), leaves=leaves)
+        return self._replace(units=(), late=(), leaves=leaves)
 
 
-class Results:
-    """The replies to one task, of which the largest group of one form counts.
+class Checks:
+    """Judges the results in a table: those of the largest group of one form are good.
 
-    Rows whose inputs are not finite may have any result.
-
-    Attributes:
-        good: the largest group, in the order of arrival; of equal ones, the group of the part that
-            was asked first.
-        units: the units with a good result.
+    Of equal groups, the group of the part that was asked first counts. Rows whose inputs are not
+    finite may have any result.
     """
+
+    table: Table
 
     def __init__(self, division: Division) -> None:
         self._division = division
-        self._errors: list[WorkerError] = []
-        self._groups: list[list[Result]] = []  # one for each form, in order of arrival
-        # Replies that cannot be decoded: the number and the units of the part, worker and error.
-        self._misfits: list[tuple[int, int, int, Exception]] = []
-        self._chosen: Mapping[int, int] | None = None
-        self.good: list[Result] = []
-        self.units: set[int] = set()
+        self._groups: list[list[Part]] = []  # one for each form, the largest first
+        self._misfits: list[tuple[int, Part, Exception]] = []  # parts that cannot be decoded
 
-    def add(self, replies: Sequence[Reply]) -> list[list[tuple[Reply, Result | None]]]:
-        """Judge replies that arrived together.
-
-        Return, for each reply, the replies that it makes good, with their results, or bad.
-        """
-        formed: dict[int, Result] = {}
-        for i, reply in enumerate(replies):
-            if reply.error is not None:
-                self._errors.append(reply.error)
+    def judge(self, ended: Sequence[Part]) -> None:
+        """Judge parts that ended together."""
+        formed = list[Part]()
+        for part in ended:
+            if part.error is not None:
+                self.table.mark(part, FAILED)
                 continue
             try:
-                formed[i] = Result(reply, self._division)
+                part.result = Result(part.result, part.units, self._division)
+                formed.append(part)
             except (TypeError, ValueError) as cause:
+                self._misfits.append((part.number, part, cause))
                 text = str(cause).removeprefix("CodedWrapper: ")
-                why = f"returned what cannot be decoded: {text}"
-                self._errors.append(WorkerError(reply.part.number, reply.worker, why, cause=cause))
-                number, units = reply.part.number, len(reply.part.units)
-                self._misfits.append((number, units, reply.worker, cause))
-        names = _not_finite(list(formed.values()))
-        return [
-            self._count(formed[i], names.get(formed[i])) if i in formed else [(reply, None)]
-            for i, reply in enumerate(replies)
-        ]
+                self._reject(part, f"returned what cannot be decoded: {text}", cause)
+        names = _not_finite([part.result for part in formed])
+        for part in formed:
+            if name := names.get(part.result):
+                self._reject(part, f"returned values that are not finite in {name}")
+            else:
+                self._count(part)
 
-    def _count(self, result: Result, not_finite: str | None) -> list[tuple[Reply, Result | None]]:
-        """Let a result vote, and return whose results are good, or bad, by it."""
-        if not_finite is not None:
-            why = f"returned values that are not finite in {not_finite}"
-            self._errors.append(WorkerError(result.part.number, result.worker, why))
-            return [(result.reply, None)]
-        group = next((g for g in self._groups if result.form == g[0].form), None)
-        if group is None:
-            self._groups.append(group := [])
-        group.append(result)
-        lead = group if len(self._groups) == 1 else max(self._groups, key=_weight)
-        before, self.good = self.good, lead
+    def _reject(self, part: Part, why: str, cause: Exception | None = None) -> None:
+        part.result = None
+        error = WorkerError(part.number, part.worker, why, cause=cause)
+        self.table.mark(part, DISPUTED, error)
+
+    def _count(self, part: Part) -> None:
+        """Let a result vote, and mark whose results are good, or disputed, by it."""
+        before = self._groups[0] if self._groups else []
+        for group in self._groups:
+            if part.result.form == group[0].result.form:
+                group.append(part)
+                break
+        else:
+            self._groups.append(group := [part])
+        if len(self._groups) > 1:
+            self._groups.sort(key=_weight, reverse=True)
+        lead = self._groups[0]
         if lead is before or not before:
-            self.units.update(result.part.units if group is lead else ())
-            return [(result.reply, result if group is lead else None)]
-        # Others have the majority now.
-        self.units = {unit for other in lead for unit in other.part.units}
-        return [(other.reply, None) for other in before] + [(other.reply, other) for other in lead]
+            self.table.mark(part, GOOD if group is lead else DISPUTED)
+            return
+        for other in before:  # others have the majority now
+            self.table.mark(other, DISPUTED)
+        for other in lead:
+            self.table.mark(other, GOOD)
 
     @property
     def rejected(self) -> list[WorkerError]:
-        """The errors of all other replies, in the order in which their parts were asked."""
-        lead, errors = self.good, list(self._errors)
-        for group in self._groups if len(self._groups) > 1 else ():
+        """The errors of all parts whose results do not count, in the order of asking."""
+        errors = [part.error for part in self.table.ended if part.error is not None]
+        for group in self._groups[1:]:
+            lead = self._groups[0]
             many = "as many" if _weight(group)[0] == _weight(lead)[0] else "most"
-            for result in group if group is not lead else ():
-                why = f"returned {result}, where {many} returned {lead[0]}"
-                errors.append(WorkerError(result.part.number, result.worker, why))
-        return sorted(errors, key=lambda error: error.part)
-
-    def choose(self, parts: Mapping[int, int]) -> None:
-        """Let the results of these parts, by unit, be the answers, and no others."""
-        self._chosen, self.units = parts, set(parts)
+            for part in group:
+                why = f"returned {part.result}, where {many} returned {lead[0].result}"
+                errors.append(WorkerError(part.number, part.worker, why))
+        return sorted(errors, key=attrgetter("part"))
 
     @property
     def misfit(self) -> Exception | None:
-        """The error of the first reply if no reply is good, or only single rows are.
+        """The error of the first part if no result is good, or only single rows are.
 
         A single row looks right if the output has no batch dimension, but a dimension of size 1.
         """
-        good = [result for group in self._groups for result in group]
-        cut = all(len(result.part.units) == 1 == self._division.task.unit_rows for result in good)
+        if not self._misfits:
+            return None
+        good = [part for group in self._groups for part in group]
+        cut = all(len(part.units) == 1 == self._division.task.unit_rows for part in good)
         # A single broken worker shows nothing, unless single rows of its own are good.
-        workers = {worker for _, units, worker, _ in self._misfits if units > 1}
-        cut &= len(workers) > 1 or not workers.isdisjoint(result.worker for result in good)
-        none = not good and 0 < len(self._misfits) == len(self._errors)
-        return min(self._misfits)[3] if none or (good and cut) else None
+        workers = {part.worker for _, part, _ in self._misfits if len(part.units) > 1}
+        cut &= len(workers) > 1 or not workers.isdisjoint(part.worker for part in good)
+        none = not good and len(self._misfits) == len(self.table.ended)
+        return min(self._misfits)[2] if none or (good and cut) else None
 
     def stack(self) -> Stacked:
-        """Stack the good results, of each unit the first that arrived, or the chosen one."""
-        first = min(self.good, key=lambda result: result.part.number)  # not the first to arrive
+        """Stack the results that answer units."""
+        answered, good = self.table.answered, self.table.good
+        first = min(good, key=attrgetter("number")).result  # not the first to arrive
         # Side by side in the order of their units, which leaves little or nothing to put in place.
-        good = sorted(self.good, key=lambda result: result.part.units)
-        flat = [(unit, result) for result in good for unit in result.part.units]
+        good = sorted(good, key=attrgetter("units"))
+        flat = [unit for part in good for unit in part.units]
         everywhere = places = list(range(len(flat)))
-        if len(flat) > len(self.units):  # some units have several results
-            arrived = [result.part for result in self.good[::-1]]
-            chosen = self._chosen or {unit: part.number for part in arrived for unit in part.units}
-            places = [i for i, (unit, r) in enumerate(flat) if chosen.get(unit) == r.part.number]
-        places = sorted(places, key=lambda place: flat[place][0])
+        if len(flat) > len(answered):  # some units have several results
+            by = [part for part in good for _ in part.units]
+            places = [i for i in places if answered.get(flat[i]) is by[i]]
+        places = sorted(places, key=flat.__getitem__)
         leaves = list(first.leaves)
         for i in first.divided:
-            own = _joined([result.rows(i) for result in good])
+            own = _joined([part.result.rows(i) for part in good])
             own = own.unflatten(0, (-1, self._division.task.unit_rows))  # [places, R, ...]
             if places != everywhere:
                 own = own.index_select(0, torch.tensor(places, device=own.device))
             leaves[i] = own
-        units, parts = zip(*[(flat[i][0], flat[i][1].part.number) for i in places], strict=True)
-        return Stacked(units, leaves, first.dims, first.divided, first.spec, parts)
+        units = tuple([flat[place] for place in places])
+        late = tuple([answered[unit].why != "first" for unit in units])
+        return Stacked(units, leaves, first.dims, first.divided, first.spec, late)
 
 
 def _joined(leaves: Sequence[Tensor]) -> Tensor:
@@ -274,10 +271,9 @@ def _joined(leaves: Sequence[Tensor]) -> Tensor:
     return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
-def _weight(group: Sequence[Result]) -> tuple[int, int]:
+def _weight(group: Sequence[Part]) -> tuple[int, int]:
     """Return the units of a group, and the number of its first part, negative."""
-    parts = [result.part for result in group]
-    return sum(len(part.units) for part in parts), -min(part.number for part in parts)
+    return sum(len(part.units) for part in group), -min(part.number for part in group)
 
 
 def _not_finite(results: Sequence[Result]) -> dict[Result, str]:

@@ -10,16 +10,14 @@ import functools
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from . import Ask, Began, Decision, Drop, Ended, Event, Failure, Hedge, Prepare, Settled, Wait
+from ..table import DROPPED, GOOD, OPEN, Part, Table
 
 if TYPE_CHECKING:
     from .latency_history import History
     from .waiting import Waiting
-
-_QUEUED, _RUNNING, _GOOD, _FAILED, _DROPPED = range(5)  # states of a part
 
 # Late parts are hedged three times, first split over four idle workers (benchmarks/waiting.py). A
 # failed part is cut in four: few workers are lost to a row that ends them (benchmarks resilience).
@@ -38,320 +36,268 @@ _BLAMED = 16
 _SUSPECT, _POISON = 0.2, 1e-5
 
 
-class _Part:
-    """A part, and the part that it stands in for."""
+class Decisions:
+    """Writes what one call asks for next, and how it ends, into its table.
 
-    state = _QUEUED
-    due = math.inf  # the time at which it is late
-    seconds = math.inf  # a good result's latency
-    began = took = math.inf  # the last begin, and the seconds from there to the failure
-    fresh: bool | None = None  # None: it has not begun
-    worker, failure = -1, Failure()
-    replaced = won = False
+    Deciding again at the same moment writes nothing: all that is kept here follows from the table.
+    """
 
-    def __init__(
-        self, number: int, units: tuple[int, ...], of: _Part | None, at: float, tries: int = 0
-    ) -> None:
-        self.number, self.units, self.of, self.at = number, units, of, at
-        self.tries = tries  # failures of exactly these units in a row
-        self.hedges: int = of.hedges if of else 0  # including the parts that it stands in for
-        self.line: tuple[_Part, ...] = (self, *of.line) if of else (self,)
-
-    @property
-    def raised(self) -> bool:
-        return self.failure.kind == "raised"
-
-    @property
-    def blamed(self) -> bool:  # the module raised on this unit alone
-        return self.raised and len(self.units) == 1
-
-    @property
-    def suspect(self) -> bool:  # the module raised, or a worker ended, at these units before
-        return any(part.failure.kind for part in self.line)
-
-    @property
-    def let_down(self) -> bool:  # the worker failed, without an exception of the module
-        return self.state == _FAILED and not self.raised
-
-
-class Call:
-    """The state of one call."""
-
-    def __init__(
-        self,
-        waiting: Waiting,
-        history: History,  # the history of the same module on the same pool
-        first: Sequence[Sequence[int]],  # the units of each part of the first ask
-        *,
-        needed: int,  # the number of units that complete the call: B or N - S
-        least: int = 1,  # the number of units that can be decoded
-        unit_rows: int = 1,
-        spare: Sequence[int] | None = None,  # the columns that stand in for any column
-        since: float = 0.0,  # the time at which the call began
-        idle: Callable[[], int] = lambda: 1,  # returns the number of idle workers
-        reserve: float = 0.0,  # seconds before the deadline that estimating takes
-    ) -> None:
-        self.waiting, self.history, self.needed, self.spare = waiting, history, needed, spare
-        self.unit_rows, self.since, self.idle, self.reserve = unit_rows, since, idle, reserve
-        self.least = waiting.least(needed, least, spare is None)
-        self.may_estimate = waiting.may_estimate(spare is None)
-        self.parts = [_Part(i, tuple(units), None, since) for i, units in enumerate(first)]
-        self.open = self.num_first = len(first)  # open parts may still settle
-        self.num_units, self.rows = sum(map(len, first)), unit_rows * max(map(len, first))
-        self.unasked, self.hedged = deque(spare or ()), False
-        self.deadline = self.late_at = self.end = self.prepare_at = math.inf
-        self.now = self.heard = since  # no event can come any more from before `heard`
-        self.good, self.given_up = set[int](), set[int]()
-        self.refused: dict[int, int] = {}  # the part that showed it, by unit
-        self.timers: list[tuple[float, int]] = []  # the due times and numbers of parts
-        half, budget = (waiting.deadline or math.inf) / 2, waiting.hedge_budget
-        self.threshold = functools.cache(
-            lambda n: history.hedging_threshold(n * unit_rows, budget, half)
-        )
-
-    def decisions(self) -> Generator[Decision, Event, Ended]:
-        waiting = self.waiting
-        after = waiting.estimate_after or (math.inf if self.spare is None else _ESTIMATE_AFTER)
+    def __init__(self, waiting: Waiting, history: History, table: Table) -> None:
+        self.waiting, self.history, self.table = waiting, history, table
+        by_rows, budget = table.spare is None, waiting.hedge_budget
+        self.may_estimate = waiting.may_estimate(by_rows)
+        self.least = waiting.least(table.needed, table.least, by_rows)
+        self.num_units, self.rows = sum(map(len, table.first)), max(map(len, table.first))
+        self.rows *= table.unit_rows
+        self.unasked = deque(table.spare or ())
+        after = waiting.estimate_after or (math.inf if by_rows else _ESTIMATE_AFTER)
         if waiting.deadline is not None:
-            self.deadline = waiting.deadline
+            table.deadline = waiting.deadline
         elif self.may_estimate and after < math.inf:
-            self.deadline = after * self.history.call(self.rows)
+            table.deadline = after * history.call(self.rows)
         # From `late_at` on, missing rows are estimated as soon as half of the results are there.
-        self.end = self.since + self.deadline
-        self.late_at = self.end - self.reserve
-        self.history.earn(waiting.hedge_budget)
-        yield Ask(tuple([part.units for part in self.parts]))
-        while True:
-            if reason := self._reason():
-                return self._end(reason)
-            until = self._until()
-            event = yield Wait(until)
-            if isinstance(event, Began):
-                self._begin(event)
-                continue
-            if event is not None:
-                self._settle(event)
-                if len(self.good) < self.needed and (unwanted := self._unwanted()):
-                    yield Drop(unwanted)
-                if event.ok:
-                    continue
-            elif until == math.inf:
-                return self._end("failed")
-            else:
-                self.now = self.heard = max(self.now, until)
-                if self._reason():
-                    continue
-            if asked := self._stand_ins():
-                yield Ask(asked)
-            if self.now >= self.prepare_at:
-                self.prepare_at = math.inf
-                yield Prepare()
+        self.end = table.since + table.deadline
+        self.late_at, self.prepare_at, self.hedged = self.end - table.reserve, math.inf, False
+        self.timers: list[tuple[float, int]] = []  # the due times and numbers of parts
+        self.to_replace: dict[int, Part] = {}  # late and failed parts, by number
+        half = (waiting.deadline or math.inf) / 2
+        self.threshold = functools.cache(
+            lambda n: history.hedging_threshold(n * table.unit_rows, budget, half)
+        )
+        history.earn(budget)
+        for units in table.first:
+            table.ask(units)
+
+    def decide(self) -> float:
+        """Return when to decide again if nothing happens."""
+        table, raised = self.table, False
+        for part in table.changed:
+            if part.outcome is OPEN and self.waiting.hedge_budget:
+                self._set_due(part, part.began + self.threshold(len(part.units)))
+            elif part.outcome is not OPEN and part.outcome is not GOOD:
+                self.to_replace[part.number] = part
+                raised |= part.kind == "raised"
+        if raised and not table.answered:
+            self._blame()
+        table.changed.clear()
+        reason = self._reason()
+        if not reason and table.is_over:
+            reason = "failed"
+        elif not reason:
+            if len(table.parts) > len(table.first):
+                self._drop()
+            self._replace()
+            reason = self._reason() or ("" if table.open else "failed")
+            if table.now >= self.prepare_at:
+                self.prepare_at, table.prepares = math.inf, True
+        if reason:
+            self._end(reason)
+        return self._until()
 
     def _reason(self) -> str:
         """Return why the call ends now, "" if it does not."""
-        if len(self.good) >= self.needed:
-            is_first = self.waiting.at_once and len(self.good) < self.num_first
+        table = self.table
+        if len(table.answered) >= table.needed:
+            is_first = self.waiting.at_once and len(table.answered) < len(table.first)
             return "first" if is_first else "complete"
-        if self.refused and len(self.good | self.refused.keys()) >= self.needed:
+        if table.refused and len(table.answered.keys() | table.refused.keys()) >= table.needed:
             return "error"  # the module itself fails on all missing rows
         how = "deadline" if self.waiting.deadline is not None else "estimate_after"
-        is_over = self.heard >= self.end and how == "deadline"
-        if is_over or (self.heard >= self.late_at and len(self.good) >= self.least):
-            return how
-        return "" if self.open else "failed"
+        is_late = table.heard >= self.late_at and len(table.answered) >= self.least
+        return how if is_late or (table.heard >= self.end and how == "deadline") else ""
 
     def _until(self) -> float:
-        """Return when to act if nothing happens."""
         due = self.prepare_at
         while self.timers:
             at, number = self.timers[0]
-            if self.parts[number].state == _RUNNING and self.parts[number].due == at:
+            part = self.table.parts[number]
+            if part.outcome is OPEN and part.due == at:
                 due = min(due, at)
                 break
             heapq.heappop(self.timers)
-        if self.heard < self.late_at:
+        if self.table.heard < self.late_at:
             return min(due, self.late_at)
         return due if self.waiting.deadline is None else min(due, self.end)
 
-    def _begin(self, event: Began) -> None:
-        part = self.parts[event.part]
-        self.now = max(self.now, event.at)
-        self.open += part.state == _DROPPED  # the drop came too late
-        part.state, part.fresh, part.began = _RUNNING, event.fresh, event.at
-        if self.waiting.hedge_budget:
-            self._set_due(part, event.at + self.threshold(len(part.units)))
-
-    def _set_due(self, part: _Part, due: float) -> None:
+    def _set_due(self, part: Part, due: float) -> None:
         part.due = due
         if due < math.inf:
             heapq.heappush(self.timers, (due, part.number))
 
-    def _settle(self, event: Settled) -> None:
-        part, good = self.parts[event.part], self.good
-        self.now = max(self.now, event.at)
-        self.open -= part.state <= _RUNNING
-        part.state = _GOOD if event.ok else _FAILED
-        part.failure, part.worker = event.failure, event.worker
-        if event.ok:
-            part.won, part.seconds = not good.issuperset(part.units), event.latency
-            part.fresh = bool(part.fresh)
-            good.update(part.units)
-            return
-        part.tries, part.took = part.tries + 1, event.latency
-        good &= set[int]().union(*(p.units for p in self.parts if p.state == _GOOD))
-        first = self.parts[: self.num_first]
-        singles = {part.units: part for part in reversed(self.parts) if len(part.units) == 1}
+    def _blame(self) -> None:
+        """Refuse all rows if single rows raise alike, on several workers."""
+        table = self.table
+        singles = {part.units: part for part in reversed(table.parts) if len(part.units) == 1}
         most = max(3, min(_BLAMED, self.num_units))
         # The first that were asked: rows that raise may be faster than others.
         alone = sorted(singles.values(), key=lambda part: part.number)[:most]
-        alike = len({p.failure.cause for p in alone}) == 1 < len({p.worker for p in alone})
-        enough = len(alone) == most and all(part.blamed for part in alone)
-        if alike and enough and not good and all(part.raised for part in first):
-            self.refused |= {unit: other.number for other in first for unit in other.units}
+        if len(alone) < most or not all(part.kind == "raised" for part in alone):
+            return
+        causes, workers = {p.error and p.error.alike for p in alone}, {p.worker for p in alone}
+        first = table.parts[: len(table.first)]
+        if len(causes) == 1 < len(workers) and all(part.kind == "raised" for part in first):
+            table.refused |= {unit: part for part in first for unit in part.units}
 
-    def _unwanted(self) -> tuple[int, ...]:
+    def _drop(self) -> None:
         """Drop parts that have not begun, and that other parts have answered."""
-        later = self.parts[self.num_first :]
-        unwanted = [p for p in later if p.state == _QUEUED and not self._missing(p)]
-        for part in unwanted:
-            part.state = _DROPPED
-        self.open -= len(unwanted)
-        return tuple([part.number for part in unwanted])
+        for part in self.table.parts[len(self.table.first) :]:
+            if part.outcome is OPEN and part.began == math.inf and not self.table.missing(part):
+                self.table.mark(part, DROPPED)
 
-    def _missing(self, part: _Part) -> list[int]:
-        return [u for u in part.units if u not in self.good and u not in self.refused]
-
-    def _stand_ins(self) -> tuple[tuple[int, ...], ...]:
-        """Return new parts that stand in for late and failed parts."""
-        if self.waiting.at_once:
-            return ()
-        while self.timers and self.timers[0][0] <= self.now:
-            heapq.heappop(self.timers)
-        num_parts, idle, lacking = len(self.parts), self.idle(), self.num_units
-        if self.spare is not None:  # less the columns that may still come in time
-            hopeful = [p for p in self.parts if p.state <= _RUNNING and p.due > self.now]
-            lacking = self.needed - len(self.good) - sum(not part.replaced for part in hopeful)
-        for part in self.parts[:num_parts]:
-            late = part.state == _RUNNING and part.due <= self.now
-            if part.replaced or not (late or part.state >= _FAILED):
+    def _replace(self) -> None:
+        """Ask for parts that stand in for late and failed ones."""
+        table = self.table
+        while table.is_quiet and self.timers and self.timers[0][0] <= table.heard:
+            part = table.parts[heapq.heappop(self.timers)[1]]
+            self.to_replace[part.number] = part
+        if not self.to_replace or self.waiting.at_once:
+            return
+        idle, lacking = table.idle(), self.num_units
+        if table.spare is not None:  # less the columns that may still come in time
+            hopeful = [p for p in table.parts if p.outcome is OPEN and p.due > table.heard]
+            lacking = table.needed - len(table.answered)
+            lacking -= sum(not part.replaced for part in hopeful)
+        for number, part in sorted(self.to_replace.items()):
+            late = part.outcome is OPEN
+            if part.replaced or part.outcome is GOOD or (late and part.due > table.heard):
+                del self.to_replace[number]
                 continue
-            missing = self._missing(part)[: max(0, lacking)]
-            asks = missing and (not late or self._may_hedge(part, missing, idle))
-            if not asks:
+            missing = table.missing(part)[: max(0, lacking)]
+            if not missing or (late and not self._may_hedge(part, missing, idle)):
                 continue
             part.replaced = True
-            part.hedges += late
-            rows, most = len(missing) * self.unit_rows, min(_SPLIT, idle)
-            num = self.history.num_hedges(rows, most) if late and not part.of else 1
-            if part.state == _FAILED:
+            rows, most = len(missing) * table.unit_rows, min(_SPLIT, idle)
+            num = self.history.num_hedges(rows, most) if late and part.of is None else 1
+            if part.failed:
                 num = self._judge(part)
             if num := min(num, len(missing)):
                 idle -= num
-                lacking -= len(missing) if self.spare is not None else 0
-                if num > 1 and part.raised and not self.good:  # does the module fail on all?
-                    self._add([missing.pop(0)], 1, part)
+                lacking -= len(missing) if table.spare is not None else 0
+                if num > 1 and part.kind == "raised" and not table.answered:
+                    self._ask([missing.pop(0)], 1, part)  # does the module fail on all?
                     num -= 1
-                self._add(missing, num, part)
-        self.open += len(self.parts) - num_parts
-        return tuple([part.units for part in self.parts[num_parts:]])
+                self._ask(missing, num, part)
 
-    def _may_hedge(self, part: _Part, missing: Sequence[int], idle: int) -> bool:
+    def _may_hedge(self, part: Part, missing: Sequence[int], idle: int) -> bool:
         """Return whether to hedge a late part now. If not now, but perhaps later, try again."""
         # A copy of a part that ended a worker would end another worker, too.
-        if part.hedges >= _HEDGES or any(other.failure.kind == "died" for other in part.line):
+        hedges = sum(other.why == "hedge" for other in part.line())
+        if hedges >= _HEDGES or any(other.kind == "died" for other in part.line()):
             return False
         if not self.hedged:
-            self.hedged, self.prepare_at = True, (self.since + self.late_at) / 2
+            self.hedged, self.prepare_at = True, (self.table.since + self.late_at) / 2
         # A row that is late on two workers may be slow on all: one worker stays free for others.
-        may = part.hedges == 0 or len(missing) > 1 or idle > 1
-        if may and self.history.spend(len(missing) / self.num_units, 1 + _BURST / self.num_first):
+        may = hedges == 0 or len(missing) > 1 or idle > 1
+        work = len(missing) / self.num_units
+        if may and self.history.spend(work, 1 + _BURST / len(self.table.first)):
             return True
         # Where parts take no time, a threshold of 0 would be due for ever.
-        self._set_due(part, self.now + (self.threshold(len(part.units)) or math.inf))
+        self._set_due(part, self.table.now + (self.threshold(len(part.units)) or math.inf))
         return False
 
-    def _add(self, missing: list[int], num: int, of: _Part) -> None:
+    def _ask(self, missing: list[int], num: int, of: Part) -> None:
+        why = "hedge" if of.outcome is OPEN else "retry"
         new = [self.unasked.popleft() for _ in range(min(len(self.unasked), len(missing)))]
         units = sorted(new + missing[len(new) :])
         for i in range(num):
-            some = tuple(units[i * len(units) // num : (i + 1) * len(units) // num])
-            tries = of.tries if len(some) == len(of.units) else 0
-            self.parts.append(_Part(len(self.parts), some, of, self.now, tries))
+            self.table.ask(units[i * len(units) // num : (i + 1) * len(units) // num], of, why)
 
-    def _judge(self, part: _Part) -> int:
+    def _judge(self, part: Part) -> int:
         """Return into how many parts to cut a failed part; 0 to give up its rows."""
-        if self.spare is not None:
-            return int(part.tries < _TRIES)
+        tries = part.tries
+        if self.table.spare is not None:
+            return int(tries < _TRIES)
         most, alone = _TRIES if self.may_estimate else _TRIES_IF_EXACT, len(part.units) == 1
         refused = False
-        if part.raised:
+        if part.kind == "raised":
             if not alone:
                 return _SPLIT
-            refused = len({p.worker for p in part.line if p.failure == part.failure}) > 1
-            good = any(p.state == _GOOD and p.worker != part.worker for p in self.parts)
-            others = good or any(p.state <= _RUNNING and not p.suspect for p in self.parts)
-            most = _TRIES_IF_EXACT if others else _TRIES
-        elif part.fresh is None:  # no worker had it
+            alike = part.error and part.error.alike
+            same = {p.worker for p in part.line() if p.error and p.error.alike == alike}
+            refused = len(same) > 1
+            good = any(p.worker != part.worker for p in self.table.good)
+            most = _TRIES_IF_EXACT if good or self._others_may_work() else _TRIES
+        elif part.worker < 0:  # no worker had it
             most = _TRIES
         else:
-            died, chance = part.failure.kind == "died", self._chance(part)
+            died, chance = part.kind == "died", self._chance(part)
             # Where most parts fail, smaller parts would only lose more workers. But one part alone
             # cannot tell: it is cut once before all of its rows are given up.
-            whole = len(part.units) == len(part.line[-1].units) and most > _TRIES
-            cut = part.tries >= _TRIES and (whole or not died)
-            cut |= part.tries >= most and bool(self.good)  # some workers work: cut to the bad row
+            *_, first = part.line()
+            whole = len(part.units) == len(first.units) and most > _TRIES
+            cut = tries >= _TRIES and (whole or not died)
+            cut |= tries >= most and bool(self.table.answered)  # some work: cut to the bad row
             if not alone and (chance <= _SUSPECT or cut):
                 return _SPLIT
-            refused = alone and died and part.tries >= 2 and chance <= _POISON
-        if part.tries < most and not refused:
+            refused = alone and died and tries >= 2 and chance <= _POISON
+        if tries < most and not refused:
             return 1
-        self.given_up.update(part.units)
-        self.refused |= dict.fromkeys(part.units if refused else (), part.number)
+        self.table.given_up.update(part.units)
+        self.table.refused |= dict.fromkeys(part.units if refused else (), part)
         return 0
 
-    def _chance(self, part: _Part) -> float:
+    def _others_may_work(self) -> bool:
+        """Return whether a part is open whose units have not raised, or ended a worker."""
+        opened = (part for part in self.table.parts if part.outcome is OPEN)
+        return any(not any(other.kind for other in part.line()) for part in opened)
+
+    def _chance(self, part: Part) -> float:
         """Return the probability that other rows would have failed as often."""
         # Parts that run for half as long as this one ran have not failed.
-        since = self.now - part.took / 2
+        since, line = self.table.now - part.seconds / 2, {*part.line()}
         others = [
             p
-            for p in self.parts
-            if (p.state in (_GOOD, _FAILED) or (p.state == _RUNNING and p.began <= since))
-            and p not in part.line
+            for p in self.table.parts
+            if (p.outcome is GOOD or p.failed or (p.outcome is OPEN and p.began <= since))
+            and p not in line
         ]
-        ended = [p.let_down for p in others if not p.raised]
-        return self.history.failure_rate(ended) ** sum(p.let_down for p in part.line)
+        ended = [(p.failed and p.kind != "raised") for p in others if p.kind != "raised"]
+        return self.history.failure_rate(ended) ** sum(
+            p.failed and p.kind != "raised" for p in line
+        )
 
-    def _end(self, reason: str) -> Ended:
-        # Rows that the module raised on are refused if no other worker is known to work, or if they
-        # raised three times in a row on a worker that computed other rows.
-        working = {part.worker for part in self.parts if part.state == _GOOD}
-        raised = all(part.raised for part in self.parts if part.state == _FAILED)
-        blames = self.spare is None and (working or reason == "failed" or raised)
-        for part in reversed(self.parts) if blames else ():
-            works = part.worker in working and part.tries >= _TRIES
-            lone = part.blamed and part.units[0] not in self.good
-            if lone and (works or working <= {part.worker}):
-                self.refused.setdefault(part.units[0], part.number)
+    def _end(self, reason: str) -> None:
+        table = self.table
+        if reason != "complete" and table.spare is None:
+            self._refuse(reason)
         reason = "error" if reason == "failed" and self._reason() == "error" else reason
         if not self.waiting.at_once:
             self._remember()
-        hedges = [
-            Hedge(part.number, part.line[1].number, part.units, part.at - self.since, part.won)
-            for part in self.parts[self.num_first :]
-        ]
-        threshold = self.history.hedging_threshold(self.rows, self.waiting.hedge_budget)
-        refused = tuple(sorted({n for unit, n in self.refused.items() if unit not in self.good}))
-        return Ended(reason, tuple(hedges), threshold, self.deadline, refused)
+        budget = self.waiting.hedge_budget
+        table.hedging_threshold = self.history.hedging_threshold(self.rows, budget)
+        table.reason = reason
+
+    def _refuse(self, reason: str) -> None:
+        """Refuse rows that raised alone, if no other worker is known to work.
+
+        Refuse rows, too, that raised three times in a row on a worker that computed other rows.
+        """
+        table, failed = self.table, [part for part in self.table.parts if part.failed]
+        working = {part.worker for part in table.good}
+        if not working and reason != "failed" and any(part.kind != "raised" for part in failed):
+            return
+        for part in reversed(failed):
+            works = part.worker in working and part.tries >= _TRIES
+            lone = part.kind == "raised" and len(part.units) == 1
+            lone = lone and part.units[0] not in table.answered
+            if lone and (works or working <= {part.worker}):
+                table.refused.setdefault(part.units[0], part)
 
     def _remember(self) -> None:
-        ran = [part for part in self.parts if part.fresh is not None]
+        table, is_typical = self.table, True
+        parts, failures = list[tuple[int, float]](), list[bool]()
+        for part in table.parts:
+            if part.began == math.inf:
+                continue
+            if part.fresh:
+                is_typical = False
+            else:
+                seconds = part.seconds if part.outcome is GOOD else math.inf
+                parts.append((table.unit_rows * len(part.units), seconds))
+            ended = part.outcome is GOOD or (part.failed and part.kind != "raised")
+            if ended and table.given_up.isdisjoint(part.units):
+                failures.append(part.failed)
         # If calls that were cut short did not count as infinite, the median would not follow.
-        took = self.now - self.since if len(self.good) >= self.needed else math.inf
-        is_typical = not any(part.fresh for part in ran)
-        innocent = [part for part in ran if self.given_up.isdisjoint(part.units)]
-        self.history.add(
-            [(self.unit_rows * len(part.units), part.seconds) for part in ran if not part.fresh],
-            (self.rows, took) if is_typical else None,
-            [p.let_down for p in innocent if p.state in (_GOOD, _FAILED) and not p.raised],
-        )
+        is_complete = len(table.answered) >= table.needed
+        took = table.now - table.since if is_complete else math.inf
+        self.history.add(parts, (self.rows, took) if is_typical else None, failures)

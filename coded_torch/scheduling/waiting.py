@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .._arguments import count, instance, real, shown
-from . import Decision, Ended, Event
-from .policy import Call
+from .policy import Decisions
 
 if TYPE_CHECKING:
+    from ..table import Table
     from .latency_history import History
 
 __all__ = ["Waiting"]
@@ -104,14 +103,14 @@ class Waiting:
             return decodable
         return max(decodable, -(-needed // 2)) if self.may_estimate(by_rows) else needed
 
-    def decide(
-        self, history: History, first: Sequence[Sequence[int]], *, needed: int, **options: Any
-    ) -> Generator[Decision, Event, Ended]:
-        """Yield the decisions of one call; ``coded_torch.scheduling`` has the protocol.
+    def decide(self, history: History, table: Table) -> float:
+        """Write into a call's table what is asked for next, and return when to decide again.
 
-        :class:`~coded_torch.scheduling.policy.Call` describes the arguments.
+        The history is of the same module on the same pool.
         """
-        return Call(self, history, first, needed=needed, **options).decisions()
+        if table.policy is None:
+            table.policy = Decisions(self, history, table)
+        return float(table.policy.decide())
 
     @staticmethod
     def first(num_stragglers: int | None = None, *, deadline: float | None = None) -> Waiting:

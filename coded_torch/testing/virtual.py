@@ -7,12 +7,14 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..workers.base import Began, Part, Reply, Request, Task, WorkerError, Workers
+from ..table import Began, Part, Reply, WorkerError
+from ..workers.base import Request, Task, Workers
 
 __all__ = ["Act", "VirtualWorkers"]
 
@@ -64,7 +66,11 @@ class VirtualWorkers(Workers):
         self.drains = sorted(drains)
         self.clock = 0.0
         self.begun: list[tuple[float, int, Part]] = []
+        self._scripts = scripts
         self._workers = [_Worker(place, script) for place, script in enumerate(scripts)]
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy begins anew, as that of every pool
+        return type(self), (self._scripts, self.drains, self.kills)
 
     def open(self, module: nn.Module, task: Task) -> Request:
         return _VirtualRequest(self, module, task)

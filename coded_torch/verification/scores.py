@@ -12,7 +12,7 @@ import statistics
 import threading
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 
 logger = sparing_logger("coded_torch.nn")
+# By row, the part that answers it and the worker of that part; and whether some are doubted.
+Owners: TypeAlias = tuple[Mapping[int, int], Mapping[int, int], bool]
 
 # Results of one row in batches of other sizes differ by 2.5e-6 of the outputs' spread in float32,
 # and by some .01 in half precision (measured once; no benchmark keeps it). TF32 is learnt.
@@ -62,7 +64,7 @@ class Scores:
         self.rows, self.parts = _Bar(ODD_ROWS), _Bar(ODD_PARTS)
         self.recent: Recent | None = None
         # Calls, which are learnt from while workers compute a later one.
-        self.left: deque[tuple[Results, Fit, Trials]] = deque()
+        self.left: deque[tuple[Results, Fit, Owners]] = deque()
         self._lock = threading.RLock()
 
     @on_host()
@@ -93,15 +95,15 @@ class Scores:
         """Learn from the calls so far."""
         with self._lock:
             while self.left:
-                results, fit, trials = self.left.popleft()
-                kept = {i: row for i, row in enumerate(fit.rows) if row in trials.owners}
+                results, fit, (answers, by, is_doubted) = self.left.popleft()
+                kept = {i: row for i, row in enumerate(fit.rows) if row in by}
                 if not kept:
                     continue
-                if not trials.doubted:  # wrong results make those beside them look odd
+                if not is_doubted:  # wrong results make those beside them look odd
                     self.rows.add(results.learnt[0])
                     self.parts.add(results.learnt[1])
-                outputs = results.outputs({row: trials.answers[row] for row in kept.values()})
-                owners = torch.tensor([trials.owners[row] for row in kept.values()])
+                outputs = results.outputs({row: answers[row] for row in kept.values()})
+                owners = torch.tensor([by[row] for row in kept.values()])
                 some = fit.features[list(kept)], outputs, owners
                 now = Recent(*[x[outputs.isfinite().all(1)] for x in some])
                 pairs = list(zip(self.recent or now, now, strict=True))
@@ -296,7 +298,8 @@ class Results:
                 self._scores.forget(worker)
         if self._fit is not None and self._scored:
             self._leaves.clear()  # large, perhaps
-            self._scores.left.append((self, self._fit, trials))
+            own = trials.answers, trials.owners, bool(trials.doubted)
+            self._scores.left.append((self, self._fit, own))
 
 
 @contextlib.contextmanager

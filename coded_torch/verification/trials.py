@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from ..scheduling import Ask, Began, Decision, Drop, Ended, Event, Settled, Wait
+from ..table import DISPUTED, DROPPED, GOOD, OPEN, Part, Table
 from .record import LEARNABLE, Record
 from .scores import Results
 
@@ -22,13 +22,11 @@ _TRIES = 3  # times that the rows of an excluded worker are asked for
 _PATIENCE = 4
 
 _Request: TypeAlias = tuple[tuple[int, ...], set[int]]  # rows, and who must not compute them
-_Doing: TypeAlias = Generator[Decision, Event, None]
+_Doing: TypeAlias = Generator[float, None, None]
 
 
 class Trials:
     """The waiting policy of one call, after which results are verified until there is a verdict.
-
-    A driver carries out :meth:`decide`, and adds a good result to ``results`` before its event.
 
     Args:
         record: the record of the pool's workers.
@@ -40,7 +38,7 @@ class Trials:
     """
 
     results: Results
-    first: tuple[tuple[int, ...], ...] = ()  #: the parts of the first ask, with their check rows
+    table: Table
 
     def __init__(self, record: Record, waiting: Any = None, inputs: Sequence[Tensor] = ()) -> None:
         self.record, self.waiting, self._inputs = record, waiting, inputs
@@ -48,114 +46,97 @@ class Trials:
         self.verified, self.unverified, self.corrected = set[int](), set[int](), set[int]()
         self.disputes, self.faults, self.excluded = 0, dict[int, int](), tuple[int, ...]()
         self.notes = tuple[str, ...]()
-        self.answers = dict[int, int]()  #: the part whose result counts, by row, where there is one
+        self.answers = dict[int, int]()  #: the number of the part that answers a row, if there is
         self.owners = dict[int, int]()  #: the worker that computed the answer, if it is not doubted
         self.doubted = set[int]()  #: workers at fault, excluded, or in undecided disputes
-        self.asked: list[tuple[int, ...]] = []  # the rows of all parts, by number
-        self.worker: dict[int, int] = {}  # the worker of each good part
-        self.parts: dict[int, list[int]] = {}  # the parts whose result of a row counts, in order
         self.wanted, self.missed = set[int](), set[int]()  # rows to check, and not checked in time
-        self.void = set[int]()  # parts whose results do not count
-        self.undecided = set[tuple[int, int]]()  # two parts that differ
-        self._fresh, self._renewed, self._failed = set[int](), set[int](), set[int]()
+        self.void = list[Part]()  # parts whose results were good, and do not count
+        self.undecided = set[tuple[int, int]]()  # the numbers of two parts that differ
+        self._added = set[int]()  # the numbers of parts whose results have been added
+        self._steps: _Doing | None = None
 
     def prepare(self) -> None:
         """Fit the regression that scores results, while workers compute."""
         self.results = Results(self.record.scores, () if self.record.stopped else self._inputs)
 
-    def decide(
-        self, history: Any, first: Sequence[Sequence[int]], **options: Any
-    ) -> Generator[Decision, Event, Ended]:
-        """Decide as the policy does, and then check and try; the arguments are a policy's."""
-        record, since, reserve = self.record, options.get("since", 0.0), options.get("reserve", 0.0)
-        self.first, rows, self._share = record.draw(first, options["idle"]())
-        self.now, self.wanted = since, self.wanted | rows
-        ended = yield from self._followed(self.waiting.decide(history, self.first, **options))
-        yield from self._wait({-1}, -math.inf)  # results that arrived meanwhile count
-        late = ended.hedging_threshold if ended.hedging_threshold < math.inf else -math.inf
-        checks = ended.reason in ("complete", "failed")
-        self.until = since + ended.deadline - reserve if checks else -math.inf
-        bounded = self.waiting.deadline is not None or ended.reason == "error"
+    def decide(self, history: Any, table: Table) -> float:
+        """Decide as the policy does, and then check and try."""
+        if self._steps is None:
+            self._steps = self._decisions(history, table)
+        # A pool that cannot exclude workers is told to avoid them.
+        table.avoid = frozenset(self.record.excluded if self.record.pool.exclude is None else ())
+        return next(self._steps, -math.inf)
+
+    def _decisions(self, history: Any, table: Table) -> _Doing:
+        record, self.table = self.record, table
+        table.first, rows, self._share = record.draw(table.first, table.idle())
+        self.wanted = self.wanted | rows
+        self.waiting.decide(history, table)
+        yield -math.inf  # the parts are asked for
+        self.prepare()
+        while True:
+            self._add()
+            until = self.waiting.decide(history, table)
+            if table.reason:
+                break
+            yield until
+        reason, table.reason = table.reason, ""
+        yield from self._wait(table.parts, -math.inf)  # results that arrived meanwhile count
+        late, since = table.hedging_threshold, table.since
+        late = late if late < math.inf else -math.inf
+        checks = reason in ("complete", "failed")
+        self.until = since + table.deadline - table.reserve if checks else -math.inf
+        bounded = self.waiting.deadline is not None or reason == "error"
         self.end = self.until if bounded else math.inf
-        self.patience = _PATIENCE * max(late, self.now - since) or math.inf  # clocks may stand
-        before = self._answers()
+        self.patience = _PATIENCE * max(late, table.now - since) or math.inf  # clocks may stand
+        before = dict(table.answered)
         # A worker that was excluded before the call, and that has a part, has been restarted.
-        record.renew(self._renewed | self._out.intersection(self.worker.values()))
+        renewed = {part.worker for part in table.ended if part.fresh}
+        record.renew(renewed.union(self._out & {part.worker for part in table.good}))
         if not record.stopped:
             yield from self._find(since + late)
         self._conclude(before)
-        if ended.reason == "complete" and self.answers.keys() != before.keys():
-            return ended._replace(reason="deadline" if self.now >= self.end else "failed")
-        return ended
+        if reason == "complete" and table.answered.keys() != before.keys():
+            reason = "deadline" if table.now >= self.end else "failed"
+        table.reason = reason
 
-    def _followed(
-        self, policy: Generator[Decision, Event, Ended]
-    ) -> Generator[Decision, Event, Ended]:
-        """Pass on the decisions and events of a policy, and return how it ended."""
-        event: Event = None
-        while True:
-            try:
-                decision = policy.send(event)
-            except StopIteration as stop:
-                ended: Ended = stop.value
-                return ended
-            event = None
-            if isinstance(decision, Wait):
-                event = yield from self._heard(decision)
-            elif isinstance(decision, Ask):
-                is_first = not self.asked
-                yield self._asking(decision.parts)
-                if is_first:
-                    self.prepare()
-            else:
-                yield decision
+    def _add(self) -> None:
+        """Add the results that are good now."""
+        for part in self.table.good:
+            if part.number not in self._added:
+                self._added.add(part.number)
+                divided = part.result.divided if part.result is not None else ()
+                leaves = [part.result.rows(i) for i in divided]
+                self.results.add(part.number, part.units, leaves)
 
-    def _asking(self, parts: tuple[tuple[int, ...], ...]) -> Ask:
-        """Return the decision to ask for parts, not of excluded workers if the pool can't tell."""
-        self.asked += parts
-        out = self.record.excluded if self.record.pool.exclude is None else ()
-        return Ask(parts, (frozenset(out),) * len(parts) if out else ())
+    def _wait(self, parts: Iterable[Part], until: float) -> Generator[float, None, list[Part]]:
+        """Wait for parts, and return the parts that have not ended."""
+        while late := [part for part in parts if part.outcome is OPEN]:
+            yield until
+            self._add()
+            if self.table.is_quiet:
+                break
+        return late
 
-    def _heard(self, wait: Wait) -> Generator[Decision, Event, Event]:
-        """Wait for an event, and note it."""
-        event = yield wait
-        if event is None:
-            self.now = max(self.now, wait.until if wait.until < math.inf else self.now)
-            return None
-        self.now, part = max(self.now, event.at), event.part
-        if isinstance(event, Began):
-            self._fresh |= {part} if event.fresh else set()
-            return event
-        self._renewed |= {event.worker} if part in self._fresh else set()
-        if event.ok:
-            self.worker[part] = event.worker
-            for row in self.asked[part] if part not in self.void else ():
-                self.parts.setdefault(row, []).append(part)
-        else:
-            self._failed.add(part)
-            if self.worker.pop(part, None) is not None:  # taken back, as it is unlike most others
-                self._remove({part})
-        return event
-
-    def _remove(self, parts: set[int]) -> None:
+    def _void(self, parts: Iterable[Part]) -> None:
         """Let results no longer count."""
-        for row in {row for part in parts for row in self.asked[part]}:
-            self.parts[row] = [part for part in self.parts.get(row, ()) if part not in parts]
+        for part in [part for part in parts if part.outcome is GOOD]:
+            self.void.append(part)
+            self.table.mark(part, DISPUTED)
 
     def _find(self, soon: float) -> _Doing:
         """Check rows, and settle disputes. Checks in parts of the first ask may come until soon."""
-        record = self.record
-        for worker in record.excluded & set(self.worker.values()):
+        record, table = self.record, self.table
+        for worker in record.excluded & {part.worker for part in table.good}:
             yield from self._expel(worker)  # another call excluded it meanwhile
-        if self.until > self.now:
+        if self.until > table.now:
             lacking = self.wanted - self._compared()[0]
-            late = {n for n, rows in enumerate(self.asked) if not lacking.isdisjoint(rows)}
-            late -= self.worker.keys()
-            yield from self._wait(late - self._failed, min(soon, self.until))
-            late -= self.worker.keys()
+            late = [p for p in table.parts if not lacking.isdisjoint(p.units)]
+            yield from self._wait(late, min(soon, self.until))
             # A drawn row whose check is late stays unchecked: to ask again would delay the call.
-            self.missed = lacking & {row for n in late for row in self.asked[n]}
-            more = self._of_fresh() | self.results.odd(self._answers())
+            self.missed = lacking & {r for p in late if p.outcome is not GOOD for r in p.units}
+            answers = {row: part.number for row, part in table.answered.items()}
+            more = self._of_fresh() | self.results.odd(answers)
             self.wanted |= more
             self.missed -= more
         yield from self._check()
@@ -163,135 +144,122 @@ class Trials:
             before = sum(self.faults.values())
             while not record.stopped and (disputes := self._compared()[1]):
                 self.disputes += 1
-                pair, rows = disputes.popitem()
+                (a, b), rows = disputes.popitem()
                 possible = len(record.workers) > 2 and self.disputes <= _TRIALS
-                if not (possible and (yield from self._trial(*pair, rows))):
-                    self._doubt(pair, rows)
+                if not (possible and (yield from self._trial(a, b, rows))):
+                    self._doubt(a, b, rows)
             if record.stopped or before == sum(self.faults.values()):
                 break
             self.wanted |= self._oddest()
             yield from self._check()  # checks by a worker that is out, too
 
-    def _answers(self) -> dict[int, int]:
-        """Return the part whose result counts, by row."""
-        return {row: parts[0] for row, parts in self.parts.items() if parts}
-
-    def _compared(self) -> tuple[set[int], dict[tuple[int, int], list[int]]]:
+    def _compared(self) -> tuple[set[int], dict[tuple[Part, Part], list[int]]]:
         """Return the rows that another worker computed alike, and the rows that differ.
 
         The key of rows that differ is two parts, the first of which is the answer.
         """
-        answers, worker, asked = self._answers(), self.worker, self.asked
-        pairs = {
-            (answers[row], other): None
-            for row, parts in self.parts.items()
-            if len(parts) > 1 and row in answers
-            for other in parts
-            if worker[other] != worker[answers[row]]
-            if not self.record.whole or asked[other] == asked[answers[row]]
-        }
-        alike, disputes = set[int](), dict[tuple[int, int], list[int]]()
-        for pair, by in zip(pairs, self.results.differences(list(pairs)), strict=True):
+        answered, pairs = self.table.answered, dict[tuple[Part, Part], None]()
+        for other in self.table.good:
+            for part in dict.fromkeys([answered[row] for row in other.units]):
+                is_whole = part.units == other.units or not self.record.whole
+                if part.worker != other.worker and is_whole:
+                    pairs[part, other] = None
+        alike, disputes = set[int](), dict[tuple[Part, Part], list[int]]()
+        numbers = [(part.number, other.number) for part, other in pairs]
+        for pair, both, by in zip(pairs, numbers, self.results.differences(numbers), strict=True):
             for row in by:
-                if answers[row] != pair[0]:
+                if answered[row] is not pair[0]:
                     continue
                 if by[row] <= self._tolerance():
                     alike.add(row)
-                elif pair not in self.undecided:
+                elif both not in self.undecided:
                     disputes.setdefault(pair, []).append(row)
         return alike, disputes
 
     def _tolerance(self) -> float:
         return max(self.record.tolerance, self.results.tolerance)
 
-    def _difference(self, part: int, other: int, rows: Iterable[int]) -> float:
-        (by,) = self.results.differences([(part, other)])
+    def _difference(self, part: Part, other: Part, rows: Iterable[int]) -> float:
+        (by,) = self.results.differences([(part.number, other.number)])
         return max(by[row] for row in rows)
 
-    def _agree(self, part: int, other: int, rows: Iterable[int]) -> bool:
+    def _agree(self, part: Part, other: Part, rows: Iterable[int]) -> bool:
         return self._difference(part, other, rows) <= self._tolerance()
 
     # The checks.
 
-    def _by_worker(self, answers: Mapping[int, int]) -> dict[int, list[int]]:
-        rows = defaultdict[int, list[int]](list)
-        for row, part in answers.items():
-            rows[self.worker[part]].append(row)
-        return rows
+    def _by_worker(self, rows: Iterable[int]) -> dict[int, list[int]]:
+        by = defaultdict[int, list[int]](list)
+        for row in rows:
+            by[self.table.answered[row].worker].append(row)
+        return by
 
     def _of_fresh(self) -> set[int]:
         """Draw more rows of the workers in their trial period, if not all are."""
         record, more = self.record, self.record.often - self._share
         if more <= 0 or record.whole:
             return set()
-        by_worker = self._by_worker(self._answers()).items()
+        by_worker = self._by_worker(self.table.answered).items()
         some = [sorted(set(rows) - self.wanted) for w, rows in by_worker if record.fresh(w)]
         return {row for rows in some for row in record.sample(rows, more)}
 
     def _oddest(self) -> set[int]:
         """Return the oddest row of every worker that is not checked yet."""
-        answers, done = self._answers(), self._compared()[0] | self.wanted
-        scores = self.results.scores(answers)
-        left = {row: answers[row] for row in scores if row not in done}
-        return {
-            max(rows, key=scores.__getitem__)
-            for worker, rows in self._by_worker(left).items()
-            if worker not in self.faults
-        }
+        answers = {row: part.number for row, part in self.table.answered.items()}
+        scores, done = self.results.scores(answers), self._compared()[0] | self.wanted
+        by_worker = self._by_worker(row for row in scores if row not in done).items()
+        return {max(rows, key=scores.__getitem__) for w, rows in by_worker if w not in self.faults}
 
     def _check(self) -> _Doing:
         """Have the wanted rows computed by others."""
-        answers, (alike, disputes) = self._answers(), self._compared()
-        done = alike.union(*disputes.values())
-        some = {row: answers[row] for row in self.wanted - done - self.missed if row in answers}
+        answered, (alike, disputes) = self.table.answered, self._compared()
+        some = self.wanted - alike.union(*disputes.values()) - self.missed & answered.keys()
         requests = [((*sorted(rows),), {w}) for w, rows in self._by_worker(some).items()]
         if self.record.whole:
-            requests = [(self.asked[part], {self.worker[part]}) for part in {*some.values()}]
-        yield from self._ask(requests, min(self.until, self.now + self.patience))
+            parts = dict.fromkeys([answered[row] for row in some])
+            requests = [(part.units, {part.worker}) for part in parts]
+        yield from self._ask(requests, min(self.until, self.table.now + self.patience), "check")
 
     def _ask(
-        self, requests: Sequence[_Request], until: float | None = None, *, aside: bool = False
-    ) -> Generator[Decision, Event, list[int | None]]:
-        """Have parts computed; return the number of each, None if it has no good result.
+        self, requests: Sequence[_Request], until: float | None = None, why: str = "vote"
+    ) -> Generator[float, None, list[Part | None]]:
+        """Have parts computed; return each, None if it has no good result.
 
-        By default they are waited for as trials are. Results ``aside`` do not count.
+        By default they are waited for as votes are. Results "aside" do not count.
         """
-        until = min(self.end, self.now + self.patience) if until is None else until
-        numbers = range(len(self.asked), len(self.asked) + len(requests))
-        if not requests or until <= self.now:
+        table = self.table
+        until = min(self.end, table.now + self.patience) if until is None else until
+        if not requests or until <= table.now:
             return [None] * len(requests)
-        self.void.update(numbers if aside else ())
-        avoid = tuple(frozenset(some | self.record.excluded) for _, some in requests)
-        yield self._asking(tuple(rows for rows, _ in requests))._replace(avoid=avoid)
-        late = yield from self._wait(set(numbers), until)
-        if late:
-            yield Drop(tuple(sorted(late)))
-        return [number if number in self.worker else None for number in numbers]
-
-    def _wait(self, parts: set[int], until: float) -> Generator[Decision, Event, set[int]]:
-        """Wait for parts, and return the parts that have not ended."""
-        while parts and (event := (yield from self._heard(Wait(until)))) is not None:
-            parts -= {event.part} if isinstance(event, Settled) else set()
-        return parts
+        out = self.record.excluded
+        parts = [table.ask(rows, why=why, avoid=some | out) for rows, some in requests]
+        for part in (yield from self._wait(parts, until)):
+            table.mark(part, DROPPED)
+        found = [part if part.outcome is GOOD else None for part in parts]
+        if why == "aside":
+            for part in parts:
+                if part.outcome is GOOD:
+                    table.mark(part, DISPUTED)
+        return found
 
     # The trials.
 
-    def _doubt(self, pair: tuple[int, int], rows: Iterable[int]) -> None:
-        self.undecided.add(pair)
+    def _doubt(self, a: Part, b: Part, rows: Iterable[int]) -> None:
+        self.undecided.add((a.number, b.number))
         self.unverified.update(rows)
-        self.doubted |= {self.worker[part] for part in pair}
+        self.doubted |= {a.worker, b.worker}
 
-    def _trial(self, a: int, b: int, rows: list[int]) -> Generator[Decision, Event, bool]:
+    def _trial(self, a: Part, b: Part, rows: list[int]) -> Generator[float, None, bool]:
         """Have others compute two parts exactly as they were asked; return whether it decided.
 
         If both parts are confirmed, results depend on the rows beside them.
         """
-        record, heard = self.record, {self.worker[a], self.worker[b]}
+        record, heard = self.record, {a.worker, b.worker}
         # With two votes of five workers, a colluding pair would convict others.
         need = min(2 if len(record.workers) >= 5 else 1, len(record.workers - heard))
-        parts = (a,) if self.asked[a] == self.asked[b] else (a, b)
+        parts = (a,) if a.units == b.units else (a, b)
         everyone, many = record.everyone, len(parts)
-        votes = defaultdict[str, list[tuple[int, int]]](list)
+        votes = defaultdict[str, list[tuple[Part, Part]]](list)
         while (lacking := need - max(len(votes["a"]), len(votes["b"]))) > 0:
             others = sorted(record.workers - heard)
             if not others or len(votes["both"]) > 1 or len(votes["neither"]) > need:
@@ -299,7 +267,7 @@ class Trials:
             some = record.random.sample(others, min(lacking, len(others)))
             heard.update(some)
             replies = yield from self._ask(
-                [(self.asked[part], everyone - {other}) for other in some for part in parts]
+                [(part.units, everyone - {other}) for other in some for part in parts]
             )
             for p, q in zip(replies[::many], replies[many - 1 :: many], strict=True):
                 if p is not None and q is not None:
@@ -323,7 +291,7 @@ class Trials:
             return False
         return True
 
-    def _vote(self, p: int, q: int, a: int, b: int, rows: list[int]) -> str:
+    def _vote(self, p: Part, q: Part, a: Part, b: Part, rows: list[int]) -> str:
         """Return which results another worker confirms by its own, p of part a and q of part b."""
         for_a, for_b = self._agree(p, a, rows), self._agree(q, b, rows)
         if for_a and for_b:
@@ -332,22 +300,21 @@ class Trials:
             return "b"
         return "a" if for_a and self._agree(q, a, rows) else "neither"
 
-    def _sentence(self, part: int, truth: int, rows: list[int]) -> _Doing:
+    def _sentence(self, part: Part, truth: Part, rows: list[int]) -> _Doing:
         """Let a result no longer count, and ask the worker that was wrong the same again.
 
         Each time that it is wrong is a fault. The same bits, nearly right, are another hardware.
         """
-        record, worker = self.record, self.worker[part]
-        request = [(self.asked[part], record.everyone - {worker})]
-        (again,) = yield from self._ask(request, aside=True)
+        record, worker = self.record, part.worker
+        request = [(part.units, record.everyone - {worker})]
+        (again,) = yield from self._ask(request, why="aside")
         difference = self._difference(part, truth, rows)
-        same = again is not None and self._difference(part, again, self.asked[part]) == 0
+        same = again is not None and self._difference(part, again, part.units) == 0
         if same and difference <= LEARNABLE:
             note = record.learn(difference, LEARNABLE)
             self._note(f"worker {worker} computes otherwise: {note}")
             return
-        self.void.add(part)
-        self._remove({part})
+        self._void([part])
         self.doubted.add(worker)
         while True:
             self.faults[worker] = self.faults.get(worker, 0) + 1
@@ -357,35 +324,35 @@ class Trials:
                 return
             if again is None or self._agree(again, truth, rows):
                 return
-            (again,) = yield from self._ask(request, aside=True)
+            (again,) = yield from self._ask(request, why="aside")
 
     def _expel(self, worker: int) -> _Doing:
         """Let no result of a worker count, and have its rows computed by others."""
-        self.void |= {part for part, by in self.worker.items() if by == worker}
-        self._remove(self.void)
+        self._void([part for part in self.table.good if part.worker == worker])
         self.doubted.add(worker)
+        known = {row for part in (*self.void, *self.table.good) for row in part.units}
         for _ in range(_TRIES):
-            if lacking := tuple(sorted(self.parts.keys() - self._answers().keys())):
+            if lacking := tuple(sorted(known - self.table.answered.keys())):
                 yield from self._ask([(lacking, {worker})])
 
     def _note(self, note: str) -> None:
         self.notes += (note,) if note not in self.notes else ()
 
-    def _conclude(self, first: Mapping[int, int]) -> None:
-        alike, disputes = self._compared()
+    def _conclude(self, first: Mapping[int, Part]) -> None:
+        answered, (alike, disputes) = self.table.answered, self._compared()
         for pair, rows in disputes.items():  # verification has stopped
-            self._doubt(pair, rows)
-        answers = self.answers = self._answers()
+            self._doubt(*pair, rows)
+        answers = self.answers = {row: part.number for row, part in answered.items()}
         self.unverified = (self.unverified | (self.wanted - alike)) & answers.keys()
         self.verified = alike - self.unverified
-        owners = {row: self.worker[part] for row, part in answers.items()}
+        owners = {row: part.worker for row, part in answered.items()}
         self.owners = {row: w for row, w in owners.items() if w not in self.doubted}
         self.record.passed(self.owners[row] for row in self.verified & self.owners.keys())
         self.corrected = {
             row
             for row, part in first.items()
-            if part in self.void & self.worker.keys() and row in answers
-            if not self._agree(part, answers[row], [row])
+            if part in self.void and row in answers
+            if not self._agree(part, answered[row], [row])
         }
         if self.record.stopped:
             self._note(f"not verified any more: {self.record.stopped}")

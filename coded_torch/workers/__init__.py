@@ -3,8 +3,8 @@
 To add a pool on real time:
 
 1. Read the rules of :class:`Workers`.
-2. Subclass :class:`~coded_torch.workers.dispatch.Dispatcher`: ``send`` hands a job to a worker. It
-   calls :func:`~coded_torch.workers.faults.compute` under ``job.request.ambient.restored``, and
+2. Subclass :class:`~coded_torch.workers.dispatch.Dispatcher`: ``send`` hands a part to a worker. It
+   calls :func:`~coded_torch.workers.faults.compute` under ``part.request.ambient.restored``, and
    reports by ``settle``, with the kind "raised" if the module raised.
 3. Subclass :class:`~coded_torch.workers.dispatch.DispatchedWorkers`: ``_make`` returns the
    dispatcher, and ``open`` a :class:`~coded_torch.workers.live.LiveRequest`.
@@ -14,7 +14,8 @@ To add a pool on real time:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .base import Began, Part, Reply, Request, Task, WorkerError, Workers
+from ..table import Began, Part, Reply, WorkerError
+from .base import Request, Task, Workers
 from .devices import DeviceWorkers
 from .faults import Fault
 from .local import LocalWorkers

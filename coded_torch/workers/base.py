@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,12 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import instance, positive, sparing_logger, warn
 from .._torch import arguments, dependent_output, has_rows, leaf_name, positional, sample, unflatten
+from ..table import Began, Part, Reply, WorkerError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ..stragglers import Stragglers
-    from .faults import Fault
 
 logger = sparing_logger("coded_torch.workers")
 
@@ -71,59 +71,6 @@ class Task:
     @functools.cached_property
     def _is_positional(self) -> bool:  # true, arguments take a tenth of the time
         return bool(self.spec == positional(len(self.leaves))[0])
-
-
-class WorkerError(RuntimeError):
-    """The reason why a part has no value. If the module raised, its exception is the cause.
-
-    Attributes:
-        part: the number of the part.
-        worker: the place of the worker that had the part, or -1.
-        reason: the event, in words that continue "worker 3" or "part 3".
-        kind: "raised" if the module, its arguments or its result raised; "died" if the worker ended
-            while it computed; else "".
-    """
-
-    def __init__(self, part: int, worker: int, reason: str, kind: str = "", cause: Any = None):
-        self.part, self.worker, self.reason, self.kind = part, worker, reason, kind
-        self.__cause__ = cause
-        super().__init__(f"part {part} {reason}" if worker < 0 else f"worker {worker} {reason}")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.part, self.worker, self.reason, self.kind)
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """The units of a task that one worker is asked for. Only number and units are compared."""
-
-    number: int  #: 0, 1, 2, ... within the request, in the order of asking
-    units: tuple[int, ...]  #: at least one, increasing
-    fault: Fault | None = dataclasses.field(default=None, compare=False)  #: an injected fault
-    #: The places of workers that must not compute it, and of workers that do if no other is idle.
-    avoid: frozenset[int] = dataclasses.field(default=frozenset(), compare=False)
-    tried: frozenset[int] = dataclasses.field(default=frozenset(), compare=False)
-
-
-class Began(NamedTuple):
-    """A worker has begun a part."""
-
-    part: Part
-    worker: int  #: the place of the worker in the pool
-    at: float  #: seconds on the clock of the request
-    fresh: bool = False  #: true if the worker has to load the module, so that its time is longer
-
-
-@dataclasses.dataclass(eq=False, slots=True)
-class Reply:
-    """The end of a part: a value or an error."""
-
-    part: Part
-    worker: int  #: the place of the worker that had the part, or -1
-    at: float  #: seconds on the clock of the request
-    latency: float  #: seconds since the worker began the part; infinite if no worker did
-    value: Any = None  #: the module's output for the part, a pytree, on the device of the task
-    error: WorkerError | None = None
 
 
 class Request(abc.ABC):

@@ -20,10 +20,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .._arguments import find_devices, positive
 from .._torch import read_here
+from ..table import Part
 from .base import Request, Task
 from .dispatch import DispatchedWorkers, Dispatcher, Worker
 from .faults import InjectedCrash, compute
-from .live import Job, LiveRequest
+from .live import LiveRequest
 
 _CLOSING_SECONDS = 5.0  # a pool that closes waits so long for its threads; not tuned
 
@@ -113,7 +114,7 @@ class _Replica(Worker):
     def __init__(self, device: torch.device, index: int = 0) -> None:
         super().__init__(index)
         self.device = device
-        self.inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[Part | None] = queue.SimpleQueue()
         self.seen = weakref.WeakSet[nn.Module]()
         self.copies: Any = WeakIdKeyDictionary()  # version, the copy's version, copy
         self._stream = functools.cache(torch.Stream)
@@ -130,13 +131,13 @@ class _Replica(Worker):
                 text = "".join(traceback.format_exception_only(cause)).strip()
                 kind = "died" if isinstance(cause, InjectedCrash) else "raised"
                 why = f"failed on {self.device}: {text}"
-                threads.settle(self, job.number, None, why, kind, cause)
+                threads.settle(self, job.ticket, None, why, kind, cause)
             else:
-                threads.settle(self, job.number, value)
+                threads.settle(self, job.ticket, value)
                 del value
             del job  # an idle thread must keep no batch alive
 
-    def _call(self, request: Any, job: Job) -> Any:
+    def _call(self, request: Any, job: Part) -> Any:
         home = request.task.device
         with contextlib.ExitStack() as stack:
             # Own streams, or the caller's decoding would queue behind a late part. The last stream
@@ -149,14 +150,14 @@ class _Replica(Worker):
                     stream.wait_event(event)
             stack.enter_context(request.ambient.restored(self.device))
             try:
-                arguments = request.task.payload(job.part.units, home == self.device)
+                arguments = request.task.payload(job.units, home == self.device)
                 if streams or not request.on_host:  # walking through them takes 25 us
                     arguments = _to(self.device, arguments)
                     # The backward pass reads the inputs here, when the caller may have freed them.
                     pytree.tree_map_only_(Tensor, read_here, arguments)
                 if self not in request.replicas:
                     request.replicas[self] = self._replicate(request.module, request.views)
-                return _to(home, compute(request.replicas[self], arguments, job.part.fault))
+                return _to(home, compute(request.replicas[self], arguments, job.fault))
             finally:
                 # A result has arrived when it can be read. If the module raised, the kernels that
                 # it launched still read the inputs.
@@ -214,7 +215,7 @@ class _Threads(Dispatcher):
         super().retire(worker)
         worker.inbox.put(None)
 
-    def send(self, worker: _Replica, job: Job) -> None:
+    def send(self, worker: _Replica, job: Part) -> None:
         worker.seen.add(job.request.module)
         worker.inbox.put(job)
 

@@ -16,8 +16,9 @@ from operator import attrgetter
 from typing import Any
 
 from .._arguments import MOST_WORKERS, count, sparing_logger
+from ..table import Part
 from .base import Workers
-from .live import Job, LiveRequest
+from .live import LiveRequest
 
 logger = sparing_logger("coded_torch.workers")
 
@@ -30,7 +31,7 @@ class Worker:
     """A worker, from its start to its end. Its successor has the same place, ``index``."""
 
     index: int
-    job: Job | None = None
+    job: Part | None = None  #: the part that it computes
     pid = 0  #: the id of its process; 0 until it is known
     since = 0.0  #: the time when it began its job
     ready = False  #: true if it is up
@@ -72,10 +73,10 @@ class Dispatcher(abc.ABC):
         self._clock = clock
         self._lock = threading.RLock()
         self._workers: list[Any] = []
-        self._jobs: deque[Job] = deque()
+        self._jobs: deque[Part] = deque()
 
     @abc.abstractmethod
-    def send(self, worker: Any, job: Job) -> None:
+    def send(self, worker: Any, job: Part) -> None:
         """Hand a job to a :class:`Worker`, without waiting. An exception fails the job."""
 
     @abc.abstractmethod
@@ -116,10 +117,10 @@ class Dispatcher(abc.ABC):
                     self.retire(worker)
         self.refuse()
 
-    def submit(self, asked: Iterable[Job]) -> None:
+    def submit(self, asked: Iterable[Part]) -> None:
         with self._lock:
             # No worker may be idle to find that nobody wants a job any more.
-            self._jobs = deque(x for x in (*self._jobs, *asked) if x.request.wants(x.part))
+            self._jobs = deque(x for x in (*self._jobs, *asked) if x.request.wants(x))
         self.refuse()
 
     def exclude(self, index: int, excluded: bool = True) -> None:
@@ -197,14 +198,15 @@ class Dispatcher(abc.ABC):
     def settle(self, worker: Worker, number: int, value: Any = None, *why: Any) -> None:
         """End a job by a value, or by the arguments of a :class:`WorkerError` after the worker."""
         if (job := self._finish(worker, number)) is not None:
-            job.request.settle(job.part, value, *why)
+            job.request.settle(job, value, *why)
+            job.request = None  # whoever keeps the part need not keep the inputs
         self._assign()
 
     def hand_back(self, worker: Worker, number: int) -> None:
         """Put a job that a worker did not take first in the queue again."""
         if (job := self._finish(worker, number)) is not None:
             with self._lock:
-                job.began = None
+                job.request.hand_back(job)
                 self._jobs.appendleft(job)
         self.refuse()
 
@@ -214,18 +216,18 @@ class Dispatcher(abc.ABC):
         with self._lock:
             left = self.places - {w.index for w in self._workers if w.excluded}
             left = {w.index for w in self._workers if w.ready} if why else left
-            for job in [job for job in self._jobs if why or job.part.avoid]:
-                if self.closed or left <= job.part.avoid:
+            for job in [job for job in self._jobs if why or job.avoid]:
+                if self.closed or left <= job.avoid:
                     self._jobs.remove(job)
                     reason = why or "it avoids all workers that are left"
-                    job.request.settle(job.part, None, f"did not start: {reason}")
+                    job.request.settle(job, None, f"did not start: {reason}")
         self._assign()
 
-    def _finish(self, worker: Worker, number: int) -> Job | None:
+    def _finish(self, worker: Worker, number: int) -> Part | None:
         """Make a worker idle, and return its job; None if that is another one."""
         with self._lock:
             job = worker.job
-            if job is None or job.number != number or worker not in self._workers:
+            if job is None or job.ticket != number or worker not in self._workers:
                 logger.warning("%s: dropped the reply to job %d, not its own", worker, number)
                 return None
             worker.job = None
@@ -239,12 +241,12 @@ class Dispatcher(abc.ABC):
             try:
                 self.send(worker, job)
             except BaseException as cause:
-                if self._finish(worker, job.number) is not None:
-                    job.request.settle(job.part, None, f"could not be asked: {cause}", "", cause)
+                if self._finish(worker, job.ticket) is not None:
+                    job.request.settle(job, None, f"could not be asked: {cause}", "", cause)
                 if not isinstance(cause, Exception):  # an interrupt
                     raise
 
-    def _begin(self) -> tuple[Worker, Job] | None:
+    def _begin(self) -> tuple[Worker, Part] | None:
         """Begin the first job that an idle worker may take, at the place with the fewest jobs."""
         with self._lock:
             if not self._jobs or not (idle := [w for w in self._workers if w.idle]):
@@ -252,21 +254,23 @@ class Dispatcher(abc.ABC):
             busy, at = [w.index for w in self._workers if w.job is not None], 0
             while at < len(self._jobs) and not self.closed:
                 job = self._jobs[at]
-                out, now = job.part.avoid | job.part.tried, self._clock()
-                others = [w for w in self._workers if w.is_wanted and w.index not in out]
-                if not any(w.job is None or now - w.since < _PATIENCE for w in others):
-                    out = job.part.avoid
+                out = job.avoid | job.tried
+                if job.tried:
+                    begun = self._clock() - _PATIENCE
+                    others = [w for w in self._workers if w.is_wanted and w.index not in out]
+                    if not any(w.job is None or w.since > begun for w in others):
+                        out = job.avoid
                 workers, module = [w for w in idle if w.index not in out], job.request.module
                 known = [w for w in workers if not w.is_new_to(module)]
                 workers = known or (workers if self.may_load(module) else [])
-                if not workers and job.request.wants(job.part):
+                if not workers and job.request.wants(job):
                     at += 1
                     continue
                 del self._jobs[at]
                 if workers:
                     worker = min(workers, key=lambda w: (busy.count(w.index), w.since))
                     worker.fresh = worker.is_new_to(module)
-                    if job.request.begin(job.part, worker.index, worker.fresh):
+                    if job.request.begin(job, worker.index, worker.fresh):
                         worker.job, worker.since = job, self._clock()
                         return worker, job
             return None

@@ -20,10 +20,11 @@ from torch import nn
 from .._arguments import count, instance, positive
 from ..open_inference import EndpointError, RefusedError, client
 from ..open_inference.client import RemoteModule, running_loop
+from ..table import Part
 from .base import Request, Task, Workers
 from .dispatch import DispatchedWorkers, Dispatcher, Worker, logger
 from .faults import InjectedCrash, compute
-from .live import Job, LiveRequest
+from .live import LiveRequest
 
 # Seconds from a failure to the first probe of a server; the pause doubles up to the second number,
 # or the third while no server is up. Not tuned: a probe is one small request.
@@ -209,7 +210,7 @@ class _Endpoints(Dispatcher):
 
         self.loop.call_soon_threadsafe(lambda: self._spawn(refresh()))
 
-    def send(self, worker: Worker, job: Job) -> None:
+    def send(self, worker: Worker, job: Part) -> None:
         self.loop.call_soon_threadsafe(self._begin_at, worker, job)
 
     def cancel(self, request: LiveRequest) -> None:
@@ -225,9 +226,9 @@ class _Endpoints(Dispatcher):
         if concurrent.futures.wait([ended], _CLOSING_SECONDS).not_done:
             logger.warning("EndpointWorkers: connections did not close in time")
 
-    def _begin_at(self, slot: Worker, job: Job) -> None:
-        if not job.request.awaits(job.part):  # cancelled before it started
-            self.settle(slot, job.number, None, "was cancelled")
+    def _begin_at(self, slot: Worker, job: Part) -> None:
+        if not job.request.awaits(job):  # cancelled before it started
+            self.settle(slot, job.ticket, None, "was cancelled")
             return
         task = self._spawn(self._ask(slot, job), job.request)
         task.add_done_callback(functools.partial(self._report, slot, job))
@@ -252,32 +253,32 @@ class _Endpoints(Dispatcher):
         if task.cancelled():
             if job.request.answered - {url}:
                 self._doubt(url, 1, "left parts unanswered while others answered")
-            self.settle(slot, job.number, None, "was cancelled")
+            self.settle(slot, job.ticket, None, "was cancelled")
         elif (error := task.exception()) is None:
             self._pauses.pop(url, None)
             self._doubts.pop(url, None)
             job.request.answered.add(url)
             self._compare(url, job)
-            self.settle(slot, job.number, task.result())
+            self.settle(slot, job.ticket, task.result())
         elif isinstance(error, client.BusyError):
             self._pause(url, error.seconds)
-            self.hand_back(slot, job.number)
+            self.hand_back(slot, job.ticket)
         elif isinstance(error, EndpointError):
             self.trouble = f"{url} {error}"
             self._pause(url, why=str(error))
             self._compare(url, job, error)
             kind = "died" if error.lost else ""
-            self.settle(slot, job.number, None, f"({url}) {error}", kind, error)
+            self.settle(slot, job.ticket, None, f"({url}) {error}", kind, error)
         else:  # the model failed, or the arguments are wrong
             raised = isinstance(error, client.RemoteError | TypeError | ValueError)
             if isinstance(error, client.RemoteError | RefusedError):
                 self._compare(url, job, error)
             kind = "raised" if raised else "died" if isinstance(error, InjectedCrash) else ""
-            self.settle(slot, job.number, None, f"({url}) raised {error!r}", kind, error)
+            self.settle(slot, job.ticket, None, f"({url}) raised {error!r}", kind, error)
 
     def _compare(self, url: str, job: Any, error: Exception | None = None) -> None:
         """Blame rows that several servers fail on, or a server whose rows another one computes."""
-        units, failures = {*job.part.units}, job.request.failures
+        units, failures = {*job.units}, job.request.failures
         others = [each for each in failures if each[0] != url and not units.isdisjoint(each[1])]
         if error is not None:
             failures.append((url, units, error))
@@ -298,7 +299,7 @@ class _Endpoints(Dispatcher):
 
     async def _ask(self, slot: Worker, job: Any) -> Any:
         module: RemoteModule = job.request.module
-        url, task, part = self.known[slot.index], job.request.task, job.part
+        url, task, part = self.known[slot.index], job.request.task, job
         with torch.inference_mode():
             arguments = task.payload(part.units)
         if arguments is None:  # the pool loads the module

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import queue
 import threading
@@ -19,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .base import Began, Part, Reply, Request, Task, WorkerError
+from ..table import Began, Part, Reply, WorkerError
+from .base import Request, Task
 
-_numbers = itertools.count()
 _AGAIN = 0.1  # seconds between two looks for a worker that may take a failed part; not tuned
 
 
@@ -51,25 +50,15 @@ class Interruption:
 INTERRUPTION: ContextVar[Interruption | None] = ContextVar("INTERRUPTION", default=None)
 
 
-@dataclasses.dataclass(eq=False, slots=True)
-class Job:
-    """A part that a request has asked a dispatcher for. No other job has its number."""
-
-    request: LiveRequest
-    part: Part
-    asked: float
-    began: Began | None = None
-    number: int = dataclasses.field(default_factory=_numbers.__next__)
-
-
 class LiveRequest(Request):
-    """A request whose workers report to a dispatcher. Its parts wait there as jobs."""
+    """A request whose workers report to a dispatcher, where its parts wait."""
 
     def __init__(self, task: Task, timeout: float, dispatcher: Any, module: Any) -> None:
         self.task, self.dispatcher, self.module = task, dispatcher, module
         self.timeout, self.ambient = timeout, Ambient()  # the modes of the caller
         self._opened = time.monotonic()
-        self._open: OrderedDict[int, Job] = OrderedDict()  # a key is a part, the oldest is first
+        self._open: OrderedDict[int, Part] = OrderedDict()  # by number, the oldest is first
+        self._began: dict[int, Began] = {}  # of open parts
         # None stands for an interruption.
         self._events: queue.SimpleQueue[Began | Reply | None] = queue.SimpleQueue()
         self._closed = self._retries = False  # true if a part may have to wait for some workers
@@ -88,25 +77,29 @@ class LiveRequest(Request):
 
     def wants(self, part: Part) -> bool:
         """Return whether a part has still to begin."""
-        job = self._open.get(part.number)
-        return job is not None and job.began is None and not self.abandoned
+        is_open = part.number in self._open and part.number not in self._began
+        return is_open and not self.abandoned
 
     def begin(self, part: Part, worker: int, fresh: bool = False) -> bool:
         """Note that a worker has got a part. If this returns False, it must not compute it."""
         with self._lock:
             if wanted := self.wants(part):
-                began = self._open[part.number].began = Began(part, worker, self.now(), fresh)
+                began = self._began[part.number] = Began(part, worker, self.now(), fresh)
                 self._events.put(began)
             return wanted
 
     def settle(self, part: Part, value: Any = None, *why: Any) -> None:
         """End a part, unless it has ended, by a value, or by an error with a reason and so on."""
         with self._lock:
-            if (job := self._open.pop(part.number, None)) is not None:
-                began, at = job.began, self.now()
+            if self._open.pop(part.number, None) is not None:
+                began, at = self._began.pop(part.number, None), self.now()
                 worker, latency = (began.worker, at - began.at) if began else (-1, math.inf)
                 error = WorkerError(part.number, worker, *why) if why else None
                 self._events.put(Reply(part, worker, at, latency, value, error))
+
+    def hand_back(self, part: Part) -> None:
+        """Note that the worker that has begun a part does not compute it."""
+        self._began.pop(part.number, None)
 
     def interrupt(self) -> None:
         """Have :meth:`wait` raise a CancelledError."""
@@ -116,13 +109,14 @@ class LiveRequest(Request):
 
     def ask(self, parts: Sequence[Part]) -> None:
         now = self.now()
-        jobs = [Job(self, part, now) for part in parts]
+        for part in parts:
+            part.request, part.asked = self, now
         self._retries |= any(part.tried for part in parts)
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"{type(self).__name__}: the request is closed")
-            self._open.update((job.part.number, job) for job in jobs)
-        self.dispatcher.submit(jobs)
+            self._open.update((part.number, part) for part in parts)
+        self.dispatcher.submit(parts)
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
         while True:
@@ -140,9 +134,9 @@ class LiveRequest(Request):
                     continue
                 if oldest is None or until < limit:
                     return None
-                status = self.status() if oldest.began is None else ""
+                status = "" if oldest.number in self._began else self.status()
                 why = f"did not reply within {self.timeout:g} s{status and f'; {status}'}"
-                self.settle(oldest.part, None, why)
+                self.settle(oldest, None, why)
                 continue
             if event is None:
                 raise CancelledError(f"{type(self).__name__}: the call was cancelled")
@@ -170,7 +164,7 @@ class LiveRequest(Request):
 
     def status(self) -> str:
         with self._lock:
-            waiting = any(job.began is None for job in self._open.values())
+            waiting = not self._open.keys() <= self._began.keys()
         return self.dispatcher.status(self) if waiting else ""
 
     def close(self) -> None:

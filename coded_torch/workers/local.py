@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .._arguments import instance
 from .._torch import broadcast_dims, check_batch, flatten, unflatten
 from ..stragglers import Stragglers
-from .base import Began, Part, Reply, Request, Task, WorkerError, Workers
+from ..table import Began, Part, Reply, WorkerError
+from .base import Request, Task, Workers
 
 # A time, an event, and the values of its ask.
 _Event = tuple[float, Began | Reply, Callable[[], dict[int, Any]] | None]

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from .._arguments import find_devices
+from ..table import Part
 from . import worker_main
-from .live import Job
 from .shared_memory import Connection, Package, Pickled
 from .supervisor import Limits, SupervisedWorkers, Supervisor, WatchedWorker
 
@@ -172,16 +172,16 @@ class _Processes(Supervisor):
         self._selector.register(ours, selectors.EVENT_READ, worker)
         return worker
 
-    def send(self, worker: _Process, job: Job) -> None:
+    def send(self, worker: _Process, job: Part) -> None:
         module, link = job.request.module, worker.connection
-        contents = Pickled(module.job(job.request.task, job.part))
+        contents = Pickled(module.contents(job))
         with contextlib.suppress(ConnectionError):  # the process has died, which the thread hears
             if worker.is_new_to(module):
                 worker.loading = True  # before it can answer that it has loaded the module
                 link.send_package(worker_main.MODULE, module.number, module.package)
             worker.load(job)
             worker.look()
-            link.send(worker_main.JOB, job.number, contents)
+            link.send(worker_main.JOB, job.ticket, contents)
 
     def end(self, worker: _Process) -> None:
         worker.exit_code(0.0)  # to learn its process id

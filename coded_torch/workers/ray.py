@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .live import Job
+from ..table import Part
 from .supervisor import Limits, SupervisedWorkers, Supervisor, WatchedWorker
 
 
@@ -106,13 +106,13 @@ class _Actors(Supervisor):
         self._listen(worker, None, handle.live.remote(0.0))
         return worker
 
-    def send(self, worker: _Actor, job: Job) -> None:
+    def send(self, worker: _Actor, job: Part) -> None:
         self._ray()
         module = job.request.module
-        contents = _portable(module.job(job.request.task, job.part))
+        contents = _portable(module.contents(job))
         worker.load(job)
         reply = worker.handle.call.remote(module.number, module.package, contents)
-        self._listen(worker, job.number, reply)
+        self._listen(worker, job.ticket, reply)
 
     def end(self, worker: _Actor) -> None:
         # An actor whose cluster has ended, or that Ray does not know any more, has ended.

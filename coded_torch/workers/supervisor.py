@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import MOST_WORKERS, count, positive, warn
+from ..table import Part
 from .base import Request, Task
 from .dispatch import DispatchedWorkers, Dispatcher, Worker, logger
-from .live import Ambient, Job, LiveRequest
+from .live import Ambient, LiveRequest
 from .worker_main import ModuleStore, PackedModule
 
 # Seconds that a worker has to start, or to load a module. Importing torch from a cold disk takes
@@ -52,12 +53,12 @@ class WatchedWorker(Worker):
     def is_new_to(self, module: PackedModule) -> bool:
         return module.number not in self.modules
 
-    def load(self, job: Job) -> None:
+    def load(self, job: Part) -> None:
         """Note that the worker gets a job, and forgets all modules that are not alive."""
         module, kills = job.request.module, job.request.kills
         self.modules = self.modules & module.alive | {module.number}
         self.latest = module.number
-        self.kills = max(map(kills.__getitem__, job.part.units)) if kills else 0
+        self.kills = max(map(kills.__getitem__, job.units)) if kills else 0
 
     def look(self) -> None:
         """Look for a sign of life that the worker does not give itself."""
@@ -74,7 +75,7 @@ class WatchedWorker(Worker):
             return self.since + seconds, f"was {what} for more than {seconds:g} s, and was ended"
         if self.job is None:
             return math.inf, ""
-        awaited, longest = self.job.request.awaits(self.job.part), max(grace, timeout)
+        awaited, longest = self.job.request.awaits(self.job), max(grace, timeout)
         grace *= 2.0 ** min(self.kills, 9)
         due, what, option = self.since + longest, "", "timeout"
         if (silent := (max(self.since, self.life) if awaited else self.since) + grace) <= due:
@@ -172,7 +173,7 @@ class Supervisor(Dispatcher):
     def take(self, worker: Any, number: int, read: Callable[[], tuple[bool, Any]]) -> None:
         """Take the result of a job. If it is awaited, read whether it succeeded, and its value."""
         job, value, why = worker.job, None, tuple[Any, ...]()
-        if job is not None and job.request.awaits(job.part):
+        if job is not None and job.request.awaits(job):
             try:
                 succeeded, value = read()
                 if not succeeded:
@@ -215,7 +216,7 @@ class Supervisor(Dispatcher):
         if not (self.closed or worker.left):
             logger.warning("a worker was lost and is replaced: %s", what)
         if (job := worker.job) is not None:
-            job.request.settle(job.part, None, f"was lost: {what}", "died")
+            job.request.settle(job, None, f"was lost: {what}", "died")
         if hopeless:
             self.refuse(what)
         self._assign()  # a failed part may have waited for this worker
@@ -241,7 +242,7 @@ class Supervisor(Dispatcher):
                 overdue = due <= now and self._remove(worker)
             if overdue:
                 if due > -math.inf and worker.job is not None:
-                    worker.job.request.kills.update(worker.job.part.units)
+                    worker.job.request.kills.update(worker.job.units)
                 self._replace(worker, why, end=True)
         if now < self._start_again:
             return

@@ -40,7 +40,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .._torch import fingerprint
 from . import shared_memory
-from .base import Part, Task
 from .faults import compute, kill_own_process
 from .live import Ambient
 from .shared_memory import Connection, Pickled
@@ -277,9 +276,9 @@ class PackedModule(NamedTuple):
     alive: frozenset[int]  # the numbers of all modules that may still be needed
     head: bytes  # the pickle of number, alive and the caller's modes
 
-    def job(self, task: Task, part: Part) -> tuple[Any, ...]:
+    def contents(self, job: Any) -> tuple[Any, ...]:
         """Return the contents of a job, which :meth:`LoadedModules.call` reads."""
-        return self.head, part.fault, task.payload(part.units)
+        return self.head, job.fault, job.request.task.payload(job.units)
 
 
 class ModuleStore:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -13,12 +12,13 @@ from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import NotEnoughResults, RegressionCode
-from coded_torch.nn.result_checks import Results
+from coded_torch.nn.result_checks import Checks
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
+from coded_torch.table import Table
 from coded_torch.testing.virtual import VirtualWorkers
 from coded_torch.testing.workers import CopyCode, FailsAt, PolynomialCode, task_of
-from coded_torch.workers import LocalWorkers, Part, Reply
+from coded_torch.workers import LocalWorkers, Reply
 
 from ..waits import host_waits
 from .modules import WAYS, Call, Liar, divided, rand
@@ -62,14 +62,6 @@ def test_a_result_unlike_most_is_missing_and_named(lie, reason, at):
     assert re.search(reason, coded.last_run.rejected[int(at)])
 
 
-def checked(task: Any) -> Results:
-    return Results(SimpleNamespace(task=task, link=None, not_finite=None, mixes=True))
-
-
-def reply(n: int, value: Any) -> Reply:
-    return Reply(Part(n, (n,)), n, 0.0, 0.0, value)
-
-
 @pytest.mark.filterwarnings("ignore:.* cannot be estimated")
 @pytest.mark.parametrize("way", WAYS)
 def test_outputs_of_any_dtype_are_carried_where_every_row_has_a_result(way):
@@ -94,10 +86,13 @@ def test_outputs_of_any_dtype_are_carried_where_every_row_has_a_result(way):
 @pytest.mark.cuda
 def test_replies_that_arrive_together_are_waited_for_once():
     whole = torch.ones(4, 2, device="cuda")
-    results = checked(task_of(whole[:, None]))
+    task = task_of(whole[:, None])
+    checks = Checks(SimpleNamespace(task=task, link=None, not_finite=None, mixes=True))
+    table = checks.table = Table(first=[(n,) for n in range(4)], needed=4, judge=checks.judge)
+    parts = [table.ask(units) for units in table.first]
     with host_waits() as lines:
-        results.add([reply(n, leaf) for n, leaf in enumerate(whole.split(1))])
-    assert results.units == {0, 1, 2, 3}
+        table.hear([Reply(part, part.number, 0.0, 0.0, whole[part.units]) for part in parts])
+    assert table.answered.keys() == {0, 1, 2, 3}
     assert sum(lines.values()) == 1, lines
 
 

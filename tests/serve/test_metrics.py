@@ -9,9 +9,9 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from coded_torch.nn import Report
-from coded_torch.scheduling import Hedge
 from coded_torch.serve.batcher import Batch
 from coded_torch.serve.metrics import Metrics
+from coded_torch.table import Hedge
 from coded_torch.workers import LocalWorkers
 
 

@@ -14,13 +14,11 @@ from coded_torch.testing.workers import WAIT, task_of
 from coded_torch.workers import (
     DeviceWorkers,
     FaultyWorkers,
-    Part,
     ProcessWorkers,
     Task,
     WorkerError,
     Workers,
 )
-from coded_torch.workers.faults import Fault
 from coded_torch.workers.local import cut
 
 from ..nn.modules import Call
@@ -67,11 +65,6 @@ def test_outputs_without_the_batch_are_refused():
         cut(task, {"sum": torch.tensor(1.0)}, [3])
     with pytest.raises(ValueError, match=r"output must have size 6, .* got shape \(3, 1\)"):
         cut(task, torch.ones(3, 1), [3])
-
-
-def test_a_fault_makes_no_other_part():
-    assert Part(1, (2,), Fault(delay=1.0)) == Part(1, (2,))
-    assert len({Part(1, (2,), Fault(delay=1.0)), Part(1, (2,))}) == 1
 
 
 def test_errors_say_which_worker_or_else_which_part():

@@ -13,7 +13,7 @@ from torch import nn
 
 from coded_torch.testing.workers import task_of, until
 from coded_torch.workers import Began, Part, Reply
-from coded_torch.workers.live import Job, LiveRequest
+from coded_torch.workers.live import LiveRequest
 from coded_torch.workers.supervisor import (
     START_SECONDS,
     SupervisedWorkers,
@@ -41,7 +41,7 @@ class Numbered(WatchedWorker):
     def __init__(self, index: int) -> None:
         super().__init__(index)
         self.number = next(self.serial)
-        self.sent: list[Job] = []
+        self.sent: list[Part] = []
         self.ended = False
         self.paused = False
 
@@ -65,10 +65,10 @@ class InMemory(Supervisor):
         self.launched.append(worker)
         return worker
 
-    def send(self, worker: WatchedWorker, job: Job) -> None:
+    def send(self, worker: WatchedWorker, job: Part) -> None:
         assert isinstance(worker, Numbered)
         assert not worker.ended, "asked a worker that has ended"
-        assert job.request.awaits(job.part), "began what is not wanted"
+        assert job.request.awaits(job), "began what is not wanted"
         worker.load(job)
         worker.sent.append(job)
 
@@ -157,8 +157,8 @@ class Script:
             self.answer(ready[which % len(ready)])
         elif act == "stale":  # an answer to an old job, or to one that no worker had
             for other in alive:
-                job = other.sent[0].number if other.sent else -1
-                if other.job is None or other.job.number != job:
+                job = other.sent[0].ticket if other.sent else -1
+                if other.job is None or other.job.ticket != job:
                     supervisor.take(other, job, lambda: (True, "stale"))
         elif act == "die" and worker:
             worker.ended = True
@@ -184,7 +184,7 @@ class Script:
     def answer(self, worker: Numbered) -> None:
         job = worker.job
         assert job is not None
-        self.supervisor.take(worker, job.number, lambda: (True, (job.request, job.part)))
+        self.supervisor.take(worker, job.ticket, lambda: (True, (job.request, job)))
 
     def check(self) -> None:
         """Every event is that of its own part, no part is lost, and no worker is idle or extra."""
@@ -201,12 +201,12 @@ class Script:
                     assert event.value == (request, event.part)  # neither stale nor another's
                 got.append(event)
         jobs = [w.job for w in supervisor._workers if w.job is not None] + [*supervisor._jobs]
-        assert len({job.number for job in jobs}) == len(jobs)
+        assert len({job.ticket for job in jobs}) == len(jobs)
         for request in self.requests:
-            known = {job.part.number for job in jobs if job.request is request}
+            known = {job.number for job in jobs if job.request is request}
             known |= {e.part.number for e in self.events[request] if isinstance(e, Reply)}
             assert {part.number for part in request.asked} <= known | self.dropped[request]
-        wanted = any(job.request.wants(job.part) for job in supervisor._jobs)
+        wanted = any(job.request.wants(job) for job in supervisor._jobs)
         assert not (wanted and supervisor.num_idle)
         assert all(len(worker.sent) == sent for worker, sent in self.out.items())
         places = [worker.index for worker in supervisor._workers if not worker.left]
@@ -301,7 +301,7 @@ def test_the_grace_of_rows_grows_whenever_their_worker_was_ended():
     request.more(1)
     request.close()
     Asking(supervisor, 1)  # of another request
-    supervisor.take(supervisor.launched[-1], supervisor.launched[-1].job.number, lambda: (True, 0))
+    supervisor.take(supervisor.launched[-1], supervisor.launched[-1].job.ticket, lambda: (True, 0))
     pass_time(supervisor, GRACE)
     assert supervisor.launched[-2].ended
 
@@ -310,7 +310,7 @@ def test_a_module_is_loaded_by_one_worker_at_a_time_while_another_one_has_calls(
     supervisor, alive = started(4), frozenset({0, 1})
     first = Asking(supervisor, 4)
     for worker in supervisor.launched:
-        supervisor.take(worker, worker.job.number, lambda: (True, 0))
+        supervisor.take(worker, worker.job.ticket, lambda: (True, 0))
     first.module = PackedModule(0, None, alive, b"")
     second = Asking(supervisor, 0)
     second.module = PackedModule(1, None, alive, b"")
@@ -323,12 +323,12 @@ def test_a_module_is_loaded_by_one_worker_at_a_time_while_another_one_has_calls(
     first.more(3)
     assert supervisor.num_idle == 0
     for worker in set(supervisor.launched) - {loader}:
-        supervisor.take(worker, worker.job.number, lambda: (True, 0))
+        supervisor.take(worker, worker.job.ticket, lambda: (True, 0))
     assert loading() == [loader]
     supervisor.loaded(loader)
     (another,) = loading()
     assert another is not loader
-    supervisor.take(another, another.job.number, lambda: (True, 0))  # loading is not reported
+    supervisor.take(another, another.job.ticket, lambda: (True, 0))  # loading is not reported
     assert another.job.request is second
     assert len(loading()) == 1
     supervisor.clock.now += 10.0  # nobody calls the first module any more
@@ -385,7 +385,7 @@ def test_workers_that_do_not_come_up_are_tried_less_and_less_often_and_what_wait
     another = Asking(supervisor, 1)
     assert "ended before it was up" not in supervisor.status(another)
     last = supervisor.launched[-1]
-    supervisor.take(last, last.job.number, lambda: (True, "up again"))
+    supervisor.take(last, last.job.ticket, lambda: (True, "up again"))
     assert replies(another)[0].value == "up again"
 
 
@@ -414,7 +414,7 @@ def test_a_worker_that_cannot_be_launched_is_tried_again():
 def test_any_number_of_jobs_that_cannot_be_sent_fail():
     supervisor = started(1)
 
-    def refuse(worker: WatchedWorker, job: Job) -> None:
+    def refuse(worker: WatchedWorker, job: Part) -> None:
         raise ValueError("too heavy")
 
     supervisor.send = refuse
@@ -446,12 +446,12 @@ def test_only_workers_that_are_at_an_interrupted_request_are_ended():
     interrupted.more(1)  # waits
     first, second, third = supervisor.launched
     interrupted.abandoned = True  # in another thread: its own has still to close it
-    supervisor.take(first, first.job.number, lambda: (True, "done meanwhile"))
+    supervisor.take(first, first.job.ticket, lambda: (True, "done meanwhile"))
     assert first.idle
     interrupted.abandon()
     supervisor.tend()
     assert [worker.ended for worker in (first, second, third)] == [False, True, False]
-    supervisor.take(third, third.job.number, lambda: (True, "good"))
+    supervisor.take(third, third.job.ticket, lambda: (True, "good"))
     assert [reply.value for reply in replies(other)] == ["good"]
 
 

@@ -11,11 +11,10 @@ from torch import nn
 
 from coded_torch.testing.helpers import WAIT, Gated, until
 from coded_torch.testing.workers import WorkersTests, numbered, task_of
-from coded_torch.workers import Task
+from coded_torch.workers import Part, Task
 from coded_torch.workers.dispatch import (
     DispatchedWorkers,
     Dispatcher,
-    Job,
     Worker,
 )
 from coded_torch.workers.faults import compute
@@ -48,21 +47,19 @@ class Threads(Dispatcher):
         for place in range(size):
             self.add(Worker(place))
 
-    def send(self, worker: Worker, job: Job) -> None:
+    def send(self, worker: Worker, job: Part) -> None:
         self._executor.submit(self._compute, worker, job)
 
-    def _compute(self, worker: Worker, job: Job) -> None:
+    def _compute(self, worker: Worker, job: Part) -> None:
         task = job.request.task
         try:
             with job.request.ambient.restored(task.device):
-                value = compute(
-                    job.request.module, task.payload(job.part.units, copied=True), job.part.fault
-                )
+                value = compute(job.request.module, task.payload(job.units, copied=True), job.fault)
         except BaseException as cause:
             reason = f"failed: {type(cause).__name__}: {cause}"
-            self.settle(worker, job.number, None, reason, "raised", cause)
+            self.settle(worker, job.ticket, None, reason, "raised", cause)
         else:
-            self.settle(worker, job.number, value)
+            self.settle(worker, job.ticket, value)
 
     def close(self) -> None:
         self.stop()

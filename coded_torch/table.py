@@ -1,0 +1,290 @@
+"""The table of a call: a row for each part, the events that fill it, and what follows from it.
+
+=========================================================  ===========================
+columns of a :class:`Part`                                 written by
+=========================================================  ===========================
+number, units, of, why, avoid, tried, asked, due,          the policy: :meth:`Table.ask`
+replaced
+worker, began, fresh, ended, result, error                 the pool: :meth:`Table.hear`
+outcome, and result and error of what was judged           checks: :meth:`Table.mark`
+=========================================================  ===========================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+import traceback
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from dataclasses import field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from .workers.faults import Fault
+
+#: The outcomes of a part: not known yet; a result that counts; no result; not wanted before it
+#: began; and a result that does not count, because its form, its values or others speak against it.
+OPEN, GOOD, FAILED, DROPPED, DISPUTED = "open", "good", "failed", "dropped", "disputed"
+_tickets = itertools.count()
+_NOBODY = frozenset[int]()
+
+
+class WorkerError(RuntimeError):
+    """The reason why a part has no value. If the module raised, its exception is the cause.
+
+    Attributes:
+        part: the number of the part.
+        worker: the place of the worker that had the part, or -1.
+        reason: the event, in words that continue "worker 3" or "part 3".
+        kind: "raised" if the module, its arguments or its result raised; "died" if the worker ended
+            while it computed; else "".
+    """
+
+    def __init__(self, part: int, worker: int, reason: str, kind: str = "", cause: Any = None):
+        self.part, self.worker, self.reason, self.kind = part, worker, reason, kind
+        self.__cause__ = cause
+        super().__init__(f"part {part} {reason}" if worker < 0 else f"worker {worker} {reason}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.part, self.worker, self.reason, self.kind)
+
+    @functools.cached_property
+    def alike(self) -> Hashable:
+        """The same for errors of one kind that differ only in the numbers they mention."""
+        cause = self.__cause__ or self
+        text = "".join(traceback.format_exception_only(cause)) if self.kind == "raised" else ""
+        # Places, sizes and addresses differ between the parts of one batch.
+        return self.kind, type(cause), re.sub(r"\w*\d\w*", "#", text)
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Part:
+    """The units of a task that one worker is asked for, and what came of it.
+
+    The thread of the call writes the columns, by events of the pool, which reads those above the
+    line.
+    """
+
+    number: int  #: 0, 1, 2, ... within the request, in the order of asking
+    units: tuple[int, ...]  #: at least one, increasing
+    fault: Fault | None = None  #: an injected fault
+    #: The places of workers that must not compute it, and of workers that do if no other is idle.
+    avoid: frozenset[int] = frozenset()
+    tried: frozenset[int] = frozenset()
+    request: Any = None  #: the request that has asked a dispatcher for it
+    ticket: int = field(default_factory=_tickets.__next__)  #: no other part has it
+    # ---
+    of: Part | None = None  #: the part that it stands in for
+    #: "first", "hedge" of a late part, "retry" of a failed one, "check", "vote" or "aside"
+    why: str = "first"
+    asked: float = 0.0  #: seconds on the clock of the request, as are all times
+    worker: int = -1  #: the place of the worker that had it last; -1 for none
+    began: float = math.inf
+    fresh: bool = False  #: true if the worker had to load the module
+    ended: float = math.inf
+    result: Any = None
+    error: WorkerError | None = None
+    outcome: str = OPEN
+    due: float = math.inf  #: the time at which it is late
+    replaced: bool = False  #: true if others stand in for it
+
+    def line(self) -> Iterator[Part]:
+        """Yield the part, the part that it stands in for, and so on."""
+        part: Part | None = self
+        while part is not None:
+            yield part
+            part = part.of
+
+    @property
+    def seconds(self) -> float:
+        """The seconds that its worker took; infinite if it has not ended, or no worker had it."""
+        return self.ended - self.began if self.began < math.inf else math.inf
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended without a result that counts."""
+        return self.outcome is FAILED or self.outcome is DISPUTED
+
+    @property
+    def tries(self) -> int:
+        """How often exactly these units failed in a row."""
+        same = itertools.takewhile(lambda other: other.units == self.units, self.line())
+        return sum(other.failed for other in same)
+
+    @property
+    def kind(self) -> str:
+        """The kind of its error; "" if there is none."""
+        return "" if self.error is None else self.error.kind
+
+
+class Began(NamedTuple):
+    """A worker has begun a part."""
+
+    part: Part
+    worker: int  #: the place of the worker in the pool
+    at: float  #: seconds on the clock of the request
+    fresh: bool = False  #: true if the worker has to load the module, so that its time is longer
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Reply:
+    """The end of a part: a value or an error."""
+
+    part: Part
+    worker: int  #: the place of the worker that had the part, or -1
+    at: float  #: seconds on the clock of the request
+    latency: float  #: seconds since the worker began the part; infinite if no worker did
+    value: Any = None  #: the module's output for the part, a pytree, on the device of the task
+    error: WorkerError | None = None
+
+
+class Hedge(NamedTuple):
+    """A part that stands in for a late or failed part."""
+
+    part: int  #: the number of this part
+    of: int  #: the number of the part that it stands in for
+    units: tuple[int, ...]  #: the units of this part
+    at: float  #: seconds from the call to the ask
+    won: bool  #: true if this part was the first to answer any of its units
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Table:
+    """The parts of one call. One thread uses a table, and calls a policy's ``decide`` on it.
+
+    A unit is a row of the batch, or a column of a code. All times are seconds on one clock.
+    """
+
+    first: Sequence[Sequence[int]]  #: the units of each part that is asked for first
+    needed: int  #: the number of units that complete the call: B, or N - S
+    least: int = 1  #: the number of units that can be decoded
+    unit_rows: int = 1  #: the rows of a unit
+    spare: Sequence[int] | None = None  #: the columns that stand in for any; None by rows
+    since: float = 0.0  #: the time at which the call began
+    idle: Callable[[], int] = lambda: 1  #: returns the number of idle workers
+    reserve: float = 0.0  #: seconds before the deadline that estimates take
+    #: Marks parts that have ended, perhaps others, too. Defaults to believing the pool.
+    judge: Callable[[Sequence[Part]], None] | None = None
+    # Indexes, which follow from the columns.
+    parts: list[Part] = field(default_factory=list)
+    answered: dict[int, Part] = field(default_factory=dict)  #: the first good part, by unit
+    ended: list[Part] = field(default_factory=list)  #: parts in the order of their ends
+    open: int = 0  #: parts whose outcome is open
+    asked: set[int] = field(default_factory=set)  #: workers that began a part
+    failed: dict[int, frozenset[int]] = field(default_factory=dict)  #: workers, by unit
+    changed: list[Part] = field(default_factory=list)  #: began or failed since the last decision
+    now: float = -math.inf
+    heard: float = -math.inf  #: no event can come any more from before
+    is_quiet: bool = False  #: true if nothing has happened since the last decision
+    is_over: bool = False  #: true if nothing can come any more
+    # What policies write beside the parts.
+    reason: str = ""  #: why the call has ended, as :attr:`coded_torch.Report.ended`
+    refused: dict[int, Part] = field(default_factory=dict)  #: why the module fails on a unit
+    given_up: set[int] = field(default_factory=set)  #: units that are not asked for any more
+    avoid: frozenset[int] = _NOBODY  #: workers that no part may have
+    unwanted: list[Part] = field(default_factory=list)  #: dropped, and not yet told the pool
+    prepares: bool = False  #: true if missing rows may soon have to be estimated
+    deadline: float = math.inf  #: seconds from the call to its answer
+    hedging_threshold: float = math.inf  #: seconds after which the largest part is late
+    policy: Any = None  #: what the policy keeps of this call
+    verdict: Any = None  #: what verification keeps of this call
+
+    def __post_init__(self) -> None:
+        self.now = self.heard = self.since
+
+    def ask(
+        self,
+        units: Iterable[int],
+        of: Part | None = None,
+        why: str = "first",
+        avoid: Collection[int] = (),
+    ) -> Part:
+        """Add a part that workers are to be asked for."""
+        part = Part(len(self.parts), tuple(units), of=of, why=why, asked=self.now)
+        part.avoid = self.avoid.union(avoid)
+        if self.failed:
+            tried = [self.failed.get(unit, _NOBODY) for unit in part.units]
+            part.tried = frozenset.intersection(*tried)
+        self.parts.append(part)
+        self.open += 1
+        self.is_over = False
+        return part
+
+    def hear(self, events: Iterable[Began | Reply], until: float = -math.inf) -> None:
+        """Write events, or without any that nothing happens until a time; infinite: any more."""
+        ended, events = list[Part](), [*events]
+        for event in events:
+            part = event.part
+            self.now = max(self.now, event.at)
+            if isinstance(event, Began):
+                part.worker, part.began, part.fresh = event.worker, event.at, event.fresh
+                self.asked.add(event.worker)
+                if part.outcome is DROPPED:  # it was told too late
+                    part.outcome = OPEN
+                    self.open += 1
+                self.changed.append(part)
+            elif part.ended == math.inf:  # a second reply does not count
+                part.worker, part.ended = event.worker, event.at
+                part.began = event.at - event.latency if event.latency < math.inf else math.inf
+                part.result, part.error = event.value, event.error
+                ended.append(part)
+        self.ended += ended
+        if ended and self.judge is not None:
+            self.judge(ended)
+        elif ended:
+            for part in ended:
+                self.mark(part, GOOD if part.error is None else FAILED)
+        self.is_quiet = not events
+        self.is_over = self.is_quiet and until == math.inf
+        if self.is_quiet and not self.is_over:
+            self.now = self.heard = max(self.now, until)
+
+    def mark(self, part: Part, outcome: str, error: WorkerError | None = None) -> None:
+        """Write the outcome of a part, which may change later, and why it is not good."""
+        before, part.outcome = part.outcome, outcome
+        if outcome is DROPPED:
+            self.unwanted.append(part)
+        part.error = error or part.error
+        self.open -= before is OPEN
+        if outcome is GOOD:
+            self._answer(part)
+        elif before is GOOD:  # its units may have other answers
+            self.answered.clear()
+            for other in self.good:
+                self._answer(other)
+        if outcome is not GOOD:
+            self.changed.append(part)
+        if outcome is DISPUTED or (outcome is FAILED and part.kind == "raised"):
+            for unit in part.units:
+                self.failed[unit] = self.failed.get(unit, _NOBODY) | {part.worker}
+
+    def _answer(self, part: Part) -> None:
+        units = part.units
+        if not self.answered.keys().isdisjoint(units):
+            units = tuple([unit for unit in units if unit not in self.answered])
+        self.answered.update(dict.fromkeys(units, part))
+
+    # Views.
+
+    @property
+    def good(self) -> list[Part]:
+        """The parts whose results are good, in the order of their ends."""
+        return [part for part in self.ended if part.outcome is GOOD]
+
+    def missing(self, part: Part) -> list[int]:
+        """Return the units of a part that have no answer, and that the module may compute."""
+        return [u for u in part.units if u not in self.answered and u not in self.refused]
+
+    @property
+    def hedges(self) -> tuple[Hedge, ...]:
+        """The parts that stand in for others."""
+        parts = [part for part in self.parts if part.of is not None]
+        won = {part.number for part in self.answered.values()} if parts else ()
+        return tuple(
+            Hedge(p.number, p.of.number, p.units, p.asked - self.since, p.number in won)
+            for p in parts
+            if p.of is not None
+        )

@@ -1,0 +1,45 @@
+"""What holds for the table of a call, whatever happens."""
+
+import pytest
+
+from coded_torch import Waiting
+from coded_torch.experiments.simulation import Conditions, simulate
+
+BAD = Conditions(spread=0.5, straggling=0.1, slow=0.2, dead=0.1, dead_after=1.0, bursts=20.0)
+
+
+class Twice:
+    """A policy that decides twice at each moment: the second decision must write nothing."""
+
+    num_stragglers = None
+
+    def __init__(self, policy):
+        self.policy, self.at_once = policy, policy.at_once
+
+    def decide(self, history, table):
+        until = self.policy.decide(history, table)
+        if not table.reason:
+            before = self.columns(table)
+            self.policy.decide(history, table)
+            assert (self.columns(table), table.reason) == (before, "")
+        return until
+
+    def columns(self, table):
+        return [
+            (part.units, part.why, part.outcome, part.due, part.replaced) for part in table.parts
+        ]
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Waiting(),
+        Waiting(deadline=3.0),
+        Waiting(estimate_after=3.0),
+        Waiting.first(2),
+    ],
+    ids=str,
+)
+def test_deciding_twice_at_one_moment_writes_nothing(policy):
+    outcome = simulate(Twice(policy), BAD, num_workers=6, num_parts=4, num_requests=300)
+    assert outcome.ended.total() == 300
