@@ -89,9 +89,10 @@ def test_replies_that_arrive_together_are_waited_for_once():
     task = task_of(whole[:, None])
     checks = Checks(SimpleNamespace(task=task, link=None, not_finite=None, mixes=True))
     table = checks.table = Table(first=[(n,) for n in range(4)], needed=4, judge=checks.judge)
-    parts = [table.ask(units) for units in table.first]
+    values = zip(map(table.ask, table.first), whole.split(1), strict=True)
+    replies = [Reply(part, part.number, 0.0, 0.0, value) for part, value in values]
     with host_waits() as lines:
-        table.hear([Reply(part, part.number, 0.0, 0.0, whole[part.units]) for part in parts])
+        table.hear(replies)
     assert table.answered.keys() == {0, 1, 2, 3}
     assert sum(lines.values()) == 1, lines
 
