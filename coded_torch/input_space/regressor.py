@@ -164,14 +164,16 @@ class Regressor:
         dense("Regression", "results", results)
         used, (at,) = self._used, to_device([self._used], results.device)
         with outside(), exactly():
-            size, sample = _size(columns(results)), few_columns(used, results)
+            all_columns, sample = columns(results), few_columns(used, results)
+            is_whole = sample.shape[1] == all_columns.shape[1]  # a host's numbers are known
+            size = _size(sample if is_whole else torch.stack(all_columns.aminmax()))
             weights = torch.full((1, len(used)), 1 / len(used), dtype=torch.float64)
             choice, process, trust = self.fit(sample / size, search)
             if process is not None:  # shrunk as far as results are not estimated by each other
                 # Wide outputs, other devices and derivatives need weights.
                 simple = results.device.type == "cpu" and not differentiated(results)
                 if simple and results[0].numel() < len(self.missing) and len(used) > _WEIGHED:
-                    found = process.estimate(columns(results)[used].double() / size, trust) * size
+                    found = process.estimate(all_columns[used].double() / size, trust) * size
                     return found.to(results.dtype).view(-1, *results.shape[1:]), choice
                 weights = process.weights * trust + (1 - trust) / len(used)
             map = MatrixMap(weights)
@@ -181,16 +183,16 @@ class Regressor:
 
     def bounds(self, results: Tensor, answers: Tensor, *surrogates: Tensor) -> Bounds:
         """Return the error bounds of the missing rows, as ``RowPlan`` does."""
-        rows, values = self.missing, [columns(x) for x in (results, answers, *surrogates)]
-        places, size = to_device([self._used, rows] * 2, results.device), _size(values[0])
-        pairs = zip(values, places, strict=False)
-        of_used, estimated, *offsets = (x.index_select(0, at).cpu() / size for x, at in pairs)
+        rows, values = self.missing, (results, answers, *surrogates)
+        found = _on_host([*zip(values, [self._used, rows] * 2, strict=False)])
+        size = _size(found[0])
+        of_used, estimated, *offsets = (x / size for x in found)
         labels = (of_used, estimated) if results.dim() == 2 else None
         if labels and offsets:
             labels = of_used + offsets[0], estimated + offsets[1]
         _, process, trust = self.fit(_few(of_used).double())
-        found = bounds(rows, of_used, estimated, process, trust, labels)
-        return found._replace(thresholds=found.thresholds * size)
+        scaled = bounds(rows, of_used, estimated, process, trust, labels)
+        return scaled._replace(thresholds=scaled.thresholds * size)
 
     def left_out_squares(self, values: Sequence[Tensor]) -> list[float]:
         """Return the sums of squared errors of estimating values from each other.
@@ -216,7 +218,7 @@ def _best(losses: Mapping[_T, npt.NDArray[np.float64]], default: _T) -> _T:
 
 def _size(results: Tensor) -> float:
     """Return the power of two to divide results by; 1, unless squares or sums could overflow."""
-    largest = max(map(abs, map(float, results.aminmax()))) if results.numel() else 0.0
+    largest = float(results.abs().max()) if results.numel() else 0.0
     if not 0 < largest < math.inf or 2.0**-500 < largest < 2.0**60:
         return 1.0
     return math.ldexp(1.0, max(math.frexp(largest)[1] - 60, -1000))
@@ -224,8 +226,14 @@ def _size(results: Tensor) -> float:
 
 def few_columns(rows: Tensor, values: Tensor) -> Tensor:
     """Return some columns of some rows of values ``[n, ...]``: ``[M, C]``, float64 on the host."""
-    (at,) = to_device([rows], values.device)
-    return _few(columns(values)).index_select(0, at).cpu().double()
+    return _on_host([(_few(columns(values)), rows)])[0].double()
+
+
+def _on_host(asked: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
+    """Return rows of values of one device, ``[L, C]`` each, by one copy to the host."""
+    indices = to_device([rows for _, rows in asked], asked[0][0].device)
+    some = [columns(v).index_select(0, i) for (v, _), i in zip(asked, indices, strict=True)]
+    return torch.split(torch.cat(some).cpu(), [len(x) for x in some])
 
 
 def columns(values: Tensor) -> Tensor:
