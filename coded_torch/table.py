@@ -110,8 +110,8 @@ class Part:
 
     @property
     def tries(self) -> int:
-        """How often exactly these units failed in a row."""
-        same = itertools.takewhile(lambda other: other.units == self.units, self.line())
+        """How often as many units failed in a row: with a code, others stand in for them."""
+        same = itertools.takewhile(lambda x: len(x.units) == len(self.units), self.line())
         return sum(other.failed for other in same)
 
     @property

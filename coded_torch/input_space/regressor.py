@@ -166,7 +166,8 @@ class Regressor:
         with outside(), exactly():
             all_columns, sample = columns(results), few_columns(used, results)
             is_whole = sample.shape[1] == all_columns.shape[1]  # a host's numbers are known
-            size = _size(sample if is_whole else torch.stack(all_columns.aminmax()))
+            extremes = () if is_whole else all_columns.index_select(0, at).aminmax()
+            size = _size(torch.stack(extremes) if extremes else sample)
             weights = torch.full((1, len(used)), 1 / len(used), dtype=torch.float64)
             choice, process, trust = self.fit(sample / size, search)
             if process is not None:  # shrunk as far as results are not estimated by each other

@@ -16,7 +16,7 @@ from .._arguments import sparing_logger
 from ..codes.plans import DeadlineExceeded, NotEnoughResults
 from ..scheduling.latency_history import History
 from ..scheduling.waiting import Waiting
-from ..table import Began, Reply, Table, WorkerError
+from ..table import DROPPED, OPEN, Began, Reply, Table, WorkerError
 from ..verification import Trials
 from ..workers.base import Request, Workers
 from .division import Division
@@ -72,6 +72,11 @@ class Execution:
                 table.judge = table.policy = None  # no cycle keeps results until it is collected
                 report.versions = dict(request.versions)
                 report.note_table(table, division.batch_size, self.checks.rejected)
+                if check is not None:
+                    check.steps = None
+                for part in table.parts:  # a worker may keep what it still computes
+                    if part.outcome in (OPEN, DROPPED):
+                        part.of = None
         report.num_groups = division.num_groups
         if check is not None:
             report.note_verdict(check, division.batch_size)

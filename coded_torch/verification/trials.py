@@ -53,7 +53,7 @@ class Trials:
         self.void = list[Part]()  # parts whose results were good, and do not count
         self.undecided = set[tuple[int, int]]()  # the numbers of two parts that differ
         self._added = set[int]()  # the numbers of parts whose results have been added
-        self._steps: _Doing | None = None
+        self.steps: _Doing | None = None  #: the decisions to come, which hold the call
 
     def prepare(self) -> None:
         """Fit the regression that scores results, while workers compute."""
@@ -61,11 +61,11 @@ class Trials:
 
     def decide(self, history: Any, table: Table) -> float:
         """Decide as the policy does, and then check and try."""
-        if self._steps is None:
-            self._steps = self._decisions(history, table)
+        if self.steps is None:
+            self.steps = self._decisions(history, table)
         # A pool that cannot exclude workers is told to avoid them.
         table.avoid = frozenset(self.record.excluded if self.record.pool.exclude is None else ())
-        return next(self._steps, -math.inf)
+        return next(self.steps, -math.inf)
 
     def _decisions(self, history: Any, table: Table) -> _Doing:
         record, self.table = self.record, table
@@ -101,13 +101,15 @@ class Trials:
         table.reason = reason
 
     def _add(self) -> None:
-        """Add the results that are good now."""
+        """Add the results that are good now, and let none count that is void, or aside."""
         for part in self.table.good:
             if part.number not in self._added:
                 self._added.add(part.number)
                 divided = part.result.divided if part.result is not None else ()
                 leaves = [part.result.rows(i) for i in divided]
                 self.results.add(part.number, part.units, leaves)
+            if part.why == "aside" or part in self.void:
+                self.table.mark(part, DISPUTED)
 
     def _wait(self, parts: Iterable[Part], until: float) -> Generator[float, None, list[Part]]:
         """Wait for parts, and return the parts that have not ended."""
@@ -235,12 +237,8 @@ class Trials:
         parts = [table.ask(rows, why=why, avoid=some | out) for rows, some in requests]
         for part in (yield from self._wait(parts, until)):
             table.mark(part, DROPPED)
-        found = [part if part.outcome is GOOD else None for part in parts]
-        if why == "aside":
-            for part in parts:
-                if part.outcome is GOOD:
-                    table.mark(part, DISPUTED)
-        return found
+        good = DISPUTED if why == "aside" else GOOD
+        return [p if p.outcome is good and p.number in self._added else None for p in parts]
 
     # The trials.
 

@@ -171,6 +171,7 @@ class LiveRequest(Request):
         with self._lock:
             self._closed = True
             self._open.clear()
+            self._began.clear()
             self._events = queue.SimpleQueue()  # nothing that has arrived is needed any more
 
     def abandon(self) -> None:

@@ -1,20 +1,24 @@
 """How long a call waits, what it does with too little, and what it reports."""
 
 import contextlib
+import gc
 import logging
 import math
 import pickle
 import threading
 import time
+import weakref
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
-from coded_torch.codes import DeadlineExceeded, NotEnoughResults
+from coded_torch.codes import DeadlineExceeded, NotEnoughResults, ReplicationCode
 from coded_torch.nn.division import dealt
 from coded_torch.stragglers import Trace, Uniform
+from coded_torch.testing.virtual import VirtualWorkers
 from coded_torch.testing.workers import (
     CopyCode,
     FailsAt,
@@ -275,3 +279,43 @@ def test_a_surrogate_that_answers_alone_keeps_what_it_returned(own):
     answers.zero_()
     assert torch.equal(x, torch.arange(8.0).view(4, 2))
     assert torch.equal(MEAN, torch.ones(2))
+
+
+@pytest.mark.parametrize("act", ["nan", "die"])
+def test_columns_that_stand_in_for_failed_ones_fail_in_their_place(act):
+    """Else each of the spare columns would be tried three times."""
+    pool = VirtualWorkers([[(act, 1.0)]] * 4)
+    pool.stragglers = Uniform(8)
+    coded = CodedWrapper(Call(torch.neg), ReplicationCode(4, 12), workers=pool, waiting=Waiting())
+    with pytest.raises(NotEnoughResults):
+        coded(torch.ones(8, 3))
+    assert len(pool.begun) == 12
+
+
+class Hedged(nn.Module):
+    """Is slow with row 0, and a hedge of it ends when it is opened. All copies share the rest."""
+
+    calls: ClassVar = []
+    results: ClassVar = []
+    open = threading.Event()
+
+    def forward(self, x):
+        if x[0, 0] == 0:
+            self.calls.append(x)
+            self.open.wait(60) if len(self.calls) > 1 else time.sleep(1.3)
+        y = -x
+        self.results.append(weakref.ref(y))
+        return y
+
+
+def test_a_hedge_that_goes_on_keeps_no_result():
+    with DeviceWorkers(["cpu"] * 3) as pool, torch.no_grad():
+        options = {"parts": 2, "waiting": Waiting(deadline=2.0, hedge_budget=8.0)}
+        coded = CodedWrapper(Hedged(), workers=pool, **options)
+        coded(torch.arange(2.0).view(2, 1))  # hedged at half of the deadline
+        gc.collect()
+        alive = [result() is not None for result in Hedged.results]
+        Hedged.open.set()
+        assert len(Hedged.calls) == 2
+        assert alive
+        assert not any(alive)

@@ -1,9 +1,11 @@
 """Tests of verification on a virtual clock: excluded workers, corrected rows, and extra work."""
 
 import copy
+import gc
 import logging
 import math
 import time
+import weakref
 
 import pytest
 import torch
@@ -372,3 +374,28 @@ def test_what_a_worker_writes_into_its_results_after_their_check_reaches_no_answ
 
     pool = Shared([[(lambda y: sent.append(y) or y, 1.0)]] * 4)
     assert check(wrap(pool, 1.0), batch()).verified.all()
+
+
+def test_what_a_faulty_worker_repeats_too_late_never_counts():
+    """The worker is asked again for its part, and is wrong again when nobody waits any more."""
+    pool = pool_of(4, {0: [by(9.0), (by(9.0)[0], 4.5), OK]})
+    report = check(wrap(pool, 1.0, parts=4), batch(rows=16), charged=[0])
+    assert (report.faults, report.disputes) == ({0: 1}, 1)
+
+
+def test_an_interrupted_call_keeps_nothing():
+    def interrupt(result):
+        raise KeyboardInterrupt
+
+    coded = wrap(pool_of(4, {0: [OK, (interrupt, 1.0)]}), 0.5, parts=8)
+    gc.disable()
+    try:
+        x = batch(rows=16)
+        inputs = weakref.ref(x)
+        with pytest.raises(KeyboardInterrupt):
+            coded(x)
+        del x
+        coded.workers.begun.clear()
+        assert inputs() is None
+    finally:
+        gc.enable()
