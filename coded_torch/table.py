@@ -6,7 +6,7 @@ columns of a :class:`Part`                                 written by
 number, units, of, why, avoid, tried, asked, due,          the policy: :meth:`Table.ask`
 replaced
 worker, began, fresh, ended, result, error                 the pool: :meth:`Table.hear`
-outcome, and result and error of what was judged           checks: :meth:`Table.mark`
+outcome; the result and the error of a judged part         checks: :meth:`Table.mark`
 =========================================================  ===========================
 """
 
@@ -217,7 +217,7 @@ class Table:
         """Write events, or without any that nothing happens until a time; infinite: any more."""
         ended, events = list[Part](), [*events]
         for event in events:
-            part = event.part
+            part = self.parts[event.part.number]  # a pool may report copies
             self.now = max(self.now, event.at)
             if isinstance(event, Began):
                 part.worker, part.began, part.fresh = event.worker, event.at, event.fresh
