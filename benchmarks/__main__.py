@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        print("\nstopped; what is done is kept, and a second run goes on from there")
+        print("\nstopped; finished measurements are kept, and a second run takes the others")
         return INTERRUPTED
 
 

@@ -250,7 +250,7 @@ class _Pool:
         self._queue.extendleft(reversed(passed))
 
     def step(self, call: _Call, *events: Began | Reply) -> None:
-        """Tell a policy what has happened, and carry out its decisions until it waits or ends."""
+        """Give events to a policy, and carry out its decisions until it waits or ends the call."""
         table = call.table
         if call.asked:
             table.hear(events, call.until)

@@ -207,7 +207,7 @@ class Regressor:
 
 
 def _best(losses: Mapping[_T, npt.NDArray[np.float64]], default: _T) -> _T:
-    """Return what has the least mean loss; the default, if that may be chance."""
+    """Return the key with the least mean loss, or the default if the gain may be chance."""
     means = {key: float(x.mean()) for key, x in losses.items()}
     best = min(means, key=means.__getitem__)
     if best == default or means.get(default, math.inf) == math.inf:

@@ -71,7 +71,7 @@ class Answers:
             source = source if plan is None else plan.source(stacked.units)
             estimated = source < 0
             exact = ~estimated if not_finite is None else ~estimated & ~not_finite
-        report.note_source(source, stacked.late, division.task.unit_rows)
+        report.note_source(source, stacked.later, division.task.unit_rows)
         is_estimated = bool(estimated.any())
         approximations = self._approximations(stacked) if self._surrogates and is_estimated else []
         answers, weights = dict[int, Tensor](), list[tuple[float, ...]]()
@@ -123,7 +123,7 @@ class Answers:
         with outside():
             source = torch.full((division.batch_size,), -1)
             source[list(stacked.units)] = torch.arange(len(stacked.units))
-        report.note_source(source, stacked.late)
+        report.note_source(source, stacked.later)
         if divided:
             self._note(ErrorBounds.unknown(source < 0), answers[divided[0]])
         name = type(self._surrogates[able[0]]).__name__

@@ -74,7 +74,7 @@ class Execution:
                 report.note_table(table, division.batch_size, self.checks.rejected)
                 if check is not None:
                     check.steps = None
-                for part in table.parts:  # a worker may keep what it still computes
+                for part in table.parts:  # a worker keeps its part until it has computed it
                     if part.outcome in (OPEN, DROPPED):
                         part.of = None
         report.num_groups = division.num_groups
@@ -114,7 +114,7 @@ class Execution:
                     wanted -= len(event.part.units)
                     if wanted <= 0:
                         break  # no more replies are taken than can complete the call
-            finally:  # what has happened is reported even if waiting raised
+            finally:  # the report has these events even if waiting raised
                 table.hear(events, until)
 
     # Missing results.

@@ -173,9 +173,9 @@ class Report:
             logger.error(why, worker)
 
     @outside()
-    def note_source(self, source: Tensor, late: Sequence[bool], unit_rows: int = 1) -> None:
-        """Note the result of each answer, ``[B]``, -1 if estimated, and which results are late."""
-        kinds = bytearray([*late, 2])  # at -1, estimates
+    def note_source(self, source: Tensor, later: Sequence[bool], unit_rows: int = 1) -> None:
+        """Note the result of each answer, ``[B]``, -1 if estimated, and which a later part gave."""
+        kinds = bytearray([*later, 2])  # at -1, estimates
         self.estimated = source < 0
         self.source = torch.frombuffer(kinds, dtype=torch.uint8)[source // unit_rows]
 

@@ -108,7 +108,7 @@ class Stacked(NamedTuple):
     dims: list[int | None]  #: the batch dimension of each leaf of the module's output
     divided: list[int]  #: the places of the leaves that have a row for each of the batch
     spec: pytree.TreeSpec
-    late: tuple[bool, ...]  #: whether the part of each unit's result was asked for later
+    later: tuple[bool, ...]  #: whether the part of each unit's result was asked for later
 
     @property
     def decoded(self) -> list[int]:
@@ -137,7 +137,7 @@ class Stacked(NamedTuple):
         for i, x in enumerate(leaves):
             if isinstance(x, Tensor):
                 leaves[i] = torch.atleast_1d(x)[:0].detach().clone()
-        return self._replace(units=(), late=(), leaves=leaves)
+        return self._replace(units=(), later=(), leaves=leaves)
 
 
 class Checks:
@@ -248,8 +248,8 @@ class Checks:
                 own = own.index_select(0, torch.tensor(places, device=own.device))
             leaves[i] = own
         units = tuple([flat[place] for place in places])
-        late = tuple([answered[unit].why != "first" for unit in units])
-        return Stacked(units, leaves, first.dims, first.divided, first.spec, late)
+        later = tuple([answered[unit].why != "first" for unit in units])
+        return Stacked(units, leaves, first.dims, first.divided, first.spec, later)
 
 
 def _joined(leaves: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The table of a call, and the policy that decides from it what is asked for, and when it ends.
+"""Waiting policies, which decide which parts of a call are asked for, and when the call ends.
 
 A policy has a method ``decide(history, table)``, which a driver calls again and again. It writes
 parts to ask for, parts that are unwanted, and the reason of the end into the table, and returns
@@ -9,7 +9,7 @@ when to decide again if nothing happens::
         if table.reason:
             break
         ...                          # ask workers for the new parts, and drop the unwanted ones
-        table.hear(events, until)    # what has happened; nothing, at the time `until`
+        table.hear(events, until)    # new events; none if the time `until` has come
 
 Only a call that has ended changes the history of latencies.
 """

@@ -104,7 +104,7 @@ class Waiting:
         return max(decodable, -(-needed // 2)) if self.may_estimate(by_rows) else needed
 
     def decide(self, history: History, table: Table) -> float:
-        """Write into a call's table what is asked for next, and return when to decide again.
+        """Write the parts to ask for into the table of a call, and return when to decide again.
 
         The history is of the same module on the same pool.
         """

@@ -44,7 +44,7 @@ def test_one_that_was_stopped(monkeypatch, capsys):
 
     monkeypatch.setattr(convergence, "measurements", lambda *_: [(("a",), interrupt)])
     assert command.main(["convergence", "--quick"]) == 130
-    assert "what is done is kept" in capsys.readouterr().out
+    assert "finished measurements are kept" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -70,7 +70,8 @@ def test_several_run_in_processes_of_their_own(started):
 
 
 @pytest.mark.parametrize(
-    ("code", "said"), [(1, "distances failed with exit code 1\n"), (130, "what is done is kept")]
+    ("code", "said"),
+    [(1, "distances failed with exit code 1\n"), (130, "finished measurements are kept")],
 )
 def test_none_begins_after_one_has_failed_or_was_interrupted(started, capsys, code, said):
     started.codes["distances"] = code
