@@ -150,14 +150,17 @@ def test_wrong_arguments_are_named_at_once(call, arguments, data):
     ):
         return  # what it raises is its own; what it takes is what was asked for
     given = arguments | {argument: wrong}
-    tracemalloc.start()
-    with Allocated() as allocated:
-        error, seconds = outcome(call, given)
-    used = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    if error is None:
-        return
-    assert used + allocated.bytes < BYTES, (argument, wrong, error)
+    for _ in range(2):  # the first may import modules; other threads count, too
+        tracemalloc.start()
+        with Allocated() as allocated:
+            error, seconds = outcome(call, given)
+        used = tracemalloc.get_traced_memory()[1] + allocated.bytes
+        tracemalloc.stop()
+        if error is None:
+            return
+        if used < BYTES:
+            break
+    assert used < BYTES, (argument, wrong, error)
     text, own = str(error), inspect.signature(call).parameters.keys() | arguments.keys()
     # Mostly the wrong one itself; or one that does not fit to it.
     assert any(re.search(rf"\b{name}\b", text) for name in own), text
@@ -172,7 +175,7 @@ REFUSED = [
     (codes.SplineCode, {
         "num_data": [0, True, 1.0, 10**30], "num_workers": [0, 3, 6.0, 10**9],
         "encoder_smoothing": [-1.0], "decoder_smoothing": [NAN, "x"],
-        "data_points": [[0.0], [[0.0] * 4], [0.0, 1, 1, 2]],
+        "data_points": [[0.0], [[0.0] * 4], [0.0, 1, 1, 2], [INF] * 4],
         "worker_points": [[0.0, 1, 2, 3, 4, NAN], [0.0, 1, 2, 3, 4, INF], [5.0, 4, 3, 2, 1, 0]]}),
     (codes.FloaterHormannCode, {"order": [-1, 4, 0.5]}),
     (codes.LagrangeCode, {"degree": [0, 1.5], "decoder_degree": [-1], "num_workers": [2]}),
