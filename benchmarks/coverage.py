@@ -1,7 +1,7 @@
 """Do error bounds hold as often as they say? ``python -m benchmarks coverage``.
 
 Batches of held-out rows go through a wrapper that loses some of 24 parts. The errors of estimated
-rows are compared with their bounds at three levels, and labels with their risks.
+rows are compared with their bounds at three levels, and labels with their p-values.
 The oracle's constant is the bound that contains just as many of all errors of the data set. Half
 the width of a 95 % interval of the mean over batches stands beside every coverage.
 
@@ -87,7 +87,7 @@ def linear(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
 def summary(batches: list[dict[str, Tensor]], classes: bool = False) -> dict[str, Any]:
     """Return coverages with half their intervals, and bounds over the oracle's constant.
 
-    Each batch has the errors, bounds and risks of its missing rows, in all received sets.
+    Each batch has the errors, bounds and p-values of its missing rows, in all received sets.
     """
     errors, found = torch.cat([of["error"] for of in batches]), {}
     for level in (key for key in batches[0] if key.startswith("0.")):
@@ -265,7 +265,7 @@ def coverage(make: Callable[[], Task], setting: Setting, quick: bool) -> dict[st
                 continue
             missing = report.estimated
             if missing.any():
-                risks = report.radii if report.label_risks is None else report.label_risks
+                risks = report.radii if report.label_p_values is None else report.label_p_values
                 wrong = (answers.argmax(1) != exact.argmax(1))[missing].double()
                 found.append(
                     {

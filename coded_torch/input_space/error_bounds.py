@@ -31,7 +31,7 @@ class Bounds(NamedTuple):
 
     rows: Tensor  # [L], of the batch
     thresholds: Tensor  # [S, L, n]
-    risks: Tensor | None  # [L]; None if outputs are no [B, C]
+    p_values: Tensor | None  # [L], of labels; None if outputs are not [B, C]
 
 
 def bounds(
@@ -68,20 +68,20 @@ def bounds(
         errors = errors if labels else []  # they may be large
     if not signed:
         norms, moved = np.sqrt(norms), np.sqrt(moved)
-    risks = None
+    p_values = None
     if labels is not None and not signed:
         outputs, answered = labels[0][left_out].double().numpy(), labels[1].double().numpy()
         found = outputs - np.concatenate(errors, 1)
         wrong = found.argmax(1) != outputs.argmax(1)
         margins = _margins(answered) / np.sqrt(variances)
         of_results = _margins(found) / np.sqrt(of_left_out)
-        risks = torch.from_numpy(label_risks(margins, of_results, wrong))
+        p_values = torch.from_numpy(label_p_values(margins, of_results, wrong))
     calibrating = np.stack([of_left_out, *norms])
     if len(rows) > _MISSING:
         some = evenly(len(left_out), _CALIBRATING).numpy()
         weights, calibrating = weights[:, some], calibrating[:, some]
     limits = _thresholds(weights, variances, moved, calibrating, trust, len(results), signed)
-    return Bounds(rows, torch.from_numpy(limits), risks)
+    return Bounds(rows, torch.from_numpy(limits), p_values)
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
@@ -138,8 +138,12 @@ def _thresholds(
     return limits
 
 
-def label_risks(margins: Array, left_out: Array, wrong: npt.NDArray[np.bool_]) -> Array:
-    """Return the estimated risks ``[L]`` of labels, from ``[n]`` left out, some of them wrong."""
+def label_p_values(margins: Array, left_out: Array, wrong: npt.NDArray[np.bool_]) -> Array:
+    """Return the p-values ``[L]`` of labels being wrong, from ``[n]`` left out, some of them wrong.
+
+    If a missing row and the results are exchangeable, its label is wrong with a p-value of at most
+    p with probability p at most.
+    """
     worse = np.sort(left_out[wrong])
     larger = len(worse) - np.searchsorted(worse, margins)
     return (1.0 + larger) / (len(wrong) + 1)
@@ -161,8 +165,8 @@ class ErrorBounds:
     def unknown(cls, missing: Tensor) -> ErrorBounds:
         """Return infinite error bounds for missing rows, bool ``[B]``."""
         rows = missing.nonzero().flatten()
-        risks = torch.ones(len(rows), dtype=torch.float64)
-        return cls(len(missing), [Bounds(rows, risks.new_empty(1, len(rows), 0), risks)])
+        p = torch.ones(len(rows), dtype=torch.float64)
+        return cls(len(missing), [Bounds(rows, p.new_empty(1, len(rows), 0), p)])
 
     def radii(self, coverage: float | Tensor) -> Tensor:
         """Return the bounds, ``[B]``, float64: 0 for computed rows, infinite for too few results.
@@ -186,23 +190,23 @@ class ErrorBounds:
     def calibrated(self, thresholds: Tensor, off: Tensor) -> ErrorBounds:
         """Return error bounds by thresholds ``[B, m]`` of estimates that are ``off``, ``[B]``."""
         limits = (thresholds + off[:, None])[None]
-        bounds = [Bounds(x.rows, limits[:, x.rows], x.risks) for x in self._bounds]
+        bounds = [Bounds(x.rows, limits[:, x.rows], x.p_values) for x in self._bounds]
         return ErrorBounds(self.batch_size, bounds)
 
     def widened(self, by: Tensor) -> ErrorBounds:
         """Return error bounds of answers that are off by so much more, ``[B]``, inf if unknown."""
         wider = []
-        for rows, thresholds, risks in self._bounds:
-            risks = None if risks is None else risks.masked_fill(by[rows].isinf(), 1.0)
-            wider.append(Bounds(rows, thresholds + by[rows, None], risks))
+        for rows, thresholds, p in self._bounds:
+            p = None if p is None else p.masked_fill(by[rows].isinf(), 1.0)
+            wider.append(Bounds(rows, thresholds + by[rows, None], p))
         return ErrorBounds(self.batch_size, wider)
 
     @property
-    def label_risks(self) -> Tensor | None:
-        """The estimated risks of the labels, ``[B]``, float64; 0 for computed rows."""
-        risks = torch.zeros(self.batch_size, dtype=torch.float64)
+    def label_p_values(self) -> Tensor | None:
+        """The p-values of the labels, ``[B]``, float64; 0 for computed rows."""
+        values = torch.zeros(self.batch_size, dtype=torch.float64)
         for rows, _, of_rows in self._bounds:
             if of_rows is None:
                 return None
-            risks[rows] = of_rows
-        return risks
+            values[rows] = of_rows
+        return values

@@ -221,7 +221,8 @@ class CodedWrapper(ModuleProxy):
         if code is None:
             parts = self.parts or self.workers.num_workers or 1
             estimator = self.estimator or _ESTIMATOR
-            division = Rows(inputs, estimator, block=block, parts=parts, out_dims=self.out_dims)
+            how: Any = {"block": block, "parts": parts, "dealer": self._dealer}
+            division = Rows(inputs, estimator, **how, out_dims=self.out_dims)
         else:
             dealer = self._dealer if code.shuffle is True else code.shuffle or None
             lost = self._lost(waiting)

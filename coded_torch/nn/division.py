@@ -231,7 +231,8 @@ def dealt(size: int, parts: int) -> tuple[tuple[int, ...], ...]:
     """Return the rows of each part. Of any ``parts`` rows in turn, each part gets one, at random.
 
     So a missing part leaves some rows of each kind, in sorted batches and in periodic ones. The
-    same sizes are always dealt alike, and part p begins with row p.
+    same sizes are always dealt alike, so that equal batches have equal parts. Part p begins with
+    row p.
     """
     dealer, hands = random.Random(0), [[row] for row in range(parts)]
     for start in range(parts, size, parts):
@@ -246,18 +247,27 @@ class Rows(Division):
     """The rows of the batch, each of which is asked for once, in at most ``parts`` parts.
 
     Nothing is fitted before a row is missing. Then the estimator takes ``block`` rows together; at
-    0, each is estimated by the mean of all results.
+    0, each is estimated by the mean of all results. The ``dealer`` draws the order of asking, so
+    that a worker that is always late does not lose the same rows in every call.
     """
 
     def __init__(
-        self, inputs: Inputs, estimator: Regression, *, block: int, parts: int, out_dims: Any = 0
+        self,
+        inputs: Inputs,
+        estimator: Regression,
+        *,
+        block: int,
+        parts: int,
+        dealer: random.Random,
+        out_dims: Any = 0,
     ) -> None:
         size = inputs.batch_size
         super().__init__(inputs, size, 1, out_dims)
         self._estimator, self.block, self.by_rows = estimator, block, True
         self.link, self.coverage = estimator.link, estimator.coverage
         self.needed, self.least = size, 1
-        self.first = dealt(size, min(parts, size))
+        hands = dealt(size, min(parts, size))
+        self.first = dealer.sample(hands, len(hands))
 
     @functools.cached_property
     def plan(self) -> RowPlan:

@@ -56,8 +56,10 @@ class Report:
             :class:`~coded_torch.Regression`. 0 if the answer is computed, infinite if its input is
             not finite, or too few results arrived. None under a link, or without a regression.
         coverage: the level of the error bounds; None if there are none.
-        label_risks: float64 ``[B]``, on the host: for a first decoded output ``[B, C]``, the
-            estimated probability that an answer's largest number is not the module's. 0 if the
+        label_p_values: float64 ``[B]``, on the host: for a first decoded output ``[B, C]``, the
+            conformal p-value of the hypothesis that an answer's largest number is not the module's.
+            An answer is wrong with a value of at most p with probability p at most. That is not the
+            share of wrong answers among those with such a value; see :meth:`certified`. 0 if the
             answer is computed. None for other outputs, or without a regression.
         surrogate_weights: for every decoded output, of each surrogate; 0 if the surrogate failed or
             did not improve the estimate. Empty if nothing was estimated.
@@ -99,7 +101,7 @@ class Report:
     source: Tensor | None = dataclasses.field(default=None, repr=False)
     radii: Tensor | None = dataclasses.field(default=None, repr=False)
     coverage: float | None = None
-    label_risks: Tensor | None = dataclasses.field(default=None, repr=False)
+    label_p_values: Tensor | None = dataclasses.field(default=None, repr=False)
     surrogate_weights: tuple[tuple[float, ...], ...] = ()
     ended: str = ""
     hedging_threshold: float | None = None
@@ -129,10 +131,34 @@ class Report:
         """The workers that began a part and have no result that counts."""
         return tuple(sorted(set(self.asked) - set(self.received)))
 
-    def radii_at(self, coverage: float) -> Tensor | None:
-        """Return the error bounds at another level, between 0 and 1, or None if there are none."""
+    def radii_at(self, coverage: float, odds: float = 1.0) -> Tensor | None:
+        """Return the error bounds at another level, between 0 and 1, or None if there are none.
+
+        With ``odds`` above 1 they hold as often although rows are not equally likely to be missing,
+        as long as the odds of any two of them to be missing differ by at most this factor.
+        """
         real("radii_at", "coverage", coverage, "between 0 and 1", lambda x: 0 < x < 1)
-        return None if self.radii is None or self._bounds is None else self._bounds.radii(coverage)
+        real("radii_at", "odds", odds, "at least 1 and finite", lambda x: 1 <= x < math.inf)
+        level = odds * coverage / (1 - coverage + odds * coverage)
+        return None if self.radii is None or self._bounds is None else self._bounds.radii(level)
+
+    def certified(self, rate: float) -> Tensor | None:
+        """Return the rows whose classes are certified, bool ``[B]``; None without p-values.
+
+        Computed rows are. Of the estimated ones, Benjamini and Hochberg's rule selects as many as
+        possible at the false discovery ``rate``, in (0, 1): the expected share of selected rows
+        whose class is not the module's is at most that.
+
+        Reference:
+            Jin, Candes, "Selection by Prediction with Conformal p-values", JMLR 2023.
+        """
+        real("certified", "rate", rate, "between 0 and 1", lambda x: 0 < x < 1)
+        if self.label_p_values is None or self.estimated is None:
+            return None
+        values = self.label_p_values[self.estimated].sort().values
+        few = values <= rate * torch.arange(1, len(values) + 1) / max(1, len(values))
+        most = values[few].max() if few.any() else -1.0
+        return ~self.estimated | (self.label_p_values <= most)
 
     def note_table(self, table: Table, size: int, rejected: Sequence[WorkerError]) -> None:
         """Note who was asked, which results count, and how the policy ended the call, if it did."""
@@ -182,7 +208,7 @@ class Report:
     def note_empty(self) -> None:
         """Note that there are no answers."""
         self.note_source(torch.zeros(0, dtype=torch.int64), ())
-        self.radii = self.label_risks = torch.zeros(0, dtype=torch.float64)
+        self.radii = self.label_p_values = torch.zeros(0, dtype=torch.float64)
 
     @outside()
     def note_bounds(
@@ -190,7 +216,7 @@ class Report:
     ) -> None:
         """Note how far off answers ``[B, ...]`` may be; under a link, only their labels."""
         labels = answers is not None and answers.dim() == 2 and answers.shape[1] > 1
-        self._bounds, self.label_risks = bounds, bounds.label_risks if labels else None
+        self._bounds, self.label_p_values = bounds, bounds.label_p_values if labels else None
         if link is None:
             self.radii, self.coverage = bounds.radii(coverage), coverage
 

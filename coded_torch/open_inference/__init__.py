@@ -71,23 +71,26 @@ class TensorSpec:
         return len(shape) == len(self.shape) and all(ours in (-1, size) for ours, size in pairs)
 
 
-#: The outputs that this package's server gives every model beside its own: whether a row
-#: is estimated; the bound that its error is within; the risk of its label; its source, 0 from the
+#: The outputs that this package's server gives every model beside its own: whether a row is
+#: estimated; the bound that its error is within; the p-value of its label; its source, 0 from the
 #: worker asked first, 1 from a later one, 2 estimated; whether two workers computed it alike;
 #: whether its first result was wrong and was replaced. JSON has null for infinite numbers and for
 #: NaN, which stands for unknown.
 ADDED = (
     TensorSpec("estimated", "BOOL", ()),
     TensorSpec("radius", "FP32", ()),
-    TensorSpec("label_risk", "FP32", ()),
+    TensorSpec("label_p_value", "FP32", ()),
     TensorSpec("source", "UINT8", ()),
     TensorSpec("verified", "BOOL", ()),
     TensorSpec("corrected", "BOOL", ()),
 )
-#: What "estimated" was named before. For one version servers answer to both names, and metadata
+#: What two of them were named before. For one version servers answer to both names, and metadata
 #: list what older clients know: these ask for any other output as if it was the model's own.
-FORMER = TensorSpec("predicted", "BOOL", ())
-LISTED = (FORMER, *ADDED[1:5])
+FORMER = {
+    "estimated": TensorSpec("predicted", "BOOL", ()),
+    "label_p_value": TensorSpec("label_risk", "FP32", ()),
+}
+LISTED = tuple(FORMER.get(spec.name, spec) for spec in ADDED[:5])
 
 
 def specs(

@@ -140,10 +140,10 @@ class Client:
             raise EndpointError(f"{self._name}: {server} {error}") from None
         binary = "binary_tensor_data" in str(about.get("extensions"))
         known = {spec.name: spec for spec in given}
-        added = {*ADDED, FORMER} if {*LISTED[1:]} <= {*given} else ()  # a server of this package
+        added = {*ADDED, *FORMER.values()} if {*LISTED} & {*ADDED} <= {*given} else ()  # our server
         names = [x for x in known if known[x] not in added] if outputs is None else outputs
         if added:
-            known = {spec.name: spec for spec in ADDED} | {ADDED[0].name: FORMER} | known
+            known = {spec.name: spec for spec in ADDED} | FORMER | known
         if unknown := [each for each in names if each not in known]:
             must = f"outputs must be some of {', '.join(known)}"
             raise ValueError(f"{self._name}: {must}, got {unknown}")
@@ -181,7 +181,7 @@ class Client:
             raise EndpointError(f"answered against the protocol: {error}") from None
         self._echoing.update({server} if echoed else ())
         estimated = message["estimated_rows"]
-        if estimated and {ADDED[0], FORMER}.isdisjoint(model.outputs):
+        if estimated and {ADDED[0], FORMER["estimated"]}.isdisjoint(model.outputs):
             why = f"the server estimated {estimated} of {rows} rows"
             raise BusyError(_RETRY_SECONDS, f"{why}, which outputs with 'estimated' would return")
         return outputs, str(message.get("model_version") or "")[:_VERSION]

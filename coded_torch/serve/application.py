@@ -44,7 +44,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
     under a code. Each request is answered by its deadline: with the model's own results where
     workers replied, else with estimates, which the answer's ``estimated_rows`` counts. Clients
     may ask for further outputs, a number a row: ``estimated``, ``source``, ``verified``,
-    ``corrected``, and ``radius`` and ``label_risk`` at the level of the parameter ``coverage``.
+    ``corrected``, and ``radius`` and ``label_p_value`` at the level of the parameter ``coverage``.
 
     Its lifespan starts the workers and closes them. It runs under any ASGI server, in one process.
     A refused request gets ``{"error": ...}`` with 4xx if it is wrong, 500 if the model fails on it,
@@ -91,7 +91,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             for spec in given:
                 instance(self, f"an entry of {argument}", spec, TensorSpec)
             names = [spec.name for spec in given]
-            added = [spec.name for spec in (*ADDED, FORMER) if argument == "outputs"]
+            added = [spec.name for spec in (*ADDED, *FORMER.values()) if argument == "outputs"]
             if not given or len({*names, *added}) < len(names) + len(added):
                 but = f", none of {', '.join(added)}" if added else ""
                 raise ValueError(f"app: {argument} must be named, each once{but}, got {names}")
@@ -243,7 +243,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         report, coverage = answer.report, answer.report.coverage
         names = [spec.name for spec in (*self.outputs, *ADDED)]
         answers = dict(zip(names, answer.outputs, strict=True))
-        answers[FORMER.name] = answers["estimated"]
+        answers |= {former.name: answers[name] for name, former in FORMER.items()}
         if message.coverage and coverage is not None:
             coverage = message.coverage
             if (radii := report.radii_at(coverage)) is not None:

@@ -77,7 +77,7 @@ def compute(
         must = [(spec.dtype, [rows, *spec.shape]) for spec in specs]
         raise TypeError(f"the model must return tensors {must}, got {got}")
     # Without a value, computed rows get 0, and estimated rows NaN.
-    fields = ("estimated", "radii", "label_risks", "source", "verified", "corrected")
+    fields = ("estimated", "radii", "label_p_values", "source", "verified", "corrected")
     for name, spec in zip(fields, ADDED, strict=True):
         values = getattr(report, name)
         if name == "corrected":

@@ -234,7 +234,7 @@ def parse(
             raise ValueError(f"input {spec.name!r} must be finite, but row {row} is not")
     wanted = []
     listed = field("the request", message, "outputs", list, [])
-    for owner, spec, _, how in wire.entries("output", listed, (*outputs, *ADDED, FORMER)):
+    for owner, spec, _, how in wire.entries("output", listed, (*outputs, *ADDED, *FORMER.values())):
         if how.get("classification"):
             raise ValueError(f"{owner} must be asked for as it is, not as a classification")
         wanted.append((spec, field(owner, how, "binary_data", bool, binary)))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coded_torch import Regression
-from coded_torch.input_space.error_bounds import ErrorBounds, bounds, label_risks
+from coded_torch.input_space.error_bounds import ErrorBounds, bounds, label_p_values
 from coded_torch.input_space.gaussian_process import GaussianProcess
 
 POWER = 0.75 / 2
@@ -136,10 +136,10 @@ def test_rows_of_a_batch_are_covered(rows, outputs, length):
     assert 0.87 <= covered / count <= 0.97
 
 
-def test_the_risk_of_a_label_counts_wrong_ones_of_a_larger_margin():
+def test_the_p_value_of_a_label_counts_wrong_ones_of_a_larger_margin():
     margins, left_out = np.array([0.5, 2.0, 9.0]), np.array([1.0, 2.0, 3.0, 0.1])
     wrong = np.array([True, True, False, True])
-    assert label_risks(margins, left_out, wrong).tolist() == [3 / 5, 2 / 5, 1 / 5]
+    assert label_p_values(margins, left_out, wrong).tolist() == [3 / 5, 2 / 5, 1 / 5]
 
 
 def test_surrogates_take_part_in_labels_alone():
@@ -151,5 +151,5 @@ def test_surrogates_take_part_in_labels_alone():
     without = bounds(*args, args[1:3])
     found = bounds(*args, (args[1] + classes[:30], args[2] + classes[30:]))
     assert torch.equal(found.thresholds, without.thresholds)
-    assert found.risks.tolist() == [1 / 31] * 10
-    assert without.risks.max() > 0.5
+    assert found.p_values.tolist() == [1 / 31] * 10
+    assert without.p_values.max() > 0.5

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import DeadlineExceeded
-from coded_torch.stragglers import Uniform
+from coded_torch.nn import Report
+from coded_torch.stragglers import Trace, Uniform
 from coded_torch.surrogates import Memory
 from coded_torch.workers import LocalWorkers
 
@@ -188,7 +189,7 @@ def test_gradients_pass_through_results_only(way):
     assert x.grad.isfinite().all()
     coded.surrogate = [student, Memory()]
     values = torch.func.grad(lambda x: coded(x).sum())(x.detach())
-    for name in ("estimated", "radii", "label_risks"):  # they outlive the transform
+    for name in ("estimated", "radii", "label_p_values"):  # they outlive the transform
         kept = getattr(coded.last_run, name)
         assert not torch._C._functorch.is_functorch_wrapped_tensor(kept), name
     assert values.shape == x.shape
@@ -289,17 +290,62 @@ def test_levels_of_radii_are_checked():
             report.radii_at(level)
     with pytest.raises(TypeError, match="radii_at: coverage must be between 0 and 1"):
         report.radii_at("x")
+    with pytest.raises(ValueError, match="radii_at: odds must be at least 1 and finite"):
+        report.radii_at(0.9, odds=0.5)
+
+
+def test_a_worker_that_is_always_late_does_not_lose_the_same_rows_in_every_call():
+    """Else the bounds of sorted batches, whose rows differ by their places, would not hold."""
+    state = torch.random.get_rng_state()
+    x, y = torch.arange(24.0)[:, None], torch.zeros(24, 1)
+    pool = LocalWorkers(Trace([[math.inf] + [0.0] * 23]))
+    module = Call(lambda rows: y[rows.flatten().long()])
+    coded = CodedWrapper(module, workers=pool, parts=24, waiting=Waiting(1.0, hedge_budget=0))
+    generator, inside, lost = torch.Generator().manual_seed(0), [], set()
+    for _ in range(300):
+        noise = torch.randn(24, 1, generator=generator)
+        y.copy_((x / 6).sin() + (x / 23) ** 4 * noise)  # the last rows are noisy
+        answers, report = coded.run(x)
+        lost |= {*report.missing_rows}
+        errors = (answers - y).abs().flatten()
+        inside += (errors <= report.radii_at(0.9))[report.estimated].tolist()
+    assert len(lost) == 24
+    assert 0.85 <= sum(inside) / len(inside) <= 1
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("odds", [1, 3])
+def test_bounds_hold_as_often_although_some_rows_are_likelier_to_be_missing(odds):
+    """By a level at which a row of these odds is inside as often."""
+    _, report = wrap("rows").run(rand(23, 4))
+    level = 1 - 0.3 / (0.3 + odds * 0.7)
+    assert torch.equal(report.radii_at(0.7, odds=odds), report.radii_at(level))
+
+
+def test_classes_are_certified_at_a_false_discovery_rate():
+    """By Benjamini and Hochberg's rule, over estimated rows alone."""
+    report = Report(
+        estimated=torch.tensor([True] * 4 + [False]),
+        label_p_values=torch.tensor([0.01, 0.3, 0.1, 0.02, 0.0], dtype=torch.float64),
+    )
+    assert report.certified(0.1).tolist() == [True, False, False, True, True]
+    assert report.certified(0.14).tolist() == [True, False, True, True, True]
+    assert report.certified(0.001).tolist() == [False] * 4 + [True]
+    assert report.certified(0.31).all()
+    assert Report(estimated=torch.ones(3, dtype=torch.bool)).certified(0.1) is None
+    with pytest.raises(ValueError, match="certified: rate must be between 0 and 1, got 1"):
+        report.certified(1)
 
 
 @pytest.mark.parametrize(("shape", "classes"), [((3,), True), ((1,), False), ((3, 2), False)])
 @pytest.mark.parametrize("lost", [0, 2, 4])
-def test_only_scores_of_classes_have_label_risks(shape, classes, lost):
+def test_only_scores_of_classes_have_label_p_values(shape, classes, lost):
     """If every answer is exact, if some are estimated, and if a surrogate answers alone."""
     f = Call(lambda x: x[:, : math.prod(shape)].reshape(-1, *shape) if len(x) else x)
     coded = wrap("rows", f, lost, surrogate=f)
     _, run = coded.run(rand(20, 6), waiting=Waiting(deadline=1.0, hedge_budget=0))
     assert run.estimated.sum() == 4 * lost
-    assert (run.label_risks is not None) == classes
+    assert (run.label_p_values is not None) == classes
     assert run.radii is not None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -106,7 +107,9 @@ def test_surrogates_and_memories_do_not_see_it(way):
 
 def test_where_the_mean_estimates_such_rows_calibrate_no_error_bounds():
     """If time is short: without distances, nothing else tells which rows are finite."""
-    plan = Rows(Inputs((spoiled(),), {}, 0), Regression(), block=0, parts=4).plan
+    plan = Rows(
+        Inputs((spoiled(),), {}, 0), Regression(), block=0, parts=4, dealer=random.Random(0)
+    ).plan
     results, radii = torch.linspace(-1, 1, 24)[:, None, None], []
     results[BAD] = 0.0  # the mean of the others
     for left_out in ((5,), (5, *BAD)):

@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import socket
+import statistics
 import threading
 import time
 import zlib
@@ -390,7 +391,7 @@ def test_while_workers_compute_rows_of_requests_that_have_ended_others_are_told_
 def test_missing_rows_are_estimated_and_flagged(lost):
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(64, 3, generator=generator)
-    names = ("output", "estimated", "radius", "label_risk", "source", "predicted")
+    names = ("output", "estimated", "radius", "label_p_value", "source", "predicted", "label_risk")
     outputs = [{"name": name} for name in names]
     workers = LocalWorkers(Trace([[math.inf] * lost + [0.0] * (4 - lost)]))
     application = built(workers=workers, waiting=Waiting(hedge_budget=0))
@@ -405,22 +406,27 @@ def test_missing_rows_are_estimated_and_flagged(lost):
         torch.tensor([math.inf if x is None else x for x in entry["data"]])
         for entry in answer["outputs"]
     )
-    output, estimated, errors, risks, source, predicted = found
+    output, estimated, errors, p_values, source, predicted, risks = found
     output, exact = output.reshape(64, 2), linear()(rows).detach()
     assert int(estimated.sum()) == answer["parameters"]["estimated_rows"] == 16 * lost
     # The names of version 0.3, by which an older client tells rows that no worker computed.
     assert torch.equal(estimated, predicted)
+    assert torch.equal(p_values, risks)
     assert answer["parameters"]["predicted_rows"] == 16 * lost
     assert torch.allclose(output[~estimated], exact[~estimated], atol=1e-5)
     assert not torch.allclose(output[estimated], exact[estimated], atol=1e-5)
     assert (errors[~estimated] == 0).all()
     assert (errors[estimated] > 0).all()
-    assert (torch.tensor(low["outputs"][2]["data"])[estimated] <= errors[estimated]).all()
-    assert high["outputs"][2]["data"][int(estimated.nonzero()[0])] is None  # infinite
+    for other, holds in ((low, lambda x: x < errors[estimated].median()), (high, math.isinf)):
+        marks, bounds = (entry["data"] for entry in other["outputs"][1:3])
+        bounds = [
+            math.inf if x is None else x for x, mark in zip(bounds, marks, strict=True) if mark
+        ]
+        assert holds(statistics.median(bounds))
     assert [x["parameters"]["coverage"] for x in (answer, low, high)] == [0.95, 0.5, 0.999]
     assert (source == torch.where(estimated, 2, 0)).all()
-    assert (risks[~estimated] == 0).all()
-    assert (risks[estimated] > 0).all()
+    assert (p_values[~estimated] == 0).all()
+    assert (p_values[estimated] > 0).all()
     assert f'coded_torch_answers_total{{kind="estimated"}} {16.0 * lost}' in text
     assert f'coded_torch_answers_total{{kind="computed"}} {64 - 16.0 * lost}' in text
 
@@ -505,7 +511,7 @@ def test_objects_that_the_host_has_frozen_stay_frozen():
         ({"outputs": ["output"]}, "app: an entry of outputs must be of type TensorSpec, got str"),
         (
             {"outputs": [TensorSpec("predicted", "BOOL", ())]},
-            "once, none of estimated, radius, label_risk, source, verified, corrected, predicted",
+            "none of estimated, radius, label_p_value, source, verified, corrected, predicted, lab",
         ),
         ({"deadline": 0}, "app: deadline must be positive and finite, got 0"),
         ({"max_batch_size": 0}, "app: max_batch_size must be at least 1, got 0"),

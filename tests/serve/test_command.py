@@ -280,7 +280,7 @@ def test_a_server_may_listen_at_an_address_of_ipv6(mine):
         ("mine:wordy", "the module must return tensors to be served"),
         (
             "mine:estimated",
-            "none of estimated, radius, label_risk, source, verified, corrected, predicted, got ['",
+            "source, verified, corrected, predicted, label_risk, got ['",
         ),
     ],
 )
