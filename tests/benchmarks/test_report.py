@@ -31,6 +31,12 @@ def test_a_page_leaves_out_tables_that_are_not_measured(results):
     assert "##" not in page
 
 
+def test_no_number_begins_a_line():
+    """There, Markdown takes its comment for a block of HTML, which ends the paragraph."""
+    for path in report.READMES:
+        assert not re.findall(r"^ *<!-- (?:value|claim).*", path.read_text(), re.M), path
+
+
 def test_every_claim_is_true(results):
     for path in report.READMES:
         for claim, holds in report.claims(path.read_text(), results):
