@@ -3,7 +3,6 @@
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,7 +23,7 @@ def normal(*shape, seed=0):
 def regressed(x, n):
     """The regression of the other rows from the first n."""
     squared = torch.cdist(x, x).square()
-    return GaussianProcess(squared, 1.5, torch.arange(n), torch.arange(n, len(x)))
+    return squared, GaussianProcess(squared, 1.5, torch.arange(n), torch.arange(n, len(x)))
 
 
 def scores(squared, points, y):
@@ -67,8 +66,8 @@ def problem(n, d, trust, seed):
     """A regression of n results, and its estimate of the row after them."""
     x, noise = normal(n + 1, d, seed=seed), normal(n + 1, 1, seed=seed + 1) / 10
     y = (x.sin().sum(1, keepdim=True) + noise)[:n]
-    process = regressed(x, n)
-    return process, y, torch.lerp(y.mean(0), process.weights @ y, trust)
+    squared, process = regressed(x, n)
+    return squared, process, y, torch.lerp(y.mean(0), process.weights @ y, trust)
 
 
 @settings(max_examples=60, deadline=None)
@@ -80,12 +79,12 @@ def problem(n, d, trust, seed):
 )
 def test_a_radius_is_that_of_full_conformal_estimate(n, d, trust, seed):
     """Of one output it is the same, but where a result weighs so much that it is never odd."""
-    process, y, estimated = problem(n, d, trust, seed)
+    squared, process, y, estimated = problem(n, d, trust, seed)
     limits = bounds(torch.tensor([n]), y, estimated, process, trust)
     found = ErrorBounds(n + 1, [limits])
     for coverage in (0.8, 0.95):
         outside = math.floor((1 - coverage) * (n + 1) + 1e-9)
-        exact = brute_force(process._where[0], n, y, estimated.item(), outside, trust)
+        exact = brute_force(squared, n, y, estimated.item(), outside, trust)
         radius = found.radii(coverage)[n].item()
         assert radius >= exact * (1 - 1e-6)
         if limits.thresholds.isfinite().all():
@@ -95,7 +94,7 @@ def test_a_radius_is_that_of_full_conformal_estimate(n, d, trust, seed):
 @pytest.mark.parametrize("trust", [0.0, 0.6, 1.0])
 def test_no_radius_is_larger_at_a_lower_level(trust):
     x, y = normal(60, 3), normal(60, 4, seed=1)
-    process = regressed(x, 40)
+    _, process = regressed(x, 40)
     mean = y[:40].mean(0)
     estimated = torch.lerp(mean, process.weights @ y[:40], trust)
     regression = (process, trust) if trust else ()
@@ -137,15 +136,15 @@ def test_rows_of_a_batch_are_covered(rows, outputs, length):
 
 
 def test_the_risk_of_a_label_counts_wrong_ones_of_a_larger_margin():
-    margins, left_out = np.array([0.5, 2.0, 9.0]), np.array([1.0, 2.0, 3.0, 0.1])
-    wrong = np.array([True, True, False, True])
+    margins, left_out = torch.tensor([0.5, 2.0, 9.0]), torch.tensor([1.0, 2.0, 3.0, 0.1])
+    wrong = torch.tensor([True, True, False, True])
     assert label_risks(margins, left_out, wrong).tolist() == [3 / 5, 2 / 5, 1 / 5]
 
 
 def test_surrogates_take_part_in_labels_alone():
     """Radii are those of the residuals."""
     x, rest = normal(40, 2), normal(40, 3, seed=1) / 10
-    process = regressed(x, 30)
+    _, process = regressed(x, 30)
     classes = torch.nn.functional.one_hot(torch.arange(40) % 3, 3).double()
     args = torch.arange(30, 40), rest[:30], process.weights @ rest[:30], process, 1.0
     without = bounds(*args, args[1:3])
