@@ -172,6 +172,7 @@ choose_regression: Any = torch.ops.coded_torch.choose_regression.default
 regress: Any = torch.ops.coded_torch.regress.default
 estimate: Any = torch.ops.coded_torch.estimate.default
 coefficients: Any = torch.ops.coded_torch.coefficients.default
+error_bounds: Any = torch.ops.coded_torch.error_bounds.default
 error_thresholds: Any = torch.ops.coded_torch.error_thresholds.default
 
 

@@ -205,8 +205,11 @@ def test_thresholds(trust, signed):
         weights, known = normal(11, n).double(), normal(4, n, seed=1).double()
         known[: 1 if signed else 4].abs_()
         variances, moved = normal(2, 11, seed=2).double().abs_()
-        args = weights, variances, moved, known, trust, n, signed
-        torch.testing.assert_close(ops.error_thresholds(*args), thresholds(*args))
+        args = weights, variances, moved, known, trust, n
+        want = thresholds(*args, signed)
+        torch.testing.assert_close(ops.error_thresholds(*args, n, signed), want)
+        some = torch.arange(min(n, 9)) * n // min(n, 9)  # so many results calibrate
+        torch.testing.assert_close(ops.error_thresholds(*args, 9, signed), want[:, :, some])
 
 
 # Threads
@@ -261,8 +264,9 @@ def test_bad_arguments():
         (ops.estimate, (process, y), r"contiguous, \[8, C\]"),
         (ops.estimate, (process[1:], y[:8]), "must be one of regress"),
         (ops.coefficients, (process, y), r"contiguous, \[8, C\]"),
-        (ops.error_thresholds, (y, one, one, y, 1.0, 3, False), "got"),
-        (ops.error_thresholds, (y.float(), one, one, y, 1.0, 3, False), "must be float64"),
+        (ops.error_thresholds, (y, one, one, y, 1.0, 3, 3, False), "got"),
+        (ops.error_bounds, ([], y, y, one[:, None], None, None, 1.0, 9), "as many columns"),
+        (ops.error_thresholds, (y.float(), one, one, y, 1.0, 3, 3, False), "must be float64"),
     ):
         with pytest.raises(RuntimeError, match=message):
             call(*args)
@@ -281,6 +285,7 @@ def test_schemas():
         (ops.regress, (exact_distances(x), 1.0, order[:8], order[8:], NUGGET)),
         (ops.estimate, (process, y[:8])),
         (ops.coefficients, (process, y[:8])),
-        (ops.error_thresholds, (*bounded, 0.5, 8, False)),
+        (ops.error_thresholds, (*bounded, 0.5, 8, 8, False)),
+        (ops.error_bounds, (process, y[:8], y[:8], y[8:], y[:8], y[8:], 0.5, 8)),
     ):
         torch.library.opcheck(operator, arguments, test_utils=("test_schema",))

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +22,7 @@ GROWTH = 0.75
 _MISSING, _CALIBRATING = 256, 200
 # Outputs whose residuals are in memory together, at most as many as scores of classes are.
 _BLOCK = 32768
+_FEW = 128  # outputs that one operator takes at once
 
 
 class Bounds(NamedTuple):
@@ -63,39 +63,42 @@ def bounds(
         process: the regression, which has a trust in (0, 1]. None if estimates are the mean.
         labels: results and estimates with their surrogates, if they are scores of classes.
     """
-    count, signed = len(results), results.shape[1] == 1
-    if process is None:
-        variances, of_left_out = torch.ones(len(rows)).double(), torch.ones(count).double()
-        weights = torch.zeros(len(rows), count, dtype=torch.float64)
-    else:
+    count, most = len(results), _CALIBRATING if len(rows) > _MISSING else len(results)
+    if results.device.type == "cpu" and results.shape[1] <= _FEW:
+        y, answers, *scores = [
+            x.double().contiguous() for x in (results, estimated, *(labels or ()))
+        ]
+        residuals = y if process is None else process.leave_one_out_residuals(y)
+        of_labels = scores if y.shape[1] > 1 and scores else (None, None)
+        tensors = [] if process is None else process.tensors
+        given = tensors, residuals, y, answers, *of_labels, trust, most
+        thresholds, risks = ops.error_bounds(*given)
+        return Bounds(rows, thresholds, None if of_labels[0] is None else risks)
+    variances, of_left_out = torch.ones(len(rows)).double(), torch.ones(count).double()
+    weights = torch.zeros(len(rows), count, dtype=torch.float64)
+    if process is not None:
         variances, of_left_out = process.variances, process.leave_one_out_variances
         weights = process.weights_of_left_out
-    left_out = evenly(count, len(of_left_out))
+    left_out = evenly(count, len(of_left_out)).to(results.device)
     norms, moved = torch.zeros(3, len(left_out)).double(), torch.zeros(len(rows)).double()
     for y, answers in zip(results.split(_BLOCK, 1), estimated.split(_BLOCK, 1), strict=True):
-        there = left_out.to(y.device)
-        residuals = errors = deviations = off_mean(y)[there]
+        residuals = errors = deviations = off_mean(y)[left_out]
         if process is not None:
             residuals = process.leave_one_out_residuals(y)
             errors = torch.lerp(deviations, residuals, trust)
         each = residuals, errors, deviations, answers - y.mean(0)
-        summed = [(x if signed else x.square()).sum(1).double().cpu() for x in each]
-        norms += torch.stack(summed[:3])
-        moved += summed[3]
-    if not signed:
-        norms.sqrt_(), moved.sqrt_()
+        squares = [x.square().sum(1).double().cpu() for x in each]
+        norms += torch.stack(squares[:3])
+        moved += squares[3]
     risks = None
-    if labels is not None and not signed and labels[0].shape[1] <= _BLOCK:
-        outputs, answered = labels
-        found = outputs[there] - errors
-        wrong = (found.argmax(1) != outputs[there].argmax(1)).cpu()
+    if labels is not None and results.shape[1] <= _BLOCK:
+        outputs, answered = labels[0][left_out], labels[1]
+        found = outputs - errors
+        wrong = (found.argmax(1) != outputs.argmax(1)).cpu()
         margins, of_results = (_margins(x).double().cpu() for x in (answered, found))
         risks = label_risks(margins / variances.sqrt(), of_results / of_left_out.sqrt(), wrong)
-    known = torch.cat([of_left_out[None], norms])
-    if len(rows) > _MISSING:
-        some = evenly(len(left_out), _CALIBRATING)
-        weights, known = weights[:, some], known[:, some]
-    given = weights, variances, moved, known, trust, count, signed
+    known = torch.cat([of_left_out[None], norms.sqrt_()])
+    given = weights, variances, moved.sqrt_(), known, trust, count, most, False
     return Bounds(rows, ops.error_thresholds(*given), risks)
 
 
@@ -130,15 +133,15 @@ class ErrorBounds:
 
         The ``coverage`` is one probability that an error is at most its bound, or ``[B]``.
         """
-        radii = np.zeros(self.batch_size)
+        radii = torch.zeros(self.batch_size, dtype=torch.float64)
+        levels = torch.as_tensor(coverage, dtype=torch.float64).expand(self.batch_size)
         for rows, found, _ in self._bounds:
-            at, n = rows.numpy(), found.shape[2]
-            levels = np.broadcast_to(np.asarray(coverage, dtype=np.float64), self.batch_size)[at]
-            outside = np.minimum(np.floor((1 - levels) * (n + 1) + 1e-9).astype(np.int64), n)
-            limits = np.full((*found.shape[:2], n + 1), math.inf)
-            limits[:, :, :n] = np.sort(found.numpy(), 2)
-            radii[at] = np.take_along_axis(limits, (n - outside)[None, :, None], 2).max(0)[:, 0]
-        return torch.from_numpy(radii)
+            n = found.shape[2]
+            outside = ((1 - levels[rows]) * (n + 1) + 1e-9).floor().long().clamp(max=n)
+            limits = torch.nn.functional.pad(found.sort(2).values, (0, 1), value=math.inf)
+            at = (n - outside)[None, :, None].expand(len(found), -1, 1)
+            radii[rows] = limits.gather(2, at).amax(0)[:, 0]
+        return radii
 
     def enough(self, coverage: float) -> bool:
         """Return whether results are as many as the level needs."""

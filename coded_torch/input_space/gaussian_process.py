@@ -45,6 +45,7 @@ class GaussianProcess:
         at: ``[L]``, the points that are estimated. Defaults to none.
 
     Attributes:
+        tensors: of the process, for operators.
         leave_one_out_variances: ``[n]``, float64, of each result that is left out.
         variances: ``[L]``, float64, of estimates, in the outputs'.
         weights_of_left_out: ``[L, n]``, float64, of results that are left out in estimates.
@@ -54,13 +55,13 @@ class GaussianProcess:
         self, squared: Tensor, length: float, known: Tensor | None = None, at: Tensor | None = None
     ) -> None:
         known = torch.arange(len(squared)) if known is None else known
-        self._process = ops.regress(squared, length, known, known[:0] if at is None else at, NUGGET)
+        self.tensors = ops.regress(squared, length, known, known[:0] if at is None else at, NUGGET)
         self._count = len(known)
-        self.variances, self.leave_one_out_variances, self.weights_of_left_out = self._process[6:]
+        self.variances, self.leave_one_out_variances, self.weights_of_left_out = self.tensors[6:]
 
     def estimate(self, results: Tensor, trust: float | None = None) -> Estimates:
         """Return estimates from results ``[M, C]``, float64; the trust is theirs by default."""
-        return Estimates(*ops.estimate(self._process, results, trust))
+        return Estimates(*ops.estimate(self.tensors, results, trust))
 
     def leave_one_out_residuals(self, results: Tensor) -> Tensor:
         """Return results less their estimates from all others, from ``[M, C]``: ``[n, C]``.
@@ -85,12 +86,12 @@ class GaussianProcess:
     @functools.cached_property
     def _maps(self) -> tuple[Tensor, Tensor]:
         """The matrices from results to estimates, ``[L, M]``, and to residuals, ``[n, M]``."""
-        weights, residuals, _, _ = ops.estimate(self._process)
+        weights, residuals, _, _ = ops.estimate(self.tensors)
         return weights, residuals
 
     def coefficients(self, results: Tensor) -> tuple[Tensor, Tensor]:
         """Return A, ``[C, M]``, and b, ``[C]``, float32: covariances k estimate ``A k + b``."""
-        found: tuple[Tensor, Tensor] = ops.coefficients(self._process, results)
+        found: tuple[Tensor, Tensor] = ops.coefficients(self.tensors, results)
         return found
 
 

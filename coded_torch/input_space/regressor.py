@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import ops
 from .._arguments import dense
 from .._torch import differentiated, exactly, outside, plain, to_device
-from ..linear import MatrixMap
+from ..linear import product
 from .error_bounds import Bounds, bounds
 from .gaussian_process import NUGGET, Estimates, GaussianProcess, off_mean
 from .geometry import evenly
@@ -140,13 +140,15 @@ class Regressor:
                 # take longer than estimates, as a system is solved for each missing row.
                 simple = results.device.type == "cpu" and not differentiated(results)
                 if simple and results[0].numel() < len(self.missing) and not process.leaves_all:
-                    wide = columns(results)[used].double() / size
-                    few = (process.estimate(wide, trust).values * size).to(results.dtype)
+                    some = columns(results)[used].double() / size
+                    few = (process.estimate(some, trust).values * size).to(results.dtype)
                     return few.view(-1, *results.shape[1:]), chosen.choice
                 weights = torch.lerp(weights, process.weights, trust)
-            map = MatrixMap(weights)
+            wide = torch.promote_types(results.dtype, torch.float32)
+            (weights,) = to_device([weights.to(wide)], results.device)
         values = results.index_select(0, at)
-        found = map(values) if size == 1 else map(values / size) * size
+        found = product(weights, values if size == 1 else values / size)
+        found = found if size == 1 else found * size
         return found.expand(len(self.missing), *found.shape[1:]), chosen.choice
 
     def bounds(self, results: Tensor, answers: Tensor, *surrogates: Tensor) -> Bounds:
@@ -184,7 +186,7 @@ class Regressor:
 
 def _size(results: Tensor) -> float:
     """Return the power of two to divide results by; 1, unless squares or sums could overflow."""
-    largest = float(results.abs().max()) if results.numel() else 0.0
+    largest = float(torch.linalg.vector_norm(results, math.inf)) if results.numel() else 0.0
     if not 0 < largest < math.inf or 2.0**-500 < largest < 2.0**60:
         return 1.0
     return math.ldexp(1.0, max(math.frexp(largest)[1] - 60, -1000))

@@ -45,10 +45,16 @@ STABLE_TORCH_LIBRARY(coded_torch, m) {
       "estimate(Tensor[] regression, Tensor? results=None, float? trust=None) -> (Tensor, Tensor, "
       "float, float)");
   m.def("coefficients(Tensor[] regression, Tensor results) -> (Tensor, Tensor)");
-  // Thresholds [1, L, n], or [2, L, n] where `is_signed`: input_space/error_bounds.py.
+  // Thresholds [1, L, n], or [2, L, n] where `is_signed`, by at most so many results:
+  // input_space/error_bounds.py.
   m.def(
       "error_thresholds(Tensor weights, Tensor variances, Tensor moved, Tensor known, float trust, "
-      "int count, bool is_signed) -> Tensor");
+      "int count, int calibrating, bool is_signed) -> Tensor");
+  // The same of answers [L, C], from residuals [n, C] of results [M, C]; and the risks [L] of
+  // labels, by scores [M, C] and [L, C]. Without a regression, answers are the mean.
+  m.def(
+      "error_bounds(Tensor[] regression, Tensor residuals, Tensor results, Tensor answers, "
+      "Tensor? scores, Tensor? answered, float trust, int calibrating) -> (Tensor, Tensor)");
   // The instruction sets of this machine that have kernels, space-separated, best first.
   m.def("cpu_capabilities() -> str");
   // Private, for tests and benchmarks: from now on, every operator of this process uses the kernels
