@@ -173,6 +173,7 @@ regress: Any = torch.ops.coded_torch.regress.default
 estimate: Any = torch.ops.coded_torch.estimate.default
 coefficients: Any = torch.ops.coded_torch.coefficients.default
 error_bounds: Any = torch.ops.coded_torch.error_bounds.default
+error_radii: Any = torch.ops.coded_torch.error_radii.default
 error_thresholds: Any = torch.ops.coded_torch.error_thresholds.default
 
 

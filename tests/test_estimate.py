@@ -266,6 +266,7 @@ def test_bad_arguments():
         (ops.coefficients, (process, y), r"contiguous, \[8, C\]"),
         (ops.error_thresholds, (y, one, one, y, 1.0, 3, 3, False), "got"),
         (ops.error_bounds, ([], y, y, one[:, None], None, None, 1.0, 9), "as many columns"),
+        (ops.error_radii, (y[None], one), "one for each of 12 rows"),
         (ops.error_thresholds, (y.float(), one, one, y, 1.0, 3, 3, False), "must be float64"),
     ):
         with pytest.raises(RuntimeError, match=message):
@@ -286,6 +287,7 @@ def test_schemas():
         (ops.estimate, (process, y[:8])),
         (ops.coefficients, (process, y[:8])),
         (ops.error_thresholds, (*bounded, 0.5, 8, 8, False)),
+        (ops.error_radii, (y[None], y[:, 0].contiguous())),
         (ops.error_bounds, (process, y[:8], y[:8], y[8:], y[:8], y[8:], 0.5, 8)),
     ):
         torch.library.opcheck(operator, arguments, test_utils=("test_schema",))

@@ -2,7 +2,6 @@ r"""Error bounds with a guarantee: conformal prediction by leaving one out, in c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,8 +19,8 @@ GROWTH = 0.75
 # If more rows are missing, 200 results calibrate, so that 1,024 rows take some ms. (benchmarks
 # coverage)
 _MISSING, _CALIBRATING = 256, 200
-# Outputs whose residuals are in memory together, at most as many as scores of classes are.
-_BLOCK = 32768
+_BLOCK = 8192  # outputs whose residuals are in memory together
+_CLASSES = 32768  # outputs that may be scores of classes, which have risks of labels
 _FEW = 128  # outputs that one operator takes at once
 
 
@@ -81,19 +80,22 @@ def bounds(
         weights = process.weights_of_left_out
     left_out = evenly(count, len(of_left_out)).to(results.device)
     norms, moved = torch.zeros(3, len(left_out)).double(), torch.zeros(len(rows)).double()
-    for y, answers in zip(results.split(_BLOCK, 1), estimated.split(_BLOCK, 1), strict=True):
-        residuals = errors = deviations = off_mean(y)[left_out]
-        if process is not None:
-            residuals = process.leave_one_out_residuals(y)
-            errors = torch.lerp(deviations, residuals, trust)
-        each = residuals, errors, deviations, answers - y.mean(0)
-        squares = [x.square().sum(1).double().cpu() for x in each]
-        norms += torch.stack(squares[:3])
-        moved += squares[3]
+    blocks, errors = zip(results.split(_BLOCK, 1), estimated.split(_BLOCK, 1), strict=True), []
+    keeps = labels is not None and results.shape[1] <= _CLASSES
+    for y, answers in blocks:
+        deviations, off = off_mean(y)[left_out], answers - y.mean(0)
+        residuals = deviations if process is None else process.leave_one_out_residuals(y)
+        sizes = [torch.linalg.vector_norm(x, dim=1) for x in (residuals, deviations, off)]
+        error = deviations if process is None else deviations.lerp_(residuals, trust)
+        sizes.insert(1, torch.linalg.vector_norm(error, dim=1))
+        *of_results, of_rows = (x.double().square_().cpu() for x in sizes)
+        norms += torch.stack(of_results)
+        moved += of_rows
+        errors += [error] if keeps else []
     risks = None
-    if labels is not None and results.shape[1] <= _BLOCK:
+    if labels is not None and errors:
         outputs, answered = labels[0][left_out], labels[1]
-        found = outputs - errors
+        found = outputs - torch.cat(errors, 1)
         wrong = (found.argmax(1) != outputs.argmax(1)).cpu()
         margins, of_results = (_margins(x).double().cpu() for x in (answered, found))
         risks = label_risks(margins / variances.sqrt(), of_results / of_left_out.sqrt(), wrong)
@@ -136,11 +138,7 @@ class ErrorBounds:
         radii = torch.zeros(self.batch_size, dtype=torch.float64)
         levels = torch.as_tensor(coverage, dtype=torch.float64).expand(self.batch_size)
         for rows, found, _ in self._bounds:
-            n = found.shape[2]
-            outside = ((1 - levels[rows]) * (n + 1) + 1e-9).floor().long().clamp(max=n)
-            limits = torch.nn.functional.pad(found.sort(2).values, (0, 1), value=math.inf)
-            at = (n - outside)[None, :, None].expand(len(found), -1, 1)
-            radii[rows] = limits.gather(2, at).amax(0)[:, 0]
+            radii[rows] = ops.error_radii(found, levels[rows])
         return radii
 
     def enough(self, coverage: float) -> bool:

@@ -204,8 +204,14 @@ def _on_host(asked: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
 
 
 def _rows(asked: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Return rows of values of one device, ``[L, C]`` each; all in order are no copy."""
     indices = to_device([rows for _, rows in asked], asked[0][0].device)
-    return [columns(v).index_select(0, i) for (v, _), i in zip(asked, indices, strict=True)]
+    pairs = [(columns(v), rows, i) for (v, rows), i in zip(asked, indices, strict=True)]
+    whole = [len(rows) == len(v) and bool((rows.diff() == 1).all()) for v, rows, _ in pairs]
+    return [
+        v if all_of else v.index_select(0, i)
+        for (v, _, i), all_of in zip(pairs, whole, strict=True)
+    ]
 
 
 def columns(values: Tensor) -> Tensor:

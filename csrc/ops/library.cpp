@@ -55,6 +55,8 @@ STABLE_TORCH_LIBRARY(coded_torch, m) {
   m.def(
       "error_bounds(Tensor[] regression, Tensor residuals, Tensor results, Tensor answers, "
       "Tensor? scores, Tensor? answered, float trust, int calibrating) -> (Tensor, Tensor)");
+  // The bounds [L] of thresholds [S, L, n], at a level of each row.
+  m.def("error_radii(Tensor thresholds, Tensor levels) -> Tensor");
   // The instruction sets of this machine that have kernels, space-separated, best first.
   m.def("cpu_capabilities() -> str");
   // Private, for tests and benchmarks: from now on, every operator of this process uses the kernels

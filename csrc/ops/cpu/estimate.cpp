@@ -735,12 +735,36 @@ std::tuple<Tensor, Tensor> error_bounds_cpu(const Regression& process, const Ten
           risks};
 }
 
+// Of thresholds [S, L, n], and the level of each row, the errors that bound it: [L].
+Tensor error_radii_cpu(const Tensor& thresholds, const Tensor& levels) {
+  check_doubles("error_radii", {thresholds, levels});
+  STD_TORCH_CHECK(thresholds.dim() == 3 && levels.numel() == thresholds.size(1),
+                  "error_radii: levels must be one for each of ", thresholds.size(1), " rows");
+  const int64_t signs = thresholds.size(0), num_rows = thresholds.size(1), n = thresholds.size(2);
+  const Tensor out = new_tensor({num_rows}, ScalarType::Double);
+  std::vector<double> own(n);
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const double level = numbers<double>(levels)[i];
+    const double outside = std::floor((1 - level) * static_cast<double>(n + 1) + 1e-9);
+    double radius = outside < 1 ? std::numeric_limits<double>::infinity() : 0;
+    for (int64_t s = 0; s < signs && outside >= 1 && n; ++s) {
+      std::copy_n(numbers<double>(thresholds) + (s * num_rows + i) * n, n, own.begin());
+      const auto at = own.begin() + std::max<int64_t>(n - static_cast<int64_t>(outside), 0);
+      std::nth_element(own.begin(), at, own.end());
+      radius = std::max(radius, *at);
+    }
+    numbers<double>(out)[i] = n ? radius : std::numeric_limits<double>::infinity();
+  }
+  return out;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(coded_torch, CPU, m) {
   m.impl("choose_regression", TORCH_BOX(&choose_regression_cpu));
   m.impl("regress", TORCH_BOX(&regress_cpu));
   m.impl("estimate", TORCH_BOX(&estimate_cpu));
   m.impl("coefficients", TORCH_BOX(&coefficients_cpu));
   m.impl("error_bounds", TORCH_BOX(&error_bounds_cpu));
+  m.impl("error_radii", TORCH_BOX(&error_radii_cpu));
   m.impl("error_thresholds", TORCH_BOX(&error_thresholds_cpu));
 }
 
