@@ -97,8 +97,8 @@ def bounds(
         outputs, answered = labels[0][left_out], labels[1]
         found = outputs - torch.cat(errors, 1)
         wrong = (found.argmax(1) != outputs.argmax(1)).cpu()
-        margins, of_results = (_margins(x).double().cpu() for x in (answered, found))
-        risks = label_risks(margins / variances.sqrt(), of_results / of_left_out.sqrt(), wrong)
+        margins, left = (_margins(x).double().cpu() for x in (answered, found))
+        risks = label_risks(margins / variances.sqrt(), left / of_left_out.sqrt(), wrong)
     known = torch.cat([of_left_out[None], norms.sqrt_()])
     given = weights, variances, moved.sqrt_(), known, trust, count, most, False
     return Bounds(rows, ops.error_thresholds(*given), risks)
