@@ -153,13 +153,13 @@ class Regressor:
 
     def bounds(self, results: Tensor, answers: Tensor, *surrogates: Tensor) -> Bounds:
         """Return the error bounds of the missing rows, as ``RowPlan`` does."""
-        sample, size = self._sample(results)
-        chosen, rows = self.fit(sample), self.missing
-        is_whole = sample.shape[1] == columns(results).shape[1]
+        rows, is_few = self.missing, columns(results).shape[1] < 2 * _COLUMNS
         asked = [*zip((results, answers, *surrogates), [self._used, rows] * 2, strict=False)]
         # Many outputs stay where they are, in their precision.
-        found = [x.double() for x in _on_host(asked)] if is_whole else _rows(asked)
+        found = [x.double() for x in _on_host(asked)] if is_few else _rows(asked)
+        sample, size = (found[0], _size(found[0])) if is_few else self._sample(results)
         of_used, estimated, *offsets = found if size == 1 else [x / size for x in found]
+        chosen = self.fit(of_used if is_few else sample)
         labels = (of_used, estimated) if results.dim() == 2 else None
         if labels and offsets:
             labels = of_used + offsets[0], estimated + offsets[1]

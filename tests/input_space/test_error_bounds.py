@@ -152,3 +152,22 @@ def test_surrogates_take_part_in_labels_alone():
     assert torch.equal(found.thresholds, without.thresholds)
     assert found.risks.tolist() == [1 / 31] * 10
     assert without.risks.max() > 0.5
+
+
+@pytest.mark.parametrize("trust", [0.0, 0.6, 1.0])
+def test_bounds_of_many_outputs_are_those_of_few(trust):
+    """Outputs that are all 0 change neither a norm nor, if others are larger, a label."""
+    x, y = normal(60, 2), normal(60, 3, seed=1)
+    _, process = regressed(x, 40)
+    y = (y[:40], torch.lerp(y[:40].mean(0), process.weights @ y[:40], trust))
+    zeros = [torch.zeros(len(z), 9000, dtype=z.dtype) for z in y]
+    more = [torch.cat(pair, 1) for pair in zip(y, zeros, strict=True)]
+    regression = (process, trust) if trust else (None, 0.0)
+    few = bounds(torch.arange(40, 60), *y, *regression, (y[0] + 9, y[1] + 9))
+    scores = [torch.cat([z + 9, zero], 1) for z, zero in zip(y, zeros, strict=True)]
+    many = bounds(torch.arange(40, 60), *more, *regression, scores)
+    torch.testing.assert_close(many.thresholds, few.thresholds)
+    assert few.risks.unique().numel() > 1 or not trust  # else all answers are the mean
+    torch.testing.assert_close(many.risks, few.risks)
+    images = [torch.zeros(len(z), 40_000) for z in y]  # too many to be classes
+    assert bounds(torch.arange(40, 60), *images, labels=images).risks is None
