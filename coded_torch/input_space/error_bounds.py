@@ -84,7 +84,7 @@ def bounds(
     keeps = labels is not None and results.shape[1] <= _CLASSES
     for y, answers in blocks:
         deviations, off = off_mean(y)[left_out], answers - y.mean(0)
-        residuals = deviations if process is None else process.leave_one_out_residuals(y)
+        residuals = deviations if process is None else process.leave_one_out_residuals(y).to(y)
         sizes = [torch.linalg.vector_norm(x, dim=1) for x in (residuals, deviations, off)]
         error = deviations if process is None else deviations.lerp_(residuals, trust)
         sizes.insert(1, torch.linalg.vector_norm(error, dim=1))

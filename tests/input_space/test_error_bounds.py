@@ -171,3 +171,15 @@ def test_bounds_of_many_outputs_are_those_of_few(trust):
     torch.testing.assert_close(many.risks, few.risks)
     images = [torch.zeros(len(z), 40_000) for z in y]  # too many to be classes
     assert bounds(torch.arange(40, 60), *images, labels=images).risks is None
+
+
+def test_bounds_of_more_outputs_than_are_sampled_and_fewer_than_results():
+    x = normal(240, 3)
+    y, received = (x @ normal(3, 150, seed=1)).sin(), [i for i in range(240) if i % 6]
+    radii = []
+    for results in (y[received, None], y[received, None].float()):
+        plan = Regression().plan([x])
+        answers = plan.decode(results, received)
+        radii.append(plan.error_bounds(received, results, answers).radii(0.9))
+    assert radii[0].isfinite().all()
+    torch.testing.assert_close(radii[1], radii[0], rtol=1e-2, atol=1e-3)
