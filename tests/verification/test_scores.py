@@ -144,6 +144,15 @@ class TestDifferences:
         _, by = self.of(torch.tensor([[a], [a]]), torch.tensor([[b], [b]]))
         assert by[5] == difference
 
+    def test_outputs_whose_spread_float32_loses_differ_by_it(self):
+        """Else wrong results far from 0 would count as alike."""
+        found = Results(Scores())
+        base = torch.linspace(-2, 2, 8, dtype=torch.float64)[:, None] + 65536 * 15258789 + 32768
+        found.add(0, range(8), [base])
+        found.add(1, (2, 5), [base[[2, 5]]])
+        found.add(2, (5, 7), [base[[5, 7]] + 3])
+        assert found.differences([(1, 2)])[0][5] > 1
+
     def test_half_precision_is_tolerated(self):
         x = torch.zeros(2, 1)
         assert self.of(x.half(), x.half())[0].tolerance == 0.03
