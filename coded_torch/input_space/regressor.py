@@ -167,7 +167,7 @@ class Regressor:
         return scaled._replace(thresholds=scaled.thresholds * size)
 
     def _sample(self, results: Tensor) -> tuple[Tensor, float]:
-        """Return some columns of the results, ``[M, C]``, and by what they are divided."""
+        """Return some columns of the results, ``[M, C]``, divided by their size, and this size."""
         sample, numbers = few_columns(self._used, results), columns(results)
         extremes = () if sample.shape[1] == numbers.shape[1] else numbers.aminmax()
         size = _size(torch.stack(extremes) if extremes else sample)
