@@ -194,6 +194,8 @@ def extensions(cuda: bool) -> list[Extension]:
             [
                 "csrc/ops/library.cpp",
                 "csrc/ops/cpu/spline.cpp",
+                "csrc/ops/cpu/choose_regression.cpp",
+                "csrc/ops/cpu/error_bounds.cpp",
                 "csrc/ops/cpu/estimate.cpp",
                 "csrc/ops/cpu/matern.cpp",
                 "csrc/ops/cpu/metrics.cpp",

@@ -35,7 +35,7 @@ STABLE_TORCH_LIBRARY(coded_torch, m) {
       "choose_regression(Tensor[] coordinates, Tensor units, Tensor? typical, Tensor order, "
       "Tensor some, Tensor results, int standard, float? length, float nugget) -> (int, float)");
   // A regression of missing rows on known ones of squared distances [P, P]: Field in
-  // cpu/estimate.cpp says what its tensors are.
+  // cpu/regression.h says what its tensors are.
   m.def(
       "regress(Tensor squared_distances, float length, Tensor known, Tensor missing, float nugget) "
       "-> Tensor[]");
