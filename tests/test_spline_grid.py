@@ -36,7 +36,7 @@ def structure(name, path, **fields):
 RowIndex = structure("RowIndex", "ops/spline_args.h")
 SplineArgs = structure("SplineArgs", "ops/spline_args.h", RowIndex=RowIndex)
 Launched = structure("Launched", CSRC / "spline_grid.cpp")
-Device = structure("Device", "ops/cuda/rows.h")
+Device = structure("Device", "ops/cuda/grid.h")
 SHARED, WORKSPACE = range(2)  # enum States
 SWEEP, NARROW, WIDE = range(3)  # enum Choice::Kernel
 # Half of a multiprocessor's shared memory, less what the runtime keeps of it.

@@ -3,7 +3,7 @@
 
 STABLE_TORCH_LIBRARY(coded_torch, m) {
   // values [n, G, m] -> [N, G, m], or [N, G, m] -> [n, G, m] where `transpose`.
-  // coefficients [P, 12 n + 4 N], schedule [P, n + 1 + N]: csrc/math/spline_plan.h; P is 1 or G.
+  // coefficients [P, 12 n + 4 N], schedule [P, n + 1 + N]: csrc/math/spline_layout.h; P is 1 or G.
   // gather int64 [rows in, G]: values is [R, m], and row i of group g is its row gather[i, g];
   // -1 reads zeros. scatter int64 [rows out, G]: the result is [num_rows, m], and row j of group g
   // becomes its row scatter[j, g]; -1 drops it, no row may be named twice, those not named are 0.

@@ -6,8 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "../../csrc/ops/cuda/dense_block.h"
-#include "../../csrc/ops/cuda/spline_block.h"
+#include "../../csrc/ops/cuda/grid.h"
 #include "block.h"
 
 using namespace coded_torch;

@@ -12,16 +12,6 @@
 namespace coded_torch {
 
 constexpr int kWarp = 32;
-// The x dimension of a grid holds 2^31 - 1 blocks.
-constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
-
-// What a launch has to know of the device.
-struct Device {
-  int index;
-  int multiprocessors;
-  int shared_bytes;  // that a block may have where a multiprocessor is to hold two
-};
-
 // Where all threads of a block meet. Hosts pass their own.
 struct BlockBarrier {
   CODED_TORCH_HD void operator()() const {

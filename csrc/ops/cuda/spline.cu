@@ -3,9 +3,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../spline_checks.h"
-#include "dense_block.h"
+#include "grid.h"
 #include "runtime.h"
-#include "spline_block.h"
 
 namespace coded_torch {
 

@@ -1,8 +1,6 @@
-// The body of the kernel that sweeps columns, and its launch configuration. A thread owns a column
-// and needs no other thread's data.
+// The body of the kernel that sweeps columns. A thread owns a column and needs no other thread's
+// data.
 #pragma once
-
-#include <algorithm>
 
 #include "../../math/spline_sweep.h"
 #include "rows.h"
@@ -83,31 +81,6 @@ constexpr int kMaxThreads = 128;
 // So many of kMaxThreads are resident at 128 registers a thread. With a workspace no more are
 // launched, and stride over the columns: it grows with the device, not with the batch.
 constexpr int64_t kResidentBlocks = 4;
-
-// Shared memory serves while a multiprocessor's holds two blocks of kMaxThreads, as fewer threads
-// wait for the memory most of the time. Blocks shrink to a warp where there are few columns, so
-// that every multiprocessor has some.
-inline SplineGrid plan_grid(const SplineArgs& args, int64_t acc_bytes, const Device& device) {
-  SplineGrid grid{};
-  const int64_t columns = args.num_groups * args.num_columns;
-  const int64_t per_thread = num_kept_states(args.num_knots) * 2 * acc_bytes;
-  grid.threads = kMaxThreads;
-  while (grid.threads > kWarp &&
-         columns < grid.threads * kResidentBlocks * device.multiprocessors) {
-    grid.threads /= 2;
-  }
-  grid.blocks = (columns + grid.threads - 1) / grid.threads;
-  if (kMaxThreads * per_thread <= device.shared_bytes) {
-    grid.states = States::kShared;
-    grid.shared_bytes = grid.threads * per_thread;
-  } else {
-    grid.states = States::kWorkspace;
-    const int64_t resident = kResidentBlocks * (kMaxThreads / grid.threads);
-    grid.blocks = std::min(grid.blocks, resident * device.multiprocessors);
-    grid.workspace_bytes = grid.blocks * grid.threads * per_thread;
-  }
-  return grid;
-}
 
 // Sweeps column `index`. `kept`: where the thread keeps its states.
 template <class T, bool kTranspose, class Kept>
