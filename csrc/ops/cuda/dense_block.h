@@ -17,17 +17,6 @@ constexpr int kDenseAhead = 2;  // rows of the columns, asked for before they ar
 template <class T>
 constexpr int kDenseWidth = sizeof(T) == 8 ? 1 : 4;
 
-struct DenseGrid {
-  int64_t rows_in;
-  int64_t rows_out;
-  int64_t packs;   // of columns, over all groups
-  int64_t tiles;   // of 32 packs
-  int64_t chunks;  // of rows_out; a block has one, and strides over tiles
-  int64_t blocks;
-  int threads;  // a block
-  int shared_bytes;
-};
-
 // Entries of shared memory from one row of the matrix to the next: not a multiple of the banks.
 CODED_TORCH_HD int dense_stride(int warps, int acc_bytes) {
   return warps * kDenseRows + 16 / acc_bytes;
@@ -35,7 +24,7 @@ CODED_TORCH_HD int dense_stride(int warps, int acc_bytes) {
 
 // The block's chunk of the matrix, a row of it for each row in, 0 beyond its end.
 template <class Acc>
-CODED_TORCH_HD void load_matrix(const SplineArgs& args, const DenseGrid& grid, bool transpose,
+CODED_TORCH_HD void load_matrix(const SplineArgs& args, const Grid& grid, bool transpose,
                                 int first_row, int thread, Acc* to) {
   const Acc* matrix = static_cast<const Acc*>(args.matrix);  // [n, N]
   const int width = grid.threads / kWarp * kDenseRows, rows = static_cast<int>(grid.rows_in);
@@ -52,7 +41,7 @@ CODED_TORCH_HD void load_matrix(const SplineArgs& args, const DenseGrid& grid, b
 
 // kDenseRows results of pack `index`, from `first_row` on, whose columns of the matrix start there.
 template <class T, int kWidth>
-CODED_TORCH_HD void dense_pack(const SplineArgs& args, const DenseGrid& grid, int64_t index,
+CODED_TORCH_HD void dense_pack(const SplineArgs& args, const Grid& grid, int64_t index,
                                int64_t first_row, const acc_t<T>* matrix) {
   using Acc = acc_t<T>;
   using Columns = Pack<Acc, kWidth>;
@@ -90,7 +79,7 @@ CODED_TORCH_HD void dense_pack(const SplineArgs& args, const DenseGrid& grid, in
 }
 
 template <class T, int kWidth, class Barrier>
-CODED_TORCH_HD void dense_thread(const SplineArgs& args, const DenseGrid& grid, bool transpose,
+CODED_TORCH_HD void dense_thread(const SplineArgs& args, const Grid& grid, bool transpose,
                                  int64_t block, int thread, void* shared, const Barrier& barrier) {
   using Acc = acc_t<T>;
   const int warps = grid.threads / kWarp, warp = thread / kWarp, lane = thread % kWarp;

@@ -1,107 +1,132 @@
-// How the CUDA kernels of splines are launched, and which of them: the host's part.
+// Which kernel applies a spline on CUDA, and how it is launched: the host's part.
 #pragma once
 
 #include <algorithm>
+#include <string>
 
 #include "dense_block.h"
 #include "spline_block.h"
 
 namespace coded_torch {
 
-// The x dimension of a grid holds 2^31 - 1 blocks.
-constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
-
 // What a launch has to know of the device.
 struct Device {
   int index;
+  int capability;  // 90 of sm_90
   int multiprocessors;
   int shared_bytes;  // that a block may have where a multiprocessor is to hold two
+  void* context;     // the primary one
 };
 
-// Shared memory serves while a multiprocessor's holds two blocks of kMaxThreads, as fewer threads
-// wait for the memory most of the time. Blocks shrink to a warp where there are few columns, so
-// that every multiprocessor has some.
-inline SplineGrid plan_grid(const SplineArgs& args, int64_t acc_bytes, const Device& device) {
-  SplineGrid grid{};
-  const int64_t columns = args.num_groups * args.num_columns;
-  const int64_t per_thread = num_kept_states(args.num_knots) * 2 * acc_bytes;
-  grid.threads = kMaxThreads;
-  while (grid.threads > kWarp &&
-         columns < grid.threads * kResidentBlocks * device.multiprocessors) {
-    grid.threads /= 2;
+// A kernel is compiled for a dtype and for a direction. All have numbers.
+struct Variant {
+  Kind kind;
+  DType dtype;
+  bool transpose;
+
+  static constexpr int kCount = 4 * 4 * 2;
+  static Variant of(int64_t number) {
+    return {Kind(number / 8), DType(number / 2 % 4), number % 2 == 1};
   }
+  int number() const {
+    return 8 * static_cast<int>(kind) + 2 * static_cast<int>(dtype) + (transpose ? 1 : 0);
+  }
+  std::string name() const {
+    static const char* kinds[] = {"sweep", "workspace_sweep", "product", "wide_product"};
+    static const char* types[] = {"float64", "float32", "bfloat16", "float16"};
+    return std::string(kinds[static_cast<int>(kind)]) + "_" + types[static_cast<int>(dtype)] +
+           (transpose ? "_transposed" : "");
+  }
+  int64_t value_bytes() const {
+    return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+  }
+  int64_t acc_bytes() const { return dtype == DType::kFloat64 ? 8 : 4; }
+  int width() const { return kind == Kind::kWideProduct && dtype != DType::kFloat64 ? 4 : 1; }
+};
+
+inline int64_t state_bytes(const SplineArgs& args, const Variant& variant) {
+  return num_kept_states(args.num_knots) * 2 * variant.acc_bytes();  // of a thread
+}
+
+// Blocks shrink to a warp where there are few columns, so that every multiprocessor has some.
+inline Grid plan_sweep(const SplineArgs& args, const Variant& variant, const Device& device) {
+  Grid grid{};
+  const int64_t columns = args.num_groups * args.num_columns;
+  const int64_t per_thread = state_bytes(args, variant);
+  grid.threads = kMaxThreads;
+  const int64_t full = kResidentThreads / kMaxThreads * device.multiprocessors;  // blocks
+  while (grid.threads > kWarp && columns < grid.threads * full) grid.threads /= 2;
   grid.blocks = (columns + grid.threads - 1) / grid.threads;
-  if (kMaxThreads * per_thread <= device.shared_bytes) {
-    grid.states = States::kShared;
-    grid.shared_bytes = grid.threads * per_thread;
+  if (variant.kind == Kind::kSweep) {
+    grid.shared_bytes = static_cast<int>(grid.threads * per_thread);
   } else {
-    grid.states = States::kWorkspace;
-    const int64_t resident = kResidentBlocks * (kMaxThreads / grid.threads);
-    grid.blocks = std::min(grid.blocks, resident * device.multiprocessors);
+    // No more blocks than are resident: the workspace grows with the device, not with the batch.
+    const int64_t resident = kResidentThreads / grid.threads * device.multiprocessors;
+    grid.blocks = std::min(grid.blocks, resident);
     grid.workspace_bytes = grid.blocks * grid.threads * per_thread;
   }
   return grid;
 }
 
-// Whether the shared memory holds what one warp needs of the matrix.
-inline bool fits_dense(int64_t rows_in, int64_t acc_bytes, const Device& device) {
-  return rows_in * (kDenseRows * acc_bytes + 16) <= device.shared_bytes;
-}
-
-inline DenseGrid plan_dense(const SplineArgs& args, bool transpose, int width, int64_t acc_bytes,
-                            const Device& device) {
+inline Grid plan_product(const SplineArgs& args, const Variant& variant, const Device& device) {
   const auto over = [](int64_t count, int64_t by) { return (count + by - 1) / by; };
-  DenseGrid grid{};
-  grid.rows_in = transpose ? args.num_points : args.num_knots;
-  grid.rows_out = transpose ? args.num_knots : args.num_points;
-  grid.packs = args.num_groups * (args.num_columns / width);
+  const int acc_bytes = static_cast<int>(variant.acc_bytes());
+  Grid grid{};
+  grid.rows_in = variant.transpose ? args.num_points : args.num_knots;
+  grid.rows_out = variant.transpose ? args.num_knots : args.num_points;
+  grid.packs = args.num_groups * (args.num_columns / variant.width());
   grid.tiles = over(grid.packs, kWarp);
   const int64_t all = over(grid.rows_out, kDenseRows);
   const int64_t fit = (device.shared_bytes / grid.rows_in - 16) / (kDenseRows * acc_bytes);
   grid.chunks = over(all, std::min<int64_t>(fit, kDenseWarps));
   const int warps = static_cast<int>(over(all, grid.chunks));
   grid.threads = warps * kWarp;
-  grid.shared_bytes =
-      static_cast<int>(grid.rows_in * dense_stride(warps, static_cast<int>(acc_bytes)) * acc_bytes);
-  // No more than are resident at once: each loads the matrix. Two of kDenseWarps, or their like.
-  const int64_t resident =
-      std::min<int64_t>(2 * kDenseWarps / warps, 2 * device.shared_bytes / grid.shared_bytes);
+  grid.shared_bytes = static_cast<int>(grid.rows_in * dense_stride(warps, acc_bytes) * acc_bytes);
+  // No more than are resident at once: each loads the matrix.
+  const int64_t resident = std::min<int64_t>(kResidentThreads / grid.threads,
+                                             2 * device.shared_bytes / grid.shared_bytes);
   const int64_t strides = std::max<int64_t>(resident * device.multiprocessors / grid.chunks, 1);
   grid.blocks = grid.chunks * std::min(grid.tiles, strides);
   return grid;
 }
 
-// Wide packs need every row of a thread's columns to start on a multiple of the access.
-template <class T>
-bool fits_wide(const SplineArgs& args) {
-  constexpr int64_t kWidth = kDenseWidth<T>;
-  const auto aligned = [](const void* data) {
-    return reinterpret_cast<uintptr_t>(data) % (sizeof(T) * kWidth) == 0;
-  };
-  return aligned(args.in) && aligned(args.out) && args.num_columns % kWidth == 0 &&
-         args.in_row_stride % kWidth == 0 && args.in_group_stride % kWidth == 0 &&
-         args.out_row_stride % kWidth == 0 && args.out_group_stride % kWidth == 0;
+inline Grid plan_grid(const SplineArgs& args, const Variant& variant, const Device& device) {
+  return variant.kind == Kind::kSweep || variant.kind == Kind::kWorkspaceSweep
+             ? plan_sweep(args, variant, device)
+             : plan_product(args, variant, device);
 }
 
-// What a call is done with.
-struct Choice {
-  enum Kernel { kSweep, kNarrow, kWide } kernel;
-  DenseGrid grid;
-};
+// Wide packs need every row of a thread's columns to start on a multiple of the access.
+inline bool fits_wide(const SplineArgs& args, const Variant& wide) {
+  const auto fits = [&](int64_t strides) { return strides % wide.width() == 0; };
+  const auto aligned = [&](const void* data) {
+    return reinterpret_cast<uintptr_t>(data) % (wide.value_bytes() * wide.width()) == 0;
+  };
+  return aligned(args.in) && aligned(args.out) && fits(args.num_columns) &&
+         fits(args.in_row_stride) && fits(args.in_group_stride) && fits(args.out_row_stride) &&
+         fits(args.out_group_stride);
+}
 
-// Plans have a matrix where coded_torch/linear.py says that it is faster. The number of
-// columns decides on nothing but the packs' width, which no result depends on: wide ones where
-// every multiprocessor gets one of their blocks.
-template <class T>
-Choice choose(const SplineArgs& args, bool transpose, const Device& device) {
-  constexpr int64_t kAcc = sizeof(acc_t<T>);
+// Plans have a matrix where coded_torch/linear.py says that it is faster. The number of columns
+// decides on nothing but the packs' width, which no result depends on: wide ones where every
+// multiprocessor gets one of their blocks.
+inline Variant choose(const SplineArgs& args, DType dtype, bool transpose, const Device& device) {
+  const Variant narrow{Kind::kProduct, dtype, transpose},
+      wide{Kind::kWideProduct, dtype, transpose};
   const int64_t rows_in = transpose ? args.num_points : args.num_knots;
-  if (args.matrix == nullptr || !fits_dense(rows_in, kAcc, device)) return {Choice::kSweep, {}};
-  if (kDenseWidth<T> > 1 && fits_wide<T>(args)) {
-    const DenseGrid wide = plan_dense(args, transpose, kDenseWidth<T>, kAcc, device);
-    if (wide.blocks >= device.multiprocessors) return {Choice::kWide, wide};
+  // The shared memory holds what one warp needs of the matrix.
+  if (args.matrix != nullptr &&
+      rows_in * (kDenseRows * narrow.acc_bytes() + 16) <= device.shared_bytes) {
+    const bool is_wide = wide.width() > 1 && fits_wide(args, wide) &&
+                         plan_product(args, wide, device).blocks >= device.multiprocessors;
+    return is_wide ? wide : narrow;
   }
-  return {Choice::kNarrow, plan_dense(args, transpose, 1, kAcc, device)};
+  // Shared memory serves while a multiprocessor's holds two blocks of kMaxThreads, as fewer threads
+  // wait for the memory most of the time.
+  const Variant sweep{Kind::kSweep, dtype, transpose};
+  return kMaxThreads * state_bytes(args, sweep) <= device.shared_bytes
+             ? sweep
+             : Variant{Kind::kWorkspaceSweep, dtype, transpose};
 }
 
 }  // namespace coded_torch

@@ -1,0 +1,255 @@
+"""Kernels are used once they have been right. tests/test_accelerator.py runs this."""
+
+import resource
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from coded_torch import _extension, ops
+from coded_torch.linear import SplineMap
+from tests.accelerator.plugin import driver
+
+from ..test_ops import make_plan
+
+pytestmark = pytest.mark.cuda
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+WORKSPACE, PRODUCT = 8, 16  # the first numbers of these kernels
+UNTOUCHED = 3  # a number that no test uses through the operator
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of its own, no fault and no failure."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _extension.CUDA_FAILURES.clear()
+    yield tmp_path / "coded_torch"
+    driver.driver_fault(b"")
+
+
+def is_used(device, number):
+    return torch.ops.coded_torch._local_bytes(device, number) >= 0
+
+
+def problem(dtype, device, matrix=False, knots=9):
+    coefficients, schedule, _ = make_plan(knots, dtype)
+    if matrix:
+        coefficients = ops.with_matrix(coefficients, schedule)
+    return [t.to(device) for t in (torch.randn(knots, 3, 20).to(dtype), coefficients, schedule)]
+
+
+def the_file(cache):
+    (path,) = cache.glob("*.kernel")
+    return path
+
+
+def fails(number, match):
+    """Try a kernel that fails; return the reason."""
+    with pytest.warns(RuntimeWarning, match=match):
+        assert not _extension._try_kernel(0, number)
+    assert not _extension._try_kernel(0, number)  # the second failure is not warned of
+    assert len(_extension.CUDA_FAILURES) == 2
+    return _extension.CUDA_FAILURES[0]
+
+
+@pytest.mark.parametrize("number", [n for n in range(32) if n not in (24, 25)])
+def test_every_kernel_passes_and_the_next_process_compiles_nothing(number, cache):
+    assert _extension._try_kernel(0, number)
+    before = the_file(cache).stat()
+    assert _extension._try_kernel(1, number)
+    assert the_file(cache).stat().st_ino == before.st_ino
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (b"wrong", "its results are wrong there, by "),
+        (b"launch", "cuLaunchKernel: too many resources requested for launch"),
+        (b"no binary", "cuModuleLoadData: no kernel image is available for this device"),
+    ],
+)
+def test_a_kernel_that_fails_is_not_used(fault, reason, cache):
+    driver.driver_fault(fault)
+    assert reason in fails(UNTOUCHED, f"sweep_float32_transposed on cuda:0: {reason}")
+    (lock,) = cache.glob("*.lock")
+    assert lock.read_text() == ""  # the next process tries again
+    driver.driver_fault(b"")
+    assert _extension._try_kernel(0, UNTOUCHED)
+
+
+def test_without_nvrtc(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "99.0")
+    fails(UNTOUCHED, "there is no libnvrtc.so.99")
+
+
+@pytest.mark.parametrize("matrix", [False, True])
+def test_the_operator_falls_back_for_good(matrix):
+    operands = problem(torch.float16, "cuda:1", matrix)
+    want = _extension.spline_apply(*operands, False)
+    driver.driver_fault(b"wrong")
+    with pytest.warns(RuntimeWarning, match="computed by torch's own operators") as caught:
+        assert torch.equal(ops.spline_apply(*operands), want)
+    assert len(caught) == 1
+    driver.driver_fault(b"")
+    assert torch.equal(ops.spline_apply(*operands), want)
+    assert not is_used(1, (PRODUCT if matrix else 0) + 6)
+    # Plans that reach the device from now on have a matrix, so that the host does not compute.
+    map = SplineMap(np.linspace(0, 1, 300), np.linspace(0, 1, 300))
+    assert map._operands(operands[0])[0].shape[1] > 300 * 300
+
+
+def test_while_a_graph_is_captured_an_untried_kernel_is_not_used():
+    operands = problem(torch.float64, "cuda:0", matrix=True)
+    driver.driver_fault(b"capturing")
+    want = ops.spline_apply(*operands)
+    assert not is_used(0, PRODUCT)
+    driver.driver_fault(b"")
+    torch.testing.assert_close(ops.spline_apply(*operands), want)
+    assert is_used(0, PRODUCT)
+    driver.driver_fault(b"capturing")
+    ops.spline_apply(*operands)
+    assert not _extension.CUDA_FAILURES
+
+
+def test_threads_that_come_while_a_kernel_is_tried_do_not_wait_for_it():
+    operands = problem(torch.float32, "cuda:0")
+    torch.cuda.synchronize()
+    results, together = [], threading.Barrier(4)
+
+    def call():
+        together.wait()
+        results.append(ops.spline_apply(*operands))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=100)
+    for result in results:
+        torch.testing.assert_close(result, results[0], atol=1e-5, rtol=0)
+    assert is_used(0, 2)
+
+
+def test_the_first_use_is_by_a_thread_of_autograds():
+    values, *plan = problem(torch.float64, "cuda:1")
+    with torch.no_grad():
+        want = ops.spline_apply(
+            torch.ones(12, 3, 20, device="cuda:1").double(), *plan, transpose=True
+        )
+    _extension.CUDA_FAILURES.clear()
+    values, *plan = problem(torch.bfloat16, "cuda:1")
+    values.requires_grad_()
+    ops.spline_apply(values, *plan).sum().backward()
+    assert is_used(1, 5)
+    torch.testing.assert_close(values.grad.double(), want, atol=0.1, rtol=0)
+
+
+def test_the_callers_modes_are_nothing_to_a_trial():
+    operands = problem(torch.bfloat16, "cuda:0")
+    torch.cuda.set_sync_debug_mode("error")
+    torch.set_default_device("cuda:1")
+    try:
+        ops.spline_apply(*operands)
+        assert torch.cuda.get_sync_debug_mode() == 2
+    finally:
+        torch.set_default_device(None)
+        torch.cuda.set_sync_debug_mode(0)
+    assert is_used(0, 4)
+
+
+def half(code):
+    return code[: len(code) // 2]
+
+
+def flipped(code):
+    return code[:-5000] + bytes([code[-5000] ^ 1]) + code[-4999:]
+
+
+def of_another_version(code):
+    return code.replace(b"\nNVRTC 1", b"\nNVRTC 2", 1)
+
+
+@pytest.mark.parametrize("spoil", [half, flipped, of_another_version, lambda code: b""])
+def test_a_file_that_is_not_whole_or_not_this_kernels_is_compiled_again(spoil, cache):
+    assert _extension._try_kernel(0, UNTOUCHED)
+    path = the_file(cache)
+    whole = path.read_bytes()
+    assert spoil(whole) != whole
+    path.write_bytes(spoil(whole))
+    assert _extension._try_kernel(0, UNTOUCHED)
+    assert path.read_bytes() == whole
+
+
+def test_a_full_disk_costs_a_compilation(cache):
+    before = (
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+    )
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1][1]))
+    try:
+        assert _extension._try_kernel(0, UNTOUCHED)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before[1])
+        signal.signal(signal.SIGXFSZ, before[0])
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+def test_nothing_is_read_where_others_write(cache):
+    cache.mkdir()
+    cache.chmod(0o777)
+    assert _extension._try_kernel(0, UNTOUCHED)
+    assert not any(cache.iterdir())
+
+
+def test_a_file_in_the_place_of_the_cache(cache):
+    cache.write_text("")
+    assert _extension._try_kernel(0, UNTOUCHED)
+
+
+def test_the_cache_is_bounded(cache):
+    cache.mkdir(mode=0o700)
+    old = cache / "old.kernel"
+    with old.open("wb") as file:
+        file.truncate(65 << 20)
+    assert _extension._try_kernel(0, UNTOUCHED)
+    assert not old.exists()
+    assert the_file(cache)
+
+
+def test_two_at_once_compile_once(cache):
+    """As two processes: each opens the lock for itself."""
+    seen, done = set(), []
+
+    def run(device):
+        done.append(_extension._try_kernel(device, UNTOUCHED))
+
+    threads = [threading.Thread(target=run, args=[device]) for device in (0, 1)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        seen.update(path.stat().st_ino for path in cache.glob("*.kernel"))
+        threads[0].join(0.01)
+        threads[1].join(0.01)
+    assert done == [True, True]
+    assert seen <= {the_file(cache).stat().st_ino}
+
+
+def test_a_trial_that_never_ended_is_not_repeated(cache, monkeypatch):
+    class Dead(torch.cuda.Stream):
+        def synchronize(self):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "Stream", Dead)
+        driver.driver_fault(b"launch")
+        with pytest.warns(RuntimeWarning, match="an illegal memory access"):
+            assert not _extension._try_kernel(0, UNTOUCHED)
+    driver.driver_fault(b"")
+    _extension.CUDA_FAILURES.clear()
+    with pytest.warns(RuntimeWarning, match=r"never ended in another process; remove .*\.lock"):
+        assert not _extension._try_kernel(1, UNTOUCHED)
+    (lock,) = cache.glob("*.lock")
+    lock.unlink()
+    assert _extension._try_kernel(1, UNTOUCHED)
