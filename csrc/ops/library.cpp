@@ -60,8 +60,9 @@ STABLE_TORCH_LIBRARY(coded_torch, m) {
   // The bounds [L] of thresholds [S, L, n], at a level of each row.
   m.def("error_radii(Tensor thresholds, Tensor levels) -> Tensor");
   // Of kernels on CUDA, private, for coded_torch/_extension.py and tests. `nvrtc` is the address of
-  // a library; a number stands for a kernel (csrc/ops/cuda/grid.h). Python has the first two.
+  // a library; a number stands for a kernel (csrc/ops/cuda/grid.h). Python has the first three.
   m.def("_try_kernel(int device, int number) -> bool");
+  m.def("_fall_back(str why) -> bool");
   const std::string arguments =
       "(Tensor values, Tensor coefficients, Tensor schedule, bool transpose, Tensor? gather, "
       "Tensor? scatter, SymInt? num_rows";

@@ -28,7 +28,14 @@ static std::map<int, int> attributes = {
 };
 constexpr int kDevices = 2, kSharedWithoutAsking = 48 << 10;
 // The numbers of CUresult that are told apart by nobody but who debugs.
-enum Error { kInvalidValue = 1, kNoContext = 201, kNoBinary = 209, kNotFound = 500, kFailed = 719 };
+enum Error {
+  kInvalidValue = 1,
+  kNoDevice = 100,
+  kNoContext = 201,
+  kNoBinary = 209,
+  kNotFound = 500,
+  kFailed = 719
+};
 
 struct Function {
   std::string name;
@@ -88,11 +95,13 @@ static std::string name_in(const char* code) {
 extern "C" {
 using namespace accelerator;
 
-// For tests: "capturing", "no binary", "launch", "wrong", "dead"; a capability of all devices.
+// For tests: "no device", "no binary", "launch", "wrong", "capturing"; a capability of all devices.
 void driver_fault(const char* name) { fault = name; }
 void driver_capability(int number) { attributes[75] = number / 10, attributes[76] = number % 10; }
 
-int cuInit(unsigned) { return 0; }
+int cuInit(unsigned) {
+  return fault == "no device" ? fail(kNoDevice, "no CUDA-capable device is detected") : 0;
+}
 // NVRTC asks for it.
 int cuGetExportTable(const void** table, const void*) {
   *table = nullptr;

@@ -45,11 +45,22 @@ def the_file(cache):
     return path
 
 
+# The first test, as a device that was found stays.
+def test_without_a_driver_of_cuda():
+    operands = problem(torch.float64, "cuda:1")
+    driver.driver_fault(b"no device")
+    with pytest.warns(RuntimeWarning, match="as cuInit: no CUDA-capable device") as caught:
+        first = ops.spline_apply(*operands)
+    assert len(caught) == len(_extension.CUDA_FAILURES) == 1
+    assert torch.equal(ops.spline_apply(*operands), first)
+    assert len(_extension.CUDA_FAILURES) == 1
+
+
 def fails(number, match):
     """Try a kernel that fails; return the reason."""
     with pytest.warns(RuntimeWarning, match=match):
         assert not _extension._try_kernel(0, number)
-    assert not _extension._try_kernel(0, number)  # the second failure is not warned of
+    assert not _extension._try_kernel(1, number)  # the second failure is not warned of
     assert len(_extension.CUDA_FAILURES) == 2
     return _extension.CUDA_FAILURES[0]
 

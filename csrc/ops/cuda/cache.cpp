@@ -33,13 +33,14 @@ static fs::path own_folder() {
   const fs::path cache =
       of("XDG_CACHE_HOME").empty() ? of("HOME") / ".cache" : of("XDG_CACHE_HOME");
   const fs::path path = cache / "coded_torch";
+  if (!path.is_absolute()) return {};
   std::error_code ignored;
   fs::create_directories(cache, ignored);
   mkdir(path.c_str(), 0700);
   struct stat about{};
   const bool own = stat(path.c_str(), &about) == 0 && S_ISDIR(about.st_mode) &&
                    about.st_uid == geteuid() && (about.st_mode & 022) == 0;
-  return own && path.is_absolute() ? path : fs::path();
+  return own ? path : fs::path();
 }
 
 Place::Place(const std::string& key) : key_(key), path_(own_folder()) {

@@ -68,6 +68,17 @@ static Result call_python(const char* name, const Arguments&... arguments) {
   return torch::stable::detail::to<Result>(stack[0]);
 }
 
+// Null, and once a warning, where there is no driver of CUDA: torch's builds for ROCm take their
+// devices for CUDA's.
+static const Device* find_device(int index) {
+  try {
+    return &device_at(index);
+  } catch (const Failure& failure) {
+    call_python<bool>("coded_torch::_fall_back", std::string(failure.what()));
+    return nullptr;
+  }
+}
+
 static bool is_right(Kernel& kernel, const Variant& variant, int device, void* stream) {
   const Kernel::State state = kernel.state;
   if (state != Kernel::kUntried) return state == Kernel::kRight;
@@ -89,17 +100,18 @@ Tensor spline_apply_cuda(const Tensor& values, const Tensor& coefficients, const
   const torch::stable::accelerator::DeviceGuard guard(index);
   SplineCall call =
       prepare_spline(values, coefficients, schedule, transpose, {gather, scatter, num_rows});
-  const Device& device = device_at(index);
-  const Variant variant = choose(call.args, call.dtype, transpose, device);
-  Kernel& kernel = kernel_of(index, variant);
-  void* stream = current_stream(index);
-  if (!is_right(kernel, variant, index, stream)) {
-    return call_python<Tensor>("coded_torch::_spline_by_torch", values, coefficients, schedule,
-                               transpose, gather, scatter, num_rows);
+  if (const Device* device = find_device(index)) {
+    const Variant variant = choose(call.args, call.dtype, transpose, *device);
+    Kernel& kernel = kernel_of(index, variant);
+    void* stream = current_stream(index);
+    if (is_right(kernel, variant, index, stream)) {
+      if (num_rows) torch::stable::zero_(call.out);  // not all rows may be written
+      run(call, variant, *device, kernel.loaded.function, stream);
+      return call.out;
+    }
   }
-  if (num_rows) torch::stable::zero_(call.out);  // not all rows may be written
-  run(call, variant, device, kernel.loaded.function, stream);
-  return call.out;
+  return call_python<Tensor>("coded_torch::_spline_by_torch", values, coefficients, schedule,
+                             transpose, gather, scatter, num_rows);
 }
 
 // ---- for the trial of a kernel, in its order -------------------------------------------------
