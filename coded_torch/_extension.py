@@ -153,7 +153,7 @@ def _trial(device: int, number: int) -> None:
 
 
 def _compare(device: int, number: int) -> None:
-    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     dtype, transpose = dtypes[number // 2 % 4], number % 2 == 1
     n, N, groups, columns = 11, 18, 3, 44
     t, z = np.linspace(0, 1, n) ** 1.5, np.linspace(1.1, -0.1, N)

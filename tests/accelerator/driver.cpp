@@ -48,6 +48,7 @@ static int contexts[kDevices];  // their addresses are the devices' contexts
 static thread_local std::vector<void*> current;
 static thread_local std::string last_reason;
 static std::string fault;  // what goes wrong from now on
+static int launches = 0;
 
 static int fail(Error error, const std::string& reason) {
   last_reason = reason;
@@ -97,6 +98,7 @@ using namespace accelerator;
 
 // For tests: "no device", "no binary", "launch", "wrong", "capturing"; a capability of all devices.
 void driver_fault(const char* name) { fault = name; }
+int driver_launches() { return launches; }
 void driver_capability(int number) { attributes[75] = number / 10, attributes[76] = number % 10; }
 
 int cuInit(unsigned) {
@@ -172,6 +174,7 @@ int cuThreadExchangeStreamCaptureMode(int* mode) {
 int cuLaunchKernel(void* handle, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned ty,
                    unsigned tz, unsigned shared_bytes, void* stream, void** parameters, void**) {
   const Function& function = *static_cast<Function*>(handle);
+  ++launches;
   if (fault == "launch") return fail(kFailed, "too many resources requested for launch");
   if (current.empty() || current.back() != function.context)
     return fail(kNoContext, function.name + ": the context is another device's");

@@ -153,10 +153,9 @@ Tensor compile_kernel(const std::string& architecture, int64_t number, int64_t n
 
 std::string kernel_name(int64_t number) { return Variant::of(number).name(); }
 
-// -1 of a kernel that is not in use.
+// Of a kernel that is loaded.
 int64_t local_bytes(int64_t index, int64_t number) {
-  const Kernel& kernel = kernel_of(index, Variant::of(number));
-  return kernel.state == Kernel::kRight ? kernel.loaded.local_bytes : -1;
+  return kernel_of(index, Variant::of(number)).loaded.local_bytes;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(coded_torch, CUDA, m) {
