@@ -13,7 +13,7 @@ from coded_torch import ops
 from coded_torch.codes.curves import chebyshev_first, chebyshev_second
 from coded_torch.linear import SplineMap
 
-from .grids import CSRC, KERNELS, SOURCES, build_host, build_ptx, compile_ptx
+from .grids import CSRC, KERNELS, SOURCES, build_host, build_ptx, compile_kernel, compile_ptx
 from .splines import DTYPES, TOLERANCES
 from .test_ops import gathered, make_indices, make_plan, scattered
 
@@ -129,7 +129,8 @@ def run_grid(
     grid = library.coded_torch_run_grid(
         ctypes.byref(args), DTYPES.index(values.dtype), transpose, device, failure
     )
-    assert failure.value == b""
+    if failure.value:
+        raise RuntimeError(failure.value.decode())
     return out, grid
 
 
@@ -338,6 +339,18 @@ def test_half_precision_conversions(host_library):
         else:
             assert half == single.half().view(torch.int16).numpy().view(np.uint16), value
             assert brain == single.bfloat16().view(torch.int16).item(), value
+
+
+def test_a_barrier_that_is_removed_is_found(tmp_path):
+    (product,) = (n for n in KERNELS if torch.ops.coded_torch._kernel_name(n) == "product_float32")
+    ptx = compile_kernel(product, "compute_90").decode().rstrip("\0")
+    without, count = re.subn(r"bar\.sync\s+0;", "", ptx)
+    assert count == 1
+    library = typed(build_ptx(tmp_path, "spline_grid.cpp", without))
+    coefficients, schedule, _ = make_plan(9, torch.float32)
+    coefficients = ops.with_matrix(coefficients, schedule)
+    with pytest.raises(RuntimeError, match="a word of shared memory with no barrier between"):
+        run_grid(library, torch.randn(9, 1, 9), coefficients, schedule, transpose=False)
 
 
 def accesses_of(body):
