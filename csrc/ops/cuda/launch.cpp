@@ -2,7 +2,6 @@
 
 #include <dlfcn.h>
 
-#include <array>
 #include <map>
 #include <mutex>
 #include <vector>
@@ -158,7 +157,7 @@ const Device& device_at(int index) {
   int handle = 0;
   call("cuInit", 0u);
   call("cuDeviceGet", &handle, index);
-  const auto attribute = [&](int which) {
+  const auto attribute = [&](int which) {  // a number of CUdevice_attribute
     int value = 0;
     call("cuDeviceGetAttribute", &value, which, handle);
     return value;

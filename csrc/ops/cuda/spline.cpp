@@ -24,9 +24,12 @@ struct Kernel {
 
 static Kernel& kernel_of(int64_t device, const Variant& variant) {
   static Kernel all[kMostDevices][Variant::kCount];
+  const int number = variant.number();
   STD_TORCH_CHECK(device >= 0 && device < kMostDevices, "coded_torch: device must be 0..",
                   kMostDevices - 1, ", got ", device);
-  return all[device][variant.number()];
+  STD_TORCH_CHECK(number >= 0 && number < Variant::kCount, "coded_torch: there is no kernel ",
+                  number);
+  return all[device][number];
 }
 
 // Only torch's builds for CUDA have the function.
