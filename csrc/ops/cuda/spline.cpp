@@ -24,12 +24,15 @@ struct Kernel {
 
 static Kernel& kernel_of(int64_t device, const Variant& variant) {
   static Kernel all[kMostDevices][Variant::kCount];
-  const int number = variant.number();
   STD_TORCH_CHECK(device >= 0 && device < kMostDevices, "coded_torch: device must be 0..",
                   kMostDevices - 1, ", got ", device);
-  STD_TORCH_CHECK(number >= 0 && number < Variant::kCount, "coded_torch: there is no kernel ",
-                  number);
-  return all[device][number];
+  return all[device][variant.number()];
+}
+
+static Variant variant_of(int64_t number) {
+  STD_TORCH_CHECK(number >= 0 && number < Variant::kCount, "coded_torch: number must be 0..",
+                  Variant::kCount - 1, ", got ", number);
+  return Variant::of(number);
 }
 
 // Only torch's builds for CUDA have the function.
@@ -123,7 +126,7 @@ Tensor spline_apply_cuda(const Tensor& values, const Tensor& coefficients, const
 static thread_local std::optional<Place> place;
 
 void load_kernel(int64_t index, int64_t number, int64_t nvrtc) {
-  const Variant variant = Variant::of(number);
+  const Variant variant = variant_of(number);
   Kernel& kernel = kernel_of(index, variant);
   const Device& device = device_at(static_cast<int>(index));
   kernel.loaded = load(reinterpret_cast<void*>(nvrtc), variant, device, &place);
@@ -133,7 +136,7 @@ Tensor run_kernel(const Tensor& values, const Tensor& coefficients, const Tensor
                   bool transpose, const Index& gather, const Index& scatter,
                   std::optional<int64_t> num_rows, int64_t number) {
   const int index = values.get_device_index();
-  const Variant variant = Variant::of(number);
+  const Variant variant = variant_of(number);
   SplineCall call =
       prepare_spline(values, coefficients, schedule, transpose, {gather, scatter, num_rows});
   torch::stable::zero_(call.out);
@@ -148,17 +151,17 @@ void end_trial() { place->end_trial(); }
 
 Tensor compile_kernel(const std::string& architecture, int64_t number, int64_t nvrtc) {
   const std::string code =
-      compile(reinterpret_cast<void*>(nvrtc), Variant::of(number), architecture);
+      compile(reinterpret_cast<void*>(nvrtc), variant_of(number), architecture);
   const Tensor out = torch::stable::empty({static_cast<int64_t>(code.size())}, ScalarType::Byte);
   std::memcpy(out.mutable_data_ptr(), code.data(), code.size());
   return out;
 }
 
-std::string kernel_name(int64_t number) { return Variant::of(number).name(); }
+std::string kernel_name(int64_t number) { return variant_of(number).name(); }
 
 // Of a kernel that is loaded.
 int64_t local_bytes(int64_t index, int64_t number) {
-  return kernel_of(index, Variant::of(number)).loaded.local_bytes;
+  return kernel_of(index, variant_of(number)).loaded.local_bytes;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(coded_torch, CUDA, m) {
