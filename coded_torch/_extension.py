@@ -90,8 +90,8 @@ try:
     (_LIBRARY,) = _PACKAGE.glob("_ops.*")
     torch.ops.load_library(_LIBRARY)
 except (OSError, ValueError) as error:
-    why = f"the compiled operators are missing; {_REMEDY}: {error}"
-    raise ImportError(f"coded_torch: {why}") from error
+    missing = "coded_torch: the compiled operators are missing"
+    raise ImportError(f"{missing}; {_REMEDY}: {error}") from error
 _KERNELS = torch.ops.coded_torch
 
 
