@@ -1,8 +1,12 @@
 """Kernels are used once they have been right. tests/test_accelerator.py runs this."""
 
+import ctypes
 import resource
 import signal
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -99,6 +103,35 @@ def test_a_kernel_that_fails_is_not_used(fault, reason, cache):
 def test_without_nvrtc(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "99.0")
     fails(UNTOUCHED, "there is no libnvrtc.so.99")
+
+
+# An NVRTC that compiles nothing.
+NVRTC = """
+#include <cstring>
+extern "C" {
+int nvrtcVersion(int* a, int* b) { return *a = 13, *b = 9, 0; }
+int nvrtcGetNumSupportedArchs(int* n) { return *n = 1, 0; }
+int nvrtcGetSupportedArchs(int* all) { return *all = 90, 0; }
+int nvrtcCreateProgram(void** p, const char*, const char*, int, const char**, const char**) {
+  return *p = p, 0;
+}
+int nvrtcCompileProgram(void*, int, const char**) { return 6; }
+const char* nvrtcGetErrorString(int) { return "NVRTC_ERROR_COMPILATION"; }
+int nvrtcGetProgramLogSize(void*, size_t* n) { return *n = 15, 0; }
+int nvrtcGetProgramLog(void*, char* to) { return std::strcpy(to, "an error\\nmore"), 0; }
+int nvrtcDestroyProgram(void**) { return 0; }
+}
+"""
+
+
+def test_an_nvrtc_that_fails(tmp_path, monkeypatch):
+    source, library = tmp_path / "nvrtc.cpp", tmp_path / "nvrtc.so"
+    source.write_text(NVRTC)
+    subprocess.run(["c++", "-fPIC", "-shared", source, "-o", library], check=True, timeout=100)
+    handle = ctypes.CDLL(str(library))._handle
+    monkeypatch.setattr(_extension, "_nvrtc", lambda: handle)
+    reason = fails(UNTOUCHED, "NVRTC 13.9: NVRTC_ERROR_COMPILATION an error")
+    assert reason.endswith("an error")  # the first line of the log
 
 
 @pytest.mark.parametrize("matrix", [False, True])
@@ -230,22 +263,31 @@ def test_the_cache_is_bounded(cache):
     assert the_file(cache)
 
 
-def test_two_at_once_compile_once(cache):
-    """As two processes: each opens the lock for itself."""
-    seen, done = set(), []
+TRY = "import tests.accelerator.plugin; from coded_torch import _extension; "
+TRY += f"print(_extension._try_kernel(0, {UNTOUCHED}))"
+HOLD = "import fcntl, sys, time; lock = open(sys.argv[1]); fcntl.flock(lock, fcntl.LOCK_EX); "
+HOLD += "print('held', flush=True); time.sleep(100)"
 
-    def run():
-        done.append(_extension._try_kernel(0, UNTOUCHED))
 
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
+def python(code, *arguments):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_of_two_processes_one_compiles_after_one_that_was_killed(cache):
+    assert _extension._try_kernel(0, UNTOUCHED)
+    (lock,) = cache.glob("*.lock")
+    holds = python(HOLD, lock)
+    assert holds.stdout.readline() == "held\n"
+    the_file(cache).unlink()
+    both, seen = [python(TRY), python(TRY)], set()
+    holds.kill()
+    holds.communicate()
+    while any(process.poll() is None for process in both):
         seen.update(path.stat().st_ino for path in cache.glob("*.kernel"))
-        threads[0].join(0.01)
-        threads[1].join(0.01)
-    assert done == [True, True]
-    assert seen <= {the_file(cache).stat().st_ino}
+        time.sleep(0.01)
+    assert [process.communicate()[0] for process in both] == ["True\n", "True\n"]
+    assert seen == {the_file(cache).stat().st_ino}
 
 
 def test_a_trial_that_never_ended_is_not_repeated(cache, monkeypatch):
