@@ -1,12 +1,15 @@
 """Kernels are used once they have been right. tests/test_accelerator.py runs this."""
 
+import contextlib
 import ctypes
+import os
 import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -274,6 +277,16 @@ def python(code, *arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
+def waits_for(process, lock):
+    """Whether a process has opened a lock, which is not free, within 100 s."""
+    for _ in range(1000):
+        with contextlib.suppress(FileNotFoundError):  # of a file that it has closed meanwhile
+            if str(lock) in map(os.readlink, Path(f"/proc/{process.pid}/fd").iterdir()):
+                return True
+        time.sleep(0.1)
+    return False
+
+
 def test_of_two_processes_one_compiles_after_one_that_was_killed(cache):
     assert _extension._try_kernel(0, UNTOUCHED)
     (lock,) = cache.glob("*.lock")
@@ -281,6 +294,7 @@ def test_of_two_processes_one_compiles_after_one_that_was_killed(cache):
     assert holds.stdout.readline() == "held\n"
     the_file(cache).unlink()
     both, seen = [python(TRY), python(TRY)], set()
+    assert all(waits_for(process, lock) for process in both)
     holds.kill()
     holds.communicate()
     while any(process.poll() is None for process in both):
