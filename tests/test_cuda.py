@@ -30,7 +30,7 @@ def test_kernels_compile_and_keep_to_their_registers(architecture):
         assert registers <= 128, name  # 512 threads to a multiprocessor
         # NVRTC 13.5 spills some numbers of wide products on Blackwell.
         spills = "wide" in name and architecture in ("sm_100", "sm_120")
-        assert local_bytes <= (24 if spills else 0), name
+        assert local_bytes <= (32 if spills else 0), name
 
 
 def test_info_says_whether_kernels_compile(monkeypatch):
