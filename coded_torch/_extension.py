@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -26,6 +27,7 @@ __all__ = ["CUDA_FAILURES", "build_info", "curve_plan", "short_path", "spline_pl
 
 # Why CUDA tensors are computed by torch's own operators, if they are.
 CUDA_FAILURES: list[str] = []
+_COMPARING = threading.Lock()  # torch's debug mode of waits is one of the process
 _PACKAGE = Path(__file__).resolve().parent
 _REMEDY = "`pip install .` in the source folder builds it (needs a C++17 compiler); then leave it"
 
@@ -114,22 +116,22 @@ def _nvrtc() -> int:
 
 def _try_kernel(device: int, number: int) -> bool:
     """Return whether a kernel is right on a device. The operator asks at the kernel's first use."""
-    # A thread of its own has none of the caller's modes, transforms and streams.
-    with ThreadPoolExecutor(1) as thread:
-        error = thread.submit(_trial, device, number).exception()
-    if error is None:
-        return True
-    why = (str(error) or repr(error)).splitlines()[0]
-    return _fall_back(f"{_KERNELS._kernel_name(number)} on cuda:{device}: {why}")
+    try:
+        # A thread of its own has none of the caller's modes, transforms and streams.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(_trial, device, number).result()
+    except Exception as error:
+        why = (str(error) or repr(error)).splitlines()[0]
+        return _fall_back(f"{_KERNELS._kernel_name(number)} on cuda:{device}: {why}")
+    return True
 
 
 def _fall_back(why: str) -> bool:
-    is_first = not CUDA_FAILURES
     if why not in CUDA_FAILURES:
         CUDA_FAILURES.append(why)
-    if is_first:
+    if CUDA_FAILURES[0] is why:  # of all threads, one finds itself there
         warnings.warn(
-            f"coded_torch: CUDA tensors are computed by torch's own operators, as {why}",
+            f"coded_torch: torch's own operators take the place of CUDA kernels, as {why}",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -138,18 +140,18 @@ def _fall_back(why: str) -> bool:
 
 def _trial(device: int, number: int) -> None:
     """Compile and load a kernel, and compare it with torch's own operators."""
-    stream, mode = torch.cuda.Stream(device), torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode(0)  # it has to wait, whatever the user wants to know of waits
-    try:
-        with torch.cuda.device(device), torch.cuda.stream(stream):
-            _KERNELS._load_kernel(device, number, _nvrtc())
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        _KERNELS._load_kernel(device, number, _nvrtc())
+        with _COMPARING:
+            mode = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode(0)  # the trial has to wait, also where users may not
             try:
                 _compare(device, number)
             finally:
                 stream.synchronize()  # raises where CUDA has failed for good: a mark is left then
                 _KERNELS._end_trial()
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
+                torch.cuda.set_sync_debug_mode(mode)
 
 
 def _compare(device: int, number: int) -> None:

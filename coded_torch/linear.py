@@ -36,9 +36,8 @@ _WAITING = 1.5
 # Columns from which rows are read by index: the columns of each group then fill tiles of their own,
 # and for fewer columns copying the rows costs less than tiles half empty.
 _FUSED_COLUMNS = 256
-_MOST = (
-    1 << 26
-)  # numbers of a matrix, 256 MB in float32; larger plans run on the host without kernels
+# Numbers of a matrix, 256 MB in float32. Without kernels, larger plans run on the host.
+_MOST = 1 << 26
 
 
 class LinearMap(abc.ABC):

@@ -148,13 +148,16 @@ def info(args: argparse.Namespace) -> None:
     for name, value in lines.items():
         say(f"{name:<{width}}{value}")
     if args.device == "cuda":
+        if not names:
+            raise CommandError("coded-torch info: torch has no CUDA device here")
         # A kernel that fails may end CUDA in its process, so this one keeps out of it.
         process = multiprocessing.get_context("spawn").Process(target=_try_kernels, daemon=True)
         process.start()
         process.join(_SECONDS)
         if process.exitcode != 0:
             ended = "did not end" if process.exitcode is None else "failed"
-            raise CommandError(f"coded-torch info: the process that tries the kernels {ended}")
+            why = f"the process that tries the kernels {ended}; run it again to try the rest"
+            raise CommandError(f"coded-torch info: {why}")
 
 
 def _try_kernels(shrink: int = 1) -> None:

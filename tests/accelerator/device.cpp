@@ -251,8 +251,9 @@ const void* accelerator_around(const void* address, size_t* bytes) {
 }
 
 // A CPU build of torch does not have it, and launches ask for it.
+bool accelerator_has_streams = true;
 int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream) {
   *stream = reinterpret_cast<void*>(streams_now[device]);
-  return 0;
+  return accelerator_has_streams ? 0 : 1;
 }
 }

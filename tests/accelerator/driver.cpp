@@ -96,7 +96,7 @@ static std::string name_in(const char* code) {
 extern "C" {
 using namespace accelerator;
 
-// For tests: "no device", "no binary", "launch", "wrong", "capturing".
+// For tests: "no device", "no binary", "launch", "wrong", "capturing", "trapped".
 void driver_fault(const char* name) { fault = name; }
 int driver_launches() { return launches; }
 
@@ -163,8 +163,13 @@ int cuFuncGetAttribute(int* value, int, void*) {
   return 0;
 }
 int cuStreamIsCapturing(void*, int* status) {
+  if (current.empty()) return fail(kNoContext, "a stream is asked about in no context");
   *status = fault == "capturing";
   return 0;
+}
+int cuStreamSynchronize(void*) {
+  if (current.empty()) return fail(kNoContext, "a stream is waited for in no context");
+  return fault == "trapped" ? fail(kFailed, "an illegal memory access was encountered") : 0;
 }
 int cuThreadExchangeStreamCaptureMode(int* mode) {
   static thread_local int now = 0;

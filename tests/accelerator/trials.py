@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import resource
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ import torch
 from coded_torch import _extension, ops
 from coded_torch.cli.main import _try_kernels
 from coded_torch.linear import SplineMap
-from tests.accelerator.plugin import driver
+from tests.accelerator.plugin import driver, library
 
 from ..test_ops import make_plan
 
@@ -63,6 +65,18 @@ def test_without_a_driver_of_cuda():
     assert len(caught) == len(_extension.CUDA_FAILURES) == 1
     assert torch.equal(ops.spline_apply(*operands), first)
     assert len(_extension.CUDA_FAILURES) == 1
+
+
+def test_without_a_current_stream():
+    """Such as of a torch that takes another vendor's devices for CUDA's."""
+    operands = problem(torch.float64, "cuda:1")
+    has_streams = ctypes.c_bool.in_dll(library, "accelerator_has_streams")
+    has_streams.value = False
+    try:
+        with pytest.warns(RuntimeWarning, match="torch gives no current stream"):
+            ops.spline_apply(*operands)
+    finally:
+        has_streams.value = True
 
 
 def fails(number, match):
@@ -142,7 +156,7 @@ def test_the_operator_falls_back_for_good(matrix):
     operands = problem(torch.float16, "cuda:1", matrix)
     want = _extension.spline_apply(*operands, False)
     driver.driver_fault(b"wrong")
-    with pytest.warns(RuntimeWarning, match="computed by torch's own operators") as caught:
+    with pytest.warns(RuntimeWarning, match="torch's own operators take the place") as caught:
         assert torch.equal(ops.spline_apply(*operands), want)
     assert len(caught) == 1
     driver.driver_fault(b"")
@@ -192,6 +206,85 @@ def test_the_first_use_is_by_a_thread_of_autograds():
     assert is_used(torch.ones(12, 3, 20, device="cuda:1").bfloat16(), *plan, transpose=True)
     want = matrix.sum(0).view(9, 1, 1).expand(9, 3, 20)
     torch.testing.assert_close(values.grad.cpu().double(), want, atol=0.1, rtol=0)
+
+
+def test_an_error_before_a_trial_is_the_callers_own(cache):
+    operands = problem(torch.bfloat16, "cuda:1", matrix=True)
+    driver.driver_fault(b"trapped")
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        ops.spline_apply(*operands)
+    assert not list(cache.glob("*"))  # no mark, which would blame the kernel
+    driver.driver_fault(b"")
+    ops.spline_apply(*operands)
+    assert is_used(*operands)
+    assert not _extension.CUDA_FAILURES
+
+
+def test_a_thread_that_cannot_start_costs_the_kernel_alone(monkeypatch):
+    def refuse(workers):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_extension, "ThreadPoolExecutor", refuse)
+    fails(UNTOUCHED, "sweep_float32_transposed on cuda:0: can't start new thread")
+
+
+def test_a_first_call_that_is_interrupted_decides_nothing(monkeypatch):
+    operands = problem(torch.float16, "cuda:0", matrix=True)
+
+    def interrupt(workers):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_extension, "ThreadPoolExecutor", interrupt)
+        with pytest.raises((KeyboardInterrupt, RuntimeError)):
+            ops.spline_apply(*operands)
+    ops.spline_apply(*operands)
+    assert is_used(*operands)
+
+
+def test_of_two_failures_at_once_one_is_warned_of(monkeypatch):
+    class Together(list):
+        """A list that two threads search at once."""
+
+        both = threading.Barrier(2)
+
+        def __contains__(self, item):
+            self.both.wait(timeout=100)
+            return super().__contains__(item)
+
+    monkeypatch.setattr(_extension, "CUDA_FAILURES", Together())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        threads = [threading.Thread(target=_extension._fall_back, args=[x]) for x in "ab"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=100)
+    assert len(caught) == 1
+    assert sorted(_extension.CUDA_FAILURES) == ["a", "b"]
+
+
+def test_two_trials_at_once_leave_the_callers_mode(monkeypatch):
+    compare, ended = _extension._compare, threading.Event()
+    second = threading.Thread(target=_extension._try_kernel, args=(1, 6))
+
+    def overlap(device, number):
+        if number == UNTOUCHED:
+            second.start()
+            second.join(timeout=1)  # it begins before this one ends, and ends behind it
+        else:
+            ended.wait(timeout=100)
+        compare(device, number)
+
+    monkeypatch.setattr(_extension, "_compare", overlap)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        assert _extension._try_kernel(0, UNTOUCHED)
+        ended.set()
+        second.join(timeout=100)
+        assert torch.cuda.get_sync_debug_mode() == 1
+    finally:
+        torch.cuda.set_sync_debug_mode(0)
 
 
 def test_the_callers_modes_are_nothing_to_a_trial():
@@ -256,6 +349,44 @@ def test_a_file_in_the_place_of_the_cache(cache):
     assert _extension._try_kernel(0, UNTOUCHED)
 
 
+def test_a_folder_in_the_place_of_a_file(cache):
+    assert _extension._try_kernel(0, UNTOUCHED)
+    path = the_file(cache)
+    path.unlink()
+    path.mkdir()
+    assert _extension._try_kernel(0, UNTOUCHED)
+    assert {entry.suffix for entry in cache.iterdir()} == {".kernel", ".lock"}
+
+
+def test_a_process_that_is_forked_during_a_trial_does_not_keep_the_lock(cache, monkeypatch):
+    compare, children = _extension._compare, []
+
+    def fork(device, number):
+        child = os.fork()
+        if child == 0:
+            time.sleep(100)
+            os._exit(0)
+        children.append(child)
+        compare(device, number)
+
+    monkeypatch.setattr(_extension, "_compare", fork)
+    try:
+        assert _extension._try_kernel(0, UNTOUCHED)
+        (path,) = cache.glob("*.lock")
+        with path.open() as lock:
+            for _ in range(100):  # the trial's thread may end a little later
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.1)
+            else:
+                pytest.fail("the lock is held")
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
 def test_the_cache_is_bounded(cache):
     cache.mkdir(mode=0o700)
     old = cache / "old.kernel"
@@ -267,14 +398,15 @@ def test_the_cache_is_bounded(cache):
 
 
 TRY = "import tests.accelerator.plugin; from coded_torch import _extension; "
-TRY += f"print(_extension._try_kernel(0, {UNTOUCHED}))"
+TRY += f"print('ready', flush=True); input(); print(_extension._try_kernel(0, {UNTOUCHED}))"
 HOLD = "import fcntl, sys, time; lock = open(sys.argv[1]); fcntl.flock(lock, fcntl.LOCK_EX); "
 HOLD += "print('held', flush=True); time.sleep(100)"
 
 
 def python(code, *arguments):
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes)
 
 
 def waits_for(process, lock):
@@ -294,6 +426,10 @@ def test_of_two_processes_one_compiles_after_one_that_was_killed(cache):
     assert holds.stdout.readline() == "held\n"
     the_file(cache).unlink()
     both, seen = [python(TRY), python(TRY)], set()
+    assert [process.stdout.readline() for process in both] == ["ready\n", "ready\n"]
+    for process in both:  # at once, as a process waits for 30 s
+        process.stdin.write("\n")
+        process.stdin.flush()
     assert all(waits_for(process, lock) for process in both)
     holds.kill()
     holds.communicate()

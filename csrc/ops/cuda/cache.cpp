@@ -10,8 +10,8 @@
 #include <cstdlib>
 #include <fstream>
 #include <functional>
-#include <iterator>
 #include <map>
+#include <sstream>
 
 namespace coded_torch {
 
@@ -64,7 +64,9 @@ Place::Place(const std::string& key) : key_(key), path_(own_folder()) {
 }
 
 Place::~Place() {
-  if (lock_ >= 0) close(lock_);
+  if (lock_ < 0) return;
+  flock(lock_, LOCK_UN);  // of a process that was forked meanwhile, too
+  close(lock_);
 }
 
 void Place::begin_trial() const {
@@ -76,8 +78,9 @@ void Place::end_trial() const {
 }
 
 std::string Place::read() const {
-  std::ifstream file(path_, std::ios::binary);
-  const std::string all{std::istreambuf_iterator<char>(file), {}};
+  std::ostringstream text;
+  text << std::ifstream(path_, std::ios::binary).rdbuf();  // nothing where reading fails
+  const std::string all = text.str();
   // The hash of the code, a line, the key, the code: another key's file is none.
   const size_t line = all.find('\n') + 1, begin = line + key_.size();
   if (line == 0 || all.size() <= begin || all.compare(line, key_.size(), key_) != 0) return "";
@@ -89,21 +92,21 @@ std::string Place::read() const {
 }
 
 // What was used longest ago goes first.
-static void bound(const fs::path& folder) {
-  std::multimap<fs::file_time_type, fs::path> files;
-  std::error_code ignored;
+static void bound(const fs::path& folder) try {
+  std::multimap<fs::file_time_type, fs::directory_entry> files;
   uintmax_t total = 0;
-  for (const auto& entry : fs::directory_iterator(folder, ignored)) {
-    if (!entry.is_regular_file(ignored)) continue;
-    total += entry.file_size(ignored);
-    files.emplace(entry.last_write_time(ignored), entry.path());
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    if (!entry.is_regular_file() || entry.path().extension() == ".lock") continue;
+    total += entry.file_size();
+    files.emplace(entry.last_write_time(), entry);
   }
-  for (const auto& [_, path] : files) {
+  for (const auto& [_, entry] : files) {
     if (total <= kMostBytes) return;
-    if (path.extension() == ".lock") continue;
-    total -= fs::file_size(path, ignored);
-    fs::remove(path, ignored);
+    total -= entry.file_size();
+    fs::remove(entry.path());
   }
+} catch (const fs::filesystem_error&) {
+  // Another process has removed a file meanwhile, and goes on.
 }
 
 // Whole or not at all. A failure costs the next process a compilation, nothing else.

@@ -131,6 +131,8 @@ std::string compile(void* nvrtc, const Variant& variant, const std::string& arch
 
 // ---- the driver ------------------------------------------------------------------------------
 
+constexpr int kRelaxed = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED: other threads' captures are no matter
+
 static void* driver() {
   static void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (!library) throw Failure("there is no driver of CUDA: libcuda.so.1 is missing");
@@ -201,7 +203,7 @@ Loaded load(void* nvrtc, const Variant& variant, const Device& device,
     (*place)->write(code);
   }
   const Inside context(device);
-  int mode = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED
+  int mode = kRelaxed;
   call("cuThreadExchangeStreamCaptureMode", &mode);
   void* module = nullptr;  // stays loaded
   Loaded kernel;
@@ -213,10 +215,15 @@ Loaded load(void* nvrtc, const Variant& variant, const Device& device,
   return kernel;
 }
 
-bool is_capturing(void* stream) {
-  int status = 0;
-  call("cuStreamIsCapturing", stream, &status);
-  return status != 0;
+bool finish(const Device& device, void* stream) {
+  const Inside context(device);
+  int capturing = 0, mode = kRelaxed;
+  call("cuStreamIsCapturing", stream, &capturing);
+  if (capturing) return false;
+  call("cuThreadExchangeStreamCaptureMode", &mode);
+  call("cuStreamSynchronize", stream);
+  call("cuThreadExchangeStreamCaptureMode", &mode);
+  return true;
 }
 
 void launch(const Device& device, void* function, const Grid& grid, void* stream,

@@ -25,7 +25,9 @@ struct Loaded {
 // thread may do what would spoil a graph that another thread captures, so it is for the trial only.
 Loaded load(void* nvrtc, const Variant& variant, const Device& device, std::optional<Place>* place);
 
-bool is_capturing(void* stream);
+// Waits for the work of a stream: if that has failed, no trial may take the blame. False, at once,
+// while the stream is captured.
+bool finish(const Device& device, void* stream);
 void launch(const Device& device, void* function, const Grid& grid, void* stream,
             void** parameters);
 

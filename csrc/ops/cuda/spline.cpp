@@ -74,27 +74,34 @@ static Result call_python(const char* name, const Arguments&... arguments) {
   return torch::stable::detail::to<Result>(stack[0]);
 }
 
-// Null, and once a warning, where there is no driver of CUDA: torch's builds for ROCm take their
-// devices for CUDA's.
-static const Device* find_device(int index) {
+// Null, and once a warning, where there is no driver or stream of CUDA: torch's builds for ROCm take
+// their devices for CUDA's.
+static const Device* find_device(int index, void** stream) {
   try {
-    return &device_at(index);
+    const Device& device = device_at(index);
+    *stream = current_stream(index);
+    return &device;
   } catch (const Failure& failure) {
     call_python<bool>("coded_torch::_fall_back", std::string(failure.what()));
     return nullptr;
   }
 }
 
-static bool is_right(Kernel& kernel, const Variant& variant, int device, void* stream) {
+static bool is_right(Kernel& kernel, const Variant& variant, const Device& device, void* stream) {
   const Kernel::State state = kernel.state;
   if (state != Kernel::kUntried) return state == Kernel::kRight;
-  if (is_capturing(stream)) return false;  // nothing can be tried now
+  if (!finish(device, stream)) return false;
   Kernel::State untried = Kernel::kUntried;
   if (!kernel.state.compare_exchange_strong(untried, Kernel::kUnusable)) return false;
-  const bool right =
-      call_python<bool>("coded_torch::_try_kernel", int64_t{device}, int64_t{variant.number()});
-  if (right) kernel.state = Kernel::kRight;
-  return right;
+  try {
+    const bool right = call_python<bool>("coded_torch::_try_kernel", int64_t{device.index},
+                                         int64_t{variant.number()});
+    if (right) kernel.state = Kernel::kRight;
+    return right;
+  } catch (...) {  // such as an interruption, which says nothing of the kernel
+    kernel.state = Kernel::kUntried;
+    throw;
+  }
 }
 
 using Index = std::optional<Tensor>;
@@ -106,11 +113,11 @@ Tensor spline_apply_cuda(const Tensor& values, const Tensor& coefficients, const
   const torch::stable::accelerator::DeviceGuard guard(index);
   SplineCall call =
       prepare_spline(values, coefficients, schedule, transpose, {gather, scatter, num_rows});
-  if (const Device* device = find_device(index)) {
+  void* stream = nullptr;
+  if (const Device* device = find_device(index, &stream)) {
     const Variant variant = choose(call.args, call.dtype, transpose, *device);
     Kernel& kernel = kernel_of(index, variant);
-    void* stream = current_stream(index);
-    if (is_right(kernel, variant, index, stream)) {
+    if (is_right(kernel, variant, *device, stream)) {
       if (num_rows) torch::stable::zero_(call.out);  // not all rows may be written
       run(call, variant, *device, kernel.loaded.function, stream);
       return call.out;
