@@ -231,7 +231,7 @@ class SplineMap(LinearMap):
 
     Planning costs :math:`O(n + N \log n)` on the host, applying :math:`O(n + N)` per column, or
     :math:`O(n N)` on CUDA where a dense matrix is faster. The result of a column depends on nothing
-    but the column, bit for bit; on CUDA so once a kernel for the dtype is compiled.
+    but the column, bit for bit; on CUDA, once a kernel for the dtype and direction is in use.
 
     Reference:
         Wecker and Ansley, *The signal extraction approach to nonlinear regression and spline
