@@ -131,7 +131,8 @@ std::string compile(void* nvrtc, const Variant& variant, const std::string& arch
 
 // ---- the driver ------------------------------------------------------------------------------
 
-constexpr int kRelaxed = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED: other threads' captures are no matter
+constexpr int kRelaxed =
+    2;  // CU_STREAM_CAPTURE_MODE_RELAXED: other threads' captures are no matter
 
 static void* driver() {
   static void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);

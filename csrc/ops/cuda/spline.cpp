@@ -74,8 +74,8 @@ static Result call_python(const char* name, const Arguments&... arguments) {
   return torch::stable::detail::to<Result>(stack[0]);
 }
 
-// Null, and once a warning, where there is no driver or stream of CUDA: torch's builds for ROCm take
-// their devices for CUDA's.
+// Null, and once a warning, where there is no driver or stream of CUDA: torch's builds for ROCm
+// take their devices for CUDA's.
 static const Device* find_device(int index, void** stream) {
   try {
     const Device& device = device_at(index);
