@@ -134,7 +134,7 @@ def test_demo_prints_tables_and_saves_a_picture(tmp_path, capsys):
     held, right = map(float, re.findall(r"([\d.]+)%", out)[:2])
     assert held > 90
     assert right > 90
-    assert "N = 6 workers, K = 3 inputs a group, S = 3 workers lost" in out
+    assert "N = 6 workers, K = 3 inputs per group, S = 3 workers lost" in out
     assert max(map(len, out.splitlines()[:-1])) <= 80
     for scheme in ("the paper's scheme", "Berrut", "Lagrange, ordered", "replication"):
         assert f"\n  {scheme} " in out

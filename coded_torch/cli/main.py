@@ -53,7 +53,7 @@ _COLUMNS = "columns in the order of the arguments, as a,b, or x=a,y=b, unless al
 _RESUME = """go on with the job in the folder, if there is one. The inputs, the options, the model's
 weights and attributes, and the files of its classes and of the factory must be the same. Not seen:
 other files that the model imports or reads, values that functions hold, and the kind of workers"""
-_TRIPLES = "workers N, inputs a group K and lost workers S; several in quotes"
+_TRIPLES = "workers N, inputs per group K and lost workers S; several in quotes"
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def demo(args: argparse.Namespace) -> None:
         bounds += f"Its bound, {radii.median():.2f} in the median, is larger in {held:.1%}.\n"
     say(
         f"LeNet-5 reads {len(rows):,} MNIST test digits it was not trained on, {_BATCH_SIZE} at a "
-        f"time.\nSeed {args.seed}.\n\nN = {n} workers, K = {k} inputs a group, {s} workers lost:\n"
+        f"time.\nSeed {args.seed}.\n\nN = {n} workers, K = {k} inputs per group, {s} workers lost:\n"
         f"{len(rows) - len(errors):,} answers are computed, {len(errors):,} are estimated.\n"
         f"{bounds}{right:.1%} of all answers name the right digit.\n\n"
         "Every code is tuned on a quarter of the batches, without labels, and answers\n"
