@@ -222,6 +222,9 @@ def test_pictures_of_several_settings_leave_out_what_is_exact():
     assert lines
     by_n = [made((n, 4, 2), x, 1 / n) for n in (8, 16) for x in "ab"]
     (axes,) = Comparison(by_n).draw().axes
-    assert (axes.get_title(), axes.get_xlabel()) == ("4 inputs per group, 2 workers lost", "workers")
+    assert (axes.get_title(), axes.get_xlabel()) == (
+        "4 inputs per group, 2 workers lost",
+        "workers",
+    )
     figure = Comparison([made((n, n - 1, 1), "a", 0.5) for n in (3, 4, 5)]).draw()
     assert [len(figure.axes), *figure.get_size_inches()] == [4, 13, 8.4]
