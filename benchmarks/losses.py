@@ -13,8 +13,8 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.experiments.scores import half_width, rounded
-from coded_torch.workers import Fault, LocalWorkers
+from coded_torch.workers import Fault, LocalWorkers, Part
+from coded_torch.workers.local import _LocalRequest
 
 from .runs import Measurement, progress
 
@@ -55,26 +56,25 @@ class Table(nn.Module):
 
 
 class Pool(LocalWorkers):
-    """Loses some parts; a row takes as many seconds as ``seconds`` says."""
+    """Loses the parts that take longest. A row takes as many seconds as ``seconds`` says."""
 
     seconds: list[float]
     lost = 0  #: the number of parts that take longest, and are lost
     worker = -1  #: the place of a worker whose parts are lost
 
     def open(self, module: nn.Module, task: Any) -> Any:
-        request = super().open(module, task)
-        ask = request.ask
+        return _Request(self, module, task)
 
-        def asked(parts: Any) -> None:
-            took = {part: sum(self.seconds[unit] for unit in part.units) for part in parts}
-            late = sorted(parts, key=took.__getitem__)[len(parts) - self.lost :]
-            for part in parts:
-                gone = part in late or part.number == self.worker
-                part.fault = Fault(delay=math.inf if gone else took[part])
-            ask(parts)
 
-        request.ask = asked  # type: ignore[method-assign]
-        return request
+class _Request(_LocalRequest):
+    def ask(self, parts: Sequence[Part]) -> None:
+        pool = cast("Pool", self._pool)
+        took = {part: sum(pool.seconds[unit] for unit in part.units) for part in parts}
+        late = sorted(parts, key=took.__getitem__)[len(parts) - pool.lost :]
+        for part in parts:
+            gone = part in late or part.number == pool.worker
+            part.fault = Fault(delay=math.inf if gone else took[part])
+        super().ask(parts)
 
 
 @torch.no_grad()

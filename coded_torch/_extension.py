@@ -120,7 +120,7 @@ def _try_kernel(device: int, number: int) -> bool:
         # A thread of its own has none of the caller's modes, transforms and streams.
         with ThreadPoolExecutor(1) as thread:
             thread.submit(_trial, device, number).result()
-    except Exception as error:
+    except Exception as error:  # whatever NVRTC, the driver or torch raise: the user is warned
         why = (str(error) or repr(error)).splitlines()[0]
         return _fall_back(f"{_KERNELS._kernel_name(number)} on cuda:{device}: {why}")
     return True
