@@ -119,11 +119,11 @@ class Execution:
                 table.hear(events, until)
 
     def test_losses(
-        self, losses: LossTest, units: Sequence[int], oddness: tuple[list[int], list[float]]
+        self, losses: LossTest, units: Sequence[int], oddness: Sequence[tuple[int, float]]
     ) -> None:
         """Report whether late parts look odder than others, given results and their places."""
         found, of_units = list[tuple[int, float, float]](), defaultdict[int, list[float]](list)
-        for place, odd in zip(*oddness, strict=True):
+        for place, odd in oddness:
             of_units[units[place // self.table.unit_rows]].append(odd)
         for part in self.table.good if of_units else ():
             values = [x for unit in part.units for x in of_units[unit]]
