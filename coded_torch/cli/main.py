@@ -81,8 +81,7 @@ def demo(args: argparse.Namespace) -> None:
         bounds += f"Its bound, {radii.median():.2f} in the median, is larger in {held:.1%}.\n"
     say(
         f"LeNet-5 reads {len(rows):,} MNIST test digits it was not trained on, {_BATCH_SIZE} at a "
-        f"time.\nSeed {args.seed}.\n\n"
-        f"N = {n} workers, K = {k} inputs per group, {s} workers lost:\n"
+        f"time.\nSeed {args.seed}.\n\nN = {n} workers, K = {k} inputs per group, {s} are lost:\n"
         f"{len(rows) - len(errors):,} answers are computed, {len(errors):,} are estimated.\n"
         f"{bounds}{right:.1%} of all answers name the right digit.\n\n"
         "Every code is tuned on a quarter of the batches, without labels, and answers\n"
