@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.losses import Pool
+from benchmarks.exchangeability import Pool
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import DeadlineExceeded
 from coded_torch.nn import Report
@@ -333,8 +333,10 @@ def test_a_loss_that_depends_on_content_is_reported(content, parts):
         pool.seconds = seconds.tolist()
         answers, report = coded.run(x)
         inside += ((answers - y).abs().flatten() <= report.radii_at(0.9))[report.estimated].tolist()
-        alarms.append(report.losses_depend)
-        assert report.losses_depend == any("depend on content" in note for note in report.notes)
+        alarms.append(report.missing_not_at_random)
+        assert report.missing_not_at_random == any(
+            "not missing at random" in note for note in report.notes
+        )
     assert (sum(inside) / len(inside) < 0.8) == content
     assert any(alarms) == alarms[-1] == content
 

@@ -1,11 +1,11 @@
-"""Do error bounds hold where losses are not uniform? ``python -m benchmarks losses``.
+"""Bounds of rows that are not missing at random: ``python -m benchmarks exchangeability``.
 
 Batches of a table of 4,000 rows of five features go through a wrapper; outputs are the sine of the
 first feature and noise: even, uneven (its size depends on the second feature), or heavy-tailed.
 Lost are: parts by chance; always the worker of one place, of batches sorted by their outputs; the
 parts whose rows' outputs are furthest from the mean, which takes time ("content"); or a third of
 the rows, half of which have odds of 3 or 5 to be lost. Sequences of 50 calls of a wrapper tell how
-often it reports that losses depend on content, which is wrong by chance and with the worker.
+often it reports that rows are not missing at random, which is wrong by chance and with the worker.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class _Request(_LocalRequest):
 
 
 @torch.no_grad()
-def losses(noise: str, lost: str, size: int, quick: bool) -> dict[str, Any]:
+def covered(noise: str, lost: str, size: int, quick: bool) -> dict[str, Any]:
     table, generator = Table(noise), torch.Generator().manual_seed(SEED)
     odds, pool, parts = float(lost.removeprefix("odds ")) if "odds" in lost else 1.0, Pool(), PARTS
     if odds > 1:
@@ -88,7 +88,7 @@ def losses(noise: str, lost: str, size: int, quick: bool) -> dict[str, Any]:
     else:
         pool.lost = PARTS // 3
     counts = settings(quick)
-    covered, plain, infinite, alarms = [], [], [], []
+    inside_odds, plain, infinite, alarms = [], [], [], []
     for seed in progress(range(counts["sequences"]), "sequences"):
         waiting = Waiting(estimate_after=math.inf, hedge_budget=0.0)
         coded = CodedWrapper(table, workers=pool, parts=parts, waiting=waiting)
@@ -108,14 +108,14 @@ def losses(noise: str, lost: str, size: int, quick: bool) -> dict[str, Any]:
             pool.seconds = seconds.tolist()
             answers, report = coded.run(table.x[rows], rows)
             errors, missing = (answers - y).abs().flatten().double(), report.estimated
-            for found, at in ((covered, odds), (plain, 1.0)):
+            for found, at in ((inside_odds, odds), (plain, 1.0)):
                 inside = errors <= report.radii_at(LEVEL, odds=at)
                 found.append(float(inside[missing].double().mean()))
             radii = report.radii_at(LEVEL, odds=odds)[missing]
             infinite.append(float(radii.isinf().double().mean()))
-            alarm = alarm or call * report.losses_depend
+            alarm = alarm or call * report.missing_not_at_random
         alarms.append(alarm)
-    found = {"covered": covered} | ({"without odds": plain} if odds > 1 else {})
+    found = {"covered": inside_odds} | ({"without odds": plain} if odds > 1 else {})
     return {
         **{key: rounded(statistics.mean(x), half_width(np.array(x))) for key, x in found.items()},
         "infinite": rounded(statistics.mean(infinite))[0],
@@ -130,7 +130,7 @@ def measurements(quick: bool) -> Iterable[Measurement]:
             for size in sizes[: 1 if quick else None]:
                 yield (
                     (noise, lost, f"B {size}"),
-                    functools.partial(losses, noise, lost, size, quick),
+                    functools.partial(covered, noise, lost, size, quick),
                 )
 
 
