@@ -56,6 +56,11 @@ class Memory:
         answer another. Do not give one to a wrapper whose users must not learn of each other.
         :meth:`clear` forgets.
 
+    Warning:
+        A process that is forked while the thread is at work, or ends, may wait for ever at its
+        first matrix product: the fork copies MKL's lock as it is. Spawn processes instead, or fork
+        them before the wrapper is used.
+
     Args:
         capacity: the most results that are remembered, at least 1; the oldest calls go first. If
             outputs have many numbers, fewer are: outputs and coordinates take at most 128 MB.
