@@ -21,10 +21,18 @@ struct Capability {
 inline std::vector<Capability> find_capabilities() {
   std::vector<Capability> found;
 #ifdef CODED_TORCH_X86_KERNELS
-  if (__builtin_cpu_supports("x86-64-v4")) {
+  // The features of x86-64-v3 and x86-64-v4, as the files of the kernels name them: GCC 11 does not
+  // take the names of the levels here.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+                    __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c") &&
+                    __builtin_cpu_supports("fma") && __builtin_cpu_supports("lzcnt") &&
+                    __builtin_cpu_supports("movbe");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
     found.push_back({"avx512", &kAvx512Tiles, &kAvx512Matern, &kAvx512Estimate});
   }
-  if (__builtin_cpu_supports("x86-64-v3")) {
+  if (avx2) {
     found.push_back({"avx2", &kAvx2Tiles, &kAvx2Matern, &kAvx2Estimate});
   }
 #endif

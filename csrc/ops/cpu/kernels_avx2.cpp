@@ -1,7 +1,7 @@
 #include "kernels.h"
 
 #ifdef CODED_TORCH_X86_KERNELS
-#pragma GCC target("arch=x86-64-v3")
+#pragma GCC target("avx2,bmi,bmi2,f16c,fma,lzcnt,movbe")
 #define CODED_TORCH_TILES kAvx2Tiles
 #define CODED_TORCH_MATERN kAvx2Matern
 #define CODED_TORCH_ESTIMATE kAvx2Estimate

@@ -1,7 +1,8 @@
 #include "kernels.h"
 
 #ifdef CODED_TORCH_X86_KERNELS
-#pragma GCC target("arch=x86-64-v4")
+#pragma GCC target("avx2,bmi,bmi2,f16c,fma,lzcnt,movbe")
+#pragma GCC target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl")
 #define CODED_TORCH_TILES kAvx512Tiles
 #define CODED_TORCH_MATERN kAvx512Matern
 #define CODED_TORCH_ESTIMATE kAvx512Estimate
