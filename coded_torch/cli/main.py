@@ -8,15 +8,15 @@ import os
 import platform
 import re
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 import coded_torch
 
@@ -162,18 +162,17 @@ def info(args: argparse.Namespace) -> None:
 
 def _try_kernels(shrink: int = 1) -> None:
     """Print whether each kernel is right on each device, and times of six shapes."""
-    kernels, name_width = torch.ops.coded_torch, 32
+    warnings.simplefilter("ignore")  # what they say is printed
+    kernels, width = torch.ops.coded_torch, 32
     for device in range(torch.cuda.device_count()):
         say(f"\ncuda:{device} {torch.cuda.get_device_name(device)}")
         for number in range(30):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # its text is printed
-                right = _extension._try_kernel(device, number)
+            right = _extension._try_kernel(device, number)
             local = f"right, {kernels._local_bytes(device, number)} bytes of local memory a thread"
             state = local if right else _extension.CUDA_FAILURES[-1]
-            say(f"{kernels._kernel_name(number):<{name_width}}{state}")
+            say(f"{kernels._kernel_name(number):<{width}}{state}")
         with torch.cuda.device(device):
-            say(f"\n{'float32, in microseconds':<{name_width}}copy  matmul  product  sweep")
+            say(f"\n{'float32, in microseconds':<{width}}  copy  matmul product   sweep")
             for n, N, columns in _SHAPES:
                 spline = SplineMap(np.linspace(-1, 1, n), np.linspace(-1, 1, N), smoothing=1e-6)
                 plan, schedule = (x.cuda() for x in spline._operands(torch.empty(0)))
@@ -181,24 +180,15 @@ def _try_kernels(shrink: int = 1) -> None:
                 both = torch.cat([plan, matrix.T.reshape(1, -1)], 1)
                 values = torch.randn(n, 1, columns // shrink, device="cuda")
                 half = torch.empty((n + N) * values.shape[2] // 2, device="cuda")
-                times = (
-                    _microseconds(half.clone),
-                    _microseconds(torch.matmul, matrix, values[:, 0]),
-                    _microseconds(kernels.spline_apply, values, both, schedule, False),
-                    _microseconds(kernels.spline_apply, values, plan, schedule, False),
+                calls = (
+                    half.clone,
+                    partial(torch.matmul, matrix, values[:, 0]),
+                    partial(kernels.spline_apply, values, both, schedule, False),
+                    partial(kernels.spline_apply, values, plan, schedule, False),
                 )
-                text = f"{n} -> {N} x {values.shape[2]:,}"
-                say(f"{text:<{name_width}}" + "  ".join(f"{t:6.0f}" for t in times))
-
-
-def _microseconds(call: Callable[..., Tensor], *arguments: Any) -> float:
-    for calls in (1, _CALLS):  # the first one makes ready
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(calls):
-            call(*arguments)
-        torch.cuda.synchronize()
-    return (time.perf_counter() - begin) / _CALLS * 1e6
+                timers = [Timer("call()", globals={"call": call}) for call in calls]
+                times = "  ".join(f"{timer.timeit(_CALLS).mean * 1e6:6.0f}" for timer in timers)
+                say(f"{f'{n} -> {N} x {values.shape[2]:,}':<{width}}{times}")
 
 
 def _settings(text: str) -> list[tuple[int, ...]]:
