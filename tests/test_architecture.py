@@ -37,7 +37,7 @@ LINES = {
     "beside the folders": 2060,
     "cli": 890,
     "codes": 960,
-    "experiments": 1670,
+    "experiments": 1660,
     "input_space": 1545,
     "nn": 1930,
     "open_inference": 680,
@@ -47,7 +47,7 @@ LINES = {
     "verification": 870,
     "workers": 3270,
 }
-MOST_LINES = 16_154  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 16_176  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

@@ -24,7 +24,7 @@ from ..input_space.metrics import DEFAULT, Distances, Leaf, Sources
 from ..input_space.regressor import LENGTH, Regressor
 
 if TYPE_CHECKING:
-    from .trials import Trials
+    from .verifier import Verifier
 
 
 logger = sparing_logger("coded_torch.nn")
@@ -291,14 +291,14 @@ class Results:
             starts[part], at = at, at + len(self._places[part])
         return list(starts), [starts[part] + self._places[part][row] for part, row in pairs]
 
-    def conclude(self, trials: Trials) -> None:
+    def conclude(self, verifier: Verifier) -> None:
         """Keep credible results, for later calls to learn."""
         with _scoring():
-            for worker in trials.excluded:
+            for worker in verifier.excluded:
                 self._scores.forget(worker)
         if self._fit is not None and self._scored:
             self._leaves.clear()  # large, perhaps
-            own = trials.answers, trials.owners, bool(trials.doubted)
+            own = verifier.answers, verifier.owners, bool(verifier.doubted)
             self._scores.left.append((self, self._fit, own))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coded_torch.testing.virtual import VirtualWorkers
-from coded_torch.verification import Record, Results, Scores, Trials
+from coded_torch.verification import Record, Results, Scores, Verifier
 
 
 def smooth(x):
@@ -30,10 +30,10 @@ def results(scores, x, y, parts=4):
 
 
 def conclude(found, answers, doubted=()):
-    trials = Trials(Record(VirtualWorkers([[("ok", 1.0)]] * 4), 0.02))
-    trials.answers, trials.doubted = answers, set(doubted)
-    trials.owners = {row: part for row, part in answers.items() if part not in doubted}
-    found.conclude(trials)
+    verifier = Verifier(Record(VirtualWorkers([[("ok", 1.0)]] * 4), 0.02))
+    verifier.answers, verifier.doubted = answers, set(doubted)
+    verifier.owners = {row: part for row, part in answers.items() if part not in doubted}
+    found.conclude(verifier)
 
 
 def learn(scores, count, size=64):
