@@ -18,7 +18,7 @@ from .._arguments import count, positive, probability, real
 from ..scheduling.latency_history import History
 from ..scheduling.waiting import Waiting
 from ..stragglers import Stragglers
-from ..table import Table
+from ..table import Part, Table
 from ..verification import Record, Results, Verifier
 from ..verification.scores import ODD_PARTS, ODD_ROWS
 from .scores import grouped
@@ -276,7 +276,7 @@ class _Right(Verifier):
 class _Odd(Results):
     draw: Callable[[], float]
 
-    def odd(self, answers: Mapping[int, int]) -> set[int]:
+    def odd(self, answers: Mapping[int, Part]) -> set[int]:
         rows, parts = list(answers), {part: row for row, part in answers.items()}
         odd = {row for row in rows if self.draw() < ODD_ROWS}
         return odd.union(row for row in parts.values() if self.draw() < ODD_PARTS)

@@ -207,7 +207,7 @@ class Answers:
         """Have memories learn the rows of answers, ``[B, ...]`` each, that are exact."""
         if self._check is not None:
             with outside():
-                exact &= torch.tensor([row in self._check.owners for row in range(len(exact))])
+                exact &= torch.tensor([row in self._check.credible for row in range(len(exact))])
         if not bool(exact.any()):
             return
 

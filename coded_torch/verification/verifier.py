@@ -49,11 +49,10 @@ class Verifier:
         self.verified, self.unverified, self.corrected = set[int](), set[int](), set[int]()
         self.faults, self.excluded = dict[int, int](), tuple[int, ...]()
         self.notes = dict[str, None]()
-        self.answers = dict[int, int]()  #: the number of the part that answers a row, if there is
-        self.owners = dict[int, int]()  #: the worker that computed the answer, if it is not doubted
+        self.credible = dict[int, Part]()  #: the answers of workers that are not doubted
         self.doubted = set[int]()  #: workers at fault, excluded, or in undecided disputes
         self.wanted, self.missed = set[int](), set[int]()  # rows to check, and not checked in time
-        self.disputes = dict[tuple[int, int], bool]()  #: two parts, and if it stays undecided
+        self.disputes = dict[tuple[Part, Part], bool]()  #: two parts, and if it stays undecided
         self._added = set[Part]()  # parts whose results have been good, and were added
         self._probes = dict[Part, int]()  # checks by workers at fault, and these workers
         self._first: dict[int, Part] | None = None  # what answered when the other policy ended
@@ -93,8 +92,7 @@ class Verifier:
                 self.table.mark(part, DISPUTED)
             elif part not in self._added:
                 self._added.add(part)
-                divided = part.result.divided if part.result is not None else ()
-                self.results.add(part.number, part.units, [part.result.rows(i) for i in divided])
+                self.results.add(part)
 
     def _begin(self) -> None:
         """Note how the other policy has ended, and which workers are new."""
@@ -128,8 +126,7 @@ class Verifier:
             self._is_drawn = True
             # A drawn row whose check is late stays unchecked: to ask again would delay the call.
             self.missed = lacking & {r for p in hidden if p.outcome is not GOOD for r in p.units}
-            answers = {row: part.number for row, part in table.answered.items()}
-            more = self._of_fresh() | self.results.odd(answers)
+            more = self._of_fresh() | self.results.odd(table.answered)
             self.wanted |= more
             self.missed -= more
         self._due()
@@ -166,19 +163,18 @@ class Verifier:
                 if part.worker != other.worker and is_whole:
                     pairs[part, other] = None
         alike, disputes = set[int](), dict[tuple[Part, Part], list[int]]()
-        numbers = [(part.number, other.number) for part, other in pairs]
-        for pair, both, by in zip(pairs, numbers, self.results.differences(numbers), strict=True):
+        for pair, by in zip(pairs, self.results.differences(pairs), strict=True):
             for row in by:
                 if answered[row] is not pair[0]:
                     continue
                 if by[row] <= self.results.tolerance:
                     alike.add(row)
-                elif not self.disputes.get(both):
+                elif not self.disputes.get(pair):
                     disputes.setdefault(pair, []).append(row)
         return alike, disputes
 
     def _difference(self, part: Part, other: Part, rows: Iterable[int]) -> float:
-        (by,) = self.results.differences([(part.number, other.number)])
+        (by,) = self.results.differences([(part, other)])
         return max(by[row] for row in rows)
 
     def _agree(self, part: Part, other: Part, rows: Iterable[int]) -> bool:
@@ -219,7 +215,7 @@ class Verifier:
 
     def _settle(self, a: Part, b: Part, rows: list[int]) -> bool:
         """Settle a dispute, or ask for votes. Return whether it is settled."""
-        self.disputes.setdefault((a.number, b.number), False)
+        self.disputes.setdefault((a, b), False)
         outcomes = [FAILED]
         if len(self.record.workers) > 2 and len(self.disputes) <= _DISPUTES + len(self._probes):
             outcomes = [self._judge(b, a, rows)]
@@ -272,7 +268,7 @@ class Verifier:
         return OPEN
 
     def _doubt(self, a: Part, b: Part, rows: Iterable[int]) -> None:
-        self.disputes[a.number, b.number] = True
+        self.disputes[a, b] = True
         self.unverified.update(rows)
         self.doubted |= {a.worker, b.worker}
 
@@ -308,13 +304,10 @@ class Verifier:
     def _conclude(self, reason: str) -> float:
         answered, (alike, disputes) = self.table.answered, self._compared()
         for (a, b), rows in disputes.items():  # there is no time, or verification has stopped
-            self.disputes.setdefault((a.number, b.number), False)
             self._doubt(a, b, rows)
-        answers = self.answers = {row: part.number for row, part in answered.items()}
-        self.unverified = (self.unverified | (self.wanted - alike)) & answers.keys()
+        self.unverified = (self.unverified | (self.wanted - alike)) & answered.keys()
         self.verified = alike - self.unverified
-        owners = {row: part.worker for row, part in answered.items()}
-        self.owners = {row: w for row, w in owners.items() if w not in self.doubted}
+        self.credible = {u: part for u, part in answered.items() if part.worker not in self.doubted}
         checks = Counter[int]()
         for part in self._added:
             checks[part.worker] += len(self.verified.intersection(part.units))
@@ -322,11 +315,11 @@ class Verifier:
         self.corrected = {
             row
             for row, part in (self._first or {}).items()
-            if part.outcome is DISPUTED and row in answers
+            if part.outcome is DISPUTED and row in answered
             if not self._agree(part, answered[row], [row])
         }
         if self.record.stopped:
             self.notes[f"not verified any more: {self.record.stopped}"] = None
-        self.results.conclude(self)
+        self.results.conclude(self.credible, self.excluded, not self.doubted)
         self.table.reason = reason
         return -math.inf
