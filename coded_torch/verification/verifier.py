@@ -284,8 +284,8 @@ class Verifier:
             self.excluded += (worker,)
             for probe in waiting:
                 self.table.mark(probe, DROPPED)
-        elif not waiting:
-            self._probe(worker)
+        elif not waiting and 2 * len(self.faults) + 2 <= len(self.record.workers):
+            self._probe(worker)  # the others are enough to find a fault of theirs, too
 
     def _probe(self, worker: int) -> None:
         """Have a worker at fault compute what others answered, and what it has not seen."""
@@ -309,8 +309,9 @@ class Verifier:
         self.verified = alike - self.unverified
         self.credible = {u: part for u, part in answered.items() if part.worker not in self.doubted}
         checks = Counter[int]()
-        for part in self._added:
-            checks[part.worker] += len(self.verified.intersection(part.units))
+        for part in self._added:  # but of votes, which others seldom contradict
+            if part.why != "vote":
+                checks[part.worker] += len(self.verified.intersection(part.units))
         self.record.passed(checks, self.doubted)
         self.corrected = {
             row
