@@ -48,10 +48,11 @@ ROOT = Path(__file__).resolve().parent
 HEADERS = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.[hi]*")]
 # The oldest torch that the operators run on: the stable ABI promises all later ones.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+# Nothing reads errno of a root, so roots may be taken a vector at a time.
 # -Wpsabi is about wide vectors that cross a function boundary, and none does.
 # The prefix map keeps the builder's paths out of error messages.
 PRIVATE = ["-fvisibility=hidden", f"-ffile-prefix-map={ROOT}/="]
-CXX = ["-std=c++17", "-O3", "-Wno-psabi", *PRIVATE]
+CXX = ["-std=c++17", "-O3", "-Wno-psabi", "-fno-math-errno", *PRIVATE]
 # Quoted for nvcc, which splits at spaces and commas: a folder may have both.
 NVCC = ["-std=c++17", "-O3", "-DUSE_CUDA", STABLE_ABI, *(f"-Xcompiler='{x}'" for x in PRIVATE)]
 # Volta, Turing, Ampere (and Ada), Hopper, Blackwell (servers, desktops), whatever GPU builds.
@@ -193,9 +194,9 @@ def extensions(cuda: bool) -> list[Extension]:
             [
                 "csrc/ops/library.cpp",
                 "csrc/ops/cpu/spline.cpp",
-                "csrc/ops/cpu/distances.cpp",
-                "csrc/ops/cpu/left_out.cpp",
+                "csrc/ops/cpu/estimate.cpp",
                 "csrc/ops/cpu/matern.cpp",
+                "csrc/ops/cpu/metrics.cpp",
                 "csrc/ops/cpu/kernels_baseline.cpp",
                 "csrc/ops/cpu/kernels_avx2.cpp",
                 "csrc/ops/cpu/kernels_avx512.cpp",

@@ -19,7 +19,7 @@ from typing import Any
 from coded_torch.codes import Code, RegressionCode
 from coded_torch.experiments.compare import compare
 from coded_torch.experiments.scores import Comparison, Record
-from coded_torch.input_space.metrics import METRICS, leaves_of, transforms
+from coded_torch.input_space.metrics import METRICS, fitted, leaves_of
 
 from . import tasks
 from .accuracy import FEW, cells
@@ -46,7 +46,7 @@ def codes(task: Task, n: int, k: int) -> dict[str, Code]:
         metrics |= {"with a stem": task.stem, "a stem alone": [task.stem]}
     leaves = leaves_of([task.inputs[:SIZE]])
     for name, metric in METRICS.items():
-        if transforms(metric, leaves) is not None:
+        if fitted(leaves, [metric])[0] is not None:
             metrics[name] = name
     return {
         "one metric": AsGiven(k, n, **FIXED),

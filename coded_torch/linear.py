@@ -164,13 +164,13 @@ class MatrixMap(LinearMap):
 
     def _apply(self, values: Tensor, transpose: bool) -> Tensor:
         (matrix,) = self._operands(values)
-        return _product(matrix.T if transpose else matrix, values)
+        return product(matrix.T if transpose else matrix, values)
 
 
-def _product(matrix: Tensor, values: Tensor) -> Tensor:
+def product(matrix: Tensor, values: Tensor) -> Tensor:
     """Return ``[N, n] x [n, ...] -> [N, ...]``, computed in the dtype of the matrix."""
     # Contiguous, because BLAS rounds a strided view of the same numbers differently.
-    columns = values.flatten(1).to(matrix.dtype).contiguous()
+    columns = values.reshape(len(values), -1).to(matrix.dtype).contiguous()
     return exact_matmul(matrix, columns).to(values.dtype).reshape(len(matrix), *values.shape[1:])
 
 
@@ -195,10 +195,10 @@ class SelectMap(LinearMap):
     def _apply(self, values: Tensor, transpose: bool) -> Tensor:
         source, combined, used, matrix = self._operands(values)
         if transpose:
-            return _product(self.matrix(matrix.dtype).to(values.device).T, values)
+            return product(self.matrix(matrix.dtype).to(values.device).T, values)
         out = values.index_select(0, source)
         if len(combined):
-            parts = _product(matrix, values.index_select(0, used))
+            parts = product(matrix, values.index_select(0, used))
             out = out.index_copy(0, combined, parts.expand(len(combined), *parts.shape[1:]))
         return out
 

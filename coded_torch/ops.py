@@ -3,7 +3,6 @@ r"""The torch operators; each has its call, fake, gradient and vmap side by side
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -165,14 +164,17 @@ class _Transformed(torch.autograd.Function):
         return _apply(tangent, coefficients, schedule, ctx.transpose, *where)
 
 
-def _on_host(name: str, *arguments: Any) -> Tensor:
-    """Run an operator of the CPU alone. It has no gradient, and no graph holds it."""
-    out: Tensor = getattr(torch.ops.coded_torch, name).default(*arguments)
-    return out
-
-
-def _scale(length: float) -> float:
-    return math.sqrt(5) / max(length, _SHORTEST)
+# Operators of the CPU alone, without gradients; csrc/ops/library.cpp has what each takes.
+fit_metrics: Any = torch.ops.coded_torch.fit_metrics.default
+typical_rows: Any = torch.ops.coded_torch.typical_rows.default
+squared_distances: Any = torch.ops.coded_torch.squared_distances.default
+choose_regression: Any = torch.ops.coded_torch.choose_regression.default
+regress: Any = torch.ops.coded_torch.regress.default
+estimate: Any = torch.ops.coded_torch.estimate.default
+coefficients: Any = torch.ops.coded_torch.coefficients.default
+error_bounds: Any = torch.ops.coded_torch.error_bounds.default
+error_radii: Any = torch.ops.coded_torch.error_radii.default
+error_thresholds: Any = torch.ops.coded_torch.error_thresholds.default
 
 
 def matern52(squared_distances: Tensor, length: float, *, out: Tensor | None = None) -> Tensor:
@@ -192,55 +194,6 @@ def matern52(squared_distances: Tensor, length: float, *, out: Tensor | None = N
     """
     squared = squared_distances.contiguous()
     out = torch.empty_like(squared) if out is None else out
-    torch.ops.coded_torch.matern52_out.default(squared, _scale(length), out)
+    scale = math.sqrt(5) / max(length, _SHORTEST)
+    torch.ops.coded_torch.matern52_out.default(squared, scale, out)
     return out
-
-
-def matern52_among(
-    squared_distances: Tensor, rows: Tensor, columns: Tensor, length: float
-) -> Tensor:
-    """Return :func:`matern52` of some rows and columns of a contiguous matrix, ``[R, C]``.
-
-    ``rows`` and ``columns`` are int64, and all tensors are on the CPU.
-    """
-    return _on_host("matern52_among", squared_distances, rows, columns, _scale(length))
-
-
-def squared_distances(rows: Tensor, squares: Tensor, nothing: float) -> Tensor:
-    r"""Return the squared distances of all rows from each other, exact to a few roundings.
-
-    A distance of at most ``nothing``, at least 0, times :math:`1 + s_a + s_b` is 0. ``rows`` are
-    ``[n, L]``, contiguous, finite, float64 or float32, on the CPU, and their squared lengths s
-    ``squares``.
-    """
-    return _on_host("squared_distances", rows, squares, nothing)
-
-
-def inner_products(rows: Tensor) -> Tensor:
-    """Return the inner products, ``[n, n]``, of contiguous rows ``[n, L]`` on the CPU.
-
-    They are symmetric to the bit.
-    """
-    return _on_host("inner_products", rows)
-
-
-def left_out_losses(
-    squared_distances: Tensor, lengths: Sequence[float], results: Tensor, nugget: float
-) -> Tensor:
-    r"""Return how badly results are estimated, each from all others, ``[K, n]``, float64.
-
-    The regression has the covariance :func:`matern52` of one of K lengths, plus the nugget, and an
-    unknown mean. The loss is the negative logarithm of the density that it gives to the result that
-    is left out, at the best variance of the outputs. With residuals e, their variances v, and the
-    mean q of :math:`e^2 / v`, it is half of
-    :math:`\log q + \overline{e^2} / (q v) - 1 + \log v`. So a few inputs far from all others do not
-    decide. It is infinite if no such process exists.
-
-    Args:
-        squared_distances: ``[n, n]``, float32, symmetric, contiguous, on the CPU.
-        lengths: K positive numbers. The cost is :math:`n^3 / 3 + C n^2` multiplications each.
-        results: of C outputs, ``[C, n]``, of size 1 at most, float32, contiguous, on the CPU.
-        nugget: the variance of a result that the distances do not explain.
-    """
-    scales = torch.tensor([*map(_scale, lengths)], dtype=torch.float64, device="cpu")
-    return _on_host("left_out_losses", squared_distances, scales, results, nugget)

@@ -34,20 +34,20 @@ FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
-    "beside the folders": 2060,
+    "beside the folders": 2005,
     "cli": 890,
     "codes": 960,
-    "experiments": 1670,
-    "input_space": 1545,
+    "experiments": 1660,
+    "input_space": 1195,
     "nn": 1965,
     "open_inference": 680,
     "scheduling": 710,
     "serve": 1120,
     "surrogates": 545,
     "verification": 870,
-    "workers": 3260,
+    "workers": 3270,
 }
-MOST_LINES = 16_182  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 15_814  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

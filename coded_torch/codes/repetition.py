@@ -123,8 +123,8 @@ class _RepetitionPlan(RowPlan, BatchPlan):
         super().__init__(code.regression, inputs, size, others, cut(grouping.order, code.num_data))
         if isinstance(code.ordering, str) and code.ordering == "similarity":
             grouping = Grouping(self.order, code.num_data)
-        errors = np.ones(size)
-        if num_stragglers:  # copies are equal if there are no stragglers
+        errors, is_spare = np.ones(size), grouping.num_groups * code.num_workers > size
+        if num_stragglers and is_spare:  # copies are equal if there are no stragglers
             errors = self.leave_one_out_variances().numpy() ** _GROWTH
         copies = _copies(grouping, code.num_workers, num_stragglers, errors)  # [G, K]
         points = np.stack([np.repeat(np.arange(len(c)), c) for c in copies])  # [G, N]

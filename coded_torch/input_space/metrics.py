@@ -8,31 +8,23 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .. import ops
 from .._arguments import shown, sparing_logger
 from .._torch import as_called, exactly
-from .geometry import ROUNDINGS, Geometry, added_up, typical_rows
-from .ordering import similarity_order
+from .geometry import added_up
 
 logger = sparing_logger("coded_torch.codes")
 
 #: A map from the inputs, ``[B, ...]`` each, to tensors ``[B, ...]`` to measure distances on.
 Features = Callable[..., Any]
 
-# Features that vary less, relative to the overall spread, are rounding. In float32 a constant
-# feature has 1e-7; it was not tuned.
-_NOTHING = 1e-6
 # Rows farther from the centre than so many times the root mean square estimate no others, as their
 # results may be large. It was not tuned.
 _FAR = 8
-# The least step, in root mean squares of the rows' lengths: noisy copies of a few pictures would
-# have so short a length that rounding decides. It was not tuned.
-_SHORTEST = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,100 +46,59 @@ class Choice:
     output: int = 0
 
 
-class Scaling(NamedTuple):
-    """A map from a leaf to the features of a metric: their distances are measured."""
-
-    size: float
-    mean: Tensor  # [f], of the rows divided by the size
-    spread: float  # the root mean square of their lengths; 0 if all rows are equal
-    scale: Tensor  # [f], or a number
-    pooled: bool = False
-
-    def __call__(self, leaf: Leaf) -> Tensor:
-        """Return features ``[n, f]``."""
-        leaf = (self.pooled and leaf.pooled) or leaf
-        return (leaf.rows / self.size - self.mean) * self.scale
-
-    def of_fitted(self, leaf: Leaf) -> Tensor:
-        """Return the features of the rows that determined the map."""
-        leaf = (self.pooled and leaf.pooled) or leaf
-        return (leaf.centred[0] * self.scale).float()
-
-
-@dataclasses.dataclass(eq=False)
-class Leaf:
+class Leaf(NamedTuple):
     """The features of one input, on which distances are measured."""
 
     rows: Tensor  # [B, d], float32 or float64
-    pooled: Leaf | None = None  # [B, 2 D]; the mean and the spread over T of [B, T, D]
-    typical: Tensor | None = None  # [B], bool: the rows that determine metrics; None if all do
+    pooled: Tensor | None = None  # [B, 2 D]; the mean and the spread over T of [B, T, D]
 
-    def at(self, rows: Tensor, typical: Tensor | None = None) -> Leaf:
-        """Return some rows, in increasing order, of which ``typical`` ones determine metrics."""
-        x = self.rows if len(rows) == len(self.rows) else self.rows[rows]
-        x = x if typical is None else x.masked_fill(~typical[:, None], 0.0)
-        return Leaf(x, self.pooled and self.pooled.at(rows, typical), typical)
-
-    @classmethod
-    def joined(cls, leaves: Sequence[Leaf]) -> Leaf:
-        """Return the rows of leaves of one form as one."""
-        pooled = [leaf.pooled for leaf in leaves if leaf.pooled is not None]
-        return cls(
-            torch.cat([leaf.rows for leaf in leaves]), cls.joined(pooled) if pooled else None
-        )
-
-    @functools.cached_property
-    def count(self) -> int:
-        """The number of rows that determine metrics."""
-        return len(self.rows) if self.typical is None else int(self.typical.sum())
-
-    @functools.cached_property
-    def centred(self) -> tuple[Tensor, Scaling]:
-        """The centred rows, or 0, and the map to centred rows of root mean square length 1."""
-        x, size = self.rows, 1.0
-        largest = max(map(abs, map(float, torch.aminmax(x)))) if x.numel() else 0.0
-        if not 1e-8 < largest < 1e8:  # squares would overflow, or vanish
-            size = max(largest, torch.finfo(x.dtype).tiny)
-            x, largest = x / size, largest / size
-        mean = x.sum(0) / max(self.count, 1)
-        rows = x - mean
-        if self.typical is not None:
-            rows[~self.typical] = 0.0
-        spread = float(torch.linalg.vector_norm(rows)) / math.sqrt(max(self.count, 1))
-        rounding = ROUNDINGS * torch.finfo(x.dtype).eps * math.sqrt(x.shape[1]) * largest
-        scale = 1 / spread if spread > rounding else 0.0
-        return rows, Scaling(size, mean, spread if scale else 0.0, torch.tensor(scale))
+    def at(self, rows: Tensor) -> Leaf:
+        """Return some rows."""
+        return Leaf(self.rows[rows], None if self.pooled is None else self.pooled[rows])
 
 
 class Metric(NamedTuple):
-    """A distance between inputs: the distance of their features.
+    r"""A distance between inputs: the distance of their features.
 
     These are "rows", the input as it is; "spread", each feature divided by its spread, for features
     in different units, or seldom not 0; or "pooled", the mean and the spread over T of
     ``[B, T, D]``. The metric applies to at least ``rows_each`` rows for each feature.
+
+    For features :math:`X` of root mean square length 1, the inner products are, up to a factor,
+
+    .. math:: X \, C \, (C + \tau I)^{-1} X^\top, \qquad
+              C = X^\top X, \quad \tau = \text{shrinkage} \cdot \operatorname{tr} C.
+
+    Shrinkage 0 is the Euclidean metric, ``math.inf`` the covariance's alone.
     """
 
     features: str
     shrinkage: float
     rows_each: int = 0
 
-    def fit(self, leaf: Leaf) -> Scaling | None:
-        """Return the map to features of root mean square length 1, or None if none applies."""
-        if self.features == "pooled":
-            return None if leaf.pooled is None else leaf.pooled.centred[1]._replace(pooled=True)
-        if self.features == "rows":
-            return leaf.centred[1]
-        num_features = leaf.rows.shape[1]
-        if min(leaf.count, num_features) < 2 or self.rows_each * num_features > leaf.count:
-            return None
-        rows, scaling = leaf.centred
-        own = (rows.square().sum(0) / leaf.count).sqrt_().numpy()  # std takes 20 times as long
-        vary = own > _NOTHING * scaling.spread / math.sqrt(num_features)
-        scale = np.divide(1, own, out=np.zeros_like(own), where=vary)
-        scale /= math.sqrt(max(int(vary.sum()), 1))
-        return scaling._replace(scale=torch.from_numpy(scale))
+
+class Fitted(NamedTuple):
+    """A metric fitted to the rows of a batch."""
+
+    coordinates: Tensor  # [n, L], float32, whose inner products it is
+    map: Tensor  # [2, f], float64: inputs x have the features x * map[0] - map[1]
+    unit: float  # the mean squared length of coordinates
 
 
+def fitted(
+    leaves: Sequence[Leaf], metrics: Sequence[Metric], typical: Tensor | None = None
+) -> list[Fitted | None]:
+    """Fit metrics to the ``typical`` rows, or all; None stands for one that does not apply."""
+    rows = [leaf.rows.contiguous() for leaf in leaves]
+    pooled = [_NONE if x.pooled is None else x.pooled.contiguous() for x in leaves]
+    kinds = [_KINDS.index(metric.features) for metric in metrics]
+    of_metrics = [x.shrinkage for x in metrics], [x.rows_each for x in metrics]
+    *found, units = ops.fit_metrics(rows, pooled, typical, kinds, *of_metrics)
+    each = zip(found[::2], found[1::2], units.tolist(), strict=True)
+    return [Fitted(*one) if len(one[0]) else None for one in each]
+
+
+_NONE, _KINDS = torch.empty(0, 0, device="cpu"), ("rows", "spread", "pooled")
 DEFAULT = "shrunk"
 #: The metrics that compete, by name; the first is the default, by which copies are planned. With
 #: five, the error is at most 1.011 of thirteen's on every development case
@@ -177,17 +128,9 @@ def leaves_of(inputs: Sequence[Tensor]) -> list[Leaf]:
             rows, pooled = added_up(x.detach()), None
             if x.dim() == 3 and min(x.shape[1:]) > 1:
                 wide = x.detach().to(rows.dtype)
-                pooled = Leaf(torch.cat([wide.mean(1), wide.std(1, correction=0)], 1).cpu())
+                pooled = torch.cat([wide.mean(1), wide.std(1, correction=0)], 1).cpu()
             found.append(Leaf(rows.cpu(), pooled))
     return found
-
-
-def transforms(metric: Metric, leaves: Sequence[Leaf]) -> list[Scaling] | None:
-    """Return a map from each leaf to its features; None if the metric applies to no leaf."""
-    found = [metric.fit(leaf) for leaf in leaves]
-    if not any(found):
-        return None
-    return [one or leaf.centred[1] for one, leaf in zip(found, leaves, strict=True)]
 
 
 class Sources:
@@ -232,6 +175,7 @@ class Distances:
         first: the metric that copies go by: the only one, or the default.
         far: ``[b]``, bool: the rows from whose results no others are estimated.
         order: ``[b]``, a short path through the rows, in the first metric.
+        typical: ``[b]``, bool: the rows that determine metrics; None if all do.
     """
 
     def __init__(
@@ -243,93 +187,58 @@ class Distances:
         self.far = torch.zeros(len(self.rows), dtype=torch.bool)
         if not self.measured:
             return
-        typical = typical_rows([leaf.at(self.rows).rows for leaf in sources.leaves])
-        self._typical = None if typical.all() else torch.from_numpy(typical)
-        self._leaves = [leaf.at(self.rows, self._typical) for leaf in sources.leaves]
-        self._geometries: dict[Any, Geometry | None] = {}
-        self._measured: dict[Any, tuple[Tensor, float]] = {}
+        leaves = self._own(sources.leaves)
+        typical = ops.typical_rows([leaf.rows.contiguous() for leaf in leaves])
+        self.typical = None if typical.all() else typical
+        # While results are awaited: callables run only if a row is missing.
+        names = dict.fromkeys([*(x for x in metrics if isinstance(x, str)), DEFAULT])
+        found = fitted(leaves, [METRICS[name] for name in names], self.typical)
+        self._fitted: dict[str | Features, Fitted | None] = dict(zip(names, found, strict=True))
         if len(metrics) == 1 and isinstance(only := metrics[0], str):
-            self.first = DEFAULT if self._geometry(only) is None else only
+            self.first = DEFAULT if self._fitted[only] is None else only
             if self.first != only:
                 sources.notes.append(f"the metric {only!r} does not apply to these inputs")
-        squared, squares, unit = self._distances(self.first)
-        # In its own memory, as new memory takes longer than both roots and squares.
-        self.order = similarity_order(squared.sqrt_())
-        squared.square_()
-        self._measured[self.first] = squared, path_step(squared, self.order.numpy(), unit)
-        self._place = self.order.numpy().argsort()
-        self.far = squares > _FAR**2 * unit
-        if self._typical is not None:
-            self.far |= ~self._typical
-        for metric in metrics:  # while results are awaited
-            if isinstance(metric, str) and (geometry := self._geometry(metric)) is not None:
-                geometry.at(_how(metric).shrinkage)
+        fit = self.fitted(self.first)
+        given = fit.coordinates, fit.unit, self.typical
+        squared, squares, self.order, step = ops.squared_distances(*given)
+        self._measured: dict[str | Features, tuple[Tensor, float]] = {self.first: (squared, step)}
+        self.far = squares > _FAR**2 * fit.unit
+        if self.typical is not None:
+            self.far |= ~self.typical
+
+    def _own(self, leaves: Sequence[Leaf]) -> list[Leaf]:
+        return [x if len(x.rows) == len(self.rows) else x.at(self.rows) for x in leaves]
 
     @functools.cached_property
     def competing(self) -> Sequence[str | Features]:
-        """The metrics that apply, or the first; callables run only if a row is missing."""
-        return [x for x in self._metrics if self._geometry(x) is not None] or [self.first]
+        """The metrics that apply, or the first."""
+        for metric in self._metrics:
+            if metric not in self._fitted:
+                self._fitted[metric] = self._of_callable(metric)
+        return [x for x in self._metrics if self._fitted[x] is not None] or [self.first]
 
-    def by(self, metric: str | Features, some: Tensor | None = None) -> tuple[Tensor, float]:
-        """Return the squared distances of all or some rows, in a metric that applies, and a step.
+    def _of_callable(self, metric: str | Features) -> Fitted | None:
+        """Return the metric of a callable's features, which may be in different units."""
+        if not (leaves := self._own(self._sources.of(metric))):
+            return None
+        by_spread, as_given = fitted(leaves, [METRICS["spread"], Metric("rows", 0.0)], self.typical)
+        return by_spread or as_given  # a single feature has one unit
+
+    def fitted(self, metric: str | Features) -> Fitted:
+        """Return a metric that applies."""
+        found = self._fitted[metric]
+        assert found is not None
+        return found
+
+    def by(self, metric: str | Features) -> tuple[Tensor, float]:
+        """Return the squared distances of all rows, in a metric that applies, and a step.
 
         Distances are ``[b, b]``, float32, and infinite to rows that are not typical. The step is
         the median distance between neighbours on the path.
         """
-        if some is None:
-            if metric not in self._measured:
-                squared, _, unit = self._distances(metric)
-                self._measured[metric] = squared, path_step(squared, self.order.numpy(), unit)
-            return self._measured[metric]
-        squared, _, unit = self._distances(metric, some)
-        return squared, path_step(squared, self._place[some.numpy()].argsort(), unit)
-
-    def _distances(
-        self, metric: str | Features, some: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, float]:
-        """Return squared distances, squared lengths, and the mean square of all rows' lengths."""
-        geometry, shrinkage = self._geometry(metric), _how(metric).shrinkage
-        assert geometry is not None
-        _, squares, unit = geometry.at(shrinkage)
-        if some is not None and metric in self._measured:
-            squared = self._measured[metric][0].index_select(0, some).index_select(1, some)
-            return squared, squares, unit
-        squared = geometry.squared_distances(shrinkage, some)
-        if self._typical is not None:
-            typical = self._typical if some is None else self._typical[some]
-            squared.masked_fill_(~(typical & typical[:, None]), math.inf).fill_diagonal_(0)
-        return squared, squares, unit
-
-    def _geometry(self, metric: str | Features) -> Geometry | None:
-        """Return the geometry of a metric's features, which metrics of the same features share."""
-        how, is_named = _how(metric), isinstance(metric, str)
-        key = (how.features, how.rows_each) if is_named else metric
-        if key not in self._geometries:
-            leaves = self._leaves
-            if not is_named:
-                leaves = [x.at(self.rows, self._typical) for x in self._sources.of(metric)]
-            maps = transforms(how, leaves)
-            if maps is None and not is_named and leaves:
-                maps = transforms(METRICS[DEFAULT], leaves)  # a single feature has one unit
-            each = [x.of_fitted(leaf) for x, leaf in zip(maps or (), leaves, strict=False)]
-            features = torch.cat(each, 1) if len(each) > 1 else next(iter(each), None)
-            if features is not None and not math.isfinite(float(features.sum())):
-                features = None
-            made = None if features is None else Geometry(features, self._typical)
-            self._geometries[key] = made
-        return self._geometries[key]
-
-
-def path_step(squared_distances: Tensor, path: npt.NDArray[np.int64], unit: float = 1.0) -> float:
-    """Return the median distance between neighbours on a path; 1 if that says nothing."""
-    steps = squared_distances.numpy()[path[:-1], path[1:]]
-    steps = steps[(steps > 0) & (steps < math.inf)]
-    if not steps.size:
-        return 1.0
-    middle = (steps.size - 1) // 2
-    return max(math.sqrt(np.partition(steps, middle)[middle]), _SHORTEST * math.sqrt(unit))
-
-
-def _how(metric: str | Features) -> Metric:
-    """Return the metric of a name; of a callable's features, which may be in different units."""
-    return METRICS[metric if isinstance(metric, str) else "spread"]
+        if metric not in self._measured:
+            fit = self.fitted(metric)
+            given = fit.coordinates, fit.unit, self.typical, self.order
+            squared, _, _, step = ops.squared_distances(*given)
+            self._measured[metric] = squared, step
+        return self._measured[metric]

@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .. import ops
 from .._arguments import dense
 from .._torch import differentiated, exactly, outside, plain, to_device
-from ..linear import MatrixMap
-from ..ops import left_out_losses
+from ..linear import product
 from .error_bounds import Bounds, bounds
-from .gaussian_process import NUGGET, GaussianProcess, off_mean, scaled
+from .gaussian_process import NUGGET, Estimates, GaussianProcess, off_mean
 from .geometry import evenly
 from .metrics import Choice, Distances, Features, name_of
 
-_T = TypeVar("_T")
-
-#: The length where nothing is chosen, in steps of a path, and the lengths that compete, with a half
-#: step to the better side; no others were better. (benchmarks distances)
+#: The length where nothing is chosen, in steps of a path. (benchmarks distances)
 LENGTH = 2.0
-_LENGTHS = (1.0, 2.0, 4.0, 8.0)
 # Results that metrics and lengths are compared on, or an eighth if that is more: all of 204 cost
 # several times as much, and find no better ones. (benchmarks distances)
 _COMPARED = 144
-# Standard errors that a choice must gain, else the default stays. With one, another length lost up
-# to half as much again where results are few; with two hardly any gain is lost. (benchmarks
-# distances)
-_ERRORS = 2
 # With fewer results, chance decides which metric estimates best. (benchmarks distances)
 _LEAST = 8
 #: Rows that are regressed together; time grows with the cube, memory with the square. In 2, 4, 8
@@ -41,9 +31,6 @@ MOST_ROWS = 4096
 # Columns of the results, to judge estimates by: the outputs' variance and trust are as exact from
 # some 64 outputs as from all. It was not tuned.
 _COLUMNS = 64
-# Weights of more results take longer than estimates, as a system is solved for each missing row.
-# It is the number up to which the inverse is known.
-_WEIGHED = 512
 
 
 class Chosen(NamedTuple):
@@ -51,7 +38,11 @@ class Chosen(NamedTuple):
 
     choice: Choice | None = None  # None if there is no choice
     process: GaussianProcess | None = None
-    trust: float = 0.0  # in the process, which is 0 without one
+    estimates: Estimates | None = None  # None if there is no choice
+
+    @property
+    def trust(self) -> float:
+        return 0.0 if self.estimates is None else self.estimates.trust
 
 
 class Regressor:
@@ -87,10 +78,7 @@ class Regressor:
             places = source[source >= 0]
             self._used = places[evenly(len(places), MOST_ROWS)]
         self._distances, self._length = distances, length
-        few = evenly(len(self.known), max(compared, len(self.known) // 8))
-        self._few, self._compared = few, self.known[few]
-        # The distances among the compared results, and their step, by metric.
-        self._among: dict[str | Features, tuple[Tensor, float]] = {}
+        self._few = evenly(len(self.known), max(compared, len(self.known) // 8))
         self._processes: dict[tuple[str | Features, float], GaussianProcess] = {}
         self._fits: list[tuple[Tensor, Chosen]] = []  # to results, and to residuals
         self._last: tuple[str | Features, float] | None = None  # metric and length
@@ -107,9 +95,9 @@ class Regressor:
                 return chosen
         metric, length = (not search and self._last) or self._search(results)
         self._last, process = (metric, length), self.process(metric, length)
-        error, trust = process.leave_one_out_error(results)
-        choice = Choice(name_of(metric), length, error, trust)
-        chosen = Chosen(choice, process if trust > 0 else None, trust)
+        found = process.estimate(results.contiguous())
+        choice = Choice(name_of(metric), length, found.error, found.trust)
+        chosen = Chosen(choice, process if found.trust > 0 else None, found)
         self._fits = [*self._fits[-1:], (results, chosen)]
         return self._fits[-1][1]
 
@@ -123,77 +111,67 @@ class Regressor:
 
     def _search(self, results: Tensor) -> tuple[str | Features, float]:
         """Return the metric that estimates results best, and then the length."""
-        metrics, length, losses = self._distances.competing, self._length or LENGTH, self._losses
-        metric = self._distances.first if len(metrics) > 1 else metrics[0]
+        by, length, first = self._distances, self._length, self._distances.first
+        metrics = by.competing
         if len(self.known) < _LEAST or not results.shape[1]:
-            return metric, length
-        few = scaled(results[self._few])[0].float()
-        if len(metrics) > 1:
-            of_metrics = {x: losses(few, x, [length], own_step=True)[length] for x in metrics}
-            metric = _best(of_metrics, metric)
-        if self._length is not None:
-            return metric, length
-        # No longer length and no half step is tried where losses rise.
-        found = losses(few, metric, _LENGTHS[:-1])
-        length = _best(found, LENGTH)
-        if length == _LENGTHS[-2]:
-            found |= losses(few, metric, _LENGTHS[-1:])
-            length = _best(found, LENGTH)
-        shorter, longer = length / 2, length * 2
-        near = [length / math.sqrt(2), length * math.sqrt(2)]
-        if {shorter, longer} <= found.keys():  # the side whose next length is better
-            near.pop(0 if found[longer].mean() < found[shorter].mean() else 1)
-        return metric, _best({length: found[length]} | losses(few, metric, near), length)
-
-    def _losses(
-        self, few: Tensor, metric: str | Features, lengths: Sequence[float], own_step: bool = False
-    ) -> dict[float, npt.NDArray[np.float64]]:
-        """Return the losses of results that are left out, by length.
-
-        Metrics are compared by the steps among few results alone, which need no other distances.
-        """
-        if metric not in self._among:
-            self._among[metric] = self._distances.by(metric, self._compared)
-        squared, step = self._among[metric]
-        step = step if own_step else self._distances.by(metric)[1]
-        found = left_out_losses(squared, [x * step for x in lengths], few, NUGGET).numpy()
-        return dict(zip(lengths, found, strict=True))
+            return first if len(metrics) > 1 else metrics[0], length or LENGTH
+        if len(metrics) == 1 and length is not None:
+            return metrics[0], length
+        fits = [by.fitted(metric) for metric in metrics]
+        units = torch.tensor([fit.unit for fit in fits], dtype=torch.float64)
+        standard = [*metrics].index(first) if first in metrics else -1
+        where = by.typical, by.order, self.known[self._few], results[self._few]
+        found = ops.choose_regression(
+            [fit.coordinates for fit in fits], units, *where, standard, length, NUGGET
+        )
+        return metrics[found[0]], found[1]
 
     def estimate(self, results: Tensor, search: bool) -> tuple[Tensor, Choice | None]:
         """Return estimates of the missing rows, ``[L, ...]``, and how they were made."""
         dense("Regression", "results", results)
         used, (at,) = self._used, to_device([self._used], results.device)
         with outside(), exactly():
-            all_columns, sample = columns(results), few_columns(used, results)
-            is_whole = sample.shape[1] == all_columns.shape[1]  # a host's numbers are known
-            extremes = () if is_whole else all_columns.index_select(0, at).aminmax()
-            size = _size(torch.stack(extremes) if extremes else sample)
+            sample, size = self._sample(results)
+            chosen = self.fit(sample, search)
+            process, trust = chosen.process, chosen.trust
             weights = torch.full((1, len(used)), 1 / len(used), dtype=torch.float64)
-            choice, process, trust = self.fit(sample / size, search)
             if process is not None:  # shrunk as far as results are not estimated by each other
-                # Wide outputs, other devices and derivatives need weights.
+                # Wide outputs, other devices and derivatives need weights. Those of many results
+                # take longer than estimates, as a system is solved for each missing row.
                 simple = results.device.type == "cpu" and not differentiated(results)
-                if simple and results[0].numel() < len(self.missing) and len(used) > _WEIGHED:
-                    found = process.estimate(all_columns[used].double() / size, trust) * size
-                    return found.to(results.dtype).view(-1, *results.shape[1:]), choice
-                weights = process.weights * trust + (1 - trust) / len(used)
-            map = MatrixMap(weights)
+                if simple and results[0].numel() < len(self.missing) and not process.leaves_all:
+                    some = columns(results)[used].double() / size
+                    few = (process.estimate(some, trust).values * size).to(results.dtype)
+                    return few.view(-1, *results.shape[1:]), chosen.choice
+                weights = torch.lerp(weights, process.weights, trust)
+            wide = torch.promote_types(results.dtype, torch.float32)
+            (weights,) = to_device([weights.to(wide)], results.device)
         values = results.index_select(0, at)
-        found = map(values) if size == 1 else map(values / size) * size
-        return found.expand(len(self.missing), *found.shape[1:]), choice
+        found = product(weights, values if size == 1 else values / size)
+        found = found if size == 1 else found * size
+        return found.expand(len(self.missing), *found.shape[1:]), chosen.choice
 
     def bounds(self, results: Tensor, answers: Tensor, *surrogates: Tensor) -> Bounds:
         """Return the error bounds of the missing rows, as ``RowPlan`` does."""
-        rows, values = self.missing, (results, answers, *surrogates)
-        found = _on_host([*zip(values, [self._used, rows] * 2, strict=False)])
-        size = _size(found[0])
-        of_used, estimated, *offsets = (x / size for x in found)
+        rows, is_few = self.missing, columns(results).shape[1] < 2 * _COLUMNS
+        asked = [*zip((results, answers, *surrogates), [self._used, rows] * 2, strict=False)]
+        # Many outputs stay where they are, in their precision.
+        found = [x.double() for x in _on_host(asked)] if is_few else _rows(asked)
+        sample, size = (found[0], _size(found[0])) if is_few else self._sample(results)
+        of_used, estimated, *offsets = found if size == 1 else [x / size for x in found]
+        chosen = self.fit(of_used if is_few else sample)
         labels = (of_used, estimated) if results.dim() == 2 else None
         if labels and offsets:
             labels = of_used + offsets[0], estimated + offsets[1]
-        _, process, trust = self.fit(_few(of_used).double())
-        scaled = bounds(rows, of_used, estimated, process, trust, labels)
+        scaled = bounds(rows, of_used, estimated, chosen.process, chosen.trust, labels)
         return scaled._replace(thresholds=scaled.thresholds * size)
+
+    def _sample(self, results: Tensor) -> tuple[Tensor, float]:
+        """Return some columns of the results, ``[M, C]``, and by what they are divided."""
+        sample, numbers = few_columns(self._used, results), columns(results)
+        extremes = () if sample.shape[1] == numbers.shape[1] else numbers.aminmax()
+        size = _size(torch.stack(extremes) if extremes else sample)
+        return (sample if size == 1 else sample / size), size
 
     def left_out_squares(self, values: Sequence[Tensor]) -> list[float]:
         """Return the sums of squared errors of estimating values from each other.
@@ -206,20 +184,9 @@ class Regressor:
         return [float(left_out(x).square().sum()) for x in values]
 
 
-def _best(losses: Mapping[_T, npt.NDArray[np.float64]], default: _T) -> _T:
-    """Return the key with the least mean loss, or the default if the gain may be chance."""
-    means = {key: float(x.mean()) for key, x in losses.items()}
-    best = min(means, key=means.__getitem__)
-    if best == default or means.get(default, math.inf) == math.inf:
-        return best
-    gain = losses[default] - losses[best]
-    by_chance = _ERRORS * float(gain.std(ddof=1)) / math.sqrt(len(gain))
-    return best if means[default] - means[best] > by_chance else default
-
-
 def _size(results: Tensor) -> float:
     """Return the power of two to divide results by; 1, unless squares or sums could overflow."""
-    largest = float(results.abs().max()) if results.numel() else 0.0
+    largest = float(torch.linalg.vector_norm(results, math.inf)) if results.numel() else 0.0
     if not 0 < largest < math.inf or 2.0**-500 < largest < 2.0**60:
         return 1.0
     return math.ldexp(1.0, max(math.frexp(largest)[1] - 60, -1000))
@@ -232,9 +199,19 @@ def few_columns(rows: Tensor, values: Tensor) -> Tensor:
 
 def _on_host(asked: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
     """Return rows of values of one device, ``[L, C]`` each, by one copy to the host."""
-    indices = to_device([rows for _, rows in asked], asked[0][0].device)
-    some = [columns(v).index_select(0, i) for (v, _), i in zip(asked, indices, strict=True)]
+    some = _rows(asked)
     return torch.split(torch.cat(some).cpu(), [len(x) for x in some])
+
+
+def _rows(asked: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Return rows of values of one device, ``[L, C]`` each; all in order are no copy."""
+    indices = to_device([rows for _, rows in asked], asked[0][0].device)
+    pairs = [(columns(v), rows, i) for (v, rows), i in zip(asked, indices, strict=True)]
+    whole = [len(rows) == len(v) and bool((rows.diff() == 1).all()) for v, rows, _ in pairs]
+    return [
+        v if all_of else v.index_select(0, i)
+        for (v, _, i), all_of in zip(pairs, whole, strict=True)
+    ]
 
 
 def columns(values: Tensor) -> Tensor:

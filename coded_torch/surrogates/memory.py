@@ -17,10 +17,9 @@ from .._arguments import count, sparing_logger
 from .._torch import exactly, fingerprint
 from ..input_space import metrics
 from ..input_space.error_bounds import GROWTH
-from ..input_space.gaussian_process import NUGGET, GaussianProcess, matern52
-from ..input_space.geometry import Geometry, evenly, typical_rows
+from ..input_space.gaussian_process import NUGGET, GaussianProcess
+from ..input_space.geometry import evenly, matern52, squared_distances, typical_rows
 from ..input_space.metrics import METRICS, Leaf
-from ..input_space.ordering import similarity_order
 from ..input_space.regressor import LENGTH, Regressor
 
 logger = sparing_logger("coded_torch.surrogates")
@@ -130,7 +129,7 @@ class Memory:
         with torch.no_grad():
             seen: Any = []
             for leaf in metrics.leaves_of(inputs):  # copies, as the caller may change the inputs
-                pooled = leaf.pooled and Leaf(leaf.pooled.rows.float())
+                pooled = None if leaf.pooled is None else leaf.pooled.float()
                 seen.append(Leaf(leaf.rows.to(torch.float32, copy=True), pooled))
             flat = torch.cat([x.reshape(len(x), -1).cpu().float() for x in outputs], 1)
         with self._lock:
@@ -221,15 +220,16 @@ class _Space:
     """
 
     def __init__(self, seen: Sequence[list[Leaf]], outputs: Tensor) -> None:
-        leaves = [Leaf.joined(column) for column in zip(*seen, strict=True)]
-        some = torch.from_numpy(typical_rows([leaf.rows for leaf in leaves]).nonzero()[0])
+        leaves = [_joined(column) for column in zip(*seen, strict=True)]
+        some = typical_rows([leaf.rows for leaf in leaves]).nonzero().flatten()
         some = some[evenly(len(some), _LANDMARKS)]
         leaves = [leaf.at(some) for leaf in leaves]
         distances = metrics.Distances(metrics.Sources((), leaves), tuple(METRICS))
         regressor = Regressor(distances, LENGTH, compared=_LANDMARKS)
         choice = regressor.fit(outputs[some[regressor.known]].double()).choice
-        metric = METRICS[choice.metric if choice else metrics.DEFAULT]
-        self._maps, shrinkage = metrics.transforms(metric, leaves), metric.shrinkage
+        name = choice.metric if choice else metrics.DEFAULT
+        self._is_pooled, shrinkage = METRICS[name].features == "pooled", METRICS[name].shrinkage
+        self._factor, self._offset = distances.fitted(name).map
         rows = self._scaled(leaves)
         values, vectors = torch.linalg.eigh(rows @ rows.T)
         values, vectors = values[-_RANK:].clamp(min=0), vectors[:, -_RANK:]
@@ -247,8 +247,9 @@ class _Space:
         return z.float()
 
     def _scaled(self, leaves: Sequence[Leaf]) -> Tensor:
-        pairs = zip(self._maps or (), leaves, strict=True)
-        return torch.cat([each(leaf).double() for each, leaf in pairs], 1)
+        rows = [x.rows if x.pooled is None or not self._is_pooled else x.pooled for x in leaves]
+        scaled: Tensor = torch.cat(rows, 1).double() * self._factor - self._offset
+        return scaled
 
 
 class _Snapshot:
@@ -257,22 +258,19 @@ class _Snapshot:
     def __init__(self, form: Any, space: _Space, rows: Tensor, outputs: Tensor) -> None:
         self.form, self._space = form, space
         typical = typical_rows([rows])
-        rows, outputs = rows[typical], outputs[typical]
-        squared = Geometry(rows).squared_distances(0.0)
-        some = evenly(len(rows), _PATH)
-        among = squared[some][:, some]
-        self._length = LENGTH * metrics.path_step(among, similarity_order(among.sqrt()).numpy())
+        rows, outputs = rows[typical], outputs[typical].double()
+        step = squared_distances(rows[evenly(len(rows), _PATH)], 1.0)[3]
+        self._length = LENGTH * step
+        squared = squared_distances(rows, 1.0, None, torch.arange(len(rows)))[0]
         process = GaussianProcess(squared, self._length)
-        weights, mean, size, _ = process.coefficients(outputs.double())
-        self._mean = (mean * size + outputs.mean(0)).float()
-        # Column by column: the product takes half the time.
-        self._weights = (weights * size).float().T
+        weights, self._mean = process.coefficients(outputs)
+        self._weights = weights.T  # column by column: the product takes half the time
         # The scores of results that are left out, of the first output.
-        left_out, first = process.left_out, outputs[:, : form[1][0].numel()].double()
+        residuals = process.leave_one_out_residuals(outputs[:, : form[1][0].numel()])
+        left_out = evenly(len(rows), len(residuals))
         among = squared[left_out]
         among[torch.arange(len(left_out)), left_out] = math.inf  # a row is not its own neighbour
-        sizes = _deviation(matern52(among, self._length))
-        self._scores = process.leave_one_out_residuals(first).norm(dim=1) / sizes
+        self._scores = residuals.norm(dim=1) / _deviation(matern52(among, self._length))
         self._rows, self._squares = rows.T, rows.square().sum(1)
 
     def estimate(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -291,6 +289,12 @@ def _deviation(covariances: Tensor) -> Tensor:
     """Return the size of errors to expect, ``[n]``, by the covariance with the nearest result."""
     nearest = covariances.amax(1).double()
     return (1 + NUGGET - nearest.square()).clamp(min=NUGGET) ** (GROWTH / 2)
+
+
+def _joined(leaves: Sequence[Leaf]) -> Leaf:
+    """Return the rows of leaves of one form as one."""
+    pooled = [leaf.pooled for leaf in leaves if leaf.pooled is not None]
+    return Leaf(torch.cat([leaf.rows for leaf in leaves]), torch.cat(pooled) if pooled else None)
 
 
 def _form(tensors: Sequence[Tensor]) -> tuple[torch.Size, ...]:

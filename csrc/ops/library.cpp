@@ -15,21 +15,48 @@ STABLE_TORCH_LIBRARY(coded_torch, m) {
   // length: into `out`, of the same shape, both contiguous; it may be the squared distances'
   // memory.
   m.def("matern52_out(Tensor squared_distances, float scale, Tensor(a!) out) -> ()");
-  // The same of some rows and columns of a matrix, int64, as a new one.
+  // Of inputs, rows [n, d] and pooled [n, 2 D], or [0, 0] without: for each metric, given by the
+  // kind of its features (0 rows, 1 by their spread, 2 pooled), its shrinkage and the rows that it
+  // needs for each feature, coordinates [n, L] and a map [2, f] from inputs to features, both empty
+  // if it does not apply; then their mean squared lengths.
   m.def(
-      "matern52_among(Tensor squared_distances, Tensor rows, Tensor columns, float scale) -> "
-      "Tensor");
-  // Squared distances [n, n] of rows [n, L], symmetric, 0 where they are at most `nothing` times
-  // 1 + the two rows' `squares` [n].
-  m.def("squared_distances(Tensor rows, Tensor squares, float nothing) -> Tensor");
-  // Inner products [n, n] of rows [n, L], symmetric.
-  m.def("inner_products(Tensor rows) -> Tensor");
-  // Losses, float64 [K, n], of results [C, n] that are estimated each from all others, by
-  // regressions on squared distances [n, n] with scales [K], sqrt(5) / length. They are infinite if
-  // a covariance plus the nugget is not positive. On the CPU only.
+      "fit_metrics(Tensor[] rows, Tensor[] pooled, Tensor? typical, int[] kinds, "
+      "float[] shrinkages, int[] rows_each) -> Tensor[]");
+  // Which rows of inputs, [n, d] each, are finite, and no longer than others by far: bool [n].
+  m.def("typical_rows(Tensor[] rows) -> Tensor");
+  // Squared distances [n, n] and lengths [n] of coordinates, the order of a path through them,
+  // which is found if none is given, and its median step.
   m.def(
-      "left_out_losses(Tensor squared_distances, Tensor scales, Tensor results, float nugget) -> "
-      "Tensor");
+      "squared_distances(Tensor coordinates, float unit, Tensor? typical=None, Tensor? order=None) "
+      "-> (Tensor, Tensor, Tensor, float)");
+  // The metric, by its place, and the length by which results [F, C], of some rows, are estimated
+  // best from each other. `standard` is the default metric, or -1.
+  m.def(
+      "choose_regression(Tensor[] coordinates, Tensor units, Tensor? typical, Tensor order, "
+      "Tensor some, Tensor results, int standard, float? length, float nugget) -> (int, float)");
+  // A regression of missing rows on known ones of squared distances [P, P]: Field in
+  // cpu/estimate.cpp says what its tensors are.
+  m.def(
+      "regress(Tensor squared_distances, float length, Tensor known, Tensor missing, float nugget) "
+      "-> Tensor[]");
+  // Estimates [L, C] and residuals [n, C] of results [M, C], their error and trust; without results
+  // the matrices [L, M] and [n, M] that make them.
+  m.def(
+      "estimate(Tensor[] regression, Tensor? results=None, float? trust=None) -> (Tensor, Tensor, "
+      "float, float)");
+  m.def("coefficients(Tensor[] regression, Tensor results) -> (Tensor, Tensor)");
+  // Thresholds [1, L, n], or [2, L, n] where `is_signed`, by at most so many results:
+  // input_space/error_bounds.py.
+  m.def(
+      "error_thresholds(Tensor weights, Tensor variances, Tensor moved, Tensor known, float trust, "
+      "int count, int calibrating, bool is_signed) -> Tensor");
+  // The same of answers [L, C], from residuals [n, C] of results [M, C]; and the p-values [L] of
+  // labels, by scores [M, C] and [L, C]. Without a regression, answers are the mean.
+  m.def(
+      "error_bounds(Tensor[] regression, Tensor residuals, Tensor results, Tensor answers, "
+      "Tensor? scores, Tensor? answered, float trust, int calibrating) -> (Tensor, Tensor)");
+  // The bounds [L] of thresholds [S, L, n], at a level of each row.
+  m.def("error_radii(Tensor thresholds, Tensor levels) -> Tensor");
   // The instruction sets of this machine that have kernels, space-separated, best first.
   m.def("cpu_capabilities() -> str");
   // Private, for tests and benchmarks: from now on, every operator of this process uses the kernels

@@ -3,7 +3,6 @@
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,7 +23,7 @@ def normal(*shape, seed=0):
 def regressed(x, n):
     """The regression of the other rows from the first n."""
     squared = torch.cdist(x, x).square()
-    return GaussianProcess(squared, 1.5, torch.arange(n), torch.arange(n, len(x)))
+    return squared, GaussianProcess(squared, 1.5, torch.arange(n), torch.arange(n, len(x)))
 
 
 def scores(squared, points, y):
@@ -67,8 +66,8 @@ def problem(n, d, trust, seed):
     """A regression of n results, and its estimate of the row after them."""
     x, noise = normal(n + 1, d, seed=seed), normal(n + 1, 1, seed=seed + 1) / 10
     y = (x.sin().sum(1, keepdim=True) + noise)[:n]
-    process = regressed(x, n)
-    return process, y, torch.lerp(y.mean(0), process.weights @ y, trust)
+    squared, process = regressed(x, n)
+    return squared, process, y, torch.lerp(y.mean(0), process.weights @ y, trust)
 
 
 @settings(max_examples=60, deadline=None)
@@ -80,12 +79,12 @@ def problem(n, d, trust, seed):
 )
 def test_a_radius_is_that_of_full_conformal_estimate(n, d, trust, seed):
     """Of one output it is the same, but where a result weighs so much that it is never odd."""
-    process, y, estimated = problem(n, d, trust, seed)
+    squared, process, y, estimated = problem(n, d, trust, seed)
     limits = bounds(torch.tensor([n]), y, estimated, process, trust)
     found = ErrorBounds(n + 1, [limits])
     for coverage in (0.8, 0.95):
         outside = math.floor((1 - coverage) * (n + 1) + 1e-9)
-        exact = brute_force(process._where[0], n, y, estimated.item(), outside, trust)
+        exact = brute_force(squared, n, y, estimated.item(), outside, trust)
         radius = found.radii(coverage)[n].item()
         assert radius >= exact * (1 - 1e-6)
         if limits.thresholds.isfinite().all():
@@ -95,7 +94,7 @@ def test_a_radius_is_that_of_full_conformal_estimate(n, d, trust, seed):
 @pytest.mark.parametrize("trust", [0.0, 0.6, 1.0])
 def test_no_radius_is_larger_at_a_lower_level(trust):
     x, y = normal(60, 3), normal(60, 4, seed=1)
-    process = regressed(x, 40)
+    _, process = regressed(x, 40)
     mean = y[:40].mean(0)
     estimated = torch.lerp(mean, process.weights @ y[:40], trust)
     regression = (process, trust) if trust else ()
@@ -137,15 +136,15 @@ def test_rows_of_a_batch_are_covered(rows, outputs, length):
 
 
 def test_the_p_value_of_a_label_counts_wrong_ones_of_a_larger_margin():
-    margins, left_out = np.array([0.5, 2.0, 9.0]), np.array([1.0, 2.0, 3.0, 0.1])
-    wrong = np.array([True, True, False, True])
+    margins, left_out = torch.tensor([0.5, 2.0, 9.0]), torch.tensor([1.0, 2.0, 3.0, 0.1])
+    wrong = torch.tensor([True, True, False, True])
     assert label_p_values(margins, left_out, wrong).tolist() == [3 / 5, 2 / 5, 1 / 5]
 
 
 def test_surrogates_take_part_in_labels_alone():
     """Radii are those of the residuals."""
     x, rest = normal(40, 2), normal(40, 3, seed=1) / 10
-    process = regressed(x, 30)
+    _, process = regressed(x, 30)
     classes = torch.nn.functional.one_hot(torch.arange(40) % 3, 3).double()
     args = torch.arange(30, 40), rest[:30], process.weights @ rest[:30], process, 1.0
     without = bounds(*args, args[1:3])
@@ -153,3 +152,34 @@ def test_surrogates_take_part_in_labels_alone():
     assert torch.equal(found.thresholds, without.thresholds)
     assert found.p_values.tolist() == [1 / 31] * 10
     assert without.p_values.max() > 0.5
+
+
+@pytest.mark.parametrize("trust", [0.0, 0.6, 1.0])
+def test_bounds_of_many_outputs_are_those_of_few(trust):
+    """Outputs that are all 0 change neither a norm nor, if others are larger, a label."""
+    x, y = normal(60, 2), normal(60, 3, seed=1)
+    _, process = regressed(x, 40)
+    y = (y[:40], torch.lerp(y[:40].mean(0), process.weights @ y[:40], trust))
+    zeros = [torch.zeros(len(z), 9000, dtype=z.dtype) for z in y]
+    more = [torch.cat(pair, 1) for pair in zip(y, zeros, strict=True)]
+    regression = (process, trust) if trust else (None, 0.0)
+    few = bounds(torch.arange(40, 60), *y, *regression, (y[0] + 9, y[1] + 9))
+    scores = [torch.cat([z + 9, zero], 1) for z, zero in zip(y, zeros, strict=True)]
+    many = bounds(torch.arange(40, 60), *more, *regression, scores)
+    torch.testing.assert_close(many.thresholds, few.thresholds)
+    assert few.p_values.unique().numel() > 1 or not trust  # else all answers are the mean
+    torch.testing.assert_close(many.p_values, few.p_values)
+    images = [torch.zeros(len(z), 40_000) for z in y]  # too many to be classes
+    assert bounds(torch.arange(40, 60), *images, labels=images).p_values is None
+
+
+def test_bounds_of_more_outputs_than_are_sampled_and_fewer_than_results():
+    x = normal(240, 3)
+    y, received = (x @ normal(3, 150, seed=1)).sin(), [i for i in range(240) if i % 6]
+    radii = []
+    for results in (y[received, None], y[received, None].float()):
+        plan = Regression().plan([x])
+        answers = plan.decode(results, received)
+        radii.append(plan.error_bounds(received, results, answers).radii(0.9))
+    assert radii[0].isfinite().all()
+    torch.testing.assert_close(radii[1], radii[0], rtol=1e-2, atol=1e-3)

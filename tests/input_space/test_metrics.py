@@ -7,7 +7,7 @@ import torch
 
 from coded_torch import Regression
 from coded_torch.codes import RegressionCode
-from coded_torch.input_space.metrics import METRICS, Distances, Sources, leaves_of, transforms
+from coded_torch.input_space.metrics import METRICS, Distances, Sources, fitted, leaves_of
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
 from coded_torch.workers import LocalWorkers
@@ -19,8 +19,11 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 def features(name, x):
     (leaf,) = leaves_of([x])
-    found = transforms(METRICS[name], [leaf])
-    return None if found is None else found[0](leaf)
+    (found,) = fitted([leaf], [METRICS[name]])
+    if found is None:
+        return None
+    rows = leaf.pooled if METRICS[name].features == "pooled" else leaf.rows
+    return (rows.double() * found.map[0] - found.map[1]).float()
 
 
 class Some(torch.nn.Module):

@@ -15,22 +15,20 @@ struct Capability {
   std::string name;
   const TileKernels* tiles;
   const MaternKernels* matern;
-  const DistancesKernels* distances;
-  LeftOutFunction left_out;
+  const EstimateKernels* estimate;
 };
 
 inline std::vector<Capability> find_capabilities() {
   std::vector<Capability> found;
 #ifdef CODED_TORCH_X86_KERNELS
   if (__builtin_cpu_supports("x86-64-v4")) {
-    found.push_back({"avx512", &kAvx512Tiles, &kAvx512Matern, &kAvx512Distances, kAvx512LeftOut});
+    found.push_back({"avx512", &kAvx512Tiles, &kAvx512Matern, &kAvx512Estimate});
   }
   if (__builtin_cpu_supports("x86-64-v3")) {
-    found.push_back({"avx2", &kAvx2Tiles, &kAvx2Matern, &kAvx2Distances, kAvx2LeftOut});
+    found.push_back({"avx2", &kAvx2Tiles, &kAvx2Matern, &kAvx2Estimate});
   }
 #endif
-  found.push_back(
-      {"baseline", &kBaselineTiles, &kBaselineMatern, &kBaselineDistances, kBaselineLeftOut});
+  found.push_back({"baseline", &kBaselineTiles, &kBaselineMatern, &kBaselineEstimate});
   return found;
 }
 

@@ -1,8 +1,6 @@
 // The CPU kernels of one instruction set, as the operators see them.
 #pragma once
 
-#include "../distances_args.h"
-#include "../left_out_args.h"
 #include "../matern_args.h"
 #include "../spline_args.h"
 
@@ -26,28 +24,29 @@ struct TileKernels {
 // Of numbers begin .. end - 1.
 using MaternFunction = void (*)(const MaternArgs& args, int64_t begin, int64_t end);
 
-// Of rows begin .. end - 1 of the result.
-using MaternAmongFunction = void (*)(const MaternAmongArgs& args, int64_t begin, int64_t end);
+// Of those numbers of a row that `columns` name; as many as the arguments' count.
+using MaternAmongFunction = void (*)(const MaternArgs& args, const int64_t* columns);
 
 struct MaternKernels {
   MaternFunction run[2];  // float64, float32
   MaternAmongFunction run_among[2];
 };
 
-// So many rows are taken with a few of a block at a time; blocks stay in cache meanwhile.
-constexpr int kDistancesRows = 4;
-constexpr int64_t kDistancesBlock = 64;
+// Pairs of rows whose squared distance is less than this share of their squared lengths are near:
+// of inner products, so many digits would cancel. It was not tuned.
+constexpr float kNear = 1e-3f;
 
-// Of blocks begin .. end - 1. Rows are aligned to 64 bytes, their stride too; beyond the columns,
-// up to the stride, they are 0, and so are kDistancesRows rows behind the last.
-using DistancesFunction = void (*)(const DistancesArgs& args, int64_t begin, int64_t end);
-
-struct DistancesKernels {
-  DistancesFunction distances[2], products[2];  // float64, float32
+// Results that are estimated from each other, at one length.
+struct LeftOutArgs {
+  const float* squared;  // [n, n]
+  const float* results;  // [C, n]
+  int64_t num_results;   // n
+  int64_t num_columns;   // C
+  float nugget;
 };
 
-// The memory of one length, aligned to 64 bytes. Rows of the matrix have the `stride`, rows of y
-// and half have `columns`; both are multiples of 16.
+// Aligned to 64 bytes. Rows of the matrix have the `stride`, rows of y and half have `columns`;
+// both are multiples of 16.
 struct LeftOutSpace {
   float *matrix, *inverses, *diagonal, *mean, *squares;  // [n + 3, stride], then [stride] each
   float *y, *half;                                       // [n, columns]
@@ -55,20 +54,46 @@ struct LeftOutSpace {
   int64_t stride, columns;
 };
 
-// Fills the squares of the residuals, summed over columns, and the precisions of one length.
-// Returns false if its covariance is not positive.
-using LeftOutFunction = bool (*)(const LeftOutArgs& args, int64_t length,
-                                 const LeftOutSpace& space);
+// The results by which the errors of missing rows are bounded: csrc/README.md.
+struct ThresholdsArgs {
+  const double *variances, *residuals, *shrunk, *deviations;  // [n]
+  int64_t num_left_out;                                       // n
+  int64_t count;                                              // of all results
+  double trust;
+  bool is_signed;
+};
+
+// Of features, in float64 or float32.
+template <class T>
+struct FeatureKernels {
+  T (*largest)(const T* from, int64_t count);
+  void (*add)(const T* from, int64_t count, double factor, double* sums);
+  void (*centre)(const T* from, const double* mean, int64_t count, double factor, float* to,
+                 double* squares);
+};
+
+struct EstimateKernels {
+  // Turns a symmetric matrix L D L' into the inverse of L, and of D; false if it is not positive.
+  bool (*invert)(float* matrix, int64_t n, int64_t stride, float* inverses);
+  // Fills the squares of the residuals, summed over columns, and the precisions of one length.
+  // Returns false if its covariance is not positive.
+  bool (*left_out)(const LeftOutArgs& args, double scale, const LeftOutSpace& space);
+  float (*apart)(const float* one, const float* other, int64_t count);
+  bool (*distances)(float* row, float own, const float* squares, int64_t count);
+  void (*scale)(const float* from, const float* by, int64_t count, float* to);
+  void (*thresholds)(const ThresholdsArgs& args, double variance, double moved,
+                     const double* weights, double* limits, double* others);
+  FeatureKernels<double> doubles;
+  FeatureKernels<float> floats;
+};
 
 extern const TileKernels kBaselineTiles;
 extern const MaternKernels kBaselineMatern;
-extern const DistancesKernels kBaselineDistances;
-extern const LeftOutFunction kBaselineLeftOut;
+extern const EstimateKernels kBaselineEstimate;
 #ifdef CODED_TORCH_X86_KERNELS
 extern const TileKernels kAvx2Tiles, kAvx512Tiles;
 extern const MaternKernels kAvx2Matern, kAvx512Matern;
-extern const DistancesKernels kAvx2Distances, kAvx512Distances;
-extern const LeftOutFunction kAvx2LeftOut, kAvx512LeftOut;
+extern const EstimateKernels kAvx2Estimate, kAvx512Estimate;
 #endif
 
 }  // namespace coded_torch

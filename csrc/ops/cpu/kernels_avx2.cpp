@@ -4,11 +4,9 @@
 #pragma GCC target("arch=x86-64-v3")
 #define CODED_TORCH_TILES kAvx2Tiles
 #define CODED_TORCH_MATERN kAvx2Matern
-#define CODED_TORCH_DISTANCES kAvx2Distances
-#define CODED_TORCH_LEFT_OUT kAvx2LeftOut
+#define CODED_TORCH_ESTIMATE kAvx2Estimate
 #define CODED_TORCH_VECTOR_BYTES 32
-#include "distances.inc"
-#include "left_out.inc"
+#include "estimate.inc"
 #include "matern.inc"
 #include "spline.inc"
 #endif
