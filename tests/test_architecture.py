@@ -47,7 +47,7 @@ LINES = {
     "verification": 870,
     "workers": 3270,
 }
-MOST_LINES = 15_812  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 15_811  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

@@ -231,8 +231,7 @@ def dealt(size: int, parts: int) -> tuple[tuple[int, ...], ...]:
     """Return the rows of each part. Of any ``parts`` rows in turn, each part gets one, at random.
 
     So a missing part leaves some rows of each kind, in sorted batches and in periodic ones. The
-    same sizes are always dealt alike, so that equal batches have equal parts. Part p begins with
-    row p.
+    same sizes are always dealt alike, and part p begins with row p.
     """
     dealer, hands = random.Random(0), [[row] for row in range(parts)]
     for start in range(parts, size, parts):
