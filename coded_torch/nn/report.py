@@ -142,6 +142,7 @@ class Report:
         level = odds * coverage / (1 - coverage + odds * coverage)
         return None if self.radii is None or self._bounds is None else self._bounds.radii(level)
 
+    @outside()
     def certified(self, rate: float) -> Tensor | None:
         """Return the rows whose classes are certified, bool ``[B]``; None without p-values.
 
@@ -156,7 +157,8 @@ class Report:
         if self.label_p_values is None or self.estimated is None:
             return None
         values = self.label_p_values[self.estimated].sort().values
-        few = values <= rate * torch.arange(1, len(values) + 1) / max(1, len(values))
+        ranks = torch.arange(1, len(values) + 1, dtype=torch.float64)
+        few = values <= rate * (ranks / max(1, len(values)))
         most = values[few].max() if few.any() else -1.0
         return ~self.estimated | (self.label_p_values <= most)
 

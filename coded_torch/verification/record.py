@@ -199,5 +199,5 @@ class Record:
 
 def _tail(count: int, least: int, share: float) -> float:
     """Return the probability of ``least`` or more of some events that have a probability each."""
-    some = range(least, count + 1)
+    some, share = range(least, count + 1), min(share, 1.0)
     return sum(math.comb(count, n) * share**n * (1 - share) ** (count - n) for n in some)

@@ -234,7 +234,10 @@ class Results:
         alike = [own for own in self._leaves.values() if [x.shape[1:] for x in own] == form]
         for leaves in zip(*alike, strict=True):
             some = _flat_rows(_together(leaves))
-            values = _columns([some[:: -(-len(some) // _SAMPLE)]])
+            some = some[:: -(-len(some) // _SAMPLE)]
+            if some.dtype is torch.float64:  # float32 may lose their spread
+                some = some - some.median(0).values
+            values = _columns([some])
             away = (values - values.median(0).values).abs_().nan_to_num_(nan=math.inf).flatten()
             spread = float(away.kthvalue(1 + len(away) * 3 // 4).values) if len(away) else 0.0
             if not 0 < spread < math.inf:

@@ -73,12 +73,16 @@ class Verifier:
             table.first, self.wanted, self._share = record.draw(table.first, table.idle())
             self.waiting.decide(history, table)
             return -math.inf  # the parts are asked for
-        self._add()  # at first none, which fits the regression while workers compute
-        until = float(self.waiting.decide(history, table))
-        if not table.reason:
-            return until
-        reason, table.reason = table.reason, ""
-        return self._verify(history, reason)
+        until: float | None = None
+        while until is None:
+            self._add()  # at first none, which fits the regression while workers compute
+            # The other policy waits for checks and votes, too, as they are open.
+            due = [] if self._first is None else self._due()
+            until = min([float(self.waiting.decide(history, table)), *due])
+            if table.reason:
+                reason, table.reason = table.reason, ""
+                until = self._verify(reason)
+        return until
 
     def _add(self) -> None:
         """Add the results that are good now, and let none of a worker at fault be an answer."""
@@ -107,8 +111,11 @@ class Verifier:
         renewed = {part.worker for part in table.ended if part.fresh}
         self.record.renew(renewed.union(self._out & {part.worker for part in table.good}))
 
-    def _verify(self, history: Any, reason: str) -> float:
-        """Ask for checks and votes until all is known that can be, and let the call end then."""
+    def _verify(self, reason: str) -> float | None:
+        """Ask for checks and votes until all is known that can be, and let the call end then.
+
+        Return None if rows may be missing, or agree, now.
+        """
         table, record = self.table, self.record
         if self._first is None:
             self._begin()
@@ -135,7 +142,7 @@ class Verifier:
         busy = set[Part]()
         for (a, b), rows in disputes.items():
             if busy.isdisjoint((a, b)) and self._settle(a, b, rows):
-                return self.decide(history, table)  # rows may be missing, or agree, now
+                return None
             busy |= {a, b}
         due = self._due()
         return min(due) if due else self._conclude(reason)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coded_torch import Regression
-from coded_torch.input_space.error_bounds import ErrorBounds, bounds, label_p_values
+from coded_torch.input_space.error_bounds import Bounds, ErrorBounds, bounds, label_p_values
 from coded_torch.input_space.gaussian_process import GaussianProcess
 
 POWER = 0.75 / 2
@@ -139,6 +139,14 @@ def test_the_p_value_of_a_label_counts_wrong_ones_of_a_larger_margin():
     margins, left_out = torch.tensor([0.5, 2.0, 9.0]), torch.tensor([1.0, 2.0, 3.0, 0.1])
     wrong = torch.tensor([True, True, False, True])
     assert label_p_values(margins, left_out, wrong).tolist() == [3 / 5, 2 / 5, 1 / 5]
+
+
+def test_bounds_of_what_is_no_number_are_infinite():
+    """Rounds and comparisons with NaN are false, by which a bound could become 0."""
+    thresholds = torch.tensor([[[math.nan] * 9, [*range(9)]]], dtype=torch.float64)
+    limits = ErrorBounds(2, [Bounds(torch.arange(2), thresholds, None)])
+    assert limits.radii(0.5).tolist() == [math.inf, 4.0]
+    assert limits.radii(math.nan).isinf().all()
 
 
 def test_surrogates_take_part_in_labels_alone():

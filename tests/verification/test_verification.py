@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import logging
 import math
 import time
@@ -13,7 +14,9 @@ import torch
 from coded_torch import CodedWrapper, Waiting, codes
 from coded_torch.codes import NotEnoughResults
 from coded_torch.surrogates import Memory
+from coded_torch.table import OPEN
 from coded_torch.testing.virtual import VirtualWorkers
+from coded_torch.verification import Verifier
 from coded_torch.verification.scores import Fit, Scores
 from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers
 
@@ -171,6 +174,40 @@ class TestAWrongWorker:
         asked = [row for _, worker, part in pool.begun if worker == 0 for row in part.units]
         assert len(set(asked)) == len(asked)
         assert report.work <= 7.0  # of which most are votes
+
+    def test_that_hangs_at_a_check_does_not_hold_a_call_whose_rows_are_given_up(self, monkeypatch):
+        """Rows of its parts are missing then, and all others die, so that nothing more comes."""
+        decide, waits = Verifier.decide, []
+
+        def seen(self, history, table):
+            until = decide(self, history, table)
+            some = [part for part in table.parts if part.outcome == OPEN]
+            if not table.reason and some and all(part.why in ("check", "vote") for part in some):
+                waits.append(until)
+            return until
+
+        monkeypatch.setattr(Verifier, "decide", seen)
+        for seed in range(8):
+            kills = {"kills": lambda x: pool.clock > 4.5 + seed % 2}  # noqa: B023
+            wrong = [by(1.0)] * 3 + [("ok", math.inf)]
+            pool = VirtualWorkers([wrong, *[[OK]] * 6], **kills)
+            how = {"parts": 21, "waiting": Waiting(on_error="estimate")}
+            wrap(pool, 0.03, **how).run(batch(seed, rows=210))
+        assert waits
+        assert max(waits) < math.inf
+
+    def test_many_disputes_are_settled_in_turn(self, monkeypatch):
+        """Not each in a frame of the one before, of which Python has a thousand."""
+        decide, depths = Verifier.decide, [0]
+
+        def seen(self, history, table):
+            depths.append(len(inspect.stack(0)))
+            return decide(self, history, table)
+
+        monkeypatch.setattr(Verifier, "decide", seen)
+        _, report = wrap(pool_of(2, {0: [by(1.0)]}), 1.0, parts=40).run(batch())
+        assert report.disputes >= 40
+        assert max(depths[1:]) == min(depths[1:])
 
     def test_that_is_honest_when_asked_again_is_charged_once(self):
         pool = pool_of(24, {0: [by(1.0), OK]})

@@ -438,8 +438,12 @@ Regression regress_cpu(const Tensor& squared, double length, const Tensor& known
   const bool is_nan = std::any_of(all, all + wide.numel(), [](double x) { return std::isnan(x); });
   STD_TORCH_CHECK(!is_nan, "regress: squared must be numbers, got NaN");
   const Problem problem{wide, places, n, scale_of(length)};
-  // It ends: with a nugget of n at the latest, the diagonal dominates.
-  while (!factor<double>(problem, nugget, process)) nugget *= 10;
+  // With a nugget of n at the latest, the diagonal dominates, if covariances are numbers.
+  while (!factor<double>(problem, nugget, process)) {
+    STD_TORCH_CHECK(nugget > 0 && nugget <= 1e2 * static_cast<double>(n),
+                    "regress: length and nugget must be positive numbers, got ", length);
+    nugget *= 10;
+  }
   fill<double>(problem, numbers<int64_t>(missing), nugget, process);
   return process;
 }
@@ -675,6 +679,13 @@ std::tuple<Tensor, Tensor> error_bounds_cpu(const Regression& process, const Ten
   const bool is_signed = columns == 1;
   STD_TORCH_CHECK(answers.size(1) == columns && (is_mean || given.size(1) == columns),
                   "error_bounds: residuals, results and answers must have as many columns");
+  STD_TORCH_CHECK(is_mean || (n <= count && process[kLeftOutVariances].numel() == n),
+                  "error_bounds: residuals must be those of the regression");
+  STD_TORCH_CHECK(
+      scores.has_value() == answered.has_value() &&
+          (!scores || (scores->size(0) == count && scores->size(1) == columns &&
+                       answered->size(0) == num_missing && answered->size(1) == columns)),
+      "error_bounds: scores must have the shapes of results and answers");
   const std::vector<int64_t> left_out = evenly(count, n);
   const Scaled<double> scaled(results, count, columns);
   const double others = static_cast<double>(count) / std::max<int64_t>(count - 1, 1);
@@ -747,9 +758,12 @@ Tensor error_radii_cpu(const Tensor& thresholds, const Tensor& levels) {
   for (int64_t i = 0; i < num_rows; ++i) {
     const double level = numbers<double>(levels)[i];
     const double outside = std::floor((1 - level) * static_cast<double>(n + 1) + 1e-9);
-    double radius = outside < 1 ? std::numeric_limits<double>::infinity() : 0;
+    double radius = outside >= 1 ? 0 : std::numeric_limits<double>::infinity();
     for (int64_t s = 0; s < signs && outside >= 1 && n; ++s) {
-      std::copy_n(numbers<double>(thresholds) + (s * num_rows + i) * n, n, own.begin());
+      const double* each = numbers<double>(thresholds) + (s * num_rows + i) * n;
+      std::transform(each, each + n, own.begin(), [](double x) {
+        return std::isnan(x) ? std::numeric_limits<double>::infinity() : x;
+      });
       const auto at = own.begin() + std::max<int64_t>(n - static_cast<int64_t>(outside), 0);
       std::nth_element(own.begin(), at, own.end());
       radius = std::max(radius, *at);
