@@ -1,12 +1,13 @@
 """How odd results look, and how far apart they are."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from coded_torch.testing.virtual import VirtualWorkers
-from coded_torch.verification import Record, Results, Scores, Trials
+from coded_torch.table import Part
+from coded_torch.verification import Results, Scores
 
 
 def smooth(x):
@@ -18,22 +19,26 @@ def batch(size, seed=0):
     return x, smooth(x)
 
 
+def part_of(worker, rows, *leaves):
+    """A part with a good result."""
+    result = SimpleNamespace(divided=range(len(leaves)), rows=leaves.__getitem__)
+    return Part(worker, tuple(rows), worker=worker, result=result)
+
+
 def results(scores, x, y, parts=4):
     """The results of a call in parts, and which part answers each row."""
     found = Results(scores, [x])
     answers, step = {}, len(x) // parts
-    for part in range(parts):
-        rows = range(part * step, (part + 1) * step)
-        found.add(part, rows, [y[list(rows)]])
+    for worker in range(parts):
+        rows = range(worker * step, (worker + 1) * step)
+        found.add(part := part_of(worker, rows, y[list(rows)]))
         answers |= dict.fromkeys(rows, part)
     return found, answers
 
 
 def conclude(found, answers, doubted=()):
-    trials = Trials(Record(VirtualWorkers([[("ok", 1.0)]] * 4), 0.02))
-    trials.answers, trials.doubted = answers, set(doubted)
-    trials.owners = {row: part for row, part in answers.items() if part not in doubted}
-    found.conclude(trials)
+    credible = {row: part for row, part in answers.items() if part.worker not in doubted}
+    found.conclude(credible, (), not doubted)
 
 
 def learn(scores, count, size=64):
@@ -114,10 +119,10 @@ class TestDifferences:
     def of(self, a, b):
         found = Results(Scores())
         base = torch.linspace(-2, 2, 8)[:, None].to(a.dtype)
-        found.add(0, range(8), [base])
-        found.add(1, (2, 5), [a])
-        found.add(2, (5, 7), [b])
-        return found, found.differences([(1, 2)])[0]
+        one, other = part_of(1, (2, 5), a), part_of(2, (5, 7), b)
+        for part in (part_of(0, range(8), base), one, other):
+            found.add(part)
+        return found, found.differences([(one, other)])[0]
 
     def test_are_of_common_rows_in_spreads(self):
         _, by = self.of(torch.tensor([[0.0], [1.0]]), torch.tensor([[1.5], [0.0]]))
@@ -148,10 +153,11 @@ class TestDifferences:
         """Else wrong results far from 0 would count as alike."""
         found = Results(Scores())
         base = torch.linspace(-2, 2, 8, dtype=torch.float64)[:, None] + 65536 * 15258789 + 32768
-        found.add(0, range(8), [base])
-        found.add(1, (2, 5), [base[[2, 5]]])
-        found.add(2, (5, 7), [base[[5, 7]] + 3])
-        assert found.differences([(1, 2)])[0][5] > 1
+        parts = [part_of(0, range(8), base), part_of(1, (2, 5), base[[2, 5]])]
+        parts.append(part_of(2, (5, 7), base[[5, 7]] + 3))
+        for part in parts:
+            found.add(part)
+        assert found.differences([(parts[1], parts[2])])[0][5] > 1
 
     def test_half_precision_is_tolerated(self):
         x = torch.zeros(2, 1)
