@@ -58,8 +58,9 @@ class Scores:
     def __init__(self) -> None:
         self.rows, self.parts = _Bar(ODD_ROWS), _Bar(ODD_PARTS)
         self.recent: Recent | None = None
-        # Rows of calls and the scores of their rows and parts, learnt while workers compute.
-        self.left: deque[tuple[Recent, Sequence[Sequence[float]]]] = deque()
+        # Rows of calls, scores of their rows and parts, and whether all odd rows were checked: they
+        # are learnt while workers compute.
+        self.left: deque[tuple[Recent, Sequence[Sequence[float]], bool]] = deque()
         self._lock = threading.RLock()
 
     @on_host()
@@ -90,9 +91,10 @@ class Scores:
         """Learn from the calls so far."""
         with self._lock:
             while self.left:
-                now, scores = self.left.popleft()
+                now, scores, is_checked = self.left.popleft()
                 for bar, some in zip((self.rows, self.parts), scores, strict=False):
-                    bar.add(some)
+                    # Odd scores of what may be wrong count as the bar, and leave it where it is.
+                    bar.add(some if is_checked else [min(score, bar.at) for score in some])
                 pairs = list(zip(self.recent or now, now, strict=True))
                 if self.recent is not None and all(a.shape[1:] == b.shape[1:] for a, b in pairs):
                     now = Recent(*[torch.cat(pair)[-_ROWS:] for pair in pairs])
@@ -189,6 +191,7 @@ class Results:
         self._differences: dict[tuple[Part, Part], dict[int, float]] = {}
         self._spreads: list[float] = []
         self._learnt: Sequence[Sequence[float]] = ()  # the scores of rows, and of parts
+        self._odd = set[int]()
         self._fit: Fit | None = None
         with _scoring():
             self._fit = scores.fit(inputs)
@@ -259,7 +262,7 @@ class Results:
             means.append(mean * math.sqrt(len(rows)))
             if means[-1] > self._scores.parts.at:
                 odd.add(max(rows, key=scores.__getitem__))
-        self._learnt = list(scores.values()), means
+        self._learnt, self._odd = (list(scores.values()), means), odd
         return odd
 
     def scores(self, answers: Mapping[int, Part]) -> dict[int, float]:
@@ -283,8 +286,17 @@ class Results:
                 starts[part], at = at, at + len(self._places[part])
         return list(starts), [starts[part] + self._places[part][row] for part, row in pairs]
 
-    def conclude(self, answers: Mapping[int, Part], excluded: Iterable[int], whole: bool) -> None:
-        """Keep credible answers, which may be the whole call's, for later calls to learn."""
+    def conclude(
+        self,
+        answers: Mapping[int, Part],
+        excluded: Iterable[int] = (),
+        unverified: Collection[int] | None = (),
+    ) -> None:
+        """Keep credible answers for later calls to learn, and scores if no worker is doubted.
+
+        Args:
+            unverified: the rows whose checks are missing; None if a worker is doubted.
+        """
         with _scoring():
             for worker in excluded:
                 self._scores.forget(worker)
@@ -296,7 +308,9 @@ class Results:
                 known, some = outputs.isfinite().all(1), self._fit.features[list(kept)]
                 recent = Recent(some[known], outputs[known], workers[known])
                 # Wrong results make those beside them look odd.
-                self._scores.left.append((recent, self._learnt if whole else ()))
+                learnt = self._learnt if unverified is not None else ()
+                is_checked = self._odd.isdisjoint(unverified or ())
+                self._scores.left.append((recent, learnt, is_checked))
 
 
 @contextlib.contextmanager

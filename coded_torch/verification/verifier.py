@@ -329,6 +329,7 @@ class Verifier:
         }
         if self.record.stopped:
             self.notes[f"not verified any more: {self.record.stopped}"] = None
-        self.results.conclude(self.credible, self.excluded, not self.doubted)
+        unverified = None if self.doubted else self.unverified
+        self.results.conclude(self.credible, self.excluded, unverified)
         self.table.reason = reason
         return -math.inf

@@ -38,15 +38,18 @@ def results(scores, x, y, parts=4):
 
 def conclude(found, answers, doubted=()):
     credible = {row: part for row, part in answers.items() if part.worker not in doubted}
-    found.conclude(credible, (), not doubted)
+    found.conclude(credible, (), None if doubted else ())
 
 
-def learn(scores, count, size=64):
+def learn(scores, count, size=64, parts=4, wrong=0.0, checked=True):
+    """Learn from calls, in which a quarter of the rows may be wrong, and what is odd unchecked."""
     for seed in range(count):
-        x, y = batch(size, seed)
-        found, answers = results(scores, x, y)
-        found.odd(answers)
-        conclude(found, answers)
+        (x, y), generator = batch(size, seed), torch.Generator().manual_seed(seed)
+        y[: size // 4] += wrong * torch.randn(size // 4, 3, generator=generator)
+        found, answers = results(scores, x, y, parts)
+        odd = found.odd(answers)
+        found.conclude(answers, (), () if checked else odd)
+    scores.learn()
 
 
 class TestScores:
@@ -74,6 +77,14 @@ class TestScores:
         y[16:32] += torch.randn(16, 3, generator=torch.Generator().manual_seed(5))
         found, answers = results(scores, x, y)
         assert set(found.odd(answers)) & set(range(16, 32))
+
+    def test_what_is_odd_and_was_not_checked_does_not_become_usual(self):
+        scores = Scores()
+        learn(scores, 36, parts=16)
+        bars = scores.rows.at, scores.parts.at
+        learn(scores, 36, parts=16, wrong=1.0, checked=False)
+        assert bars == (scores.rows.at, scores.parts.at)
+        assert max(bars) < math.inf
 
     def test_nothing_is_odd_before_enough_is_known(self):
         x, y = batch(64)
