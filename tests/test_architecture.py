@@ -39,7 +39,7 @@ LINES = {
     "codes": 960,
     "experiments": 1670,
     "input_space": 1195,
-    "nn": 1965,
+    "nn": 1967,
     "open_inference": 680,
     "scheduling": 710,
     "serve": 1120,

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -259,24 +259,20 @@ class Verified:
         self.record = Record(pool, share, random.Random(seed))
 
     def decide(self, history: History, table: Table) -> float:
-        table.verdict = table.verdict or _Right(self.record, self.waiting)
+        if table.verdict is None:
+            table.verdict = Verifier(self.record, self.waiting)
+            table.verdict.results = _Right(self.record)
         return float(table.verdict.decide(history, table))
 
 
-class _Right(Verifier):
-    """A verifier of results that do not differ, some of which look odd by chance."""
+class _Right(Results):
+    """Results that do not differ, some of which look odd by chance."""
 
-    @functools.cached_property
-    def results(self) -> Results:
-        found = _Odd(self.record.scores)
-        found.draw = self.record.random.random
-        return found
-
-
-class _Odd(Results):
-    draw: Callable[[], float]
+    def __init__(self, record: Record) -> None:
+        super().__init__(record.scores)
+        self._draw = record.random.random
 
     def odd(self, answers: Mapping[int, Part]) -> set[int]:
-        rows, parts = list(answers), {part: row for row, part in answers.items()}
-        odd = {row for row in rows if self.draw() < ODD_ROWS}
-        return odd.union(row for row in parts.values() if self.draw() < ODD_PARTS)
+        of_parts = {part: row for row, part in answers.items()}.values()
+        odd = {row for row in answers if self._draw() < ODD_ROWS}
+        return odd.union(row for row in of_parts if self._draw() < ODD_PARTS)

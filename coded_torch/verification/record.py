@@ -177,6 +177,7 @@ class Record:
                 with contextlib.suppress(ValueError):
                     self.pool.exclude(worker)
             self.excluded.add(worker)
+            self.scores.forget(worker)
             del faults[worker]
             return True
 

@@ -11,7 +11,7 @@ import secrets
 import statistics
 import threading
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -102,8 +102,8 @@ class Scores:
 
     def forget(self, worker: int) -> None:
         """Remove the rows of one worker."""
-        self.learn()
-        with self._lock:
+        with _scoring(), self._lock:
+            self.learn()
             if self.recent is not None:
                 kept = self.recent.workers != worker
                 self.recent = Recent(*[x[kept] for x in self.recent])
@@ -286,20 +286,14 @@ class Results:
                 starts[part], at = at, at + len(self._places[part])
         return list(starts), [starts[part] + self._places[part][row] for part, row in pairs]
 
-    def conclude(
-        self,
-        answers: Mapping[int, Part],
-        excluded: Iterable[int] = (),
-        unverified: Collection[int] | None = (),
-    ) -> None:
-        """Keep credible answers for later calls to learn, and scores if no worker is doubted.
+    def conclude(self, answers: Mapping[int, Part], unverified: Collection[int] | None) -> None:
+        """Keep credible answers for later calls to learn, and their scores.
 
         Args:
-            unverified: the rows whose checks are missing; None if a worker is doubted.
+            unverified: the rows whose checks are missing. None if a worker is doubted, as wrong
+                results make those beside them look odd: no scores are learnt.
         """
         with _scoring():
-            for worker in excluded:
-                self._scores.forget(worker)
             rows = () if self._fit is None or not self._scored else self._fit.rows
             kept = {i: (answers[row], row) for i, row in enumerate(rows) if row in answers}
             if self._fit is not None and kept:
@@ -307,9 +301,8 @@ class Results:
                 workers = torch.tensor([part.worker for part, _ in kept.values()])
                 known, some = outputs.isfinite().all(1), self._fit.features[list(kept)]
                 recent = Recent(some[known], outputs[known], workers[known])
-                # Wrong results make those beside them look odd.
-                learnt = self._learnt if unverified is not None else ()
                 is_checked = self._odd.isdisjoint(unverified or ())
+                learnt = () if unverified is None else self._learnt
                 self._scores.left.append((recent, learnt, is_checked))
 
 

@@ -189,34 +189,28 @@ class Verifier:
 
     # The checks.
 
-    def _by_worker(self, rows: Iterable[int]) -> dict[int, list[int]]:
-        by = defaultdict[int, list[int]](list)
-        for row in rows:
-            by[self.table.answered[row].worker].append(row)
-        return by
-
     def _of_fresh(self) -> set[int]:
         """Draw more rows of the workers in their trial period, if not all are."""
         record, more = self.record, self.record.often - self._share
         if more <= 0 or record.whole:
             return set()
-        by_worker = self._by_worker(self.table.answered).items()
-        some = [sorted(set(rows) - self.wanted) for w, rows in by_worker if record.fresh(w)]
-        return {row for rows in some for row in record.sample(rows, more)}
+        fresh, answers = set(filter(record.fresh, record.workers)), self.table.answered.items()
+        rows = [row for row, part in answers if part.worker in fresh and row not in self.wanted]
+        return {*record.sample(rows, more)}
 
     def _check(self, done: set[int]) -> None:
         """Have the wanted rows computed by others."""
         table, able = self.table, self.record.workers - self.faults.keys()
         asked = [p for p in table.parts if p.why == "check" and p.outcome is not DISPUTED]
         done = (done | self.missed).union(*(part.units for part in asked))
-        some = self._by_worker(self.wanted & table.answered.keys() - done)
-        requests = {tuple(sorted(rows)): worker for worker, rows in some.items()}
-        if self.record.whole:
-            parts = [table.answered[row] for rows in some.values() for row in rows]
-            requests = {part.units: part.worker for part in parts}
-        for rows, worker in requests.items():
-            seen = {p.worker for p in table.parts if not {*rows}.isdisjoint(p.units)}
-            table.ask(rows, why="check", avoid=seen if able - seen else {worker})
+        groups = defaultdict[tuple[int, tuple[int, ...]], list[int]](list)
+        for row in sorted(self.wanted & table.answered.keys() - done):
+            part = table.answered[row]
+            groups[part.worker, part.units if self.record.whole else ()].append(row)
+        for (worker, units), rows in groups.items():
+            units = units or tuple(rows)
+            seen = {p.worker for p in table.parts if not {*units}.isdisjoint(p.units)}
+            table.ask(units, why="check", avoid=seen if able - seen else {worker})
 
     # The disputes.
 
@@ -249,19 +243,13 @@ class Verifier:
         table, record = self.table, self.record
         votes = [p for p in table.parts if p.why == "vote" and p.units == part.units]
         good = [p for p in votes if p.outcome is GOOD and p.worker != other.worker]
-        camps = [[part], [other]]
-        for vote in good:
-            for camp in camps:
-                if self._agree(camp[0], vote, rows):
-                    camp.append(vote)
-                    break
-            else:
-                camps.append([vote])
+        voices = [part, other, *good]
+        camps = [[q for q in voices if self._agree(p, q, rows)] for p in voices]
         most = max(camps, key=len)
         # With two results of five workers, a colluding pair would convict others.
         majority = 3 if len(record.workers) >= 5 else 2
         if len(most) >= majority:
-            return GOOD if most is camps[0] else DISPUTED
+            return GOOD if part in most else DISPUTED
         lacking = majority - len(most) - sum(p.outcome is OPEN for p in votes)
         heard = {part.worker, other.worker}.union(*(record.everyone - p.avoid for p in votes))
         others = sorted(record.workers - heard - self.faults.keys())
@@ -329,7 +317,6 @@ class Verifier:
         }
         if self.record.stopped:
             self.notes[f"not verified any more: {self.record.stopped}"] = None
-        unverified = None if self.doubted else self.unverified
-        self.results.conclude(self.credible, self.excluded, unverified)
+        self.results.conclude(self.credible, None if self.doubted else self.unverified)
         self.table.reason = reason
         return -math.inf

@@ -38,7 +38,7 @@ def results(scores, x, y, parts=4):
 
 def conclude(found, answers, doubted=()):
     credible = {row: part for row, part in answers.items() if part.worker not in doubted}
-    found.conclude(credible, (), None if doubted else ())
+    found.conclude(credible, None if doubted else ())
 
 
 def learn(scores, count, size=64, parts=4, wrong=0.0, checked=True):
@@ -48,7 +48,7 @@ def learn(scores, count, size=64, parts=4, wrong=0.0, checked=True):
         y[: size // 4] += wrong * torch.randn(size // 4, 3, generator=generator)
         found, answers = results(scores, x, y, parts)
         odd = found.odd(answers)
-        found.conclude(answers, (), () if checked else odd)
+        found.conclude(answers, () if checked else odd)
     scores.learn()
 
 
