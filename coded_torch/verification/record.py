@@ -24,7 +24,6 @@ _HALVING = 2_000  # calls after which faults count half, so that rare accidents 
 #: differs by up to .01; results that are off by .06 begin to change classes (benchmarks
 #: verification, left).
 LEARNABLE = 0.03
-_DRAWS = 9  # rows that are drawn, beside twice as many as a part needs, as others may have some
 _UNDECIDED = 10  # trials that showed nothing, after which the module is taken for random
 
 
@@ -105,22 +104,31 @@ class Record:
             # In a part of one row a check would take as long again, and others are idle.
             more = min(idle - many, len(rows))
             return (*plain, *(tuple(sorted(rows[i::more])) for i in range(more))), {*rows}, share
-        count, wanted, hidden, at = len(rows), set[int](), list[tuple[int, ...]](), 0
-        total = len(order) + count
+        count, hidden, total = len(rows), list[list[int]](), len(order) + len(rows)
         sizes = [total * (i + 1) // many - total * i // many for i in range(many)]
-        held = Counter(self.random.sample([i for i in range(many) for _ in range(sizes[i])], count))
-        for i, size in enumerate(sizes):
-            end = at + size - held[i]
-            others = order[:at] + order[end:]
-            drawn = self.random.sample(others, min(len(others), 2 * held[i] + _DRAWS))
-            some = [row for row in drawn if row not in wanted][: held[i]]
-            hidden.append(tuple(sorted(order[at:end] + some)))
-            wanted.update(some)
-            at = end
-        # Rows for which no part was left are checked later.
-        left = [row for row in order if row not in wanted]
-        wanted.update(self.random.sample(left, count - len(wanted)))
-        return tuple(filter(None, hidden)), wanted, share
+        # At equal distances, as are the rows, so that few parts have nothing that is checked.
+        first = self.random.randrange(many)
+        slots = [(j * many + first) // count for j in range(count)]
+        for size, held in zip(sizes, map(slots.count, range(many)), strict=True):
+            at = sum(map(len, hidden))
+            own = order[at : at + size - held]
+            hidden.append(self.random.sample(own, len(own)))
+        owner = {row: i for i, own in enumerate(hidden) for row in own}
+        every, start = list(owner), self.random.randrange(len(owner))
+        rows = [every[(j * len(every) + start) // count] for j in range(count)]
+        self.random.shuffle(rows)
+        for j, i in enumerate(slots):
+            if owner[rows[j]] == i:
+                fits = (k for k in range(count) if i not in (owner[rows[k]], slots[k]))
+                k = next(fits, j)
+                rows[j], rows[k] = rows[k], rows[j]
+            if owner[rows[j]] == i:
+                others = [row for row in every if owner[row] != i and row not in rows]
+                rows[j : j + 1] = self.random.sample(others, 1) if others else rows[j : j + 1]
+        for row, i in zip(rows, slots, strict=True):
+            if owner[row] != i:  # else it is checked later, as no part was left
+                hidden[i].append(row)
+        return tuple(tuple(sorted(part)) for part in hidden if part), {*rows}, share
 
     def passed(self, checks: Mapping[int, int], doubted: Collection[int] = ()) -> None:
         """Note how many rows of each worker were checked, which others confirmed unless doubted."""

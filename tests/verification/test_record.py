@@ -62,6 +62,8 @@ def test_parts_with_checks_have_the_size_of_others(record, size, num_parts):
         assert set(copies) == set(range(size))
         assert {row for row, many in copies.items() if many > 1} == rows
         assert all(len(set(part)) == len(part) for part in parts)
+        checked = sum(not rows.isdisjoint(part) for part in parts)
+        assert checked >= min(len(rows), num_parts)
 
 
 def test_faults_halve(record):
