@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import math
 import secrets
-import statistics
 import threading
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -126,7 +125,8 @@ class Fit(NamedTuple):
         Let z be leave-one-out residuals in robust standard deviations, and S their robust
         correlation between outputs. The energy is :math:`z^T S^{-1} z`, and the peak the largest of
         :math:`S^{-1} z`, standardised. Whole rows show in the first, single outputs in the second.
-        The score is the sum of their logarithms.
+        The score is the sum of their logarithms, less its median. Recent rows are in the median, as
+        of few rows half may be like recent ones, whose scores are very low.
         """
         if self.usable is None or self.residuals is None or not bool(outputs.isfinite().all()):
             return {}
@@ -141,7 +141,9 @@ class Fit(NamedTuple):
         u = z @ inverse
         energy = (z * u).mean(1).clamp_(min=1e-12).sqrt()
         peak = (u.abs() / inverse.diagonal().sqrt()).amax(1).clamp_(min=1e-12)
-        pairs = zip(self.usable.tolist(), (energy * peak).log().tolist(), strict=True)
+        scores = (energy * peak).log()
+        scores -= scores.median()
+        pairs = zip(self.usable.tolist(), scores.tolist(), strict=True)
         return {self.rows[i]: score for i, score in pairs if i < len(self.rows)}
 
 
@@ -253,13 +255,12 @@ class Results:
         scores, parts = self.scores(answers), defaultdict[Part, list[int]](list)
         if not scores:
             return set()
-        oddest, middle = max(scores, key=scores.__getitem__), statistics.median_low(scores.values())
+        oddest = max(scores, key=scores.__getitem__)
         odd, means = {oddest} if scores[oddest] > self._scores.rows.at else set[int](), []
         for row in scores:
             parts[answers[row]].append(row)
         for rows in parts.values():
-            mean = sum(scores[row] for row in rows) / len(rows) - middle
-            means.append(mean * math.sqrt(len(rows)))
+            means.append(sum(scores[row] for row in rows) / math.sqrt(len(rows)))
             if means[-1] > self._scores.parts.at:
                 odd.add(max(rows, key=scores.__getitem__))
         self._learnt, self._odd = (list(scores.values()), means), odd

@@ -102,6 +102,17 @@ class TestScores:
         of_rows = found.scores(answers)
         assert max(of_rows, key=of_rows.__getitem__) == 5
 
+    def test_rows_beside_rows_that_come_again_look_no_odder(self):
+        scores, many = Scores(), 0
+        learn(scores, 150, size=8, parts=8)
+        assert scores.parts.at < math.inf
+        for seed in range(30):
+            (x, y), (past, known) = batch(8, 1000 + seed), batch(8, 149 - seed // 2)
+            x[:5], y[:5] = past[:5], known[:5]
+            found, answers = results(scores, x, y, 8)
+            many += len(found.odd(answers))
+        assert many <= 2
+
     def test_of_large_batches_240_rows_are_scored(self):
         x, y = batch(1000)
         found, answers = results(Scores(), x, y)
