@@ -71,7 +71,7 @@ class Fleet:
         """Take all workers for proven, with no faults."""
         record = self.record
         record.renew(record.everyone)
-        record.passed(dict.fromkeys(record.everyone, 30))
+        record.passed(*[dict.fromkeys(record.everyone, 30)] * 2)
         return self
 
     def call(self, at: Tensor, compute: Compute) -> Outcome:

@@ -45,9 +45,9 @@ class Record:
         self.stopped = ""  #: the reason if nothing is verified any more
         self.scores = Scores()
         self._faults: dict[int, int] = {}
-        self._before = dict[int, int]()  # the checks of a worker up to its first fault
-        # The rows of a worker that others confirmed, since its fault, and all that they checked.
+        # The rows of a worker that others confirmed, since its fault; and its parts with checks.
         self._clean, self._checks = Counter[int](), Counter[int]()
+        self._before = dict[int, int]()  # such parts of a worker up to its first fault
         self._calls = self._undecided = 0
         self._lock = threading.Lock()
 
@@ -130,11 +130,11 @@ class Record:
                 hidden[i].append(row)
         return tuple(tuple(sorted(part)) for part in hidden if part), {*rows}, share
 
-    def passed(self, checks: Mapping[int, int], doubted: Collection[int] = ()) -> None:
-        """Note how many rows of each worker were checked, which others confirmed unless doubted."""
+    def passed(self, clean: Mapping[int, int], checks: Mapping[int, int]) -> None:
+        """Note how many rows of each worker others confirmed, and how many parts had checks."""
         with self._lock:
+            self._clean.update(clean)
             self._checks.update(checks)
-            self._clean.update({w: many for w, many in checks.items() if w not in doubted})
 
     def renew(self, workers: Collection[int]) -> None:
         """Begin a trial period of workers that were restarted."""
@@ -144,30 +144,30 @@ class Record:
                 self._faults.pop(worker, None)
                 self.excluded.discard(worker)
 
-    def add_fault(self, worker: int, rows: int = 0) -> bool:
+    def add_fault(self, worker: int, checks: int = 0) -> bool:
         """Count a wrong result, and return whether its worker is excluded from now on.
 
-        A random module adds faults to all workers alike, as often as their rows are checked. So a
+        A random module adds faults to all workers alike, as often as their parts are checked. So a
         worker is excluded if it is among the fewest workers, at most half, whose faults, or whose
         faults after the first of each, are more than this explains.
 
         Args:
-            rows: the rows of the worker that were checked since, because it had a fault.
+            checks: the parts of the worker that were checked since, because it had a fault.
         """
         with self._lock:
             if worker in self.excluded:  # another call was faster
                 return True
-            faults, workers, checks = self._faults, self.workers, self._checks.copy()
+            faults, workers, parts = self._faults, self.workers, self._checks.copy()
             if worker not in faults:
-                self._before[worker] = checks[worker]
-            checks[worker] += rows
+                self._before[worker] = parts[worker]
+            parts[worker] += checks
             faults[worker] = faults.get(worker, 0) + 1
             self._clean[worker] = 0
             order = sorted(faults, key=faults.__getitem__, reverse=True)
-            every, total = sum(1 + checks[w] for w in workers), sum(faults.values())
+            every, total = sum(1 + parts[w] for w in workers), sum(faults.values())
             for k in range(1, len(workers) // 2 + 1):
                 some = order[:k]
-                own, at = sum(faults[w] for w in some), sum(1 + checks[w] for w in some)
+                own, at = sum(faults[w] for w in some), sum(1 + parts[w] for w in some)
                 later, since = own - len(some), at - sum(self._before[w] for w in some)
                 chance = math.comb(len(workers), k) * _tail(total, own, at / every)
                 by_later = math.comb(len(order), len(some)) * _tail(total, later, since / every)

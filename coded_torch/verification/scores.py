@@ -125,8 +125,7 @@ class Fit(NamedTuple):
         Let z be leave-one-out residuals in robust standard deviations, and S their robust
         correlation between outputs. The energy is :math:`z^T S^{-1} z`, and the peak the largest of
         :math:`S^{-1} z`, standardised. Whole rows show in the first, single outputs in the second.
-        The score is the sum of their logarithms, less its median. Recent rows are in the median, as
-        of few rows half may be like recent ones, whose scores are very low.
+        The score is the sum of their logarithms, less its median, which recent rows keep steady.
         """
         if self.usable is None or self.residuals is None or not bool(outputs.isfinite().all()):
             return {}

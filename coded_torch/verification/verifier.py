@@ -275,8 +275,7 @@ class Verifier:
         self.table.mark(part, DISPUTED)
         probes = [probe for probe, other in self._probes.items() if other == worker]
         waiting = [probe for probe in probes if probe.outcome is OPEN]
-        rows = sum(len(probe.units) for probe in probes if probe.outcome is not OPEN)
-        if self.record.add_fault(worker, rows):
+        if self.record.add_fault(worker, len(probes) - len(waiting)):
             self.excluded += (worker,)
             for probe in waiting:
                 self.table.mark(probe, DROPPED)
@@ -304,11 +303,12 @@ class Verifier:
         self.unverified = (self.unverified | (self.wanted - alike)) & answered.keys()
         self.verified = alike - self.unverified
         self.credible = {u: part for u, part in answered.items() if part.worker not in self.doubted}
-        checks = Counter[int]()
+        clean, checks = Counter[int](), Counter[int]()
         for part in self._added:  # but of votes, which others seldom contradict
-            if part.why != "vote":
-                checks[part.worker] += len(self.verified.intersection(part.units))
-        self.record.passed(checks, self.doubted)
+            if part.why != "vote" and (some := self.verified.intersection(part.units)):
+                checks[part.worker] += 1
+                clean[part.worker] += len(some) * (part.worker not in self.doubted)
+        self.record.passed(clean, checks)
         self.corrected = {
             row
             for row, part in (self._first or {}).items()

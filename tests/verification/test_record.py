@@ -37,8 +37,8 @@ def test_an_accident_excludes_nobody(record):
 
 def test_of_a_proven_pool_few_faults_in_a_row_are_enough(record):
     """Once a worker had a fault, it is wrong in all rows that are checked next."""
-    record.passed(dict.fromkeys(record.everyone, 300))
-    assert [record.add_fault(1, rows) for rows in (0, 10, 20)] == [False, False, True]
+    record.passed({}, dict.fromkeys(record.everyone, 300))
+    assert [record.add_fault(1, parts) for parts in (0, 10, 20)] == [False, False, True]
 
 
 def test_faults_of_most_workers_mean_a_random_module(record):
@@ -53,7 +53,7 @@ def test_parts_with_checks_have_the_size_of_others(record, size, num_parts):
     cuts = [size * i // num_parts for i in range(num_parts + 1)]
     plain = [range(a, b) for a, b in itertools.pairwise(cuts)]
     record.share = 0.1
-    record.passed(dict.fromkeys(record.everyone, 30))
+    record.passed(dict.fromkeys(record.everyone, 30), {})
     for _ in range(400):
         parts, rows, _ = record.draw(plain)
         sizes = {len(part) for part in parts}
@@ -75,7 +75,7 @@ def test_faults_halve(record):
 
 
 def test_a_fault_begins_a_trial_period(record):
-    record.passed({2: 1000})
+    record.passed({2: 1000}, {})
     assert not record.fresh(2)
     record.add_fault(2)
     assert record.fresh(2)

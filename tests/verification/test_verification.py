@@ -168,7 +168,7 @@ class TestAWrongWorker:
         """It computes parts of others, which it cannot tell from its own ones."""
         pool = pool_of(num_workers, {0: [noise()]})
         coded = wrap(pool, 0.1)
-        coded._record.passed(dict.fromkeys(coded._record.everyone, 1000))
+        known(coded)
         report = check(coded, batch(rows=240), charged=[0])
         assert report.excluded == (0,)
         asked = [row for _, worker, part in pool.begun if worker == 0 for row in part.units]
@@ -183,7 +183,7 @@ class TestAWrongWorker:
         record, scores = coded._record, coded._record.scores
         for seed in range(16):
             coded.run(batch(seed, 240))
-        record.passed(dict.fromkeys(record.everyone, 100_000))
+        known(coded, 100_000)
         scores.learn()
         bars, size[0], faults = (scores.rows.at, scores.parts.at), 1.0, []
         assert max(bars) < math.inf
@@ -329,6 +329,12 @@ class TestAWrongWorker:
         assert report.unverified.all()
 
 
+def test_two_wrong_workers_that_agree_are_excluded_by_the_call_that_finds_them():
+    """A part is one occasion to be wrong, however many rows it has."""
+    coded = known(wrap(pool_of(6, {0: [by(1.0)], 1: [by(1.0)]}), 0.1))
+    until_excluded(coded, [0, 1], most=2, rows=240)
+
+
 def test_two_wrong_workers_convict_nobody_else():
     """If they collude, and if they are wrong in their own ways."""
     found = 0
@@ -382,9 +388,9 @@ class TestFaultyWorkersAreExcluded:
         until_excluded(known(wrap(pool_of(6, {1: [(act, 1.0)]}), verify=0.02)), [1])
 
 
-def known(coded):
-    """Let the trial period of all workers be over."""
-    coded._record.passed(dict.fromkeys(coded._record.everyone, 30))
+def known(coded, checks=30):
+    """Let the trial period of all workers be over, after some checks."""
+    coded._record.passed(*[dict.fromkeys(coded._record.everyone, checks)] * 2)
     return coded
 
 
