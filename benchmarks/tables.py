@@ -281,8 +281,8 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
         },
     ),
     "coverages": coverages,
-    "losses": Table(
-        "losses > * > * > *",
+    "exchangeability": Table(
+        "exchangeability > * > * > *",
         ("noise", "lost", "batch"),
         {
             "covered": "covered:.3f",
