@@ -81,7 +81,8 @@ class Report:
         refused: the rows on which the module itself fails: it raised alike on two workers, or three
             times where no other worker computes them, or ended its workers, each row alone.
         verified, unverified: bool ``[B]``, on the host: the rows that two workers computed alike,
-            and the rows whose check came too late or could not be decided. None without ``verify``.
+            and the rows whose check came too late, and all of workers in undecided disputes that no
+            other one computed alike. None without ``verify``.
         disputes: how often the results of two workers differed.
         corrected: the rows whose first result was wrong, and was replaced.
         faults: by worker, how many wrong results it was found to return.

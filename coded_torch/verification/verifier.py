@@ -300,9 +300,10 @@ class Verifier:
         answered, (alike, disputes) = self.table.answered, self._compared()
         for (a, b), rows in disputes.items():  # there is no time, or verification has stopped
             self._doubt(a, b, rows)
-        self.unverified = (self.unverified | (self.wanted - alike)) & answered.keys()
-        self.verified = alike - self.unverified
         self.credible = {u: part for u, part in answered.items() if part.worker not in self.doubted}
+        doubtful = self.wanted | (answered.keys() - self.credible.keys())
+        self.unverified = (self.unverified | (doubtful - alike)) & answered.keys()
+        self.verified = alike - self.unverified
         clean, checks = Counter[int](), Counter[int]()
         for part in self._added:  # but of votes, which others seldom contradict
             if part.why != "vote" and (some := self.verified.intersection(part.units)):

@@ -403,6 +403,15 @@ class TestWithoutTime:
         assert not report.faults
         assert report.unverified.any()
 
+    def test_all_answers_of_workers_in_undecided_disputes_are_unverified(self):
+        x = batch()
+        coded = known(wrap(pool_of(6, {0: [by(1.0)]}), 0.2, waiting=Waiting(deadline=1.2)))
+        answers, report = coded.run(x)
+        is_wrong = ~torch.isclose(answers, 2 * x + 1, atol=1e-6).all(1)
+        assert is_wrong.any()
+        assert report.unverified[is_wrong].all()
+        assert report.verified.any()
+
     def test_checks_that_do_not_come_are_unverified(self):
         pool = pool_of(4, {0: [OK]}, all_others=HANGS)
         report = check(wrap(pool, 0.02, parts=1), batch())
