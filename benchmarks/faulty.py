@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from coded_torch.table import Table
-from coded_torch.verification import Record, Trials
+from coded_torch.verification import Record, Verifier
 from coded_torch.workers import Reply, WorkerError
 
 from .networks import SEED
@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
     """The answers of a call, ``[B, C]``, NaN where there is none; and how many rows it computed."""
 
     answers: Tensor
-    verdict: Trials
+    verdict: Verifier
     computed: int
 
 
@@ -46,6 +46,10 @@ class _All:
         if not table.parts:
             for units in table.first:
                 table.ask(units)
+        for part in [part for part in table.parts if part.failed and not part.replaced]:
+            part.replaced = True
+            if missing := table.missing(part):
+                table.ask(missing, part, "retry", {part.worker})
         table.reason = "" if table.open else "complete"
         return math.inf
 
@@ -60,14 +64,14 @@ class Fleet:
     def __init__(self, data: Data, num_workers: int, share: float, seed: int = SEED) -> None:
         self.data, self.random = data, random.Random(seed)
         self.seconds: list[tuple[float, float]] = []
-        pool = SimpleNamespace(places=range(num_workers), exclude=None)
+        pool = SimpleNamespace(places=range(num_workers), exclude=None, mixed=False)
         self.record = Record(pool, share, random.Random(seed + 1))
 
     def settle(self) -> Fleet:
         """Take all workers for proven, with no faults."""
         record = self.record
         record.renew(record.everyone)
-        record.passed([*record.everyone] * 30)
+        record.passed(*[dict.fromkeys(record.everyone, 30)] * 2)
         return self
 
     def call(self, at: Tensor, compute: Compute) -> Outcome:
@@ -76,12 +80,12 @@ class Fleet:
         order = self.random.sample(sorted(self.record.workers), len(self.record.workers))
         count = min(len(order), size)
         parts = [range(i * size // count, (i + 1) * size // count) for i in range(count)]
-        trials, values = Trials(self.record, _All(), inputs), dict[int, Tensor]()
+        verifier, values = Verifier(self.record, _All(), inputs), dict[int, Tensor]()
         table = Table(first=parts, needed=size, idle=lambda: len(order))
         events, asked = deque[Reply](), 0
         begin, first_wait = time.perf_counter(), 0.0
         while True:
-            until = trials.decide(None, table)
+            until = verifier.decide(None, table)
             if table.reason:
                 break
             for part in table.parts[asked:]:
@@ -108,7 +112,7 @@ class Fleet:
         answers = torch.full((size, *values[0].shape[1:]), math.nan)
         for row, part in table.answered.items():
             answers[row] = values[part.number][part.units.index(row)]
-        return Outcome(answers, trials, sum(len(part.units) for part in table.parts))
+        return Outcome(answers, verifier, sum(len(part.units) for part in table.parts))
 
 
 class Voters:
@@ -136,7 +140,7 @@ class Voters:
                 results.append(compute(workers[2], rows, True))
             computed += len(rows) * len(results)
             answers.append(self._elected(results))
-        return Outcome(torch.cat(answers), Trials(Record(None, 0.0)), computed)
+        return Outcome(torch.cat(answers), Verifier(Record(None, 0.0)), computed)
 
     def _elected(self, results: Sequence[Tensor]) -> Tensor:
         """Return the first result, but where the other two are alike and differ from it."""

@@ -80,7 +80,7 @@ def request(
         return wrong
 
     call = fleet.call(at, compute)
-    counted = Counter(rows=size, computed=call.computed, disputes=call.verdict.disputes)
+    counted = Counter(rows=size, computed=call.computed, disputes=len(call.verdict.disputes))
     faults = call.verdict.faults
     counted["charged"] = sum(n for worker, n in faults.items() if worker not in faulty)
     for name, rows in (("wrong", made), ("left", call.answers)):

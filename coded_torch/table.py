@@ -78,7 +78,8 @@ class Part:
     ticket: int = field(default_factory=_tickets.__next__)  #: no other part has it
     # ---
     of: Part | None = None  #: the part that it stands in for
-    #: "first", "hedge" of a late part, "retry" of a failed one, "check", "vote" or "aside"
+    #: "first", "hedge" of a late part, "retry" of a failed one; "check" of rows of others, or
+    #: "vote" on the part that it repeats
     why: str = "first"
     asked: float = 0.0  #: seconds on the clock of the request, as are all times
     worker: int = -1  #: the place of the worker that had it last; -1 for none
@@ -141,6 +142,14 @@ class Reply:
     error: WorkerError | None = None
 
 
+class Failure(NamedTuple):
+    """The arguments of a :class:`WorkerError` that follow the worker: a part ends by it."""
+
+    reason: str
+    kind: str = ""
+    cause: Any = None
+
+
 class Hedge(NamedTuple):
     """A part that stands in for a late or failed part."""
 
@@ -173,7 +182,6 @@ class Table:
     answered: dict[int, Part] = field(default_factory=dict)  #: the first good part, by unit
     ended: list[Part] = field(default_factory=list)  #: parts in the order of their ends
     open: int = 0  #: parts whose outcome is open
-    asked: set[int] = field(default_factory=set)  #: workers that began a part
     failed: dict[int, frozenset[int]] = field(default_factory=dict)  #: workers, by unit
     changed: list[Part] = field(default_factory=list)  #: began or failed since the last decision
     now: float = -math.inf
@@ -221,7 +229,6 @@ class Table:
             self.now = max(self.now, event.at)
             if isinstance(event, Began):
                 part.worker, part.began, part.fresh = event.worker, event.at, event.fresh
-                self.asked.add(event.worker)
                 if part.outcome is DROPPED:  # it was told too late
                     part.outcome = OPEN
                     self.open += 1

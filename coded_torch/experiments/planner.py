@@ -6,10 +6,10 @@ import dataclasses
 import functools
 import math
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from .._arguments import count, positive, probability, real
 from ..scheduling.latency_history import History
 from ..scheduling.waiting import Waiting
 from ..stragglers import Stragglers
-from ..table import Table
-from ..verification import Record, Trials
+from ..table import Part, Table
+from ..verification import Record, Results, Verifier
 from ..verification.scores import ODD_PARTS, ODD_ROWS
 from .scores import grouped
 from .simulation import OVERHEAD, Conditions, simulate
@@ -255,33 +255,24 @@ class Verified:
 
     def __init__(self, waiting: Any, num_workers: int, share: float = 0.02, seed: int = 0) -> None:
         self.waiting = waiting
-        pool = SimpleNamespace(places=range(num_workers), exclude=None)
+        pool = SimpleNamespace(places=range(num_workers), exclude=None, mixed=False)
         self.record = Record(pool, share, random.Random(seed))
 
     def decide(self, history: History, table: Table) -> float:
-        table.verdict = table.verdict or _Right(self.record, self.waiting)
+        if table.verdict is None:
+            table.verdict = Verifier(self.record, self.waiting)
+            table.verdict.results = _Right(self.record)
         return float(table.verdict.decide(history, table))
 
 
-class _Right(Trials):
-    """Trials of results that do not differ, some of which look odd by chance."""
+class _Right(Results):
+    """Results that do not differ, some of which look odd by chance."""
 
-    tolerance = 0.0
+    def __init__(self, record: Record) -> None:
+        super().__init__(record.scores)
+        self._draw = record.random.random
 
-    def prepare(self) -> None:
-        self.results = cast(Any, self)
-
-    def differences(self, pairs: Collection[tuple[int, int]]) -> list[dict[int, float]]:
-        rows = [{*part.units} for part in self.table.parts]
-        return [dict.fromkeys(rows[a] & rows[b], 0.0) for a, b in pairs]
-
-    def add(self, *result: Any) -> None:
-        """Do nothing: results are not compared."""
-
-    def odd(self, answers: Mapping[int, int]) -> set[int]:
-        draw, parts = self.record.random.random, {part: row for row, part in answers.items()}
-        rows = {row for row in answers if draw() < ODD_ROWS}
-        return rows | {row for row in parts.values() if draw() < ODD_PARTS}
-
-    def conclude(self, trials: Trials) -> None:
-        """Do nothing: results are not scored."""
+    def odd(self, answers: Mapping[int, Part]) -> set[int]:
+        of_parts = {part: row for row, part in answers.items()}.values()
+        odd = {row for row in answers if self._draw() < ODD_ROWS}
+        return odd.union(row for row in of_parts if self._draw() < ODD_PARTS)

@@ -17,7 +17,7 @@ from ..input_space.regression import Regression
 from ..scheduling.latency_history import BLOCKS, History
 from ..scheduling.waiting import Waiting
 from ..surrogates import checked
-from ..verification import Record, Trials
+from ..verification import Record, Verifier
 from ..workers.base import Workers
 from ..workers.local import LocalWorkers
 from .division import Columns, Division, Inputs, Rows, training_part
@@ -233,7 +233,7 @@ class CodedWrapper(ModuleProxy):
     def _compute(self, waiting: Waiting, division: Division, report: Report) -> Any:
         pool, estimates = self.workers, self._history.estimates
         record = self._record
-        check = None if record is None else Trials(record, waiting, division.inputs.floating())
+        check = None if record is None else Verifier(record, waiting, division.inputs.floating())
         answers = Answers(self.surrogate, division, report, self.module, check)
         execution = Execution(division, report, check)
         with report.timed("compute"):

@@ -28,7 +28,7 @@ from .result_checks import Stacked, show
 if TYPE_CHECKING:
     from ..input_space.metrics import Choice
     from ..scheduling.waiting import Waiting
-    from ..verification import Trials
+    from ..verification import Verifier
     from .division import Division
     from .report import Report
 
@@ -52,7 +52,7 @@ class Answers:
     ) -> None:
         self._surrogates, self._division, self._inputs = surrogates, division, division.inputs
         self._link, self._coverage, self._report = division.link, division.coverage, report
-        self._check: Trials | None = check
+        self._check: Verifier | None = check
         self._known = dict[int, tuple[list[Tensor], Tensor] | None]()  # the estimates of memories
         #: The places of results, and how odd these look if left out.
         self.oddness: list[tuple[int, float]] = []
@@ -209,7 +209,7 @@ class Answers:
         """Have memories learn the rows of answers, ``[B, ...]`` each, that are exact."""
         if self._check is not None:
             with outside():
-                exact &= torch.tensor([row in self._check.owners for row in range(len(exact))])
+                exact &= torch.tensor([row in self._check.credible for row in range(len(exact))])
         if not bool(exact.any()):
             return
 

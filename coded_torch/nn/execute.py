@@ -18,7 +18,7 @@ from ..scheduling.exchangeability import Exchangeability
 from ..scheduling.latency_history import History
 from ..scheduling.waiting import Waiting
 from ..table import DROPPED, OPEN, Began, Reply, Table, WorkerError
-from ..verification import Trials
+from ..verification import Verifier
 from ..workers.base import Request, Workers
 from .division import Division
 from .report import Report
@@ -42,7 +42,7 @@ class Execution:
     table: Table
     why = ""  #: the reason why there are no more results, in words
 
-    def __init__(self, division: Division, report: Report, check: Trials | None = None) -> None:
+    def __init__(self, division: Division, report: Report, check: Verifier | None = None) -> None:
         self._division, self._report, self._check = division, report, check
         self.checks = Checks(division)
 
@@ -65,7 +65,7 @@ class Execution:
             )
             try:
                 self._follow(waiting if check is None else check, history, request)
-                self.why = request.status()
+                self.why = "" if table.reason == "complete" else request.status()
                 if self.why and pool.num_ready == pool.num_restarts == 0:
                     first = "workers are still starting; call pool.start(model, example) first"
                     self.why = f"{first}; {self.why}"
@@ -73,8 +73,6 @@ class Execution:
                 table.judge = table.policy = None  # no cycle keeps results until it is collected
                 report.versions = dict(request.versions)
                 report.note_table(table, division.batch_size, self.checks.rejected)
-                if check is not None:
-                    check.steps = None
                 for part in table.parts:  # a worker keeps its part until it has computed it
                     if part.outcome in (OPEN, DROPPED):
                         part.of = None
@@ -179,8 +177,8 @@ class Execution:
     def _why_not_estimated(self) -> str:
         """Return why rows without a result cannot be estimated; "" if they can, or all have one."""
         division, why = self._division, self.not_floating()
-        received, odd = sorted(self.table.answered), division.not_finite
-        if odd is not None and bool(odd[received].all()):
+        received, not_finite = sorted(self.table.answered), division.not_finite
+        if not_finite is not None and bool(not_finite[received].all()):
             why = "no row with finite inputs has a result, which estimates need"
         if not why or division.is_whole(received):
             return ""

@@ -19,7 +19,7 @@ from ..table import GOOD, Hedge, Table, WorkerError
 
 if TYPE_CHECKING:
     from ..input_space.metrics import Choice
-    from ..verification import Trials
+    from ..verification import Verifier
 
 _CUT_SHORT = {
     "deadline": "the deadline was over",
@@ -81,7 +81,8 @@ class Report:
         refused: the rows on which the module itself fails: it raised alike on two workers, or three
             times where no other worker computes them, or ended its workers, each row alone.
         verified, unverified: bool ``[B]``, on the host: the rows that two workers computed alike,
-            and the rows whose check came too late or could not be decided. None without ``verify``.
+            and the rows whose check came too late, and all of workers in undecided disputes that no
+            other one computed alike. None without ``verify``.
         disputes: how often the results of two workers differed.
         corrected: the rows whose first result was wrong, and was replaced.
         faults: by worker, how many wrong results it was found to return.
@@ -168,7 +169,7 @@ class Report:
 
     def note_table(self, table: Table, size: int, rejected: Sequence[WorkerError]) -> None:
         """Note who was asked, which results count, and how the policy ended the call, if it did."""
-        begun, received = 0, set[int]()
+        begun, asked, received = 0, set[int](), set[int]()
         for part in table.ended:
             self.latencies.pop(part.worker, None)
             if part.worker >= 0 and not part.fresh:
@@ -176,26 +177,32 @@ class Report:
             if part.outcome is GOOD:
                 received.add(part.worker)
         for part in table.parts:
-            begun += len(part.units) if part.began < math.inf else 0
-        self.asked, self.received = tuple(sorted(table.asked)), tuple(sorted(received))
+            if part.began < math.inf:
+                begun += len(part.units)
+                asked.add(part.worker)
+        self.asked, self.received = tuple(sorted(asked)), tuple(sorted(received))
         self.work = begun * table.unit_rows / size
-        self.rejected = {error.worker: error.reason for error in rejected if error.worker >= 0}
         for error in rejected:
             logger.warning("CodedWrapper: a result was rejected: %s", error)
-        self.ended, self.hedges = table.reason, table.hedges if table.reason else ()
+            if error.worker >= 0:
+                self.rejected[error.worker] = error.reason
+        self.ended = table.reason
+        if self.ended and len(table.parts) > len(table.first):
+            self.hedges = table.hedges
         for name in ("hedging_threshold", "deadline"):
             seconds = getattr(table, name)
             setattr(self, name, None if seconds == math.inf else seconds)
 
     @outside()
-    def note_verdict(self, verdict: Trials, size: int) -> None:
+    def note_verdict(self, verdict: Verifier, size: int) -> None:
         """Note the findings of verification."""
         for name in ("verified", "unverified"):
             rows = torch.zeros(size, dtype=torch.bool)
             rows[sorted(getattr(verdict, name))] = True
             setattr(self, name, rows)
-        self.corrected, self.notes = tuple(sorted(verdict.corrected)), self.notes + verdict.notes
-        self.disputes, self.faults = verdict.disputes, verdict.faults
+        self.corrected = tuple(sorted(verdict.corrected))
+        self.notes += tuple(verdict.notes)
+        self.disputes, self.faults = len(verdict.disputes), verdict.faults
         self.excluded = verdict.excluded
         why = "CodedWrapper: worker %d returned wrong results, as others found: %d in one call"
         for worker, count in verdict.faults.items():

@@ -58,6 +58,7 @@ class Decisions:
         # From `late_at` on, missing rows are estimated as soon as half of the results are there.
         self.end = table.since + table.deadline
         self.late_at, self.prepare_at, self.hedged = self.end - table.reserve, math.inf, False
+        self.is_remembered = False
         self.timers: list[tuple[float, int]] = []  # the due times and numbers of parts
         self.to_replace: dict[int, Part] = {}  # late and failed parts, by number
         half = (waiting.deadline or math.inf) / 2
@@ -73,7 +74,8 @@ class Decisions:
         table, raised = self.table, False
         for part in table.changed:
             if part.outcome is OPEN and self.waiting.hedge_budget:
-                self._set_due(part, part.began + self.threshold(len(part.units)))
+                if part.why not in ("check", "vote"):
+                    self._set_due(part, part.began + self.threshold(len(part.units)))
             elif part.outcome is not OPEN and part.outcome is not GOOD:
                 self.to_replace[part.number] = part
                 raised |= part.kind == "raised"
@@ -139,9 +141,10 @@ class Decisions:
             table.refused |= {unit: part for part in first for unit in part.units}
 
     def _drop(self) -> None:
-        """Drop parts that have not begun, and that other parts have answered."""
+        """Drop hedges that have not begun, and that other parts have answered."""
         for part in self.table.parts[len(self.table.first) :]:
-            if part.outcome is OPEN and part.began == math.inf and not self.table.missing(part):
+            waits = part.of is not None and part.outcome is OPEN and part.began == math.inf
+            if waits and not self.table.missing(part):
                 self.table.mark(part, DROPPED)
 
     def _replace(self) -> None:
@@ -163,6 +166,9 @@ class Decisions:
                 del self.to_replace[number]
                 continue
             missing = table.missing(part)[: max(0, lacking)]
+            if missing and part.why in ("check", "vote"):  # its rows may be asked for by now
+                asked = {u for p in table.parts if p.outcome is OPEN for u in p.units}
+                missing = [unit for unit in missing if unit not in asked]
             if not missing or (late and not self._may_hedge(part, missing, idle)):
                 continue
             part.replaced = True
@@ -261,7 +267,8 @@ class Decisions:
         if reason != "complete" and table.spare is None:
             self._refuse(reason)
         reason = "error" if reason == "failed" and self._reason() == "error" else reason
-        if not self.waiting.at_once:
+        if not self.waiting.at_once and not self.is_remembered:  # verification may let it go on
+            self.is_remembered = True
             self._remember()
         budget = self.waiting.hedge_budget
         table.hedging_threshold = self.history.hedging_threshold(self.rows, budget)

@@ -1,11 +1,11 @@
 """Find workers that return wrong results: a few rows are computed twice.
 
-Nothing here waits or knows a clock: :class:`Trials` is a waiting policy
+Nothing here waits or knows a clock: :class:`Verifier` is a waiting policy
 (:mod:`coded_torch.scheduling`) around another one.
 """
 
 from .record import Record
 from .scores import Results, Scores
-from .trials import Trials
+from .verifier import Verifier
 
-__all__ = ["Record", "Results", "Scores", "Trials"]
+__all__ = ["Record", "Results", "Scores", "Verifier"]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import random
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .scores import Scores
@@ -17,6 +16,9 @@ from .scores import Scores
 # A worker that is new, restarted or at fault is checked so many times as often as others, until so
 # many of its rows were clean. More finds faults sooner and costs work at the start; not tuned.
 _OFTEN, _TRIAL = 10, 30
+# The probability that chance explains faults, below which workers are excluded. A module that does
+# not repeat itself excludes an honest worker in one of 700 (24 workers) to 6,000 of its lives.
+_CHANCE = 1e-4
 _HALVING = 2_000  # calls after which faults count half, so that rare accidents do not add up
 #: The largest difference that is taken for rounding, in spreads of the outputs. Half precision
 #: differs by up to .01; results that are off by .06 begin to change classes (benchmarks
@@ -37,12 +39,15 @@ class Record:
     def __init__(self, pool: Any, share: float, generator: random.Random | None = None) -> None:
         self.pool, self.share, self.random = pool, share, generator or secrets.SystemRandom()
         self.excluded: set[int] = set()  #: the workers that get no parts until they are restarted
-        self.tolerance = 0.0  #: results of a row agree up to this, in spreads of the outputs
+        #: Results of a row agree up to this, in spreads of the outputs.
+        self.tolerance = LEARNABLE if pool is not None and pool.mixed else 0.0
         self.whole = False  #: results depend on the rows beside them: whole parts are compared
         self.stopped = ""  #: the reason if nothing is verified any more
         self.scores = Scores()
         self._faults: dict[int, int] = {}
-        self._clean: Counter[int] = Counter()  # the checks that a worker passed since a fault
+        # The rows of a worker that others confirmed, since its fault; and its parts with checks.
+        self._clean, self._checks = Counter[int](), Counter[int]()
+        self._before = dict[int, int]()  # such parts of a worker up to its first fault
         self._calls = self._undecided = 0
         self._lock = threading.Lock()
 
@@ -75,10 +80,11 @@ class Record:
 
     def draw(
         self, parts: Sequence[Sequence[int]], idle: int = 0
-    ) -> tuple[tuple[tuple[int, ...], ...], frozenset[int], float]:
+    ) -> tuple[tuple[tuple[int, ...], ...], set[int], float]:
         """Begin a call: draw rows, and hide each in another part, so that no round is added.
 
-        Returns the parts with the rows to check, these rows, and their share.
+        Returns the parts with the rows to check, these rows, and their share. The parts are of one
+        size, so that no worker can tell whether its part has such a row.
         """
         with self._lock:
             self._calls += 1
@@ -87,29 +93,48 @@ class Record:
                 self._undecided //= 2
         plain = tuple(map(tuple, parts))
         if self.stopped or len(self.workers) < 2:
-            return plain, frozenset(), 0.0
-        if self.whole:  # parts are asked for twice
-            twice = tuple(part for part in plain if self.random.random() < self.share)
-            return (*plain, *twice), frozenset().union(*twice), self.share
+            return plain, set(), 0.0
         # More only if all workers are in trial, as the workers of parts are not known yet.
         share = self.often if all(map(self.fresh, self.workers)) else self.share
-        chosen = [self.sample(part, share) for part in plain]
-        rows = frozenset().union(*chosen)
-        if rows and idle > len(plain) and max(map(len, plain)) == 1:
+        order = [row for part in plain for row in (part[:1] if self.whole else part)]
+        rows, many = self.sample(order, share), len(plain)
+        if not rows or many == 1 or self.whole:  # parts are repeated later
+            return plain, {*rows}, share
+        if len(order) == many < idle:
             # In a part of one row a check would take as long again, and others are idle.
-            return (*plain, tuple(sorted(rows))), rows, share
-        hidden = [list(part) for part in plain]
-        # In turn, as the part with most rows is waited for.
-        holders = itertools.cycle(self.random.sample(range(len(plain)), len(plain)))
-        for i, some in enumerate(chosen if len(plain) > 1 else ()):
-            for row in some:
-                hidden[next(j for j in holders if j != i)].append(row)
-        return tuple(tuple(sorted(part)) for part in hidden), rows, share
+            more = min(idle - many, len(rows))
+            return (*plain, *(tuple(sorted(rows[i::more])) for i in range(more))), {*rows}, share
+        count, hidden, total = len(rows), list[list[int]](), len(order) + len(rows)
+        sizes = [total * (i + 1) // many - total * i // many for i in range(many)]
+        # At equal distances, as are the rows, so that few parts have nothing that is checked.
+        first = self.random.randrange(many)
+        slots = [(j * many + first) // count for j in range(count)]
+        for size, held in zip(sizes, map(slots.count, range(many)), strict=True):
+            at = sum(map(len, hidden))
+            own = order[at : at + size - held]
+            hidden.append(self.random.sample(own, len(own)))
+        owner = {row: i for i, own in enumerate(hidden) for row in own}
+        every, start = list(owner), self.random.randrange(len(owner))
+        rows = [every[(j * len(every) + start) // count] for j in range(count)]
+        self.random.shuffle(rows)
+        for j, i in enumerate(slots):
+            if owner[rows[j]] == i:
+                fits = (k for k in range(count) if i not in (owner[rows[k]], slots[k]))
+                k = next(fits, j)
+                rows[j], rows[k] = rows[k], rows[j]
+            if owner[rows[j]] == i:
+                others = [row for row in every if owner[row] != i and row not in rows]
+                rows[j : j + 1] = self.random.sample(others, 1) if others else rows[j : j + 1]
+        for row, i in zip(rows, slots, strict=True):
+            if owner[row] != i:  # else it is checked later, as no part was left
+                hidden[i].append(row)
+        return tuple(tuple(sorted(part)) for part in hidden if part), {*rows}, share
 
-    def passed(self, workers: Iterable[int]) -> None:
-        """Note for each row that another worker agreed on whose result it was."""
+    def passed(self, clean: Mapping[int, int], checks: Mapping[int, int]) -> None:
+        """Note how many rows of each worker others confirmed, and how many parts had checks."""
         with self._lock:
-            self._clean.update(workers)
+            self._clean.update(clean)
+            self._checks.update(checks)
 
     def renew(self, workers: Collection[int]) -> None:
         """Begin a trial period of workers that were restarted."""
@@ -119,35 +144,55 @@ class Record:
                 self._faults.pop(worker, None)
                 self.excluded.discard(worker)
 
-    def add_fault(self, worker: int) -> bool:
+    def add_fault(self, worker: int, checks: int = 0) -> bool:
         """Count a wrong result, and return whether its worker is excluded from now on.
 
-        A random module adds faults to all workers alike, so it takes many more than the others
-        have: by chance an honest worker is out in one of 10,000 modules' lives.
+        A random module adds faults to all workers alike, as often as their parts are checked. So a
+        worker is excluded if it is among the fewest workers, at most half, whose faults, or whose
+        faults after the first of each, are more than this explains.
+
+        Args:
+            checks: the parts of the worker that were checked since, because it had a fault.
         """
         with self._lock:
             if worker in self.excluded:  # another call was faster
                 return True
-            own = self._faults[worker] = self._faults.get(worker, 0) + 1
+            faults, workers, parts = self._faults, self.workers, self._checks.copy()
+            if worker not in faults:
+                self._before[worker] = parts[worker]
+            parts[worker] += checks
+            faults[worker] = faults.get(worker, 0) + 1
             self._clean[worker] = 0
-            others = sum(self._faults.values()) - own
-            if own >= 1 + math.ceil(4 / math.log10(max(2, len(self.workers)))) + 2 * others:
-                # First, as an excluded one with a part is a new one. It may have left.
-                if self.pool.exclude is not None:
-                    with contextlib.suppress(ValueError):
-                        self.pool.exclude(worker)
-                self.excluded.add(worker)
-                del self._faults[worker]
-                return True
-            most = max(self._faults.values())
-            if len(self._faults) >= 3 and most <= 2 * (own + others - most):
-                self.stopped = "results of several workers differ when they are asked again"
-            return False
+            order = sorted(faults, key=faults.__getitem__, reverse=True)
+            every, total = sum(1 + parts[w] for w in workers), sum(faults.values())
+            for k in range(1, len(workers) // 2 + 1):
+                some = order[:k]
+                own, at = sum(faults[w] for w in some), sum(1 + parts[w] for w in some)
+                later, since = own - len(some), at - sum(self._before[w] for w in some)
+                chance = math.comb(len(workers), k) * _tail(total, own, at / every)
+                by_later = math.comb(len(order), len(some)) * _tail(total, later, since / every)
+                if min(chance, by_later) <= _CHANCE:
+                    break
+            else:
+                most = faults[order[0]]
+                if len(order) > max(2, len(workers) / 2) and most <= 2 * (total - most):
+                    self.stopped = "results of most workers differ from what others compute"
+                return False
+            if worker not in some:
+                return False
+            # First, as an excluded one with a part is a new one. It may have left.
+            if self.pool.exclude is not None:
+                with contextlib.suppress(ValueError):
+                    self.pool.exclude(worker)
+            self.excluded.add(worker)
+            self.scores.forget(worker)
+            del faults[worker]
+            return True
 
-    def learn(self, difference: float, most: float = LEARNABLE / 2) -> str:
+    def learn(self, difference: float) -> str:
         """Take a difference between honest results for rounding, if it is small; return a note."""
         with self._lock:
-            if difference <= most:
+            if difference <= LEARNABLE / 2:
                 self.tolerance = max(self.tolerance, 2 * difference)
                 return f"honest results differ by {difference:.1e} of the outputs' spread"
             self.whole = True
@@ -159,3 +204,9 @@ class Record:
             self._undecided += count
             if self._undecided >= _UNDECIDED:
                 self.stopped = "the module does not repeat its results"
+
+
+def _tail(count: int, least: int, share: float) -> float:
+    """Return the probability of ``least`` or more of some events that have a probability each."""
+    some, share = range(least, count + 1), min(share, 1.0)
+    return sum(math.comb(count, n) * share**n * (1 - share) ** (count - n) for n in some)

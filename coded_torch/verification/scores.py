@@ -8,11 +8,10 @@ from __future__ import annotations
 import contextlib
 import math
 import secrets
-import statistics
 import threading
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,14 +21,9 @@ from .._torch import exactly, on_host
 from ..input_space.geometry import added_up
 from ..input_space.metrics import DEFAULT, Distances, Leaf, Sources
 from ..input_space.regressor import LENGTH, Regressor
-
-if TYPE_CHECKING:
-    from .trials import Trials
-
+from ..table import Part
 
 logger = sparing_logger("coded_torch.nn")
-# By row, the part that answers it and the worker of that part; and whether some are doubted.
-Owners: TypeAlias = tuple[Mapping[int, int], Mapping[int, int], bool]
 
 # Results of one row in batches of other sizes differ by 2.5e-6 of the outputs' spread in float32,
 # and by some .01 in half precision (measured once; no benchmark keeps it). TF32 is learnt.
@@ -63,8 +57,9 @@ class Scores:
     def __init__(self) -> None:
         self.rows, self.parts = _Bar(ODD_ROWS), _Bar(ODD_PARTS)
         self.recent: Recent | None = None
-        # Calls, which are learnt from while workers compute a later one.
-        self.left: deque[tuple[Results, Fit, Owners]] = deque()
+        # Rows of calls, scores of their rows and parts, and whether all odd rows were checked: they
+        # are learnt while workers compute.
+        self.left: deque[tuple[Recent, Sequence[Sequence[float]], bool]] = deque()
         self._lock = threading.RLock()
 
     @on_host()
@@ -95,17 +90,10 @@ class Scores:
         """Learn from the calls so far."""
         with self._lock:
             while self.left:
-                results, fit, (answers, by, is_doubted) = self.left.popleft()
-                kept = {i: row for i, row in enumerate(fit.rows) if row in by}
-                if not kept:
-                    continue
-                if not is_doubted:  # wrong results make those beside them look odd
-                    self.rows.add(results.learnt[0])
-                    self.parts.add(results.learnt[1])
-                outputs = results.outputs({row: answers[row] for row in kept.values()})
-                owners = torch.tensor([by[row] for row in kept.values()])
-                some = fit.features[list(kept)], outputs, owners
-                now = Recent(*[x[outputs.isfinite().all(1)] for x in some])
+                now, scores, is_checked = self.left.popleft()
+                for bar, some in zip((self.rows, self.parts), scores, strict=False):
+                    # Odd scores of what may be wrong count as the bar, and leave it where it is.
+                    bar.add(some if is_checked else [min(score, bar.at) for score in some])
                 pairs = list(zip(self.recent or now, now, strict=True))
                 if self.recent is not None and all(a.shape[1:] == b.shape[1:] for a, b in pairs):
                     now = Recent(*[torch.cat(pair)[-_ROWS:] for pair in pairs])
@@ -113,8 +101,8 @@ class Scores:
 
     def forget(self, worker: int) -> None:
         """Remove the rows of one worker."""
-        self.learn()
-        with self._lock:
+        with _scoring(), self._lock:
+            self.learn()
             if self.recent is not None:
                 kept = self.recent.workers != worker
                 self.recent = Recent(*[x[kept] for x in self.recent])
@@ -137,7 +125,7 @@ class Fit(NamedTuple):
         Let z be leave-one-out residuals in robust standard deviations, and S their robust
         correlation between outputs. The energy is :math:`z^T S^{-1} z`, and the peak the largest of
         :math:`S^{-1} z`, standardised. Whole rows show in the first, single outputs in the second.
-        The score is the sum of their logarithms.
+        The score is the sum of their logarithms, less its median, which recent rows keep steady.
         """
         if self.usable is None or self.residuals is None or not bool(outputs.isfinite().all()):
             return {}
@@ -152,7 +140,9 @@ class Fit(NamedTuple):
         u = z @ inverse
         energy = (z * u).mean(1).clamp_(min=1e-12).sqrt()
         peak = (u.abs() / inverse.diagonal().sqrt()).amax(1).clamp_(min=1e-12)
-        pairs = zip(self.usable.tolist(), (energy * peak).log().tolist(), strict=True)
+        scores = (energy * peak).log()
+        scores -= scores.median()
+        pairs = zip(self.usable.tolist(), scores.tolist(), strict=True)
         return {self.rows[i]: score for i, score in pairs if i < len(self.rows)}
 
 
@@ -196,20 +186,22 @@ class Results:
 
     def __init__(self, scores: Scores, inputs: Sequence[Tensor] = ()) -> None:
         self._scores, self.tolerance = scores, _EXACT
-        self._places: dict[int, dict[int, int]] = {}  # the place of a row's result, by part
-        self._leaves: dict[int, list[Tensor]] = {}  # [rows, ...] each, by part
-        self._scored: dict[int, Tensor] = {}  # the outputs that are scored, by part
-        self._differences: dict[tuple[int, int], dict[int, float]] = {}
+        self._places: dict[Part, dict[int, int]] = {}  # the place of a row's result
+        self._leaves: dict[Part, list[Tensor]] = {}  # [rows, ...] each
+        self._scored: dict[Part, Tensor] = {}  # the outputs that are scored
+        self._differences: dict[tuple[Part, Part], dict[int, float]] = {}
         self._spreads: list[float] = []
-        self.learnt: tuple[Sequence[float], Sequence[float]] = (), ()  # scores of rows, and parts
+        self._learnt: Sequence[Sequence[float]] = ()  # the scores of rows, and of parts
+        self._odd = set[int]()
         self._fit: Fit | None = None
         with _scoring():
             self._fit = scores.fit(inputs)
 
-    def add(self, part: int, rows: Sequence[int], leaves: Iterable[Tensor]) -> None:
-        """Add a good result: its leaves ``[rows, ...]``."""
-        self._places[part] = {row: i for i, row in enumerate(rows)}
-        own = self._leaves[part] = [leaf.detach() for leaf in leaves]
+    def add(self, part: Part) -> None:
+        """Add a good result."""
+        self._places[part] = {row: i for i, row in enumerate(part.units)}
+        divided = () if part.result is None else part.result.divided
+        own = self._leaves[part] = [part.result.rows(i).detach() for i in divided]
         if any(leaf.dtype in (torch.float16, torch.bfloat16) for leaf in own):
             self.tolerance = _LOOSE
         some = [leaf for leaf in own if leaf.is_floating_point() and leaf.numel()]
@@ -218,7 +210,7 @@ class Results:
         if not self._spreads and sum(map(len, self._places.values())) >= _SAMPLE:
             self._spreads = self._spread(own)  # while others compute
 
-    def differences(self, pairs: Collection[tuple[int, int]]) -> list[Mapping[int, float]]:
+    def differences(self, pairs: Collection[tuple[Part, Part]]) -> list[Mapping[int, float]]:
         """Return, for pairs of parts, by common row the largest difference of any output.
 
         It is 0 for equal bits, and infinite for NaN.
@@ -257,52 +249,61 @@ class Results:
             spreads.append(spread / _QUARTILE or 1.0)
         return spreads
 
-    def odd(self, answers: Mapping[int, int]) -> set[int]:
+    def odd(self, answers: Mapping[int, Part]) -> set[int]:
         """Return the rows that look so odd that they should be computed again."""
-        scores, parts = self.scores(answers), defaultdict[int, list[int]](list)
+        scores, parts = self.scores(answers), defaultdict[Part, list[int]](list)
         if not scores:
             return set()
-        oddest, middle = max(scores, key=scores.__getitem__), statistics.median_low(scores.values())
+        oddest = max(scores, key=scores.__getitem__)
         odd, means = {oddest} if scores[oddest] > self._scores.rows.at else set[int](), []
         for row in scores:
             parts[answers[row]].append(row)
         for rows in parts.values():
-            mean = sum(scores[row] for row in rows) / len(rows) - middle
-            means.append(mean * math.sqrt(len(rows)))
+            means.append(sum(scores[row] for row in rows) / math.sqrt(len(rows)))
             if means[-1] > self._scores.parts.at:
                 odd.add(max(rows, key=scores.__getitem__))
-        self.learnt = list(scores.values()), means
+        self._learnt, self._odd = (list(scores.values()), means), odd
         return odd
 
-    def scores(self, answers: Mapping[int, int]) -> dict[int, float]:
+    def scores(self, answers: Mapping[int, Part]) -> dict[int, float]:
         """Return scores by row, larger if others estimate its result worse; empty if not known."""
         if self._fit is None or not self._scored or not answers.keys() >= set(self._fit.rows):
             return {}
         with _scoring():
-            return self._fit.scores(self.outputs({row: answers[row] for row in self._fit.rows}))
+            return self._fit.scores(self._outputs([(answers[row], row) for row in self._fit.rows]))
         return {}
 
-    def outputs(self, answers: Mapping[int, int]) -> Tensor:
-        """Return the outputs that are scored, ``[n, C]``, of n rows."""
-        parts, places = self._placed([(part, row) for row, part in answers.items()])
+    def _outputs(self, pairs: Sequence[tuple[Part, int]]) -> Tensor:
+        """Return the outputs that are scored, ``[n, C]``, of n rows of parts."""
+        parts, places = self._placed(pairs)
         return torch.cat([self._scored[part] for part in parts])[places]
 
-    def _placed(self, pairs: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    def _placed(self, pairs: Sequence[tuple[Part, int]]) -> tuple[list[Part], list[int]]:
         """Return the parts in pairs of a part and a row, and each row's place among their rows."""
-        starts, at = dict[int, int](), 0
-        for part in dict.fromkeys(part for part, _ in pairs):
-            starts[part], at = at, at + len(self._places[part])
+        starts, at = dict[Part, int](), 0
+        for part, _ in pairs:
+            if part not in starts:
+                starts[part], at = at, at + len(self._places[part])
         return list(starts), [starts[part] + self._places[part][row] for part, row in pairs]
 
-    def conclude(self, trials: Trials) -> None:
-        """Keep credible results, for later calls to learn."""
+    def conclude(self, answers: Mapping[int, Part], unverified: Collection[int] | None) -> None:
+        """Keep credible answers for later calls to learn, and their scores.
+
+        Args:
+            unverified: the rows whose checks are missing. None if a worker is doubted, as wrong
+                results make those beside them look odd: no scores are learnt.
+        """
         with _scoring():
-            for worker in trials.excluded:
-                self._scores.forget(worker)
-        if self._fit is not None and self._scored:
-            self._leaves.clear()  # large, perhaps
-            own = trials.answers, trials.owners, bool(trials.doubted)
-            self._scores.left.append((self, self._fit, own))
+            rows = () if self._fit is None or not self._scored else self._fit.rows
+            kept = {i: (answers[row], row) for i, row in enumerate(rows) if row in answers}
+            if self._fit is not None and kept:
+                outputs = self._outputs([*kept.values()])
+                workers = torch.tensor([part.worker for part, _ in kept.values()])
+                known, some = outputs.isfinite().all(1), self._fit.features[list(kept)]
+                recent = Recent(some[known], outputs[known], workers[known])
+                is_checked = self._odd.isdisjoint(unverified or ())
+                learnt = () if unverified is None else self._learnt
+                self._scores.left.append((recent, learnt, is_checked))
 
 
 @contextlib.contextmanager

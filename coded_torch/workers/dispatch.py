@@ -16,7 +16,7 @@ from operator import attrgetter
 from typing import Any
 
 from .._arguments import MOST_WORKERS, count, sparing_logger
-from ..table import Part
+from ..table import Failure, Part
 from .base import Workers
 from .live import LiveRequest
 
@@ -195,10 +195,10 @@ class Dispatcher(abc.ABC):
             self.trouble = ""
         self._assign()
 
-    def settle(self, worker: Worker, number: int, value: Any = None, *why: Any) -> None:
-        """End a job by a value, or by the arguments of a :class:`WorkerError` after the worker."""
+    def settle(self, worker: Worker, number: int, result: Any) -> None:
+        """End a job by a value or a :class:`Failure`."""
         if (job := self._finish(worker, number)) is not None:
-            job.request.settle(job, value, *why)
+            job.request.settle(job, result)
             job.request = None  # whoever keeps the part need not keep the inputs
         self._assign()
 
@@ -220,7 +220,7 @@ class Dispatcher(abc.ABC):
                 if self.closed or left <= job.avoid:
                     self._jobs.remove(job)
                     reason = why or "it avoids all workers that are left"
-                    job.request.settle(job, None, f"did not start: {reason}")
+                    job.request.settle(job, Failure(f"did not start: {reason}"))
         self._assign()
 
     def _finish(self, worker: Worker, number: int) -> Part | None:
@@ -242,7 +242,7 @@ class Dispatcher(abc.ABC):
                 self.send(worker, job)
             except BaseException as cause:
                 if self._finish(worker, job.ticket) is not None:
-                    job.request.settle(job, None, f"could not be asked: {cause}", "", cause)
+                    job.request.settle(job, Failure(f"could not be asked: {cause}", "", cause))
                 if not isinstance(cause, Exception):  # an interrupt
                     raise
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..table import Began, Part, Reply, WorkerError
+from ..table import Began, Failure, Part, Reply, WorkerError
 from .base import Request, Task
 
 _AGAIN = 0.1  # seconds between two looks for a worker that may take a failed part; not tuned
@@ -88,14 +88,16 @@ class LiveRequest(Request):
                 self._events.put(began)
             return wanted
 
-    def settle(self, part: Part, value: Any = None, *why: Any) -> None:
-        """End a part, unless it has ended, by a value, or by an error with a reason and so on."""
+    def settle(self, part: Part, result: Any) -> None:
+        """End a part, unless it has ended, by a value or a :class:`Failure`."""
         with self._lock:
             if self._open.pop(part.number, None) is not None:
                 began, at = self._began.pop(part.number, None), self.now()
                 worker, latency = (began.worker, at - began.at) if began else (-1, math.inf)
-                error = WorkerError(part.number, worker, *why) if why else None
-                self._events.put(Reply(part, worker, at, latency, value, error))
+                error = None
+                if isinstance(result, Failure):
+                    error, result = WorkerError(part.number, worker, *result), None
+                self._events.put(Reply(part, worker, at, latency, result, error))
 
     def hand_back(self, part: Part) -> None:
         """Note that the worker that has begun a part does not compute it."""
@@ -136,7 +138,7 @@ class LiveRequest(Request):
                     return None
                 status = "" if oldest.number in self._began else self.status()
                 why = f"did not reply within {self.timeout:g} s{status and f'; {status}'}"
-                self.settle(oldest, None, why)
+                self.settle(oldest, Failure(why))
                 continue
             if event is None:
                 raise CancelledError(f"{type(self).__name__}: the call was cancelled")

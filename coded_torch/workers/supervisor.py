@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import MOST_WORKERS, count, positive, warn
-from ..table import Part
+from ..table import Failure, Part
 from .base import Request, Task
 from .dispatch import DispatchedWorkers, Dispatcher, Worker, logger
 from .live import Ambient, LiveRequest
@@ -172,17 +172,17 @@ class Supervisor(Dispatcher):
 
     def take(self, worker: Any, number: int, read: Callable[[], tuple[bool, Any]]) -> None:
         """Take the result of a job. If it is awaited, read whether it succeeded, and its value."""
-        job, value, why = worker.job, None, tuple[Any, ...]()
+        job, result = worker.job, None
         if job is not None and job.request.awaits(job):
             try:
-                succeeded, value = read()
+                succeeded, result = read()
                 if not succeeded:
-                    what, cause = value
-                    why = f"failed in {worker}: {what}", "raised", cause
+                    what, cause = result
+                    result = Failure(f"failed in {worker}: {what}", "raised", cause)
             except Exception as error:  # unpickling may raise anything
-                why = f"sent what cannot be read, from {worker}: {error}", "", error
-        self.settle(worker, number, None if why else value, *why)
-        del why  # the traceback of its error holds this frame, and so the memory of the result
+                result = Failure(f"sent what cannot be read, from {worker}: {error}", "", error)
+        self.settle(worker, number, result)
+        del result  # the traceback of its error holds this frame, and so the memory of the result
 
     def lost(self, worker: Any, reason: str, end: bool = False) -> None:
         """Note that a worker has ended, or end it; ``reason`` continues its name."""
@@ -216,7 +216,7 @@ class Supervisor(Dispatcher):
         if not (self.closed or worker.left):
             logger.warning("a worker was lost and is replaced: %s", what)
         if (job := worker.job) is not None:
-            job.request.settle(job, None, f"was lost: {what}", "died")
+            job.request.settle(job, Failure(f"was lost: {what}", "died"))
         if hopeless:
             self.refuse(what)
         self._assign()  # a failed part may have waited for this worker

@@ -3,6 +3,7 @@
 import pytest
 
 from coded_torch import Waiting
+from coded_torch.experiments.planner import Verified
 from coded_torch.experiments.simulation import Conditions, simulate
 
 BAD = Conditions(spread=0.5, straggling=0.1, slow=0.2, dead=0.1, dead_after=1.0, bursts=20.0)
@@ -37,8 +38,9 @@ class Twice:
         Waiting(deadline=3.0),
         Waiting(estimate_after=3.0),
         Waiting.first(2),
+        Verified(Waiting(), 6, 0.1),
     ],
-    ids=str,
+    ids=["rows", "deadline", "estimates", "columns", "verified"],
 )
 def test_deciding_twice_at_one_moment_writes_nothing(policy):
     outcome = simulate(Twice(policy), BAD, num_workers=6, num_parts=4, num_requests=300)

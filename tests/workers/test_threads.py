@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from coded_torch.table import Failure
 from coded_torch.testing.helpers import WAIT, Gated, until
 from coded_torch.testing.workers import WorkersTests, numbered, task_of
 from coded_torch.workers import Part, Task
@@ -57,7 +58,7 @@ class Threads(Dispatcher):
                 value = compute(job.request.module, task.payload(job.units, copied=True), job.fault)
         except BaseException as cause:
             reason = f"failed: {type(cause).__name__}: {cause}"
-            self.settle(worker, job.ticket, None, reason, "raised", cause)
+            self.settle(worker, job.ticket, Failure(reason, "raised", cause))
         else:
             self.settle(worker, job.ticket, value)
 

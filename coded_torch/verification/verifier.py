@@ -1,0 +1,323 @@
+"""The verification of one call: which rows are computed again, and whose result counts."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..table import DISPUTED, DROPPED, FAILED, GOOD, OPEN, Part, Table
+from .record import Record
+from .scores import Results
+
+# Bounds of one call, not tuned.
+_DISPUTES = 8  # more disputes than faulty workers explain stay undecided
+# A check or a vote is waited for as many times as long as a first part until it is late, or as all
+# of the call so far: a worker that hangs must not hold the call.
+_PATIENCE = 4
+
+
+class Verifier:
+    """The waiting policy of one call that follows another one, and then verifies its results.
+
+    A check is a part with rows of others. If two results of a row differ, other workers repeat both
+    parts whole, so that rows beside a row are the same: these parts are votes. A result that a
+    majority contradicts is a part that failed, which the other policy asks for again. Its worker is
+    not asked for a row again that it has seen, but checked by parts of others: an accident does not
+    come again.
+
+    What is decided follows from the table, the drawn rows, and the disputes that stay undecided.
+
+    Args:
+        record: the record of the pool's workers.
+        waiting: the policy that is followed first.
+        inputs: floating-point tensors, ``[B, ...]`` each, by which results are scored.
+
+    The attributes from ``verified`` to ``notes`` are of :class:`coded_torch.Report`, sets of rows
+    for tensors.
+    """
+
+    table: Table
+
+    def __init__(self, record: Record, waiting: Any = None, inputs: Sequence[Tensor] = ()) -> None:
+        self.record, self.waiting, self._inputs = record, waiting, inputs
+        self._out = frozenset(record.excluded)
+        self.verified, self.unverified, self.corrected = set[int](), set[int](), set[int]()
+        self.faults, self.excluded = dict[int, int](), tuple[int, ...]()
+        self.notes = dict[str, None]()
+        self.credible = dict[int, Part]()  #: the answers of workers that are not doubted
+        self.doubted = set[int]()  #: workers at fault, excluded, or in undecided disputes
+        self.wanted, self.missed = set[int](), set[int]()  # rows to check, and not checked in time
+        self.disputes = dict[tuple[Part, Part], bool]()  #: two parts, and if it stays undecided
+        self._added = set[Part]()  # parts whose results have been good, and were added
+        self._probes = dict[Part, int]()  # checks by workers at fault, and these workers
+        self._first: dict[int, Part] | None = None  # what answered when the other policy ended
+        self._is_drawn = False
+
+    @functools.cached_property
+    def results(self) -> Results:
+        """The results so far; the regression that scores them is fitted at first use."""
+        return Results(self.record.scores, () if self.record.stopped else self._inputs)
+
+    def decide(self, history: Any, table: Table) -> float:
+        """Decide as the other policy does, and then check rows and settle disputes."""
+        record, self.table = self.record, table
+        # A pool that cannot exclude workers is told to avoid them.
+        out = record.excluded if record.pool.exclude is None else ()
+        table.avoid = frozenset({*out, *self.faults})
+        if not table.parts:
+            table.first, self.wanted, self._share = record.draw(table.first, table.idle())
+            self.waiting.decide(history, table)
+            return -math.inf  # the parts are asked for
+        until: float | None = None
+        while until is None:
+            self._add()  # at first none, which fits the regression while workers compute
+            # The other policy waits for checks and votes, too, as they are open.
+            due = [] if self._first is None else self._due()
+            until = min([float(self.waiting.decide(history, table)), *due])
+            if table.reason:
+                reason, table.reason = table.reason, ""
+                until = self._verify(reason)
+        return until
+
+    def _add(self) -> None:
+        """Add the results that are good now, and let none of a worker at fault be an answer."""
+        self.results.tolerance = max(self.results.tolerance, self.record.tolerance)
+        # Another call may have excluded a worker meanwhile.
+        out, answered = self.faults.keys() | (self.record.excluded - self._out), self.table.answered
+        for part in self.table.good:
+            counts = part not in self._probes or any(answered[u] is part for u in part.units)
+            if part.worker in out and (counts or part.worker in self.record.excluded):
+                self.doubted.add(part.worker)
+                self.table.mark(part, DISPUTED)
+            elif part not in self._added:
+                self._added.add(part)
+                self.results.add(part)
+
+    def _begin(self) -> None:
+        """Note how the other policy has ended, and which workers are new."""
+        table, late = self.table, self.table.hedging_threshold
+        self._first = dict(table.answered)
+        bounded = self.waiting.deadline is not None
+        self._end = table.since + table.deadline - table.reserve if bounded else math.inf
+        late = late if late < math.inf else -math.inf
+        self._soon = min(table.since + late, self._end)
+        self._patience = _PATIENCE * max(late, table.now - table.since) or math.inf
+        # A worker that was excluded before the call, and that has a part, has been restarted.
+        renewed = {part.worker for part in table.ended if part.fresh}
+        self.record.renew(renewed.union(self._out & {part.worker for part in table.good}))
+
+    def _verify(self, reason: str) -> float | None:
+        """Ask for checks and votes until all is known that can be, and let the call end then.
+
+        Return None if rows may be missing, or agree, now.
+        """
+        table, record = self.table, self.record
+        if self._first is None:
+            self._begin()
+        if not (self._is_drawn or table.is_quiet):
+            return -math.inf  # results that arrived meanwhile count
+        if reason in ("deadline", "error") or record.stopped or table.now >= self._end:
+            return self._conclude(reason)
+        alike, disputes = self._compared()
+        if not self._is_drawn and reason in ("complete", "failed"):
+            lacking = self.wanted - alike.union(*disputes.values())
+            hidden = [p for p in table.parts if not lacking.isdisjoint(p.units)]
+            is_late = table.now >= self._soon or table.is_over
+            if any(p.outcome is OPEN for p in hidden) and not is_late:
+                return self._soon
+            self._is_drawn = True
+            # A drawn row whose check is late stays unchecked: to ask again would delay the call.
+            self.missed = lacking & {r for p in hidden if p.outcome is not GOOD for r in p.units}
+            more = self._of_fresh() | self.results.odd(table.answered)
+            self.wanted |= more
+            self.missed -= more
+        self._due()
+        if self._is_drawn:
+            self._check(alike.union(*disputes.values()))
+        busy = set[Part]()
+        for (a, b), rows in disputes.items():
+            if busy.isdisjoint((a, b)) and self._settle(a, b, rows):
+                return None
+            busy |= {a, b}
+        due = self._due()
+        return min(due) if due else self._conclude(reason)
+
+    def _due(self) -> list[float]:
+        """Drop checks and votes that are late, and return the times at which the others will be."""
+        due = []
+        for part in self.table.parts:
+            if part.why in ("check", "vote") and part.outcome is OPEN:
+                due.append(min(part.asked + self._patience, self._end))
+                if self.table.now >= due[-1] or self.table.is_over:
+                    self.table.mark(part, DROPPED)
+                    due.pop()
+        return due
+
+    def _compared(self) -> tuple[set[int], dict[tuple[Part, Part], list[int]]]:
+        """Return the rows that another worker computed alike, and the rows that differ.
+
+        The key of rows that differ is two parts, the first of which is the answer.
+        """
+        answered, pairs = self.table.answered, dict[tuple[Part, Part], None]()
+        for other in self.table.good:
+            for part in dict.fromkeys([answered[row] for row in other.units]):
+                is_whole = part.units == other.units or not self.record.whole
+                if part.worker != other.worker and is_whole:
+                    pairs[part, other] = None
+        alike, disputes = set[int](), dict[tuple[Part, Part], list[int]]()
+        for pair, by in zip(pairs, self.results.differences(pairs), strict=True):
+            for row in by:
+                if answered[row] is not pair[0]:
+                    continue
+                if by[row] <= self.results.tolerance:
+                    alike.add(row)
+                elif not self.disputes.get(pair):
+                    disputes.setdefault(pair, []).append(row)
+        return alike, disputes
+
+    def _difference(self, part: Part, other: Part, rows: Iterable[int]) -> float:
+        (by,) = self.results.differences([(part, other)])
+        return max(by[row] for row in rows)
+
+    def _agree(self, part: Part, other: Part, rows: Iterable[int]) -> bool:
+        return self._difference(part, other, rows) <= self.results.tolerance
+
+    # The checks.
+
+    def _of_fresh(self) -> set[int]:
+        """Draw more rows of the workers in their trial period, if not all are."""
+        record, more = self.record, self.record.often - self._share
+        if more <= 0 or record.whole:
+            return set()
+        fresh, answers = set(filter(record.fresh, record.workers)), self.table.answered.items()
+        rows = [row for row, part in answers if part.worker in fresh and row not in self.wanted]
+        return {*record.sample(rows, more)}
+
+    def _check(self, done: set[int]) -> None:
+        """Have the wanted rows computed by others."""
+        table, able = self.table, self.record.workers - self.faults.keys()
+        asked = [p for p in table.parts if p.why == "check" and p.outcome is not DISPUTED]
+        done = (done | self.missed).union(*(part.units for part in asked))
+        groups = defaultdict[tuple[int, tuple[int, ...]], list[int]](list)
+        for row in sorted(self.wanted & table.answered.keys() - done):
+            part = table.answered[row]
+            groups[part.worker, part.units if self.record.whole else ()].append(row)
+        for (worker, units), rows in groups.items():
+            units = units or tuple(rows)
+            seen = {p.worker for p in table.parts if not {*units}.isdisjoint(p.units)}
+            table.ask(units, why="check", avoid=seen if able - seen else {worker})
+
+    # The disputes.
+
+    def _settle(self, a: Part, b: Part, rows: list[int]) -> bool:
+        """Settle a dispute, or ask for votes. Return whether it is settled."""
+        self.disputes.setdefault((a, b), False)
+        outcomes = [FAILED]
+        if len(self.record.workers) > 2 and len(self.disputes) <= _DISPUTES + len(self._probes):
+            outcomes = [self._judge(b, a, rows)]
+            if b not in self._probes or outcomes[0] in (GOOD, FAILED):
+                outcomes.append(self._judge(a, b, rows))
+        if DISPUTED in outcomes:
+            for part, outcome in zip((b, a), outcomes, strict=False):
+                out = self.faults.keys() | {part.worker}
+                if outcome is DISPUTED and len(out) <= len(self.record.workers - out):
+                    self._fault(part)
+                elif outcome is DISPUTED:  # others would not be enough, so the module is to blame
+                    self.record.undecided(3)
+                    self._doubt(a, b, rows)
+        elif OPEN in outcomes:
+            return False
+        elif FAILED in outcomes or a.units == b.units:
+            self._doubt(a, b, rows)
+        else:  # both are confirmed, so results depend on the rows beside them
+            self.notes[self.record.learn(self._difference(a, b, rows))] = None
+        return True
+
+    def _judge(self, part: Part, other: Part, rows: list[int]) -> str:
+        """Return the outcome of a part by votes; OPEN if votes lack, FAILED without a majority."""
+        table, record = self.table, self.record
+        votes = [p for p in table.parts if p.why == "vote" and p.units == part.units]
+        good = [p for p in votes if p.outcome is GOOD and p.worker != other.worker]
+        voices = [part, other, *good]
+        camps = [[q for q in voices if self._agree(p, q, rows)] for p in voices]
+        most = max(camps, key=len)
+        # With two results of five workers, a colluding pair would convict others.
+        majority = 3 if len(record.workers) >= 5 else 2
+        if len(most) >= majority:
+            return GOOD if part in most else DISPUTED
+        lacking = majority - len(most) - sum(p.outcome is OPEN for p in votes)
+        heard = {part.worker, other.worker}.union(*(record.everyone - p.avoid for p in votes))
+        others = sorted(record.workers - heard - self.faults.keys())
+        may_ask = len(votes) < len(record.everyone) and len(good) < 2 * majority - 1
+        if may_ask and lacking > 0 and others:
+            for juror in record.random.sample(others, min(lacking, len(others))):
+                table.ask(part.units, None, "vote", record.everyone - {juror})
+        elif lacking == majority - len(most):  # none is open
+            record.undecided(3 if len(most) == 1 < len(good) else min(1, len(good)))
+            return FAILED
+        return OPEN
+
+    def _doubt(self, a: Part, b: Part, rows: Iterable[int]) -> None:
+        self.disputes[a, b] = True
+        self.unverified.update(rows)
+        self.doubted |= {a.worker, b.worker}
+
+    def _fault(self, part: Part) -> None:
+        """Note a wrong result: no answer of its worker in this call counts any more."""
+        worker = part.worker
+        self.faults[worker] = self.faults.get(worker, 0) + 1
+        self.doubted.add(worker)
+        self.table.mark(part, DISPUTED)
+        probes = [probe for probe, other in self._probes.items() if other == worker]
+        waiting = [probe for probe in probes if probe.outcome is OPEN]
+        if self.record.add_fault(worker, len(probes) - len(waiting)):
+            self.excluded += (worker,)
+            for probe in waiting:
+                self.table.mark(probe, DROPPED)
+        elif not waiting and 2 * len(self.faults) + 2 <= len(self.record.workers):
+            self._probe(worker)  # the others are enough to find a fault of theirs, too
+
+    def _probe(self, worker: int) -> None:
+        """Have a worker at fault compute what others answered, and what it has not seen."""
+        table, probes, left = self.table, self._probes, self.faults[worker]
+        seen = {u for p in table.parts if worker in (p.worker, probes.get(p)) for u in p.units}
+        some = list({part.units for part in table.answered.values()})
+        self.record.random.shuffle(some)
+        for units in sorted(some, key=lambda units: len(seen.intersection(units))):
+            unseen = [unit for unit in units if unit not in seen]
+            if left and unseen and (len(unseen) == len(units) or not self.record.whole):
+                probe = table.ask(unseen, why="check")
+                probe.avoid = frozenset(self.record.everyone - {worker})
+                probes[probe], left = worker, left - 1
+                seen.update(unseen)
+
+    def _conclude(self, reason: str) -> float:
+        answered, (alike, disputes) = self.table.answered, self._compared()
+        for (a, b), rows in disputes.items():  # there is no time, or verification has stopped
+            self._doubt(a, b, rows)
+        self.credible = {u: part for u, part in answered.items() if part.worker not in self.doubted}
+        doubtful = self.wanted | (answered.keys() - self.credible.keys())
+        self.unverified = (self.unverified | (doubtful - alike)) & answered.keys()
+        self.verified = alike - self.unverified
+        clean, checks = Counter[int](), Counter[int]()
+        for part in self._added:  # but of votes, which others seldom contradict
+            if part.why != "vote" and (some := self.verified.intersection(part.units)):
+                checks[part.worker] += 1
+                clean[part.worker] += len(some) * (part.worker not in self.doubted)
+        self.record.passed(clean, checks)
+        self.corrected = {
+            row
+            for row, part in (self._first or {}).items()
+            if part.outcome is DISPUTED and row in answered
+            if not self._agree(part, answered[row], [row])
+        }
+        if self.record.stopped:
+            self.notes[f"not verified any more: {self.record.stopped}"] = None
+        self.results.conclude(self.credible, None if self.doubted else self.unverified)
+        self.table.reason = reason
+        return -math.inf
