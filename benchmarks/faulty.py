@@ -55,14 +55,16 @@ class _All:
 
 
 class Fleet:
-    """A pool with a worker for each part, which computes as soon as it is asked.
+    """A pool with as many parts as workers, or fewer, which computes as soon as it is asked.
 
     A share of the rows is checked. ``seconds`` has, for each call, the time until the first wait,
     and after the last result of a first part.
     """
 
-    def __init__(self, data: Data, num_workers: int, share: float, seed: int = SEED) -> None:
-        self.data, self.random = data, random.Random(seed)
+    def __init__(
+        self, data: Data, num_workers: int, share: float, seed: int = SEED, parts: int = 0
+    ) -> None:
+        self.data, self.random, self._parts = data, random.Random(seed), parts or num_workers
         self.seconds: list[tuple[float, float]] = []
         pool = SimpleNamespace(places=range(num_workers), exclude=None, mixed=False)
         self.record = Record(pool, share, random.Random(seed + 1))
@@ -78,7 +80,7 @@ class Fleet:
         """Answer the inputs at some places of the data."""
         size, inputs = len(at), [self.data.inputs[at]]
         order = self.random.sample(sorted(self.record.workers), len(self.record.workers))
-        count = min(len(order), size)
+        count = min(len(order), size, self._parts)
         parts = [range(i * size // count, (i + 1) * size // count) for i in range(count)]
         verifier, values = Verifier(self.record, _All(), inputs), dict[int, Tensor]()
         table = Table(first=parts, needed=size, idle=lambda: len(order))
@@ -241,4 +243,11 @@ FAULTS: dict[str, Fault] = {
     "one output": one_output,
     "exponent": _bit(*EXPONENT),
     "mantissa": _bit(*MANTISSA),
+}
+#: Further ones: of rows of outputs by 1.01, and of parts of 60 rows in 6 or 24 parts, or one more.
+SUBTLE: dict[str, Fault] = {
+    "scaled": lambda data, rows: 1.01 * rows,
+    "of one size": lambda data, rows: (
+        data.normal(rows, 1.0) if len(rows) in (2, 3, 10, 11) else rows
+    ),
 }

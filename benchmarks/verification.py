@@ -10,6 +10,9 @@ exponent or mantissa flipped). LeNet-5 answers the 2,000 digits that ship.
   and of the harmful ones, which change the class, or outputs by a tenth of their spread (RMS).
 - *small*: the same in requests of 8 rows, of a row that answers another, by odd scores alone.
 - *until*: requests until the worker is excluded, if it is wrong in every one, or in some.
+- *excluded*: the share of pools in which a worker is excluded within 200 requests of 60 rows, and
+  the median of the requests; also of one that scales by 1.01, is wrong only in parts of the size
+  that parts without checks have, or is right when it is asked again.
 - *liars*: a worker that is right whenever it is asked again, and two of six that agree.
 - *work*: of honest requests, by the share of checked rows.
 - *latency*: milliseconds of a request of 240 rows beyond the workers', while they compute and
@@ -22,7 +25,7 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -33,7 +36,7 @@ from coded_torch.experiments.planner import Verified
 from coded_torch.experiments.simulation import Conditions, simulate
 from coded_torch.nn import Waiting
 
-from .faulty import BATCH_SIZE, FAULTS, ROUNDING, WORKERS, Data, Fault, Fleet, Voters
+from .faulty import BATCH_SIZE, FAULTS, ROUNDING, SUBTLE, WORKERS, Data, Fault, Fleet, Voters
 from .networks import SEED
 from .runs import Measurement, progress
 
@@ -41,6 +44,8 @@ SHARES = (0.01, 0.02, 0.03, 0.1)  # the shares of rows that are checked
 SMALL = 8  # rows of a small request
 PAIR_OF = 6  # workers, of which two agree
 HARMFUL = 0.1  # of the outputs' spread
+EXCLUDING = (6, 6), (24, 24), (24, 6)  # workers and parts
+HIDES = "again", "repeated"
 #: Simulated pools: workers, parts, load.
 POOLS = {"24 of 48 workers": (48, 24, 0.3), "24 of 24": (24, 24, 0.3), "4 of 6": (6, 4, 0.3)}
 
@@ -52,25 +57,28 @@ def request(
     faulty: Collection[int] = (),
     *,
     rate: float = 1.0,
-    hides: bool = False,
+    hides: str = "",
     agree: bool = False,
 ) -> tuple[Counter[str], tuple[int, ...]]:
     """Send a request; return its counts, and the workers that it excluded.
 
     Args:
         fault: what faulty workers do to a share of their parts, the ``rate``.
-        hides: whether they are right when they are asked again.
+        hides: "again" if they are right when they are asked again, "repeated" if they are when they
+            have had all rows.
         agree: whether they return the same wrong rows.
     """
     data = fleet.data
     at = data.batch(size)
     truth = data.outputs[at]
     agreed = fault(data, truth) if fault and agree else truth
-    made = truth.clone()
+    made, had = truth.clone(), defaultdict[int, set[int]](set)
 
     def compute(worker: int, rows: Sequence[int], again: bool) -> Tensor:
         right = data.normal(truth[list(rows)], ROUNDING / 4)
-        if fault is None or worker not in faulty or (again and hides):
+        is_known = {*rows} <= had[worker] if hides == "repeated" else again
+        had[worker].update(rows)
+        if fault is None or worker not in faulty or (hides and is_known):
             return right
         if rate < 1 and fleet.random.random() >= rate:
             return right
@@ -125,15 +133,15 @@ def warm(fleet: Fleet) -> Fleet:
     return fleet
 
 
-def until(data: Data, fault: Fault, rate: float, seed: int, most: int = 2000) -> int:
-    """Return the requests until a worker that is wrong in some of its parts is excluded."""
-    fleet = warm(Fleet(data, WORKERS, 0.02, seed))
+def until(fleet: Fleet, fault: Fault, most: int, size: int = BATCH_SIZE, **how: Any) -> int:
+    """Return the requests until a wrong worker is excluded; one more than ``most`` if it is not."""
+    warm(fleet)
     for number in range(1, most + 1):
-        excluded = request(fleet, fault=fault, faulty=[0], rate=rate)[1]
+        excluded = request(fleet, size, fault, [0], **how)[1]
         assert excluded in ((), (0,)), excluded
         if excluded:
             return number
-    return most
+    return most + 1
 
 
 def by_fault(fleet: Fleet | Voters, count: int) -> dict[str, Any]:
@@ -162,7 +170,8 @@ def measure_small(count: int) -> dict[str, Any]:
 def measure_until(seeds: int) -> dict[str, Any]:
     data, found = Data(), dict[str, Any]()
     for name, rate in (("noise 1", 1.0), ("one row", 1.0), ("mantissa", 1.0), ("noise 1", 0.1)):
-        each = sorted(until(data, FAULTS[name], rate, seed) for seed in range(seeds))
+        fleets = (Fleet(data, WORKERS, 0.02, seed) for seed in range(seeds))
+        each = sorted(until(x, FAULTS[name], 2000, rate=rate) for x in fleets)
         found[f"{name}, in {rate:g} of its parts"] = {
             "median": statistics.median(each),
             "95 %": each[len(each) * 95 // 100],
@@ -170,10 +179,25 @@ def measure_until(seeds: int) -> dict[str, Any]:
     return found
 
 
+def measure_excluded(seeds: int, most: int) -> dict[str, Any]:
+    data, found = Data(), dict[str, Any]()
+    kinds = [(name, fault, "") for name, fault in (FAULTS | SUBTLE).items()]
+    kinds += [(f"noise 1, right if {hides}", FAULTS["noise 1"], hides) for hides in HIDES]
+    for name, fault, hides in progress(kinds, "faults"):
+        for workers, parts in EXCLUDING:
+            fleets = (Fleet(data, workers, 0.02, seed, parts) for seed in range(seeds))
+            each = [until(x, fault, most, 60, hides=hides) for x in fleets]
+            found.setdefault(f"{workers} workers, {parts} parts", {})[name] = {
+                "excluded": sum(x <= most for x in each) / seeds,
+                "median": min(statistics.median(each), most),
+            }
+    return found
+
+
 def measure_liars(count: int) -> dict[str, Any]:
     data, found = Data(), dict[str, Any]()
     for name, workers, faulty, how in (
-        ("right when asked again", WORKERS, [0], {"hides": True}),
+        ("right when asked again", WORKERS, [0], {"hides": "again"}),
         ("two of six that agree", PAIR_OF, [0, 1], {"agree": True}),
     ):
         fleet, counts = warm(Fleet(data, workers, 0.02)), Counter[str]()
@@ -223,6 +247,7 @@ def measurements(quick: bool) -> Iterable[Measurement]:
         yield ("left", f"{share:g}"), functools.partial(measure_left, count, share)
     yield ("small",), functools.partial(measure_small, 24 if quick else 600)
     yield ("until",), functools.partial(measure_until, 2 if quick else 25)
+    yield ("excluded",), functools.partial(measure_excluded, *((2, 20) if quick else (20, 200)))
     yield ("liars",), functools.partial(measure_liars, count)
     yield ("work",), functools.partial(measure_work, 20 if quick else 300)
     sizes = (20, 200) if quick else (300, 40_000)
