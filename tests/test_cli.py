@@ -101,7 +101,7 @@ def test_info_tries_kernels_in_another_process(capfd, monkeypatch):
     assert capfd.readouterr().err == "coded-torch info: torch has no CUDA device here\n"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    monkeypatch.setattr("coded_torch.cli.main.try_kernels", os.abort)
+    monkeypatch.setattr("coded_torch.cli.main._try_kernels", os.abort)
     assert run("info --device cuda") == 2
     assert capfd.readouterr().err == (
         "coded-torch info: the process that tries the kernels failed; "

@@ -8,12 +8,15 @@ import os
 import platform
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 import coded_torch
 
@@ -22,19 +25,24 @@ from .._arguments import MOST_WORKERS, count, dense
 from ..codes import RegressionCode
 from ..demo import digits, lenet5
 from ..experiments import planner
+from ..linear import SplineMap
 from ..nn import CodedWrapper
 from ..stragglers import Uniform
 from ..workers import LocalWorkers
 from . import CommandError, Option, find_factory, need, options, picture, save, say, usage
 from .job import job
-from .kernels import try_kernels
 from .serve import LENET5, serve
 
 __all__ = ["main"]
 
 # The rows of a batch: on 240 digits, groups of 20 inputs divide evenly. It was not tuned.
 _BATCH_SIZE = 240
-_SECONDS = 900.0  # the most that the trial of all CUDA kernels may take
+# Knots, points and columns at which CUDA kernels are timed, as benchmarks/gpu_model.py.
+_SHAPES = (
+    (20, 100, 150_528), (64, 128, 65_536), (100, 20, 150_528), (96, 20, 120),
+    (256, 320, 32_768), (1024, 1280, 8_192),
+)  # fmt: skip
+_CALLS, _SECONDS = 20, 900.0  # calls that are timed, and the most that all may take
 _LEGEND = """\
 RMSE             root of the mean squared distance from the module's answers
 normalised MSE   its square, over the variance of the module's answers
@@ -143,13 +151,44 @@ def info(args: argparse.Namespace) -> None:
         if not names:
             raise CommandError("coded-torch info: torch has no CUDA device here")
         # A kernel that fails may end CUDA in its process, so this one keeps out of it.
-        process = multiprocessing.get_context("spawn").Process(target=try_kernels, daemon=True)
+        process = multiprocessing.get_context("spawn").Process(target=_try_kernels, daemon=True)
         process.start()
         process.join(_SECONDS)
         if process.exitcode != 0:
             ended = "did not end" if process.exitcode is None else "failed"
             why = f"the process that tries the kernels {ended}; run it again to try the rest"
             raise CommandError(f"coded-torch info: {why}")
+
+
+def _try_kernels(shrink: int = 1) -> None:
+    """Print whether each kernel is right on each device, and times of six shapes."""
+    warnings.simplefilter("ignore")  # what they say is printed
+    kernels, width = torch.ops.coded_torch, 32
+    for device in range(torch.cuda.device_count()):
+        say(f"\ncuda:{device} {torch.cuda.get_device_name(device)}")
+        for number in range(30):
+            right = _extension._try_kernel(device, number)
+            local = f"right, {kernels._local_bytes(device, number)} bytes of local memory a thread"
+            state = local if right else _extension.CUDA_FAILURES[-1]
+            say(f"{kernels._kernel_name(number):<{width}}{state}")
+        with torch.cuda.device(device):
+            say(f"\n{'float32, in microseconds':<{width}}  copy  matmul product   sweep")
+            for n, N, columns in _SHAPES:
+                spline = SplineMap(np.linspace(-1, 1, n), np.linspace(-1, 1, N), smoothing=1e-6)
+                plan, schedule = (x.cuda() for x in spline._operands(torch.empty(0)))
+                matrix = spline.matrix(torch.float32).cuda()
+                both = torch.cat([plan, matrix.T.reshape(1, -1)], 1)
+                values = torch.randn(n, 1, columns // shrink, device="cuda")
+                half = torch.empty((n + N) * values.shape[2] // 2, device="cuda")
+                calls = (
+                    half.clone,
+                    partial(torch.matmul, matrix, values[:, 0]),
+                    partial(kernels.spline_apply, values, both, schedule, False),
+                    partial(kernels.spline_apply, values, plan, schedule, False),
+                )
+                timers = [Timer("call()", globals={"call": call}) for call in calls]
+                times = "  ".join(f"{timer.timeit(_CALLS).mean * 1e6:6.0f}" for timer in timers)
+                say(f"{f'{n} -> {N} x {values.shape[2]:,}':<{width}}{times}")
 
 
 def _settings(text: str) -> list[tuple[int, ...]]:

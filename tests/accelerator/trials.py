@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from coded_torch import _extension, ops
-from coded_torch.cli.kernels import try_kernels
+from coded_torch.cli.main import _try_kernels
 from coded_torch.linear import SplineMap
 from tests.accelerator.plugin import driver, library
 
@@ -460,8 +460,8 @@ def test_a_trial_that_never_ended_is_not_repeated(cache, monkeypatch):
 
 
 def test_info_tries_and_times_all_kernels(capsys, monkeypatch):
-    monkeypatch.setattr("coded_torch.cli.kernels._CALLS", 1)
-    try_kernels(shrink=1000)
+    monkeypatch.setattr("coded_torch.cli.main._CALLS", 1)
+    _try_kernels(shrink=1000)
     lines = capsys.readouterr().out.splitlines()
     assert sum("right, 0 bytes of local memory" in line for line in lines) == 2 * 30
     times = [line.split()[-4:] for line in lines if " -> " in line]
