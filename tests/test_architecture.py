@@ -39,7 +39,7 @@ LINES = {
     "codes": 950,
     "experiments": 1658,
     "input_space": 1205,
-    "nn": 1998,
+    "nn": 1995,
     "open_inference": 680,
     "scheduling": 772,
     "serve": 1120,
@@ -47,7 +47,7 @@ LINES = {
     "verification": 873,
     "workers": 3270,
 }
-MOST_LINES = 16_081  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 16_078  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

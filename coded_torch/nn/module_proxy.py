@@ -9,7 +9,7 @@ import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -121,9 +121,6 @@ def _map_batches(run: Call, batches: Iterable[Any], in_flight: int) -> Iterator[
             if not calls:
                 return
             try:
-                # A wait without an end misses an interrupt that comes while it begins.
-                while not wait([calls[0][0]], timeout=1.0).done:
-                    pass
                 found = calls[0][0].result()
             except BaseException as error:
                 note = f"CodedWrapper.map: at batch {number}; the {number} batches before it"
