@@ -163,13 +163,14 @@ def _copies(
     gain = lost[:-1] - lost[1:]
     of_group = errors[grouping.rows.T.numpy()]  # [G, K]
     real = (grouping.targets.T >= 0).numpy()  # the last group may be filled up
-    copies = real.astype(np.int64)
-    groups = np.arange(len(copies))
-    while (active := copies.sum(axis=1) < num_workers).any():
-        # Between equals, the one with fewer copies.
-        score = np.where(real, gain[copies] * of_group - 1e-12 * copies, -np.inf)
-        copies[groups, score.argmax(axis=1)] += active
-    return copies
+    spare = num_workers - real.sum(axis=1, keepdims=True)  # [G, 1]
+    more = np.arange(1, spare.max() + 1)[:, None]
+    # Of every further copy, [G, C, K]. Between equals, the one with fewer copies.
+    scores = np.where(real[:, None], gain[more] * of_group[:, None] - 1e-12 * more, -np.inf)
+    best = (-scores.reshape(len(real), -1)).argsort(axis=1, kind="stable")
+    chosen = np.zeros(best.shape, np.int64)
+    chosen[np.arange(len(real))[:, None], best] = np.arange(best.shape[1]) < spare
+    return np.asarray(real + chosen.reshape(scores.shape).sum(axis=1), np.int64)
 
 
 def _dealt(points: NDArray[Any]) -> NDArray[Any]:
