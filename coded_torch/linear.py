@@ -69,10 +69,9 @@ class LinearMap(abc.ABC):
             with torch.inference_mode(False):
                 operands, rounded = (tuple(t.clone() for t in x) for x in (operands, rounded))
         # Both dtypes at once: a map that changed on first use would be compiled twice.
-        self._placed: dict[tuple[Any, ...], tuple[Tensor, ...]] = {
-            (_HOST, torch.float64, 0): operands,
-            (_HOST, torch.float32, 0): rounded,
-        }
+        self._placed: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
+        self._placed[_HOST, torch.float64, 0] = operands
+        self._placed[_HOST, torch.float32, 0] = rounded
 
     def __call__(self, values: Tensor, dim: int = 0) -> Tensor:
         """Apply the map along ``dim``: ``[..., num_inputs, ...] -> [..., num_outputs, ...]``.

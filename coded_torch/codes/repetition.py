@@ -163,14 +163,15 @@ def _copies(
     gain = lost[:-1] - lost[1:]
     of_group = errors[grouping.rows.T.numpy()]  # [G, K]
     real = (grouping.targets.T >= 0).numpy()  # the last group may be filled up
-    spare = num_workers - real.sum(axis=1, keepdims=True)  # [G, 1]
-    more = np.arange(1, spare.max() + 1)[:, None]
-    # Of every further copy, [G, C, K]. Between equals, the one with fewer copies.
-    scores = np.where(real[:, None], gain[more] * of_group[:, None] - 1e-12 * more, -np.inf)
-    best = (-scores.reshape(len(real), -1)).argsort(axis=1, kind="stable")
-    chosen = np.zeros(best.shape, np.int64)
-    chosen[np.arange(len(real))[:, None], best] = np.arange(best.shape[1]) < spare
-    return np.asarray(real + chosen.reshape(scores.shape).sum(axis=1), np.int64)
+    copies, whole = real.astype(np.int64), real.all(axis=1)
+    for some in filter(np.any, (whole, ~whole)):  # the last group may have more to spare
+        more = np.arange(1, num_workers - real[some][0].sum() + 1)[:, None]
+        # Of each further copy, [., C, K]. Between equals, the one with fewer copies.
+        scores = gain[more] * of_group[some][:, None] - 1e-12 * more
+        scores = np.where(real[some][:, None], scores, -np.inf).reshape(len(scores), -1)
+        best = (-scores).argsort(axis=1, kind="stable")[:, : len(more)]
+        np.add.at(copies, (np.flatnonzero(some)[:, None], best % real.shape[1]), 1)
+    return copies
 
 
 def _dealt(points: NDArray[Any]) -> NDArray[Any]:
