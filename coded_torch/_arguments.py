@@ -6,6 +6,7 @@ argument, the requirement and the value. The wrong type is a TypeError, a wrong 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import numbers
@@ -66,16 +67,12 @@ def real(
     owner: object, argument: str, value: Any, requirement: str, valid: Callable[[float], bool]
 ) -> float:
     """Return ``value`` as a float that is ``valid``; a bool is none."""
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    with contextlib.suppress(OverflowError):  # an integer or a fraction is too large
+        if is_real and valid(number := float(value)):
+            return number
     message = f"{_name(owner)}: {argument} must be {requirement}, got {shown(value)}"
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{message} of type {type(value).__name__}")
-    try:
-        number = float(value)
-    except OverflowError:  # an integer or a fraction is too large
-        raise ValueError(message) from None
-    if not valid(number):
-        raise ValueError(message)
-    return number
+    raise ValueError(message) if is_real else TypeError(f"{message} of type {type(value).__name__}")
 
 
 def positive(owner: object, argument: str, value: Any) -> float:

@@ -65,12 +65,13 @@ class LinearMap(abc.ABC):
     ) -> None:
         self.num_inputs, self.num_outputs = num_inputs, num_outputs
         rounded = rounded or tuple(t.float() if t.is_floating_point() else t for t in operands)
+        if any(t.is_inference() for t in (*operands, *rounded)):  # such a map could not train
+            with torch.inference_mode(False):
+                operands, rounded = (tuple(t.clone() for t in x) for x in (operands, rounded))
         # Both dtypes at once: a map that changed on first use would be compiled twice.
         self._placed: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
-        with torch.inference_mode(False):  # a map of inference tensors could not train
-            for dtype, tensors in ((torch.float64, operands), (torch.float32, rounded)):
-                kept = (t.clone() if t.is_inference() else t for t in tensors)
-                self._placed[_HOST, dtype, 0] = tuple(kept)
+        self._placed[_HOST, torch.float64, 0] = operands
+        self._placed[_HOST, torch.float32, 0] = rounded
 
     def __call__(self, values: Tensor, dim: int = 0) -> Tensor:
         """Apply the map along ``dim``: ``[..., num_inputs, ...] -> [..., num_outputs, ...]``.

@@ -163,12 +163,14 @@ def _copies(
     gain = lost[:-1] - lost[1:]
     of_group = errors[grouping.rows.T.numpy()]  # [G, K]
     real = (grouping.targets.T >= 0).numpy()  # the last group may be filled up
-    copies = real.astype(np.int64)
-    groups = np.arange(len(copies))
-    while (active := copies.sum(axis=1) < num_workers).any():
-        # Between equals, the one with fewer copies.
-        score = np.where(real, gain[copies] * of_group - 1e-12 * copies, -np.inf)
-        copies[groups, score.argmax(axis=1)] += active
+    copies, whole = real.astype(np.int64), real.all(axis=1)
+    for some in filter(np.any, (whole, ~whole)):  # the last group may have more to spare
+        more = np.arange(1, num_workers - real[some][0].sum() + 1)[:, None]
+        # Of each further copy, [., C, K]. Between equals, the one with fewer copies.
+        scores = gain[more] * of_group[some][:, None] - 1e-12 * more
+        scores = np.where(real[some][:, None], scores, -np.inf).reshape(len(scores), -1)
+        best = (-scores).argsort(axis=1, kind="stable")[:, : len(more)]
+        np.add.at(copies, (np.flatnonzero(some)[:, None], best % real.shape[1]), 1)
     return copies
 
 

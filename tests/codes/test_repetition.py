@@ -1,5 +1,8 @@
 """The codes that repeat inputs: exact where it can be, close where it cannot, and it knows."""
 
+import itertools
+import math
+
 import pytest
 import torch
 
@@ -36,6 +39,24 @@ def test_copies_go_where_the_others_tell_least(generator):
     plan = arrival(16, 19).plan([x], num_stragglers=3)
     sent = plan.encode(torch.arange(16.0)).flatten().long()
     assert sent.bincount().tolist() == [2 if i in (2, 7, 11) else 1 for i in range(16)]
+
+
+@pytest.mark.parametrize("size", [9, 8])  # the last group is whole, or of two inputs
+def test_no_other_copies_have_less_expected_error(size, generator):
+    k, n, stragglers = 3, 7, 3
+    plan = arrival(k, n).plan([inputs(size, generator)], stragglers)
+    sent = plan.encode(torch.arange(float(size))).flatten().long().bincount()
+    errors = plan.leave_one_out_variances() ** 0.75
+
+    def expected(copies, errors):
+        lost = [math.comb(n - c, stragglers - c) if c <= stragglers else 0 for c in copies]
+        return sum(x * y for x, y in zip(lost, errors, strict=True))
+
+    for own, of_group in zip(sent.split(k), errors.split(k), strict=True):
+        ways = itertools.product(range(1, n + 1), repeat=len(own))
+        least = min(expected(x, of_group.tolist()) for x in ways if sum(x) == n)
+        assert sum(own.tolist()) == n
+        assert expected(own.tolist(), of_group.tolist()) == pytest.approx(least)
 
 
 def test_without_stragglers_copies_are_even(generator):
