@@ -36,7 +36,7 @@ COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 LINES = {
     "beside the folders": 2092,
     "cli": 940,
-    "codes": 950,
+    "codes": 952,
     "experiments": 1658,
     "input_space": 1205,
     "nn": 1995,
