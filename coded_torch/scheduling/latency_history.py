@@ -23,9 +23,9 @@ _GROUP = 8  # the least number of small parts, and of large parts, of a fit
 # medians, which trades work on calm workers against latency (1.2 to 2 in benchmarks/waiting.py). At
 # most 8 medians, which .4 % of exponential latencies exceed: where a third of the workers are ten
 # times as fast as the others, the quartile is that fast, and no part would be late. Where the body
-# is wide, that tail comes after the hedges that the budget allows (benchmarks/fleet.py). Without the
-# power, p99 is 1.1 times as long where workers are slow for a fifth of the time; 1.5 medians alone
-# make it 1.4 times as long where the body is wide (simulated once; no benchmark keeps it).
+# is wide, that tail comes after the hedges that the budget allows (benchmarks/fleet.py). Without
+# the power, p99 is 1.1 times as long where workers are slow for a fifth of the time; 1.5 medians
+# alone make it 1.4 times as long where the body is wide (simulated once; no benchmark keeps it).
 _TAIL, _LEAST_TAIL, _MOST_TAIL = 4.45, 1.5, 8.0
 # A smaller part that takes more than this share of the time is no use, as each may straggle: where
 # rows take no time, four straggle four times as often as one (benchmarks/fleet.py).
