@@ -104,6 +104,7 @@ class _Process(WatchedWorker):
     connection: Connection
     descriptor: int
     packages: frozenset[str]  #: the packages that its server has imported
+    number = 0  #: the number of its last part
     used = 0.0  #: seconds of processor time of all its threads, at the last look
     _forked = False  # true if the server has told its process id
 
@@ -172,16 +173,17 @@ class _Processes(Supervisor):
         self._selector.register(ours, selectors.EVENT_READ, worker)
         return worker
 
-    def send(self, worker: _Process, job: Part) -> None:
-        module, link = job.request.module, worker.connection
-        contents = Pickled(module.contents(job))
+    def send(self, worker: _Process, part: Part) -> None:
+        module, link = part.request.module, worker.connection
+        contents = Pickled(module.contents(part))
         with contextlib.suppress(ConnectionError):  # the process has died, which the thread hears
             if worker.is_new_to(module):
                 worker.loading = True  # before it can answer that it has loaded the module
                 link.send_package(worker_main.MODULE, module.number, module.package)
-            worker.load(job)
+            worker.load(part)
             worker.look()
-            link.send(worker_main.JOB, job.ticket, contents)
+            worker.number += 1
+            link.send(worker_main.PART, worker.number, contents)
 
     def end(self, worker: _Process) -> None:
         worker.exit_code(0.0)  # to learn its process id
@@ -222,8 +224,9 @@ class _Processes(Supervisor):
         elif message.kind == worker_main.ALIVE:
             worker.life = time.monotonic()
             worker.look()
-        elif message.kind != worker_main.READY:
-            self.take(worker, message.number, message.value)
+        elif message.kind == worker_main.RESULT:
+            part = worker.part if message.number == worker.number else None
+            self.take(worker, part, message.value)
 
     def _welcome(self, worker: _Process) -> None:
         """Have a new process load the last module, which will probably be wanted, first."""

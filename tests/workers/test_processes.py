@@ -317,7 +317,7 @@ def test_the_grace_counts_though_a_process_has_loaded_the_module_at_once(monkeyp
             worker.connection, "send_package", lambda *args: (send(*args), heard.wait(WAIT))
         )
         (reply,) = answers(pool, Stuck(), torch.full((1, 1, 1), 3600.0))
-        assert "at one job for more than 0.5 s without a sign of life" in reply.error.reason
+        assert "at one part for more than 0.5 s without a sign of life" in reply.error.reason
 
 
 class _Slow(nn.Module):
