@@ -74,6 +74,7 @@ class Part:
     avoid: frozenset[int] = frozenset()
     tried: frozenset[int] = frozenset()
     request: Any = None  #: the request that has asked a dispatcher for it
+    content: Any = None  #: what a dispatcher sends to the worker; None until it is ready
     # ---
     of: Part | None = None  #: the part that it stands in for
     #: "first", "hedge" of a late part, "retry" of a failed one, "check", "vote" or "aside"

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .._arguments import find_devices, positive
 from .._torch import read_here
-from ..table import Part
+from ..table import Part, Reply
 from .base import Request, Task
 from .dispatch import DispatchedWorkers, Dispatcher, Worker
 from .faults import InjectedCrash, compute
@@ -100,10 +100,9 @@ class _DeviceRequest(LiveRequest):
         self.on_host = all(x.device.type == "cpu" for x in task.leaves if isinstance(x, Tensor))
         self.replicas: dict[_Replica, nn.Module] = {}
 
-    def receive(self, value: Any) -> Any:
+    def receive(self, reply: Reply) -> None:
         if self.ready:
-            pytree.tree_map_only_(Tensor, read_here, value)  # made on the thread's stream
-        return value
+            pytree.tree_map_only_(Tensor, read_here, reply.value)  # made on the thread's stream
 
 
 class _Replica(Worker):

@@ -38,7 +38,7 @@ class Worker:
     fresh = False  #: true if its part's module was new to it, and is not known to be loaded
     excluded = False  #: true if it gets no more parts
     left = False  #: true if it leaves after its part, and has no successor
-    unwanted = False  #: true if it is to be ended
+    unwanted = ""  #: the reason why it is to be ended, which continues its name
 
     @property
     def is_wanted(self) -> bool:
@@ -61,6 +61,9 @@ class Dispatcher(abc.ABC):
     A part is taken while its request wants it, by a worker that it need not avoid. All requests and
     workers change under one lock. Subclasses :meth:`add` their ``size`` workers, and report results
     by :meth:`settle`. Any thread may call any method.
+
+    An interrupt, such as Ctrl-C, may end any thread between two lines. So a part ends or begins in
+    an order in which it is never lost, and the next thread calls :meth:`recover`.
     """
 
     kind = "workers"  #: the word for the workers in messages
@@ -75,10 +78,19 @@ class Dispatcher(abc.ABC):
         self._clock = clock
         self._workers: list[Any] = []
         self._parts: deque[Part] = deque()
+        self.served: Any = None  #: the worker that is being told or heard, under the lock
+
+    def prepare(self, part: Part) -> Any:
+        """Return what :meth:`send` needs of a part, in the thread that asks for it."""
+        return ()
 
     @abc.abstractmethod
     def send(self, worker: Any, part: Part) -> None:
         """Hand a part to a :class:`Worker`, without waiting. An exception fails the part."""
+
+    def recover(self) -> None:
+        """Deal with the worker that was served when an interrupt came."""
+        self.served = None
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -124,6 +136,12 @@ class Dispatcher(abc.ABC):
                 raise RuntimeError(f"{type(request).__name__}: the request is closed")
             request.open.update((part.number, part) for part in parts)
             self._parts.extend(parts)
+        for part in parts:  # a worker begins while the next part is prepared
+            try:
+                part.content = self.prepare(part)
+            except Exception as cause:
+                self.reply(part, None, f"could not be asked: {cause}", "", cause)
+            self._assign()
         self.refuse()
 
     def drop(self, request: LiveRequest, numbers: Collection[int] | None = None) -> None:
@@ -227,24 +245,30 @@ class Dispatcher(abc.ABC):
             self.ready(worker)
 
     def ready(self, worker: Worker) -> None:
-        worker.ready = True
-        if not self.vacant() and all(each.ready for each in self._workers):
-            self.trouble = ""
-        self._assign()
+        with self.lock:
+            worker.ready = True
+            if not self.vacant() and all(each.ready for each in self._workers):
+                self.trouble = ""
+            self.served = None
+            self._assign()
 
     def settle(self, worker: Worker, part: Part | None, value: Any = None, *why: Any) -> None:
         """End a worker's part by a value, or by the arguments of a WorkerError after the worker."""
-        if part is not None and self._finish(worker, part):
-            self.reply(part, value, *why)
-            part.request = None  # whoever keeps the part need not keep the inputs
-        self._assign()
+        with self.lock:
+            if part is not None and self._has(worker, part):
+                self.reply(part, value, *why)
+                self._finish(worker)
+                part.request = None  # whoever keeps the part need not keep the inputs
+            self.served = None
+            self._assign()
 
     def hand_back(self, worker: Worker, part: Part) -> None:
         """Put a part that a worker did not take first in the queue again."""
         with self.lock:
-            if self._finish(worker, part):
+            if self._has(worker, part):
                 part.request.began.pop(part.number, None)
                 self._parts.appendleft(part)
+                self._finish(worker)
         self.refuse()
 
     def refuse(self, why: str = "") -> None:
@@ -260,59 +284,64 @@ class Dispatcher(abc.ABC):
                     self.reply(part, None, f"did not start: {reason}")
         self._assign()
 
-    def _finish(self, worker: Worker, part: Part) -> bool:
-        """Make a worker idle; return False if it has another part, or is gone."""
-        with self.lock:
-            if worker.part is not part or worker not in self._workers:
-                logger.warning("%s: dropped the reply to part %d, not its own", worker, part.number)
-                return False
-            worker.part = None
-            if worker.left:
-                self.retire(worker)
-            return True
+    def _has(self, worker: Worker, part: Part) -> bool:
+        if found := worker.part is part and worker in self._workers:
+            return found
+        logger.warning("%s: dropped the reply to part %d, not its own", worker, part.number)
+        return False
+
+    def _finish(self, worker: Worker) -> None:
+        worker.part = None
+        if worker.left:
+            self.retire(worker)
 
     def _assign(self) -> None:
-        while (begun := self._begin()) is not None:
-            worker, part = begun
-            try:
-                self.send(worker, part)
-            except BaseException as cause:
-                if self._finish(worker, part):
-                    self.reply(part, None, f"could not be asked: {cause}", "", cause)
-                if not isinstance(cause, Exception):  # an interrupt
-                    raise
-
-    def _begin(self) -> tuple[Worker, Part] | None:
-        """Begin the first part that an idle worker may take, at the place with the fewest parts."""
         with self.lock:
-            if not self._parts or not (idle := [w for w in self._workers if w.idle]):
-                return None
-            busy, at = [w.index for w in self._workers if w.part is not None], 0
-            while at < len(self._parts) and not self.closed:
-                part = self._parts[at]
-                request, out = part.request, part.avoid | part.tried
-                if part.tried:
-                    begun = self._clock() - _PATIENCE
-                    others = [w for w in self._workers if w.is_wanted and w.index not in out]
-                    if not any(w.part is None or w.since > begun for w in others):
-                        out = part.avoid
-                workers = [w for w in idle if w.index not in out]
-                known = [w for w in workers if not w.is_new_to(request.module)]
-                workers = known or (workers if self.may_load(request.module) else [])
-                if not workers and request.wants(part):
-                    at += 1
-                    continue
-                if request.wants(part):
-                    worker = min(workers, key=lambda w: (busy.count(w.index), w.since))
-                    worker.fresh = worker.is_new_to(request.module)
-                    worker.part, worker.since = part, self._clock()
-                    began = Began(part, worker.index, request.now(), worker.fresh)
-                    request.began[part.number] = request.events[~part.number] = began
-                    self.notify(request)
-                    del self._parts[at]
-                    return worker, part
-                del self._parts[at]
+            if self.served is not None:
+                self.recover()
+            while (worker := self._begin()) is not None:
+                part = worker.part
+                try:
+                    self.send(worker, part)
+                except Exception as cause:
+                    self.reply(part, None, f"could not be asked: {cause}", "", cause)
+                    self._finish(worker)
+                self.served = None
+
+    def _begin(self) -> Any:
+        """Begin the first part that an idle worker may take, at the place with the fewest parts."""
+        if not self._parts or not (idle := [w for w in self._workers if w.idle]):
             return None
+        at = 0
+        while at < len(self._parts) and not self.closed:
+            part = self._parts[at]
+            request = part.request
+            if not request.wants(part):
+                del self._parts[at]
+                continue
+            out = part.avoid
+            if part.tried:
+                begun, both = self._clock() - _PATIENCE, part.avoid | part.tried
+                others = [w for w in self._workers if w.is_wanted and w.index not in both]
+                if any(w.part is None or w.since > begun for w in others):
+                    out = both
+            workers = [w for w in idle if w.index not in out] if part.content is not None else []
+            if known := [w for w in workers if not w.is_new_to(request.module)]:
+                workers = known
+            elif workers and not self.may_load(request.module):
+                workers = []
+            if workers:
+                busy = [w.index for w in self._workers if w.part is not None]
+                worker = min(workers, key=lambda w: (busy.count(w.index), w.since))
+                self.served, worker.fresh = worker, not known
+                worker.since, worker.part = self._clock(), part
+                began = Began(part, worker.index, request.now(), worker.fresh)
+                request.began[part.number] = request.events[~part.number] = began
+                del self._parts[at]
+                self.notify(request)
+                return worker
+            at += 1
+        return None
 
 
 class DispatchedWorkers(Workers):

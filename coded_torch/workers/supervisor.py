@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import MOST_WORKERS, count, positive, warn
-from ..table import Part
+from ..table import Part, Reply, WorkerError
 from .base import Request, Task
 from .dispatch import DispatchedWorkers, Dispatcher, Worker, logger
 from .live import Ambient, LiveRequest
@@ -33,7 +33,7 @@ _CLOSING_SECONDS = 10.0  # a pool that closes waits so long for its thread; not 
 # Failed starts in a row after which waiting parts fail, instead of at their timeout. Not tuned.
 _FAILED_STARTS = 3
 _LONGEST_PAUSE = 5.0  # seconds between attempts to start: .2, .4, ..., at most this; not tuned
-_LONGEST_WAIT = 3600.0  # seconds to wait for news: selectors count milliseconds in 31 bits
+LONGEST_WAIT = 3600.0  # seconds to wait for news: selectors count milliseconds in 31 bits
 _REPAIR_SECONDS = 1.0  # a pause after an unexpected exception, so that the thread does not spin
 _launches = itertools.count()
 
@@ -66,7 +66,7 @@ class WatchedWorker(Worker):
     def end_by(self, grace: float, timeout: float) -> tuple[float, str]:
         """Return when the worker is to be ended, and why, in words that continue its name."""
         if self.unwanted:
-            return -math.inf, "was to be restarted"
+            return -math.inf, self.unwanted
         if self.part is not None and self.part.request.abandoned:
             return -math.inf, "was at a call that was interrupted"
         if self.loading or not self.ready:
@@ -118,8 +118,8 @@ class Supervisor(Dispatcher):
         """Begin to start the worker at a place."""
 
     @abc.abstractmethod
-    def end(self, worker: Any) -> None:
-        """End a worker at once, in any state."""
+    def end(self, worker: Any) -> str | None:
+        """End a worker at once, in any state; return how it had ended before, if it had."""
 
     @abc.abstractmethod
     def wait(self, seconds: float) -> None:
@@ -159,7 +159,8 @@ class Supervisor(Dispatcher):
         """Note that a worker has loaded a module: of its part or, before it is up, the last one."""
         with self.lock:
             worker.loading, worker.fresh, worker.since = False, False, self._clock()
-        self._assign() if worker.ready else self.ready(worker)
+            self.served = None
+            self._assign() if worker.ready else self.ready(worker)
 
     def may_load(self, module: PackedModule) -> bool:
         """Return whether one more worker may load a module, which stops calls of others there."""
@@ -171,18 +172,11 @@ class Supervisor(Dispatcher):
         return module.number not in loading or used.isdisjoint(module.alive - {module.number})
 
     def take(self, worker: Any, part: Part | None, read: Callable[[], tuple[bool, Any]]) -> None:
-        """Take the result of a part. If it is awaited, read whether it succeeded, and its value."""
-        value, why = None, tuple[Any, ...]()
-        if part is not None and worker.part is part and part.request.awaits(part):
-            try:
-                succeeded, value = read()
-                if not succeeded:
-                    what, cause = value
-                    why = f"failed in {worker}: {what}", "raised", cause
-            except Exception as error:  # unpickling may raise anything
-                why = f"sent what cannot be read, from {worker}: {error}", "", error
-        self.settle(worker, part, None if why else value, *why)
-        del why  # the traceback of its error holds this frame, and so the memory of the result
+        """Take the result of a part, of which ``read`` returns whether it succeeded, and a value.
+
+        The thread that has asked for the part reads it.
+        """
+        self.settle(worker, part, (worker, read))
 
     def lost(self, worker: Any, reason: str, end: bool = False) -> None:
         """Note that a worker has ended, or end it; ``reason`` continues its name."""
@@ -200,8 +194,7 @@ class Supervisor(Dispatcher):
     def _replace(self, worker: Any, reason: str, end: bool = False) -> None:
         """Fail the part of a worker that was taken out, and have a new one started."""
         try:
-            if end:
-                self.end(worker)
+            reason = (self.end(worker) if end else None) or reason
         except Exception:  # the other workers must be ended, too
             logger.exception("%s could not be ended", worker)
         what, now, hopeless = f"{worker} {reason}", self._clock(), False
@@ -223,17 +216,19 @@ class Supervisor(Dispatcher):
         self.wake()
 
     def retire(self, worker: Any) -> None:
-        worker.unwanted = True
+        worker.unwanted = "has left"
         self.wake()  # the thread ends the worker
 
     def restart(self, index: int) -> None:
         with self.lock:
             for worker in self.at(index):
-                worker.unwanted |= not worker.left
+                if not (worker.left or worker.unwanted):
+                    worker.unwanted = "was to be restarted"
         self.wake()
 
     def tend(self) -> None:
         now = self._clock()
+        self._assign()
         for worker in list(self._workers):
             with self.lock:  # a worker that gets its next part meanwhile is not overdue
                 if worker.end_by(*self.limits)[0] <= now:
@@ -263,7 +258,7 @@ class Supervisor(Dispatcher):
             if self.vacant():
                 due.append(self._start_again)
         # A part that begins meanwhile is due no earlier than a grace from now.
-        longest = min(self.grace, _LONGEST_WAIT)
+        longest = min(self.grace, LONGEST_WAIT)
         return max(0.0, min([longest, *(time - self._clock() for time in due)]))
 
     def serve(self) -> None:
@@ -296,6 +291,29 @@ class Supervisor(Dispatcher):
                 self.thread.join(_CLOSING_SECONDS)
 
 
+class SupervisedRequest(LiveRequest):
+    """A request that reads the results of its workers in its own thread."""
+
+    def receive(self, reply: Reply) -> None:
+        if reply.error is not None:
+            return
+        (worker, read), reply.value = reply.value, None
+        try:
+            succeeded, value = read()
+        except Exception as error:  # unpickling may raise anything
+            what = f"sent what cannot be read, from {worker}: {error}"
+            reply.error = WorkerError(reply.part.number, reply.worker, what, "", error)
+        else:
+            if succeeded:
+                reply.value = value
+                super().receive(reply)
+                return
+            what, cause = f"failed in {worker}: {value[0]}", value[1]
+            reply.error = WorkerError(reply.part.number, reply.worker, what, "raised", cause)
+        finally:
+            del read  # the traceback of an error holds this frame, and so the memory of the result
+
+
 class SupervisedWorkers(DispatchedWorkers):
     """A pool whose :class:`Supervisor` starts, watches and replaces the workers."""
 
@@ -314,7 +332,7 @@ class SupervisedWorkers(DispatchedWorkers):
             self._check_gradients(module, task)
         supervisor = self._dispatcher()
         supervisor.begin(module)
-        request = LiveRequest(task, self.timeout, supervisor, None)
+        request = SupervisedRequest(task, self.timeout, supervisor, None)
         request.module = supervisor.modules.pack(module, request.ambient)
         return request
 

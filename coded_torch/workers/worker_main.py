@@ -42,7 +42,7 @@ from .._torch import fingerprint
 from . import shared_memory
 from .faults import compute, kill_own_process
 from .live import Ambient
-from .shared_memory import Connection, Pickled
+from .shared_memory import Blocks, Connection, Packed
 
 READY, MODULE, LOADED, PART, RESULT, ALIVE = range(6)  # kinds of messages
 # Bounds in seconds, not tuned: to import the packages of a server, to wait behind some hundred
@@ -189,7 +189,7 @@ def _work(server: int, sock: int, program: int, others: Iterable[int]) -> None:
             with open(program, "rb") as file:
                 preparation, worker = pickle.load(file)
             spawn.prepare(preparation)
-            worker.run(Connection(socket.socket(fileno=sock)))
+            worker.run(Connection(socket.socket(fileno=sock), Blocks()))
             code = 0
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
@@ -221,7 +221,7 @@ class _Program(NamedTuple):
         threading.Thread(target=self.watch, args=(connection,), daemon=True).start()
         set_up(self.threads, self.seed)
         gc.freeze()  # the objects that exist now stay: no collection needs to look at them
-        modules = LoadedModules(self.device, Pickled)
+        modules = LoadedModules(self.device, lambda value: Packed(value, connection.blocks))
         with contextlib.suppress(ConnectionError):
             connection.send(READY, os.getpid())
             while message := connection.receive():

@@ -13,9 +13,9 @@ from torch import nn
 
 from coded_torch.testing.workers import task_of, until
 from coded_torch.workers import Began, Part, Reply
-from coded_torch.workers.live import LiveRequest
 from coded_torch.workers.supervisor import (
     START_SECONDS,
+    SupervisedRequest,
     SupervisedWorkers,
     Supervisor,
     WatchedWorker,
@@ -86,7 +86,7 @@ class InMemory(Supervisor):
 MODULE = PackedModule(0, None, frozenset({0}), b"")
 
 
-class Asking(LiveRequest):
+class Asking(SupervisedRequest):
     """A request to a supervisor, on real time, on which nothing here depends."""
 
     def __init__(self, supervisor: Supervisor, num_parts: int) -> None:
@@ -184,7 +184,8 @@ class Script:
     def answer(self, worker: Numbered) -> None:
         part = worker.part
         assert part is not None
-        self.supervisor.take(worker, part, lambda: (True, (part.request, part)))
+        value = part.request, part
+        self.supervisor.take(worker, part, lambda: (True, value))
 
     def check(self) -> None:
         """Every event is that of its own part, no part is lost, and no worker is idle or extra."""
