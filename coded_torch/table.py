@@ -140,6 +140,14 @@ class Reply:
     error: WorkerError | None = None
 
 
+class Failure(NamedTuple):
+    """The arguments of a :class:`WorkerError` that follow the worker: a part ends by it."""
+
+    reason: str
+    kind: str = ""
+    cause: Any = None
+
+
 class Hedge(NamedTuple):
     """A part that stands in for a late or failed part."""
 

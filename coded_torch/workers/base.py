@@ -173,6 +173,7 @@ class Workers(abc.ABC):
     num_workers: int | None = None  #: the number of workers; None if there is one for each part
     num_restarts: int = 0  #: the number of workers that have ended and were replaced
     starts_late: bool = False  #: true if the first request starts the workers
+    mixed: bool = False  #: true if its results differ by as much as different hardware's
     concurrency: int = 1  #: the number of parts that a worker computes at a time
     names: Mapping[int, str] = MappingProxyType({})  #: the names of places that have one
     #: The state by place, "idle", "busy", "excluded" or "down", and the process id or 0, if known.

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .._arguments import find_devices, positive
 from .._torch import read_here
-from ..table import Part, Reply
+from ..table import Failure, Part, Reply
 from .base import Request, Task
 from .dispatch import DispatchedWorkers, Dispatcher, Worker
 from .faults import InjectedCrash, compute
@@ -60,6 +60,7 @@ class DeviceWorkers(DispatchedWorkers):
         # An empty tensor has the index of "cuda", and fails here if there is no such device.
         self.devices = find_devices(self, devices, lambda d: torch.empty(0, device=d).device)
         self.timeout, self._size = positive(self, "timeout", timeout), len(self.devices)
+        self.mixed = len({device.type for device in self.devices}) > 1
         self._open()
 
     def _make(self) -> _Threads:
@@ -129,8 +130,8 @@ class _Replica(Worker):
                 # Not str(cause), which may raise.
                 text = "".join(traceback.format_exception_only(cause)).strip()
                 kind = "died" if isinstance(cause, InjectedCrash) else "raised"
-                why = f"failed on {self.device}: {text}"
-                threads.settle(self, part, None, why, kind, cause)
+                failure = Failure(f"failed on {self.device}: {text}", kind, cause)
+                threads.settle(self, part, failure)
             else:
                 threads.settle(self, part, value)
                 del value

@@ -16,7 +16,7 @@ from operator import attrgetter
 from typing import Any
 
 from .._arguments import MOST_WORKERS, count, sparing_logger
-from ..table import Began, Part, Reply, WorkerError
+from ..table import Began, Failure, Part, Reply, WorkerError
 from .base import Workers
 from .live import LiveRequest
 
@@ -140,7 +140,7 @@ class Dispatcher(abc.ABC):
             try:
                 part.content = self.prepare(part)
             except Exception as cause:
-                self.reply(part, None, f"could not be asked: {cause}", "", cause)
+                self.reply(part, Failure(f"could not be asked: {cause}", "", cause))
             self._assign()
         self.refuse()
 
@@ -157,15 +157,17 @@ class Dispatcher(abc.ABC):
             if any(part.request is request for part in self._parts):
                 self._parts = deque(x for x in self._parts if x.request.wants(x))
 
-    def reply(self, part: Part, value: Any = None, *why: Any) -> None:
-        """End an open part by a value, or by an error with a reason and so on."""
+    def reply(self, part: Part, result: Any) -> None:
+        """End an open part by a value or a :class:`Failure`."""
         request = part.request
         with self.lock:
             if request.awaits(part):
                 began, at = request.began.get(part.number), request.now()
                 worker, latency = (began.worker, at - began.at) if began else (-1, math.inf)
-                error = WorkerError(part.number, worker, *why) if why else None
-                request.events[part.number] = Reply(part, worker, at, latency, value, error)
+                reply = Reply(part, worker, at, latency, result)
+                if isinstance(result, Failure):
+                    reply.value, reply.error = None, WorkerError(part.number, worker, *result)
+                request.events[part.number] = reply
                 self.notify(request)
 
     def notify(self, request: LiveRequest) -> None:
@@ -252,11 +254,11 @@ class Dispatcher(abc.ABC):
             self.served = None
             self._assign()
 
-    def settle(self, worker: Worker, part: Part | None, value: Any = None, *why: Any) -> None:
-        """End a worker's part by a value, or by the arguments of a WorkerError after the worker."""
+    def settle(self, worker: Worker, part: Part | None, result: Any) -> None:
+        """End a worker's part by a value or a :class:`Failure`."""
         with self.lock:
             if part is not None and self._has(worker, part):
-                self.reply(part, value, *why)
+                self.reply(part, result)
                 self._finish(worker)
                 part.request = None  # whoever keeps the part need not keep the inputs
             self.served = None
@@ -281,7 +283,7 @@ class Dispatcher(abc.ABC):
                 if self.closed or left <= part.avoid:
                     self._parts.remove(part)
                     reason = why or "it avoids all workers that are left"
-                    self.reply(part, None, f"did not start: {reason}")
+                    self.reply(part, Failure(f"did not start: {reason}"))
         self._assign()
 
     def _has(self, worker: Worker, part: Part) -> bool:
@@ -304,7 +306,7 @@ class Dispatcher(abc.ABC):
                 try:
                     self.send(worker, part)
                 except Exception as cause:
-                    self.reply(part, None, f"could not be asked: {cause}", "", cause)
+                    self.reply(part, Failure(f"could not be asked: {cause}", "", cause))
                     self._finish(worker)
                 self.served = None
 

@@ -20,7 +20,7 @@ from torch import nn
 from .._arguments import count, instance, positive
 from ..open_inference import EndpointError, RefusedError, client
 from ..open_inference.client import RemoteModule, running_loop
-from ..table import Part
+from ..table import Failure, Part
 from .base import Request, Task, Workers
 from .dispatch import DispatchedWorkers, Dispatcher, Worker, logger
 from .faults import InjectedCrash, compute
@@ -76,6 +76,8 @@ class EndpointWorkers(DispatchedWorkers):
         Redirects, proxies and cookies are ignored. A part takes some .3 ms more than with the bare
         client.
     """
+
+    mixed = True  # servers may have any hardware
 
     def __init__(
         self,
@@ -228,7 +230,7 @@ class _Endpoints(Dispatcher):
 
     def _begin_at(self, slot: Worker, part: Part) -> None:
         if not part.request.awaits(part):  # cancelled before it started
-            self.settle(slot, part, None, "was cancelled")
+            self.settle(slot, part, Failure("was cancelled"))
             return
         task = self._spawn(self._ask(slot, part), part.request)
         task.add_done_callback(functools.partial(self._report, slot, part))
@@ -253,7 +255,7 @@ class _Endpoints(Dispatcher):
         if task.cancelled():
             if part.request.answered - {url}:
                 self._doubt(url, 1, "left parts unanswered while others answered")
-            self.settle(slot, part, None, "was cancelled")
+            self.settle(slot, part, Failure("was cancelled"))
         elif (error := task.exception()) is None:
             self._pauses.pop(url, None)
             self._doubts.pop(url, None)
@@ -268,13 +270,13 @@ class _Endpoints(Dispatcher):
             self._pause(url, why=str(error))
             self._compare(url, part, error)
             kind = "died" if error.lost else ""
-            self.settle(slot, part, None, f"({url}) {error}", kind, error)
+            self.settle(slot, part, Failure(f"({url}) {error}", kind, error))
         else:  # the model failed, or the arguments are wrong
             raised = isinstance(error, client.RemoteError | TypeError | ValueError)
             if isinstance(error, client.RemoteError | RefusedError):
                 self._compare(url, part, error)
             kind = "raised" if raised else "died" if isinstance(error, InjectedCrash) else ""
-            self.settle(slot, part, None, f"({url}) raised {error!r}", kind, error)
+            self.settle(slot, part, Failure(f"({url}) raised {error!r}", kind, error))
 
     def _compare(self, url: str, part: Any, error: Exception | None = None) -> None:
         """Blame rows that several servers fail on, or a server whose rows another one computes."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..table import Began, Part, Reply
+from ..table import Began, Failure, Part, Reply
 from .base import Request, Task
 
 _AGAIN = 0.1  # seconds between two looks for a worker that may take a failed part; not tuned
@@ -120,7 +120,7 @@ class LiveRequest(Request):
             else:
                 status = "" if oldest.number in self.began else self.status()
                 why = f"did not reply within {self.timeout:g} s{status and f'; {status}'}"
-                self.dispatcher.reply(oldest, None, why)
+                self.dispatcher.reply(oldest, Failure(why))
 
     def _take(self) -> Began | Reply | None:
         """Return the first event that was not taken, if there is one."""

@@ -99,6 +99,7 @@ class ProcessWorkers(SupervisedWorkers):
         timeout: float = 600.0,
     ) -> None:
         self.devices = find_devices(self, ("cpu",) if devices is None else devices, torch.device)
+        self.mixed = len({device.type for device in self.devices}) > 1
         super().__init__(num_workers, threads=threads, grace=grace, timeout=timeout)
 
     def _make(self) -> Supervisor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import MOST_WORKERS, count, positive, warn
-from ..table import Part, Reply, WorkerError
+from ..table import Failure, Part, Reply, WorkerError
 from .base import Request, Task
 from .dispatch import DispatchedWorkers, Dispatcher, Worker, logger
 from .live import Ambient, LiveRequest
@@ -209,7 +209,7 @@ class Supervisor(Dispatcher):
         if not (self.closed or worker.left):
             logger.warning("a worker was lost and is replaced: %s", what)
         if worker.part is not None:
-            self.reply(worker.part, None, f"was lost: {what}", "died")
+            self.reply(worker.part, Failure(f"was lost: {what}", "died"))
         if hopeless:
             self.refuse(what)
         self._assign()  # a failed part may have waited for this worker
@@ -295,23 +295,23 @@ class SupervisedRequest(LiveRequest):
     """A request that reads the results of its workers in its own thread."""
 
     def receive(self, reply: Reply) -> None:
-        if reply.error is not None:
-            return
-        (worker, read), reply.value = reply.value, None
-        try:
-            succeeded, value = read()
-        except Exception as error:  # unpickling may raise anything
-            what = f"sent what cannot be read, from {worker}: {error}"
-            reply.error = WorkerError(reply.part.number, reply.worker, what, "", error)
-        else:
-            if succeeded:
-                reply.value = value
+        if reply.error is None:
+            (worker, read), reply.value = reply.value, None
+            try:
+                succeeded, result = read()
+                failure = None
+                if not succeeded:
+                    what, result = result
+                    failure = Failure(f"failed in {worker}: {what}", "raised", result)
+            except Exception as error:  # unpickling may raise anything
+                failure = Failure(f"sent what cannot be read, from {worker}: {error}", "", error)
+            if failure is None:
+                reply.value = result
                 super().receive(reply)
-                return
-            what, cause = f"failed in {worker}: {value[0]}", value[1]
-            reply.error = WorkerError(reply.part.number, reply.worker, what, "raised", cause)
-        finally:
-            del read  # the traceback of an error holds this frame, and so the memory of the result
+            else:
+                reply.error = WorkerError(reply.part.number, reply.worker, *failure)
+            # The traceback of the cause holds this frame, and so the memory of the result.
+            del read, failure
 
 
 class SupervisedWorkers(DispatchedWorkers):

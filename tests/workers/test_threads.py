@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from coded_torch.table import Failure
 from coded_torch.testing.helpers import WAIT, Gated, until
 from coded_torch.testing.workers import WorkersTests, numbered, task_of
 from coded_torch.workers import Part, Task
@@ -59,7 +60,7 @@ class Threads(Dispatcher):
                 )
         except BaseException as cause:
             reason = f"failed: {type(cause).__name__}: {cause}"
-            self.settle(worker, part, None, reason, "raised", cause)
+            self.settle(worker, part, Failure(reason, "raised", cause))
         else:
             self.settle(worker, part, value)
 
