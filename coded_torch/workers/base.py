@@ -86,6 +86,9 @@ class Request(abc.ABC):
 
     timeout = math.inf  #: seconds after which a part that was asked for and has not replied fails
     versions: Mapping[int, str] = {}  #: the version of the model, by worker
+    #: The number of events that a pool may gather before :meth:`wait` returns the first, unless
+    #: time passes, a part fails, or fewer can come.
+    together = 1
 
     @abc.abstractmethod
     def ask(self, parts: Sequence[Part]) -> None:

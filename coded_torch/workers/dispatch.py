@@ -167,8 +167,10 @@ class Dispatcher(abc.ABC):
                 reply = Reply(part, worker, at, latency, result)
                 if isinstance(result, Failure):
                     reply.value, reply.error = None, WorkerError(part.number, worker, *result)
+                    request.urgent = True
                 request.events[part.number] = reply
-                self.notify(request)
+                if request.is_notified():
+                    self.notify(request)
 
     def notify(self, request: LiveRequest) -> None:
         """End :meth:`wait_for`, or the next one."""
@@ -340,7 +342,8 @@ class Dispatcher(abc.ABC):
                 began = Began(part, worker.index, request.now(), worker.fresh)
                 request.began[part.number] = request.events[~part.number] = began
                 del self._parts[at]
-                self.notify(request)
+                if request.is_notified():
+                    self.notify(request)
                 return worker
             at += 1
         return None

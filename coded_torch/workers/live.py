@@ -66,13 +66,16 @@ class LiveRequest(Request):
         self.bell.acquire()
         self.kills = Counter[int]()  #: the times that a worker was ended at a unit
         self.closed = self.interrupted = False
+        self.urgent = False  #: true if a part has failed whose reply was not taken
         self.abandoned = False  #: true if its workers may be ended, as the caller was interrupted
         self._retries = False  # true if a part may have to wait for some workers
         if (interruption := INTERRUPTION.get()) is not None:
             interruption.watch(self)
 
     def is_notified(self) -> bool:
-        return bool(self.events) or self.interrupted
+        """Return whether :meth:`wait` has something to return."""
+        enough = min(self.together, len(self.open)) or 1
+        return self.interrupted or self.urgent or len(self.events) >= enough
 
     def awaits(self, part: Part) -> bool:
         return part.number in self.open and part.number not in self.events
@@ -127,6 +130,7 @@ class LiveRequest(Request):
         if not self.events:
             return None
         number, event = self.events.popitem(last=False)
+        self.urgent = self.urgent and bool(self.events)
         if number >= 0:
             del self.open[number]
             self.began.pop(number, None)

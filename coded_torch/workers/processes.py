@@ -27,7 +27,7 @@ from .._arguments import find_devices
 from ..table import Part
 from . import worker_main
 from .live import LiveRequest
-from .shared_memory import Blocks, Connection, Package, Packed, Pickled
+from .shared_memory import Blocks, Connection, Package, Pickled
 from .supervisor import LONGEST_WAIT, Limits, SupervisedWorkers, Supervisor, WatchedWorker
 
 # Seconds that the server may take to say how a process ended, while the pool waits. Not tuned.
@@ -207,8 +207,8 @@ class _Processes(Supervisor):
             self._heard[worker.connection.socket.fileno()] = worker
             self._epoll.register(worker.connection.socket, select.EPOLLIN)
 
-    def prepare(self, part: Part) -> Packed:
-        return Packed(part.request.module.contents(part), self._blocks)
+    def prepare(self, part: Part) -> Pickled:
+        return Pickled(part.request.module.contents(part), self._blocks)
 
     def send(self, worker: _Process, part: Part) -> None:
         module, link = part.request.module, worker.connection
@@ -223,12 +223,11 @@ class _Processes(Supervisor):
         part.content = None
 
     def end(self, worker: _Process) -> str | None:
-        if worker.gone:
-            return self._bury(worker)
-        worker.exit_code(0.0)  # to learn its process id
-        worker.kill()
-        self._bury(worker, _DYING_SECONDS if worker.pid else 0.0)
-        return None
+        if not (gone := worker.gone):
+            worker.exit_code(0.0)  # to learn its process id
+            worker.kill()
+        how = self._bury(worker, _DYING_SECONDS if gone or worker.pid else 0.0)
+        return how if gone else None
 
     # Waiting.
 
@@ -281,6 +280,7 @@ class _Processes(Supervisor):
             self._watching.poll(1e3 * seconds)
         self._bell.read(8)
         if self._leader is None:
+            self._assign()  # recovers from an interrupt
             self._handle(self._epoll.poll(0))
 
     def ring(self) -> None:
@@ -313,26 +313,25 @@ class _Processes(Supervisor):
     def _hear(self, worker: _Process) -> None:
         try:
             message = worker.connection.receive()
-        except BlockingIOError:  # another thread has heard it
-            return
+            if message is None:
+                worker.gone = True
+                self._doom(worker, "has ended")
+            elif message.kind == worker_main.READY:
+                worker.pid = message.number
+                self._welcome(worker)
+            elif message.kind == worker_main.LOADED:
+                self.loaded(worker)
+            elif message.kind == worker_main.ALIVE:
+                worker.life = time.monotonic()
+                worker.look()
+            elif message.kind == worker_main.RESULT:
+                part = worker.part if message.number == worker.number else None
+                self.take(worker, part, message.value)
+        except BlockingIOError:
+            pass  # another thread has heard it
         except (OSError, LookupError, ValueError, struct.error) as error:  # it may send anything
             what = f"{type(error).__name__}: {error}"
             self._doom(worker, f"was killed, as nothing could be exchanged with it: {what}")
-            return
-        if message is None:
-            worker.gone = True
-            self._doom(worker, "has ended")
-        elif message.kind == worker_main.READY:
-            worker.pid = message.number
-            self._welcome(worker)
-        elif message.kind == worker_main.LOADED:
-            self.loaded(worker)
-        elif message.kind == worker_main.ALIVE:
-            worker.life = time.monotonic()
-            worker.look()
-        elif message.kind == worker_main.RESULT:
-            part = worker.part if message.number == worker.number else None
-            self.take(worker, part, message.value)
 
     def recover(self) -> None:
         self._doom(self.served, "was ended, as an interrupt came while it was served")
@@ -356,7 +355,7 @@ class _Processes(Supervisor):
         with contextlib.suppress(ConnectionError):  # the process has died, which is heard next
             worker.connection.send_package(worker_main.MODULE, number, package)
 
-    def _bury(self, worker: _Process, seconds: float = _DYING_SECONDS) -> str:
+    def _bury(self, worker: _Process, seconds: float) -> str:
         """Release a process that ends, and return how it ended."""
         with self.lock:
             self._heard.pop(worker.connection.socket.fileno(), None)

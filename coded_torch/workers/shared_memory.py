@@ -41,14 +41,13 @@ _SLOTS = 64  # blocks that a receiver maps at a time: bits of a header
 # Blocks of a connection that received tensors may keep, each with a descriptor and a mapping, at
 # most 64. Tensors of further messages are copied. Not tuned: callers hold results of a few calls.
 _MOST_KEPT = 8
-# Bytes up to which a message follows its header: two copies by the system of 16 KiB take about as
-# long as to look after a block.
-_INLINE = 1 << 14
+# Bytes up to which a tensor is a part of the pickle, if NumPy knows its dtype, and up to which a
+# pickle follows its header: a few copies take about as long as to look after a block.
+_TINY, _SHORT = 1 << 14, 1 << 16
+_NUMPY = {"float32", "float64", "float16", "int32", "int64", "uint8", "bool"}
 # Bytes up to which a received tensor is copied, as a view would keep a whole block. Copying 64 KiB
 # takes about 5 us, as long as making a view.
 _SMALL = 1 << 16
-# Bytes up to which a tensor is a part of the pickle, where NumPy knows its dtype.
-_TINY, _NUMPY = 1 << 12, {"float32", "float64", "float16", "int32", "int64", "uint8", "bool"}
 _LEAST = 1 << 16  # bytes of a block; a smaller one would save only pages
 # Blocks that wait for a message, and their bytes: enough for the parts of eight calls in flight.
 _MOST_FREE, _MOST_BYTES = 48, 1 << 28
@@ -92,26 +91,34 @@ _Place = tuple[str, tuple[int, ...], bytes | int]
 
 
 class Pickled:
-    """The pickle of an object without its large tensors, which lie behind the pickle in memory."""
+    """The pickle of an object without its large tensors, which lie behind the pickle in memory.
 
-    def __init__(self, value: Any) -> None:
+    With ``blocks``, it is ready to be sent: it lies in one of them, unless it is short.
+    """
+
+    block: Block | None = None
+
+    def __init__(self, value: Any, blocks: Blocks | None = None) -> None:
         self._tensors: dict[int, tuple[Tensor, _Place]] = {}  # by id
         self._behind = 0  # bytes of the large tensors
         buffer = io.BytesIO()
         pickler = _pickler()(buffer, pickle.HIGHEST_PROTOCOL)
         pickler.persistent_id = self._place
         pickler.dump(value)
-        self._stream = buffer.getvalue()
-        if b"__main__" in self._stream and _pickler() is pickle.Pickler and is_interactive():
+        self.body = buffer.getvalue()
+        if b"__main__" in self.body and _pickler() is pickle.Pickler and is_interactive():
             what = "a class or function of an interactive session cannot be sent by name"
             how = "install cloudpickle, or define it in a file that can be imported"
             raise pickle.PicklingError(f"{what}; {how}")
-        self.length = len(self._stream)  # bytes of the pickle
+        self.length = len(self.body)  # bytes of the pickle
         self.size = _aligned(self.length) + self._behind  # bytes of the pickle and the tensors
+        if blocks is not None and (self._behind or self.length > _SHORT):
+            self.write((block := blocks.take(self.size)).memory)
+            self.block, self.body = block, b""
 
     def write(self, memory: Any) -> None:
         """Write pickle and tensors to the beginning of ``memory``, and release the tensors."""
-        memory[: self.length] = self._stream
+        memory[: self.length] = self.body
         start = _aligned(self.length)
         for tensor, (_, shape, offset) in self._tensors.values():
             if isinstance(offset, int):
@@ -135,20 +142,6 @@ class Pickled:
         place = name, tuple(obj.shape), where
         self._tensors[id(obj)] = obj, place
         return place
-
-
-class Packed:
-    """An object that is ready to be sent: its bytes, or the block that it was written to."""
-
-    def __init__(self, value: Any, blocks: Blocks) -> None:
-        pickled = Pickled(value)
-        self.length, self.body, self.block = pickled.length, b"", None
-        if pickled.size <= _INLINE:
-            pickled.write(body := bytearray(pickled.size))
-            self.body = body
-        else:
-            self.block = blocks.take(pickled.size)
-            pickled.write(self.block.memory)
 
 
 def is_interactive() -> bool:
@@ -232,16 +225,14 @@ class Connection:
         # more, because an interrupt that comes there is lost.
         self._read: dict[int, Callable[[], Any]] = {}
 
-    def send(self, kind: int, number: int, packed: Packed | None = None) -> None:
+    def send(self, kind: int, number: int, pickled: Pickled | None = None) -> None:
         """Send a message, with an object or without.
 
         Raises a ConnectionError if the other side has ended, an OSError if memory is short.
         """
-        if packed is None or packed.block is None:
-            length, body = (packed.length, packed.body) if packed else (0, b"")
-            self._write(kind, number, length, -1, body)
+        if pickled is None or (block := pickled.block) is None:
+            self._write(kind, number, -1, pickled.body if pickled else b"")
             return
-        block = packed.block
         free = [slot for slot in range(_SLOTS) if slot not in self._lent]
         slot = next((slot for slot in free if self._slots.get(slot) is block), None)
         new = slot is None
@@ -249,11 +240,11 @@ class Connection:
             slot = next((slot for slot in free if slot not in self._slots), free[0])
             self._slots[slot] = block
         self._lent.add(slot)
-        self._write(kind, number, packed.length, slot, b"", block.descriptor if new else None)
+        self._write(kind, number, slot, b"", pickled.length, block.descriptor if new else -1)
 
     def send_package(self, kind: int, number: int, package: Package) -> None:
         """Send a package. The receiver maps its memory, and copies the pages that it changes."""
-        self._write(kind, number, package.length, -1, b"", package.descriptor)
+        self._write(kind, number, -1, b"", package.length, package.descriptor)
 
     def beat(self, kind: int) -> None:
         """Send a kind alone, from any thread, unless the other side has left many unread."""
@@ -263,7 +254,7 @@ class Connection:
     def receive(self) -> Message | None:
         """Return the next message; None if the other side has ended, an OSError as by `send`."""
         try:
-            data, extra, flags, _ = self.socket.recvmsg(_HEADER.size + _INLINE, _ROOM)
+            data, extra, flags, _ = self.socket.recvmsg(_HEADER.size + _SHORT, _ROOM)
         except ConnectionError:
             return None
         if not data:
@@ -291,7 +282,7 @@ class Connection:
             if sum(holder() is not None for holder in self._read.values()) > _MOST_KEPT:
                 memory, copy = memoryview(bytearray(memory)), sys.maxsize
         else:
-            memory = memoryview(bytearray(data))[_HEADER.size :]
+            memory = memoryview(data)[_HEADER.size :]
         if not 0 <= length <= len(memory):
             raise ValueError(f"a message of {length} bytes came in {len(memory)}")
         return Message(kind, number, _Unpickler(memory, length, copy).load)
@@ -302,15 +293,16 @@ class Connection:
         self._slots, self._known = {}, {}
 
     def _write(
-        self, kind: int, number: int, length: int, slot: int, body: bytes, new: int | None = None
+        self, kind: int, number: int, slot: int, body: bytes, length: int = 0, new: int = -1
     ) -> None:
         read = 0
         for each in [each for each, holder in self._read.items() if holder() is None]:
             read |= 1 << each
             del self._read[each]
-        packet = _HEADER.pack(kind, number, length, slot, read, new is not None) + body
+        length += len(body)
+        packet = _HEADER.pack(kind, number, length, slot, read, new >= 0) + body
         try:
-            if new is None:
+            if new < 0:
                 self.socket.send(packet)
             else:
                 socket.send_fds(self.socket, [packet], [new])

@@ -178,10 +178,10 @@ class Supervisor(Dispatcher):
         """
         self.settle(worker, part, (worker, read))
 
-    def lost(self, worker: Any, reason: str, end: bool = False) -> None:
+    def lost(self, worker: Any, reason: str) -> None:
         """Note that a worker has ended, or end it; ``reason`` continues its name."""
         if self._remove(worker):
-            self._replace(worker, reason, end)
+            self._replace(worker, self._ended(worker) or reason)
 
     def _remove(self, worker: Any) -> bool:
         """Take a worker out, unless it is: it gets no part, and none of its results counts."""
@@ -191,12 +191,15 @@ class Supervisor(Dispatcher):
                 self.num_lost += not (self.closed or worker.left)
             return found
 
-    def _replace(self, worker: Any, reason: str, end: bool = False) -> None:
-        """Fail the part of a worker that was taken out, and have a new one started."""
+    def _ended(self, worker: Any) -> str | None:
         try:
-            reason = (self.end(worker) if end else None) or reason
+            return self.end(worker)
         except Exception:  # the other workers must be ended, too
             logger.exception("%s could not be ended", worker)
+            return None
+
+    def _replace(self, worker: Any, reason: str) -> None:
+        """Fail the part of a worker that was taken out, and have a new one started."""
         what, now, hopeless = f"{worker} {reason}", self._clock(), False
         with self.lock:
             if not (worker.ready or worker.left):
@@ -238,7 +241,7 @@ class Supervisor(Dispatcher):
             if overdue:
                 if due > -math.inf and worker.part is not None:
                     worker.part.request.kills.update(worker.part.units)
-                self._replace(worker, why, end=True)
+                self._replace(worker, self._ended(worker) or why)
         if now < self._start_again:
             return
         for index in self.vacant():
@@ -279,7 +282,7 @@ class Supervisor(Dispatcher):
         finally:
             self.stop()
             for worker in list(self._workers):
-                self.lost(worker, "was ended: the pool was closed", end=True)
+                self.lost(worker, "was ended: the pool was closed")
             self.modules = ModuleStore(self.pack)
             self.let_go()
 

@@ -42,7 +42,7 @@ from .._torch import fingerprint
 from . import shared_memory
 from .faults import compute, kill_own_process
 from .live import Ambient
-from .shared_memory import Blocks, Connection, Packed
+from .shared_memory import Blocks, Connection, Pickled
 
 READY, MODULE, LOADED, PART, RESULT, ALIVE = range(6)  # kinds of messages
 # Bounds in seconds, not tuned: to import the packages of a server, to wait behind some hundred
@@ -221,7 +221,7 @@ class _Program(NamedTuple):
         threading.Thread(target=self.watch, args=(connection,), daemon=True).start()
         set_up(self.threads, self.seed)
         gc.freeze()  # the objects that exist now stay: no collection needs to look at them
-        modules = LoadedModules(self.device, lambda value: Packed(value, connection.blocks))
+        modules = LoadedModules(self.device, lambda value: Pickled(value, connection.blocks))
         with contextlib.suppress(ConnectionError):
             connection.send(READY, os.getpid())
             while message := connection.receive():

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from coded_torch.workers.shared_memory import _HEADER, Blocks, Connection, Package, Packed, Pickled
+from coded_torch.workers.shared_memory import _HEADER, Blocks, Connection, Package, Pickled
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is sealed on Linux alone")
 WAIT = 60.0
@@ -36,7 +36,7 @@ def memories() -> list[int]:
 
 def test_neither_side_can_change_the_size_of_the_memory(ends):
     one, other = ends
-    one.send(0, 0, Packed(torch.arange(50_000), one.blocks))
+    one.send(0, 0, Pickled(torch.arange(50_000), one.blocks))
     message = other.receive()
     assert len(memories()) == 3  # the mapping of the sender has a descriptor of its own
     for descriptor in memories():
@@ -64,7 +64,7 @@ def test_memory_that_refuses_the_seals_is_not_read(ends, kind, tmp_path):
 @pytest.mark.parametrize("length", [-1, (1 << 16) + 1, 1 << 62])
 def test_a_message_longer_than_its_memory_is_not_read(ends, length):
     one, other = ends
-    one.send(0, 0, Packed(torch.arange(5_000), one.blocks))
+    one.send(0, 0, Pickled(torch.arange(5_000), one.blocks))
     other.receive()
     one.socket.send(_HEADER.pack(0, 1, length, 0, 0, 0))
     with pytest.raises(ValueError, match=f"a message of {length} bytes came in 65536"):
@@ -76,13 +76,13 @@ def test_a_message_longer_than_its_memory_is_not_read(ends, length):
 
 def test_a_block_is_written_again_once_nothing_reads_it(ends):
     one, other = ends
-    packed = Packed(torch.zeros(50_000), one.blocks)
+    packed = Pickled(torch.zeros(50_000), one.blocks)
     one.send(0, 0, packed)
     value = other.receive().value()
     for kept in (True, False):
         other.send(0, 0)
         one.receive()
-        again = Packed(torch.ones(50_000), one.blocks)
+        again = Pickled(torch.ones(50_000), one.blocks)
         assert (again.block is packed.block) is not kept
         if kept:
             assert torch.equal(value, torch.zeros(50_000))
@@ -93,7 +93,7 @@ def test_messages_that_nobody_reads_hold_few_blocks(ends):
     one, other = ends
     messages = []
     for i in range(100):
-        one.send(0, i, Packed(torch.full((50_000,), float(i)), one.blocks))
+        one.send(0, i, Pickled(torch.full((50_000,), float(i)), one.blocks))
         messages.append(other.receive())
         other.send(0, 0)
         one.receive()
