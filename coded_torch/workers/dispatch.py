@@ -150,9 +150,9 @@ class Dispatcher(abc.ABC):
             if numbers is None:  # nothing that has happened is needed any more
                 for each in (request.open, request.began, request.events):
                     each.clear()
-            for part in [request.open[n] for n in numbers or () if n in request.open]:
-                if request.wants(part):
-                    del request.open[part.number]
+            for number in request.open.keys() & (numbers or ()):
+                if request.wants(request.open[number]):
+                    del request.open[number]
             # No worker may be idle to find that nobody wants a part any more.
             if any(part.request is request for part in self._parts):
                 self._parts = deque(x for x in self._parts if x.request.wants(x))
@@ -214,11 +214,9 @@ class Dispatcher(abc.ABC):
             busy = {w.index for w in workers} - free
             excluded = {w.index for w in workers if w.excluded}
         grace = f" (grace {self.grace:g} s)" if self.grace < math.inf else ""
-        reasons = (
-            (busy, f"are at earlier tasks{grace}"),
-            (self.places - up, f"are starting{self.trouble and f'; {self.trouble}'}"),
-            (excluded, "are excluded"),
-        )
+        starting = f"are starting{self.trouble and f'; {self.trouble}'}"
+        reasons = [(busy, f"are at earlier tasks{grace}"), (self.places - up, starting)]
+        reasons.append((excluded, "are excluded"))
         many = f"of {len(self.places)} {self.kind}"
         said = [f"{len(some)} {many} {what}" for some, what in reasons if some]
         return "; ".join(said) if self.places else f"all {self.kind} have left"
@@ -259,7 +257,7 @@ class Dispatcher(abc.ABC):
     def settle(self, worker: Worker, part: Part | None, result: Any) -> None:
         """End a worker's part by a value or a :class:`Failure`."""
         with self.lock:
-            if part is not None and self._has(worker, part):
+            if part is not None and worker.part is part:  # else it came too late
                 self.reply(part, result)
                 self._finish(worker)
                 part.request = None  # whoever keeps the part need not keep the inputs
@@ -269,7 +267,7 @@ class Dispatcher(abc.ABC):
     def hand_back(self, worker: Worker, part: Part) -> None:
         """Put a part that a worker did not take first in the queue again."""
         with self.lock:
-            if self._has(worker, part):
+            if worker.part is part:
                 part.request.began.pop(part.number, None)
                 self._parts.appendleft(part)
                 self._finish(worker)
@@ -287,12 +285,6 @@ class Dispatcher(abc.ABC):
                     reason = why or "it avoids all workers that are left"
                     self.reply(part, Failure(f"did not start: {reason}"))
         self._assign()
-
-    def _has(self, worker: Worker, part: Part) -> bool:
-        if found := worker.part is part and worker in self._workers:
-            return found
-        logger.warning("%s: dropped the reply to part %d, not its own", worker, part.number)
-        return False
 
     def _finish(self, worker: Worker) -> None:
         worker.part = None
@@ -329,12 +321,9 @@ class Dispatcher(abc.ABC):
                 others = [w for w in self._workers if w.is_wanted and w.index not in both]
                 if any(w.part is None or w.since > begun for w in others):
                     out = both
-            workers = [w for w in idle if w.index not in out] if part.content is not None else []
-            if known := [w for w in workers if not w.is_new_to(request.module)]:
-                workers = known
-            elif workers and not self.may_load(request.module):
-                workers = []
-            if workers:
+            workers = [w for w in idle if w.index not in out and part.content is not None]
+            known = [w for w in workers if not w.is_new_to(request.module)]
+            if workers := known or (workers if self.may_load(request.module) else []):
                 busy = [w.index for w in self._workers if w.part is not None]
                 worker = min(workers, key=lambda w: (busy.count(w.index), w.since))
                 self.served, worker.fresh = worker, not known

@@ -27,18 +27,12 @@ class Interruption:
     """Interrupts, from another thread, the requests that one call opens."""
 
     def __init__(self) -> None:
-        self._is_set = False
-        self._requests: list[LiveRequest] = []
-
-    def watch(self, request: LiveRequest) -> None:
-        self._requests.append(request)
-        if self._is_set:
-            request.interrupt()
+        self.is_set, self.requests = False, list[LiveRequest]()
 
     def set(self, abandon: bool = False) -> None:
         """Interrupt the requests; ``abandon`` ends even the workers that compute their parts."""
-        self._is_set = True
-        for request in list(self._requests):
+        self.is_set = True
+        for request in list(self.requests):
             request.interrupt(abandon)
 
 
@@ -65,12 +59,13 @@ class LiveRequest(Request):
         self.bell = threading.Lock()  #: is released when an event comes
         self.bell.acquire()
         self.kills = Counter[int]()  #: the times that a worker was ended at a unit
-        self.closed = self.interrupted = False
+        self.closed = False
         self.urgent = False  #: true if a part has failed whose reply was not taken
         self.abandoned = False  #: true if its workers may be ended, as the caller was interrupted
         self._retries = False  # true if a part may have to wait for some workers
         if (interruption := INTERRUPTION.get()) is not None:
-            interruption.watch(self)
+            interruption.requests.append(self)
+        self.interrupted = interruption is not None and interruption.is_set
 
     def is_notified(self) -> bool:
         """Return whether :meth:`wait` has something to return."""

@@ -177,11 +177,10 @@ class _Processes(Supervisor):
         # Writing to the first ends the wait of the leader, to the second that of the own thread.
         flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
         self._poke, self._bell = (io.FileIO(os.eventfd(0, flags), "r+") for _ in range(2))
-        self._epoll, self._parked, self._watching = select.epoll(), select.poll(), select.poll()
+        self._epoll, self._poll = select.epoll(), select.poll()
         self._epoll.register(self._poke, select.EPOLLIN)
-        for poll in (self._parked, self._watching):
-            poll.register(self._bell, select.POLLIN)
-        self._watching.register(self._epoll, select.POLLIN)
+        self._poll.register(self._bell, select.POLLIN)
+        self._poll.register(self._epoll, select.POLLIN)
 
     def pack(self, module: nn.Module) -> Package:
         package = Package(Pickled(module))
@@ -201,7 +200,7 @@ class _Processes(Supervisor):
         link = Connection(ours, self._blocks)
         return _Process(index, connection=link, descriptor=descriptor, packages=packages)
 
-    def add(self, worker: _Process, ready: bool = True) -> None:
+    def add(self, worker: Any, ready: bool = True) -> None:
         super().add(worker, ready)
         with self.lock:
             self._heard[worker.connection.socket.fileno()] = worker
@@ -273,11 +272,10 @@ class _Processes(Supervisor):
 
     def wait(self, seconds: float) -> None:
         # While calls come and go, their threads are left alone.
-        if self._leader is not None or self._num_leads != self._num_seen:
-            self._num_seen = self._num_leads
-            self._parked.poll(1e3 * min(seconds, _PARKED_SECONDS))
-        else:
-            self._watching.poll(1e3 * seconds)
+        busy = self._leader is not None or self._num_leads != self._num_seen
+        self._num_seen = self._num_leads
+        self._poll.modify(self._epoll, 0 if busy else select.POLLIN)
+        self._poll.poll(1e3 * (min(seconds, _PARKED_SECONDS) if busy else seconds))
         self._bell.read(8)
         if self._leader is None:
             self._assign()  # recovers from an interrupt

@@ -134,7 +134,8 @@ class Pickled:
             return found[1]
         if obj.layout is not torch.strided or obj.is_quantized or obj.is_meta or not obj.numel():
             return None
-        name, where = str(obj.dtype).removeprefix("torch."), self._behind
+        name = str(obj.dtype).removeprefix("torch.")
+        where: bytes | int = self._behind
         if obj.nbytes <= _TINY and name in _NUMPY and obj.is_cpu and not obj.is_neg():
             where = obj.detach().numpy().tobytes()
         else:

@@ -180,27 +180,22 @@ class Supervisor(Dispatcher):
 
     def lost(self, worker: Any, reason: str) -> None:
         """Note that a worker has ended, or end it; ``reason`` continues its name."""
-        if self._remove(worker):
-            self._replace(worker, self._ended(worker) or reason)
-
-    def _remove(self, worker: Any) -> bool:
-        """Take a worker out, unless it is: it gets no part, and none of its results counts."""
         with self.lock:
-            if found := worker in self._workers:
-                self._workers.remove(worker)
-                self.num_lost += not (self.closed or worker.left)
-            return found
-
-    def _ended(self, worker: Any) -> str | None:
+            if worker not in self._workers:
+                return
+            self._workers.remove(worker)  # it gets no part any more
+            self.num_lost += not (self.closed or worker.left)
         try:
-            return self.end(worker)
+            reason = self.end(worker) or reason
         except Exception:  # the other workers must be ended, too
             logger.exception("%s could not be ended", worker)
-            return None
+        self._replace(worker, reason)
 
     def _replace(self, worker: Any, reason: str) -> None:
         """Fail the part of a worker that was taken out, and have a new one started."""
         what, now, hopeless = f"{worker} {reason}", self._clock(), False
+        if not (self.closed or worker.left):
+            logger.warning("a worker was lost and is replaced: %s", what)
         with self.lock:
             if not (worker.ready or worker.left):
                 self.trouble = what
@@ -209,10 +204,9 @@ class Supervisor(Dispatcher):
                     pause = 0.1 * 2 ** min(self._failed_starts, 9)
                     self._start_again = now + min(pause, _LONGEST_PAUSE)
                 hopeless = self._failed_starts >= _FAILED_STARTS
-        if not (self.closed or worker.left):
-            logger.warning("a worker was lost and is replaced: %s", what)
-        if worker.part is not None:
-            self.reply(worker.part, Failure(f"was lost: {what}", "died"))
+            if worker.part is not None:
+                self.reply(worker.part, Failure(f"was lost: {what}", "died"))
+                worker.part = None
         if hopeless:
             self.refuse(what)
         self._assign()  # a failed part may have waited for this worker
@@ -237,11 +231,12 @@ class Supervisor(Dispatcher):
                 if worker.end_by(*self.limits)[0] <= now:
                     worker.look()
                 due, why = worker.end_by(*self.limits)
-                overdue = due <= now and self._remove(worker)
-            if overdue:
-                if due > -math.inf and worker.part is not None:
-                    worker.part.request.kills.update(worker.part.units)
-                self._replace(worker, self._ended(worker) or why)
+                if due <= now:
+                    worker.unwanted = why
+                    if due > -math.inf and worker.part is not None:
+                        worker.part.request.kills.update(worker.part.units)
+            if due <= now:
+                self.lost(worker, why)
         if now < self._start_again:
             return
         for index in self.vacant():
