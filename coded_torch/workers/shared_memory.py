@@ -49,8 +49,9 @@ _NUMPY = {"float32", "float64", "float16", "int32", "int64", "uint8", "bool"}
 # takes about 5 us, as long as making a view.
 _SMALL = 1 << 16
 _LEAST = 1 << 16  # bytes of a block; a smaller one would save only pages
-# Blocks that wait for a message, and their bytes: enough for the parts of eight calls in flight.
-_MOST_FREE, _MOST_BYTES = 48, 1 << 28
+# Blocks that wait for a message, and their bytes, of which a receiver maps no more: enough for the
+# parts of eight calls in flight. Not tuned.
+_MOST_FREE, _MOST_BYTES = 48, 1 << 27
 
 
 class Block:
@@ -186,7 +187,8 @@ class _Unpickler(pickle.Unpickler):
         if (tensor := self._read.get(id(place))) is None:
             dtype, shape, where = place
             if isinstance(where, bytes):  # torch copies them to aligned memory
-                tensor = torch.tensor(np.frombuffer(where, dtype).reshape(shape))
+                values = np.frombuffer(where, dtype).reshape(shape)
+                tensor = torch.tensor(values, device="cpu")  # whatever the default device is
             else:
                 start = self._start + where
                 tensor = _tensor_at(self._memory, start, getattr(torch, dtype), shape)
@@ -237,8 +239,11 @@ class Connection:
         free = [slot for slot in range(_SLOTS) if slot not in self._lent]
         slot = next((slot for slot in free if self._slots.get(slot) is block), None)
         new = slot is None
-        if slot is None:  # one that maps no block, if there is one
-            slot = next((slot for slot in free if slot not in self._slots), free[0])
+        if slot is None:  # one that maps no block or, if much is mapped, the largest
+            sizes = {each: self._slots[each].size for each in free if each in self._slots}
+            full = sum(x.size for x in self._slots.values()) + block.size > _MOST_BYTES
+            empty = [each for each in free if each not in sizes]
+            slot = max(sizes, key=sizes.__getitem__) if sizes and (full or not empty) else empty[0]
             self._slots[slot] = block
         self._lent.add(slot)
         self._write(kind, number, slot, b"", pickled.length, block.descriptor if new else -1)

@@ -12,13 +12,12 @@ from collections import Counter
 
 import pytest
 import torch
-from torch import nn
 
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.testing.workers import WAIT, numbered, replies_of, run, task_of, until
 from coded_torch.workers import Part, ProcessWorkers, WorkerError
 
-from .modules import Scale, Sleepy
+from .modules import Doubled, Scale, Sleepy
 
 GRACE = 1.0
 
@@ -29,7 +28,7 @@ def seconds(*values: float) -> torch.Tensor:
 
 @pytest.fixture
 def pool():
-    with torch.no_grad(), ProcessWorkers(4, grace=WAIT).start(Sleepy(), timeout=WAIT) as pool:
+    with torch.no_grad(), ProcessWorkers(4, grace=WAIT).start(Sleepy(), timeout=2 * WAIT) as pool:
         yield pool
 
 
@@ -168,11 +167,6 @@ def test_threads_call_two_modules_at_once(pool):
     assert not wrong
 
 
-class Twice(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2 * x + 1
-
-
 class Trouble:
     """Eight threads call a pool whose processes are killed and stopped, and are interrupted."""
 
@@ -180,7 +174,7 @@ class Trouble:
         self.pool, self.calls, self.end = pool, calls, end
         self.counts, self.slowest = Counter[str](), 0.0
         waiting = Waiting(estimate=False)
-        self.coded = CodedWrapper(Twice(), workers=pool, parts=4, waiting=waiting)
+        self.coded = CodedWrapper(Doubled(), workers=pool, parts=4, waiting=waiting)
 
     def call(self, draw: random.Random) -> str:
         x = torch.full((4, 10 if draw.random() < 0.85 else 1 << 16), draw.random())
@@ -262,7 +256,7 @@ class Trouble:
 def test_no_call_is_lost_or_wrong_whoever_is_interrupted_killed_or_stopped():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with ProcessWorkers(4, grace=GRACE).start(Twice(), timeout=WAIT) as pool:
+        with ProcessWorkers(4, grace=GRACE).start(Doubled(), timeout=2 * WAIT) as pool:
             trouble = Trouble(pool, calls=60, end=time.monotonic() + 20)
             trouble.run()
             until(lambda: pool._queue.num_idle == 4)

@@ -101,6 +101,14 @@ def test_tensors_pass_bit_for_bit(pool, dtype, shape):
             assert torch.equal(reply.value, x[reply.part.number])
 
 
+def test_the_default_device_of_the_caller_moves_no_result(pool):
+    values = torch.arange(3.0).reshape(3, 1, 1)
+    with torch.device("meta"):
+        replies = answers(pool, nn.Identity(), values)
+    for reply in replies:
+        assert torch.equal(reply.value, values[reply.part.number])
+
+
 def test_modules_keep_their_inputs_and_weights_to_themselves(pool):
     remembers, tied, values = Remembers(), Tied(), torch.zeros(3, 1, 3)
     before = tied.first.weight.detach().clone()

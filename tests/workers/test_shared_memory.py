@@ -101,6 +101,17 @@ def test_messages_that_nobody_reads_hold_few_blocks(ends):
     assert [float(message.value().max()) for message in messages] == list(range(100))
 
 
+def test_a_receiver_maps_few_large_blocks(ends, monkeypatch):
+    one, other = ends
+    monkeypatch.setattr("coded_torch.workers.shared_memory._MOST_BYTES", 1 << 20)
+    for i in range(20):
+        one.send(0, i, Pickled(torch.full((50_000,), float(i)), Blocks()))
+        assert float(other.receive().value().max()) == i
+        other.send(0, 0)
+        one.receive()
+    assert len(memories()) < 20
+
+
 def test_no_receiver_can_change_a_package_for_the_others(ends):
     one, other = ends
     package = Package(Pickled(torch.ones(3)))
