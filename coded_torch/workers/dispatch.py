@@ -81,7 +81,7 @@ class Dispatcher(abc.ABC):
         self.served: Any = None  #: the worker that is being told or heard, under the lock
 
     def prepare(self, part: Part) -> Any:
-        """Return what :meth:`send` needs of a part, in the thread that asks for it."""
+        """Return what :meth:`send` needs of a part, not None, in the thread that asks for it."""
         return ()
 
     @abc.abstractmethod
@@ -214,9 +214,8 @@ class Dispatcher(abc.ABC):
             busy = {w.index for w in workers} - free
             excluded = {w.index for w in workers if w.excluded}
         grace = f" (grace {self.grace:g} s)" if self.grace < math.inf else ""
-        starting = f"are starting{self.trouble and f'; {self.trouble}'}"
-        reasons = [(busy, f"are at earlier tasks{grace}"), (self.places - up, starting)]
-        reasons.append((excluded, "are excluded"))
+        starting = self.places - up, f"are starting{self.trouble and f'; {self.trouble}'}"
+        reasons = (busy, f"are at earlier tasks{grace}"), starting, (excluded, "are excluded")
         many = f"of {len(self.places)} {self.kind}"
         said = [f"{len(some)} {many} {what}" for some, what in reasons if some]
         return "; ".join(said) if self.places else f"all {self.kind} have left"
@@ -306,13 +305,14 @@ class Dispatcher(abc.ABC):
 
     def _begin(self) -> Any:
         """Begin the first part that an idle worker may take, at the place with the fewest parts."""
-        if not self._parts or not (idle := [w for w in self._workers if w.idle]):
-            return None
-        at = 0
+        at, idle = 0, None
         while at < len(self._parts) and not self.closed:
-            part = self._parts[at]
-            request = part.request
-            if not request.wants(part):
+            if (part := self._parts[at]).content is None:
+                at += 1
+                continue
+            if idle is None and not (idle := [w for w in self._workers if w.idle]):
+                return None
+            if not (request := part.request).wants(part):
                 del self._parts[at]
                 continue
             out = part.avoid
@@ -321,7 +321,7 @@ class Dispatcher(abc.ABC):
                 others = [w for w in self._workers if w.is_wanted and w.index not in both]
                 if any(w.part is None or w.since > begun for w in others):
                     out = both
-            workers = [w for w in idle if w.index not in out and part.content is not None]
+            workers = [w for w in idle if w.index not in out]
             known = [w for w in workers if not w.is_new_to(request.module)]
             if workers := known or (workers if self.may_load(request.module) else []):
                 busy = [w.index for w in self._workers if w.part is not None]
