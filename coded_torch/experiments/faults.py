@@ -101,6 +101,7 @@ class FaultyWorkers(Workers):
     num_ready: Any = property(attrgetter("pool.num_ready"))
     num_restarts: Any = property(attrgetter("pool.num_restarts"))
     resize: Any = property(attrgetter("pool.resize"))
+    mixed: Any = property(attrgetter("pool.mixed"))
     concurrency: Any = property(attrgetter("pool.concurrency"))
     names: Any = property(attrgetter("pool.names"))
     states: Any = property(attrgetter("pool.states"))

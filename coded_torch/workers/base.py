@@ -65,7 +65,10 @@ class Task:
             return leaf.index_select(0, torch.tensor(units, device=leaf.device)).flatten(0, 1)
 
         pairs = zip(self.leaves, self.dims, strict=True)
-        batch = [leaf if dim is None else chosen(leaf).movedim(0, dim) for leaf, dim in pairs]
+        batch = [leaf if dim is None else chosen(leaf) for leaf, dim in pairs]
+        if any(self.dims):  # moving nothing takes microseconds
+            dims = zip(batch, self.dims, strict=True)
+            batch = [leaf.movedim(0, dim) if dim else leaf for leaf, dim in dims]
         return (tuple(batch), {}) if self._is_positional else unflatten(batch, self.spec)
 
     @functools.cached_property
@@ -83,6 +86,9 @@ class Request(abc.ABC):
 
     timeout = math.inf  #: seconds after which a part that was asked for and has not replied fails
     versions: Mapping[int, str] = {}  #: the version of the model, by worker
+    #: The number of events that a pool may gather before :meth:`wait` returns the first, unless
+    #: time passes, a part fails, or fewer can come.
+    together = 1
 
     @abc.abstractmethod
     def ask(self, parts: Sequence[Part]) -> None:
@@ -170,6 +176,7 @@ class Workers(abc.ABC):
     num_workers: int | None = None  #: the number of workers; None if there is one for each part
     num_restarts: int = 0  #: the number of workers that have ended and were replaced
     starts_late: bool = False  #: true if the first request starts the workers
+    mixed: bool = False  #: true if its results differ by as much as different hardware's
     concurrency: int = 1  #: the number of parts that a worker computes at a time
     names: Mapping[int, str] = MappingProxyType({})  #: the names of places that have one
     #: The state by place, "idle", "busy", "excluded" or "down", and the process id or 0, if known.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import multiprocessing
 import os
-import selectors
+import select
 import signal
 import socket
+import struct
 import sys
+import threading
 import time
 import types
 from collections.abc import Sequence
@@ -23,14 +26,19 @@ from torch import nn
 from .._arguments import find_devices
 from ..table import Part
 from . import worker_main
-from .shared_memory import Connection, Package, Pickled
-from .supervisor import Limits, SupervisedWorkers, Supervisor, WatchedWorker
+from .live import LiveRequest
+from .shared_memory import Blocks, Connection, Package, Pickled
+from .supervisor import LONGEST_WAIT, Limits, SupervisedWorkers, Supervisor, WatchedWorker
 
 # Seconds that the server may take to say how a process ended, while the pool waits. Not tuned.
 _DYING_SECONDS = 0.5
 # The share of a processor above which a process is alive. A hung one uses .4 %, by its thread that
 # waits for Python's global lock; compiled code uses 6 % of a processor that 16 processes share.
 _BUSY = 0.02
+# Seconds between two looks of the pool's own thread while calls come and go, and of a thread that
+# waits while another one leads, in case that one was interrupted. Not tuned.
+_PARKED_SECONDS, _LOOK_SECONDS = 0.05, 0.1
+_ONE = struct.pack("Q", 1)  # what an eventfd takes
 
 
 class ProcessWorkers(SupervisedWorkers):
@@ -91,6 +99,7 @@ class ProcessWorkers(SupervisedWorkers):
         timeout: float = 600.0,
     ) -> None:
         self.devices = find_devices(self, ("cpu",) if devices is None else devices, torch.device)
+        self.mixed = len({device.type for device in self.devices}) > 1
         super().__init__(num_workers, threads=threads, grace=grace, timeout=timeout)
 
     def _make(self) -> Supervisor:
@@ -104,7 +113,9 @@ class _Process(WatchedWorker):
     connection: Connection
     descriptor: int
     packages: frozenset[str]  #: the packages that its server has imported
+    number = 0  #: the number of its last part
     used = 0.0  #: seconds of processor time of all its threads, at the last look
+    gone = False  #: true if it has closed the connection
     _forked = False  # true if the server has told its process id
 
     def exit_code(self, seconds: float) -> int | None:
@@ -134,24 +145,42 @@ class _Process(WatchedWorker):
 
 
 class _Processes(Supervisor):
-    """The processes of a pool. A selector hears them, and :meth:`ring`."""
+    """The processes of a pool, whose messages one epoll announces.
+
+    Of the threads that wait for replies, one leads: it polls, takes messages, gives idle processes
+    their next parts, and notifies the other threads. It handles headers only, because parts are
+    written, and results read, by the threads that ask. If no thread leads, the pool's own does. It
+    polls the descriptor of the epoll, which takes no message from a leader.
+
+    A leader stops being one by a single assignment. The process that it served when an interrupt
+    came is ended, because its messages may be lost.
+    """
 
     kind = "processes"
+    _leader: LiveRequest | None = None
+    _thread = 0  # of the leader
+    _num_leads = _num_seen = 0  # the number of times that a thread led, now and at the last look
 
     def __init__(self, size: int, limits: Limits, devices: Sequence[Any], threads: int) -> None:
         super().__init__(size, limits)
         self._devices, self._threads = devices, threads
         self._packages: frozenset[str] = frozenset()
+        self._blocks = Blocks()
+        self._followers: dict[LiveRequest, None] = {}  # the first to wait is first
+        self._heard: dict[int, _Process] = {}  # by the descriptor of the connection
 
     def set_up(self) -> None:
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             why = "workers import the main script, which must not start workers then"
             how = 'put its main part under: if __name__ == "__main__":'
             raise RuntimeError(f"ProcessWorkers: {why}; {how}")
-        self._selector = selectors.DefaultSelector()
-        self._alarm, self._bell = socket.socketpair()
-        self._bell.setblocking(False)
-        self._selector.register(self._alarm, selectors.EVENT_READ)
+        # Writing to the first ends the wait of the leader, to the second that of the own thread.
+        flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
+        self._poke, self._bell = (io.FileIO(os.eventfd(0, flags), "r+") for _ in range(2))
+        self._epoll, self._poll = select.epoll(), select.poll()
+        self._epoll.register(self._poke, select.EPOLLIN)
+        self._poll.register(self._bell, select.POLLIN)
+        self._poll.register(self._epoll, select.POLLIN)
 
     def pack(self, module: nn.Module) -> Package:
         package = Package(Pickled(module))
@@ -159,71 +188,159 @@ class _Processes(Supervisor):
         return package
 
     def launch(self, index: int) -> _Process:
-        ours, theirs = socket.socketpair()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         device = self._devices[index % len(self._devices)]
         packages = self._packages - worker_main.REFUSED
         with theirs, contextlib.ExitStack() as on_error:
             on_error.enter_context(ours)
+            ours.setblocking(False)
             options = device, self._threads, self.seed(), self.beat
             descriptor = worker_main.fork(theirs, packages, *options)
             on_error.pop_all()
-        link = Connection(ours)
-        worker = _Process(index, connection=link, descriptor=descriptor, packages=packages)
-        self._selector.register(ours, selectors.EVENT_READ, worker)
-        return worker
+        link = Connection(ours, self._blocks)
+        return _Process(index, connection=link, descriptor=descriptor, packages=packages)
 
-    def send(self, worker: _Process, job: Part) -> None:
-        module, link = job.request.module, worker.connection
-        contents = Pickled(module.contents(job))
-        with contextlib.suppress(ConnectionError):  # the process has died, which the thread hears
+    def add(self, worker: Any, ready: bool = True) -> None:
+        super().add(worker, ready)
+        with self.lock:
+            self._heard[worker.connection.socket.fileno()] = worker
+            self._epoll.register(worker.connection.socket, select.EPOLLIN)
+
+    def prepare(self, part: Part) -> Pickled:
+        return Pickled(part.request.module.contents(part), self._blocks)
+
+    def send(self, worker: _Process, part: Part) -> None:
+        module, link = part.request.module, worker.connection
+        with contextlib.suppress(ConnectionError):  # the process has died, which is heard next
             if worker.is_new_to(module):
-                worker.loading = True  # before it can answer that it has loaded the module
+                worker.loading = True
                 link.send_package(worker_main.MODULE, module.number, module.package)
-            worker.load(job)
+            worker.load(part)
             worker.look()
-            link.send(worker_main.JOB, job.ticket, contents)
+            worker.number += 1
+            link.send(worker_main.PART, worker.number, part.content)
+        part.content = None
 
-    def end(self, worker: _Process) -> None:
-        worker.exit_code(0.0)  # to learn its process id
-        worker.kill()
-        self._bury(worker, _DYING_SECONDS if worker.pid else 0.0)
+    def end(self, worker: _Process) -> str | None:
+        if not (gone := worker.gone):
+            worker.exit_code(0.0)  # to learn its process id
+            worker.kill()
+        how = self._bury(worker, _DYING_SECONDS if gone or worker.pid else 0.0)
+        return how if gone else None
+
+    # Waiting.
+
+    def notify(self, request: LiveRequest) -> None:
+        with self.lock:
+            if request is not self._leader:
+                super().notify(request)
+            elif threading.get_ident() != self._thread:
+                _ring(self._poke)
+
+    def wait_for(self, request: LiveRequest, seconds: float) -> None:
+        leads, end = False, time.monotonic() + seconds
+        try:
+            with self.lock:
+                if self.served is not None:
+                    self.recover()
+                if request.is_notified():
+                    return
+                if self.closed or (self._leader is not None and not self._leader.closed):
+                    self._followers[request] = None
+                else:
+                    leads, self._thread = True, threading.get_ident()
+                    self._num_leads += 1
+                    self._leader = request
+            if not leads:
+                request.bell.acquire(timeout=min(seconds, _LOOK_SECONDS))
+            while leads and not request.is_notified():
+                if (left := end - time.monotonic()) <= 0:
+                    return
+                self._handle(self._epoll.poll(min(left, LONGEST_WAIT)), True)
+        finally:
+            if self._leader is request:
+                self._leader = None
+            self._followers.pop(request, None)
+            if leads:
+                self._have_another_lead()
+
+    def _have_another_lead(self) -> None:
+        with self.lock:
+            waiting = (x for x in self._followers if not x.is_notified())
+            if self._leader is None and (follower := next(waiting, None)) is not None:
+                super().notify(follower)
 
     def wait(self, seconds: float) -> None:
-        for key, _ in self._selector.select(seconds):
-            if key.data is None:
-                self._alarm.recv(4096)
-            elif key.data in self._workers:  # the others were ended meanwhile
-                self._hear(key.data)
+        # While calls come and go, their threads are left alone.
+        busy = self._leader is not None or self._num_leads != self._num_seen
+        self._num_seen = self._num_leads
+        self._poll.modify(self._epoll, 0 if busy else select.POLLIN)
+        self._poll.poll(1e3 * (min(seconds, _PARKED_SECONDS) if busy else seconds))
+        self._bell.read(8)
+        if self._leader is None:
+            self._assign()  # recovers from an interrupt
+            self._handle(self._epoll.poll(0))
 
     def ring(self) -> None:
-        # Nothing hears it before the thread starts. It may be rung already, or closed.
-        with contextlib.suppress(AttributeError, OSError):
-            self._bell.send(b"!")
+        with contextlib.suppress(AttributeError):  # nothing hears it before the thread starts
+            _ring(self._bell)
 
     def let_go(self) -> None:
-        self._selector.close()
-        self._alarm.close()
+        until = time.monotonic() + _DYING_SECONDS
+        while self._leader is not None and time.monotonic() < until:  # it was notified
+            time.sleep(1e-3)
+        self._blocks = Blocks()
+        self._epoll.close()
+        self._poke.close()
         self._bell.close()
+
+    # Messages.
+
+    def _handle(self, events: list[tuple[int, int]], leads: bool = False) -> None:
+        for descriptor, _ in events:
+            with self.lock:
+                if self.served is not None:
+                    self.recover()
+                if (worker := self._heard.get(descriptor)) is not None:
+                    self.served = worker
+                    self._hear(worker)
+                    self.served = None
+                elif leads or self._leader is None:  # else the leader is meant
+                    self._poke.read(8)
 
     def _hear(self, worker: _Process) -> None:
         try:
             message = worker.connection.receive()
-            if message is not None and message.kind == worker_main.READY:
+            if message is None:
+                worker.gone = True
+                self._doom(worker, "has ended")
+            elif message.kind == worker_main.READY:
                 worker.pid = message.number
                 self._welcome(worker)
-        except Exception as error:  # a broken process may send anything
+            elif message.kind == worker_main.LOADED:
+                self.loaded(worker)
+            elif message.kind == worker_main.ALIVE:
+                worker.life = time.monotonic()
+                worker.look()
+            elif message.kind == worker_main.RESULT:
+                part = worker.part if message.number == worker.number else None
+                self.take(worker, part, message.value)
+        except BlockingIOError:
+            pass  # another thread has heard it
+        except (OSError, LookupError, ValueError, struct.error) as error:  # it may send anything
             what = f"{type(error).__name__}: {error}"
-            self.lost(worker, f"was killed, as nothing could be exchanged with it: {what}", True)
-            return
-        if message is None:
-            self.lost(worker, self._bury(worker))
-        elif message.kind == worker_main.LOADED:
-            self.loaded(worker)
-        elif message.kind == worker_main.ALIVE:
-            worker.life = time.monotonic()
-            worker.look()
-        elif message.kind != worker_main.READY:
-            self.take(worker, message.number, message.value)
+            self._doom(worker, f"was killed, as nothing could be exchanged with it: {what}")
+
+    def recover(self) -> None:
+        self._doom(self.served, "was ended, as an interrupt came while it was served")
+        self.served = None
+
+    def _doom(self, worker: _Process, why: str) -> None:
+        """Have the pool's own thread end a worker, which nobody hears any more."""
+        worker.unwanted = worker.unwanted or why
+        with contextlib.suppress(OSError, ValueError):
+            self._epoll.unregister(worker.connection.socket)
+        self.wake()
 
     def _welcome(self, worker: _Process) -> None:
         """Have a new process load the last module, which will probably be wanted, first."""
@@ -236,10 +353,12 @@ class _Processes(Supervisor):
         with contextlib.suppress(ConnectionError):  # the process has died, which is heard next
             worker.connection.send_package(worker_main.MODULE, number, package)
 
-    def _bury(self, worker: _Process, seconds: float = _DYING_SECONDS) -> str:
+    def _bury(self, worker: _Process, seconds: float) -> str:
         """Release a process that ends, and return how it ended."""
-        with contextlib.suppress(KeyError):
-            self._selector.unregister(worker.connection.socket)
+        with self.lock:
+            self._heard.pop(worker.connection.socket.fileno(), None)
+            with contextlib.suppress(OSError, ValueError):  # it is not there
+                self._epoll.unregister(worker.connection.socket)
         code = worker.exit_code(seconds)
         if code is None:
             worker.kill()  # the process may live, but it has closed its connection
@@ -249,7 +368,8 @@ class _Processes(Supervisor):
             return "closed its connection, and was killed"
         if code is None:
             # Once for all workers of that server, unless this pool ended this one.
-            if not (self.closed or worker.unwanted or worker.packages & worker_main.REFUSED):
+            ended = self.closed or not worker.gone
+            if not (ended or worker.packages & worker_main.REFUSED):
                 worker_main.REFUSED.update(worker.packages)
                 worker_main.replace_servers()
             return "was not forked, as its server ended, or has threads or CUDA"
@@ -258,6 +378,11 @@ class _Processes(Supervisor):
             return f"was killed by {names.get(-code, f'signal {-code}')}"
         up = "" if worker.ready or worker.modules else " before it was up; its output says why"
         return f"ended with exit code {code}{up}"
+
+
+def _ring(bell: Any) -> None:
+    with contextlib.suppress(OSError, ValueError):  # it is closed
+        bell.write(_ONE)
 
 
 def _packages_of(module: nn.Module) -> set[str]:

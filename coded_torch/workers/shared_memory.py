@@ -1,10 +1,10 @@
 r"""Messages between two local processes, with their tensors in shared memory.
 
 A pipe would copy every tensor twice, and :mod:`torch.multiprocessing` opens a file for each tensor.
-Here the sender writes a message into memory that the receiver has mapped already, and sends a
-header of 48 bytes. The received tensors are views of that memory. The sender writes there again
-when the receiver holds no view any more. Both sides seal the size of the memory, as reading behind
-its end would kill the receiver.
+Here the sender writes a long message into memory that the receiver has mapped already, and sends a
+header of 48 bytes. A short message follows its header. Large received tensors are views of the
+memory. The sender writes there again when the receiver holds no view any more. Both sides seal the
+size of the memory, as reading behind its end would kill the receiver.
 """
 
 from __future__ import annotations
@@ -22,63 +22,128 @@ import pickle
 import socket
 import struct
 import sys
+import threading
 import weakref
-from collections import deque
+from array import array
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-# Kind, number, bytes of the pickle, its block, bits of the blocks that were read, block is new.
+# Kind, number, bytes of the pickle, its slot or -1, bits of the slots that were read, block is new.
 _HEADER = struct.Struct("<qqqqQq")
+_ROOM = socket.CMSG_SPACE(array("i").itemsize)  # bytes for one descriptor
 _TRUNCATED = int(socket.MSG_CTRUNC)  # an enumeration would take microseconds for "&"
 _ALIGNMENT = 64  # bytes of a cache line
+_SLOTS = 64  # blocks that a receiver maps at a time: bits of a header
 # Blocks of a connection that received tensors may keep, each with a descriptor and a mapping, at
 # most 64. Tensors of further messages are copied. Not tuned: callers hold results of a few calls.
 _MOST_KEPT = 8
+# Bytes up to which a tensor is a part of the pickle, if NumPy knows its dtype, and up to which a
+# pickle follows its header: a few copies take about as long as to look after a block.
+_TINY, _SHORT = 1 << 14, 1 << 16
+_NUMPY = {"float32", "float64", "float16", "int32", "int64", "uint8", "bool"}
 # Bytes up to which a received tensor is copied, as a view would keep a whole block. Copying 64 KiB
 # takes about 5 us, as long as making a view.
 _SMALL = 1 << 16
 _LEAST = 1 << 16  # bytes of a block; a smaller one would save only pages
+# Blocks that wait for a message, and their bytes, of which a receiver maps no more: enough for the
+# parts of eight calls in flight. Not tuned.
+_MOST_FREE, _MOST_BYTES = 48, 1 << 27
+
+
+class Block:
+    """Shared memory that keeps its size."""
+
+    def __init__(self, size: int) -> None:
+        # Rounded up, so that there is room for a somewhat larger message, too.
+        self.size = max(_LEAST, 1 << (size - 1).bit_length())
+        self.descriptor = _anonymous_file(self.size)
+        weakref.finalize(self, os.close, self.descriptor).atexit = False
+        self.memory = mmap.mmap(self.descriptor, 0)
+
+
+class Blocks:
+    """Blocks that nobody reads. Any thread may take and give them."""
+
+    def __init__(self) -> None:
+        self._free: list[Block] = []
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> Block:
+        with self._lock:
+            for block in reversed(self._free):  # the last one may still be in a cache
+                if size <= block.size <= 4 * max(size, _LEAST):
+                    self._free.remove(block)
+                    return block
+        return Block(size)
+
+    def give(self, block: Block) -> None:
+        with self._lock:
+            self._free.append(block)
+            while len(self._free) > _MOST_FREE or sum(x.size for x in self._free) > _MOST_BYTES:
+                del self._free[0]
+
+
+#: The dtype, the shape, and the bytes of a tensor, or where they lie behind the pickle.
+_Place = tuple[str, tuple[int, ...], bytes | int]
 
 
 class Pickled:
-    """The pickle of an object without its tensors, which lie behind the pickle in memory."""
+    """The pickle of an object without its large tensors, which lie behind the pickle in memory.
 
-    def __init__(self, value: Any) -> None:
-        self._tensors: dict[int, tuple[Tensor, int]] = {}  # tensors by id, with their places
-        self._behind = 0  # bytes of the tensors
+    With ``blocks``, it is ready to be sent: it lies in one of them, unless it is short.
+    """
+
+    block: Block | None = None
+
+    def __init__(self, value: Any, blocks: Blocks | None = None) -> None:
+        self._tensors: dict[int, tuple[Tensor, _Place]] = {}  # by id
+        self._behind = 0  # bytes of the large tensors
         buffer = io.BytesIO()
         pickler = _pickler()(buffer, pickle.HIGHEST_PROTOCOL)
         pickler.persistent_id = self._place
         pickler.dump(value)
-        self._stream = buffer.getvalue()
-        if b"__main__" in self._stream and _pickler() is pickle.Pickler and is_interactive():
+        self.body = buffer.getvalue()
+        if b"__main__" in self.body and _pickler() is pickle.Pickler and is_interactive():
             what = "a class or function of an interactive session cannot be sent by name"
             how = "install cloudpickle, or define it in a file that can be imported"
             raise pickle.PicklingError(f"{what}; {how}")
-        self.length = len(self._stream)  # bytes of the pickle
+        self.length = len(self.body)  # bytes of the pickle
         self.size = _aligned(self.length) + self._behind  # bytes of the pickle and the tensors
+        if blocks is not None and (self._behind or self.length > _SHORT):
+            self.write((block := blocks.take(self.size)).memory)
+            self.block, self.body = block, b""
 
-    def write(self, memory: mmap.mmap) -> None:
+    def write(self, memory: Any) -> None:
         """Write pickle and tensors to the beginning of ``memory``, and release the tensors."""
-        memory[: self.length] = self._stream
+        memory[: self.length] = self.body
         start = _aligned(self.length)
-        for tensor, offset in self._tensors.values():
-            place = _tensor_at(memory, start + offset, tensor.dtype, tensor.shape)
-            place.copy_(tensor.detach())
+        for tensor, (_, shape, offset) in self._tensors.values():
+            if isinstance(offset, int):
+                place = _tensor_at(memory, start + offset, tensor.dtype, shape)
+                place.copy_(tensor.detach())
         self._tensors = {}
 
-    def _place(self, obj: Any) -> tuple[str, tuple[int, ...], int] | None:
-        """Return dtype, shape and place of a plain tensor, also a parameter's; else None."""
-        plain = type(obj) is Tensor and obj.layout is torch.strided and not obj.is_quantized
-        if not plain or obj.is_meta or not obj.numel():
+    def _place(self, obj: Any) -> _Place | None:
+        """Return the place of a plain tensor, also a parameter's; else None."""
+        if type(obj) is not Tensor:
             return None
-        if id(obj) not in self._tensors:
-            self._tensors[id(obj)] = obj, self._behind
+        if (found := self._tensors.get(id(obj))) is not None:
+            return found[1]
+        if obj.layout is not torch.strided or obj.is_quantized or obj.is_meta or not obj.numel():
+            return None
+        name = str(obj.dtype).removeprefix("torch.")
+        where: bytes | int = self._behind
+        if obj.nbytes <= _TINY and name in _NUMPY and obj.is_cpu and not obj.is_neg():
+            where = obj.detach().numpy().tobytes()
+        else:
             self._behind += _aligned(obj.nbytes)
-        return str(obj.dtype).removeprefix("torch."), tuple(obj.shape), self._tensors[id(obj)][1]
+        place = name, tuple(obj.shape), where
+        self._tensors[id(obj)] = obj, place
+        return place
 
 
 def is_interactive() -> bool:
@@ -118,13 +183,18 @@ class _Unpickler(pickle.Unpickler):
             how = "move it out of the `if`, to the top level of the script, or into a module"
             raise AttributeError(f"{what}; {how}") from None
 
-    def persistent_load(self, place: tuple[str, tuple[int, ...], int]) -> Tensor:
-        dtype, shape, offset = place
-        if offset not in self._read:
-            kind = getattr(torch, dtype)
-            tensor = _tensor_at(self._memory, self._start + offset, kind, shape)
-            self._read[offset] = tensor.clone() if tensor.nbytes <= self._copy else tensor
-        return self._read[offset]
+    def persistent_load(self, place: _Place) -> Tensor:
+        if (tensor := self._read.get(id(place))) is None:
+            dtype, shape, where = place
+            if isinstance(where, bytes):  # torch copies them to aligned memory
+                values = np.frombuffer(where, dtype).reshape(shape)
+                tensor = torch.tensor(values, device="cpu")  # whatever the default device is
+            else:
+                start = self._start + where
+                tensor = _tensor_at(self._memory, start, getattr(torch, dtype), shape)
+                tensor = tensor.clone() if tensor.nbytes <= self._copy else tensor
+            self._read[id(place)] = tensor
+        return tensor
 
 
 class Package:
@@ -147,42 +217,40 @@ class Message(NamedTuple):
 
 
 class Connection:
-    """One end of a connection, a Unix stream socket. One thread sends at a time, one receives."""
+    """One end of a connection, a Unix socket of packets. One thread at a time uses it."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.socket = sock
-        self._blocks: dict[int, mmap.mmap] = {}  # blocks to write into
-        self._lent: set[int] = set()  # indices of the blocks that the other side reads
-        self._known: dict[int, mmap.mmap] = {}  # blocks of the other side
-        self._kept: set[int] = set()  # indices of the other side's blocks that are being read
-        self._done: deque[int] = deque()  # indices of its blocks that were read
+    def __init__(self, sock: socket.socket, blocks: Blocks) -> None:
+        self.socket, self.blocks = sock, blocks
+        self._slots: dict[int, Block] = {}  # the blocks that the other side maps
+        self._lent: set[int] = set()  # slots that the other side reads
+        self._known: dict[int, mmap.mmap] = {}  # blocks of the other side, by slot
+        # What holds the memory of its messages, by slot. No finalizer tells that nothing does any
+        # more, because an interrupt that comes there is lost.
+        self._read: dict[int, Callable[[], Any]] = {}
 
     def send(self, kind: int, number: int, pickled: Pickled | None = None) -> None:
         """Send a message, with an object or without.
 
         Raises a ConnectionError if the other side has ended, an OSError if memory is short.
         """
-        if pickled is None:
-            self._write(kind, number, 0, -1)
+        if pickled is None or (block := pickled.block) is None:
+            self._write(kind, number, -1, pickled.body if pickled else b"")
             return
-        index = next(i for i in range(64) if i not in self._lent)
-        block, new = self._blocks.get(index), None
-        try:
-            if block is None or len(block) < pickled.size:
-                # Rounded up, so that the block has room for a somewhat larger message too.
-                new = _anonymous_file(max(_LEAST, 1 << (pickled.size - 1).bit_length()))
-                block = mmap.mmap(new, 0)
-            pickled.write(block)
-            self._lent.add(index)  # after writing, as a message that fails takes no block
-            self._blocks[index] = block
-            self._write(kind, number, pickled.length, index, new)
-        finally:
-            if new is not None:
-                os.close(new)  # the mapping has a descriptor of its own
+        free = [slot for slot in range(_SLOTS) if slot not in self._lent]
+        slot = next((slot for slot in free if self._slots.get(slot) is block), None)
+        new = slot is None
+        if slot is None:  # one that maps no block or, if much is mapped, the largest
+            sizes = {each: self._slots[each].size for each in free if each in self._slots}
+            full = sum(x.size for x in self._slots.values()) + block.size > _MOST_BYTES
+            empty = [each for each in free if each not in sizes]
+            slot = max(sizes, key=sizes.__getitem__) if sizes and (full or not empty) else empty[0]
+            self._slots[slot] = block
+        self._lent.add(slot)
+        self._write(kind, number, slot, b"", pickled.length, block.descriptor if new else -1)
 
     def send_package(self, kind: int, number: int, package: Package) -> None:
         """Send a package. The receiver maps its memory, and copies the pages that it changes."""
-        self._write(kind, number, package.length, -1, package.descriptor)
+        self._write(kind, number, -1, b"", package.length, package.descriptor)
 
     def beat(self, kind: int) -> None:
         """Send a kind alone, from any thread, unless the other side has left many unread."""
@@ -192,61 +260,60 @@ class Connection:
     def receive(self) -> Message | None:
         """Return the next message; None if the other side has ended, an OSError as by `send`."""
         try:
-            # A header is one write and one read: too short to be cut, even by a sudden death.
-            data, descriptors, flags, _ = socket.recv_fds(self.socket, _HEADER.size, 1)
+            data, extra, flags, _ = self.socket.recvmsg(_HEADER.size + _SHORT, _ROOM)
         except ConnectionError:
             return None
-        if len(data) < _HEADER.size:
+        if not data:
             return None
-        kind, number, length, index, read, new = _HEADER.unpack(data)
+        descriptors = array("i", extra[0][2] if extra else b"")
+        kind, number, length, slot, read, new = _HEADER.unpack_from(data)
         for done in range(read.bit_length()):
             if read >> done & 1:
                 self._lent.remove(done)
+                self.blocks.give(self._slots[done])
         if flags & _TRUNCATED or len(descriptors) < new:
             # The kernel drops a descriptor that is one too many for this process.
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        memory, copy = memoryview(b""), 0
+        memory, copy = memoryview(b""), sys.maxsize
         if new:
-            access = mmap.ACCESS_WRITE if index >= 0 else mmap.ACCESS_COPY
+            access = mmap.ACCESS_WRITE if slot >= 0 else mmap.ACCESS_COPY
             with open(descriptors[0], "rb"):  # closes it
                 _seal(descriptors[0])
-                self._known[index] = mmap.mmap(descriptors[0], 0, access=access)
-        if new and index < 0:  # a package
-            memory = memoryview(self._known.pop(index))
-        elif length:
-            memory = memoryview(self._known[index])
-            copy = _SMALL if len(self._kept) < _MOST_KEPT else sys.maxsize
-            self._kept.add(index)
-            weakref.finalize(memory, _let_go, index, self._kept, self._done).atexit = False
+                self._known[slot] = mmap.mmap(descriptors[0], 0, access=access)
+        if new and slot < 0:  # a package
+            memory, copy = memoryview(self._known.pop(slot)), 0
+        elif slot >= 0:
+            memory = memoryview(self._known[slot])
+            self._read[slot], copy = weakref.ref(memory), _SMALL
+            if sum(holder() is not None for holder in self._read.values()) > _MOST_KEPT:
+                memory, copy = memoryview(bytearray(memory)), sys.maxsize
+        else:
+            memory = memoryview(data)[_HEADER.size :]
         if not 0 <= length <= len(memory):
-            raise ValueError(f"a message of {length} bytes came in a block of {len(memory)}")
+            raise ValueError(f"a message of {length} bytes came in {len(memory)}")
         return Message(kind, number, _Unpickler(memory, length, copy).load)
 
     def close(self) -> None:
         """Release the connection, and all memory that nobody reads."""
         self.socket.close()
-        self._blocks, self._known = {}, {}
+        self._slots, self._known = {}, {}
 
     def _write(
-        self, kind: int, number: int, length: int, index: int, new: int | None = None
+        self, kind: int, number: int, slot: int, body: bytes, length: int = 0, new: int = -1
     ) -> None:
         read = 0
-        while self._done:
-            read |= 1 << self._done.popleft()
-        header = _HEADER.pack(kind, number, length, index, read, new is not None)
+        for each in [each for each, holder in self._read.items() if holder() is None]:
+            read |= 1 << each
+            del self._read[each]
+        length += len(body)
+        packet = _HEADER.pack(kind, number, length, slot, read, new >= 0) + body
         try:
-            if new is None:
-                self.socket.sendall(header)
+            if new < 0:
+                self.socket.send(packet)
             else:
-                socket.send_fds(self.socket, [header], [new])
-        except OSError as error:
+                socket.send_fds(self.socket, [packet], [new])
+        except ConnectionError as error:
             raise ConnectionError(f"the other side has ended: {error}") from error
-
-
-def _let_go(index: int, kept: set[int], done: deque[int]) -> None:
-    """Note that a block was read. This is no method, so that results do not hold a connection."""
-    kept.discard(index)
-    done.append(index)
 
 
 def _tensor_at(memory: Any, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -42,9 +42,9 @@ from .._torch import fingerprint
 from . import shared_memory
 from .faults import compute, kill_own_process
 from .live import Ambient
-from .shared_memory import Connection, Pickled
+from .shared_memory import Blocks, Connection, Pickled
 
-READY, MODULE, LOADED, JOB, RESULT, ALIVE = range(6)  # kinds of messages
+READY, MODULE, LOADED, PART, RESULT, ALIVE = range(6)  # kinds of messages
 # Bounds in seconds, not tuned: to import the packages of a server, to wait behind some hundred
 # earlier requests to it, and between two looks whether its caller has ended.
 _IMPORT_SECONDS, _SEND_SECONDS, _LOOK_SECONDS = 120, 10.0, 2.0
@@ -189,7 +189,7 @@ def _work(server: int, sock: int, program: int, others: Iterable[int]) -> None:
             with open(program, "rb") as file:
                 preparation, worker = pickle.load(file)
             spawn.prepare(preparation)
-            worker.run(Connection(socket.socket(fileno=sock)))
+            worker.run(Connection(socket.socket(fileno=sock), Blocks()))
             code = 0
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
@@ -221,7 +221,7 @@ class _Program(NamedTuple):
         threading.Thread(target=self.watch, args=(connection,), daemon=True).start()
         set_up(self.threads, self.seed)
         gc.freeze()  # the objects that exist now stay: no collection needs to look at them
-        modules = LoadedModules(self.device, Pickled)
+        modules = LoadedModules(self.device, lambda value: Pickled(value, connection.blocks))
         with contextlib.suppress(ConnectionError):
             connection.send(READY, os.getpid())
             while message := connection.receive():
@@ -263,22 +263,22 @@ def _import_main(preparation: dict[str, Any]) -> None:
 
 # An exception in words, and itself with its traceback; as a RuntimeError if it cannot travel.
 _Failure = tuple[str, Exception]
-# The heads of jobs are mostly the same. Pickling one takes 10 us, and so does reading it.
+# The heads of parts are mostly the same. Pickling one takes 10 us, and so does reading it.
 _dumps = functools.lru_cache(maxsize=64)(pickle.dumps)
 _loads = functools.lru_cache(maxsize=64)(pickle.loads)
 
 
 class PackedModule(NamedTuple):
-    """The module of a request: the data that all its jobs share."""
+    """The module of a request: the data that all its parts share."""
 
     number: int  # the number of the module in its present state
     package: Any  # the module, as it is sent
     alive: frozenset[int]  # the numbers of all modules that may still be needed
     head: bytes  # the pickle of number, alive and the caller's modes
 
-    def contents(self, job: Any) -> tuple[Any, ...]:
-        """Return the contents of a job, which :meth:`LoadedModules.call` reads."""
-        return self.head, job.fault, job.request.task.payload(job.units)
+    def contents(self, part: Any) -> tuple[Any, ...]:
+        """Return the contents of a part, which :meth:`LoadedModules.call` reads."""
+        return self.head, part.fault, part.request.task.payload(part.units)
 
 
 class ModuleStore:
@@ -352,7 +352,7 @@ class LoadedModules:
                 self._modules[number] = _failure(error)
 
     def call(self, read: Callable[[], Any]) -> Any:
-        """Do a :meth:`PackedModule.job`; return, packed, whether it succeeded, and its result."""
+        """Do a :meth:`PackedModule.part`; return, packed, whether it succeeded, and its result."""
         try:
             head, fault, arguments = read()
             number, alive, ambient = _loads(head)

@@ -104,3 +104,9 @@ def test_starting_warns_of_rows_that_depend_on_each_other(make, caplog):
         ):
             pool.start(module, rows, timeout=2 * WAIT)
             assert f"rows depend on each other was not checked: {why}" in caplog.text
+
+
+def test_pools_of_several_types_of_devices_are_mixed():
+    for devices, mixed in ((["cpu"], False), (["cpu", "cuda:0"], True)):
+        with ProcessWorkers(2, devices=devices) as pool:
+            assert pool.mixed == FaultyWorkers(pool).mixed == mixed

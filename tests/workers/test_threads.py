@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from coded_torch.table import Failure
 from coded_torch.testing.helpers import WAIT, Gated, until
 from coded_torch.testing.workers import WorkersTests, numbered, task_of
 from coded_torch.workers import Part, Task
@@ -47,19 +48,21 @@ class Threads(Dispatcher):
         for place in range(size):
             self.add(Worker(place))
 
-    def send(self, worker: Worker, job: Part) -> None:
-        self._executor.submit(self._compute, worker, job)
+    def send(self, worker: Worker, part: Part) -> None:
+        self._executor.submit(self._compute, worker, part)
 
-    def _compute(self, worker: Worker, job: Part) -> None:
-        task = job.request.task
+    def _compute(self, worker: Worker, part: Part) -> None:
+        task = part.request.task
         try:
-            with job.request.ambient.restored(task.device):
-                value = compute(job.request.module, task.payload(job.units, copied=True), job.fault)
+            with part.request.ambient.restored(task.device):
+                value = compute(
+                    part.request.module, task.payload(part.units, copied=True), part.fault
+                )
         except BaseException as cause:
             reason = f"failed: {type(cause).__name__}: {cause}"
-            self.settle(worker, job.ticket, None, reason, "raised", cause)
+            self.settle(worker, part, Failure(reason, "raised", cause))
         else:
-            self.settle(worker, job.ticket, value)
+            self.settle(worker, part, value)
 
     def close(self) -> None:
         self.stop()
@@ -94,7 +97,7 @@ def test_a_place_that_is_given_up_while_the_pool_starts_is_not_missing(tmp_path)
         assert request.wait(WAIT).worker == 0
         starting = threading.Thread(target=pool.start, args=(nn.Identity(), ONE), daemon=True)
         starting.start()
-        until(lambda: pool._queue._jobs)
+        until(lambda: pool._queue._parts)
         pool.drain(0)
         starting.join(WAIT)
         assert not starting.is_alive()
