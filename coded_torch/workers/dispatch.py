@@ -292,8 +292,7 @@ class Dispatcher(abc.ABC):
 
     def _assign(self) -> None:
         with self.lock:
-            if self.served is not None:
-                self.recover()
+            self.recover()
             while (worker := self._begin()) is not None:
                 part = worker.part
                 try:

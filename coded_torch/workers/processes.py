@@ -35,7 +35,7 @@ _DYING_SECONDS = 0.5
 # The share of a processor above which a process is alive. A hung one uses .4 %, by its thread that
 # waits for Python's global lock; compiled code uses 6 % of a processor that 16 processes share.
 _BUSY = 0.02
-# Seconds between two looks of the pool's own thread while calls come and go, and of a thread that
+# Seconds between two looks of the pool's own thread while another one leads, and of a thread that
 # waits while another one leads, in case that one was interrupted. Not tuned.
 _PARKED_SECONDS, _LOOK_SECONDS = 0.05, 0.1
 _ONE = struct.pack("Q", 1)  # what an eventfd takes
@@ -159,7 +159,6 @@ class _Processes(Supervisor):
     kind = "processes"
     _leader: LiveRequest | None = None
     _thread = 0  # of the leader
-    _num_leads = _num_seen = 0  # the number of times that a thread led, now and at the last look
 
     def __init__(self, size: int, limits: Limits, devices: Sequence[Any], threads: int) -> None:
         super().__init__(size, limits)
@@ -222,90 +221,95 @@ class _Processes(Supervisor):
         part.content = None
 
     def end(self, worker: _Process) -> str | None:
-        if not (gone := worker.gone):
+        self._ignore(worker)
+        if not worker.gone:
             worker.exit_code(0.0)  # to learn its process id
             worker.kill()
-        how = self._bury(worker, _DYING_SECONDS if gone or worker.pid else 0.0)
-        return how if gone else None
+        code = worker.exit_code(_DYING_SECONDS if worker.gone or worker.pid else 0.0)
+        if code is None:
+            worker.kill()  # the process may live, but it has closed its connection
+        worker.connection.close()
+        os.close(worker.descriptor)
+        if not worker.gone:
+            return None
+        if code is None and worker.pid:
+            return "closed its connection, and was killed"
+        if code is None:
+            # Once for all workers of that server, unless the pool is closed.
+            if not (self.closed or worker.packages & worker_main.REFUSED):
+                worker_main.REFUSED.update(worker.packages)
+                worker_main.replace_servers()
+            return "was not forked, as its server ended, or has threads or CUDA"
+        if code < 0:
+            names = {each.value: each.name for each in signal.Signals}  # not of all real-time ones
+            return f"was killed by {names.get(-code, f'signal {-code}')}"
+        up = "" if worker.ready or worker.modules else " before it was up; its output says why"
+        return f"ended with exit code {code}{up}"
 
     # Waiting.
 
     def notify(self, request: LiveRequest) -> None:
-        with self.lock:
-            if request is not self._leader:
-                super().notify(request)
-            elif threading.get_ident() != self._thread:
-                _ring(self._poke)
+        super().notify(request)
+        if request is self._leader and threading.get_ident() != self._thread:
+            self.ring("_poke")
 
     def wait_for(self, request: LiveRequest, seconds: float) -> None:
         leads, end = False, time.monotonic() + seconds
         try:
             with self.lock:
-                if self.served is not None:
-                    self.recover()
-                if request.is_notified():
-                    return
-                if self.closed or (self._leader is not None and not self._leader.closed):
-                    self._followers[request] = None
+                self.recover()
+                if leads := not (self.closed or self._is_led):
+                    self._thread, self._leader = threading.get_ident(), request
                 else:
-                    leads, self._thread = True, threading.get_ident()
-                    self._num_leads += 1
-                    self._leader = request
+                    self._followers[request] = None
             if not leads:
-                request.bell.acquire(timeout=min(seconds, _LOOK_SECONDS))
-            while leads and not request.is_notified():
-                if (left := end - time.monotonic()) <= 0:
-                    return
-                self._handle(self._epoll.poll(min(left, LONGEST_WAIT)), True)
+                super().wait_for(request, min(seconds, _LOOK_SECONDS))
+            while leads and not request.is_notified() and (left := end - time.monotonic()) > 0:
+                self._handle(self._epoll.poll(min(left, LONGEST_WAIT)), leads)
         finally:
             if self._leader is request:
                 self._leader = None
             self._followers.pop(request, None)
-            if leads:
-                self._have_another_lead()
+            if self._leader is None and (waiting := [*self._followers]):
+                self.notify(waiting[0])  # it leads, or else it has another one lead
 
-    def _have_another_lead(self) -> None:
-        with self.lock:
-            waiting = (x for x in self._followers if not x.is_notified())
-            if self._leader is None and (follower := next(waiting, None)) is not None:
-                super().notify(follower)
+    @property
+    def _is_led(self) -> bool:
+        return (leader := self._leader) is not None and not leader.closed
 
     def wait(self, seconds: float) -> None:
-        # While calls come and go, their threads are left alone.
-        busy = self._leader is not None or self._num_leads != self._num_seen
-        self._num_seen = self._num_leads
-        self._poll.modify(self._epoll, 0 if busy else select.POLLIN)
-        self._poll.poll(1e3 * (min(seconds, _PARKED_SECONDS) if busy else seconds))
+        led = self._is_led  # then the leader is left alone
+        self._poll.modify(self._epoll, 0 if led else select.POLLIN)
+        self._poll.poll(1e3 * (min(seconds, _PARKED_SECONDS) if led else seconds))
         self._bell.read(8)
-        if self._leader is None:
+        if not self._is_led:
             self._assign()  # recovers from an interrupt
             self._handle(self._epoll.poll(0))
 
-    def ring(self) -> None:
-        with contextlib.suppress(AttributeError):  # nothing hears it before the thread starts
-            _ring(self._bell)
+    def ring(self, bell: str = "_bell") -> None:
+        # It is not there before the thread starts, and closed after its end.
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            getattr(self, bell).write(_ONE)
 
     def let_go(self) -> None:
         until = time.monotonic() + _DYING_SECONDS
-        while self._leader is not None and time.monotonic() < until:  # it was notified
+        while self._is_led and time.monotonic() < until:  # the leader was notified
             time.sleep(1e-3)
         self._blocks = Blocks()
-        self._epoll.close()
-        self._poke.close()
-        self._bell.close()
+        for each in (self._epoll, self._poke, self._bell):
+            each.close()
 
     # Messages.
 
     def _handle(self, events: list[tuple[int, int]], leads: bool = False) -> None:
         for descriptor, _ in events:
             with self.lock:
-                if self.served is not None:
-                    self.recover()
+                self.recover()
                 if (worker := self._heard.get(descriptor)) is not None:
                     self.served = worker
                     self._hear(worker)
                     self.served = None
-                elif leads or self._leader is None:  # else the leader is meant
+                elif leads or not self._is_led:  # else the leader is meant
                     self._poke.read(8)
 
     def _hear(self, worker: _Process) -> None:
@@ -324,7 +328,7 @@ class _Processes(Supervisor):
                 worker.look()
             elif message.kind == worker_main.RESULT:
                 part = worker.part if message.number == worker.number else None
-                self.take(worker, part, message.value)
+                self.settle(worker, part, (worker, message.value))
         except BlockingIOError:
             pass  # another thread has heard it
         except (OSError, LookupError, ValueError, struct.error) as error:  # it may send anything
@@ -332,15 +336,22 @@ class _Processes(Supervisor):
             self._doom(worker, f"was killed, as nothing could be exchanged with it: {what}")
 
     def recover(self) -> None:
-        self._doom(self.served, "was ended, as an interrupt came while it was served")
-        self.served = None
+        if self.served is not None:
+            self._doom(self.served, "was ended, as an interrupt came while it was served")
+            self.served = None
 
     def _doom(self, worker: _Process, why: str) -> None:
-        """Have the pool's own thread end a worker, which nobody hears any more."""
+        """Have the pool's own thread end a worker."""
         worker.unwanted = worker.unwanted or why
-        with contextlib.suppress(OSError, ValueError):
-            self._epoll.unregister(worker.connection.socket)
+        self._ignore(worker)
         self.wake()
+
+    def _ignore(self, worker: _Process) -> None:
+        """Hear a worker no more."""
+        with self.lock:
+            with contextlib.suppress(OSError, ValueError):  # nothing does
+                self._epoll.unregister(worker.connection.socket)
+            self._heard.pop(worker.connection.socket.fileno(), None)
 
     def _welcome(self, worker: _Process) -> None:
         """Have a new process load the last module, which will probably be wanted, first."""
@@ -352,37 +363,6 @@ class _Processes(Supervisor):
         worker.modules, worker.since = frozenset([number]), time.monotonic()
         with contextlib.suppress(ConnectionError):  # the process has died, which is heard next
             worker.connection.send_package(worker_main.MODULE, number, package)
-
-    def _bury(self, worker: _Process, seconds: float) -> str:
-        """Release a process that ends, and return how it ended."""
-        with self.lock:
-            self._heard.pop(worker.connection.socket.fileno(), None)
-            with contextlib.suppress(OSError, ValueError):  # it is not there
-                self._epoll.unregister(worker.connection.socket)
-        code = worker.exit_code(seconds)
-        if code is None:
-            worker.kill()  # the process may live, but it has closed its connection
-        worker.connection.close()
-        os.close(worker.descriptor)
-        if code is None and worker.pid:
-            return "closed its connection, and was killed"
-        if code is None:
-            # Once for all workers of that server, unless this pool ended this one.
-            ended = self.closed or not worker.gone
-            if not (ended or worker.packages & worker_main.REFUSED):
-                worker_main.REFUSED.update(worker.packages)
-                worker_main.replace_servers()
-            return "was not forked, as its server ended, or has threads or CUDA"
-        if code < 0:
-            names = {each.value: each.name for each in signal.Signals}  # not of all real-time ones
-            return f"was killed by {names.get(-code, f'signal {-code}')}"
-        up = "" if worker.ready or worker.modules else " before it was up; its output says why"
-        return f"ended with exit code {code}{up}"
-
-
-def _ring(bell: Any) -> None:
-    with contextlib.suppress(OSError, ValueError):  # it is closed
-        bell.write(_ONE)
 
 
 def _packages_of(module: nn.Module) -> set[str]:

@@ -149,7 +149,7 @@ class _Actors(Supervisor):
             lines = str(error).strip().splitlines()
             self.lost(worker, f"has ended: {' ... '.join(dict.fromkeys((lines[0], lines[-1])))}")
         elif part is not None:
-            self.take(worker, part, future.result)
+            self.settle(worker, part, (worker, future.result))
         elif error is not None:
             self.lost(worker, f"did not come up: {error}")
         elif worker in self._workers:

@@ -15,6 +15,7 @@ import fcntl
 import functools
 import importlib
 import io
+import itertools
 import math
 import mmap
 import os
@@ -22,7 +23,6 @@ import pickle
 import socket
 import struct
 import sys
-import threading
 import weakref
 from array import array
 from collections.abc import Callable
@@ -32,59 +32,64 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Kind, number, bytes of the pickle, its slot or -1, bits of the slots that were read, block is new.
-_HEADER = struct.Struct("<qqqqQq")
+# Kind, number, bytes of the pickle, its block or -1, that block is new, and how many numbers of
+# blocks follow, which nobody reads any more.
+_HEADER = struct.Struct("<6q")
 _ROOM = socket.CMSG_SPACE(array("i").itemsize)  # bytes for one descriptor
 _TRUNCATED = int(socket.MSG_CTRUNC)  # an enumeration would take microseconds for "&"
 _ALIGNMENT = 64  # bytes of a cache line
-_SLOTS = 64  # blocks that a receiver maps at a time: bits of a header
 # Blocks of a connection that received tensors may keep, each with a descriptor and a mapping, at
 # most 64. Tensors of further messages are copied. Not tuned: callers hold results of a few calls.
 _MOST_KEPT = 8
 # Bytes up to which a tensor is a part of the pickle, if NumPy knows its dtype, and up to which a
 # pickle follows its header: a few copies take about as long as to look after a block.
 _TINY, _SHORT = 1 << 14, 1 << 16
+_MOST_PACKET = _SHORT + (1 << 12)  # bytes of a packet
 _NUMPY = {"float32", "float64", "float16", "int32", "int64", "uint8", "bool"}
-# Bytes up to which a received tensor is copied, as a view would keep a whole block. Copying 64 KiB
-# takes about 5 us, as long as making a view.
-_SMALL = 1 << 16
 _LEAST = 1 << 16  # bytes of a block; a smaller one would save only pages
-# Blocks that wait for a message, and their bytes, of which a receiver maps no more: enough for the
+# Blocks that wait for a message, or that a receiver maps, and their bytes, at most: enough for the
 # parts of eight calls in flight. Not tuned.
-_MOST_FREE, _MOST_BYTES = 48, 1 << 27
+_MOST_BLOCKS, _MOST_BYTES = 48, 1 << 27
+_numbers = itertools.count()
 
 
 class Block:
     """Shared memory that keeps its size."""
 
     def __init__(self, size: int) -> None:
-        # Rounded up, so that there is room for a somewhat larger message, too.
-        self.size = max(_LEAST, 1 << (size - 1).bit_length())
-        self.descriptor = _anonymous_file(self.size)
+        self.number, self.descriptor = next(_numbers), _anonymous_file(size)
         weakref.finalize(self, os.close, self.descriptor).atexit = False
         self.memory = mmap.mmap(self.descriptor, 0)
+
+    def __len__(self) -> int:
+        return len(self.memory)
 
 
 class Blocks:
     """Blocks that nobody reads. Any thread may take and give them."""
 
     def __init__(self) -> None:
-        self._free: list[Block] = []
-        self._lock = threading.Lock()
+        self._free: dict[int, Block] = {}
 
     def take(self, size: int) -> Block:
-        with self._lock:
-            for block in reversed(self._free):  # the last one may still be in a cache
-                if size <= block.size <= 4 * max(size, _LEAST):
-                    self._free.remove(block)
-                    return block
+        # Rounded up, so that there is room for a somewhat larger message, too.
+        size = max(_LEAST, 1 << (size - 1).bit_length())
+        for block in reversed([*self._free.values()]):  # the last one may still be in a cache
+            if len(block) == size and self._free.pop(block.number, None):
+                return block
         return Block(size)
 
     def give(self, block: Block) -> None:
-        with self._lock:
-            self._free.append(block)
-            while len(self._free) > _MOST_FREE or sum(x.size for x in self._free) > _MOST_BYTES:
-                del self._free[0]
+        _keep(self._free, block.number, block)
+
+
+def _keep(blocks: dict[int, Any], number: int, block: Any) -> None:
+    """Add a block, and remove the oldest ones that are too many. Both sides of a message do so."""
+    blocks[number] = block
+    for oldest in [*blocks][:-1]:
+        if len(blocks) <= _MOST_BLOCKS and sum(map(len, [*blocks.values()])) <= _MOST_BYTES:
+            break
+        blocks.pop(oldest, None)
 
 
 #: The dtype, the shape, and the bytes of a tensor, or where they lie behind the pickle.
@@ -165,11 +170,11 @@ def import_main() -> None:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads a :class:`Pickled`. Tensors of up to ``copy`` bytes are copied, others are views."""
+    """Reads a :class:`Pickled`. Tensors behind the pickle are views of the memory."""
 
-    def __init__(self, memory: memoryview, length: int, copy: int = 0) -> None:
+    def __init__(self, memory: memoryview, length: int) -> None:
         super().__init__(io.BytesIO(memory[:length]))
-        self._memory, self._start, self._copy = memory, _aligned(length), copy
+        self._memory, self._start = memory, _aligned(length)
         self._read: dict[int, Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -190,9 +195,8 @@ class _Unpickler(pickle.Unpickler):
                 values = np.frombuffer(where, dtype).reshape(shape)
                 tensor = torch.tensor(values, device="cpu")  # whatever the default device is
             else:
-                start = self._start + where
-                tensor = _tensor_at(self._memory, start, getattr(torch, dtype), shape)
-                tensor = tensor.clone() if tensor.nbytes <= self._copy else tensor
+                kind = getattr(torch, dtype)
+                tensor = _tensor_at(self._memory, self._start + where, kind, shape)
             self._read[id(place)] = tensor
         return tensor
 
@@ -221,10 +225,10 @@ class Connection:
 
     def __init__(self, sock: socket.socket, blocks: Blocks) -> None:
         self.socket, self.blocks = sock, blocks
-        self._slots: dict[int, Block] = {}  # the blocks that the other side maps
-        self._lent: set[int] = set()  # slots that the other side reads
-        self._known: dict[int, mmap.mmap] = {}  # blocks of the other side, by slot
-        # What holds the memory of its messages, by slot. No finalizer tells that nothing does any
+        self._sent: dict[int, Block] = {}  # those that the other side maps, by number
+        self._lent: dict[int, Block] = {}  # those that the other side reads
+        self._known: dict[int, mmap.mmap] = {}  # blocks of the other side
+        # What holds the memory of its messages, by block. No finalizer tells that nothing does any
         # more, because an interrupt that comes there is lost.
         self._read: dict[int, Callable[[], Any]] = {}
 
@@ -236,17 +240,11 @@ class Connection:
         if pickled is None or (block := pickled.block) is None:
             self._write(kind, number, -1, pickled.body if pickled else b"")
             return
-        free = [slot for slot in range(_SLOTS) if slot not in self._lent]
-        slot = next((slot for slot in free if self._slots.get(slot) is block), None)
-        new = slot is None
-        if slot is None:  # one that maps no block or, if much is mapped, the largest
-            sizes = {each: self._slots[each].size for each in free if each in self._slots}
-            full = sum(x.size for x in self._slots.values()) + block.size > _MOST_BYTES
-            empty = [each for each in free if each not in sizes]
-            slot = max(sizes, key=sizes.__getitem__) if sizes and (full or not empty) else empty[0]
-            self._slots[slot] = block
-        self._lent.add(slot)
-        self._write(kind, number, slot, b"", pickled.length, block.descriptor if new else -1)
+        self._lent[block.number], new = block, block.number not in self._sent
+        if new:
+            _keep(self._sent, block.number, block)
+        descriptor = block.descriptor if new else -1
+        self._write(kind, number, block.number, b"", pickled.length, descriptor)
 
     def send_package(self, kind: int, number: int, package: Package) -> None:
         """Send a package. The receiver maps its memory, and copies the pages that it changes."""
@@ -260,53 +258,51 @@ class Connection:
     def receive(self) -> Message | None:
         """Return the next message; None if the other side has ended, an OSError as by `send`."""
         try:
-            data, extra, flags, _ = self.socket.recvmsg(_HEADER.size + _SHORT, _ROOM)
+            data, extra, flags, _ = self.socket.recvmsg(_MOST_PACKET, _ROOM)
         except ConnectionError:
             return None
         if not data:
             return None
         descriptors = array("i", extra[0][2] if extra else b"")
-        kind, number, length, slot, read, new = _HEADER.unpack_from(data)
-        for done in range(read.bit_length()):
-            if read >> done & 1:
-                self._lent.remove(done)
-                self.blocks.give(self._slots[done])
+        kind, number, length, block, new, read = _HEADER.unpack_from(data)
+        begin = _HEADER.size + 8 * read
+        for each in array("q", data[_HEADER.size : begin]):
+            self.blocks.give(self._lent.pop(each))
         if flags & _TRUNCATED or len(descriptors) < new:
             # The kernel drops a descriptor that is one too many for this process.
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        memory, copy = memoryview(b""), sys.maxsize
+        memory = memoryview(data)[begin:]
         if new:
-            access = mmap.ACCESS_WRITE if slot >= 0 else mmap.ACCESS_COPY
+            access = mmap.ACCESS_WRITE if block >= 0 else mmap.ACCESS_COPY
             with open(descriptors[0], "rb"):  # closes it
                 _seal(descriptors[0])
-                self._known[slot] = mmap.mmap(descriptors[0], 0, access=access)
-        if new and slot < 0:  # a package
-            memory, copy = memoryview(self._known.pop(slot)), 0
-        elif slot >= 0:
-            memory = memoryview(self._known[slot])
-            self._read[slot], copy = weakref.ref(memory), _SMALL
+                mapped = mmap.mmap(descriptors[0], 0, access=access)
+            if block >= 0:
+                _keep(self._known, block, mapped)
+            memory = memoryview(mapped)
+        if block >= 0:
+            memory = memoryview(self._known[block])
+            self._read[block] = weakref.ref(memory)
             if sum(holder() is not None for holder in self._read.values()) > _MOST_KEPT:
-                memory, copy = memoryview(bytearray(memory)), sys.maxsize
-        else:
-            memory = memoryview(data)[_HEADER.size :]
+                memory = memoryview(bytearray(memory))
         if not 0 <= length <= len(memory):
             raise ValueError(f"a message of {length} bytes came in {len(memory)}")
-        return Message(kind, number, _Unpickler(memory, length, copy).load)
+        return Message(kind, number, _Unpickler(memory, length).load)
 
     def close(self) -> None:
         """Release the connection, and all memory that nobody reads."""
         self.socket.close()
-        self._slots, self._known = {}, {}
+        self._sent, self._lent, self._known = {}, {}, {}
 
     def _write(
-        self, kind: int, number: int, slot: int, body: bytes, length: int = 0, new: int = -1
+        self, kind: int, number: int, block: int, body: bytes, length: int = 0, new: int = -1
     ) -> None:
-        read = 0
-        for each in [each for each, holder in self._read.items() if holder() is None]:
-            read |= 1 << each
+        read = array("q", [each for each, holder in self._read.items() if holder() is None])
+        for each in read:
             del self._read[each]
         length += len(body)
-        packet = _HEADER.pack(kind, number, length, slot, read, new >= 0) + body
+        header = _HEADER.pack(kind, number, length, block, new >= 0, len(read))
+        packet = header + read.tobytes() + body
         try:
             if new < 0:
                 self.socket.send(packet)

@@ -8,7 +8,6 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
@@ -170,13 +169,6 @@ class Supervisor(Dispatcher):
             used |= {number} if part is not None or worker.since > recent else set()
             loading |= {number} if part is not None and worker.fresh else set()
         return module.number not in loading or used.isdisjoint(module.alive - {module.number})
-
-    def take(self, worker: Any, part: Part | None, read: Callable[[], tuple[bool, Any]]) -> None:
-        """Take the result of a part, of which ``read`` returns whether it succeeded, and a value.
-
-        The thread that has asked for the part reads it.
-        """
-        self.settle(worker, part, (worker, read))
 
     def lost(self, worker: Any, reason: str) -> None:
         """Note that a worker has ended, or end it; ``reason`` continues its name."""

@@ -54,7 +54,7 @@ def test_memory_that_refuses_the_seals_is_not_read(ends, kind, tmp_path):
     descriptor = os.open(tmp_path / "file", flags) if is_file else os.memfd_create("coded_torch")
     before = len(os.listdir("/proc/self/fd"))
     os.ftruncate(descriptor, 1 << 16)
-    socket.send_fds(one.socket, [_HEADER.pack(0, 0, 100, 0, 0, 1)], [descriptor])
+    socket.send_fds(one.socket, [_HEADER.pack(0, 0, 100, 0, 1, 0)], [descriptor])
     with pytest.raises(OSError, match=r"Operation not permitted|Invalid argument"):
         other.receive()
     assert len(os.listdir("/proc/self/fd")) == before
@@ -64,9 +64,10 @@ def test_memory_that_refuses_the_seals_is_not_read(ends, kind, tmp_path):
 @pytest.mark.parametrize("length", [-1, (1 << 16) + 1, 1 << 62])
 def test_a_message_longer_than_its_memory_is_not_read(ends, length):
     one, other = ends
-    one.send(0, 0, Pickled(torch.arange(5_000), one.blocks))
+    packed = Pickled(torch.arange(5_000), one.blocks)
+    one.send(0, 0, packed)
     other.receive()
-    one.socket.send(_HEADER.pack(0, 1, length, 0, 0, 0))
+    one.socket.send(_HEADER.pack(0, 1, length, packed.block.number, 0, 0))
     with pytest.raises(ValueError, match=f"a message of {length} bytes came in 65536"):
         other.receive()
     one.socket.send(_HEADER.pack(0, 1, length, -1, 0, 0) + bytes(8))

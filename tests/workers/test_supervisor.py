@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +101,11 @@ class Asking(SupervisedRequest):
         self.ask(parts)
 
 
+def answer(supervisor: Supervisor, worker: WatchedWorker, value: Any, part: Any = None) -> None:
+    """Report the result of a worker's part or, as it comes late, of an earlier one."""
+    supervisor.settle(worker, part or worker.part, (worker, lambda: (True, value)))
+
+
 def events(request: Asking) -> list[Began | Reply]:
     return list(iter(lambda: request.wait(0.0), None))
 
@@ -159,7 +165,7 @@ class Script:
             for other in alive:
                 part = other.sent[0] if other.sent else Part(0, (0,))
                 if other.part is not part:
-                    supervisor.take(other, part, lambda: (True, "stale"))
+                    answer(supervisor, other, "stale", part)
         elif act == "die" and worker:
             worker.ended = True
             supervisor.lost(worker, "died")
@@ -185,7 +191,7 @@ class Script:
         part = worker.part
         assert part is not None
         value = part.request, part
-        self.supervisor.take(worker, part, lambda: (True, value))
+        answer(self.supervisor, worker, value, part)
 
     def check(self) -> None:
         """Every event is that of its own part, no part is lost, and no worker is idle or extra."""
@@ -302,7 +308,11 @@ def test_the_grace_of_rows_grows_whenever_their_worker_was_ended():
     request.more(1)
     request.close()
     Asking(supervisor, 1)  # of another request
-    supervisor.take(supervisor.launched[-1], supervisor.launched[-1].part, lambda: (True, 0))
+    supervisor.settle(
+        supervisor.launched[-1],
+        supervisor.launched[-1].part,
+        (supervisor.launched[-1], lambda: (True, 0)),
+    )
     pass_time(supervisor, GRACE)
     assert supervisor.launched[-2].ended
 
@@ -311,7 +321,7 @@ def test_a_module_is_loaded_by_one_worker_at_a_time_while_another_one_has_calls(
     supervisor, alive = started(4), frozenset({0, 1})
     first = Asking(supervisor, 4)
     for worker in supervisor.launched:
-        supervisor.take(worker, worker.part, lambda: (True, 0))
+        answer(supervisor, worker, 0)
     first.module = PackedModule(0, None, alive, b"")
     second = Asking(supervisor, 0)
     second.module = PackedModule(1, None, alive, b"")
@@ -324,12 +334,14 @@ def test_a_module_is_loaded_by_one_worker_at_a_time_while_another_one_has_calls(
     first.more(3)
     assert supervisor.num_idle == 0
     for worker in set(supervisor.launched) - {loader}:
-        supervisor.take(worker, worker.part, lambda: (True, 0))
+        answer(supervisor, worker, 0)
     assert loading() == [loader]
     supervisor.loaded(loader)
     (another,) = loading()
     assert another is not loader
-    supervisor.take(another, another.part, lambda: (True, 0))  # loading is not reported
+    supervisor.settle(
+        another, another.part, (another, lambda: (True, 0))
+    )  # loading is not reported
     assert another.part.request is second
     assert len(loading()) == 1
     supervisor.clock.now += 10.0  # nobody calls the first module any more
@@ -386,7 +398,7 @@ def test_workers_that_do_not_come_up_are_tried_less_and_less_often_and_what_wait
     another = Asking(supervisor, 1)
     assert "ended before it was up" not in supervisor.status(another)
     last = supervisor.launched[-1]
-    supervisor.take(last, last.part, lambda: (True, "up again"))
+    answer(supervisor, last, "up again")
     assert replies(another)[0].value == "up again"
 
 
@@ -447,12 +459,12 @@ def test_only_workers_that_are_at_an_interrupted_request_are_ended():
     interrupted.more(1)  # waits
     first, second, third = supervisor.launched
     interrupted.interrupt(abandon=True)  # in another thread: its own has still to close it
-    supervisor.take(first, first.part, lambda: (True, "done meanwhile"))
+    answer(supervisor, first, "done meanwhile")
     assert first.idle
     interrupted.abandon()
     supervisor.tend()
     assert [worker.ended for worker in (first, second, third)] == [False, True, False]
-    supervisor.take(third, third.part, lambda: (True, "good"))
+    answer(supervisor, third, "good")
     assert [reply.value for reply in replies(other)] == ["good"]
 
 
