@@ -16,8 +16,6 @@ import threading
 import time
 import types
 from collections.abc import Sequence
-from multiprocessing import forkserver
-from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -108,25 +106,14 @@ class ProcessWorkers(SupervisedWorkers):
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class _Process(WatchedWorker):
-    """A process, the connection to it, and the descriptor on which the server tells its end."""
+    """A process and the connection to it, by which its server tells its end, too."""
 
     connection: Connection
-    descriptor: int
     packages: frozenset[str]  #: the packages that its server has imported
     number = 0  #: the number of its last part
     used = 0.0  #: seconds of processor time of all its threads, at the last look
-    gone = False  #: true if it has closed the connection
-    _forked = False  # true if the server has told its process id
-
-    def exit_code(self, seconds: float) -> int | None:
-        """Return the exit code, if the server tells it within some seconds."""
-        with contextlib.suppress(EOFError):  # the server has ended
-            while wait([self.descriptor], seconds):
-                number: int = forkserver.read_signed(self.descriptor)
-                if self._forked:
-                    return number
-                self.pid, self._forked = number, True
-        return None
+    gone = False  #: true if it has ended
+    code: int | None = None  #: the exit code, if its server has told it
 
     def look(self) -> None:
         with contextlib.suppress(OSError):  # the process has ended
@@ -134,11 +121,6 @@ class _Process(WatchedWorker):
             if used - self.used > _BUSY * (time.monotonic() - max(self.since, self.life)):
                 self.life = time.monotonic()
             self.used = used
-
-    def kill(self) -> None:
-        if self.pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
 
     def __str__(self) -> str:
         return f"process {self.pid}" if self.pid else f"process {self.index} of the pool"
@@ -194,10 +176,9 @@ class _Processes(Supervisor):
             on_error.enter_context(ours)
             ours.setblocking(False)
             options = device, self._threads, self.seed(), self.beat
-            descriptor = worker_main.fork(theirs, packages, *options)
+            worker_main.fork(theirs, packages, *options)
             on_error.pop_all()
-        link = Connection(ours, self._blocks)
-        return _Process(index, connection=link, descriptor=descriptor, packages=packages)
+        return _Process(index, connection=Connection(ours, self._blocks), packages=packages)
 
     def add(self, worker: Any, ready: bool = True) -> None:
         super().add(worker, ready)
@@ -222,18 +203,14 @@ class _Processes(Supervisor):
 
     def end(self, worker: _Process) -> str | None:
         self._ignore(worker)
-        if not worker.gone:
-            worker.exit_code(0.0)  # to learn its process id
-            worker.kill()
-        code = worker.exit_code(_DYING_SECONDS if worker.gone or worker.pid else 0.0)
-        if code is None:
-            worker.kill()  # the process may live, but it has closed its connection
-        worker.connection.close()
-        os.close(worker.descriptor)
+        if worker.pid and not worker.gone:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.pid, signal.SIGKILL)
+        worker.connection.close()  # ends one that is forked later
         if not worker.gone:
             return None
-        if code is None and worker.pid:
-            return "closed its connection, and was killed"
+        if (code := worker.code) is None and worker.pid:
+            return "ended with its server"
         if code is None:
             # Once for all workers of that server, unless the pool is closed.
             if not (self.closed or worker.packages & worker_main.REFUSED):
@@ -315,9 +292,11 @@ class _Processes(Supervisor):
     def _hear(self, worker: _Process) -> None:
         try:
             message = worker.connection.receive()
-            if message is None:
-                worker.gone = True
+            if message is None or message.kind == worker_main.ENDED:
+                worker.gone, worker.code = True, message and message.number
                 self._doom(worker, "has ended")
+            elif message.kind == worker_main.FORKED:
+                worker.pid = message.number
             elif message.kind == worker_main.READY:
                 worker.pid = message.number
                 self._welcome(worker)

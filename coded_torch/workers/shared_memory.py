@@ -250,10 +250,10 @@ class Connection:
         """Send a package. The receiver maps its memory, and copies the pages that it changes."""
         self._write(kind, number, -1, b"", package.length, package.descriptor)
 
-    def beat(self, kind: int) -> None:
-        """Send a kind alone, from any thread, unless the other side has left many unread."""
+    def tell(self, kind: int, number: int = 0) -> None:
+        """Send two numbers, from any thread, unless the other side has left many unread."""
         with contextlib.suppress(OSError):
-            self.socket.send(_HEADER.pack(kind, 0, 0, -1, 0, 0), socket.MSG_DONTWAIT)
+            self.socket.send(_HEADER.pack(kind, number, 0, -1, 0, 0), socket.MSG_DONTWAIT)
 
     def receive(self) -> Message | None:
         """Return the next message; None if the other side has ended, an OSError as by `send`."""

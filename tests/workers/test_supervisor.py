@@ -308,11 +308,7 @@ def test_the_grace_of_rows_grows_whenever_their_worker_was_ended():
     request.more(1)
     request.close()
     Asking(supervisor, 1)  # of another request
-    supervisor.settle(
-        supervisor.launched[-1],
-        supervisor.launched[-1].part,
-        (supervisor.launched[-1], lambda: (True, 0)),
-    )
+    answer(supervisor, supervisor.launched[-1], 0)
     pass_time(supervisor, GRACE)
     assert supervisor.launched[-2].ended
 
@@ -339,9 +335,7 @@ def test_a_module_is_loaded_by_one_worker_at_a_time_while_another_one_has_calls(
     supervisor.loaded(loader)
     (another,) = loading()
     assert another is not loader
-    supervisor.settle(
-        another, another.part, (another, lambda: (True, 0))
-    )  # loading is not reported
+    answer(supervisor, another, 0)  # loading is not reported
     assert another.part.request is second
     assert len(loading()) == 1
     supervisor.clock.now += 10.0  # nobody calls the first module any more
