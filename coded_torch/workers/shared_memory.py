@@ -28,7 +28,6 @@ from array import array
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,11 +40,9 @@ _ALIGNMENT = 64  # bytes of a cache line
 # Blocks of a connection that received tensors may keep, each with a descriptor and a mapping, at
 # most 64. Tensors of further messages are copied. Not tuned: callers hold results of a few calls.
 _MOST_KEPT = 8
-# Bytes up to which a tensor is a part of the pickle, if NumPy knows its dtype, and up to which a
-# pickle follows its header: a few copies take about as long as to look after a block.
-_TINY, _SHORT = 1 << 14, 1 << 16
-_MOST_PACKET = _SHORT + (1 << 12)  # bytes of a packet
-_NUMPY = {"float32", "float64", "float16", "int32", "int64", "uint8", "bool"}
+# Bytes of a message that follow its header: copying them takes about as long as to look after a
+# block. Bytes of a packet, with its header and numbers of blocks.
+_SHORT, _PACKET = 1 << 16, (1 << 16) + (1 << 12)
 _LEAST = 1 << 16  # bytes of a block; a smaller one would save only pages
 # Blocks that wait for a message, or that a receiver maps, and their bytes, at most: enough for the
 # parts of eight calls in flight. Not tuned.
@@ -92,12 +89,8 @@ def _keep(blocks: dict[int, Any], number: int, block: Any) -> None:
         blocks.pop(oldest, None)
 
 
-#: The dtype, the shape, and the bytes of a tensor, or where they lie behind the pickle.
-_Place = tuple[str, tuple[int, ...], bytes | int]
-
-
 class Pickled:
-    """The pickle of an object without its large tensors, which lie behind the pickle in memory.
+    """The pickle of an object without its tensors, which lie behind the pickle in memory.
 
     With ``blocks``, it is ready to be sent: it lies in one of them, unless it is short.
     """
@@ -105,50 +98,42 @@ class Pickled:
     block: Block | None = None
 
     def __init__(self, value: Any, blocks: Blocks | None = None) -> None:
-        self._tensors: dict[int, tuple[Tensor, _Place]] = {}  # by id
-        self._behind = 0  # bytes of the large tensors
+        self._tensors: dict[int, tuple[Tensor, int]] = {}  # tensors by id, with their places
+        self._behind = 0  # bytes of the tensors
         buffer = io.BytesIO()
         pickler = _pickler()(buffer, pickle.HIGHEST_PROTOCOL)
         pickler.persistent_id = self._place
         pickler.dump(value)
-        self.body = buffer.getvalue()
-        if b"__main__" in self.body and _pickler() is pickle.Pickler and is_interactive():
+        self._stream = buffer.getvalue()
+        if b"__main__" in self._stream and _pickler() is pickle.Pickler and is_interactive():
             what = "a class or function of an interactive session cannot be sent by name"
             how = "install cloudpickle, or define it in a file that can be imported"
             raise pickle.PicklingError(f"{what}; {how}")
-        self.length = len(self.body)  # bytes of the pickle
+        self.length = len(self._stream)  # bytes of the pickle
         self.size = _aligned(self.length) + self._behind  # bytes of the pickle and the tensors
-        if blocks is not None and (self._behind or self.length > _SHORT):
-            self.write((block := blocks.take(self.size)).memory)
-            self.block, self.body = block, b""
+        if blocks is not None:
+            self.block = blocks.take(self.size) if self.size > _SHORT else None
+            self.memory = self.block.memory if self.block else bytearray(self.size)
+            self.write(self.memory)
 
     def write(self, memory: Any) -> None:
         """Write pickle and tensors to the beginning of ``memory``, and release the tensors."""
-        memory[: self.length] = self.body
+        memory[: self.length] = self._stream
         start = _aligned(self.length)
-        for tensor, (_, shape, offset) in self._tensors.values():
-            if isinstance(offset, int):
-                place = _tensor_at(memory, start + offset, tensor.dtype, shape)
-                place.copy_(tensor.detach())
+        for tensor, offset in self._tensors.values():
+            place = _tensor_at(memory, start + offset, tensor.dtype, tensor.shape)
+            place.copy_(tensor.detach())
         self._tensors = {}
 
-    def _place(self, obj: Any) -> _Place | None:
-        """Return the place of a plain tensor, also a parameter's; else None."""
-        if type(obj) is not Tensor:
+    def _place(self, obj: Any) -> tuple[str, tuple[int, ...], int] | None:
+        """Return dtype, shape and place of a plain tensor, also a parameter's; else None."""
+        plain = type(obj) is Tensor and obj.layout is torch.strided and not obj.is_quantized
+        if not plain or obj.is_meta or not obj.numel():
             return None
-        if (found := self._tensors.get(id(obj))) is not None:
-            return found[1]
-        if obj.layout is not torch.strided or obj.is_quantized or obj.is_meta or not obj.numel():
-            return None
-        name = str(obj.dtype).removeprefix("torch.")
-        where: bytes | int = self._behind
-        if obj.nbytes <= _TINY and name in _NUMPY and obj.is_cpu and not obj.is_neg():
-            where = obj.detach().numpy().tobytes()
-        else:
+        if id(obj) not in self._tensors:
+            self._tensors[id(obj)] = obj, self._behind
             self._behind += _aligned(obj.nbytes)
-        place = name, tuple(obj.shape), where
-        self._tensors[id(obj)] = obj, place
-        return place
+        return str(obj.dtype).removeprefix("torch."), tuple(obj.shape), self._tensors[id(obj)][1]
 
 
 def is_interactive() -> bool:
@@ -188,17 +173,12 @@ class _Unpickler(pickle.Unpickler):
             how = "move it out of the `if`, to the top level of the script, or into a module"
             raise AttributeError(f"{what}; {how}") from None
 
-    def persistent_load(self, place: _Place) -> Tensor:
-        if (tensor := self._read.get(id(place))) is None:
-            dtype, shape, where = place
-            if isinstance(where, bytes):  # torch copies them to aligned memory
-                values = np.frombuffer(where, dtype).reshape(shape)
-                tensor = torch.tensor(values, device="cpu")  # whatever the default device is
-            else:
-                kind = getattr(torch, dtype)
-                tensor = _tensor_at(self._memory, self._start + where, kind, shape)
-            self._read[id(place)] = tensor
-        return tensor
+    def persistent_load(self, place: tuple[str, tuple[int, ...], int]) -> Tensor:
+        dtype, shape, offset = place
+        if offset not in self._read:
+            kind = getattr(torch, dtype)
+            self._read[offset] = _tensor_at(self._memory, self._start + offset, kind, shape)
+        return self._read[offset]
 
 
 class Package:
@@ -237,18 +217,19 @@ class Connection:
 
         Raises a ConnectionError if the other side has ended, an OSError if memory is short.
         """
-        if pickled is None or (block := pickled.block) is None:
-            self._write(kind, number, -1, pickled.body if pickled else b"")
+        block, memory = (None, b"") if pickled is None else (pickled.block, pickled.memory)
+        length = 0 if pickled is None else pickled.length
+        if block is None:
+            self._write(kind, number, length, body=memory)
             return
         self._lent[block.number], new = block, block.number not in self._sent
         if new:
             _keep(self._sent, block.number, block)
-        descriptor = block.descriptor if new else -1
-        self._write(kind, number, block.number, b"", pickled.length, descriptor)
+        self._write(kind, number, length, block.number, block.descriptor if new else -1)
 
     def send_package(self, kind: int, number: int, package: Package) -> None:
         """Send a package. The receiver maps its memory, and copies the pages that it changes."""
-        self._write(kind, number, -1, b"", package.length, package.descriptor)
+        self._write(kind, number, package.length, new=package.descriptor)
 
     def tell(self, kind: int, number: int = 0) -> None:
         """Send two numbers, from any thread, unless the other side has left many unread."""
@@ -258,7 +239,7 @@ class Connection:
     def receive(self) -> Message | None:
         """Return the next message; None if the other side has ended, an OSError as by `send`."""
         try:
-            data, extra, flags, _ = self.socket.recvmsg(_MOST_PACKET, _ROOM)
+            data, extra, flags, _ = self.socket.recvmsg(_PACKET, _ROOM)
         except ConnectionError:
             return None
         if not data:
@@ -271,7 +252,7 @@ class Connection:
         if flags & _TRUNCATED or len(descriptors) < new:
             # The kernel drops a descriptor that is one too many for this process.
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        memory = memoryview(data)[begin:]
+        memory = memoryview(bytearray(data[begin:]))
         if new:
             access = mmap.ACCESS_WRITE if block >= 0 else mmap.ACCESS_COPY
             with open(descriptors[0], "rb"):  # closes it
@@ -295,14 +276,12 @@ class Connection:
         self._sent, self._lent, self._known = {}, {}, {}
 
     def _write(
-        self, kind: int, number: int, block: int, body: bytes, length: int = 0, new: int = -1
+        self, kind: int, number: int, length: int, block: int = -1, new: int = -1, body: Any = b""
     ) -> None:
         read = array("q", [each for each, holder in self._read.items() if holder() is None])
         for each in read:
             del self._read[each]
-        length += len(body)
-        header = _HEADER.pack(kind, number, length, block, new >= 0, len(read))
-        packet = header + read.tobytes() + body
+        packet = _HEADER.pack(kind, number, length, block, new >= 0, len(read)) + read + body
         try:
             if new < 0:
                 self.socket.send(packet)
