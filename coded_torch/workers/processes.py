@@ -28,14 +28,13 @@ from .live import LiveRequest
 from .shared_memory import Blocks, Connection, Package, Pickled
 from .supervisor import LONGEST_WAIT, Limits, SupervisedWorkers, Supervisor, WatchedWorker
 
-# Seconds that the server may take to say how a process ended, while the pool waits. Not tuned.
-_DYING_SECONDS = 0.5
 # The share of a processor above which a process is alive. A hung one uses .4 %, by its thread that
 # waits for Python's global lock; compiled code uses 6 % of a processor that 16 processes share.
 _BUSY = 0.02
 # Seconds between two looks of the pool's own thread while another one leads, and of a thread that
-# waits while another one leads, in case that one was interrupted. Not tuned.
-_PARKED_SECONDS, _LOOK_SECONDS = 0.05, 0.1
+# waits while another one leads, in case that one was interrupted; and for which a pool that closes
+# waits for the one that leads. Not tuned.
+_PARKED_SECONDS, _LOOK_SECONDS, _LEAVING_SECONDS = 0.05, 0.1, 0.5
 _ONE = struct.pack("Q", 1)  # what an eventfd takes
 
 
@@ -269,7 +268,7 @@ class _Processes(Supervisor):
             getattr(self, bell).write(_ONE)
 
     def let_go(self) -> None:
-        until = time.monotonic() + _DYING_SECONDS
+        until = time.monotonic() + _LEAVING_SECONDS
         while self._is_led and time.monotonic() < until:  # the leader was notified
             time.sleep(1e-3)
         self._blocks = Blocks()
@@ -298,7 +297,6 @@ class _Processes(Supervisor):
             elif message.kind == worker_main.FORKED:
                 worker.pid = message.number
             elif message.kind == worker_main.READY:
-                worker.pid = message.number
                 self._welcome(worker)
             elif message.kind == worker_main.LOADED:
                 self.loaded(worker)

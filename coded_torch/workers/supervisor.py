@@ -285,23 +285,21 @@ class SupervisedRequest(LiveRequest):
     """A request that reads the results of its workers in its own thread."""
 
     def receive(self, reply: Reply) -> None:
-        if reply.error is None:
-            (worker, read), reply.value = reply.value, None
-            try:
-                succeeded, result = read()
-                failure = None
-                if not succeeded:
-                    what, result = result
-                    failure = Failure(f"failed in {worker}: {what}", "raised", result)
-            except Exception as error:  # unpickling may raise anything
-                failure = Failure(f"sent what cannot be read, from {worker}: {error}", "", error)
-            if failure is None:
-                reply.value = result
+        if reply.error is not None:
+            return
+        (worker, read), reply.value = reply.value, None
+        try:
+            succeeded, reply.value = read()
+            if succeeded:
                 super().receive(reply)
-            else:
-                reply.error = WorkerError(reply.part.number, reply.worker, *failure)
-            # The traceback of the cause holds this frame, and so the memory of the result.
-            del read, failure
+                return
+            (what, cause), reply.value = reply.value, None
+            why = f"failed in {worker}: {what}", "raised", cause
+        except Exception as error:  # unpickling may raise anything
+            why = f"sent what cannot be read, from {worker}: {error}", "", error
+        reply.error = WorkerError(reply.part.number, reply.worker, *why)
+        # The traceback of the cause holds this frame, and so the memory of the result.
+        del read, why
 
 
 class SupervisedWorkers(DispatchedWorkers):

@@ -44,7 +44,7 @@ from .faults import compute, kill_own_process
 from .live import Ambient
 from .shared_memory import Blocks, Connection, Pickled
 
-# Kinds of messages. A server sends the first and the last: the process id, and the exit code.
+# Kinds of messages. The first has the process id. The last, which the server sends, the exit code.
 FORKED, READY, MODULE, LOADED, PART, RESULT, ALIVE, ENDED = range(8)
 # Bounds in seconds, not tuned: to import the packages of a server, to wait behind some hundred
 # earlier requests to it, and between two looks whether its caller has ended.
@@ -138,7 +138,6 @@ def serve(requests: int, caller: int, packages: list[str]) -> None:
                     others = [link.socket.fileno() for link in workers.values()]
                     _work(server, sock, program, (requests, ring, bell, *others))
                 workers[pid] = Connection(socket.socket(fileno=given.pop()), Blocks())
-                workers[pid].tell(FORKED, pid)
             for descriptor in given:
                 os.close(descriptor)
     os._exit(0)
@@ -149,8 +148,8 @@ def fork(
 ) -> None:
     """Have a worker forked that serves a socket, from a server that has imported packages.
 
-    The options are the fields of a :class:`_Program` after its device. The server tells the process
-    id and the exit code by the same socket, which is closed if there is no fork.
+    The options are the fields of a :class:`_Program` after its device. The server tells the exit
+    code by the same socket, and closes it if there is no fork.
     """
     data = spawn.get_preparation_data("worker")
     kept = {name: data[name] for name in ("sys_path", "sys_argv", "orig_dir", "dir")}
@@ -179,10 +178,11 @@ def _work(server: int, sock: int, program: int, others: Iterable[int]) -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, functools.partial(_end_fork, os.getpid()))
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+            (link := Connection(socket.socket(fileno=sock), Blocks())).tell(FORKED, os.getpid())
             with open(program, "rb") as file:
                 preparation, worker = pickle.load(file)
             spawn.prepare(preparation)
-            worker.run(Connection(socket.socket(fileno=sock), Blocks()))
+            worker.run(link)
             code = 0
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
@@ -216,7 +216,7 @@ class _Program(NamedTuple):
         gc.freeze()  # the objects that exist now stay: no collection needs to look at them
         modules = LoadedModules(self.device, lambda value: Pickled(value, connection.blocks))
         with contextlib.suppress(ConnectionError):
-            connection.send(READY, os.getpid())
+            connection.send(READY, 0)
             while message := connection.receive():
                 if message.kind == MODULE:
                     modules.add(message.number, message.value)
