@@ -186,7 +186,10 @@ class _Processes(Supervisor):
             self._epoll.register(worker.connection.socket, select.EPOLLIN)
 
     def prepare(self, part: Part) -> Pickled:
-        return Pickled(part.request.module.contents(part), self._blocks)
+        content = Pickled(part.request.module.contents(part), self._blocks)
+        if content.block is not None and not self._is_led:  # it took time, and workers may be idle
+            self._handle(self._epoll.poll(0))
+        return content
 
     def send(self, worker: _Process, part: Part) -> None:
         module, link = part.request.module, worker.connection

@@ -62,22 +62,19 @@ class Block:
         return len(self.memory)
 
 
-class Blocks:
-    """Blocks that nobody reads. Any thread may take and give them."""
-
-    def __init__(self) -> None:
-        self._free: dict[int, Block] = {}
+class Blocks(dict[int, Block]):
+    """Blocks that nobody reads, by number. Any thread may take and give them."""
 
     def take(self, size: int) -> Block:
         # Rounded up, so that there is room for a somewhat larger message, too.
         size = max(_LEAST, 1 << (size - 1).bit_length())
-        for block in reversed([*self._free.values()]):  # the last one may still be in a cache
-            if len(block) == size and self._free.pop(block.number, None):
+        for block in reversed([*self.values()]):  # the last one may still be in a cache
+            if len(block) == size and self.pop(block.number, None):
                 return block
         return Block(size)
 
     def give(self, block: Block) -> None:
-        _keep(self._free, block.number, block)
+        _keep(self, block.number, block)
 
 
 def _keep(blocks: dict[int, Any], number: int, block: Any) -> None:

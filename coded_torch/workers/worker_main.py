@@ -382,11 +382,5 @@ class _Remade(NamedTuple):
     state: dict[str, Any]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _remake, (type(self.error), self.error.args, self.state)
-
-
-def _remake(kind: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> Exception:
-    error = kind.__new__(kind, *args)
-    error.args = args
-    vars(error).update(state)  # no setter of the class runs
-    return error
+        kind = type(self.error)
+        return kind.__new__, (kind, *self.error.args), self.state
