@@ -16,6 +16,7 @@ import threading
 import time
 import types
 from collections.abc import Sequence
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from . import worker_main
 from .live import LiveRequest
 from .shared_memory import Blocks, Connection, Package, Pickled
 from .supervisor import LONGEST_WAIT, Limits, SupervisedWorkers, Supervisor, WatchedWorker
+from .worker_main import ALIVE, ENDED, FORKED, LOADED, MODULE, PART, READY, RESULT
 
 # The share of a processor above which a process is alive. A hung one uses .4 %, by its thread that
 # waits for Python's global lock; compiled code uses 6 % of a processor that 16 processes share.
@@ -35,7 +37,10 @@ _BUSY = 0.02
 # waits while another one leads, in case that one was interrupted; and for which a pool that closes
 # waits for the one that leads. Not tuned.
 _PARKED_SECONDS, _LOOK_SECONDS, _LEAVING_SECONDS = 0.05, 0.1, 0.5
+# Seconds that a killed process may take to end. Not tuned.
+_DYING_SECONDS = 0.5
 _ONE = struct.pack("Q", 1)  # what an eventfd takes
+_BROKEN = OSError, LookupError, ValueError, struct.error  # processes may send anything
 
 
 class ProcessWorkers(SupervisedWorkers):
@@ -196,18 +201,21 @@ class _Processes(Supervisor):
         with contextlib.suppress(ConnectionError):  # the process has died, which is heard next
             if worker.is_new_to(module):
                 worker.loading = True
-                link.send_package(worker_main.MODULE, module.number, module.package)
+                link.send_package(MODULE, module.number, module.package)
             worker.load(part)
             worker.look()
             worker.number += 1
-            link.send(worker_main.PART, worker.number, part.content)
+            link.send(PART, worker.number, part.content)
         part.content = None
 
     def end(self, worker: _Process) -> str | None:
         self._ignore(worker)
         if worker.pid and not worker.gone:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(*_BROKEN):
                 os.kill(worker.pid, signal.SIGKILL)
+                while wait([worker.connection.socket], _DYING_SECONDS):
+                    if (said := worker.connection.receive()) is None or said.kind == ENDED:
+                        break
         worker.connection.close()  # ends one that is forked later
         if not worker.gone:
             return None
@@ -294,24 +302,24 @@ class _Processes(Supervisor):
     def _hear(self, worker: _Process) -> None:
         try:
             message = worker.connection.receive()
-            if message is None or message.kind == worker_main.ENDED:
+            if message is None or message.kind == ENDED:
                 worker.gone, worker.code = True, message and message.number
                 self._doom(worker, "has ended")
-            elif message.kind == worker_main.FORKED:
+            elif message.kind == FORKED:
                 worker.pid = message.number
-            elif message.kind == worker_main.READY:
+            elif message.kind == READY:
                 self._welcome(worker)
-            elif message.kind == worker_main.LOADED:
+            elif message.kind == LOADED:
                 self.loaded(worker)
-            elif message.kind == worker_main.ALIVE:
+            elif message.kind == ALIVE:
                 worker.life = time.monotonic()
                 worker.look()
-            elif message.kind == worker_main.RESULT:
+            elif message.kind == RESULT:
                 part = worker.part if message.number == worker.number else None
                 self.settle(worker, part, (worker, message.value))
         except BlockingIOError:
             pass  # another thread has heard it
-        except (OSError, LookupError, ValueError, struct.error) as error:  # it may send anything
+        except _BROKEN as error:
             what = f"{type(error).__name__}: {error}"
             self._doom(worker, f"was killed, as nothing could be exchanged with it: {what}")
 
@@ -342,7 +350,7 @@ class _Processes(Supervisor):
         number, package = last
         worker.modules, worker.since = frozenset([number]), time.monotonic()
         with contextlib.suppress(ConnectionError):  # the process has died, which is heard next
-            worker.connection.send_package(worker_main.MODULE, number, package)
+            worker.connection.send_package(MODULE, number, package)
 
 
 def _packages_of(module: nn.Module) -> set[str]:

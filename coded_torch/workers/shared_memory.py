@@ -178,14 +178,14 @@ class _Unpickler(pickle.Unpickler):
         return self._read[offset]
 
 
-class Package:
+class Package(Block):
     """An object in shared memory of its own, for any number of receivers."""
 
     def __init__(self, pickled: Pickled) -> None:
-        self.descriptor, self.length = _anonymous_file(pickled.size), pickled.length
-        weakref.finalize(self, os.close, self.descriptor)
-        with mmap.mmap(self.descriptor, 0) as memory:
-            pickled.write(memory)
+        super().__init__(pickled.size)
+        self.length = pickled.length
+        with self.memory:  # closes it
+            pickled.write(self.memory)
         _seal(self.descriptor, fcntl.F_SEAL_WRITE)  # no receiver can change it for the others
 
 
