@@ -174,15 +174,19 @@ class _Processes(Supervisor):
 
     def launch(self, index: int) -> _Process:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        link, packages = Connection(ours, self._blocks), self._packages - worker_main.REFUSED
+        worker = _Process(index, connection=link, packages=packages)
         device = self._devices[index % len(self._devices)]
-        packages = self._packages - worker_main.REFUSED
         with theirs, contextlib.ExitStack() as on_error:
-            on_error.enter_context(ours)
-            ours.setblocking(False)
-            options = device, self._threads, self.seed(), self.beat
-            worker_main.fork(theirs, packages, *options)
+            on_error.callback(link.close)
+            worker_main.fork(theirs, packages, device, self._threads, self.seed(), self.beat)
+            # The last module will probably be wanted, but loading it may be why starts failed.
+            if (last := self.modules.last()) is not None and not self._failed_starts:
+                worker.modules = frozenset(last[:1])
+                link.send_package(MODULE, *last)
             on_error.pop_all()
-        return _Process(index, connection=Connection(ours, self._blocks), packages=packages)
+        return worker
 
     def add(self, worker: Any, ready: bool = True) -> None:
         super().add(worker, ready)
@@ -230,7 +234,7 @@ class _Processes(Supervisor):
         if code < 0:
             names = {each.value: each.name for each in signal.Signals}  # not of all real-time ones
             return f"was killed by {names.get(-code, f'signal {-code}')}"
-        up = "" if worker.ready or worker.modules else " before it was up; its output says why"
+        up = "" if worker.ready or worker.loading else " before it was up; its output says why"
         return f"ended with exit code {code}{up}"
 
     # Waiting.
@@ -308,7 +312,9 @@ class _Processes(Supervisor):
             elif message.kind == FORKED:
                 worker.pid = message.number
             elif message.kind == READY:
-                self._welcome(worker)
+                worker.since, worker.loading = time.monotonic(), bool(worker.modules)
+                if not worker.loading:
+                    self.ready(worker)
             elif message.kind == LOADED:
                 self.loaded(worker)
             elif message.kind == ALIVE:
@@ -340,17 +346,6 @@ class _Processes(Supervisor):
             with contextlib.suppress(OSError, ValueError):  # nothing does
                 self._epoll.unregister(worker.connection.socket)
             self._heard.pop(worker.connection.socket.fileno(), None)
-
-    def _welcome(self, worker: _Process) -> None:
-        """Have a new process load the last module, which will probably be wanted, first."""
-        last = self.modules.last()
-        if last is None or self._failed_starts:  # loading it may be why they failed
-            self.ready(worker)
-            return
-        number, package = last
-        worker.modules, worker.since = frozenset([number]), time.monotonic()
-        with contextlib.suppress(ConnectionError):  # the process has died, which is heard next
-            worker.connection.send_package(MODULE, number, package)
 
 
 def _packages_of(module: nn.Module) -> set[str]:
