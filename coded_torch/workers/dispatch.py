@@ -304,15 +304,11 @@ class Dispatcher(abc.ABC):
 
     def _begin(self) -> Any:
         """Begin the first part that an idle worker may take, at the place with the fewest parts."""
-        at, idle = 0, None
-        while at < len(self._parts) and not self.closed:
-            if (part := self._parts[at]).content is None:
-                at += 1
-                continue
-            if idle is None and not (idle := [w for w in self._workers if w.idle]):
-                return None
+        parts = [part for part in self._parts if part.content is not None and not self.closed]
+        idle = [w for w in self._workers if w.idle] if parts else []
+        for part in parts if idle else ():
             if not (request := part.request).wants(part):
-                del self._parts[at]
+                self._parts.remove(part)
                 continue
             out = part.avoid
             if part.tried:
@@ -329,11 +325,10 @@ class Dispatcher(abc.ABC):
                 worker.since, worker.part = self._clock(), part
                 began = Began(part, worker.index, request.now(), worker.fresh)
                 request.began[part.number] = request.events[~part.number] = began
-                del self._parts[at]
+                self._parts.remove(part)
                 if request.is_notified():
                     self.notify(request)
                 return worker
-            at += 1
         return None
 
 
