@@ -28,7 +28,7 @@ from . import worker_main
 from .live import LiveRequest
 from .shared_memory import Blocks, Connection, Package, Pickled
 from .supervisor import LONGEST_WAIT, Limits, SupervisedWorkers, Supervisor, WatchedWorker
-from .worker_main import ALIVE, ENDED, FORKED, LOADED, MODULE, PART, READY, RESULT
+from .worker_main import ALIVE, ENDED, LOADED, MODULE, PART, READY, RESULT
 
 # The share of a processor above which a process is alive. A hung one uses .4 %, by its thread that
 # waits for Python's global lock; compiled code uses 6 % of a processor that 16 processes share.
@@ -220,7 +220,7 @@ class _Processes(Supervisor):
                 while wait([worker.connection.socket], _DYING_SECONDS):
                     if (said := worker.connection.receive()) is None or said.kind == ENDED:
                         break
-        worker.connection.close()  # ends one that is forked later
+        worker.connection.close()  # ends one that is not up
         if not worker.gone:
             return None
         if (code := worker.code) is None and worker.pid:
@@ -309,10 +309,9 @@ class _Processes(Supervisor):
             if message is None or message.kind == ENDED:
                 worker.gone, worker.code = True, message and message.number
                 self._doom(worker, "has ended")
-            elif message.kind == FORKED:
-                worker.pid = message.number
             elif message.kind == READY:
-                worker.since, worker.loading = time.monotonic(), bool(worker.modules)
+                worker.pid, worker.since = message.number, time.monotonic()
+                worker.loading = bool(worker.modules)
                 if not worker.loading:
                     self.ready(worker)
             elif message.kind == LOADED:

@@ -45,7 +45,7 @@ from .live import Ambient
 from .shared_memory import Blocks, Connection, Pickled
 
 # Kinds of messages. The first has the process id. The last, which the server sends, the exit code.
-FORKED, READY, MODULE, LOADED, PART, RESULT, ALIVE, ENDED = range(8)
+READY, MODULE, LOADED, PART, RESULT, ALIVE, ENDED = range(7)
 # Bounds in seconds, not tuned: to import the packages of a server, to wait behind some hundred
 # earlier requests to it, and between two looks whether its caller has ended.
 _IMPORT_SECONDS, _SEND_SECONDS, _LOOK_SECONDS = 120, 10.0, 2.0
@@ -178,11 +178,10 @@ def _work(server: int, sock: int, program: int, others: Iterable[int]) -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, functools.partial(_end_fork, os.getpid()))
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-            (link := Connection(socket.socket(fileno=sock), Blocks())).tell(FORKED, os.getpid())
             with open(program, "rb") as file:
                 preparation, worker = pickle.load(file)
             spawn.prepare(preparation)
-            worker.run(link)
+            worker.run(Connection(socket.socket(fileno=sock), Blocks()))
             code = 0
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
@@ -216,7 +215,7 @@ class _Program(NamedTuple):
         gc.freeze()  # the objects that exist now stay: no collection needs to look at them
         modules = LoadedModules(self.device, lambda value: Pickled(value, connection.blocks))
         with contextlib.suppress(ConnectionError):
-            connection.send(READY, 0)
+            connection.send(READY, os.getpid())
             while message := connection.receive():
                 if message.kind == MODULE:
                     modules.add(message.number, message.value)
