@@ -45,9 +45,9 @@ LINES = {
     "serve": 1120,
     "surrogates": 545,
     "verification": 870,
-    "workers": 3525,
+    "workers": 3440,
 }
-MOST_LINES = 16_055  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 15_985  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

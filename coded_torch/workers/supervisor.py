@@ -89,7 +89,7 @@ class Supervisor(Dispatcher):
 
     A worker hangs if it computes a part that a call waits for, and shows no sign of life for
     ``grace`` seconds, without the time for loading the module where that is reported. No part takes
-    longer than ``timeout``. Subclasses report to :meth:`ready`, :meth:`loaded`, :meth:`take` and
+    longer than ``timeout``. Subclasses report to :meth:`ready`, :meth:`loaded`, :meth:`settle` and
     :meth:`lost`, and note each :attr:`~WatchedWorker.life`. One thread runs :meth:`serve`; any
     thread calls the rest.
     """
@@ -282,7 +282,10 @@ class Supervisor(Dispatcher):
 
 
 class SupervisedRequest(LiveRequest):
-    """A request that reads the results of its workers in its own thread."""
+    """A request that reads results in its own thread.
+
+    A result is the worker and a function, which returns whether the module succeeded, and a value.
+    """
 
     def receive(self, reply: Reply) -> None:
         if reply.error is not None:
