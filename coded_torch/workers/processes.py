@@ -307,7 +307,7 @@ class _Processes(Supervisor):
         try:
             message = worker.connection.receive()
             if message is None or message.kind == ENDED:
-                worker.gone, worker.code = True, message and message.number
+                worker.gone, worker.code = True, None if message is None else message.number
                 self._doom(worker, "has ended")
             elif message.kind == READY:
                 worker.pid, worker.since = message.number, time.monotonic()
