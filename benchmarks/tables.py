@@ -265,6 +265,16 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
         },
     ),
     "coverages": coverages,
+    "losses": Table(
+        "losses > * > * > *",
+        ("noise", "lost", "batch"),
+        {
+            "covered": "covered:.3f",
+            "without the odds": lambda _, of: shown(of.get("without odds"), ".3f"),
+            "infinite": "infinite:.3f",
+            "alarms in 50 calls": lambda _, of: "{} of {}".format(*of["alarms"]),
+        },
+    ),
     "rivals": rivals,
     "main": Table(
         "accuracy > lenet5 > table > B = 240 > *",

@@ -10,6 +10,8 @@ import torch
 
 from coded_torch._arguments import SPARING
 
+# Ray gives its workers a niceness of 15: beside processes that compute, they starve.
+os.environ.setdefault("RAY_worker_niceness", "0")
 CAPABILITIES = torch.ops.coded_torch.cpu_capabilities().split()
 
 # Worker processes import the modules of the tests from where they are.

@@ -21,6 +21,7 @@ GROWTH = 0.75
 _MISSING, _CALIBRATING = 256, 200
 _BLOCK = 8192  # outputs whose residuals are in memory together
 _CLASSES = 32768  # outputs that may be scores of classes, which have p_values of labels
+_RANKING = 9  # missing rows whose thresholds rank the results; not tuned
 _FEW = 128  # outputs that one operator takes at once
 
 
@@ -30,6 +31,7 @@ class Bounds(NamedTuple):
     rows: Tensor  # [L], of the batch
     thresholds: Tensor  # [S, L, n]
     p_values: Tensor | None  # [L], of labels; None if outputs are not [B, C]
+    results: Tensor | None = None  # [n], the places of the results that calibrate
 
 
 def bounds(
@@ -141,9 +143,16 @@ class ErrorBounds:
         """
         radii = torch.zeros(self.batch_size, dtype=torch.float64)
         levels = torch.as_tensor(coverage, dtype=torch.float64).expand(self.batch_size)
-        for rows, found, _ in self._bounds:
+        for rows, found, *_ in self._bounds:
             radii[rows] = ops.error_radii(found, levels[rows])
         return radii
+
+    def oddness(self) -> tuple[list[int], list[float]]:
+        """Return the places of results, and numbers that rank how odd these look if left out."""
+        known = [x for x in self._bounds if x.results is not None]
+        places = [place for x in known if x.results is not None for place in x.results.tolist()]
+        few = [x.thresholds[:, :_RANKING].flatten(0, 1).median(0).values for x in known]
+        return places, [value for x in few for value in x.tolist()]
 
     def enough(self, coverage: float) -> bool:
         """Return whether results are as many as the level needs."""
@@ -158,16 +167,16 @@ class ErrorBounds:
     def widened(self, by: Tensor) -> ErrorBounds:
         """Return error bounds of answers that are off by so much more, ``[B]``, inf if unknown."""
         wider = []
-        for rows, thresholds, p in self._bounds:
+        for rows, thresholds, p, results in self._bounds:
             p = None if p is None else p.masked_fill(by[rows].isinf(), 1.0)
-            wider.append(Bounds(rows, thresholds + by[rows, None], p))
+            wider.append(Bounds(rows, thresholds + by[rows, None], p, results))
         return ErrorBounds(self.batch_size, wider)
 
     @property
     def label_p_values(self) -> Tensor | None:
         """The p-values of the labels, ``[B]``, float64; 0 for computed rows."""
         values = torch.zeros(self.batch_size, dtype=torch.float64)
-        for rows, _, of_rows in self._bounds:
+        for rows, _, of_rows, _ in self._bounds:
             if of_rows is None:
                 return None
             values[rows] = of_rows

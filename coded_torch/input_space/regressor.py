@@ -164,7 +164,9 @@ class Regressor:
         if labels and offsets:
             labels = of_used + offsets[0], estimated + offsets[1]
         scaled = bounds(rows, of_used, estimated, chosen.process, chosen.trust, labels)
-        return scaled._replace(thresholds=scaled.thresholds * size)
+        thresholds = scaled.thresholds * size
+        places = self._used[evenly(len(self._used), thresholds.shape[2])]
+        return scaled._replace(thresholds=thresholds, results=places)
 
     def _sample(self, results: Tensor) -> tuple[Tensor, float]:
         """Return some columns of the results, ``[M, C]``, divided by their size, and this size."""

@@ -54,6 +54,8 @@ class Answers:
         self._link, self._coverage, self._report = division.link, division.coverage, report
         self._check: Trials | None = check
         self._known = dict[int, tuple[list[Tensor], Tensor] | None]()  # the estimates of memories
+        #: The places of results, and how odd these look if left out.
+        self.oddness: tuple[list[int], list[float]] = [], []
         self._memories = [(s, s.follow(module)) for s in surrogates if isinstance(s, Memory)]
 
     def forget_excluded(self) -> None:
@@ -245,6 +247,7 @@ class Answers:
             info = torch.finfo(results.dtype)
             answers = answers.clamp(info.min, info.max)
         if found is not None:
+            self.oddness = found.oddness()
             found = _rounded(found, answers, results.dtype)
         if scaled is not results:
             own = results.flatten(0, 1).index_select(0, source.clamp(min=0).to(results.device))

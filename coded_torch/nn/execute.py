@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import sparing_logger
 from ..codes.plans import DeadlineExceeded, NotEnoughResults
+from ..scheduling.exchangeability import LossTest
 from ..scheduling.latency_history import History
 from ..scheduling.waiting import Waiting
 from ..table import DROPPED, OPEN, Began, Reply, Table, WorkerError
@@ -121,6 +122,24 @@ class Execution:
                         break  # no more replies are taken than can complete the call
             finally:  # the report has these events even if waiting raised
                 table.hear(events, until)
+
+    def test_losses(
+        self, losses: LossTest, units: Sequence[int], oddness: tuple[list[int], list[float]]
+    ) -> None:
+        """Report whether late parts look odder than others, given results and their places."""
+        found, of_units = list[tuple[int, float, float]](), defaultdict[int, list[float]](list)
+        for place, odd in zip(*oddness, strict=True):
+            of_units[units[place // self.table.unit_rows]].append(odd)
+        for part in self.table.good if of_units else ():
+            values = [x for unit in part.units for x in of_units[unit]]
+            if values and part.why == "first" and not part.fresh:
+                found.append((len(part.units), part.seconds, sum(values) / len(values)))
+        if found and (calls := losses.add(found)):
+            self._report.losses_depend = True
+            self._report.notes += (
+                f"late parts looked odder than others, over {calls} calls, so losses depend on "
+                "content, and errors exceed their bounds more often than they should; see radii_at",
+            )
 
     # Missing results.
 

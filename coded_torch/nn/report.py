@@ -56,6 +56,9 @@ class Report:
             :class:`~coded_torch.Regression`. 0 if the answer is computed, infinite if its input is
             not finite, or too few results arrived. None under a link, or without a regression.
         coverage: the level of the error bounds; None if there are none.
+        losses_depend: whether the parts that came late, in this call and earlier ones, look odder
+            than others, so that bounds and p-values hold less often than they say. Without such a
+            dependence it is ever true with a probability of about .01.
         label_p_values: float64 ``[B]``, on the host: for a first decoded output ``[B, C]``, the
             conformal p-value of the hypothesis that an answer's largest number is not the module's.
             An answer is wrong with a value of at most p with probability p at most. That is not the
@@ -101,6 +104,7 @@ class Report:
     source: Tensor | None = dataclasses.field(default=None, repr=False)
     radii: Tensor | None = dataclasses.field(default=None, repr=False)
     coverage: float | None = None
+    losses_depend: bool = False
     label_p_values: Tensor | None = dataclasses.field(default=None, repr=False)
     surrogate_weights: tuple[tuple[float, ...], ...] = ()
     ended: str = ""

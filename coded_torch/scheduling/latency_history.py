@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from .exchangeability import LossTest
+
 # These numbers of parts and calls are not tuned. More of them follow changes more slowly, fewer
 # make thresholds noisier.
 _PARTS, _CALLS = 512, 128  # remembered
@@ -66,7 +68,7 @@ class History:
         self._slope = 0.0  # the share of the time of `most_rows` rows that grows with the rows
         self._debt = 0.0
         self._failures: deque[bool] = deque(maxlen=_PARTS)
-        self.estimates = EstimationTimes()
+        self.estimates, self.losses = EstimationTimes(), LossTest()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return History, ()

@@ -18,7 +18,7 @@ from coded_torch.codes import FixedCode
 from coded_torch.linear import MatrixMap
 from coded_torch.workers import Began, Part, Reply, Request, Task, Workers
 
-WAIT = 60.0  # bounds waits that end at once unless something is broken
+WAIT = 180.0  # bounds waits that end at once unless something is broken
 
 
 class PolynomialCode(FixedCode):

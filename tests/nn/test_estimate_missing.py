@@ -16,7 +16,7 @@ from coded_torch.codes import DeadlineExceeded
 from coded_torch.nn import Report
 from coded_torch.stragglers import Trace, Uniform
 from coded_torch.surrogates import Memory
-from coded_torch.workers import LocalWorkers
+from coded_torch.workers import Fault, LocalWorkers
 
 from .modules import FIXED, SOON, WAYS, Call, divided, linear, rand
 
@@ -312,6 +312,47 @@ def test_a_worker_that_is_always_late_does_not_lose_the_same_rows_in_every_call(
     assert len(lost) == 24
     assert 0.85 <= sum(inside) / len(inside) <= 1
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+class ByContent(LocalWorkers):
+    """Takes for a row as long as ``seconds`` says, and loses the rows that take longest."""
+
+    def open(self, module, task):
+        request = super().open(module, task)
+        asked = request.ask
+
+        def ask(parts):
+            took = {part: sum(self.seconds[unit] for unit in part.units) for part in parts}
+            late = sorted(took.values())[-6]
+            for part in parts:
+                part.fault = Fault(delay=math.inf if took[part] >= late else took[part])
+            asked(parts)
+
+        request.ask = ask
+        return request
+
+
+@pytest.mark.parametrize("content", [True, False])
+@pytest.mark.parametrize("parts", [24, 48])
+def test_a_loss_that_depends_on_content_is_reported(content, parts):
+    """Bounds hold less often then, and nothing else says so."""
+    y, generator = torch.zeros(48, 1), torch.Generator().manual_seed(0)
+    module, x = Call(lambda rows: y[rows.flatten().long()]), torch.arange(48.0)[:, None]
+    pool = ByContent()
+    waiting = Waiting(estimate_after=math.inf, hedge_budget=0)
+    coded = CodedWrapper(module, workers=pool, parts=parts, waiting=waiting)
+    inside, alarms = [], []
+    for _ in range(50):
+        noise = torch.randn(48, 1, generator=generator) * (torch.arange(48.0)[:, None] % 7) ** 2
+        y.copy_(noise)
+        seconds = noise.abs().flatten() if content else torch.rand(48, generator=generator)
+        pool.seconds = seconds.tolist()
+        answers, report = coded.run(x)
+        inside += ((answers - y).abs().flatten() <= report.radii_at(0.9))[report.estimated].tolist()
+        alarms.append(report.losses_depend)
+        assert report.losses_depend == any("depend on content" in note for note in report.notes)
+    assert (sum(inside) / len(inside) < 0.8) == content
+    assert any(alarms) == alarms[-1] == content
 
 
 @pytest.mark.parametrize("odds", [1, 3])

@@ -56,7 +56,7 @@ def started(targets):
     return threads
 
 
-def wait_until(condition, seconds=60.0):
+def wait_until(condition, seconds=180.0):
     until = time.monotonic() + seconds
     while not condition() and time.monotonic() < until:
         time.sleep(0.005)
@@ -67,7 +67,7 @@ class Client:
     """Sends requests over one connection."""
 
     def __init__(self, port):
-        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=180)
 
     def __enter__(self):
         return self

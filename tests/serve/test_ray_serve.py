@@ -90,6 +90,9 @@ def port(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # Replicas look for packages where the driver is: not in the checkout, which is not built.
         patch.chdir(tmp_path_factory.mktemp("driver"))
+        # Ray Serve ends a proxy that is not ready within 5 s, which a busy machine needs to import.
+        for check in ("READY", "HEALTH"):
+            patch.setenv(f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S", str(WAIT))
         with RayWorkers(1).start(timeout=WAIT):  # holds a cluster of its own
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             try:
