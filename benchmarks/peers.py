@@ -152,7 +152,7 @@ def parm(quick: bool) -> dict[str, Any]:
 
 
 class Located:
-    """ApproxIFER's answers, of K inputs a group: the results of A workers are located, left out."""
+    """ApproxIFER's answers, of K inputs per group: the results of A workers are found, left out."""
 
     def __init__(self, num_data: int, faulty: int) -> None:
         self.num_data, self.faulty = num_data, faulty

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from .tables import NAMES
 
@@ -27,13 +26,7 @@ STYLES = {  # one style for a scheme in every picture
 HIDDEN = ("Berrut", "spline")  # Berrut's line would hide the paper's
 LEAST_LOSS = 1e-4  # drawn where nothing is lost, as a logarithm has no zero
 MARKERS = "os^DXv."
-ON_PROCESSES = {  # policies of the latency benchmark in the README's picture
-    "wait for all": "no redundancy",
-    "hedge at 1.5 medians": "one hedge",
-    "three re-asks": "three hedges",
-    "hedge, estimate": "three hedges, then estimated",
-    "hedge, deadline": "the same by a deadline",
-}
+SLOW, FAULTS = "5 % ten times slower, one part", "hung, corrupted, killed"
 
 Results = Mapping[str, Any]
 
@@ -99,21 +92,36 @@ def accuracy(results: Results) -> Figure:
     return legend(figure, 3)
 
 
-def processes(results: Results) -> Figure:
-    """Draw the p99.9 of latency on processes against extra work, and the share of computed rows."""
-    measured = results["latency"]["load 0.4, 3 % delayed"]["policies"]
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for marker, (key, name) in zip(MARKERS, ON_PROCESSES.items(), strict=False):
-        found = measured[key]
-        label = f"{name}: {1 - found['estimated']:.1%} computed"
-        axes.plot(found["work"] - 1, found["p99.9"], marker, label=label, markersize=8)
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("extra work")
-    axes.set_ylabel("p99.9 of latency, ms")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower left")
+def fleet(results: Results) -> Figure:
+    """Draw the tail of latency by client, where servers are slow, and where they fail."""
+    measured = results["fleet"]
+    figure = Figure(figsize=(8, 4.4), layout="constrained")
+    for axes, clients, at, title in zip(
+        figure.subplots(2, 1, height_ratios=[5, 3]),
+        (measured["workloads"][SLOW]["clients"], measured["faults"][FAULTS]),
+        ("p99.9", "p99"),
+        (
+            "5 % of the parts are ten times slower",
+            "one server hangs, one is corrupt, one is killed",
+        ),
+        strict=True,
+    ):
+        order = sorted(clients, key=lambda client: -clients[client][at])
+        values = [clients[client][at] for client in order]
+        ours = [client.startswith("ours") for client in order]
+        bars = axes.barh([name_of(client) for client in order], values)
+        for bar, client, own in zip(bars, order, ours, strict=True):
+            found = clients[client]
+            bar.set_color("tab:blue" if own else "0.7")
+            said = f" {found[at]:.0f} ms"
+            said += f", {found['lost']} lost" if found["lost"] else ""
+            said += f", {found['estimated']:.1%} estimated" if found["estimated"] > 0.001 else ""
+            axes.text(found[at], bar.get_y() + bar.get_height() / 2, said, va="center", fontsize=13)
+        axes.set_xlim(0, 1.45 * max(values))
+        axes.set_title(f"{title}: {at} of latency", fontsize=13, loc="left")
+        axes.tick_params(labelsize=13)
+        axes.set_xticks([])
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
     return figure
 
 
@@ -160,7 +168,7 @@ def coverage(results: Results) -> Figure:
 
 PICTURES = {
     "accuracy": accuracy,
-    "processes": processes,
+    "fleet": fleet,
     "convergence": convergence,
     "coverage": coverage,
 }

@@ -328,7 +328,10 @@ def saturation(quick: bool) -> dict[str, Any]:
     return {
         "load of the machine": [round(begin, 1), round(os.getloadavg()[0], 1)],
         "servers": table,
-        "ours over": {server: round(rows["ours"] / rows[server], 3) for server in servers[1:]},
+        # In a short run, a busy machine may let a server answer nothing.
+        "ours over": {
+            x: round(rows["ours"] / rows[x], 3) if rows[x] else None for x in servers[1:]
+        },
     }
 
 

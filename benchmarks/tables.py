@@ -87,6 +87,22 @@ def rivals(results: Mapping[str, Any]) -> Iterable[list[str]]:
                     yield [*head, *numbers, f"{of['bound to ours']:.2f}"]
 
 
+def clients(results: Mapping[str, Any]) -> Iterable[list[str]]:
+    """Yield how clients do where servers are slow, and where they fail."""
+    heads = {"p99.9, ms": "p99.9:.0f", "estimated": "estimated:.1%"}
+    heads |= {"extra requests": "extra requests:.1%"}
+    faulty = {"lost": "lost:d", "wrong": "wrong:d", "p99, ms": "p99:.0f"}
+    yield ["", *heads, *faulty]
+    slow = results["fleet"]["workloads"]["5 % ten times slower, one part"]["clients"]
+    faults = results["fleet"]["faults"]["hung, corrupted, killed"]
+    for name, found in slow.items():
+        under = faults.get(name.replace("ours, deadline", "ours"))
+        cells = [[x.partition(":") for x in each.values()] for each in (heads, faulty)]
+        own = [shown(found[at], how) for at, _, how in cells[0]]
+        own += [shown(under[at], how) if under else "" for at, _, how in cells[1]]
+        yield [NAMES.get(name, name), *own]
+
+
 def coverages(results: Mapping[str, Any]) -> Iterable[list[str]]:
     """Yield the worst data set of every setting: least coverage, most wrong with a small p."""
     yield [
@@ -265,8 +281,8 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
         },
     ),
     "coverages": coverages,
-    "losses": Table(
-        "losses > * > * > *",
+    "exchangeability": Table(
+        "exchangeability > * > * > *",
         ("noise", "lost", "batch"),
         {
             "covered": "covered:.3f",
@@ -336,6 +352,7 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
         ("connections",),
         {at: f"{at} > rows a second:.0f" for at in ("1", "8", "32", "64")},
     ),
+    "clients": clients,
     "fleet": Table("fleet > workloads > * > clients > *", ("", ""), CLIENTS),
     "fleet_faults": Table("fleet > faults > * > *", ("at one server, or at several", ""), CLIENTS),
     "fleet_bars": Table("fleet > workloads|overhead > * > bars > *", ("", "", ""), BARS),

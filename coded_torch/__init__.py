@@ -1,4 +1,4 @@
-"""Coded computing: every answer of a batch from whichever workers reply first.
+"""Batch inference that finishes when workers crash, hang, straggle or return wrong numbers.
 
 An argument of the wrong type raises a TypeError, an argument out of its domain a ValueError.
 """

@@ -1,21 +1,33 @@
-"""The only loader of compiled code, and operators of torch's own for CUDA without nvcc.
+"""The only loader of compiled code, the trial of CUDA kernels, and torch's own operators instead.
 
-A spline is applied there as the dense matrix of its plan, or on the host if ``ops.with_matrix`` has
-appended none. Results agree to rounding, but the bits of a column may depend on the number of
-columns, by which cuBLAS chooses its kernels.
+A kernel is compiled for the card at its first use, by the NVRTC of torch. It has to show that it is
+right there; then it is used. Until then, and where it is not, torch's own operators apply a spline:
+as the dense matrix of its plan, or on the host if ``ops.with_matrix`` has appended none. Results
+agree to rounding, but the bits of a column may depend on the number of columns, by which cuBLAS
+chooses its kernels. ``CODED_TORCH_CUDA=0`` forbids the kernels.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["HAS_CUDA_KERNELS", "build_info", "curve_plan", "short_path", "spline_plan"]
+__all__ = ["CUDA_FAILURES", "build_info", "curve_plan", "short_path", "spline_plan"]
 
+# Why CUDA tensors are computed by torch's own operators, if they are.
+CUDA_FAILURES: list[str] = []
+_COMPARING = threading.Lock()  # torch's debug mode of waits is one of the process
 _PACKAGE = Path(__file__).resolve().parent
 _REMEDY = "`pip install .` in the source folder builds it (needs a C++17 compiler); then leave it"
 
@@ -76,43 +88,119 @@ def spline_apply(
     return result[:-1]
 
 
-def _load(name: str) -> str:
-    """Load a library of operators; return why there is none, or an empty string."""
-    for path in sorted(_PACKAGE.glob(f"{name}.*")):
-        try:
-            torch.ops.load_library(path)
-        except OSError as error:
-            return f"{path.name} does not load into torch {torch.__version__}: {error}"
-        return ""
-    return "it was not built"
+try:
+    (_LIBRARY,) = _PACKAGE.glob("_ops.*")
+    torch.ops.load_library(_LIBRARY)
+except (OSError, ValueError) as error:
+    missing = "coded_torch: the compiled operators are missing"
+    raise ImportError(f"{missing}; {_REMEDY}: {error}") from error
+_KERNELS = torch.ops.coded_torch
 
 
-if why := _load("_ops_cpu"):
-    raise ImportError(f"coded_torch: the compiled operators are missing; {_REMEDY}: {why}")
+def _nvrtc() -> int:
+    """Return the address of NVRTC: of torch's own, which its driver knows, or of the system's."""
+    name = f"libnvrtc.so.{(torch.version.cuda or '13').partition('.')[0]}"
+    spec = find_spec("nvidia")
+    folders = (spec and spec.submodule_search_locations) or ()
+    wheels = [path for folder in folders for path in Path(folder).glob(f"*/lib/{name}")]
+    brings_it = Path(torch.__file__).with_name("lib") / "libcaffe2_nvrtc.so"
+    for path in (*wheels, brings_it, Path(name)):
+        with contextlib.suppress(OSError):
+            library = ctypes.CDLL(str(path))
+            if path.is_absolute():  # CUDA 13.0's does not look for its other half beside itself
+                for other in path.parent.glob("libnvrtc-builtins.so.*"):
+                    ctypes.CDLL(str(other))
+            return library._handle
+    raise OSError(f"there is no {name}, which torch's builds for CUDA bring")
 
 
-# The reason why there are no operators for CUDA, or an empty string.
-_CUDA_MISSING = "this torch is not built for CUDA"
-if torch.version.cuda:  # no other torch can load them
-    _CUDA_MISSING = _load("_ops_cuda")
-    if _CUDA_MISSING == "it was not built":
-        note = _PACKAGE / "_cuda_missing.txt"  # setup.py says why
-        _CUDA_MISSING = (note.read_text() if note.exists() else "") or _CUDA_MISSING
-    elif _CUDA_MISSING:
+def _try_kernel(device: int, number: int) -> bool:
+    """Return whether a kernel is right on a device. The operator asks at the kernel's first use."""
+    try:
+        # A thread of its own has none of the caller's modes, transforms and streams.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(_trial, device, number).result()
+    except Exception as error:  # whatever NVRTC, the driver or torch raise: the user is warned
+        why = (str(error) or repr(error)).splitlines()[0]
+        return _fall_back(f"{_KERNELS._kernel_name(number)} on cuda:{device}: {why}")
+    return True
+
+
+def _fall_back(why: str) -> bool:
+    if why not in CUDA_FAILURES:
+        CUDA_FAILURES.append(why)
+    if CUDA_FAILURES[0] is why:  # of all threads, one finds itself there
         warnings.warn(
-            "coded_torch: CUDA tensors are computed by torch's own operators, as "
-            f"{_CUDA_MISSING}; {_REMEDY}",
+            f"coded_torch: torch's own operators take the place of CUDA kernels, as {why}",
             RuntimeWarning,
-            stacklevel=1,
+            stacklevel=3,
         )
-HAS_CUDA_KERNELS = not _CUDA_MISSING
+    return False
 
-if _CUDA_MISSING:
-    _library = torch.library.Library("coded_torch", "IMPL")  # lasts as long as the process
-    _library.impl("spline_apply", spline_apply, "CUDA")
+
+def _trial(device: int, number: int) -> None:
+    """Compile and load a kernel, and compare it with torch's own operators."""
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        _KERNELS._load_kernel(device, number, _nvrtc())
+        with _COMPARING:
+            mode = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode(0)  # the trial has to wait, also where users may not
+            try:
+                _compare(device, number)
+            finally:
+                stream.synchronize()  # raises where CUDA has failed for good: a mark is left then
+                _KERNELS._end_trial()
+                torch.cuda.set_sync_debug_mode(mode)
+
+
+def _compare(device: int, number: int) -> None:
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    dtype, transpose = dtypes[number // 2 % 4], number % 2 == 1
+    n, N, groups, columns = 11, 18, 3, 44
+    t, z = np.linspace(0, 1, n) ** 1.5, np.linspace(1.1, -0.1, N)
+    exact, _, schedule = map(torch.from_numpy, curve_plan(t, z, 1e-5, None))
+    unit = torch.eye(n, dtype=torch.float64).unsqueeze(1)
+    matrix = _KERNELS.spline_apply(unit, exact, schedule, False)[:, 0].T.reshape(1, -1)
+    plan = torch.cat([exact, matrix, matrix[:, : -n * N % 4]], 1)
+    plan = plan.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    rows, others = (N, n) if transpose else (n, N)
+    gather = torch.arange(rows * groups).view(rows, groups).flip(0)
+    scatter = torch.arange(others * groups).view(others, groups) + 2
+    values = torch.arange(rows * groups * columns, dtype=torch.float64).sin()
+    values = values.view(-1, columns)
+    # Rows that no index names hold NaN. Below 0 and beyond the end an index stands for no row.
+    values = torch.cat([values, values[:4] * torch.nan]).to(dtype)
+    gather[1, 1], gather[2, 2] = -1, len(values) + 7
+    scatter[2, 0], scatter[3, 1] = -1, others * groups + 9
+    problem = values, plan, schedule, transpose, gather, scatter, others * groups + 5
+    there = (x.to(f"cuda:{device}") if isinstance(x, Tensor) else x for x in problem)
+    want = spline_apply(*problem).double()
+    got = _KERNELS._run_kernel(*there, number).cpu().double()
+    error = float((got - want).abs().max() / want.abs().max())
+    # Sums of 18 terms were within 5 units of the format, half precision rounds them once.
+    if not error <= torch.finfo(dtype).eps * (64 if dtype.itemsize > 2 else 1):
+        raise RuntimeError(f"its results are wrong there, by {error:.0e} of the largest")
+
+
+_registered = torch.library.Library("coded_torch", "IMPL")  # lasts as long as the process
+_registered.impl("_try_kernel", _try_kernel, "CompositeExplicitAutograd")
+_registered.impl("_fall_back", _fall_back, "CompositeExplicitAutograd")
+_registered.impl("_spline_by_torch", spline_apply, "CUDA")
+if os.environ.get("CODED_TORCH_CUDA") == "0":
+    _registered.impl("spline_apply", spline_apply, "CUDA")
+    CUDA_FAILURES.append("CODED_TORCH_CUDA is 0")
 
 
 def build_info() -> dict[str, str]:
-    """Return the instruction sets of the CPU kernels, best first, and the operators of CUDA."""
-    cuda = f"torch's own operators ({_CUDA_MISSING})" if _CUDA_MISSING else "compiled"
-    return {"cpu kernels": torch.ops.coded_torch.cpu_capabilities(), "cuda kernels": cuda}
+    """Return the instruction sets of the CPU kernels, best first, and what computes on CUDA."""
+    cuda = f"torch's own operators ({'; '.join(CUDA_FAILURES)})"
+    if not torch.version.cuda:
+        cuda = "none (this torch is not built for CUDA)"
+    elif not CUDA_FAILURES:
+        try:
+            _KERNELS._compile_kernel("sm_90", 0, _nvrtc())
+            cuda = "are compiled at their first use"
+        except (OSError, RuntimeError) as error:
+            cuda = f"torch's own operators ({str(error).splitlines()[0]})"
+    return {"cpu kernels": _KERNELS.cpu_capabilities(), "cuda kernels": cuda}

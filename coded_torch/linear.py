@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import ops
 from ._arguments import count, dense, nonnegative, real_array, shown
-from ._extension import HAS_CUDA_KERNELS, curve_plan, exact_matmul
+from ._extension import CUDA_FAILURES, curve_plan, exact_matmul
 from ._torch import placed, to_device
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ _WAITING = 1.5
 # Columns from which rows are read by index: the columns of each group then fill tiles of their own,
 # and for fewer columns copying the rows costs less than tiles half empty.
 _FUSED_COLUMNS = 256
-_MOST = 1 << 26  # numbers of a matrix, 256 MB in float32; without nvcc larger plans run on the host
+# Numbers of a matrix, 256 MB in float32. Without kernels, larger plans run on the host.
+_MOST = 1 << 26
 
 
 class LinearMap(abc.ABC):
@@ -230,7 +231,7 @@ class SplineMap(LinearMap):
 
     Planning costs :math:`O(n + N \log n)` on the host, applying :math:`O(n + N)` per column, or
     :math:`O(n N)` on CUDA where a dense matrix is faster. The result of a column depends on nothing
-    but the column, bit for bit.
+    but the column, bit for bit; on CUDA, once a kernel for the dtype and direction is in use.
 
     Reference:
         Wecker and Ansley, *The signal extraction approach to nonlinear regression and spline
@@ -262,7 +263,7 @@ class SplineMap(LinearMap):
     def _to_place(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         coefficients, schedule = super()._to_place(dtype, device)
         size = self.num_inputs, self.num_outputs
-        dense = prefers_matrix(*size) if HAS_CUDA_KERNELS else math.prod(size) <= _MOST
+        dense = prefers_matrix(*size) or (bool(CUDA_FAILURES) and math.prod(size) <= _MOST)
         # Compiled code would make the matrix anew in every call.
         if dense and device.type == "cuda" and not torch.compiler.is_compiling():
             exact, _ = super()._to_place(torch.float64, device)

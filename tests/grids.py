@@ -1,46 +1,58 @@
-"""CUDA kernels on the host: their bodies as its compiler sees them, and what nvcc makes of them."""
+"""CUDA kernels without a card: as NVRTC compiles them, and their bodies as the host does."""
 
 import ctypes
 import os
-import re
-import shutil
+import struct
 import subprocess
 from pathlib import Path
 
-import pytest
-from torch.utils.cpp_extension import CUDA_HOME, include_paths
+import torch
+
+from coded_torch import _extension
 
 from .ptx import translate
-from .test_setup import load_setup
 
 CSRC = Path(__file__).parent / "csrc"
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
-KERNELS = SOURCES / "ops" / "cuda" / "spline.cu"  # all that CUDA has
-NVCC = shutil.which("nvcc") or (CUDA_HOME and str(Path(CUDA_HOME, "bin", "nvcc")))
-# Of Colab's T4, the A100 and the H100.
-ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
+# By number: sweeps, sweeps with a workspace, products and wide products, of four dtypes in two
+# directions. Of float64 there are no wide products.
+KERNELS = range(30)
 
 
-def run_nvcc(*options):
-    """What nvcc says; the test is skipped where there is none."""
-    if NVCC is None:
-        pytest.skip("nvcc is not installed")
-    includes = (f"-isystem={path}" for path in include_paths())
-    command = [NVCC, *load_setup().NVCC, *options, *includes, str(KERNELS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+def compile_kernel(number, architecture):
+    """Machine code, or the PTX of an architecture such as compute_90."""
+    nvrtc = _extension._nvrtc()
+    code = torch.ops.coded_torch._compile_kernel(architecture, number, nvrtc)
+    return code.numpy().tobytes()
 
 
-def linked_without_spills(library):
-    """Make a library; what nvcc says, and how many kernels it holds, none of which spills."""
-    codes = (f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in ARCHITECTURES)
-    log = run_nvcc(*codes, "-Xptxas=-v", "-Xcompiler=-fPIC", "--shared", "-o", str(library))
-    spills = re.findall(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log
-    )
-    assert set(spills) == {("0", "0", "0")}
-    return log, len(spills)
+def compile_ptx():
+    """All kernels, one module behind the other."""
+    return "".join(compile_kernel(n, "compute_90").decode().rstrip("\0") for n in KERNELS)
+
+
+def facts(cubin):
+    """Return the registers and the bytes of local memory of each kernel, from its ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + i * size) for i in range(count)]
+
+    def text(section, offset):
+        start = sections[section][4] + offset
+        return cubin[start : cubin.index(b"\0", start)].decode()
+
+    by_name = {text(names, section[0]): section for section in sections}
+    symbols, (*_, at, length, _, _, _, _) = by_name[".symtab"], by_name[".nv.info"]
+    found, end = {}, at + length
+    while at < end:  # of a value's size, its kind, and the bytes that follow
+        form, kind, more = struct.unpack_from("<BBH", cubin, at)
+        if form == 4 and kind in (0x11, 0x2F):  # of the frame; of registers
+            symbol, value = struct.unpack_from("<II", cubin, at + 4)
+            (name,) = struct.unpack_from("<I", cubin, symbols[4] + 24 * symbol)
+            found.setdefault(text(symbols[6], name), {})[kind] = value
+        at += 4 + (more if form == 4 else 0)
+    # A function that kernels call, such as a division, has a frame alone.
+    return {name: (v[0x2F], v[0x11]) for name, v in found.items() if 0x2F in v}
 
 
 def build(folder, source, *more, flags):
@@ -57,15 +69,8 @@ def build_host(folder, source, *flags):
     return build(folder, source, flags=["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", *flags])
 
 
-def compile_ptx(folder):
-    """What nvcc makes of the kernels."""
-    path = folder / "kernels.ptx"
-    run_nvcc("-gencode=arch=compute_90,code=compute_90", "-ptx", "-o", str(path))
-    return path.read_text()
-
-
 def build_ptx(folder, source, ptx):
-    """The kernels that nvcc compiled, translated for the host."""
+    """The kernels that NVRTC compiled, translated for the host."""
     translated = folder / "kernels.cpp"
     translated.write_text(translate(ptx))
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-DCODED_TORCH_PTX", f"-I{CSRC}"]

@@ -1,4 +1,4 @@
-"""From PTX, as nvcc writes it, to C++ that does the same on the host.
+"""From PTX, as NVRTC writes it, to C++ that does the same on the host.
 
 A kernel becomes a function of its name and parameters, run once for every thread of a grid: its
 registers are variables, its labels labels. tests/csrc/ptx.h runs a block of them, in ``run_block``,
@@ -27,8 +27,8 @@ _MAX_THREADS = 1024
 
 
 def translate(ptx: str) -> str:
-    """All kernels of a module."""
-    shared = re.findall(r"^\.extern \.shared .* (\w+)\[\];$", ptx, re.M)
+    """All kernels of one module, or of several behind each other."""
+    shared = dict.fromkeys(re.findall(r"^\.extern \.shared .* (\w+)\[\];$", ptx, re.M))
     kernels = re.findall(r"\.entry (\w+)\((.*?)\)([^{]*)^{$(.*?)^}$", ptx, re.S | re.M)
     parts = [
         '#include "ptx.h"\n\nusing namespace ptx;\n',
@@ -50,15 +50,14 @@ def _function(name: str, parameters: str, directives: str, body: str) -> str:
     return (
         f'extern "C" void {name}({signature}) {{\n{lines}\n}}\n'
         f"static const Registered registered_{name}(\n"
-        f"    reinterpret_cast<const void*>(&{name}),\n"
-        f'    {{"{name}", [](void** p) {{ {name}({arguments}); }},\n'
+        f'    "{name}", {{[](void** p) {{ {name}({arguments}); }},\n'
         f"     {bounds[1] if bounds else _MAX_THREADS}}});\n"
     )
 
 
 def _parameter(*words: str) -> tuple[str, str]:
-    """Type and name of ``.u64 NAME``, or of ``.align 8 .b8 NAME[120]``, which is a struct."""
-    *_, kind, name = words
+    """Type and name of ``.u64 .ptr NAME``, or of ``.align 8 .b8 NAME[120]``, which is a struct."""
+    name, kind = words[-1], next(word for word in words if word[1:] in _TYPES)
     if array := re.fullmatch(r"(\w+)\[(\d+)\]", name):
         return f"Bytes<{array[2]}>", array[1]
     return _TYPES[kind[1:]], name

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import coded_torch
+
 from .accelerator.build import build
-from .grids import NVCC
 
 pytestmark = pytest.mark.slow  # two minutes
 
@@ -28,8 +29,6 @@ def obstacle():
     """Why there cannot be an accelerator here; None if there can."""
     if torch.version.cuda or torch.__version__.partition("+")[0] != TORCH:
         return f"needs torch {TORCH}, built for the CPU, got {torch.__version__}"
-    if NVCC is None:
-        return "nvcc is not installed"
     if shutil.which("c++") is None:
         return "c++ is not installed"
     return None
@@ -52,14 +51,19 @@ class Run:
     def __init__(self, folder, operators, output, *tests):
         options = ["-m", "cuda", "-p", "tests.accelerator.plugin", "-p", "no:cacheprovider"]
         project = ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
-        library = str(folder / "libaccelerator.so")
+        package = Path(coded_torch.__file__).parents[1]  # the one that is tested, wherever it is
+        variables = {
+            "PYTHONPATH": f"{package}{os.pathsep}{ROOT}",
+            "CODED_TORCH_ACCELERATOR": str(folder),
+            "CODED_TORCH_CUDA": "1" if operators == "kernels" else "0",
+            "XDG_CACHE_HOME": str(folder),
+        }
         self.output = output
         with output.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "pytest", *options, *project, *map(str, tests)],
-                # Python looks in the folder that it starts in first: that package is there.
-                cwd=folder / operators,
-                env=os.environ | {"CODED_TORCH_ACCELERATOR": library, "PYTHONPATH": str(ROOT)},
+                cwd=folder,
+                env=os.environ | variables,
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
@@ -95,6 +99,13 @@ def test_everything_marked_cuda(runs, operators):
     without_ray = output.count("needs the extra")
     assert counts["skipped"] - without_ray == NOT_RUN, output
     assert counts["passed"] > FEWEST, output
+
+
+def test_kernels_are_tried_before_they_are_used(accelerator, tmp_path):
+    """In a process of its own, in which none has been used."""
+    trials = ROOT / "tests" / "accelerator" / "trials.py"
+    status, output = Run(accelerator, "kernels", tmp_path / "trials.txt", trials).end()
+    assert status == 0, output
 
 
 def test_a_race_fails_the_run_and_names_both_lines(accelerator, tmp_path):

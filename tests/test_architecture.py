@@ -34,8 +34,8 @@ FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
-    "beside the folders": 2005,
-    "cli": 890,
+    "beside the folders": 2090,
+    "cli": 950,
     "codes": 960,
     "experiments": 1670,
     "input_space": 1205,

@@ -95,6 +95,20 @@ def test_info(capsys):
         assert lines[built].startswith("kernels")
 
 
+def test_info_tries_kernels_in_another_process(capfd, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert run("info --device cuda") == 2
+    assert capfd.readouterr().err == "coded-torch info: torch has no CUDA device here\n"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr("coded_torch.cli.main._try_kernels", os.abort)
+    assert run("info --device cuda") == 2
+    assert capfd.readouterr().err == (
+        "coded-torch info: the process that tries the kernels failed; "
+        "run it again to try the rest\n"
+    )
+
+
 def test_an_output_that_nobody_reads_stops_the_work(tmp_path):
     code = "from coded_torch.cli.main import main; raise SystemExit(main())"
     line = f'{{ "$0" -c "{code}" info; echo $? > code; }} | true'
@@ -120,7 +134,7 @@ def test_demo_prints_tables_and_saves_a_picture(tmp_path, capsys):
     held, right = map(float, re.findall(r"([\d.]+)%", out)[:2])
     assert held > 90
     assert right > 90
-    assert "N = 6 workers, K = 3 inputs a group, S = 3 workers lost" in out
+    assert "N = 6 workers, K = 3 inputs per group, S = 3 workers lost" in out
     assert max(map(len, out.splitlines()[:-1])) <= 80
     for scheme in ("the paper's scheme", "Berrut", "Lagrange, ordered", "replication"):
         assert f"\n  {scheme} " in out

@@ -45,9 +45,9 @@ def test_the_examples_of_pages_show_what_happens(name):
     assert result.failed == 0
 
 
-def example(name, folder):
-    """Return the output of an example of the README, and the output that the README shows."""
-    text = (ROOT / "README.md").read_text()
+def example(page, name, folder):
+    """Return the output of an example of a page, and the output that the page shows."""
+    text = (ROOT / page).read_text()
     block = re.search(rf"<!-- example: {name} -->(.*?)<!-- end -->", text, re.S)[1]
     script, shown = re.findall(r"```\w+\n(.*?)```", block, re.S)
     file = folder / "example.py"
@@ -59,13 +59,15 @@ def example(name, folder):
 
 
 def test_the_engineers_example_prints_its_output(tmp_path):
-    printed, shown = example("engineer", tmp_path)
+    printed, shown = example("README.md", "engineer", tmp_path)
     assert printed == shown
 
 
 def test_the_researchers_example_prints_its_output(tmp_path):
     """Rounding, which processors differ in, may choose another tuned number."""
-    (*printed,), (*shown,) = (text.splitlines() for text in example("researcher", tmp_path))
+    (*printed,), (*shown,) = (
+        text.splitlines() for text in example("notebooks/science.md", "researcher", tmp_path)
+    )
     assert [line[:30] for line in printed] == [line[:30] for line in shown]
     for ours, theirs in zip(printed[2:], shown[2:], strict=True):
         if "Lagrange" not in ours:  # its error is that of rounding

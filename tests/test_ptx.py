@@ -1,4 +1,4 @@
-"""The translation of PTX: what nvcc's kernels are run by without a GPU."""
+"""The translation of PTX: what compiled kernels are run by without a GPU."""
 
 import ctypes
 import subprocess
@@ -52,7 +52,6 @@ $L__BB0_3:
 }
 """
 MAIN = """
-extern "C" void meeting(uint64_t out, uint32_t meeting);
 template <class Run>
 static const char* attempt(const Run& run) {
   static std::string failure;
@@ -65,7 +64,7 @@ static const char* attempt(const Run& run) {
 }
 extern "C" const char* meet(char* out, uint32_t until, uint32_t threads, uint32_t shared_bytes) {
   const auto address = reinterpret_cast<uint64_t>(out);
-  return attempt([&] { run_grid(&meeting, 1, threads, shared_bytes, address, until); });
+  return attempt([&] { run_grid("meeting", 1, threads, shared_bytes, address, until); });
 }
 """
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels of splines over whole grids: as the host's compiler sees them, and as nvcc."""
+"""The CUDA kernels of splines over whole grids: as the host's compiler sees them, and as NVRTC."""
 
 import ctypes
 import mmap
@@ -13,7 +13,7 @@ from coded_torch import ops
 from coded_torch.codes.curves import chebyshev_first, chebyshev_second
 from coded_torch.linear import SplineMap
 
-from .grids import CSRC, SOURCES, build_host, build_ptx, compile_ptx
+from .grids import CSRC, KERNELS, SOURCES, build_host, build_ptx, compile_kernel, compile_ptx
 from .splines import DTYPES, TOLERANCES
 from .test_ops import gathered, make_indices, make_plan, scattered
 
@@ -22,7 +22,7 @@ MAX_BLOCKS = 2**31 - 1
 
 def structure(name, path, **fields):
     """A C struct as ctypes takes it, read from its header."""
-    numbers = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "States": ctypes.c_int}
+    numbers = {"int": ctypes.c_int, "int64_t": ctypes.c_int64}
     known = dict.fromkeys(
         ("const void*", "void*", "const int64_t*", "const int32_t*"), ctypes.c_void_p
     )
@@ -35,17 +35,17 @@ def structure(name, path, **fields):
 
 RowIndex = structure("RowIndex", "ops/spline_args.h")
 SplineArgs = structure("SplineArgs", "ops/spline_args.h", RowIndex=RowIndex)
-Launched = structure("Launched", CSRC / "spline_grid.cpp")
-Device = structure("Device", "ops/cuda/rows.h")
-SHARED, WORKSPACE = range(2)  # enum States
-SWEEP, NARROW, WIDE = range(3)  # enum Choice::Kernel
-# Half of a multiprocessor's shared memory, less what the runtime keeps of it.
-H100 = Device(index=0, multiprocessors=132, shared_bytes=233_472 // 2 - 1024)
+Grid = structure("Grid", "ops/cuda/rows.h")
+Launched = structure("Launched", CSRC / "spline_grid.cpp", Grid=Grid)
+Device = structure("Device", "ops/cuda/grid.h")
+SWEEP, WORKSPACE_SWEEP, NARROW, WIDE = range(4)  # enum Kind
+# Half of a multiprocessor's shared memory, less what the driver keeps of it.
+H100 = Device(multiprocessors=132, shared_bytes=233_472 // 2 - 1024)
 
 
 @pytest.fixture(scope="module")
-def ptx(tmp_path_factory):
-    return compile_ptx(tmp_path_factory.mktemp("ptx"))
+def ptx():
+    return compile_ptx()
 
 
 def typed(loaded):
@@ -53,12 +53,11 @@ def typed(loaded):
     assert loaded.coded_torch_sizeof_launched() == ctypes.sizeof(Launched)
     loaded.coded_torch_run_grid.restype = Launched
     loaded.coded_torch_run_grid.argtypes = [
-        ctypes.POINTER(SplineArgs), ctypes.c_int, ctypes.c_bool, Device, ctypes.c_int64,
-        ctypes.c_char_p,
+        ctypes.POINTER(SplineArgs), ctypes.c_int, ctypes.c_bool, Device, ctypes.c_char_p,
     ]  # fmt: skip
     loaded.coded_torch_plan_grid.restype = Launched
     loaded.coded_torch_plan_grid.argtypes = [
-        ctypes.POINTER(SplineArgs), ctypes.c_bool, ctypes.c_bool, Device,
+        ctypes.POINTER(SplineArgs), ctypes.c_int, ctypes.c_bool, Device,
     ]  # fmt: skip
     loaded.coded_torch_half_to_float.restype = ctypes.c_float
     loaded.coded_torch_half_to_float.argtypes = [ctypes.c_uint16]
@@ -92,7 +91,8 @@ def run_grid(
     rows, groups = (values if gather is None else gather).shape[:2]
     out_rows, columns = schedule.shape[1] - 1 - rows, values.shape[-1]
     shape = (out_rows, groups, columns) if scatter is None else (num_rows, columns)
-    out = torch.full(shape, torch.nan, dtype=values.dtype)
+    # Rows that nothing is scattered to are zeroed before.
+    out = torch.full(shape, torch.nan if scatter is None else 0, dtype=values.dtype)
     many = len(coefficients) > 1
 
     def group_stride(tensor):
@@ -127,10 +127,10 @@ def run_grid(
     args = SplineArgs(**arguments)
     failure = ctypes.create_string_buffer(80)
     grid = library.coded_torch_run_grid(
-        ctypes.byref(args), DTYPES.index(values.dtype), transpose, device,
-        0 if scatter is None else scatter.numel(), failure,
-    )  # fmt: skip
-    assert failure.value == b""
+        ctypes.byref(args), DTYPES.index(values.dtype), transpose, device, failure
+    )
+    if failure.value:
+        raise RuntimeError(failure.value.decode())
     return out, grid
 
 
@@ -180,8 +180,8 @@ def test_a_dense_result_depends_on_nothing_but_its_column(
     seen = {}
     for device in (H100, little):
         got, launched = run_grid(grid_library, values, coefficients, schedule, transpose, device)
-        seen[launched.kernel] = got
-        assert launched.shared_bytes <= device.shared_bytes
+        seen[launched.kind] = got
+        assert launched.grid.shared_bytes <= device.shared_bytes
     assert set(seen) == ({NARROW} if dtype == torch.float64 else {NARROW, WIDE})
     odd, _ = run_grid(grid_library, values[..., 1:4], coefficients, schedule, transpose)
     assert torch.equal(odd, got[..., 1:4])
@@ -199,7 +199,7 @@ def test_a_row_that_is_only_selected_keeps_its_bits(grid_library, transpose):
     coefficients = ops.with_matrix(coefficients, schedule)
     values = torch.randn(17, 1, 9)
     got, launched = run_grid(grid_library, values, coefficients, schedule, transpose)
-    assert launched.kernel != SWEEP
+    assert launched.kind == NARROW
     assert torch.equal(got, values.flip(0))
 
 
@@ -228,13 +228,15 @@ def test_the_workspace_does_not_grow_with_the_batch(grid_library, dtype, transpo
     coefficients, schedule, _ = make_plan(9, dtype, plans=2)
     device = Device(multiprocessors=1, shared_bytes=0)
     values = torch.randn(12 if transpose else 9, 2, 1537).to(dtype)
-    got, grid = run_grid(grid_library, values, coefficients, schedule, transpose, device)
+    got, launched = run_grid(grid_library, values, coefficients, schedule, transpose, device)
+    grid = launched.grid
+    assert launched.kind == WORKSPACE_SWEEP
     want, _ = run_grid(grid_library, values, coefficients, schedule, transpose)
     assert torch.equal(got, want)
     assert values[0].numel() > 3 * grid.blocks * grid.threads  # each thread has several
     thrice = values.repeat(1, 1, 3)
     larger = run_grid(grid_library, thrice, coefficients, schedule, transpose, device)[1]
-    assert larger.workspace_bytes == grid.workspace_bytes
+    assert larger.grid.workspace_bytes == grid.workspace_bytes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reserves memory that it does not use")
@@ -261,14 +263,16 @@ def test_indices_beyond_2_to_the_31(grid_library):
 @pytest.mark.parametrize("num_knots", [1, 2, 3, 80, 1000, 100_000])
 def test_launch_configurations_of_sweeps(host_library, acc_bytes, num_columns, num_knots):
     args = SplineArgs(num_knots=num_knots, num_groups=1, num_columns=num_columns)
-    grid = host_library.coded_torch_plan_grid(ctypes.byref(args), acc_bytes == 8, False, H100)
+    dtype = 0 if acc_bytes == 8 else 1
+    launched = host_library.coded_torch_plan_grid(ctypes.byref(args), dtype, False, H100)
+    grid = launched.grid
     per_thread = max(num_knots - 2, 0) * 2 * acc_bytes
     threads = grid.blocks * grid.threads
     assert grid.threads in (32, 64, 128)
     assert 1 <= grid.blocks <= MAX_BLOCKS
     # Few columns are divided over as many multiprocessors as there are warps of them.
     assert grid.blocks >= min(132, num_columns // 32)
-    if grid.states == SHARED:
+    if launched.kind == SWEEP:
         assert threads - grid.threads < num_columns <= threads
         assert grid.shared_bytes == per_thread * grid.threads
         assert per_thread * 128 <= H100.shared_bytes
@@ -294,15 +298,17 @@ def test_launch_configurations_of_products(
         matrix=1, num_knots=num_knots, num_points=num_points, num_groups=1,
         num_columns=num_columns, in_row_stride=num_columns, out_row_stride=num_columns,
     )  # fmt: skip
-    grid = host_library.coded_torch_plan_grid(ctypes.byref(args), is_double, False, device)
+    dtype = 0 if is_double else 1
+    launched = host_library.coded_torch_plan_grid(ctypes.byref(args), dtype, False, device)
+    grid, kind = launched.grid, launched.kind
     fits = num_knots * (144 if is_double else 80) <= shared_bytes
-    assert (grid.kernel != SWEEP) == fits
+    assert (kind in (NARROW, WIDE)) == fits
     if fits:
         assert grid.threads in range(32, 257, 32)
         assert 0 < grid.shared_bytes <= shared_bytes
         assert 1 <= grid.blocks <= max(16 * 132, num_points)
         wide = not is_double and num_columns > 120
-        assert grid.kernel == (WIDE if wide else NARROW)
+        assert kind == (WIDE if wide else NARROW)
         # Every row of the matrix is in a block, and all blocks have work.
         rows_a_block = grid.threads // 32 * 16
         chunks = -(-num_points // rows_a_block)
@@ -335,6 +341,18 @@ def test_half_precision_conversions(host_library):
             assert brain == single.bfloat16().view(torch.int16).item(), value
 
 
+def test_a_barrier_that_is_removed_is_found(tmp_path):
+    (product,) = (n for n in KERNELS if torch.ops.coded_torch._kernel_name(n) == "product_float32")
+    ptx = compile_kernel(product, "compute_90").decode().rstrip("\0")
+    without, count = re.subn(r"bar\.sync\s+0;", "", ptx)
+    assert count == 1
+    library = typed(build_ptx(tmp_path, "spline_grid.cpp", without))
+    coefficients, schedule, _ = make_plan(9, torch.float32)
+    coefficients = ops.with_matrix(coefficients, schedule)
+    with pytest.raises(RuntimeError, match="a word of shared memory with no barrier between"):
+        run_grid(library, torch.randn(9, 1, 9), coefficients, schedule, transpose=False)
+
+
 def accesses_of(body):
     """By kind and memory, the sizes in bytes of a kernel's accesses."""
     found = {}
@@ -346,19 +364,16 @@ def accesses_of(body):
 
 def test_kernels_move_16_bytes_at_once(ptx):
     entries = re.findall(r"\.entry (\w+)\(.*?\)[^{]*^{$(.*?)^}$", ptx, re.S | re.M)
-    sweeps = [accesses_of(body) for name, body in entries if "spline_kernel" in name]
-    assert len(sweeps) == 16
-    for accesses in sweeps:
-        assert accesses["ld.global.nc"] == {4, 16}  # the schedule, and coefficients
-        # None is generic: nvcc knows where the states are.
-        assert {kind.split(".")[1] for kind in accesses} <= {"global", "shared"}
-    wide = {
-        name[name.index("I") + 1]: accesses_of(body)
-        for name, body in entries if re.search("dense_kernel.*Li4E", name)
-    }  # fmt: skip
-    assert set(wide) == {"f", "N"}  # float, and the structs of half precision
-    for kind, accesses in wide.items():
-        assert 16 in accesses["ld.shared"]
-        assert accesses["st.global.cs"] == ({16} if kind == "f" else {8})
-        assert "st.global" not in accesses
-        assert max(accesses["ld.global"]) == (16 if kind == "f" else 8)
+    assert len(entries) == len(KERNELS)
+    for name, body in entries:
+        accesses = accesses_of(body)
+        if "sweep" in name:
+            assert accesses["ld.global.nc"] == {4, 16}  # the schedule, and coefficients
+            # None is generic: the compiler knows where the states are.
+            assert {kind.split(".")[1] for kind in accesses} <= {"global", "shared"}
+        elif "wide" in name:
+            bytes_of_pack = 16 if "float32" in name else 8
+            assert 16 in accesses["ld.shared"]
+            assert accesses["st.global.cs"] == {bytes_of_pack}
+            assert "st.global" not in accesses
+            assert max(accesses["ld.global"]) == bytes_of_pack

@@ -12,6 +12,7 @@ from torch import nn
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory, distill, memory
+from coded_torch.testing.helpers import until
 from coded_torch.workers import LocalWorkers
 
 from .nn.modules import WAYS, Call, divided, rand
@@ -311,6 +312,10 @@ def test_a_memory_goes_on_learning_in_a_forked_process():
     memory.observe([rand(300, 4)], [rand(300, 2)])
     memory.rebuild()
     before = memory._snapshot
+    # MKL frees a thread's buffers under a lock when the thread ends, which may be after join(); a
+    # child forked meanwhile finds it locked for ever. No use of MKL after a fork can prevent that.
+    task = f"/proc/self/task/{memory._making.native_id}"
+    until(lambda: not os.path.exists(task))
     child = os.fork()
     if child == 0:
         signal.alarm(60)

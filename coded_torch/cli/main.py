@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import platform
 import re
 import sys
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +25,7 @@ from .._arguments import MOST_WORKERS, count, dense
 from ..codes import RegressionCode
 from ..demo import digits, lenet5
 from ..experiments import planner
+from ..linear import SplineMap
 from ..nn import CodedWrapper
 from ..stragglers import Uniform
 from ..workers import LocalWorkers
@@ -32,6 +37,12 @@ __all__ = ["main"]
 
 # The rows of a batch: on 240 digits, groups of 20 inputs divide evenly. It was not tuned.
 _BATCH_SIZE = 240
+# Knots, points and columns at which CUDA kernels are timed, as benchmarks/gpu_model.py.
+_SHAPES = (
+    (20, 100, 150_528), (64, 128, 65_536), (100, 20, 150_528), (96, 20, 120),
+    (256, 320, 32_768), (1024, 1280, 8_192),
+)  # fmt: skip
+_CALLS, _SECONDS = 20, 900.0  # calls that are timed, and the most that all may take
 _LEGEND = """\
 RMSE             root of the mean squared distance from the module's answers
 normalised MSE   its square, over the variance of the module's answers
@@ -42,7 +53,7 @@ _COLUMNS = "columns in the order of the arguments, as a,b, or x=a,y=b, unless al
 _RESUME = """go on with the job in the folder, if there is one. The inputs, the options, the model's
 weights and attributes, and the files of its classes and of the factory must be the same. Not seen:
 other files that the model imports or reads, values that functions hold, and the kind of workers"""
-_TRIPLES = "workers N, inputs a group K and lost workers S; several in quotes"
+_TRIPLES = "workers N, inputs per group K and lost workers S; several in quotes"
 
 
 @torch.no_grad()
@@ -70,7 +81,7 @@ def demo(args: argparse.Namespace) -> None:
         bounds += f"Its bound, {radii.median():.2f} in the median, is larger in {held:.1%}.\n"
     say(
         f"LeNet-5 reads {len(rows):,} MNIST test digits it was not trained on, {_BATCH_SIZE} at a "
-        f"time.\nSeed {args.seed}.\n\nN = {n} workers, K = {k} inputs a group, {s} workers lost:\n"
+        f"time.\nSeed {args.seed}.\n\nN = {n} workers, K = {k} inputs per group, {s} are lost:\n"
         f"{len(rows) - len(errors):,} answers are computed, {len(errors):,} are estimated.\n"
         f"{bounds}{right:.1%} of all answers name the right digit.\n\n"
         "Every code is tuned on a quarter of the batches, without labels, and answers\n"
@@ -122,7 +133,7 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def info(args: argparse.Namespace) -> None:
-    """Print versions, build, devices and threads."""
+    """Print versions, build, devices and threads, and what CUDA kernels do on this card."""
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines = {
         "coded_torch": coded_torch.__version__,
@@ -136,6 +147,58 @@ def info(args: argparse.Namespace) -> None:
     width = max(map(len, lines)) + 2
     for name, value in lines.items():
         say(f"{name:<{width}}{value}")
+    if args.device == "cuda":
+        if not names:
+            raise CommandError("coded-torch info: torch has no CUDA device here")
+        # A kernel that fails may end CUDA in its process, so this one keeps out of it.
+        process = multiprocessing.get_context("spawn").Process(target=_try_kernels, daemon=True)
+        process.start()
+        process.join(_SECONDS)
+        if process.exitcode != 0:
+            ended = "did not end" if process.exitcode is None else "failed"
+            why = f"the process that tries the kernels {ended}; run it again to try the rest"
+            raise CommandError(f"coded-torch info: {why}")
+
+
+def _try_kernels(shrink: int = 1) -> None:
+    """Print whether each kernel is right on each device, and times of six shapes."""
+    kernels, name_width = torch.ops.coded_torch, 32
+    for device in range(torch.cuda.device_count()):
+        say(f"\ncuda:{device} {torch.cuda.get_device_name(device)}")
+        for number in range(30):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # its text is printed
+                right = _extension._try_kernel(device, number)
+            local = f"right, {kernels._local_bytes(device, number)} bytes of local memory a thread"
+            state = local if right else _extension.CUDA_FAILURES[-1]
+            say(f"{kernels._kernel_name(number):<{name_width}}{state}")
+        with torch.cuda.device(device):
+            say(f"\n{'float32, in microseconds':<{name_width}}copy  matmul  product  sweep")
+            for n, N, columns in _SHAPES:
+                spline = SplineMap(np.linspace(-1, 1, n), np.linspace(-1, 1, N), smoothing=1e-6)
+                plan, schedule = (x.cuda() for x in spline._operands(torch.empty(0)))
+                matrix = spline.matrix(torch.float32).cuda()
+                both = torch.cat([plan, matrix.T.reshape(1, -1)], 1)
+                values = torch.randn(n, 1, columns // shrink, device="cuda")
+                half = torch.empty((n + N) * values.shape[2] // 2, device="cuda")
+                times = (
+                    _microseconds(half.clone),
+                    _microseconds(torch.matmul, matrix, values[:, 0]),
+                    _microseconds(kernels.spline_apply, values, both, schedule, False),
+                    _microseconds(kernels.spline_apply, values, plan, schedule, False),
+                )
+                text = f"{n} -> {N} x {values.shape[2]:,}"
+                say(f"{text:<{name_width}}" + "  ".join(f"{t:6.0f}" for t in times))
+
+
+def _microseconds(call: Callable[..., Tensor], *arguments: Any) -> float:
+    for calls in (1, _CALLS):  # the first one makes ready
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call(*arguments)
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / _CALLS * 1e6
 
 
 def _settings(text: str) -> list[tuple[int, ...]]:
@@ -216,7 +279,7 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
         ("--seed", int, 0, "the seed of everything"),
         _OUTPUT,
     ),
-    info: (),
+    info: (("--device", ("cpu", "cuda"), "cpu", "with cuda, try and time all kernels there"),),
 }
 _GROUPS = {"models and jobs": (serve, job, info), "experiments": (demo, compare, plan)}
 

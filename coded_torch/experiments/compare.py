@@ -69,7 +69,7 @@ def compare(
     Args:
         module: the module, in evaluation mode.
         batches: at least two, each an argument of the module or a tuple of several.
-        settings: N, K and S of each: workers, inputs a group, workers lost.
+        settings: N, K and S of each: workers, inputs per group, workers lost.
         labels: for every batch the true classes, ``[B]``, integers, of outputs ``[B, classes]``.
             Defaults to None, errors only.
         more: a function of K and N that returns further codes by their names. Defaults to None.

@@ -126,6 +126,7 @@ class FaultyWorkers(Workers):
         return request, itertools.chain(first, itertools.chain.from_iterable(further))
 
     def generator(self, *key: int) -> torch.Generator:
+        """Return a generator that the seed of the pool and a key determine."""
         entropy = np.random.SeedSequence((self.seed % 2**64, *key))
         return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 

@@ -238,7 +238,7 @@ class Comparison:
         lines: list[str] = []
         for (n, k, s), rows in grouped(self.rows, lambda row: row.setting).items():
             accuracies = "RelAcc" if rows[0].relative_accuracy else ""
-            lines += ["", f"N = {n} workers, K = {k} inputs a group, S = {s} workers lost"]
+            lines += ["", f"N = {n} workers, K = {k} inputs per group, S = {s} workers lost"]
             lines.append(f"  {'':<27} {'RMSE':<16}{'normalised MSE':<18}{accuracies}".rstrip())
             for row in rows:
                 scores = f"{_text(row.rmse):<15} {_text(row.mse):<17}"
@@ -263,7 +263,7 @@ class Comparison:
         for axes, rows in zip(every, panels.values(), strict=False):
             n, k, s = rows[0].setting
             of_lost = f", {s} workers lost" if along == 0 else f" on {n} workers"
-            axes.set_title(f"{k} inputs a group{of_lost}", fontsize=10)
+            axes.set_title(f"{k} inputs per group{of_lost}", fontsize=10)
             if len({row.setting for row in rows}) == 1:
                 for row in rows:
                     axes.barh(row.name, row.mse[0] or 0.0, xerr=row.mse[1])

@@ -147,12 +147,13 @@ class ErrorBounds:
             radii[rows] = ops.error_radii(found, levels[rows])
         return radii
 
-    def oddness(self) -> tuple[list[int], list[float]]:
-        """Return the places of results, and numbers that rank how odd these look if left out."""
-        known = [x for x in self._bounds if x.results is not None]
-        places = [place for x in known if x.results is not None for place in x.results.tolist()]
-        few = [x.thresholds[:, :_RANKING].flatten(0, 1).median(0).values for x in known]
-        return places, [value for x in few for value in x.tolist()]
+    def oddness(self) -> list[tuple[int, float]]:
+        """Return places of results, and numbers that rank how odd these look if left out."""
+        pairs = list[tuple[int, float]]()
+        for _, thresholds, _, results in self._bounds:
+            few = thresholds[:, :_RANKING].flatten(0, 1).median(0).values
+            pairs += zip([] if results is None else results.tolist(), few.tolist(), strict=False)
+        return pairs
 
     def enough(self, coverage: float) -> bool:
         """Return whether results are as many as the level needs."""

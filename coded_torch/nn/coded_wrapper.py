@@ -256,7 +256,7 @@ class CodedWrapper(ModuleProxy):
                 report.notes += rows.keep_deadline(left, estimates)
             try:
                 found = answers.of(stacked)
-                execution.test_losses(self._history.losses, stacked.units, answers.oddness)
+                execution.compare(self._history.exchangeability, stacked.units, answers.oddness)
             except Exception as raised:  # the caller's code failed: the exception gets the answers
                 execution.holding(raised)
                 raise

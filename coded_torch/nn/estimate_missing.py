@@ -55,7 +55,7 @@ class Answers:
         self._check: Trials | None = check
         self._known = dict[int, tuple[list[Tensor], Tensor] | None]()  # the estimates of memories
         #: The places of results, and how odd these look if left out.
-        self.oddness: tuple[list[int], list[float]] = [], []
+        self.oddness: list[tuple[int, float]] = []
         self._memories = [(s, s.follow(module)) for s in surrogates if isinstance(s, Memory)]
 
     def forget_excluded(self) -> None:

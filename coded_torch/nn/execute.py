@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import sparing_logger
 from ..codes.plans import DeadlineExceeded, NotEnoughResults
-from ..scheduling.exchangeability import LossTest
+from ..scheduling.exchangeability import Exchangeability
 from ..scheduling.latency_history import History
 from ..scheduling.waiting import Waiting
 from ..table import DROPPED, OPEN, Began, Reply, Table, WorkerError
@@ -123,22 +123,22 @@ class Execution:
             finally:  # the report has these events even if waiting raised
                 table.hear(events, until)
 
-    def test_losses(
-        self, losses: LossTest, units: Sequence[int], oddness: tuple[list[int], list[float]]
+    def compare(
+        self, known: Exchangeability, units: Sequence[int], oddness: Sequence[tuple[int, float]]
     ) -> None:
-        """Report whether late parts look odder than others, given results and their places."""
+        """Report whether late parts look odder than others, given the oddness of results."""
         found, of_units = list[tuple[int, float, float]](), defaultdict[int, list[float]](list)
-        for place, odd in zip(*oddness, strict=True):
+        for place, odd in oddness:
             of_units[units[place // self.table.unit_rows]].append(odd)
         for part in self.table.good if of_units else ():
             values = [x for unit in part.units for x in of_units[unit]]
             if values and part.why == "first" and not part.fresh:
                 found.append((len(part.units), part.seconds, sum(values) / len(values)))
-        if found and (calls := losses.add(found)):
-            self._report.losses_depend = True
+        if found and (calls := known.add(found)):
+            self._report.missing_not_at_random = True
             self._report.notes += (
-                f"late parts looked odder than others, over {calls} calls, so losses depend on "
-                "content, and errors exceed their bounds more often than they should; see radii_at",
+                f"late parts looked odder than others, over {calls} calls, so rows are not "
+                "missing at random, and bounds hold less often than they say; see radii_at",
             )
 
     # Missing results.

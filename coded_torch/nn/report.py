@@ -56,9 +56,9 @@ class Report:
             :class:`~coded_torch.Regression`. 0 if the answer is computed, infinite if its input is
             not finite, or too few results arrived. None under a link, or without a regression.
         coverage: the level of the error bounds; None if there are none.
-        losses_depend: whether the parts that came late, in this call and earlier ones, look odder
-            than others, so that bounds and p-values hold less often than they say. Without such a
-            dependence it is ever true with a probability of about .01.
+        missing_not_at_random: whether parts that came late, in this and earlier calls, look odder
+            than others: bounds and p-values hold less often than they say. A false alarm has a
+            probability of .01. Rows that never arrive because of their content are not seen.
         label_p_values: float64 ``[B]``, on the host: for a first decoded output ``[B, C]``, the
             conformal p-value of the hypothesis that an answer's largest number is not the module's.
             An answer is wrong with a value of at most p with probability p at most. That is not the
@@ -104,7 +104,7 @@ class Report:
     source: Tensor | None = dataclasses.field(default=None, repr=False)
     radii: Tensor | None = dataclasses.field(default=None, repr=False)
     coverage: float | None = None
-    losses_depend: bool = False
+    missing_not_at_random: bool = False
     label_p_values: Tensor | None = dataclasses.field(default=None, repr=False)
     surrogate_weights: tuple[tuple[float, ...], ...] = ()
     ended: str = ""

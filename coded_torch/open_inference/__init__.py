@@ -59,6 +59,7 @@ class TensorSpec:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of a tensor of this datatype."""
         return DATATYPES[self.datatype]
 
     def metadata(self) -> dict[str, Any]:

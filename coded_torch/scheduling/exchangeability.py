@@ -1,4 +1,4 @@
-"""A test, over calls, of what error bounds assume: that losses do not depend on content."""
+"""A test, over calls, of what error bounds assume: that rows are missing at random."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 _FALSE_ALARM, _CALLS = 0.01, 8
 
 
-class LossTest:
+class Exchangeability:
     """Tests whether rows that are hard to estimate come later than others.
 
     In each call, the latencies of parts are ranked, and how odd their results look where they are
@@ -32,7 +32,7 @@ class LossTest:
     def add(self, parts: Iterable[tuple[int, float, float]]) -> int:
         """Take the rows, seconds and oddness of the parts of a call.
 
-        Return the number of calls if losses depend on content, else 0.
+        Return the number of calls if rows are not missing at random, else 0.
         """
         groups = defaultdict[int, list[tuple[float, float]]](list)
         for rows, *pair in parts:

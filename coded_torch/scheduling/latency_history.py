@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from .exchangeability import LossTest
+from .exchangeability import Exchangeability
 
 # These numbers of parts and calls are not tuned. More of them follow changes more slowly, fewer
 # make thresholds noisier.
@@ -68,7 +68,7 @@ class History:
         self._slope = 0.0  # the share of the time of `most_rows` rows that grows with the rows
         self._debt = 0.0
         self._failures: deque[bool] = deque(maxlen=_PARTS)
-        self.estimates, self.losses = EstimationTimes(), LossTest()
+        self.estimates, self.exchangeability = EstimationTimes(), Exchangeability()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return History, ()

@@ -221,6 +221,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         return JSONResponse({"model_stats": [found | self.metrics.statistics()]})
 
     async def metrics_text(self, _: Request) -> Response:
+        """Answer with all numbers in Prometheus's format."""
         self.metrics.workers(self.pool)
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 

@@ -27,7 +27,7 @@ _NUMBERS: dict[str, tuple[str, ...]] = {
     "extra_rows_total": ("Rows that workers began beyond one computation of every row.",),
     "hedges_total": ("Hedges that replied first (won) or not (lost).", "outcome"),
     "checks_total": ("Rows verified, unverified, or corrected by a check.", "outcome"),
-    "losses_depend": ("1 if late parts look odder than others, so that bounds may not hold.",),
+    "missing_not_at_random": ("1 if late parts look odder: error bounds may not hold.",),
     "faults_total": ("Wrong results that workers were found to return.", "worker"),
     "excluded_total": ("Workers that were excluded for wrong results.",),
     "workers_up": ("Workers that are up.",),
@@ -115,7 +115,7 @@ class Metrics:
         count("extra_rows_total", max(0.0, report.work - 1) * rows)
         count("hedges_total", won, "won")
         count("hedges_total", len(report.hedges) - won, "lost")
-        self._numbers["losses_depend"].set(int(report.losses_depend))
+        self._numbers["missing_not_at_random"].set(int(report.missing_not_at_random))
         count("excluded_total", len(report.excluded))
         count("checks_total", len(report.corrected), "corrected")
         for worker, number in report.faults.items():

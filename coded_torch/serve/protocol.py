@@ -258,6 +258,7 @@ class Connection(HttpToolsProtocol):
 
     @property
     def is_idle(self) -> bool:
+        """Whether no request is being read or answered."""
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

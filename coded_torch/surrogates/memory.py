@@ -56,6 +56,8 @@ class Memory:
         answer another. Do not give one to a wrapper whose users must not learn of each other.
         :meth:`clear` forgets.
 
+        A process forked while the thread works may wait for ever for MKL's lock: spawn it instead.
+
     Args:
         capacity: the most results that are remembered, at least 1; the oldest calls go first. If
             outputs have many numbers, fewer are: outputs and coordinates take at most 128 MB.
@@ -243,8 +245,7 @@ class _Space:
 
     def __call__(self, leaves: Sequence[Leaf]) -> Tensor:
         """Return coordinates ``[n, 96]``, or fewer if there are no more directions."""
-        z: Tensor = self._scaled(leaves) @ self._projection
-        return z.float()
+        return torch.mm(self._scaled(leaves), self._projection).float()
 
     def _scaled(self, leaves: Sequence[Leaf]) -> Tensor:
         rows = [x.rows if x.pooled is None or not self._is_pooled else x.pooled for x in leaves]
@@ -259,8 +260,7 @@ class _Snapshot:
         self.form, self._space = form, space
         typical = typical_rows([rows])
         rows, outputs = rows[typical], outputs[typical].double()
-        step = squared_distances(rows[evenly(len(rows), _PATH)], 1.0)[3]
-        self._length = LENGTH * step
+        self._length = LENGTH * squared_distances(rows[evenly(len(rows), _PATH)], 1.0)[3]
         squared = squared_distances(rows, 1.0, None, torch.arange(len(rows)))[0]
         process = GaussianProcess(squared, self._length)
         weights, self._mean = process.coefficients(outputs)

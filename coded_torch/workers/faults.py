@@ -36,6 +36,7 @@ class Fault:
         return self.delay > 0 or self.kind is not None
 
     def spoil(self, value: Any) -> Any:
+        """Return the result that the fault makes of a module's output, a pytree."""
         if self.kind == "structure":
             return [value, None]
         return pytree.tree_map_only(Tensor, self._spoil_leaf, value)

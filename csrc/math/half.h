@@ -4,11 +4,6 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#endif
-
 #include "pack.h"
 
 namespace coded_torch {
@@ -40,7 +35,9 @@ CODED_TORCH_HD float to_float(bfloat16 value) {
 
 CODED_TORCH_HD float to_float(float16 value) {
 #if defined(__CUDA_ARCH__)
-  return __half2float(__ushort_as_half(value.bits));
+  float out;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(value.bits));
+  return out;
 #else
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
   const uint32_t magnitude = value.bits & 0x7fff;
@@ -52,8 +49,8 @@ CODED_TORCH_HD float to_float(float16 value) {
 }
 
 CODED_TORCH_HD void from_float(float value, bfloat16* out) {
-#if defined(__CUDA_ARCH__)
-  out->bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800  // the first with the instruction
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out->bits) : "f"(value));
 #else
   const uint32_t bits = float_bits(value);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -64,7 +61,7 @@ CODED_TORCH_HD void from_float(float value, bfloat16* out) {
 
 CODED_TORCH_HD void from_float(float value, float16* out) {
 #if defined(__CUDA_ARCH__)
-  out->bits = __half_as_ushort(__float2half_rn(value));
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out->bits) : "f"(value));
 #else
   const uint32_t bits = float_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000;

@@ -1,6 +1,13 @@
 // A few columns side by side: what one step of a sweep works on.
 #pragma once
 
+#if defined(__CUDACC_RTC__)  // NVRTC has no header of the standard library
+using int32_t = int;
+using int64_t = long long;
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+#endif
+
 #if defined(__CUDACC__)
 #define CODED_TORCH_HD __host__ __device__ __forceinline__
 #define CODED_TORCH_UNROLL _Pragma("unroll")

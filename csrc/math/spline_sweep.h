@@ -14,11 +14,11 @@
 #include <cstdint>
 
 #include "pack.h"
-#include "spline_plan.h"
+#include "spline_layout.h"
 
 namespace coded_torch {
 
-// A plan as the kernels see it (layout: spline_plan.h), in the accumulation type.
+// A plan as the kernels see it (spline_layout.h), in the accumulation type.
 template <class Coefficient>
 struct SplinePlan {
   const Coefficient* knots;   // [n, 12]

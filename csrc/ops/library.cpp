@@ -1,9 +1,11 @@
 // Every operator's schema, nothing else.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 STABLE_TORCH_LIBRARY(coded_torch, m) {
   // values [n, G, m] -> [N, G, m], or [N, G, m] -> [n, G, m] where `transpose`.
-  // coefficients [P, 12 n + 4 N], schedule [P, n + 1 + N]: csrc/math/spline_plan.h; P is 1 or G.
+  // coefficients [P, 12 n + 4 N], schedule [P, n + 1 + N]: csrc/math/spline_layout.h; P is 1 or G.
   // gather int64 [rows in, G]: values is [R, m], and row i of group g is its row gather[i, g];
   // -1 reads zeros. scatter int64 [rows out, G]: the result is [num_rows, m], and row j of group g
   // becomes its row scatter[j, g]; -1 drops it, no row may be named twice, those not named are 0.
@@ -57,6 +59,20 @@ STABLE_TORCH_LIBRARY(coded_torch, m) {
       "Tensor? scores, Tensor? answered, float trust, int calibrating) -> (Tensor, Tensor)");
   // The bounds [L] of thresholds [S, L, n], at a level of each row.
   m.def("error_radii(Tensor thresholds, Tensor levels) -> Tensor");
+  // Of kernels on CUDA, private, for coded_torch/_extension.py and tests. `nvrtc` is the address of
+  // a library; a number stands for a kernel (csrc/ops/cuda/grid.h). Python has the first three.
+  m.def("_try_kernel(int device, int number) -> bool");
+  m.def("_fall_back(str why) -> bool");
+  const std::string arguments =
+      "(Tensor values, Tensor coefficients, Tensor schedule, bool transpose, Tensor? gather, "
+      "Tensor? scatter, SymInt? num_rows";
+  m.def(("_spline_by_torch" + arguments + ") -> Tensor").c_str());
+  m.def(("_run_kernel" + arguments + ", int number) -> Tensor").c_str());
+  m.def("_load_kernel(int device, int number, int nvrtc) -> ()");
+  m.def("_end_trial() -> ()");
+  m.def("_compile_kernel(str architecture, int number, int nvrtc) -> Tensor");
+  m.def("_kernel_name(int number) -> str");
+  m.def("_local_bytes(int device, int number) -> int");
   // The instruction sets of this machine that have kernels, space-separated, best first.
   m.def("cpu_capabilities() -> str");
   // Private, for tests and benchmarks: from now on, every operator of this process uses the kernels

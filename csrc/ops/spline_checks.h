@@ -7,7 +7,7 @@
 #include <optional>
 #include <vector>
 
-#include "../math/spline_plan.h"
+#include "../math/spline_layout.h"
 #include "checks.h"
 #include "spline_args.h"
 

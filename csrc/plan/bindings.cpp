@@ -149,7 +149,7 @@ PYBIND11_MODULE(_plan, m) {
       "spline_plan", &spline_plan, py::arg("knots"), py::arg("penalties"), py::arg("points"),
       "Coefficients [P, 12 n + 4 N] and schedule [P, n + 1 + N] of P splines: knots [P, n],\n"
       "penalties [P, n] (weights of integral g''^2 against each squared residual), points [P, N].\n"
-      "Layout: csrc/math/spline_plan.h.");
+      "Layout: csrc/math/spline_layout.h.");
   m.def(
       "curve_plan", &curve_plan, py::arg("knots"), py::arg("points"), py::arg("smoothing"),
       py::arg("weights"),

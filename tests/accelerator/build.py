@@ -1,6 +1,5 @@
-"""Build the pretended accelerator, and a copy of the package that finds CUDA kernels beside it."""
+"""Build the pretended accelerator, and a driver of CUDA for it that runs the package's kernels."""
 
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,10 +7,7 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import include_paths
 
-import coded_torch
-
-from ..grids import KERNELS as SPLINE
-from ..grids import run_nvcc
+from ..grids import compile_ptx
 from ..ptx import translate
 
 HERE = Path(__file__).parent
@@ -21,35 +17,21 @@ KERNELS = ["-march=native", "-ffp-contract=off", f"-I{HERE.parent / 'csrc'}"]
 
 
 def build(folder: Path) -> None:
-    """Make `kernels` and `torch`: folders to start Python in, with and without CUDA kernels."""
-    for name in ("kernels", "torch"):
-        shutil.copytree(
-            Path(coded_torch.__file__).parent,
-            folder / name / "coded_torch",
-            ignore=shutil.ignore_patterns("__pycache__", "_ops_cuda.*"),
-        )
+    """Make libaccelerator.so, which torch takes for its CUDA part, and libcuda.so.1 beside it."""
     with ThreadPoolExecutor(2) as pool:
         kernels = pool.submit(_kernels, folder)
         device = [pool.submit(_compile, folder, HERE / f"{n}.cpp") for n in ("operators", "device")]
-        runtime = pool.submit(_compile, folder, HERE / "runtime.cpp", *KERNELS)
+        driver = pool.submit(_compile, folder, HERE / "driver.cpp", *KERNELS)
     library = folder / "libaccelerator.so"
-    _link(library, *(d.result() for d in device))
-    _link(
-        folder / "kernels" / "coded_torch" / "_ops_cuda.so",
-        runtime.result(), *kernels.result(), library,
-    )  # fmt: skip
+    _link(library, "libtorch_cuda.so", *(d.result() for d in device))
+    _link(folder / "libcuda.so.1", "libcuda.so.1", driver.result(), kernels.result(), library)
 
 
-def _kernels(folder: Path) -> list[Path]:
-    """The host's code as nvcc makes it, and the kernels' PTX as code for the host."""
-    host = folder / f"{SPLINE.stem}-host.o"
-    options = ["-gencode=arch=compute_90,code=compute_90", "-Xcompiler=-fPIC"]
-    keep = ["--keep", f"--keep-dir={folder}"]
-    run_nvcc(*options, *keep, "-c", "-o", str(host))
-    translated = folder / f"{SPLINE.stem}.cpp"
-    translated.write_text(translate(translated.with_suffix(".ptx").read_text()))
-    # In this order their initialisers run: kernels are there before the host's code looks for them.
-    return [_compile(folder, translated, *KERNELS, "-w"), host]
+def _kernels(folder: Path) -> Path:
+    """The kernels' PTX as code for the host."""
+    translated = folder / "kernels.cpp"
+    translated.write_text(translate(compile_ptx()))
+    return _compile(folder, translated, *KERNELS, "-w")
 
 
 def _compile(folder: Path, source: Path, *flags: str) -> Path:
@@ -59,12 +41,12 @@ def _compile(folder: Path, source: Path, *flags: str) -> Path:
     return compiled
 
 
-def _link(library: Path, *objects: Path) -> None:
+def _link(library: Path, name: str, *objects: Path) -> None:
+    """Link a library that the loader knows by a name."""
     folder = Path(torch.__file__).parent / "lib"
     torch_libraries = [f"-L{folder}", f"-Wl,-rpath,{folder}", "-ltorch_cpu", "-lc10"]
-    _run(
-        ["c++", "-shared", "-Wl,-z,defs", *map(str, objects), "-o", str(library), *torch_libraries]
-    )
+    command = ["c++", "-shared", "-Wl,-z,defs", f"-Wl,-soname,{name}", *map(str, objects)]
+    _run([*command, "-o", str(library), *torch_libraries])
 
 
 def _run(command: list[str]) -> None:

@@ -234,11 +234,11 @@ const char* accelerator_take_reports() {
   return reports.c_str();
 }
 
-// For runtime.cpp. Begins a kernel on the current device, unless the stream is another's.
-void* accelerator_begin(void* handle, const char* name) {
+// For driver.cpp. Begins a kernel on a device, unless the stream is another's.
+void* accelerator_begin(int device, void* handle, const char* name) {
   const auto number = reinterpret_cast<int64_t>(handle);
-  if (number && number % kDevices != device_now) return nullptr;
-  return new Kernel(order().launch({device_now, number}, name, find_site ? find_site() : ""));
+  if (number && number % kDevices != device) return nullptr;
+  return new Kernel(order().launch({device, number}, name, find_site ? find_site() : ""));
 }
 void accelerator_access(void* kernel, const void* base, bool writes) {
   order().access(base, *static_cast<Kernel*>(kernel), writes);
@@ -250,9 +250,10 @@ const void* accelerator_around(const void* address, size_t* bytes) {
   return block ? block->base : nullptr;
 }
 
-// A CPU build of torch does not have it, and the launchers of kernels ask for it.
+// A CPU build of torch does not have it, and launches ask for it.
+bool accelerator_has_streams = true;
 int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream) {
   *stream = reinterpret_cast<void*>(streams_now[device]);
-  return 0;
+  return accelerator_has_streams ? 0 : 1;
 }
 }

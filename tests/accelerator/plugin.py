@@ -1,7 +1,7 @@
 """Let a CPU build of torch have two CUDA devices, and fail tests that would race on real ones.
 
 Give it to pytest by `-p`, so that it comes before torch, which looks for CUDA only once.
-`CODED_TORCH_ACCELERATOR` names the library that build.py makes.
+`CODED_TORCH_ACCELERATOR` names the folder of the libraries that build.py makes.
 """
 
 import ctypes
@@ -24,7 +24,9 @@ SYNC_DEBUG_MODES = ["default", "warn", "error"]
 
 assert "torch" not in sys.modules
 ctypes.CDLL(str(TORCH / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
-library = ctypes.CDLL(os.environ["CODED_TORCH_ACCELERATOR"], mode=ctypes.RTLD_GLOBAL)
+FOLDER = Path(os.environ["CODED_TORCH_ACCELERATOR"])
+library = ctypes.CDLL(str(FOLDER / "libaccelerator.so"), mode=ctypes.RTLD_GLOBAL)
+driver = ctypes.CDLL(str(FOLDER / "libcuda.so.1"))
 library.accelerator_take_reports.restype = ctypes.c_char_p
 
 import torch  # noqa: E402

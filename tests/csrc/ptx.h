@@ -39,20 +39,19 @@ struct Block {
 };
 inline thread_local Block current;
 
-// A translated kernel. `call` takes the addresses of its parameters, as cudaLaunchKernel does.
+// A translated kernel. `call` takes the addresses of its parameters, as cuLaunchKernel does.
 struct Kernel {
-  std::string name;
   void (*call)(void** parameters);
   uint32_t max_threads;  // of its __launch_bounds__; 1,024 without
 };
 
-// All translated kernels, by their function.
-inline std::map<const void*, Kernel>& kernels() {
-  static std::map<const void*, Kernel> all;
+// All translated kernels, by their names.
+inline std::map<std::string, Kernel>& kernels() {
+  static std::map<std::string, Kernel> all;
   return all;
 }
 struct Registered {
-  Registered(const void* function, Kernel kernel) { kernels()[function] = kernel; }
+  Registered(const char* name, Kernel kernel) { kernels()[name] = kernel; }
 };
 
 // Runs one block of a kernel. Shared memory is NaN before. Throws where a device would trap, hang
@@ -77,12 +76,11 @@ inline void run_block(const Kernel& kernel, uint32_t index, uint32_t threads, ui
 
 // Runs all blocks of a kernel, whose parameters have the layout that it expects.
 template <class... Parameters>
-void run_grid(void (*kernel)(Parameters...), int64_t blocks, int64_t threads, int64_t shared_bytes,
-              std::type_identity_t<Parameters>... parameters) {
-  const Kernel& known = kernels().at(reinterpret_cast<const void*>(kernel));
+void run_grid(const std::string& name, int64_t blocks, int64_t threads, int64_t shared_bytes,
+              Parameters... parameters) {
   void* addresses[] = {&parameters...};
   for (int64_t i = 0; i < blocks; ++i) {
-    run_block(known, static_cast<uint32_t>(i), static_cast<uint32_t>(threads),
+    run_block(kernels().at(name), static_cast<uint32_t>(i), static_cast<uint32_t>(threads),
               static_cast<uint32_t>(shared_bytes), addresses);
   }
 }

@@ -196,7 +196,7 @@ def test_against_a_reference_differences_are_paired():
 def test_table(found):
     lines = str(found).splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[0] == "N = 24 workers, K = 20 inputs a group, S = 4 workers lost"
+    assert lines[0] == "N = 24 workers, K = 20 inputs per group, S = 4 workers lost"
     assert lines[1].split() == ["RMSE", "normalised", "MSE", "RelAcc"]
     for line, row in zip(lines[2 : 2 + len(NAMES)], found.rows, strict=False):
         assert line.startswith(f"  {row.name} ")
@@ -215,13 +215,16 @@ def test_pictures_of_several_settings_leave_out_what_is_exact():
     by_s = [made((24, 20, s), x, (s or 1e-7) / 9) for s in (0, 4, 8) for x in "ab"]
     (axes,) = Comparison(by_s).draw().axes
     lines = {line.get_label(): list(line.get_xdata()) for line in axes.lines if line.get_label()}
-    assert axes.get_title() == "20 inputs a group on 24 workers"
+    assert axes.get_title() == "20 inputs per group on 24 workers"
     assert [list(line.get_xdata()) for line in axes.lines if len(line.get_xdata())] == [[4, 8]] * 2
     (legend,) = axes.figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
     assert lines
     by_n = [made((n, 4, 2), x, 1 / n) for n in (8, 16) for x in "ab"]
     (axes,) = Comparison(by_n).draw().axes
-    assert (axes.get_title(), axes.get_xlabel()) == ("4 inputs a group, 2 workers lost", "workers")
+    assert (axes.get_title(), axes.get_xlabel()) == (
+        "4 inputs per group, 2 workers lost",
+        "workers",
+    )
     figure = Comparison([made((n, n - 1, 1), "a", 0.5) for n in (3, 4, 5)]).draw()
     assert [len(figure.axes), *figure.get_size_inches()] == [4, 13, 8.4]

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.exchangeability import Pool
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import DeadlineExceeded
 from coded_torch.nn import Report
 from coded_torch.stragglers import Trace, Uniform
 from coded_torch.surrogates import Memory
-from coded_torch.workers import Fault, LocalWorkers
+from coded_torch.workers import LocalWorkers
 
 from .modules import FIXED, SOON, WAYS, Call, divided, linear, rand
 
@@ -314,31 +315,14 @@ def test_a_worker_that_is_always_late_does_not_lose_the_same_rows_in_every_call(
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-class ByContent(LocalWorkers):
-    """Takes for a row as long as ``seconds`` says, and loses the rows that take longest."""
-
-    def open(self, module, task):
-        request = super().open(module, task)
-        asked = request.ask
-
-        def ask(parts):
-            took = {part: sum(self.seconds[unit] for unit in part.units) for part in parts}
-            late = sorted(took.values())[-6]
-            for part in parts:
-                part.fault = Fault(delay=math.inf if took[part] >= late else took[part])
-            asked(parts)
-
-        request.ask = ask
-        return request
-
-
 @pytest.mark.parametrize("content", [True, False])
 @pytest.mark.parametrize("parts", [24, 48])
 def test_a_loss_that_depends_on_content_is_reported(content, parts):
     """Bounds hold less often then, and nothing else says so."""
     y, generator = torch.zeros(48, 1), torch.Generator().manual_seed(0)
     module, x = Call(lambda rows: y[rows.flatten().long()]), torch.arange(48.0)[:, None]
-    pool = ByContent()
+    pool = Pool()
+    pool.lost = 6
     waiting = Waiting(estimate_after=math.inf, hedge_budget=0)
     coded = CodedWrapper(module, workers=pool, parts=parts, waiting=waiting)
     inside, alarms = [], []
@@ -349,8 +333,10 @@ def test_a_loss_that_depends_on_content_is_reported(content, parts):
         pool.seconds = seconds.tolist()
         answers, report = coded.run(x)
         inside += ((answers - y).abs().flatten() <= report.radii_at(0.9))[report.estimated].tolist()
-        alarms.append(report.losses_depend)
-        assert report.losses_depend == any("depend on content" in note for note in report.notes)
+        alarms.append(report.missing_not_at_random)
+        assert report.missing_not_at_random == any(
+            "not missing at random" in note for note in report.notes
+        )
     assert (sum(inside) / len(inside) < 0.8) == content
     assert any(alarms) == alarms[-1] == content
 

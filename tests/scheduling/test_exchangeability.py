@@ -1,11 +1,11 @@
-"""The test, over calls, of whether losses depend on content."""
+"""The test, over calls, of whether rows are missing at random."""
 
 import itertools
 import random
 
 import pytest
 
-from coded_torch.scheduling.exchangeability import LossTest
+from coded_torch.scheduling.exchangeability import Exchangeability
 
 
 def calls(seed, dependence, parts=16, rows=(1,)):
@@ -23,7 +23,7 @@ def calls(seed, dependence, parts=16, rows=(1,)):
 
 def alarm(seed, dependence, most=50, **options):
     """Return the number of the call that raised an alarm, 0 if none did."""
-    test = LossTest()
+    test = Exchangeability()
     every = itertools.islice(calls(seed, dependence, **options), most)
     return next((number for number, call in enumerate(every, 1) if test.add(call)), 0)
 
@@ -41,7 +41,7 @@ def test_a_dependence_is_found_soon():
 
 
 def test_the_alarm_says_how_many_calls_were_compared():
-    test = LossTest()
+    test = Exchangeability()
     every = calls(0, 5.0)
     numbers = [test.add(next(every)) for _ in range(20)]
     assert numbers[-1] == 20
@@ -49,7 +49,7 @@ def test_the_alarm_says_how_many_calls_were_compared():
 
 
 def test_nothing_is_learnt_from_equal_latencies_or_few_parts():
-    test = LossTest()
+    test = Exchangeability()
     for _ in range(1000):
         test.add([(1, 2.0, float(odd)) for odd in range(9)])
         test.add([(1, 2.0, 3.0), (2, 3.0, 4.0)])
@@ -58,5 +58,5 @@ def test_nothing_is_learnt_from_equal_latencies_or_few_parts():
     assert [test.add([(1, float(i), float(i)) for i in range(16)]) for _ in range(9)][-1] == 10
 
 
-def test_losses_opposed_to_content_are_no_alarm():
+def test_parts_that_are_late_because_they_are_easy_are_no_alarm():
     assert alarm(0, -1.0) == 0

@@ -775,7 +775,7 @@ if __name__ == "__main__":
 
 def test_too_few_open_files_are_named_and_no_thread_ends_by_it(tmp_path):
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (48, 48))
-    done = _script(tmp_path, _FEW_FILES.format(timeout=WAIT), 2 * WAIT, preexec_fn=limit)
+    done = _script(tmp_path, _FEW_FILES.format(timeout=60), 2 * WAIT, preexec_fn=limit)
     assert done.stderr.count("Traceback") == 1, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert re.match(

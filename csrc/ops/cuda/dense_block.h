@@ -1,11 +1,8 @@
-// The body of the kernel that multiplies columns by a plan's dense matrix, and its launch
-// configuration. A warp has 32 packs of columns and kDenseRows results of each; the warps of a
-// block share the matrix, or a chunk of its rows. Terms are added in the order of the rows that
-// they are made of, whatever the width of packs: a column's result depends on nothing but the
-// column.
+// The body of the kernel that multiplies columns by a plan's dense matrix. A warp has 32 packs of
+// columns and kDenseRows results of each; the warps of a block share the matrix, or a chunk of its
+// rows. Terms are added in the order of the rows that they are made of, whatever the width of
+// packs: a column's result depends on nothing but the column.
 #pragma once
-
-#include <algorithm>
 
 #include "rows.h"
 
@@ -20,86 +17,14 @@ constexpr int kDenseAhead = 2;  // rows of the columns, asked for before they ar
 template <class T>
 constexpr int kDenseWidth = sizeof(T) == 8 ? 1 : 4;
 
-struct DenseGrid {
-  int64_t rows_in;
-  int64_t rows_out;
-  int64_t packs;   // of columns, over all groups
-  int64_t tiles;   // of 32 packs
-  int64_t chunks;  // of rows_out; a block has one, and strides over tiles
-  int64_t blocks;
-  int threads;  // a block
-  int shared_bytes;
-};
-
 // Entries of shared memory from one row of the matrix to the next: not a multiple of the banks.
 CODED_TORCH_HD int dense_stride(int warps, int acc_bytes) {
   return warps * kDenseRows + 16 / acc_bytes;
 }
 
-// Whether the shared memory holds what one warp needs of the matrix.
-inline bool fits_dense(int64_t rows_in, int64_t acc_bytes, const Device& device) {
-  return rows_in * (kDenseRows * acc_bytes + 16) <= device.shared_bytes;
-}
-
-inline DenseGrid plan_dense(const SplineArgs& args, bool transpose, int width, int64_t acc_bytes,
-                            const Device& device) {
-  const auto over = [](int64_t count, int64_t by) { return (count + by - 1) / by; };
-  DenseGrid grid{};
-  grid.rows_in = transpose ? args.num_points : args.num_knots;
-  grid.rows_out = transpose ? args.num_knots : args.num_points;
-  grid.packs = args.num_groups * (args.num_columns / width);
-  grid.tiles = over(grid.packs, kWarp);
-  const int64_t all = over(grid.rows_out, kDenseRows);
-  const int64_t fit = (device.shared_bytes / grid.rows_in - 16) / (kDenseRows * acc_bytes);
-  grid.chunks = over(all, std::min<int64_t>(fit, kDenseWarps));
-  const int warps = static_cast<int>(over(all, grid.chunks));
-  grid.threads = warps * kWarp;
-  grid.shared_bytes =
-      static_cast<int>(grid.rows_in * dense_stride(warps, static_cast<int>(acc_bytes)) * acc_bytes);
-  // No more than are resident at once: each loads the matrix. Two of kDenseWarps, or their like.
-  const int64_t resident =
-      std::min<int64_t>(2 * kDenseWarps / warps, 2 * device.shared_bytes / grid.shared_bytes);
-  const int64_t strides = std::max<int64_t>(resident * device.multiprocessors / grid.chunks, 1);
-  grid.blocks = grid.chunks * std::min(grid.tiles, strides);
-  return grid;
-}
-
-// Wide packs need every row of a thread's columns to start on a multiple of the access.
-template <class T>
-bool fits_wide(const SplineArgs& args) {
-  constexpr int64_t kWidth = kDenseWidth<T>;
-  const auto aligned = [](const void* data) {
-    return reinterpret_cast<uintptr_t>(data) % (sizeof(T) * kWidth) == 0;
-  };
-  return aligned(args.in) && aligned(args.out) && args.num_columns % kWidth == 0 &&
-         args.in_row_stride % kWidth == 0 && args.in_group_stride % kWidth == 0 &&
-         args.out_row_stride % kWidth == 0 && args.out_group_stride % kWidth == 0;
-}
-
-// What a call is done with.
-struct Choice {
-  enum Kernel { kSweep, kNarrow, kWide } kernel;
-  DenseGrid grid;
-};
-
-// Plans have a matrix where coded_torch/linear.py says that it is faster. The number of
-// columns decides on nothing but the packs' width, which no result depends on: wide ones where
-// every multiprocessor gets one of their blocks.
-template <class T>
-Choice choose(const SplineArgs& args, bool transpose, const Device& device) {
-  constexpr int64_t kAcc = sizeof(acc_t<T>);
-  const int64_t rows_in = transpose ? args.num_points : args.num_knots;
-  if (args.matrix == nullptr || !fits_dense(rows_in, kAcc, device)) return {Choice::kSweep, {}};
-  if (kDenseWidth<T> > 1 && fits_wide<T>(args)) {
-    const DenseGrid wide = plan_dense(args, transpose, kDenseWidth<T>, kAcc, device);
-    if (wide.blocks >= device.multiprocessors) return {Choice::kWide, wide};
-  }
-  return {Choice::kNarrow, plan_dense(args, transpose, 1, kAcc, device)};
-}
-
 // The block's chunk of the matrix, a row of it for each row in, 0 beyond its end.
 template <class Acc>
-CODED_TORCH_HD void load_matrix(const SplineArgs& args, const DenseGrid& grid, bool transpose,
+CODED_TORCH_HD void load_matrix(const SplineArgs& args, const Grid& grid, bool transpose,
                                 int first_row, int thread, Acc* to) {
   const Acc* matrix = static_cast<const Acc*>(args.matrix);  // [n, N]
   const int width = grid.threads / kWarp * kDenseRows, rows = static_cast<int>(grid.rows_in);
@@ -116,7 +41,7 @@ CODED_TORCH_HD void load_matrix(const SplineArgs& args, const DenseGrid& grid, b
 
 // kDenseRows results of pack `index`, from `first_row` on, whose columns of the matrix start there.
 template <class T, int kWidth>
-CODED_TORCH_HD void dense_pack(const SplineArgs& args, const DenseGrid& grid, int64_t index,
+CODED_TORCH_HD void dense_pack(const SplineArgs& args, const Grid& grid, int64_t index,
                                int64_t first_row, const acc_t<T>* matrix) {
   using Acc = acc_t<T>;
   using Columns = Pack<Acc, kWidth>;
@@ -154,7 +79,7 @@ CODED_TORCH_HD void dense_pack(const SplineArgs& args, const DenseGrid& grid, in
 }
 
 template <class T, int kWidth, class Barrier>
-CODED_TORCH_HD void dense_thread(const SplineArgs& args, const DenseGrid& grid, bool transpose,
+CODED_TORCH_HD void dense_thread(const SplineArgs& args, const Grid& grid, bool transpose,
                                  int64_t block, int thread, void* shared, const Barrier& barrier) {
   using Acc = acc_t<T>;
   const int warps = grid.threads / kWarp, warp = thread / kWarp, lane = thread % kWarp;

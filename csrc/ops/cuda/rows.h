@@ -12,15 +12,27 @@
 namespace coded_torch {
 
 constexpr int kWarp = 32;
-// The x dimension of a grid holds 2^31 - 1 blocks.
-constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
+// Of a multiprocessor, at 128 registers a thread.
+constexpr int kResidentThreads = 512;
 
-// What a launch has to know of the device.
-struct Device {
-  int index;
-  int multiprocessors;
-  int shared_bytes;  // that a block may have where a multiprocessor is to hold two
+// The kernels: sweeps whose states lie in shared memory or in a workspace, and products of packs of
+// one column or of several.
+enum class Kind { kSweep, kWorkspaceSweep, kProduct, kWideProduct };
+
+// A launch. All but blocks, threads and bytes is for products.
+struct Grid {
+  int64_t rows_in;
+  int64_t rows_out;
+  int64_t packs;   // of columns, over all groups
+  int64_t tiles;   // of 32 packs
+  int64_t chunks;  // of rows_out; a block has one, and strides over tiles
+  int64_t blocks;
+  int64_t workspace_bytes;  // in all
+  int threads;              // a block
+  int shared_bytes;         // a block
 };
+// The host's compiler and NVRTC agree how large they are.
+static_assert(sizeof(Grid) == 64 && sizeof(SplineArgs) == 168);
 
 // Where all threads of a block meet. Hosts pass their own.
 struct BlockBarrier {
@@ -39,8 +51,8 @@ struct alignas(sizeof(T) * kWidth) RowPack {
   CODED_TORCH_HD T operator[](int i) const { return value[i]; }
 };
 
-// Numbers that no kernel writes while another reads them, 16 bytes in one load, which nvcc may move
-// ahead of stores.
+// Numbers that no kernel writes while another reads them, 16 bytes in one load, which NVRTC may
+// move ahead of stores.
 template <class Row>
 CODED_TORCH_HD Row load_constant(const void* from) {
 #if defined(__CUDA_ARCH__)
@@ -67,7 +79,7 @@ CODED_TORCH_HD int32_t load_constant(const int32_t* from) {
 }
 
 // Results are not read again here, so they are the first to leave the cache. As one access of 16
-// bytes, into which nvcc does not join a pack's stores by itself.
+// bytes, into which NVRTC does not join a pack's stores by itself.
 template <class Row>
 CODED_TORCH_HD void store_row(void* to, const Row& row) {
 #if defined(__CUDA_ARCH__)

@@ -1,8 +1,6 @@
-// The body of the kernel that sweeps columns, and its launch configuration. A thread owns a column
-// and needs no other thread's data.
+// The body of the kernel that sweeps columns. A thread owns a column and needs no other thread's
+// data.
 #pragma once
-
-#include <algorithm>
 
 #include "../../math/spline_sweep.h"
 #include "rows.h"
@@ -34,7 +32,7 @@ struct DevicePlan : SplinePlan<Acc> {
     RowPack<Acc, 4> part[kKnotCoefficients / 4];
     CODED_TORCH_HD Acc operator[](int i) const { return part[i / 4].value[i % 4]; }
   };
-  // nvcc leaves out the parts that are not used.
+  // the compiler leaves out the parts that are not used.
   CODED_TORCH_HD Knot knot(int64_t i) const {
     const Acc* row = SplinePlan<Acc>::knot(i);
     return {{quarter(row), quarter(row + 4), quarter(row + 8)}};
@@ -68,46 +66,7 @@ struct StatesAhead : StateStack<Columns> {
   }
 };
 
-// Where a thread keeps the states between the sweeps.
-enum class States { kShared, kWorkspace };
-
-struct SplineGrid {
-  int64_t blocks;
-  int threads;  // a block
-  States states;
-  int64_t shared_bytes;     // a block; 0 where the states live elsewhere
-  int64_t workspace_bytes;  // in all; 0 where the states live elsewhere
-};
-
 constexpr int kMaxThreads = 128;
-// So many of kMaxThreads are resident at 128 registers a thread. With a workspace no more are
-// launched, and stride over the columns: it grows with the device, not with the batch.
-constexpr int64_t kResidentBlocks = 4;
-
-// Shared memory serves while a multiprocessor's holds two blocks of kMaxThreads, as fewer threads
-// wait for the memory most of the time. Blocks shrink to a warp where there are few columns, so
-// that every multiprocessor has some.
-inline SplineGrid plan_grid(const SplineArgs& args, int64_t acc_bytes, const Device& device) {
-  SplineGrid grid{};
-  const int64_t columns = args.num_groups * args.num_columns;
-  const int64_t per_thread = num_kept_states(args.num_knots) * 2 * acc_bytes;
-  grid.threads = kMaxThreads;
-  while (grid.threads > kWarp &&
-         columns < grid.threads * kResidentBlocks * device.multiprocessors) {
-    grid.threads /= 2;
-  }
-  grid.blocks = (columns + grid.threads - 1) / grid.threads;
-  if (kMaxThreads * per_thread <= device.shared_bytes) {
-    grid.states = States::kShared;
-    grid.shared_bytes = grid.threads * per_thread;
-  } else {
-    grid.states = States::kWorkspace;
-    const int64_t resident = kResidentBlocks * (kMaxThreads / grid.threads);
-    grid.blocks = std::min(grid.blocks, resident * device.multiprocessors);
-    grid.workspace_bytes = grid.blocks * grid.threads * per_thread;
-  }
-  return grid;
-}
 
 // Sweeps column `index`. `kept`: where the thread keeps its states.
 template <class T, bool kTranspose, class Kept>
@@ -131,14 +90,14 @@ CODED_TORCH_HD void spline_column(const SplineArgs& args, int64_t index, Kept& k
 }
 
 // A thread sweeps its columns. `shared` holds grid.shared_bytes, `workspace` grid.workspace_bytes.
-template <class T, bool kTranspose, States kStates>
-CODED_TORCH_HD void spline_thread(const SplineArgs& args, const SplineGrid& grid, int64_t block,
+template <class T, bool kTranspose, Kind kKind>
+CODED_TORCH_HD void spline_thread(const SplineArgs& args, const Grid& grid, int64_t block,
                                   int thread, void* shared, void* workspace) {
   using Columns = Pack<acc_t<T>, 1>;
   const int64_t columns = args.num_groups * args.num_columns;
   const int64_t first = block * grid.threads + thread;
   // Neighbouring threads' states lie side by side: no bank conflicts, coalesced in a workspace.
-  if constexpr (kStates == States::kWorkspace) {
+  if constexpr (kKind == Kind::kWorkspaceSweep) {
     const int64_t threads = grid.blocks * grid.threads;
     StatesAhead<Columns> kept(static_cast<Columns*>(workspace) + first, threads);
     for (int64_t index = first; index < columns; index += threads) {

@@ -1,11 +1,11 @@
-"""Do error bounds hold where losses are not uniform? ``python -m benchmarks losses``.
+"""Bounds of rows that are not missing at random: ``python -m benchmarks exchangeability``.
 
 Batches of a table of 4,000 rows of five features go through a wrapper; outputs are the sine of the
 first feature and noise: even, uneven (its size depends on the second feature), or heavy-tailed.
 Lost are: parts by chance; always the worker of one place, of batches sorted by their outputs; the
 parts whose rows' outputs are furthest from the mean, which takes time ("content"); or a third of
 the rows, half of which have odds of 3 or 5 to be lost. Sequences of 50 calls of a wrapper tell how
-often it reports that losses depend on content, which is wrong by chance and with the worker.
+often it reports that rows are not missing at random, which is wrong by chance and with the worker.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.experiments.scores import half_width, rounded
-from coded_torch.workers import Fault, LocalWorkers
+from coded_torch.workers import Fault, LocalWorkers, Part
+from coded_torch.workers.local import _LocalRequest
 
 from .runs import Measurement, progress
 
@@ -55,30 +56,29 @@ class Table(nn.Module):
 
 
 class Pool(LocalWorkers):
-    """Loses some parts; a row takes as many seconds as ``seconds`` says."""
+    """Loses the parts that take longest. A row takes as many seconds as ``seconds`` says."""
 
     seconds: list[float]
     lost = 0  #: the number of parts that take longest, and are lost
     worker = -1  #: the place of a worker whose parts are lost
 
     def open(self, module: nn.Module, task: Any) -> Any:
-        request = super().open(module, task)
-        ask = request.ask
+        return _Request(self, module, task)
 
-        def asked(parts: Any) -> None:
-            took = {part: sum(self.seconds[unit] for unit in part.units) for part in parts}
-            late = sorted(parts, key=took.__getitem__)[len(parts) - self.lost :]
-            for part in parts:
-                gone = part in late or part.number == self.worker
-                part.fault = Fault(delay=math.inf if gone else took[part])
-            ask(parts)
 
-        request.ask = asked  # type: ignore[method-assign]
-        return request
+class _Request(_LocalRequest):
+    def ask(self, parts: Sequence[Part]) -> None:
+        pool = cast("Pool", self._pool)
+        took = {part: sum(pool.seconds[unit] for unit in part.units) for part in parts}
+        late = sorted(parts, key=took.__getitem__)[len(parts) - pool.lost :]
+        for part in parts:
+            gone = part in late or part.number == pool.worker
+            part.fault = Fault(delay=math.inf if gone else took[part])
+        super().ask(parts)
 
 
 @torch.no_grad()
-def losses(noise: str, lost: str, size: int, quick: bool) -> dict[str, Any]:
+def covered(noise: str, lost: str, size: int, quick: bool) -> dict[str, Any]:
     table, generator = Table(noise), torch.Generator().manual_seed(SEED)
     odds, pool, parts = float(lost.removeprefix("odds ")) if "odds" in lost else 1.0, Pool(), PARTS
     if odds > 1:
@@ -88,7 +88,7 @@ def losses(noise: str, lost: str, size: int, quick: bool) -> dict[str, Any]:
     else:
         pool.lost = PARTS // 3
     counts = settings(quick)
-    covered, plain, infinite, alarms = [], [], [], []
+    inside_odds, plain, infinite, alarms = [], [], [], []
     for seed in progress(range(counts["sequences"]), "sequences"):
         waiting = Waiting(estimate_after=math.inf, hedge_budget=0.0)
         coded = CodedWrapper(table, workers=pool, parts=parts, waiting=waiting)
@@ -108,14 +108,14 @@ def losses(noise: str, lost: str, size: int, quick: bool) -> dict[str, Any]:
             pool.seconds = seconds.tolist()
             answers, report = coded.run(table.x[rows], rows)
             errors, missing = (answers - y).abs().flatten().double(), report.estimated
-            for found, at in ((covered, odds), (plain, 1.0)):
+            for found, at in ((inside_odds, odds), (plain, 1.0)):
                 inside = errors <= report.radii_at(LEVEL, odds=at)
                 found.append(float(inside[missing].double().mean()))
             radii = report.radii_at(LEVEL, odds=odds)[missing]
             infinite.append(float(radii.isinf().double().mean()))
-            alarm = alarm or call * report.losses_depend
+            alarm = alarm or call * report.missing_not_at_random
         alarms.append(alarm)
-    found = {"covered": covered} | ({"without odds": plain} if odds > 1 else {})
+    found = {"covered": inside_odds} | ({"without odds": plain} if odds > 1 else {})
     return {
         **{key: rounded(statistics.mean(x), half_width(np.array(x))) for key, x in found.items()},
         "infinite": rounded(statistics.mean(infinite))[0],
@@ -130,7 +130,7 @@ def measurements(quick: bool) -> Iterable[Measurement]:
             for size in sizes[: 1 if quick else None]:
                 yield (
                     (noise, lost, f"B {size}"),
-                    functools.partial(losses, noise, lost, size, quick),
+                    functools.partial(covered, noise, lost, size, quick),
                 )
 
 

@@ -1,0 +1,34 @@
+// Kernels that NVRTC compiles for the card that is there, and their launch. The functions of CUDA
+// are found by their names: nothing of CUDA is needed to build, neither driver nor card to load. It
+// knows no torch.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "cache.h"
+#include "grid.h"
+
+namespace coded_torch {
+
+const Device& device_at(int index);
+
+// Machine code for an architecture such as sm_90, or the PTX of compute_90. `nvrtc` is a library
+// that dlopen gave.
+std::string compile(void* nvrtc, const Variant& variant, const std::string& architecture);
+
+struct Loaded {
+  void* function = nullptr;
+  int local_bytes = 0;  // a thread, for what registers do not hold
+};
+// Begins the trial of a kernel. Takes a second where it has to be compiled. From now on the calling
+// thread may do what would spoil a graph that another thread captures, so it is for the trial only.
+Loaded load(void* nvrtc, const Variant& variant, const Device& device, std::optional<Place>* place);
+
+// Waits for the work of a stream: if that has failed, no trial may take the blame. False, at once,
+// while the stream is captured.
+bool finish(const Device& device, void* stream);
+void launch(const Device& device, void* function, const Grid& grid, void* stream,
+            void** parameters);
+
+}  // namespace coded_torch
