@@ -79,6 +79,7 @@ class Dispatcher(abc.ABC):
         self._workers: list[Any] = []
         self._parts: deque[Part] = deque()
         self.served: Any = None  #: the worker that is being told or heard, under the lock
+        _dispatchers.add(self)
 
     def prepare(self, part: Part) -> Any:
         """Return what :meth:`send` needs of a part, not None, in the thread that asks for it."""
@@ -89,8 +90,11 @@ class Dispatcher(abc.ABC):
         """Hand a part to a :class:`Worker`, without waiting. An exception fails the part."""
 
     def recover(self) -> None:
-        """Deal with the worker that was served when an interrupt came."""
-        self.served = None
+        """Fail the part that a worker was being given when an interrupt came, under the lock."""
+        worker, self.served = self.served, None
+        if worker is not None and worker.part is not None:
+            self.reply(worker.part, Failure("could not be asked: an interrupt came"))
+            self._finish(worker)
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -280,9 +284,9 @@ class Dispatcher(abc.ABC):
             left = {w.index for w in self._workers if w.ready} if why else left
             for part in [part for part in self._parts if why or part.avoid]:
                 if self.closed or left <= part.avoid:
-                    self._parts.remove(part)
                     reason = why or "it avoids all workers that are left"
                     self.reply(part, Failure(f"did not start: {reason}"))
+                    self._parts.remove(part)
         self._assign()
 
     def _finish(self, worker: Worker) -> None:
@@ -330,6 +334,11 @@ class Dispatcher(abc.ABC):
                     self.notify(request)
                 return worker
         return None
+
+
+# In a forked process nobody would release their locks, which the ends of open requests take.
+_dispatchers = weakref.WeakSet[Dispatcher]()
+os.register_at_fork(after_in_child=lambda: [x.lock._at_fork_reinit() for x in _dispatchers])
 
 
 class DispatchedWorkers(Workers):

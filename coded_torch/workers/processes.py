@@ -27,16 +27,16 @@ from ..table import Part
 from . import worker_main
 from .live import LiveRequest
 from .shared_memory import Blocks, Connection, Package, Pickled
-from .supervisor import LONGEST_WAIT, Limits, SupervisedWorkers, Supervisor, WatchedWorker
+from .supervisor import Limits, SupervisedWorkers, Supervisor, WatchedWorker
 from .worker_main import ALIVE, ENDED, LOADED, MODULE, PART, READY, RESULT
 
 # The share of a processor above which a process is alive. A hung one uses .4 %, by its thread that
 # waits for Python's global lock; compiled code uses 6 % of a processor that 16 processes share.
 _BUSY = 0.02
-# Seconds between two looks of the pool's own thread while another one leads, and of a thread that
-# waits while another one leads, in case that one was interrupted; and for which a pool that closes
-# waits for the one that leads. Not tuned.
-_PARKED_SECONDS, _LOOK_SECONDS, _LEAVING_SECONDS = 0.05, 0.1, 0.5
+# Seconds between two looks of the pool's own thread while another one leads, and of threads that
+# wait, as another one may have been interrupted; and from the last look of a leader to the time
+# when it counts as interrupted, too. Not tuned.
+_PARKED_SECONDS, _LOOK_SECONDS, _LEADING_SECONDS = 0.05, 0.1, 1.0
 # Seconds that a killed process may take to end. Not tuned.
 _DYING_SECONDS = 0.5
 _ONE = struct.pack("Q", 1)  # what an eventfd takes
@@ -138,13 +138,14 @@ class _Processes(Supervisor):
     written, and results read, by the threads that ask. If no thread leads, the pool's own does. It
     polls the descriptor of the epoll, which takes no message from a leader.
 
-    A leader stops being one by a single assignment. The process that it served when an interrupt
-    came is ended, because its messages may be lost.
+    A leader stops being one by a single assignment or, if an interrupt comes before it, by time.
+    The process that it served when an interrupt came is ended, because its messages may be lost.
     """
 
     kind = "processes"
+    _epoll: Any
     _leader: LiveRequest | None = None
-    _thread = 0  # of the leader
+    _thread, _led_until = 0, 0.0  # of the leader
 
     def __init__(self, size: int, limits: Limits, devices: Sequence[Any], threads: int) -> None:
         super().__init__(size, limits)
@@ -196,8 +197,8 @@ class _Processes(Supervisor):
 
     def prepare(self, part: Part) -> Pickled:
         content = Pickled(part.request.module.contents(part), self._blocks)
-        if content.block is not None and not self._is_led:  # it took time, and workers may be idle
-            self._handle(self._epoll.poll(0))
+        if content.block is not None:  # it took time, and workers may be idle
+            self._look()
         return content
 
     def send(self, worker: _Process, part: Part) -> None:
@@ -245,18 +246,21 @@ class _Processes(Supervisor):
             self.ring("_poke")
 
     def wait_for(self, request: LiveRequest, seconds: float) -> None:
-        leads, end = False, time.monotonic() + seconds
+        leads, end = False, (now := time.monotonic()) + seconds
         try:
             with self.lock:
                 self.recover()
+                epoll = self._epoll
                 if leads := not (self.closed or self._is_led):
                     self._thread, self._leader = threading.get_ident(), request
                 else:
                     self._followers[request] = None
             if not leads:
                 super().wait_for(request, min(seconds, _LOOK_SECONDS))
-            while leads and not request.is_notified() and (left := end - time.monotonic()) > 0:
-                self._handle(self._epoll.poll(min(left, LONGEST_WAIT)), leads)
+            while leads and now < end and not (self.closed or request.is_notified()):
+                self._led_until = now + _LEADING_SECONDS
+                self._handle(epoll.poll(min(end - now, _LOOK_SECONDS)), leads)
+                now = time.monotonic()
         finally:
             if self._leader is request:
                 self._leader = None
@@ -266,7 +270,13 @@ class _Processes(Supervisor):
 
     @property
     def _is_led(self) -> bool:
-        return (leader := self._leader) is not None and not leader.closed
+        return self._leader is not None and time.monotonic() < self._led_until
+
+    def _look(self) -> None:
+        """Handle the messages that have come, unless another thread leads."""
+        epoll = self._epoll
+        if not (self.closed or self._is_led):
+            self._handle(epoll.poll(0))
 
     def wait(self, seconds: float) -> None:
         led = self._is_led  # then the leader is left alone
@@ -275,7 +285,7 @@ class _Processes(Supervisor):
         self._bell.read(8)
         if not self._is_led:
             self._assign()  # recovers from an interrupt
-            self._handle(self._epoll.poll(0))
+            self._look()
 
     def ring(self, bell: str = "_bell") -> None:
         # It is not there before the thread starts, and closed after its end.
@@ -283,12 +293,11 @@ class _Processes(Supervisor):
             getattr(self, bell).write(_ONE)
 
     def let_go(self) -> None:
-        until = time.monotonic() + _LEAVING_SECONDS
-        while self._is_led and time.monotonic() < until:  # the leader was notified
-            time.sleep(1e-3)
-        self._blocks = Blocks()
-        for each in (self._epoll, self._poke, self._bell):
-            each.close()
+        with self.lock:
+            self._blocks = Blocks()
+            self._epoll = None  # a leader may still poll it
+            for each in (self._poke, self._bell):
+                each.close()
 
     # Messages.
 
@@ -296,6 +305,8 @@ class _Processes(Supervisor):
         for descriptor, _ in events:
             with self.lock:
                 self.recover()
+                if self.closed:
+                    return
                 if (worker := self._heard.get(descriptor)) is not None:
                     self.served = worker
                     self._hear(worker)
@@ -342,7 +353,7 @@ class _Processes(Supervisor):
     def _ignore(self, worker: _Process) -> None:
         """Hear a worker no more."""
         with self.lock:
-            with contextlib.suppress(OSError, ValueError):  # nothing does
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # nothing does
                 self._epoll.unregister(worker.connection.socket)
             self._heard.pop(worker.connection.socket.fileno(), None)
 

@@ -38,8 +38,8 @@ _HEADER = struct.Struct("<6q")
 _ROOM = socket.CMSG_SPACE(array("i").itemsize)  # bytes for one descriptor
 _TRUNCATED = int(socket.MSG_CTRUNC)  # an enumeration would take microseconds for "&"
 _ALIGNMENT = 64  # bytes of a cache line
-# Blocks of a connection that received tensors may keep, each with a descriptor and a mapping, at
-# most 64. Tensors of further messages are copied. Not tuned: callers hold results of a few calls.
+# Blocks of a connection that received tensors may keep, each with a descriptor and a mapping.
+# Further messages are copied. Not tuned: callers hold results of a few calls.
 _MOST_KEPT = 8
 # Bytes of a message that follow its header: copying them takes about as long as to look after a
 # block. Bytes of a packet, with its header and numbers of blocks.
@@ -158,11 +158,11 @@ def import_main() -> None:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads a :class:`Pickled`. Tensors behind the pickle are views of the memory."""
+    """Reads a :class:`Pickled`. Tensors of up to ``copy`` bytes are copied, others are views."""
 
-    def __init__(self, memory: memoryview, length: int) -> None:
+    def __init__(self, memory: memoryview, length: int, copy: int = 0) -> None:
         super().__init__(io.BytesIO(memory[:length]))
-        self._memory, self._start = memory, _aligned(length)
+        self._memory, self._start, self._copy = memory, _aligned(length), copy
         self._read: dict[int, Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -180,7 +180,8 @@ class _Unpickler(pickle.Unpickler):
         dtype, shape, offset = place
         if offset not in self._read:
             kind = getattr(torch, dtype)
-            self._read[offset] = _tensor_at(self._memory, self._start + offset, kind, shape)
+            tensor = _tensor_at(self._memory, self._start + offset, kind, shape)
+            self._read[offset] = tensor.clone() if tensor.nbytes <= self._copy else tensor
         return self._read[offset]
 
 
@@ -255,7 +256,7 @@ class Connection:
         if flags & _TRUNCATED or len(descriptors) < new:
             # The kernel drops a descriptor that is one too many for this process.
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        memory = memoryview(bytearray(data[begin:]))
+        memory, copy = memoryview(bytearray(data[begin:])), 0
         if new:
             access = mmap.ACCESS_WRITE if block >= 0 else mmap.ACCESS_COPY
             with open(descriptors[0], "rb"):  # closes it
@@ -269,9 +270,10 @@ class Connection:
             self._read[block] = weakref.ref(memory)
             if sum(holder() is not None for holder in self._read.values()) > _MOST_KEPT:
                 memory = memoryview(bytearray(memory))
+            copy = _SHORT  # a view would keep the whole memory
         if not 0 <= length <= len(memory):
             raise ValueError(f"a message of {length} bytes came in {len(memory)}")
-        return Message(kind, number, _Unpickler(memory, length).load)
+        return Message(kind, number, _Unpickler(memory, length, copy).load)
 
     def close(self) -> None:
         """Release the connection, and all memory that nobody reads."""

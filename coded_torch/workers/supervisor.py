@@ -32,7 +32,7 @@ _CLOSING_SECONDS = 10.0  # a pool that closes waits so long for its thread; not 
 # Failed starts in a row after which waiting parts fail, instead of at their timeout. Not tuned.
 _FAILED_STARTS = 3
 _LONGEST_PAUSE = 5.0  # seconds between attempts to start: .2, .4, ..., at most this; not tuned
-LONGEST_WAIT = 3600.0  # seconds to wait for news: selectors count milliseconds in 31 bits
+_LONGEST_WAIT = 3600.0  # seconds to wait for news: poll counts milliseconds in 31 bits
 _REPAIR_SECONDS = 1.0  # a pause after an unexpected exception, so that the thread does not spin
 _launches = itertools.count()
 
@@ -140,6 +140,7 @@ class Supervisor(Dispatcher):
             if not self.process:
                 self.set_up()
                 self.process = os.getpid()
+            if self.thread.ident is None:
                 try:
                     self.modules.pack(module, Ambient())  # new workers load it first
                 finally:  # the thread releases all that was prepared
@@ -248,7 +249,7 @@ class Supervisor(Dispatcher):
             if self.vacant():
                 due.append(self._start_again)
         # A part that begins meanwhile is due no earlier than a grace from now.
-        longest = min(self.grace, LONGEST_WAIT)
+        longest = min(self.grace, _LONGEST_WAIT)
         return max(0.0, min([longest, *(time - self._clock() for time in due)]))
 
     def serve(self) -> None:

@@ -94,6 +94,16 @@ def test_another_thread_leads_when_the_leader_does_not(pool, end):
     until(lambda: pool._queue._leader is None)
 
 
+def test_a_leader_that_cannot_say_that_it_leaves_hinders_nobody(pool):
+    found, queue = [], pool._queue
+    with pool.open(Sleepy(), task_of(seconds(0.0))) as left:
+        queue._leader, queue._led_until = left, time.monotonic() + 1  # a second interrupt came
+        threads = in_threads([lambda: ask_and_wait(pool, seconds(0.0), found)] * 3)
+        for thread in threads:
+            thread.join(WAIT)
+    assert found == [[None]] * 3
+
+
 def test_replies_after_their_call_give_their_worker_back_though_no_call_waits(pool):
     for _ in range(2):
         with pool.open(Sleepy(), task_of(seconds(0.2, 0.2, 0.2, 0.2))) as request:
@@ -128,6 +138,62 @@ def test_a_pool_that_another_thread_closes_ends_all_calls(pool):
     assert time.monotonic() - start < 10
     assert len(found) == 8
     assert all("the pool was closed" in str(error) for errors in found for error in errors)
+
+
+def test_a_leader_may_be_slow_while_its_pool_is_closed(pool, monkeypatch):
+    found, closing = [], threading.Event()
+
+    def then(request):
+        is_notified = request.is_notified
+
+        def slowly() -> bool:
+            if threading.current_thread() is thread:
+                closing.set()
+                pool._queue.thread.join(WAIT)
+            return is_notified()
+
+        monkeypatch.setattr(request, "is_notified", slowly)
+
+    (thread,) = in_threads([lambda: ask_and_wait(pool, seconds(3600.0), found, then)])
+    assert closing.wait(WAIT)
+    pool.close()
+    thread.join(WAIT)
+    ((error,),) = found
+    assert "the pool was closed" in str(error)
+
+
+def test_a_fork_can_close_a_request_whose_lock_another_thread_holds(pool):
+    held, over = threading.Event(), threading.Event()
+
+    def hold():
+        with pool._queue.lock:
+            held.set()
+            over.wait(WAIT)
+
+    with pool.open(Sleepy(), task_of(seconds(0.0))) as request:
+        (thread,) = in_threads([hold])
+        assert held.wait(WAIT)
+        if not (child := os.fork()):
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(10)
+            request.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        over.set()
+        thread.join(WAIT)
+
+
+def test_an_interrupt_before_the_thread_of_a_pool_starts_is_made_up_for():
+    with ProcessWorkers(1, timeout=WAIT) as pool, pytest.MonkeyPatch.context() as patch:
+
+        def start():
+            patch.undo()
+            raise KeyboardInterrupt
+
+        patch.setattr(pool._queue.thread, "start", start)
+        with pytest.raises(KeyboardInterrupt):
+            pool.start(Sleepy())
+        pool.start(Sleepy(), timeout=WAIT)
 
 
 def test_a_fork_takes_nothing_from_a_pool_in_use(pool):

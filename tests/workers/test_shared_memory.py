@@ -90,6 +90,18 @@ def test_a_block_is_written_again_once_nothing_reads_it(ends):
             del value
 
 
+def test_a_small_tensor_does_not_keep_the_block_of_a_long_message(ends):
+    one, other = ends
+    packed = Pickled((torch.zeros(50_000), torch.ones(3)), one.blocks)
+    one.send(0, 0, packed)
+    small = other.receive().value()[1]
+    other.send(0, 0)
+    one.receive()
+    again = Pickled(torch.ones(50_000), one.blocks)
+    assert again.block is packed.block
+    assert torch.equal(small, torch.ones(3))
+
+
 def test_messages_that_nobody_reads_hold_few_blocks(ends):
     one, other = ends
     messages = []
