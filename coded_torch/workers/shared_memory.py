@@ -244,8 +244,8 @@ class Connection:
         """Return the next message; None if the other side has ended, an OSError as by `send`."""
         try:
             data, extra, flags, _ = self.socket.recvmsg(_PACKET, _ROOM)
-        except ConnectionError:
-            return None
+        except ConnectionError:  # if the other side has left any unread, before its last messages
+            data, extra, flags, _ = self.socket.recvmsg(_PACKET, _ROOM)
         if not data:
             return None
         descriptors = array("i", extra[0][2] if extra else b"")

@@ -90,6 +90,15 @@ def test_a_block_is_written_again_once_nothing_reads_it(ends):
             del value
 
 
+def test_the_last_message_of_a_side_that_left_others_unread_is_read(ends):
+    one, other = ends
+    one.send(0, 0)
+    other.send(7, 3)
+    other.close()
+    assert one.receive()[:2] == (7, 3)
+    assert one.receive() is None
+
+
 def test_a_small_tensor_does_not_keep_the_block_of_a_long_message(ends):
     one, other = ends
     packed = Pickled((torch.zeros(50_000), torch.ones(3)), one.blocks)
