@@ -22,8 +22,10 @@ from .live import LiveRequest
 
 logger = sparing_logger("coded_torch.workers")
 
-# Seconds at one part, after which no failed part waits for the worker: it may hang. Not tuned.
-_PATIENCE = 0.5
+_PATIENCE = 0.5  # seconds at a part, after which no failed part waits for the worker; not tuned
+# In a forked process nobody would release these locks, which the ends of open requests take.
+_locks = weakref.WeakSet[Any]()
+os.register_at_fork(after_in_child=lambda: [lock._at_fork_reinit() for lock in _locks])
 
 
 @dataclasses.dataclass(eq=False)
@@ -75,11 +77,11 @@ class Dispatcher(abc.ABC):
         self.places = set(range(size))  # a place has a worker, or will have one
         self.closed = False
         self.lock = threading.RLock()
+        _locks.add(self.lock)
         self._clock = clock
         self._workers: list[Any] = []
         self._parts: deque[Part] = deque()
         self.served: Any = None  #: the worker that is being told or heard, under the lock
-        _dispatchers.add(self)
 
     def prepare(self, part: Part) -> Any:
         """Return what :meth:`send` needs of a part, not None, in the thread that asks for it."""
@@ -334,11 +336,6 @@ class Dispatcher(abc.ABC):
                     self.notify(request)
                 return worker
         return None
-
-
-# In a forked process nobody would release their locks, which the ends of open requests take.
-_dispatchers = weakref.WeakSet[Dispatcher]()
-os.register_at_fork(after_in_child=lambda: [x.lock._at_fork_reinit() for x in _dispatchers])
 
 
 class DispatchedWorkers(Workers):
