@@ -70,7 +70,7 @@ class Blocks(dict[int, Block]):
         # Rounded up, so that there is room for a somewhat larger message, too.
         size = max(_LEAST, 1 << (size - 1).bit_length())
         for block in reversed([*self.values()]):  # the last one may still be in a cache
-            if len(block) == size and self.pop(block.number, None):
+            if len(block) == size and self.pop(block.number, None) is not None:
                 return block
         return Block(size)
 
