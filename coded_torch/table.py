@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 #: The outcomes of a part: not known yet; a result that counts; no result; not wanted before it
 #: began; and a result that does not count, because its form, its values or others speak against it.
 OPEN, GOOD, FAILED, DROPPED, DISPUTED = "open", "good", "failed", "dropped", "disputed"
-_tickets = itertools.count()
 _NOBODY = frozenset[int]()
 
 
@@ -75,7 +74,7 @@ class Part:
     avoid: frozenset[int] = frozenset()
     tried: frozenset[int] = frozenset()
     request: Any = None  #: the request that has asked a dispatcher for it
-    ticket: int = field(default_factory=_tickets.__next__)  #: no other part has it
+    content: Any = None  #: what a dispatcher sends to the worker; None until it is ready
     # ---
     of: Part | None = None  #: the part that it stands in for
     #: "first", "hedge" of a late part, "retry" of a failed one; "check" of rows of others, or

@@ -102,15 +102,20 @@ class Execution:
                 asked = len(table.parts)
             events, end = list[Began | Reply](), until
             wanted = self._division.needed - len(table.answered)
+            # Until a part of the first round fails or is late, there is nothing to decide.
+            is_first = asked == len(table.first) and self._check is None and until < math.inf
+            request.together = wanted if is_first else 1
             try:
                 while (event := request.wait(end)) is not None:
                     events.append(event)
-                    end = -math.inf  # next, events that have happened
+                    if isinstance(event, Began) or event.error or not is_first:
+                        end = -math.inf  # next, events that have happened
                     if isinstance(event, Began):
                         continue
                     if self._check is not None:  # a faulty worker may share the memory of results
                         event.value = pytree.tree_map_only(Tensor, Tensor.clone, event.value)
                     wanted -= len(event.part.units)
+                    request.together = wanted if is_first else 1
                     if wanted <= 0:
                         break  # no more replies are taken than can complete the call
             finally:  # the report has these events even if waiting raised

@@ -5,7 +5,7 @@ To add a pool on real time:
 1. Read the rules of :class:`Workers`.
 2. Subclass :class:`~coded_torch.workers.dispatch.Dispatcher`: ``send`` hands a part to a worker. It
    calls :func:`~coded_torch.workers.faults.compute` under ``part.request.ambient.restored``, and
-   reports by ``settle``, with the kind "raised" if the module raised.
+   reports to ``settle``: a value or, if the module raised, a ``Failure`` of the kind "raised".
 3. Subclass :class:`~coded_torch.workers.dispatch.DispatchedWorkers`: ``_make`` returns the
    dispatcher, and ``open`` a :class:`~coded_torch.workers.live.LiveRequest`.
 4. Inherit ``coded_torch.testing.workers.WorkersTests``, as ``tests/workers/test_threads.py`` does.

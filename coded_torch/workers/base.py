@@ -65,7 +65,10 @@ class Task:
             return leaf.index_select(0, torch.tensor(units, device=leaf.device)).flatten(0, 1)
 
         pairs = zip(self.leaves, self.dims, strict=True)
-        batch = [leaf if dim is None else chosen(leaf).movedim(0, dim) for leaf, dim in pairs]
+        batch = [leaf if dim is None else chosen(leaf) for leaf, dim in pairs]
+        if any(self.dims):  # moving nothing takes microseconds
+            dims = zip(batch, self.dims, strict=True)
+            batch = [leaf.movedim(0, dim) if dim else leaf for leaf, dim in dims]
         return (tuple(batch), {}) if self._is_positional else unflatten(batch, self.spec)
 
     @functools.cached_property
@@ -83,6 +86,9 @@ class Request(abc.ABC):
 
     timeout = math.inf  #: seconds after which a part that was asked for and has not replied fails
     versions: Mapping[int, str] = {}  #: the version of the model, by worker
+    #: The number of events that a pool may gather before :meth:`wait` returns the first, unless
+    #: time passes, a part fails, or fewer can come.
+    together = 1
 
     @abc.abstractmethod
     def ask(self, parts: Sequence[Part]) -> None:

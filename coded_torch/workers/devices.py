@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .._arguments import find_devices, positive
 from .._torch import read_here
-from ..table import Failure, Part
+from ..table import Failure, Part, Reply
 from .base import Request, Task
 from .dispatch import DispatchedWorkers, Dispatcher, Worker
 from .faults import InjectedCrash, compute
@@ -101,10 +101,9 @@ class _DeviceRequest(LiveRequest):
         self.on_host = all(x.device.type == "cpu" for x in task.leaves if isinstance(x, Tensor))
         self.replicas: dict[_Replica, nn.Module] = {}
 
-    def receive(self, value: Any) -> Any:
+    def receive(self, reply: Reply) -> None:
         if self.ready:
-            pytree.tree_map_only_(Tensor, read_here, value)  # made on the thread's stream
-        return value
+            pytree.tree_map_only_(Tensor, read_here, reply.value)  # made on the thread's stream
 
 
 class _Replica(Worker):
@@ -124,21 +123,21 @@ class _Replica(Worker):
         return module not in self.seen
 
     def serve(self, threads: _Threads) -> None:
-        while (job := self.inbox.get()) is not None:
+        while (part := self.inbox.get()) is not None:
             try:
-                value = self._call(job.request, job)
+                value = self._call(part.request, part)
             except BaseException as cause:  # SystemExit too: it would end the thread, unnoticed
                 # Not str(cause), which may raise.
                 text = "".join(traceback.format_exception_only(cause)).strip()
                 kind = "died" if isinstance(cause, InjectedCrash) else "raised"
                 failure = Failure(f"failed on {self.device}: {text}", kind, cause)
-                threads.settle(self, job.ticket, failure)
+                threads.settle(self, part, failure)
             else:
-                threads.settle(self, job.ticket, value)
+                threads.settle(self, part, value)
                 del value
-            del job  # an idle thread must keep no batch alive
+            del part  # an idle thread must keep no batch alive
 
-    def _call(self, request: Any, job: Part) -> Any:
+    def _call(self, request: Any, part: Part) -> Any:
         home = request.task.device
         with contextlib.ExitStack() as stack:
             # Own streams, or the caller's decoding would queue behind a late part. The last stream
@@ -151,14 +150,14 @@ class _Replica(Worker):
                     stream.wait_event(event)
             stack.enter_context(request.ambient.restored(self.device))
             try:
-                arguments = request.task.payload(job.units, home == self.device)
+                arguments = request.task.payload(part.units, home == self.device)
                 if streams or not request.on_host:  # walking through them takes 25 us
                     arguments = _to(self.device, arguments)
                     # The backward pass reads the inputs here, when the caller may have freed them.
                     pytree.tree_map_only_(Tensor, read_here, arguments)
                 if self not in request.replicas:
                     request.replicas[self] = self._replicate(request.module, request.views)
-                return _to(home, compute(request.replicas[self], arguments, job.fault))
+                return _to(home, compute(request.replicas[self], arguments, part.fault))
             finally:
                 # A result has arrived when it can be read. If the module raised, the kernels that
                 # it launched still read the inputs.
@@ -204,7 +203,7 @@ class _Threads(Dispatcher):
         self.wake()
 
     def wake(self) -> None:
-        with self._lock:
+        with self.lock:
             for index in () if self.closed else self.vacant():
                 replica = _Replica(self.devices[index % len(self.devices)], index)
                 how: Any = {"name": f"coded_torch-{index}-{replica.device}", "daemon": True}
@@ -216,9 +215,9 @@ class _Threads(Dispatcher):
         super().retire(worker)
         worker.inbox.put(None)
 
-    def send(self, worker: _Replica, job: Part) -> None:
-        worker.seen.add(job.request.module)
-        worker.inbox.put(job)
+    def send(self, worker: _Replica, part: Part) -> None:
+        worker.seen.add(part.request.module)
+        worker.inbox.put(part)
 
     def restart(self, index: int) -> None:
         for worker in self.at(index):

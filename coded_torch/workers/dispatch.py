@@ -11,19 +11,21 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Sequence
 from operator import attrgetter
 from typing import Any
 
 from .._arguments import MOST_WORKERS, count, sparing_logger
-from ..table import Failure, Part
+from ..table import Began, Failure, Part, Reply, WorkerError
 from .base import Workers
 from .live import LiveRequest
 
 logger = sparing_logger("coded_torch.workers")
 
-# Seconds at one job, after which no failed part waits for the worker: it may hang. Not tuned.
-_PATIENCE = 0.5
+_PATIENCE = 0.5  # seconds at a part, after which no failed part waits for the worker; not tuned
+# In a forked process nobody would release these locks, which the ends of open requests take.
+_locks = weakref.WeakSet[Any]()
+os.register_at_fork(after_in_child=lambda: [lock._at_fork_reinit() for lock in _locks])
 
 
 @dataclasses.dataclass(eq=False)
@@ -31,14 +33,14 @@ class Worker:
     """A worker, from its start to its end. Its successor has the same place, ``index``."""
 
     index: int
-    job: Part | None = None  #: the part that it computes
+    part: Part | None = None  #: the part that it computes
     pid = 0  #: the id of its process; 0 until it is known
-    since = 0.0  #: the time when it began its job
+    since = 0.0  #: the time when it began its part
     ready = False  #: true if it is up
-    fresh = False  #: true if its job's module was new to it, and is not known to be loaded
-    excluded = False  #: true if it gets no more jobs
-    left = False  #: true if it leaves after its job, and has no successor
-    unwanted = False  #: true if it is to be ended
+    fresh = False  #: true if its part's module was new to it, and is not known to be loaded
+    excluded = False  #: true if it gets no more parts
+    left = False  #: true if it leaves after its part, and has no successor
+    unwanted = ""  #: the reason why it is to be ended, which continues its name
 
     @property
     def is_wanted(self) -> bool:
@@ -46,7 +48,7 @@ class Worker:
 
     @property
     def idle(self) -> bool:
-        return self.job is None and self.is_wanted
+        return self.part is None and self.is_wanted
 
     def is_new_to(self, module: Any) -> bool:
         return False
@@ -56,51 +58,68 @@ class Worker:
 
 
 class Dispatcher(abc.ABC):
-    """Gives each idle worker the first job that is still wanted and need not avoid this worker.
+    """The one queue of a pool: it gives each idle worker the first part that this one may take.
 
-    Subclasses :meth:`add` their ``size`` workers, and report results by :meth:`settle`. Any thread
-    may call any method.
+    A part is taken while its request wants it, by a worker that it need not avoid. All requests and
+    workers change under one lock. Subclasses :meth:`add` their ``size`` workers, and report results
+    by :meth:`settle`. Any thread may call any method.
+
+    An interrupt, such as Ctrl-C, may end any thread between two lines. So a part ends or begins in
+    an order in which it is never lost, and the next thread calls :meth:`recover`.
     """
 
     kind = "workers"  #: the word for the workers in messages
-    grace = math.inf  #: seconds that a job may take before its worker is ended
+    grace = math.inf  #: seconds that a part may take before its worker is ended
     trouble = ""  #: the reason why the last worker did not start
     process = 0  #: the id of the process that has the workers' threads; 0 before there are some
 
     def __init__(self, size: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.places = set(range(size))  # a place has a worker, or will have one
         self.closed = False
+        self.lock = threading.RLock()
+        _locks.add(self.lock)
         self._clock = clock
-        self._lock = threading.RLock()
         self._workers: list[Any] = []
-        self._jobs: deque[Part] = deque()
+        self._parts: deque[Part] = deque()
+        self.served: Any = None  #: the worker that is being told or heard, under the lock
+
+    def prepare(self, part: Part) -> Any:
+        """Return what :meth:`send` needs of a part, not None, in the thread that asks for it."""
+        return ()
 
     @abc.abstractmethod
-    def send(self, worker: Any, job: Part) -> None:
-        """Hand a job to a :class:`Worker`, without waiting. An exception fails the job."""
+    def send(self, worker: Any, part: Part) -> None:
+        """Hand a part to a :class:`Worker`, without waiting. An exception fails the part."""
+
+    def recover(self) -> None:
+        """Fail the part that a worker was being given when an interrupt came, under the lock."""
+        worker, self.served = self.served, None
+        if worker is not None and worker.part is not None:
+            self.reply(worker.part, Failure("could not be asked: an interrupt came"))
+            self._finish(worker)
 
     @abc.abstractmethod
     def close(self) -> None:
         """Call :meth:`stop`, and end the workers. May be called twice."""
 
     def may_load(self, module: Any) -> bool:
-        """Return whether a worker may take a job whose module is new to it."""
+        """Return whether a worker may take a part whose module is new to it."""
         return True
 
     def wake(self) -> None:  # noqa: B027 - not all pools start or end workers
         """Hear that workers may have to be started or ended."""
 
     def retire(self, worker: Any) -> None:
-        """Let go of a worker that has left, and is at no job."""
+        """Let go of a worker that has left, and is at no part."""
         self._workers.remove(worker)
 
     def vacant(self) -> list[int]:
-        with self._lock:
+        with self.lock:
             return sorted(self.places - {w.index for w in self._workers if not w.left})
 
     def resize(self, size: int) -> None:
         """Let the workers at the last places leave, or start workers at free places."""
-        with self._lock:
+        with self.lock:
             for index in sorted(self.places)[size:]:
                 self.leave(index)
             free = (index for index in itertools.count() if index not in self.places)
@@ -108,29 +127,75 @@ class Dispatcher(abc.ABC):
         self.wake()
 
     def leave(self, index: int) -> None:
-        """Let the worker at a place end its job and leave, for good."""
-        with self._lock:
+        """Let the worker at a place end its part and leave, for good."""
+        with self.lock:
             self.places.discard(index)
             for worker in self.at(index):
                 worker.left = True
-                if worker.job is None:
+                if worker.part is None:
                     self.retire(worker)
         self.refuse()
 
-    def submit(self, asked: Iterable[Part]) -> None:
-        with self._lock:
-            # No worker may be idle to find that nobody wants a job any more.
-            self._jobs = deque(x for x in (*self._jobs, *asked) if x.request.wants(x))
+    def submit(self, request: LiveRequest, parts: Sequence[Part]) -> None:
+        with self.lock:
+            if request.closed:
+                raise RuntimeError(f"{type(request).__name__}: the request is closed")
+            request.open.update((part.number, part) for part in parts)
+            self._parts.extend(parts)
+        for part in parts:  # a worker begins while the next part is prepared
+            try:
+                part.content = self.prepare(part)
+            except Exception as cause:
+                self.reply(part, Failure(f"could not be asked: {cause}", "", cause))
+            self._assign()
         self.refuse()
 
+    def drop(self, request: LiveRequest, numbers: Collection[int] | None = None) -> None:
+        """Drop the parts with some numbers that have not begun or, by default, all of a request."""
+        with self.lock:
+            if numbers is None:  # nothing that has happened is needed any more
+                for each in (request.open, request.began, request.events):
+                    each.clear()
+            for number in request.open.keys() & (numbers or ()):
+                if request.wants(request.open[number]):
+                    del request.open[number]
+            # No worker may be idle to find that nobody wants a part any more.
+            if any(part.request is request for part in self._parts):
+                self._parts = deque(x for x in self._parts if x.request.wants(x))
+
+    def reply(self, part: Part, result: Any) -> None:
+        """End an open part by a value or a :class:`Failure`."""
+        request = part.request
+        with self.lock:
+            if request.awaits(part):
+                began, at = request.began.get(part.number), request.now()
+                worker, latency = (began.worker, at - began.at) if began else (-1, math.inf)
+                reply = Reply(part, worker, at, latency, result)
+                if isinstance(result, Failure):
+                    reply.value, reply.error = None, WorkerError(part.number, worker, *result)
+                    request.urgent = True
+                request.events[part.number] = reply
+                if request.is_notified():
+                    self.notify(request)
+
+    def notify(self, request: LiveRequest) -> None:
+        """End :meth:`wait_for`, or the next one."""
+        with self.lock:
+            if request.bell.locked():
+                request.bell.release()
+
+    def wait_for(self, request: LiveRequest, seconds: float) -> None:
+        """Wait until a request is notified, or for some seconds."""
+        request.bell.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
+
     def exclude(self, index: int, excluded: bool = True) -> None:
-        with self._lock:
+        with self.lock:
             for worker in self.at(index):
                 worker.excluded = excluded
         self.refuse()
 
     def restart(self, index: int) -> None:
-        """Give the worker at a place jobs again, or replace it."""
+        """Give the worker at a place parts again, or replace it."""
         self.exclude(index, False)
 
     def at(self, index: int) -> list[Any]:
@@ -143,45 +208,42 @@ class Dispatcher(abc.ABC):
 
     @property
     def num_idle(self) -> int:
-        with self._lock:
+        with self.lock:
             return sum(worker.idle for worker in self._workers)
 
     def status(self, request: LiveRequest) -> str:
         """Return why parts of a request may not have begun, in words."""
-        with self._lock:
+        with self.lock:
             workers = [worker for worker in self._workers if not worker.left]
             up = {w.index for w in workers if w.ready}
-            free = {w.index for w in workers if w.job is None or w.job.request is request}
+            free = {w.index for w in workers if w.part is None or w.part.request is request}
             busy = {w.index for w in workers} - free
             excluded = {w.index for w in workers if w.excluded}
         grace = f" (grace {self.grace:g} s)" if self.grace < math.inf else ""
-        reasons = (
-            (busy, f"are at earlier tasks{grace}"),
-            (self.places - up, f"are starting{self.trouble and f'; {self.trouble}'}"),
-            (excluded, "are excluded"),
-        )
+        starting = self.places - up, f"are starting{self.trouble and f'; {self.trouble}'}"
+        reasons = (busy, f"are at earlier tasks{grace}"), starting, (excluded, "are excluded")
         many = f"of {len(self.places)} {self.kind}"
         said = [f"{len(some)} {many} {what}" for some, what in reasons if some]
         return "; ".join(said) if self.places else f"all {self.kind} have left"
 
     def states(self) -> dict[int, tuple[str, int]]:
-        with self._lock:
+        with self.lock:
             found = dict.fromkeys(sorted(self.places), ("down", 0))
             for worker in self._workers:
                 is_known = (worker.ready or worker.excluded) and not worker.left
                 if is_known and found[worker.index][0] != "busy":
-                    state = "excluded" if worker.excluded else "busy" if worker.job else "idle"
+                    state = "excluded" if worker.excluded else "busy" if worker.part else "idle"
                     found[worker.index] = state, worker.pid
         return found
 
     def stop(self) -> None:
-        """Fail all jobs that wait, and all later ones, as the pool is closed."""
+        """Fail all parts that wait, and all later ones, as the pool is closed."""
         self.closed = True
         self.refuse()
 
     def add(self, worker: Worker, ready: bool = True) -> None:
         """Add a worker that is up, or one that starts."""
-        with self._lock:
+        with self.lock:
             self._workers.append(worker)
             worker.left = worker.index not in self.places  # the pool has shrunk since it started
             if worker.left:
@@ -190,90 +252,90 @@ class Dispatcher(abc.ABC):
             self.ready(worker)
 
     def ready(self, worker: Worker) -> None:
-        worker.ready = True
-        if not self.vacant() and all(each.ready for each in self._workers):
-            self.trouble = ""
-        self._assign()
+        with self.lock:
+            worker.ready = True
+            if not self.vacant() and all(each.ready for each in self._workers):
+                self.trouble = ""
+            self.served = None
+            self._assign()
 
-    def settle(self, worker: Worker, number: int, result: Any) -> None:
-        """End a job by a value or a :class:`Failure`."""
-        if (job := self._finish(worker, number)) is not None:
-            job.request.settle(job, result)
-            job.request = None  # whoever keeps the part need not keep the inputs
-        self._assign()
+    def settle(self, worker: Worker, part: Part | None, result: Any) -> None:
+        """End a worker's part by a value or a :class:`Failure`."""
+        with self.lock:
+            if part is not None and worker.part is part:  # else it came too late
+                self.reply(part, result)
+                self._finish(worker)
+                part.request = None  # whoever keeps the part need not keep the inputs
+            self.served = None
+            self._assign()
 
-    def hand_back(self, worker: Worker, number: int) -> None:
-        """Put a job that a worker did not take first in the queue again."""
-        if (job := self._finish(worker, number)) is not None:
-            with self._lock:
-                job.request.hand_back(job)
-                self._jobs.appendleft(job)
+    def hand_back(self, worker: Worker, part: Part) -> None:
+        """Put a part that a worker did not take first in the queue again."""
+        with self.lock:
+            if worker.part is part:
+                part.request.began.pop(part.number, None)
+                self._parts.appendleft(part)
+                self._finish(worker)
         self.refuse()
 
     def refuse(self, why: str = "") -> None:
-        """Fail jobs that avoid all workers that are left or, given a reason, all that are up."""
+        """Fail parts that avoid all workers that are left or, given a reason, all that are up."""
         why = "the pool was closed" if self.closed else why
-        with self._lock:
+        with self.lock:
             left = self.places - {w.index for w in self._workers if w.excluded}
             left = {w.index for w in self._workers if w.ready} if why else left
-            for job in [job for job in self._jobs if why or job.avoid]:
-                if self.closed or left <= job.avoid:
-                    self._jobs.remove(job)
+            for part in [part for part in self._parts if why or part.avoid]:
+                if self.closed or left <= part.avoid:
                     reason = why or "it avoids all workers that are left"
-                    job.request.settle(job, Failure(f"did not start: {reason}"))
+                    self.reply(part, Failure(f"did not start: {reason}"))
+                    self._parts.remove(part)
         self._assign()
 
-    def _finish(self, worker: Worker, number: int) -> Part | None:
-        """Make a worker idle, and return its job; None if that is another one."""
-        with self._lock:
-            job = worker.job
-            if job is None or job.ticket != number or worker not in self._workers:
-                logger.warning("%s: dropped the reply to job %d, not its own", worker, number)
-                return None
-            worker.job = None
-            if worker.left:
-                self.retire(worker)
-            return job
+    def _finish(self, worker: Worker) -> None:
+        worker.part = None
+        if worker.left:
+            self.retire(worker)
 
     def _assign(self) -> None:
-        while (begun := self._begin()) is not None:
-            worker, job = begun
-            try:
-                self.send(worker, job)
-            except BaseException as cause:
-                if self._finish(worker, job.ticket) is not None:
-                    job.request.settle(job, Failure(f"could not be asked: {cause}", "", cause))
-                if not isinstance(cause, Exception):  # an interrupt
-                    raise
+        with self.lock:
+            self.recover()
+            while (worker := self._begin()) is not None:
+                part = worker.part
+                try:
+                    self.send(worker, part)
+                except Exception as cause:
+                    self.reply(part, Failure(f"could not be asked: {cause}", "", cause))
+                    self._finish(worker)
+                self.served = None
 
-    def _begin(self) -> tuple[Worker, Part] | None:
-        """Begin the first job that an idle worker may take, at the place with the fewest jobs."""
-        with self._lock:
-            if not self._jobs or not (idle := [w for w in self._workers if w.idle]):
-                return None
-            busy, at = [w.index for w in self._workers if w.job is not None], 0
-            while at < len(self._jobs) and not self.closed:
-                job = self._jobs[at]
-                out = job.avoid | job.tried
-                if job.tried:
-                    begun = self._clock() - _PATIENCE
-                    others = [w for w in self._workers if w.is_wanted and w.index not in out]
-                    if not any(w.job is None or w.since > begun for w in others):
-                        out = job.avoid
-                workers, module = [w for w in idle if w.index not in out], job.request.module
-                known = [w for w in workers if not w.is_new_to(module)]
-                workers = known or (workers if self.may_load(module) else [])
-                if not workers and job.request.wants(job):
-                    at += 1
-                    continue
-                del self._jobs[at]
-                if workers:
-                    worker = min(workers, key=lambda w: (busy.count(w.index), w.since))
-                    worker.fresh = worker.is_new_to(module)
-                    if job.request.begin(job, worker.index, worker.fresh):
-                        worker.job, worker.since = job, self._clock()
-                        return worker, job
-            return None
+    def _begin(self) -> Any:
+        """Begin the first part that an idle worker may take, at the place with the fewest parts."""
+        parts = [part for part in self._parts if part.content is not None and not self.closed]
+        idle = [w for w in self._workers if w.idle] if parts else []
+        for part in parts if idle else ():
+            if not (request := part.request).wants(part):
+                self._parts.remove(part)
+                continue
+            out = part.avoid
+            if part.tried:
+                begun, both = self._clock() - _PATIENCE, part.avoid | part.tried
+                others = [w for w in self._workers if w.is_wanted and w.index not in both]
+                if any(w.part is None or w.since > begun for w in others):
+                    out = both
+            workers = [w for w in idle if w.index not in out]
+            known = [w for w in workers if not w.is_new_to(request.module)]
+            if workers := known or (workers if self.may_load(request.module) else []):
+                busy = [w.index for w in self._workers if w.part is not None]
+                worker = min(workers, key=lambda w: (busy.count(w.index), w.since))
+                self.served, worker.fresh = worker, not known
+                worker.since, worker.part = self._clock(), part
+                began = Began(part, worker.index, request.now(), worker.fresh)
+                request.began[part.number] = request.events[~part.number] = began
+                self._parts.remove(part)
+                if request.is_notified():
+                    self.notify(request)
+                return worker
+        return None
 
 
 class DispatchedWorkers(Workers):

@@ -183,7 +183,7 @@ class _Endpoints(Dispatcher):
 
     def join(self, url: str) -> None:
         """Add a server, or give one that was excluded parts again."""
-        with self._lock:
+        with self.lock:
             self.known += [] if url in self.known else [url]
             place = self.known.index(url)
             if place not in self.places:
@@ -212,8 +212,8 @@ class _Endpoints(Dispatcher):
 
         self.loop.call_soon_threadsafe(lambda: self._spawn(refresh()))
 
-    def send(self, worker: Worker, job: Part) -> None:
-        self.loop.call_soon_threadsafe(self._begin_at, worker, job)
+    def send(self, worker: Worker, part: Part) -> None:
+        self.loop.call_soon_threadsafe(self._begin_at, worker, part)
 
     def cancel(self, request: LiveRequest) -> None:
         for task, asking in self._tasks.items():
@@ -228,12 +228,12 @@ class _Endpoints(Dispatcher):
         if concurrent.futures.wait([ended], _CLOSING_SECONDS).not_done:
             logger.warning("EndpointWorkers: connections did not close in time")
 
-    def _begin_at(self, slot: Worker, job: Part) -> None:
-        if not job.request.awaits(job):  # cancelled before it started
-            self.settle(slot, job.ticket, Failure("was cancelled"))
+    def _begin_at(self, slot: Worker, part: Part) -> None:
+        if not part.request.awaits(part):  # cancelled before it started
+            self.settle(slot, part, Failure("was cancelled"))
             return
-        task = self._spawn(self._ask(slot, job), job.request)
-        task.add_done_callback(functools.partial(self._report, slot, job))
+        task = self._spawn(self._ask(slot, part), part.request)
+        task.add_done_callback(functools.partial(self._report, slot, part))
 
     def _spawn(
         self, coroutine: Coroutine[Any, Any, Any], asking: LiveRequest | None = None
@@ -249,38 +249,38 @@ class _Endpoints(Dispatcher):
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.client.close()
 
-    def _report(self, slot: Worker, job: Any, task: asyncio.Task[Any]) -> None:
+    def _report(self, slot: Worker, part: Any, task: asyncio.Task[Any]) -> None:
         """Report the result or the error of a part, which may not even have begun."""
         url = self.known[slot.index]
         if task.cancelled():
-            if job.request.answered - {url}:
+            if part.request.answered - {url}:
                 self._doubt(url, 1, "left parts unanswered while others answered")
-            self.settle(slot, job.ticket, Failure("was cancelled"))
+            self.settle(slot, part, Failure("was cancelled"))
         elif (error := task.exception()) is None:
             self._pauses.pop(url, None)
             self._doubts.pop(url, None)
-            job.request.answered.add(url)
-            self._compare(url, job)
-            self.settle(slot, job.ticket, task.result())
+            part.request.answered.add(url)
+            self._compare(url, part)
+            self.settle(slot, part, task.result())
         elif isinstance(error, client.BusyError):
             self._pause(url, error.seconds)
-            self.hand_back(slot, job.ticket)
+            self.hand_back(slot, part)
         elif isinstance(error, EndpointError):
             self.trouble = f"{url} {error}"
             self._pause(url, why=str(error))
-            self._compare(url, job, error)
+            self._compare(url, part, error)
             kind = "died" if error.lost else ""
-            self.settle(slot, job.ticket, Failure(f"({url}) {error}", kind, error))
+            self.settle(slot, part, Failure(f"({url}) {error}", kind, error))
         else:  # the model failed, or the arguments are wrong
             raised = isinstance(error, client.RemoteError | TypeError | ValueError)
             if isinstance(error, client.RemoteError | RefusedError):
-                self._compare(url, job, error)
+                self._compare(url, part, error)
             kind = "raised" if raised else "died" if isinstance(error, InjectedCrash) else ""
-            self.settle(slot, job.ticket, Failure(f"({url}) raised {error!r}", kind, error))
+            self.settle(slot, part, Failure(f"({url}) raised {error!r}", kind, error))
 
-    def _compare(self, url: str, job: Any, error: Exception | None = None) -> None:
+    def _compare(self, url: str, part: Any, error: Exception | None = None) -> None:
         """Blame rows that several servers fail on, or a server whose rows another one computes."""
-        units, failures = {*job.units}, job.request.failures
+        units, failures = {*part.units}, part.request.failures
         others = [each for each in failures if each[0] != url and not units.isdisjoint(each[1])]
         if error is not None:
             failures.append((url, units, error))
@@ -299,9 +299,9 @@ class _Endpoints(Dispatcher):
             del self._doubts[url]
             self._pause(url, why=why)
 
-    async def _ask(self, slot: Worker, job: Any) -> Any:
-        module: RemoteModule = job.request.module
-        url, task, part = self.known[slot.index], job.request.task, job
+    async def _ask(self, slot: Worker, part: Any) -> Any:
+        module: RemoteModule = part.request.module
+        url, task = self.known[slot.index], part.request.task
         with torch.inference_mode():
             arguments = task.payload(part.units)
         if arguments is None:  # the pool loads the module
@@ -313,8 +313,8 @@ class _Endpoints(Dispatcher):
             rows = len(inputs[0])
         outputs, version = await self.client.infer(url, module.metadata, inputs, rows)
         if version:
-            job.request.versions[slot.index] = version
-        if len(found := {version, *job.request.versions.values()} - {""}) > 1:
+            part.request.versions[slot.index] = version
+        if len(found := {version, *part.request.versions.values()} - {""}) > 1:
             text = "EndpointWorkers: one call got answers of versions %s of %s"
             logger.warning(text, sorted(found), module.model)
         answer: Any = functools.partial(module.outputs, outputs)
@@ -325,7 +325,7 @@ class _Endpoints(Dispatcher):
 
     def _pause(self, url: str, seconds: float = 0.0, why: str = "") -> None:
         """Give a server no parts for a time, and if it failed until a probe of it succeeds."""
-        with self._lock:
+        with self.lock:
             slots = [slot for slot in self.at(self.known.index(url)) if not slot.left]
             if self.closed or not slots or not slots[0].ready:
                 return

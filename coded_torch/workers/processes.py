@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import multiprocessing
 import os
-import selectors
+import select
 import signal
 import socket
+import struct
 import sys
+import threading
 import time
 import types
 from collections.abc import Sequence
-from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -23,14 +25,22 @@ from torch import nn
 from .._arguments import find_devices
 from ..table import Part
 from . import worker_main
-from .shared_memory import Connection, Package, Pickled
+from .live import LiveRequest
+from .shared_memory import Blocks, Connection, Package, Pickled
 from .supervisor import Limits, SupervisedWorkers, Supervisor, WatchedWorker
+from .worker_main import ALIVE, ENDED, LOADED, MODULE, PART, READY, RESULT
 
-# Seconds that the server may take to say how a process ended, while the pool waits. Not tuned.
-_DYING_SECONDS = 0.5
 # The share of a processor above which a process is alive. A hung one uses .4 %, by its thread that
 # waits for Python's global lock; compiled code uses 6 % of a processor that 16 processes share.
 _BUSY = 0.02
+# Seconds between two looks of the pool's own thread while another one leads, and of threads that
+# wait, as another one may have been interrupted; and from the last look of a leader to the time
+# when it counts as interrupted, too. Not tuned.
+_PARKED_SECONDS, _LOOK_SECONDS, _LEADING_SECONDS = 0.05, 0.1, 1.0
+# Seconds that a killed process may take to end. Not tuned.
+_DYING_SECONDS = 0.5
+_ONE = struct.pack("Q", 1)  # what an eventfd takes
+_BROKEN = OSError, LookupError, ValueError, struct.error  # processes may send anything
 
 
 class ProcessWorkers(SupervisedWorkers):
@@ -100,23 +110,14 @@ class ProcessWorkers(SupervisedWorkers):
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class _Process(WatchedWorker):
-    """A process, the connection to it, and the descriptor on which the server tells its end."""
+    """A process and the connection to it, by which its server tells its end, too."""
 
     connection: Connection
-    descriptor: int
     packages: frozenset[str]  #: the packages that its server has imported
+    number = 0  #: the number of its last part
     used = 0.0  #: seconds of processor time of all its threads, at the last look
-    _forked = False  # true if the server has told its process id
-
-    def exit_code(self, seconds: float) -> int | None:
-        """Return the exit code, if the server tells it within some seconds."""
-        with contextlib.suppress(EOFError):  # the server has ended
-            while wait([self.descriptor], seconds):
-                number: int = forkserver.read_signed(self.descriptor)
-                if self._forked:
-                    return number
-                self.pid, self._forked = number, True
-        return None
+    gone = False  #: true if it has ended
+    code: int | None = None  #: the exit code, if its server has told it
 
     def look(self) -> None:
         with contextlib.suppress(OSError):  # the process has ended
@@ -125,34 +126,47 @@ class _Process(WatchedWorker):
                 self.life = time.monotonic()
             self.used = used
 
-    def kill(self) -> None:
-        if self.pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-
     def __str__(self) -> str:
         return f"process {self.pid}" if self.pid else f"process {self.index} of the pool"
 
 
 class _Processes(Supervisor):
-    """The processes of a pool. A selector hears them, and :meth:`ring`."""
+    """The processes of a pool, whose messages one epoll announces.
+
+    Of the threads that wait for replies, one leads: it polls, takes messages, gives idle processes
+    their next parts, and notifies the other threads. It handles headers only, because parts are
+    written, and results read, by the threads that ask. If no thread leads, the pool's own does. It
+    polls the descriptor of the epoll, which takes no message from a leader.
+
+    A leader stops being one by a single assignment or, if an interrupt comes before it, by time.
+    The process that it served when an interrupt came is ended, because its messages may be lost.
+    """
 
     kind = "processes"
+    _epoll: Any
+    _leader: LiveRequest | None = None
+    _thread, _led_until = 0, 0.0  # of the leader
 
     def __init__(self, size: int, limits: Limits, devices: Sequence[Any], threads: int) -> None:
         super().__init__(size, limits)
         self._devices, self._threads = devices, threads
         self._packages: frozenset[str] = frozenset()
+        self._blocks = Blocks()
+        self._followers: dict[LiveRequest, None] = {}  # the first to wait is first
+        self._heard: dict[int, _Process] = {}  # by the descriptor of the connection
 
     def set_up(self) -> None:
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             why = "workers import the main script, which must not start workers then"
             how = 'put its main part under: if __name__ == "__main__":'
             raise RuntimeError(f"ProcessWorkers: {why}; {how}")
-        self._selector = selectors.DefaultSelector()
-        self._alarm, self._bell = socket.socketpair()
-        self._bell.setblocking(False)
-        self._selector.register(self._alarm, selectors.EVENT_READ)
+        # Writing to the first ends the wait of the leader, to the second that of the own thread.
+        flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
+        self._poke, self._bell = (io.FileIO(os.eventfd(0, flags), "r+") for _ in range(2))
+        self._epoll, self._poll = select.epoll(), select.poll()
+        self._epoll.register(self._poke, select.EPOLLIN)
+        self._poll.register(self._bell, select.POLLIN)
+        self._poll.register(self._epoll, select.POLLIN)
 
     def pack(self, module: nn.Module) -> Package:
         package = Package(Pickled(module))
@@ -160,105 +174,188 @@ class _Processes(Supervisor):
         return package
 
     def launch(self, index: int) -> _Process:
-        ours, theirs = socket.socketpair()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        link, packages = Connection(ours, self._blocks), self._packages - worker_main.REFUSED
+        worker = _Process(index, connection=link, packages=packages)
         device = self._devices[index % len(self._devices)]
-        packages = self._packages - worker_main.REFUSED
         with theirs, contextlib.ExitStack() as on_error:
-            on_error.enter_context(ours)
-            options = device, self._threads, self.seed(), self.beat
-            descriptor = worker_main.fork(theirs, packages, *options)
+            on_error.callback(link.close)
+            worker_main.fork(theirs, packages, device, self._threads, self.seed(), self.beat)
+            # The last module will probably be wanted, but loading it may be why starts failed.
+            if (last := self.modules.last()) is not None and not self._failed_starts:
+                worker.modules = frozenset(last[:1])
+                link.send_package(MODULE, *last)
             on_error.pop_all()
-        link = Connection(ours)
-        worker = _Process(index, connection=link, descriptor=descriptor, packages=packages)
-        self._selector.register(ours, selectors.EVENT_READ, worker)
         return worker
 
-    def send(self, worker: _Process, job: Part) -> None:
-        module, link = job.request.module, worker.connection
-        contents = Pickled(module.contents(job))
-        with contextlib.suppress(ConnectionError):  # the process has died, which the thread hears
-            if worker.is_new_to(module):
-                worker.loading = True  # before it can answer that it has loaded the module
-                link.send_package(worker_main.MODULE, module.number, module.package)
-            worker.load(job)
-            worker.look()
-            link.send(worker_main.JOB, job.ticket, contents)
+    def add(self, worker: Any, ready: bool = True) -> None:
+        super().add(worker, ready)
+        with self.lock:
+            self._heard[worker.connection.socket.fileno()] = worker
+            self._epoll.register(worker.connection.socket, select.EPOLLIN)
 
-    def end(self, worker: _Process) -> None:
-        worker.exit_code(0.0)  # to learn its process id
-        worker.kill()
-        self._bury(worker, _DYING_SECONDS if worker.pid else 0.0)
+    def prepare(self, part: Part) -> Pickled:
+        content = Pickled(part.request.module.contents(part), self._blocks)
+        if content.block is not None:  # it took time, and workers may be idle
+            self._look()
+        return content
 
-    def wait(self, seconds: float) -> None:
-        for key, _ in self._selector.select(seconds):
-            if key.data is None:
-                self._alarm.recv(4096)
-            elif key.data in self._workers:  # the others were ended meanwhile
-                self._hear(key.data)
-
-    def ring(self) -> None:
-        # Nothing hears it before the thread starts. It may be rung already, or closed.
-        with contextlib.suppress(AttributeError, OSError):
-            self._bell.send(b"!")
-
-    def let_go(self) -> None:
-        self._selector.close()
-        self._alarm.close()
-        self._bell.close()
-
-    def _hear(self, worker: _Process) -> None:
-        try:
-            message = worker.connection.receive()
-            if message is not None and message.kind == worker_main.READY:
-                worker.pid = message.number
-                self._welcome(worker)
-        except Exception as error:  # a broken process may send anything
-            what = f"{type(error).__name__}: {error}"
-            self.lost(worker, f"was killed, as nothing could be exchanged with it: {what}", True)
-            return
-        if message is None:
-            self.lost(worker, self._bury(worker))
-        elif message.kind == worker_main.LOADED:
-            self.loaded(worker)
-        elif message.kind == worker_main.ALIVE:
-            worker.life = time.monotonic()
-            worker.look()
-        elif message.kind != worker_main.READY:
-            self.take(worker, message.number, message.value)
-
-    def _welcome(self, worker: _Process) -> None:
-        """Have a new process load the last module, which will probably be wanted, first."""
-        last = self.modules.last()
-        if last is None or self._failed_starts:  # loading it may be why they failed
-            self.ready(worker)
-            return
-        number, package = last
-        worker.modules, worker.since = frozenset([number]), time.monotonic()
+    def send(self, worker: _Process, part: Part) -> None:
+        module, link = part.request.module, worker.connection
         with contextlib.suppress(ConnectionError):  # the process has died, which is heard next
-            worker.connection.send_package(worker_main.MODULE, number, package)
+            if worker.is_new_to(module):
+                worker.loading = True
+                link.send_package(MODULE, module.number, module.package)
+            worker.load(part)
+            worker.look()
+            worker.number += 1
+            link.send(PART, worker.number, part.content)
+        part.content = None
 
-    def _bury(self, worker: _Process, seconds: float = _DYING_SECONDS) -> str:
-        """Release a process that ends, and return how it ended."""
-        with contextlib.suppress(KeyError):
-            self._selector.unregister(worker.connection.socket)
-        code = worker.exit_code(seconds)
+    def end(self, worker: _Process) -> str | None:
+        self._ignore(worker)
+        if worker.pid and not worker.gone:
+            with contextlib.suppress(*_BROKEN):
+                os.kill(worker.pid, signal.SIGKILL)
+                while wait([worker.connection.socket], _DYING_SECONDS):
+                    if (said := worker.connection.receive()) is None or said.kind == ENDED:
+                        break
+        worker.connection.close()  # ends one that is not up
+        if not worker.gone:
+            return None
+        if (code := worker.code) is None and worker.pid:
+            return "ended with its server"
         if code is None:
-            worker.kill()  # the process may live, but it has closed its connection
-        worker.connection.close()
-        os.close(worker.descriptor)
-        if code is None and worker.pid:
-            return "closed its connection, and was killed"
-        if code is None:
-            # Once for all workers of that server, unless this pool ended this one.
-            if not (self.closed or worker.unwanted or worker.packages & worker_main.REFUSED):
+            # Once for all workers of that server, unless the pool is closed.
+            if not (self.closed or worker.packages & worker_main.REFUSED):
                 worker_main.REFUSED.update(worker.packages)
                 worker_main.replace_servers()
             return "was not forked, as its server ended, or has threads or CUDA"
         if code < 0:
             names = {each.value: each.name for each in signal.Signals}  # not of all real-time ones
             return f"was killed by {names.get(-code, f'signal {-code}')}"
-        up = "" if worker.ready or worker.modules else " before it was up; its output says why"
+        up = "" if worker.ready or worker.loading else " before it was up; its output says why"
         return f"ended with exit code {code}{up}"
+
+    # Waiting.
+
+    def notify(self, request: LiveRequest) -> None:
+        super().notify(request)
+        if request is self._leader and threading.get_ident() != self._thread:
+            self.ring("_poke")
+
+    def wait_for(self, request: LiveRequest, seconds: float) -> None:
+        leads, end = False, (now := time.monotonic()) + seconds
+        try:
+            with self.lock:
+                self.recover()
+                epoll = self._epoll
+                if leads := not (self.closed or self._is_led):
+                    self._thread, self._leader = threading.get_ident(), request
+                else:
+                    self._followers[request] = None
+            if not leads:
+                super().wait_for(request, min(seconds, _LOOK_SECONDS))
+            while leads and now < end and not (self.closed or request.is_notified()):
+                self._led_until = now + _LEADING_SECONDS
+                self._handle(epoll.poll(min(end - now, _LOOK_SECONDS)), leads)
+                now = time.monotonic()
+        finally:
+            if self._leader is request:
+                self._leader = None
+            self._followers.pop(request, None)
+            if self._leader is None and (waiting := [*self._followers]):
+                self.notify(waiting[0])  # it leads, or else it has another one lead
+
+    @property
+    def _is_led(self) -> bool:
+        return self._leader is not None and time.monotonic() < self._led_until
+
+    def _look(self) -> None:
+        """Handle the messages that have come, unless another thread leads."""
+        epoll = self._epoll
+        if not (self.closed or self._is_led):
+            self._handle(epoll.poll(0))
+
+    def wait(self, seconds: float) -> None:
+        led = self._is_led  # then the leader is left alone
+        self._poll.modify(self._epoll, 0 if led else select.POLLIN)
+        self._poll.poll(1e3 * (min(seconds, _PARKED_SECONDS) if led else seconds))
+        self._bell.read(8)
+        if not self._is_led:
+            self._assign()  # recovers from an interrupt
+            self._look()
+
+    def ring(self, bell: str = "_bell") -> None:
+        # It is not there before the thread starts, and closed after its end.
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            getattr(self, bell).write(_ONE)
+
+    def let_go(self) -> None:
+        with self.lock:
+            self._blocks = Blocks()
+            self._epoll = None  # a leader may still poll it
+            for each in (self._poke, self._bell):
+                each.close()
+
+    # Messages.
+
+    def _handle(self, events: list[tuple[int, int]], leads: bool = False) -> None:
+        for descriptor, _ in events:
+            with self.lock:
+                self.recover()
+                if self.closed:
+                    return
+                if (worker := self._heard.get(descriptor)) is not None:
+                    self.served = worker
+                    self._hear(worker)
+                    self.served = None
+                elif leads or not self._is_led:  # else the leader is meant
+                    self._poke.read(8)
+
+    def _hear(self, worker: _Process) -> None:
+        try:
+            message = worker.connection.receive()
+            if message is None or message.kind == ENDED:
+                worker.gone, worker.code = True, None if message is None else message.number
+                self._doom(worker, "has ended")
+            elif message.kind == READY:
+                worker.pid, worker.since = message.number, time.monotonic()
+                worker.loading = bool(worker.modules)
+                if not worker.loading:
+                    self.ready(worker)
+            elif message.kind == LOADED:
+                self.loaded(worker)
+            elif message.kind == ALIVE:
+                worker.life = time.monotonic()
+                worker.look()
+            elif message.kind == RESULT:
+                part = worker.part if message.number == worker.number else None
+                self.settle(worker, part, (worker, message.value))
+        except BlockingIOError:
+            pass  # another thread has heard it
+        except _BROKEN as error:
+            what = f"{type(error).__name__}: {error}"
+            self._doom(worker, f"was killed, as nothing could be exchanged with it: {what}")
+
+    def recover(self) -> None:
+        if self.served is not None:
+            self._doom(self.served, "was ended, as an interrupt came while it was served")
+            self.served = None
+
+    def _doom(self, worker: _Process, why: str) -> None:
+        """Have the pool's own thread end a worker."""
+        worker.unwanted = worker.unwanted or why
+        self._ignore(worker)
+        self.wake()
+
+    def _ignore(self, worker: _Process) -> None:
+        """Hear a worker no more."""
+        with self.lock:
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # nothing does
+                self._epoll.unregister(worker.connection.socket)
+            self._heard.pop(worker.connection.socket.fileno(), None)
 
 
 def _packages_of(module: nn.Module) -> set[str]:

@@ -86,7 +86,7 @@ class _Actors(Supervisor):
 
     def __init__(self, size: int, limits: Limits, address: str | None, *options: Any) -> None:
         super().__init__(size, limits)
-        self._news: queue.SimpleQueue[tuple[_Actor, int | None, Any] | None] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[tuple[_Actor, Part | None, Any] | None] = queue.SimpleQueue()
         self._address, (self._threads, self._options) = address, options
 
     def set_up(self) -> None:
@@ -106,13 +106,13 @@ class _Actors(Supervisor):
         self._listen(worker, None, handle.live.remote(0.0))
         return worker
 
-    def send(self, worker: _Actor, job: Part) -> None:
+    def send(self, worker: _Actor, part: Part) -> None:
         self._ray()
-        module = job.request.module
-        contents = _portable(module.contents(job))
-        worker.load(job)
+        module = part.request.module
+        contents = _portable(module.contents(part))
+        worker.load(part)
         reply = worker.handle.call.remote(module.number, module.package, contents)
-        self._listen(worker, job.ticket, reply)
+        self._listen(worker, part, reply)
 
     def end(self, worker: _Actor) -> None:
         # An actor whose cluster has ended, or that Ray does not know any more, has ended.
@@ -139,17 +139,17 @@ class _Actors(Supervisor):
             raise RuntimeError(f"RayWorkers: {why}")
         return _ray()
 
-    def _listen(self, worker: _Actor, number: int | None, reference: Any) -> None:
+    def _listen(self, worker: _Actor, part: Part | None, reference: Any) -> None:
         future = reference.future()
-        future.add_done_callback(lambda future: self._news.put((worker, number, future)))
+        future.add_done_callback(lambda future: self._news.put((worker, part, future)))
 
-    def _hear(self, worker: _Actor, number: int | None, future: Any) -> None:
+    def _hear(self, worker: _Actor, part: Part | None, future: Any) -> None:
         error = future.exception()
         if isinstance(error, _ray().exceptions.RayActorError):
             lines = str(error).strip().splitlines()
             self.lost(worker, f"has ended: {' ... '.join(dict.fromkeys((lines[0], lines[-1])))}")
-        elif number is not None:
-            self.take(worker, number, future.result)
+        elif part is not None:
+            self.settle(worker, part, (worker, future.result))
         elif error is not None:
             self.lost(worker, f"did not come up: {error}")
         elif worker in self._workers:

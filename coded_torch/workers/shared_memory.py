@@ -1,20 +1,22 @@
 r"""Messages between two local processes, with their tensors in shared memory.
 
 A pipe would copy every tensor twice, and :mod:`torch.multiprocessing` opens a file for each tensor.
-Here the sender writes a message into memory that the receiver has mapped already, and sends a
-header of 48 bytes. The received tensors are views of that memory. The sender writes there again
-when the receiver holds no view any more. Both sides seal the size of the memory, as reading behind
-its end would kill the receiver.
+Here the sender writes a long message into memory that the receiver has mapped already, and sends a
+header of 48 bytes. A short message follows its header. Large received tensors are views of the
+memory. The sender writes there again when the receiver holds no view any more. Both sides seal the
+size of the memory, as reading behind its end would kill the receiver.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import functools
 import importlib
 import io
+import itertools
 import math
 import mmap
 import os
@@ -23,30 +25,77 @@ import socket
 import struct
 import sys
 import weakref
-from collections import deque
+from array import array
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# Kind, number, bytes of the pickle, its block, bits of the blocks that were read, block is new.
-_HEADER = struct.Struct("<qqqqQq")
+# Kind, number, bytes of the pickle, its block or -1, that block is new, and how many numbers of
+# blocks follow, which nobody reads any more.
+_HEADER = struct.Struct("<6q")
+_ROOM = socket.CMSG_SPACE(array("i").itemsize)  # bytes for one descriptor
 _TRUNCATED = int(socket.MSG_CTRUNC)  # an enumeration would take microseconds for "&"
 _ALIGNMENT = 64  # bytes of a cache line
-# Blocks of a connection that received tensors may keep, each with a descriptor and a mapping, at
-# most 64. Tensors of further messages are copied. Not tuned: callers hold results of a few calls.
+# Blocks of a connection that received tensors may keep, each with a descriptor and a mapping.
+# Further messages are copied. Not tuned: callers hold results of a few calls.
 _MOST_KEPT = 8
-# Bytes up to which a received tensor is copied, as a view would keep a whole block. Copying 64 KiB
-# takes about 5 us, as long as making a view.
-_SMALL = 1 << 16
+# Bytes of a message that follow its header: copying them takes about as long as to look after a
+# block. Bytes of a packet, with its header and numbers of blocks.
+_SHORT, _PACKET = 1 << 16, (1 << 16) + (1 << 12)
 _LEAST = 1 << 16  # bytes of a block; a smaller one would save only pages
+# Blocks that wait for a message, or that a receiver maps, and their bytes, at most: enough for the
+# parts of eight calls in flight. Not tuned.
+_MOST_BLOCKS, _MOST_BYTES = 48, 1 << 27
+_numbers = itertools.count()
+
+
+class Block:
+    """Shared memory that keeps its size."""
+
+    def __init__(self, size: int) -> None:
+        self.number, self.descriptor = next(_numbers), _anonymous_file(size)
+        weakref.finalize(self, os.close, self.descriptor).atexit = False
+        self.memory = mmap.mmap(self.descriptor, 0)
+
+    def __len__(self) -> int:
+        return len(self.memory)
+
+
+class Blocks(dict[int, Block]):
+    """Blocks that nobody reads, by number. Any thread may take and give them."""
+
+    def take(self, size: int) -> Block:
+        # Rounded up, so that there is room for a somewhat larger message, too.
+        size = max(_LEAST, 1 << (size - 1).bit_length())
+        for block in reversed([*self.values()]):  # the last one may still be in a cache
+            if len(block) == size and self.pop(block.number, None) is not None:
+                return block
+        return Block(size)
+
+    def give(self, block: Block) -> None:
+        _keep(self, block.number, block)
+
+
+def _keep(blocks: dict[int, Any], number: int, block: Any) -> None:
+    """Add a block, and remove the oldest ones that are too many. Both sides of a message do so."""
+    blocks[number] = block
+    for oldest in [*blocks][:-1]:
+        if len(blocks) <= _MOST_BLOCKS and sum(map(len, [*blocks.values()])) <= _MOST_BYTES:
+            break
+        blocks.pop(oldest, None)
 
 
 class Pickled:
-    """The pickle of an object without its tensors, which lie behind the pickle in memory."""
+    """The pickle of an object without its tensors, which lie behind the pickle in memory.
 
-    def __init__(self, value: Any) -> None:
+    With ``blocks``, it is ready to be sent: it lies in one of them, unless it is short.
+    """
+
+    block: Block | None = None
+
+    def __init__(self, value: Any, blocks: Blocks | None = None) -> None:
         self._tensors: dict[int, tuple[Tensor, int]] = {}  # tensors by id, with their places
         self._behind = 0  # bytes of the tensors
         buffer = io.BytesIO()
@@ -60,14 +109,23 @@ class Pickled:
             raise pickle.PicklingError(f"{what}; {how}")
         self.length = len(self._stream)  # bytes of the pickle
         self.size = _aligned(self.length) + self._behind  # bytes of the pickle and the tensors
+        if blocks is not None:
+            self.block = blocks.take(self.size) if self.size > _SHORT else None
+            self.memory = self.block.memory if self.block else bytearray(self.size)
+            self.write(self.memory)
 
-    def write(self, memory: mmap.mmap) -> None:
+    def write(self, memory: Any) -> None:
         """Write pickle and tensors to the beginning of ``memory``, and release the tensors."""
         memory[: self.length] = self._stream
         start = _aligned(self.length)
         for tensor, offset in self._tensors.values():
-            place = _tensor_at(memory, start + offset, tensor.dtype, tensor.shape)
-            place.copy_(tensor.detach())
+            begin, size = start + offset, tensor.nbytes
+            plain = tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg()
+            if plain and not tensor.is_conj() and size <= _SHORT:  # operators take far longer
+                memory[begin : begin + size] = ctypes.string_at(tensor.data_ptr(), size)
+            else:
+                place = _tensor_at(memory, begin, tensor.dtype, tensor.shape)
+                place.copy_(tensor.detach())
         self._tensors = {}
 
     def _place(self, obj: Any) -> tuple[str, tuple[int, ...], int] | None:
@@ -127,14 +185,14 @@ class _Unpickler(pickle.Unpickler):
         return self._read[offset]
 
 
-class Package:
+class Package(Block):
     """An object in shared memory of its own, for any number of receivers."""
 
     def __init__(self, pickled: Pickled) -> None:
-        self.descriptor, self.length = _anonymous_file(pickled.size), pickled.length
-        weakref.finalize(self, os.close, self.descriptor)
-        with mmap.mmap(self.descriptor, 0) as memory:
-            pickled.write(memory)
+        super().__init__(pickled.size)
+        self.length = pickled.length
+        with self.memory:  # closes it
+            pickled.write(self.memory)
         _seal(self.descriptor, fcntl.F_SEAL_WRITE)  # no receiver can change it for the others
 
 
@@ -147,106 +205,95 @@ class Message(NamedTuple):
 
 
 class Connection:
-    """One end of a connection, a Unix stream socket. One thread sends at a time, one receives."""
+    """One end of a connection, a Unix socket of packets. One thread at a time uses it."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.socket = sock
-        self._blocks: dict[int, mmap.mmap] = {}  # blocks to write into
-        self._lent: set[int] = set()  # indices of the blocks that the other side reads
+    def __init__(self, sock: socket.socket, blocks: Blocks) -> None:
+        self.socket, self.blocks = sock, blocks
+        self._sent: dict[int, Block] = {}  # those that the other side maps, by number
+        self._lent: dict[int, Block] = {}  # those that the other side reads
         self._known: dict[int, mmap.mmap] = {}  # blocks of the other side
-        self._kept: set[int] = set()  # indices of the other side's blocks that are being read
-        self._done: deque[int] = deque()  # indices of its blocks that were read
+        # What holds the memory of its messages, by block. No finalizer tells that nothing does any
+        # more, because an interrupt that comes there is lost.
+        self._read: dict[int, Callable[[], Any]] = {}
 
     def send(self, kind: int, number: int, pickled: Pickled | None = None) -> None:
         """Send a message, with an object or without.
 
         Raises a ConnectionError if the other side has ended, an OSError if memory is short.
         """
-        if pickled is None:
-            self._write(kind, number, 0, -1)
+        block, memory = (None, b"") if pickled is None else (pickled.block, pickled.memory)
+        length = 0 if pickled is None else pickled.length
+        if block is None:
+            self._write(kind, number, length, body=memory)
             return
-        index = next(i for i in range(64) if i not in self._lent)
-        block, new = self._blocks.get(index), None
-        try:
-            if block is None or len(block) < pickled.size:
-                # Rounded up, so that the block has room for a somewhat larger message too.
-                new = _anonymous_file(max(_LEAST, 1 << (pickled.size - 1).bit_length()))
-                block = mmap.mmap(new, 0)
-            pickled.write(block)
-            self._lent.add(index)  # after writing, as a message that fails takes no block
-            self._blocks[index] = block
-            self._write(kind, number, pickled.length, index, new)
-        finally:
-            if new is not None:
-                os.close(new)  # the mapping has a descriptor of its own
+        self._lent[block.number], new = block, block.number not in self._sent
+        if new:
+            _keep(self._sent, block.number, block)
+        self._write(kind, number, length, block.number, block.descriptor if new else -1)
 
     def send_package(self, kind: int, number: int, package: Package) -> None:
         """Send a package. The receiver maps its memory, and copies the pages that it changes."""
-        self._write(kind, number, package.length, -1, package.descriptor)
+        self._write(kind, number, package.length, new=package.descriptor)
 
-    def beat(self, kind: int) -> None:
-        """Send a kind alone, from any thread, unless the other side has left many unread."""
+    def tell(self, kind: int, number: int = 0) -> None:
+        """Send two numbers, from any thread, unless the other side has left many unread."""
         with contextlib.suppress(OSError):
-            self.socket.send(_HEADER.pack(kind, 0, 0, -1, 0, 0), socket.MSG_DONTWAIT)
+            self.socket.send(_HEADER.pack(kind, number, 0, -1, 0, 0), socket.MSG_DONTWAIT)
 
     def receive(self) -> Message | None:
         """Return the next message; None if the other side has ended, an OSError as by `send`."""
         try:
-            # A header is one write and one read: too short to be cut, even by a sudden death.
-            data, descriptors, flags, _ = socket.recv_fds(self.socket, _HEADER.size, 1)
-        except ConnectionError:
+            data, extra, flags, _ = self.socket.recvmsg(_PACKET, _ROOM)
+        except ConnectionError:  # if the other side has left any unread, before its last messages
+            data, extra, flags, _ = self.socket.recvmsg(_PACKET, _ROOM)
+        if not data:
             return None
-        if len(data) < _HEADER.size:
-            return None
-        kind, number, length, index, read, new = _HEADER.unpack(data)
-        for done in range(read.bit_length()):
-            if read >> done & 1:
-                self._lent.remove(done)
+        descriptors = array("i", extra[0][2] if extra else b"")
+        kind, number, length, block, new, read = _HEADER.unpack_from(data)
+        begin = _HEADER.size + 8 * read
+        for each in array("q", data[_HEADER.size : begin]):
+            self.blocks.give(self._lent.pop(each))
         if flags & _TRUNCATED or len(descriptors) < new:
             # The kernel drops a descriptor that is one too many for this process.
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        memory, copy = memoryview(b""), 0
+        memory, copy = memoryview(bytearray(data[begin:])), 0
         if new:
-            access = mmap.ACCESS_WRITE if index >= 0 else mmap.ACCESS_COPY
+            access = mmap.ACCESS_WRITE if block >= 0 else mmap.ACCESS_COPY
             with open(descriptors[0], "rb"):  # closes it
                 _seal(descriptors[0])
-                self._known[index] = mmap.mmap(descriptors[0], 0, access=access)
-        if new and index < 0:  # a package
-            memory = memoryview(self._known.pop(index))
-        elif length:
-            memory = memoryview(self._known[index])
-            copy = _SMALL if len(self._kept) < _MOST_KEPT else sys.maxsize
-            self._kept.add(index)
-            weakref.finalize(memory, _let_go, index, self._kept, self._done).atexit = False
+                mapped = mmap.mmap(descriptors[0], 0, access=access)
+            if block >= 0:
+                _keep(self._known, block, mapped)
+            memory = memoryview(mapped)
+        if block >= 0:
+            memory = memoryview(self._known[block])
+            self._read[block] = weakref.ref(memory)
+            if sum(holder() is not None for holder in self._read.values()) > _MOST_KEPT:
+                memory = memoryview(bytearray(memory))
+            copy = _SHORT  # a view would keep the whole memory
         if not 0 <= length <= len(memory):
-            raise ValueError(f"a message of {length} bytes came in a block of {len(memory)}")
+            raise ValueError(f"a message of {length} bytes came in {len(memory)}")
         return Message(kind, number, _Unpickler(memory, length, copy).load)
 
     def close(self) -> None:
         """Release the connection, and all memory that nobody reads."""
         self.socket.close()
-        self._blocks, self._known = {}, {}
+        self._sent, self._lent, self._known = {}, {}, {}
 
     def _write(
-        self, kind: int, number: int, length: int, index: int, new: int | None = None
+        self, kind: int, number: int, length: int, block: int = -1, new: int = -1, body: Any = b""
     ) -> None:
-        read = 0
-        while self._done:
-            read |= 1 << self._done.popleft()
-        header = _HEADER.pack(kind, number, length, index, read, new is not None)
+        read = array("q", [each for each, holder in self._read.items() if holder() is None])
+        for each in read:
+            del self._read[each]
+        packet = _HEADER.pack(kind, number, length, block, new >= 0, len(read)) + read + body
         try:
-            if new is None:
-                self.socket.sendall(header)
+            if new < 0:
+                self.socket.send(packet)
             else:
-                socket.send_fds(self.socket, [header], [new])
-        except OSError as error:
+                socket.send_fds(self.socket, [packet], [new])
+        except ConnectionError as error:
             raise ConnectionError(f"the other side has ended: {error}") from error
-
-
-def _let_go(index: int, kept: set[int], done: deque[int]) -> None:
-    """Note that a block was read. This is no method, so that results do not hold a connection."""
-    kept.discard(index)
-    done.append(index)
 
 
 def _tensor_at(memory: Any, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -8,7 +8,6 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import MOST_WORKERS, count, positive, warn
-from ..table import Failure, Part
+from ..table import Failure, Part, Reply, WorkerError
 from .base import Request, Task
 from .dispatch import DispatchedWorkers, Dispatcher, Worker, logger
 from .live import Ambient, LiveRequest
@@ -30,10 +29,10 @@ _BEATS = 4  # signs of life per ``grace``: some may be late on a busy machine; n
 _LONGEST_BEAT = 10.0  # seconds between signs of life, at most; not tuned
 _RECENT = 10.0  # seconds since its last part began, for which a module still has calls; not tuned
 _CLOSING_SECONDS = 10.0  # a pool that closes waits so long for its thread; not tuned
-# Failed starts in a row after which waiting jobs fail, instead of at their timeout. Not tuned.
+# Failed starts in a row after which waiting parts fail, instead of at their timeout. Not tuned.
 _FAILED_STARTS = 3
 _LONGEST_PAUSE = 5.0  # seconds between attempts to start: .2, .4, ..., at most this; not tuned
-_LONGEST_WAIT = 3600.0  # seconds to wait for news: selectors count milliseconds in 31 bits
+_LONGEST_WAIT = 3600.0  # seconds to wait for news: poll counts milliseconds in 31 bits
 _REPAIR_SECONDS = 1.0  # a pause after an unexpected exception, so that the thread does not spin
 _launches = itertools.count()
 
@@ -42,23 +41,23 @@ Limits = tuple[float, float]  # ``grace`` and ``timeout`` of a pool
 
 
 class WatchedWorker(Worker):
-    """A process or an actor: starting, loading a module, at a job, or idle."""
+    """A process or an actor: starting, loading a module, at a part, or idle."""
 
-    loading = False  #: true until it has loaded the module of its job
+    loading = False  #: true until it has loaded the module of its part
     life = -math.inf  #: the time of its last sign of life
     modules: frozenset[int] = frozenset()  #: the numbers of its modules
-    latest = -1  #: the number of the module of its last job
-    kills = 0  #: the times that a worker was ended at a row of its job, before it began
+    latest = -1  #: the number of the module of its last part
+    kills = 0  #: the times that a worker was ended at a row of its part, before it began
 
     def is_new_to(self, module: PackedModule) -> bool:
         return module.number not in self.modules
 
-    def load(self, job: Part) -> None:
-        """Note that the worker gets a job, and forgets all modules that are not alive."""
-        module, kills = job.request.module, job.request.kills
+    def load(self, part: Part) -> None:
+        """Note that the worker gets a part, and forgets all modules that are not alive."""
+        module, kills = part.request.module, part.request.kills
         self.modules = self.modules & module.alive | {module.number}
         self.latest = module.number
-        self.kills = max(map(kills.__getitem__, job.units)) if kills else 0
+        self.kills = max(map(kills.__getitem__, part.units)) if kills else 0
 
     def look(self) -> None:
         """Look for a sign of life that the worker does not give itself."""
@@ -66,31 +65,31 @@ class WatchedWorker(Worker):
     def end_by(self, grace: float, timeout: float) -> tuple[float, str]:
         """Return when the worker is to be ended, and why, in words that continue its name."""
         if self.unwanted:
-            return -math.inf, "was to be restarted"
-        if self.job is not None and self.job.request.abandoned:
+            return -math.inf, self.unwanted
+        if self.part is not None and self.part.request.abandoned:
             return -math.inf, "was at a call that was interrupted"
         if self.loading or not self.ready:
             seconds = max(START_SECONDS, grace)
             what = "loading a module" if self.ready else "starting"
             return self.since + seconds, f"was {what} for more than {seconds:g} s, and was ended"
-        if self.job is None:
+        if self.part is None:
             return math.inf, ""
-        awaited, longest = self.job.request.awaits(self.job), max(grace, timeout)
+        awaited, longest = self.part.request.awaits(self.part), max(grace, timeout)
         grace *= 2.0 ** min(self.kills, 9)
         due, what, option = self.since + longest, "", "timeout"
         if (silent := (max(self.since, self.life) if awaited else self.since) + grace) <= due:
             what = " without a sign of life" if awaited else " that no call waits for"
             due, longest, option = silent, grace, "grace (--grace)"
         how = f"for more than {longest:g} s{what}, and was ended; {option} sets this time"
-        return due, f"was at one job {how}"
+        return due, f"was at one part {how}"
 
 
 class Supervisor(Dispatcher):
     """The workers of a pool, of whom lost ones are replaced, and late ones ended.
 
-    A worker hangs if it computes a job that a call waits for, and shows no sign of life for
-    ``grace`` seconds, without the time for loading the module where that is reported. No job takes
-    longer than ``timeout``. Subclasses report to :meth:`ready`, :meth:`loaded`, :meth:`take` and
+    A worker hangs if it computes a part that a call waits for, and shows no sign of life for
+    ``grace`` seconds, without the time for loading the module where that is reported. No part takes
+    longer than ``timeout``. Subclasses report to :meth:`ready`, :meth:`loaded`, :meth:`settle` and
     :meth:`lost`, and note each :attr:`~WatchedWorker.life`. One thread runs :meth:`serve`; any
     thread calls the rest.
     """
@@ -118,8 +117,8 @@ class Supervisor(Dispatcher):
         """Begin to start the worker at a place."""
 
     @abc.abstractmethod
-    def end(self, worker: Any) -> None:
-        """End a worker at once, in any state."""
+    def end(self, worker: Any) -> str | None:
+        """End a worker at once, in any state; return how it had ended before, if it had."""
 
     @abc.abstractmethod
     def wait(self, seconds: float) -> None:
@@ -141,6 +140,7 @@ class Supervisor(Dispatcher):
             if not self.process:
                 self.set_up()
                 self.process = os.getpid()
+            if self.thread.ident is None:
                 try:
                     self.modules.pack(module, Ambient())  # new workers load it first
                 finally:  # the thread releases all that was prepared
@@ -156,56 +156,40 @@ class Supervisor(Dispatcher):
         super().ready(worker)
 
     def loaded(self, worker: Any) -> None:
-        """Note that a worker has loaded a module: of its job or, before it is up, the last one."""
-        with self._lock:
+        """Note that a worker has loaded a module: of its part or, before it is up, the last one."""
+        with self.lock:
             worker.loading, worker.fresh, worker.since = False, False, self._clock()
-        self._assign() if worker.ready else self.ready(worker)
+            self.served = None
+            self._assign() if worker.ready else self.ready(worker)
 
     def may_load(self, module: PackedModule) -> bool:
         """Return whether one more worker may load a module, which stops calls of others there."""
         recent, used, loading = self._clock() - _RECENT, set[int](), set[int]()
         for worker in self._workers:
-            number = worker.latest if (job := worker.job) is None else job.request.module.number
-            used |= {number} if job is not None or worker.since > recent else set()
-            loading |= {number} if job is not None and worker.fresh else set()
+            number = worker.latest if (part := worker.part) is None else part.request.module.number
+            used |= {number} if part is not None or worker.since > recent else set()
+            loading |= {number} if part is not None and worker.fresh else set()
         return module.number not in loading or used.isdisjoint(module.alive - {module.number})
 
-    def take(self, worker: Any, number: int, read: Callable[[], tuple[bool, Any]]) -> None:
-        """Take the result of a job. If it is awaited, read whether it succeeded, and its value."""
-        job, result = worker.job, None
-        if job is not None and job.request.awaits(job):
-            try:
-                succeeded, result = read()
-                if not succeeded:
-                    what, cause = result
-                    result = Failure(f"failed in {worker}: {what}", "raised", cause)
-            except Exception as error:  # unpickling may raise anything
-                result = Failure(f"sent what cannot be read, from {worker}: {error}", "", error)
-        self.settle(worker, number, result)
-        del result  # the traceback of its error holds this frame, and so the memory of the result
-
-    def lost(self, worker: Any, reason: str, end: bool = False) -> None:
+    def lost(self, worker: Any, reason: str) -> None:
         """Note that a worker has ended, or end it; ``reason`` continues its name."""
-        if self._remove(worker):
-            self._replace(worker, reason, end)
-
-    def _remove(self, worker: Any) -> bool:
-        """Take a worker out, unless it is: it gets no job, and none of its results counts."""
-        with self._lock:
-            if found := worker in self._workers:
-                self._workers.remove(worker)
-                self.num_lost += not (self.closed or worker.left)
-            return found
-
-    def _replace(self, worker: Any, reason: str, end: bool = False) -> None:
-        """Fail the job of a worker that was taken out, and have a new one started."""
+        with self.lock:
+            if worker not in self._workers:
+                return
+            self._workers.remove(worker)  # it gets no part any more
+            self.num_lost += not (self.closed or worker.left)
         try:
-            if end:
-                self.end(worker)
+            reason = self.end(worker) or reason
         except Exception:  # the other workers must be ended, too
             logger.exception("%s could not be ended", worker)
+        self._replace(worker, reason)
+
+    def _replace(self, worker: Any, reason: str) -> None:
+        """Fail the part of a worker that was taken out, and have a new one started."""
         what, now, hopeless = f"{worker} {reason}", self._clock(), False
-        with self._lock:
+        if not (self.closed or worker.left):
+            logger.warning("a worker was lost and is replaced: %s", what)
+        with self.lock:
             if not (worker.ready or worker.left):
                 self.trouble = what
                 if now >= self._start_again:  # workers that fail together fail once
@@ -213,37 +197,39 @@ class Supervisor(Dispatcher):
                     pause = 0.1 * 2 ** min(self._failed_starts, 9)
                     self._start_again = now + min(pause, _LONGEST_PAUSE)
                 hopeless = self._failed_starts >= _FAILED_STARTS
-        if not (self.closed or worker.left):
-            logger.warning("a worker was lost and is replaced: %s", what)
-        if (job := worker.job) is not None:
-            job.request.settle(job, Failure(f"was lost: {what}", "died"))
+            if worker.part is not None:
+                self.reply(worker.part, Failure(f"was lost: {what}", "died"))
+                worker.part = None
         if hopeless:
             self.refuse(what)
         self._assign()  # a failed part may have waited for this worker
         self.wake()
 
     def retire(self, worker: Any) -> None:
-        worker.unwanted = True
+        worker.unwanted = "has left"
         self.wake()  # the thread ends the worker
 
     def restart(self, index: int) -> None:
-        with self._lock:
+        with self.lock:
             for worker in self.at(index):
-                worker.unwanted |= not worker.left
+                if not (worker.left or worker.unwanted):
+                    worker.unwanted = "was to be restarted"
         self.wake()
 
     def tend(self) -> None:
         now = self._clock()
+        self._assign()
         for worker in list(self._workers):
-            with self._lock:  # a worker that gets its next job meanwhile is not overdue
+            with self.lock:  # a worker that gets its next part meanwhile is not overdue
                 if worker.end_by(*self.limits)[0] <= now:
                     worker.look()
                 due, why = worker.end_by(*self.limits)
-                overdue = due <= now and self._remove(worker)
-            if overdue:
-                if due > -math.inf and worker.job is not None:
-                    worker.job.request.kills.update(worker.job.units)
-                self._replace(worker, why, end=True)
+                if due <= now:
+                    worker.unwanted = why
+                    if due > -math.inf and worker.part is not None:
+                        worker.part.request.kills.update(worker.part.units)
+            if due <= now:
+                self.lost(worker, why)
         if now < self._start_again:
             return
         for index in self.vacant():
@@ -258,11 +244,11 @@ class Supervisor(Dispatcher):
 
     def pause(self) -> float:
         """Return the seconds until :meth:`tend` has something to do, at most ``grace``."""
-        with self._lock:
+        with self.lock:
             due: list[float] = [worker.end_by(*self.limits)[0] for worker in self._workers]
             if self.vacant():
                 due.append(self._start_again)
-        # A job that begins meanwhile is due no earlier than a grace from now.
+        # A part that begins meanwhile is due no earlier than a grace from now.
         longest = min(self.grace, _LONGEST_WAIT)
         return max(0.0, min([longest, *(time - self._clock() for time in due)]))
 
@@ -284,7 +270,7 @@ class Supervisor(Dispatcher):
         finally:
             self.stop()
             for worker in list(self._workers):
-                self.lost(worker, "was ended: the pool was closed", end=True)
+                self.lost(worker, "was ended: the pool was closed")
             self.modules = ModuleStore(self.pack)
             self.let_go()
 
@@ -294,6 +280,30 @@ class Supervisor(Dispatcher):
             self.wake()
             if self.thread is not threading.current_thread():
                 self.thread.join(_CLOSING_SECONDS)
+
+
+class SupervisedRequest(LiveRequest):
+    """A request that reads results in its own thread.
+
+    A result is the worker and a function, which returns whether the module succeeded, and a value.
+    """
+
+    def receive(self, reply: Reply) -> None:
+        if reply.error is not None:
+            return
+        (worker, read), reply.value = reply.value, None
+        try:
+            succeeded, reply.value = read()
+            if succeeded:
+                super().receive(reply)
+                return
+            (what, cause), reply.value = reply.value, None
+            why = f"failed in {worker}: {what}", "raised", cause
+        except Exception as error:  # unpickling may raise anything
+            why = f"sent what cannot be read, from {worker}: {error}", "", error
+        reply.error = WorkerError(reply.part.number, reply.worker, *why)
+        # The traceback of the cause holds this frame, and so the memory of the result.
+        del read, why
 
 
 class SupervisedWorkers(DispatchedWorkers):
@@ -314,7 +324,7 @@ class SupervisedWorkers(DispatchedWorkers):
             self._check_gradients(module, task)
         supervisor = self._dispatcher()
         supervisor.begin(module)
-        request = LiveRequest(task, self.timeout, supervisor, None)
+        request = SupervisedRequest(task, self.timeout, supervisor, None)
         request.module = supervisor.modules.pack(module, request.ambient)
         return request
 

@@ -27,7 +27,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable
-from multiprocessing import forkserver, resource_tracker, spawn, util
+from multiprocessing import spawn, util
 from multiprocessing.connection import wait
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from typing import Any, NamedTuple
@@ -42,9 +42,10 @@ from .._torch import fingerprint
 from . import shared_memory
 from .faults import compute, kill_own_process
 from .live import Ambient
-from .shared_memory import Connection, Pickled
+from .shared_memory import Blocks, Connection, Pickled
 
-READY, MODULE, LOADED, JOB, RESULT, ALIVE = range(6)  # kinds of messages
+# Kinds of messages. The first has the process id. The last, which the server sends, the exit code.
+READY, MODULE, LOADED, PART, RESULT, ALIVE, ENDED = range(7)
 # Bounds in seconds, not tuned: to import the packages of a server, to wait behind some hundred
 # earlier requests to it, and between two looks whether its caller has ended.
 _IMPORT_SECONDS, _SEND_SECONDS, _LOOK_SECONDS = 120, 10.0, 2.0
@@ -97,13 +98,8 @@ def replace_servers() -> None:
 
 def serve(requests: int, caller: int, packages: list[str]) -> None:
     """Run a server: import packages, then fork a worker per request and tell how each ends."""
-    # All workers share this tracker of memory: the caller's would stay with a fork of the caller.
-    # Its start unblocks these signals, which are ignored meanwhile.
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in _OF_CALLER}
-    resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    for number in _OF_CALLER:  # a package may unblock them
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(_IMPORT_SECONDS)  # ends even a server that hangs in compiled code
     with open(os.devnull) as nothing:
@@ -115,62 +111,58 @@ def serve(requests: int, caller: int, packages: list[str]) -> None:
     _flush()
     if threading.active_count() > 1 or torch.cuda.is_initialized():
         os._exit(0)  # forks would lack them
-    server, link = os.getpid(), socket.socket(fileno=requests)
+    server, asked = os.getpid(), socket.socket(fileno=requests)
     ring, bell = os.pipe()  # rings when a worker has ended
     os.set_blocking(bell, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(bell)
     heard = [requests, ring]
-    ends: dict[int, int] = {}  # by the process id of a worker, the pipe that tells its end
-    while (requests in heard or ends) and os.getppid() == caller:
+    workers: dict[int, Connection] = {}  # their ends of the connections, by process id
+    while (requests in heard or workers) and os.getppid() == caller:
         ready = wait(heard, _LOOK_SECONDS)
         if ring in ready:
             os.read(ring, 4096)
-        for pid, end in list(ends.items()):
+        for pid in list(workers):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
-                with contextlib.suppress(BrokenPipeError):
-                    forkserver.write_signed(end, os.waitstatus_to_exitcode(status))
-                os.close(ends.pop(pid))
+                link = workers.pop(pid)
+                link.tell(ENDED, os.waitstatus_to_exitcode(status))
+                link.close()
         if requests in ready:
-            data, given, *_ = socket.recv_fds(link, 1, 3)
+            data, given, *_ = socket.recv_fds(asked, 1, 2)
             if not data:
                 heard.remove(requests)
             with contextlib.suppress(OSError, ValueError):  # processes or descriptors are short
-                sock, program, end = given
+                program, sock = given
                 if not (pid := os.fork()):
-                    _work(server, sock, program, (requests, ring, bell, end, *ends.values()))
-                ends[pid] = given.pop()
-                forkserver.write_signed(end, pid)
+                    others = [link.socket.fileno() for link in workers.values()]
+                    _work(server, sock, program, (requests, ring, bell, *others))
+                workers[pid] = Connection(socket.socket(fileno=given.pop()), Blocks())
             for descriptor in given:
                 os.close(descriptor)
     os._exit(0)
 
 
-def fork(sock: socket.socket, packages: frozenset[str], device: torch.device, *options: Any) -> int:
+def fork(
+    sock: socket.socket, packages: frozenset[str], device: torch.device, *options: Any
+) -> None:
     """Have a worker forked that serves a socket, from a server that has imported packages.
 
-    The options are the fields of a :class:`_Program` after its device. Returns a descriptor, from
-    which :func:`multiprocessing.forkserver.read_signed` reads the process id, and later the exit
-    code. It ends early if there is no fork, or the server ends.
+    The options are the fields of a :class:`_Program` after its device. The server tells the exit
+    code by the same socket, and closes it if there is no fork.
     """
     data = spawn.get_preparation_data("worker")
     kept = {name: data[name] for name in ("sys_path", "sys_argv", "orig_dir", "dir")}
     names = {"init_main_from_name", "init_main_from_path"} & data.keys()
     main = {} if shared_memory.is_interactive() else {name: data[name] for name in names}
     signal.pthread_sigmask(signal.SIG_BLOCK, _OF_CALLER)  # the server inherits this mask
-    with contextlib.ExitStack() as on_error, open(os.memfd_create("program"), "w+b") as program:
+    with open(os.memfd_create("program"), "w+b") as program, _starting:
         pickle.dump((kept, _Program(main, device, *options)), program)
         program.seek(0)
-        descriptor, end = os.pipe()
-        on_error.callback(os.close, descriptor)
-        with open(end, "wb"), _starting:
-            requests = _server(packages)
-            with socket.fromfd(requests, socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
-                link.settimeout(_SEND_SECONDS)
-                socket.send_fds(link, [b"!"], [sock.fileno(), program.fileno(), end])
-        on_error.pop_all()
-    return descriptor
+        requests = _server(packages)
+        with socket.fromfd(requests, socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
+            link.settimeout(_SEND_SECONDS)
+            socket.send_fds(link, [b"!"], [program.fileno(), sock.fileno()])
 
 
 def _work(server: int, sock: int, program: int, others: Iterable[int]) -> None:
@@ -189,7 +181,7 @@ def _work(server: int, sock: int, program: int, others: Iterable[int]) -> None:
             with open(program, "rb") as file:
                 preparation, worker = pickle.load(file)
             spawn.prepare(preparation)
-            worker.run(Connection(socket.socket(fileno=sock)))
+            worker.run(Connection(socket.socket(fileno=sock), Blocks()))
             code = 0
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
@@ -221,7 +213,7 @@ class _Program(NamedTuple):
         threading.Thread(target=self.watch, args=(connection,), daemon=True).start()
         set_up(self.threads, self.seed)
         gc.freeze()  # the objects that exist now stay: no collection needs to look at them
-        modules = LoadedModules(self.device, Pickled)
+        modules = LoadedModules(self.device, lambda value: Pickled(value, connection.blocks))
         with contextlib.suppress(ConnectionError):
             connection.send(READY, os.getpid())
             while message := connection.receive():
@@ -238,7 +230,7 @@ class _Program(NamedTuple):
         poll = select.poll()
         poll.register(connection.socket, 0)
         while not poll.poll(1000 * self.beat):
-            connection.beat(ALIVE)
+            connection.tell(ALIVE)
         os._exit(0)
 
 
@@ -263,22 +255,22 @@ def _import_main(preparation: dict[str, Any]) -> None:
 
 # An exception in words, and itself with its traceback; as a RuntimeError if it cannot travel.
 _Failure = tuple[str, Exception]
-# The heads of jobs are mostly the same. Pickling one takes 10 us, and so does reading it.
+# The heads of parts are mostly the same. Pickling one takes 10 us, and so does reading it.
 _dumps = functools.lru_cache(maxsize=64)(pickle.dumps)
 _loads = functools.lru_cache(maxsize=64)(pickle.loads)
 
 
 class PackedModule(NamedTuple):
-    """The module of a request: the data that all its jobs share."""
+    """The module of a request: the data that all its parts share."""
 
     number: int  # the number of the module in its present state
     package: Any  # the module, as it is sent
     alive: frozenset[int]  # the numbers of all modules that may still be needed
     head: bytes  # the pickle of number, alive and the caller's modes
 
-    def contents(self, job: Any) -> tuple[Any, ...]:
-        """Return the contents of a job, which :meth:`LoadedModules.call` reads."""
-        return self.head, job.fault, job.request.task.payload(job.units)
+    def contents(self, part: Any) -> tuple[Any, ...]:
+        """Return the contents of a part, which :meth:`LoadedModules.call` reads."""
+        return self.head, part.fault, part.request.task.payload(part.units)
 
 
 class ModuleStore:
@@ -352,7 +344,7 @@ class LoadedModules:
                 self._modules[number] = _failure(error)
 
     def call(self, read: Callable[[], Any]) -> Any:
-        """Do a :meth:`PackedModule.job`; return, packed, whether it succeeded, and its result."""
+        """Do a :meth:`PackedModule.part`; return, packed, whether it succeeded, and its result."""
         try:
             head, fault, arguments = read()
             number, alive, ambient = _loads(head)
@@ -389,11 +381,5 @@ class _Remade(NamedTuple):
     state: dict[str, Any]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _remake, (type(self.error), self.error.args, self.state)
-
-
-def _remake(kind: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> Exception:
-    error = kind.__new__(kind, *args)
-    error.args = args
-    vars(error).update(state)  # no setter of the class runs
-    return error
+        kind = type(self.error)
+        return kind.__new__, (kind, *self.error.args), self.state

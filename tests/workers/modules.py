@@ -148,6 +148,11 @@ class Heavy(nn.Module):
         return x
 
 
+def double(x: Tensor) -> Tensor:
+    """Return twice the input, plus 1."""
+    return 2 * x + 1
+
+
 def draw(x: Tensor) -> Tensor:
     """Return a number of each generator that modules use, for every row."""
     rows = [(torch.rand(()).item(), random.random(), np.random.rand()) for _ in x]
@@ -183,4 +188,4 @@ class FailsOn(nn.Module):
 
 Pid, Sleepy, Stuck, Greedy = (partial(Call, f) for f in (pid, sleep, stick, grab))
 Unreadable, Unpicklable, Raises = (partial(Call, f) for f in (give_trap, give_function, fail))
-Exits, Random, Garbles = (partial(Call, f) for f in (leave, draw, garble))
+Exits, Random, Garbles, Doubled = (partial(Call, f) for f in (leave, draw, garble, double))

@@ -4,39 +4,48 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import torch
 
 from coded_torch.testing.workers import numbered, replies_of, task_of
-from coded_torch.workers import Began, Part
+from coded_torch.workers import Began
+from coded_torch.workers.dispatch import Dispatcher, Worker
 from coded_torch.workers.live import LiveRequest
 
 WAIT = 60.0
 
 
-class Nobody:
-    """A dispatcher without workers."""
+class Noone(Dispatcher):
+    """A dispatcher whose only worker does nothing."""
 
-    def submit(self, jobs):
-        for job in jobs:
-            job.request.parts.append(job)
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.add(Worker(0))
 
-    def status(self, request):
-        return "all is quiet"
+    def send(self, worker, part):
+        pass
+
+    def close(self):
+        self.stop()
 
 
 class Quiet(LiveRequest):
-    """Keeps the parts that it is asked for."""
-
     def __init__(self, timeout: float = WAIT) -> None:
-        super().__init__(task_of(torch.zeros(8, 1, 1)), timeout, Nobody(), None)
-        self.parts: list[Part] = []
+        super().__init__(task_of(torch.zeros(8, 1, 1)), timeout, Noone(), None)
+
+    @property
+    def worker(self) -> Worker:
+        return self.dispatcher.at(0)[0]
+
+    def answer(self, value: Any = None) -> None:
+        """Have the worker end its part."""
+        self.dispatcher.settle(self.worker, self.worker.part, value)
 
 
 def test_every_part_fails_at_its_own_time():
     request = Quiet(timeout=0.5)
     request.ask(numbered((0,), (1,)))
-    request.begin(request.parts[0], 3)
     time.sleep(0.1)
     request.ask(numbered((2,), first=2))
     assert isinstance(request.wait(), Began)
@@ -44,13 +53,13 @@ def test_every_part_fails_at_its_own_time():
     replies = replies_of(request)
     assert [reply.part.number for reply in replies] == [0, 1, 2]
     assert [str(reply.error) for reply in replies] == [
-        "worker 3 did not reply within 0.5 s",
-        "part 1 did not reply within 0.5 s; all is quiet",
-        "part 2 did not reply within 0.5 s; all is quiet",
+        "worker 0 did not reply within 0.5 s",
+        "part 1 did not reply within 0.5 s",
+        "part 2 did not reply within 0.5 s",
     ]
     times = zip(replies, (0.5, 0.5, 0.6), strict=True)
     assert all(at <= reply.at < at + 2 for reply, at in times)  # a busy machine is late
-    request.settle(request.parts[0], "late")
+    request.answer("late")
     assert request.wait() is None
 
 
@@ -63,9 +72,9 @@ def test_nothing_begins_once_close_has_returned():
 
         def worker(request=request, begun=begun, go=go) -> None:
             go.wait()
-            for part in request.parts:
-                if request.begin(part, 0):
-                    begun.append(time.monotonic())
+            while request.worker.part is not None:
+                request.answer()
+                begun.append(time.monotonic())
 
         thread = threading.Thread(target=worker)
         thread.start()
@@ -73,8 +82,8 @@ def test_nothing_begins_once_close_has_returned():
         request.close()
         closed = time.monotonic()
         thread.join()
-        # One may have begun before, and noted the time after.
-        assert sum(at > closed for at in begun) <= 1
+        # One may have begun before, and noted the time after; another ends without a successor.
+        assert sum(at > closed for at in begun) <= 2
         assert request.wait() is None
 
 
@@ -82,9 +91,8 @@ def test_waiting_for_many_parts_costs_little_for_each():
     request, n = Quiet(), 20_000
     request.ask(numbered(*([i % 8] for i in range(n))))
     start = time.process_time()
-    for part in request.parts:
-        request.begin(part, 0)
-        request.settle(part, None)
+    for _ in range(n):
+        request.answer()
         request.wait()
         request.wait()
     assert time.process_time() - start < 10  # .3 s; quadratic, it would be minutes

@@ -101,6 +101,14 @@ def test_tensors_pass_bit_for_bit(pool, dtype, shape):
             assert torch.equal(reply.value, x[reply.part.number])
 
 
+def test_the_default_device_of_the_caller_moves_no_result(pool):
+    values = torch.arange(3.0).reshape(3, 1, 1)
+    with torch.device("meta"):
+        replies = answers(pool, nn.Identity(), values)
+    for reply in replies:
+        assert torch.equal(reply.value, values[reply.part.number])
+
+
 def test_modules_keep_their_inputs_and_weights_to_themselves(pool):
     remembers, tied, values = Remembers(), Tied(), torch.zeros(3, 1, 3)
     before = tied.first.weight.detach().clone()
@@ -258,7 +266,7 @@ def test_an_interrupted_call_leaves_nothing_that_the_next_one_waits_for(call):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what Linux knows")
-@pytest.mark.parametrize(("columns", "most"), [(100, 2), (30_000, 10)], ids=["small", "large"])
+@pytest.mark.parametrize(("columns", "most"), [(100, 2), (30_000, 12)], ids=["small", "large"])
 def test_kept_results_keep_few_blocks_of_shared_memory(columns, most):
     def held() -> tuple[int, int]:
         gc.collect()
@@ -308,16 +316,10 @@ def test_a_hung_part_that_lives_ends_after_the_timeout_or_when_its_call_ended():
         assert len(answers(pool, Sleepy(), torch.zeros(1, 1, 1))) == 1
 
 
-def test_the_grace_counts_though_a_process_has_loaded_the_module_at_once(monkeypatch):
+def test_the_grace_counts_from_the_loading_of_a_new_module():
     with ProcessWorkers(1, grace=0.5).start(timeout=WAIT) as pool:
-        (worker,), heard, loaded = pool._queue._workers, threading.Event(), pool._queue.loaded
-        send = worker.connection.send_package
-        monkeypatch.setattr(pool._queue, "loaded", lambda worker: (loaded(worker), heard.set()))
-        monkeypatch.setattr(
-            worker.connection, "send_package", lambda *args: (send(*args), heard.wait(WAIT))
-        )
         (reply,) = answers(pool, Stuck(), torch.full((1, 1, 1), 3600.0))
-        assert "at one job for more than 0.5 s without a sign of life" in reply.error.reason
+        assert "at one part for more than 0.5 s without a sign of life" in reply.error.reason
 
 
 class _Slow(nn.Module):
@@ -626,11 +628,11 @@ def test_threads_start_one_server_and_leave_the_environment(monkeypatch):
         return spawn(path, arguments, descriptors)
 
     monkeypatch.setattr(worker_main.util, "spawnv_passfds", start)
-    packages, found, before = frozenset(["no_package"]), [], dict(os.environ)
+    packages, before = frozenset(["no_package"]), dict(os.environ)
 
     def fork():
         with socket.socket() as sock:
-            found.append(worker_main.fork(sock, packages, torch.device("cpu"), 1, 0, 1.0))
+            worker_main.fork(sock, packages, torch.device("cpu"), 1, 0, 1.0)
 
     threads = [threading.Thread(target=fork) for _ in range(4)]
     for thread in threads:
@@ -638,9 +640,6 @@ def test_threads_start_one_server_and_leave_the_environment(monkeypatch):
     for thread in threads:
         thread.join()
     worker_main.replace_servers()
-    for descriptor in found:
-        os.close(descriptor)
-    assert len(found) == 4
     assert len(started) == 1
     assert dict(os.environ) == before
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import socket
@@ -11,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from coded_torch.workers.shared_memory import _HEADER, Connection, Package, Pickled
+from coded_torch.workers.shared_memory import _HEADER, Blocks, Connection, Package, Pickled
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is sealed on Linux alone")
 WAIT = 60.0
@@ -19,7 +20,8 @@ WAIT = 60.0
 
 @pytest.fixture
 def ends():
-    one, other = map(Connection, socket.socketpair())
+    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    one, other = (Connection(each, Blocks()) for each in pair)
     yield one, other
     one.close()
     other.close()
@@ -27,15 +29,16 @@ def ends():
 
 def memories() -> list[int]:
     """The descriptors of this process that are shared memory of messages."""
+    gc.collect()  # pools of other tests
     names = {int(n): f"/proc/self/fd/{n}" for n in os.listdir("/proc/self/fd")}
     return [n for n, at in names.items() if os.path.exists(at) and "memfd:coded" in os.readlink(at)]
 
 
 def test_neither_side_can_change_the_size_of_the_memory(ends):
     one, other = ends
-    one.send(0, 0, Pickled(torch.arange(50_000)))
+    one.send(0, 0, Pickled(torch.arange(50_000), one.blocks))
     message = other.receive()
-    assert len(memories()) == 2
+    assert len(memories()) == 3  # the mapping of the sender has a descriptor of its own
     for descriptor in memories():
         for size in (0, 1 << 30):
             with pytest.raises(PermissionError):
@@ -51,21 +54,84 @@ def test_memory_that_refuses_the_seals_is_not_read(ends, kind, tmp_path):
     descriptor = os.open(tmp_path / "file", flags) if is_file else os.memfd_create("coded_torch")
     before = len(os.listdir("/proc/self/fd"))
     os.ftruncate(descriptor, 1 << 16)
-    socket.send_fds(one.socket, [_HEADER.pack(0, 0, 100, 0, 0, 1)], [descriptor])
+    socket.send_fds(one.socket, [_HEADER.pack(0, 0, 100, 0, 1, 0)], [descriptor])
     with pytest.raises(OSError, match=r"Operation not permitted|Invalid argument"):
         other.receive()
     assert len(os.listdir("/proc/self/fd")) == before
     os.close(descriptor)
 
 
-@pytest.mark.parametrize("length", [-1, (1 << 16) + 1, 1 << 62])
+@pytest.mark.parametrize("length", [-1, (1 << 17) + 1, 1 << 62])
 def test_a_message_longer_than_its_memory_is_not_read(ends, length):
     one, other = ends
-    one.send(0, 0, Pickled(1))
+    packed = Pickled(torch.arange(10_000), one.blocks)
+    one.send(0, 0, packed)
     other.receive()
-    one.socket.send(_HEADER.pack(0, 1, length, 0, 0, 0))
-    with pytest.raises(ValueError, match=f"a message of {length} bytes came in a block of 65536"):
+    one.socket.send(_HEADER.pack(0, 1, length, packed.block.number, 0, 0))
+    with pytest.raises(ValueError, match=f"a message of {length} bytes came in 131072"):
         other.receive()
+    one.socket.send(_HEADER.pack(0, 1, length, -1, 0, 0) + bytes(8))
+    with pytest.raises(ValueError, match=f"a message of {length} bytes came in 8"):
+        other.receive()
+
+
+def test_a_block_is_written_again_once_nothing_reads_it(ends):
+    one, other = ends
+    packed = Pickled(torch.zeros(50_000), one.blocks)
+    one.send(0, 0, packed)
+    value = other.receive().value()
+    for kept in (True, False):
+        other.send(0, 0)
+        one.receive()
+        again = Pickled(torch.ones(50_000), one.blocks)
+        assert (again.block is packed.block) is not kept
+        if kept:
+            assert torch.equal(value, torch.zeros(50_000))
+            del value
+
+
+def test_the_last_message_of_a_side_that_left_others_unread_is_read(ends):
+    one, other = ends
+    one.send(0, 0)
+    other.send(7, 3)
+    other.close()
+    assert one.receive()[:2] == (7, 3)
+    assert one.receive() is None
+
+
+def test_a_small_tensor_does_not_keep_the_block_of_a_long_message(ends):
+    one, other = ends
+    packed = Pickled((torch.zeros(50_000), torch.ones(3)), one.blocks)
+    one.send(0, 0, packed)
+    small = other.receive().value()[1]
+    other.send(0, 0)
+    one.receive()
+    again = Pickled(torch.ones(50_000), one.blocks)
+    assert again.block is packed.block
+    assert torch.equal(small, torch.ones(3))
+
+
+def test_messages_that_nobody_reads_hold_few_blocks(ends):
+    one, other = ends
+    messages = []
+    for i in range(100):
+        one.send(0, i, Pickled(torch.full((50_000,), float(i)), one.blocks))
+        messages.append(other.receive())
+        other.send(0, 0)
+        one.receive()
+    assert len(memories()) < 40
+    assert [float(message.value().max()) for message in messages] == list(range(100))
+
+
+def test_a_receiver_maps_few_large_blocks(ends, monkeypatch):
+    one, other = ends
+    monkeypatch.setattr("coded_torch.workers.shared_memory._MOST_BYTES", 1 << 20)
+    for i in range(20):
+        one.send(0, i, Pickled(torch.full((50_000,), float(i)), Blocks()))
+        assert float(other.receive().value().max()) == i
+        other.send(0, 0)
+        one.receive()
+    assert len(memories()) < 20
 
 
 def test_no_receiver_can_change_a_package_for_the_others(ends):

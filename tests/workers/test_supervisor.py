@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from torch import nn
 
 from coded_torch.testing.workers import task_of, until
 from coded_torch.workers import Began, Part, Reply
-from coded_torch.workers.live import LiveRequest
 from coded_torch.workers.supervisor import (
     START_SECONDS,
+    SupervisedRequest,
     SupervisedWorkers,
     Supervisor,
     WatchedWorker,
@@ -65,12 +66,12 @@ class InMemory(Supervisor):
         self.launched.append(worker)
         return worker
 
-    def send(self, worker: WatchedWorker, job: Part) -> None:
+    def send(self, worker: WatchedWorker, part: Part) -> None:
         assert isinstance(worker, Numbered)
         assert not worker.ended, "asked a worker that has ended"
-        assert job.request.awaits(job), "began what is not wanted"
-        worker.load(job)
-        worker.sent.append(job)
+        assert part.request.awaits(part), "began what is not wanted"
+        worker.load(part)
+        worker.sent.append(part)
 
     def end(self, worker: WatchedWorker) -> None:
         assert isinstance(worker, Numbered)
@@ -86,7 +87,7 @@ class InMemory(Supervisor):
 MODULE = PackedModule(0, None, frozenset({0}), b"")
 
 
-class Asking(LiveRequest):
+class Asking(SupervisedRequest):
     """A request to a supervisor, on real time, on which nothing here depends."""
 
     def __init__(self, supervisor: Supervisor, num_parts: int) -> None:
@@ -98,6 +99,11 @@ class Asking(LiveRequest):
         parts = [Part(len(self.asked) + n, (0,), avoid=avoid) for n in range(num_parts)]
         self.asked += parts
         self.ask(parts)
+
+
+def answer(supervisor: Supervisor, worker: WatchedWorker, value: Any, part: Any = None) -> None:
+    """Report the result of a worker's part or, as it comes late, of an earlier one."""
+    supervisor.settle(worker, part or worker.part, (worker, lambda: (True, value)))
 
 
 def events(request: Asking) -> list[Began | Reply]:
@@ -127,7 +133,7 @@ class Script:
         self.requests: list[Asking] = []
         self.events: dict[Asking, list[Began | Reply]] = {}
         self.dropped: dict[Asking, set[int]] = {}  # before they had begun
-        self.out: dict[Numbered, int] = {}  # that were excluded or left, and their jobs until then
+        self.out: dict[Numbered, int] = {}  # that were excluded or left, and their parts until then
         self.supervisor.tend()
         for worker in self.supervisor.launched:
             self.supervisor.ready(worker)
@@ -136,7 +142,7 @@ class Script:
     def act(self, act: str, which: int, number: int) -> None:
         supervisor = self.supervisor
         alive = [worker for worker in supervisor.launched if not worker.ended]
-        ready = [worker for worker in alive if worker.job]
+        ready = [worker for worker in alive if worker.part]
         worker = alive[which % len(alive)] if alive else None
         request = self.requests[which % len(self.requests)] if self.requests else None
         if act == "open":
@@ -155,11 +161,11 @@ class Script:
             supervisor.ready(worker)
         elif act == "answer" and ready:
             self.answer(ready[which % len(ready)])
-        elif act == "stale":  # an answer to an old job, or to one that no worker had
+        elif act == "stale":  # an answer to an old part, or to one that no worker had
             for other in alive:
-                job = other.sent[0].ticket if other.sent else -1
-                if other.job is None or other.job.ticket != job:
-                    supervisor.take(other, job, lambda: (True, "stale"))
+                part = other.sent[0] if other.sent else Part(0, (0,))
+                if other.part is not part:
+                    answer(supervisor, other, "stale", part)
         elif act == "die" and worker:
             worker.ended = True
             supervisor.lost(worker, "died")
@@ -182,9 +188,10 @@ class Script:
             supervisor.tend()
 
     def answer(self, worker: Numbered) -> None:
-        job = worker.job
-        assert job is not None
-        self.supervisor.take(worker, job.ticket, lambda: (True, (job.request, job)))
+        part = worker.part
+        assert part is not None
+        value = part.request, part
+        answer(self.supervisor, worker, value, part)
 
     def check(self) -> None:
         """Every event is that of its own part, no part is lost, and no worker is idle or extra."""
@@ -200,13 +207,13 @@ class Script:
                 if isinstance(event, Reply) and event.error is None:
                     assert event.value == (request, event.part)  # neither stale nor another's
                 got.append(event)
-        jobs = [w.job for w in supervisor._workers if w.job is not None] + [*supervisor._jobs]
-        assert len({job.ticket for job in jobs}) == len(jobs)
+        parts = [w.part for w in supervisor._workers if w.part is not None] + [*supervisor._parts]
+        assert len(set(parts)) == len(parts)
         for request in self.requests:
-            known = {job.number for job in jobs if job.request is request}
+            known = {part.number for part in parts if part.request is request}
             known |= {e.part.number for e in self.events[request] if isinstance(e, Reply)}
             assert {part.number for part in request.asked} <= known | self.dropped[request]
-        wanted = any(job.request.wants(job) for job in supervisor._jobs)
+        wanted = any(part.request.wants(part) for part in supervisor._parts)
         assert not (wanted and supervisor.num_idle)
         assert all(len(worker.sent) == sent for worker, sent in self.out.items())
         places = [worker.index for worker in supervisor._workers if not worker.left]
@@ -224,7 +231,7 @@ class Script:
             for worker in self.supervisor.launched:
                 if not worker.ended and not worker.ready:
                     self.supervisor.ready(worker)
-                if not worker.ended and worker.job:
+                if not worker.ended and worker.part:
                     self.answer(worker)
             self.check()
         for request in self.requests:
@@ -280,7 +287,7 @@ def test_a_worker_that_gives_signs_of_life_has_the_timeout_for_a_part_that_is_aw
     assert slow.ended
     (late,) = replies(one)
     assert late.error.reason == (
-        f"was lost: {slow} was at one job for more than 600 s, and was ended; "
+        f"was lost: {slow} was at one part for more than 600 s, and was ended; "
         "timeout sets this time"
     )
 
@@ -295,13 +302,13 @@ def test_the_grace_of_rows_grows_whenever_their_worker_was_ended():
         assert not worker.ended
         pass_time(supervisor, 1)
         assert worker.ended
-        assert f"at one job for more than {grace:g} s" in str(replies(request)[0].error)
+        assert f"at one part for more than {grace:g} s" in str(replies(request)[0].error)
         supervisor.ready(supervisor.launched[-1])
         request.more(1)
     request.more(1)
     request.close()
     Asking(supervisor, 1)  # of another request
-    supervisor.take(supervisor.launched[-1], supervisor.launched[-1].job.ticket, lambda: (True, 0))
+    answer(supervisor, supervisor.launched[-1], 0)
     pass_time(supervisor, GRACE)
     assert supervisor.launched[-2].ended
 
@@ -310,26 +317,26 @@ def test_a_module_is_loaded_by_one_worker_at_a_time_while_another_one_has_calls(
     supervisor, alive = started(4), frozenset({0, 1})
     first = Asking(supervisor, 4)
     for worker in supervisor.launched:
-        supervisor.take(worker, worker.job.ticket, lambda: (True, 0))
+        answer(supervisor, worker, 0)
     first.module = PackedModule(0, None, alive, b"")
     second = Asking(supervisor, 0)
     second.module = PackedModule(1, None, alive, b"")
     second.more(6)
 
     def loading() -> list[Numbered]:
-        return [w for w in supervisor.launched if w.job and w.job.request is second and w.fresh]
+        return [w for w in supervisor.launched if w.part and w.part.request is second and w.fresh]
 
     (loader,) = loading()
     first.more(3)
     assert supervisor.num_idle == 0
     for worker in set(supervisor.launched) - {loader}:
-        supervisor.take(worker, worker.job.ticket, lambda: (True, 0))
+        answer(supervisor, worker, 0)
     assert loading() == [loader]
     supervisor.loaded(loader)
     (another,) = loading()
     assert another is not loader
-    supervisor.take(another, another.job.ticket, lambda: (True, 0))  # loading is not reported
-    assert another.job.request is second
+    answer(supervisor, another, 0)  # loading is not reported
+    assert another.part.request is second
     assert len(loading()) == 1
     supervisor.clock.now += 10.0  # nobody calls the first module any more
     second.more(1)
@@ -351,7 +358,7 @@ def test_loading_a_module_is_no_part_of_the_grace():
     supervisor.tend()
     assert worker.ended
     (reply,) = replies(one)
-    assert "was at one job for more than 10 s" in str(reply.error)
+    assert "was at one part for more than 10 s" in str(reply.error)
     supervisor.ready(supervisor.launched[1])
     two = Asking(supervisor, 1)
     supervisor.launched[1].loading = True
@@ -385,7 +392,7 @@ def test_workers_that_do_not_come_up_are_tried_less_and_less_often_and_what_wait
     another = Asking(supervisor, 1)
     assert "ended before it was up" not in supervisor.status(another)
     last = supervisor.launched[-1]
-    supervisor.take(last, last.job.ticket, lambda: (True, "up again"))
+    answer(supervisor, last, "up again")
     assert replies(another)[0].value == "up again"
 
 
@@ -414,7 +421,7 @@ def test_a_worker_that_cannot_be_launched_is_tried_again():
 def test_any_number_of_jobs_that_cannot_be_sent_fail():
     supervisor = started(1)
 
-    def refuse(worker: WatchedWorker, job: Part) -> None:
+    def refuse(worker: WatchedWorker, part: Part) -> None:
         raise ValueError("too heavy")
 
     supervisor.send = refuse
@@ -445,13 +452,13 @@ def test_only_workers_that_are_at_an_interrupted_request_are_ended():
     interrupted, other = Asking(supervisor, 2), Asking(supervisor, 1)
     interrupted.more(1)  # waits
     first, second, third = supervisor.launched
-    interrupted.abandoned = True  # in another thread: its own has still to close it
-    supervisor.take(first, first.job.ticket, lambda: (True, "done meanwhile"))
+    interrupted.interrupt(abandon=True)  # in another thread: its own has still to close it
+    answer(supervisor, first, "done meanwhile")
     assert first.idle
     interrupted.abandon()
     supervisor.tend()
     assert [worker.ended for worker in (first, second, third)] == [False, True, False]
-    supervisor.take(third, third.job.ticket, lambda: (True, "good"))
+    answer(supervisor, third, "good")
     assert [reply.value for reply in replies(other)] == ["good"]
 
 
@@ -472,7 +479,7 @@ def test_overdue_workers_are_replaced_though_one_cannot_be_ended():
     assert (second.ended, idle.ended) == (True, False)
     assert [worker.index for worker in supervisor.launched] == [0, 1, 2, 0, 1]
     assert [str(reply.error) for reply in replies(one)] == [
-        f"worker {n} was lost: {worker} was at one job for more than 10 s without a sign of life, "
+        f"worker {n} was lost: {worker} was at one part for more than 10 s without a sign of life, "
         "and was ended; grace (--grace) sets this time"
         for n, worker in enumerate((first, second))
     ]

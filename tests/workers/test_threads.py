@@ -11,13 +11,9 @@ from torch import nn
 
 from coded_torch.table import Failure
 from coded_torch.testing.helpers import WAIT, Gated, until
-from coded_torch.testing.workers import WorkersTests, numbered, task_of
+from coded_torch.testing.workers import WorkersTests, numbered, run, task_of
 from coded_torch.workers import Part, Task
-from coded_torch.workers.dispatch import (
-    DispatchedWorkers,
-    Dispatcher,
-    Worker,
-)
+from coded_torch.workers.dispatch import DispatchedWorkers, Dispatcher, Worker
 from coded_torch.workers.faults import compute
 from coded_torch.workers.live import LiveRequest
 
@@ -48,19 +44,21 @@ class Threads(Dispatcher):
         for place in range(size):
             self.add(Worker(place))
 
-    def send(self, worker: Worker, job: Part) -> None:
-        self._executor.submit(self._compute, worker, job)
+    def send(self, worker: Worker, part: Part) -> None:
+        self._executor.submit(self._compute, worker, part)
 
-    def _compute(self, worker: Worker, job: Part) -> None:
-        task = job.request.task
+    def _compute(self, worker: Worker, part: Part) -> None:
+        task = part.request.task
         try:
-            with job.request.ambient.restored(task.device):
-                value = compute(job.request.module, task.payload(job.units, copied=True), job.fault)
+            with part.request.ambient.restored(task.device):
+                value = compute(
+                    part.request.module, task.payload(part.units, copied=True), part.fault
+                )
         except BaseException as cause:
             reason = f"failed: {type(cause).__name__}: {cause}"
-            self.settle(worker, job.ticket, Failure(reason, "raised", cause))
+            self.settle(worker, part, Failure(reason, "raised", cause))
         else:
-            self.settle(worker, job.ticket, value)
+            self.settle(worker, part, value)
 
     def close(self) -> None:
         self.stop()
@@ -95,11 +93,39 @@ def test_a_place_that_is_given_up_while_the_pool_starts_is_not_missing(tmp_path)
         assert request.wait(WAIT).worker == 0
         starting = threading.Thread(target=pool.start, args=(nn.Identity(), ONE), daemon=True)
         starting.start()
-        until(lambda: pool._queue._jobs)
+        until(lambda: pool._queue._parts)
         pool.drain(0)
         starting.join(WAIT)
         assert not starting.is_alive()
         (tmp_path / "open").touch()
+
+
+@pytest.mark.parametrize("is_sent", [False, True])
+def test_an_interrupt_while_a_part_is_handed_over_costs_no_worker(is_sent):
+    with ThreadWorkers(1) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            send = pool._queue.send
+
+            def interrupted(worker, part):
+                if is_sent:
+                    send(worker, part)
+                raise KeyboardInterrupt
+
+            patch.setattr(pool._queue, "send", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                list(run(pool, nn.Identity(), task_of(ONE)))
+        (reply,) = run(pool, nn.Identity(), task_of(ONE), deadline=WAIT)
+        assert torch.equal(reply.value, ONE[0])
+
+
+def test_a_part_is_not_lost_if_an_interrupt_comes_while_it_is_refused():
+    with ThreadWorkers(1) as pool, pool.open(nn.Identity(), task_of(ONE)) as request:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pool._queue, "reply", lambda *_: pytest.fail("no reply"))
+            with pytest.raises(pytest.fail.Exception):
+                request.ask([Part(0, (0,), avoid=frozenset({0}))])
+        pool._queue.refuse()
+        assert "avoids all workers" in str(request.wait(0.0).error)
 
 
 def test_a_worker_that_has_left_cannot_be_restarted():

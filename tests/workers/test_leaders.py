@@ -1,0 +1,333 @@
+"""Threads that wait for processes: one of them polls for all, and any may be interrupted."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+
+import pytest
+import torch
+
+from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.testing.workers import WAIT, numbered, replies_of, run, task_of, until
+from coded_torch.workers import Part, ProcessWorkers, WorkerError
+
+from .modules import Doubled, Scale, Sleepy
+
+GRACE = 1.0
+
+
+def seconds(*values: float) -> torch.Tensor:
+    return torch.tensor(values).reshape(-1, 1, 1)
+
+
+@pytest.fixture
+def pool():
+    with torch.no_grad(), ProcessWorkers(4, grace=WAIT).start(Sleepy(), timeout=2 * WAIT) as pool:
+        yield pool
+
+
+def in_threads(calls) -> list[threading.Thread]:
+    threads = [threading.Thread(target=call, daemon=True) for call in calls]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def raise_in(thread: int, error: type[BaseException]) -> None:
+    """Have a thread raise between two of its lines."""
+    argument = ctypes.c_ulong(thread), ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(*argument)
+
+
+def leader(pool: ProcessWorkers) -> int:
+    """The thread that polls, once there is one."""
+    until(lambda: pool._queue._leader is not None)
+    return pool._queue._thread
+
+
+@torch.no_grad()
+def ask_and_wait(pool, values, found, then=None):
+    try:
+        with pool.open(Sleepy(), task_of(values)) as request:
+            request.ask(numbered(*([n] for n in range(len(values)))))
+            if then is not None:
+                then(request)
+            found.append([reply.error for reply in replies_of(request)])
+    except BaseException as error:
+        found.append(error)
+
+
+class Stop(BaseException):
+    """Is raised in a leader."""
+
+
+@pytest.mark.parametrize("end", ["ends", "raises", "interrupted"])
+def test_another_thread_leads_when_the_leader_does_not(pool, end):
+    found, first = [], []
+
+    def leave(request):
+        request.wait(request.now() + 0.3)
+        while request.wait(request.now() + 0.3) is not None:
+            pass
+        if end == "raises":
+            raise Stop
+        request.close()
+
+    then = None if end == "interrupted" else leave
+    (one,) = in_threads([lambda: ask_and_wait(pool, seconds(3600.0), first, then)])
+    thread = leader(pool)
+    assert thread == one.ident
+    others = in_threads([lambda: ask_and_wait(pool, seconds(0.5), found)] * 7)
+    if end == "interrupted":
+        time.sleep(0.2)
+        raise_in(thread, Stop)
+    for each in others:
+        each.join(WAIT)
+    one.join(0.0 if end == "interrupted" else WAIT)
+    assert found == [[None]] * 7
+    until(lambda: pool._queue._leader is None)
+
+
+def test_a_leader_that_cannot_say_that_it_leaves_hinders_nobody(pool):
+    found, queue = [], pool._queue
+    with pool.open(Sleepy(), task_of(seconds(0.0))) as left:
+        queue._leader, queue._led_until = left, time.monotonic() + 1  # a second interrupt came
+        threads = in_threads([lambda: ask_and_wait(pool, seconds(0.0), found)] * 3)
+        for thread in threads:
+            thread.join(WAIT)
+    assert found == [[None]] * 3
+
+
+def test_replies_after_their_call_give_their_worker_back_though_no_call_waits(pool):
+    for _ in range(2):
+        with pool.open(Sleepy(), task_of(seconds(0.2, 0.2, 0.2, 0.2))) as request:
+            request.ask(numbered((0,), (1,), (2,), (3,)))
+            assert request.idle == 0
+        until(lambda: pool._queue.num_idle == 4)
+    assert pool.num_restarts == 0
+    with pool.open(Sleepy(), task_of(seconds(0.0))) as request:
+        request.ask(numbered((0,)))
+        (reply,) = replies_of(request)
+    assert float(reply.value) == 0.0
+
+
+def test_an_end_is_seen_soon_though_no_call_waits(pool):
+    victim = pool.pids[0]
+    os.kill(victim, signal.SIGKILL)
+    start = time.monotonic()
+    until(lambda: pool.num_restarts == 1)
+    assert time.monotonic() - start < 2  # .1 s on a machine that has nothing else to do
+    until(lambda: pool.num_ready == 4)
+
+
+def test_a_pool_that_another_thread_closes_ends_all_calls(pool):
+    found = []
+    threads = in_threads([lambda: ask_and_wait(pool, seconds(3600.0, 3600.0), found)] * 8)
+    leader(pool)
+    time.sleep(0.2)
+    start = time.monotonic()
+    pool.close()
+    for thread in threads:
+        thread.join(WAIT)
+    assert time.monotonic() - start < 10
+    assert len(found) == 8
+    assert all("the pool was closed" in str(error) for errors in found for error in errors)
+
+
+def test_a_leader_may_be_slow_while_its_pool_is_closed(pool, monkeypatch):
+    found, closing = [], threading.Event()
+
+    def then(request):
+        is_notified = request.is_notified
+
+        def slowly() -> bool:
+            if threading.current_thread() is thread:
+                closing.set()
+                pool._queue.thread.join(WAIT)
+            return threading.current_thread() is not thread and is_notified()
+
+        monkeypatch.setattr(request, "is_notified", slowly)
+
+    (thread,) = in_threads([lambda: ask_and_wait(pool, seconds(3600.0), found, then)])
+    assert closing.wait(WAIT)
+    pool.close()
+    thread.join(WAIT)
+    ((error,),) = found
+    assert "the pool was closed" in str(error)
+
+
+def test_a_fork_can_close_a_request_whose_lock_another_thread_holds(pool):
+    held, over = threading.Event(), threading.Event()
+
+    def hold():
+        with pool._queue.lock:
+            held.set()
+            over.wait(WAIT)
+
+    with pool.open(Sleepy(), task_of(seconds(0.0))) as request:
+        (thread,) = in_threads([hold])
+        assert held.wait(WAIT)
+        if not (child := os.fork()):
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(10)
+            request.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        over.set()
+        thread.join(WAIT)
+
+
+def test_an_interrupt_before_the_thread_of_a_pool_starts_is_made_up_for():
+    with ProcessWorkers(1, timeout=WAIT) as pool, pytest.MonkeyPatch.context() as patch:
+
+        def start():
+            patch.undo()
+            raise KeyboardInterrupt
+
+        patch.setattr(pool._queue.thread, "start", start)
+        with pytest.raises(KeyboardInterrupt):
+            pool.start(Sleepy())
+        pool.start(Sleepy(), timeout=WAIT)
+
+
+def test_a_fork_takes_nothing_from_a_pool_in_use(pool):
+    found, stop = [], threading.Event()
+
+    def calls():
+        while not stop.is_set():
+            ask_and_wait(pool, seconds(0.0, 0.0, 0.0, 0.0), found)
+
+    threads = in_threads([calls] * 2)
+    for _ in range(10):
+        if not (child := os.fork()):
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    stop.set()
+    for thread in threads:
+        thread.join(WAIT)
+    assert found
+    assert all(errors == [None] * 4 for errors in found)
+
+
+def test_threads_call_two_modules_at_once(pool):
+    wrong = []
+
+    @torch.no_grad()
+    def calls(factor: float):
+        module = Scale(factor)
+        for _ in range(30):
+            for reply in run(pool, module, task_of(torch.ones(4, 1, 1)), deadline=WAIT):
+                if reply.error is not None or float(reply.value) != factor:
+                    wrong.append(reply)
+
+    threads = in_threads([lambda factor=factor: calls(factor) for factor in (2.0, 3.0, 2.5)])
+    for thread in threads:
+        thread.join(WAIT)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not wrong
+
+
+class Trouble:
+    """Eight threads call a pool whose processes are killed and stopped, and are interrupted."""
+
+    def __init__(self, pool: ProcessWorkers, calls: int, end: float) -> None:
+        self.pool, self.calls, self.end = pool, calls, end
+        self.counts, self.slowest = Counter[str](), 0.0
+        waiting = Waiting(estimate=False)
+        self.coded = CodedWrapper(Doubled(), workers=pool, parts=4, waiting=waiting)
+
+    def call(self, draw: random.Random) -> str:
+        x = torch.full((4, 10 if draw.random() < 0.85 else 1 << 16), draw.random())
+        if draw.random() < 0.7:
+            return "right" if torch.equal(self.coded(x), 2 * x + 1) else "wrong"
+        with self.pool.open(self.coded.module, task_of(x[:, None])) as request:
+            request.ask([Part(n, (n % 4,)) for n in range(12)])
+            request.drop([Part(n, (n % 4,)) for n in range(8, 12)])
+            replies = list(request.replies())
+        numbers = {reply.part.number for reply in replies}
+        good = [reply for reply in replies if reply.error is None]
+        right = all(torch.equal(r.value, 2 * x[:1] + 1) for r in good) and numbers >= set(range(8))
+        return "right" if right else "wrong"
+
+    @torch.no_grad()
+    def caller(self, seed: int) -> None:
+        draw, left = random.Random(seed), [self.calls]
+        while left[0] and time.monotonic() < self.end:
+            try:
+                try:
+                    while left[0] and time.monotonic() < self.end:
+                        left[0] -= 1
+                        start = time.monotonic()
+                        try:
+                            what = self.call(draw)
+                        except (WorkerError, RuntimeError) as error:
+                            what = type(error).__name__
+                        self.counts[what] += 1
+                        self.slowest = max(self.slowest, time.monotonic() - start)
+                except (KeyboardInterrupt, Stop):
+                    self.counts["interrupted"] += 1
+            except (KeyboardInterrupt, Stop):
+                pass  # it came while the first was handled
+
+    def disturb(self, over: threading.Event) -> None:
+        draw, stopped = random.Random(0), {}
+        while not over.wait(0.02):
+            what, pids = draw.random(), self.pool.pids
+            pid = draw.choice(pids) if pids else 0
+            if what < 0.04 and pid:
+                self.kill(pid, signal.SIGKILL, "kills")
+            elif what < 0.12 and pid:
+                self.kill(pid, signal.SIGSTOP, "stops")
+                if draw.random() < 0.9:
+                    stopped[pid] = time.monotonic() + draw.uniform(0, 0.3)
+            elif what < 0.3 and self.pool._queue._leader is not None:
+                thread = self.pool._queue._thread
+                self.counts["interrupts"] += 1
+                if thread == threading.main_thread().ident:
+                    os.kill(os.getpid(), signal.SIGINT)
+                else:
+                    raise_in(thread, draw.choice([KeyboardInterrupt, Stop]))
+            for each in [each for each, due in stopped.items() if due < time.monotonic()]:
+                del stopped[each]
+                self.kill(each, signal.SIGCONT, "continued")
+        for each in stopped:
+            self.kill(each, signal.SIGCONT, "continued")
+
+    def kill(self, pid: int, number: int, what: str) -> None:
+        try:
+            os.kill(pid, number)
+            self.counts[what] += 1
+        except ProcessLookupError:
+            pass
+
+    def run(self) -> None:
+        over = threading.Event()
+        threads = in_threads([lambda seed=seed: self.caller(seed) for seed in range(1, 8)])
+        (disturbing,) = in_threads([lambda: self.disturb(over)])
+        self.caller(0)
+        for thread in threads:
+            thread.join(WAIT)
+        over.set()
+        disturbing.join(WAIT)
+        self.counts["hang"] = sum(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_no_call_is_lost_or_wrong_whoever_is_interrupted_killed_or_stopped():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with ProcessWorkers(4, grace=GRACE).start(Doubled(), timeout=2 * WAIT) as pool:
+            trouble = Trouble(pool, calls=60, end=time.monotonic() + 20)
+            trouble.run()
+            until(lambda: pool._queue.num_idle == 4)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert trouble.counts["wrong"] == trouble.counts["hang"] == 0, trouble.counts
+    assert trouble.counts["right"] > 50, trouble.counts
+    assert trouble.slowest < WAIT, trouble.counts
