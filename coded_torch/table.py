@@ -1,13 +1,13 @@
 """The table of a call: a row for each part, the events that fill it, and what follows from it.
 
-=========================================================  ===========================
+=========================================================  ==============================
 columns of a :class:`Part`                                 written by
-=========================================================  ===========================
+=========================================================  ==============================
 number, units, of, why, avoid, tried, asked, due,          the policy: :meth:`Table.ask`
 replaced
 worker, began, fresh, ended, result, error                 the pool: :meth:`Table.hear`
-outcome; the result and the error of a judged part         checks: :meth:`Table.mark`
-=========================================================  ===========================
+outcome; the result and the error of a judged part         policy, checks: :meth:`Table.mark`
+=========================================================  ==============================
 """
 
 from __future__ import annotations

@@ -44,10 +44,10 @@ LINES = {
     "scheduling": 772,
     "serve": 1120,
     "surrogates": 545,
-    "verification": 873,
+    "verification": 897,
     "workers": 3460,
 }
-MOST_LINES = 16_274  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 16_298  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

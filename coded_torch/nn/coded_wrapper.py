@@ -71,7 +71,7 @@ class CodedWrapper(ModuleProxy):
             are needed, they run in this process, without gradients, and their residuals are
             estimated. Defaults to none; refused with codes that mix inputs.
         verify: the share of rows, such as 0.02, that a second worker computes. Wrong results are
-            corrected, and workers that return them are excluded. By rows, on pools of at least
+            corrected, and workers that often return them excluded. By rows, on pools of at least
             three workers; with two, disputes are only reported. Defaults to None, none.
         in_dims: as in :func:`torch.func.vmap`, for the positional arguments: a batch dimension, or
             "shared" or None for a value meant for the whole batch; or a pytree prefix of such. A

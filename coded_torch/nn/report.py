@@ -81,12 +81,12 @@ class Report:
         refused: the rows on which the module itself fails: it raised alike on two workers, or three
             times where no other worker computes them, or ended its workers, each row alone.
         verified, unverified: bool ``[B]``, on the host: the rows that two workers computed alike,
-            and the rows whose check came too late, and all of workers in undecided disputes that no
-            other one computed alike. None without ``verify``.
+            and the rows whose check came too late, and those of workers in undecided disputes that
+            no other one computed alike; all, once verification has stopped. None without it.
         disputes: how often the results of two workers differed.
         corrected: the rows whose first result was wrong, and was replaced.
         faults: by worker, how many wrong results it was found to return.
-        excluded: the workers that get no more parts until they are restarted.
+        excluded: the workers that this call excluded, until they are restarted.
         notes: further remarks for the caller.
         encode_seconds: from the call to the first ask.
         compute_seconds: of waiting for the workers and checking their results.

@@ -1,6 +1,6 @@
 """Find workers that return wrong results: a few rows are computed twice.
 
-Nothing here waits or knows a clock: :class:`Verifier` is a waiting policy
+Nothing here waits, or reads a clock but the table's: :class:`Verifier` is a waiting policy
 (:mod:`coded_torch.scheduling`) around another one.
 """
 

@@ -47,7 +47,7 @@ class Record:
         self._faults: dict[int, int] = {}
         # The rows of a worker that others confirmed, since its fault; and its parts with checks.
         self._clean, self._checks = Counter[int](), Counter[int]()
-        self._before = dict[int, int]()  # such parts of a worker up to its first fault
+        self._before = Counter[int]()  # such parts of a worker up to its first fault
         self._calls = self._undecided = 0
         self._lock = threading.Lock()
 
@@ -90,6 +90,8 @@ class Record:
             self._calls += 1
             if self._calls % _HALVING == 0:
                 self._faults = {w: n // 2 for w, n in self._faults.items() if n > 1}
+                for counts in (self._checks, self._before):
+                    counts.update({worker: n // 2 - n for worker, n in counts.items()})
                 self._undecided //= 2
         plain = tuple(map(tuple, parts))
         if self.stopped or len(self.workers) < 2:
@@ -171,7 +173,7 @@ class Record:
                 later, since = own - len(some), at - sum(self._before[w] for w in some)
                 chance = math.comb(len(workers), k) * _tail(total, own, at / every)
                 by_later = math.comb(len(order), len(some)) * _tail(total, later, since / every)
-                if min(chance, by_later) <= _CHANCE:
+                if own > len(some) and min(chance, by_later) <= _CHANCE:
                     break
             else:
                 most = faults[order[0]]
@@ -180,7 +182,7 @@ class Record:
                 return False
             if worker not in some:
                 return False
-            # First, as an excluded one with a part is a new one. It may have left.
+            # Before the record: an excluded one with a part counts as restarted. It may have left.
             if self.pool.exclude is not None:
                 with contextlib.suppress(ValueError):
                     self.pool.exclude(worker)

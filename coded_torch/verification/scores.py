@@ -190,7 +190,7 @@ class Results:
         self._leaves: dict[Part, list[Tensor]] = {}  # [rows, ...] each
         self._scored: dict[Part, Tensor] = {}  # the outputs that are scored
         self._differences: dict[tuple[Part, Part], dict[int, float]] = {}
-        self._spreads: list[float] = []
+        self._spreads = dict[tuple[torch.Size, ...], list[float]]()
         self._learnt: Sequence[Sequence[float]] = ()  # the scores of rows, and of parts
         self._odd = set[int]()
         self._fit: Fit | None = None
@@ -207,38 +207,45 @@ class Results:
         some = [leaf for leaf in own if leaf.is_floating_point() and leaf.numel()]
         if some and self._fit is not None:
             self._scored[part] = _columns(some)
-        if not self._spreads and sum(map(len, self._places.values())) >= _SAMPLE:
-            self._spreads = self._spread(own)  # while others compute
 
     def differences(self, pairs: Collection[tuple[Part, Part]]) -> list[Mapping[int, float]]:
         """Return, for pairs of parts, by common row the largest difference of any output.
 
-        It is 0 for equal bits, and infinite for NaN.
+        It is 0 for equal bits, and infinite for NaN and for outputs of different shapes.
         """
-        new, places = [pair for pair in pairs if pair not in self._differences], self._places
-        self._differences |= {pair: {} for pair in new}
-        found = [(a, b, row) for a, b in new for row in places[a] if row in places[b]]
-        if found:
+        alike = defaultdict[tuple[torch.Size, ...], list[tuple[Part, Part, int]]](list)
+        for a, b in [pair for pair in pairs if pair not in self._differences]:
+            rows = [row for row in self._places[a] if row in self._places[b]]
+            self._differences[a, b] = dict.fromkeys(rows, math.inf)
+            if rows and (form := self._form(a)) == self._form(b):
+                alike[form] += [(a, b, row) for row in rows]
+        for form, found in alike.items():
             both = [(a, row) for a, _, row in found] + [(b, row) for _, b, row in found]
             parts, at = self._placed(both)
-            leaves_of = [self._leaves[part] for part in parts]
-            if len(self._spreads) != len(leaves_of[0]):
-                self._spreads = self._spread(leaves_of[0])
             largest = torch.zeros(len(found))
-            for leaves, spread in zip(zip(*leaves_of, strict=True), self._spreads, strict=True):
+            leaves_of = zip(*[self._leaves[part] for part in parts], strict=True)
+            for leaves, spread in zip(leaves_of, self._spread(form), strict=True):
                 one, other = _together(leaves)[at].chunk(2)
                 largest = torch.maximum(largest, _apart(one, other, spread))
             for (a, b, row), difference in zip(found, largest.tolist(), strict=True):
                 self._differences[a, b][row] = difference
         return [self._differences[pair] for pair in pairs]
 
-    def _spread(self, like: Sequence[Tensor]) -> list[float]:
-        """Return the spread of every leaf: robust, as some results may be wrong."""
-        spreads, form = [], [leaf.shape[1:] for leaf in like]
-        alike = [own for own in self._leaves.values() if [x.shape[1:] for x in own] == form]
+    def _form(self, part: Part) -> tuple[torch.Size, ...]:
+        return tuple(leaf.shape[1:] for leaf in self._leaves[part])
+
+    def _spread(self, form: tuple[torch.Size, ...]) -> list[float]:
+        """Return the spread of every leaf of a form: robust, as less than a quarter may be wrong.
+
+        It is found once all parts have answered, as the first ones may be of one wrong worker.
+        """
+        if form in self._spreads:
+            return self._spreads[form]
+        spreads = self._spreads[form] = list[float]()
+        alike = [self._leaves[part] for part in self._places if self._form(part) == form]
+        step = -(-sum(map(len, self._places.values())) // _SAMPLE)
         for leaves in zip(*alike, strict=True):
-            some = _flat_rows(_together(leaves))
-            some = some[:: -(-len(some) // _SAMPLE)]
+            some = _flat_rows(_together([leaf[::step] for leaf in leaves]))
             if some.dtype is torch.float64:  # float32 may lose their spread
                 some = some - some.median(0).values
             values = _columns([some])

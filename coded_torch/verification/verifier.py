@@ -16,8 +16,8 @@ from .scores import Results
 
 # Bounds of one call, not tuned.
 _DISPUTES = 8  # more disputes than faulty workers explain stay undecided
-# A check or a vote is waited for as many times as long as a first part until it is late, or as all
-# of the call so far: a worker that hangs must not hold the call.
+# A check or a vote is waited for four times the hedging threshold, or four times the call so far,
+# if that is longer: a worker that hangs must not hold the call.
 _PATIENCE = 4
 
 
@@ -25,12 +25,10 @@ class Verifier:
     """The waiting policy of one call that follows another one, and then verifies its results.
 
     A check is a part with rows of others. If two results of a row differ, other workers repeat both
-    parts whole, so that rows beside a row are the same: these parts are votes. A result that a
-    majority contradicts is a part that failed, which the other policy asks for again. Its worker is
-    not asked for a row again that it has seen, but checked by parts of others: an accident does not
-    come again.
-
-    What is decided follows from the table, the drawn rows, and the disputes that stay undecided.
+    parts whole, as results may depend on the rows beside them: these parts are votes. A result that
+    a majority contradicts is a part that failed, which the other policy asks for again. Its worker
+    does not get its own rows again, but is checked by parts of others: an accident does not come
+    again.
 
     Args:
         record: the record of the pool's workers.
@@ -53,6 +51,7 @@ class Verifier:
         self.doubted = set[int]()  #: workers at fault, excluded, or in undecided disputes
         self.wanted, self.missed = set[int](), set[int]()  # rows to check, and not checked in time
         self.disputes = dict[tuple[Part, Part], bool]()  #: two parts, and if it stays undecided
+        self._undecided = set[tuple[Part, Part]]()  # votes told nothing of the first
         self._added = set[Part]()  # parts whose results have been good, and were added
         self._probes = dict[Part, int]()  # checks by workers at fault, and these workers
         self._first: dict[int, Part] | None = None  # what answered when the other policy ended
@@ -87,9 +86,14 @@ class Verifier:
     def _add(self) -> None:
         """Add the results that are good now, and let none of a worker at fault be an answer."""
         self.results.tolerance = max(self.results.tolerance, self.record.tolerance)
+        good, answered = self.table.good, self.table.answered
+        # A worker that was excluded before the call, and that has a part, has been restarted.
+        if renewed := self._out.intersection(part.worker for part in good):
+            self.record.renew(renewed)
+            self._out -= renewed
         # Another call may have excluded a worker meanwhile.
-        out, answered = self.faults.keys() | (self.record.excluded - self._out), self.table.answered
-        for part in self.table.good:
+        out = self.faults.keys() | (self.record.excluded - self._out)
+        for part in good:
             counts = part not in self._probes or any(answered[u] is part for u in part.units)
             if part.worker in out and (counts or part.worker in self.record.excluded):
                 self.doubted.add(part.worker)
@@ -107,9 +111,10 @@ class Verifier:
         late = late if late < math.inf else -math.inf
         self._soon = min(table.since + late, self._end)
         self._patience = _PATIENCE * max(late, table.now - table.since) or math.inf
-        # A worker that was excluded before the call, and that has a part, has been restarted.
-        renewed = {part.worker for part in table.ended if part.fresh}
-        self.record.renew(renewed.union(self._out & {part.worker for part in table.good}))
+        # A new worker, unless the module is new to all, or another call has excluded it meanwhile.
+        fresh = {part.worker for part in table.ended if part.fresh}
+        if not all(part.fresh for part in table.ended):
+            self.record.renew(fresh - (self.record.excluded - self._out))
 
     def _verify(self, reason: str) -> float | None:
         """Ask for checks and votes until all is known that can be, and let the call end then.
@@ -175,7 +180,8 @@ class Verifier:
                 if answered[row] is not pair[0]:
                     continue
                 if by[row] <= self.results.tolerance:
-                    alike.add(row)
+                    if not self.doubted >= {pair[0].worker, pair[1].worker}:
+                        alike.add(row)
                 elif not self.disputes.get(pair):
                     disputes.setdefault(pair, []).append(row)
         return alike, disputes
@@ -201,8 +207,11 @@ class Verifier:
     def _check(self, done: set[int]) -> None:
         """Have the wanted rows computed by others."""
         table, able = self.table, self.record.workers - self.faults.keys()
-        asked = [p for p in table.parts if p.why == "check" and p.outcome is not DISPUTED]
-        done = (done | self.missed).union(*(part.units for part in asked))
+        asked = [part for part in table.parts if part.why == "check"]
+        done = (done | self.missed).union(*(p.units for p in asked if p.outcome is not DISPUTED))
+        # A row that all workers fail to check, such as alone, is not asked for again and again.
+        times = Counter(unit for part in asked for unit in part.units)
+        done |= {row for row in times if times[row] >= len(self.record.everyone)}
         groups = defaultdict[tuple[int, tuple[int, ...]], list[int]](list)
         for row in sorted(self.wanted & table.answered.keys() - done):
             part = table.answered[row]
@@ -242,7 +251,8 @@ class Verifier:
         """Return the outcome of a part by votes; OPEN if votes lack, FAILED without a majority."""
         table, record = self.table, self.record
         votes = [p for p in table.parts if p.why == "vote" and p.units == part.units]
-        good = [p for p in votes if p.outcome is GOOD and p.worker != other.worker]
+        good = [p for p in votes if p.outcome is GOOD]
+        good = [p for p in good if p.worker not in (part.worker, other.worker)]
         voices = [part, other, *good]
         camps = [[q for q in voices if self._agree(p, q, rows)] for p in voices]
         most = max(camps, key=len)
@@ -258,7 +268,9 @@ class Verifier:
             for juror in record.random.sample(others, min(lacking, len(others))):
                 table.ask(part.units, None, "vote", record.everyone - {juror})
         elif lacking == majority - len(most):  # none is open
-            record.undecided(3 if len(most) == 1 < len(good) else min(1, len(good)))
+            if (part, other) not in self._undecided:
+                self._undecided.add((part, other))
+                record.undecided(3 if len(most) == 1 < len(good) else min(1, len(good)))
             return FAILED
         return OPEN
 
@@ -297,11 +309,14 @@ class Verifier:
                 seen.update(unseen)
 
     def _conclude(self, reason: str) -> float:
-        answered, (alike, disputes) = self.table.answered, self._compared()
-        for (a, b), rows in disputes.items():  # there is no time, or verification has stopped
+        answered = self.table.answered
+        for (a, b), rows in self._compared()[1].items():  # no time, or verification has stopped
             self._doubt(a, b, rows)
+        alike, _ = self._compared()  # two workers that are doubted may agree
         self.credible = {u: part for u, part in answered.items() if part.worker not in self.doubted}
         doubtful = self.wanted | (answered.keys() - self.credible.keys())
+        if self.record.stopped:
+            doubtful = {*answered}
         self.unverified = (self.unverified | (doubtful - alike)) & answered.keys()
         self.verified = alike - self.unverified
         clean, checks = Counter[int](), Counter[int]()

@@ -388,6 +388,93 @@ class TestFaultyWorkersAreExcluded:
         until_excluded(known(wrap(pool_of(6, {1: [(act, 1.0)]}), verify=0.02)), [1])
 
 
+class TestDisputes:
+    """In each test a call ends whose verdict was false, or that did not end."""
+
+    def wrong(self, coded, x):
+        answers, report = coded.run(x)
+        return ~torch.isclose(answers, 2 * x + 1, atol=1e-4).all(1), report
+
+    def test_a_row_that_no_worker_can_check_alone_is_not_asked_for_again_and_again(self):
+        squeezing = known(wrap(pool_of(6), 0.02, Call(lambda x: (2 * x + 1).squeeze())))
+        for seed in range(14):
+            assert len(squeezing.run(batch(seed, 240))[1].faults) == 0
+        for workers, bad in ((2, [1]), (3, [1, 2])):
+            pool = pool_of(workers, {worker: [("nan", 1.0)] for worker in bad})
+            assert wrap(pool, parts=1).run(batch())[1].unverified.all()
+
+    @pytest.mark.parametrize("factor", [1e4, 1e6])
+    def test_no_single_worker_sets_the_scale_of_differences(self, factor):
+        pool = pool_of(5, {0: [(lambda y: factor * y, 0.9)], 1: [by(1.0)]})
+        is_wrong, report = self.wrong(wrap(pool, verify=1.0), batch(rows=400))
+        assert not is_wrong.any()
+        assert set(report.faults) == {0, 1}
+
+    def test_results_near_0_make_no_rounding_look_like_a_difference(self):
+        pool = pool_of(5, {0: [(lambda y: 1e-8 * y, 0.9)]})
+        coded = wrap(pool, 0.2, Call(lambda x: 2 * x + 1 + 1e-6 * x[:1]))
+        _, report = self.wrong(coded, batch(rows=400))
+        assert set(report.faults) == {0}
+        assert not coded._record.whole
+
+    def test_a_vote_does_not_vote_for_itself(self):
+        for seed in range(12):
+            coded = wrap(pool_of(4, {1: [by(1.0)], 2: [OK, by(5.0), OK]}), 0.1)
+            assert not self.wrong(coded, batch(seed))[0].any()
+            assert not coded._record.whole
+
+    def test_two_doubted_workers_do_not_verify_each_other(self):
+        for seed in range(4):
+            pool = pool_of(6, {0: [by(1.0)], 1: [by(1.0)]})
+            coded = wrap(pool, 0.5, waiting=Waiting(deadline=1.2))
+            is_wrong, report = self.wrong(coded, batch(seed))
+            assert is_wrong.any()
+            assert report.unverified[is_wrong].all()
+
+    @pytest.mark.parametrize("can_exclude", [True, False])
+    def test_a_slow_call_undoes_no_exclusion_of_another_one(self, can_exclude):
+        pool = pool_of(6, {0: [by(1.0)]})
+        if not can_exclude:
+            pool.exclude = None
+        coded = wrap(pool)
+
+        def others(y):
+            if not coded._record.excluded:
+                until_excluded(coded, [0])
+            return y
+
+        pool._workers[5].acts = iter([(others, 5.0)] + [OK] * 1000)
+        coded.run(batch())
+        assert coded._record.excluded == {0}
+
+    def test_a_worker_whose_results_have_another_form_is_corrected(self):
+        pool = pool_of(3, {0: [(lambda y: y[:, :5], 1.0)]})
+        assert not self.wrong(wrap(pool, parts=1), batch())[0].any()
+
+    def test_one_fault_of_a_new_worker_is_an_accident_however_old_the_others_are(self):
+        record = wrap(pool_of(6))._record
+        record.passed(*[dict.fromkeys(range(5), 50_000)] * 2)
+        assert not record.add_fault(5)
+
+    def test_all_rows_are_unverified_once_verification_has_stopped(self):
+        drawn = torch.Generator().manual_seed(0)
+        acts = {0: [by(1.0)], 1: [(lambda y: y + torch.rand(1, generator=drawn), 1.0)]}
+        coded = wrap(pool_of(3, acts), 0.1)
+        for seed in range(3):
+            is_wrong, report = self.wrong(coded, batch(seed))
+            assert report.unverified[is_wrong].all()
+        assert coded._record.stopped
+
+    def test_new_weights_make_no_worker_new(self):
+        pool = pool_of()
+        coded = known(wrap(pool, 0.02))
+        coded.run(batch())
+        for worker in pool._workers:
+            worker.fresh = True  # as after new weights
+        coded.run(batch())
+        assert not any(map(coded._record.fresh, range(6)))
+
+
 def known(coded, checks=30):
     """Let the trial period of all workers be over, after some checks."""
     coded._record.passed(*[dict.fromkeys(coded._record.everyone, checks)] * 2)
