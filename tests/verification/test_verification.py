@@ -447,6 +447,20 @@ class TestDisputes:
         coded.run(batch())
         assert coded._record.excluded == {0}
 
+    @pytest.mark.parametrize("seconds", [2.0, 3.0, 3.5])
+    def test_a_restarted_worker_is_excluded_again_however_late_its_first_result_is(self, seconds):
+        pool = pool_of(6, {0: [by(1.0)]})
+        coded = wrap(pool)
+        for seed in range(1, 14):
+            coded.run(batch(seed))
+        assert coded._record.excluded == {0}
+        pool.restart(0)
+        # The accident of another worker keeps the call open.
+        pool._workers[0].acts = iter([(by(1.0)[0], seconds), *[by(1.0)] * 1000])
+        pool._workers[1].acts = iter([by(1.0), *[OK] * 1000])
+        excluded = coded.run(batch(14))[1].excluded
+        assert (0 in excluded) == (pool.states[0][0] == "excluded")
+
     def test_a_worker_whose_results_have_another_form_is_corrected(self):
         pool = pool_of(3, {0: [(lambda y: y[:, :5], 1.0)]})
         assert not self.wrong(wrap(pool, parts=1), batch())[0].any()
