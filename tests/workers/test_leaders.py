@@ -144,13 +144,13 @@ def test_a_leader_may_be_slow_while_its_pool_is_closed(pool, monkeypatch):
     found, closing = [], threading.Event()
 
     def then(request):
-        is_notified = request.is_notified
+        is_notified, own = request.is_notified, threading.current_thread()
 
         def slowly() -> bool:
-            if threading.current_thread() is thread:
+            if threading.current_thread() is own:
                 closing.set()
                 pool._queue.thread.join(WAIT)
-            return threading.current_thread() is not thread and is_notified()
+            return threading.current_thread() is not own and is_notified()
 
         monkeypatch.setattr(request, "is_notified", slowly)
 
