@@ -190,6 +190,7 @@ class Package(Block):
 
     def __init__(self, pickled: Pickled) -> None:
         super().__init__(pickled.size)
+        self.memory.madvise(mmap.MADV_DONTFORK)  # a child that had it would forbid the seal
         self.length = pickled.length
         with self.memory:  # closes it
             pickled.write(self.memory)

@@ -134,6 +134,25 @@ def test_a_receiver_maps_few_large_blocks(ends, monkeypatch):
     assert len(memories()) < 20
 
 
+def test_a_fork_while_a_package_is_written_does_not_keep_it_writable():
+    reading, writing = os.pipe()
+    children = []
+
+    class Forking(Pickled):
+        def write(self, memory):
+            super().write(memory)
+            if not (child := os.fork()):
+                os.close(writing)
+                os.read(reading, 1)  # until the test is over
+                os._exit(0)
+            children.append(child)
+
+    Package(Forking(torch.ones(3)))
+    os.close(writing)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0]
+    os.close(reading)
+
+
 def test_no_receiver_can_change_a_package_for_the_others(ends):
     one, other = ends
     package = Package(Pickled(torch.ones(3)))
