@@ -179,12 +179,14 @@ def measure_until(seeds: int) -> dict[str, Any]:
     return found
 
 
-def measure_excluded(seeds: int, most: int) -> dict[str, Any]:
+def measure_excluded(
+    seeds: int, most: int, pools: Sequence[tuple[int, int]] = EXCLUDING
+) -> dict[str, Any]:
     data, found = Data(), dict[str, Any]()
     kinds = [(name, fault, "") for name, fault in (FAULTS | SUBTLE).items()]
     kinds += [(f"noise 1, right if {hides}", FAULTS["noise 1"], hides) for hides in HIDES]
     for name, fault, hides in progress(kinds, "faults"):
-        for workers, parts in EXCLUDING:
+        for workers, parts in pools:
             fleets = (Fleet(data, workers, 0.02, seed, parts) for seed in range(seeds))
             each = [until(x, fault, most, 60, hides=hides) for x in fleets]
             found.setdefault(f"{workers} workers, {parts} parts", {})[name] = {
@@ -247,7 +249,8 @@ def measurements(quick: bool) -> Iterable[Measurement]:
         yield ("left", f"{share:g}"), functools.partial(measure_left, count, share)
     yield ("small",), functools.partial(measure_small, 24 if quick else 600)
     yield ("until",), functools.partial(measure_until, 2 if quick else 25)
-    yield ("excluded",), functools.partial(measure_excluded, *((2, 20) if quick else (20, 200)))
+    how = (1, 20, EXCLUDING[:1]) if quick else (20, 200)
+    yield ("excluded",), functools.partial(measure_excluded, *how)
     yield ("liars",), functools.partial(measure_liars, count)
     yield ("work",), functools.partial(measure_work, 20 if quick else 300)
     sizes = (20, 200) if quick else (300, 40_000)
