@@ -162,7 +162,7 @@ def info(args: argparse.Namespace) -> None:
 
 def _try_kernels(shrink: int = 1) -> None:
     """Print whether each kernel is right on each device, and times of six shapes."""
-    warnings.simplefilter("ignore")  # what they say is printed
+    warnings.simplefilter("ignore")  # the reason of a warning is printed below
     kernels, width = torch.ops.coded_torch, 32
     for device in range(torch.cuda.device_count()):
         say(f"\ncuda:{device} {torch.cuda.get_device_name(device)}")

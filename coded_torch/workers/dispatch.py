@@ -145,7 +145,7 @@ class Dispatcher(abc.ABC):
         for part in parts:  # a worker begins while the next part is prepared
             try:
                 part.content = self.prepare(part)
-            except Exception as cause:
+            except Exception as cause:  # such as of pickling: it fails the part, and is reported
                 self.reply(part, Failure(f"could not be asked: {cause}", "", cause))
             self._assign()
         self.refuse()

@@ -334,7 +334,7 @@ class _Processes(Supervisor):
                 part = worker.part if message.number == worker.number else None
                 self.settle(worker, part, (worker, message.value))
         except BlockingIOError:
-            pass  # another thread has heard it
+            pass  # no message is left: another thread has taken it
         except _BROKEN as error:
             what = f"{type(error).__name__}: {error}"
             self._doom(worker, f"was killed, as nothing could be exchanged with it: {what}")

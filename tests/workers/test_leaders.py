@@ -273,7 +273,7 @@ class Trouble:
                 except (KeyboardInterrupt, Stop):
                     self.counts["interrupted"] += 1
             except (KeyboardInterrupt, Stop):
-                pass  # it came while the first was handled
+                self.counts["interrupted twice"] += 1  # while the first was handled
 
     def disturb(self, over: threading.Event) -> None:
         draw, stopped = random.Random(0), {}

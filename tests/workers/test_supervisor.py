@@ -69,7 +69,7 @@ class InMemory(Supervisor):
     def send(self, worker: WatchedWorker, part: Part) -> None:
         assert isinstance(worker, Numbered)
         assert not worker.ended, "asked a worker that has ended"
-        assert part.request.awaits(part), "began what is not wanted"
+        assert part.request.awaits(part), "a part began that its request does not wait for"
         worker.load(part)
         worker.sent.append(part)
 
