@@ -3,7 +3,7 @@
 =========================================================  ==============================
 columns of a :class:`Part`                                 written by
 =========================================================  ==============================
-number, units, of, why, avoid, tried, asked, due,          the policy: :meth:`Table.ask`
+number, units, of, why, avoid, tried, spares, asked, due,  the policy: :meth:`Table.ask`
 replaced
 worker, began, fresh, ended, result, error                 the pool: :meth:`Table.hear`
 outcome; the result and the error of a judged part         policy, checks: :meth:`Table.mark`
@@ -73,6 +73,7 @@ class Part:
     #: The places of workers that must not compute it, and of workers that do if no other is idle.
     avoid: frozenset[int] = frozenset()
     tried: frozenset[int] = frozenset()
+    spares: bool = False  #: true if it begins only where another worker stays idle
     request: Any = None  #: the request that has asked a dispatcher for it
     content: Any = None  #: what a dispatcher sends to the worker; None until it is ready
     # ---

@@ -316,6 +316,8 @@ class Dispatcher(abc.ABC):
             if not (request := part.request).wants(part):
                 self._parts.remove(part)
                 continue
+            if part.spares and len(idle) < 2:
+                continue
             out = part.avoid
             if part.tried:
                 begun, both = self._clock() - _PATIENCE, part.avoid | part.tried

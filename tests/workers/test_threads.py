@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -142,3 +143,20 @@ def test_a_pool_starts_without_the_workers_that_are_excluded():
         pool._queue.at(1)[0].ready = False  # as while it starts
         pool.start(nn.Identity(), ONE, timeout=WAIT)
         assert {place: state for place, (state, _) in pool.states.items()}[1] == "excluded"
+
+
+def test_parts_that_spare_a_worker_leave_one_idle_though_several_requests_ask_at_once(tmp_path):
+    with ThreadWorkers(3) as pool, contextlib.ExitStack() as stack:
+        first, second = (
+            stack.enter_context(pool.open(Gated(str(tmp_path)), task_of(ONE))) for _ in range(2)
+        )
+        for request in (first, second):  # each saw three idle workers
+            request.ask([Part(0, (0,), spares=True), Part(1, (0,), spares=True)])
+        assert [first.wait(WAIT).part.number, first.wait(WAIT).part.number] == [0, 1]
+        assert second.wait(0.2) is None
+        assert second.idle == 1
+        second.ask([Part(2, (0,))])  # the worker is there for parts that need not spare any
+        assert second.wait(WAIT).part.number == 2
+        (tmp_path / "open").touch()
+        replies = [second.wait(WAIT) for _ in range(5)]
+        assert sorted(event.part.number for event in replies) == [0, 0, 1, 1, 2]
