@@ -6,7 +6,7 @@ This is the only file above ``ops`` that knows kernels of splines.
 from __future__ import annotations
 
 import abc
-import math
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,19 +25,21 @@ if TYPE_CHECKING:
 __all__ = ["LinearMap", "MatrixMap", "SplineMap"]
 
 _HOST = torch.device("cpu")
-# Instructions of a warp for 32 columns of float32, without moves, counted in the PTX that nvcc 13.0
-# writes for sm_90: of the sweeps per knot and per point, and of the product per entry of the
-# matrix. (The product takes 75 for 16 rows of the matrix and four columns a thread.)
-_PER_KNOT, _PER_POINT, _PER_ENTRY = 90, 35, 1.2
+# Instructions of a warp for 32 columns of float32, counted in the machine code that NVRTC 13 makes
+# for sm_90: of the sweeps per knot and per point, and of the product per entry of the matrix.
+_PER_KNOT, _PER_POINT, _PER_ENTRY = 145, 48, 1.48
 _ROWS = 16  # matrices have their rows in multiples of this number (kDenseRows in dense_block.h)
-# An instruction of a sweep takes this many times longer, since it depends on the one before. The
-# model of an H100 that `python -m benchmarks.kernels --model` prints says so; it is not measured.
+# An instruction of a sweep takes this many times longer, since it depends on the one before. No
+# card has measured it yet (csrc/README.md).
 _WAITING = 1.5
+# Knots beyond which cuBLAS multiplies float32 by the matrix; by the instructions, not measured.
+_KNOTS = 128
 # Columns from which rows are read by index: the columns of each group then fill tiles of their own,
 # and for fewer columns copying the rows costs less than tiles half empty.
 _FUSED_COLUMNS = 256
-# Numbers of a matrix, 256 MB in float32. Without kernels, larger plans run on the host.
-_MOST = 1 << 26
+# Numbers of a matrix, 192 MB in both dtypes. Larger plans have none: without kernels, they run on
+# the host.
+_MOST = 1 << 24
 
 
 class LinearMap(abc.ABC):
@@ -110,16 +112,12 @@ class LinearMap(abc.ABC):
 
         def make() -> tuple[Tensor, ...]:
             if torch.compiler.is_compiling():
-                return tuple(t.to(device) for t in self._to_place(dtype, device))
+                return tuple(t.to(device) for t in self._placed[_HOST, dtype, 0])
             # The copies outlive any transform, and a map used in inference must still train.
             with torch.inference_mode(False), torch._C._DisableFuncTorch():
-                return tuple(to_device(self._to_place(dtype, device), device))
+                return tuple(to_device(self._placed[_HOST, dtype, 0], device))
 
         return placed(self, self._placed, device, make, dtype)
-
-    def _to_place(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-        """Return the operands on the host in a dtype, of which a device gets copies."""
-        return self._placed[_HOST, dtype, 0]
 
     def __getstate__(self) -> dict[str, Any]:
         # The process that receives the map makes copies on its own devices.
@@ -230,9 +228,11 @@ class SplineMap(LinearMap):
         smoothing: :math:`\lambda`, finite, at least 0.
         weights: ``[n]``, :math:`w`, finite, positive; all 1 by default.
 
-    Planning costs :math:`O(n + N \log n)` on the host, applying :math:`O(n + N)` per column, or
-    :math:`O(n N)` on CUDA where a dense matrix is faster. The result of a column depends on nothing
-    but the column, bit for bit; on CUDA, once a kernel for the dtype and direction is in use.
+    Planning costs :math:`O(n + N \log n)` on the host, applying :math:`O(n + N)` per column. Where
+    there is a CUDA device, planning costs :math:`O(n N)`, as does applying where a dense matrix is
+    faster. The result of a column depends on nothing but the column, bit for bit. On CUDA this
+    holds once a kernel for the dtype and direction is in use; beyond 128 knots cuBLAS multiplies
+    float32, and it holds only under :func:`torch.use_deterministic_algorithms`.
 
     Reference:
         Wecker and Ansley, *The signal extraction approach to nonlinear regression and spline
@@ -259,26 +259,41 @@ class SplineMap(LinearMap):
         t, z = real_array(owner, "knots", knots), real_array(owner, "points", points)
         w = None if weights is None else real_array(owner, "weights", weights)
         exact, rounded, schedule = map(torch.from_numpy, curve_plan(t, z, smoothing, w))
+        self._sweeps, entries = exact.shape[1], len(t) * -(-len(z) // _ROWS) * _ROWS
+        # The number of columns does not count, since a column's result must not depend on it.
+        sweeps = _WAITING * (_PER_KNOT * len(t) + _PER_POINT * len(z))
+        self._prefers_matrix = _PER_ENTRY * entries <= sweeps
+        # Made here: compiled code would make the matrix anew in every call, and through the host.
+        if _num_gpus() and len(t) * len(z) <= _MOST:
+            exact = ops.with_matrix(exact, schedule)
+            rounded = torch.cat([rounded, exact[:, self._sweeps :].float()], 1)
         super().__init__(len(t), len(z), exact, schedule, rounded=(rounded, schedule))
 
-    def _to_place(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-        coefficients, schedule = super()._to_place(dtype, device)
-        size = self.num_inputs, self.num_outputs
-        dense = prefers_matrix(*size) or (bool(CUDA_FAILURES) and math.prod(size) <= _MOST)
-        # Compiled code would make the matrix anew in every call.
-        if dense and device.type == "cuda" and not torch.compiler.is_compiling():
-            exact, _ = super()._to_place(torch.float64, device)
-            coefficients = ops.with_matrix(coefficients, schedule, exact)
+    def _operands(self, values: Tensor) -> tuple[Tensor, ...]:
+        coefficients, schedule = super()._operands(values)
+        if values.is_cuda and not (CUDA_FAILURES or self._prefers_matrix or self._by_torch(values)):
+            coefficients = coefficients[:, : self._sweeps]
         return coefficients, schedule
 
+    def _by_torch(self, values: Tensor) -> bool:
+        """Return whether cuBLAS multiplies by the matrix."""
+        large = values.is_cuda and values.dtype == torch.float32 and self.num_inputs > _KNOTS
+        large = large and self._placed[_HOST, torch.float32, 0][0].shape[1] > self._sweeps
+        return large and not torch.are_deterministic_algorithms_enabled()
+
     def _apply(self, values: Tensor, transpose: bool) -> Tensor:
-        return ops.spline_apply(values, *self._operands(values), transpose=transpose)
+        coefficients, schedule = self._operands(values)
+        if not self._by_torch(values):
+            return ops.spline_apply(values, coefficients, schedule, transpose=transpose)
+        entries = coefficients[0, self._sweeps :][: self.num_inputs * self.num_outputs]
+        matrix = entries.view(self.num_inputs, self.num_outputs)
+        return product(matrix if transpose else matrix.T, values)
 
     def gathered(self, batch: Tensor, grouping: Grouping) -> Tensor:
         """Return ``map(grouping.gather(batch))``, reading the rows where they lie."""
         self.check(batch, 0, grouping.batch_size)
         num_columns = batch.shape[1:].numel()
-        if num_columns < _FUSED_COLUMNS:
+        if num_columns < _FUSED_COLUMNS or self._by_torch(batch):
             return super().gathered(batch, grouping)
         rows, gather = batch.reshape(len(batch), num_columns), grouping.to(batch.device).rows
         result = ops.spline_apply(rows, *self._operands(batch), gather=gather)
@@ -289,7 +304,7 @@ class SplineMap(LinearMap):
         for dim, size in enumerate((self.num_inputs, grouping.num_groups)):
             self.check(groups, dim, size)
         num_columns = groups.shape[2:].numel()
-        if num_columns < _FUSED_COLUMNS:
+        if num_columns < _FUSED_COLUMNS or self._by_torch(groups):
             return super().scattered(groups, grouping)
         targets = grouping.to(groups.device).targets
         # If no group is filled up, every entry names a row.
@@ -300,14 +315,6 @@ class SplineMap(LinearMap):
         return result.view(grouping.batch_size, *groups.shape[2:])
 
 
-def instructions(num_knots: int, num_points: int) -> tuple[float, float]:
-    """Return the instructions of a warp for 32 columns: of the dense product, and of the sweeps."""
-    dense = _PER_ENTRY * num_knots * -(-num_points // _ROWS) * _ROWS
-    return dense, _PER_KNOT * num_knots + _PER_POINT * num_points
-
-
-def prefers_matrix(num_knots: int, num_points: int) -> bool:
-    """Return whether a GPU multiplies by the dense matrix of a plan rather than sweep."""
-    # The number of columns does not count, since a column's result must not depend on it.
-    dense, sweep = instructions(num_knots, num_points)
-    return 0 < dense <= _WAITING * sweep
+@functools.cache
+def _num_gpus() -> int:
+    return torch.cuda.device_count()  # unlike `is_available`, it does not begin to use CUDA

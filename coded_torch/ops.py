@@ -71,22 +71,19 @@ def _apply(values: Tensor, *plan: Any) -> Tensor:
     return out
 
 
-def with_matrix(coefficients: Tensor, schedule: Tensor, exact: Tensor | None = None) -> Tensor:
+def with_matrix(coefficients: Tensor, schedule: Tensor) -> Tensor:
     """Append the dense matrix of one plan to its coefficients, ``[1, 12 n + 4 N + n N]``.
 
-    ``n N`` is rounded up to a multiple of 4. The entries are made from ``exact``, the coefficients
-    in float64. On CUDA, :func:`spline_apply` then multiplies by the matrix instead of sweeping.
+    ``n N`` is rounded up to a multiple of 4. On CUDA, :func:`spline_apply` then multiplies by the
+    matrix instead of sweeping.
     """
-    exact = coefficients.double() if exact is None else exact
+    exact = coefficients.double()
     num_knots = (coefficients.shape[1] - 4 * (schedule.shape[1] - 1)) // 8
-    num_points = schedule.shape[1] - 1 - num_knots
-    fewer = min(num_knots, num_points)
     # The plan is a constant of any derivative or vmap under way.
     with torch._C._DisableFuncTorch(), torch._C._AutoDispatchBelowAutograd():
-        identity = torch.eye(fewer, dtype=torch.float64, device="cpu").unsqueeze(1)
-        matrix = _OPERATOR(identity, exact, schedule, num_points < num_knots)  # [., 1, fewer]
-        matrix = matrix[:, 0] if num_points < num_knots else matrix[:, 0].T  # [n, N]
-        entries = torch.nn.functional.pad(matrix.reshape(1, -1), (0, -matrix.numel() % 4))
+        unit = torch.eye(num_knots, dtype=torch.float64, device="cpu").unsqueeze(1)
+        matrix = _OPERATOR(unit, exact, schedule, False)[:, 0].T.reshape(1, -1)
+        entries = torch.nn.functional.pad(matrix, (0, -matrix.numel() % 4))
         return torch.cat([coefficients, entries.to(coefficients)], 1)
 
 

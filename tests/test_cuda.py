@@ -8,11 +8,14 @@ import torch
 
 from coded_torch import _extension, ops
 from coded_torch.codes.curves import chebyshev_first, chebyshev_second
+from coded_torch.input_space.ordering import Grouping
 from coded_torch.linear import SplineMap
 
 from .grids import KERNELS, compile_kernel, facts
 from .splines import DTYPES, TOLERANCES
+from .test_cuda_fallback import Launches
 from .test_ops import make_indices, make_plan
+from .waits import host_waits
 
 # Hopper; Turing, Ampere, Blackwell in servers and desktops, which take a minute.
 ARCHITECTURES = [
@@ -66,11 +69,18 @@ def test_agrees_with_the_cpu(n, dtype, transpose, columns):
     torch.testing.assert_close(got.double(), want.double(), rtol=0, atol=float(tolerance))
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # Multiplied by a matrix, in two chunks of its rows, and swept.
 @pytest.mark.parametrize(("num_knots", "num_points"), [(20, 100), (17, 272), (200, 250)])
-def test_a_map_on_a_gpu(num_knots, num_points, dtype):
+def test_a_map_on_a_gpu(num_knots, num_points, dtype, deterministic):
     map = SplineMap(chebyshev_first(num_knots), chebyshev_second(num_points), smoothing=1e-6)
     for apply, rows in ((map, num_knots), (map.adjoint, num_points)):
         values = torch.randn(rows, 1032, dtype=torch.float64).to(dtype)
@@ -79,6 +89,47 @@ def test_a_map_on_a_gpu(num_knots, num_points, dtype):
         torch.testing.assert_close(got.cpu().double(), want, rtol=0, atol=float(tolerance))
         if not _extension.CUDA_FAILURES:  # whatever is beside it; cuBLAS promises no such thing
             assert torch.equal(apply(values[:, 3:13].cuda()), got[:, 3:13])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_beyond_128_knots_torch_multiplies_float32(dtype):
+    map = SplineMap(chebyshev_first(130), chebyshev_second(200), smoothing=1e-6)
+    grouping = Grouping(torch.arange(260).flip(0), 130)
+    batch = torch.randn(260, 300, dtype=torch.float64).to(dtype)
+    with Launches() as launches:
+        groups = map.gathered(batch.cuda(), grouping)
+        back = map.adjoint(groups)
+    assert ("spline_apply" in launches.names) == (dtype is not torch.float32)
+    want = map.gathered(batch, grouping)
+    tolerance = 2 * TOLERANCES[dtype]
+    for got, at in ((groups, want), (back, map.adjoint(want))):
+        error = (got.cpu().double() - at.double()).abs().max()
+        assert error <= tolerance * at.double().abs().max()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("num_knots", "num_points"), [(20, 50), (150, 160)])
+def test_a_compiled_map_multiplies_by_a_matrix_that_it_does_not_make(num_knots, num_points):
+    map = SplineMap(np.linspace(-1, 1, num_knots), np.linspace(-1, 1, num_points))
+    graphs = []
+
+    @torch.compile(fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    def compiled(values):
+        return map(values)
+
+    values, other = torch.randn(2, num_knots, 40, device="cuda")
+    for _ in range(2):  # the first call keeps the copies of the plan on the device
+        torch.testing.assert_close(compiled(values), map(values))
+    count = len(graphs)
+    with host_waits() as waits:
+        got = compiled(other)
+    torch.testing.assert_close(got, map(other))
+    assert (len(graphs), waits) == (count, {})
+    called = [str(node.target) for node in graphs[-1].graph.nodes if node.op.startswith("call")]
+    large = num_knots > 128
+    assert ("coded_torch.spline_apply.default" in called) == (not large)
+    assert any("matmul" in name for name in called) == large
 
 
 @pytest.mark.cuda

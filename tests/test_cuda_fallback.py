@@ -49,7 +49,7 @@ def test_a_plan_with_its_matrix_makes_nothing_wait(dtype, transpose):
     coefficients, schedule, _ = make_plan(9, dtype)
     values = torch.randn(12 if transpose else 9, 3, 7).to(dtype)
     want = ops.spline_apply(values, coefficients, schedule, transpose=transpose)
-    coefficients = ops.with_matrix(coefficients, schedule, make_plan(9)[0])
+    coefficients = ops.with_matrix(coefficients, schedule)
     inputs = on_device(values, coefficients, schedule, transpose)
     with host_waits() as waits, Launches() as launches:
         got = fallback.spline_apply(*inputs)

@@ -37,7 +37,7 @@ __all__ = ["main"]
 
 # The rows of a batch: on 240 digits, groups of 20 inputs divide evenly. It was not tuned.
 _BATCH_SIZE = 240
-# Knots, points and columns at which CUDA kernels are timed, as benchmarks/gpu_model.py.
+# Knots, points and columns at which CUDA kernels are timed, as in benchmarks/kernels.py.
 _SHAPES = (
     (20, 100, 150_528), (64, 128, 65_536), (100, 20, 150_528), (96, 20, 120),
     (256, 320, 32_768), (1024, 1280, 8_192),
@@ -176,15 +176,15 @@ def _try_kernels(shrink: int = 1) -> None:
             for n, N, columns in _SHAPES:
                 spline = SplineMap(np.linspace(-1, 1, n), np.linspace(-1, 1, N), smoothing=1e-6)
                 plan, schedule = (x.cuda() for x in spline._operands(torch.empty(0)))
+                sweeps = plan[:, : spline._sweeps]
                 matrix = spline.matrix(torch.float32).cuda()
-                both = torch.cat([plan, matrix.T.reshape(1, -1)], 1)
                 values = torch.randn(n, 1, columns // shrink, device="cuda")
                 half = torch.empty((n + N) * values.shape[2] // 2, device="cuda")
                 calls = (
                     half.clone,
                     partial(torch.matmul, matrix, values[:, 0]),
-                    partial(kernels.spline_apply, values, both, schedule, False),
                     partial(kernels.spline_apply, values, plan, schedule, False),
+                    partial(kernels.spline_apply, values, sweeps, schedule, False),
                 )
                 timers = [Timer("call()", globals={"call": call}) for call in calls]
                 times = "  ".join(f"{timer.timeit(_CALLS).mean * 1e6:6.0f}" for timer in timers)

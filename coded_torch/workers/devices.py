@@ -172,11 +172,12 @@ class _Replica(Worker):
                 moved[id(tensor)] = self._copy(views.get(id(tensor), tensor))
             return moved[id(tensor)]
 
-        copies: dict[Any, Any] = {m: m._replicate_for_data_parallel() for m in module.modules()}
+        copies: dict[Any, Any] = {part: _shallow(part) for part in module.modules()}
         for part, copy in copies.items():
-            copy._parameters = {name: move(p) for name, p in part._parameters.items()}
-            copy._buffers = {name: move(b) for name, b in part._buffers.items()}
-            copy._modules = {name: copies.get(m) for name, m in part._modules.items()}
+            own, kept = vars(copy), vars(part)  # a module's __setattr__ takes most of the time
+            own["_parameters"] = {name: move(p) for name, p in kept["_parameters"].items()}
+            own["_buffers"] = {name: move(b) for name, b in kept["_buffers"].items()}
+            own["_modules"] = {name: copies.get(m) for name, m in kept["_modules"].items()}
         return copies[module]
 
     def _copy(self, tensor: Tensor) -> Tensor:
@@ -232,6 +233,16 @@ class _Threads(Dispatcher):
         for replica in replicas:
             if replica.thread is not threading.current_thread():
                 replica.thread.join(max(end - time.monotonic(), 0.0))
+
+
+def _shallow(part: nn.Module) -> Any:
+    """Return a shallow copy of a module, as :class:`torch.nn.DataParallel` makes it."""
+    kind: Any = type(part)
+    if kind._replicate_for_data_parallel is not nn.Module._replicate_for_data_parallel:
+        return part._replicate_for_data_parallel()
+    copy = kind.__new__(kind)
+    vars(copy).update(vars(part), _is_replica=True)
+    return copy
 
 
 def _to(device: torch.device, tree: Any) -> Any:

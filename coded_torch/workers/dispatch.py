@@ -10,9 +10,8 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
-from operator import attrgetter
 from typing import Any
 
 from .._arguments import MOST_WORKERS, count, sparing_logger
@@ -161,7 +160,11 @@ class Dispatcher(abc.ABC):
                     del request.open[number]
             # No worker may be idle to find that nobody wants a part any more.
             if any(part.request is request for part in self._parts):
-                self._parts = deque(x for x in self._parts if x.request.wants(x))
+                self._forget()
+
+    def _forget(self) -> None:
+        """Take the parts that nobody wants any more out of the queue."""
+        self._parts = deque(part for part in self._parts if part.request.wants(part))
 
     def reply(self, part: Part, result: Any) -> None:
         """End an open part by a value or a :class:`Failure`."""
@@ -201,10 +204,6 @@ class Dispatcher(abc.ABC):
     def at(self, index: int) -> list[Any]:
         """Return the workers at a place, leaving ones too."""
         return [worker for worker in self._workers if worker.index == index]
-
-    @property
-    def num_ready(self) -> int:
-        return sum(state in ("idle", "busy") for state, _ in self.states().values())
 
     @property
     def num_idle(self) -> int:
@@ -288,7 +287,6 @@ class Dispatcher(abc.ABC):
                 if self.closed or left <= part.avoid:
                     reason = why or "it avoids all workers that are left"
                     self.reply(part, Failure(f"did not start: {reason}"))
-                    self._parts.remove(part)
         self._assign()
 
     def _finish(self, worker: Worker) -> None:
@@ -310,25 +308,21 @@ class Dispatcher(abc.ABC):
 
     def _begin(self) -> Any:
         """Begin the first part that an idle worker may take, at the place with the fewest parts."""
-        parts = [part for part in self._parts if part.content is not None and not self.closed]
-        idle = [w for w in self._workers if w.idle] if parts else []
-        for part in parts if idle else ():
+        idle = [w for w in self._workers if w.idle] if self._parts and not self.closed else []
+        for part in self._parts if idle else ():
             if not (request := part.request).wants(part):
-                self._parts.remove(part)
+                self._forget()
+                return self._begin()
+            if part.content is None or len(idle) <= part.spares:
                 continue
-            if part.spares and len(idle) < 2:
-                continue
-            out = part.avoid
-            if part.tried:
-                begun, both = self._clock() - _PATIENCE, part.avoid | part.tried
-                others = [w for w in self._workers if w.is_wanted and w.index not in both]
-                if any(w.part is None or w.since > begun for w in others):
-                    out = both
+            begun, both = self._clock() - _PATIENCE, part.avoid | part.tried
+            others = [w for w in self._workers if w.is_wanted and w.index not in both]
+            out = both if any(w.part is None or w.since > begun for w in others) else part.avoid
             workers = [w for w in idle if w.index not in out]
             known = [w for w in workers if not w.is_new_to(request.module)]
             if workers := known or (workers if self.may_load(request.module) else []):
-                busy = [w.index for w in self._workers if w.part is not None]
-                worker = min(workers, key=lambda w: (busy.count(w.index), w.since))
+                busy = Counter(w.index for w in self._workers if w.part is not None)
+                worker = min(workers, key=lambda w: (busy[w.index], w.since))
                 self.served, worker.fresh = worker, not known
                 worker.since, worker.part = self._clock(), part
                 began = Began(part, worker.index, request.now(), worker.fresh)
@@ -367,8 +361,10 @@ class DispatchedWorkers(Workers):
 
     places: Any = property(lambda self: set(self._queue.places))
     num_workers: Any = property(lambda self: len(self._queue.places))
-    num_ready: Any = property(attrgetter("_queue.num_ready"))
     states: Any = property(lambda self: self._queue.states())
+    num_ready: Any = property(
+        lambda self: sum(s in ("idle", "busy") for s, _ in self.states.values())
+    )
 
     def resize(self, num_workers: int) -> None:
         self._dispatcher().resize(count(self, "num_workers", num_workers, most=MOST_WORKERS))

@@ -94,6 +94,8 @@ cuda = torch.cuda
 cuda.is_available = cuda.is_initialized = cuda.is_bf16_supported = lambda *_, **__: True
 cuda._lazy_init = cuda.init = cuda.empty_cache = cuda._sleep = lambda *_: None
 cuda.is_current_stream_capturing = lambda: False
+cuda.get_rng_state = lambda *_: torch.empty(0, dtype=torch.uint8)  # as the compiler keeps it
+cuda.set_rng_state = lambda *_: None
 cuda.device_count = lambda: 2
 cuda.current_device = torch.accelerator.current_device_index
 cuda.set_device = lambda device: torch.accelerator.set_device_index(as_device(device))

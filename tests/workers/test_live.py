@@ -95,4 +95,4 @@ def test_waiting_for_many_parts_costs_little_for_each():
         request.answer()
         request.wait()
         request.wait()
-    assert time.process_time() - start < 10  # .3 s; quadratic, it would be minutes
+    assert time.process_time() - start < 3  # .3 s; 9 s if each begin walked the queue
