@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coded_torch.codes import BerrutCode, LagrangeCode, RegressionCode, ReplicationCode, SplineCode
 from coded_torch.input_space.ordering import Grouping
@@ -247,3 +248,54 @@ def test_a_warm_call_waits_seldom(make_code, most):
         with host_waits() as lines:
             wrapper(x)
     assert sum(lines.values()) <= most, lines
+
+
+class Copies(TorchDispatchMode):
+    """The bytes of each copy to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        name = operator.overloadpacket.__name__
+        if name in ("_to_copy", "copy_", "_local_scalar_dense"):
+            source = args[1] if name == "copy_" else args[0]
+            is_here = not isinstance(result, torch.Tensor) or result.device.type == "cpu"
+            if source.device.type != "cpu" and is_here:
+                self.sizes.append(source.numel() * source.element_size())
+        return result
+
+
+class Wide(nn.Module):
+    def __init__(self, columns):
+        super().__init__()
+        self.register_buffer("weights", random_numbers(12, columns))
+
+    def forward(self, x):
+        return (x @ self.weights).sin()
+
+
+def test_error_bounds_of_wide_outputs_are_computed_where_they_lie():
+    x, reports = random_numbers(240, 12), []
+    for device in ("cpu", "cuda"):
+        workers = LocalWorkers(Uniform(4, seed=0))
+        wrapper = CodedWrapper(Wide(20_000).to(device), RegressionCode(20, 24), workers=workers)
+        with torch.no_grad(), Copies() as copies:
+            reports.append(wrapper.run(x.to(device))[1])
+    assert 0 < max(copies.sizes) <= 2**20
+    host, there = (report.radii for report in reports)
+    assert int((host > 0).sum()) > 10
+    torch.testing.assert_close(there, host, rtol=1e-3, atol=0)
+
+
+def test_verification_of_wide_outputs_copies_few_columns():
+    x, module = random_numbers(240, 12).to("cuda"), Wide(20_000).to("cuda")
+    with DeviceWorkers(["cuda:0", "cuda:1", "cuda:0", "cuda:1"]) as pool, torch.no_grad():
+        wrapper = CodedWrapper(module, workers=pool, verify=0.1)
+        for _ in range(5):
+            with Copies() as copies:
+                _, report = wrapper.run(x)
+            assert report.verified.any()
+            assert max(copies.sizes) <= 2**20
