@@ -10,8 +10,8 @@ trivial baselines. All schemes answer the same batches from the same received se
   squared error on a tuning batch;
 - curve: the errors against S, on one network of each kind.
 
-Five trainings of LeNet-5 and five splits of a table count as one observation each; of the other
-networks, every batch is one.
+Five trainings of LeNet-5 and five splits of a table count as one observation each, with batches and
+received sets of their own; of the other networks, every batch is one.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ CASES: tuple[Case, ...] = (
     (100, 20, 60), (60, 20, 20), (24, 20, 4), (20, 8, 3), (10, 8, 2), (9, 8, 1),
 )  # fmt: skip
 SMALL: Case = (6, 4, 2)  # the case of batches of 64
+PAIRS: Case = (3, 2, 1)  # the case of batches of 16 and 64, which favours codes that mix
 FEW: Case = (24, 20, 4)
 #: The seeds of each subject's training, or the splits of a table.
 SEEDS = {"lenet5": range(5), "digits": range(5), "speeches": range(1)}
@@ -59,13 +60,19 @@ REFERENCES = ("regression", "the paper's scheme")
 _RARE = 0.01  # a rate of changed rows below it gets an exact interval
 
 
-def tried(of: Subject, cases: Sequence[Case], size: int, count: int, **options: Any) -> Comparison:
-    """Compare the schemes on batches of a subject, after one of tuning or as many as make 240."""
-    tuning = list(of.batches("tuning", size, max(1, 240 // size)))
-    every = [*tuning, *of.batches("held_out", size, count)]
+def tried(
+    of: Subject, cases: Sequence[Case], size: int, count: int, seeds: int = SEED, **options: Any
+) -> Comparison:
+    """Compare the schemes on batches of a subject, after one of tuning or as many as make 240.
+
+    The seed is of the batches, and of the workers that are lost.
+    """
+    tuning = list(of.batches("tuning", size, max(1, 240 // size), seeds))
+    every = [*tuning, *of.batches("held_out", size, count, seeds)]
     labels: Any = None if every[0].labels is None else [x.labels for x in every]
     images = [x.images for x in every]
-    return compare(of.model, images, cases, labels=labels, tuning=len(tuning), **options)
+    how: Any = {"tuning": len(tuning), "seeds": seeds}
+    return compare(of.model, images, cases, labels=labels, **how, **options)
 
 
 def cells(found: Comparison, references: Sequence[str] = REFERENCES) -> dict[str, Any]:
@@ -103,7 +110,7 @@ def table(name: str, case: Case, size: int, delays: Any, quick: bool) -> dict[st
     for seed in progress(seeds, "seeds"):
         count = max(limits["batches"][name], -(-limits["rows"] // size))
         found = tried(
-            subject(name, quick, seed), [case], size, count, delays=delays,
+            subject(name, quick, seed), [case], size, count, seed, delays=delays,
             surrogate=student_of(name, quick, seed), received_sets=limits["received sets"],
         )  # fmt: skip
         # One of several trainings is one observation.
@@ -204,11 +211,11 @@ def measurements(quick: bool) -> Iterable[Measurement]:
 def sizes(name: str, quick: bool) -> Iterable[tuple[Case, int]]:
     """Yield the cases of a subject's tables, each with the batch size."""
     if quick:
-        yield from [((9, 8, 1), 240), (SMALL, 64)]
+        yield from [((9, 8, 1), 240), (PAIRS, 16), (SMALL, 64)]
         return
     whole = CASES if name == "lenet5" else (FEW, (9, 8, 1))
     yield from itertools.product(whole, [240])
-    yield SMALL, 64
+    yield from [(SMALL, 64), (PAIRS, 16), (PAIRS, 64)]
     yield from ((case, case[1]) for case in (whole if name == "lenet5" else (FEW,)))
 
 

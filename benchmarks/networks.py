@@ -84,10 +84,10 @@ class Subject(NamedTuple):
     tuning: Batch
     held_out: Batch
 
-    def batches(self, part: str, size: int, count: int) -> Iterator[Batch]:
+    def batches(self, part: str, size: int, count: int, seed: int = SEED) -> Iterator[Batch]:
         """Yield disjoint random batches, as many as there are, at most ``count``."""
         whole: Batch = getattr(self, part)
-        order = torch.randperm(len(whole.images), generator=torch.Generator().manual_seed(SEED))
+        order = torch.randperm(len(whole.images), generator=torch.Generator().manual_seed(seed))
         size = min(size, len(order))
         yield from map(whole.take, order.split(size)[: min(count, len(order) // size)])
 

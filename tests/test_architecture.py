@@ -37,7 +37,7 @@ LINES = {
     "beside the folders": 2095,
     "cli": 940,
     "codes": 952,
-    "experiments": 1658,
+    "experiments": 1666,
     "input_space": 1205,
     "nn": 2000,
     "open_inference": 680,
@@ -47,7 +47,7 @@ LINES = {
     "verification": 897,
     "workers": 3470,
 }
-MOST_LINES = 16_317  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 16_326  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

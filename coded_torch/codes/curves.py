@@ -150,8 +150,8 @@ class SplineCode(CurveCode):
 
     def candidates(self) -> dict[str, Sequence[Any]]:
         return {
-            "encoder_smoothing": (0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3),
-            "decoder_smoothing": (0.0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
+            "encoder_smoothing": (0.0, *(10.0**n for n in range(-7, 0))),
+            "decoder_smoothing": (0.0, *(10.0**n for n in range(-9, 1))),
         }
 
     def _make_encoder(self) -> LinearMap:

@@ -96,20 +96,6 @@ class FaultyWorkers(Workers):
     def open(self, module: nn.Module, task: Task) -> Request:
         return _FaultyRequest(self, self.pool.open(module, task), task)
 
-    num_workers: Any = property(attrgetter("pool.num_workers"))
-    places: Any = property(attrgetter("pool.places"))
-    num_ready: Any = property(attrgetter("pool.num_ready"))
-    num_restarts: Any = property(attrgetter("pool.num_restarts"))
-    resize: Any = property(attrgetter("pool.resize"))
-    mixed: Any = property(attrgetter("pool.mixed"))
-    concurrency: Any = property(attrgetter("pool.concurrency"))
-    names: Any = property(attrgetter("pool.names"))
-    states: Any = property(attrgetter("pool.states"))
-    exclude: Any = property(attrgetter("pool.exclude"))
-    restart: Any = property(attrgetter("pool.restart"))
-    drain: Any = property(attrgetter("pool.drain"))
-    close: Any = property(attrgetter("pool.close"))
-
     def begin(self, num_parts: int) -> tuple[int, Iterator[Fault]]:
         """Return the number of a new request, and the endless faults of its parts."""
         with _lock:
@@ -150,6 +136,14 @@ class FaultyWorkers(Workers):
         if name.startswith("_") or name == "pool":  # an own attribute, not yet assigned
             raise AttributeError(f"FaultyWorkers has no attribute {name!r}")
         return getattr(self.pool, name)
+
+
+# The base class has defaults of these.
+for _name in (
+    "close", "concurrency", "exclude", "mixed", "names", "num_ready", "num_restarts", "num_workers",
+    "places", "restart", "states",
+):  # fmt: skip
+    setattr(FaultyWorkers, _name, property(attrgetter(f"pool.{_name}")))
 
 
 class _FaultyRequest(Request):

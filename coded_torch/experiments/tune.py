@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._arguments import instance, shown
+from .._arguments import instance, shown, warn
 from .._torch import as_called, broadcast_dims, on_host
 from ..codes import BatchPlan, Code
 from ..input_space.regression import to_scale
@@ -44,8 +44,9 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
         values: by the name of a number, the values to choose it from. Defaults to the candidates.
 
     Returns:
-        The code with the best numbers; the first of equals. The module runs once on every batch,
-        and N / K times as much for every encoder that mixes.
+        The code with the best numbers; the first of equals. A warning says if one is the largest or
+        smallest of its values. The module runs once on every batch, and N / K times as much for
+        every encoder that mixes.
 
     Example:
         >>> import torch
@@ -86,8 +87,10 @@ def chosen(
             must = f"{name} must be a sequence of at least one value"
             raise TypeError(f"tune: {must}, got {shown(some)}")
         options[name] = some
-    combinations = itertools.product(*options.values())
-    variants = [code.replace(**dict(zip(options, some, strict=True))) for some in combinations]
+    combinations = [
+        dict(zip(options, x, strict=True)) for x in itertools.product(*options.values())
+    ]
+    variants = [code.replace(**numbers) for numbers in combinations]
     if len(variants) == 1:
         return variants[0]
     errors, decodable = np.zeros(len(variants)), False
@@ -101,7 +104,19 @@ def chosen(
     if not (decodable and np.isfinite(errors).any()):
         must = f"{code} must be able to decode the received results"
         raise ValueError(f"{owner}: {must}, got too few results")
-    return variants[int(np.nan_to_num(errors, nan=np.inf).argmin())]
+    best = int(np.nan_to_num(errors, nan=np.inf).argmin())
+    _warn_of_edges(owner, variants[best], combinations[best], options)
+    return variants[best]
+
+
+def _warn_of_edges(owner: str, code: Code, numbers: Mapping[str, Any], options: Any) -> None:
+    """Warn of numbers that are the largest or the smallest of three values or more."""
+    for name, value in numbers.items():
+        own = options[name]
+        if len(own) > 2 and all(type(x) is float for x in own):  # orders end where the code does
+            ends = {max(own): "largest", min(own) or None: "smallest"}  # and nothing is below 0
+            if end := ends.get(value):
+                warn(f"{owner}: {name} of {code} is the {end} that was tried; try others, too")
 
 
 def received_sets(wrapper: CodedWrapper, code: Code) -> Iterator[tuple[int, ...]]:

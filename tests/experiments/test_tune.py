@@ -125,3 +125,17 @@ def test_no_code_that_can_decode_what_is_received(generator):
         tune(coded, [x], decoder_degree=[6, 7])
     assert tune(coded, [x], decoder_degree=[7, 4]).decoder_degree == 4
     assert math.isfinite(tune(coded, [x]).decoder_degree)
+
+
+@pytest.mark.parametrize(
+    ("values", "end"),
+    [([1.0, 10.0, 100.0], "smallest"), ([0.0, 10.0, 100.0], ""), ([1.0, 10.0], "")],
+    ids=str,
+)
+def test_a_number_at_the_edge_of_its_values_is_said(values, end, generator, recwarn):
+    x, code = torch.randn(40, 3, generator=generator), SplineCode(10, 20)
+    numbers = {"encoder_smoothing": [0.0], "decoder_smoothing": values}
+    tune(wrapped(torch.nn.Tanh(), code, Uniform(4, seed=0)), [x], **numbers)
+    said = [str(warning.message) for warning in recwarn]
+    assert [f"is the {end} that was tried" in text for text in said] == [True] * bool(end)
+    assert all("decoder_smoothing" in text for text in said)
