@@ -35,8 +35,8 @@ logger = sparing_logger("coded_torch.nn")
 class Report:
     """The report of one call of a :class:`~coded_torch.CodedWrapper`, also of one that raised.
 
-    Workers are named by their places in the pool. On :class:`~coded_torch.workers.LocalWorkers`
-    every part of the call has a worker of its own.
+    ``print`` shows it in five lines. Workers are named by their places in the pool. On
+    :class:`~coded_torch.workers.LocalWorkers` every part of the call has a worker of its own.
 
     Attributes:
         asked, received: the workers that began a part of the call, and those whose results count,
@@ -135,6 +135,27 @@ class Report:
     def missing(self) -> tuple[int, ...]:
         """The workers that began a part and have no result that counts."""
         return tuple(sorted(set(self.asked) - set(self.received)))
+
+    def __str__(self) -> str:
+        """Return five lines to read: rows, workers, seconds, the end of the call, and remarks."""
+        rows, phases = "no answers", ("encode", "compute", "decode")
+        if self.source is not None:
+            first, later, estimated = self.source.long().bincount(minlength=3).tolist()
+            rows = f"{first + later} of {first + later + estimated} computed, {later} of them by "
+            rows += f"later parts; {estimated} estimated, {len(self.corrected)} corrected"
+        seconds = [getattr(self, f"{phase}_seconds") for phase in phases]
+        each = ", ".join(f"{phase} {1e3 * x:.1f}" for phase, x in zip(phases, seconds, strict=True))
+        few = {"without a result": self.missing, "rejected": self.rejected}
+        few |= {"excluded": self.excluded}
+        named = [f"{what}: {str(sorted(some))[1:-1]}" for what, some in few.items() if some]
+        lines = {
+            "rows": rows,
+            "workers": "; ".join([f"{len(self.asked)} asked", *named]),
+            "time": f"{1e3 * sum(seconds):.1f} ms: {each}; work {self.work:.3g}",
+            "ended": f"{self.ended or 'early'}, with {len(self.hedges)} later parts",
+            "notes": "; ".join(self.notes) or "none",
+        }
+        return "\n".join(f"{head:<9}{text}" for head, text in lines.items())
 
     def radii_at(self, coverage: float, odds: float = 1.0) -> Tensor | None:
         """Return the error bounds at another level, between 0 and 1, or None if there are none.

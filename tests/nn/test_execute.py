@@ -6,6 +6,7 @@ import gc
 import logging
 import math
 import pickle
+import re
 import threading
 import time
 import weakref
@@ -18,6 +19,7 @@ from torch import nn
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import DeadlineExceeded, NotEnoughResults, ReplicationCode
 from coded_torch.nn.division import dealt
+from coded_torch.nn.report import Report
 from coded_torch.stragglers import Trace, Uniform
 from coded_torch.testing.virtual import VirtualWorkers
 from coded_torch.testing.workers import (
@@ -350,3 +352,18 @@ def test_a_pool_may_report_copies_of_parts():
         assert torch.equal(answers, -x)
         assert report.work >= 1
         assert report.ended == "complete"
+
+
+def test_a_report_is_five_lines_to_read():
+    pool = LocalWorkers(Trace([[0.1, 0.2, math.inf]]))
+    coded = CodedWrapper(nn.Tanh(), workers=pool, parts=3)
+    waiting = Waiting(deadline=1.0, hedge_budget=0)
+    _, report = coded.run(torch.randn(60, 3), waiting=waiting)
+    report.notes = ("a remark", "another one")
+    rows, workers, took, ended, notes = str(report).splitlines()
+    assert rows == "rows     40 of 60 computed, 0 of them by later parts; 20 estimated, 0 corrected"
+    assert workers == "workers  3 asked; without a result: 2"
+    assert re.fullmatch(r"time     [\d.]+ ms: encode .*, compute .*, decode .*; work 1", took)
+    assert ended == "ended    deadline, with 0 later parts"
+    assert notes == "notes    a remark; another one"
+    assert str(Report()).startswith("rows     no answers")
