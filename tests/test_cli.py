@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import coded_torch
-from coded_torch.cli import find_factory
+from coded_torch.cli import CommandError, find_factory
 from coded_torch.cli.main import main
 from coded_torch.demo import digits
 
@@ -36,9 +36,12 @@ def run(line):
         ("demo --device cuda:99", "--device: invalid choice: 'cuda:99'"),
         ("compare --inputs x.pt", "the following arguments are required: MODULE:FACTORY"),
         ("compare a:b", "the following arguments are required: --inputs"),
-        ("compare nowhere:net --inputs x.pt", "a function of it, got 'nowhere:net'"),
-        ("compare torch:nothing --inputs x.pt", "a function of it, got 'torch:nothing'"),
-        ("compare torch --inputs x.pt", "must name a module and a function of it, got 'torch'"),
+        ("compare nowhere:net --inputs x.pt", "got no module 'nowhere'"),
+        ("compare torch:nothing --inputs x.pt", "got no 'nothing' in torch"),
+        (
+            "compare torch --inputs x.pt",
+            "a class in a module of Python, got 'torch'",
+        ),
         ("compare torch.nn:Tanh --inputs none.pt", "--inputs cannot be read: [Errno 2]"),
         ("compare torch.nn:Tanh --inputs folder.png", "--inputs cannot be read: [Errno 21]"),
         ("compare torch.nn:Tanh --inputs dict.pt", "--inputs must be a dense, strided tensor"),
@@ -46,7 +49,7 @@ def run(line):
         ("compare torch.nn:Tanh --inputs x.pt --seed -1", "seeds must be at least 0, got -1"),
         ("compare torch.nn:Tanh --inputs x.pt --batch-size 400", "must hold at least two, one to"),
         ("compare torch.nn:Tanh --inputs x.pt --batch-size 0", "--batch-size must be at least 1"),
-        ("compare ./mine:make --inputs x.pt", "a function of it, got './mine:make'"),
+        ("compare ./mine:make --inputs x.pt", "a module of Python, got './mine:make'"),
         ("compare a:b --inputs x.pt --output x", "--output: must end in .pdf, .png or .svg, in a"),
         ("demo --output nowhere/demo.png", "in a folder that exists, got nowhere/demo.png"),
         ("plan --conditions murphy", "--conditions: invalid choice: 'murphy'"),
@@ -176,6 +179,24 @@ def test_interrupt(compared, capsys):
     compared(interrupt)
     assert run("demo") == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_factory_is_a_function_a_class_or_a_module_of_torch(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kinds.py").write_text(
+        "from torch.nn import Tanh\nmodel = Tanh()\nnumber = 3\ndef make(): return model"
+    )
+    model = find_factory("job", "kinds:model")()
+    assert type(model) is torch.nn.Tanh
+    assert find_factory("job", "kinds:make")() is model
+    assert type(find_factory("job", "kinds:Tanh")()) is torch.nn.Tanh
+    for name, got in {
+        "kinds:missing": "no 'missing' in kinds",
+        "nowhere.kinds:make": "no module 'nowhere.kinds'",
+        "kinds:number": "int",
+    }.items():
+        with pytest.raises(CommandError, match=re.escape(f"in a module of Python, got {got}")):
+            find_factory("job", name)
 
 
 def test_a_checkout_does_not_hide_the_installed_package(tmp_path, monkeypatch):

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -59,20 +61,28 @@ def need(command: str, extra: str, *packages: str) -> None:
 
 
 def find_factory(command: str, text: str) -> Callable[[], Any]:
-    """Import the function that MODULE:FACTORY names. Errors of its module are not caught."""
+    """Import the function, or class, that MODULE:FACTORY names; a module of torch returns itself.
+
+    Errors of its module are not caught.
+    """
     module, _, name = text.partition(":")
     # `python -m` puts it first, too. A checkout of this package must not hide the installed one.
     sys.path.insert(len(sys.path) if os.path.isdir("coded_torch") else 0, os.getcwd())
-    factory: Callable[[], Any] | None = None
-    try:
-        if name and module[:1] not in ("", "."):
-            factory = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module was found, and imports a missing one
-    if not callable(factory):
-        must = "MODULE:FACTORY must name a module and a function of it"
-        raise CommandError(f"coded-torch {command}: {must}, got {text!r}")
+    found, got = None, repr(text)
+    if name and module[:1] not in ("", "."):
+        try:
+            found = getattr(importlib.import_module(module), name, None)
+            got = f"no {name!r} in {module}" if found is None else type(found).__name__
+        except ModuleNotFoundError as error:
+            if not f"{module}.".startswith(f"{error.name}."):
+                raise  # the module was found, and imports a missing one
+            got = f"no module {module!r}"
+    if isinstance(found, nn.Module):
+        return lambda: found
+    if not callable(found):
+        must = "MODULE:FACTORY must name a function or a class in a module of Python"
+        raise CommandError(f"coded-torch {command}: {must}, got {got}")
+    factory: Callable[[], Any] = found
     return factory
 
 

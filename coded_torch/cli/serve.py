@@ -135,12 +135,16 @@ def _own(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
         whole = all(isinstance(x, Tensor) and x.dim() and len(x) for x in examples)
         if not (isinstance(model, nn.Module) and examples and whole):
             must = "a module and examples of its inputs, a tensor with rows or a tuple of some"
-            raise TypeError(f"{args.factory} must return {must}, got {type(made).__name__}")
+            raise TypeError(f"{args.factory} must return {must}, got {_kinds(made)}")
         inputs, outputs = specs(model.eval(), examples)
         most = len(examples[0]) - 1
         if args.example is not None and not 0 <= args.example <= most:
             raise ValueError(f"--example must be from 0 to {most}, got {args.example}")
     return model, {"inputs": inputs, "outputs": outputs, "examples": examples}
+
+
+def _kinds(made: Any) -> str:
+    return f"({', '.join(map(_kinds, made))})" if isinstance(made, tuple) else type(made).__name__
 
 
 def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None:

@@ -67,7 +67,13 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
     draws = received_sets(wrapper, code)
     how = {"in_dims": wrapper.in_dims, "out_dims": wrapper.out_dims}
     trials = (Trial(wrapper.module, x, [*itertools.islice(draws, SETS)], **how) for x in calls)
-    return chosen("tune", code, trials, wrapper.num_stragglers, values)
+    best = chosen("tune", code, trials, wrapper.num_stragglers, values)
+    for name, own in {**code.candidates(), **values}.items():
+        if len(own) > 2 and all(type(x) is float for x in own):  # orders end where the code does
+            ends = {max(own): "largest", min(own) or None: "smallest"}  # and nothing is below 0
+            if end := ends.get(getattr(best, name)):
+                warn(f"tune: {name} of {best} is the {end} that was tried; try others, too")
+    return best
 
 
 def chosen(
@@ -87,10 +93,8 @@ def chosen(
             must = f"{name} must be a sequence of at least one value"
             raise TypeError(f"tune: {must}, got {shown(some)}")
         options[name] = some
-    combinations = [
-        dict(zip(options, x, strict=True)) for x in itertools.product(*options.values())
-    ]
-    variants = [code.replace(**numbers) for numbers in combinations]
+    combinations = itertools.product(*options.values())
+    variants = [code.replace(**dict(zip(options, some, strict=True))) for some in combinations]
     if len(variants) == 1:
         return variants[0]
     errors, decodable = np.zeros(len(variants)), False
@@ -104,19 +108,7 @@ def chosen(
     if not (decodable and np.isfinite(errors).any()):
         must = f"{code} must be able to decode the received results"
         raise ValueError(f"{owner}: {must}, got too few results")
-    best = int(np.nan_to_num(errors, nan=np.inf).argmin())
-    _warn_of_edges(owner, variants[best], combinations[best], options)
-    return variants[best]
-
-
-def _warn_of_edges(owner: str, code: Code, numbers: Mapping[str, Any], options: Any) -> None:
-    """Warn of numbers that are the largest or the smallest of three values or more."""
-    for name, value in numbers.items():
-        own = options[name]
-        if len(own) > 2 and all(type(x) is float for x in own):  # orders end where the code does
-            ends = {max(own): "largest", min(own) or None: "smallest"}  # and nothing is below 0
-            if end := ends.get(value):
-                warn(f"{owner}: {name} of {code} is the {end} that was tried; try others, too")
+    return variants[int(np.nan_to_num(errors, nan=np.inf).argmin())]
 
 
 def received_sets(wrapper: CodedWrapper, code: Code) -> Iterator[tuple[int, ...]]:

@@ -268,9 +268,12 @@ def test_a_server_may_listen_at_an_address_of_ipv6(mine):
         ("--allowed-hosts a.example:80", "names or addresses, without ports, got 'a.example:80'"),
         ("--max-batch-size 0", "max_batch_size must be at least 1"),
         ("--example 63", "--example must be from 0 to 62, got 63"),
-        ("mine:nothing", "MODULE:FACTORY must name a module and a function of it, got 'mine:n"),
-        ("mine:bare", "mine:bare must return a module and examples of its inputs, a tensor with"),
-        ("mine:text", "mine:text must return a module and examples of its inputs"),
+        (
+            "mine:nothing",
+            "must name a function or a class in a module of Python, got no 'nothing' in",
+        ),
+        ("mine:bare", "a tensor with rows or a tuple of some, got Double"),
+        ("mine:text", "or a tuple of some, got (Identity, (Tensor, str))"),
         ("mine:empty", "mine:empty must return a module and examples of its inputs"),
         (
             "mine:local --port 0",
