@@ -355,5 +355,6 @@ class _Endpoints(Dispatcher):
 
     def _pause_of(self, url: str) -> float:
         """Return the seconds to the next probe: a server that others stand in for may wait."""
-        most = _MOST_PROBE_SECONDS if self.num_ready else _ALONE_PROBE_SECONDS
+        is_up = any(each.is_wanted for each in self._workers)
+        most = _MOST_PROBE_SECONDS if is_up else _ALONE_PROBE_SECONDS
         return min(self._pauses.get(url, 0.0), most)
