@@ -2,6 +2,7 @@ r"""The codes that repeat inputs: replication, and uneven copies with a regressi
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -123,14 +124,14 @@ class _RepetitionPlan(RowPlan, BatchPlan):
         super().__init__(code.regression, inputs, size, others, cut(grouping.order, code.num_data))
         if isinstance(code.ordering, str) and code.ordering == "similarity":
             grouping = Grouping(self.order, code.num_data)
-        errors, is_spare = np.ones(size), grouping.num_groups * code.num_workers > size
-        if num_stragglers and is_spare:  # copies are equal if there are no stragglers
-            errors = self.leave_one_out_variances().numpy() ** _GROWTH
-        copies = _copies(grouping, code.num_workers, num_stragglers, errors)  # [G, K]
-        points = np.stack([np.repeat(np.arange(len(c)), c) for c in copies])  # [G, N]
+        self.code, self.num_groups, n = code, grouping.num_groups, code.num_workers
+        errors, rows = np.ones(size), grouping.rows.T.numpy()  # [G, K]
+        if self.num_groups * n > size:  # some workers are to spare
+            if num_stragglers:  # copies are equal if there are no stragglers
+                errors = self.leave_one_out_variances().numpy() ** _GROWTH
+            rows = rows.ravel().repeat(_copies(errors[rows], size, n, num_stragglers).ravel())
         # Dealt anew for each group, or a lost worker would be the same copy's in all of them.
-        self._rows = grouping.rows.gather(0, torch.from_numpy(_dealt(points)).T)  # [N, G]
-        self.code, self.num_groups = code, grouping.num_groups
+        self._rows = torch.from_numpy(rows.ravel()[_deal(self.num_groups, n)])  # [N, G]
 
     def encode(self, values: Tensor) -> Tensor:
         if values.shape[:1] != (self.batch_size,):
@@ -141,55 +142,55 @@ class _RepetitionPlan(RowPlan, BatchPlan):
         return values.index_select(0, rows).view(*self._rows.shape, *values.shape[1:])
 
     def _source(self, received: Tensor) -> Tensor:
-        arrived = self._rows[received].flatten()  # [F G]
-        # The first result of each input, whichever worker repeats it.
-        first = torch.full((self.batch_size,), len(arrived))
-        first.scatter_reduce_(0, arrived, torch.arange(len(arrived)), "amin")
-        return torch.where(first < len(arrived), first, -1)
+        arrived = self._rows.index_select(0, received).flatten().numpy()  # [F G]
+        source = np.full(self.batch_size, -1)
+        # The first result of each input, whichever worker repeats it: the last that is assigned.
+        source[arrived[::-1]] = np.arange(len(arrived))[::-1]
+        return torch.from_numpy(source)
 
 
 def _copies(
-    grouping: Grouping, num_workers: int, num_stragglers: int, errors: NDArray[np.float64]
+    errors: NDArray[np.float64], size: int, num_workers: int, num_stragglers: int
 ) -> NDArray[np.int64]:
-    """Return the number of workers of each input of each group, ``[G, K]``.
+    """Return the number of workers of each of ``size`` inputs, in groups, ``[G, K]``.
 
     Each copy goes where it lowers the expected squared error most. This is the probability that all
-    copies are missing, times ``errors [B]``, and convex in the copies, so greedy is best.
+    copies are missing, times ``errors [G, K]``, and convex in the copies, so greedy is best.
     """
-    # lost[c] is the probability that all of c workers are among the S lost ones of N.
-    lost = np.ones(num_workers + 2)
-    for i in range(num_workers):
-        lost[i + 1] = lost[i] * max(num_stragglers - i, 0) / (num_workers - i)
-    gain = lost[:-1] - lost[1:]
-    of_group = errors[grouping.rows.T.numpy()]  # [G, K]
-    real = (grouping.targets.T >= 0).numpy()  # the last group may be filled up
-    copies, whole = real.astype(np.int64), real.all(axis=1)
-    for some in filter(np.any, (whole, ~whole)):  # the last group may have more to spare
-        more = np.arange(1, num_workers - real[some][0].sum() + 1)[:, None]
-        # Of each further copy, [., C, K]. Between equals, the one with fewer copies.
-        scores = gain[more] * of_group[some][:, None] - 1e-12 * more
-        scores = np.where(real[some][:, None], scores, -np.inf).reshape(len(scores), -1)
-        best = (-scores).argsort(axis=1, kind="stable")[:, : len(more)]
-        np.add.at(copies, (np.flatnonzero(some)[:, None], best % real.shape[1]), 1)
+    # By each further copy, the probability falls that all are among the S lost of N workers.
+    each = [max(num_stragglers - i, 0) / (num_workers - i) for i in range(num_workers)]
+    gain = -np.diff(np.cumprod([1.0, *each]))
+    copies, (groups, k) = np.ones_like(errors, dtype=np.int64), errors.shape
+    padding = errors.size - size  # the last group may be filled up, and have more to spare
+    whole, least = groups - (padding > 0), k - padding
+    copies[whole:, least:] = 0
+    for some, real in ((slice(whole), k), (slice(whole, groups), least)):
+        c = np.arange(1, num_workers - real + 1)[:, None]
+        if c.size and copies[some].size:
+            # Of each further copy, [., C, K]. Between equals, the one with fewer copies.
+            scores = gain[c] * errors[some, None, :real] - 1e-12 * c
+            best = (-scores).reshape(len(scores), -1).argsort(axis=1, kind="stable")
+            np.add.at(copies[some], (np.arange(len(best))[:, None], best[:, : len(c)] % real), 1)
     return copies
 
 
-def _dealt(points: NDArray[Any]) -> NDArray[Any]:
-    """Deal each group's points ``[G, N]`` to other workers, so that a late one is late elsewhere.
+@functools.lru_cache(8)  # some megabytes each for 200,000 rows
+def _deal(groups: int, n: int) -> NDArray[np.int64]:
+    """Return the point of each of n workers in each group, ``[N, G]``, of points ``[G, N]``, flat.
 
-    Points side by side, such as copies of one input, go to workers some steps apart. The number of
-    steps differs between groups, so two workers that are late together lose few inputs.
-    Neighbouring workers get no neighbouring points.
+    Groups are dealt in different ways, so that a late worker is late elsewhere. Points side by
+    side, such as copies of one input, go to workers some steps apart. The number of steps differs
+    between groups, so two workers that are late together lose few inputs. Neighbouring workers get
+    no neighbouring points.
     """
-    groups, n = points.shape
     steps = [
         step
         for step in range(1, n // 2 + 1)
         if math.gcd(step, n) == 1 and all(n / 8 <= x <= n - n / 8 for x in (step, pow(step, -1, n)))
     ] or [1]
-    golden = (math.sqrt(5) - 1) / 2
     group = np.arange(groups)
-    step = np.array(steps)[group % len(steps)]
+    step, golden = np.array(steps)[group % len(steps)], (math.sqrt(5) - 1) / 2
     shift = np.floor(group * golden % 1 * n).astype(np.int64)
     workers = (step[:, None] * np.arange(n) + shift[:, None]) % n  # the worker of each point
-    return np.take_along_axis(points, workers.argsort(axis=1), axis=1)
+    flat: NDArray[np.int64] = group * n + workers.argsort(axis=1).T
+    return flat
