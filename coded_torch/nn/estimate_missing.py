@@ -85,14 +85,13 @@ class Answers:
                 answers[i] = own if plan is None else own.index_select(0, source.to(own.device))
                 continue
             of_leaf = {j: x[i] for j, x in enumerate(approximations) if i in x}
-            first = not answers  # the first output has error bounds
-            rows, of_surrogates, bounds = self._decoded(stacked, i, plan, source, of_leaf, first)
+            rows, used, bounds = self._decoded(stacked, i, plan, source, of_leaf, not answers)
             if not_finite is not None:  # nothing is known of their distances
                 mean = own[source[exact].to(own.device)].mean(0)
                 rows = _filled(rows, estimated & not_finite, mean)
-            if bounds is not None:
+            if bounds is not None:  # of the first output
                 self._note(bounds, rows)
-            weights.append(tuple(of_surrogates.get(j, 0.0) for j in range(len(approximations))))
+            weights.append(tuple(used.get(j, 0.0) for j in range(len(approximations))))
             choices += [dataclasses.replace(x, output=len(weights) - 1) for x in plan.choices]
             answers[i] = rows
         floating = [rows for rows in answers.values() if rows.is_floating_point()]
@@ -317,8 +316,8 @@ def _rounded(bounds: ErrorBounds, answers: Tensor, dtype: torch.dtype) -> ErrorB
     """Return the error bounds of answers ``[B, ...]`` that are computed in a dtype, or rounded."""
     info, most = torch.finfo(dtype), 0.5 if answers.dtype != dtype else _ROUNDING
     numbers = plain("decode", "answers", answers).reshape(len(answers), -1)
-    units = numbers.double().abs().clamp_(min=info.smallest_normal) * (info.eps * most)
-    return bounds.widened(units.square().sum(1).sqrt().cpu())
+    norms = torch.linalg.vector_norm(numbers, dim=1, dtype=torch.float64).cpu()
+    return bounds.widened((norms + numbers.shape[1] ** 0.5 * info.tiny) * (info.eps * most))
 
 
 def _levelled(values: Tensor, rows: Tensor | None) -> Tensor:
