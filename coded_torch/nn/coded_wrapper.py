@@ -235,7 +235,7 @@ class CodedWrapper(ModuleProxy):
         record = self._record
         check = None if record is None else Verifier(record, waiting, division.inputs.floating())
         answers = Answers(self.surrogate, division, report, self.module, check)
-        execution = Execution(division, report, check)
+        execution = Execution(division, report, check, answers.prepare)
         with report.timed("compute"):
             execution.run(pool, self.module, waiting, self._history)
             answers.forget_excluded()

@@ -190,7 +190,7 @@ class Decisions:
         hedges = sum(other.why == "hedge" for other in part.line())
         if hedges >= _HEDGES or any(other.kind == "died" for other in part.line()):
             return False
-        if not self.hedged:
+        if not self.hedged and self.may_estimate:
             self.hedged, self.prepare_at = True, (self.table.since + self.late_at) / 2
         # A row that is late on two workers may be slow on all: one worker stays free for others.
         may = hedges == 0 or len(missing) > 1 or idle > 1
