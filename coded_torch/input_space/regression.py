@@ -50,7 +50,8 @@ class Regression:
         :math:`O(B^2 d + B^3)` on the host, in float32; batches of more than 4,096 rows are
         estimated in parts. Another metric than "shrunk", or another length than 2, must estimate
         better by two standard errors of the gain. The same inputs and results give the same bits.
-        Gradients of estimates take distances, metric, length and trust as constant.
+        Gradients of estimates take distances, metric, length and trust as constant. Estimates with
+        derivatives may differ from others in the last bits.
 
     Example:
         >>> import torch

@@ -92,16 +92,16 @@ class Execution:
             until = policy.decide(history, table)
             if table.reason:
                 return
-            if table.prepares and table.answered:
-                table.prepares = False
-                with self._report.timed("decode"):  # now, while the call would wait anyway
-                    self._prepare(self.checks.stack())
             if table.unwanted:
                 request.drop(table.unwanted)
                 table.unwanted.clear()
             if asked < len(table.parts):
                 request.ask(table.parts[asked:])
                 asked = len(table.parts)
+            if table.prepares and table.answered:
+                table.prepares = False
+                with self._report.timed("decode"):  # now, while the call would wait anyway
+                    self._prepare(self.checks.stack())
             events, end = list[Began | Reply](), until
             wanted = self._division.needed - len(table.answered)
             # Until a part of the first round fails or is late, there is nothing to decide.

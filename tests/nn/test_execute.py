@@ -371,19 +371,23 @@ def test_a_report_is_five_lines_to_read():
 
 @pytest.mark.parametrize(("late", "fitted"), [(math.inf, [5.0]), (7.0, [5.0, 10.0])])
 def test_the_regression_is_fitted_while_the_call_waits(monkeypatch, late, fitted):
-    """At the deadline it is fitted again if more results have arrived."""
+    """Once hedges are asked for. If more results have arrived by the deadline, it is fitted anew."""
     hangs, f = ("ok", math.inf), nn.Linear(3, 2)
     x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
-    times, choose = [], ops.choose_regression
-    monkeypatch.setattr(ops, "choose_regression", lambda *a: times.append(pool.clock) or choose(*a))
-    found = []
+    fits, choose, found = [], ops.choose_regression, []
+
+    def fit(*args):
+        fits.append((pool.clock, len(pool.begun) > 4))
+        return choose(*args)
+
+    monkeypatch.setattr(ops, "choose_regression", fit)
     for budget in (0.5, 0.0):  # without a budget no part is hedged, and nothing is prepared
         pool = VirtualWorkers([[("ok", 1.0), hangs]] * 2 + [[("ok", late), hangs], [hangs]])
         coded = CodedWrapper(f, workers=pool, waiting=Waiting(deadline=10.0, hedge_budget=budget))
         with torch.no_grad():
             found.append(coded.run(x))
         assert found[-1][1].estimated.sum() == (20 if late == math.inf else 10)
-        assert times == (fitted if budget else [10.0])
-        times.clear()
+        assert fits == ([(at, True) for at in fitted] if budget else [(10.0, False)])
+        fits.clear()
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1].radii, found[1][1].radii)
