@@ -38,7 +38,7 @@ LINES = {
     "cli": 952,
     "codes": 952,
     "experiments": 1658,
-    "input_space": 1205,
+    "input_space": 1200,
     "nn": 2021,
     "open_inference": 680,
     "scheduling": 775,
@@ -47,7 +47,7 @@ LINES = {
     "verification": 897,
     "workers": 3471,
 }
-MOST_LINES = 16_354  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 16_351  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 
