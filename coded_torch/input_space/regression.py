@@ -200,7 +200,7 @@ class RowPlan:
         results: Tensor,
         answers: Tensor,
         surrogates: tuple[Tensor, ...] = (),
-    ) -> ErrorBounds:
+    ) -> ErrorBounds | None:
         """Return the error bounds of the answers ``[B, ...]`` of :meth:`decode`.
 
         Surrogates ``[F G, ...]`` were subtracted from results, ``[B, ...]`` will be added.

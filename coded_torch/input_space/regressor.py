@@ -145,6 +145,16 @@ class Regressor:
         estimates = _scaled(product(weights, _scaled(values, size)), 1 / size)
         return estimates.expand(len(self.missing), *estimates.shape[1:]), choice
 
+    def left_out(self, results: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rows with results, some columns, and these less their estimates by all others."""
+        with outside(), exactly():
+            sample, _ = self._sample(results)
+            _, process, found = self.fit(sample)
+            # Of more than 512 results, some are left out only.
+            told = process is not None and len(found.residuals) == len(self.known)
+            rows = self._distances.rows.index_select(0, self.known if told else self.known[:0])
+            return rows, sample[: len(rows)], found.residuals[: len(rows)]
+
     def bounds(self, results: Tensor, answers: Tensor, *surrogates: Tensor) -> Bounds:
         """Return the error bounds of the missing rows, as ``RowPlan`` does."""
         rows, (of_used, size) = self.missing, self._sample(results)

@@ -90,8 +90,9 @@ class Decisions:
                 self._drop()
             self._replace()
             reason = self._reason() or ("" if table.open else "failed")
-            if table.now >= self.prepare_at:
-                self.prepare_at, table.prepares = math.inf, True
+            if table.now >= self.prepare_at:  # but the call must not end later for it
+                self.prepare_at = math.inf
+                table.prepares = table.now + table.reserve <= self.late_at
         if reason:
             self._end(reason)
         return self._until()

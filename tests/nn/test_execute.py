@@ -397,3 +397,20 @@ def test_the_regression_is_fitted_while_the_call_waits(monkeypatch, late, fitted
     assert repeated >= 0.05 if len(fitted) > 1 else seconds[0] >= 0.05
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1].radii, found[1][1].radii)
+
+
+@pytest.mark.parametrize(("reserve", "fitted"), [(2.0, [5, 8]), (4.0, [7])])
+def test_no_regression_is_fitted_early_that_would_end_the_call_late(monkeypatch, reserve, fitted):
+    choose, fits, hangs = ops.choose_regression, [], ("ok", math.inf)
+
+    def fit(*args):
+        fits.append(round(pool.clock))
+        return choose(*args)
+
+    monkeypatch.setattr(ops, "choose_regression", fit)
+    monkeypatch.setattr(EstimationTimes, "reserve", lambda *_: (4096, reserve))
+    pool = VirtualWorkers([[("ok", 1.0), hangs], [("ok", 7.0), hangs], [hangs]])
+    coded = CodedWrapper(nn.Linear(3, 2), workers=pool, waiting=Waiting(deadline=10.0))
+    with torch.no_grad():
+        coded.run(torch.randn(30, 3))
+    assert fits == fitted
