@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 import coded_torch
 
@@ -162,6 +161,8 @@ def info(args: argparse.Namespace) -> None:
 
 def _try_kernels(shrink: int = 1) -> None:
     """Print whether each kernel is right on each device, and times of six shapes."""
+    from torch.utils.benchmark import Timer  # builds for CUDA say on import that there is no device
+
     warnings.simplefilter("ignore")  # the reason of a warning is printed below
     kernels, width = torch.ops.coded_torch, 32
     for device in range(torch.cuda.device_count()):
