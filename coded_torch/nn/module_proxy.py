@@ -64,8 +64,13 @@ class ModuleProxy(nn.Module):
             Exception: a call fails or, after the answers before it, the iterable. Its attribute
                 ``batch`` is the number of the batch.
         """
-        run = functools.partial(self.run, waiting=waiting)
-        return _map_batches(run, batches, count("map", "in_flight", in_flight))
+        in_flight = count("map", "in_flight", in_flight)
+        # The calls together have a part for each worker. More parts cost more: with two workers,
+        # 64 images for LeNet-5 took 1.3 times as long in two parts as in one.
+        own: Any = self
+        parts = own.parts or -(-(own.workers.num_workers or 1) // in_flight)
+        run = functools.partial(self.run, waiting=waiting, parts=parts)
+        return _map_batches(run, batches, in_flight)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the module inside, with the arguments of :func:`torch.compile`."""
