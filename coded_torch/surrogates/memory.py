@@ -20,18 +20,17 @@ from ..input_space.error_bounds import GROWTH
 from ..input_space.gaussian_process import NUGGET, GaussianProcess
 from ..input_space.geometry import evenly, matern52, squared_distances, typical_rows
 from ..input_space.metrics import METRICS, Leaf
-from ..input_space.regressor import LENGTH, Regressor
+from ..input_space.regressor import LENGTH
+from ..input_space.space import Space, Spaces, joined
 
 logger = sparing_logger("coded_torch.surrogates")
 
 # Directions of the coordinates: with 64 of 1,024 rows' the squared error grows by 7 to 10 %, with
 # 128 by less than 3 %. (measured once; no benchmark keeps it)
 _RANK = 96
-_NOTHING = 1e-6  # directions that hold less of the variance are rounding; not tuned
 # Rows from which the coordinates are found for the last time: all of 1,000 rows lower the error by
 # 1 % against 512. (measured once; no benchmark keeps it)
 _FROZEN_AT = 1024
-_LANDMARKS = 512  # rows that determine the directions
 _PATH = 240  # rows of the path whose steps are the unit of length, as many as batches often have
 # New rows after which the regression is made again, and the share of time for it; not tuned.
 _FRESH, _SHARE = 256, 0.02
@@ -85,7 +84,7 @@ class Memory:
     def _forget(self) -> None:
         self._generation += 1
         self._form: Any = None
-        self._space: _Space | None = None  # once it is frozen
+        self._space: Space | None = None  # once it is frozen
         self._rows: deque[tuple[Any, Tensor]] = deque()  # leaves or coordinates; outputs
         self._num_rows = self._num_fresh = 0
         self._snapshot: _Snapshot | None = None
@@ -189,12 +188,12 @@ class Memory:
                 self._making, self._num_fresh = making, 0
 
     def _make(
-        self, generation: int, form: Any, space: _Space | None, rows: list[tuple[Any, Tensor]]
+        self, generation: int, form: Any, space: Space | None, rows: list[tuple[Any, Tensor]]
     ) -> None:
         try:
             start = time.thread_time()  # other threads' time does not count
             outputs = torch.cat([y for _, y in rows])
-            found = space or _Space([x for x, _ in rows], outputs)
+            found = space or _space([x for x, _ in rows], outputs)
             known = [x if space else found(x) for x, _ in rows]
             snapshot = _Snapshot(form, found, torch.cat(known), outputs)
             with self._lock:
@@ -214,49 +213,10 @@ class Memory:
         return f"Memory(capacity={self.capacity})"
 
 
-class _Space:
-    """Few coordinates of inputs, in the metric in which results estimate each other best.
-
-    At most 512 of the rows determine them. Among the few rows of a batch another metric wins: the
-    more rows there are, the finer it is.
-    """
-
-    def __init__(self, seen: Sequence[list[Leaf]], outputs: Tensor) -> None:
-        leaves = [_joined(column) for column in zip(*seen, strict=True)]
-        some = typical_rows([leaf.rows for leaf in leaves]).nonzero().flatten()
-        some = some[evenly(len(some), _LANDMARKS)]
-        leaves = [leaf.at(some) for leaf in leaves]
-        distances = metrics.Distances(metrics.Sources((), leaves), tuple(METRICS))
-        regressor = Regressor(distances, LENGTH, compared=_LANDMARKS)
-        choice = regressor.fit(outputs[some[regressor.known]].double()).choice
-        name = choice.metric if choice else metrics.DEFAULT
-        self._is_pooled, shrinkage = METRICS[name].features == "pooled", METRICS[name].shrinkage
-        self._factor, self._offset = distances.fitted(name).map
-        rows = self._scaled(leaves)
-        values, vectors = torch.linalg.eigh(rows @ rows.T)
-        values, vectors = values[-_RANK:].clamp(min=0), vectors[:, -_RANK:]
-        total = float(values.sum())
-        if shrinkage < math.inf:  # sqrt(1 / (l + tau)) turns X' U into the metric's directions
-            weights = (values + shrinkage * total).clamp(min=1e-300).rsqrt()
-            vectors = vectors * torch.where(values > _NOTHING * total, weights, 0.0)
-        projection = rows.T @ vectors
-        square = float((rows @ projection).square().sum(1).mean())
-        self._projection = projection * (square**-0.5 if square > 0 else 0.0)
-
-    def __call__(self, leaves: Sequence[Leaf]) -> Tensor:
-        """Return coordinates ``[n, 96]``, or fewer if there are no more directions."""
-        return torch.mm(self._scaled(leaves), self._projection).float()
-
-    def _scaled(self, leaves: Sequence[Leaf]) -> Tensor:
-        rows = [x.rows if x.pooled is None or not self._is_pooled else x.pooled for x in leaves]
-        scaled: Tensor = torch.cat(rows, 1).double() * self._factor - self._offset
-        return scaled
-
-
 class _Snapshot:
     """A regression of outputs ``[M, C]`` on coordinates ``[M, r]``, which is never changed."""
 
-    def __init__(self, form: Any, space: _Space, rows: Tensor, outputs: Tensor) -> None:
+    def __init__(self, form: Any, space: Space, rows: Tensor, outputs: Tensor) -> None:
         self.form, self._space = form, space
         typical = typical_rows([rows])
         rows, outputs = rows[typical], outputs[typical].double()
@@ -291,10 +251,10 @@ def _deviation(covariances: Tensor) -> Tensor:
     return (1 + NUGGET - nearest.square()).clamp(min=NUGGET) ** (GROWTH / 2)
 
 
-def _joined(leaves: Sequence[Leaf]) -> Leaf:
-    """Return the rows of leaves of one form as one."""
-    pooled = [leaf.pooled for leaf in leaves if leaf.pooled is not None]
-    return Leaf(torch.cat([leaf.rows for leaf in leaves]), torch.cat(pooled) if pooled else None)
+def _space(seen: Sequence[list[Leaf]], outputs: Tensor) -> Space:
+    """Return the coordinates in which outputs ``[M, C]`` estimate each other best."""
+    spaces = Spaces([joined(column) for column in zip(*seen, strict=True)], _RANK, [*METRICS])
+    return spaces.of(spaces.choose(outputs, LENGTH)[0])
 
 
 def _form(tensors: Sequence[Tensor]) -> tuple[torch.Size, ...]:
