@@ -287,6 +287,7 @@ def _residuals(
 
 
 def weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    """Return the weighted sum of values."""
     products = [weight * x for weight, x in zip(weights, values, strict=True)]
     return sum(products[1:], products[0])
 

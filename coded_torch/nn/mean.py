@@ -143,8 +143,8 @@ class _Looks:
         self._of_rows = False
         with contextlib.suppress(TypeError, ValueError):  # a function in C may have no signature
             self._of_rows = of is not None and "rows" in inspect.signature(of).parameters
-        policy, off = coded.waiting or Waiting(), {"deadline": None, "estimate_after": None}
-        self._waiting = dataclasses.replace(policy, **off, estimate=False, on_error="raise")
+        budget = (coded.waiting or Waiting()).hedge_budget
+        self._waiting = Waiting(hedge_budget=budget, estimate=False)
         # A memory has learnt the computed rows, and would make too small errors of them.
         self._surrogates = [x for x in coded.surrogate if not isinstance(x, Memory)]
         metrics = () if coded.estimator is None else coded.estimator.metrics
@@ -213,23 +213,19 @@ class _Looks:
             must = f"must be real, one row for each of {len(rows)}, got {got}"
             raise ValueError(f"mean: outputs, or what of returns, {must}")
         flat = [x.reshape(len(rows), -1) for x in found]
+        kinds = [torch.full((x.shape[1],), x.dtype is torch.bool) for x in flat]
         numbers = torch.cat([x.double() for x in flat], 1)
         if not bool(numbers.isfinite().all()):
             row = int(rows[~numbers.isfinite().all(1)][0])
-            raise ValueError(
-                f"mean: what of returns must be finite, got other numbers in row {row}"
-            )
-        kinds = [torch.full((x.shape[1],), x.dtype is torch.bool) for x in flat]
+            raise ValueError(f"mean: what of returns must be finite, got others in row {row}")
         return numbers, torch.cat(kinds)
 
     def _cheap_of(self, inputs: Inputs, rows: Tensor) -> list[Tensor]:
         """Return the numbers of each surrogate, ``[rows, C]``."""
         found = []
         for surrogate in self._surrogates:
-            device, given = device_of(surrogate), (inputs.args, inputs.kwargs)
-            args, kwargs = pytree.tree_map_only(
-                Tensor, lambda x, to=device: x.to(to or x.device), given
-            )
+            move = functools.partial(Tensor.to, device=device_of(surrogate) or inputs.device)
+            args, kwargs = pytree.tree_map_only(Tensor, move, (inputs.args, inputs.kwargs))
             with as_called():
                 outputs = surrogate(*args, **kwargs)
             found.append(self._numbers(outputs, rows)[0])

@@ -275,7 +275,7 @@ def test_arguments_are_checked_before_the_first_look(given, error):
         ({"of": lambda y: 1.0}, r"mean: .* one row for each of 60, got float"),
         (
             {"of": lambda y: y / 0},
-            r"mean: what of returns must be finite, got other numbers in row",
+            r"mean: what of returns must be finite, got others in row",
         ),
     ],
 )
