@@ -93,7 +93,7 @@ class Regressor:
         for known, chosen in self._fits:
             if torch.equal(known, results):
                 return chosen
-        metric, length = (not search and self._last) or self.search(results)
+        metric, length = (not search and self._last) or self._search(results)
         self._last, process = (metric, length), self.process(metric, length)
         found = process.estimate(results.contiguous())
         choice = Choice(name_of(metric), length, found.error, found.trust)
@@ -109,8 +109,8 @@ class Regressor:
             self._processes[metric, length] = found
         return self._processes[metric, length]
 
-    def search(self, results: Tensor) -> tuple[str | Features, float]:
-        """Return the metric that estimates results best, and then the length, in steps."""
+    def _search(self, results: Tensor) -> tuple[str | Features, float]:
+        """Return the metric that estimates results best, and then the length."""
         by, length, first = self._distances, self._length, self._distances.first
         metrics = by.competing
         if len(self.known) < _LEAST or not results.shape[1]:

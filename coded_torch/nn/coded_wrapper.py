@@ -23,7 +23,7 @@ from ..workers.local import LocalWorkers
 from .division import Columns, Division, Inputs, Rows, training_part
 from .estimate_missing import Answers
 from .execute import Execution, seconds_left
-from .mean import Interval, intervals_of
+from .mean import Interval, Looks
 from .module_proxy import ModuleProxy
 from .report import Report
 from .result_checks import Stacked
@@ -199,8 +199,8 @@ class CodedWrapper(ModuleProxy):
             correction (Chow, Robbins, Annals of Mathematical Statistics 1965). Formulas and other
             sources are in ``coded_torch/input_space/finite_mean.py``.
         """
-        how = {"level": level, "anytime": anytime}
-        return intervals_of(self, inputs, of, half_width, max_rows, seed, **how)
+        looks = Looks(self, inputs, of, max_rows, level, anytime, seed)
+        return looks.until(half_width)
 
     @property
     def num_stragglers(self) -> int:

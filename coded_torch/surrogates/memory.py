@@ -19,18 +19,19 @@ from ..input_space import metrics
 from ..input_space.error_bounds import GROWTH
 from ..input_space.gaussian_process import NUGGET, GaussianProcess
 from ..input_space.geometry import evenly, matern52, squared_distances, typical_rows
-from ..input_space.metrics import METRICS, Leaf
-from ..input_space.regressor import LENGTH
-from ..input_space.space import Space, Spaces, joined
+from ..input_space.metrics import METRICS, Fitted, Leaf, Metric
+from ..input_space.regressor import LENGTH, Regressor
 
 logger = sparing_logger("coded_torch.surrogates")
 
 # Directions of the coordinates: with 64 of 1,024 rows' the squared error grows by 7 to 10 %, with
 # 128 by less than 3 %. (measured once; no benchmark keeps it)
 _RANK = 96
+_NOTHING = 1e-6  # directions that hold less of the variance are rounding; not tuned
 # Rows from which the coordinates are found for the last time: all of 1,000 rows lower the error by
 # 1 % against 512. (measured once; no benchmark keeps it)
 _FROZEN_AT = 1024
+_LANDMARKS = 512  # rows that determine the directions
 _PATH = 240  # rows of the path whose steps are the unit of length, as many as batches often have
 # New rows after which the regression is made again, and the share of time for it; not tuned.
 _FRESH, _SHARE = 256, 0.02
@@ -213,6 +214,33 @@ class Memory:
         return f"Memory(capacity={self.capacity})"
 
 
+class Space:
+    """Few coordinates of inputs in one metric, of mean square 1 on the rows that determine them."""
+
+    def __init__(self, leaves: Sequence[Leaf], metric: Metric, fit: Fitted) -> None:
+        self._is_pooled, shrinkage = metric.features == "pooled", metric.shrinkage
+        self._factor, self._offset = fit.map
+        rows = self._scaled(leaves)
+        values, vectors = torch.linalg.eigh(rows @ rows.T)
+        values, vectors = values[-_RANK:].clamp(min=0), vectors[:, -_RANK:]
+        total = float(values.sum())
+        if shrinkage < math.inf:  # sqrt(1 / (l + tau)) turns X' U into the metric's directions
+            weights = (values + shrinkage * total).clamp(min=1e-300).rsqrt()
+            vectors = vectors * torch.where(values > _NOTHING * total, weights, 0.0)
+        projection = rows.T @ vectors
+        square = float((rows @ projection).square().sum(1).mean())
+        self._projection = projection * (square**-0.5 if square > 0 else 0.0)
+
+    def __call__(self, leaves: Sequence[Leaf]) -> Tensor:
+        """Return coordinates ``[n, 96]``, or fewer if there are no more directions."""
+        return torch.mm(self._scaled(leaves), self._projection).float()
+
+    def _scaled(self, leaves: Sequence[Leaf]) -> Tensor:
+        rows = [x.rows if x.pooled is None or not self._is_pooled else x.pooled for x in leaves]
+        scaled: Tensor = torch.cat(rows, 1).double() * self._factor - self._offset
+        return scaled
+
+
 class _Snapshot:
     """A regression of outputs ``[M, C]`` on coordinates ``[M, r]``, which is never changed."""
 
@@ -252,9 +280,26 @@ def _deviation(covariances: Tensor) -> Tensor:
 
 
 def _space(seen: Sequence[list[Leaf]], outputs: Tensor) -> Space:
-    """Return the coordinates in which outputs ``[M, C]`` estimate each other best."""
-    spaces = Spaces([joined(column) for column in zip(*seen, strict=True)], _RANK, [*METRICS])
-    return spaces.of(spaces.choose(outputs, LENGTH)[0])
+    """Return coordinates in the metric in which outputs ``[M, C]`` estimate each other best.
+
+    At most 512 of the rows determine them. Among the few rows of a batch another metric wins: the
+    more rows there are, the finer it is.
+    """
+    leaves = [_joined(column) for column in zip(*seen, strict=True)]
+    some = typical_rows([leaf.rows for leaf in leaves]).nonzero().flatten()
+    some = some[evenly(len(some), _LANDMARKS)]
+    leaves = [leaf.at(some) for leaf in leaves]
+    distances = metrics.Distances(metrics.Sources((), leaves), tuple(METRICS))
+    regressor = Regressor(distances, LENGTH, compared=_LANDMARKS)
+    choice = regressor.fit(outputs[some[regressor.known]].double()).choice
+    name = choice.metric if choice else metrics.DEFAULT
+    return Space(leaves, METRICS[name], distances.fitted(name))
+
+
+def _joined(leaves: Sequence[Leaf]) -> Leaf:
+    """Return the rows of leaves of one form as one."""
+    pooled = [leaf.pooled for leaf in leaves if leaf.pooled is not None]
+    return Leaf(torch.cat([leaf.rows for leaf in leaves]), torch.cat(pooled) if pooled else None)
 
 
 def _form(tensors: Sequence[Tensor]) -> tuple[torch.Size, ...]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from coded_torch.input_space.finite_mean import KernelRegression, Rows, boundary, intervals
+from coded_torch.input_space.finite_mean import Kernel, KernelRegression, boundary, intervals
 from coded_torch.input_space.geometry import matern52
 
 from ..nn.modules import rand
@@ -18,15 +18,21 @@ def data_set(total=300, seed=0):
     return z, torch.stack([smooth, smooth + 0.3 * rand(total, seed=seed + 1)], 1)
 
 
-def of_draw(z, y, order, n, seen=None, is_share=False, offsets=None, **options):
+def regressed(z, y, *lengths):
+    return KernelRegression([Kernel(z, length) for length in lengths], y)
+
+
+def of_draw(z, y, order, n, seen=None, is_share=False, offsets=None, factor=1.0):
     """Return the intervals from the first n rows of an order, ours and those of sampling."""
     others = order[n : None if seen is None else n + seen]
     offsets = torch.zeros_like(y) if offsets is None else offsets
-    regression = KernelRegression(z[order[:n]], (y - offsets)[order[:n]], (1.0, 2.0))
-    sums, offset = regression.sums(z[others]), offsets[others].mean(0)
+    regression = regressed(z[order[:n]], (y - offsets)[order[:n]], 1.0, 2.0)
+    k = regression.kernel.sums(z[others]) / len(others)
+    estimate = offsets[others].mean(0) + k @ regression.weights
+    parts = regression.errors, estimate, regression.second_order(k), len(others)
     shares = torch.full(y.shape[1:], is_share)
-    rows = Rows(y[order[:n]], shares, len(y), len(others), offsets[order[:n]], offset)
-    return intervals(rows, regression, sums, LEVEL, **options)
+    found = intervals(y[order[:n]], shares, *parts, len(y), level=LEVEL, factor=factor)
+    return *found[0], *found[1]
 
 
 def dense(regression, z):
@@ -34,7 +40,7 @@ def dense(regression, z):
 
     def kernel(x):
         squared = torch.cdist(x.double(), z.double()).square()
-        return matern52(squared, regression._length) + 30.0
+        return matern52(squared, regression.kernel._length) + 30.0
 
     noise = regression._noise * torch.eye(len(z), dtype=torch.float64)
     return kernel, torch.linalg.inv(kernel(z) + noise)
@@ -43,10 +49,11 @@ def dense(regression, z):
 def test_leave_one_out_errors_and_the_second_order_part_equal_brute_force():
     z, y = data_set(40)
     n = 12
-    regression = KernelRegression(z[:n], y[:n], (1.5,))
+    regression = regressed(z[:n], y[:n], 1.5)
     kernel, a = dense(regression, z[:n])
-    torch.testing.assert_close(regression.times(torch.eye(n).double()), a, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(regression.diagonal, a.diagonal(), rtol=1e-6, atol=1e-7)
+    # The jitter is some thousandth of the least noise.
+    torch.testing.assert_close(regression.times(torch.eye(n).double()), a, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(regression.diagonal, a.diagonal(), rtol=1e-3, atol=1e-4)
 
     def prediction(kept, rows):
         own = kernel(z[:n])[kept][:, kept] + regression._noise * torch.eye(len(kept)).double()
@@ -57,8 +64,8 @@ def test_leave_one_out_errors_and_the_second_order_part_equal_brute_force():
         kept = [j for j in range(n) if j not in (i, *without)]
         return y[i] - prediction(kept, z[i : i + 1])[0]
 
-    errors = regression.times(y[:n]) / regression.diagonal[:, None]
-    torch.testing.assert_close(errors, torch.stack([error(i) for i in range(n)]))
+    left_out = torch.stack([error(i) for i in range(n)])
+    torch.testing.assert_close(regression.errors, left_out, rtol=1e-3, atol=1e-5)
     # Leaving out row j, too, moves the error of row i and, by j alone, the mean of other rows.
     moved = torch.zeros(n, n, 2).double()
     every = [*range(n)]
@@ -69,20 +76,20 @@ def test_leave_one_out_errors_and_the_second_order_part_equal_brute_force():
                 mean = prediction(every, z[n:]).mean(0) - prediction(without, z[n:]).mean(0)
                 moved[i, j] = error(i, j) - error(i) - mean
     b = ((moved * moved.transpose(0, 1)).sum((0, 1)) / n**2).clamp(min=0)
-    found = regression.second_order(errors, kernel(z[n:]).mean(0))
-    torch.testing.assert_close(found, b, rtol=1e-5, atol=1e-9)
+    found = regression.second_order(kernel(z[n:]).mean(0))
+    torch.testing.assert_close(found, b, rtol=1e-3, atol=1e-8)
 
 
 def test_few_kernels_are_those_of_all_rows_if_they_suffice(monkeypatch):
     """Each row is there three times, so a third of the kernels is as good as all."""
     z, y = data_set(40)
     z, y = z.repeat_interleave(3, 0), y.repeat_interleave(3, 0)
-    exact = KernelRegression(z, y, (1.5,))
-    monkeypatch.setattr("coded_torch.input_space.finite_mean._KERNELS", 40)
-    few = KernelRegression(z, y, (1.5,))
+    exact = regressed(z, y, 1.5)
+    monkeypatch.setattr("coded_torch.input_space.finite_mean._CENTRES", 40)
+    few = regressed(z, y, 1.5)
     others = data_set(50, seed=5)[0]
     torch.testing.assert_close(few.diagonal, exact.diagonal, rtol=1e-4, atol=1e-4)
-    sums = [each.of_rows(each.sums(others)) for each in (few, exact)]
+    sums = [each.kernel.sums(others) for each in (few, exact)]
     torch.testing.assert_close(*sums, rtol=1e-4, atol=1e-4)
     assert few._noise == exact._noise
 

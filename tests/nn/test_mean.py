@@ -91,7 +91,7 @@ def test_seeds_draw_the_rows_and_leave_the_global_state_alone():
 
 def test_batches_and_pytrees_give_the_intervals_of_one_tensor():
     alone = last(wrapped().mean(X, max_rows=94, seed=0))
-    batches = [X[:150], X[150:151], X[151:]]
+    batches = [X[:150], X[150:300], X[300:]]
     bound = [inspect.signature(curve).bind(batch) for batch in batches]
     for inputs in (batches, [(batch,) for batch in batches], bound, (X,)):
         assert same(last(wrapped().mean(inputs, max_rows=94, seed=0)), alone)
@@ -113,17 +113,17 @@ def test_batches_are_read_when_they_are_needed():
     assert same(next(wrapped().mean(Lazy(), seed=0)), next(wrapped().mean(X, seed=0)))
 
 
-def test_of_may_ask_for_the_numbers_of_rows_and_its_boolean_columns_are_shares():
+def test_of_gets_the_numbers_of_rows_and_its_boolean_columns_are_shares():
     def right(outputs, rows):
         return (outputs[:, 0] > 0).long() == LABELS[rows]
 
     found = list(wrapped().mean(X, right, seed=0))
     torch.testing.assert_close(found[-1].value, truth(right(curve(X), torch.arange(400)))[None])
-    rare = next(wrapped().mean(X, lambda outputs: outputs > 1e6, seed=0))
+    rare = next(wrapped().mean(X, lambda outputs, _: outputs > 1e6, seed=0))
     assert (rare.half_width > 0.02).all()  # though no row of 60 is one
-    numbers = next(wrapped().mean(X, lambda outputs: (outputs > 1e6).double(), seed=0))
+    numbers = next(wrapped().mean(X, lambda outputs, _: (outputs > 1e6).double(), seed=0))
     assert not numbers.half_width.any()
-    both = next(wrapped().mean(X, lambda outputs: (outputs, outputs[:, 0] > 1e6), seed=0))
+    both = next(wrapped().mean(X, lambda outputs, _: (outputs, outputs[:, 0] > 1e6), seed=0))
     assert torch.equal(both.half_width[2:], rare.half_width[:1])
     assert both.value.shape == (3,)
 
@@ -271,10 +271,13 @@ def test_arguments_are_checked_before_the_first_look(given, error):
     ("given", "error"),
     [
         ({"half_width": [1.0] * 3}, r"one for each of 2 columns, got 3"),
-        ({"of": lambda y: y[:1]}, r"mean: .* one row for each of 60, got torch.float32 \[1, 2\]"),
-        ({"of": lambda y: 1.0}, r"mean: .* one row for each of 60, got float"),
         (
-            {"of": lambda y: y / 0},
+            {"of": lambda y, _: y[:1]},
+            r"mean: .* one row for each of 60, got torch.float32 \[1, 2\]",
+        ),
+        ({"of": lambda y, _: 1.0}, r"mean: .* one row for each of 60, got float"),
+        (
+            {"of": lambda y, _: y / 0},
             r"mean: what of returns must be finite, got others in row",
         ),
     ],
