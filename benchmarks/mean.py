@@ -29,7 +29,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -56,14 +56,16 @@ MOST = 290  # rows at the last look
 PAUSE, WORKERS, SAMPLED = 5e-3, 6, 2000
 
 
+def shipped() -> tasks.Task:
+    x, labels = digits()
+    return tasks.Task(lenet5(), x, x, labels)
+
+
 @functools.cache
 def data(name: str, most: int = ROWS) -> tuple[Tensor, dict[str, Tensor], nn.Module]:
     """Return inputs, the numbers of their rows by kind, ``[N, C]`` each, and the module."""
-    if name == QUICK:
-        model, x, labels = lenet5(), *digits()
-    else:
-        task = tasks.task(name)
-        model, x, labels = task.model, task.inputs, task.labels
+    task = shipped() if name == QUICK else tasks.task(name)
+    model, x, labels = task.model, task.inputs, task.labels
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(SEED))[:most]
     x, labels = x[rows], None if labels is None else labels[rows]
     with torch.no_grad():
@@ -73,7 +75,8 @@ def data(name: str, most: int = ROWS) -> tuple[Tensor, dict[str, Tensor], nn.Mod
         return x, {"outputs": y, "classes": y > quantiles}, model
     found = y.argmax(1)
     classes = nn.functional.one_hot(found, y.shape[1]).bool()
-    return x, {"outputs": y, "classes": classes, "right": (found == labels)[:, None]}, model
+    right = (found == labels)[:, None]
+    return x, {"outputs": y, "classes": classes, "right": right}, model
 
 
 def looks_at(x: Tensor, y: Tensor, order: Tensor, cheap: Tensor | None = None) -> Looks:
@@ -82,7 +85,7 @@ def looks_at(x: Tensor, y: Tensor, order: Tensor, cheap: Tensor | None = None) -
     surrogate = () if cheap is None else (lambda _, rows: cheap[rows])
     coded = CodedWrapper(nn.Identity(), workers=LocalWorkers(), parts=1, surrogate=surrogate)
     looks = Looks(coded, (x, rows), seed=SEED)
-    looks.order = order
+    looks.drawn = looks.order = order
     return given(looks, y)
 
 
@@ -231,7 +234,8 @@ class Slow(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         time.sleep(PAUSE * len(x))
-        return self.module(x)
+        found: Tensor = self.module(x)
+        return found
 
 
 def processes(name: str) -> dict[str, Any]:
@@ -240,20 +244,21 @@ def processes(name: str) -> dict[str, Any]:
     y, total = kinds["outputs"], len(x)
     rows = min(SAMPLED, total // 2)
     target = 1.96 * y.std(0) * math.sqrt(1 / rows - 1 / total)
-    with ProcessWorkers(WORKERS).start(Slow(model.float()), x[:1], timeout=120) as pool:
+    with ProcessWorkers(WORKERS).start(Slow(model), x[:2], timeout=120) as pool:
         coded = CodedWrapper(Slow(model), workers=pool)
-        begin, used = time.perf_counter(), dict[str, Any]()
-        for number, found in enumerate(coded.mean(x, half_width=target, seed=SEED)):
+        begin, every = time.perf_counter(), []
+        for number, each in enumerate(coded.mean(x, half_width=target, seed=SEED)):
+            every.append(each)
             if number % 3 == 1:
                 os.kill(pool.pids[number % WORKERS], signal.SIGKILL)
-        used["seconds"] = time.perf_counter() - begin
+        seconds, found = time.perf_counter() - begin, every[-1]
         restarts = pool.num_restarts
     right = ((found.value - y.mean(0)).abs() <= found.half_width).double().mean()
     return {
         "rows": found.rows,
         "total": total,
         "sampled rows": rows,
-        "wall seconds": rounded(used["seconds"])[0],
+        "wall seconds": rounded(seconds)[0],
         "least seconds of sampling": rounded(rows * PAUSE / WORKERS)[0],
         "columns that held": rounded(float(right))[0],
         "workers killed": restarts,
@@ -263,17 +268,15 @@ def processes(name: str) -> dict[str, Any]:
 def measurements(quick: bool) -> Iterable[Measurement]:
     counts = settings(quick)
     for name in (QUICK,) if quick else SETS:
-        measure: Callable[[], dict[str, Any]] = functools.partial(
-            fixed, name, SIZES, counts["draws"]
-        )
-        yield (name, "fixed"), measure
+        yield (name, "fixed"), functools.partial(fixed, name, SIZES, counts["draws"])
+    for name in (QUICK,) if quick else SETS:
         yield (name, "looks"), functools.partial(looks, name, counts["paths"])
         yield (name, "curve"), functools.partial(curve, name, counts["curves"])
-    for name in (QUICK,) if quick else ("digits", "speeches", "lenet5"):
-        yield (name, "many"), functools.partial(many, name, counts["draws of many"])
     name = QUICK if quick else "lenet5"
     yield (name, "student"), functools.partial(student, name, SIZES, counts["draws with a student"])
     yield (name, "processes"), functools.partial(processes, name)
+    for name in (QUICK,) if quick else ("digits", "lenet5"):
+        yield (name, "many"), functools.partial(many, name, counts["draws of many"])
 
 
 def settings(quick: bool) -> dict[str, Any]:
@@ -282,10 +285,10 @@ def settings(quick: bool) -> dict[str, Any]:
         "level": LEVEL,
         "rows": ROWS,
         "draws": 3 if quick else 1000,
-        "paths": 2 if quick else 150,
+        "paths": 2 if quick else 100,
         "curves": 1 if quick else 5,
-        "draws of many": 1 if quick else 40,
-        "draws with a student": 2 if quick else 300,
+        "draws of many": 1 if quick else 24,
+        "draws with a student": 2 if quick else 200,
         "pause": PAUSE,
         "workers": WORKERS,
     }

@@ -10,6 +10,8 @@ References:
     Efron, Stein, "The Jackknife Estimate of Variance", Annals of Statistics 1981.
     Agresti, Coull, "Approximate Is Better than 'Exact'", The American Statistician 1998.
     Pocock, "Group Sequential Methods in the Design and Analysis of Clinical Trials", 1977.
+    Chow, Robbins, "On the Asymptotic Theory of Fixed-Width Sequential Confidence Intervals",
+    Annals of Mathematical Statistics 1965 (looks that end by the width need no correction).
 """
 
 from __future__ import annotations

@@ -171,36 +171,36 @@ class CodedWrapper(ModuleProxy):
         """Yield ever narrower intervals for the means over all rows, from few computed rows.
 
         Rows are drawn at random, which is all that is assumed: 60, then a quarter more at each
-        look. Every drawn row is computed, or the call raises. Regression, with the surrogates but
-        not with a memory, narrows the interval of plain sampling where it can. The iterator ends
-        when each half width is reached, or at ``max_rows``, or with the exact means of all rows.
+        look. Regression, with the surrogates but not with a memory, narrows the interval of plain
+        sampling where it can. A drawn row is computed, or the call raises. The iterator ends when
+        each half width is reached, or at ``max_rows``, or with the exact means of all rows.
 
         Args:
-            inputs: as of a call, tensors ``[N, ...]``; a tuple holds positional arguments. Or a
-                list, or any sequence with a length, of batches.
-            of: from outputs of some rows to numbers ``[rows, C]``, finite, a row from each. If it
-                has a parameter ``rows``, it gets the rows' numbers, int64, such as for labels.
-                Boolean columns are shares. It runs here, on outputs of surrogates, too. Defaults
-                to the outputs as they are.
+            inputs: tensors ``[N, ...]``, as of a call; a tuple holds positional arguments. Or a
+                sequence of batches of one size; the last may have fewer rows.
+            of: a function of outputs of some rows and the rows' numbers, int64, such as for labels.
+                It returns finite numbers ``[rows, C]``. Boolean columns are shares. It runs here,
+                on outputs of surrogates, too. Defaults to the outputs as they are.
             half_width: positive, for all columns or ``[C]``. Defaults to None, no end by width.
             max_rows: the most rows that are computed, at least 2. Defaults to all.
-            level: the probability, between 0 and 1, that an interval holds, for each column. With
-                :math:`1 - (1 - level) / C` all C hold together.
-            anytime: whether all looks up to ``max_rows`` hold together, which takes 1.2 to 1.6
-                times the width: for those who end the loop by the value, not by the width.
+            level: the probability, between 0 and 1, that an interval holds, for each column.
+            anytime: whether all looks up to ``max_rows`` hold together, for those who end the loop
+                by the value, not by the width. It takes 1.2 to 1.6 times the width.
             seed: of the drawing. Defaults to another one in each call.
 
-        Raises:
-            Exception: as in calls, of rows of the data set: leaving them out would be a bias.
-
         Note:
-            A look passes over at most 128 times the computed rows, without the module. Medians,
-            maxima and ratios are not means. Heavy tails hold less often. Ends by width need no
-            correction (Chow, Robbins, Annals of Mathematical Statistics 1965). Formulas and other
-            sources are in ``coded_torch/input_space/finite_mean.py``.
+            A look passes over at most 128 times the computed rows, without the module.
+
+        Example:
+            >>> import torch
+            >>> from coded_torch import CodedWrapper, workers
+            >>> coded = CodedWrapper(torch.nn.Tanh(), workers=workers.LocalWorkers(), parts=1)
+            >>> x = torch.linspace(-2, 4, 10_000)[:, None]
+            >>> *_, found = coded.mean(x, half_width=0.01, seed=1)
+            >>> found.rows < 200, bool((found.value - x.tanh().mean()).abs() < found.half_width)
+            (True, True)
         """
-        looks = Looks(self, inputs, of, max_rows, level, anytime, seed)
-        return looks.until(half_width)
+        return Looks(self, inputs, of, max_rows, level, anytime, seed).until(half_width)
 
     @property
     def num_stragglers(self) -> int:

@@ -106,8 +106,10 @@ class Looks:
     Attributes:
         numbers: of the computed rows, in the order in which they were drawn, ``[rows, C]`` each.
         shares: bool ``[C]``, the columns that are shares.
+        seed: of the drawing.
         sizes: the numbers of computed rows at each look.
-        order: ``[N]``, the rows in the order in which they are drawn.
+        drawn: ``[N]``, the rows in the order in which they are drawn.
+        order: ``[N]``, the same; those of each look increase.
     """
 
     shares: Tensor
@@ -130,17 +132,18 @@ class Looks:
         level = real("mean", "level", level, "between 0 and 1", lambda x: 0 < x < 1)
         instance("mean", "anytime", anytime, bool)
         seed = random.SystemRandom().getrandbits(63) if seed is None else seed
-        seed = count("mean", "seed", seed, 0, 2**63 - 1)
+        self.seed = count("mean", "seed", seed, 0, 2**63 - 1)
         with on_host():
             self._data = data = _Data(inputs, coded.in_dims)
             most = data.total if max_rows is None else count("mean", "max_rows", max_rows, 2)
             self.sizes = [min(_FIRST, most := min(most, data.total))]
             while self.sizes[-1] < most:
                 self.sizes.append(min(math.ceil(_GROWTH * self.sizes[-1]), most))
-            order = torch.randperm(data.total, generator=torch.Generator().manual_seed(seed))
+            generator = torch.Generator().manual_seed(self.seed)
+            self.drawn = torch.randperm(data.total, generator=generator)
             # Rows of a look are in order, as batches may be read from a disk.
-            parts = [part.sort().values for part in order.tensor_split(self.sizes)[:-1]]
-            self.order = torch.cat([*parts, order[most:]])
+            parts = self.drawn.tensor_split(self.sizes)
+            self.order = torch.cat([part.sort().values for part in parts])
         self._level, self._factor = level, boundary(len(self.sizes), level) if anytime else 1.0
         self._coded, self._of, self.numbers = coded, of, list[Tensor]()
         budget = (coded.waiting or Waiting()).hedge_budget
@@ -191,7 +194,7 @@ class Looks:
         used = weights if explained > CHANCE * by_chance else []  # those of noise are not
         regression = KernelRegression([*self._kernels], y - _weighted(used, cheap))
         self._best = space, _ = self._kernels[kernel := regression.kernel]
-        others = self.order[size : size + _SEEN * size]
+        others = self.drawn[size : size + _SEEN * size]
         sums, offset, seen = torch.zeros(size), torch.zeros(y.shape[1]), len(others)
         for leaves, cheap in self._looked_at(others.sort().values):
             sums = sums + kernel.sums(_coordinates(space, leaves))
@@ -253,7 +256,7 @@ class Looks:
 
     @functools.cached_property
     def _spaces(self) -> Sequence[_Coordinates]:
-        leaves = self._leaves_of(self._data.take(self.order[-_PILOT:].sort().values))
+        leaves = self._leaves_of(self._data.take(self.drawn[-_PILOT:].sort().values))
         typical = typical_rows([x.rows.contiguous() for x in leaves])
         leaves = [x.at(typical) for x in leaves]
         fits = zip(_METRICS, fitted(leaves, _METRICS), strict=True)

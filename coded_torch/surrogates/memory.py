@@ -219,8 +219,8 @@ class Space:
 
     def __init__(self, leaves: Sequence[Leaf], metric: Metric, fit: Fitted) -> None:
         self._is_pooled, shrinkage = metric.features == "pooled", metric.shrinkage
-        self._factor, self._offset = fit.map
-        rows = self._scaled(leaves)
+        factor, offset = fit.map
+        rows = self._features(leaves) * factor - offset
         values, vectors = torch.linalg.eigh(rows @ rows.T)
         values, vectors = values[-_RANK:].clamp(min=0), vectors[:, -_RANK:]
         total = float(values.sum())
@@ -229,16 +229,16 @@ class Space:
             vectors = vectors * torch.where(values > _NOTHING * total, weights, 0.0)
         projection = rows.T @ vectors
         square = float((rows @ projection).square().sum(1).mean())
-        self._projection = projection * (square**-0.5 if square > 0 else 0.0)
+        projection *= square**-0.5 if square > 0 else 0.0
+        self._map, self._shift = factor[:, None] * projection, -offset @ projection
 
     def __call__(self, leaves: Sequence[Leaf]) -> Tensor:
         """Return coordinates ``[n, 96]``, or fewer if there are no more directions."""
-        return torch.mm(self._scaled(leaves), self._projection).float()
+        return torch.addmm(self._shift, self._features(leaves), self._map).float()
 
-    def _scaled(self, leaves: Sequence[Leaf]) -> Tensor:
+    def _features(self, leaves: Sequence[Leaf]) -> Tensor:
         rows = [x.rows if x.pooled is None or not self._is_pooled else x.pooled for x in leaves]
-        scaled: Tensor = torch.cat(rows, 1).double() * self._factor - self._offset
-        return scaled
+        return torch.cat(rows, 1).double()
 
 
 class _Snapshot:

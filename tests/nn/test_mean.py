@@ -102,6 +102,13 @@ def test_batches_and_pytrees_give_the_intervals_of_one_tensor():
     assert same(last(shared.mean((X.T.contiguous(), by), max_rows=94, seed=0)), alone)
 
 
+def test_batches_are_of_one_size_but_the_last():
+    for batches in ([X[:150], X[150:151], X[151:]], [X[:150], X[150:]]):
+        must = "150 rows in each batch but the last, .* got .* in batch [12]"
+        with pytest.raises(ValueError, match=must):
+            last(wrapped().mean(batches, seed=0))
+
+
 def test_batches_are_read_when_they_are_needed():
     class Lazy:
         def __len__(self):
@@ -111,6 +118,13 @@ def test_batches_are_read_when_they_are_needed():
             return X[100 * place : 100 * place + 100]
 
     assert same(next(wrapped().mean(Lazy(), seed=0)), next(wrapped().mean(X, seed=0)))
+
+
+def test_rows_that_are_looked_at_are_random_in_sorted_data():
+    x = torch.linspace(0, 1, 20_000)[:, None]
+    found = [next(wrapped(lambda x: x).mean(x, seed=seed)) for seed in range(4)]
+    assert all(abs(float(each.value) - 0.5) < 1.5 * float(each.half_width) for each in found)
+    assert all(float(each.half_width) < 0.02 for each in found)
 
 
 def test_of_gets_the_numbers_of_rows_and_its_boolean_columns_are_shares():
