@@ -150,7 +150,7 @@ def student(name: str, sizes: tuple[int, ...], count: int) -> dict[str, Any]:
     """Return the coverage with a student, whose outputs are known, too."""
     x, kinds, _ = data(name)
     with torch.no_grad():
-        model = student_of("lenet5", quick=name == QUICK)
+        model = student_of("lenet5" if name == QUICK else name, quick=name == QUICK)
         s = torch.cat([model(part) for part in x.split(AT_ONCE)]).double()
     found: dict[str, Any] = {}
     for kind in ("outputs", "classes"):
@@ -272,8 +272,9 @@ def measurements(quick: bool) -> Iterable[Measurement]:
     for name in (QUICK,) if quick else SETS:
         yield (name, "looks"), functools.partial(looks, name, counts["paths"])
         yield (name, "curve"), functools.partial(curve, name, counts["curves"])
-    name = QUICK if quick else "lenet5"
-    yield (name, "student"), functools.partial(student, name, SIZES, counts["draws with a student"])
+    name, taught = (QUICK, QUICK) if quick else ("lenet5", "digits")
+    count = counts["draws with a student"]
+    yield (taught, "student"), functools.partial(student, taught, SIZES, count)
     yield (name, "processes"), functools.partial(processes, name)
     for name in (QUICK,) if quick else ("digits", "lenet5"):
         yield (name, "many"), functools.partial(many, name, counts["draws of many"])
@@ -284,11 +285,11 @@ def settings(quick: bool) -> dict[str, Any]:
         "seed": SEED,
         "level": LEVEL,
         "rows": ROWS,
-        "draws": 3 if quick else 1000,
-        "paths": 2 if quick else 100,
-        "curves": 1 if quick else 5,
-        "draws of many": 1 if quick else 24,
-        "draws with a student": 2 if quick else 200,
+        "draws": 3 if quick else 200,
+        "paths": 2 if quick else 40,
+        "curves": 1 if quick else 3,
+        "draws of many": 1 if quick else 12,
+        "draws with a student": 2 if quick else 100,
         "pause": PAUSE,
         "workers": WORKERS,
     }
