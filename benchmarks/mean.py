@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from coded_torch import CodedWrapper
 from coded_torch.demo import digits, lenet5
 from coded_torch.experiments.scores import half_width, rounded
-from coded_torch.input_space.finite_mean import boundary, intervals
+from coded_torch.input_space.finite_mean import intervals
 from coded_torch.nn.mean import Looks
 from coded_torch.workers import LocalWorkers, ProcessWorkers
 
@@ -169,7 +169,7 @@ def looks(name: str, count: int) -> dict[str, Any]:
     """Return how often intervals hold where the width ends the looks, and at all looks."""
     x, kinds, _ = data(name)
     sizes = [n for n in looks_at(x, kinds["outputs"], torch.arange(len(x))).sizes if n <= MOST]
-    wider = boundary(len(sizes), LEVEL)
+    levels = LEVEL, 1 - (1 - LEVEL) / len(sizes)
     found: dict[str, Any] = {kind: [] for kind in kinds}
     for order in orders(len(x), count):
         every = looks_at(x, kinds["outputs"], order)
@@ -177,7 +177,7 @@ def looks(name: str, count: int) -> dict[str, Any]:
         for n in sizes:
             for kind, y in kinds.items():
                 facts = given(every, y).estimated(n)
-                pairs = [intervals(*facts, level=LEVEL, factor=each) for each in (1.0, wider)]
+                pairs = [intervals(*facts, level=level) for level in levels]
                 path[kind].append(torch.stack([*pairs[0], *pairs[1]]))
         for kind, each in path.items():
             found[kind].append(torch.stack(each))  # [looks, 4, 2, C]
@@ -188,7 +188,10 @@ def looks(name: str, count: int) -> dict[str, Any]:
 
 
 def ended(paths: Tensor, truth: Tensor) -> dict[str, Any]:
-    """Return coverages of ``[draws, looks, 4, 2, C]``: ours, sampling's, and both once wider."""
+    """Return coverages of intervals ``[draws, looks, 4, 2, C]``.
+
+    These are ours, sampling's, and both again at the level at which all looks hold together.
+    """
     numbers: dict[str, Any] = {}
     held = (paths[:, :, :, 0] - truth).abs() <= paths[:, :, :, 1]  # [draws, looks, 4, C]
     for at, name in enumerate(("ours", "sampling")):

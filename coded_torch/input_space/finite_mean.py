@@ -9,20 +9,16 @@ References:
     arXiv:2311.01453 (the coefficient of predictions).
     Efron, Stein, "The Jackknife Estimate of Variance", Annals of Statistics 1981.
     Agresti, Coull, "Approximate Is Better than 'Exact'", The American Statistician 1998.
-    Pocock, "Group Sequential Methods in the Design and Analysis of Clinical Trials", 1977.
     Chow, Robbins, "On the Asymptotic Theory of Fixed-Width Sequential Confidence Intervals",
     Annals of Mathematical Statistics 1965 (looks that end by the width need no correction).
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
-import math
 import statistics
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,9 +31,6 @@ _MEAN = 30.0  # the variance of the unknown mean, over the kernel's: large; not 
 # the time of the exact regression grows with the cube. It was not tuned.
 _CENTRES = 1024
 _JITTER = 1e-9  # relative; it keeps kernels of repeated rows apart
-# The ratio of variances of two looks: the regression learns from a quarter more rows. With 1.25
-# instead, all looks together held .937 of the time. (measured once; no benchmark keeps it)
-_RATIO = 1.5
 
 
 class Kernel:
@@ -138,7 +131,6 @@ def intervals(
     total: int,
     *,
     level: float,
-    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     r"""Return centres and half widths of intervals, ``[2, C]``, and then those of plain sampling.
 
@@ -156,7 +148,6 @@ def intervals(
         seen: the number of rows that are estimated: of those not computed, all, or some at random.
         total: the number of rows of the data set.
         level: the probability, between 0 and 1, per column.
-        factor: of Student's t.
     """
     n, mean, share = len(y), y.mean(0), 1 - len(y) / total
     off, centre = y - mean, (y - errors).mean(0)
@@ -168,8 +159,8 @@ def intervals(
     half = torch.where(is_share, 0.5, 0.0)  # half a row that is wrong by 1: errors may be rare
     squares, of_all = remaining.square().sum(0) + half, off.square().sum(0)
     variance = share / n * squares / (n - 1) + (u * share).square() * more
-    t = factor * _student_t(level, squares, remaining.pow(4).sum(0) + half, n)
-    t0 = factor * _student_t(level, of_all, off.pow(4).sum(0) * ~is_share, n)
+    t = _student_t(level, squares, remaining.pow(4).sum(0) + half, n)
+    t0 = _student_t(level, of_all, off.pow(4).sum(0) * ~is_share, n)
     ours, plain = t**2 * variance * (1 + 3 / n), t0**2 * share / n * of_all / (n - 1)
     value, count = mean + share * u * (estimate - centre), torch.full_like(mean, n / share)
     rows = count * plain / ours.clamp(min=1e-300)
@@ -196,24 +187,3 @@ def _student_t(level: float, squares: Tensor, fourth: Tensor, n: int) -> Tensor:
     first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + first / freedom + second / freedom**2 + third / freedom**3
-
-
-@functools.cache
-def boundary(looks: int, level: float) -> float:
-    """Return the factor of t by which all of so many looks hold together, by Pocock's boundary.
-
-    The density of normal numbers within the boundary is carried from look to look.
-    """
-    correlation, one = _RATIO**-0.5, statistics.NormalDist().inv_cdf(0.5 + level / 2)
-    low, high = one, one + 6.0
-    while high - low > 1e-4 and looks > 1:
-        limit = (low + high) / 2
-        x, step = np.linspace(-limit, limit, 401, retstep=True)
-        weights = np.full(401, step / math.sqrt(2 * math.pi))
-        weights[[0, -1]] /= 2
-        moves = np.exp((x[:, None] - correlation * x) ** 2 / (2 / _RATIO - 2))
-        moves, density = moves / math.sqrt(1 - 1 / _RATIO), np.exp(-x * x / 2)
-        for _ in range(looks - 1):
-            density = moves @ (density * weights)
-        low, high = (low, limit) if density @ weights > level else (limit, high)
-    return low / one

@@ -185,7 +185,7 @@ class CodedWrapper(ModuleProxy):
             max_rows: the most rows that are computed, at least 2. Defaults to all.
             level: the probability, between 0 and 1, that an interval holds, for each column.
             anytime: whether all looks up to ``max_rows`` hold together, for those who end the loop
-                by the value, not by the width. It takes 1.2 to 1.6 times the width.
+                by the value, not by the width. It takes 1.3 to 1.7 times the width.
             seed: of the drawing. Defaults to another one in each call.
 
         Note:

@@ -274,11 +274,11 @@ def _residuals(
         found, explained, by_chance = least_squares(y[places], [x[places] for x in of_y])
         if not explained > CHANCE * by_chance:  # another metric may win by chance, too
             return {}, results, ()
-        before, after = plan.left_out_squares(received, y, y - weighted(found, of_y))
+        before, after = plan.left_out_squares(received, y, y - _weighted(found, of_y))
         if not after < (1 - CHANCE * by_chance) * before:
             return {}, results, ()
     dtype = torch.promote_types(results.dtype, torch.float32)
-    subtracted, known = (weighted(found, [x.to(dtype) for x in each]) for each in (of_units, used))
+    subtracted, known = (_weighted(found, [x.to(dtype) for x in each]) for each in (of_units, used))
     residuals = results.to(dtype) - subtracted
     if not finite(residuals):  # scores may be masked by numbers near the largest
         return {}, results, ()
@@ -286,8 +286,7 @@ def _residuals(
     return weights, residuals, (subtracted.flatten(0, 1), known)
 
 
-def weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    """Return the weighted sum of values."""
+def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     products = [weight * x for weight, x in zip(weights, values, strict=True)]
     return sum(products[1:], products[0])
 

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance, real, real_array
 from .._torch import arguments, as_called, device_of, exactly, on_host
-from ..input_space.finite_mean import Kernel, KernelRegression, boundary, intervals
+from ..input_space.finite_mean import Kernel, KernelRegression, intervals
 from ..input_space.geometry import typical_rows
 from ..input_space.metrics import METRICS, Leaf, fitted, leaves_of
 from ..scheduling.waiting import Waiting
@@ -144,7 +144,8 @@ class Looks:
             # Rows of a look are in order, as batches may be read from a disk.
             parts = self.drawn.tensor_split(self.sizes)
             self.order = torch.cat([part.sort().values for part in parts])
-        self._level, self._factor = level, boundary(len(self.sizes), level) if anytime else 1.0
+        # All looks hold together by Bonferroni's inequality, whatever their dependence.
+        self._level = 1 - (1 - level) / (len(self.sizes) if anytime else 1)
         self._coded, self._of, self.numbers = coded, of, list[Tensor]()
         budget = (coded.waiting or Waiting()).hedge_budget
         self._waiting = Waiting(hedge_budget=budget, estimate=False)
@@ -152,7 +153,7 @@ class Looks:
         self._surrogates = [x for x in coded.surrogate if not isinstance(x, Memory)]
         metrics = () if coded.estimator is None else coded.estimator.metrics
         self._features = next((x for x in metrics if not isinstance(x, str)), None)
-        self._seen = list[tuple[list[Tensor], list[Tensor]]]()  # of blocks of computed rows
+        self._seen = list[tuple[list[Tensor], Tensor]]()  # of blocks of computed rows
         self._kernels = dict[Kernel, tuple[_Coordinates, float]]()  # of these rows
 
     def until(self, half_width: Any) -> Iterator[Interval]:
@@ -180,7 +181,7 @@ class Looks:
         if size == self._data.total:
             exact = torch.stack([y.mean(0), torch.zeros_like(y[0])])
             return exact, exact
-        return intervals(*self.estimated(size), level=self._level, factor=self._factor)
+        return intervals(*self.estimated(size), level=self._level)
 
     @torch.no_grad()
     @on_host()
@@ -189,16 +190,19 @@ class Looks:
         """Return what :func:`~..input_space.finite_mean.intervals` takes, from computed rows."""
         y = self._computed(size)
         self._grow(size)
-        cheap = [*map(torch.cat, zip(*(each for _, each in self._seen), strict=True))]
-        weights, explained, by_chance = least_squares(y, cheap) if cheap else ([], 0.0, 0.0)
-        used = weights if explained > CHANCE * by_chance else []  # those of noise are not
-        regression = KernelRegression([*self._kernels], y - _weighted(used, cheap))
+        cheap = torch.cat([each for _, each in self._seen], 1)
+        weights = torch.zeros(len(cheap), dtype=y.dtype)
+        if len(cheap):
+            found, explained, by_chance = least_squares(y, cheap.unbind())
+            if explained > CHANCE * by_chance:  # surrogates of noise have no weight
+                weights += torch.tensor(found)
+        regression = KernelRegression([*self._kernels], y - torch.tensordot(weights, cheap, 1))
         self._best = space, _ = self._kernels[kernel := regression.kernel]
         others = self.drawn[size : size + _SEEN * size]
         sums, offset, seen = torch.zeros(size), torch.zeros(y.shape[1]), len(others)
         for leaves, cheap in self._looked_at(others.sort().values):
             sums = sums + kernel.sums(_coordinates(space, leaves))
-            offset = offset + _weighted(used, [x.sum(0) for x in cheap])
+            offset = offset + torch.tensordot(weights, cheap.sum(1), 1)
         k = sums / seen
         estimate, b = offset / seen + k @ regression.weights, regression.second_order(k)
         return y, self.shares, regression.errors, estimate, b, seen, self._data.total
@@ -239,20 +243,21 @@ class Looks:
             every = [x for x in every if x[::2] == self._best]
         self._kernels = {Kernel(z, length): (space, length) for space, z, length in every}
 
-    def _looked_at(self, rows: Tensor) -> Iterator[tuple[list[Leaf], list[Tensor]]]:
-        """Yield features of rows, and the numbers of each surrogate, ``[rows, C]``, by block."""
+    def _looked_at(self, rows: Tensor) -> Iterator[tuple[list[Leaf], Tensor]]:
+        """Yield features of rows, and numbers of surrogates ``[J, rows, C]``, by block."""
         for block in rows.split(_BLOCK):
-            inputs, cheap = self._data.take(block), list[Tensor]()
+            inputs, columns = self._data.take(block), len(self.shares)
+            cheap = [torch.zeros(0, len(block), columns, dtype=torch.float64)]
             for surrogate in self._surrogates:
                 move = functools.partial(Tensor.to, device=device_of(surrogate) or inputs.device)
                 args, kwargs = pytree.tree_map_only(Tensor, move, (inputs.args, inputs.kwargs))
                 with as_called():
                     outputs = surrogate(*args, **kwargs)
-                cheap.append(self._numbers_of(outputs, block)[0])
-                if (most := len(self.shares)) != (got := cheap[-1].shape[1]):
-                    must = f"surrogates must give {most} numbers per row, as the module does"
+                cheap.append(self._numbers_of(outputs, block)[0][None])
+                if (got := cheap[-1].shape[2]) != columns:
+                    must = f"surrogates must give {columns} numbers per row, as the module does"
                     raise ValueError(f"mean: outputs of {must}, got {got}")
-            yield self._leaves_of(inputs), cheap
+            yield self._leaves_of(inputs), torch.cat(cheap)
 
     @functools.cached_property
     def _spaces(self) -> Sequence[_Coordinates]:
@@ -286,11 +291,6 @@ class Looks:
             row = int(rows[~finite][0])
             raise ValueError(f"mean: what of returns must be finite, got others in row {row}")
         return numbers, torch.cat([torch.full(x.shape[1:], x.dtype is torch.bool) for x in flat])
-
-
-def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor | float:
-    """Return the weighted sum of values; 0 without weights."""
-    return sum((weight * x for weight, x in zip(weights, values, strict=False)), 0.0)
 
 
 def _coordinates(space: _Coordinates, leaves: Sequence[Leaf]) -> Tensor:

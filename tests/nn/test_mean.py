@@ -144,7 +144,9 @@ def test_of_gets_the_numbers_of_rows_and_its_boolean_columns_are_shares():
 
 def test_all_looks_hold_together_by_wider_intervals():
     plain, wide = (last(wrapped().mean(X, max_rows=232, seed=0, anytime=x)) for x in (False, True))
-    torch.testing.assert_close(wide.half_width, 1.2923 * plain.half_width, rtol=1e-3, atol=0)
+    ratios = wide.half_width / plain.half_width  # of seven looks; of normal quantiles 1.37
+    assert ((ratios > 1.36) & (ratios < 1.6)).all()
+    torch.testing.assert_close(wide.value, plain.value)
 
 
 def test_the_level():
