@@ -84,7 +84,7 @@ def looks_at(x: Tensor, y: Tensor, order: Tensor, cheap: Tensor | None = None) -
     rows = torch.arange(len(x))  # integers are no features
     surrogate = () if cheap is None else (lambda _, rows: cheap[rows])
     coded = CodedWrapper(nn.Identity(), workers=LocalWorkers(), parts=1, surrogate=surrogate)
-    looks = Looks(coded, (x, rows), seed=SEED)
+    looks = Looks(coded, (x, rows), None, None, LEVEL, False, SEED)
     looks.drawn = looks.order = order
     return given(looks, y)
 

@@ -160,7 +160,7 @@ def _mean(args: argparse.Namespace, coded: CodedWrapper, rows: int, read: Any) -
         known = torch.load(path, weights_only=True) if path.exists() else {}
     _start(coded, batches[0])
     with usage("job", prefix="mean: "), usage("job", NotEnoughResults):
-        looks = Looks(coded, batches, args.of, seed=known.get("seed"))
+        looks = Looks(coded, batches, args.of, None, 0.95, False, known.get("seed"))
         if known:
             looks.numbers, looks.shares = [known["numbers"]], known["shares"]
             looks.sizes = [size for size in looks.sizes if size >= known["rows"]]

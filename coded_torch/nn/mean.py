@@ -116,14 +116,7 @@ class Looks:
     _best: tuple[_Coordinates, float] | None = None
 
     def __init__(
-        self,
-        coded: Any,
-        inputs: Any,
-        of: Any = None,
-        max_rows: Any = None,
-        level: Any = 0.95,
-        anytime: Any = False,
-        seed: Any = None,
+        self, coded: Any, inputs: Any, of: Any, max_rows: Any, level: Any, anytime: Any, seed: Any
     ) -> None:
         if coded.code is not None:
             raise ValueError(f"mean: code must be None, as rows are computed, got {coded.code}")

@@ -11,6 +11,7 @@ from torch import nn
 
 from coded_torch import CodedWrapper, Regression, Waiting
 from coded_torch.codes import ReplicationCode
+from coded_torch.input_space.finite_mean import Kernel
 from coded_torch.surrogates import Memory
 from coded_torch.testing.virtual import VirtualWorkers
 from coded_torch.workers import DeviceWorkers, LocalWorkers, ProcessWorkers
@@ -206,6 +207,22 @@ def test_rows_that_are_not_finite_resemble_no_others():
     assert all(each.value.isfinite().all() for each in found)
     torch.testing.assert_close(found[-1].value, truth(curve(x.nan_to_num(0.3))))
     assert all(each.half_width.isfinite().all() for each in found)
+
+
+def test_many_rows_have_the_kernel_of_the_last_look_alone(monkeypatch):
+    made = []
+
+    class Counted(Kernel):
+        def __init__(self, z, length):
+            made.append(len(z))
+            super().__init__(z, length)
+
+    monkeypatch.setattr("coded_torch.nn.mean.Kernel", Counted)
+    monkeypatch.setattr("coded_torch.nn.mean._COMPARED", 100)
+    found = list(wrapped().mean(X, max_rows=148, seed=0))
+    assert [made.count(each.rows) > 1 for each in found] == [True, True, True, False, False]
+    assert {made.count(118), made.count(148)} == {1}
+    assert (found[-1].half_width < found[-3].half_width).all()
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 61])
