@@ -35,11 +35,11 @@ COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
     "beside the folders": 2095,
-    "cli": 952,
+    "cli": 1016,
     "codes": 952,
     "experiments": 1658,
-    "input_space": 1205,
-    "nn": 2021,
+    "input_space": 1393,
+    "nn": 2359,
     "open_inference": 680,
     "scheduling": 775,
     "serve": 1120,
@@ -144,7 +144,7 @@ def test_files_are_small(name):
 
 def test_files_are_few():
     # A new file should be a decision.
-    assert len(COUNTED) <= 78
+    assert len(COUNTED) <= 77
 
 
 def test_folders_keep_their_budgets():
