@@ -598,7 +598,10 @@ def test_a_row_on_which_the_model_fails_ends_a_mean(thirteen):
         (["--of", "models:here"], "--of and --half-width must be left out without --mean"),
         (["--mean", "--deadline", "1"], "left out, as a mean without some rows is biased"),
         (["--mean", "--half-width", "-1"], "half_width must be positive, one or per column, got"),
-        (["--mean", "--of", "models:nothing"], "MODULE:FACTORY must name a module and a function"),
+        (
+            ["--mean", "--of", "models:nothing"],
+            "MODULE:FACTORY must name a function or a class in a module",
+        ),
     ],
 )
 def test_options_of_means_are_checked(folder, capsys, more, message):

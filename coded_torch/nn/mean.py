@@ -31,8 +31,9 @@ _FIRST, _GROWTH = 60, 1.25
 # Rows that are looked at, without computing them, per computed row: so a look costs the same per
 # computed row in any data set. Their number adds to the variance at most 1/128 of sampling's.
 _SEEN = 128
-# The rows, drawn last, that determine the coordinates. With 512, all metrics, or five lengths, the
-# intervals were as wide, within 2 %, on six networks. (measured once; no benchmark keeps it)
+# The rows that determine the coordinates, in which they lie farther out than others. That must not
+# tell computed rows from others, so they are drawn on their own. With 512, all metrics, or five
+# lengths, intervals were as wide within 2 % on six networks. (measured once; no benchmark keeps it)
 _PILOT = 256
 _METRICS = [metric for metric in METRICS.values() if metric.shrinkage < math.inf]
 # The lengths of kernels. The mean square of coordinates is 1, so a median distance is some 2^(1/2).
@@ -137,6 +138,7 @@ class Looks:
             # Rows of a look are in order, as batches may be read from a disk.
             parts = self.drawn.tensor_split(self.sizes)
             self.order = torch.cat([part.sort().values for part in parts])
+            self._pilot = torch.randperm(data.total, generator=generator)[:_PILOT].sort().values
         # All looks hold together by Bonferroni's inequality, whatever their dependence.
         self._level = 1 - (1 - level) / (len(self.sizes) if anytime else 1)
         self._coded, self._of, self.numbers = coded, of, list[Tensor]()
@@ -254,7 +256,7 @@ class Looks:
 
     @functools.cached_property
     def _spaces(self) -> Sequence[_Coordinates]:
-        leaves = self._leaves_of(self._data.take(self.drawn[-_PILOT:].sort().values))
+        leaves = self._leaves_of(self._data.take(self._pilot))
         typical = typical_rows([x.rows.contiguous() for x in leaves])
         leaves = [x.at(typical) for x in leaves]
         fits = zip(_METRICS, fitted(leaves, _METRICS), strict=True)

@@ -37,3 +37,18 @@ def test_draws_take_known_numbers_through_the_code_of_the_wrapper():
     assert ((value - y.mean(0)).abs() <= 2 * half).all()
     cheap = mean.looks_at(x, y + torch.randn(300, 2, generator=generator), order, y.float())
     assert (cheap.look(120)[0][1] > half).all()
+
+
+def test_coordinates_do_not_tell_computed_rows_from_others():
+    """With many features, rows that determine the coordinates lie farther out than others."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 400, generator=generator)
+    x[:, 0] += 20 * torch.rand(300, generator=generator) ** 4
+    y = x.square().sum(1, keepdim=True).double()
+    off = []
+    for order in mean.orders(len(x), 40):
+        value, half = mean.looks_at(x, y, order).look(120)[0]
+        off.append((value - y.mean(0)) / half)
+    off = torch.cat(off)
+    assert float(off.mean().abs()) < 0.25  # three standard errors of 40 draws
+    assert float((off.abs() <= 1).double().mean()) >= 0.85
