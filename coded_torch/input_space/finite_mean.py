@@ -95,7 +95,7 @@ class KernelRegression:
         return (x - half @ (self._shrunk[:, None] * (half.T @ x))) / self._noise
 
     def second_order(self, k: Tensor) -> Tensor:
-        r"""Return b, ``[C]``, which the variance of leave-one-out errors lacks, or 0.
+        r"""Return b, ``[C]``, at least 0.
 
         Leaving out row j, too, changes the error of row i, less the mean change of rows that are
         not computed, by :math:`\Delta_{ij} = P_{ij} e_i - Q_{ij} e_j`, where ``k`` is the mean of
