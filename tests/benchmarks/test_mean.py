@@ -35,6 +35,8 @@ def test_draws_take_known_numbers_through_the_code_of_the_wrapper():
     (order,) = mean.orders(len(x), 1)
     value, half = mean.looks_at(x, y, order).look(120)[0]
     assert ((value - y.mean(0)).abs() <= 2 * half).all()
+    looks = mean.looks_at(x, y, order)
+    assert [mean.given(looks, each).look(60)[0].shape[1] for each in (y, y[:, :1])] == [2, 1]
     cheap = mean.looks_at(x, y + torch.randn(300, 2, generator=generator), order, y.float())
     assert (cheap.look(120)[0][1] > half).all()
 
