@@ -92,7 +92,7 @@ def looks_at(x: Tensor, y: Tensor, order: Tensor, cheap: Tensor | None = None) -
 def given(looks: Looks, y: Tensor) -> Looks:
     """Give looks other numbers; features of rows that were looked at stay."""
     columns = y.shape[1]
-    looks._seen = [(z, torch.zeros(0, len(z[0]), columns)) for z, _ in looks._seen]
+    looks._seen = [(z, torch.zeros(0, len(z[0]), columns).double()) for z, _ in looks._seen]
     looks.numbers = [y[looks.order].double()]
     looks.shares = torch.full(y.shape[1:], y.dtype is torch.bool)
     return looks
