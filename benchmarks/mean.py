@@ -106,7 +106,7 @@ def orders(total: int, count: int) -> Iterable[Tensor]:
 
 def summary(found: list[tuple[Tensor, Tensor]], truth: Tensor) -> dict[str, Any]:
     """Return coverage, and the mean width over that of sampling, of intervals of many draws."""
-    numbers: dict[str, Any] = {}
+    numbers: dict[str, Any] = {"draws": len(found)}
     both = [torch.stack(each) for each in zip(*found, strict=True)]  # [draws, 2, C]
     for name, drawn in zip(("ours", "sampling"), both, strict=True):
         held = ((drawn[:, 0] - truth).abs() <= drawn[:, 1]).double()
@@ -291,7 +291,7 @@ def settings(quick: bool) -> dict[str, Any]:
         "seed": SEED,
         "level": LEVEL,
         "rows": ROWS,
-        "draws": 3 if quick else 200,
+        "draws": 3 if quick else 1000,
         "paths": 2 if quick else 40,
         "curves": 1 if quick else 3,
         "draws of many": 1 if quick else 12,

@@ -288,6 +288,7 @@ INTERVALS: Mapping[str, Column] = {
     "sampling": "sampling > covered:.3f",
     "its worst column": "sampling > worst column:.3f",
     "width over sampling's": "width over sampling's:.2f",
+    "draws": "draws:d",
 }
 TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = {
     "coverage": Table(
