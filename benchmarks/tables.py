@@ -32,6 +32,8 @@ NAMES = {
     "no redundancy, surrogate": "no redundancy, student on missing rows",
     "replication, surrogate": "replication, student on missing rows",
     "surrogate alone": "student alone, no worker",
+    "regression, copies": "`RegressionCode`, copies",
+    "regression, midpoints": "`RegressionCode`, midpoints",
     "regression, residuals": "`RegressionCode` on the student's residuals",
     "no redundancy, residuals": "no redundancy, regression on residuals",
     "three re-asks, split": "up to three hedges, split",
@@ -315,6 +317,23 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
         },
     ),
     "rivals": rivals,
+    "midpoints": Table(
+        "midpoints > * > * > *",
+        ("network", "batch", SETTING),
+        {
+            "copies": "mse > copies:.4f",
+            "midpoints": "mse > midpoints:.4f",
+            "over copies'": lambda _, of: "{:.2f} ({:.2f} to {:.2f})".format(*of["mse ratio"]),
+            "class kept, copies": "class kept > copies:.3f",
+            "midpoints ": "class kept > midpoints:.3f",
+            "`tune` takes": lambda _, of: of["chosen"],
+        },
+    ),
+    "bound": Table(
+        "bound > * > * > * > schemes > *",
+        ("network", "batch", SETTING, "scheme"),
+        {"normalised MSE": "mse:.4f", "least of any decoder": "bound:.4f", "ratio": "over:.2f"},
+    ),
     "main": Table(
         "accuracy > lenet5 > table > B = 240 > *",
         (SETTING,),

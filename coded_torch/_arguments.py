@@ -116,7 +116,7 @@ def real_array(owner: object, argument: str, numbers: Any) -> NDArray[np.float64
         array = np.array(None)
     if array.size and array.dtype.kind not in "fiu":
         raise TypeError(f"{_name(owner)}: {argument} must be real numbers, got {shown(numbers)}")
-    return array.astype(np.float64)
+    return array.astype(np.float64, copy=False)
 
 
 def nonnegative(owner: object, argument: str, value: Any) -> float:

@@ -28,6 +28,7 @@ CODES = {
     "replication": lambda: ReplicationCode(4, 8),
     "kernel": lambda: RegressionCode(4, 8),
     "kernel, spread": lambda: RegressionCode(4, 8, metric="spread"),
+    "midpoints": lambda: RegressionCode(4, 8, redundancy="midpoints"),
 }
 every_code = pytest.mark.parametrize("make_code", CODES.values(), ids=CODES)
 # Answers of float32 that were computed in another order, after a decoder that amplifies.

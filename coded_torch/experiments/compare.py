@@ -147,7 +147,10 @@ def compare(
         # Not the workers that are lost later.
         honest = [trial for trial, _ in trials(setting, max(seeds) + 1, SETS, slice(cut))]
         untuned = _schemes(k, n, honest[0], more, schemes)
-        tuned = {name: chosen("compare", code, honest, s) for name, code in untuned.items()}
+        tuned = {
+            name: chosen("compare", code, honest, s, mixes=code.mixes or surrogate is None)
+            for name, code in untuned.items()
+        }
         codes |= {(setting, name): code for name, code in tuned.items()}
         for seed in seeds:
             answered = trials(setting, seed, received_sets, slice(cut, None))

@@ -67,7 +67,8 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
     draws = received_sets(wrapper, code)
     how = {"in_dims": wrapper.in_dims, "out_dims": wrapper.out_dims}
     trials = (Trial(wrapper.module, x, [*itertools.islice(draws, SETS)], **how) for x in calls)
-    best = chosen("tune", code, trials, wrapper.num_stragglers, values)
+    mixes = code.mixes or not wrapper.surrogate  # which codes that mix do not take
+    best = chosen("tune", code, trials, wrapper.num_stragglers, values, mixes=mixes)
     for name, own in {**code.candidates(), **values}.items():
         if len(own) > 2 and all(type(x) is float for x in own):  # orders end where the code does
             ends = {max(own): "largest", min(own) or None: "smallest"}  # and nothing is below 0
@@ -82,8 +83,10 @@ def chosen(
     trials: Iterable[Trial],
     num_stragglers: int,
     values: Mapping[str, Sequence[Any]] | None = None,
+    *,
+    mixes: bool = True,
 ) -> Code:
-    """Return the code with the numbers of the least squared error on trials."""
+    """Return the code with the numbers of the least squared error on trials; it may mix inputs."""
     options = dict(code.candidates())
     for name, some in (values or {}).items():
         if name not in options:
@@ -95,12 +98,16 @@ def chosen(
         options[name] = some
     combinations = itertools.product(*options.values())
     variants = [code.replace(**dict(zip(options, some, strict=True))) for some in combinations]
+    variants = [variant for variant in variants if mixes or not variant.mixes]
     if len(variants) == 1:
         return variants[0]
     errors, decodable = np.zeros(len(variants)), False
     for trial, received in ((each, received) for each in trials for received in each.sets):
         found = np.zeros(len(variants))
         for i, variant in enumerate(variants):
+            if variant.mixes and not trial.mixable:
+                found[i] = math.inf
+                continue
             pairs = zip(trial.decode(variant, received, num_stragglers), trial.exact, strict=True)
             found[i] = sum(float((a.double() - e.double()).square().sum()) for a, e in pairs)
         if np.isfinite(found).any():  # no variant decodes other sets

@@ -22,7 +22,7 @@ _MISSING, _CALIBRATING = 256, 200
 _BLOCK = 8192  # outputs whose residuals are in memory together
 _CLASSES = 32768  # outputs that may be scores of classes, which have p_values of labels
 _RANKING = 9  # missing rows whose thresholds rank the results; not tuned
-_FEW = 128  # outputs that one operator takes at once
+_FEW = 128  # with fewer outputs, one operator takes all at once
 
 
 class Bounds(NamedTuple):
@@ -41,6 +41,7 @@ def bounds(
     process: GaussianProcess | None = None,
     trust: float = 0.0,
     labels: tuple[Tensor, Tensor] | None = None,
+    residuals: Tensor | None = None,
 ) -> Bounds:
     r"""Return the error bounds of missing rows ``[L]``.
 
@@ -63,13 +64,16 @@ def bounds(
         results, estimated: ``[M, C]``, and estimates of the missing rows, ``[L, C]``, floating.
         process: the regression, which has a trust in (0, 1]. None if estimates are the mean.
         labels: results and estimates with their surrogates, if they are scores of classes.
+        residuals: of less than 128 outputs, results less their estimates from all others. Defaults
+            to the regression's.
     """
     count, most = len(results), _CALIBRATING if len(rows) > _MISSING else len(results)
-    if results.device.type == "cpu" and results.shape[1] <= _FEW:
+    if results.shape[1] < _FEW:
         y, answers, *scores = [
             x.double().contiguous() for x in (results, estimated, *(labels or ()))
         ]
-        residuals = y if process is None else process.leave_one_out_residuals(y)
+        if residuals is None:
+            residuals = y if process is None else process.leave_one_out_residuals(y)
         of_labels = scores if y.shape[1] > 1 and scores else (None, None)
         tensors = [] if process is None else process.tensors
         given = tensors, residuals, y, answers, *of_labels, trust, most
@@ -144,7 +148,7 @@ class ErrorBounds:
         radii = torch.zeros(self.batch_size, dtype=torch.float64)
         levels = torch.as_tensor(coverage, dtype=torch.float64).expand(self.batch_size)
         for rows, found, *_ in self._bounds:
-            radii[rows] = ops.error_radii(found, levels[rows])
+            radii.index_copy_(0, rows, ops.error_radii(found, levels.index_select(0, rows)))
         return radii
 
     def oddness(self) -> list[tuple[int, float]]:
@@ -169,8 +173,9 @@ class ErrorBounds:
         """Return error bounds of answers that are off by so much more, ``[B]``, inf if unknown."""
         wider = []
         for rows, thresholds, p, results in self._bounds:
-            p = None if p is None else p.masked_fill(by[rows].isinf(), 1.0)
-            wider.append(Bounds(rows, thresholds + by[rows, None], p, results))
+            more = by.index_select(0, rows)
+            p = None if p is None else p.masked_fill(more.isinf(), 1.0)
+            wider.append(Bounds(rows, thresholds + more[:, None], p, results))
         return ErrorBounds(self.batch_size, wider)
 
     @property
@@ -180,5 +185,5 @@ class ErrorBounds:
         for rows, _, of_rows, _ in self._bounds:
             if of_rows is None:
                 return None
-            values[rows] = of_rows
+            values.index_copy_(0, rows, of_rows)
         return values

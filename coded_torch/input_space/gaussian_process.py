@@ -75,13 +75,8 @@ class GaussianProcess:
     @property
     def weights(self) -> Tensor:
         """The weights of results in estimates, ``[L, M]``, float64: rows that sum to one."""
-        known = self.weights_of_left_out
-        return known if self.leaves_all else self._maps[0]
-
-    @property
-    def leaves_all(self) -> bool:
-        """Whether every result is left out in turn; of more than 512, some are."""
-        return len(self.leave_one_out_variances) == self._count
+        known = self.weights_of_left_out  # of all results, or of some of more than 512
+        return known if known.shape[1] == self._count else self._maps[0]
 
     @functools.cached_property
     def _maps(self) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ _BUCKETS = 2039
 
 def evenly(size: int, most: int) -> Tensor:
     """Return at most so many of ``0 .. size - 1``, evenly spaced."""
-    return torch.arange(min(size, most)) * size // max(min(size, most), 1)
+    return torch.arange(size) if size <= most else torch.arange(most) * size // most
 
 
 def added_up(x: Tensor) -> Tensor:

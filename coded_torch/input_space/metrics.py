@@ -183,9 +183,9 @@ class Distances:
     ) -> None:
         self.rows = torch.arange(len(sources.leaves[0].rows)) if rows is None else rows
         self._sources, self._metrics, self.first = sources, metrics, DEFAULT
-        self.measured, self.order = bool(sources.leaves), torch.arange(len(self.rows))
-        self.far = torch.zeros(len(self.rows), dtype=torch.bool)
+        self.measured = bool(sources.leaves)
         if not self.measured:
+            self.far, self.order = torch.zeros_like(self.rows).bool(), torch.arange(len(self.rows))
             return
         leaves = self._own(sources.leaves)
         typical = ops.typical_rows([leaf.rows.contiguous() for leaf in leaves])

@@ -39,8 +39,11 @@ class Grouping:
         shape = self.num_groups, num_data
         self.rows = torch.cat([order, order[-1:].expand(padding)]).view(shape).T
         self.targets = torch.cat([order, order.new_full((padding,), -1)]).view(shape).T
-        self._inverse = order.argsort()
         self._copies: dict[tuple[Any, ...], Grouping] = {}
+
+    @functools.cached_property
+    def _inverse(self) -> Tensor:
+        return self.order.argsort()
 
     @classmethod
     @functools.lru_cache(32)

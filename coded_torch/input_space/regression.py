@@ -50,7 +50,8 @@ class Regression:
         :math:`O(B^2 d + B^3)` on the host, in float32; batches of more than 4,096 rows are
         estimated in parts. Another metric than "shrunk", or another length than 2, must estimate
         better by two standard errors of the gain. The same inputs and results give the same bits.
-        Gradients of estimates take distances, metric, length and trust as constant.
+        Gradients of estimates take distances, metric, length and trust as constant. Estimates with
+        derivatives may differ from others in the last bits.
 
     Example:
         >>> import torch
@@ -151,7 +152,7 @@ class RowPlan:
     @property
     def order(self) -> Tensor:
         """A path through the batch, part by part, ``[B]``."""
-        return torch.cat([part.rows[part.order] for part in self._parts])
+        return torch.cat([part.rows.index_select(0, part.order) for part in self._parts])
 
     def source(self, received: Sequence[int]) -> Tensor:
         """Return the result that is each input's own, ``[B]``: a flat index ``[F, G]``, or -1."""
@@ -170,20 +171,20 @@ class RowPlan:
         source = torch.full((self.batch_size,), -1)
         return source.index_copy_(0, received, torch.arange(len(received)))
 
-    def _flat(self, results: Tensor, received: Sequence[int]) -> tuple[Tensor, list[Regressor]]:
+    def _flat(self, results: Tensor, received: Sequence[int]) -> Tensor:
         if results.shape[:2] != (len(received), self.num_groups) or not len(received):
             must = f"results must have shape {[len(received) or 1, self.num_groups]} and more"
             name = type(getattr(self, "code", self)).__name__
             raise ValueError(f"{name}: {must}, got {[*results.shape]}")
-        return results.flatten(0, 1), self._given(received)[1]
+        return results.flatten(0, 1)
 
     def decode(self, results: Tensor, received: Sequence[int], search: bool = True) -> Tensor:
         """Return the answers of the batch, ``[B, ...]``, from results ``[F, G, ...]``.
 
         Without a search, metric and length are those of the values whose errors were summed last.
         """
-        rows, parts = self._flat(results, received)
-        places = [self.source(received).clamp(min=0), *(part.missing for part in parts)]
+        rows, (source, parts) = self._flat(results, received), self._given(received)
+        places = [source.clamp(min=0), *(part.missing for part in parts)]
         own, *missing = to_device(places, rows.device)
         answers, self.choices = rows.index_select(0, own), ()
         for part, at in zip(parts, missing, strict=True):
@@ -199,18 +200,19 @@ class RowPlan:
         results: Tensor,
         answers: Tensor,
         surrogates: tuple[Tensor, ...] = (),
-    ) -> ErrorBounds:
+    ) -> ErrorBounds | None:
         """Return the error bounds of the answers ``[B, ...]`` of :meth:`decode`.
 
         Surrogates ``[F G, ...]`` were subtracted from results, ``[B, ...]`` will be added.
         """
         with outside(), exactly():
-            rows, parts = self._flat(results, received)
+            rows, (_, parts) = self._flat(results, received), self._given(received)
             each = [x.bounds(rows, answers, *surrogates) for x in parts if len(x.missing)]
             found, by = ErrorBounds(self.batch_size, each), torch.zeros(self.batch_size)
-            for part in self._parts:  # far rows are unlike the results, none of which is far
+            far = [part for part in self._parts if part.far.any()]
+            for part in far:  # far rows are unlike the results, none of which is far
                 by[part.rows[part.far]] = math.inf
-            return found.widened(by) if by.any() else found
+            return found.widened(by) if far else found
 
     def left_out_squares(self, received: Sequence[int], *values: Tensor) -> list[float]:
         """Return the sum of squared errors of estimating values from each other.
@@ -231,7 +233,8 @@ class RowPlan:
                 length = step * (self._length or LENGTH)
                 for near in part.order.tensor_split(-(-len(part.order) // _NEIGHBOURS)):
                     process = GaussianProcess(squared, length, near)
-                    variances[part.rows[near]] = process.leave_one_out_variances
+                    rows = part.rows.index_select(0, near)
+                    variances.index_copy_(0, rows, process.leave_one_out_variances)
         return variances
 
 

@@ -36,13 +36,9 @@ _COLUMNS = 64
 class Chosen(NamedTuple):
     """The regression that estimates results best; its process is None if their mean does."""
 
-    choice: Choice | None = None  # None if there is no choice
-    process: GaussianProcess | None = None
-    estimates: Estimates | None = None  # None if there is no choice
-
-    @property
-    def trust(self) -> float:
-        return 0.0 if self.estimates is None else self.estimates.trust
+    choice: Choice | None  # None if there is no choice
+    process: GaussianProcess | None
+    estimates: Estimates
 
 
 class Regressor:
@@ -69,11 +65,12 @@ class Regressor:
         compared: int = _COMPARED,
     ) -> None:
         source = torch.arange(len(distances.rows)) if source is None else source
-        own = source[distances.rows]
+        own = source.index_select(0, distances.rows)
         near = (has := own >= 0) & ~distances.far
         self.known = (near if near.any() else has).nonzero().flatten()
         self._missing = (~has).nonzero().flatten()
-        self.missing, self._used = distances.rows[self._missing], own[self.known]
+        self.missing = distances.rows.index_select(0, self._missing)
+        self._used = own.index_select(0, self.known)
         if not len(self.known):
             places = source[source >= 0]
             self._used = places[evenly(len(places), MOST_ROWS)]
@@ -89,7 +86,8 @@ class Regressor:
         Without a search it has the metric and the length of the last one.
         """
         if not self._distances.measured or len(self.known) < 2:
-            return Chosen()
+            mean = results.mean(0).expand(len(self.missing), -1)
+            return Chosen(None, None, Estimates(mean, results, math.nan, 0.0))
         for known, chosen in self._fits:
             if torch.equal(known, results):
                 return chosen
@@ -120,7 +118,8 @@ class Regressor:
         fits = [by.fitted(metric) for metric in metrics]
         units = torch.tensor([fit.unit for fit in fits], dtype=torch.float64)
         standard = [*metrics].index(first) if first in metrics else -1
-        where = by.typical, by.order, self.known[self._few], results[self._few]
+        some = (x.index_select(0, self._few) for x in (self.known, results))
+        where = by.typical, by.order, *some
         found = ops.choose_regression(
             [fit.coordinates for fit in fits], units, *where, standard, length, NUGGET
         )
@@ -129,51 +128,55 @@ class Regressor:
     def estimate(self, results: Tensor, search: bool) -> tuple[Tensor, Choice | None]:
         """Return estimates of the missing rows, ``[L, ...]``, and how they were made."""
         dense("Regression", "results", results)
-        used, (at,) = self._used, to_device([self._used], results.device)
+        # Wide outputs, other devices and derivatives need weights, which take longer.
+        is_simple = results.device.type == "cpu" and not differentiated(results)
         with outside(), exactly():
             sample, size = self._sample(results)
-            chosen = self.fit(sample, search)
-            process, trust = chosen.process, chosen.trust
-            weights = torch.full((1, len(used)), 1 / len(used), dtype=torch.float64)
+            choice, process, found = self.fit(sample, search)
+            if is_simple and _is_few(results):
+                values = _scaled(found.values, 1 / size).to(results.dtype)
+                return values.reshape(-1, *results.shape[1:]), choice
+            weights = torch.full((1, len(self._used)), 1 / len(self._used), dtype=torch.float64)
             if process is not None:  # shrunk as far as results are not estimated by each other
-                # Wide outputs, other devices and derivatives need weights. Those of many results
-                # take longer than estimates, as a system is solved for each missing row.
-                simple = results.device.type == "cpu" and not differentiated(results)
-                if simple and results[0].numel() < len(self.missing) and not process.leaves_all:
-                    some = columns(results)[used].double() / size
-                    few = (process.estimate(some, trust).values * size).to(results.dtype)
-                    return few.view(-1, *results.shape[1:]), chosen.choice
-                weights = torch.lerp(weights, process.weights, trust)
+                weights = torch.lerp(weights, process.weights, found.trust)
             wide = torch.promote_types(results.dtype, torch.float32)
-            (weights,) = to_device([weights.to(wide)], results.device)
+            weights, at = to_device([weights.to(wide), self._used], results.device)
         values = results.index_select(0, at)
-        found = product(weights, values if size == 1 else values / size)
-        found = found if size == 1 else found * size
-        return found.expand(len(self.missing), *found.shape[1:]), chosen.choice
+        estimates = _scaled(product(weights, _scaled(values, size)), 1 / size)
+        return estimates.expand(len(self.missing), *estimates.shape[1:]), choice
+
+    def left_out(self, results: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rows with results, some columns, and these less their estimates by all others."""
+        with outside(), exactly():
+            sample, _ = self._sample(results)
+            _, process, found = self.fit(sample)
+            # Of more than 512 results, some are left out only.
+            told = process is not None and len(found.residuals) == len(self.known)
+            rows = self._distances.rows.index_select(0, self.known if told else self.known[:0])
+            return rows, sample[: len(rows)], found.residuals[: len(rows)]
 
     def bounds(self, results: Tensor, answers: Tensor, *surrogates: Tensor) -> Bounds:
         """Return the error bounds of the missing rows, as ``RowPlan`` does."""
-        rows, is_few = self.missing, columns(results).shape[1] < 2 * _COLUMNS
-        asked = [*zip((results, answers, *surrogates), [self._used, rows] * 2, strict=False)]
-        # Many outputs stay where they are, in their precision.
-        found = [x.double() for x in _on_host(asked)] if is_few else _rows(asked)
-        sample, size = (found[0], _size(found[0])) if is_few else self._sample(results)
-        of_used, estimated, *offsets = found if size == 1 else [x / size for x in found]
-        chosen = self.fit(of_used if is_few else sample)
+        rows, (of_used, size) = self.missing, self._sample(results)
+        _, process, (estimated, residuals, _, trust) = self.fit(of_used)
+        take = few_columns
+        if not _is_few(results):  # many outputs stay where they are, in their precision
+            take, of_used = _rows, _scaled(_rows(self._used, results), size)
+            estimated = _scaled(_rows(rows, answers), size)
         labels = (of_used, estimated) if results.dim() == 2 else None
-        if labels and offsets:
-            labels = of_used + offsets[0], estimated + offsets[1]
-        scaled = bounds(rows, of_used, estimated, chosen.process, chosen.trust, labels)
-        thresholds = scaled.thresholds * size
-        places = self._used[evenly(len(self._used), thresholds.shape[2])]
-        return scaled._replace(thresholds=thresholds, results=places)
+        if labels and surrogates:
+            known, ours = (take(x, y) for x, y in zip((self._used, rows), surrogates, strict=True))
+            labels = of_used + _scaled(known, size), estimated + _scaled(ours, size)
+        scaled = bounds(rows, of_used, estimated, process, trust, labels, residuals)
+        thresholds = _scaled(scaled.thresholds, 1 / size)
+        used = self._used.index_select(0, evenly(len(self._used), thresholds.shape[2]))
+        return scaled._replace(thresholds=thresholds, results=used)
 
     def _sample(self, results: Tensor) -> tuple[Tensor, float]:
         """Return some columns of the results, ``[M, C]``, divided by their size, and this size."""
-        sample, numbers = few_columns(self._used, results), columns(results)
-        extremes = () if sample.shape[1] == numbers.shape[1] else numbers.aminmax()
-        size = _size(torch.stack(extremes) if extremes else sample)
-        return (sample if size == 1 else sample / size), size
+        sample = few_columns(self._used, results)
+        size = _size(sample if _is_few(results) else torch.stack(columns(results).aminmax()))
+        return _scaled(sample, size), size
 
     def left_out_squares(self, values: Sequence[Tensor]) -> list[float]:
         """Return the sums of squared errors of estimating values from each other.
@@ -194,32 +197,29 @@ def _size(results: Tensor) -> float:
     return math.ldexp(1.0, max(math.frexp(largest)[1] - 60, -1000))
 
 
+def _scaled(values: Tensor, size: float) -> Tensor:
+    return values if size == 1 else values / size
+
+
+def _is_few(results: Tensor) -> bool:
+    return results.numel() < 2 * _COLUMNS * len(results)  # then all columns are judged by
+
+
 def few_columns(rows: Tensor, values: Tensor) -> Tensor:
     """Return some columns of some rows of values ``[n, ...]``: ``[M, C]``, float64 on the host."""
-    return _on_host([(_few(columns(values)), rows)])[0].double()
+    numbers = columns(values)
+    some = numbers[:, :: max(1, numbers.shape[1] // _COLUMNS)]
+    return some.index_select(0, *to_device([rows], some.device)).cpu().double()
 
 
-def _on_host(asked: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
-    """Return rows of values of one device, ``[L, C]`` each, by one copy to the host."""
-    some = _rows(asked)
-    return torch.split(torch.cat(some).cpu(), [len(x) for x in some])
-
-
-def _rows(asked: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """Return rows of values of one device, ``[L, C]`` each; all in order are no copy."""
-    indices = to_device([rows for _, rows in asked], asked[0][0].device)
-    pairs = [(columns(v), rows, i) for (v, rows), i in zip(asked, indices, strict=True)]
-    whole = [len(rows) == len(v) and bool((rows.diff() == 1).all()) for v, rows, _ in pairs]
-    return [
-        v if all_of else v.index_select(0, i)
-        for (v, _, i), all_of in zip(pairs, whole, strict=True)
-    ]
+def _rows(rows: Tensor, values: Tensor) -> Tensor:
+    """Return some rows of values ``[n, ...]``, ``[M, C]``; all in order are no copy."""
+    numbers = columns(values)
+    if len(rows) == len(numbers) and bool((rows.diff() == 1).all()):
+        return numbers
+    return numbers.index_select(0, *to_device([rows], numbers.device))
 
 
 def columns(values: Tensor) -> Tensor:
     """Return the plain numbers of values ``[n, ...]``, as ``[n, C]``."""
     return plain("decode", "results", values).reshape(len(values), -1)
-
-
-def _few(columns: Tensor) -> Tensor:
-    return columns[:, :: max(1, columns.shape[1] // _COLUMNS)]

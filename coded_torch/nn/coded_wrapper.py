@@ -281,14 +281,14 @@ class CodedWrapper(ModuleProxy):
         record = self._record
         check = None if record is None else Verifier(record, waiting, division.inputs.floating())
         answers = Answers(self.surrogate, division, report, self.module, check)
-        execution = Execution(division, report, check)
+        execution = Execution(division, report, check, answers.prepare)
         with report.timed("compute"):
             execution.run(pool, self.module, waiting, self._history)
             answers.forget_excluded()
         if self.code is None:
             self._warn_once(waiting, execution)
         with report.timed("decode"), on_host():
-            error = execution.error(waiting)
+            error, before = execution.error(waiting), report.decode_seconds
             stacked = execution.checks.stack() if execution.table.answered else self._form
             if error is not None:
                 return answers.alone(waiting, stacked, error)
@@ -307,7 +307,7 @@ class CodedWrapper(ModuleProxy):
                 execution.holding(raised)
                 raise
         if rows is not None and not pool.simulated:  # there, estimates take no time
-            estimates.add(report.decode_seconds, rows.batch_size, rows.block)
+            estimates.add(max(before, report.decode_seconds - before), rows.batch_size, rows.block)
         report.warn(execution.why)
         return found
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import sparing_logger
-from .._torch import as_called, device_of, flatten, outside, plain
+from .._torch import as_called, device_of, flatten, on_host, outside, plain
 from ..codes.plans import BatchPlan, NotEnoughResults
 from ..input_space.error_bounds import ErrorBounds
 from ..input_space.regression import RowPlan, to_scale
-from ..input_space.regressor import few_columns
+from ..input_space.regressor import columns, few_columns
 from ..surrogates import Memory
 from .division import finite
 from .result_checks import Stacked, show
@@ -63,14 +63,20 @@ class Answers:
         for memory, _ in self._memories if self._report.excluded else ():
             memory.clear()
 
+    @on_host()
+    def prepare(self, stacked: Stacked) -> None:
+        """Plan, and fit regressions to the results so far, which may be all."""
+        plan = self._division.plan
+        for i in stacked.decoded if isinstance(plan, RowPlan) else ():
+            self._decoded(stacked, i, plan, plan.source(stacked.units), {}, False)
+
     def of(self, stacked: Stacked) -> Any:
         """Return the answers in the structure that the module gives them."""
         division, report, not_finite = self._division, self._report, self._inputs.not_finite
         whole = division.is_whole(stacked.units)  # then the results are the answers
         plan: Plan | None = None if whole else division.plan
         with outside():  # the report outlives a transform
-            source = torch.arange(division.batch_size)
-            source = source if plan is None else plan.source(stacked.units)
+            source = plan.source(stacked.units) if plan else torch.arange(division.batch_size)
             estimated = source < 0
             exact = ~estimated if not_finite is None else ~estimated & ~not_finite
         report.note_source(source, stacked.later, division.task.unit_rows)
@@ -79,20 +85,18 @@ class Answers:
         answers, weights = dict[int, Tensor](), list[tuple[float, ...]]()
         choices: list[Choice] = []
         for i in stacked.divided:
-            leaf = stacked.leaves[i]
-            own = leaf.flatten(0, 1)
-            if plan is None or not (is_estimated and leaf.is_floating_point()):
+            own = stacked.leaves[i].flatten(0, 1)
+            if plan is None or not (is_estimated and own.is_floating_point()):
                 answers[i] = own if plan is None else own.index_select(0, source.to(own.device))
                 continue
             of_leaf = {j: x[i] for j, x in enumerate(approximations) if i in x}
-            first = not answers  # the first output has error bounds
-            rows, of_surrogates, bounds = self._decoded(stacked, i, plan, source, of_leaf, first)
+            rows, used, bounds = self._decoded(stacked, i, plan, source, of_leaf, not answers)
             if not_finite is not None:  # nothing is known of their distances
                 mean = own[source[exact].to(own.device)].mean(0)
                 rows = _filled(rows, estimated & not_finite, mean)
-            if bounds is not None:
+            if bounds is not None:  # of the first output
                 self._note(bounds, rows)
-            weights.append(tuple(of_surrogates.get(j, 0.0) for j in range(len(approximations))))
+            weights.append(tuple(used.get(j, 0.0) for j in range(len(approximations))))
             choices += [dataclasses.replace(x, output=len(weights) - 1) for x in plan.choices]
             answers[i] = rows
         floating = [rows for rows in answers.values() if rows.is_floating_point()]
@@ -121,7 +125,8 @@ class Answers:
             raise error
         # Copies: the surrogate may return a tensor that it keeps, or the inputs themselves.
         outputs = found[able[0]]
-        answers = {i: stacked.over(i, _from_scale(outputs[i], self._link)) for i in divided}
+        own = ((i, outputs[i]) for i in divided)
+        answers = {i: stacked.over(i, x.softmax(-1) if self._link else x) for i, x in own}
         with outside():
             source = torch.full((division.batch_size,), -1)
             source[list(stacked.units)] = torch.arange(len(stacked.units))
@@ -233,16 +238,14 @@ class Answers:
         if by_rows:  # estimates are rounded once, at the end
             scaled = scaled.to(torch.promote_types(scaled.dtype, torch.float32))
         scaled = to_scale(scaled, self._link)
-        weights, offsets = dict[int, float](), tuple[Tensor, ...]()
-        if approximations:
-            weights, scaled, offsets = _residuals(
-                scaled, plan, self._division, received, approximations
-            )
+        given = scaled, plan, self._division, received, approximations
+        weights, scaled, offsets = _residuals(*given) if approximations else ({}, scaled, ())
         # A memory is a regression, too, and leaves what the same metric and length estimate well.
         students = [j for j in weights if not isinstance(self._surrogates[j], Memory)]
         answers = plan.decode(scaled, received, search=not weights or bool(students))
         found = plan.error_bounds(received, scaled, answers, offsets) if first else None
-        answers = _from_scale(answers + offsets[1] if offsets else answers, self._link)
+        answers = answers + offsets[1] if offsets else answers
+        answers = answers.softmax(-1) if self._link else answers
         if by_rows:  # estimates of masked scores may go beyond
             info = torch.finfo(results.dtype)
             answers = answers.clamp(info.min, info.max)
@@ -308,17 +311,12 @@ def least_squares(y: Tensor, approximations: Sequence[Tensor]) -> tuple[list[flo
     return weights.tolist(), explained, by_chance
 
 
-def _from_scale(decoded: Tensor, link: str | None) -> Tensor:
-    return decoded if link is None else decoded.softmax(dim=-1)
-
-
 @outside()
 def _rounded(bounds: ErrorBounds, answers: Tensor, dtype: torch.dtype) -> ErrorBounds:
     """Return the error bounds of answers ``[B, ...]`` that are computed in a dtype, or rounded."""
     info, most = torch.finfo(dtype), 0.5 if answers.dtype != dtype else _ROUNDING
-    numbers = plain("decode", "answers", answers).reshape(len(answers), -1)
-    units = numbers.double().abs().clamp_(min=info.smallest_normal) * (info.eps * most)
-    return bounds.widened(units.square().sum(1).sqrt().cpu())
+    norms = torch.linalg.vector_norm(columns(answers), dim=1, dtype=torch.float64).cpu()
+    return bounds.widened((norms + answers[0].numel() ** 0.5 * info.tiny) * (info.eps * most))
 
 
 def _levelled(values: Tensor, rows: Tensor | None) -> Tensor:

@@ -42,9 +42,10 @@ class Execution:
     table: Table
     why = ""  #: the reason why there are no more results, in words
 
-    def __init__(self, division: Division, report: Report, check: Verifier | None = None) -> None:
-        self._division, self._report, self._check = division, report, check
-        self.checks = Checks(division)
+    def __init__(self, division: Division, report: Report, check: Any, prepare: Any) -> None:
+        self._division, self._report = division, report
+        self._check: Verifier | None = check
+        self.checks, self._prepare = Checks(division), prepare  # for estimates from results so far
 
     def run(self, pool: Workers, module: nn.Module, waiting: Waiting, history: History) -> None:
         """Ask and wait until the policy ends the call, and verify the results."""
@@ -89,9 +90,6 @@ class Execution:
         table, asked = self.table, 0
         while True:
             until = policy.decide(history, table)
-            if table.prepares and not table.reason:
-                with self._report.timed("decode"):  # now, while the call would wait anyway
-                    _ = self._division.plan
             if table.reason:
                 return
             if table.unwanted:
@@ -100,6 +98,10 @@ class Execution:
             if asked < len(table.parts):
                 request.ask(table.parts[asked:])
                 asked = len(table.parts)
+            if table.prepares and table.answered:
+                table.prepares = False
+                with self._report.timed("decode"):  # now, while the call would wait anyway
+                    self._prepare(self.checks.stack())
             events, end = list[Began | Reply](), until
             wanted = self._division.needed - len(table.answered)
             # Until a part of the first round fails or is late, there is nothing to decide.

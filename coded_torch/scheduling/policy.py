@@ -90,8 +90,9 @@ class Decisions:
                 self._drop()
             self._replace()
             reason = self._reason() or ("" if table.open else "failed")
-            if table.now >= self.prepare_at:
-                self.prepare_at, table.prepares = math.inf, True
+            if table.now >= self.prepare_at:  # but the call must not end later for it
+                self.prepare_at = math.inf
+                table.prepares = table.now + table.reserve <= self.late_at
         if reason:
             self._end(reason)
         return self._until()
@@ -190,7 +191,7 @@ class Decisions:
         hedges = sum(other.why == "hedge" for other in part.line())
         if hedges >= _HEDGES or any(other.kind == "died" for other in part.line()):
             return False
-        if not self.hedged:
+        if not self.hedged and self.may_estimate:
             self.hedged, self.prepare_at = True, (self.table.since + self.late_at) / 2
         # A row that is late on two workers may be slow on all: one worker stays free for others.
         may = hedges == 0 or len(missing) > 1 or idle > 1

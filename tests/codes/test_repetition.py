@@ -171,3 +171,66 @@ def test_inputs_with_an_answer_of_their_own():
     assert (code.source(range(9)) >= 0).all()
     with pytest.raises(ValueError, match=r"received must lie in 0\.\.8, got 9"):
         code.source([9])
+
+
+def midpoints(k, n, **numbers):
+    return RegressionCode(k, n, redundancy="midpoints", **numbers)
+
+
+@pytest.mark.parametrize(("k", "n", "size"), [(2, 3, 16), (4, 6, 23), (3, 7, 10), (1, 2, 5)])
+def test_spare_workers_compute_midpoints_of_a_group(k, n, size, generator):
+    x = inputs(size, generator)
+    plan = midpoints(k, n).plan([x], 1)
+    sent = plan.encode(x)
+    assert sent.shape == (n, -(-size // k), 2)
+    middles = (x[:, None] + x) / 2
+    for rows in sent.flatten(0, 1), plan.encode(x.float()).flatten(0, 1).double():
+        assert ((rows[:, None] - middles.flatten(0, 1)).norm(dim=2).amin(1) < 1e-6).all()
+    own = plan.source(range(n))
+    assert torch.equal(sent.flatten(0, 1)[own], x)  # rows are computed as they are
+    assert torch.equal(plan.decode(sent, range(n)), x)
+    with pytest.raises(ValueError, match="must have size"):
+        plan.encode(x[1:])
+
+
+@pytest.mark.parametrize("lost", range(3))
+def test_a_line_through_a_midpoint_gives_the_other_end(lost, generator, monkeypatch):
+    monkeypatch.setattr("coded_torch.codes.repetition._WEIGHT", 1.0)
+    x, received = inputs(30, generator), [n for n in range(3) if n != lost]
+    plan = midpoints(2, 3).plan([x], 1)
+    results = plan.encode(x) @ torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=torch.float64) + 7
+    want = x @ torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=torch.float64) + 7
+    answers = plan.decode(results[received], received)
+    assert 5 < int((plan.source(received) < 0).sum()) < 25
+    torch.testing.assert_close(answers, want)
+
+
+def test_left_out_errors_choose_the_weight_of_lines(generator):
+    def weight(function):
+        x, received = 3 * inputs(240, generator), [0, 1, 2, 3, 4]
+        plan = midpoints(4, 6).plan([x], 1)
+        return plan._weight(function(plan.encode(x))[received], received)
+
+    assert weight(lambda x: 2 * x + 1) > 0.5
+    assert weight(lambda x: (20 * x).sin()) < 0.3
+
+
+def test_midpoints_in_a_wrapper_have_no_bounds_and_need_finite_floats():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    x = torch.randn(20, 3)
+    coded = CodedWrapper(model.eval(), midpoints(2, 3), workers=LocalWorkers(Uniform(1, seed=0)))
+    answers, report = coded.run(x.clone().requires_grad_())
+    answers.sum().backward()
+    estimated = report.estimated
+    assert 0 < int(estimated.sum()) < 20
+    assert report.radii is None
+    torch.testing.assert_close(answers[~estimated], model(x)[~estimated])
+    assert (answers - model(x)).norm() < 0.5 * (model(x) - model(x).mean(0)).norm()
+    with pytest.raises(TypeError, match="must be floating-point, as RegressionCode"):
+        coded(torch.ones(20, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="must be finite, as RegressionCode"):
+        coded(torch.full((20, 3), math.nan))
+    with pytest.raises(ValueError, match="surrogate must be left out"):
+        coded.surrogate = torch.nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="redundancy must be 'copies' or 'midpoints', got 'both'"):
+        RegressionCode(2, 3, redundancy="both")

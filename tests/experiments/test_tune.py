@@ -139,3 +139,18 @@ def test_a_number_at_the_edge_of_its_values_is_said(values, end, generator, recw
     said = [str(warning.message) for warning in recwarn]
     assert [f"is the {end} that was tried" in text for text in said] == [True] * bool(end)
     assert all("decoder_smoothing" in text for text in said)
+
+
+def test_midpoints_are_chosen_where_they_are_better_and_allowed(generator):
+    x, code = torch.randn(64, 3, generator=generator), RegressionCode(2, 3)
+    pairs = torch.cat([x, x + 0.3 * torch.randn(64, 3, generator=generator)])
+    numbers = {"metric": ["shrunk"], "length": [2.0]}
+
+    def kind(module, x, **options):
+        return tune(wrapped(module, code, Uniform(1, seed=0), **options), [x], **numbers).redundancy
+
+    smooth = Call(lambda x: (4 * x).sin())
+    assert kind(smooth, pairs) == "midpoints"
+    assert kind(smooth, pairs, surrogate=torch.nn.Linear(3, 3)) == "copies"
+    assert kind(Call(lambda x: (50 * x).sin()), x) == "copies"
+    assert kind(torch.nn.Embedding(9, 2), x[:, 0].long() % 9) == "copies"

@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch import nn
 
-from coded_torch import CodedWrapper, Waiting
+from coded_torch import CodedWrapper, Waiting, ops
 from coded_torch.codes import DeadlineExceeded, NotEnoughResults, ReplicationCode
 from coded_torch.nn.division import dealt
 from coded_torch.nn.report import Report
+from coded_torch.scheduling.latency_history import EstimationTimes
 from coded_torch.stragglers import Trace, Uniform
 from coded_torch.testing.virtual import VirtualWorkers
 from coded_torch.testing.workers import (
@@ -367,3 +368,49 @@ def test_a_report_is_five_lines_to_read():
     assert ended == "ended    deadline, with 0 later parts"
     assert notes == "notes    a remark; another one"
     assert str(Report()).startswith("rows     no answers")
+
+
+@pytest.mark.parametrize(("late", "fitted"), [(math.inf, [5]), (7.0, [5, 10])])
+def test_the_regression_is_fitted_while_the_call_waits(monkeypatch, late, fitted):
+    """Once hedges are asked for; and anew if more results have arrived by the deadline."""
+    hangs, f = ("ok", math.inf), nn.Linear(3, 2)
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    fits, choose, found, seconds = [], ops.choose_regression, [], []
+
+    def fit(*args):
+        fits.append((round(pool.clock), len(pool.begun) > 4))
+        time.sleep(0.05)
+        return choose(*args)
+
+    monkeypatch.setattr(ops, "choose_regression", fit)
+    monkeypatch.setattr(EstimationTimes, "add", lambda _, *args: seconds.append(args[0]))
+    monkeypatch.setattr(VirtualWorkers, "simulated", False)  # so that times are remembered
+    for budget in (0.5, 0.0):  # without a budget no part is hedged, and nothing is prepared
+        pool = VirtualWorkers([[("ok", 1.0), hangs]] * 2 + [[("ok", late), hangs], [hangs]])
+        coded = CodedWrapper(f, workers=pool, waiting=Waiting(deadline=10.0, hedge_budget=budget))
+        with torch.no_grad():
+            found.append(coded.run(x))
+        assert found[-1][1].estimated.sum() == (20 if late == math.inf else 10)
+        assert fits == ([(at, True) for at in fitted] if budget else [(10, False)])
+        fits.clear()
+    repeated = found[0][1].decode_seconds - seconds[0]
+    assert repeated >= 0.05 if len(fitted) > 1 else seconds[0] >= 0.05
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1].radii, found[1][1].radii)
+
+
+@pytest.mark.parametrize(("reserve", "fitted"), [(2.0, [5, 8]), (4.0, [7])])
+def test_no_regression_is_fitted_early_that_would_end_the_call_late(monkeypatch, reserve, fitted):
+    choose, fits, hangs = ops.choose_regression, [], ("ok", math.inf)
+
+    def fit(*args):
+        fits.append(round(pool.clock))
+        return choose(*args)
+
+    monkeypatch.setattr(ops, "choose_regression", fit)
+    monkeypatch.setattr(EstimationTimes, "reserve", lambda *_: (4096, reserve))
+    pool = VirtualWorkers([[("ok", 1.0), hangs], [("ok", 7.0), hangs], [hangs]])
+    coded = CodedWrapper(nn.Linear(3, 2), workers=pool, waiting=Waiting(deadline=10.0))
+    with torch.no_grad():
+        coded.run(torch.randn(30, 3))
+    assert fits == fitted

@@ -78,9 +78,9 @@ inline const bool* mask_of(const char* op, const std::optional<Tensor>& typical,
 inline Tensor some_rows(const Tensor& rows, const std::vector<int64_t>& some) {
   const int64_t width = rows.size(1);
   const Tensor out = new_tensor({static_cast<int64_t>(some.size()), width}, ScalarType::Float);
-  for (size_t i = 0; i < some.size(); ++i) {
-    std::copy_n(numbers<float>(rows) + some[i] * width, width, numbers<float>(out) + i * width);
-  }
+  const float* from = numbers<float>(rows);
+  float* to = numbers<float>(out);
+  for (const int64_t row : some) to = std::copy_n(from + row * width, width, to);
   return out;
 }
 
@@ -126,7 +126,8 @@ inline Tensor distances_of(const Tensor& rows, double unit, const bool* typical,
 inline double path_step(const Tensor& rows, const std::vector<int64_t>& path, const bool* typical,
                         double unit) {
   const int64_t width = rows.size(1);
-  const auto row = [&](int64_t i) { return numbers<float>(rows) + i * width; };
+  const float* x = numbers<float>(rows);
+  const auto row = [&](int64_t i) { return x + i * width; };
   std::vector<float> steps;
   for (size_t i = 0; i + 1 < path.size(); ++i) {
     const int64_t a = path[i], b = path[i + 1];
@@ -156,10 +157,11 @@ class Padded {
     float* inverses = memory_.get() + (n_ + 3) * stride_;
     if (!kernels().invert(memory_.get(), n_, stride_, inverses)) return std::nullopt;
     const Tensor out = new_tensor({n_, n_}, ScalarType::Float);
+    float* to = numbers<float>(out);
     for (int64_t i = 0; i < n_; ++i) {
+      const float* from = row(i);
       const float scale = std::sqrt(inverses[i]);
-      float* to = numbers<float>(out) + i * n_;
-      for (int64_t j = 0; j < n_; ++j) to[j] = scale * row(i)[j];
+      for (int64_t j = 0; j < n_; ++j) to[i * n_ + j] = scale * from[j];
     }
     return out;
   }

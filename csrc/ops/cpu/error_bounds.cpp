@@ -31,14 +31,16 @@ Tensor error_thresholds_cpu(const Tensor& weights, const Tensor& variances, cons
   const Tensor out = new_tensor({is_signed ? 2 : 1, num_missing, n}, ScalarType::Double);
   std::vector<double> rows(4 * n);
   for (int64_t k = 0; k < 4; ++k) {
-    for (int64_t j = 0; j < n; ++j) rows[k * n + j] = numbers<double>(known)[k * width + some[j]];
+    const double* from = numbers<double>(known) + k * width;
+    for (int64_t j = 0; j < n; ++j) rows[k * n + j] = from[some[j]];
   }
   const double* at = rows.data();
   const ThresholdsArgs args{at, at + n, at + 2 * n, at + 3 * n, n, count, trust, is_signed};
   for_blocks(num_missing, 64, [&](int64_t first, int64_t block) {
     std::vector<double> own(n);
     for (int64_t i = first; i < first + block; ++i) {
-      for (int64_t j = 0; j < n; ++j) own[j] = numbers<double>(weights)[i * width + some[j]];
+      const double* from = numbers<double>(weights) + i * width;
+      for (int64_t j = 0; j < n; ++j) own[j] = from[some[j]];
       double* to = numbers<double>(out) + i * n;
       kernels().thresholds(args, numbers<double>(variances)[i], numbers<double>(moved)[i],
                            own.data(), to, is_signed ? to + num_missing * n : nullptr);
@@ -93,13 +95,14 @@ std::tuple<Tensor, Tensor> error_bounds_cpu(const Regression& process, const Ten
   std::vector<double> errors(n * columns), variances(n, 1.0);
   const Tensor known = new_tensor({4, n}, ScalarType::Double);
   double* norms = numbers<double>(known);
+  const double *of_residuals = numbers<double>(given), *of_answers = numbers<double>(answers);
   if (!is_mean) std::copy_n(numbers<double>(process[kLeftOutVariances]), n, variances.begin());
   std::copy(variances.begin(), variances.end(), norms);
   for (int64_t i = 0; i < n; ++i) {
     double sums[3] = {};
     for (int64_t c = 0; c < columns; ++c) {
       const double deviation = scaled.off(from, left_out[i], c, columns) * others;
-      const double residual = is_mean ? deviation : numbers<double>(given)[i * columns + c];
+      const double residual = is_mean ? deviation : of_residuals[i * columns + c];
       const double error = deviation + trust * (residual - deviation);
       errors[i * columns + c] = error;
       const double each[3] = {residual, error, deviation};
@@ -111,7 +114,7 @@ std::tuple<Tensor, Tensor> error_bounds_cpu(const Regression& process, const Ten
   for (int64_t i = 0; i < num_missing; ++i) {
     double sum = 0;
     for (int64_t c = 0; c < columns; ++c) {
-      const double off = numbers<double>(answers)[i * columns + c] - scaled.mean[c];
+      const double off = of_answers[i * columns + c] - scaled.mean[c];
       sum += is_signed ? off : off * off;
     }
     numbers<double>(moved)[i] = is_signed ? sum : std::sqrt(sum);

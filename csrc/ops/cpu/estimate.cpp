@@ -142,10 +142,10 @@ static void fill(const Problem& problem, const int64_t* missing, double nugget,
   const std::vector<int64_t> left_out = evenly(n, static_cast<int64_t>(squares.size()));
   process[kLeftOutVariances] =
       new_tensor({static_cast<int64_t>(squares.size())}, ScalarType::Double);
+  double* of_left_out = numbers<double>(process[kLeftOutVariances]);
   for (size_t i = 0; i < squares.size(); ++i) {
     const double weight = weights[left_out[i]];
-    numbers<double>(process[kLeftOutVariances])[i] =
-        1 / std::max(squares[i] - weight * weight / precision, kLeastPrecision);
+    of_left_out[i] = 1 / std::max(squares[i] - weight * weight / precision, kLeastPrecision);
   }
 
   const Tensor covariances = new_tensor({num_missing, n}, kType<T>);
@@ -155,22 +155,23 @@ static void fill(const Problem& problem, const int64_t* missing, double nugget,
     }
   });
   process[kHalf] = half_of(covariances, process);
-  double* left = numbers<double>(process[kLeft]);
+  double *left = numbers<double>(process[kLeft]), *variances = numbers<double>(process[kVariances]);
+  const T *half = numbers<T>(process[kHalf]), *rows = numbers<T>(covariances);
   for (int64_t i = 0; i < num_missing; ++i) {
-    const T* half = numbers<T>(process[kHalf]) + i * n;
-    left[i] = 1 - inner(numbers<T>(covariances) + i * n, weights, n);
-    const double variance = 1 + nugget - inner(half, half, n) + left[i] * left[i] / precision;
-    numbers<double>(process[kVariances])[i] = std::max(variance, nugget);
+    left[i] = 1 - inner(rows + i * n, weights, n);
+    const double explained = inner(half + i * n, half + i * n, n);
+    variances[i] = std::max(1 + nugget - explained + left[i] * left[i] / precision, nugget);
   }
   const Tensor some =
       product(process[kHalf], all ? process[kFactor] : transposed(process[kOfLeftOut]));
   const int64_t width = some.size(1);
   process[kWeights] = new_tensor({num_missing, width}, ScalarType::Double);
-  for (int64_t i = 0; i < num_missing; ++i) {
-    double* to = numbers<double>(process[kWeights]) + i * width;
+  double* to = numbers<double>(process[kWeights]);
+  const T* from = numbers<T>(some);
+  for (int64_t i = 0; i < num_missing; ++i, to += width, from += width) {
     double sum = 0;
     for (int64_t j = 0; j < width; ++j) {
-      to[j] = numbers<T>(some)[i * width + j] + left[i] / precision * weights[left_out[j]];
+      to[j] = from[j] + left[i] / precision * weights[left_out[j]];
       sum += to[j];
     }
     for (int64_t j = 0; all && j < width; ++j) to[j] += (1 - sum) / width;  // after rounding
@@ -234,10 +235,11 @@ static std::tuple<Tensor, Tensor, double, double> maps_of(const Regression& proc
   if (!all) {
     const Tensor whole = whole_of(process[kHalf], process);
     weights = new_tensor({num_missing, n}, ScalarType::Double);
-    for (int64_t i = 0; i < num_missing; ++i) {
+    const T* from = numbers<T>(whole);
+    for (int64_t i = 0; i < num_missing; ++i, from += n) {
       double *to = numbers<double>(weights) + i * n, sum = 0;
       const double left = numbers<double>(process[kLeft])[i] / precision;
-      for (int64_t j = 0; j < n; ++j) sum += to[j] = numbers<T>(whole)[i * n + j] + left * mean[j];
+      for (int64_t j = 0; j < n; ++j) sum += to[j] = from[j] + left * mean[j];
       for (int64_t j = 0; j < n; ++j) to[j] += (1 - sum) / n;  // after rounding
     }
   }
@@ -245,13 +247,12 @@ static std::tuple<Tensor, Tensor, double, double> maps_of(const Regression& proc
                           : whole_of(process[kOfLeftOut], process);
   const std::vector<int64_t> left_out = evenly(n, some.size(0));
   const Tensor residuals = new_tensor({some.size(0), n}, ScalarType::Double);
-  for (int64_t i = 0; i < some.size(0); ++i) {
+  double* to = numbers<double>(residuals);
+  const T* from = numbers<T>(some);
+  for (size_t i = 0; i < left_out.size(); ++i, to += n, from += n) {
     const double variance = numbers<double>(process[kLeftOutVariances])[i];
     const double own = mean[left_out[i]] / precision;
-    for (int64_t j = 0; j < n; ++j) {
-      numbers<double>(residuals)[i * n + j] =
-          (numbers<T>(some)[i * n + j] - own * mean[j]) * variance;
-    }
+    for (int64_t j = 0; j < n; ++j) to[j] = (from[j] - own * mean[j]) * variance;
   }
   return {weights, residuals, std::nan(""), 1.0};
 }
@@ -298,9 +299,8 @@ static std::tuple<Tensor, Tensor, double, double> estimates_of(const Regression&
   const Tensor over = product(half, all ? process[kFactor] : transposed(process[kOfLeftOut]));
   const Tensor toward = product(process[kHalf], transposed(half));
   std::vector<double> means(columns);
-  for (int64_t c = 0; c < columns; ++c) {
-    means[c] = inner(numbers<T>(scaled.y) + c * n, mean, n) / precision;
-  }
+  const T* y = numbers<T>(scaled.y);
+  for (int64_t c = 0; c < columns; ++c) means[c] = inner(y + c * n, mean, n) / precision;
   // With the projection P = C^-1 - m m' / 1' m, m = C^-1 1, the residual of a result that is left
   // out is (P y) / P_ii, of variance 1 / P_ii.
   const int64_t num_left_out = over.size(1);
@@ -308,24 +308,26 @@ static std::tuple<Tensor, Tensor, double, double> estimates_of(const Regression&
   const Tensor residuals = new_tensor({num_left_out, columns}, ScalarType::Double);
   std::vector<double> deviations(num_left_out * columns);
   const double others = static_cast<double>(n) / std::max<int64_t>(n - 1, 1);
+  const double* given_results = numbers<double>(results);
+  double* each = numbers<double>(residuals);
+  const T* products = numbers<T>(over);
   for (int64_t i = 0; i < num_left_out; ++i) {
     const double factor = numbers<double>(process[kLeftOutVariances])[i] * scaled.size;
     for (int64_t c = 0; c < columns; ++c) {
-      const double off = numbers<T>(over)[c * num_left_out + i] - mean[left_out[i]] * means[c];
-      numbers<double>(residuals)[i * columns + c] = off * factor;
-      deviations[i * columns + c] =
-          scaled.off(numbers<double>(results), left_out[i], c, columns) * others;
+      const double off = products[c * num_left_out + i] - mean[left_out[i]] * means[c];
+      each[i * columns + c] = off * factor;
+      deviations[i * columns + c] = scaled.off(given_results, left_out[i], c, columns) * others;
     }
   }
-  const auto [error, found] =
-      judge(numbers<double>(residuals), deviations.data(), num_left_out, columns);
+  const auto [error, found] = judge(each, deviations.data(), num_left_out, columns);
   const double trust = given.value_or(found);
   const Tensor estimates = new_tensor({num_missing, columns}, ScalarType::Double);
-  for (int64_t i = 0; i < num_missing; ++i) {
+  const T* from = numbers<T>(toward);
+  double* to = numbers<double>(estimates);
+  for (int64_t i = 0; i < num_missing; ++i, from += columns, to += columns) {
     const double left = numbers<double>(process[kLeft])[i];
     for (int64_t c = 0; c < columns; ++c) {
-      const double off = numbers<T>(toward)[i * columns + c] + left * means[c];
-      numbers<double>(estimates)[i * columns + c] = off * trust * scaled.size + scaled.mean[c];
+      to[c] = (from[c] + left * means[c]) * trust * scaled.size + scaled.mean[c];
     }
   }
   return {estimates, residuals, error, trust};
@@ -356,12 +358,12 @@ static std::tuple<Tensor, Tensor> coefficients_of(const Regression& process,
   const Tensor whole = whole_of(half_of(scaled.y, process), process);
   const Tensor out = new_tensor({columns, n}, ScalarType::Float);
   const Tensor means = new_tensor({columns}, ScalarType::Float);
-  for (int64_t c = 0; c < columns; ++c) {
-    const double own =
-        inner(numbers<T>(scaled.y) + c * n, mean, n) / *numbers<double>(process[kPrecision]);
+  const T *y = numbers<T>(scaled.y), *from = numbers<T>(whole);
+  float* to = numbers<float>(out);
+  for (int64_t c = 0; c < columns; ++c, y += n, from += n, to += n) {
+    const double own = inner(y, mean, n) / *numbers<double>(process[kPrecision]);
     for (int64_t i = 0; i < n; ++i) {
-      numbers<float>(out)[c * n + i] =
-          static_cast<float>((numbers<T>(whole)[c * n + i] - own * mean[i]) * scaled.size);
+      to[i] = static_cast<float>((from[i] - own * mean[i]) * scaled.size);
     }
     numbers<float>(means)[c] = static_cast<float>(own * scaled.size + scaled.mean[c]);
   }

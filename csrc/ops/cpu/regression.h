@@ -38,9 +38,10 @@ struct Scaled {
       }
     }
     size = largest > 0 ? largest : 1;
+    T* to = numbers<T>(y);
     for (int64_t i = 0; i < n; ++i) {
       for (int64_t c = 0; c < columns; ++c) {
-        numbers<T>(y)[c * n + i] = static_cast<T>(off(from, i, c, columns) / size);
+        to[c * n + i] = static_cast<T>(off(from, i, c, columns) / size);
       }
     }
   }
