@@ -275,7 +275,8 @@ class CodedWrapper(ModuleProxy):
             what = execution.not_floating()
         else:
             how = "give a deadline, estimate_after or on_error='estimate'"
-            what = f"surrogate is never used by {waiting}; {how}" if self.surrogate else ""
+            never = self.surrogate and waiting is self._policy()
+            what = f"surrogate is never used by {waiting}; {how}" if never else ""
         if what and what not in self._warned:
             self._warned |= {what}
             warn(f"CodedWrapper: {what}")
