@@ -166,9 +166,27 @@ def coverage(results: Results) -> Figure:
     return legend(figure, 5)
 
 
+def mean(results: Results) -> Figure:
+    """Draw half widths of means against the share of computed rows, beside sampling's."""
+    found = {name: of["curve"] for name, of in results["mean"].items() if "curve" in of}
+    figure, every = panels([name_of(name) for name in found], rows=2, height=2.6)
+    for axes, of in zip(every, found.values(), strict=True):
+        for key, label in (("sampling", "sampling"), ("ours", "CodedWrapper.mean")):
+            colour = {"color": "tab:blue" if key == "ours" else "0.5"}
+            axes.plot(of["share"], of[key], "o-", markersize=3, label=label, **colour)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks([0.03, 0.1, 0.3, 0.9], ["3 %", "10 %", "30 %", "90 %"])
+        axes.minorticks_off()
+        axes.set_xlabel("rows computed")
+        axes.set_ylabel("half width / spread")
+    return legend(figure, 2)
+
+
 PICTURES = {
     "accuracy": accuracy,
     "fleet": fleet,
     "convergence": convergence,
     "coverage": coverage,
+    "mean": mean,
 }

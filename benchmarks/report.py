@@ -36,6 +36,7 @@ READMES = (
     FOLDER.parent / "README.md",
     FOLDER / "README.md",
     FOLDER.parent / "notebooks" / "science.md",
+    FOLDER.parent / "notebooks" / "guides" / "means.md",
 )
 
 Results = Mapping[str, Any]

@@ -154,15 +154,14 @@ def saturated_app(direct: bool) -> Any:
     """Return the application of the sleeping model, whose batcher may call it in its threads."""
     model, waiting = sleeping(), Waiting(estimate=False)
     pool = LocalWorkers() if direct else ProcessWorkers(PROCESSES)
-    coded = CodedWrapper(model, workers=pool, parts=1, waiting=waiting)
+    coded = CodedWrapper(model, workers=pool, parts=1 if direct else None, waiting=waiting)
     one = [TensorSpec("input", "FP32", (FEATURES,))], [TensorSpec("output", "FP32", (FEATURES,))]
     limits: Any = {"deadline": 10.0, "max_batch_size": BATCH}
     made = app(coded, name="model", inputs=one[0], outputs=one[1], **limits)
     if direct:
 
-        def compute(inputs: list[Tensor], _: float) -> Batch:
-            added = [torch.zeros(len(inputs[0]), dtype=spec.dtype) for spec in ADDED]
-            return Batch([model(*inputs), *added], Report(), set())
+        def compute(inputs: list[Tensor], *_: Any) -> Batch:
+            return Batch({"output": model(*inputs)}, Report(), set(), slice(len(inputs[0])))
 
         made.batcher._compute, made.batcher._slots = compute, lambda: (PROCESSES, 1)
     return made
@@ -175,7 +174,8 @@ def main(kind: str, port: str) -> None:
         return
     torch.set_num_threads(1)  # the processors are the workers'
     made = lenet5_app() if kind == "faults" else saturated_app(kind == "direct")
-    uvicorn.run(made, host="127.0.0.1", port=int(port), log_level="critical")
+    quiet: Any = {"log_level": "critical", "access_log": False}  # as the command does
+    uvicorn.run(made, host="127.0.0.1", port=int(port), **quiet)
 
 
 @contextlib.contextmanager

@@ -126,6 +126,21 @@ def coverages(results: Mapping[str, Any]) -> Iterable[list[str]]:
         yield [setting, *(shown(x, ".3f") for x in worst), f"{mean:.3f}", f"{wrong:.3f}"]
 
 
+def means(results: Mapping[str, Any]) -> Iterable[list[str]]:
+    """Yield the coverage of means over all sets, and of the worst set, by kind and rows."""
+    yield ["of", "rows", "covered", "least", "sampling", "least", "width over sampling's", "most"]
+    sets = [found["fixed"] for found in results["mean"].values() if "fixed" in found]
+    for kind in ("outputs", "classes", "right"):
+        for rows in ("60", "120", "240"):
+            cells = [found[kind][rows] for found in sets if kind in found]
+            row = [kind, rows]
+            for of in ("ours", "sampling"):
+                covered = [cell[of]["covered"][0] for cell in cells]
+                row += [f"{sum(covered) / len(covered):.3f}", f"{min(covered):.3f}"]
+            widths = [cell["width over sampling's"] for cell in cells]
+            yield [*row, f"{sum(widths) / len(widths):.2f}", f"{max(widths):.2f}"]
+
+
 def _error(item: tuple[str, Any]) -> float:
     return float("inf") if item[1]["mse"][0] is None else item[1]["mse"][0]
 
@@ -269,6 +284,14 @@ CLIENTS = LATENCY | {
     "extra requests": "extra requests:.1%",
     "extra work": lambda _, found: f"{100 * (found['work'] - 1):.1f} %",
 }
+INTERVALS: Mapping[str, Column] = {
+    "covered": "ours > covered:.3f",
+    "worst column": "ours > worst column:.3f",
+    "sampling": "sampling > covered:.3f",
+    "its worst column": "sampling > worst column:.3f",
+    "width over sampling's": "width over sampling's:.2f",
+    "draws": "draws:d",
+}
 TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = {
     "coverage": Table(
         "coverage > *",
@@ -377,6 +400,34 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
     "fleet_bars": Table("fleet > workloads|overhead > * > bars > *", ("", "", ""), BARS),
     "jobs": Table("job > cases > * > *", ("",), {"": finished}, 0),
     "job_memory": Table("job > memory > *", ("",), {"MB": ":.0f"}),
+    "means": means,
+    **{
+        f"means_{name}": Table(f"mean > * > {name} > * > *", ("data", "of", "rows"), INTERVALS)
+        for name in ("fixed", "many", "student")
+    },
+    "means_looks": Table(
+        "mean > * > looks > *",
+        ("data", "of"),
+        {
+            "stopped by width": "ours > stopped:.3f",
+            "sampling": "sampling > stopped:.3f",
+            "every look, `anytime`": "ours > anytime:.3f",
+            "sampling, wider alike": "sampling > anytime:.3f",
+            "every look": "ours > at every look:.3f",
+        },
+    ),
+    "means_processes": Table(
+        "mean > * > processes",
+        ("data",),
+        {
+            "rows": "rows:d",
+            "of": "total:d",
+            "rows of sampling": "sampled rows:d",
+            "seconds": "wall seconds:.1f",
+            "sampling, at least": "least seconds of sampling:.1f",
+            "workers killed": "workers killed:d",
+        },
+    ),
     "convergence": Table(
         "convergence > * > * > *",
         ("", "lost", ""),

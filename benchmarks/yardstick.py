@@ -12,6 +12,7 @@ import functools
 import http.client
 import itertools
 import json
+import subprocess
 import sys
 import threading
 import time
@@ -123,37 +124,79 @@ def jobs() -> Iterator[Call]:
         yield lambda: [report for _, report in coded.map(batches)]
 
 
-def served() -> Iterator[Call]:
-    """Yield a request of four rows to a server in a thread; it has no report."""
+class Sleeping(nn.Module):
+    """A model that sleeps for 1 ms a row."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        time.sleep(1e-3 * len(rows))
+        return rows[:, :10]
+
+
+@contextlib.contextmanager
+def serving(coded: CodedWrapper) -> Iterator[int]:
+    """Run a server in a thread; yields its port."""
     import uvicorn
 
     from coded_torch.serve import TensorSpec, app
 
     tensors = [TensorSpec("x", "FP32", (FEATURES,))], [TensorSpec("y", "FP32", (10,))]
-    rows = {"name": "x", "datatype": "FP32", "shape": [4, FEATURES], "data": inputs(4).tolist()}
-    body = json.dumps({"inputs": [rows]})
-    coded = CodedWrapper(network(), workers=LocalWorkers(), parts=1, waiting=waiting(False))
     application = app(coded, name="m", inputs=tensors[0], outputs=tensors[1], deadline=START)
-    server = uvicorn.Server(uvicorn.Config(application, port=0, log_level="error"))
+    server = uvicorn.Server(
+        uvicorn.Config(application, port=0, log_level="error", access_log=False)
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     until = time.monotonic() + START
     while not server.started and thread.is_alive() and time.monotonic() < until:
         time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START)
-
-    def call() -> list[Any]:
-        connection.request("POST", "/v2/models/m/infer", body)
-        reply = connection.getresponse()
-        text = reply.read()
-        assert reply.status == 200, text
-        return []
-
-    yield call
-    connection.close()
+    yield server.servers[0].sockets[0].getsockname()[1]
     server.should_exit = True
     thread.join(START)
+
+
+def body(rows: int) -> str:
+    """Return a request of some rows."""
+    entry = {"name": "x", "datatype": "FP32", "shape": [rows, FEATURES]}
+    return json.dumps({"inputs": [entry | {"data": inputs(rows).tolist()}]})
+
+
+def served() -> Iterator[Call]:
+    """Yield a request of four rows; it has no report."""
+    coded = CodedWrapper(network(), workers=LocalWorkers(), parts=1, waiting=waiting(False))
+    with serving(coded) as port:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START)
+
+        def call() -> list[Any]:
+            connection.request("POST", "/v2/models/m/infer", body(4))
+            reply = connection.getresponse()
+            text = reply.read()
+            assert reply.status == 200, text
+            return []
+
+        yield call
+        connection.close()
+
+
+def many_served(clients: int, requests: int) -> Iterator[Call]:
+    """Yield so many requests of one row by some clients, of two processes that sleep."""
+    model, rows = Sleeping(), inputs(2)
+    with ProcessWorkers(2).start(model, rows, timeout=START) as pool:
+        coded = CodedWrapper(model, workers=pool, waiting=waiting(False))
+        with serving(coded) as port:
+            path = Path(__file__).with_name("clients.py")
+            line = [sys.executable, path, str(port), str(clients), "/v2/models/m/infer", body(1)]
+            pipe: Any = subprocess.PIPE
+            with subprocess.Popen(line, stdin=pipe, stdout=pipe, text=True, bufsize=1) as process:
+                asked: Any = process.stdin
+                told: Any = process.stdout
+
+                def call() -> list[Any]:
+                    asked.write(f"{requests}\n")
+                    assert int(told.readline()) == requests
+                    return []
+
+                yield call
+                asked.close()
 
 
 #: The function that yields a question's call, the calls of a round, and the rows that it estimates.
@@ -169,6 +212,7 @@ QUESTIONS: dict[str, tuple[Callable[[], Iterator[Call]], int, int]] = {
     "coded calls, 240 rows": (functools.partial(coded_calls, 240), 20, 240),
     "jobs, 8 x 256 rows": (jobs, 3, 0),
     "served requests, 4 rows": (served, 30, 0),
+    "served requests, 1,024 of 64 clients": (functools.partial(many_served, 64, 1024), 1, 0),
 }
 
 

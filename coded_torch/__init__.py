@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from . import codes, linear, nn, stragglers, surrogates, workers
 from .codes import DeadlineExceeded, NotEnoughResults
 from .input_space.regression import Regression
-from .nn import CodedWrapper, Report, Waiting
+from .nn import CodedWrapper, Interval, Report, Waiting
 
 if TYPE_CHECKING:
     from .experiments.compare import compare
     from .experiments.tune import tune
 
 __version__ = version("coded_torch")
-__all__ = ["CodedWrapper", "DeadlineExceeded", "NotEnoughResults", "Regression", "Report"]
-__all__ += ["Waiting", "codes", "compare", "linear", "nn", "stragglers"]
+__all__ = ["CodedWrapper", "DeadlineExceeded", "Interval", "NotEnoughResults", "Regression"]
+__all__ += ["Report", "Waiting", "codes", "compare", "linear", "nn", "stragglers"]
 __all__ += ["surrogates", "tune", "workers"]
 
 

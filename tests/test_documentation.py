@@ -37,7 +37,7 @@ def test_docstrings(name):
     assert doctest.testmod(importlib.import_module(name), optionflags=OPTIONS).failed == 0
 
 
-@pytest.mark.parametrize("name", ["science", "guides/your_own"])
+@pytest.mark.parametrize("name", ["science", "guides/your_own", "guides/means"])
 def test_the_examples_of_pages_show_what_happens(name):
     page = str(ROOT / "notebooks" / f"{name}.md")
     result = doctest.testfile(page, module_relative=False, optionflags=OPTIONS)

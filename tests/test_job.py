@@ -97,6 +97,13 @@ class Any(torch.nn.Module):
 def any_names():
     return wrapped(Any())
 
+def first(outputs, rows):
+    assert (outputs[:, 0] == 0.5 * rows + 1.5).all()
+    return outputs[:, 0]
+
+def total(outputs, rows):
+    return outputs["sum"]
+
 class Kind(enum.Enum):
     SUM = 1
 
@@ -545,3 +552,58 @@ def test_an_interrupted_job_goes_on_without_computing_a_batch_again(
     assert not set(computed(folder)) & set(done)
     assert torch.equal(outputs(folder), exact())
     assert not list(folder.glob("out/*.part"))
+
+
+def test_a_mean_ends_by_its_half_width_and_goes_on_with_resume(folder, capsys):
+    arguments = line("here", "--mean", "--of", "models:first")
+    assert main([*arguments, "--half-width", "3.0"]) == 0
+    out = capsys.readouterr().out
+    found = re.findall(r"^(\d+) of 200 rows: ([\d.]+) ± ([\d.]+)$", out, re.M)
+    few = {*computed(folder)}
+    assert int(found[-1][0]) < ROWS
+    assert float(found[-1][2]) <= 3.0
+    assert int(found[-1][0]) <= len(few) <= int(found[-1][0]) + 2  # workers start on two rows
+    assert main([*arguments, "--resume"]) == 0
+    again = computed(folder)
+    assert not few & ({*again} - {0, 1})
+    assert len({*again} | few) == ROWS
+    assert capsys.readouterr().out.endswith("200 of 200 rows: 51.25 ± 0\n")
+    state = torch.load(folder / "out" / "mean.pt", weights_only=True)
+    assert state["rows"] == state["total"] == ROWS
+    assert state["value"].tolist() == [51.25]
+    assert main([*arguments[:-1], "models:total", "--resume"]) == 2
+    assert "--resume must repeat the job in out: mean digest " in capsys.readouterr().err
+
+
+def test_a_mean_of_a_parquet_file_is_of_rows_in_any_order(folder):
+    x = np.arange(100, 200, dtype=np.float32)
+    table = pyarrow.table({"x": x, "y": x})
+    parquet.write_table(table, folder / "rows.parquet", row_group_size=30)
+    more = "--inputs", "rows.parquet", "--of", "models:total"
+    assert main(line("pair", "--mean", *more)) == 0
+    state = torch.load(folder / "out" / "mean.pt", weights_only=True)
+    assert state["value"].tolist() == [299.0]
+
+
+def test_a_row_on_which_the_model_fails_ends_a_mean(thirteen):
+    with pytest.raises(AssertionError, match="thirteen") as caught:
+        main(line("pair", "--mean", *thirteen))
+    assert caught.value.rows == (13,)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--half-width", "0.1"], "--of and --half-width must be left out without --mean"),
+        (["--of", "models:here"], "--of and --half-width must be left out without --mean"),
+        (["--mean", "--deadline", "1"], "left out, as a mean without some rows is biased"),
+        (["--mean", "--half-width", "-1"], "half_width must be positive, one or per column, got"),
+        (
+            ["--mean", "--of", "models:nothing"],
+            "MODULE:FACTORY must name a function or a class in a module",
+        ),
+    ],
+)
+def test_options_of_means_are_checked(folder, capsys, more, message):
+    assert main(line("here", *more)) == 2
+    assert message in capsys.readouterr().err

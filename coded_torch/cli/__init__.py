@@ -117,3 +117,13 @@ def save(command: str, figure: Figure, output: Path) -> None:
     with usage(f"{command}: --output cannot be written"):
         figure.savefig(output, dpi=150)
     say(f"\nThe picture: {output.resolve()}")
+
+
+def replace(path: Path, data: bytes | memoryview) -> None:
+    """Write a file whole or not at all, even if the process or the host ends meanwhile."""
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import functools
 import hashlib
 import inspect
 import io
@@ -36,8 +37,9 @@ import coded_torch
 from .._arguments import count
 from ..codes import NotEnoughResults
 from ..nn import CodedWrapper, Waiting
+from ..nn.mean import Looks
 from ..workers import ProcessWorkers, WorkerError
-from . import CommandError, find_factory, need, say, usage
+from . import CommandError, find_factory, need, replace, say, usage
 
 logger = logging.getLogger("coded_torch.job")
 
@@ -45,27 +47,33 @@ _MANIFEST = "manifest.sha256"  # digests of batches, which `sha256sum --check` r
 
 
 def job(args: argparse.Namespace) -> None:
-    """Compute the answers to all rows of a file, and go on after an interruption."""
+    """Compute the answers to all rows of a file, or their mean, and go on after an interruption."""
     if args.check is not None:
-        return _check(args.check)
+        _check(args.check)
+        return
     if None in (args.factory, args.inputs, args.output):
         raise CommandError("coded-torch job: MODULE:FACTORY, --inputs and --output must be given")
     with usage("job: --inputs cannot be read", errors=Exception):
-        names, rows, read = _open(args.inputs)
+        names, rows, read = _open(args.inputs, args.mean)
     factory = find_factory("job", args.factory)
+    args.of = None if args.of is None else find_factory("job", args.of)
     made = factory()
     coded = made[0] if isinstance(made, tuple) and made else made  # `serve` needs examples, too
     with contextlib.ExitStack() as held:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
         held.callback(signal.signal, signal.SIGTERM, before)
         with usage("job"):
-            if not isinstance(coded, CodedWrapper):
+            if not args.mean and (args.of, args.half_width) != (None, None):
+                raise ValueError("--of and --half-width must be left out without --mean")
+            is_made = isinstance(coded, CodedWrapper)
+            if (args.deadline, args.on_error) != (None, "raise") and (args.mean or is_made):
+                why = f"{args.factory} returns a CodedWrapper with its own waiting"
+                why = "a mean without some rows is biased" if args.mean else why
+                raise ValueError(f"--deadline and --on-error must be left out, as {why}")
+            if not is_made:
                 waiting = Waiting(args.deadline, on_error=args.on_error)
                 workers = ProcessWorkers(args.num_workers, grace=args.grace)
                 coded = CodedWrapper(coded, workers=workers, waiting=waiting)
-            elif args.deadline is not None or args.on_error != "raise":
-                own = f"as {args.factory} returns a CodedWrapper with its own waiting"
-                raise ValueError(f"--deadline and --on-error must be left out, {own}")
             columns = _columns(args, names, coded.eval().module)
             next(read(columns, 1, [0]))
             mapping = ", ".join(f"{name}={x}" for name, x in columns.arguments.items())
@@ -76,17 +84,26 @@ def job(args: argparse.Namespace) -> None:
             with usage(f"job: --output {args.output} must not be in use by another job"):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _claim(args, factory, coded, rows, mapping)
+        say(f"Columns of {args.inputs}: {mapping}.")
+        held.enter_context(coded.workers)
+        held.enter_context(torch.no_grad())
+        run = _mean if args.mean else _every_row
+        run(args, coded, rows, functools.partial(read, columns, size))
+
+
+def _every_row(args: argparse.Namespace, coded: CodedWrapper, rows: int, read: Any) -> None:
+    """Compute and write the batches that are missing or wrong."""
+    size = args.batch_size
+    with contextlib.ExitStack() as held:
+        with usage("job"):
             good, wrong = _examine(args.output, rows, size)
             if again := [name for name, why in wrong.items() if why != "is missing"]:
                 logger.warning("batches without a fitting digest are computed again: %s", again)
             lines = (f"{digest}  {name}\n" for name, digest in good.items())
-            _replace(args.output / _MANIFEST, "".join(lines).encode())
+            replace(args.output / _MANIFEST, "".join(lines).encode())
             manifest = held.enter_context((args.output / _MANIFEST).open("a"))
             missing = [int(name[6:18]) for name in wrong]
-            found = coded.map(read(columns, size, missing), in_flight=args.in_flight)
-        say(f"Columns of {args.inputs}: {mapping}.")
-        held.enter_context(coded.workers)
-        held.enter_context(torch.no_grad())
+            found = coded.map(read(missing), in_flight=args.in_flight)
         counts: Counter[str] = Counter()
         begin, end = time.monotonic(), ""
         progress: Iterable[str] = wrong
@@ -95,10 +112,8 @@ def job(args: argparse.Namespace) -> None:
 
             progress = tqdm(wrong, desc="batches", disable=None)  # if there is a terminal
         try:
-            for first in read(columns, size, missing[:1]):
-                # If the model fails on these rows, their batch says so.
-                with usage("job", TypeError, "Workers: "), contextlib.suppress(WorkerError):
-                    coded.workers.start_on(coded.module, first)
+            for first in read(missing[:1]):
+                _start(coded, first)
             for name, (answers, report) in zip(progress, found, strict=True):
                 # A zip file for ``torch.load``: outputs, a dict or a list, and their errors.
                 outputs = dict(answers) if isinstance(answers, Mapping) else tree_leaves(answers)
@@ -107,7 +122,7 @@ def job(args: argparse.Namespace) -> None:
                     torch.save(content, file := io.BytesIO())
                     torch.load(io.BytesIO(data := file.getbuffer()), weights_only=True)
                 with usage("job: --output cannot be written", errors=OSError):
-                    _replace(args.output / name, data)
+                    replace(args.output / name, data)
                     # Written later: a batch without its digest is computed again.
                     print(f"{hashlib.sha256(data).hexdigest()}  {name}", file=manifest, flush=True)
                     os.fsync(manifest.fileno())
@@ -138,13 +153,56 @@ def job(args: argparse.Namespace) -> None:
             )
 
 
+def _mean(args: argparse.Namespace, coded: CodedWrapper, rows: int, read: Any) -> None:
+    """Print intervals for the means over all rows, and write what is computed after each look."""
+    path, batches = args.output / "mean.pt", _Batches(rows, args.batch_size, read)
+    with usage(f"job: {path} cannot be read", errors=Exception):
+        known = torch.load(path, weights_only=True) if path.exists() else {}
+    _start(coded, batches[0])
+    with usage("job", prefix="mean: "), usage("job", NotEnoughResults):
+        looks = Looks(coded, batches, args.of, None, 0.95, False, known.get("seed"))
+        if known:
+            looks.numbers, looks.shares = [known["numbers"]], known["shares"]
+            looks.sizes = [size for size in looks.sizes if size >= known["rows"]]
+        for found in looks.until(args.half_width):
+            known = {"numbers": torch.cat(looks.numbers), "shares": looks.shares}
+            torch.save(known | vars(found) | {"seed": looks.seed}, file := io.BytesIO())
+            replace(path, file.getbuffer())
+            some = zip(found.value[:8].tolist(), found.half_width.tolist(), strict=False)
+            shown = ", ".join(f"{value:.5g} ± {half:.2g}" for value, half in some)
+            more = ", ..." if len(found.value) > 8 else ""
+            say(f"{found.rows:,} of {rows:,} rows: {shown}{more}")
+
+
+class _Batches:
+    """The batches of a file, each of which is read when it is needed."""
+
+    def __init__(self, rows: int, size: int, read: Any) -> None:
+        self._starts, self._read = range(0, rows, size), read
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, number: int) -> Any:
+        return next(self._read([self._starts[number]]))
+
+
+def _start(coded: CodedWrapper, first: BoundArguments) -> None:
+    """Start workers on a batch. If the model fails on its rows, the call says so."""
+    with usage("job", TypeError, "Workers: "), contextlib.suppress(WorkerError):
+        coded.workers.start_on(coded.module, first)
+
+
 # Inputs and calls.
 
 
-def _open(path: Path) -> tuple[list[str], int, Callable[..., Iterator[BoundArguments]]]:
+def _open(
+    path: Path, whole: bool = False
+) -> tuple[list[str], int, Callable[..., Iterator[BoundArguments]]]:
     """Return the names of the columns, the number of rows, and a function that reads batches.
 
-    It puts tensors in the place of columns, for each batch of a size that begins at some rows.
+    It puts tensors in the place of columns, for each batch of a size that begins at some rows. To
+    read batches in any order, ``whole`` reads all of a Parquet file at once.
     """
     look = operator.attrgetter("st_ino", "st_size", "st_mtime_ns")
     before, file = look(path.stat()), None
@@ -155,6 +213,8 @@ def _open(path: Path) -> tuple[list[str], int, Callable[..., Iterator[BoundArgum
         file = parquet.ParquetFile(path)
         inputs: dict[str, Any] = dict.fromkeys(file.schema_arrow.names)
         lengths = {file.metadata.num_rows}
+        if whole:
+            inputs, file = {name: file.read([name])[name] for name in inputs}, None
     elif path.suffix == ".safetensors":
         need("job", "job", "safetensors")
         from safetensors import safe_open
@@ -246,6 +306,7 @@ def _claim(args: Any, factory: Any, coded: CodedWrapper, rows: int, mapping: str
     now |= {"batch-size": args.batch_size, "parts": coded.parts, "waiting": str(coded.waiting)}
     for name in ("code", "estimator", "surrogate", "verify", "in_dims", "out_dims"):
         now[name] = f"digest {_digest(getattr(coded, name), sources)}"
+    now["mean"] = f"digest {_digest(args.of, sources)}" if args.mean else ""
     # The option --trust-model leaves these out.
     trusted = {"model": f"{args.factory}, digest {_digest((factory, coded.module), sources)}"}
     names = sorted(name for name in sources if name.partition(".")[0] != "torch")  # by its version
@@ -255,11 +316,11 @@ def _claim(args: Any, factory: Any, coded: CodedWrapper, rows: int, mapping: str
     trusted["versions"] = f"torch {torch.__version__}, coded_torch {coded_torch.__version__}"
     compared = now if args.trust_model else now | trusted
     differ = [key for key, value in compared.items() if before.get(key) != value]
-    if before and differ and any(args.output.glob("batch-*.pt")):
+    if before and differ and any(args.output.glob("*.pt")):
         must = "; ".join(f"{key} {before.get(key)}, got {compared[key]}" for key in differ)
         how = " (--trust-model goes on)" if trusted.keys() >= {*differ} else ""
         raise ValueError(f"--resume must repeat the job in {args.output}: {must}{how}")
-    _replace(path, json.dumps(now | trusted).encode())
+    replace(path, json.dumps(now | trusted).encode())
 
 
 def _read_claim(path: Path) -> dict[str, Any]:
@@ -333,13 +394,3 @@ def _check(folder: Path) -> None:
     if wrong:
         raise CommandError(f"coded-torch job: {found}")
     say(f"{found}.")
-
-
-def _replace(path: Path, data: bytes | memoryview) -> None:
-    """Write a file whole or not at all, even if the process or the host ends meanwhile."""
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

@@ -255,6 +255,9 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
         ("--grace", float, 30.0, "hang timeout of a worker, in seconds"),
         ("--deadline", float, None, "seconds after which missing rows are estimated"),
         ("--on-error", ("raise", "estimate"), "raise", "if the model fails on a row"),
+        ("--mean", bool, False, "only the means over all rows, from as few as are needed"),
+        ("--half-width", float, None, "with --mean: the half width of intervals to end at"),
+        ("--of", str, None, "with --mean: MODULE:FUNCTION of outputs and row numbers"),
     ),
     plan: (
         ("--latencies", Path, None, "a CSV file: seconds of one part, a line each"),

@@ -150,11 +150,14 @@ class CodedWrapper(ModuleProxy):
         _check_settings(self)
         self._is_made = True
 
-    def run(self, *args: Any, waiting: Waiting | None = None, **kwargs: Any) -> tuple[Any, Report]:
-        """Return the answers and the report of a call with its own policy; hooks do not run."""
+    def run(
+        self, *args: Any, waiting: Waiting | None = None, parts: int | None = None, **kwargs: Any
+    ) -> tuple[Any, Report]:
+        """Return the answers and report of a call with its own policy and parts; no hooks run."""
         _check_waiting(self.code, waiting)
+        parts = parts if parts is None else count("run", "parts", parts)
         report = Report()
-        return self._call(report, waiting or self._policy(), args, kwargs), report
+        return self._call(report, waiting or self._policy(), (args, kwargs), parts), report
 
     @property
     def num_stragglers(self) -> int:
@@ -182,7 +185,7 @@ class CodedWrapper(ModuleProxy):
     def _forward(self, args: Any, kwargs: dict[str, Any]) -> Any:
         report = Report()
         try:
-            return self._call(report, self._policy(), args, kwargs)
+            return self._call(report, self._policy(), (args, kwargs))
         finally:
             vars(self)["last_run"] = report  # a setting would be checked
 
@@ -193,15 +196,16 @@ class CodedWrapper(ModuleProxy):
         """Return the policy of calls that bring none of their own."""
         return self.waiting or (_AS_NEEDED if self.code is None else _AT_ONCE)
 
-    def _call(self, report: Report, waiting: Waiting, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _call(self, report: Report, waiting: Waiting, given: Any, parts: int | None = None) -> Any:
         """Return the answers; the report is written as soon as something is known."""
+        args, kwargs = given
         if self.training and (part := training_part(self.module, dropout=True)):
             what = "answers depend on the rows of a part, or on chance"
             warn(f"CodedWrapper: {part} is in training mode, where {what}; call eval() on it")
         with report.timed("encode"), on_host():
             mixing = self.code if self.code is not None and self.code.mixes else None
             inputs = Inputs(args, kwargs, self.in_dims, mixing)
-            division = self._divide(inputs, waiting, report) if inputs.batch_size else None
+            division = self._divide(inputs, waiting, report, parts) if inputs.batch_size else None
         if division is None:
             with report.timed("compute"):
                 answers = self.module(*args, **kwargs)
@@ -212,14 +216,14 @@ class CodedWrapper(ModuleProxy):
         report.failed = False
         return answers
 
-    def _divide(self, inputs: Inputs, waiting: Waiting, report: Report) -> Division:
+    def _divide(self, inputs: Inputs, waiting: Waiting, report: Report, parts: Any) -> Division:
         code, block, reserve = self.code, BLOCKS[0], 0.0
         if code is None or code.uses_geometry:
             left = seconds_left(self.workers, waiting, report)
             block, reserve = self._history.estimates.reserve(inputs.batch_size, left)
         division: Division
         if code is None:
-            parts = self.parts or self.workers.num_workers or 1
+            parts = parts or self.parts or self.workers.num_workers or 1
             estimator = self.estimator or _ESTIMATOR
             how: Any = {"block": block, "parts": parts, "dealer": self._dealer}
             division = Rows(inputs, estimator, **how, out_dims=self.out_dims)
@@ -271,7 +275,8 @@ class CodedWrapper(ModuleProxy):
             what = execution.not_floating()
         else:
             how = "give a deadline, estimate_after or on_error='estimate'"
-            what = f"surrogate is never used by {waiting}; {how}" if self.surrogate else ""
+            never = self.surrogate and waiting is self._policy()
+            what = f"surrogate is never used by {waiting}; {how}" if never else ""
         if what and what not in self._warned:
             self._warned |= {what}
             warn(f"CodedWrapper: {what}")

@@ -38,9 +38,9 @@ Plan: TypeAlias = BatchPlan | RowPlan
 # The factor of the surrogates' own squares, so that equal surrogates share their weight. It was not
 # tuned.
 _RIDGE = 1.001
-# A surrogate is used if it explains more than six times the squares that one of noise explains on
+#: A surrogate is used if it explains more than six times the squares that one of noise explains on
 # average: none of noise is used then. (benchmarks surrogates, "useless")
-_CHANCE = 6
+CHANCE = 6
 _ROUNDING = 4.0  # units in the last place; two cover outputs of 1e6 (test_estimate_missing.py)
 
 
@@ -274,11 +274,11 @@ def _residuals(
         y, *of_y = (few_columns(places, x) for x in numbers)  # [F R, C], on the host
         if isinstance(plan, RowPlan):  # each input once
             places = (source := plan.source(received))[source >= 0]
-        found, explained, by_chance = _least_squares(y[places], [x[places] for x in of_y])
-        if not explained > _CHANCE * by_chance:  # another metric may win by chance, too
+        found, explained, by_chance = least_squares(y[places], [x[places] for x in of_y])
+        if not explained > CHANCE * by_chance:  # another metric may win by chance, too
             return {}, results, ()
         before, after = plan.left_out_squares(received, y, y - _weighted(found, of_y))
-        if not after < (1 - _CHANCE * by_chance) * before:
+        if not after < (1 - CHANCE * by_chance) * before:
             return {}, results, ()
     dtype = torch.promote_types(results.dtype, torch.float32)
     subtracted, known = (_weighted(found, [x.to(dtype) for x in each]) for each in (of_units, used))
@@ -294,7 +294,7 @@ def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     return sum(products[1:], products[0])
 
 
-def _least_squares(y: Tensor, approximations: Sequence[Tensor]) -> tuple[list[float], float, float]:
+def least_squares(y: Tensor, approximations: Sequence[Tensor]) -> tuple[list[float], float, float]:
     """Return weights of approximations, and the shares that they and noise explain of results."""
     y = y - y.mean(0)
     s = torch.stack([(x - x.mean(0)).flatten() for x in approximations])  # [J, n C]

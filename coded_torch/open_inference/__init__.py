@@ -123,7 +123,9 @@ def from_bytes(spec: TensorSpec, shape: Sequence[int], data: memoryview) -> Tens
     stored = torch.uint8 if spec.dtype is torch.bool else spec.dtype
     tensor = torch.empty(*shape, dtype=stored)
     if len(data):
-        tensor = torch.frombuffer(bytearray(data), dtype=stored).reshape(*shape)
+        # Bytes that cannot change, or do not lie where elements of their size may, are copied.
+        copied = data.readonly or np.frombuffer(data, np.uint8).ctypes.data % stored.itemsize
+        tensor = torch.frombuffer(bytearray(data) if copied else data, dtype=stored).reshape(*shape)
     return tensor != 0 if spec.dtype is torch.bool else tensor
 
 
@@ -148,9 +150,9 @@ def from_json(name: str, spec: TensorSpec, shape: Sequence[int], data: list[Any]
     return torch.from_numpy(np.array(rows, kind)).to(spec.dtype).reshape(*shape)
 
 
-def to_bytes(tensor: Tensor) -> bytes:
-    """Return the elements, little-endian and in row-major order."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def to_bytes(tensor: Tensor) -> memoryview:
+    """Return the elements, little-endian and in row-major order. They may be the tensor's own."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 # The messages of a server and of a client. All faults are a ValueError.
@@ -306,6 +308,7 @@ def written(
             entry["data"] = numbers.numpy()  # orjson writes null for NaN and infinity
         entries.append(entry)
     head = orjson.dumps({**message, key: entries}, option=orjson.OPT_SERIALIZE_NUMPY)
+    head += b" " * (-len(head) % 64 if tail else 0)  # so that elements can be read in place
     return b"".join([head, *tail]), len(head) if tail else None
 
 

@@ -9,16 +9,15 @@ import gc
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from torch import Tensor
 
 import coded_torch
@@ -28,13 +27,14 @@ from ..nn import CodedWrapper
 from ..open_inference import ADDED, FORMER, LISTED, TensorSpec, written
 from .batcher import TO_ANSWER, Batch, Batcher, compute
 from .metrics import Metrics
-from .protocol import VERSION, Reader, RequestError
+from .protocol import VERSION, Reader, RequestError, timeout
 
 # The number of requests that Ray lets into a replica; a bound, not tuned. Ray's default of 5 would
 # refuse before the application's own bound of 256 does.
 _MOST_REQUESTS = 1024
 _EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
 _MOST_ANSWERS = 20_000  # answers that are remembered; a bound, not tuned
+_WATCH = 0.1  # seconds, after which a request begins to watch if its client has gone; not tuned
 
 
 class app(Starlette):  # noqa: N801 - callers read it as a function
@@ -125,19 +125,14 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         )
         self.reader = Reader(inputs, outputs, self.max_rows)
         server = {"name": "coded_torch", "version": coded_torch.__version__}
-        model: dict[str, Any] = {
-            "name": name,
-            "versions": [VERSION],
-            "platform": "coded_torch",
-            "inputs": [spec.metadata() for spec in inputs],
-            "outputs": [spec.metadata() for spec in (*outputs, *LISTED)],
-        }
-        config: dict[str, Any] = {"name": name, "platform": "coded_torch", "backend": "coded_torch"}
-        config["max_batch_size"] = self.max_rows
-        for key in ("input", "output"):
+        model: dict[str, Any] = {"name": name, "platform": "coded_torch"}
+        config: dict[str, Any] = model | {"backend": "coded_torch", "max_batch_size": self.max_rows}
+        model["versions"] = [VERSION]
+        for key, specs in (("input", inputs), ("output", [*outputs, *LISTED])):
+            model[f"{key}s"] = [spec.metadata() for spec in specs]
             config[key] = [
-                {"name": x["name"], "data_type": f"TYPE_{x['datatype']}", "dims": x["shape"][1:]}
-                for x in model[f"{key}s"]
+                {"name": x.name, "data_type": f"TYPE_{x.datatype}", "dims": [*x.shape]}
+                for x in specs
             ]
         routes = [
             Route("/metrics", self.metrics_text),
@@ -147,13 +142,14 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             Route("/v2/models/stats", self.statistics),
             Route("/v2/repository/index", self.index, methods=["POST"]),
         ]
-        for path in (f"/v2/models/{name}", f"/v2/models/{name}/versions/{VERSION}"):
+        paths = f"/v2/models/{name}", f"/v2/models/{name}/versions/{VERSION}"
+        self._infer_paths = {f"{path}/infer" for path in paths}
+        for path in paths:
             routes += [
                 Route(path, lambda _: JSONResponse(model)),
                 Route(f"{path}/config", lambda _: JSONResponse(config)),
                 Route(f"{path}/ready", self.is_ready),
                 Route(f"{path}/stats", self.statistics),
-                Route(f"{path}/infer", self.infer, methods=["POST"]),
             ]
         super().__init__(
             routes=routes,
@@ -163,19 +159,30 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, unless it comes under a name that is not allowed."""
-        if scope["type"] == "http" and (allowed := self.allowed_hosts) is not None:
-            headers = Headers(scope=scope)
-            host = "//" + headers.get("host", "")
-            for name, url in (("Host", host), ("Origin", headers.get("origin", host))):
+        answer: ASGIApp = super().__call__  # which would take long for an inference
+        if scope["type"] == "http":
+            headers = {x.decode("latin-1"): y.decode("latin-1") for x, y in scope["headers"]}
+            try:
+                self._check_names(headers)
+                if scope["path"].removeprefix(scope.get("root_path", "")) in self._infer_paths:
+                    answer = await self._infer(scope["method"], headers, receive)
+            except Exception as error:
+                await (await self.refuse(Request(scope), error))(scope, receive, send)
+                if isinstance(error, HTTPException):
+                    return
+                raise
+        await answer(scope, receive, send)
+
+    def _check_names(self, headers: dict[str, str]) -> None:
+        host = "//" + headers.get("host", "")
+        for name, url in (("Host", host), ("Origin", headers.get("origin", host))):
+            if (allowed := self.allowed_hosts) is not None:
                 found = None
                 with contextlib.suppress(ValueError):
                     found = urlsplit(url).hostname
                 if found not in allowed:
                     must = f"the {name} of a request must be one of {', '.join(allowed)}"
-                    error = RequestError(403, "invalid", f"{must}, got {url.lstrip('/')!r:.80}")
-                    await (await self.refuse(Request(scope), error))(scope, receive, send)
-                    return
-        await super().__call__(scope, receive, send)
+                    raise RequestError(403, "invalid", f"{must}, got {url.lstrip('/')!r:.80}")
 
     def load(self) -> None:
         """Start the workers. With examples, each runs the model on two rows; it must not fail."""
@@ -225,44 +232,35 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         self.metrics.workers(self.pool)
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    async def infer(self, request: Request) -> Response:
+    async def _infer(self, method: str, headers: dict[str, str], receive: Receive) -> Response:
         """Read a request, queue it, and return its answer by its deadline."""
+        if method != "POST":
+            raise HTTPException(405, headers={"Allow": "POST"})
         arrived = time.monotonic()
         deadline = arrived + self.deadline
-        try:
-            self.batcher.check(1, deadline)  # before the body is read
-            message = await self.reader.read(request, deadline)
-            deadline = min(deadline, arrived + message.timeout)
-            future = self.batcher.put(message.inputs, arrived, deadline)
-            answer = await _first(future, request, deadline + TO_ANSWER - time.monotonic())
-            if answer is None and self.pool.num_ready == 0:
-                raise RequestError(503, "unavailable", "no worker computed it: none is up")
-            if answer is None:
-                raise RequestError(504, "late", "too few results came within the deadline")
-        except ClientDisconnect:
-            raise RequestError(499, "disconnected", "the client has gone") from None
-        report, coverage = answer.report, answer.report.coverage
-        names = [spec.name for spec in (*self.outputs, *ADDED)]
-        answers = dict(zip(names, answer.outputs, strict=True))
-        answers |= {former.name: answers[name] for name, former in FORMER.items()}
-        if message.coverage and coverage is not None:
-            coverage = message.coverage
-            if (radii := report.radii_at(coverage)) is not None:
-                answers["radius"] = radii[answer.rows].float()
-        rows, estimated = len(answers["estimated"]), int(answers["estimated"].sum())
+        self.batcher.check(1, deadline)  # before the body is read
+        message = await self.reader.read(headers, receive, deadline)
+        deadline = min(deadline, arrived + message.timeout)
+        future = self.batcher.put(message.inputs, arrived, deadline)
+        answer = await _first(future, receive, deadline + TO_ANSWER - time.monotonic())
+        if answer is None and self.pool.num_ready == 0:
+            raise RequestError(503, "unavailable", "no worker computed it: none is up")
+        if answer is None:
+            raise RequestError(504, "late", "too few results came within the deadline")
+        coverage = answer.report.coverage and (message.coverage or answer.report.coverage)
+        rows, estimated = len(message.inputs[0]), sum(answer.estimated[answer.rows])
         parameters = {"coverage": coverage} if coverage else {}
         parameters |= dict.fromkeys(("estimated_rows", "predicted_rows"), estimated)
         about = {"model_name": self.name, "model_version": VERSION, "parameters": parameters}
         about |= {"id": message.id} if message.id else {}
-        tensors = ((spec, answers[spec.name], binary) for spec, binary in message.outputs)
+        tensors = ((x, answer.output(x, message.coverage), how) for x, how in message.outputs)
         body, length = written(about, "outputs", tensors)
         now = time.monotonic()
         self.answers.append((now, now - arrived, rows, estimated))
         self.metrics.answered(now - arrived)
-        if length is None:
-            return Response(body, media_type="application/json")
-        headers = {"Inference-Header-Content-Length": str(length)}
-        return Response(body, headers=headers, media_type="application/octet-stream")
+        kind = "application/json" if length is None else "application/octet-stream"
+        size = None if length is None else {"Inference-Header-Content-Length": str(length)}
+        return Response(body, headers=size, media_type=kind)
 
     async def refuse(self, request: Request, error: Exception) -> Response:
         """Answer a request that failed or is refused, and count why."""
@@ -276,24 +274,26 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         return JSONResponse({"error": why}, error.status_code, error.headers)
 
 
-async def _first(future: asyncio.Future[Batch], request: Request, seconds: float) -> Batch | None:
+async def _first(future: asyncio.Future[Any], receive: Receive, seconds: float) -> Batch | None:
     """Return the answer, None if time runs out first, or raise if the client disconnects."""
+    loop, tasks = asyncio.get_running_loop(), list[asyncio.Task[None]]()
 
     async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
+        if not future.done():
+            future.set_exception(RequestError(499, "disconnected", "the client has gone"))
 
-    gone = asyncio.ensure_future(watch())
+    begin = loop.call_later(_WATCH, lambda: tasks.append(loop.create_task(watch())))
     try:
-        await asyncio.wait((future, gone), timeout=seconds, return_when="FIRST_COMPLETED")
-        if future.done():
-            return future.result()
-        if gone.done():
-            raise ClientDisconnect
+        async with timeout(seconds):
+            return cast("Batch", await future)  # if it ends, the request leaves the queue
+    except (TimeoutError, asyncio.TimeoutError):  # two classes in Python 3.10
         return None
     finally:
-        gone.cancel()
-        future.cancel()  # takes the request off the queue
+        begin.cancel()
+        for task in tasks:
+            task.cancel()
 
 
 def deployment(factory: Callable[[], app], **options: Any) -> Any:

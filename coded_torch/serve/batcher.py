@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from .._arguments import sparing_logger
 from .._torch import device_of
 from ..codes import DeadlineExceeded, NotEnoughResults
 from ..nn import CodedWrapper, Report, Waiting
-from ..open_inference import ADDED, EndpointError, RefusedError, TensorSpec
+from ..open_inference import EndpointError, RefusedError, TensorSpec
 from ..scheduling.latency_history import History
 from .protocol import RequestError
 
@@ -35,19 +35,43 @@ TO_ANSWER = 0.01
 _MOST_BATCHES = 1024  # threads, each of which runs a batch; a bound, not tuned
 
 
+# The fields of a report by the outputs of ADDED and FORMER that have other names.
+_FIELDS = {"radius": "radii", "label_p_value": "label_p_values", "label_risk": "label_p_values"}
+_FIELDS["predicted"] = "estimated"
+
+
 class Batch(NamedTuple):
     """The answers of a batch, or of one of its requests."""
 
-    outputs: list[Tensor]  #: ``[B, ...]`` each: the model's, then the added ones; may be empty
+    outputs: dict[str, Tensor]  #: the model's, ``[B, ...]`` each, by name; may be empty
     report: Report
     unanswered: set[int]  #: the rows without an answer
-    rows: slice = slice(None)  #: the rows of the call's batch
+    rows: slice  #: of the batch, the rows of the request
+    estimated: Sequence[bool] = ()  #: by row of the batch; may be empty if none is
+
+    def output(self, spec: TensorSpec, coverage: float) -> Tensor:
+        """Return an output of the request; error bounds at a level, unless it is 0."""
+        if (values := self.outputs.get(spec.name)) is not None:
+            return values[self.rows]
+        report, field, end = self.report, _FIELDS.get(spec.name, spec.name), self.rows.stop
+        values = getattr(report, field)
+        if field == "corrected":
+            values = torch.tensor([row in report.corrected for row in range(end)])
+        if field == "radii" and coverage and report.coverage:
+            values = report.radii_at(coverage)
+        if values is None:  # then computed rows get 0, and estimated rows NaN
+            values = torch.zeros(end)
+            if spec.dtype.is_floating_point and self.estimated:
+                values.masked_fill_(torch.tensor(self.estimated[:end]), math.nan)
+        return values[self.rows].to(spec.dtype)
 
 
 def compute(
-    coded: CodedWrapper, specs: Sequence[TensorSpec], inputs: list[Tensor], seconds: float
+    coded: CodedWrapper, specs: Any, inputs: list[Tensor], seconds: float, parts: Any
 ) -> Batch:
     """Compute a batch. If rows are missing, they are estimated at the end of the seconds."""
+    if coded.code is not None or not coded.workers.num_workers:
+        parts = None  # there are no idle workers to divide it over
     own = coded.waiting or (Waiting.first() if coded.code else Waiting())
     # Other rows are estimated even if the module fails on one, which is refused alone.
     waiting = dataclasses.replace(own, deadline=seconds, on_error="estimate")
@@ -56,7 +80,7 @@ def compute(
         inputs = [x.to(device or x.device) for x in inputs]
     try:
         with torch.no_grad():
-            answers, report = coded.run(*inputs, waiting=waiting)
+            answers, report = coded.run(*inputs, waiting=waiting, parts=parts)
     except Exception as error:
         held = getattr(error, "report", None)
         if not isinstance(held, Report) or not held.missing_rows:
@@ -65,9 +89,9 @@ def compute(
     unanswered = set() if own.on_error == "estimate" else set(report.refused)
     if report.failed or report.ended == "failed":
         unanswered |= {*report.refused, *report.missing_rows}
-    if answers is None:
-        return Batch([], report, unanswered)
     rows, leaves = len(inputs[0]), pytree.tree_leaves(answers)
+    if answers is None:
+        return Batch({}, report, unanswered, slice(rows))
     got = [(leaf.dtype, list(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor)]
     fit = len(got) == len(leaves) == len(specs) and all(
         dtype is spec.dtype and shape[:1] == [rows] and spec.fits(shape[1:])
@@ -76,18 +100,9 @@ def compute(
     if not fit:
         must = [(spec.dtype, [rows, *spec.shape]) for spec in specs]
         raise TypeError(f"the model must return tensors {must}, got {got}")
-    # Without a value, computed rows get 0, and estimated rows NaN.
-    fields = ("estimated", "radii", "label_p_values", "source", "verified", "corrected")
-    for name, spec in zip(fields, ADDED, strict=True):
-        values = getattr(report, name)
-        if name == "corrected":
-            values = torch.tensor([row in values for row in range(rows)])
-        if values is None:
-            values = torch.zeros(rows)
-            if spec.dtype.is_floating_point and report.estimated is not None:
-                values.masked_fill_(report.estimated, math.nan)
-        leaves.append(values.to(spec.dtype))
-    return Batch(leaves, report, unanswered)
+    named = {spec.name: leaf for spec, leaf in zip(specs, leaves, strict=True)}
+    flags = () if report.estimated is None else report.estimated.tolist()
+    return Batch(named, report, unanswered, slice(rows), flags)
 
 
 class _Entry:
@@ -95,7 +110,8 @@ class _Entry:
 
     def __init__(self, inputs: list[Tensor], arrived: float, deadline: float) -> None:
         self.inputs, self.arrived, self.deadline = inputs, arrived, deadline
-        self.rows, self.shapes = len(inputs[0]), [x.shape[1:] for x in inputs]
+        self.rows = len(inputs[0])
+        self.shapes: list[Any] = [x.shape[1:] for x in inputs]
         self.future: asyncio.Future[Batch] = asyncio.get_running_loop().create_future()
 
     def fits(self, other: _Entry) -> bool:
@@ -107,15 +123,17 @@ class _Entry:
 class Batcher:
     """A bounded queue, and slots in which batches run, until the earliest deadline of a request.
 
-    ``compute`` computes a batch in a thread, given its inputs and the seconds that are left.
-    ``slots`` returns the number of slots, and the most that one batch takes; it takes no more than
-    it has rows. ``on_batch`` gets each batch, its rows, and the seconds that its requests waited.
-    ``states`` returns how many workers are known to be in each state, "idle", "busy" or other.
+    A batch takes one slot, and an equal share of the rows. If nothing else waits, it is divided
+    over the free slots. ``compute`` computes a batch in a thread, given its inputs, the seconds
+    that are left, and the number of its parts. ``slots`` returns the number of slots, and the most
+    parts of a batch. ``on_batch`` gets each batch, its rows, and the seconds that its requests
+    waited. ``states`` returns how many workers are known to be in each state, "idle", "busy" or
+    other.
     """
 
     def __init__(
         self,
-        compute: Callable[[list[Tensor], float], Batch],
+        compute: Callable[[list[Tensor], float, int], Batch],
         *,
         max_batch_size: int,
         max_queued_requests: int,
@@ -131,27 +149,18 @@ class Batcher:
         # True if a batch was late, though it had its usual time, and none was answered meanwhile.
         self._hung, self._answered = False, -math.inf
         self._timer: asyncio.TimerHandle | None = None
-        # Begin, rows and deadline of each running batch.
-        self._ongoing: dict[asyncio.Task[None], tuple[float, int, float]] = {}
+        # Begin, rows, parts and deadline of each running batch.
+        self._ongoing: dict[asyncio.Task[None], tuple[float, int, int, float]] = {}
         self._threads = ThreadPoolExecutor(_MOST_BATCHES, "coded_torch batch")
 
     @property
-    def _at_once(self) -> int:
-        """The number of whole batches that can run at once."""
-        slots, parts = self._slots()
-        return max(1, slots // min(parts, self._max_rows))
-
-    @property
-    def _used(self) -> int:
-        """The number of slots of running batches."""
-        _, parts = self._slots()
-        return sum(min(rows, parts) for _, rows, _ in self._ongoing.values())
-
-    @property
-    def _is_free(self) -> bool:
-        # Workers still compute rows of calls that have ended: these workers are busy, too.
-        used = max(self._used, self._states()["busy"])
-        return not self._ongoing or used < self._slots()[0]
+    def _num_free(self) -> int:
+        """The number of free slots; at least one if nothing runs."""
+        slots, used = self._slots()[0], sum(parts for _, _, parts, _ in self._ongoing.values())
+        if used < slots:
+            # Workers still compute rows of calls that have ended: these workers are busy, too.
+            used = max(used, self._states()["busy"])
+        return max(slots - used, int(not self._ongoing))
 
     def check(self, rows: int, deadline: float, *, is_read: bool = False) -> None:
         """Refuse (503) a request if the queue is full, or its answer would probably be late.
@@ -163,8 +172,9 @@ class Batcher:
         # An idle server takes anything: only a batch can show that workers are fast again.
         if not (self._ongoing or self._queue):
             return
-        now, states = time.monotonic(), self._states()
+        now = time.monotonic()
         late = now + self._expected(rows, now) - deadline
+        states = self._states() if is_read and (self._hung or late == math.inf) else Counter()
         if is_read and (late == math.inf or (self._hung and not states["idle"])):
             why = "workers hang: no batch was answered lately"
             if states["busy"]:
@@ -200,48 +210,42 @@ class Batcher:
         """Return the seconds until ``rows`` more rows are probably answered."""
         batches, rest = divmod(self._rows + rows, self._max_rows)
         seconds = batches * self._usual(self._max_rows) + (rest and self._usual(rest))
-        seconds /= self._at_once
-        if self._is_free:
+        seconds /= self._slots()[0]
+        if self._num_free:
             return seconds
         # A batch beyond its deadline never ends, as far as anyone knows.
         return seconds + min(
-            math.inf if now > deadline + TO_ANSWER else max(0.0, begin + self._usual(rows) - now)
-            for begin, rows, deadline in self._ongoing.values()
+            math.inf
+            if now > deadline + TO_ANSWER
+            else max(0.0, begin + self._usual(-(-rows // parts)) - now)
+            for begin, rows, parts, deadline in self._ongoing.values()
         )
 
     def _usual(self, rows: int) -> float:
-        """Return the median duration of a batch in seconds; 0 until 32 batches are known."""
+        """Return the median duration of a part in seconds; 0 until 32 batches are known."""
         # A higher quantile, or an extrapolation to more rows, refused requests without need.
         seconds = self._history.part(min(rows, self._history.most_rows))
         return seconds if seconds < math.inf else 0.0
 
     def _fill(self) -> None:
         """Let waiting requests run while a slot is free."""
-        while self._is_free and (batch := self._take()):
-            task = asyncio.get_running_loop().create_task(self._run(batch))
+        while self._queue and (free := self._num_free) and (batch := self._take()):
             rows, until = sum(entry.rows for entry in batch), min(e.deadline for e in batch)
-            self._ongoing[task] = time.monotonic(), rows, until
-            task.add_done_callback(self._free)
+            parts = 1 if self._queue else min(free, rows, self._slots()[1])
+            ran = time.monotonic(), rows, parts, until
+            task = asyncio.get_running_loop().create_task(self._run(batch, ran))
+            self._ongoing[task] = ran
         if self._timer:
             self._timer.cancel()
-        if self._queue and self._states()["busy"] > self._used:  # nothing tells when rows end
+        if self._queue:  # nothing tells when rows of calls that have ended are computed
             self._timer = asyncio.get_running_loop().call_later(TO_ANSWER, self._fill)
-
-    def _free(self, task: asyncio.Task[None]) -> None:
-        begin, rows, _ = self._ongoing.pop(task)
-        # From slot to slot: the delays of the loop count, as the next batch suffers them too.
-        self._history.add([(rows, time.monotonic() - begin)], None)
-        if not task.cancelled():
-            self._fill()
-            task.result()  # raises in the loop an error that no request was told
 
     def _take(self) -> list[_Entry]:
         """Take the next batch. Requests with at most half their usual time get a 504."""
-        batch: list[_Entry] = []
-        rows = 0
-        # As many batches as can run at once share the rows: one batch of all leaves workers idle.
-        every = self._rows + sum(rows for _, rows, _ in self._ongoing.values())
-        most = min(self._max_rows, -(-every // self._at_once))
+        batch, rows = list[_Entry](), 0
+        # All slots share the rows: one batch of all leaves workers idle.
+        every = self._rows + sum(rows for _, rows, _, _ in self._ongoing.values())
+        most = min(self._max_rows, -(-every // self._slots()[0]))
         for entry in list(self._queue):
             hopeless = entry.deadline - time.monotonic() <= 0.5 * self._usual(entry.rows)
             if hopeless and (batch or self._ongoing or len(self._queue) > 1):
@@ -256,47 +260,51 @@ class Batcher:
             batch.append(entry)
         return batch
 
-    async def _run(self, batch: list[_Entry]) -> None:
-        begin, rows = time.monotonic(), sum(entry.rows for entry in batch)
-        left = min(entry.deadline for entry in batch) - begin
+    async def _run(self, batch: list[_Entry], ran: tuple[float, int, int, float]) -> None:
+        begin, rows, parts, deadline = ran
+        queued, left = [begin - entry.arrived for entry in batch], deadline - begin
         left = max(left - TO_ANSWER, left / 2, 1e-3)
+        longest = -(-rows // parts)  # rows of a part
         columns = zip(*(entry.inputs for entry in batch), strict=True)
         inputs = [column[0] if len(column) == 1 else torch.cat(column) for column in columns]
-        loop = asyncio.get_running_loop()
-        error: RequestError | None = None
+        loop, done, error = asyncio.get_running_loop(), None, None
         try:
-            done = await loop.run_in_executor(self._threads, self._compute, inputs, left)
+            done = await loop.run_in_executor(self._threads, self._compute, inputs, left, parts)
         except Exception as cause:  # any error of the model: its requests get an answer
             error = _error(cause, in_time=time.monotonic() < begin + left)
             late = error.status_code == 504
         else:
             late = not done.outputs and done.report.ended == "deadline"
-            if done.outputs:
-                self._on_batch(done, rows, [begin - entry.arrived for entry in batch])
             if len(done.report.refused) == rows > batch[0].rows:  # all parts raised alike
                 error = _refusal(done.report, 0)
+        finally:
+            # From slot to slot: the delays of the loop count, as the next batch suffers them too.
+            self._history.add([(longest, time.monotonic() - begin)], None)
+            del self._ongoing[cast("asyncio.Task[None]", asyncio.current_task())]
         if not late:
             self._hung, self._answered = False, time.monotonic()
-        elif left >= self._usual(rows) and self._answered < begin:
+        elif left >= self._usual(longest) and self._answered < begin:
             self._hung = True
-        start = 0
+        if error is not None and not late and len(batch) > 1:  # one may be to blame
+            batch = [entry for entry in batch if not entry.future.done()]
+            for entry in batch:
+                entry.shapes = [entry]  # fits no other
+                self._rows += entry.rows
+            self._queue, batch = dict.fromkeys([*batch, *self._queue]), []
+        self._fill()  # before the answers, which take the loop some time
+        end = 0
         for entry in batch:
-            first, start = start, start + entry.rows
+            mine = slice(end, end := end + entry.rows)
             if entry.future.done():
                 continue
-            if error is None:
-                mine = slice(first, start)
-                if unanswered := done.unanswered.intersection(range(first, start)):
-                    entry.future.set_exception(_refusal(done.report, min(unanswered)))
-                else:
-                    outputs = [output[mine] for output in done.outputs]
-                    entry.future.set_result(Batch(outputs, done.report, set(), mine))
-            elif late or len(batch) == 1:
-                entry.future.set_exception(error)
-            elif entry.deadline > time.monotonic():  # one may be to blame: each is tried alone
-                task = cast("asyncio.Task[None]", asyncio.current_task())
-                self._ongoing[task] = time.monotonic(), entry.rows, entry.deadline
-                await self._run([entry])
+            if error is not None or done is None:
+                entry.future.set_exception(cast("RequestError", error))
+            elif unanswered := done.unanswered.intersection(range(mine.start, end)):
+                entry.future.set_exception(_refusal(done.report, min(unanswered)))
+            else:
+                entry.future.set_result(done._replace(rows=mine))
+        if done is not None and done.outputs:
+            self._on_batch(done, rows, queued)
 
 
 def _error(cause: Exception, in_time: bool) -> RequestError:

@@ -12,22 +12,28 @@ import functools
 import math
 import re
 import resource
+import sys
 import time
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import anyio
 import orjson
 import torch
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.types import Receive
 from torch import Tensor
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .. import open_inference as wire
+from ..nn.division import finite
 from ..open_inference import ADDED, FORMER, TensorSpec, field, require
+
+if sys.version_info >= (3, 11):
+    from asyncio import timeout as timeout
+else:
+    from async_timeout import timeout as timeout
 
 VERSION = "1"  #: the only version of every model
 
@@ -37,10 +43,10 @@ _HEADERS_SECONDS, _ANSWER_SECONDS, _WATCH_SECONDS = 5.0, 30.0, 1.0
 _TOGETHER = 2**27  # bytes of all bodies that are being read, unless four of one model are more
 _READING = 5.0  # seconds in which a body must come
 _UNPACKED, _RATIO = 2**20, 32  # bytes that any packed body may have, and more by its packed size
-_PIECE = 2**16  # bytes of numbers that are parsed at once: 1 ms, for which the event loop may wait
+_PIECE = 2**16  # bytes that are parsed at once: 1 ms, for which the event loop may wait
 
 _MOST_LISTS = 1000  # lists of numbers that are set aside; a further list is JSON like any other
-_LIST = re.compile(rb'"data"\s*:\s*(\[)')
+_LIST = re.compile(rb'("data"\s*:\s*)(\[[^"{}]*\])')
 _NO_COMMAS = bytes(set(range(256)) - set(b"[,]"))
 _NO_BRACKETS = bytes.maketrans(b"[]", b"  ")
 
@@ -69,22 +75,20 @@ class Reader:
     Packed bodies, and bodies of more than 64 KB, are parsed in one thread.
     """
 
-    def __init__(
-        self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], max_rows: int
-    ) -> None:
+    def __init__(self, inputs: Sequence[TensorSpec], outputs: Any, max_rows: int) -> None:
         self.inputs, self.outputs, self.max_rows = inputs, outputs, max_rows
         self.most = wire.most_bytes(inputs, max_rows)  # bytes of one body, packed and unpacked
         self.left = max(_TOGETHER, 4 * self.most)
         self.thread = ThreadPoolExecutor(1, "coded_torch parse")
 
-    async def read(self, request: Request, deadline: float) -> InferRequest:
+    async def read(self, headers: Any, receive: Receive, deadline: float) -> InferRequest:
         """Return a request. Its body must come within half of the time to its deadline, or 5 s."""
-        length = request.headers.get("inference-header-content-length")
-        encoding = request.headers.get("content-encoding", "identity").lower()
+        length = headers.get("inference-header-content-length")
+        encoding = headers.get("content-encoding", "identity").lower()
         if encoding not in ("identity", "gzip", "deflate"):
             must = f"Content-Encoding must be gzip or deflate, got {encoding!r:.80}"
             raise RequestError(415, "invalid", must)
-        body = bytearray()
+        body, more = bytearray(), True
 
         def work() -> InferRequest:
             whole = body if encoding == "identity" else self._unpack(body, encoding)
@@ -93,8 +97,12 @@ class Reader:
         seconds = min(_READING, (deadline - time.monotonic()) / 2)
         late = f"the body did not come within {seconds:.3g} s"
         try:
-            with anyio.fail_after(seconds):  # unlike asyncio's, makes no task
-                async for chunk in request.stream():
+            async with timeout(seconds):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise RequestError(499, "disconnected", "the client has gone")
+                    chunk, more = message.get("body", b""), message.get("more_body", False)
                     body += chunk
                     self.left -= len(chunk)
                     if len(body) > self.most:
@@ -102,12 +110,12 @@ class Reader:
                     if self.left < 0:
                         why = "too many bytes of requests are being read"
                         raise RequestError(503, "queue_full", why)
-            if encoding == "identity" and len(body) <= wire.HEADER:
+            if encoding == "identity" and len(body) <= _PIECE:
                 return work()
             late = "the body was not parsed within the deadline"
-            with anyio.fail_after(deadline - time.monotonic()):
+            async with timeout(deadline - time.monotonic()):
                 return await asyncio.get_running_loop().run_in_executor(self.thread, work)
-        except TimeoutError:
+        except (TimeoutError, asyncio.TimeoutError):  # two classes in Python 3.10
             raise RequestError(408, "late", late) from None
         except (ValueError, RecursionError) as error:  # JSON may be too deep
             raise RequestError(400, "invalid", str(error)) from None
@@ -133,27 +141,20 @@ def _too_large(most: int, where: str = "") -> RequestError:
     return RequestError(413, "too_large", f"the body must be at most {most} bytes, unpacked{where}")
 
 
-def _lists(head: bytearray) -> tuple[bytes, dict[int, bytearray]]:
+def _lists(head: bytearray) -> tuple[bytes | bytearray, dict[int, bytearray]]:
     """Return JSON with i in place of the list i of numbers named "data", and the lists as text.
 
     A list is found and not read: it ends before the next string or the end of its object. A list
-    that holds others than numbers is wrong, and may remain in the JSON.
+    that holds others than numbers is wrong, and may remain in the JSON, and so do lists of bodies
+    that are parsed at once.
     """
-    kept, lists = list[bytes | bytearray](), dict[int, bytearray]()
-    start = at = 0
-    for _ in range(_MOST_LISTS):
-        if (at := head.find(b'"data"', at)) < 0:
-            break
-        if found := _LIST.match(head, at):
-            begin, quote = found.start(1), head.find(b'"', found.end())  # -1 is the end, too
-            brace = head.find(b"}", begin, quote)
-            end = head.rfind(b"]", begin, brace if brace >= 0 else quote) + 1
-            if end:
-                kept += head[start:begin], b"%d" % len(lists)
-                lists[len(lists)] = head[begin:end]
-                start = end
-        at = max(at + 1, start)
-    shortened = b"".join([*kept, head[start:]])
+    lists = dict[int, bytearray]()
+
+    def aside(found: re.Match[bytes]) -> bytes:
+        lists[len(lists)] = bytearray(found[2])
+        return b"%b%d" % (found[1], len(lists) - 1)
+
+    shortened = _LIST.sub(aside, head, _MOST_LISTS) if len(head) > _PIECE else head
     must = f"at most {wire.HEADER}"
     require(len(shortened) <= wire.HEADER, "the bytes of JSON beside numbers", must, len(shortened))
     return shortened, lists
@@ -229,7 +230,7 @@ def parse(
     rows = [len(tensor) for tensor in tensors]
     require(len(set(rows)) == 1, "the numbers of rows of inputs", "equal", rows)
     for spec, tensor in zip(inputs, tensors, strict=True):
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if not finite(tensor):
             row = int((~tensor.isfinite()).reshape(len(tensor), -1).any(1).nonzero()[0])
             raise ValueError(f"input {spec.name!r} must be finite, but row {row} is not")
     wanted = []

@@ -19,7 +19,7 @@ from ..input_space import metrics
 from ..input_space.error_bounds import GROWTH
 from ..input_space.gaussian_process import NUGGET, GaussianProcess
 from ..input_space.geometry import evenly, matern52, squared_distances, typical_rows
-from ..input_space.metrics import METRICS, Leaf
+from ..input_space.metrics import METRICS, Fitted, Leaf, Metric
 from ..input_space.regressor import LENGTH, Regressor
 
 logger = sparing_logger("coded_torch.surrogates")
@@ -85,7 +85,7 @@ class Memory:
     def _forget(self) -> None:
         self._generation += 1
         self._form: Any = None
-        self._space: _Space | None = None  # once it is frozen
+        self._space: Space | None = None  # once it is frozen
         self._rows: deque[tuple[Any, Tensor]] = deque()  # leaves or coordinates; outputs
         self._num_rows = self._num_fresh = 0
         self._snapshot: _Snapshot | None = None
@@ -189,12 +189,12 @@ class Memory:
                 self._making, self._num_fresh = making, 0
 
     def _make(
-        self, generation: int, form: Any, space: _Space | None, rows: list[tuple[Any, Tensor]]
+        self, generation: int, form: Any, space: Space | None, rows: list[tuple[Any, Tensor]]
     ) -> None:
         try:
             start = time.thread_time()  # other threads' time does not count
             outputs = torch.cat([y for _, y in rows])
-            found = space or _Space([x for x, _ in rows], outputs)
+            found = space or _space([x for x, _ in rows], outputs)
             known = [x if space else found(x) for x, _ in rows]
             snapshot = _Snapshot(form, found, torch.cat(known), outputs)
             with self._lock:
@@ -214,25 +214,13 @@ class Memory:
         return f"Memory(capacity={self.capacity})"
 
 
-class _Space:
-    """Few coordinates of inputs, in the metric in which results estimate each other best.
+class Space:
+    """Few coordinates of inputs in one metric, of mean square 1 on the rows that determine them."""
 
-    At most 512 of the rows determine them. Among the few rows of a batch another metric wins: the
-    more rows there are, the finer it is.
-    """
-
-    def __init__(self, seen: Sequence[list[Leaf]], outputs: Tensor) -> None:
-        leaves = [_joined(column) for column in zip(*seen, strict=True)]
-        some = typical_rows([leaf.rows for leaf in leaves]).nonzero().flatten()
-        some = some[evenly(len(some), _LANDMARKS)]
-        leaves = [leaf.at(some) for leaf in leaves]
-        distances = metrics.Distances(metrics.Sources((), leaves), tuple(METRICS))
-        regressor = Regressor(distances, LENGTH, compared=_LANDMARKS)
-        choice = regressor.fit(outputs[some[regressor.known]].double()).choice
-        name = choice.metric if choice else metrics.DEFAULT
-        self._is_pooled, shrinkage = METRICS[name].features == "pooled", METRICS[name].shrinkage
-        self._factor, self._offset = distances.fitted(name).map
-        rows = self._scaled(leaves)
+    def __init__(self, leaves: Sequence[Leaf], metric: Metric, fit: Fitted) -> None:
+        self._is_pooled, shrinkage = metric.features == "pooled", metric.shrinkage
+        factor, offset = fit.map
+        rows = self._features(leaves) * factor - offset
         values, vectors = torch.linalg.eigh(rows @ rows.T)
         values, vectors = values[-_RANK:].clamp(min=0), vectors[:, -_RANK:]
         total = float(values.sum())
@@ -241,22 +229,22 @@ class _Space:
             vectors = vectors * torch.where(values > _NOTHING * total, weights, 0.0)
         projection = rows.T @ vectors
         square = float((rows @ projection).square().sum(1).mean())
-        self._projection = projection * (square**-0.5 if square > 0 else 0.0)
+        projection *= square**-0.5 if square > 0 else 0.0
+        self._map, self._shift = factor[:, None] * projection, -offset @ projection
 
     def __call__(self, leaves: Sequence[Leaf]) -> Tensor:
         """Return coordinates ``[n, 96]``, or fewer if there are no more directions."""
-        return torch.mm(self._scaled(leaves), self._projection).float()
+        return torch.addmm(self._shift, self._features(leaves), self._map).float()
 
-    def _scaled(self, leaves: Sequence[Leaf]) -> Tensor:
+    def _features(self, leaves: Sequence[Leaf]) -> Tensor:
         rows = [x.rows if x.pooled is None or not self._is_pooled else x.pooled for x in leaves]
-        scaled: Tensor = torch.cat(rows, 1).double() * self._factor - self._offset
-        return scaled
+        return torch.cat(rows, 1).double()
 
 
 class _Snapshot:
     """A regression of outputs ``[M, C]`` on coordinates ``[M, r]``, which is never changed."""
 
-    def __init__(self, form: Any, space: _Space, rows: Tensor, outputs: Tensor) -> None:
+    def __init__(self, form: Any, space: Space, rows: Tensor, outputs: Tensor) -> None:
         self.form, self._space = form, space
         typical = typical_rows([rows])
         rows, outputs = rows[typical], outputs[typical].double()
@@ -289,6 +277,23 @@ def _deviation(covariances: Tensor) -> Tensor:
     """Return the size of errors to expect, ``[n]``, by the covariance with the nearest result."""
     nearest = covariances.amax(1).double()
     return (1 + NUGGET - nearest.square()).clamp(min=NUGGET) ** (GROWTH / 2)
+
+
+def _space(seen: Sequence[list[Leaf]], outputs: Tensor) -> Space:
+    """Return coordinates in the metric in which outputs ``[M, C]`` estimate each other best.
+
+    At most 512 of the rows determine them. Among the few rows of a batch another metric wins: the
+    more rows there are, the finer it is.
+    """
+    leaves = [_joined(column) for column in zip(*seen, strict=True)]
+    some = typical_rows([leaf.rows for leaf in leaves]).nonzero().flatten()
+    some = some[evenly(len(some), _LANDMARKS)]
+    leaves = [leaf.at(some) for leaf in leaves]
+    distances = metrics.Distances(metrics.Sources((), leaves), tuple(METRICS))
+    regressor = Regressor(distances, LENGTH, compared=_LANDMARKS)
+    choice = regressor.fit(outputs[some[regressor.known]].double()).choice
+    name = choice.metric if choice else metrics.DEFAULT
+    return Space(leaves, METRICS[name], distances.fitted(name))
 
 
 def _joined(leaves: Sequence[Leaf]) -> Leaf:

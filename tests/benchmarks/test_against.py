@@ -14,20 +14,23 @@ from benchmarks import __main__ as command
 from benchmarks import against, yardstick
 
 
-def test_this_version_against_itself(tmp_path, capsys):
-    path = tmp_path / "against.json"
-    words = ["--only", "coded calls", "--output", str(path)]
+@pytest.mark.parametrize(
+    "question", [["coded calls"], ["served requests", "1,024 of 64 clients"]], ids=str
+)
+def test_this_version_against_itself(question, tmp_path, capsys):
+    path, kind = tmp_path / "against.json", question[0]
+    words = ["--only", *question, "--output", str(path)]
     assert command.main(["against", ".", "--quick", *words]) == 0
     results = json.loads(path.read_text())
     assert results["settings"]["this"] == results["settings"]["other"]
     assert results["environment"]["torch"] == torch.__version__
-    ((name, found),) = results["measured"]["coded calls"].items()
+    ((name, found),) = results["measured"][kind].items()
     assert found["rounds"] == 1
     for what in ("wall", "processor"):
         times = found[what]
         assert times["ratio"] == pytest.approx(times["this"] / times["other"], rel=0.01)
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.split()[:4] == ["coded", "calls,", *name.split()]
+    assert last.strip().startswith(f"{kind}, {name} ")
     assert f"{found['processor']['this']:.3f}" in last
 
 

@@ -155,3 +155,22 @@ def test_bound_arguments_are_passed_by_name():
         coded = CodedWrapper(module, workers=pool, waiting=Waiting(estimate=False))
         ((answers, _),) = coded.map([bound])
     assert torch.equal(answers, 3 * x)
+
+
+def test_calls_that_are_open_together_have_a_part_for_each_worker():
+    sizes = []
+    module = Call(lambda x: sizes.append(len(x)) or x)
+    with DeviceWorkers(["cpu"] * 4) as pool:
+        coded = CodedWrapper(module, workers=pool)
+        for in_flight, parts in ((1, 4), (2, 2), (3, 2), (8, 1)):
+            sizes.clear()
+            assert len(list(coded.map([torch.ones(8, 2)] * 3, in_flight=in_flight))) == 3
+            assert sizes == [8 // parts] * (3 * parts)
+        coded.parts = 4
+        sizes.clear()
+        assert len(list(coded.map([torch.ones(8, 2)]))) == 1
+        assert sizes == [2] * 4
+        coded.run(torch.ones(8, 2), parts=1)
+        assert sizes[4:] == [8]
+        with pytest.raises(ValueError, match="run: parts must be at least 1, got 0"):
+            coded.run(torch.ones(8, 2), parts=0)

@@ -20,20 +20,21 @@ class Model:
     """Doubles its input when it may, and remembers its inputs."""
 
     def __init__(self):
-        self.batches, self.seconds, self.counted = [], [], []
+        self.batches, self.seconds, self.parts, self.counted = [], [], [], []
         self.go = threading.Event()
         self.behave = lambda rows, report: None
         self.failed = False
 
-    def __call__(self, inputs, seconds):
+    def __call__(self, inputs, seconds, parts):
         (rows,) = inputs
         self.batches.append(rows[:, 0].tolist())
         self.seconds.append(seconds)
+        self.parts.append(parts)
         assert self.go.wait(10)
         report = Report(ended="complete", failed=self.failed)
         self.behave(rows, report)
         lost = {*report.refused, *(report.missing_rows if self.failed else ())}
-        return Batch([2 * rows], report, lost)
+        return Batch({"y": 2 * rows}, report, lost, slice(len(rows)))
 
     def batcher(self, **options):
         return Batcher(
@@ -73,7 +74,9 @@ def put(batcher, *values, seconds=10.0):
 
 async def answers(*entries):
     done = await asyncio.gather(*entries, return_exceptions=True)
-    return [x if isinstance(x, Exception) else x.outputs[0].flatten().tolist() for x in done]
+    return [
+        x if isinstance(x, Exception) else x.outputs["y"][x.rows].flatten().tolist() for x in done
+    ]
 
 
 async def until(condition):
@@ -126,11 +129,32 @@ async def test_rows_of_different_shapes_are_not_mixed(quick):
 async def test_as_many_batches_run_at_once_as_their_parts_find_slots(model):
     batcher = model.batcher(slots=lambda: (3, 2))
     entries = [put(batcher, 0.0), put(batcher, 1.0, 1.0, 1.0), put(batcher, 2.0), put(batcher, 3.0)]
-    await until(lambda: len(model.batches) == 2)  # one has one part, the other two
+    await until(lambda: len(model.batches) == 2)
+    assert sorted(model.parts) == [1, 2]
     assert len(batcher._queue) == 2
     model.go.set()
     assert await answers(*entries) == [[0.0], [2.0] * 3, [4.0], [6.0]]
-    assert sorted(map(len, model.batches)) == [1, 2, 3]
+
+
+@in_loop
+async def test_a_batch_is_divided_only_while_nothing_else_waits(model):
+    batcher = model.batcher(slots=lambda: (3, 3), max_batch_size=9)
+    first = put(batcher, *[0.0] * 9)
+    await until(lambda: model.parts == [3])  # it takes all slots
+    others = [put(batcher, *[float(i)] * 4) for i in (1, 2, 3)]
+    model.go.set()
+    await answers(first, *others)
+    assert model.parts[1:] == [1, 1, 1]
+
+
+@in_loop
+async def test_the_next_batch_begins_before_the_answers_of_the_last_one_are_written(model):
+    batcher, waiting = model.batcher(), []
+    first, second = put(batcher, 0.0), put(batcher, 1.0)
+    first.add_done_callback(lambda _: waiting.append(len(batcher._queue)))
+    model.go.set()
+    await answers(first, second)
+    assert waiting == [0]
 
 
 @in_loop
@@ -272,6 +296,20 @@ async def test_a_request_that_fails_fails_alone(quick):
     assert found[2].status_code == 500
     assert "IndexError: 2" in found[2].detail
     assert quick.batches == [[0], [1, 2, 3, 4]]
+
+
+@in_loop
+async def test_requests_of_a_batch_that_failed_as_a_whole_are_tried_alone(quick):
+    def fail(rows, report):
+        if 2.0 in rows:
+            raise ValueError("bad")
+
+    batcher = quick.batcher()
+    quick.behave = fail
+    found = await answers(*[put(batcher, float(i)) for i in range(6)])
+    assert found[:2] + found[3:] == [[0.0], [2.0], [6.0], [8.0], [10.0]]
+    assert found[2].status_code == 500
+    assert quick.batches == [[0], [1, 2, 3, 4], [1], [2], [3], [4], [5]]
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_a_batch():
         compute_seconds=0.03,
         decode_seconds=0.004,
     )
-    metrics.batch(Shaky(), Batch([], report, set()), 4, [0.1, 0.2])
+    metrics.batch(Shaky(), Batch({}, report, set(), slice(4)), 4, [0.1, 0.2])
     metrics.refused("late")
     metrics.answered(0.25)
     found, totals = values(metrics), metrics.statistics()
@@ -108,7 +108,7 @@ def test_the_dashboard_shows_every_number():
     metrics = Metrics()
     true = torch.tensor([True])
     report = Report(estimated=true, verified=true, unverified=~true, faults={2: 1})
-    metrics.batch(LocalWorkers(), Batch([], report, set()), 1, [0.1])
+    metrics.batch(LocalWorkers(), Batch({}, report, set(), slice(4)), 1, [0.1])
     metrics.refused("late")
     families = text_string_to_metric_families(metrics.text().decode())
     counted = {
@@ -124,6 +124,6 @@ def test_the_dashboard_shows_every_number():
 
 def test_rows_without_an_answer_are_no_answers():
     metrics, report = Metrics(), Report(estimated=torch.tensor([True, True, False, False]))
-    metrics.batch(LocalWorkers(), Batch([], report, {0, 3}), 4, [0.1])
+    metrics.batch(LocalWorkers(), Batch({}, report, {0, 3}, slice(4)), 4, [0.1])
     assert values(metrics)["coded_torch_answers_total computed"] == 1
     assert values(metrics)["coded_torch_answers_total estimated"] == 1

@@ -1,0 +1,189 @@
+r"""An interval for the mean of a finite data set, of which few rows are computed.
+
+These rows are drawn at random without replacement, which is all that is assumed. Regression
+estimates the other rows, and is corrected by its mean leave-one-out error.
+
+References:
+    Särndal, Swensson, Wretman, *Model Assisted Survey Sampling*, 1992 (difference estimators).
+    Angelopoulos et al., "Prediction-Powered Inference", Science 2023, and "PPI++",
+    arXiv:2311.01453 (the coefficient of predictions).
+    Efron, Stein, "The Jackknife Estimate of Variance", Annals of Statistics 1981.
+    Agresti, Coull, "Approximate Is Better than 'Exact'", The American Statistician 1998.
+    Chow, Robbins, "On the Asymptotic Theory of Fixed-Width Sequential Confidence Intervals",
+    Annals of Mathematical Statistics 1965 (looks that end by the width need no correction).
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .geometry import evenly, matern52
+
+# The variances of numbers that inputs do not explain, over the kernel's, that compete; not tuned.
+_NOISES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+_MEAN = 30.0  # the variance of the unknown mean, over the kernel's: large; not tuned
+# The most rows that have a kernel of their own. More rows share these kernels (low rank), since
+# the time of the exact regression grows with the cube. It was not tuned.
+_CENTRES = 1024
+_JITTER = 1e-9  # relative; it keeps kernels of repeated rows apart
+
+
+class Kernel:
+    r"""A Matern 5/2 kernel plus a constant on computed rows ``[n, r]``, as :math:`K = W W^\top`."""
+
+    half: Tensor  #: W
+    values: Tensor  #: the eigenvalues of K
+
+    def __init__(self, z: Tensor, length: float) -> None:
+        self._centres, self._length = z[evenly(len(z), _CENTRES)].double(), length
+        own = self._of(self._centres)
+        own.diagonal().mul_(1 + _JITTER)
+        root = torch.linalg.inv(torch.linalg.cholesky(own)).T
+        half = self._of(z) @ root
+        self.values, vectors = torch.linalg.eigh(half.T @ half)
+        self.half, self._turn = half @ vectors, (root @ vectors).T
+
+    def _of(self, z: Tensor) -> Tensor:
+        squared = torch.cdist(z.double(), self._centres).square_()
+        found: Tensor = matern52(squared, self._length, out=squared)
+        return found.add_(_MEAN)
+
+    def sums(self, z: Tensor) -> Tensor:
+        """Return the kernel of each computed row, ``[n]``, summed over rows ``[rows, r]``."""
+        found: Tensor = self.half @ (self._turn @ self._of(z).sum(0))
+        return found
+
+
+class KernelRegression:
+    r"""Kernel ridge regression of numbers ``[n, C]``, float64, on computed rows.
+
+    Of the kernels and of some noises :math:`\nu`, it has those of the least squared leave-one-out
+    errors, summed over standardised columns. From eigenvectors,
+    :math:`A = (K + \nu I)^{-1} = (I - W S W^\top) / \nu` for a diagonal S.
+
+    Attributes:
+        kernel: the kernel, one of those given.
+        errors: ``[n, C]``, of each row that is left out.
+        weights: ``[n, C]``, A times the numbers.
+    """
+
+    def __init__(self, kernels: Sequence[Kernel], y: Tensor) -> None:
+        spread = y.std(0)
+        standard = ((y - y.mean(0)) / spread)[:, spread > 0]
+
+        def loss(pair: tuple[Kernel, float]) -> float:
+            self._take(*pair)
+            return float((self.times(standard) / self.diagonal[:, None]).square().sum())
+
+        self._take(*min(itertools.product(kernels, _NOISES), key=loss))
+        self.weights = self.times(y)
+        self.errors = self.weights / self.diagonal[:, None]
+
+    def _take(self, kernel: Kernel, noise: float) -> None:
+        self.kernel, self._noise, self._shrunk = kernel, noise, 1 / (kernel.values + noise)
+        left = 1 - kernel.half.square() @ self._shrunk
+        self.diagonal = left.clamp(min=1e-12) / noise  # rounding may leave nothing
+
+    def times(self, x: Tensor) -> Tensor:
+        """Return A x, for ``[n, C]``."""
+        half = self.kernel.half
+        return (x - half @ (self._shrunk[:, None] * (half.T @ x))) / self._noise
+
+    def second_order(self, k: Tensor) -> Tensor:
+        r"""Return b, ``[C]``, at least 0.
+
+        Leaving out row j, too, changes the error of row i, less the mean change of rows that are
+        not computed, by :math:`\Delta_{ij} = P_{ij} e_i - Q_{ij} e_j`, where ``k`` is the mean of
+        the kernel of these rows:
+
+        .. math::
+            P_{ij} = \frac{A_{ij}^2}{D_{ij}}, \quad
+            Q_{ij} = \frac{A_{ij} A_{jj}}{D_{ij}} + (A k)_j, \quad
+            D_{ij} = A_{ii} A_{jj} - A_{ij}^2, \quad
+            b = \frac{1}{n^2} \sum_{i \ne j} \Delta_{ij} \Delta_{ji} .
+
+        In Hoeffding's decomposition, b is the second-order part that the variance of leave-one-out
+        errors lacks; the delete-one jackknife has it twice. Of many rows, the pairs of some are
+        taken.
+        """
+        n, some = len(k), evenly(len(k), _CENTRES)
+        half, d, e = self.kernel.half[some], self.diagonal[some], self.errors[some]
+        a = (torch.eye(len(some)) - half @ (self._shrunk[:, None] * half.T)) / self._noise
+        determinants = (d[:, None] * d - a * a).clamp_(min=1e-300).fill_diagonal_(1.0)
+        p = (a * a / determinants).fill_diagonal_(0.0)
+        q = (a * d / determinants + self.times(k[:, None])[some, 0]).fill_diagonal_(0.0)
+        found = ((p * p + q * q.T) @ e * e).sum(0) - 2 * (p * q).sum(0) @ e.square()
+        return found.clamp(min=0) * ((n - 1) / (n * len(some) * (len(some) - 1)))
+
+
+def intervals(
+    y: Tensor,
+    is_share: Tensor,
+    errors: Tensor,
+    estimate: Tensor,
+    b: Tensor,
+    seen: int,
+    total: int,
+    *,
+    level: float,
+) -> tuple[Tensor, Tensor]:
+    r"""Return centres and half widths of intervals, ``[2, C]``, and then those of plain sampling.
+
+    The mean of the rows that are not computed is estimated by the mean of their estimates, plus the
+    mean leave-one-out error. Leave-one-out errors vary by :math:`S_{ee}`, but rows that are near
+    err alike, by b more. Estimates count by a coefficient u in [0, 1] per column, of the least
+    variance. Where sampling's interval is narrower, it is taken.
+
+    Args:
+        y: ``[n, C]``, float64, the numbers of the computed rows, at least two, and fewer than all.
+        is_share: ``[C]``, bool: the columns of 0 and 1.
+        errors: ``[n, C]``, of computed rows that are left out.
+        estimate: ``[C]``, the mean of the estimates of the rows seen.
+        b: ``[C]``, of :meth:`KernelRegression.second_order`.
+        seen: the number of rows that are estimated: of those not computed, all, or some at random.
+        total: the number of rows of the data set.
+        level: the probability, between 0 and 1, per column.
+    """
+    n, mean, share = len(y), y.mean(0), 1 - len(y) / total
+    off, centre = y - mean, (y - errors).mean(0)
+    predicted = y - errors - centre
+    spread = predicted.square().sum(0) / (n - 1)
+    more = b + spread * (1 / seen - 1 / (total - n))
+    u = (off * predicted).sum(0) / (n - 1) / (spread + n * share * more).clamp(min=1e-300)
+    remaining = off - (u := u.clamp(0, 1)) * predicted
+    half = torch.where(is_share, 0.5, 0.0)  # half a row that is wrong by 1: errors may be rare
+    squares, of_all = remaining.square().sum(0) + half, off.square().sum(0)
+    variance = share / n * squares / (n - 1) + (u * share).square() * more
+    t = _student_t(level, squares, remaining.pow(4).sum(0) + half, n)
+    t0 = _student_t(level, of_all, off.pow(4).sum(0) * ~is_share, n)
+    ours, plain = t**2 * variance * (1 + 3 / n), t0**2 * share / n * of_all / (n - 1)
+    value, count = mean + share * u * (estimate - centre), torch.full_like(mean, n / share)
+    rows = count * plain / ours.clamp(min=1e-300)
+    found = torch.where(is_share, _shares(value, rows, t0), torch.stack([value, ours.sqrt()]))
+    sampled = torch.where(is_share, _shares(mean, count, t0), torch.stack([mean, plain.sqrt()]))
+    return torch.where(ours < plain, found, sampled), sampled
+
+
+def _shares(share: Tensor, rows: Tensor, t: Tensor) -> Tensor:
+    """Return the interval of Agresti and Coull for a share of so many effective rows."""
+    more = rows + t * t
+    centre = (share.clamp(0, 1) * rows + t * t / 2) / more
+    return torch.stack([centre, t * (centre * (1 - centre) / more).sqrt()])
+
+
+def _student_t(level: float, squares: Tensor, fourth: Tensor, n: int) -> Tensor:
+    """Return quantiles of Student's t for a variance from n errors (Abramowitz, Stegun, 26.7.5).
+
+    Sums of squares and fourth powers give the degrees of freedom, fewer for heavy tails.
+    """
+    kurtosis = n * fourth / squares.square().clamp(min=1e-300)
+    freedom = (2 * n / (kurtosis - 1).clamp(min=1e-3)).clamp(2, max(2, n - 1))
+    z = statistics.NormalDist().inv_cdf(0.5 + level / 2)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
