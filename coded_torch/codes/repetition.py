@@ -184,12 +184,11 @@ class _MidpointPlan(_RepetitionPlan):
         order = (errors + 3 * errors.max() * (pairs % 2 == 0)).argsort(
             dim=1, descending=True, stable=True
         )
-        first = order[:, torch.arange(n - k) % len(pairs)]
-        self._pairs = tuple(
-            rows.gather(1, x).flatten() for x in (first, (first + 1).clamp(max=k - 1))
-        )
-        self._size, every = size, size + torch.arange(groups * (n - k)).view(groups, -1)
-        points = torch.cat([rows, every], 1)  # [G, N]
+        first = order[:, : n - k]  # each once; further workers repeat midpoints, too
+        ends = first, (first + 1).clamp(max=k - 1)
+        self._pairs = tuple(rows.gather(1, x).flatten() for x in ends)
+        self._size, every = size, size + torch.arange(first.numel()).view(first.shape)
+        points = torch.cat([rows, every[:, torch.arange(n - k) % len(pairs)]], 1)  # [G, N]
         RowPlan.__init__(
             self,
             code.regression,

@@ -205,6 +205,20 @@ def test_a_line_through_a_midpoint_gives_the_other_end(lost, generator, monkeypa
     torch.testing.assert_close(answers, want)
 
 
+def test_gradients_take_one_of_several_midpoints_of_a_pair(generator, monkeypatch):
+    monkeypatch.setattr("coded_torch.codes.repetition._MidpointPlan._weight", lambda *_: 0.5)
+    x, received = inputs(12, generator), [0, 1, 2]
+    plan = midpoints(2, 4).plan([x], 1)
+    results = plan.encode(x).sin()[received].requires_grad_()
+    total = plan.decode(results, received).square().sum()
+    (gradient,) = torch.autograd.grad(total, results)
+    assert bool((plan.source(received) < 0).any())
+    # The decoder is linear, with its weights held constant.
+    torch.testing.assert_close((gradient * results).sum(), 2 * total)
+    by_func = torch.func.grad(lambda y: plan.decode(y, received).square().sum())(results.detach())
+    torch.testing.assert_close(by_func, gradient)
+
+
 def test_left_out_errors_choose_the_weight_of_lines(generator):
     def weight(function):
         x, received = 3 * inputs(240, generator), [0, 1, 2, 3, 4]
