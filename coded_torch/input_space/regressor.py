@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,8 +77,8 @@ class Regressor:
         self._distances, self._length = distances, length
         self._few = evenly(len(self.known), max(compared, len(self.known) // 8))
         self._processes: dict[tuple[str | Features, float], GaussianProcess] = {}
-        self._fits: list[tuple[Tensor, Chosen]] = []  # to results, and to residuals
         self._last: tuple[str | Features, float] | None = None  # metric and length
+        self._fits: list[tuple[Tensor, Any, Chosen]] = []  # to results, and to residuals
 
     def fit(self, results: Tensor, search: bool = True) -> Chosen:
         """Return the regression that estimates results ``[M, C]``, float64, best.
@@ -88,16 +88,16 @@ class Regressor:
         if not self._distances.measured or len(self.known) < 2:
             mean = results.mean(0).expand(len(self.missing), -1)
             return Chosen(None, None, Estimates(mean, results, math.nan, 0.0))
-        for known, chosen in self._fits:
+        for known, last, chosen in self._fits:
             if torch.equal(known, results):
+                self._last = last
                 return chosen
-        metric, length = (not search and self._last) or self._search(results)
-        self._last, process = (metric, length), self.process(metric, length)
-        found = process.estimate(results.contiguous())
+        metric, length = self._last = (not search and self._last) or self._search(results)
+        found = (process := self.process(metric, length)).estimate(results.contiguous())
         choice = Choice(name_of(metric), length, found.error, found.trust)
         chosen = Chosen(choice, process if found.trust > 0 else None, found)
-        self._fits = [*self._fits[-1:], (results, chosen)]
-        return self._fits[-1][1]
+        self._fits = [*self._fits[-1:], (results, self._last, chosen)]
+        return chosen
 
     def process(self, metric: str | Features, length: float) -> GaussianProcess:
         """Return the regression of one metric and length; results of any outputs share it."""

@@ -22,6 +22,7 @@ from coded_torch.nn.division import dealt
 from coded_torch.nn.report import Report
 from coded_torch.scheduling.latency_history import EstimationTimes
 from coded_torch.stragglers import Trace, Uniform
+from coded_torch.surrogates import Memory
 from coded_torch.testing.virtual import VirtualWorkers
 from coded_torch.testing.workers import (
     CopyCode,
@@ -414,3 +415,28 @@ def test_no_regression_is_fitted_early_that_would_end_the_call_late(monkeypatch,
     with torch.no_grad():
         coded.run(torch.randn(30, 3))
     assert fits == fitted
+
+
+class TwoOutputs(nn.Module):
+    """A smooth output, and one that no other row tells of."""
+
+    def forward(self, x):
+        return (2 * x[:, :1]).sin() + (2 * x[:, 1:]).cos(), (400 * x[:, :1]).sin()
+
+
+def test_fits_that_were_prepared_leave_residuals_the_metric_of_their_own_output():
+    hangs, found = ("ok", math.inf), []
+    for budget in (0.5, 0.0):  # without a budget nothing is prepared
+        f, memory, draws = TwoOutputs(), Memory(), torch.Generator().manual_seed(3)
+        for last in ("ok", 1.0), hangs:
+            x = torch.randn(280 if last != hangs else 40, 2, dtype=torch.float64, generator=draws)
+            pool = VirtualWorkers([[("ok", 1.0), hangs]] * 3 + [[last]])
+            waiting = Waiting(deadline=10.0, hedge_budget=budget)
+            coded = CodedWrapper(f, workers=pool, waiting=waiting, surrogate=memory)
+            with torch.no_grad():
+                answers, report = coded.run(x)
+            memory.rebuild()
+        assert report.surrogate_weights[0][0] > 0.5
+        found.append((answers, report.distances))
+    assert found[0][1] == found[1][1]
+    assert torch.equal(found[0][0][0], found[1][0][0])
