@@ -135,7 +135,7 @@ class Regressor:
             choice, process, found = self.fit(sample, search)
             if is_simple and _is_few(results):
                 values = _scaled(found.values, 1 / size).to(results.dtype)
-                return values.reshape(-1, *results.shape[1:]), choice
+                return values.reshape(len(values), *results.shape[1:]), choice
             weights = torch.full((1, len(self._used)), 1 / len(self._used), dtype=torch.float64)
             if process is not None:  # shrunk as far as results are not estimated by each other
                 weights = torch.lerp(weights, process.weights, found.trust)

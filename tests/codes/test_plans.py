@@ -228,3 +228,10 @@ def test_the_only_metric_measures_few_rows_too():
     answers = plan.decode(x[:3, None, :1], [0, 1, 2])
     assert plan.choices[0].metric == "<lambda>"
     assert answers[3] < 1
+
+
+def test_outputs_without_numbers_are_estimated_as_such(generator):
+    x, known = torch.randn(12, 2, generator=generator), range(9)
+    for shape in (0,), (0, 3), (3, 0):
+        answers = Regression().plan([x]).decode(torch.empty(9, 1, *shape), known)
+        assert answers.shape == (12, *shape)
