@@ -174,10 +174,10 @@ class _Replica(Worker):
 
         copies: dict[Any, Any] = {part: _shallow(part) for part in module.modules()}
         for part, copy in copies.items():
-            own, kept = vars(copy), vars(part)  # a module's __setattr__ takes most of the time
-            own["_parameters"] = {name: move(p) for name, p in kept["_parameters"].items()}
-            own["_buffers"] = {name: move(b) for name, b in kept["_buffers"].items()}
-            own["_modules"] = {name: copies.get(m) for name, m in kept["_modules"].items()}
+            own = vars(copy)  # a module's __setattr__ takes most of the time
+            own["_parameters"] = {name: move(p) for name, p in part._parameters.items()}
+            own["_buffers"] = {name: move(b) for name, b in part._buffers.items()}
+            own["_modules"] = {name: copies.get(m) for name, m in part._modules.items()}
         return copies[module]
 
     def _copy(self, tensor: Tensor) -> Tensor:

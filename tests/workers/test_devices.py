@@ -215,6 +215,13 @@ def test_replicas_see_the_module_as_it_is():
         assert coded(column(1, 2)).flatten().tolist() == [0.0, 0.0]
 
 
+def test_traced_and_scripted_modules_have_replicas():
+    plain, x = nn.Sequential(nn.Linear(3, 2), nn.Tanh()), torch.randn(8, 3)
+    with DeviceWorkers(["cpu", "cpu"]) as pool:
+        for module in torch.jit.trace(plain, x), torch.jit.script(plain):
+            torch.testing.assert_close(CodedWrapper(module, workers=pool)(x), plain(x))
+
+
 def test_replicas_keep_their_attributes_and_may_be_recurrent():
     class Remembers(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
