@@ -45,7 +45,7 @@ LINES = {
     "serve": 1125,
     "surrogates": 545,
     "verification": 897,
-    "workers": 3471,
+    "workers": 3472,
 }
 MOST_LINES = 17_087  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)

@@ -313,7 +313,8 @@ class Dispatcher(abc.ABC):
             if not (request := part.request).wants(part):
                 self._forget()
                 return self._begin()
-            if part.content is None or len(idle) <= part.spares:
+            line = [*part.line()] if len(idle) <= part.spares else []
+            if part.content is None or any(w.part in line for w in self._workers):
                 continue
             begun, both = self._clock() - _PATIENCE, part.avoid | part.tried
             others = [w for w in self._workers if w.is_wanted and w.index not in both]

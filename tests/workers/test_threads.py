@@ -146,17 +146,28 @@ def test_a_pool_starts_without_the_workers_that_are_excluded():
 
 
 def test_parts_that_spare_a_worker_leave_one_idle_though_several_requests_ask_at_once(tmp_path):
-    with ThreadWorkers(3) as pool, contextlib.ExitStack() as stack:
+    late = Part(0, (0,))
+    with ThreadWorkers(4) as pool, contextlib.ExitStack() as stack:
         first, second = (
             stack.enter_context(pool.open(Gated(str(tmp_path)), task_of(ONE))) for _ in range(2)
         )
+        first.ask([late])
+        assert first.wait(WAIT).part is late
         for request in (first, second):  # each saw three idle workers
-            request.ask([Part(0, (0,), spares=True), Part(1, (0,), spares=True)])
-        assert [first.wait(WAIT).part.number, first.wait(WAIT).part.number] == [0, 1]
+            request.ask([Part(n, (0,), spares=True, of=late) for n in (1, 2)])
+        assert [first.wait(WAIT).part.number, first.wait(WAIT).part.number] == [1, 2]
         assert second.wait(0.2) is None
         assert second.idle == 1
-        second.ask([Part(2, (0,))])  # the worker is there for parts that need not spare any
-        assert second.wait(WAIT).part.number == 2
+        second.ask([Part(3, (0,))])  # the worker is there for parts that need not spare any
+        assert second.wait(WAIT).part.number == 3
         (tmp_path / "open").touch()
         replies = [second.wait(WAIT) for _ in range(5)]
-        assert sorted(event.part.number for event in replies) == [0, 0, 1, 1, 2]
+        assert sorted(event.part.number for event in replies) == [1, 1, 2, 2, 3]
+
+
+def test_a_part_that_spares_a_worker_takes_the_last_one_once_others_have_failed():
+    with ThreadWorkers(3) as pool, pool.open(nn.Identity(), task_of(ONE)) as request:
+        for worker in (1, 2):
+            pool.exclude(worker)
+        request.ask([Part(1, (0,), spares=True, of=Part(0, (0,)))])
+        assert request.wait(WAIT).worker == 0
