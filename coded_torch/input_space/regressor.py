@@ -78,7 +78,7 @@ class Regressor:
         self._few = evenly(len(self.known), max(compared, len(self.known) // 8))
         self._processes: dict[tuple[str | Features, float], GaussianProcess] = {}
         self._last: tuple[str | Features, float] | None = None  # metric and length
-        self._fits: list[tuple[Tensor, Any, Chosen]] = []  # to results, and to residuals
+        self._fits: list[tuple[Tensor, Any, Chosen]] = []  # the last eight, of residuals too
 
     def fit(self, results: Tensor, search: bool = True) -> Chosen:
         """Return the regression that estimates results ``[M, C]``, float64, best.
@@ -96,7 +96,7 @@ class Regressor:
         found = (process := self.process(metric, length)).estimate(results.contiguous())
         choice = Choice(name_of(metric), length, found.error, found.trust)
         chosen = Chosen(choice, process if found.trust > 0 else None, found)
-        self._fits = [*self._fits[-1:], (results, self._last, chosen)]
+        self._fits = [*self._fits[-7:], (results, self._last, chosen)]
         return chosen
 
     def process(self, metric: str | Features, length: float) -> GaussianProcess:

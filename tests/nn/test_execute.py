@@ -440,3 +440,14 @@ def test_fits_that_were_prepared_leave_residuals_the_metric_of_their_own_output(
         found.append((answers, report.distances))
     assert found[0][1] == found[1][1]
     assert torch.equal(found[0][0][0], found[1][0][0])
+
+
+def test_fits_that_were_prepared_serve_all_of_several_outputs(monkeypatch):
+    hangs, fits, choose = ("ok", math.inf), [], ops.choose_regression
+    monkeypatch.setattr(ops, "choose_regression", lambda *args: fits.append(0) or choose(*args))
+    module = Call(lambda x: tuple((x * n).sin() for n in range(1, 5)))
+    pool = VirtualWorkers([[("ok", 1.0), hangs]] * 3 + [[hangs]])
+    coded = CodedWrapper(module, workers=pool, waiting=Waiting(deadline=10.0))
+    with torch.no_grad():
+        coded(torch.randn(40, 3))
+    assert len(fits) == 4
