@@ -36,8 +36,8 @@ COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 LINES = {
     "beside the folders": 2095,
     "cli": 1017,
-    "codes": 1047,
-    "experiments": 1668,
+    "codes": 1046,
+    "experiments": 1670,
     "input_space": 1399,
     "nn": 2370,
     "open_inference": 680,
@@ -47,7 +47,7 @@ LINES = {
     "verification": 897,
     "workers": 3472,
 }
-MOST_LINES = 17_087  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_089  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

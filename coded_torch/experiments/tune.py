@@ -44,9 +44,9 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
         values: by the name of a number, the values to choose it from. Defaults to the candidates.
 
     Returns:
-        The code with the best numbers; the first of equals. A warning says if one is the largest or
-        smallest of its values. The module runs once on every batch, and N / K times as much for
-        every encoder that mixes.
+        The code with the best numbers; the first of equals. A warning says if a float is the
+        largest or smallest of its values. The module runs once on every batch, and N / K times as
+        much for every encoder that mixes.
 
     Example:
         >>> import torch
@@ -99,6 +99,8 @@ def chosen(
     combinations = itertools.product(*options.values())
     variants = [code.replace(**dict(zip(options, some, strict=True))) for some in combinations]
     variants = [variant for variant in variants if mixes or not variant.mixes]
+    if not variants:
+        raise ValueError(f"{owner}: the code must not mix inputs beside a surrogate, got {values}")
     if len(variants) == 1:
         return variants[0]
     errors, decodable = np.zeros(len(variants)), False

@@ -153,4 +153,8 @@ def test_midpoints_are_chosen_where_they_are_better_and_allowed(generator):
     assert kind(smooth, pairs) == "midpoints"
     assert kind(smooth, pairs, surrogate=torch.nn.Linear(3, 3)) == "copies"
     assert kind(Call(lambda x: (50 * x).sin()), x) == "copies"
+    numbers["redundancy"] = ["midpoints"]
+    with pytest.raises(ValueError, match="tune: the code must not mix inputs beside a surrogate"):
+        kind(smooth, x, surrogate=torch.nn.Linear(3, 3))
+    del numbers["redundancy"]
     assert kind(torch.nn.Embedding(9, 2), x[:, 0].long() % 9) == "copies"
