@@ -161,17 +161,31 @@ class _Transformed(torch.autograd.Function):
         return _apply(tangent, coefficients, schedule, ctx.transpose, *where)
 
 
+def _normally(name: str) -> Any:
+    """Return an operator, which runs outside inference mode: torch's threads do not know of it."""
+    operator = getattr(torch.ops.coded_torch, name).default
+
+    def call(*args: Any) -> Any:
+        """Run the operator."""
+        if not torch.is_inference_mode_enabled():
+            return operator(*args)
+        with torch.inference_mode(False):
+            return operator(*args)
+
+    return call
+
+
 # Operators of the CPU alone, without gradients; csrc/ops/library.cpp has what each takes.
-fit_metrics: Any = torch.ops.coded_torch.fit_metrics.default
-typical_rows: Any = torch.ops.coded_torch.typical_rows.default
-squared_distances: Any = torch.ops.coded_torch.squared_distances.default
-choose_regression: Any = torch.ops.coded_torch.choose_regression.default
-regress: Any = torch.ops.coded_torch.regress.default
-estimate: Any = torch.ops.coded_torch.estimate.default
-coefficients: Any = torch.ops.coded_torch.coefficients.default
-error_bounds: Any = torch.ops.coded_torch.error_bounds.default
-error_radii: Any = torch.ops.coded_torch.error_radii.default
-error_thresholds: Any = torch.ops.coded_torch.error_thresholds.default
+fit_metrics = _normally("fit_metrics")
+typical_rows = _normally("typical_rows")
+squared_distances = _normally("squared_distances")
+choose_regression = _normally("choose_regression")
+regress = _normally("regress")
+estimate = _normally("estimate")
+coefficients = _normally("coefficients")
+error_bounds = _normally("error_bounds")
+error_radii = _normally("error_radii")
+error_thresholds = _normally("error_thresholds")
 
 
 def matern52(squared_distances: Tensor, length: float, *, out: Tensor | None = None) -> Tensor:

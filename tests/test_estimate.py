@@ -274,20 +274,21 @@ def test_bad_arguments():
 
 
 def test_schemas():
+    operators = torch.ops.coded_torch
     x, order, one = normal(12, 3), torch.arange(12), torch.ones(1, dtype=torch.float64)
     y, none = normal(12, 2).double(), torch.empty(0, 0)
     process = ops.regress(exact_distances(x), 1.0, order[:8], order[8:], NUGGET)
     bounded = process[8], process[6], process[6], torch.ones(4, 8, dtype=torch.float64)
     for operator, arguments in (
-        (ops.typical_rows, ([x],)),
-        (ops.fit_metrics, ([x], [none], None, [0, 1], [0.01, 0.0], [0, 0])),
-        (ops.squared_distances, (x, 3.0)),
-        (ops.choose_regression, ([x], one, None, order, order, y, 0, None, NUGGET)),
-        (ops.regress, (exact_distances(x), 1.0, order[:8], order[8:], NUGGET)),
-        (ops.estimate, (process, y[:8])),
-        (ops.coefficients, (process, y[:8])),
-        (ops.error_thresholds, (*bounded, 0.5, 8, 8, False)),
-        (ops.error_radii, (y[None], y[:, 0].contiguous())),
-        (ops.error_bounds, (process, y[:8], y[:8], y[8:], y[:8], y[8:], 0.5, 8)),
+        (operators.typical_rows, ([x],)),
+        (operators.fit_metrics, ([x], [none], None, [0, 1], [0.01, 0.0], [0, 0])),
+        (operators.squared_distances, (x, 3.0)),
+        (operators.choose_regression, ([x], one, None, order, order, y, 0, None, NUGGET)),
+        (operators.regress, (exact_distances(x), 1.0, order[:8], order[8:], NUGGET)),
+        (operators.estimate, (process, y[:8])),
+        (operators.coefficients, (process, y[:8])),
+        (operators.error_thresholds, (*bounded, 0.5, 8, 8, False)),
+        (operators.error_radii, (y[None], y[:, 0].contiguous())),
+        (operators.error_bounds, (process, y[:8], y[:8], y[8:], y[:8], y[8:], 0.5, 8)),
     ):
-        torch.library.opcheck(operator, arguments, test_utils=("test_schema",))
+        torch.library.opcheck(operator.default, arguments, test_utils=("test_schema",))

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks.exchangeability import Pool
 from coded_torch import CodedWrapper, Waiting
-from coded_torch.codes import DeadlineExceeded
+from coded_torch.codes import DeadlineExceeded, RegressionCode
+from coded_torch.demo import digits, lenet5
 from coded_torch.nn import Report
 from coded_torch.stragglers import Trace, Uniform
 from coded_torch.surrogates import Memory
@@ -402,3 +403,22 @@ def test_a_shared_output_has_its_shape_beside_a_surrogate(shape):
     coded.workers = LocalWorkers(Uniform(5))
     with pytest.raises(DeadlineExceeded):
         coded(rand(20, 4))
+
+
+def test_threads_estimate_in_inference_mode_too():
+    """Threads of torch do not know of the caller's mode."""
+    images, model, found = digits()[0][:240], lenet5(), []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for mode in (torch.no_grad, torch.inference_mode):
+            workers = LocalWorkers(Uniform(4, seed=0))
+            coded = CodedWrapper(model, RegressionCode(20, 24), workers=workers)
+            with mode():
+                found.append(coded.run(images))
+    finally:
+        torch.set_num_threads(threads)
+    (answers, report), (others, other) = found
+    assert report.estimated.any()
+    assert torch.equal(answers, others)
+    assert torch.equal(report.radii, other.radii)
