@@ -3,8 +3,8 @@
 If the network is drawn from a Gaussian process, no decoder has less expected squared error than the
 posterior variance of the answers given the results that arrived, on average over the batch. Each
 code has its own bound, of the coded inputs that it sent. The covariance is Matern 5/2 of inputs in
-units of the batch's spread. Its length is the one by which the network's outputs are best estimated
-if they are left out, and its amplitude is that of these left-out errors.
+units of the batch's spread. Its length has the least leave-one-out error on the outputs of the
+network. Its amplitude is estimated from these errors.
 """
 
 from __future__ import annotations

@@ -30,21 +30,21 @@ def answered(connection: socket.socket) -> bool:
 def main(port: str, count: str, path: str, body: str) -> None:
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
     request, ready = (head + body).encode(), selectors.DefaultSelector()
-    for _ in range(int(count)):
-        connection = socket.create_connection(("127.0.0.1", int(port)), timeout=HANGS)
-        ready.register(connection, selectors.EVENT_READ)
-    connections = [key.fileobj for key in ready.get_map().values()]
+    address = "127.0.0.1", int(port)
+    connections = [socket.create_connection(address, timeout=HANGS) for _ in range(int(count))]
+    for each in connections:
+        ready.register(each, selectors.EVENT_READ, each)
     for line in sys.stdin:
         left, waiting, good = int(line), 0, 0
         for each in connections[:left]:
-            each.sendall(request)  # type: ignore[union-attr]
+            each.sendall(request)
             left, waiting = left - 1, waiting + 1
         while waiting and (events := ready.select(HANGS)):
             for key, _ in events:
-                good += answered(key.fileobj)  # type: ignore[arg-type]
+                good += answered(key.data)
                 waiting -= 1
                 if left:
-                    key.fileobj.sendall(request)  # type: ignore[union-attr]
+                    key.data.sendall(request)
                     left, waiting = left - 1, waiting + 1
         print(good, flush=True)
 

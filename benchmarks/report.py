@@ -25,9 +25,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .names import NAMES
 from .pictures import PICTURES
 from .runs import QUESTIONS, RESULTS
-from .tables import NAMES, TABLES, Column, Table, shown
+from .tables import TABLES, Column, Table, shown
 
 FOLDER = Path(__file__).resolve().parent
 PAGES = FOLDER / "pages"

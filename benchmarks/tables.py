@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from .names import NAMES
+
 #: A path below a row's with the format of its number, or a function of the stars and the value.
 Column = str | Callable[[Sequence[str], Any], str]
 
@@ -19,43 +21,6 @@ class Table(NamedTuple):
     across: int | None = None
 
 
-#: Keys of the results as readers know them.
-NAMES = {
-    "lenet5": "LeNet-5, MNIST",
-    "lenet5-tanh": "LeNet-5 with tanh, MNIST",
-    "table": "uniformly",
-    "neighbours": "a block",
-    "adversarial": "its worst set",
-    "digits": "perceptron, table of digits",
-    "speeches": "transformer, speeches",
-    "regression": "`RegressionCode`",
-    "no redundancy, surrogate": "no redundancy, student on missing rows",
-    "replication, surrogate": "replication, student on missing rows",
-    "surrogate alone": "student alone, no worker",
-    "regression, copies": "`RegressionCode`, copies",
-    "regression, midpoints": "`RegressionCode`, midpoints",
-    "regression, residuals": "`RegressionCode` on the student's residuals",
-    "no redundancy, residuals": "no redundancy, regression on residuals",
-    "three re-asks, split": "up to three hedges, split",
-    "three re-asks, whole": "up to three hedges, whole",
-    "three re-asks": "up to three hedges",
-    "estimate at 3 medians of a part": "`Waiting(deadline=3)`",
-    "estimate at 3 medians of whole calls": "`Waiting(estimate_after=3)`",
-    "hedge, estimate": "`Waiting(estimate_after=3)`",
-    "hedge, deadline": "`Waiting(deadline=...)`",
-    "hedge at the fence": "hedge at the hedging threshold",
-    "coded at once": "all N at once, the paper's way",
-    "ours": "`CodedWrapper`",
-    "ours, computed": "`CodedWrapper`, computed",
-    "ours, deadline": "`CodedWrapper`, deadline",
-    "no hedge": "httpx",
-    "tenacity": "httpx, retries of tenacity",
-    "hedge-python": "httpx, hedge-python",
-    "imap": "`multiprocessing.Pool.imap`",
-    "futures": "`ProcessPoolExecutor.map`",
-    "Ray Data": "Ray Data, `map_batches`",
-    "more": "p50 over the bare client's",
-}
 #: The trivial baselines, of which no table of answers lacks one.
 BASELINES = ("no redundancy, regression", "no redundancy, surrogate", "surrogate alone")
 

@@ -575,6 +575,28 @@ def test_a_mean_ends_by_its_half_width_and_goes_on_with_resume(folder, capsys):
     assert "--resume must repeat the job in out: mean digest " in capsys.readouterr().err
 
 
+def test_a_damaged_mean_is_not_gone_on_with(folder, capsys):
+    arguments, path = line("here", "--mean", "--of", "models:first"), folder / "out" / "mean.pt"
+    assert main([*arguments, "--half-width", "3.0"]) == 0
+    numbers = torch.load(path, weights_only=True)["numbers"].numpy().tobytes()
+    content = bytearray(path.read_bytes())
+    content[content.find(numbers) + 6] ^= 0x40
+    path.write_bytes(content)
+    assert main([*arguments, "--resume"]) == 2
+    assert "mean.pt cannot be read: it is damaged; remove it" in capsys.readouterr().err
+    path.unlink()
+    assert main([*arguments, "--resume"]) == 0
+
+
+def test_a_job_of_a_version_without_means_goes_on(folder):
+    assert main(line("here")) == 0
+    path = folder / "out" / "job.json"
+    before = json.loads(path.read_text())
+    del before["mean"]
+    path.write_text(json.dumps(before))
+    assert main(line("here", "--resume")) == 0
+
+
 def test_a_mean_of_a_parquet_file_is_of_rows_in_any_order(folder):
     x = np.arange(100, 200, dtype=np.float32)
     table = pyarrow.table({"x": x, "y": x})

@@ -37,9 +37,9 @@ import coded_torch
 from .._arguments import count
 from ..codes import NotEnoughResults
 from ..nn import CodedWrapper, Waiting
-from ..nn.mean import Looks
-from ..workers import ProcessWorkers, WorkerError
+from ..workers import ProcessWorkers
 from . import CommandError, find_factory, need, replace, say, usage
+from .mean import mean, start
 
 logger = logging.getLogger("coded_torch.job")
 
@@ -87,7 +87,7 @@ def job(args: argparse.Namespace) -> None:
         say(f"Columns of {args.inputs}: {mapping}.")
         held.enter_context(coded.workers)
         held.enter_context(torch.no_grad())
-        run = _mean if args.mean else _every_row
+        run = mean if args.mean else _every_row
         run(args, coded, rows, functools.partial(read, columns, size))
 
 
@@ -113,7 +113,7 @@ def _every_row(args: argparse.Namespace, coded: CodedWrapper, rows: int, read: A
             progress = tqdm(wrong, desc="batches", disable=None)  # if there is a terminal
         try:
             for first in read(missing[:1]):
-                _start(coded, first)
+                start(coded, first)
             for name, (answers, report) in zip(progress, found, strict=True):
                 # A zip file for ``torch.load``: outputs, a dict or a list, and their errors.
                 outputs = dict(answers) if isinstance(answers, Mapping) else tree_leaves(answers)
@@ -151,46 +151,6 @@ def _every_row(args: argparse.Namespace, coded: CodedWrapper, rows: int, read: A
                 f"{counts['hedges']:,} hedges, {coded.workers.num_restarts} workers lost, "
                 f"{speed:,.0f} rows per second.{end}"
             )
-
-
-def _mean(args: argparse.Namespace, coded: CodedWrapper, rows: int, read: Any) -> None:
-    """Print intervals for the means over all rows, and write what is computed after each look."""
-    path, batches = args.output / "mean.pt", _Batches(rows, args.batch_size, read)
-    with usage(f"job: {path} cannot be read", errors=Exception):
-        known = torch.load(path, weights_only=True) if path.exists() else {}
-    _start(coded, batches[0])
-    with usage("job", prefix="mean: "), usage("job", NotEnoughResults):
-        looks = Looks(coded, batches, args.of, None, 0.95, False, known.get("seed"))
-        if known:
-            looks.numbers, looks.shares = [known["numbers"]], known["shares"]
-            looks.sizes = [size for size in looks.sizes if size >= known["rows"]]
-        for found in looks.until(args.half_width):
-            known = {"numbers": torch.cat(looks.numbers), "shares": looks.shares}
-            torch.save(known | vars(found) | {"seed": looks.seed}, file := io.BytesIO())
-            replace(path, file.getbuffer())
-            some = zip(found.value[:8].tolist(), found.half_width.tolist(), strict=False)
-            shown = ", ".join(f"{value:.5g} ± {half:.2g}" for value, half in some)
-            more = ", ..." if len(found.value) > 8 else ""
-            say(f"{found.rows:,} of {rows:,} rows: {shown}{more}")
-
-
-class _Batches:
-    """The batches of a file, each of which is read when it is needed."""
-
-    def __init__(self, rows: int, size: int, read: Any) -> None:
-        self._starts, self._read = range(0, rows, size), read
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, number: int) -> Any:
-        return next(self._read([self._starts[number]]))
-
-
-def _start(coded: CodedWrapper, first: BoundArguments) -> None:
-    """Start workers on a batch. If the model fails on its rows, the call says so."""
-    with usage("job", TypeError, "Workers: "), contextlib.suppress(WorkerError):
-        coded.workers.start_on(coded.module, first)
 
 
 # Inputs and calls.
@@ -315,7 +275,8 @@ def _claim(args: Any, factory: Any, coded: CodedWrapper, rows: int, mapping: str
     trusted["source"] = f"digest {_digest(content, set())}"
     trusted["versions"] = f"torch {torch.__version__}, coded_torch {coded_torch.__version__}"
     compared = now if args.trust_model else now | trusted
-    differ = [key for key, value in compared.items() if before.get(key) != value]
+    # An older version knew fewer options: those that it did not know were left out.
+    differ = [key for key, value in compared.items() if before.get(key, "") != value]
     if before and differ and any(args.output.glob("*.pt")):
         must = "; ".join(f"{key} {before.get(key)}, got {compared[key]}" for key in differ)
         how = " (--trust-model goes on)" if trusted.keys() >= {*differ} else ""
@@ -372,7 +333,7 @@ def _examine(folder: Path, rows: int, size: int) -> tuple[dict[str, str], dict[s
     text = path.read_text(errors="replace") if path.exists() else ""
     known = dict(map(reversed, re.findall(r"^(\w{64})  (\S+)\n", text, re.M)))
     good, wrong = dict[str, str](), dict[str, str]()
-    for name in (f"batch-{start:012}.pt" for start in range(0, rows, size)):
+    for name in (f"batch-{first:012}.pt" for first in range(0, rows, size)):
         path, digest = folder / name, known.get(name, "")
         if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == digest:
             good[name] = digest

@@ -216,7 +216,7 @@ class Looks:
                 for chunk, (outputs, _) in zip(chunks, found, strict=True):
                     numbers, self.shares = self._numbers_of(outputs, chunk)
                     self.numbers.append(numbers)
-        except Exception as error:
+        except Exception as error:  # its rows are numbered within a batch until here
             with contextlib.suppress(Exception):  # a class may have slots
                 facts: Any = error
                 facts.rows = tuple(chunks[facts.batch][list(facts.rows)].tolist())

@@ -166,7 +166,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
                 self._check_names(headers)
                 if scope["path"].removeprefix(scope.get("root_path", "")) in self._infer_paths:
                     answer = await self._infer(scope["method"], headers, receive)
-            except Exception as error:
+            except Exception as error:  # answered here, and raised for the log of the server
                 await (await self.refuse(Request(scope), error))(scope, receive, send)
                 if isinstance(error, HTTPException):
                     return
