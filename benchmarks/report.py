@@ -3,9 +3,12 @@
 A README or page holds, each up to ``<!-- end -->``:
 
 - ``<!-- table: NAME -->``: a table of ``tables.py``;
-- ``<!-- value: PATH:FORMAT -->``: a number;
-- ``<!-- claim: SIDE is below SIDE -->``: a sentence that compares, which is true of the results; a
-  side is a path, a number, or a number "times" a path.
+- ``<!-- value: NAME -->``: a number, whose line in ``values.txt`` is ``NAME = PATH:FORMAT``;
+- ``<!-- claim: NAME -->``: a sentence that compares, which is true of the results. Its line in
+  ``claims.txt`` is ``NAME = SIDE is below SIDE``; a side is a path, a number, or a number "times" a
+  path.
+
+No line of a page begins with such a comment and goes on: Markdown takes it for a block of HTML.
 
 READMEs are filled in place. Long tables are pages of the documentation: ``benchmarks/pages`` has
 them without numbers, ``notebooks/measurements`` with them, and without these comments. A test holds
@@ -107,6 +110,12 @@ def markdown(name: str, results: Results) -> str:
     return "\n".join([head, "|---" * len(rows[0]) + "|", *rest])
 
 
+def named(file: str) -> dict[str, str]:
+    """Return what ``values.txt`` or ``claims.txt`` says, by name."""
+    lines = (FOLDER / file).read_text().splitlines()
+    return {name: said for name, _, said in (line.partition(" = ") for line in lines)}
+
+
 def _number(path: str, results: Results) -> float:
     """Return the one number at a path, or the least or most of several."""
     choose = {"least": min, "most": max}.get(path.partition(" ")[0])
@@ -126,20 +135,24 @@ def _side(text: str, results: Results) -> float:
         return (float(factor) if times else 1.0) * _number(path, results)
 
 
-def claims(text: str, results: Results) -> Iterator[tuple[str, bool]]:
-    """Yield the claims of a page, and whether each is true."""
-    for claim in re.findall(r"<!-- claim: (.*?) -->", text, re.DOTALL):
-        smaller, larger = " ".join(claim.split()).split(" is below ")
-        yield claim, _side(smaller, results) < _side(larger, results)
+def claims(
+    text: str, results: Results, said: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, bool]]:
+    """Yield the claims of a page, and whether each is true; ``said`` is that of ``claims.txt``."""
+    said = named("claims.txt") if said is None else said
+    for name in re.findall(r"<!-- claim: (.*?) -->", text):
+        smaller, larger = said[name].split(" is below ")
+        yield name, _side(smaller, results) < _side(larger, results)
 
 
-def fill(text: str, results: Results) -> str:
-    """Return a page with its tables and numbers generated anew."""
+def fill(text: str, results: Results, said: Mapping[str, str] | None = None) -> str:
+    """Return a page with its tables and numbers made anew; ``said`` is that of ``values.txt``."""
+    said = named("values.txt") if said is None else said
 
     def block(match: re.Match[str]) -> str:
         start, kind, what, end = match.groups()
         if kind == "value":
-            where, _, how = what.rpartition(":")
+            where, _, how = said[what].rpartition(":")
             return f"{start}{shown(_number(where, results), how)}{end}"
         return f"{start}\n{markdown(what, results)}\n{end}"
 

@@ -3,6 +3,7 @@
 import copy
 import re
 
+import markdown_it
 import pytest
 
 from benchmarks import report
@@ -31,10 +32,34 @@ def test_a_page_leaves_out_tables_that_are_not_measured(results):
     assert "##" not in page
 
 
-def test_no_number_begins_a_line():
-    """There, Markdown takes its comment for a block of HTML, which ends the paragraph."""
-    for path in report.READMES:
-        assert not re.findall(r"^ *<!-- (?:value|claim).*", path.read_text(), re.M), path
+PAGES = sorted(
+    path
+    for folder in (report.FOLDER.parent, report.FOLDER, *report.FOLDER.parent.glob("notebooks/**/"))
+    for path in folder.glob("*.md")
+)
+
+
+def test_no_line_goes_on_after_a_comment_at_its_begin():
+    """Markdown takes it for a block of HTML, which cuts the paragraph in two."""
+    read = markdown_it.MarkdownIt()
+    assert not _blocks(read, "was\n53<!-- end --> ms.")
+    assert _blocks(read, "was\n<!-- value: n -->53<!-- end --> ms.")
+    assert _blocks(read, "- <!-- claim: n -->It is less.<!-- end -->")
+    assert {path.name: found for path in PAGES if (found := _blocks(read, path.read_text()))} == {}
+
+
+def _blocks(read, text):
+    """Return the blocks of HTML of a page that are not only comments."""
+    blocks = (token.content for token in read.parse(text) if token.type == "html_block")
+    return [block for block in blocks if re.sub(r"<!--.*?-->", "", block, flags=re.S).strip()]
+
+
+def test_names_of_values_and_claims_are_short_and_used():
+    text = "".join(path.read_text() for path in report.READMES)
+    for kind in ("value", "claim"):
+        names = report.named(f"{kind}s.txt")
+        assert set(re.findall(rf"<!-- {kind}: (.*?) -->", text)) == set(names)
+        assert max(map(len, names)) <= 50
 
 
 def test_every_claim_is_true(results):
@@ -112,18 +137,17 @@ def test_paths_lead_to_numbers_with_intervals():
 
 def test_values_and_claims_are_those_of_the_results():
     results = {"a": {"x": {"n": [0.5, 0.25]}, "y": {"n": 1.0}}}
-    text = (
-        "<!-- value: least a > * > n:.0% -->?<!-- end --> <!-- value: a > y > n:g --><!-- end -->"
-    )
-    assert "-->50 %<!--" in report.fill(text, results)
-    assert "-->1<!--" in report.fill(text, results)
+    said = {"least": "least a > * > n:.0%", "y": "a > y > n:g"}
+    text = "<!-- value: least -->?<!-- end --> <!-- value: y --><!-- end -->"
+    assert "-->50 %<!--" in report.fill(text, results, said)
+    assert "-->1<!--" in report.fill(text, results, said)
     for wrong in ("a > * > n:g", "a > z > n:g"):
         with pytest.raises(ValueError, match="must lead to one number, got"):
-            report.fill(f"<!-- value: {wrong} --><!-- end -->", results)
+            report.fill(text, results, said | {"y": wrong})
     sides = {"a > x > n is below a > y > n": True, "most a > * > n is below 1": False}
     sides |= {"2.1 times a > x > n is below a > y > n": False}
     text = "".join(f"<!-- claim: {claim} -->true<!-- end -->" for claim in sides)
-    assert dict(report.claims(text, results)) == sides
+    assert dict(report.claims(text, results, {claim: claim for claim in sides})) == sides
 
 
 def test_other_results_make_another_table(results):
