@@ -38,16 +38,16 @@ LINES = {
     "cli": 1047,
     "codes": 1046,
     "experiments": 1670,
-    "input_space": 1399,
-    "nn": 2370,
+    "input_space": 1326,
+    "nn": 2351,
     "open_inference": 680,
     "scheduling": 776,
     "serve": 1125,
-    "surrogates": 545,
-    "verification": 897,
+    "surrogates": 544,
+    "verification": 896,
     "workers": 3472,
 }
-MOST_LINES = 17_133  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_039  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

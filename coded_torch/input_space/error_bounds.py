@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .gaussian_process import GaussianProcess, off_mean
-from .geometry import evenly
+from .gaussian_process import GaussianProcess, evenly, off_mean
 
 #: The power of the variance by which errors are divided. With .75 every tercile of the standard
 # deviation is covered alike; with 1 the first is covered less, with 0 the last. (benchmarks
@@ -45,20 +44,16 @@ def bounds(
 ) -> Bounds:
     r"""Return the error bounds of missing rows ``[L]``.
 
-    Thresholds are the errors of missing rows up to which results look as odd as these rows. A
-    missing row i and the n results are exchangeable. With row i among the results, each of the
-    n + 1 has a residual and a variance that leave it out, and the score
-    :math:`|e| / v^{3/8}`. The score of result j is at least the score of row i as long as the error
-    of row i is at most
+    A missing row i and the n results are exchangeable. With row i among the results, each of the
+    n + 1 has a residual e and a variance v that leave it out, and the score :math:`|e| / v^{3/8}`.
+    The score of result j is at least the score of row i if the error of row i is at most
 
     .. math:: \frac{h_{ij} |e_j|}{q_{ij}^{3/8} - |w_{ij}| q_{ij}}, \qquad
         h_{ij} = \frac{1}{1 + w_{ij}^2 v_j / v_i}, \quad q_{ij} = h_{ij} v_j / v_i,
 
-    for estimates that are not shrunk; it is infinite if the denominator is not positive. If k - 1
+    its threshold, or infinity if the denominator is not positive; shrinkage adds terms. If k - 1
     thresholds are larger than a bound, the error of row i exceeds it with probability
-    :math:`k / (n + 1)` at most. Thresholds of one output are exact, for positive and for negative
-    errors; others by triangle inequality. In a shrunk estimate, the mean of the others has row i
-    in it, too.
+    :math:`k / (n + 1)` at most. Thresholds of one output are exact, others by triangle inequality.
 
     Args:
         results, estimated: ``[M, C]``, and estimates of the missing rows, ``[L, C]``, floating.
@@ -103,7 +98,8 @@ def bounds(
         outputs, answered = labels[0][left_out], labels[1]
         found = outputs - torch.cat(errors, 1)
         wrong = (found.argmax(1) != outputs.argmax(1)).cpu()
-        margins, left = (_margins(x).double().cpu() for x in (answered, found))
+        gaps = [x.topk(2, 1).values.diff(dim=1)[:, 0] for x in (answered, found)]
+        margins, left = (-x.double().cpu() for x in gaps)
         p_values = label_p_values(margins / variances.sqrt(), left / of_left_out.sqrt(), wrong)
     known = torch.cat([of_left_out[None], norms.sqrt_()])
     given = weights, variances, moved.sqrt_(), known, trust, count, most, False
@@ -111,20 +107,10 @@ def bounds(
 
 
 def label_p_values(margins: Tensor, left_out: Tensor, wrong: Tensor) -> Tensor:
-    """Return the p-values ``[L]`` of labels being wrong, from ``[n]`` left out, some of them wrong.
-
-    If a missing row and the results are exchangeable, its label is wrong with a p-value of at most
-    p with probability p at most.
-    """
+    """Return the p-values ``[L]`` of wrong labels, from margins ``[n]`` left out, some wrong."""
     worse = left_out[wrong].sort().values
     larger = len(worse) - torch.searchsorted(worse, margins)
     return (1.0 + larger.double()) / (len(wrong) + 1)
-
-
-def _margins(outputs: Tensor) -> Tensor:
-    """Return how much the largest output is over the second, ``[n]``."""
-    largest, second = outputs.topk(2, 1).values.unbind(1)
-    return largest - second
 
 
 class ErrorBounds:
@@ -141,10 +127,7 @@ class ErrorBounds:
         return cls(len(missing), [Bounds(rows, p.new_empty(1, len(rows), 0), p)])
 
     def radii(self, coverage: float | Tensor) -> Tensor:
-        """Return the bounds, ``[B]``, float64: 0 for computed rows, infinite for too few results.
-
-        The ``coverage`` is one probability that an error is at most its bound, or ``[B]``.
-        """
+        """Return the bounds at one level or ``[B]``: ``[B]``, float64, 0 for computed rows."""
         radii = torch.zeros(self.batch_size, dtype=torch.float64)
         levels = torch.as_tensor(coverage, dtype=torch.float64).expand(self.batch_size)
         for rows, found, *_ in self._bounds:

@@ -1,16 +1,9 @@
-r"""An interval for the mean of a finite data set, of which few rows are computed.
+r"""An interval for the mean of a finite data set, of which few rows, drawn at random, are computed.
 
-These rows are drawn at random without replacement, which is all that is assumed. Regression
-estimates the other rows, and is corrected by its mean leave-one-out error.
-
-References:
-    Särndal, Swensson, Wretman, *Model Assisted Survey Sampling*, 1992 (difference estimators).
-    Angelopoulos et al., "Prediction-Powered Inference", Science 2023, and "PPI++",
-    arXiv:2311.01453 (the coefficient of predictions).
-    Efron, Stein, "The Jackknife Estimate of Variance", Annals of Statistics 1981.
-    Agresti, Coull, "Approximate Is Better than 'Exact'", The American Statistician 1998.
-    Chow, Robbins, "On the Asymptotic Theory of Fixed-Width Sequential Confidence Intervals",
-    Annals of Mathematical Statistics 1965 (looks that end by the width need no correction).
+Regression estimates the other rows, and is corrected by its mean leave-one-out error (Särndal,
+Swensson, Wretman, *Model Assisted Survey Sampling*, 1992). The coefficient of predictions is of
+"PPI++", arXiv:2311.01453, the variance of Efron and Stein, Annals of Statistics 1981. Looks that
+end by the width need no correction (Chow, Robbins, Annals of Mathematical Statistics 1965).
 """
 
 from __future__ import annotations
@@ -22,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .geometry import evenly, matern52
+from .gaussian_process import evenly, matern52
 
 # The variances of numbers that inputs do not explain, over the kernel's, that compete; not tuned.
 _NOISES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -62,14 +55,9 @@ class Kernel:
 class KernelRegression:
     r"""Kernel ridge regression of numbers ``[n, C]``, float64, on computed rows.
 
-    Of the kernels and of some noises :math:`\nu`, it has those of the least squared leave-one-out
-    errors, summed over standardised columns. From eigenvectors,
-    :math:`A = (K + \nu I)^{-1} = (I - W S W^\top) / \nu` for a diagonal S.
-
-    Attributes:
-        kernel: the kernel, one of those given.
-        errors: ``[n, C]``, of each row that is left out.
-        weights: ``[n, C]``, A times the numbers.
+    It has the ``kernel`` and the noise :math:`\nu` of the least squared leave-one-out ``errors``,
+    ``[n, C]``, summed over standardised columns. The ``weights``, ``[n, C]``, are A times the
+    numbers, where :math:`A = (K + \nu I)^{-1} = (I - W S W^\top) / \nu` for a diagonal S.
     """
 
     def __init__(self, kernels: Sequence[Kernel], y: Tensor) -> None:
@@ -95,11 +83,10 @@ class KernelRegression:
         return (x - half @ (self._shrunk[:, None] * (half.T @ x))) / self._noise
 
     def second_order(self, k: Tensor) -> Tensor:
-        r"""Return b, ``[C]``, at least 0.
+        r"""Return b, ``[C]``, at least 0, from the mean ``k`` of the kernel of other rows.
 
-        Leaving out row j, too, changes the error of row i, less the mean change of rows that are
-        not computed, by :math:`\Delta_{ij} = P_{ij} e_i - Q_{ij} e_j`, where ``k`` is the mean of
-        the kernel of these rows:
+        Leaving out row j, too, changes the error of row i, less the mean change of these rows, by
+        :math:`\Delta_{ij} = P_{ij} e_i - Q_{ij} e_j`:
 
         .. math::
             P_{ij} = \frac{A_{ij}^2}{D_{ij}}, \quad
@@ -108,8 +95,7 @@ class KernelRegression:
             b = \frac{1}{n^2} \sum_{i \ne j} \Delta_{ij} \Delta_{ji} .
 
         In Hoeffding's decomposition, b is the second-order part that the variance of leave-one-out
-        errors lacks; the delete-one jackknife has it twice. Of many rows, the pairs of some are
-        taken.
+        errors lacks. Of many rows, the pairs of some are taken.
         """
         n, some = len(k), evenly(len(k), _CENTRES)
         half, d, e = self.kernel.half[some], self.diagonal[some], self.errors[some]
@@ -134,10 +120,8 @@ def intervals(
 ) -> tuple[Tensor, Tensor]:
     r"""Return centres and half widths of intervals, ``[2, C]``, and then those of plain sampling.
 
-    The mean of the rows that are not computed is estimated by the mean of their estimates, plus the
-    mean leave-one-out error. Leave-one-out errors vary by :math:`S_{ee}`, but rows that are near
-    err alike, by b more. Estimates count by a coefficient u in [0, 1] per column, of the least
-    variance. Where sampling's interval is narrower, it is taken.
+    Estimates count by a coefficient u in [0, 1] per column, of the least variance. The narrower
+    interval is taken.
 
     Args:
         y: ``[n, C]``, float64, the numbers of the computed rows, at least two, and fewer than all.

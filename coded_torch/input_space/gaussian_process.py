@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops import matern52 as matern52
 
 #: The variance of a result that its input does not explain, relative to the outputs' variance. It
 #: keeps repeated inputs apart; with 1e-3 the squared error of 3,400 results is .993 to 1.004 times
@@ -28,21 +29,17 @@ class Estimates(NamedTuple):
 class GaussianProcess:
     r"""The Gaussian process of an unknown constant mean, given results at M points.
 
-    With :math:`C = k(Z, Z) + \nu I` for a Matern 5/2 covariance :math:`k`, the estimate at a
-    point of covariances :math:`k` with the results :math:`y` is the best linear unbiased one,
-
-    .. math:: k^T C^{-1} y + (1 - k^T C^{-1} 1) \, \frac{1^T C^{-1} y}{1^T C^{-1} 1} ,
-
-    linear in the results (Rasmussen and Williams, *Gaussian Processes for Machine Learning*, 2006,
+    With :math:`C = k(Z, Z) + \nu I` for a Matern 5/2 covariance :math:`k`, the estimate of results
+    :math:`y` is :math:`k^T C^{-1} y + (1 - k^T C^{-1} 1) \, 1^T C^{-1} y / 1^T C^{-1} 1`, the best
+    linear unbiased one (Rasmussen and Williams, *Gaussian Processes for Machine Learning*, 2006,
     sections 2.7 and 5.4). It costs :math:`O(M^3)` once and :math:`O(M^2)` per estimate.
 
     Args:
-        squared: ``[P, P]``, squared distances of points. In float32, which estimates as well up to
-            4,096 results and takes half the time, all is computed in float32, unless there is no
-            factorisation.
+        squared: ``[P, P]``, squared distances of points. In float32, all is computed in float32,
+            unless there is no factorisation.
         length: of the covariance, positive.
-        known: ``[M]``, the points whose results are given, at least one. Defaults to all.
-        at: ``[L]``, the points that are estimated. Defaults to none.
+        known, at: ``[M]``, the points whose results are given, all by default, and ``[L]``, the
+            points that are estimated, none by default.
 
     Attributes:
         tensors: of the process, for operators.
@@ -64,10 +61,7 @@ class GaussianProcess:
         return Estimates(*ops.estimate(self.tensors, results, trust))
 
     def leave_one_out_residuals(self, results: Tensor) -> Tensor:
-        """Return results less their estimates from all others, from ``[M, C]``: ``[n, C]``.
-
-        They are computed where the results lie, and in their precision if they are many.
-        """
+        """Return results ``[M, C]`` less their estimates from all others, where they lie."""
         if results.device.type == "cpu" and results.shape[1] < len(results):
             return self.estimate(results.double().contiguous()).residuals
         return self._maps[1].to(results) @ (results - results.mean(0))
@@ -88,6 +82,11 @@ class GaussianProcess:
         """Return A, ``[C, M]``, and b, ``[C]``, float32: covariances k estimate ``A k + b``."""
         found: tuple[Tensor, Tensor] = ops.coefficients(self.tensors, results)
         return found
+
+
+def evenly(size: int, most: int) -> Tensor:
+    """Return at most so many of ``0 .. size - 1``, evenly spaced."""
+    return torch.arange(size) if size <= most else torch.arange(most) * size // most
 
 
 def off_mean(results: Tensor) -> Tensor:

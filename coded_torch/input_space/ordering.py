@@ -17,16 +17,10 @@ __all__ = ["Grouping", "similarity_order"]
 
 
 class Grouping:
-    """A permutation of a batch, cut into groups of K consecutive rows. Immutable.
+    """A permutation of a batch, ``order [B]``, cut into groups of K consecutive rows. Immutable.
 
-    Data point k of group g is row ``order[g * K + k]`` of the batch. The last group is filled up
-    with copies of its last row, whose answers are dropped.
-
-    Attributes:
-        order, num_data, batch_size: ``[B]``, int64, each of 0..B-1 once; K and B.
-        num_groups: G, B / K rounded up.
-        rows: ``[K, G]``, int64, the row of the batch at data point k of group g.
-        targets: ``[K, G]``, int64, the row to which the answer of (k, g) goes; -1: nowhere.
+    Data point k of group g is row ``rows[k, g]`` of the batch. The last group is filled up with
+    copies of its last row, whose answers are dropped: ``targets`` are the rows, and -1 there.
     """
 
     @on_host()
@@ -110,12 +104,7 @@ def similarity_order(distances: Tensor) -> Tensor:
 
     The path goes from the most remote row to the nearest one not yet visited, and so on. Then 2-opt
     and Or-opt (Croes, 1958; Or, 1976) shorten it until no such move does, or for 20 moves a row at
-    most. One thread of the host takes 0.2 ms for 256 rows, 40 ms for 4,096, without the GIL. The
-    same distances give the same order.
-
-    Args:
-        distances: ``[B, B]``, floating-point, symmetric, at least 0. NaN counts as infinity. A row
-            without finite distances to others comes last.
+    most. Distances are ``[B, B]``, floating-point, symmetric, at least 0; NaN counts as infinity.
 
     Example:
         >>> import torch
@@ -125,6 +114,5 @@ def similarity_order(distances: Tensor) -> Tensor:
         tensor([0, 2, 3, 1])
     """
     dense("similarity_order", "distances", distances)
-    dtype = torch.float64 if distances.dtype == torch.float64 else torch.float32
-    host = distances.detach().to("cpu", dtype).contiguous()
-    return torch.from_numpy(short_path(host.numpy()))
+    wide = torch.promote_types(distances.dtype, torch.float32)
+    return torch.from_numpy(short_path(distances.detach().to("cpu", wide).contiguous().numpy()))

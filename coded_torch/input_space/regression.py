@@ -109,10 +109,10 @@ class Regression:
 
 
 class RowPlan:
-    """A regression fitted to one batch, whose ``parts``, of some rows each, it estimates together.
+    """A regression fitted to one batch, of which it estimates some rows, a part, together.
 
-    Results are ``[F, 1, ...]``, and ``received`` names their F rows, increasing. ``choices`` say
-    how missing answers of the output decoded last were estimated, for every part.
+    Results are ``[F, 1, ...]`` of the ``received`` rows, increasing. ``choices`` are of the output
+    that was decoded last, for every part.
     """
 
     def __init__(
@@ -215,10 +215,9 @@ class RowPlan:
             return found.widened(by) if far else found
 
     def left_out_squares(self, received: Sequence[int], *values: Tensor) -> list[float]:
-        """Return the sum of squared errors of estimating values from each other.
+        """Return the sums of squared errors of estimating values, ``[F G, C]``, from each other.
 
-        Values are float64, ``[F G, C]`` each. The metric and length are those that estimate the
-        first best.
+        The metric and length are the ones that estimate the first best.
         """
         with outside(), exactly():
             each = [part.left_out_squares(values) for part in self._given(received)[1]]

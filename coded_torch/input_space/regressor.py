@@ -14,14 +14,13 @@ from .._arguments import dense
 from .._torch import differentiated, exactly, outside, plain, to_device
 from ..linear import product
 from .error_bounds import Bounds, bounds
-from .gaussian_process import NUGGET, Estimates, GaussianProcess, off_mean
-from .geometry import evenly
+from .gaussian_process import NUGGET, Estimates, GaussianProcess, evenly, off_mean
 from .metrics import Choice, Distances, Features, name_of
 
 #: The length where nothing is chosen, in steps of a path. (benchmarks distances)
 LENGTH = 2.0
-# Results that metrics and lengths are compared on, or an eighth if that is more: all of 204 cost
-# several times as much, and find no better ones. (benchmarks distances)
+# Results that metrics and lengths are compared on: all of 204 cost several times as much, and find
+# no better ones. (benchmarks distances)
 _COMPARED = 144
 # With fewer results, chance decides which metric estimates best. (benchmarks distances)
 _LEAST = 8
@@ -44,17 +43,11 @@ class Chosen(NamedTuple):
 class Regressor:
     """Estimates rows of a batch from results of others, in the metric and length that do it best.
 
-    Args:
-        distances: of the rows that are estimated together, by every metric that competes.
-        length: of the regression, in steps of a path. None to choose among some.
-        source: ``[B]``, the place of each row's result among results ``[n, ...]``, or -1. Defaults
-            to results of all rows.
-        compared: the results that choices are compared on, if an eighth of them is less.
-
-    Attributes:
-        known: ``[M]``, those of the rows from which the others are estimated. If there are none,
-            all results of the batch are taken, and estimate by their mean.
-        missing: ``[L]``, the rows of the batch that are estimated.
+    The ``distances`` are of rows that are estimated together. The ``length`` is None to choose it.
+    The ``source``, ``[B]``, is the place of each row's result among ``[n, ...]``, or -1; all rows
+    have one by default. Choices are compared on ``compared`` results, or an eighth if it is more.
+    ``known``, ``[M]``, are places of rows that estimate the ``missing``, ``[L]``, rows of the
+    batch. If there are none, all results of the batch are taken, and estimate by their mean.
     """
 
     def __init__(
@@ -179,10 +172,7 @@ class Regressor:
         return _scaled(sample, size), size
 
     def left_out_squares(self, values: Sequence[Tensor]) -> list[float]:
-        """Return the sums of squared errors of estimating values from each other.
-
-        The regression is the one that estimates the first of them best.
-        """
+        """Return the sums of squared errors of estimating values from each other, as the first."""
         values = [x[self._used] for x in values]
         process = self.fit(values[0]).process
         left_out = off_mean if process is None else process.leave_one_out_residuals

@@ -32,14 +32,12 @@ _SLACK = 5e-3
 class Inputs:
     """The arguments of one call, checked. Inputs that a code is ``mixing`` must be finite.
 
-    Attributes:
-        leaves, dims, spec: the leaves of ``(args, kwargs)``, their structure, and the batch
-            dimension of each; None if every part gets the whole leaf.
-        batch_size: B
-        device: the device of the first divided leaf.
-        not_finite: bool ``[B]``, on the host: the rows that hold NaN or infinity. None if there is
-            no such row, or inputs are mixed.
+    ``leaves`` are those of ``(args, kwargs)``, of the structure ``spec``, and ``dims`` their batch
+    dimensions; None if every part gets the whole leaf. ``device`` is the first divided leaf's.
     """
+
+    #: The rows that hold NaN or infinity, bool ``[B]``, on the host; None without any, or if mixed.
+    not_finite: Tensor | None = None
 
     def __init__(
         self, args: tuple[Any, ...], kwargs: Any, in_dims: Any, mixing: Code | None = None
@@ -71,7 +69,6 @@ class Inputs:
             )
         (first, self.batch_size), *_ = sizes.items()
         self.device: torch.device = self.leaves[first].device
-        self.not_finite: Tensor | None = None
         odd = [] if mixing else [leaf for leaf in self.floating() if not finite(leaf)]
         with outside():
             for leaf in odd:
@@ -197,8 +194,7 @@ class Division:
 class Columns(Division):
     """The N coded inputs of every group: each column has a row for each of the G groups.
 
-    The call waits for N - S results, where S columns may be ``lost``. The ``dealer``, a
-    :class:`random.Random` or None, draws the order of asking.
+    S columns may be ``lost``. The ``dealer``, if there is one, draws the order of asking.
     """
 
     def __init__(
@@ -230,8 +226,7 @@ class Columns(Division):
 def dealt(size: int, parts: int) -> tuple[tuple[int, ...], ...]:
     """Return the rows of each part. Of any ``parts`` rows in turn, each part gets one, at random.
 
-    So a missing part leaves some rows of each kind, in sorted batches and in periodic ones. The
-    same sizes are always dealt alike, and part p begins with row p.
+    So a missing part leaves some rows of each kind. The same sizes are always dealt alike.
     """
     dealer, hands = random.Random(0), [[row] for row in range(parts)]
     for start in range(parts, size, parts):
@@ -245,9 +240,9 @@ def dealt(size: int, parts: int) -> tuple[tuple[int, ...], ...]:
 class Rows(Division):
     """The rows of the batch, each of which is asked for once, in at most ``parts`` parts.
 
-    Nothing is fitted before a row is missing. Then the estimator takes ``block`` rows together; at
-    0, each is estimated by the mean of all results. The ``dealer`` draws the order of asking, so
-    that a worker that is always late does not lose the same rows in every call.
+    If a row is missing, the estimator takes ``block`` rows together; at 0, the mean estimates all.
+    The ``dealer`` draws the order of asking, so that a worker that is always late does not lose the
+    same rows in every call.
     """
 
     def __init__(

@@ -263,8 +263,8 @@ def _residuals(
 ) -> tuple[dict[int, float], Tensor, tuple[Tensor, ...]]:
     r"""Return weights, residuals :math:`y - \sum_j w_j s_j` of surrogates, and both their sums.
 
-    The sums are at the results, ``[F R, ...]``, and for the batch, ``[B, ...]``. Surrogates have no
-    weights if results are not estimated better from each other with them, by more than chance.
+    These are ``[F R, ...]``, of results, and ``[B, ...]``. Surrogates have no weights if results
+    are not estimated better from each other with them, by more than chance.
     """
     used = list(approximations.values())
     of_units = [division.spread(approximation)[list(received)] for approximation in used]

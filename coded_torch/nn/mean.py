@@ -18,8 +18,7 @@ from torch.utils import _pytree as pytree
 from .._arguments import count, instance, real, real_array
 from .._torch import arguments, as_called, device_of, exactly, on_host
 from ..input_space.finite_mean import Kernel, KernelRegression, intervals
-from ..input_space.geometry import typical_rows
-from ..input_space.metrics import METRICS, Leaf, fitted, leaves_of
+from ..input_space.metrics import METRICS, Leaf, fitted, leaves_of, typical_rows
 from ..scheduling.waiting import Waiting
 from ..surrogates import Memory
 from ..surrogates.memory import Space
@@ -104,16 +103,11 @@ class _Data:
 class Looks:
     """Does the work of :meth:`CodedWrapper.mean`, which has these arguments.
 
-    Attributes:
-        numbers: of the computed rows, in the order in which they were drawn, ``[rows, C]`` each.
-        shares: bool ``[C]``, the columns that are shares.
-        seed: of the drawing.
-        sizes: the numbers of computed rows at each look.
-        drawn: ``[N]``, the rows in the order in which they are drawn.
-        order: ``[N]``, the same; those of each look increase.
+    ``numbers`` are of the computed rows, ``[rows, C]`` each. ``drawn``, ``[N]``, are the rows as
+    they are drawn, ``order`` the same, but increasing in each look, and ``sizes`` the looks'.
     """
 
-    shares: Tensor
+    shares: Tensor  #: bool ``[C]``, the columns that are shares
     _best: tuple[_Coordinates, float] | None = None
 
     def __init__(

@@ -30,8 +30,7 @@ def show(leaf: Any) -> str:
 class Result:
     """The module's output for a part, and its form: all that results of one module have in common.
 
-    Tensors of any dtype can be answers unless the division mixes rows. A TypeError or a ValueError
-    says why a value cannot be decoded.
+    A TypeError or a ValueError says why a value cannot be decoded.
     """
 
     def __init__(self, value: Any, units: Sequence[int], division: Division) -> None:
@@ -143,8 +142,7 @@ class Stacked(NamedTuple):
 class Checks:
     """Judges the results in a table: those of the largest group of one form are good.
 
-    Of equal groups, the group of the part that was asked first counts. Rows whose inputs are not
-    finite may have any result.
+    Of equal groups, the group of the part that was asked first counts.
     """
 
     table: Table
@@ -253,10 +251,7 @@ class Checks:
 
 
 def _joined(leaves: Sequence[Tensor]) -> Tensor:
-    """Return tensors ``[n, ...]`` joined: as a view if they lie end to end in memory.
-
-    Simulated workers compute all parts at once, and each leaf is a slice of the whole.
-    """
+    """Return tensors ``[n, ...]`` joined: a view if they lie end to end, as simulated ones do."""
     first = leaves[0]
     if type(first) is not Tensor or differentiated(first):
         return torch.cat([*leaves])
@@ -277,10 +272,7 @@ def _weight(group: Sequence[Part]) -> tuple[int, int]:
 
 
 def _not_finite(results: Sequence[Result]) -> dict[Result, str]:
-    """Return, by result, the name of a leaf that is not finite.
-
-    The host waits for a device once, unless there is something wrong.
-    """
+    """Return, by result, the name of a leaf that is not finite; wait for a device once, if none."""
     rows = [
         (result, i, result.judged(i).detach())
         for result in results

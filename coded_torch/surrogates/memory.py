@@ -17,9 +17,8 @@ from .._arguments import count, sparing_logger
 from .._torch import exactly, fingerprint
 from ..input_space import metrics
 from ..input_space.error_bounds import GROWTH
-from ..input_space.gaussian_process import NUGGET, GaussianProcess
-from ..input_space.geometry import evenly, matern52, squared_distances, typical_rows
-from ..input_space.metrics import METRICS, Fitted, Leaf, Metric
+from ..input_space.gaussian_process import NUGGET, GaussianProcess, evenly, matern52
+from ..input_space.metrics import METRICS, Fitted, Leaf, Metric, squared_distances, typical_rows
 from ..input_space.regressor import LENGTH, Regressor
 
 logger = sparing_logger("coded_torch.surrogates")

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from .._arguments import sparing_logger
 from .._torch import exactly, on_host
-from ..input_space.geometry import added_up
-from ..input_space.metrics import DEFAULT, Distances, Leaf, Sources
+from ..input_space.metrics import DEFAULT, Distances, Leaf, Sources, added_up
 from ..input_space.regressor import LENGTH, Regressor
 from ..table import Part
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from coded_torch.input_space.finite_mean import Kernel, KernelRegression, intervals
-from coded_torch.input_space.geometry import matern52
+from coded_torch.ops import matern52
 
 from ..nn.modules import rand
 

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from coded_torch.input_space.gaussian_process import NUGGET, GaussianProcess
-from coded_torch.input_space.geometry import evenly
+from coded_torch.input_space.gaussian_process import NUGGET, GaussianProcess, evenly
 from coded_torch.ops import matern52
 
 KNOWN, ASKED = torch.arange(30), torch.arange(30, 35)

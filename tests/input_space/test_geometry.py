@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from coded_torch.input_space.geometry import added_up, squared_distances, typical_rows
-from coded_torch.input_space.metrics import Leaf, Metric, fitted
+from coded_torch.input_space.metrics import Leaf, Metric, added_up, fitted
+from coded_torch.ops import squared_distances, typical_rows
 
 SHRINKAGES = [0.0, 0.01, math.inf]
 
