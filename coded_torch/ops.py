@@ -40,17 +40,12 @@ def spline_apply(
         gather: ``[n, G]`` (``[N, G]`` with ``transpose``), int64: row i of group g is
             ``values[gather[i, g]]``. Rows may repeat; -1 is a row of zeros.
         scatter: ``[N, G]`` (``[n, G]`` with ``transpose``), int64: row j of group g becomes row
-            ``scatter[j, g]`` of the result, each row at most once; -1 drops it. Other rows are 0.
-        num_rows: the number of rows of the result, with ``scatter`` only. Defaults to the number of
-            its entries, each of which must then name a row.
+            ``scatter[j, g]`` of the result ``[num_rows, m]``, each at most once; -1 drops it. Other
+            rows are 0. By default each entry names a row.
 
-    Returns:
-        ``[N, G, m]``; ``[n, G, m]`` with ``transpose``; or ``[num_rows, m]`` with ``scatter``.
-
-    Raises:
-        RuntimeError: the arguments do not fit together, or entries on the CPU are out of bounds or
-            name a row twice. On CUDA an index out of bounds counts as -1, and a wrong schedule may
-            lead anywhere in memory.
+    Raises a RuntimeError if the arguments do not fit together, or entries on the CPU are out of
+    bounds or name a row twice. On CUDA an index out of bounds counts as -1, and a wrong schedule
+    may lead anywhere in memory.
     """
     return _apply(values, coefficients, schedule, transpose, gather, scatter, num_rows)
 
@@ -194,14 +189,8 @@ def matern52(squared_distances: Tensor, length: float, *, out: Tensor | None = N
     .. math:: (1 + s + s^2 / 3) \, e^{-s}, \qquad s = \sqrt 5 \, r / l
 
     It is 0 below 2e-16 in float32, 1e-147 in float64, since subnormal products cost many times the
-    time. NaN and negatives give NaN.
-
-    Args:
-        squared_distances: :math:`r^2`, any shape, at least 0, on the CPU, float64 or float32;
-            infinite gives 0.
-        length: :math:`l`, positive.
-        out: the result's memory: a contiguous tensor of the same shape and dtype, apart from the
-            squared distances or, where these are contiguous, that very tensor.
+    time. Squared distances are float64 or float32; infinity gives 0, NaN and negatives give NaN.
+    The memory ``out`` is contiguous, and may be the squared distances' own.
     """
     squared = squared_distances.contiguous()
     out = torch.empty_like(squared) if out is None else out

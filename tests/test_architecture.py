@@ -34,20 +34,20 @@ FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
-    "beside the folders": 2108,
+    "beside the folders": 2097,
     "cli": 1047,
-    "codes": 1046,
-    "experiments": 1670,
-    "input_space": 1326,
-    "nn": 2351,
+    "codes": 1035,
+    "experiments": 1665,
+    "input_space": 1324,
+    "nn": 2352,
     "open_inference": 680,
     "scheduling": 776,
     "serve": 1125,
-    "surrogates": 544,
+    "surrogates": 542,
     "verification": 896,
     "workers": 3472,
 }
-MOST_LINES = 17_039  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_009  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

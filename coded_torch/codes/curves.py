@@ -14,9 +14,6 @@ from .._arguments import MOST_WORKERS, count, nonnegative, real_array, shown
 from ..linear import LinearMap, SplineMap
 from .base import FixedCode, Map
 
-__all__ = ["BerrutCode", "CurveCode", "FloaterHormannCode", "LagrangeCode", "SplineCode"]
-__all__ += ["chebyshev_first", "chebyshev_second"]
-
 Floats = NDArray[np.float64]
 _GOLDEN = (5**0.5 - 1) / 2  # the golden ratio, less 1
 

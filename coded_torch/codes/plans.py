@@ -98,10 +98,7 @@ class BatchPlan:
             return self._grouping.scatter(torch.where(of_group >= 0, flat, -1))
 
     def left_out_squares(self, received: Sequence[int], *values: Tensor) -> list[float]:
-        """Return the sum of squared errors of estimating values from each other, by their mean.
-
-        Values are float64, ``[|F| G, C]`` each.
-        """
+        """Return the sums of squared errors of estimating values ``[|F| G, C]`` by their mean."""
         with outside():
             return [float(off_mean(x).square().sum()) for x in values]
 

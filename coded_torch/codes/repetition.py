@@ -20,14 +20,13 @@ from ..linear import LinearMap, SelectMap
 from .base import Code, FixedCode
 from .plans import BatchPlan, cut
 
-# The power of the variances that follow from distances with which squared errors grow. Measured in
-# November 2026, on tuning batches: 1.0 for a LeNet-5 on MNIST, 0.49 for a RepVGG and 0.46 for a
-# vision transformer on Fashion-MNIST, which the benchmarks no longer have. `benchmarks accuracy`
-# shows the errors at 0.75.
+# The power of the variances that follow from distances with which squared errors grow: 1.0 for a
+# LeNet-5 on MNIST, 0.49 for a RepVGG and 0.46 for a vision transformer on Fashion-MNIST (measured
+# once, on tuning batches). `benchmarks accuracy` shows the errors at 0.75.
 _GROWTH = 0.75
-# The weight of the line through a midpoint where no left-out errors tell: of 0, .25, .5, .75 and 1
-# the best, or within 5 % of it, on seven networks at (3, 2, 1) (measured once; no benchmark keeps
-# it). And the number of left-out errors that count as much; not tuned.
+# The weight of the line through a midpoint where no left-out errors tell: of multiples of .25 the
+# best, or within 5 % of it, on seven networks at (3, 2, 1) (measured once; no benchmark keeps it).
+# And the number of left-out errors that count as much; not tuned.
 _WEIGHT, _PRIOR = 0.25, 8
 
 
@@ -248,8 +247,8 @@ def _copies(
 ) -> NDArray[np.int64]:
     """Return the number of workers of each of ``size`` inputs, in groups, ``[G, K]``.
 
-    Each copy goes where it lowers the expected squared error most. This is the probability that all
-    copies are missing, times ``errors [G, K]``, and convex in the copies, so greedy is best.
+    Each copy goes where it lowers the expected squared error most, the probability that all copies
+    are missing, times ``errors [G, K]``. It is convex in the copies, so greedy is best.
     """
     # By each further copy, the probability falls that all are among the S lost of N workers.
     each = [max(num_stragglers - i, 0) / (num_workers - i) for i in range(num_workers)]
@@ -272,18 +271,14 @@ def _copies(
 def _deal(groups: int, n: int) -> NDArray[np.int64]:
     """Return the point of each of n workers in each group, ``[N, G]``, of points ``[G, N]``, flat.
 
-    Groups are dealt in different ways, so that a late worker is late elsewhere. Points side by
-    side, such as copies of one input, go to workers some steps apart. The number of steps differs
-    between groups, so two workers that are late together lose few inputs. Neighbouring workers get
-    no neighbouring points.
+    Points side by side, such as copies of one input, go to workers some steps apart, and
+    neighbouring workers get no neighbouring points. Steps differ between groups, so two workers
+    that are late together lose few inputs.
     """
-    steps = [
-        step
-        for step in range(1, n // 2 + 1)
-        if math.gcd(step, n) == 1 and all(n / 8 <= x <= n - n / 8 for x in (step, pow(step, -1, n)))
-    ] or [1]
-    group = np.arange(groups)
-    step, golden = np.array(steps)[group % len(steps)], (math.sqrt(5) - 1) / 2
+    coprime = (step for step in range(1, n // 2 + 1) if math.gcd(step, n) == 1)
+    far = [step for step in coprime if n / 8 <= min(step, inverse := pow(step, -1, n), n - inverse)]
+    group, golden = np.arange(groups), (math.sqrt(5) - 1) / 2
+    step = np.array(far or [1])[group % len(far or [1])]
     shift = np.floor(group * golden % 1 * n).astype(np.int64)
     workers = (step[:, None] * np.arange(n) + shift[:, None]) % n  # the worker of each point
     flat: NDArray[np.int64] = group * n + workers.argsort(axis=1).T

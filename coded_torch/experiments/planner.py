@@ -147,8 +147,8 @@ def read_latencies(path: Path) -> Seconds:
 def measured(seconds: Seconds, part: float) -> Conditions:
     """Return the conditions of measured latencies, for parts of so many median seconds.
 
-    The lower half of the latencies defines a lognormal body. Latencies beyond the hedging threshold
-    of this body are the tail, whose seconds do not depend on a part's size.
+    Their lower half defines a lognormal body, and its hedging threshold the tail, whose seconds do
+    not depend on a part's size.
     """
     lower, median = np.quantile(seconds, 0.25), np.median(seconds)
     spread = math.log(median / lower) / 0.6745  # the normal distribution's upper quartile

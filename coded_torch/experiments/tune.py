@@ -16,14 +16,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import instance, shown, warn
-from .._torch import as_called, broadcast_dims, on_host
+from .._torch import as_called, broadcast_dims, check_batch, on_host
 from ..codes import BatchPlan, Code
 from ..input_space.regression import to_scale
 from ..nn import CodedWrapper
 from ..nn.division import Inputs, training_part
 from ..stragglers import Uniform
-from ..workers.base import Task
-from ..workers.local import cut
 from .faults import Attack
 
 SETS = 5  #: received sets of a batch. Rare ones decide the error; more than 5 were not measured.
@@ -155,10 +153,9 @@ def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...
 class Trial:
     """One batch: the module's answers, and the answers that schemes give.
 
-    The module runs in this process, without gradients. It runs once on the batch, and once for each
-    distinct encoder, on the coded inputs of the workers in ``sets``, the received sets to be tried.
-    ``exact`` are the module's own answers, ``[B, ...]`` for every output that is decoded. Codes can
-    mix the inputs if the batch is ``mixable``.
+    The module runs once on the batch, and once for each distinct encoder, on the coded inputs of
+    the workers in ``sets``, the received sets to be tried. ``exact`` are its own answers, ``[B,
+    ...]`` for every decoded output. Codes can mix the inputs if the batch is ``mixable``.
     """
 
     def __init__(
@@ -189,30 +186,28 @@ class Trial:
         name: str = "the module",
     ) -> list[Tensor]:
         """Return a function's outputs that are decoded, of the batch or of rows ``[R, ...]``."""
-        inputs = self._inputs
+        inputs, found = self._inputs, list[Tensor]()
         batches = inputs.batches() if batches is None else batches
-        rows, given = len(batches[0]), iter(batches)
+        given = iter(batches)
         leaves = [
-            leaf if dim is None else next(given)[:, None]
+            leaf if dim is None else next(given).clone().movedim(0, dim)
             for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
         ]
-        task = Task(leaves, inputs.dims, inputs.spec, rows, 1, inputs.device, self._out_dims)
+        args, kwargs = pytree.tree_unflatten(leaves, inputs.spec)
         with torch.no_grad(), as_called():
-            args, kwargs = task.payload(range(rows), copied=True)
-            (tree,) = cut(task, function(*args, **kwargs), [rows])
+            tree = function(*args, **kwargs)
         outputs, spec = pytree.tree_flatten(tree)
         dims = broadcast_dims("out_dims", self._out_dims, spec)
-        found = [
-            output.movedim(dim, 0)
-            for output, dim in zip(outputs, dims, strict=True)
-            if dim is not None and isinstance(output, Tensor)
-        ]
-        for output in found:
+        for i, (output, dim) in enumerate(zip(outputs, dims, strict=True)):
+            if dim is None or not isinstance(output, Tensor):
+                continue
+            check_batch(tree, i, output, dim, len(batches[0]))
             if not output.is_floating_point():
                 must = "must return floating-point tensors to be decoded"
                 raise TypeError(f"{name} {must}, got {output.dtype}")
             if not bool(output.isfinite().all()):
                 raise RuntimeError(f"{name} must return finite outputs, got not finite ones")
+            found.append(output.movedim(dim, 0))
         return found
 
     def decode(

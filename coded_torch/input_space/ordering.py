@@ -13,8 +13,6 @@ from .._arguments import dense, shown
 from .._extension import short_path
 from .._torch import on_host, placed, to_device
 
-__all__ = ["Grouping", "similarity_order"]
-
 
 class Grouping:
     """A permutation of a batch, ``order [B]``, cut into groups of K consecutive rows. Immutable.

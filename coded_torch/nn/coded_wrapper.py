@@ -154,7 +154,8 @@ class CodedWrapper(ModuleProxy):
         self, *args: Any, waiting: Waiting | None = None, parts: int | None = None, **kwargs: Any
     ) -> tuple[Any, Report]:
         """Return the answers and report of a call with its own policy and parts; no hooks run."""
-        _check_waiting(self.code, waiting)
+        if waiting is not None:
+            _check_waiting(self.code, waiting)
         parts = parts if parts is None else count("run", "parts", parts)
         report = Report()
         return self._call(report, waiting or self._policy(), (args, kwargs), parts), report
@@ -209,7 +210,8 @@ class CodedWrapper(ModuleProxy):
         if division is None:
             with report.timed("compute"):
                 answers = self.module(*args, **kwargs)
-            report.note_empty()
+            report.note_source(torch.zeros(0, dtype=torch.int64), ())
+            report.radii = report.label_p_values = torch.zeros(0, dtype=torch.float64)
         else:
             with unchanged():  # a memory and a pool look at the weights
                 answers = self._compute(waiting, division, report)
@@ -242,8 +244,9 @@ class CodedWrapper(ModuleProxy):
         execution = Execution(division, report, check, answers.prepare)
         with report.timed("compute"):
             execution.run(pool, self.module, waiting, self._history)
-            answers.forget_excluded()
-        if self.code is None:
+            if report.excluded:
+                answers.forget()
+        if self.code is None and (self.surrogate or waiting.may_estimate(by_rows=True)):
             self._warn_once(waiting, execution)
         with report.timed("decode"), on_host():
             error, before = execution.error(waiting), report.decode_seconds
@@ -260,7 +263,8 @@ class CodedWrapper(ModuleProxy):
                 report.notes += rows.keep_deadline(left, estimates)
             try:
                 found = answers.of(stacked)
-                execution.compare(self._history.exchangeability, stacked.units, answers.oddness)
+                if answers.oddness:
+                    execution.compare(self._history.exchangeability, stacked.units, answers.oddness)
             except Exception as raised:  # the caller's code failed: the exception gets the answers
                 execution.holding(raised)
                 raise
@@ -337,15 +341,14 @@ def _check_settings(wrapper: CodedWrapper) -> None:
     if must:
         got = shown(getattr(wrapper, must.partition(" ")[0]))
         raise ValueError(f"CodedWrapper: {must}, got {got}")
-    _check_waiting(code, wrapper.waiting)
+    if wrapper.waiting is not None:
+        _check_waiting(code, wrapper.waiting)
 
 
-def _check_waiting(code: Code | None, waiting: Waiting | None) -> None:
+def _check_waiting(code: Code | None, waiting: Waiting) -> None:
     """Raise a TypeError or a ValueError unless a policy fits the code."""
     instance("CodedWrapper", "waiting", waiting, Waiting, optional=True)
     must = ""
-    if waiting is None:
-        return
     if code is None:
         if waiting.at_once or waiting.num_stragglers is not None:
             must = "waiting must be Waiting(...) without a code, as rows replace no others"

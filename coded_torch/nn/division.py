@@ -44,7 +44,7 @@ class Inputs:
     ) -> None:
         self.args, self.kwargs = args, kwargs
         # The common case, at a tenth of the cost.
-        self._plain = not kwargs and all(isinstance(arg, Tensor) for arg in args)
+        self._plain = not kwargs and {*map(type, args)} == {Tensor}
         if self._plain:
             self.leaves, (self.spec, spec) = list(args), positional(len(args))
         else:
@@ -52,12 +52,13 @@ class Inputs:
             spec = pytree.tree_structure(args)
         dims = broadcast_dims("in_dims", in_dims, spec, "shared")
         dims += [0] * (len(self.leaves) - len(dims))
-        self.dims = [
-            dim if isinstance(leaf, Tensor) and dim != "shared" else None
-            for leaf, dim in zip(self.leaves, dims, strict=True)
-        ]
-        divided = [(i, dim) for i, dim in enumerate(self.dims) if dim is not None]
-        sizes = {i: self._checked_size(i, dim, mixing) for i, dim in divided}
+        self.dims, sizes, odd = list[Any](), dict[int, int](), list[Tensor]()
+        for i, (leaf, dim) in enumerate(zip(self.leaves, dims, strict=True)):
+            self.dims.append(dim if isinstance(leaf, Tensor) and dim != "shared" else None)
+            if self.dims[i] is not None:
+                sizes[i] = self._checked_size(i, dim, mixing)
+                if mixing is None and not finite(leaf):
+                    odd.append(leaf.movedim(dim, 0))
         if not sizes:
             got = ", ".join(sorted({type(leaf).__name__ for leaf in self.leaves})) or "none"
             raise ValueError(f"CodedWrapper: inputs must hold a tensor to divide, got {got}")
@@ -69,9 +70,8 @@ class Inputs:
             )
         (first, self.batch_size), *_ = sizes.items()
         self.device: torch.device = self.leaves[first].device
-        odd = [] if mixing else [leaf for leaf in self.floating() if not finite(leaf)]
-        with outside():
-            for leaf in odd:
+        for leaf in odd:
+            with outside():
                 rows = plain("CodedWrapper", "inputs", leaf).reshape(len(leaf), -1)
                 bad = ~rows.isfinite().all(1).cpu()
                 self.not_finite = bad if self.not_finite is None else bad | self.not_finite

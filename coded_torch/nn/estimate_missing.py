@@ -56,11 +56,14 @@ class Answers:
         self._known = dict[int, tuple[list[Tensor], Tensor] | None]()  # the estimates of memories
         #: The places of results, and how odd these look if left out.
         self.oddness: list[tuple[int, float]] = []
-        self._memories = [(s, s.follow(module)) for s in surrogates if isinstance(s, Memory)]
+        self._memories = list[tuple[Memory, int]]()
+        for surrogate in surrogates:
+            if isinstance(surrogate, Memory):
+                self._memories.append((surrogate, surrogate.follow(module)))
 
-    def forget_excluded(self) -> None:
-        """Clear memories after an exclusion; they do not learn from this call either."""
-        for memory, _ in self._memories if self._report.excluded else ():
+    def forget(self) -> None:
+        """Clear memories, which do not learn from this call either."""
+        for memory, _ in self._memories:
             memory.clear()
 
     @on_host()

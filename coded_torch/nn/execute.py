@@ -130,7 +130,7 @@ class Execution:
         found, of_units = list[tuple[int, float, float]](), defaultdict[int, list[float]](list)
         for place, odd in oddness:
             of_units[units[place // self.table.unit_rows]].append(odd)
-        for part in self.table.good if of_units else ():
+        for part in self.table.good:
             values = [x for unit in part.units for x in of_units[unit]]
             if values and part.why == "first" and not part.fresh:
                 found.append((len(part.units), part.seconds, sum(values) / len(values)))

@@ -239,11 +239,6 @@ class Report:
         self.estimated = source < 0
         self.source = torch.frombuffer(kinds, dtype=torch.uint8)[source // unit_rows]
 
-    def note_empty(self) -> None:
-        """Note that there are no answers."""
-        self.note_source(torch.zeros(0, dtype=torch.int64), ())
-        self.radii = self.label_p_values = torch.zeros(0, dtype=torch.float64)
-
     @outside()
     def note_bounds(
         self, bounds: ErrorBounds, coverage: float, link: str | None, answers: Tensor | None

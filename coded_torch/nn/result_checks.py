@@ -3,6 +3,7 @@ r"""Judges results by their form, and puts the good ones side by side."""
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -166,9 +167,9 @@ class Checks:
                 self._misfits.append((part.number, part, cause))
                 text = str(cause).removeprefix("CodedWrapper: ")
                 self._reject(part, f"returned what cannot be decoded: {text}", cause)
-        names = _not_finite([part.result for part in formed])
+        names = _not_finite(formed)
         for part in formed:
-            if name := names.get(part.result):
+            if name := names.get(part.number):
                 self._reject(part, f"returned values that are not finite in {name}")
             else:
                 self._count(part)
@@ -201,7 +202,7 @@ class Checks:
     @property
     def rejected(self) -> list[WorkerError]:
         """The errors of all parts whose results do not count, in the order of asking."""
-        errors = [part.error for part in self.table.ended if part.error is not None]
+        errors = list[Any](filter(None, map(attrgetter("error"), self.table.ended)))
         for group in self._groups[1:]:
             lead = self._groups[0]
             many = "as many" if _weight(group)[0] == _weight(lead)[0] else "most"
@@ -232,7 +233,7 @@ class Checks:
         first = min(good, key=attrgetter("number")).result  # not the first to arrive
         # Side by side in the order of their units, which leaves little or nothing to put in place.
         good = sorted(good, key=attrgetter("units"))
-        flat = [unit for part in good for unit in part.units]
+        flat = list(itertools.chain.from_iterable(map(attrgetter("units"), good)))
         everywhere = places = list(range(len(flat)))
         if len(flat) > len(answered):  # some units have several results
             by = [part for part in good for _ in part.units]
@@ -245,7 +246,7 @@ class Checks:
             if places != everywhere:
                 own = own.index_select(0, torch.tensor(places, device=own.device))
             leaves[i] = own
-        units = tuple([flat[place] for place in places])
+        units = tuple(map(flat.__getitem__, places))
         later = tuple([answered[unit].why != "first" for unit in units])
         return Stacked(units, leaves, first.dims, first.divided, first.spec, later)
 
@@ -271,17 +272,16 @@ def _weight(group: Sequence[Part]) -> tuple[int, int]:
     return sum(len(part.units) for part in group), -min(part.number for part in group)
 
 
-def _not_finite(results: Sequence[Result]) -> dict[Result, str]:
-    """Return, by result, the name of a leaf that is not finite; wait for a device once, if none."""
-    rows = [
-        (result, i, result.judged(i).detach())
-        for result in results
-        for i, leaf in enumerate(result.leaves)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point()
-    ]
+def _not_finite(parts: Sequence[Part]) -> dict[int, str]:
+    """Return, by part, the name of a leaf that is not finite; wait for a device once, if none."""
+    rows = list[tuple[Part, int, Tensor]]()
+    for part in parts:
+        for i, leaf in enumerate(part.result.leaves):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                rows.append((part, i, part.result.judged(i).detach()))
     if len(rows) > 1:  # a value that is not finite stays so in sums
-        device = rows[0][2].device
-        sums = [leaf.sum().to(device, torch.float32) for *_, leaf in rows]
+        sums = [x.sum().to(rows[0][2].device, torch.float32) for *_, x in rows]
         if finite(torch.stack(sums)):
             return {}
-    return {result: result.name(i) for result, i, leaf in reversed(rows) if not finite(leaf)}
+    bad = (row for row in reversed(rows) if not finite(row[2]))
+    return {part.number: part.result.name(i) for part, i, _ in bad}

@@ -154,12 +154,11 @@ class Memory:
         return None if found is None else found[0]
 
     def error_bounds(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor] | None:
-        """Return estimates, and thresholds of the errors of the first output.
+        """Return estimates, and thresholds ``[n, m]`` of the errors of the first output, float64.
 
-        Thresholds ``[n, m]``, float64, are the leave-one-out residuals of m remembered results,
-        scaled by the distances to the nearest result. If remembered rows and a new row are
-        exchangeable, its error exceeds the k-th largest with probability k / (m + 1). With 20 rows
-        it is up to 4 points more, as they choose the metric, too.
+        If m remembered rows and a new row are exchangeable, its error exceeds the k-th largest
+        threshold with probability k / (m + 1). With 20 rows it is up to 4 points more, as they
+        choose the metric, too.
         """
         snapshot = self._snapshot
         if snapshot is None or _form(inputs) != snapshot.form[0]:
@@ -281,8 +280,7 @@ def _deviation(covariances: Tensor) -> Tensor:
 def _space(seen: Sequence[list[Leaf]], outputs: Tensor) -> Space:
     """Return coordinates in the metric in which outputs ``[M, C]`` estimate each other best.
 
-    At most 512 of the rows determine them. Among the few rows of a batch another metric wins: the
-    more rows there are, the finer it is.
+    Among the few rows of a batch another metric wins: the more rows there are, the finer it is.
     """
     leaves = [_joined(column) for column in zip(*seen, strict=True)]
     some = typical_rows([leaf.rows for leaf in leaves]).nonzero().flatten()

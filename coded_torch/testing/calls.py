@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from .. import CodedWrapper, NotEnoughResults, Report, Waiting
 from .virtual import VirtualWorkers
 
-__all__ = ["CallTests"]
-
 ROWS = 32
 INPUTS = torch.stack([torch.arange(ROWS), torch.arange(ROWS) / 7, torch.arange(ROWS).sin()], 1)
 

@@ -16,8 +16,6 @@ from torch.utils import _pytree as pytree
 from ..table import Began, Part, Reply, WorkerError
 from ..workers.base import Request, Task, Workers
 
-__all__ = ["Act", "VirtualWorkers"]
-
 #: An act of a worker with one part, and its seconds, which may be infinite: "ok" returns the
 #: module's result, and "twice" returns it twice; "die" ends the worker; "nan", "rows" and "lie"
 #: return values that are not finite, that lack a row, and that are wrong. A callable returns what

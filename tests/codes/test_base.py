@@ -92,9 +92,3 @@ def test_the_rows_of_matrices_of_ones_own_must_sum_to_1(monkeypatch):
     with pytest.raises(TypeError, match="matrix must be real numbers"):
         _ = Twice(2, 4).encoder
     assert Twice(2, 4).decoder([0, 1]).num_inputs == 2
-
-
-@pytest.mark.parametrize("received", [{0: 0, 2: 0, 3: 0}.keys(), (0, 2, 3), np.array([0, 2, 3])])
-def test_received_sets_may_be_any_sequence_or_keys(received):
-    code = codes.SplineCode(2, 4)
-    assert (code.decoder(received).matrix() == code.decoder([0, 2, 3]).matrix()).all()

@@ -109,22 +109,6 @@ def test_a_batch_of_which_nothing_is_known_needs_its_size():
 # Rows.
 
 
-@settings(max_examples=40, deadline=None)
-@given(batch_size=st.integers(1, 24), block=st.sampled_from([4096, 7]), data=st.data())
-def test_rows(batch_size, block, data):
-    x = inputs(batch_size)
-    received = sorted(data.draw(st.sets(st.integers(0, batch_size - 1), min_size=1)))
-    plan = Regression().plan([x], block=block)
-    assert plan.num_groups == 1
-    results = x[received, None].sin()
-    answers, source = plan.decode(results, received), plan.source(received)
-    exact = source >= 0
-    assert exact.nonzero().flatten().tolist() == received
-    assert torch.equal(answers[exact], x.sin()[exact])
-    radii = plan.error_bounds(received, results, answers).radii(0.5)
-    assert (radii > 0).tolist() == (~exact).tolist()
-
-
 # Large batches.
 
 

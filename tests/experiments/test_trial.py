@@ -5,9 +5,6 @@ import torch
 
 from coded_torch.codes import BerrutCode, RegressionCode, ReplicationCode, SplineCode
 from coded_torch.experiments.tune import Trial
-from coded_torch.nn import CodedWrapper
-from coded_torch.stragglers import Uniform
-from coded_torch.workers import LocalWorkers
 
 from ..nn.modules import Call
 
@@ -38,31 +35,6 @@ def test_the_module_runs_once_for_each_encoder_on_what_is_received(x):
             trial.decode(code, received, num_stragglers=2)
     # The batch; then the eight workers that are in a set, two groups each, for each encoder.
     assert module.rows == [16, 16, 16]
-
-
-@pytest.mark.parametrize("ordering", ["similarity", "arrival"])
-@pytest.mark.parametrize("kind", [SplineCode, RegressionCode, ReplicationCode])
-def test_answers_are_those_of_the_wrapper(x, kind, ordering):
-    code = kind(8, 10, ordering=ordering, shuffle=False)
-    coded = CodedWrapper(torch.nn.Tanh(), code, workers=LocalWorkers(Uniform(3, seed=0)))
-    received = Uniform(3, seed=0).sample(10).isfinite().nonzero().flatten().tolist()
-    trial = Trial(torch.nn.Tanh(), (x,), [received])
-    (answers,) = trial.decode(code, received, num_stragglers=3)
-    torch.testing.assert_close(answers, coded(x))
-    assert torch.equal(trial.exact[0], x.tanh())
-    if not code.mixes:
-        missing = coded.last_run.estimated
-        assert torch.equal(trial.missing(code, received, num_stragglers=3), missing)
-
-
-def test_residuals_of_a_surrogate_are_decoded(x):
-    code, received = RegressionCode(8, 10, shuffle=False), [0, 1, 2, 4, 5, 6, 8]
-    trial = Trial(torch.nn.Tanh(), (x,), [received])
-    cheap = trial.run(lambda x: x.tanh() - 0.5)
-    (answers,) = trial.decode(code, received, 3, cheap)
-    torch.testing.assert_close(answers, x.tanh())
-    (alone,) = trial.decode(code, received, 3)
-    assert (alone - x.tanh()).abs().max() > 0.01
 
 
 def test_dimensions_and_leaves_are_the_callers(x):

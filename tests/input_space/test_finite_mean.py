@@ -20,16 +20,13 @@ def regressed(z, y, *lengths):
     return KernelRegression([Kernel(z, length) for length in lengths], y)
 
 
-def of_draw(z, y, order, n, seen=None, is_share=False, offsets=None, level=0.95):
+def of_draw(z, y, order, n, seen=None, level=0.95):
     """Return the intervals from the first n rows of an order, ours and those of sampling."""
     others = order[n : None if seen is None else n + seen]
-    offsets = torch.zeros_like(y) if offsets is None else offsets
-    regression = regressed(z[order[:n]], (y - offsets)[order[:n]], 1.0, 2.0)
+    regression = regressed(z[order[:n]], y[order[:n]], 1.0, 2.0)
     k = regression.kernel.sums(z[others]) / len(others)
-    estimate = offsets[others].mean(0) + k @ regression.weights
-    parts = regression.errors, estimate, regression.second_order(k), len(others)
-    shares = torch.full(y.shape[1:], is_share)
-    found = intervals(y[order[:n]], shares, *parts, len(y), level=level)
+    parts = regression.errors, k @ regression.weights, regression.second_order(k), len(others)
+    found = intervals(y[order[:n]], torch.tensor(False), *parts, len(y), level=level)
     return *found[0], *found[1]
 
 
@@ -116,27 +113,6 @@ def test_a_useless_regression_leaves_plain_sampling():
     constant = of_draw(z, torch.full((200, 1), 2.5, dtype=torch.float64), order, 60)
     assert float(constant[0]) == pytest.approx(2.5)
     assert float(constant[1]) == pytest.approx(0.0, abs=1e-6)
-
-
-def test_shares_are_wide_though_no_row_of_a_kind_was_seen():
-    z, _ = data_set()
-    rare = torch.zeros(300, 1, dtype=torch.float64)
-    rare[7] = 1.0
-    order = torch.tensor([*range(100, 300), *range(100)])
-    value, half, _, plain = of_draw(z, rare, order, 60, is_share=True)
-    assert value - half <= 1 / 300 <= value + half
-    assert half > 0.02
-    assert float(half) <= float(plain)
-
-
-def test_surrogates_narrow_the_interval():
-    z, y = data_set()
-    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
-    nearly = y + 0.02 * rand(300, 2, seed=7)
-    alone = of_draw(z, y, order, 60)
-    value, half, _, _ = of_draw(z, y, order, 60, offsets=nearly)
-    assert (half < 0.7 * alone[1]).all()
-    assert ((value - y.mean(0)).abs() <= 2 * half).all()
 
 
 def test_the_level_widens_the_interval_as_students_t():

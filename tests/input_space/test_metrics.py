@@ -12,6 +12,8 @@ from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
 from coded_torch.workers import LocalWorkers
 
+from ..nn.modules import Call
+
 
 def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -26,20 +28,9 @@ def features(name, x):
     return (rows.double() * found.map[0] - found.map[1]).float()
 
 
-class Some(torch.nn.Module):
-    """A module from a function."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *x):
-        return self.function(*x)
-
-
 def answered(module, code, *x, lost=4, seed=0):
     """The squared error of the answers, and the report."""
-    coded = CodedWrapper(Some(module), code, workers=LocalWorkers(Uniform(lost, seed=seed)))
+    coded = CodedWrapper(Call(module), code, workers=LocalWorkers(Uniform(lost, seed=seed)))
     got, want = coded(*x), module(*x)
     assert torch.equal(got[~coded.last_run.estimated], want[~coded.last_run.estimated])
     return float((got - want).square().sum()), coded.last_run
@@ -134,7 +125,7 @@ def test_every_output_has_its_own_choice():
         return torch.cat([x.mean(1).sin(), x.std(1)], 1), x[:, 0] @ normal(3, 4, seed=2)
 
     coded = CodedWrapper(
-        Some(module), RegressionCode(20, 24), workers=LocalWorkers(Uniform(4, seed=0))
+        Call(module), RegressionCode(20, 24), workers=LocalWorkers(Uniform(4, seed=0))
     )
     coded(x)
     first, second = coded.last_run.distances

@@ -11,13 +11,10 @@ from hypothesis import strategies as st
 
 from coded_torch._extension import short_path
 from coded_torch.input_space.ordering import Grouping, similarity_order
+from coded_torch.testing.codes import normal as randn
 
 # K and B together: B = 0 .. 3 K.
 SIZES = st.integers(1, 9).flatmap(lambda k: st.tuples(st.just(k), st.integers(0, 3 * k)))
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def naive_distances(x):

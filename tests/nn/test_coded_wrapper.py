@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,9 +17,8 @@ from torch.utils import _pytree as pytree
 from coded_torch import CodedWrapper, Regression, Report, Waiting
 from coded_torch.codes import RegressionCode, ReplicationCode
 from coded_torch.stragglers import ShiftedExponential, Uniform
-from coded_torch.surrogates import Memory
 from coded_torch.testing.workers import PolynomialCode
-from coded_torch.workers import LocalWorkers, ProcessWorkers
+from coded_torch.workers import LocalWorkers
 
 from ..workers.test_local import Fixed
 from .modules import EXACT, Call, linear, rand
@@ -216,23 +214,3 @@ def test_a_call_may_have_a_policy_of_its_own_and_returns_its_report():
     assert (report.work, report.ended) == (1.5, "complete")
     with pytest.raises(ValueError, match=r"waiting.num_stragglers must be at most"):
         coded.run(x, waiting=Waiting.first(6))
-
-
-def test_a_call_looks_at_the_weights_once(monkeypatch):
-    walks = []
-    module = nn.Linear(3, 2)
-    modules = nn.Module.modules
-
-    def counted(self, *args, **kwargs):
-        if self is module and sys._getframe(1).f_code.co_name == "fingerprint":
-            walks.append(self)
-        return modules(self, *args, **kwargs)
-
-    monkeypatch.setattr(nn.Module, "modules", counted)
-    with ProcessWorkers(2) as pool, torch.no_grad():
-        waiting = Waiting(estimate_after=3.0)
-        coded = CodedWrapper(module, workers=pool, surrogate=Memory(), waiting=waiting)
-        coded(torch.randn(4, 3))
-        walks.clear()
-        coded(torch.randn(4, 3))
-    assert len(walks) == 1

@@ -284,14 +284,10 @@ def test_few_results_are_calibrated_by_a_memory(lost):
 
 
 def test_levels_of_radii_are_checked():
-    coded = wrap("rows")
-    _, report = coded.run(rand(23, 4))
-    assert report.radii_at(0.9).shape == (23,)
-    for level in (0, 1.5, math.nan):
-        with pytest.raises(ValueError, match="radii_at: coverage must be between 0 and 1"):
+    _, report = wrap("rows").run(rand(23, 4))
+    for level in (0, 1.5, math.nan, "x"):
+        with pytest.raises((TypeError, ValueError), match="coverage must be between 0 and 1, got"):
             report.radii_at(level)
-    with pytest.raises(TypeError, match="radii_at: coverage must be between 0 and 1"):
-        report.radii_at("x")
     with pytest.raises(ValueError, match="radii_at: odds must be at least 1 and finite"):
         report.radii_at(0.9, odds=0.5)
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import gc
-import logging
 import math
 import pickle
 import re
@@ -121,17 +120,6 @@ def test_a_part_that_is_asked_again_has_the_inputs_as_they_were():
     assert not report.estimated.any()
     assert torch.equal(answers, torch.full((4, 3), 2.0))
     assert torch.equal(x, torch.ones(4, 3))
-
-
-def test_what_goes_wrong_is_logged(caplog):
-    coded = CodedWrapper(
-        FailsAt(2.0, nan_at_two), CopyCode(3, 3, ordering="arrival", shuffle=False)
-    )
-    with caplog.at_level(logging.WARNING, "coded_torch"):
-        coded(torch.tensor([[1.0], [2.0], [3.0]]))
-    assert [record.name for record in caplog.records] == ["coded_torch.nn"] * 2
-    assert "worker 1 returned values that are not finite" in caplog.text
-    assert "1 of 3 answers are estimated: no more results could come" in caplog.text
 
 
 # ------------------------------------------------------------------ rows

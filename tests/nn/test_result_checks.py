@@ -17,7 +17,7 @@ from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
 from coded_torch.table import Table
 from coded_torch.testing.virtual import VirtualWorkers
-from coded_torch.testing.workers import CopyCode, FailsAt, PolynomialCode, task_of
+from coded_torch.testing.workers import CopyCode, PolynomialCode, task_of
 from coded_torch.workers import LocalWorkers, Reply
 
 from ..waits import host_waits
@@ -36,6 +36,8 @@ from .pools import Separate
             r"^returned what cannot be decoded: output\['y'\] must have size 1, the batch size, "
             r"at dim 0, got shape \(2, 1\)$",
         ),
+        (lambda v: v | {"y": v["y"][0, 0]}, r"must have size 1.*got shape \(\)"),
+        (lambda v: v | {"y": v["y"].to_sparse()}, "a dense, .* layout torch.sparse_coo"),
         (lambda v: v | {"kind": "bad"}, "bad.*most.*good"),
         (lambda v: v | {"more": None}, "more.*most"),
         (
@@ -118,23 +120,6 @@ def test_outputs_that_no_part_can_decode(output, error, match):
     with pytest.raises(error, match=match):
         coded(rand(4, 3))
     assert len(coded.last_run.rejected) == 4
-
-
-@pytest.mark.parametrize(
-    ("output", "reason"),
-    [
-        (lambda x: torch.cat([x, x]), "must have size 1"),
-        (lambda x: x[0, 0], r"must have size 1.*got shape \(\)"),
-        (lambda x: x > 0, "must be a floating-point tensor"),
-        (lambda x: x.to_sparse(), "must be a dense, strided .* got layout torch.sparse_coo"),
-    ],
-)
-def test_a_result_that_cannot_be_decoded_is_missing_even_if_it_is_the_first(output, reason):
-    code = CopyCode(4, 4, ordering="arrival", shuffle=False)
-    coded = CodedWrapper(FailsAt(0.0, output), code, workers=Separate(), waiting=Waiting.first(3))
-    x = torch.arange(4.0).reshape(4, 1)
-    assert coded(x).flatten().tolist() == [0.0, 1.0, 0.0, 0.0]
-    assert re.search(reason, coded.last_run.rejected[0])
 
 
 def test_an_output_of_no_batch_may_have_any_layout():
