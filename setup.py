@@ -1,5 +1,12 @@
-"""Builds the compiled parts: the planner, and the operators with the sources of CUDA kernels."""
+"""Builds the compiled parts: the planner, and the operators with the sources of CUDA kernels.
 
+A package index shows README without the repository, so that its links must be absolute. Whoever
+builds a release says where the repository is, as .github/workflows/wheels.yml does:
+CODED_TORCH_REPOSITORY=https://HOST/OWNER/NAME and CODED_TORCH_REVISION=TAG.
+"""
+
+import os
+import re
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -16,8 +23,35 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 PRIVATE = ["-fvisibility=hidden", f"-ffile-prefix-map={ROOT}/="]
 CXX = ["-std=c++17", "-O3", "-Wno-psabi", "-fno-math-errno", *PRIVATE]
 
+REPOSITORY = os.environ.get("CODED_TORCH_REPOSITORY", "")
+REVISION = os.environ.get("CODED_TORCH_REVISION", "main")
+PAGES = {"Changelog": "CHANGELOG.md", "Documentation": "notebooks/index.md"}
+
+
+def described(text, repository, revision):
+    """Return README without comments, whose links lead into the repository, if there is one."""
+    text = re.sub(r"<!--.*?-->\n?", "", text, flags=re.DOTALL)
+    if repository:
+        text = re.sub(
+            r"(!?)\[((?:[^\[\]]|\n)*)\]\((?!https?:|#)([^)]+)\)",
+            lambda m: f"{m[1]}[{m[2]}]({repository}/{'raw' if m[1] else 'blob'}/{revision}/{m[3]})",
+            text,
+        )
+    return text
+
+
 if __name__ == "__main__":
+    blob = f"{REPOSITORY}/blob/{REVISION}"
     setup(
+        long_description=described((ROOT / "README.md").read_text(), REPOSITORY, REVISION),
+        long_description_content_type="text/markdown",
+        project_urls={
+            "Source": REPOSITORY,
+            "Issues": f"{REPOSITORY}/issues",
+            **{name: f"{blob}/{path}" for name, path in PAGES.items()},
+        }
+        if REPOSITORY
+        else {},
         ext_modules=[
             Pybind11Extension(
                 "coded_torch._plan",

@@ -1,4 +1,8 @@
-"""The pictures of the results."""
+"""The pictures of the results.
+
+All are five inches wide, so that 9 points are 10 pixels where a telephone shows 400. Their ground
+is white, also on dark pages.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +30,7 @@ STYLES = {  # one style for a scheme in every picture
 HIDDEN = ("Berrut", "spline")  # Berrut's line would hide the paper's
 LEAST_LOSS = 1e-4  # drawn where nothing is lost, as a logarithm has no zero
 MARKERS = "os^DXv."
+WIDTH, DPI = 5.0, 160  # inches, and pixels per inch
 SLOW, FAULTS = "5 % ten times slower, one part", "hung, corrupted, killed"
 
 Results = Mapping[str, Any]
@@ -49,17 +54,23 @@ def curve(axes: Axes, x: Any, intervals: Any, name: str) -> None:
     axes.fill_between(x, low, value + half, color=line.get_color(), alpha=0.12, linewidth=0)
 
 
-def panels(titles: Sequence[str], rows: int = 1, height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    """Return a figure with a panel for each title, all of one style."""
-    across = -(-len(titles) // rows)
-    figure = Figure(figsize=(10, height * rows), layout="constrained")
+def panels(
+    titles: Sequence[str], across: int, height: float, lines: int
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with a panel for each title, so many side by side, all of one style.
+
+    A panel is so many inches high; so many lines of a legend stand below.
+    """
+    rows = -(-len(titles) // across)
+    size = WIDTH, height * rows + 0.18 * lines + 0.2
+    figure = Figure(figsize=size, layout="constrained")
     every = list(figure.subplots(rows, across, squeeze=False).flat)
     for axes, title in zip(every, titles, strict=False):
-        axes.set_title(title, fontsize=8)
+        axes.set_title(title, fontsize=9)
         axes.grid(alpha=0.3)
-        axes.tick_params(labelsize=7)
-        axes.xaxis.label.set_size(8)
-        axes.yaxis.label.set_size(8)
+        axes.tick_params(labelsize=9)
+        axes.xaxis.label.set_size(9)
+        axes.yaxis.label.set_size(9)
     for axes in every[len(titles) :]:
         axes.axis("off")
     return figure, every[: len(titles)]
@@ -67,7 +78,7 @@ def panels(titles: Sequence[str], rows: int = 1, height: float = 3.2) -> tuple[F
 
 def legend(figure: Figure, columns: int, of: int = 0) -> Figure:
     handles = figure.axes[of].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=columns, fontsize=8)
+    figure.legend(*handles, loc="outside lower center", ncols=columns, fontsize=9)
     return figure
 
 
@@ -78,7 +89,7 @@ def accuracy(results: Results) -> Figure:
         for name, cases in results["accuracy"].items()
         for case, found in cases.get("curve", {}).items()
     }
-    figure, every = panels(list(of), rows=-(-len(of) // 2))
+    figure, every = panels(list(of), 1, 2.3, 8)
     for axes, found in zip(every, of.values(), strict=True):
         for scheme in shown(found["schemes"]):
             values = found["schemes"][scheme]["relative_accuracy"]
@@ -89,20 +100,20 @@ def accuracy(results: Results) -> Figure:
         axes.set_yticks([1, 0.1, 0.01, 0.001, LEAST_LOSS], ["all", "10 %", "1 %", "0.1 %", "none"])
         axes.set_xlabel("workers lost")
         axes.set_ylabel("accuracy lost")
-    return legend(figure, 3)
+    return legend(figure, 1)
 
 
 def fleet(results: Results) -> Figure:
     """Draw the tail of latency by client, where servers are slow, and where they fail."""
     measured = results["fleet"]
-    figure = Figure(figsize=(8, 4.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     for axes, clients, at, title in zip(
         figure.subplots(2, 1, height_ratios=[5, 3]),
         (measured["workloads"][SLOW]["clients"], measured["faults"][FAULTS]),
         ("p99.9", "p99"),
         (
-            "5 % of the parts are ten times slower",
-            "one server hangs, one is corrupt, one is killed",
+            "5 % of the parts ten times slower",
+            "servers hung, corrupt and killed",
         ),
         strict=True,
     ):
@@ -116,10 +127,10 @@ def fleet(results: Results) -> Figure:
             said = f" {found[at]:.0f} ms"
             said += f", {found['lost']} lost" if found["lost"] else ""
             said += f", {found['estimated']:.1%} estimated" if found["estimated"] > 0.001 else ""
-            axes.text(found[at], bar.get_y() + bar.get_height() / 2, said, va="center", fontsize=13)
-        axes.set_xlim(0, 1.45 * max(values))
-        axes.set_title(f"{title}: {at} of latency", fontsize=13, loc="left")
-        axes.tick_params(labelsize=13)
+            axes.text(found[at], bar.get_y() + bar.get_height() / 2, said, va="center", fontsize=9)
+        axes.set_xlim(0, 1.5 * max(values))
+        axes.set_title(f"{title}: {at} of latency", fontsize=9.5, loc="right")
+        axes.tick_params(labelsize=9)
         axes.set_xticks([])
         axes.spines[["top", "right", "bottom"]].set_visible(False)
     return figure
@@ -127,30 +138,34 @@ def fleet(results: Results) -> Figure:
 
 def convergence(results: Results) -> Figure:
     """Draw squared errors against workers, beside the theorem's bound through the first point."""
-    cases = (("S fixed", "no noise"), ("S fixed", "noise"), ("each with p = 0.05", "no noise"))
     of = {
-        f"{name_of(task)}, {delays}, {noise}": found[delays][noise]
+        f"{name_of(task)}{', ' if len(name_of(task)) < 12 else chr(10)}{noise}": found["S fixed"][
+            noise
+        ]
         for task, found in results["convergence"].items()
-        for delays, noise in cases
+        for noise in ("no noise", "noise")
     }
-    figure, every = panels(list(of), rows=len(results["convergence"]), height=2.6)
+    figure, every = panels(list(of), 2, 1.9, 3)
     for axes, each in zip(every, of.values(), strict=True):
         for code in ("spline", "Berrut", "replication"):
             curve(axes, each["workers"], each[code]["mse"], code)
             if "bound" in each[code]:
                 bound = each[code]["mse"][0][0] * np.array(each[code]["bound"])
-                axes.plot(each["workers"], bound, "--", color=STYLES[code]["color"])
+                label = f"{name_of(code)}, the theorem's rate"
+                axes.plot(each["workers"], bound, "--", color=STYLES[code]["color"], label=label)
         if each["floor"]:
             axes.axhline(each["floor"], color="0.5", linewidth=1, label="floor of float32")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xlabel("workers; dashed: the theorem's rate")
-    return legend(figure, 4, of=-1)
+        axes.set_xlabel("workers")
+        axes.set_ylabel("squared error")
+    return legend(figure, 2, of=-1)
 
 
 def coverage(results: Results) -> Figure:
     """Coverage against its nominal level, and bounds against the oracle's, by data set."""
-    figure, every = panels(["errors within their bound", "median bound over the oracle's"])
+    titles = "errors within their bound", "median bound over the oracle's"
+    figure, every = panels(titles, 1, 2.3, 6)
     for n, (name, settings) in enumerate(results["coverage"].items()):
         found = {level: of for level, of in settings["B 240"].items() if level[:2] == "0."}
         nominal = [float(level) for level in found]
@@ -159,17 +174,19 @@ def coverage(results: Results) -> Figure:
         every[0].plot(nominal, covered, label=name_of(name), linewidth=1, **style)
         ratios = [of["bound to constant"] for of in found.values()]
         every[1].plot(nominal, ratios, linewidth=1, **style)
-    every[0].plot([0.9, 0.99], [0.9, 0.99], color="0.6", linestyle=":")
+    every[0].plot([0.9, 0.99], [0.9, 0.99], color="0.6", linestyle=":", label="as nominal")
+    every[0].set_ylabel("share of errors")
+    every[1].set_ylabel("ratio")
     for axes in every:
         axes.set_xlabel("nominal coverage")
         axes.set_xticks([0.9, 0.95, 0.99])
-    return legend(figure, 5)
+    return legend(figure, 2)
 
 
 def mean(results: Results) -> Figure:
     """Draw half widths of means against the share of computed rows, beside sampling's."""
     found = {name: of["curve"] for name, of in results["mean"].items() if "curve" in of}
-    figure, every = panels([name_of(name) for name in found], rows=2, height=2.6)
+    figure, every = panels([name_of(name) for name in found], 2, 1.9, 1)
     for axes, of in zip(every, found.values(), strict=True):
         for key, label in (("sampling", "sampling"), ("ours", "CodedWrapper.mean")):
             colour = {"color": "tab:blue" if key == "ours" else "0.5"}

@@ -64,25 +64,34 @@ def summary(scores: list[Score], reference: list[Score]) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
 def memory(quick: bool) -> dict[str, Any]:
-    """Send requests with a memory, which learns as soon as enough is new, and without."""
+    """Send requests with a memory, which learns as soon as enough is new, and without.
+
+    The last third also counts the estimated rows, and the shares of them with the class that the
+    module gives.
+    """
     of, count, known, found = subject(NAME, quick), 9 if quick else 150, Memory(), {}
     requests = list(of.batches("held_out", SIZE, count))
+    coded, fresh = {"with": wrap(of, known), "without": wrap(of)}, 0
     for i in range(3):
-        coded, fresh = {"with": wrap(of, known), "without": wrap(of)}, 0
         scores: dict[str, list[Score]] = {name: [] for name in coded}
+        same: dict[str, list[Tensor]] = {name: [] for name in coded}
         for batch in requests[i * count // 3 : (i + 1) * count // 3]:
-            for name, of_batch in answered(of, [batch], dict(coded)).items():
-                scores[name] += of_batch
-            report = coded["with"].last_run
-            assert report is not None
-            assert report.estimated is not None
-            fresh += int((~report.estimated).sum())
+            exact = run(of.model, batch.images)
+            for name, wrapper in coded.items():
+                answers, report = wrapper.run(batch.images)
+                scores[name].append(score(answers, exact, batch.labels))
+                same[name].append((answers.argmax(1) == exact.argmax(1))[report.estimated])
+                if name == "with":
+                    fresh += int((~report.estimated).sum())
             if fresh >= LEARNS_AFTER:
                 known.rebuild()
                 fresh = 0
         found[f"third {i + 1}"] = summary(scores["with"], scores["without"])
-    return {"remembered": len(known), **found}
+    kept = {name: torch.cat(each).double() for name, each in same.items()}
+    shares = {f"class kept, {name}": round(float(x.mean()), 4) for name, x in kept.items()}
+    return {"remembered": len(known), "estimated": len(kept["with"]), **shares, **found}
 
 
 def useless(size: int, quick: bool) -> dict[str, Any]:

@@ -54,20 +54,31 @@ def rivals(results: Mapping[str, Any]) -> Iterable[list[str]]:
                     yield [*head, *numbers, f"{of['bound to ours']:.2f}"]
 
 
-def clients(results: Mapping[str, Any]) -> Iterable[list[str]]:
-    """Yield how clients do where servers are slow, and where they fail."""
-    heads = {"p99.9, ms": "p99.9:.0f", "estimated": "estimated:.1%"}
-    heads |= {"extra requests": "extra requests:.1%"}
-    faulty = {"lost": "lost:d", "wrong": "wrong:d", "p99, ms": "p99:.0f"}
-    yield ["", *heads, *faulty]
-    slow = results["fleet"]["workloads"]["5 % ten times slower, one part"]["clients"]
-    faults = results["fleet"]["faults"]["hung, corrupted, killed"]
-    for name, found in slow.items():
-        under = faults.get(name.replace("ours, deadline", "ours"))
-        cells = [[x.partition(":") for x in each.values()] for each in (heads, faulty)]
-        own = [shown(found[at], how) for at, _, how in cells[0]]
-        own += [shown(under[at], how) if under else "" for at, _, how in cells[1]]
-        yield [NAMES.get(name, name), *own]
+def clients(kind: str, case: str, heads: Mapping[str, str]) -> Callable[[Any], Any]:
+    """Return the table of the clients of a fleet under one of its cases."""
+
+    def rows(results: Mapping[str, Any]) -> Iterable[list[str]]:
+        yield ["", *heads]
+        found = results["fleet"][kind][case]
+        for name, of in found.get("clients", found).items():
+            cells = []
+            for column in heads.values():
+                at, _, how = column.partition(":")
+                none = at == "error of estimates" and not of["estimated"]
+                cells.append("-" if none else shown(of[at], how))
+            yield [NAMES.get(name, name), *cells]
+
+    return rows
+
+
+def jobs(results: Mapping[str, Any]) -> Iterable[list[str]]:
+    """Yield the seconds of a job on six processes, by who runs it, and by what goes wrong."""
+    cases = results["job"]["cases"]
+    yield ["", *cases]
+    for name in cases["calm"]:
+        each = (of.get(name) for of in cases.values())
+        cells = (finished((), found) if found else "not measured" for found in each)
+        yield [NAMES.get(name, name), *cells]
 
 
 def coverages(results: Mapping[str, Any]) -> Iterable[list[str]]:
@@ -166,9 +177,9 @@ def local(stars: Sequence[str], found: Mapping[str, Any]) -> str:
 
 
 def number(stars: Sequence[str], found: Any) -> str:
-    """Return a number, beside its bar if it has one."""
-    pair = found if isinstance(found, list) else [found]
-    return ", bar ".join(f"{x:g}" for x in pair) if isinstance(pair[0], int | float) else ""
+    """Return a number, without the bar that a developer has set for it."""
+    first = found[0] if isinstance(found, list) else found
+    return f"{first:g}" if isinstance(first, int | float) else ""
 
 
 def finished(stars: Sequence[str], found: Mapping[str, Any]) -> str:
@@ -177,11 +188,6 @@ def finished(stars: Sequence[str], found: Mapping[str, Any]) -> str:
         return f"{found['ended']}, {found['lost']:,} rows lost"
     faults = [f", {n:,} rows {what}" for what in ("lost", "repeated") if (n := found[what])]
     return f"{found['wall']:.1f} s" + "".join(faults)
-
-
-def missed(stars: Sequence[str], pair: Any) -> str:
-    """Return "missed" if a number misses its bar."""
-    return "missed" if pair[0] > pair[1] else ""
 
 
 SETTING = "(N, K, S)"
@@ -226,7 +232,8 @@ PEERS: tuple[tuple[str, str, str, str, Callable[[Any], Any]], ...] = (
 )
 LATENCY = {f"{at}, ms": f"{at}:.1f" for at in ("p50", "p99", "p99.9")}
 LATENCIES = LATENCY | {"no answer": "failed:.0f", "work": "work:.3f"}
-LATENCIES |= {"estimated": "estimated:.2%", "right answers": "accuracy:.2%"}
+LATENCIES |= {"estimated": "estimated:.2%", "right estimates": "right estimates:.0%"}
+LATENCIES |= {"right answers": "accuracy:.2%"}
 ACCURACY = "relative_accuracy:.3f"
 #: Columns of accuracies by scheme, with the baselines.
 SCHEMES = {
@@ -241,7 +248,6 @@ SCORES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "accuracy less `RegressionCode`'s": lambda of: shown(_paired(of)["relative_accuracy"], ".4f"),
     "classes changed": changed,
 }
-BARS = {"measured": "0:g", "bar": "1:g", "": missed}
 CLIENTS = LATENCY | {
     "lost": "lost:d",
     "wrong": "wrong:d",
@@ -249,6 +255,11 @@ CLIENTS = LATENCY | {
     "extra requests": "extra requests:.1%",
     "extra work": lambda _, found: f"{100 * (found['work'] - 1):.1f} %",
 }
+#: Columns of README's tables of clients.
+SLOW = {"p99, ms": "p99:.0f", "p99.9, ms": "p99.9:.0f"}
+SLOW |= {"extra requests": "extra requests:.1%", "estimated": "estimated:.1%"}
+SLOW |= {"error of estimates": "error of estimates:.0%"}
+FAULTY = {"lost": "lost:d", "wrong": "wrong:d"} | SLOW | {"estimated": "estimated:.2%"}
 INTERVALS: Mapping[str, Column] = {
     "covered": "ours > covered:.3f",
     "worst column": "ours > worst column:.3f",
@@ -352,18 +363,18 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
     "fan_out": Table("waiting > fan-out > * > policies > *", ("parts",), {"": tail}, 1),
     "latency": Table("latency > * > policies > *", ("", ""), LATENCIES),
     "verification": found_wrong,
-    "resilience": Table("resilience > * > bars > *", ("", ""), BARS),
+    "resilience": Table("resilience > * > bars > *", ("", ""), {"measured": number}),
     "serving": Table("serving > faults > *", ("LeNet-5, under faults",), {"measured": number}),
     "saturation": Table(
         "serving > saturation > servers > *",
         ("connections",),
         {at: f"{at} > rows a second:.0f" for at in ("1", "8", "32", "64")},
     ),
-    "clients": clients,
+    "clients": clients("workloads", "5 % ten times slower, one part", SLOW),
+    "clients_faults": clients("faults", "hung, corrupted, killed", FAULTY),
     "fleet": Table("fleet > workloads > * > clients > *", ("", ""), CLIENTS),
     "fleet_faults": Table("fleet > faults > * > *", ("at one server, or at several", ""), CLIENTS),
-    "fleet_bars": Table("fleet > workloads|overhead > * > bars > *", ("", "", ""), BARS),
-    "jobs": Table("job > cases > * > *", ("",), {"": finished}, 0),
+    "jobs": jobs,
     "job_memory": Table("job > memory > *", ("",), {"MB": ":.0f"}),
     "means": means,
     **{

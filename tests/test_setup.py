@@ -1,10 +1,12 @@
 """setup.py: the library that it builds needs nothing of CUDA, and carries what a card needs."""
 
 import importlib.util
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+from readme_renderer import markdown
 
 from coded_torch import _extension
 
@@ -17,11 +19,29 @@ def library():
     return path
 
 
-def test_headers_are_named_from_the_folder_of_setup():
-    """The source distribution holds what it names; absolute paths break it."""
+@pytest.fixture(scope="module")
+def setup():
     spec = importlib.util.spec_from_file_location("coded_torch_setup", ROOT / "setup.py")
     setup = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup)
+    return setup
+
+
+def test_a_package_index_renders_readme_with_links_that_lead_somewhere(setup):
+    text = (ROOT / "README.md").read_text()
+    page = markdown.render(setup.described(text, "https://example.org/owner/name", "v1"))
+    links = re.findall(r'(?:href|src)="([^"]+)"', page)
+    assert len(links) > 20
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+    assert "https://example.org/owner/name/raw/v1/benchmarks/results/fleet.png" in links
+    assert "https://example.org/owner/name/blob/v1/CHANGELOG.md" in links
+    assert "&lt;!--" not in page
+    assert page.count("<table>") == len(re.findall(r"\n\|---", text))
+    assert setup.described("[a](b.md)", "", "v1") == "[a](b.md)"
+
+
+def test_headers_are_named_from_the_folder_of_setup(setup):
+    """The source distribution holds what it names; absolute paths break it."""
     assert {"csrc/math/spline_sweep.h", "csrc/ops/cpu/spline.inc"} < set(setup.HEADERS)
     assert not any(Path(header).is_absolute() for header in setup.HEADERS)
 

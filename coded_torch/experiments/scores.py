@@ -249,26 +249,27 @@ class Comparison:
     def draw(self) -> Figure:
         """Draw the squared errors, against S or N if there are several; it needs matplotlib.
 
-        On a logarithmic axis, an interval ends at a tenth of its number, if not above.
+        Axes of errors are logarithmic; an interval ends at a tenth of its number, if not above.
         """
         from matplotlib.figure import Figure  # an extra; and not pyplot: no state, no display
 
         by_n = grouped(self.rows, lambda row: row.setting[1:])
         by_s = grouped(self.rows, lambda row: row.setting[:2])
         along, panels = (0, by_n) if len(by_n) < len(by_s) else (2, by_s)
-        across, down = min(2, len(panels)), math.ceil(len(panels) / 2)
-        figure = Figure(figsize=(6.5 * across, 4.2 * down), layout="constrained")
-        every, lines = figure.subplots(down, across, squeeze=False).flat, {}
+        figure = Figure(figsize=(6, 3.2 * len(panels)), layout="constrained")
+        every, lines = figure.subplots(len(panels), squeeze=False).flat, {}
         error = "normalised MSE"
-        for axes, rows in zip(every, panels.values(), strict=False):
+        for axes, rows in zip(every, panels.values(), strict=True):
             n, k, s = rows[0].setting
             of_lost = f", {s} workers lost" if along == 0 else f" on {n} workers"
             axes.set_title(f"{k} inputs per group{of_lost}", fontsize=10)
             if len({row.setting for row in rows}) == 1:
-                for row in rows:
-                    axes.barh(row.name, row.mse[0] or 0.0, xerr=row.mse[1])
-                axes.invert_yaxis()
-                axes.set_xlabel(error)
+                axes.set(xscale="log", xlabel=f"{error}, {s} workers lost", xmargin=0.2)
+                for row in sorted(rows, key=lambda row: -(row.mse[0] or 0.0)):
+                    mse, half = max(row.mse[0] or 0.0, _EXACT), row.mse[1] or 0.0
+                    axes.errorbar(mse, row.name, xerr=[[min(half, 0.9 * mse)], [half]], fmt="C0o")
+                    said = f"  {mse:.2g}" if mse > _EXACT else "  exact"
+                    axes.annotate(said, (mse + half, row.name), va="center", fontsize=9)
                 continue
             for i, (name, each) in enumerate(grouped(rows, lambda x: x.name).items()):
                 points = [(x.setting[along], *x.mse) for x in each if (x.mse[0] or 0) > _EXACT]
@@ -280,8 +281,7 @@ class Comparison:
             axes.set(yscale="log", ylabel=error, xlabel="workers" if along == 0 else "workers lost")
             axes.locator_params("x", integer=True)
         if lines:
-            text: dict[str, Any] = {"title": "exact answers are not drawn", "fontsize": 8}
-            figure.legend(lines.values(), lines, loc="outside right upper", frameon=False, **text)
+            figure.legend(lines.values(), lines, loc="outside right upper", title="not exact:")
         return figure
 
 

@@ -226,5 +226,19 @@ def test_pictures_of_several_settings_leave_out_what_is_exact():
         "4 inputs per group, 2 workers lost",
         "workers",
     )
-    figure = Comparison([made((n, n - 1, 1), "a", 0.5) for n in (3, 4, 5)]).draw()
-    assert [len(figure.axes), *figure.get_size_inches()] == [4, 13, 8.4]
+
+
+def test_pictures_of_one_setting_each_show_every_number_the_least_on_top():
+    errors = {"a": (1.0, 9.0), "b": (0.02, 0.03), "c": (0.0, 0.0)}
+    records = [
+        made((n, n - 1, 1), x, mse, i)
+        for n in (5, 6)
+        for x in errors
+        for i, mse in enumerate(errors[x])
+    ]
+    figure = Comparison(records).draw()
+    assert len(figure.axes) == 2
+    for axes in figure.axes:
+        assert axes.get_xscale() == "log"
+        assert [text.get_text().strip() for text in axes.texts] == ["5", "0.025", "exact"]
+        assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b", "c"]
