@@ -241,9 +241,9 @@ def test_every_public_class_and_function_is_tried():
     tried = {call for call, _ in CALLS if inspect.isclass(call) or inspect.isroutine(call)}
     # Abstract ones, an exception, and what is not for callers to make.
     tried |= {codes.BatchPlan, codes.Code, codes.CurveCode, codes.FixedCode, linear.LinearMap}
-    tried |= {codes.NotEnoughResults, codes.DeadlineExceeded, ordering.Grouping}
+    tried |= {codes.NotEnoughResults, codes.DeadlineExceeded}
     tried.add(stragglers.Stragglers)
-    for module in (codes, linear, ordering, curves, stragglers):
+    for module in (codes, linear, stragglers):
         for name in {*module.__all__}:
             thing = getattr(module, name)
             if inspect.isclass(thing) or inspect.isroutine(thing):
