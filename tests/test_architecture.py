@@ -36,10 +36,10 @@ COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 LINES = {
     "beside the folders": 2097,
     "cli": 1047,
-    "codes": 1035,
+    "codes": 1033,
     "experiments": 1665,
-    "input_space": 1324,
-    "nn": 2352,
+    "input_space": 1306,
+    "nn": 2351,
     "open_inference": 680,
     "scheduling": 776,
     "serve": 1125,
@@ -47,7 +47,7 @@ LINES = {
     "verification": 896,
     "workers": 3472,
 }
-MOST_LINES = 17_009  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 16_988  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

@@ -145,9 +145,7 @@ def test_wrong_arguments_are_named_at_once(call, arguments, data):
     wrong = data.draw(WRONG)
     if call is stragglers.Trace and isinstance(wrong, (str, bytes)):
         return  # a path
-    if (argument == "ordering" and callable(wrong)) or (
-        argument == "batch_size" and is_huge(wrong)
-    ):
+    if argument == "batch_size" and is_huge(wrong):
         return  # what it raises is its own; what it takes is what was asked for
     given = arguments | {argument: wrong}
     for _ in range(2):  # the first may import modules; other threads count, too
@@ -181,7 +179,7 @@ REFUSED = [
     (codes.LagrangeCode, {"degree": [0, 1.5], "decoder_degree": [-1], "num_workers": [2]}),
     (codes.RegressionCode, {
         "num_workers": [1, 6.0, 10**30], "shuffle": [1], "link": ["logit"],
-        "ordering": ["near", 3, [1.5, 0], [0, 2, 2], [True, False], [[0, 1]]]}),
+        "ordering": ["near", 3, [1, 0]]}),
     (Regression, {"metric": ["near", [], [1], 1], "length": ["long", 0.0, None]}),
     (curves.chebyshev_first, {"num_points": [0, 2.0]}),
     (linear.MatrixMap, {"matrix": [[1.0, 2.0], [[NAN]], "ab", [[1.0], [1.0, 2.0]]]}),

@@ -6,7 +6,6 @@ import abc
 import functools
 import inspect
 import operator
-import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from .._arguments import MOST_WORKERS, count, instance, shown
 from .._torch import on_host, outside
 from ..input_space.metrics import Distances, Sources
-from ..input_space.ordering import Grouping, checked_ordering
+from ..input_space.ordering import Grouping
 from ..input_space.regression import check_batch, check_link
 from ..linear import LinearMap, MatrixMap, unit_rows
 from .plans import BatchPlan, NotEnoughResults, cut
@@ -54,9 +53,9 @@ class Code(abc.ABC):
         num_data: K, the number of inputs coded together, at least 1.
         num_workers: N, the number of workers, from K to 65,536.
         ordering: the order in which a batch is cut into groups of K: "similarity", in which
-            neighbours resemble each other, "arrival", or a permutation. Defaults to "similarity".
+            neighbours resemble each other, or "arrival". Defaults to "similarity".
         shuffle: whether every call asks for the columns in a new random order, so that workers late
-            together hold columns far apart. A ``random.Random`` repeats orders. Defaults to True.
+            together hold columns far apart. Defaults to True.
         link: "softmax" if all outputs are probabilities over their last dimension. They are decoded
             on the scale of logits. Defaults to None.
     """
@@ -79,8 +78,8 @@ class Code(abc.ABC):
         num_data: int,
         num_workers: int,
         *,
-        ordering: str | Tensor | Sequence[int] = "similarity",
-        shuffle: bool | random.Random = True,
+        ordering: str = "similarity",
+        shuffle: bool = True,
         link: str | None = None,
     ) -> None:
         self.num_data = count(self, "num_data", num_data, most=MOST_WORKERS)
@@ -88,9 +87,13 @@ class Code(abc.ABC):
         if self.num_workers < self.num_data:
             must = f"num_workers must be at least num_data, {self.num_data}"
             raise ValueError(f"{type(self).__name__}: {must}, got {self.num_workers}")
-        instance(self, "shuffle", shuffle, bool | random.Random)
+        instance(self, "ordering", ordering, str)
+        if ordering not in ("similarity", "arrival"):
+            must = "ordering must be 'similarity' or 'arrival'"
+            raise ValueError(f"{type(self).__name__}: {must}, got {ordering!r}")
+        instance(self, "shuffle", shuffle, bool)
         check_link(self, link)
-        self.ordering, self.shuffle, self.link = checked_ordering(self, ordering), shuffle, link
+        self.ordering, self.shuffle, self.link = ordering, shuffle, link
 
     @property
     def min_received(self) -> int:
@@ -114,8 +117,8 @@ class Code(abc.ABC):
             batch_size: B, required if there are no inputs.
             others: the inputs of other dtypes, from which a callable metric may make features.
 
-        Raises TypeError or ValueError if the ordering or the inputs do not fit, or if
-        :func:`torch.func.vmap` hides a dimension of an input.
+        Raises TypeError or ValueError if the inputs do not fit, or if :func:`torch.func.vmap` hides
+        a dimension of an input.
         """
         name = type(self).__name__
         count(self, "num_stragglers", num_stragglers, 0, self.num_workers)
@@ -134,16 +137,11 @@ class Code(abc.ABC):
 
     def _grouping(self, inputs: list[Tensor], size: int) -> Grouping:
         """Order ``size`` rows, by "similarity" as they arrive if there are no inputs."""
-        order = self.ordering
-        if not isinstance(order, str):
-            if len(order) != size:
-                must = f"ordering must order the {size} rows of the batch"
-                raise ValueError(f"{type(self).__name__}: {must}, got {len(order)} entries")
-        elif order == "arrival" or not inputs:
+        if self.ordering == "arrival" or not inputs:
             return Grouping.arrival(size, self.num_data)
-        else:  # a short path through the rows, in parts of whole groups
-            sources, parts = Sources(inputs), cut(torch.arange(size), self.num_data)
-            order = torch.cat([rows[Distances(sources, ["shrunk"], rows).order] for rows in parts])
+        # A short path through the rows, in parts of whole groups.
+        sources, parts = Sources(inputs), cut(torch.arange(size), self.num_data)
+        order = torch.cat([rows[Distances(sources, ["shrunk"], rows).order] for rows in parts])
         return Grouping(order, self.num_data)
 
     def candidates(self) -> dict[str, Sequence[Any]]:

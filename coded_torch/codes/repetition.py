@@ -139,7 +139,7 @@ class _RepetitionPlan(RowPlan, BatchPlan):
     ) -> None:
         grouping = code._grouping([], size)
         super().__init__(code.regression, inputs, size, others, cut(grouping.order, code.num_data))
-        if isinstance(code.ordering, str) and code.ordering == "similarity":
+        if code.ordering == "similarity":
             grouping = Grouping(self.order, code.num_data)
         self.code, self.num_groups, n = code, grouping.num_groups, code.num_workers
         self._grouping = grouping

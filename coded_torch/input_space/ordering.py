@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._arguments import dense, shown
+from .._arguments import dense
 from .._extension import short_path
 from .._torch import on_host, placed, to_device
 
@@ -77,24 +77,6 @@ def _check(argument: str, tensor: Tensor, sizes: tuple[int, ...]) -> None:
     if tensor.shape[: len(sizes)] != sizes:
         must = f"must have shape {[*sizes]} and more, got {[*tensor.shape]}"
         raise ValueError(f"Grouping: {argument} {must}")
-
-
-def checked_ordering(owner: object, ordering: Any) -> str | Tensor:
-    """Return a name, or a copy of a permutation; raise an error if ordering is neither."""
-    must = "ordering must be 'similarity', 'arrival' or a permutation of 0..B-1"
-    message = f"{type(owner).__name__}: {must}, got {shown(ordering)}"
-    if isinstance(ordering, str) and ordering in ("similarity", "arrival"):
-        return ordering
-    try:
-        size, order = len(ordering), torch.as_tensor([] if isinstance(ordering, str) else ordering)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(message) from None
-    kind = order.dtype
-    if order.dim() != 1 or kind == torch.bool or kind.is_floating_point or kind.is_complex:
-        raise ValueError(message)
-    if sorted(order.tolist()) != [*range(size)]:
-        raise ValueError(message)
-    return order.to("cpu", torch.int64, copy=True)
 
 
 def similarity_order(distances: Tensor) -> Tensor:

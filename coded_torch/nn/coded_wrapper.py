@@ -230,8 +230,7 @@ class CodedWrapper(ModuleProxy):
             how: Any = {"block": block, "parts": parts, "dealer": self._dealer}
             division = Rows(inputs, estimator, **how, out_dims=self.out_dims)
         else:
-            dealer = self._dealer if code.shuffle is True else code.shuffle or None
-            lost = self._lost(waiting)
+            dealer, lost = self._dealer if code.shuffle else None, self._lost(waiting)
             division = Columns(inputs, code, lost, waiting.at_once, dealer, self.out_dims)
         division.reserve = reserve
         return division
