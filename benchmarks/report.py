@@ -41,6 +41,8 @@ READMES = (
     FOLDER / "README.md",
     FOLDER.parent / "notebooks" / "science.md",
     FOLDER.parent / "notebooks" / "guides" / "means.md",
+    FOLDER.parent / "notebooks" / "comparison.md",
+    FOLDER.parent / "notebooks" / "faq.md",
 )
 
 Results = Mapping[str, Any]

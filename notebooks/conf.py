@@ -26,6 +26,7 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 html_js_files = ["tables.js"]
+html_theme_options = {"top_of_page_buttons": []}
 html_math_renderer = "mathml"  # browsers know it: no script from elsewhere is needed
 html_extra_path = ["index.html"]  # leads to the first page
 

@@ -5,6 +5,7 @@ import doctest
 import importlib.util
 import inspect
 import io
+import json
 import pkgutil
 import re
 import subprocess
@@ -64,6 +65,18 @@ def example(page, name, folder):
 def test_the_engineers_example_prints_its_output(tmp_path):
     printed, shown = example("README.md", "engineer", tmp_path)
     assert printed == shown
+
+
+def test_the_tutorials_example_prints_its_output(tmp_path):
+    text = (ROOT / "notebooks" / "tutorial.md").read_text()
+    factory = re.search(r"<!-- example: factory -->\n```python\n(.*?)```", text, re.S)[1]
+    (tmp_path / "my_model.py").write_text(factory)
+    printed, shown = example("notebooks/tutorial.md", "tutorial", tmp_path)
+    assert printed == shown
+    command = [sys.executable, "-c", "from coded_torch.cli.main import main; main()"]
+    command += ["serve", "my_model:make", "--example", "0"]
+    asked = subprocess.run(command, capture_output=True, cwd=tmp_path, timeout=120, check=True)
+    assert json.loads(asked.stdout)["inputs"][0]["shape"] == [1, 4]
 
 
 def test_the_researchers_example_prints_its_output(tmp_path):
