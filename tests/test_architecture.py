@@ -23,7 +23,9 @@ LAYERS = (
     {"verification"},
     {"scheduling", "codes", "surrogates"},
     {"input_space", "workers"},
-    {"open_inference", "table"},
+    {"open_inference"},
+    {"tracing"},
+    {"table"},
     {"linear"},
     {"ops"},
     {"_extension", "stragglers"},
@@ -35,19 +37,19 @@ COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
     "beside the folders": 2097,
-    "cli": 1047,
+    "cli": 1320,
     "codes": 1033,
     "experiments": 1665,
     "input_space": 1306,
-    "nn": 2351,
-    "open_inference": 680,
+    "nn": 2377,
+    "open_inference": 678,
     "scheduling": 776,
     "serve": 1125,
     "surrogates": 542,
     "verification": 896,
-    "workers": 3472,
+    "workers": 3487,
 }
-MOST_LINES = 16_988  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_302  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

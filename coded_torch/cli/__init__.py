@@ -7,8 +7,9 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,12 @@ def need(command: str, extra: str, *packages: str) -> None:
     if missing:
         how = f"{' and '.join(missing)}: pip install 'coded_torch[{extra}]'"
         raise CommandError(f"coded-torch {command} needs {how}")
+
+
+def resuming(line: Sequence[str]) -> str:
+    """Return how a job goes on that was started by these arguments."""
+    line = [*line, *(() if "--resume" in line else ["--resume"])]
+    return f"Go on with: coded-torch {shlex.join(line)}"
 
 
 def find_factory(command: str, text: str) -> Callable[[], Any]:
@@ -121,7 +128,7 @@ def save(command: str, figure: Figure, output: Path) -> None:
 
 def replace(path: Path, data: bytes | memoryview) -> None:
     """Write a file whole or not at all, even if the process or the host ends meanwhile."""
-    part = path.with_suffix(".part")
+    part = path.with_name(f"_{path.name}.part")
     with part.open("wb") as file:
         file.write(data)
         file.flush()

@@ -9,10 +9,8 @@ import functools
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import logging
-import operator
 import os
 import pickle
 import re
@@ -21,16 +19,14 @@ import sys
 import time
 import types
 import zipfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Iterable
 from inspect import BoundArguments
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 import coded_torch
 
@@ -38,23 +34,38 @@ from .._arguments import count
 from ..codes import NotEnoughResults
 from ..nn import CodedWrapper, Waiting
 from ..workers import ProcessWorkers
-from . import CommandError, find_factory, need, replace, say, usage
+from . import CommandError, find_factory, need, replace, resuming, say, usage
+from .files import UNNAMED, Rows, encoded
 from .mean import mean, start
 
 logger = logging.getLogger("coded_torch.job")
 
-_MANIFEST = "manifest.sha256"  # digests of batches, which `sha256sum --check` reads, too
+# Files beside the batches. Readers of a folder of Parquet files skip names that begin so.
+_CLAIM, _LOCK, _SUMMARY = "_job.json", "_job.lock", "_summary.json"
+_MANIFEST = "_manifest.sha256"  # digests of batches, which `sha256sum --check` reads, too
+_SUFFIXES = {"torch": ".pt", "parquet": ".parquet"}
 
 
 def job(args: argparse.Namespace) -> None:
-    """Compute the answers to all rows of a file, or their mean, and go on after an interruption."""
+    """Compute the answers to all rows of files, or their mean, and go on after an interruption."""
     if args.check is not None:
         _check(args.check)
         return
     if None in (args.factory, args.inputs, args.output):
         raise CommandError("coded-torch job: MODULE:FACTORY, --inputs and --output must be given")
+    args.begun = False
+    try:
+        _begin(args)
+    except BaseException as error:
+        if args.begun or isinstance(error, KeyboardInterrupt):
+            say(resuming(args.line))
+        raise
+
+
+def _begin(args: argparse.Namespace) -> None:
+    """Check the arguments, claim the folder, and run the job."""
     with usage("job: --inputs cannot be read", errors=Exception):
-        names, rows, read = _open(args.inputs, args.mean)
+        rows = Rows(args.inputs, args.mean)
     factory = find_factory("job", args.factory)
     args.of = None if args.of is None else find_factory("job", args.of)
     made = factory()
@@ -74,53 +85,67 @@ def job(args: argparse.Namespace) -> None:
                 waiting = Waiting(args.deadline, on_error=args.on_error)
                 workers = ProcessWorkers(args.num_workers, grace=args.grace)
                 coded = CodedWrapper(coded, workers=workers, waiting=waiting)
-            columns = _columns(args, names, coded.eval().module)
-            next(read(columns, 1, [0]))
+            size, written = count("job", "batch_size", args.batch_size), _written(args, rows)
+            columns = _columns(args, rows, coded.eval().module)
+            next(rows.batches(columns, 1, [0]))
             mapping = ", ".join(f"{name}={x}" for name, x in columns.arguments.items())
-            size = count("job", "batch_size", args.batch_size)
             args.output.mkdir(parents=True, exist_ok=True)
             # No other process can lock the file before it is closed, or this process ends.
-            lock = held.enter_context((args.output / "job.lock").open("w"))
+            lock = held.enter_context((args.output / _LOCK).open("w"))
             with usage(f"job: --output {args.output} must not be in use by another job"):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _claim(args, factory, coded, rows, mapping)
-        say(f"Columns of {args.inputs}: {mapping}.")
+            _claim(args, factory, coded, rows, {"columns": mapping, "written": written})
+        say(f"Columns of {rows}: {mapping}.")
         held.enter_context(coded.workers)
         held.enter_context(torch.no_grad())
         run = mean if args.mean else _every_row
-        run(args, coded, rows, functools.partial(read, columns, size))
+        run(args, coded, rows, functools.partial(rows.batches, columns, size))
 
 
-def _every_row(args: argparse.Namespace, coded: CodedWrapper, rows: int, read: Any) -> None:
+def _written(args: argparse.Namespace, rows: Rows) -> str:
+    """Check what batches hold beside the answers; return it in words, "" for nothing."""
+    args.keys, args.select = (x.split(",") if x else [] for x in (args.keys, args.select))
+    if unknown := [name for name in args.keys if name not in rows.names]:
+        raise ValueError(f"--keys must name columns, some of {rows.names}, got {unknown}")
+    if args.format == "parquet":
+        need("job", "job", "pyarrow")
+    parts = {"format": args.format if args.format != "torch" else ""}
+    parts |= {name: ",".join(getattr(args, name)) for name in ("keys", "select")}
+    found = "; ".join(f"{name} {value}" for name, value in parts.items() if value)
+    if found and args.mean:
+        raise ValueError(f"--format, --keys and --select must be left out with --mean, got {found}")
+    return found
+
+
+def _every_row(args: argparse.Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> None:
     """Compute and write the batches that are missing or wrong."""
-    size = args.batch_size
+    size, keys = args.batch_size, deque[dict[str, Any]]()
     with contextlib.ExitStack() as held:
         with usage("job"):
-            good, wrong = _examine(args.output, rows, size)
+            good, wrong = _examine(args.output, rows.total, size, _SUFFIXES[args.format])
             if again := [name for name, why in wrong.items() if why != "is missing"]:
                 logger.warning("batches without a fitting digest are computed again: %s", again)
             lines = (f"{digest}  {name}\n" for name, digest in good.items())
             replace(args.output / _MANIFEST, "".join(lines).encode())
             manifest = held.enter_context((args.output / _MANIFEST).open("a"))
             missing = [int(name[6:18]) for name in wrong]
-            found = coded.map(read(missing), in_flight=args.in_flight)
+            batches = read(missing, keys=args.keys, kept=keys)
+            found = coded.map(batches, in_flight=args.in_flight)
         counts: Counter[str] = Counter()
-        begin, end = time.monotonic(), ""
+        begin, why = time.monotonic(), ""
         progress: Iterable[str] = wrong
         with contextlib.suppress(ImportError):
             from tqdm import tqdm
 
             progress = tqdm(wrong, desc="batches", disable=None)  # if there is a terminal
+        args.begun = True
         try:
             for first in read(missing[:1]):
                 start(coded, first)
             for name, (answers, report) in zip(progress, found, strict=True):
-                # A zip file for ``torch.load``: outputs, a dict or a list, and their errors.
-                outputs = dict(answers) if isinstance(answers, Mapping) else tree_leaves(answers)
-                content = {"outputs": outputs, "estimated": report.estimated, "radii": report.radii}
-                with usage("job: outputs must be what torch.load can read", errors=Exception):
-                    torch.save(content, file := io.BytesIO())
-                    torch.load(io.BytesIO(data := file.getbuffer()), weights_only=True)
+                with usage("job", errors=Exception):
+                    kept = keys.popleft()
+                    data = encoded(answers, report, kept, args.select, args.format)
                 with usage("job: --output cannot be written", errors=OSError):
                     replace(args.output / name, data)
                     # Written later: a batch without its digest is computed again.
@@ -128,118 +153,67 @@ def _every_row(args: argparse.Namespace, coded: CodedWrapper, rows: int, read: A
                     os.fsync(manifest.fileno())
                 flags = [] if report.estimated is None else report.estimated.tolist()
                 counts.update("estimated" if flag else "computed" for flag in flags)
-                counts.update(batches=1, hedges=len(report.hedges))
+                counts.update(batches=1, hedges=len(report.hedges), failed=len(report.refused))
         except Exception as error:
             if "batch" in (facts := vars(error)):  # numbered by `map`, from the first missing one
                 first = missing[facts["batch"]]
                 failing = [first + row for row in facts.get("rows", ())]
                 facts |= {"batch": first // size, "rows": failing}
-                end = f"Batch {first // size}, from row {first} of {args.inputs}, failed. "
-                end += f"The first failing rows of the file: {failing[:16]}. " if failing else ""
-                facts["__notes__"][-1] = end.strip()
+                counts.update(failed=len(failing))
+                file, row = rows.place(first)
+                why = f"Batch {first // size}, from row {row} of {file}, failed. "
+                shown = [f"{row} of {file}" for file, row in map(rows.place, failing[:16])]
+                why += f"The first failing rows: {', '.join(shown)}. " if failing else ""
+                facts["__notes__"][-1] = why.strip()
             if isinstance(error, NotEnoughResults):  # the user's own code raised nothing
-                raise CommandError(f"coded-torch job: {error}. {end.strip()}") from None
+                raise CommandError(f"coded-torch job: {error}. {why.strip()}") from None
             raise
         finally:
-            total = counts["computed"] + counts["estimated"]
-            speed = total / max(time.monotonic() - begin, 1e-9)
+            counts["workers_lost"] = coded.workers.num_restarts
             there, every = len(good) + counts["batches"], len(good) + len(wrong)
-            end = "" if there == every else f"\n{end}Go on with --resume."
-            say(
-                f"{there} of {every} batches are in {args.output}. This run: "
-                f"{counts['computed']:,} computed rows, {counts['estimated']:,} estimated rows, "
-                f"{counts['hedges']:,} hedges, {coded.workers.num_restarts} workers lost, "
-                f"{speed:,.0f} rows per second.{end}"
-            )
+            _sum_up(args.output, counts, time.monotonic() - begin, there, every, why)
+
+
+def _sum_up(
+    folder: Path, counts: Counter[str], seconds: float, there: int, every: int, why: str
+) -> None:
+    """Print what this run has done, and write it as JSON."""
+    names = "computed", "estimated", "failed", "hedges", "workers_lost"
+    facts = {"batches": there, "of": every} | {name: counts[name] for name in names}
+    with usage("job: --output cannot be written", errors=OSError):
+        replace(folder / _SUMMARY, json.dumps(facts | {"seconds": round(seconds, 3)}).encode())
+    speed = (counts["computed"] + counts["estimated"]) / max(seconds, 1e-9)
+    say(
+        f"{there} of {every} batches are in {folder}. This run: {counts['computed']:,} rows "
+        f"computed, {counts['estimated']:,} estimated, {counts['failed']:,} failed; "
+        f"{counts['hedges']:,} hedges, {counts['workers_lost']:,} workers lost; {seconds:,.1f} s, "
+        f"{speed:,.0f} rows per second."
+    )
+    if why:
+        say(why.strip())
 
 
 # Inputs and calls.
 
 
-def _open(
-    path: Path, whole: bool = False
-) -> tuple[list[str], int, Callable[..., Iterator[BoundArguments]]]:
-    """Return the names of the columns, the number of rows, and a function that reads batches.
-
-    It puts tensors in the place of columns, for each batch of a size that begins at some rows. To
-    read batches in any order, ``whole`` reads all of a Parquet file at once.
-    """
-    look = operator.attrgetter("st_ino", "st_size", "st_mtime_ns")
-    before, file = look(path.stat()), None
-    if path.suffix == ".parquet":
-        need("job", "job", "pyarrow")
-        from pyarrow import parquet
-
-        file = parquet.ParquetFile(path)
-        inputs: dict[str, Any] = dict.fromkeys(file.schema_arrow.names)
-        lengths = {file.metadata.num_rows}
-        if whole:
-            inputs, file = {name: file.read([name])[name] for name in inputs}, None
-    elif path.suffix == ".safetensors":
-        need("job", "job", "safetensors")
-        from safetensors import safe_open
-
-        opened: Any = safe_open(path, "pt")
-        inputs = {name: opened.get_slice(name) for name in sorted(opened.keys())}
-        lengths = {[*x.get_shape(), 0][0] for x in inputs.values()}
-    elif path.suffix == ".npy":
-        inputs = {"rows": np.atleast_1d(np.load(path, mmap_mode="c"))}  # read on demand
-        lengths = {len(inputs["rows"])}
-    else:
-        raise ValueError(f"it must be a .npy, .safetensors or .parquet file, got {path}")
-    if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"it must hold rows, as many of each tensor, got {sorted(lengths)}")
-    (rows,) = lengths
-
-    def read(columns: BoundArguments, size: int, starts: list[int]) -> Iterator[BoundArguments]:
-        places, wanted = (columns.args, columns.kwargs), set(starts)
-        names, all_starts = tree_leaves(places), range(0, max(starts, default=-1) + 1, size)
-        with usage("job: --inputs cannot be read", errors=Exception):
-            tables = file.iter_batches(size, columns=names) if file else itertools.repeat(inputs)
-            for start, table in zip(all_starts, tables, strict=False):
-                if file and table.num_rows != min(size, rows - start):
-                    raise RuntimeError("this version of pyarrow ends batches at row groups")
-                if start in wanted:
-                    part = slice(None) if file else slice(start, start + size)
-                    tensors = {name: _tensor(name, table[name][part]) for name in names}
-                    if look(path.stat()) != before:
-                        raise ValueError(f"{path} has changed since the job began")
-                    args, kwargs = tree_map(tensors.get, places)
-                    yield columns.signature.bind(*args, **kwargs)
-
-    return list(inputs), rows, read
-
-
-def _tensor(name: str, column: Any) -> Tensor:
-    """Return a column that holds numbers or, in a Parquet file, lists of numbers."""
-    values = column
-    if isinstance(values, (Tensor, np.ndarray)):
-        return torch.as_tensor(values).clone()
-    while hasattr(values.type, "value_field") and not values.null_count:  # a list
-        values = values.flatten()
-    if values.null_count:
-        raise ValueError(f"it must have no nulls, got some in the column {name!r}")
-    kind = getattr(values.type, "value_type", values.type)  # a dictionary has one, too
-    return torch.from_numpy(np.array(column.to_pylist(), kind.to_pandas_dtype()))
-
-
-def _columns(args: argparse.Namespace, names: list[str], module: nn.Module) -> BoundArguments:
+def _columns(args: argparse.Namespace, rows: Rows, module: nn.Module) -> BoundArguments:
     """Return the names of the columns in the places of the arguments of ``forward``."""
     signature = inspect.signature(lambda *args, **kwargs: None)
     with contextlib.suppress(ValueError):  # TorchScript may have none; compiled modules hide it
         signature = inspect.signature(getattr(module, "_orig_mod", module).forward)
     kinds = {name: x.kind.name for name, x in signature.parameters.items()}
+    names = [name for name in rows.names if name not in args.keys or name in kinds] or rows.names
     by_name = all(kinds.get(x) in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY") for x in names)
     by_name |= set(kinds.values()) == {"VAR_KEYWORD"}
-    pairs = [(name if by_name and args.inputs.suffix != ".npy" else "", name) for name in names]
+    pairs = [(name if by_name and names != [UNNAMED] else "", name) for name in names]
     if args.columns is not None:
         pairs = [each.rpartition("=")[::2] for each in args.columns.split(",")]
     by_order = [column for name, column in pairs if not name]
     with usage(f"job: --columns must name columns for forward{signature}, as a,b or x=a,y=b"):
         if args.columns is None and len(by_order) > 1:
             raise ValueError(f"the file has {names}")
-        if unknown := [column for _, column in pairs if column not in names]:
-            raise ValueError(f"{unknown} are not among {names}")
+        if unknown := [column for _, column in pairs if column not in rows.names]:
+            raise ValueError(f"{unknown} are not among {rows.names}")
         named = {name: column for name, column in pairs if name}
         if len(by_order) + len(named) < len(pairs):
             raise ValueError(f"an argument is named twice, got {args.columns}")
@@ -249,21 +223,24 @@ def _columns(args: argparse.Namespace, names: list[str], module: nn.Module) -> B
 # The folder.
 
 
-def _claim(args: Any, factory: Any, coded: CodedWrapper, rows: int, mapping: str) -> None:
+def _claim(args: Any, factory: Any, coded: CodedWrapper, rows: Rows, how: dict[str, str]) -> None:
     """Begin a job in its folder, or check that the folder holds the same job."""
-    path, before = args.output / "job.json", dict[str, Any]()
+    path, before = args.output / _CLAIM, dict[str, Any]()
     if path.exists():
         if not args.resume:
             raise ValueError(f"--output {args.output} holds a job; --resume goes on with it")
         before = _read_claim(path)
-    elif {*os.listdir(args.output)} - {"job.lock", "job.part"}:  # a job that was cut short
+    elif {*os.listdir(args.output)} - {_LOCK, f"_{_CLAIM}.part"}:  # a job that was cut short
         raise ValueError(f"--output must be an empty folder, got {args.output}")
     if coded.code is None and coded.parts is None:  # rounding may depend on the rows of a part
         coded.parts = before.get("parts") or coded.workers.num_workers
     sources = {args.factory.partition(":")[0]}
-    inputs = hashlib.blake2b(np.memmap(args.inputs, mode="r").data, digest_size=16).hexdigest()
-    now = {"inputs": f"of {rows} rows, digest {inputs}", "rows": rows, "columns": mapping}
-    now |= {"batch-size": args.batch_size, "parts": coded.parts, "waiting": str(coded.waiting)}
+    now = {"inputs": f"of {rows.total} rows, digest {rows.digest()}", "rows": rows.total}
+    now |= how | {
+        "batch-size": args.batch_size,
+        "parts": coded.parts,
+        "waiting": str(coded.waiting),
+    }
     for name in ("code", "estimator", "surrogate", "verify", "in_dims", "out_dims"):
         now[name] = f"digest {_digest(getattr(coded, name), sources)}"
     now["mean"] = f"digest {_digest(args.of, sources)}" if args.mean else ""
@@ -277,10 +254,10 @@ def _claim(args: Any, factory: Any, coded: CodedWrapper, rows: int, mapping: str
     compared = now if args.trust_model else now | trusted
     # An older version knew fewer options: those that it did not know were left out.
     differ = [key for key, value in compared.items() if before.get(key, "") != value]
-    if before and differ and any(args.output.glob("*.pt")):
+    if before and differ and any(args.output.glob("[bm]*.p*")):
         must = "; ".join(f"{key} {before.get(key)}, got {compared[key]}" for key in differ)
-        how = " (--trust-model goes on)" if trusted.keys() >= {*differ} else ""
-        raise ValueError(f"--resume must repeat the job in {args.output}: {must}{how}")
+        remedy = " (--trust-model goes on)" if trusted.keys() >= {*differ} else ""
+        raise ValueError(f"--resume must repeat the job in {args.output}: {must}{remedy}")
     replace(path, json.dumps(now | trusted).encode())
 
 
@@ -327,13 +304,15 @@ def _digest(value: Any, modules: set[str]) -> str:
     return hashlib.blake2b(file.getbuffer(), digest_size=16).hexdigest()
 
 
-def _examine(folder: Path, rows: int, size: int) -> tuple[dict[str, str], dict[str, str]]:
+def _examine(
+    folder: Path, rows: int, size: int, suffix: str
+) -> tuple[dict[str, str], dict[str, str]]:
     """Return the digests of good batches, and what is wrong with the other ones, by their names."""
     path = folder / _MANIFEST
     text = path.read_text(errors="replace") if path.exists() else ""
     known = dict(map(reversed, re.findall(r"^(\w{64})  (\S+)\n", text, re.M)))
     good, wrong = dict[str, str](), dict[str, str]()
-    for name in (f"batch-{first:012}.pt" for first in range(0, rows, size)):
+    for name in (f"batch-{first:012}{suffix}" for first in range(0, rows, size)):
         path, digest = folder / name, known.get(name, "")
         if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == digest:
             good[name] = digest
@@ -345,10 +324,11 @@ def _examine(folder: Path, rows: int, size: int) -> tuple[dict[str, str], dict[s
 def _check(folder: Path) -> None:
     """Print each batch that is wrong, and raise a CommandError if there is one."""
     with usage("job: --check"):
-        claim = _read_claim(folder / "job.json")
-        good, wrong = _examine(folder, claim["rows"], claim["batch-size"])
+        claim = _read_claim(folder / _CLAIM)
+        kind = "parquet" if "format parquet" in claim.get("written", "") else "torch"
+        good, wrong = _examine(folder, claim["rows"], claim["batch-size"], _SUFFIXES[kind])
     found = f"{len(good)} of {len(good) + len(wrong)} batches in {folder} fit their digests"
-    others = {x.name for x in folder.glob("batch-*.pt")} - good.keys()
+    others = {x.name for x in folder.glob("batch-*")} - good.keys()
     wrong = dict.fromkeys(sorted(others), "is not of this job") | wrong
     for name, why in wrong.items():
         say(f"{folder / name} {why}.")

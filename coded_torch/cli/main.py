@@ -29,6 +29,7 @@ from ..nn import CodedWrapper
 from ..stragglers import Uniform
 from ..workers import LocalWorkers
 from . import CommandError, Option, find_factory, need, options, picture, save, say, usage
+from .files import Rows
 from .job import job
 from .serve import LENET5, serve
 
@@ -93,9 +94,9 @@ def compare(args: argparse.Namespace) -> None:
     """Compare the codes on your own model while workers are lost."""
     need("compare", "demo", "matplotlib")
 
-    def load(flag: str, path: Path) -> list[Tensor]:
+    def load(flag: str, path: str) -> list[Tensor]:
         with usage(f"compare: {flag} cannot be read", errors=Exception):
-            rows = torch.load(path, map_location=args.device, weights_only=True)
+            rows = Rows([path]).tensor().to(args.device)
         with usage("compare", prefix="compare: "):
             dense("compare", flag, rows, floating=False)
             parts = torch.atleast_1d(rows).split(count("compare", "--batch-size", args.batch_size))
@@ -213,8 +214,8 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
     demo: (("--settings", _settings, "100,20,60 24,20,4", _TRIPLES), *_LOST),
     compare: (
         ("factory", str, ..., "a function that returns the model"),
-        ("--inputs", Path, ..., "a file: torch.save of a tensor [n, ...]"),
-        ("--labels", Path, None, "a file: torch.save of the true classes [n]"),
+        ("--inputs", str, ..., "a .pt, .npy, .safetensors or .parquet file of a tensor [n, ...]"),
+        ("--labels", str, None, "such a file of the true classes [n]"),
         ("--batch-size", int, _BATCH_SIZE, "rows of a batch"),
         ("--settings", _settings, "24,20,4", _TRIPLES),
         *_LOST,
@@ -243,9 +244,12 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
     ),
     job: (
         ("factory", str, None, "returns the model or a CodedWrapper, also with examples"),
-        ("--inputs", Path, None, "a .npy, .safetensors or .parquet file"),
+        ("--inputs", list, None, "files or quoted patterns: .npy, .safetensors, .parquet, .pt"),
         ("--columns", str, None, _COLUMNS),
-        ("--output", Path, None, "a folder, for a file of torch.save per batch"),
+        ("--output", Path, None, "a folder, for a file per batch"),
+        ("--format", ("torch", "parquet"), "torch", "of the batches"),
+        ("--keys", str, None, "columns that batches copy, such as a,b"),
+        ("--select", str, None, "outputs that batches hold, such as logits,score, unless all"),
         ("--resume", bool, False, _RESUME),
         ("--trust-model", bool, False, "with --resume: model, files and versions may differ"),
         ("--check", Path, None, "a folder; print which of its batches are not whole, and end"),
@@ -302,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.set_defaults(run=run)
         options(command, *table)
     args = parser.parse_args(argv)
+    args.line = [*(sys.argv[1:] if argv is None else argv)]
     try:
         args.run(args)
     except CommandError as error:

@@ -17,11 +17,12 @@ from ..nn import CodedWrapper
 from ..nn.mean import Looks
 from ..workers import WorkerError
 from . import replace, say, usage
+from .files import Rows
 
 
-def mean(args: argparse.Namespace, coded: CodedWrapper, rows: int, read: Any) -> None:
+def mean(args: argparse.Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> None:
     """Print an interval after each look, and keep the numbers of the rows that are computed."""
-    path, batches = args.output / "mean.pt", _Batches(rows, args.batch_size, read)
+    path, batches = args.output / "mean.pt", _Batches(rows.total, args.batch_size, read)
     with usage(f"job: {path} cannot be read", errors=Exception):
         known = torch.load(path, weights_only=True) if path.exists() else {}
         if known and known["digest"] != _digest_of_mean(known):
@@ -40,7 +41,7 @@ def mean(args: argparse.Namespace, coded: CodedWrapper, rows: int, read: Any) ->
             some = zip(found.value[:8].tolist(), found.half_width.tolist(), strict=False)
             shown = ", ".join(f"{value:.5g} ± {half:.2g}" for value, half in some)
             more = ", ..." if len(found.value) > 8 else ""
-            say(f"{found.rows:,} of {rows:,} rows: {shown}{more}")
+            say(f"{found.rows:,} of {rows.total:,} rows: {shown}{more}")
 
 
 def _digest_of_mean(known: Mapping[str, Any]) -> str:

@@ -2,17 +2,21 @@ r"""Wrappers over the batches of Ray Data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .._arguments import instance
 from .coded_wrapper import CodedWrapper
+from .report import Report
 
 __all__ = ["RayDataPredictor"]
+
+_KEYS = {pytree.MappingKey: "key", pytree.GetAttrKey: "name", pytree.SequenceKey: "idx"}
 
 
 class RayDataPredictor:
@@ -26,8 +30,8 @@ class RayDataPredictor:
         factory: makes the wrapper, in the actor.
         inputs: the columns that are the positional arguments of the module. Defaults to "data", the
             column of a dataset that was made of one array.
-        output: the column for the answers, unless the module returns a dict, whose keys name the
-            columns then. Defaults to "answer".
+        output: the column for the answers, and the first word of those of a tuple. Keys of a dict
+            and fields of a named tuple name their columns. Defaults to "answer".
 
     Example:
         .. code-block:: python
@@ -55,16 +59,38 @@ class RayDataPredictor:
             raise ValueError(f"RayDataPredictor: {must}, got {missing}")
         with torch.no_grad():
             answers, report = self.coded.run(*(torch.tensor(batch[name]) for name in self.inputs))
-        columns = answers if isinstance(answers, Mapping) else {self.output: answers}
-        more = {}
-        for name, column in columns.items():
-            instance(self, f"the output {name!r}", column, Tensor)
-            column = column.float() if column.dtype is torch.bfloat16 else column
-            more[name] = column.cpu().numpy()
-        estimated = np.asarray(report.estimated)
-        radii = np.full(len(estimated), np.nan) if report.radii is None else report.radii.numpy()
-        notes = {"estimated": estimated, "radius": radii}
-        if twice := sorted((more.keys() & batch.keys()) | (notes.keys() & {*batch, *more})):
-            must = f"the columns {', '.join([*more, *notes])}, which are added, must be new"
-            raise ValueError(f"RayDataPredictor: {must}, got {', '.join(twice)}")
-        return {**batch, **more, **notes}
+        outputs = named(answers, self.output)
+        return {**batch, **columns_of(self, outputs, report, batch)}
+
+
+def named(answers: Any, root: str) -> dict[str, Any]:
+    """Return outputs by the keys of a dict or the fields of a named tuple, nested as ``scores.0``.
+
+    A single output has the name ``root``, those of a list or a tuple ``root0``, ``root1``, ...
+    """
+    found, outputs = pytree.tree_flatten_with_path(answers)[0], {}
+    for path, leaf in found:
+        name = ".".join(str(getattr(x, _KEYS[type(x)])) for x in path)
+        if not path or isinstance(path[0], pytree.SequenceKey):
+            name = root if len(found) == 1 else f"{root}{name}"
+        outputs[name] = leaf
+    return outputs
+
+
+def columns_of(
+    owner: object, outputs: Mapping[str, Any], report: Report, known: Collection[str]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Return outputs by name as arrays, ``estimated`` and ``radius``, none of which is known."""
+    more = {}
+    for name, column in outputs.items():
+        instance(owner, f"the output {name!r}", column, Tensor)
+        column = column.float() if column.dtype is torch.bfloat16 else column
+        more[name] = column.cpu().numpy()
+    estimated = np.asarray(report.estimated)
+    radii = np.full(len(estimated), np.nan) if report.radii is None else report.radii.numpy()
+    notes = {"estimated": estimated, "radius": radii}
+    if twice := sorted((more.keys() & {*known}) | (notes.keys() & {*known, *more})):
+        must = f"the columns {', '.join([*more, *notes])}, which are added, must be new"
+        name = owner if isinstance(owner, str) else type(owner).__name__
+        raise ValueError(f"{name}: {must}, got {', '.join(twice)}")
+    return more | notes

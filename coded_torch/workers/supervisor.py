@@ -52,6 +52,11 @@ class WatchedWorker(Worker):
     def is_new_to(self, module: PackedModule) -> bool:
         return module.number not in self.modules
 
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether it is at a part of a call that the caller interrupted."""
+        return self.part is not None and self.part.request.abandoned
+
     def load(self, part: Part) -> None:
         """Note that the worker gets a part, and forgets all modules that are not alive."""
         module, kills = part.request.module, part.request.kills
@@ -66,7 +71,7 @@ class WatchedWorker(Worker):
         """Return when the worker is to be ended, and why, in words that continue its name."""
         if self.unwanted:
             return -math.inf, self.unwanted
-        if self.part is not None and self.part.request.abandoned:
+        if self.is_abandoned:
             return -math.inf, "was at a call that was interrupted"
         if self.loading or not self.ready:
             seconds = max(START_SECONDS, grace)
@@ -177,7 +182,7 @@ class Supervisor(Dispatcher):
             if worker not in self._workers:
                 return
             self._workers.remove(worker)  # it gets no part any more
-            self.num_lost += not (self.closed or worker.left)
+            self.num_lost += not (self.closed or worker.left or worker.is_abandoned)
         try:
             reason = self.end(worker) or reason
         except Exception:  # the other workers must be ended, too
@@ -187,7 +192,7 @@ class Supervisor(Dispatcher):
     def _replace(self, worker: Any, reason: str) -> None:
         """Fail the part of a worker that was taken out, and have a new one started."""
         what, now, hopeless = f"{worker} {reason}", self._clock(), False
-        if not (self.closed or worker.left):
+        if not (self.closed or worker.left or worker.is_abandoned):
             logger.warning("a worker was lost and is replaced: %s", what)
         with self.lock:
             if not (worker.ready or worker.left):

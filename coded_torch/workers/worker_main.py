@@ -9,6 +9,7 @@ A server ends when the process that started it has ended. The system then ends i
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -80,6 +81,15 @@ def _server(packages: frozenset[str]) -> int:
         pid = util.spawnv_passfds(command[0], command, [theirs.fileno()])
         _servers[packages] = pid, ours.detach()
     return _servers[packages][1]
+
+
+@atexit.register
+def _end_servers() -> None:
+    """End the servers with this process, even those that import: they hold its output open."""
+    for pid, _ in _servers.values():
+        with contextlib.suppress(ChildProcessError):  # the host has waited for it: it has ended
+            if not os.waitpid(pid, os.WNOHANG)[0]:
+                os.kill(pid, signal.SIGKILL)
 
 
 def replace_servers() -> None:

@@ -56,10 +56,17 @@ def test_several_inputs_and_outputs_are_columns_of_their_own():
 def test_what_is_no_wrapper_or_no_tensor_is_named():
     with pytest.raises(TypeError, match="the result of factory must be of type CodedWrapper, got"):
         RayDataPredictor(nn.Identity)
-    two = Call(lambda x: (x, x))
+    two = Call(lambda x: (x, [x, 1]))
     estimator = RayDataPredictor(lambda: CodedWrapper(two, workers=LocalWorkers(), parts=2))
-    with pytest.raises(TypeError, match="the output 'answer' must be of type Tensor, got tuple"):
+    with pytest.raises(TypeError, match=r"the output 'answer1\.1' must be of type Tensor, got int"):
         estimator(batch())
+
+
+def test_outputs_of_a_tuple_are_numbered():
+    two = Call(lambda x: (x, {"a": 2 * x}))
+    made = RayDataPredictor(lambda: CodedWrapper(two, workers=LocalWorkers(), parts=2))(batch())
+    assert {*made} == {"data", "answer0", "answer1.a", "estimated", "radius"}
+    assert np.array_equal(2 * made["answer0"], made["answer1.a"])
 
 
 def test_columns_that_would_be_lost_are_named():

@@ -458,6 +458,7 @@ def test_only_workers_that_are_at_an_interrupted_request_are_ended():
     interrupted.abandon()
     supervisor.tend()
     assert [worker.ended for worker in (first, second, third)] == [False, True, False]
+    assert supervisor.num_lost == 0  # it did not fail
     answer(supervisor, third, "good")
     assert [reply.value for reply in replies(other)] == ["good"]
 

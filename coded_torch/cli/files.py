@@ -1,0 +1,280 @@
+"""Files of rows, which commands read, and the files of a job's batches."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import glob
+import hashlib
+import io
+import itertools
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from inspect import BoundArguments
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..nn import Report
+from ..nn.ray_data import columns_of, named
+from . import need, usage
+
+UNNAMED = "rows"  #: the column of a file of one tensor
+_MOST_OPEN = 64  # files; a bound, not tuned
+_look = operator.attrgetter("st_ino", "st_size", "st_mtime_ns")
+
+
+class Rows:
+    """The rows of files with the same columns, one file after the other.
+
+    Args:
+        sources: paths, or patterns of :func:`glob.glob`, whose files are sorted by name.
+        whole: true if Parquet files are to be read whole, so that rows can be read in any order.
+
+    Attributes:
+        paths: the files.
+        names: the columns.
+        total: the number of rows.
+    """
+
+    def __init__(self, sources: Iterable[str], whole: bool = False) -> None:
+        self.paths = [path for source in sources for path in _paths(source)]
+        self._opened = functools.lru_cache(_MOST_OPEN)(functools.partial(_open, whole=whole))
+        self._before, lengths = [_look(path.stat()) for path in self.paths], list[int]()
+        self.names = [*self._opened(self.paths[0]).columns]
+        for path in self.paths:
+            table = self._opened(path)
+            if {*table.columns} != {*self.names}:
+                must = f"all files must have the columns {self.names}"
+                raise ValueError(f"{must}, got {[*table.columns]} in {path}")
+            lengths.append(table.rows)
+        self._ends = [*itertools.accumulate(lengths)]
+        if not (total := self._ends[-1]):
+            raise ValueError(f"{self} must hold rows, got none")
+        self.total = total
+
+    def __str__(self) -> str:
+        more = f" and {len(self.paths) - 1} more files" if len(self.paths) > 1 else ""
+        return f"{self.paths[0]}{more}"
+
+    def place(self, row: int) -> tuple[Path, int]:
+        """Return the file of a row, and its number there."""
+        number = bisect.bisect_right(self._ends, row)
+        return self.paths[number], row - (self._ends[number - 1] if number else 0)
+
+    def digest(self) -> str:
+        """Return a digest of the content of all files."""
+        digest = hashlib.blake2b(digest_size=16)
+        for path in self.paths:
+            digest.update(np.memmap(path, mode="r").data)
+        return digest.hexdigest()
+
+    def read(self, names: Iterable[str], start: int, size: int) -> dict[str, list[Any]]:
+        """Return columns of some rows, each as arrays or tensors, one per file."""
+        columns: dict[str, list[Any]] = {name: [] for name in names}
+        stop = min(start + size, self.total)
+        while start < stop:
+            path, first = self.place(start)
+            number = bisect.bisect_right(self._ends, start)
+            rows = min(stop, self._ends[number]) - start
+            found = self._opened(path).read([*columns], first, first + rows)
+            if _look(path.stat()) != self._before[number]:
+                raise ValueError(f"{path} has changed since the job began")
+            for name, pieces in columns.items():
+                pieces.append(found[name])
+            start += rows
+        return columns
+
+    def batches(
+        self, columns: BoundArguments, size: int, starts: Iterable[int], *, keys: Any = (),
+        kept: Any = None,
+    ) -> Iterator[BoundArguments]:  # fmt: skip
+        """Yield batches from some rows on, with tensors in the place of the columns' names.
+
+        The key columns of each batch are appended to ``kept``.
+        """
+        places = columns.args, columns.kwargs
+        names = tree_leaves(places)
+        for start in starts:
+            with usage("job: --inputs cannot be read", errors=Exception):
+                found = self.read(dict.fromkeys([*names, *keys]), start, size)
+                args, kwargs = tree_map(lambda name, of=found: _tensor(name, of[name]), places)
+            if kept is not None:
+                kept.append({name: found[name] for name in keys})
+            yield columns.signature.bind(*args, **kwargs)
+
+    def tensor(self) -> Tensor:
+        """Return all rows of the only column."""
+        if len(self.names) > 1:
+            raise ValueError(f"it must hold one tensor, got {self.names}")
+        return _tensor(self.names[0], self.read(self.names, 0, self.total)[self.names[0]])
+
+
+def _paths(source: str) -> list[Path]:
+    found = [source] if Path(source).exists() else sorted(glob.glob(source, recursive=True))
+    if not found:
+        raise FileNotFoundError(f"no file fits {source!r}")
+    return [Path(each) for each in found]
+
+
+class _Table:
+    """An open file, whose columns can be sliced."""
+
+    def __init__(self, columns: Mapping[str, Any], lengths: set[int]) -> None:
+        if len(lengths) != 1:
+            raise ValueError(f"it must hold as many rows of each tensor, got {sorted(lengths)}")
+        self.columns, (self.rows,) = columns, lengths
+
+    def read(self, names: list[str], start: int, stop: int) -> dict[str, Any]:
+        return {name: self.columns[name][start:stop] for name in names}
+
+
+class _Stream(_Table):
+    """A Parquet file that is read from front to back, so that little of it is in memory."""
+
+    _names: Any = None
+    _table: Any = None  # the rows that were read, from the row ``_at`` on
+    _at = 0
+
+    def __init__(self, file: Any) -> None:
+        about = file.metadata
+        super().__init__(dict.fromkeys(file.schema_arrow.names), {about.num_rows})
+        self._file, groups = file, range(about.num_row_groups)
+        ends = itertools.accumulate(about.row_group(i).num_rows for i in groups)
+        self._firsts = [0, *ends][: len(groups)]
+
+    def read(self, names: list[str], start: int, stop: int) -> dict[str, Any]:
+        import pyarrow
+
+        group = bisect.bisect_right(self._firsts, start) - 1
+        first, goes_on = self._firsts[group], names == self._names and start >= self._at
+        if not goes_on or first > self._at + self._table.num_rows:
+            groups = range(group, len(self._firsts))
+            how: Any = {"row_groups": groups, "columns": names}
+            self._names, self._at = names, first
+            self._tables = self._file.iter_batches(stop - start, **how)
+            self._table = pyarrow.Table.from_batches([next(self._tables)])
+        while (end := self._at + self._table.num_rows) < stop:
+            self._table = self._table.slice(start - self._at)  # may be beyond its end
+            self._at = min(start, end)
+            more = pyarrow.Table.from_batches([next(self._tables)])
+            self._table = pyarrow.concat_tables([self._table, more])
+        return {name: self._table[name].slice(start - self._at, stop - start) for name in names}
+
+
+def _open(path: Path, whole: bool) -> _Table:
+    columns: dict[str, Any]
+    if path.suffix == ".parquet":
+        need("job", "job", "pyarrow")
+        from pyarrow import parquet
+
+        file = parquet.ParquetFile(path)
+        if not whole:
+            return _Stream(file)
+        table = file.read()
+        return _Table(dict(zip(table.column_names, table.columns, strict=True)), {len(table)})
+    if path.suffix == ".safetensors":
+        need("job", "job", "safetensors")
+        from safetensors import safe_open
+
+        opened: Any = safe_open(path, "pt")
+        columns = {name: opened.get_slice(name) for name in sorted(opened.keys())}
+        return _Table(columns, {[*x.get_shape(), 0][0] for x in columns.values()})
+    if path.suffix == ".npy":
+        columns = {UNNAMED: np.atleast_1d(np.load(path, mmap_mode="c"))}  # read on demand
+    elif path.suffix in (".pt", ".pth"):
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        columns = dict(found) if isinstance(found, Mapping) else {UNNAMED: found}
+        if wrong := [type(x).__name__ for x in columns.values() if not isinstance(x, Tensor)]:
+            raise TypeError(f"it must hold a tensor, or a dict of tensors, got {wrong[0]}")
+        columns = {name: torch.atleast_1d(x) for name, x in columns.items()}
+    else:
+        raise ValueError(f"it must be a .npy, .safetensors, .parquet or .pt file, got {path}")
+    return _Table(columns, {len(x) for x in columns.values()})
+
+
+def _tensor(name: str, pieces: Sequence[Any]) -> Tensor:
+    """Return a column that holds numbers or, in a Parquet file, lists of numbers."""
+    found = []
+    for piece in pieces:
+        if isinstance(piece, (Tensor, np.ndarray)):
+            found.append(torch.as_tensor(piece).clone())
+            continue
+        import pyarrow.compute
+
+        values, shape = piece.combine_chunks(), [len(piece)]
+        while hasattr(values.type, "value_field") and not values.null_count:  # lists
+            lengths = pyarrow.compute.list_value_length(values).unique().to_pylist()
+            if len(lengths) > 1:
+                must = f"lists of the column {name!r} must be equally long"
+                raise ValueError(f"{must}, got lengths {sorted(lengths)[:8]}")
+            shape, values = [*shape, *lengths], values.flatten()
+        if values.null_count:
+            raise ValueError(f"it must have no nulls, got some in the column {name!r}")
+        if hasattr(values, "dictionary_decode"):
+            values = values.dictionary_decode()
+        numbers = np.array(values.to_numpy(zero_copy_only=False)).reshape(shape)
+        if numbers.dtype == object:
+            raise TypeError(f"the column {name!r} must hold numbers, got {values.type}")
+        found.append(torch.from_numpy(numbers))
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def encoded(
+    answers: Any, report: Report, keys: Mapping[str, list[Any]], select: Sequence[str], kind: str
+) -> memoryview:
+    """Return the content of a batch's file, of the kind "torch" or "parquet".
+
+    A file for ``torch.load`` holds a dict: ``outputs``, a dict or a list; ``estimated`` and
+    ``radii``; and ``keys``, if there are some. A Parquet file has a column for each key and output,
+    ``estimated`` and ``radius``.
+    """
+    outputs, file = named(answers, "output"), io.BytesIO()
+    if unknown := [name for name in select if name not in outputs]:
+        raise ValueError(f"--select must name outputs, some of {[*outputs]}, got {unknown}")
+    chosen: Any = {name: outputs[name] for name in select or outputs}
+    if kind == "parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        table = {name: _joined(pieces) for name, pieces in keys.items()}
+        found = columns_of("job", chosen, report, keys)
+        parquet.write_table(pyarrow.table(table | {x: _arrow(y) for x, y in found.items()}), file)
+        return file.getbuffer()
+    if not select:
+        chosen = dict(answers) if isinstance(answers, Mapping) else tree_leaves(answers)
+    content = {"outputs": chosen, "estimated": report.estimated, "radii": report.radii}
+    if keys:
+        content["keys"] = {name: _listed(pieces) for name, pieces in keys.items()}
+    with usage("job: outputs must be what torch.load can read", errors=Exception):
+        torch.save(content, file)
+        torch.load(io.BytesIO(file.getbuffer()), weights_only=True)
+    return file.getbuffer()
+
+
+def _listed(pieces: Sequence[Any]) -> list[Any]:
+    arrays = isinstance(pieces[0], (Tensor, np.ndarray))
+    return [x for piece in pieces for x in (piece.tolist() if arrays else piece.to_pylist())]
+
+
+def _joined(pieces: Sequence[Any]) -> Any:
+    """Return a column of Arrow."""
+    import pyarrow
+
+    arrays = [_arrow(x) if isinstance(x, (Tensor, np.ndarray)) else x for x in pieces]
+    return pyarrow.chunked_array([y for x in arrays for y in getattr(x, "chunks", [x])])
+
+
+def _arrow(rows: Tensor | np.ndarray[Any, Any]) -> Any:
+    """Return rows of numbers or strings as an array of Arrow, nested lists if they have many."""
+    import pyarrow
+
+    rows = np.asarray(rows)
+    found = pyarrow.array(rows.reshape(-1))
+    for size in reversed(rows.shape[1:]):
+        found = pyarrow.FixedSizeListArray.from_arrays(found, size)
+    return found
