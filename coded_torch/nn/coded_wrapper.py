@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from .. import tracing
 from .._arguments import count, instance, real, shown, warn
 from .._torch import on_host, unchanged
 from ..codes.base import Code
@@ -199,6 +200,14 @@ class CodedWrapper(ModuleProxy):
 
     def _call(self, report: Report, waiting: Waiting, given: Any, parts: int | None = None) -> Any:
         """Return the answers; the report is written as soon as something is known."""
+        with tracing.span("call") as span:
+            try:
+                return self._answers(report, waiting, given, parts)
+            finally:
+                if span is not None:
+                    span.set_attributes(report.attributes())
+
+    def _answers(self, report: Report, waiting: Waiting, given: Any, parts: int | None) -> Any:
         args, kwargs = given
         if self.training and (part := training_part(self.module, dropout=True)):
             what = "answers depend on the rows of a part, or on chance"

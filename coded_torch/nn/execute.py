@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .. import tracing
 from .._arguments import sparing_logger
 from ..codes.plans import DeadlineExceeded, NotEnoughResults
 from ..scheduling.exchangeability import Exchangeability
@@ -74,6 +75,7 @@ class Execution:
                 table.judge = table.policy = None  # no cycle keeps results until it is collected
                 report.versions = dict(request.versions)
                 report.note_table(table, division.batch_size, self.checks.rejected)
+                tracing.note_parts(table, request.now(), pool.names)
                 for part in table.parts:  # a worker keeps its part until it has computed it
                     if part.outcome in (OPEN, DROPPED):
                         part.of = None

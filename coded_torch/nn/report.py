@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -156,6 +156,13 @@ class Report:
             "notes": "; ".join(self.notes) or "none",
         }
         return "\n".join(f"{head:<9}{text}" for head, text in lines.items())
+
+    def attributes(self) -> dict[str, Any]:
+        """Return the facts of a span of OpenTelemetry."""
+        count = {} if self.estimated is None else {"rows": len(self.estimated)}
+        count |= {} if self.estimated is None else {"estimated": int(self.estimated.sum())}
+        facts = count | {"hedges": len(self.hedges), "ended": self.ended, "work": self.work}
+        return {f"coded_torch.{name}": value for name, value in facts.items()}
 
     def radii_at(self, coverage: float, odds: float = 1.0) -> Tensor | None:
         """Return the error bounds at another level, between 0 and 1, or None if there are none.

@@ -20,6 +20,7 @@ from aiohttp.client_proto import ResponseHandler
 from torch import Tensor, nn
 
 from .. import open_inference as wire
+from .. import tracing
 from .._arguments import instance, positive
 from . import ADDED, FORMER, LISTED, EndpointError, Model, RefusedError
 
@@ -157,17 +158,18 @@ class Client:
         return False
 
     async def infer(
-        self, server: str, model: Model, inputs: Sequence[Tensor], rows: int
+        self, server: str, model: Model, inputs: Sequence[Tensor], rows: int, more: Any = ()
     ) -> tuple[list[Tensor], str]:
         """Return the outputs, ``[rows, ...]`` each, in the order of the model, and its version.
 
-        Each exception of this file stands for one failure; an EndpointError for all others.
+        ``more`` are headers of this request. Each exception of this file stands for one failure; an
+        EndpointError for all others.
         """
         own, kept = os.urandom(16).hex(), server in self._echoing
         body, length = wire.request(model, inputs, own)
         headers = {"Content-Type": "application/octet-stream" if length else "application/json"}
         headers |= {"Inference-Header-Content-Length": str(length)} if length else {}
-        headers |= {"Connection": "keep-alive"} if kept else {}
+        headers |= dict(more) | ({"Connection": "keep-alive"} if kept else {})
         url, most = f"{server}{model.path}/infer", wire.most_bytes(model.outputs, rows)
         data, answer = await self._ask("POST", url, most, data=body, headers=headers)
         self._echoing.discard(server)
@@ -309,7 +311,8 @@ class RemoteModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.inputs(args, kwargs)
         self._client = self._client or Client(self, **self._options)
-        asked = self._client.infer(self.url, self.metadata, inputs, len(inputs[0]))
+        rows, more = len(inputs[0]), tracing.headers()
+        asked = self._client.infer(self.url, self.metadata, inputs, rows, more)
         return self.outputs(run(asked)[0])
 
     def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

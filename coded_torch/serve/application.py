@@ -22,6 +22,7 @@ from torch import Tensor
 
 import coded_torch
 
+from .. import tracing
 from .._arguments import count, instance, positive
 from ..nn import CodedWrapper
 from ..open_inference import ADDED, FORMER, LISTED, TensorSpec, written
@@ -165,7 +166,8 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             try:
                 self._check_names(headers)
                 if scope["path"].removeprefix(scope.get("root_path", "")) in self._infer_paths:
-                    answer = await self._infer(scope["method"], headers, receive)
+                    with tracing.span("infer", headers):
+                        answer = await self._infer(scope["method"], headers, receive)
             except Exception as error:  # answered here, and raised for the log of the server
                 await (await self.refuse(Request(scope), error))(scope, receive, send)
                 if isinstance(error, HTTPException):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .. import tracing
 from .._arguments import sparing_logger
 from .._torch import device_of
 from ..codes import DeadlineExceeded, NotEnoughResults
@@ -110,7 +111,7 @@ class _Entry:
 
     def __init__(self, inputs: list[Tensor], arrived: float, deadline: float) -> None:
         self.inputs, self.arrived, self.deadline = inputs, arrived, deadline
-        self.rows = len(inputs[0])
+        self.rows, self.trace = len(inputs[0]), tracing.here()
         self.shapes: list[Any] = [x.shape[1:] for x in inputs]
         self.future: asyncio.Future[Batch] = asyncio.get_running_loop().create_future()
 
@@ -269,7 +270,8 @@ class Batcher:
         inputs = [column[0] if len(column) == 1 else torch.cat(column) for column in columns]
         loop, done, error = asyncio.get_running_loop(), None, None
         try:
-            done = await loop.run_in_executor(self._threads, self._compute, inputs, left, parts)
+            run = tracing.within([entry.trace for entry in batch], self._compute)
+            done = await loop.run_in_executor(self._threads, run, inputs, left, parts)
         except Exception as cause:  # any error of the model: its requests get an answer
             error = _error(cause, in_time=time.monotonic() < begin + left)
             late = error.status_code == 504

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import tracing
 from .._arguments import count, instance, positive
 from ..open_inference import EndpointError, RefusedError, client
 from ..open_inference.client import RemoteModule, running_loop
@@ -152,6 +153,7 @@ class _EndpointRequest(LiveRequest):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.versions: dict[int, str] = {}
+        self.headers = tracing.headers()
         self.answered = set[str]()  # the URLs of servers
         self.failures: list[tuple[str, set[int], Exception]] = []  # URL, rows that nobody computed
 
@@ -311,7 +313,8 @@ class _Endpoints(Dispatcher):
         inputs, rows = module.inputs(*arguments), len(part.units) * task.unit_rows
         if all(dim is None for dim in task.dims):  # the example of `start`
             rows = len(inputs[0])
-        outputs, version = await self.client.infer(url, module.metadata, inputs, rows)
+        asked = self.client.infer(url, module.metadata, inputs, rows, part.request.headers)
+        outputs, version = await asked
         if version:
             part.request.versions[slot.index] = version
         if len(found := {version, *part.request.versions.values()} - {""}) > 1:

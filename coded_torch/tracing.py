@@ -1,0 +1,102 @@
+"""Spans of OpenTelemetry: of requests, calls and parts, if the program has imported OpenTelemetry.
+
+A program whose tracer provider is set has imported it. No other program pays for spans.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from .table import OPEN, Table
+
+_NOTHING = contextlib.nullcontext()
+_LINKS = "coded_torch.links"  # in a context: the spans of other requests of the same batch
+
+
+def _api() -> Any:
+    return sys.modules.get("opentelemetry.trace")
+
+
+def span(name: str, headers: Mapping[str, str] | None = None) -> Any:
+    """Return a context with a span, the parent of those inside; None if nothing is recorded.
+
+    With the headers of a request, the span is the server's, and its parent may be the client's.
+    """
+    return _NOTHING if (api := _api()) is None else _span(api, name, headers)
+
+
+@contextlib.contextmanager
+def _span(api: Any, name: str, headers: Mapping[str, str] | None) -> Iterator[Any]:
+    from opentelemetry import context, propagate
+
+    how: dict[str, Any] = {"links": context.get_value(_LINKS) or ()}
+    if headers is not None and not api.get_current_span().get_span_context().is_valid:
+        how |= {"context": propagate.extract(headers), "kind": api.SpanKind.SERVER}
+    with api.get_tracer("coded_torch").start_as_current_span(f"coded_torch.{name}", **how) as found:
+        yield found if found.is_recording() else None
+
+
+def note_parts(table: Table, now: float, names: Mapping[int, str]) -> None:
+    """Make a span of each part, in the present span, at the time ``now`` of the table's clock."""
+    if (api := _api()) is None or not api.get_current_span().is_recording():
+        return
+    tracer, contexts, zero = api.get_tracer("coded_torch"), list[Any](), time.time_ns() - 1e9 * now
+    for part in table.parts:
+        about: dict[str, Any] = {"part": part.number, "why": part.why, "units": len(part.units)}
+        about["outcome"] = "unfinished" if part.outcome is OPEN else part.outcome
+        about |= {"worker": part.worker} if part.worker >= 0 else {}
+        about |= {"worker_name": names[part.worker]} if part.worker in names else {}
+        about |= {} if part.of is None else {"of": part.of.number}
+        how: Any = {"attributes": {f"coded_torch.{key}": value for key, value in about.items()}}
+        how["links"] = [] if part.of is None else [api.Link(contexts[part.of.number])]
+        begin = part.began if part.began < math.inf else part.asked
+        made = tracer.start_span("coded_torch.part", start_time=int(zero + 1e9 * begin), **how)
+        if part.error is not None:
+            made.set_status(api.Status(api.StatusCode.ERROR, str(part.error)))
+        contexts.append(made.get_span_context())
+        made.end(int(zero + 1e9 * max(begin, min(part.ended, now))))
+
+
+def headers() -> dict[str, str]:
+    """Return headers by which a server's spans are below the present one."""
+    found: dict[str, str] = {}
+    if _api() is not None:
+        from opentelemetry import propagate
+
+        propagate.inject(found)
+    return found
+
+
+def here() -> Any:
+    """Return the present context, for :func:`within`; None if there is no span."""
+    if (api := _api()) is None or not api.get_current_span().get_span_context().is_valid:
+        return None
+    from opentelemetry import context
+
+    return context.get_current()
+
+
+def within(contexts: Sequence[Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function for another thread, whose spans are in the first context.
+
+    Its first one is linked to the spans of the others.
+    """
+    if not (given := [each for each in contexts if each is not None]):
+        return function
+    from opentelemetry import context, trace
+
+    others = [trace.Link(trace.get_current_span(x).get_span_context()) for x in given[1:]]
+
+    def run(*args: Any) -> Any:
+        token = context.attach(context.set_value(_LINKS, others, given[0]))
+        try:
+            return function(*args)
+        finally:
+            context.detach(token)
+
+    return run
