@@ -11,6 +11,7 @@ import torch._dynamo.testing
 from coded_torch._torch import to_device
 from coded_torch.input_space.ordering import Grouping
 from coded_torch.linear import MatrixMap, SelectMap, SplineMap
+from coded_torch.testing.codes import DTYPES, assert_is_product, normal
 
 from .splines import SMOOTHINGS, make_knots
 
@@ -45,6 +46,19 @@ class TestLinearMaps:
         torch.testing.assert_close(map(values), matrix @ values)
         results = torch.randn(num_outputs, 6, dtype=torch.float64)
         torch.testing.assert_close(map.adjoint(results), matrix.T @ results)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_dtypes_and_layouts(self, make, dtype):
+        map, values = make(7, 9), normal(4, 6, 7, dtype=dtype)
+        for strided in (values.movedim(2, 0), values.expand(3, 4, 6, -1).movedim(3, 0)[:, 1, ::2]):
+            assert_is_product(map(strided), map.matrix(), strided)
+        with pytest.raises(ValueError, match="must have size 7 along dim 1, got shape"):
+            map(values, 1)
+
+    def test_second_derivatives(self, make):
+        map, values = make(5, 7), normal(5, 2).requires_grad_()
+        assert torch.autograd.gradcheck(map, (values,))
+        assert torch.autograd.gradgradcheck(map, (values,))
 
     @pytest.mark.filterwarnings("ignore:`torch.jit")  # which torch itself uses here
     def test_forward_mode(self, make):

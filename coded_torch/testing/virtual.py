@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import itertools
 import math
@@ -162,6 +163,7 @@ class _VirtualRequest(Request):
         act, seconds = next(worker.acts)
         fresh, worker.fresh = worker.fresh, False
         pool.begun.append((pool.clock, worker.place, part))
+        part = dataclasses.replace(part)  # a pool may report copies
         self._events.append(Began(part, worker.place, now, fresh))
         worker.free_at = end = pool.clock + seconds
         if end == math.inf:

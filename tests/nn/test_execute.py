@@ -1,7 +1,6 @@
 """How long a call waits, what it does with too little, and what it reports."""
 
 import contextlib
-import dataclasses
 import gc
 import math
 import pickle
@@ -312,36 +311,6 @@ def test_a_hedge_that_goes_on_keeps_no_result():
         assert len(Hedged.calls) == 2
         assert alive
         assert not any(alive)
-
-
-class Copies(VirtualWorkers):
-    """Reports copies of parts, as a pool may whose parts travel."""
-
-    def open(self, module, task):
-        request = super().open(module, task)
-        wait = request.wait
-
-        def copied(until=math.inf):
-            event = wait(until)
-            if event is not None:
-                part = dataclasses.replace(event.part)
-                replace = event._replace if isinstance(event, tuple) else None
-                event = replace(part=part) if replace else dataclasses.replace(event, part=part)
-            return event
-
-        request.wait = copied
-        return request
-
-
-def test_a_pool_may_report_copies_of_parts():
-    pool = Copies([[("twice", 1.0)], [("ok", 9.0), ("ok", 1.0)], [("ok", 1.0)]])
-    coded = CodedWrapper(Call(torch.neg), workers=pool, parts=2, waiting=Waiting())
-    x = torch.randn(8, 3)
-    for _ in range(2):
-        answers, report = coded.run(x)
-        assert torch.equal(answers, -x)
-        assert report.work >= 1
-        assert report.ended == "complete"
 
 
 def test_a_report_is_five_lines_to_read():
