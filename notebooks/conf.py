@@ -103,7 +103,7 @@ def _signature(
 
 #: What the theme lacks for readers of screens, by axe's rules.
 _MENDED = {
-    'class="caption" role="heading"': 'class="caption" role="heading" aria-level="2"',
+    'class="caption" role="heading">': 'class="caption" role="heading" aria-level="2">',
     '<aside class="sidebar-drawer">': '<aside class="sidebar-drawer" aria-label="All pages">',
     '<aside class="toc-drawer': '<aside aria-label="On this page" class="toc-drawer',
     '<div class="visually-hidden">': '<div class="visually-hidden" aria-hidden="true">',
@@ -116,8 +116,15 @@ def _finish(app: Any, exception: Exception | None) -> None:
             text = page.read_text()
             for before, after in _MENDED.items():
                 text = text.replace(before, after)
+            # Arguments on lines of their own are no list of definitions.
+            text = re.sub(r"<dl>\n(<dd>.*?</dd>)\n</dl>", _lines, text, flags=re.DOTALL)
             # The corner of a table is not a heading.
             page.write_text(re.sub(r'<th class="head[^"]*">(<p></p>)?</th>', "<td></td>", text))
+
+
+def _lines(match: re.Match[str]) -> str:
+    lines = match[1].replace("<dd>", '<span class="sig-line">').replace("</dd>", "</span>")
+    return f"<span>{lines}</span>"
 
 
 class _FoundError(Exception):

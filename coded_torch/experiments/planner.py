@@ -70,7 +70,7 @@ class Option(NamedTuple):
 
     @property
     def rank(self) -> tuple[float, ...]:
-        """The order of options: the best has the least."""
+        """A key to sort options by; that of the best, which meets the objective, is the least."""
         # Work to three digits: of options that differ by less, the one with the shorter tail wins.
         return not self.meets, round(self.work, 3) if self.meets else self.late, self.slowest
 

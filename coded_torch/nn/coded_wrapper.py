@@ -180,9 +180,9 @@ class CodedWrapper(ModuleProxy):
     # One call.
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self._outside_graphs(args, kwargs)
-        return self._forward(args, kwargs)
+        """Return the outputs for these arguments, as the module does; :meth:`run` reports, too."""
+        compiling = torch.compiler.is_compiling()
+        return self._outside_graphs(args, kwargs) if compiling else self._forward(args, kwargs)
 
     def _forward(self, args: Any, kwargs: dict[str, Any]) -> Any:
         report = Report()

@@ -99,9 +99,9 @@ class Memory:
         return self._num_rows
 
     def follow(self, module: nn.Module) -> int:
-        """Forget everything if this is another module, or its weights have changed.
+        """Forget all rows if they are of another module, or if its weights have changed.
 
-        The returned number tells :meth:`observe` results of other weights.
+        Returns a number for :meth:`observe`, which drops results of weights that are gone.
         """
         tensors, key = fingerprint(module)
         key = id(module), *key

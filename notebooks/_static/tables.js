@@ -71,7 +71,7 @@ document.addEventListener("DOMContentLoaded", () => {
     }
   }
   /* What scrolls can be reached by the keyboard. */
-  for (const frame of document.querySelectorAll(".table-wrapper, article pre")) {
+  for (const frame of document.querySelectorAll(".table-wrapper, .math-wrapper, article pre")) {
     if (frame.scrollWidth > frame.clientWidth || frame.scrollHeight > frame.clientHeight) frame.tabIndex = 0;
   }
 });
