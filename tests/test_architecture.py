@@ -40,7 +40,7 @@ LINES = {
     "cli": 1320,
     "codes": 1033,
     "experiments": 1665,
-    "input_space": 1306,
+    "input_space": 1303,
     "nn": 2395,
     "open_inference": 681,
     "scheduling": 776,
@@ -49,7 +49,7 @@ LINES = {
     "verification": 896,
     "workers": 3490,
 }
-MOST_LINES = 17_432  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_429  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

@@ -77,11 +77,3 @@ def test_large_smoothing_is_the_least_squares_line():
     got = smoothing_spline(torch.from_numpy(values), knots, [-1.0, 0.3], smoothing=1e13)
     want = np.polyval(np.polyfit(knots, values, 1), [-1.0, 0.3])
     np.testing.assert_allclose(got.numpy(), want, rtol=0, atol=1e-11)
-
-
-def test_dim():
-    values = torch.randn(2, 6, 3, dtype=torch.float64)
-    knots, points = np.linspace(0, 1, 6), [0.1, 0.9]
-    want = torch.stack([smoothing_spline(v, knots, points) for v in values])
-    for dim in (1, -2):
-        assert torch.equal(smoothing_spline(values, knots, points, dim=dim), want)

@@ -69,9 +69,6 @@ class Grouping:
         _check("groups", groups, self.rows.shape)
         return groups.transpose(0, 1).flatten(0, 1)[self.to(groups.device)._inverse]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_copies": {}}
-
 
 def _check(argument: str, tensor: Tensor, sizes: tuple[int, ...]) -> None:
     if tensor.shape[: len(sizes)] != sizes:

@@ -1,7 +1,5 @@
-import copy
 import itertools
 import math
-import pickle
 
 import numpy as np
 import pytest
@@ -74,7 +72,7 @@ def test_scatter_inverts_gather(sizes, shape, random):
             assert torch.equal(groups[k, g], batch[grouping.targets[k, g]])
 
 
-def test_grouping_moves_and_travels():
+def test_grouping_moves():
     grouping = Grouping([2, 0, 1], 2)
     assert grouping.to(torch.device("cpu")) is grouping
     elsewhere = grouping.to(torch.device("meta"))
@@ -82,9 +80,6 @@ def test_grouping_moves_and_travels():
     assert elsewhere.rows.device == elsewhere.targets.device == torch.device("meta")
     assert elsewhere.batch_size == 3
     assert grouping.gather(torch.empty(3, 4, device="meta")).shape == (2, 2, 4)
-    for twin in (pickle.loads(pickle.dumps(grouping)), copy.deepcopy(grouping)):
-        assert torch.equal(twin.rows, grouping.rows)
-        assert twin.to(torch.device("meta")).rows.device.type == "meta"
 
 
 @pytest.mark.cuda
