@@ -129,6 +129,14 @@ def test_the_readme_is_short():
     assert len(re.sub(measured, "", text, flags=re.S).split()) <= 1100
 
 
+def test_one_version_is_named_everywhere():
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{version}] - " in (ROOT / "CHANGELOG.md").read_text()
+    notes = subprocess.run([ROOT / ".ci" / "notes", version], capture_output=True, text=True)
+    assert "### Added" in notes.stdout
+
+
 def test_contributing_is_short():
     assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 60
 
