@@ -1,4 +1,4 @@
-"""Messages to the caller: errors of arguments, warnings, and loggers.
+"""Arguments of calls, and messages to the caller: errors of arguments, warnings, and loggers.
 
 Each error names the owner (a function's name, or the object that is given the argument), the
 argument, the requirement and the value. The wrong type is a TypeError, a wrong value a ValueError.
@@ -7,6 +7,7 @@ argument, the requirement and the value. The wrong type is a TypeError, a wrong 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import math
 import numbers
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,34 @@ MOST_WORKERS = 65_536
 _INSIDE = tuple(str(Path(file).parent) for file in (__file__, str(torch.__file__)))
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def signature_of(module: Any) -> inspect.Signature:
+    """Return the signature of a module's ``forward``; one of any arguments if it does not tell."""
+    with contextlib.suppress(ValueError):  # TorchScript may have none; compiled modules hide it
+        return inspect.signature(getattr(module, "_orig_mod", module).forward)
+    return inspect.signature(lambda *input, **kwargs: None)
+
+
+def arguments(given: Any, module: Any = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return ``(args, kwargs)`` of an input, a tuple of positional arguments, or bound ones.
+
+    With a module, a mapping holds keyword arguments if ``forward`` can take them; else it is an
+    input itself.
+    """
+    if isinstance(given, inspect.BoundArguments):
+        return given.args, given.kwargs
+    if isinstance(given, Mapping) and module is not None:
+        given = dict(given)  # an encoding of Hugging Face is no dict
+        with contextlib.suppress(TypeError):
+            signature_of(module).bind(**given)
+            return (), given
+    return given if isinstance(given, tuple) else (given,), {}
+
+
+def bound(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+    """Return bound arguments of any function."""
+    return inspect.signature(lambda *args, **kwargs: None).bind(*args, **kwargs)
 
 
 def instance(owner: object, argument: str, value: Any, kind: Any, optional: bool = False) -> None:

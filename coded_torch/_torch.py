@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext
 
+from ._arguments import arguments, bound
+
 _T = TypeVar("_T")
 _LEAF = pytree.tree_structure(0)
 Fingerprint = tuple[list[Tensor], tuple[Any, ...]]
@@ -283,13 +285,6 @@ def leaf_name(root: str, tree: Any, index: int) -> str:
     return root + pytree.keystr(path)
 
 
-def arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return ``(args, kwargs)`` of an input, a tuple of positional arguments, or bound ones."""
-    if isinstance(given, inspect.BoundArguments):
-        return given.args, given.kwargs
-    return given if isinstance(given, tuple) else (given,), {}
-
-
 def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str) -> list[Any]:
     """Return the batch dimension of each leaf of ``spec``, from ``dims``, a pytree prefix of it.
 
@@ -341,7 +336,7 @@ def sample(batch: Any) -> inspect.BoundArguments:
     given = arguments(batch)
     rows = different_rows(pytree.tree_leaves(given))
     args, kwargs = pytree.tree_map(lambda x: x[rows], given)
-    return inspect.signature(lambda *args, **kwargs: None).bind(*args, **kwargs)
+    return bound(args, kwargs)
 
 
 def dependent_output(

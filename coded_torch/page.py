@@ -6,6 +6,7 @@ page, and the page's own origin. The application checks under which name it is a
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.resources
 import os
@@ -114,9 +115,12 @@ def add_page(built: app, *, faults: bool = False, is_local: bool) -> None:
     """
     chaos = Chaos(built, faults=faults, is_local=is_local)
     text = (importlib.resources.files("coded_torch") / "page.html").read_text("utf-8")
-    text, examples = text.replace("TOKEN", chaos.token), _examples(built).replace("<", r"\u003c")
+    text, shown = text.replace("TOKEN", chaos.token), {built.version: _examples(built)}
 
     async def page(_: Request) -> Response:
+        if (version := built.version) not in shown:
+            shown[version] = await asyncio.to_thread(_examples, built)
+        examples = shown[version].replace("<", r"\u003c")
         nonce = secrets.token_urlsafe(24)  # the script and the style of this response may run
         policy = f"{_POLICY}script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'"
         headers = _HEADERS | {"Content-Security-Policy": policy}
@@ -129,6 +133,7 @@ def add_page(built: app, *, faults: bool = False, is_local: bool) -> None:
         since = now - (_MINUTE if request.url.query else _AGAIN)
         content = {
             "name": built.name,
+            "version": built.version,
             "ready": built.ready,
             "deadline": built.deadline,
             "verify": built.coded.verify or 0.0,
@@ -173,14 +178,14 @@ def _examples(built: app) -> str:
 
     A model that does not repeat its output has none.
     """
-    inputs, module = built.examples or [], built.coded.module
+    inputs, module = built.examples, built.coded.module
     fit = [_MOST_NUMBERS // max(1, x[0].numel()) for x in inputs]
     rows = min(_ROWS, built.max_rows - 1, *fit, *map(len, inputs)) if inputs else 0
     if rows < 1:
         return "{}"
-    some = [x[:rows] for x in inputs]
+    some, (args, kwargs) = [x[:rows] for x in inputs], built.call(rows)
     with torch.no_grad():
-        first, again = (pytree.tree_leaves(module(*some))[0] for _ in range(2))
+        first, again = (pytree.tree_leaves(module(*args, **kwargs))[0] for _ in range(2))
     rows = _MOST_NUMBERS // max(1, first[0].numel())
     given = [(spec, x[:rows], False) for spec, x in zip(built.inputs, some, strict=True)]
     known = [(built.outputs[0], first[:rows], False)] if torch.equal(first, again) else []

@@ -48,7 +48,7 @@ def run(line):
             "--inputs cannot be read: no file fits 'none.pt'",
         ),
         ("compare torch.nn:Tanh --inputs folder.png", "it must be a .npy, .safetensors, .parquet"),
-        ("compare torch.nn:Tanh --inputs dict.pt", "it must hold one tensor, got ['x', 'y']"),
+        ("compare torch.nn:Tanh --inputs dict.pt", "x=a,y=b: the file has ['x', 'y']"),
         ("compare torch.nn:Tanh --inputs x.pt --settings 5,5,5", "0 <= S < N, got '5,5,5'"),
         ("compare torch.nn:Tanh --inputs x.pt --seed -1", "seeds must be at least 0, got -1"),
         ("compare torch.nn:Tanh --inputs x.pt --batch-size 400", "must hold at least two, one to"),

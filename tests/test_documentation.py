@@ -8,6 +8,7 @@ import io
 import json
 import pkgutil
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -17,6 +18,8 @@ import pytest
 
 import coded_torch
 from coded_torch.cli.main import main
+
+from .serve.test_command import running
 
 ROOT = Path(__file__).resolve().parents[1]
 #: The packages and modules that users import from.
@@ -107,6 +110,47 @@ def test_the_reference_of_commands_has_every_option():
         assert flags <= set(re.findall(r"--[\w-]+", " ".join(every)))
         assert all(every.values())
     assert ".. commands::" in (ROOT / "notebooks" / "reference" / "commands.rst").read_text()
+
+
+def sections():
+    """The sections of the page "Your model": their titles, and their commands."""
+    text = (ROOT / "notebooks" / "guides" / "your_model.md").read_text()
+    for section in text.split("\n## ")[1:]:
+        shell = "".join(re.findall(r"```sh\n(.*?)```", section, re.S))
+        if shell:
+            yield pytest.param(shell.splitlines(), id=section.partition("\n")[0])
+
+
+@pytest.mark.parametrize("commands", [*sections()])
+def test_your_model_works_as_the_page_says(commands, tmp_path, monkeypatch, capsys):
+    text = (ROOT / "notebooks" / "guides" / "your_model.md").read_text()
+    files = dict(re.findall(r"```python\n# (\S+)\n(.*?)```", text, re.S))
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+        monkeypatch.delitem(sys.modules, name[:-3], raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    shown = {}
+    for command in commands:
+        program, first, *more = shlex.split(command)
+        if program == "python":
+            run = [sys.executable, first]  # its workers import the main script
+            shown[first] = subprocess.check_output(run, text=True, timeout=120)
+        elif first == "serve" and "--example" not in more:
+            with running(*more, cwd=tmp_path) as (_, port):
+                ask = [sys.executable, "ask.py", f"127.0.0.1:{port}"]
+                shown[first] = subprocess.check_output(ask, text=True, timeout=120)
+        else:
+            assert main([first, *more]) == 0
+            shown[first] = capsys.readouterr().out
+    expected = {
+        "job": "This run: 80 computed rows, 0 estimated rows",
+        "compare": "no redundancy, regression",
+        "serve": r'^1 3 .*\n2 7 .*\n$|"name":"input","datatype":"FP32","shape":\[1,3,64,64\]',
+        "kill_one.py": "^256 embeddings, error 0.0, 0 estimated$",
+    }
+    for command, output in shown.items():
+        assert re.search(expected.get(command, "^$"), output), command
 
 
 def test_comments_name_benchmarks_that_exist():

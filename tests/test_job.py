@@ -21,7 +21,7 @@ from pyarrow import parquet
 from safetensors.torch import save_file
 
 import coded_torch_command
-from coded_torch.cli import job
+from coded_torch.cli import devices
 from coded_torch.cli.main import main
 
 MODEL = """
@@ -117,6 +117,24 @@ class Odd(torch.nn.Module):
 
 def odd():
     return wrapped(Odd())
+
+class Threads(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.by = torch.nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, x):
+        return {"x": x / self.by, "threads": torch.full((len(x),), torch.get_num_threads())}
+
+def threads():
+    return Threads()
+
+class Features(torch.nn.Module):
+    def forward(self, features):
+        return 2 * features["b"]
+
+def features():
+    return Features(), {"b": torch.ones(2, 1)}
 
 class Touching(torch.nn.Module):
     def forward(self, x):
@@ -269,7 +287,7 @@ def test_columns_are_arguments_as_the_caller_says(folder, factory, columns, sign
     ("factory", "columns", "message"),
     [
         ("pair", None, "for forward(x, y), as a,b or x=a,y=b: the file has ['a', 'b']"),
-        ("script", None, "for forward(*args, **kwargs), as a,b or x=a,y=b: the file has ['a', 'b'"),
+        ("script", None, "for forward(*input, **kwargs), as a,b or x=a,y=b: the file has"),
         ("minus", "a,c", "as a,b or x=a,y=b: ['c'] are not among ['a', 'b']"),
         ("minus", "a", "as a,b or x=a,y=b: missing a required argument: 'a'"),
         ("minus", "b,a,scale", "as a,b or x=a,y=b: ['scale'] are not among ['a', 'b']"),
@@ -518,11 +536,60 @@ def test_outputs_must_be_readable(folder, capsys):
     assert written(folder) == []
 
 
-def test_grace_is_passed_on(folder, monkeypatch):
+def test_options_of_workers_are_passed_on(folder, monkeypatch):
     given = []
-    monkeypatch.setattr(job, "ProcessWorkers", lambda *_, grace: given.append(grace))
-    assert main(line("served", "--grace", "77")) == 2  # a pool must be one
-    assert given == [77.0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    pool = "coded_torch.cli.ProcessWorkers"
+    monkeypatch.setattr(pool, lambda *how, **named: given.append((how, named)))
+    for more in (
+        "",
+        "--grace 77 --threads 2 --device cuda:2,0",
+        "--device auto",
+        "--device cuda --num-workers 5",
+    ):
+        assert main(line("served", *more.split())) == 2  # a pool must be one
+    three = ["cuda:0", "cuda:1", "cuda:2"]
+    assert given == [
+        ((6,), {"devices": ["cpu"], "grace": 30.0, "threads": 1}),
+        ((2,), {"devices": ["cuda:2", "cuda:0"], "grace": 77.0, "threads": 2}),
+        ((3,), {"devices": three, "grace": 30.0, "threads": 1}),
+        ((5,), {"devices": three, "grace": 30.0, "threads": 1}),
+    ]
+
+
+@pytest.mark.parametrize("text", ["cuda:2", "cuda:", "cuda:-1", "gpu", "cuda:0,", "cpu:0"])
+def test_devices_that_are_not_there_are_refused(folder, monkeypatch, capsys, text):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SystemExit):
+        main(line("served", "--device", text))
+    assert f"of 2 CUDA devices here, got {text!r}" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert devices("auto") == devices("cpu") == ["cpu"]
+
+
+def test_workers_compute_in_the_type_and_with_the_threads_of_the_options(folder):
+    more = ["--dtype", "bfloat16", "--threads", "2", "--num-workers", "1", "--device", "cpu"]
+    assert main(line("threads", *more)) == 0
+    found = torch.load(folder / "out" / "batch-000000000000.pt")["outputs"]
+    assert found["x"].dtype is torch.float32
+    rows = torch.from_numpy(np.load(folder / "rows.npy"))[: len(found["x"])]
+    assert found["x"].equal((rows.bfloat16() / 3).float())
+    assert not found["x"].equal(rows / 3)
+    assert (found["threads"] == 2).all()
+
+
+def test_options_of_workers_are_refused_where_they_would_do_nothing(folder, capsys):
+    for flag, value in (("--threads", "2"), ("--dtype", "float16"), ("--num-workers", "2")):
+        assert main(line("here", flag, value)) == 2
+        assert f"{flag} must be left out, as models:here returns" in capsys.readouterr().err
+
+
+def test_columns_are_named_by_a_dict_of_examples(folder, capsys):
+    save_file({"b": torch.ones(9, 1), "a": torch.zeros(9, 1)}, folder / "rows.safetensors")
+    more = ["--inputs", "rows.safetensors", "--num-workers", "1"]
+    assert main(line("features", *more)) == 0
+    assert "Columns of rows.safetensors: features={'b': 'b'}." in capsys.readouterr().out
+    assert (torch.load(folder / "out" / "batch-000000000000.pt")["outputs"][0] == 2).all()
 
 
 def started(folder):

@@ -1,4 +1,4 @@
-"""The command ``coded-torch``; here the helpers of its parts: errors, options and output."""
+"""The command ``coded-torch``; here the helpers of its parts: errors, models, options, output."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ..nn import CodedWrapper
+from ..workers import ProcessWorkers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,6 +97,77 @@ def find_factory(command: str, text: str) -> Callable[[], Any]:
         raise CommandError(f"coded-torch {command}: {must}, got {got}")
     factory: Callable[[], Any] = found
     return factory
+
+
+def make_model(
+    args: argparse.Namespace, factory: Callable[[], Any] | None = None
+) -> tuple[Any, Any]:
+    """Return the module, or wrapper of one, of a factory, and examples of its inputs or None."""
+    command, name = args.run.__name__, args.factory
+    made = (factory or find_factory(command, name))()
+    model, examples = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        got = type(made).__name__
+        if isinstance(made, tuple):
+            got = f"({', '.join(type(each).__name__ for each in made)})"
+        must = "must return a module, or a module and examples of its inputs"
+        raise CommandError(f"coded-torch {command}: {name} {must}, got {got}")
+    for flag, option in POOL_NAMES.items() if isinstance(model, CodedWrapper) else ():
+        if getattr(args, option, None) is not None:
+            why = f"{name} returns a CodedWrapper with its own workers"
+            raise CommandError(f"coded-torch {command}: {flag} must be left out, as {why}")
+    if dtype := getattr(args, "dtype", None):
+        model.to(getattr(torch, dtype))
+        model.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+        model.register_forward_hook(_cast_outputs)
+    return model.eval(), examples
+
+
+def _cast_inputs(module: nn.Module, *given: Any) -> Any:
+    """Bring a model's inputs to the type of its weights."""
+    dtype = next((x.dtype for x in module.parameters() if x.is_floating_point()), torch.float32)
+    return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, given)
+
+
+def _cast_outputs(_module: nn.Module, _given: Any, made: Any) -> Any:
+    """Bring a model's outputs to single precision."""
+    return tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, made)
+
+
+def devices(text: str) -> list[str]:
+    """Return the devices of this machine that a text names, for argparse."""
+    many = torch.cuda.device_count()
+    if text == "cpu" or (text == "auto" and not many):
+        return ["cpu"]
+    numbers = [*range(many)] if text in ("auto", "cuda") else []
+    if re.fullmatch(r"cuda:\d+(,\d+)*", text):
+        numbers = [int(x) for x in text[5:].split(",")]
+    if not numbers or max(numbers) >= many:
+        must = "must be cpu, auto, cuda or cuda:0,1 and the like"
+        raise argparse.ArgumentTypeError(f"{must}, of {many} CUDA devices here, got {text!r}")
+    return [f"cuda:{number}" for number in numbers]
+
+
+#: The options of a pool of processes.
+POOL: tuple[Option, ...] = (
+    ("--num-workers", int, None, "worker processes [6, or one for each device of CUDA]"),
+    ("--device", devices, None, "of the workers, in turn: cpu, cuda, cuda:0,1 or auto [cpu]"),
+    ("--threads", int, None, "threads of a worker for one operation [1]"),
+    ("--dtype", ("bfloat16", "float16", "float32"), None, "of the model; outputs are float32"),
+    ("--grace", float, None, "hang timeout of a worker in seconds [job: 30; serve: 10 deadlines]"),
+)
+POOL_NAMES = {flag: flag[2:].replace("-", "_") for flag, *_ in POOL}
+
+
+def processes(args: argparse.Namespace, grace: float = 30.0) -> ProcessWorkers:
+    """Return the pool for the options, in which a worker hangs after ``grace`` by default."""
+    chosen = args.device or ["cpu"]
+    number = args.num_workers
+    if number is None:
+        number = 6 if chosen == ["cpu"] else len(chosen)
+    how: Any = {"grace": grace if args.grace is None else args.grace}
+    how["threads"] = 1 if args.threads is None else args.threads
+    return ProcessWorkers(number, devices=chosen, **how)
 
 
 def options(parser: argparse.ArgumentParser, *table: Option) -> None:

@@ -34,6 +34,7 @@ class Rows:
     Args:
         sources: paths, or patterns of :func:`glob.glob`, whose files are sorted by name.
         whole: true if Parquet files are to be read whole, so that rows can be read in any order.
+        command: the command, which errors of reading name.
 
     Attributes:
         paths: the files.
@@ -41,7 +42,8 @@ class Rows:
         total: the number of rows.
     """
 
-    def __init__(self, sources: Iterable[str], whole: bool = False) -> None:
+    def __init__(self, sources: Iterable[str], whole: bool = False, command: str = "job") -> None:
+        self._command = command
         self.paths = [path for source in sources for path in _paths(source)]
         self._opened = functools.lru_cache(_MOST_OPEN)(functools.partial(_open, whole=whole))
         self._before, lengths = [_look(path.stat()) for path in self.paths], list[int]()
@@ -100,7 +102,7 @@ class Rows:
         places = columns.args, columns.kwargs
         names = tree_leaves(places)
         for start in starts:
-            with usage("job: --inputs cannot be read", errors=Exception):
+            with usage(f"{self._command}: --inputs cannot be read", errors=Exception):
                 found = self.read(dict.fromkeys([*names, *keys]), start, size)
                 args, kwargs = tree_map(lambda name, of=found: _tensor(name, of[name]), places)
             if kept is not None:

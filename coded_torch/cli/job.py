@@ -7,7 +7,6 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import inspect
 import io
 import json
 import logging
@@ -20,7 +19,7 @@ import time
 import types
 import zipfile
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from inspect import BoundArguments
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,10 @@ from torch import Tensor, nn
 
 import coded_torch
 
-from .._arguments import count
+from .._arguments import arguments, count, signature_of
 from ..codes import NotEnoughResults
 from ..nn import CodedWrapper, Waiting
-from ..workers import ProcessWorkers
-from . import CommandError, find_factory, need, replace, resuming, say, usage
+from . import CommandError, find_factory, make_model, need, processes, replace, resuming, say, usage
 from .files import UNNAMED, Rows, encoded
 from .mean import mean, start
 
@@ -68,8 +66,7 @@ def _begin(args: argparse.Namespace) -> None:
         rows = Rows(args.inputs, args.mean)
     factory = find_factory("job", args.factory)
     args.of = None if args.of is None else find_factory("job", args.of)
-    made = factory()
-    coded = made[0] if isinstance(made, tuple) and made else made  # `serve` needs examples, too
+    coded, examples = make_model(args, factory)
     with contextlib.ExitStack() as held:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
         held.callback(signal.signal, signal.SIGTERM, before)
@@ -83,10 +80,9 @@ def _begin(args: argparse.Namespace) -> None:
                 raise ValueError(f"--deadline and --on-error must be left out, as {why}")
             if not is_made:
                 waiting = Waiting(args.deadline, on_error=args.on_error)
-                workers = ProcessWorkers(args.num_workers, grace=args.grace)
-                coded = CodedWrapper(coded, workers=workers, waiting=waiting)
+                coded = CodedWrapper(coded, workers=processes(args), waiting=waiting)
             size, written = count("job", "batch_size", args.batch_size), _written(args, rows)
-            columns = _columns(args, rows, coded.eval().module)
+            columns = arguments_of(args, rows, coded.module, examples)
             next(rows.batches(columns, 1, [0]))
             mapping = ", ".join(f"{name}={x}" for name, x in columns.arguments.items())
             args.output.mkdir(parents=True, exist_ok=True)
@@ -196,20 +192,27 @@ def _sum_up(
 # Inputs and calls.
 
 
-def _columns(args: argparse.Namespace, rows: Rows, module: nn.Module) -> BoundArguments:
-    """Return the names of the columns in the places of the arguments of ``forward``."""
-    signature = inspect.signature(lambda *args, **kwargs: None)
-    with contextlib.suppress(ValueError):  # TorchScript may have none; compiled modules hide it
-        signature = inspect.signature(getattr(module, "_orig_mod", module).forward)
-    kinds = {name: x.kind.name for name, x in signature.parameters.items()}
-    names = [name for name in rows.names if name not in args.keys or name in kinds] or rows.names
+def arguments_of(
+    args: argparse.Namespace, rows: Rows, module: nn.Module, examples: Any
+) -> BoundArguments:
+    """Return the names of the columns in the places of the arguments of ``forward``.
+
+    By default they are the names in a dict of examples, if these are columns.
+    """
+    signature = signature_of(module)
+    if not args.columns and isinstance(examples, Mapping) and {*examples} <= {*rows.names}:
+        places, named = arguments({name: name for name in examples}, module)
+        return signature.bind(*places, **named)
+    kinds, keys = {name: x.kind.name for name, x in signature.parameters.items()}, args.keys or ()
+    names = [name for name in rows.names if name not in keys or name in kinds] or rows.names
     by_name = all(kinds.get(x) in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY") for x in names)
     by_name |= set(kinds.values()) == {"VAR_KEYWORD"}
     pairs = [(name if by_name and names != [UNNAMED] else "", name) for name in names]
     if args.columns is not None:
         pairs = [each.rpartition("=")[::2] for each in args.columns.split(",")]
     by_order = [column for name, column in pairs if not name]
-    with usage(f"job: --columns must name columns for forward{signature}, as a,b or x=a,y=b"):
+    must = f"--columns must name columns for forward{signature}, as a,b or x=a,y=b"
+    with usage(f"{args.run.__name__}: {must}"):
         if args.columns is None and len(by_order) > 1:
             raise ValueError(f"the file has {names}")
         if unknown := [column for _, column in pairs if column not in rows.names]:

@@ -12,15 +12,17 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import coded_torch
 
 from .. import _extension
-from .._arguments import MOST_WORKERS, count, dense
+from .._arguments import MOST_WORKERS, count
 from ..codes import RegressionCode
 from ..demo import digits, lenet5
 from ..experiments import planner
@@ -28,9 +30,9 @@ from ..linear import SplineMap
 from ..nn import CodedWrapper
 from ..stragglers import Uniform
 from ..workers import LocalWorkers
-from . import CommandError, Option, find_factory, need, options, picture, save, say, usage
+from . import POOL, CommandError, Option, make_model, need, options, picture, save, say, usage
 from .files import Rows
-from .job import job
+from .job import arguments_of, job
 from .serve import LENET5, serve
 
 __all__ = ["main"]
@@ -94,24 +96,25 @@ def compare(args: argparse.Namespace) -> None:
     """Compare the codes on your own model while workers are lost."""
     need("compare", "demo", "matplotlib")
 
-    def load(flag: str, path: str) -> list[Tensor]:
-        with usage(f"compare: {flag} cannot be read", errors=Exception):
-            rows = Rows([path]).tensor().to(args.device)
-        with usage("compare", prefix="compare: "):
-            dense("compare", flag, rows, floating=False)
-            parts = torch.atleast_1d(rows).split(count("compare", "--batch-size", args.batch_size))
-        return [x for x in parts if len(x) == args.batch_size]
-
-    batches = load("--inputs", args.inputs)
-    labels = None if args.labels is None else load("--labels", args.labels)
-    model = find_factory("compare", args.factory)()
-    if isinstance(model, nn.Module):  # the comparison refuses any other object
-        model = model.to(args.device)
-    _compare(args, model, batches, labels)
+    model, examples = make_model(args)
+    with usage("compare", prefix="compare: "):
+        size = count("compare", "--batch-size", args.batch_size)
+    with usage("compare: --inputs cannot be read", errors=Exception):
+        rows, args.keys = Rows([args.inputs], command="compare"), None
+        columns = arguments_of(args, rows, model, examples)
+        if columns.kwargs:
+            raise ValueError(f"arguments of forward must be positional, got {columns.kwargs}")
+        calls = rows.batches(columns, size, range(0, rows.total - size + 1, size))
+        batches = [tree_map(lambda x: x.to(args.device), call.args) for call in calls]
+    labels = None
+    if args.labels is not None:
+        with usage("compare: --labels cannot be read", errors=Exception):
+            labels = Rows([args.labels]).tensor().to(args.device).split(size)[: len(batches)]
+    _compare(args, model.to(args.device), batches, labels)
 
 
 def _compare(
-    args: argparse.Namespace, model: nn.Module, batches: list[Tensor], labels: list[Tensor] | None
+    args: argparse.Namespace, model: nn.Module, batches: list[Any], labels: Sequence[Tensor] | None
 ) -> None:
     command = args.run.__name__
     with usage(command, prefix="compare: "):
@@ -214,7 +217,8 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
     demo: (("--settings", _settings, "100,20,60 24,20,4", _TRIPLES), *_LOST),
     compare: (
         ("factory", str, ..., "a function that returns the model"),
-        ("--inputs", str, ..., "a .pt, .npy, .safetensors or .parquet file of a tensor [n, ...]"),
+        ("--inputs", str, ..., "a .pt, .npy, .safetensors or .parquet file"),
+        ("--columns", str, None, _COLUMNS),
         ("--labels", str, None, "such a file of the true classes [n]"),
         ("--batch-size", int, _BATCH_SIZE, "rows of a batch"),
         ("--settings", _settings, "24,20,4", _TRIPLES),
@@ -227,13 +231,15 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
         ("--header", dict, None, "headers for the endpoints: NAME=@FILE or NAME='$VARIABLE'"),
         ("--ca", Path, None, "a PEM file of certificates that verify the endpoints"),
         ("--parts", int, 4, "parts of a batch"),
-        ("--num-workers", int, 6, "worker processes"),
+        *POOL,
         ("--deadline", float, 0.2, "seconds from the arrival of a request to its answer"),
         ("--host", str, "127.0.0.1", "the address to listen on"),
         ("--port", int, 8000, "the port to listen on, or 0 for any"),
         ("--allowed-hosts", list, None, "names by which clients may ask, and loopback ones"),
         ("--max-batch-size", int, 64, "rows of a batch"),
         ("--max-queued-requests", int, 256, "requests that may wait"),
+        ("--token", str, None, "who may load new weights: @FILE or '$VARIABLE', which holds it"),
+        ("--fixed-shapes", bool, False, "refuse rows of other sizes than those of the examples"),
         ("--name", str, None, "the model's name in URLs, unless MODEL, lenet5 or FACTORY"),
         ("--verify", float, 0.0, "the share of rows that a second worker computes"),
         ("--memory", bool, False, "estimate from earlier requests and answers, of any client"),
@@ -255,8 +261,7 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
         ("--check", Path, None, "a folder; print which of its batches are not whole, and end"),
         ("--batch-size", int, 256, "rows of a batch"),
         ("--in-flight", int, 4, "batches that are computed at once"),
-        ("--num-workers", int, 6, "worker processes"),
-        ("--grace", float, 30.0, "hang timeout of a worker, in seconds"),
+        *POOL,
         ("--deadline", float, None, "seconds after which missing rows are estimated"),
         ("--on-error", ("raise", "estimate"), "raise", "if the model fails on a row"),
         ("--mean", bool, False, "only the means over all rows, from as few as are needed"),

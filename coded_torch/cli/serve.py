@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import signal
 import socket
 import ssl
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..nn import CodedWrapper
 from ..stragglers import Bernoulli
 from ..surrogates import Memory
-from ..workers import FaultyWorkers, ProcessWorkers
-from . import find_factory, need, say, usage
+from ..workers import FaultyWorkers
+from . import POOL_NAMES, CommandError, find_factory, make_model, need, processes, say, usage
 
 #: The factory of the embedded LeNet-5.
 LENET5 = "coded_torch.demo:lenet5_and_digits"
@@ -33,6 +37,7 @@ def serve(args: argparse.Namespace) -> None:
     """Answer HTTP requests (KServe v2) within a deadline, on processes that fail."""
     need("serve", "serve", "starlette", "uvicorn", "httptools", "orjson", "prometheus_client")
     from ..open_inference import Model, request
+    from ..open_inference.description import bind
     from ..page import LOOPBACK, add_page
     from ..serve import app
 
@@ -50,18 +55,26 @@ def serve(args: argparse.Namespace) -> None:
     if workers is None:
         module, how = _own(args)
     if args.example is not None:
-        rows = [x[args.example][None] for x in how["examples"]]
+        call = bind("serve", module, how["examples"])
+        leaves = tree_leaves((call.args, call.kwargs))
+        if not 0 <= args.example < len(leaves[0]):
+            must = f"--example must be from 0 to {len(leaves[0]) - 1}, got {args.example}"
+            raise CommandError(f"coded-torch serve: {must}")
+        rows = [x[args.example][None] for x in leaves]
         say(request(Model("", tuple(how["inputs"]), (), False), rows)[0].decode())
         return
     usual = args.model or ("lenet5" if args.factory == LENET5 else args.factory.partition(":")[2])
     how["name"] = name = args.name or usual
     how |= {x: getattr(args, x) for x in ("deadline", "max_batch_size", "max_queued_requests")}
     own = (*LOOPBACK, args.host) if is_local or args.host.startswith("127.") else ()
+    if args.token is not None:
+        with usage("serve: --token"):
+            how["token"] = _header(f"--token={args.token}")[1]
     if hosts := [*dict.fromkeys((*own, *(args.allowed_hosts or ())))]:
         how["allowed_hosts"] = hosts
     with usage("serve"):
         if workers is None:
-            workers = ProcessWorkers(args.num_workers, grace=max(1.0, _GRACE * args.deadline))
+            workers = processes(args, grace=max(1.0, _GRACE * args.deadline))
         if args.chaos:  # the page says which workers attack, each in its own way
             delays = Bernoulli(0.03, latency=0.05, seed=args.seed)
             faults: Any = {"seed": args.seed, "crash_every": 5.0, "attack": _spoil}
@@ -77,7 +90,7 @@ def serve(args: argparse.Namespace) -> None:
     if args.endpoints:
         say(f"Asking {len(args.endpoints)} endpoints for {args.model}.")
     else:
-        say(f"Loading {name} on {args.num_workers} processes; requests wait for that.")
+        say(f"Loading {name} on {workers.num_workers} processes; requests wait for that.")
     _listen(built, args.host, args.port, name, is_local or args.page)
 
 
@@ -91,6 +104,7 @@ def _fleet(args: argparse.Namespace) -> tuple[nn.Module, Any, dict[str, Any]]:
     from ..workers import EndpointWorkers, RemoteModule
 
     given = {"MODULE:FACTORY": args.factory != LENET5, "--chaos": args.chaos}
+    given |= {flag: getattr(args, name) is not None for flag, name in POOL_NAMES.items()}
     for flag, is_given in (given | {"--example": args.example is not None}).items():
         if is_given:
             raise ValueError(f"{flag} must be left out with --endpoints")
@@ -120,7 +134,7 @@ def _header(text: str) -> tuple[str, str]:
     value = os.environ.get(source[1:], "") if source[:1] == "$" else ""
     value = Path(source[1:]).read_text().strip() if source[:1] == "@" else value
     if not name or not value:
-        raise ValueError("must be NAME=@FILE or NAME='$VARIABLE', which holds the value")
+        raise ValueError("must be @FILE or '$VARIABLE' with the value, a header NAME=@FILE")
     return name, value
 
 
@@ -128,23 +142,16 @@ def _own(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model of the factory, its specs and examples of its inputs."""
     from ..serve import specs
 
-    made = find_factory("serve", args.factory)()
+    factory = find_factory("serve", args.factory)
+    model, examples = make_model(args, factory)
     with usage("serve"):
-        model, examples = made if isinstance(made, tuple) and len(made) == 2 else (None, ())
-        examples = examples if isinstance(examples, tuple) else (examples,)
-        whole = all(isinstance(x, Tensor) and x.dim() and len(x) for x in examples)
-        if not (isinstance(model, nn.Module) and examples and whole):
-            must = "a module and examples of its inputs, a tensor with rows or a tuple of some"
-            raise TypeError(f"{args.factory} must return {must}, got {_kinds(made)}")
-        inputs, outputs = specs(model.eval(), examples)
-        most = len(examples[0]) - 1
-        if args.example is not None and not 0 <= args.example <= most:
-            raise ValueError(f"--example must be from 0 to {most}, got {args.example}")
-    return model, {"inputs": inputs, "outputs": outputs, "examples": examples}
-
-
-def _kinds(made: Any) -> str:
-    return f"({', '.join(map(_kinds, made))})" if isinstance(made, tuple) else type(made).__name__
+        if examples is None:
+            must = "return a module and examples of its inputs, a tensor, a tuple or a dict"
+            raise TypeError(f"{args.factory} must {must}, got {type(model).__name__}")
+        with usage(f"serve: {args.factory}", prefix="specs: "):
+            inputs, outputs = specs(model, examples, fixed_shapes=args.fixed_shapes)
+    found = {"inputs": inputs, "outputs": outputs, "examples": examples}
+    return model, found | {"make": lambda: make_model(args, factory)[0]}
 
 
 def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None:
@@ -153,7 +160,13 @@ def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None
     from ..serve import Connection
 
     logging.basicConfig(stream=sys.stderr, level="WARNING", format="%(name)s: %(message)s")
-    logging.getLogger("coded_torch.workers").setLevel("INFO")  # says when the model is loaded
+    for each in ("workers", "serve"):  # say when a version of the model is loaded
+        logging.getLogger(f"coded_torch.{each}").setLevel("INFO")
+
+    def renew() -> None:
+        with contextlib.suppress(Exception):  # its log says why
+            built.renew()
+
     # Requests may come before the model is loaded, so the socket is opened here. The protocol is
     # named: if it is 0, asyncio leaves Nagle's algorithm on, which adds 40 ms to every request of a
     # kept connection.
@@ -172,6 +185,7 @@ def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None
         quiet |= {"http": Connection, "backlog": max(1, Connection.most // 2)}
         how: Any = {"ws": "none", "lifespan": "on", "timeout_keep_alive": _KEEP_ALIVE}
         config = uvicorn.Config(built, **how, **quiet)
+        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=renew, daemon=True).start())
         with usage("serve", TypeError, prefix="Workers: "):
             built.load()  # here Ctrl-C ends it, and an error of the model ends the command
         built.load = lambda: None  # not twice

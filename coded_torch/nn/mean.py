@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._arguments import count, instance, real, real_array
-from .._torch import arguments, as_called, device_of, exactly, on_host
+from .._arguments import arguments, count, instance, real, real_array
+from .._torch import as_called, device_of, exactly, on_host
 from ..input_space.finite_mean import Kernel, KernelRegression, intervals
 from ..input_space.metrics import METRICS, Leaf, fitted, leaves_of, typical_rows
 from ..scheduling.waiting import Waiting

@@ -14,8 +14,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from .._arguments import count
-from .._torch import arguments
+from .._arguments import arguments, count
 from ..workers.live import INTERRUPTION, Ambient, Interruption
 from .mean import Interval, Looks
 

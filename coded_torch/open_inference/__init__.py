@@ -18,8 +18,7 @@ from urllib.parse import quote
 import numpy as np
 import orjson
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
 from .._arguments import count, instance
 
@@ -92,30 +91,6 @@ FORMER = {
     "label_p_value": TensorSpec("label_risk", "FP32", ()),
 }
 LISTED = tuple(FORMER.get(spec.name, spec) for spec in ADDED[:5])
-
-
-def specs(
-    module: nn.Module, examples: Sequence[Tensor]
-) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """Return the specs of a module's inputs and outputs. The module runs once on the examples.
-
-    One input is named ``input``, several ``input0``, ``input1`` and so on. Outputs have the keys of
-    a dict, the fields of a named tuple, else such names as well.
-    """
-    with torch.no_grad():
-        made = module(*examples)
-    leaves = pytree.tree_leaves(made)
-    if not all(isinstance(leaf, Tensor) for leaf in leaves):
-        raise TypeError("the module must return tensors to be served")
-    keys = list(made) if isinstance(made, Mapping) else getattr(made, "_fields", ())
-    flat = len(keys) == len(leaves)  # False if some outputs are nested
-    names = [str(key) for key in keys] if flat else _numbered("output", len(leaves))
-    inputs = map(TensorSpec.of, _numbered("input", len(examples)), examples)
-    return list(inputs), list(map(TensorSpec.of, names, leaves))
-
-
-def _numbered(word: str, count: int) -> list[str]:
-    return [word] if count == 1 else [f"{word}{i}" for i in range(count)]
 
 
 def from_bytes(spec: TensorSpec, shape: Sequence[int], data: memoryview) -> Tensor:

@@ -4,7 +4,8 @@
 computes it with others, and ``metrics.py`` counts the outcome. Needs the extra ``serve``.
 """
 
-from ..open_inference import DATATYPES, TensorSpec, specs
+from ..open_inference import DATATYPES, TensorSpec
+from ..open_inference.description import specs
 from .application import app, deployment
 from .protocol import Connection
 

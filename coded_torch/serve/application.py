@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import gc
 import time
 from collections import Counter, deque
@@ -18,17 +17,21 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import coded_torch
 
 from .. import tracing
-from .._arguments import count, instance, positive
+from .._arguments import bound, count, instance, positive
+from .._torch import positional
 from ..nn import CodedWrapper
 from ..open_inference import ADDED, FORMER, LISTED, TensorSpec, written
+from ..open_inference.description import bind
 from .batcher import TO_ANSWER, Batch, Batcher, compute
 from .metrics import Metrics
-from .protocol import VERSION, Reader, RequestError, timeout
+from .protocol import Reader, RequestError, timeout
+from .versions import Versions
 
 # The number of requests that Ray lets into a replica; a bound, not tuned. Ray's default of 5 would
 # refuse before the application's own bound of 256 does.
@@ -53,20 +56,30 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
     with ``Retry-After`` if too many requests wait, its answer would probably be late, no worker is
     left, or all workers hang: then one request at a time is tried.
 
+    With ``make``, :meth:`renew` loads the next version of the model while the present one answers.
+    Each answer is of one version, its ``model_version``.
+
     Args:
         coded: the model on its workers. Its ``waiting`` gets the deadline of each batch.
         name: the model's name in URLs.
-        inputs: the specs of the module's positional arguments, each with the batch first.
+        inputs: the specs of the module's inputs, in the order of the examples' leaves or, without
+            examples, of its positional arguments. Each has the batch first.
         outputs: the specs of the tensors that the module returns, leaf by leaf, ``[B, ...]``.
         deadline: seconds from the arrival of a request to its answer. A request may ask for less
             by its parameter ``timeout``, in microseconds.
-        examples: some rows of each input. Every worker runs the model on two of them before the
-            application is ready. Defaults to None: the first requests wait for the loading.
+        examples: some rows of each input: a tensor, several in a list or tuple, or a mapping of
+            keyword arguments. The model is called as on them, and every worker runs it on two
+            rows before the application is ready. Defaults to None: the first requests wait for the
+            loading.
         max_batch_size: the number of rows of a batch, and of a request.
         max_queued_requests: the number of requests that may wait.
         allowed_hosts: the names that a request's ``Host``, and its ``Origin`` if it has one, may
             have. Without them, any page of the web can use a server on a loopback address. Defaults
             to None: any name.
+        make: returns a new module with other weights. Defaults to None: the model stays.
+        token: who sends it as ``Authorization: Bearer TOKEN`` may ask for :meth:`renew` by ``POST
+            /v2/repository/models/NAME/load``. Defaults to None: whoever asks from a loopback
+            address, without a proxy and from no page of the web.
     """
 
     def __init__(
@@ -77,10 +90,12 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
         deadline: float,
-        examples: Sequence[Tensor] | None = None,
+        examples: Any = None,
         max_batch_size: int = 64,
         max_queued_requests: int = 256,
         allowed_hosts: Sequence[str] | None = None,
+        make: Callable[[], nn.Module] | None = None,
+        token: str | None = None,
     ) -> None:
         instance(self, "coded", coded, CodedWrapper)
         instance(self, "name", name, str)
@@ -97,12 +112,22 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
                 but = f", none of {', '.join(added)}" if added else ""
                 raise ValueError(f"app: {argument} must be named, each once{but}, got {names}")
         self.name, self.inputs, self.outputs = name, inputs, outputs
-        self.coded, self.examples = coded, examples
+        self._versions = Versions(self, coded, make, token)
+        self.examples: list[Tensor] = []
+        self.form = positional(len(inputs))[0]  # of the arguments of a call
+        if examples is not None:
+            call = bind(self, coded.module, examples)
+            self.examples, self.form = pytree.tree_flatten((call.args, call.kwargs))
+            if len(self.examples) != len(inputs):
+                must = f"examples must hold a tensor for each of inputs, {len(inputs)}"
+                raise ValueError(f"app: {must}, got {len(self.examples)}")
         self.allowed_hosts = None if allowed_hosts is None else [x.lower() for x in allowed_hosts]
         for host in self.allowed_hosts or ():
             if set(host) & set("/*[]@") or host.count(":") == 1:
                 must = "allowed_hosts must be names or addresses, without ports"
                 raise ValueError(f"app: {must}, got {host!r}")
+        if make is not None and not self.examples:
+            raise ValueError("app: make must come with examples, got none")
         self.deadline = positive(self, "deadline", deadline)
         self.max_rows = count(self, "max_batch_size", max_batch_size)
         self.pool, self.metrics, self.ready = coded.workers, Metrics(), False
@@ -116,19 +141,22 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
                 return size * self.pool.concurrency, coded.parts or size
             return 1, 1
 
+        def run(*batch: Any) -> Batch:
+            present, version = self._versions.present
+            return compute(present, outputs, self.form, *batch)._replace(version=version)
+
         self.batcher = Batcher(
-            functools.partial(compute, coded, outputs),
+            run,
             max_batch_size=self.max_rows,
             max_queued_requests=count(self, "max_queued_requests", max_queued_requests),
             slots=slots,
             on_batch=lambda *batch: self.metrics.batch(self.pool, *batch),
             states=lambda: Counter(state for state, _ in self.pool.states.values()),
         )
-        self.reader = Reader(inputs, outputs, self.max_rows)
+        self.reader = Reader(inputs, outputs, self.max_rows, self.examples)
         server = {"name": "coded_torch", "version": coded_torch.__version__}
         model: dict[str, Any] = {"name": name, "platform": "coded_torch"}
         config: dict[str, Any] = model | {"backend": "coded_torch", "max_batch_size": self.max_rows}
-        model["versions"] = [VERSION]
         for key, specs in (("input", inputs), ("output", [*outputs, *LISTED])):
             model[f"{key}s"] = [spec.metadata() for spec in specs]
             config[key] = [
@@ -142,12 +170,12 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             Route("/v2/health/ready", self.is_ready),
             Route("/v2/models/stats", self.statistics),
             Route("/v2/repository/index", self.index, methods=["POST"]),
+            Route(f"/v2/repository/models/{name}/load", self._versions.load, methods=["POST"]),
         ]
-        paths = f"/v2/models/{name}", f"/v2/models/{name}/versions/{VERSION}"
-        self._infer_paths = {f"{path}/infer" for path in paths}
-        for path in paths:
+        self._path = f"/v2/models/{name}"
+        for path in (self._path, f"{self._path}/versions/{{version}}"):
             routes += [
-                Route(path, lambda _: JSONResponse(model)),
+                Route(path, lambda _: JSONResponse(model | {"versions": [self.version]})),
                 Route(f"{path}/config", lambda _: JSONResponse(config)),
                 Route(f"{path}/ready", self.is_ready),
                 Route(f"{path}/stats", self.statistics),
@@ -165,9 +193,15 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             headers = {x.decode("latin-1"): y.decode("latin-1") for x, y in scope["headers"]}
             try:
                 self._check_names(headers)
-                if scope["path"].removeprefix(scope.get("root_path", "")) in self._infer_paths:
+                path, version = scope["path"].removeprefix(scope.get("root_path", "")), ""
+                if path.startswith(versions := f"{self._path}/versions/"):
+                    version, _, rest = path.removeprefix(versions).partition("/")
+                    if version != self.version:
+                        raise HTTPException(404)
+                    path = f"{self._path}/{rest}"
+                if path == f"{self._path}/infer":
                     with tracing.span("infer", headers):
-                        answer = await self._infer(scope["method"], headers, receive)
+                        answer = await self._infer(scope["method"], headers, receive, version)
             except Exception as error:  # answered here, and raised for the log of the server
                 await (await self.refuse(Request(scope), error))(scope, receive, send)
                 if isinstance(error, HTTPException):
@@ -186,12 +220,40 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
                     must = f"the {name} of a request must be one of {', '.join(allowed)}"
                     raise RequestError(403, "invalid", f"{must}, got {url.lstrip('/')!r:.80}")
 
+    @property
+    def coded(self) -> CodedWrapper:
+        """The present version of the model."""
+        return self._versions.present[0]
+
+    @property
+    def version(self) -> str:
+        """The number of the present version: 1, and one more after each :meth:`renew`."""
+        return self._versions.present[1]
+
     def load(self) -> None:
         """Start the workers. With examples, each runs the model on two rows; it must not fail."""
-        if self.examples is None:
-            self.pool.start()
+        if self.examples:
+            self.pool.start_on(self.coded.module, bound(*self.call(self.max_rows)))
         else:
-            self.pool.start_on(self.coded.module, tuple(x[: self.max_rows] for x in self.examples))
+            self.pool.start()
+
+    def renew(self) -> str:
+        """Load what ``make`` returns, and return its version, which answers all later batches.
+
+        Workers load it one by one while they are used, and the present version answers meanwhile.
+        Memories begin anew. If anything fails, the present version stays, and the error is raised.
+
+        Raises:
+            RuntimeError: the application is not ready, has no ``make``, or loads a version already;
+                or not all workers loaded it in time.
+            TypeError, ValueError: it is the present module, or its inputs or outputs are others.
+            Exception: of ``make``, or as :class:`~coded_torch.workers.WorkerError` of the module.
+        """
+        return self._versions.renew()
+
+    def call(self, rows: int) -> Any:
+        """Return ``(args, kwargs)`` of the first examples."""
+        return pytree.tree_unflatten([x[:rows] for x in self.examples], self.form)
 
     @contextlib.asynccontextmanager
     async def run_workers(self, _: Starlette) -> AsyncIterator[None]:
@@ -222,11 +284,13 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
     async def index(self, _: Request) -> Response:
         """List the model, as Triton lists its repository."""
         state = "READY" if self.ready else "UNAVAILABLE"
-        return JSONResponse([{"name": self.name, "version": VERSION, "state": state, "reason": ""}])
+        return JSONResponse(
+            [{"name": self.name, "version": self.version, "state": state, "reason": ""}]
+        )
 
     async def statistics(self, _: Request) -> Response:
         """Return the numbers and the times of requests and batches, as Triton does."""
-        found = {"name": self.name, "version": VERSION, "batch_stats": []}
+        found = {"name": self.name, "version": self.version, "batch_stats": []}
         return JSONResponse({"model_stats": [found | self.metrics.statistics()]})
 
     async def metrics_text(self, _: Request) -> Response:
@@ -234,7 +298,9 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         self.metrics.workers(self.pool)
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    async def _infer(self, method: str, headers: dict[str, str], receive: Receive) -> Response:
+    async def _infer(
+        self, method: str, headers: dict[str, str], receive: Receive, version: str
+    ) -> Response:
         """Read a request, queue it, and return its answer by its deadline."""
         if method != "POST":
             raise HTTPException(405, headers={"Allow": "POST"})
@@ -249,11 +315,13 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             raise RequestError(503, "unavailable", "no worker computed it: none is up")
         if answer is None:
             raise RequestError(504, "late", "too few results came within the deadline")
+        if version not in ("", answer.version):
+            raise RequestError(503, "unavailable", f"version {version} was replaced meanwhile")
         coverage = answer.report.coverage and (message.coverage or answer.report.coverage)
         rows, estimated = len(message.inputs[0]), sum(answer.estimated[answer.rows])
         parameters = {"coverage": coverage} if coverage else {}
         parameters |= dict.fromkeys(("estimated_rows", "predicted_rows"), estimated)
-        about = {"model_name": self.name, "model_version": VERSION, "parameters": parameters}
+        about = {"model_name": self.name, "model_version": answer.version, "parameters": parameters}
         about |= {"id": message.id} if message.id else {}
         tensors = ((x, answer.output(x, message.coverage), how) for x, how in message.outputs)
         body, length = written(about, "outputs", tensors)
@@ -272,7 +340,8 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         if error.status_code != 404 and path.endswith("/infer"):
             self.metrics.refused(getattr(error, "reason", "invalid"))
         if error.status_code == 404:
-            why = f"there is no {path!r:.120}; the model here is {self.name!r}, version {VERSION}"
+            has = f"the model here is {self.name!r}, version {self.version}"
+            why = f"there is no {path!r:.120}; {has}"
         return JSONResponse({"error": why}, error.status_code, error.headers)
 
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .. import tracing
 from .._arguments import sparing_logger
-from .._torch import device_of
+from .._torch import device_of, unflatten
 from ..codes import DeadlineExceeded, NotEnoughResults
 from ..nn import CodedWrapper, Report, Waiting
 from ..open_inference import EndpointError, RefusedError, TensorSpec
@@ -49,6 +49,7 @@ class Batch(NamedTuple):
     unanswered: set[int]  #: the rows without an answer
     rows: slice  #: of the batch, the rows of the request
     estimated: Sequence[bool] = ()  #: by row of the batch; may be empty if none is
+    version: str = "1"  #: of the model
 
     def output(self, spec: TensorSpec, coverage: float) -> Tensor:
         """Return an output of the request; error bounds at a level, unless it is 0."""
@@ -68,9 +69,12 @@ class Batch(NamedTuple):
 
 
 def compute(
-    coded: CodedWrapper, specs: Any, inputs: list[Tensor], seconds: float, parts: Any
+    coded: CodedWrapper, specs: Any, form: Any, inputs: list[Tensor], seconds: float, parts: Any
 ) -> Batch:
-    """Compute a batch. If rows are missing, they are estimated at the end of the seconds."""
+    """Compute a batch, whose ``(args, kwargs)`` have a form, in some seconds.
+
+    At their end, missing rows are estimated.
+    """
     if coded.code is not None or not coded.workers.num_workers:
         parts = None  # there are no idle workers to divide it over
     own = coded.waiting or (Waiting.first() if coded.code else Waiting())
@@ -80,8 +84,9 @@ def compute(
         device = device_of(coded.module)
         inputs = [x.to(device or x.device) for x in inputs]
     try:
+        args, kwargs = unflatten(inputs, form)
         with torch.no_grad():
-            answers, report = coded.run(*inputs, waiting=waiting, parts=parts)
+            answers, report = coded.run(*args, **kwargs, waiting=waiting, parts=parts)
     except Exception as error:
         held = getattr(error, "report", None)
         if not isinstance(held, Report) or not held.missing_rows:

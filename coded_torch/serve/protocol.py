@@ -35,8 +35,6 @@ if sys.version_info >= (3, 11):
 else:
     from async_timeout import timeout as timeout
 
-VERSION = "1"  #: the only version of every model
-
 # Bounds, which are not tuned. First of a connection, then of bodies.
 _MOST_CONNECTIONS, _HEADER_BYTES = 2048, 2**14
 _HEADERS_SECONDS, _ANSWER_SECONDS, _WATCH_SECONDS = 5.0, 30.0, 1.0
@@ -75,9 +73,13 @@ class Reader:
     Packed bodies, and bodies of more than 64 KB, are parsed in one thread.
     """
 
-    def __init__(self, inputs: Sequence[TensorSpec], outputs: Any, max_rows: int) -> None:
+    def __init__(
+        self, inputs: Sequence[TensorSpec], outputs: Any, max_rows: int, examples: Any = ()
+    ) -> None:
         self.inputs, self.outputs, self.max_rows = inputs, outputs, max_rows
-        self.most = wire.most_bytes(inputs, max_rows)  # bytes of one body, packed and unpacked
+        shown = [TensorSpec.of("", x) for x in examples]  # may be larger than any of an open size
+        # Bytes of one body, packed and unpacked.
+        self.most = max(wire.most_bytes(each, max_rows) for each in (inputs, shown))
         self.left = max(_TOGETHER, 4 * self.most)
         self.thread = ThreadPoolExecutor(1, "coded_torch parse")
 
@@ -221,9 +223,13 @@ def parse(
     binary = field("the request", parameters, "binary_data_output", bool, False)
     name = field("the request", message, "id", str, "")
     listed = field("the request", message, "inputs", list)
-    for entry in listed:  # numbers are read when their shape is known
-        data = entry.get("data") if type(entry) is dict else None
-        if type(data) is int and data in lists:
+    names = [spec.name for spec in inputs]
+    former = {f"input{i if names[1:] else ''}": name for i, name in enumerate(names)}
+    for entry in listed if {dict} == {*map(type, listed)} else ():
+        own, data = entry.get("name"), entry.get("data")
+        if own not in names and type(own) is str:  # for one version, the names of the last one
+            entry["name"] = former.get(own, own)
+        if type(data) is int and data in lists:  # numbers are read when their shape is known
             entry["data"] = functools.partial(_numbers, lists.pop(data), until)
     given = wire.tensors_of("input", listed, inputs, tail, range(1, max_rows + 1))
     tensors = [given[spec.name] for spec in inputs]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._arguments import instance, positive, sparing_logger, warn
-from .._torch import arguments, dependent_output, has_rows, leaf_name, positional, sample, unflatten
+from .._arguments import arguments, instance, positive, sparing_logger, warn
+from .._torch import dependent_output, has_rows, leaf_name, positional, sample, unflatten
 from ..table import Began, Part, Reply, WorkerError
 
 if TYPE_CHECKING:
@@ -208,8 +208,9 @@ class Workers(abc.ABC):
 
         Args:
             module: the module that every worker loads before this returns. Defaults to none.
-            example: an input, a tuple of positional arguments, or bound arguments, that every
-                worker calls the module with, so that no later call warms up. If it has two
+            example: an input, a tuple of positional arguments, a mapping of keyword arguments, or
+                bound arguments. Every worker calls the module with it, so that no later call warms
+                up. If it has two
                 different rows at dimension 0, one worker computes them alone and together, and a
                 warning names an output of a row that depends on the other. Defaults to None.
             timeout: seconds.
@@ -223,7 +224,7 @@ class Workers(abc.ABC):
         module = nn.Identity() if module is None and self.starts_late else module
         if module is None or self.num_workers is None:
             return self
-        leaves, spec = pytree.tree_flatten(arguments(example))
+        leaves, spec = pytree.tree_flatten(arguments(example, module))
         calls = int(example is not None)
         task = _Loading(leaves, [None] * len(leaves), spec, calls, 1, torch.device("cpu"))
         with torch.no_grad(), self.open(module, task) as request:

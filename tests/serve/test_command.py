@@ -43,10 +43,13 @@ def bare():
     return Double()
 
 def empty():
-    return Double(), torch.ones(0, 4)
+    return Double(), (torch.ones(0, 4), torch.ones(0))
 
 def text():
-    return torch.nn.Identity(), (torch.ones(2, 1), "no")
+    return Double(), (torch.ones(2, 1), "no")
+
+def pair():
+    return "no", torch.ones(2, 1)
 
 def small():
     return torch.nn.Linear(3, 2), torch.ones(2, 3)
@@ -171,8 +174,8 @@ def test_an_answer_comes_soon_although_workers_are_delayed_and_killed(capsys):
 
 def test_a_model_of_ones_own(mine, capsys):
     request = example(capsys, "mine:make", "--example", "2")
-    assert [entry["name"] for entry in request["inputs"]] == ["input0", "input1"]
-    options = ["--name", "double", "--deadline", "5", "--memory"]
+    assert [entry["name"] for entry in request["inputs"]] == ["x", "scale"]
+    options = ["--name", "double", "--deadline", "5", "--memory", "--fixed-shapes"]
     with running("mine:make", *options, cwd=mine) as (process, port), Client(port) as client:
         assert "answers of earlier requests, of any client" in process.head
         metadata = client.get("/v2/models/double")[1]
@@ -236,6 +239,8 @@ def test_idle_connections_leave_descriptors_for_clients_and_workers(mine):
 def test_clients_name_a_loopback_host_or_an_allowed_one(mine, monkeypatch):
     built = []
     monkeypatch.setattr("coded_torch.cli.serve._listen", lambda app, *_: built.append(app))
+    assert main(["serve", "mine:make"]) == 0
+    assert [spec.shape for spec in built.pop().inputs] == [(-1,), ()]
     for host in ("127.0.0.1", "0.0.0.0"):
         for more in ((), ("--allowed-hosts", "a.example", "b.example")):
             assert main(["serve", "mine:small", "--host", host, *more]) == 0
@@ -272,15 +277,16 @@ def test_a_server_may_listen_at_an_address_of_ipv6(mine):
             "mine:nothing",
             "must name a function or a class in a module of Python, got no 'nothing' in",
         ),
-        ("mine:bare", "a tensor with rows or a tuple of some, got Double"),
-        ("mine:text", "or a tuple of some, got (Identity, (Tensor, str))"),
-        ("mine:empty", "mine:empty must return a module and examples of its inputs"),
+        ("mine:bare", "mine:bare must return a module and examples of its inputs, a tensor, a t"),
+        ("mine:pair", "must return a module, or a module and examples of its inputs, got (str, T"),
+        ("mine:text", "mine:text: examples must be tensors with rows, got str as 'scale'"),
+        ("mine:empty", "mine:empty: examples must have some rows, got shape [0, 4] of 'x'"),
         (
             "mine:local --port 0",
             "the module must be picklable to be sent to another process, got Local: ",
         ),
         ("mine:small --endpoints http://127.0.0.1:1", "MODULE:FACTORY must be left out with --e"),
-        ("mine:wordy", "the module must return tensors to be served"),
+        ("mine:wordy", "outputs of the module must be tensors with rows, got str as 'output1'"),
         (
             "mine:estimated",
             "source, verified, corrected, predicted, label_risk, got ['",

@@ -1,0 +1,211 @@
+"""New weights while a server answers: every answer is of one version, which it names."""
+
+import threading
+from collections import Counter
+
+import pytest
+import torch
+import tritonclient.http as triton
+from torch import nn
+
+from coded_torch import Waiting
+from coded_torch.nn import CodedWrapper
+from coded_torch.serve import TensorSpec, app
+from coded_torch.surrogates import Memory
+from coded_torch.workers import DeviceWorkers, ProcessWorkers
+
+from ..nn.modules import Call
+from .servers import Client, serving, started, tensor
+
+LOAD = "/v2/repository/models/m/load"
+
+
+class Times(nn.Module):
+    """Multiplies by its number, and may fail on its first call or return another size."""
+
+    def __init__(self, number, fails=False, width=3):
+        super().__init__()
+        self.fails, self.width = fails, width
+        self.number = nn.Parameter(torch.tensor(float(number)), requires_grad=False)
+
+    def forward(self, x):
+        if self.fails and not torch.is_inference_mode_enabled():
+            raise RuntimeError("no weights")
+        return self.number * x[:, : self.width]
+
+
+class Factory:
+    """Makes modules whose number is their version, unless told otherwise."""
+
+    def __init__(self):
+        self.made = 1
+        self.next = lambda number: Times(number)
+
+    def __call__(self):
+        module = self.next(self.made + 1)
+        self.made += 1
+        return module
+
+
+def built(pool, factory, *, surrogate=(), waiting=None, **options):
+    coded = CodedWrapper(Times(1), workers=pool, surrogate=surrogate, waiting=waiting)
+    inputs, outputs = [TensorSpec("x", "FP32", (3,))], [TensorSpec("output", "FP32", (3,))]
+    examples = torch.arange(6.0).reshape(2, 3)
+    how = {"inputs": inputs, "outputs": outputs, "examples": examples, "deadline": 20.0}
+    return app(coded, name="m", **how, make=factory, **options)
+
+
+def ask(client, path="/v2/models/m/infer"):
+    return client.infer({"inputs": [tensor([[1.0, 2.0, 4.0]], "x")]}, path)
+
+
+def test_a_version_replaces_another_for_tritons_client():
+    factory = Factory()
+    application = built(DeviceWorkers(["cpu"] * 2), factory)
+    with serving(application) as port, Client(port) as client:
+        with triton.InferenceServerClient(f"127.0.0.1:{port}") as theirs:
+            assert ask(client)[1]["model_version"] == "1"
+            theirs.load_model("m")
+            status, answer = ask(client)
+            assert (status, answer["model_version"]) == (200, "2")
+            assert answer["outputs"][0]["data"] == [2.0, 4.0, 8.0]
+            assert theirs.get_model_metadata("m")["versions"] == ["2"]
+            assert theirs.get_model_repository_index()[0]["version"] == "2"
+            assert theirs.get_inference_statistics("m")["model_stats"][0]["version"] == "2"
+            assert theirs.is_model_ready("m", "2")
+            assert not theirs.is_model_ready("m", "1")
+        assert ask(client, "/v2/models/m/versions/2/infer")[0] == 200
+        assert client.get("/v2/models/m/versions/2")[0] == 200
+        assert client.get("/v2/models/m/versions/22")[0] == 404
+        status, answer = ask(client, "/v2/models/m/versions/1/infer")
+        assert status == 404
+        assert "the model here is 'm', version 2" in answer["error"]
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (lambda number: 1 / 0, "version 1 stays: ZeroDivisionError: division by zero"),
+        (lambda number: Times(number, fails=True), "RuntimeError: no weights"),
+        (lambda number: Times(number, width=2), "app: make must return a module with ("),
+        (lambda number: Call(lambda x: x.double()), "datatype='FP64'"),
+        (lambda number: "no", "the result of make must be of type Module, got str"),
+    ],
+)
+def test_a_load_that_fails_keeps_the_version(module, message, caplog):
+    factory = Factory()
+    factory.next = module
+    with serving(built(DeviceWorkers(["cpu"] * 2), factory)) as port, Client(port) as client:
+        status, _, body = client.send("POST", LOAD)
+        assert status == 400
+        assert message in body.decode()
+        assert "no version of m was loaded, so version 1 stays" in caplog.text
+        assert ask(client)[1]["model_version"] == "1"
+        factory.next = Times
+        assert client.send("POST", LOAD)[0] == 200
+        assert ask(client)[1]["outputs"][0]["data"][0] == factory.made
+
+
+def test_who_may_load():
+    factory = Factory()
+    pool = DeviceWorkers(["cpu"])
+    with serving(built(pool, factory, token="secret")) as port, Client(port) as client:
+        for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "secret"}):
+            status, _, body = client.send("POST", LOAD, **headers)
+            assert status == 403
+            assert b"a load needs the server's token" in body
+        assert client.send("POST", LOAD, Authorization="Bearer secret")[0] == 200
+    with serving(built(DeviceWorkers(["cpu"]), factory)) as port, Client(port) as client:
+        # A page of the web, and a proxy before strangers.
+        for headers in ({"Origin": "http://a.example"}, {"X_Forwarded_For": "127.0.0.1"}):
+            assert client.send("POST", LOAD, **headers)[0] == 403
+        assert client.send("GET", LOAD)[0] == 405
+        assert client.send("POST", LOAD)[0] == 200
+    with serving(built(DeviceWorkers(["cpu"]), None)) as port, Client(port) as client:
+        assert b"as it has no make" in client.send("POST", LOAD)[2]
+
+
+def test_one_version_is_loaded_at_a_time():
+    factory, begun, go, found = Factory(), threading.Event(), threading.Event(), []
+
+    def wait(number):
+        begun.set()
+        assert go.wait(60)
+        return Times(number)
+
+    def load(port):
+        with Client(port) as client:
+            found.append(client.send("POST", LOAD)[0])
+
+    factory.next = wait
+    with serving(built(DeviceWorkers(["cpu"]), factory)) as port, Client(port) as client:
+        (thread,) = started([lambda: load(port)])
+        assert begun.wait(60)
+        status, _, body = client.send("POST", LOAD)
+        go.set()
+        thread.join()
+    assert (status, found) == (400, [200])
+    assert b"one is being loaded" in body
+
+
+def test_a_memory_begins_anew():
+    memory, factory = Memory(), Factory()
+    waiting = Waiting(deadline=5.0)
+    application = built(DeviceWorkers(["cpu"]), factory, surrogate=[memory], waiting=waiting)
+    with serving(application) as port, Client(port) as client:
+        ask(client)
+        assert client.send("POST", LOAD)[0] == 200
+        (new,) = application.coded.surrogate
+        assert new is not memory
+        assert application.coded.waiting == waiting
+
+
+def under_load(pool, clients, reloads, failing):
+    """Return the statuses and the wrong answers of clients while versions are loaded."""
+    factory = Factory()
+    application = built(pool, factory, max_queued_requests=clients)
+    counts, wrong, over = Counter(), [], threading.Event()
+
+    def client(number, port):
+        with Client(port) as client:
+            while not over.is_set():
+                x = [[float(number), 2.0, 4.0]]
+                status, answer = client.infer({"inputs": [tensor(x, "x")]})
+                version = answer.get("model_version")
+                counts[status, version] += 1
+                data = answer["outputs"][0]["data"] if status == 200 else None
+                if data != [float(version or 0) * each for each in x[0]]:
+                    wrong.append((status, answer))
+
+    with serving(application) as port, Client(port) as loader:
+        ask(loader)
+        threads = started([lambda i=i: client(i, port) for i in range(clients)])
+        try:
+            for number in range(reloads):
+                factory.next = lambda x, n=number: Times(x, fails=n == failing)
+                status = loader.send("POST", LOAD)[0]
+                assert status == (400 if number == failing else 200)
+                if number == failing:
+                    factory.made -= 1
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
+        assert ask(loader)[1]["model_version"] == str(reloads)
+    return counts, wrong
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_every_answer_is_of_the_version_that_it_names(kind):
+    pool = DeviceWorkers(["cpu"] * 2) if kind == "threads" else ProcessWorkers(2)
+    counts, wrong = under_load(pool, clients=8, reloads=5, failing=2)
+    assert wrong == []
+    assert len(counts) >= 4  # several versions answered
+
+
+@pytest.mark.slow
+def test_no_request_is_lost_by_twenty_loads_under_32_connections():
+    counts, wrong = under_load(ProcessWorkers(4), clients=32, reloads=20, failing=11)
+    print(counts)
+    assert wrong == []
+    assert len(counts) >= 15
