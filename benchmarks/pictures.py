@@ -126,7 +126,7 @@ def fleet(results: Results) -> Figure:
             bar.set_color("tab:blue" if own else "0.7")
             said = f" {found[at]:.0f} ms"
             said += f", {found['lost']} lost" if found["lost"] else ""
-            said += f", {found['estimated']:.1%} estimated" if found["estimated"] > 0.001 else ""
+            said += f", {100 * found['estimated']:.1f} % estimated" * (found["estimated"] > 0.001)
             axes.text(found[at], bar.get_y() + bar.get_height() / 2, said, va="center", fontsize=9)
         axes.set_xlim(0, 1.5 * max(values))
         axes.set_title(f"{title}: {at} of latency", fontsize=9.5, loc="right")

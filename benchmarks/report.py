@@ -173,8 +173,9 @@ def pages(results: Results) -> dict[str, str]:
     texts = {path.name: fill(path.read_text(), results) for path in sorted(PAGES.glob("*.md"))}
     empty = r"\n## [^\n]*\n\n<!-- table: \w+ -->\n[^\n]*\n[^\n]*\n<!-- end -->\n"
     return {
-        name: re.sub(r"<!-- table: \w+ -->\n|<!-- end -->\n", "", re.sub(empty, "", text))
+        name: re.sub(r"<!-- table: \w+ -->\n|^<!-- end -->\n|<!-- .*? -->", "", shown, flags=re.M)
         for name, text in texts.items()
+        for shown in [re.sub(empty, "", text)]
     }
 
 

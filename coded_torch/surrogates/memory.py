@@ -47,7 +47,7 @@ class Memory:
     ms. Only floating-point inputs that have a batch dimension are looked at. Inputs and outputs of
     other shapes than the first are ignored.
 
-    The memory is forgotten as soon as the module's weights change. It is no part of the wrapper's
+    The memory is forgotten as soon as the module's weights change. It is not part of the wrapper's
     state dict, and is empty in pickles and copies.
 
     Warning:

@@ -49,7 +49,7 @@ class EndpointWorkers(DispatchedWorkers):
       server is up. If two servers fail on the same rows, the rows are to blame, and both are
       probed at once.
     - A server that answers 429 or 503 gets no parts for the time of its ``Retry-After``. Its part
-      goes to another server, and counts as no failure.
+      goes to another server, and is not a failure.
     - An answer such as 400 or 422 is an error of the caller, 500 one of the model. The call
       raises it if two servers answer alike to the same rows, or if no other server answers. A
       server that does so three times in a row where others compute the rows counts as failed.
