@@ -42,15 +42,15 @@ LINES = {
     "codes": 1033,
     "experiments": 1665,
     "input_space": 1303,
-    "nn": 2394,
+    "nn": 2395,
     "open_inference": 799,
     "scheduling": 776,
     "serve": 1308,
     "surrogates": 542,
     "verification": 896,
-    "workers": 3491,
+    "workers": 3494,
 }
-MOST_LINES = 17_856  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_860  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

@@ -738,7 +738,7 @@ def keyed(folder):
 
 def test_batches_for_pandas_hold_keys_of_several_files_outputs_and_bounds(folder, keyed, capsys):
     assert main([*keyed, "--format", "parquet"]) == 0
-    assert capsys.readouterr().out.startswith("Columns of part-0.parquet and 2 more files: x=x, y=")
+    assert capsys.readouterr().out.startswith("Columns of part-0.parquet and 2 more: x=x, y=")
     (folder / "out" / "_batch-000000000024.parquet.part").write_bytes(b"PAR")  # as while it writes
     frame = pandas.read_parquet("out")
     assert [*frame] == ["name", "sum", "x", "estimated", "radius"]

@@ -11,7 +11,9 @@ import types
 
 import pytest
 
+from coded_torch import Report
 from coded_torch._arguments import Sparing
+from coded_torch.table import Table, WorkerError
 
 
 @pytest.fixture
@@ -44,6 +46,16 @@ def test_one_warning_per_cause_and_minute_says_how_many_were_held_back(clock, pa
     logger.error("machine 8 failed")
     logger.error("machine 8 failed")
     assert texts[3:] == ["machine 8 failed"] * 2
+
+
+def test_the_end_of_a_worker_is_logged_by_its_pool_only(caplog):
+    died = WorkerError(0, 0, "was lost: process 1 was killed", "died")
+    other = WorkerError(1, 1, "returned what only this test knows")
+    report = Report()
+    report.note_table(Table(first=[(0,), (1,)], needed=2), 2, [died, other])
+    assert report.rejected == {0: died.reason, 1: other.reason}
+    expected = "CodedWrapper: a result was rejected: worker 1 returned what only this test knows"
+    assert caplog.messages == [expected]
 
 
 def test_the_causes_that_are_remembered_are_bounded(passed):

@@ -60,7 +60,7 @@ class Rows:
         self.total = total
 
     def __str__(self) -> str:
-        more = f" and {len(self.paths) - 1} more files" if len(self.paths) > 1 else ""
+        more = f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
         return f"{self.paths[0]}{more}"
 
     def place(self, row: int) -> tuple[Path, int]:

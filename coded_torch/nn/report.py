@@ -211,7 +211,8 @@ class Report:
         self.asked, self.received = tuple(sorted(asked)), tuple(sorted(received))
         self.work = begun * table.unit_rows / size
         for error in rejected:
-            logger.warning("CodedWrapper: a result was rejected: %s", error)
+            if error.kind != "died":  # the pool has logged that
+                logger.warning("CodedWrapper: a result was rejected: %s", error)
             if error.worker >= 0:
                 self.rejected[error.worker] = error.reason
         self.ended = table.reason

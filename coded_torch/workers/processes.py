@@ -234,7 +234,8 @@ class _Processes(Supervisor):
             return "was not forked, as its server ended, or has threads or CUDA"
         if code < 0:
             names = {each.value: each.name for each in signal.Signals}  # not of all real-time ones
-            return f"was killed by {names.get(-code, f'signal {-code}')}"
+            why = "; perhaps memory is short" if -code == signal.SIGKILL else ""
+            return f"was killed by {names.get(-code, f'signal {-code}')}{why}"
         up = "" if worker.ready or worker.loading else " before it was up; its output says why"
         return f"ended with exit code {code}{up}"
 

@@ -9,7 +9,6 @@ A server ends when the process that started it has ended. The system then ends i
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
 import functools
@@ -27,6 +26,7 @@ import socket
 import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Callable, Iterable
 from multiprocessing import spawn, util
 from multiprocessing.connection import wait
@@ -83,13 +83,15 @@ def _server(packages: frozenset[str]) -> int:
     return _servers[packages][1]
 
 
-@atexit.register
 def _end_servers() -> None:
     """End the servers with this process, even those that import: they hold its output open."""
     for pid, _ in _servers.values():
         with contextlib.suppress(ChildProcessError):  # the host has waited for it: it has ended
             if not os.waitpid(pid, os.WNOHANG)[0]:
                 os.kill(pid, signal.SIGKILL)
+
+
+weakref.finalize(_end_servers, _end_servers)  # at exit, after the pools, which are made later
 
 
 def replace_servers() -> None:
