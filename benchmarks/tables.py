@@ -74,7 +74,7 @@ def clients(kind: str, case: str, heads: Mapping[str, str]) -> Callable[[Any], A
 def jobs(results: Mapping[str, Any]) -> Iterable[list[str]]:
     """Yield the seconds of a job on six processes, by who runs it, and by what goes wrong."""
     cases = results["job"]["cases"]
-    yield ["", *cases]
+    yield ["", *(JOBS[case] for case in cases)]
     for name in cases["calm"]:
         each = (of.get(name) for of in cases.values())
         cells = (finished((), found) if found else "not measured" for found in each)
@@ -254,6 +254,12 @@ CLIENTS = LATENCY | {
     "estimated": "estimated:.2%",
     "extra requests": "extra requests:.1%",
     "extra work": lambda _, found: f"{100 * (found['work'] - 1):.1f} %",
+}
+JOBS = {  # what happens to the workers of a job
+    "calm": "all healthy",
+    "five times slower": "one five times slower",
+    "killed every 5 s": "one killed every 5 s",
+    "two drained": "two taken away",
 }
 #: Columns of README's tables of clients.
 SLOW = {"p99, ms": "p99:.0f", "p99.9, ms": "p99.9:.0f"}

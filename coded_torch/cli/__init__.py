@@ -183,7 +183,7 @@ def options(parser: argparse.ArgumentParser, *table: Option) -> None:
             how |= {"metavar": "MODULE:FACTORY", "nargs": None if default is ... else "?"}
         elif default is ...:
             how["required"] = True
-        shown = "" if default in (None, False, ...) else " [%(default)s]"
+        shown = "" if str(default) in ("None", "False", "Ellipsis") else " [%(default)s]"
         parser.add_argument(flag, default=default, help=f"{text}{shown}", **how)
 
 
