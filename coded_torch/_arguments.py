@@ -198,11 +198,7 @@ _SECONDS, _MOST_CAUSES, _CHARACTERS = 60.0, 256, 200
 
 
 class Sparing(logging.Filter):
-    """Passes one warning per cause and minute, which says how many were held back before it.
-
-    Two warnings of one logger have the same cause if their texts differ in numbers only, and if
-    their ``extra`` names the same ``cause``, or none.
-    """
+    """Passes one warning per minute and cause: a text but for its numbers, or a named one."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()

@@ -108,10 +108,7 @@ class _Host(DeviceContext):
 
 
 class on_host(_Block):  # noqa: N801
-    """Make new tensors on the host in a block or a function, on any default device of the caller.
-
-    The caller's own code, run from within, is put into a block of :class:`as_called`.
-    """
+    """Make new tensors on the host; the caller's own code runs in a block of :class:`as_called`."""
 
     def _change(self) -> Any:
         mode = _get_current_function_mode()  # a mode would slow down every call
@@ -127,11 +124,7 @@ class as_called(_Block):  # noqa: N801
 
 
 class outside(on_host):  # noqa: N801
-    """Compute with plain tensors on the host in a block, though a transform may be under way.
-
-    Within a transform every operation returns wrapped tensors, which have no memory that numpy
-    could read. A plan that kept such a tensor would outlive its transform.
-    """
+    """Compute with plain tensors on the host: a transform's have no memory, and end with it."""
 
     def _change(self) -> Any:
         if torch._C._functorch.peek_interpreter_stack() is None:
@@ -145,10 +138,7 @@ class outside(on_host):  # noqa: N801
 
 
 def read_here(tensor: Tensor) -> Tensor:
-    """Keep the memory of a tensor until the current stream has read it, though it is freed.
-
-    The allocator knows only the stream that made the tensor.
-    """
+    """Keep the memory of a tensor of another stream until the current stream has read it."""
     if tensor.device.type != "cpu":
         tensor.record_stream(torch.accelerator.current_stream(tensor.device))
     return tensor
@@ -240,10 +230,7 @@ def fingerprint(module: nn.Module) -> Fingerprint:
 
 
 def _look(kept: list[Tensor], value: Any) -> Any:
-    """Return an attribute as it is compared: of types that are not plain, only the type is.
-
-    Tensors are added to ``kept``.
-    """
+    """Return an attribute as it is compared, mostly its type only; add tensors to ``kept``."""
     if type(value) in _PLAIN:
         return type(value), value
     if isinstance(value, Tensor):
@@ -286,10 +273,7 @@ def leaf_name(root: str, tree: Any, index: int) -> str:
 
 
 def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str) -> list[Any]:
-    """Return the batch dimension of each leaf of ``spec``, from ``dims``, a pytree prefix of it.
-
-    ``dims`` holds integers, None, or elements of ``names``. Errors name ``argument``.
-    """
+    """Return the batch dimension of each leaf, or a name of ``names``, from a pytree prefix."""
     if dims is None or type(dims) is int:  # the same for all leaves
         return [dims] * spec.num_leaves
     flat: list[int | None] = []

@@ -108,11 +108,7 @@ class Chaos:
 
 
 def add_page(built: app, *, faults: bool = False, is_local: bool) -> None:
-    """Add the page to an application.
-
-    With ``is_local``, the server listens on a loopback address only, and the page restarts excluded
-    workers. With ``faults``, the page causes faults, too.
-    """
+    """Add the page, which restarts workers if ``is_local``, and causes ``faults``."""
     chaos = Chaos(built, faults=faults, is_local=is_local)
     text = (importlib.resources.files("coded_torch") / "page.html").read_text("utf-8")
     text, shown = text.replace("TOKEN", chaos.token), {built.version: _examples(built)}
@@ -174,10 +170,7 @@ def add_page(built: app, *, faults: bool = False, is_local: bool) -> None:
 
 
 def _examples(built: app) -> str:
-    """Return JSON: some examples, unless they are too large, and the model's own first output.
-
-    A model that does not repeat its output has none.
-    """
+    """Return JSON: examples, unless they are too large, and the model's own first output."""
     inputs, module = built.examples, built.coded.module
     fit = [_MOST_NUMBERS // max(1, x[0].numel()) for x in inputs]
     rows = min(_ROWS, built.max_rows - 1, *fit, *map(len, inputs)) if inputs else 0

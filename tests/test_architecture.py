@@ -37,20 +37,20 @@ FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
-    "beside the folders": 2228,
+    "beside the folders": 2201,
     "cli": 1421,
     "codes": 1033,
     "experiments": 1665,
     "input_space": 1303,
     "nn": 2395,
     "open_inference": 799,
-    "scheduling": 776,
+    "scheduling": 770,
     "serve": 1308,
     "surrogates": 542,
-    "verification": 896,
-    "workers": 3494,
+    "verification": 889,
+    "workers": 3442,
 }
-MOST_LINES = 17_860  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_768  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

@@ -39,7 +39,7 @@ class ModuleProxy(nn.Module):
         Context variables and torch's modes of gradients, inference and autocast hold there. If the
         task is cancelled, the call ends, and parts that no worker has begun never begin.
         """
-        run, interruption = _carried(self.run, Ambient())
+        run, interruption = _carried(self.run, Ambient.here())
         try:
             return await asyncio.to_thread(run, *args, **kwargs)
         except asyncio.CancelledError:
@@ -150,7 +150,7 @@ def _carried(run: Call, ambient: Ambient) -> tuple[Call, Interruption]:
 
 def _map_batches(run: Call, batches: Iterable[Any], in_flight: int) -> Iterator[tuple[Any, Any]]:
     """Do as :meth:`ModuleProxy.map`; ``in_flight`` batches with their results exist at once."""
-    ambient, threads = Ambient(), ThreadPoolExecutor(in_flight, "coded_torch map")
+    ambient, threads = Ambient.here(), ThreadPoolExecutor(in_flight, "coded_torch map")
 
     def begin() -> Iterator[tuple[Future[Any], Interruption]]:
         try:

@@ -37,10 +37,7 @@ _SUSPECT, _POISON = 0.2, 1e-5
 
 
 class Decisions:
-    """Writes what one call asks for next, and how it ends, into its table.
-
-    Deciding again at the same moment writes nothing: all that is kept here follows from the table.
-    """
+    """Writes into the table of one call what it asks for next, and how it ends."""
 
     def __init__(self, waiting: Waiting, history: History, table: Table) -> None:
         self.waiting, self.history, self.table = waiting, history, table
@@ -279,10 +276,7 @@ class Decisions:
         table.reason = reason
 
     def _refuse(self, reason: str) -> None:
-        """Refuse rows that raised alone, if no other worker is known to work.
-
-        Refuse rows, too, that raised three times in a row on a worker that computed other rows.
-        """
+        """Refuse rows that raised alone and no other worker can try, or three times in a row."""
         table, failed = self.table, [part for part in self.table.parts if part.failed]
         working = {part.worker for part in table.good}
         if not working and reason != "failed" and any(part.kind != "raised" for part in failed):

@@ -23,7 +23,6 @@ from coded_torch.workers import Began, Part, Reply, Request, Workers
 from .helpers import (
     WAIT,
     Affine,
-    CopyCode,
     CumulativeSum,
     Doubles,
     FailsAt,
@@ -34,7 +33,6 @@ from .helpers import (
     by_part,
     divide_by_zero,
     events_of,
-    nan_at_two,
     numbered,
     replies_of,
     run,
@@ -340,14 +338,6 @@ class WorkersTests(abc.ABC):
         assert "boom at [" in str(error)
         # The pool is as good as before.
         assert len(list(run(pool, nn.Identity(), task_of(self.values())))) == self.num_units
-
-    def test_a_result_that_is_not_finite_is_missing_and_named(self, pool):
-        n = self.num_units
-        code, waiting = CopyCode(n, n, ordering="arrival", shuffle=False), Waiting.first(1)
-        coded = CodedWrapper(FailsAt(2.0, nan_at_two), code, workers=pool, waiting=waiting)
-        assert torch.isfinite(coded(torch.arange(float(n)).reshape(n, 1))).all()
-        assert all("not finite" in reason for reason in coded.last_run.rejected.values())
-        assert coded.last_run.estimated.sum() == 1
 
     def test_a_pool_may_be_copied_and_pickled(self, pool):
         values = torch.ones(self.num_units, 2, 1)

@@ -106,31 +106,24 @@ class Record:
             # In a part of one row a check would take as long again, and others are idle.
             more = min(idle - many, len(rows))
             return (*plain, *(tuple(sorted(rows[i::more])) for i in range(more))), {*rows}, share
-        count, hidden, total = len(rows), list[list[int]](), len(order) + len(rows)
-        sizes = [total * (i + 1) // many - total * i // many for i in range(many)]
-        # At equal distances, as are the rows, so that few parts have nothing that is checked.
-        first = self.random.randrange(many)
-        slots = [(j * many + first) // count for j in range(count)]
-        for size, held in zip(sizes, map(slots.count, range(many)), strict=True):
-            at = sum(map(len, hidden))
-            own = order[at : at + size - held]
-            hidden.append(self.random.sample(own, len(own)))
-        owner = {row: i for i, own in enumerate(hidden) for row in own}
-        every, start = list(owner), self.random.randrange(len(owner))
-        rows = [every[(j * len(every) + start) // count] for j in range(count)]
-        self.random.shuffle(rows)
-        for j, i in enumerate(slots):
-            if owner[rows[j]] == i:
-                fits = (k for k in range(count) if i not in (owner[rows[k]], slots[k]))
-                k = next(fits, j)
-                rows[j], rows[k] = rows[k], rows[j]
-            if owner[rows[j]] == i:
-                others = [row for row in every if owner[row] != i and row not in rows]
-                rows[j : j + 1] = self.random.sample(others, 1) if others else rows[j : j + 1]
-        for row, i in zip(rows, slots, strict=True):
-            if owner[row] != i:  # else it is checked later, as no part was left
-                hidden[i].append(row)
-        return tuple(tuple(sorted(part)) for part in hidden if part), {*rows}, share
+        # At equal distances, parts hold rows of the others in turn, so that few parts have nothing
+        # that is checked, and no few parts have every row.
+        first, start = self.random.randrange(many), self.random.randrange(many - 1)
+        held = Counter((j * many + first) // len(rows) for j in range(len(rows)))
+        total, at, hidden = len(order) + len(rows), 0, list[list[int]]()
+        for i in range(many):
+            end = at + total * (i + 1) // many - total * i // many - held[i]
+            hidden.append(order[at:end])
+            at = end
+        unused = [self.random.sample(own, len(own)) for own in hidden]
+        for i in range(many):
+            places = ((start + j) % (many - 1) + i + 1 for j in range(held[i]))
+            hidden[i] += [some.pop() for at in places if (some := unused[at % many])]
+        # A row for which no part was left is checked later.
+        left = [row for own in unused for row in own]
+        later = self.random.sample(left, len(rows) - len(order) + len(left))
+        drawn = {*order}.difference(left).union(later)
+        return tuple(tuple(sorted(part)) for part in hidden if part), drawn, share
 
     def passed(self, clean: Mapping[int, int], checks: Mapping[int, int]) -> None:
         """Note how many rows of each worker others confirmed, and how many parts had checks."""

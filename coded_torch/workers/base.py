@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import arguments, instance, positive, sparing_logger, warn
-from .._torch import dependent_output, has_rows, leaf_name, positional, sample, unflatten
+from .._torch import dependent_output, has_rows, positional, sample, unflatten
 from ..table import Began, Part, Reply, WorkerError
 
 if TYPE_CHECKING:
@@ -239,8 +239,6 @@ class Workers(abc.ABC):
                 error = None if reply.part.avoid.issuperset(self.places) else reply.error
                 if error:
                     break
-                if not started:
-                    _say_what_is_never_estimated(reply.value)
                 started += 1
             if started < len(wanted):
                 why = error.reason if error else request.status() or "the others are loading"
@@ -325,10 +323,3 @@ class _Loading(Task):  # None stands for no call, as the arguments of a module a
     def payload(self, *_: Any, **__: Any) -> Arguments | None:  # type: ignore[override]
         leaves = [x.clone() if isinstance(x, Tensor) else x for x in self.leaves]
         return unflatten(leaves, self.spec) if self.num_units else None
-
-
-def _say_what_is_never_estimated(outputs: Any) -> None:
-    for i, leaf in enumerate(pytree.tree_leaves(outputs)):
-        if isinstance(leaf, Tensor) and not leaf.is_floating_point():
-            name = leaf_name("output", outputs, i)
-            logger.info("%s is %s, so its missing rows cannot be estimated", name, leaf.dtype)

@@ -336,10 +336,7 @@ class Dispatcher(abc.ABC):
 
 
 class DispatchedWorkers(Workers):
-    """A pool whose parts wait in the queue of a dispatcher.
-
-    Subclasses call :meth:`_open`, as copies do, which get ``_size``, the number of workers.
-    """
+    """A pool with the queue of a dispatcher. Subclasses, and copies, call :meth:`_open`."""
 
     _queue: Any
 

@@ -3,7 +3,6 @@ r"""Requests to workers that compute while real time passes."""
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import threading
 import time
@@ -11,10 +10,10 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_autocast_enabled
 from torch.utils import _pytree as pytree
 
 from ..table import Began, Failure, Part, Reply
@@ -41,15 +40,11 @@ INTERRUPTION: ContextVar[Interruption | None] = ContextVar("INTERRUPTION", defau
 
 
 class LiveRequest(Request):
-    """A view of the parts of one request in the queue of a dispatcher.
-
-    The dispatcher writes its attributes under its lock. One thread calls the methods of
-    :class:`Request`; any thread calls the others.
-    """
+    """A view of one request in a dispatcher's queue, which writes its attributes under its lock."""
 
     def __init__(self, task: Task, timeout: float, dispatcher: Any, module: Any) -> None:
         self.task, self.dispatcher, self.module = task, dispatcher, module
-        self.timeout, self.ambient = timeout, Ambient()  # the modes of the caller
+        self.timeout, self.ambient = timeout, Ambient.here()  # the modes of the caller
         self._opened = time.monotonic()
         #: The parts whose replies were not taken, by number. The oldest is first.
         self.open = OrderedDict[int, Part]()
@@ -77,8 +72,7 @@ class LiveRequest(Request):
 
     def wants(self, part: Part) -> bool:
         """Return whether a part has still to begin."""
-        is_open = self.awaits(part) and part.number not in self.began
-        return is_open and not self.abandoned
+        return not self.abandoned and self.awaits(part) and part.number not in self.began
 
     def interrupt(self, abandon: bool = False) -> None:
         """Have :meth:`wait` raise a CancelledError."""
@@ -99,8 +93,13 @@ class LiveRequest(Request):
             with self.dispatcher.lock:
                 if self.interrupted:
                     raise CancelledError(f"{type(self).__name__}: the call was cancelled")
-                event = self._take()
-                oldest = next(iter(self.open.values()), None)
+                oldest, event = next(iter(self.open.values()), None), None
+                if self.events:
+                    number, event = self.events.popitem(last=False)
+                    self.urgent = self.urgent and bool(self.events)
+                    if number >= 0:
+                        del self.open[number]
+                        self.began.pop(number, None)
             if event is not None:
                 if isinstance(event, Reply):
                     self.receive(event)
@@ -119,17 +118,6 @@ class LiveRequest(Request):
                 status = "" if oldest.number in self.began else self.status()
                 why = f"did not reply within {self.timeout:g} s{status and f'; {status}'}"
                 self.dispatcher.reply(oldest, Failure(why))
-
-    def _take(self) -> Began | Reply | None:
-        """Return the first event that was not taken, if there is one."""
-        if not self.events:
-            return None
-        number, event = self.events.popitem(last=False)
-        self.urgent = self.urgent and bool(self.events)
-        if number >= 0:
-            del self.open[number]
-            self.began.pop(number, None)
-        return event
 
     def receive(self, reply: Reply) -> None:
         """Bring the value of a reply to the device of the task, for the caller's thread."""
@@ -161,24 +149,21 @@ class LiveRequest(Request):
         self.dispatcher.wake()
 
 
-def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
-    accelerator = torch.accelerator.current_accelerator()
-    kinds = ("cpu", *([accelerator.type] if accelerator else []))
-    return tuple((k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k))
+class Ambient(NamedTuple):
+    """The modes of a thread that a module call depends on."""
 
+    grad: bool
+    inference: bool
+    autocast: tuple[tuple[str, torch.dtype], ...]
+    default_device: torch.device
 
-def _default_device() -> torch.device:
-    return torch.empty(0).device  # a tenth of the time of `torch.get_default_device`
-
-
-@dataclasses.dataclass(frozen=True)
-class Ambient:
-    """The modes of a thread that a module call depends on, as they are when this is made."""
-
-    grad: bool = dataclasses.field(default_factory=torch.is_grad_enabled)
-    inference: bool = dataclasses.field(default_factory=torch.is_inference_mode_enabled)
-    autocast: tuple[tuple[str, torch.dtype], ...] = dataclasses.field(default_factory=_autocast)
-    default_device: torch.device = dataclasses.field(default_factory=_default_device)
+    @classmethod
+    def here(cls) -> Ambient:
+        accelerator = torch.accelerator.current_accelerator()
+        kinds = ("cpu", *([accelerator.type] if accelerator else []))
+        cast = tuple([(k, torch.get_autocast_dtype(k)) for k in kinds if is_autocast_enabled(k)])
+        device = torch.empty(0).device  # a tenth of the time of `torch.get_default_device`
+        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast, device)
 
     @contextlib.contextmanager
     def restored(self, device: torch.device) -> Iterator[None]:

@@ -129,10 +129,7 @@ class _LocalRequest(Request):
 
 
 def cut(task: Task, output: Any, counts: Sequence[int]) -> list[Any]:
-    """Cut the output for a :meth:`Task.payload` into parts of ``counts`` units.
-
-    Raises a ValueError if a divided leaf lacks rows.
-    """
+    """Cut an output into parts of ``counts`` units; a ValueError if a divided leaf lacks rows."""
     sizes = [count * task.unit_rows for count in counts]
     leaves, spec = flatten(output)
     dims = broadcast_dims("out_dims", task.out_dims, spec)

@@ -139,7 +139,7 @@ class _Processes(Supervisor):
     polls the descriptor of the epoll, which takes no message from a leader.
 
     A leader stops being one by a single assignment or, if an interrupt comes before it, by time.
-    The process that it served when an interrupt came is ended, because its messages may be lost.
+    An interrupt ends the process that it served, because messages may be lost.
     """
 
     kind = "processes"
@@ -361,11 +361,10 @@ class _Processes(Supervisor):
 
 def _packages_of(module: nn.Module) -> set[str]:
     """Return the packages of a module's classes, and the imports of the main script for its own."""
-    found = {type(part).__module__ for part in module.modules()}
+    found: set[Any] = {type(part).__module__ for part in module.modules()}
     if "__main__" in found:
         for value in list(vars(sys.modules["__main__"]).values()):  # other threads may add some
             attribute = "__name__" if isinstance(value, types.ModuleType) else "__module__"
-            name = getattr(value, attribute, None)
-            found.add(name if isinstance(name, str) else "")
-    known = {"", "__main__", "torch", "coded_torch", *sys.stdlib_module_names}
-    return {name for name in found if name.partition(".")[0] not in known}
+            found.add(getattr(value, attribute, None))
+    known = {"__main__", "torch", "coded_torch", *sys.stdlib_module_names}
+    return {x for x in found if isinstance(x, str) and x and x.partition(".")[0] not in known}

@@ -196,10 +196,7 @@ def _session() -> tuple[str, str]:
 
 
 def _actor_class() -> type:
-    """Return the class of the actors, which is sent to them whole, and finds this package itself.
-
-    Ray puts the driver's folder before all others, which may hold the sources of this package.
-    """
+    """Return the class of actors, which is sent whole, and finds this package, not its sources."""
     home = str(Path(__file__).resolve().parents[2])
 
     class CodedTorchWorker:

@@ -55,8 +55,11 @@ class Block:
     """Shared memory that keeps its size."""
 
     def __init__(self, size: int) -> None:
-        self.number, self.descriptor = next(_numbers), _anonymous_file(size)
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING  # it exists while any process has it
+        self.number, self.descriptor = next(_numbers), os.memfd_create("coded_torch", flags)
         weakref.finalize(self, os.close, self.descriptor).atexit = False
+        os.ftruncate(self.descriptor, size)
+        _seal(self.descriptor)
         self.memory = mmap.mmap(self.descriptor, 0)
 
     def __len__(self) -> int:
@@ -304,14 +307,6 @@ def _tensor_at(memory: Any, offset: int, dtype: torch.dtype, shape: tuple[int, .
 
 def _aligned(size: int) -> int:  # to whole cache lines
     return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _anonymous_file(size: int) -> int:
-    """Return the descriptor of shared memory, which exists while any process has it."""
-    descriptor = os.memfd_create("coded_torch", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(descriptor, size)
-    _seal(descriptor)
-    return descriptor
 
 
 def _seal(descriptor: int, more: int = 0) -> None:

@@ -60,8 +60,7 @@ class WatchedWorker(Worker):
     def load(self, part: Part) -> None:
         """Note that the worker gets a part, and forgets all modules that are not alive."""
         module, kills = part.request.module, part.request.kills
-        self.modules = self.modules & module.alive | {module.number}
-        self.latest = module.number
+        self.modules, self.latest = self.modules & module.alive | {module.number}, module.number
         self.kills = max(map(kills.__getitem__, part.units)) if kills else 0
 
     def look(self) -> None:
@@ -147,7 +146,7 @@ class Supervisor(Dispatcher):
                 self.process = os.getpid()
             if self.thread.ident is None:
                 try:
-                    self.modules.pack(module, Ambient())  # new workers load it first
+                    self.modules.pack(module, Ambient.here())  # new workers load it first
                 finally:  # the thread releases all that was prepared
                     self.thread.start()
 
@@ -169,12 +168,11 @@ class Supervisor(Dispatcher):
 
     def may_load(self, module: PackedModule) -> bool:
         """Return whether one more worker may load a module, which stops calls of others there."""
-        recent, used, loading = self._clock() - _RECENT, set[int](), set[int]()
-        for worker in self._workers:
-            number = worker.latest if (part := worker.part) is None else part.request.module.number
-            used |= {number} if part is not None or worker.since > recent else set()
-            loading |= {number} if part is not None and worker.fresh else set()
-        return module.number not in loading or used.isdisjoint(module.alive - {module.number})
+        since = self._clock() - _RECENT
+        used = [each for each in self._workers if each.part is not None or each.since > since]
+        is_loaded = any(w.fresh and w.part and w.latest == module.number for w in used)
+        others = module.alive - {module.number}
+        return not is_loaded or others.isdisjoint(worker.latest for worker in used)
 
     def lost(self, worker: Any, reason: str) -> None:
         """Note that a worker has ended, or end it; ``reason`` continues its name."""
@@ -191,7 +189,7 @@ class Supervisor(Dispatcher):
 
     def _replace(self, worker: Any, reason: str) -> None:
         """Fail the part of a worker that was taken out, and have a new one started."""
-        what, now, hopeless = f"{worker} {reason}", self._clock(), False
+        what, now = f"{worker} {reason}", self._clock()
         if not (self.closed or worker.left or worker.is_abandoned):
             logger.warning("a worker was lost and is replaced: %s", what)
         with self.lock:
@@ -201,13 +199,11 @@ class Supervisor(Dispatcher):
                     self._failed_starts += 1
                     pause = 0.1 * 2 ** min(self._failed_starts, 9)
                     self._start_again = now + min(pause, _LONGEST_PAUSE)
-                hopeless = self._failed_starts >= _FAILED_STARTS
             if worker.part is not None:
                 self.reply(worker.part, Failure(f"was lost: {what}", "died"))
                 worker.part = None
-        if hopeless:
-            self.refuse(what)
-        self._assign()  # a failed part may have waited for this worker
+        hopeless = not (worker.ready or worker.left) and self._failed_starts >= _FAILED_STARTS
+        self.refuse(what if hopeless else "")  # a part may have waited for this worker
         self.wake()
 
     def retire(self, worker: Any) -> None:
@@ -288,10 +284,7 @@ class Supervisor(Dispatcher):
 
 
 class SupervisedRequest(LiveRequest):
-    """A request that reads results in its own thread.
-
-    A result is the worker and a function, which returns whether the module succeeded, and a value.
-    """
+    """A request that reads results, a worker and a function, in its own thread."""
 
     def receive(self, reply: Reply) -> None:
         if reply.error is not None:

@@ -297,9 +297,11 @@ class ModuleStore:
     def pack(self, module: nn.Module, ambient: Ambient) -> PackedModule:
         """Return the module in its present state, for a caller with these modes."""
         tensors, how = fingerprint(module)
-        if (packed := self._find(module, how)) is None:
+        packed = self._packed.get(module)
+        if packed is None or packed[0] != how:
             with self._packing:
-                if (packed := self._find(module, how)) is None:
+                packed = self._packed.get(module)  # another thread may have packed it
+                if packed is None or packed[0] != how:
                     try:
                         package = self._make(module)
                     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -313,11 +315,6 @@ class ModuleStore:
             alive = frozenset(number for _, number, *_ in self._packed.values())
         _, number, package, _ = packed
         return PackedModule(number, package, alive, _dumps((number, alive, ambient)))
-
-    def _find(self, module: nn.Module, how: Any) -> Any:
-        with self._lock:
-            packed = self._packed.get(module)
-        return packed if packed is not None and packed[0] == how else None
 
     def last(self) -> tuple[int, Any] | None:
         """Return the number and the package of the newest module, if there is one."""
@@ -339,10 +336,7 @@ def set_up(threads: int, seed: int) -> None:
 
 
 class LoadedModules:
-    """The modules that a worker was sent, or the errors of unusable ones.
-
-    They compute on ``device``, and ``pack`` makes their results ready to be sent.
-    """
+    """The modules that a worker was sent, or errors; ``pack`` makes results ready to be sent."""
 
     def __init__(self, device: torch.device, pack: Callable[[Any], Any]) -> None:
         self.device, self._pack = device, pack

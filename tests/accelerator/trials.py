@@ -2,15 +2,11 @@
 
 import contextlib
 import ctypes
-import fcntl
 import os
-import resource
-import signal
 import subprocess
 import sys
 import threading
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -122,35 +118,6 @@ def test_without_nvrtc(monkeypatch):
     fails(UNTOUCHED, "there is no libnvrtc.so.99")
 
 
-# An NVRTC that compiles nothing.
-NVRTC = """
-#include <cstring>
-extern "C" {
-int nvrtcVersion(int* a, int* b) { return *a = 13, *b = 9, 0; }
-int nvrtcGetNumSupportedArchs(int* n) { return *n = 1, 0; }
-int nvrtcGetSupportedArchs(int* all) { return *all = 90, 0; }
-int nvrtcCreateProgram(void** p, const char*, const char*, int, const char**, const char**) {
-  return *p = p, 0;
-}
-int nvrtcCompileProgram(void*, int, const char**) { return 6; }
-const char* nvrtcGetErrorString(int) { return "NVRTC_ERROR_COMPILATION"; }
-int nvrtcGetProgramLogSize(void*, size_t* n) { return *n = 15, 0; }
-int nvrtcGetProgramLog(void*, char* to) { return std::strcpy(to, "an error\\nmore"), 0; }
-int nvrtcDestroyProgram(void**) { return 0; }
-}
-"""
-
-
-def test_an_nvrtc_that_fails(tmp_path, monkeypatch):
-    source, library = tmp_path / "nvrtc.cpp", tmp_path / "nvrtc.so"
-    source.write_text(NVRTC)
-    subprocess.run(["c++", "-fPIC", "-shared", source, "-o", library], check=True, timeout=100)
-    handle = ctypes.CDLL(str(library))._handle
-    monkeypatch.setattr(_extension, "_nvrtc", lambda: handle)
-    reason = fails(UNTOUCHED, "NVRTC 13.9: NVRTC_ERROR_COMPILATION an error")
-    assert reason.endswith("an error")  # the first line of the log
-
-
 @pytest.mark.parametrize("matrix", [False, True])
 def test_the_operator_falls_back_for_good(matrix):
     operands = problem(torch.float16, "cuda:1", matrix)
@@ -198,16 +165,6 @@ def test_threads_that_come_while_a_kernel_is_tried_do_not_wait_for_it():
     assert is_used(*operands)
 
 
-def test_the_first_use_is_by_a_thread_of_autograds():
-    coefficients, schedule, (matrix,) = make_plan(9, torch.bfloat16)
-    plan = coefficients.to("cuda:1"), schedule.to("cuda:1")
-    values = torch.randn(9, 3, 20, device="cuda:1").bfloat16().requires_grad_()
-    ops.spline_apply(values, *plan).sum().backward()
-    assert is_used(torch.ones(12, 3, 20, device="cuda:1").bfloat16(), *plan, transpose=True)
-    want = matrix.sum(0).view(9, 1, 1).expand(9, 3, 20)
-    torch.testing.assert_close(values.grad.cpu().double(), want, atol=0.1, rtol=0)
-
-
 def test_an_error_before_a_trial_is_the_callers_own(cache):
     operands = problem(torch.bfloat16, "cuda:1", matrix=True)
     driver.driver_fault(b"trapped")
@@ -218,73 +175,6 @@ def test_an_error_before_a_trial_is_the_callers_own(cache):
     ops.spline_apply(*operands)
     assert is_used(*operands)
     assert not _extension.CUDA_FAILURES
-
-
-def test_a_thread_that_cannot_start_costs_the_kernel_alone(monkeypatch):
-    def refuse(workers):
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(_extension, "ThreadPoolExecutor", refuse)
-    fails(UNTOUCHED, "sweep_float32_transposed on cuda:0: can't start new thread")
-
-
-def test_a_first_call_that_is_interrupted_decides_nothing(monkeypatch):
-    operands = problem(torch.float16, "cuda:0", matrix=True)
-
-    def interrupt(workers):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_extension, "ThreadPoolExecutor", interrupt)
-        with pytest.raises((KeyboardInterrupt, RuntimeError)):
-            ops.spline_apply(*operands)
-    ops.spline_apply(*operands)
-    assert is_used(*operands)
-
-
-def test_of_two_failures_at_once_one_is_warned_of(monkeypatch):
-    class Together(list):
-        """A list that two threads search at once."""
-
-        both = threading.Barrier(2)
-
-        def __contains__(self, item):
-            self.both.wait(timeout=100)
-            return super().__contains__(item)
-
-    monkeypatch.setattr(_extension, "CUDA_FAILURES", Together())
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        threads = [threading.Thread(target=_extension._fall_back, args=[x]) for x in "ab"]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(timeout=100)
-    assert len(caught) == 1
-    assert sorted(_extension.CUDA_FAILURES) == ["a", "b"]
-
-
-def test_two_trials_at_once_leave_the_callers_mode(monkeypatch):
-    compare, ended = _extension._compare, threading.Event()
-    second = threading.Thread(target=_extension._try_kernel, args=(1, 6))
-
-    def overlap(device, number):
-        if number == UNTOUCHED:
-            second.start()
-            second.join(timeout=1)  # it begins before this one ends, and ends behind it
-        else:
-            ended.wait(timeout=100)
-        compare(device, number)
-
-    monkeypatch.setattr(_extension, "_compare", overlap)
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        assert _extension._try_kernel(0, UNTOUCHED)
-        ended.set()
-        second.join(timeout=100)
-        assert torch.cuda.get_sync_debug_mode() == 1
-    finally:
-        torch.cuda.set_sync_debug_mode(0)
 
 
 def test_the_callers_modes_are_nothing_to_a_trial():
@@ -323,68 +213,11 @@ def test_a_file_that_is_not_whole_or_not_this_kernels_is_compiled_again(spoil, c
     assert path.read_bytes() == whole
 
 
-def test_a_full_disk_costs_a_compilation(cache):
-    before = (
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
-        resource.getrlimit(resource.RLIMIT_FSIZE),
-    )
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1][1]))
-    try:
-        assert _extension._try_kernel(0, UNTOUCHED)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before[1])
-        signal.signal(signal.SIGXFSZ, before[0])
-    assert [path.suffix for path in cache.iterdir()] == [".lock"]
-
-
 def test_nothing_is_read_where_others_write(cache):
     cache.mkdir()
     cache.chmod(0o777)
     assert _extension._try_kernel(0, UNTOUCHED)
     assert not any(cache.iterdir())
-
-
-def test_a_file_in_the_place_of_the_cache(cache):
-    cache.write_text("")
-    assert _extension._try_kernel(0, UNTOUCHED)
-
-
-def test_a_folder_in_the_place_of_a_file(cache):
-    assert _extension._try_kernel(0, UNTOUCHED)
-    path = the_file(cache)
-    path.unlink()
-    path.mkdir()
-    assert _extension._try_kernel(0, UNTOUCHED)
-    assert {entry.suffix for entry in cache.iterdir()} == {".kernel", ".lock"}
-
-
-def test_a_process_that_is_forked_during_a_trial_does_not_keep_the_lock(cache, monkeypatch):
-    compare, children = _extension._compare, []
-
-    def fork(device, number):
-        child = os.fork()
-        if child == 0:
-            time.sleep(100)
-            os._exit(0)
-        children.append(child)
-        compare(device, number)
-
-    monkeypatch.setattr(_extension, "_compare", fork)
-    try:
-        assert _extension._try_kernel(0, UNTOUCHED)
-        (path,) = cache.glob("*.lock")
-        with path.open() as lock:
-            for _ in range(100):  # the trial's thread may end a little later
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                time.sleep(0.1)
-            else:
-                pytest.fail("the lock is held")
-    finally:
-        for child in children:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
 
 
 def test_the_cache_is_bounded(cache):

@@ -21,14 +21,14 @@ from coded_torch.nn.report import Report
 from coded_torch.scheduling.latency_history import EstimationTimes
 from coded_torch.stragglers import Trace, Uniform
 from coded_torch.surrogates import Memory
-from coded_torch.testing.virtual import VirtualWorkers
-from coded_torch.testing.workers import (
+from coded_torch.testing.helpers import (
     CopyCode,
     FailsAt,
     PolynomialCode,
     divide_by_zero,
     nan_at_two,
 )
+from coded_torch.testing.virtual import VirtualWorkers
 from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers
 
 from ..workers.test_local import Fixed

@@ -16,8 +16,8 @@ from coded_torch.nn.result_checks import Checks
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
 from coded_torch.table import Table
+from coded_torch.testing.helpers import CopyCode, PolynomialCode, task_of
 from coded_torch.testing.virtual import VirtualWorkers
-from coded_torch.testing.workers import CopyCode, PolynomialCode, task_of
 from coded_torch.workers import LocalWorkers, Reply
 
 from ..waits import host_waits

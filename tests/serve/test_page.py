@@ -539,20 +539,3 @@ def test_the_page_is_used_by_keyboard_alone(opened):
     wait_until(lambda: opened.browser.execute_script("return sent.length"))
     sent = json.loads(opened.browser.execute_script("return sent[0]"))
     assert sent["parameters"] == {"timeout": 1_999_000}
-
-
-@pytest.mark.browser
-def test_a_request_as_json(opened):
-    opened.browser.execute_script("document.getElementById('json').open = true")
-    entry = {"name": "input", "datatype": "FP32", "shape": [3, 1, 28, 28]}
-    entry["data"] = [0.0] * 3 * 784
-    for text, answer in (
-        (json.dumps({"inputs": [entry]}), "3 rows in "),
-        ("{", "Refused: "),
-        ("{}", "Refused: the request must have inputs"),
-        ('{"inputs": []}', "Refused: inputs must be"),
-    ):
-        fill = "document.getElementById('text').value = arguments[0]"
-        opened.browser.execute_script(fill, text)
-        opened.find("send").click()
-        opened.until("answer", answer)

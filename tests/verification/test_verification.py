@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import inspect
 import logging
 import math
 import time
@@ -14,9 +13,7 @@ import torch
 from coded_torch import CodedWrapper, Waiting, codes
 from coded_torch.codes import NotEnoughResults
 from coded_torch.surrogates import Memory
-from coded_torch.table import OPEN
 from coded_torch.testing.virtual import VirtualWorkers
-from coded_torch.verification import Verifier
 from coded_torch.verification.scores import Fit, Scores
 from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers
 
@@ -154,15 +151,6 @@ class TestAWrongWorker:
         levels = {record.levelname for record in caplog.records if "worker 0" in record.message}
         assert levels == {"WARNING", "ERROR"}
 
-    def test_is_never_asked_again_for_a_row_that_it_has_computed(self):
-        pool = pool_of(12, {0: [by(1.0)]})
-        coded = wrap(pool, verify=0.1, parts=6)
-        for seed in range(10):
-            pool.begun.clear()
-            coded.run(batch(seed))
-            asked = [row for _, worker, part in pool.begun if worker == 0 for row in part.units]
-            assert len(set(asked)) == len(asked)
-
     @pytest.mark.parametrize("num_workers", [6, 24])
     def test_of_a_proven_pool_is_excluded_by_the_call_that_finds_it(self, num_workers):
         """It computes parts of others, which it cannot tell from its own ones."""
@@ -174,61 +162,6 @@ class TestAWrongWorker:
         asked = [row for _, worker, part in pool.begun if worker == 0 for row in part.units]
         assert len(set(asked)) == len(asked)
         assert report.work <= 7.0  # of which most are votes
-
-    def test_does_not_make_wrong_results_look_usual(self):
-        """The call that excludes it at once, as it has been right for long, has odd scores."""
-        size, wrong = [0.0], noise()[0]
-        pool = pool_of(24, {0: [(lambda y: wrong(y) if size[0] else y, 1.0)]})
-        coded = wrap(pool, 0.02)
-        record, scores = coded._record, coded._record.scores
-        for seed in range(16):
-            coded.run(batch(seed, 240))
-        known(coded, 100_000)
-        scores.learn()
-        bars, size[0], faults = (scores.rows.at, scores.parts.at), 1.0, []
-        assert max(bars) < math.inf
-        for seed in range(100, 130):
-            _, report = coded.run(batch(seed, 240))
-            faults.append(report.faults.get(0, 0))
-            pool.restart(0)
-            record.renew([0])
-        scores.learn()
-        assert min(faults) > 0
-        assert (scores.rows.at, scores.parts.at) == bars
-
-    def test_that_hangs_at_a_check_does_not_hold_a_call_whose_rows_are_given_up(self, monkeypatch):
-        """Rows of its parts are missing then, and all others die, so that nothing more comes."""
-        decide, waits = Verifier.decide, []
-
-        def seen(self, history, table):
-            until = decide(self, history, table)
-            some = [part for part in table.parts if part.outcome == OPEN]
-            if not table.reason and some and all(part.why in ("check", "vote") for part in some):
-                waits.append(until)
-            return until
-
-        monkeypatch.setattr(Verifier, "decide", seen)
-        for seed in range(8):
-            kills = {"kills": lambda x: pool.clock > 4.5 + seed % 2}  # noqa: B023
-            wrong = [by(1.0)] * 3 + [("ok", math.inf)]
-            pool = VirtualWorkers([wrong, *[[OK]] * 6], **kills)
-            how = {"parts": 21, "waiting": Waiting(on_error="estimate")}
-            wrap(pool, 0.03, **how).run(batch(seed, rows=210))
-        assert waits
-        assert max(waits) < math.inf
-
-    def test_many_disputes_are_settled_in_turn(self, monkeypatch):
-        """Not each in a frame of the one before, of which Python has a thousand."""
-        decide, depths = Verifier.decide, [0]
-
-        def seen(self, history, table):
-            depths.append(len(inspect.stack(0)))
-            return decide(self, history, table)
-
-        monkeypatch.setattr(Verifier, "decide", seen)
-        _, report = wrap(pool_of(2, {0: [by(1.0)]}), 1.0, parts=40).run(batch())
-        assert report.disputes >= 40
-        assert max(depths[1:]) == min(depths[1:])
 
     def test_that_is_honest_when_asked_again_is_charged_once(self):
         pool = pool_of(24, {0: [by(1.0), OK]})
@@ -465,11 +398,6 @@ class TestDisputes:
         pool = pool_of(3, {0: [(lambda y: y[:, :5], 1.0)]})
         assert not self.wrong(wrap(pool, parts=1), batch())[0].any()
 
-    def test_one_fault_of_a_new_worker_is_an_accident_however_old_the_others_are(self):
-        record = wrap(pool_of(6))._record
-        record.passed(*[dict.fromkeys(range(5), 50_000)] * 2)
-        assert not record.add_fault(5)
-
     def test_all_rows_are_unverified_once_verification_has_stopped(self):
         drawn = torch.Generator().manual_seed(0)
         acts = {0: [by(1.0)], 1: [(lambda y: y + torch.rand(1, generator=drawn), 1.0)]}
@@ -503,15 +431,6 @@ class TestWithoutTime:
         assert report.disputes
         assert not report.faults
         assert report.unverified.any()
-
-    def test_all_answers_of_workers_in_undecided_disputes_are_unverified(self):
-        x = batch()
-        coded = known(wrap(pool_of(6, {0: [by(1.0)]}), 0.2, waiting=Waiting(deadline=1.2)))
-        answers, report = coded.run(x)
-        is_wrong = ~torch.isclose(answers, 2 * x + 1, atol=1e-6).all(1)
-        assert is_wrong.any()
-        assert report.unverified[is_wrong].all()
-        assert report.verified.any()
 
     def test_checks_that_do_not_come_are_unverified(self):
         pool = pool_of(4, {0: [OK]}, all_others=HANGS)

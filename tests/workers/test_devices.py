@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import logging
 import re
 import threading
 import time
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 
 from coded_torch.codes import NotEnoughResults
 from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.testing.helpers import CopyCode
 from coded_torch.testing.workers import (
-    CopyCode,
     FailsAt,
     PolynomialCode,
     WorkersTests,
@@ -285,30 +284,6 @@ class TestCopies:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("home", ["cpu", "cuda"])
-def test_answers_and_gradients_on_cuda(home):
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)).double().to(home)
-    stream = torch.cuda.Stream()
-    with DeviceWorkers(["cuda", "cuda", "cpu"]) as pool, torch.cuda.stream(stream):
-        coded = CodedWrapper(module, PolynomialCode(3, 6), workers=pool, waiting=first(1))
-        for seed in range(20):
-            generator = torch.Generator().manual_seed(seed)
-            x = torch.randn(500, 64, generator=generator).double().to(home).requires_grad_()
-            wanted = module(x)
-            gradients = torch.autograd.grad(wanted.sum(), [x, *module.parameters()])
-            out = coded(x)
-            assert out.device == x.device
-            torch.testing.assert_close(out, wanted, rtol=1e-8, atol=1e-8)
-            torch.testing.assert_close(
-                torch.autograd.grad(out.sum(), [x, *module.parameters()]),
-                gradients,
-                rtol=1e-7,
-                atol=1e-7,
-            )
-
-
-@pytest.mark.cuda
 @pytest.mark.parametrize("enabled", [False, True])
 def test_gradients_of_a_batch_on_cuda(enabled):
     """In single precision and under autocast, whose cache of weights knows no streams."""
@@ -367,15 +342,6 @@ def test_threads_come_and_go():
         replies = list(run(pool, nn.Identity(), task_of(torch.ones(4, 1, 1))))
         assert {reply.worker for reply in replies} == {1}
         assert pool.num_workers == 1
-
-
-def test_start_says_which_output_is_never_estimated(caplog):
-    top = Call(lambda x: {"logits": x, "top": x.argmax(1)})
-    with caplog.at_level(logging.INFO, "coded_torch"), DeviceWorkers(["cpu"] * 3) as pool:
-        pool.start(nn.Identity(), torch.ones(1, 2))
-        assert "estimated" not in caplog.text
-        pool.start(top, torch.ones(1, 2))
-    assert caplog.text.count("output['top'] is torch.int64, so its missing rows cannot be") == 1
 
 
 def test_each_worker_starts_with_the_example_as_it_is():

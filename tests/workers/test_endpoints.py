@@ -424,21 +424,6 @@ def test_a_server_that_was_removed_at_work_can_be_added_again(three):
     pool.close()
 
 
-def test_a_removed_server_gets_no_parts_after_a_probe(three):
-    pool = EndpointWorkers([three[0].url, three[1].url], model="double", concurrency=1)
-    request, gate = at_work(three[0], pool, task_of(X[None]))
-    slots = pool._queue.at(0)
-    pool.remove(three[0].url)
-    run(pool._queue._resume(three[0].url, slots, 0.0))
-    gate.set()
-    assert [request.wait(WAIT).worker for _ in range(2)] == [0, 0]
-    assert request.idle == 1
-    request.ask([Part(1, (0,), avoid=frozenset([1]))])
-    assert "avoids all workers that are left" in str(request.wait(WAIT).error)
-    request.close()
-    pool.close()
-
-
 def test_a_wrong_input_is_raised_to_the_caller(three):
     coded = wrapped(three)
     with pytest.raises(TypeError, match=r"input must be of torch.float32, got torch.float64"):
@@ -454,18 +439,6 @@ def test_a_pool_that_is_closed_by_the_thread_of_its_loop_does_not_wait(three):
         return time.monotonic() - start
 
     assert run(close()) < 1
-
-
-def test_a_closed_pool_probes_no_server(three, monkeypatch, caplog):
-    monkeypatch.setattr(endpoints, "_MOST_DOUBTS", 1)
-    pool = EndpointWorkers([three[0].url], model="double")
-    request, gate = at_work(three[0], pool, task_of(X[None]))
-    request.answered.add(three[1].url)
-    pool.close()  # cancels the part, which another server has answered
-    gate.set()
-    until(lambda: not pool._queue._tasks)
-    assert "probed" not in caplog.text
-    request.close()
 
 
 def test_a_server_that_does_not_accept_did_not_end_at_work():

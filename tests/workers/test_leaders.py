@@ -140,28 +140,6 @@ def test_a_pool_that_another_thread_closes_ends_all_calls(pool):
     assert all("the pool was closed" in str(error) for errors in found for error in errors)
 
 
-def test_a_leader_may_be_slow_while_its_pool_is_closed(pool, monkeypatch):
-    found, closing = [], threading.Event()
-
-    def then(request):
-        is_notified, own = request.is_notified, threading.current_thread()
-
-        def slowly() -> bool:
-            if threading.current_thread() is own:
-                closing.set()
-                pool._queue.thread.join(WAIT)
-            return threading.current_thread() is not own and is_notified()
-
-        monkeypatch.setattr(request, "is_notified", slowly)
-
-    (thread,) = in_threads([lambda: ask_and_wait(pool, seconds(3600.0), found, then)])
-    assert closing.wait(WAIT)
-    pool.close()
-    thread.join(WAIT)
-    ((error,),) = found
-    assert "the pool was closed" in str(error)
-
-
 def test_a_fork_can_close_a_request_whose_lock_another_thread_holds(pool):
     held, over = threading.Event(), threading.Event()
 
@@ -181,19 +159,6 @@ def test_a_fork_can_close_a_request_whose_lock_another_thread_holds(pool):
         assert os.waitpid(child, 0)[1] == 0
         over.set()
         thread.join(WAIT)
-
-
-def test_an_interrupt_before_the_thread_of_a_pool_starts_is_made_up_for():
-    with ProcessWorkers(1, timeout=WAIT) as pool, pytest.MonkeyPatch.context() as patch:
-
-        def start():
-            patch.undo()
-            raise KeyboardInterrupt
-
-        patch.setattr(pool._queue.thread, "start", start)
-        with pytest.raises(KeyboardInterrupt):
-            pool.start(Sleepy())
-        pool.start(Sleepy(), timeout=WAIT)
 
 
 def test_a_fork_takes_nothing_from_a_pool_in_use(pool):

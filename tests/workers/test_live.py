@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import Any
 
@@ -61,30 +60,6 @@ def test_every_part_fails_at_its_own_time():
     assert all(at <= reply.at < at + 2 for reply, at in times)  # a busy machine is late
     request.answer("late")
     assert request.wait() is None
-
-
-def test_nothing_begins_once_close_has_returned():
-    for _ in range(200):
-        request = Quiet()
-        request.ask(numbered(*([n] for n in range(8))))
-        begun: list[float] = []
-        go = threading.Barrier(2)
-
-        def worker(request=request, begun=begun, go=go) -> None:
-            go.wait()
-            while request.worker.part is not None:
-                request.answer()
-                begun.append(time.monotonic())
-
-        thread = threading.Thread(target=worker)
-        thread.start()
-        go.wait()
-        request.close()
-        closed = time.monotonic()
-        thread.join()
-        # One may have begun before, and noted the time after; another ends without a successor.
-        assert sum(at > closed for at in begun) <= 2
-        assert request.wait() is None
 
 
 def test_waiting_for_many_parts_costs_little_for_each():

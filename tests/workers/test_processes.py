@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import gc
 import math
 import os
 import re
-import resource
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,7 +25,6 @@ from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Trace
 from coded_torch.testing.workers import (
     WAIT,
-    PolynomialCode,
     WorkersTests,
     by_part,
     numbered,
@@ -39,11 +35,9 @@ from coded_torch.testing.workers import (
 )
 from coded_torch.workers import (
     Began,
-    Fault,
     FaultyWorkers,
     ProcessWorkers,
     WorkerError,
-    worker_main,
 )
 
 from .modules import (
@@ -265,22 +259,6 @@ def test_an_interrupted_call_leaves_nothing_that_the_next_one_waits_for(call):
         assert not pids & set(pool.pids)
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what Linux knows")
-@pytest.mark.parametrize(("columns", "most"), [(100, 2), (30_000, 12)], ids=["small", "large"])
-def test_kept_results_keep_few_blocks_of_shared_memory(columns, most):
-    def held() -> tuple[int, int]:
-        gc.collect()
-        maps = Path("/proc/self/maps").read_text().count("memfd:coded_torch")
-        return maps, len(os.listdir("/proc/self/fd"))
-
-    with ProcessWorkers(1).start(nn.Identity(), timeout=WAIT) as pool:
-        kept, before = [], held()
-        for i in range(30):
-            kept += answers(pool, nn.Identity(), torch.full((1, 1, columns), float(i)))
-        assert max(now - then for now, then in zip(held(), before, strict=True)) <= most
-    assert [float(reply.value.max()) for reply in kept] == list(range(30))
-
-
 def test_a_hung_process_is_killed_after_its_grace():
     module = Stuck()
     with ProcessWorkers(3, grace=3.0).start(module, timeout=WAIT) as pool:
@@ -314,12 +292,6 @@ def test_a_hung_part_that_lives_ends_after_the_timeout_or_when_its_call_ended():
     with ProcessWorkers(1, grace=0.3).start(timeout=WAIT) as pool:
         answers(pool, Sleepy(), torch.full((1, 1, 1), 3600.0), deadline=0.1)
         assert len(answers(pool, Sleepy(), torch.zeros(1, 1, 1))) == 1
-
-
-def test_the_grace_counts_from_the_loading_of_a_new_module():
-    with ProcessWorkers(1, grace=0.5).start(timeout=WAIT) as pool:
-        (reply,) = answers(pool, Stuck(), torch.full((1, 1, 1), 3600.0))
-        assert "at one part for more than 0.5 s without a sign of life" in reply.error.reason
 
 
 class _Slow(nn.Module):
@@ -521,37 +493,6 @@ def _parent(pid: int) -> int:
     return 0 if state == "Z" else int(parent)
 
 
-def test_a_server_that_is_replaced_ends_with_its_last_process():
-    with ProcessWorkers(2).start(timeout=WAIT) as pool:
-        first = _parent(pool.pids[0])
-        worker_main.replace_servers()
-        os.kill(pool.pids[0], signal.SIGKILL)
-        until(lambda: {_parent(pid) for pid in pool.pids} - {0} > {first})
-        assert len(answers(pool, nn.Identity(), torch.zeros(4, 1, 1))) == 4
-    until(lambda: not Path(f"/proc/{first}").exists())
-
-
-def test_every_fault_is_rejected_and_spoils_nothing():
-    n, rates = 7, dict.fromkeys(Fault.KINDS, 0.03)
-    with FaultyWorkers(ProcessWorkers(n).start(timeout=WAIT), rates=rates, seed=0) as pool:
-        code = PolynomialCode(2, n)
-        coded = CodedWrapper(nn.Identity(), code, workers=pool, waiting=Waiting.first(0))
-        reasons = []
-        for i in range(30):
-            x = torch.tensor([[i, 1.0], [i + 1.0, 2.0]], dtype=torch.float64)
-            torch.testing.assert_close(coded(x), x)
-            reasons += coded.last_run.rejected.values()
-    for kind in ("was lost", "not finite", "got shape", "float32", "'None']"):
-        assert any(kind in reason for reason in reasons), (kind, reasons)
-
-
-def test_a_forked_process_is_refused():
-    with ProcessWorkers(1).start(timeout=WAIT) as pool:
-        pool._queue.process += 1  # as it would look from there
-        with pytest.raises(RuntimeError, match="in the process that started it"):
-            answers(pool, nn.Identity(), torch.ones(1, 1, 1))
-
-
 _UNGUARDED = """
 import torch
 from coded_torch.workers import ProcessWorkers
@@ -604,44 +545,6 @@ def test_a_script_without_a_guard_gets_to_know(tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert "RuntimeError: ProcessWorkers: workers import the main script" in last
     assert last.endswith('put its main part under: if __name__ == "__main__":')
-
-
-def test_a_pool_that_closes_while_it_starts_refuses_no_packages():
-    pool = ProcessWorkers(1)
-    pool._queue._packages = frozenset(["timeit"])  # a server of its own, which takes seconds
-    pool._queue.begin(nn.Identity())
-    until = time.monotonic() + WAIT
-    while not pool._queue._workers and time.monotonic() < until:
-        time.sleep(0.002)
-    assert pool._queue._workers
-    pool.close()
-    assert "timeit" not in worker_main.REFUSED
-
-
-def test_threads_start_one_server_and_leave_the_environment(monkeypatch):
-    started, spawn = [], worker_main.util.spawnv_passfds
-
-    def start(path, arguments, descriptors):
-        if "serve" in arguments[-1]:
-            started.append(arguments[-1])
-            time.sleep(0.1)
-        return spawn(path, arguments, descriptors)
-
-    monkeypatch.setattr(worker_main.util, "spawnv_passfds", start)
-    packages, before = frozenset(["no_package"]), dict(os.environ)
-
-    def fork():
-        with socket.socket() as sock:
-            worker_main.fork(sock, packages, torch.device("cpu"), 1, 0, 1.0)
-
-    threads = [threading.Thread(target=fork) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    worker_main.replace_servers()
-    assert len(started) == 1
-    assert dict(os.environ) == before
 
 
 _PACKAGE = """
@@ -764,37 +667,37 @@ def test_without_cloudpickle_a_class_of_an_interactive_session_is_refused():
     )
 
 
-_FEW_FILES = """
-from coded_torch.workers import ProcessWorkers
-
-if __name__ == "__main__":
-    with ProcessWorkers(40) as pool:
-        pool.start(timeout={timeout})
-"""
-
-
-def test_too_few_open_files_are_named_and_no_thread_ends_by_it(tmp_path):
-    limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (48, 48))
-    done = _script(tmp_path, _FEW_FILES.format(timeout=60), 2 * WAIT, preexec_fn=limit)
-    assert done.stderr.count("Traceback") == 1, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert re.match(
-        r"RuntimeError: ProcessWorkers: only \d+ of 40 workers started within 60 s; ", last
-    )
-    assert last.endswith("could not be started: OSError: [Errno 24] Too many open files")
-
-
 @pytest.mark.parametrize(
     "end",
-    ["import os, signal; os.kill(pool.pids[0], signal.SIGSTOP)", "del pool, coded"],
-    ids=["stopped", "deleted"],
+    [
+        "import os, signal; os.kill(pool.pids[0], signal.SIGSTOP)",
+        "del pool, coded",
+        "import time; time.sleep(3600)",
+    ],
+    ids=["stopped", "deleted", "interrupted"],
 )
 def test_exit_is_clean(tmp_path, end):
-    first = "import weakref; weakref.finalize(weakref.WeakSet, int)\n"  # before multiprocessing's
-    done = _script(tmp_path, first + _AT_EXIT.format(end=end))
-    assert (done.returncode, done.stderr) == (0, "")
-    answer, pids = done.stdout.strip().rsplit("]", 1)
+    # What runs in the background of a shell ignores interrupts, and so does all that it starts. A
+    # finalizer stands before those of multiprocessing.
+    first = "import signal, weakref; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    first += "weakref.finalize(weakref.WeakSet, int)\n"
+    (script := tmp_path / "script.py").write_text(first + _AT_EXIT.format(end=end))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-W", "error", script]
+    with subprocess.Popen(command, **pipes, start_new_session=True) as process:
+        try:
+            answer, pids = process.stdout.readline().strip().rsplit("]", 1)
+            if "sleep" in end:
+                os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to all of them
+            _, errors = process.communicate(timeout=WAIT)
+        finally:
+            process.kill()
     assert answer == "[0.0, 3.0"
+    if "sleep" in end:
+        assert errors.count("Traceback") == 1
+        assert errors.rstrip().endswith("KeyboardInterrupt")
+    else:
+        assert (process.returncode, errors) == (0, "")
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids.split()))
 
 
@@ -846,31 +749,6 @@ def test_a_killed_caller_leaves_nothing_though_a_worker_is_stopped_and_a_fork_li
         finally:
             os.kill(child, signal.SIGKILL)
             caller.kill()
-
-
-def test_an_interrupt_is_clean(tmp_path):
-    script = tmp_path / "script.py"
-    # What runs in the background of a shell ignores interrupts, and so does all that it starts.
-    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    script.write_text(heed + _AT_EXIT.format(end="import time; time.sleep(3600)"))
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", script],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        line = process.stdout.readline()
-        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to all of them
-        _, errors = process.communicate(timeout=WAIT)
-    finally:
-        process.kill()
-        process.communicate()
-    assert errors.count("Traceback") == 1
-    assert errors.rstrip().endswith("KeyboardInterrupt")
-    pids = line.strip().rsplit("]", 1)[1].split()
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts what Linux knows")

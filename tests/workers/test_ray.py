@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from torch import nn
 from coded_torch.codes import NotEnoughResults
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.testing.workers import WAIT, PolynomialCode, WorkersTests, run, task_of, until
-from coded_torch.workers import FaultyWorkers, RayWorkers
+from coded_torch.workers import RayWorkers
 
 from .modules import Exits
 
@@ -94,24 +93,6 @@ def test_a_dead_actor_is_named_and_replaced(pool):
     assert all(reply.error is None for reply in answers(pool, Exits(), torch.zeros(3, 1, 1)))
 
 
-def test_an_idle_actor_that_is_killed_is_replaced(pool):
-    victim = pool.pids[0]
-    os.kill(victim, signal.SIGKILL)
-    until(lambda: victim not in pool.pids)
-    until(lambda: pool.num_ready == 3)
-
-
-def test_actors_come_and_go(pool):
-    before = set(pool.pids)
-    pool.drain(0)
-    until(lambda: pool.num_ready == 2)
-    (leaving,) = before - set(pool.pids)
-    until(lambda: not _runs(leaving))
-    assert {reply.worker for reply in answers(pool, nn.Identity(), torch.ones(4, 1, 1))} <= {1, 2}
-    pool.resize(3)
-    until(lambda: pool.num_ready == 3)
-
-
 def test_stopped_actors_end_at_the_deadline_and_are_ended_after_their_grace(cluster):
     with RayWorkers(3, grace=1.5).start(timeout=WAIT) as pool:
         code, waiting = PolynomialCode(2, 3), Waiting.first(1, deadline=1.0)
@@ -127,21 +108,6 @@ def test_stopped_actors_end_at_the_deadline_and_are_ended_after_their_grace(clus
         x = torch.ones(2, 1, dtype=torch.float64)
         torch.testing.assert_close(coded(x), x)
     until(lambda: not any(map(_runs, stopped)))
-
-
-def test_faults_spoil_nothing_and_a_pool_that_nobody_holds_ends_its_actors(cluster):
-    n = 4
-    rates = {"nan": 0.08, "crash": 0.04}
-    pool = FaultyWorkers(RayWorkers(n).start(nn.Identity(), timeout=WAIT), rates=rates, seed=0)
-    code = PolynomialCode(2, n)
-    coded = CodedWrapper(nn.Identity(), code, workers=pool, waiting=Waiting.first(1))
-    for i in range(10):
-        x = torch.tensor([[i, 1.0], [i + 1.0, 2.0]], dtype=torch.float64)
-        torch.testing.assert_close(coded(x), x)
-    pids = pool.pids
-    del pool, coded
-    gc.collect()
-    until(lambda: not any(map(_runs, pids)))
 
 
 _SCRIPT = """

@@ -418,20 +418,6 @@ def test_a_worker_that_cannot_be_launched_is_tried_again():
     assert len(supervisor.launched) == 2
 
 
-def test_any_number_of_jobs_that_cannot_be_sent_fail():
-    supervisor = started(1)
-
-    def refuse(worker: WatchedWorker, part: Part) -> None:
-        raise ValueError("too heavy")
-
-    supervisor.send = refuse
-    failed = replies(Asking(supervisor, 2000))
-    assert len(failed) == 2000
-    assert "could not be asked: too heavy" in str(failed[0].error)
-    assert isinstance(failed[0].error.__cause__, ValueError)
-    assert supervisor.num_idle == 1
-
-
 def test_the_obstacle_is_said():
     supervisor = InMemory(3)
     request = Asking(supervisor, 1)

@@ -119,16 +119,6 @@ def test_an_interrupt_while_a_part_is_handed_over_costs_no_worker(is_sent):
         assert torch.equal(reply.value, ONE[0])
 
 
-def test_a_part_is_not_lost_if_an_interrupt_comes_while_it_is_refused():
-    with ThreadWorkers(1) as pool, pool.open(nn.Identity(), task_of(ONE)) as request:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pool._queue, "reply", lambda *_: pytest.fail("no reply"))
-            with pytest.raises(pytest.fail.Exception):
-                request.ask([Part(0, (0,), avoid=frozenset({0}))])
-        pool._queue.refuse()
-        assert "avoids all workers" in str(request.wait(0.0).error)
-
-
 def test_a_worker_that_has_left_cannot_be_restarted():
     with ThreadWorkers(3) as pool:
         pool.drain(1)
