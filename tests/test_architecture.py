@@ -48,9 +48,9 @@ LINES = {
     "serve": 1308,
     "surrogates": 542,
     "verification": 889,
-    "workers": 3442,
+    "workers": 3419,
 }
-MOST_LINES = 17_768  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_745  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

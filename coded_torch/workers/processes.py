@@ -27,7 +27,7 @@ from ..table import Part
 from . import worker_main
 from .live import LiveRequest
 from .shared_memory import Blocks, Connection, Package, Pickled
-from .supervisor import Limits, SupervisedWorkers, Supervisor, WatchedWorker
+from .supervisor import SupervisedWorkers, Supervisor, WatchedWorker
 from .worker_main import ALIVE, ENDED, LOADED, MODULE, PART, READY, RESULT
 
 # The share of a processor above which a process is alive. A hung one uses .4 %, by its thread that
@@ -105,7 +105,7 @@ class ProcessWorkers(SupervisedWorkers):
         super().__init__(num_workers, threads=threads, grace=grace, timeout=timeout)
 
     def _make(self) -> Supervisor:
-        return _Processes(self._size, self._limits, self.devices, self.threads)
+        return _Processes(self.devices, self.threads, self._size, self.grace, self.timeout)
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -147,8 +147,8 @@ class _Processes(Supervisor):
     _leader: LiveRequest | None = None
     _thread, _led_until = 0, 0.0  # of the leader
 
-    def __init__(self, size: int, limits: Limits, devices: Sequence[Any], threads: int) -> None:
-        super().__init__(size, limits)
+    def __init__(self, devices: Sequence[Any], threads: int, *size_and_limits: Any) -> None:
+        super().__init__(*size_and_limits)
         self._devices, self._threads = devices, threads
         self._packages: frozenset[str] = frozenset()
         self._blocks = Blocks()
@@ -227,10 +227,7 @@ class _Processes(Supervisor):
         if (code := worker.code) is None and worker.pid:
             return "ended with its server"
         if code is None:
-            # Once for all workers of that server, unless the pool is closed.
-            if not (self.closed or worker.packages & worker_main.REFUSED):
-                worker_main.REFUSED.update(worker.packages)
-                worker_main.replace_servers()
+            worker_main.REFUSED.update(() if self.closed else worker.packages)
             return "was not forked, as its server ended, or has threads or CUDA"
         if code < 0:
             names = {each.value: each.name for each in signal.Signals}  # not of all real-time ones

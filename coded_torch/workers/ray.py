@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..table import Part
-from .supervisor import Limits, SupervisedWorkers, Supervisor, WatchedWorker
+from .supervisor import SupervisedWorkers, Supervisor, WatchedWorker
 
 
 class RayWorkers(SupervisedWorkers):
@@ -68,7 +68,8 @@ class RayWorkers(SupervisedWorkers):
         super().__init__(num_workers, threads=threads, grace=grace, timeout=timeout)
 
     def _make(self) -> Supervisor:
-        return _Actors(self._size, self._limits, self.address, self.threads, self.actor_options)
+        how = self.address, self.threads, self.actor_options
+        return _Actors(*how, self._size, self.grace, self.timeout)
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -84,10 +85,10 @@ class _Actors(Supervisor):
 
     kind = "actors"
 
-    def __init__(self, size: int, limits: Limits, address: str | None, *options: Any) -> None:
-        super().__init__(size, limits)
+    def __init__(self, address: Any, threads: int, options: Any, *size_and_limits: Any) -> None:
+        super().__init__(*size_and_limits)
         self._news: queue.SimpleQueue[tuple[_Actor, Part | None, Any] | None] = queue.SimpleQueue()
-        self._address, (self._threads, self._options) = address, options
+        self._address, self._threads, self._options = address, threads, options
 
     def set_up(self) -> None:
         self._session = _connect(self._address)

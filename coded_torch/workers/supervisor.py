@@ -37,9 +37,6 @@ _REPAIR_SECONDS = 1.0  # a pause after an unexpected exception, so that the thre
 _launches = itertools.count()
 
 
-Limits = tuple[float, float]  # ``grace`` and ``timeout`` of a pool
-
-
 class WatchedWorker(Worker):
     """A process or an actor: starting, loading a module, at a part, or idle."""
 
@@ -98,9 +95,11 @@ class Supervisor(Dispatcher):
     thread calls the rest.
     """
 
-    def __init__(self, size: int, limits: Limits, clock: Any = time.monotonic) -> None:
+    def __init__(
+        self, size: int, grace: float, timeout: float, clock: Any = time.monotonic
+    ) -> None:
         super().__init__(size, clock)
-        self.limits, self.grace = limits, limits[0]
+        self.grace, self.timeout = grace, timeout
         self.beat = min(self.grace / _BEATS, _LONGEST_BEAT)  # seconds between signs of life
         self.modules = ModuleStore(self.pack)
         self.thread = threading.Thread(target=self.serve, name=f"coded_torch-{size}", daemon=True)
@@ -217,41 +216,35 @@ class Supervisor(Dispatcher):
                     worker.unwanted = "was to be restarted"
         self.wake()
 
-    def tend(self) -> None:
-        now = self._clock()
+    def tend(self) -> float:
+        """End late workers, start missing ones, and return when there is more to do."""
+        # A part that begins meanwhile is due no earlier than a grace from now.
+        again = (now := self._clock()) + min(self.grace, _LONGEST_WAIT)
         self._assign()
         for worker in list(self._workers):
             with self.lock:  # a worker that gets its next part meanwhile is not overdue
-                if worker.end_by(*self.limits)[0] <= now:
+                if worker.end_by(self.grace, self.timeout)[0] <= now:
                     worker.look()
-                due, why = worker.end_by(*self.limits)
+                due, why = worker.end_by(self.grace, self.timeout)
                 if due <= now:
                     worker.unwanted = why
                     if due > -math.inf and worker.part is not None:
                         worker.part.request.kills.update(worker.part.units)
+            again = min(again, due)
             if due <= now:
                 self.lost(worker, why)
-        if now < self._start_again:
-            return
         for index in self.vacant():
+            if now < self._start_again:
+                return min(again, self._start_again)
             try:
                 worker = self.launch(index)
             except Exception as cause:  # too many processes or files: later it may succeed
                 reason = f"could not be started: {type(cause).__name__}: {cause}"
                 self._replace(WatchedWorker(index), reason)
-                return
+                continue  # until the time of the next try
             worker.since = self._clock()
             self.add(worker, ready=False)
-
-    def pause(self) -> float:
-        """Return the seconds until :meth:`tend` has something to do, at most ``grace``."""
-        with self.lock:
-            due: list[float] = [worker.end_by(*self.limits)[0] for worker in self._workers]
-            if self.vacant():
-                due.append(self._start_again)
-        # A part that begins meanwhile is due no earlier than a grace from now.
-        longest = min(self.grace, _LONGEST_WAIT)
-        return max(0.0, min([longest, *(time - self._clock() for time in due)]))
+        return float(again)
 
     def serve(self) -> None:
         due = -math.inf
@@ -262,8 +255,7 @@ class Supervisor(Dispatcher):
                     self.wait(max(0.0, due - self._clock()))
                     if self._woken or self._clock() >= due:  # replies alone take no care
                         self._woken = False
-                        self.tend()
-                        due = self._clock() + self.pause()
+                        due = self.tend()
                 except Exception as cause:  # workers and requests are as they were
                     logger.exception("%s: the thread of the pool goes on", self.thread.name)
                     self.trouble, due = f"{type(cause).__name__}: {cause}", -math.inf
@@ -314,7 +306,7 @@ class SupervisedWorkers(DispatchedWorkers):
         self.threads = count(self, "threads", threads)
         self.grace = positive(self, "grace", grace)
         self.timeout = positive(self, "timeout", timeout)
-        self._limits, self._warned = (self.grace, self.timeout), False
+        self._warned = False
         self._open()
 
     def open(self, module: nn.Module, task: Task) -> Request:

@@ -63,13 +63,14 @@ os.register_at_fork(after_in_child=_servers.clear)  # a forked process starts it
 
 def _server(packages: frozenset[str]) -> int:
     """Return the socket of the server with these packages, which is started if there is none."""
-    if packages in _servers:
-        pid, requests = _servers[packages]
+    for key, (pid, requests) in list(_servers.items()):
         with contextlib.suppress(ChildProcessError):  # the host has waited for it: it has ended
             if not os.waitpid(pid, os.WNOHANG)[0]:
-                return requests
-        del _servers[packages]
+                continue
+        del _servers[key]
         os.close(requests)
+    if packages in _servers:
+        return _servers[packages][1]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         # No working directory, where an uncompiled checkout may lie.
@@ -92,20 +93,6 @@ def _end_servers() -> None:
 
 
 weakref.finalize(_end_servers, _end_servers)  # at exit, after the pools, which are made later
-
-
-def replace_servers() -> None:
-    """Fork no more workers from the present servers. Each ends with its last worker."""
-
-    def await_end(pid: int) -> None:
-        with contextlib.suppress(ChildProcessError):  # this host has waited for it
-            os.waitpid(pid, 0)
-
-    with _starting:
-        while _servers:
-            pid, requests = _servers.popitem()[1]
-            os.close(requests)
-            threading.Thread(target=await_end, args=(pid,), daemon=True).start()
 
 
 def serve(requests: int, caller: int, packages: list[str]) -> None:

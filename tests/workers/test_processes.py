@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import math
 import os
@@ -426,36 +425,6 @@ def test_gradients_are_refused_and_warned_of_once():
             list(run(pool, Scale(1.0), task))
         assert [warning.filename for warning in seen] == [__file__]
         assert len(list(run(pool, Scale(1.0), task))) == 1  # a warning would be an error
-
-
-def test_calls_go_on_while_the_pool_grows_and_shrinks():
-    rows, stop = torch.full((12, 1), 0.01), threading.Event()
-    with ProcessWorkers(2, grace=WAIT).start(Sleepy(), timeout=WAIT) as pool:
-        coded = CodedWrapper(Sleepy(), workers=pool, parts=6, waiting=Waiting(estimate=False))
-
-        def calls() -> int:
-            number = 0
-            while not stop.is_set():
-                with torch.no_grad():
-                    answers, report = coded.run(rows)
-                assert torch.equal(answers, rows)
-                assert not report.rejected
-                number += 1
-            return number
-
-        with ThreadPoolExecutor(2) as threads:
-            counts = [threads.submit(calls) for _ in range(2)]
-            try:
-                for size in (5, 1, 3):
-                    pool.resize(size)
-                    until(lambda size=size: pool.num_ready == pool.num_workers == size)
-                pool.drain(1)
-                until(lambda: pool.num_ready == 2)
-            finally:
-                stop.set()
-            assert all(each.result(WAIT) for each in counts)
-        assert pool.num_restarts == 0
-        assert copy.deepcopy(pool).num_workers == 2
 
 
 def test_a_drained_process_ends_its_part_takes_no_other_and_leaves():
