@@ -229,7 +229,7 @@ class CodedWrapper(ModuleProxy):
 
     def _divide(self, inputs: Inputs, waiting: Waiting, report: Report, parts: Any) -> Division:
         code, block, reserve = self.code, BLOCKS[0], 0.0
-        if code is None or code.uses_geometry:
+        if waiting.deadline is not None and (code is None or code.uses_geometry):
             left = seconds_left(self.workers, waiting, report)
             block, reserve = self._history.estimates.reserve(inputs.batch_size, left)
         division: Division
@@ -278,7 +278,8 @@ class CodedWrapper(ModuleProxy):
                 raise
         if rows is not None and not pool.simulated:  # there, estimates take no time
             estimates.add(max(before, report.decode_seconds - before), rows.batch_size, rows.block)
-        report.warn(execution.why)
+        if report.ended != "complete":
+            report.warn(execution.why)
         return found
 
     def _warn_once(self, waiting: Waiting, execution: Execution) -> None:

@@ -172,10 +172,9 @@ class Division:
 
     def __init__(self, inputs: Inputs, num_units: int, unit_rows: int, out_dims: Any) -> None:
         self.inputs, self.batch_size = inputs, inputs.batch_size
-        leaves = [
-            leaf if dim is None else self.spread(leaf.movedim(dim, 0) if dim else leaf)
-            for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
-        ]
+        leaves = list[Any]()
+        for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True):
+            leaves.append(leaf if dim is None else self.spread(leaf.movedim(dim, 0)))
         self.task = Task(
             leaves, inputs.dims, inputs.spec, num_units, unit_rows, inputs.device, out_dims
         )

@@ -102,7 +102,7 @@ class Answers:
             weights.append(tuple(used.get(j, 0.0) for j in range(len(approximations))))
             choices += [dataclasses.replace(x, output=len(weights) - 1) for x in plan.choices]
             answers[i] = rows
-        floating = [rows for rows in answers.values() if rows.is_floating_point()]
+        floating = list(filter(torch.is_floating_point, answers.values()))
         if not is_estimated:
             bounds = ErrorBounds(division.batch_size)
             report.note_bounds(bounds, self._coverage, None, floating[0] if floating else None)
