@@ -27,12 +27,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.masked import MaskedTensor
+from torch.utils import _pytree as pytree
 
 #: The largest N: more than the workers of any cluster, and few enough for the memory of every plan.
 MOST_WORKERS = 65_536
 
 # The folders of the files that calls of modules pass through on their way to this package.
 _INSIDE = tuple(str(Path(file).parent) for file in (__file__, str(torch.__file__)))
+
+_KEYS = {pytree.MappingKey: "key", pytree.GetAttrKey: "name", pytree.SequenceKey: "idx"}
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,6 +66,20 @@ def arguments(given: Any, module: Any = None) -> tuple[tuple[Any, ...], dict[str
 def bound(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
     """Return bound arguments of any function."""
     return inspect.signature(lambda *args, **kwargs: None).bind(*args, **kwargs)
+
+
+def named(answers: Any, root: str) -> dict[str, Any]:
+    """Return outputs by the keys of a dict or the fields of a named tuple, nested as ``scores.0``.
+
+    A single output has the name ``root``, those of a list or a tuple ``root0``, ``root1``, ...
+    """
+    found, outputs = pytree.tree_flatten_with_path(answers)[0], {}
+    for path, leaf in found:
+        name = ".".join(str(getattr(x, _KEYS[type(x)])) for x in path)
+        if not path or isinstance(path[0], pytree.SequenceKey):
+            name = root if len(found) == 1 else f"{root}{name}"
+        outputs[name] = leaf
+    return outputs
 
 
 def instance(owner: object, argument: str, value: Any, kind: Any, optional: bool = False) -> None:

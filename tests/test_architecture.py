@@ -37,20 +37,20 @@ FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
-    "beside the folders": 2201,
-    "cli": 1421,
+    "beside the folders": 2218,
+    "cli": 1422,
     "codes": 1033,
     "experiments": 1665,
     "input_space": 1303,
-    "nn": 2395,
-    "open_inference": 799,
+    "nn": 2378,
+    "open_inference": 787,
     "scheduling": 770,
     "serve": 1308,
     "surrogates": 542,
     "verification": 889,
     "workers": 3419,
 }
-MOST_LINES = 17_745  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_734  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

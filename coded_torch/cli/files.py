@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .._arguments import named
 from ..nn import Report
-from ..nn.ray_data import columns_of, named
+from ..nn.ray_data import columns_of
 from . import need, usage
 
 UNNAMED = "rows"  #: the column of a file of one tensor

@@ -8,15 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from .._arguments import instance
+from .._arguments import instance, named
 from .coded_wrapper import CodedWrapper
 from .report import Report
 
 __all__ = ["RayDataPredictor"]
-
-_KEYS = {pytree.MappingKey: "key", pytree.GetAttrKey: "name", pytree.SequenceKey: "idx"}
 
 
 class RayDataPredictor:
@@ -61,20 +58,6 @@ class RayDataPredictor:
             answers, report = self.coded.run(*(torch.tensor(batch[name]) for name in self.inputs))
         outputs = named(answers, self.output)
         return {**batch, **columns_of(self, outputs, report, batch)}
-
-
-def named(answers: Any, root: str) -> dict[str, Any]:
-    """Return outputs by the keys of a dict or the fields of a named tuple, nested as ``scores.0``.
-
-    A single output has the name ``root``, those of a list or a tuple ``root0``, ``root1``, ...
-    """
-    found, outputs = pytree.tree_flatten_with_path(answers)[0], {}
-    for path, leaf in found:
-        name = ".".join(str(getattr(x, _KEYS[type(x)])) for x in path)
-        if not path or isinstance(path[0], pytree.SequenceKey):
-            name = root if len(found) == 1 else f"{root}{name}"
-        outputs[name] = leaf
-    return outputs
 
 
 def columns_of(

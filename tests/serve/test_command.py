@@ -36,11 +36,22 @@ class Of(torch.nn.Module):
         super().__init__()
         self.forward = forward
 
+class Scaled(torch.nn.Module):
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+
+    def forward(self, x):
+        return x * self.by
+
 def make():
     return Double(), (torch.ones(3, 4), torch.tensor([1.0, 2.0, 3.0]))
 
 def bare():
     return Double()
+
+def read():
+    return Scaled(float(open("weights").read())), torch.ones(2, 3)
 
 def empty():
     return Double(), (torch.ones(0, 4), torch.ones(0))
@@ -184,6 +195,28 @@ def test_a_model_of_ones_own(mine, capsys):
     assert status == 200
     found = {entry["name"]: entry["data"] for entry in answer["outputs"]}
     assert found == {"output0": [2.0] * 4, "output1": [12.0]}
+
+
+def test_a_signal_loads_new_weights_and_keeps_the_old_ones_if_that_fails(mine):
+    weights, body = mine / "weights", {"inputs": [tensor([[1.0, 2.0, 3.0]], "x")]}
+    weights.write_text("2")
+    options = ["--num-workers", "2", "--deadline", "20"]
+    with running("mine:read", *options, cwd=mine) as (process, port), Client(port) as client:
+
+        def answer():
+            status, found = client.infer(body, "/v2/models/read/infer")
+            assert status == 200
+            return found["model_version"], found["outputs"][0]["data"][0]
+
+        assert answer() == ("1", 2.0)
+        for content, said, wanted in (
+            ("many", "no version of read was loaded, so version 1 stays: ValueError", ("1", 2.0)),
+            ("5", "version 2 of read answers", ("2", 5.0)),
+        ):
+            weights.write_text(content)
+            process.send_signal(signal.SIGHUP)
+            wait_until(lambda said=said: said in process.log.read_text())
+            assert answer() == wanted
 
 
 @pytest.mark.parametrize("command", ["serve", "compare --inputs x.pt"])

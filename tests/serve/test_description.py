@@ -78,7 +78,7 @@ def test_names_and_sizes(module, examples, inputs, outputs):
     found = shapes(specs(module, examples))
     assert found[0] == inputs
     wanted = outputs if isinstance(outputs, dict) else {"output": outputs}
-    assert found[1] == ({"output0": (-1,), "output1": ()} if outputs is None else wanted)
+    assert found[1] == ({"output0": (-1,), "output1.0": ()} if outputs is None else wanted)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,8 @@ def test_names_and_sizes(module, examples, inputs, outputs):
         (Tokens(), {"tokens": TOKENS, "scale": SCALE[:2]}, r"have 3 rows, got shape \[2\] of 'sca"),
         (nn.Identity(), torch.ones(0, 4), "must have some rows, got shape"),
         (nn.Identity(), torch.ones(()), "must have some rows, got shape"),
-        (nn.Identity(), {}, "examples must be tensors with rows, got dict"),
+        (nn.Identity(), {}, r"must be tensors with rows, each of its own name, got \[\]"),
+        (Features(), ({"user": {"0": TOKENS}, "user.0": TOKENS},), "each of its own name, got"),
         (Call(lambda x: (x, "no")), TOKENS, "outputs of the module .* got str as 'output1'"),
         (Call(lambda x: {"loss": x.sum()}), TOKENS, r"have 3 rows, got shape \[\] of 'loss'"),
     ],
