@@ -16,7 +16,9 @@ def main() -> int:
         os.write(2, f"{how}interrupted\n".encode())
         os._exit(130)
 
-    before = signal.signal(signal.SIGINT, end)
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # a shell's background ignores it
+        signal.signal(signal.SIGINT, end)
     from coded_torch.cli.main import main as run
 
     signal.signal(signal.SIGINT, before)

@@ -237,6 +237,7 @@ def encoded(
     ``estimated`` and ``radius``.
     """
     outputs, file = named(answers, "output"), io.BytesIO()
+    copied = {name: _joined(pieces) for name, pieces in keys.items()}
     if unknown := [name for name in select if name not in outputs]:
         raise ValueError(f"--select must name outputs, some of {[*outputs]}, got {unknown}")
     chosen: Any = {name: outputs[name] for name in select or outputs}
@@ -244,24 +245,17 @@ def encoded(
         import pyarrow
         from pyarrow import parquet
 
-        table = {name: _joined(pieces) for name, pieces in keys.items()}
         found = columns_of("job", chosen, report, keys)
-        parquet.write_table(pyarrow.table(table | {x: _arrow(y) for x, y in found.items()}), file)
+        parquet.write_table(pyarrow.table(copied | {x: _arrow(y) for x, y in found.items()}), file)
         return file.getbuffer()
     if not select:
         chosen = dict(answers) if isinstance(answers, Mapping) else tree_leaves(answers)
     content = {"outputs": chosen, "estimated": report.estimated, "radii": report.radii}
-    if keys:
-        content["keys"] = {name: _listed(pieces) for name, pieces in keys.items()}
+    content |= {"keys": {name: x.to_pylist() for name, x in copied.items()}} if copied else {}
     with usage("job: outputs must be what torch.load can read", errors=Exception):
         torch.save(content, file)
         torch.load(io.BytesIO(file.getbuffer()), weights_only=True)
     return file.getbuffer()
-
-
-def _listed(pieces: Sequence[Any]) -> list[Any]:
-    arrays = isinstance(pieces[0], (Tensor, np.ndarray))
-    return [x for piece in pieces for x in (piece.tolist() if arrays else piece.to_pylist())]
 
 
 def _joined(pieces: Sequence[Any]) -> Any:

@@ -103,7 +103,7 @@ def _written(args: argparse.Namespace, rows: Rows) -> str:
     args.keys, args.select = (x.split(",") if x else [] for x in (args.keys, args.select))
     if unknown := [name for name in args.keys if name not in rows.names]:
         raise ValueError(f"--keys must name columns, some of {rows.names}, got {unknown}")
-    if args.format == "parquet":
+    if args.keys or args.format == "parquet":
         need("job", "job", "pyarrow")
     parts = {"format": args.format if args.format != "torch" else ""}
     parts |= {name: ",".join(getattr(args, name)) for name in ("keys", "select")}
