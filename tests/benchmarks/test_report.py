@@ -1,12 +1,14 @@
 """Tables and pictures are those of the results."""
 
 import copy
+import itertools
 import re
+from xml.etree import ElementTree
 
 import markdown_it
 import pytest
 
-from benchmarks import report
+from benchmarks import cast, report
 from benchmarks.pictures import PICTURES
 from benchmarks.runs import RESULTS
 from benchmarks.tables import BASELINES, TABLES, Table
@@ -157,6 +159,23 @@ def test_other_results_make_another_table(results):
     for case in others["accuracy"]["lenet5"]["table"]["B = 240"].values():
         case["schemes"]["regression"]["relative_accuracy"] = [0.123456, 0.05]
     assert "| 0.123 ± 0.050 |" in report.fill(page, others)
+
+
+def test_the_cast_is_of_readmes_example():
+    text = report.READMES[0].read_text()
+    output = re.search(r"```text\n(.*?)```\n<!-- end -->", text, re.DOTALL)[1].splitlines()
+    for picture in (
+        cast.TARGET.read_text(),
+        cast.drawn([(9.0, "$ x"), (0.5, "a & b"), (9.0, "c")]),
+    ):
+        root = ElementTree.fromstring(picture)
+        lines = [x for x in root if x.tag.endswith("text")]
+        delays = [float(x.attrib["style"].split()[1].removesuffix("s")) for x in lines]
+        assert delays == sorted(delays)
+        assert max(b - a for a, b in itertools.pairwise([0.0, *delays])) <= cast.LONGEST
+    assert [x.text for x in lines] == ["$ x", "a & b", "c"]
+    shown = [x.text for x in ElementTree.fromstring(cast.TARGET.read_text())]
+    assert shown[-len(output) :] == output
 
 
 def test_every_picture_can_be_drawn_and_is_there(results, tmp_path):

@@ -1,0 +1,73 @@
+"""Record README's example as a picture that moves: ``python -m benchmarks.cast``.
+
+The example runs. What it prints and logs appears line by line, as it did, but no wait is longer
+than two seconds. The picture is ``results/example.svg``. It stands still for readers who ask for
+less motion.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+from .runs import RESULTS
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+TARGET = RESULTS / "example.svg"
+LINE, COLUMNS = 22, 84  # the height of a line in pixels, and its characters
+LONGEST = 2.0  # seconds of a wait
+HEAD = """\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {height}" role="img" \
+aria-label="One worker dies, one hangs, one is wrong: all answers are the model's.">
+<style>
+text {{ font: 13px monospace; fill: #e6e6e6; white-space: pre; }}
+@keyframes show {{ from {{ opacity: 0 }} to {{ opacity: 1 }} }}
+text {{ animation: show 0.2s backwards; }}
+@media (prefers-reduced-motion: reduce) {{ text {{ animation: none }} }}
+</style>
+<rect width="100%" height="100%" rx="8" fill="#1e1e1e"/>
+"""
+
+
+def recorded() -> list[tuple[float, str]]:
+    """Run the example; return its lines with the seconds that passed before each."""
+    block = re.search(r"engineer -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert block is not None
+    lines, before = [(0.0, "$ python example.py")], time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "example.py")
+        script.write_text(block[1])
+        command = [sys.executable, "-u", str(script)]
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(command, text=True, **pipes) as process:
+            for line in process.stdout:
+                now = time.perf_counter()
+                lines.append((now - before, line.rstrip()))
+                before = now
+    if process.returncode:
+        raise RuntimeError(f"the example ended with code {process.returncode}")
+    return lines
+
+
+def drawn(lines: list[tuple[float, str]]) -> str:
+    """Return the picture of lines, each of which appears so many seconds after the last."""
+    shown, at = [], 0.0
+    for seconds, line in lines:
+        at += min(seconds, LONGEST)
+        shown += [(at, part) for part in textwrap.wrap(line, COLUMNS, subsequent_indent="  ")]
+    text = HEAD.format(height=LINE * (len(shown) + 1))
+    for i, (seconds, line) in enumerate(shown, 1):
+        style = f'style="animation-delay: {seconds:.1f}s"'
+        text += f'<text x="16" y="{LINE * i + 5}" {style}>{html.escape(line)}</text>\n'
+    return text + "</svg>\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(drawn(recorded()))
