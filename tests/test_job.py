@@ -260,6 +260,13 @@ def subtracted(folder, factory, *more):
     return outputs(folder).flatten().tolist()
 
 
+def test_columns_that_are_no_arguments_are_left(folder, capsys):
+    columns = {name: torch.ones(8, 1) for name in ("a", "day", "scale", "b")}
+    save_file(columns, "rows.safetensors")
+    assert main(line("minus", "--inputs", "rows.safetensors")) == 0
+    assert capsys.readouterr().out.startswith("Columns of rows.safetensors: b=b, a=a, scale=scale.")
+
+
 @pytest.mark.parametrize("factory", ["minus", "any_names"])
 def test_columns_are_arguments_of_their_names(folder, capsys, factory):
     assert subtracted(folder, factory) == [1.0 - a for a in range(10)]
@@ -836,6 +843,16 @@ def test_the_summary_is_there_as_json(thirteen, folder):
     assert summary == {
         "batches": 5, "of": 5, "computed": 39, "estimated": 1, "failed": 1, "workers_lost": 0
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("select", "has_bounds"), [("sum", True), ("x", False)])
+def test_bounds_are_of_the_first_output_only(thirteen, select, has_bounds):
+    more = "--on-error", "estimate", "--num-workers", "2", "--select", select
+    assert main(line("sums", *thirteen, *more, "--format", "parquet")) == 0
+    frame = pandas.read_parquet("out")
+    assert [*frame.index[frame["estimated"]]] == [13]
+    assert [*frame] == [select, "estimated", "radius"]
+    assert (frame["radius"] >= 0).all() == frame["radius"].notna().any() == has_bounds
 
 
 @pytest.mark.parametrize("suffix", ["pt", "npy", "safetensors"])

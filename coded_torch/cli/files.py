@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import functools
 import glob
 import hashlib
@@ -241,6 +242,11 @@ def encoded(
     if unknown := [name for name in select if name not in outputs]:
         raise ValueError(f"--select must name outputs, some of {[*outputs]}, got {unknown}")
     chosen: Any = {name: outputs[name] for name in select or outputs}
+    first = next(
+        (x for x, y in outputs.items() if torch.is_tensor(y) and y.is_floating_point()), ""
+    )
+    if first not in chosen:  # which has the error bounds
+        report = dataclasses.replace(report, radii=None)
     if kind == "parquet":
         import pyarrow
         from pyarrow import parquet

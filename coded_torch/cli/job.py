@@ -203,10 +203,13 @@ def arguments_of(
     if not args.columns and isinstance(examples, Mapping) and {*examples} <= {*rows.names}:
         places, named = arguments({name: name for name in examples}, module)
         return signature.bind(*places, **named)
-    kinds, keys = {name: x.kind.name for name, x in signature.parameters.items()}, args.keys or ()
-    names = [name for name in rows.names if name not in keys or name in kinds] or rows.names
-    by_name = all(kinds.get(x) in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY") for x in names)
-    by_name |= set(kinds.values()) == {"VAR_KEYWORD"}
+    kinds = {name: x.kind.name for name, x in signature.parameters.items()}
+    needed = {x.name for x in signature.parameters.values() if x.default is x.empty}
+    needed -= {name for name, kind in kinds.items() if kind.startswith("VAR_")}
+    names = [x for x in rows.names if kinds.get(x) in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")]
+    if not (by_name := names != [] and needed <= {*names}):
+        names = [name for name in rows.names if name not in (args.keys or ())] or rows.names
+        by_name = set(kinds.values()) == {"VAR_KEYWORD"}
     pairs = [(name if by_name and names != [UNNAMED] else "", name) for name in names]
     if args.columns is not None:
         pairs = [each.rpartition("=")[::2] for each in args.columns.split(",")]
