@@ -41,7 +41,7 @@ LINES = {
     "cli": 1425,
     "codes": 1033,
     "experiments": 1665,
-    "input_space": 1303,
+    "input_space": 1294,
     "nn": 2378,
     "open_inference": 787,
     "scheduling": 770,
@@ -50,7 +50,7 @@ LINES = {
     "verification": 889,
     "workers": 3419,
 }
-MOST_LINES = 17_737  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_728  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

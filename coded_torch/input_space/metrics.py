@@ -160,10 +160,8 @@ class Sources:
         self._inputs, self.notes, self._made = inputs, list[str](), dict[Features, list[Leaf]]()
         self.leaves = leaves_of(inputs) if leaves is None else leaves
 
-    def of(self, metric: str | Features) -> Sequence[Leaf]:
-        """Return a metric's features; none of a callable that fails. It runs once."""
-        if isinstance(metric, str):
-            return self.leaves
+    def of(self, metric: Features) -> Sequence[Leaf]:
+        """Return the features that a callable makes; none if it fails. It runs once."""
         if metric not in self._made:
             self._made[metric] = self.make(metric, self._inputs)
         return self._made[metric]
@@ -196,6 +194,7 @@ class Distances:
         far: ``[b]``, bool: the rows from whose results no others are estimated.
         order: ``[b]``, a short path through the rows, in the first metric.
         typical: ``[b]``, bool: the rows that determine metrics; None if all do.
+        fits: the metrics that apply, fitted to the rows.
     """
 
     def __init__(
@@ -203,7 +202,7 @@ class Distances:
     ) -> None:
         self.rows = torch.arange(len(sources.leaves[0].rows)) if rows is None else rows
         self._sources, self._metrics, self.first = sources, metrics, DEFAULT
-        self.measured = bool(sources.leaves)
+        self.measured, self.fits = bool(sources.leaves), dict[str | Features, Fitted]()
         if not self.measured:
             self.far, self.order = torch.zeros_like(self.rows).bool(), torch.arange(len(self.rows))
             return
@@ -213,12 +212,14 @@ class Distances:
         # While results are awaited: callables run only if a row is missing.
         names = dict.fromkeys([*(x for x in metrics if isinstance(x, str)), DEFAULT])
         found = fitted(leaves, [METRICS[name] for name in names], self.typical)
-        self._fitted: dict[str | Features, Fitted | None] = dict(zip(names, found, strict=True))
+        for name, each in zip(names, found, strict=True):
+            if each is not None:
+                self.fits[name] = each
         if len(metrics) == 1 and isinstance(only := metrics[0], str):
-            self.first = DEFAULT if self._fitted[only] is None else only
+            self.first = only if only in self.fits else DEFAULT
             if self.first != only:
                 sources.notes.append(f"the metric {only!r} does not apply to these inputs")
-        fit = self.fitted(self.first)
+        fit = self.fits[self.first]
         given = fit.coordinates, fit.unit, self.typical
         squared, squares, self.order, step = squared_distances(*given)
         self._measured: dict[str | Features, tuple[Tensor, float]] = {self.first: (squared, step)}
@@ -232,23 +233,13 @@ class Distances:
     @functools.cached_property
     def competing(self) -> Sequence[str | Features]:
         """The metrics that apply, or the first."""
+        kinds = METRICS["spread"], Metric("rows", 0.0)  # by spread, if features have several units
         for metric in self._metrics:
-            if metric not in self._fitted:
-                self._fitted[metric] = self._of_callable(metric)
-        return [x for x in self._metrics if self._fitted[x] is not None] or [self.first]
-
-    def _of_callable(self, metric: str | Features) -> Fitted | None:
-        """Return the metric of a callable's features, which may be in different units."""
-        if not (leaves := self._own(self._sources.of(metric))):
-            return None
-        by_spread, as_given = fitted(leaves, [METRICS["spread"], Metric("rows", 0.0)], self.typical)
-        return by_spread or as_given  # a single feature has one unit
-
-    def fitted(self, metric: str | Features) -> Fitted:
-        """Return a metric that applies."""
-        found = self._fitted[metric]
-        assert found is not None
-        return found
+            leaves = [] if isinstance(metric, str) else self._own(self._sources.of(metric))
+            for fit in fitted(leaves, kinds, self.typical) if leaves else ():
+                if fit is not None:
+                    self.fits.setdefault(metric, fit)
+        return [x for x in self._metrics if x in self.fits] or [self.first]
 
     def by(self, metric: str | Features) -> tuple[Tensor, float]:
         """Return the squared distances of all rows, in a metric that applies, and a step.
@@ -257,7 +248,7 @@ class Distances:
         the median distance between neighbours on the path.
         """
         if metric not in self._measured:
-            fit = self.fitted(metric)
+            fit = self.fits[metric]
             given = fit.coordinates, fit.unit, self.typical, self.order
             squared, _, _, step = squared_distances(*given)
             self._measured[metric] = squared, step

@@ -108,7 +108,7 @@ class Regressor:
             return first if len(metrics) > 1 else metrics[0], length or LENGTH
         if len(metrics) == 1 and length is not None:
             return metrics[0], length
-        fits = [by.fitted(metric) for metric in metrics]
+        fits = [by.fits[metric] for metric in metrics]
         units = torch.tensor([fit.unit for fit in fits], dtype=torch.float64)
         standard = [*metrics].index(first) if first in metrics else -1
         some = (x.index_select(0, self._few) for x in (self.known, results))

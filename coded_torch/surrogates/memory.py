@@ -290,7 +290,7 @@ def _space(seen: Sequence[list[Leaf]], outputs: Tensor) -> Space:
     regressor = Regressor(distances, LENGTH, compared=_LANDMARKS)
     choice = regressor.fit(outputs[some[regressor.known]].double()).choice
     name = choice.metric if choice else metrics.DEFAULT
-    return Space(leaves, METRICS[name], distances.fitted(name))
+    return Space(leaves, METRICS[name], distances.fits[name])
 
 
 def _joined(leaves: Sequence[Leaf]) -> Leaf:
