@@ -128,7 +128,7 @@ def plan(args: argparse.Namespace) -> None:
     need("plan", "demo", "matplotlib")
     given = {**vars(args)}
     conditions, path = planner.CONDITIONS[given.pop("conditions")], given.pop("latencies")
-    output, _ = given.pop("output"), given.pop("run")
+    output, *_ = (given.pop(name) for name in ("output", "run", "line"))
     with usage("plan"):
         found = planner.plan(conditions if path is None else planner.read_latencies(path), **given)
     say(str(found))
