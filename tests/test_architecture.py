@@ -44,13 +44,13 @@ LINES = {
     "input_space": 1294,
     "nn": 2378,
     "open_inference": 787,
-    "scheduling": 770,
+    "scheduling": 768,
     "serve": 1308,
     "surrogates": 542,
     "verification": 889,
-    "workers": 3419,
+    "workers": 3416,
 }
-MOST_LINES = 17_728  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_723  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

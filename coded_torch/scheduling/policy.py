@@ -223,7 +223,10 @@ class Decisions:
             same = {p.worker for p in part.line() if p.error and p.error.alike == alike}
             refused = len(same) > 1
             good = any(p.worker != part.worker for p in self.table.good)
-            most = _TRIES_IF_EXACT if good or self._others_may_work() else _TRIES
+            opened = [p for p in self.table.parts if p.outcome is OPEN]
+            # Others may work, whose units have not raised, or ended a worker.
+            good |= any(not any(other.kind for other in p.line()) for p in opened)
+            most = _TRIES_IF_EXACT if good else _TRIES
         elif part.worker < 0:  # no worker had it
             most = _TRIES
         else:
@@ -242,11 +245,6 @@ class Decisions:
         self.table.given_up.update(part.units)
         self.table.refused |= dict.fromkeys(part.units if refused else (), part)
         return 0
-
-    def _others_may_work(self) -> bool:
-        """Return whether a part is open whose units have not raised, or ended a worker."""
-        opened = (part for part in self.table.parts if part.outcome is OPEN)
-        return any(not any(other.kind for other in part.line()) for part in opened)
 
     def _chance(self, part: Part) -> float:
         """Return the probability that other rows would have failed as often."""

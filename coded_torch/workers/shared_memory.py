@@ -67,7 +67,7 @@ class Block:
 
 
 class Blocks(dict[int, Block]):
-    """Blocks that nobody reads, by number. Any thread may take and give them."""
+    """Blocks that nobody reads, by number. Any thread may take and add them."""
 
     def take(self, size: int) -> Block:
         # Rounded up, so that there is room for a somewhat larger message, too.
@@ -76,9 +76,6 @@ class Blocks(dict[int, Block]):
             if len(block) == size and self.pop(block.number, None) is not None:
                 return block
         return Block(size)
-
-    def give(self, block: Block) -> None:
-        _keep(self, block.number, block)
 
 
 def _keep(blocks: dict[int, Any], number: int, block: Any) -> None:
@@ -256,7 +253,7 @@ class Connection:
         kind, number, length, block, new, read = _HEADER.unpack_from(data)
         begin = _HEADER.size + 8 * read
         for each in array("q", data[_HEADER.size : begin]):
-            self.blocks.give(self._lent.pop(each))
+            _keep(self.blocks, each, self._lent.pop(each))
         if flags & _TRUNCATED or len(descriptors) < new:
             # The kernel drops a descriptor that is one too many for this process.
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
