@@ -21,10 +21,10 @@ from .runs import RESULTS
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 TARGET = RESULTS / "example.svg"
-LINE, COLUMNS = 22, 84  # the height of a line in pixels, and its characters
+LINE, COLUMNS = 22, 58  # the height of a line in pixels, and its characters
 LONGEST = 2.0  # seconds of a wait
 HEAD = """\
-<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {height}" role="img" \
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 500 {height}" role="img" \
 aria-label="One worker dies, one hangs, one is wrong: all answers are the model's.">
 <style>
 text {{ font: 13px monospace; fill: #e6e6e6; white-space: pre; }}
