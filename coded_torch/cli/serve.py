@@ -82,6 +82,7 @@ def serve(args: argparse.Namespace) -> None:
         more: dict[str, Any] = {"surrogate": [Memory()] if args.memory else []}
         more |= {"verify": args.verify or None, "parts": args.parts}
         built = app(CodedWrapper(module, workers=workers, **more), **how)
+        del module  # the next version replaces it
     if is_local or args.page:
         add_page(built, faults=args.chaos, is_local=is_local)
     torch.set_num_threads(1)  # the processors are the workers'

@@ -136,9 +136,9 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
 
         def slots() -> tuple[int, int]:
             """Return the number of slots, and how many a batch takes."""
-            size = self.pool.num_workers
-            if size and coded.code is None:
-                return size * self.pool.concurrency, coded.parts or size
+            size, present = self.pool.num_workers, self.coded
+            if size and present.code is None:
+                return size * self.pool.concurrency, present.parts or size
             return 1, 1
 
         def run(*batch: Any) -> Batch:

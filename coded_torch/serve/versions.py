@@ -50,6 +50,8 @@ class Versions:
                 copy.deepcopy(x) if isinstance(x, Memory) else x for x in coded.surrogate
             ]
             self.present = CodedWrapper(**how | {"module": module}), str(int(version) + 1)
+            if (forget := getattr(coded.workers, "forget", None)) is not None:
+                forget(coded.module)  # a cycle of references may keep it
         except Exception as error:
             what = "no version of %s was loaded, so version %s stays: %s: %s"
             logger.error(what, name, version, type(error).__name__, error)

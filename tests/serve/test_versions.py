@@ -1,6 +1,7 @@
 """New weights while a server answers: every answer is of one version, which it names."""
 
 import threading
+import weakref
 from collections import Counter
 
 import pytest
@@ -15,7 +16,7 @@ from coded_torch.surrogates import Memory
 from coded_torch.workers import DeviceWorkers, ProcessWorkers
 
 from ..nn.modules import Call
-from .servers import Client, serving, started, tensor
+from .servers import Client, serving, started, tensor, wait_until
 
 LOAD = "/v2/repository/models/m/load"
 
@@ -146,6 +147,19 @@ def test_one_version_is_loaded_at_a_time():
         thread.join()
     assert (status, found) == (400, [200])
     assert b"one is being loaded" in body
+
+
+def test_a_version_that_was_replaced_is_freed():
+    application = built(pool := ProcessWorkers(1), Factory())
+    with serving(application) as port, Client(port) as client:
+        seen = [weakref.ref(application.coded.module)]
+        for _ in range(2):
+            ask(client)
+            assert client.send("POST", LOAD)[0] == 200
+            seen.append(weakref.ref(application.coded.module))
+        ask(client)
+        wait_until(lambda: [each() is None for each in seen] == [True, True, False], 30)
+        assert pool.num_restarts == 0
 
 
 def test_a_memory_begins_anew():
