@@ -145,7 +145,7 @@ def test_your_model_works_as_the_page_says(commands, tmp_path, monkeypatch, caps
             assert main([first, *more]) == 0
             shown[first] = capsys.readouterr().out
     expected = {
-        "job": "This run: 80 computed rows, 0 estimated rows",
+        "job": "This run: 80 rows computed, 0 estimated, 0 failed;",
         "compare": "no redundancy, regression",
         "serve": r'^1 3 .*\n2 7 .*\n$|"name":"input","datatype":"FP32","shape":\[1,3,64,64\]',
         "kill_one.py": "^256 embeddings, error 0.0, 0 estimated$",
