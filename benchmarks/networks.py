@@ -57,7 +57,12 @@ def smooth() -> nn.Module:
     return model
 
 
-PICTURES: dict[str, Callable[[], nn.Module]] = {"lenet5": LeNet5, "lenet5-tanh": smooth}
+#: The networks on pictures; one of mixtures learns from these, as coded inputs are.
+PICTURES: dict[str, Callable[[], nn.Module]] = {
+    "lenet5": LeNet5,
+    "lenet5-tanh": smooth,
+    "lenet5-mixtures": LeNet5,
+}
 
 
 class Batch(NamedTuple):
@@ -127,7 +132,9 @@ def load(name: str, seed: int = 0) -> Subject:
     train, held_out = mnist()
     learnt, tuning = train.cut(-NUM_TUNING)
     path, build = CACHE / f"{name}-seed{seed}.npz", PICTURES[name]
-    return Subject(cached(path, build, lambda: trained(build, learnt, seed)), tuning, held_out)
+    mixes = "mixtures" in name
+    model = cached(path, build, lambda: trained(build, learnt, seed, mixes))
+    return Subject(model, tuning, held_out)
 
 
 def learnt_images() -> Tensor:
@@ -155,11 +162,27 @@ def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
         return build()
 
 
-def trained(build: Callable[[], nn.Module], learnt: Batch, seed: int) -> nn.Module:
-    """Return a network that has learnt the classes of pictures, with a one-cycle learning rate."""
+def trained(
+    build: Callable[[], nn.Module], learnt: Batch, seed: int, mixes: bool = False
+) -> nn.Module:
+    """Return a network that has learnt the classes of pictures, with a one-cycle learning rate.
+
+    With ``mixes`` it learns the classes of mixtures of two pictures with uniform weights (mixup,
+    arXiv 1710.09412).
+    """
+    generator = torch.Generator().manual_seed(seed)
 
     def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(model(learnt.images[rows]), learnt.labels[rows])
+        images, labels = learnt.images[rows], learnt.labels[rows]
+        if not mixes:
+            return nn.functional.cross_entropy(model(images), labels)
+        share = torch.rand(len(rows), generator=generator)
+        classes = nn.functional.one_hot(labels, 10).float()
+        images, classes = (
+            torch.lerp(x, x.roll(1, 0), share.view(-1, *[1] * (x.dim() - 1)))
+            for x in (images, classes)
+        )
+        return nn.functional.cross_entropy(model(images), classes)
 
     adam = functools.partial(torch.optim.AdamW, weight_decay=0.1)
     return fit(build, loss_of, len(learnt.images), 128, adam, EPOCHS, seed, one_cycle=4e-3)

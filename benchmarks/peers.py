@@ -29,9 +29,7 @@ from torch import Tensor, nn
 from coded_torch.codes import BerrutCode, Code, SplineCode
 from coded_torch.codes.curves import chebyshev_first
 from coded_torch.demo import LeNet5, digits
-from coded_torch.experiments.compare import received_by
-from coded_torch.experiments.scores import Comparison, Record, Score, half_width, rounded, score
-from coded_torch.stragglers import Uniform
+from coded_torch.experiments.scores import half_width, rounded
 
 from . import networks
 from .accuracy import cells, tried
@@ -85,30 +83,30 @@ def _taught(module: nn.Module, images: Tensor, epochs: int) -> nn.Module:
     return networks.fit(LeNet5, loss_of, *sizes, adam, epochs, SEED, **cycle)
 
 
-def nercc(quick: bool) -> dict[str, Any]:
+def nercc(quick: bool, probabilities: bool) -> dict[str, Any]:
     """Return by how many percent the RMSE of NeRCC is below the RMSE of Berrut's code, by S.
 
-    As in the paper, softmax outputs are decoded, and rows are in order of arrival.
+    Logits are decoded, or probabilities. As in the paper, rows are in order of arrival.
     """
-    of = subject("lenet5", quick)
-    of = of._replace(model=nn.Sequential(of.model, nn.Softmax(-1)).eval())
+    of = subject("lenet5-softmax" if probabilities else "lenet5", quick)
     cases = [(100, 20, s) for s in LOST[:: 4 if quick else 1]]
     schemes, count = ("NeRCC", "Berrut"), 2 if quick else 12
     found = tried(of, cases, BATCH_SIZE, count, more=peers, schemes=schemes)
     below: dict[str, list[float]] = {}
-    points: list[list[float]] = []
+    points: dict[str, list[float]] = {}
     for row in found.against("Berrut"):
         if row.name == "NeRCC":
             ratio, half = row.mse_ratio
             below[str(row.setting[2])] = [100 * (1 - ratio**0.5), 50 * half / ratio**0.5]
-            points.append([100 * x for x in row.gain])
+            points[str(row.setting[2])] = [100 * x for x in row.gain]
     return {
         "records": found,
         "rmse below, %": {lost: rounded(*x) for lost, x in below.items()},
+        "accuracy above by S, points": {lost: rounded(*x) for lost, x in points.items()},
         "most": rounded(*max(below.values())),
         # All S have the same batches: the interval of the mean is at most as wide as their mean.
         "mean": rounded(*np.mean([*below.values()], 0)),
-        "accuracy above, points": rounded(*np.mean(points, 0)),
+        "accuracy above, points": rounded(*np.mean([*points.values()], 0)),
     }
 
 
@@ -117,37 +115,36 @@ def parm(quick: bool) -> dict[str, Any]:
 
     As in the paper, each input is missing once, beside the result of the other one.
     """
-    of, (n, k, s), sets = subject("lenet5", quick), PARITY, 5
+    of, (_, k, _), sets = subject("lenet5", quick), PARITY, 5
     count = 2 if quick else 12
     model = parity_model(of, of.tuning.images if quick else None)
-    student = student_of("lenet5", quick)
-    found = tried(of, [PARITY], BATCH_SIZE, count, surrogate=student, received_sets=sets)
-    records, delays = [*found.records], Uniform(s, seed=SEED)  # the sets that `compare` has drawn
+
+    def decoded(images: Tensor, outputs: Tensor) -> Tensor:
+        """Return the answer of each input from the other one and the parity model's."""
+        grouped = outputs.unflatten(0, (-1, k))
+        sums = run(model, images.unflatten(0, (-1, k)).sum(1))
+        return (sums[:, None] - (grouped.sum(1, keepdim=True) - grouped)).flatten(0, 1)
+
+    def answers(inputs: list[Tensor], outputs: list[Tensor], received: Sequence[int]) -> Tensor:
+        missing = ~torch.isin(torch.arange(len(outputs[0])) % k, torch.tensor(received))
+        return torch.where(missing[:, None], decoded(inputs[0], outputs[0]), outputs[0])
+
+    student, more = student_of("lenet5", quick), {"ParM": answers}
+    how: Any = {"surrogate": student, "received_sets": sets, "more": lambda k, n: more}
+    found = tried(of, [PARITY], BATCH_SIZE, count, **how)
     accuracies = []
-    for number, batch in enumerate(of.batches("held_out", BATCH_SIZE, count)):
+    for batch in of.batches("held_out", BATCH_SIZE, count):
         exact = run(of.model, batch.images)
-        outputs = exact.unflatten(0, (-1, k))
-        sums = run(model, batch.images.unflatten(0, (-1, k)).sum(1))
-        others = outputs.sum(1, keepdim=True) - outputs
-        decoded = (sums[:, None] - others).flatten(0, 1)
-        scores = []
-        for received in (received_by(delays, n, s) for _ in range(sets)):
-            missing = ~torch.isin(torch.arange(len(exact)) % k, torch.tensor(received))
-            answers = torch.where(missing[:, None], decoded, exact)
-            scores.append(score(answers, exact, batch.labels))
-        means = Score(*map(float, np.mean(scores, axis=0)))
-        head = n, k, s, "ParM", "", SEED, number, len(exact) * sets, n / k
-        records.append(Record(*head, means))
-        right = [(x.argmax(1) == batch.labels).double().mean() for x in (exact, decoded)]
-        accuracies.append([float(x) for x in right])
+        both = exact, decoded(batch.images, exact)
+        accuracies.append([float((x.argmax(1) == batch.labels).double().mean()) for x in both])
     available, degraded = np.array(accuracies).T
     lower = 100 * (available - degraded)
     return {
-        "records": Comparison(records),
+        "records": found,
         "accuracy": rounded(available.mean(), half_width(available)),
         "degraded accuracy": rounded(degraded.mean(), half_width(degraded)),
         "lower by points": rounded(lower.mean(), half_width(lower)),
-        "schemes": cells(Comparison(records)),
+        "schemes": cells(found),
     }
 
 
@@ -230,8 +227,10 @@ def approxifer(quick: bool) -> dict[str, Any]:
 
 
 def measurements(quick: bool) -> Iterable[Measurement]:
-    for name, measure in (("NeRCC", nercc), ("ParM", parm), ("ApproxIFER", approxifer)):
-        yield (name,), functools.partial(measure, quick)
+    yield ("NeRCC",), functools.partial(nercc, quick, True)
+    yield ("NeRCC, logits",), functools.partial(nercc, quick, False)
+    yield ("ParM",), functools.partial(parm, quick)
+    yield ("ApproxIFER",), functools.partial(approxifer, quick)
 
 
 def settings(quick: bool) -> dict[str, Any]:

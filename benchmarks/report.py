@@ -82,7 +82,7 @@ def _cell(stars: Sequence[str], value: Any, column: Column) -> str:
         return column(stars, value)
     path, _, how = column.rpartition(":")
     found = [x for _, x in find(value, path.split(" > "))] if path else [value]
-    return shown(found[0], how) if found else ""
+    return shown(found[0], how, positive="mse" in path) if found else ""
 
 
 def rows_of(table: Table, results: Results) -> list[list[str]]:

@@ -20,6 +20,7 @@ from .networks import CACHE, SEED, Batch, Subject
 
 NUM_TUNING_SHIPPED = 500  # the tuning digits of the 2,000 that ship, as in the demo
 NUM_TUNING_ROWS = 240  # the tuning rows of a table, or of a text
+SOFTMAX = "-softmax"  # the end of a name
 AT_ONCE = 256  # images through a network at once
 EPOCHS = 40  # of a student on the images of a network
 TASK_EPOCHS = 60  # of a perceptron on the training rows of a table or a text
@@ -36,9 +37,13 @@ def run(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 def subject(name: str, quick: bool = False, seed: int = 0) -> Subject:
     """Return a network of ``networks.PICTURES``, ``tasks.TABLES`` or ``tasks.SEQUENCES``.
 
+    A name that ends in "-softmax" is a network whose outputs are probabilities instead of logits.
     With ``quick``, LeNet-5 and the digits that ship stand for all pictures. The seed is of the
     training; of a table, it is the split. Raises a MissingDataError if a package is not installed.
     """
+    if name.endswith(SOFTMAX):
+        of = subject(name.removesuffix(SOFTMAX), quick, seed)
+        return of._replace(model=nn.Sequential(of.model, nn.Softmax(-1)).eval())
     if name not in networks.PICTURES:
         task = tasks.task(name, seed)
         return Subject(task.model, *Batch(task.inputs, task.labels).cut(NUM_TUNING_ROWS))
@@ -57,6 +62,9 @@ def student_of(name: str, quick: bool = False, seed: int = 0) -> nn.Module:
     A student of pictures comes from the cache, else it is taught in minutes. With ``quick`` it
     learns from the tuning images in two epochs.
     """
+    if name.endswith(SOFTMAX):
+        logits = student_of(name.removesuffix(SOFTMAX), quick, seed)
+        return nn.Sequential(logits, nn.Softmax(-1)).eval()
     if name not in networks.PICTURES:
         return of_task(tasks.task(name, seed))
     of = subject(name, quick, seed)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from coded_torch.experiments.scores import of_logarithm
+
 from .names import NAMES
 
 #: A path below a row's with the format of its number, or a function of the stars and the value.
@@ -25,9 +27,15 @@ class Table(NamedTuple):
 BASELINES = ("no redundancy, regression", "no redundancy, surrogate", "surrogate alone")
 
 
-def shown(value: Any, how: str) -> str:
-    """Return a number, or one with half the width of its interval, in Python's format."""
+def shown(value: Any, how: str, positive: bool = False) -> str:
+    """Return a number, or one with half the width of its interval, in Python's format.
+
+    A wide interval of a positive number is of its logarithm.
+    """
     if isinstance(value, list) and len(value) == 2 and value[0] is not None:
+        factor = of_logarithm(*value) if positive and value[1] is not None else None
+        if factor is not None:
+            return f"{shown(value[0], how)} ×/÷ {factor:.2g}"
         return shown(value[0], how) + (f" ± {shown(value[1], how)}" if value[1] is not None else "")
     if isinstance(value, list):  # a median with quartiles, or nothing
         value = value[0]
@@ -89,6 +97,7 @@ def coverages(results: Mapping[str, Any]) -> Iterable[list[str]]:
         "at .95",
         "at .99",
         "mean of sets at .95",
+        "infinite at .95",
         "p at most .05, and wrong",
     ]
     found = [sets for sets in results["coverage"].values() if "B 64" in sets]
@@ -99,7 +108,9 @@ def coverages(results: Mapping[str, Any]) -> Iterable[list[str]]:
         worst = (min(of[level]["covered"] for of in each) for level in ("0.9", "0.95", "0.99"))
         mean = sum(of["0.95"]["covered"][0] for of in each) / len(each)
         wrong = max(of["certified and wrong"][0] for of in each if "certified" in of)
-        yield [setting, *(shown(x, ".3f") for x in worst), f"{mean:.3f}", f"{wrong:.3f}"]
+        infinite = max(of["0.95"]["infinite"] for of in each)
+        cells = (f"{x:.3f}" for x in (mean, infinite, wrong))
+        yield [setting, *(shown(x, ".3f") for x in worst), *cells]
 
 
 def means(results: Mapping[str, Any]) -> Iterable[list[str]]:
@@ -202,11 +213,18 @@ PEERS: tuple[tuple[str, str, str, str, Callable[[Any], Any]], ...] = (
         lambda of: of["NeRCC"]["mean"],
     ),
     (
-        "LeTCC",
+        "LeTCC, probabilities",
         "accuracy above Berrut's code, mean over S, points",
         "2",
         "the same",
         lambda of: of["NeRCC"]["accuracy above, points"],
+    ),
+    (
+        "LeTCC, logits",
+        "the same",
+        "2",
+        "the same",
+        lambda of: of["NeRCC, logits"]["accuracy above, points"],
     ),
     (
         "NeRCC",
@@ -241,10 +259,11 @@ SCHEMES = {
     for name in ("the paper's scheme", "replication", "regression", *BASELINES)
 }
 SCORES: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "normalised MSE": lambda of: shown(of["mse"], ".4f"),
+    "normalised MSE": lambda of: shown(of["mse"], ".4f", positive=True),
+    "median and 90 % quantile": lambda of: " and ".join(f"{x:.2g}" for x in of["quantiles"][1:]),
     "accuracy kept": lambda of: shown(of["relative_accuracy"], ".3f"),
     "work": lambda of: f"{of['work']:.2f}",
-    "over `RegressionCode`'s": lambda of: shown(_paired(of)["mse"], ".2f"),
+    "over `RegressionCode`'s": lambda of: shown(_paired(of)["mse"], ".2f", positive=True),
     "accuracy less `RegressionCode`'s": lambda of: shown(_paired(of)["relative_accuracy"], ".4f"),
     "classes changed": changed,
 }
@@ -280,6 +299,7 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
         ("data",),
         {
             "covered": "B 240 > 0.95 > covered:.3f",
+            "infinite": "B 240 > 0.95 > infinite:.3f",
             "lowest tercile": lambda _, of: f"{min(of['B 240']['0.95']['terciles']):.3f}",
             "bound over the oracle's": "B 240 > 0.95 > bound to constant:.2f",
             "split conformal's bound over ours": "B 240 > split > bound to ours:.2f",

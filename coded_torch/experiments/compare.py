@@ -19,7 +19,10 @@ from .faults import Attack
 from .scores import Comparison, Record, Score, Setting, check_labels, score
 from .tune import SETS, Trial, calls_of, chosen
 
-__all__ = ["compare", "peers", "received_by"]
+__all__ = ["Decoder", "compare", "peers", "received_by"]
+
+#: Answers to a batch, from its inputs, the module's outputs, and the workers that were received.
+Decoder = Callable[[list[Tensor], list[Tensor], Sequence[int]], Any]
 
 
 def peers(num_data: int, num_workers: int) -> dict[str, Code]:
@@ -44,7 +47,7 @@ def compare(
     settings: Sequence[Setting] = ((24, 20, 4),),
     *,
     labels: Sequence[Tensor] | None = None,
-    more: Callable[[int, int], Mapping[str, Code]] | None = None,
+    more: Callable[[int, int], Mapping[str, Code | Decoder]] | None = None,
     surrogate: Callable[..., Any] | None = None,
     schemes: Sequence[str] | None = None,
     delays: Callable[..., Stragglers] = Uniform,
@@ -72,7 +75,11 @@ def compare(
         settings: N, K and S of each: workers, inputs per group, workers lost.
         labels: for every batch the true classes, ``[B]``, integers, of outputs ``[B, classes]``.
             Defaults to None, errors only.
-        more: a function of K and N that returns further codes by their names. Defaults to None.
+        more: a function of K and N that returns further schemes by their names. Each is a code, or
+            a function ``answers(inputs, outputs, received)`` for methods with a model of their own.
+            It gets the inputs and the module's outputs on them, ``[B, ...]`` each, and the workers
+            that were received. It may use only what these workers have computed, and returns the
+            answers like the outputs. Its work counts as N / K. Defaults to None.
         surrogate: a cheap approximation of the module. Defaults to None.
         schemes: the codes to try, by name; a surrogate adds its baselines. Defaults to None, all.
         delays: called as ``delays(S, seed=...)``, returns a delay distribution, such as a class
@@ -147,46 +154,54 @@ def compare(
         # Not the workers that are lost later.
         honest = [trial for trial, _ in trials(setting, max(seeds) + 1, SETS, slice(cut))]
         untuned = _schemes(k, n, honest[0], more, schemes)
-        tuned = {
-            name: chosen("compare", code, honest, s, mixes=code.mixes or surrogate is None)
-            for name, code in untuned.items()
-        }
-        codes |= {(setting, name): code for name, code in tuned.items()}
+        tuned: dict[str, Code | Decoder] = {}
+        for name, code in untuned.items():
+            if isinstance(code, Code):
+                mixes = code.mixes or surrogate is None
+                codes[setting, name] = code = chosen("compare", code, honest, s, mixes=mixes)
+            elif attack is not None:
+                must = "more must return codes beside an attack, as functions get honest outputs"
+                raise ValueError(f"compare: {must}, got {name!r}")
+            tuned[name] = code
         for seed in seeds:
             answered = trials(setting, seed, received_sets, slice(cut, None))
             for batch, (trial, classes) in enumerate(answered):
                 trial.attack = None if attack is None else (attack, faulty, seed)
                 exact, size = _flat(trial.exact), trial.batch_size
-                found: dict[tuple[str, Code | None], list[Score]] = {}
+                found: dict[tuple[str, Code | Decoder | None], list[Score]] = {}
                 cheap = [] if surrogate is None else trial.run(surrogate, name="surrogate")
                 wanted, got = ([[*x.shape] for x in each] for each in (trial.exact, cheap))
                 if surrogate is not None and got != wanted:
                     raise ValueError(f"compare: surrogate must return {wanted}, got {got}")
                 for received in trial.sets:
-                    for name, answers, code in _answers(trial, tuned, received, s, cheap):
+                    for name, answers, of in _answers(trial, tuned, received, s, cheap):
                         scores = score(_flat(answers), exact, classes)
-                        found.setdefault((name, code), []).append(scores)
-                for (name, code), each in found.items():
-                    work = code.num_workers * -(-size // code.num_data) / size if code else 0.0
-                    text, rows = repr(code) if code else "", size * received_sets
+                        found.setdefault((name, of), []).append(scores)
+                for (name, of), each in found.items():
+                    text, workers, inputs = "", n, k
+                    if isinstance(of, Code):
+                        text, workers, inputs = repr(of), of.num_workers, of.num_data
+                    work = workers * -(-size // inputs) / size if of else 0.0
+                    rows = size * received_sets
                     means = Score(*map(float, np.mean(each, axis=0)))
                     records.append(Record(n, k, s, name, text, seed, batch, rows, work, means))
     return Comparison(records, codes)
 
 
-def _schemes(k: int, n: int, trial: Trial, more: Any, names: Any) -> dict[str, Code]:
-    """Return the codes that can be tried by the names of their schemes, all or some."""
+def _schemes(k: int, n: int, trial: Trial, more: Any, names: Any) -> dict[str, Code | Decoder]:
+    """Return the schemes that can be tried by their names, all or some."""
     parts = min(n, trial.batch_size)
     codes = peers(k, n) | {"no redundancy, regression": RegressionCode(parts, parts)}
     added = {} if more is None else more(k, n)
     instance("compare", "what more returns", added, Mapping)
     for name, code in added.items():
-        instance("compare", f"what more returns as {name!r}", code, Code)
-        if name in codes or (code.num_data, code.num_workers) != (k, n):
+        instance("compare", f"what more returns as {name!r}", code, Code | Callable)
+        of = (code.num_data, code.num_workers) if isinstance(code, Code) else (k, n)
+        if name in codes or of != (k, n):
             must = f"more must return codes of K = {k} and N = {n} under names that are not taken"
             raise ValueError(f"compare: {must}, got {code} as {name!r}")
-    schemes = {**codes, **added}
-    fit = {name: code for name, code in schemes.items() if trial.mixable or not code.mixes}
+    schemes: dict[str, Code | Decoder] = {**codes, **added}
+    fit = {x: y for x, y in schemes.items() if trial.mixable or not getattr(y, "mixes", False)}
     some = {name: code for name, code in fit.items() if names is None or name in names}
     if not some or not schemes.keys() >= {*(names or ())}:
         must = f"schemes must be names of {str([*fit])[1:-1]}"
@@ -195,11 +210,19 @@ def _schemes(k: int, n: int, trial: Trial, more: Any, names: Any) -> dict[str, C
 
 
 def _answers(
-    trial: Trial, codes: Mapping[str, Code], received: Sequence[int], lost: int, cheap: list[Tensor]
-) -> Iterator[tuple[str, Sequence[Tensor], Code | None]]:
-    """Yield the name of each scheme, its answers, and its code."""
-    for name, code in codes.items():
-        yield name, trial.decode(code, received, lost), code
+    trial: Trial,
+    schemes: Mapping[str, Code | Decoder],
+    received: Sequence[int],
+    lost: int,
+    cheap: list[Tensor],
+) -> Iterator[tuple[str, Sequence[Tensor], Code | Decoder | None]]:
+    """Yield the name of each scheme, its answers, and its code or function."""
+    codes = {name: code for name, code in schemes.items() if isinstance(code, Code)}
+    for name, of in schemes.items():
+        if isinstance(of, Code):
+            yield name, trial.decode(of, received, lost), of
+        else:
+            yield name, trial.answers(of, received, name), of
     if cheap:
         yield "surrogate alone", cheap, None
     for name, code in codes.items() if cheap else ():

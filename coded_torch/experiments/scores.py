@@ -27,7 +27,16 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 __all__ = ["Comparison", "Interval", "Record", "Row", "Score", "Setting", "check_labels", "grouped"]
-__all__ += ["half_width", "paired_p", "ratio", "relative_accuracy", "rmse", "root", "rounded"]
+__all__ += [
+    "half_width",
+    "of_logarithm",
+    "paired_p",
+    "ratio",
+    "relative_accuracy",
+    "rmse",
+    "root",
+    "rounded",
+]
 __all__ += ["score"]
 
 Setting = tuple[int, int, int]  # N, K and S
@@ -39,6 +48,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _STUDENT = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.306, 2.26216, 2.22814)
 _BEYOND = (2.5558497911596096, 2.8224987053284156, 2.3722712787051083, 1.959964)
 _FLIPS = 20_000  # random signs of a paired test, enough for two digits of a p-value of .01
+_WIDE = 0.5  # half an interval over its number, above which it is one of the logarithm
 _EXACT = 1e-6  # the share of the variance below which an error is rounding, and is not drawn
 
 
@@ -114,6 +124,13 @@ def root(squares: Array) -> Interval:
     return rounded(value, half_width(squares) / (2 * value) if value else 0.0)
 
 
+def of_logarithm(value: float, half: float) -> float | None:
+    """Return the factor of an interval of the logarithm, by the delta method; None if ± will do."""
+    if not half > _WIDE * abs(value):
+        return None
+    return math.exp(min(half / abs(value), 99.0)) if value else math.inf
+
+
 def half_width(a: Array) -> float:
     """Return half the width of Student's 95 % interval of the mean, NaN of fewer than two."""
     n = len(a) - 1
@@ -187,7 +204,8 @@ class Row(NamedTuple):
 class Comparison:
     """The result of :func:`compare`; ``print`` shows it as a table in 80 columns.
 
-    Intervals are Student's, at 95 %, over batches; seeds are averaged first.
+    Intervals are Student's, at 95 %, over batches; seeds are averaged first. One of more than
+    half of its number is printed as a factor: 0.3 ×/÷ 2 is from 0.15 to 0.6.
     """
 
     records: Sequence[Record]  #: the raw data
@@ -304,6 +322,8 @@ def _text(interval: Interval | None) -> str:
     value, half = interval or (None, None)
     if value is None or not half:
         return "" if value is None else f"{value:.3g}"
+    if (factor := of_logarithm(value, half)) is not None:
+        return f"{value:.2g} ×/÷ {factor:.2g}"
     digits = max(0, 1 - math.floor(math.log10(half)))
     if digits > 5:
         return f"{value:.1e} ± {half:.0e}"

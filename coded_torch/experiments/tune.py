@@ -237,6 +237,18 @@ class Trial:
             answers.append(decoded if code.link is None else decoded.softmax(-1))
         return answers
 
+    def answers(
+        self, decoder: Callable[..., Any], received: Sequence[int], name: str
+    ) -> list[Tensor]:
+        """Return the answers of a function of inputs, outputs and received workers, checked."""
+        with torch.no_grad():
+            answers = decoder(self._inputs.batches(), list(self.exact), received)
+        found: list[Any] = pytree.tree_leaves(answers)
+        wanted = [[*x.shape] for x in self.exact]
+        if (got := [[*getattr(x, "shape", [])] for x in found]) != wanted:
+            raise ValueError(f"compare: {name!r} must return answers of shape {wanted}, got {got}")
+        return found
+
     def _attacked(self, results: Tensor, received: Sequence[int]) -> Tensor:
         """Return results ``[F, rows, ...]`` with wrong ones in the places of faulty workers."""
         if self.attack is None:

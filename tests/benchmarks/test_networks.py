@@ -47,8 +47,8 @@ def test_load_trains_once_and_keeps_the_tuning_images_apart(pictures, monkeypatc
     assert capsys.readouterr().out == ""
     assert torch.equal(torch.get_rng_state(), random_state)
 
-    [(_, learnt, seed)] = calls
-    assert seed == 0
+    [(_, learnt, seed, mixes)] = calls
+    assert (seed, mixes) == (0, False)
     (images, labels), held_out = pictures
     for part, (expected_images, expected_labels) in (
         (learnt, (images[:200], labels[:200])),

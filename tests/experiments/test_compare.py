@@ -200,10 +200,55 @@ def test_table(found):
     assert lines[1].split() == ["RMSE", "normalised", "MSE", "RelAcc"]
     for line, row in zip(lines[2 : 2 + len(NAMES)], found.rows, strict=False):
         assert line.startswith(f"  {row.name} ")
-        assert line.count("±") == 3
+        assert line.count("±") + line.count("×/÷") == 3
         assert float(line[29:].split()[0]) == pytest.approx(row.rmse[0], rel=0.05)
     assert lines[2 + len(NAMES)] == ""
     assert lines[3 + len(NAMES)].startswith("N = 9 workers")
+
+
+@pytest.mark.parametrize(
+    ("interval", "text"),
+    [
+        ([0.5, 0.1], "0.50 ± 0.10"),  # an interval of a number
+        ([0.26, 0.52], "0.26 ×/÷ 7.4"),  # 0.26 - 0.52 is no squared error
+        ([0.0, 0.0], "0"),
+        ([math.nan, 0.0], "nan"),
+        (None, ""),
+    ],
+)
+def test_no_interval_of_an_error_holds_negative_numbers(interval, text):
+    assert scores._text(interval) == text
+
+
+def test_methods_with_models_of_their_own_are_compared_as_codes_are():
+    """A parity model, as of ParM, answers the input whose worker was lost."""
+    module = torch.nn.Linear(3, 2, bias=False)
+    batches = list(torch.randn(3, 8, 3, generator=torch.Generator().manual_seed(0)))
+
+    def parity(inputs, outputs, received):
+        (x,), (y,) = inputs, outputs
+        sums = module(x.unflatten(0, (-1, 2)).sum(1))
+        others = y.unflatten(0, (-1, 2)).flip(1)
+        decoded = (sums[:, None] - others).flatten(0, 1)
+        lost = ~torch.isin(torch.arange(8) % 2, torch.tensor(received))
+        return torch.where(lost[:, None], decoded, y)
+
+    def nothing(inputs, outputs, received):
+        return [torch.zeros_like(y) for y in outputs]
+
+    def compared(decoder, **options):
+        more = {"parity": decoder, "nothing": nothing}
+        return compare(module, batches, [(3, 2, 1)], more=lambda k, n: more, **options)
+
+    rows = {row.name: row for row in compared(parity).rows}
+    assert rows["parity"].rmse[0] < 1e-6
+    assert rows["nothing"].mse[0] > 0.9
+    assert rows["parity"].work == 1.5
+    assert {row.name for row in compared(parity, schemes=["parity"]).rows} == {"parity"}
+    with pytest.raises(ValueError, match=r"'parity' must return answers of shape \[\[8, 2\]\]"):
+        compared(lambda inputs, outputs, received: outputs[0][:4])
+    with pytest.raises(ValueError, match="more must return codes beside an attack"):
+        compared(parity, attack=lambda results, generator: results + 1)
 
 
 def made(setting, name, mse, batch=0):
