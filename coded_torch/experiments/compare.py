@@ -168,7 +168,7 @@ def compare(
             for batch, (trial, classes) in enumerate(answered):
                 trial.attack = None if attack is None else (attack, faulty, seed)
                 exact, size = _flat(trial.exact), trial.batch_size
-                found: dict[tuple[str, Code | Decoder | None], list[Score]] = {}
+                found: dict[str, tuple[Code | Decoder | None, list[Score]]] = {}
                 cheap = [] if surrogate is None else trial.run(surrogate, name="surrogate")
                 wanted, got = ([[*x.shape] for x in each] for each in (trial.exact, cheap))
                 if surrogate is not None and got != wanted:
@@ -176,12 +176,12 @@ def compare(
                 for received in trial.sets:
                     for name, answers, of in _answers(trial, tuned, received, s, cheap):
                         scores = score(_flat(answers), exact, classes)
-                        found.setdefault((name, of), []).append(scores)
-                for (name, of), each in found.items():
+                        found.setdefault(name, (of, []))[1].append(scores)
+                for name, (of, each) in found.items():
                     text, workers, inputs = "", n, k
                     if isinstance(of, Code):
                         text, workers, inputs = repr(of), of.num_workers, of.num_data
-                    work = workers * -(-size // inputs) / size if of else 0.0
+                    work = workers * -(-size // inputs) / size if of is not None else 0.0
                     rows = size * received_sets
                     means = Score(*map(float, np.mean(each, axis=0)))
                     records.append(Record(n, k, s, name, text, seed, batch, rows, work, means))

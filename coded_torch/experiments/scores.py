@@ -286,8 +286,9 @@ class Comparison:
                 for row in sorted(rows, key=lambda row: -(row.mse[0] or 0.0)):
                     mse, half = max(row.mse[0] or 0.0, _EXACT), row.mse[1] or 0.0
                     axes.errorbar(mse, row.name, xerr=[[min(half, 0.9 * mse)], [half]], fmt="C0o")
-                    said = f"  {mse:.2g}" if mse > _EXACT else "  exact"
-                    axes.annotate(said, (mse + half, row.name), va="center", fontsize=9)
+                    said = "missing answers" if row.mse[0] is None else "exact"
+                    said = f"{mse:.2g}" if mse > _EXACT else said
+                    axes.annotate(f"  {said}", (mse + half, row.name), va="center", fontsize=9)
                 continue
             for i, (name, each) in enumerate(grouped(rows, lambda x: x.name).items()):
                 points = [(x.setting[along], *x.mse) for x in each if (x.mse[0] or 0) > _EXACT]

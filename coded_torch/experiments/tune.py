@@ -241,12 +241,14 @@ class Trial:
         self, decoder: Callable[..., Any], received: Sequence[int], name: str
     ) -> list[Tensor]:
         """Return the answers of a function of inputs, outputs and received workers, checked."""
+        given = [x.clone() for x in self._inputs.batches()], [x.clone() for x in self.exact]
         with torch.no_grad():
-            answers = decoder(self._inputs.batches(), list(self.exact), received)
-        found: list[Any] = pytree.tree_leaves(answers)
+            found: list[Any] = pytree.tree_leaves(decoder(*given, [*received]))
         wanted = [[*x.shape] for x in self.exact]
         if (got := [[*getattr(x, "shape", [])] for x in found]) != wanted:
             raise ValueError(f"compare: {name!r} must return answers of shape {wanted}, got {got}")
+        for x in found:
+            instance("compare", f"an answer of {name!r}", x, Tensor)
         return found
 
     def _attacked(self, results: Tensor, received: Sequence[int]) -> Tensor:

@@ -251,6 +251,32 @@ def test_methods_with_models_of_their_own_are_compared_as_codes_are():
         compared(parity, attack=lambda results, generator: results + 1)
 
 
+def test_a_method_cannot_change_what_others_are_compared_on():
+    module, batches = torch.nn.Linear(3, 2), [torch.randn(8, 3) for _ in range(3)]
+    before = [batch.clone() for batch in batches]
+
+    class Spoils(torch.nn.ModuleList):  # without modules it is false
+        __hash__ = None
+
+        def __call__(self, inputs, outputs, received):
+            inputs[0].zero_()
+            outputs[0].zero_()
+            received.clear()
+            return outputs[0].half()
+
+    def compared(**more):
+        options = {"schemes": ["replication", *more], "received_sets": 2}
+        return compare(module, batches, [(3, 2, 1)], more=lambda k, n: more, **options).rows
+
+    (alone,), (spoiled, mine) = compared(), compared(spoils=Spoils())
+    assert spoiled == alone
+    assert mine.mse[0] >= 1
+    assert mine.work == 1.5
+    assert all(map(torch.equal, batches, before))
+    with pytest.raises(TypeError, match="compare: an answer of 'f' must be of type Tensor"):
+        compared(f=lambda inputs, outputs, received: outputs[0].numpy())
+
+
 def made(setting, name, mse, batch=0):
     scores = Score(mse, 1.0, 1.0, math.nan, math.nan, 1.0)
     return Record(*setting, name, "", 0, batch, 4, 1.0, scores)
@@ -274,7 +300,7 @@ def test_pictures_of_several_settings_leave_out_what_is_exact():
 
 
 def test_pictures_of_one_setting_each_show_every_number_the_least_on_top():
-    errors = {"a": (1.0, 9.0), "b": (0.02, 0.03), "c": (0.0, 0.0)}
+    errors = {"a": (1.0, 9.0), "b": (0.02, 0.03), "c": (0.0, 0.0), "d": (1.0, math.nan)}
     records = [
         made((n, n - 1, 1), x, mse, i)
         for n in (5, 6)
@@ -285,5 +311,10 @@ def test_pictures_of_one_setting_each_show_every_number_the_least_on_top():
     assert len(figure.axes) == 2
     for axes in figure.axes:
         assert axes.get_xscale() == "log"
-        assert [text.get_text().strip() for text in axes.texts] == ["5", "0.025", "exact"]
-        assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b", "c"]
+        assert [text.get_text().strip() for text in axes.texts] == [
+            "5",
+            "0.025",
+            "exact",
+            "missing answers",
+        ]
+        assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b", "c", "d"]
