@@ -68,8 +68,10 @@ def serve(args: argparse.Namespace) -> None:
     how |= {x: getattr(args, x) for x in ("deadline", "max_batch_size", "max_queued_requests")}
     own = (*LOOPBACK, args.host) if is_local or args.host.startswith("127.") else ()
     if args.token is not None:
-        with usage("serve: --token"):
-            how["token"] = _header(f"--token={args.token}")[1]
+        with usage("serve: --token must be @FILE or '$VARIABLE', which holds the value"):
+            if not (token := _secret(args.token)):
+                raise ValueError("it is empty")
+            how["token"] = token
     if hosts := [*dict.fromkeys((*own, *(args.allowed_hosts or ())))]:
         how["allowed_hosts"] = hosts
     with usage("serve"):
@@ -132,11 +134,17 @@ def _fleet(args: argparse.Namespace) -> tuple[nn.Module, Any, dict[str, Any]]:
 def _header(text: str) -> tuple[str, str]:
     """Return the name and the value of a header, which no message and no list of processes has."""
     name, _, source = text.partition("=")
-    value = os.environ.get(source[1:], "") if source[:1] == "$" else ""
-    value = Path(source[1:]).read_text().strip() if source[:1] == "@" else value
+    value = _secret(source)
     if not name or not value:
-        raise ValueError("must be @FILE or '$VARIABLE' with the value, a header NAME=@FILE")
+        raise ValueError("must be NAME=@FILE or NAME='$VARIABLE', which holds the value")
     return name, value
+
+
+def _secret(source: str) -> str:
+    """Return the value that ``@FILE`` or ``$VARIABLE`` holds; "" if there is none."""
+    if source[:1] == "@":
+        return Path(source[1:]).read_text().strip()
+    return os.environ.get(source[1:], "") if source[:1] == "$" else ""
 
 
 def _own(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
