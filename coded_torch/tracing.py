@@ -1,25 +1,47 @@
 """Spans of OpenTelemetry: of requests, calls and parts, if the program has imported OpenTelemetry.
 
-A program whose tracer provider is set has imported it. No other program pays for spans.
+A program whose tracer provider is set has imported it. No other program pays for spans. An error of
+OpenTelemetry, or of what the program adds to it, is logged, and fails no call.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ._arguments import sparing_logger
 from .table import OPEN, Table
 
+logger = sparing_logger("coded_torch.tracing")
 _NOTHING = contextlib.nullcontext()
 _LINKS = "coded_torch.links"  # in a context: the spans of other requests of the same batch
 
 
 def _api() -> Any:
     return sys.modules.get("opentelemetry.trace")
+
+
+@contextlib.contextmanager
+def harmless() -> Iterator[None]:
+    """Log an error of a block instead of raising it."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("spans are missing or incomplete: %s: %s", type(error).__name__, error)
+
+
+@functools.cache
+def _propagate() -> Any:
+    """Return what carries traces in headers; None if ``OTEL_PROPAGATORS`` names unknown ones."""
+    with harmless():
+        from opentelemetry import propagate
+
+        return propagate
 
 
 def span(name: str, headers: Mapping[str, str] | None = None) -> Any:
@@ -32,15 +54,35 @@ def span(name: str, headers: Mapping[str, str] | None = None) -> Any:
 
 @contextlib.contextmanager
 def _span(api: Any, name: str, headers: Mapping[str, str] | None) -> Iterator[Any]:
-    from opentelemetry import context, propagate
+    made = token = None
+    with harmless():
+        from opentelemetry import context
 
-    how: dict[str, Any] = {"links": context.get_value(_LINKS) or ()}
-    if headers is not None and not api.get_current_span().get_span_context().is_valid:
-        how |= {"context": propagate.extract(headers), "kind": api.SpanKind.SERVER}
-    with api.get_tracer("coded_torch").start_as_current_span(f"coded_torch.{name}", **how) as found:
-        yield found if found.is_recording() else None
+        how: dict[str, Any] = {"links": context.get_value(_LINKS) or ()}
+        if headers is not None and not api.get_current_span().get_span_context().is_valid:
+            how["kind"] = api.SpanKind.SERVER
+            how["context"] = _propagate() and _propagate().extract(headers)
+        made = api.get_tracer("coded_torch").start_span(f"coded_torch.{name}", **how)
+        token = context.attach(api.set_span_in_context(made))
+    try:
+        yield made if made is not None and made.is_recording() else None
+    except Exception as error:
+        with harmless():
+            if made is not None:
+                made.record_exception(error)
+                made.set_status(
+                    api.Status(api.StatusCode.ERROR, f"{type(error).__name__}: {error}")
+                )
+        raise
+    finally:
+        with harmless():
+            if token is not None:
+                context.detach(token)
+            if made is not None:
+                made.end()
 
 
+@harmless()
 def note_parts(table: Table, now: float, names: Mapping[int, str]) -> None:
     """Make a span of each part, in the present span, at the time ``now`` of the table's clock."""
     if (api := _api()) is None or not api.get_current_span().is_recording():
@@ -65,13 +107,13 @@ def note_parts(table: Table, now: float, names: Mapping[int, str]) -> None:
 def headers() -> dict[str, str]:
     """Return headers by which a server's spans are below the present one."""
     found: dict[str, str] = {}
-    if _api() is not None:
-        from opentelemetry import propagate
-
-        propagate.inject(found)
+    if _api() is not None and (propagate := _propagate()) is not None:
+        with harmless():
+            propagate.inject(found)
     return found
 
 
+@harmless()
 def here() -> Any:
     """Return the present context, for :func:`within`; None if there is no span."""
     if (api := _api()) is None or not api.get_current_span().get_span_context().is_valid:

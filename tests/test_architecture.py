@@ -37,20 +37,20 @@ FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
-    "beside the folders": 2218,
-    "cli": 1434,
+    "beside the folders": 2263,
+    "cli": 1439,
     "codes": 1033,
     "experiments": 1723,
     "input_space": 1294,
-    "nn": 2378,
-    "open_inference": 787,
+    "nn": 2379,
+    "open_inference": 794,
     "scheduling": 768,
-    "serve": 1310,
+    "serve": 1355,
     "surrogates": 542,
     "verification": 889,
     "workers": 3416,
 }
-MOST_LINES = 17_792  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_895  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

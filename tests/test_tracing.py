@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from torch import nn
@@ -129,3 +129,34 @@ def test_without_opentelemetry_there_is_nothing(spans, monkeypatch):
     assert tracing.headers() == {}
     assert tracing.here() is None
     assert spans("call") == []
+
+
+def test_an_error_of_opentelemetry_fails_no_call(monkeypatch, caplog):
+    class Broken(SpanProcessor):
+        def on_start(self, *_, **__):
+            raise OSError("no collector")
+
+        on_end = on_start
+
+    provider = TracerProvider()
+    provider.add_span_processor(Broken())
+    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+    with DeviceWorkers(["cpu"] * 2) as pool, torch.no_grad():
+        coded = CodedWrapper(nn.Linear(3, 1), workers=pool)
+        assert coded(torch.ones(4, 3)).shape == (4, 1)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            coded(torch.ones(4, 2))
+    assert "spans are missing or incomplete: OSError: no collector" in caplog.text
+
+
+def test_without_a_propagator_calls_have_spans(spans, monkeypatch):
+    # An unknown name in OTEL_PROPAGATORS prevents the import.
+    monkeypatch.setitem(sys.modules, "opentelemetry.propagate", None)
+    monkeypatch.delattr("opentelemetry.propagate", raising=False)
+    tracing._propagate.cache_clear()
+    try:
+        with tracing.span("infer", {}):
+            assert tracing.headers() == {}
+    finally:
+        tracing._propagate.cache_clear()
+    assert len(spans("infer")) == 1

@@ -205,7 +205,8 @@ class CodedWrapper(ModuleProxy):
                 return self._answers(report, waiting, given, parts)
             finally:
                 if span is not None:
-                    span.set_attributes(report.attributes())
+                    with tracing.harmless():
+                        span.set_attributes(report.attributes())
 
     def _answers(self, report: Report, waiting: Waiting, given: Any, parts: int | None) -> Any:
         args, kwargs = given
