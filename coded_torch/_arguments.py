@@ -72,12 +72,15 @@ def named(answers: Any, root: str) -> dict[str, Any]:
     """Return outputs by the keys of a dict or the fields of a named tuple, nested as ``scores.0``.
 
     A single output has the name ``root``, those of a list or a tuple ``root0``, ``root1``, ...
+    Raises a ValueError if two have the same name.
     """
     found, outputs = pytree.tree_flatten_with_path(answers)[0], {}
     for path, leaf in found:
         name = ".".join(str(getattr(x, _KEYS[type(x)])) for x in path)
         if not path or isinstance(path[0], pytree.SequenceKey):
             name = root if len(found) == 1 else f"{root}{name}"
+        if name in outputs:
+            raise ValueError(f"each tensor must have its own name, got {name!r} twice")
         outputs[name] = leaf
     return outputs
 
