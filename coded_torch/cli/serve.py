@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -28,6 +29,9 @@ from . import POOL_NAMES, CommandError, find_factory, make_model, need, processe
 LENET5 = "coded_torch.demo:lenet5_and_digits"
 # Seconds, nginx's default: clients keep connections longer than uvicorn's default of 5.
 _KEEP_ALIVE = 75
+# Seconds after the last deadline in which clients may read answers while the server ends, as a load
+# may take any time. It was not tuned.
+_TO_READ = 5
 # Deadlines of one part after which a worker counts as hung, but at least a second. A kill costs a
 # restart, so it waits for ten times as long as any client; it was not tuned.
 _GRACE = 10
@@ -193,6 +197,7 @@ def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None
         quiet: dict[str, Any] = {"log_level": "warning", "access_log": False}
         quiet |= {"http": Connection, "backlog": max(1, Connection.most // 2)}
         how: Any = {"ws": "none", "lifespan": "on", "timeout_keep_alive": _KEEP_ALIVE}
+        how["timeout_graceful_shutdown"] = math.ceil(built.deadline) + _TO_READ
         config = uvicorn.Config(built, **how, **quiet)
         signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=renew, daemon=True).start())
         with usage("serve", TypeError, prefix="Workers: "):

@@ -76,7 +76,8 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         allowed_hosts: the names that a request's ``Host``, and its ``Origin`` if it has one, may
             have. Without them, any page of the web can use a server on a loopback address. Defaults
             to None: any name.
-        make: returns a new module with other weights. Defaults to None: the model stays.
+        make: returns a new module with other weights, and leaves the present one as it is. It is in
+            evaluation mode if the present one is. Defaults to None: the model stays.
         token: who sends it as ``Authorization: Bearer TOKEN`` may ask for :meth:`renew` by ``POST
             /v2/repository/models/NAME/load``. Defaults to None: whoever asks from a loopback
             address, without a proxy and from no page of the web.

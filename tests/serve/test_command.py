@@ -219,6 +219,22 @@ def test_a_signal_loads_new_weights_and_keeps_the_old_ones_if_that_fails(mine):
             assert answer() == wanted
 
 
+def test_ctrl_c_does_not_wait_for_a_load(mine):
+    weights = mine / "weights"
+    weights.write_text("2")
+    load = b"POST /v2/repository/models/read/load HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    options = "--num-workers", "1", "--deadline", "1"
+    with running("mine:read", *options, cwd=mine) as (process, port), Client(port) as client:
+        wait_until(lambda: client.get("/v2/health/ready")[0] == 200)
+        weights.unlink()
+        os.mkfifo(weights)  # to read it takes until someone writes to it
+        with socket.create_connection(("127.0.0.1", port)) as other:
+            other.sendall(load)
+            assert client.get("/v2/health/ready")[0] == 200
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+
+
 @pytest.mark.parametrize("command", ["serve", "compare --inputs x.pt"])
 def test_exceptions_of_the_users_code_keep_their_traceback(command, mine):
     (mine / "theirs.py").write_text("import nothing_of_that_name")

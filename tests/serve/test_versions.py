@@ -1,5 +1,7 @@
 """New weights while a server answers: every answer is of one version, which it names."""
 
+import os
+import sys
 import threading
 import weakref
 from collections import Counter
@@ -118,7 +120,8 @@ def test_who_may_load():
         assert client.send("POST", LOAD, Authorization="Bearer secret")[0] == 200
     with serving(built(DeviceWorkers(["cpu"]), factory)) as port, Client(port) as client:
         # A page of the web, and a proxy before strangers.
-        for headers in ({"Origin": "http://a.example"}, {"X_Forwarded_For": "127.0.0.1"}):
+        names = "X_Forwarded_For", "X_Forwarded_Proto", "X_Real_IP", "X_Envoy_Internal"
+        for headers in ({"Origin": "http://a.example"}, *({name: "127.0.0.1"} for name in names)):
             assert client.send("POST", LOAD, **headers)[0] == 403
         assert client.send("GET", LOAD)[0] == 405
         assert client.send("POST", LOAD)[0] == 200
@@ -160,6 +163,76 @@ def test_a_version_that_was_replaced_is_freed():
         ask(client)
         wait_until(lambda: [each() is None for each in seen] == [True, True, False], 30)
         assert pool.num_restarts == 0
+
+
+class Elsewhere(Times):
+    """Fails in other processes than the one that made it."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.pid = os.getpid()
+
+    def forward(self, x):
+        if os.getpid() != self.pid:
+            raise RuntimeError("not here")
+        return super().forward(x)
+
+
+def test_workers_forget_a_version_that_fails():
+    factory = Factory()
+    factory.next = Elsewhere
+    with serving(built(pool := ProcessWorkers(1), factory)) as port, Client(port) as client:
+        ask(client)
+        number, _ = pool._queue.modules.last()
+        assert b"RuntimeError: not here" in client.send("POST", LOAD)[2]
+        assert pool._queue.modules.last()[0] == number
+
+
+class Dropped(Times):
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), training=self.training)
+
+
+def test_a_version_is_in_evaluation_mode_if_the_one_before_is():
+    factory = Factory()
+    factory.next = Dropped
+    application = built(DeviceWorkers(["cpu"]), factory)
+    application.coded.eval()
+    with serving(application) as port, Client(port) as client:
+        for version in ("2", "3"):
+            assert client.send("POST", LOAD)[0] == 200
+            answer = ask(client)[1]
+            data = [float(version) * x for x in (1.0, 2.0, 4.0)]
+            assert (answer["model_version"], answer["outputs"][0]["data"]) == (version, data)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_weights_that_are_changed_in_place_are_another_version(wrapped):
+    factory = Factory()
+    application = built(DeviceWorkers(["cpu"]), factory)
+    module = application.coded.module
+
+    def change(number):
+        module.number.fill_(number)
+        return nn.Sequential(module) if wrapped else module
+
+    factory.next = change
+    with serving(application) as port, Client(port) as client:
+        status, _, body = client.send("POST", LOAD)
+        assert status == 400
+        assert b"version 2 stays: ValueError: app: make must return another module" in body
+        assert b"got the present one with other weights" in body
+        answer = ask(client)[1]
+        assert (answer["model_version"], answer["outputs"][0]["data"]) == ("2", [2.0, 4.0, 8.0])
+
+
+def test_a_factory_that_exits_ends_no_server():
+    factory = Factory()
+    factory.next = lambda number: sys.exit("no weights")
+    with serving(built(DeviceWorkers(["cpu"]), factory)) as port, Client(port) as client:
+        status, _, body = client.send("POST", LOAD)
+        assert (status, b"SystemExit: no weights" in body) == (400, True)
+        assert ask(client)[0] == 200
 
 
 def test_a_memory_begins_anew():
