@@ -11,7 +11,8 @@ import sys
 import pytest
 import torch
 
-from coded_torch.workers.shared_memory import _HEADER, Blocks, Connection, Package, Pickled
+from coded_torch.workers import shared_memory
+from coded_torch.workers.shared_memory import _HEADER, Block, Blocks, Connection, Package, Pickled
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is sealed on Linux alone")
 WAIT = 60.0
@@ -120,6 +121,14 @@ def test_messages_that_nobody_reads_hold_few_blocks(ends):
         one.receive()
     assert len(memories()) < 40
     assert [float(message.value().max()) for message in messages] == list(range(100))
+
+
+def test_kept_blocks_have_few_bytes(monkeypatch):
+    monkeypatch.setattr(shared_memory, "_MOST_BYTES", 1 << 18)
+    blocks = Blocks()
+    for size in (1 << 16, 1 << 16, 1 << 17, 1 << 18):
+        shared_memory._keep(blocks, size, Block(size))
+    assert [*blocks] == [1 << 18]
 
 
 def test_a_fork_while_a_package_is_written_does_not_keep_it_writable():

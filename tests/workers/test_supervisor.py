@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -414,6 +415,23 @@ def test_a_worker_that_cannot_be_launched_is_tried_again():
     supervisor.launch = launch
     supervisor.tend()
     assert len(supervisor.launched) == 2
+
+
+def test_an_interrupt_before_the_thread_starts_is_made_up_for(monkeypatch):
+    supervisor = InMemory(1)
+    supervisor.wait = lambda seconds: time.sleep(0.01)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(supervisor.thread, "start", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            supervisor.begin(nn.Identity())
+    supervisor.begin(nn.Identity())
+    assert supervisor.thread.is_alive()
+    supervisor.close()
+    assert not supervisor.thread.is_alive()
 
 
 def test_the_obstacle_is_said():
