@@ -292,6 +292,10 @@ class Comparison:
                 continue
             for i, (name, each) in enumerate(grouped(rows, lambda x: x.name).items()):
                 points = [(x.setting[along], *x.mse) for x in each if (x.mse[0] or 0) > _EXACT]
+                if missing := any(x.mse[0] is None for x in each):
+                    name += ", some missing"
+                if not (points or missing):
+                    continue
                 at, mse, half = np.array(points, float).reshape(-1, 3).T
                 bars = np.nan_to_num([np.minimum(half, 0.9 * mse), half])
                 # Hollow markers of falling size: a line that another one covers stays visible.

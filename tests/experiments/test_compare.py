@@ -291,6 +291,11 @@ def test_pictures_of_several_settings_leave_out_what_is_exact():
     (legend,) = axes.figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
     assert lines
+    errors = {"exact": 0.0, "partly": math.nan, "wrong": 1.0}
+    records = [made((9, 4, s), x, s and errors[x]) for s in (1, 2, 0) for x in errors]
+    (legend,) = Comparison(records).draw().legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown == ["partly, some missing", "wrong"]
     by_n = [made((n, 4, 2), x, 1 / n) for n in (8, 16) for x in "ab"]
     (axes,) = Comparison(by_n).draw().axes
     assert (axes.get_title(), axes.get_xlabel()) == (
