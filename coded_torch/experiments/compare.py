@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import codes as kinds
 from .._arguments import count, instance, shown
-from .._torch import on_host
+from .._torch import as_called, on_host
 from ..codes import Code, RegressionCode
 from ..stragglers import Stragglers, Uniform
 from .faults import Attack
@@ -192,7 +192,8 @@ def _schemes(k: int, n: int, trial: Trial, more: Any, names: Any) -> dict[str, C
     """Return the schemes that can be tried by their names, all or some."""
     parts = min(n, trial.batch_size)
     codes = peers(k, n) | {"no redundancy, regression": RegressionCode(parts, parts)}
-    added = {} if more is None else more(k, n)
+    with as_called():
+        added = {} if more is None else more(k, n)
     instance("compare", "what more returns", added, Mapping)
     for name, code in added.items():
         instance("compare", f"what more returns as {name!r}", code, Code | Callable)

@@ -242,7 +242,7 @@ class Trial:
     ) -> list[Tensor]:
         """Return the answers of a function of inputs, outputs and received workers, checked."""
         given = [x.clone() for x in self._inputs.batches()], [x.clone() for x in self.exact]
-        with torch.no_grad():
+        with torch.no_grad(), as_called():
             found: list[Any] = pytree.tree_leaves(decoder(*given, [*received]))
         wanted = [[*x.shape] for x in self.exact]
         if (got := [[*getattr(x, "shape", [])] for x in found]) != wanted:

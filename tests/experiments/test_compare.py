@@ -277,6 +277,23 @@ def test_a_method_cannot_change_what_others_are_compared_on():
         compared(f=lambda inputs, outputs, received: outputs[0].numpy())
 
 
+def test_the_default_device_of_the_caller_holds_in_methods():
+    found = []
+
+    def answers(inputs, outputs, received):
+        found.append(torch.empty(0).device.type)
+        return outputs
+
+    def more(k, n):
+        found.append(torch.empty(0).device.type)
+        return {"mine": answers}
+
+    batches, module = [torch.randn(8, 3) for _ in range(2)], torch.nn.Tanh()
+    with torch.device("meta"):
+        compare(module, batches, [(3, 2, 1)], more=more, schemes=["mine"])
+    assert {*found} == {"meta"}
+
+
 def made(setting, name, mse, batch=0):
     scores = Score(mse, 1.0, 1.0, math.nan, math.nan, 1.0)
     return Record(*setting, name, "", 0, batch, 4, 1.0, scores)
