@@ -31,7 +31,7 @@ _NUMBERS: dict[str, tuple[str, ...]] = {
     "faults_total": ("Wrong results that workers were found to return.", "worker"),
     "excluded_total": ("Workers that were excluded for wrong results.",),
     "workers_up": ("Workers that are up.",),
-    "worker_restarts_total": ("Workers that ended and were replaced.",),
+    "worker_restarts_total": ("Workers that were lost and replaced.",),
 }
 _HISTOGRAMS = {
     "queued_seconds": ("Seconds from a request's arrival to the start of its batch.", _SECONDS),

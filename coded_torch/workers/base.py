@@ -175,7 +175,7 @@ class Workers(abc.ABC):
     stragglers: Stragglers | None = None  #: the delay distribution of its workers
     simulated: bool = False  #: true if time is virtual, so that waiting and computing take none
     num_workers: int | None = None  #: the number of workers; None if there is one for each part
-    num_restarts: int = 0  #: the number of workers that have ended and were replaced
+    num_restarts: int = 0  #: how many workers were lost, not at interrupted calls, and replaced
     starts_late: bool = False  #: true if the first request starts the workers
     mixed: bool = False  #: true if its results differ by as much as different hardware's
     concurrency: int = 1  #: the number of parts that a worker computes at a time
