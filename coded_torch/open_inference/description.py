@@ -32,6 +32,20 @@ def bind(owner: object, module: nn.Module, examples: Any) -> inspect.BoundArgume
         raise TypeError(f"{owner}: {must}, got {type(examples).__name__}: {error}") from None
 
 
+def in_order(inputs: Sequence[TensorSpec], call: inspect.BoundArguments) -> Sequence[TensorSpec]:
+    """Return specs in the order of a call's leaves if they have their names, else as they are."""
+    names, by_name = _inputs_of(call), {spec.name: spec for spec in inputs}
+    return [by_name[name] for name in names] if names.keys() == by_name.keys() else inputs
+
+
+def _inputs_of(call: inspect.BoundArguments) -> dict[str, Any]:
+    """Return the leaves by their names, in the order of ``forward``'s parameters."""
+    inputs: dict[str, Any] = {}
+    for parameter, value in call.arguments.items():
+        inputs |= _named(value, parameter)
+    return inputs
+
+
 def specs(
     module: nn.Module, examples: Any, *, fixed_shapes: bool = False
 ) -> tuple[list[TensorSpec], list[TensorSpec]]:
@@ -54,9 +68,7 @@ def specs(
     """
     call = bind("specs", module, examples)
     leaves, form = pytree.tree_flatten((call.args, call.kwargs))
-    inputs: dict[str, Any] = {}
-    for parameter, value in call.arguments.items():
-        inputs |= _named(value, parameter)
+    inputs = _inputs_of(call)
     _check("examples", inputs, len(leaves))
 
     def run(values: Sequence[Tensor]) -> dict[str, Tensor]:

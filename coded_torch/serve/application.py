@@ -27,7 +27,7 @@ from .._arguments import bound, count, instance, positive
 from .._torch import positional
 from ..nn import CodedWrapper
 from ..open_inference import ADDED, FORMER, LISTED, TensorSpec, written
-from ..open_inference.description import bind
+from ..open_inference.description import bind, in_order
 from .batcher import TO_ANSWER, Batch, Batcher, compute
 from .metrics import Metrics
 from .protocol import Reader, RequestError, timeout
@@ -62,8 +62,8 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
     Args:
         coded: the model on its workers. Its ``waiting`` gets the deadline of each batch.
         name: the model's name in URLs.
-        inputs: the specs of the module's inputs, in the order of the examples' leaves or, without
-            examples, of its positional arguments. Each has the batch first.
+        inputs: the specs of the module's inputs, in the order of the parameters of ``forward``, or
+            with their names and examples. Each has the batch first.
         outputs: the specs of the tensors that the module returns, leaf by leaf, ``[B, ...]``.
         deadline: seconds from the arrival of a request to its answer. A request may ask for less
             by its parameter ``timeout``, in microseconds.
@@ -76,8 +76,8 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         allowed_hosts: the names that a request's ``Host``, and its ``Origin`` if it has one, may
             have. Without them, any page of the web can use a server on a loopback address. Defaults
             to None: any name.
-        make: returns a new module with other weights, and leaves the present one as it is. It is in
-            evaluation mode if the present one is. Defaults to None: the model stays.
+        make: returns a new module with other weights, which is in evaluation mode if the present
+            one is. The present one must stay as it is. Defaults to None: the model stays.
         token: who sends it as ``Authorization: Bearer TOKEN`` may ask for :meth:`renew` by ``POST
             /v2/repository/models/NAME/load``. Defaults to None: whoever asks from a loopback
             address, without a proxy and from no page of the web.
@@ -122,6 +122,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             if len(self.examples) != len(inputs):
                 must = f"examples must hold a tensor for each of inputs, {len(inputs)}"
                 raise ValueError(f"app: {must}, got {len(self.examples)}")
+            self.inputs = inputs = in_order(inputs, call)
         self.allowed_hosts = None if allowed_hosts is None else [x.lower() for x in allowed_hosts]
         for host in self.allowed_hosts or ():
             if set(host) & set("/*[]@") or host.count(":") == 1:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from coded_torch.nn import CodedWrapper
-from coded_torch.serve import app, specs
+from coded_torch.serve import TensorSpec, app, specs
 from coded_torch.workers import LocalWorkers
 
 from ..nn.modules import Call
@@ -122,6 +122,19 @@ def test_a_server_takes_keywords_and_sizes_that_the_module_takes():
             400,
             "an input must be once one of ['tokens', 'scale'], got 'input2'",
         )
+
+
+def test_inputs_are_of_the_parameters_of_their_names():
+    class Minus(nn.Module):
+        def forward(self, x, y):
+            return x - y
+
+    coded, rows = CodedWrapper(Minus(), workers=LocalWorkers(), parts=1), torch.ones(2, 1)
+    y, x, output = (TensorSpec(name, "FP32", (1,)) for name in ("y", "x", "output"))
+    how = {"inputs": [y, x], "outputs": [output], "examples": {"y": rows, "x": rows}}
+    with serving(app(coded, name="m", deadline=5.0, **how)) as port, Client(port) as client:
+        given = [tensor([[1.0]], "y"), tensor([[5.0]], "x")]
+        assert client.infer({"inputs": given})[1]["outputs"][0]["data"] == [4.0]
 
 
 def test_examples_that_are_larger_than_open_sizes_may_be_fit_into_a_body():
