@@ -764,6 +764,14 @@ def test_batches_for_pandas_hold_keys_of_several_files_outputs_and_bounds(folder
     assert "in out: written format parquet; keys name, got keys name\n" in capsys.readouterr().err
 
 
+def test_keys_may_be_strings_of_several_types(folder, keyed):
+    table = parquet.read_table(folder / "part-0.parquet")
+    names = table["name"].cast(pyarrow.large_string()).dictionary_encode()
+    parquet.write_table(table.set_column(0, "name", names), folder / "part-0.parquet")
+    assert main([*keyed, "--format", "parquet"]) == 0
+    assert [*pandas.read_parquet("out")["name"]] == NAMES
+
+
 def test_a_job_goes_on_from_the_batches_of_another_one(folder, keyed):
     assert main([*keyed, "--format", "parquet"]) == 0
     more = "--inputs", "out/batch-*.parquet", "--keys", "name", "--columns", "x=sum,y=x"

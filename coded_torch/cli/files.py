@@ -265,11 +265,16 @@ def encoded(
 
 
 def _joined(pieces: Sequence[Any]) -> Any:
-    """Return a column of Arrow."""
+    """Return a column of Arrow, whose type holds the values of all pieces."""
     import pyarrow
 
-    arrays = [_arrow(x) if isinstance(x, (Tensor, np.ndarray)) else x for x in pieces]
-    return pyarrow.chunked_array([y for x in arrays for y in getattr(x, "chunks", [x])])
+    tables = []
+    for piece in pieces:
+        array = _arrow(piece) if isinstance(piece, (Tensor, np.ndarray)) else piece
+        if pyarrow.types.is_dictionary(array.type):
+            array = array.cast(array.type.value_type)
+        tables.append(pyarrow.table([array], ["rows"]))
+    return pyarrow.concat_tables(tables, promote_options="permissive").column(0)
 
 
 def _arrow(rows: Tensor | np.ndarray[Any, Any]) -> Any:
