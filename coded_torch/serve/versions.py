@@ -27,7 +27,8 @@ logger = sparing_logger("coded_torch.serve")
 
 _SECONDS = 120.0  # in which a worker loads a version; a bound, not tuned
 # Headers of browsers and of proxies, and how more of them begin.
-_OTHERS, _BEGINS = {"origin", "forwarded", "via"}, ("x-forwarded-", "x-real-", "x-envoy-")
+_OTHERS = {"origin", "forwarded", "via", "x-request-id"}
+_BEGINS = "x-forwarded-", "x-real-", "x-envoy-", "x-haproxy-"  # the last is of Ray Serve, too
 
 
 class Versions:

@@ -120,7 +120,8 @@ def test_who_may_load():
         assert client.send("POST", LOAD, Authorization="Bearer secret")[0] == 200
     with serving(built(DeviceWorkers(["cpu"]), factory)) as port, Client(port) as client:
         # A page of the web, and a proxy before strangers.
-        names = "X_Forwarded_For", "X_Forwarded_Proto", "X_Real_IP", "X_Envoy_Internal"
+        names = ["X_Forwarded_For", "X_Forwarded_Proto", "X_Real_IP", "X_Envoy_Internal"]
+        names += ["X_Request_ID", "X_HAProxy_Reload_ID"]
         for headers in ({"Origin": "http://a.example"}, *({name: "127.0.0.1"} for name in names)):
             assert client.send("POST", LOAD, **headers)[0] == 403
         assert client.send("GET", LOAD)[0] == 405
