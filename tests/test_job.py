@@ -764,6 +764,14 @@ def test_batches_for_pandas_hold_keys_of_several_files_outputs_and_bounds(folder
     assert "in out: written format parquet; keys name, got keys name\n" in capsys.readouterr().err
 
 
+def test_integers_of_one_file_are_not_rounded_to_the_type_of_another(folder, keyed, capsys):
+    table = parquet.read_table(folder / "part-0.parquet")
+    x = pyarrow.array([[2**60 + 1]] * 10)
+    parquet.write_table(table.set_column(1, "x", x), folder / "part-0.parquet")
+    assert main(keyed) == 2
+    assert "'x' must hold integers in all files, or in none, got" in capsys.readouterr().err
+
+
 def test_keys_may_be_strings_of_several_types(folder, keyed):
     table = parquet.read_table(folder / "part-0.parquet")
     names = table["name"].cast(pyarrow.large_string()).dictionary_encode()

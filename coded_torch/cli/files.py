@@ -225,6 +225,10 @@ def _tensor(name: str, pieces: Sequence[Any]) -> Tensor:
         if numbers.dtype == object:
             raise TypeError(f"the column {name!r} must hold numbers, got {values.type}")
         found.append(torch.from_numpy(numbers))
+    if len({x.is_floating_point() for x in found}) > 1:  # large integers would be rounded
+        types = sorted({str(x.dtype) for x in found})
+        must = f"the column {name!r} must hold integers in all files, or in none"
+        raise TypeError(f"{must}, got {types}")
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
