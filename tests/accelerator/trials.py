@@ -220,6 +220,12 @@ def test_nothing_is_read_where_others_write(cache):
     assert not any(cache.iterdir())
 
 
+def test_a_file_in_the_place_of_the_cache_costs_a_compilation(cache):
+    cache.write_text("")
+    assert _extension._try_kernel(0, UNTOUCHED)
+    assert not _extension.CUDA_FAILURES
+
+
 def test_the_cache_is_bounded(cache):
     cache.mkdir(mode=0o700)
     old = cache / "old.kernel"
