@@ -136,6 +136,16 @@ class TestHonestWorkers:
 
 
 class TestAWrongWorker:
+    def test_does_not_make_wrong_results_look_usual(self):
+        size = [0.0]
+        coded = known(wrap(pool_of(12, {0: [(lambda y: y + size[0], 1.0)]})))
+        coded.run(batch(0, 240))  # the first rows that are learnt
+        for wrong in (0.0, 1.0):
+            size[0] = wrong
+            _, report = coded.run(batch(1, 240))
+            (_, learnt, _) = coded._record.scores.left[-1]
+            assert bool(report.faults) == (not learnt) == bool(wrong)
+
     @pytest.mark.parametrize("num_workers", [3, 4, 5, 6, 24])
     def test_is_corrected_excluded_and_logged(self, num_workers, caplog):
         pool = pool_of(num_workers, {0: [by(1.0)]})
