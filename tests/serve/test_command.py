@@ -232,7 +232,7 @@ def test_ctrl_c_does_not_wait_for_a_load(mine):
             other.sendall(load)
             assert client.get("/v2/health/ready")[0] == 200
             process.send_signal(signal.SIGINT)
-            process.wait(60)
+            process.wait(180)
 
 
 @pytest.mark.parametrize("command", ["serve", "compare --inputs x.pt"])
