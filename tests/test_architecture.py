@@ -40,7 +40,7 @@ LINES = {
     "beside the folders": 2263,
     "cli": 1448,
     "codes": 1033,
-    "experiments": 1728,
+    "experiments": 1732,
     "input_space": 1294,
     "nn": 2379,
     "open_inference": 806,
@@ -50,7 +50,7 @@ LINES = {
     "verification": 889,
     "workers": 3416,
 }
-MOST_LINES = 17_923  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_927  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

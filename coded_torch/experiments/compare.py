@@ -21,6 +21,10 @@ from .tune import SETS, Trial, calls_of, chosen
 
 __all__ = ["Decoder", "compare", "peers", "received_by"]
 
+# The baselines of a surrogate, whose names no other scheme may have.
+_WITH_SURROGATES = {"surrogate alone", "replication, surrogate", "regression, residuals"}
+_WITH_SURROGATES |= {"no redundancy, surrogate", "no redundancy, residuals"}
+
 #: Answers to a batch, from its inputs, the module's outputs, and the workers that were received.
 Decoder = Callable[[list[Tensor], list[Tensor], Sequence[int]], Any]
 
@@ -198,7 +202,7 @@ def _schemes(k: int, n: int, trial: Trial, more: Any, names: Any) -> dict[str, C
     for name, code in added.items():
         instance("compare", f"what more returns as {name!r}", code, Code | Callable)
         of = (code.num_data, code.num_workers) if isinstance(code, Code) else (k, n)
-        if name in codes or of != (k, n):
+        if name in codes.keys() | _WITH_SURROGATES or of != (k, n):
             must = f"more must return codes of K = {k} and N = {n} under names that are not taken"
             raise ValueError(f"compare: {must}, got {code} as {name!r}")
     schemes: dict[str, Code | Decoder] = {**codes, **added}

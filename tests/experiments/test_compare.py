@@ -294,6 +294,14 @@ def test_the_default_device_of_the_caller_holds_in_methods():
     assert {*found} == {"meta"}
 
 
+@pytest.mark.parametrize("name", [*WITH_A_SURROGATE, "Berrut"])
+def test_names_of_schemes_are_not_taken_twice(name):
+    batches = list(torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(0)))
+    more = {name: lambda inputs, outputs, received: outputs}
+    with pytest.raises(ValueError, match="under names that are not taken, got"):
+        compare(torch.nn.Tanh(), batches, [(3, 2, 1)], more=lambda k, n: more)
+
+
 def made(setting, name, mse, batch=0):
     scores = Score(mse, 1.0, 1.0, math.nan, math.nan, 1.0)
     return Record(*setting, name, "", 0, batch, 4, 1.0, scores)
