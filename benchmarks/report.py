@@ -136,7 +136,7 @@ def _number(path: str, results: Results) -> float:
 
 def _side(text: str, results: Results) -> float:
     """Return the value of one side of a claim."""
-    factor, path = re.fullmatch(r"(?:([\d.]+) times )?(.*)", text).groups()  # type: ignore[union-attr]
+    factor, path = re.fullmatch(r"(?:([\d.]+) times )?(.*)", text).groups()
     try:
         return float(text)
     except ValueError:

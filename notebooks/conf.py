@@ -132,7 +132,7 @@ class _FoundError(Exception):
 
 
 def commands() -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
-    """Yield each command of ``coded-torch``, what it does, and its options with their help."""
+    """Yield the name, the description and the options of each command of ``coded-torch``."""
     with mock.patch.object(argparse.ArgumentParser, "parse_args", _hold):
         try:
             main([])

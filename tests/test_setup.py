@@ -41,7 +41,7 @@ def test_a_package_index_renders_readme_with_links_that_lead_somewhere(setup):
 
 
 def test_headers_are_named_from_the_folder_of_setup(setup):
-    """The source distribution holds what it names; absolute paths break it."""
+    """setup.py names sources by relative paths, as absolute ones break the source distribution."""
     assert {"csrc/math/spline_sweep.h", "csrc/ops/cpu/spline.inc"} < set(setup.HEADERS)
     assert not any(Path(header).is_absolute() for header in setup.HEADERS)
 

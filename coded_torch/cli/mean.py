@@ -1,4 +1,4 @@
-"""The command ``coded-torch job --mean``: intervals for means, and what is kept to go on."""
+"""Print intervals for means, by ``coded-torch job --mean``, and keep the rows to resume with."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ _SUSPECT, _POISON = 0.2, 1e-5
 
 
 class Decisions:
-    """Writes into the table of one call what it asks for next, and how it ends."""
+    """Decides which parts a call asks for next, and when it ends, in the table of the call."""
 
     def __init__(self, waiting: Waiting, history: History, table: Table) -> None:
         self.waiting, self.history, self.table = waiting, history, table
