@@ -49,7 +49,7 @@ _LEGEND = """\
 RMSE             root of the mean squared distance from the module's answers
 normalised MSE   its square, over the variance of the module's answers
 RelAcc           right answers, relative to the bare model's right answers
-±                half the width of the 95 % interval over batches
+± or ×/÷         half the width of the 95 % interval over batches, or its factor
 ordered          the batch is ordered by similarity before it is coded"""
 _COLUMNS = "columns in the order of the arguments, as a,b, or x=a,y=b, unless all have their names"
 _RESUME = """go on with the job in the folder, if there is one. The inputs, the options, the model's
