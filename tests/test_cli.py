@@ -8,11 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import coded_torch
 from coded_torch.cli import CommandError, find_factory
 from coded_torch.cli.main import main
 from coded_torch.demo import digits
+from coded_torch.experiments import planner
 
 
 def run(line):
@@ -164,6 +166,24 @@ def test_compare_takes_a_model_and_files(tmp_path, monkeypatch, capsys):
     for shown in ("N = 9 workers, K = 8", "N = 6 workers, K = 4", "RelAcc"):
         assert shown in out
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_commands_write_pictures_of_different_names(tmp_path, monkeypatch, compared):
+    """Commands that run one after the other in a folder keep each other's results."""
+
+    class Drawn:
+        def draw(self):
+            return Figure()
+
+    compared(lambda *_, **__: Drawn())
+    monkeypatch.setattr(planner, "plan", lambda *_, **__: Drawn())
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch.ones(480, 1), "x.pt")
+    for line in ("demo", "compare torch.nn:Tanh --inputs x.pt", "plan"):
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        assert run(line) == 0
+        assert {path: path.read_bytes() for path in before} == before
+        assert len([*tmp_path.iterdir()]) == len(before) + 1
 
 
 @pytest.fixture

@@ -8,9 +8,8 @@ import importlib
 import importlib.util
 import os
 import re
-import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,18 +58,21 @@ def usage(label: str, errors: Any = _MISTAKES, prefix: str = "") -> Iterator[Non
         raise CommandError(f"coded-torch {label}: {first}") from None
 
 
+def progress(steps: Sequence[Any], what: str) -> Iterable[Any]:
+    """Show on a terminal how many of the steps are done, if tqdm is installed."""
+    if importlib.util.find_spec("tqdm") is None:
+        return steps
+    from tqdm import tqdm
+
+    return tqdm(steps, desc=what, disable=None)  # type: ignore[no-any-return]
+
+
 def need(command: str, extra: str, *packages: str) -> None:
     """Raise a CommandError unless the packages of an extra are installed."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         how = f"{' and '.join(missing)}: pip install 'coded_torch[{extra}]'"
         raise CommandError(f"coded-torch {command} needs {how}")
-
-
-def resuming(line: Sequence[str]) -> str:
-    """Return how a job goes on that was started by these arguments."""
-    line = [*line, *(() if "--resume" in line else ["--resume"])]
-    return f"Go on with: coded-torch {shlex.join(line)}"
 
 
 def find_factory(command: str, text: str) -> Callable[[], Any]:
@@ -201,13 +203,3 @@ def save(command: str, figure: Figure, output: Path) -> None:
     with usage(f"{command}: --output cannot be written"):
         figure.savefig(output, dpi=150)
     say(f"\nThe picture: {output.resolve()}")
-
-
-def replace(path: Path, data: bytes | memoryview) -> None:
-    """Write a file whole or not at all, even if the process or the host ends meanwhile."""
-    part = path.with_name(f"_{path.name}.part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

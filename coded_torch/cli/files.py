@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import operator
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from inspect import BoundArguments
 from pathlib import Path
@@ -290,3 +291,13 @@ def _arrow(rows: Tensor | np.ndarray[Any, Any]) -> Any:
     for size in reversed(rows.shape[1:]):
         found = pyarrow.FixedSizeListArray.from_arrays(found, size)
     return found
+
+
+def replace(path: Path, data: bytes | memoryview) -> None:
+    """Write a file whole or not at all, even if the process or the host ends meanwhile."""
+    part = path.with_name(f"_{path.name}.part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

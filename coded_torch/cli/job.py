@@ -13,13 +13,14 @@ import logging
 import os
 import pickle
 import re
+import shlex
 import signal
 import sys
 import time
 import types
 import zipfile
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from inspect import BoundArguments
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ import coded_torch
 from .._arguments import arguments, count, signature_of
 from ..codes import NotEnoughResults
 from ..nn import CodedWrapper, Waiting
-from . import CommandError, find_factory, make_model, need, processes, replace, resuming, say, usage
-from .files import UNNAMED, Rows, encoded
+from . import CommandError, find_factory, make_model, need, processes, progress, say, usage
+from .files import UNNAMED, Rows, encoded, replace
 from .mean import mean, start
 
 logger = logging.getLogger("coded_torch.job")
@@ -56,7 +57,8 @@ def job(args: argparse.Namespace) -> None:
         _begin(args)
     except BaseException as error:
         if args.begun or isinstance(error, KeyboardInterrupt):
-            say(resuming(args.line))
+            line = [*args.line, *(() if args.resume else ["--resume"])]
+            say(f"Go on with: coded-torch {shlex.join(line)}")
         raise
 
 
@@ -129,16 +131,11 @@ def _every_row(args: argparse.Namespace, coded: CodedWrapper, rows: Rows, read: 
             found = coded.map(batches, in_flight=args.in_flight)
         counts: Counter[str] = Counter()
         begin, why = time.monotonic(), ""
-        progress: Iterable[str] = wrong
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm
-
-            progress = tqdm(wrong, desc="batches", disable=None)  # if there is a terminal
         args.begun = True
         try:
             for first in read(missing[:1]):
                 start(coded, first)
-            for name, (answers, report) in zip(progress, found, strict=True):
+            for name, (answers, report) in zip(progress([*wrong], "batches"), found, strict=True):
                 with usage("job", errors=Exception):
                     kept = keys.popleft()
                     data = encoded(answers, report, kept, args.select, args.format)

@@ -30,7 +30,7 @@ from ..linear import SplineMap
 from ..nn import CodedWrapper
 from ..stragglers import Uniform
 from ..workers import LocalWorkers
-from . import POOL, CommandError, Option, make_model, need, options, picture, save, say, usage
+from . import POOL, CommandError, make_model, need, options, picture, progress, save, say, usage
 from .files import Rows
 from .job import arguments_of, job
 from .serve import LENET5, serve
@@ -129,6 +129,7 @@ def plan(args: argparse.Namespace) -> None:
     given = {**vars(args)}
     conditions, path = planner.CONDITIONS[given.pop("conditions")], given.pop("latencies")
     output, *_ = (given.pop(name) for name in ("output", "run", "line"))
+    given["progress"] = partial(progress, what="policies")
     with usage("plan"):
         found = planner.plan(conditions if path is None else planner.read_latencies(path), **given)
     say(str(found))
@@ -207,14 +208,16 @@ def _settings(text: str) -> list[tuple[int, ...]]:
 
 
 _DEVICES = ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())))
-_OUTPUT = ("--output", picture, Path("coded-torch.png"), "the picture")
 _LOST = (
     ("--device", _DEVICES, "cpu", "the device of the model"),
     ("--seed", int, 0, "the seed of the lost workers"),
-    _OUTPUT,
 )
-_COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
-    demo: (("--settings", _settings, "100,20,60 24,20,4", _TRIPLES), *_LOST),
+_COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[Any, ...]] = {
+    demo: (
+        ("--settings", _settings, "100,20,60 24,20,4", _TRIPLES),
+        *_LOST,
+        ("--output", picture, Path("coded-torch-demo.png"), "the picture"),
+    ),
     compare: (
         ("factory", str, ..., "a function that returns the model"),
         ("--inputs", str, ..., "a .pt, .npy, .safetensors or .parquet file"),
@@ -223,6 +226,7 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
         ("--batch-size", int, _BATCH_SIZE, "rows of a batch"),
         ("--settings", _settings, "24,20,4", _TRIPLES),
         *_LOST,
+        ("--output", picture, Path("coded-torch-compare.png"), "the picture"),
     ),
     serve: (
         ("factory", str, LENET5, "a function that returns the model and examples of inputs"),
@@ -280,7 +284,7 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
         ("--verify", float, 0.0, "the share of rows that a second worker computes"),
         ("--num-requests", int, 5000, "requests under each policy"),
         ("--seed", int, 0, "the seed of everything"),
-        _OUTPUT,
+        ("--output", picture, Path("coded-torch-plan.png"), "the picture"),
     ),
     info: (("--device", ("cpu", "cuda"), "cpu", "with cuda, try and time all kernels there"),),
 }

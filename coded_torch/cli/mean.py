@@ -16,8 +16,8 @@ from ..codes import NotEnoughResults
 from ..nn import CodedWrapper
 from ..nn.mean import Looks
 from ..workers import WorkerError
-from . import replace, say, usage
-from .files import Rows
+from . import say, usage
+from .files import Rows, replace
 
 
 def mean(args: argparse.Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> None:

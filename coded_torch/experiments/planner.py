@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -169,6 +169,7 @@ def plan(
     verify: float = 0.0,
     num_requests: int = 5_000,
     seed: int = 0,
+    progress: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> Plan:
     """Simulate policies without redundancy, with hedging, copies, estimates and codes.
 
@@ -186,6 +187,7 @@ def plan(
             requests are left out, as they cannot be verified. Defaults to 0.
         num_requests: the number of requests under each policy, at least 1,000. Defaults to 5,000.
         seed: the seed of all draws. Defaults to 0.
+        progress: called with the list of policies, returns them one by one, such as ``tqdm.tqdm``.
     """
     positive("plan", "deadline", deadline)
     probability("plan", "accuracy", accuracy)
@@ -201,7 +203,8 @@ def plan(
         must = f"latencies must be seconds within reach of the deadline, {deadline:g}"
         raise ValueError(f"{must}, got a median of {scale:g}")
     options = []
-    for kind, name, k, n, waiting in _policies(num_workers, deadline, bool(verify)):
+    policies = [*_policies(num_workers, deadline, bool(verify))]
+    for kind, name, k, n, waiting in progress(policies):
         part = scale * (OVERHEAD + (1 - OVERHEAD) * parts / k)
         # Simulated times are in multiples of a part. Calls that are late go on, to see how late.
         until = (waiting.deadline or 0.0) / part if kind == "estimated" else None

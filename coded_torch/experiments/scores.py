@@ -27,17 +27,8 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 __all__ = ["Comparison", "Interval", "Record", "Row", "Score", "Setting", "check_labels", "grouped"]
-__all__ += [
-    "half_width",
-    "of_logarithm",
-    "paired_p",
-    "ratio",
-    "relative_accuracy",
-    "rmse",
-    "root",
-    "rounded",
-]
-__all__ += ["score"]
+__all__ += ["half_width", "of_logarithm", "paired_p", "ratio", "relative_accuracy", "rmse"]
+__all__ += ["root", "rounded", "score"]
 
 Setting = tuple[int, int, int]  # N, K and S
 Interval = list[float | None]  # a number, and half the width of its 95 % interval

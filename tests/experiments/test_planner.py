@@ -1,6 +1,8 @@
 """Redundancy chosen by simulation: what is recommended where it is known what should be."""
 
+import io
 import math
+import sys
 from collections import Counter
 
 import numpy as np
@@ -100,6 +102,20 @@ def test_measured_latencies_are_simulated_as_they_are(tmp_path):
     late = float((uncoded.latencies > 0.05).mean())
     assert late == pytest.approx(1 - (29 / 30) ** 4, abs=0.05)
     assert np.median(uncoded.latencies) == pytest.approx(0.011, rel=0.15)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_progress_is_shown_on_a_terminal_only(stream, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream())
+    line = f"plan --num-workers 1 --num-requests 1000 --output {tmp_path}/plan.png"
+    assert main(line.split()) == 0
+    shown = sys.stderr.getvalue()
+    assert ("policies: 100%" in shown and "7/7" in shown) if stream is Terminal else shown == ""
 
 
 @pytest.mark.parametrize(
