@@ -111,7 +111,7 @@ def _nvrtc() -> int:
                 for other in path.parent.glob("libnvrtc-builtins.so.*"):
                     ctypes.CDLL(str(other))
             return library._handle
-    raise OSError(f"there is no {name}, which torch's builds for CUDA bring")
+    raise OSError(f"{name} was not found; torch's builds for CUDA bring it")
 
 
 def _try_kernel(device: int, number: int) -> bool:
@@ -180,7 +180,7 @@ def _compare(device: int, number: int) -> None:
     error = float((got - want).abs().max() / want.abs().max())
     # Sums of 18 terms were within 5 units of the format, half precision rounds them once.
     if not error <= torch.finfo(dtype).eps * (64 if dtype.itemsize > 2 else 1):
-        raise RuntimeError(f"its results are wrong there, by {error:.0e} of the largest")
+        raise RuntimeError(f"its results differ from torch's by {error:.0e} of the largest")
 
 
 _registered = torch.library.Library("coded_torch", "IMPL")  # lasts as long as the process

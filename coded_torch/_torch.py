@@ -339,7 +339,7 @@ def dependent_output(
     if len({len(x) for x in divided}) != 1:
         raise RuntimeError("the inputs of the example must have one size at dimension 0")
     if len(rows := different_rows(divided)) == 1:
-        got = f"{len(divided[0])} alike"
+        got = f"{len(divided[0])} equal rows"
         raise RuntimeError(f"the example must have two different rows, got {got}")
     sizes = [float(x[rows].abs().max()) for x in divided if x.is_floating_point() and x.numel()]
     scale = max(sizes, default=1.0)

@@ -43,11 +43,11 @@ def run(line):
         ("compare torch:nothing --inputs x.pt", "got no 'nothing' in torch"),
         (
             "compare torch --inputs x.pt",
-            "a class in a module of Python, got 'torch'",
+            "a class in a Python module, got 'torch'",
         ),
         (
             "compare torch.nn:Tanh --inputs none.pt",
-            "--inputs cannot be read: no file fits 'none.pt'",
+            "--inputs cannot be read: no file matches 'none.pt'",
         ),
         ("compare torch.nn:Tanh --inputs folder.png", "it must be a .npy, .safetensors, .parquet"),
         ("compare torch.nn:Tanh --inputs dict.pt", "x=a,y=b: the file has ['x', 'y']"),
@@ -55,7 +55,7 @@ def run(line):
         ("compare torch.nn:Tanh --inputs x.pt --seed -1", "seeds must be at least 0, got -1"),
         ("compare torch.nn:Tanh --inputs x.pt --batch-size 400", "must hold at least two, one to"),
         ("compare torch.nn:Tanh --inputs x.pt --batch-size 0", "--batch-size must be at least 1"),
-        ("compare ./mine:make --inputs x.pt", "a module of Python, got './mine:make'"),
+        ("compare ./mine:make --inputs x.pt", "a Python module, got './mine:make'"),
         ("compare a:b --inputs x.pt --output x", "--output: must end in .pdf, .png or .svg, in a"),
         ("demo --output nowhere/demo.png", "in a folder that exists, got nowhere/demo.png"),
         ("plan --conditions murphy", "--conditions: invalid choice: 'murphy'"),
@@ -219,7 +219,7 @@ def test_a_factory_is_a_function_a_class_or_a_module_of_torch(tmp_path, monkeypa
         "nowhere.kinds:make": "no module 'nowhere.kinds'",
         "kinds:number": "int",
     }.items():
-        with pytest.raises(CommandError, match=re.escape(f"in a module of Python, got {got}")):
+        with pytest.raises(CommandError, match=re.escape(f"in a Python module, got {got}")):
             find_factory("job", name)
 
 

@@ -43,7 +43,7 @@ def test_info_says_whether_kernels_compile(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "99.0")
     says = _extension.build_info()["cuda kernels"]
     assert says == (
-        "torch's own operators (there is no libnvrtc.so.99, which torch's builds for CUDA bring)"
+        "torch's own operators (libnvrtc.so.99 was not found; torch's builds for CUDA bring it)"
     )
     _extension.CUDA_FAILURES.append("of a reason")
     assert _extension.build_info()["cuda kernels"] == "torch's own operators (of a reason)"

@@ -342,7 +342,7 @@ def test_nulls_of_a_parquet_file_are_refused(folder, capsys, some):
     table = pyarrow.table({"x": some, "y": [1.0, 2.0]})
     parquet.write_table(table, folder / "rows.parquet")
     assert main(line("pair", "--inputs", "rows.parquet")) == 2
-    message = "--inputs cannot be read: it must have no nulls, got some in the column 'x'"
+    message = "--inputs cannot be read: its columns must not hold nulls, got some in the column 'x'"
     assert message in capsys.readouterr().err
 
 
@@ -400,7 +400,7 @@ def test_inputs_are_known_by_their_content(folder, capsys):
         ("--resume --batch-size 9", "must repeat the job in out: batch-size 8, got 9\n"),
         ("--resume other", "must repeat the job in out: model models:here, digest "),
         ("--deadline 9", "--deadline and --on-error must be left out, as models:here returns a"),
-        ("--inputs none.npy", "--inputs cannot be read: no file fits 'none.npy'"),
+        ("--inputs none.npy", "--inputs cannot be read: no file matches 'none.npy'"),
         (
             "--inputs models.py",
             "--inputs cannot be read: it must be a .npy, .safetensors, .parquet or .pt file,",
@@ -434,15 +434,13 @@ def test_a_damaged_description_of_a_job_is_refused_in_one_line(folder, capsys, c
     for arguments in (line("here", "--resume"), ["job", "--check", "out"]):
         assert main(arguments) == 2
         (err,) = capsys.readouterr().err.splitlines()
-        assert (
-            "out/_job.json must describe a job, but it is damaged, or of an earlier version" in err
-        )
+        assert "out/_job.json must describe a job, but it is damaged or of another version" in err
 
 
 def test_a_wrong_batch_is_found_and_computed_again(folder, capsys, caplog):
     assert main(line()) == 0
     assert main(["job", "--check", "out"]) == 0
-    assert "25 of 25 batches in out fit their digests." in capsys.readouterr().out
+    assert "25 of 25 batches in out match their digests." in capsys.readouterr().out
     batches = written(folder)
     flip(batches[2])
     shutil.copy(batches[5], batches[4])  # its digest is right, but of other rows
@@ -451,14 +449,14 @@ def test_a_wrong_batch_is_found_and_computed_again(folder, capsys, caplog):
     manifest = folder / "out" / "_manifest.sha256"
     lines = manifest.read_text().splitlines(keepends=True)
     manifest.write_text("".join(lines[:-1]) + lines[-1][:70])  # cut short with its last batch
-    wrong = {16: "has no digest that fits", 32: "has no digest that fits", 56: "is missing"}
-    wrong |= {192: "has no digest that fits", 3: "is not of this job"}
+    wrong = {16: "has no matching digest", 32: "has no matching digest", 56: "is missing"}
+    wrong |= {192: "has no matching digest", 3: "does not belong to this job"}
     for _ in range(2):
         assert main(["job", "--check", "out"]) == 2
         found = capsys.readouterr()
         expected = [f"out/batch-{start:012}.pt {why}." for start, why in wrong.items()]
         assert sorted(found.out.splitlines()) == sorted(expected)
-        assert found.err.endswith("21 of 25 batches in out fit their digests\n")
+        assert found.err.endswith("21 of 25 batches in out match their digests\n")
     (folder / "out" / "batch-000000000003.pt").unlink()
     computed(folder)
     assert main(line("here", "--resume")) == 0
@@ -718,7 +716,7 @@ def test_a_row_on_which_the_model_fails_ends_a_mean(thirteen):
         (["--mean", "--half-width", "-1"], "half_width must be positive, one or per column, got"),
         (
             ["--mean", "--of", "models:nothing"],
-            "MODULE:FACTORY must name a function or a class in a module",
+            "MODULE:FACTORY must name a function or a class in a Python module",
         ),
     ],
 )
@@ -814,8 +812,8 @@ def test_ray_data_reads_batches(folder, keyed, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--keys", "id"], "--keys must name columns, some of ['name', 'x', 'y'], got ['id']"),
-        (["--select", "z"], "--select must name outputs, some of ['sum', 'x'], got ['z']"),
+        (["--keys", "id"], "--keys must be names of columns out of ['name', 'x', 'y'], got ['id']"),
+        (["--select", "z"], "--select must be names of outputs out of ['sum', 'x'], got ['z']"),
         (["--mean"], "--select must be left out with --mean, got keys name"),
         (
             ["--inputs", "empty.parquet"],

@@ -95,7 +95,7 @@ def find_factory(command: str, text: str) -> Callable[[], Any]:
     if isinstance(found, nn.Module):
         return lambda: found
     if not callable(found):
-        must = "MODULE:FACTORY must name a function or a class in a module of Python"
+        must = "MODULE:FACTORY must name a function or a class in a Python module"
         raise CommandError(f"coded-torch {command}: {must}, got {got}")
     factory: Callable[[], Any] = found
     return factory
@@ -145,17 +145,17 @@ def devices(text: str) -> list[str]:
     if re.fullmatch(r"cuda:\d+(,\d+)*", text):
         numbers = [int(x) for x in text[5:].split(",")]
     if not numbers or max(numbers) >= many:
-        must = "must be cpu, auto, cuda or cuda:0,1 and the like"
+        must = "must be cpu, auto, cuda, or devices by number as cuda:0,1"
         raise argparse.ArgumentTypeError(f"{must}, of {many} CUDA devices here, got {text!r}")
     return [f"cuda:{number}" for number in numbers]
 
 
 #: The options of a pool of processes.
 POOL: tuple[Option, ...] = (
-    ("--num-workers", int, None, "worker processes [6, or one for each device of CUDA]"),
-    ("--device", devices, None, "of the workers, in turn: cpu, cuda, cuda:0,1 or auto [cpu]"),
-    ("--threads", int, None, "threads of a worker for one operation [1]"),
-    ("--dtype", ("bfloat16", "float16", "float32"), None, "of the model; outputs are float32"),
+    ("--num-workers", int, None, "worker processes [6, or one per CUDA device]"),
+    ("--device", devices, None, "devices of workers, in turn: cpu, cuda, cuda:0,1 or auto [cpu]"),
+    ("--threads", int, None, "threads per worker for one operation [1]"),
+    ("--dtype", ("bfloat16", "float16", "float32"), None, "the model's dtype; outputs are float32"),
     ("--grace", float, None, "hang timeout of a worker in seconds [job: 30; serve: 10 deadlines]"),
 )
 POOL_NAMES = {flag: flag[2:].replace("-", "_") for flag, *_ in POOL}

@@ -122,7 +122,7 @@ class Rows:
 def _paths(source: str) -> list[Path]:
     found = [source] if Path(source).exists() else sorted(glob.glob(source, recursive=True))
     if not found:
-        raise FileNotFoundError(f"no file fits {source!r}")
+        raise FileNotFoundError(f"no file matches {source!r}")
     return [Path(each) for each in found]
 
 
@@ -131,7 +131,7 @@ class _Table:
 
     def __init__(self, columns: Mapping[str, Any], lengths: set[int]) -> None:
         if len(lengths) != 1:
-            raise ValueError(f"it must hold as many rows of each tensor, got {sorted(lengths)}")
+            raise ValueError(f"tensors must have equally many rows, got {sorted(lengths)}")
         self.columns, (self.rows,) = columns, lengths
 
     def read(self, names: list[str], start: int, stop: int) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def _tensor(name: str, pieces: Sequence[Any]) -> Tensor:
                 raise ValueError(f"{must}, got lengths {sorted(lengths)[:8]}")
             shape, values = [*shape, *lengths], values.flatten()
         if values.null_count:
-            raise ValueError(f"it must have no nulls, got some in the column {name!r}")
+            raise ValueError(f"its columns must not hold nulls, got some in the column {name!r}")
         if hasattr(values, "dictionary_decode"):
             values = values.dictionary_decode()
         numbers = np.array(values.to_numpy(zero_copy_only=False)).reshape(shape)
@@ -245,7 +245,7 @@ def encoded(
     outputs, file = named(answers, "output"), io.BytesIO()
     copied = {name: _joined(pieces) for name, pieces in keys.items()}
     if unknown := [name for name in select if name not in outputs]:
-        raise ValueError(f"--select must name outputs, some of {[*outputs]}, got {unknown}")
+        raise ValueError(f"--select must be names of outputs out of {[*outputs]}, got {unknown}")
     chosen: Any = {name: outputs[name] for name in select or outputs}
     first = next(
         (x for x, y in outputs.items() if torch.is_tensor(y) and y.is_floating_point()), ""

@@ -46,7 +46,7 @@ _SUFFIXES = {"torch": ".pt", "parquet": ".parquet"}
 
 
 def job(args: argparse.Namespace) -> None:
-    """Compute the answers to all rows of files, or their mean, and go on after an interruption."""
+    """Run a model on all rows of files, or find the mean of its outputs; jobs can be resumed."""
     if args.check is not None:
         _check(args.check)
         return
@@ -104,7 +104,7 @@ def _written(args: argparse.Namespace, rows: Rows) -> str:
     """Check what batches hold beside the answers; return it in words, "" for nothing."""
     args.keys, args.select = (x.split(",") if x else [] for x in (args.keys, args.select))
     if unknown := [name for name in args.keys if name not in rows.names]:
-        raise ValueError(f"--keys must name columns, some of {rows.names}, got {unknown}")
+        raise ValueError(f"--keys must be names of columns out of {rows.names}, got {unknown}")
     if args.keys or args.format == "parquet":
         need("job", "job", "pyarrow")
     parts = {"format": args.format if args.format != "torch" else ""}
@@ -122,7 +122,7 @@ def _every_row(args: argparse.Namespace, coded: CodedWrapper, rows: Rows, read: 
         with usage("job"):
             good, wrong = _examine(args.output, rows.total, size, _SUFFIXES[args.format])
             if again := [name for name, why in wrong.items() if why != "is missing"]:
-                logger.warning("batches without a fitting digest are computed again: %s", again)
+                logger.warning("batches whose digest does not match are computed again: %s", again)
             lines = (f"{digest}  {name}\n" for name, digest in good.items())
             replace(args.output / _MANIFEST, "".join(lines).encode())
             manifest = held.enter_context((args.output / _MANIFEST).open("a"))
@@ -269,7 +269,7 @@ def _read_claim(path: Path) -> dict[str, Any]:
         claim = json.loads(path.read_bytes())
         if type(claim["rows"]) is type(claim["batch-size"]) is int:
             return dict(claim)
-    raise ValueError(f"{path} must describe a job, but it is damaged, or of an earlier version")
+    raise ValueError(f"{path} must describe a job, but it is damaged or of another version")
 
 
 class _Pickler(pickle.Pickler):
@@ -320,7 +320,7 @@ def _examine(
         if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == digest:
             good[name] = digest
         else:
-            wrong[name] = "has no digest that fits" if path.exists() else "is missing"
+            wrong[name] = "has no matching digest" if path.exists() else "is missing"
     return good, wrong
 
 
@@ -330,9 +330,9 @@ def _check(folder: Path) -> None:
         claim = _read_claim(folder / _CLAIM)
         kind = "parquet" if "format parquet" in claim.get("written", "") else "torch"
         good, wrong = _examine(folder, claim["rows"], claim["batch-size"], _SUFFIXES[kind])
-    found = f"{len(good)} of {len(good) + len(wrong)} batches in {folder} fit their digests"
+    found = f"{len(good)} of {len(good) + len(wrong)} batches in {folder} match their digests"
     others = {x.name for x in folder.glob("batch-*")} - good.keys()
-    wrong = dict.fromkeys(sorted(others), "is not of this job") | wrong
+    wrong = dict.fromkeys(sorted(others), "does not belong to this job") | wrong
     for name, why in wrong.items():
         say(f"{folder / name} {why}.")
     if wrong:

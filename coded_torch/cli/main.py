@@ -51,16 +51,16 @@ normalised MSE   its square, over the variance of the module's answers
 RelAcc           right answers, relative to the bare model's right answers
 ± or ×/÷         half the width of the 95 % interval over batches, or its factor
 ordered          the batch is ordered by similarity before it is coded"""
-_COLUMNS = "columns in the order of the arguments, as a,b, or x=a,y=b, unless all have their names"
-_RESUME = """go on with the job in the folder, if there is one. The inputs, the options, the model's
-weights and attributes, and the files of its classes and of the factory must be the same. Not seen:
-other files that the model imports or reads, values that functions hold, and the kind of workers"""
-_TRIPLES = "workers N, inputs per group K and lost workers S; several in quotes"
+_COLUMNS = "columns for the arguments: in order as a,b, or by name as x=a,y=b [by equal names]"
+_RESUME = """continue the job in the folder, if it holds one. The inputs, the options, the model's
+weights and attributes, and the files of its classes and of the factory must be the same. Changes
+are not noticed in other files that the model uses, in values that functions hold, and in workers"""
+_TRIPLES = "N,K,S: workers, inputs per group and lost workers; several in quotes"
 
 
 @torch.no_grad()
 def demo(args: argparse.Namespace) -> None:
-    """Let a wrapped LeNet-5 read digits while workers are lost, and compare the codes."""
+    """Run LeNet-5 on digits while workers are lost, and compare the codes."""
     need("demo", "demo", "matplotlib")
     model, (images, labels) = lenet5().to(args.device), digits()
     n, k, s = args.settings[-1]
@@ -124,7 +124,7 @@ def _compare(
 
 
 def plan(args: argparse.Namespace) -> None:
-    """Find the redundancy that meets a deadline and an accuracy at least work."""
+    """Simulate policies, and find the cheapest one that meets a deadline and an accuracy."""
     need("plan", "demo", "matplotlib")
     given = {**vars(args)}
     conditions, path = planner.CONDITIONS[given.pop("conditions")], given.pop("latencies")
@@ -137,7 +137,7 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def info(args: argparse.Namespace) -> None:
-    """Print versions, build, devices and threads, and what CUDA kernels do on this card."""
+    """Print versions, build, devices and threads; with CUDA, try the kernels."""
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines = {
         "coded_torch": coded_torch.__version__,
@@ -216,75 +216,75 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[Any, ...]] = {
     demo: (
         ("--settings", _settings, "100,20,60 24,20,4", _TRIPLES),
         *_LOST,
-        ("--output", picture, Path("coded-torch-demo.png"), "the picture"),
+        ("--output", picture, Path("coded-torch-demo.png"), "the picture: .png, .svg or .pdf"),
     ),
     compare: (
-        ("factory", str, ..., "a function that returns the model"),
+        ("factory", str, ..., "a function or class that returns the model"),
         ("--inputs", str, ..., "a .pt, .npy, .safetensors or .parquet file"),
         ("--columns", str, None, _COLUMNS),
-        ("--labels", str, None, "such a file of the true classes [n]"),
-        ("--batch-size", int, _BATCH_SIZE, "rows of a batch"),
+        ("--labels", str, None, "a file with the true class of each row"),
+        ("--batch-size", int, _BATCH_SIZE, "rows per batch"),
         ("--settings", _settings, "24,20,4", _TRIPLES),
         *_LOST,
-        ("--output", picture, Path("coded-torch-compare.png"), "the picture"),
+        ("--output", picture, Path("coded-torch-compare.png"), "the picture: .png, .svg or .pdf"),
     ),
     serve: (
-        ("factory", str, LENET5, "a function that returns the model and examples of inputs"),
-        ("--endpoints", list, None, "servers (KServe v2) that compute, instead of processes"),
+        ("factory", str, LENET5, "a function that returns the model and examples of its inputs"),
+        ("--endpoints", list, None, "servers (KServe v2) that compute instead of processes"),
         ("--model", str, None, "the model's name at the endpoints"),
-        ("--header", dict, None, "headers for the endpoints: NAME=@FILE or NAME='$VARIABLE'"),
-        ("--ca", Path, None, "a PEM file of certificates that verify the endpoints"),
-        ("--parts", int, 4, "parts of a batch"),
+        ("--header", dict, None, "headers for the endpoints, from NAME=@FILE or NAME='$VARIABLE'"),
+        ("--ca", Path, None, "a PEM file of the authority that certifies the endpoints"),
+        ("--parts", int, 4, "parts per batch"),
         *POOL,
         ("--deadline", float, 0.2, "seconds from the arrival of a request to its answer"),
         ("--host", str, "127.0.0.1", "the address to listen on"),
-        ("--port", int, 8000, "the port to listen on, or 0 for any"),
-        ("--allowed-hosts", list, None, "names by which clients may ask, and loopback ones"),
-        ("--max-batch-size", int, 64, "rows of a batch"),
-        ("--max-queued-requests", int, 256, "requests that may wait"),
-        ("--token", str, None, "who may load new weights: @FILE or '$VARIABLE', which holds it"),
+        ("--port", int, 8000, "the port to listen on, or 0 for any free one"),
+        ("--allowed-hosts", list, None, "host names that requests may use, beside loopback ones"),
+        ("--max-batch-size", int, 64, "the most rows per batch"),
+        ("--max-queued-requests", int, 256, "the most requests that wait"),
+        ("--token", str, None, "@FILE or '$VARIABLE': its content lets clients load new weights"),
         ("--fixed-shapes", bool, False, "refuse rows of other sizes than those of the examples"),
-        ("--name", str, None, "the model's name in URLs, unless MODEL, lenet5 or FACTORY"),
-        ("--verify", float, 0.0, "the share of rows that a second worker computes"),
-        ("--memory", bool, False, "estimate from earlier requests and answers, of any client"),
-        ("--chaos", bool, False, "delay 3 %% of the calls, let one kill its worker every 5 s"),
-        ("--page", bool, False, "show the page and examples even if HOST is not a loopback one"),
+        ("--name", str, None, "the model's name in URLs [MODEL, lenet5 or FACTORY]"),
+        ("--verify", float, 0.0, "the share of rows that a second worker computes, too"),
+        ("--memory", bool, False, "estimate missing rows from earlier requests of any client"),
+        ("--chaos", bool, False, "for a trial, delay 3 %% of calls and kill a worker every 5 s"),
+        ("--page", bool, False, "show the page and examples although HOST is not a loopback one"),
         ("--seed", int, 0, "the seed of --chaos"),
-        ("--example", int, None, "print a request with this row of the examples, and end"),
+        ("--example", int, None, "print a request with the example row of this number, and end"),
     ),
     job: (
-        ("factory", str, None, "returns the model or a CodedWrapper, also with examples"),
+        ("factory", str, None, "returns the model or a CodedWrapper, alone or with examples"),
         ("--inputs", list, None, "files or quoted patterns: .npy, .safetensors, .parquet, .pt"),
         ("--columns", str, None, _COLUMNS),
-        ("--output", Path, None, "a folder, for a file per batch"),
-        ("--format", ("torch", "parquet"), "torch", "of the batches"),
-        ("--keys", str, None, "columns that batches copy, such as a,b"),
-        ("--select", str, None, "outputs that batches hold, such as logits,score, unless all"),
+        ("--output", Path, None, "the folder of results, one file per batch"),
+        ("--format", ("torch", "parquet"), "torch", "the format of results"),
+        ("--keys", str, None, "columns of the inputs that results repeat, such as a,b"),
+        ("--select", str, None, "outputs that results hold, such as logits,score [all]"),
         ("--resume", bool, False, _RESUME),
-        ("--trust-model", bool, False, "with --resume: model, files and versions may differ"),
-        ("--check", Path, None, "a folder; print which of its batches are not whole, and end"),
-        ("--batch-size", int, 256, "rows of a batch"),
-        ("--in-flight", int, 4, "batches that are computed at once"),
+        ("--trust-model", bool, False, "with --resume: let model, files and versions differ"),
+        ("--check", Path, None, "a job's folder: print its missing and wrong batches, and end"),
+        ("--batch-size", int, 256, "rows per batch"),
+        ("--in-flight", int, 4, "batches in progress at once"),
         *POOL,
         ("--deadline", float, None, "seconds after which missing rows are estimated"),
-        ("--on-error", ("raise", "estimate"), "raise", "if the model fails on a row"),
-        ("--mean", bool, False, "only the means over all rows, from as few as are needed"),
-        ("--half-width", float, None, "with --mean: the half width of intervals to end at"),
+        ("--on-error", ("raise", "estimate"), "raise", "what to do if the model fails on a row"),
+        ("--mean", bool, False, "find the means over all rows, from as few rows as are needed"),
+        ("--half-width", float, None, "with --mean: end when 95 %% intervals have this half width"),
         ("--of", str, None, "with --mean: MODULE:FUNCTION of outputs and row numbers"),
     ),
     plan: (
-        ("--latencies", Path, None, "a CSV file: seconds of one part, a line each"),
-        ("--conditions", tuple(planner.CONDITIONS), "mix", "of workers, without --latencies"),
+        ("--latencies", Path, None, "a CSV file of measured seconds, one part per line"),
+        ("--conditions", tuple(planner.CONDITIONS), "mix", "how workers fail, without --latencies"),
         ("--deadline", float, 0.2, "seconds within which 99.9 %% of the requests are answered"),
-        ("--accuracy", float, 0.99, "the share of rows answered as rightly as by the model"),
-        ("--num-workers", int, 6, "workers"),
-        ("--parts", int, 4, "parts of a request, whose latencies are known"),
-        ("--median", float, 0.01, "seconds that a part takes, under --conditions"),
+        ("--accuracy", float, 0.99, "the least share of rows that get the class of the model"),
+        ("--num-workers", int, 6, "the number of workers"),
+        ("--parts", int, 4, "parts per request when latencies were measured"),
+        ("--median", float, 0.01, "median seconds per part, with --conditions"),
         ("--load", float, 0.3, "the share of the workers' time that requests take"),
-        ("--verify", float, 0.0, "the share of rows that a second worker computes"),
-        ("--num-requests", int, 5000, "requests under each policy"),
-        ("--seed", int, 0, "the seed of everything"),
-        ("--output", picture, Path("coded-torch-plan.png"), "the picture"),
+        ("--verify", float, 0.0, "the share of rows that a second worker computes, too"),
+        ("--num-requests", int, 5000, "simulated requests per policy"),
+        ("--seed", int, 0, "the seed of all draws"),
+        ("--output", picture, Path("coded-torch-plan.png"), "the picture: .png, .svg or .pdf"),
     ),
     info: (("--device", ("cpu", "cuda"), "cpu", "with cuda, try and time all kernels there"),),
 }
@@ -296,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Return its exit code.
     """
-    text = "Resilient and coded computing for PyTorch: answers although workers fail."
+    text = "PyTorch inference that finishes although workers fail, and coded computing."
     for title, commands in _GROUPS.items():
         text += f"\n\n{title}:"
         for each in commands:
@@ -309,7 +309,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     version = f"coded_torch {coded_torch.__version__}"
     parser.add_argument("--version", action="version", version=version)
-    added = parser.add_subparsers(metavar="COMMAND", required=True, help=argparse.SUPPRESS)
+    hidden: Any = {"prog": "coded-torch", "metavar": "COMMAND", "help": argparse.SUPPRESS}
+    added = parser.add_subparsers(required=True, **hidden)
     for run, table in _COMMANDS.items():
         command = added.add_parser(run.__name__, description=run.__doc__)
         command.set_defaults(run=run)

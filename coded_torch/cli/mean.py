@@ -26,7 +26,7 @@ def mean(args: argparse.Namespace, coded: CodedWrapper, rows: Rows, read: Any) -
     with usage(f"job: {path} cannot be read", errors=Exception):
         known = torch.load(path, weights_only=True) if path.exists() else {}
         if known and known["digest"] != _digest_of_mean(known):
-            raise ValueError("it is damaged; remove it to begin anew")
+            raise ValueError("it is damaged; remove it to start again")
     start(coded, batches[0])
     with usage("job", prefix="mean: "), usage("job", NotEnoughResults):
         looks = Looks(coded, batches, args.of, None, 0.95, False, known.get("seed"))

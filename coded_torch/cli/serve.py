@@ -38,7 +38,7 @@ _GRACE = 10
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Answer HTTP requests (KServe v2) within a deadline, on processes that fail."""
+    """Serve a model over HTTP (KServe v2) within a deadline, although workers fail."""
     need("serve", "serve", "starlette", "uvicorn", "httptools", "orjson", "prometheus_client")
     from ..open_inference import Model, request
     from ..open_inference.description import bind
@@ -95,9 +95,9 @@ def serve(args: argparse.Namespace) -> None:
     if args.memory:
         say("Privacy: late answers are estimated from answers of earlier requests, of any client.")
     if args.endpoints:
-        say(f"Asking {len(args.endpoints)} endpoints for {args.model}.")
+        say(f"Requests go to {len(args.endpoints)} endpoints of the model {args.model}.")
     else:
-        say(f"Loading {name} on {workers.num_workers} processes; requests wait for that.")
+        say(f"Loading {name} on {workers.num_workers} processes; requests wait until it is loaded.")
     _listen(built, args.host, args.port, name, is_local or args.page)
 
 
@@ -193,7 +193,7 @@ def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None
         site = f"http://{site}:{listening.getsockname()[1]}/"
         say(f"Serving {name} at {site}v2/models/{name}/infer")
         if has_page:
-            say(f"A page shows it: {site}")
+            say(f"A page shows its workers and requests: {site}")
         quiet: dict[str, Any] = {"log_level": "warning", "access_log": False}
         quiet |= {"http": Connection, "backlog": max(1, Connection.most // 2)}
         how: Any = {"ws": "none", "lifespan": "on", "timeout_keep_alive": _KEEP_ALIVE}

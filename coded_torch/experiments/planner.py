@@ -138,7 +138,7 @@ def read_latencies(path: Path) -> Seconds:
         heading = int(stream.readline().lstrip()[:1].isalpha())
     seconds: Seconds = np.genfromtxt(path, delimiter=",", usecols=[0], ndmin=1, skip_header=heading)
     if not np.all((seconds > 0) & (seconds < np.inf)):
-        raise ValueError("latencies must be positive, finite seconds, a number each line")
+        raise ValueError("latencies must be positive, finite seconds, one number per line")
     if len(seconds) < _FEWEST:
         raise ValueError(f"there must be at least {_FEWEST} latencies, got {len(seconds)}")
     return seconds
@@ -200,8 +200,8 @@ def plan(
     if isinstance(conditions, Conditions):
         scale = positive("plan", "median", median)
     elif (scale := float(np.median(conditions))) > 100 * deadline:
-        must = f"latencies must be seconds within reach of the deadline, {deadline:g}"
-        raise ValueError(f"{must}, got a median of {scale:g}")
+        must = f"latencies must be seconds, in the median at most 100 deadlines of {deadline:g}"
+        raise ValueError(f"plan: {must}, got {scale:g}")
     options = []
     policies = [*_policies(num_workers, deadline, bool(verify))]
     for kind, name, k, n, waiting in progress(policies):

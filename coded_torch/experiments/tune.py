@@ -58,10 +58,10 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
     """
     instance("tune", "wrapper", wrapper, CodedWrapper)
     if (code := wrapper.code) is None:
-        raise ValueError("tune: wrapper must have a code, got one without")
+        raise ValueError("tune: wrapper must have a code, got a wrapper without one")
     calls = calls_of("tune", wrapper.module, batches)
     if not calls:
-        raise ValueError("tune: batches must hold at least one, got none")
+        raise ValueError("tune: batches must hold at least one batch, got none")
     draws = received_sets(wrapper, code)
     how = {"in_dims": wrapper.in_dims, "out_dims": wrapper.out_dims}
     trials = (Trial(wrapper.module, x, [*itertools.islice(draws, SETS)], **how) for x in calls)
@@ -206,7 +206,7 @@ class Trial:
                 must = "must return floating-point tensors to be decoded"
                 raise TypeError(f"{name} {must}, got {output.dtype}")
             if not bool(output.isfinite().all()):
-                raise RuntimeError(f"{name} must return finite outputs, got not finite ones")
+                raise RuntimeError(f"{name} must return finite outputs, got NaN or infinity")
             found.append(output.movedim(dim, 0))
         return found
 

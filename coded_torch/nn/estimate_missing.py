@@ -206,7 +206,7 @@ class Answers:
                 shape = (inputs.batch_size, *result.shape[2:])
                 fits = isinstance(leaf, Tensor) and leaf.is_floating_point()
                 if not (fits and leaf.dim() == len(shape) and leaf.movedim(dim, 0).shape == shape):
-                    raise ValueError(f"it returned {show(leaf)}, where {shape} is decoded")
+                    raise ValueError(f"it returned {show(leaf)}, where {shape} is needed")
                 output = _levelled(leaf.movedim(dim, 0), inputs.not_finite)
                 outputs[i] = to_scale(output, self._link).to(result.device)
                 if not bool(outputs[i].isfinite().all()):

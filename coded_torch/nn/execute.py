@@ -225,7 +225,7 @@ class Execution:
                 answers = stacked.tree(wholes)
             error.answers = answers  # type: ignore[attr-defined]
         except Exception:  # a class may refuse attributes, and memory may run out
-            logger.warning("CodedWrapper: %r does not hold its answers", error, exc_info=True)
+            logger.warning("CodedWrapper: %r has no answers", error, exc_info=True)
         return error
 
 

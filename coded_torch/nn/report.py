@@ -233,7 +233,7 @@ class Report:
         self.notes += tuple(verdict.notes)
         self.disputes, self.faults = len(verdict.disputes), verdict.faults
         self.excluded = verdict.excluded
-        why = "CodedWrapper: worker %d returned wrong results, as others found: %d in one call"
+        why = "CodedWrapper: worker %d returned wrong results, by a majority: %d in one call"
         for worker, count in verdict.faults.items():
             logger.warning(why, worker, count)
         why = "CodedWrapper: worker %d is excluded until it is restarted, as it is often wrong"

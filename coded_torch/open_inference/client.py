@@ -180,12 +180,12 @@ class Client:
                 raise ValueError("the answer must have the id of the request")
         except ValueError as error:
             answer.protocol.close()  # the next answer may not be the next request's
-            raise EndpointError(f"answered against the protocol: {error}") from None
+            raise EndpointError(f"violated the protocol: {error}") from None
         self._echoing.update({server} if echoed else ())
         estimated = message["estimated_rows"]
         if estimated and {ADDED[0], FORMER["estimated"]}.isdisjoint(model.outputs):
             why = f"the server estimated {estimated} of {rows} rows"
-            raise BusyError(_RETRY_SECONDS, f"{why}, which outputs with 'estimated' would return")
+            raise BusyError(_RETRY_SECONDS, f"{why}; ask for the output 'estimated' to get them")
         return outputs, str(message.get("model_version") or "")[:_VERSION]
 
     async def close(self) -> None:

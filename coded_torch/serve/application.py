@@ -314,9 +314,9 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         future = self.batcher.put(message.inputs, arrived, deadline)
         answer = await _first(future, receive, deadline + TO_ANSWER - time.monotonic())
         if answer is None and self.pool.num_ready == 0:
-            raise RequestError(503, "unavailable", "no worker computed it: none is up")
+            raise RequestError(503, "unavailable", "no worker computed it: no worker is up")
         if answer is None:
-            raise RequestError(504, "late", "too few results came within the deadline")
+            raise RequestError(504, "late", "too few results arrived within the deadline")
         if version not in ("", answer.version):
             raise RequestError(503, "unavailable", f"version {version} was replaced meanwhile")
         coverage = answer.report.coverage and (message.coverage or answer.report.coverage)

@@ -135,7 +135,7 @@ class Reader:
         if len(unpacked) > most:
             raise _too_large(most, f" from {len(body)} bytes")
         if not unpacker.eof or unpacker.unused_data:
-            raise ValueError(f"the body must be {encoding}, whole and once")
+            raise ValueError(f"the body must be one complete {encoding} stream")
         return bytearray(unpacked)
 
 
@@ -243,7 +243,7 @@ def parse(
     listed = field("the request", message, "outputs", list, [])
     for owner, spec, _, how in wire.entries("output", listed, (*outputs, *ADDED, *FORMER.values())):
         if how.get("classification"):
-            raise ValueError(f"{owner} must be asked for as it is, not as a classification")
+            raise ValueError(f"{owner} must be asked for without the parameter classification")
         wanted.append((spec, field(owner, how, "binary_data", bool, binary)))
     wanted = wanted or [(spec, binary) for spec in outputs]
     return InferRequest(name, tensors, wanted, microseconds / 1e6 or math.inf, coverage)

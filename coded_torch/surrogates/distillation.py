@@ -78,7 +78,7 @@ def distill(
         what = type(batches).__name__
         raise TypeError(f"distill: batches must be a sequence of batches, such as [x], got {what}")
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("distill: leave torch.inference_mode(); torch.no_grad() does no harm")
+        raise RuntimeError("distill: leave torch.inference_mode(); torch.no_grad() is allowed")
     epochs, rows = count("distill", "epochs", epochs), count("distill", "rows", rows)
     patience = count("distill", "patience", patience)
     seed = count("distill", "seed", seed, 0, 2**64 - 2)
@@ -192,12 +192,12 @@ def _checked(batch: Any, device: torch.device) -> Any:
 def _joined(batches: list[Any]) -> Any:
     """Return the rows of all batches as one."""
     if (size := sum(len(_tensors(batch)[0]) for batch in batches)) < 4:
-        raise ValueError(f"distill: batches must hold four rows, to hold some out, got {size}")
+        raise ValueError(f"distill: batches must hold at least four rows, got {size}")
     try:
         columns = zip(*map(pytree.tree_leaves, batches), strict=True)
         leaves = [torch.cat(x) if isinstance(x[0], Tensor) else x[0] for x in columns]
     except (RuntimeError, ValueError) as error:
-        must = "batches must be alike but for their sizes"
+        must = "batches must differ in their sizes only"
         raise ValueError(f"distill: {must}, got some that are not: {error}") from None
     return pytree.tree_unflatten(leaves, pytree.tree_structure(batches[0]))
 

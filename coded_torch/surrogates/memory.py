@@ -121,7 +121,7 @@ class Memory:
         if not (inputs and outputs and len(outputs[0])):
             return
         if len({len(x) for x in (*inputs, *outputs)}) > 1:
-            raise ValueError("Memory: inputs and outputs must have as many rows as each other")
+            raise ValueError("Memory: inputs and outputs must have the same number of rows")
         form = _form(inputs), _form(outputs)
         generation = self._generation if generation is None else generation
         numbers = sum(shape.numel() for shape in form[1]) + _RANK
@@ -203,7 +203,7 @@ class Memory:
                         self._space = found
                         self._rows = deque((found(x), y) for x, y in self._rows)
         except Exception:
-            logger.warning("a memory could not be rebuilt; it goes on as it was", exc_info=True)
+            logger.warning("a memory could not be rebuilt, and stays as it was", exc_info=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.capacity,)

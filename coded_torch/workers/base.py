@@ -275,7 +275,7 @@ class Workers(abc.ABC):
             return
         if found:
             what = f"{found[0]} of a row depends on the other rows of its batch, by {found[1]:.2g}"
-            warn(f"{type(self).__name__}: {what}; answers are not those to the whole batch")
+            warn(f"{type(self).__name__}: {what}; parts get other answers than the batch")
 
     def start_on(self, module: nn.Module, batch: Any) -> None:
         """Have every worker that starts run a module on two different rows of a batch.

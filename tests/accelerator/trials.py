@@ -99,7 +99,7 @@ def test_every_kernel_passes_and_the_next_process_compiles_nothing(number, devic
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        (b"wrong", "its results are wrong there, by "),
+        (b"wrong", "its results differ from torch's by "),
         (b"launch", "cuLaunchKernel: too many resources requested for launch"),
         (b"no binary", "cuModuleLoadData: no kernel image is available for this device"),
     ],

@@ -131,7 +131,7 @@ def test_progress_is_shown_on_a_terminal_only(stream, tmp_path, monkeypatch):
         ("--seed -1", "plan: seed must be at least 0, got -1"),
         ("--latencies none.csv", "No such file or directory: 'none.csv'"),
         ("--latencies few.csv", "there must be at least 100 latencies, got 3"),
-        ("--latencies words.csv", "finite seconds, a number each line"),
+        ("--latencies words.csv", "finite seconds, one number per line"),
         ("--latencies wrong.csv", "latencies must be positive, finite seconds"),
     ],
 )

@@ -324,7 +324,7 @@ def test_a_server_may_listen_at_an_address_of_ipv6(mine):
         ("--example 63", "--example must be from 0 to 62, got 63"),
         (
             "mine:nothing",
-            "must name a function or a class in a module of Python, got no 'nothing' in",
+            "must name a function or a class in a Python module, got no 'nothing' in",
         ),
         ("mine:bare", "mine:bare must return a module and examples of its inputs, a tensor, a t"),
         ("mine:pair", "must return a module, or a module and examples of its inputs, got (str, T"),

@@ -33,7 +33,10 @@ OPTIONS = ["--chaos", "--deadline", "2", "--seed", "1"]
 @pytest.fixture(scope="module")
 def port():
     with running(*OPTIONS) as (process, port):
-        assert f"A page shows it: http://127.0.0.1:{port}/" in process.stdout.readline()
+        assert (
+            f"A page shows its workers and requests: http://127.0.0.1:{port}/"
+            in process.stdout.readline()
+        )
         with Client(port) as client:
             wait_until(lambda: client.get("/v2/health/ready")[0] == 200, 180)
         yield port

@@ -195,7 +195,7 @@ def test_rows_that_are_to_blame_are_named():
         (one() | {"outputs": 3}, "outputs of the request must be a list"),
         (one() | {"outputs": [{"name": "x"}]}, "once one of ['output', 'estimated', 'radius"),
         (one() | {"outputs": [{"name": "output"}] * 2}, "an output must be once one of"),
-        (wanted(classification=3), "not as a classification"),
+        (wanted(classification=3), "without the parameter classification"),
         (wanted(binary_data=1), "binary_data of output 'output' must be true or false"),
     ],
 )

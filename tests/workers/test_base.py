@@ -93,12 +93,16 @@ def test_starting_warns_of_rows_that_depend_on_each_other(make, caplog):
     with make() as pool:
         pool.start(nn.Linear(2, 3), example, timeout=2 * WAIT)
         assert "was not checked" not in caplog.text
-        depends = "Workers: output of a row depends on the other rows of its batch, by 2; answers"
+        depends = "Workers: output of a row depends on the other rows of its batch, by 2; parts"
         with pytest.warns(UserWarning, match=depends):
             pool.start(CumulativeSum(), example, timeout=2 * WAIT)
         pair = example, example[0]
         for module, rows, why in (
-            (CumulativeSum(), example[:2], "the example must have two different rows, got 2 alike"),
+            (
+                CumulativeSum(),
+                example[:2],
+                "the example must have two different rows, got 2 equal rows",
+            ),
             (Call(torch.mul), pair, "the inputs of the example must have one size at dim"),
             (nn.Dropout(), 1 + torch.rand(2, 99), "the outputs differ from call to call"),
         ):
