@@ -56,7 +56,7 @@ def arguments(given: Any, module: Any = None) -> tuple[tuple[Any, ...], dict[str
     if isinstance(given, inspect.BoundArguments):
         return given.args, given.kwargs
     if isinstance(given, Mapping) and module is not None:
-        given = dict(given)  # an encoding of Hugging Face is no dict
+        given = dict(given)  # an encoding of Hugging Face is not a dict
         with contextlib.suppress(TypeError):
             signature_of(module).bind(**given)
             return (), given

@@ -190,7 +190,7 @@ def placed(
 
 
 def device_of(module: Any) -> torch.device | None:
-    """Return the device of a module's first weight; None if it has none, or is no module."""
+    """Return the device of a module's first weight; None if it has none, or is not a module."""
     if not isinstance(module, nn.Module):
         return None
     tensors = itertools.chain(module.parameters(), module.buffers())

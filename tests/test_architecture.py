@@ -38,7 +38,7 @@ COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
     "beside the folders": 2263,
-    "cli": 1453,
+    "cli": 1452,
     "codes": 1033,
     "experiments": 1726,
     "input_space": 1294,
@@ -46,7 +46,7 @@ LINES = {
     "open_inference": 806,
     "scheduling": 768,
     "serve": 1357,
-    "surrogates": 542,
+    "surrogates": 543,
     "verification": 889,
     "workers": 3416,
 }

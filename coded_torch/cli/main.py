@@ -95,7 +95,6 @@ def demo(args: argparse.Namespace) -> None:
 def compare(args: argparse.Namespace) -> None:
     """Compare the codes on your own model while workers are lost."""
     need("compare", "demo", "matplotlib")
-
     model, examples = make_model(args)
     with usage("compare", prefix="compare: "):
         size = count("compare", "--batch-size", args.batch_size)

@@ -145,7 +145,7 @@ class Code(abc.ABC):
         return Grouping(order, self.num_data)
 
     def candidates(self) -> dict[str, Sequence[Any]]:
-        """Return the values that :func:`~coded_torch.tune` tries, by the argument they are for."""
+        """Return, by argument, the values that :func:`~coded_torch.tune` tries; mostly numbers."""
         return {}
 
     def replace(self, **values: Any) -> Self:

@@ -73,7 +73,7 @@ class BatchPlan:
 
     @property
     def note(self) -> str:
-        """A warning about the plan, one line; mostly empty."""
+        """A warning about the plan, in one line, or an empty text."""
         return ""
 
     def encode(self, values: Tensor) -> Tensor:

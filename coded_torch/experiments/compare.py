@@ -68,7 +68,7 @@ def compare(
     All schemes answer the same batches from the same workers. On the first batches every code's
     numbers are chosen as :func:`~coded_torch.tune` does, without labels; the others are answered.
     Beside the codes of :func:`peers` stand the baselines. In "no redundancy, regression" the N
-    workers compute each row once, or rows of the last group several times if B is no multiple of N.
+    workers compute each row once, or rows of the last group several times unless N divides B.
     Missing rows are estimated. In "no redundancy, surrogate" and "replication, surrogate" the
     surrogate answers missing rows, in "surrogate alone" all rows, without any worker. With a
     surrogate, "regression" and "no redundancy" also estimate its residuals.

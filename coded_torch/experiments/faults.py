@@ -40,7 +40,7 @@ class FaultyWorkers(Workers):
 
     The faults of a part depend on the seed, the number of its request, in the order in which
     requests first ask, and its own number. If a request first asks for n parts, part p has entry
-    p modulo n of draw p // n for n workers. Distributions with a state move on once a request.
+    p modulo n of draw p // n for n workers. Distributions with a state move on once per request.
 
     Args:
         pool: the pool that computes, and is closed with this one.

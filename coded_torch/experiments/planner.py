@@ -69,8 +69,8 @@ class Option(NamedTuple):
     meets: bool  #: true if the policy meets the objective
 
     @property
-    def rank(self) -> tuple[float, ...]:
-        """A key to sort options by; that of the best, which meets the objective, is the least."""
+    def _rank(self) -> tuple[float, ...]:
+        """The order of preference, the least first: work, or lateness if no option is in time."""
         # Work to three digits: of options that differ by less, the one with the shorter tail wins.
         return not self.meets, round(self.work, 3) if self.meets else self.late, self.slowest
 
@@ -79,15 +79,15 @@ class Plan(NamedTuple):
     """The result of :func:`plan`; ``print`` shows it as a table in 80 columns."""
 
     options: Sequence[Option]  #: each policy with each number of parts
-    deadline: float
-    accuracy: float
+    deadline: float  #: seconds within which 99.9 % of the requests are to be answered
+    accuracy: float  #: the least share of rows with the model's own class
     workers: str  #: the workers and their load
 
     @property
     def best(self) -> dict[str, Option]:
-        """The option of each kind that meets the objective at least work, or the nearest one."""
+        """By kind, the option that meets the objective at least work, or else the least late."""
         kinds = grouped(self.options, lambda option: option.kind)
-        return {kind: min(kinds[kind], key=lambda x: x.rank) for kind in _KINDS if kind in kinds}
+        return {kind: min(kinds[kind], key=lambda x: x._rank) for kind in _KINDS if kind in kinds}
 
     def __str__(self) -> str:
         lines = [f"{'':34}{'K':>3}{'N':>3}{'p99.9':>9}{'late':>8}{'work':>7}{'estimated':>11}"]
@@ -96,7 +96,7 @@ class Plan(NamedTuple):
             text += f"{1e3 * option.slowest:7.1f}ms{option.late:8.2%}{option.work:7.3f}"
             lines += [kind, f"{text}{option.estimated:11.3%}{'  yes' if option.meets else '   no'}"]
         what = f"99.9 % within {1e3 * self.deadline:g} ms and {self.accuracy:.2%} of the rows right"
-        least = min(self.best.values(), key=lambda option: option.rank[:2])
+        least = min(self.best.values(), key=lambda option: option._rank[:2])
         if not least.meets:
             return "\n".join([*lines, "", f"Nothing meets {what}."])
         lines += ["", f"{what}: least work by {least.kind}, {least.name}.", f"Use {least.use}."]
@@ -133,7 +133,7 @@ class _Tail(Stragglers):
 
 
 def read_latencies(path: Path) -> Seconds:
-    """Read at least 100 seconds from the first column of a CSV file, which may have a heading."""
+    """Return ``[n]`` seconds, n >= 100, from the first column of a CSV file, under any heading."""
     with path.open() as stream:
         heading = int(stream.readline().lstrip()[:1].isalpha())
     seconds: Seconds = np.genfromtxt(path, delimiter=",", usecols=[0], ndmin=1, skip_header=heading)
@@ -173,16 +173,16 @@ def plan(
 ) -> Plan:
     """Simulate policies without redundancy, with hedging, copies, estimates and codes.
 
-    Estimated rows count as right as often as :data:`RIGHT` says.
+    Estimated rows count as right as often as :data:`RIGHT` says. The defaults take some 20 s.
 
     Args:
-        conditions: the workers' conditions, or measured seconds of parts.
+        conditions: the workers' conditions, or float64 ``[n]``, measured seconds of parts.
         deadline: seconds within which 99.9 % of the requests are to be answered, positive.
         accuracy: the least share of rows with the model's own class. Defaults to 0.99.
         num_workers: the number of workers, at least 1, or 2 with ``verify``. Defaults to 6.
         load: the share of the workers' time that requests take without redundancy. Defaults to .3.
-        parts: the number of parts of a request whose latencies are known. Defaults to 4.
-        median: with conditions, the median seconds of a part.
+        parts: the parts per request when latencies were measured, at least 1. Defaults to 4.
+        median: with conditions, the median seconds per part, positive; required with them.
         verify: the share of rows that a second worker computes. Above 0, codes and copies of whole
             requests are left out, as they cannot be verified. Defaults to 0.
         num_requests: the number of requests under each policy, at least 1,000. Defaults to 5,000.
@@ -252,7 +252,7 @@ def _policies(
 
 
 class Verified:
-    """A waiting policy that checks a share of the rows of simulated workers, none of them wrong."""
+    """A policy that has a share of the rows verified, on simulated workers that are all honest."""
 
     at_once = False
 

@@ -132,7 +132,7 @@ def half_width(a: Array) -> float:
 
 
 def paired_p(differences: Array) -> float:
-    """Return the two-sided p-value of paired differences, one a batch, under a mean of 0.
+    """Return the two-sided p-value of paired differences, one per batch, under a mean of 0.
 
     The test flips the signs of the differences, in all ways for up to 14 batches, else at random.
     The p-value is NaN if a difference is.

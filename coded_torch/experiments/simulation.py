@@ -58,7 +58,7 @@ class Conditions:
     #: The mean time between bursts (exponential). A burst stops a fifth of the workers, which are
     #: side by side, for 10.
     bursts: float = math.inf
-    #: Further time, drawn once a call for each worker. An infinite delay fails a part.
+    #: Further time, drawn once per call for each worker. An infinite delay fails a part.
     delays: Stragglers | None = None
 
     def __post_init__(self) -> None:
@@ -108,7 +108,7 @@ def simulate(
     Calls arrive as a Poisson process. An idle worker begins the next part that is still wanted, and
     computes it to its end. All policies meet the same faults under the same seed. Faults of a first
     ask depend on call and part, slow spells and bursts on worker and time. The cost is some ten
-    microseconds a part.
+    microseconds per part.
 
     Args:
         policy: a :class:`~coded_torch.Waiting`, or any object that has its ``decide``. If it asks

@@ -37,7 +37,7 @@ class Regression:
             metric by which its results are estimated best, each left out in turn. A callable is
             given the floating-point inputs, ``[B, ...]`` each, or the others if there are none. It
             returns tensors to measure distances on, such as the module's own embedding, pooled. It
-            runs once a call, without gradients, if a row is late. If it fails, the report says
+            runs once per call, without gradients, if a row is late. If it fails, the report says
             so. Defaults to "auto".
         length: of the regression, positive, in median steps of a path through the batch. "auto"
             chooses among 1, 2, 4, 8, and then times or over the root of 2. Defaults to "auto".

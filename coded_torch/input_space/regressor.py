@@ -203,7 +203,7 @@ def few_columns(rows: Tensor, values: Tensor) -> Tensor:
 
 
 def _rows(rows: Tensor, values: Tensor) -> Tensor:
-    """Return some rows of values ``[n, ...]``, ``[M, C]``; all in order are no copy."""
+    """Return some rows of values ``[n, ...]``, ``[M, C]``; all in order are not copied."""
     numbers = columns(values)
     if len(rows) == len(numbers) and bool((rows.diff() == 1).all()):
         return numbers

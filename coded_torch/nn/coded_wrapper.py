@@ -73,7 +73,7 @@ class CodedWrapper(ModuleProxy):
             estimated. Defaults to none; refused with codes that mix inputs.
         verify: the share of rows, such as 0.02, that a second worker computes. Wrong results are
             corrected, and workers that often return them excluded. By rows, on pools of at least
-            three workers; with two, disputes are only reported. Defaults to None, none.
+            three workers; with two, disputes are only reported. Defaults to None, no checks.
         in_dims: as in :func:`torch.func.vmap`, for the positional arguments: a batch dimension, or
             "shared" or None for a value meant for the whole batch; or a pytree prefix of such. A
             tensor under None whose first dimension has the batch size is refused: say "shared".
@@ -89,7 +89,7 @@ class CodedWrapper(ModuleProxy):
             the first. If several threads call, :meth:`run` returns each its own.
 
     Raises:
-        TypeError, ValueError: an argument is of another kind than said, or does not fit others. In
+        TypeError, ValueError: an argument has the wrong type, or is inconsistent with another. In
             calls: inputs cannot be divided or coded; no part's output can be decoded.
         NotEnoughResults: in calls, fewer good results than the code needs, or than ``waiting`` asks
             for. At the deadline it is a :class:`~coded_torch.codes.DeadlineExceeded`, otherwise its

@@ -66,7 +66,7 @@ class Report:
             answer is computed. None for other outputs, or without a regression.
         surrogate_weights: for every decoded output, of each surrogate; 0 if the surrogate failed or
             did not improve the estimate. Empty if nothing was estimated.
-        ended: why the call waited no longer. "complete": every result is there; "first": the first
+        ended: why the call stopped waiting. "complete": every result is there; "first": the first
             N - S are; "deadline"; "estimate_after": as many medians of calls were over; "error":
             all is there but the rows that the module itself fails on; "failed": nothing more
             could come.

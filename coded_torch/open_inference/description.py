@@ -63,7 +63,7 @@ def specs(
         fixed_shapes: whether no other sizes are tried. Defaults to False.
 
     Raises:
-        TypeError: the examples do not fit ``forward``, or an input or an output is no tensor.
+        TypeError: the examples do not fit ``forward``, or an input or an output is not a tensor.
         ValueError: a tensor has another number of rows than the first input, or none.
     """
     call = bind("specs", module, examples)

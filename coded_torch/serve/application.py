@@ -47,7 +47,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
     Waiting requests are computed together: a batch starts while a worker is idle, or one at a time
     under a code. Each request is answered by its deadline: with the model's own results where
     workers replied, else with estimates, which the answer's ``estimated_rows`` counts. Clients
-    may ask for further outputs, a number a row: ``estimated``, ``source``, ``verified``,
+    may ask for further outputs, one number per row: ``estimated``, ``source``, ``verified``,
     ``corrected``, and ``radius`` and ``label_p_value`` at the level of the parameter ``coverage``.
 
     Its lifespan starts the workers and closes them. It runs under any ASGI server, in one process.
@@ -166,12 +166,12 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
                 for x in specs
             ]
         routes = [
-            Route("/metrics", self.metrics_text),
+            Route("/metrics", self._metrics_text),
             Route("/v2", lambda _: JSONResponse(server | {"extensions": _EXTENSIONS})),
             Route("/v2/health/live", lambda _: JSONResponse({"live": True})),
-            Route("/v2/health/ready", self.is_ready),
-            Route("/v2/models/stats", self.statistics),
-            Route("/v2/repository/index", self.index, methods=["POST"]),
+            Route("/v2/health/ready", self._is_ready),
+            Route("/v2/models/stats", self._statistics),
+            Route("/v2/repository/index", self._index, methods=["POST"]),
             Route(f"/v2/repository/models/{name}/load", self._versions.load, methods=["POST"]),
         ]
         self._path = f"/v2/models/{name}"
@@ -179,13 +179,13 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             routes += [
                 Route(path, lambda _: JSONResponse(model | {"versions": [self.version]})),
                 Route(f"{path}/config", lambda _: JSONResponse(config)),
-                Route(f"{path}/ready", self.is_ready),
-                Route(f"{path}/stats", self.statistics),
+                Route(f"{path}/ready", self._is_ready),
+                Route(f"{path}/stats", self._statistics),
             ]
         super().__init__(
             routes=routes,
-            lifespan=self.run_workers,
-            exception_handlers=dict.fromkeys((HTTPException, Exception), self.refuse),
+            lifespan=self._run_workers,
+            exception_handlers=dict.fromkeys((HTTPException, Exception), self._refuse),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -205,7 +205,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
                     with tracing.span("infer", headers):
                         answer = await self._infer(scope["method"], headers, receive, version)
             except Exception as error:  # answered here, and raised for the log of the server
-                await (await self.refuse(Request(scope), error))(scope, receive, send)
+                await (await self._refuse(Request(scope), error))(scope, receive, send)
                 if isinstance(error, HTTPException):
                     return
                 raise
@@ -258,7 +258,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         return pytree.tree_unflatten([x[:rows] for x in self.examples], self.form)
 
     @contextlib.asynccontextmanager
-    async def run_workers(self, _: Starlette) -> AsyncIterator[None]:
+    async def _run_workers(self, _: Starlette) -> AsyncIterator[None]:
         """Start the workers, answer every accepted request, and close the workers."""
         # A full collection stops all threads while it visits every object that is not frozen: some
         # 100 ms with torch imported. Python unfreezes all or none, so not if the host froze some.
@@ -278,24 +278,24 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             self.reader.thread.shutdown(wait=False)
             await asyncio.to_thread(self.pool.close)
 
-    async def is_ready(self, _: Request) -> Response:
+    async def _is_ready(self, _: Request) -> Response:
         """Say whether the model is loaded, and a worker is up if the pool has workers."""
         ready = self.ready and self.pool.num_ready != 0
         return JSONResponse({"name": self.name, "ready": ready}, 200 if ready else 503)
 
-    async def index(self, _: Request) -> Response:
+    async def _index(self, _: Request) -> Response:
         """List the model, as Triton lists its repository."""
         state = "READY" if self.ready else "UNAVAILABLE"
         return JSONResponse(
             [{"name": self.name, "version": self.version, "state": state, "reason": ""}]
         )
 
-    async def statistics(self, _: Request) -> Response:
+    async def _statistics(self, _: Request) -> Response:
         """Return the numbers and the times of requests and batches, as Triton does."""
         found = {"name": self.name, "version": self.version, "batch_stats": []}
         return JSONResponse({"model_stats": [found | self.metrics.statistics()]})
 
-    async def metrics_text(self, _: Request) -> Response:
+    async def _metrics_text(self, _: Request) -> Response:
         """Answer with all numbers in Prometheus's format."""
         self.metrics.workers(self.pool)
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
@@ -334,7 +334,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         size = None if length is None else {"Inference-Header-Content-Length": str(length)}
         return Response(body, headers=size, media_type=kind)
 
-    async def refuse(self, request: Request, error: Exception) -> Response:
+    async def _refuse(self, request: Request, error: Exception) -> Response:
         """Answer a request that failed or is refused, and count why."""
         if not isinstance(error, HTTPException):
             error = RequestError(500, "failed", f"the server failed: {type(error).__name__}")
@@ -375,8 +375,8 @@ def deployment(factory: Callable[[], app], **options: Any) -> Any:
     Each replica serves its own application, on processes of its host or on actors of
     :class:`~coded_torch.workers.RayWorkers`. For six such actors of ``num_cpus=1`` on other hosts,
     ``placement_group_bundles=[{"CPU": 1}] * 7, placement_group_strategy="SPREAD"`` reserves places.
-    Ray gets the metrics, with ``ray_`` in front of their names. Its proxy costs 12 to 17 ms of a
-    processor a request. With ``RAY_SERVE_THROUGHPUT_OPTIMIZED=1``, replicas serve HTTP themselves.
+    Ray gets the metrics, with ``ray_`` in front of their names. Its proxy costs 12 to 17 ms of
+    processor time per request. With ``RAY_SERVE_THROUGHPUT_OPTIMIZED=1``, replicas serve HTTP.
 
     Args:
         factory: makes the application by :class:`~coded_torch.serve.app`. The replica calls it.

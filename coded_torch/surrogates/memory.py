@@ -38,7 +38,7 @@ _MOST_NUMBERS = 2**25  # numbers that are kept, 128 MB
 
 
 class Memory:
-    r"""Kernel regression on the last results that the wrapper has seen, a surrogate for nothing.
+    r"""Kernel regression on a wrapper's last results, a surrogate that needs no training.
 
     It estimates other inputs by a Matern 5/2 regression in 96 coordinates. They are the principal
     ones of its first 1,024 inputs, in the metric in which these estimate each other best. When 256
@@ -99,9 +99,9 @@ class Memory:
         return self._num_rows
 
     def follow(self, module: nn.Module) -> int:
-        """Forget all rows if they are of another module, or if its weights have changed.
+        """Return the generation of a module's weights, which :meth:`observe` takes.
 
-        Returns a number for :meth:`observe`, which drops results of weights that are gone.
+        All rows are forgotten, and a new generation begins, when the module or its weights change.
         """
         tensors, key = fingerprint(module)
         key = id(module), *key
@@ -116,7 +116,8 @@ class Memory:
     ) -> None:
         """Remember outputs of inputs, ``[n, ...]`` each, floating-point, finite.
 
-        ``generation`` is the number that :meth:`follow` returned before them. Defaults to now.
+        They are dropped unless ``generation``, which :meth:`follow` returned before the module ran,
+        is the present one. Defaults to None, the present one.
         """
         if not (inputs and outputs and len(outputs[0])):
             return

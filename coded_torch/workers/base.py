@@ -210,9 +210,9 @@ class Workers(abc.ABC):
             module: the module that every worker loads before this returns. Defaults to none.
             example: an input, a tuple of positional arguments, a mapping of keyword arguments, or
                 bound arguments. Every worker calls the module with it, so that no later call warms
-                up. If it has two
-                different rows at dimension 0, one worker computes them alone and together, and a
-                warning names an output of a row that depends on the other. Defaults to None.
+                up. If it has two different rows at dimension 0, one worker computes them alone and
+                together, and a warning names an output of a row that depends on the other. Defaults
+                to None.
             timeout: seconds.
 
         Raises:

@@ -140,7 +140,7 @@ class Pickled:
 
 
 def is_interactive() -> bool:
-    """Return whether the main script is no file that others can import. Workers replace this."""
+    """Return whether the main script is not a file that others can import. Workers replace this."""
     return not os.path.isfile(getattr(sys.modules["__main__"], "__file__", ""))
 
 
