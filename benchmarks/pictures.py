@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .tables import NAMES
+from .names import NAMES
 
 STYLES = {  # one style for a scheme in every picture
     "spline": {"color": "tab:red", "linestyle": ":"},

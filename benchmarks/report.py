@@ -2,7 +2,7 @@
 
 A README or page holds, each up to ``<!-- end -->``:
 
-- ``<!-- table: NAME -->``: a table of ``tables.py``;
+- ``<!-- table: NAME -->``: a table of ``tables.py``, with text of ``cells.py``;
 - ``<!-- value: NAME -->``: a number, whose line in ``values.txt`` is ``NAME = PATH:FORMAT``;
 - ``<!-- claim: NAME -->``: a sentence that compares, which is true of the results. Its line in
   ``claims.txt`` is ``NAME = SIDE is below SIDE``; a side is a path, a number, or a number "times" a
@@ -28,10 +28,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .cells import shown
 from .names import NAMES
 from .pictures import DPI, PICTURES
 from .runs import QUESTIONS, RESULTS
-from .tables import TABLES, Column, Table, shown
+from .tables import TABLES, Column, Table
 
 FOLDER = Path(__file__).resolve().parent
 PAGES = FOLDER / "pages"

@@ -1,12 +1,12 @@
-"""The tables of READMEs and pages: which numbers of the results they hold."""
+"""The tables of READMEs and pages: which numbers of the results they hold; cells.py shows them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from coded_torch.experiments.scores import of_logarithm
-
+from . import cells
+from .cells import KINDS, SETTING
 from .names import NAMES
 
 #: A path below a row's with the format of its number, or a function of the stars and the value.
@@ -25,229 +25,6 @@ class Table(NamedTuple):
 
 #: The trivial baselines, of which no table of answers lacks one.
 BASELINES = ("no redundancy, regression", "no redundancy, surrogate", "surrogate alone")
-
-
-def shown(value: Any, how: str, positive: bool = False) -> str:
-    """Return a number, or one with half the width of its interval, in Python's format.
-
-    A wide interval of a positive number is of its logarithm.
-    """
-    if isinstance(value, list) and len(value) == 2 and value[0] is not None:
-        factor = of_logarithm(*value) if positive and value[1] is not None else None
-        if factor is not None:
-            return f"{shown(value[0], how)} ×/÷ {factor:.2g}"
-        return shown(value[0], how) + (f" ± {shown(value[1], how)}" if value[1] is not None else "")
-    if isinstance(value, list):  # a median with quartiles, or nothing
-        value = value[0]
-    if value is None or isinstance(value, str):
-        return value or ""
-    return format(value, how).replace("%", " %")
-
-
-def tail(stars: Sequence[str], found: Mapping[str, Any]) -> str:
-    """Return the p99.9 of latency, and the share of estimated answers."""
-    share = f", {100 * found['estimated']:.2g} %" if found["estimated"] else ""
-    return f"{found['p99.9']:.1f}{share}"
-
-
-def rivals(results: Mapping[str, Any]) -> Iterable[list[str]]:
-    """Yield the coverage of every rival, and the median of its bounds over ours."""
-    yield ["data", "batch", "", "covered", "lowest tercile", "bound over ours"]
-    for name, settings in results["coverage"].items():
-        for setting in (x for x in settings if x.endswith(", rivals")):
-            for rival, of in settings[setting].items():
-                if rival != "seconds":
-                    numbers = shown(of["covered"], ".3f"), f"{min(of['terciles']):.3f}"
-                    head = NAMES.get(name, name), setting.removesuffix(", rivals"), rival
-                    yield [*head, *numbers, f"{of['bound to ours']:.2f}"]
-
-
-def clients(kind: str, case: str, heads: Mapping[str, str]) -> Callable[[Any], Any]:
-    """Return the table of the clients of a fleet under one of its cases."""
-
-    def rows(results: Mapping[str, Any]) -> Iterable[list[str]]:
-        yield ["", *heads]
-        found = results["fleet"][kind][case]
-        for name, of in found.get("clients", found).items():
-            cells = []
-            for column in heads.values():
-                at, _, how = column.partition(":")
-                none = at == "error of estimates" and not of["estimated"]
-                cells.append("-" if none else shown(of[at], how))
-            yield [NAMES.get(name, name), *cells]
-
-    return rows
-
-
-def jobs(results: Mapping[str, Any]) -> Iterable[list[str]]:
-    """Yield the seconds of a job on six processes, by who runs it, and by what goes wrong."""
-    cases = results["job"]["cases"]
-    yield ["", *(JOBS[case] for case in cases)]
-    for name in cases["calm"]:
-        each = (of.get(name) for of in cases.values())
-        cells = (finished((), found) if found else "not measured" for found in each)
-        yield [NAMES.get(name, name), *cells]
-
-
-def coverages(results: Mapping[str, Any]) -> Iterable[list[str]]:
-    """Yield the worst data set of every setting: least coverage, most wrong with a small p."""
-    yield [
-        "setting",
-        "at .90",
-        "at .95",
-        "at .99",
-        "mean of sets at .95",
-        "infinite at .95",
-        "p at most .05, and wrong",
-    ]
-    found = [sets for sets in results["coverage"].values() if "B 64" in sets]
-    for setting in (x for x in dict.fromkeys(key for sets in found for key in sets)):
-        each = [sets[setting] for sets in found if setting in sets]
-        if setting.endswith(", rivals"):
-            continue
-        worst = (min(of[level]["covered"] for of in each) for level in ("0.9", "0.95", "0.99"))
-        mean = sum(of["0.95"]["covered"][0] for of in each) / len(each)
-        wrong = max(of["certified and wrong"][0] for of in each if "certified" in of)
-        infinite = max(of["0.95"]["infinite"] for of in each)
-        cells = (f"{x:.3f}" for x in (mean, infinite, wrong))
-        yield [setting, *(shown(x, ".3f") for x in worst), *cells]
-
-
-def means(results: Mapping[str, Any]) -> Iterable[list[str]]:
-    """Yield the coverage of means over all sets, and of the worst set, by kind and rows."""
-    yield ["of", "rows", "covered", "least", "sampling", "least", "width over sampling's", "most"]
-    sets = [found["fixed"] for found in results["mean"].values() if "fixed" in found]
-    for kind in ("outputs", "classes", "right"):
-        for rows in ("60", "120", "240"):
-            cells = [found[kind][rows] for found in sets if kind in found]
-            row = [kind, rows]
-            for of in ("ours", "sampling"):
-                covered = [cell[of]["covered"][0] for cell in cells]
-                row += [f"{sum(covered) / len(covered):.3f}", f"{min(covered):.3f}"]
-            widths = [cell["width over sampling's"] for cell in cells]
-            yield [*row, f"{sum(widths) / len(widths):.2f}", f"{max(widths):.2f}"]
-
-
-def _error(item: tuple[str, Any]) -> float:
-    return float("inf") if item[1]["mse"][0] is None else item[1]["mse"][0]
-
-
-def leaderboard(results: Mapping[str, Any]) -> Iterable[list[str]]:
-    """Yield a row for each setting and scheme, the least squared error first."""
-    yield ["network, data", "lost", "batch", SETTING, "scheme", *SCORES, "command"]
-    for name, kinds in results["accuracy"].items():
-        for kind in (x for x in KINDS if x in kinds):
-            for batch, cases in kinds[kind].items():
-                for case, found in cases.items():
-                    command = f'`accuracy --only {name} {kind} "{batch}" "{case}"`'
-                    head = [NAMES.get(name, name), NAMES[kind], batch, case]
-                    for scheme, of in sorted(found["schemes"].items(), key=_error):
-                        cells = [show(of) for show in SCORES.values()]
-                        yield [*head, NAMES.get(scheme, scheme), *cells, command]
-
-
-def peers(results: Mapping[str, Any]) -> Iterable[list[str]]:
-    """Yield a number of each peer's paper, with its source, beside ours."""
-    yield ["", "number", "in the paper", "source", "here"]
-    for name, what, theirs, source, ours in PEERS:
-        value, half = ours(results["peers"])
-        yield [name, what, theirs, source, f"{value:.3g} ± {half:.2g}"]
-
-
-def found_wrong(results: Mapping[str, Any]) -> Iterable[list[str]]:
-    """Yield the share of wrong rows that reach the caller, and the work of honest requests."""
-    measured = results["verification"]
-    checked = {
-        f"`verify={share}`": {"work": measured["work"][share], **found}
-        for share, found in measured["left"].items()
-    }
-    peers = {name: found for name, found in measured["peers"].items() if name != "seconds"}
-    methods = {"nothing": peers.pop("nothing"), **checked, **peers}
-    yield ["", "work", *methods["nothing"]["faults"]]
-    for method, found in methods.items():
-        shares = (f"{100 * each['share left']:.3g} %" for each in found["faults"].values())
-        yield [method, f"{found['work']:.3f}", *shares]
-
-
-def _paired(found: Mapping[str, Any]) -> Mapping[str, Any]:
-    return found.get("against regression") or {"mse": None, "relative_accuracy": None}
-
-
-def changed(found: Mapping[str, Any]) -> str:
-    """Return the rate of rows whose class is not the module's own, a rare one with its interval."""
-    if not (rate := found.get("changed")):
-        return ""
-    ends = f" ({rate[1]:.2%} to {rate[2]:.2%})" if len(rate) == 3 else ""
-    return f"{rate[0]:.2%}{ends}".replace("%", " %")
-
-
-def local(stars: Sequence[str], found: Mapping[str, Any]) -> str:
-    """Return the slopes between neighbouring numbers of workers, with their intervals."""
-    pairs = found["spline"].get("local slopes", [])
-    return ", ".join(f"{x:.1f} ± {half:.1f}" for x, half in pairs)
-
-
-def number(stars: Sequence[str], found: Any) -> str:
-    """Return a number, without the bar that a developer has set for it."""
-    first = found[0] if isinstance(found, list) else found
-    return f"{first:g}" if isinstance(first, int | float) else ""
-
-
-def finished(stars: Sequence[str], found: Mapping[str, Any]) -> str:
-    """Return the seconds of a job, or how it ended before its end."""
-    if found["ended"] != "complete":
-        return f"{found['ended']}, {found['lost']:,} rows lost"
-    faults = [f", {n:,} rows {what}" for what in ("lost", "repeated") if (n := found[what])]
-    return f"{found['wall']:.1f} s" + "".join(faults)
-
-
-SETTING = "(N, K, S)"
-KINDS = ("table", "neighbours", "adversarial")  # of tables of accuracy, by the lost workers
-#: A number of each peer's paper, its source, and the same number here.
-PEERS: tuple[tuple[str, str, str, str, Callable[[Any], Any]], ...] = (
-    (
-        "LeTCC",
-        "RMSE below Berrut's code, mean over S, %",
-        "15",
-        "results on LeNet-5 in arXiv 2406.00300; S not named",
-        lambda of: of["NeRCC"]["mean"],
-    ),
-    (
-        "LeTCC, probabilities",
-        "accuracy above Berrut's code, mean over S, points",
-        "2",
-        "the same",
-        lambda of: of["NeRCC"]["accuracy above, points"],
-    ),
-    (
-        "LeTCC, logits",
-        "the same",
-        "2",
-        "the same",
-        lambda of: of["NeRCC, logits"]["accuracy above, points"],
-    ),
-    (
-        "NeRCC",
-        "error below Berrut's code, at most, %",
-        "23",
-        "abstract of arXiv 2402.04377; metric and S not named",
-        lambda of: of["NeRCC"]["most"],
-    ),
-    (
-        "ParM, (3, 2, 1)",
-        "accuracy of decoded answers below the network's, points",
-        "at most 6.5",
-        "evaluation of accuracy in the SOSP 2019 paper, as a review quotes it",
-        lambda of: of["ParM"]["lower by points"],
-    ),
-    (
-        "ApproxIFER, K = 12, A = 1",
-        "accuracy on MNIST, one worker wrong, %",
-        "97",
-        "`error_123` in `Bar_plots.py` of github.com/Mahdi-Soleymani/Approxifer",
-        lambda of: [100 * x for x in of["ApproxIFER"]["accuracy"]["ApproxIFER"]],
-    ),
-)
 LATENCY = {f"{at}, ms": f"{at}:.1f" for at in ("p50", "p99", "p99.9")}
 LATENCIES = LATENCY | {"no answer": "failed:.0f", "work": "work:.3f"}
 LATENCIES |= {"estimated": "estimated:.2%", "right estimates": "right estimates:.0%"}
@@ -258,27 +35,12 @@ SCHEMES = {
     NAMES.get(name, name): f"schemes > {name} > {ACCURACY}"
     for name in ("the paper's scheme", "replication", "regression", *BASELINES)
 }
-SCORES: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "normalised MSE": lambda of: shown(of["mse"], ".4f", positive=True),
-    "median and 90 % quantile": lambda of: " and ".join(f"{x:.2g}" for x in of["quantiles"][1:]),
-    "accuracy kept": lambda of: shown(of["relative_accuracy"], ".3f"),
-    "work": lambda of: f"{of['work']:.2f}",
-    "over `RegressionCode`'s": lambda of: shown(_paired(of)["mse"], ".2f", positive=True),
-    "accuracy less `RegressionCode`'s": lambda of: shown(_paired(of)["relative_accuracy"], ".4f"),
-    "classes changed": changed,
-}
 CLIENTS = LATENCY | {
     "lost": "lost:d",
     "wrong": "wrong:d",
     "estimated": "estimated:.2%",
     "extra requests": "extra requests:.1%",
     "extra work": lambda _, found: f"{100 * (found['work'] - 1):.1f} %",
-}
-JOBS = {  # what happens to the workers of a job
-    "calm": "all healthy",
-    "five times slower": "one five times slower",
-    "killed every 5 s": "one killed every 5 s",
-    "two drained": "two taken away",
 }
 #: Columns of README's tables of clients.
 SLOW = {"p99, ms": "p99:.0f", "p99.9, ms": "p99.9:.0f"}
@@ -307,18 +69,18 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
             "p at most .05, and wrong": "B 240 > certified and wrong:.3f",
         },
     ),
-    "coverages": coverages,
+    "coverages": cells.coverages,
     "exchangeability": Table(
         "exchangeability > * > * > *",
         ("noise", "lost", "batch"),
         {
             "covered": "covered:.3f",
-            "without the odds": lambda _, of: shown(of.get("without odds"), ".3f"),
+            "without the odds": lambda _, of: cells.shown(of.get("without odds"), ".3f"),
             "infinite": "infinite:.3f",
             "alarms in 50 calls": lambda _, of: "{} of {}".format(*of["alarms"]),
         },
     ),
-    "rivals": rivals,
+    "rivals": cells.rivals,
     "midpoints": Table(
         "midpoints > * > * > *",
         ("network", "batch", SETTING),
@@ -359,8 +121,8 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
         ("",),
         {"normalised MSE": "mse:.4f", "accuracy kept": ACCURACY, "work": "work:.2f"},
     ),
-    "leaderboard": leaderboard,
-    "peers": peers,
+    "leaderboard": cells.leaderboard,
+    "peers": cells.peers,
     "distances": Table(
         "distances > * > (24, 20, 4)",
         ("data",),
@@ -385,24 +147,28 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
         "surrogates > * > memory > third 1|third 2|third 3", ("",), {"": "against without:.3f"}, 1
     ),
     "useless": Table("surrogates > * > useless > * > *", ("", "batch"), {"": "0:.4f"}, 2),
-    "waiting": Table("waiting > regimes > * > policies > *", ("workers / parts",), {"": tail}, 1),
-    "fan_out": Table("waiting > fan-out > * > policies > *", ("parts",), {"": tail}, 1),
+    "waiting": Table(
+        "waiting > regimes > * > policies > *", ("workers / parts",), {"": cells.tail}, 1
+    ),
+    "fan_out": Table("waiting > fan-out > * > policies > *", ("parts",), {"": cells.tail}, 1),
     "latency": Table("latency > * > policies > *", ("", ""), LATENCIES),
-    "verification": found_wrong,
-    "resilience": Table("resilience > * > bars > *", ("", ""), {"measured": number}),
-    "serving": Table("serving > faults > *", ("LeNet-5, under faults",), {"measured": number}),
+    "verification": cells.found_wrong,
+    "resilience": Table("resilience > * > bars > *", ("", ""), {"measured": cells.number}),
+    "serving": Table(
+        "serving > faults > *", ("LeNet-5, under faults",), {"measured": cells.number}
+    ),
     "saturation": Table(
         "serving > saturation > servers > *",
         ("connections",),
         {at: f"{at} > rows a second:.0f" for at in ("1", "8", "32", "64")},
     ),
-    "clients": clients("workloads", "5 % ten times slower, one part", SLOW),
-    "clients_faults": clients("faults", "hung, corrupted, killed", FAULTY),
+    "clients": cells.clients("workloads", "5 % ten times slower, one part", SLOW),
+    "clients_faults": cells.clients("faults", "hung, corrupted, killed", FAULTY),
     "fleet": Table("fleet > workloads > * > clients > *", ("", ""), CLIENTS),
     "fleet_faults": Table("fleet > faults > * > *", ("at one server, or at several", ""), CLIENTS),
-    "jobs": jobs,
+    "jobs": cells.jobs,
     "job_memory": Table("job > memory > *", ("",), {"MB": ":.0f"}),
-    "means": means,
+    "means": cells.means,
     **{
         f"means_{name}": Table(f"mean > * > {name} > * > *", ("data", "of", "rows"), INTERVALS)
         for name in ("fixed", "many", "student")
@@ -436,7 +202,7 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
         {
             "spline": "spline > slope:.2f",
             "its bound": "spline > slope of the bound:.2f",
-            "between neighbouring N": local,
+            "between neighbouring N": cells.local,
             "Berrut": "Berrut > slope:.2f",
             "Berrut's bound": "Berrut > slope of the bound:.2f",
             "error at the largest N": "spline > mse > -1 > 0:.1e",
