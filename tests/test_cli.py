@@ -49,6 +49,8 @@ def run(line):
             "compare torch.nn:Tanh --inputs none.pt",
             "--inputs cannot be read: no file matches 'none.pt'",
         ),
+        ("compare torch.nn:ReLU --inputs i.pt", "the module must return floating-point tensors"),
+        ("compare torch.nn:Tanh --inputs nan.pt", "must return finite outputs, got NaN"),
         ("compare torch.nn:Tanh --inputs folder.png", "it must be a .npy, .safetensors, .parquet"),
         ("compare torch.nn:Tanh --inputs dict.pt", "x=a,y=b: the file has ['x', 'y']"),
         ("compare torch.nn:Tanh --inputs x.pt --settings 5,5,5", "0 <= S < N, got '5,5,5'"),
@@ -65,12 +67,14 @@ def test_bad_values_are_said_and_end_with_2(arguments, message, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     torch.save(torch.ones(480, 1), tmp_path / "x.pt")
+    torch.save(torch.ones(480, 1).long(), tmp_path / "i.pt")
+    torch.save(torch.ones(480, 1) / 0 * 0, tmp_path / "nan.pt")
     torch.save(dict.fromkeys("xy", torch.ones(480, 1)), tmp_path / "dict.pt")
     assert run(arguments) == 2
     err = capsys.readouterr().err
     assert err.splitlines()[-1].startswith("coded-torch")
     assert message in err
-    assert sorted(os.listdir(tmp_path)) == ["dict.pt", "folder.png", "x.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["dict.pt", "folder.png", "i.pt", "nan.pt", "x.pt"]
 
 
 def test_a_missing_extra_says_how_to_get_it(monkeypatch, capsys):

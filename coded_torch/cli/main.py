@@ -116,7 +116,7 @@ def _compare(
     args: argparse.Namespace, model: nn.Module, batches: list[Any], labels: Sequence[Tensor] | None
 ) -> None:
     command = args.run.__name__
-    with usage(command, prefix="compare: "):
+    with usage(command, Exception, "compare: "), usage(command, prefix="CodedWrapper: "):
         found = coded_torch.compare(model, batches, args.settings, labels=labels, seeds=args.seed)
     say(f"{found}\n\n{_LEGEND}")
     save(command, found.draw(), args.output)

@@ -63,7 +63,7 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
     if not calls:
         raise ValueError("tune: batches must hold at least one batch, got none")
     draws = received_sets(wrapper, code)
-    how = {"in_dims": wrapper.in_dims, "out_dims": wrapper.out_dims}
+    how: Any = {"in_dims": wrapper.in_dims, "out_dims": wrapper.out_dims, "owner": "tune"}
     trials = (Trial(wrapper.module, x, [*itertools.islice(draws, SETS)], **how) for x in calls)
     mixes = code.mixes or not wrapper.surrogate  # which codes that mix do not take
     best = chosen("tune", code, trials, wrapper.num_stragglers, values, mixes=mixes)
@@ -91,8 +91,7 @@ def chosen(
             known = ", ".join(options) or "none"
             raise ValueError(f"tune: the numbers of {code} must be among {known}, got {name!r}")
         if isinstance(some, str | bytes) or not isinstance(some, Sequence) or not some:
-            must = f"{name} must be a sequence of at least one value"
-            raise TypeError(f"tune: {must}, got {shown(some)}")
+            raise TypeError(f"tune: {name} must be a sequence that is not empty, got {shown(some)}")
         options[name] = some
     combinations = itertools.product(*options.values())
     variants = [code.replace(**dict(zip(options, some, strict=True))) for some in combinations]
@@ -166,10 +165,11 @@ class Trial:
         *,
         in_dims: Any = 0,
         out_dims: Any = 0,
+        owner: str = "compare",
     ) -> None:
         # A code that mixes checks the inputs itself; the batch goes to the module as it is.
         self._inputs = Inputs(args, {}, in_dims)
-        self._module, self._out_dims = module, out_dims
+        self._module, self._out_dims, self._owner = module, out_dims, owner
         self.sets, self._workers = sets, sorted(set().union(*sets))
         self._plans: dict[Any, tuple[BatchPlan, list[Tensor]]] = {}
         self._results: dict[int, list[Tensor]] = {}
@@ -202,11 +202,11 @@ class Trial:
             if dim is None or not isinstance(output, Tensor):
                 continue
             check_batch(tree, i, output, dim, len(batches[0]))
+            must = f"{self._owner}: {name} must return"
             if not output.is_floating_point():
-                must = "must return floating-point tensors to be decoded"
-                raise TypeError(f"{name} {must}, got {output.dtype}")
+                raise TypeError(f"{must} floating-point tensors to be decoded, got {output.dtype}")
             if not bool(output.isfinite().all()):
-                raise RuntimeError(f"{name} must return finite outputs, got NaN or infinity")
+                raise RuntimeError(f"{must} finite outputs, got NaN or infinity")
             found.append(output.movedim(dim, 0))
         return found
 
