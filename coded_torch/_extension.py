@@ -37,9 +37,12 @@ except ImportError as error:
     raise ImportError(f"coded_torch: the compiled planner is missing; {_REMEDY}") from error
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _allows_tf32() -> bool:  # the compiler cannot trace the setting
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler for a second.
+_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -130,11 +133,8 @@ def _fall_back(why: str) -> bool:
     if why not in CUDA_FAILURES:
         CUDA_FAILURES.append(why)
     if CUDA_FAILURES[0] is why:  # of all threads, one finds itself there
-        warnings.warn(
-            f"coded_torch: torch's own operators take the place of CUDA kernels, as {why}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        text = f"coded_torch: torch's operators compute instead of CUDA kernels, because {why}"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
     return False
 
 

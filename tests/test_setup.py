@@ -3,9 +3,11 @@
 import importlib.util
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from readme_renderer import markdown
 
 from coded_torch import _extension
@@ -64,3 +66,10 @@ def test_the_library_holds_the_sources_of_kernels_and_no_path_of_the_builder(lib
     for name in (*names, "ops/cuda/spline.cu"):
         assert (ROOT / "csrc" / name).read_bytes() in code, name
     assert str(ROOT).encode() not in code
+
+
+def test_the_package_does_not_import_the_compiler_which_takes_a_second():
+    code = "import sys, coded_torch.cli.main; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    marked = torch.compiler.assume_constant_result(lambda: False)
+    assert vars(marked).items() <= vars(_extension._allows_tf32).items()
