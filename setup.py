@@ -7,11 +7,10 @@ CODED_TORCH_REPOSITORY=https://HOST/OWNER/NAME and CODED_TORCH_REVISION=TAG.
 
 import os
 import re
+import sys
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
 from setuptools import Extension, setup
-from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parent
 HEADERS = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.[hic]*")]
@@ -40,7 +39,36 @@ def described(text, repository, revision):
     return text
 
 
+def compiled():
+    """Return the arguments of ``setup`` by which the compiled parts are built."""
+    from pybind11.setup_helpers import Pybind11Extension
+    from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
+
+    plan = Pybind11Extension(
+        "coded_torch._plan",
+        ["csrc/plan/bindings.cpp"],
+        cxx_std=17,
+        extra_compile_args=["-O3"],
+        depends=HEADERS,
+    )
+    # Loaded by torch.ops.load_library; there is no Python in it, and nothing of CUDA.
+    operators = Extension(
+        "coded_torch._ops",
+        sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "ops").rglob("*.cpp")),
+        include_dirs=[str(ROOT / "csrc"), *include_paths("cpu")],
+        library_dirs=library_paths("cpu"),
+        libraries=["torch", "torch_cpu", "c10"],
+        language="c++",
+        py_limited_api=True,
+        extra_compile_args=[*CXX, STABLE_ABI],
+        depends=HEADERS,
+    )
+    return {"ext_modules": [plan, operators], "cmdclass": {"build_ext": BuildExtension}}
+
+
 if __name__ == "__main__":
+    # pip asks twice what the package is before it builds, which needs no second of importing torch.
+    builds = not {"egg_info", "dist_info"} & {*sys.argv}
     blob = f"{REPOSITORY}/blob/{REVISION}"
     setup(
         long_description=described((ROOT / "README.md").read_text(), REPOSITORY, REVISION),
@@ -52,26 +80,5 @@ if __name__ == "__main__":
         }
         if REPOSITORY
         else {},
-        ext_modules=[
-            Pybind11Extension(
-                "coded_torch._plan",
-                ["csrc/plan/bindings.cpp"],
-                cxx_std=17,
-                extra_compile_args=["-O3"],
-                depends=HEADERS,
-            ),
-            # Loaded by torch.ops.load_library; there is no Python in it, and nothing of CUDA.
-            Extension(
-                "coded_torch._ops",
-                sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "ops").rglob("*.cpp")),
-                include_dirs=[str(ROOT / "csrc"), *include_paths("cpu")],
-                library_dirs=library_paths("cpu"),
-                libraries=["torch", "torch_cpu", "c10"],
-                language="c++",
-                py_limited_api=True,
-                extra_compile_args=[*CXX, STABLE_ABI],
-                depends=HEADERS,
-            ),
-        ],
-        cmdclass={"build_ext": BuildExtension},
+        **(compiled() if builds else {}),
     )

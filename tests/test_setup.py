@@ -48,6 +48,15 @@ def test_headers_are_named_from_the_folder_of_setup(setup):
     assert not any(Path(header).is_absolute() for header in setup.HEADERS)
 
 
+def test_pip_learns_what_the_package_is_without_importing_torch(tmp_path):
+    command = [sys.executable, "-X", "importtime", "setup.py", "egg_info", "--egg-base", tmp_path]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "| setuptools" in found.stderr
+    assert "| torch" not in found.stderr
+    (sources,) = tmp_path.glob("*/SOURCES.txt")
+    assert "csrc/plan/bindings.cpp" in sources.read_text()
+
+
 def test_one_library_is_for_all_builds_of_torch(library):
     listed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)
     needed = [line for line in listed.stdout.splitlines() if "NEEDED" in line]
