@@ -72,7 +72,7 @@ CALLS = [
     (tune, {"wrapper": nn.CodedWrapper(torch.nn.Tanh(), codes.FloaterHormannCode(2, 3)),
                    "batches": [X], "order": [0]}),
     (compare, {"module": torch.nn.Tanh(), "batches": [X, X], "settings": [(3, 2, 1)], "seeds": 0,
-               "labels": None}),
+               "labels": None, "schemes": ["replication"]}),
     (simulation.Conditions, {"spread": 0.1, "straggling": 0.1, "slow": 0.1, "dead": 0.1,
                              "dead_after": 9.0, "bursts": 9.0, "delays": None}),
 ]  # fmt: skip

@@ -616,12 +616,9 @@ def test_a_folder_holds_one_job_at_a_time(folder, capsys):
     assert main(line("slow", "--resume", "--num-workers", "2")) == 0
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_job_goes_on_without_computing_a_batch_again(
-    folder, end, capfd, monkeypatch
-):
+def test_an_interrupted_job_goes_on_without_computing_a_batch_again(folder, capfd, monkeypatch):
     generator, done = random.Random(0), []
-    for _ in range(2):
+    for end in (signal.SIGKILL, signal.SIGINT):
         process = started(folder)
         until = time.monotonic() + 240
         least = len(written(folder)) + generator.randint(1, 5)

@@ -43,8 +43,9 @@ def test_nothing_is_worth_anything_where_nothing_goes_wrong(calm):
     assert max(map(len, text.splitlines()[:-3])) <= 80
 
 
-def test_a_deadline_that_only_estimates_meet():
+def test_a_deadline_that_only_estimates_meet(monkeypatch):
     """3 % of the parts take 5 to 50 times as long; six workers for four parts."""
+    monkeypatch.setattr("coded_torch.experiments.planner._PARTS", (4,))
     found = planned("straggling", 0.035)
     assert not found.best["no redundancy"].meets
     option = found.best["estimated"]
@@ -76,7 +77,8 @@ def test_requests_with_fewer_results_than_their_policy_asks_for_are_late(monkeyp
     assert {kind: (x.late, x.estimated) for kind, x in best.items()} == expected
 
 
-def test_verification_costs_its_share_of_work_and_leaves_codes_out(calm):
+def test_verification_costs_its_share_of_work_and_leaves_codes_out(calm, monkeypatch):
+    monkeypatch.setattr("coded_torch.experiments.planner._PARTS", (4,))
     found = planned("calm", 0.2, verify=0.1)
     assert list(found.best) == ["no redundancy", "hedged", "estimated"]
     extra = found.best["no redundancy"].work - calm.best["no redundancy"].work
