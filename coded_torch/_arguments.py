@@ -155,6 +155,8 @@ def dense(owner: object, argument: Any, value: Any, floating: bool = True) -> No
 
 def real_array(owner: object, argument: str, numbers: Any) -> NDArray[np.float64]:
     """Return real numbers as a new float64 array."""
+    if type(numbers) is np.ndarray and numbers.dtype == np.float64:
+        return numbers.copy()
     if isinstance(numbers, Tensor):
         dense(owner, argument, numbers, floating=False)
         numbers = numbers.detach().cpu()

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CUDA_FAILURES", "build_info", "curve_plan", "short_path", "spline_plan"]
+__all__ = ["CUDA_FAILURES", "build_info", "curve_plan", "short_path", "spline_plan", "with_copies"]
 
 # Why CUDA tensors are computed by torch's own operators, if they are.
 CUDA_FAILURES: list[str] = []
@@ -32,7 +32,7 @@ _PACKAGE = Path(__file__).resolve().parent
 _REMEDY = "`pip install .` in the source folder builds it (needs a C++17 compiler); then leave it"
 
 try:
-    from ._plan import curve_plan, short_path, spline_plan
+    from ._plan import curve_plan, short_path, spline_plan, with_copies
 except ImportError as error:
     raise ImportError(f"coded_torch: the compiled planner is missing; {_REMEDY}") from error
 

@@ -67,7 +67,7 @@ class LinearMap(abc.ABC):
     ) -> None:
         self.num_inputs, self.num_outputs = num_inputs, num_outputs
         rounded = rounded or tuple(t.float() if t.is_floating_point() else t for t in operands)
-        if any(t.is_inference() for t in (*operands, *rounded)):  # such a map could not train
+        if any(map(Tensor.is_inference, (*operands, *rounded))):  # such a map could not train
             with torch.inference_mode(False):
                 operands, rounded = (tuple(t.clone() for t in x) for x in (operands, rounded))
         # Both dtypes at once: a map that changed on first use would be compiled twice.

@@ -123,7 +123,7 @@ def best(losses, default):
 @every_kernel
 def test_metric_and_length_are_those_of_the_formulas(n, columns):
     coordinates, results, order = problem(n, columns)
-    units = torch.tensor([4.0, 2.0], dtype=torch.float64)
+    units = [4.0, 2.0]
     some = torch.arange(n)
     args = coordinates, units, None, order, some, results
     steps = [ops.squared_distances(coordinates[m], 4.0 - 2 * m, None, order)[3] for m in (0, 1)]
@@ -151,7 +151,7 @@ def test_metric_and_length_are_those_of_the_formulas(n, columns):
 def test_a_length_without_a_covariance_is_not_chosen():
     """Results at one place, and no nugget: no process gives them a density."""
     rows, results = torch.zeros(12, 3), normal(12, 2).double()
-    units, order = torch.zeros(1, dtype=torch.float64), torch.arange(12)
+    units, order = [0.0], torch.arange(12)
     found = ops.choose_regression([rows], units, None, order, order, results, 0, None, 0.0)
     assert found == (0, 2.0)
 
@@ -227,7 +227,7 @@ def test_the_same_bits_on_any_number_of_threads(rows, features):
         try:
             plan = Regression().plan([x])
             answers = plan.decode(y[received, None], received)
-            bounds = plan.error_bounds(received, y[received, None], answers)
+            bounds = plan.error_bounds(answers)
         finally:
             torch.set_num_threads(before)
         found.append((plan.order, answers, bounds.radii(0.9), bounds.label_p_values, plan.choices))
@@ -244,7 +244,7 @@ def test_bad_arguments():
     y, one = normal(12, 2).double(), torch.ones(1, dtype=torch.float64)
     squared = exact_distances(x)
     process = ops.regress(squared, 1.0, order[:8], order[8:], NUGGET)
-    none = torch.empty(0, 0)
+    none, rest = torch.empty(0, 0), (0, None, 1e-4)
     for call, args, message in (
         (ops.squared_distances, (x.double(), 1.0), "coordinates must be float32"),
         (ops.squared_distances, (x.T, 1.0), "coordinates must be float32, contiguous"),
@@ -254,19 +254,21 @@ def test_bad_arguments():
         (ops.typical_rows, ([x.half()],), "got Half"),
         (ops.fit_metrics, ([x], [], None, [0], [0.0], [0]), "must be as many"),
         (ops.fit_metrics, ([x, x[1:]], [none] * 2, None, [0], [0.0], [0]), "as many in each"),
-        (ops.choose_regression, ([x], one, None, order, order, y[1:], 0, None, 1e-4), "results"),
-        (ops.choose_regression, ([x], one, None, order, order, y.float(), 0, None, 1e-4), "Float"),
-        (ops.choose_regression, ([x], one, None, order[1:], order, y, 0, None, 1e-4), "order of"),
-        (ops.choose_regression, ([x], one[1:], None, order, order, y, 0, None, 1e-4), "units"),
+        (ops.choose_regression, ([x], [1.0], None, order, order, y[1:], *rest), "results"),
+        (ops.choose_regression, ([x], [1.0], None, order, order, y.float(), *rest), "Float"),
+        (ops.choose_regression, ([x], [1.0], None, order[1:], order, y, *rest), "order of"),
+        (ops.choose_regression, ([x], [], None, order, order, y, *rest), "units"),
         (ops.regress, (squared[:5], 1.0, order, order, 1e-4), r"\[P, P\]"),
         (ops.regress, (squared, 1.0, order - 1, order, 1e-4), "got -1"),
         (ops.regress, (squared, 1.0, order[:0], order, 1e-4), "at least one row, got none"),
+        (ops.path_variances, (squared, 1.0, order, 0, 1e-4), "most must be 1 to 512, got 0"),
+        (ops.path_variances, (squared, 1.0, order - 1, 5, 1e-4), "got -1"),
         (ops.estimate, (process, y), r"contiguous, \[8, C\]"),
         (ops.estimate, (process[1:], y[:8]), "must be one of regress"),
         (ops.coefficients, (process, y), r"contiguous, \[8, C\]"),
         (ops.error_thresholds, (y, one, one, y, 1.0, 3, 3, False), "got"),
         (ops.error_bounds, ([], y, y, one[:, None], None, None, 1.0, 9), "as many columns"),
-        (ops.error_radii, (y[None], one), "one for each of 12 rows"),
+        (ops.error_radii, (y[None], 0.5, one), "for each of 12 rows"),
         (ops.error_thresholds, (y.float(), one, one, y, 1.0, 3, 3, False), "must be float64"),
     ):
         with pytest.raises(RuntimeError, match=message):
@@ -275,7 +277,7 @@ def test_bad_arguments():
 
 def test_schemas():
     operators = torch.ops.coded_torch
-    x, order, one = normal(12, 3), torch.arange(12), torch.ones(1, dtype=torch.float64)
+    x, order = normal(12, 3), torch.arange(12)
     y, none = normal(12, 2).double(), torch.empty(0, 0)
     process = ops.regress(exact_distances(x), 1.0, order[:8], order[8:], NUGGET)
     bounded = process[8], process[6], process[6], torch.ones(4, 8, dtype=torch.float64)
@@ -283,12 +285,13 @@ def test_schemas():
         (operators.typical_rows, ([x],)),
         (operators.fit_metrics, ([x], [none], None, [0, 1], [0.01, 0.0], [0, 0])),
         (operators.squared_distances, (x, 3.0)),
-        (operators.choose_regression, ([x], one, None, order, order, y, 0, None, NUGGET)),
+        (operators.choose_regression, ([x], [1.0], None, order, order, y, 0, None, NUGGET)),
         (operators.regress, (exact_distances(x), 1.0, order[:8], order[8:], NUGGET)),
+        (operators.path_variances, (exact_distances(x), 1.0, order, 5, NUGGET)),
         (operators.estimate, (process, y[:8])),
         (operators.coefficients, (process, y[:8])),
         (operators.error_thresholds, (*bounded, 0.5, 8, 8, False)),
-        (operators.error_radii, (y[None], y[:, 0].contiguous())),
+        (operators.error_radii, (y[None], 0.5, y[:, 0].contiguous())),
         (operators.error_bounds, (process, y[:8], y[:8], y[8:], y[:8], y[8:], 0.5, 8)),
     ):
         torch.library.opcheck(operator.default, arguments, test_utils=("test_schema",))

@@ -281,8 +281,9 @@ def test_plans_have_shapes_and_no_gradient():
     [
         ("spline_apply", True), ("matern52_out", False), ("fit_metrics", False),
         ("squared_distances", False), ("choose_regression", False), ("regress", False),
-        ("estimate", False), ("coefficients", False), ("error_bounds", False),
-        ("error_thresholds", False), ("error_radii", False), ("typical_rows", False),
+        ("path_variances", False), ("estimate", False), ("coefficients", False),
+        ("error_bounds", False), ("error_thresholds", False), ("error_radii", False),
+        ("typical_rows", False),
     ],
 )  # fmt: skip
 def test_only_splines_run_on_cuda(name, is_there):

@@ -86,7 +86,7 @@ class CurveCode(FixedCode):
         return self._curve(self.data_points, self.worker_points)
 
     def _make_decoder(self, received: tuple[int, ...]) -> Map:
-        return self._curve(self.worker_points[list(received)], self.data_points)
+        return self._curve(self.worker_points.take(received), self.data_points)
 
     def _points(self, argument: str, points: ArrayLike, size: int) -> Floats:
         array = real_array(self, argument, points)

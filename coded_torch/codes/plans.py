@@ -110,8 +110,8 @@ class BatchPlan:
 def cut(rows: Tensor, multiple: int) -> list[Tensor]:
     """Cut rows into as few parts of at most 4,096 as whole groups of ``multiple`` allow."""
     if len(rows) <= MOST_ROWS:
-        return [rows.sort().values]
+        return [rows]
     groups = -(-len(rows) // multiple)
     parts = -(-groups // max(1, MOST_ROWS // multiple))
     ends = [multiple * (groups * i // parts) for i in range(1, parts)]
-    return [part.sort().values for part in rows.tensor_split(ends)]
+    return [*rows.tensor_split(ends)]

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._extension import with_copies
 from .._torch import to_device
 from ..input_space.metrics import METRICS, Features
 from ..input_space.ordering import Grouping
@@ -147,7 +148,7 @@ class _RepetitionPlan(RowPlan, BatchPlan):
         if self.num_groups * n > size:  # some workers are to spare
             if num_stragglers:  # copies are equal if there are no stragglers
                 errors = self.leave_one_out_variances().numpy() ** _GROWTH
-            rows = rows.ravel().repeat(_copies(errors[rows], size, n, num_stragglers).ravel())
+            rows = with_copies(rows, errors, size, n, num_stragglers)
         # Dealt anew for each group, or a lost worker would be the same copy's in all of them.
         self._rows = torch.from_numpy(rows.ravel()[_deal(self.num_groups, n)])  # [N, G]
 
@@ -240,31 +241,6 @@ class _MidpointPlan(_RepetitionPlan):
 
     def error_bounds(self, *_: Any, **__: Any) -> None:
         """Return None: midpoints are easier to estimate than rows, and would calibrate badly."""
-
-
-def _copies(
-    errors: NDArray[np.float64], size: int, num_workers: int, num_stragglers: int
-) -> NDArray[np.int64]:
-    """Return the number of workers of each of ``size`` inputs, in groups, ``[G, K]``.
-
-    Each copy goes where it lowers the expected squared error most, the probability that all copies
-    are missing, times ``errors [G, K]``. It is convex in the copies, so greedy is best.
-    """
-    # By each further copy, the probability falls that all are among the S lost of N workers.
-    each = [max(num_stragglers - i, 0) / (num_workers - i) for i in range(num_workers)]
-    gain = -np.diff(np.cumprod([1.0, *each]))
-    copies, (groups, k) = np.ones_like(errors, dtype=np.int64), errors.shape
-    padding = errors.size - size  # the last group may be filled up, and have more to spare
-    whole, least = groups - (padding > 0), k - padding
-    copies[whole:, least:] = 0
-    for some, real in ((slice(whole), k), (slice(whole, groups), least)):
-        c = np.arange(1, num_workers - real + 1)[:, None]
-        if c.size and copies[some].size:
-            # Of each further copy, [., C, K]. Between equals, the one with fewer copies.
-            scores = gain[c] * errors[some, None, :real] - 1e-12 * c
-            best = (-scores).reshape(len(scores), -1).argsort(axis=1, kind="stable")
-            np.add.at(copies[some], (np.arange(len(best))[:, None], best[:, : len(c)] % real), 1)
-    return copies
 
 
 @functools.lru_cache(8)  # some megabytes each for 200,000 rows

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import ops
+from .._torch import outside
 from .gaussian_process import GaussianProcess, evenly, off_mean
 
 #: The power of the variance by which errors are divided. With .75 every tercile of the standard
@@ -79,7 +81,7 @@ def bounds(
     if process is not None:
         variances, of_left_out = process.variances, process.leave_one_out_variances
         weights = process.weights_of_left_out
-    left_out = evenly(count, len(of_left_out)).to(results.device)
+    left_out = evenly(torch.arange(count), len(of_left_out)).to(results.device)
     norms, moved = torch.zeros(3, len(left_out)).double(), torch.zeros(len(rows)).double()
     blocks, errors = zip(results.split(_BLOCK, 1), estimated.split(_BLOCK, 1), strict=True), []
     keeps = labels is not None and results.shape[1] <= _CLASSES
@@ -114,10 +116,15 @@ def label_p_values(margins: Tensor, left_out: Tensor, wrong: Tensor) -> Tensor:
 
 
 class ErrorBounds:
-    """The error bounds of a batch, at any level; rows without are computed."""
+    """The error bounds of a batch, at any level; rows without are computed.
 
-    def __init__(self, batch_size: int, bounds: Sequence[Bounds] = ()) -> None:
-        self.batch_size, self._bounds = batch_size, bounds
+    Answers may be off by more than the thresholds say, ``by``, ``[B]``.
+    """
+
+    def __init__(
+        self, batch_size: int, bounds: Sequence[Bounds] = (), by: Tensor | None = None
+    ) -> None:
+        self.batch_size, self._bounds, self._by = batch_size, bounds, by
 
     @classmethod
     def unknown(cls, missing: Tensor) -> ErrorBounds:
@@ -126,20 +133,23 @@ class ErrorBounds:
         p = torch.ones(len(rows), dtype=torch.float64)
         return cls(len(missing), [Bounds(rows, p.new_empty(1, len(rows), 0), p)])
 
-    def radii(self, coverage: float | Tensor) -> Tensor:
-        """Return the bounds at one level or ``[B]``: ``[B]``, float64, 0 for computed rows."""
+    def radii(self, coverage: float) -> Tensor:
+        """Return the bounds at one level: ``[B]``, float64, 0 for computed rows."""
         radii = torch.zeros(self.batch_size, dtype=torch.float64)
-        levels = torch.as_tensor(coverage, dtype=torch.float64).expand(self.batch_size)
         for rows, found, *_ in self._bounds:
-            radii.index_copy_(0, rows, ops.error_radii(found, levels.index_select(0, rows)))
+            by = None if self._by is None else self._by.index_select(0, rows)
+            radii.index_copy_(0, rows, ops.error_radii(found, coverage, by))
         return radii
 
+    @outside()
     def oddness(self) -> list[tuple[int, float]]:
         """Return places of results, and numbers that rank how odd these look if left out."""
         pairs = list[tuple[int, float]]()
         for _, thresholds, _, results in self._bounds:
-            few = thresholds[:, :_RANKING].flatten(0, 1).median(0).values
-            pairs += zip([] if results is None else results.tolist(), few.tolist(), strict=False)
+            few = thresholds[:, :_RANKING].flatten(0, 1).numpy()
+            middle = (len(few) - 1) // 2
+            odd = np.partition(few, middle, 0)[middle].tolist()
+            pairs += zip([] if results is None else results.tolist(), odd, strict=False)
         return pairs
 
     def enough(self, coverage: float) -> bool:
@@ -149,24 +159,27 @@ class ErrorBounds:
     def calibrated(self, thresholds: Tensor, off: Tensor) -> ErrorBounds:
         """Return error bounds by thresholds ``[B, m]`` of estimates that are ``off``, ``[B]``."""
         limits = (thresholds + off[:, None])[None]
-        bounds = [Bounds(x.rows, limits[:, x.rows], x.p_values) for x in self._bounds]
+        bounds = [Bounds(x.rows, limits[:, x.rows], self._of_labels(x)) for x in self._bounds]
         return ErrorBounds(self.batch_size, bounds)
 
     def widened(self, by: Tensor) -> ErrorBounds:
-        """Return error bounds of answers that are off by so much more, ``[B]``, inf if unknown."""
-        wider = []
-        for rows, thresholds, p, results in self._bounds:
-            more = by.index_select(0, rows)
-            p = None if p is None else p.masked_fill(more.isinf(), 1.0)
-            wider.append(Bounds(rows, thresholds + more[:, None], p, results))
-        return ErrorBounds(self.batch_size, wider)
+        """Return bounds of answers that are off by more, float64 ``[B]``, inf if unknown."""
+        return ErrorBounds(self.batch_size, self._bounds, by if self._by is None else self._by + by)
+
+    def _of_labels(self, bounds: Bounds) -> Tensor | None:
+        if bounds.p_values is None or self._by is None:
+            return bounds.p_values
+        unknown = np.isinf(self._by.numpy()[bounds.rows.numpy()])
+        found = bounds.p_values
+        return found.masked_fill(torch.from_numpy(unknown), 1.0) if unknown.any() else found
 
     @property
     def label_p_values(self) -> Tensor | None:
         """The p-values of the labels, ``[B]``, float64; 0 for computed rows."""
         values = torch.zeros(self.batch_size, dtype=torch.float64)
-        for rows, _, of_rows, _ in self._bounds:
-            if of_rows is None:
+        for each in self._bounds:
+            found = self._of_labels(each)
+            if found is None:
                 return None
-            values.index_copy_(0, rows, of_rows)
+            values.index_copy_(0, each.rows, found)
         return values

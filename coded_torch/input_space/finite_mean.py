@@ -33,7 +33,7 @@ class Kernel:
     values: Tensor  #: the eigenvalues of K
 
     def __init__(self, z: Tensor, length: float) -> None:
-        self._centres, self._length = z[evenly(len(z), _CENTRES)].double(), length
+        self._centres, self._length = evenly(z, _CENTRES).double(), length
         own = self._of(self._centres)
         own.diagonal().mul_(1 + _JITTER)
         root = torch.linalg.inv(torch.linalg.cholesky(own)).T
@@ -97,7 +97,7 @@ class KernelRegression:
         In Hoeffding's decomposition, b is the second-order part that the variance of leave-one-out
         errors lacks. Of many rows, the pairs of some are taken.
         """
-        n, some = len(k), evenly(len(k), _CENTRES)
+        n, some = len(k), evenly(torch.arange(len(k)), _CENTRES)
         half, d, e = self.kernel.half[some], self.diagonal[some], self.errors[some]
         a = (torch.eye(len(some)) - half @ (self._shrunk[:, None] * half.T)) / self._noise
         determinants = (d[:, None] * d - a * a).clamp_(min=1e-300).fill_diagonal_(1.0)

@@ -84,9 +84,10 @@ class GaussianProcess:
         return found
 
 
-def evenly(size: int, most: int) -> Tensor:
-    """Return at most so many of ``0 .. size - 1``, evenly spaced."""
-    return torch.arange(size) if size <= most else torch.arange(most) * size // most
+def evenly(values: Tensor, most: int) -> Tensor:
+    """Return at most so many of the values ``[n, ...]``, evenly spaced."""
+    n = len(values)
+    return values if n <= most else values.index_select(0, torch.arange(most) * n // most)
 
 
 def off_mean(results: Tensor) -> Tensor:

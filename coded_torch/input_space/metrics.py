@@ -144,10 +144,11 @@ def leaves_of(inputs: Sequence[Tensor]) -> list[Leaf]:
     """Bring the features of inputs to the host."""
     found = []
     for x in inputs:
-        with torch.no_grad(), exactly(x.device.type):
-            rows, pooled = added_up(x.detach()), None
+        x = x.detach()
+        with exactly(x.device.type):
+            rows, pooled = added_up(x), None
             if x.dim() == 3 and min(x.shape[1:]) > 1:
-                wide = x.detach().to(rows.dtype)
+                wide = x.to(rows.dtype)
                 pooled = torch.cat([wide.mean(1), wide.std(1, correction=0)], 1).cpu()
             found.append(Leaf(rows.cpu(), pooled))
     return found

@@ -26,14 +26,22 @@ class Grouping:
         order = torch.as_tensor(order).to("cpu", torch.int64)
         self.order, self.num_data, self.batch_size = order, num_data, len(order)
         self.num_groups = -(-self.batch_size // num_data)
-        # Filled up, group after group: [G, K] seen as [K, G].
-        padding = self.num_groups * num_data - self.batch_size
-        shape = self.num_groups, num_data
-        self.rows = torch.cat([order, order[-1:].expand(padding)]).view(shape).T
-        self.targets = torch.cat([order, order.new_full((padding,), -1)]).view(shape).T
+        self._padding = self.num_groups * num_data - self.batch_size
+        self.rows = self._grouped(order[-1:])
         self._copies: dict[tuple[Any, ...], Grouping] = {}
 
+    def _grouped(self, last: Tensor) -> Tensor:
+        """Return the order, filled up, group after group: ``[G, K]`` seen as ``[K, G]``."""
+        whole = torch.cat([self.order, last.expand(self._padding)]) if self._padding else self.order
+        return whole.view(self.num_groups, self.num_data).T
+
     @functools.cached_property
+    @torch.inference_mode(False)  # later calls may need derivatives
+    def targets(self) -> Tensor:
+        return self._grouped(self.order.new_full((1,), -1))
+
+    @functools.cached_property
+    @torch.inference_mode(False)
     def _inverse(self) -> Tensor:
         return self.order.argsort()
 

@@ -6,13 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .. import ops
 from .._arguments import count, dense, instance, real, shown
 from .._torch import exactly, outside, plain, to_device
 from .error_bounds import ErrorBounds
-from .gaussian_process import GaussianProcess
+from .gaussian_process import NUGGET
 from .metrics import METRICS, Choice, Distances, Features, Sources
 from .regressor import LENGTH, MOST_ROWS, Regressor
 
@@ -162,7 +164,7 @@ class RowPlan:
         key = tuple(received)
         if self._last is None or self._last[0] != key:  # asked again for every output
             with outside():
-                source = self._source(torch.tensor(key, dtype=torch.int64))
+                source = self._source(torch.from_numpy(np.array(key, np.int64)))
                 given = [Regressor(part, self._length, source) for part in self._parts]
                 self._last = key, (source, given)
         return self._last[1]
@@ -195,24 +197,21 @@ class RowPlan:
         return answers
 
     def error_bounds(
-        self,
-        received: Sequence[int],
-        results: Tensor,
-        answers: Tensor,
-        surrogates: tuple[Tensor, ...] = (),
+        self, answers: Tensor, surrogates: tuple[Tensor, ...] = ()
     ) -> ErrorBounds | None:
-        """Return the error bounds of the answers ``[B, ...]`` of :meth:`decode`.
+        """Return the error bounds of the answers ``[B, ...]`` that :meth:`decode` returned last.
 
         Surrogates ``[F G, ...]`` were subtracted from results, ``[B, ...]`` will be added.
         """
+        parts = self._last[1][1] if self._last else ()
         with outside(), exactly():
-            rows, (_, parts) = self._flat(results, received), self._given(received)
-            each = [x.bounds(rows, answers, *surrogates) for x in parts if len(x.missing)]
-            found, by = ErrorBounds(self.batch_size, each), torch.zeros(self.batch_size)
-            far = [part for part in self._parts if part.far.any()]
-            for part in far:  # far rows are unlike the results, none of which is far
-                by[part.rows[part.far]] = math.inf
-            return found.widened(by) if far else found
+            each = [part.bounds(answers, *surrogates) for part in parts if len(part.missing)]
+            found = ErrorBounds(self.batch_size, each)
+            far = [part.rows[part.far] for part in self._parts if part.far.numpy().any()]
+            if far:  # these rows are unlike the results, none of which is far
+                by = torch.zeros(self.batch_size, dtype=torch.float64)
+                found = found.widened(by.index_fill_(0, torch.cat(far), math.inf))
+            return found
 
     def left_out_squares(self, received: Sequence[int], *values: Tensor) -> list[float]:
         """Return the sums of squared errors of estimating values, ``[F G, C]``, from each other.
@@ -229,11 +228,8 @@ class RowPlan:
         with outside(), exactly():
             for part in (x for x in self._parts if x.measured):
                 squared, step = part.by(part.first)
-                length = step * (self._length or LENGTH)
-                for near in part.order.tensor_split(-(-len(part.order) // _NEIGHBOURS)):
-                    process = GaussianProcess(squared, length, near)
-                    rows = part.rows.index_select(0, near)
-                    variances.index_copy_(0, rows, process.leave_one_out_variances)
+                given = squared, step * (self._length or LENGTH), part.order, _NEIGHBOURS, NUGGET
+                variances.index_copy_(0, part.rows, ops.path_variances(*given))
         return variances
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,21 +58,21 @@ class Regressor:
         source: Tensor | None = None,
         compared: int = _COMPARED,
     ) -> None:
-        source = torch.arange(len(distances.rows)) if source is None else source
-        own = source.index_select(0, distances.rows)
-        near = (has := own >= 0) & ~distances.far
-        self.known = (near if near.any() else has).nonzero().flatten()
-        self._missing = (~has).nonzero().flatten()
-        self.missing = distances.rows.index_select(0, self._missing)
-        self._used = own.index_select(0, self.known)
-        if not len(self.known):
-            places = source[source >= 0]
-            self._used = places[evenly(len(places), MOST_ROWS)]
+        rows = distances.rows.numpy()  # NumPy takes a fraction of torch's time for few numbers
+        own = rows if source is None else source.numpy()[rows]
+        near = (has := own >= 0) & ~distances.far.numpy()
+        known, missing = np.flatnonzero(near if near.any() else has), np.flatnonzero(~has)
+        used = own[known]
+        if not len(known) and source is not None:
+            used = evenly(source[source >= 0], MOST_ROWS).numpy()
+        each = map(torch.from_numpy, (known, missing, rows[missing], used))
+        self.known, self._missing, self.missing, self._used = each
         self._distances, self._length = distances, length
-        self._few = evenly(len(self.known), max(compared, len(self.known) // 8))
+        self._compared = max(compared, len(known) // 8)
         self._processes: dict[tuple[str | Features, float], GaussianProcess] = {}
         self._last: tuple[str | Features, float] | None = None  # metric and length
         self._fits: list[tuple[Tensor, Any, Chosen]] = []  # the last eight, of residuals too
+        self._estimated: tuple[Tensor, Tensor, float, Chosen]  # the last, from results
 
     def fit(self, results: Tensor, search: bool = True) -> Chosen:
         """Return the regression that estimates results ``[M, C]``, float64, best.
@@ -82,7 +83,7 @@ class Regressor:
             mean = results.mean(0).expand(len(self.missing), -1)
             return Chosen(None, None, Estimates(mean, results, math.nan, 0.0))
         for known, last, chosen in self._fits:
-            if torch.equal(known, results):
+            if known is results or torch.equal(known, results):
                 self._last = last
                 return chosen
         metric, length = self._last = (not search and self._last) or self._search(results)
@@ -109,13 +110,11 @@ class Regressor:
         if len(metrics) == 1 and length is not None:
             return metrics[0], length
         fits = [by.fits[metric] for metric in metrics]
-        units = torch.tensor([fit.unit for fit in fits], dtype=torch.float64)
         standard = [*metrics].index(first) if first in metrics else -1
-        some = (x.index_select(0, self._few) for x in (self.known, results))
+        some = [evenly(x, self._compared) for x in (self.known, results)]
         where = by.typical, by.order, *some
-        found = ops.choose_regression(
-            [fit.coordinates for fit in fits], units, *where, standard, length, NUGGET
-        )
+        coordinates, _, units = map(list, zip(*fits, strict=True))
+        found = ops.choose_regression(coordinates, units, *where, standard, length, NUGGET)
         return metrics[found[0]], found[1]
 
     def estimate(self, results: Tensor, search: bool) -> tuple[Tensor, Choice | None]:
@@ -125,7 +124,8 @@ class Regressor:
         is_simple = results.device.type == "cpu" and not differentiated(results)
         with outside(), exactly():
             sample, size = self._sample(results)
-            choice, process, found = self.fit(sample, search)
+            choice, process, found = chosen = self.fit(sample, search)
+            self._estimated = results, sample, size, chosen
             if is_simple and _is_few(results):
                 values = _scaled(found.values, 1 / size).to(results.dtype)
                 return values.reshape(len(values), *results.shape[1:]), choice
@@ -148,11 +148,10 @@ class Regressor:
             rows = self._distances.rows.index_select(0, self.known if told else self.known[:0])
             return rows, sample[: len(rows)], found.residuals[: len(rows)]
 
-    def bounds(self, results: Tensor, answers: Tensor, *surrogates: Tensor) -> Bounds:
-        """Return the error bounds of the missing rows, as ``RowPlan`` does."""
-        rows, (of_used, size) = self.missing, self._sample(results)
-        _, process, (estimated, residuals, _, trust) = self.fit(of_used)
-        take = few_columns
+    def bounds(self, answers: Tensor, *surrogates: Tensor) -> Bounds:
+        """Return the error bounds of the last estimates, as ``RowPlan`` does."""
+        rows, (results, of_used, size, chosen), take = self.missing, self._estimated, few_columns
+        _, process, (estimated, residuals, _, trust) = chosen
         if not _is_few(results):  # many outputs stay where they are, in their precision
             take, of_used = _rows, _scaled(_rows(self._used, results), size)
             estimated = _scaled(_rows(rows, answers), size)
@@ -162,13 +161,13 @@ class Regressor:
             labels = of_used + _scaled(known, size), estimated + _scaled(ours, size)
         scaled = bounds(rows, of_used, estimated, process, trust, labels, residuals)
         thresholds = _scaled(scaled.thresholds, 1 / size)
-        used = self._used.index_select(0, evenly(len(self._used), thresholds.shape[2]))
+        used = evenly(self._used, thresholds.shape[2])
         return scaled._replace(thresholds=thresholds, results=used)
 
     def _sample(self, results: Tensor) -> tuple[Tensor, float]:
         """Return some columns of the results, ``[M, C]``, divided by their size, and this size."""
         sample = few_columns(self._used, results)
-        size = _size(sample if _is_few(results) else torch.stack(columns(results).aminmax()))
+        size = _size(sample if _is_few(results) else columns(results))
         return _scaled(sample, size), size
 
     def left_out_squares(self, values: Sequence[Tensor]) -> list[float]:
@@ -181,7 +180,8 @@ class Regressor:
 
 def _size(results: Tensor) -> float:
     """Return the power of two to divide results by; 1, unless squares or sums could overflow."""
-    largest = float(torch.linalg.vector_norm(results, math.inf)) if results.numel() else 0.0
+    least, most = map(float, results.aminmax()) if results.numel() else (0.0, 0.0)
+    largest = max(-least, most)
     if not 0 < largest < math.inf or 2.0**-500 < largest < 2.0**60:
         return 1.0
     return math.ldexp(1.0, max(math.frexp(largest)[1] - 60, -1000))
@@ -198,7 +198,8 @@ def _is_few(results: Tensor) -> bool:
 def few_columns(rows: Tensor, values: Tensor) -> Tensor:
     """Return some columns of some rows of values ``[n, ...]``: ``[M, C]``, float64 on the host."""
     numbers = columns(values)
-    some = numbers[:, :: max(1, numbers.shape[1] // _COLUMNS)]
+    step = numbers.shape[1] // _COLUMNS
+    some = numbers[:, ::step] if step > 1 else numbers
     return some.index_select(0, *to_device([rows], some.device)).cpu().double()
 
 

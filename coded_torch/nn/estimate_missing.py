@@ -152,7 +152,7 @@ class Answers:
                 more = bounds.calibrated(found[1], off)
                 bounds = more if more.enough(self._coverage) else bounds
         if not_finite is not None:
-            bounds = bounds.widened(torch.where(not_finite, math.inf, 0.0))
+            bounds = bounds.widened(torch.where(not_finite, math.inf, 0.0).double())
         self._report.note_bounds(bounds, self._coverage, self._link, answers)
 
     def _approximations(self, stacked: Stacked) -> list[dict[int, Tensor]]:
@@ -246,7 +246,7 @@ class Answers:
         # A memory is a regression, too, and leaves what the same metric and length estimate well.
         students = [j for j in weights if not isinstance(self._surrogates[j], Memory)]
         answers = plan.decode(scaled, received, search=not weights or bool(students))
-        found = plan.error_bounds(received, scaled, answers, offsets) if first else None
+        found = plan.error_bounds(answers, offsets) if first else None
         answers = answers + offsets[1] if offsets else answers
         answers = answers.softmax(-1) if self._link else answers
         if by_rows:  # estimates of masked scores may go beyond

@@ -247,14 +247,14 @@ class _Snapshot:
         self.form, self._space = form, space
         typical = typical_rows([rows])
         rows, outputs = rows[typical], outputs[typical].double()
-        self._length = LENGTH * squared_distances(rows[evenly(len(rows), _PATH)], 1.0)[3]
+        self._length = LENGTH * squared_distances(evenly(rows, _PATH), 1.0)[3]
         squared = squared_distances(rows, 1.0, None, torch.arange(len(rows)))[0]
         process = GaussianProcess(squared, self._length)
         weights, self._mean = process.coefficients(outputs)
         self._weights = weights.T  # column by column: the product takes half the time
         # The scores of results that are left out, of the first output.
         residuals = process.leave_one_out_residuals(outputs[:, : form[1][0].numel()])
-        left_out = evenly(len(rows), len(residuals))
+        left_out = evenly(torch.arange(len(rows)), len(residuals))
         among = squared[left_out]
         among[torch.arange(len(left_out)), left_out] = math.inf  # a row is not its own neighbour
         self._scores = residuals.norm(dim=1) / _deviation(matern52(among, self._length))
@@ -285,7 +285,7 @@ def _space(seen: Sequence[list[Leaf]], outputs: Tensor) -> Space:
     """
     leaves = [_joined(column) for column in zip(*seen, strict=True)]
     some = typical_rows([leaf.rows for leaf in leaves]).nonzero().flatten()
-    some = some[evenly(len(some), _LANDMARKS)]
+    some = evenly(some, _LANDMARKS)
     leaves = [leaf.at(some) for leaf in leaves]
     distances = metrics.Distances(metrics.Sources((), leaves), tuple(METRICS))
     regressor = Regressor(distances, LENGTH, compared=_LANDMARKS)

@@ -34,13 +34,18 @@ STABLE_TORCH_LIBRARY(coded_torch, m) {
   // The metric, by its place, and the length by which results [F, C], of some rows, are estimated
   // best from each other. `standard` is the default metric, or -1.
   m.def(
-      "choose_regression(Tensor[] coordinates, Tensor units, Tensor? typical, Tensor order, "
+      "choose_regression(Tensor[] coordinates, float[] units, Tensor? typical, Tensor order, "
       "Tensor some, Tensor results, int standard, float? length, float nugget) -> (int, float)");
   // A regression of missing rows on known ones of squared distances [P, P]: Field in
   // cpu/regression.h says what its tensors are.
   m.def(
       "regress(Tensor squared_distances, float length, Tensor known, Tensor missing, float nugget) "
       "-> Tensor[]");
+  // The variance of each row estimated from at most so many that are near it on a path, [n].
+  m.def(
+      "path_variances(Tensor squared_distances, float length, Tensor order, int most, float "
+      "nugget) "
+      "-> Tensor");
   // Estimates [L, C] and residuals [n, C] of results [M, C], their error and trust; without results
   // the matrices [L, M] and [n, M] that make them.
   m.def(
@@ -57,8 +62,8 @@ STABLE_TORCH_LIBRARY(coded_torch, m) {
   m.def(
       "error_bounds(Tensor[] regression, Tensor residuals, Tensor results, Tensor answers, "
       "Tensor? scores, Tensor? answered, float trust, int calibrating) -> (Tensor, Tensor)");
-  // The bounds [L] of thresholds [S, L, n], at a level of each row.
-  m.def("error_radii(Tensor thresholds, Tensor levels) -> Tensor");
+  // The bounds [L] of thresholds [S, L, n], larger `by` [L], at one level.
+  m.def("error_radii(Tensor thresholds, float level, Tensor? by=None) -> Tensor");
   // Of kernels on CUDA, private, for coded_torch/_extension.py and tests. `nvrtc` is the address of
   // a library; a number stands for a kernel (csrc/ops/cuda/grid.h). Python has the first three.
   m.def("_try_kernel(int device, int number) -> bool");

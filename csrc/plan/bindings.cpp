@@ -143,6 +143,49 @@ static py::array_t<int64_t> short_path(const py::array_t<T, py::array::c_style>&
   return order;
 }
 
+// The points of N workers, groups of inputs with their copies, [G, N]: rows [G, K], of which the
+// last group's may be fewer, `size` in all, and errors [B]. Each copy goes where it lowers the
+// expected squared error most, the probability that all copies are missing, times the error. It is
+// convex in the copies, so greedy is best.
+static py::array_t<int64_t> with_copies(
+    const py::array_t<int64_t, py::array::c_style | py::array::forcecast>& rows,
+    const Array& errors, int64_t size, int64_t num_workers, int64_t num_stragglers) {
+  if (rows.ndim() != 2 || num_workers < rows.shape(1) || errors.size() < size) {
+    throw py::value_error("with_copies: rows must be [G, K] for N >= K workers, errors [B]");
+  }
+  const int64_t groups = rows.shape(0), k = rows.shape(1), n = num_workers;
+  // By each further copy, the probability falls that all are among the S lost of N workers.
+  std::vector<double> gain(n);
+  double lost = 1;
+  for (int64_t c = 0; c < n; ++c) {
+    const double next = lost * (static_cast<double>(std::max(num_stragglers - c, int64_t{0})) /
+                                static_cast<double>(n - c));
+    gain[c] = lost - next;
+    lost = next;
+  }
+  py::array_t<int64_t> points({groups, n});
+  int64_t* to = points.mutable_data();
+  std::vector<std::pair<double, int64_t>> scores;
+  std::vector<int64_t> copies;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t own = std::min(k, size - g * k), spare = n - own;
+    const int64_t* from = rows.data() + g * k;
+    scores.clear();
+    for (int64_t c = 1; c <= spare; ++c) {  // between equals, the one with fewer copies
+      for (int64_t i = 0; i < own; ++i) {
+        const double score = gain[c] * errors.data()[from[i]] - 1e-12 * static_cast<double>(c);
+        scores.emplace_back(std::isnan(score) ? std::numeric_limits<double>::infinity() : -score,
+                            (c - 1) * own + i);
+      }
+    }
+    std::partial_sort(scores.begin(), scores.begin() + spare, scores.end());
+    copies.assign(own, 1);
+    for (int64_t c = 0; c < spare; ++c) ++copies[scores[c].second % own];
+    for (int64_t i = 0; i < own; ++i) to = std::fill_n(to, copies[i], from[i]);
+  }
+  return points;
+}
+
 PYBIND11_MODULE(_plan, m) {
   m.doc() = "Plans of smoothing splines and paths through points, on the host.";
   m.def(
@@ -155,6 +198,9 @@ PYBIND11_MODULE(_plan, m) {
       py::arg("weights"),
       "Coefficients [1, 12 n + 4 N] in float64, the same in float32, and schedule [1, n + 1 + N]\n"
       "of a smoothing spline; ValueError for what SplineMap does not allow.");
+  m.def("with_copies", &with_copies, py::arg("rows"), py::arg("errors"), py::arg("size"),
+        py::arg("num_workers"), py::arg("num_stragglers"),
+        "Inputs [G, N] of N workers: rows [G, K], those with the largest errors [B] repeated.");
   const char* doc =
       "Order [B] of B points along a short open path: distances [B, B], float32 or float64,\n"
       "C-contiguous. How: csrc/math/short_path.h.";

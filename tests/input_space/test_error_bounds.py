@@ -103,8 +103,9 @@ def test_no_radius_is_larger_at_a_lower_level(trust):
     assert all(bool((low <= high).all()) for low, high in itertools.pairwise(levels))
     assert not levels[0][:40].any()
     assert found.radii(0.98)[40:].isinf().all()  # needs 49 results
-    each = torch.linspace(0.5, 0.95, 60, dtype=torch.float64)
-    assert found.radii(each)[50] == found.radii(float(each[50]))[50]
+    by = torch.linspace(0, 9, 60, dtype=torch.float64)
+    assert torch.equal(found.widened(by).radii(0.8)[40:], levels[1][40:] + by[40:])
+    assert not found.widened(by).radii(0.8)[:40].any()
 
 
 def test_about_the_mean_it_is_the_largest_deviation():
@@ -128,7 +129,7 @@ def test_rows_of_a_batch_are_covered(rows, outputs, length):
         plan = Regression(length=length).plan([x])
         answers = plan.decode(y[received, None], received)
         errors = (answers - y).norm(dim=1)
-        radii = plan.error_bounds(received, y[received, None], answers).radii(0.9)
+        radii = plan.error_bounds(answers).radii(0.9)
         assert not radii[received].any()
         lost = plan.source(received) < 0
         covered, count = covered + int((errors <= radii)[lost].sum()), count + int(lost.sum())
@@ -147,6 +148,8 @@ def test_bounds_of_what_is_no_number_are_infinite():
     limits = ErrorBounds(2, [Bounds(torch.arange(2), thresholds, None)])
     assert limits.radii(0.5).tolist() == [math.inf, 4.0]
     assert limits.radii(math.nan).isinf().all()
+    off = torch.tensor([0.0, math.nan], dtype=torch.float64)
+    assert limits.widened(off).radii(0.5).isinf().all()
 
 
 def test_surrogates_take_part_in_labels_alone():
@@ -188,6 +191,6 @@ def test_bounds_of_more_outputs_than_are_sampled_and_fewer_than_results():
     for results in (y[received, None], y[received, None].float()):
         plan = Regression().plan([x])
         answers = plan.decode(results, received)
-        radii.append(plan.error_bounds(received, results, answers).radii(0.9))
+        radii.append(plan.error_bounds(answers).radii(0.9))
     assert radii[0].isfinite().all()
     torch.testing.assert_close(radii[1], radii[0], rtol=1e-2, atol=1e-3)

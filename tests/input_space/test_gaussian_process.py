@@ -69,7 +69,7 @@ def test_of_many_results_some_are_left_out(generator, dtype):
     at = torch.randn(600, 3, dtype=torch.float64, generator=generator)
     squared, y = torch.cdist(at, at).square(), at[:570].sin()
     known, asked = torch.arange(570), torch.arange(570, 600)
-    process, few = given(squared.to(dtype), 1.3, known, asked), evenly(570, 256)
+    process, few = given(squared.to(dtype), 1.3, known, asked), evenly(torch.arange(570), 256)
     exact = matern52(squared, 1.3) + NUGGET * torch.eye(600, dtype=torch.float64)
     inverse = torch.linalg.inv(exact[:570, :570])
     mean = inverse.sum(0)

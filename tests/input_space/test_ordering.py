@@ -53,6 +53,17 @@ def test_groups_are_consecutive_rows_of_the_order(sizes, random):
         assert grouping.targets[:, g].tolist() == group + [-1] * lacking
 
 
+def test_a_grouping_used_in_inference_mode_serves_derivatives_later():
+    """Batches that are coded as they arrive share one."""
+    grouping, x = Grouping(range(5), 2), randn(2, 3, 4)
+    with torch.inference_mode():
+        assert grouping.targets.shape == (2, 3)
+        grouping.scatter(x)
+    grouping.scatter(x.requires_grad_()).sum().backward()
+    assert not grouping.targets.is_inference()
+    assert x.grad.flatten(0, 1).any(1).sum() == 5
+
+
 @given(SIZES, st.sampled_from([(), (3,), (2, 0), (2, 2)]), st.randoms(use_true_random=False))
 def test_scatter_inverts_gather(sizes, shape, random):
     num_data, batch_size = sizes

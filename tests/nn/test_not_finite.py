@@ -115,7 +115,7 @@ def test_where_the_mean_estimates_such_rows_calibrate_no_error_bounds():
     for left_out in ((5,), (5, *BAD)):
         received = [i for i in range(24) if i not in left_out]
         answers = plan.decode(results[received], received)
-        radii.append(plan.error_bounds(received, results[received], answers).radii(0.5)[5])
+        radii.append(plan.error_bounds(answers).radii(0.5)[5])
         plan = Regression().plan([], 24)
     assert radii[0] == pytest.approx(radii[1])
 

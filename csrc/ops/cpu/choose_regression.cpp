@@ -83,16 +83,16 @@ static int64_t best_of(const std::vector<Losses>& losses, int64_t standard) {
 
 // Returns the metric that estimates results of `some` rows best, and its length, in steps.
 std::tuple<int64_t, double> choose_regression_cpu(const std::vector<Tensor>& coordinates,
-                                                  const Tensor& units,
+                                                  const std::vector<double>& units,
                                                   const std::optional<Tensor>& typical,
                                                   const Tensor& order, const Tensor& some,
                                                   const Tensor& results, int64_t standard,
                                                   std::optional<double> length, double nugget) {
   constexpr const char* kName = "choose_regression";
   const int64_t num_metrics = static_cast<int64_t>(coordinates.size());
-  STD_TORCH_CHECK(num_metrics && standard < num_metrics && units.numel() == num_metrics &&
-                      units.scalar_type() == ScalarType::Double,
-                  kName, ": units must be float64, one for each of ", num_metrics, " metrics");
+  STD_TORCH_CHECK(
+      num_metrics && standard < num_metrics && static_cast<int64_t>(units.size()) == num_metrics,
+      kName, ": units must be one for each of ", num_metrics, " metrics");
   const int64_t n = coordinates[0].size(0);
   for (const Tensor& rows : coordinates) {
     check_coordinates(kName, rows);
@@ -116,11 +116,10 @@ std::tuple<int64_t, double> choose_regression_cpu(const std::vector<Tensor>& coo
   for (int64_t i = 0; i < num_some; ++i) masked[i] = !mask || mask[compared[i]];
   const Tensor y = Scaled<float>(results, num_some, results.size(1)).y;
 
-  const auto unit = [&](int64_t metric) { return numbers<double>(units)[metric]; };
-  std::vector<Tensor> squared(num_metrics, units);
+  std::vector<Tensor> squared(num_metrics, y);
   const auto measure = [&](int64_t metric) {
     std::vector<float> squares(num_some);
-    squared[metric] = distances_of(some_rows(coordinates[metric], compared), unit(metric),
+    squared[metric] = distances_of(some_rows(coordinates[metric], compared), units[metric],
                                    mask ? masked.get() : nullptr, squares.data());
   };
   std::vector<Losses> found(num_metrics);
@@ -128,7 +127,7 @@ std::tuple<int64_t, double> choose_regression_cpu(const std::vector<Tensor>& coo
   // Metrics are compared by the steps among few results alone.
   for_blocks(num_metrics, 1, [&](int64_t i, int64_t) {
     measure(i);
-    const double step = path_step(coordinates[i], among, mask, unit(i));
+    const double step = path_step(coordinates[i], among, mask, units[i]);
     if (num_metrics == 1) return;
     found[i] =
         left_out_losses(squared[i], y, length.value_or(kLengths[kUsualLength]) * step, nugget);
@@ -136,7 +135,7 @@ std::tuple<int64_t, double> choose_regression_cpu(const std::vector<Tensor>& coo
   if (num_metrics > 1) metric = best_of(found, standard);
   if (length) return {metric, *length};
 
-  const double step = path_step(coordinates[metric], {path, path + n}, mask, unit(metric));
+  const double step = path_step(coordinates[metric], {path, path + n}, mask, units[metric]);
   const auto tried = [&](const std::vector<double>& lengths) {
     std::vector<Losses> each(lengths.size());
     for_blocks(static_cast<int64_t>(lengths.size()), 1, [&](int64_t i, int64_t) {

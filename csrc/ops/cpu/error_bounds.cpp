@@ -150,17 +150,16 @@ std::tuple<Tensor, Tensor> error_bounds_cpu(const Regression& process, const Ten
           p_values};
 }
 
-// Of thresholds [S, L, n], and the level of each row, the errors that bound it: [L].
-Tensor error_radii_cpu(const Tensor& thresholds, const Tensor& levels) {
-  check_doubles("error_radii", {thresholds, levels});
-  STD_TORCH_CHECK(thresholds.dim() == 3 && levels.numel() == thresholds.size(1),
-                  "error_radii: levels must be one for each of ", thresholds.size(1), " rows");
+// Of thresholds [S, L, n], larger `by` so much for each row, the errors that bound rows at a level.
+Tensor error_radii_cpu(const Tensor& thresholds, double level, const std::optional<Tensor>& by) {
+  check_doubles("error_radii", {thresholds, by.value_or(thresholds)});
+  STD_TORCH_CHECK(thresholds.dim() == 3 && (!by || by->numel() == thresholds.size(1)),
+                  "error_radii: by must be one number for each of ", thresholds.size(1), " rows");
   const int64_t signs = thresholds.size(0), num_rows = thresholds.size(1), n = thresholds.size(2);
   const Tensor out = new_tensor({num_rows}, ScalarType::Double);
   std::vector<double> own(n);
+  const double outside = std::floor((1 - level) * static_cast<double>(n + 1) + 1e-9);
   for (int64_t i = 0; i < num_rows; ++i) {
-    const double level = numbers<double>(levels)[i];
-    const double outside = std::floor((1 - level) * static_cast<double>(n + 1) + 1e-9);
     double radius = outside >= 1 ? 0 : std::numeric_limits<double>::infinity();
     for (int64_t s = 0; s < signs && outside >= 1 && n; ++s) {
       const double* each = numbers<double>(thresholds) + (s * num_rows + i) * n;
@@ -171,7 +170,9 @@ Tensor error_radii_cpu(const Tensor& thresholds, const Tensor& levels) {
       std::nth_element(own.begin(), at, own.end());
       radius = std::max(radius, *at);
     }
-    numbers<double>(out)[i] = n ? radius : std::numeric_limits<double>::infinity();
+    if (by) radius += numbers<double>(*by)[i];  // rounding keeps the order of thresholds
+    numbers<double>(out)[i] =
+        n && !std::isnan(radius) ? radius : std::numeric_limits<double>::infinity();
   }
   return out;
 }

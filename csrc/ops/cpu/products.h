@@ -21,14 +21,18 @@ T* numbers(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-inline Tensor rows_of(const Tensor& matrix, int64_t first, int64_t count) {
+// A matrix from some place of a dimension on. A view of the whole costs as much as a small product.
+inline Tensor narrowed(const Tensor& matrix, int64_t dim, int64_t first, int64_t count) {
   Tensor view = matrix;
-  return torch::stable::narrow(view, 0, first, count);
+  return count == matrix.size(dim) ? view : torch::stable::narrow(view, dim, first, count);
+}
+
+inline Tensor rows_of(const Tensor& matrix, int64_t first, int64_t count) {
+  return narrowed(matrix, 0, first, count);
 }
 
 inline Tensor columns_of(const Tensor& matrix, int64_t first, int64_t count) {
-  Tensor view = matrix;
-  return torch::stable::narrow(view, 1, first, count);
+  return narrowed(matrix, 1, first, count);
 }
 
 inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
