@@ -129,11 +129,12 @@ inline double path_step(const Tensor& rows, const std::vector<int64_t>& path, co
   const float* x = numbers<float>(rows);
   const auto row = [&](int64_t i) { return x + i * width; };
   std::vector<float> steps;
-  for (size_t i = 0; i + 1 < path.size(); ++i) {
-    const int64_t a = path[i], b = path[i + 1];
-    if (typical && !(typical[a] && typical[b])) continue;
-    const float both =
-        kernels().apart(row(a), nullptr, width) + kernels().apart(row(b), nullptr, width);
+  float before = 0, square = 0;
+  for (size_t i = 0; i < path.size(); ++i, before = square) {
+    const int64_t b = path[i], a = path[i ? i - 1 : 0];
+    square = kernels().apart(row(b), nullptr, width);
+    if (!i || (typical && !(typical[a] && typical[b]))) continue;
+    const float both = before + square;
     const float step = apart(row(a), row(b), width, both, unit);
     if (step > 0 && step < std::numeric_limits<float>::infinity()) steps.push_back(step);
   }
