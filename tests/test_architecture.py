@@ -41,7 +41,7 @@ LINES = {
     "cli": 1452,
     "codes": 1009,
     "experiments": 1726,
-    "input_space": 1314,
+    "input_space": 1312,
     "nn": 2379,
     "open_inference": 806,
     "scheduling": 768,
@@ -50,7 +50,7 @@ LINES = {
     "verification": 889,
     "workers": 3416,
 }
-MOST_LINES = 17_925  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_923  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

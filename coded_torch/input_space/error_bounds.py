@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._torch import outside
 from .gaussian_process import GaussianProcess, evenly, off_mean
 
 #: The power of the variance by which errors are divided. With .75 every tercile of the standard
@@ -22,7 +21,6 @@ GROWTH = 0.75
 _MISSING, _CALIBRATING = 256, 200
 _BLOCK = 8192  # outputs whose residuals are in memory together
 _CLASSES = 32768  # outputs that may be scores of classes, which have p_values of labels
-_RANKING = 9  # missing rows whose thresholds rank the results; not tuned
 _FEW = 128  # with fewer outputs, one operator takes all at once
 
 
@@ -31,6 +29,7 @@ class Bounds(NamedTuple):
 
     rows: Tensor  # [L], of the batch
     thresholds: Tensor  # [S, L, n]
+    odd: Tensor  # [n], numbers that rank how odd results look if left out; or [0]
     p_values: Tensor | None  # [L], of labels; None if outputs are not [B, C]
     results: Tensor | None = None  # [n], the places of the results that calibrate
 
@@ -74,8 +73,8 @@ def bounds(
         of_labels = scores if y.shape[1] > 1 and scores else (None, None)
         tensors = [] if process is None else process.tensors
         given = tensors, residuals, y, answers, *of_labels, trust, most
-        thresholds, p_values = ops.error_bounds(*given)
-        return Bounds(rows, thresholds, None if of_labels[0] is None else p_values)
+        thresholds, odd, p_values = ops.error_bounds(*given)
+        return Bounds(rows, thresholds, odd, None if of_labels[0] is None else p_values)
     variances, of_left_out = torch.ones(len(rows)).double(), torch.ones(count).double()
     weights = torch.zeros(len(rows), count, dtype=torch.float64)
     if process is not None:
@@ -105,7 +104,8 @@ def bounds(
         p_values = label_p_values(margins / variances.sqrt(), left / of_left_out.sqrt(), wrong)
     known = torch.cat([of_left_out[None], norms.sqrt_()])
     given = weights, variances, moved.sqrt_(), known, trust, count, most, False
-    return Bounds(rows, ops.error_thresholds(*given), p_values)
+    thresholds, odd = ops.error_thresholds(*given)
+    return Bounds(rows, thresholds, odd, p_values)
 
 
 def label_p_values(margins: Tensor, left_out: Tensor, wrong: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class ErrorBounds:
         """Return infinite error bounds for missing rows, bool ``[B]``."""
         rows = missing.nonzero().flatten()
         p = torch.ones(len(rows), dtype=torch.float64)
-        return cls(len(missing), [Bounds(rows, p.new_empty(1, len(rows), 0), p)])
+        return cls(len(missing), [Bounds(rows, p.new_empty(1, len(rows), 0), p[:0], p)])
 
     def radii(self, coverage: float) -> Tensor:
         """Return the bounds at one level: ``[B]``, float64, 0 for computed rows."""
@@ -141,15 +141,12 @@ class ErrorBounds:
             radii.index_copy_(0, rows, ops.error_radii(found, coverage, by))
         return radii
 
-    @outside()
     def oddness(self) -> list[tuple[int, float]]:
         """Return places of results, and numbers that rank how odd these look if left out."""
         pairs = list[tuple[int, float]]()
-        for _, thresholds, _, results in self._bounds:
-            few = thresholds[:, :_RANKING].flatten(0, 1).numpy()
-            middle = (len(few) - 1) // 2
-            odd = np.partition(few, middle, 0)[middle].tolist()
-            pairs += zip([] if results is None else results.tolist(), odd, strict=False)
+        for each in self._bounds:
+            results = [] if each.results is None else each.results.tolist()
+            pairs += zip(results, each.odd.tolist(), strict=False)
         return pairs
 
     def enough(self, coverage: float) -> bool:
@@ -159,7 +156,8 @@ class ErrorBounds:
     def calibrated(self, thresholds: Tensor, off: Tensor) -> ErrorBounds:
         """Return error bounds by thresholds ``[B, m]`` of estimates that are ``off``, ``[B]``."""
         limits = (thresholds + off[:, None])[None]
-        bounds = [Bounds(x.rows, limits[:, x.rows], self._of_labels(x)) for x in self._bounds]
+        own = ((x, limits[:, x.rows]) for x in self._bounds)
+        bounds = [Bounds(x.rows, each, x.odd, self._of_labels(x)) for x, each in own]
         return ErrorBounds(self.batch_size, bounds)
 
     def widened(self, by: Tensor) -> ErrorBounds:

@@ -36,12 +36,10 @@ class Grouping:
         return whole.view(self.num_groups, self.num_data).T
 
     @functools.cached_property
-    @torch.inference_mode(False)  # later calls may need derivatives
     def targets(self) -> Tensor:
         return self._grouped(self.order.new_full((1,), -1))
 
     @functools.cached_property
-    @torch.inference_mode(False)
     def _inverse(self) -> Tensor:
         return self.order.argsort()
 
@@ -49,8 +47,10 @@ class Grouping:
     @functools.lru_cache(32)
     def arrival(cls, batch_size: int, num_data: int) -> Grouping:
         """Return the batch in the order in which it came."""
-        with torch.inference_mode(False):
-            return cls(range(batch_size), num_data)
+        with torch.inference_mode(False):  # later calls may need derivatives
+            grouping = cls(range(batch_size), num_data)
+            assert not any(map(Tensor.is_inference, (grouping.targets, grouping._inverse)))
+            return grouping
 
     def to(self, device: torch.device) -> Grouping:
         """Return the same grouping with its indices on ``device``; each stream's is kept."""

@@ -160,9 +160,9 @@ class Regressor:
             known, ours = (take(x, y) for x, y in zip((self._used, rows), surrogates, strict=True))
             labels = of_used + _scaled(known, size), estimated + _scaled(ours, size)
         scaled = bounds(rows, of_used, estimated, process, trust, labels, residuals)
-        thresholds = _scaled(scaled.thresholds, 1 / size)
-        used = evenly(self._used, thresholds.shape[2])
-        return scaled._replace(thresholds=thresholds, results=used)
+        thresholds, odd = (_scaled(x, 1 / size) for x in (scaled.thresholds, scaled.odd))
+        used = evenly(self._used, len(odd))
+        return scaled._replace(thresholds=thresholds, odd=odd, results=used)
 
     def _sample(self, results: Tensor) -> tuple[Tensor, float]:
         """Return some columns of the results, ``[M, C]``, divided by their size, and this size."""

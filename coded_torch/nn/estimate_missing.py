@@ -82,8 +82,8 @@ class Answers:
             source = plan.source(stacked.units) if plan else torch.arange(division.batch_size)
             estimated = source < 0
             exact = ~estimated if not_finite is None else ~estimated & ~not_finite
+            is_estimated = bool(estimated.any())
         report.note_source(source, stacked.later, division.task.unit_rows)
-        is_estimated = bool(estimated.any())
         approximations = self._approximations(stacked) if self._surrogates and is_estimated else []
         answers, weights = dict[int, Tensor](), list[tuple[float, ...]]()
         choices: list[Choice] = []
@@ -319,7 +319,7 @@ def _rounded(bounds: ErrorBounds, answers: Tensor, dtype: torch.dtype) -> ErrorB
     """Return the error bounds of answers ``[B, ...]`` that are computed in a dtype, or rounded."""
     info, most = torch.finfo(dtype), 0.5 if answers.dtype != dtype else _ROUNDING
     norms = torch.linalg.vector_norm(columns(answers), dim=1, dtype=torch.float64).cpu()
-    return bounds.widened((norms + answers[0].numel() ** 0.5 * info.tiny) * (info.eps * most))
+    return bounds.widened((norms + info.tiny * answers[0].numel() ** 0.5) * (info.eps * most))
 
 
 def _levelled(values: Tensor, rows: Tensor | None) -> Tensor:

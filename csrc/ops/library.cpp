@@ -52,16 +52,17 @@ STABLE_TORCH_LIBRARY(coded_torch, m) {
       "estimate(Tensor[] regression, Tensor? results=None, float? trust=None) -> (Tensor, Tensor, "
       "float, float)");
   m.def("coefficients(Tensor[] regression, Tensor results) -> (Tensor, Tensor)");
-  // Thresholds [1, L, n], or [2, L, n] where `is_signed`, by at most so many results:
-  // input_space/error_bounds.py.
+  // Thresholds [1, L, n], or [2, L, n] where `is_signed`, by at most so many results, and how odd
+  // these look, [n]: input_space/error_bounds.py.
   m.def(
       "error_thresholds(Tensor weights, Tensor variances, Tensor moved, Tensor known, float trust, "
-      "int count, int calibrating, bool is_signed) -> Tensor");
+      "int count, int calibrating, bool is_signed) -> (Tensor, Tensor)");
   // The same of answers [L, C], from residuals [n, C] of results [M, C]; and the p-values [L] of
   // labels, by scores [M, C] and [L, C]. Without a regression, answers are the mean.
   m.def(
       "error_bounds(Tensor[] regression, Tensor residuals, Tensor results, Tensor answers, "
-      "Tensor? scores, Tensor? answered, float trust, int calibrating) -> (Tensor, Tensor)");
+      "Tensor? scores, Tensor? answered, float trust, int calibrating) -> (Tensor, Tensor, "
+      "Tensor)");
   // The bounds [L] of thresholds [S, L, n], larger `by` [L], at one level.
   m.def("error_radii(Tensor thresholds, float level, Tensor? by=None) -> Tensor");
   // Of kernels on CUDA, private, for coded_torch/_extension.py and tests. `nvrtc` is the address of

@@ -145,7 +145,7 @@ def test_the_p_value_of_a_label_counts_wrong_ones_of_a_larger_margin():
 def test_bounds_of_what_is_no_number_are_infinite():
     """Rounds and comparisons with NaN are false, by which a bound could become 0."""
     thresholds = torch.tensor([[[math.nan] * 9, [*range(9)]]], dtype=torch.float64)
-    limits = ErrorBounds(2, [Bounds(torch.arange(2), thresholds, None)])
+    limits = ErrorBounds(2, [Bounds(torch.arange(2), thresholds, thresholds[0, 0], None)])
     assert limits.radii(0.5).tolist() == [math.inf, 4.0]
     assert limits.radii(math.nan).isinf().all()
     off = torch.tensor([0.0, math.nan], dtype=torch.float64)

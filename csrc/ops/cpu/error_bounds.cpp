@@ -6,6 +6,8 @@
 
 namespace coded_torch {
 
+constexpr int64_t kRanking = 9;  // missing rows whose thresholds rank the results; not tuned
+
 static void check_doubles(const char* op, std::initializer_list<Tensor> tensors) {
   for (const Tensor& given : tensors) {
     STD_TORCH_CHECK(
@@ -14,9 +16,28 @@ static void check_doubles(const char* op, std::initializer_list<Tensor> tensors)
   }
 }
 
-Tensor error_thresholds_cpu(const Tensor& weights, const Tensor& variances, const Tensor& moved,
-                            const Tensor& known, double trust, int64_t count, int64_t most,
-                            bool is_signed) {
+// Of each of n results, how odd it looks if it is left out: the median of its thresholds [S, L, n]
+// for a few rows.
+static Tensor oddness_of(const Tensor& thresholds) {
+  const int64_t rows = thresholds.size(1), n = thresholds.size(2), few = std::min(rows, kRanking);
+  const Tensor out = new_tensor({n}, ScalarType::Double);
+  const int64_t count = thresholds.size(0) * few;
+  std::vector<double> own(count);
+  for (int64_t j = 0; j < n && count; ++j) {
+    for (int64_t i = 0; i < count; ++i) {
+      const double each = numbers<double>(thresholds)[(i / few * rows + i % few) * n + j];
+      own[i] = std::isnan(each) ? std::numeric_limits<double>::infinity() : each;
+    }
+    std::nth_element(own.begin(), own.begin() + (count - 1) / 2, own.end());
+    numbers<double>(out)[j] = own[(count - 1) / 2];
+  }
+  return count ? out : rows_of(out, 0, 0);
+}
+
+std::tuple<Tensor, Tensor> error_thresholds_cpu(const Tensor& weights, const Tensor& variances,
+                                                const Tensor& moved, const Tensor& known,
+                                                double trust, int64_t count, int64_t most,
+                                                bool is_signed) {
   check_doubles("error_thresholds", {weights, variances, moved, known});
   STD_TORCH_CHECK(weights.dim() == 2 && known.dim() == 2 && known.size(0) == 4 &&
                       known.size(1) == weights.size(1) && variances.numel() == weights.size(0) &&
@@ -46,7 +67,7 @@ Tensor error_thresholds_cpu(const Tensor& weights, const Tensor& variances, cons
                            own.data(), to, is_signed ? to + num_missing * n : nullptr);
     }
   });
-  return out;
+  return {out, oddness_of(out)};
 }
 
 // How much the largest output is over the second, and which it is.
@@ -65,14 +86,14 @@ static std::pair<double, int64_t> margin(const double* outputs, int64_t columns)
   return {largest - second, at};
 }
 
-// Of few outputs: thresholds of the errors of answers [L, C], from results [M, C]; and the p-values
-// of their labels, by scores with their surrogates, if these are given. Without a regression,
-// answers are the mean of the results.
-std::tuple<Tensor, Tensor> error_bounds_cpu(const Regression& process, const Tensor& given,
-                                            const Tensor& results, const Tensor& answers,
-                                            const std::optional<Tensor>& scores,
-                                            const std::optional<Tensor>& answered, double trust,
-                                            int64_t most) {
+// Of few outputs: thresholds of the errors of answers [L, C], from results [M, C], how odd results
+// look, and the p-values of labels, by scores with their surrogates, if these are given. Without a
+// regression, answers are the mean of the results.
+std::tuple<Tensor, Tensor, Tensor> error_bounds_cpu(const Regression& process, const Tensor& given,
+                                                    const Tensor& results, const Tensor& answers,
+                                                    const std::optional<Tensor>& scores,
+                                                    const std::optional<Tensor>& answered,
+                                                    double trust, int64_t most) {
   check_doubles("error_bounds", {given, results, answers});
   const bool is_mean = process.empty();
   if (!is_mean) check_process("error_bounds", process);
@@ -146,8 +167,9 @@ std::tuple<Tensor, Tensor> error_bounds_cpu(const Regression& process, const Ten
     }
   }
 
-  return {error_thresholds_cpu(weights, of_missing, moved, known, trust, count, most, is_signed),
-          p_values};
+  const auto [thresholds, oddness] =
+      error_thresholds_cpu(weights, of_missing, moved, known, trust, count, most, is_signed);
+  return {thresholds, oddness, p_values};
 }
 
 // Of thresholds [S, L, n], larger `by` so much for each row, the errors that bound rows at a level.
