@@ -96,6 +96,7 @@ def port(tmp_path_factory):
         with RayWorkers(1).start(timeout=WAIT):  # holds a cluster of its own
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             try:
+                wanted = []
                 for name, factory, replicas in (
                     ("lenet", by_value(lenet), 1),
                     ("where", by_value(where, 0), 2),
@@ -103,7 +104,8 @@ def port(tmp_path_factory):
                 ):
                     options = {"ray_actor_options": {"num_cpus": 0}, "num_replicas": replicas}
                     made = deployment(factory, **options).bind()
-                    serve.run(made, name=name, route_prefix=f"/{name}")
+                    wanted.append(serve.RunTarget(made, name=name, route_prefix=f"/{name}"))
+                serve.run_many(wanted)  # beside each other
                 yield port
             finally:
                 serve.shutdown()
