@@ -29,12 +29,12 @@ __all__ = ["CUDA_FAILURES", "build_info", "curve_plan", "short_path", "spline_pl
 CUDA_FAILURES: list[str] = []
 _COMPARING = threading.Lock()  # torch's debug mode of waits is one of the process
 _PACKAGE = Path(__file__).resolve().parent
-_REMEDY = "`pip install .` in the source folder builds it (needs a C++17 compiler); then leave it"
+_REMEDY = "run `pip install .` in the source folder, and start Python in another folder"
 
 try:
     from ._plan import curve_plan, short_path, spline_plan, with_copies
 except ImportError as error:
-    raise ImportError(f"coded_torch: the compiled planner is missing; {_REMEDY}") from error
+    raise ImportError(f"coded_torch: the compiled planner is missing or old; {_REMEDY}") from error
 
 
 def _allows_tf32() -> bool:  # the compiler cannot trace the setting
@@ -95,7 +95,7 @@ try:
     (_LIBRARY,) = _PACKAGE.glob("_ops.*")
     torch.ops.load_library(_LIBRARY)
 except (OSError, ValueError) as error:
-    missing = "coded_torch: the compiled operators are missing"
+    missing = "coded_torch: the compiled operators are missing or old"
     raise ImportError(f"{missing}; {_REMEDY}: {error}") from error
 _KERNELS = torch.ops.coded_torch
 

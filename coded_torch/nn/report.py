@@ -152,7 +152,7 @@ class Report:
             "rows": rows,
             "workers": "; ".join([f"{len(self.asked)} asked", *named]),
             "time": f"{1e3 * sum(seconds):.1f} ms: {each}; work {self.work:.3g}",
-            "ended": f"{self.ended or 'early'}, with {len(self.hedges)} later parts",
+            "ended": f"{self.ended or 'early'}; later parts: {len(self.hedges)}",
             "notes": "; ".join(self.notes) or "none",
         }
         return "\n".join(f"{head:<9}{text}" for head, text in lines.items())

@@ -323,7 +323,7 @@ def test_a_report_is_five_lines_to_read():
     assert rows == "rows     40 of 60 computed, 0 of them by later parts; 20 estimated, 0 corrected"
     assert workers == "workers  3 asked; without a result: 2"
     assert re.fullmatch(r"time     [\d.]+ ms: encode .*, compute .*, decode .*; work 1", took)
-    assert ended == "ended    deadline, with 0 later parts"
+    assert ended == "ended    deadline; later parts: 0"
     assert notes == "notes    a remark; another one"
     assert str(Report()).startswith("rows     no answers")
 
