@@ -138,19 +138,16 @@ class _RepetitionPlan(RowPlan, BatchPlan):
         num_stragglers: int,
         others: Sequence[Tensor],
     ) -> None:
-        grouping = code._grouping([], size)
-        super().__init__(code.regression, inputs, size, others, cut(grouping.order, code.num_data))
-        if code.ordering == "similarity":
-            grouping = Grouping(self.order, code.num_data)
-        self.code, self.num_groups, n = code, grouping.num_groups, code.num_workers
-        self._grouping = grouping
-        errors, rows = np.ones(size), grouping.rows.T.numpy()  # [G, K]
-        if self.num_groups * n > size:  # some workers are to spare
-            if num_stragglers:  # copies are equal if there are no stragglers
-                errors = self.leave_one_out_variances().numpy() ** _GROWTH
-            rows = with_copies(rows, errors, size, n, num_stragglers)
+        k, n, order = code.num_data, code.num_workers, torch.arange(size)
+        super().__init__(code.regression, inputs, size, others, cut(order, k))
+        self.code, self.num_groups = code, -(-size // k)
+        self._order = self.order if code.ordering == "similarity" else order
+        errors = np.ones(size)
+        if num_stragglers and self.num_groups * n > size:  # otherwise, copies are equal
+            errors = self.leave_one_out_variances().numpy() ** _GROWTH
+        points = with_copies(self._order.numpy(), errors, k, n, num_stragglers)
         # Dealt anew for each group, or a lost worker would be the same copy's in all of them.
-        self._rows = torch.from_numpy(rows.ravel()[_deal(self.num_groups, n)])  # [N, G]
+        self._rows = torch.from_numpy(points.ravel()[_deal(self.num_groups, n)])  # [N, G]
 
     def encode(self, values: Tensor) -> Tensor:
         if values.shape[:1] != (self.batch_size,):
@@ -159,13 +156,6 @@ class _RepetitionPlan(RowPlan, BatchPlan):
             raise ValueError(f"{type(self.code).__name__}: {must}, got shape {got}")
         (rows,) = to_device([self._rows.flatten()], values.device)
         return values.index_select(0, rows).view(*self._rows.shape, *values.shape[1:])
-
-    def _source(self, received: Tensor) -> Tensor:
-        arrived = self._rows.index_select(0, received).flatten().numpy()  # [F G]
-        source = np.full(self.batch_size, -1)
-        # The first result of each input, whichever worker repeats it: the last that is assigned.
-        source[arrived[::-1]] = np.arange(len(arrived))[::-1]
-        return torch.from_numpy(source)
 
 
 class _MidpointPlan(_RepetitionPlan):
@@ -176,7 +166,7 @@ class _MidpointPlan(_RepetitionPlan):
     ) -> None:
         super().__init__(code, inputs, size, num_stragglers, ())
         groups, k, n = self.num_groups, code.num_data, code.num_workers
-        rows, pairs = self._grouping.rows.T, torch.arange(max(k - 1, 1))  # [G, K]
+        rows, pairs = Grouping(self._order, k).rows.T, torch.arange(max(k - 1, 1))  # [G, K]
         # Neighbours in a group, which are of different workers: pairs without common rows first,
         # and of these the most uncertain.
         errors = self.leave_one_out_variances()[rows]

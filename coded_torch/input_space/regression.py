@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import ops
 from .._arguments import count, dense, instance, real, shown
+from .._extension import first_results
 from .._torch import exactly, outside, plain, to_device
 from .error_bounds import ErrorBounds
 from .gaussian_process import NUGGET
@@ -126,6 +126,7 @@ class RowPlan:
         parts: Sequence[Tensor],
     ) -> None:
         self.regression, self.batch_size, self.num_groups = regression, batch_size, 1
+        self._rows = torch.arange(batch_size)[:, None]  # [units, G], that each unit computes
         self.choices: tuple[Choice, ...] = ()
         metrics, sources = regression.metrics, Sources(inputs)
         self._notes = sources.notes
@@ -164,14 +165,10 @@ class RowPlan:
         key = tuple(received)
         if self._last is None or self._last[0] != key:  # asked again for every output
             with outside():
-                source = self._source(torch.from_numpy(np.array(key, np.int64)))
+                source = torch.from_numpy(first_results(self._rows.numpy(), key, self.batch_size))
                 given = [Regressor(part, self._length, source) for part in self._parts]
                 self._last = key, (source, given)
         return self._last[1]
-
-    def _source(self, received: Tensor) -> Tensor:
-        source = torch.full((self.batch_size,), -1)
-        return source.index_copy_(0, received, torch.arange(len(received)))
 
     def _flat(self, results: Tensor, received: Sequence[int]) -> Tensor:
         if results.shape[:2] != (len(received), self.num_groups) or not len(received):

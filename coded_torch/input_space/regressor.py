@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import ops
 from .._arguments import dense
+from .._extension import split_rows
 from .._torch import differentiated, exactly, outside, plain, to_device
 from ..linear import product
 from .error_bounds import Bounds, bounds
@@ -58,17 +58,14 @@ class Regressor:
         source: Tensor | None = None,
         compared: int = _COMPARED,
     ) -> None:
-        rows = distances.rows.numpy()  # NumPy takes a fraction of torch's time for few numbers
-        own = rows if source is None else source.numpy()[rows]
-        near = (has := own >= 0) & ~distances.far.numpy()
-        known, missing = np.flatnonzero(near if near.any() else has), np.flatnonzero(~has)
-        used = own[known]
-        if not len(known) and source is not None:
-            used = evenly(source[source >= 0], MOST_ROWS).numpy()
-        each = map(torch.from_numpy, (known, missing, rows[missing], used))
+        source = distances.rows if source is None else source
+        given = (x.numpy() for x in (source, distances.rows, distances.far))
+        each = map(torch.from_numpy, split_rows(*given))
         self.known, self._missing, self.missing, self._used = each
+        if not len(self.known):
+            self._used = evenly(source[source >= 0], MOST_ROWS)
         self._distances, self._length = distances, length
-        self._compared = max(compared, len(known) // 8)
+        self._compared = max(compared, len(self.known) // 8)
         self._processes: dict[tuple[str | Features, float], GaussianProcess] = {}
         self._last: tuple[str | Features, float] | None = None  # metric and length
         self._fits: list[tuple[Tensor, Any, Chosen]] = []  # the last eight, of residuals too

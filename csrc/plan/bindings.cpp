@@ -143,17 +143,69 @@ static py::array_t<int64_t> short_path(const py::array_t<T, py::array::c_style>&
   return order;
 }
 
-// The points of N workers, groups of inputs with their copies, [G, N]: rows [G, K], of which the
-// last group's may be fewer, `size` in all, and errors [B]. Each copy goes where it lowers the
-// expected squared error most, the probability that all copies are missing, times the error. It is
-// convex in the copies, so greedy is best.
-static py::array_t<int64_t> with_copies(
-    const py::array_t<int64_t, py::array::c_style | py::array::forcecast>& rows,
-    const Array& errors, int64_t size, int64_t num_workers, int64_t num_stragglers) {
-  if (rows.ndim() != 2 || num_workers < rows.shape(1) || errors.size() < size) {
-    throw py::value_error("with_copies: rows must be [G, K] for N >= K workers, errors [B]");
+using Indices = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+
+// Of each of `size` rows, its first result, by place, or -1: the received workers' results are side
+// by side, and worker n has computed rows[n], [N, G].
+static py::array_t<int64_t> first_results(const Indices& rows, const Indices& received,
+                                          int64_t size) {
+  if (rows.ndim() != 2) throw py::value_error("first_results: rows must be [N, G]");
+  const int64_t groups = rows.shape(1);
+  py::array_t<int64_t> source(size);
+  int64_t* to = source.mutable_data();
+  std::fill_n(to, size, int64_t{-1});
+  for (int64_t i = 0; i < received.size(); ++i) {
+    const int64_t worker = received.data()[i];
+    if (worker < 0 || worker >= rows.shape(0)) {
+      throw py::index_error("received must lie in 0.." + std::to_string(rows.shape(0) - 1) +
+                            ", got " + std::to_string(worker));
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+      int64_t& own = to[rows.data()[worker * groups + g]];
+      if (own < 0) own = i * groups + g;
+    }
   }
-  const int64_t groups = rows.shape(0), k = rows.shape(1), n = num_workers;
+  return source;
+}
+
+// Of rows [b] of a batch, given the place of each row's result, or -1, and which rows are far from
+// all others: the places in `rows` of rows that estimate others, unless all of these are far, and
+// of rows without a result; then the latter rows, and the results of the first.
+static py::tuple split_rows(const Indices& source, const Indices& rows,
+                            const py::array_t<bool, py::array::c_style>& far) {
+  if (far.size() != rows.size()) throw py::value_error("split_rows: rows and far must be [b]");
+  std::vector<int64_t> near, all, missing, missing_rows, used;
+  for (int64_t i = 0; i < rows.size(); ++i) {
+    const int64_t row = rows.data()[i];
+    if (row < 0 || row >= source.size())
+      throw py::index_error("split_rows: rows must be in 0..B-1");
+    if (source.data()[row] < 0) {
+      missing.push_back(i);
+      missing_rows.push_back(row);
+      continue;
+    }
+    all.push_back(i);
+    if (!far.data()[i]) near.push_back(i);
+  }
+  const std::vector<int64_t>& known = near.empty() ? all : near;
+  for (const int64_t i : known) used.push_back(source.data()[rows.data()[i]]);
+  const auto array = [](const std::vector<int64_t>& numbers) {
+    return py::array_t<int64_t>(static_cast<py::ssize_t>(numbers.size()), numbers.data());
+  };
+  return py::make_tuple(array(known), array(missing), array(missing_rows), array(used));
+}
+
+// The points of N workers, groups of K inputs with their copies, [G, N]: an order [B], which is cut
+// into groups, the last of which may have fewer inputs, and errors [B]. Each copy goes where it
+// lowers the expected squared error most, the probability that all copies are missing, times the
+// error. It is convex in the copies, so greedy is best.
+static py::array_t<int64_t> with_copies(const Indices& order, const Array& errors, int64_t num_data,
+                                        int64_t num_workers, int64_t num_stragglers) {
+  const int64_t size = order.size(), k = num_data, n = num_workers;
+  if (k < 1 || n < k || errors.size() != size) {
+    throw py::value_error("with_copies: order and errors must be [B], for N >= K workers");
+  }
+  const int64_t groups = (size + k - 1) / k;
   // By each further copy, the probability falls that all are among the S lost of N workers.
   std::vector<double> gain(n);
   double lost = 1;
@@ -169,7 +221,7 @@ static py::array_t<int64_t> with_copies(
   std::vector<int64_t> copies;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t own = std::min(k, size - g * k), spare = n - own;
-    const int64_t* from = rows.data() + g * k;
+    const int64_t* from = order.data() + g * k;
     scores.clear();
     for (int64_t c = 1; c <= spare; ++c) {  // between equals, the one with fewer copies
       for (int64_t i = 0; i < own; ++i) {
@@ -198,9 +250,13 @@ PYBIND11_MODULE(_plan, m) {
       py::arg("weights"),
       "Coefficients [1, 12 n + 4 N] in float64, the same in float32, and schedule [1, n + 1 + N]\n"
       "of a smoothing spline; ValueError for what SplineMap does not allow.");
-  m.def("with_copies", &with_copies, py::arg("rows"), py::arg("errors"), py::arg("size"),
+  m.def("first_results", &first_results, py::arg("rows"), py::arg("received"), py::arg("size"),
+        "First result [B] of each row, or -1: rows [N, G] of workers, some of which are received.");
+  m.def("split_rows", &split_rows, py::arg("source"), py::arg("rows"), py::arg("far"),
+        "Places of known and of missing rows, the missing rows, and the results of the known.");
+  m.def("with_copies", &with_copies, py::arg("order"), py::arg("errors"), py::arg("num_data"),
         py::arg("num_workers"), py::arg("num_stragglers"),
-        "Inputs [G, N] of N workers: rows [G, K], those with the largest errors [B] repeated.");
+        "Inputs [G, N] of N workers: an order [B], the inputs with the largest errors repeated.");
   const char* doc =
       "Order [B] of B points along a short open path: distances [B, B], float32 or float64,\n"
       "C-contiguous. How: csrc/math/short_path.h.";
