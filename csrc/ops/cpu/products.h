@@ -12,8 +12,29 @@
 
 namespace coded_torch {
 
+// A contiguous tensor of at most three dimensions. The dispatcher, which finds an operator by its
+// name in every call, would take as long as a small product.
 inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype);
+  std::array<int64_t, 3> strides{};
+  int64_t count = 1;
+  for (size_t dim = sizes.size(); dim-- > 0;) {
+    strides.at(dim) = count;
+    count *= std::max<int64_t>(sizes.begin()[dim], 1);
+  }
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
+      static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+// A view of a matrix.
+inline Tensor viewed(const Tensor& matrix, std::array<int64_t, 2> sizes,
+                     std::array<int64_t, 2> strides, int64_t first = 0) {
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+      matrix.get(), matrix.dim(), sizes.data(), strides.data(), first, &made));
+  return Tensor(made);
 }
 
 template <class T>
@@ -21,21 +42,22 @@ T* numbers(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// A matrix from some place of a dimension on. A view of the whole costs as much as a small product.
-inline Tensor narrowed(const Tensor& matrix, int64_t dim, int64_t first, int64_t count) {
-  Tensor view = matrix;
-  return count == matrix.size(dim) ? view : torch::stable::narrow(view, dim, first, count);
-}
-
 inline Tensor rows_of(const Tensor& matrix, int64_t first, int64_t count) {
-  return narrowed(matrix, 0, first, count);
+  if (count == matrix.size(0)) return matrix;
+  if (matrix.dim() == 1) return viewed(matrix, {count, 1}, {1, 1}, first);
+  const int64_t stride = matrix.stride(0);
+  return viewed(matrix, {count, matrix.size(1)}, {stride, matrix.stride(1)}, first * stride);
 }
 
 inline Tensor columns_of(const Tensor& matrix, int64_t first, int64_t count) {
-  return narrowed(matrix, 1, first, count);
+  if (count == matrix.size(1)) return matrix;
+  const int64_t stride = matrix.stride(1);
+  return viewed(matrix, {matrix.size(0), count}, {matrix.stride(0), stride}, first * stride);
 }
 
-inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+inline Tensor transposed(const Tensor& matrix) {
+  return viewed(matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)});
+}
 
 template <size_t kArguments>
 void call_torch(const char* op, const char* overload, std::array<StableIValue, kArguments> stack,
@@ -124,7 +146,7 @@ inline Tensor inner_products(const Tensor& rows) {
 // not positive.
 inline bool factorise(const Tensor& matrix) {
   using torch::stable::detail::from;
-  const Tensor failed = torch::stable::empty({}, ScalarType::Int);
+  const Tensor failed = new_tensor({}, ScalarType::Int);
   const Tensor out = transposed(matrix);
   for_blocks(1, 1, [&](int64_t, int64_t) {
     call_torch<5>("aten::linalg_cholesky_ex", "L",
