@@ -37,11 +37,11 @@ FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
-    "beside the folders": 2266,
+    "beside the folders": 2267,
     "cli": 1452,
-    "codes": 1009,
+    "codes": 999,
     "experiments": 1726,
-    "input_space": 1312,
+    "input_space": 1306,
     "nn": 2379,
     "open_inference": 806,
     "scheduling": 768,
@@ -50,7 +50,7 @@ LINES = {
     "verification": 889,
     "workers": 3416,
 }
-MOST_LINES = 17_923  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_908  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

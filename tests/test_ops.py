@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
-from coded_torch._plan import spline_plan
+from coded_torch._plan import first_results, spline_plan, split_rows, with_copies
 from torch.autograd import gradcheck, gradgradcheck
 
 from coded_torch import ops
@@ -291,3 +291,16 @@ def test_only_splines_run_on_cuda(name, is_there):
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     assert has(f"coded_torch::{name}", "CPU")
     assert has(f"coded_torch::{name}", "CUDA") == is_there
+
+
+def test_planners_of_rows_refuse_what_would_be_read_out_of_bounds():
+    rows, errors, one = np.arange(6).reshape(3, 2), np.ones(6), np.zeros(1, dtype=bool)
+    for call, args, error, message in (
+        (first_results, (rows, (0, 3), 6), IndexError, r"received must lie in 0\.\.2, got 3"),
+        (first_results, (rows[0], (0,), 6), ValueError, r"rows must be \[N, G\]"),
+        (split_rows, (rows[0], rows[1, 1:], one), IndexError, r"rows must be in 0\.\.B-1"),
+        (split_rows, (rows[0], rows[0], one), ValueError, r"rows and far must be \[b\]"),
+        (with_copies, (rows[0], errors, 2, 3, 1), ValueError, r"order and errors must be \[B\]"),
+    ):
+        with pytest.raises(error, match=message):
+            call(*args)
