@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -243,9 +244,8 @@ class Report:
     @outside()
     def note_source(self, source: Tensor, later: Sequence[bool], unit_rows: int = 1) -> None:
         """Note the result of each answer, ``[B]``, -1 if estimated, and which a later part gave."""
-        kinds = bytearray([*later, 2])  # at -1, estimates
-        self.estimated = source < 0
-        self.source = torch.frombuffer(kinds, dtype=torch.uint8)[source // unit_rows]
+        self.estimated, kinds = source < 0, np.array([*later, 2], np.uint8)  # at -1, estimates
+        self.source = torch.from_numpy(kinds[source.numpy() // unit_rows])
 
     @outside()
     def note_bounds(
