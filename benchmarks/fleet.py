@@ -1,9 +1,9 @@
 """Latency of a fleet of servers, by client: ``python -m benchmarks fleet``.
 
 Six servers of the Open Inference Protocol (``fleet_server.py``) are asked by httpx as it is, with
-the hedges of hedge-python 0.3.0, with retries of tenacity, and by ``EndpointWorkers``. Requests
-arrive on their own; a request is one part, or four that go to servers side by side. Every row is
-compared with what the model computes.
+the hedges of hedge-python 0.3.0, with retries of tenacity, and by ``EndpointWorkers``; six replicas in
+Ray Serve are asked by httpx. Requests arrive on their own; a request is one part, or four that go
+to servers side by side. Every row is compared with what the model computes.
 
 - workloads: the one that hedge-python publishes, and one with longer delays. Hedges of ours may
   take as much work as those of hedge-python took.
@@ -35,6 +35,7 @@ from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.surrogates import Memory
 from coded_torch.workers import EndpointWorkers, RemoteModule
 
+from .fleet_ray import RayFleet
 from .fleet_server import FAULTS, FEATURES, NAME, perceptron
 from .runs import Measurement
 from .timing import measure
@@ -51,7 +52,13 @@ ROWS = 16  # rows of a part
 DEADLINE = 0.015  # seconds: three times the mean of a request without stragglers
 UNDER_FAULTS = 0.1  # the deadline under faults, seconds
 OFF = 1e-4  # of an exact answer at most: float32 rounding
+PEERS = ("no hedge", "hedge-python", "tenacity")
+OURS = {
+    "ours, computed": Waiting(estimate=False),
+    "ours, deadline": Waiting(deadline=UNDER_FAULTS),
+}
 Delays = tuple[float, float, float, float]
+CALM = (0.005, 0.0, 1.0, 0.0)
 #: The delays of ``fleet_server.py``, the parts of a request, and requests per second.
 CASES: dict[str, tuple[Delays, int, float]] = {
     "5 % ten times slower, one part": ((0.005, 0.05, 10.0, 0.0), 1, 100.0),
@@ -152,7 +159,7 @@ def outcome(batches: Sequence[Tensor], replies: Sequence[Reply]) -> dict[str, An
 
 
 def driven(
-    fleet: Fleet,
+    fleet: Fleet | RayFleet,
     client: Any,
     parts: int,
     rate: float,
@@ -187,10 +194,13 @@ def workload(name: str, seconds: float) -> dict[str, Any]:
     delays, parts, rate = CASES[name]
     with Fleet(delays) as fleet:
         send = functools.partial(driven, fleet, parts=parts, rate=rate, count=int(rate * seconds))
-        found = {kind: send(kind) for kind in ("no hedge", "hedge-python", "tenacity")}
+        found = {kind: send(kind) for kind in PEERS}
         budget = found["hedge-python"]["work"] - 1
         found["ours, computed"] = send(Waiting(estimate=False, hedge_budget=budget))
         found["ours, deadline"] = send(Waiting(deadline=DEADLINE, hedge_budget=budget))
+    if seconds > 1:  # not where it is only tried
+        with RayFleet(delays) as fleet:
+            found["Ray Serve"] = driven(fleet, "no hedge", parts, rate, int(rate * seconds))
     bars = {
         f"{client}, {at}": [found[client][at], round(share * found["hedge-python"][at], 3)]
         for client, at, share in (
@@ -205,10 +215,15 @@ def workload(name: str, seconds: float) -> dict[str, Any]:
 def faults(some: Sequence[str], client: str, count: int, rate: float) -> dict[str, Any]:
     """Return how a client does while servers fail, each in its way."""
     options = {"verify": 0.02} if "wrong" in some else {}
-    with Fleet((0.005, 0.0, 1.0, 0.0)) as fleet, contextlib.ExitStack() as stack:
-        for fault in some:
-            stack.enter_context(fleet.failing(fault))
-        policy = Waiting(deadline=UNDER_FAULTS) if client == "ours" else client
+    policy: Any = OURS.get(client, client.removeprefix("Ray Serve, "))
+    with contextlib.ExitStack() as stack:
+        if client.startswith("Ray Serve"):
+            fleet = stack.enter_context(RayFleet(CALM))
+            stack.enter_context(fleet.failing())
+        else:
+            fleet = stack.enter_context(Fleet(CALM))
+            for fault in some:
+                stack.enter_context(fleet.failing(fault))
         found = driven(fleet, policy, 4, rate, count, **options)
     bars = {"lost": 0, "wrong": 0, "p99.9": 1e3 * UNDER_FAULTS + 10}
     return {**found, "bars": {key: [found[key], x] for key, x in bars.items()}}
@@ -217,7 +232,7 @@ def faults(some: Sequence[str], client: str, count: int, rate: float) -> dict[st
 def hostile(seed: int, count: int, rate: float) -> dict[str, Any]:
     """Return how exact calls do on a calm fleet, and while all servers but one fail."""
     exact, options = Waiting(estimate=False), {"parts": 4, "rate": rate, "count": count}
-    with Fleet((0.005, 0.0, 1.0, 0.0), ("http",) * 6) as fleet:
+    with Fleet(CALM, ("http",) * 6) as fleet:
         calm = driven(fleet, exact, **options, seed=seed)
         with contextlib.ExitStack() as stack:
             for place, fault in enumerate(HOSTILE):
@@ -244,8 +259,10 @@ def measurements(quick: bool) -> Iterator[Measurement]:
     for name in list(CASES)[:1] if quick else CASES:
         yield ("workloads", name), functools.partial(workload, name, seconds)
     several = ("hung", "corrupted", "killed")
-    for client, many in {"hedge-python": count, "tenacity": count, "ours": 10 * count}.items():
-        run = functools.partial(faults, several, client, count if quick else many, rate)
+    everyone = (*PEERS, *OURS, "Ray Serve, no hedge", "Ray Serve, tenacity")
+    for client in everyone[1::3] if quick else everyone:
+        many = 10 * count if client in OURS and not quick else count
+        run = functools.partial(faults, several, client, many, rate)
         yield ("faults", ", ".join(several), client), run
     for seed in range(1 if quick else SEEDS):
         yield (
@@ -253,7 +270,8 @@ def measurements(quick: bool) -> Iterator[Measurement]:
             functools.partial(hostile, seed, count if quick else 10_000, rate),
         )
     for fault in () if quick else ("killed", "hung", *FAULTS):
-        yield ("faults", fault, "ours"), functools.partial(faults, [fault], "ours", count, rate)
+        run = functools.partial(faults, [fault], "ours, deadline", count, rate)
+        yield ("faults", fault, "ours, deadline"), run
 
 
 def settings(quick: bool) -> dict[str, Any]:

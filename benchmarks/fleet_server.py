@@ -70,6 +70,18 @@ def answer(path: str, length: str, body: bytes, fault: str = "") -> tuple[bytes,
     return json.dumps(message).encode(), data
 
 
+def corrupted(whole: bytes, head: bytes) -> bytes:
+    """Return an answer that no client may believe, in one of five ways."""
+    ways = (
+        whole[:-4] + np.float32(np.nan).tobytes(),
+        whole.replace(b"FP32", b"FP64"),
+        whole.replace(b'"shape": [', b'"shape": [9'),
+        whole.replace(head, random.randbytes(len(head))),
+        random.randbytes(len(whole)),
+    )
+    return random.choice(ways)
+
+
 def asgi(draw: Callable[[], float]) -> Callable[..., Any]:
     """Return an application of ASGI."""
 
@@ -140,14 +152,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(whole[: len(whole) // 2])
             self.connection.shutdown(socket.SHUT_WR)
         else:
-            corrupted = (
-                whole[:-4] + np.float32(np.nan).tobytes(),
-                whole.replace(b"FP32", b"FP64"),
-                whole.replace(b'"shape": [', b'"shape": [9'),
-                whole.replace(head, random.randbytes(len(head))),
-                random.randbytes(len(whole)),
-            )
-            self.wfile.write(random.choice(corrupted))
+            self.wfile.write(corrupted(whole, head))
             self.close_connection = True
 
     do_GET = do_POST  # noqa: N815
