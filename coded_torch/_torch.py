@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import functools
 import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
-from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -26,16 +22,6 @@ from ._arguments import arguments, bound
 
 _T = TypeVar("_T")
 _LEAF = pytree.tree_structure(0)
-Fingerprint = tuple[list[Tensor], tuple[Any, ...]]
-# The fingerprints that are known in a block of `unchanged`, by the id of a module.
-_KNOWN: ContextVar[dict[int, tuple[nn.Module, Fingerprint]] | None] = ContextVar(
-    "_KNOWN", default=None
-)
-_INTERNAL = frozenset(vars(nn.Module()))  # attributes that every module has
-# The types of attributes that are compared by value, as are tuples and lists of them.
-_PLAIN = {type(None), bool, int, float, complex, str, bytes, BuiltinFunctionType}
-_PLAIN |= {torch.dtype, torch.device, torch.memory_format}
-_MOST = 100  # elements of a tuple or list that are compared: 10 us; a bound, not tuned
 # The share of the largest output by which rounding may differ between batches of different sizes.
 # With bfloat16, transformers of 12 random layers stay below a third of it.
 _MOST_ROUNDING = 0.1
@@ -197,58 +183,6 @@ def device_of(module: Any) -> torch.device | None:
     return next((tensor.device for tensor in tensors), None)
 
 
-@contextlib.contextmanager
-def unchanged() -> Iterator[None]:
-    """Take modules as unchanged in a block, so that :func:`fingerprint` walks each one once."""
-    token = _KNOWN.set({})
-    try:
-        yield
-    finally:
-        _KNOWN.reset(token)
-
-
-def fingerprint(module: nn.Module) -> Fingerprint:
-    """Return the module's tensors, and a key that differs once the module has changed.
-
-    Keep the tensors beside the key. If they are freed, their memory may hold other weights.
-    """
-    known = _KNOWN.get()
-    if known is not None and id(module) in known:
-        return known[id(module)][1]
-    kept: list[Tensor] = []
-    look, looks = functools.partial(_look, kept), list[Any]()
-    with outside():
-        for part in module.modules():
-            looks += (type(part), part.training, *map(look, part._parameters.values()))
-            looks += map(look, part._buffers.values())
-            attributes = part.__dict__.items()
-            looks += [(name, look(value)) for name, value in attributes if name not in _INTERNAL]
-    found = kept, tuple(looks)
-    if known is not None:
-        known[id(module)] = module, found
-    return found
-
-
-def _look(kept: list[Tensor], value: Any) -> Any:
-    """Return an attribute as it is compared, mostly its type only; add tensors to ``kept``."""
-    if type(value) in _PLAIN:
-        return type(value), value
-    if isinstance(value, Tensor):
-        value = torch.func.debug_unwrap(value)  # a transform's tensor has no memory
-        version = 0 if value.is_inference() else value._version
-        strided = value.layout is torch.strided
-        value = value.detach() if strided else value  # follows no later assignment to data
-        kept.append(value)
-        if not strided:
-            return id(value), version
-        return value.data_ptr(), version, value.shape, value.stride()
-    if isinstance(value, tuple | list):
-        return type(value), len(value), *[_look(kept, each) for each in value[:_MOST]]
-    if isinstance(value, FunctionType | enum.Enum | np.generic):
-        return type(value), getattr(value, "__code__", value)
-    return type(value)
-
-
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
     """Return the leaves and structure of a tree, of a single tensor at once."""
     return ([tree], _LEAF) if isinstance(tree, Tensor) else pytree.tree_flatten(tree)
@@ -325,10 +259,10 @@ def sample(batch: Any) -> inspect.BoundArguments:
 
 def dependent_output(
     leaves: Sequence[Any], compute: Callable[[list[Any], list[tuple[int, ...]]], list[Any]]
-) -> tuple[str, float] | None:
-    """Return the name of an output that is another one if two rows are computed together.
+) -> str | None:
+    """Say which output is another one if two rows are computed together.
 
-    And how far it is off. Raises a RuntimeError if the inputs or the outputs do not tell.
+    Return None if none is. Raises a RuntimeError if the inputs or the outputs do not tell.
 
     Args:
         leaves: the inputs; of tensors with rows, two that differ are compared.
@@ -345,10 +279,21 @@ def dependent_output(
     scale = max(sizes, default=1.0)
     inputs = [x[rows * 2, None] if has_rows(x) else x for x in leaves]
     trees, found = compute(inputs, [(0,), (1,), (0, 1)]), dict[int, tuple[Any, ...]]()
-    for i, each in enumerate(zip(*[flatten(tree)[0] for tree in trees], strict=False)):
-        if all(map(has_rows, each)) and [*map(len, each)] == [1, 1, 2]:
+    name = functools.partial(leaf_name, "output", trees[0])
+    forms = [flatten(tree) for tree in trees]
+    if forms[0][1] != forms[2][1]:
+        return f"the form of the output depends on the number of rows: {forms[0][1]}, {forms[2][1]}"
+    for i, each in enumerate(zip(*[leaves for leaves, _ in forms], strict=True)):
+        one, _, two = each
+        by_rows = all(map(has_rows, each)) and [*map(len, each)] == [1, 1, 2]
+        if by_rows:
+            one, two = tuple(one.shape[1:]), tuple(two.shape[1:])
+        if (by_rows or isinstance(one, bool | int | float | str)) and one != two:
+            what = f"{'the shape of a row of ' * by_rows}{name(i)}"
+            return f"{what} depends on the number of rows: {one} for one, {two} for two"
+        if by_rows:
             first, second, both = map(_real, each)
-            if both.numel() and first.shape == second.shape == both[:1].shape:
+            if both.numel() and first.shape == second.shape:
                 is_rounded = each[0].is_floating_point() or each[0].is_complex()
                 eps = torch.finfo(each[0].dtype).eps if is_rounded else 0.0
                 found[i] = both, torch.cat([first, second]), eps
@@ -366,8 +311,11 @@ def dependent_output(
         if chance > limit:
             raise RuntimeError("the outputs differ from call to call")
         rounding, effect = rounding * bool(eps), (both - twin).abs()
+        if not eps:  # equal rows at two places of a batch, as integers tell by no rounding
+            effect = torch.maximum(effect, (twin - torch.cat([first[1:], second[:1]])).abs())
         if rounding > limit or (effect > 4 * (chance + rounding + eps * twin.abs())).any():
-            return leaf_name("output", trees[0], i), float((both - alone).abs().max())
+            off = float((both - alone).abs().max())
+            return f"{name(i)} of a row depends on the other rows of its batch, by {off:.2g}"
     return None
 
 

@@ -12,7 +12,8 @@ from torch._compile import _disable_dynamo
 
 from .. import tracing
 from .._arguments import count, instance, real, shown, warn
-from .._torch import on_host, unchanged
+from .._changes import unchanged
+from .._torch import on_host
 from ..codes.base import Code
 from ..input_space.regression import Regression
 from ..scheduling.latency_history import BLOCKS, History

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from torch import Tensor, nn
 
 from .._arguments import bound, instance, sparing_logger
+from .._changes import version_of
 from .._torch import sample
 from ..nn import CodedWrapper
 from ..open_inference.description import specs
@@ -135,7 +136,7 @@ def _forget(pool: Any, module: nn.Module) -> None:
 
 def _states(weights: Iterable[Tensor]) -> list[tuple[int, int]]:
     """Return what changes if weights are replaced, or changed in place."""
-    return [(id(x), 0 if x.is_inference() else x._version) for x in weights]
+    return [(id(x), version_of(x)) for x in weights]
 
 
 def _is_loopback(host: str) -> bool:

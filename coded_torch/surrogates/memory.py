@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import count, sparing_logger
-from .._torch import exactly, fingerprint
+from .._changes import fingerprint
+from .._torch import exactly
 from ..input_space import metrics
 from ..input_space.error_bounds import GROWTH
 from ..input_space.gaussian_process import NUGGET, GaussianProcess, evenly, matern52

@@ -274,8 +274,7 @@ class Workers(abc.ABC):
             logger.warning(what, type(self).__name__, str(error).partition("\n")[0])
             return
         if found:
-            what = f"{found[0]} of a row depends on the other rows of its batch, by {found[1]:.2g}"
-            warn(f"{type(self).__name__}: {what}; parts get other answers than the batch")
+            warn(f"{type(self).__name__}: {found}; parts get other answers than the batch")
 
     def start_on(self, module: nn.Module, batch: Any) -> None:
         """Have every worker that starts run a module on two different rows of a batch.

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .._arguments import find_devices, positive
+from .._changes import version_of
 from .._torch import read_here
 from ..table import Failure, Part, Reply
 from .base import Request, Task
@@ -185,7 +186,7 @@ class _Replica(Worker):
             return tensor
         if tensor.is_inference() or (tensor.requires_grad and torch.is_grad_enabled()):
             return tensor.to(self.device)
-        version = (tensor._version, tensor.data_ptr())
+        version = (version_of(tensor), tensor.data_ptr())
         copy: Tensor
         before, then, copy = self.copies.get(tensor, (None, 0, tensor))
         if before != version or then != copy._version:

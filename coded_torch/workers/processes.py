@@ -56,10 +56,11 @@ class ProcessWorkers(SupervisedWorkers):
     shows none. An endless loop does: it ends after ``timeout``, or after ``grace`` if no call waits
     for the part any more.
 
-    The module is sent to each process once, and again when a parameter or buffer was replaced or
-    changed in place, or ``train`` or ``eval`` was called. All processes share one copy of its
-    weights. Call :meth:`forget` after other changes: of attributes, through ``.data``, or of
-    tensors made in inference mode. Changes that a call makes to the module stay in its process.
+    The module is sent to each process once, and again when its weights, submodules, hooks or other
+    attributes have been replaced or changed in place. All processes share one copy of its weights.
+    Call :meth:`forget` after changes that cannot be seen: through ``.data`` or NumPy, in inference
+    mode, or within an object that the module holds, other than a tensor, list, tuple or dict.
+    Changes that a call makes to the module stay in its process.
 
     Each process draws its own random numbers, from torch, NumPy and :mod:`random`. The seed depends
     on :func:`torch.initial_seed` and the number of workers started before. A generator that the

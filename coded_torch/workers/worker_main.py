@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .._torch import fingerprint
+from .._changes import fingerprint
 from . import shared_memory
 from .faults import compute, kill_own_process
 from .live import Ambient

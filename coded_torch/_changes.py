@@ -1,0 +1,132 @@
+"""Whether a module has changed, so that copies of it are made anew."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+import itertools
+import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
+from types import BuiltinFunctionType, MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ._torch import outside
+
+Fingerprint = tuple[list[Any], tuple[Any, ...]]
+# The fingerprints that are known in a block of `unchanged`, by the id of a module.
+_KNOWN: ContextVar[dict[int, tuple[nn.Module, Fingerprint]] | None] = ContextVar(
+    "_KNOWN", default=None
+)
+_INTERNAL = frozenset(vars(nn.Module()))  # attributes that every module has
+# The types of attributes that are compared by value, as are tuples and lists of them.
+_PLAIN = {type(None), bool, int, float, complex, str, bytes, BuiltinFunctionType}
+_PLAIN |= {torch.dtype, torch.device, torch.memory_format}
+_MOST = 100  # elements of a collection that are compared: 10 us; a bound, not tuned
+# Other attributes are compared by identity: by id, a weak reference and a number that is not used
+# again. A fingerprint that held them would keep alive the modules to which they lead.
+_NUMBERS, _OBJECTS = itertools.count(), dict[int, tuple[weakref.ref[Any], int]]()
+
+
+@contextlib.contextmanager
+def unchanged() -> Iterator[None]:
+    """Take modules as unchanged in a block, so that :func:`fingerprint` walks each one once."""
+    token = _KNOWN.set({})
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
+
+
+def fingerprint(module: nn.Module) -> Fingerprint:
+    """Return the module's tensors, and a key that differs once the module has changed.
+
+    Keep what comes with the key. If it is freed, its memory may hold other weights.
+    """
+    known = _KNOWN.get()
+    if known is not None and id(module) in known:
+        return known[id(module)][1]
+    kept: list[Any] = []
+    look, looks = functools.partial(_look, kept), list[Any]()
+    with outside():
+        for part in module.modules():
+            looks += (type(part), part.training, *map(look, part._parameters.values()))
+            looks += map(look, part._buffers.values())
+            looks += (look(hooks) for hooks in _hooks(part) if hooks)
+            attributes = part.__dict__.items()
+            looks += [(name, look(value)) for name, value in attributes if name not in _INTERNAL]
+    found = kept, tuple(looks)
+    if known is not None:
+        known[id(module)] = module, found
+    return found
+
+
+def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return module._forward_pre_hooks, module._forward_hooks
+
+
+def _look(kept: list[Any], value: Any) -> Any:
+    """Return an attribute as it is compared; add to ``kept`` what must outlive that."""
+    if type(value) in _PLAIN:
+        return type(value), value
+    if isinstance(value, Tensor):
+        value = torch.func.debug_unwrap(value)  # a transform's tensor has no memory
+        strided = value.layout is torch.strided
+        value = value.detach() if strided else value  # follows no later assignment to data
+        kept.append(value)
+        if not strided:
+            return id(value), version_of(value)
+        return value.data_ptr(), version_of(value), value.shape, value.stride()
+    if isinstance(value, tuple | list):
+        return type(value), len(value), *[_look(kept, each) for each in value[:_MOST]]
+    if isinstance(value, dict):
+        items = itertools.islice(value.items(), _MOST)
+        return type(value), len(value), *[_look(kept, each) for pair in items for each in pair]
+    if isinstance(value, enum.Enum | np.generic):
+        return type(value), value
+    try:
+        return _number_of(value)
+    except TypeError:  # no weak reference to it can be made
+        kept.append(value)
+        return type(value), id(value)
+
+
+def _number_of(value: Any) -> int:
+    """Return a number of an object that no other object has had; a TypeError for some types."""
+    if isinstance(value, MethodType):  # a new object each time that it is taken
+        return _number_of(value.__func__)
+    found, number = _OBJECTS.get(id(value), (None, 0))
+    if found is None or found() is not value:
+        number = next(_NUMBERS)
+        own = weakref.ref(value, functools.partial(_free, id(value)))
+        _OBJECTS[id(value)] = own, number
+    return number
+
+
+def _free(place: int, reference: weakref.ref[Any]) -> None:
+    if _OBJECTS.get(place, (None,))[0] is reference:
+        del _OBJECTS[place]
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place, also by optimizers; 0 in inference mode."""
+    _count_steps()
+    return 0 if tensor.is_inference() else tensor._version
+
+
+@functools.cache
+def _count_steps() -> None:
+    """Count the steps of all optimizers as changes: fused ones do not."""
+
+    def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        weights = [x for group in optimizer.param_groups for x in group["params"]]
+        increment_version([x for x in weights if not x.is_inference()])
+
+    register_optimizer_step_post_hook(count)
