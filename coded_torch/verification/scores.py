@@ -27,6 +27,8 @@ logger = sparing_logger("coded_torch.nn")
 # Results of one row in batches of other sizes differ by 2.5e-6 of the outputs' spread in float32,
 # and by some .01 in half precision (measured once; no benchmark keeps it). TF32 is learnt.
 _EXACT, _LOOSE = 1e-3, 0.03
+# An output's spread is at least so much of that of its whole tensor. Not tuned.
+_LEAST_SPREAD = 1e-4
 _SAMPLE = 64  # rows from which the spread of outputs is taken
 _QUARTILE = 1.15  # standard deviations, within which three quarters of normal numbers lie
 # Rows of one regression, at most and at least. A fit of 240 takes 5 ms while workers compute, and
@@ -189,7 +191,7 @@ class Results:
         self._leaves: dict[Part, list[Tensor]] = {}  # [rows, ...] each
         self._scored: dict[Part, Tensor] = {}  # the outputs that are scored
         self._differences: dict[tuple[Part, Part], dict[int, float]] = {}
-        self._spreads = dict[tuple[torch.Size, ...], list[float]]()
+        self._spreads = dict[tuple[torch.Size, ...], list[tuple[Tensor, Tensor]]]()
         self._learnt: Sequence[Sequence[float]] = ()  # the scores of rows, and of parts
         self._odd = set[int]()
         self._fit: Fit | None = None
@@ -233,27 +235,18 @@ class Results:
     def _form(self, part: Part) -> tuple[torch.Size, ...]:
         return tuple(leaf.shape[1:] for leaf in self._leaves[part])
 
-    def _spread(self, form: tuple[torch.Size, ...]) -> list[float]:
-        """Return the spread of every leaf of a form: robust, as less than a quarter may be wrong.
+    def _spread(self, form: tuple[torch.Size, ...]) -> list[tuple[Tensor, Tensor]]:
+        """Return the medians and the spreads of each leaf's outputs.
 
-        It is found once all parts have answered, as the first ones may be of one wrong worker.
+        They are robust, as less than a quarter may be wrong, and are found once all parts have
+        answered, as the first ones may be of one wrong worker.
         """
-        if form in self._spreads:
-            return self._spreads[form]
-        spreads = self._spreads[form] = list[float]()
-        alike = [self._leaves[part] for part in self._places if self._form(part) == form]
-        step = -(-sum(map(len, self._places.values())) // _SAMPLE)
-        for leaves in zip(*alike, strict=True):
-            some = _flat_rows(_together([leaf[::step] for leaf in leaves]))
-            if some.dtype is torch.float64:  # float32 may lose their spread
-                some = some - some.median(0).values
-            values = _columns([some])
-            away = (values - values.median(0).values).abs_().nan_to_num_(nan=math.inf).flatten()
-            spread = float(away.kthvalue(1 + len(away) * 3 // 4).values) if len(away) else 0.0
-            if not 0 < spread < math.inf:
-                spread = max(away[away.isfinite()].tolist(), default=0.0)
-            spreads.append(spread / _QUARTILE or 1.0)
-        return spreads
+        if form not in self._spreads:
+            alike = [self._leaves[part] for part in self._places if self._form(part) == form]
+            step = -(-sum(map(len, self._places.values())) // _SAMPLE)
+            leaves = (_together([x[::step] for x in each]) for each in zip(*alike, strict=True))
+            self._spreads[form] = [*map(_spreads, leaves)]
+        return self._spreads[form]
 
     def odd(self, answers: Mapping[int, Part]) -> set[int]:
         """Return the rows that look so odd that they should be computed again."""
@@ -321,13 +314,35 @@ def _scoring() -> Iterator[None]:
         logger.warning("CodedWrapper: results are not scored, as scoring raised", exc_info=error)
 
 
-def _apart(a: Tensor, b: Tensor, spread: float) -> Tensor:
-    """Return by how much the rows of two results differ, on the host."""
+def _spreads(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the median and the spread of every output, ``[C]`` of ``[n, ...]``."""
+    values = _flat_rows(rows)
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    if not values.numel():
+        return values.sum(0), values.sum(0)
+    medians = values.median(0).values
+    away = (values - medians).abs_().nan_to_num_(nan=math.inf)
+    each, whole = (x.kthvalue(1 + len(x) * 3 // 4, 0).values for x in (away, away.flatten()))
+    if not 0 < whole < math.inf:
+        whole = away.where(away.isfinite(), 0.0).amax()
+    each = each.where(each.isfinite(), whole).clamp(min=_LEAST_SPREAD * whole) / _QUARTILE
+    return medians, each.where(each > 0, 1.0)
+
+
+def _apart(a: Tensor, b: Tensor, usual: tuple[Tensor, Tensor]) -> Tensor:
+    """Return by how much the rows of two results differ, in spreads of an output, on the host."""
     if not (a.is_floating_point() and a.numel()):
         return torch.where(_flat_rows(a == b).all(1), 0.0, math.inf).cpu()
-    wide = torch.promote_types(a.dtype, torch.float32)
-    apart = _flat_rows((a.to(wide) - b.to(wide)).abs_()).div_(spread).float()
+    kind = torch.finfo(a.dtype)
+    rounded = 4 * kind.eps / (_LOOSE if a.dtype.itemsize == 2 else _EXACT)
+    a, b = (_flat_rows(x.to(torch.promote_types(x.dtype, torch.float32))) for x in (a, b))
+    medians, spreads = usual
+    # A spread grows by a hundredth of an unusual value, such as a large one of a probability that
+    # is mostly small, and so that four roundings of any value are within the tolerance. Not tuned.
+    unusual, most = (torch.maximum((a - x).abs_(), (b - x).abs_()) for x in (medians, 0.0))
+    scales = most.clamp_(kind.smallest_normal).mul_(rounded).add_(unusual, alpha=0.01).add_(spreads)
+    apart = (a - b).abs_().div_(scales).float()
     if not bool(apart.isfinite().all()):
-        alike = _flat_rows((a == b) | (a.isnan() & b.isnan()))
+        alike = (a == b) | (a.isnan() & b.isnan())
         apart = apart.nan_to_num_(nan=math.inf).masked_fill_(alike, 0.0)
     return apart.amax(1).cpu()

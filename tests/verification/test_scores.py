@@ -153,7 +153,31 @@ class TestDifferences:
 
     def test_a_huge_wrong_result_does_not_widen_the_spread(self):
         _, by = self.of(torch.tensor([[0.0], [1.0]]), torch.tensor([[1e30], [0.0]]))
-        assert by[5] > 1e29
+        assert by[5] > 50  # a hundredth of its own size is added to the spread
+
+    def test_each_output_has_a_spread_of_its_own(self):
+        found = Results(Scores())
+        base = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+        base = torch.stack([1e5 * base[:, 0], base[:, 1].sigmoid()], 1)
+        wrong = torch.stack([base[:, 0], 1 - base[:, 1]], 1)
+        parts = [part_of(i, range(8), rows) for i, rows in enumerate((base, base + 1e-7, wrong))]
+        for part in parts:
+            found.add(part)
+        rounded, changed = found.differences([(parts[0], parts[1]), (parts[0], parts[2])])
+        assert max(rounded.values()) < 1e-4
+        assert min(changed.values()) > 1e-3
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_a_large_probability_among_small_ones_is_rounded_as_such(self, dtype):
+        logits = torch.tensor([[7.0, 0.0, -8.0]]).repeat(8, 1)
+        logits += torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+        logits[5] = torch.tensor([0.0, 7.5, -8.0])
+        found, rows = Results(Scores()), logits.softmax(1).to(dtype)
+        above = torch.nextafter(rows, rows + 1)
+        parts = [part_of(i, range(8), x) for i, x in enumerate((rows, above))]
+        for part in parts:
+            found.add(part)
+        assert max(found.differences([(parts[0], parts[1])])[0].values()) < found.tolerance
 
     @pytest.mark.parametrize(
         ("a", "b", "difference"),
