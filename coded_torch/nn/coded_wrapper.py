@@ -77,8 +77,9 @@ class CodedWrapper(ModuleProxy):
             three workers; with two, disputes are only reported. Defaults to None, no checks.
         in_dims: as in :func:`torch.func.vmap`, for the positional arguments: a batch dimension, or
             "shared" or None for a value meant for the whole batch; or a pytree prefix of such. A
-            tensor under None whose first dimension has the batch size is refused: say "shared".
-            Tensors in keyword arguments are divided along dimension 0. Defaults to 0.
+            tensor under None whose first dimension has the batch size is refused, and so is any
+            list or range of that length: say "shared". Tuples are passed on whole. Tensors in
+            keyword arguments are divided along dimension 0. Defaults to 0.
         out_dims: the batch dimension of the outputs, in the same form; None passes on the result
             of the first part. Defaults to 0.
 

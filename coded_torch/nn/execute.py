@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -80,6 +81,7 @@ class Execution:
                     if part.outcome in (OPEN, DROPPED):
                         part.of = None
         report.num_groups = division.num_groups
+        report.notes += (*itertools.islice(self._raised_together(), 1),)
         if check is not None:
             report.note_verdict(check, division.batch_size)
         if table.reason == "deadline":
@@ -124,6 +126,17 @@ class Execution:
                         break  # no more replies are taken than can complete the call
             finally:  # the report has these events even if waiting raised
                 table.hear(events, until)
+
+    def _raised_together(self) -> Iterator[str]:
+        """Yield a note for each part that raised, and whose rows were all computed by smaller ones.
+
+        Memory may not have held them all; or the module depends on the number of rows.
+        """
+        for failed in self.checks.rejected if self._division.by_rows else ():
+            rows = self.table.parts[failed.part].units
+            by = {self.table.answered.get(row) for row in rows}
+            if failed.kind == "raised" and all(part and len(part.units) < len(rows) for part in by):
+                yield f"{_shown(rows)} raised together, and not in smaller parts: {failed}"
 
     def compare(
         self, known: Exchangeability, units: Sequence[int], oddness: Sequence[tuple[int, float]]

@@ -121,6 +121,17 @@ def test_a_part_that_is_asked_again_has_the_inputs_as_they_were():
     assert torch.equal(x, torch.ones(4, 3))
 
 
+def test_rows_that_raise_together_but_not_apart_are_noted():
+    scaled, x = Call(torch.mul), torch.ones(6, 6)
+    with DeviceWorkers(["cpu"] * 2) as pool, torch.no_grad():
+        coded = CodedWrapper(scaled, workers=pool, parts=2)
+        _, report = coded.run(x, torch.arange(6.0))  # is divided, as it has the batch size
+        _, usual = coded.run(x, torch.ones(6, 1))
+    assert re.match(r"rows \d, \d, \d raised together, and not in smaller", report.notes[0])
+    assert len(report.notes) == 1
+    assert not usual.notes
+
+
 # ------------------------------------------------------------------ rows
 
 

@@ -98,6 +98,9 @@ def test_tensors_that_are_not_plain_are_refused_in_one_line(kind, how):
         (r"args\[1\]", lambda: ((MASK,), {})),
         (r"args\[1\]", lambda: ((MASK.numpy(),), {})),
         (r"kwargs\['mask'\]", lambda: ((), {"mask": [1, 0, 1, 0]})),
+        (r"kwargs\['mask'\]", lambda: ((), {"mask": ["a", "b", None, "d"]})),
+        (r"args\[1\]", lambda: ((range(4),), {})),
+        (r"args\[1\]", lambda: (([*np.ones(4)],), {})),
         (r"args\[1\]\['a'\]\[1\]", lambda: (({"a": (None, [1, 0, 1, 0])},), {})),
     ],
 )
