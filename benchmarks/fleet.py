@@ -1,9 +1,9 @@
 """Latency of a fleet of servers, by client: ``python -m benchmarks fleet``.
 
 Six servers of the Open Inference Protocol (``fleet_server.py``) are asked by httpx as it is, with
-the hedges of hedge-python 0.3.0, with retries of tenacity, and by ``EndpointWorkers``; six replicas in
-Ray Serve are asked by httpx. Requests arrive on their own; a request is one part, or four that go
-to servers side by side. Every row is compared with what the model computes.
+the hedges of hedge-python 0.3.0, with retries of tenacity, and by ``EndpointWorkers``; six replicas
+in Ray Serve are asked by httpx. Requests arrive on their own; a request is one part, or four that
+go to servers side by side. Every row is compared with what the model computes.
 
 - workloads: the one that hedge-python publishes, and one with longer delays. Hedges of ours may
   take as much work as those of hedge-python took.

@@ -91,7 +91,11 @@ def nercc(quick: bool, probabilities: bool) -> dict[str, Any]:
     of = subject("lenet5-softmax" if probabilities else "lenet5", quick)
     cases = [(100, 20, s) for s in LOST[:: 4 if quick else 1]]
     schemes, count = ("NeRCC", "Berrut"), 2 if quick else 12
-    found = tried(of, cases, BATCH_SIZE, count, more=peers, schemes=schemes)
+
+    def nercc_alone(num_data: int, num_workers: int) -> dict[str, Code]:
+        return {"NeRCC": peers(num_data, num_workers)["NeRCC"]}
+
+    found = tried(of, cases, BATCH_SIZE, count, more=nercc_alone, schemes=schemes)
     below: dict[str, list[float]] = {}
     points: dict[str, list[float]] = {}
     for row in found.against("Berrut"):

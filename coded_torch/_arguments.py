@@ -134,7 +134,7 @@ def probability(owner: object, argument: str, value: Any) -> float:
     return real(owner, argument, value, "a probability in [0, 1]", lambda p: 0 <= p <= 1)
 
 
-def dense(owner: object, argument: Any, value: Any, floating: bool = True) -> None:
+def dense(owner: object, argument: Any, value: Any, floating: bool = True, or_: str = "") -> None:
     """Raise a TypeError unless ``value`` is a tensor that kernels and planners can read."""
     if not isinstance(value, Tensor):
         got = type(value).__name__
@@ -149,7 +149,7 @@ def dense(owner: object, argument: Any, value: Any, floating: bool = True) -> No
     else:
         return
     argument = argument() if callable(argument) else argument  # some names take a while
-    kind = "floating-point tensor of 16 bits or more" if floating else "tensor"
+    kind = f"floating-point tensor of 16 bits or more{or_}" if floating else "tensor"
     raise TypeError(f"{_name(owner)}: {argument} must be a dense, strided {kind}, got {got}")
 
 

@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LeNet5", "digits", "lenet5", "lenet5_and_digits"]
-
 
 class LeNet5(nn.Sequential):
     """LeNet-5 (LeCun et al., 1998): images ``[B, 1, 28, 28]`` with pixels in 0..1 to 10 logits.

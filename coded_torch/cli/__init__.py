@@ -164,9 +164,8 @@ POOL_NAMES = {flag: flag[2:].replace("-", "_") for flag, *_ in POOL}
 def processes(args: argparse.Namespace, grace: float = 30.0) -> ProcessWorkers:
     """Return the pool for the options, in which a worker hangs after ``grace`` by default."""
     chosen = args.device or ["cpu"]
-    number = args.num_workers
-    if number is None:
-        number = 6 if chosen == ["cpu"] else len(chosen)
+    usual = 6 if chosen == ["cpu"] else len(chosen)
+    number = usual if args.num_workers is None else args.num_workers
     how: Any = {"grace": grace if args.grace is None else args.grace}
     how["threads"] = 1 if args.threads is None else args.threads
     return ProcessWorkers(number, devices=chosen, **how)

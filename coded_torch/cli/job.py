@@ -179,8 +179,8 @@ def _sum_up(
     say(
         f"{there} of {every} batches are in {folder}. This run: {counts['computed']:,} rows "
         f"computed, {counts['estimated']:,} estimated, {counts['failed']:,} failed; "
-        f"{counts['hedges']:,} hedges, {counts['workers_lost']:,} workers lost; {seconds:,.1f} s, "
-        f"{speed:,.0f} rows per second."
+        f"hedges: {counts['hedges']:,}, workers lost: {counts['workers_lost']:,}; "
+        f"{seconds:,.1f} s, {speed:,.0f} rows per second."
     )
     if why:
         say(why.strip())

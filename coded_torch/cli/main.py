@@ -35,8 +35,6 @@ from .files import Rows
 from .job import arguments_of, job
 from .serve import LENET5, serve
 
-__all__ = ["main"]
-
 # The rows of a batch: on 240 digits, groups of 20 inputs divide evenly. It was not tuned.
 _BATCH_SIZE = 240
 # Knots, points and columns at which CUDA kernels are timed, as in benchmarks/kernels.py.

@@ -12,6 +12,7 @@ import socket
 import ssl
 import sys
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,9 @@ def serve(args: argparse.Namespace) -> None:
         more |= {"verify": args.verify or None, "parts": args.parts}
         built = app(CodedWrapper(module, workers=workers, **more), **how)
         del module  # the next version replaces it
+    if whole := [spec.name for spec in how["outputs"] if not spec.dtype.is_floating_point]:
+        warnings.filterwarnings("ignore", "CodedWrapper: .* cannot be estimated")  # it is said here
+        say(f"Late requests get 504: integers cannot be estimated ({', '.join(whole)}).")
     if is_local or args.page:
         add_page(built, faults=args.chaos, is_local=is_local)
     torch.set_num_threads(1)  # the processors are the workers'

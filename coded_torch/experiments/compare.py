@@ -19,8 +19,6 @@ from .faults import Attack
 from .scores import Comparison, Record, Score, Setting, check_labels, score
 from .tune import SETS, Trial, calls_of, chosen
 
-__all__ = ["Decoder", "compare", "peers", "received_by"]
-
 # The baselines of a surrogate, whose names no other scheme may have.
 _WITH_SURROGATES = {"surrogate alone", "replication, surrogate", "regression, residuals"}
 _WITH_SURROGATES |= {"no redundancy, surrogate", "no redundancy, residuals"}
@@ -79,13 +77,13 @@ def compare(
         settings: N, K and S of each: workers, inputs per group, workers lost.
         labels: for every batch the true classes, ``[B]``, integers, of outputs ``[B, classes]``.
             Defaults to None, errors only.
-        more: a function of K and N that returns further schemes by their names. Each is a code, or
+        more: a function of K and N that returns further schemes to try, by name. Each is a code, or
             a function ``answers(inputs, outputs, received)`` for methods with a model of their own.
             It gets the inputs and the module's outputs on them, ``[B, ...]`` each, and the workers
             that were received. It may use only what these workers have computed, and returns the
             answers like the outputs. Its work counts as N / K. Defaults to None.
         surrogate: a cheap approximation of the module. Defaults to None.
-        schemes: the codes to try, by name; a surrogate adds its baselines. Defaults to None, all.
+        schemes: the package's own codes to try, by name. Defaults to None, all.
         delays: called as ``delays(S, seed=...)``, returns a delay distribution, such as a class
             of :mod:`coded_torch.stragglers`. The S slowest workers are lost. Defaults to Uniform.
         received_sets: the number of received sets of a batch and seed. Defaults to 1.
@@ -97,8 +95,8 @@ def compare(
         in_dims, out_dims: as for :class:`~coded_torch.CodedWrapper`.
 
     Codes that mix inputs need floating-point ones, and are left out otherwise. At every setting,
-    the module runs some N / K times on all batches, and for each encoder that is tried on the
-    tuning batches.
+    the module computes some N / K rows per row of all batches. On the tuning batches, it computes
+    so many for each encoder that is tried.
 
     Example:
         >>> import torch
@@ -134,14 +132,15 @@ def compare(
     received_sets = count("compare", "received_sets", received_sets)
     cut = max(1, len(calls) // 4) if tuning is None else tuning
     cut = count("compare", "tuning", cut, most=len(calls) - 1)
+    how: Any = {"in_dims": in_dims, "out_dims": out_dims}
 
     def trials(setting: Setting, seed: int, number: int, part: slice) -> Iterator[Any]:
         n, _, lost = setting
         drawn = delays(lost, seed=seed)
         instance("compare", "the result of delays", drawn, Stragglers)
-        for args, classes in zip(calls[part], truth[part], strict=True):
+        for i, (args, classes) in [*enumerate(zip(calls, truth, strict=True))][part]:
             sets = [received_by(drawn, n, lost) for _ in range(number)]
-            trial = Trial(module, args, sets, in_dims=in_dims, out_dims=out_dims)
+            trial = Trial(module, args, sets, **how, owner=f"compare: batches[{i}]")
             if classes is not None:
                 if [leaf.dim() for leaf in trial.exact] != [2]:
                     must = "labels must go with a module that returns [B, classes]"
@@ -207,7 +206,7 @@ def _schemes(k: int, n: int, trial: Trial, more: Any, names: Any) -> dict[str, C
             raise ValueError(f"compare: {must}, got {code} as {name!r}")
     schemes: dict[str, Code | Decoder] = {**codes, **added}
     fit = {x: y for x, y in schemes.items() if trial.mixable or not getattr(y, "mixes", False)}
-    some = {name: code for name, code in fit.items() if names is None or name in names}
+    some = {x: y for x, y in fit.items() if names is None or x in {*names, *added}}
     if not some or not schemes.keys() >= {*(names or ())}:
         must = f"schemes must be names of {str([*fit])[1:-1]}"
         raise ValueError(f"compare: {must}, got {shown(names)}")

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     Seconds: TypeAlias = NDArray[np.float64]
 
-__all__ = ["CONDITIONS", "RIGHT", "Option", "Plan", "Verified", "plan", "read_latencies"]
-
 #: Conditions by name. A part that straggles runs 5 to 50 times as long.
 CONDITIONS = {
     "calm": Conditions(),

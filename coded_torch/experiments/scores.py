@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-__all__ = ["Comparison", "Interval", "Record", "Row", "Score", "Setting", "check_labels", "grouped"]
-__all__ += ["half_width", "of_logarithm", "paired_p", "ratio", "relative_accuracy", "rmse"]
-__all__ += ["root", "rounded", "score"]
-
 Setting = tuple[int, int, int]  # N, K and S
 Interval = list[float | None]  # a number, and half the width of its 95 % interval
 
@@ -80,13 +76,15 @@ def score(decoded: Tensor, exact: Tensor, labels: Tensor | None = None) -> Score
 
 
 def check_labels(owner: str, labels: Any, exact: Tensor) -> None:
-    """Raise an error unless labels are integers, one for each answer ``[..., C]``."""
+    """Raise an error unless labels are one class, 0 to C - 1, for each answer ``[..., C]``."""
     must = f"{owner}: labels must"
     if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
         got = getattr(labels, "dtype", type(labels).__name__)
         raise TypeError(f"{must} be an integer tensor, got {got}")
     if (got := tuple(labels.shape)) != exact.shape[:-1]:
         raise ValueError(f"{must} have shape {tuple(exact.shape[:-1])}, got {got}")
+    if (wrong := labels[(labels < 0) | (labels >= exact.shape[-1])]).numel():
+        raise ValueError(f"{must} be from 0 to {exact.shape[-1] - 1}, got {wrong[0].item()}")
 
 
 def rmse(decoded: Tensor, exact: Tensor) -> float:

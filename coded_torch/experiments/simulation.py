@@ -27,8 +27,6 @@ from ..table import OPEN, Began, Part, Reply, Table, WorkerError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["OVERHEAD", "Conditions", "Outcome", "simulate"]
-
 # These numbers define the conditions of benchmarks/waiting.py. Times are in medians of a part.
 #: The share of a part's time that does not depend on its number of rows.
 OVERHEAD = 0.1

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import instance, shown, warn
-from .._torch import as_called, broadcast_dims, check_batch, on_host
+from .._torch import as_called, broadcast_dims, check_batch, leaf_name, on_host
 from ..codes import BatchPlan, Code
 from ..input_space.regression import to_scale
 from ..nn import CodedWrapper
@@ -140,6 +140,8 @@ def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...
     if (name := training_part(module)) is not None:
         must = f"the module must be in evaluation mode, as {name} learns from every batch it sees"
         raise ValueError(f"{owner}: {must}; call eval() on it")
+    if (name := training_part(module, dropout=True)) is not None:
+        warn(f"{owner}: {name} is in training mode, so answers depend on chance; call eval() on it")
     calls = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     for i, args in enumerate(calls):
         sizes = [x.shape[:1] for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
@@ -202,11 +204,11 @@ class Trial:
             if dim is None or not isinstance(output, Tensor):
                 continue
             check_batch(tree, i, output, dim, len(batches[0]))
-            must = f"{self._owner}: {name} must return"
+            must, where = f"{self._owner}: {name} must return", leaf_name("output", tree, i)
             if not output.is_floating_point():
-                raise TypeError(f"{must} floating-point tensors to be decoded, got {output.dtype}")
+                raise TypeError(f"{must} floating-point tensors, got {output.dtype} in {where}")
             if not bool(output.isfinite().all()):
-                raise RuntimeError(f"{must} finite outputs, got NaN or infinity")
+                raise RuntimeError(f"{must} finite outputs, got NaN or infinity in {where}")
             found.append(output.movedim(dim, 0))
         return found
 

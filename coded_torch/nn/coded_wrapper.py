@@ -47,9 +47,9 @@ class CodedWrapper(ModuleProxy):
       group is answered by :math:`D_F \, [\, f(E_n X) \,]_{n \in F}`. ``Waiting.first(S)`` ends
       with the first N - S results. ``Waiting()`` asks N - S columns, and hedges with the other S.
 
-    The wrapper stands in for the module: ``state_dict``, ``train``, ``to``, hooks, autograd,
-    autocast, pickling and deep copies work as they do for it. The names of its parameters begin
-    with ``module.``. :meth:`compile` compiles the module; ``torch.compile`` leaves it as it is.
+    The wrapper stands in for the module: ``state_dict``, ``train``, ``to``, hooks, autograd
+    (on pools in this process), autocast, pickling and deep copies work as they do for it. The names
+    of its parameters begin with ``module.``. Only :meth:`compile` compiles the module.
 
     Inputs and outputs may be any pytrees. A result is rejected, and counts as missing, if it is not
     finite, of another batch size, or unlike most in structure, shape or dtype. So mask logits with
@@ -57,9 +57,9 @@ class CodedWrapper(ModuleProxy):
     computed, too. A missing one is answered by the mean of the others; its bound is infinite.
 
     Args:
-        module: the module; its outputs are floating-point tensors with a batch dimension, and
-            plain constants that are the same for every part. Unless a code mixes inputs, tensors
-            of other dtypes too, which are never estimated.
+        module: the module. Its outputs are floating-point tensors with a batch dimension, and
+            plain constants that are the same for every part. Unless a code mixes inputs, outputs
+            may have other dtypes, but are not estimated then.
         code: the code. Codes that mix inputs need floating-point ones. Defaults to None: by rows.
         workers: the pool. Defaults to :class:`~coded_torch.workers.LocalWorkers` with a code;
             required without one.
@@ -71,17 +71,17 @@ class CodedWrapper(ModuleProxy):
             outputs, such as a smaller network (:func:`coded_torch.surrogates.distill`), or a
             :class:`~coded_torch.surrogates.Memory`, which learns computed answers. If estimates
             are needed, they run in this process, without gradients, and their residuals are
-            estimated. Defaults to none; refused with codes that mix inputs.
+            estimated. Refused with codes that mix inputs. Defaults to an empty tuple.
         verify: the share of rows, such as 0.02, that a second worker computes. Wrong results are
             corrected, and workers that often return them excluded. By rows, on pools of at least
-            three workers; with two, disputes are only reported. Defaults to None, no checks.
+            three workers; with two, disputes are only reported. Defaults to None: off.
         in_dims: as in :func:`torch.func.vmap`, for the positional arguments: a batch dimension, or
             "shared" or None for a value meant for the whole batch; or a pytree prefix of such. A
             tensor under None whose first dimension has the batch size is refused, and so is any
             list or range of that length: say "shared". Tuples are passed on whole. Tensors in
             keyword arguments are divided along dimension 0. Defaults to 0.
-        out_dims: the batch dimension of the outputs, in the same form; None passes on the result
-            of the first part. Defaults to 0.
+        out_dims: the batch dimension of the outputs, in the same form. An output under None is
+            returned as the first part gave it. Defaults to 0.
 
     The arguments are attributes. Assigned values are checked, ``in_dims`` and ``out_dims`` by the
     next call. A new pool or module begins with an empty history of latencies.
@@ -156,7 +156,10 @@ class CodedWrapper(ModuleProxy):
     def run(
         self, *args: Any, waiting: Waiting | None = None, parts: int | None = None, **kwargs: Any
     ) -> tuple[Any, Report]:
-        """Return the answers and report of a call with its own policy and parts; no hooks run."""
+        """Return the answers and report of a call with its own policy and parts; no hooks run.
+
+        Arguments of the module that are named ``waiting`` or ``parts`` are passed by position.
+        """
         if waiting is not None:
             _check_waiting(self.code, waiting)
         parts = parts if parts is None else count("run", "parts", parts)
@@ -227,7 +230,7 @@ class CodedWrapper(ModuleProxy):
         else:
             with unchanged():  # a memory and a pool look at the weights
                 answers = self._compute(waiting, division, report)
-        report.failed = False
+        report.failed, report.ended = False, report.ended or "complete"  # an empty batch
         return answers
 
     def _divide(self, inputs: Inputs, waiting: Waiting, report: Report, parts: Any) -> Division:

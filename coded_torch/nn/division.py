@@ -96,7 +96,7 @@ class Inputs:
         leaf: Tensor = self.leaves[i]
         name = f"CodedWrapper: {self._name(i)} must"
         whole = not (leaf.is_floating_point() or leaf.is_complex())
-        dense("CodedWrapper", self._name(i), leaf, floating=not whole)
+        dense("CodedWrapper", self._name(i), leaf, not whole, "" if mixing else ", or integers")
         if torch._C._are_functorch_transforms_active():
             plain("CodedWrapper", self._name(i), leaf)  # raises under vmap, which hides the batch
         if whole and mixing is not None:
@@ -107,7 +107,8 @@ class Inputs:
                 'position with "shared" in in_dims'
             )
         if not -leaf.dim() <= dim < leaf.dim():
-            raise ValueError(f"{name} have the batch dimension {dim}, got shape {(*leaf.shape,)}")
+            must = f'have the batch dimension {dim}, or "shared" in in_dims'
+            raise ValueError(f"{name} {must}, got shape {(*leaf.shape,)}")
         if mixing is not None and not finite(leaf):  # one such number would spoil its group
             place = (~leaf.isfinite()).nonzero()[0].tolist()
             raise ValueError(

@@ -13,8 +13,6 @@ from .._arguments import instance, named
 from .coded_wrapper import CodedWrapper
 from .report import Report
 
-__all__ = ["RayDataPredictor"]
-
 
 class RayDataPredictor:
     r"""Adds the answers of a wrapper to each batch of Ray Data, for ``Dataset.map_batches``.

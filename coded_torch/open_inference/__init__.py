@@ -133,7 +133,7 @@ def to_bytes(tensor: Tensor) -> memoryview:
 # The messages of a server and of a client. All faults are a ValueError.
 
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
-_KINDS |= {int: "an integer", float: "a number with a decimal point"}
+_KINDS |= {int: "an integer", float: "a number"}
 
 
 def require(valid: bool, what: str, must: object, got: object) -> None:
@@ -147,6 +147,7 @@ def field(owner: str, entry: dict[str, Any], key: str, kind: type, default: Any 
     value = entry.get(key)
     if kind is int and type(value) is str and value.isdecimal() and len(value) < 20:
         value = int(value)  # protobuf writes integers of 64 bits like this
+    value = float(value) if kind is float and type(value) is int else value  # both are numbers
     if value is None and default is not None:
         return default
     require(type(value) is kind, f"{key} of {owner}", _KINDS[kind], value)

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from ..table import Table
     from .latency_history import History
 
-__all__ = ["Waiting"]
-
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Waiting:
@@ -30,12 +28,12 @@ class Waiting:
       replied, a part is late at half of the deadline.
     - A part that failed is asked again at once, in smaller parts, until the rows that fail stand
       alone. If a row raises alike on two workers, the module fails on it. If 16 rows, or all, raise
-      alike before any result is good, the module fails on all rows. If a row ends its worker twice,
+      alike before any result is good, it is taken to fail on all. If a row ends its worker twice,
       alone, and other parts fail less often, it is not asked again. Any other row is given up
       after 20 failures alone, or after three if it may be estimated and the module did not raise.
     - The call answers or raises at its deadline. If half of the results are there, missing rows are
-      estimated in time. Otherwise the call raises :class:`~coded_torch.codes.DeadlineExceeded`,
-      unless a surrogate can answer, once a result has shown the form of the outputs.
+      estimated in time. Otherwise a surrogate answers, if this or an earlier call had a result,
+      or else the call raises :class:`~coded_torch.codes.DeadlineExceeded`.
 
     Instances are immutable. :meth:`first` is the paper's policy.
 
@@ -43,8 +41,8 @@ class Waiting:
         deadline: seconds from the call to its answer, positive. The time of a surrogate or of a
             callable metric is not bounded. Defaults to None, no deadline.
         estimate_after: without a deadline, the number of median calls after which missing rows are
-            estimated, once half of the results are there; positive. If infinite, they are estimated
-            when nothing more can come. Defaults to None: never by rows, 3 with a code.
+            estimated, once half of the results are there; positive. With infinity, rows are
+            estimated when no more results can come. Defaults to None: never by rows, 3 with a code.
         hedge_budget: the work that hedges of late parts may take, as a share of all work, at least
             0. Unused work is saved, up to 20 parts and one whole call. A larger budget hedges
             earlier where latencies vary widely. At 0 only failed parts are asked again. Defaults to
@@ -125,9 +123,7 @@ class Waiting:
         return Waiting(deadline, math.inf, 0.0, at_once=True, num_stragglers=num_stragglers)
 
     def __repr__(self) -> str:
-        names = [field.name for field in dataclasses.fields(self)]
-        if self.at_once:
-            names = ["deadline", "num_stragglers"]
+        names = ["deadline", "num_stragglers"] if self.at_once else [*vars(self)]
         values = {name: getattr(self, name) for name in names}
         changed = [f"{x}={v!r}" for x, v in values.items() if v != getattr(type(self), x)]
         return f"Waiting{'.first' if self.at_once else ''}({', '.join(changed)})"

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._arguments import instance
@@ -135,7 +136,7 @@ def cut(task: Task, output: Any, counts: Sequence[int]) -> list[Any]:
     dims = broadcast_dims("out_dims", task.out_dims, spec)
     columns: list[Sequence[Any]] = []
     for i, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
-        if dim is None or not isinstance(leaf, Tensor):
+        if dim is None or not isinstance(leaf, Tensor) or leaf.layout is not torch.strided:
             columns.append([leaf] * len(counts))
         else:
             check_batch(output, i, leaf, dim, sum(sizes))

@@ -53,8 +53,8 @@ class ProcessWorkers(SupervisedWorkers):
     A process hangs if a call waits for its part, and it shows no sign of life. A thread gives signs
     while the module computes, sleeps or waits, and processor time is one, too, so that no slow part
     is taken for a hang. A process that is stopped, or waits while it holds Python's global lock,
-    shows none. An endless loop does: it ends after ``timeout``, or after ``grace`` if no call waits
-    for the part any more.
+    shows none. A process in an endless loop shows signs of life: it is ended after ``timeout``, or
+    after ``grace`` if no call waits for the part any more.
 
     The module is sent to each process once, and again when its weights, submodules, hooks or other
     attributes have been replaced or changed in place. All processes share one copy of its weights.
@@ -71,8 +71,8 @@ class ProcessWorkers(SupervisedWorkers):
         devices: the devices of the processes, in turn, which this process never touches. Defaults
             to the CPU.
         threads: the number of threads that each process uses for one operation. Defaults to 1.
-        grace: seconds without a sign of life after which a process at a part is ended; twice as
-            many after each end at one of its rows. Loading may take 120 s. Defaults to 30.
+        grace: seconds without a sign of life after which a process at work is ended; doubled for a
+            row at each end of a process that computed it. Loading may take 120 s. Defaults to 30.
         timeout: seconds after which a part that was asked for and has not replied has failed, and
             its process is ended. Defaults to 600.
 
@@ -87,9 +87,9 @@ class ProcessWorkers(SupervisedWorkers):
         cloudpickle is installed. The pool needs Linux, whose shared memory it seals.
 
         Processes are forked, in some 50 ms, from a server that has imported torch and the packages
-        of the module's classes, but for packages that start threads or initialise CUDA. The server
-        takes seconds to start, also for the first new process after a module of other packages. A
-        new process loads the last module before it gets parts.
+        of the module's classes. Packages that start threads or initialise CUDA are imported by the
+        processes instead. The server takes seconds to start, and starts anew if a module has other
+        packages. A new process loads the last module before it gets parts.
     """
 
     def __init__(

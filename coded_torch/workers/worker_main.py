@@ -291,9 +291,11 @@ class ModuleStore:
                 if packed is None or packed[0] != how:
                     try:
                         package = self._make(module)
-                    except (pickle.PicklingError, AttributeError, TypeError) as error:
+                    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
                         must = "the module must be picklable to be sent to another process"
                         got = f"{type(module).__name__}: {error}"
+                        if isinstance(error, RuntimeError):  # torch pickles no parametrizations
+                            got += "\nTry torch.nn.utils.parametrize.remove_parametrizations."
                         raise TypeError(f"Workers: {must}, got {got}") from error
                     packed = how, next(self._numbers), package, tensors
                     with self._lock:

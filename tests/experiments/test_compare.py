@@ -171,6 +171,24 @@ def test_baselines_with_a_surrogate_are_the_formulas(generator):
         assert perfect[name].rmse[0] < 1e-6
 
 
+def test_wrong_use_is_not_silent(generator):
+    batches = list(torch.randn(2, 8, 3, generator=generator))
+
+    def compared(module, labels=None):
+        compare(module, batches, [(3, 2, 1)], labels=labels, schemes=["replication"])
+
+    for label in (-1, 3):
+        labels = [torch.full((8,), label)] * 2
+        with pytest.raises(ValueError, match=f"compare: labels must be from 0 to 2, got {label}"):
+            compared(torch.nn.Tanh(), labels)
+    worse = r"compare: batches\[1\]: the module must return finite outputs, .* in output$"
+    with pytest.raises(RuntimeError, match=worse):
+        compare(torch.nn.Tanh(), [batches[0], batches[1].log()], [(3, 2, 1)])
+    with pytest.warns(UserWarning, match="compare: the module is in training mode, so") as caught:
+        compared(torch.nn.Dropout())
+    assert len(caught) == 1
+
+
 def test_against_a_reference_differences_are_paired():
     def record(name, batch, mse, right):
         return Record(3, 2, 1, name, "", 0, batch, 10, 1.5, Score(mse, 1.0, 2.0, right, 1.0, 0.9))
@@ -244,7 +262,8 @@ def test_methods_with_models_of_their_own_are_compared_as_codes_are():
     assert rows["parity"].rmse[0] < 1e-6
     assert rows["nothing"].mse[0] > 0.9
     assert rows["parity"].work == 1.5
-    assert {row.name for row in compared(parity, schemes=["parity"]).rows} == {"parity"}
+    few = compared(parity, schemes=["regression"]).rows  # the caller's own are never left out
+    assert {row.name for row in few} == {"regression", "parity", "nothing"}
     with pytest.raises(ValueError, match=r"'parity' must return answers of shape \[\[8, 2\]\]"):
         compared(lambda inputs, outputs, received: outputs[0][:4])
     with pytest.raises(ValueError, match="more must return codes beside an attack"):

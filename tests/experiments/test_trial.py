@@ -49,7 +49,7 @@ def test_dimensions_and_leaves_are_the_callers(x):
 
 
 def test_results_that_cannot_be_decoded_are_an_error(x):
-    with pytest.raises(RuntimeError, match="finite outputs, got NaN or infinity"):
-        Trial(Call(lambda x: x * torch.inf), (x,))
+    with pytest.raises(RuntimeError, match=r"finite outputs, got NaN or infinity in output\['b'\]"):
+        Trial(Call(lambda x: {"a": x, "b": x * torch.inf}), (x,))
     with pytest.raises(TypeError, match="the module must return floating-point tensors"):
         Trial(torch.nn.Identity(), (torch.arange(16),))

@@ -122,6 +122,12 @@ def test_outputs_that_no_part_can_decode(output, error, match):
     assert len(coded.last_run.rejected) == 4
 
 
+def test_a_sparse_output_is_refused_on_simulated_workers_too():
+    coded = CodedWrapper(Call(lambda x: x.to_sparse()), workers=LocalWorkers(), parts=2)
+    with pytest.raises(TypeError, match=r"^CodedWrapper: output must be a dense, strided"):
+        coded(rand(4, 3))
+
+
 def test_an_output_of_no_batch_may_have_any_layout():
     module = Call(lambda x: (2 * x, torch.eye(2).to_sparse()))
     coded = CodedWrapper(module, workers=LocalWorkers(), parts=2, out_dims=(0, None))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,9 @@ def pair():
 
 def small():
     return torch.nn.Linear(3, 2), torch.ones(2, 3)
+
+def labels():
+    return Of(lambda x: {"scores": x, "label": x.argmax(1)}), torch.ones(2, 3)
 
 def estimated():
     return Of(lambda x: {"estimated": x}), torch.ones(2, 3)
@@ -348,6 +352,17 @@ def test_bad_values_get_one_line_and_exit_code_2(arguments, message, mine, capsy
     assert err.count("\n") == 1
     assert err.startswith("coded-torch serve: ")
     assert message in err
+
+
+def test_outputs_that_cannot_be_estimated_are_named_at_the_start(mine, monkeypatch, capsys):
+    monkeypatch.setattr("coded_torch.cli.serve._listen", lambda *args: None)
+    with warnings.catch_warnings(record=True) as caught:
+        for name, said in {"small": False, "labels": True}.items():
+            assert main(["serve", f"mine:{name}"]) == 0
+            out = capsys.readouterr().out
+            assert ("Late requests get 504: integers cannot be estimated (label)" in out) == said
+        warnings.warn("CodedWrapper: output['label'] cannot be estimated", stacklevel=1)
+    assert not caught
 
 
 @pytest.mark.parametrize("package", ["starlette", "uvicorn", "orjson", "prometheus_client"])

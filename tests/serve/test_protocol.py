@@ -192,6 +192,7 @@ def test_rows_that_are_to_blame_are_named():
         (one(parameters={"binary_data_size": 4}), "must have either data or a binary_data_size"),
         ({"inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 3]}]}, "either data or"),
         (one() | {"parameters": {"coverage": 1.5}}, "coverage of the request must be between 0"),
+        (one() | {"parameters": {"coverage": 2}}, "must be between 0 and 1, got 2"),
         (one() | {"outputs": 3}, "outputs of the request must be a list"),
         (one() | {"outputs": [{"name": "x"}]}, "once one of ['output', 'estimated', 'radius"),
         (one() | {"outputs": [{"name": "output"}] * 2}, "an output must be once one of"),

@@ -189,7 +189,7 @@ def test_rows_are_marked_whatever_the_server_calls_the_mark(name):
         assert torch.equal(found["output"], 2 * X)
         assert found["estimated"].nonzero().flatten().tolist() == [5]
         plain = RemoteModule(server.url, "double")
-        with pytest.raises(BusyError, match=r"estimated 1 of 12 rows, .* with 'estimated' would"):
+        with pytest.raises(BusyError, match="estimated 1 of 12 rows; ask for .*'estimated'"):
             plain(X)
         assert server.wanted == ["output"]
 
@@ -593,6 +593,11 @@ def test_inputs_are_checked_before_they_are_sent(three):
             module(wrong)
     with pytest.raises(TypeError, match="inputs must be input, got"):
         module(X, X)
+    with pytest.raises(ValueError, match=r"have rows of shape \[3\], got shape \[12, 0\]$"):
+        module(X[:, :0])
+    empty = wrapped(three).run(X[:0])
+    assert torch.equal(empty[0], 2 * X[:0])
+    assert "complete" in str(empty[1])
     with pytest.raises(EndpointError, match=r"RemoteModule: http.* answered 404: unknown"):
         RemoteModule(three[0].url, "another")
     with pytest.raises(EndpointError, match=r"http.* sent metadata with unusable inputs"):

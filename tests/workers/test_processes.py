@@ -402,6 +402,9 @@ def test_modules_that_cannot_travel_are_named(pool):
     module.hook = lambda x: x
     with pytest.raises(TypeError, match=r"module must be picklable .* got Identity"):
         answers(pool, module, torch.ones(3, 1, 1))
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(1, 1))
+    with pytest.raises(TypeError, match=r"must be picklable (.|\n)*\.remove_parametrizations"):
+        answers(pool, parametrized, torch.ones(3, 1, 1))
     trapped.trap = Trap()  # it cannot be read there
     for _ in range(3):
         for reply in answers(pool, trapped, torch.ones(3, 1, 1)):
