@@ -42,8 +42,8 @@ class Report:
     Attributes:
         asked, received: the workers that began a part of the call, and those whose results count,
             increasing.
-        latencies: by worker, seconds from the end of encoding to its last reply, in that order;
-            without workers that had to load the module.
+        latencies: by worker, seconds from the end of encoding to the worker's last reply, in the
+            order of these replies. Workers that had to load the module are left out.
         versions: by worker, the version of the model that its server named in its last reply.
         rejected: by worker, the fault of its last result that does not count.
         work: rows that workers began to compute, per row of the batch: 1.0 is every input once.
@@ -54,17 +54,18 @@ class Report:
             hedge or another later part, 2 for estimates. None before there are answers.
         radii: float64 ``[B]``, on the host: bounds of errors of the first decoded output. The norm
             of an answer's error is at most its bound with the probability ``coverage`` of the
-            :class:`~coded_torch.Regression`. 0 if the answer is computed, infinite if its input is
-            not finite, or too few results arrived. None under a link, or without a regression.
+            :class:`~coded_torch.Regression`. This excludes rows on which
+            the module fails. 0 if the answer is computed, infinite if its input is not finite, or
+            too few results arrived. None under a link, or without a regression.
         coverage: the level of the error bounds; None if there are none.
         missing_not_at_random: whether parts that came late, in this and earlier calls, look odder
             than others: bounds and p-values hold less often than they say. A false alarm has a
             probability of .01. Rows that never arrive because of their content are not seen.
         label_p_values: float64 ``[B]``, on the host: for a first decoded output ``[B, C]``, the
             conformal p-value of the hypothesis that an answer's largest number is not the module's.
-            An answer is wrong with a value of at most p with probability p at most. That is not the
-            share of wrong answers among those with such a value; see :meth:`certified`. 0 if the
-            answer is computed. None for other outputs, or without a regression.
+            For each p, an answer both is wrong and has a value of at most p with a probability of
+            at most p. Of the answers with such values, more may be wrong; see :meth:`certified`. 0
+            if the answer is computed. None for other outputs, or without a regression.
         surrogate_weights: for every decoded output, of each surrogate; 0 if the surrogate failed or
             did not improve the estimate. Empty if nothing was estimated.
         ended: why the call stopped waiting. "complete": every result is there; "first": the first
@@ -81,9 +82,10 @@ class Report:
         errors: by missing row, the error of the last part that held it, if there was one.
         refused: the rows on which the module itself fails: it raised alike on two workers, or three
             times where no other worker computes them, or ended its workers, each row alone.
-        verified, unverified: bool ``[B]``, on the host: the rows that two workers computed alike,
-            and the rows whose check came too late, and those of workers in undecided disputes that
-            no other one computed alike; all, once verification has stopped. None without it.
+        verified: bool ``[B]``, on the host: the rows that two workers computed alike, up to
+            rounding. None without verification, as is ``unverified``.
+        unverified: bool ``[B]``, on the host: the rows whose check failed or came too late; of
+            workers in undecided disputes, the rows that are not verified; all, if it has stopped.
         disputes: how often the results of two workers differed.
         corrected: the rows whose first result was wrong, and was replaced.
         faults: by worker, how many wrong results it was found to return.

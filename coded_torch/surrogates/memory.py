@@ -52,9 +52,9 @@ class Memory:
     state dict, and is empty in pickles and copies.
 
     Warning:
-        It keeps projections of inputs, and outputs, of all users of the module: of one request, to
-        answer another. Do not give one to a wrapper whose users must not learn of each other.
-        :meth:`clear` forgets.
+        It keeps projections of the inputs, and the outputs, of all users of the module, and
+        estimates answers for one user from rows of another. Do not give one to a wrapper whose
+        users must not learn of each other. :meth:`clear` forgets.
 
         A process forked while the thread works may wait for ever for MKL's lock: spawn it instead.
 

@@ -44,7 +44,7 @@ class CodeTests:
     """The suite. The code should have at least 20 workers, and be well conditioned."""
 
     def make(self):
-        raise NotImplementedError
+        raise NotImplementedError("CodeTests: implement make, which returns a code")
 
     @pytest.fixture
     def code(self):

@@ -26,9 +26,9 @@ class RayWorkers(SupervisedWorkers):
     r"""An actor per worker, anywhere in a Ray cluster.
 
     The actors are supervised as the processes of :class:`~coded_torch.workers.ProcessWorkers`.
-    Classes of a script or a session need not be importable elsewhere. Ray comes with
-    ``pip install 'coded_torch[ray]'``. If this pool is the first to import Ray, a cluster of its
-    own listens on the loopback interface only. Otherwise, Ray listens on every interface.
+    Classes of a script or a session need not be importable elsewhere. Ray comes with the
+    extra ``ray``. If this pool is the first to import Ray, a cluster of its own listens on the
+    loopback interface only. Otherwise, Ray listens on every interface.
 
     Args:
         num_workers: the number of actors, at least 1.
