@@ -189,7 +189,7 @@ def test_rows_are_marked_whatever_the_server_calls_the_mark(name):
         assert torch.equal(found["output"], 2 * X)
         assert found["estimated"].nonzero().flatten().tolist() == [5]
         plain = RemoteModule(server.url, "double")
-        with pytest.raises(BusyError, match="estimated 1 of 12 rows; ask for .*'estimated'"):
+        with pytest.raises(BusyError, match=r"estimated 1 of 12 rows; ask for .*'estimated'"):
             plain(X)
         assert server.wanted == ["output"]
 
