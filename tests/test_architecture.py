@@ -42,7 +42,7 @@ LINES = {
     "cli": 1453,
     "codes": 999,
     "experiments": 1721,
-    "input_space": 1306,
+    "input_space": 1309,
     "nn": 2399,
     "open_inference": 810,
     "scheduling": 764,
@@ -51,7 +51,7 @@ LINES = {
     "verification": 904,
     "workers": 3420,
 }
-MOST_LINES = 18_021  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 18_024  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

@@ -76,7 +76,7 @@ def bounds(
         thresholds, odd, p_values = ops.error_bounds(*given)
         return Bounds(rows, thresholds, odd, None if of_labels[0] is None else p_values)
     variances, of_left_out = torch.ones(len(rows)).double(), torch.ones(count).double()
-    weights = torch.zeros(len(rows), count, dtype=torch.float64)
+    weights = None
     if process is not None:
         variances, of_left_out = process.variances, process.leave_one_out_variances
         weights = process.weights_of_left_out
@@ -103,6 +103,9 @@ def bounds(
         margins, left = (-x.double().cpu() for x in gaps)
         p_values = label_p_values(margins / variances.sqrt(), left / of_left_out.sqrt(), wrong)
     known = torch.cat([of_left_out[None], norms.sqrt_()])
+    if weights is None:  # only of results that calibrate, as all weights around a mean are 0
+        known = evenly(known.T, most).T.contiguous()
+        weights = known.new_zeros(len(rows), known.shape[1])
     given = weights, variances, moved.sqrt_(), known, trust, count, most, False
     thresholds, odd = ops.error_thresholds(*given)
     return Bounds(rows, thresholds, odd, p_values)

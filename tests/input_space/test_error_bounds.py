@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -194,3 +196,19 @@ def test_bounds_of_more_outputs_than_are_sampled_and_fewer_than_results():
         radii.append(plan.error_bounds(answers).radii(0.9))
     assert radii[0].isfinite().all()
     torch.testing.assert_close(radii[1], radii[0], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("columns", [1, 200])
+def test_bounds_around_a_mean_need_no_matrix_of_all_results(columns):
+    code = f"""
+import resource, torch
+from coded_torch.input_space.error_bounds import bounds
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+bounds(torch.arange(400), torch.randn(400, {columns}), torch.zeros(400, {columns}))
+before = peak()
+bounds(torch.arange(8000), torch.randn(8000, {columns}), torch.zeros(8000, {columns}))
+print(peak() - before)
+"""
+    grown = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert int(grown.stdout) < 200_000  # KiB; the matrix has 500,000

@@ -113,12 +113,10 @@ std::tuple<Tensor, Tensor, Tensor> error_bounds_cpu(const Regression& process, c
   const Scaled<double> scaled(results, count, columns);
   const double others = static_cast<double>(count) / std::max<int64_t>(count - 1, 1);
   const double* from = numbers<double>(results);
-  std::vector<double> errors(n * columns), variances(n, 1.0);
-  const Tensor known = new_tensor({4, n}, ScalarType::Double);
-  double* norms = numbers<double>(known);
+  std::vector<double> errors(n * columns), variances(n, 1.0), norms(4 * n);
   const double *of_residuals = numbers<double>(given), *of_answers = numbers<double>(answers);
   if (!is_mean) std::copy_n(numbers<double>(process[kLeftOutVariances]), n, variances.begin());
-  std::copy(variances.begin(), variances.end(), norms);
+  std::copy(variances.begin(), variances.end(), norms.begin());
   for (int64_t i = 0; i < n; ++i) {
     double sums[3] = {};
     for (int64_t c = 0; c < columns; ++c) {
@@ -140,7 +138,18 @@ std::tuple<Tensor, Tensor, Tensor> error_bounds_cpu(const Regression& process, c
     }
     numbers<double>(moved)[i] = is_signed ? sum : std::sqrt(sum);
   }
-  Tensor weights = is_mean ? new_tensor({num_missing, n}, ScalarType::Double) : process[kWeights];
+  // Around a mean, only the results that calibrate need a column, as all weights are 0: the whole
+  // matrix would grow with the square of the batch.
+  const std::vector<int64_t> used = evenly(n, is_mean ? most : n);
+  const int64_t width = static_cast<int64_t>(used.size());
+  const Tensor known = new_tensor({4, width}, ScalarType::Double);
+  for (int64_t k = 0; k < 4; ++k) {
+    for (int64_t j = 0; j < width; ++j) {
+      numbers<double>(known)[k * width + j] = norms[k * n + used[j]];
+    }
+  }
+  Tensor weights =
+      is_mean ? new_tensor({num_missing, width}, ScalarType::Double) : process[kWeights];
   Tensor of_missing = is_mean ? new_tensor({num_missing}, ScalarType::Double) : process[kVariances];
   if (is_mean) {
     std::fill_n(numbers<double>(weights), weights.numel(), 0.0);
