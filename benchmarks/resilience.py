@@ -167,7 +167,7 @@ def overhead(quick: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with ProcessWorkers(4).start(timeout=START) as pool:
         for name, columns in (("4 x 40 B", 10), ("4 x 1 MiB", 1 << 18)):
-            leaves, spec = pytree.tree_flatten(((torch.randn(4, 1, columns),), {}))
+            leaves, spec = pytree.tree_flatten(((torch.randn(4, columns),), {}))
             task = Task(leaves, [0], spec, 4, 1, torch.device("cpu"))
             found[f"pool, {name}"] = _times(functools.partial(_each, pool, module, task), runs)
         x = torch.randn(8, (1 << 20) // 32)

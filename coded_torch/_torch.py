@@ -266,8 +266,8 @@ def dependent_output(
 
     Args:
         leaves: the inputs; of tensors with rows, two that differ are compared.
-        compute: returns the outputs for some batches, given the inputs of some rows, ``[4, 1,
-            ...]``, and the numbers of the rows of each batch.
+        compute: returns the outputs for some batches, given the inputs of four rows, and the
+            numbers of the rows of each batch.
     """
     divided = list(filter(has_rows, leaves))
     if len({len(x) for x in divided}) != 1:
@@ -277,7 +277,7 @@ def dependent_output(
         raise RuntimeError(f"the example must have two different rows, got {got}")
     sizes = [float(x[rows].abs().max()) for x in divided if x.is_floating_point() and x.numel()]
     scale = max(sizes, default=1.0)
-    inputs = [x[rows * 2, None] if has_rows(x) else x for x in leaves]
+    inputs = [x[rows * 2] if has_rows(x) else x for x in leaves]
     trees, found = compute(inputs, [(0,), (1,), (0, 1)]), dict[int, tuple[Any, ...]]()
     name = functools.partial(leaf_name, "output", trees[0])
     forms = [flatten(tree) for tree in trees]

@@ -194,6 +194,7 @@ class Table:
     given_up: set[int] = field(default_factory=set)  #: units that are not asked for any more
     avoid: frozenset[int] = _NOBODY  #: workers that no part may have
     unwanted: list[Part] = field(default_factory=list)  #: dropped, and not yet told the pool
+    late: float = math.inf  #: seconds after its begin before which no part is late
     prepares: bool = False  #: true if missing rows may soon have to be estimated
     deadline: float = math.inf  #: seconds from the call to its answer
     hedging_threshold: float = math.inf  #: seconds after which the largest part is late

@@ -38,14 +38,14 @@ FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
-    "beside the folders": 2345,
+    "beside the folders": 2346,
     "cli": 1453,
     "codes": 999,
     "experiments": 1721,
     "input_space": 1309,
-    "nn": 2399,
+    "nn": 2397,
     "open_inference": 810,
-    "scheduling": 764,
+    "scheduling": 765,
     "serve": 1356,
     "surrogates": 544,
     "verification": 904,

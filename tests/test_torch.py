@@ -89,7 +89,7 @@ def dependent(module, *inputs):
     def compute(rows, batches):
         asked.extend(each for batch in batches for each in batch)
         with torch.no_grad():
-            return [module(*[x[[*batch], 0] for x in rows]) for batch in batches]
+            return [module(*[x[[*batch]] for x in rows]) for batch in batches]
 
     found = dependent_output(inputs, compute)
     assert len(asked) in (4, 10)  # rows

@@ -176,7 +176,8 @@ class Division:
         self.inputs, self.batch_size = inputs, inputs.batch_size
         leaves = list[Any]()
         for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True):
-            leaves.append(leaf if dim is None else self.spread(leaf.movedim(dim, 0)))
+            leaf = leaf.movedim(dim, 0) if dim else leaf
+            leaves.append(leaf if dim is None or self.by_rows else self.spread(leaf).flatten(0, 1))
         self.task = Task(
             leaves, inputs.dims, inputs.spec, num_units, unit_rows, inputs.device, out_dims
         )
@@ -256,9 +257,9 @@ class Rows(Division):
         dealer: random.Random,
         out_dims: Any = 0,
     ) -> None:
+        self._estimator, self.block, self.by_rows = estimator, block, True
         size = inputs.batch_size
         super().__init__(inputs, size, 1, out_dims)
-        self._estimator, self.block, self.by_rows = estimator, block, True
         self.link, self.coverage = estimator.link, estimator.coverage
         self.needed, self.least = size, 1
         hands = dealt(size, min(parts, size))

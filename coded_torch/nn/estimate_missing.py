@@ -82,7 +82,7 @@ class Answers:
             source = plan.source(stacked.units) if plan else torch.arange(division.batch_size)
             estimated = source < 0
             exact = ~estimated if not_finite is None else ~estimated & ~not_finite
-            is_estimated = bool(estimated.any())
+            is_estimated = not whole and bool(estimated.any())
         report.note_source(source, stacked.later, division.task.unit_rows)
         approximations = self._approximations(stacked) if self._surrogates and is_estimated else []
         answers, weights = dict[int, Tensor](), list[tuple[float, ...]]()

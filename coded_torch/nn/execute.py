@@ -99,6 +99,11 @@ class Execution:
             if table.unwanted:
                 request.drop(table.unwanted)
                 table.unwanted.clear()
+            wanted = self._division.needed - len(table.answered)
+            # Until a part of the first round fails or is late, there is nothing to decide.
+            is_first = len(table.parts) == len(table.first) and table.late < math.inf
+            is_first &= self._check is None
+            request.together, request.late = (wanted, table.late) if is_first else (0, math.inf)
             if asked < len(table.parts):
                 request.ask(table.parts[asked:])
                 asked = len(table.parts)
@@ -107,10 +112,6 @@ class Execution:
                 with self._report.timed("decode"):  # now, while the call would wait anyway
                     self._prepare(self.checks.stack())
             events, end = list[Began | Reply](), until
-            wanted = self._division.needed - len(table.answered)
-            # Until a part of the first round fails or is late, there is nothing to decide.
-            is_first = asked == len(table.first) and self._check is None and until < math.inf
-            request.together = wanted if is_first else 1
             try:
                 while (event := request.wait(end)) is not None:
                     events.append(event)
@@ -121,7 +122,7 @@ class Execution:
                     if self._check is not None:  # a faulty worker may share the memory of results
                         event.value = pytree.tree_map_only(Tensor, Tensor.clone, event.value)
                     wanted -= len(event.part.units)
-                    request.together = wanted if is_first else 1
+                    request.together = wanted if is_first else 0
                     if wanted <= 0:
                         break  # no more replies are taken than can complete the call
             finally:  # the report has these events even if waiting raised

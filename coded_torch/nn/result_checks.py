@@ -2,7 +2,6 @@ r"""Judges results by their form, and puts the good ones side by side."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
@@ -38,30 +37,29 @@ class Result:
         task, odd = division.task, division.not_finite
         self._value = value
         #: The rows whose inputs are finite, bool; None if all are.
-        self._judged = None if odd is None else ~odd[list(units)].flatten()
+        self.kept = None if odd is None else ~odd[list(units)].flatten()
         self.leaves, self.spec = flatten(value)
         self.dims: list[Any] = broadcast_dims("out_dims", task.out_dims, self.spec)
         self.divided: list[int] = []  # the places of the leaves that have the part's rows
         #: The leaves but for how many rows they have, which is alike in all good results.
         self.form: list[Any] = [self.spec]
         for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
-            if dim is None or isinstance(leaf, CONSTANTS):
+            is_tensor = isinstance(leaf, Tensor)
+            if dim is None or (not is_tensor and isinstance(leaf, CONSTANTS)):
                 constant = leaf if isinstance(leaf, CONSTANTS) else None
-                is_tensor = isinstance(leaf, Tensor)
                 self.form.append((leaf.dtype, leaf.shape) if is_tensor else (type(leaf), constant))
                 continue
-            if isinstance(leaf, Tensor):
-                name = functools.partial(self.name, i)
-                dense("CodedWrapper", name, leaf, leaf.is_floating_point())
-            if not (isinstance(leaf, Tensor) and (leaf.is_floating_point() or not division.mixes)):
-                got = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+            if is_tensor:
+                dense("CodedWrapper", lambda i=i: self.name(i), leaf, leaf.is_floating_point())
+            if not is_tensor or (division.mixes and not leaf.is_floating_point()):
+                got = leaf.dtype if is_tensor else type(leaf).__name__
                 raise TypeError(
                     f"CodedWrapper: {self.name(i)} must be a floating-point tensor to be decoded, "
                     f"got {got}; return a tensor of logits or scores instead, register containers "
                     "with torch.utils._pytree, or say None in out_dims"
                 )
             check_batch(self._value, i, leaf, dim, len(units) * task.unit_rows)
-            self.form.append((leaf.dtype, self.rows(i).shape[1:]))
+            self.form.append((leaf.dtype, (self.rows(i) if dim else leaf).shape[1:]))
             self.divided.append(i)
             if division.link is not None:
                 self._check_probabilities(i)
@@ -89,11 +87,11 @@ class Result:
     def judged(self, i: int) -> Tensor:
         """Return a leaf, batch first, without the rows of inputs that are not finite."""
         rows = self.rows(i)
-        if self._judged is None:
+        if self.kept is None:
             return rows
         if self.dims[i] is None:  # a row with NaN may be in it
             return rows.flatten()[:0]
-        return rows[self._judged.to(rows.device)]
+        return rows[self.kept.to(rows.device)]
 
     def __str__(self) -> str:
         return str(pytree.tree_unflatten(map(show, self.leaves), self.spec))
@@ -182,12 +180,10 @@ class Checks:
     def _count(self, part: Part) -> None:
         """Let a result vote, and mark whose results are good, or disputed, by it."""
         before = self._groups[0] if self._groups else []
-        for group in self._groups:
-            if part.result.form == group[0].result.form:
-                group.append(part)
-                break
-        else:
-            self._groups.append(group := [part])
+        alike = (each for each in self._groups if each[0].result.form == part.result.form)
+        if (group := next(alike, None)) is None:
+            self._groups.append(group := [])
+        group.append(part)
         if len(self._groups) > 1:
             self._groups.sort(key=_weight, reverse=True)
         lead = self._groups[0]
@@ -242,7 +238,7 @@ class Checks:
         leaves = list(first.leaves)
         for i in first.divided:
             own = _joined([part.result.rows(i) for part in good])
-            own = own.unflatten(0, (-1, self._division.task.unit_rows))  # [places, R, ...]
+            own = own.view(len(flat), self._division.task.unit_rows, *own.shape[1:])
             if places != everywhere:
                 own = own.index_select(0, torch.tensor(places, device=own.device))
             leaves[i] = own
@@ -278,10 +274,10 @@ def _not_finite(parts: Sequence[Part]) -> dict[int, str]:
     for part in parts:
         for i, leaf in enumerate(part.result.leaves):
             if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                rows.append((part, i, part.result.judged(i).detach()))
-    if len(rows) > 1:  # a value that is not finite stays so in sums
-        sums = [x.sum().to(rows[0][2].device, torch.float32) for *_, x in rows]
+                rows.append((part, i, leaf if part.result.kept is None else part.result.judged(i)))
+    if len(rows) > 1 and rows[0][2].device.type != "cpu":
+        # A value that is not finite stays so in sums.
+        sums = [x.detach().sum().to(rows[0][2].device, torch.float32) for *_, x in rows]
         if finite(torch.stack(sums)):
             return {}
-    bad = (row for row in reversed(rows) if not finite(row[2]))
-    return {part.number: part.result.name(i) for part, i, _ in bad}
+    return {part.number: part.result.name(i) for part, i, x in rows[::-1] if not finite(x)}

@@ -62,6 +62,7 @@ class Decisions:
         self.threshold = functools.cache(
             lambda n: history.hedging_threshold(n * table.unit_rows, budget, half)
         )
+        table.late = (budget and self.threshold(min(map(len, table.first)))) or math.inf
         history.earn(budget)
         for units in table.first:
             table.ask(units)

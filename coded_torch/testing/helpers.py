@@ -107,7 +107,7 @@ def nan_at_two(x: Tensor) -> Tensor:
 
 def task_of(values: Tensor, *shared: Any, dim: int = 0) -> Task:
     """The task of units ``values [U, R, ...]`` and arguments that are not divided."""
-    leaves, spec = pytree.tree_flatten(((values, *shared), {}))
+    leaves, spec = pytree.tree_flatten(((values.flatten(0, 1), *shared), {}))
     dims = [dim] + [None] * (len(leaves) - 1)
     return Task(leaves, dims, spec, values.shape[0], values.shape[1], values.device, out_dims=dim)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import enum
-import functools
 import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -41,7 +40,8 @@ class Task:
     A unit is a row of a batch (R = 1), or one of N columns of coded inputs, with a row per group.
     """
 
-    #: The leaves of ``(args, kwargs)``: tensors ``[U, R, ...]`` of any dtype if divided.
+    #: The leaves of ``(args, kwargs)``: tensors ``[U R, ...]`` of any dtype if divided, the rows of
+    #: each unit side by side.
     leaves: Sequence[Any]
     dims: Sequence[int | None]  #: the batch dimension of each leaf; None if the same for every part
     spec: pytree.TreeSpec  #: the structure of ``(args, kwargs)``
@@ -56,24 +56,22 @@ class Task:
         Rows of consecutive units are views, unless they are ``copied`` for a module in the caller's
         process, which may change them.
         """
-        run = range(units[0], units[0] + len(units))
+        run, size = range(units[0], units[0] + len(units)), self.unit_rows
 
-        def chosen(leaf: Tensor) -> Tensor:  # [U, R, ...] -> [len(units) R, ...]
+        def chosen(leaf: Tensor) -> Tensor:
             if all(map(operator.eq, units, run)):
-                leaf = leaf[run.start : run.stop]
-                return (leaf.clone() if copied else leaf).flatten(0, 1)
-            return leaf.index_select(0, torch.tensor(units, device=leaf.device)).flatten(0, 1)
+                leaf = leaf[run.start * size : run.stop * size]
+                return leaf.clone() if copied else leaf
+            own: Tensor = leaf.unflatten(0, (-1, size))
+            return own.index_select(0, torch.tensor(units, device=leaf.device)).flatten(0, 1)
 
         pairs = zip(self.leaves, self.dims, strict=True)
         batch = [leaf if dim is None else chosen(leaf) for leaf, dim in pairs]
         if any(self.dims):  # moving nothing takes microseconds
             dims = zip(batch, self.dims, strict=True)
             batch = [leaf.movedim(0, dim) if dim else leaf for leaf, dim in dims]
-        return (tuple(batch), {}) if self._is_positional else unflatten(batch, self.spec)
-
-    @functools.cached_property
-    def _is_positional(self) -> bool:  # true, arguments take a tenth of the time
-        return bool(self.spec == positional(len(self.leaves))[0])
+        is_positional = self.spec is positional(len(batch))[0]  # true, a tenth of the time
+        return (tuple(batch), {}) if is_positional else unflatten(batch, self.spec)
 
 
 class Request(abc.ABC):
@@ -86,9 +84,9 @@ class Request(abc.ABC):
 
     timeout = math.inf  #: seconds after which a part that was asked for and has not replied fails
     versions: Mapping[int, str] = {}  #: the version of the model, by worker
-    #: The number of events that a pool may gather before :meth:`wait` returns the first, unless
-    #: time passes, a part fails, or fewer can come.
-    together = 1
+    #: The number of replies that a pool may gather before :meth:`wait` returns the first event,
+    #: unless time passes, a part fails or has run for ``late`` seconds, or fewer can come.
+    together, late = 0, math.inf
 
     @abc.abstractmethod
     def ask(self, parts: Sequence[Part]) -> None:

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
+from operator import attrgetter
 from typing import Any
 
 from .._arguments import MOST_WORKERS, count, sparing_logger
@@ -44,10 +45,6 @@ class Worker:
     @property
     def is_wanted(self) -> bool:
         return self.ready and not (self.excluded or self.left or self.unwanted)
-
-    @property
-    def idle(self) -> bool:
-        return self.part is None and self.is_wanted
 
     def is_new_to(self, module: Any) -> bool:
         return False
@@ -139,21 +136,21 @@ class Dispatcher(abc.ABC):
         with self.lock:
             if request.closed:
                 raise RuntimeError(f"{type(request).__name__}: the request is closed")
-            request.open.update((part.number, part) for part in parts)
-            self._parts.extend(parts)
+            request.open |= {part.number: part for part in parts}
         for part in parts:  # a worker begins while the next part is prepared
             try:
                 part.content = self.prepare(part)
             except Exception as cause:  # such as of pickling: it fails the part, and is reported
                 self.reply(part, Failure(f"could not be asked: {cause}", "", cause))
-            self._assign()
-        self.refuse()
+            with self.lock:
+                self._parts.append(part)
+                self.refuse() if self.closed or part.avoid else self._assign()
 
     def drop(self, request: LiveRequest, numbers: Collection[int] | None = None) -> None:
         """Drop the parts with some numbers that have not begun or, by default, all of a request."""
         with self.lock:
             if numbers is None:  # nothing that has happened is needed any more
-                for each in (request.open, request.began, request.events):
+                for each in (request.open, request.began, request.events, request.replied):
                     each.clear()
             for number in request.open.keys() & (numbers or ()):
                 if request.wants(request.open[number]):
@@ -177,6 +174,7 @@ class Dispatcher(abc.ABC):
                 if isinstance(result, Failure):
                     reply.value, reply.error = None, WorkerError(part.number, worker, *result)
                     request.urgent = True
+                request.replied.add(part.number)  # first, as an interrupt may come between them
                 request.events[part.number] = reply
                 if request.is_notified():
                     self.notify(request)
@@ -208,11 +206,13 @@ class Dispatcher(abc.ABC):
     @property
     def num_idle(self) -> int:
         with self.lock:
-            return sum(worker.idle for worker in self._workers)
+            return sum(w.part is None and w.is_wanted for w in self._workers)
 
     def status(self, request: LiveRequest) -> str:
-        """Return why parts of a request may not have begun, in words."""
+        """Return why parts of a request may not have begun, in words; "" if they have."""
         with self.lock:
+            if not any(map(request.wants, request.open.values())):
+                return ""
             workers = [worker for worker in self._workers if not worker.left]
             up = {w.index for w in workers if w.ready}
             free = {w.index for w in workers if w.part is None or w.part.request is request}
@@ -297,7 +297,7 @@ class Dispatcher(abc.ABC):
     def _assign(self) -> None:
         with self.lock:
             self.recover()
-            while (worker := self._begin()) is not None:
+            while self._parts and (worker := self._begin()) is not None:
                 part = worker.part
                 try:
                     self.send(worker, part)
@@ -308,23 +308,27 @@ class Dispatcher(abc.ABC):
 
     def _begin(self) -> Any:
         """Begin the first part that an idle worker may take, at the place with the fewest parts."""
-        idle = [w for w in self._workers if w.idle] if self._parts and not self.closed else []
-        for part in self._parts if idle else ():
+        idle = [w for w in self._workers if w.part is None and w.is_wanted]
+        for part in self._parts if idle and not self.closed else ():
             if not (request := part.request).wants(part):
                 self._forget()
                 return self._begin()
-            line = [*part.line()] if len(idle) <= part.spares else []
-            if part.content is None or any(w.part in line for w in self._workers):
+            line, out = [*part.line()] if len(idle) <= part.spares else [], part.avoid
+            if line and any(w.part in line for w in self._workers):
                 continue
-            begun, both = self._clock() - _PATIENCE, part.avoid | part.tried
-            others = [w for w in self._workers if w.is_wanted and w.index not in both]
-            out = both if any(w.part is None or w.since > begun for w in others) else part.avoid
-            workers = [w for w in idle if w.index not in out]
-            known = [w for w in workers if not w.is_new_to(request.module)]
-            if workers := known or (workers if self.may_load(request.module) else []):
+            if part.tried:
+                begun, both = self._clock() - _PATIENCE, out | part.tried
+                others = [w for w in self._workers if w.is_wanted and w.index not in both]
+                out = both if any(w.part is None or w.since > begun for w in others) else out
+            workers = sorted([w for w in idle if w.index not in out], key=attrgetter("since"))
+            if len(self._workers) > len(self.places):
                 busy = Counter(w.index for w in self._workers if w.part is not None)
-                worker = min(workers, key=lambda w: (busy[w.index], w.since))
-                self.served, worker.fresh = worker, not known
+                workers.sort(key=lambda worker: busy[worker.index])
+            worker = next((w for w in workers if not w.is_new_to(request.module)), None)
+            if fresh := worker is None and bool(workers) and self.may_load(request.module):
+                worker = workers[0]
+            if worker is not None:
+                self.served, worker.fresh = worker, fresh
                 worker.since, worker.part = self._clock(), part
                 began = Began(part, worker.index, request.now(), worker.fresh)
                 request.began[part.number] = request.events[~part.number] = began

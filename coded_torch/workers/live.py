@@ -6,7 +6,7 @@ import contextlib
 import math
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextvars import ContextVar
@@ -50,7 +50,9 @@ class LiveRequest(Request):
         self.open = OrderedDict[int, Part]()
         self.began: dict[int, Began] = {}  #: of open parts
         #: What was not taken: replies by the number of the part, and ``~number`` for its begin.
-        self.events = OrderedDict[int, Began | Reply]()
+        self.events: dict[int, Began | Reply] = {}
+        self.replied = set[int]()  #: the parts with replies that were not taken
+        self._taken = deque[Began | Reply]()  # events that :meth:`wait` returns next
         self.bell = threading.Lock()  #: is released when an event comes
         self.bell.acquire()
         self.kills = Counter[int]()  #: the times that a worker was ended at a unit
@@ -64,15 +66,15 @@ class LiveRequest(Request):
 
     def is_notified(self) -> bool:
         """Return whether :meth:`wait` has something to return."""
-        enough = min(self.together, len(self.open)) or 1
-        return self.interrupted or self.urgent or len(self.events) >= enough
+        enough = len(self.replied) >= min(self.together, len(self.open))
+        return self.interrupted or self.urgent or (enough and bool(self.events))
 
     def awaits(self, part: Part) -> bool:
         return part.number in self.open and part.number not in self.events
 
     def wants(self, part: Part) -> bool:
         """Return whether a part has still to begin."""
-        return not self.abandoned and self.awaits(part) and part.number not in self.began
+        return self.awaits(part) and part.number not in self.began and not self.abandoned
 
     def interrupt(self, abandon: bool = False) -> None:
         """Have :meth:`wait` raise a CancelledError."""
@@ -90,25 +92,31 @@ class LiveRequest(Request):
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
         while True:
-            with self.dispatcher.lock:
-                if self.interrupted:
-                    raise CancelledError(f"{type(self).__name__}: the call was cancelled")
-                oldest, event = next(iter(self.open.values()), None), None
-                if self.events:
-                    number, event = self.events.popitem(last=False)
-                    self.urgent = self.urgent and bool(self.events)
-                    if number >= 0:
-                        del self.open[number]
-                        self.began.pop(number, None)
-            if event is not None:
+            if self.interrupted:
+                raise CancelledError(f"{type(self).__name__}: the call was cancelled")
+            if self._taken:
+                event = self._taken.popleft()
                 if isinstance(event, Reply):
                     self.receive(event)
                 return event
+            with self.dispatcher.lock:
+                oldest = next(iter(self.open.values()), None)
+                limit = oldest.asked + self.timeout if oldest else math.inf
+                # A part that begins from now on is late no earlier than `late` seconds from now.
+                began = (e.at for n, e in self.events.items() if n < 0 and ~n not in self.events)
+                due = next(began, now := self.now()) + self.late
+                seconds = min(until, limit, due) - now
+                if self.events and (seconds <= 0 or self.is_notified()):
+                    for number in self.replied & self.events.keys():
+                        del self.open[number]
+                        self.began.pop(number, None)
+                    self._taken.extend(self.events.values())
+                    self.events, self.replied, self.urgent = {}, set(), False
+                    continue
             # If nothing is open, all that can happen has happened.
             if oldest is None:
                 return None
-            limit = oldest.asked + self.timeout
-            if (seconds := min(until, limit) - self.now()) > 0:
+            if seconds > 0:
                 self.dispatcher.wait_for(self, min(seconds, _AGAIN if self._retries else math.inf))
                 if self._retries:
                     self.dispatcher.refuse()  # gives parts to idle workers
@@ -135,13 +143,12 @@ class LiveRequest(Request):
         return int(self.dispatcher.num_idle)
 
     def status(self) -> str:
-        with self.dispatcher.lock:
-            waiting = any(map(self.wants, self.open.values()))
-        return self.dispatcher.status(self) if waiting else ""
+        return str(self.dispatcher.status(self))
 
     def close(self) -> None:
         self.closed = True
         self.dispatcher.drop(self)
+        self._taken.clear()
 
     def abandon(self) -> None:
         self.abandoned = True

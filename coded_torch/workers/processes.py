@@ -186,7 +186,7 @@ class _Processes(Supervisor):
             # The last module will probably be wanted, but loading it may be why starts failed.
             if (last := self.modules.last()) is not None and not self._failed_starts:
                 worker.modules = frozenset(last[:1])
-                link.send_package(MODULE, *last)
+                link.send(MODULE, *last)
             on_error.pop_all()
         return worker
 
@@ -205,9 +205,9 @@ class _Processes(Supervisor):
     def send(self, worker: _Process, part: Part) -> None:
         module, link = part.request.module, worker.connection
         with contextlib.suppress(ConnectionError):  # the process has died, which is heard next
-            if worker.is_new_to(module):
+            if worker.fresh:
                 worker.loading = True
-                link.send_package(MODULE, module.number, module.package)
+                link.send(MODULE, module.number, module.package)
             worker.load(part)
             worker.look()
             worker.number += 1
@@ -220,7 +220,7 @@ class _Processes(Supervisor):
             with contextlib.suppress(*_BROKEN):
                 os.kill(worker.pid, signal.SIGKILL)
                 while wait([worker.connection.socket], _DYING_SECONDS):
-                    if (said := worker.connection.receive()) is None or said.kind == ENDED:
+                    if (said := worker.connection.receive()) is None or said[0] == ENDED:
                         break
         worker.connection.close()  # ends one that is not up
         if not worker.gone:
@@ -282,9 +282,8 @@ class _Processes(Supervisor):
         self._poll.modify(self._epoll, 0 if led else select.POLLIN)
         self._poll.poll(1e3 * (min(seconds, _PARKED_SECONDS) if led else seconds))
         self._bell.read(8)
-        if not self._is_led:
-            self._assign()  # recovers from an interrupt
-            self._look()
+        self._assign()  # recovers from an interrupt
+        self._look()
 
     def ring(self, bell: str = "_bell") -> None:
         # It is not there before the thread starts, and closed after its end.
@@ -315,23 +314,23 @@ class _Processes(Supervisor):
 
     def _hear(self, worker: _Process) -> None:
         try:
-            message = worker.connection.receive()
-            if message is None or message.kind == ENDED:
-                worker.gone, worker.code = True, None if message is None else message.number
+            kind, number, read = worker.connection.receive() or (ENDED, None, None)
+            if kind == ENDED:
+                worker.gone, worker.code = True, number
                 self._doom(worker, "has ended")
-            elif message.kind == READY:
-                worker.pid, worker.since = message.number, time.monotonic()
+            elif kind == READY:
+                worker.pid, worker.since = number, time.monotonic()
                 worker.loading = bool(worker.modules)
                 if not worker.loading:
                     self.ready(worker)
-            elif message.kind == LOADED:
+            elif kind == LOADED:
                 self.loaded(worker)
-            elif message.kind == ALIVE:
+            elif kind == ALIVE:
                 worker.life = time.monotonic()
                 worker.look()
-            elif message.kind == RESULT:
-                part = worker.part if message.number == worker.number else None
-                self.settle(worker, part, (worker, message.value))
+            elif kind == RESULT:
+                part = worker.part if number == worker.number else None
+                self.settle(worker, part, (worker, read))
         except BlockingIOError:
             pass  # no message is left: another thread has taken it
         except _BROKEN as error:

@@ -27,7 +27,7 @@ import sys
 import weakref
 from array import array
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,7 +108,8 @@ class Pickled:
             how = "install cloudpickle, or define it in a file that can be imported"
             raise pickle.PicklingError(f"{what}; {how}")
         self.length = len(self._stream)  # bytes of the pickle
-        self.size = _aligned(self.length) + self._behind  # bytes of the pickle and the tensors
+        self._start = _aligned(self.length)  # the place of the tensors
+        self.size = self._start + self._behind  # bytes of the pickle and the tensors
         if blocks is not None:
             self.block = blocks.take(self.size) if self.size > _SHORT else None
             self.memory = self.block.memory if self.block else bytearray(self.size)
@@ -117,9 +118,8 @@ class Pickled:
     def write(self, memory: Any) -> None:
         """Write pickle and tensors to the beginning of ``memory``, and release the tensors."""
         memory[: self.length] = self._stream
-        start = _aligned(self.length)
         for tensor, offset in self._tensors.values():
-            begin, size = start + offset, tensor.nbytes
+            begin, size = self._start + offset, tensor.nbytes
             plain = tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg()
             if plain and not tensor.is_conj() and size <= _SHORT:  # operators take far longer
                 memory[begin : begin + size] = ctypes.string_at(tensor.data_ptr(), size)
@@ -130,8 +130,9 @@ class Pickled:
 
     def _place(self, obj: Any) -> tuple[str, tuple[int, ...], int] | None:
         """Return dtype, shape and place of a plain tensor, also a parameter's; else None."""
-        plain = type(obj) is Tensor and obj.layout is torch.strided and not obj.is_quantized
-        if not plain or obj.is_meta or not obj.numel():
+        if type(obj) is not Tensor:
+            return None
+        if obj.layout is not torch.strided or obj.is_quantized or obj.is_meta or not obj.numel():
             return None
         if id(obj) not in self._tensors:
             self._tensors[id(obj)] = obj, self._behind
@@ -197,14 +198,6 @@ class Package(Block):
         _seal(self.descriptor, fcntl.F_SEAL_WRITE)  # no receiver can change it for the others
 
 
-class Message(NamedTuple):
-    """A message, and the function that reads its object."""
-
-    kind: int
-    number: int
-    value: Callable[[], Any]
-
-
 class Connection:
     """One end of a connection, a Unix socket of packets. One thread at a time uses it."""
 
@@ -217,32 +210,45 @@ class Connection:
         # more, because an interrupt that comes there is lost.
         self._read: dict[int, Callable[[], Any]] = {}
 
-    def send(self, kind: int, number: int, pickled: Pickled | None = None) -> None:
+    def send(self, kind: int, number: int, content: Pickled | Package | None = None) -> None:
         """Send a message, with an object or without.
 
-        Raises a ConnectionError if the other side has ended, an OSError if memory is short.
+        The receiver maps the memory of a package, and copies the pages that it changes. Raises a
+        ConnectionError if the other side has ended, an OSError if memory is short.
         """
-        block, memory = (None, b"") if pickled is None else (pickled.block, pickled.memory)
-        length = 0 if pickled is None else pickled.length
-        if block is None:
-            self._write(kind, number, length, body=memory)
-            return
-        self._lent[block.number], new = block, block.number not in self._sent
-        if new:
-            _keep(self._sent, block.number, block)
-        self._write(kind, number, length, block.number, block.descriptor if new else -1)
-
-    def send_package(self, kind: int, number: int, package: Package) -> None:
-        """Send a package. The receiver maps its memory, and copies the pages that it changes."""
-        self._write(kind, number, package.length, new=package.descriptor)
+        length, block, new = 0, -1, -1
+        body: Any = b""
+        if content is not None:
+            length = content.length
+            if isinstance(content, Package):
+                new = content.descriptor
+            elif content.block is None:
+                body = content.memory
+            else:
+                block = content.block.number
+                if block not in self._sent:
+                    _keep(self._sent, block, content.block)
+                    new = content.block.descriptor
+                self._lent[block] = content.block
+        read = array("q", [each for each, holder in self._read.items() if holder() is None])
+        for each in read:
+            del self._read[each]
+        packet = _HEADER.pack(kind, number, length, block, new >= 0, len(read)) + read + body
+        try:
+            if new < 0:
+                self.socket.send(packet)
+            else:
+                socket.send_fds(self.socket, [packet], [new])
+        except ConnectionError as error:
+            raise ConnectionError(f"the other side has ended: {error}") from error
 
     def tell(self, kind: int, number: int = 0) -> None:
         """Send two numbers, from any thread, unless the other side has left many unread."""
         with contextlib.suppress(OSError):
             self.socket.send(_HEADER.pack(kind, number, 0, -1, 0, 0), socket.MSG_DONTWAIT)
 
-    def receive(self) -> Message | None:
-        """Return the next message; None if the other side has ended, an OSError as by `send`."""
+    def receive(self) -> tuple[Any, ...] | None:
+        """Return kind, number and what reads the object; None at the end, an OSError as `send`."""
         try:
             data, extra, flags, _ = self.socket.recvmsg(_PACKET, _ROOM)
         except ConnectionError:  # if the other side has left any unread, before its last messages
@@ -252,7 +258,7 @@ class Connection:
         descriptors = array("i", extra[0][2] if extra else b"")
         kind, number, length, block, new, read = _HEADER.unpack_from(data)
         begin = _HEADER.size + 8 * read
-        for each in array("q", data[_HEADER.size : begin]):
+        for each in array("q", data[_HEADER.size : begin]) if read else ():
             _keep(self.blocks, each, self._lent.pop(each))
         if flags & _TRUNCATED or len(descriptors) < new:
             # The kernel drops a descriptor that is one too many for this process.
@@ -274,27 +280,12 @@ class Connection:
             copy = _SHORT  # a view would keep the whole memory
         if not 0 <= length <= len(memory):
             raise ValueError(f"a message of {length} bytes came in {len(memory)}")
-        return Message(kind, number, _Unpickler(memory, length, copy).load)
+        return kind, number, _Unpickler(memory, length, copy).load
 
     def close(self) -> None:
         """Release the connection, and all memory that nobody reads."""
         self.socket.close()
         self._sent, self._lent, self._known = {}, {}, {}
-
-    def _write(
-        self, kind: int, number: int, length: int, block: int = -1, new: int = -1, body: Any = b""
-    ) -> None:
-        read = array("q", [each for each, holder in self._read.items() if holder() is None])
-        for each in read:
-            del self._read[each]
-        packet = _HEADER.pack(kind, number, length, block, new >= 0, len(read)) + read + body
-        try:
-            if new < 0:
-                self.socket.send(packet)
-            else:
-                socket.send_fds(self.socket, [packet], [new])
-        except ConnectionError as error:
-            raise ConnectionError(f"the other side has ended: {error}") from error
 
 
 def _tensor_at(memory: Any, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -37,7 +37,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .._changes import fingerprint
 from . import shared_memory
@@ -216,12 +215,13 @@ class _Program(NamedTuple):
         with contextlib.suppress(ConnectionError):
             connection.send(READY, os.getpid())
             while message := connection.receive():
-                if message.kind == MODULE:
-                    modules.add(message.number, message.value)
-                    connection.send(LOADED, message.number)
+                kind, number, read = message
+                if kind == MODULE:
+                    modules.add(number, read)
+                    connection.send(LOADED, number)
                     continue
-                number, result = message.number, modules.call(message.value)
-                del message  # the answer says that its memory can be used again
+                result = modules.call(read)
+                del message, read  # the answer says that its memory can be used again
                 connection.send(RESULT, number, result)
 
     def watch(self, connection: Connection) -> None:
@@ -276,18 +276,18 @@ class ModuleStore:
     """The modules that ``pack`` has packed, each until it changes or nothing else holds it."""
 
     def __init__(self, pack: Callable[[nn.Module], Any]) -> None:
-        self._make, self._lock, self._numbers = pack, threading.Lock(), itertools.count()
+        self._make, self._numbers = pack, itertools.count()
         self._packing = threading.Lock()  # held while one is packed, which may take seconds
-        # module -> (its fingerprint, its number, the package, its tensors)
-        self._packed: Any = WeakIdKeyDictionary()
+        # The id of a module -> (its fingerprint, its number, the package, its tensors, itself)
+        self._packed: dict[int, tuple[Any, int, Any, Any, weakref.ref[nn.Module]]] = {}
 
     def pack(self, module: nn.Module, ambient: Ambient) -> PackedModule:
         """Return the module in its present state, for a caller with these modes."""
-        tensors, how = fingerprint(module)
-        packed = self._packed.get(module)
+        (tensors, how), key = fingerprint(module), id(module)
+        packed = self._packed.get(key)
         if packed is None or packed[0] != how:
             with self._packing:
-                packed = self._packed.get(module)  # another thread may have packed it
+                packed = self._packed.get(key)  # another thread may have packed it
                 if packed is None or packed[0] != how:
                     try:
                         package = self._make(module)
@@ -297,23 +297,24 @@ class ModuleStore:
                         if isinstance(error, RuntimeError):  # torch pickles no parametrizations
                             got += "\nTry torch.nn.utils.parametrize.remove_parametrizations."
                         raise TypeError(f"Workers: {must}, got {got}") from error
-                    packed = how, next(self._numbers), package, tensors
-                    with self._lock:
-                        self._packed[module] = packed
-        with self._lock:
-            alive = frozenset(number for _, number, *_ in self._packed.values())
-        _, number, package, _ = packed
-        return PackedModule(number, package, alive, _dumps((number, alive, ambient)))
+                    gone = functools.partial(_forget, weakref.ref(self), key)
+                    packed = how, next(self._numbers), package, tensors, weakref.ref(module, gone)
+                    self._packed[key] = packed
+        number, alive = packed[1], frozenset([entry[1] for entry in [*self._packed.values()]])
+        return PackedModule(number, packed[2], alive, _dumps((number, alive, ambient)))
 
     def last(self) -> tuple[int, Any] | None:
         """Return the number and the package of the newest module, if there is one."""
-        with self._lock:
-            entries = [entry[1:3] for entry in self._packed.values()]
-        return max(entries, default=None, key=operator.itemgetter(0))
+        newest = max([*self._packed.values()], default=None, key=operator.itemgetter(1))
+        return newest and newest[1:3]
 
     def forget(self, module: nn.Module) -> None:
-        with self._lock:
-            self._packed.pop(module, None)
+        self._packed.pop(id(module), None)
+
+
+def _forget(store: weakref.ref[ModuleStore], key: int, _: Any) -> None:
+    if (kept := store()) is not None:
+        kept._packed.pop(key, None)
 
 
 def set_up(threads: int, seed: int) -> None:

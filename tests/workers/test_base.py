@@ -42,7 +42,8 @@ def test_the_payload_of_units_is_a_view_if_they_are_consecutive(units):
 def test_what_is_divided_goes_where_the_module_expects_the_batch():
     x, mask = torch.randn(4, 2, 3, 5), torch.rand(4, 2, 3) > 0.5
     leaves, spec = pytree.tree_flatten(((x, "shared"), {"mask": mask, "scale": torch.ones(7)}))
-    task = Task(leaves, [-1, None, 1, None], spec, 4, 2, x.device)
+    flat = [leaf.flatten(0, 1) if leaf is x or leaf is mask else leaf for leaf in leaves]
+    task = Task(flat, [-1, None, 1, None], spec, 4, 2, x.device)
     (got, shared), kwargs = task.payload((1, 3))
     assert torch.equal(got, x[[1, 3]].flatten(0, 1).movedim(0, -1))
     assert shared == "shared"

@@ -71,3 +71,19 @@ def test_waiting_for_many_parts_costs_little_for_each():
         request.wait()
         request.wait()
     assert time.process_time() - start < 3  # .3 s; 9 s if each begin walked the queue
+
+
+def test_replies_are_gathered_unless_a_part_is_late():
+    request = Quiet()
+    request.together, request.late = 2, WAIT
+    request.ask(numbered((0,), (1,)))
+    for _ in range(2):
+        assert not request.is_notified()  # begins do not count
+        request.answer()
+    events = [request.wait(), *iter(lambda: request.wait(), None)]
+    assert [event.part.number for event in events] == [0, 0, 1, 1]
+    request.late = 0.2
+    request.ask(numbered((2,), (3,), first=2))
+    asked = request.now()
+    assert isinstance(request.wait(), Began)
+    assert 0.1 < request.now() - asked < WAIT

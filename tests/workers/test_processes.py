@@ -606,7 +606,7 @@ class Net(torch.nn.Module):
 
 with ProcessWorkers(1) as pool, torch.no_grad():
     print(CodedWrapper(Net(), ReplicationCode(2, 2), workers=pool)(torch.ones(2, 1)).max().item())
-    task = Task([torch.ones(1, 1)], [0], tree_structure(((0,), {})), 1, 1, torch.device("cpu"))
+    task = Task([torch.ones(1)], [0], tree_structure(((0,), {})), 1, 1, torch.device("cpu"))
     (reply,) = run(pool, Net(), task)
     print(isinstance(reply.value, Pair))
 

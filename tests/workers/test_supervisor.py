@@ -456,7 +456,8 @@ def test_only_workers_that_are_at_an_interrupted_request_are_ended():
     first, second, third = supervisor.launched
     interrupted.interrupt(abandon=True)  # in another thread: its own has still to close it
     answer(supervisor, first, "done meanwhile")
-    assert first.idle
+    assert first.is_wanted
+    assert first.part is None
     interrupted.abandon()
     supervisor.tend()
     assert [worker.ended for worker in (first, second, third)] == [False, True, False]
