@@ -56,7 +56,7 @@ class Modes(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         product = torch.mm(x, x.new_zeros(x.shape[1], 1))  # autocast casts it
         flags = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        return product, *(torch.full_like(x, flag) for flag in flags)
+        return product, *(torch.full_like(x, flag) for flag in flags), torch.ones(len(x))
 
 
 @contextlib.contextmanager

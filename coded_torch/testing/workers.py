@@ -306,7 +306,8 @@ class WorkersTests(abc.ABC):
             replies = list(run(pool, Modes(), task_of(values)))
             assert [reply.error for reply in replies] == [None] * self.num_units
             found = [reply.value for reply in replies]
-            return {(x.dtype, float(grad), float(inference)) for x, grad, inference in found}
+            assert {new.dtype for *_, new in found} == {torch.get_default_dtype()}
+            return {(x.dtype, float(grad), float(inference)) for x, grad, inference, _ in found}
 
         assert modes() == {(torch.float32, 1.0, 0.0)}
         with torch.no_grad():
@@ -317,6 +318,11 @@ class WorkersTests(abc.ABC):
             assert modes() == {(torch.bfloat16, 1.0, 0.0)}
         with autocast(torch.float16), torch.no_grad():
             assert modes() == {(torch.float16, 0.0, 0.0)}
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert modes() == {(torch.float32, 1.0, 0.0)}
+        finally:
+            torch.set_default_dtype(torch.float32)
         assert modes() == {(torch.float32, 1.0, 0.0)}
 
     def test_an_exception_of_the_module_reaches_the_caller(self, pool):

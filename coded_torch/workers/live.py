@@ -163,14 +163,16 @@ class Ambient(NamedTuple):
     inference: bool
     autocast: tuple[tuple[str, torch.dtype], ...]
     default_device: torch.device
+    default_dtype: torch.dtype
 
     @classmethod
     def here(cls) -> Ambient:
         accelerator = torch.accelerator.current_accelerator()
         kinds = ("cpu", *([accelerator.type] if accelerator else []))
         cast = tuple([(k, torch.get_autocast_dtype(k)) for k in kinds if is_autocast_enabled(k)])
-        device = torch.empty(0).device  # a tenth of the time of `torch.get_default_device`
-        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast, device)
+        new = torch.empty(0)  # a tenth of the time of `torch.get_default_device`
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        return cls(*modes, cast, new.device, new.dtype)
 
     @contextlib.contextmanager
     def restored(self, device: torch.device) -> Iterator[None]:
@@ -183,6 +185,9 @@ class Ambient(NamedTuple):
                 # All threads share one cache of cast weights, which knows of no stream.
                 cached = device.type == "cpu"
                 stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=cached))
+            if self.default_dtype != (before := torch.get_default_dtype()):  # in another process
+                stack.callback(torch.set_default_dtype, before)
+                torch.set_default_dtype(self.default_dtype)
             # If the default device is an accelerator, it stands for the module's device.
             if self.default_device.type != "cpu":
                 stack.enter_context(device)
