@@ -200,7 +200,9 @@ def workload(name: str, seconds: float) -> dict[str, Any]:
         found["ours, deadline"] = send(Waiting(deadline=DEADLINE, hedge_budget=budget))
     if seconds > 1:  # not where it is only tried
         with RayFleet(delays) as fleet:
-            found["Ray Serve"] = driven(fleet, "no hedge", parts, rate, int(rate * seconds))
+            found["Ray Serve, no hedge"] = driven(
+                fleet, "no hedge", parts, rate, int(rate * seconds)
+            )
     bars = {
         f"{client}, {at}": [found[client][at], round(share * found["hedge-python"][at], 3)]
         for client, at, share in (

@@ -34,7 +34,6 @@ NAMES = {
     "ours, deadline": "`CodedWrapper`, deadline",
     "no hedge": "httpx",
     "tenacity": "httpx, retries of tenacity",
-    "Ray Serve": "httpx, one address of Ray Serve",
     "Ray Serve, no hedge": "httpx, one address of Ray Serve",
     "Ray Serve, tenacity": "the same, retries of tenacity",
     "hedge-python": "httpx, hedge-python",
