@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 MOST_WORKERS = 65_536
 
 # The folders of the files that calls of modules pass through on their way to this package.
-_INSIDE = tuple(str(Path(file).parent) for file in (__file__, str(torch.__file__)))
+_INSIDE = str(Path(__file__).parent), str(Path(str(torch.__file__)).parent), contextlib.__file__
 
 _KEYS = {pytree.MappingKey: "key", pytree.GetAttrKey: "name", pytree.SequenceKey: "idx"}
 
