@@ -58,6 +58,7 @@ OURS = {
     "ours, deadline": Waiting(deadline=UNDER_FAULTS),
 }
 Delays = tuple[float, float, float, float]
+RAY_RATE = 10.0  # requests per second to Ray Serve: two cores do not carry its proxy with 50
 CALM = (0.005, 0.0, 1.0, 0.0)
 #: The delays of ``fleet_server.py``, the parts of a request, and requests per second.
 CASES: dict[str, tuple[Delays, int, float]] = {
@@ -68,6 +69,8 @@ CASES: dict[str, tuple[Delays, int, float]] = {
 
 class Fleet:
     """Servers in processes of their own, at addresses that stay."""
+
+    patience = 0.025  # seconds after which tenacity tries again
 
     def __init__(self, delays: Delays, kinds: Sequence[str] = KINDS) -> None:
         self.kinds, self.delays = kinds, delays
@@ -179,7 +182,8 @@ def driven(
         else:
             from .fleet_peers import Peer
 
-            send = stack.enter_context(contextlib.closing(Peer(client, fleet.urls, parts, rate)))
+            peer = Peer(client, fleet.urls, parts, rate, fleet.patience)
+            send = stack.enter_context(contextlib.closing(peer))
         drive(send, batches[:400], rate, seed + 1)
         before = getattr(send, "sent", 0)
         found = outcome(batches, drive(send, batches, rate, seed))
@@ -200,9 +204,7 @@ def workload(name: str, seconds: float) -> dict[str, Any]:
         found["ours, deadline"] = send(Waiting(deadline=DEADLINE, hedge_budget=budget))
     if seconds > 1:  # not where it is only tried
         with RayFleet(delays) as fleet:
-            found["Ray Serve, no hedge"] = driven(
-                fleet, "no hedge", parts, rate, int(rate * seconds)
-            )
+            found["Ray Serve, no hedge"] = driven(fleet, "no hedge", parts, RAY_RATE, 300)
     bars = {
         f"{client}, {at}": [found[client][at], round(share * found["hedge-python"][at], 3)]
         for client, at, share in (
@@ -220,6 +222,7 @@ def faults(some: Sequence[str], client: str, count: int, rate: float) -> dict[st
     policy: Any = OURS.get(client, client.removeprefix("Ray Serve, "))
     with contextlib.ExitStack() as stack:
         if client.startswith("Ray Serve"):
+            rate, count = RAY_RATE, min(count, 300)
             fleet = stack.enter_context(RayFleet(CALM))
             stack.enter_context(fleet.failing())
         else:

@@ -27,14 +27,18 @@ from coded_torch.workers import RemoteModule
 
 from .fleet_server import LENGTH, NAME
 
-PATIENCE = 0.025  # seconds after which tenacity tries again
 ERRORS = (httpx.HTTPError, tenacity.RetryError, EndpointError, ValueError)
 
 
 class Peer:
-    """A client on httpx; ``sent`` counts the requests that went to servers."""
+    """A client on httpx; ``sent`` counts the requests that went to servers.
 
-    def __init__(self, kind: str, urls: Sequence[str], parts: int, rate: float) -> None:
+    Tenacity tries again after ``patience``, in seconds.
+    """
+
+    def __init__(
+        self, kind: str, urls: Sequence[str], parts: int, rate: float, patience: float
+    ) -> None:
         self.parts, self.sent, self.loop = parts, 0, asyncio.new_event_loop()
         # hedge-python does not look at the exception of a request that another one has beaten.
         self.loop.set_exception_handler(lambda *_: None)
@@ -55,7 +59,7 @@ class Peer:
         if kind == "hedge-python":
             config = HedgeConfig(estimated_rps=parts * rate)
             transport = HedgedHttpxTransport(inner=transport, config=config)
-        patience = PATIENCE if kind == "tenacity" else 5.0  # the default of httpx
+        patience = patience if kind == "tenacity" else 5.0  # the default of httpx
         self.client = httpx.AsyncClient(transport=transport, timeout=patience)
         if kind == "tenacity":
             ten = tenacity.stop_after_attempt(10)

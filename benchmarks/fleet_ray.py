@@ -27,6 +27,8 @@ class RayFleet:
     check.
     """
 
+    patience = 0.25  # seconds after which tenacity tries again: answers take longer than elsewhere
+
     def __init__(self, numbers: tuple[float, float, float, float], replicas: int = 6) -> None:
         with socket.create_server(("127.0.0.1", 0)) as found:
             self.port = found.getsockname()[1]
