@@ -77,8 +77,8 @@ def test_the_library_holds_the_sources_of_kernels_and_no_path_of_the_builder(lib
     assert str(ROOT).encode() not in code
 
 
-def test_the_package_does_not_import_the_compiler_which_takes_a_second():
+def test_the_package_does_not_import_the_compiler_which_takes_a_second(tmp_path):
     code = "import sys, coded_torch.cli.main; sys.exit('torch._dynamo' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=tmp_path)
     marked = torch.compiler.assume_constant_result(lambda: False)
     assert vars(marked).items() <= vars(_extension._allows_tf32).items()

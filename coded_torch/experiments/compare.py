@@ -206,8 +206,8 @@ def _schemes(k: int, n: int, trial: Trial, more: Any, names: Any) -> dict[str, C
             raise ValueError(f"compare: {must}, got {code} as {name!r}")
     schemes: dict[str, Code | Decoder] = {**codes, **added}
     fit = {x: y for x, y in schemes.items() if trial.mixable or not getattr(y, "mixes", False)}
-    some = {x: y for x, y in fit.items() if names is None or x in {*names, *added}}
-    if not some or not schemes.keys() >= {*(names or ())}:
+    some = {x: y for x, y in fit.items() if names is None or x in names or x in added}
+    if not some or any(name not in [*schemes] for name in names or ()):  # may have no hash
         must = f"schemes must be names of {str([*fit])[1:-1]}"
         raise ValueError(f"compare: {must}, got {shown(names)}")
     return some
