@@ -56,7 +56,9 @@ def fingerprint(module: nn.Module) -> Fingerprint:
     kept: list[Any] = []
     look, looks = functools.partial(_look, kept), list[Any]()
     with outside():
+        places = {id(part): place for place, part in enumerate(module.modules())}
         for part in module.modules():
+            looks += [(name, places.get(id(m))) for name, m in part._modules.items()]
             looks += (type(part), part.training, *map(look, part._parameters.values()))
             looks += map(look, part._buffers.values())
             looks += (look(hooks) for hooks in _hooks(part) if hooks)
@@ -83,12 +85,15 @@ def _look(kept: list[Any], value: Any) -> Any:
         kept.append(value)
         if not strided:
             return id(value), version_of(value)
-        return value.data_ptr(), version_of(value), value.shape, value.stride()
+        bits = value.dtype, value.is_conj(), value.is_neg()
+        return value.data_ptr(), version_of(value), value.shape, value.stride(), *bits
     if isinstance(value, tuple | list):
         return type(value), len(value), *[_look(kept, each) for each in value[:_MOST]]
     if isinstance(value, dict):
         items = itertools.islice(value.items(), _MOST)
         return type(value), len(value), *[_look(kept, each) for pair in items for each in pair]
+    if isinstance(value, MethodType):  # a new object each time that it is taken
+        return _look(kept, value.__func__), _look(kept, value.__self__)
     if isinstance(value, enum.Enum | np.generic):
         return type(value), value
     try:
@@ -100,8 +105,6 @@ def _look(kept: list[Any], value: Any) -> Any:
 
 def _number_of(value: Any) -> int:
     """Return a number of an object that no other object has had; a TypeError for some types."""
-    if isinstance(value, MethodType):  # a new object each time that it is taken
-        return _number_of(value.__func__)
     found, number = _OBJECTS.get(id(value), (None, 0))
     if found is None or found() is not value:
         number = next(_NUMBERS)
@@ -127,6 +130,7 @@ def _count_steps() -> None:
 
     def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         weights = [x for group in optimizer.param_groups for x in group["params"]]
-        increment_version([x for x in weights if not x.is_inference()])
+        # Without a gradient, a weight has not changed.
+        increment_version([x for x in weights if x.grad is not None and not x.is_inference()])
 
     register_optimizer_step_post_hook(count)

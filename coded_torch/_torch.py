@@ -281,14 +281,16 @@ def dependent_output(
     trees, found = compute(inputs, [(0,), (1,), (0, 1)]), dict[int, tuple[Any, ...]]()
     name = functools.partial(leaf_name, "output", trees[0])
     forms = [flatten(tree) for tree in trees]
-    if forms[0][1] != forms[2][1]:
-        return f"the form of the output depends on the number of rows: {forms[0][1]}, {forms[2][1]}"
+    for _, form in forms:
+        if form != forms[0][1]:
+            first, other = (" ".join(str(each).split()) for each in (forms[0][1], form))
+            return f"the form of the output depends on the rows: {first}, {other}"
     for i, each in enumerate(zip(*[leaves for leaves, _ in forms], strict=True)):
         one, _, two = each
         by_rows = all(map(has_rows, each)) and [*map(len, each)] == [1, 1, 2]
         if by_rows:
             one, two = tuple(one.shape[1:]), tuple(two.shape[1:])
-        if (by_rows or isinstance(one, bool | int | float | str)) and one != two:
+        if (by_rows or isinstance(one, bool | int | float | str)) and one != two and one == one:
             what = f"{'the shape of a row of ' * by_rows}{name(i)}"
             return f"{what} depends on the number of rows: {one} for one, {two} for two"
         if by_rows:

@@ -31,6 +31,9 @@ class Held(nn.Module):
     def forward(self, x):
         return x * self.k
 
+    def scaled(self, x):
+        return x * self.k
+
 
 @pytest.mark.parametrize(
     ("name", "value"),
@@ -69,6 +72,13 @@ def test_what_changes_in_place_is_noticed_in_collections_tensors_and_hooks():
         lambda: module.options.update(k=3.0),
         lambda: module.register_forward_hook(closure(1.0)),
         lambda: module.register_forward_pre_hook(closure(1.0)),
+        lambda: setattr(module, "act", Held().scaled),
+        lambda: setattr(module, "act", Held().scaled),
+        lambda: setattr(module, "mean", module.mean.view(torch.int32)),
+        lambda: setattr(module, "other", torch.ones(2, dtype=torch.cfloat)),
+        lambda: setattr(module, "other", module.other.conj()),
+        lambda: setattr(module, "second", module.layer),
+        lambda: setattr(module, "second", None),
     ):
         _, before = fingerprint(module)
         change()
@@ -83,6 +93,16 @@ def test_steps_of_fused_optimizers_are_noticed(make):
     module(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     assert fingerprint(module)[1] != before
+
+
+def test_weights_that_a_step_leaves_alone_can_still_be_differentiated():
+    one, other = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    fingerprint(nn.ParameterList([one, other]))
+    losses = [(x * x).sum() for x in (one, other)]
+    losses[0].backward()
+    optim.SGD([one, other], lr=0.1).step()
+    losses[1].backward()
+    assert torch.equal(other.grad, torch.full((2,), 2.0))
 
 
 def test_a_fingerprint_keeps_no_module_alive():

@@ -80,6 +80,8 @@ def test_the_callers_own_code_sees_its_default_device():
 
 # Rows that depend on each other.
 
+X00 = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))[0, 0]
+
 LIN = nn.Linear(8, 5)
 
 
@@ -136,7 +138,8 @@ def test_the_output_that_depends_is_named_with_its_difference():
     [
         (lambda x: {"n": len(x)}, "output['n'] depends on the number of rows: 1 for one, 2"),
         (lambda x: x @ x.T, "the shape of a row of output depends on the number of rows: (1,) for"),
-        (lambda x: (x, ["ok"] * len(x)), "the form of the output depends on the number of rows: "),
+        (lambda x: (x, ["ok"] * len(x)), "the form of the output depends on the rows: "),
+        (lambda x: (x, x) if len(x) == 1 and x[0, 0] != X00 else x, "the form of the output depe"),
     ],
 )
 def test_outputs_whose_form_depends_on_the_number_of_rows_are_found(module, said):

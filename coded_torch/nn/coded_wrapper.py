@@ -78,8 +78,8 @@ class CodedWrapper(ModuleProxy):
         in_dims: as in :func:`torch.func.vmap`, for the positional arguments: a batch dimension, or
             "shared" or None for a value meant for the whole batch; or a pytree prefix of such. A
             tensor under None whose first dimension has the batch size is refused, and so is any
-            list or range of that length: say "shared". Tuples are passed on whole. Tensors in
-            keyword arguments are divided along dimension 0. Defaults to 0.
+            list or range of that length: say "shared". Tuples and other sequences are passed
+            whole. Tensors in keyword arguments are divided along dimension 0. Defaults to 0.
         out_dims: the batch dimension of the outputs, in the same form. An output under None is
             returned as the first part gave it. Defaults to 0.
 

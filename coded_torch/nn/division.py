@@ -120,9 +120,13 @@ class Inputs:
 
     def _check_shared(self, dims: Sequence[Any]) -> None:
         """Raise a ValueError if a shared input looks as if each row had its own entry."""
+
+        def is_whole(node: Any) -> bool:
+            return isinstance(node, list) and len(node) == self.batch_size and _has_no_tensor(node)
+
         at = 0  # the first leaf of a node
-        for path, node in pytree.tree_flatten_with_path((self.args, self.kwargs), _is_list)[0]:
-            own = len(node) if isinstance(node, range) or _is_list(node) else 0
+        for path, node in pytree.tree_flatten_with_path((self.args, self.kwargs), is_whole)[0]:
+            own = len(node) if isinstance(node, range | list) else 0
             if isinstance(node, Tensor | np.ndarray) and node.ndim:
                 own = node.shape[0]
             if own == self.batch_size and dims[at] != "shared" and self.dims[at] is None:
@@ -131,17 +135,15 @@ class Inputs:
                     'in_dims if each row has its own entry, or "shared" in in_dims if all rows '
                     f"share it, got a {type(node).__name__} of the batch size {own}"
                 )
-            at += own if _is_list(node) else 1
+            at += len(pytree.tree_leaves(node)) if isinstance(node, list) else 1
 
 
 def _name(path: Any) -> str:
     return ("args" if path[0].idx == 0 else "kwargs") + pytree.keystr(path[1:])
 
 
-def _is_list(node: Any) -> bool:
-    """Return whether a node is a list of numbers, strings and the like; tuples are sizes."""
-    kinds = int | float | str | bytes | np.generic | None
-    return type(node) is list and node != [] and all(isinstance(x, kinds) for x in node)
+def _has_no_tensor(node: Any) -> bool:
+    return not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(node))
 
 
 def finite(leaf: Tensor) -> bool:

@@ -118,6 +118,7 @@ class Decisions:
             heapq.heappop(self.timers)
         if self.table.heard < self.late_at:
             return min(due, self.late_at)
+        self.table.late = math.inf  # from now on, each result may end the call
         return due if self.waiting.deadline is None else min(due, self.end)
 
     def _set_due(self, part: Part, due: float) -> None:

@@ -27,8 +27,9 @@ logger = sparing_logger("coded_torch.nn")
 # Results of one row in batches of other sizes differ by 2.5e-6 of the outputs' spread in float32,
 # and by some .01 in half precision (measured once; no benchmark keeps it). TF32 is learnt.
 _EXACT, _LOOSE = 1e-3, 0.03
-# An output's spread is at least so much of that of its whole tensor. Not tuned.
-_LEAST_SPREAD = 1e-4
+# An output's spread is at least so much of that of its whole tensor. In a tensor of more outputs
+# than so many, such as an image, all have one. Not tuned.
+_LEAST_SPREAD, _OWN_SPREAD = 1e-4, 1024
 _SAMPLE = 64  # rows from which the spread of outputs is taken
 _QUARTILE = 1.15  # standard deviations, within which three quarters of normal numbers lie
 # Rows of one regression, at most and at least. A fit of 240 takes 5 ms while workers compute, and
@@ -315,17 +316,23 @@ def _scoring() -> Iterator[None]:
 
 
 def _spreads(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the median and the spread of every output, ``[C]`` of ``[n, ...]``."""
+    """Return the median and the spread of every output, ``[C]`` of ``[n, ...]``, or of all."""
     values = _flat_rows(rows)
+    if values.shape[1] > _OWN_SPREAD:
+        values = values[:, :: -(-values.shape[1] // _COLUMNS)].reshape(-1, 1)
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     if not values.numel():
         return values.sum(0), values.sum(0)
     medians = values.median(0).values
     away = (values - medians).abs_().nan_to_num_(nan=math.inf)
-    each, whole = (x.kthvalue(1 + len(x) * 3 // 4, 0).values for x in (away, away.flatten()))
+    whole = away.flatten().kthvalue(1 + away.numel() * 3 // 4).values
     if not 0 < whole < math.inf:
         whole = away.where(away.isfinite(), 0.0).amax()
-    each = each.where(each.isfinite(), whole).clamp(min=_LEAST_SPREAD * whole) / _QUARTILE
+    equal = (away == 0).sum(0)  # may be most: of values that differ from the median
+    at = (equal + (len(away) - equal) * 3 // 4).clamp(max=len(away) - 1)
+    each = away.T.sort(1).values.gather(1, at[:, None])[:, 0]
+    each = each.where(each.isfinite() & (each > 0), whole)  # of an output that is constant here
+    each = each.clamp(min=_LEAST_SPREAD * whole) / _QUARTILE
     return medians, each.where(each > 0, 1.0)
 
 
@@ -337,10 +344,10 @@ def _apart(a: Tensor, b: Tensor, usual: tuple[Tensor, Tensor]) -> Tensor:
     rounded = 4 * kind.eps / (_LOOSE if a.dtype.itemsize == 2 else _EXACT)
     a, b = (_flat_rows(x.to(torch.promote_types(x.dtype, torch.float32))) for x in (a, b))
     medians, spreads = usual
-    # A spread grows by a hundredth of an unusual value, such as a large one of a probability that
+    # A spread grows by a tenth of an unusual value, such as a large one of a probability that
     # is mostly small, and so that four roundings of any value are within the tolerance. Not tuned.
     unusual, most = (torch.maximum((a - x).abs_(), (b - x).abs_()) for x in (medians, 0.0))
-    scales = most.clamp_(kind.smallest_normal).mul_(rounded).add_(unusual, alpha=0.01).add_(spreads)
+    scales = most.clamp_(kind.smallest_normal).mul_(rounded).add_(unusual, alpha=0.1).add_(spreads)
     apart = (a - b).abs_().div_(scales).float()
     if not bool(apart.isfinite().all()):
         alike = (a == b) | (a.isnan() & b.isnan())

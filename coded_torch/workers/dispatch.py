@@ -273,6 +273,7 @@ class Dispatcher(abc.ABC):
         with self.lock:
             if worker.part is part:
                 part.request.began.pop(part.number, None)
+                part.request.events.pop(~part.number, None)
                 self._parts.appendleft(part)
                 self._finish(worker)
         self.refuse()

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from ..table import Began, Failure, Part, Reply
 from .base import Request, Task
 
+_LOOK = 0.005  # seconds between two looks whether a part has begun; not tuned
 _AGAIN = 0.1  # seconds between two looks for a worker that may take a failed part; not tuned
 
 
@@ -102,9 +103,10 @@ class LiveRequest(Request):
             with self.dispatcher.lock:
                 oldest = next(iter(self.open.values()), None)
                 limit = oldest.asked + self.timeout if oldest else math.inf
-                # A part that begins from now on is late no earlier than `late` seconds from now.
+                # While none runs, it is looked for one from time to time.
                 began = (e.at for n, e in self.events.items() if n < 0 and ~n not in self.events)
-                due = next(began, now := self.now()) + self.late
+                now, begun = self.now(), next(began, math.inf)
+                due = begun + self.late if begun < math.inf else now + max(self.late, _LOOK)
                 seconds = min(until, limit, due) - now
                 if self.events and (seconds <= 0 or self.is_notified()):
                     for number in self.replied & self.events.keys():
@@ -185,9 +187,6 @@ class Ambient(NamedTuple):
                 # All threads share one cache of cast weights, which knows of no stream.
                 cached = device.type == "cpu"
                 stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=cached))
-            if self.default_dtype != (before := torch.get_default_dtype()):  # in another process
-                stack.callback(torch.set_default_dtype, before)
-                torch.set_default_dtype(self.default_dtype)
             # If the default device is an accelerator, it stands for the module's device.
             if self.default_device.type != "cpu":
                 stack.enter_context(device)

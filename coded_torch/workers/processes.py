@@ -58,9 +58,10 @@ class ProcessWorkers(SupervisedWorkers):
 
     The module is sent to each process once, and again when its weights, submodules, hooks or other
     attributes have been replaced or changed in place. All processes share one copy of its weights.
-    Call :meth:`forget` after changes that cannot be seen: through ``.data`` or NumPy, in inference
-    mode, or within an object that the module holds, other than a tensor, list, tuple or dict.
-    Changes that a call makes to the module stay in its process.
+    Call :meth:`forget` after changes that cannot be seen: through ``.data``, storages or NumPy, in
+    inference mode, of a class, or within an object that the module holds, other than a tensor or
+    the first 100 elements of a list, tuple or dict. Changes that a call makes to the module stay in
+    its process.
 
     Each process draws its own random numbers, from torch, NumPy and :mod:`random`. The seed depends
     on :func:`torch.initial_seed` and the number of workers started before. A generator that the

@@ -349,6 +349,7 @@ class LoadedModules:
             module = self._modules[number]
             if isinstance(module, tuple):
                 return self._pack((False, module))
+            torch.set_default_dtype(ambient.default_dtype)  # of this process: here are no others
             with ambient.restored(self.device):
                 if self.device.type != "cpu":
                     arguments = pytree.tree_map_only(Tensor, lambda x: x.to(self.device), arguments)

@@ -161,7 +161,9 @@ static py::array_t<int64_t> first_results(const Indices& rows, const Indices& re
                             ", got " + std::to_string(worker));
     }
     for (int64_t g = 0; g < groups; ++g) {
-      int64_t& own = to[rows.data()[worker * groups + g]];
+      const int64_t row = rows.data()[worker * groups + g];
+      if (row < 0 || row >= size) throw py::index_error("first_results: rows must lie in [0, B)");
+      int64_t& own = to[row];
       if (own < 0) own = i * groups + g;
     }
   }
@@ -204,6 +206,11 @@ static py::array_t<int64_t> with_copies(const Indices& order, const Array& error
   const int64_t size = order.size(), k = num_data, n = num_workers;
   if (k < 1 || n < k || errors.size() != size) {
     throw py::value_error("with_copies: order and errors must be [B], for N >= K workers");
+  }
+  for (int64_t i = 0; i < size; ++i) {
+    if (order.data()[i] < 0 || order.data()[i] >= size) {
+      throw py::index_error("with_copies: order must lie in [0, B)");
+    }
   }
   const int64_t groups = (size + k - 1) / k;
   // By each further copy, the probability falls that all are among the S lost of N workers.

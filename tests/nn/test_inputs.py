@@ -102,6 +102,8 @@ def test_tensors_that_are_not_plain_are_refused_in_one_line(kind, how):
         (r"kwargs\['mask'\]", lambda: ((), {"mask": [1, 0, 1, 0]})),
         (r"kwargs\['mask'\]", lambda: ((), {"mask": ["a", "b", None, "d"]})),
         (r"args\[1\]", lambda: ((range(4),), {})),
+        (r"args\[1\]", lambda: (([[1], [2], [3], [4]],), {})),
+        (r"args\[1\]", lambda: (([{"w": 1}, object(), 2, 3],), {})),
         (r"args\[1\]", lambda: (([*np.ones(4)],), {})),
         (r"args\[1\]\['a'\]\[1\]", lambda: (({"a": (None, [1, 0, 1, 0])},), {})),
     ],
