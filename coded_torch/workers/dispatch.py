@@ -181,9 +181,8 @@ class Dispatcher(abc.ABC):
 
     def notify(self, request: LiveRequest) -> None:
         """End :meth:`wait_for`, or the next one."""
-        with self.lock:
-            if request.bell.locked():
-                request.bell.release()
+        with self.lock, contextlib.suppress(RuntimeError):  # it is not locked
+            request.bell.release()
 
     def wait_for(self, request: LiveRequest, seconds: float) -> None:
         """Wait until a request is notified, or for some seconds."""
