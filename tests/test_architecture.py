@@ -49,9 +49,9 @@ LINES = {
     "serve": 1356,
     "surrogates": 544,
     "verification": 911,
-    "workers": 3427,
+    "workers": 3426,
 }
-MOST_LINES = 18_047  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 18_046  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 
