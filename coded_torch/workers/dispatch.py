@@ -181,8 +181,9 @@ class Dispatcher(abc.ABC):
 
     def notify(self, request: LiveRequest) -> None:
         """End :meth:`wait_for`, or the next one."""
-        with self.lock, contextlib.suppress(RuntimeError):  # it is not locked
-            request.bell.release()
+        with self.lock:
+            if request.bell.locked():
+                request.bell.release()
 
     def wait_for(self, request: LiveRequest, seconds: float) -> None:
         """Wait until a request is notified, or for some seconds."""
@@ -272,7 +273,6 @@ class Dispatcher(abc.ABC):
         with self.lock:
             if worker.part is part:
                 part.request.began.pop(part.number, None)
-                part.request.events.pop(~part.number, None)
                 self._parts.appendleft(part)
                 self._finish(worker)
         self.refuse()

@@ -105,7 +105,7 @@ class LiveRequest(Request):
                 limit = oldest.asked + self.timeout if oldest else math.inf
                 # While none runs, it is looked for one from time to time.
                 began = (e.at for n, e in self.events.items() if n < 0 and ~n not in self.events)
-                now, begun = self.now(), next(began, math.inf)
+                now, begun = self.now(), min(began, default=math.inf)
                 due = begun + self.late if begun < math.inf else now + max(self.late, _LOOK)
                 seconds = min(until, limit, due) - now
                 if self.events and (seconds <= 0 or self.is_notified()):
