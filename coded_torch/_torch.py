@@ -283,8 +283,8 @@ def dependent_output(
     forms = [flatten(tree) for tree in trees]
     for _, form in forms:
         if form != forms[0][1]:
-            first, other = (" ".join(str(each).split()) for each in (forms[0][1], form))
-            return f"the form of the output depends on the rows: {first}, {other}"
+            usual, other = (" ".join(str(each).split()) for each in (forms[0][1], form))
+            return f"the form of the output depends on the rows: {usual}, {other}"
     for i, each in enumerate(zip(*[leaves for leaves, _ in forms], strict=True)):
         one, _, two = each
         by_rows = all(map(has_rows, each)) and [*map(len, each)] == [1, 1, 2]
