@@ -316,11 +316,11 @@ def _scoring() -> Iterator[None]:
 
 
 def _spreads(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the median and the spread of every output, ``[C]`` of ``[n, ...]``, or of all."""
+    """Return the median and spread of each output, ``[C]`` of ``[n, ...]``, or of all, on the host."""
     values = _flat_rows(rows)
     if values.shape[1] > _OWN_SPREAD:
         values = values[:, :: -(-values.shape[1] // _COLUMNS)].reshape(-1, 1)
-    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    values = values.to("cpu", torch.promote_types(values.dtype, torch.float32))
     if not values.numel():
         return values.sum(0), values.sum(0)
     medians = values.median(0).values
@@ -343,7 +343,7 @@ def _apart(a: Tensor, b: Tensor, usual: tuple[Tensor, Tensor]) -> Tensor:
     kind = torch.finfo(a.dtype)
     rounded = 4 * kind.eps / (_LOOSE if a.dtype.itemsize == 2 else _EXACT)
     a, b = (_flat_rows(x.to(torch.promote_types(x.dtype, torch.float32))) for x in (a, b))
-    medians, spreads = usual
+    medians, spreads = (x.to(a.device) for x in usual)
     # A spread grows by a tenth of an unusual value, such as a large one of a probability that
     # is mostly small, and so that four roundings of any value are within the tolerance. Not tuned.
     unusual, most = (torch.maximum((a - x).abs_(), (b - x).abs_()) for x in (medians, 0.0))
