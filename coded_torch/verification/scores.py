@@ -316,7 +316,7 @@ def _scoring() -> Iterator[None]:
 
 
 def _spreads(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the median and spread of each output, ``[C]`` of ``[n, ...]``, or of all, on the host."""
+    """Return medians and spreads, on the host: ``[C]`` of ``[n, ...]``, or one for all."""
     values = _flat_rows(rows)
     if values.shape[1] > _OWN_SPREAD:
         values = values[:, :: -(-values.shape[1] // _COLUMNS)].reshape(-1, 1)
