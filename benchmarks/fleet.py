@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.client
+import math
 import random
 import signal
 import socket
@@ -147,7 +148,7 @@ def outcome(batches: Sequence[Tensor], replies: Sequence[Reply]) -> dict[str, An
     if not answered:  # there is nothing to measure
         keys = ("p50", "p99", "p99.9", "hedging threshold", "error of estimates", "work")
         keys += ("estimated", "extra requests")
-        return {"lost": len(replies), "wrong": 0} | dict.fromkeys(keys, 0.0)
+        return {"lost": len(replies), "wrong": 0} | dict.fromkeys(keys, math.nan)
     thresholds = [r.report.hedging_threshold for r, _ in answered if r.report.hedging_threshold]
     estimated = torch.cat([r.report.estimated for r, _ in answered])
     exact = torch.from_numpy(perceptron(torch.cat([x for _, x in answered]).numpy()))

@@ -103,5 +103,6 @@ class RayFleet:
     def _kill(self, done: threading.Event, others: set[int]) -> None:
         source = random.Random(0)
         while not done.wait(5.0):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(source.choice(sorted(self.processes() - others)), signal.SIGKILL)
+            if living := sorted(self.processes() - others):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(source.choice(living), signal.SIGKILL)

@@ -76,8 +76,8 @@ def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
 
 def _look(kept: list[Any], value: Any) -> Any:
     """Return an attribute as it is compared; add to ``kept`` what must outlive that."""
-    if type(value) in _PLAIN:
-        return type(value), value
+    if type(value) in _PLAIN:  # -0.0 equals 0.0, and is another number
+        return type(value), repr(value) if isinstance(value, float | complex) else value
     if isinstance(value, Tensor):
         value = torch.func.debug_unwrap(value)  # a transform's tensor has no memory
         strided = value.layout is torch.strided
@@ -94,7 +94,9 @@ def _look(kept: list[Any], value: Any) -> Any:
         return type(value), len(value), *[_look(kept, each) for pair in items for each in pair]
     if isinstance(value, MethodType):  # a new object each time that it is taken
         return _look(kept, value.__func__), _look(kept, value.__self__)
-    if isinstance(value, enum.Enum | np.generic):
+    if isinstance(value, np.generic):
+        return value.dtype, value.tobytes()
+    if isinstance(value, enum.Enum):
         return type(value), value
     try:
         return _number_of(value)

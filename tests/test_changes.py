@@ -27,6 +27,7 @@ class Held(nn.Module):
         self.act, self.kind, self.name = functional.relu, torch.float32, "a"
         self.layer, self.other = nn.ReLU(), object()
         self.options, self.held = {"k": 2.0}, types.SimpleNamespace(k=2.0)
+        self.zero = 0.0, None
 
     def forward(self, x):
         return x * self.k
@@ -41,6 +42,7 @@ class Held(nn.Module):
         *(("k", k) for k in (3.0, 2, None, np.float64(2.0))),
         *(("sizes", sizes) for sizes in ([1, (3, None)], (1, (2, None)), [1])),
         *(("act", act) for act in (functional.gelu, abs, lambda x: x)),
+        *(("zero", (zero, None)) for zero in (-0.0, complex(-0.0, 0.0), np.float64(-0.0))),
         ("mean", torch.zeros(2)),
         ("kind", torch.float64),
         ("name", "b"),

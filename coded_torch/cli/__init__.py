@@ -64,7 +64,8 @@ def progress(steps: Sequence[Any], what: str) -> Iterable[Any]:
         return steps
     from tqdm import tqdm
 
-    return tqdm(steps, desc=what, disable=None)  # type: ignore[no-any-return]
+    shown: Iterable[Any] = tqdm(steps, desc=what, disable=None)
+    return shown
 
 
 def need(command: str, extra: str, *packages: str) -> None:

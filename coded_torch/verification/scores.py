@@ -165,8 +165,12 @@ class _Bar:
 
 def _columns(outputs: Sequence[Tensor]) -> Tensor:
     """Return the outputs that are scored, ``[n, C]``, of leaves ``[n, ...]``, on the host."""
-    flat = torch.cat([_flat_rows(x).float() for x in outputs], 1)
-    return flat[:, :: max(1, -(-flat.shape[1] // _COLUMNS))].cpu()
+    return _some(torch.cat([_flat_rows(x).float() for x in outputs], 1)).cpu()
+
+
+def _some(rows: Tensor) -> Tensor:
+    """Return 64 columns of ``[n, C]`` at most, evenly spaced."""
+    return rows[:, :: max(1, -(-rows.shape[1] // _COLUMNS))]
 
 
 def _flat_rows(values: Tensor) -> Tensor:
@@ -319,7 +323,7 @@ def _spreads(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return medians and spreads, on the host: ``[C]`` of ``[n, ...]``, or one for all."""
     values = _flat_rows(rows)
     if values.shape[1] > _OWN_SPREAD:
-        values = values[:, :: -(-values.shape[1] // _COLUMNS)].reshape(-1, 1)
+        values = _some(values).reshape(-1, 1)
     values = values.to("cpu", torch.promote_types(values.dtype, torch.float32))
     if not values.numel():
         return values.sum(0), values.sum(0)

@@ -6,10 +6,6 @@
 
 namespace coded_torch {
 
-// If there are more results, evenly spaced ones are left out: all of 3,400 take .5 s. It is also
-// the number up to which the inverse of the factor is known. (benchmarks accuracy)
-constexpr int64_t kAllLeftOut = 512, kLeftOut = 256;
-
 // Standard errors that a gain over the mean must exceed. On outputs of noise, with 6 to 204
 // results, the mean is estimated in 65 to 78 of 100 batches instead of 17 to 60. Where inputs
 // explain little, and in residuals of students, the squared error stays within .2 %. A whole
@@ -223,27 +219,6 @@ Regression regress_cpu(const Tensor& squared, double length, const Tensor& known
   return process;
 }
 
-// The variance of each row estimated from those near it on a path through all rows, float64, [n].
-// Rows are cut into as few parts of the path as `most` rows in a part allow, at most 512.
-Tensor path_variances_cpu(const Tensor& squared, double length, const Tensor& order, int64_t most,
-                          double nugget) {
-  STD_TORCH_CHECK(most > 0 && most <= kAllLeftOut, "path_variances: most must be 1 to ",
-                  kAllLeftOut, ", got ", most);
-  const int64_t n = order.numel(), parts = (n + most - 1) / most;
-  check_indices("path_variances", order, n);
-  const Tensor out = new_tensor({n}, ScalarType::Double), none = rows_of(order, 0, 0);
-  for (int64_t part = 0, first = 0; part < parts; ++part) {
-    const int64_t count = n / parts + (part < n % parts);
-    const Regression process =
-        regress_cpu(squared, length, rows_of(order, first, count), none, nugget);
-    for (int64_t i = 0; i < count; ++i, ++first) {
-      numbers<double>(out)[numbers<int64_t>(order)[first]] =
-          numbers<double>(process[kLeftOutVariances])[i];
-    }
-  }
-  return out;
-}
-
 // The weights of results, rows that sum to one, [L, M]; and the results that are left out less
 // their estimates from all others, as a matrix [n, M].
 template <class T>
@@ -400,7 +375,6 @@ std::tuple<Tensor, Tensor> coefficients_cpu(const Regression& process, const Ten
 }
 
 STABLE_TORCH_LIBRARY_IMPL(coded_torch, CPU, m) {
-  m.impl("path_variances", TORCH_BOX(&path_variances_cpu));
   m.impl("regress", TORCH_BOX(&regress_cpu));
   m.impl("estimate", TORCH_BOX(&estimate_cpu));
   m.impl("coefficients", TORCH_BOX(&coefficients_cpu));
