@@ -41,10 +41,7 @@ def run(line):
         ("compare a:b", "the following arguments are required: --inputs"),
         ("compare nowhere:net --inputs x.pt", "got no module 'nowhere'"),
         ("compare torch:nothing --inputs x.pt", "got no 'nothing' in torch"),
-        (
-            "compare torch --inputs x.pt",
-            "a class in a Python module, got 'torch'",
-        ),
+        ("compare torch --inputs x.pt", "a class in a Python module, got 'torch'"),
         (
             "compare torch.nn:Tanh --inputs none.pt",
             "--inputs cannot be read: no file matches 'none.pt'",

@@ -17,8 +17,7 @@ def measure(tmp_path):
 
     def run(measurements, only=(), settings=None, **options):
         benchmark = types.SimpleNamespace(
-            settings=lambda quick: settings or {"seed": 0},
-            measurements=lambda quick: measurements,
+            settings=lambda quick: settings or {"seed": 0}, measurements=lambda quick: measurements
         )
         runs.keep("thing", benchmark, quick=False, only=only, path=path, **options)
         return json.loads(path.read_text())

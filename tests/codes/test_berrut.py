@@ -51,11 +51,7 @@ def test_polynomials_of_the_order_are_reproduced(order):
     np.testing.assert_allclose(answers, polynomial(code.data_points), rtol=1e-11, atol=1e-11)
 
 
-@given(
-    st.integers(1, 12),
-    st.sets(st.integers(0, 40), min_size=1).map(sorted),
-    st.integers(0, 11),
-)
+@given(st.integers(1, 12), st.sets(st.integers(0, 40), min_size=1).map(sorted), st.integers(0, 11))
 def test_no_received_set_has_a_pole(num_data, received, order):
     code = FloaterHormannCode(num_data, 41, order=min(order, num_data - 1))
     matrix = code.decoder(received).matrix()

@@ -6,12 +6,7 @@ from itertools import islice
 import pytest
 import torch
 
-from coded_torch.codes import (
-    LagrangeCode,
-    RegressionCode,
-    ReplicationCode,
-    SplineCode,
-)
+from coded_torch.codes import LagrangeCode, RegressionCode, ReplicationCode, SplineCode
 from coded_torch.experiments.tune import received_sets, tune
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Contiguous, ShiftedExponential, Uniform
@@ -21,12 +16,7 @@ from ..nn.modules import Call
 
 
 def wrapped(module, code, delays=None, **options):
-    return CodedWrapper(
-        module,
-        code,
-        workers=LocalWorkers(delays or Uniform(2, seed=0)),
-        **options,
-    )
+    return CodedWrapper(module, code, workers=LocalWorkers(delays or Uniform(2, seed=0)), **options)
 
 
 @pytest.mark.parametrize(

@@ -236,10 +236,7 @@ def test_a_row_on_which_the_module_fails_is_an_error_that_names_it():
             raise IndexError("row 123")
         return curve(x)
 
-    with (
-        DeviceWorkers(["cpu"] * 2) as pool,
-        pytest.raises(IndexError, match="row 123") as caught,
-    ):
+    with DeviceWorkers(["cpu"] * 2) as pool, pytest.raises(IndexError, match="row 123") as caught:
         last(CodedWrapper(Call(failing), workers=pool).mean(X, seed=0))
     assert caught.value.rows == (123,)
     assert "rows (123,)" in caught.value.__notes__[-1]
@@ -304,10 +301,7 @@ def test_arguments_are_checked_before_the_first_look(given, error):
             r"mean: .* one row for each of 60, got torch.float32 \[1, 2\]",
         ),
         ({"of": lambda y, _: 1.0}, r"mean: .* one row for each of 60, got float"),
-        (
-            {"of": lambda y, _: y / 0},
-            r"mean: what of returns must be finite, got others in row",
-        ),
+        ({"of": lambda y, _: y / 0}, r"mean: what of returns must be finite, got others in row"),
     ],
 )
 def test_what_of_returns_is_checked(given, error):

@@ -23,12 +23,7 @@ from coded_torch import Waiting
 from coded_torch.nn import CodedWrapper
 from coded_torch.serve import TensorSpec, app, protocol, specs
 from coded_torch.stragglers import Trace
-from coded_torch.workers import (
-    DeviceWorkers,
-    LocalWorkers,
-    ProcessWorkers,
-    WorkerError,
-)
+from coded_torch.workers import DeviceWorkers, LocalWorkers, ProcessWorkers, WorkerError
 
 from ..nn.modules import Call
 from .servers import INPUTS, OUTPUTS, Client, built, linear, serving, started, tensor, wait_until

@@ -326,10 +326,7 @@ def test_a_server_may_listen_at_an_address_of_ipv6(mine):
         ("--allowed-hosts a.example:80", "names or addresses, without ports, got 'a.example:80'"),
         ("--max-batch-size 0", "max_batch_size must be at least 1"),
         ("--example 63", "--example must be from 0 to 62, got 63"),
-        (
-            "mine:nothing",
-            "must name a function or a class in a Python module, got no 'nothing' in",
-        ),
+        ("mine:nothing", "must name a function or a class in a Python module, got no 'nothing' in"),
         ("mine:bare", "mine:bare must return a module and examples of its inputs, a tensor, a t"),
         ("mine:pair", "must return a module, or a module and examples of its inputs, got (str, T"),
         ("mine:text", "mine:text: examples must be tensors with rows, got str as 'scale'"),
@@ -340,10 +337,7 @@ def test_a_server_may_listen_at_an_address_of_ipv6(mine):
         ),
         ("mine:small --endpoints http://127.0.0.1:1", "MODULE:FACTORY must be left out with --e"),
         ("mine:wordy", "outputs of the module must be tensors with rows, got str as 'output1'"),
-        (
-            "mine:estimated",
-            "source, verified, corrected, predicted, label_risk, got ['",
-        ),
+        ("mine:estimated", "source, verified, corrected, predicted, label_risk, got ['"),
     ],
 )
 def test_bad_values_get_one_line_and_exit_code_2(arguments, message, mine, capsys):

@@ -32,12 +32,7 @@ from coded_torch.testing.workers import (
     task_of,
     until,
 )
-from coded_torch.workers import (
-    Began,
-    FaultyWorkers,
-    ProcessWorkers,
-    WorkerError,
-)
+from coded_torch.workers import Began, FaultyWorkers, ProcessWorkers, WorkerError
 
 from .modules import (
     Exits,
@@ -80,9 +75,7 @@ def answers(pool, module, values, deadline=WAIT):
 
 
 @pytest.mark.parametrize(
-    "dtype",
-    [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64],
-    ids=str,
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64], ids=str
 )
 @pytest.mark.parametrize("shape", [(3, 2, 5), (3, 1, 0), (3, 2, 70_001)], ids=str)
 def test_tensors_pass_bit_for_bit(pool, dtype, shape):
