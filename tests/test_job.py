@@ -179,6 +179,8 @@ class Plain(torch.nn.Module):
 def make():
     return Plain()
 """
+CODE = "import coded_torch_command; raise SystemExit(coded_torch_command.main())"
+COMMAND = sys.executable, "-c", CODE
 ROWS = 200  # rows of the file
 
 
@@ -324,19 +326,6 @@ def test_columns_of_a_parquet_file_may_be_lists(folder):
     assert torch.equal(torch.cat([y["x"] for y in loaded]), torch.from_numpy(x + 1))
 
 
-def test_a_batch_of_a_parquet_file_is_read_again(folder):
-    x = np.arange(10, dtype=np.float32)
-    table = pyarrow.table({"x": x, "y": x})
-    parquet.write_table(table, folder / "rows.parquet", row_group_size=3)
-    arguments = line("pair", "--inputs", "rows.parquet")
-    assert main(arguments) == 0
-    *_, last = written(folder)
-    before = torch.load(last, weights_only=True)["outputs"]["sum"]
-    last.unlink()
-    assert main([*arguments, "--resume"]) == 0
-    assert torch.equal(torch.load(last, weights_only=True)["outputs"]["sum"], before)
-
-
 @pytest.mark.parametrize("some", [[1.0, None], [[1.0, 2.0], [3.0, None]]])
 def test_nulls_of_a_parquet_file_are_refused(folder, capsys, some):
     table = pyarrow.table({"x": some, "y": [1.0, 2.0]})
@@ -367,18 +356,6 @@ def test_an_exception_ends_the_job_and_names_rows_of_the_file(thirteen, capsys):
         assert out.endswith(f"\nGo on with: {command}\n")
 
 
-def test_rows_on_which_the_model_fails_are_estimated_on_demand(thirteen, folder):
-    more = "--on-error", "estimate", "--num-workers", "2"
-    assert main(line("sums", *thirteen, *more)) == 0
-    loaded = [torch.load(path, weights_only=True) for path in written(folder)]
-    assert torch.cat([x["estimated"] for x in loaded]).nonzero().flatten().tolist() == [13]
-
-
-def test_a_function_for_serve_is_one_for_job(folder):
-    assert main(line("served", "--num-workers", "1")) == 0
-    assert torch.equal(outputs(folder), exact())
-
-
 def test_inputs_are_known_by_their_content(folder, capsys):
     assert main(line()) == 0
     os.utime(folder / "rows.npy", (0, 0))
@@ -393,18 +370,12 @@ def test_inputs_are_known_by_their_content(folder, capsys):
     ("change", "message"),
     [
         ("", "--output out holds a job; --resume goes on with it"),
-        (
-            "--resume --batch-size 9 --columns x=rows --inputs more.npy",
-            "--resume must repeat the job in out: inputs of 200 rows, digest ",
-        ),
+        ("--resume --batch-size 9 --columns x=rows --inputs more.npy", "out: inputs of 200 rows"),
         ("--resume --batch-size 9", "must repeat the job in out: batch-size 8, got 9\n"),
         ("--resume other", "must repeat the job in out: model models:here, digest "),
         ("--deadline 9", "--deadline and --on-error must be left out, as models:here returns a"),
         ("--inputs none.npy", "--inputs cannot be read: no file matches 'none.npy'"),
-        (
-            "--inputs models.py",
-            "--inputs cannot be read: it must be a .npy, .safetensors, .parquet or .pt file,",
-        ),
+        ("--inputs models.py", "cannot be read: it must be a .npy, .safetensors, .parquet or .pt"),
         ("--inputs words.npy", "--inputs cannot be read: can't convert"),
         ("--output .", "--output must be an empty folder, got ."),
         ("--output new --in-flight 0", "in_flight must be at least 1, got 0"),
@@ -465,11 +436,8 @@ def test_a_wrong_batch_is_found_and_computed_again(folder, capsys, caplog):
     assert torch.equal(outputs(folder), exact())
     assert main(["job", "--check", "out"]) == 0
     # Coreutils agree.
-    subprocess.run(
-        ["sha256sum", "--check", "--strict", "--quiet", manifest.name],
-        cwd=folder / "out",
-        check=True,
-    )
+    agree = ["sha256sum", "--check", "--strict", "--quiet", manifest.name]
+    subprocess.run(agree, cwd=folder / "out", check=True)
 
 
 CHANGES = ["attribute", "buffer", "waiting", "surrogate", "parts", "code"]
@@ -502,10 +470,9 @@ def test_another_model_or_call_is_refused(folder, monkeypatch, capsys, name):
 def test_a_job_is_the_same_in_another_process(folder):
     assert main(line("varied")) == 0
     written(folder)[-1].unlink()
-    code = "from coded_torch.cli.main import main; raise SystemExit(main())"
-    arguments = [sys.executable, "-c", code, *line("varied", "--resume")]
     environment = os.environ | {"PYTHONHASHSEED": "5"}
-    subprocess.run(arguments, cwd=folder, env=environment, check=True, timeout=240)
+    command = [*COMMAND, *line("varied", "--resume")]
+    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=240)
 
 
 def test_the_parts_of_a_job_stay_as_many(folder, monkeypatch):
@@ -525,6 +492,7 @@ def test_a_job_without_a_batch_may_begin_in_another_way(folder, capsys, monkeypa
     assert err.endswith("Batch 0, from row 0 of rows.npy, failed.")
     assert "none" not in found.out
     assert main(line("served", "--num-workers", "1", "--resume")) == 0
+    assert torch.equal(outputs(folder), exact())
 
 
 def test_inputs_must_not_change_meanwhile(folder, capsys):
@@ -598,9 +566,7 @@ def test_columns_are_named_by_a_dict_of_examples(folder, capsys):
 
 
 def started(folder):
-    code = "from coded_torch.cli.main import main; raise SystemExit(main())"
-    arguments = [*line("slow", "--resume"), "--num-workers", "2"]
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=folder)
+    return subprocess.Popen([*COMMAND, *line("slow", "--resume", "--num-workers", "2")], cwd=folder)
 
 
 def test_a_folder_holds_one_job_at_a_time(folder, capsys):
@@ -688,16 +654,6 @@ def test_a_job_of_a_version_without_means_goes_on(folder):
     assert main(line("here", "--resume")) == 0
 
 
-def test_a_mean_of_a_parquet_file_is_of_rows_in_any_order(folder):
-    x = np.arange(100, 200, dtype=np.float32)
-    table = pyarrow.table({"x": x, "y": x})
-    parquet.write_table(table, folder / "rows.parquet", row_group_size=30)
-    more = "--inputs", "rows.parquet", "--of", "models:total"
-    assert main(line("pair", "--mean", *more)) == 0
-    state = torch.load(folder / "out" / "mean.pt", weights_only=True)
-    assert state["value"].tolist() == [299.0]
-
-
 def test_a_row_on_which_the_model_fails_ends_a_mean(thirteen):
     with pytest.raises(AssertionError, match="thirteen") as caught:
         main(line("pair", "--mean", *thirteen))
@@ -711,18 +667,12 @@ def test_a_row_on_which_the_model_fails_ends_a_mean(thirteen):
         (["--of", "models:here"], "--of and --half-width must be left out without --mean"),
         (["--mean", "--deadline", "1"], "left out, as a mean without some rows is biased"),
         (["--mean", "--half-width", "-1"], "half_width must be positive, one or per column, got"),
-        (
-            ["--mean", "--of", "models:nothing"],
-            "MODULE:FACTORY must name a function or a class in a Python module",
-        ),
+        (["--mean", "--of", "models:nothing"], "MODULE:FACTORY must name a function or a class in"),
     ],
 )
 def test_options_of_means_are_checked(folder, capsys, more, message):
     assert main(line("here", *more)) == 2
     assert message in capsys.readouterr().err
-
-
-# Several files, keys, and batches for other programs.
 
 
 NAMES = [f"row {i}" for i in range(25)]
@@ -812,16 +762,10 @@ def test_ray_data_reads_batches(folder, keyed, monkeypatch):
         (["--keys", "id"], "--keys must be names of columns out of ['name', 'x', 'y'], got ['id']"),
         (["--select", "z"], "--select must be names of outputs out of ['sum', 'x'], got ['z']"),
         (["--mean"], "--select must be left out with --mean, got keys name"),
-        (
-            ["--inputs", "empty.parquet"],
-            "--inputs cannot be read: empty.parquet must hold rows, got",
-        ),
+        (["--inputs", "empty.parquet"], "--inputs cannot be read: empty.parquet must hold rows"),
         (["--inputs", "other.parquet"], "all files must have the columns ['name', 'x', 'y'], got "),
         (["--columns", "name,x"], "the column 'name' must hold numbers, got string"),
-        (
-            ["--inputs", "uneven.parquet", "--keys", "name"],
-            "lists of the column 'x' must be equally long, got leng",
-        ),
+        (["--inputs", "uneven.parquet", "--keys", "name"], "column 'x' must be equally long, got"),
         (
             ["--keys", "x", "--format", "parquet", "--columns", "x,y"],
             "job: the columns sum, x, estimated, radius, which are added, must be new, got x",
@@ -885,8 +829,7 @@ def test_ctrl_c_ends_imports_that_catch_it(tmp_path):
     text += "try: time.sleep(60)\nfinally: time.sleep(60)"
     (tmp_path / "coded_torch" / "__init__.py").write_text(text)
     (tmp_path / "coded_torch_command.py").write_text(Path(coded_torch_command.__file__).read_text())
-    code = "import coded_torch_command; raise SystemExit(coded_torch_command.main())"
-    arguments = [sys.executable, "-c", code, "job", "my models:f", "--inputs", "a"]
+    arguments = [*COMMAND, "job", "my models:f", "--inputs", "a"]
     environment = {x: y for x, y in os.environ.items() if x != "PYTHONPATH"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(arguments, cwd=tmp_path, env=environment, **pipes)
@@ -903,8 +846,7 @@ def test_nothing_of_an_interrupted_job_holds_its_output_open(folder):
     # The process that workers are forked from imports the model, too.
     text = "import sys, time\nif sys.argv == ['-c']: time.sleep(120)\n"
     (folder / "models.py").write_text(text + MODEL)
-    code = "import coded_torch_command; raise SystemExit(coded_torch_command.main())"
-    arguments = [sys.executable, "-c", code, *line("slow", "--num-workers", "1")]
+    arguments = [*COMMAND, *line("slow", "--num-workers", "1")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(arguments, cwd=folder, start_new_session=True, **pipes)
     assert process.stdout.readline() == "Columns of rows.npy: x=rows.\n"
@@ -926,10 +868,9 @@ def test_fifty_thousand_rows_of_two_files_survive_twenty_kills(folder):
         table = pyarrow.table({"name": names[some], "x": list(x[some])})
         parquet.write_table(table, folder / f"part-{number}.parquet", row_group_size=3000)
     (folder / "plain.py").write_text(PLAIN)
-    code = "from coded_torch.cli.main import main; raise SystemExit(main())"
     more = ["--inputs", "part-*.parquet", "--keys", "name", "--format", "parquet"]
     more += ["--num-workers", "3", "--batch-size", "64"]
-    arguments = [sys.executable, "-c", code, *line("", *more)]
+    arguments = [*COMMAND, *line("", *more)]
     arguments[arguments.index("models:")] = "plain:make"
     process = subprocess.Popen(arguments, cwd=folder)
     generator, until = random.Random(0), time.monotonic() + 900
