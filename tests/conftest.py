@@ -1,5 +1,7 @@
 """Marks, handled in one place."""
 
+import asyncio
+import inspect
 import os
 import shutil
 import sys
@@ -43,6 +45,13 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if mark in item.keywords:
                 item.add_marker(missing)
+
+
+def pytest_pyfunc_call(pyfuncitem):
+    """Run a test that is a coroutine in an event loop of its own."""
+    test = pyfuncitem.obj
+    if inspect.iscoroutinefunction(test):
+        pyfuncitem.obj = lambda **given: asyncio.run(test(**given))
 
 
 @pytest.fixture(scope="session")

@@ -42,10 +42,7 @@ def run(line):
         ("compare nowhere:net --inputs x.pt", "got no module 'nowhere'"),
         ("compare torch:nothing --inputs x.pt", "got no 'nothing' in torch"),
         ("compare torch --inputs x.pt", "a class in a Python module, got 'torch'"),
-        (
-            "compare torch.nn:Tanh --inputs none.pt",
-            "--inputs cannot be read: no file matches 'none.pt'",
-        ),
+        ("compare torch.nn:Tanh --inputs none.pt", "cannot be read: no file matches 'none.pt'"),
         ("compare torch.nn:ReLU --inputs i.pt", "the module must return floating-point tensors"),
         ("compare torch.nn:Tanh --inputs nan.pt", "must return finite outputs, got NaN"),
         ("compare torch.nn:Tanh --inputs folder.png", "it must be a .npy, .safetensors, .parquet"),

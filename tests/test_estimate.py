@@ -23,9 +23,6 @@ def exact_distances(rows):
     return (rows.double()[:, None] - rows.double()).square().sum(2)
 
 
-# Distances
-
-
 @pytest.mark.parametrize(("n", "columns"), SIZES)
 @every_kernel
 def test_distances(n, columns):
@@ -73,9 +70,6 @@ def test_rows_that_are_not_typical_are_infinitely_far():
     squared, _, order, _ = ops.squared_distances(rows, 5.0, typical)
     assert squared[7].isinf().sum() == squared[:, 7].isinf().sum() == squared.isinf().sum() / 2
     assert order[-1] == 7
-
-
-# The choice
 
 
 @functools.cache
@@ -156,9 +150,6 @@ def test_a_length_without_a_covariance_is_not_chosen():
     assert found == (0, 2.0)
 
 
-# Regression and bounds
-
-
 @pytest.mark.parametrize("n", [2, 5, 16, 67, 300, 600])
 @every_kernel
 def test_regression(n):
@@ -212,9 +203,6 @@ def test_thresholds(trust, signed):
         torch.testing.assert_close(ops.error_thresholds(*args, 9, signed)[0], want[:, :, some])
 
 
-# Threads
-
-
 @pytest.mark.parametrize(("rows", "features"), [(64, 20), (240, 784), (700, 40), (1700, 30)])
 def test_the_same_bits_on_any_number_of_threads(rows, features):
     x = normal(rows, features)
@@ -234,9 +222,6 @@ def test_the_same_bits_on_any_number_of_threads(rows, features):
     for other in found[1:]:
         assert all(map(torch.equal, other[:4], found[0][:4]))
         assert other[4] == found[0][4]
-
-
-# Arguments
 
 
 def test_bad_arguments():

@@ -142,9 +142,6 @@ def test_it_travels_empty():
     assert len(known) == 300
 
 
-# In a wrapper.
-
-
 def wrap(known, way="regression", module=None, link=None, **options):
     options = {"workers": LocalWorkers(Uniform(2, seed=1)), "surrogate": known} | options
     return CodedWrapper(module or Function(), **divided(way, 5, 6, link) | options)
@@ -234,9 +231,6 @@ def test_probabilities_are_remembered_as_logarithms():
     assert mse(coded, batches) < 0.6 * mse(wrap((), module=Soft(), link="softmax"), batches)
     assert coded.last_run.notes == ()
     assert any(x.min() < 0 for x in known.estimate([batches[0]]))
-
-
-# Students.
 
 
 def teacher():

@@ -78,8 +78,6 @@ def test_the_callers_own_code_sees_its_default_device():
     assert seen == {*((name, ELSEWHERE) for name in names), ("module", torch.device("cpu"))}
 
 
-# Rows that depend on each other.
-
 X00 = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))[0, 0]
 
 LIN = nn.Linear(8, 5)

@@ -86,10 +86,7 @@ def test_none_begins_after_one_has_failed_or_was_interrupted(started, capsys, co
         ("speed", "NAME must be one of accuracy, distances,"),
         ("accuracy distances --only x", "--only, --output and --rows need one NAME"),
         ("accuracy --again", "--again needs --only"),
-        (
-            "accuracy --quick --only vit",
-            "accuracy --quick measures, got vit; one of\n  lenet5 table",
-        ),
+        ("accuracy --quick --only vit", "--quick measures, got vit; one of\n  lenet5 table"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):

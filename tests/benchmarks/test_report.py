@@ -115,10 +115,6 @@ def _with_schemes(value):
             yield from _with_schemes(one)
 
 
-def test_the_index_is_short():
-    assert len(report.READMES[1].read_text().splitlines()) <= 250
-
-
 def test_paths_lead_to_numbers_with_intervals():
     results = {"a": {"x": {"n": [0.5, 0.25]}, "y": {"n": None}, "seconds": 3.0}}
     table = Table("a > *", ("",), {"n": "n:.1f", "none": "m:.1f"})

@@ -74,9 +74,6 @@ def test_codes_that_mix_refuse_what_cannot_be_mixed(code):
         code.plan([], 2, batch_size=3)
 
 
-# Nothing to measure distances on.
-
-
 @pytest.mark.parametrize("code", SELECTING)
 def test_without_distances_copies_are_equal_and_lost_answers_the_mean(code):
     plan = code.plan([], 3, batch_size=11)
@@ -102,9 +99,6 @@ def test_a_batch_of_which_nothing_is_known_needs_its_size():
             make([])
         with pytest.raises(ValueError, match=r"batch_size must be that of the inputs, .* got 3"):
             make([inputs(4)], batch_size=3)
-
-
-# Rows.
 
 
 # Large batches.
@@ -135,9 +129,7 @@ def test_a_part_of_the_rows_that_is_lost_altogether_is_answered_by_the_mean():
     assert radii[4:].tolist() == pytest.approx([far * (4 / 3) / (2 / 3)] * 4)
 
 
-# Transforms. PyTorch itself compiles its formulas of forward mode with what it has deprecated.
-
-
+# PyTorch itself compiles its formulas of forward mode with what it has deprecated.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("code", SELECTING + MIXING)
 @pytest.mark.parametrize("ordering", ORDERINGS)

@@ -36,9 +36,6 @@ def answered(module, code, *x, lost=4, seed=0):
     return float((got - want).square().sum()), coded.last_run
 
 
-# What each metric measures
-
-
 @pytest.mark.parametrize("scale", [1.0, 1e25])
 def test_features_by_their_spread(scale):
     x = normal(50, 4) * torch.tensor([1e3, 1.0, 1e-4, 0.0]) * scale
@@ -93,9 +90,6 @@ def test_rows_that_are_not_finite_determine_no_metric(size, odd):
     assert radii[missing].isfinite().all()
 
 
-# The choice
-
-
 def ramp(x):
     return x[:, :1] * torch.tensor([1.0, 2.0])
 
@@ -132,9 +126,6 @@ def test_every_output_has_its_own_choice():
     assert (first.output, second.output) == (0, 1)
     assert first.metric == "mean_spread"
     assert second.metric != "mean_spread"
-
-
-# Callables
 
 
 def test_a_callable_competes():
@@ -202,9 +193,6 @@ def test_token_ids_are_near_by_their_embeddings():
     failed, note = error(Regression([max]))
     assert failed == blind
     assert "max was left out" in note
-
-
-# Inputs of any kind
 
 
 BAD = {

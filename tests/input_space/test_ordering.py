@@ -34,9 +34,6 @@ def greedy(distances):
     return path
 
 
-# Grouping
-
-
 @given(SIZES, st.randoms(use_true_random=False))
 def test_groups_are_consecutive_rows_of_the_order(sizes, random):
     num_data, batch_size = sizes
@@ -110,9 +107,6 @@ def test_a_stream_reads_its_indices_after_the_grouping_is_gone():
     assert torch.equal(got, want)
 
 
-# Orderings
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_similarity_order_takes_any_layout_and_dtype(dtype):
     distances = naive_distances(torch.tensor([[0.0], [4.0], [1.0], [3.0]])).to(dtype)
@@ -136,8 +130,7 @@ def test_bad_distances():
         short_path(np.zeros((2, 2), dtype=np.int64))
 
 
-# The path. Small integers make ties; NaN and infinity may stand anywhere.
-
+# Distances. Small integers make ties; NaN and infinity may stand anywhere.
 ENTRIES = st.sampled_from([0.0, 1.0, 2.0, 3.0, 5.0, 8.0, math.inf, math.nan])
 
 

@@ -132,9 +132,6 @@ def test_rows_that_raise_together_but_not_apart_are_noted():
     assert not usual.notes
 
 
-# ------------------------------------------------------------------ rows
-
-
 def rows(module: nn.Module, on_error: str = "raise", **options) -> CodedWrapper:
     return CodedWrapper(module, parts=4, waiting=Waiting(on_error=on_error), **options)
 
@@ -191,6 +188,9 @@ def test_surrogates_and_outputs_that_no_call_can_use_are_warned_of_once():
     coded(X)
 
 
+LATE = LocalWorkers(Fixed(0.1, 1.0, 1.0, math.inf))
+
+
 class Busy(Separate):
     """Never answers: its workers are at something else."""
 
@@ -206,13 +206,9 @@ class Busy(Separate):
     [
         (
             Busy(),
-            r"^6 of 6 processes are at earlier tasks \(grace 30 s\); "
-            "nothing arrived within the deadline of 0.5 s; at least 2 of 4 results are needed",
+            r"^6 of 6 .* earlier tasks \(grace 30 s\); nothing arrived within the deadline of",
         ),
-        (
-            LocalWorkers(Fixed(0.1, 1.0, 1.0, math.inf)),
-            r"^no more arrived within the deadline of 0.5 s; .* got 1; missing: \[1, 2, 3\]$",
-        ),
+        (LATE, r"^no more arrived within the deadline of 0.5 s; .* got 1; missing: \[1, 2, 3\]$"),
         (LocalWorkers(Uniform(3)), "at least 2 of 4 results are needed, got 1"),
     ],
 )

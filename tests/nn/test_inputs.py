@@ -27,9 +27,6 @@ def test_a_batch_that_vmap_hides_is_refused_by_name(way):
         torch.vmap(coded)(rand(3, 4, 2))
 
 
-# ------------------------------------------------------------------ masks, token ids, lengths
-
-
 X = torch.tensor([[3.0], [1.0], [4.0], [2.0]])
 MASK = torch.tensor([[1], [0], [1], [0]]).bool()
 

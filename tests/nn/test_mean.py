@@ -296,10 +296,7 @@ def test_arguments_are_checked_before_the_first_look(given, error):
     ("given", "error"),
     [
         ({"half_width": [1.0] * 3}, r"one for each of 2 columns, got 3"),
-        (
-            {"of": lambda y, _: y[:1]},
-            r"mean: .* one row for each of 60, got torch.float32 \[1, 2\]",
-        ),
+        ({"of": lambda y, _: y[:1]}, r"mean: .* row for each of 60, got torch.float32 \[1, 2\]"),
         ({"of": lambda y, _: 1.0}, r"mean: .* one row for each of 60, got float"),
         ({"of": lambda y, _: y / 0}, r"mean: what of returns must be finite, got others in row"),
     ],

@@ -55,9 +55,6 @@ def test_copies_and_pickles(twin, options):
         assert other.last_run.received
 
 
-# ------------------------------------------------------------------ compiled
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("make", [SplineCode, RegressionCode])

@@ -32,19 +32,14 @@ from .pools import Separate
         (lambda v: v | {"y": v["y"].double()}, "float64.*most.*float32"),
         (lambda v: v | {"y": v["y"].long()}, r"cannot be decoded: output\['y'\] .*int64"),
         (
-            lambda v: v | {"y": torch.cat([v["y"], v["y"]])},
-            r"^returned what cannot be decoded: output\['y'\] must have size 1, the batch size, "
-            r"at dim 0, got shape \(2, 1\)$",
+            lambda v: v | {"y": torch.cat([v["y"]] * 2)},
+            r"must have size 1, .* shape \(2, 1\)$",
         ),
         (lambda v: v | {"y": v["y"][0, 0]}, r"must have size 1.*got shape \(\)"),
         (lambda v: v | {"y": v["y"].to_sparse()}, "a dense, .* layout torch.sparse_coo"),
         (lambda v: v | {"kind": "bad"}, "bad.*most.*good"),
         (lambda v: v | {"more": None}, "more.*most"),
-        (
-            lambda v: v["y"],
-            r"^returned float32 \(1, 1\), where most returned "
-            r"{'y': 'float32 \(1, 1\)', 'kind': .*good.*}$",
-        ),
+        (lambda v: v["y"], r"^returned float32 \(1, 1\), where most .* {'y': 'float32 .*good.*}$"),
         (lambda v: None, "returned .*None.*most"),
         (lambda v: v | {"y": v["y"] - math.inf}, r"not finite in output\['y'\]"),
         (lambda v: v | {"y": v["y"] * math.nan}, r"not finite in output\['y'\]"),

@@ -505,7 +505,7 @@ def test_objects_that_the_host_has_frozen_stay_frozen():
         ({"outputs": ["output"]}, "app: an entry of outputs must be of type TensorSpec, got str"),
         (
             {"outputs": [TensorSpec("predicted", "BOOL", ())]},
-            "none of estimated, radius, label_p_value, source, verified, corrected, predicted, lab",
+            "verified, corrected, predicted",
         ),
         ({"deadline": 0}, "app: deadline must be positive and finite, got 0"),
         ({"max_batch_size": 0}, "app: max_batch_size must be at least 1, got 0"),

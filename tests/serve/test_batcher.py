@@ -1,7 +1,6 @@
 """Requests run together as soon as a slot is free, or are refused: on a model of the test."""
 
 import asyncio
-import functools
 import threading
 import time
 from collections import Counter
@@ -42,16 +41,6 @@ class Model:
             **{"max_batch_size": 4, "max_queued_requests": 8, "slots": lambda: (1, 1)} | options,
             on_batch=lambda report, rows, queued: self.counted.append((rows, queued)),
         )
-
-
-def in_loop(test):
-    """Run a test in an event loop."""
-
-    @functools.wraps(test)
-    def run(*args, **kwargs):
-        asyncio.run(test(*args, **kwargs))
-
-    return run
 
 
 @pytest.fixture
@@ -102,7 +91,6 @@ async def known(batcher, model, seconds=0.0):
     model.behave = lambda rows, report: None
 
 
-@in_loop
 async def test_waiting_requests_run_together_in_order_as_soon_as_a_slot_is_free(model):
     batcher = model.batcher()
     sizes = (1, 1, 2, 1, 3, 1, 4)
@@ -117,7 +105,6 @@ async def test_waiting_requests_run_together_in_order_as_soon_as_a_slot_is_free(
     assert all(0 <= seconds < 10 for _, queued in model.counted for seconds in queued)
 
 
-@in_loop
 async def test_rows_of_different_shapes_are_not_mixed(quick):
     batcher, now = quick.batcher(), time.monotonic()
     rows = [torch.full((1, width), float(width)) for width in (1, 2, 2, 1)]
@@ -125,7 +112,6 @@ async def test_rows_of_different_shapes_are_not_mixed(quick):
     assert quick.batches == [[1], [2, 2], [1]]
 
 
-@in_loop
 async def test_as_many_batches_run_at_once_as_their_parts_find_slots(model):
     batcher = model.batcher(slots=lambda: (3, 2))
     entries = [put(batcher, 0.0), put(batcher, 1.0, 1.0, 1.0), put(batcher, 2.0), put(batcher, 3.0)]
@@ -136,7 +122,6 @@ async def test_as_many_batches_run_at_once_as_their_parts_find_slots(model):
     assert await answers(*entries) == [[0.0], [2.0] * 3, [4.0], [6.0]]
 
 
-@in_loop
 async def test_a_batch_is_divided_only_while_nothing_else_waits(model):
     batcher = model.batcher(slots=lambda: (3, 3), max_batch_size=9)
     first = put(batcher, *[0.0] * 9)
@@ -147,7 +132,6 @@ async def test_a_batch_is_divided_only_while_nothing_else_waits(model):
     assert model.parts[1:] == [1, 1, 1]
 
 
-@in_loop
 async def test_the_next_batch_begins_before_the_answers_of_the_last_one_are_written(model):
     batcher, waiting = model.batcher(), []
     first, second = put(batcher, 0.0), put(batcher, 1.0)
@@ -157,7 +141,6 @@ async def test_the_next_batch_begins_before_the_answers_of_the_last_one_are_writ
     assert waiting == [0]
 
 
-@in_loop
 async def test_a_batch_runs_to_the_earliest_deadline_of_its_requests(quick):
     batcher = quick.batcher()
     seconds = (10.0, 9.0, 5.0)
@@ -168,7 +151,6 @@ async def test_a_batch_runs_to_the_earliest_deadline_of_its_requests(quick):
     assert 0 < quick.seconds[3] <= 0.006
 
 
-@in_loop
 async def test_a_cancelled_request_is_not_computed(model):
     batcher = model.batcher()
     first, second, last = (put(batcher, float(i)) for i in range(3))
@@ -182,7 +164,6 @@ async def test_a_cancelled_request_is_not_computed(model):
     assert model.batches == [[0], [2]]
 
 
-@in_loop
 async def test_an_expired_request_does_not_shorten_the_batch_of_others(model):
     batcher = model.batcher()
     first, short, last = put(batcher, 0.0), put(batcher, 1.0, seconds=0.01), put(batcher, 2.0)
@@ -194,7 +175,6 @@ async def test_an_expired_request_does_not_shorten_the_batch_of_others(model):
     assert model.seconds[1] > 9
 
 
-@in_loop
 async def test_a_full_queue_refuses_before_it_reads(model):
     batcher = model.batcher(max_queued_requests=2)
     entries = [put(batcher, 0.0), put(batcher, 1.0)]
@@ -207,7 +187,6 @@ async def test_a_full_queue_refuses_before_it_reads(model):
     await answers(*entries)
 
 
-@in_loop
 async def test_requests_that_would_be_late_are_refused_when_batches_are_known(quick):
     batcher = quick.batcher(max_queued_requests=1000)
     await known(batcher, quick, 0.02)
@@ -221,7 +200,6 @@ async def test_requests_that_would_be_late_are_refused_when_batches_are_known(qu
     await answers(*entries)
 
 
-@in_loop
 async def test_while_workers_hang_one_request_at_a_time_is_tried(quick):
     def hang(rows, report):
         time.sleep(0.05)
@@ -239,7 +217,6 @@ async def test_while_workers_hang_one_request_at_a_time_is_tried(quick):
     assert await answers(put(batcher, 2.0), put(batcher, 3.0)) == [[4.0], [6.0]]
 
 
-@in_loop
 async def test_a_late_batch_beside_answered_ones_is_no_hang(quick):
     def hang(rows, report):
         if 9.0 in rows:
@@ -257,7 +234,6 @@ async def test_a_late_batch_beside_answered_ones_is_no_hang(quick):
     assert await answers(*tried) == [[4.0], [6.0]]
 
 
-@in_loop
 async def test_rows_of_calls_that_have_ended_take_slots(model):
     busy = Counter(busy=3)
     batcher = model.batcher(slots=lambda: (3, 1), states=lambda: busy)
@@ -271,7 +247,6 @@ async def test_rows_of_calls_that_have_ended_take_slots(model):
     assert await answers(*entries) == [[0.0], [2.0], [4.0]]
 
 
-@in_loop
 async def test_a_batch_beyond_its_deadline_is_not_waited_for(model):
     batcher = model.batcher()
     first = put(batcher, 0.0, seconds=0.01)
@@ -282,7 +257,6 @@ async def test_a_batch_beyond_its_deadline_is_not_waited_for(model):
     assert await answers(first) == [[0.0]]
 
 
-@in_loop
 async def test_a_request_that_fails_fails_alone(quick):
     def fail(rows, report):
         if 2.0 in rows:
@@ -298,7 +272,6 @@ async def test_a_request_that_fails_fails_alone(quick):
     assert quick.batches == [[0], [1, 2, 3, 4]]
 
 
-@in_loop
 async def test_requests_of_a_batch_that_failed_as_a_whole_are_tried_alone(quick):
     def fail(rows, report):
         if 2.0 in rows:
@@ -316,7 +289,6 @@ async def test_requests_of_a_batch_that_failed_as_a_whole_are_tried_alone(quick)
     ("ended", "worker", "kind", "status"),
     [("deadline", 1, "", 504), ("failed", -1, "", 503), ("failed", 1, "died", 500)],
 )
-@in_loop
 async def test_rows_without_a_result_are_late_or_unavailable(quick, ended, worker, kind, status):
     def fail(rows, report):
         report.ended, report.missing_rows = ended, (0,)
@@ -337,7 +309,6 @@ async def test_rows_without_a_result_are_late_or_unavailable(quick, ended, worke
         (ValueError("bad"), 10, 500),
     ],
 )
-@in_loop
 async def test_errors_of_a_call_become_those_of_its_requests(quick, error, seconds, status):
     def fail(rows, report):
         time.sleep(0.08)
@@ -352,7 +323,6 @@ async def test_errors_of_a_call_become_those_of_its_requests(quick, error, secon
 
 
 @pytest.mark.parametrize(("seconds", "answered"), [(5.0, True), (0.05, False)])
-@in_loop
 async def test_closing_waits_for_accepted_requests_but_not_for_ever(model, seconds, answered):
     batcher = model.batcher()
     entries = [put(batcher, 0.0), put(batcher, 1.0)]
@@ -363,7 +333,6 @@ async def test_closing_waits_for_accepted_requests_but_not_for_ever(model, secon
     assert answered or time.monotonic() - start < 0.19
 
 
-@in_loop
 async def test_batches_that_run_at_once_share_the_rows(model):
     batcher = model.batcher(slots=lambda: (2, 1), max_batch_size=8)
     first = [put(batcher, 0.0), put(batcher, 1.0)]
@@ -374,7 +343,6 @@ async def test_batches_that_run_at_once_share_the_rows(model):
     assert max(map(len, model.batches)) == 4  # half of the 8 rows, not all 6 that wait
 
 
-@in_loop
 async def test_a_request_with_a_much_shorter_deadline_is_not_mixed_with_others(quick):
     batcher = quick.batcher()
     await answers(*[put(batcher, s, seconds=s) for s in (10.0, 10.0, 1.0, 10.0, 1.0)])

@@ -331,10 +331,7 @@ def test_a_server_may_listen_at_an_address_of_ipv6(mine):
         ("mine:pair", "must return a module, or a module and examples of its inputs, got (str, T"),
         ("mine:text", "mine:text: examples must be tensors with rows, got str as 'scale'"),
         ("mine:empty", "mine:empty: examples must have some rows, got shape [0, 4] of 'x'"),
-        (
-            "mine:local --port 0",
-            "the module must be picklable to be sent to another process, got Local: ",
-        ),
+        ("mine:local --port 0", "must be picklable to be sent to another process, got Local: "),
         ("mine:small --endpoints http://127.0.0.1:1", "MODULE:FACTORY must be left out with --e"),
         ("mine:wordy", "outputs of the module must be tensors with rows, got str as 'output1'"),
         ("mine:estimated", "source, verified, corrected, predicted, label_risk, got ['"),

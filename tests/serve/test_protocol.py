@@ -354,9 +354,6 @@ def test_specs(arguments, message):
     assert TensorSpec.of("x", torch.zeros(2, 3)) == TensorSpec("x", "FP32", (3,))
 
 
-# Connections.
-
-
 @pytest.fixture
 def port(monkeypatch):
     """Yield the port of a server with short limits, of rows of any size."""

@@ -99,11 +99,7 @@ def test_starting_warns_of_rows_that_depend_on_each_other(make, caplog):
             pool.start(CumulativeSum(), example, timeout=2 * WAIT)
         pair = example, example[0]
         for module, rows, why in (
-            (
-                CumulativeSum(),
-                example[:2],
-                "the example must have two different rows, got 2 equal rows",
-            ),
+            (CumulativeSum(), example[:2], "the example must have two different rows, got 2 eq"),
             (Call(torch.mul), pair, "the inputs of the example must have one size at dim"),
             (nn.Dropout(), 1 + torch.rand(2, 99), "the outputs differ from call to call"),
         ):
