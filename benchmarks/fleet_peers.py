@@ -87,7 +87,7 @@ class Peer:
             found = asyncio.run_coroutine_threadsafe(self.all(batch), self.loop).result()
         except ERRORS as error:
             raise NotEnoughResults((), 1, self.parts) from error
-        return found, Report(estimated=torch.zeros(len(batch), dtype=torch.bool))
+        return found, Report(source=torch.zeros(len(batch)))
 
     def close(self) -> None:
         asyncio.run_coroutine_threadsafe(self.client.aclose(), self.loop).result(30)

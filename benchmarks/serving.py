@@ -224,7 +224,7 @@ def _send(mine: threading.local, port: int, images: Tensor) -> tuple[Tensor, Rep
     if answer.status != 200:
         raise NotEnoughResults((), 1, N)
     (logits, estimated), _ = outputs_of(LENET5, body, answer.headers[LENGTH], len(images))
-    return logits, Report(estimated=estimated)
+    return logits, Report(source=2 * estimated)
 
 
 def batches(count: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-import dataclasses
+import copy
 import functools
 import glob
 import hashlib
@@ -251,7 +251,8 @@ def encoded(
         (x for x, y in outputs.items() if torch.is_tensor(y) and y.is_floating_point()), ""
     )
     if first not in chosen:  # which has the error bounds
-        report = dataclasses.replace(report, radii=None)
+        report = copy.copy(report)
+        report.radii = None
     if kind == "parquet":
         import pyarrow
         from pyarrow import parquet

@@ -225,7 +225,7 @@ class CodedWrapper(ModuleProxy):
         if division is None:
             with report.timed("compute"):
                 answers = self.module(*args, **kwargs)
-            report.note_source(torch.zeros(0, dtype=torch.int64), ())
+            report.note_source(None, ())
             report.radii = report.label_p_values = torch.zeros(0, dtype=torch.float64)
         else:
             with unchanged():  # a memory and a pool look at the weights

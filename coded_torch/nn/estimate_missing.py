@@ -79,11 +79,9 @@ class Answers:
         whole = division.is_whole(stacked.units)  # then the results are the answers
         plan: Plan | None = None if whole else division.plan
         with outside():  # the report outlives a transform
-            source = plan.source(stacked.units) if plan else torch.arange(division.batch_size)
-            estimated = source < 0
-            exact = ~estimated if not_finite is None else ~estimated & ~not_finite
-            is_estimated = not whole and bool(estimated.any())
-        report.note_source(source, stacked.later, division.task.unit_rows)
+            source: Any = plan.source(stacked.units) if plan else None
+            is_estimated = plan is not None and bool((source < 0).any())
+            report.note_source(source, stacked.later, division.task.unit_rows)
         approximations = self._approximations(stacked) if self._surrogates and is_estimated else []
         answers, weights = dict[int, Tensor](), list[tuple[float, ...]]()
         choices: list[Choice] = []
@@ -95,7 +93,8 @@ class Answers:
             of_leaf = {j: x[i] for j, x in enumerate(approximations) if i in x}
             rows, used, bounds = self._decoded(stacked, i, plan, source, of_leaf, not answers)
             if not_finite is not None:  # nothing is known of their distances
-                mean = own[source[exact].to(own.device)].mean(0)
+                estimated = source < 0
+                mean = own[source[~(estimated | not_finite)].to(own.device)].mean(0)
                 rows = _filled(rows, estimated & not_finite, mean)
             if bounds is not None:  # of the first output
                 self._note(bounds, rows)
@@ -111,7 +110,7 @@ class Answers:
         report.distances = tuple(choices)
         report.surrogate_weights = tuple(weights) if approximations else ()
         if self._memories:
-            self._remember(floating, exact)
+            self._remember(floating, report.estimated)
         return stacked.tree(answers)
 
     def alone(self, waiting: Waiting, stacked: Stacked | None, error: Exception) -> Any:
@@ -213,11 +212,13 @@ class Answers:
                     raise ValueError("it returned values that are not finite")
         return outputs
 
-    def _remember(self, answers: Sequence[Tensor], exact: Tensor) -> None:
+    def _remember(self, answers: Sequence[Tensor], estimated: Any) -> None:
         """Have memories learn the rows of answers, ``[B, ...]`` each, that are exact."""
-        if self._check is not None:
-            with outside():
-                exact &= torch.tensor([row in self._check.credible for row in range(len(exact))])
+        not_finite, check = self._inputs.not_finite, self._check
+        with outside():
+            exact = ~estimated if not_finite is None else ~(estimated | not_finite)
+            if check is not None:
+                exact &= torch.tensor([row in check.credible for row in range(len(exact))])
         if not bool(exact.any()):
             return
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -104,12 +105,9 @@ class Report:
     rejected: dict[int, str] = dataclasses.field(default_factory=dict)
     work: float = 0.0
     hedges: tuple[Hedge, ...] = ()
-    estimated: Tensor | None = dataclasses.field(default=None, repr=False)
     source: Tensor | None = dataclasses.field(default=None, repr=False)
-    radii: Tensor | None = dataclasses.field(default=None, repr=False)
     coverage: float | None = None
     missing_not_at_random: bool = False
-    label_p_values: Tensor | None = dataclasses.field(default=None, repr=False)
     surrogate_weights: tuple[tuple[float, ...], ...] = ()
     ended: str = ""
     hedging_threshold: float | None = None
@@ -133,6 +131,24 @@ class Report:
     #: When the call began, by :func:`time.perf_counter`.
     since: float = dataclasses.field(default_factory=time.perf_counter, init=False, repr=False)
     _bounds: ErrorBounds | None = dataclasses.field(default=None, init=False, repr=False)
+    _has_labels: bool = dataclasses.field(default=False, init=False, repr=False)
+
+    # Made when they are first read, as most callers read few of them.
+
+    @functools.cached_property
+    @outside()
+    def estimated(self) -> Tensor | None:
+        return None if self.source is None else self.source == 2
+
+    @functools.cached_property
+    @outside()
+    def radii(self) -> Tensor | None:
+        return self._bounds.radii(self.coverage) if self._bounds and self.coverage else None
+
+    @functools.cached_property
+    @outside()
+    def label_p_values(self) -> Tensor | None:
+        return self._bounds.label_p_values if self._bounds and self._has_labels else None
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -244,20 +260,22 @@ class Report:
             logger.error(why, worker)
 
     @outside()
-    def note_source(self, source: Tensor, later: Sequence[bool], unit_rows: int = 1) -> None:
-        """Note the result of each answer, ``[B]``, -1 if estimated, and which a later part gave."""
-        self.estimated, kinds = source < 0, np.array([*later, 2], np.uint8)  # at -1, estimates
-        self.source = torch.from_numpy(kinds[source.numpy() // unit_rows])
+    def note_source(self, source: Tensor | None, later: Sequence[bool], unit_rows: int = 1) -> None:
+        """Note the result of each answer, ``[B]``, -1 if estimated, and which a later part gave.
 
-    @outside()
+        None says that each row has its own result.
+        """
+        kinds = np.array([*later, 2], np.uint8)  # at -1, estimates
+        self.source = torch.from_numpy(
+            kinds[:-1] if source is None else kinds[source.numpy() // unit_rows]
+        )
+
     def note_bounds(
         self, bounds: ErrorBounds, coverage: float, link: str | None, answers: Tensor | None
     ) -> None:
         """Note how far off answers ``[B, ...]`` may be; under a link, only their labels."""
-        labels = answers is not None and answers.dim() == 2 and answers.shape[1] > 1
-        self._bounds, self.label_p_values = bounds, bounds.label_p_values if labels else None
-        if link is None:
-            self.radii, self.coverage = bounds.radii(coverage), coverage
+        self._has_labels = answers is not None and answers.dim() == 2 and answers.shape[1] > 1
+        self._bounds, self.coverage = bounds, coverage if link is None else None
 
     def warn(self, why: str) -> None:
         """Log how many answers were estimated, and why, unless no more results were wanted."""

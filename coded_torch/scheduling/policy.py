@@ -197,8 +197,7 @@ class Decisions:
         work = len(missing) / self.num_units
         if may and self.history.spend(work, 1 + _BURST / len(self.table.first)):
             return True
-        # Where parts take no time, a threshold of 0 would be due for ever.
-        self._set_due(part, self.table.now + (self.threshold(len(part.units)) or math.inf))
+        self._set_due(part, self.table.now + self.threshold(len(part.units)))
         return False
 
     def _ask(self, missing: list[int], num: int, of: Part) -> None:

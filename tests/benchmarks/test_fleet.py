@@ -22,12 +22,9 @@ def test_an_outcome_counts_lost_requests_and_wrong_rows_that_are_not_marked():
     answers = [torch.from_numpy(fleet_server.perceptron(x.numpy())) for x in batches]
     answers[0][:2] += 1
     answers[1][3] = torch.nan
-    estimated = torch.zeros(4, dtype=torch.bool)
-    marked = estimated.clone()
-    marked[0] = True
     replies = [
-        Reply(0.1, 0.1, answers[0], Report(estimated=marked)),
-        Reply(0.1, 0.1, answers[1], Report(estimated=estimated)),
+        Reply(0.1, 0.1, answers[0], Report(source=torch.tensor([2, 0, 0, 0]))),
+        Reply(0.1, 0.1, answers[1], Report(source=torch.zeros(4))),
         Reply(0.1, 0.1, None, None),
     ]
     found = fleet.outcome(batches, replies)

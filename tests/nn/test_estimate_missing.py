@@ -348,17 +348,15 @@ def test_bounds_hold_as_often_although_some_rows_are_likelier_to_be_missing(odds
 
 def test_classes_are_certified_at_a_false_discovery_rate():
     """By Benjamini and Hochberg's rule, over estimated rows alone."""
-    report = Report(
-        estimated=torch.tensor([True] * 4 + [False]),
-        label_p_values=torch.tensor([0.01, 0.3, 0.1, 0.02, 0.0], dtype=torch.float64),
-    )
+    report = Report(source=torch.tensor([2] * 4 + [0]))
+    report.label_p_values = torch.tensor([0.01, 0.3, 0.1, 0.02, 0.0], dtype=torch.float64)
     assert report.certified(0.1).tolist() == [True, False, False, True, True]
     assert report.certified(0.14).tolist() == [True, False, True, True, True]
     assert report.certified(0.001).tolist() == [False] * 4 + [True]
     assert report.certified(0.31).all()
     with torch.device("meta"):
         assert report.certified(0.3).all()  # a float32 of .3 would be smaller than the p-value
-    assert Report(estimated=torch.ones(3, dtype=torch.bool)).certified(0.1) is None
+    assert Report(source=torch.zeros(3)).certified(0.1) is None
     with pytest.raises(ValueError, match="certified: rate must be between 0 and 1, got 1"):
         report.certified(1)
 

@@ -69,6 +69,10 @@ def test_the_hedging_threshold_is_the_tail_of_a_lognormal_body(latencies, budget
     assert history.hedging_threshold(4, budget) == pytest.approx(threshold)
 
 
+def test_no_part_is_late_before_two_milliseconds():
+    assert known(1e-4).hedging_threshold(2) == 2e-3 == known(0.0).hedging_threshold(2)
+
+
 def test_what_is_old_is_forgotten():
     history = known(1.0, calls=128)
     for _ in range(200):

@@ -36,8 +36,7 @@ def test_a_batch():
         rejected={3: "was killed by SIGKILL"},  # the next worker at its place answered
         work=1.5,
         hedges=(hedge(4, True), hedge(5, False), hedge(6, False)),
-        estimated=torch.tensor([True, False, False, True]),
-        radii=torch.tensor([0.3, 0.0, 0.0, 0.4], dtype=torch.float64),
+        source=torch.tensor([2, 0, 1, 2]),
         verified=torch.tensor([False, True, True, False]),
         unverified=torch.tensor([True, False, False, False]),
         corrected=(1,),
@@ -48,6 +47,7 @@ def test_a_batch():
         compute_seconds=0.03,
         decode_seconds=0.004,
     )
+    report.radii = torch.tensor([0.3, 0.0, 0.0, 0.4], dtype=torch.float64)
     metrics.batch(Shaky(), Batch({}, report, set(), slice(4)), 4, [0.1, 0.2])
     metrics.refused("late")
     metrics.answered(0.25)
@@ -107,7 +107,7 @@ def test_the_dashboard_shows_every_number():
     shown = set(re.findall(r"\$\{prefix\}coded_torch_(\w+)", json.dumps(dashboard)))
     metrics = Metrics()
     true = torch.tensor([True])
-    report = Report(estimated=true, verified=true, unverified=~true, faults={2: 1})
+    report = Report(source=torch.tensor([2]), verified=true, unverified=~true, faults={2: 1})
     metrics.batch(LocalWorkers(), Batch({}, report, set(), slice(4)), 1, [0.1])
     metrics.refused("late")
     families = text_string_to_metric_families(metrics.text().decode())
@@ -123,7 +123,7 @@ def test_the_dashboard_shows_every_number():
 
 
 def test_rows_without_an_answer_are_no_answers():
-    metrics, report = Metrics(), Report(estimated=torch.tensor([True, True, False, False]))
+    metrics, report = Metrics(), Report(source=torch.tensor([2, 2, 0, 0]))
     metrics.batch(LocalWorkers(), Batch({}, report, {0, 3}, slice(4)), 4, [0.1])
     assert values(metrics)["coded_torch_answers_total computed"] == 1
     assert values(metrics)["coded_torch_answers_total estimated"] == 1
