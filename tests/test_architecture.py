@@ -43,7 +43,7 @@ LINES = {
     "codes": 999,
     "experiments": 1721,
     "input_space": 1309,
-    "nn": 2418,
+    "nn": 2421,
     "open_inference": 810,
     "scheduling": 769,
     "serve": 1356,
@@ -51,7 +51,7 @@ LINES = {
     "verification": 915,
     "workers": 3427,
 }
-MOST_LINES = 18_078  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 18_081  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

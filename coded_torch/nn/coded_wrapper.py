@@ -209,6 +209,7 @@ class CodedWrapper(ModuleProxy):
             try:
                 return self._answers(report, waiting, given, parts)
             finally:
+                report.enter()
                 if span is not None:
                     with tracing.harmless():
                         span.set_attributes(report.attributes())
@@ -218,13 +219,13 @@ class CodedWrapper(ModuleProxy):
         if self.training and (part := training_part(self.module, dropout=True)):
             what = "answers depend on the rows of a part, or on chance"
             warn(f"CodedWrapper: {part} is in training mode, where {what}; call eval() on it")
-        with report.timed("encode"), on_host():
+        with on_host():
             mixing = self.code if self.code is not None and self.code.mixes else None
             inputs = Inputs(args, kwargs, self.in_dims, mixing)
             division = self._divide(inputs, waiting, report, parts) if inputs.batch_size else None
         if division is None:
-            with report.timed("compute"):
-                answers = self.module(*args, **kwargs)
+            report.enter("compute")
+            answers = self.module(*args, **kwargs)
             report.note_source(None, ())
             report.radii = report.label_p_values = torch.zeros(0, dtype=torch.float64)
         else:
@@ -256,13 +257,14 @@ class CodedWrapper(ModuleProxy):
         check = None if record is None else Verifier(record, waiting, division.inputs.floating())
         answers = Answers(self.surrogate, division, report, self.module, check)
         execution = Execution(division, report, check, answers.prepare)
-        with report.timed("compute"):
-            execution.run(pool, self.module, waiting, self._history)
-            if report.excluded:
-                answers.forget()
+        report.enter("compute")
+        execution.run(pool, self.module, waiting, self._history)
+        if report.excluded:
+            answers.forget()
         if self.code is None and (self.surrogate or waiting.may_estimate(by_rows=True)):
             self._warn_once(waiting, execution)
-        with report.timed("decode"), on_host():
+        report.enter("decode")
+        with on_host():
             error, before = execution.error(waiting), report.decode_seconds
             stacked = execution.checks.stack() if execution.table.answered else self._form
             if error is not None:
@@ -282,6 +284,7 @@ class CodedWrapper(ModuleProxy):
             except Exception as raised:  # the caller's code failed: the exception gets the answers
                 execution.holding(raised)
                 raise
+        report.enter()
         if rows is not None and not pool.simulated:  # there, estimates take no time
             estimates.add(max(before, report.decode_seconds - before), rows.batch_size, rows.block)
         if report.ended != "complete":

@@ -109,8 +109,9 @@ class Execution:
                 asked = len(table.parts)
             if table.prepares and table.answered:
                 table.prepares = False
-                with self._report.timed("decode"):  # now, while the call would wait anyway
-                    self._prepare(self.checks.stack())
+                self._report.enter("decode")  # now, while the call would wait anyway
+                self._prepare(self.checks.stack())
+                self._report.enter("compute")
             events, end = list[Began | Reply](), until
             try:
                 while (event := request.wait(end)) is not None:

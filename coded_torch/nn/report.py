@@ -2,12 +2,11 @@ r"""The report of one call of a wrapper."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -130,6 +129,7 @@ class Report:
     failed: bool = True
     #: When the call began, by :func:`time.perf_counter`.
     since: float = dataclasses.field(default_factory=time.perf_counter, init=False, repr=False)
+    _phase: str = dataclasses.field(default="encode", init=False, repr=False)
     _bounds: ErrorBounds | None = dataclasses.field(default=None, init=False, repr=False)
     _has_labels: bool = dataclasses.field(default=False, init=False, repr=False)
 
@@ -284,11 +284,10 @@ class Report:
             because = why or _CUT_SHORT[self.ended]
             logger.warning("CodedWrapper: %d of %d answers are estimated: %s", count, size, because)
 
-    @contextlib.contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the seconds that a block takes to ``{phase}_seconds``, even if it raises."""
-        start, name = time.perf_counter(), f"{phase}_seconds"
-        try:
-            yield
-        finally:
-            setattr(self, name, getattr(self, name) + time.perf_counter() - start)
+    def enter(self, phase: str = "") -> None:
+        """Begin a phase of the call, and add the seconds of the one before to its field."""
+        if self._phase:  # all phases together take as long as the call so far
+            phases = self.encode_seconds + self.compute_seconds + self.decode_seconds
+            name, since = f"{self._phase}_seconds", self.since + phases
+            setattr(self, name, getattr(self, name) + time.perf_counter() - since)
+        self._phase = phase

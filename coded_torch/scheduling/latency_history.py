@@ -175,11 +175,11 @@ class History:
 
     def _fit(self) -> None:
         self._unfitted = 0
+        if {rows for rows, *_ in self._parts.entries} == {self._fewest} == {self.most_rows}:
+            return
         parts = sorted([(rows, seconds) for rows, seconds, _ in self._parts.entries])
         sizes = [rows for rows, _ in parts]
         fewest, most = sizes[0], sizes[-1]
-        if fewest == most == self.most_rows == self._fewest:
-            return
         # Small parts end near the middle of all sizes, with enough parts on both sides.
         ends = [i for i in range(_GROUP, len(parts) - _GROUP + 1) if sizes[i - 1] < sizes[i]]
         end = min(ends, key=lambda i: abs(sizes[i - 1] + sizes[i] - fewest - most), default=0)
