@@ -10,6 +10,8 @@ from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import DeadlineExceeded, NotEnoughResults, ReplicationCode
+from coded_torch.scheduling.latency_history import History
+from coded_torch.table import Table
 from coded_torch.testing.virtual import VirtualWorkers
 
 X = torch.arange(8.0)[:, None]
@@ -44,6 +46,16 @@ class Play:
             (pytest.approx(time - before), worker, part.units)
             for time, worker, part in pool.begun[parts:]
         ]
+
+
+def test_replies_are_gathered_only_until_missing_rows_may_be_estimated():
+    """From then on, each reply may end the call."""
+    history, waiting = History(), Waiting(deadline=1.0)
+    history.add([(1, 0.1)] * 32, None)
+    table = Table(first=[(0,), (1,)], needed=2, reserve=0.25)
+    assert (waiting.decide(history, table), table.late) == (0.75, pytest.approx(0.15))
+    table.hear([], 0.75)
+    assert (waiting.decide(history, table), table.late) == (1.0, math.inf)
 
 
 def test_while_nothing_is_late_all_is_asked_once():
