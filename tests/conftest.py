@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from coded_torch._arguments import SPARING
+from coded_torch.cli.main import main
 
 # Ray gives its workers a niceness of 15: beside processes that compute, they starve.
 os.environ.setdefault("RAY_worker_niceness", "0")
@@ -45,6 +46,10 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if mark in item.keywords:
                 item.add_marker(missing)
+    for item in items:
+        if "ray" in item.keywords:  # Ray leaves files, sockets and tasks when its connection ends
+            for kind in ("Resource", "pytest.PytestUnraisableException", "Deprecation", "Future"):
+                item.add_marker(pytest.mark.filterwarnings(f"ignore::{kind}Warning"))
 
 
 def pytest_pyfunc_call(pyfuncitem):
@@ -82,6 +87,20 @@ def capability(request):
     torch.ops.coded_torch._use_cpu_capability(request.param)
     yield request.param
     torch.ops.coded_torch._use_cpu_capability(CAPABILITIES[0])
+
+
+@pytest.fixture
+def refused(capsys):
+    """Return a function that runs a command, and returns the one line that refuses it."""
+
+    def run(line):
+        capsys.readouterr()
+        assert main(line) == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.startswith(f"coded-torch {line[0]}: ")
+        return said
+
+    return run
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The command ``coded-torch job``: batches that are kept, and a job that goes on."""
 
-import contextlib
 import json
 import os
 import random
@@ -71,6 +70,13 @@ class Sum(torch.nn.Module):
 
 def sums():
     return Sum().eval(), (torch.zeros(1, 1), torch.zeros(1, 1))
+
+class Ends(Sum):
+    def forward(self, x, y):
+        return os._exit(3) if (x == 13).any() else super().forward(x, y)
+
+def ends():
+    return Ends().eval(), (torch.zeros(1, 1), torch.zeros(1, 1))
 
 def wrapped(module):
     pool = workers.DeviceWorkers(["cpu"] * 2)
@@ -164,20 +170,6 @@ def varied():
     parts = 4 if change == "parts" else None
     model = Varied(change).eval()
     return CodedWrapper(model, workers=pool, waiting=policy, surrogate=surrogate, parts=parts)
-"""
-PLAIN = """
-import os, time
-import torch
-
-class Plain(torch.nn.Module):
-    def forward(self, x):
-        with open("pids", "a") as file:
-            print(os.getpid(), file=file)
-        time.sleep(0.05)
-        return x * 0.3 + 1
-
-def make():
-    return Plain()
 """
 CODE = "import coded_torch_command; raise SystemExit(coded_torch_command.main())"
 COMMAND = sys.executable, "-c", CODE
@@ -305,13 +297,12 @@ def test_columns_are_arguments_as_the_caller_says(folder, factory, columns, sign
         ("here", "a,b", "for forward(x), as a,b or x=a,y=b: too many positional arguments"),
     ],
 )
-def test_columns_that_do_not_fit_are_refused(folder, capsys, factory, columns, message):
+def test_columns_that_do_not_fit_are_refused(folder, refused, factory, columns, message):
     save_file({name: torch.ones(4, 1) for name in "ab"}, "rows.safetensors")
     more = [] if columns is None else ["--columns", columns]
-    assert main(line(factory, "--inputs", "rows.safetensors", *more)) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("coded-torch job: --columns must name columns for forward(")
-    assert message in err
+    said = refused(line(factory, "--inputs", "rows.safetensors", *more))
+    assert said.startswith("coded-torch job: --columns must name columns for forward(")
+    assert message in said
 
 
 def test_columns_of_a_parquet_file_may_be_lists(folder):
@@ -327,12 +318,11 @@ def test_columns_of_a_parquet_file_may_be_lists(folder):
 
 
 @pytest.mark.parametrize("some", [[1.0, None], [[1.0, 2.0], [3.0, None]]])
-def test_nulls_of_a_parquet_file_are_refused(folder, capsys, some):
+def test_nulls_of_a_parquet_file_are_refused(folder, refused, some):
     table = pyarrow.table({"x": some, "y": [1.0, 2.0]})
     parquet.write_table(table, folder / "rows.parquet")
-    assert main(line("pair", "--inputs", "rows.parquet")) == 2
     message = "--inputs cannot be read: its columns must not hold nulls, got some in the column 'x'"
-    assert message in capsys.readouterr().err
+    assert message in refused(line("pair", "--inputs", "rows.parquet"))
 
 
 @pytest.fixture
@@ -356,14 +346,14 @@ def test_an_exception_ends_the_job_and_names_rows_of_the_file(thirteen, capsys):
         assert out.endswith(f"\nGo on with: {command}\n")
 
 
-def test_inputs_are_known_by_their_content(folder, capsys):
+def test_inputs_are_known_by_their_content(folder, refused):
     assert main(line()) == 0
     os.utime(folder / "rows.npy", (0, 0))
     assert main(line("here", "--resume")) == 0
     np.save(folder / "rows.npy", np.load(folder / "rows.npy") + 1)
     os.utime(folder / "rows.npy", (0, 0))
-    assert main(line("here", "--resume")) == 2
-    assert "--resume must repeat the job in out: inputs of 200 rows" in capsys.readouterr().err
+    said = refused(line("here", "--resume"))
+    assert "--resume must repeat the job in out: inputs of 200 rows" in said
 
 
 @pytest.mark.parametrize(
@@ -371,7 +361,7 @@ def test_inputs_are_known_by_their_content(folder, capsys):
     [
         ("", "--output out holds a job; --resume goes on with it"),
         ("--resume --batch-size 9 --columns x=rows --inputs more.npy", "out: inputs of 200 rows"),
-        ("--resume --batch-size 9", "must repeat the job in out: batch-size 8, got 9\n"),
+        ("--resume --batch-size 9", "must repeat the job in out: batch-size 8, got 9"),
         ("--resume other", "must repeat the job in out: model models:here, digest "),
         ("--deadline 9", "--deadline and --on-error must be left out, as models:here returns a"),
         ("--inputs none.npy", "--inputs cannot be read: no file matches 'none.npy'"),
@@ -382,16 +372,13 @@ def test_inputs_are_known_by_their_content(folder, capsys):
         ("--output new --batch-size 0", "batch_size must be at least 1, got 0"),
     ],
 )
-def test_a_job_refuses_another_jobs_folder_and_bad_values(folder, capsys, change, message):
+def test_a_job_refuses_another_jobs_folder_and_bad_values(folder, refused, change, message):
     assert main(line()) == 0
     np.save(folder / "words.npy", np.array(["one", "two"]))
     np.save(folder / "more.npy", np.ones((ROWS + 1, 2), np.float32))
     *words, last = change.split() or [""]
     changed = line("other", *words) if last == "other" else line("here", *change.split())
-    assert main(changed) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("coded-torch job: ")
-    assert message in err
+    assert message in refused(changed)
 
 
 OLD = {"inputs": "of 200 rows, digest 0", "model": "models:here, digest 0", "batch-size": 8}
@@ -399,13 +386,12 @@ DAMAGED = [b"[]", b"null", b'{"rows": 20', b"\xff\x00", b"[" * 9999, b"", json.d
 
 
 @pytest.mark.parametrize("content", DAMAGED)
-def test_a_damaged_description_of_a_job_is_refused_in_one_line(folder, capsys, content):
+def test_a_damaged_description_of_a_job_is_refused_in_one_line(folder, refused, content):
     assert main(line()) == 0
     (folder / "out" / "_job.json").write_bytes(content)
     for arguments in (line("here", "--resume"), ["job", "--check", "out"]):
-        assert main(arguments) == 2
-        (err,) = capsys.readouterr().err.splitlines()
-        assert "out/_job.json must describe a job, but it is damaged or of another version" in err
+        said = refused(arguments)
+        assert "out/_job.json must describe a job, but it is damaged or of another version" in said
 
 
 def test_a_wrong_batch_is_found_and_computed_again(folder, capsys, caplog):
@@ -452,12 +438,11 @@ def change(folder, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_another_model_or_call_is_refused(folder, monkeypatch, capsys, name):
+def test_another_model_or_call_is_refused(folder, monkeypatch, refused, name):
     assert main(line("varied")) == 0
     written(folder)[-1].unlink()
     change(folder, monkeypatch, name)
-    assert main(line("varied", "--resume")) == 2
-    (err,) = capsys.readouterr().err.splitlines()
+    err = refused(line("varied", "--resume"))
     key = {"attribute": "model", "buffer": "model", "code": "source"}.get(name, name)
     assert f"--resume must repeat the job in out: {key} " in err
     is_model = key in ("model", "source")
@@ -495,17 +480,15 @@ def test_a_job_without_a_batch_may_begin_in_another_way(folder, capsys, monkeypa
     assert torch.equal(outputs(folder), exact())
 
 
-def test_inputs_must_not_change_meanwhile(folder, capsys):
-    assert main(line("touching", "--in-flight", "1")) == 2
-    assert "--inputs cannot be read: rows.npy has changed since" in capsys.readouterr().err
+def test_inputs_must_not_change_meanwhile(folder, refused):
+    said = refused(line("touching", "--in-flight", "1"))
+    assert "--inputs cannot be read: rows.npy has changed since" in said
     assert len(written(folder)) == 11  # the batch of the change was read before it
     assert main(line("here", "--check", "out")) == 2
 
 
-def test_outputs_must_be_readable(folder, capsys):
-    assert main(line("odd")) == 2
-    (err,) = capsys.readouterr().err.splitlines()
-    assert err.startswith("coded-torch job: outputs must be what torch.load can read: ")
+def test_outputs_must_be_readable(folder, refused):
+    assert " outputs must be what torch.load can read: " in refused(line("odd"))
     assert written(folder) == []
 
 
@@ -551,10 +534,10 @@ def test_workers_compute_in_the_type_and_with_the_threads_of_the_options(folder)
     assert (found["threads"] == 2).all()
 
 
-def test_options_of_workers_are_refused_where_they_would_do_nothing(folder, capsys):
+def test_options_of_workers_are_refused_where_they_would_do_nothing(folder, refused):
     for flag, value in (("--threads", "2"), ("--dtype", "float16"), ("--num-workers", "2")):
-        assert main(line("here", flag, value)) == 2
-        assert f"{flag} must be left out, as models:here returns" in capsys.readouterr().err
+        said = refused(line("here", flag, value))
+        assert f"{flag} must be left out, as models:here returns" in said
 
 
 def test_columns_are_named_by_a_dict_of_examples(folder, capsys):
@@ -569,14 +552,13 @@ def started(folder):
     return subprocess.Popen([*COMMAND, *line("slow", "--resume", "--num-workers", "2")], cwd=folder)
 
 
-def test_a_folder_holds_one_job_at_a_time(folder, capsys):
+def test_a_folder_holds_one_job_at_a_time(folder, refused):
     process = started(folder)
     until = time.monotonic() + 240
     while not written(folder) and time.monotonic() < until:
         time.sleep(0.01)
-    assert main(line("slow", "--resume")) == 2
-    message = "coded-torch job: --output out must not be in use by another job"
-    assert capsys.readouterr().err.startswith(message)
+    said = refused(line("slow", "--resume"))
+    assert " --output out must not be in use by another job" in said
     process.kill()
     process.wait(60)
     assert main(line("slow", "--resume", "--num-workers", "2")) == 0
@@ -611,7 +593,7 @@ def test_an_interrupted_job_goes_on_without_computing_a_batch_again(folder, capf
     assert not list(folder.glob("out/*.part"))
 
 
-def test_a_mean_ends_by_its_half_width_and_goes_on_with_resume(folder, capsys):
+def test_a_mean_ends_by_its_half_width_and_goes_on_with_resume(folder, capsys, refused):
     arguments = line("here", "--mean", "--of", "models:first")
     assert main([*arguments, "--half-width", "3.0"]) == 0
     out = capsys.readouterr().out
@@ -628,19 +610,19 @@ def test_a_mean_ends_by_its_half_width_and_goes_on_with_resume(folder, capsys):
     state = torch.load(folder / "out" / "mean.pt", weights_only=True)
     assert state["rows"] == state["total"] == ROWS
     assert state["value"].tolist() == [51.25]
-    assert main([*arguments[:-1], "models:total", "--resume"]) == 2
-    assert "--resume must repeat the job in out: mean digest " in capsys.readouterr().err
+    said = refused([*arguments[:-1], "models:total", "--resume"])
+    assert "--resume must repeat the job in out: mean digest " in said
 
 
-def test_a_damaged_mean_is_not_gone_on_with(folder, capsys):
+def test_a_damaged_mean_is_not_gone_on_with(folder, refused):
     arguments, path = line("here", "--mean", "--of", "models:first"), folder / "out" / "mean.pt"
     assert main([*arguments, "--half-width", "3.0"]) == 0
     numbers = torch.load(path, weights_only=True)["numbers"].numpy().tobytes()
     content = bytearray(path.read_bytes())
     content[content.find(numbers) + 6] ^= 0x40
     path.write_bytes(content)
-    assert main([*arguments, "--resume"]) == 2
-    assert "mean.pt cannot be read: it is damaged; remove it" in capsys.readouterr().err
+    said = refused([*arguments, "--resume"])
+    assert "mean.pt cannot be read: it is damaged; remove it" in said
     path.unlink()
     assert main([*arguments, "--resume"]) == 0
 
@@ -670,9 +652,8 @@ def test_a_row_on_which_the_model_fails_ends_a_mean(thirteen):
         (["--mean", "--of", "models:nothing"], "MODULE:FACTORY must name a function or a class in"),
     ],
 )
-def test_options_of_means_are_checked(folder, capsys, more, message):
-    assert main(line("here", *more)) == 2
-    assert message in capsys.readouterr().err
+def test_options_of_means_are_checked(folder, refused, more, message):
+    assert message in refused(line("here", *more))
 
 
 NAMES = [f"row {i}" for i in range(25)]
@@ -688,7 +669,7 @@ def keyed(folder):
     return line("pair", "--inputs", "part-*.parquet", "--keys", "name")
 
 
-def test_batches_for_pandas_hold_keys_of_several_files_outputs_and_bounds(folder, keyed, capsys):
+def test_batches_for_pandas_hold_keys_of_files_outputs_and_bounds(folder, keyed, capsys, refused):
     assert main([*keyed, "--format", "parquet"]) == 0
     assert capsys.readouterr().out.startswith("Columns of part-0.parquet and 2 more: x=x, y=")
     (folder / "out" / "_batch-000000000024.parquet.part").write_bytes(b"PAR")  # as while it writes
@@ -705,16 +686,15 @@ def test_batches_for_pandas_hold_keys_of_several_files_outputs_and_bounds(folder
     assert main(["job", "--check", "out"]) == 2
     assert main([*keyed, "--format", "parquet", "--resume"]) == 0
     assert pandas.read_parquet("out").equals(frame)
-    assert main([*keyed, "--resume"]) == 2
-    assert "in out: written format parquet; keys name, got keys name\n" in capsys.readouterr().err
+    said = refused([*keyed, "--resume"])
+    assert said.endswith("in out: written format parquet; keys name, got keys name")
 
 
-def test_integers_of_one_file_are_not_rounded_to_the_type_of_another(folder, keyed, capsys):
+def test_integers_of_one_file_are_not_rounded_to_the_type_of_another(folder, keyed, refused):
     table = parquet.read_table(folder / "part-0.parquet")
     x = pyarrow.array([[2**60 + 1]] * 10)
     parquet.write_table(table.set_column(1, "x", x), folder / "part-0.parquet")
-    assert main(keyed) == 2
-    assert "'x' must hold integers in all files, or in none, got" in capsys.readouterr().err
+    assert "'x' must hold integers in all files, or in none, got" in refused(keyed)
 
 
 def test_keys_may_be_strings_of_several_types(folder, keyed):
@@ -772,15 +752,14 @@ def test_ray_data_reads_batches(folder, keyed, monkeypatch):
         ),
     ],
 )
-def test_what_does_not_fit_several_files_is_refused(folder, keyed, capsys, more, message):
+def test_what_does_not_fit_several_files_is_refused(folder, keyed, refused, more, message):
     x = pyarrow.array([[1.0], [1.0, 2.0]])
     parquet.write_table(pyarrow.table({"x": x}), folder / "other.parquet")
     table = pyarrow.table({"name": ["a", "b"], "x": x, "y": [1.0, 2.0]})
     parquet.write_table(table, folder / "uneven.parquet")
     parquet.write_table(table[:0], folder / "empty.parquet")
     is_alone = "--inputs" in more and "other.parquet" not in more
-    assert main(line("pair", *more) if is_alone else [*keyed, *more]) == 2
-    assert message in capsys.readouterr().err
+    assert message in refused(line("pair", *more) if is_alone else [*keyed, *more])
 
 
 def test_a_mean_is_over_several_files(folder, keyed):
@@ -789,15 +768,16 @@ def test_a_mean_is_over_several_files(folder, keyed):
     assert state["value"].tolist() == [224.0]
 
 
-def test_the_summary_is_there_as_json(thirteen, folder):
+@pytest.mark.parametrize(("factory", "lost"), [("sums", [0]), ("ends", range(2, 7))])
+def test_the_summary_is_there_as_json(thirteen, folder, factory, lost):
     more = "--on-error", "estimate", "--num-workers", "2"
-    assert main(line("sums", *thirteen, *more)) == 0
+    assert main(line(factory, *thirteen, *more)) == 0
     summary = json.loads((folder / "out" / "_summary.json").read_text())
     assert summary.pop("seconds") > 0
     assert summary.pop("hedges") >= 1
-    assert summary == {
-        "batches": 5, "of": 5, "computed": 39, "estimated": 1, "failed": 1, "workers_lost": 0
-    }  # fmt: skip
+    assert summary.pop("workers_lost") in lost
+    assert summary.pop("failed") == 1 or factory == "ends"  # too few workers to tell whose fault
+    assert summary == {"batches": 5, "of": 5, "computed": 39, "estimated": 1}
 
 
 @pytest.mark.parametrize(("select", "has_bounds"), [("sum", True), ("x", False)])
@@ -856,41 +836,3 @@ def test_nothing_of_an_interrupted_job_holds_its_output_open(folder):
     assert process.returncode == 130
     assert "workers lost: 0; " in out
     assert out.endswith(" --num-workers 1 --resume\ninterrupted\n")
-
-
-@pytest.mark.slow
-def test_fifty_thousand_rows_of_two_files_survive_twenty_kills(folder):
-    """The output is read by pandas while workers are killed."""
-    rows, kills, read = 50_000, 0, []
-    x = np.random.default_rng(0).normal(size=(rows, 2)).astype(np.float32)
-    names = [f"{i:x}" for i in range(rows)]
-    for number, some in enumerate((slice(0, 20_001), slice(20_001, rows))):
-        table = pyarrow.table({"name": names[some], "x": list(x[some])})
-        parquet.write_table(table, folder / f"part-{number}.parquet", row_group_size=3000)
-    (folder / "plain.py").write_text(PLAIN)
-    more = ["--inputs", "part-*.parquet", "--keys", "name", "--format", "parquet"]
-    more += ["--num-workers", "3", "--batch-size", "64"]
-    arguments = [*COMMAND, *line("", *more)]
-    arguments[arguments.index("models:")] = "plain:make"
-    process = subprocess.Popen(arguments, cwd=folder)
-    generator, until = random.Random(0), time.monotonic() + 900
-    while process.poll() is None and time.monotonic() < until:
-        time.sleep(generator.uniform(0.1, 0.4))
-        if (folder / "pids").exists() and kills < 20:
-            pids = (folder / "pids").read_text().split() or [process.pid * 10**6]  # none is known
-            (folder / "pids").unlink()
-            with contextlib.suppress(OverflowError, ProcessLookupError):
-                os.kill(int(pids[-1]), signal.SIGKILL)
-                kills += 1
-        if any(folder.glob("out/*.parquet")) and len(read) < kills:
-            read.append(len(pandas.read_parquet(folder / "out")))
-    assert process.wait(60) == 0
-    assert kills == 20
-    assert len({*read}) > 5
-    frame = pandas.read_parquet(folder / "out")
-    assert [*frame["name"]] == names
-    assert np.array_equal(np.stack(frame["output"]), (torch.from_numpy(x) * 0.3 + 1).numpy())
-    assert not frame["estimated"].any()
-    summary = json.loads((folder / "out" / "_summary.json").read_text())
-    assert summary["computed"] == rows
-    assert 15 <= summary["workers_lost"] <= 20  # a victim may have been replaced before

@@ -27,8 +27,6 @@ def test_short(scenario):
 
 
 @pytest.mark.ray
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_short_on_ray():
     ray = pytest.importorskip("ray", reason="needs the extra 'ray'")
     try:

@@ -4,6 +4,8 @@ import contextlib
 import json
 import math
 import socket
+import subprocess
+import sys
 import time
 import tracemalloc
 from unittest import mock
@@ -446,6 +448,12 @@ def test_the_connection_that_is_idle_the_longest_makes_room(port):
         time.sleep(0.3)
         assert b" 503 Service Unavailable" in ended(connected(port, GET + b"\r\n"))
         assert all(b" 408 " in connection.recv(65536) for connection in busy)  # of 2.5 s
+
+
+def test_half_of_the_descriptors_are_left_for_workers_and_files():
+    code = "from coded_torch.serve import Connection; print(Connection.most)"
+    line = ["bash", "-c", 'ulimit -n 256 && exec "$@"', "bash", sys.executable, "-c", code]
+    assert subprocess.check_output(line, text=True, cwd="/") == "128\n"
 
 
 def test_a_client_that_does_not_read_its_answer_is_disconnected(port):

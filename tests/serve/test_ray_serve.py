@@ -16,14 +16,7 @@ from .test_triton import TritonTests
 
 ray = pytest.importorskip("ray", reason="needs the extra 'serve-ray'")
 serve = pytest.importorskip("ray.serve", reason="needs the extra 'serve-ray'")
-pytestmark = [
-    pytest.mark.ray,
-    # Ray leaves files, sockets and tasks when its connection ends.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = pytest.mark.ray
 WAIT = 120.0  # seconds for a cluster to start
 
 
