@@ -90,6 +90,7 @@ class CodeTests:
         for form in (keys, torch.tensor(received), np.array(received, dtype=np.int32)):
             assert torch.equal(code.decode(results, form), expected)
             assert code.decoder(form) is code.decoder(received)
+        assert code.encoder is code.encoder
 
     def test_workers_are_given_once_and_in_order(self, code, received):
         for wrong in (received[::-1], [received[0], *received]):
@@ -175,10 +176,6 @@ class CodeTests:
     def test_repr_says_what_it_is(self, code):
         assert repr(code).startswith(f"{type(code).__name__}(")
         assert f"num_data={code.num_data}, num_workers={code.num_workers}" in repr(code)
-
-    def test_maps_are_made_once(self, code, received):
-        assert code.encoder is code.encoder
-        assert code.decoder(received) is code.decoder(received)
 
     def test_decoders_do_not_pile_up(self, code):
         choose = random.Random(0)

@@ -85,26 +85,17 @@ class WorkersTests(abc.ABC):
         for part in parts:
             assert torch.equal(got[part.number], values[list(part.units)].flatten(0, 1))
 
-    def test_a_module_may_change_its_inputs(self, pool):
+    def test_a_module_may_change_its_inputs_which_later_parts_have_as_they_were(self, pool):
         values = self.values()
         with pool.open(Doubles(), task_of(values)) as request:
             request.ask(numbered((1,), (2, 3)))
             list(replies_of(request))
             request.ask(numbered((1,), (2, 3), first=2))
+            request.ask(numbered((4, 1), first=4))
             got = by_part(replies_of(request))
         assert torch.equal(values, self.values())
-        assert [got[n][:, 0].tolist() for n in (2, 3)] == [[2, 2], [4, 4, 6, 6]]
-
-    def test_parts_are_asked_for_again_while_a_request_is_open(self, pool):
-        values = self.values()
-        with pool.open(nn.Identity(), task_of(values)) as request:
-            request.ask(numbered((0, 1), (2,)))
-            assert len(replies_of(request)) == 2
-            request.ask(numbered((0,), (1, 4), first=2))
-            request.ask(numbered((3,), first=4))
-            got = by_part(replies_of(request))
-        rows = {n: value[:, 0].tolist() for n, value in got.items()}
-        assert rows == {2: [0, 0], 3: [1, 1, 4, 4], 4: [3, 3]}
+        rows = [got[n][:, 0].tolist() for n in (2, 3, 4)]
+        assert rows == [[2, 2], [4, 4, 6, 6], [8, 8, 2, 2]]
 
     def test_each_part_begins_once_and_then_ends_once(self, pool):
         with pool.open(nn.Identity(), task_of(self.values())) as request:
@@ -208,20 +199,15 @@ class WorkersTests(abc.ABC):
         ran = {path.name for path in tmp_path.iterdir()} - {"open"}
         assert ran == {str(n) for n in range(pool.num_workers)}
 
-    def test_parts_that_are_dropped_before_they_begin_never_do(self, pool, tmp_path):
+    def test_dropped_parts_never_begin_or_go_on_and_then_workers_are_idle(self, pool, tmp_path):
         with self.begin_all(pool, tmp_path, extra=4) as request:
             first = pool.num_workers
-            request.drop([Part(n, (n,)) for n in (first + 1, first + 3)])
+            request.drop([Part(n, (n,)) for n in (*range(first), first + 1, first + 3)])
             (tmp_path / "open").touch()
             kept = {*range(first), first, first + 2}
             assert set(by_part(replies_of(request))) == kept
+            until(lambda: request.idle == first)
         assert {path.name for path in tmp_path.iterdir()} - {"open"} == set(map(str, kept))
-
-    def test_parts_that_have_begun_go_on_though_they_are_dropped(self, pool, tmp_path):
-        with self.begin_all(pool, tmp_path, extra=0) as request:
-            request.drop(numbered(*([n] for n in range(pool.num_workers))))
-            (tmp_path / "open").touch()
-            assert set(by_part(replies_of(request))) == set(range(pool.num_workers))
 
     def test_a_wait_ends_at_its_time(self, pool, tmp_path):
         with self.begin_all(pool, tmp_path, extra=1) as request:
@@ -273,12 +259,6 @@ class WorkersTests(abc.ABC):
         assert str(failed.error) == (
             f"part {last} did not start: it avoids all workers that are left"
         )
-
-    def test_workers_are_idle_when_they_have_ended(self, pool, tmp_path):
-        with self.begin_all(pool, tmp_path, extra=2) as request:
-            (tmp_path / "open").touch()
-            assert len(replies_of(request)) == pool.num_workers + 2
-            until(lambda: request.idle == pool.num_workers)
 
     def test_answers_of_an_exact_code_are_those_of_the_module(self, pool):
         torch.manual_seed(1)
