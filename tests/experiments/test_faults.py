@@ -1,7 +1,5 @@
 """Workers that fail on purpose."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import math

@@ -1,7 +1,5 @@
 """Modules for worker processes, which import them from here."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

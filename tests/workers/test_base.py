@@ -1,7 +1,5 @@
 """Tasks: how they are cut into parts, and outputs back into those of the parts."""
 
-from __future__ import annotations
-
 import pickle
 
 import pytest

@@ -1,7 +1,5 @@
 """Workers on devices; two replicas on the CPU stand for two devices."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import re

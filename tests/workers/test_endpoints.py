@@ -424,12 +424,6 @@ def test_a_server_that_was_removed_at_work_can_be_added_again(three):
     pool.close()
 
 
-def test_a_wrong_input_is_raised_to_the_caller(three):
-    coded = wrapped(three)
-    with pytest.raises(TypeError, match=r"input must be of torch.float32, got torch.float64"):
-        coded(X.double())
-
-
 def test_a_pool_that_is_closed_by_the_thread_of_its_loop_does_not_wait(three):
     pool = EndpointWorkers([three[0].url], model="double")
 
@@ -562,7 +556,9 @@ def test_a_token_goes_over_tls_or_loopback_only(three):
     coded(X)
     assert three[0].headers["Authorization"] == "Bearer secret"
     assert three[0].headers["X-Tenant"] == "me"
-    assert "secret" not in repr(coded.workers)
+    for again in (pickle.loads(pickle.dumps(coded)), copy.deepcopy(coded)):
+        assert torch.equal(again(X), 2 * X)  # without the connections
+        assert "secret" not in repr(again.workers)
     with pytest.raises(ValueError, match="headers must be printable, got one"):
         RemoteModule(three[0].url, "double", token="two\nlines")
 
@@ -591,6 +587,8 @@ def test_inputs_are_checked_before_they_are_sent(three):
     for wrong in (X.double(), X.tolist()):
         with pytest.raises(TypeError, match=r"input must be of torch.float32, got"):
             module(wrong)
+    with pytest.raises(TypeError, match=r"input must be of torch.float32, got torch.float64"):
+        wrapped(three)(X.double())
     with pytest.raises(TypeError, match="inputs must be input, got"):
         module(X, X)
     with pytest.raises(ValueError, match=r"have rows of shape \[3\], got shape \[12, 0\]$"):
@@ -604,10 +602,3 @@ def test_inputs_are_checked_before_they_are_sent(three):
         RemoteModule(three[0].url, "shapeless")
     with pytest.raises(ValueError, match="outputs must be some of output"):
         RemoteModule(three[0].url, "double", outputs=["logits"])
-
-
-def test_pools_and_modules_are_copied_without_their_connections(three):
-    coded = wrapped(three)
-    again = pickle.loads(pickle.dumps(coded))
-    assert torch.equal(again(X), 2 * X)
-    assert torch.equal(copy.deepcopy(coded)(X), 2 * X)

@@ -1,7 +1,5 @@
 """Threads that wait for processes: one of them polls for all, and any may be interrupted."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import random

@@ -1,7 +1,5 @@
 """Requests on real time, whose workers are the test."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

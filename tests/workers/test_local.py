@@ -1,7 +1,5 @@
 """Workers in this process, on a virtual clock."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

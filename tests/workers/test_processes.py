@@ -1,10 +1,7 @@
 """Workers in processes: the inherited tests, and what only processes do."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
-import math
 import os
 import re
 import signal
@@ -21,7 +18,6 @@ import torch
 from torch import nn
 
 from coded_torch.nn import CodedWrapper, Waiting
-from coded_torch.stragglers import Trace
 from coded_torch.testing.workers import (
     WAIT,
     WorkersTests,
@@ -32,28 +28,10 @@ from coded_torch.testing.workers import (
     task_of,
     until,
 )
-from coded_torch.workers import Began, FaultyWorkers, ProcessWorkers, WorkerError
+from coded_torch.workers import Began, ProcessWorkers, WorkerError
 
-from .modules import (
-    Exits,
-    FailsOn,
-    Garbles,
-    Greedy,
-    Heavy,
-    Pid,
-    Poison,
-    Raises,
-    Random,
-    Remembers,
-    Scale,
-    Sleepy,
-    Stuck,
-    Tied,
-    Trap,
-    TwoPartsError,
-    Unpicklable,
-    Unreadable,
-)
+from . import modules
+from .modules import Exits, FailsOn, Heavy, Raises, Scale, Sleepy, Unpicklable, Unreadable
 
 
 class TestProcessWorkers(WorkersTests):
@@ -96,7 +74,7 @@ def test_the_default_device_of_the_caller_moves_no_result(pool):
 
 
 def test_modules_keep_their_inputs_and_weights_to_themselves(pool):
-    remembers, tied, values = Remembers(), Tied(), torch.zeros(3, 1, 3)
+    remembers, tied, values = modules.Remembers(), modules.Tied(), torch.zeros(3, 1, 3)
     before = tied.first.weight.detach().clone()
     for i in range(5):
         assert all((reply.value == 0).all() for reply in answers(pool, tied, values))
@@ -167,7 +145,7 @@ def test_a_dead_process_is_named_and_replaced_at_once(module, how):
         until(lambda: pool.num_ready == 3)
         assert time.monotonic() - start < 10  # 1 s on a machine that has nothing else to do
         assert len(set(pool.pids) - victims) == pool.num_restarts == 1
-        got = by_part(answers(pool, Pid(), torch.zeros(12, 1, 1)))
+        got = by_part(answers(pool, modules.Pid(), torch.zeros(12, 1, 1)))
         assert len(got) == 12
         assert {int(pid) for _, pid in got.values()} <= set(pool.pids)
 
@@ -207,9 +185,9 @@ def test_starting_takes_its_own_time_not_that_of_a_part():
 
 def test_every_process_has_random_numbers_of_its_own_and_so_has_its_successor():
     before, seen = torch.get_rng_state(), []
-    with ProcessWorkers(6).start(Random()) as pool:
+    with ProcessWorkers(6).start(modules.Random()) as pool:
         for _ in range(2):
-            replies = answers(pool, Random(), torch.zeros(64, 1, 1))
+            replies = answers(pool, modules.Random(), torch.zeros(64, 1, 1))
             seen += [tuple(number.tolist()) for reply in replies for number in reply.value.T]
             for place in range(6):
                 pool.restart(place)
@@ -222,7 +200,7 @@ def test_every_process_has_random_numbers_of_its_own_and_so_has_its_successor():
 
 def test_what_a_broken_process_sends_ends_that_process_alone():
     with ProcessWorkers(2, grace=WAIT, timeout=WAIT).start(timeout=WAIT) as pool:
-        (reply,) = answers(pool, Garbles(), torch.zeros(1, 1, 1))
+        (reply,) = answers(pool, modules.Garbles(), torch.zeros(1, 1, 1))
         assert "nothing could be exchanged with it: KeyError" in reply.error.reason
         until(lambda: pool.num_ready == 2)
         assert len(answers(pool, nn.Identity(), torch.zeros(4, 1, 1))) == 4
@@ -252,7 +230,7 @@ def test_an_interrupted_call_leaves_nothing_that_the_next_one_waits_for(call):
 
 
 def test_a_hung_process_is_killed_after_its_grace():
-    module = Stuck()
+    module = modules.Stuck()
     with ProcessWorkers(3, grace=3.0).start(module, timeout=WAIT) as pool:
         os.kill(pool.pids[0], signal.SIGSTOP)
         # The stopped process gets one of the first three parts, whichever that is.
@@ -266,24 +244,12 @@ def test_a_hung_process_is_killed_after_its_grace():
             assert "for more than 3 s without a sign of life, and was ended; grace (--g" in reason
 
 
-@pytest.mark.parametrize("module", [Sleepy(), Greedy()], ids=["sleeps", "computes"])
+@pytest.mark.parametrize("module", [Sleepy(), modules.Greedy()], ids=["sleeps", "computes"])
 def test_a_slow_part_is_not_taken_for_a_hang(module):
     with ProcessWorkers(2, grace=1.0).start(timeout=WAIT) as pool:
         replies = answers(pool, module, torch.full((2, 1, 1), 4.0))
         assert [reply.error for reply in replies] == [None, None]
         assert pool.num_restarts == 0
-
-
-def test_a_hung_part_that_lives_ends_after_the_timeout_or_when_its_call_ended():
-    delays = Trace([[0.0, math.inf]])
-    with ProcessWorkers(2, grace=0.3, timeout=3.0).start(timeout=WAIT) as inner:
-        replies = answers(FaultyWorkers(inner, delays=delays), Sleepy(), torch.zeros(2, 1, 1))
-        reasons = {reply.part.number: reply.error and reply.error.reason for reply in replies}
-        assert reasons[0] is None
-        assert "more than 3 s" in reasons[1] or "not reply within 3 s" in reasons[1]
-    with ProcessWorkers(1, grace=0.3).start(timeout=WAIT) as pool:
-        answers(pool, Sleepy(), torch.full((1, 1, 1), 3600.0), deadline=0.1)
-        assert len(answers(pool, Sleepy(), torch.zeros(1, 1, 1))) == 1
 
 
 class _Slow(nn.Module):
@@ -323,7 +289,7 @@ def test_processes_load_modules_beside_their_grace_and_before_they_replace_other
 
 def test_a_module_that_ends_processes_spoils_no_other():
     with ProcessWorkers(1, grace=WAIT, timeout=WAIT).start(timeout=WAIT) as pool:
-        bad = Poison()
+        bad = modules.Poison()
         (reply,) = answers(pool, bad, torch.zeros(1, 1, 1))
         assert "ended with exit code 3" in reply.error.reason
         for _ in range(2):
@@ -355,7 +321,10 @@ def test_a_request_asks_again_with_its_own_module_after_a_newer_one():
 
 @pytest.mark.parametrize(
     ("module", "match"),
-    [(Unreadable(), "the trap is sprung"), (Unpicklable(), "Can't (pickle|get) local object")],
+    [
+        (Unreadable(), "the trap is sprung"),
+        (Unpicklable(), "Can't (pickle|get) local object"),
+    ],
     ids=["unreadable", "unpicklable"],
 )
 def test_results_that_cannot_travel_are_named(pool, module, match):
@@ -370,11 +339,11 @@ def test_results_that_cannot_travel_are_named(pool, module, match):
 def test_exceptions_travel_without_their_constructors(pool):
     (reply,) = answers(pool, Raises(), torch.zeros(1, 1, 1))
     error = reply.error.__cause__
-    assert type(error) is TwoPartsError
+    assert type(error) is modules.TwoPartsError
     assert (str(error), error.second) == ("first second", "second")
     assert "in forward" in str(error.__cause__)  # the traceback
     (reply,) = answers(pool, Raises(), torch.ones(1, 1, 1))
-    assert type(reply.error.__cause__) is TwoPartsError
+    assert type(reply.error.__cause__) is modules.TwoPartsError
     assert vars(reply.error.__cause__) == {}
 
 
@@ -398,7 +367,7 @@ def test_modules_that_cannot_travel_are_named(pool):
     parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(1, 1))
     with pytest.raises(TypeError, match=r"must be picklable (.|\n)*\.remove_parametrizations"):
         answers(pool, parametrized, torch.ones(3, 1, 1))
-    trapped.trap = Trap()  # it cannot be read there
+    trapped.trap = modules.Trap()  # it cannot be read there
     for _ in range(3):
         for reply in answers(pool, trapped, torch.ones(3, 1, 1)):
             assert "the trap is sprung" in reply.error.reason

@@ -1,7 +1,5 @@
 """Workers in a Ray cluster of their own: the inherited tests, and what only Ray does."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -21,12 +19,7 @@ from coded_torch.workers import RayWorkers
 from .modules import Exits
 
 ray = pytest.importorskip("ray", reason="needs the extra 'ray'")
-pytestmark = [
-    pytest.mark.ray,
-    # Ray's own files and sockets, when its connection ends.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,7 +1,5 @@
 """The policy of supervised pools, on workers in memory and a clock that only the tests move."""
 
-from __future__ import annotations
-
 import itertools
 import threading
 import time
@@ -45,7 +43,6 @@ class Numbered(WatchedWorker):
         self.number = next(self.serial)
         self.sent: list[Part] = []
         self.ended = False
-        self.paused = False
 
     def __str__(self) -> str:
         return f"robot {self.number}"
