@@ -132,14 +132,10 @@ def test_only_allowed_hosts_may_use_any_route(headers, named):
             assert named is None or named in json.loads(answer)["error"]
 
 
-@pytest.mark.parametrize(
-    ("encoding", "squeeze"),
-    [("gzip", gzip.compress), ("deflate", zlib.compress), ("identity", bytes)],
-)
-def test_packed_bodies(client, encoding, squeeze):
+def test_a_packed_body(client):
     many = {"id": "a", "inputs": [tensor(torch.arange(192.0).reshape(64, 3).tolist())]}
-    body = squeeze(json.dumps(many).encode())
-    headers = {"Content_Encoding": encoding, "Accept_Encoding": "gzip"}
+    body = gzip.compress(json.dumps(many).encode())
+    headers = {"Content_Encoding": "gzip", "Accept_Encoding": "gzip"}
     status, found, answer = client.send("POST", PATH, body, **headers)
     assert (status, found["content-encoding"]) == (200, None)
     answer = json.loads(answer)
@@ -249,34 +245,29 @@ def test_all_bodies_together_are_bounded(monkeypatch):
         assert client.infer(ONE)[0] == 200  # few bytes still fit
 
 
-def test_a_bomb_is_refused_and_does_not_hold_up_others(caplog):
-    """The bodies are small, and would be 67 MB of JSON, or a million lists."""
-    inputs = [TensorSpec("input", "FP32", (-1,))]
+def test_bombs_are_refused_and_do_not_hold_up_others():
+    """The bodies are small, and would be 67 MB of JSON, or a million lists or objects."""
+    spec = [TensorSpec("input", "FP32", (-1,))]
     head = b'{"inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 3], "data": ['
-    bombs = [gzip.compress(head + b"[]," * 2**24), gzip.compress(head + b"[]," * 300_000)]
-    module = nn.Identity()
-    with serving(built(module, inputs=inputs, outputs=inputs)) as port, Client(port) as client:
-        before, slowest, stop = (
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-            0.0,
-            time.monotonic() + 60,
-        )
-        found = []
+    bombs = [head + b"[]," * 2**24, head + b"[]," * 300_000, head + b"0.123456789," * 80_000 + b"x"]
+    bombs += [b'{"inputs": [' + b'{"a":[{}]},' * 150_000, head + b"0," * 1_000_000]
+    bombs, found, slowest = [gzip.compress(bomb) for bomb in bombs], [], 0.0
+    with serving(built(nn.Identity(), inputs=spec, outputs=spec)) as port, Client(port) as client:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
         def throw():
             with Client(port) as mine:
-                for bomb in bombs * 5:
-                    found.append(mine.infer(bomb, Content_Encoding="gzip"))
+                found.extend(mine.infer(bomb, Content_Encoding="gzip")[0] for bomb in bombs * 3)
 
-        threads = started([throw] * 2)
+        threads, stop = started([throw] * 2), time.monotonic() + 60
         while any(thread.is_alive() for thread in threads) and time.monotonic() < stop:
             begin = time.monotonic()
-            assert client.get("/v2/health/live")[0] == 200
+            assert client.infer(ONE)[0] == 200
             slowest = max(slowest, time.monotonic() - begin)
         for thread in threads:
             thread.join(30)
-    assert {status for status, _ in found} == {400, 413}
-    assert len(found) == 20
+    assert {*found} == {400, 413}
+    assert len(found) == 30
     assert slowest < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # kB
 
