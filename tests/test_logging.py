@@ -1,7 +1,5 @@
 """What is logged where the application says nothing of logging."""
 
-from __future__ import annotations
-
 import logging
 import re
 import subprocess

@@ -64,18 +64,3 @@ def test_a_revision_is_compiled_once_and_anew_if_that_failed(tmp_path, monkeypat
             against.installed("HEAD~1")
         assert (against.installed("HEAD") / "made").read_text() == "x"
     assert against.installed(".") == Path(coded_torch.__file__).parents[1]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("against", "against needs one REVISION, got []"),
-        ("against . --only nothing", "against . measures, got nothing; one of\n  estimates"),
-        ("against no-such-revision", "no-such-revision"),
-    ],
-)
-def test_bad_arguments(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        command.main(arguments.split())
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err

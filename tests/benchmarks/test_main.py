@@ -86,6 +86,9 @@ def test_none_begins_after_one_has_failed_or_was_interrupted(started, capsys, co
         ("speed", "NAME must be one of accuracy, distances,"),
         ("accuracy distances --only x", "--only, --output and --rows need one NAME"),
         ("accuracy --again", "--again needs --only"),
+        ("against", "against needs one REVISION, got []"),
+        ("against . --only nothing", "against . measures, got nothing; one of\n  estimates"),
+        ("against no-such-revision", "no-such-revision"),
         ("accuracy --quick --only vit", "--quick measures, got vit; one of\n  lenet5 table"),
     ],
 )

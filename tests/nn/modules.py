@@ -1,7 +1,5 @@
 """Small modules and inputs that the tests of the wrapper share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

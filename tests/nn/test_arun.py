@@ -1,7 +1,5 @@
 """The wrapper under asyncio."""
 
-from __future__ import annotations
-
 import asyncio
 import contextvars
 import threading

@@ -1,7 +1,5 @@
 """The wrapper: any module, any pytree, any batch, and every answer although workers are lost."""
 
-from __future__ import annotations
-
 import math
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Answers with the help of surrogates, for all ways of dividing a batch."""
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle

@@ -102,25 +102,6 @@ def test_estimates_that_do_not_fit_before_the_deadline_are_made_of_less():
     assert torch.equal(answers[exact], x[exact].tanh())
 
 
-def test_a_part_that_is_asked_again_has_the_inputs_as_they_were():
-    class Doubles(nn.Module):
-        failed = False
-
-        def forward(self, x):
-            x.mul_(2)
-            if not Doubles.failed:
-                Doubles.failed = True
-                raise ValueError("once")
-            return x.clone()
-
-    x = torch.ones(4, 3)
-    with DeviceWorkers(["cpu"] * 4) as pool, torch.no_grad():
-        answers, report = CodedWrapper(Doubles(), workers=pool).run(x)
-    assert not report.estimated.any()
-    assert torch.equal(answers, torch.full((4, 3), 2.0))
-    assert torch.equal(x, torch.ones(4, 3))
-
-
 def test_rows_that_raise_together_but_not_apart_are_noted():
     scaled, x = Call(torch.mul), torch.ones(6, 6)
     with DeviceWorkers(["cpu"] * 2) as pool, torch.no_grad():

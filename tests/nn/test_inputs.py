@@ -1,7 +1,5 @@
 """What is divided, what is shared, and what is refused."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The wrapper as a stand-in for the module."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

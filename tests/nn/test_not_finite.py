@@ -1,7 +1,5 @@
 """Rows that are not finite, where inputs are not mixed: computed, and no others' affair."""
 
-from __future__ import annotations
-
 import math
 import random
 

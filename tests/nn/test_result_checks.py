@@ -1,7 +1,5 @@
 """Which replies are good results."""
 
-from __future__ import annotations
-
 import math
 import re
 from types import SimpleNamespace

@@ -257,32 +257,25 @@ async def test_a_batch_beyond_its_deadline_is_not_waited_for(model):
     assert await answers(first) == [[0.0]]
 
 
-async def test_a_request_that_fails_fails_alone(quick):
+@pytest.mark.parametrize("raises", [False, True])
+async def test_a_request_that_fails_fails_alone(quick, raises):
+    """Its row is refused, or all requests of the batch are tried alone."""
+
     def fail(rows, report):
         if 2.0 in rows:
+            if raises:
+                raise ValueError("bad")
             report.refused = report.missing_rows = (rows.flatten().tolist().index(2.0),)
             report.errors = {report.refused[0]: WorkerError(3, 1, "raised IndexError: 2", "raised")}
-
-    batcher = quick.batcher()
-    quick.behave = fail
-    found = await answers(*[put(batcher, float(i)) for i in range(5)])
-    assert found[:2] + found[3:] == [[0.0], [2.0], [6.0], [8.0]]
-    assert found[2].status_code == 500
-    assert "IndexError: 2" in found[2].detail
-    assert quick.batches == [[0], [1, 2, 3, 4]]
-
-
-async def test_requests_of_a_batch_that_failed_as_a_whole_are_tried_alone(quick):
-    def fail(rows, report):
-        if 2.0 in rows:
-            raise ValueError("bad")
 
     batcher = quick.batcher()
     quick.behave = fail
     found = await answers(*[put(batcher, float(i)) for i in range(6)])
     assert found[:2] + found[3:] == [[0.0], [2.0], [6.0], [8.0], [10.0]]
     assert found[2].status_code == 500
-    assert quick.batches == [[0], [1, 2, 3, 4], [1], [2], [3], [4], [5]]
+    assert raises or "IndexError: 2" in found[2].detail
+    alone = [[1], [2], [3], [4], [5]]
+    assert quick.batches == [[0], [1, 2, 3, 4], *(alone if raises else [[5]])]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ ROWS, PACKINGS = (1, 7, 64), (None, "gzip", "deflate")
 # 108 cases: the encodings and the compressions of the request and of the answer.
 CASES = list(itertools.product(ROWS, *[(True, False)] * 2, *[PACKINGS] * 2))
 ALIKE = [case for case in CASES if case[1] == case[2] and case[3] == case[4]]
-TYPES = {"FP32": np.float32, "FP64": np.float64}
 shipped = functools.cache(lenet5_and_digits)
 
 
@@ -90,26 +89,12 @@ class TritonTests:
         assert answer.as_numpy("radius").tolist() == [0.0] * rows
         assert answer.get_response()["id"] == "7"
 
-    @pytest.mark.parametrize(
-        ("name", "datatype", "shape", "value", "output"),
-        [
-            ("pixels", "FP32", (1, 1, 28, 28), 0, "output"),
-            ("input", "FP32", (1, 1, 28, 28), 0, "logits"),
-            ("input", "FP64", (1, 1, 28, 28), 0, "output"),
-            ("input", "FP32", (1, 28, 28), 0, "output"),
-            ("input", "FP32", (0, 1, 28, 28), 0, "output"),
-            ("input", "FP32", (65, 1, 28, 28), 0, "output"),
-            ("input", "FP32", (1, 1, 28, 28), np.nan, "output"),
-        ],
-    )
-    def test_wrong_requests_are_400(self, address, name, datatype, shape, value, output):
-        asked = triton.InferInput(name, list(shape), datatype)
-        asked.set_data_from_numpy(np.full(shape, value, TYPES[datatype]))
-        with (
-            triton.InferenceServerClient(address) as client,
-            pytest.raises(triton.InferenceServerException) as caught,
-        ):
-            client.infer("m", [asked], outputs=[triton.InferRequestedOutput(output)])
+    def test_a_wrong_request_is_400(self, address):
+        asked = triton.InferInput("input", [1, 1, 28, 28], "FP64")
+        asked.set_data_from_numpy(np.zeros((1, 1, 28, 28)))
+        refused = pytest.raises(triton.InferenceServerException, match="must be FP32, got 'FP64'")
+        with triton.InferenceServerClient(address) as client, refused as caught:
+            client.infer("m", [asked])
         assert caught.value.status() == "400"
 
 
