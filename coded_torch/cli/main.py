@@ -211,7 +211,7 @@ _LOST = (
 )
 _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[Any, ...]] = {
     demo: (
-        ("--settings", _settings, "100,20,60 24,20,4", _TRIPLES),
+        ("--settings", _settings, "24,20,4", _TRIPLES),
         *_LOST,
         ("--output", picture, Path("coded-torch-demo.png"), "the picture: .png, .svg or .pdf"),
     ),
