@@ -51,8 +51,9 @@ def test_the_report():
     assert coded.last_run.received == ()
 
 
-def test_what_is_assigned_is_checked_as_what_is_given():
+def test_what_is_assigned_is_checked_as_what_is_given_and_no_random_state_is_touched():
     coded = CodedWrapper(linear(), ReplicationCode(3, 5), waiting=Waiting.first(4))
+    state = torch.get_rng_state()
     coded(rand(1, 3))
     assert len(coded.last_run.received) == 1
     with pytest.raises(ValueError, match="num_stragglers must be at most 2, as PolynomialCode"):
@@ -62,6 +63,7 @@ def test_what_is_assigned_is_checked_as_what_is_given():
     coded.code = PolynomialCode(3, 5)
     coded(rand(1, 3))
     assert len(coded.last_run.received) == 4
+    assert torch.equal(torch.get_rng_state(), state)  # of delays and orders without a seed
     for name, value in (("workers", None), ("code", 3), ("parts", 2), ("surrogate", linear())):
         before = getattr(coded, name)
         with pytest.raises((TypeError, ValueError), match=f"^CodedWrapper: {name} must be"):
@@ -125,14 +127,6 @@ def test_concurrent_calls_keep_their_reports_whole():
         assert len(run.received) == 3
         assert set(run.latencies) == set(run.received)
         assert list(run.latencies.values()) == sorted(run.latencies.values())
-
-
-def test_the_global_random_state_is_not_touched():
-    state = torch.get_rng_state()
-    CodedWrapper(Call(lambda x: x), PolynomialCode(2, 4), workers=LocalWorkers(Uniform(1)))(
-        rand(3, 2)
-    )
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 @settings(max_examples=40, deadline=None)
