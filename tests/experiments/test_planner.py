@@ -137,9 +137,7 @@ def test_progress_is_shown_on_a_terminal_only(stream, tmp_path, monkeypatch):
         ("--latencies wrong.csv", "latencies must be positive, finite seconds"),
     ],
 )
-def test_bad_values_get_one_line_and_exit_code_2(
-    arguments, message, tmp_path, monkeypatch, refused
-):
+def test_bad_values_get_one_line(arguments, message, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "few.csv").write_text("1\n2\n3\n")
     (tmp_path / "words.csv").write_text("seconds\nsoon\n")

@@ -82,9 +82,7 @@ def test_no_code_that_can_decode_what_is_received(generator):
     code = LagrangeCode(4, 8, decoder_degree=7)
     coded = wrapped(torch.nn.ReLU(), code, Uniform(3, seed=0), waiting=Waiting.first(0))
     x = torch.randn(8, 2, generator=generator)
-    with pytest.raises(
-        ValueError, match="must be able to decode the received results, got too few"
-    ):
+    with pytest.raises(ValueError, match="able to decode the received results, got too few"):
         tune(coded, [x], decoder_degree=[6, 7])
     assert tune(coded, [x], decoder_degree=[7, 4]).decoder_degree == 4
     assert math.isfinite(tune(coded, [x]).decoder_degree)

@@ -137,9 +137,8 @@ class FailsFirst(nn.Module):
 
 def test_what_is_rejected_again_and_again_is_an_error_or_estimated():
     coded = rows(FailsAt(2.0, nan_at_two), workers=Separate())
-    with pytest.raises(
-        NotEnoughResults, match=r"^row 1: .* not finite in output; .* 8 of 8"
-    ) as info:
+    why = r"^row 1: .* not finite in output; .* 8 of 8"
+    with pytest.raises(NotEnoughResults, match=why) as info:
         coded(X)
     assert info.value.rows == (1,)
     coded.waiting = Waiting(on_error="estimate")
@@ -248,10 +247,8 @@ def test_columns_are_asked_for_evenly_and_spare_ones_stand_in():
 def test_a_surrogate_that_answers_alone_keeps_what_it_returned(own):
     """Its tensor may be the caller's input, or a mean that is expanded to all rows."""
     x = torch.arange(8.0).view(4, 2)
-    pool, waiting = (
-        LocalWorkers(Trace([[0.1, 0.5, 0.6, 0.7]])),
-        Waiting(deadline=0.2, hedge_budget=0),
-    )
+    pool = LocalWorkers(Trace([[0.1, 0.5, 0.6, 0.7]]))
+    waiting = Waiting(deadline=0.2, hedge_budget=0)
     coded = CodedWrapper(nn.Identity(), parts=4, workers=pool, waiting=waiting, surrogate=own)
     answers, report = coded.run(x)
     assert report.estimated.sum() == 3

@@ -80,9 +80,8 @@ UNREADABLE = {
 def test_tensors_that_are_not_plain_are_refused_in_one_line(kind, how):
     coded = CodedWrapper(nn.Identity(), workers=LocalWorkers(), **how)
     x = UNREADABLE[kind](torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
-    with pytest.raises(
-        TypeError, match=r"^CodedWrapper: args\[0\] must be a dense, strided"
-    ) as info:
+    must = r"^CodedWrapper: args\[0\] must be a dense, strided"
+    with pytest.raises(TypeError, match=must) as info:
         coded(x)
     assert "\n" not in str(info.value)
     if kind in ("float8", "complex"):

@@ -71,10 +71,8 @@ def test_outputs_of_any_dtype_are_carried_where_every_row_has_a_result(way):
     assert not report.radii.any()
     pool = LocalWorkers(Uniform(1, seed=0))
     lost = CodedWrapper(module, **divided(way, 4, 4), workers=pool, **options)
-    with pytest.raises(
-        NotEnoughResults,
-        match=r"output\['top'\] is torch.int64 and cannot be estimated; .*estimate=False",
-    ):
+    why = r"output\['top'\] is torch.int64 and cannot be estimated; .*estimate=False"
+    with pytest.raises(NotEnoughResults, match=why):
         lost(x)
 
 

@@ -204,9 +204,8 @@ def test_the_rest_is_estimated_if_half_is_there(waiting, reason):
     assert play.report.ended == reason
     assert play.report.deadline == 3.0
     assert 2.5 < play.pool.clock - 10 <= 3.0
-    assert sorted(play.report.estimated.nonzero().flatten().tolist()) == sorted(
-        play.first[2] + play.first[3]
-    )
+    late = sorted(play.first[2] + play.first[3])
+    assert play.report.estimated.nonzero().flatten().tolist() == late
     few = Play([OK], [("ok", 7.0)], [LATE], [LATE], waiting=waiting)
     if reason == "deadline":
         assert isinstance(few.error, DeadlineExceeded)

@@ -326,10 +326,7 @@ def test_a_deadline_without_results_is_504_and_in_time(held, said, seconds):
         took = time.monotonic() - start
         held.go.set()
     assert status == 504
-    assert answer["error"] in (
-        "too few results within the deadline: no worker replied with these rows",
-        "too few results arrived within the deadline",
-    )
+    assert re.match("too few results (arrived )?within the deadline", answer["error"])
     assert seconds - 0.02 <= took < seconds + 1
 
 
@@ -366,10 +363,8 @@ def test_while_workers_compute_rows_of_requests_that_have_ended_others_are_told_
         assert client.infer(malformed)[0] == 400
         held.go.set()
     assert status == 503
-    assert (
-        "workers hang: no batch was answered lately; 2 are busy, perhaps with rows of"
-        in answer["error"]
-    )
+    why = "workers hang: no batch was answered lately; 2 are busy, perhaps with rows of"
+    assert why in answer["error"]
 
 
 @pytest.mark.parametrize("lost", [1, 2])

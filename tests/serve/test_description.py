@@ -118,10 +118,8 @@ def test_a_server_takes_keywords_and_sizes_that_the_module_takes():
                 total = [sum(row) * scale for row, scale in zip(tokens, (2.0, 3.0), strict=True)]
                 assert answer["outputs"][0]["data"] == total
         status, answer = client.infer({"inputs": [given[0], given[1] | {"name": "input2"}]})
-        assert (status, answer["error"]) == (
-            400,
-            "an input must be once one of ['tokens', 'scale'], got 'input2'",
-        )
+        why = "an input must be once one of ['tokens', 'scale'], got 'input2'"
+        assert (status, answer["error"]) == (400, why)
 
 
 def test_inputs_are_of_the_parameters_of_their_names():

@@ -33,10 +33,8 @@ OPTIONS = ["--chaos", "--deadline", "2", "--seed", "1"]
 @pytest.fixture(scope="module")
 def port():
     with running(*OPTIONS) as (process, port):
-        assert (
-            f"A page shows its workers and requests: http://127.0.0.1:{port}/"
-            in process.stdout.readline()
-        )
+        said = f"A page shows its workers and requests: http://127.0.0.1:{port}/"
+        assert said in process.stdout.readline()
         with Client(port) as client:
             wait_until(lambda: client.get("/v2/health/ready")[0] == 200, 180)
         yield port
@@ -52,9 +50,8 @@ def test_the_page_is_one_small_file():
     text = FILE.read_text()
     assert len(text.splitlines()) <= 500
     assert re.findall(r"https?://[^\"]*", text) == ["http://www.w3.org/2000/svg"]
-    assert not re.search(
-        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval|style=| on\w+=", text
-    )
+    unsafe = r"innerHTML|outerHTML|insertAdjacent|document\.write|eval|style=| on\w+="
+    assert not re.search(unsafe, text)
 
 
 def test_nothing_else_may_run_in_the_page(client):
@@ -312,9 +309,7 @@ def test_faults_are_refused_where_others_reach_them(refused):
     ("options", "has_page"),
     [("", True), ("--host 0.0.0.0", False), ("--host 0.0.0.0 --page", True)],
 )
-def test_where_others_reach_it_the_page_is_off_unless_it_is_asked_for(
-    options, has_page, monkeypatch
-):
+def test_where_others_reach_it_the_page_is_off_unless_asked_for(options, has_page, monkeypatch):
     listened = []
     monkeypatch.setattr("coded_torch.cli.serve._listen", lambda *args: listened.append(args))
     assert main(["serve", *options.split()]) == 0

@@ -70,9 +70,8 @@ def test_every_datatype_in_json_and_in_binary(datatype):
     spec = [TensorSpec("input", datatype, (3,))]
     values = torch.tensor([[1, 0, 1], [0, 1, 1]], dtype=DATATYPES[datatype])
     listed = values.tolist()
-    assert torch.equal(
-        read({"inputs": [tensor(listed, datatype=datatype)]}, spec).inputs[0], values
-    )
+    found = read({"inputs": [tensor(listed, datatype=datatype)]}, spec).inputs[0]
+    assert torch.equal(found, values)
     message, tail = binary(values, datatype)
     found = read(message, spec, tail=tail).inputs[0]
     assert found.dtype is DATATYPES[datatype]

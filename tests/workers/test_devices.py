@@ -161,9 +161,8 @@ def test_a_pool_does_not_wait_for_itself():
         )
         with pytest.raises(NotEnoughResults) as info:
             outer(column(1))
-        assert "DeviceWorkers: requests must not come from a thread of the pool" in (
-            str(info.value.__cause__)
-        )
+        why = "DeviceWorkers: requests must not come from a thread of the pool"
+        assert why in str(info.value.__cause__)
         outer.workers = other
         assert outer(column(1)).item() == pytest.approx(1.0)
 

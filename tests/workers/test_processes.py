@@ -464,9 +464,7 @@ if __name__ == "__main__":
 """
 
 
-def _script(
-    tmp_path, text: str, timeout: float = WAIT, **options: Any
-) -> subprocess.CompletedProcess[str]:
+def _script(tmp_path, text: str, timeout: float = WAIT, **options: Any) -> Any:
     script = tmp_path / "script.py"
     script.write_text(text)
     command = [sys.executable, "-W", "error", str(script)]
@@ -660,9 +658,7 @@ def _of(folder):
 
 
 @pytest.mark.parametrize("server_lives", [True, False])
-def test_a_killed_caller_leaves_nothing_though_a_worker_is_stopped_and_a_fork_lives(
-    tmp_path, server_lives
-):
+def test_a_killed_caller_leaves_no_stopped_worker_though_a_fork_lives(tmp_path, server_lives):
     """Also in a folder whose name is too long for the address of a socket."""
     (folder := tmp_path / (100 * "x")).mkdir()
     (script := tmp_path / "script.py").write_text(_KILLED)

@@ -241,9 +241,7 @@ class Script:
 
 @given(st.integers(1, 4), ACTS)
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_no_part_is_lost_or_mixed_whatever_happens(
-    size: int, acts: list[tuple[str, int, int]]
-) -> None:
+def test_no_part_is_lost_or_mixed_whatever_happens(size, acts):
     script = Script(size)
     for act in acts:
         script.act(*act)
