@@ -64,16 +64,16 @@ class GaussianProcess:
         """Return results ``[M, C]`` less their estimates from all others, where they lie."""
         if results.device.type == "cpu" and results.shape[1] < len(results):
             return self.estimate(results.double().contiguous()).residuals
-        return self._maps[1].to(results) @ (results - results.mean(0))
+        return self.maps[1].to(results) @ (results - results.mean(0))
 
     @property
     def weights(self) -> Tensor:
         """The weights of results in estimates, ``[L, M]``, float64: rows that sum to one."""
         known = self.weights_of_left_out  # of all results, or of some of more than 512
-        return known if known.shape[1] == self._count else self._maps[0]
+        return known if known.shape[1] == self._count else self.maps[0]
 
     @functools.cached_property
-    def _maps(self) -> tuple[Tensor, Tensor]:
+    def maps(self) -> tuple[Tensor, Tensor]:
         """The matrices from results to estimates, ``[L, M]``, and to residuals, ``[n, M]``."""
         weights, residuals, _, _ = ops.estimate(self.tensors)
         return weights, residuals

@@ -85,7 +85,7 @@ class Inputs:
 
     def floating(self) -> list[Tensor]:
         """Return the floating-point :meth:`batches`: distances are measured on them."""
-        return [leaf for leaf in self.batches() if leaf.is_floating_point()]
+        return [*filter(torch.is_floating_point, self.batches())]
 
     def _name(self, i: int) -> str:
         if self._plain:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import random
 import secrets
@@ -61,7 +62,7 @@ class Record:
     @property
     def workers(self) -> set[int]:
         """The workers that are not excluded."""
-        return self.everyone - self.excluded
+        return set(self.pool.places) - self.excluded
 
     @property
     def often(self) -> float:
@@ -102,10 +103,8 @@ class Record:
         rows, many = self.sample(order, share), len(plain)
         if not rows or many == 1 or self.whole:  # parts are repeated later
             return plain, {*rows}, share
-        if len(order) == many < idle:
-            # In a part of one row a check would take as long again, and others are idle.
-            more = min(idle - many, len(rows))
-            return (*plain, *(tuple(sorted(rows[i::more])) for i in range(more))), {*rows}, share
+        if len(order) == many < idle:  # in a part of one row, a check would take as long again
+            many += min(idle - many, len(rows))
         # At equal distances, parts hold rows of the others in turn, so that few parts have nothing
         # that is checked, and no few parts have every row.
         first, start = self.random.randrange(many), self.random.randrange(many - 1)
@@ -117,8 +116,9 @@ class Record:
             at = end
         unused = [self.random.sample(own, len(own)) for own in hidden]
         for i in range(many):
-            places = ((start + j) % (many - 1) + i + 1 for j in range(held[i]))
-            hidden[i] += [some.pop() for at in places if (some := unused[at % many])]
+            places = ((start + j) % (many - 1) + i + 1 for j in range(many * held[i]))
+            found = (some.pop() for at in places if (some := unused[at % many]))
+            hidden[i] += itertools.islice(found, held[i])
         # A row for which no part was left is checked later.
         left = [row for own in unused for row in own]
         later = self.random.sample(left, len(rows) - len(order) + len(left))

@@ -6,11 +6,13 @@ A result looks odd if a regression on the batch and on recent rows estimates it 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import secrets
 import threading
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 import torch
@@ -18,8 +20,9 @@ from torch import Tensor
 
 from .._arguments import sparing_logger
 from .._torch import exactly, on_host
+from ..input_space.gaussian_process import GaussianProcess
 from ..input_space.metrics import DEFAULT, Distances, Leaf, Sources, added_up
-from ..input_space.regressor import LENGTH, Regressor
+from ..input_space.regressor import LENGTH
 from ..table import Part
 
 logger = sparing_logger("coded_torch.nn")
@@ -81,10 +84,10 @@ class Scores:
         if len(some) < _LEAST:
             return Fit(rows, features)
         each = map(Leaf, some.split([x.shape[1] for x in leaves], 1))
-        regressor = Regressor(Distances(Sources((), [*each]), [DEFAULT]), LENGTH)
-        process, known = regressor.process(DEFAULT, LENGTH), regressor.known
-        residuals = process.leave_one_out_residuals(torch.eye(len(known), dtype=torch.float64))
-        residuals /= process.leave_one_out_variances.sqrt()[:, None]
+        distances = Distances(Sources((), [*each]), [DEFAULT])
+        (squared, unit), known = distances.by(DEFAULT), (~distances.far).nonzero()[:, 0]
+        process = GaussianProcess(squared, LENGTH * unit, known)
+        residuals = process.maps[1] / process.leave_one_out_variances.sqrt()[:, None]
         return Fit(rows, features, known, residuals.float(), past)
 
     @on_host()
@@ -144,8 +147,9 @@ class Fit(NamedTuple):
         peak = (u.abs() / inverse.diagonal().sqrt()).amax(1).clamp_(min=1e-12)
         scores = (energy * peak).log()
         scores -= scores.median()
-        pairs = zip(self.usable.tolist(), scores.tolist(), strict=True)
-        return {self.rows[i]: score for i, score in pairs if i < len(self.rows)}
+        of_batch = self.usable < len(self.rows)
+        rows = map(self.rows.__getitem__, self.usable[of_batch].tolist())
+        return dict(zip(rows, scores[of_batch].tolist(), strict=True))
 
 
 class _Bar:
@@ -163,11 +167,6 @@ class _Bar:
             self._new = 0
 
 
-def _columns(outputs: Sequence[Tensor]) -> Tensor:
-    """Return the outputs that are scored, ``[n, C]``, of leaves ``[n, ...]``, on the host."""
-    return _some(torch.cat([_flat_rows(x).float() for x in outputs], 1)).cpu()
-
-
 def _some(rows: Tensor) -> Tensor:
     """Return 64 columns of ``[n, C]`` at most, evenly spaced."""
     return rows[:, :: max(1, -(-rows.shape[1] // _COLUMNS))]
@@ -176,10 +175,6 @@ def _some(rows: Tensor) -> Tensor:
 def _flat_rows(values: Tensor) -> Tensor:
     """Return ``[n, C]`` of ``[n, ...]``, where a row may be a single number."""
     return values.unsqueeze(1).flatten(1)
-
-
-def _together(leaves: Sequence[Tensor]) -> Tensor:
-    return torch.cat([leaf.to(leaves[0].device) for leaf in leaves])
 
 
 class Results:
@@ -194,6 +189,7 @@ class Results:
         self._scores, self.tolerance = scores, _EXACT
         self._places: dict[Part, dict[int, int]] = {}  # the place of a row's result
         self._leaves: dict[Part, list[Tensor]] = {}  # [rows, ...] each
+        self._forms: dict[Part, tuple[torch.Size, ...]] = {}  # the shapes of a row
         self._scored: dict[Part, Tensor] = {}  # the outputs that are scored
         self._differences: dict[tuple[Part, Part], dict[int, float]] = {}
         self._spreads = dict[tuple[torch.Size, ...], list[tuple[Tensor, Tensor]]]()
@@ -205,14 +201,18 @@ class Results:
 
     def add(self, part: Part) -> None:
         """Add a good result."""
-        self._places[part] = {row: i for i, row in enumerate(part.units)}
-        divided = () if part.result is None else part.result.divided
-        own = self._leaves[part] = [part.result.rows(i).detach() for i in divided]
-        if any(leaf.dtype in (torch.float16, torch.bfloat16) for leaf in own):
-            self.tolerance = _LOOSE
-        some = [leaf for leaf in own if leaf.is_floating_point() and leaf.numel()]
-        if some and self._fit is not None:
-            self._scored[part] = _columns(some)
+        self._places[part] = dict(zip(part.units, itertools.count(), strict=False))
+        self._leaves[part], self._forms[part], numbers = [], (), list[Tensor]()
+        for i in () if part.result is None else part.result.divided:
+            leaf = part.result.rows(i).detach()
+            self._leaves[part].append(leaf)
+            self._forms[part] += (leaf.shape[1:],)
+            if leaf.dtype in (torch.float16, torch.bfloat16):
+                self.tolerance = _LOOSE
+            if leaf.is_floating_point() and leaf.numel():
+                numbers.append(_flat_rows(leaf).float())
+        if numbers and self._fit is not None:
+            self._scored[part] = _some(torch.cat(numbers, 1)).cpu()
 
     def differences(self, pairs: Collection[tuple[Part, Part]]) -> list[Mapping[int, float]]:
         """Return, for pairs of parts, by common row the largest difference of any output.
@@ -220,25 +220,23 @@ class Results:
         It is 0 for equal bits, and infinite for NaN and for outputs of different shapes.
         """
         alike = defaultdict[tuple[torch.Size, ...], list[tuple[Part, Part, int]]](list)
-        for a, b in [pair for pair in pairs if pair not in self._differences]:
-            rows = [row for row in self._places[a] if row in self._places[b]]
-            self._differences[a, b] = dict.fromkeys(rows, math.inf)
-            if rows and (form := self._form(a)) == self._form(b):
-                alike[form] += [(a, b, row) for row in rows]
+        for a, b in pairs:
+            if (a, b) not in self._differences:
+                rows = sorted(self._places[a].keys() & self._places[b].keys())
+                self._differences[a, b] = dict.fromkeys(rows, math.inf)
+                if rows and (form := self._forms[a]) == self._forms[b]:
+                    alike[form] += zip(itertools.repeat(a), itertools.repeat(b), rows)
         for form, found in alike.items():
-            both = [(a, row) for a, _, row in found] + [(b, row) for _, b, row in found]
-            parts, at = self._placed(both)
+            ones, others, both = zip(*found, strict=True)
+            parts, at = self._placed(zip(ones + others, 2 * both, strict=True))
             largest = torch.zeros(len(found))
-            leaves_of = zip(*[self._leaves[part] for part in parts], strict=True)
+            leaves_of = zip(*map(self._leaves.__getitem__, parts), strict=True)
             for leaves, spread in zip(leaves_of, self._spread(form), strict=True):
-                one, other = _together(leaves)[at].chunk(2)
+                one, other = torch.cat(leaves)[at].chunk(2)
                 largest = torch.maximum(largest, _apart(one, other, spread))
             for (a, b, row), difference in zip(found, largest.tolist(), strict=True):
                 self._differences[a, b][row] = difference
-        return [self._differences[pair] for pair in pairs]
-
-    def _form(self, part: Part) -> tuple[torch.Size, ...]:
-        return tuple(leaf.shape[1:] for leaf in self._leaves[part])
+        return [*map(self._differences.__getitem__, pairs)]
 
     def _spread(self, form: tuple[torch.Size, ...]) -> list[tuple[Tensor, Tensor]]:
         """Return the medians and the spreads of each leaf's outputs.
@@ -247,10 +245,10 @@ class Results:
         answered, as the first ones may be of one wrong worker.
         """
         if form not in self._spreads:
-            alike = [self._leaves[part] for part in self._places if self._form(part) == form]
+            alike = [leaves for part, leaves in self._leaves.items() if self._forms[part] == form]
             step = -(-sum(map(len, self._places.values())) // _SAMPLE)
-            leaves = (_together([x[::step] for x in each]) for each in zip(*alike, strict=True))
-            self._spreads[form] = [*map(_spreads, leaves)]
+            leaves = zip(*alike, strict=True)
+            self._spreads[form] = [_spreads(torch.cat([x[::step] for x in y])) for y in leaves]
         return self._spreads[form]
 
     def odd(self, answers: Mapping[int, Part]) -> set[int]:
@@ -263,7 +261,7 @@ class Results:
         for row in scores:
             parts[answers[row]].append(row)
         for rows in parts.values():
-            means.append(sum(scores[row] for row in rows) / math.sqrt(len(rows)))
+            means.append(sum(map(scores.__getitem__, rows)) / math.sqrt(len(rows)))
             if means[-1] > self._scores.parts.at:
                 odd.add(max(rows, key=scores.__getitem__))
         self._learnt, self._odd = (list(scores.values()), means), odd
@@ -271,24 +269,24 @@ class Results:
 
     def scores(self, answers: Mapping[int, Part]) -> dict[int, float]:
         """Return scores by row, larger if others estimate its result worse; empty if not known."""
-        if self._fit is None or not self._scored or not answers.keys() >= set(self._fit.rows):
-            return {}
-        with _scoring():
-            return self._fit.scores(self._outputs([(answers[row], row) for row in self._fit.rows]))
+        if (fit := self._fit) is not None and self._scored and answers.keys() >= {*fit.rows}:
+            with _scoring():
+                return fit.scores(self._outputs(answers, fit.rows))
         return {}
 
-    def _outputs(self, pairs: Sequence[tuple[Part, int]]) -> Tensor:
-        """Return the outputs that are scored, ``[n, C]``, of n rows of parts."""
-        parts, places = self._placed(pairs)
-        return torch.cat([self._scored[part] for part in parts])[places]
+    def _outputs(self, answers: Mapping[int, Part], rows: Sequence[int]) -> Tensor:
+        """Return the outputs that are scored, ``[n, C]``, of n rows."""
+        parts, places = self._placed(zip(map(answers.__getitem__, rows), rows, strict=True))
+        return torch.cat([*map(self._scored.__getitem__, parts)])[places]
 
-    def _placed(self, pairs: Sequence[tuple[Part, int]]) -> tuple[list[Part], list[int]]:
+    def _placed(self, results: Iterable[tuple[Part, int]]) -> tuple[list[Part], list[int]]:
         """Return the parts in pairs of a part and a row, and each row's place among their rows."""
-        starts, at = dict[Part, int](), 0
-        for part, _ in pairs:
+        starts, size, places = dict[Part, int](), 0, list[int]()
+        for part, row in results:
             if part not in starts:
-                starts[part], at = at, at + len(self._places[part])
-        return list(starts), [starts[part] + self._places[part][row] for part, row in pairs]
+                starts[part], size = size, size + len(self._places[part])
+            places.append(starts[part] + self._places[part][row])
+        return list(starts), places
 
     def conclude(self, answers: Mapping[int, Part], unverified: Collection[int] | None) -> None:
         """Keep credible answers for later calls to learn, and their scores.
@@ -298,13 +296,12 @@ class Results:
                 results make those beside them look odd: no scores are learnt.
         """
         with _scoring():
-            rows = () if self._fit is None or not self._scored else self._fit.rows
-            kept = {i: (answers[row], row) for i, row in enumerate(rows) if row in answers}
-            if self._fit is not None and kept:
-                outputs = self._outputs([*kept.values()])
-                workers = torch.tensor([part.worker for part, _ in kept.values()])
-                known, some = outputs.isfinite().all(1), self._fit.features[list(kept)]
-                recent = Recent(some[known], outputs[known], workers[known])
+            fit = self._fit if self._scored else None
+            if fit is not None and (rows := sorted(answers.keys() & fit.rows)):
+                outputs, at = self._outputs(answers, rows), [*map(fit.rows.index, rows)]
+                workers = [*map(attrgetter("worker"), map(answers.__getitem__, rows))]
+                every = fit.features[at], outputs, torch.tensor(workers)
+                recent = Recent(*map(itemgetter(outputs.isfinite().all(1)), every))
                 is_checked = self._odd.isdisjoint(unverified or ())
                 learnt = () if unverified is None else self._learnt
                 self._scores.left.append((recent, learnt, is_checked))
@@ -346,12 +343,14 @@ def _apart(a: Tensor, b: Tensor, usual: tuple[Tensor, Tensor]) -> Tensor:
         return torch.where(_flat_rows(a == b).all(1), 0.0, math.inf).cpu()
     kind = torch.finfo(a.dtype)
     rounded = 4 * kind.eps / (_LOOSE if a.dtype.itemsize == 2 else _EXACT)
-    a, b = (_flat_rows(x.to(torch.promote_types(x.dtype, torch.float32))) for x in (a, b))
-    medians, spreads = (x.to(a.device) for x in usual)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    a, b, medians, spreads = _flat_rows(a.to(wide)), _flat_rows(b.to(wide)), *usual
+    medians, spreads = medians.to(a.device), spreads.to(a.device)
     # A spread grows by a tenth of an unusual value, such as a large one of a probability that
     # is mostly small, and so that four roundings of any value are within the tolerance. Not tuned.
-    unusual, most = (torch.maximum((a - x).abs_(), (b - x).abs_()) for x in (medians, 0.0))
-    scales = most.clamp_(kind.smallest_normal).mul_(rounded).add_(unusual, alpha=0.1).add_(spreads)
+    unusual = torch.maximum((a - medians).abs_(), (b - medians).abs_())
+    most = torch.maximum(a.abs(), b.abs()).clamp_(kind.smallest_normal)
+    scales = most.mul_(rounded).add_(unusual, alpha=0.1).add_(spreads)
     apart = (a - b).abs_().div_(scales).float()
     if not bool(apart.isfinite().all()):
         alike = (a == b) | (a.isnan() & b.isnan())

@@ -6,6 +6,7 @@ import functools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -88,7 +89,7 @@ class Verifier:
         self.results.tolerance = max(self.results.tolerance, self.record.tolerance)
         good, answered = self.table.good, self.table.answered
         # A worker that was excluded before the call, and that has a part, has been restarted.
-        if renewed := self._out.intersection(part.worker for part in good):
+        if renewed := self._out.intersection(map(attrgetter("worker"), good)):
             self.record.renew(renewed)
             self._out -= renewed
         # Another call may have excluded a worker meanwhile.
@@ -112,9 +113,9 @@ class Verifier:
         self._soon = min(table.since + late, self._end)
         self._patience = _PATIENCE * max(late, table.now - table.since) or math.inf
         # A new worker, unless the module is new to all, or another call has excluded it meanwhile.
-        fresh = {part.worker for part in table.ended if part.fresh}
-        if not all(part.fresh for part in table.ended):
-            self.record.renew(fresh - (self.record.excluded - self._out))
+        fresh = map(attrgetter("worker"), filter(attrgetter("fresh"), table.ended))
+        if not all(map(attrgetter("fresh"), table.ended)):
+            self.record.renew({*fresh} - (self.record.excluded - self._out))
 
     def _verify(self, reason: str) -> float | None:
         """Ask for checks and votes until all is known that can be, and let the call end then.
@@ -131,16 +132,17 @@ class Verifier:
         alike, disputes = self._compared()
         if not self._is_drawn and reason in ("complete", "failed"):
             lacking = self.wanted - alike.union(*disputes.values())
-            hidden = [p for p in table.parts if not lacking.isdisjoint(p.units)]
-            is_late = table.now >= self._soon or table.is_over
-            if any(p.outcome is OPEN for p in hidden) and not is_late:
-                return self._soon
+            is_late, missed = table.now >= self._soon or table.is_over, set[int]()
+            for part in table.parts if lacking else ():
+                if part.outcome is not GOOD and (late := lacking.intersection(part.units)):
+                    if part.outcome is OPEN and not is_late:
+                        return self._soon
+                    missed |= late
             self._is_drawn = True
-            # A drawn row whose check is late stays unchecked: to ask again would delay the call.
-            self.missed = lacking & {r for p in hidden if p.outcome is not GOOD for r in p.units}
             more = self._of_fresh() | self.results.odd(table.answered)
             self.wanted |= more
-            self.missed -= more
+            # To ask for late checks again would delay the call. The rows stay unchecked.
+            self.missed = missed - more
         self._due()
         if self._is_drawn:
             self._check(alike.union(*disputes.values()))
@@ -170,7 +172,7 @@ class Verifier:
         """
         answered, pairs = self.table.answered, dict[tuple[Part, Part], None]()
         for other in self.table.good:
-            for part in dict.fromkeys([answered[row] for row in other.units]):
+            for part in dict.fromkeys(map(answered.__getitem__, other.units)):
                 is_whole = part.units == other.units or not self.record.whole
                 if part.worker != other.worker and is_whole:
                     pairs[part, other] = None
@@ -198,24 +200,23 @@ class Verifier:
     def _of_fresh(self) -> set[int]:
         """Draw more rows of the workers in their trial period, if not all are."""
         record, more = self.record, self.record.often - self._share
-        if more <= 0 or record.whole:
+        fresh, answers = {*filter(record.fresh, record.workers)}, self.table.answered.items()
+        if not fresh or more <= 0 or record.whole:
             return set()
-        fresh, answers = set(filter(record.fresh, record.workers)), self.table.answered.items()
         rows = [row for row, part in answers if part.worker in fresh and row not in self.wanted]
         return {*record.sample(rows, more)}
 
     def _check(self, done: set[int]) -> None:
         """Have the wanted rows computed by others."""
         table, able = self.table, self.record.workers - self.faults.keys()
-        asked = [part for part in table.parts if part.why == "check"]
-        done = (done | self.missed).union(*(p.units for p in asked if p.outcome is not DISPUTED))
-        # A row that all workers fail to check, such as alone, is not asked for again and again.
-        times = Counter(unit for part in asked for unit in part.units)
-        done |= {row for row in times if times[row] >= len(self.record.everyone)}
         groups = defaultdict[tuple[int, tuple[int, ...]], list[int]](list)
-        for row in sorted(self.wanted & table.answered.keys() - done):
-            part = table.answered[row]
-            groups[part.worker, part.units if self.record.whole else ()].append(row)
+        for row in sorted((self.wanted & table.answered.keys()) - done - self.missed):
+            asked = [part for part in table.parts if part.why == "check" and row in part.units]
+            # A row that all workers fail to check, such as alone, is not asked for again and again.
+            may_ask = len(asked) < len(self.record.everyone)
+            if may_ask and all(part.outcome is DISPUTED for part in asked):
+                part = table.answered[row]
+                groups[part.worker, part.units if self.record.whole else ()].append(row)
         for (worker, units), rows in groups.items():
             units = units or tuple(rows)
             seen = {p.worker for p in table.parts if not {*units}.isdisjoint(p.units)}

@@ -48,11 +48,12 @@ def test_faults_of_most_workers_mean_a_random_module(record):
     assert record.stopped
 
 
+@pytest.mark.parametrize("share", [0.1, 0.6])
 @pytest.mark.parametrize(("size", "num_parts"), [(60, 6), (240, 24), (8, 4), (7, 3), (4, 4)])
-def test_parts_with_checks_have_the_size_of_others(record, size, num_parts):
+def test_parts_with_checks_have_the_size_of_others(record, size, num_parts, share):
     cuts = [size * i // num_parts for i in range(num_parts + 1)]
     plain = [range(a, b) for a, b in itertools.pairwise(cuts)]
-    record.share = 0.1
+    record.share = share
     record.passed(dict.fromkeys(record.everyone, 30), {})
     for _ in range(400):
         parts, rows, _ = record.draw(plain)
