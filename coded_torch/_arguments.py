@@ -68,7 +68,7 @@ def bound(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArgu
     return inspect.signature(lambda *args, **kwargs: None).bind(*args, **kwargs)
 
 
-def named(answers: Any, root: str) -> dict[str, Any]:
+def named(owner: object, answers: Any, root: str) -> dict[str, Any]:
     """Return outputs by the keys of a dict or the fields of a named tuple, nested as ``scores.0``.
 
     A single output has the name ``root``, those of a list or a tuple ``root0``, ``root1``, ...
@@ -79,8 +79,7 @@ def named(answers: Any, root: str) -> dict[str, Any]:
         name = ".".join(str(getattr(x, _KEYS[type(x)])) for x in path)
         if not path or isinstance(path[0], pytree.SequenceKey):
             name = root if len(found) == 1 else f"{root}{name}"
-        if name in outputs:
-            raise ValueError(f"each tensor must have its own name, got {name!r} twice")
+        check(owner, name not in outputs, "each tensor must have its own name", name)
         outputs[name] = leaf
     return outputs
 
@@ -88,10 +87,8 @@ def named(answers: Any, root: str) -> dict[str, Any]:
 def instance(owner: object, argument: str, value: Any, kind: Any, optional: bool = False) -> None:
     """Raise a TypeError unless ``value`` has a type, or is None and may be."""
     if not (isinstance(value, kind) or (optional and value is None)):
-        raise TypeError(
-            f"{_name(owner)}: {argument} must be of type {getattr(kind, '__name__', kind)}"
-            f"{' or None' if optional else ''}, got {type(value).__name__}"
-        )
+        must = f"of type {getattr(kind, '__name__', kind)}{' or None' if optional else ''}"
+        raise TypeError(f"{_name(owner)}: {argument} must be {must}, got {type(value).__name__}")
 
 
 def count(
@@ -122,6 +119,12 @@ def real(
             return number
     message = f"{_name(owner)}: {argument} must be {requirement}, got {shown(value)}"
     raise ValueError(message) if is_real else TypeError(f"{message} of type {type(value).__name__}")
+
+
+def check(owner: object, holds: object, must: str, got: object) -> None:
+    """Raise a ValueError unless a requirement holds, such as "name must be a part of a URL"."""
+    if not holds:
+        raise ValueError(f"{_name(owner)}: {must}, got {shown(got)}")
 
 
 def positive(owner: object, argument: str, value: Any) -> float:

@@ -71,11 +71,17 @@ def test_bad_values_are_said_and_end_with_2(arguments, message, tmp_path, monkey
     assert sorted(os.listdir(tmp_path)) == ["dict.pt", "folder.png", "i.pt", "nan.pt", "x.pt"]
 
 
-def test_a_missing_extra_says_how_to_get_it(monkeypatch, capsys):
+def test_a_missing_extra_says_how_to_get_it(monkeypatch, capsys, tmp_path):
+    (tmp_path / "x.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert run(f"compare torch.nn:Tanh --inputs {tmp_path / 'x.parquet'}") == 2
+    assert capsys.readouterr().err == (
+        "coded-torch compare: pyarrow must be installed: pip install 'coded_torch[job]'\n"
+    )
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run("demo") == 2
     assert capsys.readouterr().err == (
-        "coded-torch demo needs matplotlib: pip install 'coded_torch[demo]'\n"
+        "coded-torch demo: matplotlib must be installed: pip install 'coded_torch[demo]'\n"
     )
 
 
@@ -209,24 +215,24 @@ def test_a_factory_is_a_function_a_class_or_a_module_of_torch(tmp_path, monkeypa
     (tmp_path / "kinds.py").write_text(
         "from torch.nn import Tanh\nmodel = Tanh()\nnumber = 3\ndef make(): return model"
     )
-    model = find_factory("job", "kinds:model")()
+    model = find_factory("kinds:model")()
     assert type(model) is torch.nn.Tanh
-    assert find_factory("job", "kinds:make")() is model
-    assert type(find_factory("job", "kinds:Tanh")()) is torch.nn.Tanh
+    assert find_factory("kinds:make")() is model
+    assert type(find_factory("kinds:Tanh")()) is torch.nn.Tanh
     for name, got in {
         "kinds:missing": "no 'missing' in kinds",
         "nowhere.kinds:make": "no module 'nowhere.kinds'",
         "kinds:number": "int",
     }.items():
         with pytest.raises(CommandError, match=re.escape(f"in a Python module, got {got}")):
-            find_factory("job", name)
+            find_factory(name)
 
 
 def test_a_checkout_does_not_hide_the_installed_package(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text("from torch.nn import Tanh as make")
-    find_factory("job", "mine:make")
+    (tmp_path / "beside.py").write_text("from torch.nn import Tanh as make")
+    find_factory("beside:make")
     assert sys.path[0] == str(tmp_path)
     (tmp_path / "coded_torch").mkdir()
-    find_factory("job", "mine:make")
+    find_factory("beside:make")
     assert sys.path[-1] == str(tmp_path)

@@ -748,7 +748,7 @@ def test_ray_data_reads_batches(folder, keyed, monkeypatch):
         (["--inputs", "uneven.parquet", "--keys", "name"], "column 'x' must be equally long, got"),
         (
             ["--keys", "x", "--format", "parquet", "--columns", "x,y"],
-            "job: the columns sum, x, estimated, radius, which are added, must be new, got x",
+            "job: the columns sum, x, estimated, radius, which are added, must be new, got ['x']",
         ),
     ],
 )

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ _MISTAKES = EOFError, OSError, OverflowError, TypeError, ValueError
 
 
 class CommandError(Exception):
-    """An error that ends the command with one line, and with exit code 2."""
+    """An error that ends the command with one line, after its name, and with exit code 2."""
 
 
 def say(text: str) -> None:
@@ -41,21 +42,20 @@ def say(text: str) -> None:
         # If stdout stayed, the interpreter would fail to flush the rest at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         broken = isinstance(error, BrokenPipeError)  # the reader has seen enough, such as `head`
-        why = "" if broken else f"coded-torch: standard output cannot be written: {error}"
+        why = "" if broken else f"standard output cannot be written: {error}"
         raise CommandError(why) from None
 
 
 @contextlib.contextmanager
-def usage(label: str, errors: Any = _MISTAKES, prefix: str = "") -> Iterator[None]:
+def usage(label: str = "", errors: Any = _MISTAKES, prefix: str = "") -> Iterator[None]:
     """Turn errors whose messages begin with the prefix into a line that begins with the label."""
     try:
         yield
     except errors as error:
         if isinstance(error, CommandError) or not str(error).startswith(prefix):
             raise
-        message = str(error).removeprefix(prefix or f"{label}: ")
-        first = next(iter(message.splitlines()), type(error).__name__)
-        raise CommandError(f"coded-torch {label}: {first}") from None
+        lines = str(error).removeprefix(prefix).splitlines() or [type(error).__name__]
+        raise CommandError(f"{label and f'{label}: '}{lines[0]}") from None
 
 
 def progress(steps: Sequence[Any], what: str) -> Iterable[Any]:
@@ -68,15 +68,14 @@ def progress(steps: Sequence[Any], what: str) -> Iterable[Any]:
     return shown
 
 
-def need(command: str, extra: str, *packages: str) -> None:
+def need(extra: str, *packages: str) -> None:
     """Raise a CommandError unless the packages of an extra are installed."""
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        how = f"{' and '.join(missing)}: pip install 'coded_torch[{extra}]'"
-        raise CommandError(f"coded-torch {command} needs {how}")
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        what = f"{' and '.join(missing)} must be installed"
+        raise CommandError(f"{what}: pip install 'coded_torch[{extra}]'")
 
 
-def find_factory(command: str, text: str) -> Callable[[], Any]:
+def find_factory(text: str) -> Callable[[], Any]:
     """Import the function, or class, that MODULE:FACTORY names; a module of torch returns itself.
 
     Errors of its module are not caught.
@@ -97,28 +96,25 @@ def find_factory(command: str, text: str) -> Callable[[], Any]:
         return lambda: found
     if not callable(found):
         must = "MODULE:FACTORY must name a function or a class in a Python module"
-        raise CommandError(f"coded-torch {command}: {must}, got {got}")
+        raise CommandError(f"{must}, got {got}")
     factory: Callable[[], Any] = found
     return factory
 
 
-def make_model(
-    args: argparse.Namespace, factory: Callable[[], Any] | None = None
-) -> tuple[Any, Any]:
+def make_model(args: Namespace, factory: Callable[[], Any] | None = None) -> tuple[Any, Any]:
     """Return the module, or wrapper of one, of a factory, and examples of its inputs or None."""
-    command, name = args.run.__name__, args.factory
-    made = (factory or find_factory(command, name))()
+    made = (factory or find_factory(args.factory))()
     model, examples = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         got = type(made).__name__
         if isinstance(made, tuple):
             got = f"({', '.join(type(each).__name__ for each in made)})"
         must = "must return a module, or a module and examples of its inputs"
-        raise CommandError(f"coded-torch {command}: {name} {must}, got {got}")
+        raise CommandError(f"{args.factory} {must}, got {got}")
     for flag, option in POOL_NAMES.items() if isinstance(model, CodedWrapper) else ():
         if getattr(args, option, None) is not None:
-            why = f"{name} returns a CodedWrapper with its own workers"
-            raise CommandError(f"coded-torch {command}: {flag} must be left out, as {why}")
+            why = f"{args.factory} returns a CodedWrapper with its own workers"
+            raise CommandError(f"{flag} must be left out, as {why}")
     if dtype := getattr(args, "dtype", None):
         model.to(getattr(torch, dtype))
         model.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
@@ -162,7 +158,7 @@ POOL: tuple[Option, ...] = (
 POOL_NAMES = {flag: flag[2:].replace("-", "_") for flag, *_ in POOL}
 
 
-def processes(args: argparse.Namespace, grace: float = 30.0) -> ProcessWorkers:
+def processes(args: Namespace, grace: float = 30.0) -> ProcessWorkers:
     """Return the pool for the options, in which a worker hangs after ``grace`` by default."""
     chosen = args.device or ["cpu"]
     usual = 6 if chosen == ["cpu"] else len(chosen)
@@ -198,8 +194,8 @@ def picture(text: str) -> Path:
     return path
 
 
-def save(command: str, figure: Figure, output: Path) -> None:
+def save(figure: Figure, output: Path) -> None:
     """Write a picture, and print where it is."""
-    with usage(f"{command}: --output cannot be written"):
+    with usage("--output cannot be written"):
         figure.savefig(output, dpi=150)
     say(f"\nThe picture: {output.resolve()}")

@@ -37,7 +37,6 @@ class Rows:
     Args:
         sources: paths, or patterns of :func:`glob.glob`, whose files are sorted by name.
         whole: true if Parquet files are to be read whole, so that rows can be read in any order.
-        command: the command, which errors of reading name.
 
     Attributes:
         paths: the files.
@@ -45,11 +44,10 @@ class Rows:
         total: the number of rows.
     """
 
-    def __init__(self, sources: Iterable[str], whole: bool = False, command: str = "job") -> None:
-        self._command = command
+    def __init__(self, sources: Iterable[str], whole: bool = False) -> None:
         self.paths = [path for source in sources for path in _paths(source)]
         self._opened = functools.lru_cache(_MOST_OPEN)(functools.partial(_open, whole=whole))
-        self._before, lengths = [_look(path.stat()) for path in self.paths], list[int]()
+        self._before, lengths = {path: _look(path.stat()) for path in self.paths}, list[int]()
         self.names = [*self._opened(self.paths[0]).columns]
         for path in self.paths:
             table = self._opened(path)
@@ -84,10 +82,10 @@ class Rows:
         stop = min(start + size, self.total)
         while start < stop:
             path, first = self.place(start)
-            number = bisect.bisect_right(self._ends, start)
-            rows = min(stop, self._ends[number]) - start
-            found = self._opened(path).read([*columns], first, first + rows)
-            if _look(path.stat()) != self._before[number]:
+            table = self._opened(path)
+            rows = min(stop - start, table.rows - first)
+            found = table.read([*columns], first, first + rows)
+            if _look(path.stat()) != self._before[path]:
                 raise ValueError(f"{path} has changed since the job began")
             for name, pieces in columns.items():
                 pieces.append(found[name])
@@ -105,7 +103,7 @@ class Rows:
         places = columns.args, columns.kwargs
         names = tree_leaves(places)
         for start in starts:
-            with usage(f"{self._command}: --inputs cannot be read", errors=Exception):
+            with usage("--inputs cannot be read", errors=Exception):
                 found = self.read(dict.fromkeys([*names, *keys]), start, size)
                 args, kwargs = tree_map(lambda name, of=found: _tensor(name, of[name]), places)
             if kept is not None:
@@ -174,7 +172,7 @@ class _Stream(_Table):
 def _open(path: Path, whole: bool) -> _Table:
     columns: dict[str, Any]
     if path.suffix == ".parquet":
-        need("job", "job", "pyarrow")
+        need("job", "pyarrow")
         from pyarrow import parquet
 
         file = parquet.ParquetFile(path)
@@ -183,7 +181,7 @@ def _open(path: Path, whole: bool) -> _Table:
         table = file.read()
         return _Table(dict(zip(table.column_names, table.columns, strict=True)), {len(table)})
     if path.suffix == ".safetensors":
-        need("job", "job", "safetensors")
+        need("job", "safetensors")
         from safetensors import safe_open
 
         opened: Any = safe_open(path, "pt")
@@ -242,15 +240,13 @@ def encoded(
     ``radii``; and ``keys``, if there are some. A Parquet file has a column for each key and output,
     ``estimated`` and ``radius``.
     """
-    outputs, file = named(answers, "output"), io.BytesIO()
+    outputs, file = named("job", answers, "output"), io.BytesIO()
     copied = {name: _joined(pieces) for name, pieces in keys.items()}
     if unknown := [name for name in select if name not in outputs]:
         raise ValueError(f"--select must be names of outputs out of {[*outputs]}, got {unknown}")
     chosen: Any = {name: outputs[name] for name in select or outputs}
-    first = next(
-        (x for x, y in outputs.items() if torch.is_tensor(y) and y.is_floating_point()), ""
-    )
-    if first not in chosen:  # which has the error bounds
+    floats = [x for x, y in outputs.items() if torch.is_tensor(y) and y.is_floating_point()]
+    if floats and floats[0] not in chosen:  # which has the error bounds
         report = copy.copy(report)
         report.radii = None
     if kind == "parquet":
@@ -264,7 +260,7 @@ def encoded(
         chosen = dict(answers) if isinstance(answers, Mapping) else tree_leaves(answers)
     content = {"outputs": chosen, "estimated": report.estimated, "radii": report.radii}
     content |= {"keys": {name: x.to_pylist() for name, x in copied.items()}} if copied else {}
-    with usage("job: outputs must be what torch.load can read", errors=Exception):
+    with usage("outputs must be what torch.load can read", errors=Exception):
         torch.save(content, file)
         torch.load(io.BytesIO(file.getbuffer()), weights_only=True)
     return file.getbuffer()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import functools
@@ -19,6 +18,7 @@ import sys
 import time
 import types
 import zipfile
+from argparse import Namespace
 from collections import Counter, deque
 from collections.abc import Mapping
 from inspect import BoundArguments
@@ -45,13 +45,13 @@ _MANIFEST = "_manifest.sha256"  # digests of batches, which `sha256sum --check` 
 _SUFFIXES = {"torch": ".pt", "parquet": ".parquet"}
 
 
-def job(args: argparse.Namespace) -> None:
+def job(args: Namespace) -> None:
     """Run a model on all rows of files, or find the mean of its outputs; jobs can be resumed."""
     if args.check is not None:
         _check(args.check)
         return
     if None in (args.factory, args.inputs, args.output):
-        raise CommandError("coded-torch job: MODULE:FACTORY, --inputs and --output must be given")
+        raise CommandError("MODULE:FACTORY, --inputs and --output must be given")
     args.begun = False
     try:
         _begin(args)
@@ -62,17 +62,17 @@ def job(args: argparse.Namespace) -> None:
         raise
 
 
-def _begin(args: argparse.Namespace) -> None:
+def _begin(args: Namespace) -> None:
     """Check the arguments, claim the folder, and run the job."""
-    with usage("job: --inputs cannot be read", errors=Exception):
+    with usage("--inputs cannot be read", errors=Exception):
         rows = Rows(args.inputs, args.mean)
-    factory = find_factory("job", args.factory)
-    args.of = None if args.of is None else find_factory("job", args.of)
+    factory = find_factory(args.factory)
+    args.of = None if args.of is None else find_factory(args.of)
     coded, examples = make_model(args, factory)
     with contextlib.ExitStack() as held:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
         held.callback(signal.signal, signal.SIGTERM, before)
-        with usage("job"):
+        with usage():
             if not args.mean and (args.of, args.half_width) != (None, None):
                 raise ValueError("--of and --half-width must be left out without --mean")
             is_made = isinstance(coded, CodedWrapper)
@@ -90,7 +90,7 @@ def _begin(args: argparse.Namespace) -> None:
             args.output.mkdir(parents=True, exist_ok=True)
             # No other process can lock the file before it is closed, or this process ends.
             lock = held.enter_context((args.output / _LOCK).open("w"))
-            with usage(f"job: --output {args.output} must not be in use by another job"):
+            with usage(f"--output {args.output} must not be in use by another job"):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _claim(args, factory, coded, rows, {"columns": mapping, "written": written})
         say(f"Columns of {rows}: {mapping}.")
@@ -100,13 +100,13 @@ def _begin(args: argparse.Namespace) -> None:
         run(args, coded, rows, functools.partial(rows.batches, columns, size))
 
 
-def _written(args: argparse.Namespace, rows: Rows) -> str:
+def _written(args: Namespace, rows: Rows) -> str:
     """Check what batches hold beside the answers; return it in words, "" for nothing."""
     args.keys, args.select = (x.split(",") if x else [] for x in (args.keys, args.select))
     if unknown := [name for name in args.keys if name not in rows.names]:
         raise ValueError(f"--keys must be names of columns out of {rows.names}, got {unknown}")
     if args.keys or args.format == "parquet":
-        need("job", "job", "pyarrow")
+        need("job", "pyarrow")
     parts = {"format": args.format if args.format != "torch" else ""}
     parts |= {name: ",".join(getattr(args, name)) for name in ("keys", "select")}
     found = "; ".join(f"{name} {value}" for name, value in parts.items() if value)
@@ -115,11 +115,11 @@ def _written(args: argparse.Namespace, rows: Rows) -> str:
     return found
 
 
-def _every_row(args: argparse.Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> None:
+def _every_row(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> None:
     """Compute and write the batches that are missing or wrong."""
     size, keys = args.batch_size, deque[dict[str, Any]]()
     with contextlib.ExitStack() as held:
-        with usage("job"):
+        with usage():
             good, wrong = _examine(args.output, rows.total, size, _SUFFIXES[args.format])
             if again := [name for name, why in wrong.items() if why != "is missing"]:
                 logger.warning("batches whose digest does not match are computed again: %s", again)
@@ -136,10 +136,10 @@ def _every_row(args: argparse.Namespace, coded: CodedWrapper, rows: Rows, read: 
             for first in read(missing[:1]):
                 start(coded, first)
             for name, (answers, report) in zip(progress([*wrong], "batches"), found, strict=True):
-                with usage("job", errors=Exception):
+                with usage(errors=Exception):
                     kept = keys.popleft()
                     data = encoded(answers, report, kept, args.select, args.format)
-                with usage("job: --output cannot be written", errors=OSError):
+                with usage("--output cannot be written", errors=OSError):
                     replace(args.output / name, data)
                     # Written later: a batch without its digest is computed again.
                     print(f"{hashlib.sha256(data).hexdigest()}  {name}", file=manifest, flush=True)
@@ -159,7 +159,7 @@ def _every_row(args: argparse.Namespace, coded: CodedWrapper, rows: Rows, read: 
                 why += f"The first failing rows: {', '.join(shown)}. " if failing else ""
                 facts["__notes__"][-1] = why.strip()
             if isinstance(error, NotEnoughResults):  # the user's own code raised nothing
-                raise CommandError(f"coded-torch job: {error}. {why.strip()}") from None
+                raise CommandError(f"{error}. {why.strip()}") from None
             raise
         finally:
             counts["workers_lost"] = coded.workers.num_restarts
@@ -167,31 +167,24 @@ def _every_row(args: argparse.Namespace, coded: CodedWrapper, rows: Rows, read: 
             _sum_up(args.output, counts, time.monotonic() - begin, there, every, why)
 
 
-def _sum_up(
-    folder: Path, counts: Counter[str], seconds: float, there: int, every: int, why: str
-) -> None:
+def _sum_up(folder: Path, counts: Counter[str], took: float, there: int, of: int, why: str) -> None:
     """Print what this run has done, and write it as JSON."""
     names = "computed", "estimated", "failed", "hedges", "workers_lost"
-    facts = {"batches": there, "of": every} | {name: counts[name] for name in names}
-    with usage("job: --output cannot be written", errors=OSError):
-        replace(folder / _SUMMARY, json.dumps(facts | {"seconds": round(seconds, 3)}).encode())
-    speed = (counts["computed"] + counts["estimated"]) / max(seconds, 1e-9)
+    facts = {"batches": there, "of": of} | {name: counts[name] for name in names}
+    with usage("--output cannot be written", errors=OSError):
+        replace(folder / _SUMMARY, json.dumps(facts | {"seconds": round(took, 3)}).encode())
+    speed = (counts["computed"] + counts["estimated"]) / max(took, 1e-9)
     say(
-        f"{there} of {every} batches are in {folder}. This run: {counts['computed']:,} rows "
+        f"{there} of {of} batches are in {folder}. This run: {counts['computed']:,} rows "
         f"computed, {counts['estimated']:,} estimated, {counts['failed']:,} failed; "
         f"hedges: {counts['hedges']:,}, workers lost: {counts['workers_lost']:,}; "
-        f"{seconds:,.1f} s, {speed:,.0f} rows per second."
+        f"{took:,.1f} s, {speed:,.0f} rows per second."
     )
     if why:
         say(why.strip())
 
 
-# Inputs and calls.
-
-
-def arguments_of(
-    args: argparse.Namespace, rows: Rows, module: nn.Module, examples: Any
-) -> BoundArguments:
+def arguments_of(args: Namespace, rows: Rows, module: nn.Module, examples: Any) -> BoundArguments:
     """Return the names of the columns in the places of the arguments of ``forward``.
 
     By default they are the names in a dict of examples, if these are columns.
@@ -212,7 +205,7 @@ def arguments_of(
         pairs = [each.rpartition("=")[::2] for each in args.columns.split(",")]
     by_order = [column for name, column in pairs if not name]
     must = f"--columns must name columns for forward{signature}, as a,b or x=a,y=b"
-    with usage(f"{args.run.__name__}: {must}"):
+    with usage(must):
         if args.columns is None and len(by_order) > 1:
             raise ValueError(f"the file has {names}")
         if unknown := [column for _, column in pairs if column not in rows.names]:
@@ -221,9 +214,6 @@ def arguments_of(
         if len(by_order) + len(named) < len(pairs):
             raise ValueError(f"an argument is named twice, got {args.columns}")
         return signature.bind(*by_order, **named)
-
-
-# The folder.
 
 
 def _claim(args: Any, factory: Any, coded: CodedWrapper, rows: Rows, how: dict[str, str]) -> None:
@@ -239,11 +229,8 @@ def _claim(args: Any, factory: Any, coded: CodedWrapper, rows: Rows, how: dict[s
         coded.parts = before.get("parts") or coded.workers.num_workers
     sources = {args.factory.partition(":")[0]}
     now = {"inputs": f"of {rows.total} rows, digest {rows.digest()}", "rows": rows.total}
-    now |= how | {
-        "batch-size": args.batch_size,
-        "parts": coded.parts,
-        "waiting": str(coded.waiting),
-    }
+    now |= how | {"batch-size": args.batch_size, "parts": coded.parts}
+    now["waiting"] = str(coded.waiting)
     for name in ("code", "estimator", "surrogate", "verify", "in_dims", "out_dims"):
         now[name] = f"digest {_digest(getattr(coded, name), sources)}"
     now["mean"] = f"digest {_digest(args.of, sources)}" if args.mean else ""
@@ -307,9 +294,7 @@ def _digest(value: Any, modules: set[str]) -> str:
     return hashlib.blake2b(file.getbuffer(), digest_size=16).hexdigest()
 
 
-def _examine(
-    folder: Path, rows: int, size: int, suffix: str
-) -> tuple[dict[str, str], dict[str, str]]:
+def _examine(folder: Path, rows: int, size: int, suffix: str) -> tuple[dict[str, str], ...]:
     """Return the digests of good batches, and what is wrong with the other ones, by their names."""
     path = folder / _MANIFEST
     text = path.read_text(errors="replace") if path.exists() else ""
@@ -326,7 +311,7 @@ def _examine(
 
 def _check(folder: Path) -> None:
     """Print each batch that is wrong, and raise a CommandError if there is one."""
-    with usage("job: --check"):
+    with usage("--check"):
         claim = _read_claim(folder / _CLAIM)
         kind = "parquet" if "format parquet" in claim.get("written", "") else "torch"
         good, wrong = _examine(folder, claim["rows"], claim["batch-size"], _SUFFIXES[kind])
@@ -336,5 +321,5 @@ def _check(folder: Path) -> None:
     for name, why in wrong.items():
         say(f"{folder / name} {why}.")
     if wrong:
-        raise CommandError(f"coded-torch job: {found}")
+        raise CommandError(found)
     say(f"{found}.")

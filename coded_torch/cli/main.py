@@ -59,10 +59,10 @@ _TRIPLES = "N,K,S: workers, inputs per group and lost workers; several in quotes
 @torch.no_grad()
 def demo(args: argparse.Namespace) -> None:
     """Run LeNet-5 on digits while workers are lost, and compare the codes."""
-    need("demo", "demo", "matplotlib")
+    need("demo", "matplotlib")
     model, (images, labels) = lenet5().to(args.device), digits()
     n, k, s = args.settings[-1]
-    with usage("demo: --seed must fit 64 bits", errors=(RuntimeError, ValueError)):
+    with usage("--seed must fit 64 bits", errors=(RuntimeError, ValueError)):
         rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))
         lost = LocalWorkers(Uniform(s, seed=args.seed))
     rows = rows[: len(rows) // _BATCH_SIZE * _BATCH_SIZE]
@@ -92,12 +92,12 @@ def demo(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Compare the codes on your own model while workers are lost."""
-    need("compare", "demo", "matplotlib")
+    need("demo", "matplotlib")
     model, examples = make_model(args)
-    with usage("compare", prefix="compare: "):
+    with usage(prefix="compare: "):
         size = count("compare", "--batch-size", args.batch_size)
-    with usage("compare: --inputs cannot be read", errors=Exception):
-        rows, args.keys = Rows([args.inputs], command="compare"), None
+    with usage("--inputs cannot be read", errors=Exception):
+        rows, args.keys = Rows([args.inputs]), None
         columns = arguments_of(args, rows, model, examples)
         if columns.kwargs:
             raise ValueError(f"arguments of forward must be positional, got {columns.kwargs}")
@@ -105,7 +105,7 @@ def compare(args: argparse.Namespace) -> None:
         batches = [tree_map(lambda x: x.to(args.device), call.args) for call in calls]
     labels = None
     if args.labels is not None:
-        with usage("compare: --labels cannot be read", errors=Exception):
+        with usage("--labels cannot be read", errors=Exception):
             labels = Rows([args.labels]).tensor().to(args.device).split(size)[: len(batches)]
     _compare(args, model.to(args.device), batches, labels)
 
@@ -113,24 +113,23 @@ def compare(args: argparse.Namespace) -> None:
 def _compare(
     args: argparse.Namespace, model: nn.Module, batches: list[Any], labels: Sequence[Tensor] | None
 ) -> None:
-    command = args.run.__name__
-    with usage(command, Exception, "compare: "), usage(command, prefix="CodedWrapper: "):
+    with usage(errors=Exception, prefix="compare: "), usage(prefix="CodedWrapper: "):
         found = coded_torch.compare(model, batches, args.settings, labels=labels, seeds=args.seed)
     say(f"{found}\n\n{_LEGEND}")
-    save(command, found.draw(), args.output)
+    save(found.draw(), args.output)
 
 
 def plan(args: argparse.Namespace) -> None:
     """Simulate policies, and find the cheapest one that meets a deadline and an accuracy."""
-    need("plan", "demo", "matplotlib")
+    need("demo", "matplotlib")
     given = {**vars(args)}
     conditions, path = planner.CONDITIONS[given.pop("conditions")], given.pop("latencies")
     output, *_ = (given.pop(name) for name in ("output", "run", "line"))
     given["progress"] = partial(progress, what="policies")
-    with usage("plan"):
+    with usage():
         found = planner.plan(conditions if path is None else planner.read_latencies(path), **given)
     say(str(found))
-    save("plan", found.draw(), output)
+    save(found.draw(), output)
 
 
 def info(args: argparse.Namespace) -> None:
@@ -150,7 +149,7 @@ def info(args: argparse.Namespace) -> None:
         say(f"{name:<{width}}{value}")
     if args.device == "cuda":
         if not names:
-            raise CommandError("coded-torch info: torch has no CUDA device here")
+            raise CommandError("torch has no CUDA device here")
         # A kernel that fails may end CUDA in its process, so this one keeps out of it.
         process = multiprocessing.get_context("spawn").Process(target=_try_kernels, daemon=True)
         process.start()
@@ -158,7 +157,7 @@ def info(args: argparse.Namespace) -> None:
         if process.exitcode != 0:
             ended = "did not end" if process.exitcode is None else "failed"
             why = f"the process that tries the kernels {ended}; run it again to try the rest"
-            raise CommandError(f"coded-torch info: {why}")
+            raise CommandError(why)
 
 
 def _try_kernels(shrink: int = 1) -> None:
@@ -318,7 +317,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
     except CommandError as error:
         if str(error):
-            print(error, file=sys.stderr)
+            name = args.run.__name__
+            why = str(error).removeprefix(f"{name}: ")
+            print(f"coded-torch {name}: {why}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

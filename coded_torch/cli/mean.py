@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import io
+from argparse import Namespace
 from collections.abc import Mapping
 from inspect import BoundArguments
 from typing import Any
@@ -20,15 +20,15 @@ from . import say, usage
 from .files import Rows, replace
 
 
-def mean(args: argparse.Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> None:
+def mean(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> None:
     """Print an interval after each look, and keep the numbers of the rows that are computed."""
     path, batches = args.output / "mean.pt", _Batches(rows.total, args.batch_size, read)
-    with usage(f"job: {path} cannot be read", errors=Exception):
+    with usage(f"{path} cannot be read", errors=Exception):
         known = torch.load(path, weights_only=True) if path.exists() else {}
         if known and known["digest"] != _digest_of_mean(known):
             raise ValueError("it is damaged; remove it to start again")
     start(coded, batches[0])
-    with usage("job", prefix="mean: "), usage("job", NotEnoughResults):
+    with usage(prefix="mean: "), usage(errors=NotEnoughResults):
         looks = Looks(coded, batches, args.of, None, 0.95, False, known.get("seed"))
         if known:
             looks.numbers, looks.shares = [known["numbers"]], known["shares"]
@@ -66,5 +66,5 @@ class _Batches:
 
 def start(coded: CodedWrapper, first: BoundArguments) -> None:
     """Start workers on a batch. If the model fails on its rows, the call says so."""
-    with usage("job", TypeError, "Workers: "), contextlib.suppress(WorkerError):
+    with usage(errors=TypeError, prefix="Workers: "), contextlib.suppress(WorkerError):
         coded.workers.start_on(coded.module, first)

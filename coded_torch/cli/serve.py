@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import math
@@ -13,6 +12,7 @@ import ssl
 import sys
 import threading
 import warnings
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,9 @@ _TO_READ = 5
 _GRACE = 10
 
 
-def serve(args: argparse.Namespace) -> None:
+def serve(args: Namespace) -> None:
     """Serve a model over HTTP (KServe v2) within a deadline, although workers fail."""
-    need("serve", "serve", "starlette", "uvicorn", "httptools", "orjson", "prometheus_client")
+    need("serve", "starlette", "uvicorn", "httptools", "orjson", "prometheus_client")
     from ..open_inference import Model, request
     from ..open_inference.description import bind
     from ..page import LOOPBACK, add_page
@@ -48,7 +48,7 @@ def serve(args: argparse.Namespace) -> None:
 
     is_local = args.host in LOOPBACK
     workers: Any = None
-    with usage("serve", errors=(RuntimeError, ValueError)):
+    with usage(errors=(RuntimeError, ValueError)):
         if args.chaos and not is_local:
             must = f"must listen on a loopback address, one of {', '.join(LOOPBACK)}"
             raise ValueError(f"--chaos {must}, got {args.host}")
@@ -64,7 +64,7 @@ def serve(args: argparse.Namespace) -> None:
         leaves = tree_leaves((call.args, call.kwargs))
         if not 0 <= args.example < len(leaves[0]):
             must = f"--example must be from 0 to {len(leaves[0]) - 1}, got {args.example}"
-            raise CommandError(f"coded-torch serve: {must}")
+            raise CommandError(must)
         rows = [x[args.example][None] for x in leaves]
         say(request(Model("", tuple(how["inputs"]), (), False), rows)[0].decode())
         return
@@ -73,13 +73,13 @@ def serve(args: argparse.Namespace) -> None:
     how |= {x: getattr(args, x) for x in ("deadline", "max_batch_size", "max_queued_requests")}
     own = (*LOOPBACK, args.host) if is_local or args.host.startswith("127.") else ()
     if args.token is not None:
-        with usage("serve: --token must be @FILE or '$VARIABLE', which holds the value"):
+        with usage("--token must be @FILE or '$VARIABLE', which holds the value"):
             if not (token := _secret(args.token)):
                 raise ValueError("it is empty")
             how["token"] = token
     if hosts := [*dict.fromkeys((*own, *(args.allowed_hosts or ())))]:
         how["allowed_hosts"] = hosts
-    with usage("serve"):
+    with usage():
         if workers is None:
             workers = processes(args, grace=max(1.0, _GRACE * args.deadline))
         if args.chaos:  # the page says which workers attack, each in its own way
@@ -109,9 +109,9 @@ def _spoil(rows: Tensor, draws: torch.Generator) -> Tensor:
     return rows + rows.abs().amax().add(1) * torch.randn(rows.shape, generator=draws)
 
 
-def _fleet(args: argparse.Namespace) -> tuple[nn.Module, Any, dict[str, Any]]:
+def _fleet(args: Namespace) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Return the model of the endpoints, their pool, and the model's specs."""
-    need("serve", "endpoints", "aiohttp")
+    need("endpoints", "aiohttp")
     from ..workers import EndpointWorkers, RemoteModule
 
     given = {"MODULE:FACTORY": args.factory != LENET5, "--chaos": args.chaos}
@@ -121,14 +121,14 @@ def _fleet(args: argparse.Namespace) -> tuple[nn.Module, Any, dict[str, Any]]:
             raise ValueError(f"{flag} must be left out with --endpoints")
     if args.model is None:
         raise ValueError("--endpoints must come with --model, the model's name there")
-    with usage("serve: --header"):
+    with usage("--header"):
         options: dict[str, Any] = {"headers": dict(map(_header, args.header or ()))}
     if args.ca is not None:
-        with usage("serve: --ca must be a file of certificates"):
+        with usage("--ca must be a file of certificates"):
             options["context"] = ssl.create_default_context(cafile=args.ca)
     why = ""
     for url in args.endpoints:
-        with usage("serve: --endpoints", ValueError, prefix="RemoteModule: "):
+        with usage("--endpoints", ValueError, prefix="RemoteModule: "):
             try:
                 module = RemoteModule(url, args.model, **options)
             except RuntimeError as error:
@@ -155,17 +155,17 @@ def _secret(source: str) -> str:
     return os.environ.get(source[1:], "") if source[:1] == "$" else ""
 
 
-def _own(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+def _own(args: Namespace) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model of the factory, its specs and examples of its inputs."""
     from ..serve import specs
 
-    factory = find_factory("serve", args.factory)
+    factory = find_factory(args.factory)
     model, examples = make_model(args, factory)
-    with usage("serve"):
+    with usage():
         if examples is None:
             must = "return a module and examples of its inputs, a tensor, a tuple or a dict"
             raise TypeError(f"{args.factory} must {must}, got {type(model).__name__}")
-        with usage(f"serve: {args.factory}", prefix="specs: "):
+        with usage(args.factory, prefix="specs: "):
             inputs, outputs = specs(model, examples, fixed_shapes=args.fixed_shapes)
     found = {"inputs": inputs, "outputs": outputs, "examples": examples}
     return model, found | {"make": lambda: make_model(args, factory)[0]}
@@ -190,7 +190,7 @@ def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, proto=socket.IPPROTO_TCP) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with usage("serve: --host and --port must be free"):
+        with usage("--host and --port must be free"):
             listening.bind((host, port))
             listening.listen(2048)  # uvicorn's own backlog
         site = f"[{host}]" if ":" in host else host
@@ -204,7 +204,7 @@ def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None
         how["timeout_graceful_shutdown"] = math.ceil(built.deadline) + _TO_READ
         config = uvicorn.Config(built, **how, **quiet)
         signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=renew, daemon=True).start())
-        with usage("serve", TypeError, prefix="Workers: "):
+        with usage(errors=TypeError, prefix="Workers: "):
             built.load()  # here Ctrl-C ends it, and an error of the model ends the command
         built.load = lambda: None  # not twice
         uvicorn.Server(config).run(sockets=[listening])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._arguments import instance, named
+from .._arguments import check, instance, named
 from .coded_wrapper import CodedWrapper
 from .report import Report
 
@@ -49,12 +49,11 @@ class RayDataPredictor:
 
     def __call__(self, batch: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
         """Return the batch, a dict of arrays ``[B, ...]``, with more columns."""
-        if missing := sorted(set(self.inputs) - batch.keys()):
-            must = f"inputs must be columns of the batch, {sorted(batch)}"
-            raise ValueError(f"RayDataPredictor: {must}, got {missing}")
+        missing = sorted(set(self.inputs) - batch.keys())
+        check(self, not missing, f"inputs must be columns of the batch, {sorted(batch)}", missing)
         with torch.no_grad():
             answers, report = self.coded.run(*(torch.tensor(batch[name]) for name in self.inputs))
-        outputs = named(answers, self.output)
+        outputs = named(self, answers, self.output)
         return {**batch, **columns_of(self, outputs, report, batch)}
 
 
@@ -70,8 +69,7 @@ def columns_of(
     estimated = np.asarray(report.estimated)
     radii = np.full(len(estimated), np.nan) if report.radii is None else report.radii.numpy()
     notes = {"estimated": estimated, "radius": radii}
-    if twice := sorted((more.keys() & {*known}) | (notes.keys() & {*known, *more})):
-        must = f"the columns {', '.join([*more, *notes])}, which are added, must be new"
-        name = owner if isinstance(owner, str) else type(owner).__name__
-        raise ValueError(f"{name}: {must}, got {', '.join(twice)}")
+    twice = sorted((more.keys() & {*known}) | (notes.keys() & {*known, *more}))
+    must = f"the columns {', '.join([*more, *notes])}, which are added, must be new"
+    check(owner, not twice, must, twice)
     return more | notes

@@ -42,7 +42,7 @@ def _inputs_of(call: inspect.BoundArguments) -> dict[str, Any]:
     """Return the leaves by their names, in the order of ``forward``'s parameters."""
     inputs: dict[str, Any] = {}
     for parameter, value in call.arguments.items():
-        inputs |= _named(value, parameter)
+        inputs |= named("specs", value, parameter)
     return inputs
 
 
@@ -74,7 +74,7 @@ def specs(
     def run(values: Sequence[Tensor]) -> dict[str, Tensor]:
         args, kwargs = pytree.tree_unflatten(values, form)
         with torch.no_grad():
-            made = _named(module(*args, **kwargs), "output")
+            made = named("specs", module(*args, **kwargs), "output")
         _check("outputs of the module", made, rows=len(values[0]))
         return made
 
@@ -88,13 +88,6 @@ def specs(
             sizes = (-1 if (place, d) in is_open else n for d, n in enumerate(spec.shape, 1))
             found[-1][i] = dataclasses.replace(spec, shape=tuple(sizes))
     return found[0], found[1]
-
-
-def _named(tensors: Any, root: str) -> dict[str, Any]:
-    try:
-        return named(tensors, root)
-    except ValueError as error:
-        raise ValueError(f"specs: {error}") from None
 
 
 def _check(what: str, tensors: Mapping[str, Any], number: int = 0, rows: int = 0) -> None:

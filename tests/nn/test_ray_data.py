@@ -66,10 +66,10 @@ def test_outputs_of_a_tuple_are_numbered():
 
 
 def test_columns_that_would_be_lost_are_named():
-    with pytest.raises(ValueError, match=r"columns answer, .* must be new, got radius$"):
+    with pytest.raises(ValueError, match=r"columns answer, .* must be new, got \['radius'\]$"):
         RayDataPredictor(half)(batch() | {"radius": np.zeros(20)})
     for name in ("estimated", "data"):
-        with pytest.raises(ValueError, match=rf"got {name}$"):
+        with pytest.raises(ValueError, match=rf"got \['{name}'\]$"):
             RayDataPredictor(half, output=name)(batch())
     with pytest.raises(ValueError, match=r"inputs must be columns .*\['data'\], got \['x'\]"):
         RayDataPredictor(half, inputs="x")(batch())

@@ -322,5 +322,5 @@ def test_a_missing_extra_says_how_to_get_it(package, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, package, None)
     assert main(["serve"]) == 2
     assert capsys.readouterr().err == (
-        f"coded-torch serve needs {package}: pip install 'coded_torch[serve]'\n"
+        f"coded-torch serve: {package} must be installed: pip install 'coded_torch[serve]'\n"
     )
