@@ -61,17 +61,14 @@ def fingerprint(module: nn.Module) -> Fingerprint:
             looks += [(name, places.get(id(m))) for name, m in part._modules.items()]
             looks += (type(part), part.training, *map(look, part._parameters.values()))
             looks += map(look, part._buffers.values())
-            looks += (look(hooks) for hooks in _hooks(part) if hooks)
+            hooks = part._forward_pre_hooks, part._forward_hooks
+            looks += (look(each) for each in hooks if each)
             attributes = part.__dict__.items()
             looks += [(name, look(value)) for name, value in attributes if name not in _INTERNAL]
     found = kept, tuple(looks)
     if known is not None:
         known[id(module)] = module, found
     return found
-
-
-def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    return module._forward_pre_hooks, module._forward_hooks
 
 
 def _look(kept: list[Any], value: Any) -> Any:

@@ -32,10 +32,9 @@ def plain(owner: str, argument: str, tensor: Tensor) -> Tensor:
     """Return the numbers of a tensor, without gradients and without the wrappers of transforms."""
     numbers = torch.func.debug_unwrap(tensor).detach()
     if numbers.dim() != tensor.dim():
-        raise ValueError(
-            f"{owner}: {argument} must not be under torch.func.vmap, which hides the batch; "
-            f"give the whole batch at once, got {numbers.dim() - tensor.dim()} hidden dimensions"
-        )
+        must = f"{argument} must not be under torch.func.vmap, which hides the batch"
+        got = f"{numbers.dim() - tensor.dim()} hidden dimensions"
+        raise ValueError(f"{owner}: {must}; give the whole batch at once, got {got}")
     return numbers
 
 
@@ -139,11 +138,8 @@ def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     staged = torch.empty(sum(spans), dtype=torch.uint8, device="cpu", pin_memory=True)
     for span, size, t in zip(staged.split(spans), sizes, tensors, strict=True):
         span[:size].copy_(t.contiguous().view(-1).view(torch.uint8))
-    parts = staged.to(device, non_blocking=True).split(spans)
-    return [
-        part[:size].view(t.dtype).view(t.shape)
-        for part, size, t in zip(parts, sizes, tensors, strict=True)
-    ]
+    parts = zip(staged.to(device, non_blocking=True).split(spans), sizes, tensors, strict=True)
+    return [part[:size].view(t.dtype).view(t.shape) for part, size, t in parts]
 
 
 def placed(

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from . import ops
-from ._arguments import count, dense, nonnegative, real_array, shown
+from ._arguments import check, count, dense, nonnegative, real_array
 from ._extension import CUDA_FAILURES, curve_plan, exact_matmul
 from ._torch import placed, to_device
 
@@ -157,9 +157,8 @@ class MatrixMap(LinearMap):
 
     def __init__(self, matrix: ArrayLike | Tensor) -> None:
         array = real_array(self, "matrix", matrix)
-        if array.ndim != 2 or not np.isfinite(array).all():
-            must = "matrix must be finite, with two dimensions"
-            raise ValueError(f"MatrixMap: {must}, got {shown(matrix)}")
+        is_fit = array.ndim == 2 and np.isfinite(array).all()
+        check(self, is_fit, "matrix must be finite, with two dimensions", matrix)
         super().__init__(array.shape[1], array.shape[0], torch.from_numpy(array))
 
     def _apply(self, values: Tensor, transpose: bool) -> Tensor:

@@ -94,7 +94,7 @@ def _fake(values: Tensor, _: Tensor, schedule: Tensor, transpose: bool, *where: 
 torch.library.register_fake("coded_torch::spline_apply", _fake)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _set_up(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     values, coefficients, schedule, ctx.transpose, gather, scatter, ctx.num_rows = inputs
     if coefficients.requires_grad:
         raise ValueError("spline_apply: coefficients must not require a gradient, they have none")
@@ -119,9 +119,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad, *[None] * 6
 
 
-torch.library.register_autograd(
-    "coded_torch::spline_apply", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("coded_torch::spline_apply", _backward, setup_context=_set_up)
 
 
 def _vmap(_: Any, in_dims: tuple[int | None, ...], values: Tensor, *plan: Any) -> Any:
@@ -141,7 +139,7 @@ class _Transformed(torch.autograd.Function):
     """The operator under ``torch.func``, which cannot use the registered gradient."""
 
     backward = staticmethod(_backward)
-    setup_context = staticmethod(_setup_context)
+    setup_context = staticmethod(_set_up)
     vmap = staticmethod(_vmap)
 
     @staticmethod

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ._arguments import MOST_WORKERS, count, instance, probability, real, real_array, shown
+from ._arguments import MOST_WORKERS, check, count, instance, probability, real, real_array
 from ._torch import outside
 
 __all__ = ["Bernoulli", "Contiguous", "ShiftedExponential", "Stragglers", "Trace", "Uniform"]
@@ -59,9 +59,8 @@ class Stragglers(abc.ABC):
             drawn = torch.tensor(math.nan)
             with contextlib.suppress(TypeError, ValueError):  # no numbers
                 drawn = torch.as_tensor(given, dtype=torch.float64)
-        if drawn.shape != (num_workers,) or not bool((drawn >= 0).all()):  # NaN fails, too
-            must = f"_draw must return {num_workers} latencies of at least 0"
-            raise ValueError(f"{type(self).__name__}: {must}, got {shown(given)}")
+        holds = drawn.shape == (num_workers,) and bool((drawn >= 0).all())  # NaN fails, too
+        check(self, holds, f"_draw must return {num_workers} latencies of at least 0", given)
         return drawn
 
     @abc.abstractmethod
@@ -136,8 +135,7 @@ class ShiftedExponential(Stragglers):
 
     def __init__(self, shift: float, rate: float, *, seed: int | None = None) -> None:
         super().__init__(seed)
-        must, valid = "at least 0 and finite", lambda x: 0 <= x < math.inf
-        self.shift = real(self, "shift", shift, must, valid)
+        self.shift = real(self, "shift", shift, "finite and >= 0", lambda x: 0 <= x < math.inf)
         self.rate = real(self, "rate", rate, "positive and finite", lambda x: 0 < x < math.inf)
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
@@ -164,16 +162,14 @@ class Trace(Stragglers):
     def __init__(self, source: ArrayLike | Tensor) -> None:
         super().__init__()
         latencies = real_array(self, "source", source)
-        if latencies.ndim != 2 or not latencies.size or not (latencies >= 0).all():  # NaN fails
-            must = "rows of at least one latency each, at least 0"
-            raise ValueError(f"Trace: source must be {must}, got {shown(source)}")
+        holds = latencies.ndim == 2 and latencies.size and (latencies >= 0).all()  # NaN fails
+        check(self, holds, "source must be rows of at least one latency each, at least 0", source)
         self.num_requests, self.num_workers = latencies.shape
         self._latencies, self.position = latencies, 0
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
-        if num_workers != self.num_workers:
-            must = f"num_workers must be {self.num_workers}, as in the trace"
-            raise ValueError(f"Trace: {must}, got {num_workers}")
+        must = f"num_workers must be {self.num_workers}, as in the trace"
+        check(self, num_workers == self.num_workers, must, num_workers)
         latencies = torch.tensor(self._latencies[self.position])
         self.position = (self.position + 1) % self.num_requests
         return latencies

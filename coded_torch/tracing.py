@@ -70,9 +70,8 @@ def _span(api: Any, name: str, headers: Mapping[str, str] | None) -> Iterator[An
         with harmless():
             if made is not None:
                 made.record_exception(error)
-                made.set_status(
-                    api.Status(api.StatusCode.ERROR, f"{type(error).__name__}: {error}")
-                )
+                what = f"{type(error).__name__}: {error}"
+                made.set_status(api.Status(api.StatusCode.ERROR, what))
         raise
     finally:
         with harmless():

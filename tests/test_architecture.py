@@ -38,20 +38,20 @@ FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
-    "beside the folders": 2355,
-    "cli": 1455,
-    "codes": 999,
-    "experiments": 1721,
-    "input_space": 1309,
-    "nn": 2421,
-    "open_inference": 810,
+    "beside the folders": 2343,
+    "cli": 1433,
+    "codes": 981,
+    "experiments": 1698,
+    "input_space": 1304,
+    "nn": 2419,
+    "open_inference": 784,
     "scheduling": 769,
-    "serve": 1356,
-    "surrogates": 544,
+    "serve": 1349,
+    "surrogates": 533,
     "verification": 915,
     "workers": 3427,
 }
-MOST_LINES = 18_081  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_955  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._arguments import MOST_WORKERS, count, instance, shown
+from .._arguments import MOST_WORKERS, check, count, instance, shown
 from .._torch import on_host, outside
 from ..input_space.metrics import Distances, Sources
 from ..input_space.ordering import Grouping
@@ -84,13 +84,11 @@ class Code(abc.ABC):
     ) -> None:
         self.num_data = count(self, "num_data", num_data, most=MOST_WORKERS)
         self.num_workers = count(self, "num_workers", num_workers, most=MOST_WORKERS)
-        if self.num_workers < self.num_data:
-            must = f"num_workers must be at least num_data, {self.num_data}"
-            raise ValueError(f"{type(self).__name__}: {must}, got {self.num_workers}")
+        must = f"num_workers must be at least num_data, {self.num_data}"
+        check(self, self.num_workers >= self.num_data, must, self.num_workers)
         instance(self, "ordering", ordering, str)
-        if ordering not in ("similarity", "arrival"):
-            must = "ordering must be 'similarity' or 'arrival'"
-            raise ValueError(f"{type(self).__name__}: {must}, got {ordering!r}")
+        must = "ordering must be 'similarity' or 'arrival'"
+        check(self, ordering in ("similarity", "arrival"), must, ordering)
         instance(self, "shuffle", shuffle, bool)
         check_link(self, link)
         self.ordering, self.shuffle, self.link = ordering, shuffle, link
@@ -120,12 +118,10 @@ class Code(abc.ABC):
         Raises TypeError or ValueError if the inputs do not fit, or if :func:`torch.func.vmap` hides
         a dimension of an input.
         """
-        name = type(self).__name__
         count(self, "num_stragglers", num_stragglers, 0, self.num_workers)
-        inputs, size = check_batch(name, inputs, batch_size)
-        if not inputs and self.mixes:
-            must = "inputs must hold a floating-point tensor to be mixed"
-            raise ValueError(f"{name}: {must}, got none")
+        inputs, size = check_batch(type(self).__name__, inputs, batch_size)
+        must = "inputs must hold a floating-point tensor to be mixed"
+        check(self, inputs or not self.mixes, must, inputs)
         with outside():
             return self._plan(inputs, size, num_stragglers, others)
 
@@ -189,27 +185,22 @@ class FixedCode(Code):
 
     @on_host()
     def _new_decoder(self, workers: tuple[int, ...]) -> LinearMap:
-        if any(map(operator.ge, workers, workers[1:])):
-            must = f"{type(self).__name__}: received must be strictly increasing"
-            raise ValueError(f"{must}, got {shown(workers)}")
+        increase = all(map(operator.lt, workers, workers[1:]))
+        check(self, increase, "received must be strictly increasing", workers)
         if len(workers) < self.min_received:
             raise NotEnoughResults(workers, self.min_received, self.num_workers)
         return self._checked("decoder", self._make_decoder(workers), len(workers), self.num_data)
 
     def _checked(self, what: str, made: Any, *sizes: int) -> LinearMap:
-        name = type(self).__name__
         if isinstance(made, np.ndarray) and made.ndim == 2:
             given, made = made, MatrixMap(made)  # refuses other objects than numbers
             sums, magnitudes = given.sum(1), np.abs(given).sum(1)
-            if (np.abs(sums - 1) > _ROUNDING * np.maximum(magnitudes, 1)).any():
-                must = f"the rows of _make_{what}'s matrix must sum to 1"
-                raise ValueError(f"{name}: {must}, got sums {shown(sums.tolist())}")
+            hold = (np.abs(sums - 1) <= _ROUNDING * np.maximum(magnitudes, 1)).all()
+            check(self, hold, f"the rows of _make_{what}'s matrix must sum to 1", sums.tolist())
         if not isinstance(made, LinearMap) or (made.num_inputs, made.num_outputs) != sizes:
             got = made if isinstance(made, LinearMap) else type(made).__name__
-            raise TypeError(
-                f"{name}: _make_{what} must return a NumPy array {[*sizes[::-1]]} or a LinearMap "
-                f"from {sizes[0]} to {sizes[1]}, got {got}"
-            )
+            of = f"a NumPy array {[*sizes[::-1]]} or a LinearMap from {sizes[0]} to {sizes[1]}"
+            raise TypeError(f"{type(self).__name__}: _make_{what} must return {of}, got {got}")
         return made
 
     def encode(self, values: Tensor, dim: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.polynomial import chebyshev
 from numpy.typing import ArrayLike, NDArray
 
-from .._arguments import MOST_WORKERS, count, nonnegative, real_array, shown
+from .._arguments import MOST_WORKERS, check, count, nonnegative, real_array
 from ..linear import LinearMap, SplineMap
 from .base import FixedCode, Map
 
@@ -90,10 +90,9 @@ class CurveCode(FixedCode):
 
     def _points(self, argument: str, points: ArrayLike, size: int) -> Floats:
         array = real_array(self, argument, points)
-        increasing = array.shape == (size,) and bool((array[1:] > array[:-1]).all())
-        if not (increasing and np.isfinite(array).all()):
-            must = f"{argument} must be finite and strictly increasing, of shape ({size},)"
-            raise ValueError(f"{type(self).__name__}: {must}, got {shown(array.tolist())}")
+        increasing = array.shape == (size,) and (array[1:] > array[:-1]).all()
+        must = f"{argument} must be finite and strictly increasing, of shape ({size},)"
+        check(self, increasing and np.isfinite(array).all(), must, array.tolist())
         array.flags.writeable = False
         return array
 
@@ -301,9 +300,9 @@ class LagrangeCode(CurveCode):
             self.decoder_degree = (self.num_data - 1) * degree
         else:
             self.decoder_degree = count(self, "decoder_degree", decoder_degree, 0, MOST_WORKERS)
-        if self.num_workers < (least := self.min_received):
-            must = f"num_workers must be at least {least} for polynomials of degree {least - 1}"
-            raise ValueError(f"LagrangeCode: {must}, got {self.num_workers}")
+        least = self.min_received
+        must = f"num_workers must be at least {least} for polynomials of degree {least - 1}"
+        check(self, self.num_workers >= least, must, self.num_workers)
 
     def candidates(self) -> dict[str, Sequence[Any]]:
         if self._given.get("degree") is not None:  # the model is a polynomial, so D is known

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._arguments import check
 from .._extension import with_copies
 from .._torch import to_device
 from ..input_space.metrics import METRICS, Features
@@ -112,9 +113,8 @@ class RegressionCode(Code):
         self.regression = Regression(metric, length, self.link, coverage)
         self.metric, self.length = metric, self.regression.length
         self.coverage = self.regression.coverage
-        if redundancy not in ("copies", "midpoints"):
-            must = "redundancy must be 'copies' or 'midpoints'"
-            raise ValueError(f"RegressionCode: {must}, got {redundancy!r}")
+        must = "redundancy must be 'copies' or 'midpoints'"
+        check(self, redundancy in ("copies", "midpoints"), must, redundancy)
         self.redundancy, self.mixes = redundancy, redundancy == "midpoints"
 
     def candidates(self) -> dict[str, Sequence[Any]]:
@@ -171,22 +171,16 @@ class _MidpointPlan(_RepetitionPlan):
         # and of these the most uncertain.
         errors = self.leave_one_out_variances()[rows]
         errors = errors[:, pairs] + errors[:, (pairs + 1).clamp(max=k - 1)]
-        order = (errors + 3 * errors.max() * (pairs % 2 == 0)).argsort(
-            dim=1, descending=True, stable=True
-        )
+        errors = errors + 3 * errors.max() * (pairs % 2 == 0)
+        order = errors.argsort(dim=1, descending=True, stable=True)
         first = order[:, : n - k]  # each once; further workers repeat midpoints, too
         ends = first, (first + 1).clamp(max=k - 1)
         self._pairs = tuple(rows.gather(1, x).flatten() for x in ends)
         self._size, every = size, size + torch.arange(first.numel()).view(first.shape)
         points = torch.cat([rows, every[:, torch.arange(n - k) % len(pairs)]], 1)  # [G, N]
-        RowPlan.__init__(
-            self,
-            code.regression,
-            [self._extended(x) for x in inputs],
-            size + every.numel(),
-            (),
-            [part.unique() for part in cut(points.flatten(), n)],
-        )
+        extended, parts = map(self._extended, inputs), cut(points.flatten(), n)
+        given = [*extended], size + every.numel(), (), [part.unique() for part in parts]
+        RowPlan.__init__(self, code.regression, *given)
         self.num_groups = groups
         self._rows = points.flatten()[torch.from_numpy(_deal(groups, n))]
 

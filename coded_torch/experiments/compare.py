@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import codes as kinds
-from .._arguments import count, instance, shown
+from .._arguments import check, count, instance
 from .._torch import as_called, on_host
 from ..codes import Code, RegressionCode
 from ..stragglers import Stragglers, Uniform
@@ -110,13 +110,12 @@ def compare(
     """
     instance("compare", "module", module, nn.Module)
     calls = calls_of("compare", module, batches)
-    if len(calls) < 2:
-        must = "batches must hold at least two, one to tune on and one to answer"
-        raise ValueError(f"compare: {must}, got {len(calls)}")
+    must = "batches must hold at least two, one to tune on and one to answer"
+    check("compare", len(calls) >= 2, must, len(calls))
     truth: Any = [None] * len(calls) if labels is None else labels
-    if isinstance(truth, Tensor) or not isinstance(truth, Sequence) or len(truth) != len(calls):
-        must = f"labels must be a sequence of integer tensors, one for each of {len(calls)} batches"
-        raise ValueError(f"compare: {must}, got {shown(labels)}")
+    is_list = isinstance(truth, Sequence) and not isinstance(truth, Tensor)
+    must = f"labels must be a sequence of integer tensors, one for each of {len(calls)} batches"
+    check("compare", is_list and len(truth) == len(calls), must, labels)
     for name, value in {"more": more, "surrogate": surrogate, "attack": attack}.items():
         instance("compare", name, value, Callable, optional=True)
     faulty = count("compare", "faulty", faulty)
@@ -126,8 +125,7 @@ def compare(
     several: Any = seeds if isinstance(seeds, list | tuple | range) else [seeds]
     seeds = [count("compare", "seeds", seed, least=0, most=2**64 - 2) for seed in several]
     for name, values in {"settings": settings, "seeds": seeds}.items():
-        if not values:
-            raise ValueError(f"compare: {name} must hold at least one, got none")
+        check("compare", values, f"{name} must hold at least one", values)
     instance("compare", "schemes", schemes, Sequence, optional=True)
     received_sets = count("compare", "received_sets", received_sets)
     cut = max(1, len(calls) // 4) if tuning is None else tuning
@@ -142,9 +140,9 @@ def compare(
             sets = [received_by(drawn, n, lost) for _ in range(number)]
             trial = Trial(module, args, sets, **how, owner=f"compare: batches[{i}]")
             if classes is not None:
-                if [leaf.dim() for leaf in trial.exact] != [2]:
-                    must = "labels must go with a module that returns [B, classes]"
-                    raise ValueError(f"compare: {must}, got {[[*x.shape] for x in trial.exact]}")
+                shapes = [[*leaf.shape] for leaf in trial.exact]
+                must = "labels must go with a module that returns [B, classes]"
+                check("compare", [*map(len, shapes)] == [2], must, shapes)
                 check_labels("compare", classes, trial.exact[0])
             if attack is not None:
                 count("compare", "faulty, of the workers received,", faulty, 1, min(map(len, sets)))
@@ -162,9 +160,8 @@ def compare(
             if isinstance(code, Code):
                 mixes = code.mixes or surrogate is None
                 codes[setting, name] = code = chosen("compare", code, honest, s, mixes=mixes)
-            elif attack is not None:
-                must = "more must return codes beside an attack, as functions get honest outputs"
-                raise ValueError(f"compare: {must}, got {name!r}")
+            must = "more must return codes beside an attack, as functions get honest outputs"
+            check("compare", attack is None or isinstance(code, Code), must, name)
             tuned[name] = code
         for seed in seeds:
             answered = trials(setting, seed, received_sets, slice(cut, None))
@@ -174,8 +171,8 @@ def compare(
                 found: dict[str, tuple[Code | Decoder | None, list[Score]]] = {}
                 cheap = [] if surrogate is None else trial.run(surrogate, name="surrogate")
                 wanted, got = ([[*x.shape] for x in each] for each in (trial.exact, cheap))
-                if surrogate is not None and got != wanted:
-                    raise ValueError(f"compare: surrogate must return {wanted}, got {got}")
+                is_fit = surrogate is None or got == wanted
+                check("compare", is_fit, f"surrogate must return {wanted}", got)
                 for received in trial.sets:
                     for name, answers, of in _answers(trial, tuned, received, s, cheap):
                         scores = score(_flat(answers), exact, classes)
@@ -201,15 +198,14 @@ def _schemes(k: int, n: int, trial: Trial, more: Any, names: Any) -> dict[str, C
     for name, code in added.items():
         instance("compare", f"what more returns as {name!r}", code, Code | Callable)
         of = (code.num_data, code.num_workers) if isinstance(code, Code) else (k, n)
-        if name in codes.keys() | _WITH_SURROGATES or of != (k, n):
-            must = f"more must return codes of K = {k} and N = {n} under names that are not taken"
-            raise ValueError(f"compare: {must}, got {code} as {name!r}")
+        is_taken = name in codes.keys() | _WITH_SURROGATES
+        must = f"more must return codes of K = {k} and N = {n} under names that are not taken"
+        check("compare", of == (k, n) and not is_taken, must, {name: code})
     schemes: dict[str, Code | Decoder] = {**codes, **added}
     fit = {x: y for x, y in schemes.items() if trial.mixable or not getattr(y, "mixes", False)}
     some = {x: y for x, y in fit.items() if names is None or x in names or x in added}
-    if not some or any(name not in [*schemes] for name in names or ()):  # may have no hash
-        must = f"schemes must be names of {str([*fit])[1:-1]}"
-        raise ValueError(f"compare: {must}, got {shown(names)}")
+    are_known = all(name in [*schemes] for name in names or ())  # may have no hash
+    check("compare", some and are_known, f"schemes must be names of {str([*fit])[1:-1]}", names)
     return some
 
 
@@ -249,9 +245,8 @@ def received_by(delays: Stragglers, num_workers: int, lost: int) -> list[int]:
     latencies = delays.sample(num_workers)
     seconds, order = latencies.sort()
     first = num_workers - lost
-    if not seconds[first - 1] < [*seconds, math.inf][first]:
-        must = f"delays must make S = {lost} of N = {num_workers} workers slower than all others"
-        raise ValueError(f"compare: {must}, got latencies {shown(latencies.tolist())}")
+    must = f"delays must make S = {lost} of N = {num_workers} workers slower than all others"
+    check("compare", seconds[first - 1] < [*seconds, math.inf][first], must, latencies.tolist())
     return sorted(order[:first].tolist())
 
 
@@ -260,9 +255,8 @@ def _setting(setting: Any) -> Setting:
         n, k, s = (count("compare", "settings", value, least=None) for value in setting)
     except (TypeError, ValueError):
         n, k, s = 0, 0, 0
-    if not (1 <= k <= n and 0 <= s < n):
-        must = "settings must be triples (N, K, S) of integers with 1 <= K <= N and 0 <= S < N"
-        raise ValueError(f"compare: {must}, got {shown(setting)}")
+    must = "settings must be triples (N, K, S) of integers with 1 <= K <= N and 0 <= S < N"
+    check("compare", 1 <= k <= n and 0 <= s < n, must, setting)
     return n, k, s
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._arguments import count, instance, positive, probability
+from .._arguments import check, count, instance, positive, probability
 from .._torch import broadcast_dims, flatten, on_host, unflatten
 from ..stragglers import Stragglers
 from ..table import Began, Part, Reply
@@ -75,15 +75,12 @@ class FaultyWorkers(Workers):
         self.adversaries = tuple(count(self, "adversaries", each, least=0) for each in adversaries)
         unknown = {*self.rates} - {*Fault.KINDS}
         strange = {*self.adversaries} - {*(pool.places or self.adversaries)}
-        for holds, must, got in (
-            (not unknown, f"rates must be of {', '.join(Fault.KINDS)}", str(sorted(unknown))[1:-1]),
-            (sum(self.rates.values()) <= 1, "rates must be at most 1 in sum", self.rates),
-            (attack is None or callable(attack), "attack must be callable or None", repr(attack)),
-            (attack or not self.adversaries, "adversaries must come with an attack", adversaries),
-            (not strange, "adversaries must be places of the pool", str(sorted(strange))[1:-1]),
-        ):
-            if not holds:
-                raise ValueError(f"FaultyWorkers: {must}, got {got}")
+        check(self, not unknown, f"rates must be of {', '.join(Fault.KINDS)}", sorted(unknown))
+        check(self, sum(self.rates.values()) <= 1, "rates must be at most 1 in sum", self.rates)
+        check(self, attack is None or callable(attack), "attack must be callable or None", attack)
+        given = self.adversaries
+        check(self, attack or not given, "adversaries must come with an attack", given)
+        check(self, not strange, "adversaries must be places of the pool", sorted(strange))
         self.pool, self.delays, self.attack = pool, delays, attack
         self.stragglers = pool.stragglers if delays is None else delays
         self.simulated = pool.simulated

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._arguments import dense
+from .._arguments import check, dense
 from ..codes import Code
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ def score(decoded: Tensor, exact: Tensor, labels: Tensor | None = None) -> Score
     """
     for argument, value in (("decoded", decoded), ("exact", exact)):
         dense("score", argument, value)
-    if decoded.shape != exact.shape or not exact.dim() or not exact.numel():
-        must = "decoded must have the shape [..., C] of exact and hold at least one answer"
-        raise ValueError(f"score: {must}, got {tuple(decoded.shape)} and {tuple(exact.shape)}")
+    are_fit = decoded.shape == exact.shape and exact.dim() and exact.numel()
+    must = "decoded must have the shape [..., C] of exact and hold at least one answer"
+    check("score", are_fit, must, ([*decoded.shape], [*exact.shape]))
     decoded, exact = decoded.detach().double(), exact.detach().double()
     answered = decoded.isfinite().all(-1)
     found, own = torch.where(answered, decoded.argmax(-1), -1), exact.argmax(-1)
@@ -77,14 +77,13 @@ def score(decoded: Tensor, exact: Tensor, labels: Tensor | None = None) -> Score
 
 def check_labels(owner: str, labels: Any, exact: Tensor) -> None:
     """Raise an error unless labels are one class, 0 to C - 1, for each answer ``[..., C]``."""
-    must = f"{owner}: labels must"
     if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
         got = getattr(labels, "dtype", type(labels).__name__)
-        raise TypeError(f"{must} be an integer tensor, got {got}")
-    if (got := tuple(labels.shape)) != exact.shape[:-1]:
-        raise ValueError(f"{must} have shape {tuple(exact.shape[:-1])}, got {got}")
-    if (wrong := labels[(labels < 0) | (labels >= exact.shape[-1])]).numel():
-        raise ValueError(f"{must} be from 0 to {exact.shape[-1] - 1}, got {wrong[0].item()}")
+        raise TypeError(f"{owner}: labels must be an integer tensor, got {got}")
+    got, must = tuple(labels.shape), tuple(exact.shape[:-1])
+    check(owner, got == must, f"labels must have shape {must}", got)
+    wrong = labels[(labels < 0) | (labels >= exact.shape[-1])].tolist()
+    check(owner, not wrong, f"labels must be from 0 to {exact.shape[-1] - 1}", wrong[:1])
 
 
 def rmse(decoded: Tensor, exact: Tensor) -> float:
@@ -210,9 +209,8 @@ class Comparison:
         """Return the scores, each also relative to the scheme of this name, batch by batch."""
         schemes = grouped(self.records, lambda x: (x[:3], x.scheme))
         names = dict.fromkeys(name for _, name in schemes)
-        if reference and reference not in names:
-            must = f"reference must be one of {', '.join(names)}"
-            raise ValueError(f"against: {must}, got {reference!r}")
+        must = f"reference must be one of {', '.join(names)}"
+        check("against", not reference or reference in names, must, reference)
         number = sum(name != reference for _, name in schemes)
         rows = []
         for (setting, name), records in schemes.items():

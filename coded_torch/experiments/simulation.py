@@ -166,13 +166,10 @@ def simulate(
         if call.table.reason != "complete":
             units = {unit % num_units for unit in call.table.answered}
             estimated[call.number] = 1 - len(units) / num_units
-    return Outcome(
-        latencies,
-        estimated,
-        pool.begun_parts / (num_requests * num_parts),
-        pool.begun_rows / (num_requests * num_rows),
-        Counter(call.table.reason for call, _ in pool.ended),
-    )
+    calls = pool.begun_parts / (num_requests * num_parts)
+    work = pool.begun_rows / (num_requests * num_rows)
+    reasons = Counter(call.table.reason for call, _ in pool.ended)
+    return Outcome(latencies, estimated, calls, work, reasons)
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -336,15 +333,13 @@ class _Pool:
         return list(np.where(dead, math.inf, factors).tolist())
 
 
-def _spells(
-    slow: float, mean: float, numbers: random.Random
-) -> Iterator[tuple[float, float, float]]:
+def _spells(slow: float, mean: float, draws: random.Random) -> Iterator[tuple[float, float, float]]:
     """Yield the spells in which a worker is slow: begin, end and factor."""
     if not slow:
         yield math.inf, math.inf, 1.0
     low, high = _SLOW_BY
-    end, is_slow = 0.0, numbers.random() < slow
+    end, is_slow = 0.0, draws.random() < slow
     while True:
-        begin = end if is_slow else end + numbers.expovariate(1.0) * mean * (1 - slow) / slow
-        end, is_slow = begin + numbers.expovariate(1.0) * mean, False
-        yield begin, end, low * (high / low) ** numbers.random()
+        begin = end if is_slow else end + draws.expovariate(1.0) * mean * (1 - slow) / slow
+        end, is_slow = begin + draws.expovariate(1.0) * mean, False
+        yield begin, end, low * (high / low) ** draws.random()

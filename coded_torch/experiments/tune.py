@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._arguments import instance, shown, warn
+from .._arguments import check, instance, shown, warn
 from .._torch import as_called, broadcast_dims, check_batch, leaf_name, on_host
 from ..codes import BatchPlan, Code
 from ..input_space.regression import to_scale
@@ -60,8 +60,7 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
     if (code := wrapper.code) is None:
         raise ValueError("tune: wrapper must have a code, got a wrapper without one")
     calls = calls_of("tune", wrapper.module, batches)
-    if not calls:
-        raise ValueError("tune: batches must hold at least one batch, got none")
+    check("tune", calls, "batches must hold at least one batch", calls)
     draws = received_sets(wrapper, code)
     how: Any = {"in_dims": wrapper.in_dims, "out_dims": wrapper.out_dims, "owner": "tune"}
     trials = (Trial(wrapper.module, x, [*itertools.islice(draws, SETS)], **how) for x in calls)
@@ -87,17 +86,15 @@ def chosen(
     """Return the code with the numbers of the least squared error on trials; it may mix inputs."""
     options = dict(code.candidates())
     for name, some in (values or {}).items():
-        if name not in options:
-            known = ", ".join(options) or "none"
-            raise ValueError(f"tune: the numbers of {code} must be among {known}, got {name!r}")
+        known = ", ".join(options) or "none"
+        check("tune", name in options, f"the numbers of {code} must be among {known}", name)
         if isinstance(some, str | bytes) or not isinstance(some, Sequence) or not some:
             raise TypeError(f"tune: {name} must be a sequence that is not empty, got {shown(some)}")
         options[name] = some
     combinations = itertools.product(*options.values())
     variants = [code.replace(**dict(zip(options, some, strict=True))) for some in combinations]
     variants = [variant for variant in variants if mixes or not variant.mixes]
-    if not variants:
-        raise ValueError(f"{owner}: the code must not mix inputs beside a surrogate, got {values}")
+    check(owner, variants, "the code must not mix inputs beside a surrogate", values)
     if len(variants) == 1:
         return variants[0]
     errors, decodable = np.zeros(len(variants)), False
@@ -145,9 +142,8 @@ def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...
     calls = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     for i, args in enumerate(calls):
         sizes = [x.shape[:1] for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
-        if not sizes or any(0 in size for size in sizes):
-            must = f"batches[{i}] must hold a tensor, and at least one input"
-            raise ValueError(f"{owner}: {must}, got {shown(args)}")
+        must = f"batches[{i}] must hold a tensor, and at least one input"
+        check(owner, sizes and not any(0 in size for size in sizes), must, args)
     return calls
 
 
@@ -190,11 +186,8 @@ class Trial:
         """Return a function's outputs that are decoded, of the batch or of rows ``[R, ...]``."""
         inputs, found = self._inputs, list[Tensor]()
         batches = inputs.batches() if batches is None else batches
-        given = iter(batches)
-        leaves = [
-            leaf if dim is None else next(given).clone().movedim(0, dim)
-            for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
-        ]
+        given, pairs = iter(batches), zip(inputs.leaves, inputs.dims, strict=True)
+        leaves = [x if dim is None else next(given).clone().movedim(0, dim) for x, dim in pairs]
         args, kwargs = pytree.tree_unflatten(leaves, inputs.spec)
         with torch.no_grad(), as_called():
             tree = function(*args, **kwargs)
@@ -247,8 +240,8 @@ class Trial:
         with torch.no_grad(), as_called():
             found: list[Any] = pytree.tree_leaves(decoder(*given, [*received]))
         wanted = [[*x.shape] for x in self.exact]
-        if (got := [[*getattr(x, "shape", [])] for x in found]) != wanted:
-            raise ValueError(f"compare: {name!r} must return answers of shape {wanted}, got {got}")
+        got = [[*getattr(x, "shape", [])] for x in found]
+        check("compare", got == wanted, f"{name!r} must return answers of shape {wanted}", got)
         for x in found:
             instance("compare", f"an answer of {name!r}", x, Tensor)
         return found
@@ -262,9 +255,9 @@ class Trial:
         wrong = results.clone()
         for place in torch.randperm(len(results), generator=generator)[:faulty].tolist():
             rows = attack(results[place], generator)
-            if not isinstance(rows, Tensor) or rows.shape != wrong[place].shape:
-                must = f"attack must return a tensor of the shape it got, {[*wrong[place].shape]}"
-                raise ValueError(f"compare: {must}, got {shown(rows)}")
+            is_fit = isinstance(rows, Tensor) and rows.shape == wrong[place].shape
+            must = f"attack must return a tensor of the shape it got, {[*wrong[place].shape]}"
+            check("compare", is_fit, must, rows)
             wrong[place] = rows
         return wrong
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._arguments import count, dense, instance, real, shown
+from .._arguments import check, count, dense, instance, real, shown
 from .._extension import first_results
 from .._torch import exactly, outside, plain, to_device
 from .error_bounds import ErrorBounds
@@ -173,8 +173,7 @@ class RowPlan:
     def _flat(self, results: Tensor, received: Sequence[int]) -> Tensor:
         if results.shape[:2] != (len(received), self.num_groups) or not len(received):
             must = f"results must have shape {[len(received) or 1, self.num_groups]} and more"
-            name = type(getattr(self, "code", self)).__name__
-            raise ValueError(f"{name}: {must}, got {[*results.shape]}")
+            check(getattr(self, "code", self), False, must, [*results.shape])
         return results.flatten(0, 1)
 
     def decode(self, results: Tensor, received: Sequence[int], search: bool = True) -> Tensor:
@@ -243,19 +242,16 @@ def check_batch(
         dense(owner, f"inputs[{i}]", x)
         size = x.shape[:1].numel() if size is None else size
         if x.shape[:1] != (size,) or not size:
+            must = "batch_size must be that of the inputs, at least 1"
             got = f"{size} beside inputs[{i}] of shape {tuple(x.shape)}"
-            raise ValueError(
-                f"{owner}: batch_size must be that of the inputs, at least 1, got {got}"
-            )
+            raise ValueError(f"{owner}: {must}, got {got}")
     return [plain(owner, f"inputs[{i}]", x) for i, x in enumerate(inputs)], size or 0
 
 
 def check_link(owner: object, link: Any) -> None:
     """Raise an error unless ``link`` is None or "softmax"."""
     instance(owner, "link", link, str, optional=True)
-    if link not in (None, "softmax"):
-        name = owner if isinstance(owner, str) else type(owner).__name__
-        raise ValueError(f"{name}: link must be None or 'softmax', got {link!r}")
+    check(owner, link in (None, "softmax"), "link must be None or 'softmax'", link)
 
 
 def to_scale(outputs: Tensor, link: str | None) -> Tensor:
@@ -276,6 +272,5 @@ def _metrics(metric: Any) -> tuple[str | Features, ...]:
             error = ValueError if isinstance(one, str) else TypeError
             raise error(f"Regression: metric must be {names}, got {shown(metric)}")
         found += METRICS if one == "auto" else [one]
-    if not found:
-        raise ValueError("Regression: metric must hold at least one, got none")
+    check("Regression", found, "metric must hold at least one", metric)
     return tuple(dict.fromkeys(found))

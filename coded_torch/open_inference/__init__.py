@@ -20,7 +20,7 @@ import orjson
 import torch
 from torch import Tensor
 
-from .._arguments import count, instance
+from .._arguments import check, count, instance
 
 #: The datatypes of the protocol that torch computes with.
 DATATYPES = {"BOOL": torch.bool, "UINT8": torch.uint8, "BF16": torch.bfloat16}
@@ -42,9 +42,8 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         instance(self, "name", self.name, str)
-        if self.datatype not in DATATYPES:
-            known = ", ".join(DATATYPES)
-            raise ValueError(f"TensorSpec: datatype must be one of {known}, got {self.datatype!r}")
+        must = f"datatype must be one of {', '.join(DATATYPES)}"
+        check(self, self.datatype in DATATYPES, must, self.datatype)
         instance(self, "shape", self.shape, Sequence)
         sizes = tuple(count(self, "shape", size, least=-1) for size in self.shape)
         object.__setattr__(self, "shape", sizes)
@@ -86,10 +85,8 @@ ADDED = (
 )
 #: What two of them were named before. For one version servers answer to both names, and metadata
 #: list what older clients know: these ask for any other output as if it was the model's own.
-FORMER = {
-    "estimated": TensorSpec("predicted", "BOOL", ()),
-    "label_p_value": TensorSpec("label_risk", "FP32", ()),
-}
+FORMER = {"estimated": TensorSpec("predicted", "BOOL", ())}
+FORMER["label_p_value"] = TensorSpec("label_risk", "FP32", ())
 LISTED = tuple(FORMER.get(spec.name, spec) for spec in ADDED[:5])
 
 
@@ -125,19 +122,12 @@ def from_json(name: str, spec: TensorSpec, shape: Sequence[int], data: list[Any]
     return torch.from_numpy(np.array(rows, kind)).to(spec.dtype).reshape(*shape)
 
 
-def to_bytes(tensor: Tensor) -> memoryview:
-    """Return the elements, little-endian and in row-major order. They may be the tensor's own."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-# The messages of a server and of a client. All faults are a ValueError.
-
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
 _KINDS |= {int: "an integer", float: "a number"}
 
 
 def require(valid: bool, what: str, must: object, got: object) -> None:
-    """Raise a ValueError unless a field is valid."""
+    """Raise a ValueError unless a field is valid. All faults of messages are a ValueError."""
     if not valid:
         raise ValueError(f"{what} must be {must}, got {got!r:.80}")
 
@@ -156,9 +146,8 @@ def field(owner: str, entry: dict[str, Any], key: str, kind: type, default: Any 
 
 def most_bytes(specs: Sequence[TensorSpec], rows: int) -> int:
     """Return the most bytes of a message with so many rows of tensors."""
-    return HEADER + sum(
-        ANY_SHAPE if -1 in spec.shape else rows * math.prod(spec.shape) * NUMBER for spec in specs
-    )
+    numbers = (ANY_SHAPE if -1 in x.shape else rows * math.prod(x.shape) * NUMBER for x in specs)
+    return HEADER + sum(numbers)
 
 
 def split(body: bytes | bytearray, length: str | None) -> tuple[memoryview, memoryview]:
@@ -218,9 +207,6 @@ def tensors_of(
     return given
 
 
-# The messages of a client.
-
-
 class EndpointError(RuntimeError):
     """A server failed, or did not keep the protocol; ``lost`` if it did so while it computed."""
 
@@ -274,11 +260,11 @@ def written(
     entries, tail = [], []
     for spec, tensor, binary in tensors:
         entry = spec.metadata() | {"shape": list(tensor.shape)}
+        numbers = tensor.detach().cpu().reshape(-1).contiguous()
         if binary:
-            tail.append(to_bytes(tensor))
+            tail.append(numbers.view(torch.uint8).numpy().data)  # little-endian, as in memory
             entry["parameters"] = {"binary_data_size": len(tail[-1])}
         else:
-            numbers = tensor.detach().cpu().reshape(-1).contiguous()
             if numbers.dtype in (torch.float16, torch.bfloat16):
                 numbers = numbers.float()
             entry["data"] = numbers.numpy()  # orjson writes null for NaN and infinity

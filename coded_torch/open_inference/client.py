@@ -13,7 +13,6 @@ import threading
 import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
-from urllib.parse import quote
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import open_inference as wire
 from .. import tracing
-from .._arguments import instance, positive
+from .._arguments import check, instance, positive
 from . import ADDED, FORMER, LISTED, EndpointError, Model, RefusedError
 
 _MESSAGE = 2**20  # bytes of metadata and of an error's text, at most; not tuned
@@ -103,10 +102,8 @@ class Client:
         if token is not None:
             self.headers["Authorization"] = f"Bearer {token}"
         self._secret = "authorization" in map(str.lower, self.headers)
-        for header, value in self.headers.items():
-            if not f"{header}{value}".isprintable():
-                must = f"headers must be printable, got one named {header!r}"
-                raise ValueError(f"{self._name}: {must}")
+        for header, value in self.headers.items():  # an error must not show the value
+            check(owner, f"{header}{value}".isprintable(), "headers must be printable", header)
         self._context = context if context is not None else True
         timeout = positive(owner, "timeout", timeout)
         connect_timeout = positive(owner, "connect_timeout", connect_timeout)
@@ -125,16 +122,15 @@ class Client:
             raise ValueError(f"{self._name}: {must}, got {url!r:.200}")
         server = match[0].rstrip("/")
         is_loopback = re.fullmatch(r"localhost|\[::1\]|127(\.\d+){3}", match[2]) is not None
-        if self._secret and match[1] != "https" and not is_loopback:
-            must = "a token needs https, or a loopback address"
-            raise ValueError(f"{self._name}: {must}, got {server}")
+        is_safe = not self._secret or match[1] == "https" or is_loopback
+        check(self._name, is_safe, "a token needs https, or a loopback address", server)
         return server
 
     async def model(self, server: str, name: str, outputs: Sequence[str] | None) -> Model:
         """Return the model of a server, by its metadata, with some of its outputs or all."""
-        path = f"/v2/models/{quote(name, safe='')}"
         try:
-            asked = [await self._ask("GET", server + x, _MESSAGE) for x in ("/v2", path)]
+            paths = "/v2", Model(name, (), (), False).path
+            asked = [await self._ask("GET", server + x, _MESSAGE) for x in paths]
             about, found = [wire.parsed(body) for body, _ in asked]
             inputs, given = (wire.specs_of(found, each) for each in ("inputs", "outputs"))
         except (EndpointError, ValueError) as error:
@@ -145,9 +141,8 @@ class Client:
         names = [x for x in known if known[x] not in added] if outputs is None else outputs
         if added:
             known = {spec.name: spec for spec in ADDED} | FORMER | known
-        if unknown := [each for each in names if each not in known]:
-            must = f"outputs must be some of {', '.join(known)}"
-            raise ValueError(f"{self._name}: {must}, got {unknown}")
+        unknown = [each for each in names if each not in known]
+        check(self._name, not unknown, f"outputs must be some of {', '.join(known)}", unknown)
         return Model(name, inputs, tuple(known[each] for each in names), binary)
 
     async def is_ready(self, server: str, path: str = "/v2/health/ready") -> bool:
@@ -330,9 +325,9 @@ class RemoteModule(nn.Module):
             tensor = given[spec.name]
             if (got := getattr(tensor, "dtype", type(tensor).__name__)) != spec.dtype:
                 raise TypeError(f"RemoteModule: {spec.name} must be of {spec.dtype}, got {got}")
-            if not spec.fits(tensor.shape[1:]) or tensor.dim() == 0:
-                must = f"have rows of shape {list(spec.shape)}, got shape {list(tensor.shape)}"
-                raise ValueError(f"RemoteModule: {spec.name} must {must}")
+            is_fit = tensor.dim() > 0 and spec.fits(tensor.shape[1:])
+            must = f"the shape of {spec.name} must be {[-1, *spec.shape]}"
+            check(self, is_fit, must, [*tensor.shape])
         return [given[name] for name in names]
 
     def outputs(self, tensors: Sequence[Tensor]) -> Any:

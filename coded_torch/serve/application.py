@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 import coded_torch
 
 from .. import tracing
-from .._arguments import bound, count, instance, positive
+from .._arguments import bound, check, count, instance, positive
 from .._torch import positional
 from ..nn import CodedWrapper
 from ..open_inference import ADDED, FORMER, LISTED, TensorSpec, written
@@ -100,18 +100,17 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
     ) -> None:
         instance(self, "coded", coded, CodedWrapper)
         instance(self, "name", name, str)
-        if not name or set(name) & set("{}/?#%"):
-            must = "name must be a part of a URL, without any of {}/?#%"
-            raise ValueError(f"app: {must}, got {name!r}")
+        must = "name must be a part of a URL, without any of {}/?#%"
+        check(self, name and {*name}.isdisjoint("{}/?#%"), must, name)
         for argument, given in (("inputs", inputs), ("outputs", outputs)):
             instance(self, argument, given, Sequence)
             for spec in given:
                 instance(self, f"an entry of {argument}", spec, TensorSpec)
             names = [spec.name for spec in given]
             added = [spec.name for spec in (*ADDED, *FORMER.values()) if argument == "outputs"]
-            if not given or len({*names, *added}) < len(names) + len(added):
-                but = f", none of {', '.join(added)}" if added else ""
-                raise ValueError(f"app: {argument} must be named, each once{but}, got {names}")
+            but = f", none of {', '.join(added)}" if added else ""
+            differ = len({*names, *added}) == len(names) + len(added)
+            check(self, given and differ, f"{argument} must be named, each once{but}", names)
         self.name, self.inputs, self.outputs = name, inputs, outputs
         self._versions = Versions(self, coded, make, token)
         self.examples: list[Tensor] = []
@@ -119,17 +118,14 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         if examples is not None:
             call = bind(self, coded.module, examples)
             self.examples, self.form = pytree.tree_flatten((call.args, call.kwargs))
-            if len(self.examples) != len(inputs):
-                must = f"examples must hold a tensor for each of inputs, {len(inputs)}"
-                raise ValueError(f"app: {must}, got {len(self.examples)}")
+            held, must = len(self.examples), f"examples must hold {len(inputs)} tensors, as inputs"
+            check(self, held == len(inputs), must, held)
             self.inputs = inputs = in_order(inputs, call)
         self.allowed_hosts = None if allowed_hosts is None else [x.lower() for x in allowed_hosts]
         for host in self.allowed_hosts or ():
-            if set(host) & set("/*[]@") or host.count(":") == 1:
-                must = "allowed_hosts must be names or addresses, without ports"
-                raise ValueError(f"app: {must}, got {host!r}")
-        if make is not None and not self.examples:
-            raise ValueError("app: make must come with examples, got none")
+            holds = {*host}.isdisjoint("/*[]@") and host.count(":") != 1
+            check(self, holds, "allowed_hosts must be names or addresses, without ports", host)
+        check(self, make is None or self.examples, "make must come with examples", examples)
         self.deadline = positive(self, "deadline", deadline)
         self.max_rows = count(self, "max_batch_size", max_batch_size)
         self.pool, self.metrics, self.ready = coded.workers, Metrics(), False
@@ -286,9 +282,8 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
     async def _index(self, _: Request) -> Response:
         """List the model, as Triton lists its repository."""
         state = "READY" if self.ready else "UNAVAILABLE"
-        return JSONResponse(
-            [{"name": self.name, "version": self.version, "state": state, "reason": ""}]
-        )
+        found = {"name": self.name, "version": self.version, "state": state, "reason": ""}
+        return JSONResponse([found])
 
     async def _statistics(self, _: Request) -> Response:
         """Return the numbers and the times of requests and batches, as Triton does."""

@@ -162,9 +162,7 @@ def _lists(head: bytearray) -> tuple[bytes | bytearray, dict[int, bytearray]]:
     return shortened, lists
 
 
-def _numbers(
-    text: bytearray, until: float, name: str, spec: TensorSpec, shape: list[int]
-) -> Tensor:
+def _tensor(text: bytearray, until: float, name: str, spec: TensorSpec, shape: list[int]) -> Tensor:
     """Return a tensor of the numbers in a list, which is flat or nested like the shape."""
     count, nested = math.prod(shape), b""
     must = f"{count} numbers of {spec.datatype}, in one list or nested as the shape {shape}"
@@ -230,7 +228,7 @@ def parse(
         if own not in names and type(own) is str:  # for one version, the names of the last one
             entry["name"] = former.get(own, own)
         if type(data) is int and data in lists:  # numbers are read when their shape is known
-            entry["data"] = functools.partial(_numbers, lists.pop(data), until)
+            entry["data"] = functools.partial(_tensor, lists.pop(data), until)
     given = wire.tensors_of("input", listed, inputs, tail, range(1, max_rows + 1))
     tensors = [given[spec.name] for spec in inputs]
     rows = [len(tensor) for tensor in tensors]

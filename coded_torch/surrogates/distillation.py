@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._arguments import count, instance, nonnegative, positive
+from .._arguments import check, count, instance, nonnegative, positive
 from ..input_space.regression import check_link, to_scale
 
 _HELD_OUT = 10  # one row of so many is held out; not tuned
@@ -104,12 +104,10 @@ def distill(
 
     exact, found = on_held_out(module), on_held_out(student.eval())
     shapes, must = ([tuple(x.shape) for x in each] for each in (found, exact))
-    if shapes != must:
-        raise ValueError(f"distill: student must return shapes {must}, as module, got {shapes}")
+    check("distill", shapes == must, f"student must return shapes {must}, as module", shapes)
     weights = [p for p in student.parameters() if p.requires_grad]
-    if not (shapes and weights):
-        needs = "student must have weights to train, and module floating-point outputs"
-        raise ValueError(f"distill: {needs}, got {len(weights)} and {len(shapes)}")
+    needs = "student must have weights to train, and module floating-point outputs"
+    check("distill", shapes and weights, needs, (len(weights), len(shapes)))
     variances = _variances(exact).clamp(min=1e-30)
     generator = torch.Generator(device).manual_seed(seed)
     optimiser = torch.optim.Adam(weights, learning_rate)
@@ -168,31 +166,25 @@ def distill(
         print(file=sys.stderr)
     student.load_state_dict(best_state)
     if not math.isfinite(best):
-        raise RuntimeError(
-            "distill: student must reach a finite error, got none; take a smaller learning_rate, "
-            "or batches for which the module's outputs are finite"
-        )
+        remedy = "take a smaller learning_rate, or batches for which module's outputs are finite"
+        raise RuntimeError(f"distill: student must reach a finite error, got none; {remedy}")
     return best
-
-
-# Batches are tuples of positional arguments, whose tensors have the batch along dimension 0.
 
 
 def _checked(batch: Any, device: torch.device) -> Any:
     """Return the arguments of a batch, on the device."""
     args = batch if isinstance(batch, tuple) else (batch,)
     shapes = [tuple(x.shape) for x in _tensors(args)]
-    if len({shape[:1] for shape in shapes}) != 1 or not all(shapes):
-        raise ValueError(
-            f"distill: batches must hold tensors of one batch size along dimension 0, got {shapes}"
-        )
+    are_fit = len({shape[:1] for shape in shapes}) == 1 and all(shapes)
+    must = "batches must hold tensors of one batch size along dimension 0"
+    check("distill", are_fit, must, shapes)
     return pytree.tree_map_only(Tensor, lambda x: x.detach().to(device), args)
 
 
 def _joined(batches: list[Any]) -> Any:
     """Return the rows of all batches as one."""
-    if (size := sum(len(_tensors(batch)[0]) for batch in batches)) < 4:
-        raise ValueError(f"distill: batches must hold at least four rows, got {size}")
+    size = sum(len(_tensors(batch)[0]) for batch in batches)
+    check("distill", size >= 4, "batches must hold at least four rows", size)
     try:
         columns = zip(*map(pytree.tree_leaves, batches), strict=True)
         leaves = [torch.cat(x) if isinstance(x[0], Tensor) else x[0] for x in columns]

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from coded_torch.open_inference import from_json, most_bytes, to_bytes, written
+from coded_torch.open_inference import from_json, most_bytes, written
 from coded_torch.serve import DATATYPES, Connection, TensorSpec, protocol
 from coded_torch.serve.protocol import ADDED, parse
 
@@ -58,7 +58,7 @@ def wanted(**parameters):
 
 
 def binary(batch, datatype="FP32", size=None, **changes):
-    data = to_bytes(batch)
+    data = batch.contiguous().reshape(-1).view(torch.uint8).numpy().data
     parameters = {"binary_data_size": len(data) if size is None else size}
     entry = {"name": "input", "datatype": datatype, "shape": list(batch.shape)}
     return {"inputs": [entry | {"parameters": parameters} | changes]}, data
