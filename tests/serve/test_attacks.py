@@ -1,0 +1,75 @@
+"""A client of a server of LeNet-5 beside attackers of each kind: its latencies, and the memory."""
+
+import contextlib
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from . import attackers
+from .servers import Client, wait_until
+from .test_command import running
+
+SECONDS = 6.0  # of the calm, and of each attack
+FACTOR = 2.0  # of the calm p95; benchmarks run alone
+ROW = attackers.body(1, attackers.ONE)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running("--deadline", "1") as (process, port):
+        with Client(port) as client:
+            wait_until(lambda: client.get("/v2/health/ready")[0] == 200)
+        asked(port, 2.0)  # latencies become known
+        yield process, port
+
+
+@contextlib.contextmanager
+def attacking(kind, port):
+    line = [sys.executable, attackers.__file__, kind, str(port)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(0.5)
+            yield
+            assert process.poll() is None
+        finally:
+            process.kill()
+
+
+def asked(port, seconds):
+    """Return the p95 of latencies in ms, and the statuses of requests, one after another."""
+    took, statuses, until = [], [], time.monotonic() + seconds
+    with Client(port) as client:
+        while time.monotonic() < until:
+            begin = time.monotonic()
+            statuses.append(client.infer(ROW, attackers.PATH)[0])
+            took.append(time.monotonic() - begin)
+            time.sleep(0.02)
+    return 1000 * float(np.percentile(took, 95)), statuses
+
+
+def peak(process):
+    """Return the most memory in MB that the server's own process had."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", attackers.KINDS)
+def test_a_client_is_answered_as_ever_beside_attackers(server, kind):
+    process, port = server
+    calm, _ = asked(port, SECONDS / 2)
+    with attacking(kind, port):
+        attacked, statuses = asked(port, SECONDS)
+    after, _ = asked(port, SECONDS / 2)
+    lost, memory = sum(status != 200 for status in statuses), peak(process)
+    print(f"\n{kind}: p95 {calm:.1f} and {after:.1f} ms calm, {attacked:.1f} attacked, ", end="")
+    print(f"{lost} of {len(statuses)} lost, {memory:.0f} MB")
+    assert lost == 0
+    assert memory < 1024
+    assert attacked <= FACTOR * max(calm, after)
