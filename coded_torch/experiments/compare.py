@@ -203,8 +203,9 @@ def _schemes(k: int, n: int, trial: Trial, more: Any, names: Any) -> dict[str, C
         check("compare", of == (k, n) and not is_taken, must, {name: code})
     schemes: dict[str, Code | Decoder] = {**codes, **added}
     fit = {x: y for x, y in schemes.items() if trial.mixable or not getattr(y, "mixes", False)}
-    some = {x: y for x, y in fit.items() if names is None or x in names or x in added}
-    are_known = all(name in [*schemes] for name in names or ())  # may have no hash
+    wanted = [*fit] if names is None else [*names]
+    some = {x: y for x, y in fit.items() if x in wanted or x in added}
+    are_known = names is None or all(name in [*schemes] for name in wanted)  # may have no hash
     check("compare", some and are_known, f"schemes must be names of {str([*fit])[1:-1]}", names)
     return some
 

@@ -313,6 +313,12 @@ def test_the_default_device_of_the_caller_holds_in_methods():
     assert {*found} == {"meta"}
 
 
+@pytest.mark.parametrize("schemes", [["mine"], "replication", b"replication"])
+def test_schemes_are_named(schemes):
+    with pytest.raises(ValueError, match="schemes must be names of .*, got"):
+        compare(nn.Tanh(), [torch.ones(6, 2)] * 2, [(3, 2, 1)], schemes=schemes)
+
+
 @pytest.mark.parametrize("name", [*WITH_A_SURROGATE, "Berrut"])
 def test_names_of_schemes_are_not_taken_twice(name):
     batches = list(torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(0)))
