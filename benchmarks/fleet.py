@@ -265,7 +265,7 @@ def overhead(runs: int) -> dict[str, Any]:
 
 
 def measurements(quick: bool) -> Iterator[Measurement]:
-    seconds, count, rate = (1.0, 20, 20.0) if quick else (30.0, 1000, 25.0)
+    seconds, count, rate = (1.0, 20, 20.0) if quick else (60.0, 1000, 25.0)
     yield ("overhead", "one part"), functools.partial(overhead, 20 if quick else 1000)
     for name in list(CASES)[:1] if quick else CASES:
         yield ("workloads", name), functools.partial(workload, name, seconds)
