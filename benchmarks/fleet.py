@@ -65,7 +65,7 @@ CALM = (0.005, 0.0, 1.0, 0.0)
 #: The delays of ``fleet_server.py``, the parts of a request, and requests per second.
 CASES: dict[str, tuple[Delays, int, float]] = {
     "5 % ten times slower, one part": ((0.005, 0.05, 10.0, 0.0), 1, 100.0),
-    "3 % take 50 ms longer, four parts": ((0.005, 0.03, 1.0, 0.05), 4, 50.0),
+    "3 % take 50 ms longer, four parts": ((0.005, 0.03, 1.0, 0.05), 4, 25.0),
 }
 
 

@@ -106,10 +106,11 @@ def accuracy(results: Results) -> Figure:
 def fleet(results: Results) -> Figure:
     """Draw the tail of latency by client, where servers are slow, and where they fail."""
     measured = results["fleet"]
-    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
+    shown = measured["workloads"][SLOW]["clients"], measured["faults"][FAULTS]
     for axes, clients, at, title in zip(
-        figure.subplots(2, 1, height_ratios=[5, 3]),
-        (measured["workloads"][SLOW]["clients"], measured["faults"][FAULTS]),
+        figure.subplots(2, 1, height_ratios=[*map(len, shown)]),
+        shown,
         ("p99.9", "p99"),
         (
             "5 % of the parts ten times slower",

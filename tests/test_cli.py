@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 import coded_torch
-from coded_torch.cli import CommandError, find_factory
+from coded_torch.cli import CommandError, find_factory, usage
 from coded_torch.cli.main import main
 from coded_torch.demo import digits
 from coded_torch.experiments import planner
@@ -130,6 +130,11 @@ def test_an_output_that_nobody_reads_stops_the_work(tmp_path):
     done = subprocess.run(shell, capture_output=True, timeout=60, cwd=tmp_path)
     assert done.stderr == b""
     assert (tmp_path / "code").read_text() == "2\n"
+
+
+def test_an_error_whose_first_line_is_empty_is_shown():
+    with pytest.raises(CommandError, match=r"^why$"), usage():
+        raise ValueError("\nwhy\nand more")
 
 
 def test_demo_prints_tables_and_saves_a_picture(tmp_path, monkeypatch, capsys):

@@ -54,7 +54,7 @@ def usage(label: str = "", errors: Any = _MISTAKES, prefix: str = "") -> Iterato
     except errors as error:
         if isinstance(error, CommandError) or not str(error).startswith(prefix):
             raise
-        lines = str(error).removeprefix(prefix).splitlines() or [type(error).__name__]
+        lines = str(error).removeprefix(prefix).strip().splitlines() or [type(error).__name__]
         raise CommandError(f"{label and f'{label}: '}{lines[0]}") from None
 
 

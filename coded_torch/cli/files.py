@@ -246,7 +246,7 @@ def encoded(
         raise ValueError(f"--select must be names of outputs out of {[*outputs]}, got {unknown}")
     chosen: Any = {name: outputs[name] for name in select or outputs}
     floats = [x for x, y in outputs.items() if torch.is_tensor(y) and y.is_floating_point()]
-    if floats and floats[0] not in chosen:  # which has the error bounds
+    if not floats or floats[0] not in chosen:  # it has the error bounds
         report = copy.copy(report)
         report.radii = None
     if kind == "parquet":

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._arguments import shown
 from .._torch import outside
 from ..input_space.error_bounds import ErrorBounds
 from ..input_space.gaussian_process import off_mean
 from ..input_space.metrics import Choice
 from ..input_space.ordering import Grouping
 from ..input_space.regressor import MOST_ROWS
+
+_SHOWN = 16  # missing results that the message lists
 
 
 class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happened
@@ -39,10 +40,11 @@ class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happene
         self.missing = tuple(sorted(set(range(num_workers)) - set(received)))
         self.report: Any = None
         self.answers: Any = None
+        more = len(self.missing) - _SHOWN
         super().__init__(
             (f"{reason}; " if reason else "")  # first, as the cause
             + f"at least {required} of {num_workers} results are needed, got {len(self.received)}; "
-            f"missing: {shown([*self.missing])}"
+            f"missing: {list(self.missing[:_SHOWN])}" + (f" and {more} more" if more > 0 else "")
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -150,7 +150,7 @@ def measured(seconds: Seconds, part: float) -> Conditions:
     """
     lower, median = np.quantile(seconds, 0.25), np.median(seconds)
     spread = math.log(median / lower) / 0.6745  # the normal distribution's upper quartile
-    threshold = median * max(1.5, (median / lower) ** 4.45)  # the one of History, without its bound
+    threshold = median * max(1.5, (median / lower) ** 4.45)  # that of History, without bounds
     tail = np.where(seconds > threshold, seconds - median, 0.0)
     return Conditions(spread=spread, delays=_Tail(tail / part))
 

@@ -50,7 +50,7 @@ class RayDataPredictor:
     def __call__(self, batch: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
         """Return the batch, a dict of arrays ``[B, ...]``, with more columns."""
         missing = sorted(set(self.inputs) - batch.keys())
-        check(self, not missing, f"inputs must be columns of the batch, {sorted(batch)}", missing)
+        check(self, not missing, f"inputs must be columns of the batch, {[*batch]}", missing)
         with torch.no_grad():
             answers, report = self.coded.run(*(torch.tensor(batch[name]) for name in self.inputs))
         outputs = named(self, answers, self.output)

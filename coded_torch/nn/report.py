@@ -133,20 +133,23 @@ class Report:
     _bounds: ErrorBounds | None = dataclasses.field(default=None, init=False, repr=False)
     _has_labels: bool = dataclasses.field(default=False, init=False, repr=False)
 
-    # Made when they are first read, as most callers read few of them.
+    # Made when they are first read, as most callers read few of them: not in the reader's modes.
 
     @functools.cached_property
     @outside()
+    @torch.inference_mode(False)
     def estimated(self) -> Tensor | None:
         return None if self.source is None else self.source == 2
 
     @functools.cached_property
     @outside()
+    @torch.inference_mode(False)
     def radii(self) -> Tensor | None:
         return self._bounds.radii(self.coverage) if self._bounds and self.coverage else None
 
     @functools.cached_property
     @outside()
+    @torch.inference_mode(False)
     def label_p_values(self) -> Tensor | None:
         return self._bounds.label_p_values if self._bounds and self._has_labels else None
 

@@ -103,7 +103,8 @@ class Client:
             self.headers["Authorization"] = f"Bearer {token}"
         self._secret = "authorization" in map(str.lower, self.headers)
         for header, value in self.headers.items():  # an error must not show the value
-            check(owner, f"{header}{value}".isprintable(), "headers must be printable", header)
+            must = "the name and the value of each header must be printable"
+            check(owner, f"{header}{value}".isprintable(), must, header)
         self._context = context if context is not None else True
         timeout = positive(owner, "timeout", timeout)
         connect_timeout = positive(owner, "connect_timeout", connect_timeout)

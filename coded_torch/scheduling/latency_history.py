@@ -27,8 +27,8 @@ _GROUP = 8  # the least number of small parts, and of large parts, of a fit
 # the power, p99 is 1.1 times as long where workers are slow for a fifth of the time; 1.5 medians
 # alone make it 1.4 times as long where the body is wide (simulated once; no benchmark keeps it).
 _TAIL, _LEAST_TAIL, _MOST_TAIL = 4.45, 1.5, 8.0
-# Seconds before which no part is late: threads of a busy machine are held up for longer, so that a
-# hedge brings nothing, and costs the caller .1 ms (benchmarks against, "calls, 4 x 40 B").
+# Seconds before which no part is late, once parts have replied: threads of a busy machine are held
+# up for longer, so a hedge brings nothing and costs .1 ms (benchmarks against, "calls, 4 x 40 B").
 _SOONEST = 2e-3
 # A smaller part that takes more than this share of the time is no use, as each may straggle: where
 # rows take no time, four straggle four times as often as one (benchmarks/fleet.py).

@@ -108,6 +108,8 @@ def compute(
         raise TypeError(f"the model must return tensors {must}, got {got}")
     named = {spec.name: leaf for spec, leaf in zip(specs, leaves, strict=True)}
     flags = () if report.estimated is None else report.estimated.tolist()
+    if any(flags):  # made here, and not in the event loop
+        _ = report.radii, report.label_p_values
     return Batch(named, report, unanswered, slice(rows), flags)
 
 

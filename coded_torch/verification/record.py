@@ -62,7 +62,7 @@ class Record:
     @property
     def workers(self) -> set[int]:
         """The workers that are not excluded."""
-        return set(self.pool.places) - self.excluded
+        return self.everyone - self.excluded
 
     @property
     def often(self) -> float:

@@ -210,11 +210,13 @@ class Verifier:
         """Have the wanted rows computed by others."""
         table, able = self.table, self.record.workers - self.faults.keys()
         groups = defaultdict[tuple[int, tuple[int, ...]], list[int]](list)
+        asked, most = defaultdict[int, list[Part]](list), len(self.record.everyone)
+        for part in table.parts:
+            for row in part.units if part.why == "check" else ():
+                asked[row].append(part)
         for row in sorted((self.wanted & table.answered.keys()) - done - self.missed):
-            asked = [part for part in table.parts if part.why == "check" and row in part.units]
             # A row that all workers fail to check, such as alone, is not asked for again and again.
-            may_ask = len(asked) < len(self.record.everyone)
-            if may_ask and all(part.outcome is DISPUTED for part in asked):
+            if len(asked[row]) < most and all(part.outcome is DISPUTED for part in asked[row]):
                 part = table.answered[row]
                 groups[part.worker, part.units if self.record.whole else ()].append(row)
         for (worker, units), rows in groups.items():

@@ -18,6 +18,18 @@ def side():
     return torch.cuda.Stream()
 
 
+def test_an_unordered_read_is_reported_with_both_lines(side):
+    x = torch.ones(3, device="cuda")
+    with torch.cuda.stream(side):
+        x + 1
+    side.synchronize()
+    first, second, third = take_reports().strip().splitlines()
+    assert first.startswith("aten::add (cuda:0, stream ")
+    assert HERE in first
+    assert second.startswith("  reads what aten::fill_ (cuda:0, stream 0, from " + HERE)
+    assert third == "  writes, and does not wait for it"
+
+
 @pytest.mark.parametrize("wait", ["wait_stream", "event", "synchronize", "host"])
 def test_what_waits_is_ordered(side, wait):
     x = torch.ones(3, device="cuda")

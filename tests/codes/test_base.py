@@ -26,6 +26,7 @@ def test_not_enough_results_says_why_and_what_is_missing(reason, first):
     assert (error.received, error.required, error.missing) == ((1, 4), 3, (0, 2, 3, 5))
     for twin in (error, pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert (str(twin), twin.missing, twin.reason) == (text, error.missing, reason)
+    assert str(NotEnoughResults([], 3, 1000)).endswith("14, 15] and 984 more")
 
 
 @pytest.mark.parametrize(

@@ -343,6 +343,13 @@ def test_bounds_hold_as_often_although_some_rows_are_likelier_to_be_missing(odds
     assert torch.equal(report.radii_at(0.7, odds=odds), report.radii_at(level))
 
 
+def test_bounds_are_no_tensors_of_the_mode_in_which_they_are_read():
+    _, report = wrap("rows").run(rand(23, 4))
+    with torch.inference_mode():
+        assert not report.estimated.is_inference()
+        assert not report.radii.is_inference()
+
+
 def test_classes_are_certified_at_a_false_discovery_rate():
     """By Benjamini and Hochberg's rule, over estimated rows alone."""
     report = Report(source=torch.tensor([2] * 4 + [0]))

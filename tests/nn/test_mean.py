@@ -1,6 +1,8 @@
 """Intervals for the mean of a data set, from few rows: which rows, and what of them."""
 
 import inspect
+import os
+import signal
 import warnings
 
 import pytest
@@ -12,7 +14,7 @@ from coded_torch.codes import ReplicationCode
 from coded_torch.input_space.finite_mean import Kernel
 from coded_torch.surrogates import Memory
 from coded_torch.testing.virtual import VirtualWorkers
-from coded_torch.workers import DeviceWorkers, LocalWorkers
+from coded_torch.workers import DeviceWorkers, LocalWorkers, ProcessWorkers
 
 from .modules import Call, rand
 
@@ -247,6 +249,17 @@ def test_nothing_is_estimated_whatever_the_policy_of_the_wrapper():
     coded = CodedWrapper(Call(curve), workers=pool, waiting=waiting)
     found = list(coded.mean(X, seed=0))
     torch.testing.assert_close(found[-1].value, truth(curve(X)))
+
+
+def test_workers_may_be_killed():
+    with ProcessWorkers(3).start(nn.Tanh(), X[:1], timeout=120) as pool:
+        found = []
+        for each in CodedWrapper(nn.Tanh(), workers=pool).mean(X, seed=0):
+            found.append(each)
+            if len(found) in (1, 3, 5):
+                os.kill(pool.pids[0], signal.SIGKILL)
+    torch.testing.assert_close(found[-1].value, truth(X.tanh()))
+    assert found[-1].rows == 400
 
 
 def test_the_callers_modes_hold_while_the_loop_is_open():

@@ -1,6 +1,10 @@
 """The columns that a wrapper adds to batches of Ray Data, also with real Ray Data."""
 
+import functools
+import os
+import signal
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -75,15 +79,23 @@ def test_columns_that_would_be_lost_are_named():
         RayDataPredictor(half, inputs="x")(batch())
 
 
-def exact():
-    """Return an exact wrapper on processes."""
+def killed(log):
+    """Return an exact wrapper, one of whose processes is killed now and then, and logged."""
     pool = ProcessWorkers(2).start(nn.Flatten(), timeout=WAIT)
+
+    def kill():
+        while not threading.Event().wait(0.1):
+            if pids := pool.pids:
+                os.kill(pids[0], signal.SIGKILL)
+                log.write_text(str(pids[0]))
+
+    threading.Thread(target=kill, daemon=True).start()
     return CodedWrapper(nn.Flatten(), workers=pool, parts=4, waiting=Waiting(estimate=False))
 
 
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore")  # Ray's own
-def test_ray_data_has_processes_compute_every_row(tmp_path, monkeypatch):
+def test_ray_data_loses_no_row_while_workers_are_killed(tmp_path, monkeypatch):
     for name in ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_USAGE_STATS_ENABLED"):
         monkeypatch.setenv(name, "0")  # Ray listens on the loopback interface only
     pytest.importorskip("ray.data", reason="needs the extra 'ray-data'")
@@ -96,12 +108,14 @@ def test_ray_data_has_processes_compute_every_row(tmp_path, monkeypatch):
     ray.init("local", num_cpus=2, **local)
     try:
         rows = np.arange(3000, dtype=np.float32).reshape(1000, 3)
+        make = functools.partial(killed, log := tmp_path / "killed")
         data = ray.data.from_numpy(rows).map_batches(
-            RayDataPredictor, fn_constructor_args=(exact,), concurrency=1, batch_size=20
+            RayDataPredictor, fn_constructor_args=(make,), concurrency=1, batch_size=20
         )
         found = data.take_all()
     finally:
         ray.shutdown()
+    assert log.exists()
     assert len(found) == len(rows)
     answers = np.stack([row["answer"] for row in found])
     assert np.array_equal(answers[np.argsort(answers[:, 0])], rows)

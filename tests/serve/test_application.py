@@ -132,10 +132,14 @@ def test_only_allowed_hosts_may_use_any_route(headers, named):
             assert named is None or named in json.loads(answer)["error"]
 
 
-def test_a_packed_body(client):
+@pytest.mark.parametrize(
+    ("encoding", "squeeze"),
+    [("gzip", gzip.compress), ("deflate", zlib.compress), ("identity", bytes)],
+)
+def test_packed_bodies(client, encoding, squeeze):
     many = {"id": "a", "inputs": [tensor(torch.arange(192.0).reshape(64, 3).tolist())]}
-    body = gzip.compress(json.dumps(many).encode())
-    headers = {"Content_Encoding": "gzip", "Accept_Encoding": "gzip"}
+    body = squeeze(json.dumps(many).encode())
+    headers = {"Content_Encoding": encoding, "Accept_Encoding": "gzip"}
     status, found, answer = client.send("POST", PATH, body, **headers)
     assert (status, found["content-encoding"]) == (200, None)
     answer = json.loads(answer)

@@ -559,7 +559,7 @@ def test_a_token_goes_over_tls_or_loopback_only(three):
     for again in (pickle.loads(pickle.dumps(coded)), copy.deepcopy(coded)):
         assert torch.equal(again(X), 2 * X)  # without the connections
         assert "secret" not in repr(again.workers)
-    with pytest.raises(ValueError, match="headers must be printable, got 'Auth"):
+    with pytest.raises(ValueError, match="value of each header must be printable, got 'Auth"):
         RemoteModule(three[0].url, "double", token="two\nlines")
 
 
