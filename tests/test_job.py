@@ -1,5 +1,6 @@
 """The command ``coded-torch job``: batches that are kept, and a job that goes on."""
 
+import contextlib
 import json
 import os
 import random
@@ -173,6 +174,20 @@ def varied():
 """
 CODE = "import coded_torch_command; raise SystemExit(coded_torch_command.main())"
 COMMAND = sys.executable, "-c", CODE
+PLAIN = """
+import os, time
+import torch
+
+class Plain(torch.nn.Module):
+    def forward(self, x):
+        with open("pids", "a") as file:
+            print(os.getpid(), file=file)
+        time.sleep(0.05)
+        return x * 0.3 + 1
+
+def make():
+    return Plain()
+"""
 ROWS = 200  # rows of the file
 
 
@@ -836,3 +851,42 @@ def test_nothing_of_an_interrupted_job_holds_its_output_open(folder):
     assert process.returncode == 130
     assert "workers lost: 0; " in out
     assert out.endswith(" --num-workers 1 --resume\ninterrupted\n")
+
+
+@pytest.mark.slow
+def test_fifty_thousand_rows_of_two_files_survive_twenty_kills(folder):
+    """The output is read by pandas while workers are killed."""
+    rows, kills, read = 50_000, 0, []
+    x = np.random.default_rng(0).normal(size=(rows, 2)).astype(np.float32)
+    names = [f"{i:x}" for i in range(rows)]
+    for number, some in enumerate((slice(0, 20_001), slice(20_001, rows))):
+        table = pyarrow.table({"name": names[some], "x": list(x[some])})
+        parquet.write_table(table, folder / f"part-{number}.parquet", row_group_size=3000)
+    (folder / "plain.py").write_text(PLAIN)
+    code = "from coded_torch.cli.main import main; raise SystemExit(main())"
+    more = ["--inputs", "part-*.parquet", "--keys", "name", "--format", "parquet"]
+    more += ["--num-workers", "3", "--batch-size", "64"]
+    arguments = [sys.executable, "-c", code, *line("", *more)]
+    arguments[arguments.index("models:")] = "plain:make"
+    process = subprocess.Popen(arguments, cwd=folder)
+    generator, until = random.Random(0), time.monotonic() + 900
+    while process.poll() is None and time.monotonic() < until:
+        time.sleep(generator.uniform(0.1, 0.4))
+        if (folder / "pids").exists() and kills < 20:
+            pids = (folder / "pids").read_text().split() or [process.pid * 10**6]  # none is known
+            (folder / "pids").unlink()
+            with contextlib.suppress(OverflowError, ProcessLookupError):
+                os.kill(int(pids[-1]), signal.SIGKILL)
+                kills += 1
+        if any(folder.glob("out/*.parquet")) and len(read) < kills:
+            read.append(len(pandas.read_parquet(folder / "out")))
+    assert process.wait(60) == 0
+    assert kills == 20
+    assert len({*read}) > 5
+    frame = pandas.read_parquet(folder / "out")
+    assert [*frame["name"]] == names
+    assert np.array_equal(np.stack(frame["output"]), (torch.from_numpy(x) * 0.3 + 1).numpy())
+    assert not frame["estimated"].any()
+    summary = json.loads((folder / "out" / "_summary.json").read_text())
+    assert summary["computed"] == rows
+    assert 15 <= summary["workers_lost"] <= 20  # a victim may have been replaced before

@@ -281,3 +281,11 @@ def test_every_answer_is_of_the_version_that_it_names(kind):
     counts, wrong = under_load(pool, clients=8, reloads=5, failing=2)
     assert wrong == []
     assert len(counts) >= 4  # several versions answered
+
+
+@pytest.mark.slow
+def test_no_request_is_lost_by_twenty_loads_under_32_connections():
+    counts, wrong = under_load(ProcessWorkers(4), clients=32, reloads=20, failing=11)
+    print(counts)
+    assert wrong == []
+    assert len(counts) >= 15
