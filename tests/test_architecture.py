@@ -43,7 +43,7 @@ LINES = {
     "codes": 983,
     "experiments": 1699,
     "input_space": 1304,
-    "nn": 2422,
+    "nn": 2424,
     "open_inference": 785,
     "scheduling": 769,
     "serve": 1351,
@@ -51,7 +51,7 @@ LINES = {
     "verification": 917,
     "workers": 3427,
 }
-MOST_LINES = 17_966  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_968  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

@@ -130,10 +130,12 @@ class Report:
     #: When the call began, by :func:`time.perf_counter`.
     since: float = dataclasses.field(default_factory=time.perf_counter, init=False, repr=False)
     _phase: str = dataclasses.field(default="encode", init=False, repr=False)
-    _bounds: ErrorBounds | None = dataclasses.field(default=None, init=False, repr=False)
-    _has_labels: bool = dataclasses.field(default=False, init=False, repr=False)
+    # Arguments, so that :func:`dataclasses.replace` keeps them.
+    _bounds: ErrorBounds | None = dataclasses.field(default=None, repr=False)
+    _has_labels: bool = dataclasses.field(default=False, repr=False)
 
-    # Made when they are first read, as most callers read few of them: not in the reader's modes.
+    # Most callers read few of these tensors, so each is made when it is first read. The mode of the
+    # reader has no influence on it.
 
     @functools.cached_property
     @outside()

@@ -37,7 +37,7 @@ _SUSPECT, _POISON = 0.2, 1e-5
 
 
 class Decisions:
-    """Decides which parts a call asks for, and when the call ends. Its table has the decisions."""
+    """Decides which parts a call asks for and when it ends, and writes both into its table."""
 
     def __init__(self, waiting: Waiting, history: History, table: Table) -> None:
         self.waiting, self.history, self.table = waiting, history, table

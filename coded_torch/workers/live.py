@@ -103,7 +103,7 @@ class LiveRequest(Request):
             with self.dispatcher.lock:
                 oldest = next(iter(self.open.values()), None)
                 limit = oldest.asked + self.timeout if oldest else math.inf
-                # While none runs, it is looked for one from time to time.
+                # While no part runs, the call looks from time to time whether one has begun.
                 began = (e.at for n, e in self.events.items() if n < 0 and ~n not in self.events)
                 now, begun = self.now(), min(began, default=math.inf)
                 due = begun + self.late if begun < math.inf else now + max(self.late, _LOOK)

@@ -129,7 +129,7 @@ def test_a_part_of_the_rows_that_is_lost_altogether_is_answered_by_the_mean():
     assert radii[4:].tolist() == pytest.approx([far * (4 / 3) / (2 / 3)] * 4)
 
 
-# PyTorch itself compiles its formulas of forward mode with what it has deprecated.
+# PyTorch's own forward mode calls `torch.jit.script`, which warns that it is deprecated.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("code", SELECTING + MIXING)
 @pytest.mark.parametrize("ordering", ORDERINGS)

@@ -1,6 +1,7 @@
 """Answers with the help of surrogates, for all ways of dividing a batch."""
 
 import copy
+import dataclasses
 import math
 import pickle
 from collections import namedtuple
@@ -348,6 +349,14 @@ def test_bounds_are_no_tensors_of_the_mode_in_which_they_are_read():
     with torch.inference_mode():
         assert not report.estimated.is_inference()
         assert not report.radii.is_inference()
+
+
+def test_a_report_with_replaced_fields_keeps_its_bounds():
+    _, report = wrap("rows").run(rand(23, 4))
+    other = dataclasses.replace(report, notes=("mine",))
+    for name in ("estimated", "radii", "label_p_values"):
+        assert torch.equal(getattr(other, name), getattr(report, name))
+    assert torch.equal(other.radii_at(0.7), report.radii_at(0.7))
 
 
 def test_classes_are_certified_at_a_false_discovery_rate():
