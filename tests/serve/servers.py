@@ -58,9 +58,9 @@ def started(targets):
 
 def wait_until(condition, seconds=180.0):
     until = time.monotonic() + seconds
-    while not condition() and time.monotonic() < until:
+    while not condition():  # asked once each time: what held may not hold again, or act
+        assert time.monotonic() < until
         time.sleep(0.005)
-    assert condition()
 
 
 class Client:

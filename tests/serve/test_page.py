@@ -380,8 +380,11 @@ class Opened:
         return self.browser.execute_script(script)
 
     def press(self, action, worker):
-        label = f"{action} worker {worker}"
-        self.browser.find_element("css selector", f'[aria-label="{label}"]').click()
+        """Press a button as soon as it can be: a worker that is down has none, or a disabled one."""
+        where = f'[aria-label="{action} worker {worker}"]:enabled'
+        # In one step, as the page moves and replaces its buttons while answers come.
+        script = "const b = document.querySelector(arguments[0]); b?.click(); return b !== null"
+        wait_until(lambda: self.browser.execute_script(script, where))
         wait_until(lambda: f"{action.lower()} worker {worker}" in self.text("said"))
 
     def draw(self, *moves):
