@@ -380,7 +380,7 @@ class Opened:
         return self.browser.execute_script(script)
 
     def press(self, action, worker):
-        """Press a button as soon as it can be: a worker that is down has none, or a disabled one."""
+        """Press a button once it is enabled, which it is not while the worker is replaced."""
         where = f'[aria-label="{action} worker {worker}"]:enabled'
         # In one step, as the page moves and replaces its buttons while answers come.
         script = "const b = document.querySelector(arguments[0]); b?.click(); return b !== null"
