@@ -4,8 +4,6 @@ Each error names the owner (a function's name, or the object that is given the a
 argument, the requirement and the value. The wrong type is a TypeError, a wrong value a ValueError.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import logging

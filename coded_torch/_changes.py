@@ -1,7 +1,5 @@
 """Whether a module has changed, so that copies of it are made anew."""
 
-from __future__ import annotations
-
 import contextlib
 import enum
 import functools

@@ -7,8 +7,6 @@ agree to rounding, but the bits of a column may depend on the number of columns,
 chooses its kernels. ``CODED_TORCH_CUDA=0`` forbids the kernels.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

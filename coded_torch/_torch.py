@@ -1,7 +1,5 @@
 """Torch's state around a call: transforms, autocast, default devices, streams and weights."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

@@ -1,7 +1,5 @@
 """The network and the digits that ship in the package."""
 
-from __future__ import annotations
-
 import importlib.resources
 
 import numpy as np

@@ -1,7 +1,5 @@
 r"""The torch operators; each has its call, fake, gradient and vmap side by side."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

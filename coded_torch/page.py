@@ -4,8 +4,6 @@ A page of another site can post to a loopback address. So every action needs a r
 page, and the page's own origin. The application checks under which name it is asked.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import importlib.resources

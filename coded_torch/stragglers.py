@@ -5,8 +5,6 @@ state. A latency is infinite if the worker never answers. All but :class:`Trace`
 ``seed`` for their own generator, an integer of 64 bits. It defaults to None, a new seed.
 """
 
-from __future__ import annotations
-
 import abc
 import contextlib
 import math

@@ -4,8 +4,6 @@ A program whose tracer provider is set has imported it. No other program pays fo
 OpenTelemetry, or of what the program adds to it, is logged, and fails no call.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math

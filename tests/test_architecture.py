@@ -38,20 +38,20 @@ FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
-    "beside the folders": 2343,
-    "cli": 1433,
-    "codes": 983,
-    "experiments": 1699,
-    "input_space": 1304,
-    "nn": 2424,
-    "open_inference": 785,
-    "scheduling": 769,
-    "serve": 1351,
-    "surrogates": 533,
-    "verification": 917,
-    "workers": 3427,
+    "beside the folders": 2325,
+    "cli": 1423,
+    "codes": 979,
+    "experiments": 1697,
+    "input_space": 1298,
+    "nn": 2416,
+    "open_inference": 781,
+    "scheduling": 765,
+    "serve": 1343,
+    "surrogates": 531,
+    "verification": 913,
+    "workers": 3411,
 }
-MOST_LINES = 17_968  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_882  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

@@ -1,7 +1,5 @@
 """Files of rows, which commands read, and the files of a job's batches."""
 
-from __future__ import annotations
-
 import bisect
 import copy
 import functools

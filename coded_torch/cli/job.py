@@ -1,7 +1,5 @@
 """The command ``coded-torch job``: all rows of a file through a model, batch by batch."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import functools

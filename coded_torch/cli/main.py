@@ -1,7 +1,5 @@
 """The command ``coded-torch``."""
 
-from __future__ import annotations
-
 import argparse
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Print intervals for means, by ``coded-torch job --mean``, and keep the rows to resume with."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """The command ``coded-torch serve``."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

@@ -1,7 +1,5 @@
 r"""Codes of functions of a point: splines, rational interpolants and polynomials."""
 
-from __future__ import annotations
-
 import abc
 from collections.abc import Sequence
 from typing import Any

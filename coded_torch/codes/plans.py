@@ -1,7 +1,5 @@
 """Plans: a code fitted to one batch, and the errors of a batch that cannot be decoded."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

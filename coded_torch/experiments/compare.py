@@ -1,7 +1,5 @@
 r"""Codes and trivial baselines side by side on one's own model."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any

@@ -6,8 +6,6 @@ Swensson, Wretman, *Model Assisted Survey Sampling*, 1992). The coefficient of p
 end by the width need no correction (Chow, Robbins, Annals of Mathematical Statistics 1965).
 """
 
-from __future__ import annotations
-
 import itertools
 import statistics
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 r"""Regression on distances: estimates, their errors, and how well results estimate each other."""
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Regressions from results, with the metric and the length that estimate them best."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple

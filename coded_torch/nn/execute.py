@@ -1,7 +1,5 @@
 """Carries out a policy's decisions on one request to a pool, and names missing results."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math

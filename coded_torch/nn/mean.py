@@ -1,7 +1,5 @@
 """The mean of a data set from few computed rows: which rows, and the intervals of each look."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 r"""A module that stands in for another: its state dict, its mode and its compilation."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import contextvars

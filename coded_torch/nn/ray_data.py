@@ -1,7 +1,5 @@
 r"""Wrappers over the batches of Ray Data."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 

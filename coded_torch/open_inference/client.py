@@ -1,7 +1,5 @@
 """A client of servers of the Open Inference Protocol, version 2, and the module for a model."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools

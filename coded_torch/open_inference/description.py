@@ -1,7 +1,5 @@
 """The inputs and outputs of a module, found by calls on examples."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import inspect

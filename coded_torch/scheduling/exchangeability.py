@@ -1,7 +1,5 @@
 """A test, over calls, of what error bounds assume: that rows are missing at random."""
 
-from __future__ import annotations
-
 import bisect
 import math
 import threading

@@ -1,7 +1,5 @@
 """The latest latencies of parts, calls and estimates, which define the hedging threshold."""
 
-from __future__ import annotations
-
 import bisect
 import math
 import statistics

@@ -1,7 +1,5 @@
 """The ASGI application: one model behind the Open Inference Protocol, also in Ray Serve."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import gc

@@ -1,7 +1,5 @@
 """The numbers of a server, under one set of names for Prometheus and for Ray."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ https://github.com/kserve/open-inference-protocol and
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md.
 """
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import math

@@ -1,7 +1,5 @@
 """The versions of a model: one answers, and the next is loaded meanwhile."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import ipaddress

@@ -1,7 +1,5 @@
 r"""Teaching a smaller network to imitate a module, without labels."""
 
-from __future__ import annotations
-
 import copy
 import math
 import sys

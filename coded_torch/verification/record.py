@@ -1,7 +1,5 @@
 """The record of workers over many calls, and the rows that are checked in any case."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math

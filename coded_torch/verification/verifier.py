@@ -1,7 +1,5 @@
 """The verification of one call: which rows are computed again, and whose result counts."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections import Counter, defaultdict

@@ -1,7 +1,5 @@
 r"""Pools on real time: parts wait in one queue, and idle workers take them."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 import itertools

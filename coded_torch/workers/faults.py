@@ -1,7 +1,5 @@
 r"""The call of a module by a worker, and the faults that a call may be given."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

@@ -1,7 +1,5 @@
 r"""Workers in this process, simulated on a virtual clock."""
 
-from __future__ import annotations
-
 import functools
 import math
 import operator

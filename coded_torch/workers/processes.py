@@ -1,7 +1,5 @@
 r"""Workers in local processes."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io

@@ -1,7 +1,5 @@
 r"""Workers in the actors of a Ray cluster."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import dataclasses

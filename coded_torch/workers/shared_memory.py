@@ -7,8 +7,6 @@ memory. The sender writes there again when the receiver holds no view any more. 
 size of the memory, as reading behind its end would kill the receiver.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import errno

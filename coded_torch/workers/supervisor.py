@@ -1,7 +1,5 @@
 r"""Pools of workers that may hang and die, and their supervisors: for processes and Ray actors."""
 
-from __future__ import annotations
-
 import abc
 import itertools
 import math

@@ -7,8 +7,6 @@ the whole process shares it and its packages, and its socket has a file, which s
 A server ends when the process that started it has ended. The system then ends its workers.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools
