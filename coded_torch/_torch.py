@@ -315,7 +315,12 @@ def dependent_output(
     return None
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    """Return complex numbers as pairs of real ones, and any other tensor as it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 def _real(tensor: Tensor) -> Tensor:
     """Return the numbers of a tensor, in single precision or better, all finite."""
-    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).nan_to_num()
+    tensor = as_real(tensor).detach()
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).nan_to_num()

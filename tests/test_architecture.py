@@ -38,14 +38,14 @@ FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
-    "beside the folders": 2325,
-    "cli": 1423,
+    "beside the folders": 2330,
+    "cli": 1431,
     "codes": 979,
     "experiments": 1697,
     "input_space": 1298,
-    "nn": 2416,
+    "nn": 2404,
     "open_inference": 781,
-    "scheduling": 765,
+    "scheduling": 764,
     "serve": 1343,
     "surrogates": 531,
     "verification": 913,

@@ -176,6 +176,9 @@ def test_compare_takes_a_model_and_files(tmp_path, monkeypatch, capsys):
     for shown in ("N = 9 workers, K = 8", "N = 6 workers, K = 4", "RelAcc"):
         assert shown in out
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    np.save(tmp_path / "labels.npy", labels[:251].numpy())
+    assert run([*line.split(), "9,8,1"]) == 2
+    assert "--labels cannot be read: it must have 250 rows, got 251" in capsys.readouterr().err
 
 
 def test_commands_write_pictures_of_different_names(tmp_path, monkeypatch, compared):

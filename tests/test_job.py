@@ -158,6 +158,8 @@ class Varied(Logged):
         self.k = 2.0 if change == "attribute" else 1.0
         self.names = {"set", "of", "names", "in", "another", "order", "each", "time"}
         self.lock, self.function = threading.Lock(), lambda x: x * self.k
+        if change == "function":
+            self.function = lambda x: x / self.k
         self.register_buffer("shift", torch.full((2,), float(change == "buffer")), persistent=False)
 
     def forward(self, x):
@@ -441,7 +443,7 @@ def test_a_wrong_batch_is_found_and_computed_again(folder, capsys, caplog):
     subprocess.run(agree, cwd=folder / "out", check=True)
 
 
-CHANGES = ["attribute", "buffer", "waiting", "surrogate", "parts", "code"]
+CHANGES = ["attribute", "buffer", "waiting", "surrogate", "parts", "code", "function"]
 
 
 def change(folder, monkeypatch, name):
@@ -458,7 +460,8 @@ def test_another_model_or_call_is_refused(folder, monkeypatch, refused, name):
     written(folder)[-1].unlink()
     change(folder, monkeypatch, name)
     err = refused(line("varied", "--resume"))
-    key = {"attribute": "model", "buffer": "model", "code": "source"}.get(name, name)
+    key = {"attribute": "model", "buffer": "model", "code": "source", "function": "source"}
+    key = key.get(name, name)
     assert f"--resume must repeat the job in out: {key} " in err
     is_model = key in ("model", "source")
     assert ("(--trust-model goes on)" in err) == is_model

@@ -236,7 +236,7 @@ def _claim(args: Any, factory: Any, coded: CodedWrapper, rows: Rows, how: dict[s
     trusted = {"model": f"{args.factory}, digest {_digest((factory, coded.module), sources)}"}
     names = sorted(name for name in sources if name.partition(".")[0] != "torch")  # by its version
     files = {name: getattr(sys.modules.get(name), "__file__", None) for name in names}
-    content = {name: Path(file).read_bytes() for name, file in files.items() if file}
+    content = {name: Path(file).read_bytes() if file else b"" for name, file in files.items()}
     trusted["source"] = f"digest {_digest(content, set())}"
     trusted["versions"] = f"torch {torch.__version__}, coded_torch {coded_torch.__version__}"
     compared = now if args.trust_model else now | trusted
@@ -258,7 +258,7 @@ def _read_claim(path: Path) -> dict[str, Any]:
 
 
 class _Pickler(pickle.Pickler):
-    """Writes a value in the same way in every process, and collects the modules of its code."""
+    """Writes a value alike in every process, and collects the modules and code of its functions."""
 
     modules: set[str]
 
@@ -274,7 +274,12 @@ class _Pickler(pickle.Pickler):
             flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             return str(value.dtype), *value.shape, hashlib.blake2b(flat.numpy().data).digest()
         if isinstance(value, (type, types.FunctionType)):
-            self.modules.update(str(x.__module__) for x in getattr(value, "__mro__", [value]))
+            kinds = getattr(value, "__mro__", [value])
+            self.modules.update(str(x.__module__) for x in kinds)
+            # Another function of the same name, such as a second lambda, is at another place.
+            found = [value, *(x for kind in kinds for x in vars(kind).values())]
+            for x in (x.__code__ for x in found if isinstance(x, types.FunctionType)):
+                self.modules.add(str((x.co_firstlineno, x.co_linetable, x.co_names, x.co_code)))
             return value.__qualname__
         return None
 

@@ -104,7 +104,10 @@ def compare(args: argparse.Namespace) -> None:
     labels = None
     if args.labels is not None:
         with usage("--labels cannot be read", errors=Exception):
-            labels = Rows([args.labels]).tensor().to(args.device).split(size)[: len(batches)]
+            classes = Rows([args.labels])
+            if classes.total != rows.total:
+                raise ValueError(f"it must have {rows.total} rows, got {classes.total}")
+            labels = classes.tensor().to(args.device).split(size)[: len(batches)]
     _compare(args, model.to(args.device), batches, labels)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from .. import tracing
-from .._arguments import count, instance, real, shown, warn
+from .._arguments import check, count, instance, real, warn
 from .._changes import unchanged
 from .._torch import on_host
 from ..codes.base import Code
@@ -140,11 +140,9 @@ class CodedWrapper(ModuleProxy):
         out_dims: Any = 0,
     ) -> None:
         super().__init__(module)
-        if workers is None:
-            if code is None:
-                raise ValueError("CodedWrapper: workers must be given without a code, got None")
-            workers = LocalWorkers()
-        self.code, self.workers, self.waiting = code, workers, waiting
+        check(self, (workers, code) != (None, None), "workers must be given without a code", None)
+        self.workers = LocalWorkers() if workers is None else workers
+        self.code, self.waiting = code, waiting
         self.parts, self.estimator, self.surrogate = parts, estimator, surrogate
         self.verify = verify
         self.in_dims, self.out_dims = in_dims, out_dims
@@ -356,9 +354,7 @@ def _check_settings(wrapper: CodedWrapper) -> None:
         must = f"parts must be given with {type(pool).__name__}, which has no number of workers"
     elif verify and (pool.num_workers or 0) < 2:
         must = "verify must be None on a pool that does not have two workers or more"
-    if must:
-        got = shown(getattr(wrapper, must.partition(" ")[0]))
-        raise ValueError(f"CodedWrapper: {must}, got {got}")
+    check("CodedWrapper", not must, must, getattr(wrapper, must.partition(" ")[0], None))
     if wrapper.waiting is not None:
         _check_waiting(code, wrapper.waiting)
 
@@ -375,5 +371,4 @@ def _check_waiting(code: Code | None, waiting: Waiting) -> None:
     elif (waiting.num_stragglers or 0) > (most := code.num_workers - code.min_received):
         must = f"waiting.num_stragglers must be at most {most}, as {code} needs "
         must += f"{code.min_received} results"
-    if must:
-        raise ValueError(f"CodedWrapper: {must}, got {waiting}")
+    check("CodedWrapper", not must, must, waiting)

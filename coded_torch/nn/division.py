@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from .._arguments import dense
-from .._torch import broadcast_dims, outside, plain, positional
+from .._torch import as_real, broadcast_dims, outside, plain, positional
 from ..codes.base import Code
 from ..scheduling.latency_history import BLOCKS, EstimationTimes
 from ..workers.base import Task
@@ -148,7 +148,7 @@ def _has_no_tensor(node: Any) -> bool:
 
 def finite(leaf: Tensor) -> bool:
     """Return whether all of a tensor is finite; integers are."""
-    if not leaf.is_floating_point():
+    if not (leaf := as_real(leaf)).is_floating_point():
         return True
     leaf = leaf.detach() if leaf.requires_grad else leaf
     # A value that is not finite stays so in every sum; a sum may overflow without one.

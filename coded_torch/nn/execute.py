@@ -233,7 +233,7 @@ class Execution:
                 for i in stacked.divided:
                     leaf: Tensor = stacked.leaves[i]
                     shape = division.batch_size, *leaf.shape[2:]
-                    fill = math.nan if leaf.is_floating_point() else 0
+                    fill = 0 if not (leaf.is_floating_point() or leaf.is_complex()) else math.nan
                     wholes[i] = stacked.over(i, leaf.new_full(shape, fill))
                 answers = stacked.tree(wholes)
             error.answers = answers  # type: ignore[attr-defined]

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import inspect
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._arguments import arguments, count, instance, real, real_array
+from .._arguments import arguments, bound, check, count, instance, real, real_array
 from .._torch import as_called, device_of, exactly, on_host
 from ..input_space.finite_mean import Kernel, KernelRegression, intervals
 from ..input_space.metrics import METRICS, Leaf, fitted, leaves_of, typical_rows
@@ -71,8 +70,7 @@ class _Data:
         # The last batch is kept, as checking it takes a pass over it.
         self._batch = functools.lru_cache(1)(self._read)
         self._size = self._batch(0).batch_size if self._last >= 0 else 0
-        if not self._size:
-            raise ValueError("mean: inputs must hold at least one row, got none")
+        check("mean", self._size, "inputs must hold at least one row", 0)
         self.total = self._last * self._size + self._batch(self._last).batch_size
 
     def _read(self, number: int) -> Inputs:
@@ -111,10 +109,8 @@ class Looks:
     def __init__(
         self, coded: Any, inputs: Any, of: Any, max_rows: Any, level: Any, anytime: Any, seed: Any
     ) -> None:
-        if coded.code is not None:
-            raise ValueError(f"mean: code must be None, as rows are computed, got {coded.code}")
-        if of is not None and not callable(of):
-            raise TypeError(f"mean: of must be a function of outputs, got {type(of).__name__}")
+        check("mean", coded.code is None, "code must be None, as rows are computed", coded.code)
+        instance("mean", "of", of, Callable, optional=True)
         level = real("mean", "level", level, "between 0 and 1", lambda x: 0 < x < 1)
         instance("mean", "anytime", anytime, bool)
         seed = random.SystemRandom().getrandbits(63) if seed is None else seed
@@ -146,16 +142,14 @@ class Looks:
     def until(self, half_width: Any) -> Iterator[Interval]:
         """Return an iterator that ends as soon as no half width is larger than this."""
         target = real_array("mean", "half_width", math.inf if half_width is None else half_width)
-        if not (target.ndim < 2 and (target > 0).all()):
-            must = "half_width must be positive, one or per column"
-            raise ValueError(f"mean: {must}, got {half_width}")
+        must = "half_width must be positive, one or per column"
+        check("mean", target.ndim < 2 and (target > 0).all(), must, half_width)
 
         def looks() -> Iterator[Interval]:
             for size in self.sizes:
                 value, half = self.look(size)[0]
-                if target.ndim and target.shape != half.shape:
-                    must = f"half_width must be one number, or one for each of {len(half)} columns"
-                    raise ValueError(f"mean: {must}, got {len(target)}")
+                must = f"half_width must be one number, or one for each of {len(half)} columns"
+                check("mean", target.ndim == 0 or target.shape == half.shape, must, half_width)
                 yield Interval(value, half, size, self._data.total)
                 if half_width is not None and bool((half.numpy() <= target).all()):
                     return
@@ -200,8 +194,7 @@ class Looks:
         """Return the numbers of ``size`` rows, ``[size, C]``; they are computed if they are not."""
         rows = self.order[sum(map(len, self.numbers)) : size]
         chunks = rows.split(_BATCH) if len(rows) else ()
-        bind = inspect.signature(lambda *args, **kwargs: None).bind
-        calls = (bind(*x.args, **x.kwargs) for x in map(self._data.take, chunks))
+        calls = (bound(x.args, x.kwargs) for x in map(self._data.take, chunks))
         try:
             with as_called():
                 found = self._coded.map(calls, waiting=self._waiting)

@@ -273,11 +273,11 @@ def _not_finite(parts: Sequence[Part]) -> dict[int, str]:
     rows = list[tuple[Part, int, Tensor]]()
     for part in parts:
         for i, leaf in enumerate(part.result.leaves):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
                 rows.append((part, i, leaf if part.result.kept is None else part.result.judged(i)))
     if len(rows) > 1 and rows[0][2].device.type != "cpu":
         # A value that is not finite stays so in sums.
-        sums = [x.detach().sum().to(rows[0][2].device, torch.float32) for *_, x in rows]
+        sums = [x.detach().sum().to(rows[0][2].device, torch.complex64) for *_, x in rows]
         if finite(torch.stack(sums)):
             return {}
     return {part.number: part.result.name(i) for part, i, x in rows[::-1] if not finite(x)}

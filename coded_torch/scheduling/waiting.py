@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from .._arguments import count, instance, real, shown
+from .._arguments import check, count, instance, real
 from .policy import Decisions
 
 if TYPE_CHECKING:
@@ -84,9 +84,8 @@ class Waiting:
         for argument in ("estimate", "at_once"):
             instance("Waiting", argument, getattr(self, argument), bool)
         instance("Waiting", "on_error", self.on_error, str)
-        if self.on_error not in ("raise", "estimate"):
-            must = "on_error must be 'raise' or 'estimate'"
-            raise ValueError(f"Waiting: {must}, got {shown(self.on_error)}")
+        is_known = self.on_error in ("raise", "estimate")
+        check("Waiting", is_known, "on_error must be 'raise' or 'estimate'", self.on_error)
         if self.num_stragglers is not None:
             count("Waiting.first", "num_stragglers", self.num_stragglers, least=0)
 

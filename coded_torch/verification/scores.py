@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import sparing_logger
-from .._torch import exactly, on_host
+from .._torch import as_real, exactly, on_host
 from ..input_space.gaussian_process import GaussianProcess
 from ..input_space.metrics import DEFAULT, Distances, Leaf, Sources, added_up
 from ..input_space.regressor import LENGTH
@@ -204,7 +204,7 @@ class Results:
         self._places[part] = dict(zip(part.units, itertools.count(), strict=False))
         self._leaves[part], self._forms[part], numbers = [], (), list[Tensor]()
         for i in () if part.result is None else part.result.divided:
-            leaf = part.result.rows(i).detach()
+            leaf = as_real(part.result.rows(i).detach())
             self._leaves[part].append(leaf)
             self._forms[part] += (leaf.shape[1:],)
             if leaf.dtype in (torch.float16, torch.bfloat16):

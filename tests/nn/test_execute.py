@@ -135,6 +135,16 @@ class FailsFirst(nn.Module):
         return x.clone()
 
 
+def test_complex_results_that_are_not_finite_are_rejected_and_missing_ones_are_nan():
+    whole = Call(lambda x: torch.complex(x, x))
+    coded = rows(Call(lambda x: torch.complex(x, nan_at_two(x))), workers=Separate())
+    with pytest.raises(NotEnoughResults, match=r"^row 1: .* not finite in output") as info:
+        coded(X)
+    answers = info.value.answers
+    assert answers.isnan().flatten().tolist() == [False, True, *[False] * 6]
+    assert torch.equal(answers[2:], whole(X)[2:])
+
+
 def test_what_is_rejected_again_and_again_is_an_error_or_estimated():
     coded = rows(FailsAt(2.0, nan_at_two), workers=Separate())
     why = r"^row 1: .* not finite in output; .* 8 of 8"

@@ -518,8 +518,11 @@ def test_another_pool_and_a_copy_begin_anew():
 
 @pytest.mark.parametrize(
     "of",
-    [lambda y: y.sum(1), lambda y: y.argmax(1), lambda y: (y, y.argmax(1)), lambda y: y > 0],
-    ids=["a number a row", "classes", "both", "booleans"],
+    [
+        *(lambda y: y.sum(1), lambda y: y.argmax(1), lambda y: (y, y.argmax(1)), lambda y: y > 0),
+        lambda y: torch.complex(y, y.sin()).conj(),
+    ],
+    ids=["a number a row", "classes", "both", "booleans", "complex"],
 )
 @pytest.mark.parametrize("wrong", [(), (2,)], ids=["honest", "one wrong"])
 def test_outputs_of_any_form_are_verified(of, wrong):
