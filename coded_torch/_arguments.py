@@ -119,10 +119,12 @@ def real(
     raise ValueError(message) if is_real else TypeError(f"{message} of type {type(value).__name__}")
 
 
-def check(owner: object, holds: object, must: str, got: object) -> None:
-    """Raise a ValueError unless a requirement holds, such as "name must be a part of a URL"."""
+def check(
+    owner: object, holds: object, must: str, got: object, error: type[Exception] = ValueError
+) -> None:
+    """Raise an error unless a requirement holds, such as "name must be a part of a URL"."""
     if not holds:
-        raise ValueError(f"{_name(owner)}: {must}, got {shown(got)}")
+        raise error(f"{_name(owner)}: {must}, got {shown(got)}")
 
 
 def positive(owner: object, argument: str, value: Any) -> float:
@@ -191,8 +193,7 @@ def find_devices(
             raise TypeError(f"{must} be names of devices, got {shown(device)}") from None
         except (RuntimeError, AssertionError) as error:  # AssertionError: a build without CUDA
             raise ValueError(f"{must} be available, got {str(device)!r}") from error
-    if not found:
-        raise ValueError(f"{must} name at least one device, got none")
+    check(owner, found, "devices must name at least one", devices)
     return tuple(found)
 
 
@@ -201,7 +202,9 @@ def _name(owner: object) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return the look of a value in at most one line."""
+    """Return the look of a value in at most one line; of a type, its name."""
+    if isinstance(value, type):
+        return value.__name__
     if isinstance(value, int) and abs(value) > 10**40:  # Python does not even print very long ones
         return f"an integer of {value.bit_length()} bits"
     text = repr(value).replace("\n", " ")

@@ -38,20 +38,20 @@ FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
-    "beside the folders": 2330,
+    "beside the folders": 2333,
     "cli": 1431,
-    "codes": 979,
-    "experiments": 1697,
-    "input_space": 1298,
+    "codes": 977,
+    "experiments": 1695,
+    "input_space": 1296,
     "nn": 2404,
-    "open_inference": 781,
+    "open_inference": 778,
     "scheduling": 764,
     "serve": 1343,
     "surrogates": 531,
     "verification": 913,
-    "workers": 3411,
+    "workers": 3406,
 }
-MOST_LINES = 17_882  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_871  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

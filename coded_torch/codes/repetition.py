@@ -150,10 +150,8 @@ class _RepetitionPlan(RowPlan, BatchPlan):
         self._rows = torch.from_numpy(points.ravel()[_deal(self.num_groups, n)])  # [N, G]
 
     def encode(self, values: Tensor) -> Tensor:
-        if values.shape[:1] != (self.batch_size,):
-            must = f"values must have size {self.batch_size} along dim 0"
-            got = tuple(values.shape)
-            raise ValueError(f"{type(self.code).__name__}: {must}, got shape {got}")
+        must = f"values must have size {self.batch_size} along dim 0"
+        check(self.code, values.shape[:1] == (self.batch_size,), must, [*values.shape])
         (rows,) = to_device([self._rows.flatten()], values.device)
         return values.index_select(0, rows).view(*self._rows.shape, *values.shape[1:])
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from .._arguments import count, positive, probability, real
+from .._arguments import check, count, positive, probability, real
 from ..scheduling.latency_history import History
 from ..scheduling.waiting import Waiting
 from ..stragglers import Stragglers
@@ -137,8 +137,8 @@ def read_latencies(path: Path) -> Seconds:
     seconds: Seconds = np.genfromtxt(path, delimiter=",", usecols=[0], ndmin=1, skip_header=heading)
     if not np.all((seconds > 0) & (seconds < np.inf)):
         raise ValueError("latencies must be positive, finite seconds, one number per line")
-    if len(seconds) < _FEWEST:
-        raise ValueError(f"there must be at least {_FEWEST} latencies, got {len(seconds)}")
+    must = f"there must be at least {_FEWEST} latencies"
+    check("plan", len(seconds) >= _FEWEST, must, len(seconds))
     return seconds
 
 

@@ -94,8 +94,7 @@ def rmse(decoded: Tensor, exact: Tensor) -> float:
 def relative_accuracy(decoded: Tensor, exact: Tensor, labels: Tensor) -> float:
     """Return the accuracy of decoded answers over the model's own; see :func:`score`."""
     found = score(decoded, exact, labels)
-    if not found.exact_right:
-        raise ValueError("relative_accuracy: the model must be right at least once, got never")
+    check("relative_accuracy", found.exact_right, "the model must be right at least once", 0)
     return found.right / found.exact_right
 
 

@@ -131,12 +131,11 @@ def received_sets(wrapper: CodedWrapper, code: Code) -> Iterator[tuple[int, ...]
 @as_called()
 def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...]]:
     """Return the positional arguments of a call for each of ``batches``, which are checked."""
-    if isinstance(batches, Tensor | np.ndarray | str | bytes) or not isinstance(batches, Iterable):
-        got = type(batches).__name__
-        raise TypeError(f"{owner}: batches must be a sequence of batches, such as [x], got {got}")
-    if (name := training_part(module)) is not None:
-        must = f"the module must be in evaluation mode, as {name} learns from every batch it sees"
-        raise ValueError(f"{owner}: {must}; call eval() on it")
+    are_many = not isinstance(batches, Tensor | np.ndarray | str | bytes)
+    must = "batches must be a sequence of batches, such as [x]"
+    check(owner, are_many and isinstance(batches, Iterable), must, type(batches), TypeError)
+    must = "all parts of the module must be in evaluation mode, as some learn from every batch"
+    check(owner, (name := training_part(module)) is None, must, name)
     if (name := training_part(module, dropout=True)) is not None:
         warn(f"{owner}: {name} is in training mode, so answers depend on chance; call eval() on it")
     calls = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]

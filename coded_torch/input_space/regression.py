@@ -235,16 +235,14 @@ def check_batch(
     """Return the plain inputs and the size of the batch, or raise as :meth:`Regression.plan`."""
     if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence):
         raise TypeError(f"{owner}: inputs must be a sequence of tensors, got {shown(inputs)}")
-    if batch_size is None and not inputs:
-        raise ValueError(f"{owner}: batch_size must be given where there are no inputs, got None")
+    is_known = inputs or batch_size is not None
+    check(owner, is_known, "batch_size must be given where there are no inputs", batch_size)
     size = None if batch_size is None else count(owner, "batch_size", batch_size)
     for i, x in enumerate(inputs):
         dense(owner, f"inputs[{i}]", x)
         size = x.shape[:1].numel() if size is None else size
-        if x.shape[:1] != (size,) or not size:
-            must = "batch_size must be that of the inputs, at least 1"
-            got = f"{size} beside inputs[{i}] of shape {tuple(x.shape)}"
-            raise ValueError(f"{owner}: {must}, got {got}")
+        must = f"batch_size must be that of inputs[{i}], of shape {[*x.shape]}, and at least 1"
+        check(owner, size and x.shape[:1] == (size,), must, size)
     return [plain(owner, f"inputs[{i}]", x) for i, x in enumerate(inputs)], size or 0
 
 

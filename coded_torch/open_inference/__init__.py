@@ -51,8 +51,8 @@ class TensorSpec:
     @classmethod
     def of(cls, name: str, batch: Tensor) -> TensorSpec:
         """Return the spec of a batch ``[B, ...]``; TypeError if its dtype is not supported."""
-        if batch.dtype not in _NAMES:
-            raise TypeError(f"TensorSpec: {name} must be of one of DATATYPES, got {batch.dtype}")
+        must = f"{name} must be of one of DATATYPES"
+        check("TensorSpec", batch.dtype in _NAMES, must, batch.dtype, TypeError)
         return cls(name, _NAMES[batch.dtype], tuple(batch.shape[1:]))
 
     @property

@@ -322,8 +322,8 @@ class RemoteModule(nn.Module):
             raise TypeError(f"RemoteModule: inputs must be {', '.join(names)}, got {what}")
         for spec in specs:
             tensor = given[spec.name]
-            if (got := getattr(tensor, "dtype", type(tensor).__name__)) != spec.dtype:
-                raise TypeError(f"RemoteModule: {spec.name} must be of {spec.dtype}, got {got}")
+            kind = getattr(tensor, "dtype", type(tensor))
+            check(self, kind == spec.dtype, f"{spec.name} must be of {spec.dtype}", kind, TypeError)
             is_fit = tensor.dim() > 0 and spec.fits(tensor.shape[1:])
             must = f"the shape of {spec.name} must be {[-1, *spec.shape]}"
             check(self, is_fit, must, [*tensor.shape])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._arguments import arguments, named, signature_of
+from .._arguments import arguments, check, named, signature_of
 from . import TensorSpec
 
 Place = tuple[Any, int]  # a tensor, by its number or name, and one of its dimensions
@@ -90,16 +90,13 @@ def specs(
 
 def _check(what: str, tensors: Mapping[str, Any], number: int = 0, rows: int = 0) -> None:
     for name, leaf in tensors.items():
-        if not isinstance(leaf, Tensor):
-            got = f"{type(leaf).__name__} as {name!r}"
-            raise TypeError(f"specs: {what} must be tensors with rows, got {got}")
+        must = f"{name!r} among {what} must be a tensor with rows"
+        check("specs", isinstance(leaf, Tensor), must, type(leaf), TypeError)
         rows = rows or (len(leaf) if leaf.dim() else 0)
-        if leaf.shape[:1] != (rows,) or not rows:
-            must = f"have {rows or 'some'} rows"
-            raise ValueError(f"specs: {what} must {must}, got shape {[*leaf.shape]} of {name!r}")
-    if not tensors or len(tensors) < number:
-        must = "be tensors with rows, each of its own name"
-        raise TypeError(f"specs: {what} must {must}, got {[*tensors]}")
+        must = f"{name!r} among {what} must have {rows or 'some'} rows"
+        check("specs", rows and leaf.shape[:1] == (rows,), must, [*leaf.shape])
+    must = f"{what} must be tensors with rows, each of its own name"
+    check("specs", len(tensors) >= max(number, 1), must, [*tensors], TypeError)
 
 
 def _open_places(run: Run, leaves: Sequence[Tensor], outputs: Mapping[str, Tensor]) -> set[Place]:

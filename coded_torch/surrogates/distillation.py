@@ -72,9 +72,9 @@ def distill(
     """
     instance("distill", "student", student, nn.Module)
     instance("distill", "module", module, nn.Module)
-    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
-        what = type(batches).__name__
-        raise TypeError(f"distill: batches must be a sequence of batches, such as [x], got {what}")
+    are_many = isinstance(batches, Iterable) and not isinstance(batches, Tensor)
+    what = "batches must be a sequence of batches, such as [x]"
+    check("distill", are_many, what, type(batches), TypeError)
     if torch.is_inference_mode_enabled():
         raise RuntimeError("distill: leave torch.inference_mode(); torch.no_grad() is allowed")
     epochs, rows = count("distill", "epochs", epochs), count("distill", "rows", rows)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from operator import attrgetter
 from typing import Any
 
-from .._arguments import MOST_WORKERS, count, sparing_logger
+from .._arguments import MOST_WORKERS, check, count, sparing_logger
 from ..table import Began, Failure, Part, Reply, WorkerError
 from .base import Workers
 from .live import LiveRequest
@@ -382,9 +382,8 @@ class DispatchedWorkers(Workers):
 
     def _place(self, worker: int) -> int:
         worker = count(self, "worker", worker, least=0)
-        if worker not in (places := self.places):
-            must = f"worker must be one of {sorted(places)}"
-            raise ValueError(f"{type(self).__name__}: {must}, got {worker}")
+        places = self.places
+        check(self, worker in places, f"worker must be one of {sorted(places)}", worker)
         return worker
 
     def close(self) -> None:

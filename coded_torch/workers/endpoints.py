@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .. import tracing
-from .._arguments import count, instance, positive
+from .._arguments import check, count, instance, positive
 from ..open_inference import EndpointError, RefusedError, client
 from ..open_inference.client import RemoteModule, running_loop
 from ..table import Failure, Part
@@ -115,8 +115,7 @@ class EndpointWorkers(DispatchedWorkers):
         self._queue.update(source() if source else self._source)
         if source:
             self._queue.follow(source, self.refresh)
-        elif not self.urls:
-            raise ValueError("EndpointWorkers: endpoints must not be empty")
+        check(self, source or self.urls, "endpoints must not be empty", self._source)
 
     urls: Any = property(attrgetter("_queue.urls"), doc="The servers that are in the pool.")
     names: Any = property(lambda self: dict(enumerate(self._queue.known)))
@@ -129,17 +128,14 @@ class EndpointWorkers(DispatchedWorkers):
     def remove(self, url: str) -> None:
         """Give a server no more parts; the parts that it computes go on."""
         server = url.rstrip("/")
-        if server not in self.urls:
-            raise ValueError(f"EndpointWorkers: url must be one of {self.urls}, got {url!r}")
+        check(self, server in self.urls, f"url must be one of {self.urls}", url)
         self._queue.leave(self._queue.known.index(server))
 
     def open(self, module: nn.Module, task: Task) -> Request:
-        if not isinstance(module, RemoteModule):
-            must = "module must be a RemoteModule, as the servers run their own model"
-            raise TypeError(f"EndpointWorkers: {must}, got {type(module).__name__}")
-        if module.model != self.model:
-            must = f"module must stand for the model {self.model!r}"
-            raise ValueError(f"EndpointWorkers: {must}, got {module.model!r}")
+        must = "module must be a RemoteModule, as the servers run their own model"
+        check(self, isinstance(module, RemoteModule), must, type(module), TypeError)
+        must = f"module must stand for the model {self.model!r}"
+        check(self, module.model == self.model, must, module.model)
         return _EndpointRequest(task, self.timeout, self._dispatcher(), module)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .._arguments import check
 from ..table import Part
 from .supervisor import SupervisedWorkers, Supervisor, WatchedWorker
 
@@ -59,9 +60,8 @@ class RayWorkers(SupervisedWorkers):
         timeout: float = 600.0,
         **actor_options: Any,
     ) -> None:
-        if importlib.util.find_spec("ray") is None:
-            must = "Ray must be installed, got none; pip install 'coded_torch[ray]'"
-            raise ImportError(f"RayWorkers: {must}")
+        must = "Ray must be installed, by pip install 'coded_torch[ray]'"
+        check(self, importlib.util.find_spec("ray"), must, None, ImportError)
         self.address, self.actor_options = address, {"num_cpus": 0, **actor_options}
         super().__init__(num_workers, threads=threads, grace=grace, timeout=timeout)
 

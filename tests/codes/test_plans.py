@@ -97,7 +97,7 @@ def test_a_batch_of_which_nothing_is_known_needs_its_size():
     for make in (RegressionCode(5, 9).plan, Regression().plan):
         with pytest.raises(ValueError, match="batch_size must be given where there are no inputs"):
             make([])
-        with pytest.raises(ValueError, match=r"batch_size must be that of the inputs, .* got 3"):
+        with pytest.raises(ValueError, match=r"batch_size must be that of inputs\[0\], .* got 3"):
             make([inputs(4)], batch_size=3)
 
 

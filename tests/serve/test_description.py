@@ -86,15 +86,15 @@ def test_names_and_sizes(module, examples, inputs, outputs):
     [
         (nn.Identity(), (TOKENS, TOKENS), r"examples must fit forward\(input.*too many positional"),
         (Tokens(), TOKENS, "examples must fit forward.*missing a required argument: 'scale'"),
-        (Tokens(), {"tokens": TOKENS, "scale": "no"}, "examples.*with rows, got str as 'scale'"),
-        (Tokens(), {"tokens": TOKENS, "scale": SCALE[:2]}, r"have 3 rows, got shape \[2\] of 'sca"),
-        (nn.Identity(), torch.ones(0, 4), "must have some rows, got shape"),
-        (nn.Identity(), torch.ones(()), "must have some rows, got shape"),
+        (Tokens(), {"tokens": TOKENS, "scale": "no"}, "'scale' .* with rows, got str"),
+        (Tokens(), {"tokens": TOKENS, "scale": SCALE[:2]}, r"'scale' .* have 3 rows, got \[2\]"),
+        (nn.Identity(), torch.ones(0, 4), "'input' among examples must have some rows, got"),
+        (nn.Identity(), torch.ones(()), "'input' among examples must have some rows, got"),
         (nn.Identity(), {}, r"must be tensors with rows, each of its own name, got \[\]"),
         (Features(), ({"user": {"0": TOKENS}, "user.0": TOKENS},), "own name, got 'user.0'"),
         (Call(lambda x: {"a": {"b": x}, "a.b": x}), TOKENS, "own name, got 'a.b'"),
-        (Call(lambda x: (x, "no")), TOKENS, "outputs of the module .* got str as 'output1'"),
-        (Call(lambda x: {"loss": x.sum()}), TOKENS, r"have 3 rows, got shape \[\] of 'loss'"),
+        (Call(lambda x: (x, "no")), TOKENS, "'output1' among outputs of the module .* got str"),
+        (Call(lambda x: {"loss": x.sum()}), TOKENS, r"'loss' .* must have 3 rows, got \[\]"),
     ],
 )
 def test_errors_name_the_element(module, examples, message):
