@@ -126,9 +126,8 @@ class Answers:
         if not able or (not stacked.units and any(isinstance(x, Tensor) for x in shared)):
             raise error
         # Copies: the surrogate may return a tensor that it keeps, or the inputs themselves.
-        outputs = found[able[0]]
-        own = ((i, outputs[i]) for i in divided)
-        answers = {i: stacked.over(i, x.softmax(-1) if self._link else x) for i, x in own}
+        own = found[able[0]]
+        answers = {i: stacked.over(i, x.softmax(-1) if self._link else x) for i, x in own.items()}
         with outside():
             source = torch.full((division.batch_size,), -1)
             source[list(stacked.units)] = torch.arange(len(stacked.units))
@@ -147,7 +146,7 @@ class Answers:
             found = self._known_to(memory)
             if found is not None and found[0][0].shape == answers.shape:
                 own = plain("Memory", "answers", answers).cpu().double()
-                off = (own - found[0][0].cpu()).flatten(1).norm(dim=1)
+                off = columns(own - found[0][0].cpu()).norm(dim=1)
                 more = bounds.calibrated(found[1], off)
                 bounds = more if more.enough(self._coverage) else bounds
         if not_finite is not None:
@@ -160,7 +159,10 @@ class Answers:
         for number, surrogate in enumerate(self._surrogates):
             try:
                 run = self._remembered if isinstance(surrogate, Memory) else self._computed
-                found.append(run(surrogate, stacked))
+                outputs = run(surrogate, stacked)
+                if not all(map(finite, outputs.values())):
+                    raise ValueError("it returned values that are not finite")
+                found.append(outputs)
             except (torch.OutOfMemoryError, MemoryError):
                 raise
             except Exception as error:  # the caller's code may raise anything
@@ -208,8 +210,6 @@ class Answers:
                     raise ValueError(f"it returned {show(leaf)}, where {shape} is needed")
                 output = _levelled(leaf.movedim(dim, 0), inputs.not_finite)
                 outputs[i] = to_scale(output, self._link).to(result.device)
-                if not bool(outputs[i].isfinite().all()):
-                    raise ValueError("it returned values that are not finite")
         return outputs
 
     def _remember(self, answers: Sequence[Tensor], estimated: Any) -> None:

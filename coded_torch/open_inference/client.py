@@ -172,7 +172,7 @@ class Client:
             outputs, message = wire.outputs_of(model, data, size, rows)
             if (echoed := message.get("id") or "") != own and (kept or echoed):
                 raise ValueError("the answer must have the id of the request")
-        except ValueError as error:
+        except (OverflowError, ValueError) as error:  # an integer beyond all floats
             answer.protocol.close()  # the next answer may not be the next request's
             raise EndpointError(f"violated the protocol: {error}") from None
         self._echoing.update({server} if echoed else ())

@@ -255,10 +255,12 @@ def test_a_lack_of_memory_is_raised_with_the_answers_that_came(error):
     assert info.value.answers[~own].isnan().all()
 
 
+@pytest.mark.parametrize("shape", [(3,), ()])
 @pytest.mark.parametrize("lost", [1, 4])
-def test_few_results_are_calibrated_by_a_memory(lost):
+def test_few_results_are_calibrated_by_a_memory(lost, shape):
     """One of four rows missing, or all; 1,000 earlier rows say how far off it may be."""
     f, known = net(), Memory()
+    f = f if shape else Call(lambda x, of=f: of(x)[:, 0])
     coded = CodedWrapper(
         f, parts=4, workers=LocalWorkers(Uniform(lost, seed=1)), waiting=SOON, surrogate=known
     )
@@ -277,7 +279,7 @@ def test_few_results_are_calibrated_by_a_memory(lost):
             missing = report.estimated
             assert report.radii[missing].isfinite().all()
             assert report.radii_at(0.999)[missing].isinf().all()
-            errors = (answers - f(x)).norm(dim=1)
+            errors = (answers - f(x)).reshape(4, -1).norm(dim=1)
             inside += (errors <= report.radii)[missing].tolist()
     assert 0.85 <= sum(inside) / len(inside) <= 1
 

@@ -144,3 +144,13 @@ def test_a_batch_of_nothing_else(way):
     lost = CodedWrapper(module, **how, workers=Separate())
     with pytest.raises(NotEnoughResults, match="no row with finite inputs has a result"):
         lost(x)
+
+
+def test_a_memory_does_not_answer_a_batch_of_nothing_else():
+    how = {"parts": 3, "waiting": Waiting(on_error="estimate"), "surrogate": (memory := Memory())}
+    coded = CodedWrapper(nn.Identity(), workers=LocalWorkers(), **how)
+    coded(torch.rand(100, 2))
+    memory.rebuild()
+    coded.workers = LocalWorkers(Uniform(1, seed=0))
+    with pytest.raises(NotEnoughResults, match="no row with finite inputs has a result"):
+        coded(torch.full((6, 2), math.nan))

@@ -131,6 +131,9 @@ FAULTS = {
     "elsewhere": lambda handler, _: handler.send(307, b"", Location="http://127.0.0.1:1/"),
     "shape": lambda handler, rows: handler.answer(rows[:1], shape=[len(rows) + 1, 3]),
     "dtype": lambda handler, rows: handler.answer(rows, datatype="FP64"),
+    "beyond all floats": lambda handler, rows: handler.answer(
+        rows, parameters={}, data=[math.nan] + [10**400] * (rows.size - 1)
+    ),
     "unhashable name": lambda handler, rows: handler.answer(rows, name=["output"]),
 }
 
