@@ -23,7 +23,7 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from .workers.faults import Fault
+    from .workers.base import Fault
 
 #: The outcomes of a part: not known yet; a result that counts; no result; not wanted before it
 #: began; and a result that does not count, because its form, its values or others speak against it.

@@ -41,7 +41,7 @@ LINES = {
     "beside the folders": 2333,
     "cli": 1431,
     "codes": 977,
-    "experiments": 1695,
+    "experiments": 1694,
     "input_space": 1296,
     "nn": 2404,
     "open_inference": 778,
@@ -49,9 +49,9 @@ LINES = {
     "serve": 1343,
     "surrogates": 531,
     "verification": 913,
-    "workers": 3406,
+    "workers": 3379,
 }
-MOST_LINES = 17_871  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_843  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 
@@ -148,7 +148,7 @@ def test_files_are_small(name):
 
 def test_files_are_few():
     # A new file should be a decision.
-    assert len(COUNTED) <= 82
+    assert len(COUNTED) <= 81
 
 
 def test_folders_keep_their_budgets():

@@ -20,8 +20,7 @@ from .._arguments import check, count, instance, positive, probability
 from .._torch import broadcast_dims, flatten, on_host, unflatten
 from ..stragglers import Stragglers
 from ..table import Began, Part, Reply
-from ..workers.base import Request, Task, Workers
-from ..workers.faults import Fault
+from ..workers.base import Fault, Request, Task, Workers
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -4,7 +4,7 @@ To add a pool on real time:
 
 1. Read the rules of :class:`Workers`.
 2. Subclass :class:`~coded_torch.workers.dispatch.Dispatcher`: ``send`` hands a part to a worker. It
-   calls :func:`~coded_torch.workers.faults.compute` under ``part.request.ambient.restored``, and
+   calls :func:`~coded_torch.workers.base.compute` under ``part.request.ambient.restored``, and
    reports to ``settle``: a value or, if the module raised, a ``Failure`` of the kind "raised".
 3. Subclass :class:`~coded_torch.workers.dispatch.DispatchedWorkers`: ``_make`` returns the
    dispatcher, and ``open`` a :class:`~coded_torch.workers.live.LiveRequest`.
@@ -15,9 +15,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..table import Began, Part, Reply, WorkerError
-from .base import Request, Task, Workers
+from .base import Fault, Request, Task, Workers
 from .devices import DeviceWorkers
-from .faults import Fault
 from .local import LocalWorkers
 from .processes import ProcessWorkers
 from .ray import RayWorkers

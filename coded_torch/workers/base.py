@@ -1,4 +1,4 @@
-r"""The contract of all pools: parts of a task, and the pytrees of its inputs and outputs."""
+r"""The contract of all pools: the parts of a task, how a worker computes one, and its faults."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import dataclasses
 import enum
 import math
 import operator
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from ..stragglers import Stragglers
 
 logger = sparing_logger("coded_torch.workers")
+
+_DAY = 86_400.0  # seconds that a hung call sleeps, longer than any call waits
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -72,6 +75,52 @@ class Task:
             batch = [leaf.movedim(0, dim) if dim else leaf for leaf, dim in dims]
         is_positional = self.spec is positional(len(batch))[0]  # true, a tenth of the time
         return (tuple(batch), {}) if is_positional else unflatten(batch, self.spec)
+
+
+class InjectedCrash(RuntimeError):  # noqa: N818 - it stands for the end of a process
+    """The end of a worker. A process ends by it, and a thread, which cannot, goes on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A fault of one module call."""
+
+    KINDS: ClassVar = ("crash", "nan", "infinity", "shape", "dtype", "structure")
+
+    delay: float = 0.0  #: seconds that the call takes longer; if infinite, it hangs
+    kind: str | None = None  #: an element of :attr:`KINDS`, or None if the result is right
+
+    def __bool__(self) -> bool:
+        return self.delay > 0 or self.kind is not None
+
+    def spoil(self, value: Any) -> Any:
+        """Return the result that the fault makes of a module's output, a pytree."""
+        if self.kind == "structure":
+            return [value, None]
+        return pytree.tree_map_only(Tensor, self._spoil_leaf, value)
+
+    def _spoil_leaf(self, leaf: Tensor) -> Tensor:
+        if self.kind in ("nan", "infinity") and (leaf.is_floating_point() or leaf.is_complex()):
+            return torch.full_like(leaf, math.nan if self.kind == "nan" else math.inf)
+        if self.kind == "dtype":
+            return leaf.to(torch.float64 if leaf.dtype != torch.float64 else torch.float32)
+        return torch.cat([leaf, leaf]) if self.kind == "shape" else leaf
+
+
+def compute(module: nn.Module, arguments: Arguments | None, fault: Fault | None = None) -> Any:
+    """Call a module for a :meth:`Task.payload` as a worker must, with the fault of the part.
+
+    Arguments of None stand for no call. A crash raises an InjectedCrash, which ends a process.
+    """
+    if arguments is None:
+        return None
+    args, kwargs = arguments
+    if fault is None:
+        return module(*args, **kwargs)
+    time.sleep(min(fault.delay, _DAY))
+    if fault.kind == "crash":
+        raise InjectedCrash("an injected crash")
+    return fault.spoil(module(*args, **kwargs))
 
 
 class Request(abc.ABC):
@@ -162,7 +211,7 @@ class Workers(abc.ABC):
        with that cause. Other parts go on.
     5. The value of a reply is the module's output for :meth:`Task.payload` of the part's units,
        on the device of the task. The module must not see the task's own tensors, which it might
-       change. Call it by :func:`~.faults.compute`, which applies :attr:`Part.fault`.
+       change. Call it by :func:`compute`, which applies :attr:`Part.fault`.
     6. The places of workers are 0, 1, 2, ... A worker that replaces another one, or comes after one
        that was drained, has its place.
     7. Pools may be shared between threads and wrappers, copied and pickled, without their workers.

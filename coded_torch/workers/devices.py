@@ -22,9 +22,8 @@ from .._arguments import find_devices, positive
 from .._changes import version_of
 from .._torch import read_here
 from ..table import Failure, Part, Reply
-from .base import Request, Task
+from .base import InjectedCrash, Request, Task, compute
 from .dispatch import DispatchedWorkers, Dispatcher, Worker
-from .faults import InjectedCrash, compute
 from .live import LiveRequest
 
 _CLOSING_SECONDS = 5.0  # a pool that closes waits so long for its threads; not tuned

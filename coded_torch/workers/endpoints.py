@@ -22,9 +22,8 @@ from .._arguments import check, count, instance, positive
 from ..open_inference import EndpointError, RefusedError, client
 from ..open_inference.client import RemoteModule, running_loop
 from ..table import Failure, Part
-from .base import Request, Task, Workers
+from .base import InjectedCrash, Request, Task, Workers, compute
 from .dispatch import DispatchedWorkers, Dispatcher, Worker, logger
-from .faults import InjectedCrash, compute
 from .live import LiveRequest
 
 # Seconds from a failure to the first probe of a server; the pause doubles up to the second number,

@@ -12,8 +12,8 @@ from coded_torch.table import Failure
 from coded_torch.testing.helpers import WAIT, Gated, until
 from coded_torch.testing.workers import WorkersTests, numbered, run, task_of
 from coded_torch.workers import Part, Task
+from coded_torch.workers.base import compute
 from coded_torch.workers.dispatch import DispatchedWorkers, Dispatcher, Worker
-from coded_torch.workers.faults import compute
 from coded_torch.workers.live import LiveRequest
 
 ONE = torch.ones(1, 1, 1)
