@@ -39,8 +39,8 @@ COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
     "beside the folders": 2333,
-    "cli": 1431,
-    "codes": 977,
+    "cli": 1414,
+    "codes": 961,
     "experiments": 1694,
     "input_space": 1296,
     "nn": 2404,
@@ -51,7 +51,7 @@ LINES = {
     "verification": 913,
     "workers": 3379,
 }
-MOST_LINES = 17_843  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_810  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 
@@ -148,7 +148,7 @@ def test_files_are_small(name):
 
 def test_files_are_few():
     # A new file should be a decision.
-    assert len(COUNTED) <= 81
+    assert len(COUNTED) <= 79
 
 
 def test_folders_keep_their_budgets():

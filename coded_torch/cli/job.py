@@ -31,9 +31,10 @@ import coded_torch
 from .._arguments import arguments, count, signature_of
 from ..codes import NotEnoughResults
 from ..nn import CodedWrapper, Waiting
+from ..nn.mean import Looks
+from ..workers import WorkerError
 from . import CommandError, find_factory, make_model, need, processes, progress, say, usage
 from .files import UNNAMED, Rows, encoded, replace
-from .mean import mean, start
 
 logger = logging.getLogger("coded_torch.job")
 
@@ -94,7 +95,7 @@ def _begin(args: Namespace) -> None:
         say(f"Columns of {rows}: {mapping}.")
         held.enter_context(coded.workers)
         held.enter_context(torch.no_grad())
-        run = mean if args.mean else _every_row
+        run = _mean if args.mean else _every_row
         run(args, coded, rows, functools.partial(rows.batches, columns, size))
 
 
@@ -132,7 +133,7 @@ def _every_row(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> N
         args.begun = True
         try:
             for first in read(missing[:1]):
-                start(coded, first)
+                _start(coded, first)
             for name, (answers, report) in zip(progress([*wrong], "batches"), found, strict=True):
                 with usage(errors=Exception):
                     kept = keys.popleft()
@@ -163,6 +164,56 @@ def _every_row(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> N
             counts["workers_lost"] = coded.workers.num_restarts
             there, every = len(good) + counts["batches"], len(good) + len(wrong)
             _sum_up(args.output, counts, time.monotonic() - begin, there, every, why)
+
+
+def _mean(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> None:
+    """Print an interval after each look, and keep the numbers of the rows that are computed."""
+    path, batches = args.output / "mean.pt", _Batches(rows.total, args.batch_size, read)
+    with usage(f"{path} cannot be read", errors=Exception):
+        known = torch.load(path, weights_only=True) if path.exists() else {}
+        if known and known["digest"] != _digest_of_mean(known):
+            raise ValueError("it is damaged; remove it to start again")
+    _start(coded, batches[0])
+    with usage(prefix="mean: "), usage(errors=NotEnoughResults):
+        looks = Looks(coded, batches, args.of, None, 0.95, False, known.get("seed"))
+        if known:
+            looks.numbers, looks.shares = [known["numbers"]], known["shares"]
+            looks.sizes = [size for size in looks.sizes if size >= known["rows"]]
+        for found in looks.until(args.half_width):
+            known = {"numbers": torch.cat(looks.numbers), "shares": looks.shares}
+            known |= vars(found) | {"seed": looks.seed}
+            torch.save(known | {"digest": _digest_of_mean(known)}, file := io.BytesIO())
+            replace(path, file.getbuffer())
+            some = zip(found.value[:8].tolist(), found.half_width.tolist(), strict=False)
+            shown = ", ".join(f"{value:.5g} ± {half:.2g}" for value, half in some)
+            more = ", ..." if len(found.value) > 8 else ""
+            say(f"{found.rows:,} of {rows.total:,} rows: {shown}{more}")
+
+
+def _digest_of_mean(known: Mapping[str, Any]) -> str:
+    """Return a digest of all that a mean goes on with."""
+    numbers = (known[name].numpy().tobytes() for name in ("numbers", "shares"))
+    rest = repr((known["rows"], known["seed"])).encode()
+    return hashlib.sha256(b"".join([*numbers, rest])).hexdigest()
+
+
+class _Batches:
+    """The batches of a file, each of which is read when it is needed."""
+
+    def __init__(self, rows: int, size: int, read: Any) -> None:
+        self._starts, self._read = range(0, rows, size), read
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, number: int) -> Any:
+        return next(self._read([self._starts[number]]))
+
+
+def _start(coded: CodedWrapper, first: BoundArguments) -> None:
+    """Start workers on a batch. If the model fails on its rows, the call says so."""
+    with usage(errors=TypeError, prefix="Workers: "), contextlib.suppress(WorkerError):
+        coded.workers.start_on(coded.module, first)
 
 
 def _sum_up(folder: Path, counts: Counter[str], took: float, there: int, of: int, why: str) -> None:

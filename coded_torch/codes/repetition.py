@@ -19,8 +19,7 @@ from ..input_space.metrics import METRICS, Features
 from ..input_space.ordering import Grouping
 from ..input_space.regression import Regression, RowPlan
 from ..linear import LinearMap, SelectMap
-from .base import Code, FixedCode
-from .plans import BatchPlan, cut
+from .base import BatchPlan, Code, FixedCode, cut
 
 # The power of the variances that follow from distances with which squared errors grow: 1.0 for a
 # LeNet-5 on MNIST, 0.49 for a RepVGG and 0.46 for a vision transformer on Fashion-MNIST (measured

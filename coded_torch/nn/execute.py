@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .. import tracing
 from .._arguments import sparing_logger
-from ..codes.plans import DeadlineExceeded, NotEnoughResults
+from ..codes.base import DeadlineExceeded, NotEnoughResults
 from ..scheduling.exchangeability import Exchangeability
 from ..scheduling.latency_history import History
 from ..scheduling.waiting import Waiting
