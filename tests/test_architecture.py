@@ -40,18 +40,18 @@ COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 LINES = {
     "beside the folders": 2333,
     "cli": 1414,
-    "codes": 961,
+    "codes": 960,
     "experiments": 1694,
-    "input_space": 1296,
+    "input_space": 1287,
     "nn": 2404,
     "open_inference": 778,
     "scheduling": 764,
     "serve": 1343,
-    "surrogates": 531,
+    "surrogates": 530,
     "verification": 913,
     "workers": 3379,
 }
-MOST_LINES = 17_810  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_799  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 
@@ -148,7 +148,7 @@ def test_files_are_small(name):
 
 def test_files_are_few():
     # A new file should be a decision.
-    assert len(COUNTED) <= 79
+    assert len(COUNTED) <= 78
 
 
 def test_folders_keep_their_budgets():

@@ -13,8 +13,7 @@ from .. import ops
 from .._arguments import check, count, dense, instance, real, shown
 from .._extension import first_results
 from .._torch import exactly, outside, plain, to_device
-from .error_bounds import ErrorBounds
-from .gaussian_process import NUGGET
+from .gaussian_process import NUGGET, ErrorBounds
 from .metrics import METRICS, Choice, Distances, Features, Sources
 from .regressor import LENGTH, MOST_ROWS, Regressor
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._arguments import real, sparing_logger
 from .._torch import outside
-from ..input_space.error_bounds import ErrorBounds
+from ..input_space.gaussian_process import ErrorBounds
 from ..table import GOOD, Hedge, Table, WorkerError
 
 if TYPE_CHECKING:

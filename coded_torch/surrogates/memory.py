@@ -17,8 +17,7 @@ from .._arguments import count, sparing_logger
 from .._changes import fingerprint
 from .._torch import exactly
 from ..input_space import metrics
-from ..input_space.error_bounds import GROWTH
-from ..input_space.gaussian_process import NUGGET, GaussianProcess, evenly, matern52
+from ..input_space.gaussian_process import GROWTH, NUGGET, GaussianProcess, evenly, matern52
 from ..input_space.metrics import METRICS, Fitted, Leaf, Metric, squared_distances, typical_rows
 from ..input_space.regressor import LENGTH, Regressor
 
