@@ -43,15 +43,15 @@ LINES = {
     "codes": 960,
     "experiments": 1694,
     "input_space": 1287,
-    "nn": 2404,
+    "nn": 2403,
     "open_inference": 778,
-    "scheduling": 764,
+    "scheduling": 756,
     "serve": 1343,
     "surrogates": 530,
     "verification": 913,
     "workers": 3379,
 }
-MOST_LINES = 17_799  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_790  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 
@@ -148,7 +148,7 @@ def test_files_are_small(name):
 
 def test_files_are_few():
     # A new file should be a decision.
-    assert len(COUNTED) <= 78
+    assert len(COUNTED) <= 77
 
 
 def test_folders_keep_their_budgets():
