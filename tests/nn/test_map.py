@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
+from coded_torch.testing.helpers import until
 from coded_torch.workers import DeviceWorkers, LocalWorkers
 
 from .modules import Call
@@ -57,9 +58,7 @@ def test_answers_come_in_order_and_equal_those_of_single_calls(coded, model):
     most = []
 
     def release():  # waits until the others in flight have run
-        until = time.monotonic() + 30
-        while len(model.running) < 4 and time.monotonic() < until:
-            time.sleep(0.005)
+        until(lambda: len(model.running) >= 4)
         most.append(len(model.running))
         model.gates[0].set()
 
@@ -125,12 +124,18 @@ def test_an_early_end_of_the_loop_ends_the_open_calls(coded, model):
 
 
 def test_ctrl_c_ends_the_loop_at_once(coded, model):
-    model.gates[5] = threading.Event()
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-    start, found = time.monotonic(), []
+    model.gates[5], found = threading.Event(), []
+
+    def interrupt():  # once the loop waits
+        until(lambda: len(found) == 5)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    start = time.monotonic()
     with pytest.raises(KeyboardInterrupt) as caught:
         found.extend(coded.map(batches(12), in_flight=4))
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 20  # as the gate is open after 30 s
     assert caught.value.batch == len(found) == 5
 
 

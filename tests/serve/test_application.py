@@ -255,7 +255,7 @@ def test_bombs_are_refused_and_do_not_hold_up_others():
     head = b'{"inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 3], "data": ['
     bombs = [head + b"[]," * 2**24, head + b"[]," * 300_000, head + b"0.123456789," * 80_000 + b"x"]
     bombs += [b'{"inputs": [' + b'{"a":[{}]},' * 150_000, head + b"0," * 1_000_000]
-    bombs, found, slowest = [gzip.compress(bomb) for bomb in bombs], [], 0.0
+    bombs, found, took = [gzip.compress(bomb) for bomb in bombs], [], []
     with serving(built(nn.Identity(), inputs=spec, outputs=spec)) as port, Client(port) as client:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -267,12 +267,12 @@ def test_bombs_are_refused_and_do_not_hold_up_others():
         while any(thread.is_alive() for thread in threads) and time.monotonic() < stop:
             begin = time.monotonic()
             assert client.infer(ONE)[0] == 200
-            slowest = max(slowest, time.monotonic() - begin)
+            took.append(time.monotonic() - begin)
         for thread in threads:
             thread.join(30)
     assert {*found} == {400, 413}
     assert len(found) == 30
-    assert slowest < 1
+    assert statistics.median(took) < 0.5  # of which a busy machine makes some slow
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # kB
 
 
@@ -331,27 +331,31 @@ def test_a_deadline_without_results_is_504_and_in_time(held, said, seconds):
         held.go.set()
     assert status == 504
     assert re.match("too few results (arrived )?within the deadline", answer["error"])
-    assert seconds - 0.02 <= took < seconds + 1
+    assert seconds - 0.02 <= took < seconds + 10  # the model would take 30 s
 
 
 def test_two_slow_rows_do_not_take_all_workers():
-    pool, answers = DeviceWorkers(["cpu"] * 6), []
-    slow = Call(lambda x: time.sleep(4.0 if (x == 9).any() else 0.002) or x[:, :2])
-    with serving(built(slow, workers=pool, deadline=3.0)) as port:  # a busy machine stalls for 1 s
+    pool, answers, over = DeviceWorkers(["cpu"] * 6), [], threading.Event()
 
-        def ask(row):
+    def slow(x):
+        over.wait(60 if (x == 9).any() else 0.002)
+        return x[:, :2]
+
+    with serving(built(Call(slow), workers=pool, deadline=30.0)) as port:
+
+        def ask(row, microseconds=30_000_000):
+            request = {"inputs": [tensor([[row] * 3])], "parameters": {"timeout": microseconds}}
             with Client(port) as client:
-                answers.append((row, client.infer({"inputs": [tensor([[row] * 3])]})[0]))
+                answers.append((row, client.infer(request)[0]))
 
         for _ in range(40):  # latencies become known
             ask(0.0)
-        threads = started([functools.partial(ask, 9.0)] * 2)
-        until = time.monotonic() + 4.5
-        while time.monotonic() < until:
+        threads = started([functools.partial(ask, 9.0, 1_000_000)] * 2)
+        while any(thread.is_alive() for thread in threads):
             ask(1.0)
-            time.sleep(0.01)
-        for thread in threads:
-            thread.join(30)
+        for _ in range(40):
+            ask(1.0)
+        over.set()
     assert {status for row, status in answers if row < 9} == {200}
     assert [status for row, status in answers if row == 9] == [504] * 2
 
@@ -455,8 +459,8 @@ def test_a_model_that_returns_other_tensors_than_its_specs_is_500(caplog):
 
 
 def test_accepted_requests_are_answered_at_the_end(held):
-    answers = []
-    with serving(holding(held)) as port:
+    answers, application = [], holding(held)
+    with serving(application) as port:
 
         def ask():
             with Client(port) as client:
@@ -464,7 +468,7 @@ def test_accepted_requests_are_answered_at_the_end(held):
 
         threads = started([ask] * 5)
         assert held.begun.acquire(timeout=30)
-        time.sleep(0.2)  # the others are queued
+        wait_until(lambda: len(application.batcher._queue) == 4)
         threading.Timer(0.3, held.go.set).start()
     for thread in threads:
         thread.join(30)

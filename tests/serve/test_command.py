@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from coded_torch.cli.main import main
 
 from .servers import Client, tensor, wait_until
 
-SLOW = 3  # the factor of a busy host: the bars hold on an idle one
+SLOW = 6  # the factor of a busy host: the bars hold on an idle one
 # On asyncio's own loop, as without uvloop, which is not among the dependencies.
 CODE = """import sys; sys.modules['uvloop'] = None
 from coded_torch.cli.main import main; sys.exit(main())"""
@@ -89,9 +88,9 @@ def mine(tmp_path, monkeypatch):
 
 
 @contextlib.contextmanager
-def running(*arguments, cwd=None):
+def running(*arguments, cwd=None, first=""):
     """Run the command; yield its process, with its output and log so far, and its port."""
-    line = [sys.executable, "-c", CODE, "serve", "--port", "0", *arguments]
+    line = [sys.executable, "-c", first + CODE, "serve", "--port", "0", *arguments]
     # Not in the checkout, whose package may not be built: Python looks there first.
     with tempfile.TemporaryDirectory() as folder, tempfile.NamedTemporaryFile() as log:
         process = subprocess.Popen(
@@ -105,7 +104,7 @@ def running(*arguments, cwd=None):
             yield process, int(found[1])
         finally:
             process.kill()
-            process.communicate(timeout=30)
+            process.communicate(timeout=180)
 
 
 def family(pid):
@@ -174,7 +173,7 @@ def test_an_answer_comes_soon_although_workers_are_delayed_and_killed(capsys):
         assert "6 workers have run the model" in process.log.read_text()
         workers = family(process.pid)
         process.terminate()
-        process.wait(30)
+        process.wait(180)
         assert process.returncode == -signal.SIGTERM
         wait_until(lambda: not alive(workers))
 
@@ -220,7 +219,11 @@ def test_ctrl_c_does_not_wait_for_a_load(mine):
     weights.write_text("2")
     load = b"POST /v2/repository/models/read/load HTTP/1.1\r\nHost: localhost\r\n\r\n"
     options = "--num-workers", "1", "--deadline", "1"
-    with running("mine:read", *options, cwd=mine) as (process, port), Client(port) as client:
+    soon = "from coded_torch.cli import serve; serve._TO_READ = 0\n"
+    with (
+        running("mine:read", *options, cwd=mine, first=soon) as (process, port),
+        Client(port) as client,
+    ):
         wait_until(lambda: client.get("/v2/health/ready")[0] == 200)
         weights.unlink()
         os.mkfifo(weights)  # to read it takes until someone writes to it
@@ -248,12 +251,12 @@ def test_a_kept_connection_does_not_wait_for_acknowledgements(mine):
         running("mine:small", "--num-workers", "1", "--parts", "1", cwd=mine) as (_, port),
         Client(port) as client,
     ):
-        for _ in range(20):
+        for _ in range(40):
             start = time.monotonic()
             assert client.infer(body, "/v2/models/small/infer")[0] == 200
             took.append(time.monotonic() - start)
-    # Nagle's algorithm delays each by 40 ms; a busy machine does not delay the fastest quarter.
-    assert statistics.quantiles(took)[0] < 0.025
+    # Nagle's algorithm delays each by 40 ms, but for the first; a busy machine does not delay all.
+    assert min(took[20:]) < 0.03
 
 
 def test_clients_name_a_loopback_host_or_an_allowed_one(mine, monkeypatch):

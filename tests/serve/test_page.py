@@ -85,7 +85,7 @@ def test_the_status(client):
     for path in ("/page/status", "/page/status?minute"):
         found = client.get(path)[1]
         when, seconds, rows, estimated = found["answers"][-1]
-        assert 0 <= found["now"] - when < 3
+        assert 0 <= found["now"] - when < 60
         assert (seconds > 0, rows, estimated) == (True, 2, 0)
 
 
@@ -151,7 +151,7 @@ class Pool:
 def ended():
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and thread.name.endswith("(_run)"):
-            thread.join(10)
+            thread.join(60)
             assert not thread.is_alive()
 
 

@@ -10,6 +10,7 @@ import struct
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,11 +137,27 @@ class Poison(nn.Module):
 
 
 class Heavy(nn.Module):
-    """Takes a second to arrive, as one whose packages have to be imported."""
+    """Is packed or loaded once a folder has a file "open", where it notes that it waits for it."""
+
+    def __init__(self, folder: str, when: str = "loaded") -> None:
+        super().__init__()
+        self.folder, self.when = Path(folder), when
+
+    def wait(self, when: str) -> None:
+        if when == self.when:
+            (self.folder / f"{when}-{os.getpid()}").touch()
+            end = time.monotonic() + 60.0
+            while not (self.folder / "open").exists():
+                assert time.monotonic() < end
+                time.sleep(0.002)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.wait("packed")
+        return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        time.sleep(1.0)
         super().__setstate__(state)
+        self.wait("loaded")
 
     def forward(self, x: Tensor) -> Tensor:
         return x

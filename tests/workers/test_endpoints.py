@@ -332,7 +332,9 @@ def test_a_server_that_answers_nothing_while_others_do_gets_no_parts(three, monk
     three[2].fault, three[2].ready = lambda handler, rows: hung.wait(WAIT) or True, False
     try:
         until(lambda: coded(X) is not None and coded.workers.num_ready == 2)
-        assert torch.equal(coded(X), 2 * X)
+        answers, report = coded.run(X, waiting=Waiting(deadline=WAIT))
+        assert torch.equal(answers, 2 * X)
+        assert 2 not in report.asked
     finally:
         hung.set()
     three[2].fault, three[2].ready = None, True
@@ -427,7 +429,8 @@ def test_a_server_that_was_removed_at_work_can_be_added_again(three):
     pool.close()
 
 
-def test_a_pool_that_is_closed_by_the_thread_of_its_loop_does_not_wait(three):
+def test_a_pool_that_is_closed_by_the_thread_of_its_loop_does_not_wait(three, monkeypatch):
+    monkeypatch.setattr(endpoints, "_CLOSING_SECONDS", 3 * WAIT)
     pool = EndpointWorkers([three[0].url], model="double")
 
     async def close():
@@ -435,7 +438,7 @@ def test_a_pool_that_is_closed_by_the_thread_of_its_loop_does_not_wait(three):
         pool.close()
         return time.monotonic() - start
 
-    assert run(close()) < 1
+    assert run(close()) < WAIT
 
 
 def test_a_server_that_does_not_accept_did_not_end_at_work():

@@ -143,7 +143,7 @@ def test_a_dead_process_is_named_and_replaced_at_once(module, how):
         assert (error.part, error.kind) == (1, "died")
         assert re.fullmatch(rf"worker [012] was lost: process \d+ {how}", str(error))
         until(lambda: pool.num_ready == 3)
-        assert time.monotonic() - start < 10  # 1 s on a machine that has nothing else to do
+        assert time.monotonic() - start < WAIT / 3  # 1 s on a machine that has nothing else to do
         assert len(set(pool.pids) - victims) == pool.num_restarts == 1
         got = by_part(answers(pool, modules.Pid(), torch.zeros(12, 1, 1)))
         assert len(got) == 12
@@ -247,44 +247,42 @@ def test_a_hung_process_is_killed_after_its_grace():
 @pytest.mark.parametrize("module", [Sleepy(), modules.Greedy()], ids=["sleeps", "computes"])
 def test_a_slow_part_is_not_taken_for_a_hang(module):
     with ProcessWorkers(2, grace=1.0).start(timeout=WAIT) as pool:
-        replies = answers(pool, module, torch.full((2, 1, 1), 4.0))
+        replies = answers(pool, module, torch.full((2, 1, 1), 2.5))
         assert [reply.error for reply in replies] == [None, None]
         assert pool.num_restarts == 0
 
 
-class _Slow(nn.Module):
-    """Takes seconds to be packed."""
-
-    def __getstate__(self):
-        time.sleep(2.0)
-        return super().__getstate__()
-
-
-@pytest.mark.parametrize("module", [Heavy(), _Slow()], ids=["loaded", "packed"])
-def test_another_module_that_is_loaded_stops_no_calls(module):
-    waiting = Waiting(deadline=0.8, estimate=False)
-    with ProcessWorkers(3).start(Sleepy(), timeout=WAIT) as pool, torch.no_grad():
-        first = CodedWrapper(Sleepy(), workers=pool, waiting=waiting)
-        second, x = CodedWrapper(module, workers=pool), torch.zeros(12, 1)
-        first(x)
+@pytest.mark.parametrize("when", ["loaded", "packed"])
+def test_another_module_that_is_loaded_stops_no_calls(when, tmp_path):
+    sleepy = Sleepy()
+    with ProcessWorkers(3).start(sleepy, timeout=WAIT) as pool, torch.no_grad():
+        first = CodedWrapper(sleepy, workers=pool)
+        second, x = CodedWrapper(Heavy(tmp_path, when), workers=pool), torch.zeros(12, 1)
         with ThreadPoolExecutor(1) as threads:
-            loading, calls = threads.submit(second, x), 0
-            while not loading.done():
+            loading = threads.submit(second, x)
+            until(lambda: any(tmp_path.iterdir()))
+            for _ in range(4):
                 first(x)
-                calls += 1
-        assert calls > 3
+            assert not loading.done()
+            (tmp_path / "open").touch()
+        assert torch.equal(loading.result(), x)
 
 
-def test_processes_load_modules_beside_their_grace_and_before_they_replace_others():
-    with ProcessWorkers(2, grace=0.5).start(timeout=WAIT) as pool:
-        module = Heavy()
-        assert all(reply.error is None for reply in answers(pool, module, torch.zeros(2, 1, 1)))
-        os.kill(pool.pids[0], signal.SIGKILL)
-        until(lambda: pool.num_ready == 1)
-        until(lambda: pool.num_ready == 2)
-        start = time.monotonic()
-        assert all(reply.error is None for reply in answers(pool, module, torch.zeros(2, 1, 1)))
-        assert time.monotonic() - start < 0.9
+def test_processes_load_modules_beside_their_grace_and_before_they_replace_others(tmp_path):
+    with ProcessWorkers(2, grace=1.0).start(timeout=WAIT) as pool:
+        module, values = Heavy(tmp_path), torch.zeros(2, 1, 1)
+        with ThreadPoolExecutor(1) as threads:
+            replies = threads.submit(answers, pool, module, values)
+            until(lambda: len(list(tmp_path.iterdir())) == 2)
+            time.sleep(1.5)
+            (tmp_path / "open").touch()
+        assert all(reply.error is None for reply in replies.result())
+        os.kill(victim := pool.pids[0], signal.SIGKILL)
+        until(lambda: victim not in pool.pids and pool.num_ready == 2)
+        loaded = {path.name for path in tmp_path.iterdir()} - {"open"}
+        assert len(loaded) == 3
+        assert all(reply.error is None for reply in answers(pool, module, values))
+        assert {path.name for path in tmp_path.iterdir()} == {"open", *loaded}
 
 
 def test_a_module_that_ends_processes_spoils_no_other():
