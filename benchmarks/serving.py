@@ -43,7 +43,7 @@ from coded_torch.codes import NotEnoughResults
 from coded_torch.demo import digits, lenet5
 from coded_torch.nn import CodedWrapper, Report, Waiting
 from coded_torch.open_inference import ADDED, Model, outputs_of, request
-from coded_torch.serve import TensorSpec, app
+from coded_torch.serve import Connection, TensorSpec, app
 from coded_torch.serve.batcher import Batch
 from coded_torch.stragglers import Bernoulli, Trace
 from coded_torch.surrogates import Memory
@@ -175,7 +175,7 @@ def main(kind: str, port: str) -> None:
     torch.set_num_threads(1)  # the processors are the workers'
     made = lenet5_app() if kind == "faults" else saturated_app(kind == "direct")
     quiet: Any = {"log_level": "critical", "access_log": False}  # as the command does
-    uvicorn.run(made, host="127.0.0.1", port=int(port), **quiet)
+    uvicorn.run(made, host="127.0.0.1", port=int(port), http=Connection, **quiet)
 
 
 @contextlib.contextmanager

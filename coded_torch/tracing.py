@@ -1,6 +1,6 @@
-"""Spans of OpenTelemetry: of requests, calls and parts, if the program has imported OpenTelemetry.
+"""Spans of OpenTelemetry: of requests, calls and parts, if the program has a tracer provider.
 
-A program whose tracer provider is set has imported it. No other program pays for spans. An error of
+A program without one does not pay for spans. An error of
 OpenTelemetry, or of what the program adds to it, is logged, and fails no call.
 """
 
@@ -20,10 +20,6 @@ _NOTHING = contextlib.nullcontext()
 _LINKS = "coded_torch.links"  # in a context: the spans of other requests of the same batch
 
 
-def _api() -> Any:
-    return sys.modules.get("opentelemetry.trace")
-
-
 @contextlib.contextmanager
 def harmless() -> Iterator[None]:
     """Log an error of a block instead of raising it."""
@@ -31,6 +27,15 @@ def harmless() -> Iterator[None]:
         yield
     except Exception as error:
         logger.warning("spans are missing or incomplete: %s: %s", type(error).__name__, error)
+
+
+def _api() -> Any:
+    """Return OpenTelemetry's module; None if nothing is recorded, as no provider is set."""
+    if (api := sys.modules.get("opentelemetry.trace")) is not None:
+        with harmless():
+            if type(api.get_tracer_provider()) is not api.ProxyTracerProvider:
+                return api
+    return None
 
 
 @functools.cache

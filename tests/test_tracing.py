@@ -23,7 +23,7 @@ def spans(monkeypatch):
     """Return a function that returns the ended spans of a name."""
     provider, exporter = TracerProvider(), InMemorySpanExporter()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
 
     def named(name):
         found = [x for x in exporter.get_finished_spans() if x.name == f"coded_torch.{name}"]
@@ -131,6 +131,16 @@ def test_without_opentelemetry_there_is_nothing(spans, monkeypatch):
     assert spans("call") == []
 
 
+def test_without_a_provider_there_is_nothing(monkeypatch):
+    """An import of OpenTelemetry, by whatever library, costs no call anything."""
+    monkeypatch.setattr(trace, "get_tracer_provider", trace.ProxyTracerProvider)
+    monkeypatch.setattr(trace, "get_tracer", None)
+    with DeviceWorkers(["cpu"] * 2) as pool, torch.no_grad():
+        CodedWrapper(nn.Linear(3, 1), workers=pool)(torch.ones(4, 3))
+    assert tracing.headers() == {}
+    assert tracing.here() is None
+
+
 def test_an_error_of_opentelemetry_fails_no_call(monkeypatch, caplog):
     class Broken(SpanProcessor):
         def on_start(self, *_, **__):
@@ -140,7 +150,7 @@ def test_an_error_of_opentelemetry_fails_no_call(monkeypatch, caplog):
 
     provider = TracerProvider()
     provider.add_span_processor(Broken())
-    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
     with DeviceWorkers(["cpu"] * 2) as pool, torch.no_grad():
         coded = CodedWrapper(nn.Linear(3, 1), workers=pool)
         assert coded(torch.ones(4, 3)).shape == (4, 1)

@@ -119,7 +119,7 @@ def from_json(name: str, spec: TensorSpec, shape: Sequence[int], data: list[Any]
         valid = limits.min <= min(rows) and max(rows) <= limits.max
     must = f"{numbers} numbers of {spec.datatype}, in one list or nested as the shape {list(shape)}"
     require(valid, f"data of {name}", must, rows[:8])
-    return torch.from_numpy(np.array(rows, kind)).to(spec.dtype).reshape(*shape)
+    return torch.from_numpy(np.array(rows, kind).reshape(shape)).to(spec.dtype)
 
 
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
@@ -260,14 +260,14 @@ def written(
     entries, tail = [], []
     for spec, tensor, binary in tensors:
         entry = spec.metadata() | {"shape": list(tensor.shape)}
-        numbers = tensor.detach().cpu().reshape(-1).contiguous()
+        if tensor.dtype in (torch.float16, torch.bfloat16):  # NumPy has not both, and orjson none
+            tensor = tensor.view(torch.int16) if binary else tensor.float()
+        numbers = np.ascontiguousarray(tensor.numpy(force=True)).reshape(-1)
         if binary:
-            tail.append(numbers.view(torch.uint8).numpy().data)  # little-endian, as in memory
+            tail.append(numbers.view(np.uint8).data)  # little-endian, as in memory
             entry["parameters"] = {"binary_data_size": len(tail[-1])}
         else:
-            if numbers.dtype in (torch.float16, torch.bfloat16):
-                numbers = numbers.float()
-            entry["data"] = numbers.numpy()  # orjson writes null for NaN and infinity
+            entry["data"] = numbers  # orjson writes null for NaN and infinity
         entries.append(entry)
     head = orjson.dumps({**message, key: entries}, option=orjson.OPT_SERIALIZE_NUMPY)
     head += b" " * (-len(head) % 64 if tail else 0)  # so that elements can be read in place

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import gc
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -28,7 +28,7 @@ from ..open_inference import ADDED, FORMER, LISTED, TensorSpec, written
 from ..open_inference.description import bind, in_order
 from .batcher import TO_ANSWER, Batch, Batcher, compute
 from .metrics import Metrics
-from .protocol import Reader, RequestError, timeout
+from .protocol import Reader, RequestError
 from .versions import Versions
 
 # The number of requests that Ray lets into a replica; a bound, not tuned. Ray's default of 5 would
@@ -147,7 +147,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             max_queued_requests=count(self, "max_queued_requests", max_queued_requests),
             slots=slots,
             on_batch=lambda *batch: self.metrics.batch(self.pool, *batch),
-            states=lambda: Counter(state for state, _ in self.pool.states.values()),
+            states=lambda: [state for state, _ in self.pool.states.values()],
         )
         self.reader = Reader(inputs, outputs, self.max_rows, self.examples)
         server = {"name": "coded_torch", "version": coded_torch.__version__}
@@ -350,14 +350,17 @@ async def _first(future: asyncio.Future[Any], receive: Receive, seconds: float) 
         if not future.done():
             future.set_exception(RequestError(499, "disconnected", "the client has gone"))
 
+    def expire() -> None:
+        if not future.done():
+            future.set_result(None)
+
     begin = loop.call_later(_WATCH, lambda: tasks.append(loop.create_task(watch())))
+    end = loop.call_later(seconds, expire)
     try:
-        async with timeout(seconds):
-            return cast("Batch", await future)  # if it ends, the request leaves the queue
-    except (TimeoutError, asyncio.TimeoutError):  # two classes in Python 3.10
-        return None
+        return cast("Batch | None", await future)  # once it is done, no queue has the request
     finally:
         begin.cancel()
+        end.cancel()
         for task in tasks:
             task.cancel()
 

@@ -7,7 +7,6 @@ import dataclasses
 import math
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
@@ -107,9 +106,10 @@ def compute(
         must = [(spec.dtype, [rows, *spec.shape]) for spec in specs]
         raise TypeError(f"the model must return tensors {must}, got {got}")
     named = {spec.name: leaf for spec, leaf in zip(specs, leaves, strict=True)}
-    flags = () if report.estimated is None else report.estimated.tolist()
-    if any(flags):  # made here, and not in the event loop
-        _ = report.radii, report.label_p_values
+    sources = [] if report.source is None else report.source.tolist()
+    flags = [source == 2 for source in sources] if 2 in sources else ()
+    if flags:  # made here, and not in the event loop
+        _ = report.estimated, report.radii, report.label_p_values
     return Batch(named, report, unanswered, slice(rows), flags)
 
 
@@ -135,8 +135,7 @@ class Batcher:
     over the free slots. ``compute`` computes a batch in a thread, given its inputs, the seconds
     that are left, and the number of its parts. ``slots`` returns the number of slots, and the most
     parts of a batch. ``on_batch`` gets each batch, its rows, and the seconds that its requests
-    waited. ``states`` returns how many workers are known to be in each state, "idle", "busy" or
-    other.
+    waited. ``states`` returns the state of each known worker, "idle", "busy" or other.
     """
 
     def __init__(
@@ -147,7 +146,7 @@ class Batcher:
         max_queued_requests: int,
         slots: Callable[[], tuple[int, int]],
         on_batch: Callable[[Batch, int, Sequence[float]], None],
-        states: Callable[[], Counter[str]] = Counter,
+        states: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         self._compute, self._on_batch, self._states = compute, on_batch, states
         self._max_rows, self._max_queued, self._slots = max_batch_size, max_queued_requests, slots
@@ -167,7 +166,7 @@ class Batcher:
         slots, used = self._slots()[0], sum(parts for _, _, parts, _ in self._ongoing.values())
         if used < slots:
             # Workers still compute rows of calls that have ended: these workers are busy, too.
-            used = max(used, self._states()["busy"])
+            used = max(used, self._states().count("busy"))
         return max(slots - used, int(not self._ongoing))
 
     def check(self, rows: int, deadline: float, *, is_read: bool = False) -> None:
@@ -182,11 +181,11 @@ class Batcher:
             return
         now = time.monotonic()
         late = now + self._expected(rows, now) - deadline
-        states = self._states() if is_read and (self._hung or late == math.inf) else Counter()
-        if is_read and (late == math.inf or (self._hung and not states["idle"])):
+        states = self._states() if is_read and (self._hung or late == math.inf) else ()
+        if is_read and (late == math.inf or (self._hung and "idle" not in states)):
             why = "workers hang: no batch was answered lately"
-            if states["busy"]:
-                why += f"; {states['busy']} are busy, perhaps with rows of requests that have ended"
+            if busy := states.count("busy"):
+                why += f"; {busy} are busy, perhaps with rows of requests that have ended"
             raise RequestError(503, "overdue", why)
         if 0 < late < math.inf:
             when = f"{late * 1e3:.0f} ms after the deadline"

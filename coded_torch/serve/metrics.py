@@ -1,5 +1,6 @@
 """The numbers of a server, under one set of names for Prometheus and for Ray."""
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ class Metrics:
     def __init__(self, *, ray: bool = False) -> None:
         self._ray, self._registry = ray, prometheus_client.CollectorRegistry()
         self._restarts, self._numbers = 0, dict[str, Any]()
+        self._labelled = dict[tuple[str, str | None], Any]()  # a look costs a tenth of labels()
         # By the names of Triton's extension ``statistics``; times in ns, and the last in ms.
         self._times = {name: {"count": 0, "ns": 0} for name in ("success", "fail", *_TRITONS)}
         self._totals = {"last_inference": 0, "inference_count": 0, "execution_count": 0}
@@ -98,8 +100,7 @@ class Metrics:
     def batch(self, pool: Workers, done: Batch, rows: int, queued: Sequence[float]) -> None:
         """Count a pool's batch, whose requests waited so many seconds."""
         self.workers(pool)
-        report, count, names = done.report, self._count, pool.names
-        flags = [] if report.estimated is None else report.estimated.tolist()
+        report, count, names, flags = done.report, self._count, pool.names, done.estimated
         estimated = sum(flag and row not in done.unanswered for row, flag in enumerate(flags))
         won = sum(hedge.won for hedge in report.hedges)
         count("results_total", len(report.received), "received")
@@ -117,8 +118,8 @@ class Metrics:
         for worker, number in report.faults.items():
             count("faults_total", number, names.get(worker, str(worker)))
         for outcome in ("verified", "unverified"):
-            if (flags := getattr(report, outcome)) is not None:
-                count("checks_total", int(flags.sum()), outcome)
+            if (found := getattr(report, outcome)) is not None:
+                count("checks_total", int(found.sum()), outcome)
         self._totals["inference_count"] += rows
         self._totals["execution_count"] += 1
         for seconds in queued:
@@ -126,14 +127,17 @@ class Metrics:
         self._time("compute_input", report.encode_seconds)
         self._time("compute_infer", report.compute_seconds)
         self._time("compute_output", report.decode_seconds)
-        if report.radii is not None and report.estimated is not None:
-            for radius in report.radii[report.estimated].tolist():
+        if flags and report.radii is not None:
+            for radius in itertools.compress(report.radii.tolist(), flags):
                 if radius < math.inf:  # an infinite sum would stay infinite
                     self._numbers["radius"].observe(radius)
 
     def _count(self, name: str, amount: float, label: str | None = None) -> None:
-        counter = self._numbers[name]
-        if not self._ray:
-            (counter.labels(label) if label else counter).inc(amount)
-        elif amount > 0:  # Ray refuses 0
+        counter, key = self._numbers[name], (name, label)
+        if self._ray and amount > 0:  # Ray refuses 0
             counter.inc(amount, dict.fromkeys(_NUMBERS[name][1:], label))
+        elif not self._ray:
+            if key not in self._labelled:  # from now on it is shown, even if it is 0
+                self._labelled[key] = counter.labels(label) if label else counter
+            if amount:
+                self._labelled[key].inc(amount)

@@ -245,6 +245,33 @@ def parse(
     return InferRequest(name, tensors, wanted, microseconds / 1e6 or math.inf, coverage)
 
 
+class _Together:
+    """A transport that sends what is written in one turn of the event loop at once.
+
+    So a response is one packet, and not its head and its body: the client wakes once.
+    """
+
+    def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop, self._written = transport, loop, list[bytes]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._written:
+            self._loop.call_soon(self._send)
+        self._written.append(data)
+
+    def _send(self) -> None:
+        if self._written:
+            self._transport.write(b"".join(self._written))
+            self._written.clear()
+
+    def close(self) -> None:
+        self._send()
+        self._transport.close()
+
+
 class Connection(HttpToolsProtocol):
     """A connection that no client can hold: ``uvicorn.run(app, http=Connection)``.
 
@@ -264,8 +291,9 @@ class Connection(HttpToolsProtocol):
         """Whether no request is being read or answered."""
         return self.cycle is None or self.cycle.response_complete
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+    def connection_made(self, transport: Any) -> None:
+        together: Any = _Together(transport, self.loop)
+        super().connection_made(together)
         self.since = time.monotonic()
         self._watch()
         others = [each for each in self.connections if not each.transport.is_closing()]

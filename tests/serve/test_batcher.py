@@ -3,7 +3,6 @@
 import asyncio
 import threading
 import time
-from collections import Counter
 
 import pytest
 import torch
@@ -236,13 +235,13 @@ async def test_a_late_batch_beside_answered_ones_is_no_hang(quick):
 
 
 async def test_rows_of_calls_that_have_ended_take_slots(model):
-    busy = Counter(busy=3)
+    busy = ["busy"] * 3
     batcher = model.batcher(slots=lambda: (3, 1), states=lambda: busy)
     entries = [put(batcher, float(i)) for i in range(3)]
     await until(lambda: model.batches)
     await asyncio.sleep(0.05)
     assert model.batches == [[0]]  # an idle server tries a batch, and one only
-    busy["busy"] = 1  # nothing else tells that workers are free
+    busy[:] = "busy", "idle", "idle"  # nothing else tells that workers are free
     await until(lambda: len(model.batches) == 3)
     model.go.set()
     assert await answers(*entries) == [[0.0], [2.0], [4.0]]

@@ -48,7 +48,9 @@ def test_a_batch():
         decode_seconds=0.004,
     )
     report.radii = torch.tensor([0.3, 0.0, 0.0, 0.4], dtype=torch.float64)
-    metrics.batch(Shaky(), Batch({}, report, set(), slice(4)), 4, [0.1, 0.2])
+    metrics.batch(
+        Shaky(), Batch({}, report, set(), slice(4), report.estimated.tolist()), 4, [0.1, 0.2]
+    )
     metrics.refused("late")
     metrics.answered(0.25)
     found, totals = values(metrics), metrics.statistics()
@@ -108,7 +110,9 @@ def test_the_dashboard_shows_every_number():
     metrics = Metrics()
     true = torch.tensor([True])
     report = Report(source=torch.tensor([2]), verified=true, unverified=~true, faults={2: 1})
-    metrics.batch(LocalWorkers(), Batch({}, report, set(), slice(4)), 1, [0.1])
+    metrics.batch(
+        LocalWorkers(), Batch({}, report, set(), slice(4), report.estimated.tolist()), 1, [0.1]
+    )
     metrics.refused("late")
     families = text_string_to_metric_families(metrics.text().decode())
     counted = {
@@ -124,6 +128,8 @@ def test_the_dashboard_shows_every_number():
 
 def test_rows_without_an_answer_are_no_answers():
     metrics, report = Metrics(), Report(source=torch.tensor([2, 2, 0, 0]))
-    metrics.batch(LocalWorkers(), Batch({}, report, {0, 3}, slice(4)), 4, [0.1])
+    metrics.batch(
+        LocalWorkers(), Batch({}, report, {0, 3}, slice(4), report.estimated.tolist()), 4, [0.1]
+    )
     assert values(metrics)["coded_torch_answers_total computed"] == 1
     assert values(metrics)["coded_torch_answers_total estimated"] == 1
