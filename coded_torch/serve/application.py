@@ -313,7 +313,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         if version not in ("", answer.version):
             raise RequestError(503, "unavailable", f"version {version} was replaced meanwhile")
         coverage = answer.report.coverage and (message.coverage or answer.report.coverage)
-        rows, estimated = len(message.inputs[0]), sum(answer.estimated[answer.rows])
+        rows, estimated = message.inputs[0].shape[0], sum(answer.estimated[answer.rows])
         parameters = {"coverage": coverage} if coverage else {}
         parameters |= dict.fromkeys(("estimated_rows", "predicted_rows"), estimated)
         about = {"model_name": self.name, "model_version": answer.version, "parameters": parameters}

@@ -94,7 +94,7 @@ def compute(
     unanswered = set() if own.on_error == "estimate" else set(report.refused)
     if report.failed or report.ended == "failed":
         unanswered |= {*report.refused, *report.missing_rows}
-    rows, leaves = len(inputs[0]), pytree.tree_leaves(answers)
+    rows, leaves = inputs[0].shape[0], pytree.tree_leaves(answers)
     if answers is None:
         return Batch({}, report, unanswered, slice(rows))
     got = [(leaf.dtype, list(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor)]
@@ -118,7 +118,7 @@ class _Entry:
 
     def __init__(self, inputs: list[Tensor], arrived: float, deadline: float) -> None:
         self.inputs, self.arrived, self.deadline = inputs, arrived, deadline
-        self.rows, self.trace = len(inputs[0]), tracing.here()
+        self.rows, self.trace = inputs[0].shape[0], tracing.here()
         self.shapes: list[Any] = [x.shape[1:] for x in inputs]
         self.future: asyncio.Future[Batch] = asyncio.get_running_loop().create_future()
 
@@ -193,7 +193,7 @@ class Batcher:
 
     def put(self, inputs: list[Tensor], arrived: float, deadline: float) -> asyncio.Future[Batch]:
         """Queue a request, or refuse it (503). To cancel the future takes it off the queue."""
-        self.check(len(inputs[0]), deadline, is_read=True)
+        self.check(inputs[0].shape[0], deadline, is_read=True)
         entry = _Entry(inputs, arrived, deadline)
         self._queue[entry] = None
         self._rows += entry.rows
@@ -216,7 +216,7 @@ class Batcher:
     def _expected(self, rows: int, now: float) -> float:
         """Return the seconds until ``rows`` more rows are probably answered."""
         batches, rest = divmod(self._rows + rows, self._max_rows)
-        seconds = batches * self._usual(self._max_rows) + (rest and self._usual(rest))
+        seconds = (batches and batches * self._usual(self._max_rows)) + (rest and self._usual(rest))
         seconds /= self._slots()[0]
         if self._num_free:
             return seconds

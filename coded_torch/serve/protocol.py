@@ -229,7 +229,7 @@ def parse(
             entry["data"] = functools.partial(_tensor, lists.pop(data), until)
     given = wire.tensors_of("input", listed, inputs, tail, range(1, max_rows + 1))
     tensors = [given[spec.name] for spec in inputs]
-    rows = [len(tensor) for tensor in tensors]
+    rows = [tensor.shape[0] for tensor in tensors]
     require(len(set(rows)) == 1, "the numbers of rows of inputs", "equal", rows)
     for spec, tensor in zip(inputs, tensors, strict=True):
         if not finite(tensor):
