@@ -263,9 +263,9 @@ class _Together:
         self._written.append(data)
 
     def _send(self) -> None:
-        if self._written:
-            self._transport.write(b"".join(self._written))
-            self._written.clear()
+        written, self._written = b"".join(self._written), []
+        if not self._transport.is_closing():  # the client may have gone meanwhile
+            self._transport.write(written)
 
     def close(self) -> None:
         self._send()

@@ -1,5 +1,6 @@
 """Messages of the Open Inference Protocol: requests that are read or refused, and answers."""
 
+import asyncio
 import contextlib
 import json
 import math
@@ -354,6 +355,22 @@ def test_specs(arguments, message):
     with pytest.raises(TypeError, match=r"x must be of one of DATATYPES, got torch.complex64"):
         TensorSpec.of("x", torch.zeros(2, 3, dtype=torch.complex64))
     assert TensorSpec.of("x", torch.zeros(2, 3)) == TensorSpec("x", "FP32", (3,))
+
+
+async def test_a_response_is_sent_at_once_unless_the_client_has_gone():
+    transport = mock.Mock(**{"is_closing.return_value": False})
+    together = protocol._Together(transport, asyncio.get_running_loop())
+    together.write(b"head")
+    together.write(b"body")
+    await asyncio.sleep(0)
+    together.write(b"last")
+    together.close()
+    assert transport.mock_calls[1::2] == [mock.call.write(b"headbody"), mock.call.write(b"last")]
+    assert transport.mock_calls[-1] == mock.call.close()
+    together.write(b"more")
+    transport.is_closing.return_value = True
+    await asyncio.sleep(0)
+    assert transport.write.call_count == 2
 
 
 @pytest.fixture
