@@ -56,7 +56,7 @@ class WorkerError(RuntimeError):
         cause = self.__cause__ or self
         text = "".join(traceback.format_exception_only(cause)) if self.kind == "raised" else ""
         # Places, sizes and addresses differ between the parts of one batch.
-        return self.kind, type(cause), re.sub(r"\w*\d\w*", "#", text)
+        return self.kind, type(cause), re.sub(r"\b\w*\d\w*", "#", text)
 
 
 @dataclasses.dataclass(eq=False, slots=True)

@@ -1,10 +1,13 @@
 """What holds for the table of a call, whatever happens."""
 
+import time
+
 import pytest
 
 from coded_torch import Waiting
 from coded_torch.experiments.planner import Verified
 from coded_torch.experiments.simulation import Conditions, simulate
+from coded_torch.table import WorkerError
 
 BAD = Conditions(spread=0.5, straggling=0.1, slow=0.2, dead=0.1, dead_after=1.0, bursts=20.0)
 
@@ -45,3 +48,11 @@ class Twice:
 def test_deciding_twice_at_one_moment_writes_nothing(policy):
     outcome = simulate(Twice(policy), BAD, num_workers=6, num_parts=4, num_requests=300)
     assert outcome.ended.total() == 300
+
+
+def test_long_messages_are_compared_in_linear_time():
+    causes = [ValueError(f"{'A' * 40_000} at {place}") for place in range(2)]
+    one, other = (WorkerError(0, 0, "", "raised", cause) for cause in causes)
+    since = time.monotonic()
+    assert one.alike == other.alike
+    assert time.monotonic() - since < 2  # 10 s, as long as each letter looked for a digit
