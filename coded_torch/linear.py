@@ -37,6 +37,8 @@ _KNOTS = 128
 # Columns from which rows are read by index: the columns of each group then fill tiles of their own,
 # and for fewer columns copying the rows costs less than tiles half empty.
 _FUSED_COLUMNS = 256
+# Unlike `torch.cuda.is_available`, this does not begin to use CUDA.
+_num_gpus = functools.cache(lambda: torch.cuda.device_count())
 # Numbers of a matrix, 192 MB in both dtypes. Larger plans have none: without kernels, they run on
 # the host.
 _MOST = 1 << 24
@@ -312,8 +314,3 @@ class SplineMap(LinearMap):
         values = groups.reshape(*groups.shape[:2], num_columns)
         result = ops.spline_apply(values, *self._operands(groups), **where)
         return result.view(grouping.batch_size, *groups.shape[2:])
-
-
-@functools.cache
-def _num_gpus() -> int:
-    return torch.cuda.device_count()  # unlike `is_available`, it does not begin to use CUDA

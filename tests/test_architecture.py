@@ -38,20 +38,20 @@ FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
-    "beside the folders": 2338,
+    "beside the folders": 2335,
     "cli": 1414,
     "codes": 960,
-    "experiments": 1694,
+    "experiments": 1689,
     "input_space": 1287,
-    "nn": 2403,
-    "open_inference": 778,
+    "nn": 2400,
+    "open_inference": 775,
     "scheduling": 756,
     "serve": 1377,
     "surrogates": 530,
     "verification": 913,
     "workers": 3379,
 }
-MOST_LINES = 17_829  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_815  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

@@ -9,10 +9,11 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from .._arguments import check, count, positive, probability, real
 from ..scheduling.latency_history import History
@@ -26,9 +27,8 @@ from .simulation import OVERHEAD, Conditions, simulate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from numpy.typing import NDArray
 
-    Seconds: TypeAlias = NDArray[np.float64]
+Seconds = NDArray[np.float64]
 
 #: Conditions by name. A part that straggles runs 5 to 50 times as long.
 CONDITIONS = {

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .._arguments import check, dense
@@ -22,10 +23,8 @@ from ..codes import Code
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from numpy.typing import NDArray
 
-    Array = NDArray[np.float64]
-
+Array = NDArray[np.float64]
 Setting = tuple[int, int, int]  # N, K and S
 Interval = list[float | None]  # a number, and half the width of its 95 % interval
 

@@ -4,8 +4,6 @@
 of time is the median of a part of the first ask without faults.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import heapq
@@ -14,18 +12,16 @@ import math
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from .._arguments import count, instance, positive, probability, real
 from ..scheduling.latency_history import History
 from ..stragglers import Stragglers
 from ..table import OPEN, Began, Part, Reply, Table, WorkerError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 # These numbers define the conditions of benchmarks/waiting.py. Times are in medians of a part.
 #: The share of a part's time that does not depend on its number of rows.

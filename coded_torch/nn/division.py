@@ -122,7 +122,8 @@ class Inputs:
         """Raise a ValueError if a shared input looks as if each row had its own entry."""
 
         def is_whole(node: Any) -> bool:
-            return isinstance(node, list) and len(node) == self.batch_size and _has_no_tensor(node)
+            is_long = isinstance(node, list) and len(node) == self.batch_size
+            return is_long and not any(map(torch.is_tensor, pytree.tree_leaves(node)))
 
         at = 0  # the first leaf of a node
         for path, node in pytree.tree_flatten_with_path((self.args, self.kwargs), is_whole)[0]:
@@ -140,10 +141,6 @@ class Inputs:
 
 def _name(path: Any) -> str:
     return ("args" if path[0].idx == 0 else "kwargs") + pytree.keystr(path[1:])
-
-
-def _has_no_tensor(node: Any) -> bool:
-    return not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(node))
 
 
 def finite(leaf: Tensor) -> bool:

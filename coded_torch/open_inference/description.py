@@ -115,9 +115,10 @@ def _open_places(run: Run, leaves: Sequence[Tensor], outputs: Mapping[str, Tenso
             with contextlib.suppress(Exception):  # the module's own, of any kind
                 made = [run(_resized(leaves, places, other)) for other in others]
                 if all(_kinds(each) == _kinds(outputs) for each in made):
-                    pairs = ((name, x) for each in made for name, x in each.items())
-                    found |= {(k, d) for k, x in pairs for d in _differing(x, outputs[k])}
                     found |= {*places}
+                    for name, x in (pair for each in made for pair in each.items()):
+                        usual = outputs[name].shape
+                        found |= {(name, d) for d in range(1, x.dim()) if x.shape[d] != usual[d]}
                     if places is alike:
                         break
     return found
@@ -132,7 +133,3 @@ def _resized(leaves: Sequence[Tensor], places: Sequence[Place], size: int) -> li
 
 def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {name: (x.dtype, x.dim()) for name, x in tensors.items()}
-
-
-def _differing(one: Tensor, other: Tensor) -> list[int]:
-    return [d for d in range(1, one.dim()) if one.shape[d] != other.shape[d]]
