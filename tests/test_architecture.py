@@ -40,18 +40,18 @@ COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 LINES = {
     "beside the folders": 2335,
     "cli": 1414,
-    "codes": 960,
+    "codes": 958,
     "experiments": 1689,
     "input_space": 1287,
-    "nn": 2400,
+    "nn": 2398,
     "open_inference": 775,
     "scheduling": 756,
     "serve": 1377,
     "surrogates": 530,
-    "verification": 913,
-    "workers": 3379,
+    "verification": 911,
+    "workers": 3375,
 }
-MOST_LINES = 17_815  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_805  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

@@ -1,7 +1,5 @@
 r"""The codes that repeat inputs: replication, and uneven copies with a regression."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence
@@ -122,7 +120,7 @@ class RegressionCode(Code):
         lengths = 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0
         return {"redundancy": kinds, "metric": (*METRICS, *own), "length": lengths}
 
-    def _plan(self, *batch: Any) -> _RepetitionPlan:
+    def _plan(self, *batch: Any) -> BatchPlan:
         return (_MidpointPlan if self.mixes else _RepetitionPlan)(self, *batch)
 
 

@@ -1,7 +1,5 @@
 r"""A module that runs any other module on unreliable workers."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from typing import Any
@@ -323,12 +321,12 @@ class CodedWrapper(ModuleProxy):
         if name in ("workers", "module", "verify") and "verify" in vars(self):
             self._record = Record(self.workers, self.verify) if self.verify else None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedWrapper:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move surrogates along with the module, though they are not its submodules."""
         for surrogate in self.surrogate:
             if isinstance(surrogate, nn.Module):
                 surrogate._apply(fn, recurse)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
 def _check_settings(wrapper: CodedWrapper) -> None:

@@ -3,8 +3,6 @@
 A result looks odd if a regression on the batch and on recent rows estimates it badly.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math
@@ -54,6 +52,45 @@ class Recent(NamedTuple):
     features: Tensor  # [n, d]
     outputs: Tensor  # [n, C]
     workers: Tensor  # [n]
+
+
+class Fit(NamedTuple):
+    """A regression before there are results."""
+
+    rows: Sequence[int]  #: the rows of the batch that are in it
+    features: Tensor  #: ``[n, d]``, of these rows
+    #: ``[k]``, the places of scored rows, among these and recent rows. None if there are too few.
+    usable: Tensor | None = None
+    residuals: Tensor | None = None  #: ``[k, k]``, from outputs to scaled leave-one-out residuals
+    past: Tensor | None = None  #: the outputs of the recent rows, ``[m, C]``
+
+    @exactly()
+    def scores(self, outputs: Tensor) -> dict[int, float]:
+        r"""Score rows ``[n, C]``, if all are finite, by the energy and the peak of their residuals.
+
+        Let z be leave-one-out residuals in robust standard deviations, and S their robust
+        correlation between outputs. The energy is :math:`z^T S^{-1} z`, and the peak the largest of
+        :math:`S^{-1} z`, standardised. Whole rows show in the first, single outputs in the second.
+        The score is the sum of their logarithms, less its median, which recent rows keep steady.
+        """
+        if self.usable is None or self.residuals is None or not bool(outputs.isfinite().all()):
+            return {}
+        some = outputs if self.past is None else torch.cat([outputs, self.past])
+        some = some[self.usable]
+        z = self.residuals @ (some - some.mean(0))
+        z /= z.abs().kthvalue((len(z) + 1) // 2, 0).values.clamp_(min=1e-12)
+        signs = z.sign()
+        correlation = signs.T @ signs / len(z)
+        correlation.diagonal().add_(_RIDGE)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(correlation))
+        u = z @ inverse
+        energy = (z * u).mean(1).clamp_(min=1e-12).sqrt()
+        peak = (u.abs() / inverse.diagonal().sqrt()).amax(1).clamp_(min=1e-12)
+        scores = (energy * peak).log()
+        scores -= scores.median()
+        of_batch = self.usable < len(self.rows)
+        rows = map(self.rows.__getitem__, self.usable[of_batch].tolist())
+        return dict(zip(rows, scores[of_batch].tolist(), strict=True))
 
 
 class Scores:
@@ -111,45 +148,6 @@ class Scores:
             if self.recent is not None:
                 kept = self.recent.workers != worker
                 self.recent = Recent(*[x[kept] for x in self.recent])
-
-
-class Fit(NamedTuple):
-    """A regression before there are results."""
-
-    rows: Sequence[int]  #: the rows of the batch that are in it
-    features: Tensor  #: ``[n, d]``, of these rows
-    #: ``[k]``, the places of scored rows, among these and recent rows. None if there are too few.
-    usable: Tensor | None = None
-    residuals: Tensor | None = None  #: ``[k, k]``, from outputs to scaled leave-one-out residuals
-    past: Tensor | None = None  #: the outputs of the recent rows, ``[m, C]``
-
-    @exactly()
-    def scores(self, outputs: Tensor) -> dict[int, float]:
-        r"""Score rows ``[n, C]``, if all are finite, by the energy and the peak of their residuals.
-
-        Let z be leave-one-out residuals in robust standard deviations, and S their robust
-        correlation between outputs. The energy is :math:`z^T S^{-1} z`, and the peak the largest of
-        :math:`S^{-1} z`, standardised. Whole rows show in the first, single outputs in the second.
-        The score is the sum of their logarithms, less its median, which recent rows keep steady.
-        """
-        if self.usable is None or self.residuals is None or not bool(outputs.isfinite().all()):
-            return {}
-        some = outputs if self.past is None else torch.cat([outputs, self.past])
-        some = some[self.usable]
-        z = self.residuals @ (some - some.mean(0))
-        z /= z.abs().kthvalue((len(z) + 1) // 2, 0).values.clamp_(min=1e-12)
-        signs = z.sign()
-        correlation = signs.T @ signs / len(z)
-        correlation.diagonal().add_(_RIDGE)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(correlation))
-        u = z @ inverse
-        energy = (z * u).mean(1).clamp_(min=1e-12).sqrt()
-        peak = (u.abs() / inverse.diagonal().sqrt()).amax(1).clamp_(min=1e-12)
-        scores = (energy * peak).log()
-        scores -= scores.median()
-        of_batch = self.usable < len(self.rows)
-        rows = map(self.rows.__getitem__, self.usable[of_batch].tolist())
-        return dict(zip(rows, scores[of_batch].tolist(), strict=True))
 
 
 class _Bar:

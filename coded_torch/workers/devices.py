@@ -1,7 +1,5 @@
 r"""Workers on local devices: a replica of the module and a thread for each."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
@@ -63,7 +61,7 @@ class DeviceWorkers(DispatchedWorkers):
         self.mixed = len({device.type for device in self.devices}) > 1
         self._open()
 
-    def _make(self) -> _Threads:
+    def _make(self) -> Dispatcher:
         return _Threads(self.devices, self._size)
 
     def open(self, module: nn.Module, task: Task) -> Request:
@@ -82,7 +80,7 @@ class DeviceWorkers(DispatchedWorkers):
 
 
 class _DeviceRequest(LiveRequest):
-    def __init__(self, module: nn.Module, task: Task, timeout: float, threads: _Threads) -> None:
+    def __init__(self, module: nn.Module, task: Task, timeout: float, threads: Any) -> None:
         super().__init__(task, timeout, threads, module)
         # Gradients of a leaf are added up on the stream on which it was first used. Views that are
         # made here make this the caller's stream, as replicas use other streams.
@@ -122,7 +120,7 @@ class _Replica(Worker):
     def is_new_to(self, module: nn.Module) -> bool:
         return module not in self.seen
 
-    def serve(self, threads: _Threads) -> None:
+    def serve(self, threads: Dispatcher) -> None:
         while (part := self.inbox.get()) is not None:
             try:
                 value = self._call(part.request, part)

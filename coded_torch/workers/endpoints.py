@@ -1,7 +1,5 @@
 r"""Workers that are servers of the Open Inference Protocol."""
 
-from __future__ import annotations
-
 import asyncio
 import concurrent.futures
 import dataclasses
@@ -105,7 +103,7 @@ class EndpointWorkers(DispatchedWorkers):
 
     resize = Workers.resize  # :meth:`add` and :meth:`remove` need addresses
 
-    def _make(self) -> _Endpoints:
+    def _make(self) -> Dispatcher:
         return _Endpoints(client.Client(self, **self._options), self.concurrency)
 
     def _open(self) -> None:
