@@ -163,7 +163,7 @@ def real_array(owner: object, argument: str, numbers: Any) -> NDArray[np.float64
     if isinstance(numbers, Tensor):
         dense(owner, argument, numbers, floating=False)
         numbers = numbers.detach().cpu()
-        numbers = (numbers.double() if numbers.is_floating_point() else numbers).numpy()
+        numbers = (numbers.double() if numbers.dtype.is_floating_point else numbers).numpy()
     try:
         array = np.array(numbers)
     except (ValueError, RuntimeError):  # ragged, or tensors that numpy cannot read

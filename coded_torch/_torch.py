@@ -269,7 +269,7 @@ def dependent_output(
     if len(rows := different_rows(divided)) == 1:
         got = f"{len(divided[0])} equal rows"
         raise RuntimeError(f"the example must have two different rows, got {got}")
-    sizes = [float(x[rows].abs().max()) for x in divided if x.is_floating_point() and x.numel()]
+    sizes = [float(x[rows].abs().max()) for x in divided if x.dtype.is_floating_point and x.numel()]
     scale = max(sizes, default=1.0)
     inputs = [x[rows * 2] if has_rows(x) else x for x in leaves]
     trees, found = compute(inputs, [(0,), (1,), (0, 1)]), dict[int, tuple[Any, ...]]()
@@ -290,7 +290,7 @@ def dependent_output(
         if by_rows:
             first, second, both = map(_real, each)
             if both.numel() and first.shape == second.shape:
-                is_rounded = each[0].is_floating_point() or each[0].is_complex()
+                is_rounded = each[0].dtype.is_floating_point or each[0].dtype.is_complex
                 eps = torch.finfo(each[0].dtype).eps if is_rounded else 0.0
                 found[i] = both, torch.cat([first, second]), eps
     if not found:
@@ -317,7 +317,7 @@ def dependent_output(
 
 def as_real(tensor: Tensor) -> Tensor:
     """Return complex numbers as pairs of real ones, and any other tensor as it is."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.dtype.is_complex else tensor
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class LinearMap(abc.ABC):
         rounded: tuple[Tensor, ...] | None = None,
     ) -> None:
         self.num_inputs, self.num_outputs = num_inputs, num_outputs
-        rounded = rounded or tuple(t.float() if t.is_floating_point() else t for t in operands)
+        rounded = rounded or tuple(t.float() if t.dtype.is_floating_point else t for t in operands)
         if any(map(Tensor.is_inference, (*operands, *rounded))):  # such a map could not train
             with torch.inference_mode(False):
                 operands, rounded = (tuple(t.clone() for t in x) for x in (operands, rounded))

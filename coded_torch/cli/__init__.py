@@ -124,13 +124,13 @@ def make_model(args: Namespace, factory: Callable[[], Any] | None = None) -> tup
 
 def _cast_inputs(module: nn.Module, *given: Any) -> Any:
     """Bring a model's inputs to the type of its weights."""
-    dtype = next((x.dtype for x in module.parameters() if x.is_floating_point()), torch.float32)
-    return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, given)
+    dtype = next((x.dtype for x in module.parameters() if x.dtype.is_floating_point), torch.float32)
+    return tree_map_only(Tensor, lambda x: x.to(dtype) if x.dtype.is_floating_point else x, given)
 
 
 def _cast_outputs(_module: nn.Module, _given: Any, made: Any) -> Any:
     """Bring a model's outputs to single precision."""
-    return tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, made)
+    return tree_map_only(Tensor, lambda x: x.float() if x.dtype.is_floating_point else x, made)
 
 
 def devices(text: str) -> list[str]:

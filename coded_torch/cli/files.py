@@ -222,7 +222,7 @@ def _tensor(name: str, pieces: Sequence[Any]) -> Tensor:
         if numbers.dtype == object:
             raise TypeError(f"the column {name!r} must hold numbers, got {values.type}")
         found.append(torch.from_numpy(numbers))
-    if len({x.is_floating_point() for x in found}) > 1:  # large integers would be rounded
+    if len({x.dtype.is_floating_point for x in found}) > 1:  # large integers would be rounded
         types = sorted({str(x.dtype) for x in found})
         must = f"the column {name!r} must hold integers in all files, or in none"
         raise TypeError(f"{must}, got {types}")
@@ -243,7 +243,7 @@ def encoded(
     if unknown := [name for name in select if name not in outputs]:
         raise ValueError(f"--select must be names of outputs out of {[*outputs]}, got {unknown}")
     chosen: Any = {name: outputs[name] for name in select or outputs}
-    floats = [x for x, y in outputs.items() if torch.is_tensor(y) and y.is_floating_point()]
+    floats = [x for x, y in outputs.items() if torch.is_tensor(y) and y.dtype.is_floating_point]
     if not floats or floats[0] not in chosen:  # it has the error bounds
         report = copy.copy(report)
         report.radii = None

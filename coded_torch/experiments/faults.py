@@ -174,7 +174,7 @@ class _FaultyRequest(Request):
         leaves, spec = flatten(value)
         dims = broadcast_dims("out_dims", self._task.out_dims, spec)
         for i, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
-            if dim is not None and isinstance(leaf, Tensor) and leaf.is_floating_point():
+            if dim is not None and isinstance(leaf, Tensor) and leaf.dtype.is_floating_point:
                 draws = self._pool.generator(self._number, 1, 1 + worker)
                 made = attack(leaf.movedim(dim, 0), draws)
                 instance(self._pool, "what attack returns", made, Tensor)

@@ -197,7 +197,7 @@ class Trial:
                 continue
             check_batch(tree, i, output, dim, len(batches[0]))
             must, where = f"{self._owner}: {name} must return", leaf_name("output", tree, i)
-            if not output.is_floating_point():
+            if not output.dtype.is_floating_point:
                 raise TypeError(f"{must} floating-point tensors, got {output.dtype} in {where}")
             if not bool(output.isfinite().all()):
                 raise RuntimeError(f"{must} finite outputs, got NaN or infinity in {where}")

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 # Seconds that an estimate may end after the deadline before a worse one is made. A busy machine
 # wakes a thread about as late (benchmarks/resilience.py, "deadline").
 _SLACK = 5e-3
+# Numbers that NumPy looks at faster than torch. It does not let other threads run meanwhile, which
+# costs more than the look (benchmarks against, "calls, eight threads").
+_FEW = 512
 
 
 class Inputs:
@@ -95,7 +98,7 @@ class Inputs:
     def _checked_size(self, i: int, dim: int, mixing: Code | None) -> int:
         leaf: Tensor = self.leaves[i]
         name = f"CodedWrapper: {self._name(i)} must"
-        whole = not (leaf.is_floating_point() or leaf.is_complex())
+        whole = not (leaf.dtype.is_floating_point or leaf.dtype.is_complex)
         dense("CodedWrapper", self._name(i), leaf, not whole, "" if mixing else ", or integers")
         if torch._C._are_functorch_transforms_active():
             plain("CodedWrapper", self._name(i), leaf)  # raises under vmap, which hides the batch
@@ -145,8 +148,13 @@ def _name(path: Any) -> str:
 
 def finite(leaf: Tensor) -> bool:
     """Return whether all of a tensor is finite; integers are."""
-    if not (leaf := as_real(leaf)).is_floating_point():
+    if not (leaf := as_real(leaf)).dtype.is_floating_point:
         return True
+    if leaf.is_cpu and leaf.numel() <= _FEW:
+        try:
+            return bool(np.isfinite(leaf.numpy()).all())
+        except (RuntimeError, TypeError):  # NumPy has no bfloat16, no sparse tensors, no gradients
+            pass
     leaf = leaf.detach() if leaf.requires_grad else leaf
     # A value that is not finite stays so in every sum; a sum may overflow without one.
     return math.isfinite(leaf.sum().item()) or bool(leaf.isfinite().all())

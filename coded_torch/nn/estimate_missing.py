@@ -87,7 +87,7 @@ class Answers:
         choices: list[Choice] = []
         for i in stacked.divided:
             own = stacked.leaves[i].flatten(0, 1)
-            if plan is None or not (is_estimated and own.is_floating_point()):
+            if plan is None or not (is_estimated and own.dtype.is_floating_point):
                 answers[i] = own if plan is None else own.index_select(0, source.to(own.device))
                 continue
             of_leaf = {j: x[i] for j, x in enumerate(approximations) if i in x}
@@ -205,7 +205,7 @@ class Answers:
             for i in stacked.decoded:
                 leaf, result, dim = leaves[i], stacked.leaves[i], stacked.dims[i]
                 shape = (inputs.batch_size, *result.shape[2:])
-                fits = isinstance(leaf, Tensor) and leaf.is_floating_point()
+                fits = isinstance(leaf, Tensor) and leaf.dtype.is_floating_point
                 if not (fits and leaf.dim() == len(shape) and leaf.movedim(dim, 0).shape == shape):
                     raise ValueError(f"it returned {show(leaf)}, where {shape} is needed")
                 output = _levelled(leaf.movedim(dim, 0), inputs.not_finite)

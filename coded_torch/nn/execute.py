@@ -190,7 +190,7 @@ class Execution:
         for part in self.table.good[:1]:
             result = part.result
             for i in result.divided:
-                if not (leaf := result.leaves[i]).is_floating_point():
+                if not (leaf := result.leaves[i]).dtype.is_floating_point:
                     remedy = "take Waiting(estimate=False), or return logits instead"
                     return f"{result.name(i)} is {leaf.dtype} and cannot be estimated; {remedy}"
         return ""
@@ -232,7 +232,11 @@ class Execution:
                 for i in stacked.divided:
                     leaf: Tensor = stacked.leaves[i]
                     shape = division.batch_size, *leaf.shape[2:]
-                    fill = 0 if not (leaf.is_floating_point() or leaf.is_complex()) else math.nan
+                    fill = (
+                        0
+                        if not (leaf.dtype.is_floating_point or leaf.dtype.is_complex)
+                        else math.nan
+                    )
                     wholes[i] = stacked.over(i, leaf.new_full(shape, fill))
                 answers = stacked.tree(wholes)
             error.answers = answers  # type: ignore[attr-defined]

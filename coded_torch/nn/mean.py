@@ -261,7 +261,7 @@ class Looks:
         with as_called():
             outputs = outputs if self._of is None else self._of(outputs, rows)
         found = [x.detach().cpu() for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
-        if not found or any(x.is_complex() or x.shape[:1] != rows.shape for x in found):
+        if not found or any(x.dtype.is_complex or x.shape[:1] != rows.shape for x in found):
             got = ", ".join(f"{x.dtype} {[*x.shape]}" for x in found) or type(outputs).__name__
             must = f"must be real, one row for each of {len(rows)}, got {got}"
             raise ValueError(f"mean: outputs, or what of returns, {must}")

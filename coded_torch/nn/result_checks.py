@@ -50,8 +50,8 @@ class Result:
                 self.form.append((leaf.dtype, leaf.shape) if is_tensor else (type(leaf), constant))
                 continue
             if is_tensor:
-                dense("CodedWrapper", lambda i=i: self.name(i), leaf, leaf.is_floating_point())
-            if not is_tensor or (division.mixes and not leaf.is_floating_point()):
+                dense("CodedWrapper", lambda i=i: self.name(i), leaf, leaf.dtype.is_floating_point)
+            if not is_tensor or (division.mixes and not leaf.dtype.is_floating_point):
                 got = leaf.dtype if is_tensor else type(leaf).__name__
                 raise TypeError(
                     f"CodedWrapper: {self.name(i)} must be a floating-point tensor to be decoded, "
@@ -66,7 +66,7 @@ class Result:
 
     def _check_probabilities(self, i: int) -> None:
         rows = self.judged(i).detach()
-        if rows.numel() == 0 or not rows.is_floating_point():
+        if rows.numel() == 0 or not rows.dtype.is_floating_point:
             return
         sums = rows.sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32))
         if rows.dim() < 2 or max((sums - 1).abs().max(), -rows.min()) > _ROUNDING:
@@ -111,7 +111,7 @@ class Stacked(NamedTuple):
     @property
     def decoded(self) -> list[int]:
         """The places of the divided leaves that can be estimated."""
-        return [i for i in self.divided if self.leaves[i].is_floating_point()]
+        return [i for i in self.divided if self.leaves[i].dtype.is_floating_point]
 
     def over(self, i: int, rows: Tensor) -> Tensor:
         """Return a copy of rows ``[B, ...]`` with the results of leaf i in their places."""
@@ -273,7 +273,7 @@ def _not_finite(parts: Sequence[Part]) -> dict[int, str]:
     rows = list[tuple[Part, int, Tensor]]()
     for part in parts:
         for i, leaf in enumerate(part.result.leaves):
-            if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
+            if isinstance(leaf, Tensor) and (leaf.dtype.is_floating_point or leaf.dtype.is_complex):
                 rows.append((part, i, leaf if part.result.kept is None else part.result.judged(i)))
     if len(rows) > 1 and rows[0][2].device.type != "cpu":
         # A value that is not finite stays so in sums.

@@ -93,7 +93,7 @@ def distill(
     def outputs(network: nn.Module, args: Any) -> list[Tensor]:
         """Return the floating-point outputs, on the scale on which they are estimated."""
         args = pytree.tree_map_only(Tensor, Tensor.clone, args)  # the network may change its inputs
-        return [to_scale(x, link) for x in _tensors(network(*args)) if x.is_floating_point()]
+        return [to_scale(x, link) for x in _tensors(network(*args)) if x.dtype.is_floating_point]
 
     @torch.no_grad()
     def on_held_out(network: nn.Module) -> list[Tensor]:
@@ -114,7 +114,7 @@ def distill(
 
     def noisy(x: Tensor) -> Tensor:
         """Add noise to rows, of levels of their own."""
-        if not x.is_floating_point():
+        if not x.dtype.is_floating_point:
             return x
         how: Any = {"generator": generator, "device": device, "dtype": x.dtype}
         level = noise * x.std(correction=0) * torch.rand(len(x), *[1] * (x.dim() - 1), **how)

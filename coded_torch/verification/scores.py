@@ -207,7 +207,7 @@ class Results:
             self._forms[part] += (leaf.shape[1:],)
             if leaf.dtype in (torch.float16, torch.bfloat16):
                 self.tolerance = _LOOSE
-            if leaf.is_floating_point() and leaf.numel():
+            if leaf.dtype.is_floating_point and leaf.numel():
                 numbers.append(_flat_rows(leaf).float())
         if numbers and self._fit is not None:
             self._scored[part] = _some(torch.cat(numbers, 1)).cpu()
@@ -337,7 +337,7 @@ def _spreads(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _apart(a: Tensor, b: Tensor, usual: tuple[Tensor, Tensor]) -> Tensor:
     """Return by how much the rows of two results differ, in spreads of an output, on the host."""
-    if not (a.is_floating_point() and a.numel()):
+    if not (a.dtype.is_floating_point and a.numel()):
         return torch.where(_flat_rows(a == b).all(1), 0.0, math.inf).cpu()
     kind = torch.finfo(a.dtype)
     rounded = 4 * kind.eps / (_LOOSE if a.dtype.itemsize == 2 else _EXACT)

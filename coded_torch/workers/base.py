@@ -100,7 +100,9 @@ class Fault:
         return pytree.tree_map_only(Tensor, self._spoil_leaf, value)
 
     def _spoil_leaf(self, leaf: Tensor) -> Tensor:
-        if self.kind in ("nan", "infinity") and (leaf.is_floating_point() or leaf.is_complex()):
+        if self.kind in ("nan", "infinity") and (
+            leaf.dtype.is_floating_point or leaf.dtype.is_complex
+        ):
             return torch.full_like(leaf, math.nan if self.kind == "nan" else math.inf)
         if self.kind == "dtype":
             return leaf.to(torch.float64 if leaf.dtype != torch.float64 else torch.float32)

@@ -118,8 +118,9 @@ class Pickled:
         memory[: self.length] = self._stream
         for tensor, offset in self._tensors.values():
             begin, size = self._start + offset, tensor.nbytes
-            plain = tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg()
-            if plain and not tensor.is_conj() and size <= _SHORT:  # operators take far longer
+            plain = tensor.is_cpu and tensor.is_contiguous() and size <= _SHORT
+            plain = plain and not (tensor.dtype.is_complex and tensor.is_conj())
+            if plain and not tensor.is_neg():  # operators take far longer
                 memory[begin : begin + size] = ctypes.string_at(tensor.data_ptr(), size)
             else:
                 place = _tensor_at(memory, begin, tensor.dtype, tensor.shape)
