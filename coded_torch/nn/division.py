@@ -91,9 +91,11 @@ class Inputs:
         return [*filter(torch.is_floating_point, self.batches())]
 
     def _name(self, i: int) -> str:
-        if self._plain:
-            return f"args[{i}]"
-        return _name(pytree.tree_flatten_with_path((self.args, self.kwargs))[0][i][0])
+        return f"args[{i}]" if self._plain else _name(self._paths[i][0])
+
+    @functools.cached_property
+    def _paths(self) -> list[Any]:
+        return pytree.tree_flatten_with_path((self.args, self.kwargs))[0]
 
     def _checked_size(self, i: int, dim: int, mixing: Code | None) -> int:
         leaf: Tensor = self.leaves[i]

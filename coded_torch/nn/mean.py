@@ -234,9 +234,8 @@ class Looks:
                 with as_called():
                     outputs = surrogate(*args, **kwargs)
                 cheap.append(self._numbers_of(outputs, block)[0][None])
-                if (got := cheap[-1].shape[2]) != columns:
-                    must = f"surrogates must give {columns} numbers per row, as the module does"
-                    raise ValueError(f"mean: outputs of {must}, got {got}")
+                must = f"outputs of surrogates must be {columns} numbers per row, as the module's"
+                check("mean", cheap[-1].shape[2] == columns, must, cheap[-1].shape[2])
             yield self._leaves_of(inputs), torch.cat(cheap)
 
     @functools.cached_property

@@ -1,6 +1,7 @@
 """What is divided, what is shared, and what is refused."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -162,3 +163,10 @@ def test_inputs_that_cannot_be_divided(args, in_dims, error, match):
     coded = CodedWrapper(Call(lambda *args: args[0]), PolynomialCode(2, 4), in_dims=in_dims)
     with pytest.raises(error, match=f"^CodedWrapper: .*{match}"):
         coded(*args)
+
+
+def test_many_columns_are_looked_at_once_each():
+    columns = {f"column {number}": ROW for number in range(1500)}
+    coded, since = CodedWrapper(Call(dict), workers=LocalWorkers(), parts=2), time.monotonic()
+    assert coded(columns).keys() == columns.keys()
+    assert time.monotonic() - since < 4  # 15 s, as each looked for its own name

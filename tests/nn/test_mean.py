@@ -314,5 +314,5 @@ def test_bad_inputs_codes_and_surrogates():
     coded = CodedWrapper(nn.ReLU(), ReplicationCode(2, 4))
     with pytest.raises(ValueError, match="mean: code must be None, as rows are computed"):
         coded.mean(X)
-    with pytest.raises(ValueError, match=r"surrogates must give 2 numbers per row, .* got 3"):
+    with pytest.raises(ValueError, match=r"surrogates must be 2 numbers per row, .* got 3"):
         next(wrapped(surrogate=lambda x: x).mean(X))
