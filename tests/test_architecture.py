@@ -43,15 +43,15 @@ LINES = {
     "codes": 958,
     "experiments": 1689,
     "input_space": 1290,
-    "nn": 2410,
+    "nn": 2397,
     "open_inference": 775,
-    "scheduling": 756,
+    "scheduling": 753,
     "serve": 1377,
     "surrogates": 530,
     "verification": 911,
-    "workers": 3378,
+    "workers": 3377,
 }
-MOST_LINES = 17_823  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_806  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

@@ -1,12 +1,10 @@
 r"""The arguments of a call, and the two ways to divide them into parts: rows and columns."""
 
-from __future__ import annotations
-
 import functools
 import math
 import random
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +16,9 @@ from torch.utils import _pytree as pytree
 from .._arguments import dense
 from .._torch import as_real, broadcast_dims, outside, plain, positional
 from ..codes.base import Code
+from ..input_space.regression import Regression, RowPlan
 from ..scheduling.latency_history import BLOCKS, EstimationTimes
 from ..workers.base import Task
-
-if TYPE_CHECKING:
-    from ..input_space.regression import Regression, RowPlan
 
 # Seconds that an estimate may end after the deadline before a worse one is made. A busy machine
 # wakes a thread about as late (benchmarks/resilience.py, "deadline").

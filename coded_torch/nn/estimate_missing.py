@@ -4,12 +4,10 @@ With an approximation s of the module f, decoders, which are linear, decode resi
 :math:`s(x) + D_F\,[\,f(z) - s(z)\,]`. An input's own result stays its answer, bit for bit.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +17,15 @@ from .._arguments import sparing_logger
 from .._torch import as_called, device_of, flatten, on_host, outside, plain
 from ..codes.base import BatchPlan, NotEnoughResults
 from ..input_space.gaussian_process import ErrorBounds
+from ..input_space.metrics import Choice
 from ..input_space.regression import RowPlan, to_scale
 from ..input_space.regressor import columns, few_columns
+from ..scheduling.waiting import Waiting
 from ..surrogates import Memory
-from .division import finite
+from ..verification import Verifier
+from .division import Division, finite
+from .report import Report
 from .result_checks import Stacked, show
-
-if TYPE_CHECKING:
-    from ..input_space.metrics import Choice
-    from ..scheduling.waiting import Waiting
-    from ..verification import Verifier
-    from .division import Division
-    from .report import Report
 
 logger = sparing_logger("coded_torch.nn")
 Plan: TypeAlias = BatchPlan | RowPlan

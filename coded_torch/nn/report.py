@@ -1,13 +1,11 @@
 r"""The report of one call of a wrapper."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +14,9 @@ from torch import Tensor
 from .._arguments import real, sparing_logger
 from .._torch import outside
 from ..input_space.gaussian_process import ErrorBounds
+from ..input_space.metrics import Choice
 from ..table import GOOD, Hedge, Table, WorkerError
-
-if TYPE_CHECKING:
-    from ..input_space.metrics import Choice
-    from ..verification import Verifier
+from ..verification import Verifier
 
 _CUT_SHORT = {
     "deadline": "the deadline was over",

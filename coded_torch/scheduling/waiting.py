@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
 
 from .._arguments import check, count, instance, real
+from ..table import Table
+from .latency_history import History
 from .policy import Decisions
-
-if TYPE_CHECKING:
-    from ..table import Table
-    from .latency_history import History
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

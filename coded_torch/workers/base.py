@@ -18,12 +18,11 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import arguments, instance, positive, sparing_logger, warn
 from .._torch import dependent_output, has_rows, positional, sample, unflatten
+from ..stragglers import Stragglers
 from ..table import Began, Part, Reply, WorkerError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from ..stragglers import Stragglers
 
 logger = sparing_logger("coded_torch.workers")
 
