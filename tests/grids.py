@@ -4,6 +4,7 @@ import ctypes
 import os
 import struct
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -26,9 +27,15 @@ def compile_kernel(number, architecture):
     return code.numpy().tobytes()
 
 
+def compile_kernels(architecture):
+    """All kernels, two of which are compiled at a time."""
+    with ThreadPoolExecutor(2) as threads:
+        return [*threads.map(compile_kernel, KERNELS, [architecture] * len(KERNELS))]
+
+
 def compile_ptx():
     """All kernels, one module behind the other."""
-    return "".join(compile_kernel(n, "compute_90").decode().rstrip("\0") for n in KERNELS)
+    return "".join(code.decode().rstrip("\0") for code in compile_kernels("compute_90"))
 
 
 def facts(cubin):
@@ -56,10 +63,18 @@ def facts(cubin):
 
 
 def build(folder, source, *more, flags):
-    library = folder / "grid.so"
     flags = [*flags, *os.environ.get("CODED_TORCH_GRID_FLAGS", "").split()]  # .ci/sanitizers
-    sources = map(str, (CSRC / source, *more))
-    command = ["c++", *flags, "-fPIC", "-shared", *sources, "-o", str(library)]
+
+    def compiled(path):
+        made = folder / f"{path.stem}.o"
+        command = ["c++", *flags, "-fPIC", "-c", str(path), "-o", str(made)]
+        subprocess.run(command, check=True, timeout=300)
+        return str(made)
+
+    with ThreadPoolExecutor(2) as threads:
+        objects = [*threads.map(compiled, (CSRC / source, *more))]
+    library = folder / "grid.so"
+    command = ["c++", *flags, "-shared", *objects, "-o", str(library)]
     subprocess.run(command, check=True, timeout=300)
     return ctypes.CDLL(str(library))
 

@@ -11,7 +11,7 @@ from coded_torch.codes.curves import chebyshev_first, chebyshev_second
 from coded_torch.input_space.ordering import Grouping
 from coded_torch.linear import SplineMap
 
-from .grids import KERNELS, compile_kernel, facts
+from .grids import compile_kernels, facts
 from .splines import DTYPES, TOLERANCES
 from .test_cuda_fallback import Launches
 from .test_ops import make_indices, make_plan
@@ -27,8 +27,8 @@ ARCHITECTURES = [
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_and_keep_to_their_registers(architecture):
     """By the NVRTC that pip installs, without nvcc, a card, a driver or a header of CUDA's."""
-    for number in KERNELS:
-        ((name, (registers, local_bytes)),) = facts(compile_kernel(number, architecture)).items()
+    for number, code in enumerate(compile_kernels(architecture)):
+        ((name, (registers, local_bytes)),) = facts(code).items()
         assert name == torch.ops.coded_torch._kernel_name(number)
         assert registers <= 128, name  # 512 threads to a multiprocessor
         # NVRTC 13.5 spills some numbers of wide products on Blackwell.
