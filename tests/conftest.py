@@ -1,6 +1,7 @@
 """Marks, handled in one place."""
 
 import asyncio
+import gc
 import inspect
 import os
 import shutil
@@ -53,6 +54,12 @@ def pytest_collection_modifyitems(config, items):
         if "ray" in item.keywords:  # Ray leaves files, sockets and tasks when its connection ends
             for kind in ("Resource", "pytest.PytestUnraisableException", "Deprecation", "Future"):
                 item.add_marker(pytest.mark.filterwarnings(f"ignore::{kind}Warning"))
+
+
+def pytest_collection_finish():
+    """What was imported stays, so that nobody who collects garbage need look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_pyfunc_call(pyfuncitem):

@@ -174,7 +174,7 @@ def test_large_results_ask_for_huge_pages():
 
 
 @both_ways
-@pytest.mark.parametrize("n", [1, 2, 5, 17])
+@pytest.mark.parametrize("n", [1, 5])
 @pytest.mark.parametrize("indexed", ["", "gather", "scatter", "gather scatter"])
 def test_opcheck_gradients_and_vmap(n, transpose, indexed):
     coefficients, schedule, _ = make_plan(n)

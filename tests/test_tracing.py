@@ -37,14 +37,14 @@ def values(span):
 
 
 class Late(nn.Module):
-    """Takes two seconds for the row 0 when it is first asked for after ``next`` is set."""
+    """Waits with the row 0 until it may go, when it is first asked for after ``next`` is set."""
 
-    next = threading.Event()
+    next, go = threading.Event(), threading.Event()
 
     def forward(self, x):
         if self.next.is_set() and x[0] == 0:
             self.next.clear()
-            time.sleep(2.0)
+            self.go.wait(60)
         time.sleep(0.02)
         return 2 * x
 
@@ -58,6 +58,7 @@ def test_a_call_with_a_hedge_is_seen_as_such(spans):
         begin = time.time_ns()
         Late.next.set()
         assert torch.equal(coded(x), 2 * x)
+        Late.go.set()
     call = spans("call")[-1]
     assert begin <= call.start_time < call.end_time <= time.time_ns()
     about, report = values(call), coded.last_run

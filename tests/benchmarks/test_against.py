@@ -15,7 +15,12 @@ from benchmarks import against, yardstick
 
 
 @pytest.mark.parametrize(
-    "question", [["coded calls"], ["served requests", "1,024 of 64 clients"]], ids=str
+    "question",
+    [
+        ["coded calls"],
+        pytest.param(["served requests", "1,024 of 64 clients"], marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_this_version_against_itself(question, tmp_path, capsys):
     path, kind = tmp_path / "against.json", question[0]

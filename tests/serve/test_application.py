@@ -486,6 +486,7 @@ def test_objects_that_the_host_has_frozen_stay_frozen():
     with serving(built()):
         assert gc.get_freeze_count() > 0
     assert gc.get_freeze_count() == 0
+    gc.freeze()  # as conftest.py does
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_a_server_whose_endpoints_are_down_is_not_ready():
         assert [worker["name"] for worker in workers] == [server.url for server in both]
         for server in both:
             server.ready, server.fault = False, sending(502)
-        status, answer = client.infer(ROW, PATH)
+        status, answer = client.infer(ROW | {"parameters": {"timeout": 500_000}}, PATH)
         assert status == 503
         why = r"no worker computed it: (worker [01] answered 502|no worker is up)"
         assert re.fullmatch(why, answer["error"])
