@@ -27,7 +27,7 @@ _INTERNAL = frozenset(vars(nn.Module()))  # attributes that every module has
 # The types of attributes that are compared by value, as are tuples and lists of them.
 _PLAIN = {type(None), bool, int, float, complex, str, bytes, BuiltinFunctionType}
 _PLAIN |= {torch.dtype, torch.device, torch.memory_format}
-_MOST = 100  # elements of a collection that are compared: 10 us; a bound, not tuned
+_MOST, _MOST_NESTED = 100, 256  # elements, and collections of an attribute; bounds, not tuned
 # Other attributes are compared by identity: by id, a weak reference and a number that is not used
 # again. A fingerprint that held them would keep alive the modules to which they lead.
 _NUMBERS, _OBJECTS = itertools.count(), dict[int, tuple[weakref.ref[Any], int]]()
@@ -49,7 +49,8 @@ def fingerprint(module: nn.Module) -> Fingerprint:
     Keep what comes with the key. If it is freed, its memory may hold other weights.
     """
     known = _KNOWN.get()
-    if known is not None and id(module) in known:
+    known = {} if known is None else known
+    if id(module) in known:
         return known[id(module)][1]
     kept: list[Any] = []
     look, looks = functools.partial(_look, kept), list[Any]()
@@ -59,36 +60,35 @@ def fingerprint(module: nn.Module) -> Fingerprint:
             looks += [(name, places.get(id(m))) for name, m in part._modules.items()]
             looks += (type(part), part.training, *map(look, part._parameters.values()))
             looks += map(look, part._buffers.values())
-            hooks = part._forward_pre_hooks, part._forward_hooks
-            looks += (look(each) for each in hooks if each)
+            looks += map(look, filter(None, (part._forward_pre_hooks, part._forward_hooks)))
             attributes = part.__dict__.items()
             looks += [(name, look(value)) for name, value in attributes if name not in _INTERNAL]
-    found = kept, tuple(looks)
-    if known is not None:
-        known[id(module)] = module, found
-    return found
+    known[id(module)] = module, (kept, tuple(looks))
+    return known[id(module)][1]
 
 
-def _look(kept: list[Any], value: Any) -> Any:
+def _look(kept: list[Any], value: Any, seen: dict[int, int] | None = None) -> Any:
     """Return an attribute as it is compared; add to ``kept`` what must outlive that."""
     if type(value) in _PLAIN:  # -0.0 equals 0.0, and is another number
         return type(value), repr(value) if isinstance(value, float | complex) else value
     if isinstance(value, Tensor):
         value = torch.func.debug_unwrap(value)  # a transform's tensor has no memory
-        strided = value.layout is torch.strided
-        value = value.detach() if strided else value  # follows no later assignment to data
-        kept.append(value)
-        if not strided:
+        if value.layout is not torch.strided:
+            kept.append(value)
             return id(value), version_of(value)
+        kept.append(value := value.detach())  # follows no later assignment to data
         bits = value.dtype, value.is_conj(), value.is_neg()
         return value.data_ptr(), version_of(value), value.shape, value.stride(), *bits
-    if isinstance(value, tuple | list):
-        return type(value), len(value), *[_look(kept, each) for each in value[:_MOST]]
-    if isinstance(value, dict):
-        items = itertools.islice(value.items(), _MOST)
-        return type(value), len(value), *[_look(kept, each) for pair in items for each in pair]
+    seen = {} if seen is None else seen  # the numbers of the collections so far, by their ids
+    if isinstance(value, tuple | list | dict):
+        if id(value) in seen or len(seen) == _MOST_NESTED:  # it may hold itself
+            return type(value), len(value), seen.get(id(value))
+        seen[id(value)] = len(seen)
+        some = [*itertools.islice(value, _MOST)]
+        some += itertools.islice(value.values(), _MOST) if isinstance(value, dict) else ()
+        return type(value), len(value), *[_look(kept, each, seen) for each in some]
     if isinstance(value, MethodType):  # a new object each time that it is taken
-        return _look(kept, value.__func__), _look(kept, value.__self__)
+        return _look(kept, value.__func__), _look(kept, value.__self__, seen)
     if isinstance(value, np.generic):
         return value.dtype, value.tobytes()
     if isinstance(value, enum.Enum):

@@ -87,6 +87,22 @@ def test_what_changes_in_place_is_noticed_in_collections_tensors_and_hooks():
         assert fingerprint(module)[1] != before
 
 
+def test_collections_may_hold_themselves_and_each_other():
+    module, shared = Held(), [1.0]
+    for _ in range(40):
+        shared = [shared, shared]  # 2^40 paths lead to the number
+    module.options = {"own": module.options, "shared": shared, "table": [[[1.0]] * 2] * 99}
+    module.options["own"] = module.options
+    for change in (
+        lambda: module.options["table"][1][0].append(2.0),
+        lambda: module.options.update(own=None),
+    ):
+        _, before = fingerprint(module)
+        assert fingerprint(module)[1] == before
+        change()
+        assert fingerprint(module)[1] != before
+
+
 @pytest.mark.parametrize("make", [optim.SGD, optim.Adam, optim.AdamW, optim.Adagrad])
 def test_steps_of_fused_optimizers_are_noticed(make):
     module = nn.Linear(2, 2)

@@ -58,9 +58,9 @@ class ProcessWorkers(SupervisedWorkers):
     attributes have been replaced or changed in place. All processes share one copy of its weights.
     Call :meth:`forget` after changes that cannot be seen: through ``.data``, storages or NumPy, in
     inference mode, of a class, or within an object that the module holds, other than a tensor or
-    the first 100 elements of a list, tuple or dict. Hooks of all modules, such as by
-    ``register_module_forward_hook``, do not run in the processes. Changes that a call makes to the
-    module stay in its process.
+    the first 100 elements of each of the first 256 lists, tuples and dicts of an attribute. Hooks
+    of all modules, such as by ``register_module_forward_hook``, do not run in the processes.
+    Changes that a call makes to the module stay in its process.
 
     Each process draws its own random numbers, from torch, NumPy and :mod:`random`. The seed depends
     on :func:`torch.initial_seed` and the number of workers started before. A generator that the
