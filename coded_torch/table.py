@@ -116,6 +116,11 @@ class Part:
         return sum(other.failed for other in same)
 
     @property
+    def verifies(self) -> bool:
+        """Whether its rows have an answer, which it is compared with."""
+        return self.why in ("check", "vote")
+
+    @property
     def kind(self) -> str:
         """The kind of its error; "" if there is none."""
         return "" if self.error is None else self.error.kind
@@ -228,13 +233,15 @@ class Table:
         for event in events:
             part = self.parts[event.part.number]  # a pool may report copies
             self.now = max(self.now, event.at)
+            if part.ended < math.inf:  # neither a second reply nor a begin after it counts
+                continue
             if isinstance(event, Began):
                 part.worker, part.began, part.fresh = event.worker, event.at, event.fresh
                 if part.outcome is DROPPED:  # it was told too late
                     part.outcome = OPEN
                     self.open += 1
                 self.changed.append(part)
-            elif part.ended == math.inf:  # a second reply does not count
+            else:
                 part.worker, part.ended = event.worker, event.at
                 part.began = event.at - event.latency if event.latency < math.inf else math.inf
                 part.result, part.error = event.value, event.error

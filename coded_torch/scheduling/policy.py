@@ -72,7 +72,7 @@ class Decisions:
         table, raised = self.table, False
         for part in table.changed:
             if part.outcome is OPEN and self.waiting.hedge_budget:
-                if part.why not in ("check", "vote"):
+                if not part.verifies:
                     self._set_due(part, part.began + self.threshold(len(part.units)))
             elif part.outcome is not OPEN and part.outcome is not GOOD:
                 self.to_replace[part.number] = part
@@ -166,7 +166,7 @@ class Decisions:
                 del self.to_replace[number]
                 continue
             missing = table.missing(part)[: max(0, lacking)]
-            if missing and part.why in ("check", "vote"):  # its rows may be asked for by now
+            if missing and part.verifies:  # its rows may be asked for by now
                 asked = {u for p in table.parts if p.outcome is OPEN for u in p.units}
                 missing = [unit for unit in missing if unit not in asked]
             if not missing or (late and not self._may_hedge(part, missing, idle)):
@@ -175,7 +175,7 @@ class Decisions:
             rows, most = len(missing) * table.unit_rows, min(_SPLIT, idle)
             num = self.history.num_hedges(rows, most) if late and part.of is None else 1
             if part.failed:
-                num = self._judge(part)
+                num = self._cut(part)
             if num := min(num, len(missing)):
                 idle -= num
                 lacking -= len(missing) if table.spare is not None else 0
@@ -210,7 +210,7 @@ class Decisions:
             # calls that decide at the same time see the same idle workers.
             self.table.ask(share, of, why).spares = why == "hedge" and len(units) == 1
 
-    def _judge(self, part: Part) -> int:
+    def _cut(self, part: Part) -> int:
         """Return into how many parts to cut a failed part; 0 to give up its rows."""
         tries = part.tries
         if self.table.spare is not None:

@@ -1,4 +1,4 @@
-"""The verification of one call: which rows are computed again, and whose result counts."""
+"""The verification of one call: rows are computed again by others, and majorities judge."""
 
 import functools
 import math
@@ -156,7 +156,7 @@ class Verifier:
         """Drop checks and votes that are late, and return the times at which the others will be."""
         due = []
         for part in self.table.parts:
-            if part.why in ("check", "vote") and part.outcome is OPEN:
+            if part.verifies and part.outcome is OPEN:
                 due.append(min(part.asked + self._patience, self._end))
                 if self.table.now >= due[-1] or self.table.is_over:
                     self.table.mark(part, DROPPED)

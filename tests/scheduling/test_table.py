@@ -7,7 +7,7 @@ import pytest
 from coded_torch import Waiting
 from coded_torch.experiments.planner import Verified
 from coded_torch.experiments.simulation import Conditions, simulate
-from coded_torch.table import WorkerError
+from coded_torch.table import Began, Reply, Table, WorkerError
 
 BAD = Conditions(spread=0.5, straggling=0.1, slow=0.2, dead=0.1, dead_after=1.0, bursts=20.0)
 
@@ -56,3 +56,13 @@ def test_long_messages_are_compared_in_linear_time():
     since = time.monotonic()
     assert one.alike == other.alike
     assert time.monotonic() - since < 2  # 10 s, as long as each letter looked for a digit
+
+
+def test_the_first_reply_of_a_part_counts_whatever_comes_after_it():
+    table = Table(first=[[0]], needed=1)
+    part = table.ask([0])
+    table.hear([Began(part, 3, 1.0), Reply(part, 3, 2.0, 1.0, "first")])
+    late = WorkerError(0, 4, "was lost")
+    table.hear([Began(part, 4, 3.0), Reply(part, 4, 4.0, 1.0, error=late)])
+    assert (part.worker, part.began, part.ended, part.result) == (3, 1.0, 2.0, "first")
+    assert (part.outcome, part.error, table.answered, table.now) == ("good", None, {0: part}, 4.0)
