@@ -567,19 +567,13 @@ with ProcessWorkers(1) as pool, torch.no_grad():
 """
 
 
-def _session(text: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments, "-"],
-        input=text,
-        capture_output=True,
-        text=True,
-        timeout=WAIT,
-        cwd="/",  # not the checkout, whose package is not built
-    )
+def _session(text: str) -> subprocess.CompletedProcess[str]:
+    how = {"capture_output": True, "text": True, "timeout": WAIT}
+    # Not in the checkout, whose package is not built.
+    return subprocess.run([sys.executable, "-"], input=text, cwd="/", **how)
 
 
 def test_classes_of_an_interactive_session_go_by_value():
-    pytest.importorskip("cloudpickle")
     done = _session(_INTERACTIVE)
     assert (done.stdout.split(), done.stderr) == (["2.0", "True"], "")
 
@@ -593,38 +587,44 @@ def test_without_cloudpickle_a_class_of_an_interactive_session_is_refused():
     )
 
 
-@pytest.mark.parametrize(
-    "end",
-    [
-        "import os, signal; os.kill(pool.pids[0], signal.SIGSTOP)",
-        "del pool, coded",
-        "import time; time.sleep(3600)",
-    ],
-    ids=["stopped", "deleted", "interrupted"],
-)
-def test_exit_is_clean(tmp_path, end):
+@contextlib.contextmanager
+def _started(folder, *texts: str, **options: Any) -> Any:
+    """Yield processes that run scripts beside each other, and kill them at the end."""
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for number, text in enumerate(texts):
+            (script := folder / f"script{number}.py").write_text(text)
+            command = [sys.executable, "-W", "error", script]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            processes.append(process)
+        yield processes
+
+
+def test_exit_is_clean(tmp_path):
+    """While a process is stopped, after the pool is deleted, and when it is interrupted."""
+    stopped = "import os, signal; os.kill(pool.pids[0], signal.SIGSTOP)"
+    ends = stopped, "del pool, coded", "import time; time.sleep(3600)"
     # What runs in the background of a shell ignores interrupts, and so does all that it starts. A
     # finalizer stands before those of multiprocessing.
     first = "import signal, weakref; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     first += "weakref.finalize(weakref.WeakSet, int)\n"
-    (script := tmp_path / "script.py").write_text(first + _AT_EXIT.format(end=end))
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, "-W", "error", script]
-    with subprocess.Popen(command, **pipes, start_new_session=True) as process:
-        try:
+    texts = [first + _AT_EXIT.format(end=end) for end in ends]
+    pipe = {"stderr": subprocess.PIPE, "start_new_session": True}
+    with _started(tmp_path, *texts, **pipe) as processes:
+        for end, process in zip(ends, processes, strict=True):
             answer, pids = process.stdout.readline().strip().rsplit("]", 1)
             if "sleep" in end:
                 os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to all of them
             _, errors = process.communicate(timeout=WAIT)
-        finally:
-            process.kill()
-    assert answer == "[0.0, 3.0"
-    if "sleep" in end:
-        assert errors.count("Traceback") == 1
-        assert errors.rstrip().endswith("KeyboardInterrupt")
-    else:
-        assert (process.returncode, errors) == (0, "")
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids.split()))
+            assert answer == "[0.0, 3.0"
+            if "sleep" in end:
+                assert errors.count("Traceback") == 1
+                assert errors.rstrip().endswith("KeyboardInterrupt")
+            else:
+                assert (process.returncode, errors) == (0, "")
+            until(lambda pids=pids: not any(Path(f"/proc/{pid}").exists() for pid in pids.split()))
 
 
 _KILLED = """
@@ -633,6 +633,7 @@ from coded_torch.workers import ProcessWorkers
 
 if __name__ == "__main__":
     pool = ProcessWorkers(2).start()
+    assert not os.listdir(os.environ["TMPDIR"])
     os.kill(pool.pids[0], signal.SIGSTOP)
     if not (child := os.fork()):
         time.sleep(3600)
@@ -651,28 +652,28 @@ def _of(folder):
     return found
 
 
-@pytest.mark.parametrize("server_lives", [True, False])
-def test_a_killed_caller_leaves_no_stopped_worker_though_a_fork_lives(tmp_path, server_lives):
-    """Also in a folder whose name is too long for the address of a socket."""
+def test_a_killed_caller_leaves_no_stopped_worker_though_a_fork_lives(tmp_path):
+    """Also without its server, and in a folder whose name is too long for a socket's address."""
     (folder := tmp_path / (100 * "x")).mkdir()
-    (script := tmp_path / "script.py").write_text(_KILLED)
-    command, variables = [sys.executable, script], os.environ | {"TMPDIR": str(folder)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as caller:
-        child, stopped, worker = map(int, caller.stdout.readline().split())
+    variables, children = os.environ | {"TMPDIR": str(folder)}, set()
+    with _started(tmp_path, _KILLED, _KILLED, env=variables) as callers:
         try:
-            server = _parent(worker)
-            assert server not in (0, 1, caller.pid)
-            if not server_lives:
-                os.kill(server, signal.SIGKILL)
-                until(lambda: not any(map(_parent, (stopped, worker))))
-            assert not list(folder.iterdir())
-            caller.kill()
-            until(lambda: not any(map(_parent, (stopped, worker, server))))
-            until(lambda: _of(folder) == {child})
+            for server_lives, caller in zip((True, False), callers, strict=True):
+                child, *workers = map(int, caller.stdout.readline().split())
+                children.add(child)
+                server = _parent(workers[1])
+                assert server not in (0, 1, caller.pid)
+                if not server_lives:
+                    os.kill(server, signal.SIGKILL)
+                    until(lambda workers=workers: not any(map(_parent, workers)))
+                caller.kill()
+                gone = *workers, server
+                until(lambda gone=gone: not any(map(_parent, gone)))
+            until(lambda: _of(folder) == children)
             assert not list(folder.iterdir())
         finally:
-            os.kill(child, signal.SIGKILL)
-            caller.kill()
+            for child in children:
+                os.kill(child, signal.SIGKILL)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts what Linux knows")
