@@ -47,40 +47,55 @@ def test_the_examples_of_pages_show_what_happens(name):
     assert result.failed == 0
 
 
-def example(page, name, folder):
-    """Return the output of an example of a page, and the output that the page shows."""
-    text = (ROOT / page).read_text()
-    block = re.search(rf"<!-- example: {name} -->(.*?)<!-- end -->", text, re.S)[1]
-    script, shown = re.findall(r"```\w+\n(.*?)```", block, re.S)
-    file = folder / "example.py"
-    file.write_text(script)
-    command = [sys.executable, str(file)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    return run.stdout, shown
+@pytest.fixture
+def ran(tmp_path, monkeypatch, capsys):
+    """Return a function that returns what a script of a page prints, in a folder of the path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def run(script, *arguments):
+        if "__main__" in (tmp_path / script).read_text():  # its workers import the main script
+            return subprocess.check_output([sys.executable, script], text=True, timeout=120)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(script)
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_the_engineers_example_prints_its_output(tmp_path):
-    printed, shown = example("README.md", "engineer", tmp_path)
+@pytest.fixture
+def example(tmp_path, ran):
+    """Return a function that returns an example's output, and the output that its page shows."""
+
+    def run(page, name):
+        text = (ROOT / page).read_text()
+        block = re.search(rf"<!-- example: {name} -->(.*?)<!-- end -->", text, re.S)[1]
+        script, shown = re.findall(r"```\w+\n(.*?)```", block, re.S)
+        (tmp_path / "example.py").write_text(script)
+        return ran("example.py"), shown
+
+    return run
+
+
+def test_the_engineers_example_prints_its_output(example):
+    printed, shown = example("README.md", "engineer")
     assert printed == shown
 
 
-def test_the_tutorials_example_prints_its_output(tmp_path):
+def test_the_tutorials_example_prints_its_output(example, tmp_path, capsys):
     text = (ROOT / "notebooks" / "tutorial.md").read_text()
     factory = re.search(r"<!-- example: factory -->\n```python\n(.*?)```", text, re.S)[1]
     (tmp_path / "my_model.py").write_text(factory)
-    printed, shown = example("notebooks/tutorial.md", "tutorial", tmp_path)
+    printed, shown = example("notebooks/tutorial.md", "tutorial")
     assert printed == shown
-    command = [sys.executable, "-c", "from coded_torch.cli.main import main; main()"]
-    command += ["serve", "my_model:make", "--example", "0"]
-    asked = subprocess.run(command, capture_output=True, cwd=tmp_path, timeout=120, check=True)
-    assert json.loads(asked.stdout)["inputs"][0]["shape"] == [1, 4]
+    assert main(["serve", "my_model:make", "--example", "0"]) == 0
+    assert json.loads(capsys.readouterr().out)["inputs"][0]["shape"] == [1, 4]
 
 
-def test_the_researchers_example_prints_its_output(tmp_path):
+def test_the_researchers_example_prints_its_output(example):
     """Rounding, which processors differ in, may choose another tuned number."""
     (*printed,), (*shown,) = (
-        text.splitlines() for text in example("notebooks/science.md", "researcher", tmp_path)
+        text.splitlines() for text in example("notebooks/science.md", "researcher")
     )
     assert [line[:30] for line in printed] == [line[:30] for line in shown]
     for ours, theirs in zip(printed[2:], shown[2:], strict=True):
@@ -118,23 +133,13 @@ def sections():
 
 
 @pytest.mark.parametrize("commands", [*sections()])
-def test_your_model_works_as_the_page_says(commands, tmp_path, monkeypatch, capsys):
+def test_your_model_works_as_the_page_says(commands, ran, tmp_path, monkeypatch, capsys):
     text = (ROOT / "notebooks" / "guides" / "your_model.md").read_text()
     files = dict(re.findall(r"```python\n# (\S+)\n(.*?)```", text, re.S))
     for name, content in files.items():
         (tmp_path / name).write_text(content)
         monkeypatch.delitem(sys.modules, name[:-3], raising=False)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
     shown = {}
-
-    def ran(script, *arguments):
-        if "__main__" in files[script]:  # its workers import the main script
-            return subprocess.check_output([sys.executable, script], text=True, timeout=120)
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
-        runpy.run_path(script)
-        return capsys.readouterr().out
-
     for command in commands:
         program, first, *more = shlex.split(command)
         if program == "python":
