@@ -208,6 +208,7 @@ REFUSED = [
         "pool": [3], "delays": [0.1], "seed": [0.5], "crash_every": [0], "attack": ["lie"],
         "rates": [{"nan": "x"}, {"nan": 1.5}, {"nap": 0.5}, {"nan": 0.6, "crash": 0.6}],
         "adversaries": [(1,)]}),
+    (nn.CodedWrapper, {"code": [np.ones(2)], "workers": [np.ones(2)]}),
     (tune, {"wrapper": [None], "batches": [None, []], "order": [1.0, [], [-1.0]]}),
     (compare, {
         "module": [None], "batches": [None, X, [X, X[:0]], [X]], "labels": [[X]], "tuning": [2],

@@ -138,7 +138,8 @@ class CodedWrapper(ModuleProxy):
         out_dims: Any = 0,
     ) -> None:
         super().__init__(module)
-        check(self, (workers, code) != (None, None), "workers must be given without a code", None)
+        is_given = workers is not None or code is not None
+        check(self, is_given, "workers must be given without a code", None)
         self.workers = LocalWorkers() if workers is None else workers
         self.code, self.waiting = code, waiting
         self.parts, self.estimator, self.surrogate = parts, estimator, surrogate
