@@ -53,9 +53,9 @@ def test_deciding_twice_at_one_moment_writes_nothing(policy):
 def test_long_messages_are_compared_in_linear_time():
     causes = [ValueError(f"{'A' * 40_000} at {place}") for place in range(2)]
     one, other = (WorkerError(0, 0, "", "raised", cause) for cause in causes)
-    since = time.monotonic()
+    since = time.process_time()
     assert one.alike == other.alike
-    assert time.monotonic() - since < 2  # 10 s, as long as each letter looked for a digit
+    assert time.process_time() - since < 2  # 10 s, as long as each letter looked for a digit
 
 
 def test_the_first_reply_of_a_part_counts_whatever_comes_after_it():

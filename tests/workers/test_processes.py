@@ -231,7 +231,7 @@ def test_an_interrupted_call_leaves_nothing_that_the_next_one_waits_for(call):
 
 def test_a_hung_process_is_killed_after_its_grace():
     module = modules.Stuck()
-    with ProcessWorkers(3, grace=3.0).start(module, timeout=WAIT) as pool:
+    with ProcessWorkers(3, grace=2.0).start(module, timeout=WAIT) as pool:
         os.kill(pool.pids[0], signal.SIGSTOP)
         # The stopped process gets one of the first three parts, whichever that is.
         replies = answers(pool, module, torch.tensor([[[3600.0]]] * 3 + [[[0.0]]]))
@@ -241,7 +241,7 @@ def test_a_hung_process_is_killed_after_its_grace():
         hung = [reason for reason in reasons.values() if reason is not None]
         assert len(hung) == 3
         for reason in hung:
-            assert "for more than 3 s without a sign of life, and was ended; grace (--g" in reason
+            assert "for more than 2 s without a sign of life, and was ended; grace (--g" in reason
 
 
 @pytest.mark.parametrize("module", [Sleepy(), modules.Greedy()], ids=["sleeps", "computes"])
