@@ -40,7 +40,7 @@ COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 LINES = {
     "beside the folders": 2342,
     "cli": 1414,
-    "codes": 958,
+    "codes": 951,
     "experiments": 1689,
     "input_space": 1290,
     "nn": 2398,
@@ -49,7 +49,7 @@ LINES = {
     "serve": 1377,
     "surrogates": 530,
     "verification": 911,
-    "workers": 3377,
+    "workers": 3384,
 }
 MOST_LINES = 17_814  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)

@@ -6,7 +6,7 @@ import abc
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._arguments import MOST_WORKERS, check, count, instance, shown
+from .._arguments import MOST_WORKERS, check, count, instance
 from .._torch import on_host, outside
 from ..input_space.gaussian_process import ErrorBounds, off_mean
 from ..input_space.metrics import Choice, Distances, Sources
@@ -344,17 +344,10 @@ class FixedCode(Code):
         """Return the decoder of a valid, strictly increasing received set of enough workers."""
 
     def _received(self, received: Any) -> tuple[int, ...]:
-        must = f"{type(self).__name__}: received must"
-        try:
-            items = received.tolist() if isinstance(received, Tensor | np.ndarray) else [*received]
-            workers = None if bool in map(type, items) else tuple(map(operator.index, items))
-        except TypeError:
-            workers = None
-        if workers is None:
-            raise TypeError(f"{must} be a sequence of worker indices, got {shown(received)}")
-        for worker in (worker for worker in workers if not 0 <= worker < self.num_workers):
-            raise ValueError(f"{must} lie in 0..{self.num_workers - 1}, got {worker}")
-        return workers
+        items = received.tolist() if isinstance(received, Tensor | np.ndarray) else received
+        instance(self, "received", items, Iterable)
+        each = "each worker of received"
+        return tuple(count(self, each, item, 0, self.num_workers - 1) for item in items)
 
     def __getstate__(self) -> dict[str, Any]:
         dropped = ("_decoder", "encoder", "_own")  # planning the maps again is cheap

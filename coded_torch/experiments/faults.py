@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import check, count, instance, positive, probability
-from .._torch import broadcast_dims, flatten, on_host, unflatten
+from .._torch import broadcast_dims, flatten, on_host, outside, unflatten
 from ..stragglers import Stragglers
 from ..table import Began, Part, Reply
 from ..workers.base import Fault, Request, Task, Workers
@@ -112,7 +112,7 @@ class FaultyWorkers(Workers):
         entropy = np.random.SeedSequence((self.seed % 2**64, *key))
         return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
-    @on_host()
+    @outside()
     def _draw(self, delays: Stragglers | None, num_parts: int, *key: int) -> list[Fault]:
         generator = self.generator(*key)
         seconds = [0.0] * num_parts

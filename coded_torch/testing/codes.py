@@ -98,14 +98,13 @@ class CodeTests:
                 code.decode(normal(len(wrong)), wrong)
 
     def test_a_worker_that_does_not_exist(self, code):
-        for worker in (-1, code.num_workers):
-            message = f"received must lie in 0..{code.num_workers - 1}, got {worker}"
-            with pytest.raises(ValueError, match=message):
+        for worker, bound in ((-1, "least 0"), (code.num_workers, f"most {code.num_workers - 1}")):
+            with pytest.raises(ValueError, match=f"of received must be at {bound}, got {worker}"):
                 code.decoder([worker])
 
     def test_received_that_are_no_indices(self, code):
         for received in ([0.5], ["0"], [[0], [0, 1]], torch.ones(1), 3, torch.ones(2, 2).int()):
-            with pytest.raises(TypeError, match="received must be a sequence of worker indices"):
+            with pytest.raises(TypeError, match=r"received must be (an integer|of type Iterable)"):
                 code.decoder(received)
 
     def test_too_few_results(self, code):

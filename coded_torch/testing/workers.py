@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.workers import Began, Part, Reply, Request, Workers
@@ -278,6 +279,26 @@ class WorkersTests(abc.ABC):
         sum(reply.value.sum() for reply in run(pool, module, task_of(x))).backward()
         got = [x.grad, *(p.grad for p in module.parameters())]
         torch.testing.assert_close(got, list(wanted), rtol=1e-8, atol=1e-8)
+
+    @pytest.mark.parametrize("by", ["grad", "jvp", "duals"])
+    def test_derivatives_of_other_kinds_are_right_or_refused(self, pool, by):
+        module = nn.Sequential(nn.Linear(3, 2), nn.Tanh()).double().requires_grad_(False)
+        coded = CodedWrapper(module, workers=pool, parts=self.num_units)
+        x = torch.rand(2 * self.num_units, 3, dtype=torch.float64)
+
+        def derivative(f: Any) -> Any:
+            if by == "grad":
+                return torch.func.grad(lambda x: f(x).square().sum())(x)
+            if by == "jvp":
+                return torch.func.jvp(f, (x,), (x,))[1]
+            with forward_ad.dual_level():
+                return forward_ad.unpack_dual(f(forward_ad.make_dual(x, x))).tangent
+
+        if pool.simulated or (by == "duals" and self.differentiable):
+            torch.testing.assert_close(derivative(coded), derivative(module))
+            return
+        with pytest.raises(RuntimeError, match=r"require gradients|transform of torch\.func"):
+            derivative(coded)
 
     def test_modes_of_the_caller_hold_in_the_workers(self, pool):
         values = torch.ones(self.num_units, 1, 1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import MOST_WORKERS, count, positive, warn
+from .._torch import differentiated
 from ..table import Failure, Part, Reply, WorkerError
 from .base import Request, Task
 from .dispatch import DispatchedWorkers, Dispatcher, Worker, logger
@@ -308,8 +309,7 @@ class SupervisedWorkers(DispatchedWorkers):
         self._open()
 
     def open(self, module: nn.Module, task: Task) -> Request:
-        if torch.is_grad_enabled():
-            self._check_gradients(module, task)
+        self._check_gradients(module, task)
         supervisor = self._dispatcher()
         supervisor.begin(module)
         request = SupervisedRequest(task, self.timeout, supervisor, None)
@@ -330,8 +330,9 @@ class SupervisedWorkers(DispatchedWorkers):
     def _check_gradients(self, module: nn.Module, task: Task) -> None:
         remedy = "call under torch.no_grad(), or use DeviceWorkers"
         how = f"gradients, which do not pass through other processes; {remedy}"
-        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in task.leaves):
+        if any(isinstance(leaf, Tensor) and differentiated(leaf) for leaf in task.leaves):
             raise RuntimeError(f"{type(self).__name__}: inputs must not require {how}")
-        if not self._warned and any(p.requires_grad for p in module.parameters()):
+        may_train = torch.is_grad_enabled() and not self._warned
+        if may_train and any(p.requires_grad for p in module.parameters()):
             self._warned = True
             warn(f"{type(self).__name__}: answers have no {how} to train")
