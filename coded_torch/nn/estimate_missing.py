@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._arguments import sparing_logger
 from .._torch import as_called, device_of, flatten, on_host, outside, plain
 from ..codes.base import BatchPlan, NotEnoughResults
 from ..input_space.gaussian_process import ErrorBounds
@@ -24,10 +23,9 @@ from ..scheduling.waiting import Waiting
 from ..surrogates import Memory
 from ..verification import Verifier
 from .division import Division, finite
-from .report import Report
+from .report import Report, logger
 from .result_checks import Stacked, show
 
-logger = sparing_logger("coded_torch.nn")
 Plan: TypeAlias = BatchPlan | RowPlan
 
 # The factor of the surrogates' own squares, so that equal surrogates share their weight. It was not

@@ -21,10 +21,8 @@ from .._changes import version_of
 from .._torch import read_here
 from ..table import Failure, Part, Reply
 from .base import InjectedCrash, Request, Task, compute
-from .dispatch import DispatchedWorkers, Dispatcher, Worker
+from .dispatch import CLOSING_SECONDS, DispatchedWorkers, Dispatcher, Worker
 from .live import LiveRequest
-
-_CLOSING_SECONDS = 5.0  # a pool that closes waits so long for its threads; not tuned
 
 
 class DeviceWorkers(DispatchedWorkers):
@@ -225,7 +223,7 @@ class _Threads(Dispatcher):
 
     def close(self) -> None:
         self.stop()
-        replicas, end = list(self._workers), time.monotonic() + _CLOSING_SECONDS
+        replicas, end = list(self._workers), time.monotonic() + CLOSING_SECONDS
         for replica in replicas:
             replica.inbox.put(None)
         for replica in replicas:

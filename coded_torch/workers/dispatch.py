@@ -13,13 +13,12 @@ from collections.abc import Callable, Collection, Sequence
 from operator import attrgetter
 from typing import Any
 
-from .._arguments import MOST_WORKERS, check, count, sparing_logger
+from .._arguments import MOST_WORKERS, check, count
 from ..table import Began, Failure, Part, Reply, WorkerError
 from .base import Workers
 from .live import LiveRequest
 
-logger = sparing_logger("coded_torch.workers")
-
+CLOSING_SECONDS = 10.0  # a pool that closes waits so long for its threads; not tuned
 _PATIENCE = 0.5  # seconds at a part, after which no failed part waits for the worker; not tuned
 # In a forked process nobody would release these locks, which the ends of open requests take.
 _locks = weakref.WeakSet[Any]()

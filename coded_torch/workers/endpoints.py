@@ -20,8 +20,8 @@ from .._arguments import check, count, instance, positive
 from ..open_inference import EndpointError, RefusedError, client
 from ..open_inference.client import RemoteModule, running_loop
 from ..table import Failure, Part
-from .base import InjectedCrash, Request, Task, Workers, compute
-from .dispatch import DispatchedWorkers, Dispatcher, Worker, logger
+from .base import InjectedCrash, Request, Task, Workers, compute, logger
+from .dispatch import CLOSING_SECONDS, DispatchedWorkers, Dispatcher, Worker
 from .live import LiveRequest
 
 # Seconds from a failure to the first probe of a server; the pause doubles up to the second number,
@@ -31,7 +31,6 @@ _STEP = 0.05  # seconds between two looks whether a probe is due
 # Doubts in a row after which a server counts as failed: one per part that it left unanswered while
 # others answered, more per part that it refused and others computed. Not tuned.
 _MOST_DOUBTS, _DOUBTS_OF_REFUSAL = 16, 6
-_CLOSING_SECONDS = 5.0  # the time that requests get to end when a pool closes; not tuned
 
 
 class EndpointWorkers(DispatchedWorkers):
@@ -220,7 +219,7 @@ class _Endpoints(Dispatcher):
         ended = asyncio.run_coroutine_threadsafe(self._close(), self.loop)
         if asyncio._get_running_loop() is self.loop:  # garbage was collected in its thread
             return
-        if concurrent.futures.wait([ended], _CLOSING_SECONDS).not_done:
+        if concurrent.futures.wait([ended], CLOSING_SECONDS).not_done:
             logger.warning("EndpointWorkers: connections did not close in time")
 
     def _begin_at(self, slot: Worker, part: Part) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .._arguments import MOST_WORKERS, count, positive, warn
 from .._torch import differentiated
 from ..table import Failure, Part, Reply, WorkerError
-from .base import Request, Task
-from .dispatch import DispatchedWorkers, Dispatcher, Worker, logger
+from .base import Request, Task, logger
+from .dispatch import CLOSING_SECONDS, DispatchedWorkers, Dispatcher, Worker
 from .live import Ambient, LiveRequest
 from .worker_main import ModuleStore, PackedModule
 
@@ -27,7 +27,6 @@ START_SECONDS = 120.0
 _BEATS = 4  # signs of life per ``grace``: some may be late on a busy machine; not tuned
 _LONGEST_BEAT = 10.0  # seconds between signs of life, at most; not tuned
 _RECENT = 10.0  # seconds since its last part began, for which a module still has calls; not tuned
-_CLOSING_SECONDS = 10.0  # a pool that closes waits so long for its thread; not tuned
 # Failed starts in a row after which waiting parts fail, instead of at their timeout. Not tuned.
 _FAILED_STARTS = 3
 _LONGEST_PAUSE = 5.0  # seconds between attempts to start: .2, .4, ..., at most this; not tuned
@@ -271,7 +270,7 @@ class Supervisor(Dispatcher):
         if self.thread.ident is not None:
             self.wake()
             if self.thread is not threading.current_thread():
-                self.thread.join(_CLOSING_SECONDS)
+                self.thread.join(CLOSING_SECONDS)
 
 
 class SupervisedRequest(LiveRequest):

@@ -430,7 +430,7 @@ def test_a_server_that_was_removed_at_work_can_be_added_again(three):
 
 
 def test_a_pool_that_is_closed_by_the_thread_of_its_loop_does_not_wait(three, monkeypatch):
-    monkeypatch.setattr(endpoints, "_CLOSING_SECONDS", 3 * WAIT)
+    monkeypatch.setattr(endpoints, "CLOSING_SECONDS", 3 * WAIT)
     pool = EndpointWorkers([three[0].url], model="double")
 
     async def close():
