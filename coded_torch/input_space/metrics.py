@@ -172,7 +172,7 @@ class Sources:
         size = len(inputs[0])
         try:
             with torch.no_grad(), as_called():
-                found = pytree.tree_leaves(features(*inputs))
+                found = pytree.tree_leaves(features(*map(torch.clone, inputs)))
             for x in found or [None]:
                 if not isinstance(x, Tensor) or (x.dtype.is_floating_point, *x.shape[:1]) != (
                     1,

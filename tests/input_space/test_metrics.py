@@ -146,6 +146,9 @@ def test_a_callable_competes():
     alone, report = answered(module, RegressionCode(20, 24, metric=[lambda x: x[:, 1::7]]), x)
     assert report.distances[0].metric == "<lambda>"
     assert alone > without
+    before = x.clone()
+    answered(module, RegressionCode(20, 24, metric=lambda x: x.sub_(x.mean(0))), x)
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize(
