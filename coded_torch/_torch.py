@@ -56,15 +56,14 @@ def tangent_of(tensor: Tensor) -> Tensor | None:
 class _Block(contextlib.ContextDecorator):
     """A state of torch in a block or a function; it costs little where it holds already."""
 
+    #: Return the context that brings the state about; None if it holds.
+    _change: Callable[[], Any]
+
     def __init__(self, *args: str) -> None:
         self._args = args
 
     def _recreate_cm(self) -> Any:  # each call of a function enters its own
         return type(self)(*self._args)
-
-    def _change(self) -> Any:
-        """Return the context that brings the state about; None if it holds."""
-        raise NotImplementedError
 
     def __enter__(self) -> None:
         self._context = self._change()

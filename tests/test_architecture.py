@@ -38,12 +38,12 @@ FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
 # The most lines of each folder: today's with a little room, which not all can take at once.
 LINES = {
-    "beside the folders": 2342,
+    "beside the folders": 2341,
     "cli": 1414,
     "codes": 951,
     "experiments": 1689,
     "input_space": 1290,
-    "nn": 2396,
+    "nn": 2391,
     "open_inference": 775,
     "scheduling": 753,
     "serve": 1377,
@@ -51,7 +51,7 @@ LINES = {
     "verification": 911,
     "workers": 3379,
 }
-MOST_LINES = 17_807  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_801  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 

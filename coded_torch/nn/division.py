@@ -3,7 +3,7 @@ r"""The arguments of a call, and the two ways to divide them into parts: rows an
 import functools
 import math
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -176,6 +176,7 @@ class Division:
     coverage = 0.95  #: the level of error bounds
     mixes = False  #: true if units hold mixtures of rows
     by_rows = False  #: true if units are rows
+    spread: Callable[[Tensor], Tensor]  #: from ``[B, ...]`` to all units, ``[units, R, ...]``
 
     def __init__(self, inputs: Inputs, num_units: int, unit_rows: int, out_dims: Any) -> None:
         self.inputs, self.batch_size = inputs, inputs.batch_size
@@ -192,10 +193,6 @@ class Division:
     def is_whole(self, received: Collection[int]) -> bool:
         """Return whether the results of these units are the answers as they are."""
         return self.by_rows and len(received) == self.batch_size
-
-    def spread(self, values: Tensor) -> Tensor:
-        """Return values of the batch, ``[B, ...]``, for all units: ``[units, R, ...]``."""
-        raise NotImplementedError
 
 
 class Columns(Division):

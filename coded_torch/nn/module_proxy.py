@@ -22,14 +22,12 @@ Call: TypeAlias = Callable[..., tuple[Any, Any]]
 class ModuleProxy(nn.Module):
     """A wrapper with the state dict and the mode of the module inside."""
 
+    run: Call  #: returns the answers and the report of a call
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
         self.training = module.training
-
-    def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Return the answers and the report of the call."""
-        raise NotImplementedError
 
     async def arun(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Await :meth:`run`, which runs in a thread of asyncio.
