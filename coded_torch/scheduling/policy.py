@@ -204,11 +204,11 @@ class Decisions:
         why = "hedge" if of.outcome is OPEN else "retry"
         new = [self.unasked.popleft() for _ in range(min(len(self.unasked), len(missing)))]
         units = sorted(new + missing[len(new) :])
+        again = why == "hedge" and any(other.why == "hedge" for other in of.line())
         for i in range(num):
             share = units[i * len(units) // num : (i + 1) * len(units) // num]
-            # A row that is slow on all workers must not take them all. The pool sees to that, as
-            # calls that decide at the same time see the same idle workers.
-            self.table.ask(share, of, why).spares = why == "hedge" and len(units) == 1
+            # Calls that decide at the same time see the same idle workers.
+            self.table.ask(share, of, why).spares = again and len(units) == 1
 
     def _cut(self, part: Part) -> int:
         """Return into how many parts to cut a failed part; 0 to give up its rows."""

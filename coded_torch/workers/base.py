@@ -204,8 +204,8 @@ class Workers(abc.ABC):
     2. Parts of all requests wait in one queue, in the order of asking. An idle worker takes the
        first part whose request is open, that is not dropped, and that need not avoid this worker.
        If a part failed on some workers, it waits for another one, unless no other is up. One that
-       spares a worker waits until another stays idle, while a part of this kind is computed. If a
-       part must avoid all workers that are left, it fails.
+       spares a worker waits until another stays idle, while parts that it stands in for are
+       computed. If a part must avoid all workers that are left, it fails.
     3. A worker ends its part, wanted or not, before it takes another one.
     4. Each part that has begun ends in one reply, at the latest after the ``timeout`` of the pool.
        If the module raises, the worker dies, or the result cannot be sent, the reply has an error

@@ -310,9 +310,9 @@ class Dispatcher(abc.ABC):
             if not (request := part.request).wants(part):
                 self._forget()
                 return self._begin()
-            if len(idle) <= part.spares and any(w.part and w.part.spares for w in self._workers):
+            line, out = [*part.line()] if len(idle) <= part.spares else [], part.avoid
+            if line and any(w.part in line for w in self._workers):
                 continue
-            out = part.avoid
             if part.tried:
                 begun, both = self._clock() - _PATIENCE, out | part.tried
                 others = [w for w in self._workers if w.is_wanted and w.index not in both]

@@ -143,13 +143,9 @@ def test_parts_that_spare_a_worker_leave_one_idle_though_several_requests_ask_at
         assert sorted(event.part.number for event in replies) == [1, 1, 2, 2, 3]
 
 
-def test_a_part_that_spares_a_worker_takes_the_last_one_while_no_other_such_part_is_computed(
-    tmp_path,
-):
-    late = Part(0, (0,))
-    with ThreadWorkers(2) as pool, pool.open(Gated(str(tmp_path)), task_of(ONE)) as request:
-        request.ask([late])
-        assert request.wait(WAIT).part is late
-        request.ask([Part(1, (0,), spares=True, of=late)])
-        assert request.wait(WAIT).part.number == 1
-        (tmp_path / "open").touch()
+def test_a_part_that_spares_a_worker_takes_the_last_one_once_others_have_failed():
+    with ThreadWorkers(3) as pool, pool.open(nn.Identity(), task_of(ONE)) as request:
+        for worker in (1, 2):
+            pool.exclude(worker)
+        request.ask([Part(1, (0,), spares=True, of=Part(0, (0,)))])
+        assert request.wait(WAIT).worker == 0
