@@ -44,14 +44,14 @@ LINES = {
     "experiments": 1689,
     "input_space": 1290,
     "nn": 2391,
-    "open_inference": 775,
+    "open_inference": 640,
     "scheduling": 753,
-    "serve": 1377,
+    "serve": 1502,
     "surrogates": 530,
     "verification": 911,
     "workers": 3379,
 }
-MOST_LINES = 17_801  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
+MOST_LINES = 17_791  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 
@@ -148,7 +148,7 @@ def test_files_are_small(name):
 
 def test_files_are_few():
     # A new file should be a decision.
-    assert len(COUNTED) <= 77
+    assert len(COUNTED) <= 76
 
 
 def test_folders_keep_their_budgets():

@@ -40,9 +40,9 @@ def serve(args: Namespace) -> None:
     """Serve a model over HTTP (KServe v2) within a deadline, although workers fail."""
     need("serve", "starlette", "uvicorn", "httptools", "orjson", "prometheus_client")
     from ..open_inference import Model, request
-    from ..open_inference.description import bind
     from ..page import LOOPBACK, add_page
     from ..serve import app
+    from ..serve.model import bind
 
     is_local = args.host in LOOPBACK
     workers: Any = None

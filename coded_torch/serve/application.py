@@ -25,11 +25,10 @@ from .._arguments import bound, check, count, instance, positive
 from .._torch import positional
 from ..nn import CodedWrapper
 from ..open_inference import ADDED, FORMER, LISTED, TensorSpec, written
-from ..open_inference.description import bind, in_order
 from .batcher import TO_ANSWER, Batch, Batcher, compute
 from .metrics import Metrics
+from .model import Versions, bind, in_order
 from .protocol import Reader, RequestError
-from .versions import Versions
 
 # The number of requests that Ray lets into a replica; a bound, not tuned. Ray's default of 5 would
 # refuse before the application's own bound of 256 does.

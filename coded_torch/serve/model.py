@@ -1,0 +1,269 @@
+"""The model that is served: inputs and outputs, found by calls on examples, and its versions."""
+
+import asyncio
+import contextlib
+import copy
+import dataclasses
+import inspect
+import ipaddress
+import secrets
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .._arguments import arguments, bound, check, instance, named, signature_of, sparing_logger
+from .._changes import version_of
+from .._torch import sample
+from ..nn import CodedWrapper
+from ..open_inference import TensorSpec
+from ..surrogates import Memory
+from .protocol import RequestError
+
+logger = sparing_logger("coded_torch.serve")
+
+_SECONDS = 120.0  # in which a worker loads a version; a bound, not tuned
+# Headers of browsers and of proxies, and how more of them begin.
+_OTHERS = {"origin", "forwarded", "via", "x-request-id"}
+_BEGINS = "x-forwarded-", "x-real-", "x-envoy-", "x-haproxy-"  # the last is of Ray Serve, too
+Place = tuple[Any, int]  # a tensor, by its number or name, and one of its dimensions
+Run = Callable[[Sequence[Tensor]], dict[str, Tensor]]
+
+
+def bind(owner: object, module: nn.Module, examples: Any) -> inspect.BoundArguments:
+    """Return examples as arguments of a module's ``forward``; a TypeError if they do not fit."""
+    given = tuple(examples) if isinstance(examples, list) else examples
+    args, kwargs = arguments(given, module)
+    signature = signature_of(module)
+    try:
+        return signature.bind(*args, **kwargs)
+    except TypeError as error:
+        owner = owner if isinstance(owner, str) else type(owner).__name__
+        must = f"examples must fit forward{signature}"
+        raise TypeError(f"{owner}: {must}, got {type(examples).__name__}: {error}") from None
+
+
+def in_order(inputs: Sequence[TensorSpec], call: inspect.BoundArguments) -> Sequence[TensorSpec]:
+    """Return specs in the order of a call's leaves if they have their names, else as they are."""
+    names, by_name = _inputs_of(call), {spec.name: spec for spec in inputs}
+    return [by_name[name] for name in names] if names.keys() == by_name.keys() else inputs
+
+
+def _inputs_of(call: inspect.BoundArguments) -> dict[str, Any]:
+    """Return the leaves by their names, in the order of ``forward``'s parameters."""
+    inputs: dict[str, Any] = {}
+    for parameter, value in call.arguments.items():
+        inputs |= named("specs", value, parameter)
+    return inputs
+
+
+def specs(
+    module: nn.Module, examples: Any, *, fixed_shapes: bool = False
+) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Return the specs of a module's inputs and outputs, leaf by leaf.
+
+    Inputs have the names of ``forward``'s parameters, outputs of the keys of a dict or the fields
+    of a named tuple, else ``output``, or ``output0``, ``output1`` and so on. Keys name the inputs
+    in a dict, too. The module is tried on two rows in other sizes. A dimension in which it takes
+    other sizes is -1.
+
+    Args:
+        module: the module, which is called without gradients.
+        examples: rows of each input: a tensor ``[B, ...]``, several in a list or tuple, or keyword
+            arguments in a mapping, such as an encoding of Hugging Face.
+        fixed_shapes: whether no other sizes are tried. Defaults to False.
+
+    Raises:
+        TypeError: the examples do not fit ``forward``, or an input or an output is not a tensor.
+        ValueError: a tensor has another number of rows than the first input, or none.
+    """
+    call = bind("specs", module, examples)
+    leaves, form = pytree.tree_flatten((call.args, call.kwargs))
+    inputs = _inputs_of(call)
+    _check("examples", inputs, len(leaves))
+
+    def run(values: Sequence[Tensor]) -> dict[str, Tensor]:
+        args, kwargs = pytree.tree_unflatten(values, form)
+        with torch.no_grad():
+            made = named("specs", module(*args, **kwargs), "output")
+        _check("outputs of the module", made, rows=len(values[0]))
+        return made
+
+    outputs, is_open = run(leaves), set[Place]()
+    if not fixed_shapes:
+        is_open = _open_places(run, [x[:2] for x in leaves], outputs)
+    found = []
+    for places, tensors in ((range(len(leaves)), inputs), (outputs, outputs)):
+        found.append([TensorSpec.of(name, x) for name, x in tensors.items()])
+        for i, (place, spec) in enumerate(zip(places, found[-1], strict=True)):
+            sizes = (-1 if (place, d) in is_open else n for d, n in enumerate(spec.shape, 1))
+            found[-1][i] = dataclasses.replace(spec, shape=tuple(sizes))
+    return found[0], found[1]
+
+
+def _check(what: str, tensors: Mapping[str, Any], number: int = 0, rows: int = 0) -> None:
+    for name, leaf in tensors.items():
+        must = f"{name!r} among {what} must be a tensor with rows"
+        check("specs", isinstance(leaf, Tensor), must, type(leaf), TypeError)
+        rows = rows or (len(leaf) if leaf.dim() else 0)
+        must = f"{name!r} among {what} must have {rows or 'some'} rows"
+        check("specs", rows and leaf.shape[:1] == (rows,), must, [*leaf.shape])
+    must = f"{what} must be tensors with rows, each of its own name"
+    check("specs", len(tensors) >= max(number, 1), must, [*tensors], TypeError)
+
+
+def _open_places(run: Run, leaves: Sequence[Tensor], outputs: Mapping[str, Tensor]) -> set[Place]:
+    """Return the dimensions of inputs in which two other sizes work, and of outputs that follow.
+
+    Dimensions of one size may have to be equal, such as the lengths of tokens and of their mask, so
+    they are tried together first, and else one by one.
+    """
+    found = set[Place]()
+    for size in sorted({n for x in leaves for n in x.shape[1:] if n > 1}):
+        # Smaller, as a sequence may be the longest; but not 1, as torch broadcasts that size.
+        others = (size - 1, (size + 1) // 2) if size > 3 else (size + 1, 2 * size)
+        sizes = ((i, d, n) for i, x in enumerate(leaves) for d, n in enumerate(x.shape) if d)
+        alike = [(i, d) for i, d, n in sizes if n == size]
+        for places in (alike, *([place] for place in alike)):
+            with contextlib.suppress(Exception):  # the module's own, of any kind
+                made = [run(_resized(leaves, places, other)) for other in others]
+                if all(_kinds(each) == _kinds(outputs) for each in made):
+                    found |= {*places}
+                    for name, x in (pair for each in made for pair in each.items()):
+                        usual = outputs[name].shape
+                        found |= {(name, d) for d in range(1, x.dim()) if x.shape[d] != usual[d]}
+                    if places is alike:
+                        break
+    return found
+
+
+def _resized(leaves: Sequence[Tensor], places: Sequence[Place], size: int) -> list[Tensor]:
+    values = list(leaves)
+    for i, d in places:
+        values[i] = torch.cat([values[i]] * 2, d).narrow(d, 0, size)
+    return values
+
+
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: (x.dtype, x.dim()) for name, x in tensors.items()}
+
+
+class Versions:
+    """The present version of an application's model, and what makes the next one."""
+
+    def __init__(
+        self, app: Any, coded: CodedWrapper, make: Callable[[], nn.Module] | None, token: str | None
+    ) -> None:
+        self.present = coded, "1"  # one attribute, so that a batch reads both of one version
+        self._app, self._make, self._token = app, make, token
+        self._loading = threading.Lock()
+
+    def renew(self) -> str:
+        """Do as :meth:`app.renew`."""
+        if not self._loading.acquire(blocking=False):
+            raise RuntimeError("app: no version can be loaded now, as one is being loaded")
+        (coded, version), name = self.present, self._app.name
+        try:
+            module = self._load(coded)
+            settings = inspect.signature(CodedWrapper).parameters
+            how = {name: getattr(coded, name) for name in settings}
+            how["surrogate"] = [  # a copy of a memory is empty
+                copy.deepcopy(x) if isinstance(x, Memory) else x for x in coded.surrogate
+            ]
+            self.present = CodedWrapper(**how | {"module": module}), str(int(version) + 1)
+            _forget(coded.workers, coded.module)
+        except BaseException as error:
+            what = "no version of %s was loaded, so version %s stays: %s: %s"
+            logger.error(what, name, self.present[1], type(error).__name__, error)
+            raise
+        finally:
+            self._loading.release()
+        logger.info("version %s of %s answers", self.present[1], name)
+        return self.present[1]
+
+    def _load(self, coded: CodedWrapper) -> nn.Module:
+        """Return a new module, which every worker has called on two rows of the examples."""
+        app = self._app
+        if self._make is None or not app.ready:
+            why = "it has no make" if self._make is None else "it is not ready"
+            raise RuntimeError(f"app: no version can be loaded, as {why}")
+        weights = [*coded.module.parameters()]
+        before = _states(weights)
+        try:
+            module = self._make()
+        finally:
+            if has_changed := _states(coded.module.parameters()) != before:
+                self.present = coded, str(int(self.present[1]) + 1)
+        instance("app", "the result of make", module, nn.Module)
+        if has_changed or module is coded.module:
+            got = "the present one with other weights" if has_changed else "the present one"
+            raise ValueError(f"app: make must return another module, got {got}")
+        if not coded.module.training:
+            module.eval()
+        example = bound(*app.call(app.max_rows))
+        is_fixed = all(-1 not in spec.shape for spec in app.inputs)
+        own, new = (specs(x, example, fixed_shapes=is_fixed) for x in (coded.module, module))
+        if own != new:
+            raise ValueError(f"app: make must return a module with {own}, got {new}")
+        pool = coded.workers
+        try:
+            pool.start(module, sample(example), timeout=_SECONDS * len(pool.places or "1"))
+        except Exception:
+            _forget(pool, module)
+            raise
+        return module
+
+    async def load(self, request: Request) -> Response:
+        """Load the next version for a client, as Triton loads a model again."""
+        headers, client = request.headers, request.client
+        if self._token is None:
+            may = client is not None and _is_loopback(client.host) and _OTHERS.isdisjoint(headers)
+            may = may and not any(name.startswith(_BEGINS) for name in headers)
+        else:
+            given, wanted = headers.get("authorization", ""), f"Bearer {self._token}"
+            may = secrets.compare_digest(given.encode(), wanted.encode())
+        if not may:
+            must = "a load needs the server's token or, if it has none, a program on its own host"
+            raise RequestError(403, "invalid", must)
+        done = Future[str]()
+        done.set_running_or_notify_cancel()  # from now on, nobody can cancel it
+
+        def work() -> None:
+            try:
+                done.set_result(self.renew())
+            except BaseException as error:  # SystemExit, too, which would end the server
+                what = RuntimeError(f"{type(error).__name__}: {error}")
+                done.set_exception(error if isinstance(error, Exception) else what)
+
+        # Nothing waits for this thread when the server ends: `make` may take any time.
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            await asyncio.wrap_future(done)
+        except Exception as error:  # of any kind, and as Triton answers
+            why = f"version {self.present[1]} stays: {type(error).__name__}: {error}"
+            raise RequestError(400, "failed", why) from None
+        return JSONResponse({})
+
+
+def _forget(pool: Any, module: nn.Module) -> None:
+    """Have the workers forget a module, which a cycle of references may keep."""
+    if (forget := getattr(pool, "forget", None)) is not None:
+        forget(module)
+
+
+def _states(weights: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Return what changes if weights are replaced, or changed in place."""
+    return [(id(x), version_of(x)) for x in weights]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, or what a proxy says
+        return False
