@@ -10,6 +10,7 @@ from torch import nn
 import coded_torch
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.surrogates import Memory
+from coded_torch.testing.helpers import until
 from coded_torch.workers import ProcessWorkers
 
 PACKAGE = Path(coded_torch.__file__).parent
@@ -41,7 +42,7 @@ def test_a_call_with_a_late_part_runs_code_in_few_files():
         for _ in range(12):  # until the latencies are known
             coded.run(x, waiting=Waiting(deadline=20.0))
         coded(late)
-        time.sleep(1.4)
+        until(lambda: pool._queue.num_idle == 4)
         coded.run(x, waiting=Waiting(deadline=20.0))
         sys.setprofile(note)
         try:

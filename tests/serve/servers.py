@@ -5,7 +5,6 @@ import contextlib
 import http.client
 import json
 import threading
-import time
 
 import torch
 import uvicorn
@@ -13,6 +12,7 @@ from torch import nn
 
 from coded_torch.nn import CodedWrapper
 from coded_torch.serve import Connection, TensorSpec, app
+from coded_torch.testing.helpers import until
 from coded_torch.workers import LocalWorkers
 
 INPUTS = [TensorSpec("input", "FP32", (3,))]
@@ -49,7 +49,7 @@ def serving(application):
     server = Server(config)
     (thread,) = started([server.run])
     try:
-        wait_until(lambda: server.started or not thread.is_alive())
+        until(lambda: server.started or not thread.is_alive())
         assert server.started
         yield server.servers[0].sockets[0].getsockname()[1]
     finally:
@@ -64,13 +64,6 @@ def started(targets):
     for thread in threads:
         thread.start()
     return threads
-
-
-def wait_until(condition, seconds=180.0):
-    until = time.monotonic() + seconds
-    while not condition():  # asked once each time: what held may not hold again, or act
-        assert time.monotonic() < until
-        time.sleep(0.005)
 
 
 class Client:

@@ -23,10 +23,11 @@ from coded_torch import Waiting
 from coded_torch.nn import CodedWrapper
 from coded_torch.serve import TensorSpec, app, protocol, specs
 from coded_torch.stragglers import Trace
+from coded_torch.testing.helpers import until
 from coded_torch.workers import DeviceWorkers, LocalWorkers, ProcessWorkers, WorkerError
 
 from ..nn.modules import Call
-from .servers import INPUTS, OUTPUTS, Client, built, linear, serving, started, tensor, wait_until
+from .servers import INPUTS, OUTPUTS, Client, built, linear, serving, started, tensor
 
 ROWS = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
 ONE = {"inputs": [tensor(ROWS)]}
@@ -227,7 +228,7 @@ def test_bodies_that_do_not_come_take_no_slots():
         for _ in range(40):
             address = "127.0.0.1", port
             stack.enter_context(socket.create_connection(address, timeout=30)).sendall(head)
-        wait_until(lambda: application.reader.left == 2**27 - 40)
+        until(lambda: application.reader.left == 2**27 - 40)
         with Client(port) as client:
             assert [client.infer(ONE)[0] for _ in range(5)] == [200] * 5
     assert application.reader.left == 2**27  # given back
@@ -242,7 +243,7 @@ def test_all_bodies_together_are_bounded(monkeypatch):
         for _ in range(most // 2**16):
             part = socket.create_connection(("127.0.0.1", port), timeout=30)
             stack.enter_context(part).sendall(head + bytes(2**16 - 1))
-        wait_until(lambda: application.reader.left == most % 2**16 + most // 2**16)
+        until(lambda: application.reader.left == most % 2**16 + most // 2**16)
         status, headers, body = client.send("POST", PATH, bytes(2**16))
         assert (status, headers["retry-after"]) == (503, "1")
         assert "too many bytes of requests are being read" in json.loads(body)["error"]
@@ -288,7 +289,7 @@ def test_a_full_queue_is_noticed_before_the_body_is_read(held):
         assert held.begun.acquire(timeout=30)
         threads += started([ask])
         found = []
-        wait_until(lambda: found.append(without_body(port)) or found[-1][0] == 503)
+        until(lambda: found.append(without_body(port)) or found[-1][0] == 503)
         _, headers, body = found[-1]
         assert headers["retry-after"] == "1"
         assert "1 requests are waiting" in json.loads(body)["error"]
@@ -314,10 +315,10 @@ def test_a_client_that_disconnects_leaves_the_queue(held):
             for client in first, second:
                 client.connection.request("POST", PATH, json.dumps(ONE))
             assert held.begun.acquire(timeout=30)
-            wait_until(lambda: len(batcher._queue) == 1)
-        wait_until(lambda: len(batcher._queue) == 0)
+            until(lambda: len(batcher._queue) == 1)
+        until(lambda: len(batcher._queue) == 0)
         with Client(port) as client:
-            wait_until(lambda: 'refusals_total{reason="disconnected"} 2.0' in client.metrics())
+            until(lambda: 'refusals_total{reason="disconnected"} 2.0' in client.metrics())
             held.go.set()
             assert client.infer(ONE)[0] == 200
 
@@ -367,7 +368,7 @@ def test_while_workers_compute_rows_of_requests_that_have_ended_others_are_told_
     with serving(application) as port, Client(port) as client, Client(port) as other:
         assert client.infer(ONE)[0] == 504
         other.connection.request("POST", PATH, json.dumps(ONE))  # is tried
-        wait_until(lambda: application.batcher._ongoing)
+        until(lambda: application.batcher._ongoing)
         status, answer = client.infer(ONE)
         assert client.infer(malformed)[0] == 400
         held.go.set()
@@ -469,7 +470,7 @@ def test_accepted_requests_are_answered_at_the_end(held):
 
         threads = started([ask] * 5)
         assert held.begun.acquire(timeout=30)
-        wait_until(lambda: len(application.batcher._queue) == 4)
+        until(lambda: len(application.batcher._queue) == 4)
         threading.Timer(0.3, held.go.set).start()
     for thread in threads:
         thread.join(30)

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from coded_torch.testing.helpers import until
+
 from . import attackers
-from .servers import Client, wait_until
+from .servers import Client
 from .test_command import running
 
 SECONDS = 6.0  # of the calm, and of each attack
@@ -23,7 +25,7 @@ ROW = attackers.body(1, attackers.ONE)
 def server():
     with running("--deadline", "1") as (process, port):
         with Client(port) as client:
-            wait_until(lambda: client.get("/v2/health/ready")[0] == 200)
+            until(lambda: client.get("/v2/health/ready")[0] == 200)
         asked(port, 2.0)  # latencies become known
         yield process, port
 

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from coded_torch.cli.main import main
+from coded_torch.testing.helpers import until
 
-from .servers import Client, tensor, wait_until
+from .servers import Client, tensor
 
 SLOW = 6  # the factor of a busy host: the bars hold on an idle one
 # On asyncio's own loop, as without uvloop, which is not among the dependencies.
@@ -165,7 +166,7 @@ def test_an_answer_comes_soon_although_workers_are_delayed_and_killed(capsys):
             assert client.infer(request, "/v2/models/lenet5/infer")[0] == 200
             return "was killed by SIGKILL" in process.log.read_text()
 
-        wait_until(killed)
+        until(killed)
         text = client.metrics()
         assert float(re.search(r'results_total{state="missing"} (.*)', text)[1]) >= 1
         assert float(re.search(r"worker_restarts_total (\d.*)", text)[1]) >= 1
@@ -175,7 +176,7 @@ def test_an_answer_comes_soon_although_workers_are_delayed_and_killed(capsys):
         process.terminate()
         process.wait(180)
         assert process.returncode == -signal.SIGTERM
-        wait_until(lambda: not alive(workers))
+        until(lambda: not alive(workers))
 
 
 def test_a_model_of_ones_own(mine, capsys):
@@ -210,7 +211,7 @@ def test_a_signal_loads_new_weights_and_keeps_the_old_ones_if_that_fails(mine):
         ):
             weights.write_text(content)
             process.send_signal(signal.SIGHUP)
-            wait_until(lambda said=said: said in process.log.read_text())
+            until(lambda said=said: said in process.log.read_text())
             assert answer() == wanted
 
 
@@ -224,7 +225,7 @@ def test_ctrl_c_does_not_wait_for_a_load(mine):
         running("mine:read", *options, cwd=mine, first=soon) as (process, port),
         Client(port) as client,
     ):
-        wait_until(lambda: client.get("/v2/health/ready")[0] == 200)
+        until(lambda: client.get("/v2/health/ready")[0] == 200)
         weights.unlink()
         os.mkfifo(weights)  # to read it takes until someone writes to it
         with socket.create_connection(("127.0.0.1", port)) as other:

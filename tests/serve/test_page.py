@@ -20,9 +20,10 @@ from coded_torch.cli.main import main
 from coded_torch.demo import lenet5, lenet5_and_digits
 from coded_torch.page import Chaos, add_page
 from coded_torch.serve import TensorSpec, specs
+from coded_torch.testing.helpers import until
 
 from ..nn.modules import Call
-from .servers import OUTPUTS, Client, built, linear, serving, tensor, wait_until
+from .servers import OUTPUTS, Client, built, linear, serving, tensor
 from .test_command import running
 
 FILE = importlib.resources.files("coded_torch") / "page.html"
@@ -36,7 +37,7 @@ def port():
         said = f"A page shows its workers and requests: http://127.0.0.1:{port}/"
         assert said in process.stdout.readline()
         with Client(port) as client:
-            wait_until(lambda: client.get("/v2/health/ready")[0] == 200, 180)
+            until(lambda: client.get("/v2/health/ready")[0] == 200)
         yield port
 
 
@@ -126,7 +127,7 @@ def test_a_killed_worker_is_replaced_and_a_paused_one_is_shown(client):
 
     pid = workers()[3]["pid"]
     assert fault(client, 3, "kill") == 200
-    wait_until(lambda: workers()[3]["pid"] not in (0, pid))
+    until(lambda: workers()[3]["pid"] not in (0, pid))
     assert fault(client, 3, "pause") == 200
     assert workers()[3]["fault"] == "pause"
     assert fault(client, 3, "delay") == 409
@@ -191,7 +192,7 @@ def test_a_fault_ends_with_its_process(action, monkeypatch):
     monkeypatch.setattr(page_module, "_TURN_SECONDS", 0.01)
     monkeypatch.setattr(os, "kill", lambda pid, number: pool.signals.append((pid, number)))
     chaos.act(0, action)
-    wait_until(lambda: pool.signals)
+    until(lambda: pool.signals)
     pool.states[0] = ("idle", 77)  # not a second of the ten has gone
     ended()
     assert (chaos.faults, set(pool.adversaries)) == ({}, set())
@@ -364,7 +365,7 @@ class Opened:
         return self.browser.execute_script(script, key)
 
     def until(self, key, text):
-        wait_until(lambda: text in self.text(key))
+        until(lambda: text in self.text(key))
 
     def answered(self):
         """Return how many rows of each kind were answered, and how many requests were refused."""
@@ -384,8 +385,8 @@ class Opened:
         where = f'[aria-label="{action} worker {worker}"]:enabled'
         # In one step, as the page moves and replaces its buttons while answers come.
         script = "const b = document.querySelector(arguments[0]); b?.click(); return b !== null"
-        wait_until(lambda: self.browser.execute_script(script, where))
-        wait_until(lambda: f"{action.lower()} worker {worker}" in self.text("said"))
+        until(lambda: self.browser.execute_script(script, where))
+        until(lambda: f"{action.lower()} worker {worker}" in self.text("said"))
 
     def draw(self, *moves):
         """Draw with the pointer, from the middle of the drawing area."""
@@ -428,11 +429,11 @@ def test_answers_go_on_while_four_of_six_workers_are_dead(opened):
             opened.press("Kill", worker)
         most = max(most, opened.browser.execute_script(red))
         before = opened.rows()
-        wait_until(lambda before=before: opened.rows() >= before + 3 * 64)
+        until(lambda before=before: opened.rows() >= before + 3 * 64)
     assert most >= 3  # the first may be back on a busy machine
     assert opened.answered()["refused"] == 0
     assert opened.text("class") == "7"
-    wait_until(lambda: opened.browser.execute_script(red) == 0)  # all have come back
+    until(lambda: opened.browser.execute_script(red) == 0)  # all have come back
     opened.until("latency-text", "p99.9")
 
 
@@ -490,17 +491,17 @@ def test_corrupt_workers_are_excluded_and_restarted(browser):
     options = "--chaos", "--verify", "0.5", "--deadline", "5"
     with running(*options) as (_, port):
         opened = open_page(port, browser)
-        wait_until(lambda: "Ready. 6 of 6 workers are up" in opened.text("summary"), 180)
+        until(lambda: "Ready. 6 of 6 workers are up" in opened.text("summary"))
         opened.until("summary", "50 % of the rows are verified")
         opened.find("ask").click()
         opened.find("repeat").click()
         for worker in (1, 4):
             opened.press("Corrupt", worker)
-            wait_until(lambda worker=worker: "excluded" in opened.states()[worker])
+            until(lambda worker=worker: "excluded" in opened.states()[worker])
         assert opened.answered()["corrected"] > 0
         for worker in (1, 4):
             opened.press("Restart", worker)
-            wait_until(lambda worker=worker: "excluded" not in opened.states()[worker])
+            until(lambda worker=worker: "excluded" not in opened.states()[worker])
         opened.until("summary", "6 of 6 workers are up")
         assert not [state for state in opened.states() if "excluded" in state]
         assert opened.answered()["refused"] == 0
@@ -514,7 +515,7 @@ def test_a_model_without_pictures(browser):
         opened = open_page(port, browser, "m")
         assert not opened.find("drawing").is_displayed()
         opened.find("ask").click()
-        wait_until(lambda: opened.rows() == 3)
+        until(lambda: opened.rows() == 3)
         assert opened.answered()["wrong"] == 0
         tiles = browser.find_elements("css selector", "#tiles li")
         wanted = linear()(torch.eye(3)).argmax(1).tolist()
@@ -536,6 +537,6 @@ def test_the_page_is_used_by_keyboard_alone(opened):
         "if (options) sent.push(options.body); return own(path, options); }"
     )
     opened.find("ask").send_keys(Keys.ENTER)
-    wait_until(lambda: opened.browser.execute_script("return sent.length"))
+    until(lambda: opened.browser.execute_script("return sent.length"))
     sent = json.loads(opened.browser.execute_script("return sent[0]"))
     assert sent["parameters"] == {"timeout": 1_999_000}

@@ -11,10 +11,11 @@ import pytest
 
 from coded_torch.open_inference import EndpointError
 from coded_torch.page import add_page
+from coded_torch.testing.helpers import until
 from coded_torch.workers import EndpointWorkers, RemoteModule
 
 from ..workers.endpoint_servers import sending, servers
-from .servers import Client, built, serving, tensor, wait_until
+from .servers import Client, built, serving, tensor
 from .test_command import running
 
 ROW = {"inputs": [tensor([[1.0, 2.0, 3.0]])]}
@@ -75,7 +76,7 @@ def test_a_server_whose_endpoints_are_down_is_not_ready():
             assert client.get(path) == (503, {"name": "front", "ready": False})
         assert client.get("/v2/health/live")[0] == 200
         both[1].ready, both[1].fault = True, None
-        wait_until(lambda: client.get("/v2/health/ready")[0] == 200)
+        until(lambda: client.get("/v2/health/ready")[0] == 200)
         assert client.infer(ROW, PATH)[0] == 200
 
 

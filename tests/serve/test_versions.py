@@ -15,10 +15,11 @@ from coded_torch import Waiting
 from coded_torch.nn import CodedWrapper
 from coded_torch.serve import TensorSpec, app
 from coded_torch.surrogates import Memory
+from coded_torch.testing.helpers import until
 from coded_torch.workers import DeviceWorkers, ProcessWorkers
 
 from ..nn.modules import Call
-from .servers import Client, serving, started, tensor, wait_until
+from .servers import Client, serving, started, tensor
 
 LOAD = "/v2/repository/models/m/load"
 
@@ -163,7 +164,7 @@ def test_a_version_that_was_replaced_is_freed():
             assert client.send("POST", LOAD)[0] == 200
             seen.append(weakref.ref(application.coded.module))
         ask(client)
-        wait_until(lambda: [each() is None for each in seen] == [True, True, False], 30)
+        until(lambda: [each() is None for each in seen] == [True, True, False])
         assert pool.num_restarts == 0
 
 

@@ -81,7 +81,7 @@ def test_another_thread_leads_when_the_leader_does_not(pool, end):
     (one,) = in_threads([lambda: ask_and_wait(pool, seconds(3600.0), first, then)])
     thread = leader(pool)
     assert thread == one.ident
-    others = in_threads([lambda: ask_and_wait(pool, seconds(0.5), found)] * 7)
+    others = in_threads([lambda: ask_and_wait(pool, seconds(0.3), found)] * 7)
     if end == "interrupted":
         time.sleep(0.2)
         raise_in(thread, Stop)
