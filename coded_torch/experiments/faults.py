@@ -136,8 +136,8 @@ class FaultyWorkers(Workers):
 
 # The base class has defaults of these.
 for _name in (
-    "close", "concurrency", "exclude", "mixed", "names", "num_ready", "num_restarts", "num_workers",
-    "places", "restart", "states",
+    "close", "concurrency", "drain", "exclude", "mixed", "names", "num_ready", "num_restarts",
+    "num_workers", "places", "resize", "restart", "states",
 ):  # fmt: skip
     setattr(FaultyWorkers, _name, property(attrgetter(f"pool.{_name}")))
 

@@ -171,3 +171,12 @@ def test_adversaries_attack_by_the_seed_and_the_request_and_nobody_else_does():
         assert {m for m in truth if not torch.equal(truth[m], got[m])} == {1, 3}
         assert all(torch.equal(got[m], again[m]) for m in got)
     assert copy.deepcopy(pool).adversaries == (1, 3)
+
+
+def test_workers_of_the_pool_are_drained_and_added():
+    with ThreadWorkers(3) as inner:
+        pool = FaultyWorkers(inner)
+        pool.drain(0)
+        assert pool.places == inner.places == {1, 2}
+        pool.resize(3)
+        assert pool.num_workers == 3
