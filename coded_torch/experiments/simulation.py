@@ -118,12 +118,12 @@ def simulate(
     Example:
         >>> from coded_torch import Waiting
         >>> from coded_torch.experiments.simulation import Conditions, simulate
-        >>> straggling = Conditions(straggling=0.03)
+        >>> slow = Conditions(straggling=0.03)
         >>> for waiting in Waiting(), Waiting(hedge_budget=0):
-        ...     outcome = simulate(waiting, straggling, num_workers=6, num_parts=4)
+        ...     outcome = simulate(waiting, slow, num_workers=6, num_parts=4, num_requests=3000)
         ...     print(f"{outcome.percentile(99):.1f}")
         4.1
-        41.9
+        40.0
     """
     count("simulate", "num_workers", num_workers)
     count("simulate", "num_parts", num_parts)
