@@ -221,8 +221,15 @@ def without_body(port, seconds=0.2):
         return answer.status, answer.headers, answer.read()
 
 
-def test_bodies_that_do_not_come_take_no_slots():
-    application = built(max_queued_requests=2)
+@pytest.fixture
+def patient(monkeypatch):
+    """Let servers wait for bodies longer than a busy machine takes for anything."""
+    monkeypatch.setattr(protocol, "_READING", 120.0)
+    return {"deadline": 240.0}
+
+
+def test_bodies_that_do_not_come_take_no_slots(patient):
+    application = built(max_queued_requests=2, **patient)
     with serving(application) as port, contextlib.ExitStack() as stack:
         head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{".encode()
         for _ in range(40):
@@ -234,9 +241,9 @@ def test_bodies_that_do_not_come_take_no_slots():
     assert application.reader.left == 2**27  # given back
 
 
-def test_all_bodies_together_are_bounded(monkeypatch):
+def test_all_bodies_together_are_bounded(monkeypatch, patient):
     monkeypatch.setattr(protocol, "_TOGETHER", 0)
-    application = built()
+    application = built(**patient)
     most = application.reader.left
     head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {2**16}\r\n\r\n".encode()
     with serving(application) as port, Client(port) as client, contextlib.ExitStack() as stack:
@@ -363,10 +370,10 @@ def test_two_slow_rows_do_not_take_all_workers():
 
 
 def test_while_workers_compute_rows_of_requests_that_have_ended_others_are_told_so(held):
-    application = holding(held, deadline=0.5)
+    application = holding(held)
     malformed = {"inputs": [tensor(ROWS, "other")]}
     with serving(application) as port, Client(port) as client, Client(port) as other:
-        assert client.infer(ONE)[0] == 504
+        assert client.infer(ONE | {"parameters": {"timeout": 500_000}})[0] == 504
         other.connection.request("POST", PATH, json.dumps(ONE))  # is tried
         until(lambda: application.batcher._ongoing)
         status, answer = client.infer(ONE)

@@ -376,7 +376,7 @@ async def test_a_response_is_sent_at_once_unless_the_client_has_gone():
 @pytest.fixture
 def port(monkeypatch):
     """Yield the port of a server with short limits, of rows of any size."""
-    monkeypatch.setattr(protocol, "_HEADERS_SECONDS", 0.5)
+    monkeypatch.setattr(protocol, "_HEADERS_SECONDS", 60.0)
     monkeypatch.setattr(protocol, "_ANSWER_SECONDS", 1.0)
     monkeypatch.setattr(protocol, "_WATCH_SECONDS", 0.1)
     monkeypatch.setattr(Connection, "most", 6)
@@ -429,7 +429,8 @@ def test_headers_without_end_end_the_connection(port, begin, more):
             assert b" 431 " in connection.recv(65536) or b" 400 " in connection.recv(65536)
 
 
-def test_headers_come_in_time(port):
+def test_headers_come_in_time(port, monkeypatch):
+    monkeypatch.setattr(protocol, "_HEADERS_SECONDS", 0.5)
     start, begins = time.monotonic(), (b"", b"\r\n", GET, GET + b"\r\n" + GET)
     with contextlib.ExitStack() as stack:
         several = [(begin, stack.enter_context(connected(port, begin))) for begin in begins]
@@ -443,9 +444,10 @@ def test_headers_come_in_time(port):
     assert time.monotonic() - start < 20
 
 
-def test_a_kept_connection_may_be_idle_for_longer(port):
+def test_a_kept_connection_may_be_idle_for_longer(port, monkeypatch):
     with Client(port) as client:
         assert client.get("/v2")[0] == 200
+        monkeypatch.setattr(protocol, "_HEADERS_SECONDS", 0.5)
         own = client.connection.sock
         time.sleep(1)
         assert client.get("/v2")[0] == 200
