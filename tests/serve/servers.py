@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import gc
 import http.client
 import json
 import threading
+from unittest import mock
 
 import torch
 import uvicorn
@@ -43,10 +45,12 @@ class Server(uvicorn.Server):
 
 @contextlib.contextmanager
 def serving(application):
-    """Yield the application's port, while it runs."""
+    """Yield the application's port, while it runs. Nothing of it is frozen, as much is already."""
     quiet = {"log_level": "critical", "access_log": False, "ws": "none"}
     config = uvicorn.Config(application, port=0, http=Connection, lifespan="on", **quiet)
     server = Server(config)
+    freeze = mock.patch.object(gc, "freeze")
+    freeze.start()
     (thread,) = started([server.run])
     try:
         until(lambda: server.started or not thread.is_alive())
@@ -55,6 +59,7 @@ def serving(application):
     finally:
         server.should_exit = True
         thread.join(60)
+        freeze.stop()
         assert not thread.is_alive()
 
 
