@@ -129,8 +129,6 @@ def test_a_part_of_the_rows_that_is_lost_altogether_is_answered_by_the_mean():
     assert radii[4:].tolist() == pytest.approx([far * (4 / 3) / (2 / 3)] * 4)
 
 
-# PyTorch's own forward mode calls `torch.jit.script`, which warns that it is deprecated.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("code", SELECTING + MIXING)
 @pytest.mark.parametrize("ordering", ORDERINGS)
 def test_transforms(code, ordering):
