@@ -5,7 +5,7 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -51,6 +51,16 @@ def tangent_of(tensor: Tensor) -> Tensor | None:
         return None
     found: Tensor | None = forward_ad.unpack_dual(tensor).tangent
     return found
+
+
+def refuse_derivatives(owner: str, leaves: Iterable[Any], module: nn.Module) -> None:
+    """Raise a RuntimeError if a derivative is asked for that another process does not compute."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    duals = tensors if forward_ad._current_level < 0 else [*module.parameters(), *module.buffers()]
+    if any(map(differentiated, tensors)) or any(tangent_of(x) is not None for x in duals):
+        remedy = "call under torch.no_grad(), or use DeviceWorkers, or LocalWorkers for torch.func"
+        must = "inputs must not require gradients, nor weights have tangents"
+        raise RuntimeError(f"{owner}: {must}, as none pass through other processes; {remedy}")
 
 
 class _Block(contextlib.ContextDecorator):

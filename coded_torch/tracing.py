@@ -29,11 +29,13 @@ def harmless() -> Iterator[None]:
         logger.warning("spans are missing or incomplete: %s: %s", type(error).__name__, error)
 
 
-def _api() -> Any:
-    """Return OpenTelemetry's module; None if nothing is recorded, as no provider is set."""
+def _api(headers: Mapping[str, str] | None = None) -> Any:
+    """Return OpenTelemetry's module; None if there is nothing to record, or to carry on."""
     if (api := sys.modules.get("opentelemetry.trace")) is not None:
         with harmless():
-            if type(api.get_tracer_provider()) is not api.ProxyTracerProvider:
+            is_set = type(api.get_tracer_provider()) is not api.ProxyTracerProvider
+            is_traced = "traceparent" in (headers or ())
+            if is_set or is_traced or api.get_current_span().get_span_context().is_valid:
                 return api
     return None
 
@@ -52,7 +54,7 @@ def span(name: str, headers: Mapping[str, str] | None = None) -> Any:
 
     With the headers of a request, the span is the server's, and its parent may be the client's.
     """
-    return _NOTHING if (api := _api()) is None else _span(api, name, headers)
+    return _NOTHING if (api := _api(headers)) is None else _span(api, name, headers)
 
 
 @contextlib.contextmanager

@@ -142,6 +142,15 @@ def test_without_a_provider_there_is_nothing(monkeypatch):
     assert tracing.here() is None
 
 
+def test_without_a_provider_a_trace_goes_on(monkeypatch):
+    monkeypatch.setattr(trace, "get_tracer_provider", trace.ProxyTracerProvider)
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    with tracing.span("infer", {"traceparent": parent}):
+        assert tracing.headers()["traceparent"] == parent
+        assert tracing.here() is not None
+    assert tracing.headers() == {}
+
+
 def test_an_error_of_opentelemetry_fails_no_call(monkeypatch, caplog):
     class Broken(SpanProcessor):
         def on_start(self, *_, **__):

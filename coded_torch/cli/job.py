@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pickle
+import platform
 import re
 import shlex
 import signal
@@ -290,6 +291,7 @@ def _claim(args: Any, factory: Any, coded: CodedWrapper, rows: Rows, how: dict[s
     content = {name: Path(file).read_bytes() if file else b"" for name, file in files.items()}
     trusted["source"] = f"digest {_digest(content, set())}"
     trusted["versions"] = f"torch {torch.__version__}, coded_torch {coded_torch.__version__}"
+    trusted["versions"] += f", Python {platform.python_version()}"
     compared = now if args.trust_model else now | trusted
     # An older version knew fewer options: those that it did not know were left out.
     differ = [key for key, value in compared.items() if before.get(key, "") != value]
@@ -330,7 +332,10 @@ class _Pickler(pickle.Pickler):
             # Another function of the same name, such as a second lambda, is at another place.
             found = [value, *(x for kind in kinds for x in vars(kind).values())]
             for x in (x.__code__ for x in found if isinstance(x, types.FunctionType)):
-                self.modules.add(str((x.co_firstlineno, x.co_linetable, x.co_names, x.co_code)))
+                plain = [each for each in x.co_consts if not isinstance(each, types.CodeType)]
+                plain = [sorted(map(repr, c)) if isinstance(c, frozenset) else c for c in plain]
+                place = x.co_firstlineno, x.co_linetable
+                self.modules.add(str((*place, x.co_names, plain, x.co_code)))
             return value.__qualname__
         return None
 

@@ -346,8 +346,14 @@ class FixedCode(Code):
     def _received(self, received: Any) -> tuple[int, ...]:
         items = received.tolist() if isinstance(received, Tensor | np.ndarray) else received
         instance(self, "received", items, Iterable)
-        each = "each worker of received"
-        return tuple(count(self, each, item, 0, self.num_workers - 1) for item in items)
+        items, most = [*items], self.num_workers - 1
+        try:
+            workers = tuple(map(operator.index, items))
+            if bool not in map(type, items) and min(workers) >= 0 and max(workers) <= most:
+                return workers
+        except (TypeError, ValueError):  # no integers, or none at all
+            pass
+        return tuple(count(self, "each worker of received", item, 0, most) for item in items)
 
     def __getstate__(self) -> dict[str, Any]:
         dropped = ("_decoder", "encoder", "_own")  # planning the maps again is cheap

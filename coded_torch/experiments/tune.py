@@ -134,7 +134,9 @@ def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...
     are_many = not isinstance(batches, Tensor | np.ndarray | str | bytes)
     must = "batches must be a sequence of batches, such as [x]"
     check(owner, are_many and isinstance(batches, Iterable), must, type(batches), TypeError)
-    must = "all parts of the module must be in evaluation mode, as some learn from every batch"
+    must = (
+        "the module must be in evaluation mode, as some parts learn from calls; call eval() on it"
+    )
     check(owner, (name := training_part(module)) is None, must, name)
     if (name := training_part(module, dropout=True)) is not None:
         warn(f"{owner}: {name} is in training mode, so answers depend on chance; call eval() on it")

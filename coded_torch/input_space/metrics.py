@@ -174,10 +174,8 @@ class Sources:
             with torch.no_grad(), as_called():
                 found = pytree.tree_leaves(features(*map(torch.clone, inputs)))
             for x in found or [None]:
-                if not isinstance(x, Tensor) or (x.dtype.is_floating_point, *x.shape[:1]) != (
-                    1,
-                    size,
-                ):
+                is_floating = isinstance(x, Tensor) and x.dtype.is_floating_point
+                if not is_floating or x.shape[:1] != (size,):
                     must = f"features must be floating-point, one for each of {size} rows"
                     raise ValueError(f"{must}, got {shown(getattr(x, 'shape', x))}")
         except Exception as error:  # a caller's function may raise anything; other metrics compete

@@ -23,8 +23,8 @@ from ..workers.base import Task
 # Seconds that an estimate may end after the deadline before a worse one is made. A busy machine
 # wakes a thread about as late (benchmarks/resilience.py, "deadline").
 _SLACK = 5e-3
-# Numbers that NumPy looks at faster than torch. It does not let other threads run meanwhile, which
-# costs more than the look (benchmarks against, "calls, eight threads").
+# At so many numbers, NumPy is as fast as torch, and keeps the interpreter's lock: an operator of
+# torch lets other threads take it, and waits to get it back. Not tuned.
 _FEW = 512
 
 

@@ -232,11 +232,8 @@ class Execution:
                 for i in stacked.divided:
                     leaf: Tensor = stacked.leaves[i]
                     shape = division.batch_size, *leaf.shape[2:]
-                    fill = (
-                        0
-                        if not (leaf.dtype.is_floating_point or leaf.dtype.is_complex)
-                        else math.nan
-                    )
+                    has_nan = leaf.dtype.is_floating_point or leaf.dtype.is_complex
+                    fill = math.nan if has_nan else 0
                     wholes[i] = stacked.over(i, leaf.new_full(shape, fill))
                 answers = stacked.tree(wholes)
             error.answers = answers  # type: ignore[attr-defined]

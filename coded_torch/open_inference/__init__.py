@@ -260,7 +260,7 @@ def written(
     entries, tail = [], []
     for spec, tensor, binary in tensors:
         entry = spec.metadata() | {"shape": list(tensor.shape)}
-        if tensor.dtype in (torch.float16, torch.bfloat16):  # NumPy has not both, and orjson none
+        if tensor.dtype in (torch.float16, torch.bfloat16):  # NumPy lacks one, orjson both
             tensor = tensor.view(torch.int16) if binary else tensor.float()
         numbers = np.ascontiguousarray(tensor.numpy(force=True)).reshape(-1)
         if binary:

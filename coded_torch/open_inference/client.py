@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import open_inference as wire
 from .. import tracing
 from .._arguments import check, instance, positive
+from .._torch import refuse_derivatives
 from . import ADDED, FORMER, LISTED, EndpointError, Model, RefusedError
 
 _MESSAGE = 2**20  # bytes of metadata and of an error's text, at most; not tuned
@@ -304,6 +305,7 @@ class RemoteModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.inputs(args, kwargs)
+        refuse_derivatives("RemoteModule", inputs, self)
         if not any(map(len, inputs)):  # no server answers requests without rows
             shapes = [(x, [0, *map(abs, x.shape)]) for x in self.metadata.outputs]
             return self.outputs([wire.from_bytes(*each, memoryview(b"")) for each in shapes])

@@ -192,7 +192,7 @@ class Batcher:
             raise RequestError(503, "expected_late", f"the answer would probably come {when}")
 
     def put(self, inputs: list[Tensor], arrived: float, deadline: float) -> asyncio.Future[Batch]:
-        """Queue a request, or refuse it (503). To cancel the future takes it off the queue."""
+        """Queue a request, or refuse it (503). It leaves the queue once its future is done."""
         self.check(inputs[0].shape[0], deadline, is_read=True)
         entry = _Entry(inputs, arrived, deadline)
         self._queue[entry] = None

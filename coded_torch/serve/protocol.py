@@ -246,9 +246,9 @@ def parse(
 
 
 class _Together:
-    """A transport that sends what is written in one turn of the event loop at once.
+    """A transport that sends the head and the body of a response by one write.
 
-    So a response is one packet, and not its head and its body: the client wakes once.
+    So the client wakes once. What is written alone is sent in the next turn of the event loop.
     """
 
     def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
@@ -261,10 +261,12 @@ class _Together:
         if not self._written:
             self._loop.call_soon(self._send)
         self._written.append(data)
+        if len(self._written) > 1:  # now, as the transport pauses whoever writes faster than it
+            self._send()
 
     def _send(self) -> None:
         written, self._written = b"".join(self._written), []
-        if not self._transport.is_closing():  # the client may have gone meanwhile
+        if written and not self._transport.is_closing():  # the client may have gone meanwhile
             self._transport.write(written)
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ class DeviceWorkers(DispatchedWorkers):
     r"""A replica of the module and a thread per device. An idle thread takes the next part.
 
     So a slow device delays only its own part. Results come back to the device of the inputs, and
-    gradients reach the module's own parameters.
+    gradients reach the module's own parameters. Transforms of ``torch.func`` are refused.
 
     Every request makes new replicas: shallow copies of the module's tree, which share the tensors
     that lie on their device. Copies of the other tensors are kept until the original changes or

@@ -17,6 +17,7 @@ from torch import nn
 
 from .. import tracing
 from .._arguments import check, count, instance, positive
+from .._torch import refuse_derivatives
 from ..open_inference import EndpointError, RefusedError, client
 from ..open_inference.client import RemoteModule, running_loop
 from ..table import Failure, Part
@@ -132,6 +133,7 @@ class EndpointWorkers(DispatchedWorkers):
         check(self, isinstance(module, RemoteModule), must, type(module), TypeError)
         must = f"module must stand for the model {self.model!r}"
         check(self, module.model == self.model, must, module.model)
+        refuse_derivatives(type(self).__name__, task.leaves, module)
         return _EndpointRequest(task, self.timeout, self._dispatcher(), module)
 
     def __getstate__(self) -> dict[str, Any]:

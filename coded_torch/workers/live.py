@@ -61,15 +61,12 @@ class LiveRequest(Request):
         self.urgent = False  #: true if a part has failed whose reply was not taken
         self.abandoned = False  #: true if its workers may be ended, as the caller was interrupted
         self._retries = False  # true if a part may have to wait for some workers
+        if torch._C._are_functorch_transforms_active():
+            must = "a call must not be under a transform of torch.func"
+            raise RuntimeError(f"Workers: {must}, as other threads ignore it; use LocalWorkers")
         if (interruption := INTERRUPTION.get()) is not None:
             interruption.requests.append(self)
         self.interrupted = interruption is not None and interruption.is_set
-        if torch._C._are_functorch_transforms_active():
-            weights = () if module is None else (*module.parameters(), *module.buffers())
-            tensors = (x for x in (*task.leaves, *weights) if isinstance(x, Tensor))
-            if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
-                must = "inputs and weights must not be under a transform of torch.func"
-                raise RuntimeError(f"Workers: {must}, as other threads ignore it; use LocalWorkers")
 
     def is_notified(self) -> bool:
         """Return whether :meth:`wait` has something to return."""

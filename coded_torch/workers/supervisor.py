@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .._arguments import MOST_WORKERS, count, positive, warn
-from .._torch import differentiated
+from .._torch import refuse_derivatives
 from ..table import Failure, Part, Reply, WorkerError
 from .base import Request, Task, logger
 from .dispatch import CLOSING_SECONDS, DispatchedWorkers, Dispatcher, Worker
@@ -327,11 +327,9 @@ class SupervisedWorkers(DispatchedWorkers):
     num_restarts: Any = property(attrgetter("_queue.num_lost"))
 
     def _check_gradients(self, module: nn.Module, task: Task) -> None:
-        remedy = "call under torch.no_grad(), or use DeviceWorkers"
-        how = f"gradients, which do not pass through other processes; {remedy}"
-        if any(isinstance(leaf, Tensor) and differentiated(leaf) for leaf in task.leaves):
-            raise RuntimeError(f"{type(self).__name__}: inputs must not require {how}")
+        refuse_derivatives(type(self).__name__, task.leaves, module)
         may_train = torch.is_grad_enabled() and not self._warned
         if may_train and any(p.requires_grad for p in module.parameters()):
             self._warned = True
-            warn(f"{type(self).__name__}: answers have no {how} to train")
+            how = "call under torch.no_grad(), or use DeviceWorkers to train"
+            warn(f"{type(self).__name__}: answers have no gradients from its processes; {how}")

@@ -14,7 +14,7 @@ from ..workers.modules import FailsOn, Heavy, Sleepy
 
 X = torch.arange(64.0).view(64, 1)
 BAD = 17  # the row that the module fails on
-MOST_LATE = 5.0  # seconds: a busy machine is late, but all that is waited for takes a minute
+MOST_LATE = 0.5  # seconds, of the least late of three calls: a busy machine holds some up
 MOST = 2 * math.ceil(math.log2(11)) + 2  # parts, beyond the first six of 11 rows at most
 
 
@@ -54,12 +54,15 @@ def test_the_row_is_estimated_if_that_is_asked_for(pool):
 
 
 def late(coded, deadline, x=X, why=""):
-    """Seconds after the deadline at which a call raises."""
-    start = time.perf_counter()
-    with pytest.raises(DeadlineExceeded, match=why or None) as info:
-        coded(x)
-    assert len(info.value.received) < 32
-    return time.perf_counter() - start - deadline
+    """Seconds after the deadline at which a call raises, at least, of three calls."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        with pytest.raises(DeadlineExceeded, match=why or None) as info:
+            coded(x)
+        times.append(time.perf_counter() - start - deadline)
+        assert len(info.value.received) < 32
+    return min(times)
 
 
 def test_a_deadline_holds_while_workers_start_and_load_and_hang(tmp_path):
@@ -76,5 +79,4 @@ def test_a_deadline_holds_while_workers_start_and_load_and_hang(tmp_path):
         (loads / "open").touch()
         hanging = wrapper(pool, deadline=0.1, estimate=False)
         hanging.module = Sleepy()
-        for _ in range(3):
-            assert -0.01 < late(hanging, 0.1, torch.full((64, 1), 100.0)) < MOST_LATE
+        assert -0.01 < late(hanging, 0.1, torch.full((64, 1), 100.0)) < MOST_LATE

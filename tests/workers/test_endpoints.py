@@ -56,6 +56,17 @@ def test_a_batch_is_computed_by_all_servers(binary):
         assert torch.equal(RemoteModule(made[0].url, "double")(X), 2 * X)
 
 
+def test_gradients_are_refused(three):
+    module, message = RemoteModule(three[0].url, "double"), "inputs must not require gradients"
+    with wrapped(three).workers as pool:
+        coded = CodedWrapper(module, workers=pool)
+        for call in (module, coded):
+            with pytest.raises(RuntimeError, match=message):
+                call(X.clone().requires_grad_())
+            with pytest.raises(RuntimeError, match=message):
+                torch.func.grad(lambda x, call=call: call(x).sum())(X)
+
+
 @pytest.mark.parametrize("word", ["NaN", "null"])
 def test_json_with_numbers_that_are_not_finite_is_an_answer(word):
     def one_nan(handler, rows):

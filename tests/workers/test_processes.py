@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.testing.workers import (
@@ -374,6 +375,11 @@ def test_gradients_are_refused_and_warned_of_once():
         task = task_of(torch.ones(1, 1, 1, requires_grad=True))
         with pytest.raises(RuntimeError, match="inputs must not require gradients"):
             pool.open(nn.Identity(), task)
+        coded, one = CodedWrapper(Scale(1.0), workers=pool), torch.ones(1)
+        with forward_ad.dual_level():
+            weights = {"module.factor": forward_ad.make_dual(one, one)}
+            with pytest.raises(RuntimeError, match="nor weights have tangents"):
+                torch.func.functional_call(coded, weights, torch.ones(2, 1))
         with torch.no_grad():
             assert len(list(run(pool, nn.Identity(), task))) == 1
         task = task_of(torch.ones(1, 1, 1))
