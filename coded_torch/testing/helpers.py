@@ -151,17 +151,6 @@ class Affine(nn.Module):
         return x * factor + offset
 
 
-class Holder(nn.Module):
-    """Multiplies by a tensor that is none of its parameters."""
-
-    def __init__(self, factor: Tensor) -> None:
-        super().__init__()
-        self.held = [factor]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.held[0]
-
-
 class Doubles(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.mul_(2)

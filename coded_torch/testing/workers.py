@@ -28,7 +28,6 @@ from .helpers import (
     Doubles,
     FailsAt,
     Gated,
-    Holder,
     Modes,
     PolynomialCode,
     autocast,
@@ -300,19 +299,6 @@ class WorkersTests(abc.ABC):
             return
         with pytest.raises(RuntimeError, match=r"require gradients|transform of torch\.func"):
             derivative(coded)
-
-    def test_the_derivative_by_a_tensor_that_a_module_holds_is_right_or_refused(self, pool):
-        x, parts = torch.rand(2 * self.num_units, 3), self.num_units
-
-        def total(factor: Tensor) -> Any:
-            coded = CodedWrapper(Holder(factor), workers=pool, parts=parts)
-            return coded(x).sum()
-
-        if pool.simulated:
-            torch.testing.assert_close(torch.func.grad(total)(x[0]), x.sum(0))
-            return
-        with pytest.raises(RuntimeError, match=r"require gradients|transform of torch\.func"):
-            torch.func.grad(total)(x[0])
 
     def test_modes_of_the_caller_hold_in_the_workers(self, pool):
         values = torch.ones(self.num_units, 1, 1)

@@ -26,11 +26,28 @@ from coded_torch.testing.workers import (
     task_of,
     until,
 )
-from coded_torch.workers import Began, DeviceWorkers, Part
+from coded_torch.workers import Began, DeviceWorkers, LocalWorkers, Part, ProcessWorkers
 
 from ..nn.modules import Call
 
 WAIT = 30.0  # bounds waits that end at once unless something is broken
+
+
+@pytest.mark.parametrize(
+    "pool", [LocalWorkers(), DeviceWorkers(["cpu"]), ProcessWorkers(1)], ids=str
+)
+def test_the_derivative_by_a_tensor_that_a_module_holds_is_right_or_refused(pool):
+    x = torch.rand(4, 3)
+
+    def total(factor):
+        with pool:
+            return CodedWrapper(Call(lambda x: x * factor), workers=pool, parts=2)(x).sum()
+
+    if pool.simulated:
+        torch.testing.assert_close(torch.func.grad(total)(x[0]), x.sum(0))
+        return
+    with pytest.raises(RuntimeError, match=r"require gradients|transform of torch\.func"):
+        torch.func.grad(total)(x[0])
 
 
 class TestDeviceWorkers(WorkersTests):
