@@ -5,6 +5,7 @@ import gc
 import inspect
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -111,6 +112,14 @@ def refused(capsys):
         return said
 
     return run
+
+
+@pytest.fixture
+def interrupts():
+    """Ctrl-C raises, as what runs in the background of a shell may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

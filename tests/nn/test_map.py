@@ -123,6 +123,7 @@ def test_an_early_end_of_the_loop_ends_the_open_calls(coded, model):
     assert coded(torch.ones(2, 1)).tolist() == [[2.0]] * 2
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_ctrl_c_ends_the_loop_at_once(coded, model):
     model.gates[5], found = threading.Event(), []
 

@@ -207,14 +207,6 @@ def test_what_a_broken_process_sends_ends_that_process_alone():
         assert len(answers(pool, nn.Identity(), torch.zeros(4, 1, 1))) == 4
 
 
-@pytest.fixture
-def interrupts():
-    """Ctrl-C raises, as what runs in the background of a shell may ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize(
     "call", [lambda coded, x: coded(x), lambda coded, x: list(coded.map([x] * 2, in_flight=2))]
