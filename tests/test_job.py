@@ -472,7 +472,9 @@ def test_another_model_or_call_is_refused(folder, monkeypatch, refused, name):
         assert main(line("varied", "--resume")) == 0
 
 
-def test_a_job_is_the_same_in_another_process(folder):
+def test_a_job_is_the_same_in_another_process(folder, monkeypatch):
+    # In one of them, a library has added a function to torch's classes, as TorchScript does.
+    monkeypatch.setattr(torch.nn.Module, "added", lambda self: None, raising=False)
     assert main(line("varied")) == 0
     written(folder)[-1].unlink()
     environment = os.environ | {"PYTHONHASHSEED": "5"}

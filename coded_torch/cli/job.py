@@ -330,7 +330,8 @@ class _Pickler(pickle.Pickler):
             kinds = getattr(value, "__mro__", [value])
             self.modules.update(str(x.__module__) for x in kinds)
             # Another function of the same name, such as a second lambda, is at another place.
-            found = [value, *(x for kind in kinds for x in vars(kind).values())]
+            own = [x for x in kinds if str(x.__module__).partition(".")[0] != "torch"]  # as below
+            found = [value, *(x for kind in own for x in vars(kind).values())]
             for x in (x.__code__ for x in found if isinstance(x, types.FunctionType)):
                 plain = [each for each in x.co_consts if not isinstance(each, types.CodeType)]
                 plain = [sorted(map(repr, c)) if isinstance(c, frozenset) else c for c in plain]
