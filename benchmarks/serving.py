@@ -104,9 +104,9 @@ def answer(row: Tensor) -> Any:
 
 
 def lit_serve(port: int) -> None:
-    from . import lit_serve  # other servers must not bear what it imports
+    from .lit_serve import run  # here, so that the other servers run without its imports
 
-    lit_serve.run(port)
+    run(port)
 
 
 def ray_serve(port: int) -> None:

@@ -37,7 +37,7 @@ _SUSPECT, _POISON = 0.2, 1e-5
 
 
 class Decisions:
-    """Decides which parts a call asks for and when it ends, and writes both into its table."""
+    """Decides which parts a call asks for, and when the call ends. The table holds both."""
 
     def __init__(self, waiting: Waiting, history: History, table: Table) -> None:
         self.waiting, self.history, self.table = waiting, history, table
