@@ -148,7 +148,8 @@ def finite(leaf: Tensor) -> bool:
     """Return whether all of a tensor is finite; integers are."""
     if not (leaf := as_real(leaf)).dtype.is_floating_point:
         return True
-    if leaf.is_cpu and leaf.numel() <= _FEW:
+    wraps = type(leaf) is not Tensor or torch._C._are_functorch_transforms_active()
+    if leaf.is_cpu and leaf.numel() <= _FEW and not wraps:  # NumPy would see other numbers
         try:
             return bool(np.isfinite(leaf.numpy()).all())
         except (RuntimeError, TypeError):  # NumPy has no bfloat16, no sparse tensors, no gradients

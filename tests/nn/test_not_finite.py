@@ -9,7 +9,7 @@ from torch import nn
 
 from coded_torch import CodedWrapper, Regression, Waiting
 from coded_torch.codes import NotEnoughResults, ReplicationCode
-from coded_torch.nn.division import Inputs, Rows
+from coded_torch.nn.division import Inputs, Rows, finite
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
 from coded_torch.testing.workers import FailsAt, divide_by_zero
@@ -25,6 +25,19 @@ def spoiled(size: int = 24, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     x = torch.linspace(0, 3, 3 * size, dtype=torch.float64).view(size, 3).to(dtype)
     x[BAD[0], 1], x[BAD[1]] = math.nan, -math.inf
     return x
+
+
+@pytest.mark.parametrize("size", [24, 600])
+def test_a_transform_does_not_hide_them(size):
+    """The memory of a tensor in a transform of PyTorch is not that of its numbers."""
+    x, found = spoiled(size), list[bool]()
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        found.append(finite(x))
+        return CodedWrapper(nn.Identity(), workers=LocalWorkers(), parts=2)(x)
+
+    assert same(torch.func.functionalize(call)(x), x)
+    assert found == [False]
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
