@@ -1,9 +1,8 @@
-"""The shape of the package, read from its files: imports run down, files are small and few."""
+"""The shape of the package, read from its files: imports run down, and without a circle."""
 
 import ast
 import importlib.util
 import inspect
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -34,24 +33,6 @@ LAYERS = (
     {"_arguments"},
 )
 FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
-# The inherited suites count as tests.
-COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
-# The most lines of each folder: today's with a little room, which not all can take at once.
-LINES = {
-    "beside the folders": 2353,
-    "cli": 1420,
-    "codes": 957,
-    "experiments": 1691,
-    "input_space": 1288,
-    "nn": 2389,
-    "open_inference": 642,
-    "scheduling": 753,
-    "serve": 1504,
-    "surrogates": 530,
-    "verification": 911,
-    "workers": 3376,
-}
-MOST_LINES = 17_814  # of all folders. The cap of 15,444 is missed; 13,900 is the aim.
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 
@@ -139,26 +120,6 @@ def test_no_files_import_each_other():
 def test_few_files_call_ops(name):
     if name.parts[0] not in ("linear.py", "input_space"):
         assert Path("ops.py") not in imported(name)
-
-
-@every_file
-def test_files_are_small(name):
-    assert len(FILES[name].read_text().splitlines()) <= 400
-
-
-def test_files_are_few():
-    # A new file should be a decision.
-    assert len(COUNTED) <= 76
-
-
-def test_folders_keep_their_budgets():
-    lines = Counter()
-    for name, path in FILES.items():
-        if path in COUNTED:
-            folder = name.parts[0] if len(name.parts) > 1 else "beside the folders"
-            lines[folder] += len(path.read_text().splitlines())
-    assert not lines - Counter(LINES)
-    assert sum(lines.values()) <= MOST_LINES
 
 
 def test_the_wrapper_takes_ten_arguments():
