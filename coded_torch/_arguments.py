@@ -72,7 +72,8 @@ def named(owner: object, answers: Any, root: str) -> dict[str, Any]:
     A single output has the name ``root``, those of a list or a tuple ``root0``, ``root1``, ...
     Raises a ValueError if two have the same name.
     """
-    found, outputs = pytree.tree_flatten_with_path(answers)[0], {}
+    found = pytree.tree_flatten_with_path(answers)[0]
+    outputs = {}
     for path, leaf in found:
         name = ".".join(str(getattr(x, _KEYS[type(x)])) for x in path)
         if not path or isinstance(path[0], pytree.SequenceKey):
@@ -213,14 +214,18 @@ def shown(value: Any) -> str:
 
 def warn(message: str) -> None:
     """Warn of the caller's line: the innermost that is neither in this package nor in torch."""
-    frame, level = sys._getframe(1), 2
+    frame = sys._getframe(1)
+    level = 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
-        frame, level = frame.f_back, level + 1
+        frame = frame.f_back
+        level = level + 1
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
 # Bounds, not tuned: seconds between two warnings of a cause, causes, and characters of each.
-_SECONDS, _MOST_CAUSES, _CHARACTERS = 60.0, 256, 200
+_SECONDS = 60.0
+_MOST_CAUSES = 256
+_CHARACTERS = 200
 
 
 class Sparing(logging.Filter):
@@ -241,7 +246,8 @@ class Sparing(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno != logging.WARNING:
             return True
-        text, now = record.getMessage(), self._clock()
+        text = record.getMessage()
+        now = self._clock()
         named = f"{record.name} {getattr(record, 'cause', '')}"
         cause = named, re.sub(r"\d[\w.]*", "#", text)[:_CHARACTERS]
         with self._lock:
@@ -251,7 +257,8 @@ class Sparing(logging.Filter):
             if len(self._causes) > _MOST_CAUSES:
                 del self._causes[next(iter(self._causes))]
         if passes and held:
-            record.msg, record.args = f"{text} ({held} more like it since the last one)", ()
+            record.msg = f"{text} ({held} more like it since the last one)"
+            record.args = ()
         return passes
 
 

@@ -27,10 +27,13 @@ _INTERNAL = frozenset(vars(nn.Module()))  # attributes that every module has
 # The types of attributes that are compared by value, as are tuples and lists of them.
 _PLAIN = {type(None), bool, int, float, complex, str, bytes, BuiltinFunctionType}
 _PLAIN |= {torch.dtype, torch.device, torch.memory_format}
-_MOST, _MOST_NESTED = 100, 256  # elements, and collections of an attribute; bounds, not tuned
+# elements, and collections of an attribute; bounds, not tuned
+_MOST = 100
+_MOST_NESTED = 256
 # Other attributes are compared by identity: by id, a weak reference and a number that is not used
 # again. A fingerprint that held them would keep alive the modules to which they lead.
-_NUMBERS, _OBJECTS = itertools.count(), dict[int, tuple[weakref.ref[Any], int]]()
+_NUMBERS = itertools.count()
+_OBJECTS = dict[int, tuple[weakref.ref[Any], int]]()
 
 
 @contextlib.contextmanager
@@ -53,7 +56,8 @@ def fingerprint(module: nn.Module) -> Fingerprint:
     if id(module) in known:
         return known[id(module)][1]
     kept: list[Any] = []
-    look, looks = functools.partial(_look, kept), list[Any]()
+    look = functools.partial(_look, kept)
+    looks = list[Any]()
     with outside():
         places = {id(part): place for place, part in enumerate(module.modules())}
         for part in module.modules():

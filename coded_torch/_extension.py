@@ -156,9 +156,14 @@ def _trial(device: int, number: int) -> None:
 
 def _compare(device: int, number: int) -> None:
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    dtype, transpose = dtypes[number // 2 % 4], number % 2 == 1
-    n, N, groups, columns = 11, 18, 3, 44
-    t, z = np.linspace(0, 1, n) ** 1.5, np.linspace(1.1, -0.1, N)
+    dtype = dtypes[number // 2 % 4]
+    transpose = number % 2 == 1
+    n = 11
+    N = 18
+    groups = 3
+    columns = 44
+    t = np.linspace(0, 1, n) ** 1.5
+    z = np.linspace(1.1, -0.1, N)
     exact, _, schedule = map(torch.from_numpy, curve_plan(t, z, 1e-5, None))
     unit = torch.eye(n, dtype=torch.float64).unsqueeze(1)
     matrix = _KERNELS.spline_apply(unit, exact, schedule, False)[:, 0].T.reshape(1, -1)
@@ -172,7 +177,8 @@ def _compare(device: int, number: int) -> None:
     # Rows that no index names hold NaN. Below 0 and beyond the end an index stands for no row.
     values = torch.cat([values, values[:4] * torch.nan]).to(dtype)
     gather[1, 1], gather[2, 2] = -1, len(values) + 7
-    scatter[2, 0], scatter[3, 1] = -1, others * groups + 9
+    scatter[2, 0] = -1
+    scatter[3, 1] = others * groups + 9
     problem = values, plan, schedule, transpose, gather, scatter, others * groups + 5
     there = (x.to(f"cuda:{device}") if isinstance(x, Tensor) else x for x in problem)
     want = spline_apply(*problem).double()

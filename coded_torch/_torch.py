@@ -162,7 +162,8 @@ def placed(
     use from the next of the memory. The key is the device, the ``kind``, such as a dtype, and the
     stream. While a CUDA graph is captured, of which a new copy would be a part, none is made.
     """
-    on_stream, capturing = 0, False
+    on_stream = 0
+    capturing = False
     if device.type == "cuda" and not torch.compiler.is_compiling():
         on_stream = torch.cuda.current_stream(device).cuda_stream
         capturing = torch.cuda.is_current_stream_capturing()
@@ -281,7 +282,8 @@ def dependent_output(
     sizes = [float(x[rows].abs().max()) for x in divided if x.dtype.is_floating_point and x.numel()]
     scale = max(sizes, default=1.0)
     inputs = [x[rows * 2] if has_rows(x) else x for x in leaves]
-    trees, found = compute(inputs, [(0,), (1,), (0, 1)]), dict[int, tuple[Any, ...]]()
+    trees = compute(inputs, [(0,), (1,), (0, 1)])
+    found = dict[int, tuple[Any, ...]]()
     name = functools.partial(leaf_name, "output", trees[0])
     forms = [flatten(tree) for tree in trees]
     for _, form in forms:
@@ -292,7 +294,8 @@ def dependent_output(
         one, _, two = each
         by_rows = all(map(has_rows, each)) and [*map(len, each)] == [1, 1, 2]
         if by_rows:
-            one, two = tuple(one.shape[1:]), tuple(two.shape[1:])
+            one = tuple(one.shape[1:])
+            two = tuple(two.shape[1:])
         if (by_rows or isinstance(one, bool | int | float | str)) and one != two and one == one:
             what = f"{'the shape of a row of ' * by_rows}{name(i)}"
             return f"{what} depends on the number of rows: {one} for one, {two} for two"
@@ -315,7 +318,8 @@ def dependent_output(
         limit = (_MOST_ROUNDING * twin.abs().max() + math.sqrt(eps) * scale) * bool(eps)
         if chance > limit:
             raise RuntimeError("the outputs differ from call to call")
-        rounding, effect = rounding * bool(eps), (both - twin).abs()
+        rounding = rounding * bool(eps)
+        effect = (both - twin).abs()
         if not eps:  # equal rows at two places of a batch, as integers tell by no rounding
             effect = torch.maximum(effect, (twin - torch.cat([first[1:], second[:1]])).abs())
         if rounding > limit or (effect > 4 * (chance + rounding + eps * twin.abs())).any():

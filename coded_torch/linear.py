@@ -27,7 +27,9 @@ __all__ = ["LinearMap", "MatrixMap", "SplineMap"]
 _HOST = torch.device("cpu")
 # Instructions of a warp for 32 columns of float32, counted in the machine code that NVRTC 13 makes
 # for sm_90: of the sweeps per knot and per point, and of the product per entry of the matrix.
-_PER_KNOT, _PER_POINT, _PER_ENTRY = 145, 48, 1.48
+_PER_KNOT = 145
+_PER_POINT = 48
+_PER_ENTRY = 1.48
 _ROWS = 16  # matrices have their rows in multiples of this number (kDenseRows in dense_block.h)
 # An instruction of a sweep takes this many times longer, since it depends on the one before. No
 # card has measured it yet (csrc/README.md).
@@ -67,7 +69,8 @@ class LinearMap(abc.ABC):
         *operands: Tensor,
         rounded: tuple[Tensor, ...] | None = None,
     ) -> None:
-        self.num_inputs, self.num_outputs = num_inputs, num_outputs
+        self.num_inputs = num_inputs
+        self.num_outputs = num_outputs
         rounded = rounded or tuple(t.float() if t.dtype.is_floating_point else t for t in operands)
         if any(map(Tensor.is_inference, (*operands, *rounded))):  # such a map could not train
             with torch.inference_mode(False):
@@ -140,7 +143,8 @@ class LinearMap(abc.ABC):
     def _along(self, values: Tensor, dim: int, transpose: bool) -> Tensor:
         size = self.num_outputs if transpose else self.num_inputs
         dim = self.check(values, dim, size)
-        before, after = values.shape[:dim], values.shape[dim + 1 :]
+        before = values.shape[:dim]
+        after = values.shape[dim + 1 :]
         if dim == 0:  # the same in fewer calls, since decoders are small
             result = self._apply(values.reshape(size, 1, after.numel()), transpose)
             return result.view(result.shape[0], *after)
@@ -257,10 +261,12 @@ class SplineMap(LinearMap):
     ) -> None:
         owner = "smoothing spline"
         smoothing = nonnegative(owner, "smoothing", smoothing)
-        t, z = real_array(owner, "knots", knots), real_array(owner, "points", points)
+        t = real_array(owner, "knots", knots)
+        z = real_array(owner, "points", points)
         w = None if weights is None else real_array(owner, "weights", weights)
         exact, rounded, schedule = map(torch.from_numpy, curve_plan(t, z, smoothing, w))
-        self._sweeps, entries = exact.shape[1], len(t) * -(-len(z) // _ROWS) * _ROWS
+        self._sweeps = exact.shape[1]
+        entries = len(t) * -(-len(z) // _ROWS) * _ROWS
         # The number of columns does not count, since a column's result must not depend on it.
         sweeps = _WAITING * (_PER_KNOT * len(t) + _PER_POINT * len(z))
         self._prefers_matrix = _PER_ENTRY * entries <= sweeps
@@ -296,7 +302,8 @@ class SplineMap(LinearMap):
         num_columns = batch.shape[1:].numel()
         if num_columns < _FUSED_COLUMNS or self._by_torch(batch):
             return super().gathered(batch, grouping)
-        rows, gather = batch.reshape(len(batch), num_columns), grouping.to(batch.device).rows
+        rows = batch.reshape(len(batch), num_columns)
+        gather = grouping.to(batch.device).rows
         result = ops.spline_apply(rows, *self._operands(batch), gather=gather)
         return result.view(self.num_outputs, grouping.num_groups, *batch.shape[1:])
 

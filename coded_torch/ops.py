@@ -107,7 +107,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad = _apply(grad, coefficients, schedule, not ctx.transpose, *where)  # [n, G, m]
     if gather is not None:  # rows may repeat, so they add up; one more row takes index -1
         inside = (gather >= 0) & (gather < ctx.rows_in)
-        rows, added = gather.where(inside, ctx.rows_in).flatten(), grad.flatten(0, 1)
+        rows = gather.where(inside, ctx.rows_in).flatten()
+        added = grad.flatten(0, 1)
         grad = grad.new_zeros((ctx.rows_in + 1, grad.shape[2]))
         # In the same order at every call: index_add has none on CUDA, index_put none on the CPU.
         if grad.is_cuda:

@@ -29,7 +29,8 @@ from .serve.protocol import RequestError
 #: The names of hosts that only this computer reaches.
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Seconds of answers that the page shows, and that it asks for again if it asks each second.
-_MINUTE, _AGAIN = 60.0, 3.0
+_MINUTE = 60.0
+_AGAIN = 3.0
 # Seconds of a fault: long enough to watch, short enough to wait for. Not tuned.
 _FAULT_SECONDS = 10.0
 # A delayed worker runs for a tenth of the time, in turns of so many seconds. Not tuned.
@@ -51,7 +52,8 @@ class Chaos:
     """
 
     def __init__(self, built: app, *, faults: bool, is_local: bool) -> None:
-        self.built, self.pool = built, cast("Any", built.pool)
+        self.built = built
+        self.pool = cast("Any", built.pool)
         self.token = secrets.token_urlsafe(24) if is_local else ""
         self.actions = ("kill", "pause", "delay", "corrupt") if faults else ()
         self.faults: dict[int, str] = {}  # the running faults, by place
@@ -109,7 +111,8 @@ def add_page(built: app, *, faults: bool = False, is_local: bool) -> None:
     """Add the page, which restarts workers if ``is_local``, and causes ``faults``."""
     chaos = Chaos(built, faults=faults, is_local=is_local)
     text = (importlib.resources.files("coded_torch") / "page.html").read_text("utf-8")
-    text, shown = text.replace("TOKEN", chaos.token), {built.version: _examples(built)}
+    text = text.replace("TOKEN", chaos.token)
+    shown = {built.version: _examples(built)}
 
     async def page(_: Request) -> Response:
         if (version := built.version) not in shown:
@@ -123,7 +126,9 @@ def add_page(built: app, *, faults: bool = False, is_local: bool) -> None:
 
     async def status(request: Request) -> Response:
         """Return the state of the workers, and the last answers: of a minute with any query."""
-        now, names, states = time.monotonic(), built.pool.names, built.pool.states
+        now = time.monotonic()
+        names = built.pool.names
+        states = built.pool.states
         since = now - (_MINUTE if request.url.query else _AGAIN)
         content = {
             "name": built.name,
@@ -147,7 +152,8 @@ def add_page(built: app, *, faults: bool = False, is_local: bool) -> None:
         return JSONResponse(content, headers=_HEADERS)
 
     async def act(request: Request) -> Response:
-        given, headers = request.headers.get("x-page-token", "").encode(), request.headers
+        given = request.headers.get("x-page-token", "").encode()
+        headers = request.headers
         if not is_local or headers.get("origin") != f"http://{headers.get('host')}":
             raise RequestError(403, "invalid", "actions need a loopback address, and its page")
         if not secrets.compare_digest(given, chaos.token.encode()):
@@ -169,12 +175,14 @@ def add_page(built: app, *, faults: bool = False, is_local: bool) -> None:
 
 def _examples(built: app) -> str:
     """Return JSON: examples, unless they are too large, and the model's own first output."""
-    inputs, module = built.examples, built.coded.module
+    inputs = built.examples
+    module = built.coded.module
     fit = [_MOST_NUMBERS // max(1, x[0].numel()) for x in inputs]
     rows = min(_ROWS, built.max_rows - 1, *fit, *map(len, inputs)) if inputs else 0
     if rows < 1:
         return "{}"
-    some, (args, kwargs) = [x[:rows] for x in inputs], built.call(rows)
+    some = [x[:rows] for x in inputs]
+    (args, kwargs) = built.call(rows)
     with torch.no_grad():
         first, again = (pytree.tree_leaves(module(*args, **kwargs))[0] for _ in range(2))
     rows = _MOST_NUMBERS // max(1, first[0].numel())

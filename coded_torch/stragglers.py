@@ -163,7 +163,8 @@ class Trace(Stragglers):
         holds = latencies.ndim == 2 and latencies.size and (latencies >= 0).all()  # NaN fails
         check(self, holds, "source must be rows of at least one latency each, at least 0", source)
         self.num_requests, self.num_workers = latencies.shape
-        self._latencies, self.position = latencies, 0
+        self._latencies = latencies
+        self.position = 0
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
         must = f"num_workers must be {self.num_workers}, as in the trace"

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 #: The outcomes of a part: not known yet; a result that counts; no result; not wanted before it
 #: began; and a result that does not count, because its form, its values or others speak against it.
-OPEN, GOOD, FAILED, DROPPED, DISPUTED = "open", "good", "failed", "dropped", "disputed"
+OPEN = "open"
+GOOD = "good"
+FAILED = "failed"
+DROPPED = "dropped"
+DISPUTED = "disputed"
 _NOBODY = frozenset[int]()
 
 
@@ -43,7 +47,10 @@ class WorkerError(RuntimeError):
     """
 
     def __init__(self, part: int, worker: int, reason: str, kind: str = "", cause: Any = None):
-        self.part, self.worker, self.reason, self.kind = part, worker, reason, kind
+        self.part = part
+        self.worker = worker
+        self.reason = reason
+        self.kind = kind
         self.__cause__ = cause
         super().__init__(f"part {part} {reason}" if worker < 0 else f"worker {worker} {reason}")
 
@@ -229,22 +236,27 @@ class Table:
 
     def hear(self, events: Iterable[Began | Reply], until: float = -math.inf) -> None:
         """Write events, or without any that nothing happens until a time; infinite: any more."""
-        ended, events = list[Part](), [*events]
+        ended = list[Part]()
+        events = [*events]
         for event in events:
             part = self.parts[event.part.number]  # a pool may report copies
             self.now = max(self.now, event.at)
             if part.ended < math.inf:  # neither a second reply nor a begin after it counts
                 continue
             if isinstance(event, Began):
-                part.worker, part.began, part.fresh = event.worker, event.at, event.fresh
+                part.worker = event.worker
+                part.began = event.at
+                part.fresh = event.fresh
                 if part.outcome is DROPPED:  # it was told too late
                     part.outcome = OPEN
                     self.open += 1
                 self.changed.append(part)
             else:
-                part.worker, part.ended = event.worker, event.at
+                part.worker = event.worker
+                part.ended = event.at
                 part.began = event.at - event.latency if event.latency < math.inf else math.inf
-                part.result, part.error = event.value, event.error
+                part.result = event.value
+                part.error = event.error
                 ended.append(part)
         self.ended += ended
         if ended and self.judge is not None:
@@ -259,7 +271,8 @@ class Table:
 
     def mark(self, part: Part, outcome: str, error: WorkerError | None = None) -> None:
         """Write the outcome of a part, which may change later, and why it is not good."""
-        before, part.outcome = part.outcome, outcome
+        before = part.outcome
+        part.outcome = outcome
         if outcome is DROPPED:
             self.unwanted.append(part)
         part.error = error or part.error

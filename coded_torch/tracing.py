@@ -91,7 +91,9 @@ def note_parts(table: Table, now: float, names: Mapping[int, str]) -> None:
     """Make a span of each part, in the present span, at the time ``now`` of the table's clock."""
     if (api := _api()) is None or not api.get_current_span().is_recording():
         return
-    tracer, contexts, zero = api.get_tracer("coded_torch"), list[Any](), time.time_ns() - 1e9 * now
+    tracer = api.get_tracer("coded_torch")
+    contexts = list[Any]()
+    zero = time.time_ns() - 1e9 * now
     for part in table.parts:
         about: dict[str, Any] = {"part": part.number, "why": part.why, "units": len(part.units)}
         about["outcome"] = "unfinished" if part.outcome is OPEN else part.outcome

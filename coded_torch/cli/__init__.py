@@ -83,7 +83,8 @@ def find_factory(text: str) -> Callable[[], Any]:
     module, _, name = text.partition(":")
     # `python -m` puts it first, too. A checkout of this package must not hide the installed one.
     sys.path.insert(len(sys.path) if os.path.isdir("coded_torch") else 0, os.getcwd())
-    found, got = None, repr(text)
+    found = None
+    got = repr(text)
     if name and module[:1] not in ("", "."):
         try:
             found = getattr(importlib.import_module(module), name, None)

@@ -45,7 +45,8 @@ class Rows:
     def __init__(self, sources: Iterable[str], whole: bool = False) -> None:
         self.paths = [path for source in sources for path in _paths(source)]
         self._opened = functools.lru_cache(_MOST_OPEN)(functools.partial(_open, whole=whole))
-        self._before, lengths = {path: _look(path.stat()) for path in self.paths}, list[int]()
+        self._before = {path: _look(path.stat()) for path in self.paths}
+        lengths = list[int]()
         self.names = [*self._opened(self.paths[0]).columns]
         for path in self.paths:
             table = self._opened(path)
@@ -128,7 +129,8 @@ class _Table:
     def __init__(self, columns: Mapping[str, Any], lengths: set[int]) -> None:
         if len(lengths) != 1:
             raise ValueError(f"tensors must have equally many rows, got {sorted(lengths)}")
-        self.columns, (self.rows,) = columns, lengths
+        self.columns = columns
+        (self.rows,) = lengths
 
     def read(self, names: list[str], start: int, stop: int) -> dict[str, Any]:
         return {name: self.columns[name][start:stop] for name in names}
@@ -144,7 +146,8 @@ class _Stream(_Table):
     def __init__(self, file: Any) -> None:
         about = file.metadata
         super().__init__(dict.fromkeys(file.schema_arrow.names), {about.num_rows})
-        self._file, groups = file, range(about.num_row_groups)
+        self._file = file
+        groups = range(about.num_row_groups)
         ends = itertools.accumulate(about.row_group(i).num_rows for i in groups)
         self._firsts = [0, *ends][: len(groups)]
 
@@ -152,11 +155,13 @@ class _Stream(_Table):
         import pyarrow
 
         group = bisect.bisect_right(self._firsts, start) - 1
-        first, goes_on = self._firsts[group], names == self._names and start >= self._at
+        first = self._firsts[group]
+        goes_on = names == self._names and start >= self._at
         if not goes_on or first > self._at + self._table.num_rows:
             groups = range(group, len(self._firsts))
             how: Any = {"row_groups": groups, "columns": names}
-            self._names, self._at = names, first
+            self._names = names
+            self._at = first
             self._tables = self._file.iter_batches(stop - start, **how)
             self._table = pyarrow.Table.from_batches([next(self._tables)])
         while (end := self._at + self._table.num_rows) < stop:
@@ -207,13 +212,15 @@ def _tensor(name: str, pieces: Sequence[Any]) -> Tensor:
             continue
         import pyarrow.compute
 
-        values, shape = piece.combine_chunks(), [len(piece)]
+        values = piece.combine_chunks()
+        shape = [len(piece)]
         while hasattr(values.type, "value_field") and not values.null_count:  # lists
             lengths = pyarrow.compute.list_value_length(values).unique().to_pylist()
             if len(lengths) > 1:
                 must = f"lists of the column {name!r} must be equally long"
                 raise ValueError(f"{must}, got lengths {sorted(lengths)[:8]}")
-            shape, values = [*shape, *lengths], values.flatten()
+            shape = [*shape, *lengths]
+            values = values.flatten()
         if values.null_count:
             raise ValueError(f"its columns must not hold nulls, got some in the column {name!r}")
         if hasattr(values, "dictionary_decode"):
@@ -238,7 +245,8 @@ def encoded(
     ``radii``; and ``keys``, if there are some. A Parquet file has a column for each key and output,
     ``estimated`` and ``radius``.
     """
-    outputs, file = named("job", answers, "output"), io.BytesIO()
+    outputs = named("job", answers, "output")
+    file = io.BytesIO()
     copied = {name: _joined(pieces) for name, pieces in keys.items()}
     if unknown := [name for name in select if name not in outputs]:
         raise ValueError(f"--select must be names of outputs out of {[*outputs]}, got {unknown}")

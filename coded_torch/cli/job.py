@@ -40,7 +40,9 @@ from .files import UNNAMED, Rows, encoded, replace
 logger = logging.getLogger("coded_torch.job")
 
 # Files beside the batches. Readers of a folder of Parquet files skip names that begin so.
-_CLAIM, _LOCK, _SUMMARY = "_job.json", "_job.lock", "_summary.json"
+_CLAIM = "_job.json"
+_LOCK = "_job.lock"
+_SUMMARY = "_summary.json"
 _MANIFEST = "_manifest.sha256"  # digests of batches, which `sha256sum --check` reads, too
 _SUFFIXES = {"torch": ".pt", "parquet": ".parquet"}
 
@@ -83,7 +85,8 @@ def _begin(args: Namespace) -> None:
             if not is_made:
                 waiting = Waiting(args.deadline, on_error=args.on_error)
                 coded = CodedWrapper(coded, workers=processes(args), waiting=waiting)
-            size, written = count("job", "batch_size", args.batch_size), _written(args, rows)
+            size = count("job", "batch_size", args.batch_size)
+            written = _written(args, rows)
             columns = arguments_of(args, rows, coded.module, examples)
             next(rows.batches(columns, 1, [0]))
             mapping = ", ".join(f"{name}={x}" for name, x in columns.arguments.items())
@@ -117,7 +120,8 @@ def _written(args: Namespace, rows: Rows) -> str:
 
 def _every_row(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> None:
     """Compute and write the batches that are missing or wrong."""
-    size, keys = args.batch_size, deque[dict[str, Any]]()
+    size = args.batch_size
+    keys = deque[dict[str, Any]]()
     with contextlib.ExitStack() as held:
         with usage():
             good, wrong = _examine(args.output, rows.total, size, _SUFFIXES[args.format])
@@ -130,7 +134,8 @@ def _every_row(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> N
             batches = read(missing, keys=args.keys, kept=keys)
             found = coded.map(batches, in_flight=args.in_flight)
         counts: Counter[str] = Counter()
-        begin, why = time.monotonic(), ""
+        begin = time.monotonic()
+        why = ""
         args.begun = True
         try:
             for first in read(missing[:1]):
@@ -163,13 +168,15 @@ def _every_row(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> N
             raise
         finally:
             counts["workers_lost"] = coded.workers.num_restarts
-            there, every = len(good) + counts["batches"], len(good) + len(wrong)
+            there = len(good) + counts["batches"]
+            every = len(good) + len(wrong)
             _sum_up(args.output, counts, time.monotonic() - begin, there, every, why)
 
 
 def _mean(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> None:
     """Print an interval after each look, and keep the numbers of the rows that are computed."""
-    path, batches = args.output / "mean.pt", _Batches(rows.total, args.batch_size, read)
+    path = args.output / "mean.pt"
+    batches = _Batches(rows.total, args.batch_size, read)
     with usage(f"{path} cannot be read", errors=Exception):
         known = torch.load(path, weights_only=True) if path.exists() else {}
         if known and known["digest"] != _digest_of_mean(known):
@@ -178,7 +185,8 @@ def _mean(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> None:
     with usage(prefix="mean: "), usage(errors=NotEnoughResults):
         looks = Looks(coded, batches, args.of, None, 0.95, False, known.get("seed"))
         if known:
-            looks.numbers, looks.shares = [known["numbers"]], known["shares"]
+            looks.numbers = [known["numbers"]]
+            looks.shares = known["shares"]
             looks.sizes = [size for size in looks.sizes if size >= known["rows"]]
         for found in looks.until(args.half_width):
             known = {"numbers": torch.cat(looks.numbers), "shares": looks.shares}
@@ -202,7 +210,8 @@ class _Batches:
     """The batches of a file, each of which is read when it is needed."""
 
     def __init__(self, rows: int, size: int, read: Any) -> None:
-        self._starts, self._read = range(0, rows, size), read
+        self._starts = range(0, rows, size)
+        self._read = read
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -268,7 +277,8 @@ def arguments_of(args: Namespace, rows: Rows, module: nn.Module, examples: Any) 
 
 def _claim(args: Any, factory: Any, coded: CodedWrapper, rows: Rows, how: dict[str, str]) -> None:
     """Begin a job in its folder, or check that the folder holds the same job."""
-    path, before = args.output / _CLAIM, dict[str, Any]()
+    path = args.output / _CLAIM
+    before = dict[str, Any]()
     if path.exists():
         if not args.resume:
             raise ValueError(f"--output {args.output} holds a job; --resume goes on with it")
@@ -359,9 +369,11 @@ def _examine(folder: Path, rows: int, size: int, suffix: str) -> tuple[dict[str,
     path = folder / _MANIFEST
     text = path.read_text(errors="replace") if path.exists() else ""
     known = dict(map(reversed, re.findall(r"^(\w{64})  (\S+)\n", text, re.M)))
-    good, wrong = dict[str, str](), dict[str, str]()
+    good = dict[str, str]()
+    wrong = dict[str, str]()
     for name in (f"batch-{first:012}{suffix}" for first in range(0, rows, size)):
-        path, digest = folder / name, known.get(name, "")
+        path = folder / name
+        digest = known.get(name, "")
         if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == digest:
             good[name] = digest
         else:

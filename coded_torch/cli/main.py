@@ -40,7 +40,9 @@ _SHAPES = (
     (20, 100, 150_528), (64, 128, 65_536), (100, 20, 150_528), (96, 20, 120),
     (256, 320, 32_768), (1024, 1280, 8_192),
 )  # fmt: skip
-_CALLS, _SECONDS = 20, 900.0  # calls that are timed, and the most that all may take
+# calls that are timed, and the most that all may take
+_CALLS = 20
+_SECONDS = 900.0
 _LEGEND = """\
 RMSE             root of the mean squared distance from the module's answers
 normalised MSE   its square, over the variance of the module's answers
@@ -58,7 +60,8 @@ _TRIPLES = "N,K,S: workers, inputs per group and lost workers; several in quotes
 def demo(args: argparse.Namespace) -> None:
     """Run LeNet-5 on digits while workers are lost, and compare the codes."""
     need("demo", "matplotlib")
-    model, (images, labels) = lenet5().to(args.device), digits()
+    model = lenet5().to(args.device)
+    (images, labels) = digits()
     n, k, s = args.settings[-1]
     with usage("--seed must fit 64 bits", errors=(RuntimeError, ValueError)):
         rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))
@@ -95,7 +98,8 @@ def compare(args: argparse.Namespace) -> None:
     with usage(prefix="compare: "):
         size = count("compare", "--batch-size", args.batch_size)
     with usage("--inputs cannot be read", errors=Exception):
-        rows, args.keys = Rows([args.inputs]), None
+        rows = Rows([args.inputs])
+        args.keys = None
         columns = arguments_of(args, rows, model, examples)
         if columns.kwargs:
             raise ValueError(f"arguments of forward must be positional, got {columns.kwargs}")
@@ -124,7 +128,8 @@ def plan(args: argparse.Namespace) -> None:
     """Simulate policies, and find the cheapest one that meets a deadline and an accuracy."""
     need("demo", "matplotlib")
     given = {**vars(args)}
-    conditions, path = planner.CONDITIONS[given.pop("conditions")], given.pop("latencies")
+    conditions = planner.CONDITIONS[given.pop("conditions")]
+    path = given.pop("latencies")
     output, *_ = (given.pop(name) for name in ("output", "run", "line"))
     given["progress"] = partial(progress, what="policies")
     with usage():
@@ -166,7 +171,8 @@ def _try_kernels(shrink: int = 1) -> None:
     from torch.utils.benchmark import Timer  # builds for CUDA say on import that there is no device
 
     warnings.simplefilter("ignore")  # the reason of a warning is printed below
-    kernels, width = torch.ops.coded_torch, 32
+    kernels = torch.ops.coded_torch
+    width = 32
     for device in range(torch.cuda.device_count()):
         say(f"\ncuda:{device} {torch.cuda.get_device_name(device)}")
         for number in range(30):

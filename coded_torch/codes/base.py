@@ -50,8 +50,10 @@ class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happene
     def __init__(
         self, received: Sequence[int], required: int, num_workers: int, reason: str = ""
     ) -> None:
-        self.received, self.required = tuple(sorted(received)), required
-        self.num_workers, self.reason = num_workers, reason
+        self.received = tuple(sorted(received))
+        self.required = required
+        self.num_workers = num_workers
+        self.reason = reason
         self.missing = tuple(sorted(set(range(num_workers)) - set(received)))
         self.report: Any = None
         self.answers: Any = None
@@ -83,8 +85,10 @@ class BatchPlan:
     choices: tuple[Choice, ...] = ()
 
     def __init__(self, code: Any, grouping: Grouping) -> None:
-        self.code, self._grouping = code, grouping
-        self.batch_size, self.num_groups = grouping.batch_size, grouping.num_groups
+        self.code = code
+        self._grouping = grouping
+        self.batch_size = grouping.batch_size
+        self.num_groups = grouping.num_groups
 
     @property
     def note(self) -> str:
@@ -191,7 +195,9 @@ class Code(abc.ABC):
         check(self, ordering in ("similarity", "arrival"), must, ordering)
         instance(self, "shuffle", shuffle, bool)
         check_link(self, link)
-        self.ordering, self.shuffle, self.link = ordering, shuffle, link
+        self.ordering = ordering
+        self.shuffle = shuffle
+        self.link = link
 
     @property
     def min_received(self) -> int:
@@ -236,7 +242,8 @@ class Code(abc.ABC):
         if self.ordering == "arrival" or not inputs:
             return Grouping.arrival(size, self.num_data)
         # A short path through the rows, in parts of whole groups.
-        sources, parts = Sources(inputs), cut(torch.arange(size), self.num_data)
+        sources = Sources(inputs)
+        parts = cut(torch.arange(size), self.num_data)
         order = torch.cat([rows[Distances(sources, ["shrunk"], rows).order] for rows in parts])
         return Grouping(order, self.num_data)
 
@@ -293,8 +300,11 @@ class FixedCode(Code):
 
     def _checked(self, what: str, made: Any, *sizes: int) -> LinearMap:
         if isinstance(made, np.ndarray) and made.ndim == 2:
-            given, made = made, MatrixMap(made)  # refuses other objects than numbers
-            sums, magnitudes = given.sum(1), np.abs(given).sum(1)
+            # refuses other objects than numbers
+            given = made
+            made = MatrixMap(made)
+            sums = given.sum(1)
+            magnitudes = np.abs(given).sum(1)
             hold = (np.abs(sums - 1) <= _ROUNDING * np.maximum(magnitudes, 1)).all()
             check(self, hold, f"the rows of _make_{what}'s matrix must sum to 1", sums.tolist())
         if not isinstance(made, LinearMap) or (made.num_inputs, made.num_outputs) != sizes:
@@ -346,7 +356,8 @@ class FixedCode(Code):
     def _received(self, received: Any) -> tuple[int, ...]:
         items = received.tolist() if isinstance(received, Tensor | np.ndarray) else received
         instance(self, "received", items, Iterable)
-        items, most = [*items], self.num_workers - 1
+        items = [*items]
+        most = self.num_workers - 1
         try:
             workers = tuple(map(operator.index, items))
             if bool not in map(type, items) and min(workers) >= 0 and max(workers) <= most:

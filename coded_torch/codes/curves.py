@@ -70,7 +70,9 @@ class CurveCode(FixedCode):
         **options: Any,
     ) -> None:
         super().__init__(num_data, num_workers, **options)
-        k, n, at_workers = self.num_data, self.num_workers, self.default_worker_points
+        k = self.num_data
+        n = self.num_workers
+        at_workers = self.default_worker_points
         given = chebyshev_first(k) if data_points is None else data_points
         self.data_points = self._points("data_points", given, k)
         given = at_workers(n) if worker_points is None else worker_points
@@ -217,7 +219,8 @@ def _weights(nodes: Floats, order: int) -> Floats:
 
     over the windows :math:`i, \dots, i + d` that contain :math:`j`; equation 18 of the paper.
     """
-    n, width = len(nodes), order + 1
+    n = len(nodes)
+    width = order + 1
     signs = np.where(np.arange(n) % 2, -1.0, 1.0)
     if order == 0:
         return signs
@@ -339,7 +342,8 @@ def _through(nodes: Floats, points: Floats) -> Floats:
 def _least_squares(nodes: Floats, points: Floats, degree: int) -> Floats:
     """Return the matrix of the least-squares polynomial of a degree, ``[N, n]``."""
     # Chebyshev polynomials of the nodes' own interval: on any other they are nearly dependent.
-    centre, half = (nodes[0] + nodes[-1]) / 2, (nodes[-1] - nodes[0]) / 2
+    centre = (nodes[0] + nodes[-1]) / 2
+    half = (nodes[-1] - nodes[0]) / 2
     at_nodes = chebyshev.chebvander((nodes - centre) / half, degree)  # [n, D + 1]
     at_points = chebyshev.chebvander((points - centre) / half, degree)  # [N, D + 1]
     q, r = np.linalg.qr(at_nodes)

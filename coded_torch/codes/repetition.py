@@ -26,7 +26,8 @@ _GROWTH = 0.75
 # The weight of the line through a midpoint where no left-out errors tell: of multiples of .25 the
 # best, or within 5 % of it, on seven networks at (3, 2, 1) (measured once; no benchmark keeps it).
 # And the number of left-out errors that count as much; not tuned.
-_WEIGHT, _PRIOR = 0.25, 8
+_WEIGHT = 0.25
+_PRIOR = 8
 
 
 class ReplicationCode(FixedCode):
@@ -108,11 +109,13 @@ class RegressionCode(Code):
         super().__init__(num_data, num_workers, **options)
         #: the regression that estimates
         self.regression = Regression(metric, length, self.link, coverage)
-        self.metric, self.length = metric, self.regression.length
+        self.metric = metric
+        self.length = self.regression.length
         self.coverage = self.regression.coverage
         must = "redundancy must be 'copies' or 'midpoints'"
         check(self, redundancy in ("copies", "midpoints"), must, redundancy)
-        self.redundancy, self.mixes = redundancy, redundancy == "midpoints"
+        self.redundancy = redundancy
+        self.mixes = redundancy == "midpoints"
 
     def candidates(self) -> dict[str, Sequence[Any]]:
         own = ((x,) for x in self.regression.metrics if not isinstance(x, str))
@@ -135,9 +138,12 @@ class _RepetitionPlan(RowPlan, BatchPlan):
         num_stragglers: int,
         others: Sequence[Tensor],
     ) -> None:
-        k, n, order = code.num_data, code.num_workers, torch.arange(size)
+        k = code.num_data
+        n = code.num_workers
+        order = torch.arange(size)
         super().__init__(code.regression, inputs, size, others, cut(order, k))
-        self.code, self.num_groups = code, -(-size // k)
+        self.code = code
+        self.num_groups = -(-size // k)
         self._order = self.order if code.ordering == "similarity" else order
         errors = np.ones(size)
         if num_stragglers and self.num_groups * n > size:  # otherwise, copies are equal
@@ -160,8 +166,12 @@ class _MidpointPlan(_RepetitionPlan):
         self, code: RegressionCode, inputs: list[Tensor], size: int, num_stragglers: int, *_: Any
     ) -> None:
         super().__init__(code, inputs, size, num_stragglers, ())
-        groups, k, n = self.num_groups, code.num_data, code.num_workers
-        rows, pairs = Grouping(self._order, k).rows.T, torch.arange(max(k - 1, 1))  # [G, K]
+        groups = self.num_groups
+        k = code.num_data
+        n = code.num_workers
+        # [G, K]
+        rows = Grouping(self._order, k).rows.T
+        pairs = torch.arange(max(k - 1, 1))
         # Neighbours in a group, which are of different workers: pairs without common rows first,
         # and of these the most uncertain.
         errors = self.leave_one_out_variances()[rows]
@@ -171,9 +181,11 @@ class _MidpointPlan(_RepetitionPlan):
         first = order[:, : n - k]  # each once; further workers repeat midpoints, too
         ends = first, (first + 1).clamp(max=k - 1)
         self._pairs = tuple(rows.gather(1, x).flatten() for x in ends)
-        self._size, every = size, size + torch.arange(first.numel()).view(first.shape)
+        self._size = size
+        every = size + torch.arange(first.numel()).view(first.shape)
         points = torch.cat([rows, every[:, torch.arange(n - k) % len(pairs)]], 1)  # [G, N]
-        extended, parts = map(self._extended, inputs), cut(points.flatten(), n)
+        extended = map(self._extended, inputs)
+        parts = cut(points.flatten(), n)
         given = [*extended], size + every.numel(), (), [part.unique() for part in parts]
         RowPlan.__init__(self, code.regression, *given)
         self.num_groups = groups
@@ -193,8 +205,10 @@ class _MidpointPlan(_RepetitionPlan):
         return super().source(received)[: self._size]
 
     def decode(self, results: Tensor, received: Sequence[int], search: bool = True) -> Tensor:
-        answers, weight = super().decode(results, received, search), self._weight(results, received)
-        source, (first, second) = self._given(received)[0], self._pairs
+        answers = super().decode(results, received, search)
+        weight = self._weight(results, received)
+        source = self._given(received)[0]
+        (first, second) = self._pairs
         at = self._size + torch.arange(len(first))
         for own, other in ((first, second), (second, first)):
             fits = (source[own] < 0) & (source[other] >= 0) & (source[at] >= 0)
@@ -205,16 +219,21 @@ class _MidpointPlan(_RepetitionPlan):
 
     def _weight(self, results: Tensor, received: Sequence[int]) -> float:
         """Return the weight of lines by which results are best estimated if they are left out."""
-        numbers, squares, count = 0.0, 0.0, 0
+        numbers = 0.0
+        squares = 0.0
+        count = 0
         for part in self._given(received)[1]:
             rows, y, off = part.left_out(results.flatten(0, 1))
             at = torch.full((self.batch_size,), -1).index_copy(0, rows, torch.arange(len(rows)))
-            i, j, m = at[self._pairs[0]], at[self._pairs[1]], at[self._size :]
+            i = at[self._pairs[0]]
+            j = at[self._pairs[1]]
+            m = at[self._size :]
             there = (i >= 0) & (j >= 0) & (m >= 0) & (i != j)
             for own, other in ((i[there], j[there]), (j[there], i[there])):
                 lines = 2 * y[m[there]] - y[other] - (y[own] - off[own])  # less the regression's
                 numbers += float((lines * off[own]).sum())
-                squares, count = squares + float(lines.square().sum()), count + len(own)
+                squares = squares + float(lines.square().sum())
+                count = count + len(own)
         prior = _PRIOR * squares / count if squares else 1.0
         return min(max((numbers + _WEIGHT * prior) / (squares + prior), 0.0), 1.0)
 
@@ -232,7 +251,8 @@ def _deal(groups: int, n: int) -> NDArray[np.int64]:
     """
     coprime = (step for step in range(1, n // 2 + 1) if math.gcd(step, n) == 1)
     far = [step for step in coprime if n / 8 <= min(step, inverse := pow(step, -1, n), n - inverse)]
-    group, golden = np.arange(groups), (math.sqrt(5) - 1) / 2
+    group = np.arange(groups)
+    golden = (math.sqrt(5) - 1) / 2
     step = np.array(far or [1])[group % len(far or [1])]
     shift = np.floor(group * golden % 1 * n).astype(np.int64)
     workers = (step[:, None] * np.arange(n) + shift[:, None]) % n  # the worker of each point

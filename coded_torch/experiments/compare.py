@@ -27,7 +27,8 @@ Decoder = Callable[[list[Tensor], list[Tensor], Sequence[int]], Any]
 
 def peers(num_data: int, num_workers: int) -> dict[str, Code]:
     """Return the codes of the paper and its peers, as published and with ordered rows."""
-    k, n = num_data, num_workers
+    k = num_data
+    n = num_workers
     return {
         "the paper's scheme": kinds.SplineCode(k, n, ordering="arrival"),
         "Berrut": kinds.BerrutCode(k, n, ordering="arrival"),
@@ -165,7 +166,8 @@ def compare(
             answered = trials(setting, seed, received_sets, slice(cut, None))
             for batch, (trial, classes) in enumerate(answered):
                 trial.attack = None if attack is None else (attack, faulty, seed)
-                exact, size = _flat(trial.exact), trial.batch_size
+                exact = _flat(trial.exact)
+                size = trial.batch_size
                 found: dict[str, tuple[Code | Decoder | None, list[Score]]] = {}
                 cheap = [] if surrogate is None else trial.run(surrogate, name="surrogate")
                 wanted, got = ([[*x.shape] for x in each] for each in (trial.exact, cheap))
@@ -176,9 +178,13 @@ def compare(
                         scores = score(_flat(answers), exact, classes)
                         found.setdefault(name, (of, []))[1].append(scores)
                 for name, (of, each) in found.items():
-                    text, workers, inputs = "", n, k
+                    text = ""
+                    workers = n
+                    inputs = k
                     if isinstance(of, Code):
-                        text, workers, inputs = repr(of), of.num_workers, of.num_data
+                        text = repr(of)
+                        workers = of.num_workers
+                        inputs = of.num_data
                     work = workers * -(-size // inputs) / size if of is not None else 0.0
                     rows = size * received_sets
                     means = Score(*map(float, np.mean(each, axis=0)))
@@ -253,7 +259,9 @@ def _setting(setting: Any) -> Setting:
     try:
         n, k, s = (count("compare", "settings", value, least=None) for value in setting)
     except (TypeError, ValueError):
-        n, k, s = 0, 0, 0
+        n = 0
+        k = 0
+        s = 0
     must = "settings must be triples (N, K, S) of integers with 1 <= K <= N and 0 <= S < N"
     check("compare", 1 <= k <= n and 0 <= s < n, must, setting)
     return n, k, s

@@ -80,7 +80,9 @@ class FaultyWorkers(Workers):
         given = self.adversaries
         check(self, attack or not given, "adversaries must come with an attack", given)
         check(self, not strange, "adversaries must be places of the pool", sorted(strange))
-        self.pool, self.delays, self.attack = pool, delays, attack
+        self.pool = pool
+        self.delays = delays
+        self.attack = attack
         self.stragglers = pool.stragglers if delays is None else delays
         self.simulated = pool.simulated
         self.seed = count(self, "seed", seed, least=None)
@@ -95,7 +97,8 @@ class FaultyWorkers(Workers):
     def begin(self, num_parts: int) -> tuple[int, Iterator[Fault]]:
         """Return the number of a new request, and the endless faults of its parts."""
         with _lock:
-            request, self._requests = self._requests, self._requests + 1
+            request = self._requests
+            self._requests = self._requests + 1
             first = self._draw(self.delays, num_parts, request, 0)
             now = time.monotonic()
             self._crashed = min(self._crashed, now)
@@ -146,7 +149,9 @@ class _FaultyRequest(Request):
     """A request of another pool. It adds faults to the parts, and attacks the replies."""
 
     def __init__(self, pool: FaultyWorkers, request: Request, task: Task) -> None:
-        self._pool, self._request, self._task = pool, request, task
+        self._pool = pool
+        self._request = request
+        self._task = task
         self._number = -1  # until it first asks
         self._further: Iterator[Fault]
         self._faults: list[Fault] = []

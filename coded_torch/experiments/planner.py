@@ -148,7 +148,8 @@ def measured(seconds: Seconds, part: float) -> Conditions:
     Their lower half defines a lognormal body, and its hedging threshold the tail, whose seconds do
     not depend on a part's size.
     """
-    lower, median = np.quantile(seconds, 0.25), np.median(seconds)
+    lower = np.quantile(seconds, 0.25)
+    median = np.median(seconds)
     spread = math.log(median / lower) / 0.6745  # the normal distribution's upper quartile
     threshold = median * max(1.5, (median / lower) ** 4.45)  # that of History, without bounds
     tail = np.where(seconds > threshold, seconds - median, 0.0)

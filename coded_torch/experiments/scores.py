@@ -59,9 +59,11 @@ def score(decoded: Tensor, exact: Tensor, labels: Tensor | None = None) -> Score
     are_fit = decoded.shape == exact.shape and exact.dim() and exact.numel()
     must = "decoded must have the shape [..., C] of exact and hold at least one answer"
     check("score", are_fit, must, ([*decoded.shape], [*exact.shape]))
-    decoded, exact = decoded.detach().double(), exact.detach().double()
+    decoded = decoded.detach().double()
+    exact = exact.detach().double()
     answered = decoded.isfinite().all(-1)
-    found, own = torch.where(answered, decoded.argmax(-1), -1), exact.argmax(-1)
+    found = torch.where(answered, decoded.argmax(-1), -1)
+    own = exact.argmax(-1)
     squares = (decoded - exact).square().sum(-1)
     spread = exact - exact.reshape(-1, exact.shape[-1]).mean(0)
     right = own_right = math.nan
@@ -69,7 +71,8 @@ def score(decoded: Tensor, exact: Tensor, labels: Tensor | None = None) -> Score
         check_labels("score", labels, exact)
         labels = labels.to(exact.device)  # loaders have labels on the host
         right, own_right = ((x == labels).double().mean().item() for x in (found, own))
-    variance, agreement = spread.square().sum(-1).mean(), (found == own).double().mean()
+    variance = spread.square().sum(-1).mean()
+    agreement = (found == own).double().mean()
     errors = squares.mean().item(), squares.sqrt().mean().item()
     return Score(*errors, variance.item(), right, own_right, agreement.item())
 
@@ -79,7 +82,8 @@ def check_labels(owner: str, labels: Any, exact: Tensor) -> None:
     if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
         got = getattr(labels, "dtype", type(labels).__name__)
         raise TypeError(f"{owner}: labels must be an integer tensor, got {got}")
-    got, must = tuple(labels.shape), tuple(exact.shape[:-1])
+    got = tuple(labels.shape)
+    must = tuple(exact.shape[:-1])
     check(owner, got == must, f"labels must have shape {must}", got)
     wrong = labels[(labels < 0) | (labels >= exact.shape[-1])].tolist()
     check(owner, not wrong, f"labels must be from 0 to {exact.shape[-1] - 1}", wrong[:1])
@@ -260,7 +264,8 @@ class Comparison:
         by_s = grouped(self.rows, lambda row: row.setting[:2])
         along, panels = (0, by_n) if len(by_n) < len(by_s) else (2, by_s)
         figure = Figure(figsize=(6, 3.2 * len(panels)), layout="constrained")
-        every, lines = figure.subplots(len(panels), squeeze=False).flat, {}
+        every = figure.subplots(len(panels), squeeze=False).flat
+        lines = {}
         error = "normalised MSE"
         for axes, rows in zip(every, panels.values(), strict=True):
             n, k, s = rows[0].setting
@@ -269,7 +274,8 @@ class Comparison:
             if len({row.setting for row in rows}) == 1:
                 axes.set(xscale="log", xlabel=f"{error}, {s} workers lost", xmargin=0.2)
                 for row in sorted(rows, key=lambda row: -(row.mse[0] or 0.0)):
-                    mse, half = max(row.mse[0] or 0.0, _EXACT), row.mse[1] or 0.0
+                    mse = max(row.mse[0] or 0.0, _EXACT)
+                    half = row.mse[1] or 0.0
                     axes.errorbar(mse, row.name, xerr=[[min(half, 0.9 * mse)], [half]], fmt="C0o")
                     said = "missing answers" if row.mse[0] is None else "exact"
                     said = f"{mse:.2g}" if mse > _EXACT else said

@@ -130,12 +130,14 @@ def simulate(
     count("simulate", "num_requests", num_requests)
     instance("simulate", "conditions", conditions, Conditions)
     real("simulate", "load", load, "in (0, 1)", lambda x: 0 < x < 1)
-    num_rows, unit_rows = num_parts * _PART_ROWS, 1
+    num_rows = num_parts * _PART_ROWS
+    unit_rows = 1
     first = [tuple(range(i, i + _PART_ROWS)) for i in range(0, num_rows, _PART_ROWS)]
     needed = num_rows
     if getattr(policy, "at_once", False):
         columns = count("simulate", "num_columns", num_columns or num_workers, least=num_parts)
-        needed, unit_rows = columns - (getattr(policy, "num_stragglers", 0) or 0), _PART_ROWS
+        needed = columns - (getattr(policy, "num_stragglers", 0) or 0)
+        unit_rows = _PART_ROWS
         first = [(column,) for column in range(columns)]
     num_units = num_rows // unit_rows
     gap = conditions.mean() * num_parts / (num_workers * load)
@@ -156,7 +158,8 @@ def simulate(
     pool.at(arrivals[0], arrive, 0)
     while len(pool.ended) < num_requests:
         pool.go_on()
-    latencies, estimated = np.zeros(num_requests), np.zeros(num_requests)
+    latencies = np.zeros(num_requests)
+    estimated = np.zeros(num_requests)
     for call, at in pool.ended:
         latencies[call.number] = at - call.table.since
         if call.table.reason != "complete":
@@ -187,8 +190,11 @@ class _Pool:
     def __init__(
         self, conditions: Conditions, num_workers: int, unit_rows: int, gap: float, seed: int
     ) -> None:
-        self.conditions, self.unit_rows = conditions, unit_rows
-        self.now, self.begun_parts, self.begun_rows = 0.0, 0, 0
+        self.conditions = conditions
+        self.unit_rows = unit_rows
+        self.now = 0.0
+        self.begun_parts = 0
+        self.begun_rows = 0
         self.ended: list[tuple[_Call, float]] = []  # each call and the time
         self._events: list[tuple[float, int, Callable[[Any], None], Any]] = []
         self._order = itertools.count()
@@ -294,14 +300,16 @@ class _Pool:
             self.at(self._ends[worker], self._end, worker)
             return
         self._idle.append(worker)
-        running, self._running[worker] = self._running[worker], None
+        running = self._running[worker]
+        self._running[worker] = None
         if running is not None and not running[0].table.reason:
             call, part, began, ok = running
             error = None if ok else WorkerError(part.number, worker, "died", "died")
             self.step(call, Reply(part, worker, self.now, self.now - began, error=error))
 
     def _burst(self, _: None) -> None:
-        num_workers, resume = len(self._ends), self.now + _PAUSE
+        num_workers = len(self._ends)
+        resume = self.now + _PAUSE
         first = self._bursts.randrange(num_workers)
         for i in range(first, first + max(1, round(num_workers * _BURST_SHARE))):
             worker = i % num_workers
@@ -320,7 +328,8 @@ class _Pool:
 
     def factors(self, size: int) -> list[float]:
         """Return the factors of the running times of parts; infinite for parts that fail."""
-        conditions, numbers = self.conditions, self._numbers
+        conditions = self.conditions
+        numbers = self._numbers
         factors = np.exp(conditions.spread * numbers.standard_normal(size))
         low, high = _STRAGGLING_BY
         by = low * (high / low) ** numbers.random(size)
@@ -334,8 +343,10 @@ def _spells(slow: float, mean: float, draws: random.Random) -> Iterator[tuple[fl
     if not slow:
         yield math.inf, math.inf, 1.0
     low, high = _SLOW_BY
-    end, is_slow = 0.0, draws.random() < slow
+    end = 0.0
+    is_slow = draws.random() < slow
     while True:
         begin = end if is_slow else end + draws.expovariate(1.0) * mean * (1 - slow) / slow
-        end, is_slow = begin + draws.expovariate(1.0) * mean, False
+        end = begin + draws.expovariate(1.0) * mean
+        is_slow = False
         yield begin, end, low * (high / low) ** draws.random()

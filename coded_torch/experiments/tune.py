@@ -97,7 +97,8 @@ def chosen(
     check(owner, variants, "the code must not mix inputs beside a surrogate", values)
     if len(variants) == 1:
         return variants[0]
-    errors, decodable = np.zeros(len(variants)), False
+    errors = np.zeros(len(variants))
+    decodable = False
     for trial, received in ((each, received) for each in trials for received in each.sets):
         found = np.zeros(len(variants))
         for i, variant in enumerate(variants):
@@ -107,7 +108,8 @@ def chosen(
             pairs = zip(trial.decode(variant, received, num_stragglers), trial.exact, strict=True)
             found[i] = sum(float((a.double() - e.double()).square().sum()) for a, e in pairs)
         if np.isfinite(found).any():  # no variant decodes other sets
-            errors, decodable = errors + found, True
+            errors = errors + found
+            decodable = True
     if not (decodable and np.isfinite(errors).any()):
         must = f"{code} must be able to decode the received results"
         raise ValueError(f"{owner}: {must}, got too few results")
@@ -116,7 +118,8 @@ def chosen(
 
 def received_sets(wrapper: CodedWrapper, code: Code) -> Iterator[tuple[int, ...]]:
     """Yield sets of workers whose results may be decoded, drawn from the workers' delays."""
-    n, lost = code.num_workers, wrapper.num_stragglers
+    n = code.num_workers
+    lost = wrapper.num_stragglers
     # A copy keeps the draws of the wrapper's own calls.
     delays = copy.deepcopy(wrapper.workers.stragglers) or Uniform(lost, seed=0)
     latest = (wrapper.waiting and wrapper.waiting.deadline) or sys.float_info.max
@@ -168,8 +171,11 @@ class Trial:
     ) -> None:
         # A code that mixes checks the inputs itself; the batch goes to the module as it is.
         self._inputs = Inputs(args, {}, in_dims)
-        self._module, self._out_dims, self._owner = module, out_dims, owner
-        self.sets, self._workers = sets, sorted(set().union(*sets))
+        self._module = module
+        self._out_dims = out_dims
+        self._owner = owner
+        self.sets = sets
+        self._workers = sorted(set().union(*sets))
         self._plans: dict[Any, tuple[BatchPlan, list[Tensor]]] = {}
         self._results: dict[int, list[Tensor]] = {}
         self.attack: tuple[Attack, int, int] | None = None  # the number of workers, the seed
@@ -185,9 +191,11 @@ class Trial:
         name: str = "the module",
     ) -> list[Tensor]:
         """Return a function's outputs that are decoded, of the batch or of rows ``[R, ...]``."""
-        inputs, found = self._inputs, list[Tensor]()
+        inputs = self._inputs
+        found = list[Tensor]()
         batches = inputs.batches() if batches is None else batches
-        given, pairs = iter(batches), zip(inputs.leaves, inputs.dims, strict=True)
+        given = iter(batches)
+        pairs = zip(inputs.leaves, inputs.dims, strict=True)
         leaves = [x if dim is None else next(given).clone().movedim(0, dim) for x, dim in pairs]
         args, kwargs = pytree.tree_unflatten(leaves, inputs.spec)
         with torch.no_grad(), as_called():
@@ -198,7 +206,8 @@ class Trial:
             if dim is None or not isinstance(output, Tensor):
                 continue
             check_batch(tree, i, output, dim, len(batches[0]))
-            must, where = f"{self._owner}: {name} must return", leaf_name("output", tree, i)
+            must = f"{self._owner}: {name} must return"
+            where = leaf_name("output", tree, i)
             if not output.dtype.is_floating_point:
                 raise TypeError(f"{must} floating-point tensors, got {output.dtype} in {where}")
             if not bool(output.isfinite().all()):

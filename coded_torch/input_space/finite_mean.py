@@ -31,13 +31,15 @@ class Kernel:
     values: Tensor  #: the eigenvalues of K
 
     def __init__(self, z: Tensor, length: float) -> None:
-        self._centres, self._length = evenly(z, _CENTRES).double(), length
+        self._centres = evenly(z, _CENTRES).double()
+        self._length = length
         own = self._of(self._centres)
         own.diagonal().mul_(1 + _JITTER)
         root = torch.linalg.inv(torch.linalg.cholesky(own)).T
         half = self._of(z) @ root
         self.values, vectors = torch.linalg.eigh(half.T @ half)
-        self.half, self._turn = half @ vectors, (root @ vectors).T
+        self.half = half @ vectors
+        self._turn = (root @ vectors).T
 
     def _of(self, z: Tensor) -> Tensor:
         squared = torch.cdist(z.double(), self._centres).square_()
@@ -71,7 +73,9 @@ class KernelRegression:
         self.errors = self.weights / self.diagonal[:, None]
 
     def _take(self, kernel: Kernel, noise: float) -> None:
-        self.kernel, self._noise, self._shrunk = kernel, noise, 1 / (kernel.values + noise)
+        self.kernel = kernel
+        self._noise = noise
+        self._shrunk = 1 / (kernel.values + noise)
         left = 1 - kernel.half.square() @ self._shrunk
         self.diagonal = left.clamp(min=1e-12) / noise  # rounding may leave nothing
 
@@ -95,8 +99,11 @@ class KernelRegression:
         In Hoeffding's decomposition, b is the second-order part that the variance of leave-one-out
         errors lacks. Of many rows, the pairs of some are taken.
         """
-        n, some = len(k), evenly(torch.arange(len(k)), _CENTRES)
-        half, d, e = self.kernel.half[some], self.diagonal[some], self.errors[some]
+        n = len(k)
+        some = evenly(torch.arange(len(k)), _CENTRES)
+        half = self.kernel.half[some]
+        d = self.diagonal[some]
+        e = self.errors[some]
         a = (torch.eye(len(some)) - half @ (self._shrunk[:, None] * half.T)) / self._noise
         determinants = (d[:, None] * d - a * a).clamp_(min=1e-300).fill_diagonal_(1.0)
         p = (a * a / determinants).fill_diagonal_(0.0)
@@ -131,20 +138,26 @@ def intervals(
         total: the number of rows of the data set.
         level: the probability, between 0 and 1, per column.
     """
-    n, mean, share = len(y), y.mean(0), 1 - len(y) / total
-    off, centre = y - mean, (y - errors).mean(0)
+    n = len(y)
+    mean = y.mean(0)
+    share = 1 - len(y) / total
+    off = y - mean
+    centre = (y - errors).mean(0)
     predicted = y - errors - centre
     spread = predicted.square().sum(0) / (n - 1)
     more = b + spread * (1 / seen - 1 / (total - n))
     u = (off * predicted).sum(0) / (n - 1) / (spread + n * share * more).clamp(min=1e-300)
     remaining = off - (u := u.clamp(0, 1)) * predicted
     half = torch.where(is_share, 0.5, 0.0)  # half a row that is wrong by 1: errors may be rare
-    squares, of_all = remaining.square().sum(0) + half, off.square().sum(0)
+    squares = remaining.square().sum(0) + half
+    of_all = off.square().sum(0)
     variance = share / n * squares / (n - 1) + (u * share).square() * more
     t = _student_t(level, squares, remaining.pow(4).sum(0) + half, n)
     t0 = _student_t(level, of_all, off.pow(4).sum(0) * ~is_share, n)
-    ours, plain = t**2 * variance * (1 + 3 / n), t0**2 * share / n * of_all / (n - 1)
-    value, count = mean + share * u * (estimate - centre), torch.full_like(mean, n / share)
+    ours = t**2 * variance * (1 + 3 / n)
+    plain = t0**2 * share / n * of_all / (n - 1)
+    value = mean + share * u * (estimate - centre)
+    count = torch.full_like(mean, n / share)
     rows = count * plain / ours.clamp(min=1e-300)
     found = torch.where(is_share, _shares(value, rows, t0), torch.stack([value, ours.sqrt()]))
     sampled = torch.where(is_share, _shares(mean, count, t0), torch.stack([mean, plain.sqrt()]))
@@ -166,6 +179,7 @@ def _student_t(level: float, squares: Tensor, fourth: Tensor, n: int) -> Tensor:
     kurtosis = n * fourth / squares.square().clamp(min=1e-300)
     freedom = (2 * n / (kurtosis - 1).clamp(min=1e-3)).clamp(2, max(2, n - 1))
     z = statistics.NormalDist().inv_cdf(0.5 + level / 2)
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + first / freedom + second / freedom**2 + third / freedom**3

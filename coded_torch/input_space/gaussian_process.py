@@ -26,7 +26,8 @@ NUGGET = 1e-4
 GROWTH = 0.75
 # If more rows are missing, 200 results calibrate, so that 1,024 rows take some ms. (benchmarks
 # coverage)
-_MISSING, _CALIBRATING = 256, 200
+_MISSING = 256
+_CALIBRATING = 200
 _BLOCK = 8192  # outputs whose residuals are in memory together
 _CLASSES = 32768  # outputs that may be scores of classes, which have p_values of labels
 _FEW = 128  # with fewer outputs, one operator takes all at once
@@ -150,7 +151,8 @@ def bounds(
         residuals: of less than 128 outputs, results less their estimates from all others. Defaults
             to the regression's.
     """
-    count, most = len(results), _CALIBRATING if len(rows) > _MISSING else len(results)
+    count = len(results)
+    most = _CALIBRATING if len(rows) > _MISSING else len(results)
     if results.shape[1] < _FEW:
         y, answers, *scores = [
             x.double().contiguous() for x in (results, estimated, *(labels or ()))
@@ -162,17 +164,22 @@ def bounds(
         given = tensors, residuals, y, answers, *of_labels, trust, most
         thresholds, odd, p_values = ops.error_bounds(*given)
         return Bounds(rows, thresholds, odd, None if of_labels[0] is None else p_values)
-    variances, of_left_out = torch.ones(len(rows)).double(), torch.ones(count).double()
+    variances = torch.ones(len(rows)).double()
+    of_left_out = torch.ones(count).double()
     weights = None
     if process is not None:
-        variances, of_left_out = process.variances, process.leave_one_out_variances
+        variances = process.variances
+        of_left_out = process.leave_one_out_variances
         weights = process.weights_of_left_out
     left_out = evenly(torch.arange(count), len(of_left_out)).to(results.device)
-    norms, moved = torch.zeros(3, len(left_out)).double(), torch.zeros(len(rows)).double()
-    blocks, errors = zip(results.split(_BLOCK, 1), estimated.split(_BLOCK, 1), strict=True), []
+    norms = torch.zeros(3, len(left_out)).double()
+    moved = torch.zeros(len(rows)).double()
+    blocks = zip(results.split(_BLOCK, 1), estimated.split(_BLOCK, 1), strict=True)
+    errors = []
     keeps = labels is not None and results.shape[1] <= _CLASSES
     for y, answers in blocks:
-        deviations, off = off_mean(y)[left_out], answers - y.mean(0)
+        deviations = off_mean(y)[left_out]
+        off = answers - y.mean(0)
         residuals = deviations if process is None else process.leave_one_out_residuals(y).to(y)
         sizes = [torch.linalg.vector_norm(x, dim=1) for x in (residuals, deviations, off)]
         error = deviations if process is None else deviations.lerp_(residuals, trust)
@@ -183,7 +190,8 @@ def bounds(
         errors += [error] if keeps else []
     p_values = None
     if labels is not None and errors:
-        outputs, answered = labels[0][left_out], labels[1]
+        outputs = labels[0][left_out]
+        answered = labels[1]
         found = outputs - torch.cat(errors, 1)
         wrong = (found.argmax(1) != outputs.argmax(1)).cpu()
         gaps = [x.topk(2, 1).values.diff(dim=1)[:, 0] for x in (answered, found)]
@@ -214,7 +222,9 @@ class ErrorBounds:
     def __init__(
         self, batch_size: int, bounds: Sequence[Bounds] = (), by: Tensor | None = None
     ) -> None:
-        self.batch_size, self._bounds, self._by = batch_size, bounds, by
+        self.batch_size = batch_size
+        self._bounds = bounds
+        self._by = by
 
     @classmethod
     def unknown(cls, missing: Tensor) -> ErrorBounds:

@@ -26,7 +26,8 @@ Features = Callable[..., Any]
 # More features are added up in buckets, with random signs: Gram matrices of 150,528 take a seventh
 # of the time on batches of 240 pictures (measured once; no benchmark keeps it). It is prime, as
 # columns of a picture would share buckets.
-_MOST_FEATURES, _BUCKETS = 8192, 2039
+_MOST_FEATURES = 8192
+_BUCKETS = 2039
 # Rows farther from the centre than so many times the root mean square estimate no others, as their
 # results may be large. It was not tuned.
 _FAR = 8
@@ -103,7 +104,8 @@ def fitted(
     return [Fitted(*fit) if len(fit[0]) else None for fit in fits]
 
 
-_NONE, _KINDS = torch.empty(0, 0, device="cpu"), ("rows", "spread", "pooled")
+_NONE = torch.empty(0, 0, device="cpu")
+_KINDS = ("rows", "spread", "pooled")
 DEFAULT = "shrunk"
 #: The metrics that compete, by name; the first is the default, by which copies are planned. With
 #: five, the error is at most 1.011 of thirteen's on every development case
@@ -146,7 +148,8 @@ def leaves_of(inputs: Sequence[Tensor]) -> list[Leaf]:
     for x in inputs:
         x = x.detach()
         with exactly(x.device.type):
-            rows, pooled = added_up(x), None
+            rows = added_up(x)
+            pooled = None
             if x.dim() == 3 and min(x.shape[1:]) > 1:
                 wide = x.to(rows.dtype)
                 pooled = torch.cat([wide.mean(1), wide.std(1, correction=0)], 1).cpu()
@@ -158,7 +161,9 @@ class Sources:
     """The features of a batch, as given or of its inputs; callables make others, or a note."""
 
     def __init__(self, inputs: Sequence[Tensor], leaves: Sequence[Leaf] | None = None) -> None:
-        self._inputs, self.notes, self._made = inputs, list[str](), dict[Features, list[Leaf]]()
+        self._inputs = inputs
+        self.notes = list[str]()
+        self._made = dict[Features, list[Leaf]]()
         self.leaves = leaves_of(inputs) if leaves is None else leaves
 
     def of(self, metric: Features) -> Sequence[Leaf]:
@@ -203,8 +208,11 @@ class Distances:
         self, sources: Sources, metrics: Sequence[str | Features], rows: Tensor | None = None
     ) -> None:
         self.rows = torch.arange(len(sources.leaves[0].rows)) if rows is None else rows
-        self._sources, self._metrics, self.first = sources, metrics, DEFAULT
-        self.measured, self.fits = bool(sources.leaves), dict[str | Features, Fitted]()
+        self._sources = sources
+        self._metrics = metrics
+        self.first = DEFAULT
+        self.measured = bool(sources.leaves)
+        self.fits = dict[str | Features, Fitted]()
         if not self.measured:
             self.far, self.order = torch.zeros_like(self.rows).bool(), torch.arange(len(self.rows))
             return

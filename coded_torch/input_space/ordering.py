@@ -24,7 +24,9 @@ class Grouping:
     @on_host()
     def __init__(self, order: Tensor | Sequence[int], num_data: int) -> None:
         order = torch.as_tensor(order).to("cpu", torch.int64)
-        self.order, self.num_data, self.batch_size = order, num_data, len(order)
+        self.order = order
+        self.num_data = num_data
+        self.batch_size = len(order)
         self.num_groups = -(-self.batch_size // num_data)
         self._padding = self.num_groups * num_data - self.batch_size
         self.rows = self._grouped(order[-1:])

@@ -72,7 +72,8 @@ class Regression:
         link: str | None = None,
         coverage: float = 0.95,
     ) -> None:
-        self.metric, self.metrics = metric, _metrics(metric)
+        self.metric = metric
+        self.metrics = _metrics(metric)
         self.length = length
         if not isinstance(length, str) or length != "auto":
             must = "positive and finite, or 'auto'"
@@ -124,10 +125,13 @@ class RowPlan:
         others: Sequence[Tensor] | None,
         parts: Sequence[Tensor],
     ) -> None:
-        self.regression, self.batch_size, self.num_groups = regression, batch_size, 1
+        self.regression = regression
+        self.batch_size = batch_size
+        self.num_groups = 1
         self._rows = torch.arange(batch_size)[:, None]  # [units, G], that each unit computes
         self.choices: tuple[Choice, ...] = ()
-        metrics, sources = regression.metrics, Sources(inputs)
+        metrics = regression.metrics
+        sources = Sources(inputs)
         self._notes = sources.notes
         if not inputs and others is not None:
             self._notes.append(_BLIND)
@@ -180,10 +184,12 @@ class RowPlan:
 
         Without a search, metric and length are those of the values whose errors were summed last.
         """
-        rows, (source, parts) = self._flat(results, received), self._given(received)
+        rows = self._flat(results, received)
+        (source, parts) = self._given(received)
         places = [source.clamp(min=0), *(part.missing for part in parts)]
         own, *missing = to_device(places, rows.device)
-        answers, self.choices = rows.index_select(0, own), ()
+        answers = rows.index_select(0, own)
+        self.choices = ()
         for part, at in zip(parts, missing, strict=True):
             if len(at):
                 estimates, choice = part.estimate(rows, search)

@@ -61,7 +61,8 @@ class Regressor:
         self.known, self._missing, self.missing, self._used = each
         if not len(self.known):
             self._used = evenly(source[source >= 0], MOST_ROWS)
-        self._distances, self._length = distances, length
+        self._distances = distances
+        self._length = length
         self._compared = max(compared, len(self.known) // 8)
         self._processes: dict[tuple[str | Features, float], GaussianProcess] = {}
         self._last: tuple[str | Features, float] | None = None  # metric and length
@@ -97,7 +98,9 @@ class Regressor:
 
     def _search(self, results: Tensor) -> tuple[str | Features, float]:
         """Return the metric that estimates results best, and then the length."""
-        by, length, first = self._distances, self._length, self._distances.first
+        by = self._distances
+        length = self._length
+        first = self._distances.first
         metrics = by.competing
         if len(self.known) < _LEAST or not results.shape[1]:
             return first if len(metrics) > 1 else metrics[0], length or LENGTH
@@ -144,10 +147,13 @@ class Regressor:
 
     def bounds(self, answers: Tensor, *surrogates: Tensor) -> Bounds:
         """Return the error bounds of the last estimates, as ``RowPlan`` does."""
-        rows, (results, of_used, size, chosen), take = self.missing, self._estimated, few_columns
+        rows = self.missing
+        (results, of_used, size, chosen) = self._estimated
+        take = few_columns
         _, process, (estimated, residuals, _, trust) = chosen
         if not _is_few(results):  # many outputs stay where they are, in their precision
-            take, of_used = _rows, _scaled(_rows(self._used, results), size)
+            take = _rows
+            of_used = _scaled(_rows(self._used, results), size)
             estimated = _scaled(_rows(rows, answers), size)
         labels = (of_used, estimated) if results.dim() == 2 else None
         if labels and surrogates:

@@ -28,7 +28,9 @@ from .report import Report
 from .result_checks import Stacked
 
 _CHECKED = ("code", "workers", "waiting", "parts", "estimator", "surrogate", "verify")
-_AT_ONCE, _AS_NEEDED, _ESTIMATOR = Waiting.first(), Waiting(), Regression()
+_AT_ONCE = Waiting.first()
+_AS_NEEDED = Waiting()
+_ESTIMATOR = Regression()
 
 
 class CodedWrapper(ModuleProxy):
@@ -141,10 +143,14 @@ class CodedWrapper(ModuleProxy):
         is_given = workers is not None or code is not None
         check(self, is_given, "workers must be given without a code", None)
         self.workers = LocalWorkers() if workers is None else workers
-        self.code, self.waiting = code, waiting
-        self.parts, self.estimator, self.surrogate = parts, estimator, surrogate
+        self.code = code
+        self.waiting = waiting
+        self.parts = parts
+        self.estimator = estimator
+        self.surrogate = surrogate
         self.verify = verify
-        self.in_dims, self.out_dims = in_dims, out_dims
+        self.in_dims = in_dims
+        self.out_dims = out_dims
         self.last_run = None
         self._dealer = random.Random(0)
         _check_settings(self)
@@ -170,7 +176,9 @@ class CodedWrapper(ModuleProxy):
 
     def _lost(self, waiting: Waiting) -> int:
         """Return S, at most as many as the code can do without."""
-        delays, lost, code = self.workers.stragglers, waiting.num_stragglers, self.code
+        delays = self.workers.stragglers
+        lost = waiting.num_stragglers
+        code = self.code
         if lost is None:
             lost = (delays and delays.num_stragglers) or 0
         return 0 if code is None else max(0, min(lost, code.num_workers - code.min_received))
@@ -228,11 +236,15 @@ class CodedWrapper(ModuleProxy):
         else:
             with unchanged():  # a memory and a pool look at the weights
                 answers = self._compute(waiting, division, report)
-        report.failed, report.ended = False, report.ended or "complete"  # an empty batch
+        # an empty batch
+        report.failed = False
+        report.ended = report.ended or "complete"
         return answers
 
     def _divide(self, inputs: Inputs, waiting: Waiting, report: Report, parts: Any) -> Division:
-        code, block, reserve = self.code, BLOCKS[0], 0.0
+        code = self.code
+        block = BLOCKS[0]
+        reserve = 0.0
         if waiting.deadline is not None and (code is None or code.uses_geometry):
             left = seconds_left(self.workers, waiting, report)
             block, reserve = self._history.estimates.reserve(inputs.batch_size, left)
@@ -243,13 +255,15 @@ class CodedWrapper(ModuleProxy):
             how: Any = {"block": block, "parts": parts, "dealer": self._dealer}
             division = Rows(inputs, estimator, **how, out_dims=self.out_dims)
         else:
-            dealer, lost = self._dealer if code.shuffle else None, self._lost(waiting)
+            dealer = self._dealer if code.shuffle else None
+            lost = self._lost(waiting)
             division = Columns(inputs, code, lost, waiting.at_once, dealer, self.out_dims)
         division.reserve = reserve
         return division
 
     def _compute(self, waiting: Waiting, division: Division, report: Report) -> Any:
-        pool, estimates = self.workers, self._history.estimates
+        pool = self.workers
+        estimates = self._history.estimates
         record = self._record
         check = None if record is None else Verifier(record, waiting, division.inputs.floating())
         answers = Answers(self.surrogate, division, report, self.module, check)
@@ -262,7 +276,8 @@ class CodedWrapper(ModuleProxy):
             self._warn_once(waiting, execution)
         report.enter("decode")
         with on_host():
-            error, before = execution.error(waiting), report.decode_seconds
+            error = execution.error(waiting)
+            before = report.decode_seconds
             stacked = execution.checks.stack() if execution.table.answered else self._form
             if error is not None:
                 return answers.alone(waiting, stacked, error)
@@ -332,7 +347,10 @@ class CodedWrapper(ModuleProxy):
 
 def _check_settings(wrapper: CodedWrapper) -> None:
     """Raise a TypeError or a ValueError unless the settings of a wrapper fit each other."""
-    code, pool, parts, verify = wrapper.code, wrapper.workers, wrapper.parts, wrapper.verify
+    code = wrapper.code
+    pool = wrapper.workers
+    parts = wrapper.parts
+    verify = wrapper.verify
     instance(wrapper, "code", code, Code, optional=True)
     instance(wrapper, "workers", pool, Workers)
     instance(wrapper, "estimator", wrapper.estimator, Regression, optional=True)

@@ -41,17 +41,21 @@ class Inputs:
     def __init__(
         self, args: tuple[Any, ...], kwargs: Any, in_dims: Any, mixing: Code | None = None
     ) -> None:
-        self.args, self.kwargs = args, kwargs
+        self.args = args
+        self.kwargs = kwargs
         # The common case, at a tenth of the cost.
         self._plain = not kwargs and {*map(type, args)} == {Tensor}
         if self._plain:
-            self.leaves, (self.spec, spec) = list(args), positional(len(args))
+            self.leaves = list(args)
+            (self.spec, spec) = positional(len(args))
         else:
             self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
             spec = pytree.tree_structure(args)
         dims = broadcast_dims("in_dims", in_dims, spec, "shared")
         dims += [0] * (len(self.leaves) - len(dims))
-        self.dims, sizes, odd = list[Any](), dict[int, int](), list[Tensor]()
+        self.dims = list[Any]()
+        sizes = dict[int, int]()
+        odd = list[Tensor]()
         for i, (leaf, dim) in enumerate(zip(self.leaves, dims, strict=True)):
             self.dims.append(dim if isinstance(leaf, Tensor) and dim != "shared" else None)
             if self.dims[i] is not None:
@@ -180,7 +184,8 @@ class Division:
     spread: Callable[[Tensor], Tensor]  #: from ``[B, ...]`` to all units, ``[units, R, ...]``
 
     def __init__(self, inputs: Inputs, num_units: int, unit_rows: int, out_dims: Any) -> None:
-        self.inputs, self.batch_size = inputs, inputs.batch_size
+        self.inputs = inputs
+        self.batch_size = inputs.batch_size
         leaves = list[Any]()
         for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True):
             leaf = leaf.movedim(dim, 0) if dim else leaf
@@ -205,14 +210,17 @@ class Columns(Division):
     def __init__(
         self, inputs: Inputs, code: Code, lost: int, at_once: bool, dealer: Any, out_dims: Any
     ) -> None:
-        n, floating = code.num_workers, inputs.floating()
-        self.link, self.mixes = code.link, code.mixes
+        n = code.num_workers
+        floating = inputs.floating()
+        self.link = code.link
+        self.mixes = code.mixes
         self.coverage = getattr(code, "regression", self).coverage
         others = [] if floating else inputs.batches()
         self.plan = code.plan(floating, lost, batch_size=inputs.batch_size, others=others)
         self.num_groups = self.plan.num_groups
         super().__init__(inputs, n, self.num_groups, out_dims)
-        self.needed, self.least = n - lost, code.min_received
+        self.needed = n - lost
+        self.least = code.min_received
         # The columns asked for first are spread evenly over the curve.
         asked = n if at_once else self.needed
         chosen = [i * n // asked for i in range(asked)]
@@ -220,7 +228,8 @@ class Columns(Division):
         if dealer is not None:
             dealer.shuffle(chosen)
             dealer.shuffle(spare)
-        self.first, self.spare = [(column,) for column in chosen], spare
+        self.first = [(column,) for column in chosen]
+        self.spare = spare
 
     def spread(self, values: Tensor) -> Tensor:
         encoded: Tensor = self.plan.encode(values)
@@ -233,7 +242,8 @@ def dealt(size: int, parts: int) -> tuple[tuple[int, ...], ...]:
 
     So a missing part leaves some rows of each kind. The same sizes are always dealt alike.
     """
-    dealer, hands = random.Random(0), [[row] for row in range(parts)]
+    dealer = random.Random(0)
+    hands = [[row] for row in range(parts)]
     for start in range(parts, size, parts):
         rows = list(range(start, min(start + parts, size)))
         dealer.shuffle(rows)
@@ -260,17 +270,22 @@ class Rows(Division):
         dealer: random.Random,
         out_dims: Any = 0,
     ) -> None:
-        self._estimator, self.block, self.by_rows = estimator, block, True
+        self._estimator = estimator
+        self.block = block
+        self.by_rows = True
         size = inputs.batch_size
         super().__init__(inputs, size, 1, out_dims)
-        self.link, self.coverage = estimator.link, estimator.coverage
-        self.needed, self.least = size, 1
+        self.link = estimator.link
+        self.coverage = estimator.coverage
+        self.needed = size
+        self.least = 1
         hands = dealt(size, min(parts, size))
         self.first = dealer.sample(hands, len(hands))
 
     @functools.cached_property
     def plan(self) -> RowPlan:
-        size, floating = self.batch_size, self.inputs.floating()
+        size = self.batch_size
+        floating = self.inputs.floating()
         others = [] if floating else self.inputs.batches()
         plan = self._estimator.plan(floating, size, others=others, block=self.block)
         if not self.block and self.inputs.not_finite is not None:

@@ -43,8 +43,12 @@ class Answers:
     def __init__(
         self, surrogates: Any, division: Division, report: Report, module: nn.Module, check: Any
     ) -> None:
-        self._surrogates, self._division, self._inputs = surrogates, division, division.inputs
-        self._link, self._coverage, self._report = division.link, division.coverage, report
+        self._surrogates = surrogates
+        self._division = division
+        self._inputs = division.inputs
+        self._link = division.link
+        self._coverage = division.coverage
+        self._report = report
         self._check: Verifier | None = check
         self._known = dict[int, tuple[list[Tensor], Tensor] | None]()  # the estimates of memories
         #: The places of results, and how odd these look if left out.
@@ -68,7 +72,9 @@ class Answers:
 
     def of(self, stacked: Stacked) -> Any:
         """Return the answers in the structure that the module gives them."""
-        division, report, not_finite = self._division, self._report, self._inputs.not_finite
+        division = self._division
+        report = self._report
+        not_finite = self._inputs.not_finite
         whole = division.is_whole(stacked.units)  # then the results are the answers
         plan: Plan | None = None if whole else division.plan
         with outside():  # the report outlives a transform
@@ -76,7 +82,8 @@ class Answers:
             is_estimated = plan is not None and bool((source < 0).any())
             report.note_source(source, stacked.later, division.task.unit_rows)
         approximations = self._approximations(stacked) if self._surrogates and is_estimated else []
-        answers, weights = dict[int, Tensor](), list[tuple[float, ...]]()
+        answers = dict[int, Tensor]()
+        weights = list[tuple[float, ...]]()
         choices: list[Choice] = []
         for i in stacked.divided:
             own = stacked.leaves[i].flatten(0, 1)
@@ -108,12 +115,14 @@ class Answers:
 
     def alone(self, waiting: Waiting, stacked: Stacked | None, error: Exception) -> Any:
         """Return a surrogate's answers, in the form of earlier results if none came, or raise."""
-        division, report = self._division, self._report
+        division = self._division
+        report = self._report
         blamed = report.refused and waiting.on_error == "raise"
         may = division.by_rows and waiting.may_estimate(True) and not blamed
         if stacked is None or not may or not isinstance(error, NotEnoughResults):
             raise error
-        divided, found = stacked.divided, self._approximations(stacked)
+        divided = stacked.divided
+        found = self._approximations(stacked)
         able = [number for number, outputs in enumerate(found) if outputs.keys() >= set(divided)]
         shared = [x for i, x in enumerate(stacked.leaves) if i not in divided]
         if not able or (not stacked.units and any(isinstance(x, Tensor) for x in shared)):
@@ -167,7 +176,8 @@ class Answers:
         return found
 
     def _remembered(self, memory: Memory, stacked: Stacked) -> dict[int, Tensor]:
-        not_finite, (estimated, _) = self._inputs.not_finite, self._known_to(memory) or ((), None)
+        not_finite = self._inputs.not_finite
+        estimated, _ = self._known_to(memory) or ((), None)
         pairs = zip(stacked.decoded, estimated, strict=False)
         alike = [(i, x) for i, x in pairs if x.shape[1:] == stacked.leaves[i].shape[2:]]
         return {i: _levelled(x, not_finite) for i, x in alike}
@@ -182,7 +192,9 @@ class Answers:
 
     def _computed(self, surrogate: Any, stacked: Stacked) -> dict[int, Tensor]:
         """Run a surrogate; raise a ValueError if its outputs have not the module's form."""
-        inputs, device = self._inputs, device_of(surrogate)  # the device may be another
+        # the device may be another
+        inputs = self._inputs
+        device = device_of(surrogate)
 
         def number(leaf: Tensor) -> Tensor:
             return plain("surrogate", "input", leaf).to(device or leaf.device, copy=True)
@@ -195,7 +207,9 @@ class Answers:
             if spec != stacked.spec:
                 raise ValueError(f"it returned {spec}, where the module returned {stacked.spec}")
             for i in stacked.decoded:
-                leaf, result, dim = leaves[i], stacked.leaves[i], stacked.dims[i]
+                leaf = leaves[i]
+                result = stacked.leaves[i]
+                dim = stacked.dims[i]
                 shape = (inputs.batch_size, *result.shape[2:])
                 fits = isinstance(leaf, Tensor) and leaf.dtype.is_floating_point
                 if not (fits and leaf.dim() == len(shape) and leaf.movedim(dim, 0).shape == shape):
@@ -206,7 +220,8 @@ class Answers:
 
     def _remember(self, answers: Sequence[Tensor], estimated: Any) -> None:
         """Have memories learn the rows of answers, ``[B, ...]`` each, that are exact."""
-        not_finite, check = self._inputs.not_finite, self._check
+        not_finite = self._inputs.not_finite
+        check = self._check
         with outside():
             exact = ~estimated if not_finite is None else ~(estimated | not_finite)
             if check is not None:
@@ -228,8 +243,10 @@ class Answers:
         self, stacked: Stacked, i: int, plan: Plan, source: Tensor, approximations: Any, first: bool
     ) -> tuple[Tensor, Mapping[int, float], ErrorBounds | None]:
         """Return answers ``[B, ...]``, weights of approximations, and error bounds, of a leaf."""
-        results, received = stacked.leaves[i], stacked.units
-        not_finite, by_rows = self._division.not_finite, isinstance(plan, RowPlan)
+        results = stacked.leaves[i]
+        received = stacked.units
+        not_finite = self._division.not_finite
+        by_rows = isinstance(plan, RowPlan)
         scaled = results if not_finite is None else _levelled(results, not_finite[list(received)])
         if by_rows:  # estimates are rounded once, at the end
             scaled = scaled.to(torch.promote_types(scaled.dtype, torch.float32))
@@ -294,7 +311,8 @@ def least_squares(y: Tensor, approximations: Sequence[Tensor]) -> tuple[list[flo
     """Return weights of approximations, and the shares that they and noise explain of results."""
     y = y - y.mean(0)
     s = torch.stack([(x - x.mean(0)).flatten() for x in approximations])  # [J, n C]
-    products, right = s @ s.T, s @ y.flatten()
+    products = s @ s.T
+    right = s @ y.flatten()
     varies = products.diagonal() > 0
     products.diagonal().mul_(_RIDGE).masked_fill_(~varies, 1.0)
     weights = torch.linalg.solve(products, right.masked_fill(~varies, 0.0))
@@ -310,7 +328,8 @@ def least_squares(y: Tensor, approximations: Sequence[Tensor]) -> tuple[list[flo
 @outside()
 def _rounded(bounds: ErrorBounds, answers: Tensor, dtype: torch.dtype) -> ErrorBounds:
     """Return the error bounds of answers ``[B, ...]`` that are computed in a dtype, or rounded."""
-    info, most = torch.finfo(dtype), 0.5 if answers.dtype != dtype else _ROUNDING
+    info = torch.finfo(dtype)
+    most = 0.5 if answers.dtype != dtype else _ROUNDING
     norms = torch.linalg.vector_norm(columns(answers), dim=1, dtype=torch.float64).cpu()
     return bounds.widened((norms + info.tiny * answers[0].numel() ** 0.5) * (info.eps * most))
 

@@ -42,13 +42,18 @@ class Execution:
     why = ""  #: the reason why there are no more results, in words
 
     def __init__(self, division: Division, report: Report, check: Any, prepare: Any) -> None:
-        self._division, self._report = division, report
+        self._division = division
+        self._report = report
         self._check: Verifier | None = check
-        self.checks, self._prepare = Checks(division), prepare  # for estimates from results so far
+        # for estimates from results so far
+        self.checks = Checks(division)
+        self._prepare = prepare
 
     def run(self, pool: Workers, module: nn.Module, waiting: Waiting, history: History) -> None:
         """Ask and wait until the policy ends the call, and verify the results."""
-        division, check, report = self._division, self._check, self._report
+        division = self._division
+        check = self._check
+        report = self._report
         with pool.open(module, division.task) as request:
             # On a simulated clock, only the simulation takes time.
             began = 0.0 if pool.simulated else request.now() + report.since - time.perf_counter()
@@ -88,7 +93,8 @@ class Execution:
 
     def _follow(self, policy: Any, history: History, request: Request) -> None:
         """Carry out the decisions of a policy, and tell it what happens, until the call ends."""
-        table, asked = self.table, 0
+        table = self.table
+        asked = 0
         while True:
             until = policy.decide(history, table)
             if table.reason:
@@ -109,7 +115,8 @@ class Execution:
                 self._report.enter("decode")  # now, while the call would wait anyway
                 self._prepare(self.checks.stack())
                 self._report.enter("compute")
-            events, end = list[Began | Reply](), until
+            events = list[Began | Reply]()
+            end = until
             try:
                 while (event := request.wait(end)) is not None:
                     events.append(event)
@@ -141,7 +148,8 @@ class Execution:
         self, known: Exchangeability, units: Sequence[int], oddness: Sequence[tuple[int, float]]
     ) -> None:
         """Report whether late parts look odder than others, given the oddness of results."""
-        found, of_units = list[tuple[int, float, float]](), defaultdict[int, list[float]](list)
+        found = list[tuple[int, float, float]]()
+        of_units = defaultdict[int, list[float]](list)
         for place, odd in oddness:
             of_units[units[place // self.table.unit_rows]].append(odd)
         for part in self.table.good:
@@ -159,8 +167,11 @@ class Execution:
 
     def error(self, waiting: Waiting) -> Exception | None:
         """Return the exception if some rows may not, or cannot, be estimated, and report these."""
-        division, table, report = self._division, self.table, self._report
-        answered, error = table.answered.keys(), self.checks.misfit
+        division = self._division
+        table = self.table
+        report = self._report
+        answered = table.answered.keys()
+        error = self.checks.misfit
         if error is None and division.is_whole(answered):
             return None
         blamed = [part for unit, part in table.refused.items() if unit not in answered]
@@ -174,9 +185,11 @@ class Execution:
         required = waiting.least(division.needed, division.least, division.by_rows)
         if report.ended == "failed" and waiting.estimate and not division.by_rows:
             required = division.least  # no more could come
-        why, enough = self.why, len(answered) >= required
+        why = self.why
+        enough = len(answered) >= required
         if blamed and (waiting.on_error == "raise" or not enough):
-            required, why = division.needed, ""
+            required = division.needed
+            why = ""
             first = min(blamed, key=lambda part: part.units).error
             error = _of_module(first, report.refused) if first else None
         elif enough and error is None:
@@ -197,8 +210,10 @@ class Execution:
 
     def _why_not_estimated(self) -> str:
         """Return why rows without a result cannot be estimated; "" if they can, or all have one."""
-        division, why = self._division, self.not_floating()
-        received, not_finite = sorted(self.table.answered), division.not_finite
+        division = self._division
+        why = self.not_floating()
+        received = sorted(self.table.answered)
+        not_finite = division.not_finite
         if not_finite is not None and bool(not_finite[received].all()):
             why = "no row with finite inputs has a result, which estimates need"
         if not why or division.is_whole(received):
@@ -206,7 +221,9 @@ class Execution:
         return why if division.by_rows or bool((division.plan.source(received) < 0).any()) else ""
 
     def _too_few(self, required: int, why: str) -> NotEnoughResults:
-        division, report, rejected = self._division, self._report, self.checks.rejected
+        division = self._division
+        report = self._report
+        rejected = self.checks.rejected
         reasons = [str(rejected[0]).partition("\n")[0]] if rejected else []
         if division.by_rows:
             causes = defaultdict[str, list[int]](list)
@@ -222,13 +239,15 @@ class Execution:
 
     def holding(self, error: Exception) -> Exception:
         """Return the exception with the report and the rows that were computed, NaN elsewhere."""
-        division, answers = self._division, None
+        division = self._division
+        answers = None
         try:
             error.report = self._report  # type: ignore[attr-defined]
             given_up = self._report.missing_rows if self._report.ended == "failed" else ()
             error.rows = self._report.refused or given_up  # type: ignore[attr-defined]
             if division.by_rows and self.table.answered:
-                stacked, wholes = self.checks.stack(), dict[int, Tensor]()
+                stacked = self.checks.stack()
+                wholes = dict[int, Tensor]()
                 for i in stacked.divided:
                     leaf: Tensor = stacked.leaves[i]
                     shape = division.batch_size, *leaf.shape[2:]

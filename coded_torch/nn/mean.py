@@ -23,7 +23,8 @@ from .division import Inputs
 from .estimate_missing import CHANCE, least_squares
 
 # Rows of the first look, of which intervals held as often as they say, and growth of the looks.
-_FIRST, _GROWTH = 60, 1.25
+_FIRST = 60
+_GROWTH = 1.25
 # Rows that are looked at, without computing them, per computed row: so a look costs the same per
 # computed row in any data set. Their number adds to the variance at most 1/128 of sampling's.
 _SEEN = 128
@@ -39,7 +40,9 @@ _Coordinates = Callable[[Sequence[Leaf]], Tensor]
 # 2 s of one thread, and one 0.3 s. (measured once; no benchmark keeps it)
 _COMPARED = 512
 _FAR = 1e6  # the coordinates of rows that are not finite, which resemble no others
-_BATCH, _BLOCK = 256, 1024  # rows of a call, and rows whose features are in memory together
+# rows of a call, and rows whose features are in memory together
+_BATCH = 256
+_BLOCK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +69,8 @@ class _Data:
         is_many = hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__")
         is_many &= not isinstance(inputs, Tensor | tuple | Mapping)
         self._batches: Sequence[Any] = inputs if is_many else [inputs]
-        self._in_dims, self._last = in_dims, len(self._batches) - 1
+        self._in_dims = in_dims
+        self._last = len(self._batches) - 1
         # The last batch is kept, as checking it takes a pass over it.
         self._batch = functools.lru_cache(1)(self._read)
         self._size = self._batch(0).batch_size if self._last >= 0 else 0
@@ -75,7 +79,8 @@ class _Data:
 
     def _read(self, number: int) -> Inputs:
         found = Inputs(*arguments(self._batches[number]), self._in_dims)
-        rows, first = found.batch_size, getattr(self, "_size", found.batch_size)
+        rows = found.batch_size
+        first = getattr(self, "_size", found.batch_size)
         if rows > first or (rows < first and number < self._last):
             must = f"{first} rows in each batch but the last, which may have fewer"
             raise ValueError(f"mean: inputs must have {must}, got {rows} in batch {number}")
@@ -83,9 +88,11 @@ class _Data:
 
     def take(self, rows: Tensor) -> Inputs:
         """Return some rows, by increasing numbers."""
-        numbers, parts = rows // self._size, []
+        numbers = rows // self._size
+        parts = []
         for number in numbers.unique().tolist():
-            batch, own = self._batch(number), rows[numbers == number] - number * self._size
+            batch = self._batch(number)
+            own = rows[numbers == number] - number * self._size
             pairs = list(zip(batch.leaves, batch.dims, strict=True))
             parts.append(
                 [x if d is None else x.index_select(d, own.to(x.device)) for x, d in pairs]
@@ -129,7 +136,9 @@ class Looks:
             self._pilot = torch.randperm(data.total, generator=generator)[:_PILOT].sort().values
         # All looks hold together by Bonferroni's inequality, whatever their dependence.
         self._level = 1 - (1 - level) / (len(self.sizes) if anytime else 1)
-        self._coded, self._of, self.numbers = coded, of, list[Tensor]()
+        self._coded = coded
+        self._of = of
+        self.numbers = list[Tensor]()
         budget = (coded.waiting or Waiting()).hedge_budget
         self._waiting = Waiting(hedge_budget=budget, estimate=False)
         # A memory has learnt the computed rows, and would make too small errors of them.
@@ -180,12 +189,15 @@ class Looks:
         regression = KernelRegression([*self._kernels], y - torch.tensordot(weights, cheap, 1))
         self._best = space, _ = self._kernels[kernel := regression.kernel]
         others = self.drawn[size : size + _SEEN * size]
-        sums, offset, seen = torch.zeros(size), torch.zeros(y.shape[1]), len(others)
+        sums = torch.zeros(size)
+        offset = torch.zeros(y.shape[1])
+        seen = len(others)
         for leaves, cheap in self._looked_at(others.sort().values):
             sums = sums + kernel.sums(_coordinates(space, leaves))
             offset = offset + torch.tensordot(weights, cheap.sum(1), 1)
         k = sums / seen
-        estimate, b = offset / seen + k @ regression.weights, regression.second_order(k)
+        estimate = offset / seen + k @ regression.weights
+        b = regression.second_order(k)
         return y, self.shares, regression.errors, estimate, b, seen, self._data.total
 
     @torch.no_grad()
@@ -226,7 +238,8 @@ class Looks:
     def _looked_at(self, rows: Tensor) -> Iterator[tuple[list[Leaf], Tensor]]:
         """Yield features of rows, and numbers of surrogates ``[J, rows, C]``, by block."""
         for block in rows.split(_BLOCK):
-            inputs, columns = self._data.take(block), len(self.shares)
+            inputs = self._data.take(block)
+            columns = len(self.shares)
             cheap = [torch.zeros(0, len(block), columns, dtype=torch.float64)]
             for surrogate in self._surrogates:
                 move = functools.partial(Tensor.to, device=device_of(surrogate) or inputs.device)

@@ -146,7 +146,8 @@ def _carried(run: Call, ambient: Ambient) -> tuple[Call, Interruption]:
 
 def _map_batches(run: Call, batches: Iterable[Any], in_flight: int) -> Iterator[tuple[Any, Any]]:
     """Do as :meth:`ModuleProxy.map`; ``in_flight`` batches with their results exist at once."""
-    ambient, threads = Ambient.here(), ThreadPoolExecutor(in_flight, "coded_torch map")
+    ambient = Ambient.here()
+    threads = ThreadPoolExecutor(in_flight, "coded_torch map")
 
     def begin() -> Iterator[tuple[Future[Any], Interruption]]:
         try:
@@ -160,7 +161,8 @@ def _map_batches(run: Call, batches: Iterable[Any], in_flight: int) -> Iterator[
             future.set_exception(error)
             yield future, Interruption()
 
-    begun, calls = begin(), deque[tuple[Future[Any], Interruption]]()
+    begun = begin()
+    calls = deque[tuple[Future[Any], Interruption]]()
     try:
         for number in itertools.count():
             calls.extend(itertools.islice(begun, in_flight - len(calls)))

@@ -43,7 +43,8 @@ class RayDataPredictor:
     ) -> None:
         self.coded = factory()
         instance(self, "the result of factory", self.coded, CodedWrapper)
-        self.inputs, self.output = (inputs,) if isinstance(inputs, str) else tuple(inputs), output
+        self.inputs = (inputs,) if isinstance(inputs, str) else tuple(inputs)
+        self.output = output
 
     def __call__(self, batch: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
         """Return the batch, a dict of arrays ``[B, ...]``, with more columns."""

@@ -158,7 +158,8 @@ class Report:
 
     def __str__(self) -> str:
         """Return five lines to read: rows, workers, seconds, the end of the call, and remarks."""
-        rows, phases = "no answers", ("encode", "compute", "decode")
+        rows = "no answers"
+        phases = ("encode", "compute", "decode")
         if self.source is not None:
             first, later, estimated = self.source.long().bincount(minlength=3).tolist()
             rows = f"{first + later} of {first + later + estimated} computed, {later} of them by "
@@ -217,7 +218,9 @@ class Report:
 
     def note_table(self, table: Table, size: int, rejected: Sequence[WorkerError]) -> None:
         """Note who was asked, which results count, and how the policy ended the call, if it did."""
-        begun, asked, received = 0, set[int](), set[int]()
+        begun = 0
+        asked = set[int]()
+        received = set[int]()
         for part in table.ended:
             self.latencies.pop(part.worker, None)
             if part.worker >= 0 and not part.fresh:
@@ -251,7 +254,8 @@ class Report:
             setattr(self, name, rows)
         self.corrected = tuple(sorted(verdict.corrected))
         self.notes += tuple(verdict.notes)
-        self.disputes, self.faults = len(verdict.disputes), verdict.faults
+        self.disputes = len(verdict.disputes)
+        self.faults = verdict.faults
         self.excluded = verdict.excluded
         why = "CodedWrapper: worker %d returned wrong results, by a majority: %d in one call"
         for worker, count in verdict.faults.items():
@@ -276,12 +280,14 @@ class Report:
     ) -> None:
         """Note how far off answers ``[B, ...]`` may be; under a link, only their labels."""
         self._has_labels = answers is not None and answers.dim() == 2 and answers.shape[1] > 1
-        self._bounds, self.coverage = bounds, coverage if link is None else None
+        self._bounds = bounds
+        self.coverage = coverage if link is None else None
 
     def warn(self, why: str) -> None:
         """Log how many answers were estimated, and why, unless no more results were wanted."""
         if self.estimated is not None and self.ended in _CUT_SHORT and self.estimated.any():
-            count, size = int(self.estimated.sum()), len(self.estimated)
+            count = int(self.estimated.sum())
+            size = len(self.estimated)
             because = why or _CUT_SHORT[self.ended]
             logger.warning("CodedWrapper: %d of %d answers are estimated: %s", count, size, because)
 
@@ -289,6 +295,7 @@ class Report:
         """Begin a phase of the call, and add the seconds of the one before to its field."""
         if self._phase:  # all phases together take as long as the call so far
             phases = self.encode_seconds + self.compute_seconds + self.decode_seconds
-            name, since = f"{self._phase}_seconds", self.since + phases
+            name = f"{self._phase}_seconds"
+            since = self.since + phases
             setattr(self, name, getattr(self, name) + time.perf_counter() - since)
         self._phase = phase

@@ -34,7 +34,8 @@ class Result:
     """
 
     def __init__(self, value: Any, units: Sequence[int], division: Division) -> None:
-        task, odd = division.task, division.not_finite
+        task = division.task
+        odd = division.not_finite
         self._value = value
         #: The rows whose inputs are finite, bool; None if all are.
         self.kept = None if odd is None else ~odd[list(units)].flatten()
@@ -225,7 +226,8 @@ class Checks:
 
     def stack(self) -> Stacked:
         """Stack the results that answer units."""
-        answered, good = self.table.answered, self.table.good
+        answered = self.table.answered
+        good = self.table.good
         first = min(good, key=attrgetter("number")).result  # not the first to arrive
         # Side by side in the order of their units, which leaves little or nothing to put in place.
         good = sorted(good, key=attrgetter("units"))
@@ -252,7 +254,8 @@ def _joined(leaves: Sequence[Tensor]) -> Tensor:
     first = leaves[0]
     if type(first) is not Tensor or differentiated(first):
         return torch.cat([*leaves])
-    at, memory = first.data_ptr(), first.untyped_storage()
+    at = first.data_ptr()
+    memory = first.untyped_storage()
     for leaf in leaves:
         if leaf.data_ptr() != at or not leaf.is_contiguous():
             return torch.cat([*leaves])

@@ -106,7 +106,8 @@ def from_json(name: str, spec: TensorSpec, shape: Sequence[int], data: list[Any]
 
     Null is NaN, for which JSON has no number.
     """
-    numbers, rows = math.prod(shape), data
+    numbers = math.prod(shape)
+    rows = data
     if len(rows) == shape[0] and len(rows) and type(rows[0]) is list:
         for size in shape[1:]:
             if all(type(row) is list and len(row) == size for row in rows):
@@ -200,7 +201,8 @@ def tensors_of(
             size = math.prod(shape) * spec.dtype.itemsize
             must = f"{size}, of {len(tail)} bytes that are left of the body"
             require(stated == size <= len(tail), f"binary_data_size of {owner}", must, stated)
-            tensor, tail = from_bytes(spec, shape, tail[:size]), tail[size:]
+            tensor = from_bytes(spec, shape, tail[:size])
+            tail = tail[size:]
         given[spec.name] = tensor
     require(len(given) == len(specs), f"{word}s", [spec.name for spec in specs], list(given))
     require(not len(tail), "bytes after the last tensor", 0, len(tail))
@@ -257,7 +259,8 @@ def written(
 
     The message gets a list of tensors by the key, each in binary or not.
     """
-    entries, tail = [], []
+    entries = []
+    tail = []
     for spec, tensor, binary in tensors:
         entry = spec.metadata() | {"shape": list(tensor.shape)}
         if tensor.dtype in (torch.float16, torch.bfloat16):  # NumPy lacks one, orjson both
@@ -295,6 +298,7 @@ def outputs_of(
     parameters = field("the answer", message, "parameters", dict, {})
     names = "estimated_rows", "predicted_rows"  # older servers send the second alone
     stated = [field("the answer", parameters, key, int, 0) for key in names]
-    estimated, valid = max(stated), 0 <= min(stated) <= max(stated) <= rows
+    estimated = max(stated)
+    valid = 0 <= min(stated) <= max(stated) <= rows
     require(valid, f"{' and '.join(names)} of the answer", f"from 0 to {rows}", stated)
     return [found[spec.name] for spec in model.outputs], message | {"estimated_rows": estimated}

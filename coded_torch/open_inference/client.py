@@ -60,7 +60,8 @@ class _Connection(ResponseHandler):
         super().feed_data(message, size)
 
     def data_received(self, data: bytes) -> None:
-        left, self.left = self.left, self.left - len(data)
+        left = self.left
+        self.left = self.left - len(data)
         super().data_received(data[:left])
         if self.left <= 0:
             self.close()
@@ -160,12 +161,14 @@ class Client:
         ``more`` are headers of this request. Each exception of this file stands for one failure; an
         EndpointError for all others.
         """
-        own, kept = os.urandom(16).hex(), server in self._echoing
+        own = os.urandom(16).hex()
+        kept = server in self._echoing
         body, length = wire.request(model, inputs, own)
         headers = {"Content-Type": "application/octet-stream" if length else "application/json"}
         headers |= {"Inference-Header-Content-Length": str(length)} if length else {}
         headers |= dict(more) | ({"Connection": "keep-alive"} if kept else {})
-        url, most = f"{server}{model.path}/infer", wire.most_bytes(model.outputs, rows)
+        url = f"{server}{model.path}/infer"
+        most = wire.most_bytes(model.outputs, rows)
         data, answer = await self._ask("POST", url, most, data=body, headers=headers)
         self._echoing.discard(server)
         try:
@@ -297,7 +300,9 @@ class RemoteModule(nn.Module):
         super().__init__()
         client = Client(self, **options)
         instance(self, "model", model, str)
-        self.url, self.model, self._options = client.checked(url), model, options
+        self.url = client.checked(url)
+        self.model = model
+        self._options = options
         self.metadata: Model = run(client.model(self.url, model, outputs))
         #: The names of a call's outputs; a server may have another name for "estimated".
         self.names = tuple(outputs or (spec.name for spec in self.metadata.outputs))
@@ -310,7 +315,8 @@ class RemoteModule(nn.Module):
             shapes = [(x, [0, *map(abs, x.shape)]) for x in self.metadata.outputs]
             return self.outputs([wire.from_bytes(*each, memoryview(b"")) for each in shapes])
         self._client = self._client or Client(self, **self._options)
-        rows, more = len(inputs[0]), tracing.headers()
+        rows = len(inputs[0])
+        more = tracing.headers()
         asked = self._client.infer(self.url, self.metadata, inputs, rows, more)
         return self.outputs(run(asked)[0])
 

@@ -10,7 +10,9 @@ from typing import Any
 
 # These numbers of parts and calls are not tuned. More of them follow changes more slowly, fewer
 # make thresholds noisier.
-_PARTS, _CALLS = 512, 128  # remembered
+# remembered
+_PARTS = 512
+_CALLS = 128
 _LEAST = 32  # parts that have replied before the history is used
 _REFIT = 32  # new parts after which the line through sizes is fitted again; a new size counts as 4
 _GROUP = 8  # the least number of small parts, and of large parts, of a fit
@@ -22,7 +24,9 @@ _GROUP = 8  # the least number of small parts, and of large parts, of a fit
 # is wide, that tail comes after the hedges that the budget allows (benchmarks/fleet.py). Without
 # the power, p99 is 1.1 times as long where workers are slow for a fifth of the time; 1.5 medians
 # alone make it 1.4 times as long where the body is wide (simulated once; no benchmark keeps it).
-_TAIL, _LEAST_TAIL, _MOST_TAIL = 4.45, 1.5, 8.0
+_TAIL = 4.45
+_LEAST_TAIL = 1.5
+_MOST_TAIL = 8.0
 # Seconds before which no part is late, once parts have replied: threads of a busy machine are held
 # up for longer, so a hedge brings nothing and costs .1 ms (benchmarks against, "calls, 4 x 40 B").
 _SOONEST = 2e-3
@@ -63,13 +67,15 @@ class History:
 
     def __init__(self, num_parts: int = _PARTS) -> None:
         self._lock = threading.Lock()
-        self._parts, self._calls = _Window(num_parts), _Window(_CALLS)
+        self._parts = _Window(num_parts)
+        self._calls = _Window(_CALLS)
         self._replied = self._unfitted = 0
         self._fewest = self.most_rows = 1  # the rows from, and up to, which the line is fitted
         self._slope = 0.0  # the share of the time of `most_rows` rows that grows with the rows
         self._debt = 0.0
         self._failures: deque[bool] = deque(maxlen=_PARTS)
-        self.estimates, self.exchangeability = EstimationTimes(), Exchangeability()
+        self.estimates = EstimationTimes()
+        self.exchangeability = Exchangeability()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return History, ()
@@ -175,7 +181,8 @@ class History:
             return
         parts = sorted([(rows, seconds) for rows, seconds, _ in self._parts.entries])
         sizes = [rows for rows, _ in parts]
-        fewest, most = sizes[0], sizes[-1]
+        fewest = sizes[0]
+        most = sizes[-1]
         # Small parts end near the middle of all sizes, with enough parts on both sides.
         ends = [i for i in range(_GROUP, len(parts) - _GROUP + 1) if sizes[i - 1] < sizes[i]]
         end = min(ends, key=lambda i: abs(sizes[i - 1] + sizes[i] - fewest - most), default=0)
@@ -185,9 +192,12 @@ class History:
             # The share of the time that grows, first for x1 rows, then for `most` rows.
             share = min(1.0, max(0.0, (1 - y0 / y1) / (1 - x0 / x1))) if y1 else 0.0
             self._slope = share * most / (share * most + (1 - share) * x1)
-            self._fewest, self.most_rows = fewest, most
+            self._fewest = fewest
+            self.most_rows = most
         else:
-            self._slope, self._fewest, self.most_rows = 0.0, x1, x1
+            self._slope = 0.0
+            self._fewest = x1
+            self.most_rows = x1
         self._parts.rescale(self._scale)
         self._calls.rescale(self._scale)
 
@@ -201,7 +211,8 @@ _RETRY = 32
 # A regression of n rows takes 5e-3 + 6e-8 n^2 seconds on one core (64 to 4,096 rows of 784
 # features, a third of them estimated; measured once, no benchmark keeps it). The factor of a
 # machine, a module and its surrogates is measured call by call.
-_FIT, _FIT_ROWS = 5e-3, 6e-8
+_FIT = 5e-3
+_FIT_ROWS = 6e-8
 _FEW = 512  # rows, below which the mean takes as long as none
 _LATE = 5e-3  # seconds by which a busy machine wakes a thread late (benchmarks/resilience.py)
 _RESERVED = 1.25  # times the usual time are kept, so that few estimates are late; not tuned
@@ -212,7 +223,8 @@ class EstimationTimes:
 
     def __init__(self) -> None:
         self._factors = {block: deque[float](maxlen=_REMEMBERED) for block in BLOCKS}
-        self._is_warm, self._hurried = False, 0
+        self._is_warm = False
+        self._hurried = 0
 
     def add(self, seconds: float, rows: int, block: int) -> None:
         """Remember an estimate's time. The first one does not count, as it loads code."""
@@ -256,7 +268,8 @@ def _quiet_seconds(rows: int, block: int) -> float:
 
 # The probability of a false alarm, ever, and the number of calls by which it is least conservative;
 # the second is not tuned.
-_FALSE_ALARM, _TIGHTEST = 0.01, 8
+_FALSE_ALARM = 0.01
+_TIGHTEST = 8
 
 
 class Exchangeability:
@@ -273,7 +286,9 @@ class Exchangeability:
     """
 
     def __init__(self) -> None:
-        self._lock, self._calls, self._sum = threading.Lock(), 0, 0.0
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._sum = 0.0
 
     def add(self, parts: Iterable[tuple[int, float, float]]) -> int:
         """Take the rows, seconds and oddness of the parts of a call.

@@ -21,30 +21,37 @@ if TYPE_CHECKING:
 
 # Late parts are hedged three times, first split over four idle workers (benchmarks/waiting.py). A
 # failed part is cut in four: few workers are lost to a row that ends them (benchmarks resilience).
-_HEDGES, _SPLIT = 3, 4
+_HEDGES = 3
+_SPLIT = 4
 _BURST = 20  # parts that may be hedged at once, beside one whole call; benchmarks/waiting.py
 _ESTIMATE_AFTER = 3.0  # median calls, with a code; benchmarks/waiting.py
 # Failures in a row of the same rows, which are then given up. A call that may not estimate gives up
 # one row of a million at a failure rate of 0.5.
-_TRIES, _TRIES_IF_EXACT = 3, 20
+_TRIES = 3
+_TRIES_IF_EXACT = 20
 # Rows that must raise alike, alone, with no good result, before all rows are refused. If half of
 # the rows were bad, 16 bad ones would be picked in one call of 65,536.
 _BLAMED = 16
 # Probabilities that other parts would have failed as often as this one. Below the first, which four
 # others that did not fail reach, a part is cut. Below the second, a row is poison: with a third of
 # all parts failing, that is one call of two thousand (benchmarks/resilience.py, "poison").
-_SUSPECT, _POISON = 0.2, 1e-5
+_SUSPECT = 0.2
+_POISON = 1e-5
 
 
 class Decisions:
     """Decides which parts a call asks for, and when the call ends. The table holds both."""
 
     def __init__(self, waiting: Waiting, history: History, table: Table) -> None:
-        self.waiting, self.history, self.table = waiting, history, table
-        by_rows, budget = table.spare is None, waiting.hedge_budget
+        self.waiting = waiting
+        self.history = history
+        self.table = table
+        by_rows = table.spare is None
+        budget = waiting.hedge_budget
         self.may_estimate = waiting.may_estimate(by_rows)
         self.least = waiting.least(table.needed, table.least, by_rows)
-        self.num_units, self.rows = sum(map(len, table.first)), max(map(len, table.first))
+        self.num_units = sum(map(len, table.first))
+        self.rows = max(map(len, table.first))
         self.rows *= table.unit_rows
         self.unasked = deque(table.spare or ())
         after = waiting.estimate_after or (math.inf if by_rows else _ESTIMATE_AFTER)
@@ -54,7 +61,9 @@ class Decisions:
             table.deadline = after * history.call(self.rows)
         # From `late_at` on, missing rows are estimated as soon as half of the results are there.
         self.end = table.since + table.deadline
-        self.late_at, self.prepare_at, self.hedged = self.end - table.reserve, math.inf, False
+        self.late_at = self.end - table.reserve
+        self.prepare_at = math.inf
+        self.hedged = False
         self.is_remembered = False
         self.timers: list[tuple[float, int]] = []  # the due times and numbers of parts
         self.to_replace: dict[int, Part] = {}  # late and failed parts, by number
@@ -69,7 +78,8 @@ class Decisions:
 
     def decide(self) -> float:
         """Return when to decide again if nothing happens."""
-        table, raised = self.table, False
+        table = self.table
+        raised = False
         for part in table.changed:
             if part.outcome is OPEN and self.waiting.hedge_budget:
                 if not part.verifies:
@@ -135,7 +145,8 @@ class Decisions:
         alone = sorted(singles.values(), key=lambda part: part.number)[:most]
         if len(alone) < most or not all(part.kind == "raised" for part in alone):
             return
-        causes, workers = {p.error and p.error.alike for p in alone}, {p.worker for p in alone}
+        causes = {p.error and p.error.alike for p in alone}
+        workers = {p.worker for p in alone}
         first = table.parts[: len(table.first)]
         if len(causes) == 1 < len(workers) and all(part.kind == "raised" for part in first):
             table.refused |= {unit: part for part in first for unit in part.units}
@@ -155,7 +166,8 @@ class Decisions:
             self.to_replace[part.number] = part
         if not self.to_replace or self.waiting.at_once:
             return
-        idle, lacking = table.idle(), self.num_units
+        idle = table.idle()
+        lacking = self.num_units
         if table.spare is not None:  # less the columns that may still come in time
             hopeful = [p for p in table.parts if p.outcome is OPEN and p.due > table.heard]
             lacking = table.needed - len(table.answered)
@@ -172,7 +184,8 @@ class Decisions:
             if not missing or (late and not self._may_hedge(part, missing, idle)):
                 continue
             part.replaced = True
-            rows, most = len(missing) * table.unit_rows, min(_SPLIT, idle)
+            rows = len(missing) * table.unit_rows
+            most = min(_SPLIT, idle)
             num = self.history.num_hedges(rows, most) if late and part.of is None else 1
             if part.failed:
                 num = self._cut(part)
@@ -191,7 +204,8 @@ class Decisions:
         if hedges >= _HEDGES or any(other.kind == "died" for other in part.line()):
             return False
         if not self.hedged and self.may_estimate:
-            self.hedged, self.prepare_at = True, (self.table.since + self.late_at) / 2
+            self.hedged = True
+            self.prepare_at = (self.table.since + self.late_at) / 2
         # A row that is late on two workers may be slow on all: one worker stays free for others.
         may = hedges == 0 or len(missing) > 1 or idle > 1
         work = len(missing) / self.num_units
@@ -215,7 +229,8 @@ class Decisions:
         tries = part.tries
         if self.table.spare is not None:
             return int(tries < _TRIES)
-        most, alone = _TRIES if self.may_estimate else _TRIES_IF_EXACT, len(part.units) == 1
+        most = _TRIES if self.may_estimate else _TRIES_IF_EXACT
+        alone = len(part.units) == 1
         refused = False
         if part.kind == "raised":
             if not alone:
@@ -231,7 +246,8 @@ class Decisions:
         elif part.worker < 0:  # no worker had it
             most = _TRIES
         else:
-            died, chance = part.kind == "died", self._chance(part)
+            died = part.kind == "died"
+            chance = self._chance(part)
             # Where most parts fail, smaller parts would only lose more workers. But one part alone
             # cannot tell: it is cut once before all of its rows are given up.
             *_, first = part.line()
@@ -250,7 +266,8 @@ class Decisions:
     def _chance(self, part: Part) -> float:
         """Return the probability that other rows would have failed as often."""
         # Parts that run for half as long as this one ran have not failed.
-        since, line = self.table.now - part.seconds / 2, {*part.line()}
+        since = self.table.now - part.seconds / 2
+        line = {*part.line()}
         others = [
             p
             for p in self.table.parts
@@ -276,7 +293,8 @@ class Decisions:
 
     def _refuse(self, reason: str) -> None:
         """Refuse rows that raised alone and no other worker can try, or three times in a row."""
-        table, failed = self.table, [part for part in self.table.parts if part.failed]
+        table = self.table
+        failed = [part for part in self.table.parts if part.failed]
         working = {part.worker for part in table.good}
         if not working and reason != "failed" and any(part.kind != "raised" for part in failed):
             return
@@ -288,8 +306,10 @@ class Decisions:
                 table.refused.setdefault(part.units[0], part)
 
     def _remember(self) -> None:
-        table, is_typical = self.table, True
-        parts, failures = list[tuple[int, float]](), list[bool]()
+        table = self.table
+        is_typical = True
+        parts = list[tuple[int, float]]()
+        failures = list[bool]()
         for part in table.parts:
             if part.began == math.inf:
                 continue

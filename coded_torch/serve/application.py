@@ -108,14 +108,17 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             but = f", none of {', '.join(added)}" if added else ""
             differ = len({*names, *added}) == len(names) + len(added)
             check(self, given and differ, f"{argument} must be named, each once{but}", names)
-        self.name, self.inputs, self.outputs = name, inputs, outputs
+        self.name = name
+        self.inputs = inputs
+        self.outputs = outputs
         self._versions = Versions(self, coded, make, token)
         self.examples: list[Tensor] = []
         self.form = positional(len(inputs))[0]  # of the arguments of a call
         if examples is not None:
             call = bind(self, coded.module, examples)
             self.examples, self.form = pytree.tree_flatten((call.args, call.kwargs))
-            held, must = len(self.examples), f"examples must hold {len(inputs)} tensors, as inputs"
+            held = len(self.examples)
+            must = f"examples must hold {len(inputs)} tensors, as inputs"
             check(self, held == len(inputs), must, held)
             self.inputs = inputs = in_order(inputs, call)
         self.allowed_hosts = None if allowed_hosts is None else [x.lower() for x in allowed_hosts]
@@ -125,13 +128,16 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         check(self, make is None or self.examples, "make must come with examples", examples)
         self.deadline = positive(self, "deadline", deadline)
         self.max_rows = count(self, "max_batch_size", max_batch_size)
-        self.pool, self.metrics, self.ready = coded.workers, Metrics(), False
+        self.pool = coded.workers
+        self.metrics = Metrics()
+        self.ready = False
         #: The time, the seconds, the rows and the estimated rows of the last answers.
         self.answers: deque[tuple[float, float, int, int]] = deque(maxlen=_MOST_ANSWERS)
 
         def slots() -> tuple[int, int]:
             """Return the number of slots, and how many a batch takes."""
-            size, present = self.pool.num_workers, self.coded
+            size = self.pool.num_workers
+            present = self.coded
             if size and present.code is None:
                 return size * self.pool.concurrency, present.parts or size
             return 1, 1
@@ -188,7 +194,8 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             headers = {x.decode("latin-1"): y.decode("latin-1") for x, y in scope["headers"]}
             try:
                 self._check_names(headers)
-                path, version = scope["path"].removeprefix(scope.get("root_path", "")), ""
+                path = scope["path"].removeprefix(scope.get("root_path", ""))
+                version = ""
                 if path.startswith(versions := f"{self._path}/versions/"):
                     version, _, rest = path.removeprefix(versions).partition("/")
                     if version != self.version:
@@ -312,7 +319,8 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         if version not in ("", answer.version):
             raise RequestError(503, "unavailable", f"version {version} was replaced meanwhile")
         coverage = answer.report.coverage and (message.coverage or answer.report.coverage)
-        rows, estimated = message.inputs[0].shape[0], sum(answer.estimated[answer.rows])
+        rows = message.inputs[0].shape[0]
+        estimated = sum(answer.estimated[answer.rows])
         parameters = {"coverage": coverage} if coverage else {}
         parameters |= dict.fromkeys(("estimated_rows", "predicted_rows"), estimated)
         about = {"model_name": self.name, "model_version": answer.version, "parameters": parameters}
@@ -330,7 +338,8 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         """Answer a request that failed or is refused, and count why."""
         if not isinstance(error, HTTPException):
             error = RequestError(500, "failed", f"the server failed: {type(error).__name__}")
-        path, why = request.url.path, error.detail
+        path = request.url.path
+        why = error.detail
         if error.status_code != 404 and path.endswith("/infer"):
             self.metrics.refused(getattr(error, "reason", "invalid"))
         if error.status_code == 404:
@@ -341,7 +350,8 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
 
 async def _first(future: asyncio.Future[Any], receive: Receive, seconds: float) -> Batch | None:
     """Return the answer, None if time runs out first, or raise if the client disconnects."""
-    loop, tasks = asyncio.get_running_loop(), list[asyncio.Task[None]]()
+    loop = asyncio.get_running_loop()
+    tasks = list[asyncio.Task[None]]()
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -54,7 +54,9 @@ class Batch(NamedTuple):
         """Return an output of the request; error bounds at a level, unless it is 0."""
         if (values := self.outputs.get(spec.name)) is not None:
             return values[self.rows]
-        report, field, end = self.report, _FIELDS.get(spec.name, spec.name), self.rows.stop
+        report = self.report
+        field = _FIELDS.get(spec.name, spec.name)
+        end = self.rows.stop
         values = getattr(report, field)
         if field == "corrected":
             values = torch.tensor([row in report.corrected for row in range(end)])
@@ -90,11 +92,13 @@ def compute(
         held = getattr(error, "report", None)
         if not isinstance(held, Report) or not held.missing_rows:
             raise
-        answers, report = getattr(error, "answers", None), held
+        answers = getattr(error, "answers", None)
+        report = held
     unanswered = set() if own.on_error == "estimate" else set(report.refused)
     if report.failed or report.ended == "failed":
         unanswered |= {*report.refused, *report.missing_rows}
-    rows, leaves = inputs[0].shape[0], pytree.tree_leaves(answers)
+    rows = inputs[0].shape[0]
+    leaves = pytree.tree_leaves(answers)
     if answers is None:
         return Batch({}, report, unanswered, slice(rows))
     got = [(leaf.dtype, list(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor)]
@@ -117,14 +121,18 @@ class _Entry:
     """A request in the queue. Times are seconds of :func:`time.monotonic`."""
 
     def __init__(self, inputs: list[Tensor], arrived: float, deadline: float) -> None:
-        self.inputs, self.arrived, self.deadline = inputs, arrived, deadline
-        self.rows, self.trace = inputs[0].shape[0], tracing.here()
+        self.inputs = inputs
+        self.arrived = arrived
+        self.deadline = deadline
+        self.rows = inputs[0].shape[0]
+        self.trace = tracing.here()
         self.shapes: list[Any] = [x.shape[1:] for x in inputs]
         self.future: asyncio.Future[Batch] = asyncio.get_running_loop().create_future()
 
     def fits(self, other: _Entry) -> bool:
         """Return whether one batch may hold both: it ends at the earlier of their deadlines."""
-        own, its = self.deadline - self.arrived, other.deadline - other.arrived
+        own = self.deadline - self.arrived
+        its = other.deadline - other.arrived
         return self.shapes == other.shapes and own <= 2 * its and its <= 2 * own
 
 
@@ -148,13 +156,18 @@ class Batcher:
         on_batch: Callable[[Batch, int, Sequence[float]], None],
         states: Callable[[], Sequence[str]] = tuple,
     ) -> None:
-        self._compute, self._on_batch, self._states = compute, on_batch, states
-        self._max_rows, self._max_queued, self._slots = max_batch_size, max_queued_requests, slots
+        self._compute = compute
+        self._on_batch = on_batch
+        self._states = states
+        self._max_rows = max_batch_size
+        self._max_queued = max_queued_requests
+        self._slots = slots
         self._queue: dict[_Entry, None] = {}  # the first to arrive is first
         self._rows = 0  # the rows of the queue
         self._history = History(_BATCHES)
         # True if a batch was late, though it had its usual time, and none was answered meanwhile.
-        self._hung, self._answered = False, -math.inf
+        self._hung = False
+        self._answered = -math.inf
         self._timer: asyncio.TimerHandle | None = None
         # Begin, rows, parts and deadline of each running batch.
         self._ongoing: dict[asyncio.Task[None], tuple[float, int, int, float]] = {}
@@ -163,7 +176,8 @@ class Batcher:
     @property
     def _num_free(self) -> int:
         """The number of free slots; at least one if nothing runs."""
-        slots, used = self._slots()[0], sum(parts for _, _, parts, _ in self._ongoing.values())
+        slots = self._slots()[0]
+        used = sum(parts for _, _, parts, _ in self._ongoing.values())
         if used < slots:
             # Workers still compute rows of calls that have ended: these workers are busy, too.
             used = max(used, self._states().count("busy"))
@@ -237,7 +251,8 @@ class Batcher:
     def _fill(self) -> None:
         """Let waiting requests run while a slot is free."""
         while self._queue and (free := self._num_free) and (batch := self._take()):
-            rows, until = sum(entry.rows for entry in batch), min(e.deadline for e in batch)
+            rows = sum(entry.rows for entry in batch)
+            until = min(e.deadline for e in batch)
             parts = 1 if self._queue else min(free, rows, self._slots()[1])
             ran = time.monotonic(), rows, parts, until
             task = asyncio.get_running_loop().create_task(self._run(batch, ran))
@@ -249,7 +264,8 @@ class Batcher:
 
     def _take(self) -> list[_Entry]:
         """Take the next batch. Requests with at most half their usual time get a 504."""
-        batch, rows = list[_Entry](), 0
+        batch = list[_Entry]()
+        rows = 0
         # All slots share the rows: one batch of all leaves workers idle.
         every = self._rows + sum(rows for _, rows, _, _ in self._ongoing.values())
         most = min(self._max_rows, -(-every // self._slots()[0]))
@@ -269,12 +285,15 @@ class Batcher:
 
     async def _run(self, batch: list[_Entry], ran: tuple[float, int, int, float]) -> None:
         begin, rows, parts, deadline = ran
-        queued, left = [begin - entry.arrived for entry in batch], deadline - begin
+        queued = [begin - entry.arrived for entry in batch]
+        left = deadline - begin
         left = max(left - TO_ANSWER, left / 2, 1e-3)
         longest = -(-rows // parts)  # rows of a part
         columns = zip(*(entry.inputs for entry in batch), strict=True)
         inputs = [column[0] if len(column) == 1 else torch.cat(column) for column in columns]
-        loop, done, error = asyncio.get_running_loop(), None, None
+        loop = asyncio.get_running_loop()
+        done = None
+        error = None
         try:
             run = tracing.within([entry.trace for entry in batch], self._compute)
             done = await loop.run_in_executor(self._threads, run, inputs, left, parts)
@@ -290,7 +309,8 @@ class Batcher:
             self._history.add([(longest, time.monotonic() - begin)], None)
             del self._ongoing[cast("asyncio.Task[None]", asyncio.current_task())]
         if not late:
-            self._hung, self._answered = False, time.monotonic()
+            self._hung = False
+            self._answered = time.monotonic()
         elif left >= self._usual(longest) and self._answered < begin:
             self._hung = True
         if error is not None and not late and len(batch) > 1:  # one may be to blame
@@ -298,7 +318,8 @@ class Batcher:
             for entry in batch:
                 entry.shapes = [entry]  # fits no other
                 self._rows += entry.rows
-            self._queue, batch = dict.fromkeys([*batch, *self._queue]), []
+            self._queue = dict.fromkeys([*batch, *self._queue])
+            batch = []
         self._fill()  # before the answers, which take the loop some time
         end = 0
         for entry in batch:
@@ -330,7 +351,8 @@ def _error(cause: Exception, in_time: bool) -> RequestError:
 def _refusal(report: Report, row: int) -> RequestError:
     """Return the error of a request one of whose rows has no answer."""
     error = report.errors.get(row)
-    why, cause = str(error or "no worker replied with these rows"), error and error.__cause__
+    why = str(error or "no worker replied with these rows")
+    cause = error and error.__cause__
     if error and isinstance(cause, EndpointError):  # no address, and no text of that server
         why = f"worker {error.worker} {str(cause).partition(':')[0]}"
     why = re.sub(r" \(https?://\S+\)", "", why)

@@ -46,8 +46,10 @@ class Metrics:
     """Counts the outcomes of batches and requests, which :meth:`text` returns, or Ray collects."""
 
     def __init__(self, *, ray: bool = False) -> None:
-        self._ray, self._registry = ray, prometheus_client.CollectorRegistry()
-        self._restarts, self._numbers = 0, dict[str, Any]()
+        self._ray = ray
+        self._registry = prometheus_client.CollectorRegistry()
+        self._restarts = 0
+        self._numbers = dict[str, Any]()
         self._labelled = dict[tuple[str, str | None], Any]()  # a look costs a tenth of labels()
         # By the names of Triton's extension ``statistics``; times in ns, and the last in ms.
         self._times = {name: {"count": 0, "ns": 0} for name in ("success", "fail", *_TRITONS)}
@@ -57,7 +59,8 @@ class Metrics:
         if ray:
             from ray.util import metrics
 
-            kinds, where = metrics, {}
+            kinds = metrics
+            where = {}
         for name, (text, *labels) in _NUMBERS.items():
             kind = kinds.Counter if name.endswith("_total") else kinds.Gauge
             self._numbers[name] = kind(f"coded_torch_{name}", text, tuple(labels), **where)
@@ -100,7 +103,10 @@ class Metrics:
     def batch(self, pool: Workers, done: Batch, rows: int, queued: Sequence[float]) -> None:
         """Count a pool's batch, whose requests waited so many seconds."""
         self.workers(pool)
-        report, count, names, flags = done.report, self._count, pool.names, done.estimated
+        report = done.report
+        count = self._count
+        names = pool.names
+        flags = done.estimated
         estimated = sum(flag and row not in done.unanswered for row, flag in enumerate(flags))
         won = sum(hedge.won for hedge in report.hedges)
         count("results_total", len(report.received), "received")
@@ -133,7 +139,8 @@ class Metrics:
                     self._numbers["radius"].observe(radius)
 
     def _count(self, name: str, amount: float, label: str | None = None) -> None:
-        counter, key = self._numbers[name], (name, label)
+        counter = self._numbers[name]
+        key = (name, label)
         if self._ray and amount > 0:  # Ray refuses 0
             counter.inc(amount, dict.fromkeys(_NUMBERS[name][1:], label))
         elif not self._ray:

@@ -51,7 +51,8 @@ def bind(owner: object, module: nn.Module, examples: Any) -> inspect.BoundArgume
 
 def in_order(inputs: Sequence[TensorSpec], call: inspect.BoundArguments) -> Sequence[TensorSpec]:
     """Return specs in the order of a call's leaves if they have their names, else as they are."""
-    names, by_name = _inputs_of(call), {spec.name: spec for spec in inputs}
+    names = _inputs_of(call)
+    by_name = {spec.name: spec for spec in inputs}
     return [by_name[name] for name in names] if names.keys() == by_name.keys() else inputs
 
 
@@ -95,7 +96,8 @@ def specs(
         _check("outputs of the module", made, rows=len(values[0]))
         return made
 
-    outputs, is_open = run(leaves), set[Place]()
+    outputs = run(leaves)
+    is_open = set[Place]()
     if not fixed_shapes:
         is_open = _open_places(run, [x[:2] for x in leaves], outputs)
     found = []
@@ -161,14 +163,17 @@ class Versions:
         self, app: Any, coded: CodedWrapper, make: Callable[[], nn.Module] | None, token: str | None
     ) -> None:
         self.present = coded, "1"  # one attribute, so that a batch reads both of one version
-        self._app, self._make, self._token = app, make, token
+        self._app = app
+        self._make = make
+        self._token = token
         self._loading = threading.Lock()
 
     def renew(self) -> str:
         """Do as :meth:`app.renew`."""
         if not self._loading.acquire(blocking=False):
             raise RuntimeError("app: no version can be loaded now, as one is being loaded")
-        (coded, version), name = self.present, self._app.name
+        (coded, version) = self.present
+        name = self._app.name
         try:
             module = self._load(coded)
             settings = inspect.signature(CodedWrapper).parameters
@@ -221,12 +226,14 @@ class Versions:
 
     async def load(self, request: Request) -> Response:
         """Load the next version for a client, as Triton loads a model again."""
-        headers, client = request.headers, request.client
+        headers = request.headers
+        client = request.client
         if self._token is None:
             may = client is not None and _is_loopback(client.host) and _OTHERS.isdisjoint(headers)
             may = may and not any(name.startswith(_BEGINS) for name in headers)
         else:
-            given, wanted = headers.get("authorization", ""), f"Bearer {self._token}"
+            given = headers.get("authorization", "")
+            wanted = f"Bearer {self._token}"
             may = secrets.compare_digest(given.encode(), wanted.encode())
         if not may:
             must = "a load needs the server's token or, if it has none, a program on its own host"

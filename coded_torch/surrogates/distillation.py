@@ -77,7 +77,8 @@ def distill(
     check("distill", are_many, what, type(batches), TypeError)
     if torch.is_inference_mode_enabled():
         raise RuntimeError("distill: leave torch.inference_mode(); torch.no_grad() is allowed")
-    epochs, rows = count("distill", "epochs", epochs), count("distill", "rows", rows)
+    epochs = count("distill", "epochs", epochs)
+    rows = count("distill", "rows", rows)
     patience = count("distill", "patience", patience)
     seed = count("distill", "seed", seed, 0, 2**64 - 2)
     instance("distill", "augment", augment, Callable, optional=True)
@@ -88,7 +89,8 @@ def distill(
     inputs = _joined([_checked(batch, device) for batch in batches])
     places = torch.arange(len(_tensors(inputs)[0]), device=device)
     share = min(_HELD_OUT, len(places) // 2)
-    taught, held_out = places[places % share > 0], places[::share].split(rows)
+    taught = places[places % share > 0]
+    held_out = places[::share].split(rows)
 
     def outputs(network: nn.Module, args: Any) -> list[Tensor]:
         """Return the floating-point outputs, on the scale on which they are estimated."""
@@ -100,7 +102,8 @@ def distill(
         parts = [outputs(network, _rows(inputs, some)) for some in held_out]
         return [torch.cat(leaves) for leaves in zip(*parts, strict=True)]
 
-    exact, found = on_held_out(module), on_held_out(student.eval())
+    exact = on_held_out(module)
+    found = on_held_out(student.eval())
     shapes, must = ([tuple(x.shape) for x in each] for each in (found, exact))
     check("distill", shapes == must, f"student must return shapes {must}, as module", shapes)
     weights = [p for p in student.parameters() if p.requires_grad]
@@ -121,7 +124,9 @@ def distill(
         return x + level * torch.randn(x.shape, **how)
 
     shown = progress and sys.stderr.isatty()
-    best, best_state, waited = math.inf, copy.deepcopy(student.state_dict()), 0
+    best = math.inf
+    best_state = copy.deepcopy(student.state_dict())
+    waited = 0
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # the student may draw numbers, too
         torch.default_generator.manual_seed(seed + 1)  # another stream than the generator's
@@ -154,7 +159,9 @@ def distill(
             error = float((residuals / variances).mean())
             waited += 1
             if error < best:  # never, if it is NaN
-                best, best_state, waited = error, copy.deepcopy(student.state_dict()), 0
+                best = error
+                best_state = copy.deepcopy(student.state_dict())
+                waited = 0
             if shown:
                 line = f"\rdistill: epoch {epoch + 1} of {epochs}, error {best:.4f}"
                 print(line, end="", file=sys.stderr)

@@ -33,7 +33,8 @@ _FROZEN_AT = 1024
 _LANDMARKS = 512  # rows that determine the directions
 _PATH = 240  # rows of the path whose steps are the unit of length, as many as batches often have
 # New rows after which the regression is made again, and the share of time for it; not tuned.
-_FRESH, _SHARE = 256, 0.02
+_FRESH = 256
+_SHARE = 0.02
 _MOST_NUMBERS = 2**25  # numbers that are kept, 128 MB
 
 
@@ -185,7 +186,8 @@ class Memory:
             with contextlib.suppress(RuntimeError):  # Python ends: there is nothing to learn for
                 making = threading.Thread(target=self._make, args=args, name="coded_torch memory")
                 making.start()
-                self._making, self._num_fresh = making, 0
+                self._making = making
+                self._num_fresh = 0
 
     def _make(
         self, generation: int, form: Any, space: Space | None, rows: list[tuple[Any, Tensor]]
@@ -197,7 +199,8 @@ class Memory:
             known = [x if space else found(x) for x, _ in rows]
             snapshot = _Snapshot(form, found, torch.cat(known), outputs)
             with self._lock:
-                self._seconds, self._ended = time.thread_time() - start, time.monotonic()
+                self._seconds = time.thread_time() - start
+                self._ended = time.monotonic()
                 if generation == self._generation:
                     self._snapshot = snapshot
                     if space is None and len(outputs) >= min(_FROZEN_AT, self.capacity // 2):
@@ -217,11 +220,13 @@ class Space:
     """Few coordinates of inputs in one metric, of mean square 1 on the rows that determine them."""
 
     def __init__(self, leaves: Sequence[Leaf], metric: Metric, fit: Fitted) -> None:
-        self._is_pooled, shrinkage = metric.features == "pooled", metric.shrinkage
+        self._is_pooled = metric.features == "pooled"
+        shrinkage = metric.shrinkage
         factor, offset = fit.map
         rows = self._features(leaves) * factor - offset
         values, vectors = torch.linalg.eigh(rows @ rows.T)
-        values, vectors = values[-_RANK:].clamp(min=0), vectors[:, -_RANK:]
+        values = values[-_RANK:].clamp(min=0)
+        vectors = vectors[:, -_RANK:]
         total = float(values.sum())
         if shrinkage < math.inf:  # sqrt(1 / (l + tau)) turns X' U into the metric's directions
             weights = (values + shrinkage * total).clamp(min=1e-300).rsqrt()
@@ -229,7 +234,8 @@ class Space:
         projection = rows.T @ vectors
         square = float((rows @ projection).square().sum(1).mean())
         projection *= square**-0.5 if square > 0 else 0.0
-        self._map, self._shift = factor[:, None] * projection, -offset @ projection
+        self._map = factor[:, None] * projection
+        self._shift = -offset @ projection
 
     def __call__(self, leaves: Sequence[Leaf]) -> Tensor:
         """Return coordinates ``[n, 96]``, or fewer if there are no more directions."""
@@ -244,9 +250,11 @@ class _Snapshot:
     """A regression of outputs ``[M, C]`` on coordinates ``[M, r]``, which is never changed."""
 
     def __init__(self, form: Any, space: Space, rows: Tensor, outputs: Tensor) -> None:
-        self.form, self._space = form, space
+        self.form = form
+        self._space = space
         typical = typical_rows([rows])
-        rows, outputs = rows[typical], outputs[typical].double()
+        rows = rows[typical]
+        outputs = outputs[typical].double()
         self._length = LENGTH * squared_distances(evenly(rows, _PATH), 1.0)[3]
         squared = squared_distances(rows, 1.0, None, torch.arange(len(rows)))[0]
         process = GaussianProcess(squared, self._length)
@@ -258,7 +266,8 @@ class _Snapshot:
         among = squared[left_out]
         among[torch.arange(len(left_out)), left_out] = math.inf  # a row is not its own neighbour
         self._scores = residuals.norm(dim=1) / _deviation(matern52(among, self._length))
-        self._rows, self._squares = rows.T, rows.square().sum(1)
+        self._rows = rows.T
+        self._squares = rows.square().sum(1)
 
     def estimate(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         z = self._space(metrics.leaves_of(inputs))

@@ -14,7 +14,8 @@ from .scores import Scores
 
 # A worker that is new, restarted or at fault is checked so many times as often as others, until so
 # many of its rows were clean. More finds faults sooner and costs work at the start; not tuned.
-_OFTEN, _TRIAL = 10, 30
+_OFTEN = 10
+_TRIAL = 30
 # The probability that chance explains faults, below which workers are excluded. A module that does
 # not repeat itself excludes an honest worker in one of 700 (24 workers) to 6,000 of its lives.
 _CHANCE = 1e-4
@@ -36,7 +37,9 @@ class Record:
     """
 
     def __init__(self, pool: Any, share: float, generator: random.Random | None = None) -> None:
-        self.pool, self.share, self.random = pool, share, generator or secrets.SystemRandom()
+        self.pool = pool
+        self.share = share
+        self.random = generator or secrets.SystemRandom()
         self.excluded: set[int] = set()  #: the workers that get no parts until they are restarted
         #: Results of a row agree up to this, in spreads of the outputs.
         self.tolerance = LEARNABLE if pool is not None and pool.mixed else 0.0
@@ -45,7 +48,8 @@ class Record:
         self.scores = Scores()
         self._faults: dict[int, int] = {}
         # The rows of a worker that others confirmed, since its fault; and its parts with checks.
-        self._clean, self._checks = Counter[int](), Counter[int]()
+        self._clean = Counter[int]()
+        self._checks = Counter[int]()
         self._before = Counter[int]()  # such parts of a worker up to its first fault
         self._calls = self._undecided = 0
         self._lock = threading.Lock()
@@ -98,16 +102,20 @@ class Record:
         # More only if all workers are in trial, as the workers of parts are not known yet.
         share = self.often if all(map(self.fresh, self.workers)) else self.share
         order = [row for part in plain for row in (part[:1] if self.whole else part)]
-        rows, many = self.sample(order, share), len(plain)
+        rows = self.sample(order, share)
+        many = len(plain)
         if not rows or many == 1 or self.whole:  # parts are repeated later
             return plain, {*rows}, share
         if len(order) == many < idle:  # in a part of one row, a check would take as long again
             many += min(idle - many, len(rows))
         # At equal distances, parts hold rows of the others in turn, so that few parts have nothing
         # that is checked, and no few parts have every row.
-        first, start = self.random.randrange(many), self.random.randrange(many - 1)
+        first = self.random.randrange(many)
+        start = self.random.randrange(many - 1)
         held = Counter((j * many + first) // len(rows) for j in range(len(rows)))
-        total, at, hidden = len(order) + len(rows), 0, list[list[int]]()
+        total = len(order) + len(rows)
+        at = 0
+        hidden = list[list[int]]()
         for i in range(many):
             end = at + total * (i + 1) // many - total * i // many - held[i]
             hidden.append(order[at:end])
@@ -150,18 +158,23 @@ class Record:
         with self._lock:
             if worker in self.excluded:  # another call was faster
                 return True
-            faults, workers, parts = self._faults, self.workers, self._checks.copy()
+            faults = self._faults
+            workers = self.workers
+            parts = self._checks.copy()
             if worker not in faults:
                 self._before[worker] = parts[worker]
             parts[worker] += checks
             faults[worker] = faults.get(worker, 0) + 1
             self._clean[worker] = 0
             order = sorted(faults, key=faults.__getitem__, reverse=True)
-            every, total = sum(1 + parts[w] for w in workers), sum(faults.values())
+            every = sum(1 + parts[w] for w in workers)
+            total = sum(faults.values())
             for k in range(1, len(workers) // 2 + 1):
                 some = order[:k]
-                own, at = sum(faults[w] for w in some), sum(1 + parts[w] for w in some)
-                later, since = own - len(some), at - sum(self._before[w] for w in some)
+                own = sum(faults[w] for w in some)
+                at = sum(1 + parts[w] for w in some)
+                later = own - len(some)
+                since = at - sum(self._before[w] for w in some)
                 chance = math.comb(len(workers), k) * _tail(total, own, at / every)
                 by_later = math.comb(len(order), len(some)) * _tail(total, later, since / every)
                 if own > len(some) and min(chance, by_later) <= _CHANCE:
@@ -201,5 +214,6 @@ class Record:
 
 def _tail(count: int, least: int, share: float) -> float:
     """Return the probability of ``least`` or more of some events that have a probability each."""
-    some, share = range(least, count + 1), min(share, 1.0)
+    some = range(least, count + 1)
+    share = min(share, 1.0)
     return sum(math.comb(count, n) * share**n * (1 - share) ** (count - n) for n in some)

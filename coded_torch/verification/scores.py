@@ -27,21 +27,25 @@ logger = sparing_logger("coded_torch.nn")
 
 # Results of one row in batches of other sizes differ by 2.5e-6 of the outputs' spread in float32,
 # and by some .01 in half precision (measured once; no benchmark keeps it). TF32 is learnt.
-_EXACT, _LOOSE = 1e-3, 0.03
+_EXACT = 1e-3
+_LOOSE = 0.03
 # An output's spread is at least so much of that of its whole tensor. In a tensor of more outputs
 # than so many, such as an image, all have one. Not tuned.
-_LEAST_SPREAD, _OWN_SPREAD = 1e-4, 1024
+_LEAST_SPREAD = 1e-4
+_OWN_SPREAD = 1024
 _SAMPLE = 64  # rows from which the spread of outputs is taken
 _QUARTILE = 1.15  # standard deviations, within which three quarters of normal numbers lie
 # Rows of one regression, at most and at least. A fit of 240 takes 5 ms while workers compute, and
 # more rows find little more (benchmarks verification, left).
-_ROWS, _LEAST = 240, 30
+_ROWS = 240
+_LEAST = 30
 _COLUMNS = 64  # outputs of a row that are scored, evenly spaced: they take .2 ms
 # Added to the correlations of outputs, so that they can be inverted. Not tuned.
 _RIDGE = 0.05
 # The shares of rows and of parts that are odd. In 24 parts of 12 rows they add .07 medians of a
 # part to the mean latency; rows of .001 add .12, and find no more (measured once).
-ODD_ROWS, ODD_PARTS = 0.0005, 0.003
+ODD_ROWS = 0.0005
+ODD_PARTS = 0.003
 _KEPT = 4096  # scores that a bar is found from: a bar for one of 1,000 takes some thousand
 _ANEW = 16  # times that a bar is found anew until all scores are new ones
 
@@ -97,7 +101,8 @@ class Scores:
     """The bars above which scores are odd, and the recent rows, of one module. Thread-safe."""
 
     def __init__(self) -> None:
-        self.rows, self.parts = _Bar(ODD_ROWS), _Bar(ODD_PARTS)
+        self.rows = _Bar(ODD_ROWS)
+        self.parts = _Bar(ODD_PARTS)
         self.recent: Recent | None = None
         # Rows of calls, scores of their rows and parts, and whether all odd rows were checked: they
         # are learnt while workers compute.
@@ -113,16 +118,20 @@ class Scores:
         step = -(-len(inputs[0]) // _ROWS)
         rows = range(secrets.randbelow(step), len(inputs[0]), step)
         leaves = [added_up(x.detach()[rows.start :: step]).cpu() for x in inputs]
-        features, past, recent = torch.cat(leaves, 1), None, self.recent
+        features = torch.cat(leaves, 1)
+        past = None
+        recent = self.recent
         some = features
         if recent is not None and recent.features.shape[1] == features.shape[1]:
             first = max(0, len(recent.features) - (_ROWS - len(rows)))
-            some, past = torch.cat([features, recent.features[first:]]), recent.outputs[first:]
+            some = torch.cat([features, recent.features[first:]])
+            past = recent.outputs[first:]
         if len(some) < _LEAST:
             return Fit(rows, features)
         each = map(Leaf, some.split([x.shape[1] for x in leaves], 1))
         distances = Distances(Sources((), [*each]), [DEFAULT])
-        (squared, unit), known = distances.by(DEFAULT), (~distances.far).nonzero()[:, 0]
+        (squared, unit) = distances.by(DEFAULT)
+        known = (~distances.far).nonzero()[:, 0]
         process = GaussianProcess(squared, LENGTH * unit, known)
         residuals = process.maps[1] / process.leave_one_out_variances.sqrt()[:, None]
         return Fit(rows, features, known, residuals.float(), past)
@@ -154,7 +163,9 @@ class _Bar:
     """A quantile of the last scores, found anew from time to time."""
 
     def __init__(self, share: float) -> None:
-        self.at, self._share, self._new = math.inf, share, 0
+        self.at = math.inf
+        self._share = share
+        self._new = 0
         self._scores: deque[float] = deque(maxlen=_KEPT)
 
     def add(self, scores: Sequence[float]) -> None:
@@ -184,7 +195,8 @@ class Results:
     """
 
     def __init__(self, scores: Scores, inputs: Sequence[Tensor] = ()) -> None:
-        self._scores, self.tolerance = scores, _EXACT
+        self._scores = scores
+        self.tolerance = _EXACT
         self._places: dict[Part, dict[int, int]] = {}  # the place of a row's result
         self._leaves: dict[Part, list[Tensor]] = {}  # [rows, ...] each
         self._forms: dict[Part, tuple[torch.Size, ...]] = {}  # the shapes of a row
@@ -251,18 +263,21 @@ class Results:
 
     def odd(self, answers: Mapping[int, Part]) -> set[int]:
         """Return the rows that look so odd that they should be computed again."""
-        scores, parts = self.scores(answers), defaultdict[Part, list[int]](list)
+        scores = self.scores(answers)
+        parts = defaultdict[Part, list[int]](list)
         if not scores:
             return set()
         oddest = max(scores, key=scores.__getitem__)
-        odd, means = {oddest} if scores[oddest] > self._scores.rows.at else set[int](), []
+        odd = {oddest} if scores[oddest] > self._scores.rows.at else set[int]()
+        means = []
         for row in scores:
             parts[answers[row]].append(row)
         for rows in parts.values():
             means.append(sum(map(scores.__getitem__, rows)) / math.sqrt(len(rows)))
             if means[-1] > self._scores.parts.at:
                 odd.add(max(rows, key=scores.__getitem__))
-        self._learnt, self._odd = (list(scores.values()), means), odd
+        self._learnt = (list(scores.values()), means)
+        self._odd = odd
         return odd
 
     def scores(self, answers: Mapping[int, Part]) -> dict[int, float]:
@@ -279,7 +294,9 @@ class Results:
 
     def _placed(self, results: Iterable[tuple[Part, int]]) -> tuple[list[Part], list[int]]:
         """Return the parts in pairs of a part and a row, and each row's place among their rows."""
-        starts, size, places = dict[Part, int](), 0, list[int]()
+        starts = dict[Part, int]()
+        size = 0
+        places = list[int]()
         for part, row in results:
             if part not in starts:
                 starts[part], size = size, size + len(self._places[part])
@@ -296,7 +313,8 @@ class Results:
         with _scoring():
             fit = self._fit if self._scored else None
             if fit is not None and (rows := sorted(answers.keys() & fit.rows)):
-                outputs, at = self._outputs(answers, rows), [*map(fit.rows.index, rows)]
+                outputs = self._outputs(answers, rows)
+                at = [*map(fit.rows.index, rows)]
                 workers = [*map(attrgetter("worker"), map(answers.__getitem__, rows))]
                 every = fit.features[at], outputs, torch.tensor(workers)
                 recent = Recent(*map(itemgetter(outputs.isfinite().all(1)), every))
@@ -343,7 +361,8 @@ def _apart(a: Tensor, b: Tensor, usual: tuple[Tensor, Tensor]) -> Tensor:
     rounded = 4 * kind.eps / (_LOOSE if a.dtype.itemsize == 2 else _EXACT)
     wide = torch.promote_types(a.dtype, torch.float32)
     a, b, medians, spreads = _flat_rows(a.to(wide)), _flat_rows(b.to(wide)), *usual
-    medians, spreads = medians.to(a.device), spreads.to(a.device)
+    medians = medians.to(a.device)
+    spreads = spreads.to(a.device)
     # A spread grows by a tenth of an unusual value, such as a large one of a probability that
     # is mostly small, and so that four roundings of any value are within the tolerance. Not tuned.
     unusual = torch.maximum((a - medians).abs_(), (b - medians).abs_())

@@ -41,14 +41,21 @@ class Verifier:
     table: Table
 
     def __init__(self, record: Record, waiting: Any = None, inputs: Sequence[Tensor] = ()) -> None:
-        self.record, self.waiting, self._inputs = record, waiting, inputs
+        self.record = record
+        self.waiting = waiting
+        self._inputs = inputs
         self._out = frozenset(record.excluded)
-        self.verified, self.unverified, self.corrected = set[int](), set[int](), set[int]()
-        self.faults, self.excluded = dict[int, int](), tuple[int, ...]()
+        self.verified = set[int]()
+        self.unverified = set[int]()
+        self.corrected = set[int]()
+        self.faults = dict[int, int]()
+        self.excluded = tuple[int, ...]()
         self.notes = dict[str, None]()
         self.credible = dict[int, Part]()  #: the answers of workers that are not doubted
         self.doubted = set[int]()  #: workers at fault, excluded, or in undecided disputes
-        self.wanted, self.missed = set[int](), set[int]()  # rows to check, and not checked in time
+        # rows to check, and not checked in time
+        self.wanted = set[int]()
+        self.missed = set[int]()
         self.disputes = dict[tuple[Part, Part], bool]()  #: two parts, and if it stays undecided
         self._undecided = set[tuple[Part, Part]]()  # votes told nothing of the first
         self._added = set[Part]()  # parts whose results have been good, and were added
@@ -63,7 +70,8 @@ class Verifier:
 
     def decide(self, history: Any, table: Table) -> float:
         """Decide as the other policy does, and then check rows and settle disputes."""
-        record, self.table = self.record, table
+        record = self.record
+        self.table = table
         # A pool that cannot exclude workers is told to avoid them.
         out = record.excluded if record.pool.exclude is None else ()
         table.avoid = frozenset({*out, *self.faults})
@@ -78,14 +86,16 @@ class Verifier:
             due = [] if self._first is None else self._due()
             until = min([float(self.waiting.decide(history, table)), *due])
             if table.reason:
-                reason, table.reason = table.reason, ""
+                reason = table.reason
+                table.reason = ""
                 until = self._verify(reason)
         return until
 
     def _add(self) -> None:
         """Add the results that are good now, and let none of a worker at fault be an answer."""
         self.results.tolerance = max(self.results.tolerance, self.record.tolerance)
-        good, answered = self.table.good, self.table.answered
+        good = self.table.good
+        answered = self.table.answered
         # A worker that was excluded before the call, and that has a part, has been restarted.
         if renewed := self._out.intersection(map(attrgetter("worker"), good)):
             self.record.renew(renewed)
@@ -103,7 +113,8 @@ class Verifier:
 
     def _begin(self) -> None:
         """Note how the other policy has ended, and which workers are new."""
-        table, late = self.table, self.table.hedging_threshold
+        table = self.table
+        late = self.table.hedging_threshold
         self._first = dict(table.answered)
         bounded = self.waiting.deadline is not None
         self._end = table.since + table.deadline - table.reserve if bounded else math.inf
@@ -120,7 +131,8 @@ class Verifier:
 
         Return None if rows may be missing, or agree, now.
         """
-        table, record = self.table, self.record
+        table = self.table
+        record = self.record
         if self._first is None:
             self._begin()
         if not (self._is_drawn or table.is_quiet):
@@ -130,7 +142,8 @@ class Verifier:
         alike, disputes = self._compared()
         if not self._is_drawn and reason in ("complete", "failed"):
             lacking = self.wanted - alike.union(*disputes.values())
-            is_late, missed = table.now >= self._soon or table.is_over, set[int]()
+            is_late = table.now >= self._soon or table.is_over
+            missed = set[int]()
             for part in table.parts if lacking else ():
                 if part.outcome is not GOOD and (late := lacking.intersection(part.units)):
                     if part.outcome is OPEN and not is_late:
@@ -168,13 +181,15 @@ class Verifier:
 
         The key of rows that differ is two parts, the first of which is the answer.
         """
-        answered, pairs = self.table.answered, dict[tuple[Part, Part], None]()
+        answered = self.table.answered
+        pairs = dict[tuple[Part, Part], None]()
         for other in self.table.good:
             for part in dict.fromkeys(map(answered.__getitem__, other.units)):
                 is_whole = part.units == other.units or not self.record.whole
                 if part.worker != other.worker and is_whole:
                     pairs[part, other] = None
-        alike, disputes = set[int](), dict[tuple[Part, Part], list[int]]()
+        alike = set[int]()
+        disputes = dict[tuple[Part, Part], list[int]]()
         for pair, by in zip(pairs, self.results.differences(pairs), strict=True):
             for row in by:
                 if answered[row] is not pair[0]:
@@ -197,8 +212,10 @@ class Verifier:
 
     def _of_fresh(self) -> set[int]:
         """Draw more rows of the workers in their trial period, if not all are."""
-        record, more = self.record, self.record.often - self._share
-        fresh, answers = {*filter(record.fresh, record.workers)}, self.table.answered.items()
+        record = self.record
+        more = self.record.often - self._share
+        fresh = {*filter(record.fresh, record.workers)}
+        answers = self.table.answered.items()
         if not fresh or more <= 0 or record.whole:
             return set()
         rows = [row for row, part in answers if part.worker in fresh and row not in self.wanted]
@@ -206,9 +223,11 @@ class Verifier:
 
     def _check(self, done: set[int]) -> None:
         """Have the wanted rows computed by others."""
-        table, able = self.table, self.record.workers - self.faults.keys()
+        table = self.table
+        able = self.record.workers - self.faults.keys()
         groups = defaultdict[tuple[int, tuple[int, ...]], list[int]](list)
-        asked, most = defaultdict[int, list[Part]](list), len(self.record.everyone)
+        asked = defaultdict[int, list[Part]](list)
+        most = len(self.record.everyone)
         for part in table.parts:
             for row in part.units if part.why == "check" else ():
                 asked[row].append(part)
@@ -250,7 +269,8 @@ class Verifier:
 
     def _judge(self, part: Part, other: Part, rows: list[int]) -> str:
         """Return the outcome of a part by votes; OPEN if votes lack, FAILED without a majority."""
-        table, record = self.table, self.record
+        table = self.table
+        record = self.record
         votes = [p for p in table.parts if p.why == "vote" and p.units == part.units]
         good = [p for p in votes if p.outcome is GOOD]
         good = [p for p in good if p.worker not in (part.worker, other.worker)]
@@ -297,7 +317,9 @@ class Verifier:
 
     def _probe(self, worker: int) -> None:
         """Have a worker at fault compute what others answered, and what it has not seen."""
-        table, probes, left = self.table, self._probes, self.faults[worker]
+        table = self.table
+        probes = self._probes
+        left = self.faults[worker]
         seen = {u for p in table.parts if worker in (p.worker, probes.get(p)) for u in p.units}
         some = list({part.units for part in table.answered.values()})
         self.record.random.shuffle(some)
@@ -306,7 +328,8 @@ class Verifier:
             if left and unseen and (len(unseen) == len(units) or not self.record.whole):
                 probe = table.ask(unseen, why="check")
                 probe.avoid = frozenset(self.record.everyone - {worker})
-                probes[probe], left = worker, left - 1
+                probes[probe] = worker
+                left = left - 1
                 seen.update(unseen)
 
     def _conclude(self, reason: str) -> float:
@@ -320,7 +343,8 @@ class Verifier:
             doubtful = {*answered}
         self.unverified = (self.unverified | (doubtful - alike)) & answered.keys()
         self.verified = alike - self.unverified
-        clean, checks = Counter[int](), Counter[int]()
+        clean = Counter[int]()
+        checks = Counter[int]()
         for part in self._added:  # but of votes, which others seldom contradict
             if part.why != "vote" and (some := self.verified.intersection(part.units)):
                 checks[part.worker] += 1

@@ -58,7 +58,8 @@ class Task:
         Rows of consecutive units are views, unless they are ``copied`` for a module in the caller's
         process, which may change them.
         """
-        run, size = range(units[0], units[0] + len(units)), self.unit_rows
+        run = range(units[0], units[0] + len(units))
+        size = self.unit_rows
 
         def chosen(leaf: Tensor) -> Tensor:
             if all(map(operator.eq, units, run)):
@@ -136,7 +137,8 @@ class Request(abc.ABC):
     versions: Mapping[int, str] = {}  #: the version of the model, by worker
     #: The number of replies that a pool may gather before :meth:`wait` returns the first event,
     #: unless time passes, a part fails or has run for ``late`` seconds, or fewer can come.
-    together, late = 0, math.inf
+    together = 0
+    late = math.inf
 
     @abc.abstractmethod
     def ask(self, parts: Sequence[Part]) -> None:
@@ -276,9 +278,12 @@ class Workers(abc.ABC):
         calls = int(example is not None)
         task = _Loading(leaves, [None] * len(leaves), spec, calls, 1, torch.device("cpu"))
         with torch.no_grad(), self.open(module, task) as request:
-            places, states = frozenset(self.places), self.states
+            places = frozenset(self.places)
+            states = self.states
             wanted = sorted(p for p in places if states.get(p, ("",))[0] != "excluded")
-            started, error, request.timeout = 0, None, math.inf
+            started = 0
+            error = None
+            request.timeout = math.inf
             request.ask([Part(n, (0,), avoid=places - {p}) for n, p in enumerate(wanted)])
             for reply in request.replies(timeout):
                 if reply.error and reply.error.worker >= 0:

@@ -55,7 +55,8 @@ class DeviceWorkers(DispatchedWorkers):
     def __init__(self, devices: Sequence[torch.device | str], *, timeout: float = 600.0) -> None:
         # An empty tensor has the index of "cuda", and fails here if there is no such device.
         self.devices = find_devices(self, devices, lambda d: torch.empty(0, device=d).device)
-        self.timeout, self._size = positive(self, "timeout", timeout), len(self.devices)
+        self.timeout = positive(self, "timeout", timeout)
+        self._size = len(self.devices)
         self.mixed = len({device.type for device in self.devices}) > 1
         self._open()
 
@@ -196,7 +197,8 @@ class _Threads(Dispatcher):
 
     def __init__(self, devices: Sequence[torch.device], size: int) -> None:
         super().__init__(size)
-        self.devices, self.process = devices, os.getpid()
+        self.devices = devices
+        self.process = os.getpid()
         self.wake()
 
     def wake(self) -> None:
@@ -223,7 +225,8 @@ class _Threads(Dispatcher):
 
     def close(self) -> None:
         self.stop()
-        replicas, end = list(self._workers), time.monotonic() + CLOSING_SECONDS
+        replicas = list(self._workers)
+        end = time.monotonic() + CLOSING_SECONDS
         for replica in replicas:
             replica.inbox.put(None)
         for replica in replicas:

@@ -86,7 +86,8 @@ class Dispatcher(abc.ABC):
 
     def recover(self) -> None:
         """Fail the part that a worker was being given when an interrupt came, under the lock."""
-        worker, self.served = self.served, None
+        worker = self.served
+        self.served = None
         if worker is not None and worker.part is not None:
             self.reply(worker.part, Failure("could not be asked: an interrupt came"))
             self._finish(worker)
@@ -165,7 +166,8 @@ class Dispatcher(abc.ABC):
         request = part.request
         with self.lock:
             if request.awaits(part):
-                began, at = request.began.get(part.number), request.now()
+                began = request.began.get(part.number)
+                at = request.now()
                 worker, latency = (began.worker, at - began.at) if began else (-1, math.inf)
                 reply = Reply(part, worker, at, latency, result)
                 if isinstance(result, Failure):
@@ -310,11 +312,13 @@ class Dispatcher(abc.ABC):
             if not (request := part.request).wants(part):
                 self._forget()
                 return self._begin()
-            line, out = [*part.line()] if len(idle) <= part.spares else [], part.avoid
+            line = [*part.line()] if len(idle) <= part.spares else []
+            out = part.avoid
             if line and any(w.part in line for w in self._workers):
                 continue
             if part.tried:
-                begun, both = self._clock() - _PATIENCE, out | part.tried
+                begun = self._clock() - _PATIENCE
+                both = out | part.tried
                 others = [w for w in self._workers if w.is_wanted and w.index not in both]
                 out = both if any(w.part is None or w.since > begun for w in others) else out
             workers = sorted([w for w in idle if w.index not in out], key=attrgetter("since"))
@@ -325,8 +329,10 @@ class Dispatcher(abc.ABC):
             if fresh := worker is None and bool(workers) and self.may_load(request.module):
                 worker = workers[0]
             if worker is not None:
-                self.served, worker.fresh = worker, fresh
-                worker.since, worker.part = self._clock(), part
+                self.served = worker
+                worker.fresh = fresh
+                worker.since = self._clock()
+                worker.part = part
                 began = Began(part, worker.index, request.now(), worker.fresh)
                 request.began[part.number] = request.events[~part.number] = began
                 self._parts.remove(part)

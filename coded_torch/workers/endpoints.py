@@ -27,11 +27,14 @@ from .live import LiveRequest
 
 # Seconds from a failure to the first probe of a server; the pause doubles up to the second number,
 # or the third while no server is up. Not tuned: a probe is one small request.
-_PROBE_SECONDS, _MOST_PROBE_SECONDS, _ALONE_PROBE_SECONDS = 0.25, 30.0, 1.0
+_PROBE_SECONDS = 0.25
+_MOST_PROBE_SECONDS = 30.0
+_ALONE_PROBE_SECONDS = 1.0
 _STEP = 0.05  # seconds between two looks whether a probe is due
 # Doubts in a row after which a server counts as failed: one per part that it left unanswered while
 # others answered, more per part that it refused and others computed. Not tuned.
-_MOST_DOUBTS, _DOUBTS_OF_REFUSAL = 16, 6
+_MOST_DOUBTS = 16
+_DOUBTS_OF_REFUSAL = 6
 
 
 class EndpointWorkers(DispatchedWorkers):
@@ -166,8 +169,10 @@ class _Endpoints(Dispatcher):
 
     def __init__(self, asking: client.Client, concurrency: int) -> None:
         super().__init__(0)
-        self.client, self.concurrency = asking, concurrency
-        self.loop, self.process = running_loop(), os.getpid()
+        self.client = asking
+        self.concurrency = concurrency
+        self.loop = running_loop()
+        self.process = os.getpid()
         self.known: list[str] = []  # the URL of each place, also after its removal
         self._pauses: dict[str, float] = {}  # to the next probe, of servers without an answer
         self._doubts = Counter[str]()  # the doubts about each server since its last answer
@@ -276,7 +281,8 @@ class _Endpoints(Dispatcher):
 
     def _compare(self, url: str, part: Any, error: Exception | None = None) -> None:
         """Blame rows that several servers fail on, or a server whose rows another one computes."""
-        units, failures = {*part.units}, part.request.failures
+        units = {*part.units}
+        failures = part.request.failures
         others = [each for each in failures if each[0] != url and not units.isdisjoint(each[1])]
         if error is not None:
             failures.append((url, units, error))
@@ -297,14 +303,16 @@ class _Endpoints(Dispatcher):
 
     async def _ask(self, slot: Worker, part: Any) -> Any:
         module: RemoteModule = part.request.module
-        url, task = self.known[slot.index], part.request.task
+        url = self.known[slot.index]
+        task = part.request.task
         with torch.inference_mode():
             arguments = task.payload(part.units)
         if arguments is None:  # the pool loads the module
             if not await self.client.is_ready(url, f"{module.metadata.path}/ready"):
                 raise EndpointError("is not ready")
             return None
-        inputs, rows = module.inputs(*arguments), len(part.units) * task.unit_rows
+        inputs = module.inputs(*arguments)
+        rows = len(part.units) * task.unit_rows
         if all(dim is None for dim in task.dims):  # the example of `start`
             rows = len(inputs[0])
         asked = self.client.infer(url, module.metadata, inputs, rows, part.request.headers)
@@ -344,7 +352,8 @@ class _Endpoints(Dispatcher):
                 await asyncio.sleep(_STEP)
                 waited += _STEP
             elif failed := not await self.client.is_ready(url):
-                self._pauses[url], waited = max(_PROBE_SECONDS, 2 * self._pause_of(url)), 0.0
+                self._pauses[url] = max(_PROBE_SECONDS, 2 * self._pause_of(url))
+                waited = 0.0
             else:
                 logger.warning("EndpointWorkers: %s is ready again", url, extra={"cause": url})
         for slot in slots:

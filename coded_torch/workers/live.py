@@ -27,7 +27,8 @@ class Interruption:
     """Interrupts, from another thread, the requests that one call opens."""
 
     def __init__(self) -> None:
-        self.is_set, self.requests = False, list[LiveRequest]()
+        self.is_set = False
+        self.requests = list[LiveRequest]()
 
     def set(self, abandon: bool = False) -> None:
         """Interrupt the requests; ``abandon`` ends even the workers that compute their parts."""
@@ -44,8 +45,12 @@ class LiveRequest(Request):
     """A view of one request in a dispatcher's queue, which writes its attributes under its lock."""
 
     def __init__(self, task: Task, timeout: float, dispatcher: Any, module: Any) -> None:
-        self.task, self.dispatcher, self.module = task, dispatcher, module
-        self.timeout, self.ambient = timeout, Ambient.here()  # the modes of the caller
+        self.task = task
+        self.dispatcher = dispatcher
+        self.module = module
+        # the modes of the caller
+        self.timeout = timeout
+        self.ambient = Ambient.here()
         self._opened = time.monotonic()
         #: The parts whose replies were not taken, by number. The oldest is first.
         self.open = OrderedDict[int, Part]()
@@ -82,7 +87,8 @@ class LiveRequest(Request):
 
     def interrupt(self, abandon: bool = False) -> None:
         """Have :meth:`wait` raise a CancelledError."""
-        self.interrupted, self.abandoned = True, self.abandoned or abandon
+        self.interrupted = True
+        self.abandoned = self.abandoned or abandon
         self.dispatcher.notify(self)
         if abandon:
             self.dispatcher.wake()
@@ -90,7 +96,8 @@ class LiveRequest(Request):
     def ask(self, parts: Sequence[Part]) -> None:
         now = self.now()
         for part in parts:
-            part.request, part.asked = self, now
+            part.request = self
+            part.asked = now
         self._retries |= any(part.tried for part in parts)
         self.dispatcher.submit(self, parts)
 
@@ -108,7 +115,8 @@ class LiveRequest(Request):
                 limit = oldest.asked + self.timeout if oldest else math.inf
                 # While no part runs, the call looks from time to time whether one has begun.
                 began = (e.at for n, e in self.events.items() if n < 0 and ~n not in self.events)
-                now, begun = self.now(), min(began, default=math.inf)
+                now = self.now()
+                begun = min(began, default=math.inf)
                 due = begun + self.late if begun < math.inf else now + max(self.late, _LOOK)
                 seconds = min(until, limit, due) - now
                 if self.events and (seconds <= 0 or self.is_notified()):
@@ -116,7 +124,9 @@ class LiveRequest(Request):
                         del self.open[number]
                         self.began.pop(number, None)
                     self._taken.extend(self.events.values())
-                    self.events, self.replied, self.urgent = {}, set(), False
+                    self.events = {}
+                    self.replied = set()
+                    self.urgent = False
                     continue
             # If nothing is open, all that can happen has happened.
             if oldest is None:

@@ -52,7 +52,9 @@ class LocalWorkers(Workers):
 
 class _LocalRequest(Request):
     def __init__(self, pool: LocalWorkers, module: nn.Module, task: Task) -> None:
-        self._pool, self._module, self._task = pool, module, task
+        self._pool = pool
+        self._module = module
+        self._task = task
         self._clock = 0.0
         self._events: list[_Event] = []  # the next event is the last
         self._first = 0  # the number of parts of the first ask
@@ -63,17 +65,20 @@ class _LocalRequest(Request):
         if self._closed:
             raise RuntimeError("LocalWorkers: the request is closed")
         # The first ask says for how many workers delays are drawn.
-        delays, self._first = self._pool.stragglers, self._first or len(parts)
+        delays = self._pool.stragglers
+        self._first = self._first or len(parts)
         last = max((part.number for part in parts), default=-1)
         while len(self._latencies) <= last:
             drawn = [0.0] * self._first if delays is None else delays.sample(self._first).tolist()
             self._latencies += drawn
-        now, events = self._clock, self._events[::-1]
+        now = self._clock
+        events = self._events[::-1]
         computed: list[Part] = []
         values = functools.cache(lambda: self._compute(computed))  # called when the first is needed
         replies: list[_Event] = []
         for part in parts:
-            number, fault = part.number, part.fault
+            number = part.number
+            fault = part.fault
             if number in part.avoid:
                 why = "did not start: it avoids all workers that are left"
                 error = WorkerError(number, -1, why)
@@ -97,7 +102,8 @@ class _LocalRequest(Request):
         if self._events and self._events[-1][0] <= bound:
             self._clock, event, values = self._events.pop()
             if values is not None and isinstance(event, Reply) and event.error is None:
-                value, fault = values().pop(event.part.number), event.part.fault
+                value = values().pop(event.part.number)
+                fault = event.part.fault
                 event.value = value if fault is None else fault.spoil(value)
             return event
         if bound < math.inf:

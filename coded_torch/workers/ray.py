@@ -62,7 +62,8 @@ class RayWorkers(SupervisedWorkers):
     ) -> None:
         must = "Ray must be installed, by pip install 'coded_torch[ray]'"
         check(self, importlib.util.find_spec("ray"), must, None, ImportError)
-        self.address, self.actor_options = address, {"num_cpus": 0, **actor_options}
+        self.address = address
+        self.actor_options = {"num_cpus": 0, **actor_options}
         super().__init__(num_workers, threads=threads, grace=grace, timeout=timeout)
 
     def _make(self) -> Supervisor:
@@ -86,7 +87,9 @@ class _Actors(Supervisor):
     def __init__(self, address: Any, threads: int, options: Any, *size_and_limits: Any) -> None:
         super().__init__(*size_and_limits)
         self._news: queue.SimpleQueue[tuple[_Actor, Part | None, Any] | None] = queue.SimpleQueue()
-        self._address, self._threads, self._options = address, threads, options
+        self._address = address
+        self._threads = threads
+        self._options = options
 
     def set_up(self) -> None:
         self._session = _connect(self._address)
@@ -152,7 +155,8 @@ class _Actors(Supervisor):
         elif error is not None:
             self.lost(worker, f"did not come up: {error}")
         elif worker in self._workers:
-            worker.pid, worker.life = future.result(), time.monotonic()
+            worker.pid = future.result()
+            worker.life = time.monotonic()
             live = worker.handle.live.options(concurrency_group="life")
             self._listen(worker, None, live.remote(self.beat))
             if not worker.ready:

@@ -54,8 +54,10 @@ class WatchedWorker(Worker):
 
     def load(self, part: Part) -> None:
         """Note that the worker gets a part, and forgets all modules that are not alive."""
-        module, kills = part.request.module, part.request.kills
-        self.modules, self.latest = self.modules & module.alive | {module.number}, module.number
+        module = part.request.module
+        kills = part.request.kills
+        self.modules = self.modules & module.alive | {module.number}
+        self.latest = module.number
         self.kills = max(map(kills.__getitem__, part.units)) if kills else 0
 
     def look(self) -> None:
@@ -73,12 +75,17 @@ class WatchedWorker(Worker):
             return self.since + seconds, f"was {what} for more than {seconds:g} s, and was ended"
         if self.part is None:
             return math.inf, ""
-        awaited, longest = self.part.request.awaits(self.part), max(grace, timeout)
+        awaited = self.part.request.awaits(self.part)
+        longest = max(grace, timeout)
         grace *= 2.0 ** min(self.kills, 9)
-        due, what, option = self.since + longest, "", "timeout"
+        due = self.since + longest
+        what = ""
+        option = "timeout"
         if (silent := (max(self.since, self.life) if awaited else self.since) + grace) <= due:
             what = " without a sign of life" if awaited else " that no call waits for"
-            due, longest, option = silent, grace, "grace (--grace)"
+            due = silent
+            longest = grace
+            option = "grace (--grace)"
         how = f"for more than {longest:g} s{what}, and was ended; {option} sets this time"
         return due, f"was at one part {how}"
 
@@ -97,13 +104,15 @@ class Supervisor(Dispatcher):
         self, size: int, grace: float, timeout: float, clock: Any = time.monotonic
     ) -> None:
         super().__init__(size, clock)
-        self.grace, self.timeout = grace, timeout
+        self.grace = grace
+        self.timeout = timeout
         self.beat = min(self.grace / _BEATS, _LONGEST_BEAT)  # seconds between signs of life
         self.modules = ModuleStore(self.pack)
         self.thread = threading.Thread(target=self.serve, name=f"coded_torch-{size}", daemon=True)
         self.num_lost = 0  # workers, while the pool is open
         self._woken = True  # there may be something for the thread to do
-        self._failed_starts, self._start_again = 0, -math.inf
+        self._failed_starts = 0
+        self._start_again = -math.inf
         self._beginning = threading.Lock()
 
     def set_up(self) -> None:
@@ -186,7 +195,8 @@ class Supervisor(Dispatcher):
 
     def _replace(self, worker: Any, reason: str) -> None:
         """Fail the part of a worker that was taken out, and have a new one started."""
-        what, now = f"{worker} {reason}", self._clock()
+        what = f"{worker} {reason}"
+        now = self._clock()
         if not (self.closed or worker.left or worker.is_abandoned):
             logger.warning("a worker was lost and is replaced: %s", what)
         with self.lock:
@@ -256,7 +266,8 @@ class Supervisor(Dispatcher):
                         due = self.tend()
                 except Exception as cause:  # workers and requests are as they were
                     logger.exception("%s: the thread of the pool goes on", self.thread.name)
-                    self.trouble, due = f"{type(cause).__name__}: {cause}", -math.inf
+                    self.trouble = f"{type(cause).__name__}: {cause}"
+                    due = -math.inf
                     time.sleep(_REPAIR_SECONDS)
         finally:
             self.stop()
@@ -279,13 +290,15 @@ class SupervisedRequest(LiveRequest):
     def receive(self, reply: Reply) -> None:
         if reply.error is not None:
             return
-        (worker, read), reply.value = reply.value, None
+        (worker, read) = reply.value
+        reply.value = None
         try:
             succeeded, reply.value = read()
             if succeeded:
                 super().receive(reply)
                 return
-            (what, cause), reply.value = reply.value, None
+            (what, cause) = reply.value
+            reply.value = None
             why = f"failed in {worker}: {what}", "raised", cause
         except Exception as error:  # unpickling may raise anything
             why = f"sent what cannot be read, from {worker}: {error}", "", error
