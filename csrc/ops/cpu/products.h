@@ -22,9 +22,9 @@ inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype)
     count *= std::max<int64_t>(sizes.begin()[dim], 1);
   }
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
-      static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                  strides.data(), static_cast<int32_t>(dtype),
+                                                  aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
 
@@ -32,8 +32,8 @@ inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype)
 inline Tensor viewed(const Tensor& matrix, std::array<int64_t, 2> sizes,
                      std::array<int64_t, 2> strides, int64_t first = 0) {
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-      matrix.get(), matrix.dim(), sizes.data(), strides.data(), first, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(matrix.get(), matrix.dim(), sizes.data(),
+                                                        strides.data(), first, &made));
   return Tensor(made);
 }
 
@@ -62,8 +62,7 @@ inline Tensor transposed(const Tensor& matrix) {
 template <size_t kArguments>
 void call_torch(const char* op, const char* overload, std::array<StableIValue, kArguments> stack,
                 size_t num_results) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
   for (size_t i = 0; i < num_results; ++i) torch::stable::detail::to<Tensor>(stack[i]);
 }
 
