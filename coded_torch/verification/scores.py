@@ -29,12 +29,18 @@ logger = sparing_logger("coded_torch.nn")
 # and by some .01 in half precision (measured once; no benchmark keeps it). TF32 is learnt.
 _EXACT = 1e-3
 _LOOSE = 0.03
-# An output's spread is at least so much of that of its whole tensor. In a tensor of more outputs
-# than so many, such as an image, all have one. Not tuned.
+# An output's spread is at least so much of that of its whole tensor; of one in half precision the
+# second, because roundings of earlier layers are alike in all outputs. Not tuned.
 _LEAST_SPREAD = 1e-4
-_OWN_SPREAD = 1024
-_SAMPLE = 64  # rows from which the spread of outputs is taken
+_LEAST_SPREAD_OF_HALF = 0.25
+_OWN_SPREAD = 1024  # outputs of a tensor, such as an image, above which all have one spread
 _QUARTILE = 1.15  # standard deviations, within which three quarters of normal numbers lie
+# A worker whose outputs are spread so many times as widely as those of the usual worker tells
+# nothing of their spread. Not tuned.
+_MOST_SPREAD = 4
+# Rows from which the spread of outputs is taken: of all workers, and of each at least. Not tuned.
+_SAMPLE = 64
+_SAMPLE_EACH = 8
 # Rows of one regression, at most and at least. A fit of 240 takes 5 ms while workers compute, and
 # more rows find little more (benchmarks verification, left).
 _ROWS = 240
@@ -187,7 +193,7 @@ def _flat_rows(values: Tensor) -> Tensor:
 
 
 class Results:
-    """The results of one call by rows, which agree up to a ``tolerance``, in spreads of outputs.
+    """The results of one call by rows, which agree up to a tolerance, in spreads of outputs.
 
     Args:
         scores: the scores of earlier calls.
@@ -196,11 +202,13 @@ class Results:
 
     def __init__(self, scores: Scores, inputs: Sequence[Tensor] = ()) -> None:
         self._scores = scores
-        self.tolerance = _EXACT
+        self.learnt_tolerance = 0.0  #: the tolerance that earlier calls have found
+        self._doubted = frozenset[int]()  # the workers whose results tell nothing of the spread
         self._places: dict[Part, dict[int, int]] = {}  # the place of a row's result
         self._leaves: dict[Part, list[Tensor]] = {}  # [rows, ...] each
         self._forms: dict[Part, tuple[torch.Size, ...]] = {}  # the shapes of a row
         self._scored: dict[Part, Tensor] = {}  # the outputs that are scored
+        self._half = list[Part]()  # the parts with outputs in half precision
         self._differences: dict[tuple[Part, Part], dict[int, float]] = {}
         self._spreads = dict[tuple[torch.Size, ...], list[tuple[Tensor, Tensor]]]()
         self._learnt: Sequence[Sequence[float]] = ()  # the scores of rows, and of parts
@@ -218,11 +226,24 @@ class Results:
             self._leaves[part].append(leaf)
             self._forms[part] += (leaf.shape[1:],)
             if leaf.dtype in (torch.float16, torch.bfloat16):
-                self.tolerance = _LOOSE
+                self._half.append(part)
             if leaf.dtype.is_floating_point and leaf.numel():
                 numbers.append(_flat_rows(leaf).float())
         if numbers and self._fit is not None:
             self._scored[part] = _some(torch.cat(numbers, 1)).cpu()
+
+    @property
+    def tolerance(self) -> float:
+        """The difference up to which results of a row agree, in spreads of outputs."""
+        is_half = any(not part.failed for part in self._half)
+        return max(self.learnt_tolerance, _LOOSE if is_half else _EXACT)
+
+    def doubt(self, workers: Collection[int]) -> None:
+        """Take the spread of outputs, and all differences, anew, without the results of workers."""
+        if not self._doubted.issuperset(workers):
+            self._doubted = frozenset(workers)
+            self._spreads.clear()
+            self._differences.clear()
 
     def differences(self, pairs: Collection[tuple[Part, Part]]) -> list[Mapping[int, float]]:
         """Return, for pairs of parts, by common row the largest difference of any output.
@@ -251,14 +272,21 @@ class Results:
     def _spread(self, form: tuple[torch.Size, ...]) -> list[tuple[Tensor, Tensor]]:
         """Return the medians and the spreads of each leaf's outputs.
 
-        They are robust, as less than a quarter may be wrong, and are found once all parts have
-        answered, as the first ones may be of one wrong worker.
+        Each worker counts alike, whatever it returned and however many rows it had.
         """
         if form not in self._spreads:
-            alike = [leaves for part, leaves in self._leaves.items() if self._forms[part] == form]
-            step = -(-sum(map(len, self._places.values())) // _SAMPLE)
-            leaves = zip(*alike, strict=True)
-            self._spreads[form] = [_spreads(torch.cat([x[::step] for x in y])) for y in leaves]
+            every = defaultdict[int, list[tuple[Part, int]]](list)
+            for part, places in self._places.items():
+                if self._forms[part] == form:
+                    every[part.worker] += zip(itertools.repeat(part), places)
+            trusted = [rows for worker, rows in every.items() if worker not in self._doubted]
+            by_worker = trusted or [*every.values()]
+            num = max(_SAMPLE_EACH, -(-_SAMPLE // len(by_worker)))
+            num = min(num, max(map(len, by_worker)))
+            sample = [rows[i * len(rows) // num] for rows in by_worker for i in range(num)]
+            parts, at = self._placed(sample)
+            leaves = zip(*map(self._leaves.__getitem__, parts), strict=True)
+            self._spreads[form] = [_spreads(torch.cat(x)[at], len(by_worker)) for x in leaves]
         return self._spreads[form]
 
     def odd(self, answers: Mapping[int, Part]) -> set[int]:
@@ -332,25 +360,51 @@ def _scoring() -> Iterator[None]:
         logger.warning("CodedWrapper: results are not scored, as scoring raised", exc_info=error)
 
 
-def _spreads(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return medians and spreads, on the host: ``[C]`` of ``[n, ...]``, or one for all."""
+def _spreads(rows: Tensor, num_workers: int) -> tuple[Tensor, Tensor]:
+    """Return medians and spreads, on the host: ``[C]`` of ``[n, ...]``, or one for all.
+
+    The rows are as many of each worker, side by side. A worker whose outputs are spread far wider
+    than those of the usual one does not count, so that half of the workers may be wrong.
+    """
     values = _flat_rows(rows)
-    if values.shape[1] > _OWN_SPREAD:
-        values = _some(values).reshape(-1, 1)
+    columns = values.shape[1]
+    if columns > _OWN_SPREAD:
+        values = _some(values)
+        columns = 1
     values = values.to("cpu", torch.promote_types(values.dtype, torch.float32))
+    values = values.reshape(num_workers, -1, columns)
     if not values.numel():
-        return values.sum(0), values.sum(0)
-    medians = values.median(0).values
-    away = (values - medians).abs_().nan_to_num_(nan=math.inf)
-    whole = away.flatten().kthvalue(1 + away.numel() * 3 // 4).values
-    if not 0 < whole < math.inf:
-        whole = away.where(away.isfinite(), 0.0).amax()
-    equal = (away == 0).sum(0)  # may be most: of values that differ from the median
-    at = (equal + (len(away) - equal) * 3 // 4).clamp(max=len(away) - 1)
-    each = away.T.sort(1).values.gather(1, at[:, None])[:, 0]
-    each = each.where(each.isfinite() & (each > 0), whole)  # of an output that is constant here
-    each = each.clamp(min=_LEAST_SPREAD * whole) / _QUARTILE
-    return medians, each.where(each > 0, 1.0)
+        return values.sum((0, 1)), values.sum((0, 1))
+    values = values.where(values.isfinite(), math.nan)
+    medians = values.flatten(0, 1).nanmedian(0).values.nan_to_num_(nan=0.0)
+    away = (values - medians).abs_().nan_to_num_(nan=math.inf)  # [W, n / W, C]
+    wholes = _quartiles(away.flatten(1).T)
+    whole = wholes.median()
+    if not whole > 0:  # most workers returned one value: the spread is that of the others, if any
+        whole = wholes.where(wholes > 0, math.inf).amin()
+        whole = whole.where(whole.isfinite(), 0.0)
+    of_workers = _quartiles(away.transpose(0, 1).flatten(1)).view(num_workers, columns)
+    varies = of_workers > 0
+    usual = of_workers.where(varies, math.nan).nanmedian(0).values
+    # An output that varies on few workers may have its spread from a wrong one.
+    is_rare = 2 * varies.sum(0) <= num_workers
+    usual = usual.where(~is_rare, usual.clamp(max=whole))
+    away.masked_fill_((of_workers > _MOST_SPREAD * usual)[:, None], math.inf)
+    spreads = _quartiles(away.flatten(0, 1))
+    spreads = spreads.where(spreads > 0, whole)  # of an output that is constant here
+    least = _LEAST_SPREAD_OF_HALF if rows.dtype.itemsize == 2 else _LEAST_SPREAD
+    spreads = spreads.clamp(min=least * whole) / _QUARTILE
+    return medians, spreads.where(spreads > 0, 1.0)
+
+
+def _quartiles(away: Tensor) -> Tensor:
+    """Return the third quartiles of finite numbers other than 0, by column; 0 if there are none."""
+    ordered = away.sort(0).values
+    equal = (ordered == 0).sum(0)  # may be most: of values that differ from the median
+    known = ordered.isfinite().sum(0)
+    at = (equal + (known - equal) * 3 // 4).clamp(max=known - 1).clamp(min=0)
+    found = ordered.gather(0, at[None])[0]
+    return found.where(found.isfinite(), 0.0)
 
 
 def _apart(a: Tensor, b: Tensor, usual: tuple[Tensor, Tensor]) -> Tensor:

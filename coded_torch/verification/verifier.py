@@ -93,7 +93,7 @@ class Verifier:
 
     def _add(self) -> None:
         """Add the results that are good now, and let none of a worker at fault be an answer."""
-        self.results.tolerance = max(self.results.tolerance, self.record.tolerance)
+        self.results.learnt_tolerance = self.record.tolerance
         good = self.table.good
         answered = self.table.answered
         # A worker that was excluded before the call, and that has a part, has been restarted.
@@ -181,6 +181,7 @@ class Verifier:
 
         The key of rows that differ is two parts, the first of which is the answer.
         """
+        self.results.doubt(self.doubted)
         answered = self.table.answered
         pairs = dict[tuple[Part, Part], None]()
         for other in self.table.good:

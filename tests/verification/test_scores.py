@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from coded_torch.table import Part
+from coded_torch.table import DISPUTED, Part
 from coded_torch.verification import Results, Scores
 
 
@@ -154,6 +154,53 @@ class TestDifferences:
     def test_a_huge_wrong_result_does_not_widen_the_spread(self):
         _, by = self.of(torch.tensor([[0.0], [1.0]]), torch.tensor([[1e30], [0.0]]))
         assert by[5] > 5  # a tenth of its own size is added to the spread
+
+    @pytest.mark.parametrize("sizes", [(12, 12, 12, 12), (4, 4, 4, 36), (1, 1, 1, 1)])
+    @pytest.mark.parametrize("factor", [1e-6, 1e6])
+    def test_no_worker_sets_the_spread_however_many_rows_it_has(self, sizes, factor):
+        rows, first, parts = torch.randn(sum(sizes), 3), 0, list[Part]()
+        found = Results(Scores())
+        for worker, size in enumerate(sizes):
+            units = range(first, first + size)
+            parts.append(part_of(worker, units, rows[first : first + size]))
+            first += size
+        parts[-1] = part_of(3, parts[-1].units, factor * rows[-sizes[-1] :])
+        parts.append(part_of(4, [0], rows[:1] + 0.3))
+        for part in parts:
+            found.add(part)
+        assert 0.02 < found.differences([(parts[0], parts[-1])])[0][0] < 3
+
+    def test_the_spread_is_taken_anew_without_doubted_workers(self):
+        rows = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+        parts = [part_of(i, range(16), (1.0, 1e6, 1e6, 1e6)[i] * rows) for i in range(4)]
+        parts.append(part_of(4, [0], rows[:1] + 0.3))
+        found = Results(Scores())
+        for part in parts:
+            found.add(part)
+        pair = parts[0], parts[4]
+        assert found.differences([pair])[0][0] < found.tolerance
+        found.doubt({1, 2, 3})
+        assert found.differences([pair])[0][0] > found.tolerance
+
+    def test_half_precision_of_a_part_that_failed_is_not_tolerated(self):
+        found = Results(Scores())
+        for worker, dtype in enumerate((torch.float32, torch.float16)):
+            found.add(part := part_of(worker, [0], torch.zeros(1, 2, dtype=dtype)))
+        assert found.tolerance == 0.03
+        part.outcome = DISPUTED
+        assert found.tolerance == 1e-3
+
+    def test_an_output_that_few_workers_vary_has_the_spread_of_the_others(self):
+        """The worker that varies it may be the one that is wrong."""
+        found = Results(Scores())
+        rows = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+        rows[:, 1] = 0.0
+        parts = [part_of(i, range(16), rows) for i in range(4)]
+        parts.append(part_of(4, range(16), torch.stack([rows[:, 0], 1e6 * rows[:, 0]], 1)))
+        parts.append(part_of(5, [0], rows[:1] + torch.tensor([[0.0, 0.3]])))
+        for part in parts:
+            found.add(part)
+        assert found.differences([(parts[0], parts[5])])[0][0] > 0.05
 
     def test_each_output_has_a_spread_of_its_own(self):
         found = Results(Scores())

@@ -353,6 +353,20 @@ class TestDisputes:
         assert not is_wrong.any()
         assert set(report.faults) == {0, 1}
 
+    @pytest.mark.parametrize("huge", [lambda y: 1e6 * y, lambda y: 1e6 * (1 + torch.rand(y.shape))])
+    @pytest.mark.parametrize("num_workers", [4, 5, 6])
+    @pytest.mark.parametrize("share", [0.2, 1.0])
+    def test_no_wrong_rows_are_verified_beside_huge_ones_of_another_worker(
+        self, huge, num_workers, share
+    ):
+        for seed in range(4):
+            pool = pool_of(num_workers, {0: [(huge, 1.0)], 1: [by(0.5)]})
+            coded = wrap(pool, share)
+            for call in range(4):
+                is_wrong, report = self.wrong(coded, batch(100 * seed + call))
+                assert not (is_wrong & report.verified).any()
+                assert set(report.faults) <= {0, 1}
+
     def test_results_near_0_make_no_rounding_look_like_a_difference(self):
         pool = pool_of(5, {0: [(lambda y: 1e-8 * y, 0.9)]})
         coded = wrap(pool, 0.2, Call(lambda x: 2 * x + 1 + 1e-6 * x[:1]))
