@@ -13,9 +13,8 @@ from coded_torch.linear import SplineMap
 
 from .grids import compile_kernels, facts
 from .splines import DTYPES, TOLERANCES
-from .test_cuda_fallback import Launches
 from .test_ops import make_indices, make_plan
-from .waits import host_waits
+from .waits import Launches, host_waits
 
 # Hopper; Turing, Ampere, Blackwell in servers and desktops, which take a minute.
 ARCHITECTURES = [

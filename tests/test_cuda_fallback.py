@@ -2,33 +2,17 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from coded_torch import _extension as fallback
 from coded_torch import ops
 
 from .splines import TOLERANCES
 from .test_ops import make_indices, make_plan
-from .waits import host_waits
+from .waits import Launches, host_waits
 
 pytestmark = pytest.mark.cuda
 
 MOST_LAUNCHES = 8
-
-
-class Launches(TorchDispatchMode):
-    """The operators that run a kernel; views and new memory do not."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        name = operator.overloadpacket.__name__
-        is_view = any(r.alias_info and not r.alias_info.is_write for r in operator._schema.returns)
-        if not (is_view or name in ("empty", "empty_like", "new_empty", "_unsafe_view")):
-            self.names.append(name)
-        return operator(*args, **(kwargs or {}))
 
 
 def on_device(*arguments):

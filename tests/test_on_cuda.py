@@ -15,8 +15,9 @@ from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Uniform
 from coded_torch.workers import DeviceWorkers, LocalWorkers
 
+from .nn.modules import Call
 from .serve.servers import Client, built, linear, serving, tensor
-from .waits import host_waits
+from .waits import Launches, host_waits
 
 pytestmark = pytest.mark.cuda
 
@@ -224,9 +225,9 @@ def test_serve(pool):
 # Waits in a call of 240 rows, counted on the pretended accelerator. Without compiled kernels a new
 # decoder takes 3 more.
 WAITS = {
-    "spline": (lambda: SplineCode(20, 24), 4 + 3),
-    "replication": (lambda: ReplicationCode(20, 24), 4),
-    "kernel": (lambda: RegressionCode(20, 24), 7),
+    "spline": (lambda: SplineCode(20, 24), 2 + 3),
+    "replication": (lambda: ReplicationCode(20, 24), 2),
+    "kernel": (lambda: RegressionCode(20, 24), 4),
 }
 
 
@@ -242,6 +243,65 @@ def test_a_warm_call_waits_seldom(make_code, most):
         with host_waits() as lines:
             wrapper(x)
     assert sum(lines.values()) <= most, lines
+
+
+# Launches in a call of 240 rows in 24 parts, three of which are the module's: before parts of one
+# batch were reduced together, 64, 58 and 66.
+LAUNCHES = {
+    "spline": ({"code": SplineCode(20, 24)}, 15),
+    "rows": ({"parts": 24}, 11),
+    "replication": ({"code": ReplicationCode(20, 24)}, 17),
+}
+
+
+@pytest.mark.parametrize(("division", "most"), LAUNCHES.values(), ids=LAUNCHES)
+def test_parts_of_one_batch_take_few_launches(division, most):
+    x = random_numbers(240, 12).to("cuda")
+    wrapper = CodedWrapper(network().to("cuda"), **division, workers=LocalWorkers())
+    with torch.no_grad():
+        for _ in range(2):
+            wrapper(x)
+        with Launches() as launches:
+            wrapper(x)
+    assert len(wrapper.last_run.received) in (24, 240)
+    assert len(launches.names) <= most, launches.names
+
+
+def raises_for_nan(x):
+    if not x.isfinite().all():
+        raise ZeroDivisionError("the module raised")
+    return x.sin()
+
+
+@pytest.mark.parametrize("forward", [torch.sin, raises_for_nan, lambda x: x.sin()[:1]])
+@either_pool
+@pytest.mark.parametrize("make_code", [CODES["spline"], CODES["berrut"]])
+def test_inputs_that_are_not_finite_and_mixed_are_named(make_code, pool, forward):
+    """By the caller's error, though they are known only when results are."""
+    x = X.to("cuda")
+    x[7, 3] = torch.nan
+    with contextlib.ExitStack() as stack:
+        wrapper = CodedWrapper(Call(forward), make_code(), workers=stack.enter_context(pool()))
+        with torch.no_grad():
+            for _ in range(2):
+                with pytest.raises(ValueError, match=r"args\[0\] must be finite, .* nan in row 7"):
+                    wrapper(x)
+            if forward is torch.sin:
+                assert wrapper(X.to("cuda")).isfinite().all()
+
+
+@pytest.mark.parametrize("pool", [LocalWorkers, lambda: DeviceWorkers(["cuda:0", "cuda:0"])])
+@pytest.mark.parametrize("code", [None, ReplicationCode(4, 8)], ids=["rows", "replication"])
+def test_rows_that_are_not_finite_and_not_mixed_are_computed(code, pool):
+    x = X.to("cuda")
+    x[7, 3] = torch.nan
+    division = {"parts": 6} if code is None else {"code": code}
+    with pool() as workers:
+        wrapper = CodedWrapper(Call(torch.sin), workers=workers, **division)
+        answers = wrapper(x)
+    torch.testing.assert_close(answers, x.sin(), equal_nan=True)
+    assert not wrapper.last_run.estimated.any()
+    assert not wrapper.last_run.rejected
 
 
 class Copies(TorchDispatchMode):

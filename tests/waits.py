@@ -1,10 +1,22 @@
-"""Where the host waits for a device, which lets neither work ahead."""
+"""What the host launches on a device, and where it waits, which lets neither work ahead."""
 
 import contextlib
 import warnings
 from collections import Counter
 
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Operators that run nothing on a device.
+_RUN_NOTHING = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "_unsafe_view",
+    "record_stream",
+}
 
 
 @contextlib.contextmanager
@@ -21,3 +33,21 @@ def host_waits():
     for warning in caught:
         if "called a synchronizing CUDA operation" in str(warning.message):
             lines["/".join(warning.filename.split("/")[-2:]) + f":{warning.lineno}"] += 1
+
+
+class Launches(TorchDispatchMode):
+    """The operators that run on a device, or copy from or to it, in the thread that calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        name = operator.overloadpacket.__name__
+        is_view = any(r.alias_info and not r.alias_info.is_write for r in operator._schema.returns)
+        tensors = pytree.tree_leaves((args, kwargs, result))
+        on_device = any(isinstance(x, torch.Tensor) and x.is_cuda for x in tensors)
+        if on_device and not is_view and name not in _RUN_NOTHING:
+            self.names.append(name)
+        return result

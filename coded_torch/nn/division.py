@@ -1,7 +1,6 @@
 r"""The arguments of a call, and the two ways to divide them into parts: rows and columns."""
 
 import functools
-import math
 import random
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -14,18 +13,16 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from .._arguments import dense
-from .._torch import as_real, broadcast_dims, outside, plain, positional
+from .._torch import broadcast_dims, on_host, outside, plain, positional
 from ..codes.base import Code
 from ..input_space.regression import Regression, RowPlan
 from ..scheduling.latency_history import BLOCKS, EstimationTimes
 from ..workers.base import Task
+from .finite import all_finite, finite, has_numbers, sums_of
 
 # Seconds that an estimate may end after the deadline before a worse one is made. A busy machine
 # wakes a thread about as late (benchmarks/resilience.py, "deadline").
 _SLACK = 5e-3
-# At so many numbers, NumPy is as fast as torch, and keeps the interpreter's lock: an operator of
-# torch lets other threads take it, and waits to get it back. Not tuned.
-_FEW = 512
 
 
 class Inputs:
@@ -34,9 +31,6 @@ class Inputs:
     ``leaves`` are those of ``(args, kwargs)``, of the structure ``spec``, and ``dims`` their batch
     dimensions; None if every part gets the whole leaf. ``device`` is the first divided leaf's.
     """
-
-    #: The rows that hold NaN or infinity, bool ``[B]``, on the host; None without any, or if mixed.
-    not_finite: Tensor | None = None
 
     def __init__(
         self, args: tuple[Any, ...], kwargs: Any, in_dims: Any, mixing: Code | None = None
@@ -54,14 +48,13 @@ class Inputs:
         dims = broadcast_dims("in_dims", in_dims, spec, "shared")
         dims += [0] * (len(self.leaves) - len(dims))
         self.dims = list[Any]()
+        self._mixing = mixing
+        self._not_finite: Tensor | None = None
         sizes = dict[int, int]()
-        odd = list[Tensor]()
         for i, (leaf, dim) in enumerate(zip(self.leaves, dims, strict=True)):
             self.dims.append(dim if isinstance(leaf, Tensor) and dim != "shared" else None)
             if self.dims[i] is not None:
-                sizes[i] = self._checked_size(i, dim, mixing)
-                if mixing is None and not finite(leaf):
-                    odd.append(leaf.movedim(dim, 0))
+                sizes[i] = self._checked_size(i, dim)
         if not sizes:
             got = ", ".join(sorted({type(leaf).__name__ for leaf in self.leaves})) or "none"
             raise ValueError(f"CodedWrapper: inputs must hold a tensor to divide, got {got}")
@@ -73,13 +66,57 @@ class Inputs:
             )
         (first, self.batch_size), *_ = sizes.items()
         self.device: torch.device = self.leaves[first].device
-        for leaf in odd:
+        numbers = [i for i in sizes if has_numbers(self.leaves[i])]
+        self._on_device = [i for i in numbers if not self.leaves[i].is_cpu]
+        self._look_at([i for i in numbers if self.leaves[i].is_cpu])
+        #: Sums of the inputs on devices, which are finite only if these inputs are. Whoever has to
+        #: wait for a device reads them, too. None are left once that has happened.
+        self.unread = list[Tensor]()
+        if self._on_device:
             with outside():
-                rows = plain("CodedWrapper", "inputs", leaf).reshape(len(leaf), -1)
-                bad = ~rows.isfinite().all(1).cpu()
-                self.not_finite = bad if self.not_finite is None else bad | self.not_finite
+                leaves = [self.leaves[i] for i in self._on_device]
+                self.unread = sums_of([plain("CodedWrapper", "inputs", leaf) for leaf in leaves])
         if self.batch_size > 1 and None in self.dims:
             self._check_shared(dims)
+
+    @property
+    def not_finite(self) -> Tensor | None:
+        """The rows that hold NaN or infinity, bool ``[B]``, on the host; None without any.
+
+        Raises what :meth:`read` does.
+        """
+        self.read()
+        return self._not_finite
+
+    def read(self) -> None:
+        """Wait for the device of the inputs, once, to know whether they are finite.
+
+        Raises a ValueError if one is not, and the code mixes inputs.
+        """
+        if self.unread:
+            is_finite = all_finite(self.unread)
+            self.unread = []
+            self._look_at([] if is_finite else self._on_device)
+
+    def _look_at(self, numbers: Sequence[int]) -> None:
+        """Note which rows of some leaves are not finite; raise a ValueError if rows are mixed."""
+        for i in numbers:
+            leaf: Tensor = self.leaves[i]
+            dim: int = self.dims[i]
+            if finite(leaf):
+                continue
+            if self._mixing is not None:  # one such number would spoil its group
+                place = (~leaf.isfinite()).nonzero()[0].tolist()
+                raise ValueError(
+                    f"CodedWrapper: {self._name(i)} must be finite, as {self._mixing} mixes "
+                    f"inputs, got {leaf[tuple(place)].item()} in row {place[dim]}, at {place}; "
+                    "leave the code out, or take one that repeats inputs, or leave the row out"
+                )
+            with outside():
+                rows = plain("CodedWrapper", "inputs", leaf.movedim(dim, 0))
+                rows = rows.reshape(len(rows), -1)
+                bad = ~rows.isfinite().all(1).cpu()
+                self._not_finite = bad if self._not_finite is None else bad | self._not_finite
 
     def batches(self) -> list[Tensor]:
         """Return the divided inputs, ``[B, ...]`` each."""
@@ -97,8 +134,9 @@ class Inputs:
     def _paths(self) -> list[Any]:
         return pytree.tree_flatten_with_path((self.args, self.kwargs))[0]
 
-    def _checked_size(self, i: int, dim: int, mixing: Code | None) -> int:
+    def _checked_size(self, i: int, dim: int) -> int:
         leaf: Tensor = self.leaves[i]
+        mixing = self._mixing
         name = f"CodedWrapper: {self._name(i)} must"
         whole = not (leaf.dtype.is_floating_point or leaf.dtype.is_complex)
         dense("CodedWrapper", self._name(i), leaf, not whole, "" if mixing else ", or integers")
@@ -114,13 +152,6 @@ class Inputs:
         if not -leaf.dim() <= dim < leaf.dim():
             must = f'have the batch dimension {dim}, or "shared" in in_dims'
             raise ValueError(f"{name} {must}, got shape {(*leaf.shape,)}")
-        if mixing is not None and not finite(leaf):  # one such number would spoil its group
-            place = (~leaf.isfinite()).nonzero()[0].tolist()
-            raise ValueError(
-                f"{name} be finite, as {mixing} mixes inputs, got {leaf[tuple(place)].item()} in "
-                f"row {place[dim]}, at {place}; leave the code out, or take one that repeats "
-                "inputs, or leave the row out"
-            )
         return leaf.shape[dim]
 
     def _check_shared(self, dims: Sequence[Any]) -> None:
@@ -148,21 +179,6 @@ def _name(path: Any) -> str:
     return ("args" if path[0].idx == 0 else "kwargs") + pytree.keystr(path[1:])
 
 
-def finite(leaf: Tensor) -> bool:
-    """Return whether all of a tensor is finite; integers are."""
-    if not (leaf := as_real(leaf)).dtype.is_floating_point:
-        return True
-    wraps = type(leaf) is not Tensor or torch._C._are_functorch_transforms_active()
-    if leaf.is_cpu and leaf.numel() <= _FEW and not wraps:  # NumPy would see other numbers
-        try:
-            return bool(np.isfinite(leaf.numpy()).all())
-        except (RuntimeError, TypeError):  # NumPy has no bfloat16, no sparse tensors, no gradients
-            pass
-    leaf = leaf.detach() if leaf.requires_grad else leaf
-    # A value that is not finite stays so in every sum; a sum may overflow without one.
-    return math.isfinite(leaf.sum().item()) or bool(leaf.isfinite().all())
-
-
 class Division:
     """A batch as units that can be asked for one by one. A part is some of the units."""
 
@@ -173,8 +189,6 @@ class Division:
     needed: int  #: the number of units with a result that complete the call
     least: int  #: the number of units that can be decoded at all
     num_groups = 0  #: G; 0 by rows
-    #: bool ``[units, R]``, rows of units whose inputs are not finite; None if there is none.
-    not_finite: Tensor | None = None
     reserve = 0.0  #: seconds before the deadline that estimates take
     plan: Any  #: the BatchPlan or RowPlan of the batch, by which results become answers
     link: str | None  #: the link of the estimator or the code
@@ -193,8 +207,13 @@ class Division:
         self.task = Task(
             leaves, inputs.dims, inputs.spec, num_units, unit_rows, inputs.device, out_dims
         )
-        if inputs.not_finite is not None:
-            self.not_finite = self.spread(inputs.not_finite)
+
+    @functools.cached_property
+    @on_host()
+    def not_finite(self) -> Tensor | None:
+        """The rows of units whose inputs are not finite, bool ``[units, R]``; None without any."""
+        rows = self.inputs.not_finite
+        return None if rows is None else self.spread(rows)
 
     def is_whole(self, received: Collection[int]) -> bool:
         """Return whether the results of these units are the answers as they are."""

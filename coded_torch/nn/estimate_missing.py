@@ -22,7 +22,8 @@ from ..input_space.regressor import columns, few_columns
 from ..scheduling.waiting import Waiting
 from ..surrogates import Memory
 from ..verification import Verifier
-from .division import Division, finite
+from .division import Division
+from .finite import finite
 from .report import Report, logger
 from .result_checks import Stacked, show
 

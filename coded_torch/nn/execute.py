@@ -69,7 +69,12 @@ class Execution:
                 judge=self.checks.judge,
             )
             try:
-                self._follow(waiting if check is None else check, history, request)
+                try:
+                    self._follow(waiting if check is None else check, history, request)
+                except Exception:  # the module may have raised because of inputs that are mixed
+                    division.inputs.read()
+                    raise
+                division.inputs.read()
                 self.why = "" if table.reason == "complete" else request.status()
                 if self.why and pool.num_ready == pool.num_restarts == 0:
                     first = "workers are still starting; call pool.start(model, example) first"

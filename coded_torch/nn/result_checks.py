@@ -2,6 +2,7 @@ r"""Judges results by their form, and puts the good ones side by side."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
@@ -12,10 +13,19 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._arguments import dense
-from .._torch import broadcast_dims, check_batch, differentiated, flatten, leaf_name, unflatten
+from .._torch import (
+    broadcast_dims,
+    check_batch,
+    differentiated,
+    flatten,
+    leaf_name,
+    to_device,
+    unflatten,
+)
 from ..table import DISPUTED, FAILED, GOOD, Part, Table, WorkerError
 from ..workers.base import CONSTANTS
-from .division import Division, finite
+from .division import Division
+from .finite import all_finite, finite, has_numbers, runs, sums_of
 
 _ROUNDING = 0.01  # the most that a sum of probabilities differs from 1; half precision needs it
 
@@ -35,10 +45,9 @@ class Result:
 
     def __init__(self, value: Any, units: Sequence[int], division: Division) -> None:
         task = division.task
-        odd = division.not_finite
         self._value = value
-        #: The rows whose inputs are finite, bool; None if all are.
-        self.kept = None if odd is None else ~odd[list(units)].flatten()
+        self._units = units
+        self._division = division
         self.leaves, self.spec = flatten(value)
         self.dims: list[Any] = broadcast_dims("out_dims", task.out_dims, self.spec)
         self.divided: list[int] = []  # the places of the leaves that have the part's rows
@@ -76,6 +85,12 @@ class Result:
                 f"to be decoded with link='softmax', got values of {rows.min():.3g} and more, "
                 f"of shape {[*rows.shape]}, with sums of {sums.min():.3g} to {sums.max():.3g}"
             )
+
+    @functools.cached_property
+    def kept(self) -> Tensor | None:
+        """The rows whose inputs are finite, bool; None if all are."""
+        odd = self._division.not_finite
+        return None if odd is None else ~odd[list(self._units)].flatten()
 
     def name(self, i: int) -> str:
         return leaf_name("output", self._value, i)
@@ -153,7 +168,14 @@ class Checks:
         self._misfits: list[tuple[int, Part, Exception]] = []  # parts that cannot be decoded
 
     def judge(self, ended: Sequence[Part]) -> None:
-        """Judge parts that ended together."""
+        """Judge parts that ended together.
+
+        Raises a ValueError if inputs are not finite and the code mixes them: nobody's results are
+        to blame then.
+        """
+        inputs = self._division.inputs
+        if self._division.link is not None or any(part.error is not None for part in ended):
+            inputs.read()
         formed = list[Part]()
         for part in ended:
             if part.error is not None:
@@ -163,15 +185,37 @@ class Checks:
                 part.result = Result(part.result, part.units, self._division)
                 formed.append(part)
             except (TypeError, ValueError) as cause:
+                inputs.read()
                 self._misfits.append((part.number, part, cause))
                 text = str(cause).removeprefix("CodedWrapper: ")
                 self._reject(part, f"returned what cannot be decoded: {text}", cause)
-        names = _not_finite(formed)
+        names = self._not_finite(formed)
         for part in formed:
             if name := names.get(part.number):
                 self._reject(part, f"returned values that are not finite in {name}")
             else:
                 self._count(part)
+
+    def _not_finite(self, parts: Sequence[Part]) -> dict[int, str]:
+        """Return, by part, the name of a leaf that is not finite; wait for a device once, if none.
+
+        The wait tells whether the inputs are finite, too, unless that is known.
+        """
+        inputs = self._division.inputs
+        if inputs.unread:
+            leaves = [x for part in parts for x in part.result.leaves if has_numbers(x)]
+            if all_finite([*inputs.unread, *sums_of(leaves)]):
+                inputs.unread = []
+                return {}
+        rows = list[tuple[Part, int, Tensor]]()
+        for part in parts:
+            for i, leaf in enumerate(part.result.leaves):
+                if has_numbers(leaf):
+                    is_whole = part.result.kept is None
+                    rows.append((part, i, leaf if is_whole else part.result.judged(i)))
+        if len(rows) > 1 and not rows[0][2].is_cpu and all_finite(sums_of([x for *_, x in rows])):
+            return {}
+        return {part.number: part.result.name(i) for part, i, x in rows[::-1] if not finite(x)}
 
     def _reject(self, part: Part, why: str, cause: Exception | None = None) -> None:
         part.result = None
@@ -242,7 +286,8 @@ class Checks:
             own = _joined([part.result.rows(i) for part in good])
             own = own.view(len(flat), self._division.task.unit_rows, *own.shape[1:])
             if places != everywhere:
-                own = own.index_select(0, torch.tensor(places, device=own.device))
+                (order,) = to_device([torch.tensor(places)], own.device)
+                own = own.index_select(0, order)
             leaves[i] = own
         units = tuple(map(flat.__getitem__, places))
         later = tuple([answered[unit].why != "first" for unit in units])
@@ -252,15 +297,9 @@ class Checks:
 def _joined(leaves: Sequence[Tensor]) -> Tensor:
     """Return tensors ``[n, ...]`` joined: a view if they lie end to end, as simulated ones do."""
     first = leaves[0]
-    if type(first) is not Tensor or differentiated(first):
+    if type(first) is not Tensor or differentiated(first) or not first.is_contiguous():
         return torch.cat([*leaves])
-    at = first.data_ptr()
-    memory = first.untyped_storage()
-    for leaf in leaves:
-        if leaf.data_ptr() != at or not leaf.is_contiguous():
-            return torch.cat([*leaves])
-        at += leaf.numel() * first.element_size()
-    if at > memory.data_ptr() + memory.nbytes():  # the next allocation adjoins by chance
+    if len(next(runs(leaves))) < len(leaves):
         return torch.cat([*leaves])
     rows = sum(len(leaf) for leaf in leaves)
     return first.as_strided((rows, *first.shape[1:]), first.stride())
@@ -269,18 +308,3 @@ def _joined(leaves: Sequence[Tensor]) -> Tensor:
 def _weight(group: Sequence[Part]) -> tuple[int, int]:
     """Return the units of a group, and the number of its first part, negative."""
     return sum(len(part.units) for part in group), -min(part.number for part in group)
-
-
-def _not_finite(parts: Sequence[Part]) -> dict[int, str]:
-    """Return, by part, the name of a leaf that is not finite; wait for a device once, if none."""
-    rows = list[tuple[Part, int, Tensor]]()
-    for part in parts:
-        for i, leaf in enumerate(part.result.leaves):
-            if isinstance(leaf, Tensor) and (leaf.dtype.is_floating_point or leaf.dtype.is_complex):
-                rows.append((part, i, leaf if part.result.kept is None else part.result.judged(i)))
-    if len(rows) > 1 and rows[0][2].device.type != "cpu":
-        # A value that is not finite stays so in sums.
-        sums = [x.detach().sum().to(rows[0][2].device, torch.complex64) for *_, x in rows]
-        if finite(torch.stack(sums)):
-            return {}
-    return {part.number: part.result.name(i) for part, i, x in rows[::-1] if not finite(x)}

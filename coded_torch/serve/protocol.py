@@ -25,7 +25,7 @@ from torch import Tensor
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .. import open_inference as wire
-from ..nn.division import finite
+from ..nn.finite import finite
 from ..open_inference import ADDED, FORMER, TensorSpec, field, require
 
 if sys.version_info >= (3, 11):

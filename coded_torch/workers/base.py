@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import arguments, instance, positive, sparing_logger, warn
-from .._torch import dependent_output, has_rows, positional, sample, unflatten
+from .._torch import dependent_output, has_rows, positional, sample, to_device, unflatten
 from ..stragglers import Stragglers
 from ..table import Began, Part, Reply, WorkerError
 
@@ -66,7 +66,8 @@ class Task:
                 leaf = leaf[run.start * size : run.stop * size]
                 return leaf.clone() if copied else leaf
             own: Tensor = leaf.unflatten(0, (-1, size))
-            return own.index_select(0, torch.tensor(units, device=leaf.device)).flatten(0, 1)
+            (places,) = to_device([torch.tensor(units, device="cpu")], leaf.device)
+            return own.index_select(0, places).flatten(0, 1)
 
         pairs = zip(self.leaves, self.dims, strict=True)
         batch = [leaf if dim is None else chosen(leaf) for leaf, dim in pairs]

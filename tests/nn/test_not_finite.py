@@ -1,5 +1,6 @@
 """Rows that are not finite, where inputs are not mixed: computed, and no others' affair."""
 
+import copy
 import math
 import random
 
@@ -9,7 +10,8 @@ from torch import nn
 
 from coded_torch import CodedWrapper, Regression, Waiting
 from coded_torch.codes import NotEnoughResults, ReplicationCode
-from coded_torch.nn.division import Inputs, Rows, finite
+from coded_torch.nn.division import Inputs, Rows
+from coded_torch.nn.finite import all_finite, finite, sums_of
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
 from coded_torch.testing.workers import FailsAt, divide_by_zero
@@ -38,6 +40,40 @@ def test_a_transform_does_not_hide_them(size):
 
     assert same(torch.func.functionalize(call)(x), x)
     assert found == [False]
+
+
+X = torch.arange(24.0).view(12, 2)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "count"),
+    [
+        (X.split(3)[::-1], 1),
+        ((*X.split(3)[:2], X[9:]), 2),
+        ((*X.split(3)[:2], X[9:].double()), 2),
+        (X.T.split(1), 2),
+        (X.split(1, 1), 2),
+        (X.to(torch.complex64).split(3), 1),
+        ((X[:0], X[:6], X[6:]), 2),
+        ([X.clone() for _ in range(3)], 3),
+    ],
+)
+@pytest.mark.parametrize("bad", [None, math.nan, -math.inf])
+def test_tensors_that_lie_end_to_end_have_one_sum(tensors, count, bad):
+    tensors = copy.deepcopy(tensors)  # those of one memory again have one
+    sums = sums_of(tensors)
+    assert len(sums) == count
+    assert sum(sums) == sum(x.sum() for x in tensors)
+    assert all_finite(sums)
+    for i in range(len(tensors)):
+        if bad is not None and tensors[i].numel():
+            tensors[i][-1, -1] = bad
+            assert not all_finite(sums_of(tensors))
+            tensors[i][-1, -1] = 0
+
+
+def test_sums_of_half_precision_do_not_overflow():
+    assert all_finite(sums_of([torch.full((1000,), 6e4, dtype=torch.float16)]))
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:

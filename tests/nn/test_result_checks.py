@@ -80,7 +80,9 @@ def test_outputs_of_any_dtype_are_carried_where_every_row_has_a_result(way):
 def test_replies_that_arrive_together_are_waited_for_once():
     whole = torch.ones(4, 2, device="cuda")
     task = task_of(whole[:, None])
-    checks = Checks(SimpleNamespace(task=task, link=None, not_finite=None, mixes=True))
+    inputs = SimpleNamespace(unread=[])
+    division = SimpleNamespace(task=task, inputs=inputs, link=None, not_finite=None, mixes=True)
+    checks = Checks(division)
     table = checks.table = Table(first=[(n,) for n in range(4)], needed=4, judge=checks.judge)
     values = zip(map(table.ask, table.first), whole.split(1), strict=True)
     replies = [Reply(part, part.number, 0.0, 0.0, value) for part, value in values]

@@ -1,0 +1,79 @@
+"""Says whether tensors are finite, by few passes over memory and few waits for a device."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._torch import as_real
+
+# At so many numbers, NumPy is as fast as torch, and keeps the interpreter's lock: an operator of
+# torch lets other threads take it, and waits to get it back. Not tuned.
+_FEW = 512
+
+
+def finite(leaf: Tensor) -> bool:
+    """Return whether all of a tensor is finite; integers are."""
+    if not (leaf := as_real(leaf)).dtype.is_floating_point:
+        return True
+    wraps = type(leaf) is not Tensor or torch._C._are_functorch_transforms_active()
+    if leaf.is_cpu and leaf.numel() <= _FEW and not wraps:  # NumPy would see other numbers
+        try:
+            return bool(np.isfinite(leaf.numpy()).all())
+        except (RuntimeError, TypeError):  # NumPy has no bfloat16, no sparse tensors, no gradients
+            pass
+    leaf = leaf.detach() if leaf.requires_grad else leaf
+    # A value that is not finite stays so in every sum; a sum may overflow without one.
+    return math.isfinite(leaf.sum().item()) or bool(leaf.isfinite().all())
+
+
+def has_numbers(leaf: object) -> bool:
+    """Return whether a leaf is a tensor that may hold NaN or infinity."""
+    return isinstance(leaf, Tensor) and (leaf.dtype.is_floating_point or leaf.dtype.is_complex)
+
+
+def runs(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield tensors in their order, those together that lie end to end in one memory."""
+    run = list[Tensor]()
+    at = end = -1
+    for tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        is_next = bool(run) and tensor.data_ptr() == at and tensor.is_contiguous()
+        # The next allocation may adjoin by chance.
+        if is_next and at + size <= end and tensor.dtype == run[0].dtype:
+            run.append(tensor)
+        else:
+            if run:
+                yield run
+            run = [tensor]
+            memory = tensor.untyped_storage()
+            end = memory.data_ptr() + memory.nbytes() if tensor.is_contiguous() else -1
+        at = tensor.data_ptr() + size
+    if run:
+        yield run
+
+
+def sums_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return sums, which are finite only if the tensors are, without waiting for a device.
+
+    Tensors that lie end to end, such as parts of one batch, have one sum together. A sum may
+    overflow although its tensors are finite.
+    """
+    numbers = [as_real(tensor.detach()) for tensor in tensors]
+    is_plain = not torch._C._are_functorch_transforms_active()
+    if is_plain and all(type(tensor) is Tensor for tensor in numbers):
+        numbers.sort(key=Tensor.data_ptr)
+        for place, run in enumerate(found := list(runs(numbers))):
+            if len(run) > 1:
+                size = sum(tensor.numel() for tensor in run)
+                found[place] = [run[0].as_strided((size,), (1,))]
+        numbers = [tensor for run in found for tensor in run]
+    return [x.sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in numbers]
+
+
+def all_finite(sums: Sequence[Tensor]) -> bool:
+    """Return whether sums are finite; the host waits once for their device."""
+    together = torch.stack([x.to(sums[0].device) for x in sums]) if len(sums) > 1 else sums[0]
+    return bool(together.cpu().isfinite().all())
