@@ -114,7 +114,7 @@ def tried(
     every = [*tuning, *of.batches("held_out", size, count, seeds)]
     labels: Any = None if every[0].labels is None else [x.labels for x in every]
     images = [x.images for x in every]
-    how: Any = {"tuning": len(tuning), "seeds": seeds, **options}
+    how: Any = {"tuning_batches": len(tuning), "seeds": seeds, **options}
     if not options.keys() & {"more", "schemes"}:
         (case,) = cases
         decoders = kernel_decoder(of, case, [x.images for x in tuning])

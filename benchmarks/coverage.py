@@ -233,7 +233,7 @@ def rivals(make: Callable[[], Task], setting: Setting, quick: bool) -> dict[str,
         answers, report = coded.run(task.inputs[rows])
         missing, exact = report.estimated, y[rows]
         error = (answers - exact).norm(dim=1)[missing].double()
-        found["ours"].append({"error": error, "0.95": report.radii_at(0.95)[missing]})
+        found["ours"].append({"error": error, "0.95": report.error_bounds_at(0.95)[missing]})
         if number == JACKKNIFE:
             every.pop("jackknife+", None)
         for name, rival in every.items():
@@ -265,13 +265,15 @@ def coverage(make: Callable[[], Task], setting: Setting, quick: bool) -> dict[st
                 continue
             missing = report.estimated
             if missing.any():
-                risks = report.radii if report.label_p_values is None else report.label_p_values
+                risks = (
+                    report.error_bounds if report.label_p_values is None else report.label_p_values
+                )
                 wrong = (answers.argmax(1) != exact.argmax(1))[missing].double()
                 found.append(
                     {
                         "error": (answers - exact).norm(dim=1)[missing].double(),
                         "risk": torch.stack([risks[missing], wrong]),
-                        **{str(level): report.radii_at(level)[missing] for level in LEVELS},
+                        **{str(level): report.error_bounds_at(level)[missing] for level in LEVELS},
                     }
                 )
                 seconds.append(report.decode_seconds)

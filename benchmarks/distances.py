@@ -79,11 +79,11 @@ def distances(name: str, raw: bool, quick: bool) -> dict[str, Any]:
             [x.images for x in progress([batches[0], *batches], "batches")],
             [FEW],
             labels=None if task.labels is None else [x.labels for x in [batches[0], *batches]],
-            more=lambda k, n, task=task: codes(task, n, k),
+            extra=lambda k, n, task=task: codes(task, n, k),
             surrogate=cheap,
             schemes=[*codes(task, *FEW[:2]), *BASELINES],
             received_sets=sets,
-            tuning=1,
+            tuning_batches=1,
         )
         tables = name in tasks.TABLES
         records += [x._replace(batch=split) if tables else x for x in found.records]

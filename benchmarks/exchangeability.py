@@ -109,9 +109,9 @@ def covered(noise: str, lost: str, size: int, quick: bool) -> dict[str, Any]:
             answers, report = coded.run(table.x[rows], rows)
             errors, missing = (answers - y).abs().flatten().double(), report.estimated
             for found, at in ((inside_odds, odds), (plain, 1.0)):
-                inside = errors <= report.radii_at(LEVEL, odds=at)
+                inside = errors <= report.error_bounds_at(LEVEL, odds=at)
                 found.append(float(inside[missing].double().mean()))
-            radii = report.radii_at(LEVEL, odds=odds)[missing]
+            radii = report.error_bounds_at(LEVEL, odds=odds)[missing]
             infinite.append(float(radii.isinf().double().mean()))
             alarm = alarm or call * report.missing_not_at_random
         alarms.append(alarm)

@@ -162,7 +162,7 @@ def outcome(batches: Sequence[Tensor], replies: Sequence[Reply]) -> dict[str, An
         "wrong": int((~estimated & ~(off.amax(1) <= OFF)).sum()),
         "estimated": float(estimated.double().mean()),
         "error of estimates": float(error),
-        "work": float(np.mean([r.report.work for r, _ in answered])),
+        "work": float(np.mean([r.report.work_ratio for r, _ in answered])),
         "extra requests": float(np.mean([len(r.report.hedges) for r, _ in answered])),
     }
 

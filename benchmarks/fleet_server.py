@@ -106,7 +106,7 @@ def coded_torch(draw: Callable[[], float]) -> Any:
     import torch
 
     from coded_torch import CodedWrapper, workers
-    from coded_torch.serve import TensorSpec, app
+    from coded_torch.serve import App, TensorSpec
 
     class Model(torch.nn.Module):
         def forward(self, rows: torch.Tensor) -> torch.Tensor:
@@ -117,7 +117,7 @@ def coded_torch(draw: Callable[[], float]) -> Any:
     pool = workers.DeviceWorkers(["cpu"] * 8)
     coded = CodedWrapper(Model(), workers=pool, parts=1)
     inputs, outputs = TensorSpec("input", "FP32", (FEATURES,)), TensorSpec("output", "FP32", (10,))
-    return app(coded, name=NAME, inputs=[inputs], outputs=[outputs], deadline=10.0)
+    return App(coded, name=NAME, inputs=[inputs], outputs=[outputs], deadline=10.0)
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -56,7 +56,7 @@ def outcome(replies: Sequence[Reply], labels: Sequence[Tensor]) -> dict[str, flo
     return {
         **percentiles([r.latency for r, _ in answered]),
         "failed": len(replies) - len(answered),
-        "work": float(np.mean([r.report.work for r, _ in answered])),
+        "work": float(np.mean([r.report.work_ratio for r, _ in answered])),
         "estimated": estimated / rows,
         "accuracy": right / rows,
         "after the deadline, p99.9": percentiles(late)["p99.9"] if late else None,

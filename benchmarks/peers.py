@@ -11,7 +11,7 @@ Each runs in its paper's protocol, on MNIST and LeNet-5, beside one number of th
   locator of A wrong results among N = 2 K + 2 A - 1.
 
 SBACC (Borah and Harshan, arXiv 2507.01330) is Berrut's code with Chebyshev points of the first kind
-for inputs and workers; its decoder of wrong results is not here. ``compare(..., more=peers)`` adds
+for inputs and workers; its decoder of wrong results is not here. ``compare(..., extra=peers)`` adds
 NeRCC and SBACC to a comparison. tests/benchmarks/test_peers.py checks the maps of both against the
 papers' formulas.
 """
@@ -95,7 +95,7 @@ def nercc(quick: bool, probabilities: bool) -> dict[str, Any]:
     def nercc_alone(num_data: int, num_workers: int) -> dict[str, Code]:
         return {"NeRCC": peers(num_data, num_workers)["NeRCC"]}
 
-    found = tried(of, cases, BATCH_SIZE, count, more=nercc_alone, schemes=schemes)
+    found = tried(of, cases, BATCH_SIZE, count, extra=nercc_alone, schemes=schemes)
     below: dict[str, list[float]] = {}
     points: dict[str, list[float]] = {}
     for row in found.against("Berrut"):

@@ -321,7 +321,7 @@ def deadline(quick: bool) -> dict[str, Any]:
     every = []
     for how in ("hang", "load", "slow", "die"):
         delays = Bernoulli(0.4, latency=2 * DEADLINE) if how == "slow" else None
-        with ProcessWorkers(N, grace=600).start(timeout=START) as pool:
+        with ProcessWorkers(N, hang_timeout=600).start(timeout=START) as pool:
             coded = _coded(FaultyWorkers(pool, delays=delays), Model(how), deadline=DEADLINE)
             late, outcomes = _lateness(coded, count)
         found[how] = {"outcomes": outcomes, "ms after the deadline": percentiles(late)}

@@ -43,7 +43,7 @@ from coded_torch.codes import NotEnoughResults
 from coded_torch.demo import digits, lenet5
 from coded_torch.nn import CodedWrapper, Report, Waiting
 from coded_torch.open_inference import ADDED, Model, outputs_of, request
-from coded_torch.serve import Connection, TensorSpec, app
+from coded_torch.serve import App, Connection, TensorSpec
 from coded_torch.serve.batcher import Batch
 from coded_torch.stragglers import Bernoulli, Trace
 from coded_torch.surrogates import Memory
@@ -82,11 +82,11 @@ LENET5 = Model("model", (INPUT,), (OUTPUT, ADDED[0]), binary=True)  # and the fl
 
 def lenet5_app() -> Any:
     """Return the application of the faults."""
-    pool = ProcessWorkers(N, grace=10 * DEADLINE)
+    pool = ProcessWorkers(N, hang_timeout=10 * DEADLINE)
     delays = Bernoulli(0.03, latency=0.05, seed=SEED)
     faulty = FaultyWorkers(pool, delays=delays, seed=SEED, crash_every=5.0)
     coded = CodedWrapper(lenet5(), workers=faulty, parts=K, surrogate=Memory())
-    return app(coded, name="model", inputs=[INPUT], outputs=[OUTPUT], deadline=DEADLINE)
+    return App(coded, name="model", inputs=[INPUT], outputs=[OUTPUT], deadline=DEADLINE)
 
 
 def sleeping() -> nn.Module:
@@ -144,7 +144,7 @@ def saturated_app(direct: bool) -> Any:
     coded = CodedWrapper(model, workers=pool, parts=1 if direct else None, waiting=waiting)
     one = [TensorSpec("input", "FP32", (FEATURES,))], [TensorSpec("output", "FP32", (FEATURES,))]
     limits: Any = {"deadline": 10.0, "max_batch_size": BATCH}
-    made = app(coded, name="model", inputs=one[0], outputs=one[1], **limits)
+    made = App(coded, name="model", inputs=one[0], outputs=one[1], **limits)
     if direct:
 
         def compute(inputs: list[Tensor], *_: Any) -> Batch:

@@ -137,10 +137,12 @@ def serving(coded: CodedWrapper) -> Iterator[int]:
     """Run a server in a thread; yields its port."""
     import uvicorn
 
-    from coded_torch.serve import TensorSpec, app
+    from coded_torch import serve
+    from coded_torch.serve import TensorSpec
 
     tensors = [TensorSpec("x", "FP32", (FEATURES,))], [TensorSpec("y", "FP32", (10,))]
-    application = app(coded, name="m", inputs=tensors[0], outputs=tensors[1], deadline=START)
+    make = getattr(serve, "App", None) or serve.app  # 0.4's name
+    application = make(coded, name="m", inputs=tensors[0], outputs=tensors[1], deadline=START)
     server = uvicorn.Server(
         uvicorn.Config(application, port=0, log_level="error", access_log=False)
     )

@@ -14,15 +14,17 @@ from .nn import CodedWrapper, Interval, Report, Waiting
 
 if TYPE_CHECKING:
     from .experiments.compare import compare
+    from .experiments.scores import Setting
     from .experiments.tune import tune
 
 __version__ = version("coded_torch")
 __all__ = ["CodedWrapper", "DeadlineExceeded", "Interval", "NotEnoughResults", "Regression"]
-__all__ += ["Report", "Waiting", "codes", "compare", "linear", "nn", "stragglers"]
+__all__ += ["Report", "Setting", "Waiting", "codes", "compare", "linear", "nn", "stragglers"]
 __all__ += ["surrogates", "tune", "workers"]
+_EXPERIMENTS = {"compare": "compare", "tune": "tune", "Setting": "scores"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("compare", "tune"):  # nothing else of the package needs the experiments
-        return getattr(import_module(f"{__name__}.experiments.{name}"), name)
+    if name in _EXPERIMENTS:  # nothing else of the package needs them
+        return getattr(import_module(f"{__name__}.experiments.{_EXPERIMENTS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,7 +23,7 @@ from starlette.routing import Route
 from torch.utils import _pytree as pytree
 
 from . import open_inference as wire
-from .serve import app
+from .serve import App
 from .serve.protocol import RequestError
 
 #: The names of hosts that only this computer reaches.
@@ -51,7 +51,7 @@ class Chaos:
     fewer than half of the workers are corrupt. Only a server on a loopback address has a token.
     """
 
-    def __init__(self, built: app, *, faults: bool, is_local: bool) -> None:
+    def __init__(self, built: App, *, faults: bool, is_local: bool) -> None:
         self.built = built
         self.pool = cast("Any", built.pool)
         self.token = secrets.token_urlsafe(24) if is_local else ""
@@ -107,7 +107,7 @@ class Chaos:
         del self.faults[place]
 
 
-def add_page(built: app, *, faults: bool = False, is_local: bool) -> None:
+def add_page(built: App, *, faults: bool = False, is_local: bool) -> None:
     """Add the page, which restarts workers if ``is_local``, and causes ``faults``."""
     chaos = Chaos(built, faults=faults, is_local=is_local)
     text = (importlib.resources.files("coded_torch") / "page.html").read_text("utf-8")
@@ -173,7 +173,7 @@ def add_page(built: app, *, faults: bool = False, is_local: bool) -> None:
     ]
 
 
-def _examples(built: app) -> str:
+def _examples(built: App) -> str:
     """Return JSON: examples, unless they are too large, and the model's own first output."""
     inputs = built.examples
     module = built.coded.module

@@ -65,8 +65,8 @@ CALLS = [
     (nn.Waiting.first, {"num_stragglers": 1, "deadline": 1.0}),
     (workers.LocalWorkers, {"stragglers": None}),
     (workers.DeviceWorkers, {"devices": ["cpu"], "timeout": 1.0}),
-    (workers.ProcessWorkers, {"num_workers": 2, "devices": ["cpu"], "threads": 1, "grace": 1.0,
-                              "timeout": 1.0}),
+    (workers.ProcessWorkers, {"num_workers": 2, "devices": ["cpu"], "threads": 1,
+                              "hang_timeout": 1.0, "timeout": 1.0}),
     (workers.FaultyWorkers, {"pool": workers.LocalWorkers(), "delays": None, "rates": {"nan": 0.1},
                              "seed": 0}),
     (tune, {"wrapper": nn.CodedWrapper(torch.nn.Tanh(), codes.FloaterHormannCode(2, 3)),
@@ -202,7 +202,7 @@ REFUSED = [
     (workers.DeviceWorkers, {
         "devices": [[], "cpu", torch.device("cpu"), ["nonsense"], ["cuda:99"]], "timeout": [NAN]}),
     (workers.ProcessWorkers, {
-        "num_workers": [0, 10**8], "threads": [0], "grace": [0.0], "timeout": [NAN],
+        "num_workers": [0, 10**8], "threads": [0], "hang_timeout": [0.0], "timeout": [NAN],
         "devices": ["cpu", ["nowhere"]]}),
     (workers.FaultyWorkers, {
         "pool": [3], "delays": [0.1], "seed": [0.5], "crash_every": [0], "attack": ["lie"],
@@ -211,7 +211,8 @@ REFUSED = [
     (nn.CodedWrapper, {"code": [np.ones(2)], "workers": [np.ones(2)]}),
     (tune, {"wrapper": [None], "batches": [None, []], "order": [1.0, [], [-1.0]]}),
     (compare, {
-        "module": [None], "batches": [None, X, [X, X[:0]], [X]], "labels": [[X]], "tuning": [2],
+        "module": [None], "batches": [None, X, [X, X[:0]], [X]], "labels": [[X]],
+        "tuning_batches": [2],
         "settings": [[(4, 5, 1)], [(5, 4, 5)], [(5, 4)], (5, 4, 1), []], "received_sets": [0],
         "seeds": [-1, ["x"], [], [10**30]], "surrogate": [3], "attack": ["noise"],
         "delays": [stragglers.Uniform(1)],

@@ -218,7 +218,7 @@ def test_the_same_bits_on_any_number_of_threads(rows, features):
             bounds = plan.error_bounds(answers)
         finally:
             torch.set_num_threads(before)
-        found.append((plan.order, answers, bounds.radii(0.9), bounds.label_p_values, plan.choices))
+        found.append((plan.order, answers, bounds.at(0.9), bounds.label_p_values, plan.choices))
     for other in found[1:]:
         assert all(map(torch.equal, other[:4], found[0][:4]))
         assert other[4] == found[0][4]

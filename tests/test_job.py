@@ -521,17 +521,17 @@ def test_options_of_workers_are_passed_on(folder, monkeypatch):
     monkeypatch.setattr(pool, lambda *how, **named: given.append((how, named)))
     for more in (
         "",
-        "--grace 77 --threads 2 --device cuda:2,0",
+        "--hang-timeout 77 --threads 2 --device cuda:2,0",
         "--device auto",
         "--device cuda --num-workers 5",
     ):
         assert main(line("served", *more.split())) == 2  # a pool must be one
     three = ["cuda:0", "cuda:1", "cuda:2"]
     assert given == [
-        ((6,), {"devices": ["cpu"], "grace": 30.0, "threads": 1}),
-        ((2,), {"devices": ["cuda:2", "cuda:0"], "grace": 77.0, "threads": 2}),
-        ((3,), {"devices": three, "grace": 30.0, "threads": 1}),
-        ((5,), {"devices": three, "grace": 30.0, "threads": 1}),
+        ((6,), {"devices": ["cpu"], "hang_timeout": 30.0, "threads": 1}),
+        ((2,), {"devices": ["cuda:2", "cuda:0"], "hang_timeout": 77.0, "threads": 2}),
+        ((3,), {"devices": three, "hang_timeout": 30.0, "threads": 1}),
+        ((5,), {"devices": three, "hang_timeout": 30.0, "threads": 1}),
     ]
 
 
@@ -554,6 +554,37 @@ def test_workers_compute_in_the_type_and_with_the_threads_of_the_options(folder)
     assert found["x"].equal((rows.bfloat16() / 3).float())
     assert not found["x"].equal(rows / 3)
     assert (found["threads"] == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "now"),
+    [("torch", "radii", "error_bounds"), ("parquet", "radius", "error_bound")],
+)
+def test_a_folder_of_version_0_4_keeps_its_name_of_error_bounds(folder, kind, before, now):
+    """Readers of one folder meet one name, whichever version wrote a batch."""
+    arguments = line("here", "--format", kind)
+    claim = folder / "out" / "_job.json"
+
+    def names():
+        file = sorted((folder / "out").glob("batch-*"))[-1]
+        if kind == "parquet":
+            return parquet.read_schema(file).names
+        return [*torch.load(file, weights_only=True)]
+
+    assert main(arguments) == 0
+    assert now in names()
+    assert before not in names()
+    known = json.loads(claim.read_bytes())
+    del known["bounds"]  # 0.4 did not write it
+    known["versions"] = known["versions"].replace("coded_torch ", "coded_torch 0.4.0, not ")
+    claim.write_text(json.dumps(known))
+    for _ in range(2):  # the folder stays one of 0.4
+        sorted((folder / "out").glob("batch-*"))[-1].unlink()
+        assert main(["job", "--check", "out"]) == 2
+        assert main([*arguments, "--resume", "--trust-model"]) == 0
+        assert before in names()
+        assert now not in names()
+        assert main(["job", "--check", "out"]) == 0
 
 
 def test_options_of_workers_are_refused_where_they_would_do_nothing(folder, refused):
@@ -612,7 +643,7 @@ def test_an_interrupted_job_goes_on_without_computing_a_batch_again(folder, capf
 
 
 def test_a_mean_ends_by_its_half_width_and_goes_on_with_resume(folder, capsys, refused):
-    arguments = line("here", "--mean", "--of", "models:first")
+    arguments = line("here", "--mean", "--mean-function", "models:first")
     assert main([*arguments, "--half-width", "3.0"]) == 0
     out = capsys.readouterr().out
     found = re.findall(r"^(\d+) of 200 rows: ([\d.]+) ± ([\d.]+)$", out, re.M)
@@ -633,7 +664,8 @@ def test_a_mean_ends_by_its_half_width_and_goes_on_with_resume(folder, capsys, r
 
 
 def test_a_damaged_mean_is_not_gone_on_with(folder, refused):
-    arguments, path = line("here", "--mean", "--of", "models:first"), folder / "out" / "mean.pt"
+    arguments = line("here", "--mean", "--mean-function", "models:first")
+    path = folder / "out" / "mean.pt"
     assert main([*arguments, "--half-width", "3.0"]) == 0
     numbers = torch.load(path, weights_only=True)["numbers"].numpy().tobytes()
     content = bytearray(path.read_bytes())
@@ -663,11 +695,20 @@ def test_a_row_on_which_the_model_fails_ends_a_mean(thirteen):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--half-width", "0.1"], "--of and --half-width must be left out without --mean"),
-        (["--of", "models:here"], "--of and --half-width must be left out without --mean"),
+        (
+            ["--half-width", "0.1"],
+            "--mean-function and --half-width must be left out without --mean",
+        ),
+        (
+            ["--mean-function", "models:here"],
+            "--mean-function and --half-width must be left out without --mean",
+        ),
         (["--mean", "--deadline", "1"], "left out, as a mean without some rows is biased"),
         (["--mean", "--half-width", "-1"], "half_width must be positive, one or per column, got"),
-        (["--mean", "--of", "models:nothing"], "MODULE:FACTORY must name a function or a class in"),
+        (
+            ["--mean", "--mean-function", "models:nothing"],
+            "MODULE:FACTORY must name a function or a class in",
+        ),
     ],
 )
 def test_options_of_means_are_checked(folder, refused, more, message):
@@ -692,11 +733,11 @@ def test_batches_for_pandas_hold_keys_of_files_outputs_and_bounds(folder, keyed,
     assert capsys.readouterr().out.startswith("Columns of part-0.parquet and 2 more: x=x, y=")
     (folder / "out" / "_batch-000000000024.parquet.part").write_bytes(b"PAR")  # as while it writes
     frame = pandas.read_parquet("out")
-    assert [*frame] == ["name", "sum", "x", "estimated", "radius"]
+    assert [*frame] == ["name", "sum", "x", "estimated", "error_bound"]
     assert [*frame["name"]] == NAMES
     assert np.stack(frame["sum"]).tolist() == [[200.0 + 2 * i] for i in range(25)]
     assert not frame["estimated"].any()
-    assert (frame["radius"] == 0).all()
+    assert (frame["error_bound"] == 0).all()
     batches = sorted(folder.glob("out/*.parquet"))
     assert [parquet.read_metadata(path).num_rows for path in batches] == [8, 8, 8, 1]
     batches[1].unlink()
@@ -766,7 +807,7 @@ def test_ray_data_reads_batches(folder, keyed, monkeypatch):
         (["--inputs", "uneven.parquet", "--keys", "name"], "column 'x' must be equally long, got"),
         (
             ["--keys", "x", "--format", "parquet", "--columns", "x,y"],
-            "job: the columns sum, x, estimated, radius, which are added, must be new, got ['x']",
+            "job: the columns sum, x, estimated, error_bound, which are added, must be new, got",
         ),
     ],
 )
@@ -781,7 +822,7 @@ def test_what_does_not_fit_several_files_is_refused(folder, keyed, refused, more
 
 
 def test_a_mean_is_over_several_files(folder, keyed):
-    assert main([*keyed[:-2], "--columns", "x,y", "--mean", "--of", "models:total"]) == 0
+    assert main([*keyed[:-2], "--columns", "x,y", "--mean", "--mean-function", "models:total"]) == 0
     state = torch.load(folder / "out" / "mean.pt", weights_only=True)
     assert state["value"].tolist() == [224.0]
 
@@ -804,8 +845,8 @@ def test_bounds_are_of_the_first_output_only(thirteen, select, has_bounds):
     assert main(line("sums", *thirteen, *more, "--format", "parquet")) == 0
     frame = pandas.read_parquet("out")
     assert [*frame.index[frame["estimated"]]] == [13]
-    assert [*frame] == [select, "estimated", "radius"]
-    assert (frame["radius"] >= 0).all() == frame["radius"].notna().any() == has_bounds
+    assert [*frame] == [select, "estimated", "error_bound"]
+    assert (frame["error_bound"] >= 0).all() == frame["error_bound"].notna().any() == has_bounds
 
 
 @pytest.mark.parametrize("suffix", ["pt", "npy", "safetensors"])

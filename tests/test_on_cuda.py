@@ -339,7 +339,7 @@ def test_error_bounds_of_wide_outputs_are_computed_where_they_lie():
         with torch.no_grad(), Copies() as copies:
             reports.append(wrapper.run(x.to(device))[1])
     assert 0 < max(copies.sizes) <= 2**20
-    host, there = (report.radii for report in reports)
+    host, there = (report.error_bounds for report in reports)
     assert int((host > 0).sum()) > 10
     torch.testing.assert_close(there, host, rtol=1e-3, atol=0)
 

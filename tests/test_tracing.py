@@ -63,7 +63,12 @@ def test_a_call_with_a_hedge_is_seen_as_such(spans):
     assert begin <= call.start_time < call.end_time <= time.time_ns()
     about, report = values(call), coded.last_run
     assert about.pop("hedges") == len(report.hedges) >= 1
-    assert about == {"rows": 6, "estimated": 0, "ended": "complete", "work": report.work}
+    assert about == {
+        "rows": 6,
+        "estimated": 0,
+        "ended": "complete",
+        "work_ratio": report.work_ratio,
+    }
     parts = [x for x in spans("part") if x.parent.span_id == call.context.span_id]
     assert [values(x)["part"] for x in parts] == [*range(2 + len(report.hedges))]
     late = parts[0]

@@ -154,17 +154,22 @@ POOL: tuple[Option, ...] = (
     ("--device", devices, None, "devices of workers, in turn: cpu, cuda, cuda:0,1 or auto [cpu]"),
     ("--threads", int, None, "threads per worker for one operation [1]"),
     ("--dtype", ("bfloat16", "float16", "float32"), None, "the model's dtype; outputs are float32"),
-    ("--grace", float, None, "hang timeout of a worker in seconds [job: 30; serve: 10 deadlines]"),
+    (
+        "--hang-timeout",
+        float,
+        None,
+        "seconds until a worker hangs [job: 30; serve: 10 deadlines]",
+    ),
 )
 POOL_NAMES = {flag: flag[2:].replace("-", "_") for flag, *_ in POOL}
 
 
-def processes(args: Namespace, grace: float = 30.0) -> ProcessWorkers:
-    """Return the pool for the options, in which a worker hangs after ``grace`` by default."""
+def processes(args: Namespace, hang_timeout: float = 30.0) -> ProcessWorkers:
+    """Return the pool for the options, which may leave out the hang timeout."""
     chosen = args.device or ["cpu"]
     usual = 6 if chosen == ["cpu"] else len(chosen)
     number = usual if args.num_workers is None else args.num_workers
-    how: Any = {"grace": grace if args.grace is None else args.grace}
+    how: Any = {"hang_timeout": hang_timeout if args.hang_timeout is None else args.hang_timeout}
     how["threads"] = 1 if args.threads is None else args.threads
     return ProcessWorkers(number, devices=chosen, **how)
 

@@ -236,14 +236,22 @@ def _tensor(name: str, pieces: Sequence[Any]) -> Tensor:
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
+_SEVERAL = {"error_bound": "error_bounds", "radius": "radii"}
+
+
 def encoded(
-    answers: Any, report: Report, keys: Mapping[str, list[Any]], select: Sequence[str], kind: str
+    answers: Any,
+    report: Report,
+    keys: Mapping[str, list[Any]],
+    select: Sequence[str],
+    kind: str,
+    bounds: str = "error_bound",
 ) -> memoryview:
     """Return the content of a batch's file, of the kind "torch" or "parquet".
 
     A file for ``torch.load`` holds a dict: ``outputs``, a dict or a list; ``estimated`` and
-    ``radii``; and ``keys``, if there are some. A Parquet file has a column for each key and output,
-    ``estimated`` and ``radius``.
+    ``error_bounds``; and ``keys``, if there are some. A Parquet file has a column for each key and
+    output, ``estimated`` and ``error_bound``, which ``bounds`` may name "radius".
     """
     outputs = named("job", answers, "output")
     file = io.BytesIO()
@@ -254,17 +262,18 @@ def encoded(
     floats = [x for x, y in outputs.items() if torch.is_tensor(y) and y.dtype.is_floating_point]
     if not floats or floats[0] not in chosen:  # it has the error bounds
         report = copy.copy(report)
-        report.radii = None
+        report.error_bounds = None
     if kind == "parquet":
         import pyarrow
         from pyarrow import parquet
 
-        found = columns_of("job", chosen, report, keys)
+        found = columns_of("job", chosen, report, keys, bounds)
         parquet.write_table(pyarrow.table(copied | {x: _arrow(y) for x, y in found.items()}), file)
         return file.getbuffer()
     if not select:
         chosen = dict(answers) if isinstance(answers, Mapping) else tree_leaves(answers)
-    content = {"outputs": chosen, "estimated": report.estimated, "radii": report.radii}
+    content = {"outputs": chosen, "estimated": report.estimated}
+    content[_SEVERAL[bounds]] = report.error_bounds
     content |= {"keys": {name: x.to_pylist() for name, x in copied.items()}} if copied else {}
     with usage("outputs must be what torch.load can read", errors=Exception):
         torch.save(content, file)

@@ -69,14 +69,14 @@ def _begin(args: Namespace) -> None:
     with usage("--inputs cannot be read", errors=Exception):
         rows = Rows(args.inputs, args.mean)
     factory = find_factory(args.factory)
-    args.of = None if args.of is None else find_factory(args.of)
+    args.mean_function = None if args.mean_function is None else find_factory(args.mean_function)
     coded, examples = make_model(args, factory)
     with contextlib.ExitStack() as held:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
         held.callback(signal.signal, signal.SIGTERM, before)
         with usage():
-            if not args.mean and (args.of, args.half_width) != (None, None):
-                raise ValueError("--of and --half-width must be left out without --mean")
+            if not args.mean and (args.mean_function, args.half_width) != (None, None):
+                raise ValueError("--mean-function and --half-width must be left out without --mean")
             is_made = isinstance(coded, CodedWrapper)
             if (args.deadline, args.on_error) != (None, "raise") and (args.mean or is_made):
                 why = f"{args.factory} returns a CodedWrapper with its own waiting"
@@ -143,7 +143,7 @@ def _every_row(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> N
             for name, (answers, report) in zip(progress([*wrong], "batches"), found, strict=True):
                 with usage(errors=Exception):
                     kept = keys.popleft()
-                    data = encoded(answers, report, kept, args.select, args.format)
+                    data = encoded(answers, report, kept, args.select, args.format, args.bounds)
                 with usage("--output cannot be written", errors=OSError):
                     replace(args.output / name, data)
                     # Written later: a batch without its digest is computed again.
@@ -151,7 +151,9 @@ def _every_row(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> N
                     os.fsync(manifest.fileno())
                 flags = [] if report.estimated is None else report.estimated.tolist()
                 counts.update("estimated" if flag else "computed" for flag in flags)
-                counts.update(batches=1, hedges=len(report.hedges), failed=len(report.refused))
+                counts.update(
+                    batches=1, hedges=len(report.hedges), failed=len(report.module_failed_rows)
+                )
         except Exception as error:
             if "batch" in (facts := vars(error)):  # numbered by `map`, from the first missing one
                 first = missing[facts["batch"]]
@@ -183,7 +185,7 @@ def _mean(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> None:
             raise ValueError("it is damaged; remove it to start again")
     _start(coded, batches[0])
     with usage(prefix="mean: "), usage(errors=NotEnoughResults):
-        looks = Looks(coded, batches, args.of, None, 0.95, False, known.get("seed"))
+        looks = Looks(coded, batches, args.mean_function, None, 0.95, False, known.get("seed"))
         if known:
             looks.numbers = [known["numbers"]]
             looks.shares = known["shares"]
@@ -291,9 +293,12 @@ def _claim(args: Any, factory: Any, coded: CodedWrapper, rows: Rows, how: dict[s
     now = {"inputs": f"of {rows.total} rows, digest {rows.digest()}", "rows": rows.total}
     now |= how | {"batch-size": args.batch_size, "parts": coded.parts}
     now["waiting"] = str(coded.waiting)
+    # The name of error bounds in files. A folder of version 0.4, which did not note it, keeps its.
+    now["bounds"] = before.get("bounds", "") if before else "error_bound"
+    args.bounds = now["bounds"] or "radius"
     for name in ("code", "estimator", "surrogate", "verify", "in_dims", "out_dims"):
         now[name] = f"digest {_digest(getattr(coded, name), sources)}"
-    now["mean"] = f"digest {_digest(args.of, sources)}" if args.mean else ""
+    now["mean"] = f"digest {_digest(args.mean_function, sources)}" if args.mean else ""
     # The option --trust-model leaves these out.
     trusted = {"model": f"{args.factory}, digest {_digest((factory, coded.module), sources)}"}
     names = sorted(name for name in sources if name.partition(".")[0] != "torch")  # by its version

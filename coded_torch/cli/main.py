@@ -70,16 +70,18 @@ def demo(args: argparse.Namespace) -> None:
     batches, truth = (x[rows].to(args.device).split(_BATCH_SIZE) for x in (images, labels))
     coded = CodedWrapper(model, RegressionCode(k, n), workers=lost)
     runs = [coded.run(batch) for batch in batches]
-    estimated, radii = (torch.cat([getattr(r, x) for _, r in runs]) for x in ("estimated", "radii"))
+    estimated, limits = (
+        torch.cat([getattr(r, x) for _, r in runs]) for x in ("estimated", "error_bounds")
+    )
     answers = torch.cat([batch for batch, _ in runs])
     errors = (answers - model(torch.cat(batches))).norm(dim=1)[estimated]
-    radii = radii[estimated].to(errors)
-    held = (errors <= radii).double().mean()
+    limits = limits[estimated].to(errors)
+    held = (errors <= limits).double().mean()
     right = (answers.argmax(1) == torch.cat(truth)).double().mean()
     bounds = ""
     if len(errors):
         bounds = f"The error of an estimated answer is {errors.median():.2f} in the median.\n"
-        bounds += f"Its bound, {radii.median():.2f} in the median, is larger in {held:.1%}.\n"
+        bounds += f"Its bound, {limits.median():.2f} in the median, is larger in {held:.1%}.\n"
     say(
         f"LeNet-5 reads {len(rows):,} MNIST test digits it was not trained on, {_BATCH_SIZE} at a "
         f"time.\nSeed {args.seed}.\n\nN = {n} workers, K = {k} inputs per group, {s} are lost:\n"
@@ -236,7 +238,7 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[Any, ...]] = {
         ("--endpoints", list, None, "servers (KServe v2) that compute instead of processes"),
         ("--model", str, None, "the model's name at the endpoints"),
         ("--header", dict, None, "headers for the endpoints, from NAME=@FILE or NAME='$VARIABLE'"),
-        ("--ca", Path, None, "a PEM file of the authority that certifies the endpoints"),
+        ("--ca-file", Path, None, "a PEM file of the authority that certifies the endpoints"),
         ("--parts", int, 4, "parts per batch"),
         *POOL,
         ("--deadline", float, 0.2, "seconds from the arrival of a request to its answer"),
@@ -273,7 +275,7 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[Any, ...]] = {
         ("--on-error", ("raise", "estimate"), "raise", "what to do if the model fails on a row"),
         ("--mean", bool, False, "find the means over all rows, from as few rows as are needed"),
         ("--half-width", float, None, "with --mean: end when 95 %% intervals have this half width"),
-        ("--of", str, None, "with --mean: MODULE:FUNCTION of outputs and row numbers"),
+        ("--mean-function", str, None, "with --mean: MODULE:FUNCTION of outputs and row numbers"),
     ),
     plan: (
         ("--latencies", Path, None, "a CSV file of measured seconds, one part per line"),

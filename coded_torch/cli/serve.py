@@ -33,7 +33,7 @@ _KEEP_ALIVE = 75
 _TO_READ = 5
 # Deadlines of one part after which a worker counts as hung, but at least a second. A kill costs a
 # restart, so it waits for ten times as long as any client; it was not tuned.
-_GRACE = 10
+_HANG_TIMEOUT = 10
 
 
 def serve(args: Namespace) -> None:
@@ -41,7 +41,7 @@ def serve(args: Namespace) -> None:
     need("serve", "starlette", "uvicorn", "httptools", "orjson", "prometheus_client")
     from ..open_inference import Model, request
     from ..page import LOOPBACK, add_page
-    from ..serve import app
+    from ..serve import App
     from ..serve.model import bind
 
     is_local = args.host in LOOPBACK
@@ -52,8 +52,8 @@ def serve(args: Namespace) -> None:
             raise ValueError(f"--chaos {must}, got {args.host}")
         if args.endpoints:
             module, workers, how = _fleet(args)
-        for flag in () if args.endpoints else ("model", "header", "ca"):
-            if getattr(args, flag) is not None:
+        for flag in () if args.endpoints else ("model", "header", "ca-file"):
+            if getattr(args, flag.replace("-", "_")) is not None:
                 raise ValueError(f"--{flag} must come with --endpoints")
     if workers is None:
         module, how = _own(args)
@@ -79,14 +79,14 @@ def serve(args: Namespace) -> None:
         how["allowed_hosts"] = hosts
     with usage():
         if workers is None:
-            workers = processes(args, grace=max(1.0, _GRACE * args.deadline))
+            workers = processes(args, hang_timeout=max(1.0, _HANG_TIMEOUT * args.deadline))
         if args.chaos:  # the page says which workers attack, each in its own way
             delays = Bernoulli(0.03, latency=0.05, seed=args.seed)
             faults: Any = {"seed": args.seed, "crash_every": 5.0, "attack": _spoil}
             workers = FaultyWorkers(workers, delays=delays, **faults)
         more: dict[str, Any] = {"surrogate": [Memory()] if args.memory else []}
         more |= {"verify": args.verify or None, "parts": args.parts}
-        built = app(CodedWrapper(module, workers=workers, **more), **how)
+        built = App(CodedWrapper(module, workers=workers, **more), **how)
         del module  # the next version replaces it
     if whole := [spec.name for spec in how["outputs"] if not spec.dtype.is_floating_point]:
         warnings.filterwarnings("ignore", "CodedWrapper: .* cannot be estimated")  # it is said here
@@ -121,9 +121,9 @@ def _fleet(args: Namespace) -> tuple[nn.Module, Any, dict[str, Any]]:
         raise ValueError("--endpoints must come with --model, the model's name there")
     with usage("--header"):
         options: dict[str, Any] = {"headers": dict(map(_header, args.header or ()))}
-    if args.ca is not None:
-        with usage("--ca must be a file of certificates"):
-            options["context"] = ssl.create_default_context(cafile=args.ca)
+    if args.ca_file is not None:
+        with usage("--ca-file must be a file of certificates"):
+            options["context"] = ssl.create_default_context(cafile=args.ca_file)
     why = ""
     for url in args.endpoints:
         with usage("--endpoints", ValueError, prefix="RemoteModule: "):

@@ -149,7 +149,7 @@ class Code(abc.ABC):
     Write ``_make_encoder()`` and ``_make_decoder(received)``, ``_curve`` with points, or ``_plan``
     here; :attr:`min_received` if one result is not enough; and :meth:`candidates` if values are
     worth tuning. Inherit the tests of :class:`coded_torch.testing.codes.CodeTests`, as
-    ``tests/codes/test_b_spline.py`` does, and compare by ``coded_torch.compare(more=...)``. One of
+    ``tests/codes/test_b_spline.py`` does, and compare by ``coded_torch.compare(extra=...)``. One of
     the package is exported by ``codes/__init__.py``, and named in ``peers`` of
     ``experiments/compare.py``.
 

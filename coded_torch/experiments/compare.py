@@ -45,16 +45,16 @@ def peers(num_data: int, num_workers: int) -> dict[str, Code]:
 def compare(
     module: nn.Module,
     batches: Iterable[Any],
-    settings: Sequence[Setting] = ((24, 20, 4),),
+    settings: Sequence[Setting | tuple[int, int, int]] = (Setting(24, 20, 4),),
     *,
     labels: Sequence[Tensor] | None = None,
-    more: Callable[[int, int], Mapping[str, Code | Decoder]] | None = None,
+    extra: Callable[[int, int], Mapping[str, Code | Decoder]] | None = None,
     surrogate: Callable[..., Any] | None = None,
     schemes: Sequence[str] | None = None,
     delays: Callable[..., Stragglers] = Uniform,
     received_sets: int = 1,
     seeds: int | Sequence[int] = 0,
-    tuning: int | None = None,
+    tuning_batches: int | None = None,
     attack: Attack | None = None,
     faulty: int = 1,
     in_dims: Any = 0,
@@ -73,11 +73,12 @@ def compare(
     Args:
         module: the module, in evaluation mode.
         batches: at least two, each an argument of the module or a tuple of several.
-        settings: N, K and S of each: workers, inputs per group, workers lost.
+        settings: a :class:`~coded_torch.Setting` each, or a tuple (N, K, S): workers, inputs per
+            group, workers lost.
         labels: for every batch the true classes, ``[B]``, integers, of outputs ``[B, classes]``.
             Defaults to None, errors only.
-        more: a function of K and N that returns further schemes to try, by name. Each is a code, or
-            a function ``answers(inputs, outputs, received)`` for methods with a model of their own.
+        extra: a function of K and N that returns further schemes to try, by name. Each is a code,
+            or a function ``answers(inputs, outputs, received)`` for methods with their own models.
             It gets the inputs and the module's outputs on them, ``[B, ...]`` each, and the workers
             that were received. It may use only what these workers have computed, and returns the
             answers like the outputs. Its work counts as N / K. Defaults to None.
@@ -87,7 +88,7 @@ def compare(
             of :mod:`coded_torch.stragglers`. The S slowest workers are lost. Defaults to Uniform.
         received_sets: the number of received sets of a batch and seed. Defaults to 1.
         seeds: the seeds of the lost workers; every seed answers all batches. Defaults to 0.
-        tuning: the number of first batches that codes are tuned on. Defaults to a quarter.
+        tuning_batches: the number of first batches that codes are tuned on. Defaults to a quarter.
         attack: maps the results of a worker, ``[rows, ...]``, and a generator to wrong ones. Codes
             are tuned on honest results.
         faulty: with an attack, the number of such workers in each received set. Defaults to 1.
@@ -115,20 +116,20 @@ def compare(
     is_list = isinstance(truth, Sequence) and not isinstance(truth, Tensor)
     must = f"labels must be a sequence of integer tensors, one for each of {len(calls)} batches"
     check("compare", is_list and len(truth) == len(calls), must, labels)
-    for name, value in {"more": more, "surrogate": surrogate, "attack": attack}.items():
+    for name, value in {"extra": extra, "surrogate": surrogate, "attack": attack}.items():
         instance("compare", name, value, Callable, optional=True)
     faulty = count("compare", "faulty", faulty)
     instance("compare", "delays", delays, Callable)
     instance("compare", "settings", settings, Sequence)
-    settings = [_setting(setting) for setting in settings]
+    known = [_setting(setting) for setting in settings]
     several: Any = seeds if isinstance(seeds, list | tuple | range) else [seeds]
     seeds = [count("compare", "seeds", seed, least=0, most=2**64 - 2) for seed in several]
-    for name, values in {"settings": settings, "seeds": seeds}.items():
+    for name, values in {"settings": known, "seeds": seeds}.items():
         check("compare", values, f"{name} must hold at least one", values)
     instance("compare", "schemes", schemes, Sequence, optional=True)
     received_sets = count("compare", "received_sets", received_sets)
-    cut = max(1, len(calls) // 4) if tuning is None else tuning
-    cut = count("compare", "tuning", cut, most=len(calls) - 1)
+    cut = max(1, len(calls) // 4) if tuning_batches is None else tuning_batches
+    cut = count("compare", "tuning_batches", cut, most=len(calls) - 1)
     how: Any = {"in_dims": in_dims, "out_dims": out_dims}
 
     def trials(setting: Setting, seed: int, number: int, part: slice) -> Iterator[Any]:
@@ -149,17 +150,17 @@ def compare(
 
     records: list[Record] = []
     codes: dict[tuple[Setting, str], Code] = {}
-    for setting in settings:
+    for setting in known:
         n, k, s = setting
         # Not the workers that are lost later.
         honest = [trial for trial, _ in trials(setting, max(seeds) + 1, SETS, slice(cut))]
-        untuned = _schemes(k, n, honest[0], more, schemes)
+        untuned = _schemes(k, n, honest[0], extra, schemes)
         tuned: dict[str, Code | Decoder] = {}
         for name, code in untuned.items():
             if isinstance(code, Code):
                 mixes = code.mixes or surrogate is None
                 codes[setting, name] = code = chosen("compare", code, honest, s, mixes=mixes)
-            must = "more must return codes beside an attack, as functions get honest outputs"
+            must = "extra must return codes beside an attack, as functions get honest outputs"
             check("compare", attack is None or isinstance(code, Code), must, name)
             tuned[name] = code
         for seed in seeds:
@@ -192,18 +193,18 @@ def compare(
     return Comparison(records, codes)
 
 
-def _schemes(k: int, n: int, trial: Trial, more: Any, names: Any) -> dict[str, Code | Decoder]:
+def _schemes(k: int, n: int, trial: Trial, extra: Any, names: Any) -> dict[str, Code | Decoder]:
     """Return the schemes that can be tried by their names, all or some."""
     parts = min(n, trial.batch_size)
     codes = peers(k, n) | {"no redundancy, regression": RegressionCode(parts, parts)}
     with as_called():
-        added = {} if more is None else more(k, n)
-    instance("compare", "what more returns", added, Mapping)
+        added = {} if extra is None else extra(k, n)
+    instance("compare", "what extra returns", added, Mapping)
     for name, code in added.items():
-        instance("compare", f"what more returns as {name!r}", code, Code | Callable)
+        instance("compare", f"what extra returns as {name!r}", code, Code | Callable)
         of = (code.num_data, code.num_workers) if isinstance(code, Code) else (k, n)
         is_taken = name in codes.keys() | _WITH_SURROGATES
-        must = f"more must return codes of K = {k} and N = {n} under names that are not taken"
+        must = f"extra must return codes of K = {k} and N = {n} under names that are not taken"
         check("compare", of == (k, n) and not is_taken, must, {name: code})
     schemes: dict[str, Code | Decoder] = {**codes, **added}
     fit = {x: y for x, y in schemes.items() if trial.mixable or not getattr(y, "mixes", False)}
@@ -262,9 +263,10 @@ def _setting(setting: Any) -> Setting:
         n = 0
         k = 0
         s = 0
-    must = "settings must be triples (N, K, S) of integers with 1 <= K <= N and 0 <= S < N"
+    must = "settings must be Setting(num_workers, num_data, num_stragglers), or N, K and S in this"
+    must += " order, integers with 1 <= K <= N and 0 <= S < N"
     check("compare", 1 <= k <= n and 0 <= s < n, must, setting)
-    return n, k, s
+    return Setting(n, k, s)
 
 
 def _flat(leaves: Sequence[Tensor]) -> Tensor:

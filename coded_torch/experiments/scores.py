@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Array = NDArray[np.float64]
-Setting = tuple[int, int, int]  # N, K and S
 Interval = list[float | None]  # a number, and half the width of its 95 % interval
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -36,6 +35,14 @@ _BEYOND = (2.5558497911596096, 2.8224987053284156, 2.3722712787051083, 1.959964)
 _FLIPS = 20_000  # random signs of a paired test, enough for two digits of a p-value of .01
 _WIDE = 0.5  # half an interval over its number, above which it is one of the logarithm
 _EXACT = 1e-6  # the share of the variance below which an error is rounding, and is not drawn
+
+
+class Setting(NamedTuple):
+    """The numbers of a comparison. A tuple (N, K, S) says the same."""
+
+    num_workers: int  #: N, the workers, each of which computes a coded input of every group
+    num_data: int  #: K, the inputs of a group
+    num_stragglers: int  #: S, the workers that are lost
 
 
 class Score(NamedTuple):
@@ -177,7 +184,7 @@ class Row(NamedTuple):
     answered batches, p is at least m 2^(1-b) if b is at most 14, else m / 20,000.
     """
 
-    setting: Setting  #: N, K and S
+    setting: Setting
     name: str  #: the name of the scheme
     rmse: Interval  #: the root of the mean squared distance of answers from exact ones
     mse: Interval  #: the mean squared distance, in units of the outputs' variance
@@ -209,7 +216,7 @@ class Comparison:
 
     def against(self, reference: str = "") -> list[Row]:
         """Return the scores, each also relative to the scheme of this name, batch by batch."""
-        schemes = grouped(self.records, lambda x: (x[:3], x.scheme))
+        schemes = grouped(self.records, lambda x: (Setting(*x[:3]), x.scheme))
         names = dict.fromkeys(name for _, name in schemes)
         must = f"reference must be one of {', '.join(names)}"
         check("against", not reference or reference in names, must, reference)

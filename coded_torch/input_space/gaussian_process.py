@@ -233,13 +233,13 @@ class ErrorBounds:
         p = torch.ones(len(rows), dtype=torch.float64)
         return cls(len(missing), [Bounds(rows, p.new_empty(1, len(rows), 0), p[:0], p)])
 
-    def radii(self, coverage: float) -> Tensor:
+    def at(self, coverage: float) -> Tensor:
         """Return the bounds at one level: ``[B]``, float64, 0 for computed rows."""
-        radii = torch.zeros(self.batch_size, dtype=torch.float64)
+        bounds = torch.zeros(self.batch_size, dtype=torch.float64)
         for rows, found, *_ in self._bounds:
             by = None if self._by is None else self._by.index_select(0, rows)
-            radii.index_copy_(0, rows, ops.error_radii(found, coverage, by))
-        return radii
+            bounds.index_copy_(0, rows, ops.error_radii(found, coverage, by))
+        return bounds
 
     def oddness(self) -> list[tuple[int, float]]:
         """Return places of results, and numbers that rank how odd these look if left out."""

@@ -232,7 +232,7 @@ class CodedWrapper(ModuleProxy):
             report.enter("compute")
             answers = self.module(*args, **kwargs)
             report.note_source(None, ())
-            report.radii = report.label_p_values = torch.zeros(0, dtype=torch.float64)
+            report.error_bounds = report.label_p_values = torch.zeros(0, dtype=torch.float64)
         else:
             with unchanged():  # a memory and a pool look at the weights
                 answers = self._compute(waiting, division, report)

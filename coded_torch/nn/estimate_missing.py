@@ -118,7 +118,7 @@ class Answers:
         """Return a surrogate's answers, in the form of earlier results if none came, or raise."""
         division = self._division
         report = self._report
-        blamed = report.refused and waiting.on_error == "raise"
+        blamed = report.module_failed_rows and waiting.on_error == "raise"
         may = division.by_rows and waiting.may_estimate(True) and not blamed
         if stacked is None or not may or not isinstance(error, NotEnoughResults):
             raise error

@@ -165,7 +165,7 @@ class Execution:
             self._report.missing_not_at_random = True
             self._report.notes += (
                 f"late parts looked odder than others, over {calls} calls, so rows are not "
-                "missing at random, and bounds hold less often than they say; see radii_at",
+                "missing at random, and bounds hold less often than they say; see error_bounds_at",
             )
 
     # Missing results.
@@ -186,7 +186,7 @@ class Execution:
                 last |= dict.fromkeys(table.parts[failed.part].units, failed)
             report.missing_rows = tuple(sorted(set(range(division.batch_size)) - answered))
             report.errors = {row: last[row] for row in report.missing_rows if row in last}
-            report.refused = tuple(sorted(table.refused.keys() - answered))
+            report.module_failed_rows = tuple(sorted(table.refused.keys() - answered))
         required = waiting.least(division.needed, division.least, division.by_rows)
         if report.ended == "failed" and waiting.estimate and not division.by_rows:
             required = division.least  # no more could come
@@ -196,7 +196,7 @@ class Execution:
             required = division.needed
             why = ""
             first = min(blamed, key=lambda part: part.units).error
-            error = _of_module(first, report.refused) if first else None
+            error = _of_module(first, report.module_failed_rows) if first else None
         elif enough and error is None:
             required = division.needed
             if not (why := self._why_not_estimated()):
@@ -249,7 +249,7 @@ class Execution:
         try:
             error.report = self._report  # type: ignore[attr-defined]
             given_up = self._report.missing_rows if self._report.ended == "failed" else ()
-            error.rows = self._report.refused or given_up  # type: ignore[attr-defined]
+            error.rows = self._report.module_failed_rows or given_up  # type: ignore[attr-defined]
             if division.by_rows and self.table.answered:
                 stacked = self.checks.stack()
                 wholes = dict[int, Tensor]()

@@ -17,7 +17,7 @@ class RayDataPredictor:
 
     Each actor of Ray Data makes its wrapper once, and keeps its workers between the batches. A
     batch gets columns for the answers; ``estimated``, bool, true if no worker computed the answer;
-    and ``radius``, the error bound, float64, NaN where there is none, see :attr:`Report.radii`.
+    and ``error_bound``, float64, NaN where there is none, see :attr:`Report.error_bounds`.
 
     Args:
         factory: makes the wrapper, in the actor.
@@ -57,17 +57,25 @@ class RayDataPredictor:
 
 
 def columns_of(
-    owner: object, outputs: Mapping[str, Any], report: Report, known: Collection[str]
+    owner: object,
+    outputs: Mapping[str, Any],
+    report: Report,
+    known: Collection[str],
+    name: str = "error_bound",
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Return outputs by name as arrays, ``estimated`` and ``radius``, none of which is known."""
+    """Return outputs by name as arrays, ``estimated`` and error bounds, none of which is known."""
     more = {}
-    for name, column in outputs.items():
-        instance(owner, f"the output {name!r}", column, Tensor)
+    for output, column in outputs.items():
+        instance(owner, f"the output {output!r}", column, Tensor)
         column = column.float() if column.dtype is torch.bfloat16 else column
-        more[name] = column.cpu().numpy()
+        more[output] = column.cpu().numpy()
     estimated = np.asarray(report.estimated)
-    radii = np.full(len(estimated), np.nan) if report.radii is None else report.radii.numpy()
-    notes = {"estimated": estimated, "radius": radii}
+    bounds = (
+        np.full(len(estimated), np.nan)
+        if report.error_bounds is None
+        else report.error_bounds.numpy()
+    )
+    notes = {"estimated": estimated, name: bounds}
     twice = sorted((more.keys() & {*known}) | (notes.keys() & {*known, *more}))
     must = f"the columns {', '.join([*more, *notes])}, which are added, must be new"
     check(owner, not twice, must, twice)

@@ -42,17 +42,17 @@ class Report:
             order of these replies. Workers that had to load the module are left out.
         versions: by worker, the version of the model that its server named in its last reply.
         rejected: by worker, the fault of its last result that does not count.
-        work: rows that workers began to compute, per row of the batch: 1.0 is every input once.
+        work_ratio: rows that workers began to compute, per row of the batch; 1.0 if each is once.
         hedges: the parts that stood in for late or failed ones.
         estimated: bool ``[B]``, on the host: the answers that are not the module's own result of
             their input. None before there are answers.
         source: uint8 ``[B]``, on the host: 0 for answers from a part that was asked first, 1 from a
             hedge or another later part, 2 for estimates. None before there are answers.
-        radii: float64 ``[B]``, on the host: bounds of errors of the first decoded output. The norm
-            of an answer's error is at most its bound with the probability ``coverage`` of the
-            :class:`~coded_torch.Regression`. This excludes rows on which
-            the module fails. 0 if the answer is computed, infinite if its input is not finite, or
-            too few results arrived. None under a link, or without a regression.
+        error_bounds: float64 ``[B]``, on the host: bounds of errors of the first decoded output.
+            The norm of an answer's error is at most its bound with the probability ``coverage`` of
+            the :class:`~coded_torch.Regression`. This excludes rows on which the module fails. 0 if
+            the answer is computed, infinite if its input is not finite, or too few results arrived.
+            None under a link, or without a regression.
         coverage: the level of the error bounds; None if there are none.
         missing_not_at_random: whether parts that came late, in this and earlier calls, look odder
             than others: bounds and p-values hold less often than they say. A false alarm has a
@@ -76,15 +76,16 @@ class Report:
             that estimated missing answers, and how well they estimate results from each other.
         missing_rows: by rows, the rows that no worker computed.
         errors: by missing row, the error of the last part that held it, if there was one.
-        refused: the rows on which the module itself fails: it raised alike on two workers, or three
-            times where no other worker computes them, or ended its workers, each row alone.
+        module_failed_rows: the rows on which the module itself fails: it raised alike on two
+            workers, or three times where no other worker computes them, or ended its workers, each
+            row alone.
         verified: bool ``[B]``, on the host: the rows that two workers computed alike, up to
             rounding. None without verification, as is ``unverified``.
         unverified: bool ``[B]``, on the host: the rows whose check failed or came too late; of
             workers in undecided disputes, the rows that are not verified; all, if it has stopped.
         disputes: how often the results of two workers differed.
         corrected: the rows whose first result was wrong, and was replaced.
-        faults: by worker, how many wrong results it was found to return.
+        wrong_results: by worker, how many wrong results it was found to return.
         excluded: the workers that this call excluded, until they are restarted.
         notes: further remarks for the caller.
         encode_seconds: from the call to the first ask.
@@ -98,7 +99,7 @@ class Report:
     latencies: dict[int, float] = dataclasses.field(default_factory=dict)
     versions: dict[int, str] = dataclasses.field(default_factory=dict)
     rejected: dict[int, str] = dataclasses.field(default_factory=dict)
-    work: float = 0.0
+    work_ratio: float = 0.0
     hedges: tuple[Hedge, ...] = ()
     source: Tensor | None = dataclasses.field(default=None, repr=False)
     coverage: float | None = None
@@ -111,12 +112,12 @@ class Report:
     distances: tuple[Choice, ...] = ()
     missing_rows: tuple[int, ...] = ()
     errors: dict[int, WorkerError] = dataclasses.field(default_factory=dict, repr=False)
-    refused: tuple[int, ...] = ()
+    module_failed_rows: tuple[int, ...] = ()
     verified: Tensor | None = dataclasses.field(default=None, repr=False)
     unverified: Tensor | None = dataclasses.field(default=None, repr=False)
     disputes: int = 0
     corrected: tuple[int, ...] = ()
-    faults: dict[int, int] = dataclasses.field(default_factory=dict)
+    wrong_results: dict[int, int] = dataclasses.field(default_factory=dict)
     excluded: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     encode_seconds: float = 0.0
@@ -142,8 +143,8 @@ class Report:
     @functools.cached_property
     @outside()
     @torch.inference_mode(False)
-    def radii(self) -> Tensor | None:
-        return self._bounds.radii(self.coverage) if self._bounds and self.coverage else None
+    def error_bounds(self) -> Tensor | None:
+        return self._bounds.at(self.coverage) if self._bounds and self.coverage else None
 
     @functools.cached_property
     @outside()
@@ -172,7 +173,7 @@ class Report:
         lines = {
             "rows": rows,
             "workers": "; ".join([f"{len(self.asked)} asked", *named]),
-            "time": f"{1e3 * sum(seconds):.1f} ms: {each}; work {self.work:.3g}",
+            "time": f"{1e3 * sum(seconds):.1f} ms: {each}; work ratio {self.work_ratio:.3g}",
             "ended": f"{self.ended or 'early'}; later parts: {len(self.hedges)}",
             "notes": "; ".join(self.notes) or "none",
         }
@@ -182,19 +183,20 @@ class Report:
         """Return the facts of a span of OpenTelemetry."""
         count = {} if self.estimated is None else {"rows": len(self.estimated)}
         count |= {} if self.estimated is None else {"estimated": int(self.estimated.sum())}
-        facts = count | {"hedges": len(self.hedges), "ended": self.ended, "work": self.work}
+        facts = count | {"hedges": len(self.hedges), "ended": self.ended}
+        facts["work_ratio"] = self.work_ratio
         return {f"coded_torch.{name}": value for name, value in facts.items()}
 
-    def radii_at(self, coverage: float, odds: float = 1.0) -> Tensor | None:
+    def error_bounds_at(self, coverage: float, odds: float = 1.0) -> Tensor | None:
         """Return the error bounds at another level, between 0 and 1, or None if there are none.
 
         With ``odds`` above 1 they hold as often although rows are not equally likely to be missing,
         as long as the odds of any two of them to be missing differ by at most this factor.
         """
-        real("radii_at", "coverage", coverage, "between 0 and 1", lambda x: 0 < x < 1)
-        real("radii_at", "odds", odds, "at least 1 and finite", lambda x: 1 <= x < math.inf)
+        real("error_bounds_at", "coverage", coverage, "between 0 and 1", lambda x: 0 < x < 1)
+        real("error_bounds_at", "odds", odds, "at least 1 and finite", lambda x: 1 <= x < math.inf)
         level = odds * coverage / (1 - coverage + odds * coverage)
-        return None if self.radii is None or self._bounds is None else self._bounds.radii(level)
+        return None if self.error_bounds is None or self._bounds is None else self._bounds.at(level)
 
     @outside()
     def certified(self, rate: float) -> Tensor | None:
@@ -232,7 +234,7 @@ class Report:
                 begun += len(part.units)
                 asked.add(part.worker)
         self.asked, self.received = tuple(sorted(asked)), tuple(sorted(received))
-        self.work = begun * table.unit_rows / size
+        self.work_ratio = begun * table.unit_rows / size
         for error in rejected:
             if error.kind != "died":  # the pool has logged that
                 logger.warning("CodedWrapper: a result was rejected: %s", error)
@@ -255,7 +257,7 @@ class Report:
         self.corrected = tuple(sorted(verdict.corrected))
         self.notes += tuple(verdict.notes)
         self.disputes = len(verdict.disputes)
-        self.faults = verdict.faults
+        self.wrong_results = verdict.faults
         self.excluded = verdict.excluded
         why = "CodedWrapper: worker %d returned wrong results, by a majority: %d in one call"
         for worker, count in verdict.faults.items():

@@ -77,17 +77,16 @@ class TensorSpec:
 #: NaN, which stands for unknown.
 ADDED = (
     TensorSpec("estimated", "BOOL", ()),
-    TensorSpec("radius", "FP32", ()),
+    TensorSpec("error_bound", "FP32", ()),
     TensorSpec("label_p_value", "FP32", ()),
     TensorSpec("source", "UINT8", ()),
     TensorSpec("verified", "BOOL", ()),
     TensorSpec("corrected", "BOOL", ()),
 )
-#: What two of them were named before. For one version servers answer to both names, and metadata
+#: What one of them was named before. For one version servers answer to both names, and metadata
 #: list what older clients know: these ask for any other output as if it was the model's own.
-FORMER = {"estimated": TensorSpec("predicted", "BOOL", ())}
-FORMER["label_p_value"] = TensorSpec("label_risk", "FP32", ())
-LISTED = tuple(FORMER.get(spec.name, spec) for spec in ADDED[:5])
+FORMER = {"error_bound": TensorSpec("radius", "FP32", ())}
+LISTED = tuple(FORMER.get(spec.name, spec) for spec in ADDED)
 
 
 def from_bytes(spec: TensorSpec, shape: Sequence[int], data: memoryview) -> Tensor:
@@ -296,9 +295,7 @@ def outputs_of(
     listed = field("the answer", message, "outputs", list)
     found = tensors_of("output", listed, model.outputs, tail, range(rows, rows + 1))
     parameters = field("the answer", message, "parameters", dict, {})
-    names = "estimated_rows", "predicted_rows"  # older servers send the second alone
-    stated = [field("the answer", parameters, key, int, 0) for key in names]
-    estimated = max(stated)
-    valid = 0 <= min(stated) <= max(stated) <= rows
-    require(valid, f"{' and '.join(names)} of the answer", f"from 0 to {rows}", stated)
+    estimated = field("the answer", parameters, "estimated_rows", int, 0)
+    must = f"from 0 to {rows}"
+    require(0 <= estimated <= rows, "estimated_rows of the answer", must, estimated)
     return [found[spec.name] for spec in model.outputs], message | {"estimated_rows": estimated}

@@ -20,7 +20,7 @@ from .. import open_inference as wire
 from .. import tracing
 from .._arguments import check, instance, positive
 from .._torch import refuse_derivatives
-from . import ADDED, FORMER, LISTED, EndpointError, Model, RefusedError
+from . import ADDED, FORMER, EndpointError, Model, RefusedError, TensorSpec
 
 _MESSAGE = 2**20  # bytes of metadata and of an error's text, at most; not tuned
 _BUSY = (429, 503)
@@ -29,6 +29,11 @@ _MOST_RETRY_SECONDS = 30.0  # the longest pause that a server may ask for; not t
 _PROBE = 5.0  # seconds to say that a server is ready; not tuned
 _CALLERS = (400, 405, 406, 413, 415, 422)  # the request is wrong, says the server
 _VERSION = 80  # characters of a model's version that are kept; not tuned
+# By all these outputs a server of this package is known, whatever its version.
+_OF_ALL_VERSIONS = {spec for spec in ADDED if spec.name in ("source", "verified")}
+# Outputs that such servers list beside the model's own. Those of 0.4 list two under older names.
+_LISTED = {*ADDED, *FORMER.values()}
+_LISTED |= {TensorSpec("predicted", "BOOL", ()), TensorSpec("label_risk", "FP32", ())}
 _HEAD = 2**14  # bytes before the final status of an answer, at most; not tuned
 
 
@@ -138,9 +143,10 @@ class Client:
             raise EndpointError(f"{self._name}: {server} {error}") from None
         binary = "binary_tensor_data" in str(about.get("extensions"))
         known = {spec.name: spec for spec in given}
-        added = {*ADDED, *FORMER.values()} if {*LISTED} & {*ADDED} <= {*given} else ()  # our server
+        is_ours = {*given} >= _OF_ALL_VERSIONS
+        added = _LISTED if is_ours else ()
         names = [x for x in known if known[x] not in added] if outputs is None else outputs
-        if added:
+        if is_ours:
             known = {spec.name: spec for spec in ADDED} | FORMER | known
         unknown = [each for each in names if each not in known]
         check(self._name, not unknown, f"outputs must be some of {', '.join(known)}", unknown)
@@ -181,7 +187,7 @@ class Client:
             raise EndpointError(f"violated the protocol: {error}") from None
         self._echoing.update({server} if echoed else ())
         estimated = message["estimated_rows"]
-        if estimated and {ADDED[0], FORMER["estimated"]}.isdisjoint(model.outputs):
+        if estimated and ADDED[0] not in model.outputs:
             why = f"the server estimated {estimated} of {rows} rows"
             raise BusyError(_RETRY_SECONDS, f"{why}; ask for the output 'estimated' to get them")
         return outputs, str(message.get("model_version") or "")[:_VERSION]
@@ -281,7 +287,7 @@ class RemoteModule(nn.Module):
         url: the server, such as ``"http://a:8000"``.
         model: the name of the model. Its inputs and outputs come from the server's metadata.
         outputs: the names of the outputs to ask for. Defaults to None, all that the model has. A
-            server of this package has further ones, such as ``"radius"``, which must be named.
+            server of this package has further ones, such as ``"error_bound"``, which must be named.
         headers, token, context, connect_timeout, timeout: as in
             :class:`~coded_torch.workers.EndpointWorkers`.
 

@@ -6,8 +6,8 @@ takes and returns, and loads its next version. Needs the extra ``serve``.
 """
 
 from ..open_inference import DATATYPES, TensorSpec
-from .application import app, deployment
+from .application import App, deployment
 from .model import specs
 from .protocol import Connection
 
-__all__ = ["DATATYPES", "Connection", "TensorSpec", "app", "deployment", "specs"]
+__all__ = ["DATATYPES", "App", "Connection", "TensorSpec", "deployment", "specs"]

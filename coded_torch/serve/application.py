@@ -38,14 +38,15 @@ _MOST_ANSWERS = 20_000  # answers that are remembered; a bound, not tuned
 _WATCH = 0.1  # seconds, after which a request begins to watch if its client has gone; not tuned
 
 
-class app(Starlette):  # noqa: N801 - callers read it as a function
+class App(Starlette):
     """An ASGI application that serves a model by the Open Inference Protocol (KServe v2).
 
     Waiting requests are computed together: a batch starts while a worker is idle, or one at a time
     under a code. Each request is answered by its deadline: with the model's own results where
     workers replied, else with estimates, which the answer's ``estimated_rows`` counts. Clients
     may ask for further outputs, one number per row: ``estimated``, ``source``, ``verified``,
-    ``corrected``, and ``radius`` and ``label_p_value`` at the level of the parameter ``coverage``.
+    ``corrected``, and ``error_bound`` and ``label_p_value`` at the level of the parameter
+    ``coverage``.
 
     Its lifespan starts the workers and closes them. It runs under any ASGI server, in one process.
     A refused request gets ``{"error": ...}`` with 4xx if it is wrong, 500 if the model fails on it,
@@ -322,7 +323,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         rows = message.inputs[0].shape[0]
         estimated = sum(answer.estimated[answer.rows])
         parameters = {"coverage": coverage} if coverage else {}
-        parameters |= dict.fromkeys(("estimated_rows", "predicted_rows"), estimated)
+        parameters["estimated_rows"] = estimated
         about = {"model_name": self.name, "model_version": answer.version, "parameters": parameters}
         about |= {"id": message.id} if message.id else {}
         tensors = ((x, answer.output(x, message.coverage), how) for x, how in message.outputs)
@@ -374,7 +375,7 @@ async def _first(future: asyncio.Future[Any], receive: Receive, seconds: float) 
             task.cancel()
 
 
-def deployment(factory: Callable[[], app], **options: Any) -> Any:
+def deployment(factory: Callable[[], App], **options: Any) -> Any:
     r"""Make a deployment for Ray Serve: ``serve.run(deployment(make).bind())``.
 
     Each replica serves its own application, on processes of its host or on actors of
@@ -384,7 +385,7 @@ def deployment(factory: Callable[[], app], **options: Any) -> Any:
     processor time per request. With ``RAY_SERVE_THROUGHPUT_OPTIMIZED=1``, replicas serve HTTP.
 
     Args:
-        factory: makes the application by :class:`~coded_torch.serve.app`. The replica calls it.
+        factory: makes the application by :class:`~coded_torch.serve.App`. The replica calls it.
         options: options of ``ray.serve.deployment``. By default Ray lets 1,024 requests into a
             replica, and as many wait, so that the application refuses and not Ray.
 
@@ -394,9 +395,9 @@ def deployment(factory: Callable[[], app], **options: Any) -> Any:
     """
     from ray import serve
 
-    def build() -> app:
+    def build() -> App:
         application = factory()
-        instance("deployment", "the result of factory", application, app)
+        instance("deployment", "the result of factory", application, App)
         application.metrics = Metrics(ray=True)
         return application
 

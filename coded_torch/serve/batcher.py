@@ -36,8 +36,8 @@ _MOST_BATCHES = 1024  # threads, each of which runs a batch; a bound, not tuned
 
 
 # The fields of a report by the outputs of ADDED and FORMER that have other names.
-_FIELDS = {"radius": "radii", "label_p_value": "label_p_values", "label_risk": "label_p_values"}
-_FIELDS["predicted"] = "estimated"
+_FIELDS = {"error_bound": "error_bounds", "radius": "error_bounds"}
+_FIELDS["label_p_value"] = "label_p_values"
 
 
 class Batch(NamedTuple):
@@ -60,8 +60,8 @@ class Batch(NamedTuple):
         values = getattr(report, field)
         if field == "corrected":
             values = torch.tensor([row in report.corrected for row in range(end)])
-        if field == "radii" and coverage and report.coverage:
-            values = report.radii_at(coverage)
+        if field == "error_bounds" and coverage and report.coverage:
+            values = report.error_bounds_at(coverage)
         if values is None:  # then computed rows get 0, and estimated rows NaN
             values = torch.zeros(end)
             if spec.dtype.is_floating_point and self.estimated:
@@ -94,9 +94,9 @@ def compute(
             raise
         answers = getattr(error, "answers", None)
         report = held
-    unanswered = set() if own.on_error == "estimate" else set(report.refused)
+    unanswered = set() if own.on_error == "estimate" else set(report.module_failed_rows)
     if report.failed or report.ended == "failed":
-        unanswered |= {*report.refused, *report.missing_rows}
+        unanswered |= {*report.module_failed_rows, *report.missing_rows}
     rows = inputs[0].shape[0]
     leaves = pytree.tree_leaves(answers)
     if answers is None:
@@ -113,7 +113,7 @@ def compute(
     sources = [] if report.source is None else report.source.tolist()
     flags = [source == 2 for source in sources] if 2 in sources else ()
     if flags:  # made here, and not in the event loop
-        _ = report.estimated, report.radii, report.label_p_values
+        _ = report.estimated, report.error_bounds, report.label_p_values
     return Batch(named, report, unanswered, slice(rows), flags)
 
 
@@ -302,7 +302,9 @@ class Batcher:
             late = error.status_code == 504
         else:
             late = not done.outputs and done.report.ended == "deadline"
-            if len(done.report.refused) == rows > batch[0].rows:  # all parts raised alike
+            if (
+                len(done.report.module_failed_rows) == rows > batch[0].rows
+            ):  # all parts raised alike
                 error = _refusal(done.report, 0)
         finally:
             # From slot to slot: the delays of the loop count, as the next batch suffers them too.
@@ -356,7 +358,7 @@ def _refusal(report: Report, row: int) -> RequestError:
     if error and isinstance(cause, EndpointError):  # no address, and no text of that server
         why = f"worker {error.worker} {str(cause).partition(':')[0]}"
     why = re.sub(r" \(https?://\S+\)", "", why)
-    if row in report.refused:
+    if row in report.module_failed_rows:
         if isinstance(cause, RefusedError):
             return RequestError(400, "invalid", str(cause))
     elif report.ended == "deadline" and not isinstance(cause, EndpointError):

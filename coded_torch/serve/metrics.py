@@ -25,7 +25,7 @@ _NUMBERS: dict[str, tuple[str, ...]] = {
     "hedges_total": ("Hedges that replied first (won) or not (lost).", "outcome"),
     "checks_total": ("Rows verified, unverified, or corrected by a check.", "outcome"),
     "missing_not_at_random": ("1 if late parts look odder: error bounds may not hold.",),
-    "faults_total": ("Wrong results that workers were found to return.", "worker"),
+    "wrong_results_total": ("Wrong results that workers were found to return.", "worker"),
     "excluded_total": ("Workers that were excluded for wrong results.",),
     "workers_up": ("Workers that are up.",),
     "worker_restarts_total": ("Workers that were lost and replaced.",),
@@ -35,7 +35,7 @@ _HISTOGRAMS = {
     "encode_seconds": ("Seconds of a batch before its parts are asked.", _SECONDS),
     "compute_seconds": ("Seconds of a batch that wait for workers.", _SECONDS),
     "decode_seconds": ("Seconds of a batch that make answers from results.", _SECONDS),
-    "radius": ("Of estimated rows, if finite: their error is at most as large.", _ERRORS),
+    "error_bound": ("Of estimated rows, if finite: their error is at most as large.", _ERRORS),
 }
 # The names of histograms by Triton's names.
 _TRITONS = {"queue": "queued_seconds", "compute_input": "encode_seconds"}
@@ -114,15 +114,15 @@ class Metrics:
         count("results_total", len(report.rejected), "rejected")
         count("answers_total", rows - len(done.unanswered) - estimated, "computed")
         count("answers_total", estimated, "estimated")
-        count("rows_computed_total", report.work * rows)
-        count("extra_rows_total", max(0.0, report.work - 1) * rows)
+        count("rows_computed_total", report.work_ratio * rows)
+        count("extra_rows_total", max(0.0, report.work_ratio - 1) * rows)
         count("hedges_total", won, "won")
         count("hedges_total", len(report.hedges) - won, "lost")
         self._numbers["missing_not_at_random"].set(int(report.missing_not_at_random))
         count("excluded_total", len(report.excluded))
         count("checks_total", len(report.corrected), "corrected")
-        for worker, number in report.faults.items():
-            count("faults_total", number, names.get(worker, str(worker)))
+        for worker, number in report.wrong_results.items():
+            count("wrong_results_total", number, names.get(worker, str(worker)))
         for outcome in ("verified", "unverified"):
             if (found := getattr(report, outcome)) is not None:
                 count("checks_total", int(found.sum()), outcome)
@@ -133,10 +133,10 @@ class Metrics:
         self._time("compute_input", report.encode_seconds)
         self._time("compute_infer", report.compute_seconds)
         self._time("compute_output", report.decode_seconds)
-        if flags and report.radii is not None:
-            for radius in itertools.compress(report.radii.tolist(), flags):
-                if radius < math.inf:  # an infinite sum would stay infinite
-                    self._numbers["radius"].observe(radius)
+        if flags and report.error_bounds is not None:
+            for bound in itertools.compress(report.error_bounds.tolist(), flags):
+                if bound < math.inf:  # an infinite sum would stay infinite
+                    self._numbers["error_bound"].observe(bound)
 
     def _count(self, name: str, amount: float, label: str | None = None) -> None:
         counter = self._numbers[name]

@@ -171,7 +171,7 @@ class Versions:
     def renew(self) -> str:
         """Do as :meth:`app.renew`."""
         if not self._loading.acquire(blocking=False):
-            raise RuntimeError("app: no version can be loaded now, as one is being loaded")
+            raise RuntimeError("App: no version can be loaded now, as one is being loaded")
         (coded, version) = self.present
         name = self._app.name
         try:
@@ -197,7 +197,7 @@ class Versions:
         app = self._app
         if self._make is None or not app.ready:
             why = "it has no make" if self._make is None else "it is not ready"
-            raise RuntimeError(f"app: no version can be loaded, as {why}")
+            raise RuntimeError(f"App: no version can be loaded, as {why}")
         weights = [*coded.module.parameters()]
         before = _states(weights)
         try:
@@ -208,14 +208,14 @@ class Versions:
         instance("app", "the result of make", module, nn.Module)
         if has_changed or module is coded.module:
             got = "the present one with other weights" if has_changed else "the present one"
-            raise ValueError(f"app: make must return another module, got {got}")
+            raise ValueError(f"App: make must return another module, got {got}")
         if not coded.module.training:
             module.eval()
         example = bound(*app.call(app.max_rows))
         is_fixed = all(-1 not in spec.shape for spec in app.inputs)
         own, new = (specs(x, example, fixed_shapes=is_fixed) for x in (coded.module, module))
         if own != new:
-            raise ValueError(f"app: make must return a module with {own}, got {new}")
+            raise ValueError(f"App: make must return a module with {own}, got {new}")
         pool = coded.workers
         try:
             pool.start(module, sample(example), timeout=_SECONDS * len(pool.places or "1"))

@@ -219,12 +219,8 @@ def parse(
     binary = field("the request", parameters, "binary_data_output", bool, False)
     name = field("the request", message, "id", str, "")
     listed = field("the request", message, "inputs", list)
-    names = [spec.name for spec in inputs]
-    former = {f"input{i if names[1:] else ''}": name for i, name in enumerate(names)}
     for entry in listed if {dict} == {*map(type, listed)} else ():
-        own, data = entry.get("name"), entry.get("data")
-        if own not in names and type(own) is str:  # for one version, the names of the last one
-            entry["name"] = former.get(own, own)
+        data = entry.get("data")
         if type(data) is int and data in lists:  # numbers are read when their shape is known
             entry["data"] = functools.partial(_tensor, lists.pop(data), until)
     given = wire.tensors_of("input", listed, inputs, tail, range(1, max_rows + 1))

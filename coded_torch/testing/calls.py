@@ -65,9 +65,9 @@ class CallTests:
         assert estimated is not None
         assert torch.equal(answers[~estimated], EXACT[~estimated])
         assert answers.isfinite().all()
-        assert report.radii is None or (report.radii[~estimated] == 0).all()
+        assert report.error_bounds is None or (report.error_bounds[~estimated] == 0).all()
         assert set(report.received) <= set(report.asked) <= {w for _, w, _ in pool.begun}
-        assert report.work >= 1 - estimated.double().mean() - 1e-9
+        assert report.work_ratio >= 1 - estimated.double().mean() - 1e-9
         self.check_workers(pool)
 
     def check_workers(self, pool: VirtualWorkers) -> None:
@@ -88,7 +88,7 @@ class CallTests:
             held: Any = error
             missing = held.report.missing_rows
             assert missing
-            assert missing == held.report.refused
+            assert missing == held.report.module_failed_rows
             others = [row for row in range(ROWS) if row not in missing]
             assert torch.equal(held.answers[others], EXACT[others])
             return
@@ -122,7 +122,9 @@ class CallTests:
                 assert torch.equal(error.answers[known], EXACT[known])
             assert error.report.missing_rows == tuple((~known).nonzero().flatten().tolist())
             # A row at which workers ended again and again is refused, though others are there.
-            assert known.sum() < (ROWS / 2 if estimate and not error.report.refused else ROWS)
+            assert known.sum() < (
+                ROWS / 2 if estimate and not error.report.module_failed_rows else ROWS
+            )
         self.check_workers(pool)
         assert pool.clock <= deadline + 1e-9
 
@@ -197,7 +199,7 @@ class CallTests:
         coded = self.make(Exact(), pool, verify=share, waiting=Waiting())
         for _ in range(3):
             answers, report = coded.run(INPUTS)
-            assert {*report.faults, *report.excluded} <= ({0} if fault == "lie" else set())
+            assert {*report.wrong_results, *report.excluded} <= ({0} if fault == "lie" else set())
             right = (answers == EXACT).all(1)
             assert right[report.verified].all()
             assert right.all() or fault == "lie"

@@ -62,7 +62,7 @@ class Dispatcher(abc.ABC):
     """
 
     kind = "workers"  #: the word for the workers in messages
-    grace = math.inf  #: seconds that a part may take before its worker is ended
+    hang_timeout = math.inf  #: seconds that a part may take before its worker is ended
     trouble = ""  #: the reason why the last worker did not start
     process = 0  #: the id of the process that has the workers' threads; 0 before there are some
 
@@ -217,9 +217,9 @@ class Dispatcher(abc.ABC):
             free = {w.index for w in workers if w.part is None or w.part.request is request}
             busy = {w.index for w in workers} - free
             excluded = {w.index for w in workers if w.excluded}
-        grace = f" (grace {self.grace:g} s)" if self.grace < math.inf else ""
+        limit = f" (hang timeout {self.hang_timeout:g} s)" if self.hang_timeout < math.inf else ""
         starting = self.places - up, f"are starting{self.trouble and f'; {self.trouble}'}"
-        reasons = (busy, f"are at earlier tasks{grace}"), starting, (excluded, "are excluded")
+        reasons = (busy, f"are at earlier tasks{limit}"), starting, (excluded, "are excluded")
         many = f"of {len(self.places)} {self.kind}"
         said = [f"{len(some)} {many} {what}" for some, what in reasons if some]
         return "; ".join(said) if self.places else f"all {self.kind} have left"

@@ -52,7 +52,7 @@ class ProcessWorkers(SupervisedWorkers):
     while the module computes, sleeps or waits, and processor time is one, too, so that no slow part
     is taken for a hang. A process that is stopped, or waits while it holds Python's global lock,
     shows none. A process in an endless loop shows signs of life: it is ended after ``timeout``, or
-    after ``grace`` if no call waits for the part any more.
+    after ``hang_timeout`` if no call waits for the part any more.
 
     The module is sent to each process once, and again when its weights, submodules, hooks or other
     attributes have been replaced or changed in place. All processes share one copy of its weights.
@@ -71,8 +71,9 @@ class ProcessWorkers(SupervisedWorkers):
         devices: the devices of the processes, in turn, which this process never touches. Defaults
             to the CPU.
         threads: the number of threads that each process uses for one operation. Defaults to 1.
-        grace: seconds without a sign of life after which a process at work is ended; doubled for a
-            row at each end of a process that computed it. Loading may take 120 s. Defaults to 30.
+        hang_timeout: seconds without a sign of life after which a process at work is ended; doubled
+            for a row at each end of a process that computed it. Loading may take 120 s. Defaults to
+            30.
         timeout: seconds after which a part that was asked for and has not replied has failed, and
             its process is ended. Defaults to 600.
 
@@ -98,15 +99,15 @@ class ProcessWorkers(SupervisedWorkers):
         *,
         devices: Sequence[torch.device | str] | None = None,
         threads: int = 1,
-        grace: float = 30.0,
+        hang_timeout: float = 30.0,
         timeout: float = 600.0,
     ) -> None:
         self.devices = find_devices(self, ("cpu",) if devices is None else devices, torch.device)
         self.mixed = len({device.type for device in self.devices}) > 1
-        super().__init__(num_workers, threads=threads, grace=grace, timeout=timeout)
+        super().__init__(num_workers, threads=threads, hang_timeout=hang_timeout, timeout=timeout)
 
     def _make(self) -> Supervisor:
-        return _Processes(self.devices, self.threads, self._size, self.grace, self.timeout)
+        return _Processes(self.devices, self.threads, self._size, self.hang_timeout, self.timeout)
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)

@@ -34,8 +34,8 @@ class RayWorkers(SupervisedWorkers):
         address: the address of the cluster, as for :func:`ray.init`. Defaults to None: the cluster
             that this process is in, else a local one, which ends with this process. A process is in
             one cluster at a time.
-        threads, grace, timeout: as for :class:`~coded_torch.workers.ProcessWorkers`, but a module
-            has to give signs of life while it loads, and processor time is none.
+        threads, hang_timeout, timeout: as for :class:`~coded_torch.workers.ProcessWorkers`, but a
+            module has to give signs of life while it loads, and processor time is none.
         actor_options: options of each actor for Ray, such as ``num_gpus=1``, for an actor on a GPU.
             By default ``num_cpus=0``, so that any number of actors runs anywhere.
 
@@ -47,7 +47,7 @@ class RayWorkers(SupervisedWorkers):
 
     Note:
         A request takes some milliseconds, ten times as long as with local processes. An actor that
-        is stopped is ended after ``grace``, as Ray does not report it.
+        is stopped is ended after ``hang_timeout``, as Ray does not report it.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class RayWorkers(SupervisedWorkers):
         *,
         address: str | None = None,
         threads: int = 1,
-        grace: float = 30.0,
+        hang_timeout: float = 30.0,
         timeout: float = 600.0,
         **actor_options: Any,
     ) -> None:
@@ -64,11 +64,11 @@ class RayWorkers(SupervisedWorkers):
         check(self, importlib.util.find_spec("ray"), must, None, ImportError)
         self.address = address
         self.actor_options = {"num_cpus": 0, **actor_options}
-        super().__init__(num_workers, threads=threads, grace=grace, timeout=timeout)
+        super().__init__(num_workers, threads=threads, hang_timeout=hang_timeout, timeout=timeout)
 
     def _make(self) -> Supervisor:
         how = self.address, self.threads, self.actor_options
-        return _Actors(*how, self._size, self.grace, self.timeout)
+        return _Actors(*how, self._size, self.hang_timeout, self.timeout)
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)

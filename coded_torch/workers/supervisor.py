@@ -24,7 +24,7 @@ from .worker_main import ModuleStore, PackedModule
 # Seconds that a worker has to start, or to load a module. Importing torch from a cold disk takes
 # tens of seconds. Not tuned: a lower value ends healthy workers, a higher one finds hung ones late.
 START_SECONDS = 120.0
-_BEATS = 4  # signs of life per ``grace``: some may be late on a busy machine; not tuned
+_BEATS = 4  # signs of life per ``hang_timeout``: some may be late on a busy machine; not tuned
 _LONGEST_BEAT = 10.0  # seconds between signs of life, at most; not tuned
 _RECENT = 10.0  # seconds since its last part began, for which a module still has calls; not tuned
 # Failed starts in a row after which waiting parts fail, instead of at their timeout. Not tuned.
@@ -63,29 +63,31 @@ class WatchedWorker(Worker):
     def look(self) -> None:
         """Look for a sign of life that the worker does not give itself."""
 
-    def end_by(self, grace: float, timeout: float) -> tuple[float, str]:
+    def end_by(self, hang_timeout: float, timeout: float) -> tuple[float, str]:
         """Return when the worker is to be ended, and why, in words that continue its name."""
         if self.unwanted:
             return -math.inf, self.unwanted
         if self.is_abandoned:
             return -math.inf, "was at a call that was interrupted"
         if self.loading or not self.ready:
-            seconds = max(START_SECONDS, grace)
+            seconds = max(START_SECONDS, hang_timeout)
             what = "loading a module" if self.ready else "starting"
             return self.since + seconds, f"was {what} for more than {seconds:g} s, and was ended"
         if self.part is None:
             return math.inf, ""
         awaited = self.part.request.awaits(self.part)
-        longest = max(grace, timeout)
-        grace *= 2.0 ** min(self.kills, 9)
+        longest = max(hang_timeout, timeout)
+        hang_timeout *= 2.0 ** min(self.kills, 9)
         due = self.since + longest
         what = ""
         option = "timeout"
-        if (silent := (max(self.since, self.life) if awaited else self.since) + grace) <= due:
+        if (
+            silent := (max(self.since, self.life) if awaited else self.since) + hang_timeout
+        ) <= due:
             what = " without a sign of life" if awaited else " that no call waits for"
             due = silent
-            longest = grace
-            option = "grace (--grace)"
+            longest = hang_timeout
+            option = "hang_timeout (--hang-timeout)"
         how = f"for more than {longest:g} s{what}, and was ended; {option} sets this time"
         return due, f"was at one part {how}"
 
@@ -94,19 +96,19 @@ class Supervisor(Dispatcher):
     """The workers of a pool, of whom lost ones are replaced, and late ones ended.
 
     A worker hangs if it computes a part that a call waits for, and shows no sign of life for
-    ``grace`` seconds, without the time for loading the module where that is reported. No part takes
-    longer than ``timeout``. Subclasses report to :meth:`ready`, :meth:`loaded`, :meth:`settle` and
-    :meth:`lost`, and note each :attr:`~WatchedWorker.life`. One thread runs :meth:`serve`; any
-    thread calls the rest.
+    ``hang_timeout`` seconds, without the time for loading the module where that is reported. No
+    part takes longer than ``timeout``. Subclasses report to :meth:`ready`, :meth:`loaded`,
+    :meth:`settle` and :meth:`lost`, and note each :attr:`~WatchedWorker.life`. One thread runs
+    :meth:`serve`; any thread calls the rest.
     """
 
     def __init__(
-        self, size: int, grace: float, timeout: float, clock: Any = time.monotonic
+        self, size: int, hang_timeout: float, timeout: float, clock: Any = time.monotonic
     ) -> None:
         super().__init__(size, clock)
-        self.grace = grace
+        self.hang_timeout = hang_timeout
         self.timeout = timeout
-        self.beat = min(self.grace / _BEATS, _LONGEST_BEAT)  # seconds between signs of life
+        self.beat = min(self.hang_timeout / _BEATS, _LONGEST_BEAT)  # seconds between signs of life
         self.modules = ModuleStore(self.pack)
         self.thread = threading.Thread(target=self.serve, name=f"coded_torch-{size}", daemon=True)
         self.num_lost = 0  # workers, while the pool is open
@@ -226,14 +228,14 @@ class Supervisor(Dispatcher):
 
     def tend(self) -> float:
         """End late workers, start missing ones, and return when there is more to do."""
-        # A part that begins meanwhile is due no earlier than a grace from now.
-        again = (now := self._clock()) + min(self.grace, _LONGEST_WAIT)
+        # A part that begins meanwhile is due no earlier than a hang timeout from now.
+        again = (now := self._clock()) + min(self.hang_timeout, _LONGEST_WAIT)
         self._assign()
         for worker in list(self._workers):
             with self.lock:  # a worker that gets its next part meanwhile is not overdue
-                if worker.end_by(self.grace, self.timeout)[0] <= now:
+                if worker.end_by(self.hang_timeout, self.timeout)[0] <= now:
                     worker.look()
-                due, why = worker.end_by(self.grace, self.timeout)
+                due, why = worker.end_by(self.hang_timeout, self.timeout)
                 if due <= now:
                     worker.unwanted = why
                     if due > -math.inf and worker.part is not None:
@@ -312,10 +314,12 @@ class SupervisedWorkers(DispatchedWorkers):
 
     starts_late = True
 
-    def __init__(self, num_workers: int, *, threads: int, grace: float, timeout: float) -> None:
+    def __init__(
+        self, num_workers: int, *, threads: int, hang_timeout: float, timeout: float
+    ) -> None:
         self._size = count(self, "num_workers", num_workers, most=MOST_WORKERS)
         self.threads = count(self, "threads", threads)
-        self.grace = positive(self, "grace", grace)
+        self.hang_timeout = positive(self, "hang_timeout", hang_timeout)
         self.timeout = positive(self, "timeout", timeout)
         self._warned = False
         self._open()

@@ -1,4 +1,4 @@
-"""Rivals of radii, on a function of one output."""
+"""Rivals of error bounds, on a function of one output."""
 
 import pytest
 import torch

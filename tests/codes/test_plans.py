@@ -59,7 +59,7 @@ def test_exact_answers_are_results_bit_for_bit(code, ordering, batch_size, most,
     bounds = plan.error_bounds(answers)
     assert (bounds is None) == (not isinstance(code, RegressionCode))
     if bounds is not None:
-        radii = bounds.radii(0.5)
+        radii = bounds.at(0.5)
         assert radii.shape == (batch_size,)
         assert ((radii > 0) | exact).all()
         assert not radii[exact].any()
@@ -88,7 +88,7 @@ def test_without_distances_copies_are_equal_and_lost_answers_the_mean(code):
         assert plan.note == NOTE
         mean = normal(11, 3)[exact].mean(0)
         torch.testing.assert_close(answers[~exact], mean.expand(int((~exact).sum()), 3))
-        radii = plan.error_bounds(answers).radii(0.75)
+        radii = plan.error_bounds(answers).at(0.75)
         assert len(radii[~exact].unique()) == 1
         assert not radii[exact].any()
 
@@ -124,7 +124,7 @@ def test_a_part_of_the_rows_that_is_lost_altogether_is_answered_by_the_mean():
     results = x[:3, None]
     answers = plan.decode(results, [0, 1, 2])
     torch.testing.assert_close(answers[4:], x[:3].mean(0).expand(4, 4))
-    radii = plan.error_bounds(answers).radii(0.75)
+    radii = plan.error_bounds(answers).at(0.75)
     far = float((x[:3] - x[:3].mean(0)).norm(dim=1).max())
     assert radii[4:].tolist() == pytest.approx([far * (4 / 3) / (2 / 3)] * 4)
 

@@ -102,7 +102,7 @@ def test_beats_the_paper_and_replication_and_knows_by_how_much(network, setting)
             answers, within = [], []
             for part in images.split(240):
                 answers.append(coded(part))
-                if (radii := coded.last_run.radii) is not None:
+                if (radii := coded.last_run.error_bounds) is not None:
                     errors = (answers[-1] - model(part)).norm(dim=1)
                     within.append((errors <= radii)[coded.last_run.estimated])
         return torch.cat(answers), within
@@ -225,7 +225,7 @@ def test_midpoints_in_a_wrapper_have_no_bounds_and_need_finite_floats():
     answers.sum().backward()
     estimated = report.estimated
     assert 0 < int(estimated.sum()) < 20
-    assert report.radii is None
+    assert report.error_bounds is None
     torch.testing.assert_close(answers[~estimated], model(x)[~estimated])
     assert (answers - model(x)).norm() < 0.5 * (model(x) - model(x).mean(0)).norm()
     with pytest.raises(TypeError, match="must be floating-point, as RegressionCode"):

@@ -256,7 +256,7 @@ def test_methods_with_models_of_their_own_are_compared_as_codes_are():
 
     def compared(decoder, **options):
         more = {"parity": decoder, "nothing": nothing}
-        return compare(module, batches, [(3, 2, 1)], more=lambda k, n: more, **options)
+        return compare(module, batches, [(3, 2, 1)], extra=lambda k, n: more, **options)
 
     rows = {row.name: row for row in compared(parity).rows}
     assert rows["parity"].rmse[0] < 1e-6
@@ -266,7 +266,7 @@ def test_methods_with_models_of_their_own_are_compared_as_codes_are():
     assert {row.name for row in few} == {"regression", "parity", "nothing"}
     with pytest.raises(ValueError, match=r"'parity' must return answers of shape \[\[8, 2\]\]"):
         compared(lambda inputs, outputs, received: outputs[0][:4])
-    with pytest.raises(ValueError, match="more must return codes beside an attack"):
+    with pytest.raises(ValueError, match="extra must return codes beside an attack"):
         compared(parity, attack=lambda results, generator: results + 1)
 
 
@@ -285,7 +285,7 @@ def test_a_method_cannot_change_what_others_are_compared_on():
 
     def compared(**more):
         options = {"schemes": ["replication", *more], "received_sets": 2}
-        return compare(module, batches, [(3, 2, 1)], more=lambda k, n: more, **options).rows
+        return compare(module, batches, [(3, 2, 1)], extra=lambda k, n: more, **options).rows
 
     (alone,), (spoiled, mine) = compared(), compared(spoils=Spoils())
     assert spoiled == alone
@@ -309,7 +309,7 @@ def test_the_default_device_of_the_caller_holds_in_methods():
 
     batches, module = [torch.randn(8, 3) for _ in range(2)], torch.nn.Tanh()
     with torch.device("meta"):
-        compare(module, batches, [(3, 2, 1)], more=more, schemes=["mine"])
+        compare(module, batches, [(3, 2, 1)], extra=more, schemes=["mine"])
     assert {*found} == {"meta"}
 
 
@@ -324,7 +324,7 @@ def test_names_of_schemes_are_not_taken_twice(name):
     batches = list(torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(0)))
     more = {name: lambda inputs, outputs, received: outputs}
     with pytest.raises(ValueError, match="under names that are not taken, got"):
-        compare(torch.nn.Tanh(), batches, [(3, 2, 1)], more=lambda k, n: more)
+        compare(torch.nn.Tanh(), batches, [(3, 2, 1)], extra=lambda k, n: more)
 
 
 def made(setting, name, mse, batch=0):

@@ -84,7 +84,7 @@ def problem(n, d, trust, seed):
     trust=st.one_of(st.just(1.0), st.floats(0.05, 1)),
     seed=st.integers(0, 10**6),
 )
-def test_a_radius_is_that_of_full_conformal_estimate(n, d, trust, seed):
+def test_a_bound_is_that_of_full_conformal_estimate(n, d, trust, seed):
     """Of one output it is the same, but where a result weighs so much that it is never odd."""
     squared, process, y, estimated = problem(n, d, trust, seed)
     limits = bounds(torch.tensor([n]), y, estimated, process, trust)
@@ -92,27 +92,27 @@ def test_a_radius_is_that_of_full_conformal_estimate(n, d, trust, seed):
     for coverage in (0.8, 0.95):
         outside = math.floor((1 - coverage) * (n + 1) + 1e-9)
         exact = brute_force(squared, n, y, estimated.item(), outside, trust)
-        radius = found.radii(coverage)[n].item()
+        radius = found.at(coverage)[n].item()
         assert radius >= exact * (1 - 1e-6)
         if limits.thresholds.isfinite().all():
             assert radius == pytest.approx(exact, rel=1e-6)
 
 
 @pytest.mark.parametrize("trust", [0.0, 0.6, 1.0])
-def test_no_radius_is_larger_at_a_lower_level(trust):
+def test_no_bound_is_larger_at_a_lower_level(trust):
     x, y = normal(60, 3), normal(60, 4, seed=1)
     _, process = regressed(x, 40)
     mean = y[:40].mean(0)
     estimated = torch.lerp(mean, process.weights @ y[:40], trust)
     regression = (process, trust) if trust else ()
     found = ErrorBounds(60, [bounds(torch.arange(40, 60), y[:40], estimated, *regression)])
-    levels = [found.radii(level) for level in (0.5, 0.8, 0.95, 0.98)]
+    levels = [found.at(level) for level in (0.5, 0.8, 0.95, 0.98)]
     assert all(bool((low <= high).all()) for low, high in itertools.pairwise(levels))
     assert not levels[0][:40].any()
-    assert found.radii(0.98)[40:].isinf().all()  # needs 49 results
+    assert found.at(0.98)[40:].isinf().all()  # needs 49 results
     by = torch.linspace(0, 9, 60, dtype=torch.float64)
-    assert torch.equal(found.widened(by).radii(0.8)[40:], levels[1][40:] + by[40:])
-    assert not found.widened(by).radii(0.8)[:40].any()
+    assert torch.equal(found.widened(by).at(0.8)[40:], levels[1][40:] + by[40:])
+    assert not found.widened(by).at(0.8)[:40].any()
 
 
 def test_about_the_mean_it_is_the_largest_deviation():
@@ -120,8 +120,8 @@ def test_about_the_mean_it_is_the_largest_deviation():
     y = normal(19, 1)
     found = ErrorBounds(20, [bounds(torch.tensor([19]), y, y.mean(0, keepdim=True))])
     far = (y - y.mean()).abs().max().item()
-    assert found.radii(0.95)[19].item() == pytest.approx(far * (1 + 1 / 19) / (1 - 1 / 19))
-    assert found.radii(0.96)[19].item() == math.inf
+    assert found.at(0.95)[19].item() == pytest.approx(far * (1 + 1 / 19) / (1 - 1 / 19))
+    assert found.at(0.96)[19].item() == math.inf
 
 
 @pytest.mark.parametrize(("rows", "outputs", "length"), [(60, 3, "auto"), (700, 2, 2.0)])
@@ -136,7 +136,7 @@ def test_rows_of_a_batch_are_covered(rows, outputs, length):
         plan = Regression(length=length).plan([x])
         answers = plan.decode(y[received, None], received)
         errors = (answers - y).norm(dim=1)
-        radii = plan.error_bounds(answers).radii(0.9)
+        radii = plan.error_bounds(answers).at(0.9)
         assert not radii[received].any()
         lost = plan.source(received) < 0
         covered, count = covered + int((errors <= radii)[lost].sum()), count + int(lost.sum())
@@ -153,10 +153,10 @@ def test_bounds_of_what_is_no_number_are_infinite():
     """Rounds and comparisons with NaN are false, by which a bound could become 0."""
     thresholds = torch.tensor([[[math.nan] * 9, [*range(9)]]], dtype=torch.float64)
     limits = ErrorBounds(2, [Bounds(torch.arange(2), thresholds, thresholds[0, 0], None)])
-    assert limits.radii(0.5).tolist() == [math.inf, 4.0]
-    assert limits.radii(math.nan).isinf().all()
+    assert limits.at(0.5).tolist() == [math.inf, 4.0]
+    assert limits.at(math.nan).isinf().all()
     off = torch.tensor([0.0, math.nan], dtype=torch.float64)
-    assert limits.widened(off).radii(0.5).isinf().all()
+    assert limits.widened(off).at(0.5).isinf().all()
 
 
 def test_surrogates_take_part_in_labels_alone():
@@ -198,7 +198,7 @@ def test_bounds_of_more_outputs_than_are_sampled_and_fewer_than_results():
     for results in (y[received, None], y[received, None].float()):
         plan = Regression().plan([x])
         answers = plan.decode(results, received)
-        radii.append(plan.error_bounds(answers).radii(0.9))
+        radii.append(plan.error_bounds(answers).at(0.9))
     assert radii[0].isfinite().all()
     torch.testing.assert_close(radii[1], radii[0], rtol=1e-2, atol=1e-3)
 

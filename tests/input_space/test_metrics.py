@@ -86,7 +86,7 @@ def test_rows_that_are_not_finite_determine_no_metric(size, odd):
     want = alone.decode(y[received, None], own)[::6]
     got = among.decode(y[received, None], received)
     torch.testing.assert_close(got[missing], want, rtol=1e-3, atol=1e-3)
-    radii = among.error_bounds(got).radii(0.5)
+    radii = among.error_bounds(got).at(0.5)
     assert radii[missing].isfinite().all()
 
 
@@ -223,4 +223,4 @@ def test_inputs_of_any_kind(kind, size):
     results = plan.encode(x.float().tanh())[received]
     answers = plan.decode(results, received)
     assert answers.isfinite().all()
-    assert not plan.error_bounds(answers).radii(0.9).isnan().any()
+    assert not plan.error_bounds(answers).at(0.9).isnan().any()

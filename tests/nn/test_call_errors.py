@@ -36,7 +36,7 @@ def test_a_row_that_the_module_raises_on_is_named(pool):
     assert info.value.rows == (BAD,)
     assert "raised by the module on row 17 of the batch" in info.value.__notes__[-1]
     report, answers = info.value.report, info.value.answers
-    assert report.missing_rows == report.refused == (BAD,)
+    assert report.missing_rows == report.module_failed_rows == (BAD,)
     others = torch.arange(64) != BAD
     assert answers[BAD].isnan().all()
     assert torch.equal(answers[others], 2 * X[others])
@@ -48,7 +48,7 @@ def test_a_row_that_the_module_raises_on_is_named(pool):
 def test_the_row_is_estimated_if_that_is_asked_for(pool):
     answers, report = wrapper(pool, on_error="estimate").run(X)
     assert report.estimated.nonzero().flatten().tolist() == [BAD]
-    assert report.refused == (BAD,)
+    assert report.module_failed_rows == (BAD,)
     assert torch.equal(answers[~report.estimated], 2 * X[~report.estimated])
     assert isinstance(report.errors[BAD].__cause__, ValueError)
 
@@ -66,7 +66,7 @@ def late(coded, deadline, x=X, why=""):
 
 
 def test_a_deadline_holds_while_workers_start_and_load_and_hang(tmp_path):
-    with ProcessWorkers(2, grace=600) as pool, torch.no_grad():
+    with ProcessWorkers(2, hang_timeout=600) as pool, torch.no_grad():
         heavy = wrapper(pool, deadline=0.1)
         heavy.module = Heavy(tmp_path)
         first = r"^workers are still starting; call pool.start\(model, example\) first; 2 of 2"

@@ -41,7 +41,7 @@ def test_the_report():
     assert list(run.latencies.items()) == [(1, 0.1), (4, 0.2), (3, 0.3)]
     assert run.rejected == {}
     assert run.asked == (0, 1, 2, 3, 4)
-    assert (run.work, run.ended) == (5 * 3 / 5, "first")
+    assert (run.work_ratio, run.ended) == (5 * 3 / 5, "first")
     assert run.estimated.all()
     assert not run.failed
     assert run.num_groups == 3
@@ -102,10 +102,10 @@ def test_probabilities_stay_such(dtype):
         out.double().sum(-1), torch.ones(12).double(), rtol=0, atol=8 * torch.finfo(dtype).eps
     )
     # The error of logarithms is in no unit of the answers.
-    assert coded.last_run.radii is None or not coded.last_run.estimated.any()
+    assert coded.last_run.error_bounds is None or not coded.last_run.estimated.any()
     coded.code = coded.code.replace(link=None)
     coded(x)
-    assert coded.last_run.radii is not None
+    assert coded.last_run.error_bounds is not None
 
 
 def test_concurrent_calls_keep_their_reports_whole():
@@ -199,10 +199,14 @@ def test_a_call_may_have_a_policy_of_its_own_and_returns_its_report():
     x = torch.arange(1.0, 9.0).view(8, 1)
     coded = CodedWrapper(nn.Identity(), ReplicationCode(4, 6), workers=Separate())
     answers, report = coded.run(x, waiting=Waiting.first(2))
-    assert (report.asked, report.work, int(report.estimated.sum())) == (tuple(range(6)), 1.5, 2)
+    assert (report.asked, report.work_ratio, int(report.estimated.sum())) == (
+        tuple(range(6)),
+        1.5,
+        2,
+    )
     assert torch.equal(answers[~report.estimated], x[~report.estimated])
     assert coded.last_run is None  # run() leaves it alone
     _, report = coded.run(x, waiting=Waiting())
-    assert (report.work, report.ended) == (1.5, "complete")
+    assert (report.work_ratio, report.ended) == (1.5, "complete")
     with pytest.raises(ValueError, match=r"waiting.num_stragglers must be at most"):
         coded.run(x, waiting=Waiting.first(6))

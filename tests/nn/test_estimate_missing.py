@@ -56,7 +56,7 @@ def test_masked_scores_are_estimated_within_their_dtype(dtype, masked):
     answers, report = CodedWrapper(Call(scores), workers=pool, parts=24, waiting=SOON).run(x)
     assert report.estimated.sum() == 40
     assert answers.isfinite().all()
-    assert not report.radii.isnan().any()
+    assert not report.error_bounds.isnan().any()
     if masked == "a class":
         assert (answers.argmax(1) != 2).all()
 
@@ -80,8 +80,8 @@ def test_what_a_surrogate_knows_is_not_decoded(way, scale):
     assert weight == pytest.approx(1 / scale, rel=2e-3)  # but for the ridge
     without = mse(wrap(way), x)
     assert float((answers - f(x)).square().mean()) < 1e-4 * without
-    if run.radii is not None:
-        assert run.radii.median() < 0.05 * without**0.5
+    if run.error_bounds is not None:
+        assert run.error_bounds.median() < 0.05 * without**0.5
 
 
 def test_own_results_stay_bit_for_bit(way):
@@ -190,7 +190,7 @@ def test_gradients_pass_through_results_only(way):
     assert x.grad.isfinite().all()
     coded.surrogate = [student, Memory()]
     values = torch.func.grad(lambda x: coded(x).sum())(x.detach())
-    for name in ("estimated", "radii", "label_p_values"):  # they outlive the transform
+    for name in ("estimated", "error_bounds", "label_p_values"):  # they outlive the transform
         kept = getattr(coded.last_run, name)
         assert not torch._C._functorch.is_functorch_wrapped_tensor(kept), name
     assert values.shape == x.shape
@@ -200,7 +200,7 @@ def test_gradients_pass_through_results_only(way):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("way", ["rows", "regression"])
-def test_radii_hold_rounded_answers(way, dtype):
+def test_error_bounds_hold_rounded_answers(way, dtype):
     """As wide as a float32 module of the same results has them, and the rounding."""
     f, x = net(), rand(64, 4)
 
@@ -212,10 +212,10 @@ def test_radii_hold_rounded_answers(way, dtype):
     answers, report = run(dtype)
     assert torch.equal(answers, exact.to(dtype))
     moved = (answers.double() - exact.double()).norm(dim=1)
-    wider = (report.radii - known.radii)[report.estimated]
+    wider = (report.error_bounds - known.error_bounds)[report.estimated]
     assert (wider >= moved[report.estimated]).all()
     assert wider.max() < 200 * torch.finfo(dtype).eps
-    assert not report.radii[~report.estimated].any()
+    assert not report.error_bounds[~report.estimated].any()
     reports = []
 
     def total(x):
@@ -224,7 +224,7 @@ def test_radii_hold_rounded_answers(way, dtype):
         return answers.float().sum()
 
     torch.func.grad(total)(x)  # reports outlive transforms
-    torch.testing.assert_close(reports[0].radii, report.radii)
+    torch.testing.assert_close(reports[0].error_bounds, report.error_bounds)
 
 
 def test_surrogates_are_no_part_of_the_module():
@@ -277,20 +277,20 @@ def test_few_results_are_calibrated_by_a_memory(lost, shape):
             x = rand(4, 4, seed=100 + seed)
             answers, report = coded.run(x)
             missing = report.estimated
-            assert report.radii[missing].isfinite().all()
-            assert report.radii_at(0.999)[missing].isinf().all()
+            assert report.error_bounds[missing].isfinite().all()
+            assert report.error_bounds_at(0.999)[missing].isinf().all()
             errors = (answers - f(x)).reshape(4, -1).norm(dim=1)
-            inside += (errors <= report.radii)[missing].tolist()
+            inside += (errors <= report.error_bounds)[missing].tolist()
     assert 0.85 <= sum(inside) / len(inside) <= 1
 
 
-def test_levels_of_radii_are_checked():
+def test_levels_of_error_bounds_are_checked():
     _, report = wrap("rows").run(rand(23, 4))
     for level in (0, 1.5, math.nan, "x"):
         with pytest.raises((TypeError, ValueError), match="coverage must be between 0 and 1, got"):
-            report.radii_at(level)
-    with pytest.raises(ValueError, match="radii_at: odds must be at least 1 and finite"):
-        report.radii_at(0.9, odds=0.5)
+            report.error_bounds_at(level)
+    with pytest.raises(ValueError, match="error_bounds_at: odds must be at least 1 and finite"):
+        report.error_bounds_at(0.9, odds=0.5)
 
 
 def test_a_worker_that_is_always_late_does_not_lose_the_same_rows_in_every_call():
@@ -307,7 +307,7 @@ def test_a_worker_that_is_always_late_does_not_lose_the_same_rows_in_every_call(
         answers, report = coded.run(x)
         lost |= {*report.missing_rows}
         errors = (answers - y).abs().flatten()
-        inside += (errors <= report.radii_at(0.9))[report.estimated].tolist()
+        inside += (errors <= report.error_bounds_at(0.9))[report.estimated].tolist()
     assert len(lost) == 24
     assert 0.85 <= sum(inside) / len(inside) <= 1
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -330,7 +330,9 @@ def test_a_loss_that_depends_on_content_is_reported(content, parts):
         seconds = noise.abs().flatten() if content else torch.rand(48, generator=generator)
         pool.seconds = seconds.tolist()
         answers, report = coded.run(x)
-        inside += ((answers - y).abs().flatten() <= report.radii_at(0.9))[report.estimated].tolist()
+        inside += ((answers - y).abs().flatten() <= report.error_bounds_at(0.9))[
+            report.estimated
+        ].tolist()
         alarms.append(report.missing_not_at_random)
         is_said = any("not missing at random" in note for note in report.notes)
         assert report.missing_not_at_random == is_said
@@ -343,22 +345,22 @@ def test_bounds_hold_as_often_although_some_rows_are_likelier_to_be_missing(odds
     """By a level at which a row of these odds is inside as often."""
     _, report = wrap("rows").run(rand(23, 4))
     level = 1 - 0.3 / (0.3 + odds * 0.7)
-    assert torch.equal(report.radii_at(0.7, odds=odds), report.radii_at(level))
+    assert torch.equal(report.error_bounds_at(0.7, odds=odds), report.error_bounds_at(level))
 
 
 def test_bounds_are_no_tensors_of_the_mode_in_which_they_are_read():
     _, report = wrap("rows").run(rand(23, 4))
     with torch.inference_mode():
         assert not report.estimated.is_inference()
-        assert not report.radii.is_inference()
+        assert not report.error_bounds.is_inference()
 
 
 def test_a_report_with_replaced_fields_keeps_its_bounds():
     _, report = wrap("rows").run(rand(23, 4))
     other = dataclasses.replace(report, notes=("mine",))
-    for name in ("estimated", "radii", "label_p_values"):
+    for name in ("estimated", "error_bounds", "label_p_values"):
         assert torch.equal(getattr(other, name), getattr(report, name))
-    assert torch.equal(other.radii_at(0.7), report.radii_at(0.7))
+    assert torch.equal(other.error_bounds_at(0.7), report.error_bounds_at(0.7))
 
 
 def test_classes_are_certified_at_a_false_discovery_rate():
@@ -385,7 +387,7 @@ def test_only_scores_of_classes_have_label_p_values(shape, classes, lost):
     _, run = coded.run(rand(20, 6), waiting=Waiting(deadline=1.0, hedge_budget=0))
     assert run.estimated.sum() == 4 * lost
     assert (run.label_p_values is not None) == classes
-    assert run.radii is not None
+    assert run.error_bounds is not None
 
 
 def test_error_bounds_hold_for_periodic_batches():
@@ -398,7 +400,7 @@ def test_error_bounds_hold_for_periodic_batches():
         pool = LocalWorkers(Uniform(8, seed=seed))
         answers, report = CodedWrapper(module, workers=pool, parts=24, waiting=SOON).run(x)
         errors = (answers - module(x)).norm(dim=1)
-        held.append((errors <= report.radii)[report.estimated].double().mean())
+        held.append((errors <= report.error_bounds)[report.estimated].double().mean())
     assert torch.stack(held).mean() > 0.93  # .95 less two standard errors; .2 with strides
 
 
@@ -430,4 +432,4 @@ def test_threads_estimate_in_inference_mode_too():
     (answers, report), (others, other) = found
     assert report.estimated.any()
     assert torch.equal(answers, others)
-    assert torch.equal(report.radii, other.radii)
+    assert torch.equal(report.error_bounds, other.error_bounds)

@@ -158,9 +158,9 @@ def test_what_is_rejected_again_and_again_is_an_error_or_estimated():
     assert run.estimated.tolist() == [False, True, *[False] * 6]
     assert torch.equal(answers[~run.estimated], X[~run.estimated])
     assert 0.0 < answers[1] < 8.0
-    assert (run.ended, run.missing_rows, run.refused) == ("failed", (1,), ())
+    assert (run.ended, run.missing_rows, run.module_failed_rows) == ("failed", (1,), ())
     assert "not finite" in run.errors[1].reason
-    assert (run.radii > 0).equal(run.estimated)
+    assert (run.error_bounds > 0).equal(run.estimated)
 
 
 def test_surrogates_and_outputs_that_no_call_can_use_are_warned_of_once():
@@ -188,7 +188,7 @@ class Busy(Separate):
     def open(self, module, task):
         request = super().open(module, task)
         request.ask = lambda parts: None
-        request.status = lambda: "6 of 6 processes are at earlier tasks (grace 30 s)"
+        request.status = lambda: "6 of 6 processes are at earlier tasks (hang timeout 30 s)"
         return request
 
 
@@ -197,7 +197,7 @@ class Busy(Separate):
     [
         (
             Busy(),
-            r"^6 of 6 .* earlier tasks \(grace 30 s\); nothing arrived within the deadline of",
+            r"^6 of 6 .* earlier tasks \(hang timeout 30 s\); nothing arrived within the deadline",
         ),
         (LATE, r"^no more arrived within the deadline of 0.5 s; .* got 1; missing: \[1, 2, 3\]$"),
         (LocalWorkers(Uniform(3)), "at least 2 of 4 results are needed, got 1"),
@@ -320,7 +320,7 @@ def test_a_report_is_five_lines_to_read():
     rows, workers, took, ended, notes = str(report).splitlines()
     assert rows == "rows     40 of 60 computed, 0 of them by later parts; 20 estimated, 0 corrected"
     assert workers == "workers  3 asked; without a result: 2"
-    assert re.fullmatch(r"time     [\d.]+ ms: encode .*, compute .*, decode .*; work 1", took)
+    assert re.fullmatch(r"time     [\d.]+ ms: encode .*, compute .*, decode .*; work ratio 1", took)
     assert ended == "ended    deadline; later parts: 0"
     assert notes == "notes    a remark; another one"
     assert str(Report()).startswith("rows     no answers")
@@ -352,7 +352,7 @@ def test_the_regression_is_fitted_while_the_call_waits(monkeypatch, late, fitted
     repeated = found[0][1].decode_seconds - seconds[0]
     assert repeated >= 0.05 if len(fitted) > 1 else seconds[0] >= 0.05
     assert torch.equal(found[0][0], found[1][0])
-    assert torch.equal(found[0][1].radii, found[1][1].radii)
+    assert torch.equal(found[0][1].error_bounds, found[1][1].error_bounds)
 
 
 @pytest.mark.parametrize(("reserve", "fitted"), [(2.0, [5, 8]), (4.0, [7])])

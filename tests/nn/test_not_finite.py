@@ -95,7 +95,7 @@ def test_such_a_row_is_answered_as_the_module_does(way, dtype):
         assert same(coded(x), module(x))
         assert not coded.last_run.estimated.any()
         assert not coded.last_run.rejected
-        assert coded.last_run.radii is None or not coded.last_run.radii.any()
+        assert coded.last_run.error_bounds is None or not coded.last_run.error_bounds.any()
 
 
 @pytest.mark.parametrize("ordering", ["similarity", "arrival"])
@@ -111,7 +111,7 @@ def test_without_a_result_it_gets_the_mean_and_an_infinite_error_bar(way, orderi
             how["code"] = how["code"].replace(ordering=ordering)
         coded = CodedWrapper(module, **how, workers=LocalWorkers(stragglers))
         answers, report = coded.run(x)
-        own, errors = ~report.estimated, report.radii
+        own, errors = ~report.estimated, report.error_bounds
         assert same(answers[own], module(x)[own])
         assert answers[others()].isfinite().all()
         lost = report.estimated & ~others()
@@ -120,7 +120,7 @@ def test_without_a_result_it_gets_the_mean_and_an_infinite_error_bar(way, orderi
         torch.testing.assert_close(answers[lost], mean)
         if errors is not None:
             assert errors[lost].isinf().all()
-            assert report.radii_at(0.5)[~lost].isfinite().all()
+            assert report.error_bounds_at(0.5)[~lost].isfinite().all()
     assert seen.any()
 
 
@@ -162,7 +162,7 @@ def test_where_the_mean_estimates_such_rows_calibrate_no_error_bounds():
     for left_out in ((5,), (5, *BAD)):
         received = [i for i in range(24) if i not in left_out]
         answers = plan.decode(results[received], received)
-        radii.append(plan.error_bounds(answers).radii(0.5)[5])
+        radii.append(plan.error_bounds(answers).at(0.5)[5])
         plan = Regression().plan([], 24)
     assert radii[0] == pytest.approx(radii[1])
 

@@ -32,12 +32,12 @@ def test_a_batch_gets_columns():
     given = batch()
     given["data"].flags.writeable = False  # as Ray Data's
     made = RayDataPredictor(half, output="y")(given)
-    assert set(made) == {"data", "y", "estimated", "radius"}
+    assert set(made) == {"data", "y", "estimated", "error_bound"}
     exact = ~made["estimated"]
     assert exact.sum() == 10
     assert np.array_equal(made["y"][exact], given["data"][exact])
-    assert (made["radius"][exact] == 0).all()
-    assert (made["radius"][~exact] > 0).all()
+    assert (made["error_bound"][exact] == 0).all()
+    assert (made["error_bound"][~exact] > 0).all()
 
 
 def test_several_inputs_and_outputs_are_columns_of_their_own():
@@ -65,13 +65,13 @@ def test_what_is_no_wrapper_or_no_tensor_is_named():
 def test_outputs_of_a_tuple_are_numbered():
     two = Call(lambda x: (x, {"a": 2 * x}))
     made = RayDataPredictor(lambda: CodedWrapper(two, workers=LocalWorkers(), parts=2))(batch())
-    assert {*made} == {"data", "answer0", "answer1.a", "estimated", "radius"}
+    assert {*made} == {"data", "answer0", "answer1.a", "estimated", "error_bound"}
     assert np.array_equal(2 * made["answer0"], made["answer1.a"])
 
 
 def test_columns_that_would_be_lost_are_named():
-    with pytest.raises(ValueError, match=r"columns answer, .* must be new, got \['radius'\]$"):
-        RayDataPredictor(half)(batch() | {"radius": np.zeros(20)})
+    with pytest.raises(ValueError, match=r"columns answer, .* must be new, got \['error_bound'\]$"):
+        RayDataPredictor(half)(batch() | {"error_bound": np.zeros(20)})
     for name in ("estimated", "data"):
         with pytest.raises(ValueError, match=rf"got \['{name}'\]$"):
             RayDataPredictor(half, output=name)(batch())
@@ -119,4 +119,4 @@ def test_ray_data_loses_no_row_while_workers_are_killed(tmp_path, monkeypatch):
     assert len(found) == len(rows)
     answers = np.stack([row["answer"] for row in found])
     assert np.array_equal(answers[np.argsort(answers[:, 0])], rows)
-    assert not any(row["estimated"] or row["radius"] for row in found)
+    assert not any(row["estimated"] or row["error_bound"] for row in found)

@@ -68,7 +68,7 @@ def test_outputs_of_any_dtype_are_carried_where_every_row_has_a_result(way):
     for name, wanted in module(x).items():
         assert torch.equal(answers[name], wanted)
     assert not report.estimated.any()
-    assert not report.radii.any()
+    assert not report.error_bounds.any()
     pool = LocalWorkers(Uniform(1, seed=0))
     lost = CodedWrapper(module, **divided(way, 4, 4), workers=pool, **options)
     why = r"output\['top'\] is torch.int64 and cannot be estimated; .*estimate=False"

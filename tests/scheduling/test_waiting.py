@@ -62,7 +62,7 @@ def test_while_nothing_is_late_all_is_asked_once():
     play = Play([OK], [OK], [OK], [("ok", 1.4)])
     assert (play.again, play.seconds) == ([], 1.4)
     report = play.report
-    assert (report.ended, report.work, report.hedging_threshold) == ("complete", 1.0, 1.5)
+    assert (report.ended, report.work_ratio, report.hedging_threshold) == ("complete", 1.0, 1.5)
 
 
 def test_before_latencies_are_known_a_part_is_late_at_half_of_the_deadline():
@@ -129,7 +129,7 @@ def test_a_part_that_ends_its_worker_is_cut_while_all_others_run():
 def test_a_row_that_ends_its_worker_costs_few():
     how = {"x": torch.arange(64.0)[:, None], "parts": 6, "known": False}
     play = Play(*[[OK]] * 6, kills=lambda x: bool((x == 5).any()), **how)
-    assert (play.report.missing_rows, play.report.refused) == ((5,), (5,))
+    assert (play.report.missing_rows, play.report.module_failed_rows) == ((5,), (5,))
     deaths = sum(5 in units for _, _, units in play.again)
     assert 1 <= deaths <= 5  # beside the first
 
@@ -150,7 +150,7 @@ class Raises(nn.Module):
 def test_no_innocent_row_is_blamed(bad, num_workers):
     play = Play(*[[OK]] * num_workers, known=False, module=Raises(*map(float, bad)))
     assert play.report.ended == "error"
-    assert play.report.refused == play.report.missing_rows == bad
+    assert play.report.module_failed_rows == play.report.missing_rows == bad
     assert isinstance(play.error, ValueError)
 
 
@@ -159,14 +159,14 @@ def test_a_module_that_fails_on_all_rows_is_found_by_single_rows():
     pool = VirtualWorkers([[OK]] * 4)
     with pytest.raises(ValueError, match="of a wrong kind") as caught:
         CodedWrapper(Raises(*range(256)), workers=pool).run(rows)
-    assert caught.value.report.refused == (*range(256),)
+    assert caught.value.report.module_failed_rows == (*range(256),)
     assert len(pool.begun) < 75
 
 
 def test_a_row_is_refused_that_one_worker_raises_on_again_and_again_though_another_worked():
     """The other has left, so that nobody else can try it."""
     play = Play([OK], [OK], parts=2, known=False, module=Raises(0.0), drains=[(0.5, 1)])
-    assert (play.report.ended, play.report.refused) == ("error", (0,))
+    assert (play.report.ended, play.report.module_failed_rows) == ("error", (0,))
     assert isinstance(play.error, ValueError)
 
 
@@ -175,7 +175,7 @@ def test_at_the_deadline_rows_are_refused_if_nothing_but_exceptions_came():
     play = Play([("ok", 0.3)], known=False, **how)
     begun = [part.units for time, _, part in play.pool.begun if time <= 1.7]
     alone = tuple(sorted({units[0] for units in begun if len(units) == 1}))
-    assert (play.report.ended, play.report.refused) == ("deadline", alone)
+    assert (play.report.ended, play.report.module_failed_rows) == ("deadline", alone)
     assert len(alone) == 2
     assert isinstance(play.error, ValueError)
 
@@ -189,7 +189,7 @@ def test_a_row_that_raised_is_not_refused_if_a_late_result_has_it():
     """The module fails on it at two other workers."""
     once = [lambda y: y, lambda y: 1 / 0]
     play = Play([("ok", 1.8)], *[[OK, (once[1], 0.1), OK]] * 3)
-    assert (play.report.ended, play.report.refused) == ("complete", ())
+    assert (play.report.ended, play.report.module_failed_rows) == ("complete", ())
 
 
 @pytest.mark.parametrize(

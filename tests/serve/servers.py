@@ -13,7 +13,7 @@ import uvicorn
 from torch import nn
 
 from coded_torch.nn import CodedWrapper
-from coded_torch.serve import Connection, TensorSpec, app
+from coded_torch.serve import App, Connection, TensorSpec
 from coded_torch.testing.helpers import until
 from coded_torch.workers import LocalWorkers
 
@@ -31,7 +31,7 @@ def built(module=None, *, workers=None, surrogate=(), waiting=None, **options):
     how = {"workers": workers or LocalWorkers(), "surrogate": surrogate, "waiting": waiting}
     coded = CodedWrapper(module or linear(), parts=4, **how)
     defaults = {"name": "m", "inputs": INPUTS, "outputs": OUTPUTS, "deadline": 5.0}
-    return app(coded, **defaults | options)
+    return App(coded, **defaults | options)
 
 
 class Server(uvicorn.Server):

@@ -21,7 +21,7 @@ from torch import nn
 
 from coded_torch import Waiting
 from coded_torch.nn import CodedWrapper
-from coded_torch.serve import TensorSpec, app, protocol, specs
+from coded_torch.serve import App, TensorSpec, protocol, specs
 from coded_torch.stragglers import Trace
 from coded_torch.testing.helpers import until
 from coded_torch.workers import DeviceWorkers, LocalWorkers, ProcessWorkers, WorkerError
@@ -86,7 +86,15 @@ def test_metadata(client):
         assert found["inputs"] == [{"name": "input", "datatype": "FP32", "shape": [-1, 3]}]
         names = [spec["name"] for spec in found["outputs"]]
         # An older client takes an output that it does not know for one of the model's own.
-        assert names == ["output", "predicted", "radius", "label_risk", "source", "verified"]
+        assert names == [
+            "output",
+            "estimated",
+            "radius",
+            "label_p_value",
+            "source",
+            "verified",
+            "corrected",
+        ]
 
 
 @pytest.mark.parametrize(
@@ -146,9 +154,7 @@ def test_packed_bodies(client, encoding, squeeze):
     answer = json.loads(answer)
     assert answer.pop("outputs")[0]["shape"] == [64, 2]
     head = {"model_name": "m", "model_version": "1", "id": "a"}
-    assert answer == head | {
-        "parameters": {"estimated_rows": 0, "predicted_rows": 0, "coverage": 0.95}
-    }
+    assert answer == head | {"parameters": {"estimated_rows": 0, "coverage": 0.95}}
 
 
 @pytest.mark.parametrize(
@@ -389,7 +395,7 @@ def test_while_workers_compute_rows_of_requests_that_have_ended_others_are_told_
 def test_missing_rows_are_estimated_and_flagged(lost):
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(64, 3, generator=generator)
-    names = ("output", "estimated", "radius", "label_p_value", "source", "predicted", "label_risk")
+    names = ("output", "estimated", "error_bound", "label_p_value", "source", "radius")
     outputs = [{"name": name} for name in names]
     workers = LocalWorkers(Trace([[math.inf] * lost + [0.0] * (4 - lost)]))
     application = built(workers=workers, waiting=Waiting(hedge_budget=0))
@@ -404,13 +410,10 @@ def test_missing_rows_are_estimated_and_flagged(lost):
         torch.tensor([math.inf if x is None else x for x in entry["data"]])
         for entry in answer["outputs"]
     )
-    output, estimated, errors, p_values, source, predicted, risks = found
+    output, estimated, errors, p_values, source, radius = found
     output, exact = output.reshape(64, 2), linear()(rows).detach()
     assert int(estimated.sum()) == answer["parameters"]["estimated_rows"] == 16 * lost
-    # The names of version 0.3, by which an older client tells rows that no worker computed.
-    assert torch.equal(estimated, predicted)
-    assert torch.equal(p_values, risks)
-    assert answer["parameters"]["predicted_rows"] == 16 * lost
+    assert torch.equal(errors, radius)  # the name of version 0.4
     assert torch.allclose(output[~estimated], exact[~estimated], atol=1e-5)
     assert not torch.allclose(output[estimated], exact[estimated], atol=1e-5)
     assert (errors[~estimated] == 0).all()
@@ -433,7 +436,7 @@ def test_outputs_are_named_by_the_keys_of_a_dict():
     named = Call(lambda x: {"sum": x.sum(1), "double": 2 * x})
     inputs, outputs = specs(named, (torch.ones(2, 3),))
     with serving(built(named, inputs=inputs, outputs=outputs)) as port, Client(port) as client:
-        _, answer = client.infer(ONE)
+        _, answer = client.infer({"inputs": [tensor([[1, 2, 3], [4, 5, 6]], inputs[0].name)]})
     found = {entry["name"]: entry["data"] for entry in answer["outputs"]}
     assert found == {"sum": [6.0, 15.0], "double": [2.0, 4.0, 6.0, 8.0, 10.0, 12.0]}
 
@@ -499,26 +502,26 @@ def test_objects_that_the_host_has_frozen_stay_frozen(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"coded": linear()}, "app: coded must be of type CodedWrapper, got Linear"),
-        ({"name": 3}, "app: name must be of type str"),
-        ({"name": "a/b"}, "app: name must be a part of a URL, without any of {}/?#%, got 'a/b'"),
-        ({"inputs": []}, "app: inputs must be named, each once, got []"),
-        ({"inputs": INPUTS * 2}, "app: inputs must be named, each once, got ['input', 'input']"),
-        ({"outputs": ["output"]}, "app: an entry of outputs must be of type TensorSpec, got str"),
+        ({"coded": linear()}, "App: coded must be of type CodedWrapper, got Linear"),
+        ({"name": 3}, "App: name must be of type str"),
+        ({"name": "a/b"}, "App: name must be a part of a URL, without any of {}/?#%, got 'a/b'"),
+        ({"inputs": []}, "App: inputs must be named, each once, got []"),
+        ({"inputs": INPUTS * 2}, "App: inputs must be named, each once, got ['input', 'input']"),
+        ({"outputs": ["output"]}, "App: an entry of outputs must be of type TensorSpec, got str"),
         (
-            {"outputs": [TensorSpec("predicted", "BOOL", ())]},
-            "verified, corrected, predicted",
+            {"outputs": [TensorSpec("radius", "FP32", ())]},
+            "verified, corrected, radius",
         ),
-        ({"deadline": 0}, "app: deadline must be positive and finite, got 0"),
-        ({"max_batch_size": 0}, "app: max_batch_size must be at least 1, got 0"),
-        ({"max_queued_requests": 0}, "app: max_queued_requests must be at least 1"),
+        ({"deadline": 0}, "App: deadline must be positive and finite, got 0"),
+        ({"max_batch_size": 0}, "App: max_batch_size must be at least 1, got 0"),
+        ({"max_queued_requests": 0}, "App: max_queued_requests must be at least 1"),
     ],
 )
 def test_bad_arguments(changes, message):
     options = {"name": "m", "inputs": INPUTS, "outputs": OUTPUTS, "deadline": 1.0}
     coded = CodedWrapper(linear(), workers=LocalWorkers(), parts=4)
     with pytest.raises((TypeError, ValueError)) as caught:
-        app(**{"coded": coded} | options | changes)
+        App(**{"coded": coded} | options | changes)
     assert message in str(caught.value)
 
 

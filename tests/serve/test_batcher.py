@@ -31,7 +31,7 @@ class Model:
         assert self.go.wait(60)
         report = Report(ended="complete", failed=self.failed)
         self.behave(rows, report)
-        lost = {*report.refused, *(report.missing_rows if self.failed else ())}
+        lost = {*report.module_failed_rows, *(report.missing_rows if self.failed else ())}
         return Batch({"y": 2 * rows}, report, lost, slice(len(rows)))
 
     def batcher(self, **options):
@@ -265,8 +265,10 @@ async def test_a_request_that_fails_fails_alone(quick, raises):
         if 2.0 in rows:
             if raises:
                 raise ValueError("bad")
-            report.refused = report.missing_rows = (rows.flatten().tolist().index(2.0),)
-            report.errors = {report.refused[0]: WorkerError(3, 1, "raised IndexError: 2", "raised")}
+            report.module_failed_rows = report.missing_rows = (rows.flatten().tolist().index(2.0),)
+            report.errors = {
+                report.module_failed_rows[0]: WorkerError(3, 1, "raised IndexError: 2", "raised")
+            }
 
     batcher = quick.batcher()
     quick.behave = fail

@@ -303,7 +303,7 @@ def test_a_server_may_listen_at_an_address_of_ipv6(mine):
         ("mine:local --port 0", "must be picklable to be sent to another process, got Local: "),
         ("mine:small --endpoints http://127.0.0.1:1", "MODULE:FACTORY must be left out with --e"),
         ("mine:wordy", "'output1' among outputs of the module must be a tensor with rows, got str"),
-        ("mine:estimated", "source, verified, corrected, predicted, label_risk, got ['"),
+        ("mine:estimated", "source, verified, corrected, radius, got ['"),
     ],
 )
 def test_bad_values_get_one_line_and_exit_code_2(arguments, message, mine, refused):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from coded_torch.nn import CodedWrapper
-from coded_torch.serve import TensorSpec, app, specs
+from coded_torch.serve import App, TensorSpec, specs
 from coded_torch.workers import LocalWorkers
 
 from ..nn.modules import Call
@@ -107,16 +107,14 @@ def test_a_server_takes_keywords_and_sizes_that_the_module_takes():
     examples = {"scale": SCALE, "tokens": TOKENS}
     inputs, outputs = specs(coded.module, examples)
     how = {"inputs": inputs, "outputs": outputs, "examples": examples}
-    with serving(app(coded, name="m", deadline=5.0, **how)) as port, Client(port) as client:
+    with serving(App(coded, name="m", deadline=5.0, **how)) as port, Client(port) as client:
         assert client.get("/v2/models/m")[1]["inputs"][0]["shape"] == [-1, -1]
         for tokens in ([[1, 2, 3], [4, 5, 6]], [[1], [2]]):
             given = [tensor([2.0, 3.0], "scale"), tensor(tokens, "tokens", "INT64")]
-            former = [given[0] | {"name": "input1"}, given[1] | {"name": "input0"}]
-            for each in (given, former):  # the names of the last version, too
-                status, answer = client.infer({"inputs": each})
-                assert status == 200
-                total = [sum(row) * scale for row, scale in zip(tokens, (2.0, 3.0), strict=True)]
-                assert answer["outputs"][0]["data"] == total
+            status, answer = client.infer({"inputs": given})
+            assert status == 200
+            total = [sum(row) * scale for row, scale in zip(tokens, (2.0, 3.0), strict=True)]
+            assert answer["outputs"][0]["data"] == total
         status, answer = client.infer({"inputs": [given[0], given[1] | {"name": "input2"}]})
         why = "an input must be once one of ['tokens', 'scale'], got 'input2'"
         assert (status, answer["error"]) == (400, why)
@@ -130,7 +128,7 @@ def test_inputs_are_of_the_parameters_of_their_names():
     coded, rows = CodedWrapper(Minus(), workers=LocalWorkers(), parts=1), torch.ones(2, 1)
     y, x, output = (TensorSpec(name, "FP32", (1,)) for name in ("y", "x", "output"))
     how = {"inputs": [y, x], "outputs": [output], "examples": {"y": rows, "x": rows}}
-    with serving(app(coded, name="m", deadline=5.0, **how)) as port, Client(port) as client:
+    with serving(App(coded, name="m", deadline=5.0, **how)) as port, Client(port) as client:
         given = [tensor([[1.0]], "y"), tensor([[5.0]], "x")]
         assert client.infer({"inputs": given})[1]["outputs"][0]["data"] == [4.0]
 
@@ -142,7 +140,7 @@ def test_examples_that_are_larger_than_open_sizes_may_be_fit_into_a_body():
     how = {"inputs": inputs, "outputs": outputs, "max_batch_size": 64}
     assert inputs[0].shape == (-1,)
     most = [
-        app(coded, name="m", deadline=1.0, **how, **x).reader.most
+        App(coded, name="m", deadline=1.0, **how, **x).reader.most
         for x in ({}, {"examples": examples})
     ]
     assert most[0] < 2**27 < 64 * 2**17 * 32 < most[1]

@@ -34,20 +34,20 @@ def test_a_batch():
         asked=(0, 1, 2, 3),
         received=(0, 1, 3),
         rejected={3: "was killed by SIGKILL"},  # the next worker at its place answered
-        work=1.5,
+        work_ratio=1.5,
         hedges=(hedge(4, True), hedge(5, False), hedge(6, False)),
         source=torch.tensor([2, 0, 1, 2]),
         verified=torch.tensor([False, True, True, False]),
         unverified=torch.tensor([True, False, False, False]),
         corrected=(1,),
-        faults={2: 4},
+        wrong_results={2: 4},
         excluded=(2,),
         missing_not_at_random=True,
         encode_seconds=0.002,
         compute_seconds=0.03,
         decode_seconds=0.004,
     )
-    report.radii = torch.tensor([0.3, 0.0, 0.0, 0.4], dtype=torch.float64)
+    report.error_bounds = torch.tensor([0.3, 0.0, 0.0, 0.4], dtype=torch.float64)
     metrics.batch(
         Shaky(), Batch({}, report, set(), slice(4), report.estimated.tolist()), 4, [0.1, 0.2]
     )
@@ -75,7 +75,7 @@ def test_a_batch():
         "checks_total verified": 2,
         "checks_total unverified": 1,
         "checks_total corrected": 1,
-        "faults_total http://a": 4,
+        "wrong_results_total http://a": 4,
         "excluded_total": 1,
         "missing_not_at_random": 1,
         "queued_seconds_sum": 0.3,
@@ -83,7 +83,7 @@ def test_a_batch():
         "encode_seconds_sum": 0.002,
         "compute_seconds_sum": 0.03,
         "decode_seconds_sum": 0.004,
-        "radius_sum": 0.7,
+        "error_bound_sum": 0.7,
     }.items():
         assert found[f"coded_torch_{key}"] == pytest.approx(value), key
 
@@ -109,7 +109,8 @@ def test_the_dashboard_shows_every_number():
     shown = set(re.findall(r"\$\{prefix\}coded_torch_(\w+)", json.dumps(dashboard)))
     metrics = Metrics()
     true = torch.tensor([True])
-    report = Report(source=torch.tensor([2]), verified=true, unverified=~true, faults={2: 1})
+    report = Report(source=torch.tensor([2]), verified=true, unverified=~true)
+    report.wrong_results = {2: 1}
     metrics.batch(
         LocalWorkers(), Batch({}, report, set(), slice(4), report.estimated.tolist()), 1, [0.1]
     )

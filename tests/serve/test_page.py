@@ -440,16 +440,16 @@ def test_answers_go_on_while_four_of_six_workers_are_dead(opened):
 ANSWER = """
 const answer = {parameters: {coverage: .9}, outputs: [
   {shape: [64, 10], data: Array(640).fill(0)},
-  ...["estimated", "radius", "source", "verified", "corrected"].map(
+  ...["estimated", "error_bound", "source", "verified", "corrected"].map(
     name => ({name, shape: [64], data: Array(64).fill(0)}))]};
-const [output, estimated, radius, source, verified, corrected] = answer.outputs;
+const [output, estimated, errorBound, source, verified, corrected] = answer.outputs;
 for (let row = 0; row < 64; row++) output.data[10 * row + (row ? labels[row - 1] : 7)] = 9;
 source.data[1] = 1;
 estimated.data[2] = estimated.data[3] = 1; source.data[2] = source.data[3] = 2;
-radius.data[2] = .25; radius.data[3] = null;
+errorBound.data[2] = .25; errorBound.data[3] = null;
 corrected.data[4] = source.data[4] = verified.data[4] = 1;
 output.data[10 * 5 + (labels[4] + 1) % 10] = 99;
-output.data[10 * 6 + (labels[5] + 1) % 10] = 99; estimated.data[6] = 1; radius.data[6] = 120;
+output.data[10 * 6 + (labels[5] + 1) % 10] = 99; estimated.data[6] = 1; errorBound.data[6] = 120;
 const own = fetch, stub = async () => ({ok: true, json: async () => answer});
 window.fetch = (path, options) => path.endsWith("/infer") ? stub() : own(path, options);
 """

@@ -28,7 +28,7 @@ from .servers import INPUTS, OUTPUTS, Client, built, serving, tensor
 
 ROWS = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
 MOST = 8  # rows of a request
-RADIUS = ADDED[1]
+ERROR_BOUND = ADDED[1]
 SHAPES = [2, 4], [6], [], [-1, 3], [2.0, 3]
 
 
@@ -197,7 +197,7 @@ def test_rows_that_are_to_blame_are_named():
         (one() | {"parameters": {"coverage": 1.5}}, "coverage of the request must be between 0"),
         (one() | {"parameters": {"coverage": 2}}, "must be between 0 and 1, got 2"),
         (one() | {"outputs": 3}, "outputs of the request must be a list"),
-        (one() | {"outputs": [{"name": "x"}]}, "once one of ['output', 'estimated', 'radius"),
+        (one() | {"outputs": [{"name": "x"}]}, "once one of ['output', 'estimated', 'error_bound"),
         (one() | {"outputs": [{"name": "output"}] * 2}, "an output must be once one of"),
         (wanted(classification=3), "without the parameter classification"),
         (wanted(binary_data=1), "binary_data of output 'output' must be true or false"),
@@ -253,19 +253,19 @@ def test_several_inputs_in_any_order_of_open_sizes():
 
 def test_requested_outputs_and_times():
     parameters = {"timeout": 50_000, "coverage": 0.9, "binary_data_output": True, "any": "else"}
-    outputs = [{"name": "radius"}, {"name": "output", "parameters": {"binary_data": False}}]
+    outputs = [{"name": "error_bound"}, {"name": "output", "parameters": {"binary_data": False}}]
     request = read(one() | {"id": "a", "parameters": parameters, "outputs": outputs})
-    assert request.outputs == [(RADIUS, True), (OUTPUTS[0], False)]
+    assert request.outputs == [(ERROR_BOUND, True), (OUTPUTS[0], False)]
     assert (request.id, request.timeout, request.coverage) == ("a", 0.05, 0.9)
 
 
 def test_answers_in_json_and_binary():
     wanted = [{"name": "output", "parameters": {"binary_data": True}}]
-    wanted += [{"name": "estimated"}, {"name": "radius"}]
+    wanted += [{"name": "estimated"}, {"name": "error_bound"}]
     message = one() | {"id": "a", "outputs": wanted}
     output = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).T  # not contiguous
     errors = torch.tensor([0.5, torch.nan])  # JSON has no number for it
-    answers = {"output": output, "estimated": torch.tensor([True, False]), "radius": errors}
+    answers = {"output": output, "estimated": torch.tensor([True, False]), "error_bound": errors}
     tensors = ((spec, answers[spec.name], binary) for spec, binary in read(message).outputs)
     body, length = written({"id": "a"}, "outputs", tensors)
     found = json.loads(body[:length])
@@ -273,7 +273,7 @@ def test_answers_in_json_and_binary():
     assert found.pop("outputs") == [
         {"name": "output", "datatype": "FP32", "shape": [2, 2], "parameters": size},
         {"name": "estimated", "datatype": "BOOL", "shape": [2], "data": [True, False]},
-        {"name": "radius", "datatype": "FP32", "shape": [2], "data": [0.5, None]},
+        {"name": "error_bound", "datatype": "FP32", "shape": [2], "data": [0.5, None]},
     ]
     assert found == {"id": "a"}
     assert np.frombuffer(body[length:], "<f4").tolist() == [1, 3, 2, 4]

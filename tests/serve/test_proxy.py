@@ -120,7 +120,7 @@ def test_headers_and_certificates_come_from_files_and_variables(tmp_path, monkey
         options += ["--deadline", "10"]
         with pytest.raises(EndpointError, match="could not be reached"):
             RemoteModule(both[0].url, "double")
-        options += ["--ca", str(certificate), "--header", f"X-Api-Key=@{secret}"]
+        options += ["--ca-file", str(certificate), "--header", f"X-Api-Key=@{secret}"]
         options += ["--header", "Authorization=$A_SECRET"]
         with running(*options) as (process, port), Client(port) as client:
             status, answer = client.infer(ROW, "/v2/models/double/infer")
@@ -143,8 +143,11 @@ def test_headers_and_certificates_come_from_files_and_variables(tmp_path, monkey
         ("--endpoints {url}", "--endpoints must come with --model, the model's name there"),
         ("--model double", "--model must come with --endpoints"),
         ("--header A=@b", "--header must come with --endpoints"),
-        ("--ca {url}", "--ca must come with --endpoints"),
-        ("--endpoints {url} --model double --ca none", "--ca must be a file of certificates: [Er"),
+        ("--ca-file {url}", "--ca-file must come with --endpoints"),
+        (
+            "--endpoints {url} --model double --ca-file none",
+            "--ca-file must be a file of certif",
+        ),
         *((f"--endpoints {{url}} --model double --header {x}", HEADER) for x in HEADERS),
         ("--endpoints http://10.0.0.1 --model double --header Authorization=$PATH", "needs https"),
         ("--endpoints {url} --model double --chaos", "--chaos must be left out with --endpoints"),

@@ -24,13 +24,13 @@ def lenet():
     """Return an application. Ray pickles this whole, so its imports stand inside."""
     from coded_torch import CodedWrapper
     from coded_torch.demo import lenet5_and_digits
-    from coded_torch.serve import app, specs
+    from coded_torch.serve import App, specs
     from coded_torch.workers import LocalWorkers
 
     module, examples = lenet5_and_digits()
     inputs, outputs = specs(module, examples)
     coded = CodedWrapper(module, workers=LocalWorkers(), parts=4)
-    return app(coded, name="m", inputs=inputs, outputs=outputs, deadline=30.0)
+    return App(coded, name="m", inputs=inputs, outputs=outputs, deadline=30.0)
 
 
 def where(actors=0):
@@ -44,7 +44,7 @@ def where(actors=0):
     import torch
 
     from coded_torch import CodedWrapper
-    from coded_torch.serve import TensorSpec, app
+    from coded_torch.serve import App, TensorSpec
     from coded_torch.workers import LocalWorkers, RayWorkers
 
     class Where(torch.nn.Module):
@@ -53,7 +53,7 @@ def where(actors=0):
             return torch.full_like(x, os.getpid(), dtype=torch.float64)
 
     workers = RayWorkers(actors) if actors else LocalWorkers()
-    return app(
+    return App(
         CodedWrapper(Where(), workers=workers, parts=2),
         name="m",
         inputs=[TensorSpec("seconds", "FP32", ())],

@@ -71,7 +71,7 @@ class TritonTests:
         images = examples.repeat(7, 1, 1, 1)[:rows].numpy()
         asked = triton.InferInput("input", list(images.shape), "FP32")
         asked.set_data_from_numpy(images, binary_data=sent)
-        names = ("output", "estimated", "radius")
+        names = ("output", "estimated", "error_bound")
         options = {
             "outputs": [triton.InferRequestedOutput(name, binary_data=got) for name in names],
             "request_id": "7",
@@ -86,7 +86,7 @@ class TritonTests:
         # The answers of a batch of another size differ in their last bits.
         np.testing.assert_allclose(answer.as_numpy("output"), exact, rtol=1e-4, atol=1e-4)
         assert answer.as_numpy("estimated").tolist() == [False] * rows
-        assert answer.as_numpy("radius").tolist() == [0.0] * rows
+        assert answer.as_numpy("error_bound").tolist() == [0.0] * rows
         assert answer.get_response()["id"] == "7"
 
     def test_a_wrong_request_is_400(self, address):

@@ -13,7 +13,7 @@ from torch import nn
 
 from coded_torch import Waiting
 from coded_torch.nn import CodedWrapper
-from coded_torch.serve import TensorSpec, app
+from coded_torch.serve import App, TensorSpec
 from coded_torch.surrogates import Memory
 from coded_torch.testing.helpers import until
 from coded_torch.workers import DeviceWorkers, ProcessWorkers
@@ -56,7 +56,7 @@ def built(pool, factory, *, surrogate=(), waiting=None, **options):
     inputs, outputs = [TensorSpec("x", "FP32", (3,))], [TensorSpec("output", "FP32", (3,))]
     examples = torch.arange(6.0).reshape(2, 3)
     how = {"inputs": inputs, "outputs": outputs, "examples": examples, "deadline": 20.0}
-    return app(coded, name="m", **how, make=factory, **options)
+    return App(coded, name="m", **how, make=factory, **options)
 
 
 def ask(client, path="/v2/models/m/infer"):
@@ -91,7 +91,7 @@ def test_a_version_replaces_another_for_tritons_client():
     [
         (lambda number: 1 / 0, "version 1 stays: ZeroDivisionError: division by zero"),
         (lambda number: Times(number, fails=True), "RuntimeError: no weights"),
-        (lambda number: Times(number, width=2), "app: make must return a module with ("),
+        (lambda number: Times(number, width=2), "App: make must return a module with ("),
         (lambda number: Call(lambda x: x.double()), "datatype='FP64'"),
         (lambda number: "no", "the result of make must be of type Module, got str"),
         (lambda number: sys.exit("no weights"), "SystemExit: no weights"),

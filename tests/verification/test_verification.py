@@ -49,7 +49,7 @@ def check(coded, x, wrong=(), charged=()):
     answers, report = coded.run(x)
     assert torch.allclose(answers, 2 * x + 1, atol=1e-6)
     assert not report.estimated.any()
-    assert set(charged) <= set(report.faults) <= {*wrong, *charged}
+    assert set(charged) <= set(report.wrong_results) <= {*wrong, *charged}
     return report
 
 
@@ -58,7 +58,7 @@ def until_excluded(coded, faulty, most=200, rows=60):
     record = coded._record
     for number in range(1, most + 1):
         _, report = coded.run(batch(number, rows))
-        assert set(report.faults) <= set(faulty)
+        assert set(report.wrong_results) <= set(faulty)
         if record.excluded >= set(faulty):
             return
     raise AssertionError(f"{set(faulty) - record.excluded} are not excluded")
@@ -73,9 +73,9 @@ class TestHonestWorkers:
             assert (report.disputes, report.corrected) == (0, ())
             assert not report.unverified.any()
             # Rows ride in the parts of others, or are a part of their own.
-            assert report.work == pytest.approx(1 + report.verified.sum() / rows)
+            assert report.work_ratio == pytest.approx(1 + report.verified.sum() / rows)
             checked.append(float(report.verified.double().mean()))
-            work.append(report.work * rows)
+            work.append(report.work_ratio * rows)
         assert checked[0] == pytest.approx(0.2, abs=0.02)
         assert sum(work[20:]) <= 1.05 * 5 * (240 + 8 + 24 + 64)
 
@@ -83,7 +83,7 @@ class TestHonestWorkers:
         pool = pool_of()
         _, report = wrap(pool, None).run(batch())
         assert report.verified is None
-        assert report.work == 1.0
+        assert report.work_ratio == 1.0
         assert len(pool.begun) == 6
 
     def test_that_had_all_rows_are_checked_afterwards(self):
@@ -108,7 +108,7 @@ class TestHonestWorkers:
         coded = wrap(pool, 0.3, Call(lambda x: x + 0.1 * x[:1]), parts=6)
         for seed in range(3):
             _, report = coded.run(batch(seed))
-            assert not report.faults
+            assert not report.wrong_results
             notes += report.notes
         assert sum("depend on the rows beside them" in note for note in notes) == 1
         pool._workers[3].acts = iter([by(7.0)] * 1000)
@@ -144,7 +144,7 @@ class TestAWrongWorker:
             size[0] = wrong
             _, report = coded.run(batch(1, 240))
             (_, learnt, _) = coded._record.scores.left[-1]
-            assert bool(report.faults) == (not learnt) == bool(wrong)
+            assert bool(report.wrong_results) == (not learnt) == bool(wrong)
 
     @pytest.mark.parametrize("num_workers", [3, 4, 5, 6, 24])
     def test_is_corrected_excluded_and_logged(self, num_workers, caplog):
@@ -171,12 +171,12 @@ class TestAWrongWorker:
         assert report.excluded == (0,)
         asked = [row for _, worker, part in pool.begun if worker == 0 for row in part.units]
         assert len(set(asked)) == len(asked)
-        assert report.work <= 7.0  # of which most are votes
+        assert report.work_ratio <= 7.0  # of which most are votes
 
     def test_that_is_honest_when_asked_again_is_charged_once(self):
         pool = pool_of(24, {0: [by(1.0), OK]})
         report = check(wrap(pool), batch(), wrong=[0])
-        assert report.faults == {0: 1}
+        assert report.wrong_results == {0: 1}
         assert report.excluded == ()
 
     @pytest.mark.parametrize(("num_workers", "least"), [(6, 5), (24, 3)])
@@ -247,7 +247,7 @@ class TestAWrongWorker:
             except NotEnoughResults as error:
                 answers, report = error.answers, error.report
                 missing |= answers.isnan().all(1)
-            if report.faults == {0: 1}:
+            if report.wrong_results == {0: 1}:
                 counts.append(int(missing.sum()))
                 assert report.ended == ("failed" if missing.any() else "complete")
                 assert torch.equal(answers[~missing], 2 * x[~missing] + 1)
@@ -258,7 +258,7 @@ class TestAWrongWorker:
     def test_that_hangs_when_it_is_asked_again_does_not_hold_the_call(self):
         pool = pool_of(8, {0: [by(1.0), HANGS]})
         report = check(wrap(pool), batch(), wrong=[0])
-        assert report.faults == {0: 1}
+        assert report.wrong_results == {0: 1}
         assert pool.clock <= 10.0
 
     def test_is_found_though_others_do_not_answer_when_they_are_asked_again(self):
@@ -268,7 +268,7 @@ class TestAWrongWorker:
     def test_cannot_be_told_from_the_other_of_two(self):
         _, report = wrap(pool_of(2, {0: [by(1.0)]})).run(batch())
         assert report.disputes
-        assert not report.faults
+        assert not report.wrong_results
         assert report.unverified.all()
 
 
@@ -283,8 +283,8 @@ def test_two_wrong_workers_convict_nobody_else():
     found = 0
     for seed in range(20):
         _, report = wrap(pool_of(6, {0: [by(1.0)], 1: [by(1.0)]}), 0.02).run(batch(seed))
-        assert set(report.faults) <= {0, 1}
-        found += bool(report.faults)
+        assert set(report.wrong_results) <= {0, 1}
+        found += bool(report.wrong_results)
     assert found >= 15  # else they check each other, and nobody else
 
 
@@ -341,7 +341,7 @@ class TestDisputes:
     def test_a_row_that_no_worker_can_check_alone_is_not_asked_for_again_and_again(self):
         squeezing = known(wrap(pool_of(6), 0.02, Call(lambda x: (2 * x + 1).squeeze())))
         for seed in range(14):
-            assert len(squeezing.run(batch(seed, 240))[1].faults) == 0
+            assert len(squeezing.run(batch(seed, 240))[1].wrong_results) == 0
         for workers, bad in ((2, [1]), (3, [1, 2])):
             pool = pool_of(workers, {worker: [("nan", 1.0)] for worker in bad})
             assert wrap(pool, parts=1).run(batch())[1].unverified.all()
@@ -351,7 +351,7 @@ class TestDisputes:
         pool = pool_of(5, {0: [(lambda y: factor * y, 0.9)], 1: [by(1.0)]})
         is_wrong, report = self.wrong(wrap(pool, verify=1.0), batch(rows=400))
         assert not is_wrong.any()
-        assert set(report.faults) == {0, 1}
+        assert set(report.wrong_results) == {0, 1}
 
     @pytest.mark.parametrize("huge", [lambda y: 1e6 * y, lambda y: 1e6 * (1 + torch.rand(y.shape))])
     @pytest.mark.parametrize("num_workers", [4, 5, 6])
@@ -371,7 +371,7 @@ class TestDisputes:
         pool = pool_of(5, {0: [(lambda y: 1e-8 * y, 0.9)]})
         coded = wrap(pool, 0.2, Call(lambda x: 2 * x + 1 + 1e-6 * x[:1]))
         _, report = self.wrong(coded, batch(rows=400))
-        assert set(report.faults) == {0}
+        assert set(report.wrong_results) == {0}
         assert not coded._record.whole
 
     def test_a_vote_does_not_vote_for_itself(self):
@@ -453,7 +453,7 @@ class TestWithoutTime:
         _, report = wrap(pool, 0.05, waiting=Waiting(deadline=1.2)).run(batch())
         assert pool.clock <= 1.2
         assert report.disputes
-        assert not report.faults
+        assert not report.wrong_results
         assert report.unverified.any()
 
     def test_checks_that_do_not_come_are_unverified(self):
@@ -491,7 +491,7 @@ def test_a_faulty_process_is_excluded_restarted_and_tried_anew():
             answers, report = coded.run(batch(seed))
             excluded += report.excluded
             if report.corrected or not report.unverified.any():
-                assert report.faults.keys() <= {2}
+                assert report.wrong_results.keys() <= {2}
             if 2 in excluded:
                 assert torch.allclose(answers, 2 * batch(seed) + 1, atol=1e-5)
         assert excluded == [2]
@@ -583,7 +583,7 @@ def test_what_a_faulty_worker_repeats_too_late_never_counts():
     """The worker is asked again for its part, and is wrong again when nobody waits any more."""
     pool = pool_of(4, {0: [by(9.0), (by(9.0)[0], 4.5), OK]})
     report = check(wrap(pool, 1.0, parts=4), batch(rows=16), charged=[0])
-    assert (report.faults, report.disputes) == ({0: 1}, 1)
+    assert (report.wrong_results, report.disputes) == ({0: 1}, 1)
 
 
 def test_an_interrupted_call_keeps_nothing():

@@ -89,7 +89,9 @@ def test_a_busy_server_is_no_failure(three):
     reports = []
     until(lambda: reports.append(coded.run(X)[1]) or coded.workers.num_ready == 2)
     assert not any(report.rejected or report.hedges for report in reports)
-    assert {report.work for report in reports} == {1.0}  # a part that was handed back counts once
+    assert {report.work_ratio for report in reports} == {
+        1.0
+    }  # a part that was handed back counts once
     assert not three[0].rows
 
 
@@ -122,9 +124,9 @@ def answering(**head):
     return lambda handler, rows: handler.head.update(head) or handler.answer(2 * rows)
 
 
-def counting(estimated, *keys):
+def counting(estimated):
     """Return a fault that says how many rows it estimated."""
-    return answering(parameters=dict.fromkeys(keys or ["estimated_rows"], estimated))
+    return answering(parameters={"estimated_rows": estimated})
 
 
 FAULTS = {
@@ -135,7 +137,6 @@ FAULTS = {
     "another id": answering(id="another"),
     "another model": answering(model_name="another"),
     **{f"estimated {x!r}": counting(x) for x in (3.0, 0.0, "3.0", True, -1, 99, [], "")},
-    **{f"predicted {x!r}": counting(x, "predicted_rows") for x in (3.0, -1, 99)},
     "garbage": lambda handler, _: handler.send(200, b"\x00garbage"),
     "deep": lambda handler, _: handler.send(200, b"[" * 60_000),
     "packed": lambda handler, _: handler.send(200, b"\x1f\x8b", Content_Encoding="gzip"),
@@ -159,16 +160,13 @@ def test_an_answer_against_the_protocol_is_not_used(three, fault):
     assert coded.workers.num_ready == 2
 
 
-@pytest.mark.parametrize(
-    "keys", [("estimated_rows",), ("predicted_rows",), ("estimated_rows", "predicted_rows")]
-)
 @pytest.mark.parametrize("kind", [int, str])  # protobuf writes 64 bits as strings
-def test_rows_that_a_server_says_it_estimated_are_computed_by_another(three, kind, keys):
+def test_rows_that_a_server_says_it_estimated_are_computed_by_another(three, kind):
     """Whatever the server that described the model is: fleets may be mixed, also of versions."""
 
     def estimated(handler, rows):
         used.append(rows)
-        counting(kind(len(rows)), *keys)(handler, np.float32(-50) * rows)
+        counting(kind(len(rows)))(handler, np.float32(-50) * rows)
         return True
 
     coded, used = wrapped(three), []
@@ -177,31 +175,42 @@ def test_rows_that_a_server_says_it_estimated_are_computed_by_another(three, kin
     assert not coded.last_run.estimated.any()
 
 
-@pytest.mark.parametrize("name", ["predicted", "estimated"])
-def test_rows_are_marked_whatever_the_server_calls_the_mark(name):
-    """Older servers know the first name alone, later ones may know only the second."""
-    added = [("radius", "FP32"), ("label_risk", "FP32"), ("source", "UINT8")]
-    added += [(name, "BOOL"), ("verified", "BOOL")]
+@pytest.mark.parametrize(
+    ("listed", "bound"),
+    [  # by versions 0.4, 0.5 and a later one
+        ("predicted radius label_risk source verified", "radius"),
+        ("estimated radius label_p_value source verified corrected", "radius"),
+        ("estimated error_bound label_p_value source verified corrected", "error_bound"),
+    ],
+)
+def test_rows_are_marked_by_servers_of_all_versions(listed, bound):
+    kinds = dict.fromkeys(("predicted", "estimated", "verified", "corrected"), "BOOL")
+    kinds["source"] = "UINT8"
 
     def marked(handler, rows):
         out = {"name": "output", "datatype": "FP32", "shape": [len(rows), 3]}
         out["data"] = (2 * rows).ravel().tolist()
-        mark = {"name": name, "datatype": "BOOL", "shape": [len(rows)]}
+        mark = {"name": "estimated", "datatype": "BOOL", "shape": [len(rows)]}
         mark["data"] = [row == 5 for row in range(len(rows))]
-        message = handler.head | {"parameters": {f"{name}_rows": 1}}
-        message["outputs"] = [out, mark][: len(server.wanted)]
+        error = {"name": bound, "datatype": "FP32", "shape": [len(rows)]}
+        error["data"] = [float(row == 5) for row in range(len(rows))]
+        message = handler.head | {"parameters": {"estimated_rows": 1}}
+        message["outputs"] = [out, mark, error][: len(server.wanted)]
         return handler.send(200, json.dumps(message).encode()) or True
 
     with servers(1, binary=False) as (server,):
         server.outputs = server.outputs + [
-            {"name": key, "datatype": kind, "shape": [-1]} for key, kind in added
+            {"name": key, "datatype": kinds.get(key, "FP32"), "shape": [-1]}
+            for key in listed.split()
         ]
         server.fault = marked
-        found = RemoteModule(server.url, "double", outputs=["output", "estimated"])(X)
-        assert server.wanted == ["output", name]
-        assert list(found) == ["output", "estimated"]
+        names = ["output", "estimated", "error_bound"]
+        found = RemoteModule(server.url, "double", outputs=names)(X)
+        assert server.wanted == ["output", "estimated", bound]
+        assert list(found) == names
         assert torch.equal(found["output"], 2 * X)
         assert found["estimated"].nonzero().flatten().tolist() == [5]
+        assert found["error_bound"].nonzero().flatten().tolist() == [5]
         plain = RemoteModule(server.url, "double")
         with pytest.raises(BusyError, match=r"estimated 1 of 12 rows; ask for .*'estimated'"):
             plain(X)

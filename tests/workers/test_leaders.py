@@ -26,7 +26,10 @@ def seconds(*values: float) -> torch.Tensor:
 
 @pytest.fixture
 def pool():
-    with torch.no_grad(), ProcessWorkers(4, grace=WAIT).start(Sleepy(), timeout=2 * WAIT) as pool:
+    with (
+        torch.no_grad(),
+        ProcessWorkers(4, hang_timeout=WAIT).start(Sleepy(), timeout=2 * WAIT) as pool,
+    ):
         yield pool
 
 
@@ -277,7 +280,7 @@ class Trouble:
 def test_no_call_is_lost_or_wrong_whoever_is_interrupted_killed_or_stopped():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with ProcessWorkers(4, grace=GRACE).start(Doubled(), timeout=2 * WAIT) as pool:
+        with ProcessWorkers(4, hang_timeout=GRACE).start(Doubled(), timeout=2 * WAIT) as pool:
             trouble = Trouble(pool, calls=60, end=time.monotonic() + 20)
             trouble.run()
             until(lambda: pool._queue.num_idle == 4)

@@ -34,7 +34,7 @@ def cluster():
 
 @pytest.fixture(scope="module", name="pool")
 def shared_pool(cluster):
-    with RayWorkers(3, grace=WAIT).start(timeout=WAIT) as pool:
+    with RayWorkers(3, hang_timeout=WAIT).start(timeout=WAIT) as pool:
         yield pool
 
 
@@ -87,7 +87,7 @@ def test_a_dead_actor_is_named_and_replaced(pool):
 
 
 def test_stopped_actors_end_at_the_deadline_and_are_ended_after_their_grace(cluster):
-    with RayWorkers(3, grace=1.5).start(timeout=WAIT) as pool:
+    with RayWorkers(3, hang_timeout=1.5).start(timeout=WAIT) as pool:
         code, waiting = PolynomialCode(2, 3), Waiting.first(1, deadline=1.0)
         coded = CodedWrapper(nn.Identity(), code, workers=pool, waiting=waiting)
         stopped = pool.pids[:2]

@@ -224,7 +224,7 @@ class Script:
         for place in range(5):
             self.act("restart", place, 0)
         for _ in range(100):
-            self.supervisor.clock.now += 5.0  # less than the grace, no less than any pause
+            self.supervisor.clock.now += 5.0  # less than the hang timeout, no less than any pause
             self.supervisor.tend()
             for worker in self.supervisor.launched:
                 if not worker.ended and not worker.ready:
@@ -293,12 +293,12 @@ def test_the_grace_of_rows_grows_whenever_their_worker_was_ended():
     request = Asking(supervisor, 1)
     for kills in range(8):
         worker = supervisor.launched[-1]
-        grace = min(GRACE * 2**kills, TIMEOUT)
-        pass_time(supervisor, grace - 1)
+        hang_timeout = min(GRACE * 2**kills, TIMEOUT)
+        pass_time(supervisor, hang_timeout - 1)
         assert not worker.ended
         pass_time(supervisor, 1)
         assert worker.ended
-        assert f"at one part for more than {grace:g} s" in str(replies(request)[0].error)
+        assert f"at one part for more than {hang_timeout:g} s" in str(replies(request)[0].error)
         supervisor.ready(supervisor.launched[-1])
         request.more(1)
     request.more(1)
@@ -439,7 +439,7 @@ def test_the_obstacle_is_said():
     later = Asking(supervisor, 1)
     supervisor.lost(supervisor.launched[1], "ended before it was up")
     assert later.status() == (
-        "1 of 3 workers are at earlier tasks (grace 10 s); 2 of 3 workers are starting; "
+        "1 of 3 workers are at earlier tasks (hang timeout 10 s); 2 of 3 workers are starting; "
         f"{supervisor.launched[1]} ended before it was up"
     )
 
@@ -479,7 +479,7 @@ def test_overdue_workers_are_replaced_though_one_cannot_be_ended():
     assert [worker.index for worker in supervisor.launched] == [0, 1, 2, 0, 1]
     assert [str(reply.error) for reply in replies(one)] == [
         f"worker {n} was lost: {worker} was at one part for more than 10 s without a sign of life, "
-        "and was ended; grace (--grace) sets this time"
+        "and was ended; hang_timeout (--hang-timeout) sets this time"
         for n, worker in enumerate((first, second))
     ]
 
@@ -501,7 +501,7 @@ class Served(InMemory):
 
 class Pool(SupervisedWorkers):
     def __init__(self) -> None:
-        super().__init__(1, threads=1, grace=GRACE, timeout=60.0)
+        super().__init__(1, threads=1, hang_timeout=GRACE, timeout=60.0)
 
     def _make(self) -> Supervisor:
         self.served = Served(1)
