@@ -223,7 +223,7 @@ def test_weights_that_are_changed_in_place_are_another_version(wrapped):
     with serving(application) as port, Client(port) as client:
         status, _, body = client.send("POST", LOAD)
         assert status == 400
-        assert b"version 2 stays: ValueError: app: make must return another module" in body
+        assert b"version 2 stays: ValueError: App: make must return another module" in body
         assert b"got the present one with other weights" in body
         answer = ask(client)[1]
         assert (answer["model_version"], answer["outputs"][0]["data"]) == ("2", [2.0, 4.0, 8.0])
