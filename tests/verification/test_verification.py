@@ -365,7 +365,7 @@ class TestDisputes:
             for call in range(4):
                 is_wrong, report = self.wrong(coded, batch(100 * seed + call))
                 assert not (is_wrong & report.verified).any()
-                assert set(report.faults) <= {0, 1}
+                assert set(report.wrong_results) <= {0, 1}
 
     def test_results_near_0_make_no_rounding_look_like_a_difference(self):
         pool = pool_of(5, {0: [(lambda y: 1e-8 * y, 0.9)]})
