@@ -9,10 +9,12 @@ chooses its kernels. ``CODED_TORCH_CUDA=0`` forbids the kernels.
 
 import contextlib
 import ctypes
+import logging
 import os
-import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,9 @@ __all__ += ["first_results", "split_rows", "with_copies"]
 
 # Why CUDA tensors are computed by torch's own operators, if they are.
 CUDA_FAILURES: list[str] = []
-_COMPARING = threading.Lock()  # torch's debug mode of waits is one of the process
+_MOST_SECONDS = 30.0  # for a kernel to compute the small problem of its trial
+# Lines that differ after a boot, and with another driver.
+_MACHINE = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/driver/nvidia/version")
 _PACKAGE = Path(__file__).resolve().parent
 _REMEDY = "run `pip install .` in the source folder, and start Python in another folder"
 
@@ -117,16 +121,19 @@ def _nvrtc() -> int:
     raise OSError(f"{name} was not found; torch's builds for CUDA bring it")
 
 
-def _try_kernel(device: int, number: int) -> bool:
-    """Return whether a kernel is right on a device. The operator asks at the kernel's first use."""
+def _try_kernel(device: int, number: int) -> bool | None:
+    """Return whether a kernel is right on a device, or None while another process tries it.
+
+    The operator asks at the kernel's first use.
+    """
     try:
         # A thread of its own has none of the caller's modes, transforms and streams.
         with ThreadPoolExecutor(1) as thread:
-            thread.submit(_trial, device, number).result()
-    except Exception as error:  # whatever NVRTC, the driver or torch raise: the user is warned
-        why = (str(error) or repr(error)).splitlines()[0]
+            error = thread.submit(_trial, device, number).result()
+    except Exception as failure:  # whatever NVRTC, the driver or torch raise: the user is warned
+        why = (str(failure) or repr(failure)).splitlines()[0]
         return _fall_back(f"{_KERNELS._kernel_name(number)} on cuda:{device}: {why}")
-    return True
+    return None if error is None else True
 
 
 def _fall_back(why: str) -> bool:
@@ -134,27 +141,44 @@ def _fall_back(why: str) -> bool:
         CUDA_FAILURES.append(why)
     if CUDA_FAILURES[0] is why:  # of all threads, one finds itself there
         text = f"coded_torch: torch's operators compute instead of CUDA kernels, because {why}"
-        warnings.warn(text, RuntimeWarning, stacklevel=3)
+        try:
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
+        except RuntimeWarning:  # warnings are errors here, but the call has a result
+            logging.getLogger("coded_torch").warning(text)
     return False
 
 
-def _trial(device: int, number: int) -> None:
-    """Compile and load a kernel, and compare it with torch's own operators."""
+def _trial(device: int, number: int) -> float | None:
+    """Compile and load a kernel, and compare it with torch's own operators.
+
+    Return the largest error relative to the largest result, or None while another process tries
+    the kernel. A mark is left where CUDA has failed for good, or where the kernel does not end.
+    """
+    machine = [path.read_text().splitlines()[0] for path in _MACHINE if path.exists()]
+    versions = f"torch {torch.__version__}, coded_torch {version('coded_torch')}"
     stream = torch.cuda.Stream(device)
     with torch.cuda.device(device), torch.cuda.stream(stream):
-        _KERNELS._load_kernel(device, number, _nvrtc())
-        with _COMPARING:
-            mode = torch.cuda.get_sync_debug_mode()
-            torch.cuda.set_sync_debug_mode(0)  # the trial has to wait, also where users may not
-            try:
-                _compare(device, number)
-            finally:
-                stream.synchronize()  # raises where CUDA has failed for good: a mark is left then
-                _KERNELS._end_trial()
-                torch.cuda.set_sync_debug_mode(mode)
+        nvrtc = _nvrtc()
+        try:
+            if not _KERNELS._load_kernel(device, number, nvrtc, ", ".join([*machine, versions])):
+                return None
+            return _compare(device, number)
+        finally:
+            _wait(stream)
+            _KERNELS._end_trial()
 
 
-def _compare(device: int, number: int) -> None:
+def _wait(stream: torch.cuda.Stream) -> None:
+    """Wait for a stream, whatever `torch.cuda.set_sync_debug_mode` says of waiting."""
+    done = stream.record_event()
+    end = time.monotonic() + _MOST_SECONDS
+    while not done.query():
+        if time.monotonic() > end:
+            raise RuntimeError(f"it did not end within {_MOST_SECONDS:.0f} s")
+        time.sleep(1e-4)
+
+
+def _compare(device: int, number: int) -> float:
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     dtype = dtypes[number // 2 % 4]
     transpose = number % 2 == 1
@@ -180,13 +204,19 @@ def _compare(device: int, number: int) -> None:
     scatter[2, 0] = -1
     scatter[3, 1] = others * groups + 9
     problem = values, plan, schedule, transpose, gather, scatter, others * groups + 5
-    there = (x.to(f"cuda:{device}") if isinstance(x, Tensor) else x for x in problem)
     want = spline_apply(*problem).double()
-    got = _KERNELS._run_kernel(*there, number).cpu().double()
-    error = float((got - want).abs().max() / want.abs().max())
+    pinned = [x.pin_memory() if isinstance(x, Tensor) else x for x in problem]
+    there = [
+        x.to(f"cuda:{device}", non_blocking=True) if isinstance(x, Tensor) else x for x in pinned
+    ]
+    result = torch.empty(want.shape, dtype=dtype, pin_memory=True)
+    result.copy_(_KERNELS._run_kernel(*there, number), non_blocking=True)
+    _wait(torch.cuda.current_stream())
+    error = float((result.double() - want).abs().max() / want.abs().max())
     # Sums of 18 terms were within 5 units of the format, half precision rounds them once.
     if not error <= torch.finfo(dtype).eps * (64 if dtype.itemsize > 2 else 1):
         raise RuntimeError(f"its results differ from torch's by {error:.0e} of the largest")
+    return error
 
 
 _registered = torch.library.Library("coded_torch", "IMPL")  # lasts as long as the process

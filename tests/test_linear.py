@@ -155,6 +155,7 @@ def test_operands_travel_together(device):
 
 @pytest.mark.cuda
 class TestOnCuda:
+    @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
     def test_a_new_map_waits_for_nothing(self):
         map, values = spline_map(20, 50), torch.randn(20, 100, device="cuda")
         want = spline_map(20, 50)(values.cpu())

@@ -179,8 +179,13 @@ def _try_kernels(shrink: int = 1) -> None:
         say(f"\ncuda:{device} {torch.cuda.get_device_name(device)}")
         for number in range(30):
             right = _extension._try_kernel(device, number)
-            local = f"right, {kernels._local_bytes(device, number)} bytes of local memory a thread"
-            state = local if right else _extension.CUDA_FAILURES[-1]
+            state = (
+                _extension.CUDA_FAILURES[-1]
+                if not right
+                else (
+                    f"right, {kernels._kernel_attribute(device, number, 3)} bytes of local memory"
+                )
+            )
             say(f"{kernels._kernel_name(number):<{width}}{state}")
         with torch.cuda.device(device):
             say(f"\n{'float32, in microseconds':<{width}}  copy  matmul product   sweep")

@@ -67,18 +67,19 @@ STABLE_TORCH_LIBRARY(coded_torch, m) {
   m.def("error_radii(Tensor thresholds, float level, Tensor? by=None) -> Tensor");
   // Of kernels on CUDA, private, for coded_torch/_extension.py and tests. `nvrtc` is the address of
   // a library; a number stands for a kernel (csrc/ops/cuda/grid.h). Python has the first three.
-  m.def("_try_kernel(int device, int number) -> bool");
+  m.def("_try_kernel(int device, int number) -> bool?");
   m.def("_fall_back(str why) -> bool");
   const std::string arguments =
       "(Tensor values, Tensor coefficients, Tensor schedule, bool transpose, Tensor? gather, "
       "Tensor? scatter, SymInt? num_rows";
   m.def(("_spline_by_torch" + arguments + ") -> Tensor").c_str());
   m.def(("_run_kernel" + arguments + ", int number) -> Tensor").c_str());
-  m.def("_load_kernel(int device, int number, int nvrtc) -> ()");
+  m.def("_load_kernel(int device, int number, int nvrtc, str machine) -> bool");
   m.def("_end_trial() -> ()");
   m.def("_compile_kernel(str architecture, int number, int nvrtc) -> Tensor");
   m.def("_kernel_name(int number) -> str");
-  m.def("_local_bytes(int device, int number) -> int");
+  m.def("_kernel_attribute(int device, int number, int attribute) -> int");
+  m.def("_launches(int device, int number) -> int");
   // The instruction sets of this machine that have kernels, space-separated, best first.
   m.def("cpu_capabilities() -> str");
   // Private, for tests and benchmarks: from now on, every operator of this process uses the kernels

@@ -2,6 +2,7 @@
 // translated PTX of the kernel on the host, and fails where a device's would.
 #include <elf.h>
 
+#include <csignal>
 #include <cstring>
 #include <mutex>
 #include <utility>
@@ -96,7 +97,8 @@ static std::string name_in(const char* code) {
 extern "C" {
 using namespace accelerator;
 
-// For tests: "no device", "no binary", "launch", "wrong", "capturing", "trapped".
+// For tests: "no device", "no binary", "launch", "wrong", "capturing", "trapped", "killed",
+// "another driver".
 void driver_fault(const char* name) { fault = name; }
 int driver_launches() { return launches; }
 
@@ -107,6 +109,10 @@ int cuInit(unsigned) {
 int cuGetExportTable(const void** table, const void*) {
   *table = nullptr;
   return fail(kNotFound, "no table is exported");
+}
+int cuDriverGetVersion(int* version) {
+  *version = fault == "another driver" ? 13020 : 13000;
+  return 0;
 }
 int cuGetErrorString(int, const char** text) {
   *text = last_reason.c_str();
@@ -158,8 +164,12 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
   static_cast<Function*>(function)->max_shared_bytes = value;
   return 0;
 }
-int cuFuncGetAttribute(int* value, int, void*) {
-  *value = 0;
+int cuFuncGetAttribute(int* value, int attribute, void*) {
+  // By the numbers of CUfunction_attribute: bytes of local memory a thread, registers, versions.
+  static const std::map<int, int> known = {{3, 0}, {4, 128}, {5, 90}, {6, 90}};
+  const auto found = known.find(attribute);
+  if (found == known.end()) return fail(kInvalidValue, "an attribute that is not known here");
+  *value = found->second;
   return 0;
 }
 int cuStreamIsCapturing(void*, int* status) {
@@ -180,6 +190,7 @@ int cuLaunchKernel(void* handle, unsigned x, unsigned y, unsigned z, unsigned th
                    unsigned tz, unsigned shared_bytes, void* stream, void** parameters, void**) {
   const Function& function = *static_cast<Function*>(handle);
   ++launches;
+  if (fault == "killed") std::raise(SIGKILL);  // as by a driver that ends the process
   if (fault == "launch") return fail(kFailed, "too many resources requested for launch");
   if (current.empty() || current.back() != function.context)
     return fail(kNoContext, function.name + ": the context is another device's");

@@ -85,6 +85,7 @@ def test_devices_do_not_mix():
         torch.randn(2, device="cuda", generator=torch.Generator())
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_waits_of_the_host_are_counted_by_line():
     x = torch.ones(3, device="cuda")
     with host_waits() as lines:

@@ -19,6 +19,7 @@ namespace fs = std::filesystem;
 
 constexpr uintmax_t kMostBytes = uintmax_t{64} << 20;  // a kernel has some 70 KB
 constexpr int kMostWaits = 3000;                       // of 10 ms
+constexpr int kMostTrials = 2;                         // that never ended
 
 static std::string hash(const std::string& text) {
   return std::to_string(std::hash<std::string>{}(text));
@@ -47,20 +48,19 @@ Place::Place(const std::string& key) : key_(key), path_(own_folder()) {
   if (path_.empty()) return;
   path_ /= hash(key) + ".kernel";
   const std::string lock = path_.string() + ".lock";
-  const int file = open(lock.c_str(), O_CREAT | O_RDWR | O_CLOEXEC, 0600);
-  if (file < 0) return;
-  int failed = flock(file, LOCK_EX | LOCK_NB);
-  for (int i = 0; failed && errno == EWOULDBLOCK && i < kMostWaits; ++i) {
-    usleep(10000);
-    failed = flock(file, LOCK_EX | LOCK_NB);
+  lock_ = open(lock.c_str(), O_CREAT | O_RDWR | O_CLOEXEC, 0600);
+  if (lock_ < 0) return;
+  for (int i = 0; flock(lock_, LOCK_EX | LOCK_NB) != 0; ++i) {
+    const bool is_held = errno == EWOULDBLOCK;
+    is_tried_elsewhere_ = is_held && !mark().empty();
+    if (is_held && !is_tried_elsewhere_ && i < kMostWaits) {
+      usleep(10000);
+      continue;
+    }
+    close(lock_);
+    lock_ = -1;
+    return;
   }
-  struct stat about{};
-  const bool marked = fstat(file, &about) == 0 && about.st_size > 0;
-  if (failed || marked) close(file);
-  if (marked) {
-    throw Failure("its trial never ended in another process; remove " + lock + " to try again");
-  }
-  if (!failed) lock_ = file;
 }
 
 Place::~Place() {
@@ -69,12 +69,34 @@ Place::~Place() {
   close(lock_);
 }
 
-void Place::begin_trial() const {
-  if (lock_ >= 0 && ::write(lock_, "trial", 5) > 0) fsync(lock_);
+// Of the file that is locked: a digit, which counts trials, a space, and the machine.
+std::string Place::mark() const {
+  std::string text(4096, '\0');
+  const ssize_t bytes = pread(lock_, text.data(), text.size(), 0);
+  text.resize(bytes > 0 ? bytes : 0);
+  return text;
 }
 
-void Place::end_trial() const {
-  if (lock_ >= 0 && ftruncate(lock_, 0) != 0) unlink((path_.string() + ".lock").c_str());
+void Place::begin_trial(const std::string& machine) {
+  if (lock_ < 0) return;
+  const std::string before = mark();
+  const bool counts = before.size() > 2 && before.substr(2) == machine;
+  const int trials = counts ? before[0] - '0' : 0;
+  if (trials >= kMostTrials) {
+    throw Failure("its trial ended " + std::to_string(trials) +
+                  " processes, or never ended there; remove " + path_.string() +
+                  ".lock to try again");
+  }
+  const std::string text = std::to_string(trials + 1) + " " + machine;
+  // Where the disk is full, there is no mark, and the next process tries the kernel, too.
+  is_marked_ = pwrite(lock_, text.data(), text.size(), 0) > 0;
+  if (ftruncate(lock_, is_marked_ ? text.size() : 0) == 0) fsync(lock_);
+}
+
+void Place::end_trial() {
+  if (!is_marked_) return;
+  is_marked_ = false;
+  if (ftruncate(lock_, 0) != 0) unlink((path_.string() + ".lock").c_str());
 }
 
 std::string Place::read() const {

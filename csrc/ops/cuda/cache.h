@@ -12,9 +12,9 @@ struct Failure : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// The place of one kernel, which has a lock. While a process compiles or tries the kernel, others
-// wait. A trial that never ends leaves a mark, and nobody tries that kernel again: what ended one
-// process would end the next.
+// The place of one kernel, which has a lock. While a process compiles the kernel, others wait. A
+// trial marks the file of the lock. A mark that nobody locks is a trial that never ended: what
+// ended one process would end the next, so after two of them nobody tries the kernel again.
 class Place {
  public:
   // `key` is all that the code depends on. Waits 30 s for the lock, then goes on without.
@@ -22,15 +22,21 @@ class Place {
   Place(const Place&) = delete;
   ~Place();
 
+  bool is_tried_elsewhere() const { return is_tried_elsewhere_; }  // by another process, now
   std::string read() const;  // empty where there is none, or none that is whole
   void write(const std::string& code) const;
-  void begin_trial() const;
-  void end_trial() const;
+  // Trials count as long as `machine`, one line, is the same.
+  void begin_trial(const std::string& machine);
+  void end_trial();  // nothing where none has begun
 
  private:
+  std::string mark() const;
+
   std::string key_;
   std::filesystem::path path_;  // empty where no folder is this user's alone
   int lock_ = -1;
+  bool is_tried_elsewhere_ = false;
+  bool is_marked_ = false;  // by this trial
 };
 
 }  // namespace coded_torch

@@ -131,9 +131,6 @@ std::string compile(void* nvrtc, const Variant& variant, const std::string& arch
 
 // ---- the driver ------------------------------------------------------------------------------
 
-constexpr int kRelaxed =
-    2;  // CU_STREAM_CAPTURE_MODE_RELAXED: other threads' captures are no matter
-
 static void* driver() {
   static void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (!library) throw Failure("there is no driver of CUDA: libcuda.so.1 is missing");
@@ -190,40 +187,61 @@ class Inside {
   }
 };
 
-Loaded load(void* nvrtc, const Variant& variant, const Device& device,
-            std::optional<Place>* place) {
+// While it lives, other threads' captures are no matter to what the calling thread does.
+class Relaxed {
+ public:
+  Relaxed() { call("cuThreadExchangeStreamCaptureMode", &mode_); }
+  Relaxed(const Relaxed&) = delete;
+  ~Relaxed() {
+    static auto* const exchange = find<int(int*)>(driver(), "cuThreadExchangeStreamCaptureMode");
+    exchange(&mode_);
+  }
+
+ private:
+  int mode_ = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED
+};
+
+void* load(void* nvrtc, const Variant& variant, const Device& device, const std::string& machine,
+           std::optional<Place>* place) {
+  thread_local const Relaxed relaxed;
   Nvrtc compiler(nvrtc);
   const std::string architecture = compiler.architecture(device.capability);
   const std::vector<std::string> all = options(variant, architecture);
   std::string key = "NVRTC " + compiler.version();
   for (const std::string& option : all) key += " " + option;
   place->emplace(key + "\n" + sources());
+  if ((*place)->is_tried_elsewhere()) return nullptr;
   std::string code = (*place)->read();
   if (code.empty()) {
     code = compiler.compile(all, architecture[0] == 'c');
     (*place)->write(code);
   }
+  int version = 0;
+  call("cuDriverGetVersion", &version);
+  (*place)->begin_trial(machine + ", driver " + std::to_string(version));
   const Inside context(device);
-  int mode = kRelaxed;
-  call("cuThreadExchangeStreamCaptureMode", &mode);
   void* module = nullptr;  // stays loaded
-  Loaded kernel;
+  void* function = nullptr;
   call("cuModuleLoadData", &module, static_cast<const void*>(code.data()));
-  call("cuModuleGetFunction", &kernel.function, module, variant.name().c_str());
-  call("cuFuncSetAttribute", kernel.function, 8, device.shared_bytes);  // the most a block may have
-  call("cuFuncGetAttribute", &kernel.local_bytes, 3, kernel.function);
-  (*place)->begin_trial();
-  return kernel;
+  call("cuModuleGetFunction", &function, module, variant.name().c_str());
+  call("cuFuncSetAttribute", function, 8, device.shared_bytes);  // the most a block may have
+  return function;
+}
+
+int attribute_of(const Device& device, void* function, int attribute) {
+  const Inside context(device);
+  int value = 0;
+  call("cuFuncGetAttribute", &value, attribute, function);
+  return value;
 }
 
 bool finish(const Device& device, void* stream) {
   const Inside context(device);
-  int capturing = 0, mode = kRelaxed;
+  int capturing = 0;
   call("cuStreamIsCapturing", stream, &capturing);
   if (capturing) return false;
-  call("cuThreadExchangeStreamCaptureMode", &mode);
+  const Relaxed relaxed;
   call("cuStreamSynchronize", stream);
-  call("cuThreadExchangeStreamCaptureMode", &mode);
   return true;
 }
 

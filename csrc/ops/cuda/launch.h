@@ -17,13 +17,14 @@ const Device& device_at(int index);
 // that dlopen gave.
 std::string compile(void* nvrtc, const Variant& variant, const std::string& architecture);
 
-struct Loaded {
-  void* function = nullptr;
-  int local_bytes = 0;  // a thread, for what registers do not hold
-};
-// Begins the trial of a kernel. Takes a second where it has to be compiled. From now on the calling
-// thread may do what would spoil a graph that another thread captures, so it is for the trial only.
-Loaded load(void* nvrtc, const Variant& variant, const Device& device, std::optional<Place>* place);
+// Begins the trial of a kernel, and returns it; null, at once, while another process tries it.
+// Takes a second where it has to be compiled. From now on the calling thread may do what would
+// spoil a graph that another thread captures, so it is for the trial only. `machine` is a line of
+// all that the trial depends on but the driver's version.
+void* load(void* nvrtc, const Variant& variant, const Device& device, const std::string& machine,
+           std::optional<Place>* place);
+// By a number of CUfunction_attribute.
+int attribute_of(const Device& device, void* function, int attribute);
 
 // Waits for the work of a stream: if that has failed, no trial may take the blame. False, at once,
 // while the stream is captured.

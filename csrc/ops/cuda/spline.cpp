@@ -19,7 +19,8 @@ constexpr int kMostDevices = 64;
 struct Kernel {
   enum State { kUntried, kUnusable, kRight };
   std::atomic<State> state{kUntried};
-  Loaded loaded;
+  std::atomic<int64_t> launches{0};
+  void* function = nullptr;
 };
 
 static Kernel& kernel_of(int64_t device, const Variant& variant) {
@@ -49,7 +50,7 @@ static void* current_stream(int device) {
 }
 
 static void run(const SplineCall& call, const Variant& variant, const Device& device,
-                void* function, void* stream) {
+                Kernel& kernel, void* stream) {
   SplineArgs args = call.args;
   if (args.num_groups == 0 || args.num_columns == 0) return;
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(args.coefficients) % 16 == 0,
@@ -64,7 +65,8 @@ static void run(const SplineCall& call, const Variant& variant, const Device& de
     memory = workspace->mutable_data_ptr();
   }
   void* parameters[] = {&args, &grid, &memory};
-  launch(device, function, grid, stream, parameters);
+  launch(device, kernel.function, grid, stream, parameters);
+  ++kernel.launches;
 }
 
 template <class Result, class... Arguments>
@@ -94,10 +96,11 @@ static bool is_right(Kernel& kernel, const Variant& variant, const Device& devic
   Kernel::State untried = Kernel::kUntried;
   if (!kernel.state.compare_exchange_strong(untried, Kernel::kUnusable)) return false;
   try {
-    const bool right = call_python<bool>("coded_torch::_try_kernel", int64_t{device.index},
-                                         int64_t{variant.number()});
-    if (right) kernel.state = Kernel::kRight;
-    return right;
+    const auto right = call_python<std::optional<bool>>(
+        "coded_torch::_try_kernel", int64_t{device.index}, int64_t{variant.number()});
+    if (!right) kernel.state = Kernel::kUntried;  // another process tries it
+    if (right == true) kernel.state = Kernel::kRight;
+    return right == true;
   } catch (...) {  // such as an interruption, which says nothing of the kernel
     kernel.state = Kernel::kUntried;
     throw;
@@ -119,7 +122,7 @@ Tensor spline_apply_cuda(const Tensor& values, const Tensor& coefficients, const
     Kernel& kernel = kernel_of(index, variant);
     if (is_right(kernel, variant, *device, stream)) {
       if (num_rows) torch::stable::zero_(call.out);  // not all rows may be written
-      run(call, variant, *device, kernel.loaded.function, stream);
+      run(call, variant, *device, kernel, stream);
       return call.out;
     }
   }
@@ -132,11 +135,12 @@ Tensor spline_apply_cuda(const Tensor& values, const Tensor& coefficients, const
 // A trial has a thread of its own: where it does not come to its end, the thread's leaves the mark.
 static thread_local std::optional<Place> place;
 
-void load_kernel(int64_t index, int64_t number, int64_t nvrtc) {
+bool load_kernel(int64_t index, int64_t number, int64_t nvrtc, const std::string& machine) {
   const Variant variant = variant_of(number);
   Kernel& kernel = kernel_of(index, variant);
   const Device& device = device_at(static_cast<int>(index));
-  kernel.loaded = load(reinterpret_cast<void*>(nvrtc), variant, device, &place);
+  kernel.function = load(reinterpret_cast<void*>(nvrtc), variant, device, machine, &place);
+  return kernel.function != nullptr;
 }
 
 Tensor run_kernel(const Tensor& values, const Tensor& coefficients, const Tensor& schedule,
@@ -147,12 +151,14 @@ Tensor run_kernel(const Tensor& values, const Tensor& coefficients, const Tensor
   SplineCall call =
       prepare_spline(values, coefficients, schedule, transpose, {gather, scatter, num_rows});
   torch::stable::zero_(call.out);
-  run(call, variant, device_at(index), kernel_of(index, variant).loaded.function,
-      current_stream(index));
+  run(call, variant, device_at(index), kernel_of(index, variant), current_stream(index));
   return call.out;
 }
 
-void end_trial() { place->end_trial(); }
+void end_trial() {
+  if (place) place->end_trial();
+  place.reset();
+}
 
 // ---- for information and tests ---------------------------------------------------------------
 
@@ -166,9 +172,14 @@ Tensor compile_kernel(const std::string& architecture, int64_t number, int64_t n
 
 std::string kernel_name(int64_t number) { return variant_of(number).name(); }
 
-// Of a kernel that is loaded.
-int64_t local_bytes(int64_t index, int64_t number) {
-  return kernel_of(index, variant_of(number)).loaded.local_bytes;
+// Of a kernel that is loaded: by a number of CUfunction_attribute.
+int64_t kernel_attribute(int64_t index, int64_t number, int64_t attribute) {
+  return attribute_of(device_at(static_cast<int>(index)),
+                      kernel_of(index, variant_of(number)).function, static_cast<int>(attribute));
+}
+
+int64_t launches(int64_t index, int64_t number) {
+  return kernel_of(index, variant_of(number)).launches;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(coded_torch, CUDA, m) {
@@ -184,7 +195,8 @@ STABLE_TORCH_LIBRARY_IMPL(coded_torch, CompositeExplicitAutograd, m) {
   m.impl("_end_trial", TORCH_BOX(&end_trial));
   m.impl("_compile_kernel", TORCH_BOX(&compile_kernel));
   m.impl("_kernel_name", TORCH_BOX(&kernel_name));
-  m.impl("_local_bytes", TORCH_BOX(&local_bytes));
+  m.impl("_kernel_attribute", TORCH_BOX(&kernel_attribute));
+  m.impl("_launches", TORCH_BOX(&launches));
 }
 
 }  // namespace coded_torch
