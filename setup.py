@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
@@ -67,6 +68,11 @@ def compiled():
 
 
 if __name__ == "__main__":
+    if int(setuptools.__version__.partition(".")[0]) < 77:  # which read the licences otherwise
+        sys.exit(
+            "coded_torch: the build must have setuptools 77 or later, "
+            f"got {setuptools.__version__}; run `pip install 'setuptools>=77'`"
+        )
     # pip asks twice what the package is before it builds, which needs no second of importing torch.
     builds = not {"egg_info", "dist_info"} & {*sys.argv}
     blob = f"{REPOSITORY}/blob/{REVISION}"

@@ -1,6 +1,7 @@
 """setup.py: the library that it builds needs nothing of CUDA, and carries what a card needs."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from readme_renderer import markdown
+from torch.utils.cpp_extension import include_paths
 
 from coded_torch import _extension
 
@@ -55,6 +57,43 @@ def test_pip_learns_what_the_package_is_without_importing_torch(tmp_path):
     assert "| torch" not in found.stderr
     (sources,) = tmp_path.glob("*/SOURCES.txt")
     assert "csrc/plan/bindings.cpp" in sources.read_text()
+
+
+def test_an_old_setuptools_is_refused_in_one_line(tmp_path):
+    (tmp_path / "setuptools.py").write_text('__version__ = "76.1.0"\nExtension = setup = print\n')
+    command = [sys.executable, "setup.py", "egg_info"]
+    variables = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("coded_torch: the build must have setuptools 77 or later, got 76.1.0;")
+
+
+def refused_words(*folder):
+    """Return the exit status and the lines of .ci/headers."""
+    command = [sys.executable, ROOT / ".ci" / "headers", *folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.stderr == ""
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_the_operators_use_what_the_lowest_torch_has():
+    assert refused_words() == (0, [])
+
+
+def test_a_word_that_the_headers_of_the_lowest_torch_lack_is_refused(tmp_path):
+    headers = Path(include_paths("cpu")[0]) / "torch" / "csrc" / "stable"
+    if not any("torch_from_blob" in path.read_text() for path in headers.rglob("*.h")):
+        pytest.skip(f"torch {torch.__version__} has no word that is later than the lowest")
+    code = (
+        "/* torch_new_generator_handle */ STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(std::tm));"
+    )
+    (tmp_path / "new.cpp").write_text(code)
+    status, lines = refused_words(tmp_path)
+    assert status == 1
+    found = [line.partition(" is in torch")[0] for line in lines]
+    assert found == ["new.cpp: STABLE_TORCH_ERROR_CODE_CHECK", "new.cpp: torch_from_blob"]
 
 
 def test_one_library_is_for_all_builds_of_torch(library):
