@@ -91,6 +91,9 @@ class ProcessWorkers(SupervisedWorkers):
         of the module's classes. Packages that start threads or initialise CUDA are imported by the
         processes instead. The server takes seconds to start, and starts anew if a module has other
         packages. A new process loads the last module before it gets parts.
+
+        If this process forks, its child shares the memory of large answers: what one of the two
+        writes into them, the other one sees. Clone answers first if that matters.
     """
 
     def __init__(

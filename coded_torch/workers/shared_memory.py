@@ -3,8 +3,9 @@ r"""Messages between two local processes, with their tensors in shared memory.
 A pipe would copy every tensor twice, and :mod:`torch.multiprocessing` opens a file for each tensor.
 Here the sender writes a long message into memory that the receiver has mapped already, and sends a
 header of 48 bytes. A short message follows its header. Large received tensors are views of the
-memory. The sender writes there again when the receiver holds no view any more. Both sides seal the
-size of the memory, as reading behind its end would kill the receiver.
+memory. The sender writes there again when the receiver holds no view any more, and never if the
+receiver has forked while it held one, as the child may keep it. Both sides seal the size of the
+memory, as reading behind its end would kill the receiver.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 
 # Kind, number, bytes of the pickle, its block or -1, that block is new, and how many numbers of
-# blocks follow, which nobody reads any more.
+# blocks follow, which nobody reads any more; ~number if a fork may.
 _HEADER = struct.Struct("<6q")
 _ROOM = socket.CMSG_SPACE(array("i").itemsize)  # bytes for one descriptor
 _TRUNCATED = int(socket.MSG_CTRUNC)  # an enumeration would take microseconds for "&"
@@ -47,6 +48,7 @@ _LEAST = 1 << 16  # bytes of a block; a smaller one would save only pages
 # parts of eight calls in flight. Not tuned.
 _MOST_BLOCKS, _MOST_BYTES = 48, 1 << 27
 _numbers = itertools.count()
+_connections = weakref.WeakValueDictionary[int, "Connection"]()
 
 
 class Block:
@@ -88,13 +90,17 @@ def _keep(blocks: dict[int, Any], number: int, block: Any) -> None:
 class Pickled:
     """The pickle of an object without its tensors, which lie behind the pickle in memory.
 
-    With ``blocks``, it is ready to be sent: it lies in one of them, unless it is short.
+    With ``blocks``, it is ready to be sent: it lies in one of them, unless it is short. Without, it
+    is a module: whole storages are written, so that tensors that share one still do.
     """
 
     block: Block | None = None
 
     def __init__(self, value: Any, blocks: Blocks | None = None) -> None:
-        self._tensors: dict[int, tuple[Tensor, int]] = {}  # tensors by id, with their places
+        self._has_storages = blocks is None
+        # By id, tensors with their persistent ids; by id, what is written, with its place.
+        self._places: dict[int, tuple[Tensor, tuple[Any, ...]]] = {}
+        self._tensors: dict[int, tuple[Tensor, int]] = {}
         self._behind = 0  # bytes of the tensors
         buffer = io.BytesIO()
         pickler = _pickler()(buffer, pickle.HIGHEST_PROTOCOL)
@@ -125,18 +131,37 @@ class Pickled:
             else:
                 place = _tensor_at(memory, begin, tensor.dtype, tensor.shape)
                 place.copy_(tensor.detach())
+        self._places = {}
         self._tensors = {}
 
-    def _place(self, obj: Any) -> tuple[str, tuple[int, ...], int] | None:
-        """Return dtype, shape and place of a plain tensor, also a parameter's; else None."""
+    def _place(self, obj: Any) -> tuple[Any, ...] | None:
+        """Return dtype, shape and place of a plain tensor, also a parameter's; else None.
+
+        A view of a storage has its strides and its number, too.
+        """
         if type(obj) is not Tensor:
             return None
         if obj.layout is not torch.strided or obj.is_quantized or obj.is_meta or not obj.numel():
             return None
-        if id(obj) not in self._tensors:
-            self._tensors[id(obj)] = obj, self._behind
-            self._behind += _aligned(obj.nbytes)
-        return str(obj.dtype).removeprefix("torch."), tuple(obj.shape), self._tensors[id(obj)][1]
+        if id(obj) not in self._places:
+            form = str(obj.dtype).removeprefix("torch."), tuple(obj.shape)
+            if self._has_storages and not (obj.is_conj() or obj.is_neg()):
+                storage = obj.untyped_storage()
+                numbers = torch.empty(0, dtype=torch.uint8, device=obj.device).set_(storage)
+                begin = self._written(storage._cdata, numbers)
+                begin += int(obj.storage_offset()) * obj.element_size()
+                place: tuple[Any, ...] = (*form, begin, obj.stride(), len(self._places))
+            else:
+                place = (*form, self._written(id(obj), obj))
+            self._places[id(obj)] = obj, place
+        return self._places[id(obj)][1]
+
+    def _written(self, key: int, tensor: Tensor) -> int:
+        """Return the place of a tensor, which is written once."""
+        if key not in self._tensors:
+            self._tensors[key] = tensor, self._behind
+            self._behind += _aligned(tensor.nbytes)
+        return self._tensors[key][1]
 
 
 def is_interactive() -> bool:
@@ -163,7 +188,7 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, memory: memoryview, length: int, copy: int = 0) -> None:
         super().__init__(io.BytesIO(memory[:length]))
         self._memory, self._start, self._copy = memory, _aligned(length), copy
-        self._read: dict[int, Tensor] = {}
+        self._read: dict[tuple[Any, ...], Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if module != "__main__":
@@ -176,13 +201,13 @@ class _Unpickler(pickle.Unpickler):
             how = "move it out of the `if`, to the top level of the script, or into a module"
             raise AttributeError(f"{what}; {how}") from None
 
-    def persistent_load(self, place: tuple[str, tuple[int, ...], int]) -> Tensor:
-        dtype, shape, offset = place
-        if offset not in self._read:
+    def persistent_load(self, place: tuple[Any, ...]) -> Tensor:
+        if place not in self._read:
+            dtype, shape, offset, *view = place
             kind = getattr(torch, dtype)
-            tensor = _tensor_at(self._memory, self._start + offset, kind, shape)
-            self._read[offset] = tensor.clone() if tensor.nbytes <= self._copy else tensor
-        return self._read[offset]
+            tensor = _tensor_at(self._memory, self._start + offset, kind, shape, *view[:1])
+            self._read[place] = tensor.clone() if tensor.nbytes <= self._copy else tensor
+        return self._read[place]
 
 
 class Package(Block):
@@ -208,6 +233,8 @@ class Connection:
         # What holds the memory of its messages, by block. No finalizer tells that nothing does any
         # more, because an interrupt that comes there is lost.
         self._read: dict[int, Callable[[], Any]] = {}
+        self._forked = set[int]()  # the blocks of which a forked process may hold views
+        _connections[id(self)] = self
 
     def send(self, kind: int, number: int, content: Pickled | Package | None = None) -> None:
         """Send a message, with an object or without.
@@ -229,9 +256,11 @@ class Connection:
                     _keep(self._sent, block, content.block)
                     new = content.block.descriptor
                 self._lent[block] = content.block
-        read = array("q", [each for each, holder in self._read.items() if holder() is None])
-        for each in read:
+        free = [each for each, holder in self._read.items() if holder() is None]
+        read = array("q", [~each if each in self._forked else each for each in free])
+        for each in free:
             del self._read[each]
+            self._forked.discard(each)
         packet = _HEADER.pack(kind, number, length, block, new >= 0, len(read)) + read + body
         try:
             if new < 0:
@@ -258,7 +287,10 @@ class Connection:
         kind, number, length, block, new, read = _HEADER.unpack_from(data)
         begin = _HEADER.size + 8 * read
         for each in array("q", data[_HEADER.size : begin]) if read else ():
-            _keep(self.blocks, each, self._lent.pop(each))
+            if each < 0:
+                del self._lent[~each]  # nobody writes there again
+            else:
+                _keep(self.blocks, each, self._lent.pop(each))
         if flags & _TRUNCATED or len(descriptors) < new:
             # The kernel drops a descriptor that is one too many for this process.
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -281,15 +313,36 @@ class Connection:
             raise ValueError(f"a message of {length} bytes came in {len(memory)}")
         return kind, number, _Unpickler(memory, length, copy).load
 
+    def keep_views(self) -> None:
+        """Have the other side never write again what is read now: this process is to fork."""
+        self._forked |= {each for each, holder in [*self._read.items()] if holder() is not None}
+
     def close(self) -> None:
         """Release the connection, and all memory that nobody reads."""
         self.socket.close()
         self._sent, self._lent, self._known = {}, {}, {}
 
 
-def _tensor_at(memory: Any, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    count = math.prod(shape)
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
+def _keep_views() -> None:
+    for reference in _connections.valuerefs():
+        connection = reference()
+        if connection is not None:
+            connection.keep_views()
+
+
+os.register_at_fork(before=_keep_views)
+
+
+def _tensor_at(
+    memory: Any, offset: int, dtype: torch.dtype, shape: tuple[int, ...], strides: Any = None
+) -> Tensor:
+    """Return a view of memory, which is contiguous unless there are strides."""
+    if strides is None:
+        count = math.prod(shape)
+        return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
+    count = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
+    flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=offset)
+    return flat.as_strided(shape, strides)
 
 
 def _aligned(size: int) -> int:  # to whole cache lines

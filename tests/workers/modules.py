@@ -50,6 +50,22 @@ class Tied(nn.Module):
         return x + (self.second.weight.sum() - self.first.weight.sum())
 
 
+class Views(nn.Module):
+    """A buffer, a view of it that begins elsewhere, and a view of complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("work", torch.zeros(128, 8))
+        self.register_buffer("left", self.work[1:, 4:].t())
+        self.register_buffer("turn", torch.tensor([1j, 1.0]))
+        self.register_buffer("back", self.turn.conj())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.work[1 : len(x) + 1].copy_(x)
+        turned = (self.turn * self.back).real.sum()
+        return self.left.t()[: len(x)] * turned
+
+
 def pid(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the process that answers, beside the input."""
     return x, torch.full_like(x, os.getpid(), dtype=torch.float64)

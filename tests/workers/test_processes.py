@@ -87,6 +87,35 @@ def test_modules_keep_their_inputs_and_weights_to_themselves(pool):
     assert torch.equal(tied.first.weight, before)
 
 
+def test_buffers_that_share_storage_share_it_in_processes(pool):
+    module = modules.Views()
+    x = torch.randn(3, 2, 8)
+    with torch.no_grad():
+        expected = module(x.flatten(0, 1)).unflatten(0, (3, 2))
+    for reply in answers(pool, module, x):
+        assert torch.equal(reply.value, expected[list(reply.part.units)].flatten(0, 1))
+
+
+def test_answers_that_a_forked_child_keeps_stay_as_they_are():
+    with ProcessWorkers(1).start(timeout=WAIT) as pool, torch.no_grad():
+        coded = CodedWrapper(modules.Call(torch.neg), workers=pool)
+        x = torch.ones(4, 50_000)
+        kept = coded(x)
+        begin, go = os.pipe()
+        if not (child := os.fork()):
+            signal.alarm(60)
+            os.read(begin, 1)
+            os._exit(0 if bool((kept == -1).all()) else 1)
+        del kept
+        coded.last_run = None
+        for factor in range(2, 8):
+            coded(x * factor)
+        os.write(go, b"!")
+        assert os.waitpid(child, 0)[1] == 0
+        os.close(begin)
+        os.close(go)
+
+
 def test_changes_of_the_module_are_noticed(pool):
     module, one = Scale(2.0), torch.ones(3, 1, 1)
 

@@ -89,6 +89,25 @@ def test_a_block_is_written_again_once_no_large_tensor_reads_it(ends):
     assert torch.equal(small, torch.ones(3))
 
 
+def test_a_block_that_a_fork_may_read_is_never_written_again(ends):
+    one, other = ends
+    first = Pickled(torch.zeros(50_000), one.blocks)
+    one.send(0, 0, first)
+    value = other.receive()[2]()
+    if not (child := os.fork()):
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    del value
+    for _ in range(3):
+        other.send(0, 0)
+        one.receive()
+        again = Pickled(torch.ones(50_000), one.blocks)
+        assert again.block is not first.block
+        one.send(0, 0, again)
+        other.receive()
+    assert len(memories()) == 6  # two blocks, each with two mappings
+
+
 def test_the_last_message_of_a_side_that_left_others_unread_is_read(ends):
     one, other = ends
     one.send(0, 0)
