@@ -217,6 +217,39 @@ def test_it_is_forgotten_when_the_weights_change():
     assert len(known) == 0
 
 
+def test_a_memory_that_another_wrapper_took_meanwhile_answers_nothing():
+    known = Memory()
+    other = wrap(known, module=Call(lambda x: -100 * f(x)))
+
+    def taken(module, *_):
+        for i in range(3):
+            other(rand(200, 4, seed=i))
+        known.rebuild()
+        assert known.estimate([rand(64, 4)]) is not None  # of the other module
+
+    module, alone = Function(), wrap((), module=Function())
+    alone(rand(64, 4))
+    coded = wrap(known, module=module)
+    coded(rand(64, 4))
+    module.register_forward_hook(taken)
+    answers, report = coded.run(rand(64, 4))
+    assert report.estimated.any()
+    assert torch.equal(answers, alone(rand(64, 4)))
+
+
+def test_nothing_is_learnt_of_a_call_in_which_the_weights_changed():
+    known, module = Memory(), Function()
+
+    def change(module, *_):
+        with torch.no_grad():
+            module.scale.mul_(2)
+
+    module.register_forward_hook(change)
+    coded = wrap(known, module=module)
+    coded(rand(64, 4))
+    assert len(known) == 0
+
+
 def test_probabilities_are_remembered_as_logarithms():
     class Soft(Function):
         def forward(self, x):

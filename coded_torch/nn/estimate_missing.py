@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .._changes import unchanged
 from .._torch import as_called, device_of, flatten, on_host, outside, plain
 from ..codes.base import BatchPlan, NotEnoughResults
 from ..input_space.gaussian_process import ErrorBounds
@@ -54,14 +55,15 @@ class Answers:
         self._known = dict[int, tuple[list[Tensor], Tensor] | None]()  # the estimates of memories
         #: The places of results, and how odd these look if left out.
         self.oddness: list[tuple[int, float]] = []
-        self._memories = list[tuple[Memory, int]]()
+        self._module = module
+        self._memories = dict[Memory, int]()  # the generations of the module's weights in memories
         for surrogate in surrogates:
             if isinstance(surrogate, Memory):
-                self._memories.append((surrogate, surrogate.follow(module)))
+                self._memories[surrogate] = surrogate.follow(module)
 
     def forget(self) -> None:
         """Clear memories, which do not learn from this call either."""
-        for memory, _ in self._memories:
+        for memory in self._memories:
             memory.clear()
 
     @on_host()
@@ -145,7 +147,7 @@ class Answers:
     def _note(self, bounds: ErrorBounds, answers: Tensor) -> None:
         """Note error bounds. With too few results, a memory's rows calibrate them."""
         not_finite = self._inputs.not_finite
-        for memory, _ in () if bounds.enough(self._coverage) or self._link else self._memories:
+        for memory in () if bounds.enough(self._coverage) or self._link else self._memories:
             found = self._known_to(memory)
             if found is not None and found[0][0].shape == answers.shape:
                 off = (columns(answers).cpu().double() - columns(found[0][0]).cpu()).norm(dim=1)
@@ -188,7 +190,9 @@ class Answers:
         if id(memory) not in self._known:
             inputs = [plain("Memory", "leaf", leaf) for leaf in self._inputs.floating()]
             with outside():
-                self._known[id(memory)] = memory.error_bounds(inputs) if inputs else None
+                generation = self._memories[memory]
+                found = memory.error_bounds(inputs, generation) if inputs else None
+                self._known[id(memory)] = found
         return self._known[id(memory)]
 
     def _computed(self, surrogate: Any, stacked: Stacked) -> dict[int, Tensor]:
@@ -237,8 +241,10 @@ class Answers:
         with outside():
             inputs = [rows(leaf) for leaf in self._inputs.floating()]
             outputs = [to_scale(rows(leaf), self._link) for leaf in answers]
-            for memory, generation in self._memories:
-                memory.observe(inputs, outputs, generation)
+            with unchanged():  # a new look, as the weights may have changed during the call
+                for memory, generation in self._memories.items():
+                    memory.follow(self._module)
+                    memory.observe(inputs, outputs, generation)
 
     def _decoded(
         self, stacked: Stacked, i: int, plan: Plan, source: Tensor, approximations: Any, first: bool

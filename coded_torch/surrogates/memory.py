@@ -48,8 +48,9 @@ class Memory:
     ms. Only floating-point inputs that have a batch dimension are looked at. Inputs and outputs of
     other shapes than the first are ignored.
 
-    The memory is forgotten as soon as the module's weights change. It is not part of the wrapper's
-    state dict, and is empty in pickles and copies.
+    The memory is forgotten as soon as the module's weights change, or another module's wrapper uses
+    it: calls that are open then learn nothing more from it. It is not part of the wrapper's state
+    dict, and is empty in pickles and copies.
 
     Warning:
         It keeps projections of the inputs, and the outputs, of all users of the module, and
@@ -100,7 +101,7 @@ class Memory:
         return self._num_rows
 
     def follow(self, module: nn.Module) -> int:
-        """Return the generation of a module's weights, which :meth:`observe` takes.
+        """Return the generation of a module's weights, for the rows of a call.
 
         All rows are forgotten, and a new generation begins, when the module or its weights change.
         """
@@ -155,14 +156,19 @@ class Memory:
         found = self.error_bounds(inputs)
         return None if found is None else found[0]
 
-    def error_bounds(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor] | None:
+    def error_bounds(
+        self, inputs: Sequence[Tensor], generation: int | None = None
+    ) -> tuple[list[Tensor], Tensor] | None:
         """Return estimates, and thresholds ``[n, m]`` of the errors of the first output, float64.
+
+        Return None if ``generation``, as of :meth:`observe`, is not the present one.
 
         If m remembered rows and a new row are exchangeable, its error exceeds the k-th largest
         threshold with probability k / (m + 1). With 20 rows it is up to 4 points more, as they
         choose the metric, too.
         """
-        snapshot = self._snapshot
+        with self._lock:
+            snapshot = self._snapshot if generation in (None, self._generation) else None
         if snapshot is None or _form(inputs) != snapshot.form[0]:
             return None
         with torch.no_grad(), exactly():
