@@ -30,6 +30,16 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Read no file without a test for CUDA where only these run.
+
+    The others import packages that a machine with a card may not have.
+    """
+    if config.getoption("markexpr") == "cuda" and collection_path.match("test_*.py"):
+        return "pytest.mark.cuda" not in collection_path.read_text() or None
+    return None
+
+
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--slow"):
         slow = pytest.mark.skip(reason="a long run: give --slow")

@@ -16,7 +16,6 @@ from coded_torch.stragglers import Uniform
 from coded_torch.workers import DeviceWorkers, LocalWorkers
 
 from .nn.modules import Call
-from .serve.servers import Client, built, linear, serving, tensor
 from .waits import Launches, host_waits
 
 pytestmark = pytest.mark.cuda
@@ -211,14 +210,16 @@ def test_linear_maps(kind, dtype, device):
 
 @either_pool
 def test_serve(pool):
+    servers = pytest.importorskip("tests.serve.servers")
     rows = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
     with contextlib.ExitStack() as stack:
         workers = stack.enter_context(pool())
-        port = stack.enter_context(serving(built(linear().to("cuda"), workers=workers)))
-        client = stack.enter_context(Client(port))
-        status, answer = client.infer({"inputs": [tensor(rows)]})
+        application = servers.built(servers.linear().to("cuda"), workers=workers)
+        port = stack.enter_context(servers.serving(application))
+        client = stack.enter_context(servers.Client(port))
+        status, answer = client.infer({"inputs": [servers.tensor(rows)]})
     assert status == 200, answer
-    want = linear()(torch.tensor(rows)).flatten()
+    want = servers.linear()(torch.tensor(rows)).flatten()
     torch.testing.assert_close(torch.tensor(answer["outputs"][0]["data"]), want, atol=1e-3, rtol=0)
 
 
