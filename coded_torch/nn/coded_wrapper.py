@@ -195,11 +195,7 @@ class CodedWrapper(ModuleProxy):
         return self._outside_graphs(args, kwargs) if compiling else self._forward(args, kwargs)
 
     def _forward(self, args: Any, kwargs: dict[str, Any]) -> Any:
-        report = Report()
-        try:
-            return self._call(report, self._policy(), (args, kwargs))
-        finally:
-            vars(self)["last_run"] = report  # a setting would be checked
+        return self._call(Report(), self._policy(), (args, kwargs))
 
     # None of the wrapper's Python is for the compiler.
     _outside_graphs = _disable_dynamo(_forward)
@@ -215,6 +211,7 @@ class CodedWrapper(ModuleProxy):
                 return self._answers(report, waiting, given, parts)
             finally:
                 report.enter()
+                vars(self)["last_run"] = report  # a setting would be checked
                 if span is not None:
                     with tracing.harmless():
                         span.set_attributes(report.attributes())

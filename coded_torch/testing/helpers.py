@@ -146,6 +146,13 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+class DoublesScale(nn.Module):
+    """Doubles its second argument in place, and multiplies by it."""
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return x * scale.mul_(2)
+
+
 class Affine(nn.Module):
     def forward(self, x: Tensor, factor: Tensor, offset: float) -> Tensor:
         return x * factor + offset

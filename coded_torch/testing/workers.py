@@ -26,6 +26,7 @@ from .helpers import (
     Affine,
     CumulativeSum,
     Doubles,
+    DoublesScale,
     FailsAt,
     Gated,
     Modes,
@@ -136,6 +137,14 @@ class WorkersTests(abc.ABC):
         got = by_part(list(run(pool, Affine(), task_of(values, torch.tensor([10.0]), 3.0))))
         for n, value in got.items():
             torch.testing.assert_close(value, values[n] * 10 + 3)
+
+    def test_a_module_may_change_shared_arguments_which_later_parts_have_as_they_were(self, pool):
+        values = self.values()
+        scale = torch.tensor([10.0])
+        got = by_part(list(run(pool, DoublesScale(), task_of(values, scale))))
+        assert scale.tolist() == [10.0]
+        for n, value in got.items():
+            torch.testing.assert_close(value, values[n] * 20)
 
     @pytest.mark.parametrize("dtype", [torch.int64, torch.bool], ids=str)
     def test_units_need_not_be_floating_point(self, pool, dtype):

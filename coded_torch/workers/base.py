@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -55,8 +56,8 @@ class Task:
     def payload(self, units: Sequence[int], copied: bool = False) -> Arguments:
         """Return the ``(args, kwargs)`` of ``len(units) * R`` rows.
 
-        Rows of consecutive units are views, unless they are ``copied`` for a module in the caller's
-        process, which may change them.
+        Rows of consecutive units are views, and shared tensors the caller's own, unless they are
+        ``copied`` for a module in the caller's process, which may change them.
         """
         run = range(units[0], units[0] + len(units))
         size = self.unit_rows
@@ -69,8 +70,15 @@ class Task:
             (places,) = to_device([torch.tensor(units, device="cpu")], leaf.device)
             return own.index_select(0, places).flatten(0, 1)
 
+        def shared(leaf: Any) -> Any:
+            if not copied:
+                return leaf
+            if isinstance(leaf, np.ndarray):
+                return leaf.copy()
+            return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
         pairs = zip(self.leaves, self.dims, strict=True)
-        batch = [leaf if dim is None else chosen(leaf) for leaf, dim in pairs]
+        batch = [shared(leaf) if dim is None else chosen(leaf) for leaf, dim in pairs]
         if any(self.dims):  # moving nothing takes microseconds
             dims = zip(batch, self.dims, strict=True)
             batch = [leaf.movedim(0, dim) if dim else leaf for leaf, dim in dims]

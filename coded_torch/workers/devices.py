@@ -95,6 +95,8 @@ class _DeviceRequest(LiveRequest):
             for device in {task.device, *threads.devices}
             if device.type != "cpu"
         ]
+        #: The devices of the inputs: a copy to one of them is the caller's tensor.
+        self.homes = {x.device for x in task.leaves if isinstance(x, Tensor)}
         self.on_host = all(x.device.type == "cpu" for x in task.leaves if isinstance(x, Tensor))
         self.replicas: dict[_Replica, nn.Module] = {}
 
@@ -147,7 +149,7 @@ class _Replica(Worker):
                     stream.wait_event(event)
             stack.enter_context(request.ambient.restored(self.device))
             try:
-                arguments = request.task.payload(part.units, home == self.device)
+                arguments = request.task.payload(part.units, self.device in request.homes)
                 if streams or not request.on_host:  # walking through them takes 25 us
                     arguments = _to(self.device, arguments)
                     # The backward pass reads the inputs here, when the caller may have freed them.

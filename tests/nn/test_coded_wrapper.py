@@ -51,6 +51,16 @@ def test_the_report():
     assert coded.last_run.received == ()
 
 
+def test_the_last_run_is_the_report_of_any_call_that_ended_last():
+    coded = CodedWrapper(linear(), workers=LocalWorkers(), parts=2)
+    _, report = coded.run(rand(4, 3))
+    assert coded.last_run is report
+    with pytest.raises(ValueError, match="must hold a tensor to divide"):
+        coded.run()
+    assert coded.last_run is not report
+    assert coded.last_run.failed
+
+
 def test_what_is_assigned_is_checked_as_what_is_given_and_no_random_state_is_touched():
     coded = CodedWrapper(linear(), ReplicationCode(3, 5), waiting=Waiting.first(4))
     state = torch.get_rng_state()
@@ -205,7 +215,7 @@ def test_a_call_may_have_a_policy_of_its_own_and_returns_its_report():
         2,
     )
     assert torch.equal(answers[~report.estimated], x[~report.estimated])
-    assert coded.last_run is None  # run() leaves it alone
+    assert coded.last_run is report
     _, report = coded.run(x, waiting=Waiting())
     assert (report.work_ratio, report.ended) == (1.5, "complete")
     with pytest.raises(ValueError, match=r"waiting.num_stragglers must be at most"):
