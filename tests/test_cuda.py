@@ -30,9 +30,9 @@ def test_kernels_compile_and_keep_to_their_registers(architecture):
         ((name, (registers, local_bytes)),) = facts(code).items()
         assert name == torch.ops.coded_torch._kernel_name(number)
         assert registers <= 128, name  # 512 threads to a multiprocessor
-        # NVRTC 13.5 spills some numbers of wide products on Blackwell.
-        spills = "wide" in name and architecture in ("sm_100", "sm_120")
-        assert local_bytes <= (32 if spills else 0), name
+        # Some numbers of wide products, outside their loop: 8 bytes for Hopper by NVRTC 12.6 to
+        # 13.0, up to 32 for Blackwell by 13.5.
+        assert local_bytes <= (32 if "wide" in name else 0), name
 
 
 def test_info_says_whether_kernels_compile(monkeypatch):
@@ -177,4 +177,5 @@ def test_a_graph_needs_a_call_before():
     values = torch.randn(20, 100, device="cuda")
     must = pytest.raises(RuntimeError, match=r"must have been applied to torch\.float32")
     with must, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        values.mul_(2)  # torch warns of an empty graph, before the stream is left
         map(values)

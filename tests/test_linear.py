@@ -14,6 +14,7 @@ from coded_torch.linear import MatrixMap, SelectMap, SplineMap
 from coded_torch.testing.codes import DTYPES, assert_is_product, normal
 
 from .splines import SMOOTHINGS, make_knots
+from .waits import sync_debug_mode
 
 
 def spline_map(num_inputs, num_outputs):
@@ -159,11 +160,8 @@ class TestOnCuda:
     def test_a_new_map_waits_for_nothing(self):
         map, values = spline_map(20, 50), torch.randn(20, 100, device="cuda")
         want = spline_map(20, 50)(values.cpu())
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with sync_debug_mode("error"):
             got = map(values)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         torch.testing.assert_close(got.cpu(), want)
 
     def test_gradients_of_rows_that_repeat_are_the_same_bits(self):

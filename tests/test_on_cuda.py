@@ -347,7 +347,8 @@ def test_error_bounds_of_wide_outputs_are_computed_where_they_lie():
 
 def test_verification_of_wide_outputs_copies_few_columns():
     x, module = random_numbers(240, 12).to("cuda"), Wide(20_000).to("cuda")
-    with DeviceWorkers(["cuda:0", "cuda:1", "cuda:0", "cuda:1"]) as pool, torch.no_grad():
+    devices = [f"cuda:{n % torch.cuda.device_count()}" for n in range(4)]
+    with DeviceWorkers(devices) as pool, torch.no_grad():
         wrapper = CodedWrapper(module, workers=pool, verify=0.1)
         for _ in range(5):
             with Copies() as copies:

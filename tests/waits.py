@@ -20,16 +20,25 @@ _RUN_NOTHING = {
 
 
 @contextlib.contextmanager
+def sync_debug_mode(mode):
+    """Let torch warn of waits in a block, or refuse them. That it is a prototype it says once."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@contextlib.contextmanager
 def host_waits():
     """Count the waits of a block by the line of Python that waits, "file:line"."""
     lines = Counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
+        with sync_debug_mode("warn"):
             yield lines
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     for warning in caught:
         if "called a synchronizing CUDA operation" in str(warning.message):
             lines["/".join(warning.filename.split("/")[-2:]) + f":{warning.lineno}"] += 1

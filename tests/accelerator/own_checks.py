@@ -7,7 +7,7 @@ from coded_torch import ops
 from tests.accelerator.plugin import take_reports
 
 from ..test_ops import make_plan
-from ..waits import host_waits
+from ..waits import host_waits, sync_debug_mode
 
 pytestmark = pytest.mark.cuda
 HERE = "accelerator/own_checks.py:"
@@ -98,12 +98,9 @@ def test_waits_of_the_host_are_counted_by_line():
         torch.ones(3).pin_memory().to("cuda", non_blocking=True)
     assert sorted(lines.values()) == [1, 1, 3], lines
     assert all(line.startswith(HERE) for line in lines)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with pytest.raises(RuntimeError, match="called a synchronizing CUDA operation"):
-            x.tolist()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    wait = pytest.raises(RuntimeError, match="called a synchronizing CUDA operation")
+    with sync_debug_mode("error"), wait:
+        x.tolist()
 
 
 def test_memory_that_was_not_written_is_no_number():
