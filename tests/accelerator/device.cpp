@@ -17,6 +17,11 @@ using c10::Device;
 using c10::DeviceIndex;
 
 static thread_local DeviceIndex device_now = 0;
+// The first ones, of which a test may want fewer.
+static const int num_devices = [] {
+  const char* wanted = std::getenv("CODED_TORCH_ACCELERATOR_DEVICES");
+  return wanted ? std::atoi(wanted) : kDevices;
+}();
 static thread_local int64_t streams_now[kDevices] = {0, 0};
 static std::atomic<int> sync_debug_mode{0};
 static const char* (*find_site)() = nullptr;
@@ -88,10 +93,10 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
 
   c10::DeviceType type() const override { return kCuda; }
-  DeviceIndex deviceCount() const noexcept override { return kDevices; }
+  DeviceIndex deviceCount() const noexcept override { return num_devices; }
   Device getDevice() const override { return {kCuda, device_now}; }
   void setDevice(Device device) const override {
-    TORCH_CHECK(device.index() < kDevices, "CUDA error: invalid device ordinal");
+    TORCH_CHECK(device.index() < num_devices, "CUDA error: invalid device ordinal");
     device_now = index(device);
   }
   void uncheckedSetDevice(Device device) const noexcept override { device_now = device.index(); }
@@ -189,8 +194,8 @@ struct Hooks final : at::CUDAHooksInterface {
   bool hasCUDA() const override { return true; }
   bool hasCUDART() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  int getNumGPUs() const override { return kDevices; }
-  DeviceIndex deviceCount() const override { return kDevices; }
+  int getNumGPUs() const override { return num_devices; }
+  DeviceIndex deviceCount() const override { return num_devices; }
   DeviceIndex current_device() const override { return device_now; }
   DeviceIndex getCurrentDevice() const override { return device_now; }
   Device getDeviceFromPtr(void*) const override { return {kCuda, device_now}; }
