@@ -30,8 +30,8 @@ def test_kernels_compile_and_keep_to_their_registers(architecture):
         ((name, (registers, local_bytes)),) = facts(code).items()
         assert name == torch.ops.coded_torch._kernel_name(number)
         assert registers <= 128, name  # 512 threads to a multiprocessor
-        # Some numbers of wide products, outside their loop: 8 bytes for Hopper by NVRTC 12.6 to
-        # 13.0, up to 32 for Blackwell by 13.5.
+        # Some numbers of wide products: 8 bytes for Hopper by NVRTC 12.6 to 13.0, up to 32 for
+        # Blackwell by 13.5.
         assert local_bytes <= (32 if "wide" in name else 0), name
 
 
