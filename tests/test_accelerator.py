@@ -23,7 +23,8 @@ TORCH = "2.13.0"
 NOT_RUN = 3
 # As many were there when this was written: that none is found is not a success.
 FEWEST = 338
-FEWEST_OF_ONE = 1
+# On one device; 58 of the others need two.
+FEWEST_OF_ONE = 280
 
 
 def obstacle():
