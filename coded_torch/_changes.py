@@ -5,7 +5,7 @@ import enum
 import functools
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from types import BuiltinFunctionType, MethodType
 from typing import Any
@@ -14,8 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
+from ._extension import Samples
 from ._torch import outside
 
 Fingerprint = tuple[list[Any], tuple[Any, ...]]
@@ -67,6 +71,8 @@ def fingerprint(module: nn.Module) -> Fingerprint:
             looks += map(look, filter(None, (part._forward_pre_hooks, part._forward_hooks)))
             attributes = part.__dict__.items()
             looks += [(name, look(value)) for name, value in attributes if name not in _INTERNAL]
+        tensors = [x for x in kept if isinstance(x, Tensor)]
+        looks.append(_samples_of(tensors))
     known[id(module)] = module, (kept, tuple(looks))
     return known[id(module)][1]
 
@@ -119,6 +125,31 @@ def _free(place: int, reference: weakref.ref[Any]) -> None:
         del _OBJECTS[place]
 
 
+def state_of(tensor: Tensor) -> tuple[int, int, int]:
+    """Return what differs once a tensor, which must be kept, has changed."""
+    address = tensor.data_ptr() if tensor.layout is torch.strided else id(tensor)
+    return address, version_of(tensor), _samples_of([tensor])
+
+
+def _samples_of(tensors: Iterable[Tensor]) -> int:
+    """Return a number that differs if samples of tensors on the host do.
+
+    A tensor has four samples of 64 bytes, or one of all its bytes if these are few.
+    """
+    ranges = list[tuple[int, int]]()
+    for x in tensors:
+        if not x.is_cpu or x.layout is not torch.strided or not (address := x.data_ptr()):
+            continue
+        size = x.nbytes
+        if not x.is_contiguous():
+            last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+            size = (last + 1) * x.itemsize
+        # A storage may have been freed or cut by its owner.
+        if x.storage_offset() * x.itemsize + size <= x.untyped_storage().nbytes():
+            ranges.append((address, size))
+    return Samples(ranges).hash()
+
+
 def version_of(tensor: Tensor) -> int:
     """Return how often a tensor was changed in place, also by optimizers; 0 in inference mode."""
     _count_steps()
@@ -127,11 +158,23 @@ def version_of(tensor: Tensor) -> int:
 
 @functools.cache
 def _count_steps() -> None:
-    """Count the steps of all optimizers as changes: fused ones do not."""
+    """Count the steps of all optimizers as changes: fused ones do not.
+
+    Without a gradient, a weight has not changed. Hooks may clear gradients after the step, and a
+    closure makes them during it, so that weights with gradients before or after it count.
+    """
+    noted = weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Tensor]]()
+
+    def with_gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        weights = [x for group in optimizer.param_groups for x in group["params"]]
+        return [x for x in weights if x.grad is not None and not x.is_inference()]
+
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        noted[optimizer] = with_gradients(optimizer)
 
     def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        weights = [x for group in optimizer.param_groups for x in group["params"]]
-        # Without a gradient, a weight has not changed.
-        increment_version([x for x in weights if x.grad is not None and not x.is_inference()])
+        changed = noted.pop(optimizer, []) + with_gradients(optimizer)
+        increment_version(list({id(x): x for x in changed}.values()))
 
+    register_optimizer_step_pre_hook(note)
     register_optimizer_step_post_hook(count)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CUDA_FAILURES", "build_info", "curve_plan", "short_path", "spline_plan"]
+__all__ = ["CUDA_FAILURES", "Samples", "build_info", "curve_plan", "short_path", "spline_plan"]
 __all__ += ["first_results", "split_rows", "with_copies"]
 
 # Why CUDA tensors are computed by torch's own operators, if they are.
@@ -35,7 +35,15 @@ _PACKAGE = Path(__file__).resolve().parent
 _REMEDY = "run `pip install .` in the source folder, and start Python in another folder"
 
 try:
-    from ._plan import curve_plan, first_results, short_path, spline_plan, split_rows, with_copies
+    from ._plan import (
+        Samples,
+        curve_plan,
+        first_results,
+        short_path,
+        spline_plan,
+        split_rows,
+        with_copies,
+    )
 except ImportError as error:
     raise ImportError(f"coded_torch: the compiled planner is missing or old; {_REMEDY}") from error
 

@@ -27,8 +27,8 @@ LAYERS = (
     {"table"},
     {"linear"},
     {"ops"},
-    {"_extension", "stragglers"},
     {"_changes"},
+    {"_extension", "stragglers"},
     {"_torch"},
     {"_arguments"},
 )

@@ -123,6 +123,136 @@ def test_weights_that_a_step_leaves_alone_can_still_be_differentiated():
     assert torch.equal(other.grad, torch.full((2,), 2.0))
 
 
+OPTIMIZERS = ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "RAdam", "Adamax", "Adadelta"]
+OPTIMIZERS += ["ASGD", "Rprop"]
+FUSED = "SGD", "Adam", "AdamW", "Adagrad"
+WAYS = [(name, way) for name in OPTIMIZERS for way in ("plain", "foreach", "bfloat16")]
+WAYS += [(name, "fused") for name in FUSED] + [("SGD", "sparse"), ("SparseAdam", "sparse")]
+
+
+def stale(module, change, steps):
+    """Return how many steps changed weights and not the fingerprint."""
+    unseen = 0
+    for _ in range(steps):
+        before = [x.detach().clone() for x in module.state_dict().values()]
+        _, key = fingerprint(module)
+        change()
+        after = module.state_dict().values()
+        changed = not all(map(torch.equal, before, after))
+        unseen += changed and fingerprint(module)[1] == key
+    return unseen
+
+
+@pytest.mark.parametrize("steps", [10, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("clears", [False, True])
+@pytest.mark.parametrize(("name", "way"), WAYS)
+def test_every_step_of_an_optimizer_is_seen(name, way, clears, steps):
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if way == "bfloat16" else torch.float32
+    module = nn.Linear(40, 30, dtype=dtype)
+    x = torch.randn(4, 40, dtype=dtype)
+    if way == "sparse":
+        module = nn.Embedding(40, 30, sparse=True)
+        x = torch.randint(40, (4,))
+    options = {way: True} if way in ("foreach", "fused") else {}
+    optimizer = getattr(optim, name)(module.parameters(), lr=1e-3, **options)
+    if clears:
+        optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
+
+    def step():
+        optimizer.zero_grad()
+        module(x).square().sum().backward()
+        optimizer.step()
+
+    assert stale(module, step, steps) == 0
+
+
+def test_gradients_that_a_closure_makes_and_a_hook_clears_are_seen():
+    module = nn.Linear(40, 30)
+    optimizer = optim.Adam(module.parameters(), fused=True)
+    optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
+
+    def closure():
+        module(torch.randn(4, 40)).square().sum().backward()
+
+    assert stale(module, lambda: optimizer.step(closure), 10) == 0
+
+
+@torch.no_grad()
+def by_fused_operator(module):
+    weights = [module.weight]
+    numbers = {"weight_decay": 0.0, "momentum": 0.0, "lr": 0.1, "dampening": 0.0}
+    numbers |= {"nesterov": False, "maximize": False, "is_first_step": True}
+    torch._fused_sgd_(weights, [torch.ones_like(x) for x in weights], [], **numbers)
+
+
+@torch.inference_mode()
+def in_inference_mode(module):
+    module.weight.add_(1)
+
+
+def by_lora(module):
+    low, high = torch.randn(40, 2), torch.randn(2, 30)
+    module.weight.data += (low @ high).T
+
+
+def by_quantising(module):
+    scale = module.weight.detach().abs().max() * (0.5 + torch.rand(())) / 127
+    module.weight.data.copy_((module.weight.detach() / scale).round() * scale)
+
+
+@pytest.mark.parametrize("steps", [10, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        by_fused_operator,
+        in_inference_mode,
+        by_lora,
+        by_quantising,
+        lambda m: m.weight.data.mul_(0.999),
+        lambda m: torch.from_dlpack(m.weight.detach()).add_(1),
+        lambda m: np.add(m.weight.detach().numpy(), 1, out=m.weight.detach().numpy()),
+        lambda m: m.weight.t().data.add_(1),
+        lambda m: torch.utils.swap_tensors(m.weight, nn.Parameter(torch.randn(30, 40))),
+    ],
+)
+def test_every_change_of_a_whole_weight_is_seen(change, steps):
+    torch.manual_seed(0)
+    module = nn.Linear(40, 30)
+    assert stale(module, lambda: change(module), steps) == 0
+
+
+@pytest.mark.parametrize("steps", [10, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("average", [None, optim.swa_utils.get_ema_multi_avg_fn(0.9)])
+def test_averages_of_weights_are_seen(average, steps):
+    module = optim.swa_utils.AveragedModel(nn.Linear(40, 30), multi_avg_fn=average)
+    change = nn.Linear(40, 30)
+
+    def update():
+        with torch.no_grad():
+            change.weight.normal_()
+        module.update_parameters(change)
+
+    assert stale(module, update, steps) == 0
+
+
+@pytest.mark.parametrize("shape", [(3,), (30, 40), (1, 70_001)])
+def test_samples_are_of_the_tensor_alone(shape):
+    module = nn.Module()
+    whole = torch.zeros(2, *shape)
+    module.register_buffer("part", whole[0])
+    module.register_buffer("expanded", torch.zeros(1).expand(1000, 1000))
+    module.register_buffer("freed", torch.zeros(9)[3:])
+    module.freed.untyped_storage().resize_(0)
+    _, key = fingerprint(module)
+    whole[1].numpy()[:] = 1
+    assert fingerprint(module)[1] == key
+    for place in (0, -1):
+        whole[0].view(-1).numpy()[place] += 1
+        assert fingerprint(module)[1] != key
+        _, key = fingerprint(module)
+
+
 def test_a_fingerprint_keeps_no_module_alive():
     def made():
         module = Held()

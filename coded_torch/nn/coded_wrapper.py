@@ -11,7 +11,7 @@ from torch._compile import _disable_dynamo
 from .. import tracing
 from .._arguments import check, count, instance, real, warn
 from .._changes import unchanged
-from .._torch import on_host
+from .._torch import on_host, refuse_tracing
 from ..codes.base import Code
 from ..input_space.regression import Regression
 from ..scheduling.latency_history import BLOCKS, History
@@ -218,6 +218,8 @@ class CodedWrapper(ModuleProxy):
 
     def _answers(self, report: Report, waiting: Waiting, given: Any, parts: int | None) -> Any:
         args, kwargs = given
+        if not self.workers.simulated:
+            refuse_tracing()
         if self.training and (part := training_part(self.module, dropout=True)):
             what = "answers depend on the rows of a part, or on chance"
             warn(f"CodedWrapper: {part} is in training mode, where {what}; call eval() on it")
@@ -245,16 +247,19 @@ class CodedWrapper(ModuleProxy):
         if waiting.deadline is not None and (code is None or code.uses_geometry):
             left = seconds_left(self.workers, waiting, report)
             block, reserve = self._history.estimates.reserve(inputs.batch_size, left)
+        dealer = self._dealer
+        if torch.jit.is_tracing():  # it traces twice, and compares
+            dealer = random.Random(0)
         division: Division
         if code is None:
             parts = parts or self.parts or self.workers.num_workers or 1
             estimator = self.estimator or _ESTIMATOR
-            how: Any = {"block": block, "parts": parts, "dealer": self._dealer}
+            how: Any = {"block": block, "parts": parts, "dealer": dealer}
             division = Rows(inputs, estimator, **how, out_dims=self.out_dims)
         else:
-            dealer = self._dealer if code.shuffle else None
             lost = self._lost(waiting)
-            division = Columns(inputs, code, lost, waiting.at_once, dealer, self.out_dims)
+            drawn = dealer if code.shuffle else None
+            division = Columns(inputs, code, lost, waiting.at_once, drawn, self.out_dims)
         division.reserve = reserve
         return division
 

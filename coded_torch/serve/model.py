@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import arguments, bound, check, instance, named, signature_of, sparing_logger
-from .._changes import version_of
+from .._changes import state_of
 from .._torch import sample
 from ..nn import CodedWrapper
 from ..open_inference import TensorSpec
@@ -264,9 +264,9 @@ def _forget(pool: Any, module: nn.Module) -> None:
         forget(module)
 
 
-def _states(weights: Iterable[Tensor]) -> list[tuple[int, int]]:
+def _states(weights: Iterable[Tensor]) -> list[tuple[int, ...]]:
     """Return what changes if weights are replaced, or changed in place."""
-    return [(id(x), version_of(x)) for x in weights]
+    return [(id(x), *state_of(x)) for x in weights]
 
 
 def _is_loopback(host: str) -> bool:

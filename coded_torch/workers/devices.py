@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .._arguments import find_devices, positive
-from .._changes import version_of
+from .._changes import state_of
 from .._torch import read_here
 from ..table import Failure, Part, Reply
 from .base import InjectedCrash, Request, Task, compute
@@ -33,7 +33,7 @@ class DeviceWorkers(DispatchedWorkers):
 
     Every request makes new replicas: shallow copies of the module's tree, which share the tensors
     that lie on their device. Copies of the other tensors are kept until the original changes or
-    gradients flow through them. An in-place change through ``.data`` goes unnoticed. Attributes
+    gradients flow through them. On devices, a change through ``.data`` goes unnoticed. Attributes
     that a replica assigns are lost, as with :class:`torch.nn.DataParallel`.
 
     Args:
@@ -184,7 +184,7 @@ class _Replica(Worker):
             return tensor
         if tensor.is_inference() or (tensor.requires_grad and torch.is_grad_enabled()):
             return tensor.to(self.device)
-        version = (version_of(tensor), tensor.data_ptr())
+        version = state_of(tensor)
         copy: Tensor
         before, then, copy = self.copies.get(tensor, (None, 0, tensor))
         if before != version or then != copy._version:

@@ -56,9 +56,11 @@ class ProcessWorkers(SupervisedWorkers):
 
     The module is sent to each process once, and again when its weights, submodules, hooks or other
     attributes have been replaced or changed in place. All processes share one copy of its weights.
-    Call :meth:`forget` after changes that cannot be seen: through ``.data``, storages or NumPy, in
-    inference mode, of a class, or within an object that the module holds, other than a tensor or
-    the first 100 elements of each of the first 256 lists, tuples and dicts of an attribute. Hooks
+    Call :meth:`forget` after changes that cannot be seen: of a class, or within an object that the
+    module holds, other than a tensor or the first 100 elements of each of the first 256 lists,
+    tuples and dicts of an attribute. In a tensor that is changed neither by operations that torch
+    counts nor by a step of an optimizer, but as through ``.data`` or NumPy, four runs of 64 bytes
+    are compared: a change of few other numbers, or any on a device, is not seen. Hooks
     of all modules, such as by ``register_module_forward_hook``, do not run in the processes.
     Changes that a call makes to the module stay in its process.
 

@@ -6,10 +6,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../math/short_path.h"
@@ -245,6 +248,49 @@ static py::array_t<int64_t> with_copies(const Indices& order, const Array& error
   return points;
 }
 
+// Samples of memory, by which a change of weights is seen that nothing counts: four runs of a cache
+// line of each range, or all of a short one. Each call reads them again; whoever makes it keeps the
+// memory alive.
+class Samples {
+ public:
+  explicit Samples(std::vector<std::pair<uintptr_t, size_t>> ranges) : ranges_(std::move(ranges)) {}
+
+  uint64_t hash() const {
+    uint64_t state = 0;
+    for (const auto& [address, size] : ranges_) {
+      const char* begin = reinterpret_cast<const char*>(address);
+      if (size <= kRuns * kRun) {
+        state = read(state, begin, size);
+        continue;
+      }
+      for (size_t i = 0; i < kRuns; ++i) {
+        const size_t offset = (size - kRun) / (kRuns - 1) * i;
+        state = read(state, begin + (i + 1 < kRuns ? offset / kRun * kRun : size - kRun), kRun);
+      }
+    }
+    return state;
+  }
+
+ private:
+  static constexpr size_t kRun = 64, kRuns = 4;
+
+  // Every step is invertible, so that one word that differs gives another state.
+  static uint64_t read(uint64_t state, const char* from, size_t size) {
+    while (size > 0) {
+      uint64_t word = 0;
+      const size_t bytes = std::min(size, sizeof word);
+      std::memcpy(&word, from, bytes);
+      state = (state ^ word) * 0x9E3779B97F4A7C15u;
+      state ^= state >> 32;
+      from += bytes;
+      size -= bytes;
+    }
+    return state;
+  }
+
+  std::vector<std::pair<uintptr_t, size_t>> ranges_;
+};
+
 PYBIND11_MODULE(_plan, m) {
   m.doc() = "Plans of smoothing splines and paths through points, on the host.";
   m.def(
@@ -264,6 +310,9 @@ PYBIND11_MODULE(_plan, m) {
   m.def("with_copies", &with_copies, py::arg("order"), py::arg("errors"), py::arg("num_data"),
         py::arg("num_workers"), py::arg("num_stragglers"),
         "Inputs [G, N] of N workers: an order [B], the inputs with the largest errors repeated.");
+  py::class_<Samples>(m, "Samples", "Samples of memory: ranges of an address and bytes.")
+      .def(py::init<std::vector<std::pair<uintptr_t, size_t>>>(), py::arg("ranges"))
+      .def("hash", &Samples::hash, "A number that differs if a sample does.");
   const char* doc =
       "Order [B] of B points along a short open path: distances [B, B], float32 or float64,\n"
       "C-contiguous. How: csrc/math/short_path.h.";

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from coded_torch.codes import NotEnoughResults
 from coded_torch.nn import CodedWrapper, Waiting
@@ -48,6 +50,34 @@ def test_the_derivative_by_a_tensor_that_a_module_holds_is_right_or_refused(pool
         return
     with pytest.raises(RuntimeError, match=r"require gradients|transform of torch\.func"):
         torch.func.grad(total)(x[0])
+
+
+@pytest.mark.parametrize("by", ["jit", "make_fx", "pre_dispatch", "fake", "export"])
+@pytest.mark.parametrize(
+    "pool", [LocalWorkers(), DeviceWorkers(["cpu"]), ProcessWorkers(1)], ids=str
+)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_tracing_is_right_or_refused(pool, by):
+    module, x, other = nn.Linear(3, 2), torch.rand(4, 3), torch.rand(4, 3)
+    coded = CodedWrapper(module, workers=pool, parts=2)
+    how = {"pre_dispatch": {"pre_dispatch": True}, "fake": {"tracing_mode": "fake"}}
+
+    def traced():
+        if by == "jit":
+            return torch.jit.trace(coded, x)
+        if by == "export":
+            return torch.export.export(coded, (x,), strict=False).module()
+        return make_fx(coded, **how.get(by, {}))(x)
+
+    with pool, torch.no_grad():
+        if not pool.simulated:
+            with pytest.raises(RuntimeError, match=r"must not be traced by .*; use LocalWorkers$"):
+                traced()
+        elif by in ("jit", "make_fx", "pre_dispatch"):
+            torch.testing.assert_close(traced()(other), module(other))
+        else:  # without values, nobody knows whether they are finite
+            with pytest.raises(GuardOnDataDependentSymNode):
+                traced()
 
 
 class TestDeviceWorkers(WorkersTests):
