@@ -1,14 +1,15 @@
 """Files of rows, which commands read, and the files of a job's batches."""
 
 import bisect
-import copy
 import functools
 import glob
 import hashlib
 import io
 import itertools
+import math
 import operator
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from inspect import BoundArguments
 from pathlib import Path
@@ -19,9 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .._arguments import named
+from .._arguments import instance, named
 from ..nn import Report
-from ..nn.ray_data import columns_of
 from . import need, usage
 
 UNNAMED = "rows"  #: the column of a file of one tensor
@@ -260,20 +260,30 @@ def encoded(
         raise ValueError(f"--select must be names of outputs out of {[*outputs]}, got {unknown}")
     chosen: Any = {name: outputs[name] for name in select or outputs}
     floats = [x for x, y in outputs.items() if torch.is_tensor(y) and y.dtype.is_floating_point]
+    known = report.rows("estimated", "error_bound")
+    known[bounds] = known.pop("error_bound")
     if not floats or floats[0] not in chosen:  # it has the error bounds
-        report = copy.copy(report)
-        report.error_bounds = None
+        known[bounds] = torch.full_like(known[bounds], math.nan)
     if kind == "parquet":
         import pyarrow
         from pyarrow import parquet
 
-        found = columns_of("job", chosen, report, keys, bounds)
-        parquet.write_table(pyarrow.table(copied | {x: _arrow(y) for x, y in found.items()}), file)
+        for name, column in chosen.items():
+            instance("job", f"the output {name!r}", column, Tensor)
+        lists = copied, chosen, known
+        twice = sorted(
+            name for name, count in Counter(itertools.chain(*lists)).items() if count > 1
+        )
+        if twice:
+            added = ", ".join([*chosen, *known])
+            raise ValueError(f"job: the columns {added}, which are added, must be new, got {twice}")
+        columns = {name: _arrow(column) for name, column in (chosen | known).items()}
+        parquet.write_table(pyarrow.table(copied | columns), file)
         return file.getbuffer()
     if not select:
         chosen = dict(answers) if isinstance(answers, Mapping) else tree_leaves(answers)
-    content = {"outputs": chosen, "estimated": report.estimated}
-    content[_SEVERAL[bounds]] = report.error_bounds
+    content = {"outputs": chosen, "estimated": known["estimated"]}
+    content[_SEVERAL[bounds]] = known[bounds]
     content |= {"keys": {name: x.to_pylist() for name, x in copied.items()}} if copied else {}
     with usage("outputs must be what torch.load can read", errors=Exception):
         torch.save(content, file)
@@ -298,7 +308,9 @@ def _arrow(rows: Tensor | np.ndarray[Any, Any]) -> Any:
     """Return rows of numbers or strings as an array of Arrow, nested lists if they have many."""
     import pyarrow
 
-    rows = np.asarray(rows)
+    if isinstance(rows, Tensor):
+        rows = rows.float() if rows.dtype is torch.bfloat16 else rows
+        rows = rows.numpy(force=True)
     found = pyarrow.array(rows.reshape(-1))
     for size in reversed(rows.shape[1:]):
         found = pyarrow.FixedSizeListArray.from_arrays(found, size)

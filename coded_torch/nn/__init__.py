@@ -3,7 +3,6 @@
 from ..scheduling.waiting import Waiting
 from .coded_wrapper import CodedWrapper
 from .mean import Interval
-from .ray_data import RayDataPredictor
 from .report import Report
 
-__all__ = ["CodedWrapper", "Interval", "RayDataPredictor", "Report", "Waiting"]
+__all__ = ["CodedWrapper", "Interval", "Report", "Waiting"]

@@ -14,7 +14,7 @@ from .._changes import unchanged
 from .._torch import on_host, refuse_tracing
 from ..codes.base import Code
 from ..input_space.regression import Regression
-from ..scheduling.latency_history import BLOCKS, History
+from ..scheduling.latency_history import History
 from ..scheduling.waiting import Waiting
 from ..surrogates import checked
 from ..verification import Record, Verifier
@@ -242,11 +242,11 @@ class CodedWrapper(ModuleProxy):
 
     def _divide(self, inputs: Inputs, waiting: Waiting, report: Report, parts: Any) -> Division:
         code = self.code
-        block = BLOCKS[0]
+        by_mean = False
         reserve = 0.0
         if waiting.deadline is not None and (code is None or code.uses_geometry):
             left = seconds_left(self.workers, waiting, report)
-            block, reserve = self._history.estimates.reserve(inputs.batch_size, left)
+            by_mean, reserve = self._history.estimates.reserve(inputs.batch_size, left)
         dealer = self._dealer
         if torch.jit.is_tracing():  # it traces twice, and compares
             dealer = random.Random(0)
@@ -254,8 +254,14 @@ class CodedWrapper(ModuleProxy):
         if code is None:
             parts = parts or self.parts or self.workers.num_workers or 1
             estimator = self.estimator or _ESTIMATOR
-            how: Any = {"block": block, "parts": parts, "dealer": dealer}
-            division = Rows(inputs, estimator, **how, out_dims=self.out_dims)
+            division = Rows(
+                inputs,
+                estimator,
+                by_mean=by_mean,
+                parts=parts,
+                dealer=dealer,
+                out_dims=self.out_dims,
+            )
         else:
             lost = self._lost(waiting)
             drawn = dealer if code.shuffle else None
@@ -300,7 +306,9 @@ class CodedWrapper(ModuleProxy):
                 raise
         report.enter()
         if rows is not None and not pool.simulated:  # there, estimates take no time
-            estimates.add(max(before, report.decode_seconds - before), rows.batch_size, rows.block)
+            estimates.add(
+                max(before, report.decode_seconds - before), rows.batch_size, rows.by_mean
+            )
         if report.ended != "complete":
             report.warn(execution.why)
         return found

@@ -16,7 +16,8 @@ from .._arguments import dense
 from .._torch import broadcast_dims, on_host, outside, plain, positional
 from ..codes.base import Code
 from ..input_space.regression import Regression, RowPlan
-from ..scheduling.latency_history import BLOCKS, EstimationTimes
+from ..input_space.regressor import MOST_ROWS
+from ..scheduling.latency_history import EstimationTimes
 from ..workers.base import Task
 from .finite import all_finite, finite, has_numbers, sums_of
 
@@ -274,7 +275,7 @@ def dealt(size: int, parts: int) -> tuple[tuple[int, ...], ...]:
 class Rows(Division):
     """The rows of the batch, each of which is asked for once, in at most ``parts`` parts.
 
-    If a row is missing, the estimator takes ``block`` rows together; at 0, the mean estimates all.
+    If a row is missing, the estimator estimates it or, if time is short, the mean of the results.
     The ``dealer`` draws the order of asking, so that a worker that is always late does not lose the
     same rows in every call.
     """
@@ -284,13 +285,13 @@ class Rows(Division):
         inputs: Inputs,
         estimator: Regression,
         *,
-        block: int,
+        by_mean: bool,
         parts: int,
         dealer: random.Random,
         out_dims: Any = 0,
     ) -> None:
         self._estimator = estimator
-        self.block = block
+        self.by_mean = by_mean
         self.by_rows = True
         size = inputs.batch_size
         super().__init__(inputs, size, 1, out_dims)
@@ -306,8 +307,9 @@ class Rows(Division):
         size = self.batch_size
         floating = self.inputs.floating()
         others = [] if floating else self.inputs.batches()
-        plan = self._estimator.plan(floating, size, others=others, block=self.block)
-        if not self.block and self.inputs.not_finite is not None:
+        block = 0 if self.by_mean else MOST_ROWS
+        plan = self._estimator.plan(floating, size, others=others, block=block)
+        if self.by_mean and self.inputs.not_finite is not None:
             plan.leave_out(self.inputs.not_finite)
         return plan
 
@@ -316,13 +318,9 @@ class Rows(Division):
 
     def keep_deadline(self, seconds: float, times: EstimationTimes) -> tuple[str, ...]:
         """Estimate from less if time is short, and return the notes that say so."""
-        is_planned = not self.block or "plan" in vars(self)
-        if not is_planned and times.seconds(self.batch_size, self.block) > seconds + _SLACK:
-            self.block = 0
-        if self.block >= min(self.batch_size, BLOCKS[0]):
-            return ()
-        how = f"{self.block} rows at a time" if self.block else "by the mean of the results"
-        return (f"estimated {how}, to keep the deadline",)
+        if "plan" not in vars(self) and times.seconds(self.batch_size) > seconds + _SLACK:
+            self.by_mean = True
+        return ("estimated by the mean of the results, to keep the deadline",) * self.by_mean
 
 
 def training_part(module: nn.Module, dropout: bool = False) -> str | None:

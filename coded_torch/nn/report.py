@@ -25,6 +25,17 @@ _CUT_SHORT = {
     "failed": "no more results could come",
 }
 
+#: The columns of :meth:`Report.rows`: the field of the report that has each, and its dtype.
+_COLUMNS = {
+    "estimated": ("estimated", torch.bool),
+    "error_bound": ("error_bounds", torch.float64),
+    "label_p_value": ("label_p_values", torch.float64),
+    "source": ("source", torch.uint8),
+    "verified": ("verified", torch.bool),
+    "unverified": ("unverified", torch.bool),
+    "corrected": ("corrected", torch.bool),
+}
+
 logger = sparing_logger("coded_torch.nn")
 
 
@@ -186,6 +197,31 @@ class Report:
         facts = count | {"hedges": len(self.hedges), "ended": self.ended}
         facts["work_ratio"] = self.work_ratio
         return {f"coded_torch.{name}": value for name, value in facts.items()}
+
+    @outside()
+    @torch.inference_mode(False)
+    def rows(self, *names: str, coverage: float | None = None) -> dict[str, Tensor]:
+        """Return what is known of each row as columns ``[B]`` by name, all or some.
+
+        They are ``estimated``, ``error_bound``, ``label_p_value``, ``source``, ``verified``,
+        ``unverified`` and ``corrected``. What is unknown is 0 or, of estimated rows, NaN.
+        Error bounds are at the level ``coverage``. Defaults to the level of the report.
+        """
+        columns = dict[str, Tensor]()
+        estimated = self.estimated
+        for name in names or _COLUMNS:
+            field, dtype = _COLUMNS[name]
+            values = getattr(self, field)
+            if name == "error_bound" and coverage and self.coverage:
+                values = self.error_bounds_at(coverage)
+            if not isinstance(values, Tensor) and estimated is not None:
+                rows = [*(values or ())]
+                values = torch.zeros(len(estimated), dtype=dtype)
+                values[rows] = True
+                if dtype.is_floating_point:
+                    values.masked_fill_(estimated, math.nan)
+            columns[name] = values
+        return columns
 
     def error_bounds_at(self, coverage: float, odds: float = 1.0) -> Tensor | None:
         """Return the error bounds at another level, between 0 and 1, or None if there are none.

@@ -202,67 +202,66 @@ class History:
         self._calls.rescale(self._scale)
 
 
-#: The numbers of rows that are estimated together, the most exact first; 0: each by the mean of all
-#: results. MOST_ROWS in input_space/regressor.py has the error by size.
-BLOCKS = 4096, 512, 0
 _REMEMBERED = 16  # estimates; not tuned
-# Calls without time for the most exact block, after which its slowest is forgotten; not tuned.
+# Estimates by the mean, after which the slowest regression is forgotten; not tuned.
 _RETRY = 32
-# A regression of n rows takes 5e-3 + 6e-8 n^2 seconds on one core (64 to 4,096 rows of 784
-# features, a third of them estimated; measured once, no benchmark keeps it). The factor of a
-# machine, a module and its surrogates is measured call by call.
+# A regression of n rows, of which up to 4,096 are estimated together, takes 5e-3 + 6e-8 n^2 seconds
+# on one core (64 to 4,096 rows of 784 features, a third of them estimated; measured once, no
+# benchmark keeps it). The factor of a machine, a module and its surrogates is measured by calls.
 _FIT = 5e-3
 _FIT_ROWS = 6e-8
+_TOGETHER = 4096
 _FEW = 512  # rows, below which the mean takes as long as none
 _LATE = 5e-3  # seconds by which a busy machine wakes a thread late (benchmarks/resilience.py)
 _RESERVED = 1.25  # times the usual time are kept, so that few estimates are late; not tuned
 
 
 class EstimationTimes:
-    """The times that the latest estimates took, relative to a quiet core, by their blocks."""
+    """The times that the latest estimates took, relative to a quiet core.
+
+    Missing rows are estimated by regression or, if the deadline leaves no time, by the mean.
+    """
 
     def __init__(self) -> None:
-        self._factors = {block: deque[float](maxlen=_REMEMBERED) for block in BLOCKS}
+        self._factors = {by_mean: deque[float](maxlen=_REMEMBERED) for by_mean in (False, True)}
         self._is_warm = False
         self._hurried = 0
 
-    def add(self, seconds: float, rows: int, block: int) -> None:
+    def add(self, seconds: float, rows: int, by_mean: bool) -> None:
         """Remember an estimate's time. The first one does not count, as it loads code."""
         if self._is_warm:
-            self._factors[block].append(seconds / _quiet_seconds(rows, block))
+            self._factors[by_mean].append(seconds / _quiet_seconds(rows, by_mean))
         self._is_warm = True
-        slower = BLOCKS[: BLOCKS.index(block)]
-        self._hurried += bool(slower)
-        if self._hurried % _RETRY == 0:  # one that was slow by chance must not rule out all others
-            for exact in slower:
-                if kept := list(self._factors[exact]):
-                    kept.remove(max(kept))  # not in place, as other calls may add
-                    self._factors[exact] = deque(kept, _REMEMBERED)
+        self._hurried += by_mean
+        kept = list(self._factors[False])
+        if kept and by_mean and self._hurried % _RETRY == 0:  # one was slow by chance
+            kept.remove(max(kept))  # not in place, as other calls may add
+            self._factors[False] = deque(kept, _REMEMBERED)
 
-    def seconds(self, rows: int, block: int = BLOCKS[0]) -> float:
-        """Return the seconds that estimating ``block`` rows at a time takes in 7 of 8 calls."""
-        ordered = sorted(self._factors[block])
+    def seconds(self, rows: int, by_mean: bool = False) -> float:
+        """Return the seconds that estimating takes in 7 of 8 calls."""
+        ordered = sorted(self._factors[by_mean])
         factor = ordered[7 * len(ordered) // 8] if ordered else 1.0
-        return factor * _quiet_seconds(rows, block)
+        return factor * _quiet_seconds(rows, by_mean)
 
-    def reserve(self, rows: int, deadline: float) -> tuple[int, float]:
-        """Return how many rows to estimate together, and how many seconds to keep for that.
+    def reserve(self, rows: int, deadline: float) -> tuple[bool, float]:
+        """Return whether the mean must estimate, and the seconds to keep for estimates.
 
         At most half of the time to the deadline is kept; none if the deadline is infinite.
         """
         if deadline == math.inf:
-            return BLOCKS[0], 0.0
-        for block in BLOCKS:
-            seconds = _RESERVED * self.seconds(rows, block) + min(_LATE, deadline / 20)
+            return False, 0.0
+        for by_mean in (False, True):
+            seconds = _RESERVED * self.seconds(rows, by_mean) + min(_LATE, deadline / 20)
             if seconds <= deadline / 2:
-                return block, seconds
-        return 0, max(deadline, 0.0) / 2
+                return by_mean, seconds
+        return True, max(deadline, 0.0) / 2
 
 
-def _quiet_seconds(rows: int, block: int) -> float:
-    if not block:
+def _quiet_seconds(rows: int, by_mean: bool) -> float:
+    if by_mean:
         return _FIT * max(1.0, rows / _FEW)
-    blocks = -(-rows // block)
+    blocks = -(-rows // _TOGETHER)
     return blocks * _FIT + _FIT_ROWS * rows**2 / blocks
 
 

@@ -20,7 +20,7 @@ from .._arguments import sparing_logger
 from .._torch import device_of, unflatten
 from ..codes import DeadlineExceeded, NotEnoughResults
 from ..nn import CodedWrapper, Report, Waiting
-from ..open_inference import EndpointError, RefusedError, TensorSpec
+from ..open_inference import FORMER, EndpointError, RefusedError, TensorSpec
 from ..scheduling.latency_history import History
 from .protocol import RequestError
 
@@ -35,9 +35,8 @@ TO_ANSWER = 0.01
 _MOST_BATCHES = 1024  # threads, each of which runs a batch; a bound, not tuned
 
 
-# The fields of a report by the outputs of ADDED and FORMER that have other names.
-_FIELDS = {"error_bound": "error_bounds", "radius": "error_bounds"}
-_FIELDS["label_p_value"] = "label_p_values"
+# The columns of a report by the former names of outputs.
+_COLUMNS = {spec.name: name for name, spec in FORMER.items()}
 
 
 class Batch(NamedTuple):
@@ -54,19 +53,8 @@ class Batch(NamedTuple):
         """Return an output of the request; error bounds at a level, unless it is 0."""
         if (values := self.outputs.get(spec.name)) is not None:
             return values[self.rows]
-        report = self.report
-        field = _FIELDS.get(spec.name, spec.name)
-        end = self.rows.stop
-        values = getattr(report, field)
-        if field == "corrected":
-            values = torch.tensor([row in report.corrected for row in range(end)])
-        if field == "error_bounds" and coverage and report.coverage:
-            values = report.error_bounds_at(coverage)
-        if values is None:  # then computed rows get 0, and estimated rows NaN
-            values = torch.zeros(end)
-            if spec.dtype.is_floating_point and self.estimated:
-                values.masked_fill_(torch.tensor(self.estimated[:end]), math.nan)
-        return values[self.rows].to(spec.dtype)
+        name = _COLUMNS.get(spec.name, spec.name)
+        return self.report.rows(name, coverage=coverage)[name][self.rows].to(spec.dtype)
 
 
 def compute(

@@ -364,7 +364,7 @@ def test_no_regression_is_fitted_early_that_would_end_the_call_late(monkeypatch,
         return choose(*args)
 
     monkeypatch.setattr(ops, "choose_regression", fit)
-    monkeypatch.setattr(EstimationTimes, "reserve", lambda *_: (4096, reserve))
+    monkeypatch.setattr(EstimationTimes, "reserve", lambda *_: (False, reserve))
     pool = VirtualWorkers([[("ok", 1.0), hangs], [("ok", 7.0), hangs], [hangs]])
     coded = CodedWrapper(nn.Linear(3, 2), workers=pool, waiting=Waiting(deadline=10.0))
     with torch.no_grad():

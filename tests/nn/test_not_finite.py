@@ -155,7 +155,7 @@ def test_surrogates_and_memories_do_not_see_it(way):
 def test_where_the_mean_estimates_such_rows_calibrate_no_error_bounds():
     """If time is short: without distances, nothing else tells which rows are finite."""
     plan = Rows(
-        Inputs((spoiled(),), {}, 0), Regression(), block=0, parts=4, dealer=random.Random(0)
+        Inputs((spoiled(),), {}, 0), Regression(), by_mean=True, parts=4, dealer=random.Random(0)
     ).plan
     results, radii = torch.linspace(-1, 1, 24)[:, None, None], []
     results[BAD] = 0.0  # the mean of the others

@@ -21,29 +21,28 @@ def test_time_to_estimate_is_what_it_took_lately_in_proportion_to_the_rows():
     times = EstimationTimes()
     usual = times.seconds(64)
     for factor in [99.0] + [1.0] * 13 + [2.0] * 3:  # the first loads code
-        times.add(factor * usual, 64, 4096)
+        times.add(factor * usual, 64, False)
     assert times.seconds(64) == pytest.approx(2 * usual)  # of eight, one takes longer
     assert times.seconds(4096) > 10 * times.seconds(1024)
-    assert times.reserve(4096, math.inf) == (4096, 0.0)
+    assert times.reserve(4096, math.inf) == (False, 0.0)
     late = 0.005
-    assert times.reserve(64, 0.3) == (4096, 1.25 * times.seconds(64) + late)
-    # A regression of all, several of some, and the mean, as time is short.
-    for deadline, block in ((10.0, 4096), (1.0, 512), (0.15, 0)):
-        seconds = 1.25 * times.seconds(4096, block) + late
-        assert times.reserve(4096, deadline) == (block, seconds)
-    times.add(0.08, 4096, 0)  # the mean of wide outputs takes long, too
-    assert times.reserve(8192, 0.5) == (0, pytest.approx(1.25 * 0.16 + late))
-    assert times.reserve(8192, 0.06) == (0, 0.03)
+    assert times.reserve(64, 0.3) == (False, 1.25 * times.seconds(64) + late)
+    for deadline, by_mean in ((10.0, False), (1.0, True), (0.15, True)):  # as time is short
+        seconds = 1.25 * times.seconds(4096, by_mean) + late
+        assert times.reserve(4096, deadline) == (by_mean, seconds)
+    times.add(0.08, 4096, True)  # the mean of wide outputs takes long, too
+    assert times.reserve(8192, 0.5) == (True, pytest.approx(1.25 * 0.16 + late))
+    assert times.reserve(8192, 0.06) == (True, 0.03)
 
 
 def test_a_regression_that_was_slow_by_chance_is_tried_again():
     times = EstimationTimes()
     usual = times.seconds(64)
     for factor in (1.0, 99.0, 99.0):  # the first loads code
-        times.add(factor * usual, 64, 4096)
+        times.add(factor * usual, 64, False)
     assert times.seconds(64) == pytest.approx(99 * usual)
     for _ in range(64):
-        times.add(0.001, 64, 0)
+        times.add(0.001, 64, True)
     assert times.seconds(64) == pytest.approx(usual)
 
 
