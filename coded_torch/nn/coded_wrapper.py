@@ -248,7 +248,7 @@ class CodedWrapper(ModuleProxy):
             left = seconds_left(self.workers, waiting, report)
             by_mean, reserve = self._history.estimates.reserve(inputs.batch_size, left)
         dealer = self._dealer
-        if torch.jit.is_tracing():  # it traces twice, and compares
+        if torch._C._get_tracing_state() is not None:  # jit.trace traces twice, and compares
             dealer = random.Random(0)
         division: Division
         if code is None:
