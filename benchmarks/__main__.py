@@ -17,12 +17,17 @@ INTERRUPTED = 130  # the exit code
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return the exit code: 0; 1 if a benchmark failed; 130 if they were interrupted."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["kernels"]:
+        from . import kernels
+
+        return kernels.main(words[1:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Run benchmarks, each a question, and keep their numbers in benchmarks/results;"
         f" those that are there are not measured again. In this order: {', '.join(QUESTIONS)}."
-        " Compiled kernels have a command of their own: python -m benchmarks.kernels. This version"
-        " is compared with another one by: python -m benchmarks against REVISION.",
+        " Compiled kernels have options of their own: python -m benchmarks kernels --help. This"
+        " version is compared with another one by: python -m benchmarks against REVISION.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="which of these [all]")
     parser.add_argument(

@@ -1,8 +1,9 @@
 """How fast are maps applied, against a copy, a matrix product and SciPy? Run as a module.
 
-``python -m benchmarks.kernels``. Results go to memory that the process keeps, with the kernels of
+``python -m benchmarks kernels``. Results go to memory that the process keeps, with the kernels of
 each instruction set, and, ``fresh``, to new memory. Bars that are missed by more than noise are
-printed, and the exit code is 1 then.
+printed, and the exit code is 1 then. With ``--device cuda`` nothing is measured: the page of
+kernels is made of the file that ``coded-torch info --device cuda --json`` has left.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from coded_torch.codes import SplineCode
 from coded_torch.codes.curves import chebyshev_first, chebyshev_second
 from coded_torch.linear import SplineMap
 
+from . import card
 from .runs import RESULTS, environment, write_results
 from .timing import last_level_cache, measure, reuse_memory, rotate
 
@@ -36,16 +39,6 @@ SIZES = (
     (256, 320, 32_768),
     (1024, 1280, 8_192),
 )
-# On a card, knots, points, columns: encoders, decoders of images and of logits, large codes.
-GPU_SIZES = (
-    (20, 100, 150_528),
-    (64, 128, 65_536),
-    (100, 20, 150_528),
-    (96, 20, 120),
-    (256, 320, 32_768),
-    (1024, 1280, 8_192),
-)
-SHORTEST = 5e-6  # the least seconds of a rival that count: those of a launch
 # The bars of each size, into memory in use: the most times the copy's time, with each instruction
 # set; the least times faster than torch.matmul, of which half is enough with AVX2, a quarter with
 # the baseline. The baseline has no aim: its bars are its own times on one thread, rounded up.
@@ -238,84 +231,35 @@ def small(runs: int, calls: int) -> dict[str, Any]:
     return row_of(1, (20, 100, 10), "decode", bars)
 
 
-def on_card(runs: int, shrink: int) -> list[dict[str, Any]]:
-    """Time both kernels, a copy of as many bytes and ``torch.matmul`` on the card."""
-    return [_on_card(runs, n, points, max(m // shrink, 8)) for n, points, m in GPU_SIZES]
-
-
-def _on_card(runs: int, num_knots: int, num_points: int, columns: int) -> dict[str, Any]:
-    spline = SplineMap(chebyshev_first(num_knots), chebyshev_second(num_points), smoothing=1e-6)
-    coefficients, schedule = (x.cuda() for x in spline._operands(torch.empty(0)))
-    plan = {"sweep": coefficients[:, : spline._sweeps], "product": coefficients}
-    matrix, cache = spline.matrix(torch.float32).cuda(), last_level_cache("cuda")
-
-    def make() -> list[Tensor]:  # values, and memory that a later result takes
-        values = torch.randn(num_knots, columns, device="cuda")
-        return [values, torch.empty(num_points, columns, device="cuda")]
-
-    def halves() -> tuple[Tensor, Tensor]:
-        half = (num_knots + num_points) * columns // 2
-        return torch.randn(half, device="cuda"), torch.empty(half, device="cuda")
-
-    moved = 4 * (num_knots + num_points) * columns
-    buffers, copies = rotate(make, moved, cache), rotate(halves, moved, cache)
-
-    def copy() -> None:
-        source, target = next(copies)
-        target.copy_(source)
-
-    def multiply() -> None:
-        buffer = next(buffers)
-        buffer[1] = matrix @ buffer[0]
-
-    def apply(name: str) -> None:
-        buffer = next(buffers)
-        buffer[1] = ops.spline_apply(buffer[0][:, None], plan[name], schedule)
-
-    values, _ = make()
-    want = matrix.double() @ values.double()
-    for coefficients in plan.values():  # correct before timed
-        out = ops.spline_apply(values[:, None], coefficients, schedule)[:, 0]
-        torch.testing.assert_close(out.double(), want, rtol=0, atol=3e-5 * want.abs().max().item())
-    functions = {"copy": copy, "matmul": multiply, **{k: lambda k=k: apply(k) for k in plan}}
-    timings = measure(functions, runs=runs, device="cuda", calls=10)
-    seconds = {name: timing["median"] for name, timing in timings.items()}
-    rival = seconds["matmul"]
-    if num_knots <= 128:
-        rival = min(rival, seconds["copy"])
-    # Of so few columns, the time of a launch is all that shows.
-    ratio = min(seconds[name] for name in plan) / max(rival, SHORTEST)
-    bars = {"the better of copy and matmul": [ratio, 1.5 if num_knots <= 128 else 1.0]}
-    sizes = {"num_knots": num_knots, "num_points": num_points, "columns": columns}
-    row = {**sizes, "what": "on a card", "seconds": seconds, "bars": bars}
-    print(row, flush=True)
-    return row
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks kernels", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--card", type=Path, default=RESULTS / "card.json", help="[%(default)s]")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="[%(default)s]")
     parser.add_argument("--runs", type=int, default=21, help="[%(default)s]")
     parser.add_argument("--quick", action="store_true", help="small and rough; writes nothing")
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
-    runs, shrink = (3, 16) if args.quick else (args.runs, 1)
+    args = parser.parse_args(argv)
     if args.device == "cuda":
-        rows = on_card(runs, shrink)
-    else:
-        rows = []
-        for measured in (fresh, large):  # new memory first: later, freed memory is kept
-            for threads in args.threads:
-                torch.set_num_threads(threads)
-                rows += measured(runs, shrink, threads)
-        torch.set_num_threads(1)
-        rows.append(small(runs, calls=1000 // shrink))
+        try:
+            page = card.page(json.loads(args.card.read_text()))
+        except (OSError, ValueError) as error:
+            how = "make it by: coded-torch info --device cuda --json FILE"
+            parser.error(f"--card cannot be read ({error}); {how}")
+        card.PAGE.write_text(page)
+        print(f"wrote {card.PAGE}")
+        return 0
+    runs, shrink = (3, 16) if args.quick else (args.runs, 1)
+    rows: list[dict[str, Any]] = []
+    for measured in (fresh, large):  # new memory first: later, freed memory is kept
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            rows += measured(runs, shrink, threads)
+    torch.set_num_threads(1)
+    rows.append(small(runs, calls=1000 // shrink))
     if args.quick:
         return 0
-    path = RESULTS / f"kernels-{args.device}.json"
-    write_results(path, {"environment": environment(args.device), "measured": rows})
+    path = RESULTS / "kernels-cpu.json"
+    write_results(path, {"environment": environment(), "measured": rows})
     # Absolute times depend on the machine.
     ratios = [(x["what"], bar, *x["bars"][bar]) for x in rows for bar in x["bars"]]
     missed = [x for x in ratios if "us" not in x[1] and not x[2] <= REGRESSION * x[3]]

@@ -20,19 +20,17 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def measure(
-    functions: dict[str, Callable[[], object]], *, runs: int, device: str = "cpu", calls: int = 1
+    functions: dict[str, Callable[[], object]], *, runs: int, calls: int = 1
 ) -> dict[str, dict[str, float]]:
     """Time functions in turns, so that a slow spell slows all of them alike.
 
-    Each is run ``runs`` times, and the mean of ``calls`` calls counts. On "cuda", time passes
-    between two events of the current stream. Return the median, the range between the quartiles and
-    the least of the seconds that a call took, by function.
+    Each is run ``runs`` times, and the mean of ``calls`` calls counts. Return the median,
+    the range between the quartiles and the least of the seconds that a call took, by function.
     """
-    time_once = _time_cuda if device == "cuda" else _time_cpu
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(runs):
         for name, function in functions.items():
-            seconds[name].append(time_once(function, calls))
+            seconds[name].append(_time_cpu(function, calls))
     timings = {}
     for name, times in seconds.items():
         lower, median, upper = np.quantile(times, [0.25, 0.5, 0.75]).tolist()
@@ -43,17 +41,6 @@ def measure(
 def _time_cpu(function: Callable[[], object], calls: int) -> float:
     timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
     return float(timer.timeit(calls).median)
-
-
-def _time_cuda(function: Callable[[], object], calls: int) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    function()
-    begin.record()
-    for _ in range(calls):
-        function()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3 / calls
 
 
 def rotate(make: Callable[[], _T], size: int, cache: int) -> Iterator[_T]:

@@ -11,8 +11,10 @@ import contextlib
 import ctypes
 import logging
 import os
+import statistics
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -225,6 +227,41 @@ def _compare(device: int, number: int) -> float:
     if not error <= torch.finfo(dtype).eps * (64 if dtype.itemsize > 2 else 1):
         raise RuntimeError(f"its results differ from torch's by {error:.0e} of the largest")
     return error
+
+
+# Clock cycles for which a device is kept busy, some .5 ms, so that the host is ahead of it.
+_AHEAD = 1_000_000
+WARM_CALLS = 2  # of each function, before it is timed
+
+
+def seconds_on_device(
+    functions: Sequence[Callable[[], object]], calls: int, runs: int
+) -> list[float]:
+    """Return the seconds of a call of each function, on the current stream of the device.
+
+    Functions take turns. Some calls between two events are one run, and the median of runs counts.
+    The time of the host shows only where it takes longer than the device.
+    """
+    times: list[list[float]] = [[] for _ in functions]
+    for function in functions:
+        for _ in range(WARM_CALLS):
+            function()
+    for _ in range(runs):
+        for function, seconds in zip(functions, times, strict=True):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(_AHEAD)
+            begin.record()
+            for _ in range(calls):
+                function()
+            end.record()
+            _wait(torch.cuda.current_stream())
+            seconds.append(begin.elapsed_time(end) / 1e3 / calls)
+    return [statistics.median(seconds) for seconds in times]
+
+
+def launches(device: int) -> dict[str, int]:
+    """Return how often each kernel was launched on a device, by its name."""
+    return {_KERNELS._kernel_name(x): _KERNELS._launches(device, x) for x in range(30)}
 
 
 _registered = torch.library.Library("coded_torch", "IMPL")  # lasts as long as the process

@@ -1,5 +1,6 @@
 """Everything marked cuda on a pretended accelerator: two devices whose kernels the host runs."""
 
+import json
 import os
 import re
 import shutil
@@ -107,6 +108,84 @@ def test_kernels_are_tried_before_they_are_used(accelerator, tmp_path):
     trials = ROOT / "tests" / "accelerator" / "trials.py"
     status, output = Run(accelerator, "kernels", tmp_path / "trials.txt", trials).end()
     assert status == 0, output
+
+
+class Info:
+    """`coded-torch info --device cuda` on the accelerator, with a folder of tests."""
+
+    def __init__(self, accelerator, folder, test, **variables):
+        (folder / "sources" / "tests").mkdir(parents=True)
+        (folder / "sources" / "pyproject.toml").write_text(
+            '[tool.pytest.ini_options]\nmarkers = ["cuda: a device"]\n'
+        )
+        text = f"import pytest, torch\n@pytest.mark.cuda\ndef test_device():\n    {test}\n"
+        (folder / "sources" / "tests" / "test_device.py").write_text(text)
+        (folder / "sitecustomize.py").write_text("import tests.accelerator.plugin\n")
+        package = Path(coded_torch.__file__).parents[1]
+        variables |= {
+            "PYTHONPATH": os.pathsep.join(map(str, (folder, package, ROOT))),
+            "CODED_TORCH_ACCELERATOR": str(accelerator),
+            "XDG_CACHE_HOME": str(folder),
+        }
+        code = "import sys; from coded_torch.cli.main import main; sys.exit(main())"
+        self._card = folder / "card.json"
+        options = ["--quick", "--json", str(self._card), "--tests", str(folder / "sources")]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, "info", "--device", "cuda", *options],
+            cwd=folder,
+            env=os.environ | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def end(self):
+        """Return the exit status, what the file holds, and the standard error."""
+        _, said = self.process.communicate(timeout=600)
+        return self.process.returncode, json.loads(self._card.read_text()), said
+
+
+def test_info_leaves_a_file_of_all_that_the_card_shows(accelerator, tmp_path):
+    test = "assert torch.ones(3, device='cuda').sum().item() == 3"
+    status, card, said = Info(accelerator, tmp_path, test).end()
+    assert (status, card["problems"]) == (0, []), said
+    assert card["finished"]
+    assert card["environment"]["card"] == "a pretended accelerator"
+    assert re.fullmatch(r"\d+\.\d+", card["environment"]["nvrtc"])
+    kernels = card["kernels"]
+    assert [kernel["number"] for kernel in kernels] == [*range(30)]
+    assert all(kernel["right"] and kernel["registers"] for kernel in kernels)
+    cells = card["times"]
+    assert len(cells) == 4 * 2 * 2 * 2 * 2
+    for cell in cells:
+        times = [cell[name] for name in ("copy", "matmul", "kernel", "sweep", "graph", "host")]
+        assert all(seconds > 0 for seconds in times)
+        assert cell["right"]
+        assert not cell["fallback"]
+        assert all(cell["dtype"] in name for name in cell["kernels"])
+    assert (card["tests"]["passed"], card["tests"]["exit"]) == (1, 0)
+
+
+def test_info_fails_and_names_what_is_wrong(accelerator, tmp_path):
+    faults = "product_float32=wrong,sweep_float64_transposed=killed"
+    info = Info(accelerator, tmp_path, "assert False", CODED_TORCH_ACCELERATOR_FAULTS=faults)
+    status, card, said = info.end()
+    assert status == 1
+    assert card["finished"]
+    wrong = {kernel["name"]: kernel["reason"] for kernel in card["kernels"] if not kernel["right"]}
+    assert [*wrong] == ["sweep_float64_transposed", "product_float32"]
+    assert wrong["sweep_float64_transposed"] == "its process was ended by signal 9"
+    assert wrong["product_float32"].startswith("its results differ from torch's by ")
+    # What was timed before the process of float64 ended is kept; of float32 a fallback was timed.
+    kept = [cell for cell in card["times"] if cell["dtype"] == "float64"]
+    assert len(kept) == 4
+    assert not any(cell["fallback"] for cell in kept)
+    assert any("4 of 16 cells of float64 were timed: its process" in x for x in card["problems"])
+    (fallback,) = (x for x in card["problems"] if "cells timed a fallback" in x)
+    assert "product_float32 on cuda:0: its results differ" in fallback
+    assert card["tests"]["failures"] == ["tests/test_device.py::test_device"]
+    for problem in card["problems"]:
+        assert f"coded-torch info: {problem}\n" in said
 
 
 def test_a_race_fails_the_run_and_names_both_lines(accelerator, tmp_path):

@@ -1,12 +1,10 @@
 """The command ``coded-torch``."""
 
 import argparse
-import multiprocessing
 import os
 import platform
 import re
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,25 +22,17 @@ from .._arguments import MOST_WORKERS, count
 from ..codes import RegressionCode
 from ..demo import digits, lenet5
 from ..experiments import planner
-from ..linear import SplineMap
 from ..nn import CodedWrapper
 from ..stragglers import Uniform
 from ..workers import LocalWorkers
 from . import POOL, CommandError, make_model, need, options, picture, progress, save, say, usage
+from .card import examine
 from .files import Rows
 from .job import arguments_of, job
 from .serve import LENET5, serve
 
 # The rows of a batch: on 240 digits, groups of 20 inputs divide evenly. It was not tuned.
 _BATCH_SIZE = 240
-# Knots, points and columns at which CUDA kernels are timed, as in benchmarks/kernels.py.
-_SHAPES = (
-    (20, 100, 150_528), (64, 128, 65_536), (100, 20, 150_528), (96, 20, 120),
-    (256, 320, 32_768), (1024, 1280, 8_192),
-)  # fmt: skip
-# calls that are timed, and the most that all may take
-_CALLS = 20
-_SECONDS = 900.0
 _LEGEND = """\
 RMSE             root of the mean squared distance from the module's answers
 normalised MSE   its square, over the variance of the module's answers
@@ -140,8 +130,8 @@ def plan(args: argparse.Namespace) -> None:
     save(found.draw(), output)
 
 
-def info(args: argparse.Namespace) -> None:
-    """Print versions, build, devices and threads; with CUDA, try the kernels."""
+def info(args: argparse.Namespace) -> int:
+    """Print versions, build, devices and threads; with CUDA, try and time the kernels."""
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines = {
         "coded_torch": coded_torch.__version__,
@@ -156,55 +146,11 @@ def info(args: argparse.Namespace) -> None:
     for name, value in lines.items():
         say(f"{name:<{width}}{value}")
     if args.device == "cuda":
-        if not names:
-            raise CommandError("torch has no CUDA device here")
-        # A kernel that fails may end CUDA in its process, so this one keeps out of it.
-        process = multiprocessing.get_context("spawn").Process(target=_try_kernels, daemon=True)
-        process.start()
-        process.join(_SECONDS)
-        if process.exitcode != 0:
-            ended = "did not end" if process.exitcode is None else "failed"
-            why = f"the process that tries the kernels {ended}; run it again to try the rest"
-            raise CommandError(why)
-
-
-def _try_kernels(shrink: int = 1) -> None:
-    """Print whether each kernel is right on each device, and times of six shapes."""
-    from torch.utils.benchmark import Timer  # builds for CUDA say on import that there is no device
-
-    warnings.simplefilter("ignore")  # the reason of a warning is printed below
-    kernels = torch.ops.coded_torch
-    width = 32
-    for device in range(torch.cuda.device_count()):
-        say(f"\ncuda:{device} {torch.cuda.get_device_name(device)}")
-        for number in range(30):
-            right = _extension._try_kernel(device, number)
-            state = (
-                _extension.CUDA_FAILURES[-1]
-                if not right
-                else (
-                    f"right, {kernels._kernel_attribute(device, number, 3)} bytes of local memory"
-                )
-            )
-            say(f"{kernels._kernel_name(number):<{width}}{state}")
-        with torch.cuda.device(device):
-            say(f"\n{'float32, in microseconds':<{width}}  copy  matmul product   sweep")
-            for n, N, columns in _SHAPES:
-                spline = SplineMap(np.linspace(-1, 1, n), np.linspace(-1, 1, N), smoothing=1e-6)
-                plan, schedule = (x.cuda() for x in spline._operands(torch.empty(0)))
-                sweeps = plan[:, : spline._sweeps]
-                matrix = spline.matrix(torch.float32).cuda()
-                values = torch.randn(n, 1, columns // shrink, device="cuda")
-                half = torch.empty((n + N) * values.shape[2] // 2, device="cuda")
-                calls = (
-                    half.clone,
-                    partial(torch.matmul, matrix, values[:, 0]),
-                    partial(kernels.spline_apply, values, plan, schedule, False),
-                    partial(kernels.spline_apply, values, sweeps, schedule, False),
-                )
-                timers = [Timer("call()", globals={"call": call}) for call in calls]
-                times = "  ".join(f"{timer.timeit(_CALLS).mean * 1e6:6.0f}" for timer in timers)
-                say(f"{f'{n} -> {N} x {values.shape[2]:,}':<{width}}{times}")
+        say("")
+        return 0 if examine(args.json, args.tests, args.quick) else 1
+    if args.json or args.tests or args.quick:
+        raise CommandError("--json, --tests and --quick need --device cuda")
+    return 0
 
 
 def _settings(text: str) -> list[tuple[int, ...]]:
@@ -222,7 +168,7 @@ _LOST = (
     ("--device", _DEVICES, "cpu", "the device of the model"),
     ("--seed", int, 0, "the seed of the lost workers"),
 )
-_COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[Any, ...]] = {
+_COMMANDS: dict[Callable[[argparse.Namespace], int | None], tuple[Any, ...]] = {
     demo: (
         ("--settings", _settings, "24,20,4", _TRIPLES),
         *_LOST,
@@ -296,7 +242,17 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[Any, ...]] = {
         ("--seed", int, 0, "the seed of all draws"),
         ("--output", picture, Path("coded-torch-plan.png"), "the picture: .png, .svg or .pdf"),
     ),
-    info: (("--device", ("cpu", "cuda"), "cpu", "with cuda, try and time all kernels there"),),
+    info: (
+        (
+            "--device",
+            ("cpu", "cuda"),
+            "cpu",
+            "with cuda, try and time all kernels on a card",
+        ),
+        ("--json", Path, None, "the file of all that the card shows, written after each step"),
+        ("--tests", Path, None, "the folder of the sources, whose tests marked cuda run, too"),
+        ("--quick", bool, False, "time few and small sizes"),
+    ),
 }
 _GROUPS = {"models and jobs": (serve, job, info), "experiments": (demo, compare, plan)}
 
@@ -328,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.line = [*(sys.argv[1:] if argv is None else argv)]
     try:
-        args.run(args)
+        return args.run(args) or 0
     except CommandError as error:
         if str(error):
             name = args.run.__name__
@@ -338,4 +294,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130  # the exit code of a shell for SIGINT
-    return 0

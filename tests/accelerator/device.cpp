@@ -8,6 +8,7 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 
@@ -83,6 +84,13 @@ static c10::Allocator* pinned_memory() {
   return &instance;
 }
 
+// A kernel has run when its launch returns, so the host's clock is the device's.
+using Time = std::chrono::steady_clock;
+struct Event {
+  Clock work;
+  Time::time_point at;
+};
+
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   static c10::Stream pack(DeviceIndex device, int64_t number) {
     return c10::Stream(c10::Stream::UNSAFE, Device(kCuda, device), number);
@@ -137,22 +145,26 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 
   void record(void** event, const c10::Stream& stream, const DeviceIndex,
               const c10::EventFlag) const override {
-    if (!*event) *event = new Clock;
-    *static_cast<Clock*>(*event) = order().event(unpack(stream));
+    if (!*event) *event = new Event;
+    *static_cast<Event*>(*event) = {order().event(unpack(stream)), Time::now()};
   }
   void block(void* event, const c10::Stream& stream) const override {
-    if (event) order().wait(unpack(stream), *static_cast<Clock*>(event));
+    if (event) order().wait(unpack(stream), static_cast<Event*>(event)->work);
   }
   bool queryEvent(void* event) const override {
-    if (event) order().host_waits(*static_cast<Clock*>(event));
+    if (event) order().host_waits(static_cast<Event*>(event)->work);
     return true;
+  }
+  double elapsedTime(void* begin, void* end, const DeviceIndex) const override {
+    using Milliseconds = std::chrono::duration<double, std::milli>;
+    return Milliseconds(static_cast<Event*>(end)->at - static_cast<Event*>(begin)->at).count();
   }
   void synchronizeEvent(void* event) const override {
     host_waits("event.synchronize");
     queryEvent(event);
   }
   void destroyEvent(void* event, const DeviceIndex) const noexcept override {
-    delete static_cast<Clock*>(event);
+    delete static_cast<Event*>(event);
   }
   void recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream& stream) const override {
     order().record_stream(data.get(), unpack(stream));

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,6 +39,7 @@ driver = ctypes.CDLL(str(FOLDER / "libcuda.so.1"))
 library.accelerator_take_reports.restype = ctypes.c_char_p
 
 import torch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 sites: dict[tuple[str, ...], ctypes.Array] = {}
 
@@ -87,6 +89,28 @@ def current_stream(device=None) -> Stream:
     )
 
 
+class Graph(TorchDispatchMode):
+    """A graph that runs the operators of its capture again, into the same results."""
+
+    def capture_begin(self, *_, **__):
+        self.calls = []
+        self.__enter__()
+
+    def capture_end(self):
+        self.__exit__(None, None, None)
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        self.calls.append((operator, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        for operator, args, kwargs, result in self.calls:
+            again = operator(*args, **kwargs)
+            if isinstance(result, torch.Tensor) and again.data_ptr() != result.data_ptr():
+                result.copy_(again)
+
+
 def clone_storage(storage: torch.UntypedStorage) -> torch.UntypedStorage:
     """By tensors, as a CPU build of torch has no storages elsewhere."""
     if storage.device.type == "cpu":
@@ -113,6 +137,16 @@ cuda.Stream = Stream
 cuda.current_stream = current_stream
 cuda.stream = lambda stream: stream  # it is a context itself
 cuda.Event = lambda **options: torch.Event("cuda", **options)
+cuda.get_device_properties = lambda device=None: SimpleNamespace(
+    name="a pretended accelerator",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    total_memory=80 << 30,
+    L2_cache_size=50 << 20,
+)
+cuda.CUDAGraph = Graph
+torch._C._host_emptyCache = lambda: None
 cuda.get_device_name = lambda device=None: "a pretended accelerator"
 cuda.get_device_capability = lambda device=None: (9, 0)
 cuda.get_sync_debug_mode = lambda: library.accelerator_get_sync_debug()

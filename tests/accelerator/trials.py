@@ -22,7 +22,6 @@ import pytest
 import torch
 
 from coded_torch import _extension, ops
-from coded_torch.cli.main import _try_kernels
 from coded_torch.linear import SplineMap
 from tests.accelerator.plugin import driver, library
 
@@ -479,13 +478,3 @@ def test_where_warnings_are_errors_a_trial_passes_and_a_fallback_is_logged(caplo
     assert (
         "torch's operators compute instead of CUDA kernels, because sweep_float32" in record.message
     )
-
-
-def test_info_tries_and_times_all_kernels(capsys, monkeypatch):
-    monkeypatch.setattr("coded_torch.cli.main._CALLS", 1)
-    _try_kernels(shrink=1000)
-    lines = capsys.readouterr().out.splitlines()
-    assert sum("right, 0 bytes of local memory" in line for line in lines) == 2 * 30
-    times = [line.split()[-4:] for line in lines if " -> " in line]
-    assert len(times) == 2 * 6
-    assert all(float(number) >= 0 for row in times for number in row)
