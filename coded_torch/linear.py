@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from . import ops
-from ._arguments import check, count, dense, nonnegative, real_array
+from ._arguments import count, dense, nonnegative, real_array, shown
 from ._extension import CUDA_FAILURES, curve_plan, exact_matmul
 from ._torch import placed, to_device
 
@@ -164,7 +164,11 @@ class MatrixMap(LinearMap):
     def __init__(self, matrix: ArrayLike | Tensor) -> None:
         array = real_array(self, "matrix", matrix)
         is_fit = array.ndim == 2 and np.isfinite(array).all()
-        check(self, is_fit, "matrix must be finite, with two dimensions", matrix)
+        if not is_fit:
+            raise ValueError(
+                f"{type(self).__name__}: matrix must be finite, with two dimensions, got "
+                f"{shown(matrix)}"
+            )
         super().__init__(array.shape[1], array.shape[0], torch.from_numpy(array))
 
     def _apply(self, values: Tensor, transpose: bool) -> Tensor:

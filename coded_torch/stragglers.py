@@ -15,7 +15,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ._arguments import MOST_WORKERS, check, count, instance, probability, real, real_array
+from ._arguments import MOST_WORKERS, count, instance, probability, real, real_array, shown
 from ._torch import outside
 
 __all__ = ["Bernoulli", "Contiguous", "ShiftedExponential", "Stragglers", "Trace", "Uniform"]
@@ -58,7 +58,11 @@ class Stragglers(abc.ABC):
             with contextlib.suppress(TypeError, ValueError):  # no numbers
                 drawn = torch.as_tensor(given, dtype=torch.float64)
         holds = drawn.shape == (num_workers,) and bool((drawn >= 0).all())  # NaN fails, too
-        check(self, holds, f"_draw must return {num_workers} latencies of at least 0", given)
+        if not holds:
+            raise ValueError(
+                f"{type(self).__name__}: _draw must return {num_workers} latencies of at least 0, "
+                f"got {shown(given)}"
+            )
         return drawn
 
     @abc.abstractmethod
@@ -161,14 +165,21 @@ class Trace(Stragglers):
         super().__init__()
         latencies = real_array(self, "source", source)
         holds = latencies.ndim == 2 and latencies.size and (latencies >= 0).all()  # NaN fails
-        check(self, holds, "source must be rows of at least one latency each, at least 0", source)
+        if not holds:
+            raise ValueError(
+                f"{type(self).__name__}: source must be rows of at least one latency each, at "
+                f"least 0, got {shown(source)}"
+            )
         self.num_requests, self.num_workers = latencies.shape
         self._latencies = latencies
         self.position = 0
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
-        must = f"num_workers must be {self.num_workers}, as in the trace"
-        check(self, num_workers == self.num_workers, must, num_workers)
+        if num_workers != self.num_workers:
+            raise ValueError(
+                f"{type(self).__name__}: num_workers must be {self.num_workers}, as in the trace, "
+                f"got {shown(num_workers)}"
+            )
         latencies = torch.tensor(self._latencies[self.position])
         self.position = (self.position + 1) % self.num_requests
         return latencies

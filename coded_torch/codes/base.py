@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._arguments import MOST_WORKERS, check, count, instance
+from .._arguments import MOST_WORKERS, count, instance, shown
 from .._torch import on_host, outside
 from ..input_space.gaussian_process import ErrorBounds, off_mean
 from ..input_space.metrics import Choice, Distances, Sources
@@ -188,11 +188,17 @@ class Code(abc.ABC):
     ) -> None:
         self.num_data = count(self, "num_data", num_data, most=MOST_WORKERS)
         self.num_workers = count(self, "num_workers", num_workers, most=MOST_WORKERS)
-        must = f"num_workers must be at least num_data, {self.num_data}"
-        check(self, self.num_workers >= self.num_data, must, self.num_workers)
+        if self.num_workers < self.num_data:
+            raise ValueError(
+                f"{type(self).__name__}: num_workers must be at least num_data, {self.num_data}, "
+                f"got {shown(self.num_workers)}"
+            )
         instance(self, "ordering", ordering, str)
-        must = "ordering must be 'similarity' or 'arrival'"
-        check(self, ordering in ("similarity", "arrival"), must, ordering)
+        if ordering not in ("similarity", "arrival"):
+            raise ValueError(
+                f"{type(self).__name__}: ordering must be 'similarity' or 'arrival', got "
+                f"{shown(ordering)}"
+            )
         instance(self, "shuffle", shuffle, bool)
         check_link(self, link)
         self.ordering = ordering
@@ -226,8 +232,11 @@ class Code(abc.ABC):
         """
         count(self, "num_stragglers", num_stragglers, 0, self.num_workers)
         inputs, size = check_batch(type(self).__name__, inputs, batch_size)
-        must = "inputs must hold a floating-point tensor to be mixed"
-        check(self, inputs or not self.mixes, must, inputs)
+        if not (inputs or not self.mixes):
+            raise ValueError(
+                f"{type(self).__name__}: inputs must hold a floating-point tensor to be mixed, got "
+                f"{shown(inputs)}"
+            )
         with outside():
             return self._plan(inputs, size, num_stragglers, others)
 
@@ -293,7 +302,10 @@ class FixedCode(Code):
     @on_host()
     def _new_decoder(self, workers: tuple[int, ...]) -> LinearMap:
         increase = all(map(operator.lt, workers, workers[1:]))
-        check(self, increase, "received must be strictly increasing", workers)
+        if not increase:
+            raise ValueError(
+                f"{type(self).__name__}: received must be strictly increasing, got {shown(workers)}"
+            )
         if len(workers) < self.min_received:
             raise NotEnoughResults(workers, self.min_received, self.num_workers)
         return self._checked("decoder", self._make_decoder(workers), len(workers), self.num_data)
@@ -306,7 +318,11 @@ class FixedCode(Code):
             sums = given.sum(1)
             magnitudes = np.abs(given).sum(1)
             hold = (np.abs(sums - 1) <= _ROUNDING * np.maximum(magnitudes, 1)).all()
-            check(self, hold, f"the rows of _make_{what}'s matrix must sum to 1", sums.tolist())
+            if not hold:
+                raise ValueError(
+                    f"{type(self).__name__}: the rows of _make_{what}'s matrix must sum to 1, got "
+                    f"{shown(sums.tolist())}"
+                )
         if not isinstance(made, LinearMap) or (made.num_inputs, made.num_outputs) != sizes:
             got = made if isinstance(made, LinearMap) else type(made).__name__
             of = f"a NumPy array {[*sizes[::-1]]} or a LinearMap from {sizes[0]} to {sizes[1]}"

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.polynomial import chebyshev
 from numpy.typing import ArrayLike, NDArray
 
-from .._arguments import MOST_WORKERS, check, count, nonnegative, real_array
+from .._arguments import MOST_WORKERS, count, nonnegative, real_array, shown
 from ..linear import LinearMap, SplineMap
 from .base import FixedCode, Map
 
@@ -91,8 +91,11 @@ class CurveCode(FixedCode):
     def _points(self, argument: str, points: ArrayLike, size: int) -> Floats:
         array = real_array(self, argument, points)
         increasing = array.shape == (size,) and (array[1:] > array[:-1]).all()
-        must = f"{argument} must be finite and strictly increasing, of shape ({size},)"
-        check(self, increasing and np.isfinite(array).all(), must, array.tolist())
+        if not (increasing and np.isfinite(array).all()):
+            raise ValueError(
+                f"{type(self).__name__}: {argument} must be finite and strictly increasing, of "
+                f"shape ({size},), got {shown(array.tolist())}"
+            )
         array.flags.writeable = False
         return array
 
@@ -302,8 +305,11 @@ class LagrangeCode(CurveCode):
         else:
             self.decoder_degree = count(self, "decoder_degree", decoder_degree, 0, MOST_WORKERS)
         least = self.min_received
-        must = f"num_workers must be at least {least} for polynomials of degree {least - 1}"
-        check(self, self.num_workers >= least, must, self.num_workers)
+        if self.num_workers < least:
+            raise ValueError(
+                f"{type(self).__name__}: num_workers must be at least {least} for polynomials of "
+                f"degree {least - 1}, got {shown(self.num_workers)}"
+            )
 
     def candidates(self) -> dict[str, Sequence[Any]]:
         if self._given.get("degree") is not None:  # the model is a polynomial, so D is known

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._arguments import check
+from .._arguments import check, shown
 from .._extension import with_copies
 from .._torch import to_device
 from ..input_space.metrics import METRICS, Features
@@ -112,8 +112,11 @@ class RegressionCode(Code):
         self.metric = metric
         self.length = self.regression.length
         self.coverage = self.regression.coverage
-        must = "redundancy must be 'copies' or 'midpoints'"
-        check(self, redundancy in ("copies", "midpoints"), must, redundancy)
+        if redundancy not in ("copies", "midpoints"):
+            raise ValueError(
+                f"{type(self).__name__}: redundancy must be 'copies' or 'midpoints', got "
+                f"{shown(redundancy)}"
+            )
         self.redundancy = redundancy
         self.mixes = redundancy == "midpoints"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import codes as kinds
-from .._arguments import check, count, instance
+from .._arguments import check, count, instance, shown
 from .._torch import as_called, on_host
 from ..codes import Code, RegressionCode
 from ..stragglers import Stragglers, Uniform
@@ -110,8 +110,11 @@ def compare(
     """
     instance("compare", "module", module, nn.Module)
     calls = calls_of("compare", module, batches)
-    must = "batches must hold at least two, one to tune on and one to answer"
-    check("compare", len(calls) >= 2, must, len(calls))
+    if len(calls) < 2:
+        raise ValueError(
+            "compare: batches must hold at least two, one to tune on and one to answer, got "
+            f"{len(calls)}"
+        )
     truth: Any = [None] * len(calls) if labels is None else labels
     is_list = isinstance(truth, Sequence) and not isinstance(truth, Tensor)
     must = f"labels must be a sequence of integer tensors, one for each of {len(calls)} batches"
@@ -125,7 +128,8 @@ def compare(
     several: Any = seeds if isinstance(seeds, list | tuple | range) else [seeds]
     seeds = [count("compare", "seeds", seed, least=0, most=2**64 - 2) for seed in several]
     for name, values in {"settings": known, "seeds": seeds}.items():
-        check("compare", values, f"{name} must hold at least one", values)
+        if not values:
+            raise ValueError(f"compare: {name} must hold at least one, got {shown(values)}")
     instance("compare", "schemes", schemes, Sequence, optional=True)
     received_sets = count("compare", "received_sets", received_sets)
     cut = max(1, len(calls) // 4) if tuning_batches is None else tuning_batches
@@ -141,8 +145,11 @@ def compare(
             trial = Trial(module, args, sets, **how, owner=f"compare: batches[{i}]")
             if classes is not None:
                 shapes = [[*leaf.shape] for leaf in trial.exact]
-                must = "labels must go with a module that returns [B, classes]"
-                check("compare", [*map(len, shapes)] == [2], must, shapes)
+                if [*map(len, shapes)] != [2]:
+                    raise ValueError(
+                        "compare: labels must go with a module that returns [B, classes], got "
+                        f"{shown(shapes)}"
+                    )
                 check_labels("compare", classes, trial.exact[0])
             if attack is not None:
                 count("compare", "faulty, of the workers received,", faulty, 1, min(map(len, sets)))
@@ -160,8 +167,11 @@ def compare(
             if isinstance(code, Code):
                 mixes = code.mixes or surrogate is None
                 codes[setting, name] = code = chosen("compare", code, honest, s, mixes=mixes)
-            must = "extra must return codes beside an attack, as functions get honest outputs"
-            check("compare", attack is None or isinstance(code, Code), must, name)
+            if not (attack is None or isinstance(code, Code)):
+                raise ValueError(
+                    "compare: extra must return codes beside an attack, as functions get honest "
+                    f"outputs, got {shown(name)}"
+                )
             tuned[name] = code
         for seed in seeds:
             answered = trials(setting, seed, received_sets, slice(cut, None))
@@ -173,7 +183,8 @@ def compare(
                 cheap = [] if surrogate is None else trial.run(surrogate, name="surrogate")
                 wanted, got = ([[*x.shape] for x in each] for each in (trial.exact, cheap))
                 is_fit = surrogate is None or got == wanted
-                check("compare", is_fit, f"surrogate must return {wanted}", got)
+                if not is_fit:
+                    raise ValueError(f"compare: surrogate must return {wanted}, got {shown(got)}")
                 for received in trial.sets:
                     for name, answers, of in _answers(trial, tuned, received, s, cheap):
                         scores = score(_flat(answers), exact, classes)
@@ -204,14 +215,20 @@ def _schemes(k: int, n: int, trial: Trial, extra: Any, names: Any) -> dict[str, 
         instance("compare", f"what extra returns as {name!r}", code, Code | Callable)
         of = (code.num_data, code.num_workers) if isinstance(code, Code) else (k, n)
         is_taken = name in codes.keys() | _WITH_SURROGATES
-        must = f"extra must return codes of K = {k} and N = {n} under names that are not taken"
-        check("compare", of == (k, n) and not is_taken, must, {name: code})
+        if not (of == (k, n) and not is_taken):
+            raise ValueError(
+                f"compare: extra must return codes of K = {k} and N = {n} under names that are not "
+                f"taken, got {shown({name: code})}"
+            )
     schemes: dict[str, Code | Decoder] = {**codes, **added}
     fit = {x: y for x, y in schemes.items() if trial.mixable or not getattr(y, "mixes", False)}
     wanted = [*fit] if names is None else [*names]
     some = {x: y for x, y in fit.items() if x in wanted or x in added}
     are_known = names is None or all(name in [*schemes] for name in wanted)  # may have no hash
-    check("compare", some and are_known, f"schemes must be names of {str([*fit])[1:-1]}", names)
+    if not (some and are_known):
+        raise ValueError(
+            f"compare: schemes must be names of {str([*fit])[1:-1]}, got {shown(names)}"
+        )
     return some
 
 
@@ -251,8 +268,11 @@ def received_by(delays: Stragglers, num_workers: int, lost: int) -> list[int]:
     latencies = delays.sample(num_workers)
     seconds, order = latencies.sort()
     first = num_workers - lost
-    must = f"delays must make S = {lost} of N = {num_workers} workers slower than all others"
-    check("compare", seconds[first - 1] < [*seconds, math.inf][first], must, latencies.tolist())
+    if not seconds[first - 1] < [*seconds, math.inf][first]:
+        raise ValueError(
+            f"compare: delays must make S = {lost} of N = {num_workers} workers slower than all "
+            f"others, got {shown(latencies.tolist())}"
+        )
     return sorted(order[:first].tolist())
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._arguments import check, count, instance, positive, probability
+from .._arguments import count, instance, positive, probability, shown
 from .._torch import broadcast_dims, flatten, on_host, outside, unflatten
 from ..stragglers import Stragglers
 from ..table import Began, Part, Reply
@@ -74,12 +74,29 @@ class FaultyWorkers(Workers):
         self.adversaries = tuple(count(self, "adversaries", each, least=0) for each in adversaries)
         unknown = {*self.rates} - {*Fault.KINDS}
         strange = {*self.adversaries} - {*(pool.places or self.adversaries)}
-        check(self, not unknown, f"rates must be of {', '.join(Fault.KINDS)}", sorted(unknown))
-        check(self, sum(self.rates.values()) <= 1, "rates must be at most 1 in sum", self.rates)
-        check(self, attack is None or callable(attack), "attack must be callable or None", attack)
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__}: rates must be of {', '.join(Fault.KINDS)}, got "
+                f"{shown(sorted(unknown))}"
+            )
+        if sum(self.rates.values()) > 1:
+            raise ValueError(
+                f"{type(self).__name__}: rates must be at most 1 in sum, got {shown(self.rates)}"
+            )
+        if not (attack is None or callable(attack)):
+            raise ValueError(
+                f"{type(self).__name__}: attack must be callable or None, got {shown(attack)}"
+            )
         given = self.adversaries
-        check(self, attack or not given, "adversaries must come with an attack", given)
-        check(self, not strange, "adversaries must be places of the pool", sorted(strange))
+        if not (attack or not given):
+            raise ValueError(
+                f"{type(self).__name__}: adversaries must come with an attack, got {shown(given)}"
+            )
+        if strange:
+            raise ValueError(
+                f"{type(self).__name__}: adversaries must be places of the pool, got "
+                f"{shown(sorted(strange))}"
+            )
         self.pool = pool
         self.delays = delays
         self.attack = attack

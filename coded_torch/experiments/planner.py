@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .._arguments import check, count, positive, probability, real
+from .._arguments import count, positive, probability, real
 from ..scheduling.latency_history import History
 from ..scheduling.waiting import Waiting
 from ..stragglers import Stragglers
@@ -137,8 +137,8 @@ def read_latencies(path: Path) -> Seconds:
     seconds: Seconds = np.genfromtxt(path, delimiter=",", usecols=[0], ndmin=1, skip_header=heading)
     if not np.all((seconds > 0) & (seconds < np.inf)):
         raise ValueError("latencies must be positive, finite seconds, one number per line")
-    must = f"there must be at least {_FEWEST} latencies"
-    check("plan", len(seconds) >= _FEWEST, must, len(seconds))
+    if len(seconds) < _FEWEST:
+        raise ValueError(f"plan: there must be at least {_FEWEST} latencies, got {len(seconds)}")
     return seconds
 
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._arguments import check, dense
+from .._arguments import check, dense, shown
 from ..codes import Code
 
 if TYPE_CHECKING:
@@ -64,8 +64,11 @@ def score(decoded: Tensor, exact: Tensor, labels: Tensor | None = None) -> Score
     for argument, value in (("decoded", decoded), ("exact", exact)):
         dense("score", argument, value)
     are_fit = decoded.shape == exact.shape and exact.dim() and exact.numel()
-    must = "decoded must have the shape [..., C] of exact and hold at least one answer"
-    check("score", are_fit, must, ([*decoded.shape], [*exact.shape]))
+    if not are_fit:
+        raise ValueError(
+            "score: decoded must have the shape [..., C] of exact and hold at least one answer, "
+            f"got {shown(([*decoded.shape], [*exact.shape]))}"
+        )
     decoded = decoded.detach().double()
     exact = exact.detach().double()
     answered = decoded.isfinite().all(-1)
@@ -104,7 +107,8 @@ def rmse(decoded: Tensor, exact: Tensor) -> float:
 def relative_accuracy(decoded: Tensor, exact: Tensor, labels: Tensor) -> float:
     """Return the accuracy of decoded answers over the model's own; see :func:`score`."""
     found = score(decoded, exact, labels)
-    check("relative_accuracy", found.exact_right, "the model must be right at least once", 0)
+    if not found.exact_right:
+        raise ValueError(f"relative_accuracy: the model must be right at least once, got {0}")
     return found.right / found.exact_right
 
 
@@ -218,8 +222,10 @@ class Comparison:
         """Return the scores, each also relative to the scheme of this name, batch by batch."""
         schemes = grouped(self.records, lambda x: (Setting(*x[:3]), x.scheme))
         names = dict.fromkeys(name for _, name in schemes)
-        must = f"reference must be one of {', '.join(names)}"
-        check("against", not reference or reference in names, must, reference)
+        if not (not reference or reference in names):
+            raise ValueError(
+                f"against: reference must be one of {', '.join(names)}, got {shown(reference)}"
+            )
         number = sum(name != reference for _, name in schemes)
         rows = []
         for (setting, name), records in schemes.items():

@@ -60,7 +60,8 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
     if (code := wrapper.code) is None:
         raise ValueError("tune: wrapper must have a code, got a wrapper without one")
     calls = calls_of("tune", wrapper.module, batches)
-    check("tune", calls, "batches must hold at least one batch", calls)
+    if not calls:
+        raise ValueError(f"tune: batches must hold at least one batch, got {shown(calls)}")
     draws = received_sets(wrapper, code)
     how: Any = {"in_dims": wrapper.in_dims, "out_dims": wrapper.out_dims, "owner": "tune"}
     trials = (Trial(wrapper.module, x, [*itertools.islice(draws, SETS)], **how) for x in calls)
@@ -87,7 +88,10 @@ def chosen(
     options = dict(code.candidates())
     for name, some in (values or {}).items():
         known = ", ".join(options) or "none"
-        check("tune", name in options, f"the numbers of {code} must be among {known}", name)
+        if name not in options:
+            raise ValueError(
+                f"tune: the numbers of {code} must be among {known}, got {shown(name)}"
+            )
         if isinstance(some, str | bytes) or not isinstance(some, Sequence) or not some:
             raise TypeError(f"tune: {name} must be a sequence that is not empty, got {shown(some)}")
         options[name] = some
@@ -251,7 +255,10 @@ class Trial:
             found: list[Any] = pytree.tree_leaves(decoder(*given, [*received]))
         wanted = [[*x.shape] for x in self.exact]
         got = [[*getattr(x, "shape", [])] for x in found]
-        check("compare", got == wanted, f"{name!r} must return answers of shape {wanted}", got)
+        if got != wanted:
+            raise ValueError(
+                f"compare: {name!r} must return answers of shape {wanted}, got {shown(got)}"
+            )
         for x in found:
             instance("compare", f"an answer of {name!r}", x, Tensor)
         return found
@@ -266,8 +273,11 @@ class Trial:
         for place in torch.randperm(len(results), generator=generator)[:faulty].tolist():
             rows = attack(results[place], generator)
             is_fit = isinstance(rows, Tensor) and rows.shape == wrong[place].shape
-            must = f"attack must return a tensor of the shape it got, {[*wrong[place].shape]}"
-            check("compare", is_fit, must, rows)
+            if not is_fit:
+                raise ValueError(
+                    "compare: attack must return a tensor of the shape it got, "
+                    f"{[*wrong[place].shape]}, got {shown(rows)}"
+                )
             wrong[place] = rows
         return wrong
 

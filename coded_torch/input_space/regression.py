@@ -275,5 +275,6 @@ def _metrics(metric: Any) -> tuple[str | Features, ...]:
             error = ValueError if isinstance(one, str) else TypeError
             raise error(f"Regression: metric must be {names}, got {shown(metric)}")
         found += METRICS if one == "auto" else [one]
-    check("Regression", found, "metric must hold at least one", metric)
+    if not found:
+        raise ValueError(f"Regression: metric must hold at least one, got {shown(metric)}")
     return tuple(dict.fromkeys(found))

@@ -141,7 +141,10 @@ class CodedWrapper(ModuleProxy):
     ) -> None:
         super().__init__(module)
         is_given = workers is not None or code is not None
-        check(self, is_given, "workers must be given without a code", None)
+        if not is_given:
+            raise ValueError(
+                f"{type(self).__name__}: workers must be given without a code, got {None}"
+            )
         self.workers = LocalWorkers() if workers is None else workers
         self.code = code
         self.waiting = waiting

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._arguments import arguments, bound, check, count, instance, real, real_array
+from .._arguments import arguments, bound, check, count, instance, real, real_array, shown
 from .._torch import as_called, device_of, exactly, on_host
 from ..input_space.finite_mean import Kernel, KernelRegression, intervals
 from ..input_space.metrics import METRICS, Leaf, fitted, leaves_of, typical_rows
@@ -74,7 +74,8 @@ class _Data:
         # The last batch is kept, as checking it takes a pass over it.
         self._batch = functools.lru_cache(1)(self._read)
         self._size = self._batch(0).batch_size if self._last >= 0 else 0
-        check("mean", self._size, "inputs must hold at least one row", 0)
+        if not self._size:
+            raise ValueError(f"mean: inputs must hold at least one row, got {0}")
         self.total = self._last * self._size + self._batch(self._last).batch_size
 
     def _read(self, number: int) -> Inputs:
@@ -116,7 +117,10 @@ class Looks:
     def __init__(
         self, coded: Any, inputs: Any, of: Any, max_rows: Any, level: Any, anytime: Any, seed: Any
     ) -> None:
-        check("mean", coded.code is None, "code must be None, as rows are computed", coded.code)
+        if coded.code is not None:
+            raise ValueError(
+                f"mean: code must be None, as rows are computed, got {shown(coded.code)}"
+            )
         instance("mean", "of", of, Callable, optional=True)
         level = real("mean", "level", level, "between 0 and 1", lambda x: 0 < x < 1)
         instance("mean", "anytime", anytime, bool)
@@ -157,8 +161,11 @@ class Looks:
         def looks() -> Iterator[Interval]:
             for size in self.sizes:
                 value, half = self.look(size)[0]
-                must = f"half_width must be one number, or one for each of {len(half)} columns"
-                check("mean", target.ndim == 0 or target.shape == half.shape, must, half_width)
+                if not (target.ndim == 0 or target.shape == half.shape):
+                    raise ValueError(
+                        f"mean: half_width must be one number, or one for each of {len(half)} "
+                        f"columns, got {shown(half_width)}"
+                    )
                 yield Interval(value, half, size, self._data.total)
                 if half_width is not None and bool((half.numpy() <= target).all()):
                     return
@@ -247,8 +254,11 @@ class Looks:
                 with as_called():
                     outputs = surrogate(*args, **kwargs)
                 cheap.append(self._numbers_of(outputs, block)[0][None])
-                must = f"outputs of surrogates must be {columns} numbers per row, as the module's"
-                check("mean", cheap[-1].shape[2] == columns, must, cheap[-1].shape[2])
+                if cheap[-1].shape[2] != columns:
+                    raise ValueError(
+                        f"mean: outputs of surrogates must be {columns} numbers per row, as the "
+                        f"module's, got {shown(cheap[-1].shape[2])}"
+                    )
             yield self._leaves_of(inputs), torch.cat(cheap)
 
     @functools.cached_property

@@ -20,7 +20,7 @@ import orjson
 import torch
 from torch import Tensor
 
-from .._arguments import check, count, instance
+from .._arguments import count, instance, shown
 
 #: The datatypes of the protocol that torch computes with.
 DATATYPES = {"BOOL": torch.bool, "UINT8": torch.uint8, "BF16": torch.bfloat16}
@@ -42,8 +42,11 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         instance(self, "name", self.name, str)
-        must = f"datatype must be one of {', '.join(DATATYPES)}"
-        check(self, self.datatype in DATATYPES, must, self.datatype)
+        if self.datatype not in DATATYPES:
+            raise ValueError(
+                f"{type(self).__name__}: datatype must be one of {', '.join(DATATYPES)}, got "
+                f"{shown(self.datatype)}"
+            )
         instance(self, "shape", self.shape, Sequence)
         sizes = tuple(count(self, "shape", size, least=-1) for size in self.shape)
         object.__setattr__(self, "shape", sizes)
@@ -51,8 +54,10 @@ class TensorSpec:
     @classmethod
     def of(cls, name: str, batch: Tensor) -> TensorSpec:
         """Return the spec of a batch ``[B, ...]``; TypeError if its dtype is not supported."""
-        must = f"{name} must be of one of DATATYPES"
-        check("TensorSpec", batch.dtype in _NAMES, must, batch.dtype, TypeError)
+        if batch.dtype not in _NAMES:
+            raise TypeError(
+                f"TensorSpec: {name} must be of one of DATATYPES, got {shown(batch.dtype)}"
+            )
         return cls(name, _NAMES[batch.dtype], tuple(batch.shape[1:]))
 
     @property

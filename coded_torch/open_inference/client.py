@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import open_inference as wire
 from .. import tracing
-from .._arguments import check, instance, positive
+from .._arguments import check, instance, positive, shown
 from .._torch import refuse_derivatives
 from . import ADDED, FORMER, EndpointError, Model, RefusedError, TensorSpec
 
@@ -337,10 +337,16 @@ class RemoteModule(nn.Module):
         for spec in specs:
             tensor = given[spec.name]
             kind = getattr(tensor, "dtype", type(tensor))
-            check(self, kind == spec.dtype, f"{spec.name} must be of {spec.dtype}", kind, TypeError)
+            if kind != spec.dtype:
+                raise TypeError(
+                    f"{type(self).__name__}: {spec.name} must be of {spec.dtype}, got {shown(kind)}"
+                )
             is_fit = tensor.dim() > 0 and spec.fits(tensor.shape[1:])
-            must = f"the shape of {spec.name} must be {[-1, *spec.shape]}"
-            check(self, is_fit, must, [*tensor.shape])
+            if not is_fit:
+                raise ValueError(
+                    f"{type(self).__name__}: the shape of {spec.name} must be {[-1, *spec.shape]}, "
+                    f"got {shown([*tensor.shape])}"
+                )
         return [given[name] for name in names]
 
     def outputs(self, tensors: Sequence[Tensor]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from .._arguments import check, count, instance, real
+from .._arguments import count, instance, real, shown
 from ..table import Table
 from .latency_history import History
 from .policy import Decisions
@@ -82,7 +82,10 @@ class Waiting:
             instance("Waiting", argument, getattr(self, argument), bool)
         instance("Waiting", "on_error", self.on_error, str)
         is_known = self.on_error in ("raise", "estimate")
-        check("Waiting", is_known, "on_error must be 'raise' or 'estimate'", self.on_error)
+        if not is_known:
+            raise ValueError(
+                f"Waiting: on_error must be 'raise' or 'estimate', got {shown(self.on_error)}"
+            )
         if self.num_stragglers is not None:
             count("Waiting.first", "num_stragglers", self.num_stragglers, least=0)
 

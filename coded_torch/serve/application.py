@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 import coded_torch
 
 from .. import tracing
-from .._arguments import bound, check, count, instance, positive
+from .._arguments import bound, check, count, instance, positive, shown
 from .._torch import positional
 from ..nn import CodedWrapper
 from ..open_inference import ADDED, FORMER, LISTED, TensorSpec, written
@@ -108,7 +108,11 @@ class App(Starlette):
             added = [spec.name for spec in (*ADDED, *FORMER.values()) if argument == "outputs"]
             but = f", none of {', '.join(added)}" if added else ""
             differ = len({*names, *added}) == len(names) + len(added)
-            check(self, given and differ, f"{argument} must be named, each once{but}", names)
+            if not (given and differ):
+                raise ValueError(
+                    f"{type(self).__name__}: {argument} must be named, each once{but}, got "
+                    f"{shown(names)}"
+                )
         self.name = name
         self.inputs = inputs
         self.outputs = outputs
@@ -119,14 +123,24 @@ class App(Starlette):
             call = bind(self, coded.module, examples)
             self.examples, self.form = pytree.tree_flatten((call.args, call.kwargs))
             held = len(self.examples)
-            must = f"examples must hold {len(inputs)} tensors, as inputs"
-            check(self, held == len(inputs), must, held)
+            if held != len(inputs):
+                raise ValueError(
+                    f"{type(self).__name__}: examples must hold {len(inputs)} tensors, as inputs, "
+                    f"got {shown(held)}"
+                )
             self.inputs = inputs = in_order(inputs, call)
         self.allowed_hosts = None if allowed_hosts is None else [x.lower() for x in allowed_hosts]
         for host in self.allowed_hosts or ():
             holds = {*host}.isdisjoint("/*[]@") and host.count(":") != 1
-            check(self, holds, "allowed_hosts must be names or addresses, without ports", host)
-        check(self, make is None or self.examples, "make must come with examples", examples)
+            if not holds:
+                raise ValueError(
+                    f"{type(self).__name__}: allowed_hosts must be names or addresses, without "
+                    f"ports, got {shown(host)}"
+                )
+        if not (make is None or self.examples):
+            raise ValueError(
+                f"{type(self).__name__}: make must come with examples, got {shown(examples)}"
+            )
         self.deadline = positive(self, "deadline", deadline)
         self.max_rows = count(self, "max_batch_size", max_batch_size)
         self.pool = coded.workers

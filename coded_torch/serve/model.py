@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._arguments import arguments, bound, check, instance, named, signature_of, sparing_logger
+from .._arguments import arguments, bound, instance, named, shown, signature_of, sparing_logger
 from .._changes import state_of
 from .._torch import sample
 from ..nn import CodedWrapper
@@ -111,13 +111,21 @@ def specs(
 
 def _check(what: str, tensors: Mapping[str, Any], number: int = 0, rows: int = 0) -> None:
     for name, leaf in tensors.items():
-        must = f"{name!r} among {what} must be a tensor with rows"
-        check("specs", isinstance(leaf, Tensor), must, type(leaf), TypeError)
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"specs: {name!r} among {what} must be a tensor with rows, got {shown(type(leaf))}"
+            )
         rows = rows or (len(leaf) if leaf.dim() else 0)
-        must = f"{name!r} among {what} must have {rows or 'some'} rows"
-        check("specs", rows and leaf.shape[:1] == (rows,), must, [*leaf.shape])
-    must = f"{what} must be tensors with rows, each of its own name"
-    check("specs", len(tensors) >= max(number, 1), must, [*tensors], TypeError)
+        if not (rows and leaf.shape[:1] == (rows,)):
+            raise ValueError(
+                f"specs: {name!r} among {what} must have {rows or 'some'} rows, got "
+                f"{shown([*leaf.shape])}"
+            )
+    if len(tensors) < max(number, 1):
+        raise TypeError(
+            f"specs: {what} must be tensors with rows, each of its own name, got "
+            f"{shown([*tensors])}"
+        )
 
 
 def _open_places(run: Run, leaves: Sequence[Tensor], outputs: Mapping[str, Tensor]) -> set[Place]:

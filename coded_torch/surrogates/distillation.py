@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._arguments import check, count, instance, nonnegative, positive
+from .._arguments import count, instance, nonnegative, positive, shown
 from ..input_space.regression import check_link, to_scale
 
 _HELD_OUT = 10  # one row of so many is held out; not tuned
@@ -73,8 +73,11 @@ def distill(
     instance("distill", "student", student, nn.Module)
     instance("distill", "module", module, nn.Module)
     are_many = isinstance(batches, Iterable) and not isinstance(batches, Tensor)
-    what = "batches must be a sequence of batches, such as [x]"
-    check("distill", are_many, what, type(batches), TypeError)
+    if not are_many:
+        raise TypeError(
+            "distill: batches must be a sequence of batches, such as [x], got "
+            f"{shown(type(batches))}"
+        )
     if torch.is_inference_mode_enabled():
         raise RuntimeError("distill: leave torch.inference_mode(); torch.no_grad() is allowed")
     epochs = count("distill", "epochs", epochs)
@@ -105,10 +108,16 @@ def distill(
     exact = on_held_out(module)
     found = on_held_out(student.eval())
     shapes, must = ([tuple(x.shape) for x in each] for each in (found, exact))
-    check("distill", shapes == must, f"student must return shapes {must}, as module", shapes)
+    if shapes != must:
+        raise ValueError(
+            f"distill: student must return shapes {must}, as module, got {shown(shapes)}"
+        )
     weights = [p for p in student.parameters() if p.requires_grad]
-    needs = "student must have weights to train, and module floating-point outputs"
-    check("distill", shapes and weights, needs, (len(weights), len(shapes)))
+    if not (shapes and weights):
+        raise ValueError(
+            "distill: student must have weights to train, and module floating-point outputs, got "
+            f"{shown((len(weights), len(shapes)))}"
+        )
     variances = _variances(exact).clamp(min=1e-30)
     generator = torch.Generator(device).manual_seed(seed)
     optimiser = torch.optim.Adam(weights, learning_rate)
@@ -123,7 +132,7 @@ def distill(
         level = noise * x.std(correction=0) * torch.rand(len(x), *[1] * (x.dim() - 1), **how)
         return x + level * torch.randn(x.shape, **how)
 
-    shown = progress and sys.stderr.isatty()
+    is_shown = progress and sys.stderr.isatty()
     best = math.inf
     best_state = copy.deepcopy(student.state_dict())
     waited = 0
@@ -162,12 +171,12 @@ def distill(
                 best = error
                 best_state = copy.deepcopy(student.state_dict())
                 waited = 0
-            if shown:
+            if is_shown:
                 line = f"\rdistill: epoch {epoch + 1} of {epochs}, error {best:.4f}"
                 print(line, end="", file=sys.stderr)
             if waited >= patience:
                 break
-    if shown:
+    if is_shown:
         print(file=sys.stderr)
     student.load_state_dict(best_state)
     if not math.isfinite(best):
@@ -181,15 +190,19 @@ def _checked(batch: Any, device: torch.device) -> Any:
     args = batch if isinstance(batch, tuple) else (batch,)
     shapes = [tuple(x.shape) for x in _tensors(args)]
     are_fit = len({shape[:1] for shape in shapes}) == 1 and all(shapes)
-    must = "batches must hold tensors of one batch size along dimension 0"
-    check("distill", are_fit, must, shapes)
+    if not are_fit:
+        raise ValueError(
+            "distill: batches must hold tensors of one batch size along dimension 0, got "
+            f"{shown(shapes)}"
+        )
     return pytree.tree_map_only(Tensor, lambda x: x.detach().to(device), args)
 
 
 def _joined(batches: list[Any]) -> Any:
     """Return the rows of all batches as one."""
     size = sum(len(_tensors(batch)[0]) for batch in batches)
-    check("distill", size >= 4, "batches must hold at least four rows", size)
+    if size < 4:
+        raise ValueError(f"distill: batches must hold at least four rows, got {shown(size)}")
     try:
         columns = zip(*map(pytree.tree_leaves, batches), strict=True)
         leaves = [torch.cat(x) if isinstance(x[0], Tensor) else x[0] for x in columns]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from operator import attrgetter
 from typing import Any
 
-from .._arguments import MOST_WORKERS, check, count
+from .._arguments import MOST_WORKERS, count, shown
 from ..table import Began, Failure, Part, Reply, WorkerError
 from .base import Workers
 from .live import LiveRequest
@@ -388,7 +388,11 @@ class DispatchedWorkers(Workers):
     def _place(self, worker: int) -> int:
         worker = count(self, "worker", worker, least=0)
         places = self.places
-        check(self, worker in places, f"worker must be one of {sorted(places)}", worker)
+        if worker not in places:
+            raise ValueError(
+                f"{type(self).__name__}: worker must be one of {sorted(places)}, got "
+                f"{shown(worker)}"
+            )
         return worker
 
     def close(self) -> None:

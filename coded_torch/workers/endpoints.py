@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .. import tracing
-from .._arguments import check, count, instance, positive
+from .._arguments import count, instance, positive, shown
 from .._torch import refuse_derivatives
 from ..open_inference import EndpointError, RefusedError, client
 from ..open_inference.client import RemoteModule, running_loop
@@ -115,7 +115,10 @@ class EndpointWorkers(DispatchedWorkers):
         self._queue.update(source() if source else self._source)
         if source:
             self._queue.follow(source, self.refresh)
-        check(self, source or self.urls, "endpoints must not be empty", self._source)
+        if not (source or self.urls):
+            raise ValueError(
+                f"{type(self).__name__}: endpoints must not be empty, got {shown(self._source)}"
+            )
 
     urls: Any = property(attrgetter("_queue.urls"), doc="The servers that are in the pool.")
     names: Any = property(lambda self: dict(enumerate(self._queue.known)))
@@ -128,14 +131,23 @@ class EndpointWorkers(DispatchedWorkers):
     def remove(self, url: str) -> None:
         """Give a server no more parts; the parts that it computes go on."""
         server = url.rstrip("/")
-        check(self, server in self.urls, f"url must be one of {self.urls}", url)
+        if server not in self.urls:
+            raise ValueError(
+                f"{type(self).__name__}: url must be one of {self.urls}, got {shown(url)}"
+            )
         self._queue.leave(self._queue.known.index(server))
 
     def open(self, module: nn.Module, task: Task) -> Request:
-        must = "module must be a RemoteModule, as the servers run their own model"
-        check(self, isinstance(module, RemoteModule), must, type(module), TypeError)
-        must = f"module must stand for the model {self.model!r}"
-        check(self, module.model == self.model, must, module.model)
+        if not isinstance(module, RemoteModule):
+            raise TypeError(
+                f"{type(self).__name__}: module must be a RemoteModule, as the servers run their "
+                f"own model, got {shown(type(module))}"
+            )
+        if module.model != self.model:
+            raise ValueError(
+                f"{type(self).__name__}: module must stand for the model {self.model!r}, got "
+                f"{shown(module.model)}"
+            )
         refuse_derivatives(type(self).__name__, task.leaves, module)
         return _EndpointRequest(task, self.timeout, self._dispatcher(), module)
 

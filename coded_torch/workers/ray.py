@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._arguments import check
 from ..table import Part
 from .supervisor import SupervisedWorkers, Supervisor, WatchedWorker
 
@@ -60,8 +59,11 @@ class RayWorkers(SupervisedWorkers):
         timeout: float = 600.0,
         **actor_options: Any,
     ) -> None:
-        must = "Ray must be installed, by pip install 'coded_torch[ray]'"
-        check(self, importlib.util.find_spec("ray"), must, None, ImportError)
+        if not importlib.util.find_spec("ray"):
+            raise ImportError(
+                f"{type(self).__name__}: Ray must be installed, by pip install 'coded_torch[ray]', "
+                f"got {None}"
+            )
         self.address = address
         self.actor_options = {"num_cpus": 0, **actor_options}
         super().__init__(num_workers, threads=threads, hang_timeout=hang_timeout, timeout=timeout)
