@@ -63,6 +63,7 @@ def facts(cubin):
 
 
 def build(folder, source, *more, flags):
+    """Compile sources, and link them to a library, whose path is returned."""
     flags = [*flags, *os.environ.get("CODED_TORCH_GRID_FLAGS", "").split()]  # .ci/sanitizers
 
     def compiled(path):
@@ -76,12 +77,13 @@ def build(folder, source, *more, flags):
     library = folder / "grid.so"
     command = ["c++", *flags, "-shared", *objects, "-o", str(library)]
     subprocess.run(command, check=True, timeout=300)
-    return ctypes.CDLL(str(library))
+    return library
 
 
 def build_host(folder, source, *flags):
     """The body of a kernel, compiled for the host."""
-    return build(folder, source, flags=["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", *flags])
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", *flags]
+    return ctypes.CDLL(str(build(folder, source, flags=flags)))
 
 
 def build_ptx(folder, source, ptx):
@@ -90,4 +92,4 @@ def build_ptx(folder, source, ptx):
     translated.write_text(translate(ptx))
     # Optimised, 44,000 lines would compile for 15 s longer, and run for 8 s less.
     flags = ["-std=c++20", "-O0", "-ffp-contract=off", "-DCODED_TORCH_PTX", f"-I{CSRC}"]
-    return build(folder, source, translated, flags=flags)
+    return ctypes.CDLL(str(build(folder, source, translated, flags=flags)))

@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import mmap
+import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -86,9 +87,15 @@ def host_library(libraries):
     return libraries["host"]
 
 
-@pytest.fixture(params=["host", "ptx"])
-def grid_library(request, libraries):
-    return libraries[request.param]
+# A library that is given instead, which runs a thread of the host for each of CUDA's.
+THREADS = os.environ.get("CODED_TORCH_GRID_THREADS")  # test_spline_threads.py
+
+
+@pytest.fixture(params=["host", "ptx"] if THREADS is None else ["threads"])
+def grid_library(request):
+    if request.param == "threads":
+        return typed(ctypes.CDLL(THREADS))
+    return request.getfixturevalue("libraries")[request.param]
 
 
 def run_grid(

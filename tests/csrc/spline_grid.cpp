@@ -1,5 +1,6 @@
 // Runs the CUDA kernels over a whole grid, block by block and thread by thread, on the host: their
-// body as the host's compiler sees it or, with CODED_TORCH_PTX, as NVRTC does (tests/ptx.py).
+// body as the host's compiler sees it; with CODED_TORCH_PTX, as NVRTC does (tests/ptx.py); or with
+// CODED_TORCH_THREADS, by a thread of the host for each CUDA thread (tests/cuda_as_cpp.py).
 // Memory is allocated to the byte, so that AddressSanitizer sees every access out of bounds.
 #include <cstring>
 #include <exception>
@@ -17,6 +18,14 @@ static void run_blocks(const SplineArgs& args, const Variant& variant, const Gri
                        void* workspace) {
   ptx::run_grid(variant.name(), grid.blocks, grid.threads, grid.shared_bytes, args, grid,
                 workspace);
+}
+#elif defined(CODED_TORCH_THREADS)
+#include "threads.h"
+
+static void run_blocks(const SplineArgs& args, const Variant& variant, const Grid& grid,
+                       void* workspace) {
+  void* parameters[] = {const_cast<SplineArgs*>(&args), const_cast<Grid*>(&grid), &workspace};
+  threads::run_grid(variant.name(), grid.blocks, grid.threads, grid.shared_bytes, parameters);
 }
 #else
 // As the kernel of spline.cu.
