@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -330,6 +331,75 @@ def test_launch_configurations_of_products(
         chunks = -(-num_points // rows_a_block)
         assert grid.blocks % chunks == 0
         assert grid.blocks // chunks <= -(-num_columns // (128 if wide else 32))
+
+
+class Card(NamedTuple):
+    """What CUDA says of a device, or of a slice of one (MIG)."""
+
+    multiprocessors: int
+    shared_bytes: int  # of a multiprocessor
+    reserved_bytes: int  # of these, for each block
+    threads: int  # of a multiprocessor at most
+    blocks: int
+
+    def resident(self, grid):
+        """Return how many blocks run at once, of kernels that have 128 registers a thread."""
+        each = max(grid.shared_bytes + self.reserved_bytes, 1)
+        threads = min(self.threads, 65_536 // 128)
+        fit = min(threads // grid.threads, self.shared_bytes // each, self.blocks)
+        return self.multiprocessors * fit
+
+
+CARDS = {
+    "sm_75": Card(40, 65_536, 0, 1024, 16),  # T4
+    "sm_80": Card(108, 167_936, 1024, 2048, 32),  # A100
+    "sm_80 1g": Card(14, 167_936, 1024, 2048, 32),
+    "sm_80 3g": Card(42, 167_936, 1024, 2048, 32),
+    "sm_86": Card(84, 102_400, 1024, 1536, 16),  # A40
+    "sm_90": Card(132, 233_472, 1024, 2048, 32),  # H100
+    "sm_90 1g": Card(16, 233_472, 1024, 2048, 32),
+    "sm_90 4g": Card(64, 233_472, 1024, 2048, 32),
+    "sm_100": Card(148, 233_472, 1024, 2048, 32),  # B200
+    "sm_120": Card(188, 102_400, 1024, 1536, 24),  # RTX PRO 6000
+    "sm_120 1g": Card(46, 102_400, 1024, 1536, 24),
+}
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", range(4))
+def test_launch_configurations_of_cards(host_library, card, transpose, dtype):
+    """None is refused, all rows and columns have a thread, and workspaces are bounded."""
+    shared_bytes = card.shared_bytes // 2 - card.reserved_bytes  # as launch.cpp has it
+    device = Device(multiprocessors=card.multiprocessors, shared_bytes=shared_bytes)
+    kinds = set()
+    sizes = [1, 2, 20, 24, 100, 190, 3000]
+    for knots, points, columns, groups, matrix in itertools.product(
+        sizes, sizes, [1, 31, 1000, 150_528, 2**33], [1, 3], [None, 16]
+    ):
+        args = SplineArgs(
+            matrix=matrix, num_knots=knots, num_points=points, num_groups=groups,
+            num_columns=columns, in_row_stride=columns, in_group_stride=columns,
+            out_row_stride=columns, out_group_stride=columns,
+        )  # fmt: skip
+        launched = host_library.coded_torch_plan_grid(ctypes.byref(args), dtype, transpose, device)
+        grid, kind = launched.grid, launched.kind
+        kinds.add(kind)
+        case = knots, points, columns, groups, matrix, kind
+        assert grid.threads in range(32, (128 if kind in (SWEEP, WORKSPACE_SWEEP) else 256) + 1, 32)
+        assert 0 <= grid.shared_bytes <= shared_bytes, case
+        assert 1 <= grid.blocks <= MAX_BLOCKS or columns == 2**33, case  # launch.cpp refuses those
+        if kind == SWEEP:
+            assert grid.blocks * grid.threads >= columns * groups, case
+        elif kind == WORKSPACE_SWEEP:
+            assert grid.blocks <= card.resident(grid), case
+            assert grid.workspace_bytes >= grid.blocks * grid.threads * (knots - 2) * 8, case
+            assert grid.workspace_bytes <= card.multiprocessors * 512 * knots * 16, case
+        else:
+            rows_out = knots if transpose else points
+            assert grid.chunks * grid.threads // 32 * 16 >= rows_out, case
+            assert grid.tiles * 32 >= grid.packs, case
+    assert kinds >= {SWEEP, WORKSPACE_SWEEP, NARROW}
 
 
 def test_half_precision_conversions(host_library):
