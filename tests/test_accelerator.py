@@ -20,8 +20,6 @@ pytestmark = pytest.mark.slow  # two minutes
 ROOT = Path(__file__).parents[1]
 # Its internal headers are used. `.ci/run` reads this line.
 TORCH = "2.13.0"
-# The tests that need a real device; accelerator/plugin.py says what for.
-NOT_RUN = 3
 # As many were there when this was written: that none is found is not a success.
 FEWEST = 338
 # On one device; 58 of the others need two.
@@ -99,7 +97,7 @@ def test_everything_marked_cuda(runs, operators):
     counts = {kind: int(count) for count, kind in counts}
     lacking = r"^SKIPPED \[(\d+)\] .*(?:the extra|could not import|there is no cuda:1)"
     skipped = sum(map(int, re.findall(lacking, output, re.M)))
-    assert counts["skipped"] - skipped == NOT_RUN, output
+    assert counts.get("skipped", 0) == skipped, output
     assert counts["passed"] > (FEWEST if operators == "kernels" else FEWEST_OF_ONE), output
 
 
