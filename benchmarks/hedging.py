@@ -7,6 +7,7 @@ import math
 
 from coded_torch.nn import Waiting
 from coded_torch.scheduling.latency_history import History
+from coded_torch.scheduling.policy import hedging_threshold
 from coded_torch.table import OPEN, Table
 
 _TRIES = 3  # the most asks for a part that fails
@@ -56,7 +57,7 @@ class HedgeOnce(Waiting):
             return history.part(rows, self.quantile)
         if self.medians is not None:
             return history.part(rows) * self.medians
-        return history.hedging_threshold(rows)
+        return hedging_threshold(history, rows)
 
 
 class Unsplit(Waiting):

@@ -2,7 +2,7 @@
 
 from litserve import LitAPI, LitServer
 
-from .serving import BATCH, PATH, PROCESSES, answer, row_of, sleeping
+from .sleeping import BATCH, PATH, PROCESSES, answer, row_of, sleeping
 
 
 class Api(LitAPI):  # type: ignore[misc]

@@ -37,7 +37,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 import torch
 import uvicorn
-from torch import Tensor, nn
+from torch import Tensor
 
 from coded_torch.codes import NotEnoughResults
 from coded_torch.demo import digits, lenet5
@@ -51,7 +51,8 @@ from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers
 
 from .fleet_server import LENGTH
 from .runs import Measurement, MissingDataError
-from .traffic import Sleeping, drive, percentiles
+from .sleeping import BATCH, FEATURES, PATH, PROCESSES, answer, row_of, sleeping
+from .traffic import drive, percentiles
 
 SEED = 0  # the seed of requests, delays and kills
 K, N = 4, 6
@@ -62,8 +63,6 @@ WARM_UP = 100  # requests
 KNOWN = (32, 64, 128, 256, 512, 1024)  # earlier answers
 HELD_OUT = 960  # digits
 START = 240.0  # seconds that a server may take to come up
-PROCESSES, BATCH, FEATURES = 2, 64, 16  # BATCH is the rows of the largest batch
-PATH = "/v2/models/model/infer"
 CONNECTIONS = (1, 8, 32, 64)
 ROUNDS = 3
 # wrk prints the last line, and counts requests without an answer of status 200.
@@ -87,20 +86,6 @@ def lenet5_app() -> Any:
     faulty = FaultyWorkers(pool, delays=delays, seed=SEED, crash_every=5.0)
     coded = CodedWrapper(lenet5(), workers=faulty, parts=K, surrogate=Memory())
     return App(coded, name="model", inputs=[INPUT], outputs=[OUTPUT], deadline=DEADLINE)
-
-
-def sleeping() -> nn.Module:
-    """Return the model, which takes 1 ms a row."""
-    torch.set_num_threads(1)
-    return Sleeping(nn.Identity(), 0.0, 1e-3)
-
-
-def row_of(request: Any) -> Tensor:
-    return torch.tensor(request["inputs"][0]["data"])
-
-
-def answer(row: Tensor) -> Any:
-    return {"outputs": [{"name": "output", "data": row.tolist()}]}
 
 
 def lit_serve(port: int) -> None:

@@ -20,10 +20,7 @@ import re
 import traceback
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import field
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from .workers.base import Fault
+from typing import Any, NamedTuple
 
 #: The outcomes of a part: not known yet; a result that counts; no result; not wanted before it
 #: began; and a result that does not count, because its form, its values or others speak against it.
@@ -76,7 +73,7 @@ class Part:
 
     number: int  #: 0, 1, 2, ... within the request, in the order of asking
     units: tuple[int, ...]  #: at least one, increasing
-    fault: Fault | None = None  #: an injected fault
+    fault: Any = None  #: an injected fault of the pool, or None
     #: The places of workers that must not compute it, and of workers that do if no other is idle.
     avoid: frozenset[int] = frozenset()
     tried: frozenset[int] = frozenset()

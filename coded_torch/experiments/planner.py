@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .._arguments import count, positive, probability, real
 from ..scheduling.latency_history import History
-from ..scheduling.waiting import Waiting
+from ..scheduling.policy import LEAST_TAIL, Waiting, tail
 from ..stragglers import Stragglers
 from ..table import Part, Table
 from ..verification import Record, Results, Verifier
@@ -151,9 +151,9 @@ def measured(seconds: Seconds, part: float) -> Conditions:
     lower = np.quantile(seconds, 0.25)
     median = np.median(seconds)
     spread = math.log(median / lower) / 0.6745  # the normal distribution's upper quartile
-    threshold = median * max(1.5, (median / lower) ** 4.45)  # that of History, without bounds
-    tail = np.where(seconds > threshold, seconds - median, 0.0)
-    return Conditions(spread=spread, delays=_Tail(tail / part))
+    threshold = median * max(LEAST_TAIL, tail(median, lower))  # the rule of hedges, unbounded
+    beyond = np.where(seconds > threshold, seconds - median, 0.0)
+    return Conditions(spread=spread, delays=_Tail(beyond / part))
 
 
 def plan(

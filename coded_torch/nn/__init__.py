@@ -1,6 +1,6 @@
 """A wrapper that runs any module on unreliable workers."""
 
-from ..scheduling.waiting import Waiting
+from ..scheduling.policy import Waiting
 from .coded_wrapper import CodedWrapper
 from .mean import Interval
 from .report import Report

@@ -15,7 +15,7 @@ from .._torch import on_host, refuse_tracing
 from ..codes.base import Code
 from ..input_space.regression import Regression
 from ..scheduling.latency_history import History
-from ..scheduling.waiting import Waiting
+from ..scheduling.policy import Waiting
 from ..surrogates import checked
 from ..verification import Record, Verifier
 from ..workers.base import Workers

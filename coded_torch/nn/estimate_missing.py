@@ -20,7 +20,7 @@ from ..input_space.gaussian_process import ErrorBounds
 from ..input_space.metrics import Choice
 from ..input_space.regression import RowPlan, to_scale
 from ..input_space.regressor import columns, few_columns
-from ..scheduling.waiting import Waiting
+from ..scheduling.policy import Waiting
 from ..surrogates import Memory
 from ..verification import Verifier
 from .division import Division

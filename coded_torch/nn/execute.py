@@ -15,7 +15,7 @@ from .. import tracing
 from .._arguments import sparing_logger
 from ..codes.base import DeadlineExceeded, NotEnoughResults
 from ..scheduling.latency_history import Exchangeability, History
-from ..scheduling.waiting import Waiting
+from ..scheduling.policy import Waiting
 from ..table import DROPPED, OPEN, Began, Reply, Table, WorkerError
 from ..verification import Verifier
 from ..workers.base import Request, Workers

@@ -16,7 +16,7 @@ from .._arguments import arguments, bound, check, count, instance, real, real_ar
 from .._torch import as_called, device_of, exactly, on_host
 from ..input_space.finite_mean import Kernel, KernelRegression, intervals
 from ..input_space.metrics import METRICS, Leaf, fitted, leaves_of, typical_rows
-from ..scheduling.waiting import Waiting
+from ..scheduling.policy import Waiting
 from ..surrogates import Memory
 from ..surrogates.memory import Space
 from .division import Inputs

@@ -16,20 +16,6 @@ _CALLS = 128
 _LEAST = 32  # parts that have replied before the history is used
 _REFIT = 32  # new parts after which the line through sizes is fitted again; a new size counts as 4
 _GROUP = 8  # the least number of small parts, and of large parts, of a fit
-# A part is late beyond three standard deviations of a lognormal body (99.9 %), whose lower half
-# stragglers do not touch: 3 / 0.6745 = 4.45 in powers of median / lower quartile. At least 1.5
-# medians, which trades work on calm workers against latency (1.2 to 2 in benchmarks/waiting.py). At
-# most 8 medians, which .4 % of exponential latencies exceed: where a third of the workers are ten
-# times as fast as the others, the quartile is that fast, and no part would be late. Where the body
-# is wide, that tail comes after the hedges that the budget allows (benchmarks/fleet.py). Without
-# the power, p99 is 1.1 times as long where workers are slow for a fifth of the time; 1.5 medians
-# alone make it 1.4 times as long where the body is wide (simulated once; no benchmark keeps it).
-_TAIL = 4.45
-_LEAST_TAIL = 1.5
-_MOST_TAIL = 8.0
-# Seconds before which no part is late, once parts have replied: threads of a busy machine are held
-# up for longer, so a hedge brings nothing and costs .1 ms (benchmarks against, "calls, 4 x 40 B").
-_SOONEST = 2e-3
 # A smaller part that takes more than this share of the time is no use, as each may straggle: where
 # rows take no time, four straggle four times as often as one (benchmarks/fleet.py).
 _SPLIT_SHARE = 0.5
@@ -110,22 +96,15 @@ class History:
         with self._lock:
             return self._quantile(self._parts, quantile) * self._scale(rows)
 
-    def hedging_threshold(self, rows: int, budget: float = 0.0, unknown: float = math.inf) -> float:
-        r"""Return the seconds after which a part of so many rows is late.
-
-        With the median m and the lower quartile q of parts, m times :math:`(m / q)^{4.45}`, or the
-        quantile 1 - ``budget`` if it is less, which is bounded by 1.5 m and 8 m; at least 2 ms.
-        ``unknown`` until 32 parts have replied.
-        """
+    def quantiles(self, *shares: float) -> list[float]:
+        """Return quantiles of parts of ``most_rows`` rows; infinite until 32 have replied."""
         with self._lock:
-            quantiles = (0.5, 0.25, max(0.0, 1.0 - budget))
-            median, quartile, spent = (self._quantile(self._parts, q) for q in quantiles)
-            tail = _MOST_TAIL if median > 0 else _LEAST_TAIL
-            if quartile > 0 and median < math.inf:
-                tail = min(tail, (median / quartile) ** _TAIL)
-            threshold = max(_LEAST_TAIL * median, min(tail * median, spent))
-            threshold *= self._scale(rows)
-            return max(_SOONEST, threshold) if threshold < math.inf else unknown
+            return [self._quantile(self._parts, share) for share in shares]
+
+    def scale(self, rows: int) -> float:
+        """Return the expected time of so many rows, as a share of the time of ``most_rows``."""
+        with self._lock:
+            return self._scale(rows)
 
     def num_hedges(self, rows: int, most: int) -> int:
         """Return how many parts stand in for a late one: ``most``, or 1 if that is no use."""
@@ -170,7 +149,6 @@ class History:
         return window.ordered[index] if is_known else math.inf
 
     def _scale(self, rows: int) -> float:
-        """Return the expected time of so many rows, as a share of the time of ``most_rows``."""
         if rows > self.most_rows:
             return rows / self.most_rows
         return 1.0 + self._slope * (max(rows, self._fewest) / self.most_rows - 1.0)

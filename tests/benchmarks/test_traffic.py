@@ -69,5 +69,5 @@ def test_a_call_without_an_answer_is_a_reply_without_one():
     (reply,) = traffic.drive(fail, [torch.zeros(1)], 1e4, 0)
     assert reply.report is None
     labels = [torch.zeros(1, dtype=torch.int64)]
-    ok = traffic.Reply(0.1, 0.1, torch.ones(1, 2), Report(source=torch.zeros(1), work=1.0))
+    ok = traffic.Reply(0.1, 0.1, torch.ones(1, 2), Report(source=torch.zeros(1), work_ratio=1.0))
     assert latency.outcome([reply, ok], labels * 2)["failed"] == 1

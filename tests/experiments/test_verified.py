@@ -4,7 +4,7 @@ import pytest
 
 from coded_torch.experiments.planner import Verified
 from coded_torch.experiments.simulation import Conditions, simulate
-from coded_torch.scheduling.waiting import Waiting
+from coded_torch.scheduling.policy import Waiting
 
 
 def run(policy, conditions, num_requests=300, workers=24):

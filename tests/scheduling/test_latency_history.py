@@ -7,6 +7,7 @@ import pickle
 import pytest
 
 from coded_torch.scheduling.latency_history import EstimationTimes, History
+from coded_torch.scheduling.policy import hedging_threshold
 
 
 def known(seconds=1.0, rows=2, calls=10):
@@ -65,18 +66,18 @@ WIDE = [0.01 * (i + 1) for i in range(100)]  # a tail of 8 medians
 def test_the_hedging_threshold_is_the_tail_of_a_lognormal_body(latencies, budget, threshold):
     history = History()
     history.add([(4, seconds) for seconds in latencies], None)
-    assert history.hedging_threshold(4, budget) == pytest.approx(threshold)
+    assert hedging_threshold(history, 4, budget) == pytest.approx(threshold)
 
 
 def test_no_part_is_late_before_two_milliseconds():
-    assert known(1e-4).hedging_threshold(2) == 2e-3 == known(0.0).hedging_threshold(2)
+    assert hedging_threshold(known(1e-4), 2) == 2e-3 == hedging_threshold(known(0.0), 2)
 
 
 def test_what_is_old_is_forgotten():
     history = known(1.0, calls=128)
     for _ in range(200):
         history.add([(2, 3.0)] * 4, (2, 3.0))
-    assert (history.part(2), history.hedging_threshold(2), history.call(2)) == (3.0, 4.5, 3.0)
+    assert (history.part(2), hedging_threshold(history, 2), history.call(2)) == (3.0, 4.5, 3.0)
 
 
 def test_latencies_are_compared_by_what_their_rows_should_take():
@@ -99,7 +100,7 @@ def test_few_large_parts_do_not_spoil_the_threshold_of_small_ones():
         rows = 8 if number % 100 == 40 else 1 + (number % 3 == 0)
         history.add([(rows, 1.0)], None)
         if number >= 32:
-            assert history.hedging_threshold(1) == history.hedging_threshold(2) == 1.5, number
+            assert hedging_threshold(history, 1) == hedging_threshold(history, 2) == 1.5, number
 
 
 def test_sizes_that_are_new_soon_count_as_what_they_take():
@@ -107,7 +108,7 @@ def test_sizes_that_are_new_soon_count_as_what_they_take():
     thresholds = []
     for _ in range(24):
         history.add([(2, 1.0)], None)
-        thresholds.append(history.hedging_threshold(1))
+        thresholds.append(hedging_threshold(history, 1))
     assert thresholds[8:] == [1.5] * 16
 
 
@@ -122,7 +123,7 @@ def test_the_bucket_is_filled_by_calls():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_a_copied_history_is_empty(copied):
     history = copied(known())
-    assert history.hedging_threshold(2) == math.inf
+    assert hedging_threshold(history, 2) == math.inf
 
 
 @pytest.mark.parametrize(("of_four", "num"), [(0.25, 4), (1.0, 1)])
