@@ -7,6 +7,12 @@ from __future__ import annotations
 
 import abc
 import functools
+import json
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +22,15 @@ from torch import Tensor
 
 from . import ops
 from ._arguments import count, dense, nonnegative, real_array, shown
-from ._extension import CUDA_FAILURES, curve_plan, exact_matmul
+from ._extension import (
+    CUDA_FAILURES,
+    WARM_CALLS,
+    _allows_tf32,
+    curve_plan,
+    exact_matmul,
+    launches,
+    seconds_on_device,
+)
 from ._torch import placed, to_device
 
 if TYPE_CHECKING:
@@ -34,8 +48,16 @@ _ROWS = 16  # matrices have their rows in multiples of this number (kDenseRows i
 # An instruction of a sweep takes this many times longer, since it depends on the one before. No
 # card has measured it yet (csrc/README.md).
 _WAITING = 1.5
-# Knots beyond which cuBLAS multiplies float32 by the matrix; by the instructions, not measured.
-_KNOTS = 128
+# Knots and points at which a card shows whether its kernels or cuBLAS are faster. Values and
+# results have so many bytes, more than a card's cache, and columns, for all multiprocessors.
+_TIMED = ((32, 40), (128, 160), (512, 640))
+_TIMED_BYTES = 64 << 20
+_TIMED_COLUMNS = 1 << 15
+_TIMED_CALLS = 2
+_TIMED_RUNS = 5
+_TIMED_SECONDS = 0.25  # of a dtype, after which no other size is timed
+_ANY_NUMBER = 1 << 62
+_MARGIN = 1.1  # how many times longer kernels take before cuBLAS takes over
 # Columns from which rows are read by index: the columns of each group then fill tiles of their own,
 # and for fewer columns copying the rows costs less than tiles half empty.
 _FUSED_COLUMNS = 256
@@ -44,6 +66,107 @@ _num_gpus = functools.cache(lambda: torch.cuda.device_count())
 # Numbers of a matrix, 192 MB in both dtypes. Larger plans have none: without kernels, they run on
 # the host.
 _MOST = 1 << 24
+
+
+def _knots_by_user() -> int | None:
+    """Return the knots beyond which cuBLAS multiplies, if the user says so."""
+    text = os.environ.get("CODED_TORCH_CUBLAS_KNOTS")
+    if text is not None and not text.isdecimal():
+        raise ValueError(f"CODED_TORCH_CUBLAS_KNOTS must be an integer of at least 0, got {text!r}")
+    return None if text is None else int(text)
+
+
+_KNOTS = _knots_by_user()
+# Seconds of kernels and of cuBLAS at each of the sizes, by the number of a device and the dtype.
+_times: dict[tuple[int, torch.dtype], tuple[tuple[float, float], ...]] = {}
+_timing = threading.Lock()
+
+
+def times_on_card(device: int, dtype: torch.dtype) -> tuple[tuple[float, float], ...]:
+    """Return the seconds of kernels and of cuBLAS at 32, 128 and 512 knots, as time allows.
+
+    A card is timed once for each dtype, and the numbers are kept beside its kernels. Empty while
+    another thread times it, and where a kernel is not used or memory is short.
+    """
+    found = _times.get((device, dtype))
+    if found is None and _timing.acquire(blocking=False):
+        try:
+            # A thread of its own has none of the caller's modes, transforms and streams.
+            with ThreadPoolExecutor(1) as thread:
+                found = thread.submit(_time_card, device, dtype).result()
+        except RuntimeError:  # of CUDA, such as no memory: kernels go on
+            found = ()
+        finally:
+            _timing.release()
+        _times[device, dtype] = found
+    return found or ()
+
+
+def _time_card(device: int, dtype: torch.dtype) -> tuple[tuple[float, float], ...]:
+    kernels = torch.ops.coded_torch
+    card = torch.cuda.get_device_properties(device)
+    key = f"times of {dtype} on {card.name}, {card.multi_processor_count} multiprocessors, "
+    key += f"torch {torch.__version__}, CUDA {torch.version.cuda}"
+    if kept := kernels._keep(key, ""):
+        return tuple((kernel, cublas) for kernel, cublas in json.loads(kept))
+    kernels._relax()
+    times: list[tuple[float, float]] = []
+    begin = time.monotonic()
+    stream = torch.cuda.Stream(device)
+    with torch.inference_mode(), torch.cuda.device(device), torch.cuda.stream(stream):
+        for num_knots, num_points in _TIMED:
+            if times and time.monotonic() - begin > _TIMED_SECONDS:
+                break
+            knots = np.linspace(-1, 1, num_knots)
+            map = SplineMap(knots, np.linspace(-1, 1, num_points), smoothing=1e-6)
+            columns = _TIMED_BYTES // (dtype.itemsize * (num_knots + num_points))
+            shape = (num_knots, 1, max(columns, _TIMED_COLUMNS))
+            values = torch.randn(shape, device=f"cuda:{device}", dtype=torch.float32).to(dtype)
+            map._by_kernel(values, False)  # tried, and compiled, before the clock runs
+            before = sum(launches(device).values())
+            if not times:
+                begin = time.monotonic()
+            both = (partial(f, values, False) for f in (map._by_kernel, map._by_matrix))
+            kernel, cublas = seconds_on_device([*both], _TIMED_CALLS, _TIMED_RUNS)
+            made = WARM_CALLS + _TIMED_CALLS * _TIMED_RUNS
+            if sum(launches(device).values()) - before < made:
+                return ()  # a fallback was timed
+            times.append((kernel, cublas))
+    kept = json.loads(kernels._keep(key, json.dumps(times)))
+    return tuple((kernel, cublas) for kernel, cublas in kept)
+
+
+@functools.lru_cache
+def slower_kernels(times: tuple[tuple[float, float], ...]) -> tuple[tuple[int, int], ...]:
+    """Return the first and last knots of each range in which cuBLAS is faster by the margin.
+
+    Between the sizes timed, the logarithm of the ratio is interpolated. Beyond, it is constant.
+    """
+    sizes = [knots for knots, _ in _TIMED[: len(times)]]
+    knots = np.arange(1, sizes[-1] + 1)
+    ratios = np.log([kernel / cublas for kernel, cublas in times])
+    is_slower = np.interp(np.log(knots), np.log(sizes), ratios) > np.log(_MARGIN)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], is_slower, [False]]))).tolist()
+    return tuple(
+        (first + 1, _ANY_NUMBER if last == sizes[-1] else last)
+        for first, last in zip(edges[::2], edges[1::2], strict=True)
+    )
+
+
+def cublas_ranges(device: int, dtype: torch.dtype) -> tuple[tuple[int, int], ...]:
+    """Return the ranges of knots for which cuBLAS multiplies values of a dtype on a device."""
+    if _KNOTS is not None:
+        return ((_KNOTS + 1, _ANY_NUMBER),)
+    # With TF32, products by the matrix are in float64.
+    if CUDA_FAILURES or (_allows_tf32() and dtype != torch.float64):
+        return ()
+    if (device, dtype) not in _times and torch.cuda.is_current_stream_capturing():
+        return ()
+    times = times_on_card(device, dtype)
+    return slower_kernels(times) if times else ()
+
+
+vars(cublas_ranges)["_dynamo_marked_constant"] = True  # as _allows_tf32 in _extension.py
 
 
 class LinearMap(abc.ABC):
@@ -240,8 +363,10 @@ class SplineMap(LinearMap):
     Planning costs :math:`O(n + N \log n)` on the host, applying :math:`O(n + N)` per column. Where
     there is a CUDA device, planning costs :math:`O(n N)`, as does applying where a dense matrix is
     faster. The result of a column depends on nothing but the column, bit for bit. On CUDA this
-    holds once a kernel for the dtype and direction is in use; beyond 128 knots cuBLAS multiplies
-    float32, and it holds only under :func:`torch.use_deterministic_algorithms`.
+    holds once a kernel for the dtype and direction is in use, up to as many knots as kernels are
+    faster than cuBLAS: the card is timed once for each dtype, and
+    ``CODED_TORCH_CUBLAS_KNOTS`` says otherwise. Under
+    :func:`torch.use_deterministic_algorithms`, it holds for all.
 
     Reference:
         Wecker and Ansley, *The signal extraction approach to nonlinear regression and spline
@@ -282,20 +407,29 @@ class SplineMap(LinearMap):
 
     def _operands(self, values: Tensor) -> tuple[Tensor, ...]:
         coefficients, schedule = super()._operands(values)
-        if values.is_cuda and not (CUDA_FAILURES or self._prefers_matrix or self._by_torch(values)):
+        if values.is_cuda and not (CUDA_FAILURES or self._prefers_matrix):
             coefficients = coefficients[:, : self._sweeps]
         return coefficients, schedule
 
     def _by_torch(self, values: Tensor) -> bool:
         """Return whether cuBLAS multiplies by the matrix."""
-        large = values.is_cuda and values.dtype == torch.float32 and self.num_inputs > _KNOTS
-        large = large and self._placed[_HOST, torch.float32, 0][0].shape[1] > self._sweeps
-        return large and not torch.are_deterministic_algorithms_enabled()
+        if not values.is_cuda or torch.are_deterministic_algorithms_enabled():
+            return False
+        if self._placed[_HOST, torch.float32, 0][0].shape[1] <= self._sweeps:  # it has no matrix
+            return False
+        ranges = cublas_ranges(values.device.index, values.dtype)
+        return any(first <= self.num_inputs <= last for first, last in ranges)
 
     def _apply(self, values: Tensor, transpose: bool) -> Tensor:
-        coefficients, schedule = self._operands(values)
-        if not self._by_torch(values):
-            return ops.spline_apply(values, coefficients, schedule, transpose=transpose)
+        if self._by_torch(values):
+            return self._by_matrix(values, transpose)
+        return self._by_kernel(values, transpose)
+
+    def _by_kernel(self, values: Tensor, transpose: bool) -> Tensor:
+        return ops.spline_apply(values, *self._operands(values), transpose=transpose)
+
+    def _by_matrix(self, values: Tensor, transpose: bool) -> Tensor:
+        coefficients, _ = super()._operands(values)
         entries = coefficients[0, self._sweeps :][: self.num_inputs * self.num_outputs]
         matrix = entries.view(self.num_inputs, self.num_outputs)
         return product(matrix if transpose else matrix.T, values)

@@ -59,6 +59,7 @@ class Run:
             "CODED_TORCH_ACCELERATOR_DEVICES": str(devices),
             "CODED_TORCH_CUDA": "1" if operators == "kernels" else "0",
             "XDG_CACHE_HOME": str(folder),
+            "CODED_TORCH_CUBLAS_KNOTS": "128",  # where the host runs kernels, timing takes minutes
         }
         self.output = output
         with output.open("w") as file:
@@ -153,6 +154,9 @@ def test_info_leaves_a_file_of_all_that_the_card_shows(accelerator, tmp_path):
     kernels = card["kernels"]
     assert [kernel["number"] for kernel in kernels] == [*range(30)]
     assert all(kernel["right"] and kernel["registers"] for kernel in kernels)
+    assert {*card["borders"]} == {"float64", "float32", "bfloat16", "float16"}
+    for border in card["borders"].values():
+        assert [*border["ratios"]][:1] == ["32"]
     cells = card["times"]
     assert len(cells) == 4 * 2 * 2 * 2 * 2
     for cell in cells:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from coded_torch import _extension, ops
+from coded_torch import _extension, linear, ops
 from coded_torch.codes.curves import chebyshev_first, chebyshev_second
 from coded_torch.input_space.ordering import Grouping
 from coded_torch.linear import SplineMap
@@ -92,14 +92,19 @@ def test_a_map_on_a_gpu(num_knots, num_points, dtype, deterministic):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
-def test_beyond_128_knots_torch_multiplies_float32(dtype):
+def test_torch_multiplies_where_it_is_faster(dtype, monkeypatch):
+    monkeypatch.setattr(linear, "_KNOTS", 129)
     map = SplineMap(chebyshev_first(130), chebyshev_second(200), smoothing=1e-6)
     grouping = Grouping(torch.arange(260).flip(0), 130)
     batch = torch.randn(260, 300, dtype=torch.float64).to(dtype)
     with Launches() as launches:
         groups = map.gathered(batch.cuda(), grouping)
         back = map.adjoint(groups)
-    assert ("spline_apply" in launches.names) == (dtype is not torch.float32)
+    assert "spline_apply" not in launches.names
+    monkeypatch.setattr(linear, "_KNOTS", 130)
+    with Launches() as launches:
+        map.gathered(batch.cuda(), grouping)
+    assert "spline_apply" in launches.names
     want = map.gathered(batch, grouping)
     tolerance = 2 * TOLERANCES[dtype]
     for got, at in ((groups, want), (back, map.adjoint(want))):
@@ -109,7 +114,10 @@ def test_beyond_128_knots_torch_multiplies_float32(dtype):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize(("num_knots", "num_points"), [(20, 50), (150, 160)])
-def test_a_compiled_map_multiplies_by_a_matrix_that_it_does_not_make(num_knots, num_points):
+def test_a_compiled_map_multiplies_by_a_matrix_that_it_does_not_make(
+    num_knots, num_points, monkeypatch
+):
+    monkeypatch.setattr(linear, "_KNOTS", 128)
     map = SplineMap(np.linspace(-1, 1, num_knots), np.linspace(-1, 1, num_points))
     graphs = []
 

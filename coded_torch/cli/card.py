@@ -33,7 +33,7 @@ from torch import Tensor
 
 import coded_torch
 
-from .. import _extension
+from .. import _extension, linear
 from .._extension import seconds_on_device
 from ..linear import SplineMap
 from . import CommandError, say, usage
@@ -44,7 +44,7 @@ Record = dict[str, Any]
 # Seconds that all may take, less than the ten minutes for which a card is often lent; and those of
 # each step. The first process also reads torch from a disk.
 _MOST_SECONDS = 540.0
-_SECONDS = {"environment": 90.0, "kernels": 150.0, "times": 60.0, "tests": 300.0}
+_SECONDS = {"environment": 90.0, "kernels": 150.0, "borders": 45.0, "times": 60.0, "tests": 300.0}
 _AT_ONCE = 6  # processes that try kernels: a context takes some 500 MB of a card's memory
 _KERNELS = 30
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -88,6 +88,7 @@ class Card:
             "problems": self.problems,
             "environment": {},
             "kernels": [],
+            "borders": {},
             "times": [],
             "tests": "not run",
         }
@@ -117,6 +118,7 @@ class Card:
         with tempfile.TemporaryDirectory() as scratch:
             self._look(scratch)
             self._try_kernels(scratch)
+            self._find_borders(scratch)
             self._time(scratch)
         if tests is not None:
             self._test(tests)
@@ -161,6 +163,23 @@ class Card:
             if kernel["right"]:
                 text = f"{kernel['error']:<10.1e}{kernel['registers']:<11}{kernel['local_bytes']}"
             say(f"{kernel['name']:<36}{text}")
+
+    def _find_borders(self, scratch: str) -> None:
+        self.note("where cuBLAS takes over")
+        found = self.found["borders"]
+        end = self.end_of("borders")
+        failure = _in_process(find_borders, (self._quick,), scratch, end, found.update)
+        if failure is not None:
+            self.blame(f"where cuBLAS takes over is known of {[*found]} only: {failure}")
+        say(f"\n{'cuBLAS takes over':<20}(kernel / cuBLAS, by knots)")
+        for name, border in found.items():
+            ratios = ", ".join(f"{k}: {ratio:.2f}" for k, ratio in border["ratios"].items())
+            ranges = [
+                f"from {first}" + (f" to {last}" if last in range(1024) else "")
+                for first, last in border["knots"]
+            ]
+            say(f"{name:<20}{' and '.join(ranges) or 'nowhere'} knots ({ratios})")
+        self.keep()
 
     def _time(self, scratch: str) -> None:
         sizes = _QUICK_SIZES if self._quick else _SIZES
@@ -366,6 +385,26 @@ def try_kernel(number: int) -> Iterator[Record]:
         why = (str(failure) or repr(failure)).splitlines()[0]
         yield {"right": False, "reason": why}
     yield {"seconds": round(time.perf_counter() - begin, 2)}
+
+
+def find_borders(quick: bool) -> Iterator[Record]:
+    """Yield, by dtype, from how many knots cuBLAS is faster, and the times that say so."""
+    if quick:
+        linear._TIMED_BYTES, linear._TIMED_COLUMNS = 1 << 12, 8
+    for dtype in _DTYPES:
+        times = linear.times_on_card(0, dtype)
+        if not times:
+            raise RuntimeError(f"kernels of {dtype} could not be timed beside cuBLAS")
+        sizes = [knots for knots, _ in linear._TIMED[: len(times)]]
+        yield {
+            str(dtype).removeprefix("torch."): {
+                "seconds": dict(zip(sizes, times, strict=True)),
+                "ratios": {
+                    x: kernel / cublas for x, (kernel, cublas) in zip(sizes, times, strict=True)
+                },
+                "knots": linear.slower_kernels(times),
+            }
+        }
 
 
 # ---- times -----------------------------------------------------------------------------------

@@ -79,6 +79,8 @@ STABLE_TORCH_LIBRARY(coded_torch, m) {
   m.def("_compile_kernel(str architecture, int number, int nvrtc) -> Tensor");
   m.def("_kernel_name(int number) -> str");
   m.def("_kernel_attribute(int device, int number, int attribute) -> int");
+  m.def("_relax() -> ()");
+  m.def("_keep(str key, str text) -> str");
   m.def("_launches(int device, int number) -> int");
   // The instruction sets of this machine that have kernels, space-separated, best first.
   m.def("cpu_capabilities() -> str");

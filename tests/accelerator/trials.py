@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from coded_torch import _extension, ops
+from coded_torch import _extension, linear, ops
 from coded_torch.linear import SplineMap
 from tests.accelerator.plugin import driver, library
 
@@ -478,3 +478,72 @@ def test_where_warnings_are_errors_a_trial_passes_and_a_fallback_is_logged(caplo
     assert (
         "torch's operators compute instead of CUDA kernels, because sweep_float32" in record.message
     )
+
+
+@pytest.fixture
+def small_timing(monkeypatch):
+    """Sizes at which the host runs kernels in milliseconds, and no device that was timed before."""
+    monkeypatch.setattr(linear, "_KNOTS", None)
+    monkeypatch.setattr(linear, "_TIMED", ((4, 5), (8, 10), (16, 20)))
+    monkeypatch.setattr(linear, "_TIMED_BYTES", 1 << 12)
+    monkeypatch.setattr(linear, "_TIMED_COLUMNS", 8)
+    monkeypatch.setattr(linear, "_times", {})
+
+
+@pytest.mark.usefixtures("small_timing")
+def test_a_card_is_timed_once_and_decides(cache):
+    map = SplineMap(np.linspace(0, 1, 17), np.linspace(0, 1, 20))
+    values = torch.randn(17, 20, device="cuda:0")
+    map(values)
+    ((key, times),) = linear._times.items()
+    assert key == (0, torch.float32)
+    assert all(kernel > 0 and cublas > 0 for kernel, cublas in times)
+    # The emulator takes far longer than torch's product.
+    before = driver.driver_launches()
+    want = map(values)
+    assert driver.driver_launches() == before
+    linear._times.clear()
+    assert torch.equal(map(values), want)
+    assert linear._times == {key: times}  # read, not timed again
+    assert driver.driver_launches() == before
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.testing.assert_close(map(values), want)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert driver.driver_launches() > before
+
+
+MANY = 1 << 62
+
+
+@pytest.mark.parametrize(
+    ("ratios", "knots"),
+    [
+        ((0.5, 0.9, 1.09), []),
+        ((0.5, 1.0, 1.5), [(178, MANY)]),
+        ((1.2, 1.2, 1.2), [(1, MANY)]),
+        ((0.5, 2.0, 0.5), [(71, 232)]),
+        ((2.0, 0.5, 2.0), [(1, 58), (282, MANY)]),
+    ],
+)
+def test_between_the_sizes_timed_the_border_is_interpolated(ratios, knots):
+    times = tuple((ratio * 1e-3, 1e-3) for ratio in ratios)
+    assert linear.slower_kernels(times) == tuple(knots)
+
+
+@pytest.mark.usefixtures("small_timing")
+def test_where_a_fallback_would_be_timed_kernels_decide(cache, monkeypatch):
+    monkeypatch.setattr(linear, "launches", lambda device: {"product_float32": 0})
+    assert linear.cublas_ranges(1, torch.float32) == ()
+    assert linear._times == {(1, torch.float32): ()}
+    assert not [path for path in cache.glob("*.kernel") if b"times of" in path.read_bytes()]
+
+
+def test_the_user_says_where_cublas_takes_over(monkeypatch):
+    monkeypatch.setenv("CODED_TORCH_CUBLAS_KNOTS", "50")
+    monkeypatch.setattr(linear, "_KNOTS", linear._knots_by_user())
+    assert linear.cublas_ranges(0, torch.float16) == ((51, MANY),)
+    monkeypatch.setenv("CODED_TORCH_CUBLAS_KNOTS", "many")
+    with pytest.raises(ValueError, match="must be an integer of at least 0, got 'many'"):
+        linear._knots_by_user()

@@ -201,9 +201,18 @@ class Relaxed {
   int mode_ = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED
 };
 
+void relax() { thread_local const Relaxed relaxed; }
+
+std::string keep(const std::string& key, const std::string& text) {
+  const Place place(key + "\n" + sources());
+  const std::string kept = place.read();
+  if (kept.empty() && !text.empty()) place.write(text);
+  return kept.empty() ? text : kept;
+}
+
 void* load(void* nvrtc, const Variant& variant, const Device& device, const std::string& machine,
            std::optional<Place>* place) {
-  thread_local const Relaxed relaxed;
+  relax();
   Nvrtc compiler(nvrtc);
   const std::string architecture = compiler.architecture(device.capability);
   const std::vector<std::string> all = options(variant, architecture);

@@ -17,10 +17,15 @@ const Device& device_at(int index);
 // that dlopen gave.
 std::string compile(void* nvrtc, const Variant& variant, const std::string& architecture);
 
+// From now on the calling thread may do what would spoil a graph that another thread captures.
+void relax();
+// Returns what the cache holds for a key and the kernels' sources, after keeping `text` where it
+// holds nothing. Without a cache, the text.
+std::string keep(const std::string& key, const std::string& text);
+
 // Begins the trial of a kernel, and returns it; null, at once, while another process tries it.
-// Takes a second where it has to be compiled. From now on the calling thread may do what would
-// spoil a graph that another thread captures, so it is for the trial only. `machine` is a line of
-// all that the trial depends on but the driver's version.
+// Takes a second where it has to be compiled. The calling thread is relaxed, so it is for the trial
+// only. `machine` is a line of all that the trial depends on but the driver's version.
 void* load(void* nvrtc, const Variant& variant, const Device& device, const std::string& machine,
            std::optional<Place>* place);
 // By a number of CUfunction_attribute.

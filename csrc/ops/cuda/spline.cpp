@@ -196,6 +196,8 @@ STABLE_TORCH_LIBRARY_IMPL(coded_torch, CompositeExplicitAutograd, m) {
   m.impl("_compile_kernel", TORCH_BOX(&compile_kernel));
   m.impl("_kernel_name", TORCH_BOX(&kernel_name));
   m.impl("_kernel_attribute", TORCH_BOX(&kernel_attribute));
+  m.impl("_relax", TORCH_BOX(&relax));
+  m.impl("_keep", TORCH_BOX(&keep));
   m.impl("_launches", TORCH_BOX(&launches));
 }
 
