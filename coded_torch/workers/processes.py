@@ -26,7 +26,7 @@ from . import worker_main
 from .live import LiveRequest
 from .shared_memory import Blocks, Connection, Package, Pickled
 from .supervisor import SupervisedWorkers, Supervisor, WatchedWorker
-from .worker_main import ALIVE, ENDED, LOADED, MODULE, PART, READY, RESULT
+from .worker_main import ALIVE, ENDED, FORKED, LOADED, MODULE, PART, READY, RESULT
 
 # The share of a processor above which a process is alive. A hung one uses .4 %, by its thread that
 # waits for Python's global lock; compiled code uses 6 % of a processor that 16 processes share.
@@ -74,10 +74,12 @@ class ProcessWorkers(SupervisedWorkers):
             to the CPU.
         threads: the number of threads that each process uses for one operation. Defaults to 1.
         hang_timeout: seconds without a sign of life after which a process at work is ended; doubled
-            for a row at each end of a process that computed it. Loading may take 120 s. Defaults to
-            30.
+            for a row at each end of a process that computed it. Defaults to 30.
         timeout: seconds after which a part that was asked for and has not replied has failed, and
             its process is ended. Defaults to 600.
+        start_timeout: seconds that a process may take to start, or to load a module, before it is
+            ended. Defaults to None: ten times what the first one took to start, and at least 10,
+            which doubles up to 120 if a process was ended for it.
 
     Opening raises:
         RuntimeError: the pool is closed, an input requires gradients, this process was forked from
@@ -92,7 +94,8 @@ class ProcessWorkers(SupervisedWorkers):
         Processes are forked, in some 50 ms, from a server that has imported torch and the packages
         of the module's classes. Packages that start threads or initialise CUDA are imported by the
         processes instead. The server takes seconds to start, and starts anew if a module has other
-        packages. A new process loads the last module before it gets parts.
+        packages. Processes outlive it. They end with this process. A new process loads the last
+        module before it gets parts.
 
         If this process forks, its child shares the memory of large answers: what one of the two
         writes into them, the other one sees. Clone answers first if that matters.
@@ -106,21 +109,31 @@ class ProcessWorkers(SupervisedWorkers):
         threads: int = 1,
         hang_timeout: float = 30.0,
         timeout: float = 600.0,
+        start_timeout: float | None = None,
     ) -> None:
         self.devices = find_devices(self, ("cpu",) if devices is None else devices, torch.device)
         self.mixed = len({device.type for device in self.devices}) > 1
-        super().__init__(num_workers, threads=threads, hang_timeout=hang_timeout, timeout=timeout)
+        super().__init__(
+            num_workers,
+            threads=threads,
+            hang_timeout=hang_timeout,
+            timeout=timeout,
+            start_timeout=start_timeout,
+        )
 
     def _make(self) -> Supervisor:
-        return _Processes(self.devices, self.threads, self._size, self.hang_timeout, self.timeout)
+        return _Processes(self.devices, self.threads, *self._limits())
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class _Process(WatchedWorker):
-    """A process and the connection to it, by which its server tells its end, too."""
+    """A process and the connection to it, by which its server tells of its begin and its end."""
 
     connection: Connection
+    server: worker_main.Server
     packages: frozenset[str]  #: the packages that its server has imported
+    fork_by: float  #: the time until which the server has to tell its process id
+    descriptor = -1  #: of the process; ready to read once it has ended, whoever lives
     number = 0  #: the number of its last part
     used = 0.0  #: seconds of processor time of all its threads, at the last look
     gone = False  #: true if it has ended
@@ -132,6 +145,12 @@ class _Process(WatchedWorker):
             if used - self.used > _BUSY * (time.monotonic() - max(self.since, self.life)):
                 self.life = time.monotonic()
             self.used = used
+
+    def end_by(self, *limits: float) -> tuple[float, str]:
+        due, why = super().end_by(*limits)
+        if self.pid or due <= self.fork_by:
+            return due, why
+        return self.fork_by, "was not forked in time, so that its server was ended"
 
     def __str__(self) -> str:
         return f"process {self.pid}" if self.pid else f"process {self.index} of the pool"
@@ -183,12 +202,16 @@ class _Processes(Supervisor):
     def launch(self, index: int) -> _Process:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        link, packages = Connection(ours, self._blocks), self._packages - worker_main.REFUSED
-        worker = _Process(index, connection=link, packages=packages)
+        link = Connection(ours, self._blocks)
+        packages = self._packages - worker_main.REFUSED
         device = self._devices[index % len(self._devices)]
         with theirs, contextlib.ExitStack() as on_error:
             on_error.callback(link.close)
-            worker_main.fork(theirs, packages, device, self._threads, self.seed(), self.beat)
+            options = device, self._threads, self.seed(), self.beat
+            server, fork_by = worker_main.fork(theirs, packages, *options)
+            worker = _Process(
+                index, connection=link, server=server, packages=packages, fork_by=fork_by
+            )
             # The last module will probably be wanted, but loading it may be why starts failed.
             if (last := self.modules.last()) is not None and not self._failed_starts:
                 worker.modules = frozenset(last[:1])
@@ -222,19 +245,23 @@ class _Processes(Supervisor):
 
     def end(self, worker: _Process) -> str | None:
         self._ignore(worker)
-        if worker.pid and not worker.gone:
-            with contextlib.suppress(*_BROKEN):
-                os.kill(worker.pid, signal.SIGKILL)
-                while wait([worker.connection.socket], _DYING_SECONDS):
-                    if (said := worker.connection.receive()) is None or said[0] == ENDED:
-                        break
+        if worker.pid:
+            with contextlib.suppress(*_BROKEN):  # it has ended
+                signal.pidfd_send_signal(worker.descriptor, signal.SIGKILL)
+                wait([worker.descriptor], _DYING_SECONDS)
+                if worker.gone and worker.code is None:
+                    worker.code = worker.server.told(worker.connection)
+            os.close(worker.descriptor)
+        elif time.monotonic() >= min(worker.fork_by, worker.since + self.start_timeout):
+            worker.server.kill()
         worker.connection.close()  # ends one that is not up
         if not worker.gone:
             return None
         if (code := worker.code) is None and worker.pid:
-            return "ended with its server"
+            return "ended, and its server did not tell how"
         if code is None:
-            worker_main.REFUSED.update(() if self.closed else worker.packages)
+            if not (self.closed or worker.server.was_killed()):
+                worker_main.REFUSED.update(worker.packages)
             return "was not forked, as its server ended, or has threads or CUDA"
         if code < 0:
             names = {each.value: each.name for each in signal.Signals}  # not of all real-time ones
@@ -313,19 +340,33 @@ class _Processes(Supervisor):
                     return
                 if (worker := self._heard.get(descriptor)) is not None:
                     self.served = worker
-                    self._hear(worker)
+                    if descriptor == worker.descriptor:
+                        worker.unwanted = worker.unwanted or "has ended"  # it gets no part
+                        while self._hear(worker):
+                            pass
+                        worker.gone = True
+                        self._doom(worker, worker.unwanted)
+                    else:
+                        self._hear(worker)
                     self.served = None
                 elif leads or not self._is_led:  # else the leader is meant
                     self._poke.read(8)
 
-    def _hear(self, worker: _Process) -> None:
+    def _hear(self, worker: _Process) -> bool:
+        """Take one message; return whether there may be more."""
         try:
             kind, number, read = worker.connection.receive() or (ENDED, None, None)
+            if kind in (FORKED, READY) and not worker.pid:
+                worker.descriptor = os.pidfd_open(number)
+                worker.pid = number
+                self._heard[worker.descriptor] = worker
+                self._epoll.register(worker.descriptor, select.EPOLLIN)
             if kind == ENDED:
                 worker.gone, worker.code = True, number
                 self._doom(worker, "has ended")
-            elif kind == READY:
-                worker.pid, worker.since = number, time.monotonic()
+                return False
+            if kind == READY:
+                worker.since = time.monotonic()
                 worker.loading = bool(worker.modules)
                 if not worker.loading:
                     self.ready(worker)
@@ -338,10 +379,14 @@ class _Processes(Supervisor):
                 part = worker.part if number == worker.number else None
                 self.settle(worker, part, (worker, read))
         except BlockingIOError:
-            pass  # no message is left: another thread has taken it
+            return False  # no message is left: another thread has taken it
+        except ProcessLookupError:
+            pass  # it has ended, and been waited for, which its server tells next
         except _BROKEN as error:
             what = f"{type(error).__name__}: {error}"
             self._doom(worker, f"was killed, as nothing could be exchanged with it: {what}")
+            return False
+        return True
 
     def recover(self) -> None:
         if self.served is not None:
@@ -357,9 +402,10 @@ class _Processes(Supervisor):
     def _ignore(self, worker: _Process) -> None:
         """Hear a worker no more."""
         with self.lock:
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # nothing does
-                self._epoll.unregister(worker.connection.socket)
-            self._heard.pop(worker.connection.socket.fileno(), None)
+            for descriptor in (worker.connection.socket.fileno(), worker.descriptor):
+                with contextlib.suppress(OSError, ValueError, AttributeError):  # nothing does
+                    self._epoll.unregister(descriptor)
+                self._heard.pop(descriptor, None)
 
 
 def _packages_of(module: nn.Module) -> set[str]:

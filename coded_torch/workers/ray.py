@@ -33,8 +33,9 @@ class RayWorkers(SupervisedWorkers):
         address: the address of the cluster, as for :func:`ray.init`. Defaults to None: the cluster
             that this process is in, else a local one, which ends with this process. A process is in
             one cluster at a time.
-        threads, hang_timeout, timeout: as for :class:`~coded_torch.workers.ProcessWorkers`, but a
-            module has to give signs of life while it loads, and processor time is none.
+        threads, hang_timeout, timeout, start_timeout: as for
+            :class:`~coded_torch.workers.ProcessWorkers`, but a module has to give signs of life
+            while it loads, and processor time is none.
         actor_options: options of each actor for Ray, such as ``num_gpus=1``, for an actor on a GPU.
             By default ``num_cpus=0``, so that any number of actors runs anywhere.
 
@@ -57,6 +58,7 @@ class RayWorkers(SupervisedWorkers):
         threads: int = 1,
         hang_timeout: float = 30.0,
         timeout: float = 600.0,
+        start_timeout: float | None = None,
         **actor_options: Any,
     ) -> None:
         if not importlib.util.find_spec("ray"):
@@ -66,11 +68,17 @@ class RayWorkers(SupervisedWorkers):
             )
         self.address = address
         self.actor_options = {"num_cpus": 0, **actor_options}
-        super().__init__(num_workers, threads=threads, hang_timeout=hang_timeout, timeout=timeout)
+        super().__init__(
+            num_workers,
+            threads=threads,
+            hang_timeout=hang_timeout,
+            timeout=timeout,
+            start_timeout=start_timeout,
+        )
 
     def _make(self) -> Supervisor:
         how = self.address, self.threads, self.actor_options
-        return _Actors(*how, self._size, self.hang_timeout, self.timeout)
+        return _Actors(*how, *self._limits())
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)

@@ -21,9 +21,11 @@ from .dispatch import CLOSING_SECONDS, DispatchedWorkers, Dispatcher, Worker
 from .live import Ambient, LiveRequest
 from .worker_main import ModuleStore, PackedModule
 
-# Seconds that a worker has to start, or to load a module. Importing torch from a cold disk takes
-# tens of seconds. Not tuned: a lower value ends healthy workers, a higher one finds hung ones late.
+# Seconds that the first worker has to start: importing torch from a cold disk takes tens of them.
+# Later ones have as many times what the first one took, and at least the seconds below. If one was
+# ended for it, the others have twice the time, up to that of the first. Not tuned.
 START_SECONDS = 120.0
+_STARTS, _LEAST_START = 10.0, 10.0
 _BEATS = 4  # signs of life per ``hang_timeout``: some may be late on a busy machine; not tuned
 _LONGEST_BEAT = 10.0  # seconds between signs of life, at most; not tuned
 _RECENT = 10.0  # seconds since its last part began, for which a module still has calls; not tuned
@@ -39,6 +41,7 @@ class WatchedWorker(Worker):
     """A process or an actor: starting, loading a module, at a part, or idle."""
 
     loading = False  #: true until it has loaded the module of its part
+    launched = 0.0  #: the time when it was launched
     life = -math.inf  #: the time of its last sign of life
     modules: frozenset[int] = frozenset()  #: the numbers of its modules
     latest = -1  #: the number of the module of its last part
@@ -63,16 +66,20 @@ class WatchedWorker(Worker):
     def look(self) -> None:
         """Look for a sign of life that the worker does not give itself."""
 
-    def end_by(self, hang_timeout: float, timeout: float) -> tuple[float, str]:
+    def end_by(
+        self, start_timeout: float, hang_timeout: float, timeout: float
+    ) -> tuple[float, str]:
         """Return when the worker is to be ended, and why, in words that continue its name."""
         if self.unwanted:
             return -math.inf, self.unwanted
         if self.is_abandoned:
             return -math.inf, "was at a call that was interrupted"
         if self.loading or not self.ready:
-            seconds = max(START_SECONDS, hang_timeout)
             what = "loading a module" if self.ready else "starting"
-            return self.since + seconds, f"was {what} for more than {seconds:g} s, and was ended"
+            how = (
+                f"for more than {start_timeout:.3g} s, and was ended; start_timeout sets this time"
+            )
+            return self.since + start_timeout, f"was {what} {how}"
         if self.part is None:
             return math.inf, ""
         awaited = self.part.request.awaits(self.part)
@@ -96,16 +103,24 @@ class Supervisor(Dispatcher):
     """The workers of a pool, of whom lost ones are replaced, and late ones ended.
 
     A worker hangs if it computes a part that a call waits for, and shows no sign of life for
-    ``hang_timeout`` seconds, without the time for loading the module where that is reported. No
-    part takes longer than ``timeout``. Subclasses report to :meth:`ready`, :meth:`loaded`,
-    :meth:`settle` and :meth:`lost`, and note each :attr:`~WatchedWorker.life`. One thread runs
-    :meth:`serve`; any thread calls the rest.
+    ``hang_timeout`` seconds, without the time for loading the module where that is reported: that,
+    and starting, take at most ``start_timeout``. No part takes longer than ``timeout``. Subclasses
+    report to :meth:`ready`, :meth:`loaded`, :meth:`settle` and :meth:`lost`, and note each
+    :attr:`~WatchedWorker.life`. One thread runs :meth:`serve`; any thread calls the rest.
     """
 
     def __init__(
-        self, size: int, hang_timeout: float, timeout: float, clock: Any = time.monotonic
+        self,
+        size: int,
+        hang_timeout: float,
+        timeout: float,
+        start_timeout: float | None = None,
+        clock: Any = time.monotonic,
     ) -> None:
         super().__init__(size, clock)
+        self.start_timeout = START_SECONDS if start_timeout is None else start_timeout
+        self._sets_start_timeout = start_timeout is None
+        self._has_started = False
         self.hang_timeout = hang_timeout
         self.timeout = timeout
         self.beat = min(self.hang_timeout / _BEATS, _LONGEST_BEAT)  # seconds between signs of life
@@ -165,6 +180,11 @@ class Supervisor(Dispatcher):
 
     def ready(self, worker: Any) -> None:
         self._failed_starts = 0
+        if self._sets_start_timeout and not self._has_started:
+            took = self._clock() - worker.launched
+            self.start_timeout = max(_STARTS * took, _LEAST_START)
+            self.wake()  # the others are due earlier
+        self._has_started = True
         super().ready(worker)
 
     def loaded(self, worker: Any) -> None:
@@ -228,20 +248,25 @@ class Supervisor(Dispatcher):
 
     def tend(self) -> float:
         """End late workers, start missing ones, and return when there is more to do."""
-        # A part that begins meanwhile is due no earlier than a hang timeout from now.
-        again = (now := self._clock()) + min(self.hang_timeout, _LONGEST_WAIT)
+        # A part that begins meanwhile is due no earlier than the least timeout from now.
+        now = self._clock()
+        again = now + min(self.start_timeout, self.hang_timeout, _LONGEST_WAIT)
+        limits = self.start_timeout, self.hang_timeout, self.timeout
         self._assign()
         for worker in list(self._workers):
             with self.lock:  # a worker that gets its next part meanwhile is not overdue
-                if worker.end_by(self.hang_timeout, self.timeout)[0] <= now:
+                if worker.end_by(*limits)[0] <= now:
                     worker.look()
-                due, why = worker.end_by(self.hang_timeout, self.timeout)
+                due, why = worker.end_by(*limits)
                 if due <= now:
                     worker.unwanted = why
                     if due > -math.inf and worker.part is not None:
                         worker.part.request.kills.update(worker.part.units)
             again = min(again, due)
             if due <= now:
+                if due == worker.since + limits[0] and self._sets_start_timeout:
+                    twice = min(2 * limits[0], START_SECONDS)
+                    self.start_timeout = max(self.start_timeout, twice)
                 self.lost(worker, why)
         for index in self.vacant():
             if now < self._start_again:
@@ -252,7 +277,7 @@ class Supervisor(Dispatcher):
                 reason = f"could not be started: {type(cause).__name__}: {cause}"
                 self._replace(WatchedWorker(index), reason)
                 continue  # until the time of the next try
-            worker.since = self._clock()
+            worker.launched = worker.since = self._clock()
             self.add(worker, ready=False)
         return float(again)
 
@@ -315,12 +340,21 @@ class SupervisedWorkers(DispatchedWorkers):
     starts_late = True
 
     def __init__(
-        self, num_workers: int, *, threads: int, hang_timeout: float, timeout: float
+        self,
+        num_workers: int,
+        *,
+        threads: int,
+        hang_timeout: float,
+        timeout: float,
+        start_timeout: float | None,
     ) -> None:
         self._size = count(self, "num_workers", num_workers, most=MOST_WORKERS)
         self.threads = count(self, "threads", threads)
         self.hang_timeout = positive(self, "hang_timeout", hang_timeout)
         self.timeout = positive(self, "timeout", timeout)
+        if start_timeout is not None:
+            start_timeout = positive(self, "start_timeout", start_timeout)
+        self.start_timeout = start_timeout
         self._warned = False
         self._open()
 
@@ -331,6 +365,10 @@ class SupervisedWorkers(DispatchedWorkers):
         request = SupervisedRequest(task, self.timeout, supervisor, None)
         request.module = supervisor.modules.pack(module, request.ambient)
         return request
+
+    def _limits(self) -> tuple[int, float, float, float | None]:
+        """Return the arguments of a :class:`Supervisor`."""
+        return self._size, self.hang_timeout, self.timeout, self.start_timeout
 
     @property
     def pids(self) -> list[int]:

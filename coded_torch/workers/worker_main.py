@@ -4,15 +4,17 @@ They are forks of a server that has imported this package, so that they start in
 is a server for each set of packages to import. The server of :mod:`multiprocessing` would not do:
 the whole process shares it and its packages, and its socket has a file, which stays after a kill.
 
-A server ends when the process that started it has ended. The system then ends its workers.
+Workers outlive their server. A server and its workers are one process group. As soon as the process
+that started them has ended, any of them that is not stopped ends the whole group.
 """
 
 import contextlib
-import ctypes
+import dataclasses
 import functools
 import gc
 import importlib
 import itertools
+import math
 import multiprocessing
 import operator
 import os
@@ -23,6 +25,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterable
@@ -42,51 +45,104 @@ from .base import InjectedCrash, compute
 from .live import Ambient
 from .shared_memory import Blocks, Connection, Pickled
 
-# Kinds of messages. The first has the process id. The last, which the server sends, the exit code.
-READY, MODULE, LOADED, PART, RESULT, ALIVE, ENDED = range(7)
-# Bounds in seconds, not tuned: to import the packages of a server, to wait behind some hundred
-# earlier requests to it, and between two looks whether its caller has ended.
-_IMPORT_SECONDS, _SEND_SECONDS, _LOOK_SECONDS = 120, 10.0, 2.0
+# Kinds of messages. The server sends the last two: the process id of a worker, and its exit code.
+READY, MODULE, LOADED, PART, RESULT, ALIVE, FORKED, ENDED = range(8)
+# Bounds in seconds, not tuned: for a server to import its packages, to take a request while it
+# imports, and to fork a worker later, perhaps behind some hundred others; and for news of an end.
+_IMPORT_SECONDS = 120
+_SEND_SECONDS = 10.0
+_FORK_SECONDS = 5.0
+_ENDING_SECONDS = 0.5
 # Ctrl-C, and SIGTERM to a whole group, are meant for the caller's process.
 _OF_CALLER = signal.SIGINT, signal.SIGTERM
 REFUSED: set[str] = set()  # packages that no server imports, as they broke one
 
 _starting = threading.Lock()  # held while a server starts
 os.register_at_fork(after_in_child=_starting._at_fork_reinit)  # type: ignore[attr-defined]
-# By the packages that a server has imported: its process id, and the socket for requests to it.
-_servers: dict[frozenset[str], tuple[int, int]] = {}
+
+
+@dataclasses.dataclass(eq=False)
+class Server:
+    """A server, from the side of the process that started it."""
+
+    pid: int
+    requests: socket.socket
+    is_up: bool = False  #: true if it is known to have imported its packages
+    is_silent: bool = False  #: true if it did not tell in time how a worker has ended
+    status: int | None = None  #: the exit code, once it has ended; 0 if the host has waited for it
+
+    def ask(self, program: int, sock: int) -> float:
+        """Ask for a worker, and return until when it must be forked; infinite during imports."""
+        with contextlib.suppress(OSError):
+            self.is_up = self.is_up or bool(self.requests.recv(1, socket.MSG_DONTWAIT))
+        with self.requests.dup() as link:
+            link.settimeout(_FORK_SECONDS if self.is_up else _SEND_SECONDS)
+            try:
+                socket.send_fds(link, [b"!"], [program, sock])
+            except TimeoutError:
+                self.kill()
+                raise
+        return time.monotonic() + _FORK_SECONDS if self.is_up else math.inf
+
+    def has_ended(self) -> bool:
+        if self.status is None:
+            try:
+                ended, status = os.waitpid(self.pid, os.WNOHANG)
+                if ended:
+                    self.status = os.waitstatus_to_exitcode(status)
+            except ChildProcessError:
+                self.status = 0
+        return self.status is not None
+
+    def was_killed(self) -> bool:
+        return self.has_ended() and self.status == -signal.SIGKILL
+
+    def kill(self) -> None:
+        """End the server, perhaps while it imports, or is stopped. Its workers go on."""
+        self.is_silent = True
+        if not self.has_ended():
+            os.kill(self.pid, signal.SIGKILL)
+
+    def told(self, connection: Connection) -> int | None:
+        """Wait for the exit code of a worker that has ended; return None if it does not come."""
+        while wait([connection.socket], 0.0 if self.is_silent else _ENDING_SECONDS):
+            said = connection.receive()
+            if said is None or said[0] == ENDED:
+                return None if said is None else said[1]
+        self.is_silent = True
+        return None
+
+
+# By the packages that a server has imported.
+_servers: dict[frozenset[str], Server] = {}
 os.register_at_fork(after_in_child=_servers.clear)  # a forked process starts its own servers
 
 
-def _server(packages: frozenset[str]) -> int:
-    """Return the socket of the server with these packages, which is started if there is none."""
-    for key, (pid, requests) in list(_servers.items()):
-        with contextlib.suppress(ChildProcessError):  # the host has waited for it: it has ended
-            if not os.waitpid(pid, os.WNOHANG)[0]:
-                continue
-        del _servers[key]
-        os.close(requests)
+def _server(packages: frozenset[str]) -> Server:
+    """Return the server with these packages, which is started if there is none."""
+    for key, server in list(_servers.items()):
+        if server.has_ended():
+            del _servers[key]
+            server.requests.close()
     if packages in _servers:
-        return _servers[packages][1]
+        return _servers[packages]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs:
+    with theirs, open(os.pidfd_open(os.getpid()), "rb") as caller:
         # No working directory, where an uncompiled checkout may lie.
         path = [x or os.getcwd() for x in sys.path if isinstance(x, str)]
-        options = theirs.fileno(), os.getpid(), sorted(packages)
+        options = theirs.fileno(), caller.fileno(), sorted(packages)
         program = f"import sys; sys.path = {path}; import {__name__} as main; main.serve{options}"
         interpreter: list[Any] = spawn.get_command_line()[:-3]  # with its flags
         command = [*interpreter, "-c", program]
-        pid = util.spawnv_passfds(command[0], command, [theirs.fileno()])
-        _servers[packages] = pid, ours.detach()
-    return _servers[packages][1]
+        passed = sorted([theirs.fileno(), caller.fileno()])
+        _servers[packages] = Server(util.spawnv_passfds(command[0], command, passed), ours)
+    return _servers[packages]
 
 
 def _end_servers() -> None:
     """End the servers with this process, even those that import: they hold its output open."""
-    for pid, _ in _servers.values():
-        with contextlib.suppress(ChildProcessError):  # the host has waited for it: it has ended
-            if not os.waitpid(pid, os.WNOHANG)[0]:
-                os.kill(pid, signal.SIGKILL)
+    for server in _servers.values():
+        server.kill()
 
 
 weakref.finalize(_end_servers, _end_servers)  # at exit, after the pools, which are made later
@@ -94,6 +150,7 @@ weakref.finalize(_end_servers, _end_servers)  # at exit, after the pools, which 
 
 def serve(requests: int, caller: int, packages: list[str]) -> None:
     """Run a server: import packages, then fork a worker per request and tell how each ends."""
+    os.setpgid(0, 0)
     for number in _OF_CALLER:  # a package may unblock them
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -107,15 +164,18 @@ def serve(requests: int, caller: int, packages: list[str]) -> None:
     _flush()
     if threading.active_count() > 1 or torch.cuda.is_initialized():
         os._exit(0)  # forks would lack them
-    server, asked = os.getpid(), socket.socket(fileno=requests)
+    asked = socket.socket(fileno=requests)
+    asked.send(b"!", socket.MSG_NOSIGNAL)  # it is up
     ring, bell = os.pipe()  # rings when a worker has ended
     os.set_blocking(bell, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(bell)
-    heard = [requests, ring]
+    heard = [caller, requests, ring]
     workers: dict[int, Connection] = {}  # their ends of the connections, by process id
-    while (requests in heard or workers) and os.getppid() == caller:
-        ready = wait(heard, _LOOK_SECONDS)
+    while requests in heard or workers:
+        ready = wait(heard)
+        if caller in ready:
+            os.killpg(0, signal.SIGKILL)
         if ring in ready:
             os.read(ring, 4096)
         for pid in list(workers):
@@ -132,8 +192,9 @@ def serve(requests: int, caller: int, packages: list[str]) -> None:
                 program, sock = given
                 if not (pid := os.fork()):
                     others = [link.socket.fileno() for link in workers.values()]
-                    _work(server, sock, program, (requests, ring, bell, *others))
+                    _work(sock, program, caller, (requests, ring, bell, *others))
                 workers[pid] = Connection(socket.socket(fileno=given.pop()), Blocks())
+                workers[pid].tell(FORKED, pid)
             for descriptor in given:
                 os.close(descriptor)
     os._exit(0)
@@ -141,44 +202,41 @@ def serve(requests: int, caller: int, packages: list[str]) -> None:
 
 def fork(
     sock: socket.socket, packages: frozenset[str], device: torch.device, *options: Any
-) -> None:
-    """Have a worker forked that serves a socket, from a server that has imported packages.
+) -> tuple[Server, float]:
+    """Have a worker forked that serves a socket, by a server that has imported packages.
 
-    The options are the fields of a :class:`_Program` after its device. The server tells the exit
-    code by the same socket, and closes it if there is no fork.
+    Return the server, and the time until which it has to tell the process id of the worker. It
+    tells that and, later, the exit code by the same socket, and closes it if there is no fork. The
+    options are the fields of a :class:`_Program` after its device.
     """
     data = spawn.get_preparation_data("worker")
     kept = {name: data[name] for name in ("sys_path", "sys_argv", "orig_dir", "dir")}
     names = {"init_main_from_name", "init_main_from_path"} & data.keys()
     main = {} if shared_memory.is_interactive() else {name: data[name] for name in names}
     signal.pthread_sigmask(signal.SIG_BLOCK, _OF_CALLER)  # the server inherits this mask
-    with open(os.memfd_create("program"), "w+b") as program, _starting:
+    with open(os.memfd_create("program"), "w+b") as program:
         pickle.dump((kept, _Program(main, device, *options)), program)
         program.seek(0)
-        requests = _server(packages)
-        with socket.fromfd(requests, socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
-            link.settimeout(_SEND_SECONDS)
-            socket.send_fds(link, [b"!"], [program.fileno(), sock.fileno()])
+        with _starting:
+            server = _server(packages)
+        return server, server.ask(program.fileno(), sock.fileno())
 
 
-def _work(server: int, sock: int, program: int, others: Iterable[int]) -> None:
+def _work(sock: int, program: int, caller: int, others: Iterable[int]) -> None:
     """Be a worker, which has just been forked from a server that has other descriptors, too."""
     code = 1
     try:
         signal.set_wakeup_fd(-1)
         for descriptor in others:
             os.close(descriptor)
-        # PR_SET_PDEATHSIG: Linux ends this process with its server, even if it is stopped.
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
-        if os.getppid() == server:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.signal(signal.SIGTERM, functools.partial(_end_fork, os.getpid()))
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-            with open(program, "rb") as file:
-                preparation, worker = pickle.load(file)
-            spawn.prepare(preparation)
-            worker.run(Connection(socket.socket(fileno=sock), Blocks()))
-            code = 0
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, functools.partial(_end_fork, os.getpid()))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        with open(program, "rb") as file:
+            preparation, worker = pickle.load(file)
+        spawn.prepare(preparation)
+        worker.run(Connection(socket.socket(fileno=sock), Blocks()), caller)
+        code = 0
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
     except BaseException:
@@ -203,10 +261,10 @@ class _Program(NamedTuple):
     seed: int
     beat: float  # seconds between two signs of life
 
-    def run(self, connection: Connection) -> None:
+    def run(self, connection: Connection, caller: int) -> None:
         shared_memory.is_interactive = lambda: not self.main
         shared_memory.import_main = functools.cache(lambda: _import_main(self.main))
-        threading.Thread(target=self.watch, args=(connection,), daemon=True).start()
+        threading.Thread(target=self.watch, args=(connection, caller), daemon=True).start()
         set_up(self.threads, self.seed)
         gc.freeze()  # the objects that exist now stay: no collection needs to look at them
         modules = LoadedModules(self.device, lambda value: Pickled(value, connection.blocks))
@@ -222,12 +280,15 @@ class _Program(NamedTuple):
                 del message, read  # the answer says that its memory can be used again
                 connection.send(RESULT, number, result)
 
-    def watch(self, connection: Connection) -> None:
+    def watch(self, connection: Connection, caller: int) -> None:
         """Give signs of life, and end this process with its connection, even during a call."""
         poll = select.poll()
         poll.register(connection.socket, 0)
-        while not poll.poll(1000 * self.beat):
+        poll.register(caller, select.POLLIN)
+        while not (events := poll.poll(1000 * self.beat)):
             connection.tell(ALIVE)
+        if caller in dict(events):
+            os.killpg(0, signal.SIGKILL)
         os._exit(0)
 
 

@@ -316,14 +316,34 @@ def test_a_module_that_ends_processes_spoils_no_other():
             assert reply.error is None
 
 
-def test_processes_end_with_their_server_and_are_replaced():
-    with ProcessWorkers(2).start(timeout=WAIT) as pool:
+def test_processes_outlive_their_server():
+    with ProcessWorkers(2, hang_timeout=WAIT).start(timeout=WAIT) as pool:
         before = pool.pids
-        os.kill(before[0], signal.SIGSTOP)
-        os.kill(_parent(before[0]), signal.SIGKILL)
-        until(lambda: pool.num_ready == 2 and not set(before) & set(pool.pids))
-        assert not any(map(_parent, before))
+        server = _parent(before[0])
+        os.kill(server, signal.SIGKILL)
+        until(lambda: not any(_parent(pid) == server for pid in before))
         assert len(answers(pool, nn.Identity(), torch.zeros(4, 1, 1))) == 4
+        assert (pool.pids, pool.num_restarts) == (before, 0)
+        os.kill(before[0], signal.SIGKILL)  # nobody tells how it ended
+        until(lambda: pool.num_ready == 2 and before[0] not in pool.pids)
+        assert before[1] in pool.pids
+        assert _parent(pool.pids[0]) != _parent(before[1])
+        assert len(answers(pool, nn.Identity(), torch.zeros(4, 1, 1))) == 4
+
+
+def test_a_server_that_is_stopped_is_replaced_while_its_processes_go_on():
+    with ProcessWorkers(2, hang_timeout=WAIT).start(timeout=WAIT) as pool:
+        before = pool.pids
+        server = _parent(before[0])
+        os.kill(server, signal.SIGSTOP)
+        os.kill(before[0], signal.SIGKILL)
+        until(lambda: before[0] not in pool.pids)
+        while pool.num_ready < 2:
+            start = time.monotonic()
+            assert len(answers(pool, nn.Identity(), torch.zeros(4, 1, 1))) == 4
+            assert time.monotonic() - start < WAIT / 4
+        assert before[1] in pool.pids
+        assert _parent(server) == 0
 
 
 def test_a_request_asks_again_with_its_own_module_after_a_newer_one():
@@ -698,7 +718,8 @@ def test_a_killed_caller_leaves_no_stopped_worker_though_a_fork_lives(tmp_path):
                 assert server not in (0, 1, caller.pid)
                 if not server_lives:
                     os.kill(server, signal.SIGKILL)
-                    until(lambda workers=workers: not any(map(_parent, workers)))
+                    until(lambda server=server: not _parent(server))
+                    assert all(map(_parent, workers))
                 caller.kill()
                 gone = *workers, server
                 until(lambda gone=gone: not any(map(_parent, gone)))

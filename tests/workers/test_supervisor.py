@@ -51,10 +51,10 @@ class Numbered(WatchedWorker):
 class InMemory(Supervisor):
     """A supervisor of workers that the test drives."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, start_timeout: float | None = START_SECONDS) -> None:
         self.clock = Clock()
         self.launched: list[Numbered] = []
-        super().__init__(size, GRACE, TIMEOUT, self.clock)
+        super().__init__(size, GRACE, TIMEOUT, start_timeout, self.clock)
 
     def pack(self, module: nn.Module) -> None:
         return None
@@ -364,6 +364,52 @@ def test_loading_a_module_is_no_part_of_the_grace():
     assert f"was loading a module for more than {START_SECONDS:g} s" in str(reply.error)
 
 
+def test_workers_may_take_ten_times_as_long_to_start_as_the_first_one():
+    supervisor = InMemory(3, None)
+    supervisor.tend()
+    first, second, third = supervisor.launched
+    supervisor.clock.now = START_SECONDS - 1
+    assert supervisor.tend() <= START_SECONDS
+    assert not any(worker.ended for worker in supervisor.launched)
+    supervisor = InMemory(3, None)
+    supervisor.tend()
+    first, second, third = supervisor.launched
+    supervisor.clock.now = 2.0
+    supervisor.ready(first)
+    supervisor.clock.now = 19.0
+    assert supervisor.tend() == 20.0
+    supervisor.ready(second)  # only the first start sets the time
+    supervisor.clock.now = 20.0
+    request = Asking(supervisor, 2)
+    supervisor.tend()
+    assert [worker.ended for worker in (first, second, third)] == [False, False, True]
+    for worker in (first, second):
+        worker.loading = True  # as sending did, where modules are loaded there
+    supervisor.clock.now = 59.0  # twice the time, as one was ended for it
+    supervisor.tend()
+    assert not first.ended
+    supervisor.clock.now = 60.0
+    supervisor.tend()
+    assert first.ended
+    assert second.ended
+    assert "was loading a module for more than 40 s" in str(replies(request)[0].error)
+    assert supervisor.start_timeout == 80.0
+
+
+def test_workers_have_at_least_ten_seconds_to_start_or_what_the_caller_says():
+    for start_timeout, limit in ((None, 10.0), (3.0, 3.0)):
+        supervisor = InMemory(2, start_timeout)
+        supervisor.tend()
+        first, second = supervisor.launched
+        supervisor.ready(first)
+        supervisor.clock.now = limit - 0.5
+        supervisor.tend()
+        assert not second.ended
+        supervisor.clock.now = limit
+        supervisor.tend()
+        assert second.ended
+
+
 def test_workers_that_do_not_come_up_are_tried_less_and_less_often_and_what_waits_fails():
     supervisor = InMemory(1)
     one = Asking(supervisor, 2)
@@ -501,7 +547,7 @@ class Served(InMemory):
 
 class Pool(SupervisedWorkers):
     def __init__(self) -> None:
-        super().__init__(1, threads=1, hang_timeout=GRACE, timeout=60.0)
+        super().__init__(1, threads=1, hang_timeout=GRACE, timeout=60.0, start_timeout=None)
 
     def _make(self) -> Supervisor:
         self.served = Served(1)
