@@ -50,7 +50,7 @@ def test_the_end_of_a_worker_is_logged_by_its_pool_only(caplog):
     died = WorkerError(0, 0, "was lost: process 1 was killed", "died")
     other = WorkerError(1, 1, "returned what only this test knows")
     report = Report()
-    report.note_table(Table(first=[(0,), (1,)], needed=2), 2, [died, other])
+    report._note_table(Table(first=[(0,), (1,)], needed=2), 2, [died, other])
     assert report.rejected == {0: died.reason, 1: other.reason}
     expected = "CodedWrapper: a result was rejected: worker 1 returned what only this test knows"
     assert caplog.messages == [expected]

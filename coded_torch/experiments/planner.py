@@ -20,8 +20,9 @@ from ..scheduling.latency_history import History
 from ..scheduling.policy import LEAST_TAIL, Waiting, tail
 from ..stragglers import Stragglers
 from ..table import Part, Table
-from ..verification import Record, Results, Verifier
-from ..verification.scores import ODD_PARTS, ODD_ROWS
+from ..verification.record import Record
+from ..verification.scores import ODD_PARTS, ODD_ROWS, Results
+from ..verification.verifier import Verifier
 from .scores import grouped
 from .simulation import OVERHEAD, Conditions, simulate
 
@@ -216,7 +217,7 @@ def plan(
         latencies = np.sort(outcome.latencies * part)
         slowest = float(np.quantile(latencies, _IN_TIME))
         # A call raises if fewer rows came than the policy asks of it; a code decodes one result.
-        enough = waiting.least(2 * k, 1, by_rows=n == k) / (2 * k)
+        enough = waiting._least(2 * k, 1, by_rows=n == k) / (2 * k)
         raised = 1 - outcome.estimated < enough - 1e-9
         late = float((raised | (outcome.latencies * part > deadline)).mean())
         estimated = float(np.where(raised, 0.0, outcome.estimated).mean())

@@ -17,7 +17,8 @@ from ..input_space.regression import Regression
 from ..scheduling.latency_history import History
 from ..scheduling.policy import Waiting
 from ..surrogates import checked
-from ..verification import Record, Verifier
+from ..verification.record import Record
+from ..verification.verifier import Verifier
 from ..workers.base import Workers
 from ..workers.local import LocalWorkers
 from .division import Columns, Division, Inputs, Rows, training_part
@@ -213,11 +214,11 @@ class CodedWrapper(ModuleProxy):
             try:
                 return self._answers(report, waiting, given, parts)
             finally:
-                report.enter()
+                report._enter()
                 vars(self)["last_run"] = report  # a setting would be checked
                 if span is not None:
                     with tracing.harmless():
-                        span.set_attributes(report.attributes())
+                        span.set_attributes(report._attributes())
 
     def _answers(self, report: Report, waiting: Waiting, given: Any, parts: int | None) -> Any:
         args, kwargs = given
@@ -231,9 +232,9 @@ class CodedWrapper(ModuleProxy):
             inputs = Inputs(args, kwargs, self.in_dims, mixing)
             division = self._divide(inputs, waiting, report, parts) if inputs.batch_size else None
         if division is None:
-            report.enter("compute")
+            report._enter("compute")
             answers = self.module(*args, **kwargs)
-            report.note_source(None, ())
+            report._note_source(None, ())
             report.error_bounds = report.label_p_values = torch.zeros(0, dtype=torch.float64)
         else:
             with unchanged():  # a memory and a pool look at the weights
@@ -279,13 +280,13 @@ class CodedWrapper(ModuleProxy):
         check = None if record is None else Verifier(record, waiting, division.inputs.floating())
         answers = Answers(self.surrogate, division, report, self.module, check)
         execution = Execution(division, report, check, answers.prepare)
-        report.enter("compute")
+        report._enter("compute")
         execution.run(pool, self.module, waiting, self._history)
         if report.excluded:
             answers.forget()
         if self.code is None and (self.surrogate or waiting.may_estimate(by_rows=True)):
             self._warn_once(waiting, execution)
-        report.enter("decode")
+        report._enter("decode")
         with on_host():
             error = execution.error(waiting)
             before = report.decode_seconds
@@ -307,13 +308,13 @@ class CodedWrapper(ModuleProxy):
             except Exception as raised:  # the caller's code failed: the exception gets the answers
                 execution.holding(raised)
                 raise
-        report.enter()
+        report._enter()
         if rows is not None and not pool.simulated:  # there, estimates take no time
             estimates.add(
                 max(before, report.decode_seconds - before), rows.batch_size, rows.by_mean
             )
         if report.ended != "complete":
-            report.warn(execution.why)
+            report._warn(execution.why)
         return found
 
     def _warn_once(self, waiting: Waiting, execution: Execution) -> None:

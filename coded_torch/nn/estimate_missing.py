@@ -22,7 +22,7 @@ from ..input_space.regression import RowPlan, to_scale
 from ..input_space.regressor import columns, few_columns
 from ..scheduling.policy import Waiting
 from ..surrogates import Memory
-from ..verification import Verifier
+from ..verification.verifier import Verifier
 from .division import Division
 from .finite import finite
 from .report import Report, logger
@@ -83,7 +83,7 @@ class Answers:
         with outside():  # the report outlives a transform
             source: Any = plan.source(stacked.units) if plan else None
             is_estimated = plan is not None and bool((source < 0).any())
-            report.note_source(source, stacked.later, division.task.unit_rows)
+            report._note_source(source, stacked.later, division.task.unit_rows)
         approximations = self._approximations(stacked) if self._surrogates and is_estimated else []
         answers = dict[int, Tensor]()
         weights = list[tuple[float, ...]]()
@@ -107,7 +107,7 @@ class Answers:
         floating = list(filter(torch.is_floating_point, answers.values()))
         if not is_estimated:
             bounds = ErrorBounds(division.batch_size)
-            report.note_bounds(bounds, self._coverage, None, floating[0] if floating else None)
+            report._note_bounds(bounds, self._coverage, None, floating[0] if floating else None)
         if plan is not None and plan.note:  # the plan has been used, and knows now
             report.notes = (plan.note, *report.notes)
         report.distances = tuple(choices)
@@ -136,7 +136,7 @@ class Answers:
         with outside():
             source = torch.full((division.batch_size,), -1)
             source[list(stacked.units)] = torch.arange(len(stacked.units))
-        report.note_source(source, stacked.later)
+        report._note_source(source, stacked.later)
         if divided:
             self._note(ErrorBounds.unknown(source < 0), answers[divided[0]])
         name = type(self._surrogates[able[0]]).__name__
@@ -155,7 +155,7 @@ class Answers:
                 bounds = more if more.enough(self._coverage) else bounds
         if not_finite is not None:
             bounds = bounds.widened(torch.where(not_finite, math.inf, 0.0).double())
-        self._report.note_bounds(bounds, self._coverage, self._link, answers)
+        self._report._note_bounds(bounds, self._coverage, self._link, answers)
 
     def _approximations(self, stacked: Stacked) -> list[dict[int, Tensor]]:
         """Return the outputs ``[B, ...]`` of each surrogate, by leaf; none if it failed."""

@@ -17,7 +17,7 @@ from ..codes.base import DeadlineExceeded, NotEnoughResults
 from ..scheduling.latency_history import Exchangeability, History
 from ..scheduling.policy import Waiting
 from ..table import DROPPED, OPEN, Began, Reply, Table, WorkerError
-from ..verification import Verifier
+from ..verification.verifier import Verifier
 from ..workers.base import Request, Workers
 from .division import Division
 from .report import Report
@@ -82,7 +82,7 @@ class Execution:
             finally:
                 table.judge = table.policy = None  # no cycle keeps results until it is collected
                 report.versions = dict(request.versions)
-                report.note_table(table, division.batch_size, self.checks.rejected)
+                report._note_table(table, division.batch_size, self.checks.rejected)
                 tracing.note_parts(table, request.now(), pool.names)
                 for part in table.parts:  # a worker keeps its part until it has computed it
                     if part.outcome in (OPEN, DROPPED):
@@ -90,7 +90,7 @@ class Execution:
         report.num_groups = division.num_groups
         report.notes += (*itertools.islice(self._raised_together(), 1),)
         if check is not None:
-            report.note_verdict(check, division.batch_size)
+            report._note_verdict(check, division.batch_size)
         if table.reason == "deadline":
             what = "no more" if table.answered else "nothing"
             late = f"{what} arrived within the deadline of {table.deadline:g} s"
@@ -117,9 +117,9 @@ class Execution:
                 asked = len(table.parts)
             if table.prepares and table.answered:
                 table.prepares = False
-                self._report.enter("decode")  # now, while the call would wait anyway
+                self._report._enter("decode")  # now, while the call would wait anyway
                 self._prepare(self.checks.stack())
-                self._report.enter("compute")
+                self._report._enter("compute")
             events = list[Began | Reply]()
             end = until
             try:
@@ -187,7 +187,7 @@ class Execution:
             report.missing_rows = tuple(sorted(set(range(division.batch_size)) - answered))
             report.errors = {row: last[row] for row in report.missing_rows if row in last}
             report.module_failed_rows = tuple(sorted(table.refused.keys() - answered))
-        required = waiting.least(division.needed, division.least, division.by_rows)
+        required = waiting._least(division.needed, division.least, division.by_rows)
         if report.ended == "failed" and waiting.estimate and not division.by_rows:
             required = division.least  # no more could come
         why = self.why

@@ -16,7 +16,7 @@ from .._torch import outside
 from ..input_space.gaussian_process import ErrorBounds
 from ..input_space.metrics import Choice
 from ..table import GOOD, Hedge, Table, WorkerError
-from ..verification import Verifier
+from ..verification.verifier import Verifier
 
 _CUT_SHORT = {
     "deadline": "the deadline was over",
@@ -190,7 +190,7 @@ class Report:
         }
         return "\n".join(f"{head:<9}{text}" for head, text in lines.items())
 
-    def attributes(self) -> dict[str, Any]:
+    def _attributes(self) -> dict[str, Any]:
         """Return the facts of a span of OpenTelemetry."""
         count = {} if self.estimated is None else {"rows": len(self.estimated)}
         count |= {} if self.estimated is None else {"estimated": int(self.estimated.sum())}
@@ -254,7 +254,7 @@ class Report:
         most = values[few].max() if few.any() else -1.0
         return ~self.estimated | (self.label_p_values <= most)
 
-    def note_table(self, table: Table, size: int, rejected: Sequence[WorkerError]) -> None:
+    def _note_table(self, table: Table, size: int, rejected: Sequence[WorkerError]) -> None:
         """Note who was asked, which results count, and how the policy ended the call, if it did."""
         begun = 0
         asked = set[int]()
@@ -284,7 +284,7 @@ class Report:
             setattr(self, name, None if seconds == math.inf else seconds)
 
     @outside()
-    def note_verdict(self, verdict: Verifier, size: int) -> None:
+    def _note_verdict(self, verdict: Verifier, size: int) -> None:
         """Note the findings of verification."""
         for name in ("verified", "unverified"):
             rows = torch.zeros(size, dtype=torch.bool)
@@ -303,7 +303,9 @@ class Report:
             logger.error(why, worker)
 
     @outside()
-    def note_source(self, source: Tensor | None, later: Sequence[bool], unit_rows: int = 1) -> None:
+    def _note_source(
+        self, source: Tensor | None, later: Sequence[bool], unit_rows: int = 1
+    ) -> None:
         """Note the result of each answer, ``[B]``, -1 if estimated, and which a later part gave.
 
         None says that each row has its own result.
@@ -313,7 +315,7 @@ class Report:
             kinds[:-1] if source is None else kinds[source.numpy() // unit_rows]
         )
 
-    def note_bounds(
+    def _note_bounds(
         self, bounds: ErrorBounds, coverage: float, link: str | None, answers: Tensor | None
     ) -> None:
         """Note how far off answers ``[B, ...]`` may be; under a link, only their labels."""
@@ -321,7 +323,7 @@ class Report:
         self._bounds = bounds
         self.coverage = coverage if link is None else None
 
-    def warn(self, why: str) -> None:
+    def _warn(self, why: str) -> None:
         """Log how many answers were estimated, and why, unless no more results were wanted."""
         if self.estimated is not None and self.ended in _CUT_SHORT and self.estimated.any():
             count = int(self.estimated.sum())
@@ -329,7 +331,7 @@ class Report:
             because = why or _CUT_SHORT[self.ended]
             logger.warning("CodedWrapper: %d of %d answers are estimated: %s", count, size, because)
 
-    def enter(self, phase: str = "") -> None:
+    def _enter(self, phase: str = "") -> None:
         """Begin a phase of the call, and add the seconds of the one before to its field."""
         if self._phase:  # all phases together take as long as the call so far
             phases = self.encode_seconds + self.compute_seconds + self.decode_seconds

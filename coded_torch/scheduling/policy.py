@@ -156,7 +156,7 @@ class Waiting:
         is_asked = (self.deadline, self.estimate_after, self.on_error) != (None, None, "raise")
         return self.estimate and (is_asked or not by_rows)
 
-    def least(self, needed: int, decodable: int, by_rows: bool) -> int:
+    def _least(self, needed: int, decodable: int, by_rows: bool) -> int:
         """Return how many results suffice for an answer, if all are ``needed`` to complete it."""
         if self.at_once:
             return decodable
@@ -200,7 +200,7 @@ class _Decisions:
         by_rows = table.spare is None
         budget = waiting.hedge_budget
         self.may_estimate = waiting.may_estimate(by_rows)
-        self.least = waiting.least(table.needed, table.least, by_rows)
+        self.least = waiting._least(table.needed, table.least, by_rows)
         self.num_units = sum(map(len, table.first))
         self.rows = max(map(len, table.first))
         self.rows *= table.unit_rows
