@@ -29,6 +29,7 @@ LAYERS = (
     {"ops"},
     {"_changes"},
     {"_extension", "stragglers"},
+    {"_layout"},
     {"_torch"},
     {"_arguments"},
 )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import count, instance, positive, probability, shown
+from .._layout import Layout
 from .._torch import broadcast_dims, flatten, on_host, outside, unflatten
 from ..stragglers import Stragglers
 from ..table import Began, Part, Reply
@@ -110,6 +111,10 @@ class FaultyWorkers(Workers):
 
     def open(self, module: nn.Module, task: Task) -> Request:
         return _FaultyRequest(self, self.pool.open(module, task), task)
+
+    def prove(self, *args: Any, **kwargs: Any) -> Layout | str:
+        """Prove the rows of outputs on the pool inside, without faults."""
+        return self.pool.prove(*args, **kwargs)
 
     def begin(self, num_parts: int) -> tuple[int, Iterator[Fault]]:
         """Return the number of a new request, and the endless faults of its parts."""

@@ -11,6 +11,7 @@ from torch._compile import _disable_dynamo
 from .. import tracing
 from .._arguments import check, count, instance, real, warn
 from .._changes import unchanged
+from .._layout import Layout, proved_of, structure
 from .._torch import on_host, refuse_tracing
 from ..codes.base import Code
 from ..input_space.regression import Regression
@@ -230,6 +231,9 @@ class CodedWrapper(ModuleProxy):
         with on_host():
             mixing = self.code if self.code is not None and self.code.mixes else None
             inputs = Inputs(args, kwargs, self.in_dims, mixing)
+            parts = parts or self.parts or self.workers.num_workers or 1
+            if inputs.batch_size > 1 and (parts > 1 or self.code is not None):
+                self._prove(inputs, waiting, report)
             division = self._divide(inputs, waiting, report, parts) if inputs.batch_size else None
         if division is None:
             report._enter("compute")
@@ -244,7 +248,27 @@ class CodedWrapper(ModuleProxy):
         report.ended = report.ended or "complete"
         return answers
 
-    def _divide(self, inputs: Inputs, waiting: Waiting, report: Report, parts: Any) -> Division:
+    def _prove(self, inputs: Inputs, waiting: Waiting, report: Report) -> None:
+        """Note which outputs follow the rows of a part; at first, small parts of two sizes tell.
+
+        Raises a ValueError if an output neither follows them nor is the same in all parts.
+        """
+        how = self.out_dims if type(self.out_dims) is int else repr(self.out_dims)
+        key = structure(inputs.leaves, inputs.dims, inputs.spec, how, self.module.training)
+        proved = proved_of(self.module)
+        inputs.layout = proved.get(key)
+        if inputs.layout is None:
+            left = seconds_left(self.workers, waiting, report) / 2
+            found = self.workers.prove(self.module, inputs.task(self.out_dims), left)
+            if isinstance(found, Layout):
+                inputs.layout = proved[key] = found
+            else:
+                inputs.unproved = found
+        if inputs.layout is not None and inputs.layout.lists and self.verify:
+            must = "verify must be None if outputs are lists, which are not compared"
+            raise ValueError(f"CodedWrapper: {must}, got {self.verify}")
+
+    def _divide(self, inputs: Inputs, waiting: Waiting, report: Report, parts: int) -> Division:
         code = self.code
         by_mean = False
         reserve = 0.0
@@ -256,7 +280,6 @@ class CodedWrapper(ModuleProxy):
             dealer = random.Random(0)
         division: Division
         if code is None:
-            parts = parts or self.parts or self.workers.num_workers or 1
             estimator = self.estimator or _ESTIMATOR
             division = Rows(
                 inputs,
@@ -284,6 +307,7 @@ class CodedWrapper(ModuleProxy):
         execution.run(pool, self.module, waiting, self._history)
         if report.excluded:
             answers.forget()
+        report.notes += execution.notes_of_rows()
         if self.code is None and (self.surrogate or waiting.may_estimate(by_rows=True)):
             self._warn_once(waiting, execution)
         report._enter("decode")

@@ -13,6 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from .._arguments import dense
+from .._layout import Layout
 from .._torch import broadcast_dims, on_host, outside, plain, positional
 from ..codes.base import Code
 from ..input_space.regression import Regression, RowPlan
@@ -32,6 +33,9 @@ class Inputs:
     ``leaves`` are those of ``(args, kwargs)``, of the structure ``spec``, and ``dims`` their batch
     dimensions; None if every part gets the whole leaf. ``device`` is the first divided leaf's.
     """
+
+    layout: Layout | None = None  #: what is proved of the outputs
+    unproved = ""  #: why it is not proved, if it is not
 
     def __init__(
         self, args: tuple[Any, ...], kwargs: Any, in_dims: Any, mixing: Code | None = None
@@ -124,6 +128,12 @@ class Inputs:
         pairs = zip(self.leaves, self.dims, strict=True)
         return [leaf.movedim(dim, 0) if dim else leaf for leaf, dim in pairs if dim is not None]
 
+    def task(self, out_dims: Any) -> Task:
+        """Return the task of the whole batch, whose units are rows."""
+        pairs = zip(self.leaves, self.dims, strict=True)
+        leaves = [leaf.movedim(dim, 0) if dim else leaf for leaf, dim in pairs]
+        return Task(leaves, self.dims, self.spec, self.batch_size, 1, self.device, out_dims)
+
     def floating(self) -> list[Tensor]:
         """Return the floating-point :meth:`batches`: distances are measured on them."""
         return [*filter(torch.is_floating_point, self.batches())]
@@ -206,7 +216,14 @@ class Division:
             leaf = leaf.movedim(dim, 0) if dim else leaf
             leaves.append(leaf if dim is None or self.by_rows else self.spread(leaf).flatten(0, 1))
         self.task = Task(
-            leaves, inputs.dims, inputs.spec, num_units, unit_rows, inputs.device, out_dims
+            leaves,
+            inputs.dims,
+            inputs.spec,
+            num_units,
+            unit_rows,
+            inputs.device,
+            out_dims,
+            inputs.layout,
         )
 
     @functools.cached_property

@@ -128,7 +128,11 @@ class Answers:
         found = self._approximations(stacked)
         able = [number for number, outputs in enumerate(found) if outputs.keys() >= set(divided)]
         shared = [x for i, x in enumerate(stacked.leaves) if i not in divided]
-        if not able or (not stacked.units and any(isinstance(x, Tensor) for x in shared)):
+        if (
+            not able
+            or stacked.lists
+            or (not stacked.units and any(isinstance(x, Tensor) for x in shared))
+        ):
             raise error
         # Copies: the surrogate may return a tensor that it keeps, or the inputs themselves.
         own = found[able[0]]

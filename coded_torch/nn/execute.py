@@ -149,6 +149,18 @@ class Execution:
             if failed.kind == "raised" and all(part and len(part.units) < len(rows) for part in by):
                 yield f"{_shown(rows)} raised together, and not in smaller parts: {failed}"
 
+    def notes_of_rows(self) -> tuple[str, ...]:
+        """Return a note if results are joined whose rows are not proved, or depend on others."""
+        inputs, good = self._division.inputs, self.table.good
+        if inputs.layout is not None and inputs.layout.note:
+            return (inputs.layout.note,)
+        if len(good) < 2 or inputs.batch_size < 2 or good[0].result.proved:
+            return ()
+        why = inputs.unproved or "the output has another structure than before"
+        if inputs.layout is None and not inputs.unproved:
+            why = "it was asked for as one part"
+        return (f"it is not proved that outputs follow the rows of parts: {why}",)
+
     def compare(
         self, known: Exchangeability, units: Sequence[int], oddness: Sequence[tuple[int, float]]
     ) -> None:
@@ -207,6 +219,10 @@ class Execution:
         """Return which output cannot be estimated, and a remedy; "" if there is none such."""
         for part in self.table.good[:1]:
             result = part.result
+            for i in result.lists:
+                kind = type(result.leaves[i]).__name__
+                remedy = "take Waiting(estimate=False), or return tensors instead"
+                return f"{result.name(i)} is a {kind} and cannot be estimated; {remedy}"
             for i in result.divided:
                 if not (leaf := result.leaves[i]).dtype.is_floating_point:
                     remedy = "take Waiting(estimate=False), or return logits instead"
@@ -259,7 +275,7 @@ class Execution:
                     has_nan = leaf.dtype.is_floating_point or leaf.dtype.is_complex
                     fill = math.nan if has_nan else 0
                     wholes[i] = stacked.over(i, leaf.new_full(shape, fill))
-                answers = stacked.tree(wholes)
+                answers = stacked.tree(wholes, division.batch_size)
             error.answers = answers  # type: ignore[attr-defined]
         except Exception:  # a class may refuse attributes, and memory may run out
             logger.warning("CodedWrapper: %r has no answers", error, exc_info=True)

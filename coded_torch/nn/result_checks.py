@@ -13,17 +13,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._arguments import dense
+from .._layout import CONSTANTS, Layout, bits
 from .._torch import (
     broadcast_dims,
     check_batch,
     differentiated,
-    flatten,
-    leaf_name,
     to_device,
     unflatten,
 )
 from ..table import DISPUTED, FAILED, GOOD, Part, Table, WorkerError
-from ..workers.base import CONSTANTS
 from .division import Division
 from .finite import all_finite, finite, has_numbers, runs, sums_of
 
@@ -37,6 +35,9 @@ def show(leaf: Any) -> str:
     return repr(leaf) if isinstance(leaf, CONSTANTS) else type(leaf).__name__
 
 
+_NO_LAYOUT = Layout()
+
+
 class Result:
     """The module's output for a part, and its form: all that results of one module have in common.
 
@@ -48,13 +49,24 @@ class Result:
         self._value = value
         self._units = units
         self._division = division
-        self.leaves, self.spec = flatten(value)
+        self._layout = task.layout or _NO_LAYOUT
+        self.leaves, self.spec = self._layout.flatten(value)
+        #: Whether it has the structure whose rows were proved.
+        self.proved = task.layout is not None and self.spec == task.layout.spec
+        constants = self._layout.constants if self.proved else ()
+        self.lists: list[int] = []  # the places of the lists that have an item per row
         self.dims: list[Any] = broadcast_dims("out_dims", task.out_dims, self.spec)
         self.divided: list[int] = []  # the places of the leaves that have the part's rows
         #: The leaves but for how many rows they have, which is alike in all good results.
         self.form: list[Any] = [self.spec]
         for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
             is_tensor = isinstance(leaf, Tensor)
+            if isinstance(leaf, list | tuple):
+                self._add_list(i)
+                continue
+            if i in constants:
+                self.form.append(bits(leaf) if is_tensor else type(leaf))
+                continue
             if dim is None or (not is_tensor and isinstance(leaf, CONSTANTS)):
                 constant = leaf if isinstance(leaf, CONSTANTS) else None
                 self.form.append((leaf.dtype, leaf.shape) if is_tensor else (type(leaf), constant))
@@ -73,6 +85,25 @@ class Result:
             self.divided.append(i)
             if division.link is not None:
                 self._check_probabilities(i)
+
+    def _add_list(self, i: int) -> None:
+        items: Sequence[Any] = self.leaves[i]
+        self.form.append(type(items))
+        if self.dims[i] is None:
+            return
+        if not self._division.by_rows:
+            must = "must be a tensor with a code, as only calls without one join lists by rows"
+            raise TypeError(f"CodedWrapper: {self.name(i)} {must}, got a {type(items).__name__}")
+        if len(items) != len(self._units):
+            must = f"must have an item for each of the {len(self._units)} rows"
+            raise ValueError(f"CodedWrapper: {self.name(i)} {must}, got {len(items)}")
+        self.lists.append(i)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors, those in lists, too."""
+        leaves = self.leaves + [self.leaves[i] for i in self.lists]
+        return [x for x in pytree.tree_leaves(leaves) if isinstance(x, Tensor)]
 
     def _check_probabilities(self, i: int) -> None:
         rows = self.judged(i).detach()
@@ -93,7 +124,7 @@ class Result:
         return None if odd is None else ~odd[list(self._units)].flatten()
 
     def name(self, i: int) -> str:
-        return leaf_name("output", self._value, i)
+        return self._layout.name(self._value, i)
 
     def rows(self, i: int) -> Tensor:
         """Return a leaf, batch first."""
@@ -121,6 +152,7 @@ class Stacked(NamedTuple):
     leaves: list[Any]
     dims: list[int | None]  #: the batch dimension of each leaf of the module's output
     divided: list[int]  #: the places of the leaves that have a row for each of the batch
+    lists: list[int]  #: the places of the lists that have an item for each of the units
     spec: pytree.TreeSpec
     later: tuple[bool, ...]  #: whether the part of each unit's result was asked for later
 
@@ -137,9 +169,15 @@ class Stacked(NamedTuple):
             whole[list(self.units)] = leaf.squeeze(1)
         return whole
 
-    def tree(self, answers: Mapping[int, Tensor]) -> Any:
-        """Return answers ``[B, ...]``, by leaf, in the structure of the module's output."""
+    def tree(self, answers: Mapping[int, Tensor], size: int = 0) -> Any:
+        """Return answers ``[B, ...]``, by leaf, in the structure of the module's output.
+
+        Lists hold None in rows without a result, of ``size`` rows.
+        """
         leaves = list(self.leaves)
+        for i in self.lists if len(self.units) < size else ():
+            items = dict(zip(self.units, leaves[i], strict=True))
+            leaves[i] = type(leaves[i])(map(items.get, range(size)))
         for i, rows in answers.items():
             dim = self.dims[i]
             leaves[i] = (rows.movedim(0, dim) if dim else rows).contiguous()
@@ -151,6 +189,8 @@ class Stacked(NamedTuple):
         for i, x in enumerate(leaves):
             if isinstance(x, Tensor):
                 leaves[i] = torch.atleast_1d(x)[:0].detach().clone()
+            elif i in self.lists:
+                leaves[i] = x[:0]
         return self._replace(units=(), later=(), leaves=leaves)
 
 
@@ -213,6 +253,8 @@ class Checks:
                 if has_numbers(leaf):
                     is_whole = part.result.kept is None
                     rows.append((part, i, leaf if is_whole else part.result.judged(i)))
+                elif i in part.result.lists:
+                    rows += [(part, i, x) for x in pytree.tree_leaves(leaf) if has_numbers(x)]
         if len(rows) > 1 and not rows[0][2].is_cpu and all_finite(sums_of([x for *_, x in rows])):
             return {}
         return {part.number: part.result.name(i) for part, i, x in rows[::-1] if not finite(x)}
@@ -289,9 +331,12 @@ class Checks:
                 (order,) = to_device([torch.tensor(places)], own.device)
                 own = own.index_select(0, order)
             leaves[i] = own
+        for i in first.lists:
+            items = [item for part in good for item in part.result.leaves[i]]
+            leaves[i] = type(leaves[i])(map(items.__getitem__, places))
         units = tuple(map(flat.__getitem__, places))
         later = tuple([answered[unit].why != "first" for unit in units])
-        return Stacked(units, leaves, first.dims, first.divided, first.spec, later)
+        return Stacked(units, leaves, first.dims, first.divided, first.lists, first.spec, later)
 
 
 def _joined(leaves: Sequence[Tensor]) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import enum
 import math
 import operator
 import time
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import arguments, instance, positive, sparing_logger, warn
+from .._layout import SIZES, Layout, difference, prove
 from .._torch import dependent_output, has_rows, positional, sample, to_device, unflatten
 from ..stragglers import Stragglers
 from ..table import Began, Part, Reply, WorkerError
@@ -30,10 +30,6 @@ logger = sparing_logger("coded_torch.workers")
 _DAY = 86_400.0  # seconds that a hung call sleeps, longer than any call waits
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-#: The types of outputs that pass through, if all workers return the same. A float does not: it is a
-#: loss or a score, which depends on the inputs.
-CONSTANTS = (type(None), bool, int, str, bytes, enum.Enum, torch.dtype, torch.device)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,6 +48,15 @@ class Task:
     unit_rows: int  #: R
     device: torch.device  #: the device of the divided leaves and the results
     out_dims: Any = 0  #: the batch dimensions of the module's outputs, a pytree prefix of them
+    layout: Layout | None = None  #: what is known of the module's outputs
+
+    def few(self, rows: Sequence[int]) -> Task:
+        """Return the task of some rows."""
+        leaves = list(self.leaves)
+        for i, dim in enumerate(self.dims):
+            if dim is not None:
+                leaves[i] = torch.stack([leaves[i][row].detach() for row in rows])
+        return dataclasses.replace(self, leaves=leaves, num_units=len(rows), unit_rows=1)
 
     def payload(self, units: Sequence[int], copied: bool = False) -> Arguments:
         """Return the ``(args, kwargs)`` of ``len(units) * R`` rows.
@@ -337,6 +342,90 @@ class Workers(abc.ABC):
             return
         if found:
             warn(f"{type(self).__name__}: {found}; parts get other answers than the batch")
+
+    @torch.no_grad()
+    def prove(self, module: nn.Module, task: Task, seconds: float = math.inf) -> Layout | str:
+        """Return the layout of a module's outputs, or why there is no proof, from small parts.
+
+        They have the first two rows of a task, alone and behind a third, and different workers
+        compute them. If that tells nothing, they have one row several times.
+        Raises a ValueError if outputs do not follow the rows of parts.
+        """
+        end = time.monotonic() + seconds
+        pairs = zip(task.leaves, task.dims, strict=True)
+        size = len(next(leaf for leaf, dim in pairs if dim is not None))
+        mixed = [2 % size, 0, 1]
+        refusal: ValueError | None = None
+        why = "no small parts were answered in time"
+        for number, rows in enumerate((mixed, [size - 1] * 3, [size // 2] * 3)):
+            sizes = SIZES if rows is mixed else (1, *SIZES)
+            left = end - time.monotonic()
+            replies = self._few(module, task.few(rows), sizes, number, left)
+            raised = {n: x for n, x in replies.items() if isinstance(x, Exception)}
+            if raised:
+                text = str(next(iter(raised.values()))).partition("\n")[0]
+                why = f"the module raised on small parts: {text}"
+            if len(replies) == 3 and raised.keys() == {*SIZES}:
+                raise ValueError(
+                    f"CodedWrapper: the module computes one row, but not two or three: {why}; give "
+                    'inputs for the whole batch as "shared" in in_dims'
+                )
+            if len(replies) < len(sizes) and seconds < math.inf:  # no time for another round
+                break
+            if raised or len(replies) < len(sizes):
+                continue
+            pair = [replies[n] for n in SIZES]
+            try:
+                layout = prove(pair, task.out_dims)
+            except ValueError as error:
+                refusal = refusal or error
+                continue
+            # One row several times does not tell whether a tensor is the same for all rows.
+            if rows is not mixed and refusal is not None and layout.constants:
+                continue
+            if rows is mixed and (note := difference(pair, layout, task.out_dims)):
+                # A single wrong result is no reason to doubt the module.
+                again = self._few(module, task.few(rows), SIZES, 1, end - time.monotonic())
+                values = [again.get(n) for n in SIZES]
+                if not any(x is None or isinstance(x, Exception) for x in values):
+                    layout.note = note if difference(values, layout, task.out_dims) else ""
+            return layout
+        if refusal is not None:
+            raise refusal
+        return why
+
+    def _few(
+        self, module: nn.Module, task: Task, sizes: Sequence[int], shift: int, seconds: float
+    ) -> dict[int, Any]:
+        """Return the outputs or the errors of parts of some sizes, those that came in time."""
+        devices = [task.device] if task.device.type == "cuda" else []
+        found = dict[int, Any]()
+        units = tuple(range(task.num_units))
+        with torch.random.fork_rng(devices):
+            if self.simulated:
+                for n in sizes:
+                    try:
+                        args, kwargs = task.payload(units[-n:], copied=True)
+                        found[n] = module(*args, **kwargs)
+                    except Exception as error:
+                        found[n] = error
+                return found
+            places = sorted(self.places)
+            halves = [frozenset(places[i::2]) for i in (0, 1)]
+            with self.open(module, task) as request:
+                parts = list[Part]()
+                for number, n in enumerate(sizes):
+                    few = len(places) < 2 or shift == 2
+                    avoid = frozenset[int]() if few else halves[(number + shift) % 2]
+                    parts.append(Part(number, units[-n:], avoid=avoid))
+                request.ask(parts)
+                for reply in request.replies(max(seconds, 0.0)):
+                    found[sizes[reply.part.number]] = reply.error or reply.value
+                    if reply.error is not None and reply.error.kind != "raised":
+                        del found[sizes[reply.part.number]]
+                    if len(found) == len(sizes):
+                        break
+        return found
 
     def start_on(self, module: nn.Module, batch: Any) -> None:
         """Have every worker that starts run a module on two different rows of a batch.

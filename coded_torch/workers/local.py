@@ -1,6 +1,7 @@
 r"""Workers in this process, simulated on a virtual clock."""
 
 import functools
+import itertools
 import math
 import operator
 import sys
@@ -136,11 +137,17 @@ class _LocalRequest(Request):
 def cut(task: Task, output: Any, counts: Sequence[int]) -> list[Any]:
     """Cut an output into parts of ``counts`` units; a ValueError if a divided leaf lacks rows."""
     sizes = [count * task.unit_rows for count in counts]
-    leaves, spec = flatten(output)
+    leaves, spec = task.layout.flatten(output) if task.layout else flatten(output)
+    constants = task.layout.constants if task.layout and spec == task.layout.spec else ()
     dims = broadcast_dims("out_dims", task.out_dims, spec)
     columns: list[Sequence[Any]] = []
     for i, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
-        if dim is None or not isinstance(leaf, Tensor) or leaf.layout is not torch.strided:
+        if dim is not None and task.layout and task.layout.lists and isinstance(leaf, list | tuple):
+            ends = itertools.accumulate(sizes)
+            columns.append([leaf[end - n : end] for n, end in zip(sizes, ends, strict=True)])
+            continue
+        is_dense = isinstance(leaf, Tensor) and leaf.layout is torch.strided
+        if dim is None or not is_dense or i in constants:
             columns.append([leaf] * len(counts))
         else:
             check_batch(output, i, leaf, dim, sum(sizes))

@@ -59,7 +59,7 @@ def test_context_variables_and_modes_of_torch_hold():
 
     coded = CodedWrapper(Call(note), ReplicationCode(2, 2))  # runs where it is called
     asyncio.run(main())
-    assert seen == [("the caller", False, True)]
+    assert {*seen} == {("the caller", False, True)}
 
 
 @pytest.mark.parametrize("make", [lambda: DeviceWorkers(["cpu"]), lambda: ProcessWorkers(1)])

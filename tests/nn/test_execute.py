@@ -42,7 +42,7 @@ def test_outputs_without_a_batch_dimension_are_an_error(estimate):
     lstm = nn.LSTM(4, 3, batch_first=True)  # the states are [1, B, 3]
     with DeviceWorkers(["cpu"] * 3) as pool, torch.no_grad():
         coded = CodedWrapper(lstm, workers=pool, waiting=Waiting(estimate=estimate))
-        with pytest.raises(ValueError, match=r"output\[1\]\[0\] must have size 2, the batch size"):
+        with pytest.raises(ValueError, match=r"output\[1\]\[0\] must have a row for each row"):
             coded(torch.randn(6, 5, 4))
         coded.out_dims = (0, 1)
         x = torch.randn(6, 5, 4)
@@ -104,12 +104,12 @@ def test_estimates_that_do_not_fit_before_the_deadline_are_made_of_less():
 
 
 def test_rows_that_raise_together_but_not_apart_are_noted():
-    scaled, x = Call(torch.mul), torch.ones(6, 6)
+    limited = Call(lambda x: x / (1 // (len(x) < 4)))
     with DeviceWorkers(["cpu"] * 2) as pool, torch.no_grad():
-        coded = CodedWrapper(scaled, workers=pool, parts=2)
-        _, report = coded.run(x, torch.arange(6.0))  # is divided, as it has the batch size
-        _, usual = coded.run(x, torch.ones(6, 1))
-    assert re.match(r"rows \d, \d, \d raised together, and not in smaller", report.notes[0])
+        coded = CodedWrapper(limited, workers=pool, parts=2)
+        _, report = coded.run(torch.ones(8, 6))
+        _, usual = coded.run(torch.ones(6, 6))
+    assert re.match(r"rows \d, \d, \d, \d raised together, and not in smaller", report.notes[0])
     assert len(report.notes) == 1
     assert not usual.notes
 
@@ -302,6 +302,7 @@ def test_a_hedge_that_goes_on_keeps_no_result():
     with DeviceWorkers(["cpu"] * 3) as pool, torch.no_grad():
         options = {"parts": 2, "waiting": Waiting(deadline=2.0, hedge_budget=8.0)}
         coded = CodedWrapper(Hedged(), workers=pool, **options)
+        CodedWrapper(coded.module, workers=LocalWorkers(), parts=2)(torch.ones(2, 1))  # is proved
         coded(torch.arange(2.0).view(2, 1))  # hedged at half of the deadline
         gc.collect()
         alive = [result() is not None for result in Hedged.results]
@@ -340,6 +341,7 @@ def test_the_regression_is_fitted_while_the_call_waits(monkeypatch, late, fitted
 
     monkeypatch.setattr(ops, "choose_regression", fit)
     monkeypatch.setattr(EstimationTimes, "add", lambda _, *args: seconds.append(args[0]))
+    CodedWrapper(f, workers=LocalWorkers(), parts=2)(x)  # proves the rows of outputs
     monkeypatch.setattr(VirtualWorkers, "simulated", False)  # so that times are remembered
     for budget in (0.5, 0.0):  # without a budget no part is hedged, and nothing is prepared
         pool = VirtualWorkers([[("ok", 1.0), hangs]] * 2 + [[("ok", late), hangs], [hangs]])

@@ -1,0 +1,186 @@
+"""The places of rows in the outputs of a module, as parts of two sizes prove them."""
+
+import enum
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ._torch import as_real, broadcast_dims, flatten, positional
+
+#: The types of outputs that pass through, if all workers return the same. A float does not: it is a
+#: loss or a score, which depends on the inputs.
+CONSTANTS = (type(None), bool, int, str, bytes, enum.Enum, torch.dtype, torch.device)
+#: The rows of the two parts that prove a layout. One row would be broadcast, and hide faults.
+SIZES = (2, 3)
+# The share of the largest output by which rows that are alone and beside others may differ. Half
+# precision stays below a third of it (see dependent_output).
+_MOST_ROUNDING = 0.1
+
+# The layouts that are proved, by module and structure of inputs.
+_PROVED = weakref.WeakKeyDictionary[nn.Module, dict[Any, "Layout"]]()
+
+Path = tuple[int, ...]  # the number of the child at each level of a tree
+
+
+class Layout:
+    """The leaves of a module's output that have no rows, and the lists that have one item per row.
+
+    ``lists`` are the paths of these lists, and ``constants`` the places of tensors without rows.
+    """
+
+    def __init__(self, lists: Sequence[Path] = ()) -> None:
+        self.lists = lists
+        self.spec: pytree.TreeSpec | None = None
+        self.constants = frozenset[int]()
+        self.note = ""  #: a remark on each call: the rows of the module depend on each other
+
+    def flatten(self, value: Any) -> tuple[list[Any], pytree.TreeSpec]:
+        """Return the leaves, where a list with an item per row is one leaf, and the structure."""
+        if not self.lists:
+            return flatten(value)
+        return pytree.tree_flatten(value, self._is_whole(value))
+
+    def name(self, value: Any, i: int) -> str:
+        """Return the Python expression of a leaf of an output."""
+        path, _ = pytree.tree_flatten_with_path(value, self._is_whole(value))[0][i]
+        return "output" + pytree.keystr(path)
+
+    def _is_whole(self, value: Any) -> Callable[[Any], bool]:
+        whole = {id(node) for node in (_at(value, path) for path in self.lists)}
+        return lambda node: id(node) in whole
+
+
+def prove(outputs: Sequence[Any], out_dims: Any) -> Layout:
+    """Return the layout of the outputs of two parts that have :data:`SIZES` rows.
+
+    Raises a ValueError if a leaf neither follows the part along its batch dimension, and nowhere
+    else, nor is the same in both.
+    """
+    layout = Layout([*_row_lists(*outputs)])
+    (leaves, layout.spec), (others, spec) = map(layout.flatten, outputs)
+    if spec != layout.spec:
+        got = " and ".join(" ".join(str(each).split()) for each in (layout.spec, spec))
+        raise ValueError(
+            "CodedWrapper: output must have the same structure in all parts, but for lists with "
+            f"one item per row, got for 2 and 3 rows {got}"
+        )
+    dims = broadcast_dims("out_dims", out_dims, spec)
+    constants = set[int]()
+    for i, (leaf, other, dim) in enumerate(zip(leaves, others, dims, strict=True)):
+        if dim is None or isinstance(leaf, list | tuple):
+            continue
+        if isinstance(leaf, Tensor) and isinstance(other, Tensor):
+            if not (_is_dense(leaf) and _is_dense(other)) or _follows(leaf, other, dim):
+                continue
+            if bits(leaf) == bits(other):
+                constants.add(i)
+                continue
+            got = f"shapes {tuple(leaf.shape)} and {tuple(other.shape)}"
+        elif isinstance(leaf, CONSTANTS) and (type(leaf), leaf) != (type(other), other):
+            got = f"{leaf!r} and {other!r}"
+        else:  # what cannot be decoded has an error of its own
+            continue
+        raise ValueError(
+            f"CodedWrapper: {layout.name(outputs[0], i)} must have a row for each row of "
+            f"the part at dim {dim} and nowhere else, or be the same in all parts, got {got} for 2 "
+            "and 3 rows; name its batch dimension in out_dims, or None for the first part's, and "
+            'give inputs for the whole batch as "shared" in in_dims'
+        )
+    layout.constants = frozenset(constants)
+    return layout
+
+
+def proved_of(module: nn.Module) -> dict[Any, Layout]:
+    """Return the layouts of a module that are proved, by :func:`structure`."""
+    found = _PROVED.get(module)
+    return _PROVED.setdefault(module, {}) if found is None else found
+
+
+def structure(leaves: Sequence[Any], dims: Sequence[Any], spec: Any, *others: Any) -> Any:
+    """Return a key of inputs that differ in nothing but sizes and numbers, and of ``others``."""
+    forms = [(x.dtype, x.dim()) for x in leaves if isinstance(x, Tensor)]
+    positionals = positional(len(leaves))[0]
+    if spec is positionals or spec == positionals:
+        return len(forms), *others, *dims, *forms
+    named = (bool, str, type(None))
+    rest = [x if isinstance(x, named) else type(x) for x in leaves]
+    return spec, *others, *dims, *forms, *rest
+
+
+def bits(tensor: Tensor) -> tuple[Any, ...]:
+    """Return the dtype, the shape and the numbers of a tensor, to be compared."""
+    numbers = torch.func.debug_unwrap(tensor).detach().resolve_conj().resolve_neg().cpu()
+    flat = numbers.contiguous().reshape(-1)
+    return tensor.dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes()
+
+
+def difference(outputs: Sequence[Any], layout: Layout, out_dims: Any) -> str:
+    """Say which output of the last two rows is another one behind a third; "" if none is."""
+    (leaves, spec), (others, _) = map(layout.flatten, outputs)
+    dims = broadcast_dims("out_dims", out_dims, spec)
+    for i, (leaf, other, dim) in enumerate(zip(leaves, others, dims, strict=True)):
+        if dim is None or i in layout.constants or not isinstance(leaf, Tensor):
+            continue
+        if not (_is_dense(leaf) and _is_dense(other)) or leaf.dtype == torch.bool:
+            continue
+        one, two = (
+            as_real(torch.func.debug_unwrap(x).detach().movedim(dim, 0)[-2:]).cpu().double()
+            for x in (leaf, other)
+        )
+        is_rounded = leaf.dtype.is_floating_point or leaf.dtype.is_complex
+        eps = torch.finfo(leaf.dtype).eps if is_rounded else 0.0
+        both = one.isfinite() & two.isfinite()
+        off = (one - two)[both].abs().max().item() if both.any() else 0.0
+        largest = one[both].abs().max().item() if both.any() else 0.0
+        if off > (_MOST_ROUNDING * largest + math.sqrt(eps)) * is_rounded:
+            name = layout.name(outputs[0], i)
+            return f"{name} of a row depends on the other rows of its part, by {off:.2g}"
+    return ""
+
+
+def _is_dense(leaf: Tensor) -> bool:
+    return leaf.layout is torch.strided and not (leaf.is_meta or leaf.is_quantized)
+
+
+def _follows(leaf: Tensor, other: Tensor, dim: int) -> bool:
+    """Return whether leaves differ in the size of the batch dimension, and nowhere else."""
+    if leaf.dim() != other.dim() or not -leaf.dim() <= dim < leaf.dim():
+        return False
+    shapes = [list(x.shape) for x in (leaf, other)]
+    return tuple(shape.pop(dim) for shape in shapes) == SIZES and shapes[0] == shapes[1]
+
+
+def _children(node: Any) -> list[Any]:
+    leaves: list[Any] = pytree.tree_flatten(node, lambda child: child is not node)[0]
+    return leaves
+
+
+def _at(value: Any, path: Path) -> Any:
+    """Return the node at a path; None if there is none."""
+    for place in path:
+        children = _children(value)
+        if place >= len(children) or children == [value]:
+            return None
+        value = children[place]
+    return value
+
+
+def _row_lists(one: Any, two: Any, path: Path = ()) -> Iterator[Path]:
+    """Yield the paths of lists and tuples that have as many items as the two parts have rows."""
+    if type(one) is not type(two) or isinstance(one, Tensor):
+        return
+    if type(one) in (list, tuple) and (len(one), len(two)) == SIZES:
+        yield path
+        return
+    if type(one) not in pytree.SUPPORTED_NODES and not isinstance(one, tuple):
+        return
+    children, others = _children(one), _children(two)
+    if len(children) == len(others):
+        for place, pair in enumerate(zip(children, others, strict=True)):
+            if pair[0] is not one:
+                yield from _row_lists(*pair, (*path, place))

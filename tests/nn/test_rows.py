@@ -1,0 +1,147 @@
+"""Outputs are joined by rows only where parts of two sizes prove that they have rows."""
+
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from coded_torch import CodedWrapper, Waiting, codes
+from coded_torch.codes import NotEnoughResults
+from coded_torch.stragglers import Trace
+from coded_torch.workers import DeviceWorkers, LocalWorkers
+
+from .modules import Call
+
+X = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+POOLS = [lambda: DeviceWorkers(["cpu"] * 2), LocalWorkers]
+pools = pytest.mark.parametrize("make", POOLS, ids=["devices", "local"])
+ROWS = r"must have a row for each row of the part at dim 0 and nowhere else"
+
+
+def states(x):
+    """Return what an LSTM of two layers does: outputs, and states [layers, B, H]."""
+    return x * 2, torch.stack([x, x + 1])
+
+
+def run(make, function, *args, parts=4, **options):
+    with make() as pool, torch.no_grad():
+        return CodedWrapper(Call(function), workers=pool, parts=parts, **options).run(*args)
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs", "match"),
+    [
+        (states, [X], rf"output\[1\] {ROWS}.* got shapes \(2, 2, 8\) and \(2, 3, 8\) for 2 and 3"),
+        (lambda x: x @ x.T, [X], rf"output {ROWS}"),
+        (lambda x: {"y": x, "loss": x.mean()}, [X], rf"output\['loss'\] {ROWS}.*in out_dims"),
+        (lambda x: x[1:], [X], rf"output {ROWS}"),
+        (lambda x: {"y": x, "n": len(x)}, [X], r"output\['n'\] .* got 2 and 3 for 2 and 3 rows"),
+        (lambda x, other: x @ other.T, [X, X], rf'output {ROWS}.*"shared" in in_dims'),
+        (torch.add, [X, torch.ones(8)], 'one row, but not two or three: .*"shared" in in_dims'),
+        (lambda x: [x] * (len(x) % 2 + 1), [X], "the same structure in all parts"),
+    ],
+)
+@pytest.mark.parametrize("parts", [4, 3])
+@pools
+def test_outputs_that_do_not_follow_rows_are_refused_in_one_line(
+    make, function, inputs, match, parts
+):
+    with pytest.raises(ValueError, match=match) as info:
+        run(make, function, *inputs, parts=parts)
+    assert "\n" not in str(info.value)
+
+
+@pools
+def test_a_named_batch_dimension_is_joined(make):
+    found, _ = run(make, states, X, out_dims=(0, 1))
+    for answers, wanted in zip(found, states(X), strict=True):
+        assert torch.equal(answers, wanted)
+
+
+@pools
+def test_lists_and_tuples_with_an_item_per_row_are_joined_by_rows(make):
+    def named(x):
+        signs = tuple("+" if row[0] > 0 else "-" for row in x)
+        boxes = [{"box": row[row > 0]} for row in x]
+        return {"y": x, "deep": [x * 2, [signs]], "boxes": boxes}
+
+    found, report = run(make, named, X)
+    wanted = named(X)
+    assert torch.equal(found["y"], X)
+    assert torch.equal(found["deep"][0], 2 * X)
+    assert found["deep"][1] == wanted["deep"][1]
+    for answers, box in zip(found["boxes"], wanted["boxes"], strict=True):
+        assert torch.equal(answers["box"], box["box"])
+    assert not report.notes
+
+
+@pools
+def test_a_tensor_without_rows_is_an_answer_if_all_parts_have_the_same_bits(make):
+    anchors = torch.arange(8.0)
+    found, _ = run(make, lambda x: (x, anchors, torch.tensor(3.0)), X)
+    assert torch.equal(found[0], X)
+    assert torch.equal(found[1], anchors)
+    assert found[2] == 3.0
+
+
+def test_constants_are_compared_in_every_call():
+    kept = Call(lambda x: (x, x.amax().clamp(max=2.0)))
+    with DeviceWorkers(["cpu"] * 2) as pool, torch.no_grad():
+        coded = CodedWrapper(kept, workers=pool, parts=2)
+        coded(torch.full((8, 1), 5.0))
+        with pytest.raises(NotEnoughResults, match=r"where (most|as many) returned"):
+            coded(torch.linspace(0, 1, 8).view(8, 1))
+
+
+@pools
+def test_a_row_that_depends_on_others_is_marked_in_every_call(make):
+    with make() as pool, torch.no_grad():
+        coded = CodedWrapper(Call(lambda x: x - x.mean(0)), workers=pool, parts=4)
+        for _ in range(2):
+            _, report = coded.run(X)
+            (note,) = report.notes
+            assert re.match("output of a row depends on the other rows of its part", note)
+
+
+@pytest.mark.filterwarnings("ignore:.* cannot be estimated")
+def test_a_list_is_neither_estimated_nor_verified_nor_decoded():
+    named = Call(lambda x: (x, ["ok"] * len(x)))
+    lossy = LocalWorkers(Trace([[0.0, 0.0, 0.0, math.inf]]))
+    coded = CodedWrapper(named, workers=lossy, parts=4, waiting=Waiting(deadline=1.0))
+    with pytest.raises(NotEnoughResults, match=r"output\[1\] is a list and cannot be estimated"):
+        coded(X)
+    pool = LocalWorkers()
+    verified = CodedWrapper(named, workers=DeviceWorkers(["cpu"] * 3), verify=0.5)
+    with pytest.raises(ValueError, match="verify must be None if outputs are lists"):
+        verified(X)
+    verified.workers.close()
+    with pytest.raises(TypeError, match="only calls without one join lists by rows"):
+        CodedWrapper(named, codes.ReplicationCode(2, 4), workers=pool)(X)
+
+
+def test_rows_that_raise_or_lie_prove_nothing_of_the_others():
+    def some(x):
+        if (x[:, 0] == 0).any():
+            raise ValueError("bad row")
+        return x
+
+    x = torch.arange(8.0).view(8, 1)
+    with DeviceWorkers(["cpu"] * 2) as pool, torch.no_grad():
+        coded = CodedWrapper(Call(some), workers=pool, waiting=Waiting(on_error="estimate"))
+        answers, report = coded.run(x)
+    assert report.module_failed_rows == (0,)
+    assert torch.equal(answers[1:], x[1:])
+
+
+def test_later_calls_ask_for_nothing_more():
+    calls = []
+    counted = nn.Sequential(Call(lambda x: calls.append(len(x)) or x))
+    coded = CodedWrapper(counted, workers=LocalWorkers(), parts=4)
+    coded(X)
+    assert calls == [2, 3, 8]
+    CodedWrapper(counted, workers=LocalWorkers(), parts=2)(X[:, :4])
+    assert calls == [2, 3, 8, 8]
+    coded(X.double())  # another structure of inputs
+    assert calls[4:] == [2, 3, 8]
