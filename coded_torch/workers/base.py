@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import arguments, instance, positive, sparing_logger, warn
-from .._layout import SIZES, Layout, difference, prove
+from .._layout import SIZES, Layout, difference, prove, proved_of, structure
 from .._torch import dependent_output, has_rows, positional, sample, to_device, unflatten
 from ..stragglers import Stragglers
 from ..table import Began, Part, Reply, WorkerError
@@ -314,6 +314,7 @@ class Workers(abc.ABC):
             if calls:
                 left = max(timeout - request.now(), 0.0)
                 self._check_rows(module, leaves, spec, places - {*wanted[:1]}, left)
+                self._prove_rows(module, leaves, spec, max(timeout - request.now(), 0.0))
         return self
 
     def _check_rows(
@@ -426,6 +427,21 @@ class Workers(abc.ABC):
                     if len(found) == len(sizes):
                         break
         return found
+
+    def _prove_rows(self, module: nn.Module, leaves: Any, spec: Any, seconds: float) -> None:
+        """Prove which outputs of an example have rows, if it has two, so that no call has to."""
+        dims = [0 if has_rows(leaf) else None for leaf in leaves]
+        sizes = {len(leaf) for leaf, dim in zip(leaves, dims, strict=True) if dim is not None}
+        if len(sizes) != 1 or max(sizes) < 2:
+            return
+        first = leaves[dims.index(0)]
+        task = Task(leaves, dims, spec, len(first), 1, first.device)
+        try:
+            found = self.prove(module, task, seconds)
+        except (ValueError, RuntimeError):  # the first call says it, unless it names dimensions
+            return
+        if isinstance(found, Layout):
+            proved_of(module)[structure(leaves, dims, spec, 0, module.training)] = found
 
     def start_on(self, module: nn.Module, batch: Any) -> None:
         """Have every worker that starts run a module on two different rows of a batch.

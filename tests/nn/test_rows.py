@@ -15,6 +15,7 @@ from coded_torch.workers import DeviceWorkers, LocalWorkers
 from .modules import Call
 
 X = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+SURE = Waiting(deadline=1.0, hedge_budget=0)
 POOLS = [lambda: DeviceWorkers(["cpu"] * 2), LocalWorkers]
 pools = pytest.mark.parametrize("make", POOLS, ids=["devices", "local"])
 ROWS = r"must have a row for each row of the part at dim 0 and nowhere else"
@@ -109,7 +110,7 @@ def test_a_row_that_depends_on_others_is_marked_in_every_call(make):
 def test_a_list_is_neither_estimated_nor_verified_nor_decoded():
     named = Call(lambda x: (x, ["ok"] * len(x)))
     lossy = LocalWorkers(Trace([[0.0, 0.0, 0.0, math.inf]]))
-    coded = CodedWrapper(named, workers=lossy, parts=4, waiting=Waiting(deadline=1.0))
+    coded = CodedWrapper(named, workers=lossy, parts=4, waiting=SURE)
     with pytest.raises(NotEnoughResults, match=r"output\[1\] is a list and cannot be estimated"):
         coded(X)
     pool = LocalWorkers()
