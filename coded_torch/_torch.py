@@ -63,16 +63,20 @@ def refuse_derivatives(owner: str, leaves: Iterable[Any], module: nn.Module) -> 
         raise RuntimeError(f"{owner}: {must}, as none pass through other processes; {remedy}")
 
 
+def tracer() -> str:
+    """Return what traces the computations of this thread; "" if nothing does."""
+    modes = torch._C._get_dispatch_mode, torch._ops._get_dispatch_mode_pre_dispatch
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace"
+    if any(mode(torch._C._TorchDispatchModeKey.PROXY) is not None for mode in modes):
+        return "make_fx or torch.export"
+    return ""
+
+
 def refuse_tracing() -> None:
     """Raise a RuntimeError if torch traces what this thread computes."""
-    modes = torch._C._get_dispatch_mode, torch._ops._get_dispatch_mode_pre_dispatch
-    tracer = ""
-    if torch._C._get_tracing_state() is not None:
-        tracer = "torch.jit.trace"
-    elif any(mode(torch._C._TorchDispatchModeKey.PROXY) is not None for mode in modes):
-        tracer = "make_fx or torch.export"
-    if tracer:
-        what = f"a call must not be traced by {tracer}"
+    if by := tracer():
+        what = f"a call must not be traced by {by}"
         why = "which would record what other threads compute as constants"
         raise RuntimeError(f"CodedWrapper: {what}, {why}; use LocalWorkers")
 

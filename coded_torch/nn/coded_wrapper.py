@@ -12,7 +12,7 @@ from .. import tracing
 from .._arguments import check, count, instance, real, warn
 from .._changes import unchanged
 from .._layout import Layout, proved_of, structure
-from .._torch import on_host, refuse_tracing
+from .._torch import on_host, refuse_tracing, tracer
 from ..codes.base import Code
 from ..input_space.regression import Regression
 from ..scheduling.latency_history import History
@@ -257,7 +257,9 @@ class CodedWrapper(ModuleProxy):
         key = structure(inputs.leaves, inputs.dims, inputs.spec, how, self.module.training)
         proved = proved_of(self.module)
         inputs.layout = proved.get(key)
-        if inputs.layout is None:
+        if inputs.layout is None and (by := tracer()):  # would record the parts of the proof
+            inputs.unproved = f"the call was traced by {by}"
+        elif inputs.layout is None:
             left = seconds_left(self.workers, waiting, report) / 2
             found = self.workers.prove(self.module, inputs.task(self.out_dims), left)
             if isinstance(found, Layout):
