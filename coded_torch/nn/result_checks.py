@@ -251,10 +251,13 @@ class Checks:
         for part in parts:
             for i, leaf in enumerate(part.result.leaves):
                 if has_numbers(leaf):
-                    is_whole = part.result.kept is None
-                    rows.append((part, i, leaf if is_whole else part.result.judged(i)))
+                    rows.append((part, i, leaf))
                 elif i in part.result.lists:
                     rows += [(part, i, x) for x in pytree.tree_leaves(leaf) if has_numbers(x)]
+        if rows and self._division.not_finite is not None:
+            for place, (part, i, _) in enumerate(rows):
+                if i not in part.result.lists:
+                    rows[place] = part, i, part.result.judged(i)
         if len(rows) > 1 and not rows[0][2].is_cpu and all_finite(sums_of([x for *_, x in rows])):
             return {}
         return {part.number: part.result.name(i) for part, i, x in rows[::-1] if not finite(x)}

@@ -152,4 +152,6 @@ def cut(task: Task, output: Any, counts: Sequence[int]) -> list[Any]:
         else:
             check_batch(output, i, leaf, dim, sum(sizes))
             columns.append(leaf.split(sizes, dim))
+    if spec.is_leaf():
+        return list(columns[0])
     return [unflatten([column[n] for column in columns], spec) for n in range(len(counts))]
