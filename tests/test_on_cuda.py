@@ -247,7 +247,7 @@ def test_a_warm_call_waits_seldom(make_code, most):
 
 
 # Launches in a call of 240 rows in 24 parts, three of which are the module's: before parts of one
-# batch were reduced together, 64, 58 and 66.
+# batch were reduced together, 64, 58 and 60 (with 4 stragglers).
 LAUNCHES = {
     "spline": ({"code": SplineCode(20, 24)}, 15),
     "rows": ({"parts": 24}, 11),

@@ -14,8 +14,9 @@ struct Device {
   int index;
   int capability;  // 90 of sm_90
   int multiprocessors;
-  int shared_bytes;  // that a block may have where a multiprocessor is to hold two
-  void* context;     // the primary one
+  int shared_bytes;    // that a block may have where a multiprocessor is to hold two
+  int reserved_bytes;  // of a multiprocessor's shared memory for each block, beside the block's
+  void* context;       // the primary one
 };
 
 // A kernel is compiled for a dtype and for a direction. All have numbers; those of wide products of
@@ -84,8 +85,10 @@ inline Grid plan_product(const SplineArgs& args, const Variant& variant, const D
   grid.threads = warps * kWarp;
   grid.shared_bytes = static_cast<int>(grid.rows_in * dense_stride(warps, acc_bytes) * acc_bytes);
   // No more than are resident at once: each loads the matrix.
-  const int64_t resident = std::min<int64_t>(kResidentThreads / grid.threads,
-                                             2 * device.shared_bytes / grid.shared_bytes);
+  const int reserved = device.reserved_bytes;
+  const int64_t resident =
+      std::min<int64_t>(kResidentThreads / grid.threads,
+                        2 * (device.shared_bytes + reserved) / (grid.shared_bytes + reserved));
   const int64_t strides = std::max<int64_t>(resident * device.multiprocessors / grid.chunks, 1);
   grid.blocks = grid.chunks * std::min(grid.tiles, strides);
   return grid;

@@ -166,8 +166,8 @@ const Device& device_at(int index) {
   device.index = index;
   device.capability = 10 * attribute(75) + attribute(76);
   device.multiprocessors = attribute(16);
-  // The driver keeps some of a multiprocessor's shared memory for each block.
-  device.shared_bytes = attribute(81) / 2 - attribute(111);
+  device.reserved_bytes = attribute(111);
+  device.shared_bytes = attribute(81) / 2 - device.reserved_bytes;
   call("cuDevicePrimaryCtxRetain", &device.context, handle);  // torch's, for good
   return all[index] = device;
 }
