@@ -455,7 +455,7 @@ class SplineMap(LinearMap):
         targets = grouping.to(groups.device).targets
         # If no group is filled up, every entry names a row.
         num_rows = None if targets.numel() == grouping.batch_size else grouping.batch_size
-        where: Any = {"scatter": targets, "num_rows": num_rows}
         values = groups.reshape(*groups.shape[:2], num_columns)
-        result = ops.spline_apply(values, *self._operands(groups), **where)
+        operands = self._operands(groups)
+        result = ops.spline_apply(values, *operands, scatter=targets, num_rows=num_rows)
         return result.view(grouping.batch_size, *groups.shape[2:])

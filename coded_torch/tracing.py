@@ -100,10 +100,13 @@ def note_parts(table: Table, now: float, names: Mapping[int, str]) -> None:
         about |= {"worker": part.worker} if part.worker >= 0 else {}
         about |= {"worker_name": names[part.worker]} if part.worker in names else {}
         about |= {} if part.of is None else {"of": part.of.number}
-        how: Any = {"attributes": {f"coded_torch.{key}": value for key, value in about.items()}}
-        how["links"] = [] if part.of is None else [api.Link(contexts[part.of.number])]
         begin = part.began if part.began < math.inf else part.asked
-        made = tracer.start_span("coded_torch.part", start_time=int(zero + 1e9 * begin), **how)
+        made = tracer.start_span(
+            "coded_torch.part",
+            start_time=int(zero + 1e9 * begin),
+            attributes={f"coded_torch.{key}": value for key, value in about.items()},
+            links=[] if part.of is None else [api.Link(contexts[part.of.number])],
+        )
         if part.error is not None:
             made.set_status(api.Status(api.StatusCode.ERROR, str(part.error)))
         contexts.append(made.get_span_context())

@@ -169,9 +169,12 @@ def processes(args: Namespace, hang_timeout: float = 30.0) -> ProcessWorkers:
     chosen = args.device or ["cpu"]
     usual = 6 if chosen == ["cpu"] else len(chosen)
     number = usual if args.num_workers is None else args.num_workers
-    how: Any = {"hang_timeout": hang_timeout if args.hang_timeout is None else args.hang_timeout}
-    how["threads"] = 1 if args.threads is None else args.threads
-    return ProcessWorkers(number, devices=chosen, **how)
+    return ProcessWorkers(
+        number,
+        devices=chosen,
+        threads=1 if args.threads is None else args.threads,
+        hang_timeout=hang_timeout if args.hang_timeout is None else args.hang_timeout,
+    )
 
 
 def options(parser: argparse.ArgumentParser, *table: Option) -> None:

@@ -159,10 +159,9 @@ class _Stream(_Table):
         goes_on = names == self._names and start >= self._at
         if not goes_on or first > self._at + self._table.num_rows:
             groups = range(group, len(self._firsts))
-            how: Any = {"row_groups": groups, "columns": names}
             self._names = names
             self._at = first
-            self._tables = self._file.iter_batches(stop - start, **how)
+            self._tables = self._file.iter_batches(stop - start, groups, names)
             self._table = pyarrow.Table.from_batches([next(self._tables)])
         while (end := self._at + self._table.num_rows) < stop:
             self._table = self._table.slice(start - self._at)  # may be beyond its end

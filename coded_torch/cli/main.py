@@ -275,8 +275,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     version = f"coded_torch {coded_torch.__version__}"
     parser.add_argument("--version", action="version", version=version)
-    hidden: Any = {"prog": "coded-torch", "metavar": "COMMAND", "help": argparse.SUPPRESS}
-    added = parser.add_subparsers(required=True, **hidden)
+    added = parser.add_subparsers(
+        required=True, prog="coded-torch", metavar="COMMAND", help=argparse.SUPPRESS
+    )
     for run, table in _COMMANDS.items():
         command = added.add_parser(run.__name__, description=run.__doc__)
         command.set_defaults(run=run)

@@ -82,11 +82,17 @@ def serve(args: Namespace) -> None:
             workers = processes(args, hang_timeout=max(1.0, _HANG_TIMEOUT * args.deadline))
         if args.chaos:  # the page says which workers attack, each in its own way
             delays = Bernoulli(0.03, latency=0.05, seed=args.seed)
-            faults: Any = {"seed": args.seed, "crash_every": 5.0, "attack": _spoil}
-            workers = FaultyWorkers(workers, delays=delays, **faults)
-        more: dict[str, Any] = {"surrogate": [Memory()] if args.memory else []}
-        more |= {"verify": args.verify or None, "parts": args.parts}
-        built = App(CodedWrapper(module, workers=workers, **more), **how)
+            workers = FaultyWorkers(
+                workers, delays=delays, seed=args.seed, crash_every=5.0, attack=_spoil
+            )
+        coded = CodedWrapper(
+            module,
+            workers=workers,
+            surrogate=[Memory()] if args.memory else [],
+            verify=args.verify or None,
+            parts=args.parts,
+        )
+        built = App(coded, **how)
         del module  # the next version replaces it
     if whole := [spec.name for spec in how["outputs"] if not spec.dtype.is_floating_point]:
         warnings.filterwarnings("ignore", "CodedWrapper: .* cannot be estimated")  # it is said here
@@ -196,11 +202,17 @@ def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None
         say(f"Serving {name} at {site}v2/models/{name}/infer")
         if has_page:
             say(f"A page shows its workers and requests: {site}")
-        quiet: dict[str, Any] = {"log_level": "warning", "access_log": False}
-        quiet |= {"http": Connection, "backlog": max(1, Connection.most // 2)}
-        how: Any = {"ws": "none", "lifespan": "on", "timeout_keep_alive": _KEEP_ALIVE}
-        how["timeout_graceful_shutdown"] = math.ceil(built.deadline) + _TO_READ
-        config = uvicorn.Config(built, **how, **quiet)
+        config = uvicorn.Config(
+            built,
+            http=Connection,
+            ws="none",
+            lifespan="on",
+            log_level="warning",
+            access_log=False,
+            backlog=max(1, Connection.most // 2),
+            timeout_keep_alive=_KEEP_ALIVE,
+            timeout_graceful_shutdown=math.ceil(built.deadline) + _TO_READ,
+        )
         signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=renew, daemon=True).start())
         with usage(errors=TypeError, prefix="Workers: "):
             built.load()  # here Ctrl-C ends it, and an error of the model ends the command

@@ -8,10 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import codes as kinds
 from .._arguments import check, count, instance, shown
 from .._torch import as_called, on_host
-from ..codes import Code, RegressionCode
+from ..codes import (
+    BerrutCode,
+    Code,
+    FloaterHormannCode,
+    LagrangeCode,
+    RegressionCode,
+    ReplicationCode,
+    SplineCode,
+)
 from ..stragglers import Stragglers, Uniform
 from .faults import Attack
 from .scores import Comparison, Record, Score, Setting, check_labels, score
@@ -30,13 +37,13 @@ def peers(num_data: int, num_workers: int) -> dict[str, Code]:
     k = num_data
     n = num_workers
     return {
-        "the paper's scheme": kinds.SplineCode(k, n, ordering="arrival"),
-        "Berrut": kinds.BerrutCode(k, n, ordering="arrival"),
-        "the paper's, ordered": kinds.SplineCode(k, n),
-        "Berrut, ordered": kinds.BerrutCode(k, n),
-        "Floater-Hormann, ordered": kinds.FloaterHormannCode(k, n),
-        "Lagrange, ordered": kinds.LagrangeCode(k, n, decoder_degree=k - 1),
-        "replication": kinds.ReplicationCode(k, n, ordering="arrival"),
+        "the paper's scheme": SplineCode(k, n, ordering="arrival"),
+        "Berrut": BerrutCode(k, n, ordering="arrival"),
+        "the paper's, ordered": SplineCode(k, n),
+        "Berrut, ordered": BerrutCode(k, n),
+        "Floater-Hormann, ordered": FloaterHormannCode(k, n),
+        "Lagrange, ordered": LagrangeCode(k, n, decoder_degree=k - 1),
+        "replication": ReplicationCode(k, n, ordering="arrival"),
         "regression": RegressionCode(k, n),
     }
 
@@ -134,7 +141,6 @@ def compare(
     received_sets = count("compare", "received_sets", received_sets)
     cut = max(1, len(calls) // 4) if tuning_batches is None else tuning_batches
     cut = count("compare", "tuning_batches", cut, most=len(calls) - 1)
-    how: Any = {"in_dims": in_dims, "out_dims": out_dims}
 
     def trials(setting: Setting, seed: int, number: int, part: slice) -> Iterator[Any]:
         n, _, lost = setting
@@ -142,7 +148,8 @@ def compare(
         instance("compare", "the result of delays", drawn, Stragglers)
         for i, (args, classes) in [*enumerate(zip(calls, truth, strict=True))][part]:
             sets = [received_by(drawn, n, lost) for _ in range(number)]
-            trial = Trial(module, args, sets, **how, owner=f"compare: batches[{i}]")
+            owner = f"compare: batches[{i}]"
+            trial = Trial(module, args, sets, in_dims=in_dims, out_dims=out_dims, owner=owner)
             if classes is not None:
                 shapes = [[*leaf.shape] for leaf in trial.exact]
                 if [*map(len, shapes)] != [2]:

@@ -212,8 +212,16 @@ def plan(
         if verify:
             policy = Verified(policy, num_workers, verify, seed=seed)
         given = conditions if isinstance(conditions, Conditions) else measured(conditions, part)
-        how: Any = {"num_workers": num_workers, "num_parts": k, "num_columns": n, "load": load}
-        outcome = simulate(policy, given, num_requests=num_requests, seed=seed, **how)
+        outcome = simulate(
+            policy,
+            given,
+            num_workers=num_workers,
+            num_parts=k,
+            num_columns=n,
+            load=load,
+            num_requests=num_requests,
+            seed=seed,
+        )
         latencies = np.sort(outcome.latencies * part)
         slowest = float(np.quantile(latencies, _IN_TIME))
         # A call raises if fewer rows came than the policy asks of it; a code decodes one result.

@@ -144,11 +144,12 @@ def simulate(
     pool = _Pool(conditions, num_workers, unit_rows, gap, seed)
     factors = pool.factors(num_requests * len(first))
     arrivals = np.cumsum(np.random.default_rng([seed, 0]).exponential(gap, num_requests)).tolist()
-    options: dict[str, Any] = {"needed": needed, "unit_rows": unit_rows, "idle": pool.num_idle}
     history = History()
 
     def arrive(number: int) -> None:
-        table = Table(first=first, since=pool.now, **options)
+        table = Table(
+            first=first, needed=needed, unit_rows=unit_rows, since=pool.now, idle=pool.num_idle
+        )
         own = factors[number * len(first) : (number + 1) * len(first)]
         decide = functools.partial(policy.decide, history, table)
         pool.step(_Call(number, table, decide, own, pool.delays()))

@@ -63,8 +63,17 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
     if not calls:
         raise ValueError(f"tune: batches must hold at least one batch, got {shown(calls)}")
     draws = received_sets(wrapper, code)
-    how: Any = {"in_dims": wrapper.in_dims, "out_dims": wrapper.out_dims, "owner": "tune"}
-    trials = (Trial(wrapper.module, x, [*itertools.islice(draws, SETS)], **how) for x in calls)
+    trials = (
+        Trial(
+            wrapper.module,
+            x,
+            [*itertools.islice(draws, SETS)],
+            in_dims=wrapper.in_dims,
+            out_dims=wrapper.out_dims,
+            owner="tune",
+        )
+        for x in calls
+    )
     mixes = code.mixes or not wrapper.surrogate  # which codes that mix do not take
     best = chosen("tune", code, trials, wrapper.num_stragglers, values, mixes=mixes)
     for name, own in {**code.candidates(), **values}.items():

@@ -5,7 +5,7 @@ import contextlib
 import functools
 import os
 import re
-import ssl as tls
+import ssl
 import sys
 import threading
 import weakref
@@ -98,7 +98,7 @@ class Client:
         *,
         headers: Mapping[str, str] | None = None,
         token: str | None = None,
-        context: tls.SSLContext | None = None,
+        context: ssl.SSLContext | None = None,
         connect_timeout: float = 2.0,
         timeout: float = 30.0,
     ) -> None:

@@ -207,8 +207,11 @@ class _Threads(Dispatcher):
         with self.lock:
             for index in () if self.closed else self.vacant():
                 replica = _Replica(self.devices[index % len(self.devices)], index)
-                how: Any = {"name": f"coded_torch-{index}-{replica.device}", "daemon": True}
-                replica.thread = threading.Thread(target=replica.serve, args=(self,), **how)
+                name = f"coded_torch-{index}-{replica.device}"
+                thread = threading.Thread(
+                    target=replica.serve, args=(self,), name=name, daemon=True
+                )
+                replica.thread = thread
                 replica.thread.start()
                 self.add(replica)
 
