@@ -45,96 +45,94 @@ class Report:
 
     ``print`` shows it in five lines. Workers are named by their places in the pool. On
     :class:`~coded_torch.workers.LocalWorkers` every part of the call has a worker of its own.
-
-    Attributes:
-        asked, received: the workers that began a part of the call, and those whose results count,
-            increasing.
-        latencies: by worker, seconds from the end of encoding to the worker's last reply, in the
-            order of these replies. Workers that had to load the module are left out.
-        versions: by worker, the version of the model that its server named in its last reply.
-        rejected: by worker, the fault of its last result that does not count.
-        work_ratio: rows that workers began to compute, per row of the batch; 1.0 if each is once.
-        hedges: the parts that stood in for late or failed ones.
-        estimated: bool ``[B]``, on the host: the answers that are not the module's own result of
-            their input. None before there are answers.
-        source: uint8 ``[B]``, on the host: 0 for answers from a part that was asked first, 1 from a
-            hedge or another later part, 2 for estimates. None before there are answers.
-        error_bounds: float64 ``[B]``, on the host: bounds of errors of the first decoded output.
-            The norm of an answer's error is at most its bound with the probability ``coverage`` of
-            the :class:`~coded_torch.Regression`. This excludes rows on which the module fails. 0 if
-            the answer is computed, infinite if its input is not finite, or too few results arrived.
-            None under a link, or without a regression.
-        coverage: the level of the error bounds; None if there are none.
-        missing_not_at_random: whether parts that came late, in this and earlier calls, look odder
-            than others: bounds and p-values hold less often than they say. A false alarm has a
-            probability of .01. Rows that never arrive because of their content are not seen.
-        label_p_values: float64 ``[B]``, on the host: for a first decoded output ``[B, C]``, the
-            conformal p-value of the hypothesis that an answer's largest number is not the module's.
-            For each p, an answer both is wrong and has a value of at most p with a probability of
-            at most p. Of the answers with such values, more may be wrong; see :meth:`certified`. 0
-            if the answer is computed. None for other outputs, or without a regression.
-        surrogate_weights: for every decoded output, of each surrogate; 0 if the surrogate failed or
-            did not improve the estimate. Empty if nothing was estimated.
-        ended: why the call stopped waiting. "complete": every result is there; "first": the first
-            N - S are; "deadline"; "estimate_after": as many medians of calls were over; "error":
-            all is there but the rows that the module itself fails on; "failed": nothing more
-            could come.
-        hedging_threshold: seconds after its begin at which a part of the first ask is late; None if
-            not known yet.
-        deadline: seconds from the call after which it was to end; None if there was none.
-        num_groups: G, the number of groups; 0 by rows.
-        distances: for each decoded output, and each block of a large batch, the metric and length
-            that estimated missing answers, and how well they estimate results from each other.
-        missing_rows: by rows, the rows that no worker computed.
-        errors: by missing row, the error of the last part that held it, if there was one.
-        module_failed_rows: the rows on which the module itself fails: it raised alike on two
-            workers, or three times where no other worker computes them, or ended its workers, each
-            row alone.
-        verified: bool ``[B]``, on the host: the rows that two workers computed alike, up to
-            rounding. None without verification, as is ``unverified``.
-        unverified: bool ``[B]``, on the host: the rows whose check failed or came too late; of
-            workers in undecided disputes, the rows that are not verified; all, if it has stopped.
-        disputes: how often the results of two workers differed.
-        corrected: the rows whose first result was wrong, and was replaced.
-        wrong_results: by worker, how many wrong results it was found to return.
-        excluded: the workers that this call excluded, until they are restarted.
-        notes: further remarks for the caller.
-        encode_seconds: from the call to the first ask.
-        compute_seconds: of waiting for the workers and checking their results.
-        decode_seconds: of decoding and estimating.
-        failed: whether the call raised.
     """
 
-    asked: tuple[int, ...] = ()
-    received: tuple[int, ...] = ()
-    latencies: dict[int, float] = dataclasses.field(default_factory=dict)
-    versions: dict[int, str] = dataclasses.field(default_factory=dict)
-    rejected: dict[int, str] = dataclasses.field(default_factory=dict)
-    work_ratio: float = 0.0
-    hedges: tuple[Hedge, ...] = ()
+    # What every call needs.
+
+    #: uint8 ``[B]``, on the host: 0 for answers from a part that was asked first, 1 from a hedge or
+    #: another later part, 2 for estimates. None before there are answers.
     source: Tensor | None = dataclasses.field(default=None, repr=False)
-    coverage: float | None = None
-    missing_not_at_random: bool = False
-    surrogate_weights: tuple[tuple[float, ...], ...] = ()
-    ended: str = ""
-    hedging_threshold: float | None = None
-    deadline: float | None = None
-    num_groups: int = 0
-    distances: tuple[Choice, ...] = ()
+    #: by rows, the rows that no worker computed.
     missing_rows: tuple[int, ...] = ()
+    #: by missing row, the error of the last part that held it, if there was one.
     errors: dict[int, WorkerError] = dataclasses.field(default_factory=dict, repr=False)
+    #: the rows on which the module itself fails: it raised alike on two workers, or three times
+    #: where no other worker computes them, or ended its workers, each row alone.
     module_failed_rows: tuple[int, ...] = ()
-    verified: Tensor | None = dataclasses.field(default=None, repr=False)
-    unverified: Tensor | None = dataclasses.field(default=None, repr=False)
-    disputes: int = 0
-    corrected: tuple[int, ...] = ()
-    wrong_results: dict[int, int] = dataclasses.field(default_factory=dict)
-    excluded: tuple[int, ...] = ()
-    notes: tuple[str, ...] = ()
-    encode_seconds: float = 0.0
-    compute_seconds: float = 0.0
-    decode_seconds: float = 0.0
+    #: why the call stopped waiting. "complete": every result is there; "first": the first N - S
+    #: are; "deadline"; "estimate_after": as many medians of calls were over; "error": all is there
+    #: but the rows that the module itself fails on; "failed": nothing more could come.
+    ended: str = ""
+    #: whether the call raised.
     failed: bool = True
+    #: further remarks for the caller.
+    notes: tuple[str, ...] = ()
+
+    # Workers and parts.
+
+    #: the workers that began a part of the call, increasing
+    asked: tuple[int, ...] = ()
+    #: the workers whose results count, increasing
+    received: tuple[int, ...] = ()
+    #: by worker, seconds from the end of encoding to the worker's last reply, in the order of these
+    #: replies. Workers that had to load the module are left out.
+    latencies: dict[int, float] = dataclasses.field(default_factory=dict)
+    #: by worker, the version of the model that its server named in its last reply.
+    versions: dict[int, str] = dataclasses.field(default_factory=dict)
+    #: by worker, the fault of its last result that does not count.
+    rejected: dict[int, str] = dataclasses.field(default_factory=dict)
+    #: rows that workers began to compute, per row of the batch; 1.0 if each is once.
+    work_ratio: float = 0.0
+    #: the parts that stood in for late or failed ones.
+    hedges: tuple[Hedge, ...] = ()
+    #: G, the number of groups; 0 by rows.
+    num_groups: int = 0
+
+    # Times.
+
+    #: seconds from the call to the first ask.
+    encode_seconds: float = 0.0
+    #: seconds of waiting for the workers and checking their results.
+    compute_seconds: float = 0.0
+    #: seconds of decoding and estimating.
+    decode_seconds: float = 0.0
+    #: seconds after its begin at which a part of the first ask is late; None if not known yet.
+    hedging_threshold: float | None = None
+    #: seconds from the call after which it was to end; None if there was none.
+    deadline: float | None = None
+
+    # Verification.
+
+    #: bool ``[B]``, on the host: the rows that two workers computed alike, up to rounding. None
+    #: without verification, as is ``unverified``.
+    verified: Tensor | None = dataclasses.field(default=None, repr=False)
+    #: bool ``[B]``, on the host: the rows whose check failed or came too late; of workers in
+    #: undecided disputes, the rows that are not verified; all, if it has stopped.
+    unverified: Tensor | None = dataclasses.field(default=None, repr=False)
+    #: how often the results of two workers differed.
+    disputes: int = 0
+    #: the rows whose first result was wrong, and was replaced.
+    corrected: tuple[int, ...] = ()
+    #: by worker, how many wrong results it was found to return.
+    wrong_results: dict[int, int] = dataclasses.field(default_factory=dict)
+    #: the workers that this call excluded, until they are restarted.
+    excluded: tuple[int, ...] = ()
+
+    # Estimates.
+
+    #: the level of the error bounds; None if there are none.
+    coverage: float | None = None
+    #: whether parts that came late, in this and earlier calls, look odder than others: bounds and
+    #: p-values hold less often than they say. A false alarm has a probability of .01. Rows that
+    #: never arrive because of their content are not seen.
+    missing_not_at_random: bool = False
+    #: for every decoded output, of each surrogate; 0 if the surrogate failed or did not improve the
+    #: estimate. Empty if nothing was estimated.
+    surrogate_weights: tuple[tuple[float, ...], ...] = ()
+    #: for each decoded output, and each block of a large batch, the metric and length that
+    #: estimated missing answers, and how well they estimate results from each other.
+    distances: tuple[Choice, ...] = ()
+
     #: When the call began, by :func:`time.perf_counter`.
     since: float = dataclasses.field(default_factory=time.perf_counter, init=False, repr=False)
     _phase: str = dataclasses.field(default="encode", init=False, repr=False)
@@ -149,18 +147,37 @@ class Report:
     @outside()
     @torch.inference_mode(False)
     def estimated(self) -> Tensor | None:
+        """The answers that are not the module's own result of their input.
+
+        They are bool ``[B]``, on the host; None before there are answers.
+        """
         return None if self.source is None else self.source == 2
 
     @functools.cached_property
     @outside()
     @torch.inference_mode(False)
     def error_bounds(self) -> Tensor | None:
+        """The bounds of errors of the first decoded output, float64 ``[B]``, on the host.
+
+        The norm of an answer's error is at most its bound with the probability ``coverage`` of the
+        :class:`~coded_torch.Regression`. This excludes rows on which the module fails. A bound is 0
+        if the answer is computed, and infinite if its input is not finite, or too few results
+        arrived. There are none under a link, or without a regression.
+        """
         return self._bounds.at(self.coverage) if self._bounds and self.coverage else None
 
     @functools.cached_property
     @outside()
     @torch.inference_mode(False)
     def label_p_values(self) -> Tensor | None:
+        """The p-values of classes, float64 ``[B]``, on the host, of a first output ``[B, C]``.
+
+        Each is the conformal p-value of the hypothesis that an answer's largest number is not the
+        module's. For each p, an answer both is wrong and has a value of at most p with a
+        probability of at most p. Of the answers with such values, more may be wrong; see
+        :meth:`certified`. A value is 0 if the answer is computed. There are none for other outputs,
+        or without a regression.
+        """
         return self._bounds.label_p_values if self._bounds and self._has_labels else None
 
     @property
