@@ -124,8 +124,11 @@ def compare(
         )
     truth: Any = [None] * len(calls) if labels is None else labels
     is_list = isinstance(truth, Sequence) and not isinstance(truth, Tensor)
-    must = f"labels must be a sequence of integer tensors, one for each of {len(calls)} batches"
-    check("compare", is_list and len(truth) == len(calls), must, labels)
+    if not (is_list and len(truth) == len(calls)):
+        raise ValueError(
+            f"compare: labels must be a sequence of integer tensors, one for each of {len(calls)} "
+            f"batches, got {shown(labels)}"
+        )
     for name, value in {"extra": extra, "surrogate": surrogate, "attack": attack}.items():
         instance("compare", name, value, Callable, optional=True)
     faulty = count("compare", "faulty", faulty)

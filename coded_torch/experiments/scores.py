@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .._arguments import check, dense, shown
 from ..codes import Code
+from ..input_space.finite_mean import student_t
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,10 +29,8 @@ Array = NDArray[np.float64]
 Interval = list[float | None]  # a number, and half the width of its 95 % interval
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-# Student's 97.5 % quantiles for 1 to 10 degrees of freedom; beyond, the coefficients of powers of
-# their inverse, the normal distribution's last (Abramowitz and Stegun, 26.7.5, within 1e-4).
+# Student's 97.5 % quantiles for 1 to 10 degrees of freedom, below which a formula is exact enough.
 _STUDENT = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.306, 2.26216, 2.22814)
-_BEYOND = (2.5558497911596096, 2.8224987053284156, 2.3722712787051083, 1.959964)
 _FLIPS = 20_000  # random signs of a paired test, enough for two digits of a p-value of .01
 _WIDE = 0.5  # half an interval over its number, above which it is one of the logarithm
 _EXACT = 1e-6  # the share of the variance below which an error is rounding, and is not drawn
@@ -137,7 +136,7 @@ def half_width(a: Array) -> float:
     n = len(a) - 1
     if n < 1:
         return math.nan
-    quantile = _STUDENT[n - 1] if n <= len(_STUDENT) else float(np.polyval(_BEYOND, 1 / n))
+    quantile = _STUDENT[n - 1] if n <= len(_STUDENT) else student_t(0.95, n)
     return quantile * float(a.std(ddof=1)) / math.sqrt(n + 1)
 
 

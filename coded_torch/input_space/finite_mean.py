@@ -9,6 +9,7 @@ end by the width need no correction (Chow, Robbins, Annals of Mathematical Stati
 import itertools
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,8 +153,8 @@ def intervals(
     squares = remaining.square().sum(0) + half
     of_all = off.square().sum(0)
     variance = share / n * squares / (n - 1) + (u * share).square() * more
-    t = _student_t(level, squares, remaining.pow(4).sum(0) + half, n)
-    t0 = _student_t(level, of_all, off.pow(4).sum(0) * ~is_share, n)
+    t = student_t(level, _freedom(squares, remaining.pow(4).sum(0) + half, n))
+    t0 = student_t(level, _freedom(of_all, off.pow(4).sum(0) * ~is_share, n))
     ours = t**2 * variance * (1 + 3 / n)
     plain = t0**2 * share / n * of_all / (n - 1)
     value = mean + share * u * (estimate - centre)
@@ -171,13 +172,20 @@ def _shares(share: Tensor, rows: Tensor, t: Tensor) -> Tensor:
     return torch.stack([centre, t * (centre * (1 - centre) / more).sqrt()])
 
 
-def _student_t(level: float, squares: Tensor, fourth: Tensor, n: int) -> Tensor:
-    """Return quantiles of Student's t for a variance from n errors (Abramowitz, Stegun, 26.7.5).
+def _freedom(squares: Tensor, fourth: Tensor, n: int) -> Tensor:
+    """Return the degrees of freedom of a variance from n errors, fewer for heavy tails.
 
-    Sums of squares and fourth powers give the degrees of freedom, fewer for heavy tails.
+    They follow from the sums of squares and of fourth powers.
     """
     kurtosis = n * fourth / squares.square().clamp(min=1e-300)
-    freedom = (2 * n / (kurtosis - 1).clamp(min=1e-3)).clamp(2, max(2, n - 1))
+    return (2 * n / (kurtosis - 1).clamp(min=1e-3)).clamp(2, max(2, n - 1))
+
+
+def student_t(level: float, freedom: Any) -> Any:
+    """Return two-sided quantiles of Student's t (Abramowitz and Stegun, 26.7.5).
+
+    The error is at most 1e-4 from 11 degrees of freedom on, and grows for fewer.
+    """
     z = statistics.NormalDist().inv_cdf(0.5 + level / 2)
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._arguments import arguments, bound, check, count, instance, real, real_array, shown
+from .._arguments import arguments, bound, count, instance, real, real_array, shown
 from .._torch import as_called, device_of, exactly, on_host
 from ..input_space.finite_mean import Kernel, KernelRegression, intervals
 from ..input_space.metrics import METRICS, Leaf, fitted, leaves_of, typical_rows
@@ -155,8 +155,10 @@ class Looks:
     def until(self, half_width: Any) -> Iterator[Interval]:
         """Return an iterator that ends as soon as no half width is larger than this."""
         target = real_array("mean", "half_width", math.inf if half_width is None else half_width)
-        must = "half_width must be positive, one or per column"
-        check("mean", target.ndim < 2 and (target > 0).all(), must, half_width)
+        if not (target.ndim < 2 and (target > 0).all()):
+            raise ValueError(
+                f"mean: half_width must be positive, one or per column, got {shown(half_width)}"
+            )
 
         def looks() -> Iterator[Interval]:
             for size in self.sizes:

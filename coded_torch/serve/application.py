@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 import coded_torch
 
 from .. import tracing
-from .._arguments import bound, check, count, instance, positive, shown
+from .._arguments import bound, count, instance, positive, shown
 from .._torch import positional
 from ..nn import CodedWrapper
 from ..open_inference import ADDED, FORMER, LISTED, TensorSpec, written
@@ -98,8 +98,11 @@ class App(Starlette):
     ) -> None:
         instance(self, "coded", coded, CodedWrapper)
         instance(self, "name", name, str)
-        must = "name must be a part of a URL, without any of {}/?#%"
-        check(self, name and {*name}.isdisjoint("{}/?#%"), must, name)
+        if not (name and {*name}.isdisjoint("{}/?#%")):
+            raise ValueError(
+                f"{type(self).__name__}: name must be a part of a URL, without any of {{}}/?#%, "
+                f"got {shown(name)}"
+            )
         for argument, given in (("inputs", inputs), ("outputs", outputs)):
             instance(self, argument, given, Sequence)
             for spec in given:
