@@ -18,6 +18,9 @@ Measurements:
   column stops at the first look that reaches one; and all looks together, plain and "anytime";
 - curve: half the width over the spread of a column, against the share of rows computed;
 - student: the same as fixed, with a student as a surrogate;
+- rare: data with rare, large or few values, which inputs do not explain. "Infinite" is the share
+  of draws that say nothing, as all numbers drawn are equal; they count as covered. With bounds of
+  three times the range of the data, and with "anytime" at all looks together;
 - processes: six worker processes that sleep 5 ms a row, and are killed. The end is where no half
   width exceeds that of 2,000 sampled rows.
 """
@@ -38,6 +41,7 @@ from torch import Tensor, nn
 from coded_torch import CodedWrapper
 from coded_torch.demo import digits, lenet5
 from coded_torch.experiments.scores import half_width, rounded
+from coded_torch.input_space.betting import bounded
 from coded_torch.input_space.finite_mean import intervals
 from coded_torch.nn.mean import Looks
 from coded_torch.workers import LocalWorkers, ProcessWorkers
@@ -84,7 +88,7 @@ def looks_at(x: Tensor, y: Tensor, order: Tensor, cheap: Tensor | None = None) -
     rows = torch.arange(len(x))  # integers are no features
     surrogate = () if cheap is None else (lambda _, rows: cheap[rows])
     coded = CodedWrapper(nn.Identity(), workers=LocalWorkers(), parts=1, surrogate=surrogate)
-    looks = Looks(coded, (x, rows), None, None, LEVEL, False, SEED)
+    looks = Looks(coded, (x, rows), level=LEVEL, seed=SEED)
     looks.drawn = looks.order = order
     return given(looks, y)
 
@@ -231,6 +235,84 @@ def curve(name: str, count: int) -> dict[str, Any]:
     }
 
 
+def rare_data() -> tuple[Tensor, dict[str, Tensor]]:
+    """Return inputs that explain nothing, and the numbers ``[N]`` of rows by kind."""
+    generator = torch.Generator().manual_seed(SEED)
+
+    def drawn(share: float) -> Tensor:
+        return (torch.rand(ROWS, generator=generator) < share).double()
+
+    normal = torch.randn(ROWS, generator=generator).double()
+    lognormal = torch.randn(ROWS, generator=generator).double().exp()
+    kinds = {
+        "1 % ones, as floats": drawn(0.01),
+        "0, or 10 in 2 %": 10 * drawn(0.02),
+        "0, or 1000 in .2 %": 1000 * drawn(0.002),
+        "0, or lognormal in 2 %": lognormal * drawn(0.02),
+        "3 in all rows": torch.full((ROWS,), 3.0).double(),
+        "normal": normal,
+        "normal, and 100 in 1 %": torch.where(drawn(0.01) > 0, 100.0, normal),
+        "lognormal": lognormal,
+    }
+    return torch.randn(ROWS, 2, generator=generator), kinds
+
+
+def rare(sizes: tuple[int, ...], count: int, paths: int) -> dict[str, Any]:
+    """Return the coverage on data that samples represent badly."""
+    x, kinds = rare_data()
+    y, truth = torch.stack([*kinds.values()], 1), torch.stack([z.mean() for z in kinds.values()])
+    lowest, highest = y.amin(0), y.amax(0)
+    more = (highest - lowest).clamp(min=1.0)
+    bounds = torch.stack([lowest - more, highest + more])
+    # Where the bounds are natural, they are known.
+    bounds[:, :3] = torch.tensor([[0.0, 0.0, 0.0], [1.0, 10.0, 1000.0]])
+    is_share = torch.zeros(len(kinds), dtype=torch.bool)
+    looked = [n for n in looks_at(x, y, torch.arange(ROWS)).sizes if n <= MOST]
+    at_looks = 1 - (1 - LEVEL) / len(looked)
+    found: dict[int, list[Tensor]] = {n: [] for n in sizes}
+    everywhere = list[Tensor]()
+
+    def at(looks: Looks, n: int, level: float) -> Tensor:
+        """Return intervals without and with bounds, ``[2, 2, C]``."""
+        plain, _ = intervals(*looks.estimated(n), level=level)
+        rows = y[looks.order[:n]]
+        how = {"level": LEVEL, "at_looks": level}
+        return torch.stack([plain, bounded(plain, rows, is_share, bounds, ROWS, **how)])
+
+    for number, order in enumerate(orders(ROWS, count)):
+        looks = looks_at(x, y, order)
+        for n in sizes:
+            found[n].append(at(looks, n, LEVEL))
+        if number < paths:
+            looks = looks_at(x, y, order)
+            every = torch.stack([at(looks, n, at_looks) for n in looked])  # [looks, 2, 2, C]
+            everywhere.append(((every[:, :, 0] - truth).abs() <= every[:, :, 1]).all(0))
+    together = torch.stack(everywhere).double()  # [paths, 2, C]
+    numbers: dict[str, Any] = {kind: {} for kind in kinds}
+    for n, each in found.items():
+        drawn = torch.stack(each)  # [draws, 2, 2, C]
+        held = ((drawn[:, :, 0] - truth).abs() <= drawn[:, :, 1] + 1e-12).double()
+        for column, kind in enumerate(kinds):
+            width = drawn[:, :, 1, column]
+            plain = width[width[:, 0].isfinite()]
+            numbers[kind][str(n)] = {
+                "draws": count,
+                "covered": coverage(held[:, 0, column]),
+                "infinite": rounded(float(width[:, 0].isinf().double().mean()))[0],
+                "with bounds": coverage(held[:, 1, column]),
+                "times as wide": rounded(float((plain[:, 1] / plain[:, 0]).median()))[0]
+                if len(plain)
+                else None,
+                "anytime": coverage(together[:, 0, column]),
+                "anytime, with bounds": coverage(together[:, 1, column]),
+            }
+    return numbers
+
+
+def coverage(held: Tensor) -> list[float]:
+    return rounded(float(held.mean()), half_width(held.numpy()))
+
+
 class Slow(nn.Module):
     """A module that takes some time for each row."""
 
@@ -278,6 +360,7 @@ def measurements(quick: bool) -> Iterable[Measurement]:
     for name in (QUICK,) if quick else SETS:
         yield (name, "looks"), functools.partial(looks, name, counts["paths"])
         yield (name, "curve"), functools.partial(curve, name, counts["curves"])
+    yield ("rare", "rare"), functools.partial(rare, SIZES, counts["draws"], counts["paths"])
     name, taught = (QUICK, QUICK) if quick else ("lenet5", "digits")
     count = counts["draws with a student"]
     yield (taught, "student"), functools.partial(student, taught, SIZES, count)

@@ -31,6 +31,7 @@ def run(line):
         ("", "the following arguments are required: COMMAND"),
         ("fly", "invalid choice: 'fly'"),
         ("demo --wings 2", "unrecognized arguments: --wings 2"),
+        ("job models:here --mean --bounds 0", "must be two numbers, LOW,HIGH, got '0'"),
         ("demo --settings 1,2", "--settings: must be triples N,K,S with 1 <= K <= N <= 65536"),
         ("demo --settings 6,7,1", "--settings: must be triples N,K,S with 1 <= K <= N <= 655"),
         ("demo --seed one", "--seed: invalid int value: 'one'"),

@@ -695,14 +695,10 @@ def test_a_row_on_which_the_model_fails_ends_a_mean(thirteen):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (
-            ["--half-width", "0.1"],
-            "--mean-function and --half-width must be left out without --mean",
-        ),
-        (
-            ["--mean-function", "models:here"],
-            "--mean-function and --half-width must be left out without --mean",
-        ),
+        (["--half-width", "0.1"], "--half-width and --bounds must be left out without --mean"),
+        (["--mean-function", "models:here"], "--bounds must be left out without --mean"),
+        (["--bounds", "0,1"], "--bounds must be left out without --mean"),
+        (["--mean", "--bounds", "3,1"], "bounds must be (low, high), finite and low < high"),
         (["--mean", "--deadline", "1"], "left out, as a mean without some rows is biased"),
         (["--mean", "--half-width", "-1"], "half_width must be positive, one or per column, got"),
         (

@@ -75,8 +75,10 @@ def _begin(args: Namespace) -> None:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
         held.callback(signal.signal, signal.SIGTERM, before)
         with usage():
-            if not args.mean and (args.mean_function, args.half_width) != (None, None):
-                raise ValueError("--mean-function and --half-width must be left out without --mean")
+            options = args.mean_function, args.half_width, args.bounds
+            if not args.mean and options != (None, None, None):
+                names = "--mean-function, --half-width and --bounds"
+                raise ValueError(f"{names} must be left out without --mean")
             is_made = isinstance(coded, CodedWrapper)
             if (args.deadline, args.on_error) != (None, "raise") and (args.mean or is_made):
                 why = f"{args.factory} returns a CodedWrapper with its own waiting"
@@ -143,7 +145,7 @@ def _every_row(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> N
             for name, (answers, report) in zip(progress([*wrong], "batches"), found, strict=True):
                 with usage(errors=Exception):
                     kept = keys.popleft()
-                    data = encoded(answers, report, kept, args.select, args.format, args.bounds)
+                    data = encoded(answers, report, kept, args.select, args.format, args.bound_name)
                 with usage("--output cannot be written", errors=OSError):
                     replace(args.output / name, data)
                     # Written later: a batch without its digest is computed again.
@@ -185,7 +187,8 @@ def _mean(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> None:
             raise ValueError("it is damaged; remove it to start again")
     _start(coded, batches[0])
     with usage(prefix="mean: "), usage(errors=NotEnoughResults):
-        looks = Looks(coded, batches, args.mean_function, None, 0.95, False, known.get("seed"))
+        of = args.mean_function
+        looks = Looks(coded, batches, of, bounds=args.bounds, seed=known.get("seed"))
         if known:
             looks.numbers = [known["numbers"]]
             looks.shares = known["shares"]
@@ -295,7 +298,7 @@ def _claim(args: Any, factory: Any, coded: CodedWrapper, rows: Rows, how: dict[s
     now["waiting"] = str(coded.waiting)
     # The name of error bounds in files. A folder of version 0.4, which did not note it, keeps its.
     now["bounds"] = before.get("bounds", "") if before else "error_bound"
-    args.bounds = now["bounds"] or "radius"
+    args.bound_name = now["bounds"] or "radius"
     for name in ("code", "estimator", "surrogate", "verify", "in_dims", "out_dims"):
         now[name] = f"digest {_digest(getattr(coded, name), sources)}"
     now["mean"] = f"digest {_digest(args.mean_function, sources)}" if args.mean else ""

@@ -163,6 +163,15 @@ def _settings(text: str) -> list[tuple[int, ...]]:
     return triples
 
 
+def _bounds(text: str) -> tuple[float, float]:
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        must = "must be two numbers, LOW,HIGH"
+        raise argparse.ArgumentTypeError(f"{must}, got {text!r}") from None
+    return low, high
+
+
 _DEVICES = ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())))
 _LOST = (
     ("--device", _DEVICES, "cpu", "the device of the model"),
@@ -226,6 +235,7 @@ _COMMANDS: dict[Callable[[argparse.Namespace], int | None], tuple[Any, ...]] = {
         ("--on-error", ("raise", "estimate"), "raise", "what to do if the model fails on a row"),
         ("--mean", bool, False, "find the means over all rows, from as few rows as are needed"),
         ("--half-width", float, None, "with --mean: end when 95 %% intervals have this half width"),
+        ("--bounds", _bounds, None, "with --mean: LOW,HIGH, between which all numbers lie"),
         ("--mean-function", str, None, "with --mean: MODULE:FUNCTION of outputs and row numbers"),
     ),
     plan: (

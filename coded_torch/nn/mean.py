@@ -8,12 +8,14 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._arguments import arguments, bound, count, instance, real, real_array, shown
 from .._torch import as_called, device_of, exactly, on_host
+from ..input_space.betting import bounded
 from ..input_space.finite_mean import Kernel, KernelRegression, intervals
 from ..input_space.metrics import METRICS, Leaf, fitted, leaves_of, typical_rows
 from ..scheduling.policy import Waiting
@@ -51,7 +53,8 @@ class Interval:
 
     Attributes:
         value: float64 ``[C]``, the centre.
-        half_width: float64 ``[C]``, half the width; 0 if all rows are computed.
+        half_width: float64 ``[C]``, half the width; 0 if all rows are computed. Infinite while all
+            values of a column are equal, unless it is Boolean or ``bounds`` are given.
         rows: the number of rows computed so far.
         total: the number of rows of the data set.
     """
@@ -115,7 +118,16 @@ class Looks:
     _best: tuple[_Coordinates, float] | None = None
 
     def __init__(
-        self, coded: Any, inputs: Any, of: Any, max_rows: Any, level: Any, anytime: Any, seed: Any
+        self,
+        coded: Any,
+        inputs: Any,
+        of: Any = None,
+        *,
+        max_rows: Any = None,
+        bounds: Any = None,
+        level: Any = 0.95,
+        anytime: Any = False,
+        seed: Any = None,
     ) -> None:
         if coded.code is not None:
             raise ValueError(
@@ -124,6 +136,7 @@ class Looks:
         instance("mean", "of", of, Callable, optional=True)
         level = real("mean", "level", level, "between 0 and 1", lambda x: 0 < x < 1)
         instance("mean", "anytime", anytime, bool)
+        self._bounds = None if bounds is None else _checked_bounds(bounds)
         seed = random.SystemRandom().getrandbits(63) if seed is None else seed
         self.seed = count("mean", "seed", seed, 0, 2**63 - 1)
         with on_host():
@@ -138,8 +151,10 @@ class Looks:
             parts = self.drawn.tensor_split(self.sizes)
             self.order = torch.cat([part.sort().values for part in parts])
             self._pilot = torch.randperm(data.total, generator=generator)[:_PILOT].sort().values
+        self._level = level
+        self._anytime = anytime
         # All looks hold together by Bonferroni's inequality, whatever their dependence.
-        self._level = 1 - (1 - level) / (len(self.sizes) if anytime else 1)
+        self._at_looks = 1 - (1 - level) / (len(self.sizes) if anytime else 1)
         self._coded = coded
         self._of = of
         self.numbers = list[Tensor]()
@@ -180,7 +195,34 @@ class Looks:
         if size == self._data.total:
             exact = torch.stack([y.mean(0), torch.zeros_like(y[0])])
             return exact, exact
-        return intervals(*self.estimated(size), level=self._level)
+        found, sampled = intervals(*self.estimated(size), level=self._at_looks)
+        if self._bounds is not None or self._anytime:
+            places = torch.empty_like(self.order)
+            places[self.order[:size]] = torch.arange(size)
+            given = y[places[self.drawn[:size]]], self.shares, self._limits(y), self._data.total
+            found = bounded(found, *given, level=self._level, at_looks=self._at_looks)
+        return found, sampled
+
+    def _limits(self, y: Tensor) -> Tensor:
+        """Return the bounds of each column, ``[2, C]``, infinite where they are not known."""
+        columns = len(self.shares)
+        bounds = torch.tensor([[-math.inf], [math.inf]]) if self._bounds is None else self._bounds
+        if bounds.shape[1] not in (1, columns):
+            requirement = f"two numbers, or two for each of {columns} columns"
+            pair = bounds.squeeze(1).tolist()
+            raise ValueError(f"mean: bounds must be {requirement}, got {pair}")
+        bounds = bounds.double().repeat(1, columns // bounds.shape[1])
+        bounds[0, self.shares] = 0.0
+        bounds[1, self.shares] = 1.0
+        outside = ((y < bounds[0]) | (y > bounds[1])).nonzero()
+        if len(outside):
+            row, column = outside[0].tolist()
+            low, high = bounds[:, column].tolist()
+            got = f"{y[row, column]:.6g} in row {self.order[row]}, column {column}"
+            raise ValueError(
+                f"mean: what of returns must be between {low:g} and {high:g}, got {got}"
+            )
+        return bounds
 
     @torch.no_grad()
     @on_host()
@@ -295,6 +337,17 @@ class Looks:
             row = int(rows[~finite][0])
             raise ValueError(f"mean: what of returns must be finite, got others in row {row}")
         return numbers, torch.cat([torch.full(x.shape[1:], x.dtype is torch.bool) for x in flat])
+
+
+def _checked_bounds(bounds: Any) -> Tensor:
+    """Return bounds as ``[2, 1]`` or ``[2, C]``."""
+    ends = real_array("mean", "bounds", bounds)
+    is_right = ends.ndim in (1, 2) and len(ends) == 2
+    is_right = is_right and bool(np.isfinite(ends).all() and (ends[0] < ends[1]).all())
+    if not is_right:
+        requirement = "(low, high), finite and low < high, for all columns or [C] each"
+        raise ValueError(f"mean: bounds must be {requirement}, got {bounds}")
+    return torch.from_numpy(ends).view(2, -1)
 
 
 def _coordinates(space: _Coordinates, leaves: Sequence[Leaf]) -> Tensor:

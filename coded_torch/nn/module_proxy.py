@@ -75,25 +75,30 @@ class ModuleProxy(nn.Module):
         *,
         half_width: Any = None,
         max_rows: int | None = None,
+        bounds: Any = None,
         level: float = 0.95,
         anytime: bool = False,
         seed: int | None = None,
     ) -> Iterator[Interval]:
         """Yield ever narrower intervals for the means over all rows, from few computed rows.
 
-        Rows are drawn at random, which is all that is assumed: 60, then a quarter more at each
-        look. Regression, with the surrogates but not with a memory, narrows the interval of plain
-        sampling where it can. A drawn row is computed, or the call raises. The iterator ends when
-        each half width is reached, or at ``max_rows``, or with the exact means of all rows.
+        Rows are drawn at random: 60, then a quarter more at each look. Regression, with the
+        surrogates but not with a memory, narrows the interval of plain sampling where it can. A
+        drawn row is computed, or the call raises. The iterator ends when each half width is
+        reached, or at ``max_rows``, or with the exact means of all rows. Values that are rare and
+        large may not be among the drawn rows: without ``bounds``, nothing is known of them.
 
         Args:
             inputs: tensors ``[N, ...]``, as of a call; a tuple holds positional arguments. Or a
                 sequence of batches of one size; the last may have fewer rows.
             of: a function of outputs of some rows and the rows' numbers, int64, such as for labels.
-                It returns finite numbers ``[rows, C]``. Boolean columns are shares. It runs here,
-                on outputs of surrogates, too. Defaults to the outputs as they are.
+                It returns finite numbers ``[rows, C]``. Boolean columns are shares, and so are
+                columns with two values. It runs here, on outputs of surrogates, too. Defaults to
+                the outputs as they are.
             half_width: positive, for all columns or ``[C]``. Defaults to None, no end by width.
             max_rows: the most rows that are computed, at least 2. Defaults to all.
+            bounds: the pair ``(low, high)`` between which all numbers lie, two numbers or two
+                ``[C]``. Intervals then allow for rows that were not drawn. Defaults to None.
             level: the probability, between 0 and 1, that an interval holds, for each column.
             anytime: whether all looks up to ``max_rows`` hold together, for those who end the loop
                 by the value, not by the width. It takes 1.3 to 1.7 times the width.
@@ -111,7 +116,17 @@ class ModuleProxy(nn.Module):
             >>> found.rows < 200, bool((found.value - x.tanh().mean()).abs() < found.half_width)
             (True, True)
         """
-        return Looks(self, inputs, of, max_rows, level, anytime, seed).until(half_width)
+        looks = Looks(
+            self,
+            inputs,
+            of,
+            max_rows=max_rows,
+            bounds=bounds,
+            level=level,
+            anytime=anytime,
+            seed=seed,
+        )
+        return looks.until(half_width)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the module inside, with the arguments of :func:`torch.compile`."""

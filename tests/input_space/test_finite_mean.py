@@ -1,5 +1,7 @@
 """Intervals for the mean of a finite data set: formulas against brute force, and coverage."""
 
+import math
+
 import pytest
 import torch
 
@@ -112,7 +114,7 @@ def test_a_useless_regression_leaves_plain_sampling():
     assert (half <= plain * (1 + 1e-12)).all()
     constant = of_draw(z, torch.full((200, 1), 2.5, dtype=torch.float64), order, 60)
     assert float(constant[0]) == pytest.approx(2.5)
-    assert float(constant[1]) == pytest.approx(0.0, abs=1e-6)
+    assert float(constant[1]) == math.inf  # other rows may be anything
 
 
 def test_the_level_widens_the_interval_as_students_t():

@@ -139,11 +139,98 @@ def test_of_gets_the_numbers_of_rows_and_its_boolean_columns_are_shares():
     torch.testing.assert_close(found[-1].value, truth(right(curve(X), torch.arange(400)))[None])
     rare = next(wrapped().mean(X, lambda outputs, _: outputs > 1e6, seed=0))
     assert (rare.half_width > 0.02).all()  # though no row of 60 is one
-    numbers = next(wrapped().mean(X, lambda outputs, _: (outputs > 1e6).double(), seed=0))
-    assert not numbers.half_width.any()
     both = next(wrapped().mean(X, lambda outputs, _: (outputs, outputs[:, 0] > 1e6), seed=0))
     assert torch.equal(both.half_width[2:], rare.half_width[:1])
     assert both.value.shape == (3,)
+
+
+def ones(outputs, rows):
+    """5 % of the rows, of which some draws of 60 have one or none."""
+    return (rows % 20 == 0)[:, None]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.0, 10.0), (3.0, -2.5)])
+def test_a_column_of_two_values_is_a_share(low, high):
+    def numbers(outputs, rows):
+        return low + (high - low) * ones(outputs, rows).double()
+
+    seen = 0
+    for seed in range(6):
+        found = next(wrapped().mean(X, numbers, seed=seed))
+        share = next(wrapped().mean(X, ones, seed=seed))
+        if found.half_width.isfinite().all():
+            seen += 1
+            torch.testing.assert_close(found.value, low + (high - low) * share.value)
+            torch.testing.assert_close(found.half_width, abs(high - low) * share.half_width)
+    assert seen >= 3
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, 7])
+def test_equal_numbers_say_nothing_of_others_unless_there_are_bounds(value):
+    def constant(outputs, rows):
+        return torch.full((len(rows), 1), value)
+
+    found = list(wrapped().mean(X, constant, half_width=0.01, seed=0))
+    assert found[-1].rows == 400  # no width is reached before
+    assert all(each.half_width.isinf().all() for each in found[:-1])
+    assert not found[-1].half_width.any()
+    assert found[-1].value.tolist() == [value]
+    first = next(wrapped().mean(X, constant, bounds=(value - 10, value + 10), seed=0))
+    unseen = 1 - 0.05 ** (1 / 60)  # a share that 60 rows miss with a probability of .05
+    assert float(first.value) == pytest.approx(value)
+    assert float(first.half_width) == pytest.approx(10 * unseen, rel=0.2)
+
+
+def test_few_rows_that_differ_from_the_commonest_value_say_too_little():
+    def rare(outputs, rows):
+        return torch.where(rows % 20 == 0, outputs[:, 0].exp(), 0.0)
+
+    found = list(wrapped().mean(X, rare, seed=0))
+    is_finite = [bool(each.half_width.isfinite()) for each in found]
+    assert not is_finite[0]
+    assert is_finite == sorted(is_finite)
+    assert is_finite[-3:] == [True] * 3
+    bounds = (0.0, 10.0)
+    assert next(wrapped().mean(X, rare, bounds=bounds, seed=0)).half_width.isfinite()
+
+
+def test_bounds_widen_the_interval_by_what_was_not_drawn():
+    plain = next(wrapped().mean(X, seed=0))
+    y = curve(X).double()
+    near = next(wrapped().mean(X, bounds=(y.amin(0), y.amax(0)), seed=0))
+    far = next(wrapped().mean(X, bounds=(-100, 100), seed=0))
+    assert (near.half_width >= plain.half_width).all()
+    assert (near.half_width < 4 * plain.half_width).all()
+    assert (far.half_width > 3).all()
+    assert ((far.value - truth(curve(X))).abs() < far.half_width).all()
+
+
+@pytest.mark.parametrize("anytime", [False, True])
+def test_a_rare_value_that_was_not_drawn_is_within_the_interval_of_bounds(anytime):
+    y = torch.zeros(400, 1)
+    y[5] = 1000.0  # its row is the first one of a look in the order of the data
+    for seed in range(10):
+        looks = wrapped().mean(
+            X, lambda _, rows: y[rows], bounds=(0, 1000), anytime=anytime, max_rows=300, seed=seed
+        )
+        for found in looks:
+            assert ((found.value - 2.5).abs() <= found.half_width).all()
+
+
+def test_rows_are_bet_on_in_the_order_of_drawing_not_of_the_data():
+    y = torch.linspace(0, 1, 400).square()[:, None].double()
+    held = []
+    for seed in range(20):
+        looks = wrapped(lambda x: x[:, :0]).mean(
+            torch.zeros(400, 1),
+            lambda _, rows: y[rows],
+            bounds=(0, 1),
+            anytime=True,
+            max_rows=200,
+            seed=seed,
+        )
+        held += [bool((x.value - y.mean()).abs() <= x.half_width) for x in looks]
+    assert sum(held) >= 0.97 * len(held)
 
 
 def test_all_looks_hold_together_by_wider_intervals():
@@ -287,6 +374,10 @@ def test_the_callers_modes_hold_while_the_loop_is_open():
         ({"max_rows": 1}, "mean: max_rows must be at least 2, got 1"),
         ({"seed": -1}, "mean: seed must be at least 0, got -1"),
         ({"anytime": 1}, "mean: anytime must be of type bool, got int"),
+        ({"bounds": 1}, r"mean: bounds must be \(low, high\), finite and low < high"),
+        ({"bounds": (1, 0)}, r"mean: bounds must be \(low, high\), finite and low < high"),
+        ({"bounds": (0, float("inf"))}, r"mean: bounds must be \(low, high\), finite and"),
+        ({"bounds": ("a", "b")}, "mean: bounds must be real numbers"),
         ({"of": 3}, "mean: of must be of type Callable or None, got int"),
     ],
 )
@@ -299,6 +390,14 @@ def test_arguments_are_checked_before_the_first_look(given, error):
     ("given", "error"),
     [
         ({"half_width": [1.0] * 3}, r"one for each of 2 columns, got \[1.0, 1.0, 1.0\]"),
+        (
+            {"bounds": ([0] * 3, [1] * 3)},
+            "bounds must be two numbers, or two for each of 2 columns",
+        ),
+        (
+            {"bounds": (-9, 0)},
+            "mean: what of returns must be between -9 and 0, got .* in row .*, col",
+        ),
         ({"of": lambda y, _: y[:1]}, r"mean: .* row for each of 60, got torch.float32 \[1, 2\]"),
         ({"of": lambda y, _: 1.0}, r"mean: .* one row for each of 60, got float"),
         ({"of": lambda y, _: y / 0}, r"mean: what of returns must be finite, got others in row"),
