@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from ._extension import Samples
+from ._extension import Look, Samples
 from ._torch import outside
 
 Fingerprint = tuple[list[Any], tuple[Any, ...]]
@@ -39,6 +39,13 @@ _MOST_NESTED = 256
 # again. A fingerprint that held them would keep alive the modules to which they lead.
 _NUMBERS = itertools.count()
 _OBJECTS = dict[int, tuple[weakref.ref[Any], int]]()
+# What a compiled look compares with: the types of values that do not change, of tensors that run no
+# code of others, and the names of attributes that are compared whole.
+_SAME_TYPES = frozenset(_PLAIN - {BuiltinFunctionType}).union(_FLOATS)
+_TENSORS = frozenset([Tensor, nn.Parameter])
+_WHOLE = frozenset(["_parameters", "_buffers", "_modules"])
+# The last fingerprint by the id of a module, with a weak reference to it, by which it is removed.
+_LAST = dict[int, tuple[weakref.ref[nn.Module], Look | None, Samples, Fingerprint]]()
 
 
 @contextlib.contextmanager
@@ -61,22 +68,59 @@ def fingerprint(module: nn.Module) -> Fingerprint:
     if id(module) in known:
         return known[id(module)][1]
     _count_steps()
+    with outside():
+        last = _LAST.get(id(module))
+        last = last if last is not None and last[0]() is module else None
+        if last is not None and last[1] is not None and _is_same(last[1]):
+            _, _, samples, (kept, key) = last
+            hashed = samples.hash()
+            found = last[3] if hashed == key[1] else (kept, (key[0], hashed))
+        else:
+            found, samples = _walk(module)
+            # To make a look takes half of the time of a walk: not for weights in training.
+            look = _look_at(module) if last and last[3][1] == found[1] else None
+            own = weakref.ref(module, functools.partial(_remove, id(module)))
+            _LAST[id(module)] = own, look, samples, found
+            if not all(isinstance(x, Tensor) and x.layout is torch.strided for x in found[0]):
+                del _LAST[id(module)]  # others may lead to the module, and would keep it alive
+    known[id(module)] = module, found
+    return found
+
+
+def _walk(module: nn.Module) -> tuple[Fingerprint, Samples]:
     kept: list[Any] = []
     look = functools.partial(_look, kept)
     looks = list[Any]()
-    with outside():
-        places = {id(part): place for place, part in enumerate(module.modules())}
-        for part in module.modules():
-            looks += [(name, places.get(id(m))) for name, m in part._modules.items()]
-            looks += (type(part), part.training, *map(look, part._parameters.values()))
-            looks += map(look, part._buffers.values())
-            looks += map(look, filter(None, (part._forward_pre_hooks, part._forward_hooks)))
-            attributes = part.__dict__.items()
-            looks += [(name, look(value)) for name, value in attributes if name not in _INTERNAL]
-        if kept:
-            looks.append(_samples_of([x for x in kept if isinstance(x, Tensor)]))
-    known[id(module)] = module, (kept, tuple(looks))
-    return known[id(module)][1]
+    places = {id(part): place for place, part in enumerate(module.modules())}
+    for part in module.modules():
+        looks += [(name, places.get(id(m))) for name, m in part._modules.items()]
+        looks += (type(part), part.training, *map(look, part._parameters.values()))
+        looks += map(look, part._buffers.values())
+        looks += map(look, filter(None, (part._forward_pre_hooks, part._forward_hooks)))
+        attributes = part.__dict__.items()
+        looks += [(name, look(value)) for name, value in attributes if name not in _INTERNAL]
+    samples = _samples_of([x for x in kept if isinstance(x, Tensor)])
+    return (kept, (tuple(looks), samples.hash())), samples
+
+
+def _is_same(look: Look) -> bool:
+    try:
+        return bool(look.same())
+    except Exception:  # a tensor may have lost its memory, and a part its attributes
+        return False
+
+
+def _look_at(module: nn.Module) -> Look | None:
+    """Return a compiled look at a module; None if it has attributes that this cannot compare."""
+    try:
+        return Look([*module.modules()], _WHOLE, _SAME_TYPES, _TENSORS, _MOST)
+    except (TypeError, RuntimeError):  # such as an ordered dict, or a tensor of inference mode
+        return None
+
+
+def _remove(place: int, reference: weakref.ref[Any]) -> None:
+    if (last := _LAST.get(place)) is not None and last[0] is reference:
+        del _LAST[place]
 
 
 def _look(kept: list[Any], value: Any, seen: dict[int, int] | None = None) -> Any:
@@ -138,11 +182,11 @@ def state_of(tensor: Tensor) -> tuple[int, int, int]:
     """Return what differs once a tensor, which must be kept, has changed."""
     _count_steps()
     address = tensor.data_ptr() if tensor.layout is torch.strided else id(tensor)
-    return address, _version_of(tensor), _samples_of([tensor])
+    return address, _version_of(tensor), _samples_of([tensor]).hash()
 
 
-def _samples_of(tensors: Iterable[Tensor]) -> int:
-    """Return a number that differs if samples of tensors on the host do.
+def _samples_of(tensors: Iterable[Tensor]) -> Samples:
+    """Return samples of tensors on the host, which must be kept.
 
     A tensor has four samples of 64 bytes, or one of all its bytes if these are few.
     """
@@ -157,8 +201,7 @@ def _samples_of(tensors: Iterable[Tensor]) -> int:
         # A storage may have been freed or cut by its owner.
         if x.storage_offset() * x.itemsize + size <= x.untyped_storage().nbytes():
             ranges.append((address, size))
-    number: int = Samples(ranges).hash()
-    return number
+    return Samples(ranges)
 
 
 def _version_of(tensor: Tensor) -> int:

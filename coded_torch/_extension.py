@@ -25,7 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CUDA_FAILURES", "Samples", "build_info", "curve_plan", "short_path", "spline_plan"]
+__all__ = [
+    "CUDA_FAILURES",
+    "Look",
+    "Samples",
+    "build_info",
+    "curve_plan",
+    "short_path",
+    "spline_plan",
+]
 __all__ += ["first_results", "split_rows", "with_copies"]
 
 # Why CUDA tensors are computed by torch's own operators, if they are.
@@ -38,6 +46,7 @@ _REMEDY = "run `pip install .` in the source folder, and start Python in another
 
 try:
     from ._plan import (
+        Look,
         Samples,
         curve_plan,
         first_results,

@@ -11,6 +11,7 @@ import torch
 from torch import nn, optim
 from torch.nn import functional
 
+from coded_torch import _changes
 from coded_torch._changes import fingerprint
 
 
@@ -36,6 +37,17 @@ class Held(nn.Module):
         return x * self.k
 
 
+class Twin(Held):
+    pass
+
+
+def comparable():
+    """A module that a compiled look can compare: no weak reference refers to the others."""
+    module = Held()
+    del module.other, module.held
+    return module
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -56,18 +68,21 @@ class Held(nn.Module):
         ("act", [].append),
     ],
 )
-def test_an_attribute_that_is_replaced_is_noticed(name, value):
-    module = nn.Sequential(Held())
+@pytest.mark.parametrize("make", [Held, comparable])
+def test_an_attribute_that_is_replaced_is_noticed(make, name, value):
+    module = nn.Sequential(make())
     _, before = fingerprint(module)
-    assert fingerprint(module)[1] == before
+    for _ in range(3):  # the last looks are compiled
+        assert fingerprint(module)[1] == before
     kept = vars(module[0]).get(name)
     setattr(module[0], name, value)
     assert fingerprint(module)[1] != before
     assert kept is not value
 
 
-def test_what_changes_in_place_is_noticed_in_collections_tensors_and_hooks():
-    module = Held()
+@pytest.mark.parametrize("make", [Held, comparable])
+def test_what_changes_in_place_is_noticed_in_collections_tensors_and_hooks(make):
+    module = make()
     for change in (
         lambda: module.sizes.append(3),
         lambda: module.mean.add_(1),
@@ -76,15 +91,44 @@ def test_what_changes_in_place_is_noticed_in_collections_tensors_and_hooks():
         lambda: module.register_forward_pre_hook(closure(1.0)),
         lambda: setattr(module, "act", Held().scaled),
         lambda: setattr(module, "act", Held().scaled),
+        lambda: module._forward_hooks.clear(),
+        lambda: module._forward_pre_hooks.clear(),
         lambda: setattr(module, "mean", module.mean.view(torch.int32)),
         lambda: setattr(module, "other", torch.ones(2, dtype=torch.cfloat)),
         lambda: setattr(module, "other", module.other.conj()),
         lambda: setattr(module, "second", module.layer),
         lambda: setattr(module, "second", None),
+        lambda: setattr(module, "k", module.k + 1.5),  # perhaps where the last number was
+        lambda: setattr(module, "k", module.k + 1.5),
+        lambda: setattr(module, "table", torch.arange(4.0).view(2, 2)),
+        lambda: setattr(module.table, "data", module.table.data.t()),
+        lambda: setattr(module.table, "data", module.table.data.view(torch.int32)),
+        lambda: setattr(module.table, "data", module.table.data[:1]),
+        lambda: setattr(module.table, "data", torch._neg_view(module.table.data)),
+        lambda: vars(module).update(again=vars(module).pop("table")),
+        lambda: setattr(module, "__class__", Twin),
+        lambda: module.layer.__dict__.update(inplace=True),
+        lambda: module._modules.update(layer=nn.ReLU(inplace=True), more=nn.ReLU()),
     ):
-        _, before = fingerprint(module)
+        for _ in range(3):
+            _, before = fingerprint(module)
         change()
         assert fingerprint(module)[1] != before
+
+
+def test_a_module_that_stays_as_it_is_is_walked_twice(monkeypatch):
+    module = nn.Sequential(comparable(), nn.Linear(2, 2), nn.BatchNorm1d(2))
+    walks = []
+    walk = _changes._walk
+    monkeypatch.setattr(_changes, "_walk", lambda module: walks.append(module) or walk(module))
+    found = [fingerprint(module) for _ in range(5)]
+    assert len(walks) == 2
+    assert all(key == found[0][1] for _, key in found)
+    with torch.no_grad():
+        module[1].weight.data[0, 0] += 1  # nothing counts it
+    assert fingerprint(module)[1] != found[0][1]
+    assert fingerprint(module)[1] == fingerprint(module)[1]
+    assert len(walks) == 2
 
 
 def test_collections_may_hold_themselves_and_each_other():
@@ -135,7 +179,8 @@ def stale(module, change, steps):
     unseen = 0
     for _ in range(steps):
         before = [x.detach().clone() for x in module.state_dict().values()]
-        _, key = fingerprint(module)
+        for _ in range(3):
+            _, key = fingerprint(module)
         change()
         after = module.state_dict().values()
         changed = not all(map(torch.equal, before, after))
@@ -257,7 +302,8 @@ def test_a_fingerprint_keeps_no_module_alive():
     def made():
         module = Held()
         module.act, module.forward = functools.partial(module), lambda x: module(x)
-        return weakref.ref(module), fingerprint(module)
+        found = [fingerprint(module) for _ in range(3)]
+        return weakref.ref(module), found
 
     module, _ = made()
     gc.collect()

@@ -344,7 +344,7 @@ class ModuleStore:
         """Return the module in its present state, for a caller with these modes."""
         (tensors, how), key = fingerprint(module), id(module)
         packed = self._packed.get(key)
-        if packed is None or packed[0] != how:
+        if packed is None or (packed[0] is not how and packed[0] != how):
             with self._packing:
                 packed = self._packed.get(key)  # another thread may have packed it
                 if packed is None or packed[0] != how:

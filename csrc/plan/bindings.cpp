@@ -291,6 +291,177 @@ class Samples {
   std::vector<std::pair<uintptr_t, size_t>> ranges_;
 };
 
+// What the attributes of modules were, by identity, so that a second look finds in microseconds
+// that nothing has changed. Immutable values are held. Other objects are known by weak references,
+// because a look that held them would keep alive the modules to which they lead.
+class Look {
+ public:
+  // The parts of a module, the names of attributes that are compared whole, the types of immutable
+  // values and of tensors, and the number of elements of other collections that are compared.
+  Look(const py::list& parts, const py::frozenset& whole, const py::frozenset& plain,
+       const py::frozenset& tensors, size_t most)
+      : whole_(whole), plain_(plain), tensors_(tensors), most_(most) {
+    for (const py::handle part : parts) {
+      parts_.push_back({py::weakref(part), py::type::of(part), dict_of(part.attr("__dict__"), -1)});
+    }
+  }
+
+  bool same() const {
+    for (const Module& part : parts_) {
+      const py::object now = called(part.reference);
+      if (Py_TYPE(now.ptr()) != reinterpret_cast<PyTypeObject*>(part.type.ptr())) return false;
+      static PyObject* const kDict = PyUnicode_InternFromString("__dict__");
+      const auto attributes = owned(PyObject_GetAttr(now.ptr(), kDict));
+      if (!is_same(part.attributes, attributes)) return false;
+    }
+    return true;
+  }
+
+ private:
+  enum class Kind { kValue, kReference, kTensor, kSequence, kDict, kMethod };
+
+  struct Node {
+    Kind kind = Kind::kValue;
+    py::object object;  // the value, a weak reference, or the type of what is looked into
+    std::vector<py::object> names = {};  // the keys of a dict, or the state of a tensor
+    std::vector<Node> children = {};
+    size_t size = 0;  // of a collection; the number of methods of a tensor that are called
+  };
+
+  struct Module {
+    py::object reference, type;
+    Node attributes;
+  };
+
+  static constexpr int kDeepest = 8;
+  static constexpr size_t kMostNodes = size_t{1} << 18;  // some 20 MB; collections may share others
+
+  [[noreturn]] static void refuse() { throw py::type_error("such an attribute is not compared"); }
+
+  static py::object owned(PyObject* object) {
+    if (object == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(object);
+  }
+
+  static py::object called(const py::object& reference) {
+    return owned(PyObject_CallNoArgs(reference.ptr()));
+  }
+
+  static bool contains(const py::frozenset& types, py::handle value) {
+    return types.contains(py::type::of(value));
+  }
+
+  Node node_of(py::handle value, int depth, bool whole = false) {
+    if (depth > kDeepest || ++num_nodes_ > kMostNodes) refuse();
+    if (contains(plain_, value)) return {Kind::kValue, py::reinterpret_borrow<py::object>(value)};
+    if (contains(tensors_, value)) return tensor_of(value);
+    if (PyMethod_Check(value.ptr())) {
+      Node node{Kind::kMethod, py::type::of(value)};
+      node.children.push_back(node_of(PyMethod_GET_FUNCTION(value.ptr()), depth + 1));
+      node.children.push_back(node_of(PyMethod_GET_SELF(value.ptr()), depth + 1));
+      return node;
+    }
+    if (PyDict_Check(value.ptr())) {
+      const bool has_own_order = !PyDict_CheckExact(value.ptr()) && PyDict_Size(value.ptr()) > 0;
+      if (has_own_order) refuse();
+      return dict_of(py::reinterpret_borrow<py::object>(value), depth, whole);
+    }
+    if (PyList_Check(value.ptr()) || PyTuple_Check(value.ptr())) {
+      Node node{Kind::kSequence, py::type::of(value)};
+      node.size = size_t(PySequence_Fast_GET_SIZE(value.ptr()));
+      for (size_t i = 0; i < std::min(node.size, most_); ++i) {
+        node.children.push_back(node_of(PySequence_Fast_GET_ITEM(value.ptr(), i), depth + 1));
+      }
+      return node;
+    }
+    return {Kind::kReference, py::weakref(value)};  // a type_error for some types
+  }
+
+  Node dict_of(const py::object& dict, int depth, bool whole = true) {
+    Node node{Kind::kDict, py::type::of(dict)};
+    node.size = size_t(PyDict_Size(dict.ptr()));
+    PyObject *key, *value;
+    Py_ssize_t at = 0;
+    while (PyDict_Next(dict.ptr(), &at, &key, &value)) {
+      if (!whole && node.children.size() == most_) break;
+      const auto name = py::reinterpret_borrow<py::object>(key);
+      if (!contains(plain_, name)) refuse();
+      node.names.push_back(name);
+      node.children.push_back(node_of(value, depth + 1, depth < 0 && whole_.contains(name)));
+    }
+    return node;
+  }
+
+  // No weak reference to it: torch.utils.swap_tensors refuses tensors that have some. Another
+  // tensor in the same state, of the same memory, is as good.
+  static Node tensor_of(py::handle tensor) {
+    if (!py::str(tensor.attr("layout")).equal(py::str("torch.strided"))) refuse();
+    Node node{Kind::kTensor, py::type::of(tensor)};
+    for (const char* name : {"_version", "dtype", "shape"}) node.names.push_back(tensor.attr(name));
+    node.size = tensor.attr("is_complex")().cast<bool>() ? 4 : 3;
+    const char* methods[] = {"data_ptr", "stride", "is_neg", "is_conj"};
+    for (size_t i = 0; i < node.size; ++i) node.names.push_back(tensor.attr(methods[i])());
+    return node;
+  }
+
+  static bool is_same_tensor(const Node& node, py::handle now) {
+    static PyObject* const kAttributes[] = {PyUnicode_InternFromString("_version"),
+                                            PyUnicode_InternFromString("dtype"),
+                                            PyUnicode_InternFromString("shape")};
+    static PyObject* const kMethods[] = {
+        PyUnicode_InternFromString("data_ptr"), PyUnicode_InternFromString("stride"),
+        PyUnicode_InternFromString("is_neg"), PyUnicode_InternFromString("is_conj")};
+    size_t i = 0;
+    const auto is_next = [&](PyObject* found) {
+      const py::object held = owned(found);
+      const int equal = PyObject_RichCompareBool(found, node.names[i++].ptr(), Py_EQ);
+      if (equal < 0) throw py::error_already_set();
+      return equal == 1;
+    };
+    for (PyObject* name : kAttributes) {
+      if (!is_next(PyObject_GetAttr(now.ptr(), name))) return false;
+    }
+    for (size_t method = 0; method < node.size; ++method) {
+      if (!is_next(PyObject_CallMethodNoArgs(now.ptr(), kMethods[method]))) return false;
+    }
+    return true;
+  }
+
+  static bool is_same(const Node& node, py::handle now) {
+    if (node.kind == Kind::kValue) return node.object.is(now);
+    if (node.kind == Kind::kReference) return called(node.object).is(now);
+    if (Py_TYPE(now.ptr()) != reinterpret_cast<PyTypeObject*>(node.object.ptr())) return false;
+    if (node.kind == Kind::kTensor) return is_same_tensor(node, now);
+    if (node.kind == Kind::kMethod) {
+      return is_same(node.children[0], PyMethod_GET_FUNCTION(now.ptr())) &&
+             is_same(node.children[1], PyMethod_GET_SELF(now.ptr()));
+    }
+    if (node.kind == Kind::kSequence) {
+      if (size_t(PySequence_Fast_GET_SIZE(now.ptr())) != node.size) return false;
+      for (size_t i = 0; i < node.children.size(); ++i) {
+        if (i >= size_t(PySequence_Fast_GET_SIZE(now.ptr()))) return false;
+        if (!is_same(node.children[i], PySequence_Fast_GET_ITEM(now.ptr(), i))) return false;
+      }
+      return true;
+    }
+    if (size_t(PyDict_Size(now.ptr())) != node.size) return false;
+    PyObject *key, *value;
+    Py_ssize_t at = 0;
+    for (size_t i = 0; i < node.children.size(); ++i) {
+      if (!PyDict_Next(now.ptr(), &at, &key, &value)) return false;
+      if (node.names[i].ptr() != key) return false;
+      const auto held = py::reinterpret_borrow<py::object>(value);
+      if (!is_same(node.children[i], held)) return false;
+    }
+    return true;
+  }
+
+  py::frozenset whole_, plain_, tensors_;
+  size_t most_;
+  size_t num_nodes_ = 0;
+  std::vector<Module> parts_;
+};
+
 PYBIND11_MODULE(_plan, m) {
   m.doc() = "Plans of smoothing splines and paths through points, on the host.";
   m.def(
@@ -313,6 +484,11 @@ PYBIND11_MODULE(_plan, m) {
   py::class_<Samples>(m, "Samples", "Samples of memory: ranges of an address and bytes.")
       .def(py::init<std::vector<std::pair<uintptr_t, size_t>>>(), py::arg("ranges"))
       .def("hash", &Samples::hash, "A number that differs if a sample does.");
+  py::class_<Look>(m, "Look", "What the attributes of the parts of a module were, by identity.")
+      .def(py::init<py::list, py::frozenset, py::frozenset, py::frozenset, size_t>(),
+           py::arg("parts"), py::arg("whole"), py::arg("plain"), py::arg("tensors"),
+           py::arg("most"), "A TypeError for attributes that are not compared.")
+      .def("same", &Look::same, "Whether they are the same, with tensors in the same state.");
   const char* doc =
       "Order [B] of B points along a short open path: distances [B, B], float32 or float64,\n"
       "C-contiguous. How: csrc/math/short_path.h.";
