@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -30,6 +31,22 @@ _NAMES = {dtype: datatype for datatype, dtype in DATATYPES.items()}
 HEADER = 2**16  #: bytes of JSON beside the numbers of a message, at most; not tuned
 NUMBER = 32  #: bytes of one number in JSON, at most: float64 takes 25
 ANY_SHAPE = 2**26  #: bytes of tensors of an open size, at most; not tuned
+_CHARACTERS = 200  # of a name or of the words of a server, at most; not tuned
+_ADDRESSES = re.compile(
+    r"\w+://\S+"
+    r"|\[[\da-f.]*:[\da-f:.]*\](:\d+)?"  # IPv6
+    r"|\b(\d{1,3}\.){3}\d{1,3}\b(:\d+)?"
+    r"|\b[\w.-]*[a-z][\w.-]*:\d{2,5}\b",  # a name and a port
+    re.IGNORECASE,
+)
+
+
+def cleaned(text: str) -> str:
+    """Return the words of a server in at most 200 printable characters, without addresses."""
+    text = _ADDRESSES.sub("<address>", text[: 2 * _CHARACTERS])
+    escaped = (x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
+    text = "".join(escaped)
+    return text if len(text) <= _CHARACTERS else f"{text[: _CHARACTERS - 3]}..."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +59,11 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         instance(self, "name", self.name, str)
+        if not self.name.isprintable() or len(self.name) > _CHARACTERS:
+            raise ValueError(
+                f"{type(self).__name__}: name must have at most {_CHARACTERS} printable "
+                f"characters, got {shown(self.name)}"
+            )
         if self.datatype not in DATATYPES:
             raise ValueError(
                 f"{type(self).__name__}: datatype must be one of {', '.join(DATATYPES)}, got "
@@ -253,7 +275,7 @@ def specs_of(metadata: Mapping[str, Any], key: str) -> tuple[TensorSpec, ...]:
         found = [(each["name"], each["datatype"], each["shape"][1:]) for each in metadata[key]]
         return tuple(TensorSpec(name, kind, tuple(shape)) for name, kind, shape in found)
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"sent metadata with unusable {key}: {error}") from None
+        raise ValueError(f"sent metadata with unusable {key}: {cleaned(str(error))}") from None
 
 
 def written(

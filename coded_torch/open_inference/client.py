@@ -46,7 +46,7 @@ class BusyError(RuntimeError):
 
 
 class RemoteError(RuntimeError):
-    """The model of a server failed on a request; the message is the server's."""
+    """The model of a server failed on a request; the message has the server's words."""
 
 
 class _Connection(ResponseHandler):
@@ -184,7 +184,7 @@ class Client:
                 raise ValueError("the answer must have the id of the request")
         except (OverflowError, ValueError) as error:  # an integer beyond all floats
             answer.protocol.close()  # the next answer may not be the next request's
-            raise EndpointError(f"violated the protocol: {error}") from None
+            raise EndpointError(f"violated the protocol: {wire.cleaned(str(error))}") from None
         self._echoing.update({server} if echoed else ())
         estimated = message["estimated_rows"]
         if estimated and ADDED[0] not in model.outputs:
@@ -249,7 +249,7 @@ def _failure(answer: aiohttp.ClientResponse, body: bytes) -> Exception:
     """Return the exception for an answer that is not 200."""
     message = ""
     with contextlib.suppress(EndpointError, ValueError):
-        message = wire.field("an answer", wire.parsed(body), "error", str, "")
+        message = wire.cleaned(wire.field("an answer", wire.parsed(body), "error", str, ""))
     if answer.status in _BUSY:
         text = answer.headers.get("Retry-After", "")
         seconds = float(text) if text.isdecimal() else _RETRY_SECONDS
@@ -257,7 +257,7 @@ def _failure(answer: aiohttp.ClientResponse, body: bytes) -> Exception:
     if answer.status == 500 or answer.status in _CALLERS:
         kind = RemoteError if answer.status == 500 else RefusedError
         return kind(message or f"the server answered {answer.status}")
-    return EndpointError(f"answered {answer.status}{message and f': {message:.200}'}")
+    return EndpointError(f"answered {answer.status}{message and f': {message}'}")
 
 
 _loops: dict[int, asyncio.AbstractEventLoop] = {}  # a loop each process: no thread outlives a fork

@@ -20,7 +20,7 @@ from .._arguments import sparing_logger
 from .._torch import device_of, unflatten
 from ..codes import DeadlineExceeded, NotEnoughResults
 from ..nn import CodedWrapper, Report, Waiting
-from ..open_inference import FORMER, EndpointError, RefusedError, TensorSpec
+from ..open_inference import FORMER, EndpointError, RefusedError, TensorSpec, cleaned
 from ..scheduling.latency_history import History
 from .protocol import RequestError
 
@@ -333,9 +333,10 @@ def _error(cause: Exception, in_time: bool) -> RequestError:
     if not isinstance(cause, NotEnoughResults):
         logger.error("a batch failed", exc_info=cause)
         return RequestError(500, "failed", f"the model failed: {type(cause).__name__}")
+    why = cleaned(str(cause))
     if in_time and not isinstance(cause, DeadlineExceeded):
-        return RequestError(500, "failed", f"the model failed: {cause}")
-    return RequestError(504, "late", f"too few results within the deadline: {cause}")
+        return RequestError(500, "failed", f"the model failed: {why}")
+    return RequestError(504, "late", f"too few results within the deadline: {why}")
 
 
 def _refusal(report: Report, row: int) -> RequestError:
@@ -345,7 +346,7 @@ def _refusal(report: Report, row: int) -> RequestError:
     cause = error and error.__cause__
     if error and isinstance(cause, EndpointError):  # no address, and no text of that server
         why = f"worker {error.worker} {str(cause).partition(':')[0]}"
-    why = re.sub(r" \(https?://\S+\)", "", why)
+    why = cleaned(re.sub(r" \(https?://\S+\)", "", why))
     if row in report.module_failed_rows:
         if isinstance(cause, RefusedError):
             return RequestError(400, "invalid", str(cause))

@@ -289,7 +289,7 @@ class _Endpoints(Dispatcher):
             if isinstance(error, client.RemoteError | RefusedError):
                 self._compare(url, part, error)
             kind = "raised" if raised else "died" if isinstance(error, InjectedCrash) else ""
-            self.settle(slot, part, Failure(f"({url}) raised {error!r}", kind, error))
+            self.settle(slot, part, Failure(f"({url}) raised {shown(error)}", kind, error))
 
     def _compare(self, url: str, part: Any, error: Exception | None = None) -> None:
         """Blame rows that several servers fail on, or a server whose rows another one computes."""
@@ -304,7 +304,7 @@ class _Endpoints(Dispatcher):
         for other, missing, failure in others:
             missing -= units
             if not missing and not isinstance(failure, EndpointError):
-                why = f"refused what others computed: {failure!r:.200}"
+                why = f"refused what others computed: {shown(failure)}"
                 self._doubt(other, _DOUBTS_OF_REFUSAL, why)
 
     def _doubt(self, url: str, doubts: int, why: str) -> None:

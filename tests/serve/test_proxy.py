@@ -1,6 +1,7 @@
 """A server in front of servers: what it forwards, what it refuses, and killed servers."""
 
 import contextlib
+import json
 import re
 import ssl
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from coded_torch.open_inference import EndpointError
 from coded_torch.page import add_page
@@ -59,6 +61,42 @@ def test_a_request_that_a_server_refuses_is_400():
             server.fault = sending(400, b'{"error": "at most 0 rows"}')
         assert client.infer(ROW, PATH) == (400, {"error": "at most 0 rows"})
         assert sum(len(server.rows) for server in both) == 0
+
+
+HOSTILE = (
+    "x\nERROR root: forged\u2028\x1b[31m http://10.0.0.7:8000/a 10.0.0.8 [fe80::1]:80 db:5432 "
+)
+
+
+@pytest.mark.parametrize("code", [400, 404, 500])
+def test_the_words_of_a_server_are_short_and_without_lines_and_addresses(code, caplog):
+    fault = sending(code, json.dumps({"error": HOSTILE + "A" * 9000}).encode())
+    with servers(2) as both, fronted([each.url for each in both]) as client:
+        module = RemoteModule(both[0].url, "double")
+        for server in both:
+            server.fault = fault
+        status, answer = client.infer(ROW, PATH)
+        assert status == {400: 400, 404: 503, 500: 500}[code]
+        with pytest.raises((RuntimeError, ValueError)) as caught:
+            module(torch.ones(1, 3))
+    logged = [record.getMessage() for record in caplog.records]
+    assert len(str(caught.value)) < 250
+    assert len(answer["error"]) < 250
+    assert max(map(len, logged)) < 500
+    text = "".join([answer["error"], str(caught.value), *logged])
+    assert "forged" in text
+    assert text.isprintable()
+    for address in ("10.0.0", "fe80", "5432"):
+        assert address not in text
+
+
+def test_names_of_outputs_must_be_printable():
+    with servers(1) as (server,):
+        for name in ("out\nput", "x" * 201):
+            server.outputs = [{"name": name, "datatype": "FP32", "shape": [-1, 3]}]
+            with pytest.raises(EndpointError, match="at most 200 printable characters") as caught:
+                RemoteModule(server.url, "double")
+            assert str(caught.value).isprintable()
 
 
 def test_a_server_whose_endpoints_are_down_is_not_ready():
