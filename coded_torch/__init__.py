@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import codes, linear, nn, stragglers, surrogates, workers
 from .codes import DeadlineExceeded, NotEnoughResults
+from .input_space import metrics
 from .input_space.regression import Regression
 from .nn import CodedWrapper, Interval, Report, Waiting
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 __version__ = version("coded_torch")
 __all__ = ["CodedWrapper", "DeadlineExceeded", "Interval", "NotEnoughResults", "Regression"]
-__all__ += ["Report", "Setting", "Waiting", "codes", "compare", "linear", "nn", "stragglers"]
-__all__ += ["surrogates", "tune", "workers"]
+__all__ += ["Report", "Setting", "Waiting", "codes", "compare", "linear", "metrics", "nn"]
+__all__ += ["stragglers", "surrogates", "tune", "workers"]
 _EXPERIMENTS = {"compare": "compare", "tune": "tune", "Setting": "scores"}
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from .._arguments import MOST_WORKERS, count, instance, shown
 from .._torch import on_host, outside
 from ..input_space.gaussian_process import ErrorBounds, off_mean
+from ..input_space.gradients import GradientMetric
 from ..input_space.metrics import Choice, Distances, Sources
 from ..input_space.ordering import Grouping
 from ..input_space.regression import check_batch, check_link
@@ -157,7 +158,9 @@ class Code(abc.ABC):
         num_data: K, the number of inputs coded together, at least 1.
         num_workers: N, the number of workers, from K to 65,536.
         ordering: the order in which a batch is cut into groups of K: "similarity", in which
-            neighbours resemble each other, or "arrival". Defaults to "similarity".
+            neighbours resemble each other, "arrival", or a metric of
+            :func:`~coded_torch.metrics.from_gradients`, in which neighbours are near each other.
+            Defaults to "similarity".
         shuffle: whether every call asks for the columns in a new random order, so that workers late
             together hold columns far apart. Defaults to True.
         link: "softmax" if all outputs are probabilities over their last dimension. They are decoded
@@ -182,7 +185,7 @@ class Code(abc.ABC):
         num_data: int,
         num_workers: int,
         *,
-        ordering: str = "similarity",
+        ordering: str | GradientMetric = "similarity",
         shuffle: bool = True,
         link: str | None = None,
     ) -> None:
@@ -193,12 +196,13 @@ class Code(abc.ABC):
                 f"{type(self).__name__}: num_workers must be at least num_data, {self.num_data}, "
                 f"got {shown(self.num_workers)}"
             )
-        instance(self, "ordering", ordering, str)
-        if ordering not in ("similarity", "arrival"):
-            raise ValueError(
-                f"{type(self).__name__}: ordering must be 'similarity' or 'arrival', got "
-                f"{shown(ordering)}"
-            )
+        if not isinstance(ordering, GradientMetric):
+            instance(self, "ordering", ordering, str)
+            if ordering not in ("similarity", "arrival"):
+                raise ValueError(
+                    f"{type(self).__name__}: ordering must be 'similarity', 'arrival' or a metric "
+                    f"of from_gradients, got {shown(ordering)}"
+                )
         instance(self, "shuffle", shuffle, bool)
         check_link(self, link)
         self.ordering = ordering
@@ -253,7 +257,10 @@ class Code(abc.ABC):
         # A short path through the rows, in parts of whole groups.
         sources = Sources(inputs)
         parts = cut(torch.arange(size), self.num_data)
-        order = torch.cat([rows[Distances(sources, ["shrunk"], rows).order] for rows in parts])
+        metric = None if isinstance(self.ordering, str) else self.ordering
+        by = [Distances(sources, [metric or "shrunk"], rows) for rows in parts]
+        paths = [x.order if metric is None else x.path(metric) for x in by]
+        order = torch.cat([rows[path] for rows, path in zip(parts, paths, strict=True)])
         return Grouping(order, self.num_data)
 
     def candidates(self) -> dict[str, Sequence[Any]]:

@@ -109,6 +109,11 @@ class RegressionCode(Code):
         super().__init__(num_data, num_workers, **options)
         #: the regression that estimates
         self.regression = Regression(metric, length, self.link, coverage)
+        if not isinstance(self.ordering, str):
+            raise ValueError(
+                f"{type(self).__name__}: ordering must be 'similarity' or 'arrival', as metric= "
+                f"takes metrics, got {shown(self.ordering)}"
+            )
         self.metric = metric
         self.length = self.regression.length
         self.coverage = self.regression.coverage

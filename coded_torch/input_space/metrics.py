@@ -17,6 +17,8 @@ from .._arguments import shown, sparing_logger
 from .._torch import as_called, exactly
 from ..ops import squared_distances as squared_distances
 from ..ops import typical_rows as typical_rows
+from .gradients import GradientMetric
+from .gradients import from_gradients as from_gradients
 
 logger = sparing_logger("coded_torch.codes")
 
@@ -243,13 +245,28 @@ class Distances:
     @functools.cached_property
     def competing(self) -> Sequence[str | Features]:
         """The metrics that apply, or the first."""
-        kinds = METRICS["spread"], Metric("rows", 0.0)  # by spread, if features have several units
         for metric in self._metrics:
+            # By spread, if features may have several units.
+            is_one_unit = isinstance(metric, GradientMetric)
+            kinds = (
+                [Metric("rows", 0.0)] if is_one_unit else [METRICS["spread"], Metric("rows", 0.0)]
+            )
             leaves = [] if isinstance(metric, str) else self._own(self._sources.of(metric))
             for fit in fitted(leaves, kinds, self.typical) if leaves else ():
                 if fit is not None:
                     self.fits.setdefault(metric, fit)
         return [x for x in self._metrics if x in self.fits] or [self.first]
+
+    def path(self, metric: Features) -> Tensor:
+        """Return a short path through the rows by a callable's features, or raise its error."""
+        notes = self._sources.notes
+        if metric in self.competing:
+            fit = self.fits[metric]
+            path: Tensor = squared_distances(fit.coordinates, fit.unit, self.typical)[2]
+            return path
+        if notes:
+            raise ValueError(notes[-1])
+        return self.order  # no row is finite
 
     def by(self, metric: str | Features) -> tuple[Tensor, float]:
         """Return the squared distances of all rows, in a metric that applies, and a step.

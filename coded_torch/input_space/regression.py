@@ -14,6 +14,7 @@ from .._arguments import check, count, dense, instance, real, shown
 from .._extension import first_results
 from .._torch import exactly, outside, plain, to_device
 from .gaussian_process import NUGGET, ErrorBounds
+from .gradients import GradientMetric
 from .metrics import METRICS, Choice, Distances, Features, Sources
 from .regressor import LENGTH, MOST_ROWS, Regressor
 
@@ -39,7 +40,8 @@ class Regression:
             given the floating-point inputs, ``[B, ...]`` each, or the others if there are none. It
             returns tensors to measure distances on, such as the module's own embedding, pooled. It
             runs once per call, without gradients, if a row is late. If it fails, the report says
-            so. Defaults to "auto".
+            so. :func:`~coded_torch.metrics.from_gradients` makes one of a module, which must
+            estimate better than the best of the others. Defaults to "auto".
         length: of the regression, positive, in median steps of a path through the batch. "auto"
             chooses among 1, 2, 4, 8, and then times or over the root of 2. Defaults to "auto".
         link: "softmax" if all outputs are probabilities over their last dimension: they are
@@ -267,7 +269,10 @@ def to_scale(outputs: Tensor, link: str | None) -> Tensor:
 
 def _metrics(metric: Any) -> tuple[str | Features, ...]:
     """Return the metrics that compete, each once."""
-    several = ("auto", metric) if callable(metric) else metric
+    several = metric
+    if callable(metric):
+        own = metric.competing if isinstance(metric, GradientMetric) else (metric,)
+        several = ("auto", *own)
     found: list[str | Features] = []
     for one in several if isinstance(several, (list, tuple)) else (several,):
         if not callable(one) and not (isinstance(one, str) and one in ("auto", *METRICS)):

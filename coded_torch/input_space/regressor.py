@@ -13,6 +13,7 @@ from .._extension import split_rows
 from .._torch import differentiated, exactly, outside, plain, to_device
 from ..linear import product
 from .gaussian_process import NUGGET, Bounds, Estimates, GaussianProcess, bounds, evenly, off_mean
+from .gradients import GradientMetric
 from .metrics import Choice, Distances, Features, name_of
 
 #: The length where nothing is chosen, in steps of a path. (benchmarks distances)
@@ -106,13 +107,24 @@ class Regressor:
             return first if len(metrics) > 1 else metrics[0], length or LENGTH
         if len(metrics) == 1 and length is not None:
             return metrics[0], length
-        fits = [by.fits[metric] for metric in metrics]
-        standard = [*metrics].index(first) if first in metrics else -1
         some = [evenly(x, self._compared) for x in (self.known, results)]
-        where = by.typical, by.order, *some
-        coordinates, _, units = map(list, zip(*fits, strict=True))
-        found = ops.choose_regression(coordinates, units, *where, standard, length, NUGGET)
-        return metrics[found[0]], found[1]
+
+        def best(among: Sequence[str | Features], standard: Any, length: float | None) -> Any:
+            fits = [by.fits[metric] for metric in among]
+            place = [*among].index(standard) if standard in among else -1
+            coordinates, _, units = map(list, zip(*fits, strict=True))
+            where = by.typical, by.order, *some
+            found = ops.choose_regression(coordinates, units, *where, place, length, NUGGET)
+            return among[found[0]], found[1]
+
+        gradients = [x for x in metrics if isinstance(x, GradientMetric)]
+        others = [x for x in metrics if not isinstance(x, GradientMetric)]
+        if gradients and others:
+            # They must be better than the best of the others, not only than the first.
+            first = best(others, first, length or LENGTH)[0]
+            metrics = [first, *gradients]
+        chosen: tuple[str | Features, float] = best(metrics, first, length)
+        return chosen
 
     def estimate(self, results: Tensor, search: bool) -> tuple[Tensor, Choice | None]:
         """Return estimates of the missing rows, ``[L, ...]``, and how they were made."""

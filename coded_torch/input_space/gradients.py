@@ -1,0 +1,218 @@
+r"""A metric from the gradients of a module, :func:`from_gradients`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .._arguments import arguments, shown
+from .._torch import device_of, exactly, on_host, placed
+
+# Of each output tensor with more numbers, so many random projections are differentiated.
+_MOST_OUTPUTS = 16
+# Inputs of more numbers per row are measured in the span of at most 512 gradients.
+_WIDE = 1024
+_MOST_ROWS = 512
+# The least eigenvalue, over the largest: directions without gradients count a little. It was not
+# tuned.
+_FLOOR = 1e-4
+_NOTHING = 1e-6  # directions of wide inputs that hold less are rounding; not tuned
+_CHUNK = 64  # rows whose gradients are in memory together
+
+
+class GradientMetric:
+    r"""A metric by which a module's outputs change: features whose distances are measured as is.
+
+    The features are :math:`x M^p`, up to a rotation, where :math:`M` is the mean of
+    :math:`J^\top J`. :func:`from_gradients` makes it, with p = 1/2.
+    """
+
+    def __init__(
+        self, mean: Tensor, directions: Tensor, values: Tensor, sizes: list[int], power: float
+    ) -> None:
+        self._fit = mean, directions, values, sizes  # [d], [d, r], [r]; numbers per row
+        self._power = power
+        self._copies: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self.__name__ = "gradients" if power == 0.5 else "gradients_root"
+
+    @property
+    def competing(self) -> tuple[GradientMetric, GradientMetric]:
+        """This metric, and its root: p = 1/2 and p = 1/4."""
+        return GradientMetric(*self._fit, 0.5), GradientMetric(*self._fit, 0.25)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Return features, ``[B, r]``, of the floating-point inputs, ``[B, ...]`` each."""
+        mean, directions, values, sizes = self._fit
+        found = [x.shape[1:].numel() for x in inputs]
+        if found != sizes:
+            raise ValueError(
+                f"GradientMetric: inputs must have {sizes} numbers per row, as rows of "
+                f"from_gradients, got {found}"
+            )
+        x = torch.cat([_numbers(x) for x in inputs], 1)
+
+        def make() -> tuple[Tensor, Tensor]:
+            weighted = directions * values**self._power
+            return mean.to(x.device, x.dtype), weighted.to(x.device, x.dtype)
+
+        centre, weighted = placed(self, self._copies, x.device, make, x.dtype)
+        with exactly(x.device.type):
+            return (x - centre) @ weighted
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self._fit, self._power)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, GradientMetric):
+            return NotImplemented
+        same = self._power == other._power
+        return same and all(x is y for x, y in zip(self._fit, other._fit, strict=True))
+
+    def __hash__(self) -> int:
+        return hash((id(self._fit[1]), self._power))
+
+    def __repr__(self) -> str:
+        return f"GradientMetric(power={self._power})"
+
+
+@on_host()
+def from_gradients(module: Callable[..., Any], rows: Any) -> GradientMetric:
+    r"""Return a metric by which inputs are near if the module's outputs are.
+
+    The squared distance is :math:`d^\top M d`, where M is the mean of :math:`J^\top J` over rows,
+    and J is the derivative of the outputs by the floating-point inputs.
+
+    Args:
+        module: differentiable, in the mode in which it answers. Gradients of its weights stay.
+        rows: some 300 typical inputs: a tensor, a tuple of positional arguments, or a mapping of
+            keyword arguments, with the batch along dimension 0. At most 512 are used, and moved to
+            the module's device. Rows whose gradients are not finite are left out.
+
+    Raises a ValueError if no output has gradients. The module runs here, once, and never in calls.
+    """
+    is_module = isinstance(module, nn.Module)
+    args, kwargs = arguments(rows, module if is_module else None)
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        given = [x for x in leaves if isinstance(x, Tensor) and x.dim() and x.is_floating_point()]
+        size = len(given[0]) if given else 0
+        if not size:
+            raise ValueError(
+                "from_gradients: rows must hold a floating-point tensor with at least one row, got "
+                f"{shown(rows)}"
+            )
+        device = device_of(module)
+        leaves = [
+            x.detach().to(device or x.device).clone() if isinstance(x, Tensor) else x
+            for x in leaves
+        ]
+        batched = [isinstance(x, Tensor) and x.shape[:1] == (size,) for x in leaves]
+        found = [x for x, b in zip(leaves, batched, strict=True) if b and x.is_floating_point()]
+        some = torch.linspace(0, size - 1, min(size, _MOST_ROWS), dtype=torch.float64).long()
+        gradients = _Gradients(sum(x.shape[1:].numel() for x in found), len(some))
+        total = torch.zeros((), dtype=torch.float64)
+        for places in some.split(_CHUNK):
+            chunk = [
+                x.index_select(0, places.to(x.device)) if b else x
+                for x, b in zip(leaves, batched, strict=True)
+            ]
+            sources = [
+                x.requires_grad_()
+                for x, b in zip(chunk, batched, strict=True)
+                if b and x.is_floating_point()
+            ]
+            copies = [x.clone() if isinstance(x, Tensor) else x for x in chunk]  # for in-place code
+            part_args, part_kwargs = pytree.tree_unflatten(copies, spec)
+            outputs = pytree.tree_leaves(module(*part_args, **part_kwargs))
+            numbers = [
+                y.reshape(len(places), -1)
+                for y in outputs
+                if isinstance(y, Tensor) and y.requires_grad and y.shape[:1] == places.shape
+            ]
+            gradients.add(sources, numbers)
+            with torch.no_grad():
+                total = total + torch.cat([_numbers(x).cpu() for x in sources], 1).double().sum(0)
+        directions, values = gradients.directions()
+    sizes = [x.shape[1:].numel() for x in found]
+    return GradientMetric((total / len(some)).float(), directions, values, sizes, 0.5)
+
+
+class _Gradients:
+    """The gradients of each output tensor: their products, or themselves if they are wide."""
+
+    def __init__(self, width: int, rows: int) -> None:
+        self._is_wide = width > _WIDE
+        self._projections = max(_MOST_ROWS // rows, 1) if self._is_wide else _MOST_OUTPUTS
+        self._projections = min(self._projections, _MOST_OUTPUTS)
+        self._generator = torch.Generator().manual_seed(0)
+        self._found = dict[int, list[Tensor]]()
+
+    def add(self, sources: list[Tensor], outputs: list[Tensor]) -> None:
+        """Add the gradients of outputs, ``[rows, C]`` each, by their rows of sources."""
+        for i, output in enumerate(outputs):
+            for direction in self._directions(*output.shape):
+                grads = torch.autograd.grad(
+                    output,
+                    sources,
+                    direction.to(output),
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+                rows = torch.cat([_numbers(x).cpu() for x in grads], 1)
+                rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, 0)
+                self._add(self._found.setdefault(i, []), rows)
+
+    def _directions(self, rows: int, columns: int) -> Iterator[Tensor]:
+        if columns <= self._projections:
+            yield from torch.eye(columns)[:, None].expand(-1, rows, -1)
+            return
+        for _ in range(self._projections):  # random signs have unit covariance
+            signs = torch.randint(0, 2, (rows, columns), generator=self._generator)
+            yield signs.float() * 2 - 1
+
+    def _add(self, found: list[Tensor], rows: Tensor) -> None:
+        if self._is_wide:
+            found.append(rows)
+            return
+        wide = rows.double()
+        product = wide.T @ wide
+        found[:] = [found[0] + product] if found else [product]
+
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """Return the eigenvectors of M, ``[d, r]``, and their values over the largest, float32."""
+        # Every output tensor counts alike, whatever its unit.
+        parts = []
+        for found in self._found.values():
+            squares = float(found[0].trace()) if not self._is_wide else _squares(found)
+            if squares > 0:
+                parts += [x / (squares**0.5 if self._is_wide else squares) for x in found]
+        if not parts:
+            raise ValueError(
+                "from_gradients: module must have outputs with gradients by its floating-point "
+                "inputs, got none that are finite and not 0; leave metric= at its default"
+            )
+        if not self._is_wide:
+            values, vectors = torch.linalg.eigh(torch.stack(parts).sum(0))
+            return vectors.float(), (values.clamp(min=0) / values[-1] + _FLOOR).float()
+        factor = torch.cat(parts)
+        factor = factor[factor.any(1)]
+        factor = factor[:: -(-len(factor) // _MOST_ROWS)]
+        values, vectors = torch.linalg.eigh((factor @ factor.T).double())
+        kept = values > _NOTHING * values[-1]
+        values = values[kept]
+        span = factor.T @ (vectors[:, kept] * values.rsqrt()).to(factor.dtype)
+        return span.float(), (values / values[-1] + _FLOOR).float()
+
+
+def _squares(rows: list[Tensor]) -> float:
+    return sum(float(x.double().square().sum()) for x in rows)
+
+
+def _numbers(x: Tensor) -> Tensor:
+    """Return ``[B, d]`` numbers in float32 or float64."""
+    return x.detach().reshape(len(x), -1).to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,220 @@
+"""The metric from gradients: its distances, which modules have one, and that it competes."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from coded_torch import Regression, metrics
+from coded_torch.codes import BerrutCode, RegressionCode, SplineCode
+from coded_torch.input_space.metrics import METRICS
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+class Two(torch.nn.Module):
+    """Two inputs, one of them by keyword, one that is no number, and two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(normal(3, 2))
+
+    def forward(self, x, table, *, y):
+        x.mul_(2)  # in place
+        found = (x @ self.weight).tanh() + y.flatten(1).sum(1, keepdim=True).sin()
+        return {"a": found, "b": 1e4 * y.flatten(1).square(), "class": table}
+
+
+def squared(features):
+    features = features.double()
+    return (features[:, None] - features).square().sum(-1)
+
+
+def dense(jacobian, power, floor=1e-4):
+    """M^(2 p) from Jacobians ``[n, C, d]``."""
+    matrix = torch.einsum("nci,ncj->ij", jacobian, jacobian)
+    values, vectors = torch.linalg.eigh(matrix.double())
+    values = (values.clamp(min=0) / values[-1] + floor) ** (2 * power)
+    return vectors * values @ vectors.T
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_distances_are_the_gradients(dtype):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+    x = normal(50, 2, 3)
+    jacobian = torch.func.vmap(torch.func.jacrev(model))(x.flatten(1)).detach()
+    whole = torch.nn.Sequential(torch.nn.Flatten(), model).to(dtype)
+    metric = metrics.from_gradients(whole, x.to(dtype))
+    z = x.flatten(1).double()
+    difference = z[:, None] - z
+    for one, power in zip(metric.competing, (0.5, 0.25), strict=True):
+        got = one(x)
+        assert got.dtype == torch.float32
+        want = torch.einsum("abi,ij,abj->ab", difference, dense(jacobian, power), difference)
+        close = (
+            {"rtol": 1e-4, "atol": 1e-5} if dtype != torch.bfloat16 else {"rtol": 0.1, "atol": 0.1}
+        )
+        torch.testing.assert_close(squared(got), want, **close)
+    assert metric(x.double()).dtype == torch.float64
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_many_outputs_are_projected_and_wide_inputs_have_a_low_rank():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 3), torch.nn.Tanh(), torch.nn.Linear(3, 40))
+    x = normal(300, 20)
+    jacobian = torch.func.vmap(torch.func.jacrev(model))(x).detach()
+    exact = dense(jacobian, 0.5)
+    metric = metrics.from_gradients(model, x)
+    z = x[:40].double()
+    difference = z[:, None] - z
+    want = torch.einsum("abi,ij,abj->ab", difference, exact, difference)
+    correlation = torch.corrcoef(torch.stack([squared(metric(x[:40])).flatten(), want.flatten()]))
+    assert correlation[0, 1] > 0.99
+
+    class Wide(torch.nn.Module):
+        def forward(self, x):
+            return model(x.flatten(1)[:, ::7527])  # 20 of 150,528 numbers
+
+    picture = torch.zeros(300, 3, 224, 224)
+    picture.flatten(1)[:, ::7527] = x
+    wide = metrics.from_gradients(Wide(), picture)
+    got = wide(picture[:40])
+    assert got.shape[1] <= 512
+    correlation = torch.corrcoef(torch.stack([squared(got).flatten(), want.flatten()]))
+    assert correlation[0, 1] > 0.98
+
+
+def test_several_inputs_and_outputs():
+    module = Two()
+    table = torch.arange(30)
+    x, y = normal(30, 3), normal(30, 2, 2, seed=1)
+    kept = x.clone()
+    with torch.inference_mode():
+        metric = metrics.from_gradients(module, {"x": x, "table": table, "y": y})
+    assert torch.equal(x, kept)
+    assert metric(x, y).shape == (30, 7)
+    # Each output counts alike, so the first one's gradients are seen beside 1e4 times larger ones.
+    moved = metric(x + 1, y) - metric(x, y)
+    assert float(moved.norm(dim=1).mean()) > 0.1
+    with pytest.raises(ValueError, match=r"\[3, 4\] numbers per row.*got \[3\]"):
+        metric(x)
+    plan = Regression(metric=metric).plan([x])
+    known = [i for i in range(30) if i % 3]
+    plan.decode(x.sin()[known][:, None], known)
+    assert "the metric gradients was left out: ValueError" in plan.note
+
+
+@pytest.mark.parametrize(
+    ("module", "rows", "message"),
+    [
+        (torch.sign, normal(9, 2), "none that are finite and not 0"),
+        (lambda x: x.detach() + 1, normal(9, 2), "none that are finite and not 0"),
+        (lambda x: x.argmax(1), normal(9, 2), "none that are finite and not 0"),
+        (torch.sqrt, torch.zeros(9, 2), "none that are finite and not 0"),
+        (torch.nn.Embedding(4, 2), torch.arange(4), "rows must hold a floating-point tensor"),
+        (torch.nn.Tanh(), torch.zeros(0, 2), "with at least one row"),
+    ],
+    ids=["zero", "detached", "integers", "infinite", "tokens", "empty"],
+)
+def test_modules_without_gradients(module, rows, message):
+    with pytest.raises(ValueError, match=f"from_gradients: .*{message}"):
+        metrics.from_gradients(module, rows)
+
+
+def test_errors_of_the_module_reach_the_caller():
+    def broken(x):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        metrics.from_gradients(broken, normal(9, 2))
+
+
+def test_rows_without_finite_gradients_are_left_out():
+    x = normal(40, 2).abs() + 0.1
+    want = metrics.from_gradients(torch.sqrt, x)
+    spoilt = torch.cat([x, torch.zeros(3, 2)])
+    got = metrics.from_gradients(torch.sqrt, spoilt)
+    torch.testing.assert_close(squared(got(x)), squared(want(x)), rtol=1e-5, atol=1e-5)
+
+
+def one_direction(rows=64):
+    """A module of one direction among twelve."""
+    direction = normal(12, 1, seed=2)
+
+    def module(x):
+        return (x @ direction).sin()
+
+    return module, normal(rows, 12, seed=3)
+
+
+def test_it_competes_and_estimates_better():
+    module, x = one_direction()
+    metric = metrics.from_gradients(module, normal(300, 12, seed=4))
+    received = range(8)
+    errors = {}
+    for name, one in {"today": "auto", "gradients": metric}.items():
+        plan = RegressionCode(8, 10, metric=one).plan([x], num_stragglers=2)
+        results = module(plan.encode(x))[list(received)]
+        errors[name] = float((plan.decode(results, received) - module(x)).square().sum())
+        assert plan.choices[0].metric.startswith("gradients") == (name == "gradients")
+    assert errors["gradients"] < 0.2 * errors["today"]
+    code = RegressionCode(8, 10, metric=metric)
+    assert sum(not isinstance(x, str) for x in code.candidates()["metric"]) == 2
+
+
+def test_today_is_kept_where_gradients_tell_nothing():
+    """Of a module without a preferred direction; and the estimates are equal to the bit."""
+    x = normal(60, 6)
+    metric = metrics.from_gradients(lambda x: x, normal(300, 6, seed=1))
+    known = [i for i in range(60) if i % 4]
+    results = x.sin()[known][:, None]
+    plans = [Regression(metric=one).plan([x]) for one in ("auto", metric)]
+    today, ours = (plan.decode(results, known) for plan in plans)
+    assert plans[1].choices[0].metric in METRICS
+    assert torch.equal(today, ours)
+
+
+@pytest.mark.parametrize("kind", [SplineCode, BerrutCode])
+def test_an_order_by_gradients(kind):
+    module, x = one_direction()
+    metric = metrics.from_gradients(module, normal(300, 12, seed=4))
+    errors = []
+    for ordering in ("similarity", metric):
+        plan = kind(8, 24, ordering=ordering).plan([x])
+        answers = plan.decode(module(plan.encode(x)), range(24))
+        errors.append(float((answers - module(x)).square().sum()))
+    assert errors[1] < 0.5 * errors[0]
+    with pytest.raises(ValueError, match="'arrival' or a metric of from_gradients"):
+        kind(2, 3, ordering="other")
+    with pytest.raises(ValueError, match=r"\[12\] numbers per row"):
+        kind(2, 3, ordering=metric).plan([x[:, :3]])
+    with pytest.raises(ValueError, match="as metric= takes metrics"):
+        RegressionCode(2, 3, ordering=metric)
+
+
+def test_it_is_copied_and_pickled():
+    module, x = one_direction()
+    metric = metrics.from_gradients(module, x)
+    want = metric(x)
+    for other in (pickle.loads(pickle.dumps(metric)), copy.deepcopy(metric)):
+        assert torch.equal(other(x), want)
+    assert metric.competing[0] == metric
+    assert metric.competing[1] != metric
+    assert len({*metric.competing, *metric.competing}) == 2
+
+
+@pytest.mark.cuda
+def test_on_a_device():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+    x = normal(50, 6)
+    want = metrics.from_gradients(model, x)(x)
+    metric = metrics.from_gradients(model.cuda(), x)
+    got = metric(x.cuda())
+    assert got.is_cuda
+    torch.testing.assert_close(squared(got.cpu()), squared(want), rtol=1e-3, atol=1e-3)
