@@ -29,7 +29,7 @@ from coded_torch.testing.workers import (
     task_of,
     until,
 )
-from coded_torch.workers import Began, Part, ProcessWorkers, WorkerError
+from coded_torch.workers import Began, Part, ProcessWorkers, WorkerError, worker_main
 
 from . import modules
 from .modules import Exits, FailsOn, Heavy, Raises, Scale, Sleepy, Unpicklable, Unreadable
@@ -344,6 +344,40 @@ def test_a_server_that_is_stopped_is_replaced_while_its_processes_go_on():
             assert time.monotonic() - start < WAIT / 4
         assert before[1] in pool.pids
         assert _parent(server) == 0
+
+
+@pytest.mark.slow
+def test_no_call_fails_while_servers_are_killed_and_stopped_and_one_process_lives():
+    over, wrong, counts = threading.Event(), [], [0] * 8
+    with ProcessWorkers(4, hang_timeout=WAIT).start(Sleepy(), timeout=WAIT) as pool:
+        coded = CodedWrapper(Sleepy(), workers=pool, parts=2)
+
+        @torch.no_grad()
+        def calls(i):
+            x = torch.full((4, 1), 0.001 * (i + 1))
+            while not over.is_set():
+                try:
+                    if not torch.equal(coded(x), x):
+                        wrong.append(x)
+                except Exception as error:
+                    wrong.append(error)
+                counts[i] += 1
+
+        threads = [threading.Thread(target=calls, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for fault in range(20):
+            for server in [*worker_main._servers.values()]:
+                if not server.has_ended():
+                    os.kill(server.pid, (signal.SIGKILL, signal.SIGSTOP)[fault % 2])
+            os.kill(pool.pids[-1], signal.SIGKILL)
+            until(lambda: pool.num_ready > 1)  # the other one may be of an earlier server
+            time.sleep(0.2)
+        over.set()
+        for thread in threads:
+            thread.join(WAIT)
+    assert not wrong
+    assert min(counts) > 20
 
 
 def test_a_request_asks_again_with_its_own_module_after_a_newer_one():
