@@ -440,7 +440,10 @@ class Look {
       if (size_t(PySequence_Fast_GET_SIZE(now.ptr())) != node.size) return false;
       for (size_t i = 0; i < node.children.size(); ++i) {
         if (i >= size_t(PySequence_Fast_GET_SIZE(now.ptr()))) return false;
-        if (!is_same(node.children[i], PySequence_Fast_GET_ITEM(now.ptr(), i))) return false;
+        // Operators of tensors let other threads run, which may change the collection.
+        const auto held =
+            py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(now.ptr(), i));
+        if (!is_same(node.children[i], held)) return false;
       }
       return true;
     }
