@@ -37,6 +37,7 @@ class Layout:
         self.lists = lists
         self.spec: pytree.TreeSpec | None = None
         self.constants = frozenset[int]()
+        self.is_doubted = False  #: true if later results do not fit it: it is proved again
         self.note = ""  #: a remark on each call: the rows of the module depend on each other
 
     def flatten(self, value: Any) -> tuple[list[Any], pytree.TreeSpec]:
@@ -126,7 +127,7 @@ def difference(outputs: Sequence[Any], layout: Layout, out_dims: Any) -> str:
     for i, (leaf, other, dim) in enumerate(zip(leaves, others, dims, strict=True)):
         if dim is None or i in layout.constants or not isinstance(leaf, Tensor):
             continue
-        if not (_is_dense(leaf) and _is_dense(other)) or leaf.dtype == torch.bool:
+        if not (_is_dense(leaf) and _is_dense(other)):
             continue
         one, two = (
             as_real(torch.func.debug_unwrap(x).detach().movedim(dim, 0)[-2:]).cpu().double()

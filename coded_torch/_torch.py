@@ -251,12 +251,16 @@ def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str)
     return flat
 
 
+class WrongRows(ValueError):  # noqa: N818 - it reaches callers as a ValueError
+    """An output has not one row for each of the inputs."""
+
+
 def check_batch(output: Any, index: int, leaf: Tensor, dim: int, size: int) -> None:
-    """Raise a ValueError unless leaf ``index`` of ``output`` has ``size`` rows at ``dim``."""
+    """Raise a WrongRows unless leaf ``index`` of ``output`` has ``size`` rows at ``dim``."""
     if not -leaf.dim() <= dim < leaf.dim() or leaf.shape[dim] != size:
         name = leaf_name("output", output, index)
         must = f"{name} must have size {size}, the batch size, at dim {dim}"
-        raise ValueError(f"CodedWrapper: {must}, got shape {tuple(leaf.shape)}")
+        raise WrongRows(f"CodedWrapper: {must}, got shape {tuple(leaf.shape)}")
 
 
 def has_rows(leaf: Any) -> bool:

@@ -153,9 +153,9 @@ class RowPlan:
         return "; ".join(dict.fromkeys(self._notes))
 
     def leave_out(self, far: Tensor) -> None:
-        """Let some rows, bool ``[B]``, estimate no others, where no distances tell which."""
+        """Let some rows, bool ``[B]``, estimate no others, beside those that are far away."""
         for part in self._parts:
-            part.far = far[part.rows]
+            part.far = part.far | far[part.rows]
 
     @property
     def order(self) -> Tensor:

@@ -54,9 +54,11 @@ class CodedWrapper(ModuleProxy):
     of its parameters begin with ``module.``. Only :meth:`compile` compiles the module.
 
     Inputs and outputs may be any pytrees. A result is rejected, and counts as missing, if it is not
-    finite, of another batch size, or unlike most in structure, shape or dtype. So mask logits with
-    a number such as -1e4, not ``-inf``. Unless a code mixes inputs, rows with NaN or infinity are
-    computed, too. A missing one is answered by the mean of the others; its bound is infinite.
+    finite, of another batch size, or unlike most in structure, shape or dtype. Unless a code mixes
+    inputs, there are two exceptions. Inputs with NaN or infinity are computed, too; a missing one
+    is answered by the mean of the others, and its bound is infinite. An infinite result is an
+    answer if two workers return it alike. So where ``-inf`` masks logits, rows are computed twice;
+    a number such as -1e4 saves that.
 
     Args:
         module: the module. Its outputs are floating-point tensors with a batch dimension, and
@@ -256,7 +258,8 @@ class CodedWrapper(ModuleProxy):
         how = self.out_dims if type(self.out_dims) is int else repr(self.out_dims)
         key = structure(inputs.leaves, inputs.dims, inputs.spec, how, self.module.training)
         proved = proved_of(self.module)
-        inputs.layout = proved.get(key)
+        layout = proved.get(key)
+        inputs.layout = None if layout is None or layout.is_doubted else layout
         if inputs.layout is None and (by := tracer()):  # would record the parts of the proof
             inputs.unproved = f"the call was traced by {by}"
         elif inputs.layout is None:

@@ -207,6 +207,7 @@ class Division:
     mixes = False  #: true if units hold mixtures of rows
     by_rows = False  #: true if units are rows
     spread: Callable[[Tensor], Tensor]  #: from ``[B, ...]`` to all units, ``[units, R, ...]``
+    infinite = frozenset[int]()  #: the rows that are infinite, alike on two workers
 
     def __init__(self, inputs: Inputs, num_units: int, unit_rows: int, out_dims: Any) -> None:
         self.inputs = inputs
@@ -232,6 +233,28 @@ class Division:
         """The rows of units whose inputs are not finite, bool ``[units, R]``; None without any."""
         rows = self.inputs.not_finite
         return None if rows is None else self.spread(rows)
+
+    @property
+    def left_out(self) -> Tensor | None:
+        """The rows that estimate no others, as their inputs or results are not finite, ``[B]``.
+
+        They are bool, on the host; None without any.
+        """
+        rows = self.inputs.not_finite
+        if self.infinite:
+            rows = torch.zeros(self.batch_size, dtype=torch.bool) if rows is None else rows.clone()
+            rows[sorted(self.infinite)] = True
+        return rows
+
+    def rows_of(self, units: Sequence[int]) -> list[int]:
+        """Return the row of the batch that each row of some units is, unless units are mixed."""
+        rows: list[int] = self._rows[list(units)].flatten().tolist()
+        return rows
+
+    @functools.cached_property
+    @on_host()
+    def _rows(self) -> Tensor:
+        return self.spread(torch.arange(self.batch_size))
 
     def is_whole(self, received: Collection[int]) -> bool:
         """Return whether the results of these units are the answers as they are."""

@@ -66,10 +66,18 @@ class Answers:
         for memory in self._memories:
             memory.clear()
 
+    def _plan(self) -> Plan:
+        """Return the plan of the batch, which estimates nothing from infinite results."""
+        plan: Plan = self._division.plan
+        rows = self._division.left_out if self._division.infinite else None
+        if rows is not None and isinstance(plan, RowPlan):
+            plan.leave_out(rows)
+        return plan
+
     @on_host()
     def prepare(self, stacked: Stacked) -> None:
         """Plan, and fit regressions to the results so far, which may be all."""
-        plan = self._division.plan
+        plan = self._plan()
         for i in stacked.decoded if isinstance(plan, RowPlan) else ():
             self._decoded(stacked, i, plan, plan.source(stacked.units), {}, False)
 
@@ -77,9 +85,9 @@ class Answers:
         """Return the answers in the structure that the module gives them."""
         division = self._division
         report = self._report
-        not_finite = self._inputs.not_finite
+        not_finite = division.left_out
         whole = division.is_whole(stacked.units)  # then the results are the answers
-        plan: Plan | None = None if whole else division.plan
+        plan: Plan | None = None if whole else self._plan()
         with outside():  # the report outlives a transform
             source: Any = plan.source(stacked.units) if plan else None
             is_estimated = plan is not None and bool((source < 0).any())
@@ -229,7 +237,7 @@ class Answers:
 
     def _remember(self, answers: Sequence[Tensor], estimated: Any) -> None:
         """Have memories learn the rows of answers, ``[B, ...]`` each, that are exact."""
-        not_finite = self._inputs.not_finite
+        not_finite = self._division.left_out
         check = self._check
         with outside():
             exact = ~estimated if not_finite is None else ~(estimated | not_finite)
@@ -256,9 +264,11 @@ class Answers:
         """Return answers ``[B, ...]``, weights of approximations, and error bounds, of a leaf."""
         results = stacked.leaves[i]
         received = stacked.units
-        not_finite = self._division.not_finite
+        not_finite = self._division.left_out
         by_rows = isinstance(plan, RowPlan)
-        scaled = results if not_finite is None else _levelled(results, not_finite[list(received)])
+        scaled = results
+        if not_finite is not None:
+            scaled = _levelled(results, self._division.spread(not_finite)[list(received)])
         if by_rows:  # estimates are rounded once, at the end
             scaled = scaled.to(torch.promote_types(scaled.dtype, torch.float32))
         scaled = to_scale(scaled, self._link)

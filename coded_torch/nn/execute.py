@@ -150,16 +150,24 @@ class Execution:
                 yield f"{_shown(rows)} raised together, and not in smaller parts: {failed}"
 
     def notes_of_rows(self) -> tuple[str, ...]:
-        """Return a note if results are joined whose rows are not proved, or depend on others."""
-        inputs, good = self._division.inputs, self.table.good
+        """Return notes of rows that are infinite, not proved, or depend on others."""
+        notes = list[str]()
+        inputs = self._division.inputs
+        good = self.table.good
+        if self._division.infinite:
+            rows = _shown(sorted(self._division.infinite))
+            notes.append(
+                f"{rows}: infinite alike on two workers, so returned as computed, and used for no "
+                "estimates"
+            )
         if inputs.layout is not None and inputs.layout.note:
-            return (inputs.layout.note,)
-        if len(good) < 2 or inputs.batch_size < 2 or good[0].result.proved:
-            return ()
-        why = inputs.unproved or "the output has another structure than before"
-        if inputs.layout is None and not inputs.unproved:
-            why = "it was asked for as one part"
-        return (f"it is not proved that outputs follow the rows of parts: {why}",)
+            notes.append(inputs.layout.note)
+        elif len(good) > 1 and inputs.batch_size > 1 and not good[0].result.proved:
+            why = inputs.unproved or "the output has another structure than before"
+            if inputs.layout is None and not inputs.unproved:
+                why = "it was asked for as one part"
+            notes.append(f"it is not proved that outputs follow the rows of parts: {why}")
+        return tuple(notes)
 
     def compare(
         self, known: Exchangeability, units: Sequence[int], oddness: Sequence[tuple[int, float]]
@@ -234,9 +242,9 @@ class Execution:
         division = self._division
         why = self.not_floating()
         received = sorted(self.table.answered)
-        not_finite = division.not_finite
-        if not_finite is not None and bool(not_finite[received].all()):
-            why = "no row with finite inputs has a result, which estimates need"
+        left_out = division.left_out
+        if left_out is not None and bool(division.spread(left_out)[received].all()):
+            why = "no row with finite inputs has a result that is finite, which estimates need"
         if not why or division.is_whole(received):
             return ""
         return why if division.by_rows or bool((division.plan.source(received) < 0).any()) else ""

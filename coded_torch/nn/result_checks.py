@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -15,9 +16,12 @@ from torch.utils import _pytree as pytree
 from .._arguments import dense
 from .._layout import CONSTANTS, Layout, bits
 from .._torch import (
+    WrongRows,
+    as_real,
     broadcast_dims,
     check_batch,
     differentiated,
+    outside,
     to_device,
     unflatten,
 )
@@ -25,6 +29,8 @@ from ..table import DISPUTED, FAILED, GOOD, Part, Table, WorkerError
 from .division import Division
 from .finite import all_finite, finite, has_numbers, runs, sums_of
 
+# The signs of numbers, to be compared.
+_FINITE, _NAN = b"\0", b"\2"
 _ROUNDING = 0.01  # the most that a sum of probabilities differs from 1; half precision needs it
 
 
@@ -96,7 +102,7 @@ class Result:
             raise TypeError(f"CodedWrapper: {self.name(i)} {must}, got a {type(items).__name__}")
         if len(items) != len(self._units):
             must = f"must have an item for each of the {len(self._units)} rows"
-            raise ValueError(f"CodedWrapper: {self.name(i)} {must}, got {len(items)}")
+            raise WrongRows(f"CodedWrapper: {self.name(i)} {must}, got {len(items)}")
         self.lists.append(i)
 
     @property
@@ -123,6 +129,32 @@ class Result:
         odd = self._division.not_finite
         return None if odd is None else ~odd[list(self._units)].flatten()
 
+    @functools.cached_property
+    @outside()
+    def infinities(self) -> dict[int, bytes] | None:
+        """Return the signs of all infinities of a row, by the row of the batch, if it has some.
+
+        Leaves without rows are those of row -1. Returns None if there is NaN, but where inputs are
+        not finite, or if units are mixtures of rows.
+        """
+        if self._division.mixes:
+            return None
+        kept = None if self.kept is None else self.kept.numpy()
+        rows = self._division.rows_of(self._units)
+        found = dict[int, bytes]()
+        for i, leaf in enumerate(self.leaves):
+            has_rows = i in self.divided or i in self.lists
+            values = self.rows(i) if i in self.divided else leaf
+            items = zip(rows, _signs(values, i in self.lists), strict=True) if has_rows else ()
+            for place, (row, signs) in enumerate(items):
+                if kept is None or kept[place]:
+                    found[row] = found.get(row, b"") + signs
+            if not has_rows:
+                found[-1] = found.get(-1, b"") + b"".join(_signs([leaf], True))
+        if any(_NAN in signs for signs in found.values()):
+            return None
+        return {row: signs for row, signs in found.items() if signs.strip(_FINITE)}
+
     def name(self, i: int) -> str:
         return self._layout.name(self._value, i)
 
@@ -142,6 +174,21 @@ class Result:
 
     def __str__(self) -> str:
         return str(pytree.tree_unflatten(map(show, self.leaves), self.spec))
+
+
+def _signs(values: Any, is_list: bool) -> list[bytes]:
+    """Return the signs of the infinities of each row of a leaf, or of each item of a list.
+
+    They are bytes of 1 and -1; of finite numbers and of NaN they are 0 and 2.
+    """
+    if is_list:
+        tensors = [[x for x in pytree.tree_leaves(item) if has_numbers(x)] for item in values]
+        return [b"".join(b"".join(_signs(x[None], False)) for x in each) for each in tensors]
+    if not has_numbers(values):
+        return [b""] * len(values)
+    numbers = as_real(torch.func.debug_unwrap(values).detach())
+    signs = numbers.sign().where(numbers.isinf(), 0).masked_fill(numbers.isnan(), _NAN[0])
+    return [row.tobytes() for row in signs.to("cpu", torch.int8).flatten(1).numpy()]
 
 
 class Stacked(NamedTuple):
@@ -205,6 +252,10 @@ class Checks:
     def __init__(self, division: Division) -> None:
         self._division = division
         self._groups: list[list[Part]] = []  # one for each form, the largest first
+        # The parts with infinite results that no other worker has confirmed, and the leaf; and by
+        # row and signs of its infinities, the workers that returned them.
+        self._unconfirmed = dict[Part, str]()
+        self._infinite = defaultdict[tuple[int, bytes], set[int]](set)
         self._misfits: list[tuple[int, Part, Exception]] = []  # parts that cannot be decoded
 
     def judge(self, ended: Sequence[Part]) -> None:
@@ -231,10 +282,38 @@ class Checks:
                 self._reject(part, f"returned what cannot be decoded: {text}", cause)
         names = self._not_finite(formed)
         for part in formed:
-            if name := names.get(part.number):
+            name = names.get(part.number)
+            if name is None:
+                self._count(part)
+            elif part.result.infinities is None:
                 self._reject(part, f"returned values that are not finite in {name}")
             else:
-                self._count(part)
+                self._unconfirmed[part] = name
+                self.table.mark(part, DISPUTED)
+                self._confirm(part)
+        layout = self._division.task.layout
+        if layout is not None and self._contradicts():
+            layout.is_doubted = True
+
+    def _confirm(self, part: Part) -> None:
+        """Count the results whose infinities two workers returned alike, now that a part has some.
+
+        They are the module's, such as of scores that it masks.
+        """
+        for key in part.result.infinities.items():
+            self._infinite[key].add(part.worker)
+        for other in list(self._unconfirmed):
+            infinities = other.result.infinities
+            if all(len(self._infinite[key]) > 1 for key in infinities.items()):
+                del self._unconfirmed[other]
+                self._division.infinite |= infinities.keys() - {-1}
+                self._count(other)
+
+    def _contradicts(self) -> bool:
+        """Return whether results do not fit the proved layout, or each other."""
+        lead = self._groups[0][0] if self._groups else None
+        is_proved = lead is None or lead.result.proved
+        return bool(self._misfits) or len(self._groups) > 1 or not is_proved
 
     def _not_finite(self, parts: Sequence[Part]) -> dict[int, str]:
         """Return, by part, the name of a leaf that is not finite; wait for a device once, if none.
@@ -289,6 +368,9 @@ class Checks:
     def rejected(self) -> list[WorkerError]:
         """The errors of all parts whose results do not count, in the order of asking."""
         errors = list[Any](filter(None, map(attrgetter("error"), self.table.ended)))
+        for part, name in self._unconfirmed.items():
+            why = f"returned values that are not finite in {name}, and no other worker the same"
+            errors.append(WorkerError(part.number, part.worker, why))
         for group in self._groups[1:]:
             lead = self._groups[0]
             many = "as many" if _weight(group)[0] == _weight(lead)[0] else "most"
@@ -303,15 +385,18 @@ class Checks:
 
         A single row looks right if the output has no batch dimension, but a dimension of size 1.
         """
-        if not self._misfits:
+        misfits = self._misfits
+        if self._division.task.layout is not None:  # the module has been seen to return rows
+            misfits = [each for each in misfits if not isinstance(each[2], WrongRows)]
+        if not misfits:
             return None
         good = [part for group in self._groups for part in group]
         cut = all(len(part.units) == 1 == self._division.task.unit_rows for part in good)
         # A single broken worker shows nothing, unless single rows of its own are good.
-        workers = {part.worker for _, part, _ in self._misfits if len(part.units) > 1}
+        workers = {part.worker for _, part, _ in misfits if len(part.units) > 1}
         cut &= len(workers) > 1 or not workers.isdisjoint(part.worker for part in good)
-        none = not good and len(self._misfits) == len(self.table.ended)
-        return min(self._misfits)[2] if none or (good and cut) else None
+        none = not good and len(misfits) == len(self.table.ended)
+        return min(misfits)[2] if none or (good and cut) else None
 
     def stack(self) -> Stacked:
         """Stack the results that answer units."""

@@ -14,8 +14,9 @@ from coded_torch.nn.division import Inputs, Rows
 from coded_torch.nn.finite import all_finite, finite, sums_of
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
+from coded_torch.testing.virtual import VirtualWorkers
 from coded_torch.testing.workers import FailsAt, divide_by_zero
-from coded_torch.workers import LocalWorkers
+from coded_torch.workers import DeviceWorkers, LocalWorkers
 
 from .modules import WAYS, Call, divided
 from .pools import Separate
@@ -203,3 +204,116 @@ def test_a_memory_does_not_answer_a_batch_of_nothing_else():
     coded.workers = LocalWorkers(Uniform(1, seed=0))
     with pytest.raises(NotEnoughResults, match="no row with finite inputs has a result"):
         coded(torch.full((6, 2), math.nan))
+
+
+MASKED = torch.linspace(-1, 1, 24, dtype=torch.float64).view(12, 2).sin()
+
+
+def masks(x: torch.Tensor) -> torch.Tensor:
+    """Mask all that is below -.5, as logits of actions that are not allowed."""
+    return x.masked_fill(x < -0.5, -math.inf)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [LocalWorkers, Separate, lambda: DeviceWorkers(["cpu"] * 2)],
+    ids=["local", "virtual", "devices"],
+)
+def test_infinite_results_are_answers_if_two_workers_return_them_alike(make):
+    module = Call(lambda x: (masks(x), torch.tensor([math.inf, 1.0])))
+    with make() as pool, torch.no_grad():
+        coded = CodedWrapper(module, workers=pool, parts=4)
+        for _ in range(2):
+            (answers, constant), report = coded.run(MASKED)
+            assert torch.equal(answers, masks(MASKED))
+            assert constant.tolist() == [math.inf, 1.0]
+            assert not report.rejected
+            assert not report.estimated.any()
+            (note,) = report.notes
+            assert note.startswith("rows 0, 1, 2: infinite alike on two workers")
+
+
+def test_infinite_items_of_lists_are_answers_too():
+    module = Call(lambda x: (x, [{"score": row.log()} for row in x.clamp(min=0)]))
+    _, items = CodedWrapper(module, workers=Separate(), parts=4)(MASKED)
+    for item, row in zip(items, MASKED.clamp(min=0), strict=True):
+        assert torch.equal(item["score"], row.log())
+
+
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_copies_of_a_code_confirm_infinite_results(way):
+    module = Call(lambda x: masks(x))
+    coded = CodedWrapper(module, **divided(way, 2, 4), workers=Separate())
+    answers, report = coded.run(MASKED)
+    assert torch.equal(answers, masks(MASKED))
+    assert not report.rejected
+
+
+def masked_by(at: int) -> object:
+    def lie(y: torch.Tensor) -> torch.Tensor:
+        y = y.clone()
+        y[..., at] = -math.inf
+        return y
+
+    return lie
+
+
+def test_infinities_in_other_places_confirm_nothing():
+    pool = VirtualWorkers([[(masked_by(0), 1.0)], [(masked_by(1), 1.0)]])
+    coded = CodedWrapper(nn.Identity(), workers=pool, parts=2)
+    why = "worker [01] returned values that are not finite in output, and no other worker the same"
+    with pytest.raises(NotEnoughResults, match=why):
+        coded(MASKED)
+    assert coded.last_run.rejected.keys() == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("module", "workers"),
+    [(lambda x: masks(x), 1), (lambda x: x.masked_fill(x < -0.5, math.nan), 2)],
+    ids=["one worker", "NaN"],
+)
+def test_without_a_second_worker_or_with_nan_results_are_missing(module, workers):
+    pool = VirtualWorkers([[("ok", 1.0)]] * workers)
+    coded = CodedWrapper(Call(module), workers=pool, parts=4)
+    with pytest.raises(NotEnoughResults, match="returned values that are not finite in output"):
+        coded(MASKED)
+
+
+def test_nothing_is_estimated_or_learnt_from_infinite_results():
+    found = []
+    for odd in (math.inf, -math.inf):
+        module = Call(lambda x, odd=odd: x.cos().masked_fill(x < -0.5, odd))
+        raising = FailsAt(float(MASKED[8, 0]), divide_by_zero)
+        memory = Memory()
+        coded = CodedWrapper(
+            nn.Sequential(raising, module),
+            workers=Separate(),
+            parts=4,
+            waiting=Waiting(on_error="estimate"),
+            surrogate=memory,
+        )
+        answers, report = coded.run(MASKED)
+        assert report.estimated.nonzero().flatten().tolist() == [8]
+        assert answers[8].isfinite().all()
+        assert torch.equal(answers[:4], module(MASKED[:4]))
+        assert len(memory) == 12 - 3 - 1
+        found.append(answers[8])
+    assert torch.equal(*found)
+    everything = Call(lambda x: torch.where(x == x, math.inf, x))
+    coded = CodedWrapper(
+        nn.Sequential(FailsAt(float(MASKED[8, 0]), divide_by_zero), everything),
+        workers=Separate(),
+        parts=4,
+        waiting=Waiting(on_error="estimate"),
+    )
+    with pytest.raises(NotEnoughResults, match="has a result that is finite, which estimates need"):
+        coded(MASKED)
+
+
+def test_infinite_results_are_verified():
+    pool = VirtualWorkers([[("ok", 1.0)]] * 4)
+    coded = CodedWrapper(Call(lambda x: masks(x)), workers=pool, verify=1.0)
+    answers, report = coded.run(MASKED)
+    assert torch.equal(answers, masks(MASKED))
+    assert report.verified.all()
+    assert not report.wrong_results

@@ -113,6 +113,35 @@ def test_outputs_that_no_part_can_decode(output, error, match):
     assert len(coded.last_run.rejected) == 4
 
 
+@pytest.mark.parametrize(
+    ("output", "match"),
+    [
+        (lambda x: x.mean(), r"output must have size 4, the batch size, at dim 0, got shape \(\)"),
+        (lambda x: x[1:], "output must have size 4, the batch size, at dim 0"),
+    ],
+)
+def test_results_that_lack_rows_are_rejected_and_their_workers_named(output, match):
+    """Though the module has been seen to return rows for parts of two and three."""
+    module = Call(lambda x: x if len(x) < 4 else output(x))
+    coded = CodedWrapper(module, PolynomialCode(2, 4), workers=Separate())
+    with pytest.raises(NotEnoughResults, match=f"^worker 0 returned .* decoded: {match}"):
+        coded(rand(8, 3))
+    assert len(coded.last_run.rejected) == 4
+
+
+def test_scrambled_results_are_missing_where_single_rows_are_right():
+    scripts = [[("rows", 1.0)] * 4 + [("ok", 1.0)]] * 2
+    x = rand(4, 3)
+    coded = CodedWrapper(nn.Identity(), workers=VirtualWorkers(scripts), parts=2)
+    answers, report = coded.run(x)
+    assert torch.equal(answers, x)
+    assert "output must have size" in report.rejected[0]
+    never = VirtualWorkers([[("rows", 1.0)]] * 2)
+    why = r"^rows 0, 1: worker 0 returned .*: output must have size .*; rows 2, 3: worker 1"
+    with pytest.raises(NotEnoughResults, match=why):
+        CodedWrapper(nn.Identity(), workers=never, parts=2)(x)
+
+
 def test_a_sparse_output_is_refused_on_simulated_workers_too():
     coded = CodedWrapper(Call(lambda x: x.to_sparse()), workers=LocalWorkers(), parts=2)
     with pytest.raises(TypeError, match=r"^CodedWrapper: output must be a dense, strided"):

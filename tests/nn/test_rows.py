@@ -146,3 +146,23 @@ def test_later_calls_ask_for_nothing_more():
     assert calls == [2, 3, 8, 8]
     coded(X.double())  # another structure of inputs
     assert calls[4:] == [2, 3, 8]
+
+
+def test_a_proof_that_results_contradict_is_repeated():
+    wrong = [True]
+    constant = torch.arange(3.0)
+
+    def first_without_rows(x):
+        if wrong:  # the worker of the proof is wrong
+            return constant
+        return x
+
+    with DeviceWorkers(["cpu"] * 2) as pool, torch.no_grad():
+        coded = CodedWrapper(Call(first_without_rows), workers=pool, parts=4)
+        coded(X)
+        wrong.clear()
+        with pytest.raises(NotEnoughResults):
+            coded(X)
+        answers, report = coded.run(X)
+    assert torch.equal(answers, X)
+    assert not report.notes
