@@ -2,9 +2,10 @@
 
 Small networks on tables, sequences, text and pictures (``tasks.py``). ``RegressionCode`` with one
 metric and length for all ("one metric"), with both chosen on the results ("chosen"), with a stem of
-the module that competes, and with each metric alone; beside the trivial baselines, replication and
-the batch's mean in place of missing answers. Outputs are logits or, of tables with numbers to
-predict, these numbers, standardised.
+the module that competes, with its gradients that do, and with each metric alone; beside the trivial
+baselines, replication and the batch's mean in place of missing answers. Splines stand in the order
+of the inputs' distances, and in the order of the gradients' ("splines by gradients"). Outputs are
+logits or, of tables with numbers to predict, these numbers, standardised.
 
 Of tables, the held-out rows of each split are one batch, 240 at most, with 40 received sets, and
 every split is one observation. Of all else, every batch has one received set.
@@ -16,10 +17,10 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from coded_torch.codes import Code, RegressionCode
+from coded_torch.codes import Code, RegressionCode, SplineCode
 from coded_torch.experiments.compare import compare
 from coded_torch.experiments.scores import Comparison, Record
-from coded_torch.input_space.metrics import METRICS, fitted, leaves_of
+from coded_torch.input_space.metrics import METRICS, fitted, from_gradients, leaves_of
 
 from . import tasks
 from .accuracy import FEW, cells
@@ -29,14 +30,23 @@ from .subjects import of_task, student_of
 from .tasks import Task
 
 SIZE = 240  # rows of a batch
+ROWS = 300  # training rows whose gradients are a metric
 FIXED: dict[str, Any] = {"metric": "shrunk", "length": 2.0}  # one metric and length for all
 
 
-class AsGiven(RegressionCode):
+class NotTuned(Code):
     """A code whose numbers are not tuned."""
 
     def candidates(self) -> dict[str, Any]:
         return {}
+
+
+class AsGiven(NotTuned, RegressionCode):
+    """Copies and a regression, as given."""
+
+
+class Splines(NotTuned, SplineCode):
+    """Splines, as given."""
 
 
 def codes(task: Task, n: int, k: int) -> dict[str, Code]:
@@ -44,6 +54,8 @@ def codes(task: Task, n: int, k: int) -> dict[str, Code]:
     metrics: dict[str, Any] = {"chosen": "auto", "length chosen": "shrunk"}
     if task.stem is not None:
         metrics |= {"with a stem": task.stem, "a stem alone": [task.stem]}
+    by_gradients = from_gradients(task.model, task.training[:ROWS])
+    metrics["with gradients"] = by_gradients
     leaves = leaves_of([task.inputs[:SIZE]])
     for name, metric in METRICS.items():
         if fitted(leaves, [metric])[0] is not None:
@@ -51,6 +63,8 @@ def codes(task: Task, n: int, k: int) -> dict[str, Code]:
     return {
         "one metric": AsGiven(k, n, **FIXED),
         **{name: AsGiven(k, n, metric=metric) for name, metric in metrics.items()},
+        "splines": Splines(k, n),
+        "splines by gradients": Splines(k, n, ordering=by_gradients),
         "mean": AsGiven(k, n, metric="shrunk", length=1e-9),  # a length that reaches no other input
     }
 

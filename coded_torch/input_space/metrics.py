@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,6 +85,10 @@ class Metric(NamedTuple):
     rows_each: int = 0
 
 
+#: The distance of features as they are.
+EUCLIDEAN = Metric("rows", 0.0)
+
+
 class Fitted(NamedTuple):
     """A metric fitted to the rows of a batch."""
 
@@ -162,10 +166,15 @@ def leaves_of(inputs: Sequence[Tensor]) -> list[Leaf]:
 class Sources:
     """The features of a batch, as given or of its inputs; callables make others, or a note."""
 
-    def __init__(self, inputs: Sequence[Tensor], leaves: Sequence[Leaf] | None = None) -> None:
+    def __init__(
+        self,
+        inputs: Sequence[Tensor],
+        leaves: Sequence[Leaf] | None = None,
+        made: Mapping[Features, list[Leaf]] | None = None,
+    ) -> None:
         self._inputs = inputs
         self.notes = list[str]()
-        self._made = dict[Features, list[Leaf]]()
+        self._made = dict[Features, list[Leaf]](made or {})
         self.leaves = leaves_of(inputs) if leaves is None else leaves
 
     def of(self, metric: Features) -> Sequence[Leaf]:
@@ -248,9 +257,7 @@ class Distances:
         for metric in self._metrics:
             # By spread, if features may have several units.
             is_one_unit = isinstance(metric, GradientMetric)
-            kinds = (
-                [Metric("rows", 0.0)] if is_one_unit else [METRICS["spread"], Metric("rows", 0.0)]
-            )
+            kinds = [EUCLIDEAN] if is_one_unit else [METRICS["spread"], EUCLIDEAN]
             leaves = [] if isinstance(metric, str) else self._own(self._sources.of(metric))
             for fit in fitted(leaves, kinds, self.typical) if leaves else ():
                 if fit is not None:

@@ -17,7 +17,8 @@ from .._arguments import arguments, bound, count, instance, real, real_array, sh
 from .._torch import as_called, device_of, exactly, on_host
 from ..input_space.betting import bounded
 from ..input_space.finite_mean import Kernel, KernelRegression, intervals
-from ..input_space.metrics import METRICS, Leaf, fitted, leaves_of, typical_rows
+from ..input_space.gradients import GradientMetric
+from ..input_space.metrics import EUCLIDEAN, METRICS, Leaf, fitted, leaves_of, typical_rows
 from ..scheduling.policy import Waiting
 from ..surrogates import Memory
 from ..surrogates.memory import Space
@@ -163,7 +164,9 @@ class Looks:
         # A memory has learnt the computed rows, and would make too small errors of them.
         self._surrogates = [x for x in coded.surrogate if not isinstance(x, Memory)]
         metrics = () if coded.estimator is None else coded.estimator.metrics
-        self._features = next((x for x in metrics if not isinstance(x, str)), None)
+        self._gradients = [x for x in metrics if isinstance(x, GradientMetric)]
+        features = (x for x in metrics if not isinstance(x, str | GradientMetric))
+        self._features = next(features, None)
         self._seen = list[tuple[list[Tensor], Tensor]]()  # of blocks of computed rows
         self._kernels = dict[Kernel, tuple[_Coordinates, float]]()  # of these rows
 
@@ -310,17 +313,25 @@ class Looks:
         leaves = self._leaves_of(self._data.take(self._pilot))
         typical = typical_rows([x.rows.contiguous() for x in leaves])
         leaves = [x.at(typical) for x in leaves]
-        fits = zip(_METRICS, fitted(leaves, _METRICS), strict=True)
-        spaces = [Space(leaves, metric, fit) for metric, fit in fits if fit is not None]
+        own = slice(len(leaves) - len(self._gradients))
+        of_gradients = [slice(i, i + 1) for i in range(own.stop, len(leaves))]
+        kinds = [(own, _METRICS), *((place, [EUCLIDEAN]) for place in of_gradients)]
+        spaces = [
+            Space(leaves, metric, fit, place)
+            for place, metrics in kinds
+            for metric, fit in zip(metrics, fitted(leaves[place], metrics), strict=True)
+            if fit is not None
+        ]
         return spaces or [lambda leaves: leaves[0].rows[:, :0]]  # no pilot is finite
 
     def _leaves_of(self, inputs: Inputs) -> list[Leaf]:
         """Return the features of rows; a constant if there are none."""
-        given = inputs.floating()
+        given = floating = inputs.floating()
         if self._features is not None:
             with as_called():
                 given = pytree.tree_leaves(self._features(*(given or inputs.batches())))
-        return leaves_of(given or [torch.zeros(inputs.batch_size)])
+        by_gradients = [metric(*floating) for metric in self._gradients]
+        return leaves_of([*(given or [torch.zeros(inputs.batch_size)]), *by_gradients])
 
     def _numbers_of(self, outputs: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return numbers of outputs, ``[rows, C]``, float64, and which columns are Boolean."""

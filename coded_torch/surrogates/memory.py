@@ -13,12 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._arguments import count, sparing_logger
+from .._arguments import count, instance, sparing_logger
 from .._changes import fingerprint
 from .._torch import exactly
 from ..input_space import metrics
 from ..input_space.gaussian_process import GROWTH, NUGGET, GaussianProcess, evenly, matern52
-from ..input_space.metrics import METRICS, Fitted, Leaf, Metric, squared_distances, typical_rows
+from ..input_space.gradients import GradientMetric
+from ..input_space.metrics import (
+    EUCLIDEAN,
+    METRICS,
+    Fitted,
+    Leaf,
+    Metric,
+    name_of,
+    squared_distances,
+    typical_rows,
+)
 from ..input_space.regressor import LENGTH, Regressor
 
 logger = sparing_logger("coded_torch.surrogates")
@@ -63,6 +73,8 @@ class Memory:
         capacity: the most results that are remembered, at least 1; the oldest calls go first. If
             outputs have many numbers, fewer are: outputs and coordinates take at most 128 MB.
             Defaults to 2048.
+        metric: one of :func:`~coded_torch.input_space.metrics.from_gradients`, which competes with
+            the package's own. Defaults to None.
 
     Example:
         >>> import torch
@@ -74,8 +86,11 @@ class Memory:
         True
     """
 
-    def __init__(self, capacity: int = 2048) -> None:
+    def __init__(self, capacity: int = 2048, metric: GradientMetric | None = None) -> None:
         self.capacity = count(self, "capacity", capacity)
+        instance(self, "metric", metric, GradientMetric, optional=True)
+        self.metric = metric
+        self._gradients = () if metric is None else metric.competing
         self._lock = threading.Lock()
         self._generation = 0
         self._looks: tuple[Any, Any] = None, None  # the first keeps the second valid
@@ -132,7 +147,7 @@ class Memory:
         inputs, outputs = ([x[-most:] for x in each] for each in (inputs, outputs))
         with torch.no_grad():
             seen: Any = []
-            for leaf in metrics.leaves_of(inputs):  # copies, as the caller may change the inputs
+            for leaf in self._features(inputs):  # copies, as the caller may change the inputs
                 pooled = None if leaf.pooled is None else leaf.pooled.float()
                 seen.append(Leaf(leaf.rows.to(torch.float32, copy=True), pooled))
             flat = torch.cat([x.reshape(len(x), -1).cpu().float() for x in outputs], 1)
@@ -201,9 +216,9 @@ class Memory:
         try:
             start = time.thread_time()  # other threads' time does not count
             outputs = torch.cat([y for _, y in rows])
-            found = space or _space([x for x, _ in rows], outputs)
+            found = space or _space([x for x, _ in rows], outputs, self._gradients, len(form[0]))
             known = [x if space else found(x) for x, _ in rows]
-            snapshot = _Snapshot(form, found, torch.cat(known), outputs)
+            snapshot = _Snapshot(form, found, torch.cat(known), outputs, self._features)
             with self._lock:
                 self._seconds = time.thread_time() - start
                 self._ended = time.monotonic()
@@ -215,17 +230,28 @@ class Memory:
         except Exception:
             logger.warning("a memory could not be rebuilt, and stays as it was", exc_info=True)
 
+    def _features(self, inputs: Sequence[Tensor]) -> list[Leaf]:
+        """Return the features of inputs, and then of gradients, unless these do not fit."""
+        sources = metrics.Sources(inputs)
+        by_gradients = [sources.of(metric) for metric in self._gradients]
+        more = [leaf for leaves in by_gradients for leaf in leaves]
+        return [*sources.leaves, *more]
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.capacity,)
+        return type(self), (self.capacity, self.metric)
 
     def __repr__(self) -> str:
-        return f"Memory(capacity={self.capacity})"
+        more = "" if self.metric is None else f", metric={self.metric!r}"
+        return f"Memory(capacity={self.capacity}{more})"
 
 
 class Space:
     """Few coordinates of inputs in one metric, of mean square 1 on the rows that determine them."""
 
-    def __init__(self, leaves: Sequence[Leaf], metric: Metric, fit: Fitted) -> None:
+    def __init__(
+        self, leaves: Sequence[Leaf], metric: Metric, fit: Fitted, place: slice = slice(None)
+    ) -> None:
+        self._place = place  # of the leaves that it measures on
         self._is_pooled = metric.features == "pooled"
         shrinkage = metric.shrinkage
         factor, offset = fit.map
@@ -248,6 +274,7 @@ class Space:
         return torch.addmm(self._shift, self._features(leaves), self._map).float()
 
     def _features(self, leaves: Sequence[Leaf]) -> Tensor:
+        leaves = leaves[self._place]
         rows = [x.rows if x.pooled is None or not self._is_pooled else x.pooled for x in leaves]
         return torch.cat(rows, 1).double()
 
@@ -255,9 +282,12 @@ class Space:
 class _Snapshot:
     """A regression of outputs ``[M, C]`` on coordinates ``[M, r]``, which is never changed."""
 
-    def __init__(self, form: Any, space: Space, rows: Tensor, outputs: Tensor) -> None:
+    def __init__(
+        self, form: Any, space: Space, rows: Tensor, outputs: Tensor, features: Any
+    ) -> None:
         self.form = form
         self._space = space
+        self._features = features
         typical = typical_rows([rows])
         rows = rows[typical]
         outputs = outputs[typical].double()
@@ -276,7 +306,7 @@ class _Snapshot:
         self._squares = rows.square().sum(1)
 
     def estimate(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        z = self._space(metrics.leaves_of(inputs))
+        z = self._space(self._features(inputs))
         products = torch.addmm(self._squares, z, self._rows, alpha=-2)  # |a|^2 + |b|^2 - 2 a.b
         squared = products.add_(z.square().sum(1, keepdim=True))
         covariances = matern52(squared.clamp_(min=0), self._length, out=squared)
@@ -293,20 +323,28 @@ def _deviation(covariances: Tensor) -> Tensor:
     return (1 + NUGGET - nearest.square()).clamp(min=NUGGET) ** (GROWTH / 2)
 
 
-def _space(seen: Sequence[list[Leaf]], outputs: Tensor) -> Space:
+def _space(
+    seen: Sequence[list[Leaf]], outputs: Tensor, gradients: Sequence[GradientMetric], own: int
+) -> Space:
     """Return coordinates in the metric in which outputs ``[M, C]`` estimate each other best.
 
     Among the few rows of a batch another metric wins: the more rows there are, the finer it is.
     """
     leaves = [_joined(column) for column in zip(*seen, strict=True)]
-    some = typical_rows([leaf.rows for leaf in leaves]).nonzero().flatten()
+    some = typical_rows([leaf.rows for leaf in leaves[:own]]).nonzero().flatten()
     some = evenly(some, _LANDMARKS)
     leaves = [leaf.at(some) for leaf in leaves]
-    distances = metrics.Distances(metrics.Sources((), leaves), tuple(METRICS))
+    places = {name_of(x): slice(own + i, own + i + 1) for i, x in enumerate(gradients)}
+    made: dict[metrics.Features, list[Leaf]] = {x: leaves[places[name_of(x)]] for x in gradients}
+    sources = metrics.Sources((), leaves[:own], made)
+    distances = metrics.Distances(sources, (*METRICS, *gradients))
     regressor = Regressor(distances, LENGTH, compared=_LANDMARKS)
     choice = regressor.fit(outputs[some[regressor.known]].double()).choice
     name = choice.metric if choice else metrics.DEFAULT
-    return Space(leaves, METRICS[name], distances.fits[name])
+    for metric in gradients:
+        if name == name_of(metric):
+            return Space(leaves, EUCLIDEAN, distances.fits[metric], places[name])
+    return Space(leaves, METRICS[name], distances.fits[name], slice(own))
 
 
 def _joined(leaves: Sequence[Leaf]) -> Leaf:

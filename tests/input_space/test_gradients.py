@@ -6,9 +6,11 @@ import pickle
 import pytest
 import torch
 
-from coded_torch import Regression, metrics
+from coded_torch import CodedWrapper, Regression, metrics
 from coded_torch.codes import BerrutCode, RegressionCode, SplineCode
 from coded_torch.input_space.metrics import METRICS
+from coded_torch.surrogates import Memory
+from coded_torch.workers import LocalWorkers
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -206,6 +208,44 @@ def test_it_is_copied_and_pickled():
     assert metric.competing[0] == metric
     assert metric.competing[1] != metric
     assert len({*metric.competing, *metric.competing}) == 2
+
+
+def test_a_memory_learns_by_gradients():
+    module, x = one_direction(400)
+    metric = metrics.from_gradients(module, normal(300, 12, seed=4))
+    others = normal(100, 12, seed=5)
+    errors = []
+    for one in (None, metric):
+        memory = Memory(metric=one)
+        memory.observe([x], [module(x)])
+        memory.rebuild()
+        (found,) = memory.estimate([others])
+        errors.append(float((found - module(others)).square().sum()))
+    assert errors[1] < 0.1 * errors[0]
+    assert pickle.loads(pickle.dumps(memory)).metric is not None
+    with pytest.raises(TypeError, match="metric must be of type GradientMetric or None"):
+        Memory(metric="shrunk")
+    memory = Memory(metric=metric)  # inputs that it does not fit are learnt by other metrics
+    memory.observe([x[:, :3]], [x[:, :1]])
+    memory.rebuild()
+    assert memory.estimate([others[:, :3]])[0].shape == (100, 1)
+
+
+def test_a_mean_by_gradients():
+    direction = torch.nn.Linear(12, 1)
+    with torch.no_grad():
+        direction.weight.copy_(normal(1, 12, seed=2))
+    model = torch.nn.Sequential(direction, torch.nn.Tanh())
+    x = normal(2000, 12, seed=3)
+    metric = metrics.from_gradients(model, x[:300])
+    widths = []
+    for one in ("auto", metric):
+        coded = CodedWrapper(model, workers=LocalWorkers(), parts=2, estimator=Regression(one))
+        *_, last = coded.mean(x, max_rows=200, seed=0)
+        widths.append(float(last.half_width))
+        exact = float(model(x).detach().double().mean())
+        assert abs(float(last.value) - exact) < 2 * widths[-1]
+    assert widths[1] < 0.7 * widths[0]
 
 
 @pytest.mark.cuda
