@@ -72,9 +72,18 @@ CODED_TORCH_HD void dense_pack(const SplineArgs& args, const Grid& grid, int64_t
       for (int i = 0; i < kLoad; ++i) sums[r + i] = sums[r + i] + some.value[i] * columns;
     }
   }
+  const int64_t count = grid.rows_out - first_row;
+  if (args.scatter.rows != nullptr) {
+    CODED_TORCH_UNROLL
+    for (int r = 0; r < kDenseRows; ++r) {
+      if (r < count) pack.store(first_row + r, sums[r]);
+    }
+    return;
+  }
+  T* to = pack.out + first_row * args.out_row_stride;
   CODED_TORCH_UNROLL
-  for (int r = 0; r < kDenseRows; ++r) {
-    if (first_row + r < grid.rows_out) pack.store(first_row + r, sums[r]);
+  for (int r = 0; r < kDenseRows; ++r, to += args.out_row_stride) {
+    if (r < count) pack.write(to, sums[r]);
   }
 }
 
@@ -85,13 +94,17 @@ CODED_TORCH_HD void dense_thread(const SplineArgs& args, const Grid& grid, bool 
   const int warps = grid.threads / kWarp, warp = thread / kWarp, lane = thread % kWarp;
   const int64_t chunk = block % grid.chunks, first_row = chunk * warps * kDenseRows;
   const int64_t strides = grid.blocks / grid.chunks;
+  const int rows_in = static_cast<int>(grid.rows_in);
+  const bool gathers = args.gather.rows != nullptr;
   // The warps share out the rows of a tile that all of them will read.
   const auto ask_for = [&](int64_t tile) {
     const int64_t index = tile * kWarp + lane;
     if (index >= grid.packs) return;
     const ColumnPack<T, kWidth> pack(args, index);
-    for (int64_t k = warp; k < grid.rows_in; k += warps) {
-      if (const T* row = pack.row(k)) prefetch(row);
+    const T* next = pack.in + warp * args.in_row_stride;
+    for (int k = warp; k < rows_in; k += warps, next += warps * args.in_row_stride) {
+      const T* row = gathers ? pack.row(k) : next;
+      if (row) prefetch(row);
     }
   };
   ask_for(block / grid.chunks);

@@ -170,11 +170,13 @@ struct ColumnPack {
   }
   CODED_TORCH_HD void store(int64_t j, const Columns& columns) const {
     const int64_t at = args.scatter.at(j, group);
-    if (at < 0) return;
+    if (at >= 0) write(out + at * args.out_row_stride, columns);
+  }
+  CODED_TORCH_HD static void write(T* to, const Columns& columns) {
     Row row;
     CODED_TORCH_UNROLL
     for (int i = 0; i < kWidth; ++i) from_float(columns.lane[i], &row.value[i]);
-    store_row(out + at * args.out_row_stride, row);
+    store_row(to, row);
   }
 };
 
