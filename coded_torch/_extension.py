@@ -89,6 +89,10 @@ def spline_apply(
     num_knots, num_points = (others, rows) if transpose else (rows, others)
     of_sweeps = 12 * num_knots + 4 * num_points
     if coefficients.shape[1] == of_sweeps or len(coefficients) > 1:  # no matrix, or several plans
+        if values.is_cuda and torch.cuda.is_current_stream_capturing():
+            reason = "its plan has no matrix, so that torch's operators compute it on the host"
+            remedy = "apply it with these sizes, dtype and direction before the capture"
+            raise RuntimeError(f"spline_apply: a CUDA graph cannot hold it, as {reason}; {remedy}")
         inputs = values, coefficients, schedule, transpose, *where
         on_host = [t.cpu() if isinstance(t, Tensor) else t for t in inputs]
         result: Tensor = torch.ops.coded_torch.spline_apply(*on_host)

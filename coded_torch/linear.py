@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import functools
 import json
+import math
 import os
 import threading
 import time
@@ -121,7 +122,10 @@ def _time_card(device: int, dtype: torch.dtype) -> tuple[tuple[float, float], ..
             map = SplineMap(knots, np.linspace(-1, 1, num_points), smoothing=1e-6)
             columns = _TIMED_BYTES // (dtype.itemsize * (num_knots + num_points))
             shape = (num_knots, 1, max(columns, _TIMED_COLUMNS))
-            values = torch.randn(shape, device=f"cuda:{device}", dtype=torch.float32).to(dtype)
+            # Not random numbers, as the caller's would be others afterwards.
+            numbers = torch.arange(math.prod(shape), device=f"cuda:{device}", dtype=torch.float32)
+            values = numbers.sin_().to(dtype).view(shape)
+            del numbers
             map._by_kernel(values, False)  # tried, and compiled, before the clock runs
             before = sum(launches(device).values())
             if not times:

@@ -61,6 +61,15 @@ def test_indexed_rows(transpose):
     assert len(launches.names) <= MOST_LAUNCHES, launches.names
 
 
+def test_a_graph_cannot_hold_what_the_host_computes():
+    coefficients, schedule, _ = make_plan(9, torch.float32)
+    values, *plan = on_device(torch.randn(9, 3, 7), coefficients, schedule, False)
+    must = pytest.raises(RuntimeError, match=r"a CUDA graph cannot hold it, .* before the capture")
+    with must, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        values.mul_(2)  # torch warns of an empty graph
+        fallback.spline_apply(values, *plan)
+
+
 @pytest.mark.parametrize(("plans", "with_matrix"), [(1, False), (3, False), (3, True)])
 def test_plans_without_a_matrix_and_several_are_applied_on_the_host(plans, with_matrix):
     coefficients, schedule, _ = make_plan(9, torch.float32, plans=plans)

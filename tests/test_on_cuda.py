@@ -1,6 +1,7 @@
 """The package on CUDA devices: answers are the CPU's, where they belong, whoever computes them."""
 
 import contextlib
+import itertools
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from coded_torch.codes import BerrutCode, LagrangeCode, RegressionCode, Replicat
 from coded_torch.input_space.ordering import Grouping
 from coded_torch.linear import MatrixMap, SplineMap
 from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.nn.finite import all_finite, sums_of
 from coded_torch.stragglers import Uniform
 from coded_torch.workers import DeviceWorkers, LocalWorkers
 
@@ -266,6 +268,22 @@ def test_parts_of_one_batch_take_few_launches(division, most):
             wrapper(x)
     assert len(wrapper.last_run.received) in (24, 240)
     assert len(launches.names) <= most, launches.names
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+def test_results_that_lie_apart_are_looked_at_together(bad):
+    kinds = itertools.product([(3, 5), (0, 5), (7,)], [torch.float32, torch.bfloat16], range(9))
+    apart = [torch.ones(shape, device="cuda", dtype=dtype) for shape, dtype, _ in kinds]
+    apart += [torch.ones(3, 8, device="cuda")[:, ::2], torch.ones(4, 4, device="cuda").int()]
+    with Launches() as launches:
+        assert all_finite(sums_of(apart))
+    # Of each dtype, a stack of these, and a copy to the host.
+    assert len(launches.names) <= 2 * 3 + 1 + 2, launches.names
+    for tensor in apart:
+        if tensor.numel() and tensor.is_floating_point():
+            tensor[-1] = bad
+            assert not all_finite(sums_of(apart))
+            tensor[-1] = 1
 
 
 def raises_for_nan(x):

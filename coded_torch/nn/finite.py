@@ -1,7 +1,9 @@
 """Says whether tensors are finite, by few passes over memory and few waits for a device."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,8 @@ from .._torch import as_real
 # At so many numbers, NumPy is as fast as torch, and keeps the interpreter's lock: an operator of
 # torch lets other threads take it, and waits to get it back. Not tuned.
 _FEW = 512
+# Dtypes of which torch adds up several tensors on a CUDA device by three launches in all.
+_SUMMED_TOGETHER = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 def finite(leaf: Tensor) -> bool:
@@ -58,19 +62,31 @@ def runs(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 def sums_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return sums, which are finite only if the tensors are, without waiting for a device.
 
-    Tensors that lie end to end, such as parts of one batch, have one sum together. A sum may
-    overflow although its tensors are finite.
+    Tensors that lie end to end, such as parts of one batch, have one sum together. A sum, on CUDA
+    of absolute values, may overflow although its tensors are finite.
     """
     numbers = [as_real(tensor.detach()) for tensor in tensors]
     is_plain = not torch._C._are_functorch_transforms_active()
-    if is_plain and all(type(tensor) is Tensor for tensor in numbers):
+    is_plain &= all(type(tensor) is Tensor for tensor in numbers)
+    if is_plain:
         numbers.sort(key=Tensor.data_ptr)
         for place, run in enumerate(found := list(runs(numbers))):
             if len(run) > 1:
                 size = sum(tensor.numel() for tensor in run)
                 found[place] = [run[0].as_strided((size,), (1,))]
         numbers = [tensor for run in found for tensor in run]
-    return [x.sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in numbers]
+    groups = defaultdict[tuple[Any, ...], list[Tensor]](list)
+    for place, x in enumerate(numbers):
+        is_grouped = is_plain and x.is_cuda and x.dtype in _SUMMED_TOGETHER
+        groups[(x.device, x.dtype) if is_grouped else (place,)].append(x)
+    sums = list[Tensor]()
+    for group in groups.values():
+        dtype = torch.promote_types(group[0].dtype, torch.float32)
+        if len(group) > 1:
+            sums += torch._foreach_norm(group, 1, dtype)
+        else:
+            sums.append(group[0].sum(dtype=dtype))
+    return sums
 
 
 def all_finite(sums: Sequence[Tensor]) -> bool:
