@@ -1,6 +1,7 @@
 r"""A module that runs any other module on unreliable workers."""
 
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -170,10 +171,23 @@ class CodedWrapper(ModuleProxy):
 
         Arguments of the module that are named ``waiting`` or ``parts`` are passed by position.
         """
+        began = time.perf_counter()
+        return self._run(began, *args, waiting=waiting, parts=parts, **kwargs)
+
+    def _run(
+        self,
+        began: float,
+        /,
+        *args: Any,
+        waiting: Waiting | None = None,
+        parts: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Report]:
+        """Do as :meth:`run`, for a call that ``began`` at a time of :func:`time.perf_counter`."""
         if waiting is not None:
             _check_waiting(self.code, waiting)
         parts = parts if parts is None else count("run", "parts", parts)
-        report = Report()
+        report = Report(since=began)
         return self._call(report, waiting or self._policy(), (args, kwargs), parts), report
 
     @property
@@ -279,7 +293,9 @@ class CodedWrapper(ModuleProxy):
         reserve = 0.0
         if waiting.deadline is not None and (code is None or code.uses_geometry):
             left = seconds_left(self.workers, waiting, report)
-            by_mean, reserve = self._history.estimates.reserve(inputs.batch_size, left)
+            by_mean, reserve = self._history.estimates.reserve(
+                inputs.batch_size, inputs.features, left
+            )
         dealer = self._dealer
         if torch._C._get_tracing_state() is not None:  # jit.trace traces twice, and compares
             dealer = random.Random(0)
@@ -340,7 +356,10 @@ class CodedWrapper(ModuleProxy):
         report._enter()
         if rows is not None and not pool.simulated:  # there, estimates take no time
             estimates.add(
-                max(before, report.decode_seconds - before), rows.batch_size, rows.by_mean
+                max(before, report.decode_seconds - before),
+                rows.batch_size,
+                rows.inputs.features,
+                rows.by_mean,
             )
         if report.ended != "complete":
             report._warn(execution.why)

@@ -138,6 +138,11 @@ class Inputs:
         """Return the floating-point :meth:`batches`: distances are measured on them."""
         return [*filter(torch.is_floating_point, self.batches())]
 
+    @property
+    def features(self) -> int:
+        """The number of floating-point features of a row."""
+        return sum(leaf[:1].numel() for leaf in self.floating())
+
     def _name(self, i: int) -> str:
         return f"args[{i}]" if self._plain else _name(self._paths[i][0])
 
@@ -358,7 +363,10 @@ class Rows(Division):
 
     def keep_deadline(self, seconds: float, times: EstimationTimes) -> tuple[str, ...]:
         """Estimate from less if time is short, and return the notes that say so."""
-        if "plan" not in vars(self) and times.seconds(self.batch_size) > seconds + _SLACK:
+        if (
+            "plan" not in vars(self)
+            and times.seconds(self.batch_size, self.inputs.features) > seconds + _SLACK
+        ):
             self.by_mean = True
         return ("estimated by the mean of the results, to keep the deadline",) * self.by_mean
 

@@ -5,6 +5,7 @@ import contextlib
 import contextvars
 import functools
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from .._arguments import arguments, count
-from ..workers.live import INTERRUPTION, Ambient, Interruption
+from ..workers.live import INTERRUPTION, Ambient, Interruption, in_thread
 from .mean import Interval, Looks
 
 Call: TypeAlias = Callable[..., tuple[Any, Any]]
@@ -23,6 +24,7 @@ class ModuleProxy(nn.Module):
     """A wrapper with the state dict and the mode of the module inside."""
 
     run: Call  #: returns the answers and the report of a call
+    _run: Call  # the same, of a call that began at a time of `perf_counter`, its first argument
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -30,14 +32,19 @@ class ModuleProxy(nn.Module):
         self.training = module.training
 
     async def arun(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Await :meth:`run`, which runs in a thread of asyncio.
+        """Await :meth:`run`, which runs in a thread of its own.
 
-        Context variables and torch's modes of gradients, inference and autocast hold there. If the
-        task is cancelled, the call ends, and parts that no worker has begun never begin.
+        A deadline counts from the await. Context variables and torch's modes of gradients,
+        inference and autocast hold in the thread. If the task is cancelled, the call ends, and
+        parts that no worker has begun never begin.
         """
-        run, interruption = _carried(self.run, Ambient.here())
+        run = functools.partial(self._run, time.perf_counter())
+        call, interruption = _carried(run, Ambient.here())
+        call = functools.partial(contextvars.copy_context().run, call, *args, **kwargs)
+        # asyncio's own threads are few, and all that await one wait in one queue.
+        done = in_thread(call, "coded_torch arun")
         try:
-            return await asyncio.to_thread(run, *args, **kwargs)
+            return await asyncio.wrap_future(done)
         except asyncio.CancelledError:
             interruption.set()
             raise

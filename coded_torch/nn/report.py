@@ -134,7 +134,7 @@ class Report:
     distances: tuple[Choice, ...] = ()
 
     #: When the call began, by :func:`time.perf_counter`.
-    since: float = dataclasses.field(default_factory=time.perf_counter, init=False, repr=False)
+    since: float = dataclasses.field(default_factory=time.perf_counter, repr=False)
     _phase: str = dataclasses.field(default="encode", init=False, repr=False)
     # Arguments, so that :func:`dataclasses.replace` keeps them.
     _bounds: ErrorBounds | None = dataclasses.field(default=None, repr=False)

@@ -7,10 +7,10 @@ import math
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, is_autocast_enabled
@@ -21,6 +21,26 @@ from .base import Request, Task
 
 _LOOK = 0.005  # seconds between two looks whether a part has begun; not tuned
 _AGAIN = 0.1  # seconds between two looks for a worker that may take a failed part; not tuned
+
+
+_T = TypeVar("_T")
+
+
+def in_thread(work: Callable[[], _T], name: str) -> Future[_T]:
+    """Return the future result of ``work``, which begins at once in a thread of its own."""
+    future = Future[_T]()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:  # whoever waits for the result gets it
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    future.set_running_or_notify_cancel()  # from now on, nobody can cancel it
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
 
 
 class Interruption:

@@ -3,12 +3,13 @@
 import asyncio
 import contextvars
 import threading
+import time
 
 import pytest
 import torch
 from torch import nn
 
-from coded_torch import CodedWrapper, Waiting
+from coded_torch import CodedWrapper, DeadlineExceeded, Waiting
 from coded_torch.codes import ReplicationCode
 from coded_torch.testing.helpers import Gated
 from coded_torch.workers import DeviceWorkers, ProcessWorkers
@@ -81,3 +82,27 @@ def test_a_cancelled_call_ends_its_thread_and_drops_what_has_not_begun(make, tmp
         (tmp_path / "open").touch()
         coded(X[7:])
         assert len({path.name for path in tmp_path.iterdir()} - {"7", "open"}) == 1
+
+
+def test_each_of_many_calls_has_a_thread_and_its_deadline_counts_from_the_await():
+    """More calls than the threads of asyncio: all of them get to the workers in time."""
+    hold = threading.Event()
+    number = 3 * (32 + 4)  # asyncio has at most 32 threads
+
+    def wait(x):
+        hold.wait(60)
+        return x
+
+    async def main():
+        began = time.monotonic()
+        calls = [asyncio.ensure_future(coded.arun(X)) for _ in range(number)]
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        return found, time.monotonic() - began
+
+    waiting = Waiting(deadline=1.0, estimate=False)
+    with DeviceWorkers(["cpu"]) as pool:
+        coded = CodedWrapper(Call(wait), workers=pool, waiting=waiting, parts=1)
+        found, seconds = asyncio.run(main())
+        hold.set()
+    assert {*map(type, found)} == {DeadlineExceeded}
+    assert seconds < 2.5  # with asyncio's threads, three or more deadlines

@@ -20,31 +20,43 @@ def known(seconds=1.0, rows=2, calls=10):
 
 def test_time_to_estimate_is_what_it_took_lately_in_proportion_to_the_rows():
     times = EstimationTimes()
-    usual = times.seconds(64)
+    usual = times.seconds(64, 600)
     for factor in [99.0] + [1.0] * 13 + [2.0] * 3:  # the first loads code
-        times.add(factor * usual, 64, False)
-    assert times.seconds(64) == pytest.approx(2 * usual)  # of eight, one takes longer
-    assert times.seconds(4096) > 10 * times.seconds(1024)
-    assert times.reserve(4096, math.inf) == (False, 0.0)
+        times.add(factor * usual, 64, 600, False)
+    assert times.seconds(64, 600) == pytest.approx(2 * usual)  # of eight, one takes longer
+    assert times.seconds(4096, 600) > 10 * times.seconds(1024, 600)
+    assert times.reserve(4096, 600, math.inf) == (False, 0.0)
     late = 0.005
-    assert times.reserve(64, 0.3) == (False, 1.25 * times.seconds(64) + late)
+    assert times.reserve(64, 600, 0.3) == (False, 1.25 * times.seconds(64, 600) + late)
     for deadline, by_mean in ((10.0, False), (1.0, True), (0.15, True)):  # as time is short
-        seconds = 1.25 * times.seconds(4096, by_mean) + late
-        assert times.reserve(4096, deadline) == (by_mean, seconds)
-    times.add(0.08, 4096, True)  # the mean of wide outputs takes long, too
-    assert times.reserve(8192, 0.5) == (True, pytest.approx(1.25 * 0.16 + late))
-    assert times.reserve(8192, 0.06) == (True, 0.03)
+        seconds = 1.25 * times.seconds(4096, 600, by_mean) + late
+        assert times.reserve(4096, 600, deadline) == (by_mean, seconds)
+    times.add(0.08, 4096, 600, True)  # the mean of wide outputs takes long, too
+    assert times.reserve(8192, 600, 0.5) == (True, pytest.approx(1.25 * 0.16 + late))
+    assert times.reserve(8192, 600, 0.06) == (True, 0.03)
+
+
+def test_wide_rows_take_longer_to_estimate_from_the_first_call_on():
+    times = EstimationTimes()
+    by_mean, seconds = times.reserve(2000, 16, 1.0)
+    assert not by_mean
+    assert seconds < 0.25
+    by_mean, _ = times.reserve(2000, 3072, 1.0)
+    assert by_mean  # 2,000 rows of 3,072 features took .64 to .77 s
+    by_mean, seconds = times.reserve(2000, 3072, 4.0)
+    assert not by_mean
+    assert seconds > 0.7
 
 
 def test_a_regression_that_was_slow_by_chance_is_tried_again():
     times = EstimationTimes()
-    usual = times.seconds(64)
+    usual = times.seconds(64, 1)
     for factor in (1.0, 99.0, 99.0):  # the first loads code
-        times.add(factor * usual, 64, False)
-    assert times.seconds(64) == pytest.approx(99 * usual)
+        times.add(factor * usual, 64, 1, False)
+    assert times.seconds(64, 1) == pytest.approx(99 * usual)
     for _ in range(64):
-        times.add(0.001, 64, True)
-    assert times.seconds(64) == pytest.approx(usual)
+        times.add(0.001, 64, 1, True)
+    assert times.seconds(64, 1) == pytest.approx(usual)
 
 
 WIDE = [0.01 * (i + 1) for i in range(100)]  # a tail of 8 medians
