@@ -17,9 +17,11 @@ from ._torch import as_real, broadcast_dims, flatten, positional
 CONSTANTS = (type(None), bool, int, str, bytes, enum.Enum, torch.dtype, torch.device)
 #: The rows of the two parts that prove a layout. One row would be broadcast, and hide faults.
 SIZES = (2, 3)
-# The share of the largest output by which rows that are alone and beside others may differ. Half
-# precision stays below a third of it (see dependent_output).
-_MOST_ROUNDING = 0.1
+# The shares of the largest output by which rows that are alone and beside others may differ. Half
+# precision stays below a third of the first (see dependent_output), and float32 below a hundredth
+# of the second. Not tuned.
+_ROUNDING_OF_HALF = 0.1
+_ROUNDING = 1e-3
 
 # The layouts that are proved, by module and structure of inputs.
 _PROVED = weakref.WeakKeyDictionary[nn.Module, dict[Any, "Layout"]]()
@@ -120,8 +122,11 @@ def bits(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes()
 
 
-def difference(outputs: Sequence[Any], layout: Layout, out_dims: Any) -> str:
-    """Say which output of the last two rows is another one behind a third; "" if none is."""
+def difference(outputs: Sequence[Any], layout: Layout, out_dims: Any, is_half: bool) -> str:
+    """Say which output of the last two rows is another one behind a third; "" if none is.
+
+    Outputs in any dtype may be computed in half precision.
+    """
     (leaves, spec), (others, _) = map(layout.flatten, outputs)
     dims = broadcast_dims("out_dims", out_dims, spec)
     for i, (leaf, other, dim) in enumerate(zip(leaves, others, dims, strict=True)):
@@ -138,7 +143,8 @@ def difference(outputs: Sequence[Any], layout: Layout, out_dims: Any) -> str:
         both = one.isfinite() & two.isfinite()
         off = (one - two)[both].abs().max().item() if both.any() else 0.0
         largest = one[both].abs().max().item() if both.any() else 0.0
-        if off > (_MOST_ROUNDING * largest + math.sqrt(eps)) * is_rounded:
+        share = _ROUNDING_OF_HALF if is_half or leaf.dtype.itemsize == 2 else _ROUNDING
+        if off > (share * largest + math.sqrt(eps)) * is_rounded:
             name = layout.name(outputs[0], i)
             return f"{name} of a row depends on the other rows of its part, by {off:.2g}"
     return ""

@@ -13,7 +13,7 @@ from .. import tracing
 from .._arguments import check, count, instance, real, warn
 from .._changes import unchanged
 from .._layout import Layout, proved_of, structure
-from .._torch import on_host, refuse_tracing, tracer
+from .._torch import WrongRows, on_host, refuse_tracing, tracer
 from ..codes.base import Code
 from ..input_space.regression import Regression
 from ..scheduling.latency_history import History
@@ -248,8 +248,9 @@ class CodedWrapper(ModuleProxy):
             mixing = self.code if self.code is not None and self.code.mixes else None
             inputs = Inputs(args, kwargs, self.in_dims, mixing)
             parts = parts or self.parts or self.workers.num_workers or 1
-            if inputs.batch_size > 1 and (parts > 1 or self.code is not None):
-                self._prove(inputs, waiting, report)
+            is_joined = inputs.batch_size > 1 and (parts > 1 or self.code is not None)
+            if inputs.batch_size:
+                self._prove(inputs, waiting, report, is_joined)
             division = self._divide(inputs, waiting, report, parts) if inputs.batch_size else None
         if division is None:
             report._enter("compute")
@@ -258,23 +259,38 @@ class CodedWrapper(ModuleProxy):
             report.error_bounds = report.label_p_values = torch.zeros(0, dtype=torch.float64)
         else:
             with unchanged():  # a memory and a pool look at the weights
-                answers = self._compute(waiting, division, report)
+                try:
+                    answers = self._compute(waiting, division, report)
+                except (TypeError, WrongRows):  # lists and constants have to be proved
+                    if is_joined or inputs.layout is not None:
+                        raise
+                    self._prove(inputs, waiting, report)
+                    division = self._divide(inputs, waiting, report, parts)
+                    answers = self._compute(waiting, division, report)
         # an empty batch
         report.failed = False
         report.ended = report.ended or "complete"
         return answers
 
-    def _prove(self, inputs: Inputs, waiting: Waiting, report: Report) -> None:
+    def _prove(
+        self, inputs: Inputs, waiting: Waiting, report: Report, is_needed: bool = True
+    ) -> None:
         """Note which outputs follow the rows of a part; at first, small parts of two sizes tell.
 
+        Nothing is computed unless a proof is needed.
         Raises a ValueError if an output neither follows them nor is the same in all parts.
         """
         how = self.out_dims if type(self.out_dims) is int else repr(self.out_dims)
         key = structure(inputs.leaves, inputs.dims, inputs.spec, how, self.module.training)
         proved = proved_of(self.module)
         layout = proved.get(key)
+        if inputs.batch_size == 1 and layout is None:  # one row proves nothing of others
+            key = (key,)
+            layout = proved.get(key)
         inputs.layout = None if layout is None or layout.is_doubted else layout
-        if inputs.layout is None and (by := tracer()):  # would record the parts of the proof
+        if inputs.layout is None and not is_needed:
+            inputs.unproved = "it was asked for as one part"
+        elif inputs.layout is None and (by := tracer()):  # would record the parts of the proof
             inputs.unproved = f"the call was traced by {by}"
         elif inputs.layout is None:
             left = seconds_left(self.workers, waiting, report) / 2

@@ -164,8 +164,6 @@ class Execution:
             notes.append(inputs.layout.note)
         elif len(good) > 1 and inputs.batch_size > 1 and not good[0].result.proved:
             why = inputs.unproved or "the output has another structure than before"
-            if inputs.layout is None and not inputs.unproved:
-                why = "it was asked for as one part"
             notes.append(f"it is not proved that outputs follow the rows of parts: {why}")
         return tuple(notes)
 

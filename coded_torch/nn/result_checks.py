@@ -188,7 +188,7 @@ def _signs(values: Any, is_list: bool) -> list[bytes]:
         return [b""] * len(values)
     numbers = as_real(torch.func.debug_unwrap(values).detach())
     signs = numbers.sign().where(numbers.isinf(), 0).masked_fill(numbers.isnan(), _NAN[0])
-    return [row.tobytes() for row in signs.to("cpu", torch.int8).flatten(1).numpy()]
+    return [row.tobytes() for row in signs.to("cpu", torch.int8).unsqueeze(1).flatten(1).numpy()]
 
 
 class Stacked(NamedTuple):

@@ -189,7 +189,7 @@ class _VirtualRequest(Request):
 
 
 _SPOILS: dict[str, Callable[[Tensor], Tensor]] = {
-    "nan": lambda x: torch.full_like(x, math.nan),
+    "nan": lambda x: torch.full_like(x, math.nan) if x.dtype.is_floating_point else x,
     "rows": lambda x: x[1:],
     "lie": lambda x: x + 1,
 }

@@ -353,9 +353,12 @@ class Workers(abc.ABC):
         Raises a ValueError if outputs do not follow the rows of parts.
         """
         end = time.monotonic() + seconds
+        # Without parameters, the module may be a server's, of any precision.
+        narrowest = min((weight.dtype.itemsize for weight in module.parameters()), default=0)
+        is_half = narrowest < 4 or torch.is_autocast_enabled(task.device.type)
         pairs = zip(task.leaves, task.dims, strict=True)
         size = len(next(leaf for leaf, dim in pairs if dim is not None))
-        mixed = [2 % size, 0, 1]
+        mixed = [2 % size, 0, 1 % size]
         refusal: ValueError | None = None
         why = "no small parts were answered in time"
         for number, rows in enumerate((mixed, [size - 1] * 3, [size // 2] * 3)):
@@ -384,12 +387,13 @@ class Workers(abc.ABC):
             # One row several times does not tell whether a tensor is the same for all rows.
             if rows is not mixed and refusal is not None and layout.constants:
                 continue
-            if rows is mixed and (note := difference(pair, layout, task.out_dims)):
+            if rows is mixed and (note := difference(pair, layout, task.out_dims, is_half)):
                 # A single wrong result is no reason to doubt the module.
                 again = self._few(module, task.few(rows), SIZES, 1, end - time.monotonic())
                 values = [again.get(n) for n in SIZES]
                 if not any(x is None or isinstance(x, Exception) for x in values):
-                    layout.note = note if difference(values, layout, task.out_dims) else ""
+                    differs = difference(values, layout, task.out_dims, is_half)
+                    layout.note = note if differs else ""
             return layout
         if refusal is not None:
             raise refusal

@@ -233,6 +233,12 @@ def test_infinite_results_are_answers_if_two_workers_return_them_alike(make):
             assert note.startswith("rows 0, 1, 2: infinite alike on two workers")
 
 
+def test_an_infinite_number_for_each_row_is_an_answer():
+    module = Call(lambda x: (x.sum(1), x[:, 0].clamp(min=0).log()))
+    answers = CodedWrapper(module, workers=Separate(), parts=4)(MASKED)
+    assert torch.equal(answers[1], module(MASKED)[1])
+
+
 def test_infinite_items_of_lists_are_answers_too():
     module = Call(lambda x: (x, [{"score": row.log()} for row in x.clamp(min=0)]))
     _, items = CodedWrapper(module, workers=Separate(), parts=4)(MASKED)

@@ -166,3 +166,30 @@ def test_a_proof_that_results_contradict_is_repeated():
         answers, report = coded.run(X)
     assert torch.equal(answers, X)
     assert not report.notes
+
+
+@pools
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_call_of_one_part_is_proved_only_if_an_output_needs_it(make, size):
+    sizes = []
+    anchors = torch.arange(3.0)
+    plain = Call(lambda x: sizes.append(len(x)) or x)
+    assert torch.equal(run(make, plain, X[:size], parts=1)[0], X[:size])
+    assert sizes == [size]
+    module = Call(lambda x: (x, anchors, [(1.5, "box")] * len(x)))
+    with make() as pool, torch.no_grad():
+        for number in (size, 8):  # one row several times proves nothing of others
+            coded = CodedWrapper(module, workers=pool, parts=1 if number == size else 4)
+            answers, report = coded.run(X[:number])
+            assert torch.equal(answers[0], X[:number])
+            assert torch.equal(answers[1], anchors)
+            assert answers[2] == [(1.5, "box")] * number
+            assert not report.notes
+
+
+def test_a_small_dependence_on_other_rows_is_marked_in_single_precision():
+    module = nn.Sequential(nn.Linear(8, 8), Call(lambda y: y + 0.02 * y.mean(0)))
+    _, report = CodedWrapper(module, workers=LocalWorkers(), parts=4).run(X)
+    assert "depends on the other rows of its part" in report.notes[0]
+    _, report = CodedWrapper(module[0], workers=LocalWorkers(), parts=4).run(X)
+    assert not report.notes
