@@ -54,7 +54,7 @@ SEED, LEVEL = 0, 0.95
 ROWS = 2000  # of a data set, at most
 QUICK = "shipped digits"
 SETS = ("digits", "friedman1", "power", "appliances", "speeches", "lenet5")
-SIZES, MANY = (60, 120, 240), 1000
+SIZES = 60, 120, 240
 TARGETS = slice(2, 7)  # the looks whose median widths are targets
 MOST = 290  # rows at the last look
 PAUSE, WORKERS, SAMPLED = 5e-3, 6, 2000
@@ -137,20 +137,6 @@ def fixed(name: str, sizes: tuple[int, ...], count: int) -> dict[str, Any]:
         kind: {n: summary(each, kinds[kind].double().mean(0)) for n, each in by_rows.items()}
         for kind, by_rows in found.items()
     }
-
-
-def many(name: str, count: int) -> dict[str, Any]:
-    """Return the coverage at many rows, where a look before has chosen the kernel."""
-    x, kinds, _ = data(name)
-    found: dict[str, Any] = {}
-    for kind, y in kinds.items():
-        every = []
-        for order in orders(len(x), count):
-            looks = looks_at(x, y, order)
-            looks.look(MANY // 2)
-            every.append(looks.look(MANY))
-        found[kind] = {str(MANY): summary(every, y.double().mean(0))}
-    return found
 
 
 def student(name: str, sizes: tuple[int, ...], count: int) -> dict[str, Any]:
@@ -365,8 +351,6 @@ def measurements(quick: bool) -> Iterable[Measurement]:
     count = counts["draws with a student"]
     yield (taught, "student"), functools.partial(student, taught, SIZES, count)
     yield (name, "processes"), functools.partial(processes, name)
-    for name in (QUICK,) if quick else ("digits", "lenet5"):
-        yield (name, "many"), functools.partial(many, name, counts["draws of many"])
 
 
 def settings(quick: bool) -> dict[str, Any]:
@@ -377,7 +361,6 @@ def settings(quick: bool) -> dict[str, Any]:
         "draws": 3 if quick else 1000,
         "paths": 2 if quick else 40,
         "curves": 1 if quick else 3,
-        "draws of many": 1 if quick else 12,
         "draws with a student": 2 if quick else 100,
         "pause": PAUSE,
         "workers": WORKERS,

@@ -171,8 +171,20 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
     "means": cells.means,
     **{
         f"means_{name}": Table(f"mean > * > {name} > * > *", ("data", "of", "rows"), INTERVALS)
-        for name in ("fixed", "many", "student")
+        for name in ("fixed", "student")
     },
+    "means_rare": Table(
+        "mean > rare > rare > * > *",
+        ("data", "rows"),
+        {
+            "covered": "covered:.3f",
+            "infinite": "infinite:.3f",
+            "with bounds": "with bounds:.3f",
+            "times as wide": "times as wide:.1f",
+            "`anytime`, with bounds": "anytime, with bounds:.3f",
+            "draws": "draws:d",
+        },
+    ),
     "means_looks": Table(
         "mean > * > looks > *",
         ("data", "of"),
