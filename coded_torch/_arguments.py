@@ -212,6 +212,13 @@ def shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
+def printable(text: str, most: int = 200) -> str:
+    """Return a text of others in one line of at most ``most`` printable characters."""
+    text = text[: 2 * most]
+    text = "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def warn(message: str) -> None:
     """Warn of the caller's line: the innermost that is neither in this package nor in torch."""
     frame = sys._getframe(1)

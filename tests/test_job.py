@@ -445,6 +445,124 @@ def test_a_wrong_batch_is_found_and_computed_again(folder, capsys, caplog):
     subprocess.run(agree, cwd=folder / "out", check=True)
 
 
+def claimed(**changes):
+    """Change the description of a job."""
+
+    def change(out, victim):
+        path = out / "_job.json"
+        known = json.loads(path.read_text())
+        path.write_text(json.dumps(known | {x.replace("_", "-"): y for x, y in changes.items()}))
+
+    return change
+
+
+def left(name, how):
+    """Leave something else in the place of a file of the folder."""
+
+    def leave(out, victim):
+        path = out / name
+        path.unlink(missing_ok=True)
+        if how == "link":
+            path.symlink_to(victim)
+        elif how == "hard link":
+            path.hardlink_to(victim)
+        elif how == "zero":
+            path.symlink_to("/dev/zero")
+        elif how == "pipe":
+            os.mkfifo(path)
+        elif how == "folder":
+            (path / "more").mkdir(parents=True)
+        else:
+            with path.open("wb") as file:
+                file.truncate(2**40)
+
+    return leave
+
+
+BATCH = "batch-000000000016.pt"
+CHANGES_OF_CLAIMS = [
+    {"rows": 10**12, "batch_size": 1},
+    {"rows": 10**30},
+    {"rows": 0},
+    {"rows": -200},
+    {"rows": True},
+    {"rows": 200.0},
+    {"batch_size": -1},
+    {"batch_size": 0},
+    {"batch_size": 10**30},
+    {"parts": -1},
+    {"parts": [2]},
+    {"bounds": "other"},
+    {"written": 5},
+    {"model": {"a": 1}},
+    {"model": "x" * 2**21},
+    {"inputs": "a\nb\x1b[31m"},
+]
+HOSTILE = {str(x)[:60]: claimed(**x) for x in CHANGES_OF_CLAIMS}
+HOSTILE |= {
+    f"{name}, {how}": left(name, how)
+    for name, ways in {
+        "_job.json": ["link", "zero", "pipe", "folder", "hollow"],
+        "_job.lock": ["link", "hard link", "zero", "pipe", "folder"],
+        "_manifest.sha256": ["link", "zero", "pipe", "folder", "hollow"],
+        BATCH: ["link", "hard link", "zero", "pipe", "folder", "hollow"],
+        f"_{BATCH}.part": ["link", "hard link", "zero", "pipe", "folder"],
+        "__job.json.part": ["link", "hard link", "pipe", "folder"],
+        "__manifest.sha256.part": ["link", "pipe"],
+        "__summary.json.part": ["link", "hard link"],
+        "batch-\n\x1b[31m": ["link", "pipe"],
+    }.items()
+    for how in ways
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_folder_ends_a_job_soon_and_leads_nowhere(folder, capsys, kind):
+    assert main(line()) == 0
+    victim = folder / "victim"
+    victim.write_text("precious")
+    (folder / "out" / "batch-000000000008.pt").unlink()
+    HOSTILE[kind](folder / "out", victim)
+
+    def late(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    for arguments in (["job", "--check", "out"], line("here", "--resume")):
+        capsys.readouterr()
+        signal.alarm(20)
+        try:
+            ended = main(arguments)
+        finally:
+            signal.alarm(0)
+        found = capsys.readouterr()
+        assert ended == 2 or arguments[1] != "--check"
+        assert len([x for x in found.err.splitlines() if x.startswith("coded-torch")]) == ended / 2
+        assert max(map(len, (found.out + found.err).splitlines())) < 2000
+        assert "\x1b" not in found.out + found.err
+        assert victim.read_text() == "precious"
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("repeated.pt", "rows must hold each of its numbers, got strides (0, 1) for shape (1000"),
+        ("empty.npy", "must hold the numbers of each row, got 1000000000000 rows in 128 bytes"),
+        ("pipe.npy", "pipe.npy must be a regular file"),
+    ],
+)
+def test_files_that_hold_less_than_they_claim_are_refused(folder, refused, name, message):
+    torch.save(torch.zeros(1, 2).expand(10**11, 2), "repeated.pt")
+    np.lib.format.open_memmap("small.npy", "w+", np.float32, (0, 2))
+    content = Path("small.npy").read_bytes()
+    Path("empty.npy").write_bytes(
+        content.replace(b"(0, 2), }" + b" " * 12, b"(1000000000000, 0), }")
+    )
+    os.mkfifo("pipe.npy")
+    assert message in refused(line("here", "--inputs", name))
+
+
 CHANGES = ["attribute", "buffer", "waiting", "surrogate", "parts", "code", "function"]
 
 

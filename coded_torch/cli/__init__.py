@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from .._arguments import printable
 from ..nn import CodedWrapper
 from ..workers import ProcessWorkers
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 # The flag of an option, or "factory"; its type or choices; its default, or ``...`` if required; its
 # help.
 Option = tuple[str, Any, Any, str]
+_LINE = 1000  # characters of an error, at most; not tuned
 _MISTAKES = EOFError, OSError, OverflowError, TypeError, ValueError
 
 
@@ -55,7 +57,7 @@ def usage(label: str = "", errors: Any = _MISTAKES, prefix: str = "") -> Iterato
         if isinstance(error, CommandError) or not str(error).startswith(prefix):
             raise
         lines = str(error).removeprefix(prefix).strip().splitlines() or [type(error).__name__]
-        raise CommandError(f"{label and f'{label}: '}{lines[0]}") from None
+        raise CommandError(f"{label and f'{label}: '}{printable(lines[0], _LINE)}") from None
 
 
 def progress(steps: Sequence[Any], what: str) -> Iterable[Any]:

@@ -9,11 +9,12 @@ import itertools
 import math
 import operator
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from inspect import BoundArguments
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -26,6 +27,12 @@ from . import need, usage
 
 UNNAMED = "rows"  #: the column of a file of one tensor
 _MOST_OPEN = 64  # files; a bound, not tuned
+# Rows that a byte of a file may stand for: in a Parquet file, equal rows are written once.
+_ROWS_PER_BYTE = {".parquet": 2**16}
+# A file of more bytes that has less than a 64th of them on the disk would take long to read, and
+# nobody wrote it as it is. Bounds, not tuned.
+_LARGE = 2**30
+_HOLES = 64
 _look = operator.attrgetter("st_ino", "st_size", "st_mtime_ns")
 
 
@@ -45,6 +52,9 @@ class Rows:
     def __init__(self, sources: Iterable[str], whole: bool = False) -> None:
         self.paths = [path for source in sources for path in _paths(source)]
         self._opened = functools.lru_cache(_MOST_OPEN)(functools.partial(_open, whole=whole))
+        for path in self.paths:
+            if not path.is_file():
+                raise ValueError(f"{path} must be a regular file")
         self._before = {path: _look(path.stat()) for path in self.paths}
         lengths = list[int]()
         self.names = [*self._opened(self.paths[0]).columns]
@@ -53,6 +63,12 @@ class Rows:
             if {*table.columns} != {*self.names}:
                 must = f"all files must have the columns {self.names}"
                 raise ValueError(f"{must}, got {[*table.columns]} in {path}")
+            size = path.stat().st_size
+            if table.rows > size * _ROWS_PER_BYTE.get(path.suffix, 1):
+                raise ValueError(
+                    f"{path} must hold the numbers of each row, got {table.rows} rows in {size} "
+                    "bytes"
+                )
             lengths.append(table.rows)
         self._ends = [*itertools.accumulate(lengths)]
         if not (total := self._ends[-1]):
@@ -196,10 +212,23 @@ def _open(path: Path, whole: bool) -> _Table:
         columns = dict(found) if isinstance(found, Mapping) else {UNNAMED: found}
         if wrong := [type(x).__name__ for x in columns.values() if not isinstance(x, Tensor)]:
             raise TypeError(f"it must hold a tensor, or a dict of tensors, got {wrong[0]}")
+        for name, column in columns.items():
+            check_whole(name, column)
         columns = {name: torch.atleast_1d(x) for name, x in columns.items()}
     else:
         raise ValueError(f"it must be a .npy, .safetensors, .parquet or .pt file, got {path}")
     return _Table(columns, {len(x) for x in columns.values()})
+
+
+def check_whole(name: str, tensor: Tensor) -> None:
+    """Raise a ValueError if a file holds fewer numbers than the tensor, which repeats them."""
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        return
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError(
+            f"{name} must hold each of its numbers, got strides {tensor.stride()} for shape "
+            f"{tuple(tensor.shape)}; save a clone of it"
+        )
 
 
 def _tensor(name: str, pieces: Sequence[Any]) -> Tensor:
@@ -316,10 +345,45 @@ def _arrow(rows: Tensor | np.ndarray[Any, Any]) -> Any:
     return found
 
 
+def opened(path: Path, mode: str = "rb", **options: Any) -> IO[Any]:
+    """Open a regular file of a job's folder, in which another user may have left anything.
+
+    A ValueError says that it is no regular file, or almost only holes. Links are not followed.
+    """
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK  # to open a pipe would wait for its other end
+    try:
+        file = open(  # noqa: SIM115 - the caller closes it
+            path, mode, opener=lambda x, how: os.open(x, how | flags, 0o666), **options
+        )
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} must be a regular file: {error.strerror}") from None
+    about = os.fstat(file.fileno())
+    is_hollow = about.st_size > max(_LARGE, _HOLES * 512 * about.st_blocks)
+    if not stat.S_ISREG(about.st_mode) or is_hollow:
+        file.close()
+        raise ValueError(f"{path} must be a regular file with content")
+    return file
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file of a job's folder; "" if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with opened(path) as file:
+            while piece := file.read(2**20):
+                digest.update(piece)
+    except (OSError, ValueError):
+        return ""
+    return digest.hexdigest()
+
+
 def replace(path: Path, data: bytes | memoryview) -> None:
     """Write a file whole or not at all, even if the process or the host ends meanwhile."""
     part = path.with_name(f"_{path.name}.part")
-    with part.open("wb") as file:
+    part.unlink(missing_ok=True)  # it may be a link, to a file that must stay as it is
+    with part.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

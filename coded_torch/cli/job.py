@@ -5,6 +5,7 @@ import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import types
 import zipfile
 from argparse import Namespace
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from inspect import BoundArguments
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,13 @@ from torch import Tensor, nn
 
 import coded_torch
 
-from .._arguments import arguments, count, signature_of
+from .._arguments import arguments, count, printable, signature_of
 from ..codes import NotEnoughResults
 from ..nn import CodedWrapper, Waiting
 from ..nn.mean import Looks
 from ..workers import WorkerError
 from . import CommandError, find_factory, make_model, need, processes, progress, say, usage
-from .files import UNNAMED, Rows, encoded, replace
+from .files import UNNAMED, Rows, check_whole, digest_of, encoded, opened, replace
 
 logger = logging.getLogger("coded_torch.job")
 
@@ -44,6 +45,9 @@ _CLAIM = "_job.json"
 _LOCK = "_job.lock"
 _SUMMARY = "_summary.json"
 _MANIFEST = "_manifest.sha256"  # digests of batches, which `sha256sum --check` reads, too
+_MOST_CLAIM = 2**20  # bytes; a bound, not tuned
+_MOST_ROWS = 2**63 - 1
+_MOST_LINES = 100  # of wrong batches; a bound, not tuned
 _SUFFIXES = {"torch": ".pt", "parquet": ".parquet"}
 
 
@@ -94,11 +98,11 @@ def _begin(args: Namespace) -> None:
             mapping = ", ".join(f"{name}={x}" for name, x in columns.arguments.items())
             args.output.mkdir(parents=True, exist_ok=True)
             # No other process can lock the file before it is closed, or this process ends.
-            lock = held.enter_context((args.output / _LOCK).open("w"))
+            lock = held.enter_context(opened(args.output / _LOCK, "a"))
             with usage(f"--output {args.output} must not be in use by another job"):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _claim(args, factory, coded, rows, {"columns": mapping, "written": written})
-        say(f"Columns of {rows}: {mapping}.")
+        say(f"Columns of {rows}: {printable(mapping, 1000)}.")
         held.enter_context(coded.workers)
         held.enter_context(torch.no_grad())
         run = _mean if args.mean else _every_row
@@ -126,12 +130,14 @@ def _every_row(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> N
     keys = deque[dict[str, Any]]()
     with contextlib.ExitStack() as held:
         with usage():
-            good, wrong = _examine(args.output, rows.total, size, _SUFFIXES[args.format])
-            if again := [name for name, why in wrong.items() if why != "is missing"]:
+            suffix = _SUFFIXES[args.format]
+            good, present = _examine(args.output, rows.total, size, suffix)
+            wrong = [name for name in _names(rows.total, size, suffix) if name not in good]
+            if again := [name for name in wrong if name in present]:
                 logger.warning("batches whose digest does not match are computed again: %s", again)
             lines = (f"{digest}  {name}\n" for name, digest in good.items())
             replace(args.output / _MANIFEST, "".join(lines).encode())
-            manifest = held.enter_context((args.output / _MANIFEST).open("a"))
+            manifest = held.enter_context(opened(args.output / _MANIFEST, "a"))
             missing = [int(name[6:18]) for name in wrong]
             batches = read(missing, keys=args.keys, kept=keys)
             found = coded.map(batches, in_flight=args.in_flight)
@@ -142,7 +148,7 @@ def _every_row(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> N
         try:
             for first in read(missing[:1]):
                 _start(coded, first)
-            for name, (answers, report) in zip(progress([*wrong], "batches"), found, strict=True):
+            for name, (answers, report) in zip(progress(wrong, "batches"), found, strict=True):
                 with usage(errors=Exception):
                     kept = keys.popleft()
                     data = encoded(answers, report, kept, args.select, args.format, args.bound_name)
@@ -182,9 +188,7 @@ def _mean(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> None:
     path = args.output / "mean.pt"
     batches = _Batches(rows.total, args.batch_size, read)
     with usage(f"{path} cannot be read", errors=Exception):
-        known = torch.load(path, weights_only=True) if path.exists() else {}
-        if known and known["digest"] != _digest_of_mean(known):
-            raise ValueError("it is damaged; remove it to start again")
+        known = _read_mean(path, rows.total) if os.path.lexists(path) else {}
     _start(coded, batches[0])
     with usage(prefix="mean: "), usage(errors=NotEnoughResults):
         of = args.mean_function
@@ -202,6 +206,20 @@ def _mean(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> None:
             shown = ", ".join(f"{value:.5g} ± {half:.2g}" for value, half in some)
             more = ", ..." if len(found.value) > 8 else ""
             say(f"{found.rows:,} of {rows.total:,} rows: {shown}{more}")
+
+
+def _read_mean(path: Path, total: int) -> dict[str, Any]:
+    with opened(path) as file:
+        known: dict[str, Any] = torch.load(file, weights_only=True)
+    numbers = known["numbers"]
+    shares = known["shares"]
+    for name in ("numbers", "shares"):
+        check_whole(name, known[name])
+    fit = numbers.dim() == 2 and shares.shape == numbers.shape[1:]
+    fit = fit and len(numbers) == known["rows"] <= total and shares.dtype is torch.bool
+    if not fit or known["digest"] != _digest_of_mean(known):
+        raise ValueError("it is damaged; remove it to start again")
+    return known
 
 
 def _digest_of_mean(known: Mapping[str, Any]) -> str:
@@ -284,7 +302,7 @@ def _claim(args: Any, factory: Any, coded: CodedWrapper, rows: Rows, how: dict[s
     """Begin a job in its folder, or check that the folder holds the same job."""
     path = args.output / _CLAIM
     before = dict[str, Any]()
-    if path.exists():
+    if os.path.lexists(path):
         if not args.resume:
             raise ValueError(f"--output {args.output} holds a job; --resume goes on with it")
         before = _read_claim(path)
@@ -314,17 +332,26 @@ def _claim(args: Any, factory: Any, coded: CodedWrapper, rows: Rows, how: dict[s
     # An older version knew fewer options: those that it did not know were left out.
     differ = [key for key, value in compared.items() if before.get(key, "") != value]
     if before and differ and any(args.output.glob("[bm]*.p*")):
-        must = "; ".join(f"{key} {before.get(key)}, got {compared[key]}" for key in differ)
+        must = "; ".join(
+            f"{key} {printable(str(before.get(key)))}, got {compared[key]}" for key in differ
+        )
         remedy = " (--trust-model goes on)" if trusted.keys() >= {*differ} else ""
         raise ValueError(f"--resume must repeat the job in {args.output}: {must}{remedy}")
     replace(path, json.dumps(now | trusted).encode())
 
 
 def _read_claim(path: Path) -> dict[str, Any]:
+    with opened(path) as file:
+        content = file.read(_MOST_CLAIM)
     with contextlib.suppress(KeyError, RecursionError, TypeError, ValueError):
-        claim = json.loads(path.read_bytes())
-        if type(claim["rows"]) is type(claim["batch-size"]) is int:
-            return dict(claim)
+        claim = dict(json.loads(content))
+        kinds = {*map(type, claim.values())}
+        numbers = [claim["rows"], claim["batch-size"], claim.get("parts") or 1]
+        is_text = type(claim.get("written", "")) is str
+        is_known = claim.get("bounds", "") in ("", "error_bound")
+        are_positive = all(type(x) is int and 0 < x <= _MOST_ROWS for x in numbers)
+        if kinds <= {int, str, type(None)} and is_text and is_known and are_positive:
+            return claim
     raise ValueError(f"{path} must describe a job, but it is damaged or of another version")
 
 
@@ -372,34 +399,45 @@ def _digest(value: Any, modules: set[str]) -> str:
     return hashlib.blake2b(file.getbuffer(), digest_size=16).hexdigest()
 
 
+def _names(rows: int, size: int, suffix: str) -> Iterator[str]:
+    """Yield the names of the files of all batches."""
+    return (f"batch-{first:012}{suffix}" for first in range(0, rows, size))
+
+
 def _examine(folder: Path, rows: int, size: int, suffix: str) -> tuple[dict[str, str], ...]:
-    """Return the digests of good batches, and what is wrong with the other ones, by their names."""
+    """Return the digests of good batches, and what is wrong with the others that are there."""
     path = folder / _MANIFEST
-    text = path.read_text(errors="replace") if path.exists() else ""
+    text = ""
+    if os.path.lexists(path):
+        with opened(path, "r", errors="replace") as file:
+            text = file.read()
     known = dict(map(reversed, re.findall(r"^(\w{64})  (\S+)\n", text, re.M)))
     good = dict[str, str]()
     wrong = dict[str, str]()
-    for name in (f"batch-{first:012}{suffix}" for first in range(0, rows, size)):
-        path = folder / name
-        digest = known.get(name, "")
-        if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == digest:
-            good[name] = digest
+    for name in sorted(x for x in os.listdir(folder) if x.startswith("batch-")):
+        number = re.fullmatch(r"batch-([0-9]{12,19})\.\w+", name)
+        first = int(number[1]) if number else 0
+        if first >= rows or first % size or name != f"batch-{first:012}{suffix}":
+            wrong[name] = "does not belong to this job"
+        elif name in known and digest_of(folder / name) == known[name]:
+            good[name] = known[name]
         else:
-            wrong[name] = "has no matching digest" if path.exists() else "is missing"
+            wrong[name] = "has no matching digest"
     return good, wrong
 
 
 def _check(folder: Path) -> None:
-    """Print each batch that is wrong, and raise a CommandError if there is one."""
+    """Print batches that are wrong, and raise a CommandError if there is one."""
     with usage("--check"):
         claim = _read_claim(folder / _CLAIM)
-        kind = "parquet" if "format parquet" in claim.get("written", "") else "torch"
-        good, wrong = _examine(folder, claim["rows"], claim["batch-size"], _SUFFIXES[kind])
-    found = f"{len(good)} of {len(good) + len(wrong)} batches in {folder} match their digests"
-    others = {x.name for x in folder.glob("batch-*")} - good.keys()
-    wrong = dict.fromkeys(sorted(others), "does not belong to this job") | wrong
-    for name, why in wrong.items():
-        say(f"{folder / name} {why}.")
+        size = claim["batch-size"]
+        suffix = _SUFFIXES["parquet" if "format parquet" in claim.get("written", "") else "torch"]
+        good, wrong = _examine(folder, claim["rows"], size, suffix)
+    missing = (x for x in _names(claim["rows"], size, suffix) if x not in good and x not in wrong)
+    wrong |= dict.fromkeys(itertools.islice(missing, _MOST_LINES), "is missing")
+    for name, why in itertools.islice(wrong.items(), _MOST_LINES):
+        say(f"{printable(str(folder / name))} {why}.")
+    found = f"{len(good)} of {-(-claim['rows'] // size)} batches in {folder} match their digests"
     if wrong:
         raise CommandError(found)
     say(f"{found}.")

@@ -21,7 +21,7 @@ import orjson
 import torch
 from torch import Tensor
 
-from .._arguments import count, instance, shown
+from .._arguments import count, instance, printable, shown
 
 #: The datatypes of the protocol that torch computes with.
 DATATYPES = {"BOOL": torch.bool, "UINT8": torch.uint8, "BF16": torch.bfloat16}
@@ -43,10 +43,7 @@ _ADDRESSES = re.compile(
 
 def cleaned(text: str) -> str:
     """Return the words of a server in at most 200 printable characters, without addresses."""
-    text = _ADDRESSES.sub("<address>", text[: 2 * _CHARACTERS])
-    escaped = (x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
-    text = "".join(escaped)
-    return text if len(text) <= _CHARACTERS else f"{text[: _CHARACTERS - 3]}..."
+    return printable(_ADDRESSES.sub("<address>", text[: 2 * _CHARACTERS]), _CHARACTERS)
 
 
 @dataclasses.dataclass(frozen=True)
