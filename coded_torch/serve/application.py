@@ -212,6 +212,8 @@ class App(Starlette):
             headers = {x.decode("latin-1"): y.decode("latin-1") for x, y in scope["headers"]}
             try:
                 self._check_names(headers)
+                if b"%2f" in scope.get("raw_path", b"").lower():  # a slash that no proxy sees
+                    raise HTTPException(404)
                 path = scope["path"].removeprefix(scope.get("root_path", ""))
                 version = ""
                 if path.startswith(versions := f"{self._path}/versions/"):

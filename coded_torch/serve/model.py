@@ -30,7 +30,8 @@ logger = sparing_logger("coded_torch.serve")
 
 _SECONDS = 120.0  # in which a worker loads a version; a bound, not tuned
 # Headers of browsers and of proxies, and how more of them begin.
-_OTHERS = {"origin", "forwarded", "via", "x-request-id"}
+_OTHERS = {"origin", "forwarded", "via", "x-request-id", "cf-connecting-ip", "true-client-ip"}
+_OTHERS |= {"x-client-ip", "x-cluster-client-ip"}
 _BEGINS = "x-forwarded-", "x-real-", "x-envoy-", "x-haproxy-"  # the last is of Ray Serve, too
 Place = tuple[Any, int]  # a tensor, by its number or name, and one of its dimensions
 Run = Callable[[Sequence[Tensor]], dict[str, Tensor]]
@@ -239,6 +240,7 @@ class Versions:
         if self._token is None:
             may = client is not None and _is_loopback(client.host) and _OTHERS.isdisjoint(headers)
             may = may and not any(name.startswith(_BEGINS) for name in headers)
+            may = may and headers.get("sec-fetch-site") != "cross-site"
         else:
             given = headers.get("authorization", "")
             wanted = f"Bearer {self._token}"

@@ -123,7 +123,10 @@ def test_who_may_load():
     with serving(built(DeviceWorkers(["cpu"]), factory)) as port, Client(port) as client:
         # A page of the web, and a proxy before strangers.
         names = ["X_Forwarded_For", "X_Forwarded_Proto", "X_Real_IP", "X_Envoy_Internal"]
-        names += ["X_Request_ID", "X_HAProxy_Reload_ID"]
+        names += ["X_Request_ID", "X_HAProxy_Reload_ID", "CF_Connecting_IP", "True_Client_IP"]
+        names += ["X_Client_IP", "X_Cluster_Client_Ip"]
+        assert client.send("POST", LOAD, Sec_Fetch_Site="cross-site")[0] == 403
+        assert client.send("POST", LOAD.replace("/load", "%2Fload"))[0] == 404
         for headers in ({"Origin": "http://a.example"}, *({name: "127.0.0.1"} for name in names)):
             assert client.send("POST", LOAD, **headers)[0] == 403
         assert client.send("GET", LOAD)[0] == 405
