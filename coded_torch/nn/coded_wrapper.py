@@ -248,7 +248,7 @@ class CodedWrapper(ModuleProxy):
             mixing = self.code if self.code is not None and self.code.mixes else None
             inputs = Inputs(args, kwargs, self.in_dims, mixing)
             parts = parts or self.parts or self.workers.num_workers or 1
-            is_joined = inputs.batch_size > 1 and (parts > 1 or self.code is not None)
+            is_joined = self.code is not None or (inputs.batch_size > 1 and parts > 1)
             if inputs.batch_size:
                 self._prove(inputs, waiting, report, is_joined)
             division = self._divide(inputs, waiting, report, parts) if inputs.batch_size else None
@@ -262,7 +262,10 @@ class CodedWrapper(ModuleProxy):
                 try:
                     answers = self._compute(waiting, division, report)
                 except (TypeError, WrongRows):  # lists and constants have to be proved
-                    if is_joined or inputs.layout is not None:
+                    # On a simulated clock, the deadline would begin again.
+                    is_late = self.workers.simulated and waiting.deadline is not None
+                    is_late |= seconds_left(self.workers, waiting, report) <= 0
+                    if is_joined or is_late or inputs.layout is not None:
                         raise
                     self._prove(inputs, waiting, report)
                     division = self._divide(inputs, waiting, report, parts)

@@ -118,8 +118,9 @@ def test_a_list_is_neither_estimated_nor_verified_nor_decoded():
     with pytest.raises(ValueError, match="verify must be None if outputs are lists"):
         verified(X)
     verified.workers.close()
-    with pytest.raises(TypeError, match="only calls without one join lists by rows"):
-        CodedWrapper(named, codes.ReplicationCode(2, 4), workers=pool)(X)
+    for x in (X, X[:1]):
+        with pytest.raises(TypeError, match="only calls without one join lists by rows"):
+            CodedWrapper(named, codes.ReplicationCode(2, 4), workers=pool)(x)
 
 
 def test_rows_that_raise_or_lie_prove_nothing_of_the_others():
