@@ -6,6 +6,9 @@ import math
 import os
 import threading
 import time
+from collections.abc import Iterable, Sequence
+from concurrent import futures
+from concurrent.futures import CancelledError
 from operator import attrgetter
 from typing import Any
 
@@ -15,7 +18,7 @@ from torch import nn
 
 from .._arguments import MOST_WORKERS, count, positive, warn
 from .._torch import refuse_derivatives
-from ..table import Failure, Part, Reply, WorkerError
+from ..table import Began, Failure, Part, Reply, WorkerError
 from .base import Request, Task, logger
 from .dispatch import CLOSING_SECONDS, DispatchedWorkers, Dispatcher, Worker
 from .live import Ambient, LiveRequest
@@ -34,6 +37,7 @@ _FAILED_STARTS = 3
 _LONGEST_PAUSE = 5.0  # seconds between attempts to start: .2, .4, ..., at most this; not tuned
 _LONGEST_WAIT = 3600.0  # seconds to wait for news: poll counts milliseconds in 31 bits
 _REPAIR_SECONDS = 1.0  # a pause after an unexpected exception, so that the thread does not spin
+_LOOK_SECONDS = 0.1  # between looks whether a call was cancelled while a module is packed
 _launches = itertools.count()
 
 
@@ -131,6 +135,7 @@ class Supervisor(Dispatcher):
         self._failed_starts = 0
         self._start_again = -math.inf
         self._beginning = threading.Lock()
+        self._first: Any = None  # the future package of the module that new workers load first
 
     def set_up(self) -> None:
         """Prepare for the thread, which starts next."""
@@ -169,7 +174,7 @@ class Supervisor(Dispatcher):
                 self.process = os.getpid()
             if self.thread.ident is None:
                 try:
-                    self.modules.pack(module, Ambient.here())  # new workers load it first
+                    self._first = self.modules.pack(module, Ambient.here()).package
                 finally:  # the thread releases all that was prepared
                     self.thread.start()
 
@@ -284,6 +289,9 @@ class Supervisor(Dispatcher):
     def serve(self) -> None:
         due = -math.inf
         try:
+            while self._first is not None and not (self.closed or self._first.done()):
+                futures.wait([self._first], _LOOK_SECONDS)
+            self._first = None
             while not self.closed:
                 try:
                     # Signs of life may have come while this process was stopped.
@@ -312,7 +320,60 @@ class Supervisor(Dispatcher):
 
 
 class SupervisedRequest(LiveRequest):
-    """A request that reads results, a worker and a function, in its own thread."""
+    """A request that reads results, a worker and a function, in its own thread.
+
+    Until its module is packed, parts are held back, and :meth:`wait` keeps to its time.
+    """
+
+    def __init__(self, task: Task, timeout: float, dispatcher: Any, module: Any) -> None:
+        super().__init__(task, timeout, dispatcher, module)
+        self._packed: PackedModule | None = None  # the module, until its package is there
+        self._held = list[Part]()
+
+    def send_when_packed(self, packed: PackedModule) -> None:
+        self._packed = packed
+        self._submit_if_packed()
+
+    def _submit_if_packed(self) -> bool:
+        """Submit the parts that were held back, and return whether the module is packed."""
+        if self._packed is not None and self._packed.package.done():
+            self.module = self._packed._replace(package=self._packed.package.result())
+            self._packed = None
+            held = self._held
+            self._held = []
+            super().ask(held)
+        return self._packed is None
+
+    def ask(self, parts: Sequence[Part]) -> None:
+        if self._submit_if_packed():
+            super().ask(parts)
+            return
+        for part in parts:
+            part.asked = self.now()
+        self._held += parts
+
+    def wait(self, until: float = math.inf) -> Began | Reply | None:
+        while not self._submit_if_packed():
+            seconds = until - self.now()
+            if self.interrupted:
+                raise CancelledError(f"{type(self).__name__}: the call was cancelled")
+            if seconds <= 0 or not self._held:
+                return None
+            assert self._packed is not None
+            futures.wait([self._packed.package], min(seconds, _LOOK_SECONDS))
+        return super().wait(until)
+
+    def drop(self, parts: Iterable[Part]) -> None:
+        numbers = {part.number for part in parts}
+        self._held = [part for part in self._held if part.number not in numbers]
+        self.dispatcher.drop(self, numbers)
+
+    def status(self) -> str:
+        return super().status() if self._packed is None else "the module is being packed"
+
+    def close(self) -> None:
+        self._held = []
+        super().close()
 
     def receive(self, reply: Reply) -> None:
         if reply.error is not None:
@@ -363,7 +424,7 @@ class SupervisedWorkers(DispatchedWorkers):
         supervisor = self._dispatcher()
         supervisor.begin(module)
         request = SupervisedRequest(task, self.timeout, supervisor, None)
-        request.module = supervisor.modules.pack(module, request.ambient)
+        request.send_when_packed(supervisor.modules.pack(module, request.ambient))
         return request
 
     def _limits(self) -> tuple[int, float, float, float | None]:

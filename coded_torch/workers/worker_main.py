@@ -9,6 +9,7 @@ that started them has ended, any of them that is not stopped ends the whole grou
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import gc
@@ -42,7 +43,7 @@ from torch.utils import _pytree as pytree
 from .._changes import fingerprint
 from . import shared_memory
 from .base import InjectedCrash, compute
-from .live import Ambient
+from .live import Ambient, in_thread
 from .shared_memory import Blocks, Connection, Pickled
 
 # Kinds of messages. The server sends the last two: the process id of a worker, and its exit code.
@@ -322,7 +323,7 @@ class PackedModule(NamedTuple):
     """The module of a request: the data that all its parts share."""
 
     number: int  # the number of the module in its present state
-    package: Any  # the module, as it is sent
+    package: Any  # the module, as it is sent; of a `ModuleStore`, a future
     alive: frozenset[int]  # the numbers of all modules that may still be needed
     head: bytes  # the pickle of number, alive and the caller's modes
 
@@ -336,36 +337,55 @@ class ModuleStore:
 
     def __init__(self, pack: Callable[[nn.Module], Any]) -> None:
         self._make, self._numbers = pack, itertools.count()
+        self._lock = threading.Lock()
         self._packing = threading.Lock()  # held while one is packed, which may take seconds
         # The id of a module -> (its fingerprint, its number, the package, its tensors, itself)
         self._packed: dict[int, tuple[Any, int, Any, Any, weakref.ref[nn.Module]]] = {}
 
     def pack(self, module: nn.Module, ambient: Ambient) -> PackedModule:
-        """Return the module in its present state, for a caller with these modes."""
+        """Return the module in its present state, for a caller with these modes.
+
+        Its package is a future: a thread packs it, as a caller may have a deadline.
+        """
         (tensors, how), key = fingerprint(module), id(module)
         packed = self._packed.get(key)
         if packed is None or (packed[0] is not how and packed[0] != how):
-            with self._packing:
-                packed = self._packed.get(key)  # another thread may have packed it
+            with self._lock:
+                packed = self._packed.get(key)  # another thread may have begun
                 if packed is None or packed[0] != how:
-                    try:
-                        package = self._make(module)
-                    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
-                        must = "the module must be picklable to be sent to another process"
-                        got = f"{type(module).__name__}: {error}"
-                        if isinstance(error, RuntimeError):  # torch pickles no parametrizations
-                            got += "\nTry torch.nn.utils.parametrize.remove_parametrizations."
-                        raise TypeError(f"Workers: {must}, got {got}") from error
+                    number = next(self._numbers)
+                    make = functools.partial(self._pack, module, number, ambient)
+                    make = functools.partial(contextvars.copy_context().run, make)
+                    package = in_thread(make, "coded_torch packs")
                     gone = functools.partial(_forget, weakref.ref(self), key)
-                    packed = how, next(self._numbers), package, tensors, weakref.ref(module, gone)
+                    packed = how, number, package, tensors, weakref.ref(module, gone)
                     self._packed[key] = packed
         number, alive = packed[1], frozenset([entry[1] for entry in [*self._packed.values()]])
         return PackedModule(number, packed[2], alive, _dumps((number, alive, ambient)))
 
+    def _pack(self, module: nn.Module, number: int, ambient: Ambient) -> Any:
+        try:
+            with self._packing, ambient.restored(ambient.default_device):
+                return self._make(module)
+        except BaseException as error:
+            with self._lock:  # the next call tries again
+                if (packed := self._packed.get(id(module))) is not None and packed[1] == number:
+                    del self._packed[id(module)]
+            if not isinstance(
+                error, (pickle.PicklingError, AttributeError, TypeError, RuntimeError)
+            ):
+                raise
+            requirement = "the module must be picklable to be sent to another process"
+            got = f"{type(module).__name__}: {error}"
+            if isinstance(error, RuntimeError):  # torch pickles no parametrizations
+                got += "\nTry torch.nn.utils.parametrize.remove_parametrizations."
+            raise TypeError(f"Workers: {requirement}, got {got}") from error
+
     def last(self) -> tuple[int, Any] | None:
-        """Return the number and the package of the newest module, if there is one."""
-        newest = max([*self._packed.values()], default=None, key=operator.itemgetter(1))
-        return newest and newest[1:3]
+        """Return the number and the package of the newest module that is packed, if any."""
+        done = [entry for entry in [*self._packed.values()] if entry[2].done()]
+        newest = max(done, default=None, key=operator.itemgetter(1))
+        return newest and (newest[1], newest[2].result())
 
     def forget(self, module: nn.Module) -> None:
         self._packed.pop(id(module), None)

@@ -1,5 +1,6 @@
 """Workers in processes: the inherited tests, and what only processes do."""
 
+import asyncio
 import contextlib
 import gc
 import os
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+from coded_torch import DeadlineExceeded
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.testing.workers import (
     WAIT,
@@ -446,6 +448,50 @@ def test_modules_that_cannot_travel_are_named(pool):
             assert "the trap is sprung" in reply.error.reason
             texts.add(str(reply.error.__cause__.__cause__))
     assert len(texts) == 1  # of the same length every time
+
+
+@pytest.mark.parametrize("is_started", [True, False])
+def test_packing_a_module_keeps_to_the_deadline_and_is_not_begun_again(is_started):
+    module, x = modules.PacksLate(), torch.ones(4, 1)
+    module.gate = threading.Event()
+    with ProcessWorkers(1) as pool, torch.no_grad():
+        if is_started:
+            pool.start(timeout=WAIT)
+        coded = CodedWrapper(module, workers=pool, waiting=Waiting(deadline=0.3), parts=2)
+        for _ in range(2):
+            began = time.monotonic()
+            with pytest.raises(DeadlineExceeded, match="the module is being packed"):
+                coded(x)
+            assert time.monotonic() - began < WAIT / 2
+        packing = [t for t in threading.enumerate() if t.name == "coded_torch packs"]
+        assert len(packing) == 1
+        module.gate.set()
+        packing[0].join(WAIT)
+        assert torch.equal(coded.run(x, waiting=Waiting())[0], 2 * x)
+
+
+def test_a_call_can_be_cancelled_while_its_module_is_packed(pool):
+    def threads():
+        return [t.name for t in threading.enumerate() if t.name.startswith("coded_torch ")]
+
+    async def main():
+        call = asyncio.ensure_future(coded.arun(torch.ones(4, 1)))
+        while "coded_torch packs" not in threads():
+            await asyncio.sleep(0.01)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        end = time.monotonic() + WAIT
+        while "coded_torch arun" in threads():
+            assert time.monotonic() < end
+            await asyncio.sleep(0.01)
+
+    module = modules.PacksLate()
+    module.gate = threading.Event()
+    coded = CodedWrapper(module, workers=pool)
+    with torch.no_grad():
+        asyncio.run(main())
+    module.gate.set()
 
 
 def test_gradients_are_refused_and_warned_of_once():
