@@ -23,6 +23,7 @@ from ..input_space.ordering import Grouping
 from ..input_space.regression import check_batch, check_link
 from ..input_space.regressor import MOST_ROWS
 from ..linear import LinearMap, MatrixMap, unit_rows
+from .suspects import Copies, Residuals, Trust, numbers_of, outliers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -117,6 +118,51 @@ class BatchPlan:
             flat = of_group * self.num_groups + torch.arange(self.num_groups)
             return self._grouping.scatter(torch.where(of_group >= 0, flat, -1))
 
+    def trusted(self, results: Sequence[Tensor], received: Sequence[int]) -> Trust:
+        """Return which results ``[|F|, G, ...]``, of each output, are decoded.
+
+        At most :attr:`Code.adversaries` of the received workers are dropped.
+        """
+        with outside():
+            return self._trusted(results, received)
+
+    def _trusted(self, results: Sequence[Tensor], received: Sequence[int]) -> Trust:
+        code = self.code
+        spare = (len(received) - code.min_received - code.num_unknowns) // 2
+        most = max(0, min(code.adversaries, spare))
+        values = numbers_of(results)
+        operator = code.residual_operator(received)
+        # One more than may be wrong: then they are more than can be told from the others.
+        found = list[int]()
+        if most:
+            encoder = code.encoder.matrix().numpy()[[*received]]
+            known = Residuals(operator, [encoder[:, None]])
+            found = outliers(Residuals(operator, values), known, most + 1)
+        is_borne = len(found) <= most
+        dropped = found if is_borne else []
+        is_defended = is_borne and most == code.adversaries
+        undefended = torch.full((self.batch_size,), not is_defended)
+        return Trust([i for i in range(len(received)) if i not in dropped], undefended)
+
+    def _compared(
+        self,
+        rows: Tensor,
+        results: Sequence[Tensor],
+        doubt: Callable[[list[int]], Sequence[float]] | None = None,
+    ) -> Trust:
+        """Return which results are decoded, where they are of inputs ``rows [|F|, G]``.
+
+        Of workers that differ from as many others, ``doubt`` returns the errors, by place, as
+        estimates from the others see them. Defaults to None: all of them are dropped.
+        """
+        most = self.code.adversaries
+        copies = Copies(rows, results)
+        wrong = copies.wrong(most, doubt)
+        if wrong is None:
+            return Trust([*range(len(rows))], torch.full((self.batch_size,), True))
+        places = [i for i in range(len(rows)) if i not in wrong]
+        return Trust(places, copies.undefended(wrong, most, self.batch_size))
+
     def left_out_squares(self, received: Sequence[int], *values: Tensor) -> list[float]:
         """Return the sums of squared errors of estimating values ``[|F| G, C]`` by their mean."""
         with outside():
@@ -165,8 +211,15 @@ class Code(abc.ABC):
             together hold columns far apart. Defaults to True.
         link: "softmax" if all outputs are probabilities over their last dimension. They are decoded
             on the scale of logits. Defaults to None.
+        adversaries: A, the number of received workers whose results may be wrong, in any way and
+            by agreement. Results that do not fit the others are dropped before decoding, at most A.
+            Defaults to 0, which trusts every result.
     """
 
+    #: True if wrong results can be told from others, so that there may be ``adversaries``.
+    defends: bool = False
+    #: The results beyond ``min_received`` by which a fit shows no wrong one yet.
+    num_unknowns: int = 0
     #: True if coded inputs are mixtures of inputs. Other codes carry values of any dtype.
     mixes: bool = True
     #: True if planning measures distances between the inputs, which takes time.
@@ -188,6 +241,7 @@ class Code(abc.ABC):
         ordering: str | GradientMetric = "similarity",
         shuffle: bool = True,
         link: str | None = None,
+        adversaries: int = 0,
     ) -> None:
         self.num_data = count(self, "num_data", num_data, most=MOST_WORKERS)
         self.num_workers = count(self, "num_workers", num_workers, most=MOST_WORKERS)
@@ -205,6 +259,12 @@ class Code(abc.ABC):
                 )
         instance(self, "shuffle", shuffle, bool)
         check_link(self, link)
+        self.adversaries = count(self, "adversaries", adversaries, 0, self.num_workers)
+        if self.adversaries and not self.defends:
+            raise ValueError(
+                f"{type(self).__name__}: adversaries must be 0 with a code that cannot tell wrong "
+                f"results from others, got {self.adversaries}"
+            )
         self.ordering = ordering
         self.shuffle = shuffle
         self.link = link

@@ -6,14 +6,18 @@ from typing import Any
 
 import numpy as np
 from numpy.polynomial import chebyshev
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from .._arguments import MOST_WORKERS, count, nonnegative, real_array, shown
 from ..linear import LinearMap, SplineMap
 from .base import FixedCode, Map
+from .suspects import Floats, residual_operator
 
-Floats = NDArray[np.float64]
 _GOLDEN = (5**0.5 - 1) / 2  # the golden ratio, less 1
+# The fourth root of the smoothing by which wrong results are found, times their number: what bends
+# within the distance of two worker points counts as noise. .8 and 1.2 times as much find as many
+# wrong results, and drop more or fewer honest ones (benchmarks adversaries).
+_WAVELENGTH = np.pi
 
 # Decoder degrees to try, in degrees of the encoder. The results of a network are some times rougher
 # than the coded inputs, of degree 1.
@@ -59,6 +63,9 @@ class CurveCode(FixedCode):
     """
 
     default_worker_points = staticmethod(chebyshev_second)
+    defends = True
+    #: A curve has a value, a slope and a bend, which two results more would show to be wrong.
+    num_unknowns = 3
 
     def __init__(
         self,
@@ -87,6 +94,16 @@ class CurveCode(FixedCode):
 
     def _make_decoder(self, received: tuple[int, ...]) -> Map:
         return self._curve(self.worker_points.take(received), self.data_points)
+
+    def residual_operator(self, received: Sequence[int]) -> Floats:
+        """Return ``I - H`` of the smoother H by which wrong results are found, ``[|F|, |F|]``.
+
+        It is a smoothing spline through the received worker points that follows what is longer than
+        their distance, whatever the decoder is.
+        """
+        nodes = self.worker_points.take([*received])
+        smoothing = (_WAVELENGTH / len(nodes)) ** 4
+        return residual_operator(SplineMap(nodes, nodes, smoothing=smoothing).matrix().numpy())
 
     def _points(self, argument: str, points: ArrayLike, size: int) -> Floats:
         array = real_array(self, argument, points)
@@ -288,6 +305,7 @@ class LagrangeCode(CurveCode):
     """
 
     default_worker_points = staticmethod(chebyshev_first)
+    num_unknowns = 0  # ``min_received`` results determine the polynomial
 
     def __init__(
         self,
@@ -321,6 +339,11 @@ class LagrangeCode(CurveCode):
     def min_received(self) -> int:
         """D + 1, the number of results that determine a polynomial of degree D."""
         return self.decoder_degree + 1
+
+    def residual_operator(self, received: Sequence[int]) -> Floats:
+        """Return ``I - H`` for the least-squares polynomial of the results' degree."""
+        nodes = self.worker_points.take([*received])
+        return residual_operator(_least_squares(nodes, nodes, self.decoder_degree))
 
     def _make_encoder(self) -> Floats:
         return _through(self.data_points, self.worker_points)

@@ -18,6 +18,7 @@ from ..input_space.ordering import Grouping
 from ..input_space.regression import Regression, RowPlan
 from ..linear import LinearMap, SelectMap
 from .base import BatchPlan, Code, FixedCode, cut
+from .suspects import Trust
 
 # The power of the variances that follow from distances with which squared errors grow: 1.0 for a
 # LeNet-5 on MNIST, 0.49 for a RepVGG and 0.46 for a vision transformer on Fashion-MNIST (measured
@@ -50,6 +51,10 @@ class ReplicationCode(FixedCode):
     """
 
     mixes = False
+    defends = True
+
+    def _plan(self, inputs: list[Tensor], size: int, *_: Any) -> BatchPlan:
+        return _CopiesPlan(self, self._grouping(inputs, size))
 
     def _make_encoder(self) -> LinearMap:
         source = torch.arange(self.num_workers) % self.num_data
@@ -61,6 +66,14 @@ class ReplicationCode(FixedCode):
         source[inputs] = torch.from_numpy(first)
         mean = torch.full((1, inputs.size), 1 / inputs.size, dtype=torch.float64)
         return SelectMap(len(received), source, torch.from_numpy(first), mean)
+
+
+class _CopiesPlan(BatchPlan):
+    """Worker n computes input ``n mod K`` of every group."""
+
+    def _trusted(self, results: Sequence[Tensor], received: Sequence[int]) -> Trust:
+        points = torch.tensor(received) % self.code.num_data
+        return self._compared(self._grouping.rows[points], results)
 
 
 class RegressionCode(Code):
@@ -94,6 +107,7 @@ class RegressionCode(Code):
     """
 
     uses_geometry = True
+    defends = True
 
     def __init__(
         self,
@@ -122,12 +136,18 @@ class RegressionCode(Code):
                 f"{type(self).__name__}: redundancy must be 'copies' or 'midpoints', got "
                 f"{shown(redundancy)}"
             )
+        if redundancy == "midpoints" and self.adversaries:
+            raise ValueError(
+                f"{type(self).__name__}: adversaries must be 0 with midpoints, which have no "
+                f"copies, got {self.adversaries}"
+            )
         self.redundancy = redundancy
         self.mixes = redundancy == "midpoints"
 
     def candidates(self) -> dict[str, Sequence[Any]]:
         own = ((x,) for x in self.regression.metrics if not isinstance(x, str))
-        kinds = ("copies", "midpoints") if 1 < self.num_data < self.num_workers else ("copies",)
+        may_mix = 1 < self.num_data < self.num_workers and not self.adversaries
+        kinds = ("copies", "midpoints") if may_mix else ("copies",)
         lengths = 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0
         return {"redundancy": kinds, "metric": (*METRICS, *own), "length": lengths}
 
@@ -165,6 +185,23 @@ class _RepetitionPlan(RowPlan, BatchPlan):
         check(self.code, values.shape[:1] == (self.batch_size,), must, [*values.shape])
         (rows,) = to_device([self._rows.flatten()], values.device)
         return values.index_select(0, rows).view(*self._rows.shape, *values.shape[1:])
+
+    def _trusted(self, results: Sequence[Tensor], received: Sequence[int]) -> Trust:
+        rows = self._rows[[*received]]
+
+        def doubt(places: list[int]) -> list[float]:
+            others = [i for i in range(len(received)) if i not in places]
+            if not others:
+                return [0.0] * len(places)
+            workers = [received[i] for i in others]
+            errors = torch.zeros(len(places), dtype=torch.float64)
+            for leaf in filter(torch.is_floating_point, results):
+                estimates = self.decode(leaf[others], workers)
+                off = (leaf[places] - estimates[rows[places]]).double().flatten(1)
+                errors += off.square().sum(1)
+            return errors.tolist()
+
+        return self._compared(rows, results, doubt)
 
 
 class _MidpointPlan(_RepetitionPlan):

@@ -15,10 +15,11 @@ from .._changes import unchanged
 from .._layout import Layout, proved_of, structure
 from .._torch import WrongRows, on_host, refuse_tracing, tracer
 from ..codes.base import Code
-from ..input_space.regression import Regression
+from ..input_space.regression import Regression, to_scale
 from ..scheduling.latency_history import History
 from ..scheduling.policy import Waiting
 from ..surrogates import checked
+from ..verification.evidence import Evidence
 from ..verification.record import Record
 from ..verification.verifier import Verifier
 from ..workers.base import Workers
@@ -358,6 +359,8 @@ class CodedWrapper(ModuleProxy):
             if error is not None:
                 return answers.alone(waiting, stacked, error)
             assert stacked is not None
+            if self.code is not None and self.code.adversaries:
+                stacked = self._trusted(stacked, division, execution, report)
             if self.surrogate:
                 self._form = stacked.form()
             is_whole = division.is_whole(stacked.units)
@@ -383,6 +386,19 @@ class CodedWrapper(ModuleProxy):
         if report.ended != "complete":
             report._warn(execution.why)
         return found
+
+    def _trusted(
+        self, stacked: Stacked, division: Division, execution: Execution, report: Report
+    ) -> Stacked:
+        """Return the results that fit each other, and note the workers of the others."""
+        places = stacked.decoded if division.mixes else stacked.divided
+        results = [to_scale(stacked.leaves[i], division.link) for i in places]
+        trust = division.plan.trusted(results, stacked.units)
+        answered = execution.table.answered
+        workers = [answered[unit].worker for unit in stacked.units]
+        suspects = {worker for i, worker in enumerate(workers) if i not in trust.places}
+        report._note_trust(suspects, self._evidence.add(workers, suspects), trust.undefended)
+        return stacked.take(trust.places) if suspects else stacked
 
     def _warn_once(self, waiting: Waiting, execution: Execution) -> None:
         """Warn if a call by rows never uses a surrogate, or can never estimate an output."""
@@ -415,6 +431,8 @@ class CodedWrapper(ModuleProxy):
             self._history = History()  # one for each module and pool
         if name == "module":
             self._form = None
+        if name in ("workers", "module", "code") and "workers" in vars(self):
+            self._evidence = Evidence(self.workers)
         if name in ("workers", "module", "verify") and "verify" in vars(self):
             self._record = Record(self.workers, self.verify) if self.verify else None
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -115,6 +115,13 @@ class Report:
     corrected: tuple[int, ...] = ()
     #: by worker, how many wrong results it was found to return.
     wrong_results: dict[int, int] = dataclasses.field(default_factory=dict)
+    #: with ``adversaries`` of a code, the workers whose results did not fit the others, and were
+    #: not decoded.
+    suspects: tuple[int, ...] = ()
+    #: bool ``[B]``, on the host: with ``adversaries`` of a code, the rows that wrong results may
+    #: have changed: no other worker confirms the result, or more workers look wrong than the code
+    #: bears. None without ``adversaries``.
+    undefended: Tensor | None = dataclasses.field(default=None, repr=False)
     #: the workers that this call excluded, until they are restarted.
     excluded: tuple[int, ...] = ()
 
@@ -318,6 +325,23 @@ class Report:
         why = "CodedWrapper: worker %d is excluded until it is restarted, as it is often wrong"
         for worker in verdict.excluded:
             logger.error(why, worker)
+
+    @outside()
+    def _note_trust(
+        self, suspects: Collection[int], excluded: Sequence[int], undefended: Tensor
+    ) -> None:
+        """Note the workers whose results were dropped, and the rows that are not defended."""
+        self.suspects = tuple(sorted(suspects))
+        self.excluded = tuple(excluded)
+        self.undefended = undefended
+        count = int(undefended.sum())
+        if count:
+            self.notes += (f"wrong results may have changed {count} of {len(undefended)} answers",)
+        if suspects:
+            logger.warning("CodedWrapper: results of workers %s were dropped", [*self.suspects])
+        for worker in excluded:
+            why = "CodedWrapper: worker %d is excluded until it is restarted: its results did not"
+            logger.error(f"{why} fit the others' in half of its calls", worker)
 
     @outside()
     def _note_source(

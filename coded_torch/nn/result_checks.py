@@ -208,6 +208,17 @@ class Stacked(NamedTuple):
         """The places of the divided leaves that can be estimated."""
         return [i for i in self.divided if self.leaves[i].dtype.is_floating_point]
 
+    def take(self, places: Sequence[int]) -> Stacked:
+        """Return the same with the results of some units, by their places."""
+        leaves = list(self.leaves)
+        for i in self.divided:
+            leaf: Tensor = leaves[i]
+            (at,) = to_device([torch.tensor(places)], leaf.device)
+            leaves[i] = leaf.index_select(0, at)
+        units = tuple(self.units[place] for place in places)
+        later = tuple(self.later[place] for place in places)
+        return self._replace(units=units, later=later, leaves=leaves)
+
     def over(self, i: int, rows: Tensor) -> Tensor:
         """Return a copy of rows ``[B, ...]`` with the results of leaf i in their places."""
         leaf: Tensor = self.leaves[i]
