@@ -6,6 +6,7 @@ a call at once. Results of codes with copies should be alike where workers compu
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -32,6 +33,8 @@ _ROUNDS = 10  # of exchanges between dropped and kept workers; two are usual
 #: Copies agree if they differ by at most so much of the spread of the outputs; not tuned.
 ROUNDING = 1e-3
 _HALF_ROUNDING = 2e-2  # the same for results in half precision
+_LESS = 1e-9  # the least fall of the logarithm of the energy for which workers are exchanged
+_MOST_PAIRS = 8  # dropped workers of which all pairs are tried; not tuned
 _RANK = 1e-10  # of a diagonal, below which a worker's result is not compared with others'
 
 
@@ -85,11 +88,13 @@ class Residuals:
         self._shape = padded.shape
         flat = padded.reshape(count, -1)
         self.residuals = operator @ flat
+        #: The squared residuals that rounding errors may leave.
+        self.rounding = 1e-24 * float((flat**2).sum()) + float(np.finfo(np.float64).tiny)
         products = (flat * self.residuals).reshape(self._shape)
         self.energy = products.sum((0, 2))  # [G]
 
-    def without(self, dropped: Sequence[int]) -> tuple[Floats, Floats]:
-        """Return each worker's squared studentised residuals ``[F, G]``, and the energy ``[G]``."""
+    def _swept(self, dropped: Sequence[int]) -> tuple[Floats, Floats, Floats]:
+        """Return the operator, the residuals and the energy without some workers."""
         operator = self.operator.copy()
         residuals = self.residuals.copy()
         energy = self.energy.copy()
@@ -102,8 +107,13 @@ class Residuals:
             column = operator[:, worker] / pivot
             residuals -= np.outer(column, own)
             operator -= np.outer(column, operator[worker])
+        return operator, residuals.reshape(self._shape), energy
+
+    def without(self, dropped: Sequence[int]) -> tuple[Floats, Floats]:
+        """Return each worker's squared studentised residuals ``[F, G]``, and the energy ``[G]``."""
+        operator, residuals, energy = self._swept(dropped)
         diagonal = operator.diagonal()
-        squares = (residuals.reshape(self._shape) ** 2).sum(2)
+        squares = (residuals**2).sum(2)
         compared = diagonal > _RANK
         compared[[*dropped]] = False
         scale = np.where(compared, diagonal, 1.0)
@@ -120,6 +130,34 @@ class Residuals:
         left[[*dropped]] = math.inf
         worker = int(left.argmin())
         return worker, float(left[worker])
+
+    def best_pair(self, dropped: Sequence[int]) -> tuple[list[int], float]:
+        """Return the two neighbouring workers without whom the least energy is left."""
+        operator, residuals, energy = self._swept(dropped)
+        found: list[int] = []
+        least = math.inf
+        free = np.ones(len(operator), bool)
+        free[[*dropped]] = False
+        for step in range(1, min(NEIGHBOURS, len(operator) - 1) + 1):
+            first = np.arange(len(operator) - step)
+            second = first + step
+            both = operator[first, second]
+            one = operator[first, first]
+            other = operator[second, second]
+            determinant = one * other - both**2
+            usable = free[first] & free[second] & (determinant > _RANK)
+            inner = (residuals[first] * residuals[second]).sum(2)
+            squares = (residuals**2).sum(2)
+            taken = squares[first] * other[:, None] - 2 * inner * both[:, None]
+            taken = taken + squares[second] * one[:, None]
+            taken = taken / np.where(usable, determinant, 1.0)[:, None]
+            left = np.log(self._bounded(energy - taken)).sum(1)
+            left[~usable] = math.inf
+            at = int(left.argmin())
+            if left[at] < least:
+                least = float(left[at])
+                found = [int(first[at]), int(second[at])]
+        return found, least
 
     def _bounded(self, energy: Floats) -> Floats:
         least = np.maximum(1e-14 * self.energy, np.finfo(np.float64).tiny)
@@ -162,18 +200,33 @@ def outliers(residuals: Residuals, encoder: Residuals, most: int) -> list[int]:
 
 
 def _exchanged(residuals: Residuals, dropped: list[int], left: float) -> list[int]:
-    """Exchange dropped workers for others as long as that leaves less energy."""
+    """Exchange dropped workers for others, one or two, as long as that leaves less energy."""
     for _ in range(_ROUNDS):
         before = left
         for worker in [*dropped]:
             others = [x for x in dropped if x != worker]
             other, found = residuals.best(others)
-            if other != worker and found < left - 1e-9:
+            if other != worker and found < left - _LESS:
                 dropped = [*others, other]
                 left = found
         if left == before:
+            for pair in _pairs(dropped):
+                others = [x for x in dropped if x not in pair]
+                two, found = residuals.best_pair(others)
+                if found < left - _LESS:
+                    dropped = [*others, *two]
+                    left = found
+                    break
+        if left == before:
             break
     return dropped
+
+
+def _pairs(dropped: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the pairs of dropped workers; only neighbouring ones if these are many."""
+    if len(dropped) <= _MOST_PAIRS:
+        return [*itertools.combinations(dropped, 2)]
+    return [*itertools.pairwise(sorted(dropped))]
 
 
 def _excess(
@@ -215,8 +268,10 @@ def _relative(residuals: Residuals, encoder: Residuals, dropped: Sequence[int]) 
     """Return squared studentised residuals ``[F, G]`` over what the encoder lets expect."""
     squares, _ = residuals.without(dropped)
     bends = encoder.without(dropped)[0][:, 0]
-    usual = float(np.median(bends[bends > 0])) if (bends > 0).any() else 0.0
-    return squares / (1 + bends / usual)[:, None] if usual else squares
+    usual = np.median(bends[bends > 0]) if (bends > 0).any() else 0.0
+    # An encoder that the smoother reproduces leaves rounding errors, which tell nothing.
+    usual = max(float(usual), encoder.rounding)
+    return np.asarray(squares / (1 + bends / usual)[:, None])
 
 
 class Copies:

@@ -63,7 +63,7 @@ def compare(
     seeds: int | Sequence[int] = 0,
     tuning_batches: int | None = None,
     attack: Attack | None = None,
-    faulty: int = 1,
+    adversaries: int = 1,
     in_dims: Any = 0,
     out_dims: Any = 0,
 ) -> Comparison:
@@ -96,9 +96,9 @@ def compare(
         received_sets: the number of received sets of a batch and seed. Defaults to 1.
         seeds: the seeds of the lost workers; every seed answers all batches. Defaults to 0.
         tuning_batches: the number of first batches that codes are tuned on. Defaults to a quarter.
-        attack: maps the results of a worker, ``[rows, ...]``, and a generator to wrong ones. Codes
-            are tuned on honest results.
-        faulty: with an attack, the number of such workers in each received set. Defaults to 1.
+        attack: maps the results of a worker, ``[rows, ...]``, and a generator to wrong ones. Every
+            code is also tried with ``adversaries``, and all are tuned under the attack.
+        adversaries: with an attack, the number of such workers in each received set. Defaults to 1.
         in_dims, out_dims: as for :class:`~coded_torch.CodedWrapper`.
 
     Codes that mix inputs need floating-point ones, and are left out otherwise. At every setting,
@@ -131,7 +131,7 @@ def compare(
         )
     for name, value in {"extra": extra, "surrogate": surrogate, "attack": attack}.items():
         instance("compare", name, value, Callable, optional=True)
-    faulty = count("compare", "faulty", faulty)
+    adversaries = count("compare", "adversaries", adversaries)
     instance("compare", "delays", delays, Callable)
     instance("compare", "settings", settings, Sequence)
     known = [_setting(setting) for setting in settings]
@@ -162,7 +162,9 @@ def compare(
                     )
                 check_labels("compare", classes, trial.exact[0])
             if attack is not None:
-                count("compare", "faulty, of the workers received,", faulty, 1, min(map(len, sets)))
+                few = min(map(len, sets))
+                count("compare", "adversaries, of the workers received,", adversaries, 1, few)
+                trial.attack = attack, adversaries, seed
             yield trial, classes
 
     records: list[Record] = []
@@ -170,13 +172,15 @@ def compare(
     for setting in known:
         n, k, s = setting
         # Not the workers that are lost later.
-        honest = [trial for trial, _ in trials(setting, max(seeds) + 1, SETS, slice(cut))]
-        untuned = _schemes(k, n, honest[0], extra, schemes)
+        first = [trial for trial, _ in trials(setting, max(seeds) + 1, SETS, slice(cut))]
+        untuned = _schemes(k, n, first[0], extra, schemes)
+        if attack is not None:
+            untuned |= _defended(untuned, adversaries)
         tuned: dict[str, Code | Decoder] = {}
         for name, code in untuned.items():
             if isinstance(code, Code):
                 mixes = code.mixes or surrogate is None
-                codes[setting, name] = code = chosen("compare", code, honest, s, mixes=mixes)
+                codes[setting, name] = code = chosen("compare", code, first, s, mixes=mixes)
             if not (attack is None or isinstance(code, Code)):
                 raise ValueError(
                     "compare: extra must return codes beside an attack, as functions get honest "
@@ -186,7 +190,6 @@ def compare(
         for seed in seeds:
             answered = trials(setting, seed, received_sets, slice(cut, None))
             for batch, (trial, classes) in enumerate(answered):
-                trial.attack = None if attack is None else (attack, faulty, seed)
                 exact = _flat(trial.exact)
                 size = trial.batch_size
                 found: dict[str, tuple[Code | Decoder | None, list[Score]]] = {}
@@ -240,6 +243,15 @@ def _schemes(k: int, n: int, trial: Trial, extra: Any, names: Any) -> dict[str, 
             f"compare: schemes must be names of {str([*fit])[1:-1]}, got {shown(names)}"
         )
     return some
+
+
+def _defended(schemes: Mapping[str, Code | Decoder], adversaries: int) -> dict[str, Code | Decoder]:
+    """Return the codes that can tell wrong results from others, as they do so."""
+    return {
+        f"{name}, defended": code.replace(adversaries=adversaries)
+        for name, code in schemes.items()
+        if isinstance(code, Code) and code.defends and not code.adversaries
+    }
 
 
 def _answers(

@@ -244,9 +244,13 @@ class Trial:
             return [torch.full_like(exact, math.nan) for exact in self.exact]
         plan, results = self._planned(code, num_stragglers)
         rows = [self._workers.index(worker) for worker in received]
+        every = [to_scale(self._attacked(result[rows], received), code.link) for result in results]
+        if code.adversaries:
+            places = plan.trusted(every, received).places
+            every = [arrived[places] for arrived in every]
+            received = tuple(received[place] for place in places)
         answers = []
-        for i, result in enumerate(results):
-            arrived = to_scale(self._attacked(result[rows], received), code.link)
+        for i, arrived in enumerate(every):
             if surrogate:
                 known = to_scale(surrogate[i], code.link)
                 decoded = plan.decode(arrived - plan.encode(known)[received], received) + known
@@ -276,10 +280,10 @@ class Trial:
         """Return results ``[F, rows, ...]`` with wrong ones in the places of faulty workers."""
         if self.attack is None:
             return results
-        attack, faulty, seed = self.attack
+        attack, adversaries, seed = self.attack
         generator = torch.Generator().manual_seed(hash((seed, *received)))
         wrong = results.clone()
-        for place in torch.randperm(len(results), generator=generator)[:faulty].tolist():
+        for place in torch.randperm(len(results), generator=generator)[:adversaries].tolist():
             rows = attack(results[place], generator)
             is_fit = isinstance(rows, Tensor) and rows.shape == wrong[place].shape
             if not is_fit:

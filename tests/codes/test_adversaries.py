@@ -1,0 +1,239 @@
+"""Compromised workers under a code: their results are dropped, or rows are marked."""
+
+import pytest
+import torch
+from torch import nn
+
+import coded_torch
+from coded_torch import CodedWrapper, codes, stragglers, workers
+from coded_torch.codes.suspects import Copies
+from coded_torch.experiments.faults import FaultyWorkers
+from coded_torch.verification.evidence import CALLS, Evidence
+
+ATTACKS = {
+    "noise": lambda rows, generator: rows + 20 * torch.randn(rows.shape, generator=generator),
+    "negated": lambda rows, _: -rows,
+    "scaled": lambda rows, _: 3 * rows,
+    "shifted together": lambda rows, _: rows + 3,
+    "rolled": lambda rows, _: rows.roll(1, -1),
+}
+CODES = {
+    "spline": lambda a: codes.SplineCode(10, 60, adversaries=a),
+    "Berrut": lambda a: codes.BerrutCode(10, 60, adversaries=a),
+    "Floater-Hormann": lambda a: codes.FloaterHormannCode(10, 60, adversaries=a),
+    "Lagrange": lambda a: codes.LagrangeCode(10, 60, degree=2, adversaries=a),
+    "replication": lambda a: codes.ReplicationCode(10, 60, adversaries=a),
+    "regression": lambda a: codes.RegressionCode(10, 60, adversaries=a),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 8)).eval()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return torch.randn(80, 4, generator=torch.Generator().manual_seed(1))
+
+
+class Square(nn.Module):
+    """A polynomial, which Lagrange's code decodes exactly."""
+
+    def forward(self, x):
+        return torch.cat([x, x * x.roll(1, -1)], -1)
+
+
+def answered(model, batch, code, attack=None, adversaries=(), seed=0):
+    pool = workers.LocalWorkers(stragglers.Uniform(4, seed=seed))
+    if attack is not None:
+        pool = FaultyWorkers(pool, attack=attack, adversaries=adversaries)
+    with torch.no_grad():
+        answers, report = CodedWrapper(model, code, workers=pool).run(batch)
+        return float((answers - model(batch)).square().mean()), report
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("code", CODES)
+def test_wrong_results_are_dropped(model, batch, code, attack):
+    model = Square() if code == "Lagrange" else model
+    wrong = (7, 8, 33)  # two of them side by side in the order of asking
+    trusting, _ = answered(model, batch, CODES[code](0), ATTACKS[attack], wrong)
+    honest, _ = answered(model, batch, CODES[code](3))
+    error, report = answered(model, batch, CODES[code](3), ATTACKS[attack], wrong)
+    assert {*report.suspects} == {*wrong}.intersection(report.received)
+    assert error <= max(3 * honest, 1e-9) < trusting
+    assert not report.undefended.any()
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_honest_calls_lose_no_worker(model, batch, code):
+    model = Square() if code == "Lagrange" else model
+    for seed in range(20):
+        _, report = answered(model, batch, CODES[code](3), seed=seed)
+        assert report.suspects == ()
+
+
+@pytest.mark.parametrize("places", [(20, 21), (20, 22), (0, 1), (28, 29, 30)])
+def test_neighbouring_wrong_results_do_not_hide_each_other(model, batch, places):
+    code = codes.SplineCode(10, 60, ordering="arrival", adversaries=len(places))
+    plan = code.plan([batch])
+    coded = plan.encode(batch)
+    with torch.no_grad():
+        results = model(coded.flatten(0, 1)).unflatten(0, coded.shape[:2])
+    results[[*places]] = -results[[*places]]
+    trust = plan.trusted([results], range(60))
+    assert {*range(60)} - {*trust.places} == {*places}
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_more_wrong_workers_than_the_code_bears_are_not_silent(model, batch, code):
+    wrong = (2, 11, 23, 37, 44)
+    _, report = answered(model, batch, CODES[code](1), ATTACKS["noise"], wrong)
+    assert report.undefended.all()
+    assert "wrong results may have changed 80 of 80 answers" in report.notes
+
+
+def test_too_few_results_to_tell_are_marked(model, batch):
+    _, report = answered(model, batch, codes.SplineCode(4, 6, adversaries=1))
+    assert report.undefended.all()
+    assert report.suspects == ()
+
+
+def test_a_single_copy_is_defended_by_its_workers_other_copies(model, batch):
+    # With 1.2 copies per input, most rows have one, whose worker agrees with others elsewhere.
+    code = codes.RegressionCode(20, 24, adversaries=1)
+    pool = workers.LocalWorkers()
+    with torch.no_grad():
+        _, report = CodedWrapper(model, code, workers=pool).run(batch.repeat(3, 1))
+    assert report.undefended.float().mean() < 0.2
+
+
+def test_two_copies_that_differ_are_decided_by_the_regression(model):
+    x = torch.linspace(-1, 1, 24)[:, None].repeat(1, 4)
+    code = codes.RegressionCode(12, 24, adversaries=1)
+    plan = code.plan([x])
+    with torch.no_grad():
+        right = model(x)
+        results = plan.encode(right)
+        results[5] += 10
+        trust = plan.trusted([results], range(24))
+        kept = [*trust.places]
+        assert 5 not in kept
+        assert torch.equal(plan.decode(results[kept], kept), right)
+
+
+def test_copies_that_only_differ_from_each_other_are_undecided():
+    rows = torch.tensor([[0], [0], [1], [1]])
+    results = [torch.tensor([[[1.0]], [[2.0]], [[3.0]], [[3.0]]])]
+    copies = Copies(rows, results)
+    assert copies.wrong(1, None) == [0, 1]
+    assert copies.undecided == {0, 1}
+    assert copies.undefended([0, 1], 1, 2).tolist() == [True, False]
+    copies = Copies(rows, results)
+    assert copies.wrong(1, lambda places: [0.0, 5.0]) == [1]
+    assert copies.undefended([1], 1, 2).tolist() == [True, False]
+
+
+def test_copies_of_half_precision_may_be_rounded_otherwise():
+    rows = torch.tensor([[0, 1, 2], [0, 1, 2], [0, 1, 2]])
+    values = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0)).repeat(3, 1, 1)
+    noisy = (values * torch.tensor([1, 1.002, 0.999])[:, None, None]).half()
+    assert Copies(rows, [noisy]).wrong(1, None) == []
+    noisy[1] *= 1.5
+    assert Copies(rows, [noisy]).wrong(1, None) == [1]
+
+
+def test_outputs_of_any_width_and_number(model, batch):
+    class Wide(nn.Module):
+        def forward(self, x):
+            y = model(x)
+            return {"few": y, "many": y.repeat(1, 40).reshape(len(x), 16, 20), "one": y[:, 0]}
+
+    pool = FaultyWorkers(workers.LocalWorkers(), attack=ATTACKS["negated"], adversaries=[9])
+    code = codes.SplineCode(10, 40, adversaries=1)
+    with torch.no_grad():
+        answers, report = CodedWrapper(Wide(), code, workers=pool).run(batch)
+    assert report.suspects == (9,)
+    assert torch.allclose(answers["few"], model(batch), atol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: codes.RegressionCode(3, 4, redundancy="midpoints", adversaries=1),
+            "RegressionCode: adversaries must be 0 with midpoints, which have no copies, got 1",
+        ),
+        (lambda: codes.SplineCode(3, 4, adversaries=-1), "adversaries must be"),
+        (lambda: codes.SplineCode(3, 4, adversaries=5), "adversaries must be"),
+    ],
+)
+def test_arguments_that_do_not_fit(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_code_that_cannot_tell_wrong_results_refuses_adversaries():
+    class Mean(codes.FixedCode):
+        def _make_encoder(self):
+            raise NotImplementedError
+
+        _make_decoder = _make_encoder
+
+    with pytest.raises(ValueError, match="Mean: adversaries must be 0 with a code that cannot"):
+        Mean(2, 3, adversaries=1)
+
+
+class _Pool:
+    def __init__(self):
+        self.excluded = []
+
+    def exclude(self, worker):
+        self.excluded.append(worker)
+
+
+def test_workers_are_excluded_by_many_calls_alone():
+    pool = _Pool()
+    evidence = Evidence(pool)
+    for call in range(CALLS):
+        assert pool.excluded == []
+        evidence.add(range(6), {3} if call % 2 else {3, call % 6})
+    assert pool.excluded == [3]
+    for _ in range(CALLS - 1):  # a worker that was restarted begins anew
+        assert evidence.add(range(6), {3}) == ()
+    assert evidence.add(range(6), {3}) == (3,)
+
+
+def test_a_pool_loses_a_worker_that_is_always_wrong(model, batch):
+    with workers.DeviceWorkers(["cpu"] * 12) as pool, torch.no_grad():
+        faulty = FaultyWorkers(pool, attack=ATTACKS["negated"], adversaries=[4])
+        code = codes.RegressionCode(4, 12, adversaries=1)
+        coded = CodedWrapper(model, code, workers=faulty)
+        excluded = set[int]()
+        for _ in range(60):
+            answers, report = coded.run(batch)
+            assert torch.allclose(answers, model(batch), atol=1e-5)
+            assert {*report.suspects} <= {4}
+            excluded.update(report.excluded)
+            if excluded:
+                break
+        assert excluded == {4}
+        assert pool.states[4][0] == "excluded"
+
+
+def test_comparisons_try_codes_with_and_without_defence(model, batch):
+    batches = [batch, batch.flip(0), 0.7 * batch]
+    found = coded_torch.compare(
+        model,
+        batches,
+        [(40, 8, 2)],
+        attack=ATTACKS["noise"],
+        adversaries=2,
+        schemes=["the paper's, ordered", "regression"],
+    )
+    error = {row.name: row.mse[0] for row in found.rows}
+    assert error["the paper's, ordered, defended"] < 1e-2 < error["the paper's, ordered"]
+    assert error["regression, defended"] < 1e-6 < error["regression"]
