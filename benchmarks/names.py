@@ -16,6 +16,8 @@ NAMES = {
     "no redundancy, surrogate": "no redundancy, student on missing rows",
     "replication, surrogate": "replication, student on missing rows",
     "surrogate alone": "student alone, no worker",
+    "Berrut, ApproxIFER's locator": "Berrut, ordered, ApproxIFER's locator",
+    "regression, median of copies": "the copies of `RegressionCode`, median",
     "regression, copies": "`RegressionCode`, copies",
     "regression, midpoints": "`RegressionCode`, midpoints",
     "regression, residuals": "`RegressionCode` on the student's residuals",

@@ -93,6 +93,18 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
             "`tune` takes": lambda _, of: of["chosen"],
         },
     ),
+    "adversaries": Table(
+        "adversaries > lenet5 > B = 240 > * > codes > *",
+        ("attack", "scheme"),
+        {
+            "trusting": "trusting:.2g",
+            "defended": "defended:.2g",
+            "without them": "oracle:.2g",
+            "found of 5": "found:.1f",
+            "honest ones dropped": "innocent:.2f",
+            "wrong in silence": "silent:.2f",
+        },
+    ),
     "bound": Table(
         "bound > * > * > * > schemes > *",
         ("network", "batch", SETTING, "scheme"),

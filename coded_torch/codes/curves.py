@@ -341,7 +341,12 @@ class LagrangeCode(CurveCode):
         return self.decoder_degree + 1
 
     def residual_operator(self, received: Sequence[int]) -> Floats:
-        """Return ``I - H`` for the least-squares polynomial of the results' degree."""
+        """Return ``I - H`` for the polynomial that the results lie on, if the model is one.
+
+        With a ``decoder_degree`` for other models, results lie near a smooth curve.
+        """
+        if self._given.get("decoder_degree") is not None:
+            return super().residual_operator(received)
         nodes = self.worker_points.take([*received])
         return residual_operator(_least_squares(nodes, nodes, self.decoder_degree))
 

@@ -27,6 +27,7 @@ Floats = NDArray[np.float64]
 _RATIO = 1.9
 _SPREADS = 2.0
 _FEW = 15.0
+_MOST_SPREADS = 3.0
 #: Neighbours on each side of a worker that its residual is compared with; not tuned.
 NEIGHBOURS = 6
 _ROUNDS = 10  # of exchanges between dropped and kept workers; two are usual
@@ -260,7 +261,7 @@ def _excess(
         at = int(np.searchsorted(places, worker))
         around = scores[max(0, at - NEIGHBOURS) : at + NEIGHBOURS]
         excess.append(own - float(np.median(around)))
-    spreads = _SPREADS + _FEW / residuals.count
+    spreads = _SPREADS + min(_FEW / residuals.count, _MOST_SPREADS)
     return excess, math.log(_RATIO) + spreads * spread
 
 

@@ -80,7 +80,8 @@ class CodedWrapper(ModuleProxy):
             estimated. Refused with codes that mix inputs. Defaults to an empty tuple.
         verify: the share of rows, such as 0.02, that a second worker computes. Wrong results are
             corrected, and workers that often return them excluded. By rows, on pools of at least
-            three workers; with two, disputes are only reported. Defaults to None: off.
+            three workers; with two, disputes are only reported. With a code, give it
+            ``adversaries`` instead. Defaults to None: off.
         in_dims: as in :func:`torch.func.vmap`, for the positional arguments: a batch dimension, or
             "shared" or None for a value meant for the whole batch; or a pytree prefix of such. A
             tensor under None whose first dimension has the batch size is refused, and so is any
