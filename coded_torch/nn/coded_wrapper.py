@@ -299,7 +299,11 @@ class CodedWrapper(ModuleProxy):
             inputs.unproved = f"the call was traced by {by}"
         elif inputs.layout is None:
             left = seconds_left(self.workers, waiting, report) / 2
-            found = self.workers.prove(self.module, inputs.task(self.out_dims), left)
+            try:
+                found = self.workers.prove(self.module, inputs.task(self.out_dims), left)
+            except Exception:  # inputs that a code cannot mix may be to blame
+                inputs.read()
+                raise
             if isinstance(found, Layout):
                 inputs.layout = proved[key] = found
             else:
