@@ -14,7 +14,7 @@ from .._arguments import check, count, instance, real, warn
 from .._changes import unchanged
 from .._layout import Layout, proved_of, structure
 from .._torch import WrongRows, on_host, refuse_tracing, tracer
-from ..codes.base import Code
+from ..codes.base import Code, NotEnoughResults
 from ..input_space.regression import Regression, to_scale
 from ..scheduling.latency_history import History
 from ..scheduling.policy import Waiting
@@ -263,11 +263,12 @@ class CodedWrapper(ModuleProxy):
             with unchanged():  # a memory and a pool look at the weights
                 try:
                     answers = self._compute(waiting, division, report)
-                except (TypeError, WrongRows):  # lists and constants have to be proved
+                except (TypeError, WrongRows, NotEnoughResults) as error:
                     # On a simulated clock, the deadline would begin again.
                     is_late = self.workers.simulated and waiting.deadline is not None
                     is_late |= seconds_left(self.workers, waiting, report) <= 0
-                    if is_joined or is_late or inputs.layout is not None:
+                    is_open = not (is_joined or is_late or inputs.layout is not None)
+                    if not (is_open and _needs_proof(error)):
                         raise
                     self._prove(inputs, waiting, report)
                     division = self._divide(inputs, waiting, report, parts)
@@ -447,6 +448,16 @@ class CodedWrapper(ModuleProxy):
             if isinstance(surrogate, nn.Module):
                 surrogate._apply(fn, recurse)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+def _needs_proof(error: Exception) -> bool:
+    """Return whether outputs look wrong that may be lists or constants, which have to be proved.
+
+    Where single rows look right by chance, the others are missing because of it.
+    """
+    if isinstance(error, NotEnoughResults):
+        return isinstance(getattr(error.__cause__, "__cause__", None), WrongRows)
+    return True
 
 
 def _check_settings(wrapper: CodedWrapper) -> None:
