@@ -205,8 +205,8 @@ class Code(abc.ABC):
         num_workers: N, the number of workers, from K to 65,536.
         ordering: the order in which a batch is cut into groups of K: "similarity", in which
             neighbours resemble each other, "arrival", or a metric of
-            :func:`~coded_torch.metrics.from_gradients`, in which neighbours are near each other.
-            Defaults to "similarity".
+            :func:`~coded_torch.input_space.metrics.from_gradients`, in which neighbours are near
+            each other. Defaults to "similarity".
         shuffle: whether every call asks for the columns in a new random order, so that workers late
             together hold columns far apart. Defaults to True.
         link: "softmax" if all outputs are probabilities over their last dimension. They are decoded

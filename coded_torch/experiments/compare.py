@@ -80,8 +80,8 @@ def compare(
     Args:
         module: the module, in evaluation mode.
         batches: at least two, each an argument of the module or a tuple of several.
-        settings: a :class:`~coded_torch.Setting` each, or a tuple (N, K, S): workers, inputs per
-            group, workers lost.
+        settings: a :class:`~coded_torch.experiments.scores.Setting` each, or a tuple (N, K, S):
+            workers, inputs per group, workers lost.
         labels: for every batch the true classes, ``[B]``, integers, of outputs ``[B, classes]``.
             Defaults to None, errors only.
         extra: a function of K and N that returns further schemes to try, by name. Each is a code,

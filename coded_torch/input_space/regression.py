@@ -40,8 +40,8 @@ class Regression:
             given the floating-point inputs, ``[B, ...]`` each, or the others if there are none. It
             returns tensors to measure distances on, such as the module's own embedding, pooled. It
             runs once per call, without gradients, if a row is late. If it fails, the report says
-            so. :func:`~coded_torch.metrics.from_gradients` makes one of a module, which must
-            estimate better than the best of the others. Defaults to "auto".
+            so. :func:`~coded_torch.input_space.metrics.from_gradients` makes one of a module, which
+            must estimate better than the best of the others. Defaults to "auto".
         length: of the regression, positive, in median steps of a path through the batch. "auto"
             chooses among 1, 2, 4, 8, and then times or over the root of 2. Defaults to "auto".
         link: "softmax" if all outputs are probabilities over their last dimension: they are
