@@ -115,10 +115,10 @@ def tried(
     labels: Any = None if every[0].labels is None else [x.labels for x in every]
     images = [x.images for x in every]
     how: Any = {"tuning_batches": len(tuning), "seeds": seeds, **options}
-    if not options.keys() & {"more", "schemes"}:
+    if not options.keys() & {"extra", "schemes"}:
         (case,) = cases
         decoders = kernel_decoder(of, case, [x.images for x in tuning])
-        how["more"] = lambda k, n: decoders
+        how["extra"] = lambda k, n: decoders
     return compare(of.model, images, cases, labels=labels, **how)
 
 
