@@ -37,6 +37,8 @@ _BUSY = 0.02
 _PARKED_SECONDS, _LOOK_SECONDS, _LEADING_SECONDS = 0.05, 0.1, 1.0
 # Seconds that a killed process may take to end. Not tuned.
 _DYING_SECONDS = 0.5
+# Seconds that a thread may take to note an exit code that it has received. Not tuned.
+_NOTING_SECONDS = 0.1
 _ONE = struct.pack("Q", 1)  # what an eventfd takes
 _BROKEN = OSError, LookupError, ValueError, struct.error  # processes may send anything
 
@@ -245,17 +247,25 @@ class _Processes(Supervisor):
 
     def end(self, worker: _Process) -> str | None:
         self._ignore(worker)
+        has_ended = worker.gone  # by itself; the thread that leads may note it any time
         if worker.pid:
+            has_ended = has_ended or bool(wait([worker.descriptor], 0))
             with contextlib.suppress(*_BROKEN):  # it has ended
                 signal.pidfd_send_signal(worker.descriptor, signal.SIGKILL)
                 wait([worker.descriptor], _DYING_SECONDS)
-                if worker.gone and worker.code is None:
-                    worker.code = worker.server.told(worker.connection)
+            with contextlib.suppress(*_BROKEN):  # it may send anything
+                if has_ended and worker.code is None:
+                    code = worker.server.told(worker.connection)
+                    # The thread that leads may have taken the message, and be about to note it.
+                    until = time.monotonic() + _NOTING_SECONDS
+                    while code is None and worker.code is None and time.monotonic() < until:
+                        time.sleep(_NOTING_SECONDS / 20)
+                    worker.code = code if worker.code is None else worker.code
             os.close(worker.descriptor)
         elif time.monotonic() >= min(worker.fork_by, worker.since + self.start_timeout):
             worker.server.kill()
         worker.connection.close()  # ends one that is not up
-        if not worker.gone:
+        if not has_ended:
             return None
         if (code := worker.code) is None and worker.pid:
             return "ended, and its server did not tell how"
