@@ -46,7 +46,7 @@ def run(line):
         ("compare torch.nn:Tanh --inputs none.pt", "cannot be read: no file matches 'none.pt'"),
         ("compare torch.nn:ReLU --inputs i.pt", "the module must return floating-point tensors"),
         ("compare torch.nn:Tanh --inputs nan.pt", "must return finite outputs, got NaN"),
-        ("compare torch.nn:Tanh --inputs folder.png", "it must be a .npy, .safetensors, .parquet"),
+        ("compare torch.nn:Tanh --inputs folder.png", "folder.png must be a regular file"),
         ("compare torch.nn:Tanh --inputs dict.pt", "x=a,y=b: the file has ['x', 'y']"),
         ("compare torch.nn:Tanh --inputs x.pt --settings 5,5,5", "0 <= S < N, got '5,5,5'"),
         ("compare torch.nn:Tanh --inputs x.pt --seed -1", "seeds must be at least 0, got -1"),
