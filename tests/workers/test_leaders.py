@@ -109,7 +109,7 @@ def test_replies_after_their_call_give_their_worker_back_though_no_call_waits(po
     for _ in range(2):
         with pool.open(Sleepy(), task_of(seconds(0.2, 0.2, 0.2, 0.2))) as request:
             request.ask(numbered((0,), (1,), (2,), (3,)))
-            assert request.idle == 0
+            until(lambda: request.idle == 0)  # once the module is packed
         until(lambda: pool._queue.num_idle == 4)
     assert pool.num_restarts == 0
     with pool.open(Sleepy(), task_of(seconds(0.0))) as request:
