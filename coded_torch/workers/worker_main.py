@@ -154,6 +154,8 @@ def serve(requests: int, caller: int, packages: list[str]) -> None:
     os.setpgid(0, 0)
     for number in _OF_CALLER:  # a package may unblock them
         signal.signal(number, signal.SIG_IGN)
+    # If a server ends while a worker is stopped, the kernel sends this to their whole group.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(_IMPORT_SECONDS)  # ends even a server that hangs in compiled code
     with open(os.devnull) as nothing:
