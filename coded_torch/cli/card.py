@@ -94,7 +94,7 @@ class Card:
         }
 
     def keep(self) -> None:
-        """Write what has been found, whole or not at all."""
+        """Write the findings to the file, whole or not at all."""
         self.found["seconds"] = round(time.monotonic() - self._begin, 1)
         if self._path is not None:
             with usage("--json cannot be written"):
@@ -342,7 +342,7 @@ def _step(
         for record in function(*arguments):
             pipe.send(record)
         pipe.send(None)
-    except Exception as error:
+    except Exception as error:  # the parent process reports it, whatever it is
         traceback.print_exc()
         pipe.send((str(error) or repr(error)).splitlines()[0])
 

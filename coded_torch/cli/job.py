@@ -405,7 +405,7 @@ def _names(rows: int, size: int, suffix: str) -> Iterator[str]:
 
 
 def _examine(folder: Path, rows: int, size: int, suffix: str) -> tuple[dict[str, str], ...]:
-    """Return the digests of good batches, and what is wrong with the others that are there."""
+    """Return the digests of good batches, and the faults of the others."""
     path = folder / _MANIFEST
     text = ""
     if os.path.lexists(path):

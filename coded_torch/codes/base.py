@@ -211,9 +211,9 @@ class Code(abc.ABC):
             together hold columns far apart. Defaults to True.
         link: "softmax" if all outputs are probabilities over their last dimension. They are decoded
             on the scale of logits. Defaults to None.
-        adversaries: A, the number of received workers whose results may be wrong, in any way and
-            by agreement. Results that do not fit the others are dropped before decoding, at most A.
-            Defaults to 0, which trusts every result.
+        adversaries: A, the number of received workers whose results may be wrong, also by
+            agreement. Results that do not fit the others are dropped before decoding, at most A.
+            Small changes may pass. Defaults to 0, which trusts every result.
     """
 
     #: True if wrong results can be told from others, so that there may be ``adversaries``.

@@ -34,7 +34,7 @@ class Inputs:
     dimensions; None if every part gets the whole leaf. ``device`` is the first divided leaf's.
     """
 
-    layout: Layout | None = None  #: what is proved of the outputs
+    layout: Layout | None = None  #: the proved layout of the outputs
     unproved = ""  #: why it is not proved, if it is not
 
     def __init__(

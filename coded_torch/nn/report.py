@@ -225,7 +225,7 @@ class Report:
     @outside()
     @torch.inference_mode(False)
     def rows(self, *names: str, coverage: float | None = None) -> dict[str, Tensor]:
-        """Return what is known of each row as columns ``[B]`` by name, all or some.
+        """Return the facts of each row as columns ``[B]`` by name, all or some.
 
         They are ``estimated``, ``error_bound``, ``label_p_value``, ``source``, ``verified``,
         ``unverified`` and ``corrected``. What is unknown is 0 or, of estimated rows, NaN.

@@ -1,4 +1,4 @@
-"""The waiting policy: when a call hedges, what it does with failed parts, and when it ends.
+"""The waiting policy: when a call hedges, how it treats failed parts, and when it ends.
 
 A row is *refused*, and not asked for again in this call, if the module fails on it. A row that
 fails on one broken worker only is given up, but not refused: it is missing.
@@ -52,7 +52,7 @@ _SOONEST = 2e-3
 
 
 def tail(median: float, quartile: float) -> float:
-    """Return the multiple of the median beyond which a part is no part of a lognormal body."""
+    """Return the multiple of the median beyond which a part is slower than others explain."""
     return math.pow(median / quartile, _TAIL)
 
 

@@ -48,7 +48,7 @@ class Task:
     unit_rows: int  #: R
     device: torch.device  #: the device of the divided leaves and the results
     out_dims: Any = 0  #: the batch dimensions of the module's outputs, a pytree prefix of them
-    layout: Layout | None = None  #: what is known of the module's outputs
+    layout: Layout | None = None  #: the layout of the module's outputs, if it is proved
 
     def few(self, rows: Sequence[int]) -> Task:
         """Return the task of some rows."""

@@ -98,7 +98,7 @@ class Pickled:
 
     def __init__(self, value: Any, blocks: Blocks | None = None) -> None:
         self._has_storages = blocks is None
-        # By id, tensors with their persistent ids; by id, what is written, with its place.
+        # By id: each tensor with its persistent id, and each written tensor with its place.
         self._places: dict[int, tuple[Tensor, tuple[Any, ...]]] = {}
         self._tensors: dict[int, tuple[Tensor, int]] = {}
         self._behind = 0  # bytes of the tensors

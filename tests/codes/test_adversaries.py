@@ -1,5 +1,7 @@
 """Compromised workers under a code: their results are dropped, or rows are marked."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -86,6 +88,22 @@ def test_neighbouring_wrong_results_do_not_hide_each_other(model, batch, places)
     results[[*places]] = -results[[*places]]
     trust = plan.trusted([results], range(60))
     assert {*range(60)} - {*trust.places} == {*places}
+
+
+@pytest.mark.parametrize("scale", [1e9, 1e30, 1e200])
+@pytest.mark.parametrize("code", CODES)
+def test_a_huge_result_hides_no_other(model, batch, code, scale):
+    """Residuals of the others were below the rounding errors of the huge one."""
+    model = Square() if code == "Lagrange" else model
+    wide = batch.double()
+    plan = CODES[code](3).plan([wide])
+    coded = plan.encode(wide)
+    with torch.no_grad():
+        results = copy.deepcopy(model).double()(coded.flatten(0, 1)).unflatten(0, coded.shape[:2])
+    results[7] *= scale
+    results[[20, 41]] *= -1
+    trust = plan.trusted([results], range(60))
+    assert {*range(60)} - {*trust.places} == {7, 20, 41}
 
 
 @pytest.mark.parametrize("code", CODES)
