@@ -50,9 +50,19 @@ class Trust(NamedTuple):
 
 
 def numbers_of(results: Sequence[Tensor]) -> list[Floats]:
-    """Return results ``[F, G, ...]``, one for each output, as float64 ``[F, G, C]`` on the host."""
-    wide = [plain("CodedWrapper", "a result", x).to("cpu", torch.float64) for x in results]
-    return [x.reshape(*x.shape[:2], -1).numpy() for x in wide]
+    """Return results ``[F, G, ...]``, one for each output, as float64 ``[F, G, C]`` on the host.
+
+    Complex numbers are pairs, and integers their bytes, as float64 does not hold all of them.
+    """
+    found = list[Floats]()
+    for result in results:
+        numbers = plain("CodedWrapper", "a result", result).cpu().contiguous()
+        if numbers.dtype.is_complex:
+            numbers = torch.view_as_real(numbers.resolve_conj())
+        elif not numbers.dtype.is_floating_point:
+            numbers = numbers[..., None].view(torch.uint8)
+        found.append(numbers.double().reshape(*numbers.shape[:2], -1).numpy())
+    return found
 
 
 def residual_operator(smoother: Floats) -> Floats:
@@ -310,6 +320,9 @@ class Copies:
             (_HALF_ROUNDING if half else ROUNDING) * _spread(numbers)
             for numbers, half in zip(values, halves, strict=True)
         ]
+        for i, result in enumerate(results):
+            if not (result.dtype.is_floating_point or result.dtype.is_complex):
+                limits[i] = 0.0
         flat = self.rows.ravel()
         order = flat.argsort(kind="stable")
         groups = self.rows.shape[1]

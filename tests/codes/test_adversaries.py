@@ -164,6 +164,17 @@ def test_copies_of_half_precision_may_be_rounded_otherwise():
     assert Copies(rows, [noisy]).wrong(1, None) == [1]
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [(torch.tensor(2**60), torch.tensor(2**60 + 1)), (torch.tensor(1 + 2j), torch.tensor(1 + 9j))],
+    ids=["integers", "complex"],
+)
+def test_copies_of_other_dtypes_are_compared_exactly(right, wrong):
+    rows = torch.tensor([[0, 1], [0, 1], [0, 1]])
+    results = torch.stack([right.repeat(2), right.repeat(2), wrong.repeat(2)])
+    assert Copies(rows, [results]).wrong(1, None) == [2]
+
+
 def test_outputs_of_any_width_and_number(model, batch):
     class Wide(nn.Module):
         def forward(self, x):
