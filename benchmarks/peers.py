@@ -134,7 +134,7 @@ def parm(quick: bool) -> dict[str, Any]:
         return torch.where(missing[:, None], decoded(inputs[0], outputs[0]), outputs[0])
 
     student, more = student_of("lenet5", quick), {"ParM": answers}
-    how: Any = {"surrogate": student, "received_sets": sets, "more": lambda k, n: more}
+    how: Any = {"surrogate": student, "received_sets": sets, "extra": lambda k, n: more}
     found = tried(of, [PARITY], BATCH_SIZE, count, **how)
     accuracies = []
     for batch in of.batches("held_out", BATCH_SIZE, count):

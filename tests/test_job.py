@@ -726,6 +726,7 @@ def started(folder, least=ROWS):
     return subprocess.Popen(command, cwd=folder, env=environment)
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupted_job_goes_on_without_computing_a_batch_again(folder, capfd, monkeypatch):
     """A folder holds one job at a time."""
     generator, done = random.Random(0), []
@@ -976,6 +977,7 @@ def test_rows_of_all_kinds_of_files_are_keys(folder, suffix):
     assert [row for batch in keys for row in batch] == x.tolist()
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_ctrl_c_ends_imports_that_catch_it(tmp_path):
     (tmp_path / "coded_torch").mkdir()
     text = "import time\nprint('importing', flush=True)\n"
@@ -995,6 +997,7 @@ def test_ctrl_c_ends_imports_that_catch_it(tmp_path):
     assert (process.returncode, err) == (130, expected)
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_nothing_of_an_interrupted_job_holds_its_output_open(folder):
     # The process that workers are forked from imports the model, too.
     text = "import sys, time\nif sys.argv == ['-c']: time.sleep(120)\n"

@@ -106,10 +106,14 @@ def test_a_leader_that_cannot_say_that_it_leaves_hinders_nobody(pool):
 
 
 def test_replies_after_their_call_give_their_worker_back_though_no_call_waits(pool):
+    module = Sleepy()
+    with pool.open(module, task_of(seconds(0.0))) as request:  # packs the module
+        request.ask(numbered((0,)))
+        replies_of(request)
     for _ in range(2):
-        with pool.open(Sleepy(), task_of(seconds(0.2, 0.2, 0.2, 0.2))) as request:
+        with pool.open(module, task_of(seconds(0.2, 0.2, 0.2, 0.2))) as request:
             request.ask(numbered((0,), (1,), (2,), (3,)))
-            until(lambda: request.idle == 0)  # once the module is packed
+            assert request.idle == 0
         until(lambda: pool._queue.num_idle == 4)
     assert pool.num_restarts == 0
     with pool.open(Sleepy(), task_of(seconds(0.0))) as request:

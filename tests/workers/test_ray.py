@@ -90,6 +90,7 @@ def test_stopped_actors_end_at_the_deadline_and_are_ended_after_their_grace(clus
     with RayWorkers(3, hang_timeout=1.5).start(timeout=WAIT) as pool:
         code, waiting = PolynomialCode(2, 3), Waiting.first(1, deadline=1.0)
         coded = CodedWrapper(nn.Identity(), code, workers=pool, waiting=waiting)
+        coded(torch.ones(2, 1, dtype=torch.float64))  # proves the rows, while all actors answer
         stopped = pool.pids[:2]
         for pid in stopped:
             os.kill(pid, signal.SIGSTOP)
