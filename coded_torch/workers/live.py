@@ -103,7 +103,9 @@ class LiveRequest(Request):
 
     def wants(self, part: Part) -> bool:
         """Return whether a part has still to begin."""
-        return self.awaits(part) and part.number not in self.began and not self.abandoned
+        # A cancelled call's thread may not have dropped its parts yet.
+        is_over = self.interrupted or self.abandoned
+        return self.awaits(part) and part.number not in self.began and not is_over
 
     def interrupt(self, abandon: bool = False) -> None:
         """Have :meth:`wait` raise a CancelledError."""
