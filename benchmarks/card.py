@@ -6,13 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from coded_torch import linear
+
 PAGE = Path(__file__).resolve().parents[1] / "notebooks" / "measurements" / "kernels.md"
 _TIMES = ("copy", "matmul", "product", "sweep", "graph", "host")
 
 
 def page(card: Mapping[str, Any]) -> str:
     """Return the page as Markdown. Raise a ValueError unless the file is that of the command."""
-    missing = {"environment", "kernels", "times", "tests", "problems", "finished"} - set(card)
+    missing = {"environment", "kernels", "borders", "times", "tests", "problems", "finished"} - set(
+        card
+    )
     if missing:
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     return "\n".join([*_lines(card), ""])
@@ -49,6 +53,7 @@ def _lines(card: Mapping[str, Any]) -> Iterator[str]:
         ],
     )
     yield ""
+    yield from _borders(card["borders"])
     yield from _times(card["times"])
     yield "## Tests"
     yield ""
@@ -58,6 +63,33 @@ def _lines(card: Mapping[str, Any]) -> Iterator[str]:
         yield f"{tests.capitalize()}."
     else:
         yield f"{', '.join(f'{tests[x]} {x}' for x in counts)}."
+
+
+def _borders(borders: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    yield "## Where cuBLAS takes over"
+    yield ""
+    if not borders:
+        yield "It was not timed."
+        yield ""
+        return
+    yield "The kernel's time over that of cuBLAS, by knots, and the knots that cuBLAS multiplies."
+    yield ""
+    sizes = list(dict.fromkeys(knots for border in borders.values() for knots in border["ratios"]))
+    rows = []
+    for dtype, border in borders.items():
+        ratios = [_ratio(border["ratios"].get(knots)) for knots in sizes]
+        rows.append([dtype, *ratios, ", ".join(map(_range, border["knots"])) or "none"])
+    yield from _table(["dtype", *map(str, sizes), "cuBLAS"], rows)
+    yield ""
+
+
+def _ratio(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
+
+
+def _range(knots: Sequence[int]) -> str:
+    first, last = knots
+    return f"from {first}" if last == linear._ANY_NUMBER else f"{first} to {last}"
 
 
 def _times(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -11,15 +11,20 @@ from pathlib import Path
 
 # Two threads that share a core with another process wait for each other longer than they compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests on a card are of its kernels. From how many knots cuBLAS takes over is each card's own.
+os.environ.setdefault("CODED_TORCH_CUBLAS_KNOTS", "128")
 
 import pytest
 import torch
 
+from coded_torch import linear
 from coded_torch._arguments import SPARING
 from coded_torch.cli.main import main
 
 # Ray gives its workers a niceness of 15: beside processes that compute, they starve.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# `coded-torch info --tests` has imported the package before.
+linear._KNOTS = int(os.environ["CODED_TORCH_CUBLAS_KNOTS"])
 CAPABILITIES = torch.ops.coded_torch.cpu_capabilities().split()
 
 # Worker processes import the modules of the tests from where they are.

@@ -59,7 +59,6 @@ class Run:
             "CODED_TORCH_ACCELERATOR_DEVICES": str(devices),
             "CODED_TORCH_CUDA": "1" if operators == "kernels" else "0",
             "XDG_CACHE_HOME": str(folder),
-            "CODED_TORCH_CUBLAS_KNOTS": "128",  # where the host runs kernels, timing takes minutes
         }
         self.output = output
         with output.open("w") as file:

@@ -23,6 +23,10 @@ FOUND = {
         {"name": "sweep_float32", "right": True, "error": 2e-7, "registers": 96, "local_bytes": 8},
         {"name": "sweep_float64", "right": False, "reason": "it hangs"},
     ],
+    "borders": {
+        "float64": {"ratios": {"32": 0.5, "128": 1.25}, "knots": [[72, 1 << 62]]},
+        "float16": {"ratios": {"32": 0.5}, "knots": []},
+    },
     "times": [CELL],
     "tests": {"passed": 3, "failed": 1, "error": 0, "skipped": 2},
 }
@@ -43,6 +47,9 @@ def test_a_page_is_made_of_what_a_card_has_shown(tmp_path, page_path):
     assert "- kernel sweep_float64 is not right: it hangs" in page
     assert "| sweep_float32 | yes | 2.0e-07 | 96 | 8 |" in page
     assert "| sweep_float64 | no |  |  |  |" in page
+    assert "| dtype | 32 | 128 | cuBLAS |" in page
+    assert "| float64 | 0.50 | 1.25 | from 72 |" in page
+    assert "| float16 | 0.50 |  | none |" in page
     times = "10.0 | 20.0 | 12.5 | 30.0 |  | 5.0"
     assert f"| 20 -> 24 | 150,528 | {times} | sweep_float32, wide_product_float32 |" in page
     assert "3 passed, 1 failed, 0 error, 2 skipped." in page
