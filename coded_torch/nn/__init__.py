@@ -2,7 +2,8 @@
 
 from ..scheduling.policy import Waiting
 from .coded_wrapper import CodedWrapper
+from .fixed_batch import FixedBatch
 from .mean import Interval
 from .report import Report
 
-__all__ = ["CodedWrapper", "Interval", "Report", "Waiting"]
+__all__ = ["CodedWrapper", "FixedBatch", "Interval", "Report", "Waiting"]
