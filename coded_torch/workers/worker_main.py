@@ -188,7 +188,10 @@ def serve(requests: int, caller: int, packages: list[str]) -> None:
                 link.tell(ENDED, os.waitstatus_to_exitcode(status))
                 link.close()
         if requests in ready:
-            data, given, *_ = socket.recv_fds(asked, 1, 2)
+            try:
+                data, given, *_ = socket.recv_fds(asked, 1, 2)
+            except ConnectionError:  # the caller has closed it before it read that this is up
+                data, given = b"", []
             if not data:
                 heard.remove(requests)
             with contextlib.suppress(OSError, ValueError):  # processes or descriptors are short

@@ -5,7 +5,9 @@ import contextlib
 import gc
 import os
 import re
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -346,6 +348,18 @@ def test_a_server_that_is_stopped_is_replaced_while_its_processes_go_on():
             assert time.monotonic() - start < WAIT / 4
         assert before[1] in pool.pids
         assert _parent(server) == 0
+
+
+def test_a_server_ends_in_silence_whose_caller_has_not_heard_that_it_is_up():
+    requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with requests, theirs, open(os.pidfd_open(os.getpid()), "rb") as caller:
+        ends = theirs.fileno(), caller.fileno()
+        program = f"from coded_torch.workers import worker_main as main; main.serve(*{ends}, [])"
+        command = [sys.executable, "-c", program]
+        server = subprocess.Popen(command, pass_fds=ends, stderr=subprocess.PIPE)
+        assert select.select([requests], [], [], WAIT)[0]
+    said = server.communicate(timeout=WAIT)[1]
+    assert (server.returncode, said) == (0, b"")
 
 
 @pytest.mark.slow
