@@ -65,12 +65,13 @@ def refuse_derivatives(owner: str, leaves: Iterable[Any], module: nn.Module) -> 
 
 def tracer() -> str:
     """Return what traces the computations of this thread; "" if nothing does."""
-    modes = torch._C._get_dispatch_mode, torch._ops._get_dispatch_mode_pre_dispatch
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace"
-    if any(mode(torch._C._TorchDispatchModeKey.PROXY) is not None for mode in modes):
-        return "make_fx or torch.export"
-    return ""
+    proxy = torch._C._TorchDispatchModeKey.PROXY
+    mode = torch._C._get_dispatch_mode(proxy)
+    mode_of_export = torch._ops._get_dispatch_mode_pre_dispatch(proxy)
+    is_traced = mode is not None or mode_of_export is not None
+    return "make_fx or torch.export" if is_traced else ""
 
 
 def refuse_tracing() -> None:

@@ -339,9 +339,10 @@ class SupervisedRequest(LiveRequest):
         if self._packed is not None and self._packed.package.done():
             self.module = self._packed._replace(package=self._packed.package.result())
             self._packed = None
-            held = self._held
-            self._held = []
-            super().ask(held)
+            if self._held:
+                held = self._held
+                self._held = []
+                super().ask(held)
         return self._packed is None
 
     def ask(self, parts: Sequence[Part]) -> None:
@@ -353,13 +354,13 @@ class SupervisedRequest(LiveRequest):
         self._held += parts
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
-        while not self._submit_if_packed():
+        # The common case at once: a caller waits twice for each part.
+        while self._packed is not None and not self._submit_if_packed():
             seconds = until - self.now()
             if self.interrupted:
                 raise CancelledError(f"{type(self).__name__}: the call was cancelled")
             if seconds <= 0 or not self._held:
                 return None
-            assert self._packed is not None
             futures.wait([self._packed.package], min(seconds, _LOOK_SECONDS))
         return super().wait(until)
 
