@@ -313,14 +313,18 @@ class Workers(abc.ABC):
                 raise RuntimeError(f"{type(self).__name__}: {what}; {why}")
             if calls:
                 left = max(timeout - request.now(), 0.0)
-                self._check_rows(module, leaves, spec, places - {*wanted[:1]}, left)
-                self._prove_rows(module, leaves, spec, max(timeout - request.now(), 0.0))
+                note = self._check_rows(module, leaves, spec, places - {*wanted[:1]}, left)
+                left = max(timeout - request.now(), 0.0)
+                self._prove_rows(module, leaves, spec, left, note)
         return self
 
     def _check_rows(
         self, module: nn.Module, leaves: Any, spec: Any, avoid: frozenset[int], timeout: float
-    ) -> None:
-        """Warn if two rows of an example, computed by one worker, depend on each other."""
+    ) -> str:
+        """Warn if two rows of an example, computed by one worker, depend on each other.
+
+        Return what each call has to note then, else "".
+        """
 
         def compute(inputs: list[Any], batches: list[tuple[int, ...]]) -> list[Any]:
             dims = [0 if has_rows(x) else None for x in inputs]
@@ -340,9 +344,10 @@ class Workers(abc.ABC):
         except RuntimeError as error:
             what = "%s: whether rows depend on each other was not checked: %s"
             logger.warning(what, type(self).__name__, str(error).partition("\n")[0])
-            return
+            return ""
         if found:
             warn(f"{type(self).__name__}: {found}; parts get other answers than the batch")
+        return found or ""
 
     @torch.no_grad()
     def prove(self, module: nn.Module, task: Task, seconds: float = math.inf) -> Layout | str:
@@ -432,8 +437,13 @@ class Workers(abc.ABC):
                         break
         return found
 
-    def _prove_rows(self, module: nn.Module, leaves: Any, spec: Any, seconds: float) -> None:
-        """Prove which outputs of an example have rows, if it has two, so that no call has to."""
+    def _prove_rows(
+        self, module: nn.Module, leaves: Any, spec: Any, seconds: float, note: str
+    ) -> None:
+        """Prove which outputs of an example have rows, if it has two, so that no call has to.
+
+        ``note`` is what calls note if the proof finds no dependence between rows.
+        """
         dims = [0 if has_rows(leaf) else None for leaf in leaves]
         sizes = {len(leaf) for leaf, dim in zip(leaves, dims, strict=True) if dim is not None}
         if len(sizes) != 1 or max(sizes) < 2:
@@ -445,6 +455,7 @@ class Workers(abc.ABC):
         except (ValueError, RuntimeError):  # the first call says it, unless it names dimensions
             return
         if isinstance(found, Layout):
+            found.note = found.note or note
             proved_of(module)[structure(leaves, dims, spec, 0, module.training)] = found
 
     def start_on(self, module: nn.Module, batch: Any) -> None:

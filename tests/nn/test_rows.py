@@ -194,3 +194,14 @@ def test_a_small_dependence_on_other_rows_is_marked_in_single_precision():
     assert "depends on the other rows of its part" in report.notes[0]
     _, report = CodedWrapper(module[0], workers=LocalWorkers(), parts=4).run(X)
     assert not report.notes
+
+
+def test_a_dependence_that_start_warns_of_is_noted_by_each_call():
+    # Both parts of the proof hold the largest row.
+    largest = Call(lambda x: torch.where(x >= x.max(), 1.0, 0.0))
+    example = torch.tensor([[1.0], [2.0]])
+    with DeviceWorkers(["cpu"] * 2) as pool, torch.no_grad():
+        with pytest.warns(UserWarning, match="depends on the other rows of its batch"):
+            pool.start(largest, example)
+        _, report = CodedWrapper(largest, workers=pool, parts=4).run(X)
+    assert "depends on the other rows" in report.notes[0]
