@@ -38,7 +38,7 @@ def run(line):
         ("demo --seed 99999999999999999999", "demo: --seed must fit 64 bits"),
         ("demo --device abacus", "--device: invalid choice: 'abacus' (choose from"),
         ("demo --device cuda:99", "--device: invalid choice: 'cuda:99'"),
-        ("compare --inputs x.pt", "the following arguments are required: MODULE:FACTORY"),
+        ("compare --inputs x.pt", "the following arguments are required: MODEL"),
         ("compare a:b", "the following arguments are required: --inputs"),
         ("compare nowhere:net --inputs x.pt", "got no module 'nowhere'"),
         ("compare torch:nothing --inputs x.pt", "got no 'nothing' in torch"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .._arguments import printable
-from ..nn import CodedWrapper
+from ..nn import CodedWrapper, Program
 from ..workers import ProcessWorkers
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 # help.
 Option = tuple[str, Any, Any, str]
 _LINE = 1000  # characters of an error, at most; not tuned
+#: The ends of the names of files that hold programs: of ONNX, torch.export and TorchScript.
+PROGRAMS = ".onnx", ".pt2", ".pt", ".ts"
 _MISTAKES = EOFError, OSError, OverflowError, TypeError, ValueError
 
 
@@ -104,9 +107,29 @@ def find_factory(text: str) -> Callable[[], Any]:
     return factory
 
 
+def find_model(text: str) -> Callable[[], Any]:
+    """Return a function that reads the file of a program, or the factory that a text names."""
+    if Path(text).suffix.lower() in PROGRAMS:
+        return functools.partial(_read_program, text)
+    return find_factory(text)
+
+
+def _read_program(path: str) -> Any:
+    """Return the module in a file, and examples of its inputs or None."""
+    with usage(f"{path} cannot be read", errors=(*_MISTAKES, ImportError, RuntimeError)):
+        if Path(path).suffix.lower() in (".onnx", ".pt2"):
+            program = Program(path)
+            return program, program.example
+        try:
+            return torch.jit.load(path, map_location="cpu"), None
+        except RuntimeError as error:
+            why = "it is no TorchScript; weights alone need a MODULE:FACTORY that reads them"
+            raise ValueError(why) from error
+
+
 def make_model(args: Namespace, factory: Callable[[], Any] | None = None) -> tuple[Any, Any]:
     """Return the module, or wrapper of one, of a factory, and examples of its inputs or None."""
-    made = (factory or find_factory(args.factory))()
+    made = (factory or find_model(args.factory))()
     model, examples = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         got = type(made).__name__
@@ -189,7 +212,7 @@ def options(parser: argparse.ArgumentParser, *table: Option) -> None:
             metavar = flag[2:-1].upper() if kind is list else "NAME=SOURCE"
             how = {"action": "extend", "nargs": "+", "metavar": metavar}
         if not flag.startswith("-"):
-            how |= {"metavar": "MODULE:FACTORY", "nargs": None if default is ... else "?"}
+            how |= {"metavar": "MODEL", "nargs": None if default is ... else "?"}
         elif default is ...:
             how["required"] = True
         shown = "" if str(default) in ("None", "False", "Ellipsis") else " [%(default)s]"

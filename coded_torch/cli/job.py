@@ -35,7 +35,17 @@ from ..codes import NotEnoughResults
 from ..nn import CodedWrapper, Waiting
 from ..nn.mean import Looks
 from ..workers import WorkerError
-from . import CommandError, find_factory, make_model, need, processes, progress, say, usage
+from . import (
+    CommandError,
+    find_factory,
+    find_model,
+    make_model,
+    need,
+    processes,
+    progress,
+    say,
+    usage,
+)
 from .files import UNNAMED, Rows, check_whole, digest_of, encoded, opened, replace
 
 logger = logging.getLogger("coded_torch.job")
@@ -57,7 +67,7 @@ def job(args: Namespace) -> None:
         _check(args.check)
         return
     if None in (args.factory, args.inputs, args.output):
-        raise CommandError("MODULE:FACTORY, --inputs and --output must be given")
+        raise CommandError("MODEL, --inputs and --output must be given")
     args.begun = False
     try:
         _begin(args)
@@ -72,7 +82,7 @@ def _begin(args: Namespace) -> None:
     """Check the arguments, claim the folder, and run the job."""
     with usage("--inputs cannot be read", errors=Exception):
         rows = Rows(args.inputs, args.mean)
-    factory = find_factory(args.factory)
+    factory = find_model(args.factory)
     args.mean_function = None if args.mean_function is None else find_factory(args.mean_function)
     coded, examples = make_model(args, factory)
     with contextlib.ExitStack() as held:

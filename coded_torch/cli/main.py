@@ -25,7 +25,19 @@ from ..experiments import planner
 from ..nn import CodedWrapper
 from ..stragglers import Uniform
 from ..workers import LocalWorkers
-from . import POOL, CommandError, make_model, need, options, picture, progress, save, say, usage
+from . import (
+    POOL,
+    PROGRAMS,
+    CommandError,
+    make_model,
+    need,
+    options,
+    picture,
+    progress,
+    save,
+    say,
+    usage,
+)
 from .card import examine
 from .files import Rows
 from .job import arguments_of, job
@@ -43,6 +55,7 @@ _COLUMNS = "columns for the arguments: in order as a,b, or by name as x=a,y=b [b
 _RESUME = """continue the job in the folder, if it holds one. The inputs, the options, the model's
 weights and attributes, and the files of its classes and of the factory must be the same. Changes
 are not noticed in other files that the model uses, in values that functions hold, and in workers"""
+_MODEL = f"a file ({', '.join(PROGRAMS)}), or MODULE:FACTORY, which returns the model"
 _TRIPLES = "N,K,S: workers, inputs per group and lost workers; several in quotes"
 
 
@@ -184,7 +197,7 @@ _COMMANDS: dict[Callable[[argparse.Namespace], int | None], tuple[Any, ...]] = {
         ("--output", picture, Path("coded-torch-demo.png"), "the picture: .png, .svg or .pdf"),
     ),
     compare: (
-        ("factory", str, ..., "a function or class that returns the model"),
+        ("factory", str, ..., _MODEL),
         ("--inputs", str, ..., "a .pt, .npy, .safetensors or .parquet file"),
         ("--columns", str, None, _COLUMNS),
         ("--labels", str, None, "a file with the true class of each row"),
@@ -194,7 +207,7 @@ _COMMANDS: dict[Callable[[argparse.Namespace], int | None], tuple[Any, ...]] = {
         ("--output", picture, Path("coded-torch-compare.png"), "the picture: .png, .svg or .pdf"),
     ),
     serve: (
-        ("factory", str, LENET5, "a function that returns the model and examples of its inputs"),
+        ("factory", str, LENET5, f"{_MODEL} and examples of its inputs"),
         ("--endpoints", list, None, "servers (KServe v2) that compute instead of processes"),
         ("--model", str, None, "the model's name at the endpoints"),
         ("--header", dict, None, "headers for the endpoints, from NAME=@FILE or NAME='$VARIABLE'"),
@@ -218,7 +231,7 @@ _COMMANDS: dict[Callable[[argparse.Namespace], int | None], tuple[Any, ...]] = {
         ("--example", int, None, "print a request with the example row of this number, and end"),
     ),
     job: (
-        ("factory", str, None, "returns the model or a CodedWrapper, alone or with examples"),
+        ("factory", str, None, f"{_MODEL} or a CodedWrapper, alone or with examples"),
         ("--inputs", list, None, "files or quoted patterns: .npy, .safetensors, .parquet, .pt"),
         ("--columns", str, None, _COLUMNS),
         ("--output", Path, None, "the folder of results, one file per batch"),

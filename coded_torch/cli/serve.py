@@ -22,7 +22,7 @@ from ..nn import CodedWrapper
 from ..stragglers import Bernoulli
 from ..surrogates import Memory
 from ..workers import FaultyWorkers
-from . import POOL_NAMES, CommandError, find_factory, make_model, need, processes, say, usage
+from . import POOL_NAMES, CommandError, find_model, make_model, need, processes, say, usage
 
 #: The factory of the embedded LeNet-5.
 LENET5 = "coded_torch.demo:lenet5_and_digits"
@@ -66,7 +66,8 @@ def serve(args: Namespace) -> None:
         rows = [x[args.example][None] for x in leaves]
         say(request(Model("", tuple(how["inputs"]), (), False), rows)[0].decode())
         return
-    usual = args.model or ("lenet5" if args.factory == LENET5 else args.factory.partition(":")[2])
+    made = Path(args.factory).stem.rpartition(":")[2]  # a factory, or a file
+    usual = args.model or ("lenet5" if args.factory == LENET5 else made)
     how["name"] = name = args.name or usual
     how |= {x: getattr(args, x) for x in ("deadline", "max_batch_size", "max_queued_requests")}
     own = (*LOOPBACK, args.host) if is_local or args.host.startswith("127.") else ()
@@ -118,7 +119,7 @@ def _fleet(args: Namespace) -> tuple[nn.Module, Any, dict[str, Any]]:
     need("endpoints", "aiohttp")
     from ..workers import EndpointWorkers, RemoteModule
 
-    given = {"MODULE:FACTORY": args.factory != LENET5, "--chaos": args.chaos}
+    given = {"MODEL": args.factory != LENET5, "--chaos": args.chaos}
     given |= {flag: getattr(args, name) is not None for flag, name in POOL_NAMES.items()}
     for flag, is_given in (given | {"--example": args.example is not None}).items():
         if is_given:
@@ -163,11 +164,12 @@ def _own(args: Namespace) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model of the factory, its specs and examples of its inputs."""
     from ..serve import specs
 
-    factory = find_factory(args.factory)
+    factory = find_model(args.factory)
     model, examples = make_model(args, factory)
     with usage():
         if examples is None:
-            must = "return a module and examples of its inputs, a tensor, a tuple or a dict"
+            must = "come with examples of its inputs, a tensor, a tuple or a dict: let a factory"
+            must += " return the module and these"
             raise TypeError(f"{args.factory} must {must}, got {type(model).__name__}")
         with usage(args.factory, prefix="specs: "):
             inputs, outputs = specs(model, examples, fixed_shapes=args.fixed_shapes)

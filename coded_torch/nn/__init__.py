@@ -4,6 +4,7 @@ from ..scheduling.policy import Waiting
 from .coded_wrapper import CodedWrapper
 from .fixed_batch import FixedBatch
 from .mean import Interval
+from .program import Program
 from .report import Report
 
-__all__ = ["CodedWrapper", "FixedBatch", "Interval", "Report", "Waiting"]
+__all__ = ["CodedWrapper", "FixedBatch", "Interval", "Program", "Report", "Waiting"]

@@ -4,7 +4,9 @@ import atexit
 import contextlib
 import dataclasses
 import importlib.util
+import io
 import os
+import pickle
 import queue
 import sys
 import threading
@@ -18,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from ..table import Part
 from .supervisor import SupervisedWorkers, Supervisor, WatchedWorker
+from .torchscript import with_scripts
 
 
 class RayWorkers(SupervisedWorkers):
@@ -109,7 +112,10 @@ class _Actors(Supervisor):
         atexit.register(self.close)
 
     def pack(self, module: nn.Module) -> Any:
-        return [self._ray().put(module)]  # Ray would resolve a bare reference in every call
+        file = io.BytesIO()
+        with_scripts(self._ray().cloudpickle.CloudPickler)(file).dump(module)
+        # Ray would resolve a bare reference in every call.
+        return [self._ray().put(file.getvalue())]
 
     def launch(self, index: int) -> _Actor:
         self._ray()
@@ -231,7 +237,7 @@ def _actor_class() -> type:
             return os.getpid()
 
         def call(self, number: int, package: list[Any], contents: Any) -> Any:
-            self.modules.add(number, lambda: self.get(package[0]))
+            self.modules.add(number, lambda: pickle.loads(self.get(package[0])))
             return self.modules.call(lambda: contents)
 
     return CodedTorchWorker

@@ -31,6 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .torchscript import with_scripts
+
 # Kind, number, bytes of the pickle, its block or -1, that block is new, and how many numbers of
 # blocks follow, which nobody reads any more; ~number if a fork may.
 _HEADER = struct.Struct("<6q")
@@ -103,7 +105,8 @@ class Pickled:
         self._tensors: dict[int, tuple[Tensor, int]] = {}
         self._behind = 0  # bytes of the tensors
         buffer = io.BytesIO()
-        pickler = _pickler()(buffer, pickle.HIGHEST_PROTOCOL)
+        kind = with_scripts(_pickler()) if self._has_storages else _pickler()
+        pickler = kind(buffer, pickle.HIGHEST_PROTOCOL)
         pickler.persistent_id = self._place
         pickler.dump(value)
         self._stream = buffer.getvalue()

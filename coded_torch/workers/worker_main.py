@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from .._changes import fingerprint
@@ -382,7 +383,9 @@ class ModuleStore:
                 raise
             requirement = "the module must be picklable to be sent to another process"
             got = f"{type(module).__name__}: {error}"
-            if isinstance(error, RuntimeError):  # torch pickles no parametrizations
+            if any(isinstance(part, torch.fx.GraphModule) for part in module.modules()):
+                got += "\nWrap what torch.export returns: coded_torch.nn.Program(exported)."
+            elif any(map(parametrize.is_parametrized, module.modules())):
                 got += "\nTry torch.nn.utils.parametrize.remove_parametrizations."
             raise TypeError(f"Workers: {requirement}, got {got}") from error
 

@@ -1,0 +1,213 @@
+"""Programs in files as modules: those of torch.export, and of ONNX."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+_SUFFIXES = (".pt2", ".onnx")
+
+
+class _Loaded:
+    """What a process has loaded of a program, by device; pickles and copies of it are empty."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.calls = dict[torch.device, Callable[..., Any]]()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Loaded, ()
+
+
+class Program(nn.Module):
+    """A program of :func:`torch.export.export`, or an ONNX model, as a module.
+
+    It holds the file's content, which travels to workers, and loads it where it is called first.
+    It has no parameters, and its mode and dtype are those that it was exported with. TorchScript
+    needs no such module: workers take what :func:`torch.jit.load` returns as it is.
+
+    A program that was exported for one batch size needs :class:`FixedBatch`, too. Parts of a call
+    have other sizes than the batch, so export with a dynamic batch dimension where you can.
+
+    Args:
+        source: the program, or the path of its file, which ends in ``.pt2`` or ``.onnx``. ONNX
+            needs the package onnxruntime, of the extra ``onnx``; several of its outputs are
+            returned as a dict.
+
+    Attributes:
+        inputs: the names of its inputs, by which or in whose order they are given; None if some
+            are not tensors, and it takes what it was exported with.
+        example: inputs by name, or as a tuple: those it was exported with. Of ONNX, they are
+            numbers between 0 and 1, or zeros of other dtypes, in two rows. None if there are none.
+
+    Raises:
+        TypeError, ValueError: the source is neither.
+        OSError, RuntimeError: the file cannot be read, or holds no such program.
+        ImportError: onnxruntime is not installed.
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.nn import Program
+        >>> rows = torch.export.Dim("rows")
+        >>> linear = torch.nn.Linear(3, 1)
+        >>> exported = torch.export.export(linear, (torch.zeros(2, 3),), dynamic_shapes=[{0: rows}])
+        >>> Program(exported)(torch.zeros(5, 3)).shape
+        torch.Size([5, 1])
+    """
+
+    _place: Tensor
+
+    def __init__(self, source: torch.export.ExportedProgram | str | os.PathLike[str]) -> None:
+        super().__init__()
+        self.training = False
+        self.name = "program"
+        self.suffix = ".pt2"
+        if isinstance(source, torch.export.ExportedProgram):
+            file = io.BytesIO()
+            torch.export.save(source, file)
+            content = file.getvalue()
+        elif isinstance(source, str | os.PathLike):
+            self.name = Path(source).name
+            self.suffix = Path(source).suffix.lower()
+            if self.suffix not in _SUFFIXES:
+                raise ValueError(f"Program: source must end in .pt2 or .onnx, got {str(source)!r}")
+            content = Path(source).read_bytes()
+        else:
+            got = type(source).__name__
+            raise TypeError(f"Program: source must be an ExportedProgram or a path, got a {got}")
+        if self.suffix == ".onnx" and importlib.util.find_spec("onnxruntime") is None:
+            must = "onnxruntime must be installed"
+            raise ImportError(f"Program: {must}: pip install 'coded_torch[onnx]', got {None}")
+        self._loaded = _Loaded()
+        self.register_buffer("_place", torch.empty(0), persistent=False)  # is where it is to run
+        self.inputs: list[str] | None = None
+        try:
+            # Workers map the memory of tensors. As a buffer, it would move to devices.
+            self._content = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            self.example = self._read_example()
+        except Exception as error:
+            why = str(error).partition("\n")[0]
+            raise RuntimeError(f"Program: {self.name} cannot be loaded: {why}") from error
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, {self._content.nbytes:,} bytes"
+
+    def train(self, mode: bool = True) -> Program:
+        """Return the program as it is: its mode cannot be changed."""
+        return self
+
+    def _apply(self, function: Any, recurse: bool = True) -> Program:
+        if function(torch.empty(0)).dtype != torch.float32:
+            raise ValueError(f"Program: the dtype of {self.name} cannot be changed, export it anew")
+        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the program does, on the device that this module was moved to."""
+        if self.inputs is not None:
+            named = dict(zip(self.inputs, args, strict=False)) | kwargs
+            if len(named) < len(args) + len(kwargs) or {*named} != {*self.inputs}:
+                must = f"{self.name} must be called with {', '.join(self.inputs)}"
+                got = f"{len(args)} by position and {[*kwargs]} by name"
+                raise TypeError(f"Program: {must}, got {got}")
+            args = tuple(named[name] for name in self.inputs)
+            kwargs = {}
+        device = self._place.device
+        call = self._loaded.calls.get(device)
+        if call is None:
+            with self._loaded.lock:
+                call = self._loaded.calls.get(device)
+                if call is None:
+                    call = self._load(device)
+                    self._loaded.calls[device] = call
+        return call(*args, **kwargs)
+
+    def _exported(self) -> torch.export.ExportedProgram:
+        return torch.export.load(io.BytesIO(self._content.numpy().tobytes()))
+
+    def _session(self, device: torch.device) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if device.type == "cuda":
+            number = {"device_id": device.index or 0}
+            providers.insert(0, ("CUDAExecutionProvider", number))
+        content = self._content.numpy().tobytes()
+        return onnxruntime.InferenceSession(content, options, providers=providers)
+
+    def _load(self, device: torch.device) -> Callable[..., Any]:
+        if self.suffix == ".onnx":
+            return _OnnxCall(self._session(device), device)
+        program = self._exported()
+        if device.type != "cpu":
+            from torch.export.passes import move_to_device_pass
+
+            program = move_to_device_pass(program, device)
+        return program.module()
+
+    def _read_example(self) -> tuple[Any, ...] | dict[str, Tensor] | None:
+        """Return the example, and note the names of the inputs."""
+        if self.suffix == ".onnx":
+            declared = self._session(torch.device("cpu")).get_inputs()
+            self.inputs = [x.name for x in declared]
+            return {x.name: _example_of(x) for x in declared}
+        program = self._exported()
+        if program.example_inputs is None:
+            return None
+        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, program.example_inputs)
+        is_plain = all(isinstance(x, Tensor) for x in args) and not kwargs
+        if is_plain:
+            self.inputs = list(program.graph_signature.user_inputs)
+            return dict(zip(self.inputs, args, strict=True))
+        return args if not kwargs else kwargs if not args else None
+
+
+_DTYPES_OF_ONNX = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(int16)": torch.int16,
+    "tensor(int8)": torch.int8,
+    "tensor(uint8)": torch.uint8,
+    "tensor(bool)": torch.bool,
+}
+
+
+def _example_of(declared: Any) -> Tensor:
+    """Return an example of an input of an ONNX model; sizes that it leaves open are 2."""
+    dtype = _DTYPES_OF_ONNX.get(declared.type)
+    if dtype is None:
+        raise ValueError(f"its input {declared.name} must be a tensor, got {declared.type}")
+    shape = [size if isinstance(size, int) else 2 for size in declared.shape]
+    if not dtype.is_floating_point:
+        return torch.zeros(shape, dtype=dtype)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+class _OnnxCall:
+    """A session of onnxruntime that takes and returns tensors."""
+
+    def __init__(self, session: Any, device: torch.device) -> None:
+        self._session = session
+        self._device = device
+        self._inputs: Sequence[str] = [x.name for x in session.get_inputs()]
+        self._outputs: Sequence[str] = [x.name for x in session.get_outputs()]
+
+    def __call__(self, *args: Tensor) -> Any:
+        arrays = [x.detach().cpu().contiguous().numpy() for x in args]
+        named = dict(zip(self._inputs, arrays, strict=True))
+        results = [torch.from_numpy(x).to(self._device) for x in self._session.run(None, named)]
+        return results[0] if len(results) == 1 else dict(zip(self._outputs, results, strict=True))

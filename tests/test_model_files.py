@@ -1,0 +1,108 @@
+"""Models in files: ``coded-torch job FILE`` and ``coded-torch serve FILE``."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from coded_torch import serve
+from coded_torch.cli import find_model
+from coded_torch.cli.main import main
+
+ROWS = 20
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+def plain():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+
+
+def save_exported(path):
+    rows = torch.export.Dim("rows")
+    shapes = [{0: rows}]
+    torch.export.save(
+        torch.export.export(plain(), (torch.rand(4, 3),), dynamic_shapes=shapes), path
+    )
+
+
+def save_script(path):
+    torch.jit.script(plain()).save(str(path))
+
+
+def save_onnx(path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    helper = onnx.helper
+    weights = [x.detach().numpy().T.copy() for x in plain().parameters()]
+    names = ["w0", "b0", "w1", "b1"]
+    nodes = [
+        helper.make_node("Gemm", ["input", "w0", "b0"], ["hidden"]),
+        helper.make_node("Relu", ["hidden"], ["positive"]),
+        helper.make_node("Gemm", ["positive", "w1", "b1"], ["output"]),
+    ]
+    ends = [
+        [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["rows", size])]
+        for name, size in (("input", 3), ("output", 2))
+    ]
+    constants = [onnx.numpy_helper.from_array(x, n) for x, n in zip(weights, names, strict=True)]
+    graph = helper.make_graph(nodes, "model", *ends, constants)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path
+    )
+
+
+SAVE = {"model.pt2": save_exported, "model.pt": save_script, "model.onnx": save_onnx}
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    rows = np.random.default_rng(0).standard_normal((ROWS, 3)).astype(np.float32)
+    np.save(tmp_path / "rows.npy", rows)
+    monkeypatch.chdir(tmp_path)
+    return torch.from_numpy(rows)
+
+
+@pytest.mark.parametrize("name", SAVE)
+def test_a_job_runs_a_file_and_goes_on_only_with_the_same(name, rows, capsys):
+    SAVE[name](name)
+    line = ["job", name, "--inputs", "rows.npy", "--output", "out", "--num-workers", "2"]
+    assert main([*line, "--batch-size", str(ROWS)]) == 0
+    (path,) = Path("out").glob("batch*")
+    (answers,) = torch.load(path)["outputs"]
+    torch.testing.assert_close(answers, plain()(rows).detach(), rtol=1e-5, atol=1e-5)
+    assert main([*line, "--batch-size", str(ROWS), "--resume"]) == 0
+    other = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    torch.jit.script(other).save("other.pt")
+    capsys.readouterr()
+    assert main(["job", "other.pt", *line[2:], "--batch-size", str(ROWS), "--resume"]) == 2
+    assert "model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model.pt2", "model.onnx"])
+def test_a_server_knows_inputs_and_outputs_by_the_file(name, rows):
+    SAVE[name](name)
+    model, examples = find_model(name)()
+    inputs, outputs = serve.specs(model, examples)
+    assert [(x.name, x.shape) for x in inputs] == [("input", (3,))]
+    assert [(x.name, x.shape) for x in outputs] == [("output", (2,))]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: None, r"model.pt2 cannot be read: .*No such file"),
+        (lambda: torch.save(plain().state_dict(), "model.pt"), "model.pt cannot be read: it is no"),
+        (lambda: save_script("model.ts"), "model.ts must come with examples of its inputs"),
+        (lambda: open("model.onnx", "w").close(), "model.onnx cannot be read: Program: model.onnx"),
+    ],
+)
+def test_files_that_cannot_be_served_are_refused_in_one_line(make, said, rows, capsys):
+    make()
+    assert main(["serve", re.search(r"model\.\w+", said)[0]]) == 2
+    error = capsys.readouterr().err
+    assert re.search(said, error)
+    assert error.count("\n") == 1
