@@ -44,9 +44,7 @@ class Layout:
 
     def flatten(self, value: Any) -> tuple[list[Any], pytree.TreeSpec]:
         """Return the leaves, where a list with an item per row is one leaf, and the structure."""
-        if not self.lists:
-            return flatten(value)
-        return pytree.tree_flatten(value, self._is_whole(value))
+        return flatten(value, self._is_whole(value) if self.lists else None)
 
     def name(self, value: Any, i: int) -> str:
         """Return the Python expression of a leaf of an output."""
@@ -62,7 +60,7 @@ def prove(outputs: Sequence[Any], out_dims: Any) -> Layout:
     """Return the layout of the outputs of two parts that have :data:`SIZES` rows.
 
     Raises a ValueError if a leaf neither follows the part along its batch dimension, and nowhere
-    else, nor is the same in both.
+    else, nor is the same in both, and a TypeError if it is of a type that has no rows.
     """
     layout = Layout([*_row_lists(*outputs)])
     (leaves, layout.spec), (others, spec) = map(layout.flatten, outputs)
@@ -86,8 +84,10 @@ def prove(outputs: Sequence[Any], out_dims: Any) -> Layout:
             got = f"shapes {tuple(leaf.shape)} and {tuple(other.shape)}"
         elif isinstance(leaf, CONSTANTS) and (type(leaf), leaf) != (type(other), other):
             got = f"{leaf!r} and {other!r}"
-        else:  # what cannot be decoded has an error of its own
+        elif isinstance(leaf, CONSTANTS):
             continue
+        else:
+            raise TypeError(not_joined(layout.name(outputs[0], i), leaf))
         raise ValueError(
             f"CodedWrapper: {layout.name(outputs[0], i)} must have a row for each row of "
             f"the part at dim {dim} and nowhere else, or be the same in all parts, got {got} for 2 "
@@ -96,6 +96,15 @@ def prove(outputs: Sequence[Any], out_dims: Any) -> Layout:
         )
     layout.constants = frozenset(constants)
     return layout
+
+
+def not_joined(name: str, leaf: Any) -> str:
+    """Return the message that a leaf of an output cannot be joined by rows."""
+    return (
+        f"CodedWrapper: {name} must be a tensor, a list with an item per row, or a constant, got "
+        f"{type(leaf).__name__}; leave it out of the output (a cache by use_cache=False), register "
+        "its class with torch.utils._pytree, or say None in out_dims"
+    )
 
 
 def proved_of(module: nn.Module) -> dict[Any, Layout]:

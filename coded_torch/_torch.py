@@ -1,6 +1,7 @@
 """Torch's state around a call: transforms, autocast, default devices, streams and weights."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -206,9 +207,30 @@ def device_of(module: Any) -> torch.device | None:
     return next((tensor.device for tensor in tensors), None)
 
 
-def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """Return the leaves and structure of a tree, of a single tensor at once."""
-    return ([tree], _LEAF) if isinstance(tree, Tensor) else pytree.tree_flatten(tree)
+def flatten(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[Any], pytree.TreeSpec]:
+    """Return the leaves and structure of a tree, of a single tensor at once.
+
+    Dataclasses that torch has not seen are registered, as Hugging Face registers its outputs.
+    """
+    if isinstance(tree, Tensor):
+        return [tree], _LEAF
+    leaves, spec = pytree.tree_flatten(tree, is_leaf)
+    unknown = {type(x) for x in leaves if hasattr(type(x), "__dataclass_fields__")}
+    registered = [kind for kind in unknown if _register(kind)]
+    return flatten(tree, is_leaf) if registered else (leaves, spec)
+
+
+def _register(kind: Any) -> bool:
+    """Let torch see the fields of a dataclass, and return whether it can make one of them."""
+    if not all(field.init for field in dataclasses.fields(kind)):
+        return False
+    try:
+        pytree.register_dataclass(kind)
+    except ValueError:  # it is registered: the caller wants it to be a leaf
+        return False
+    return True
 
 
 def unflatten(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._arguments import dense
-from .._layout import CONSTANTS, Layout, bits
+from .._layout import CONSTANTS, Layout, bits, not_joined
 from .._torch import (
     WrongRows,
     as_real,
@@ -79,6 +79,8 @@ class Result:
                 continue
             if is_tensor:
                 dense("CodedWrapper", lambda i=i: self.name(i), leaf, leaf.dtype.is_floating_point)
+            if not is_tensor and division.by_rows:
+                raise TypeError(not_joined(self.name(i), leaf))
             if not is_tensor or (division.mixes and not leaf.dtype.is_floating_point):
                 got = leaf.dtype if is_tensor else type(leaf).__name__
                 raise TypeError(

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import arguments, bound, instance, named, shown, signature_of, sparing_logger
 from .._changes import state_of
-from .._torch import sample
+from .._torch import flatten, sample
 from ..nn import CodedWrapper
 from ..open_inference import TensorSpec
 from ..surrogates import Memory
@@ -93,7 +93,9 @@ def specs(
     def run(values: Sequence[Tensor]) -> dict[str, Tensor]:
         args, kwargs = pytree.tree_unflatten(values, form)
         with torch.no_grad():
-            made = named("specs", module(*args, **kwargs), "output")
+            made = module(*args, **kwargs)
+        flatten(made)  # registers dataclasses
+        made = named("specs", made, "output")
         _check("outputs of the module", made, rows=len(values[0]))
         return made
 

@@ -452,7 +452,10 @@ class Workers(abc.ABC):
         task = Task(leaves, dims, spec, len(first), 1, first.device)
         try:
             found = self.prove(module, task, seconds)
-        except (ValueError, RuntimeError):  # the first call says it, unless it names dimensions
+        except (TypeError, ValueError, RuntimeError) as error:
+            # Calls raise it, unless their wrapper says where the rows are.
+            text = str(error).removeprefix("CodedWrapper: ")
+            logger.warning("%s: calls will be refused: %s", type(self).__name__, text)
             return
         if isinstance(found, Layout):
             found.note = found.note or note

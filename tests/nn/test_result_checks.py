@@ -93,6 +93,7 @@ def test_replies_that_arrive_together_are_waited_for_once():
 
 
 FLOATING = "must be a floating-point tensor to be decoded, got"
+NO_ROWS = "must be a tensor, a list with an item per row, or a constant, got"
 
 
 @pytest.mark.parametrize(
@@ -100,9 +101,7 @@ FLOATING = "must be a floating-point tensor to be decoded, got"
     [
         (lambda x: {"a": x, "top": x.argmax(1)}, TypeError, rf"\['top'\] {FLOATING} torch.int64"),
         (lambda x: (x, x > 0), TypeError, rf"output\[1\] {FLOATING} torch.bool; return a tensor"),
-        (lambda x: (x, 1.5), TypeError, rf"output\[1\] {FLOATING} float.*None in out_dims"),
         (lambda x: x.to(torch.complex64), TypeError, f"output {FLOATING} torch.complex64"),
-        (lambda x: Call(x), TypeError, f"output {FLOATING} Call.*register"),
         (lambda x: x * math.nan, NotEnoughResults, "^worker 0 .* not finite in output; .*got 0"),
     ],
 )
@@ -111,6 +110,20 @@ def test_outputs_that_no_part_can_decode(output, error, match):
     with pytest.raises(error, match=match):
         coded(rand(4, 3))
     assert len(coded.last_run.rejected) == 4
+
+
+@pytest.mark.parametrize(
+    ("output", "match"),
+    [
+        (lambda x: (x, 1.5), rf"output\[1\] {NO_ROWS} float.*None in out_dims"),
+        (lambda x: Call(x), f"output {NO_ROWS} Call.*register"),
+    ],
+)
+def test_outputs_of_other_types_are_refused_before_the_parts_are_asked(output, match):
+    coded = CodedWrapper(Call(output), PolynomialCode(2, 4), workers=Separate())
+    with pytest.raises(TypeError, match=match):
+        coded(rand(4, 3))
+    assert not coded.last_run.asked
 
 
 @pytest.mark.parametrize(

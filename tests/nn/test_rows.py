@@ -1,7 +1,9 @@
 """Outputs are joined by rows only where parts of two sizes prove that they have rows."""
 
+import dataclasses
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -205,3 +207,60 @@ def test_a_dependence_that_start_warns_of_is_noted_by_each_call():
             pool.start(largest, example)
         _, report = CodedWrapper(largest, workers=pool, parts=4).run(X)
     assert "depends on the other rows" in report.notes[0]
+
+
+@dataclasses.dataclass
+class Scores:
+    logits: torch.Tensor
+    hidden: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Nested:
+    scores: Scores
+    names: list[str]
+
+
+@pools
+def test_dataclasses_are_joined_by_their_fields(make):
+    def nested(x):
+        return {"a": Nested(Scores(2 * x), ["a"] * len(x)), "b": (Scores(x, x[:, 0]),)}
+
+    found, _ = run(make, nested, X)
+    assert torch.equal(found["a"].scores.logits, 2 * X)
+    assert found["a"].names == ["a"] * 8
+    assert found["a"].scores.hidden is None
+    assert torch.equal(found["b"][0].hidden, X[:, 0])
+
+
+class Cache:
+    """Stands for the keys and values of a language model."""
+
+
+@pytest.mark.filterwarnings("ignore:.* depends on the number of rows")
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (
+            lambda x: {"y": x, "cache": Cache()},
+            r"output\['cache'\] must .* Cache; .*use_cache",
+        ),
+        (states, rf"output\[1\] {ROWS}"),
+        (lambda x: (x, x.mean().item()), r"output\[1\] must be .* got float"),
+    ],
+)
+def test_start_says_what_calls_will_refuse_and_the_remedy_works(function, said, caplog):
+    module = Call(function)
+    with DeviceWorkers(["cpu"] * 2) as pool, torch.no_grad():
+        pool.start(module, X)
+        assert re.search(f"calls will be refused: {said}", caplog.text)
+        with pytest.raises((TypeError, ValueError), match=f"^CodedWrapper: {said}") as caught:
+            CodedWrapper(module, workers=pool, parts=4)(X)
+        assert "decoded" not in str(caught.value)
+        first = module(X[:1])
+        names = first if isinstance(first, dict) else range(len(first))
+        dims = [0, None]
+        out_dims = dict(zip(names, dims, strict=True)) if isinstance(first, dict) else tuple(dims)
+        answers = CodedWrapper(module, workers=pool, parts=4, out_dims=out_dims)(X)
+    rows = answers["y"] if isinstance(answers, dict) else answers[0]
+    assert torch.equal(rows, X if function is not states else 2 * X)
