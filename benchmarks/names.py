@@ -37,7 +37,7 @@ NAMES = {
     "no hedge": "httpx",
     "tenacity": "httpx, retries of tenacity",
     "Ray Serve, no hedge": "httpx, one address of Ray Serve",
-    "Ray Serve, tenacity": "the same, retries of tenacity",
+    "Ray Serve, tenacity": "Ray Serve + tenacity",
     "hedge-python": "httpx, hedge-python",
     "imap": "`multiprocessing.Pool.imap`",
     "futures": "`ProcessPoolExecutor.map`",

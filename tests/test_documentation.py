@@ -77,8 +77,9 @@ def example(tmp_path, ran):
     return run
 
 
-def test_the_engineers_example_prints_its_output(example):
-    printed, shown = example("README.md", "engineer")
+@pytest.mark.parametrize("name", ["codes", "rows", "engineer"])
+def test_readmes_examples_print_their_output(example, name):
+    printed, shown = example("README.md", name)
     assert printed == shown
 
 

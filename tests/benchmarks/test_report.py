@@ -159,7 +159,7 @@ def test_other_results_make_another_table(results):
 
 def test_the_cast_is_of_readmes_example():
     text = report.READMES[0].read_text()
-    output = re.search(r"```text\n(.*?)```\n<!-- end -->", text, re.DOTALL)[1].splitlines()
+    output = re.search(r"engineer -->.*?```text\n(.*?)```", text, re.DOTALL)[1].splitlines()
     for picture in (
         cast.TARGET.read_text(),
         cast.drawn([(9.0, "$ x"), (0.5, "a & b"), (9.0, "c")]),
