@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -231,6 +232,13 @@ def _register(kind: Any) -> bool:
     except ValueError:  # it is registered: the caller wants it to be a leaf
         return False
     return True
+
+
+def is_texts(node: Any) -> bool:
+    """Return whether a node of inputs is a list, or a NumPy or pandas column, of strings."""
+    if isinstance(node, np.ndarray) or hasattr(node, "to_numpy"):
+        return node.ndim == 1 and len(node) > 0 and all(isinstance(x, str) for x in node)
+    return isinstance(node, list) and len(node) > 0 and all(isinstance(x, str) for x in node)
 
 
 def unflatten(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:

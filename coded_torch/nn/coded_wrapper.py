@@ -86,7 +86,9 @@ class CodedWrapper(ModuleProxy):
             "shared" or None for a value meant for the whole batch; or a pytree prefix of such. A
             tensor under None whose first dimension has the batch size is refused, and so is any
             list or range of that length: say "shared". Tuples and other sequences are passed
-            whole. Tensors in keyword arguments are divided along dimension 0. Defaults to 0.
+            whole. Tensors in keyword arguments are divided along dimension 0. Strings, one for
+            each row, in a list or a NumPy or pandas column, are divided, too, unless a code mixes
+            inputs; parts get lists. Defaults to 0.
         out_dims: the batch dimension of the outputs, in the same form. An output under None is
             returned as the first part gave it. Defaults to 0.
 

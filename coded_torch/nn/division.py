@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import dense
 from .._layout import Layout
-from .._torch import broadcast_dims, on_host, outside, plain, positional
+from .._torch import broadcast_dims, is_texts, on_host, outside, plain, positional
 from ..codes.base import Code
 from ..input_space.regression import Regression, RowPlan
 from ..input_space.regressor import MOST_ROWS
@@ -32,6 +32,7 @@ class Inputs:
 
     ``leaves`` are those of ``(args, kwargs)``, of the structure ``spec``, and ``dims`` their batch
     dimensions; None if every part gets the whole leaf. ``device`` is the first divided leaf's.
+    ``texts`` are the strings of leaves that have one per row; such a leaf is the numbers of rows.
     """
 
     layout: Layout | None = None  #: the proved layout of the outputs
@@ -48,13 +49,14 @@ class Inputs:
             self.leaves = list(args)
             (self.spec, spec) = positional(len(args))
         else:
-            self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
-            spec = pytree.tree_structure(args)
+            self.leaves, self.spec = pytree.tree_flatten((args, kwargs), is_texts)
+            spec = pytree.tree_structure(args, is_texts)
         dims = broadcast_dims("in_dims", in_dims, spec, "shared")
         dims += [0] * (len(self.leaves) - len(dims))
         self.dims = list[Any]()
         self._mixing = mixing
         self._not_finite: Tensor | None = None
+        self.texts = {} if self._plain else self._take_texts(dims)
         sizes = dict[int, int]()
         for i, (leaf, dim) in enumerate(zip(self.leaves, dims, strict=True)):
             self.dims.append(dim if isinstance(leaf, Tensor) and dim != "shared" else None)
@@ -62,7 +64,8 @@ class Inputs:
                 sizes[i] = self._checked_size(i, dim)
         if not sizes:
             got = ", ".join(sorted({type(leaf).__name__ for leaf in self.leaves})) or "none"
-            raise ValueError(f"CodedWrapper: inputs must hold a tensor to divide, got {got}")
+            must = "must hold a tensor or strings to divide"
+            raise ValueError(f"CodedWrapper: inputs {must}, got {got}")
         if len(set(sizes.values())) > 1:
             got = ", ".join(f"{size} in {self._name(i)}" for i, size in sizes.items())
             raise ValueError(
@@ -83,6 +86,22 @@ class Inputs:
                 self.unread = sums_of([plain("CodedWrapper", "inputs", leaf) for leaf in leaves])
         if self.batch_size > 1 and None in self.dims:
             self._check_shared(dims)
+
+    def _take_texts(self, dims: Sequence[Any]) -> dict[int, list[str]]:
+        """Return the strings of leaves that have one per row, and put the rows' numbers there.
+
+        A list of another length than the batch is meant for the whole batch.
+        """
+        pairs = list(zip(self.leaves, dims, strict=True))
+        divided = [(x, dim) for x, dim in pairs if isinstance(x, Tensor) and type(dim) is int]
+        sizes = {x.shape[dim] for x, dim in divided if -x.dim() <= dim < x.dim()}
+        texts = dict[int, list[str]]()
+        for i, (leaf, dim) in enumerate(pairs):
+            is_divided = type(dim) is int and dim == 0 and is_texts(leaf)
+            if is_divided and (not sizes or len(leaf) in sizes):
+                texts[i] = list(leaf)
+                self.leaves[i] = torch.arange(len(leaf), device="cpu")
+        return texts
 
     @property
     def not_finite(self) -> Tensor | None:
@@ -124,15 +143,27 @@ class Inputs:
                 self._not_finite = bad if self._not_finite is None else bad | self._not_finite
 
     def batches(self) -> list[Tensor]:
-        """Return the divided inputs, ``[B, ...]`` each."""
-        pairs = zip(self.leaves, self.dims, strict=True)
-        return [leaf.movedim(dim, 0) if dim else leaf for leaf, dim in pairs if dim is not None]
+        """Return the divided inputs but for strings, ``[B, ...]`` each."""
+        divided = list[Tensor]()
+        for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
+            if dim is not None and i not in self.texts:
+                divided.append(leaf.movedim(dim, 0) if dim else leaf)
+        return divided
 
     def task(self, out_dims: Any) -> Task:
         """Return the task of the whole batch, whose units are rows."""
         pairs = zip(self.leaves, self.dims, strict=True)
         leaves = [leaf.movedim(dim, 0) if dim else leaf for leaf, dim in pairs]
-        return Task(leaves, self.dims, self.spec, self.batch_size, 1, self.device, out_dims)
+        return Task(
+            leaves,
+            self.dims,
+            self.spec,
+            self.batch_size,
+            1,
+            self.device,
+            out_dims,
+            texts=self.texts,
+        )
 
     def floating(self) -> list[Tensor]:
         """Return the floating-point :meth:`batches`: distances are measured on them."""
@@ -148,7 +179,7 @@ class Inputs:
 
     @functools.cached_property
     def _paths(self) -> list[Any]:
-        return pytree.tree_flatten_with_path((self.args, self.kwargs))[0]
+        return pytree.tree_flatten_with_path((self.args, self.kwargs), is_texts)[0]
 
     def _checked_size(self, i: int, dim: int) -> int:
         leaf: Tensor = self.leaves[i]
@@ -159,8 +190,9 @@ class Inputs:
         if torch._C._are_functorch_transforms_active():
             plain("CodedWrapper", self._name(i), leaf)  # raises under vmap, which hides the batch
         if whole and mixing is not None:
+            got = "strings" if i in self.texts else leaf.dtype
             raise TypeError(
-                f"{name} be floating-point, as {mixing} mixes inputs, got {leaf.dtype}; leave the "
+                f"{name} be floating-point, as {mixing} mixes inputs, got {got}; leave the "
                 "code out, or take one that repeats inputs, or code what it is turned into instead "
                 "(the embeddings of tokens), or, if it is meant for the whole batch, pass it by "
                 'position with "shared" in in_dims'
@@ -175,7 +207,8 @@ class Inputs:
 
         def is_whole(node: Any) -> bool:
             is_long = isinstance(node, list) and len(node) == self.batch_size
-            return is_long and not any(map(torch.is_tensor, pytree.tree_leaves(node)))
+            has_tensors = is_long and any(map(torch.is_tensor, pytree.tree_leaves(node)))
+            return is_texts(node) or (is_long and not has_tensors)
 
         at = 0  # the first leaf of a node
         for path, node in pytree.tree_flatten_with_path((self.args, self.kwargs), is_whole)[0]:
@@ -188,7 +221,8 @@ class Inputs:
                     'in_dims if each row has its own entry, or "shared" in in_dims if all rows '
                     f"share it, got a {type(node).__name__} of the batch size {own}"
                 )
-            at += len(pytree.tree_leaves(node)) if isinstance(node, list) else 1
+            is_leaf = is_texts(node) or not isinstance(node, list)
+            at += 1 if is_leaf else len(pytree.tree_leaves(node))
 
 
 def _name(path: Any) -> str:
@@ -230,6 +264,7 @@ class Division:
             inputs.device,
             out_dims,
             inputs.layout,
+            inputs.texts,
         )
 
     @functools.cached_property

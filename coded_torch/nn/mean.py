@@ -84,6 +84,8 @@ class _Data:
 
     def _read(self, number: int) -> Inputs:
         found = Inputs(*arguments(self._batches[number]), self._in_dims)
+        if found.texts:
+            raise TypeError("mean: inputs must be tensors, got strings; turn them into tensors")
         rows = found.batch_size
         first = getattr(self, "_size", found.batch_size)
         if rows > first or (rows < first and number < self._last):

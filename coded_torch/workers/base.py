@@ -49,6 +49,8 @@ class Task:
     device: torch.device  #: the device of the divided leaves and the results
     out_dims: Any = 0  #: the batch dimensions of the module's outputs, a pytree prefix of them
     layout: Layout | None = None  #: the layout of the module's outputs, if it is proved
+    #: The strings of leaves that have one per row, by place; such a leaf is the numbers of rows.
+    texts: Mapping[int, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def few(self, rows: Sequence[int]) -> Task:
         """Return the task of some rows."""
@@ -84,9 +86,11 @@ class Task:
 
         pairs = zip(self.leaves, self.dims, strict=True)
         batch = [shared(leaf) if dim is None else chosen(leaf) for leaf, dim in pairs]
+        for i, texts in self.texts.items():
+            batch[i] = [texts[row] for row in batch[i].tolist()]
         if any(self.dims):  # moving nothing takes microseconds
-            dims = zip(batch, self.dims, strict=True)
-            batch = [leaf.movedim(0, dim) if dim else leaf for leaf, dim in dims]
+            moved = zip(batch, self.dims, strict=True)
+            batch = [leaf.movedim(0, dim) if dim else leaf for leaf, dim in moved]
         is_positional = self.spec is positional(len(batch))[0]  # true, a tenth of the time
         return (tuple(batch), {}) if is_positional else unflatten(batch, self.spec)
 

@@ -55,7 +55,7 @@ def test_the_last_run_is_the_report_of_any_call_that_ended_last():
     coded = CodedWrapper(linear(), workers=LocalWorkers(), parts=2)
     _, report = coded.run(rand(4, 3))
     assert coded.last_run is report
-    with pytest.raises(ValueError, match="must hold a tensor to divide"):
+    with pytest.raises(ValueError, match="must hold a tensor or strings to divide"):
         coded.run()
     assert coded.last_run is not report
     assert coded.last_run.failed

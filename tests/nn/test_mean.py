@@ -411,7 +411,7 @@ def test_what_of_returns_is_checked(given, error):
 def test_bad_inputs_codes_and_surrogates():
     with pytest.raises(ValueError, match="mean: inputs must hold at least one row, got 0"):
         wrapped().mean(X[:0])
-    with pytest.raises(ValueError, match="inputs must hold a tensor to divide, got str"):
+    with pytest.raises(ValueError, match="inputs must hold a tensor or strings to divide, got str"):
         wrapped().mean("rows.npy")
     coded = CodedWrapper(nn.ReLU(), ReplicationCode(2, 4))
     with pytest.raises(ValueError, match="mean: code must be None, as rows are computed"):
