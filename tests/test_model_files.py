@@ -106,3 +106,10 @@ def test_files_that_cannot_be_served_are_refused_in_one_line(make, said, rows, c
     error = capsys.readouterr().err
     assert re.search(said, error)
     assert error.count("\n") == 1
+
+
+def test_the_dtype_of_a_program_cannot_be_changed(rows, capsys):
+    save_exported("model.pt2")
+    line = ["job", "model.pt2", "--inputs", "rows.npy", "--output", "out", "--dtype", "float16"]
+    assert main(line) == 2
+    assert "--dtype float16: Program: the dtype of model.pt2" in capsys.readouterr().err

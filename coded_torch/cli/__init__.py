@@ -142,7 +142,8 @@ def make_model(args: Namespace, factory: Callable[[], Any] | None = None) -> tup
             why = f"{args.factory} returns a CodedWrapper with its own workers"
             raise CommandError(f"{flag} must be left out, as {why}")
     if dtype := getattr(args, "dtype", None):
-        model.to(getattr(torch, dtype))
+        with usage(f"--dtype {dtype}"):
+            model.to(getattr(torch, dtype))
         model.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
         model.register_forward_hook(_cast_outputs)
     return model.eval(), examples

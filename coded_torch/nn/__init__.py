@@ -3,8 +3,9 @@
 from ..scheduling.policy import Waiting
 from .coded_wrapper import CodedWrapper
 from .fixed_batch import FixedBatch
+from .from_factory import FromFactory
 from .mean import Interval
 from .program import Program
 from .report import Report
 
-__all__ = ["CodedWrapper", "FixedBatch", "Interval", "Program", "Report", "Waiting"]
+__all__ = ["CodedWrapper", "FixedBatch", "FromFactory", "Interval", "Program", "Report", "Waiting"]

@@ -5,30 +5,20 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from .._loaded import LoadedModule
 
 _SUFFIXES = (".pt2", ".onnx")
 
 
-class _Loaded:
-    """What a process has loaded of a program, by device; pickles and copies of it are empty."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.calls = dict[torch.device, Callable[..., Any]]()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Loaded, ()
-
-
-class Program(nn.Module):
+class Program(LoadedModule):
     """A program of :func:`torch.export.export`, or an ONNX model, as a module.
 
     It holds the file's content, which travels to workers, and loads it where it is called first.
@@ -64,12 +54,8 @@ class Program(nn.Module):
         torch.Size([5, 1])
     """
 
-    _place: Tensor
-
     def __init__(self, source: torch.export.ExportedProgram | str | os.PathLike[str]) -> None:
-        super().__init__()
-        self.training = False
-        self.name = "program"
+        super().__init__("program")
         self.suffix = ".pt2"
         if isinstance(source, torch.export.ExportedProgram):
             file = io.BytesIO()
@@ -87,8 +73,6 @@ class Program(nn.Module):
         if self.suffix == ".onnx" and importlib.util.find_spec("onnxruntime") is None:
             must = "onnxruntime must be installed"
             raise ImportError(f"Program: {must}: pip install 'coded_torch[onnx]', got {None}")
-        self._loaded = _Loaded()
-        self.register_buffer("_place", torch.empty(0), persistent=False)  # is where it is to run
         self.inputs: list[str] | None = None
         try:
             # Workers map the memory of tensors. As a buffer, it would move to devices.
@@ -101,16 +85,6 @@ class Program(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.name}, {self._content.nbytes:,} bytes"
 
-    def train(self, mode: bool = True) -> Program:
-        """Return the program as it is: its mode cannot be changed."""
-        return self
-
-    def _apply(self, function: Any, recurse: bool = True) -> Program:
-        if function(torch.empty(0)).dtype != torch.float32:
-            raise ValueError(f"Program: the dtype of {self.name} cannot be changed, export it anew")
-        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
-        return self
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the program does, on the device that this module was moved to."""
         if self.inputs is not None:
@@ -121,15 +95,7 @@ class Program(nn.Module):
                 raise TypeError(f"Program: {must}, got {got}")
             args = tuple(named[name] for name in self.inputs)
             kwargs = {}
-        device = self._place.device
-        call = self._loaded.calls.get(device)
-        if call is None:
-            with self._loaded.lock:
-                call = self._loaded.calls.get(device)
-                if call is None:
-                    call = self._load(device)
-                    self._loaded.calls[device] = call
-        return call(*args, **kwargs)
+        return self.load()(*args, **kwargs)
 
     def _exported(self) -> torch.export.ExportedProgram:
         return torch.export.load(io.BytesIO(self._content.numpy().tobytes()))

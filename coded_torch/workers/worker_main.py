@@ -42,6 +42,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from .._changes import fingerprint
+from .._loaded import load_all
 from . import shared_memory
 from .base import InjectedCrash, compute
 from .live import Ambient, in_thread
@@ -422,7 +423,9 @@ class LoadedModules:
     def add(self, number: int, read: Callable[[], nn.Module]) -> None:
         if number not in self._modules:
             try:
-                self._modules[number] = read().to(self.device)
+                module = read().to(self.device)
+                load_all(module)
+                self._modules[number] = module
             except Exception as error:
                 self._modules[number] = _failure(error)
 

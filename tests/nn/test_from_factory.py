@@ -1,0 +1,120 @@
+"""Modules that each worker makes for itself."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from coded_torch import CodedWrapper
+from coded_torch.nn import FromFactory
+from coded_torch.workers import (
+    DeviceWorkers,
+    LocalWorkers,
+    ProcessWorkers,
+    RayWorkers,
+    WorkerError,
+)
+
+X = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
+
+
+class NotPicklable(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.function = lambda x: scale * x
+
+    def forward(self, x):
+        return self.function(x), torch.full((len(x),), float(os.getpid()), dtype=torch.float64)
+
+
+def make(scale=2.0):
+    return NotPicklable(scale).eval()
+
+
+def no_module():
+    return "weights"
+
+
+def fails():
+    raise FileNotFoundError("no weights here")
+
+
+POOLS = {
+    "local": LocalWorkers,
+    "devices": lambda: DeviceWorkers(["cpu"] * 2),
+    "processes": lambda: ProcessWorkers(2),
+    "ray": lambda: RayWorkers(2),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.ray if name == "ray" else ()) for name in POOLS],
+)
+@torch.no_grad()
+def test_workers_make_the_module(name):
+    if name == "ray":
+        pytest.importorskip("ray")
+    with POOLS[name]() as pool:
+        model = FromFactory(functools.partial(make, 3.0))
+        answers, pids = CodedWrapper(model, workers=pool, parts=4)(X)
+        assert torch.equal(answers, 3 * X)
+        assert (set(pids.tolist()) == {os.getpid()}) == (name in ("local", "devices"))
+        (answers, _) = CodedWrapper(FromFactory(make), workers=pool, parts=4)(X)
+        assert torch.equal(answers, 2 * X)
+
+
+def test_the_caller_has_no_weights():
+    model = FromFactory(make)
+    assert [*model.state_dict()] == []
+    assert not model.train().training
+    with pytest.raises(ValueError, match=r"^FromFactory: the dtype of make cannot be changed"):
+        model.half()
+
+
+def test_what_a_factory_returns_and_raises_reaches_the_caller():
+    with pytest.raises(TypeError, match=r"^FromFactory: factory must be callable, got 3"):
+        FromFactory(3)
+    with pytest.raises(TypeError, match="no_module must return a module, got a str"):
+        FromFactory(no_module)(X)
+    with (
+        ProcessWorkers(1) as pool,
+        pytest.raises(WorkerError, match="FileNotFoundError: no weights here"),
+    ):
+        pool.start(FromFactory(fails))
+
+
+PROGRAM = """
+import functools, resource, sys, torch
+from coded_torch import CodedWrapper
+from coded_torch.nn import FromFactory
+from coded_torch.workers import ProcessWorkers
+
+def make():
+    model = torch.nn.Linear(4096, 4096, bias=False).eval()
+    return torch.nn.Sequential(torch.nn.Linear(3, 4096), model).eval()
+
+if __name__ == "__main__":
+    kind = resource.RUSAGE_SELF
+    model = FromFactory(make) if sys.argv[1] == "factory" else torch.nn.Linear(3, 1)
+    before = resource.getrusage(kind).ru_maxrss
+    with ProcessWorkers(2) as pool, torch.no_grad():
+        print(CodedWrapper(model, workers=pool)(torch.ones(8, 3)).shape[0])
+    print(resource.getrusage(kind).ru_maxrss - before)
+"""
+
+
+def test_the_caller_needs_no_memory_for_the_weights(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    grown = []
+    for kind in ("factory", "small"):
+        line = [sys.executable, str(tmp_path / "program.py"), kind]
+        done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=300)
+        rows, kilobytes = map(int, done.stdout.split())
+        assert rows == 8
+        grown.append(kilobytes)
+    assert grown[0] - grown[1] < 32_000  # the weights have 67 MB
