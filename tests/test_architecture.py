@@ -29,7 +29,7 @@ LAYERS = (
     {"ops"},
     {"_changes"},
     {"_extension", "stragglers"},
-    {"_layout"},
+    {"_layout", "_loaded"},
     {"_torch"},
     {"_arguments"},
 )

@@ -156,6 +156,10 @@ def test_your_model_works_as_the_page_says(commands, ran, tmp_path, monkeypatch,
         "compare": "no redundancy, regression",
         "serve": r'^1 3 .*\n2 7 .*\n$|"name":"input","datatype":"FP32","shape":\[1,3,64,64\]',
         "kill_one.py": "^256 embeddings, error 0.0, 0 estimated$",
+        "fixed_batch.py": "^11 answers$",
+        "made_there.py": "^6 answers$",
+        "my_strings.py": r"^12 12 \[\]$",
+        "my_outputs.py": r"^\(2, 6, 4\)\n\(6, 5, 50\)$",
     }
     for command, output in shown.items():
         assert re.search(expected.get(command, "^$"), output), command
