@@ -66,13 +66,15 @@ def bound(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArgu
     return inspect.signature(lambda *args, **kwargs: None).bind(*args, **kwargs)
 
 
-def named(owner: object, answers: Any, root: str) -> dict[str, Any]:
+def named(
+    owner: object, answers: Any, root: str, is_leaf: Callable[[Any], bool] | None = None
+) -> dict[str, Any]:
     """Return outputs by the keys of a dict or the fields of a named tuple, nested as ``scores.0``.
 
     A single output has the name ``root``, those of a list or a tuple ``root0``, ``root1``, ...
     Raises a ValueError if two have the same name.
     """
-    found = pytree.tree_flatten_with_path(answers)[0]
+    found = pytree.tree_flatten_with_path(answers, is_leaf)[0]
     outputs = {}
     for path, leaf in found:
         name = ".".join(str(getattr(x, _KEYS[type(x)])) for x in path)

@@ -299,18 +299,27 @@ def has_rows(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.layout is torch.strided
 
 
-def different_rows(inputs: Sequence[Tensor]) -> list[int]:
-    """Return the numbers of the first row and of the first that differs from it, if one does."""
-    numbers = range(1, len(inputs[0]))
-    other = next((i for i in numbers if any(not x[i].equal(x[0]) for x in inputs)), 0)
+def different_rows(inputs: Sequence[Any]) -> list[int]:
+    """Return the numbers of the first row and of the first that differs from it, if one does.
+
+    Inputs are tensors, or lists of strings.
+    """
+
+    def differs(row: int) -> bool:
+        pairs = ((x[row], x[0]) for x in inputs)
+        return any(not (a.equal(b) if isinstance(a, Tensor) else a == b) for a, b in pairs)
+
+    other = next(filter(differs, range(1, len(inputs[0]))), 0)
     return [0, other] if other else [0]
 
 
 def sample(batch: Any) -> inspect.BoundArguments:
     """Return the first row of a batch, and the first that differs from it, as bound arguments."""
     given = arguments(batch)
-    rows = different_rows(pytree.tree_leaves(given))
-    args, kwargs = pytree.tree_map(lambda x: x[rows], given)
+    leaves, spec = pytree.tree_flatten(given, is_texts)
+    rows = different_rows(leaves)
+    chosen = [x[rows] if isinstance(x, Tensor) else [x[row] for row in rows] for x in leaves]
+    args, kwargs = pytree.tree_unflatten(chosen, spec)
     return bound(args, kwargs)
 
 

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 import coded_torch
-from coded_torch.cli import CommandError, find_factory, usage
+from coded_torch.cli import CommandError, find_factory, progress, usage
 from coded_torch.cli.main import main
 from coded_torch.demo import digits
 from coded_torch.experiments import planner
@@ -248,3 +248,11 @@ def test_a_checkout_does_not_hide_the_installed_package(tmp_path, monkeypatch):
     (tmp_path / "coded_torch").mkdir()
     find_factory("beside:make")
     assert sys.path[-1] == str(tmp_path)
+
+
+def test_progress_is_a_line_per_minute_where_there_is_no_terminal(capsys, monkeypatch):
+    times = iter([0.0, 1.0, 40.0, 70.0, 90.0, 131.0])
+    monkeypatch.setattr("coded_torch.cli.time.monotonic", lambda: next(times))
+    assert [*progress([*"abcde"], "batches")] == [*"abcde"]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["batches: 2 of 5, 0:01:45 left", "batches: 4 of 5, 0:00:33 left"]

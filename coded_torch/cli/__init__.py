@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import functools
 import importlib
 import importlib.util
 import os
 import re
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 # The flag of an option, or "factory"; its type or choices; its default, or ``...`` if required; its
 # help.
 Option = tuple[str, Any, Any, str]
+_EVERY = 60.0  # seconds between lines of progress
 _LINE = 1000  # characters of an error, at most; not tuned
 #: The ends of the names of files that hold programs: of ONNX, torch.export and TorchScript.
 PROGRAMS = ".onnx", ".pt2", ".pt", ".ts"
@@ -64,13 +67,28 @@ def usage(label: str = "", errors: Any = _MISTAKES, prefix: str = "") -> Iterato
 
 
 def progress(steps: Sequence[Any], what: str) -> Iterable[Any]:
-    """Show on a terminal how many of the steps are done, if tqdm is installed."""
-    if importlib.util.find_spec("tqdm") is None:
-        return steps
+    """Show how many of the steps are done, and how long the others may take, on standard error.
+
+    On a terminal, tqdm shows it, if it is installed; elsewhere a line does, each minute.
+    """
+    if not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
+        return _in_lines(steps, what)
     from tqdm import tqdm
 
-    shown: Iterable[Any] = tqdm(steps, desc=what, disable=None)
+    shown: Iterable[Any] = tqdm(steps, desc=what)
     return shown
+
+
+def _in_lines(steps: Sequence[Any], what: str) -> Iterator[Any]:
+    begin = time.monotonic()
+    last = begin
+    for done, step in enumerate(steps):
+        now = time.monotonic()
+        if done and now - last >= _EVERY:
+            last = now
+            left = datetime.timedelta(seconds=round((now - begin) / done * (len(steps) - done)))
+            print(f"{what}: {done} of {len(steps)}, {left} left", file=sys.stderr, flush=True)
+        yield step
 
 
 def need(extra: str, *packages: str) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .._arguments import instance, named
+from .._torch import is_texts
 from ..nn import Report
 from . import need, usage
 
@@ -111,7 +112,7 @@ class Rows:
         self, columns: BoundArguments, size: int, starts: Iterable[int], *, keys: Any = (),
         kept: Any = None,
     ) -> Iterator[BoundArguments]:  # fmt: skip
-        """Yield batches from some rows on, with tensors in the place of the columns' names.
+        """Yield batches from some rows on, with the columns in the places of their names.
 
         The key columns of each batch are appended to ``kept``.
         """
@@ -120,7 +121,7 @@ class Rows:
         for start in starts:
             with usage("--inputs cannot be read", errors=Exception):
                 found = self.read(dict.fromkeys([*names, *keys]), start, size)
-                args, kwargs = tree_map(lambda name, of=found: _tensor(name, of[name]), places)
+                args, kwargs = tree_map(lambda name, of=found: _column(name, of[name]), places)
             if kept is not None:
                 kept.append({name: found[name] for name in keys})
             yield columns.signature.bind(*args, **kwargs)
@@ -129,7 +130,11 @@ class Rows:
         """Return all rows of the only column."""
         if len(self.names) > 1:
             raise ValueError(f"it must hold one tensor, got {self.names}")
-        return _tensor(self.names[0], self.read(self.names, 0, self.total)[self.names[0]])
+        (name,) = self.names
+        column = _column(name, self.read([name], 0, self.total)[name])
+        if not isinstance(column, Tensor):
+            raise TypeError(f"the column {name!r} must hold numbers, got strings")
+        return column
 
 
 def _paths(source: str) -> list[Path]:
@@ -231,9 +236,10 @@ def check_whole(name: str, tensor: Tensor) -> None:
         )
 
 
-def _tensor(name: str, pieces: Sequence[Any]) -> Tensor:
-    """Return a column that holds numbers or, in a Parquet file, lists of numbers."""
+def _column(name: str, pieces: Sequence[Any]) -> Tensor | list[str]:
+    """Return a column of numbers or, in a Parquet file, of lists of numbers or of strings."""
     found = []
+    texts = list[str]()
     for piece in pieces:
         if isinstance(piece, (Tensor, np.ndarray)):
             found.append(torch.as_tensor(piece).clone())
@@ -253,10 +259,18 @@ def _tensor(name: str, pieces: Sequence[Any]) -> Tensor:
             raise ValueError(f"its columns must not hold nulls, got some in the column {name!r}")
         if hasattr(values, "dictionary_decode"):
             values = values.dictionary_decode()
+        types = pyarrow.types
+        if len(shape) == 1 and (types.is_string(values.type) or types.is_large_string(values.type)):
+            texts += values.to_pylist()
+            continue
         numbers = np.array(values.to_numpy(zero_copy_only=False)).reshape(shape)
         if numbers.dtype == object:
             raise TypeError(f"the column {name!r} must hold numbers, got {values.type}")
         found.append(torch.from_numpy(numbers))
+    if texts and not found:
+        return texts
+    if texts:
+        raise TypeError(f"the column {name!r} must hold strings in all files, or in none")
     if len({x.dtype.is_floating_point for x in found}) > 1:  # large integers would be rounded
         types = sorted({str(x.dtype) for x in found})
         must = f"the column {name!r} must hold integers in all files, or in none"
@@ -281,7 +295,7 @@ def encoded(
     ``error_bounds``; and ``keys``, if there are some. A Parquet file has a column for each key and
     output, ``estimated`` and ``error_bound``, which ``bounds`` may name "radius".
     """
-    outputs = named("job", answers, "output")
+    outputs = named("job", answers, "output", is_texts)
     file = io.BytesIO()
     copied = {name: _joined(pieces) for name, pieces in keys.items()}
     if unknown := [name for name in select if name not in outputs]:
@@ -297,7 +311,7 @@ def encoded(
         from pyarrow import parquet
 
         for name, column in chosen.items():
-            instance("job", f"the output {name!r}", column, Tensor)
+            instance("job", f"the output {name!r}", column, list if is_texts(column) else Tensor)
         lists = copied, chosen, known
         twice = sorted(
             name for name, count in Counter(itertools.chain(*lists)).items() if count > 1
@@ -309,7 +323,8 @@ def encoded(
         parquet.write_table(pyarrow.table(copied | columns), file)
         return file.getbuffer()
     if not select:
-        chosen = dict(answers) if isinstance(answers, Mapping) else tree_leaves(answers)
+        leaves = tree_leaves(answers, is_leaf=is_texts)
+        chosen = dict(answers) if isinstance(answers, Mapping) else leaves
     content = {"outputs": chosen, "estimated": known["estimated"]}
     content[_SEVERAL[bounds]] = known[bounds]
     content |= {"keys": {name: x.to_pylist() for name, x in copied.items()}} if copied else {}
@@ -332,10 +347,12 @@ def _joined(pieces: Sequence[Any]) -> Any:
     return pyarrow.concat_tables(tables, promote_options="permissive").column(0)
 
 
-def _arrow(rows: Tensor | np.ndarray[Any, Any]) -> Any:
+def _arrow(rows: Tensor | np.ndarray[Any, Any] | list[str]) -> Any:
     """Return rows of numbers or strings as an array of Arrow, nested lists if they have many."""
     import pyarrow
 
+    if isinstance(rows, list):
+        return pyarrow.array(rows)
     if isinstance(rows, Tensor):
         rows = rows.float() if rows.dtype is torch.bfloat16 else rows
         rows = rows.numpy(force=True)

@@ -1,5 +1,6 @@
 """The command ``coded-torch serve``."""
 
+import asyncio
 import contextlib
 import logging
 import math
@@ -28,6 +29,9 @@ from . import POOL_NAMES, CommandError, find_model, make_model, need, processes,
 LENET5 = "coded_torch.demo:lenet5_and_digits"
 # Seconds, nginx's default: clients keep connections longer than uvicorn's default of 5.
 _KEEP_ALIVE = 75
+# Seconds without a request after which a connection ends with the server: a client that has an
+# answer asks again within some milliseconds. Not tuned.
+_QUIET = 0.25
 # Seconds after the last deadline in which clients may read answers while the server ends, as a load
 # may take any time. It was not tuned.
 _TO_READ = 5
@@ -177,6 +181,46 @@ def _own(args: Namespace) -> tuple[nn.Module, dict[str, Any]]:
     return model, found | {"make": lambda: make_model(args, factory)[0]}
 
 
+def draining(config: Any) -> Any:
+    """Return a server of uvicorn that answers, at its end, whatever has reached it.
+
+    Connections that wait to be accepted are, and a connection ends with its next answer, which
+    says so, or once it has been idle for a while.
+    """
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: Any = None) -> None:
+            loop = asyncio.get_running_loop()
+            self.server_state.default_headers.append((b"connection", b"close"))
+            waiting = list[socket.socket]()
+            for listening in sockets or ():
+                listening.setblocking(False)
+                with contextlib.suppress(OSError):  # none waits any more
+                    while True:
+                        waiting.append(listening.accept()[0])
+            for server in self.servers:
+                server.close()
+            for accepted in waiting:
+                accepted.setblocking(False)
+                await loop.connect_accepted_socket(self._connection, accepted)
+            end = loop.time() + (config.timeout_graceful_shutdown or 0)
+            quiet_since = loop.time()
+            connections: Any = self.server_state.connections
+            while not self.force_exit and loop.time() < min(end, quiet_since + _QUIET):
+                if not all(x.is_idle and not x.rest for x in connections):
+                    quiet_since = loop.time()
+                await asyncio.sleep(_QUIET / 10)
+            await super().shutdown(sockets)
+
+        def _connection(self) -> Any:
+            return config.http_protocol_class(
+                config=config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+
+    return Server(config)
+
+
 def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None:
     import uvicorn
 
@@ -219,4 +263,4 @@ def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None
         with usage(errors=TypeError, prefix="Workers: "):
             built.load()  # here Ctrl-C ends it, and an error of the model ends the command
         built.load = lambda: None  # not twice
-        uvicorn.Server(config).run(sockets=[listening])
+        draining(config).run(sockets=[listening])

@@ -1,6 +1,7 @@
 """The command ``coded-torch serve``: on worker processes that are delayed and killed."""
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -9,8 +10,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -191,6 +194,50 @@ def test_a_model_of_ones_own(mine, capsys):
     assert status == 200
     found = {entry["name"]: entry["data"] for entry in answer["outputs"]}
     assert found == {"output0": [2.0] * 4, "output1": [12.0]}
+
+
+def ask_until_the_end(port, is_kept, outcomes):
+    """Send requests, over one connection or many, until nobody listens; count what becomes of them.
+
+    A connection is refused only after the listener has closed.
+    """
+    body = json.dumps({"inputs": [tensor([[1.0, 2.0, 3.0]], "x")]})
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    while True:
+        try:
+            connection.request("POST", "/v2/models/read/infer", body)
+            answer = connection.getresponse()
+            answer.read()
+        except ConnectionRefusedError:
+            return
+        except Exception as error:
+            outcomes[type(error).__name__] += 1
+            return
+        outcomes[answer.status] += 1
+        if not is_kept:
+            connection.close()
+
+
+@pytest.mark.parametrize("signals", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_sigterm_answers_all_that_has_reached_the_server(signals, mine):
+    (mine / "weights").write_text("2")
+    options = "--num-workers", "1", "--deadline", "10"
+    for _ in range(signals):
+        outcomes = Counter()
+        with running("mine:read", *options, cwd=mine) as (process, port), Client(port) as client:
+            until(lambda ask=client: ask.get("/v2/health/ready")[0] == 200)
+            kept = [i % 4 > 0 for i in range(32)]
+            threads = [
+                threading.Thread(target=ask_until_the_end, args=(port, x, outcomes)) for x in kept
+            ]
+            for thread in threads:
+                thread.start()
+            until(lambda counts=outcomes: counts[200] > 100)
+            process.terminate()
+            for thread in threads:
+                thread.join(60)
+            assert process.wait(60) == -signal.SIGTERM
+        assert outcomes.keys() == {200}, outcomes
 
 
 def test_a_signal_loads_new_weights_and_keeps_the_old_ones_if_that_fails(mine):
