@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 import coded_torch
-from coded_torch.cli import CommandError, find_factory, progress, usage
+from coded_torch.cli import CommandError, find_factory, progress, seconds, usage
 from coded_torch.cli.main import main
 from coded_torch.demo import digits
 from coded_torch.experiments import planner
@@ -55,6 +55,11 @@ def run(line):
         ("compare ./mine:make --inputs x.pt", "a Python module, got './mine:make'"),
         ("compare a:b --inputs x.pt --output x", "--output: must end in .pdf, .png or .svg, in a"),
         ("demo --output nowhere/demo.png", "in a folder that exists, got nowhere/demo.png"),
+        (
+            "plan --deadline 2sms",
+            "--deadline: must be a duration, such as 0.2, 200ms or 2s, got '2",
+        ),
+        ("plan --deadline soon", "--deadline: must be a duration, such as 0.2, 200ms or 2s, got"),
         ("plan --conditions murphy", "--conditions: invalid choice: 'murphy'"),
     ],
 )
@@ -84,6 +89,24 @@ def test_a_missing_extra_says_how_to_get_it(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().err == (
         "coded-torch demo: matplotlib must be installed: pip install 'coded_torch[demo]'\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("200ms", 0.2), (".2", 0.2), ("2s", 2.0), ("1e-3s", 1e-3), ("0", 0.0)]
+)
+def test_durations(text, value):
+    assert seconds(text) == pytest.approx(value)
+
+
+def test_options_stand_in_groups_with_defaults_of_their_command(capsys):
+    assert run("serve --help") == 0
+    text = capsys.readouterr().out
+    titles = ["model", "workers", "endpoints instead of processes", "requests and answers"]
+    places = [text.index(f"\n{title}:\n") for title in [*titles, "server"]]
+    assert places == sorted(places)
+    assert "10 deadlines, at least 1s" in " ".join(text.split())
+    assert run("job --help") == 0
+    assert "counts as hung [30s]" in " ".join(capsys.readouterr().out.split())
 
 
 def test_help_and_version(capsys):
@@ -177,8 +200,12 @@ def test_compare_takes_a_model_and_files(tmp_path, monkeypatch, capsys):
     assert run([*line.split(), "9,8,1 6,4,2", "--output", "out.png"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    for shown in ("N = 9 workers, K = 8", "N = 6 workers, K = 4", "RelAcc"):
+    for shown in ("N = 9 workers, K = 8", "N = 6 workers, K = 4", "RelAcc", "\nRelAcc  "):
         assert shown in out
+    assert run("compare nets:net --inputs images.pt --batch-size 50 --settings 6,4,2") == 0
+    unlabelled = capsys.readouterr().out
+    assert "RelAcc" not in unlabelled
+    assert "\nBest at N = 6, K = 4, S = 2: " in unlabelled
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     np.save(tmp_path / "labels.npy", labels[:251].numpy())
     assert run([*line.split(), "9,8,1"]) == 2
@@ -191,6 +218,9 @@ def test_commands_write_pictures_of_different_names(tmp_path, monkeypatch, compa
     class Drawn:
         def draw(self):
             return Figure()
+
+        def verdict(self):
+            return ""
 
     compared(lambda *_, **__: Drawn())
     monkeypatch.setattr(planner, "plan", lambda *_, **__: Drawn())

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # The flag of an option, or "factory"; its type or choices; its default, or ``...`` if required; its
-# help.
-Option = tuple[str, Any, Any, str]
+# help. A text alone is the title of the group that follows.
+Option = tuple[str, Any, Any, str] | str
 _EVERY = 60.0  # seconds between lines of progress
 _LINE = 1000  # characters of an error, at most; not tuned
 #: The ends of the names of files that hold programs: of ONNX, torch.export and TorchScript.
@@ -192,20 +192,31 @@ def devices(text: str) -> list[str]:
     return [f"cuda:{number}" for number in numbers]
 
 
-#: The options of a pool of processes.
-POOL: tuple[Option, ...] = (
+def seconds(text: str) -> float:
+    """Return the seconds of a duration such as 0.2, 200ms or 2s, for argparse."""
+    milliseconds = text.endswith("ms")
+    number = text[:-2] if milliseconds else text.removesuffix("s")
+    try:
+        return float(number) / (1000 if milliseconds else 1)
+    except ValueError:
+        must = "must be a duration, such as 0.2, 200ms or 2s"
+        raise argparse.ArgumentTypeError(f"{must}, got {text!r}") from None
+
+
+_POOL: tuple[tuple[str, Any, Any, str], ...] = (
     ("--num-workers", int, None, "worker processes [6, or one per CUDA device]"),
     ("--device", devices, None, "devices of workers, in turn: cpu, cuda, cuda:0,1 or auto [cpu]"),
     ("--threads", int, None, "threads per worker for one operation [1]"),
     ("--dtype", ("bfloat16", "float16", "float32"), None, "the model's dtype; outputs are float32"),
-    (
-        "--hang-timeout",
-        float,
-        None,
-        "seconds until a worker hangs [job: 30; serve: 10 deadlines]",
-    ),
+    ("--hang-timeout", seconds, None, "the time after which a worker counts as hung"),
 )
-POOL_NAMES = {flag: flag[2:].replace("-", "_") for flag, *_ in POOL}
+POOL_NAMES = {flag: flag[2:].replace("-", "_") for flag, *_ in _POOL}
+
+
+def pool_options(hang_timeout: str) -> tuple[Option, ...]:
+    """Return the options of a pool of processes, the default of the hang timeout in words."""
+    *others, (flag, kind, default, text) = _POOL
+    return (*others, (flag, kind, default, f"{text} [{hang_timeout}]"))
 
 
 def processes(args: Namespace, hang_timeout: float = 30.0) -> ProcessWorkers:
@@ -222,8 +233,13 @@ def processes(args: Namespace, hang_timeout: float = 30.0) -> ProcessWorkers:
 
 
 def options(parser: argparse.ArgumentParser, *table: Option) -> None:
-    """Add the options of a table to a parser."""
-    for flag, kind, default, text in table:
+    """Add the options of a table to a parser, below the titles of their groups."""
+    group: Any = parser
+    for option in table:
+        if isinstance(option, str):
+            group = parser.add_argument_group(option)
+            continue
+        flag, kind, default, text = option
         how: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         if kind is bool:
             how = {"action": "store_true"}
@@ -235,7 +251,9 @@ def options(parser: argparse.ArgumentParser, *table: Option) -> None:
         elif default is ...:
             how["required"] = True
         shown = "" if str(default) in ("None", "False", "Ellipsis") else " [%(default)s]"
-        parser.add_argument(flag, default=default, help=f"{text}{shown}", **how)
+        if kind is seconds:
+            how["metavar"] = "DURATION"
+        group.add_argument(flag, default=default, help=f"{text}{shown}", **how)
 
 
 def picture(text: str) -> Path:

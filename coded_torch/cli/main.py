@@ -26,16 +26,17 @@ from ..nn import CodedWrapper
 from ..stragglers import Uniform
 from ..workers import LocalWorkers
 from . import (
-    POOL,
     PROGRAMS,
     CommandError,
     make_model,
     need,
     options,
     picture,
+    pool_options,
     progress,
     save,
     say,
+    seconds,
     usage,
 )
 from .card import examine
@@ -47,8 +48,9 @@ from .serve import LENET5, serve
 _BATCH_SIZE = 240
 _LEGEND = """\
 RMSE             root of the mean squared distance from the module's answers
-normalised MSE   its square, over the variance of the module's answers
-RelAcc           right answers, relative to the bare model's right answers
+normalised MSE   its square, over the variance of the module's answers"""
+_ACCURACY = "RelAcc           right answers, relative to the bare model's right answers"
+_SIGNS = """\
 ± or ×/÷         half the width of the 95 % interval over batches, or its factor
 ordered          the batch is ordered by similarity before it is coded"""
 _COLUMNS = "columns for the arguments: in order as a,b, or by name as x=a,y=b [by equal names]"
@@ -124,8 +126,18 @@ def _compare(
     args: argparse.Namespace, model: nn.Module, batches: list[Any], labels: Sequence[Tensor] | None
 ) -> None:
     with usage(errors=Exception, prefix="compare: "), usage(prefix="CodedWrapper: "):
-        found = coded_torch.compare(model, batches, args.settings, labels=labels, seeds=args.seed)
-    say(f"{found}\n\n{_LEGEND}")
+        found = coded_torch.compare(
+            model,
+            batches,
+            args.settings,
+            labels=labels,
+            seeds=args.seed,
+            progress=partial(progress, what="codes"),
+        )
+    accuracy = "" if labels is None else f"{_ACCURACY}\n"
+    say(f"{found}\n\n{_LEGEND}\n{accuracy}{_SIGNS}")
+    if verdict := found.verdict():
+        say(f"\n{verdict}")
     save(found.draw(), args.output)
 
 
@@ -192,48 +204,62 @@ _LOST = (
 )
 _COMMANDS: dict[Callable[[argparse.Namespace], int | None], tuple[Any, ...]] = {
     demo: (
+        "workers",
         ("--settings", _settings, "24,20,4", _TRIPLES),
         *_LOST,
+        "output",
         ("--output", picture, Path("coded-torch-demo.png"), "the picture: .png, .svg or .pdf"),
     ),
     compare: (
+        "model and inputs",
         ("factory", str, ..., _MODEL),
         ("--inputs", str, ..., "a .pt, .npy, .safetensors or .parquet file"),
         ("--columns", str, None, _COLUMNS),
         ("--labels", str, None, "a file with the true class of each row"),
         ("--batch-size", int, _BATCH_SIZE, "rows per batch"),
+        "workers",
         ("--settings", _settings, "24,20,4", _TRIPLES),
         *_LOST,
+        "output",
         ("--output", picture, Path("coded-torch-compare.png"), "the picture: .png, .svg or .pdf"),
     ),
     serve: (
+        "model",
         ("factory", str, LENET5, f"{_MODEL} and examples of its inputs"),
+        ("--name", str, None, "the model's name in URLs [MODEL, lenet5 or FACTORY]"),
+        ("--fixed-shapes", bool, False, "refuse rows of other sizes than those of the examples"),
+        "workers",
+        *pool_options("10 deadlines, at least 1s"),
+        ("--parts", int, 4, "parts per batch"),
+        ("--verify", float, 0.0, "the share of rows that a second worker computes, too"),
+        ("--chaos", bool, False, "for a trial, delay 3 %% of calls and kill a worker every 5 s"),
+        ("--seed", int, 0, "the seed of --chaos"),
+        "endpoints instead of processes",
         ("--endpoints", list, None, "servers (KServe v2) that compute instead of processes"),
         ("--model", str, None, "the model's name at the endpoints"),
         ("--header", dict, None, "headers for the endpoints, from NAME=@FILE or NAME='$VARIABLE'"),
         ("--ca-file", Path, None, "a PEM file of the authority that certifies the endpoints"),
-        ("--parts", int, 4, "parts per batch"),
-        *POOL,
-        ("--deadline", float, 0.2, "seconds from the arrival of a request to its answer"),
+        "requests and answers",
+        ("--deadline", seconds, 0.2, "the time from the arrival of a request to its answer"),
+        ("--max-batch-size", int, 64, "the most rows per batch"),
+        ("--max-queued-requests", int, 256, "the most requests that wait"),
+        ("--memory", bool, False, "estimate missing rows from earlier requests of any client"),
+        "server",
         ("--host", str, "127.0.0.1", "the address to listen on"),
         ("--port", int, 8000, "the port to listen on, or 0 for any free one"),
         ("--allowed-hosts", list, None, "host names that requests may use, beside loopback ones"),
-        ("--max-batch-size", int, 64, "the most rows per batch"),
-        ("--max-queued-requests", int, 256, "the most requests that wait"),
         ("--token", str, None, "@FILE or '$VARIABLE': its content lets clients load new weights"),
-        ("--fixed-shapes", bool, False, "refuse rows of other sizes than those of the examples"),
-        ("--name", str, None, "the model's name in URLs [MODEL, lenet5 or FACTORY]"),
-        ("--verify", float, 0.0, "the share of rows that a second worker computes, too"),
-        ("--memory", bool, False, "estimate missing rows from earlier requests of any client"),
-        ("--chaos", bool, False, "for a trial, delay 3 %% of calls and kill a worker every 5 s"),
         ("--page", bool, False, "show the page and examples although HOST is not a loopback one"),
-        ("--seed", int, 0, "the seed of --chaos"),
         ("--example", int, None, "print a request with the example row of this number, and end"),
     ),
     job: (
+        "model",
         ("factory", str, None, f"{_MODEL} or a CodedWrapper, alone or with examples"),
+        "input",
         ("--inputs", list, None, "files or quoted patterns: .npy, .safetensors, .parquet, .pt"),
         ("--columns", str, None, _COLUMNS),
+        ("--batch-size", int, 256, "rows per batch"),
+        "output",
         ("--output", Path, None, "the folder of results, one file per batch"),
         ("--format", ("torch", "parquet"), "torch", "the format of results"),
         ("--keys", str, None, "columns of the inputs that results repeat, such as a,b"),
@@ -241,28 +267,33 @@ _COMMANDS: dict[Callable[[argparse.Namespace], int | None], tuple[Any, ...]] = {
         ("--resume", bool, False, _RESUME),
         ("--trust-model", bool, False, "with --resume: let model, files and versions differ"),
         ("--check", Path, None, "a job's folder: print its missing and wrong batches, and end"),
-        ("--batch-size", int, 256, "rows per batch"),
+        "workers",
+        *pool_options("30s"),
         ("--in-flight", int, 4, "batches in progress at once"),
-        *POOL,
-        ("--deadline", float, None, "seconds after which missing rows are estimated"),
+        ("--deadline", seconds, None, "the time after which missing rows are estimated"),
         ("--on-error", ("raise", "estimate"), "raise", "what to do if the model fails on a row"),
+        "means",
         ("--mean", bool, False, "find the means over all rows, from as few rows as are needed"),
         ("--half-width", float, None, "with --mean: end when 95 %% intervals have this half width"),
         ("--bounds", _bounds, None, "with --mean: LOW,HIGH, between which all numbers lie"),
         ("--mean-function", str, None, "with --mean: MODULE:FUNCTION of outputs and row numbers"),
     ),
     plan: (
+        "goals",
+        ("--deadline", seconds, 0.2, "the time within which 99.9 %% of the requests are answered"),
+        ("--accuracy", float, 0.99, "the least share of rows that get the class of the model"),
+        "workers",
         ("--latencies", Path, None, "a CSV file of measured seconds, one part per line"),
         ("--conditions", tuple(planner.CONDITIONS), "mix", "how workers fail, without --latencies"),
-        ("--deadline", float, 0.2, "seconds within which 99.9 %% of the requests are answered"),
-        ("--accuracy", float, 0.99, "the least share of rows that get the class of the model"),
+        ("--median", seconds, 0.01, "the median time per part, with --conditions"),
         ("--num-workers", int, 6, "the number of workers"),
         ("--parts", int, 4, "parts per request when latencies were measured"),
-        ("--median", float, 0.01, "median seconds per part, with --conditions"),
         ("--load", float, 0.3, "the share of the workers' time that requests take"),
         ("--verify", float, 0.0, "the share of rows that a second worker computes, too"),
+        "simulation",
         ("--num-requests", int, 5000, "simulated requests per policy"),
         ("--seed", int, 0, "the seed of all draws"),
+        "output",
         ("--output", picture, Path("coded-torch-plan.png"), "the picture: .png, .svg or .pdf"),
     ),
     info: (

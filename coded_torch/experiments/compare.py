@@ -66,6 +66,7 @@ def compare(
     adversaries: int = 1,
     in_dims: Any = 0,
     out_dims: Any = 0,
+    progress: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> Comparison:
     r"""Compare the codes, and the trivial baselines, on a model of one's own.
 
@@ -100,6 +101,7 @@ def compare(
             code is also tried with ``adversaries``, and all are tuned under the attack.
         adversaries: with an attack, the number of such workers in each received set. Defaults to 1.
         in_dims, out_dims: as for :class:`~coded_torch.CodedWrapper`.
+        progress: called with a list of steps, returns them one by one, such as ``tqdm.tqdm``.
 
     Codes that mix inputs need floating-point ones, and are left out otherwise. At every setting,
     the module computes some N / K rows per row of all batches. On the tuning batches, it computes
@@ -177,7 +179,7 @@ def compare(
         if attack is not None:
             untuned |= _defended(untuned, adversaries)
         tuned: dict[str, Code | Decoder] = {}
-        for name, code in untuned.items():
+        for name, code in progress([*untuned.items()]):
             if isinstance(code, Code):
                 mixes = code.mixes or surrogate is None
                 codes[setting, name] = code = chosen("compare", code, first, s, mixes=mixes)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,6 +35,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _STUDENT = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.306, 2.26216, 2.22814)
 _FLIPS = 20_000  # random signs of a paired test, enough for two digits of a p-value of .01
 _WIDE = 0.5  # half an interval over its number, above which it is one of the logarithm
+_WIDTHS = 28, 16, 18, 0  # characters of a table's columns, at least; with wider text they grow
 _EXACT = 1e-6  # the share of the variance below which an error is rounding, and is not drawn
 
 
@@ -258,17 +261,54 @@ class Comparison:
         for (n, k, s), rows in grouped(self.rows, lambda row: row.setting).items():
             accuracies = "RelAcc" if rows[0].relative_accuracy else ""
             lines += ["", f"N = {n} workers, K = {k} inputs per group, S = {s} workers lost"]
-            lines.append(f"  {'':<27} {'RMSE':<16}{'normalised MSE':<18}{accuracies}".rstrip())
+            table = [("", "RMSE", "normalised MSE", accuracies)]
             for row in rows:
-                scores = f"{_text(row.rmse):<15} {_text(row.mse):<17}"
-                text = f"  {row.name:<27} {scores} {_text(row.relative_accuracy)}"
-                lines.append(text.rstrip())
+                scores = [_text(score) for score in (row.rmse, row.mse, row.relative_accuracy)]
+                table.append((row.name, *scores))
+            widths = []
+            for least, column in zip(_WIDTHS, zip(*table, strict=True), strict=True):
+                widths.append(max(least, *(len(text) + 2 for text in column)))
+            for cells in table:
+                padded = [f"{text:<{width}}" for text, width in zip(cells, widths, strict=True)]
+                lines.append(f"  {''.join(padded)}".rstrip())
         return "\n".join(lines[1:])
+
+    def verdict(self) -> str:
+        """Return, for each setting, the scheme of the least squared error as code to write.
+
+        Schemes are named, too, if the 95 % interval of the ratio of their error to the least one,
+        batch by batch, includes 1. There is no verdict on one answered batch.
+        """
+        lines: list[str] = []
+        for setting, rows in grouped(self.rows, lambda row: row.setting).items():
+            complete = [row for row in rows if row.mse[0] is not None]
+            if not complete or all(row.mse[1] is None for row in complete):
+                continue
+            best = min(complete, key=lambda row: row.mse[0] or 0.0)
+            code = self.codes.get((setting, best.name))
+            written = best.name
+            if code is not None:
+                written = f"{best.name}, CodedWrapper(model, codes.{code!r})"
+            n, k, s = setting
+            lines.append(f"Best at N = {n}, K = {k}, S = {s}: {written}")
+            alike = []
+            for row in self.against(best.name):
+                if row.setting != setting or row.mse[0] is None or row.mse_ratio is None:
+                    continue
+                times = row.mse_ratio[0]
+                is_larger = times is not None and times - _bars(row.mse_ratio)[0] > 1
+                if not is_larger:
+                    alike.append(row.name)
+            if alike:
+                lines.append(f"Not clearly worse: {'; '.join(alike)}")
+        wrap = functools.partial(textwrap.fill, width=80, subsequent_indent="  ")
+        return "\n".join(map(wrap, lines))
 
     def draw(self) -> Figure:
         """Draw the squared errors, against S or N if there are several; it needs matplotlib.
 
-        Axes of errors are logarithmic; an interval ends at a tenth of its number, if not above.
+        Axes of errors are logarithmic. Intervals are drawn as ``print`` shows them: a wide one is
+        a factor.
         """
         from matplotlib.figure import Figure  # an extra; and not pyplot: no state, no display
 
@@ -287,20 +327,21 @@ class Comparison:
                 axes.set(xscale="log", xlabel=f"{error}, {s} workers lost", xmargin=0.2)
                 for row in sorted(rows, key=lambda row: -(row.mse[0] or 0.0)):
                     mse = max(row.mse[0] or 0.0, _EXACT)
-                    half = row.mse[1] or 0.0
-                    axes.errorbar(mse, row.name, xerr=[[min(half, 0.9 * mse)], [half]], fmt="C0o")
+                    below, above = _bars(row.mse)
+                    axes.errorbar(mse, row.name, xerr=[[below], [above]], fmt="C0o")
                     said = "missing answers" if row.mse[0] is None else "exact"
                     said = f"{mse:.2g}" if mse > _EXACT else said
-                    axes.annotate(f"  {said}", (mse + half, row.name), va="center", fontsize=9)
+                    axes.annotate(f"  {said}", (mse + above, row.name), va="center", fontsize=9)
                 continue
             for i, (name, each) in enumerate(grouped(rows, lambda x: x.name).items()):
-                points = [(x.setting[along], *x.mse) for x in each if (x.mse[0] or 0) > _EXACT]
+                drawn = [x for x in each if (x.mse[0] or 0) > _EXACT]
                 if missing := any(x.mse[0] is None for x in each):
                     name += ", some missing"
-                if not (points or missing):
+                if not (drawn or missing):
                     continue
-                at, mse, half = np.array(points, float).reshape(-1, 3).T
-                bars = np.nan_to_num([np.minimum(half, 0.9 * mse), half])
+                at = [x.setting[along] for x in drawn]
+                mse = [x.mse[0] for x in drawn]
+                bars = np.array([_bars(x.mse) for x in drawn]).reshape(-1, 2).T
                 # Hollow markers of falling size: a line that another one covers stays visible.
                 look = {"marker": "os^vPDX"[i % 7], "fillstyle": "none", "ms": max(3, 9 - i / 2)}
                 lines[name] = axes.errorbar(at, mse, bars, **look)
@@ -323,6 +364,17 @@ def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[A
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups
+
+
+def _bars(interval: Interval) -> tuple[float, float]:
+    """Return how far an interval reaches below and above its number: 0 if that is not known."""
+    value, half = interval
+    if not value or not half or value <= _EXACT:
+        return 0.0, 0.0
+    factor = of_logarithm(value, half)
+    if factor is None:
+        return half, half
+    return value - value / factor, value * factor - value
 
 
 def _text(interval: Interval | None) -> str:

@@ -1,6 +1,7 @@
 """Codes and baselines side by side on any model: raw data, statistics, a table and a picture."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from coded_torch import codes
 from coded_torch.demo import digits, lenet5
 from coded_torch.experiments import scores
 from coded_torch.experiments.compare import compare, peers, received_by
-from coded_torch.experiments.scores import Comparison, Record, Score
+from coded_torch.experiments.scores import Comparison, Record, Score, Setting
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Bernoulli, ShiftedExponential, Trace, Uniform
 from coded_torch.workers import LocalWorkers
@@ -330,6 +331,39 @@ def test_names_of_schemes_are_not_taken_twice(name):
 def made(setting, name, mse, batch=0):
     scores = Score(mse, 1.0, 1.0, math.nan, math.nan, 1.0)
     return Record(*setting, name, "", 0, batch, 4, 1.0, scores)
+
+
+def test_the_verdict_names_the_least_error_and_what_is_not_clearly_worse():
+    errors = {
+        "a": (1.0, 1.1, 1.2),
+        "b": (1.2, 1.0, 1.2),
+        "c": (5.0, 5.1, 5.3),
+        "d": (0.1, math.nan, 1),
+        "e": (1.3, 0.9, 1.2),
+        "f": (9.0, 900.0, 9.0),  # a wide interval, whose low end is above 1, too
+    }
+    records = [made((6, 4, 2), x, e, i) for x in errors for i, e in enumerate(errors[x])]
+    setting = Setting(6, 4, 2)
+    code = codes.RegressionCode(4, 6)
+    found = Comparison(records, {(setting, "a"): code})
+    first, second = re.sub("\n  ", " ", found.verdict()).splitlines()
+    assert first == f"Best at N = 6, K = 4, S = 2: a, CodedWrapper(model, codes.{code})"
+    assert second == "Not clearly worse: b; e"
+    assert Comparison(records[:1]).verdict() == ""  # one batch shows no interval
+
+
+def test_columns_do_not_touch_and_wide_intervals_are_drawn_as_factors():
+    wide = "a scheme with a name longer than its column"
+    records = [made((6, 4, 2), wide, e, i) for i, e in enumerate((1e-5, 3e2, 1e-3))]
+    found = Comparison(records)
+    row = found.rows[0]
+    line = str(found).splitlines()[2]
+    assert len(re.split(" {2,}", line.strip())) == 3
+    value, half = row.mse
+    factor = scores.of_logarithm(value, half)
+    (bars,) = found.draw().axes[0].collections
+    (low, _), (high, _) = bars.get_segments()[0]
+    assert [low, high] == pytest.approx([value / factor, value * factor])
 
 
 def test_pictures_of_several_settings_leave_out_what_is_exact():
