@@ -60,6 +60,60 @@ def local(stars: Sequence[str], found: Mapping[str, Any]) -> str:
     return ", ".join(f"{x:.1f} ± {half:.1f}" for x, half in pairs)
 
 
+def counts(stars: Sequence[str], found: Mapping[str, Any]) -> str:
+    """Return the numbers of lost workers."""
+    return ", ".join(f"{x:.0f}" for x in found["stragglers"])
+
+
+def several(key: str) -> Callable[[Sequence[str], Any], str]:
+    """Return a column of all numbers at a key."""
+    return lambda _, found: ", ".join(map(str, found[key]))
+
+
+def fitted(code: str = "") -> Callable[[Sequence[str], Any], str]:
+    """Return a column of a code's slopes, with the interval of the fit."""
+
+    def column(stars: Sequence[str], found: Mapping[str, Any]) -> str:
+        slope = found.get(code, {}).get("fitted slope") if code else found["slope"]
+        return shown(slope, ".2f") if slope else ""
+
+    return column
+
+
+def bounds(results: Mapping[str, Any]) -> Iterable[list[str]]:
+    """Yield measured errors beside the bound with its constant."""
+    yield ["", "workers", "squared error", "the bound", "the largest share of the bound in a draw"]
+    for name, of in results["convergence"].items():
+        for found in of.get("bound", {}).values():
+            lines = zip(found["workers"], found["mse"], found["bound"], strict=True)
+            for i, (workers, mse, bound) in enumerate(lines):
+                most = f"{found['most of the bound']:.1e}" if i == 0 else ""
+                yield [NAMES.get(name, name), f"{workers}", f"{mse[0]:.1e}", f"{bound:.1e}", most]
+
+
+def letcc(results: Mapping[str, Any]) -> Iterable[list[str]]:
+    """Yield how LeTCC differs from Berrut's code, beside the paper's numbers."""
+    from .letcc import PAPER
+
+    yield [
+        "network", "(N, K)", "its accuracy", "RMSE lower, %", "in the paper",
+        "relative accuracy higher, points", "in the paper",
+    ]  # fmt: skip
+    for name, of in results["letcc"]["networks"].items():
+        for setting, found in of.items():
+            rmse, points = PAPER[name]
+            ours = found["against Berrut"]
+            yield [
+                name,
+                setting,
+                f"{found['accuracy']:.1%}".replace("%", " %"),
+                f"{ours['RMSE lower, %']:.1f}",
+                str(rmse),
+                f"{ours['accuracy higher, points']:.1f}",
+                str(points),
+            ]
+
+
 def number(stars: Sequence[str], found: Any) -> str:
     """Return a number, without the bar that a developer has set for it."""
     first = found[0] if isinstance(found, list) else found

@@ -4,6 +4,7 @@
 NAMES = {
     "lenet5": "LeNet-5, MNIST",
     "lenet5-tanh": "LeNet-5 with tanh, MNIST",
+    "kinks": "kinks at the data points",
     "lenet5-softmax": "LeNet-5, probabilities, MNIST",
     "lenet5-mixtures": "LeNet-5 taught by mixtures, MNIST",
     "table": "uniformly",

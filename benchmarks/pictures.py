@@ -24,6 +24,7 @@ STYLES = {  # one style for a scheme in every picture
     "the paper's scheme": {"color": "tab:red", "linestyle": ":"},
     "Berrut": {"color": "tab:purple", "linestyle": ":"},
     "the paper's, ordered": {"color": "tab:red", "linestyle": "--"},
+    "Lagrange": {"color": "tab:green", "linestyle": "-.", "marker": "^"},
     "replication": {"color": "tab:olive", "marker": "x"},
     "no redundancy, surrogate": {"color": "tab:brown", "marker": "v"},
     "surrogate alone": {"color": "0.5", "linestyle": "-."},
@@ -200,6 +201,27 @@ def convergence(results: Results) -> Figure:
     return legend(figure, 2, of=-1)
 
 
+def letcc(results: Results) -> Figure:
+    """Draw the RMSE of each scheme over S, by network, N and K."""
+    of = {
+        f"{name}, (N, K) = {setting}": found["lost"]
+        for name, settings in results["letcc"]["networks"].items()
+        for setting, found in settings.items()
+    }
+    figure, every = panels(list(of), 2, 2.0, 4)
+    for axes, by_lost in zip(every, of.values(), strict=True):
+        lost = [int(key.removeprefix("S = ")) for key in by_lost]
+        for name in next(iter(by_lost.values())):
+            intervals = [schemes[name]["rmse"] for schemes in by_lost.values()]
+            if max(value for value, _ in intervals) < LEAST_LOSS:  # a logarithm has no zero
+                continue
+            curve(axes, lost, [[max(x, LEAST_LOSS), half] for x, half in intervals], name)
+        axes.set_yscale("log")
+        axes.set_xlabel("workers lost, S")
+        axes.set_ylabel("RMSE")
+    return legend(figure, 2)
+
+
 def coverage(results: Results) -> Figure:
     """Coverage against its nominal level, and bounds against the oracle's, by data set."""
     titles = "errors within their bound", "median bound over the oracle's"
@@ -243,6 +265,7 @@ PICTURES = {
     "accuracy": accuracy,
     "fleet": fleet,
     "convergence": convergence,
+    "letcc": letcc,
     "coverage": coverage,
     "mean": mean,
 }

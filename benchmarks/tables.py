@@ -29,6 +29,8 @@ LATENCY = {f"{at}, ms": f"{at}:.1f" for at in ("p50", "p99", "p99.9")}
 LATENCIES = LATENCY | {"no answer": "failed:.0f", "work": "work:.3f"}
 LATENCIES |= {"estimated": "estimated:.2%", "right estimates": "right estimates:.0%"}
 LATENCIES |= {"right answers": "accuracy:.2%"}
+#: How workers are lost where N grows.
+OVER_WORKERS = "S fixed|S as the square root of N|each with p = 0.05|each with p = 0.2"
 ACCURACY = "relative_accuracy:.3f"
 #: Columns of accuracies by scheme, with the baselines.
 SCHEMES = {
@@ -221,7 +223,7 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
         },
     ),
     "convergence": Table(
-        "convergence > * > * > *",
+        f"convergence > * > {OVER_WORKERS} > *",
         ("", "lost", ""),
         {
             "spline": "spline > slope:.2f",
@@ -231,6 +233,81 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
             "Berrut's bound": "Berrut > slope of the bound:.2f",
             "error at the largest N": "spline > mse > -1 > 0:.1e",
             "floor of float32": "floor:.0e",
+        },
+    ),
+    "convergence_lost": Table(
+        "convergence > * > lost uniformly|lost side by side > *",
+        ("", "lost", ""),
+        {
+            "N": "workers > 0:d",
+            "S": cells.counts,
+            "spline": cells.fitted("spline"),
+            "its bound": "spline > slope of the bound:.2f",
+            "between neighbouring S": cells.local,
+            "Berrut": cells.fitted("Berrut"),
+            "error at the least S": "spline > mse > 0 > 0:.1e",
+            "at the most": "spline > mse > -1 > 0:.1e",
+        },
+    ),
+    "letcc_rmse": Table(
+        "letcc > networks > * > * > lost > * > *",
+        ("network", "(N, K)", "lost"),
+        {"": "rmse:.3f"},
+        3,
+    ),
+    "letcc_accuracy": Table(
+        "letcc > networks > * > * > lost > * > *",
+        ("network", "(N, K)", "lost"),
+        {"": ACCURACY},
+        3,
+    ),
+    "letcc": cells.letcc,
+    "letcc_sizes": Table(
+        "letcc > sizes > *",
+        ("model",),
+        {
+            SETTING: "setting:",
+            "numbers per input": "numbers per input:d",
+            "encode, ms": "encode, ms:.2g",
+            "decode, ms": "decode, ms:.2g",
+        },
+    ),
+    "letcc_slopes": Table(
+        "letcc > slopes > * > * > *",
+        ("", "lost", ""),
+        {"slope": "fitted slope:.2f", "the theorem's": "slope of the bound:.2f"},
+    ),
+    "letcc_compromised_slopes": Table(
+        "letcc > slopes with adversaries > * > *",
+        ("", "compromised, N^a"),
+        {
+            "slope": "slope:.2f",
+            "the paper's rate": "slope of the bound:.2f",
+            "slope without smoothing": "slope without smoothing:.2f",
+        },
+    ),
+    "letcc_adversaries": Table(
+        "letcc > adversaries > * > codes > *",
+        ("attack", "scheme"),
+        {
+            "trusting": "trusting:.2g",
+            "with `adversaries=5`": "defended:.2g",
+            "without them": "oracle:.2g",
+            "found of 5": "found:.1f",
+        },
+    ),
+    "convergence_bound": cells.bounds,
+    "convergence_adversaries": Table(
+        "convergence > * > adversaries > *",
+        ("", "compromised, N^a"),
+        {
+            "N": cells.several("workers"),
+            "compromised": cells.several("adversaries"),
+            "slope": cells.fitted(),
+            "the paper's rate": "slope of the bound:.2f",
+            "slope without smoothing": "slope without smoothing:.2f",
+            "error at the largest N": "mse > -1 > 0:.2e",
+            "without smoothing": "mse without smoothing > -1 > 0:.2e",
         },
     ),
 }

@@ -36,6 +36,8 @@ _STUDENT = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.306
 _FLIPS = 20_000  # random signs of a paired test, enough for two digits of a p-value of .01
 _WIDE = 0.5  # half an interval over its number, above which it is one of the logarithm
 _WIDTHS = 28, 16, 18, 0  # characters of a table's columns, at least; with wider text they grow
+# The scores that a comparison draws, and what its axes call them.
+_DRAWN = {"mse": "normalised MSE", "rmse": "RMSE", "relative_accuracy": "relative accuracy"}
 _EXACT = 1e-6  # the share of the variance below which an error is rounding, and is not drawn
 
 
@@ -304,12 +306,20 @@ class Comparison:
         wrap = functools.partial(textwrap.fill, width=80, subsequent_indent="  ")
         return "\n".join(map(wrap, lines))
 
-    def draw(self) -> Figure:
-        """Draw the squared errors, against S or N if there are several; it needs matplotlib.
+    def draw(self, score: str = "mse") -> Figure:
+        """Draw a score, against S or N if there are several; it needs matplotlib.
 
         Axes of errors are logarithmic. Intervals are drawn as ``print`` shows them: a wide one is
         a factor.
+
+        Args:
+            score: a field of :class:`Row`: "mse", "rmse" or "relative_accuracy". The last needs
+                labels. Defaults to "mse".
         """
+        if score not in _DRAWN:
+            raise ValueError(f"draw: score must be one of {str([*_DRAWN])[1:-1]}, got {score!r}")
+        if any(getattr(row, score) is None for row in self.rows):
+            raise ValueError(f"draw: score {score!r} needs labels in compare, got none")
         from matplotlib.figure import Figure  # an extra; and not pyplot: no state, no display
 
         by_n = grouped(self.rows, lambda row: row.setting[1:])
@@ -318,37 +328,49 @@ class Comparison:
         figure = Figure(figsize=(6, 3.2 * len(panels)), layout="constrained")
         every = figure.subplots(len(panels), squeeze=False).flat
         lines = {}
-        error = "normalised MSE"
+        title = _DRAWN[score]
+        is_error = score != "relative_accuracy"
+        scale = "log" if is_error else "linear"
+        exact = _EXACT if is_error else -1.0  # all accuracies are drawn
         for axes, rows in zip(every, panels.values(), strict=True):
             n, k, s = rows[0].setting
             of_lost = f", {s} workers lost" if along == 0 else f" on {n} workers"
             axes.set_title(f"{k} inputs per group{of_lost}", fontsize=10)
             if len({row.setting for row in rows}) == 1:
-                axes.set(xscale="log", xlabel=f"{error}, {s} workers lost", xmargin=0.2)
-                for row in sorted(rows, key=lambda row: -(row.mse[0] or 0.0)):
-                    mse = max(row.mse[0] or 0.0, _EXACT)
-                    below, above = _bars(row.mse)
-                    axes.errorbar(mse, row.name, xerr=[[below], [above]], fmt="C0o")
-                    said = "missing answers" if row.mse[0] is None else "exact"
-                    said = f"{mse:.2g}" if mse > _EXACT else said
-                    axes.annotate(f"  {said}", (mse + above, row.name), va="center", fontsize=9)
+                axes.set(xscale=scale, xlabel=f"{title}, {s} workers lost", xmargin=0.2)
+                best_last = -1 if is_error else 1
+                for row in sorted(rows, key=lambda x: best_last * (getattr(x, score)[0] or 0.0)):
+                    interval = getattr(row, score)
+                    found = interval[0]
+                    value = max(found or 0.0, exact)
+                    below, above = _bars(interval)
+                    axes.errorbar(value, row.name, xerr=[[below], [above]], fmt="C0o")
+                    said = "missing answers" if found is None else "exact"
+                    said = f"{value:.{2 if is_error else 3}g}" if value > exact else said
+                    axes.annotate(f"  {said}", (value + above, row.name), va="center", fontsize=9)
                 continue
             for i, (name, each) in enumerate(grouped(rows, lambda x: x.name).items()):
-                drawn = [x for x in each if (x.mse[0] or 0) > _EXACT]
-                if missing := any(x.mse[0] is None for x in each):
+                values = [(x.setting[along], getattr(x, score)) for x in each]
+                drawn = [x for x in values if x[1][0] is not None and x[1][0] > exact]
+                if missing := any(interval[0] is None for _, interval in values):
                     name += ", some missing"
                 if not (drawn or missing):
                     continue
-                at = [x.setting[along] for x in drawn]
-                mse = [x.mse[0] for x in drawn]
-                bars = np.array([_bars(x.mse) for x in drawn]).reshape(-1, 2).T
+                at = [place for place, _ in drawn]
+                value = [interval[0] for _, interval in drawn]
+                bars = np.array([_bars(interval) for _, interval in drawn]).reshape(-1, 2).T
                 # Hollow markers of falling size: a line that another one covers stays visible.
                 look = {"marker": "os^vPDX"[i % 7], "fillstyle": "none", "ms": max(3, 9 - i / 2)}
-                lines[name] = axes.errorbar(at, mse, bars, **look)
-            axes.set(yscale="log", ylabel=error, xlabel="workers" if along == 0 else "workers lost")
+                lines[name] = axes.errorbar(at, value, bars, **look)
+            axes.set(yscale=scale, ylabel=title, xlabel="workers" if along == 0 else "workers lost")
             axes.locator_params("x", integer=True)
         if lines:
-            figure.legend(lines.values(), lines, loc="outside right upper", title="not exact:")
+            figure.legend(
+                lines.values(),
+                lines,
+                loc="outside right upper",
+                title="not exact:" if is_error else "",
+            )
         return figure
 
 

@@ -29,9 +29,11 @@ def test_readmes_and_pages_are_those_of_the_results(results):
 
 
 def test_a_page_leaves_out_tables_that_are_not_measured(results):
-    page = report.pages({**results, "convergence": {}})["theory.md"]
-    assert page.startswith("# Theory")
-    assert "##" not in page
+    without = {**results, "job": {**results["job"], "memory": {}}}
+    page = report.pages(without)["fleets.md"]
+    assert "## Seconds of a job" in page
+    assert "## Megabytes" in report.pages(results)["fleets.md"]
+    assert "## Megabytes" not in page
 
 
 FILLED = (*report.READMES, *report.PAGES.glob("*.md"))

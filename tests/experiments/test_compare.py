@@ -405,3 +405,32 @@ def test_pictures_of_one_setting_each_show_every_number_the_least_on_top():
             "missing answers",
         ]
         assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("score", "scale", "shown"),
+    [("rmse", "log", ["0.4", "0.2"]), ("relative_accuracy", "linear", ["0.25", "0"])],
+)
+def test_pictures_show_the_score_that_is_named(score, scale, shown):
+    scores = {"a": Score(0.16, 0.3, 1.0, 0.0, 0.8, 0.5), "b": Score(0.04, 0.1, 1.0, 0.2, 0.8, 0.5)}
+    records = [
+        Record(5, 4, 1, name, "", 0, batch, 4, 1.25, of)
+        for name, of in scores.items()
+        for batch in (0, 1)
+    ]
+    (axes,) = Comparison(records).draw(score).axes
+    assert axes.get_xscale() == scale
+    assert sorted(text.get_text().strip() for text in axes.texts) == sorted(shown)
+    several = [record._replace(lost=lost) for record in records for lost in (1, 2)]
+    (axes,) = Comparison(several).draw(score).axes
+    assert axes.get_yscale() == scale
+    lines = [[*line.get_ydata()] for line in axes.lines if len(line.get_ydata())]
+    assert sorted(lines) == sorted([[float(x)] * 2 for x in shown])
+
+
+def test_pictures_need_a_known_score_and_labels_for_accuracies():
+    records = [made((5, 4, 1), "a", 0.1)]
+    with pytest.raises(ValueError, match="draw: score must be one of 'mse', 'rmse', 'relative_acc"):
+        Comparison(records).draw("error")
+    with pytest.raises(ValueError, match="draw: score 'relative_accuracy' needs labels"):
+        Comparison(records).draw("relative_accuracy")
