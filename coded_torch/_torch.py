@@ -236,9 +236,9 @@ def _register(kind: Any) -> bool:
 
 def is_texts(node: Any) -> bool:
     """Return whether a node of inputs is a list, or a NumPy or pandas column, of strings."""
-    if isinstance(node, np.ndarray) or hasattr(node, "to_numpy"):
-        return node.ndim == 1 and len(node) > 0 and all(isinstance(x, str) for x in node)
-    return isinstance(node, list) and len(node) > 0 and all(isinstance(x, str) for x in node)
+    is_column = isinstance(node, np.ndarray) or hasattr(node, "to_numpy")
+    is_flat = getattr(node, "ndim", 0) == 1 if is_column else isinstance(node, list)
+    return is_flat and len(node) > 0 and all(isinstance(x, str) for x in node)
 
 
 def unflatten(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
