@@ -1,5 +1,6 @@
 """Modules that each worker makes for itself."""
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -57,9 +58,10 @@ POOLS = {
 )
 @torch.no_grad()
 def test_workers_make_the_module(name):
-    if name == "ray":
-        pytest.importorskip("ray")
-    with POOLS[name]() as pool:
+    with contextlib.ExitStack() as held:
+        if name == "ray":  # other tests begin clusters of their own
+            held.callback(pytest.importorskip("ray").shutdown)
+        pool = held.enter_context(POOLS[name]())
         model = FromFactory(functools.partial(make, 3.0))
         answers, pids = CodedWrapper(model, workers=pool, parts=4)(X)
         assert torch.equal(answers, 3 * X)

@@ -1,5 +1,6 @@
 """Programs in files: exported ones, ONNX, and TorchScript, on every pool in this machine."""
 
+import contextlib
 import copy
 import pickle
 
@@ -70,10 +71,10 @@ POOLS = {
     params=[pytest.param(name, marks=pytest.mark.ray if name == "ray" else ()) for name in POOLS],
 )
 def pool(request):
-    if request.param == "ray":
-        pytest.importorskip("ray")
-    with POOLS[request.param]() as pool:
-        yield pool
+    with contextlib.ExitStack() as held:
+        if request.param == "ray":  # other tests begin clusters of their own
+            held.callback(pytest.importorskip("ray").shutdown)
+        yield held.enter_context(POOLS[request.param]())
 
 
 def check(pool, program, outputs):
