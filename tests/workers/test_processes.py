@@ -350,13 +350,16 @@ def test_a_server_that_is_stopped_is_replaced_while_its_processes_go_on():
         assert _parent(server) == 0
 
 
-def test_a_server_ends_in_silence_whose_caller_has_not_heard_that_it_is_up():
+def test_a_server_ends_in_silence_whose_caller_has_not_heard_that_it_is_up(tmp_path):
     requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with requests, theirs, open(os.pidfd_open(os.getpid()), "rb") as caller:
         ends = theirs.fileno(), caller.fileno()
         program = f"from coded_torch.workers import worker_main as main; main.serve(*{ends}, [])"
         command = [sys.executable, "-c", program]
-        server = subprocess.Popen(command, pass_fds=ends, stderr=subprocess.PIPE)
+        # Not in the checkout, whose package may not be built: Python looks there first.
+        how = {"pass_fds": ends, "stderr": subprocess.PIPE, "cwd": tmp_path}
+        server = subprocess.Popen(command, **how)
+        theirs.close()  # so that its end is seen, too
         assert select.select([requests], [], [], WAIT)[0]
     said = server.communicate(timeout=WAIT)[1]
     assert (server.returncode, said) == (0, b"")
