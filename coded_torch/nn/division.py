@@ -56,7 +56,7 @@ class Inputs:
         self.dims = list[Any]()
         self._mixing = mixing
         self._not_finite: Tensor | None = None
-        self.texts = {} if self._plain else self._take_texts(dims)
+        self.texts = {} if self._plain else self._take_texts(dims, type(in_dims) is not int)
         sizes = dict[int, int]()
         for i, (leaf, dim) in enumerate(zip(self.leaves, dims, strict=True)):
             self.dims.append(dim if isinstance(leaf, Tensor) and dim != "shared" else None)
@@ -87,10 +87,11 @@ class Inputs:
         if self.batch_size > 1 and None in self.dims:
             self._check_shared(dims)
 
-    def _take_texts(self, dims: Sequence[Any]) -> dict[int, list[str]]:
+    def _take_texts(self, dims: Sequence[Any], is_named: bool) -> dict[int, list[str]]:
         """Return the strings of leaves that have one per row, and put the rows' numbers there.
 
-        A list of another length than the batch is meant for the whole batch.
+        A list of another length than the batch is meant for the whole batch. Beside tensors, a
+        list of its length is divided only if ``in_dims`` names its place: the length may be chance.
         """
         pairs = list(zip(self.leaves, dims, strict=True))
         divided = [(x, dim) for x, dim in pairs if isinstance(x, Tensor) and type(dim) is int]
@@ -98,6 +99,7 @@ class Inputs:
         texts = dict[int, list[str]]()
         for i, (leaf, dim) in enumerate(pairs):
             is_divided = type(dim) is int and dim == 0 and is_texts(leaf)
+            is_divided = is_divided and (is_named or not sizes or not isinstance(leaf, list))
             if is_divided and (not sizes or len(leaf) in sizes):
                 texts[i] = list(leaf)
                 self.leaves[i] = torch.arange(len(leaf), device="cpu")

@@ -66,9 +66,12 @@ def test_strings_are_rows(pool, column):
 @torch.no_grad()
 def test_strings_beside_tensors(pool):
     scale = torch.arange(9.0)[:, None]
-    coded = CodedWrapper(Embed(), workers=pool, parts=4)
+    coded = CodedWrapper(Embed(), workers=pool, parts=4, in_dims=(0, 0))
     assert is_right(coded(TEXTS, scale), scale)
-    assert is_right(coded(TEXTS, scale=scale), scale)
+    coded.in_dims = 0
+    assert is_right(coded(np.array(TEXTS), scale=scale), scale)
+    with pytest.raises(ValueError, match='"shared" in in_dims'):  # the length may be chance
+        coded(TEXTS, scale)
 
 
 @torch.no_grad()
