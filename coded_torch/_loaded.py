@@ -1,4 +1,4 @@
-"""Modules that hold no weights, but what makes them: each process loads its own, where it calls."""
+"""Modules that hold no weights. Each process that calls one loads the weights for itself."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ class _Loaded:
 
 
 class LoadedModule(nn.Module):
-    """A module without weights, which loads what it calls: when a worker gets it, or at first.
+    """A module that calls another one, which each process loads for itself.
 
-    Its mode is that of what it loads, and its dtype cannot be changed.
+    A worker loads it when it gets this module, and other processes at the first call. Its mode and
+    its dtype cannot be changed from here.
     """
 
     _place: Tensor
@@ -54,18 +55,18 @@ class LoadedModule(nn.Module):
         return call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the outputs of what is loaded."""
+        """Return the outputs of the loaded module."""
         return self.load()(*args, **kwargs)
 
     def train(self, mode: bool = True) -> LoadedModule:
-        """Return the module as it is: its mode cannot be changed."""
+        """Return this module, unchanged."""
         return self
 
     def _apply(self, function: Any, recurse: bool = True) -> LoadedModule:
         if function(torch.empty(0)).dtype != torch.float32:
             kind = type(self).__name__
             raise ValueError(f"{kind}: the dtype of {self.name} cannot be changed, make it anew")
-        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        nn.Module._apply(self, function, recurse)
         return self
 
 

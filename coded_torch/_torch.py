@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -22,9 +21,6 @@ from ._arguments import arguments, bound
 
 _T = TypeVar("_T")
 _LEAF = pytree.tree_structure(0)
-# The share of the largest output by which rounding may differ between batches of different sizes.
-# With bfloat16, transformers of 12 random layers stay below a third of it.
-_MOST_ROUNDING = 0.1
 _ALIGNMENT = 16  # bytes, as wide as the widest access of a kernel
 
 
@@ -224,8 +220,13 @@ def flatten(
 
 
 def _register(kind: Any) -> bool:
-    """Let torch see the fields of a dataclass, and return whether it can make one of them."""
-    if not all(field.init for field in dataclasses.fields(kind)):
+    """Let torch see the fields of a dataclass, and return whether it can make one of them.
+
+    It cannot where making one computes: an object of joined fields would be another one.
+    """
+    is_made_of_fields = "__dataclass_params__" in vars(kind) and kind.__dataclass_params__.init
+    is_made_of_fields &= all(field.init for field in dataclasses.fields(kind))
+    if not is_made_of_fields or hasattr(kind, "__post_init__"):
         return False
     try:
         pytree.register_dataclass(kind)
@@ -323,79 +324,6 @@ def sample(batch: Any) -> inspect.BoundArguments:
     return bound(args, kwargs)
 
 
-def dependent_output(
-    leaves: Sequence[Any], compute: Callable[[list[Any], list[tuple[int, ...]]], list[Any]]
-) -> str | None:
-    """Say which output is another one if two rows are computed together.
-
-    Return None if none is. Raises a RuntimeError if the inputs or the outputs do not tell.
-
-    Args:
-        leaves: the inputs; of tensors with rows, two that differ are compared.
-        compute: returns the outputs for some batches, given the inputs of four rows, and the
-            numbers of the rows of each batch.
-    """
-    divided = list(filter(has_rows, leaves))
-    if len({len(x) for x in divided}) != 1:
-        raise RuntimeError("the inputs of the example must have one size at dimension 0")
-    if len(rows := different_rows(divided)) == 1:
-        got = f"{len(divided[0])} equal rows"
-        raise RuntimeError(f"the example must have two different rows, got {got}")
-    sizes = [float(x[rows].abs().max()) for x in divided if x.dtype.is_floating_point and x.numel()]
-    scale = max(sizes, default=1.0)
-    inputs = [x[rows * 2] if has_rows(x) else x for x in leaves]
-    trees = compute(inputs, [(0,), (1,), (0, 1)])
-    found = dict[int, tuple[Any, ...]]()
-    name = functools.partial(leaf_name, "output", trees[0])
-    forms = [flatten(tree) for tree in trees]
-    for _, form in forms:
-        if form != forms[0][1]:
-            usual, other = (" ".join(str(each).split()) for each in (forms[0][1], form))
-            return f"the form of the output depends on the rows: {usual}, {other}"
-    for i, each in enumerate(zip(*[leaves for leaves, _ in forms], strict=True)):
-        one, _, two = each
-        by_rows = all(map(has_rows, each)) and [*map(len, each)] == [1, 1, 2]
-        if by_rows:
-            one = tuple(one.shape[1:])
-            two = tuple(two.shape[1:])
-        if (by_rows or isinstance(one, bool | int | float | str)) and one != two and one == one:
-            what = f"{'the shape of a row of ' * by_rows}{name(i)}"
-            return f"{what} depends on the number of rows: {one} for one, {two} for two"
-        if by_rows:
-            first, second, both = map(_real, each)
-            if both.numel() and first.shape == second.shape:
-                is_rounded = each[0].dtype.is_floating_point or each[0].dtype.is_complex
-                eps = torch.finfo(each[0].dtype).eps if is_rounded else 0.0
-                found[i] = both, torch.cat([first, second]), eps
-    if not found:
-        raise RuntimeError("no output has a row for each row of the example at dimension 0")
-    if all(bool(((x - y).abs() <= eps * x.abs()).all()) for x, y, eps in found.values()):
-        return None
-    # Batches of another size are rounded differently, but batches of one size mostly are not.
-    others = [flatten(tree)[0] for tree in compute(inputs, [(0, 2), (1, 3), (0, 1)])]
-    for i, (both, alone, eps) in found.items():
-        first, second, again = (_real(leaves[i]) for leaves in others)
-        twin = torch.cat([first[:1], second[1:]])
-        chance, rounding = ((x - y).abs().max() for x, y in ((again, both), (twin, alone)))
-        limit = (_MOST_ROUNDING * twin.abs().max() + math.sqrt(eps) * scale) * bool(eps)
-        if chance > limit:
-            raise RuntimeError("the outputs differ from call to call")
-        rounding = rounding * bool(eps)
-        effect = (both - twin).abs()
-        if not eps:  # equal rows at two places of a batch, as integers tell by no rounding
-            effect = torch.maximum(effect, (twin - torch.cat([first[1:], second[:1]])).abs())
-        if rounding > limit or (effect > 4 * (chance + rounding + eps * twin.abs())).any():
-            off = float((both - alone).abs().max())
-            return f"{name(i)} of a row depends on the other rows of its batch, by {off:.2g}"
-    return None
-
-
 def as_real(tensor: Tensor) -> Tensor:
     """Return complex numbers as pairs of real ones, and any other tensor as it is."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.dtype.is_complex else tensor
-
-
-def _real(tensor: Tensor) -> Tensor:
-    """Return the numbers of a tensor, in single precision or better, all finite."""
-    tensor = as_real(tensor).detach()
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).nan_to_num()

@@ -146,8 +146,10 @@ def features():
     return Features(), {"b": torch.ones(2, 1)}
 
 class Words(torch.nn.Module):
-    def forward(self, text):
+    def forward(self, text, number=None):
         lengths = torch.tensor([float(len(each)) for each in text])
+        if number is not None:
+            lengths = lengths + number
         return {"length": lengths, "upper": [each.upper() for each in text]}
 
 def words():
@@ -342,6 +344,19 @@ def test_columns_of_a_parquet_file_may_be_lists(folder):
     loaded = [torch.load(path, weights_only=True)["outputs"] for path in written(folder)]
     assert torch.equal(torch.cat([y["sum"] for y in loaded]), torch.from_numpy(2 * x + 1))
     assert torch.equal(torch.cat([y["x"] for y in loaded]), torch.from_numpy(x + 1))
+
+
+def test_strings_beside_numbers_are_rows_of_a_job(folder):
+    texts = ["a" * (i % 7) for i in range(20)]
+    table = pyarrow.table({"text": texts, "number": [*range(20)]})
+    parquet.write_table(table, folder / "rows.parquet")
+    for batch_size in "8", "2":
+        more = "--batch-size", batch_size, "--num-workers", "2", "--output", f"out{batch_size}"
+        assert main(line("words", "--inputs", "rows.parquet", *more)) == 0
+        paths = sorted((folder / f"out{batch_size}").glob("*.pt"))
+        loaded = [torch.load(path, weights_only=True)["outputs"] for path in paths]
+        found = torch.cat([each["length"] for each in loaded]).tolist()
+        assert found == [len(text) + i for i, text in enumerate(texts)]
 
 
 @pytest.mark.parametrize("kind", ["torch", "parquet"])

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from coded_torch import Waiting, codes
-from coded_torch._torch import dependent_output
+from coded_torch._layout import dependent_output
 from coded_torch.demo import digits, lenet5
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
@@ -136,7 +136,7 @@ def test_the_output_that_depends_is_named_with_its_difference():
     [
         (lambda x: {"n": len(x)}, "output['n'] depends on the number of rows: 1 for one, 2"),
         (lambda x: x @ x.T, "the shape of a row of output depends on the number of rows: (1,) for"),
-        (lambda x: (x, ["ok"] * len(x)), "the form of the output depends on the rows: "),
+        (lambda x: (x, ["ok"] * (len(x) + 1)), "the form of the output depends on the rows: "),
         (lambda x: (x, x) if len(x) == 1 and x[0, 0] != X00 else x, "the form of the output depe"),
     ],
 )

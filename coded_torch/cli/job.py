@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import coded_torch
 
 from .._arguments import arguments, count, printable, signature_of
+from .._torch import is_texts
 from ..codes import NotEnoughResults
 from ..nn import CodedWrapper, Waiting
 from ..nn.mean import Looks
@@ -104,7 +105,9 @@ def _begin(args: Namespace) -> None:
             size = count("job", "batch_size", args.batch_size)
             written = _written(args, rows)
             columns = arguments_of(args, rows, coded.module, examples)
-            next(rows.batches(columns, 1, [0]))
+            first = next(rows.batches(columns, 1, [0]))
+            if not is_made and len(first.args) > 1 and any(map(is_texts, first.args)):
+                coded.in_dims = (0,) * len(first.args)  # every column is by rows
             mapping = ", ".join(f"{name}={x}" for name, x in columns.arguments.items())
             args.output.mkdir(parents=True, exist_ok=True)
             # No other process can lock the file before it is closed, or this process ends.

@@ -88,8 +88,8 @@ class CodedWrapper(ModuleProxy):
             list or range of that length: say "shared". Tuples and other sequences are passed
             whole. Tensors in keyword arguments are divided along dimension 0. Strings, one for
             each row, in a list or a NumPy or pandas column, are divided, too, unless a code mixes
-            inputs; parts get lists. Beside tensors, a list is only divided if ``in_dims`` is a
-            tuple that says 0 for it. Defaults to 0.
+            inputs; parts get lists. Beside other inputs, strings are given by position, and
+            ``in_dims`` is a tuple that says 0 for them. Defaults to 0.
         out_dims: the batch dimension of the outputs, in the same form. An output under None is
             returned as the first part gave it. Defaults to 0.
 

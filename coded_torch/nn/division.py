@@ -52,11 +52,12 @@ class Inputs:
             self.leaves, self.spec = pytree.tree_flatten((args, kwargs), is_texts)
             spec = pytree.tree_structure(args, is_texts)
         dims = broadcast_dims("in_dims", in_dims, spec, "shared")
+        num_named = 0 if type(in_dims) is int else len(dims)
         dims += [0] * (len(self.leaves) - len(dims))
         self.dims = list[Any]()
         self._mixing = mixing
         self._not_finite: Tensor | None = None
-        self.texts = {} if self._plain else self._take_texts(dims, type(in_dims) is not int)
+        self.texts = {} if self._plain else self._take_texts(dims, num_named)
         sizes = dict[int, int]()
         for i, (leaf, dim) in enumerate(zip(self.leaves, dims, strict=True)):
             self.dims.append(dim if isinstance(leaf, Tensor) and dim != "shared" else None)
@@ -87,22 +88,29 @@ class Inputs:
         if self.batch_size > 1 and None in self.dims:
             self._check_shared(dims)
 
-    def _take_texts(self, dims: Sequence[Any], is_named: bool) -> dict[int, list[str]]:
+    def _take_texts(self, dims: Sequence[Any], num_named: int) -> dict[int, list[str]]:
         """Return the strings of leaves that have one per row, and put the rows' numbers there.
 
-        A list of another length than the batch is meant for the whole batch. Beside tensors, a
-        list of its length is divided only if ``in_dims`` names its place: the length may be chance.
+        Strings that are the only input have. Beside others, their length may be the batch's by
+        chance, so they have only if they are among the first ``num_named`` leaves, whose batch
+        dimensions the caller names.
         """
         pairs = list(zip(self.leaves, dims, strict=True))
-        divided = [(x, dim) for x, dim in pairs if isinstance(x, Tensor) and type(dim) is int]
-        sizes = {x.shape[dim] for x, dim in divided if -x.dim() <= dim < x.dim()}
+        places = [i for i, (x, dim) in enumerate(pairs) if type(dim) is int and is_texts(x)]
+        is_alone = not any(isinstance(x, Tensor) and type(dim) is int for x, dim in pairs)
+        if is_alone and len(places) > 1 and num_named <= max(places):
+            got = " and ".join(map(self._name, places))
+            must = 'strings must be the only input, or have 0 or "shared" in in_dims'
+            raise ValueError(f"CodedWrapper: {must}, got {got}; give them by position")
         texts = dict[int, list[str]]()
-        for i, (leaf, dim) in enumerate(pairs):
-            is_divided = type(dim) is int and dim == 0 and is_texts(leaf)
-            is_divided = is_divided and (is_named or not sizes or not isinstance(leaf, list))
-            if is_divided and (not sizes or len(leaf) in sizes):
-                texts[i] = list(leaf)
-                self.leaves[i] = torch.arange(len(leaf), device="cpu")
+        for i in places:
+            if i >= num_named and not is_alone:
+                continue
+            if dims[i] != 0:
+                must = 'must have the batch dimension 0, or "shared" in in_dims'
+                raise ValueError(f"CodedWrapper: {self._name(i)} {must}, got {dims[i]}")
+            texts[i] = list(self.leaves[i])
+            self.leaves[i] = torch.arange(len(texts[i]), device="cpu")
         return texts
 
     @property
@@ -215,8 +223,8 @@ class Inputs:
         at = 0  # the first leaf of a node
         for path, node in pytree.tree_flatten_with_path((self.args, self.kwargs), is_whole)[0]:
             own = len(node) if isinstance(node, range | list) else 0
-            if isinstance(node, Tensor | np.ndarray) and node.ndim:
-                own = node.shape[0]
+            if is_texts(node) or (isinstance(node, Tensor | np.ndarray) and node.ndim):
+                own = len(node)
             if own == self.batch_size and dims[at] != "shared" and self.dims[at] is None:
                 raise ValueError(
                     f"CodedWrapper: {_name(path)} must be a tensor with a batch dimension in "

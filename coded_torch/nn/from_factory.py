@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 from torch import nn
 
 from .._loaded import LoadedModule
+
+# While a module is made, the random numbers of this process begin at a seed, and then go on.
+_making = threading.Lock()
 
 
 class FromFactory(LoadedModule):
@@ -21,7 +25,8 @@ class FromFactory(LoadedModule):
     Args:
         factory: the function, without arguments, that returns the module as it is to be called,
             such as in evaluation mode. It must be picklable: a function or a class of a Python
-            file, or a :func:`functools.partial` of one. Equal arguments must give equal modules.
+            file, or a :func:`functools.partial` of one. It must make equal modules each time.
+            Torch's random numbers on the CPU begin at one seed for it, those of others do not.
 
     Raises:
         TypeError: the factory cannot be called, or, in calls, it returns no module.
@@ -46,7 +51,13 @@ class FromFactory(LoadedModule):
         return self.name
 
     def _load(self, device: torch.device) -> Callable[..., Any]:
-        module = self.factory()
+        with _making:
+            state = torch.get_rng_state()
+            torch.default_generator.manual_seed(0)
+            try:
+                module = self.factory()
+            finally:
+                torch.set_rng_state(state)
         if not isinstance(module, nn.Module):
             got = type(module).__name__
             raise TypeError(f"FromFactory: {self.name} must return a module, got a {got}")

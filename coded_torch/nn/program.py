@@ -34,8 +34,8 @@ class Program(LoadedModule):
             returned as a dict.
 
     Attributes:
-        inputs: the names of its inputs, by which or in whose order they are given; None if some
-            are not tensors, and it takes what it was exported with.
+        inputs: the names of the inputs. A call gives them by name, or by position in this order.
+            None if an input is not a tensor; then a call has the form of the exported one.
         example: inputs by name, or as a tuple: those it was exported with. Of ONNX, they are
             numbers between 0 and 1, or zeros of other dtypes, in two rows. None if there are none.
 
@@ -78,7 +78,7 @@ class Program(LoadedModule):
             # Workers map the memory of tensors. As a buffer, it would move to devices.
             self._content = torch.frombuffer(bytearray(content), dtype=torch.uint8)
             self.example = self._read_example()
-        except Exception as error:
+        except Exception as error:  # those of onnxruntime have no common class
             why = str(error).partition("\n")[0]
             raise RuntimeError(f"Program: {self.name} cannot be loaded: {why}") from error
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import arguments, instance, positive, sparing_logger, warn
-from .._layout import SIZES, Layout, difference, prove, proved_of, structure
-from .._torch import dependent_output, has_rows, positional, sample, to_device, unflatten
+from .._layout import SIZES, Layout, dependent_output, difference, prove, proved_of, structure
+from .._torch import has_rows, is_texts, positional, sample, to_device, unflatten
 from ..stragglers import Stragglers
 from ..table import Began, Part, Reply, WorkerError
 
@@ -292,7 +292,8 @@ class Workers(abc.ABC):
         module = nn.Identity() if module is None and self.starts_late else module
         if module is None or self.num_workers is None:
             return self
-        leaves, spec = pytree.tree_flatten(arguments(example, module))
+        leaves, spec = pytree.tree_flatten(arguments(example, module), is_texts)
+        leaves = [list(x) if is_texts(x) else x for x in leaves]  # as calls give them
         calls = int(example is not None)
         task = _Loading(leaves, [None] * len(leaves), spec, calls, 1, torch.device("cpu"))
         with torch.no_grad(), self.open(module, task) as request:
@@ -316,14 +317,25 @@ class Workers(abc.ABC):
                 what = f"only {started} of {len(wanted)} workers started within {timeout:g} s"
                 raise RuntimeError(f"{type(self).__name__}: {what}; {why}")
             if calls:
+                texts = {i: x for i, x in enumerate(leaves) if is_texts(x)}
+                if len(texts) > 1 or any(map(has_rows, leaves)):
+                    texts = {}  # calls say in in_dims which strings are rows
+                for i, x in texts.items():
+                    leaves[i] = torch.arange(len(x), device="cpu")
                 left = max(timeout - request.now(), 0.0)
-                note = self._check_rows(module, leaves, spec, places - {*wanted[:1]}, left)
+                note = self._check_rows(module, leaves, spec, places - {*wanted[:1]}, left, texts)
                 left = max(timeout - request.now(), 0.0)
-                self._prove_rows(module, leaves, spec, left, note)
+                self._prove_rows(module, leaves, spec, left, note, texts)
         return self
 
     def _check_rows(
-        self, module: nn.Module, leaves: Any, spec: Any, avoid: frozenset[int], timeout: float
+        self,
+        module: nn.Module,
+        leaves: Any,
+        spec: Any,
+        avoid: frozenset[int],
+        timeout: float,
+        texts: Mapping[int, Sequence[str]],
     ) -> str:
         """Warn if two rows of an example, computed by one worker, depend on each other.
 
@@ -333,7 +345,7 @@ class Workers(abc.ABC):
         def compute(inputs: list[Any], batches: list[tuple[int, ...]]) -> list[Any]:
             dims = [0 if has_rows(x) else None for x in inputs]
             first = inputs[dims.index(0)]
-            task = Task(inputs, dims, spec, len(first), 1, first.device)
+            task = Task(inputs, dims, spec, len(first), 1, first.device, texts=texts)
             with self.open(module, task) as request:
                 request.ask([Part(n, each, avoid=avoid) for n, each in enumerate(batches)])
                 replies = sorted(request.replies(timeout), key=lambda reply: reply.part.number)
@@ -442,7 +454,13 @@ class Workers(abc.ABC):
         return found
 
     def _prove_rows(
-        self, module: nn.Module, leaves: Any, spec: Any, seconds: float, note: str
+        self,
+        module: nn.Module,
+        leaves: Any,
+        spec: Any,
+        seconds: float,
+        note: str,
+        texts: Mapping[int, Sequence[str]],
     ) -> None:
         """Prove which outputs of an example have rows, if it has two, so that no call has to.
 
@@ -453,7 +471,7 @@ class Workers(abc.ABC):
         if len(sizes) != 1 or max(sizes) < 2:
             return
         first = leaves[dims.index(0)]
-        task = Task(leaves, dims, spec, len(first), 1, first.device)
+        task = Task(leaves, dims, spec, len(first), 1, first.device, texts=texts)
         try:
             found = self.prove(module, task, seconds)
         except (TypeError, ValueError, RuntimeError) as error:

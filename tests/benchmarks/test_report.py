@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import operator
 import re
 from xml.etree import ElementTree
 
@@ -9,7 +10,7 @@ import markdown_it
 import pytest
 
 from benchmarks import cast, report
-from benchmarks.pictures import PICTURES
+from benchmarks.pictures import PICTURES, decoded_digits
 from benchmarks.runs import RESULTS
 from benchmarks.tables import BASELINES, TABLES, Table
 
@@ -181,6 +182,13 @@ def test_every_picture_can_be_drawn_and_is_there(results, tmp_path):
         draw(results).savefig(tmp_path / "picture.png")
         picture = RESULTS / f"{name}.png"
         assert 0 < picture.stat().st_size < 300_000
+
+
+def test_the_caption_of_decoded_digits_counts_them():
+    _, _, decoded, computed = decoded_digits()
+    right = sum(map(operator.eq, decoded, computed))
+    for path in (report.READMES[0], report.FOLDER.parent / "notebooks" / "index.md"):
+        assert f"and {right} of the {len(computed)} classes decoded are those" in path.read_text()
 
 
 def test_pages_show_pictures_and_link_to_files_that_exist():

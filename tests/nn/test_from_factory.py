@@ -70,6 +70,22 @@ def test_workers_make_the_module(name):
         assert torch.equal(answers, 2 * X)
 
 
+@torch.no_grad()
+def test_random_weights_are_those_of_every_worker_and_leave_the_callers_numbers():
+    model = FromFactory(functools.partial(nn.Linear, 3, 1))
+    torch.manual_seed(5)
+    wanted = torch.rand(2)
+    torch.manual_seed(5)
+    answers = model(X)
+    assert torch.equal(torch.rand(2), wanted)
+    with ProcessWorkers(3) as pool:
+        coded = CodedWrapper(model, workers=pool, parts=9)
+        for _ in range(3):
+            found, report = coded.run(X)
+            torch.testing.assert_close(found, answers)
+            assert not report.notes
+
+
 def test_the_caller_has_no_weights():
     model = FromFactory(make)
     assert [*model.state_dict()] == []

@@ -233,6 +233,30 @@ def test_dataclasses_are_joined_by_their_fields(make):
     assert torch.equal(found["b"][0].hidden, X[:, 0])
 
 
+@dataclasses.dataclass
+class Computes:
+    logits: torch.Tensor
+
+    def __post_init__(self):
+        self.logits = self.logits.softmax(-1)
+
+
+@dataclasses.dataclass(init=False)
+class MadeElsewise:
+    logits: torch.Tensor
+
+    def __init__(self, logits):
+        self.logits = logits + 1
+
+
+@pools
+@pytest.mark.parametrize("kind", [Computes, MadeElsewise])
+def test_dataclasses_that_compute_when_they_are_made_are_refused(make, kind):
+    """Made again of joined fields, they would be others."""
+    with pytest.raises(TypeError, match=f"got {kind.__name__}; .*register its class"):
+        run(make, kind, X)
+
+
 class Cache:
     """Stands for the keys and values of a language model."""
 
@@ -264,3 +288,32 @@ def test_start_says_what_calls_will_refuse_and_the_remedy_works(function, said, 
         answers = CodedWrapper(module, workers=pool, parts=4, out_dims=out_dims)(X)
     rows = answers["y"] if isinstance(answers, dict) else answers[0]
     assert torch.equal(rows, X if function is not states else 2 * X)
+
+
+@pools
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: [row.item() for row in x[:, 0] - x[:, 0].mean()],
+        lambda x: [{"rank": i} for i in range(len(x))],
+        lambda x: [row - x.mean(0) for row in x],
+        lambda x: [x] * len(x),
+        lambda x: [str(len(x))] * len(x),
+    ],
+)
+def test_items_of_lists_that_depend_on_other_rows_are_noted(make, function):
+    _, report = run(make, function, X)
+    assert report.notes[0].startswith("output of a row depends on the other rows of its part")
+
+
+@pools
+def test_items_of_lists_that_differ_by_rounding_are_not_noted(make):
+    def items(x):
+        return [{"y": row, "sum": row.sum().item(), "name": "a"} for row in nn.Linear(8, 8)(x)]
+
+    def rounded(x):
+        torch.manual_seed(0)
+        return [{**item, "y": item["y"] * (1 + 1e-6 * len(x))} for item in items(x)]
+
+    _, report = run(make, rounded, X)
+    assert not report.notes

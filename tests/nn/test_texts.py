@@ -64,14 +64,35 @@ def test_strings_are_rows(pool, column):
 
 
 @torch.no_grad()
-def test_strings_beside_tensors(pool):
+def test_strings_beside_tensors_are_rows_if_in_dims_says_so(pool):
     scale = torch.arange(9.0)[:, None]
     coded = CodedWrapper(Embed(), workers=pool, parts=4, in_dims=(0, 0))
     assert is_right(coded(TEXTS, scale), scale)
-    coded.in_dims = 0
-    assert is_right(coded(np.array(TEXTS), scale=scale), scale)
-    with pytest.raises(ValueError, match='"shared" in in_dims'):  # the length may be chance
-        coded(TEXTS, scale)
+    assert is_right(coded(np.array(TEXTS), scale), scale)
+    coded.in_dims = (0,)
+    assert is_right(coded(TEXTS, scale=scale), scale)
+
+
+class Named(nn.Module):
+    """Returns the name that each number has in a list for the whole batch."""
+
+    def forward(self, x, names):
+        return [names[int(i)] for i in x.flatten()]
+
+
+@pytest.mark.parametrize("kind", [list, np.array, "pandas"])
+@pytest.mark.parametrize("in_dims", [0, (0,)])
+def test_a_list_for_the_whole_batch_is_never_divided_by_chance(kind, in_dims):
+    kind = pytest.importorskip("pandas").Series if kind == "pandas" else kind
+    names = kind(["a", "b", "c"])
+    coded = CodedWrapper(Named(), workers=LocalWorkers(), parts=2, in_dims=in_dims)
+    for rows in (3, 4, 3):
+        x = torch.arange(rows) % 3
+        if rows == 3:  # its length is that of the batch
+            with pytest.raises(ValueError, match='"shared" in in_dims'):
+                coded(x, names=names)
+        else:
+            assert coded(x, names=names) == [names[int(i)] for i in x]
 
 
 @torch.no_grad()
@@ -117,11 +138,21 @@ def test_verification_compares_rows_of_strings():
             assert torch.equal(coded(TEXTS), NUMBERS(TEXTS))
 
 
+@pytest.mark.parametrize("column", [list, np.array])
 @torch.no_grad()
-def test_start_takes_strings():
+def test_start_proves_rows_of_strings(column, caplog):
+    sizes = []
+    numbers = Call(lambda texts: sizes.append(len(texts)) or NUMBERS(texts))
     with DeviceWorkers(["cpu"] * 2) as pool:
-        pool.start(Embed(), TEXTS)
-        assert is_right(CodedWrapper(Embed(), workers=pool)(TEXTS))
+        pool.start(numbers, column(TEXTS))
+        assert not caplog.text
+        sizes.clear()
+        coded = CodedWrapper(numbers, workers=pool, parts=2)
+        assert torch.equal(coded(column(TEXTS)), NUMBERS(TEXTS))
+        assert sorted(sizes) == [4, 5]  # no small parts any more
+        beside = CodedWrapper(Embed(), workers=pool, in_dims=(0, 0))
+        pool.start(Embed(), (column(TEXTS), torch.ones(9, 1)))
+        assert is_right(beside(TEXTS, torch.ones(9, 1)))
 
 
 def coded(code=None):
@@ -132,7 +163,8 @@ def coded(code=None):
     ("call", "error", "said"),
     [
         (lambda: coded(SplineCode(2, 4))(TEXTS), TypeError, r"args\[0\] must be .*got strings"),
-        (lambda: coded()(TEXTS, texts=TEXTS[:3]), ValueError, "one batch size, got 9 in .* 3 in"),
+        (lambda: coded()(TEXTS, TEXTS[:3]), ValueError, r"only input, .*got args\[0\] and args"),
+        (lambda: coded()(TEXTS, other=TEXTS), ValueError, "only input, or have 0 or .*by position"),
         (lambda: coded().mean([TEXTS]), TypeError, "mean: inputs must be tensors, got strings"),
         (lambda: coded()(["a", 1]), ValueError, "must hold a tensor or strings to divide, got"),
     ],

@@ -210,7 +210,7 @@ def ask_until_the_end(port, is_kept, outcomes):
             answer.read()
         except ConnectionRefusedError:
             return
-        except Exception as error:
+        except Exception as error:  # whatever becomes of a request is counted
             outcomes[type(error).__name__] += 1
             return
         outcomes[answer.status] += 1
