@@ -250,7 +250,7 @@ PRINTED = {
     "Slopes of log error: over log N, or over log S where workers are lost side by side": (
         "letcc_slopes"
     ),
-    "Slopes with N^a compromised workers": "letcc_compromised_slopes",
+    "Slopes where the number of compromised workers is a power of N": "letcc_compromised_slopes",
     "Five compromised workers, LeNet-5 at (100, 20, 10), squared error over the variance": (
         "letcc_adversaries"
     ),

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from coded_torch.codes import SplineCode
 from coded_torch.demo import digits, lenet5
@@ -142,8 +143,8 @@ def fleet(results: Results) -> Figure:
     return figure
 
 
-def coded_digits(_: Results) -> Figure:
-    """Draw digits, their coded inputs of which four are lost, and the classes decoded."""
+def decoded_digits() -> tuple[Tensor, Tensor, list[int], list[int]]:
+    """Return digits, their coded inputs, the classes decoded without four, and the model's."""
     model = lenet5()
     images, _ = digits()
     distances = (images - images[FIRST_DIGIT]).flatten(1).norm(dim=1)
@@ -155,6 +156,12 @@ def coded_digits(_: Results) -> Figure:
         coded = plan.encode(batch)
         answers = plan.decode(torch.stack([model(coded[n]) for n in received]), received)
         computed = model(batch).argmax(1).tolist()
+    return batch, coded, answers.argmax(1).tolist(), computed
+
+
+def coded_digits(_: Results) -> Figure:
+    """Draw digits, their coded inputs of which four are lost, and the classes decoded."""
+    batch, coded, decoded, computed = decoded_digits()
     figure = Figure(figsize=(WIDTH, 1.75), layout="constrained")
     blocks = figure.subfigures(1, 3, width_ratios=(5, 6, 5))
     titles = "20 digits", "24 workers, four lost", "20 answers"
@@ -169,7 +176,7 @@ def coded_digits(_: Results) -> Figure:
         if n in LOST:
             axes.plot([4, 23], [4, 23], "tab:red", linewidth=1.5)
             axes.plot([4, 23], [23, 4], "tab:red", linewidth=1.5)
-    for axes, found, own in zip(blocks[2].axes, answers.argmax(1).tolist(), computed, strict=True):
+    for axes, found, own in zip(blocks[2].axes, decoded, computed, strict=True):
         colour = "black" if found == own else "tab:red"
         axes.text(0.5, 0.5, str(found), size=13, color=colour, ha="center", va="center")
     return figure

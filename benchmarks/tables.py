@@ -279,7 +279,7 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
     ),
     "letcc_compromised_slopes": Table(
         "letcc > slopes with adversaries > * > *",
-        ("", "compromised, N^a"),
+        ("", "compromised workers: N to the power"),
         {
             "slope": "slope:.2f",
             "the paper's rate": "slope of the bound:.2f",
@@ -299,7 +299,7 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
     "convergence_bound": cells.bounds,
     "convergence_adversaries": Table(
         "convergence > * > adversaries > *",
-        ("", "compromised, N^a"),
+        ("", "compromised workers: N to the power"),
         {
             "N": cells.several("workers"),
             "compromised": cells.several("adversaries"),

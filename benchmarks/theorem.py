@@ -7,10 +7,10 @@ the encoder's curve; the spline has the least such integral of all functions wit
 the last point, at a distance d, e^2 <= (d h^(1/2) + (d^3 / 3)^(1/2))^2 times that integral. With S
 workers lost and equidistant points, h is at most 2 (S + 1) / (N - 1): the paper's S^3 N^-3.
 
-Adversaries (arXiv 2502.08058): of N workers N^a return what they like within the range of the
-outputs. At a smoothing of c (N^a / N)^(8/5) the paper's error falls as N^(6/5 (a - 1)) for the
-worst they do. The worst is searched for: N^a neighbours of each data point return the largest
-outputs, or the least. Nobody is dropped, and no worker is lost.
+Adversaries (arXiv 2502.08058): the number A of compromised workers is N to the power a. They return
+anything within the range of the outputs. At a smoothing of c (A / N)^(8/5), the paper bounds the
+error by a multiple of (A / N)^(6/5). The attack here is a search: the A neighbours of each data
+point return the largest outputs, or the least. No result is dropped, and no worker is lost.
 """
 
 from __future__ import annotations
