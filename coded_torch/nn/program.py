@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,10 @@ class Program(LoadedModule):
         return self.load()(*args, **kwargs)
 
     def _exported(self) -> torch.export.ExportedProgram:
-        return torch.export.load(io.BytesIO(self._content.numpy().tobytes()))
+        with warnings.catch_warnings():
+            # Torch 2.10 and 2.11 warn of a buffer of their own, where warnings may be errors.
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            return torch.export.load(io.BytesIO(self._content.numpy().tobytes()))
 
     def _session(self, device: torch.device) -> Any:
         import onnxruntime
