@@ -83,9 +83,9 @@ def coded_calls(size: int) -> Iterator[Call]:
     yield by_columns(size, codes.SplineCode(N, N + LATE))
 
 
-def processes(numbers: int, threads: int = 1) -> Iterator[Call]:
-    """Yield a call of four parts of one row each, or one from each of some threads."""
-    batch = torch.ones(4, numbers)
+def processes(numbers: int, threads: int = 1, rows: int = 4) -> Iterator[Call]:
+    """Yield a call of four parts, of one row each by default, or one from each of some threads."""
+    batch = torch.ones(rows, numbers)
     with ProcessWorkers(4).start(nn.Identity(), batch[:1], timeout=START) as pool:
         coded = CodedWrapper(nn.Identity(), workers=pool, waiting=waiting(False))
         if threads == 1:
@@ -210,6 +210,7 @@ QUESTIONS: dict[str, tuple[Callable[[], Iterator[Call]], int, int]] = {
     "estimates with a Memory, 240 rows": (functools.partial(estimates, 240, True), 10, 48),
     "calls, 4 x 40 B": (functools.partial(processes, 10), 50, 0),
     "calls, 4 x 1 MiB": (functools.partial(processes, 2**18), 10, 0),
+    "calls, a million rows of 40 B": (functools.partial(processes, 10, 1, 1_000_000), 1, 0),
     "calls of eight threads, 4 x 40 B": (functools.partial(processes, 10, THREADS), 10, 0),
     "coded calls, 240 rows": (functools.partial(coded_calls, 240), 20, 240),
     "jobs, 8 x 256 rows": (jobs, 3, 0),

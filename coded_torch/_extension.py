@@ -34,7 +34,7 @@ __all__ = [
     "short_path",
     "spline_plan",
 ]
-__all__ += ["first_results", "split_rows", "with_copies"]
+__all__ += ["deal", "first_results", "split_rows", "with_copies"]
 
 # Why CUDA tensors are computed by torch's own operators, if they are.
 CUDA_FAILURES: list[str] = []
@@ -49,6 +49,7 @@ try:
         Look,
         Samples,
         curve_plan,
+        deal,
         first_results,
         short_path,
         spline_plan,

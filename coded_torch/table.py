@@ -22,6 +22,8 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from dataclasses import field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 #: The outcomes of a part: not known yet; a result that counts; no result; not wanted before it
 #: began; and a result that does not count, because its form, its values or others speak against it.
 OPEN = "open"
@@ -63,6 +65,14 @@ class WorkerError(RuntimeError):
         return self.kind, type(cause), re.sub(r"\b\w*\d\w*", "#", text)
 
 
+class Units(tuple[int, ...]):
+    """Units of a task, increasing, which are kept as an array, too, once that is needed."""
+
+    @functools.cached_property
+    def array(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return np.array(self, np.int64)
+
+
 @dataclasses.dataclass(eq=False, slots=True)
 class Part:
     """The units of a task that one worker is asked for, and what came of it.
@@ -72,7 +82,7 @@ class Part:
     """
 
     number: int  #: 0, 1, 2, ... within the request, in the order of asking
-    units: tuple[int, ...]  #: at least one, increasing
+    units: Units  #: at least one, increasing
     fault: Any = None  #: an injected fault of the pool, or None
     #: The places of workers that must not compute it, and of workers that do if no other is idle.
     avoid: frozenset[int] = frozenset()
@@ -188,7 +198,8 @@ class Table:
     judge: Callable[[Sequence[Part]], None] | None = None
     # Indexes, which follow from the columns.
     parts: list[Part] = field(default_factory=list)
-    answered: dict[int, Part] = field(default_factory=dict)  #: the first good part, by unit
+    num_asked: int = 0  #: the units of all parts
+    num_good: int = 0  #: the units of the good parts
     ended: list[Part] = field(default_factory=list)  #: parts in the order of their ends
     open: int = 0  #: parts whose outcome is open
     failed: dict[int, frozenset[int]] = field(default_factory=dict)  #: workers, by unit
@@ -210,6 +221,12 @@ class Table:
     policy: Any = None  #: what the policy keeps of this call
     verdict: Any = None  #: what verification keeps of this call
 
+    # The answers, which are written from the first time that they are read, and the good parts
+    # whose units are not written yet: most calls never need them.
+    _answered: dict[int, Part] = field(default_factory=dict)
+    _unwritten: list[Part] = field(default_factory=list)
+    _is_read: bool = False
+
     def __post_init__(self) -> None:
         self.now = self.heard = self.since
 
@@ -221,12 +238,14 @@ class Table:
         avoid: Collection[int] = (),
     ) -> Part:
         """Add a part that workers are to be asked for."""
-        part = Part(len(self.parts), tuple(units), of=of, why=why, asked=self.now)
+        units = units if isinstance(units, Units) else Units(units)
+        part = Part(len(self.parts), units, of=of, why=why, asked=self.now)
         part.avoid = self.avoid.union(avoid)
         if self.failed:
             tried = [self.failed.get(unit, _NOBODY) for unit in part.units]
             part.tried = frozenset.intersection(*tried)
         self.parts.append(part)
+        self.num_asked += len(units)
         self.open += 1
         self.is_over = False
         return part
@@ -275,24 +294,43 @@ class Table:
         part.error = error or part.error
         self.open -= before is OPEN
         if outcome is GOOD:
-            self._answer(part)
+            self.num_good += len(part.units)
+            self._unwritten.append(part)
         elif before is GOOD:  # its units may have other answers
-            self.answered.clear()
-            for other in self.good:
-                self._answer(other)
+            self.num_good -= len(part.units)
+            self._answered.clear()
+            self._unwritten = self.good
+        if self._is_read:
+            self._write()
         if outcome is not GOOD:
             self.changed.append(part)
         if outcome is DISPUTED or (outcome is FAILED and part.kind == "raised"):
             for unit in part.units:
                 self.failed[unit] = self.failed.get(unit, _NOBODY) | {part.worker}
 
-    def _answer(self, part: Part) -> None:
-        units = part.units
-        if not self.answered.keys().isdisjoint(units):
-            units = tuple([unit for unit in units if unit not in self.answered])
-        self.answered.update(dict.fromkeys(units, part))
+    def _write(self) -> None:
+        answered = self._answered
+        for part in self._unwritten:
+            units: Sequence[int] = part.units
+            if not answered.keys().isdisjoint(units):
+                units = [unit for unit in units if unit not in answered]
+            answered.update(dict.fromkeys(units, part))
+        self._unwritten.clear()
 
     # Views.
+
+    @property
+    def answered(self) -> dict[int, Part]:
+        """The first good part, by unit."""
+        self._is_read = True
+        self._write()
+        return self._answered
+
+    @property
+    def num_answered(self) -> int:
+        """The number of units that have an answer."""
+        # If no more units were asked for than are needed, none was asked for twice.
+        return self.num_good if self.num_asked == self.needed else len(self.answered)
 
     @property
     def good(self) -> list[Part]:

@@ -364,7 +364,7 @@ class CodedWrapper(ModuleProxy):
         with on_host():
             error = execution.error(waiting)
             before = report.decode_seconds
-            stacked = execution.checks.stack() if execution.table.answered else self._form
+            stacked = execution.checks.stack() if execution.table.num_answered else self._form
             if error is not None:
                 return answers.alone(waiting, stacked, error)
             assert stacked is not None
@@ -372,7 +372,7 @@ class CodedWrapper(ModuleProxy):
                 stacked = self._trusted(stacked, division, execution, report)
             if self.surrogate:
                 self._form = stacked.form()
-            is_whole = division.is_whole(stacked.units)
+            is_whole = division.is_whole(len(stacked.units))
             rows = division if isinstance(division, Rows) and not is_whole else None
             if rows is not None:
                 left = seconds_left(pool, waiting, report)

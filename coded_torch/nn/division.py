@@ -2,7 +2,7 @@ r"""The arguments of a call, and the two ways to divide them into parts: rows an
 
 import functools
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,14 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from .._arguments import dense
+from .._extension import deal
 from .._layout import Layout
 from .._torch import broadcast_dims, is_texts, on_host, outside, plain, positional
 from ..codes.base import Code
 from ..input_space.regression import Regression, RowPlan
 from ..input_space.regressor import MOST_ROWS
 from ..scheduling.latency_history import EstimationTimes
+from ..table import Units
 from ..workers.base import Task
 from .finite import all_finite, finite, has_numbers, sums_of
 
@@ -306,9 +308,9 @@ class Division:
     def _rows(self) -> Tensor:
         return self.spread(torch.arange(self.batch_size))
 
-    def is_whole(self, received: Collection[int]) -> bool:
-        """Return whether the results of these units are the answers as they are."""
-        return self.by_rows and len(received) == self.batch_size
+    def is_whole(self, num_received: int) -> bool:
+        """Return whether results of so many units are the answers as they are."""
+        return self.by_rows and num_received == self.batch_size
 
 
 class Columns(Division):
@@ -346,20 +348,21 @@ class Columns(Division):
         return encoded
 
 
+# The state of Python's generator that deals rows, which keeps their order the same everywhere.
+_DEALER = np.array(random.Random(0).getstate()[1], np.uint32)
+
+
 @functools.lru_cache(8)  # some megabytes each for 200,000 rows
-def dealt(size: int, parts: int) -> tuple[tuple[int, ...], ...]:
+def dealt(size: int, parts: int) -> list[Units]:
     """Return the rows of each part. Of any ``parts`` rows in turn, each part gets one, at random.
 
     So a missing part leaves some rows of each kind. The same sizes are always dealt alike.
     """
-    dealer = random.Random(0)
-    hands = [[row] for row in range(parts)]
-    for start in range(parts, size, parts):
-        rows = list(range(start, min(start + parts, size)))
-        dealer.shuffle(rows)
-        for hand, row in zip(hands, rows, strict=False):
-            hand.append(row)
-    return tuple(tuple(hand) for hand in hands)
+    hands = list[Units]()
+    for rows in deal(_DEALER, size, parts):
+        hands.append(Units(rows.tolist()))
+        hands[-1].array = rows
+    return hands
 
 
 class Rows(Division):

@@ -86,7 +86,7 @@ class Answers:
         division = self._division
         report = self._report
         not_finite = division.left_out
-        whole = division.is_whole(stacked.units)  # then the results are the answers
+        whole = division.is_whole(len(stacked.units))  # then the results are the answers
         plan: Plan | None = None if whole else self._plan()
         with outside():  # the report outlives a transform
             source: Any = plan.source(stacked.units) if plan else None

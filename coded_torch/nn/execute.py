@@ -92,7 +92,7 @@ class Execution:
         if check is not None:
             report._note_verdict(check, division.batch_size)
         if table.reason == "deadline":
-            what = "no more" if table.answered else "nothing"
+            what = "no more" if table.num_answered else "nothing"
             late = f"{what} arrived within the deadline of {table.deadline:g} s"
             self.why = f"{self.why}; {late}" if self.why else late
 
@@ -107,7 +107,7 @@ class Execution:
             if table.unwanted:
                 request.drop(table.unwanted)
                 table.unwanted.clear()
-            wanted = self._division.needed - len(table.answered)
+            wanted = self._division.needed - table.num_answered
             # Until a part of the first round fails or is late, there is nothing to decide.
             is_first = len(table.parts) == len(table.first) and table.late < math.inf
             is_first &= self._check is None
@@ -115,7 +115,7 @@ class Execution:
             if asked < len(table.parts):
                 request.ask(table.parts[asked:])
                 asked = len(table.parts)
-            if table.prepares and table.answered:
+            if table.prepares and table.num_answered:
                 table.prepares = False
                 self._report._enter("decode")  # now, while the call would wait anyway
                 self._prepare(self.checks.stack())
@@ -193,10 +193,10 @@ class Execution:
         division = self._division
         table = self.table
         report = self._report
-        answered = table.answered.keys()
         error = self.checks.misfit
-        if error is None and division.is_whole(answered):
+        if error is None and division.is_whole(table.num_answered):
             return None
+        answered = table.answered.keys()
         blamed = [part for unit, part in table.refused.items() if unit not in answered]
         if division.by_rows:
             last = dict[int, WorkerError]()
@@ -243,7 +243,7 @@ class Execution:
         left_out = division.left_out
         if left_out is not None and bool(division.spread(left_out)[received].all()):
             why = "no row with finite inputs has a result that is finite, which estimates need"
-        if not why or division.is_whole(received):
+        if not why or division.is_whole(len(received)):
             return ""
         return why if division.by_rows or bool((division.plan.source(received) < 0).any()) else ""
 
@@ -272,7 +272,7 @@ class Execution:
             error.report = self._report  # type: ignore[attr-defined]
             given_up = self._report.missing_rows if self._report.ended == "failed" else ()
             error.rows = self._report.module_failed_rows or given_up  # type: ignore[attr-defined]
-            if division.by_rows and self.table.answered:
+            if division.by_rows and self.table.num_answered:
                 stacked = self.checks.stack()
                 wholes = dict[int, Tensor]()
                 for i in stacked.divided:

@@ -345,13 +345,13 @@ class Report:
 
     @outside()
     def _note_source(
-        self, source: Tensor | None, later: Sequence[bool], unit_rows: int = 1
+        self, source: Tensor | None, later: Sequence[bool] | np.ndarray, unit_rows: int = 1
     ) -> None:
         """Note the result of each answer, ``[B]``, -1 if estimated, and which a later part gave.
 
         None says that each row has its own result.
         """
-        kinds = np.array([*later, 2], np.uint8)  # at -1, estimates
+        kinds = np.append(np.asarray(later, np.uint8), np.uint8(2))  # at -1, estimates
         self.source = torch.from_numpy(
             kinds[:-1] if source is None else kinds[source.numpy() // unit_rows]
         )

@@ -3,12 +3,12 @@ r"""Judges results by their form, and puts the good ones side by side."""
 from __future__ import annotations
 
 import functools
-import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -196,14 +196,14 @@ def _signs(values: Any, is_list: bool) -> list[bytes]:
 class Stacked(NamedTuple):
     """The good results side by side."""
 
-    units: tuple[int, ...]  #: the units that have a result, increasing
+    units: Sequence[int]  #: the units that have a result, increasing
     #: ``[F, R, ...]`` each; of leaves without a batch, the one of the part asked first.
     leaves: list[Any]
     dims: list[int | None]  #: the batch dimension of each leaf of the module's output
     divided: list[int]  #: the places of the leaves that have a row for each of the batch
     lists: list[int]  #: the places of the lists that have an item for each of the units
     spec: pytree.TreeSpec
-    later: tuple[bool, ...]  #: whether the part of each unit's result was asked for later
+    later: np.ndarray[Any, np.dtype[np.bool_]]  #: whether each unit's part was asked for later
 
     @property
     def decoded(self) -> list[int]:
@@ -218,8 +218,7 @@ class Stacked(NamedTuple):
             (at,) = to_device([torch.tensor(places)], leaf.device)
             leaves[i] = leaf.index_select(0, at)
         units = tuple(self.units[place] for place in places)
-        later = tuple(self.later[place] for place in places)
-        return self._replace(units=units, later=later, leaves=leaves)
+        return self._replace(units=units, later=self.later[list(places)], leaves=leaves)
 
     def over(self, i: int, rows: Tensor) -> Tensor:
         """Return a copy of rows ``[B, ...]`` with the results of leaf i in their places."""
@@ -251,7 +250,7 @@ class Stacked(NamedTuple):
                 leaves[i] = torch.atleast_1d(x)[:0].detach().clone()
             elif i in self.lists:
                 leaves[i] = x[:0]
-        return self._replace(units=(), later=(), leaves=leaves)
+        return self._replace(units=(), later=self.later[:0], leaves=leaves)
 
 
 class Checks:
@@ -413,31 +412,35 @@ class Checks:
 
     def stack(self) -> Stacked:
         """Stack the results that answer units."""
-        answered = self.table.answered
         good = self.table.good
         first = min(good, key=attrgetter("number")).result  # not the first to arrive
         # Side by side in the order of their units, which leaves little or nothing to put in place.
         good = sorted(good, key=attrgetter("units"))
-        flat = list(itertools.chain.from_iterable(map(attrgetter("units"), good)))
-        everywhere = places = list(range(len(flat)))
-        if len(flat) > len(answered):  # some units have several results
+        flat = np.concatenate([part.units.array for part in good])
+        places = flat.argsort(kind="stable")
+        if len(flat) > self.table.num_answered:  # some units have several results
+            answered = self.table.answered
             by = [part for part in good for _ in part.units]
-            places = [i for i in places if answered.get(flat[i]) is by[i]]
-        places = sorted(places, key=flat.__getitem__)
+            places = places[[answered.get(flat[i]) is by[i] for i in places]]
+        in_place = np.array_equal(places, np.arange(len(flat)))
         leaves = list(first.leaves)
         for i in first.divided:
             own = _joined([part.result.rows(i) for part in good])
             own = own.view(len(flat), self._division.task.unit_rows, *own.shape[1:])
-            if places != everywhere:
+            if not in_place:
                 (order,) = to_device([torch.tensor(places)], own.device)
                 own = own.index_select(0, order)
             leaves[i] = own
         for i in first.lists:
             items = [item for part in good for item in part.result.leaves[i]]
             leaves[i] = type(leaves[i])(map(items.__getitem__, places))
-        units = tuple(map(flat.__getitem__, places))
-        later = tuple([answered[unit].why != "first" for unit in units])
-        return Stacked(units, leaves, first.dims, first.divided, first.lists, first.spec, later)
+        units: Sequence[int] = range(len(places))
+        if flat[places[-1]] != units[-1]:  # others are missing
+            units = tuple(flat[places].tolist())
+        later = np.repeat([part.why != "first" for part in good], [len(p.units) for p in good])
+        return Stacked(
+            units, leaves, first.dims, first.divided, first.lists, first.spec, later[places]
+        )
 
 
 def _joined(leaves: Sequence[Tensor]) -> Tensor:

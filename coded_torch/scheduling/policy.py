@@ -238,7 +238,7 @@ class _Decisions:
             elif part.outcome is not OPEN and part.outcome is not GOOD:
                 self.to_replace[part.number] = part
                 raised |= part.kind == "raised"
-        if raised and not table.answered:
+        if raised and not table.num_answered:
             self._blame()
         table.changed.clear()
         reason = self._reason()
@@ -259,13 +259,13 @@ class _Decisions:
     def _reason(self) -> str:
         """Return why the call ends now, "" if it does not."""
         table = self.table
-        if len(table.answered) >= table.needed:
-            is_first = self.waiting.at_once and len(table.answered) < len(table.first)
+        if table.num_answered >= table.needed:
+            is_first = self.waiting.at_once and table.num_answered < len(table.first)
             return "first" if is_first else "complete"
         if table.refused and len(table.answered.keys() | table.refused.keys()) >= table.needed:
             return "error"  # the module itself fails on all missing rows
         how = "deadline" if self.waiting.deadline is not None else "estimate_after"
-        is_late = table.heard >= self.late_at and len(table.answered) >= self.least
+        is_late = table.heard >= self.late_at and table.num_answered >= self.least
         return how if is_late or (table.heard >= self.end and how == "deadline") else ""
 
     def _until(self) -> float:
@@ -321,7 +321,7 @@ class _Decisions:
         lacking = self.num_units
         if table.spare is not None:  # less the columns that may still come in time
             hopeful = [p for p in table.parts if p.outcome is OPEN and p.due > table.heard]
-            lacking = table.needed - len(table.answered)
+            lacking = table.needed - table.num_answered
             lacking -= sum(not part.replaced for part in hopeful)
         for number, part in sorted(self.to_replace.items()):
             late = part.outcome is OPEN
@@ -343,7 +343,7 @@ class _Decisions:
             if num := min(num, len(missing)):
                 idle -= num
                 lacking -= len(missing) if table.spare is not None else 0
-                if num > 1 and part.kind == "raised" and not table.answered:
+                if num > 1 and part.kind == "raised" and not table.num_answered:
                     self._ask([missing.pop(0)], 1, part)  # does the module fail on all?
                     num -= 1
                 self._ask(missing, num, part)
@@ -404,7 +404,7 @@ class _Decisions:
             *_, first = part.line()
             whole = len(part.units) == len(first.units) and most > _TRIES
             cut = tries >= _TRIES and (whole or not died)
-            cut |= tries >= most and bool(self.table.answered)  # some work: cut to the bad row
+            cut |= tries >= most and self.table.num_answered > 0  # some work: cut to the bad row
             if not alone and (chance <= _SUSPECT or cut):
                 return _SPLIT
             refused = alone and died and tries >= 2 and chance <= _POISON
@@ -470,9 +470,9 @@ class _Decisions:
                 seconds = part.seconds if part.outcome is GOOD else math.inf
                 parts.append((table.unit_rows * len(part.units), seconds))
             ended = part.outcome is GOOD or (part.failed and part.kind != "raised")
-            if ended and table.given_up.isdisjoint(part.units):
+            if ended and not (table.given_up and table.given_up.intersection(part.units)):
                 failures.append(part.failed)
         # If calls that were cut short did not count as infinite, the median would not follow.
-        is_complete = len(table.answered) >= table.needed
+        is_complete = table.num_answered >= table.needed
         took = table.now - table.since if is_complete else math.inf
         self.history.add(parts, (self.rows, took) if is_typical else None, failures)

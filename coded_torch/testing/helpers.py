@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from coded_torch.codes import FixedCode
 from coded_torch.linear import MatrixMap
+from coded_torch.table import Units
 from coded_torch.workers import Began, Part, Reply, Request, Task, Workers
 
 WAIT = 180.0  # bounds waits that end at once unless something is broken
@@ -127,7 +128,7 @@ def run(pool: Workers, module: nn.Module, task: Task, deadline: float = math.inf
 
 def numbered(*units: Any, first: int = 0) -> list[Part]:
     """Parts of these units, in the order in which they are asked for."""
-    return [Part(first + i, tuple(part)) for i, part in enumerate(units)]
+    return [Part(first + i, Units(part)) for i, part in enumerate(units)]
 
 
 def events_of(request: Request) -> list[Began | Reply]:

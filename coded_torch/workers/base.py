@@ -20,7 +20,7 @@ from .._arguments import arguments, instance, positive, sparing_logger, warn
 from .._layout import SIZES, Layout, dependent_output, difference, prove, proved_of, structure
 from .._torch import has_rows, is_texts, positional, sample, to_device, unflatten
 from ..stragglers import Stragglers
-from ..table import Began, Part, Reply, WorkerError
+from ..table import Began, Part, Reply, Units, WorkerError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -67,14 +67,17 @@ class Task:
         ``copied`` for a module in the caller's process, which may change them.
         """
         run = range(units[0], units[0] + len(units))
+        is_run = units[-1] == run[-1]
+        is_run = is_run and (isinstance(units, Units) or all(map(operator.eq, units, run)))
+        array = units.array if isinstance(units, Units) else units
         size = self.unit_rows
 
         def chosen(leaf: Tensor) -> Tensor:
-            if all(map(operator.eq, units, run)):
+            if is_run:
                 leaf = leaf[run.start * size : run.stop * size]
                 return leaf.clone() if copied else leaf
             own: Tensor = leaf.unflatten(0, (-1, size))
-            (places,) = to_device([torch.tensor(units, device="cpu")], leaf.device)
+            (places,) = to_device([torch.tensor(array, device="cpu")], leaf.device)
             return own.index_select(0, places).flatten(0, 1)
 
         def shared(leaf: Any) -> Any:
@@ -303,7 +306,7 @@ class Workers(abc.ABC):
             started = 0
             error = None
             request.timeout = math.inf
-            request.ask([Part(n, (0,), avoid=places - {p}) for n, p in enumerate(wanted)])
+            request.ask([Part(n, Units((0,)), avoid=places - {p}) for n, p in enumerate(wanted)])
             for reply in request.replies(timeout):
                 if reply.error and reply.error.worker >= 0:
                     raise reply.error
@@ -347,7 +350,7 @@ class Workers(abc.ABC):
             first = inputs[dims.index(0)]
             task = Task(inputs, dims, spec, len(first), 1, first.device, texts=texts)
             with self.open(module, task) as request:
-                request.ask([Part(n, each, avoid=avoid) for n, each in enumerate(batches)])
+                request.ask([Part(n, Units(each), avoid=avoid) for n, each in enumerate(batches)])
                 replies = sorted(request.replies(timeout), key=lambda reply: reply.part.number)
             for error in [reply.error for reply in replies if reply.error]:
                 raise error
@@ -426,7 +429,7 @@ class Workers(abc.ABC):
         """Return the outputs or the errors of parts of some sizes, those that came in time."""
         devices = [task.device] if task.device.type == "cuda" else []
         found = dict[int, Any]()
-        units = tuple(range(task.num_units))
+        units = range(task.num_units)
         with torch.random.fork_rng(devices):
             if self.simulated:
                 for n in sizes:
@@ -443,7 +446,7 @@ class Workers(abc.ABC):
                 for number, n in enumerate(sizes):
                     few = len(places) < 2 or shift == 2
                     avoid = frozenset[int]() if few else halves[(number + shift) % 2]
-                    parts.append(Part(number, units[-n:], avoid=avoid))
+                    parts.append(Part(number, Units(units[-n:]), avoid=avoid))
                 request.ask(parts)
                 for reply in request.replies(max(seconds, 0.0)):
                     found[sizes[reply.part.number]] = reply.error or reply.value

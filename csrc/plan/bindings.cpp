@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <utility>
@@ -248,6 +249,56 @@ static py::array_t<int64_t> with_copies(const Indices& order, const Array& error
   return points;
 }
 
+// The rows of each part: of any `parts` rows in turn, each part gets one. The first go in order, the
+// others as Python's random.Random.shuffle orders them, whose Mersenne Twister has this state: 624
+// words, all of which have been used.
+static py::list deal(const py::array_t<uint32_t, py::array::c_style>& state, int64_t size,
+                     int64_t parts) {
+  constexpr size_t kWords = 624, kMiddle = 397;
+  if (state.size() != kWords + 1 || state.data()[kWords] != kWords || parts < 1 || size < parts) {
+    throw py::value_error("deal: state must be as it was seeded, and 1 <= parts <= size");
+  }
+  std::vector<uint32_t> words(state.data(), state.data() + kWords);
+  size_t used = kWords;
+  const auto next = [&words, &used] {
+    if (used == kWords) {
+      for (size_t i = 0; i < kWords; ++i) {
+        const uint32_t mixed =
+            (words[i] & 0x80000000u) | (words[(i + 1) % kWords] & 0x7FFFFFFFu);
+        words[i] = words[(i + kMiddle) % kWords] ^ (mixed >> 1) ^ (mixed % 2 ? 0x9908B0DFu : 0u);
+      }
+      used = 0;
+    }
+    uint32_t word = words[used++];
+    word ^= word >> 11;
+    word ^= (word << 7) & 0x9D2C5680u;
+    word ^= (word << 15) & 0xEFC60000u;
+    return word ^ (word >> 18);
+  };
+  py::list hands;
+  std::vector<int64_t*> ends;
+  for (int64_t hand = 0; hand < parts; ++hand) {
+    py::array_t<int64_t> rows(size / parts + (hand < size % parts));
+    ends.push_back(rows.mutable_data());
+    hands.append(std::move(rows));
+  }
+  std::vector<int64_t> turn(parts);
+  for (int64_t start = 0; start < size; start += parts) {
+    const int64_t count = std::min(parts, size - start);
+    std::iota(turn.begin(), turn.begin() + count, start);
+    for (int64_t last = count - 1; last > 0 && start > 0; --last) {
+      int bits = 0;
+      while ((last + 1) >> bits) ++bits;
+      int64_t other;
+      do other = next() >> (32 - bits);
+      while (other > last);
+      std::swap(turn[last], turn[other]);
+    }
+    for (int64_t hand = 0; hand < count; ++hand) *ends[hand]++ = turn[hand];
+  }
+  return hands;
+}
+
 // Samples of memory, by which a change of weights is seen that nothing counts: four runs of a cache
 // line of each range, or all of a short one. Each call reads them again; whoever makes it keeps the
 // memory alive.
@@ -484,6 +535,8 @@ PYBIND11_MODULE(_plan, m) {
   m.def("with_copies", &with_copies, py::arg("order"), py::arg("errors"), py::arg("num_data"),
         py::arg("num_workers"), py::arg("num_stragglers"),
         "Inputs [G, N] of N workers: an order [B], the inputs with the largest errors repeated.");
+  m.def("deal", &deal, py::arg("state"), py::arg("size"), py::arg("parts"),
+        "Rows of each part: of any parts rows in turn, each gets one, at random.");
   py::class_<Samples>(m, "Samples", "Samples of memory: ranges of an address and bytes.")
       .def(py::init<std::vector<std::pair<uintptr_t, size_t>>>(), py::arg("ranges"))
       .def("hash", &Samples::hash, "A number that differs if a sample does.");

@@ -1,7 +1,9 @@
 """Outputs are joined by rows only where parts of two sizes prove that they have rows."""
 
 import dataclasses
+import itertools
 import math
+import random
 import re
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import nn
 
 from coded_torch import CodedWrapper, Waiting, codes
 from coded_torch.codes import NotEnoughResults
+from coded_torch.nn.division import dealt
 from coded_torch.stragglers import Trace
 from coded_torch.workers import DeviceWorkers, LocalWorkers
 
@@ -31,6 +34,29 @@ def states(x):
 def run(make, function, *args, parts=4, **options):
     with make() as pool, torch.no_grad():
         return CodedWrapper(Call(function), workers=pool, parts=parts, **options).run(*args)
+
+
+def shuffled(size, parts):
+    """Return the rows of each part, by Python's generator."""
+    dealer = random.Random(0)
+    hands = [[row] for row in range(parts)]
+    for start in range(parts, size, parts):
+        rows = list(range(start, min(start + parts, size)))
+        dealer.shuffle(rows)
+        for hand, row in zip(hands, rows, strict=False):
+            hand.append(row)
+    return [*map(tuple, hands)]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 7, 16, 64, 300])
+@pytest.mark.parametrize("size", [1, 2, 9, 64, 300, 2003])
+def test_rows_are_dealt_as_python_shuffles_them(size, parts):
+    if parts <= size:
+        hands = dealt(size, parts)
+        assert hands == shuffled(size, parts)
+        assert [*itertools.chain(*(hand.array.tolist() for hand in hands))] == [
+            *itertools.chain(*hands)
+        ]
 
 
 @pytest.mark.parametrize(

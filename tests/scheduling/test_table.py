@@ -7,7 +7,7 @@ import pytest
 from coded_torch import Waiting
 from coded_torch.experiments.planner import Verified
 from coded_torch.experiments.simulation import Conditions, simulate
-from coded_torch.table import Began, Reply, Table, WorkerError
+from coded_torch.table import DISPUTED, Began, Reply, Table, WorkerError
 
 BAD = Conditions(spread=0.5, straggling=0.1, slow=0.2, dead=0.1, dead_after=1.0, bursts=20.0)
 
@@ -66,3 +66,17 @@ def test_the_first_reply_of_a_part_counts_whatever_comes_after_it():
     table.hear([Began(part, 4, 3.0), Reply(part, 4, 4.0, 1.0, error=late)])
     assert (part.worker, part.began, part.ended, part.result) == (3, 1.0, 2.0, "first")
     assert (part.outcome, part.error, table.answered, table.now) == ("good", None, {0: part}, 4.0)
+
+
+def test_each_unit_counts_once_whoever_was_asked_for_it():
+    table = Table(first=[[0, 2], [1, 3]], needed=4)
+    first = [table.ask(units) for units in table.first]
+    table.hear([Reply(first[0], 0, 1.0, 1.0, "first")])
+    assert (table.num_answered, table.answered) == (2, dict.fromkeys([0, 2], first[0]))
+    hedge = table.ask([1, 2], first[1], "hedge")
+    table.hear([Reply(hedge, 1, 2.0, 1.0, "hedge")])
+    assert (table.num_answered, table.answered[1]) == (3, hedge)
+    table.mark(first[0], DISPUTED)
+    assert table.answered == {1: hedge, 2: hedge}
+    table.hear([Reply(first[1], 1, 3.0, 2.0, "late")])
+    assert (table.num_answered, table.answered) == (3, {1: hedge, 2: hedge, 3: first[1]})
