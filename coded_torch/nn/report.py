@@ -15,7 +15,7 @@ from .._arguments import real, sparing_logger
 from .._torch import outside
 from ..input_space.gaussian_process import ErrorBounds
 from ..input_space.metrics import Choice
-from ..table import GOOD, Hedge, Table, WorkerError
+from ..table import GOOD, OPEN, Hedge, Part, Table, WorkerError
 from ..verification.verifier import Verifier
 
 _CUT_SHORT = {
@@ -146,6 +146,8 @@ class Report:
     # Arguments, so that :func:`dataclasses.replace` keeps them.
     _bounds: ErrorBounds | None = dataclasses.field(default=None, repr=False)
     _has_labels: bool = dataclasses.field(default=False, repr=False)
+    #: By row without a result, the parts of this row alone that workers are still at, or died of.
+    _unfinished: dict[int, list[Part]] = dataclasses.field(default_factory=dict, repr=False)
 
     # Most callers read few of these tensors, so each is made when it is first read. The mode of the
     # reader has no influence on it.
@@ -293,6 +295,11 @@ class Report:
             if part.began < math.inf:
                 begun += len(part.units)
                 asked.add(part.worker)
+                row = part.units[0]
+                is_alone = len(part.units) == 1 and table.spare is None
+                is_unfinished = part.outcome is OPEN or part.kind == "died"
+                if is_alone and is_unfinished and row not in table.answered:
+                    self._unfinished.setdefault(row, []).append(part)
         self.asked, self.received = tuple(sorted(asked)), tuple(sorted(received))
         self.work_ratio = begun * table.unit_rows / size
         for error in rejected:

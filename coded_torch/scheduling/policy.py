@@ -113,6 +113,8 @@ class Waiting:
             "estimate" estimates such a row, and any other that nobody could compute. Defaults to
             "raise".
         at_once, num_stragglers: set by :meth:`first`.
+        spares: whether a late part of one row is hedged only while a further worker is idle. Set by
+            servers, so that a row that hangs on any worker leaves one for other requests.
 
     Example:
         >>> from coded_torch import Waiting
@@ -130,6 +132,7 @@ class Waiting:
 
     at_once: bool = dataclasses.field(default=False, kw_only=True)
     num_stragglers: int | None = dataclasses.field(default=None, kw_only=True)
+    spares: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for argument, must, valid in (
@@ -140,7 +143,7 @@ class Waiting:
             value = getattr(self, argument)
             if value is not None or argument == "hedge_budget":
                 object.__setattr__(self, argument, real("Waiting", argument, value, must, valid))
-        for argument in ("estimate", "at_once"):
+        for argument in ("estimate", "at_once", "spares"):
             instance("Waiting", argument, getattr(self, argument), bool)
         instance("Waiting", "on_error", self.on_error, str)
         is_known = self.on_error in ("raise", "estimate")
@@ -369,11 +372,12 @@ class _Decisions:
         why = "hedge" if of.outcome is OPEN else "retry"
         new = [self.unasked.popleft() for _ in range(min(len(self.unasked), len(missing)))]
         units = sorted(new + missing[len(new) :])
-        again = why == "hedge" and any(other.why == "hedge" for other in of.line())
+        again = self.waiting.spares or any(other.why == "hedge" for other in of.line())
+        spares = again and why == "hedge"
         for i in range(num):
             share = units[i * len(units) // num : (i + 1) * len(units) // num]
             # Calls that decide at the same time see the same idle workers.
-            self.table.ask(share, of, why).spares = again and len(units) == 1
+            self.table.ask(share, of, why).spares = spares and len(units) == 1
 
     def _cut(self, part: Part) -> int:
         """Return into how many parts to cut a failed part; 0 to give up its rows."""

@@ -27,7 +27,7 @@ from ..nn import CodedWrapper
 from ..open_inference import ADDED, FORMER, LISTED, TensorSpec, written
 from .batcher import TO_ANSWER, Batch, Batcher, compute
 from .metrics import Metrics
-from .model import Versions, bind, in_order
+from .model import Versions, bind, in_order, is_forwarded, is_loopback
 from .protocol import Reader, RequestError
 
 # The number of requests that Ray lets into a replica; a bound, not tuned. Ray's default of 5 would
@@ -223,7 +223,7 @@ class App(Starlette):
                     path = f"{self._path}/{rest}"
                 if path == f"{self._path}/infer":
                     with tracing.span("infer", headers):
-                        answer = await self._infer(scope["method"], headers, receive, version)
+                        answer = await self._infer(scope, headers, receive, version)
             except Exception as error:  # answered here, and raised for the log of the server
                 await (await self._refuse(Request(scope), error))(scope, receive, send)
                 if isinstance(error, HTTPException):
@@ -320,17 +320,24 @@ class App(Starlette):
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def _infer(
-        self, method: str, headers: dict[str, str], receive: Receive, version: str
+        self, scope: Scope, headers: dict[str, str], receive: Receive, version: str
     ) -> Response:
         """Read a request, queue it, and return its answer by its deadline."""
-        if method != "POST":
+        if scope["method"] != "POST":
             raise HTTPException(405, headers={"Allow": "POST"})
         arrived = time.monotonic()
         deadline = arrived + self.deadline
         self.batcher.check(1, deadline)  # before the body is read
         message = await self.reader.read(headers, receive, deadline)
         deadline = min(deadline, arrived + message.timeout)
-        future = self.batcher.put(message.inputs, arrived, deadline)
+        client = (scope.get("client") or ("",))[0]
+        if is_loopback(client) or is_forwarded(headers):
+            client = ""  # it may be anybody's
+        if self.batcher.suspects:
+            check = self.batcher.suspects.check
+            workers = self.pool.num_workers or 1
+            await asyncio.to_thread(check, message.inputs, client, workers)
+        future = self.batcher.put(message.inputs, arrived, deadline, client)
         answer = await _first(future, receive, deadline + TO_ANSWER - time.monotonic())
         if answer is None and self.pool.num_ready == 0:
             raise RequestError(503, "unavailable", "no worker computed it: no worker is up")

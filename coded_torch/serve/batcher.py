@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import math
 import re
 import time
@@ -23,6 +24,7 @@ from ..nn import CodedWrapper, Report, Waiting
 from ..open_inference import FORMER, EndpointError, RefusedError, TensorSpec, cleaned
 from ..scheduling.latency_history import History
 from .protocol import RequestError
+from .suspects import Suspects
 
 logger = sparing_logger("coded_torch.serve")
 
@@ -68,7 +70,7 @@ def compute(
         parts = None  # there are no idle workers to divide it over
     own = coded.waiting or (Waiting.first() if coded.code else Waiting())
     # Other rows are estimated even if the module fails on one, which is refused alone.
-    waiting = dataclasses.replace(own, deadline=seconds, on_error="estimate")
+    waiting = dataclasses.replace(own, deadline=seconds, on_error="estimate", spares=True)
     if coded.workers.simulated:  # other pools move their inputs
         device = device_of(coded.module)
         inputs = [x.to(device or x.device) for x in inputs]
@@ -108,8 +110,11 @@ def compute(
 class _Entry:
     """A request in the queue. Times are seconds of :func:`time.monotonic`."""
 
-    def __init__(self, inputs: list[Tensor], arrived: float, deadline: float) -> None:
+    def __init__(
+        self, inputs: list[Tensor], arrived: float, deadline: float, client: str = ""
+    ) -> None:
         self.inputs = inputs
+        self.client = client
         self.arrived = arrived
         self.deadline = deadline
         self.rows = inputs[0].shape[0]
@@ -160,6 +165,8 @@ class Batcher:
         # Begin, rows, parts and deadline of each running batch.
         self._ongoing: dict[asyncio.Task[None], tuple[float, int, int, float]] = {}
         self._threads = ThreadPoolExecutor(_MOST_BATCHES, "coded_torch batch")
+        #: Rows that hang or end workers.
+        self.suspects = Suspects()
 
     @property
     def _num_free(self) -> int:
@@ -185,18 +192,21 @@ class Batcher:
         late = now + self._expected(rows, now) - deadline
         states = self._states() if is_read and (self._hung or late == math.inf) else ()
         if is_read and (late == math.inf or (self._hung and "idle" not in states)):
-            why = "workers hang: no batch was answered lately"
-            if busy := states.count("busy"):
-                why += f"; {busy} are busy, perhaps with rows of requests that have ended"
+            ended = states.count("busy") - len(self._ongoing)
+            why = "no worker is idle, and no batch was answered since one got no result in time"
+            if ended > 0:
+                why += f"; {ended} or more workers are at rows of requests that have ended"
             raise RequestError(503, "overdue", why)
         if 0 < late < math.inf:
             when = f"{late * 1e3:.0f} ms after the deadline"
             raise RequestError(503, "expected_late", f"the answer would probably come {when}")
 
-    def put(self, inputs: list[Tensor], arrived: float, deadline: float) -> asyncio.Future[Batch]:
+    def put(
+        self, inputs: list[Tensor], arrived: float, deadline: float, client: str = ""
+    ) -> asyncio.Future[Batch]:
         """Queue a request, or refuse it (503). It leaves the queue once its future is done."""
         self.check(inputs[0].shape[0], deadline, is_read=True)
-        entry = _Entry(inputs, arrived, deadline)
+        entry = _Entry(inputs, arrived, deadline, client)
         self._queue[entry] = None
         self._rows += entry.rows
         entry.future.add_done_callback(lambda _: self._remove(entry))
@@ -271,6 +281,18 @@ class Batcher:
             batch.append(entry)
         return batch
 
+    def _compute_and_note(
+        self, inputs: list[Tensor], seconds: float, parts: int, batch: list[_Entry]
+    ) -> Batch:
+        """Compute a batch in a thread, and note its rows that hang or end workers."""
+        done = self._compute(inputs, seconds, parts)
+        clients = [entry.client for entry in batch for _ in range(entry.rows)]
+        estimated = done.estimated or itertools.repeat(not done.outputs, len(clients))
+        computed = [row for row, flag in enumerate(estimated) if not flag]
+        computed = [row for row in computed if row not in done.unanswered]
+        self.suspects.note(inputs, clients, done.report._unfinished, computed)
+        return done
+
     async def _run(self, batch: list[_Entry], ran: tuple[float, int, int, float]) -> None:
         begin, rows, parts, deadline = ran
         queued = [begin - entry.arrived for entry in batch]
@@ -283,8 +305,8 @@ class Batcher:
         done = None
         error = None
         try:
-            run = tracing.within([entry.trace for entry in batch], self._compute)
-            done = await loop.run_in_executor(self._threads, run, inputs, left, parts)
+            run = tracing.within([entry.trace for entry in batch], self._compute_and_note)
+            done = await loop.run_in_executor(self._threads, run, inputs, left, parts, batch)
         except Exception as cause:  # any error of the model: its requests get an answer
             error = _error(cause, in_time=time.monotonic() < begin + left)
             late = error.status_code == 504

@@ -240,8 +240,7 @@ class Versions:
         headers = request.headers
         client = request.client
         if self._token is None:
-            may = client is not None and _is_loopback(client.host) and _OTHERS.isdisjoint(headers)
-            may = may and not any(name.startswith(_BEGINS) for name in headers)
+            may = client is not None and is_loopback(client.host) and not is_forwarded(headers)
             may = may and headers.get("sec-fetch-site") != "cross-site"
         else:
             given = headers.get("authorization", "")
@@ -281,7 +280,13 @@ def _states(weights: Iterable[Tensor]) -> list[tuple[int, ...]]:
     return [(id(x), *state_of(x)) for x in weights]
 
 
-def _is_loopback(host: str) -> bool:
+def is_forwarded(headers: Mapping[str, str]) -> bool:
+    """Return whether a request comes from a page or by a proxy, so that its address is of these."""
+    return not _OTHERS.isdisjoint(headers) or any(name.startswith(_BEGINS) for name in headers)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host's address is its own."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name, or what a proxy says

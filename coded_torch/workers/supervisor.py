@@ -233,8 +233,13 @@ class Supervisor(Dispatcher):
                     self._failed_starts += 1
                     pause = 0.1 * 2 ** min(self._failed_starts, 9)
                     self._start_again = now + min(pause, _LONGEST_PAUSE)
-            if worker.part is not None:
-                self.reply(worker.part, Failure(f"was lost: {what}", "died"))
+            part = worker.part
+            if part is not None:
+                failure = Failure(f"was lost: {what}", "died")
+                self.reply(part, failure)
+                # The thread of the call does not write it if the call has ended.
+                part.error = WorkerError(part.number, worker.index, *failure)
+                part.request = None
                 worker.part = None
         hopeless = not (worker.ready or worker.left) and self._failed_starts >= _FAILED_STARTS
         self.refuse(what if hopeless else "")  # a part may have waited for this worker

@@ -381,14 +381,15 @@ def test_while_workers_compute_rows_of_requests_that_have_ended_others_are_told_
     malformed = {"inputs": [tensor(ROWS, "other")]}
     with serving(application) as port, Client(port) as client, Client(port) as other:
         assert client.infer(ONE | {"parameters": {"timeout": 500_000}})[0] == 504
-        other.connection.request("POST", PATH, json.dumps(ONE))  # is tried
+        others = {"inputs": [tensor([[7.0, 8.0, 9.0]])]}
+        other.connection.request("POST", PATH, json.dumps(others))  # is tried
         until(lambda: application.batcher._ongoing)
-        status, answer = client.infer(ONE)
+        status, answer = client.infer({"inputs": [tensor([[8.0, 8.0, 9.0]])]})
         assert client.infer(malformed)[0] == 400
         held.go.set()
     assert status == 503
-    why = "workers hang: no batch was answered lately; 2 are busy, perhaps with rows of"
-    assert why in answer["error"]
+    assert "no worker is idle" in answer["error"]
+    assert "1 or more workers are at rows of requests that have ended" in answer["error"]
 
 
 @pytest.mark.parametrize("lost", [1, 2])
