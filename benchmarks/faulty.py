@@ -67,7 +67,7 @@ class Fleet:
     ) -> None:
         self.data, self.random, self._parts = data, random.Random(seed), parts or num_workers
         self.seconds: list[tuple[float, float]] = []
-        pool = SimpleNamespace(places=range(num_workers), exclude=None, mixed=False)
+        pool = SimpleNamespace(places=range(num_workers), exclude=None, mixed=False, simulated=True)
         self.record = Record(pool, share, random.Random(seed + 1))
 
     def settle(self) -> Fleet:

@@ -83,11 +83,13 @@ def coded_calls(size: int) -> Iterator[Call]:
     yield by_columns(size, codes.SplineCode(N, N + LATE))
 
 
-def processes(numbers: int, threads: int = 1, rows: int = 4) -> Iterator[Call]:
+def processes(
+    numbers: int, threads: int = 1, rows: int = 4, verify: float | None = None
+) -> Iterator[Call]:
     """Yield a call of four parts, of one row each by default, or one from each of some threads."""
     batch = torch.ones(rows, numbers)
     with ProcessWorkers(4).start(nn.Identity(), batch[:1], timeout=START) as pool:
-        coded = CodedWrapper(nn.Identity(), workers=pool, waiting=waiting(False))
+        coded = CodedWrapper(nn.Identity(), workers=pool, waiting=waiting(False), verify=verify)
         if threads == 1:
             yield lambda: [coded.run(batch)[1]]
             return
@@ -211,6 +213,7 @@ QUESTIONS: dict[str, tuple[Callable[[], Iterator[Call]], int, int]] = {
     "calls, 4 x 40 B": (functools.partial(processes, 10), 50, 0),
     "calls, 4 x 1 MiB": (functools.partial(processes, 2**18), 10, 0),
     "calls, a million rows of 40 B": (functools.partial(processes, 10, 1, 1_000_000), 1, 0),
+    "verified calls, 64 rows of 40 B": (functools.partial(processes, 10, 1, 64, 0.1), 50, 0),
     "calls of eight threads, 4 x 40 B": (functools.partial(processes, 10, THREADS), 10, 0),
     "coded calls, 240 rows": (functools.partial(coded_calls, 240), 20, 240),
     "jobs, 8 x 256 rows": (jobs, 3, 0),

@@ -8,6 +8,7 @@ import itertools
 import math
 import secrets
 import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter, itemgetter
@@ -52,6 +53,12 @@ _RIDGE = 0.05
 # part to the mean latency; rows of .001 add .12, and find no more (measured once).
 ODD_ROWS = 0.0005
 ODD_PARTS = 0.003
+# Scoring takes this share of the time of calls at most, after so many seconds that it may take at
+# once: it takes some 3 ms, so that each call of 15 ms or more is scored. Calls of 64 rows of an
+# identity on four processes take 1.8 times as long with a tenth of the rows checked, and 4.2 times
+# if each is scored (benchmarks against, "verified calls").
+_SHARE = 0.2
+_SAVED = 1.0
 _KEPT = 4096  # scores that a bar is found from: a bar for one of 1,000 takes some thousand
 _ANEW = 16  # times that a bar is found anew until all scores are new ones
 
@@ -113,7 +120,19 @@ class Scores:
         # Rows of calls, scores of their rows and parts, and whether all odd rows were checked: they
         # are learnt while workers compute.
         self.left: deque[tuple[Recent, Sequence[Sequence[float]], bool]] = deque()
+        self._seconds = _SAVED  # that scoring may take
         self._lock = threading.RLock()
+
+    @property
+    def has_time(self) -> bool:
+        """Whether the scores of earlier calls took little enough of their time for another."""
+        return self._seconds > 0
+
+    def spend(self, scoring: float, call: float) -> None:
+        """Note the seconds of a call, and those that scoring has taken."""
+        with self._lock:
+            earned = _SHARE * (call - scoring) / (1 - _SHARE)
+            self._seconds = min(self._seconds + earned - scoring, _SAVED)
 
     @on_host()
     def fit(self, inputs: Sequence[Tensor]) -> Fit | None:
@@ -214,8 +233,10 @@ class Results:
         self._learnt: Sequence[Sequence[float]] = ()  # the scores of rows, and of parts
         self._odd = set[int]()
         self._fit: Fit | None = None
+        self._since = time.perf_counter()
         with _scoring():
             self._fit = scores.fit(inputs)
+        self._scoring = time.perf_counter() - self._since  # seconds so far
 
     def add(self, part: Part) -> None:
         """Add a good result."""
@@ -262,9 +283,10 @@ class Results:
             parts, at = self._placed(zip(ones + others, 2 * both, strict=True))
             largest = torch.zeros(len(found))
             leaves_of = zip(*map(self._leaves.__getitem__, parts), strict=True)
-            for leaves, spread in zip(leaves_of, self._spread(form), strict=True):
+            for place, leaves in enumerate(leaves_of):
                 one, other = torch.cat(leaves)[at].chunk(2)
-                largest = torch.maximum(largest, _apart(one, other, spread))
+                if not torch.equal(one, other):  # else no spread is needed, which takes longer
+                    largest = torch.maximum(largest, _apart(one, other, self._spread(form)[place]))
             for (a, b, row), difference in zip(found, largest.tolist(), strict=True):
                 self._differences[a, b][row] = difference
         return [*map(self._differences.__getitem__, pairs)]
@@ -291,7 +313,9 @@ class Results:
 
     def odd(self, answers: Mapping[int, Part]) -> set[int]:
         """Return the rows that look so odd that they should be computed again."""
+        since = time.perf_counter()
         scores = self.scores(answers)
+        self._scoring += time.perf_counter() - since
         parts = defaultdict[Part, list[int]](list)
         if not scores:
             return set()
@@ -339,6 +363,7 @@ class Results:
                 results make those beside them look odd: no scores are learnt.
         """
         with _scoring():
+            self._scores.spend(self._scoring, time.perf_counter() - self._since)
             fit = self._fit if self._scored else None
             if fit is not None and (rows := sorted(answers.keys() & fit.rows)):
                 outputs = self._outputs(answers, rows)

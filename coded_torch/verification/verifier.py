@@ -65,8 +65,10 @@ class Verifier:
 
     @functools.cached_property
     def results(self) -> Results:
-        """The results so far; the regression that scores them is fitted at first use."""
-        return Results(self.record.scores, () if self.record.stopped else self._inputs)
+        """The results so far; the regression that scores them, if any, is fitted at first use."""
+        record = self.record
+        is_scored = not record.stopped and (record.pool.simulated or record.scores.has_time)
+        return Results(record.scores, self._inputs if is_scored else ())
 
     def decide(self, history: Any, table: Table) -> float:
         """Decide as the other policy does, and then check rows and settle disputes."""

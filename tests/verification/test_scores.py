@@ -92,6 +92,17 @@ class TestScores:
         found, answers = results(Scores(), x, y)
         assert not found.odd(answers)
 
+    def test_scoring_takes_a_share_of_the_time_of_calls(self):
+        scores = Scores()
+        scores.spend(scoring=0.5, call=0.5)
+        assert scores.has_time  # a second is there at first
+        scores.spend(scoring=1.0, call=1.5)
+        assert not scores.has_time
+        for _ in range(4):
+            assert not scores.has_time
+            scores.spend(scoring=0.0, call=0.5)
+        assert scores.has_time
+
     def test_small_batches_are_scored_beside_earlier_rows(self):
         scores = Scores()
         x, y = batch(8, 1)

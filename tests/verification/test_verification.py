@@ -15,7 +15,7 @@ from coded_torch.codes import NotEnoughResults
 from coded_torch.surrogates import Memory
 from coded_torch.testing.virtual import VirtualWorkers
 from coded_torch.verification.scores import Fit, Scores
-from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers
+from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers, ProcessWorkers
 
 from ..nn.modules import Call
 
@@ -85,6 +85,23 @@ class TestHonestWorkers:
         assert report.verified is None
         assert report.work_ratio == 1.0
         assert len(pool.begun) == 6
+
+    def test_of_fast_modules_are_scored_in_some_calls(self, monkeypatch):
+        """Scoring that takes .1 s may take it ten times, and once more in each .5 s of calls."""
+        fits = []
+
+        def fit(self, inputs):
+            fits.append(bool(inputs))
+            time.sleep(0.1 * fits[-1])
+
+        monkeypatch.setattr(Scores, "fit", fit)
+        since = time.monotonic()
+        with DeviceWorkers(["cpu"] * 2) as pool:
+            coded = wrap(pool)
+            for seed in range(60):
+                coded(batch(seed))
+        assert len(fits) == 60
+        assert 10 <= sum(fits) <= 11 + (time.monotonic() - since) / 0.5
 
     def test_that_had_all_rows_are_checked_afterwards(self):
         pool = pool_of(3)
