@@ -128,7 +128,7 @@ def test_a_failure_is_logged_and_what_was_known_stays(monkeypatch, caplog):
     def fail(*args):
         raise RuntimeError("no memory left")
 
-    monkeypatch.setattr(memory, "_Snapshot", fail)
+    monkeypatch.setattr(memory, "RowProcess", fail)
     known.observe([rand(9, 4)], [f(rand(9, 4))])
     known.rebuild()
     assert "a memory could not be rebuilt" in caplog.text
@@ -338,7 +338,7 @@ def test_a_memory_goes_on_learning_in_a_forked_process():
     memory = Memory()
     memory.observe([rand(300, 4)], [rand(300, 2)])
     memory.rebuild()
-    before = memory._snapshot
+    before = memory._learnt
     # MKL frees a thread's buffers under a lock when the thread ends, which may be after join(); a
     # child forked meanwhile finds it locked for ever. No use of MKL after a fork can prevent that.
     task = f"/proc/self/task/{memory._making.native_id}"
@@ -349,7 +349,7 @@ def test_a_memory_goes_on_learning_in_a_forked_process():
         torch.set_num_threads(1)
         memory.observe([rand(300, 4)], [rand(300, 2)])
         memory.rebuild()
-        os._exit(0 if memory._snapshot is not before else 1)
+        os._exit(0 if memory._learnt is not before else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 

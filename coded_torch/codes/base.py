@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .._arguments import MOST_WORKERS, count, instance, shown
 from .._torch import on_host, outside
-from ..input_space.gaussian_process import ErrorBounds, off_mean
+from ..input_space.error_bounds import ErrorBounds
+from ..input_space.gaussian_process import off_mean
 from ..input_space.gradients import GradientMetric
 from ..input_space.metrics import Choice, Distances, Sources
 from ..input_space.ordering import Grouping

@@ -31,8 +31,6 @@ Array = NDArray[np.float64]
 Interval = list[float | None]  # a number, and half the width of its 95 % interval
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-# Student's 97.5 % quantiles for 1 to 10 degrees of freedom, below which a formula is exact enough.
-_STUDENT = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.306, 2.26216, 2.22814)
 _FLIPS = 20_000  # random signs of a paired test, enough for two digits of a p-value of .01
 _WIDE = 0.5  # half an interval over its number, above which it is one of the logarithm
 _WIDTHS = 28, 16, 18, 0  # characters of a table's columns, at least; with wider text they grow
@@ -141,8 +139,7 @@ def half_width(a: Array) -> float:
     n = len(a) - 1
     if n < 1:
         return math.nan
-    quantile = _STUDENT[n - 1] if n <= len(_STUDENT) else student_t(0.95, n)
-    return quantile * float(a.std(ddof=1)) / math.sqrt(n + 1)
+    return float(student_t(0.95, n) * a.std(ddof=1) / math.sqrt(n + 1))
 
 
 def paired_p(differences: Array) -> float:

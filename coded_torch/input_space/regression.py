@@ -13,7 +13,8 @@ from .. import ops
 from .._arguments import check, count, dense, instance, real, shown
 from .._extension import first_results
 from .._torch import exactly, outside, plain, to_device
-from .gaussian_process import NUGGET, ErrorBounds
+from .error_bounds import ErrorBounds
+from .gaussian_process import NUGGET
 from .gradients import GradientMetric
 from .metrics import METRICS, Choice, Distances, Features, Sources
 from .regressor import LENGTH, MOST_ROWS, Regressor

@@ -12,7 +12,8 @@ from .._arguments import dense
 from .._extension import split_rows
 from .._torch import differentiated, exactly, outside, plain, to_device
 from ..linear import product
-from .gaussian_process import NUGGET, Bounds, Estimates, GaussianProcess, bounds, evenly, off_mean
+from .error_bounds import Bounds, bounds
+from .gaussian_process import NUGGET, Estimates, GaussianProcess, evenly, off_mean
 from .gradients import GradientMetric
 from .metrics import Choice, Distances, Features, name_of
 

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from .._changes import unchanged
 from .._torch import as_called, device_of, flatten, on_host, outside, plain
 from ..codes.base import BatchPlan, NotEnoughResults
-from ..input_space.gaussian_process import ErrorBounds
+from ..input_space.error_bounds import ErrorBounds
 from ..input_space.metrics import Choice
 from ..input_space.regression import RowPlan, to_scale
 from ..input_space.regressor import columns, few_columns

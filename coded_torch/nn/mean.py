@@ -16,12 +16,12 @@ from torch.utils import _pytree as pytree
 from .._arguments import arguments, bound, count, instance, real, real_array, shown
 from .._torch import as_called, device_of, exactly, on_host
 from ..input_space.betting import bounded
+from ..input_space.coordinates import Coordinates
 from ..input_space.finite_mean import Kernel, KernelRegression, intervals
 from ..input_space.gradients import GradientMetric
 from ..input_space.metrics import EUCLIDEAN, METRICS, Leaf, fitted, leaves_of, typical_rows
 from ..scheduling.policy import Waiting
 from ..surrogates import Memory
-from ..surrogates.memory import Space
 from .division import Inputs
 from .estimate_missing import CHANCE, least_squares
 
@@ -319,7 +319,7 @@ class Looks:
         of_gradients = [slice(i, i + 1) for i in range(own.stop, len(leaves))]
         kinds = [(own, _METRICS), *((place, [EUCLIDEAN]) for place in of_gradients)]
         spaces = [
-            Space(leaves, metric, fit, place)
+            Coordinates(leaves, metric, fit, place)
             for place, metrics in kinds
             for metric, fit in zip(metrics, fitted(leaves[place], metrics), strict=True)
             if fit is not None

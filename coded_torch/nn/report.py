@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._arguments import real, sparing_logger
 from .._torch import outside
-from ..input_space.gaussian_process import ErrorBounds
+from ..input_space.error_bounds import ErrorBounds
 from ..input_space.metrics import Choice
 from ..table import GOOD, OPEN, Hedge, Part, Table, WorkerError
 from ..verification.verifier import Verifier

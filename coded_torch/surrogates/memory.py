@@ -3,7 +3,6 @@ r"""A surrogate that trains itself: regression on computed answers of the wrappe
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import time
 from collections import deque
@@ -17,31 +16,18 @@ from .._arguments import count, instance, sparing_logger
 from .._changes import fingerprint
 from .._torch import exactly
 from ..input_space import metrics
-from ..input_space.gaussian_process import GROWTH, NUGGET, GaussianProcess, evenly, matern52
+from ..input_space.coordinates import RANK, Coordinates
+from ..input_space.gaussian_process import RowProcess, evenly
 from ..input_space.gradients import GradientMetric
-from ..input_space.metrics import (
-    EUCLIDEAN,
-    METRICS,
-    Fitted,
-    Leaf,
-    Metric,
-    name_of,
-    squared_distances,
-    typical_rows,
-)
+from ..input_space.metrics import EUCLIDEAN, METRICS, Leaf, name_of, typical_rows
 from ..input_space.regressor import LENGTH, Regressor
 
 logger = sparing_logger("coded_torch.surrogates")
 
-# Directions of the coordinates: with 64 of 1,024 rows' the squared error grows by 7 to 10 %, with
-# 128 by less than 3 %. (measured once; no benchmark keeps it)
-_RANK = 96
-_NOTHING = 1e-6  # directions that hold less of the variance are rounding; not tuned
 # Rows from which the coordinates are found for the last time: all of 1,000 rows lower the error by
 # 1 % against 512. (measured once; no benchmark keeps it)
 _FROZEN_AT = 1024
 _LANDMARKS = 512  # rows that determine the directions
-_PATH = 240  # rows of the path whose steps are the unit of length, as many as batches often have
 # New rows after which the regression is made again, and the share of time for it; not tuned.
 _FRESH = 256
 _SHARE = 0.02
@@ -101,10 +87,11 @@ class Memory:
     def _forget(self) -> None:
         self._generation += 1
         self._form: Any = None
-        self._space: Space | None = None  # once it is frozen
+        self._space: Coordinates | None = None  # once it is frozen
         self._rows: deque[tuple[Any, Tensor]] = deque()  # leaves or coordinates; outputs
         self._num_rows = self._num_fresh = 0
-        self._snapshot: _Snapshot | None = None
+        #: The form of inputs and outputs, and their regression; never changed, but replaced.
+        self._learnt: tuple[Any, Coordinates, RowProcess] | None = None
 
     def clear(self) -> None:
         """Forget everything."""
@@ -142,7 +129,7 @@ class Memory:
             raise ValueError("Memory: inputs and outputs must have the same number of rows")
         form = _form(inputs), _form(outputs)
         generation = self._generation if generation is None else generation
-        numbers = sum(shape.numel() for shape in form[1]) + _RANK
+        numbers = sum(shape.numel() for shape in form[1]) + RANK
         most = max(1, min(self.capacity, _MOST_NUMBERS // numbers))
         inputs, outputs = ([x[-most:] for x in each] for each in (inputs, outputs))
         with torch.no_grad():
@@ -183,11 +170,15 @@ class Memory:
         choose the metric, too.
         """
         with self._lock:
-            snapshot = self._snapshot if generation in (None, self._generation) else None
-        if snapshot is None or _form(inputs) != snapshot.form[0]:
+            learnt = self._learnt if generation in (None, self._generation) else None
+        if learnt is None or _form(inputs) != learnt[0][0]:
             return None
+        (_, shapes), space, process = learnt
         with torch.no_grad(), exactly():
-            return snapshot.estimate(inputs)
+            outputs, thresholds = process.estimate_at(space(self._features(inputs)))
+            parts = outputs.to(inputs[0].device).split([shape.numel() for shape in shapes], 1)
+            found = [x.reshape(len(x), *shape) for x, shape in zip(parts, shapes, strict=True)]
+            return found, thresholds
 
     def rebuild(self) -> None:
         """Learn all that is remembered, and wait: for results observed before the first call."""
@@ -211,19 +202,21 @@ class Memory:
                 self._num_fresh = 0
 
     def _make(
-        self, generation: int, form: Any, space: Space | None, rows: list[tuple[Any, Tensor]]
+        self, generation: int, form: Any, space: Coordinates | None, rows: list[tuple[Any, Tensor]]
     ) -> None:
         try:
             start = time.thread_time()  # other threads' time does not count
             outputs = torch.cat([y for _, y in rows])
             found = space or _space([x for x, _ in rows], outputs, self._gradients, len(form[0]))
-            known = [x if space else found(x) for x, _ in rows]
-            snapshot = _Snapshot(form, found, torch.cat(known), outputs, self._features)
+            known = torch.cat([x if space else found(x) for x, _ in rows])
+            typical = typical_rows([known])
+            results = outputs[typical].double()
+            process = RowProcess(known[typical], results, LENGTH, form[1][0].numel())
             with self._lock:
                 self._seconds = time.thread_time() - start
                 self._ended = time.monotonic()
                 if generation == self._generation:
-                    self._snapshot = snapshot
+                    self._learnt = form, found, process
                     if space is None and len(outputs) >= min(_FROZEN_AT, self.capacity // 2):
                         self._space = found
                         self._rows = deque((found(x), y) for x, y in self._rows)
@@ -245,87 +238,9 @@ class Memory:
         return f"Memory(capacity={self.capacity}{more})"
 
 
-class Space:
-    """Few coordinates of inputs in one metric, of mean square 1 on the rows that determine them."""
-
-    def __init__(
-        self, leaves: Sequence[Leaf], metric: Metric, fit: Fitted, place: slice = slice(None)
-    ) -> None:
-        self._place = place  # of the leaves that it measures on
-        self._is_pooled = metric.features == "pooled"
-        shrinkage = metric.shrinkage
-        factor, offset = fit.map
-        rows = self._features(leaves) * factor - offset
-        values, vectors = torch.linalg.eigh(rows @ rows.T)
-        values = values[-_RANK:].clamp(min=0)
-        vectors = vectors[:, -_RANK:]
-        total = float(values.sum())
-        if shrinkage < math.inf:  # sqrt(1 / (l + tau)) turns X' U into the metric's directions
-            weights = (values + shrinkage * total).clamp(min=1e-300).rsqrt()
-            vectors = vectors * torch.where(values > _NOTHING * total, weights, 0.0)
-        projection = rows.T @ vectors
-        square = float((rows @ projection).square().sum(1).mean())
-        projection *= square**-0.5 if square > 0 else 0.0
-        self._map = factor[:, None] * projection
-        self._shift = -offset @ projection
-
-    def __call__(self, leaves: Sequence[Leaf]) -> Tensor:
-        """Return coordinates ``[n, 96]``, or fewer if there are no more directions."""
-        return torch.addmm(self._shift, self._features(leaves), self._map).float()
-
-    def _features(self, leaves: Sequence[Leaf]) -> Tensor:
-        leaves = leaves[self._place]
-        rows = [x.rows if x.pooled is None or not self._is_pooled else x.pooled for x in leaves]
-        return torch.cat(rows, 1).double()
-
-
-class _Snapshot:
-    """A regression of outputs ``[M, C]`` on coordinates ``[M, r]``, which is never changed."""
-
-    def __init__(
-        self, form: Any, space: Space, rows: Tensor, outputs: Tensor, features: Any
-    ) -> None:
-        self.form = form
-        self._space = space
-        self._features = features
-        typical = typical_rows([rows])
-        rows = rows[typical]
-        outputs = outputs[typical].double()
-        self._length = LENGTH * squared_distances(evenly(rows, _PATH), 1.0)[3]
-        squared = squared_distances(rows, 1.0, None, torch.arange(len(rows)))[0]
-        process = GaussianProcess(squared, self._length)
-        weights, self._mean = process.coefficients(outputs)
-        self._weights = weights.T  # column by column: the product takes half the time
-        # The scores of results that are left out, of the first output.
-        residuals = process.leave_one_out_residuals(outputs[:, : form[1][0].numel()])
-        left_out = evenly(torch.arange(len(rows)), len(residuals))
-        among = squared[left_out]
-        among[torch.arange(len(left_out)), left_out] = math.inf  # a row is not its own neighbour
-        self._scores = residuals.norm(dim=1) / _deviation(matern52(among, self._length))
-        self._rows = rows.T
-        self._squares = rows.square().sum(1)
-
-    def estimate(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        z = self._space(self._features(inputs))
-        products = torch.addmm(self._squares, z, self._rows, alpha=-2)  # |a|^2 + |b|^2 - 2 a.b
-        squared = products.add_(z.square().sum(1, keepdim=True))
-        covariances = matern52(squared.clamp_(min=0), self._length, out=squared)
-        outputs = torch.addmm(self._mean, covariances, self._weights).to(inputs[0].device)
-        shapes = self.form[1]
-        parts = outputs.split([shape.numel() for shape in shapes], 1)
-        found = [x.reshape(len(x), *shape) for x, shape in zip(parts, shapes, strict=True)]
-        return found, _deviation(covariances)[:, None] * self._scores
-
-
-def _deviation(covariances: Tensor) -> Tensor:
-    """Return the size of errors to expect, ``[n]``, by the covariance with the nearest result."""
-    nearest = covariances.amax(1).double()
-    return (1 + NUGGET - nearest.square()).clamp(min=NUGGET) ** (GROWTH / 2)
-
-
 def _space(
     seen: Sequence[list[Leaf]], outputs: Tensor, gradients: Sequence[GradientMetric], own: int
-) -> Space:
+) -> Coordinates:
     """Return coordinates in the metric in which outputs ``[M, C]`` estimate each other best.
 
     Among the few rows of a batch another metric wins: the more rows there are, the finer it is.
@@ -343,8 +258,8 @@ def _space(
     name = choice.metric if choice else metrics.DEFAULT
     for metric in gradients:
         if name == name_of(metric):
-            return Space(leaves, EUCLIDEAN, distances.fits[metric], places[name])
-    return Space(leaves, METRICS[name], distances.fits[name], slice(own))
+            return Coordinates(leaves, EUCLIDEAN, distances.fits[metric], places[name])
+    return Coordinates(leaves, METRICS[name], distances.fits[name], slice(own))
 
 
 def _joined(leaves: Sequence[Leaf]) -> Leaf:

@@ -71,45 +71,6 @@ class Recent(NamedTuple):
     workers: Tensor  # [n]
 
 
-class Fit(NamedTuple):
-    """A regression before there are results."""
-
-    rows: Sequence[int]  #: the rows of the batch that are in it
-    features: Tensor  #: ``[n, d]``, of these rows
-    #: ``[k]``, the places of scored rows, among these and recent rows. None if there are too few.
-    usable: Tensor | None = None
-    residuals: Tensor | None = None  #: ``[k, k]``, from outputs to scaled leave-one-out residuals
-    past: Tensor | None = None  #: the outputs of the recent rows, ``[m, C]``
-
-    @exactly()
-    def scores(self, outputs: Tensor) -> dict[int, float]:
-        r"""Score rows ``[n, C]``, if all are finite, by the energy and the peak of their residuals.
-
-        Let z be leave-one-out residuals in robust standard deviations, and S their robust
-        correlation between outputs. The energy is :math:`z^T S^{-1} z`, and the peak the largest of
-        :math:`S^{-1} z`, standardised. Whole rows show in the first, single outputs in the second.
-        The score is the sum of their logarithms, less its median, which recent rows keep steady.
-        """
-        if self.usable is None or self.residuals is None or not bool(outputs.isfinite().all()):
-            return {}
-        some = outputs if self.past is None else torch.cat([outputs, self.past])
-        some = some[self.usable]
-        z = self.residuals @ (some - some.mean(0))
-        z /= z.abs().kthvalue((len(z) + 1) // 2, 0).values.clamp_(min=1e-12)
-        signs = z.sign()
-        correlation = signs.T @ signs / len(z)
-        correlation.diagonal().add_(_RIDGE)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(correlation))
-        u = z @ inverse
-        energy = (z * u).mean(1).clamp_(min=1e-12).sqrt()
-        peak = (u.abs() / inverse.diagonal().sqrt()).amax(1).clamp_(min=1e-12)
-        scores = (energy * peak).log()
-        scores -= scores.median()
-        of_batch = self.usable < len(self.rows)
-        rows = map(self.rows.__getitem__, self.usable[of_batch].tolist())
-        return dict(zip(rows, scores[of_batch].tolist(), strict=True))
-
-
 class Scores:
     """The bars above which scores are odd, and the recent rows, of one module. Thread-safe."""
 
@@ -133,33 +94,6 @@ class Scores:
         with self._lock:
             earned = _SHARE * (call - scoring) / (1 - _SHARE)
             self._seconds = min(self._seconds + earned - scoring, _SAVED)
-
-    @on_host()
-    def fit(self, inputs: Sequence[Tensor]) -> Fit | None:
-        """Return the regression of a batch, of 240 drawn rows at most; None without inputs."""
-        self.learn()
-        if not inputs:
-            return None
-        step = -(-len(inputs[0]) // _ROWS)
-        rows = range(secrets.randbelow(step), len(inputs[0]), step)
-        leaves = [added_up(x.detach()[rows.start :: step]).cpu() for x in inputs]
-        features = torch.cat(leaves, 1)
-        past = None
-        recent = self.recent
-        some = features
-        if recent is not None and recent.features.shape[1] == features.shape[1]:
-            first = max(0, len(recent.features) - (_ROWS - len(rows)))
-            some = torch.cat([features, recent.features[first:]])
-            past = recent.outputs[first:]
-        if len(some) < _LEAST:
-            return Fit(rows, features)
-        each = map(Leaf, some.split([x.shape[1] for x in leaves], 1))
-        distances = Distances(Sources((), [*each]), [DEFAULT])
-        (squared, unit) = distances.by(DEFAULT)
-        known = (~distances.far).nonzero()[:, 0]
-        process = GaussianProcess(squared, LENGTH * unit, known)
-        residuals = process.maps[1] / process.leave_one_out_variances.sqrt()[:, None]
-        return Fit(rows, features, known, residuals.float(), past)
 
     @on_host()
     def learn(self) -> None:
@@ -232,11 +166,43 @@ class Results:
         self._spreads = dict[tuple[torch.Size, ...], list[tuple[Tensor, Tensor]]]()
         self._learnt: Sequence[Sequence[float]] = ()  # the scores of rows, and of parts
         self._odd = set[int]()
-        self._fit: Fit | None = None
+        self._rows: Sequence[int] = ()  # of the batch, that are scored
+        self._features: Tensor  # [n, d], of these rows
+        self._past: Tensor | None = None  # the outputs of recent rows, [m, C]
+        # The places [k] of scored rows, among these and recent rows, and the matrix from their
+        # outputs to residuals in standard deviations. None if there are too few.
+        self._known: Tensor | None = None
+        self._residuals: Tensor
         self._since = time.perf_counter()
         with _scoring():
-            self._fit = scores.fit(inputs)
+            scores.learn()
+            if inputs:
+                self._fit(inputs)
         self._scoring = time.perf_counter() - self._since  # seconds so far
+
+    @on_host()
+    def _fit(self, inputs: Sequence[Tensor]) -> None:
+        """Fit the regression of 240 drawn rows of the batch, at most, and of recent rows."""
+        step = -(-len(inputs[0]) // _ROWS)
+        first = secrets.randbelow(step)
+        leaves = [added_up(x.detach()[first::step]).cpu() for x in inputs]
+        self._features = torch.cat(leaves, 1)
+        self._rows = range(first, len(inputs[0]), step)
+        features = self._features
+        recent = self._scores.recent
+        if recent is not None and recent.features.shape[1] == features.shape[1]:
+            oldest = max(0, len(recent.features) - (_ROWS - len(self._rows)))
+            features = torch.cat([features, recent.features[oldest:]])
+            self._past = recent.outputs[oldest:]
+        if len(features) < _LEAST:
+            return
+        columns = map(Leaf, features.split([x.shape[1] for x in leaves], 1))
+        distances = Distances(Sources((), [*columns]), [DEFAULT])
+        (squared, unit) = distances.by(DEFAULT)
+        known = (~distances.far).nonzero()[:, 0]
+        process = GaussianProcess(squared, LENGTH * unit, known)
+        self._residuals = process.standardised.float()
+        self._known = known
 
     def add(self, part: Part) -> None:
         """Add a good result."""
@@ -250,7 +216,7 @@ class Results:
                 self._half.append(part)
             if leaf.dtype.is_floating_point and leaf.numel():
                 numbers.append(_flat_rows(leaf).float())
-        if numbers and self._fit is not None:
+        if numbers and self._rows:
             self._scored[part] = _some(torch.cat(numbers, 1)).cpu()
 
     @property
@@ -334,9 +300,17 @@ class Results:
 
     def scores(self, answers: Mapping[int, Part]) -> dict[int, float]:
         """Return scores by row, larger if others estimate its result worse; empty if not known."""
-        if (fit := self._fit) is not None and self._scored and answers.keys() >= {*fit.rows}:
-            with _scoring():
-                return fit.scores(self._outputs(answers, fit.rows))
+        if self._known is None or not self._scored or not answers.keys() >= {*self._rows}:
+            return {}
+        with _scoring(), exactly():
+            outputs = self._outputs(answers, self._rows)
+            if not bool(outputs.isfinite().all()):
+                return {}
+            outputs = outputs if self._past is None else torch.cat([outputs, self._past])
+            scores = _scores(self._residuals, outputs[self._known])
+            is_now = self._known < len(self._rows)
+            rows = map(self._rows.__getitem__, self._known[is_now].tolist())
+            return dict(zip(rows, scores[is_now].tolist(), strict=True))
         return {}
 
     def _outputs(self, answers: Mapping[int, Part], rows: Sequence[int]) -> Tensor:
@@ -364,12 +338,12 @@ class Results:
         """
         with _scoring():
             self._scores.spend(self._scoring, time.perf_counter() - self._since)
-            fit = self._fit if self._scored else None
-            if fit is not None and (rows := sorted(answers.keys() & fit.rows)):
+            rows = sorted(answers.keys() & self._rows) if self._scored else []
+            if rows:
                 outputs = self._outputs(answers, rows)
-                at = [*map(fit.rows.index, rows)]
+                at = [*map(self._rows.index, rows)]
                 workers = [*map(attrgetter("worker"), map(answers.__getitem__, rows))]
-                every = fit.features[at], outputs, torch.tensor(workers)
+                every = self._features[at], outputs, torch.tensor(workers)
                 recent = Recent(*map(itemgetter(outputs.isfinite().all(1)), every))
                 is_checked = self._odd.isdisjoint(unverified or ())
                 learnt = () if unverified is None else self._learnt
@@ -383,6 +357,27 @@ def _scoring() -> Iterator[None]:
         yield
     except Exception as error:
         logger.warning("CodedWrapper: results are not scored, as scoring raised", exc_info=error)
+
+
+def _scores(residuals: Tensor, outputs: Tensor) -> Tensor:
+    r"""Score rows ``[k, C]`` by the energy and the peak of their residuals.
+
+    Let z be leave-one-out residuals in robust standard deviations, and S their robust correlation
+    between outputs. The energy is :math:`z^T S^{-1} z`, and the peak the largest of
+    :math:`S^{-1} z`, standardised. Whole rows show in the first, single outputs in the second. The
+    score is the sum of their logarithms, less its median, which recent rows keep steady.
+    """
+    z = residuals @ (outputs - outputs.mean(0))
+    z /= z.abs().kthvalue((len(z) + 1) // 2, 0).values.clamp_(min=1e-12)
+    signs = z.sign()
+    correlation = signs.T @ signs / len(z)
+    correlation.diagonal().add_(_RIDGE)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(correlation))
+    u = z @ inverse
+    energy = (z * u).mean(1).clamp_(min=1e-12).sqrt()
+    peak = (u.abs() / inverse.diagonal().sqrt()).amax(1).clamp_(min=1e-12)
+    scores = (energy * peak).log()
+    return scores - scores.median()
 
 
 def _spreads(rows: Tensor, num_workers: int) -> tuple[Tensor, Tensor]:

@@ -11,13 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coded_torch import Regression
-from coded_torch.input_space.gaussian_process import (
-    Bounds,
-    ErrorBounds,
-    GaussianProcess,
-    bounds,
-    label_p_values,
-)
+from coded_torch.input_space.error_bounds import Bounds, ErrorBounds, bounds, label_p_values
+from coded_torch.input_space.gaussian_process import GaussianProcess
 
 POWER = 0.75 / 2
 
@@ -207,7 +202,7 @@ def test_bounds_of_more_outputs_than_are_sampled_and_fewer_than_results():
 def test_bounds_around_a_mean_need_no_matrix_of_all_results(columns, tmp_path):
     code = f"""
 import resource, torch
-from coded_torch.input_space.gaussian_process import bounds
+from coded_torch.input_space.error_bounds import bounds
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 bounds(torch.arange(400), torch.randn(400, {columns}), torch.zeros(400, {columns}))
