@@ -444,9 +444,11 @@ class Workers(abc.ABC):
             with self.open(module, task) as request:
                 parts = list[Part]()
                 for number, n in enumerate(sizes):
-                    few = len(places) < 2 or shift == 2
-                    avoid = frozenset[int]() if few else halves[(number + shift) % 2]
-                    parts.append(Part(number, Units(units[-n:]), avoid=avoid))
+                    part = Part(number, Units(units[-n:]))
+                    # Preferred, not required: half of the workers may be down.
+                    if shift < 2:
+                        part.tried = halves[(number + shift) % 2]
+                    parts.append(part)
                 request.ask(parts)
                 for reply in request.replies(max(seconds, 0.0)):
                     found[sizes[reply.part.number]] = reply.error or reply.value
