@@ -80,6 +80,14 @@ def test_an_attribute_that_is_replaced_is_noticed(make, name, value):
     assert kept is not value
 
 
+@pytest.fixture(params=[True, False], ids=["dlpack", "attributes"])
+def has_dlpack(request, monkeypatch):
+    """Say whether a compiled look may see tensors as DLPack tells them."""
+    if not request.param:
+        monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
+
+
+@pytest.mark.usefixtures("has_dlpack")
 @pytest.mark.parametrize("make", [Held, comparable])
 def test_what_changes_in_place_is_noticed_in_collections_tensors_and_hooks(make):
     module = make()
@@ -116,6 +124,7 @@ def test_what_changes_in_place_is_noticed_in_collections_tensors_and_hooks(make)
         assert fingerprint(module)[1] != before
 
 
+@pytest.mark.usefixtures("has_dlpack")
 def test_a_module_that_stays_as_it_is_is_walked_twice(monkeypatch):
     module = nn.Sequential(comparable(), nn.Linear(2, 2), nn.BatchNorm1d(2))
     walks = []

@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -249,9 +250,9 @@ static py::array_t<int64_t> with_copies(const Indices& order, const Array& error
   return points;
 }
 
-// The rows of each part: of any `parts` rows in turn, each part gets one. The first go in order, the
-// others as Python's random.Random.shuffle orders them, whose Mersenne Twister has this state: 624
-// words, all of which have been used.
+// The rows of each part: of any `parts` rows in turn, each part gets one. The first go in order,
+// the others as Python's random.Random.shuffle orders them, whose Mersenne Twister has this state:
+// 624 words, all of which have been used.
 static py::list deal(const py::array_t<uint32_t, py::array::c_style>& state, int64_t size,
                      int64_t parts) {
   constexpr size_t kWords = 624, kMiddle = 397;
@@ -263,8 +264,7 @@ static py::list deal(const py::array_t<uint32_t, py::array::c_style>& state, int
   const auto next = [&words, &used] {
     if (used == kWords) {
       for (size_t i = 0; i < kWords; ++i) {
-        const uint32_t mixed =
-            (words[i] & 0x80000000u) | (words[(i + 1) % kWords] & 0x7FFFFFFFu);
+        const uint32_t mixed = (words[i] & 0x80000000u) | (words[(i + 1) % kWords] & 0x7FFFFFFFu);
         words[i] = words[(i + kMiddle) % kWords] ^ (mixed >> 1) ^ (mixed % 2 ? 0x9908B0DFu : 0u);
       }
       used = 0;
@@ -342,6 +342,23 @@ class Samples {
   std::vector<std::pair<uintptr_t, size_t>> ranges_;
 };
 
+// A tensor as DLPack's exchange of tensors tells it, in the binary form of DLPack 1.
+struct TensorView {
+  void* data;
+  int32_t device[2];
+  int32_t dims;
+  uint8_t dtype[4];
+  const int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+
+struct TensorExchange {
+  uint32_t major, minor;
+  void* previous;
+  void* others[3];
+  int (*view)(void* tensor, TensorView* view);  // not 0, with an exception, if there is no view
+};
+
 // What the attributes of modules were, by identity, so that a second look finds in microseconds
 // that nothing has changed. Immutable values are held. Other objects are known by weak references,
 // because a look that held them would keep alive the modules to which they lead.
@@ -352,6 +369,14 @@ class Look {
   Look(const py::list& parts, const py::frozenset& whole, const py::frozenset& plain,
        const py::frozenset& tensors, size_t most)
       : whole_(whole), plain_(plain), tensors_(tensors), most_(most) {
+    // Without it, which torch has since 2.10, attributes are read one by one in twice the time.
+    for (const py::handle type : tensors) {
+      const py::object exchange = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
+      if (!PyCapsule_IsValid(exchange.ptr(), kExchange)) continue;
+      exchange_ =
+          static_cast<const TensorExchange*>(PyCapsule_GetPointer(exchange.ptr(), kExchange));
+      if (exchange_->major != 1) exchange_ = nullptr;
+    }
     for (const py::handle part : parts) {
       parts_.push_back({py::weakref(part), py::type::of(part), dict_of(part.attr("__dict__"), -1)});
     }
@@ -371,12 +396,18 @@ class Look {
  private:
   enum class Kind { kValue, kReference, kTensor, kSequence, kDict, kMethod };
 
-  struct Node {
+  struct TensorState {
+    std::vector<py::object> attributes;
+    std::vector<int64_t> view;  // empty if all attributes are compared instead
+  };
+
+  struct Node {  // a cache line: the whole of a large module is read in each call
     Kind kind = Kind::kValue;
-    py::object object;  // the value, a weak reference, or the type of what is looked into
-    std::vector<py::object> names = {};  // the keys of a dict, or the state of a tensor
+    py::object object;     // the value, a weak reference, or the type of what is looked into
+    py::object name = {};  // its key in a dict
     std::vector<Node> children = {};
-    size_t size = 0;  // of a collection; the number of methods of a tensor that are called
+    size_t size = 0;  // of a collection; of a tensor, the attributes that are compared
+    std::unique_ptr<TensorState> state = {};
   };
 
   struct Module {
@@ -437,48 +468,95 @@ class Look {
       if (!whole && node.children.size() == most_) break;
       const auto name = py::reinterpret_borrow<py::object>(key);
       if (!contains(plain_, name)) refuse();
-      node.names.push_back(name);
       node.children.push_back(node_of(value, depth + 1, depth < 0 && whole_.contains(name)));
+      node.children.back().name = name;
     }
     return node;
   }
 
   // No weak reference to it: torch.utils.swap_tensors refuses tensors that have some. Another
   // tensor in the same state, of the same memory, is as good.
-  static Node tensor_of(py::handle tensor) {
+  Node tensor_of(py::handle tensor) const {
     if (!py::str(tensor.attr("layout")).equal(py::str("torch.strided"))) refuse();
     Node node{Kind::kTensor, py::type::of(tensor)};
-    for (const char* name : {"_version", "dtype", "shape"}) node.names.push_back(tensor.attr(name));
-    node.size = tensor.attr("is_complex")().cast<bool>() ? 4 : 3;
-    const char* methods[] = {"data_ptr", "stride", "is_neg", "is_conj"};
-    for (size_t i = 0; i < node.size; ++i) node.names.push_back(tensor.attr(methods[i])());
+    tensor.attr("data_ptr")();  // an exception if it has no memory
+    const std::optional<TensorView> view = view_of(tensor);
+    if (!view) PyErr_Clear();
+    node.size = view ? 2 : 6;
+    node.size += tensor.attr("is_complex")().cast<bool>();
+    node.state = std::make_unique<TensorState>();
+    with_attributes(tensor, node.size, [&state = *node.state](py::object found) {
+      state.attributes.push_back(std::move(found));
+      return true;
+    });
+    if (view) {
+      with_numbers(*view, [&state = *node.state](int64_t number) {
+        state.view.push_back(number);
+        return true;
+      });
+    }
     return node;
   }
 
-  static bool is_same_tensor(const Node& node, py::handle now) {
-    static PyObject* const kAttributes[] = {PyUnicode_InternFromString("_version"),
-                                            PyUnicode_InternFromString("dtype"),
-                                            PyUnicode_InternFromString("shape")};
-    static PyObject* const kMethods[] = {
-        PyUnicode_InternFromString("data_ptr"), PyUnicode_InternFromString("stride"),
-        PyUnicode_InternFromString("is_neg"), PyUnicode_InternFromString("is_conj")};
-    size_t i = 0;
-    const auto is_next = [&](PyObject* found) {
-      const py::object held = owned(found);
-      const int equal = PyObject_RichCompareBool(found, node.names[i++].ptr(), Py_EQ);
-      if (equal < 0) throw py::error_already_set();
-      return equal == 1;
+  // Call a function with the attributes of a tensor until it returns false, and return whether it
+  // never did: two that DLPack does not tell, four others, and for complex numbers one more.
+  template <typename Function>
+  static bool with_attributes(py::handle tensor, size_t count, Function function) {
+    static PyObject* const kVersion = PyUnicode_InternFromString("_version");
+    static PyObject* const kIsNegative = PyUnicode_InternFromString("is_neg");
+    static PyObject* const kIsConjugate = PyUnicode_InternFromString("is_conj");
+    const auto method = [tensor](PyObject* name) {
+      return owned(PyObject_CallMethodNoArgs(tensor.ptr(), name));
     };
-    for (PyObject* name : kAttributes) {
-      if (!is_next(PyObject_GetAttr(now.ptr(), name))) return false;
+    if (!function(owned(PyObject_GetAttr(tensor.ptr(), kVersion)))) return false;
+    if (!function(method(kIsNegative))) return false;
+    if (count % 2 == 1 && !function(method(kIsConjugate))) return false;
+    if (count < 6) return true;
+    return function(tensor.attr("dtype")) && function(tensor.attr("shape")) &&
+           function(tensor.attr("data_ptr")()) && function(tensor.attr("stride")());
+  }
+
+  // Nothing if there is no view, perhaps with an exception.
+  std::optional<TensorView> view_of(py::handle tensor) const {
+    TensorView view;
+    if (exchange_ == nullptr || exchange_->view(tensor.ptr(), &view) != 0) return std::nullopt;
+    return view;
+  }
+
+  // Call a function with the numbers of a view until it returns false, and return whether it never
+  // did.
+  template <typename Function>
+  static bool with_numbers(const TensorView& view, Function function) {
+    int32_t dtype;
+    std::memcpy(&dtype, view.dtype, sizeof dtype);
+    const int64_t address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(view.data));
+    for (const int64_t number :
+         {address, int64_t(view.byte_offset), int64_t(dtype), int64_t(view.device[0]),
+          int64_t(view.device[1]), int64_t(view.dims)}) {
+      if (!function(number)) return false;
     }
-    for (size_t method = 0; method < node.size; ++method) {
-      if (!is_next(PyObject_CallMethodNoArgs(now.ptr(), kMethods[method]))) return false;
+    for (int32_t i = 0; i < view.dims; ++i) {
+      if (!function(view.shape[i]) || !function(view.strides[i])) return false;
     }
     return true;
   }
 
-  static bool is_same(const Node& node, py::handle now) {
+  bool is_same_tensor(const Node& node, py::handle now) const {
+    const TensorState& state = *node.state;
+    size_t place = 0;
+    const bool is_same = with_attributes(now, node.size, [&](const py::object& found) {
+      return found.equal(state.attributes[place++]);
+    });
+    if (!is_same || state.view.empty()) return is_same;
+    const std::optional<TensorView> view = view_of(now);
+    if (!view) throw py::error_already_set();
+    place = 0;
+    return with_numbers(*view, [&](int64_t number) {
+      return place < state.view.size() && number == state.view[place++];
+    });
+  }
+
+  bool is_same(const Node& node, py::handle now) const {
     if (node.kind == Kind::kValue) return node.object.is(now);
     if (node.kind == Kind::kReference) return called(node.object).is(now);
     if (Py_TYPE(now.ptr()) != reinterpret_cast<PyTypeObject*>(node.object.ptr())) return false;
@@ -503,14 +581,22 @@ class Look {
     Py_ssize_t at = 0;
     for (size_t i = 0; i < node.children.size(); ++i) {
       if (!PyDict_Next(now.ptr(), &at, &key, &value)) return false;
-      if (node.names[i].ptr() != key) return false;
+      const Node& child = node.children[i];
+      if (child.name.ptr() != key) return false;
+      if (child.kind == Kind::kValue) {
+        if (child.object.ptr() != value) return false;
+        continue;
+      }
       const auto held = py::reinterpret_borrow<py::object>(value);
-      if (!is_same(node.children[i], held)) return false;
+      if (!is_same(child, held)) return false;
     }
     return true;
   }
 
+  static constexpr const char* kExchange = "dlpack_exchange_api";
+
   py::frozenset whole_, plain_, tensors_;
+  const TensorExchange* exchange_ = nullptr;
   size_t most_;
   size_t num_nodes_ = 0;
   std::vector<Module> parts_;
