@@ -20,7 +20,7 @@ import torch
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
 from . import open_inference as wire
 from .serve import App
@@ -177,16 +177,22 @@ def _examples(built: App) -> str:
     """Return JSON: examples, unless they are too large, and the model's own first output."""
     inputs = built.examples
     module = built.coded.module
-    fit = [_MOST_NUMBERS // max(1, x[0].numel()) for x in inputs]
+    fit = [_MOST_NUMBERS // max(1, _size(x[0])) for x in inputs]
     rows = min(_ROWS, built.max_rows - 1, *fit, *map(len, inputs)) if inputs else 0
     if rows < 1:
         return "{}"
     some = [x[:rows] for x in inputs]
     (args, kwargs) = built.call(rows)
     with torch.no_grad():
-        first, again = (pytree.tree_leaves(module(*args, **kwargs))[0] for _ in range(2))
-    rows = _MOST_NUMBERS // max(1, first[0].numel())
+        first, again = (wire.flatten(module(*args, **kwargs))[0][0] for _ in range(2))
+    rows = _MOST_NUMBERS // max(1, _size(first[0]))
     given = [(spec, x[:rows], False) for spec, x in zip(built.inputs, some, strict=True)]
-    known = [(built.outputs[0], first[:rows], False)] if torch.equal(first, again) else []
+    is_known = isinstance(first, Tensor) and torch.equal(first, again)
+    known = [(built.outputs[0], first[:rows], False)] if is_known else []
     request = orjson.loads(wire.written({}, "inputs", given)[0])
     return wire.written(request, "outputs", known)[0].decode()
+
+
+def _size(row: Any) -> int:
+    """Return the numbers or the characters of a row."""
+    return row.numel() if isinstance(row, Tensor) else len(row)

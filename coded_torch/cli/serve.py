@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..nn import CodedWrapper
 from ..stragglers import Bernoulli
@@ -43,7 +42,7 @@ _HANG_TIMEOUT = 10
 def serve(args: Namespace) -> None:
     """Serve a model over HTTP (KServe v2) within a deadline, although workers fail."""
     need("serve", "starlette", "uvicorn", "httptools", "orjson", "prometheus_client")
-    from ..open_inference import Model, request
+    from ..open_inference import Model, flatten, request
     from ..page import LOOPBACK, add_page
     from ..serve import App
     from ..serve.model import bind
@@ -63,11 +62,11 @@ def serve(args: Namespace) -> None:
         module, how = _own(args)
     if args.example is not None:
         call = bind("serve", module, how["examples"])
-        leaves = tree_leaves((call.args, call.kwargs))
+        leaves, _ = flatten((call.args, call.kwargs))
         if not 0 <= args.example < len(leaves[0]):
             must = f"--example must be from 0 to {len(leaves[0]) - 1}, got {args.example}"
             raise CommandError(must)
-        rows = [x[args.example][None] for x in leaves]
+        rows = [x[args.example : args.example + 1] for x in leaves]
         say(request(Model("", tuple(how["inputs"]), (), False), rows)[0].decode())
         return
     made = Path(args.factory).stem.rpartition(":")[2]  # a factory, or a file
@@ -90,18 +89,25 @@ def serve(args: Namespace) -> None:
             workers = FaultyWorkers(
                 workers, delays=delays, seed=args.seed, crash_every=5.0, attack=_spoil
             )
+        in_dims: Any = 0
+        if any(spec.is_text for spec in how["inputs"]):  # beside other inputs, they are rows, too
+            has_examples = "examples" in how
+            given = bind("serve", module, how["examples"]).args if has_examples else how["inputs"]
+            in_dims = (0,) * len(given)
         coded = CodedWrapper(
             module,
             workers=workers,
             surrogate=[Memory()] if args.memory else [],
             verify=args.verify or None,
             parts=args.parts,
+            in_dims=in_dims,
         )
         built = App(coded, **how)
         del module  # the next version replaces it
-    if whole := [spec.name for spec in how["outputs"] if not spec.dtype.is_floating_point]:
+    if whole := [spec.name for spec in how["outputs"] if "F" not in spec.datatype]:
         warnings.filterwarnings("ignore", "CodedWrapper: .* cannot be estimated")  # it is said here
-        say(f"Late requests get 504: integers cannot be estimated ({', '.join(whole)}).")
+        rest = ", ".join(whole)
+        say(f"Late requests get 504: integers and strings cannot be estimated ({rest}).")
     if is_local or args.page:
         add_page(built, faults=args.chaos, is_local=is_local)
     torch.set_num_threads(1)  # the processors are the workers'

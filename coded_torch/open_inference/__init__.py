@@ -1,7 +1,8 @@
 """Tensors and messages of the Open Inference Protocol, version 2.
 
-A tensor is raw bytes, or numbers in JSON. A server's answer is untrusted: its shapes, dtypes and
-sizes are checked before memory is allocated.
+A tensor is raw bytes, or numbers in JSON. Strings, one per row, are an array of objects ``[B]`` of
+NumPy. A server's answer is untrusted: its shapes, dtypes and sizes are checked before memory is
+allocated.
 """
 
 from __future__ import annotations
@@ -13,23 +14,28 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import quote
 
 import numpy as np
 import orjson
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance, printable, shown
+from .._torch import is_texts
 
-#: The datatypes of the protocol that torch computes with.
-DATATYPES = {"BOOL": torch.bool, "UINT8": torch.uint8, "BF16": torch.bfloat16}
+Texts: TypeAlias = "np.ndarray[Any, np.dtype[np.object_]]"  #: strings ``[B]``, one per row
+#: The datatypes of the protocol that this package knows, and their dtypes.
+DATATYPES: dict[str, Any] = {"BOOL": torch.bool, "UINT8": torch.uint8, "BF16": torch.bfloat16}
 DATATYPES |= {f"INT{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
 DATATYPES |= {f"FP{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)}
+DATATYPES |= {"BYTES": np.dtype(object)}  # strings
 _NAMES = {dtype: datatype for datatype, dtype in DATATYPES.items()}
 HEADER = 2**16  #: bytes of JSON beside the numbers of a message, at most; not tuned
 NUMBER = 32  #: bytes of one number in JSON, at most: float64 takes 25
+TEXT = 2**16  #: bytes of a string, on average over the rows of a message, at most; not tuned
 ANY_SHAPE = 2**26  #: bytes of tensors of an open size, at most; not tuned
 _CHARACTERS = 200  # of a name or of the words of a server, at most; not tuned
 _ADDRESSES = re.compile(
@@ -52,7 +58,8 @@ class TensorSpec:
 
     name: str  #: the name in requests and answers
     datatype: str  #: a key of :data:`DATATYPES`, such as "FP32"
-    shape: tuple[int, ...]  #: the shape of one row, without the batch; -1 allows any size
+    shape: tuple[int, ...]  #: the shape of one row, without the batch; -1 allows any size. Strings
+    #: are one per row, so the shape of BYTES is () or (1,).
 
     def __post_init__(self) -> None:
         instance(self, "name", self.name, str)
@@ -69,9 +76,14 @@ class TensorSpec:
         instance(self, "shape", self.shape, Sequence)
         sizes = tuple(count(self, "shape", size, least=-1) for size in self.shape)
         object.__setattr__(self, "shape", sizes)
+        if self.is_text and sizes not in ((), (1,)):
+            raise ValueError(
+                f"{type(self).__name__}: the shape of BYTES must be () or (1,), one string per "
+                f"row, got {shown(sizes)}"
+            )
 
     @classmethod
-    def of(cls, name: str, batch: Tensor) -> TensorSpec:
+    def of(cls, name: str, batch: Tensor | Texts) -> TensorSpec:
         """Return the spec of a batch ``[B, ...]``; TypeError if its dtype is not supported."""
         if batch.dtype not in _NAMES:
             raise TypeError(
@@ -80,9 +92,14 @@ class TensorSpec:
         return cls(name, _NAMES[batch.dtype], tuple(batch.shape[1:]))
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of a tensor of this datatype."""
+    def dtype(self) -> Any:
+        """The dtype of a tensor of this datatype, or of an array of strings."""
         return DATATYPES[self.datatype]
+
+    @property
+    def is_text(self) -> bool:
+        """Whether rows are strings."""
+        return self.datatype == "BYTES"
 
     def metadata(self) -> dict[str, Any]:
         """Return the protocol's description of a batch of any size."""
@@ -113,8 +130,37 @@ FORMER = {"error_bound": TensorSpec("radius", "FP32", ())}
 LISTED = tuple(FORMER.get(spec.name, spec) for spec in ADDED)
 
 
-def from_bytes(spec: TensorSpec, shape: Sequence[int], data: memoryview) -> Tensor:
-    """Return a tensor whose elements are little-endian and in row-major order."""
+def texts(rows: Iterable[str]) -> Texts:
+    """Return strings as an array."""
+    return np.array([*rows], object)
+
+
+def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """Return the leaves of a tree, with strings as arrays, and its structure."""
+    leaves, spec = pytree.tree_flatten(tree, is_texts)
+    return [texts(leaf) if is_texts(leaf) else leaf for leaf in leaves], spec
+
+
+def _texts_of_bytes(spec: TensorSpec, count: int, data: memoryview) -> Texts:
+    """Return strings, each of which stands after the number of its bytes, in four bytes."""
+    found = list[str]()
+    at = 0
+    for _ in range(count):
+        begin = at + 4
+        at = begin + int.from_bytes(data[at:begin], "little")
+        try:
+            found.append(str(data[begin:at], "utf-8"))
+        except UnicodeDecodeError:
+            raise ValueError(f"{spec.name} must be UTF-8, but row {len(found)} is not") from None
+    must = f"all of {count} strings, each after its length in 4 bytes"
+    require(at == len(data), f"the bytes of {spec.name}", must, len(data))
+    return texts(found)
+
+
+def from_bytes(spec: TensorSpec, shape: Sequence[int], data: memoryview) -> Tensor | Texts:
+    """Return a tensor whose elements are little-endian and in row-major order, or strings."""
+    if spec.is_text:
+        return _texts_of_bytes(spec, shape[0], data)
     stored = torch.uint8 if spec.dtype is torch.bool else spec.dtype
     tensor = torch.empty(*shape, dtype=stored)
     if len(data):
@@ -124,8 +170,8 @@ def from_bytes(spec: TensorSpec, shape: Sequence[int], data: memoryview) -> Tens
     return tensor != 0 if spec.dtype is torch.bool else tensor
 
 
-def from_json(name: str, spec: TensorSpec, shape: Sequence[int], data: list[Any]) -> Tensor:
-    """Return a tensor of the numbers in a list, which is flat or nested like the shape.
+def from_json(name: str, spec: TensorSpec, shape: Sequence[int], data: list[Any]) -> Any:
+    """Return a tensor of the numbers in a list, which is flat or nested like the shape, or strings.
 
     Null is NaN, for which JSON has no number.
     """
@@ -135,17 +181,22 @@ def from_json(name: str, spec: TensorSpec, shape: Sequence[int], data: list[Any]
         for size in shape[1:]:
             if all(type(row) is list and len(row) == size for row in rows):
                 rows = list(itertools.chain.from_iterable(rows))
-    kind = bool if spec.dtype is torch.bool else float if spec.dtype.is_floating_point else int
+    kind: Any = _TYPES.get(spec.datatype, int if "INT" in spec.datatype else float)
     kinds = {int, float, type(None)} if kind is float else {kind}
     valid = len(rows) == numbers and set(map(type, rows)) <= kinds
     if valid and rows and kind is int:
         limits = torch.iinfo(spec.dtype)
         valid = limits.min <= min(rows) and max(rows) <= limits.max
     must = f"{numbers} numbers of {spec.datatype}, in one list or nested as the shape {list(shape)}"
+    if spec.is_text:
+        require(valid, f"data of {name}", must.replace("numbers of BYTES", "strings"), rows[:8])
+        "".join(rows).encode()  # raises a ValueError if half of a pair stands alone
+        return texts(rows)
     require(valid, f"data of {name}", must, rows[:8])
     return torch.from_numpy(np.array(rows, kind).reshape(shape)).to(spec.dtype)
 
 
+_TYPES = {"BOOL": bool, "BYTES": str}  # of elements in JSON
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
 _KINDS |= {int: "an integer", float: "a number"}
 
@@ -170,8 +221,12 @@ def field(owner: str, entry: dict[str, Any], key: str, kind: type, default: Any 
 
 def most_bytes(specs: Sequence[TensorSpec], rows: int) -> int:
     """Return the most bytes of a message with so many rows of tensors."""
-    numbers = (ANY_SHAPE if -1 in x.shape else rows * math.prod(x.shape) * NUMBER for x in specs)
-    return HEADER + sum(numbers)
+
+    def most(spec: TensorSpec) -> int:
+        size = TEXT if spec.is_text else NUMBER * math.prod(spec.shape)
+        return ANY_SHAPE if -1 in spec.shape else rows * size
+
+    return HEADER + sum(map(most, specs))
 
 
 def split(body: bytes | bytearray, length: str | None) -> tuple[memoryview, memoryview]:
@@ -199,12 +254,12 @@ def entries(
 
 def tensors_of(
     word: str, listed: list[Any], specs: Sequence[TensorSpec], tail: memoryview, rows: range
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Return the tensors of all specs, by their names; ``tail`` holds the binary ones.
 
     Shapes and sizes are checked before memory is allocated.
     """
-    given: dict[str, Tensor] = {}
+    given: dict[str, Any] = {}
     for owner, spec, entry, parameters in entries(word, listed, specs):
         datatype, shape = (field(owner, entry, *x) for x in (("datatype", str), ("shape", list)))
         require(datatype == spec.datatype, f"datatype of {owner}", spec.datatype, datatype)
@@ -221,9 +276,10 @@ def tensors_of(
             tensor = from_json(owner, spec, shape, field(owner, entry, "data", list))
         else:
             stated = field(owner, parameters, "binary_data_size", int)
-            size = math.prod(shape) * spec.dtype.itemsize
+            size = stated if spec.is_text else math.prod(shape) * spec.dtype.itemsize
             must = f"{size}, of {len(tail)} bytes that are left of the body"
-            require(stated == size <= len(tail), f"binary_data_size of {owner}", must, stated)
+            fits = 0 <= stated == size <= len(tail)
+            require(fits, f"binary_data_size of {owner}", must, stated)
             tensor = from_bytes(spec, shape, tail[:size])
             tail = tail[size:]
         given[spec.name] = tensor
@@ -276,7 +332,7 @@ def specs_of(metadata: Mapping[str, Any], key: str) -> tuple[TensorSpec, ...]:
 
 
 def written(
-    message: dict[str, Any], key: str, tensors: Iterable[tuple[TensorSpec, Tensor, bool]]
+    message: dict[str, Any], key: str, tensors: Iterable[tuple[TensorSpec, Any, bool]]
 ) -> tuple[bytes, int | None]:
     """Return a body, and the length of its JSON if binary tensors follow.
 
@@ -285,22 +341,34 @@ def written(
     entries = []
     tail = []
     for spec, tensor, binary in tensors:
-        entry = spec.metadata() | {"shape": list(tensor.shape)}
-        if tensor.dtype in (torch.float16, torch.bfloat16):  # NumPy lacks one, orjson both
-            tensor = tensor.view(torch.int16) if binary else tensor.float()
-        numbers = np.ascontiguousarray(tensor.numpy(force=True)).reshape(-1)
+        shape = [len(tensor), *spec.shape] if spec.is_text else list(tensor.shape)
+        entry = spec.metadata() | {"shape": shape}
+        content = _content(spec, tensor, binary)
         if binary:
-            tail.append(numbers.view(np.uint8).data)  # little-endian, as in memory
-            entry["parameters"] = {"binary_data_size": len(tail[-1])}
+            tail.append(content)
+            entry["parameters"] = {"binary_data_size": len(content)}
         else:
-            entry["data"] = numbers  # orjson writes null for NaN and infinity
+            entry["data"] = content  # orjson writes null for NaN and infinity
         entries.append(entry)
     head = orjson.dumps({**message, key: entries}, option=orjson.OPT_SERIALIZE_NUMPY)
     head += b" " * (-len(head) % 64 if tail else 0)  # so that elements can be read in place
     return b"".join([head, *tail]), len(head) if tail else None
 
 
-def request(model: Model, inputs: Sequence[Tensor], own: str = "") -> tuple[bytes, int | None]:
+def _content(spec: TensorSpec, rows: Any, binary: bool) -> Any:
+    """Return the bytes of a tensor or of strings, or what orjson writes as a list of them."""
+    if spec.is_text:
+        if not binary:
+            return list(rows)
+        encoded = [text.encode() for text in rows]
+        return b"".join(len(text).to_bytes(4, "little") + text for text in encoded)
+    if rows.dtype in (torch.float16, torch.bfloat16):  # NumPy lacks one, orjson both
+        rows = rows.view(torch.int16) if binary else rows.float()
+    numbers = np.ascontiguousarray(rows.numpy(force=True)).reshape(-1)
+    return numbers.view(np.uint8).data if binary else numbers  # little-endian, as in memory
+
+
+def request(model: Model, inputs: Sequence[Any], own: str = "") -> tuple[bytes, int | None]:
     """Return the body of a request with an id, and the length of its JSON if tensors follow."""
     how = {"parameters": {"binary_data": True}} if model.binary else {}
     outputs = [{"name": spec.name, **how} for spec in model.outputs]
@@ -310,7 +378,7 @@ def request(model: Model, inputs: Sequence[Tensor], own: str = "") -> tuple[byte
 
 def outputs_of(
     model: Model, data: bytes, length: str | None, rows: int
-) -> tuple[list[Tensor], dict[str, Any]]:
+) -> tuple[list[Any], dict[str, Any]]:
     """Return the outputs of an answer, and its fields with the number of estimated rows."""
     head, tail = split(data, length)
     message = parsed(head)

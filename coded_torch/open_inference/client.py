@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import open_inference as wire
 from .. import tracing
 from .._arguments import check, instance, positive, shown
-from .._torch import refuse_derivatives
+from .._torch import is_texts, refuse_derivatives
 from . import ADDED, FORMER, EndpointError, Model, RefusedError, TensorSpec
 
 _MESSAGE = 2**20  # bytes of metadata and of an error's text, at most; not tuned
@@ -160,8 +160,8 @@ class Client:
         return False
 
     async def infer(
-        self, server: str, model: Model, inputs: Sequence[Tensor], rows: int, more: Any = ()
-    ) -> tuple[list[Tensor], str]:
+        self, server: str, model: Model, inputs: Sequence[Any], rows: int, more: Any = ()
+    ) -> tuple[list[Any], str]:
         """Return the outputs, ``[rows, ...]`` each, in the order of the model, and its version.
 
         ``more`` are headers of this request. Each exception of this file stands for one failure; an
@@ -291,9 +291,10 @@ class RemoteModule(nn.Module):
         headers, token, context, connect_timeout, timeout: as in
             :class:`~coded_torch.workers.EndpointWorkers`.
 
-    Calling takes a tensor for each input, by position or by name. It returns the output
-    ``[B, ...]``, or a dict of several by name, on the CPU. A server of this package
-    that estimated rows counts as busy, unless ``outputs`` name "estimated".
+    Calling takes a tensor for each input, or strings for one of BYTES, by position or by name. It
+    returns the output ``[B, ...]``, or a dict of several by name, on the CPU; strings are a list.
+    A server of this package that estimated rows counts as busy, unless ``outputs`` name
+    "estimated".
 
     Raises:
         ValueError: the server refuses the inputs of a call.
@@ -326,7 +327,7 @@ class RemoteModule(nn.Module):
         asked = self._client.infer(self.url, self.metadata, inputs, rows, more)
         return self.outputs(run(asked)[0])
 
-    def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """Return the arguments of a call in the order of the model's inputs."""
         specs = self.metadata.inputs
         names = [spec.name for spec in specs]
@@ -336,10 +337,14 @@ class RemoteModule(nn.Module):
             raise TypeError(f"RemoteModule: inputs must be {', '.join(names)}, got {what}")
         for spec in specs:
             tensor = given[spec.name]
+            if spec.is_text and is_texts(tensor):
+                given[spec.name] = wire.texts(tensor)
+                continue
             kind = getattr(tensor, "dtype", type(tensor))
-            if kind != spec.dtype:
+            if kind != spec.dtype or spec.is_text:
+                must = "strings, one per row" if spec.is_text else f"of {spec.dtype}"
                 raise TypeError(
-                    f"{type(self).__name__}: {spec.name} must be of {spec.dtype}, got {shown(kind)}"
+                    f"{type(self).__name__}: {spec.name} must be {must}, got {shown(kind)}"
                 )
             is_fit = tensor.dim() > 0 and spec.fits(tensor.shape[1:])
             if not is_fit:
@@ -349,9 +354,10 @@ class RemoteModule(nn.Module):
                 )
         return [given[name] for name in names]
 
-    def outputs(self, tensors: Sequence[Tensor]) -> Any:
+    def outputs(self, tensors: Sequence[Any]) -> Any:
         """Return the outputs of the model as a call does."""
-        return tensors[0] if len(tensors) == 1 else dict(zip(self.names, tensors, strict=True))
+        leaves = [x if isinstance(x, Tensor) else x.tolist() for x in tensors]
+        return leaves[0] if len(leaves) == 1 else dict(zip(self.names, leaves, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_client": None}

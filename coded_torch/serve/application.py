@@ -24,7 +24,7 @@ from .. import tracing
 from .._arguments import bound, count, instance, positive, shown
 from .._torch import positional
 from ..nn import CodedWrapper
-from ..open_inference import ADDED, FORMER, LISTED, TensorSpec, written
+from ..open_inference import ADDED, FORMER, LISTED, TensorSpec, flatten, written
 from .batcher import TO_ANSWER, Batch, Batcher, compute
 from .metrics import Metrics
 from .model import Versions, bind, in_order, is_forwarded, is_loopback
@@ -65,10 +65,10 @@ class App(Starlette):
         outputs: the specs of the tensors that the module returns, leaf by leaf, ``[B, ...]``.
         deadline: seconds from the arrival of a request to its answer. A request may ask for less
             by its parameter ``timeout``, in microseconds.
-        examples: some rows of each input: a tensor, several in a list or tuple, or a mapping of
-            keyword arguments. The model is called as on them, and every worker runs it on two
-            rows before the application is ready. Defaults to None: the first requests wait for the
-            loading.
+        examples: some rows of each input: a tensor or strings, several in a list or tuple, or a
+            mapping of keyword arguments. The model is called as on them, and every worker runs it
+            on two rows before the application is ready. Defaults to None: the first requests wait
+            for the loading.
         max_batch_size: the number of rows of a batch, and of a request.
         max_queued_requests: the number of requests that may wait.
         allowed_hosts: the names that a request's ``Host``, and its ``Origin`` if it has one, may
@@ -120,11 +120,11 @@ class App(Starlette):
         self.inputs = inputs
         self.outputs = outputs
         self._versions = Versions(self, coded, make, token)
-        self.examples: list[Tensor] = []
+        self.examples: list[Any] = []
         self.form = positional(len(inputs))[0]  # of the arguments of a call
         if examples is not None:
             call = bind(self, coded.module, examples)
-            self.examples, self.form = pytree.tree_flatten((call.args, call.kwargs))
+            self.examples, self.form = flatten((call.args, call.kwargs))
             held = len(self.examples)
             if held != len(inputs):
                 raise ValueError(
@@ -140,6 +140,11 @@ class App(Starlette):
                     f"{type(self).__name__}: allowed_hosts must be names or addresses, without "
                     f"ports, got {shown(host)}"
                 )
+        if len(inputs) > 1 and any(spec.is_text for spec in inputs) and coded.in_dims == 0:
+            raise ValueError(
+                f"{type(self).__name__}: coded must have in_dims, such as (0, 0), as strings are "
+                f"one of {len(inputs)} inputs, got {shown(coded.in_dims)}"
+            )
         if not (make is None or self.examples):
             raise ValueError(
                 f"{type(self).__name__}: make must come with examples, got {shown(examples)}"
@@ -275,7 +280,9 @@ class App(Starlette):
 
     def call(self, rows: int) -> Any:
         """Return ``(args, kwargs)`` of the first examples."""
-        return pytree.tree_unflatten([x[:rows] for x in self.examples], self.form)
+        leaves = [x[:rows] for x in self.examples]
+        given = [x if isinstance(x, Tensor) else x.tolist() for x in leaves]
+        return pytree.tree_unflatten(given, self.form)
 
     @contextlib.asynccontextmanager
     async def _run_workers(self, _: Starlette) -> AsyncIterator[None]:

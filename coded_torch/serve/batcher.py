@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -21,7 +22,7 @@ from .._arguments import sparing_logger
 from .._torch import device_of, unflatten
 from ..codes import DeadlineExceeded, NotEnoughResults
 from ..nn import CodedWrapper, Report, Waiting
-from ..open_inference import FORMER, EndpointError, RefusedError, TensorSpec, cleaned
+from ..open_inference import FORMER, EndpointError, RefusedError, TensorSpec, cleaned, flatten
 from ..scheduling.latency_history import History
 from .protocol import RequestError
 from .suspects import Suspects
@@ -44,14 +45,14 @@ _COLUMNS = {spec.name: name for name, spec in FORMER.items()}
 class Batch(NamedTuple):
     """The answers of a batch, or of one of its requests."""
 
-    outputs: dict[str, Tensor]  #: the model's, ``[B, ...]`` each, by name; may be empty
+    outputs: dict[str, Any]  #: the model's, ``[B, ...]`` each, by name; may be empty
     report: Report
     unanswered: set[int]  #: the rows without an answer
     rows: slice  #: of the batch, the rows of the request
     estimated: Sequence[bool] = ()  #: by row of the batch; may be empty if none is
     version: str = "1"  #: of the model
 
-    def output(self, spec: TensorSpec, coverage: float) -> Tensor:
+    def output(self, spec: TensorSpec, coverage: float) -> Any:
         """Return an output of the request; error bounds at a level, unless it is 0."""
         if (values := self.outputs.get(spec.name)) is not None:
             return values[self.rows]
@@ -60,7 +61,7 @@ class Batch(NamedTuple):
 
 
 def compute(
-    coded: CodedWrapper, specs: Any, form: Any, inputs: list[Tensor], seconds: float, parts: Any
+    coded: CodedWrapper, specs: Any, form: Any, inputs: list[Any], seconds: float, parts: Any
 ) -> Batch:
     """Compute a batch, whose ``(args, kwargs)`` have a form, in some seconds.
 
@@ -73,7 +74,7 @@ def compute(
     waiting = dataclasses.replace(own, deadline=seconds, on_error="estimate", spares=True)
     if coded.workers.simulated:  # other pools move their inputs
         device = device_of(coded.module)
-        inputs = [x.to(device or x.device) for x in inputs]
+        inputs = pytree.tree_map_only(Tensor, lambda x: x.to(device or x.device), inputs)
     try:
         args, kwargs = unflatten(inputs, form)
         with torch.no_grad():
@@ -88,12 +89,12 @@ def compute(
     if report.failed or report.ended == "failed":
         unanswered |= {*report.module_failed_rows, *report.missing_rows}
     rows = inputs[0].shape[0]
-    leaves = pytree.tree_leaves(answers)
     if answers is None:
         return Batch({}, report, unanswered, slice(rows))
-    got = [(leaf.dtype, list(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor)]
+    leaves, _ = flatten(answers)
+    got = [(leaf.dtype, list(leaf.shape)) for leaf in leaves if hasattr(leaf, "dtype")]
     fit = len(got) == len(leaves) == len(specs) and all(
-        dtype is spec.dtype and shape[:1] == [rows] and spec.fits(shape[1:])
+        dtype is spec.dtype and shape[:1] == [rows] and (spec.is_text or spec.fits(shape[1:]))
         for spec, (dtype, shape) in zip(specs, got, strict=True)
     )
     if not fit:
@@ -111,7 +112,7 @@ class _Entry:
     """A request in the queue. Times are seconds of :func:`time.monotonic`."""
 
     def __init__(
-        self, inputs: list[Tensor], arrived: float, deadline: float, client: str = ""
+        self, inputs: list[Any], arrived: float, deadline: float, client: str = ""
     ) -> None:
         self.inputs = inputs
         self.client = client
@@ -141,7 +142,7 @@ class Batcher:
 
     def __init__(
         self,
-        compute: Callable[[list[Tensor], float, int], Batch],
+        compute: Callable[[list[Any], float, int], Batch],
         *,
         max_batch_size: int,
         max_queued_requests: int,
@@ -202,7 +203,7 @@ class Batcher:
             raise RequestError(503, "expected_late", f"the answer would probably come {when}")
 
     def put(
-        self, inputs: list[Tensor], arrived: float, deadline: float, client: str = ""
+        self, inputs: list[Any], arrived: float, deadline: float, client: str = ""
     ) -> asyncio.Future[Batch]:
         """Queue a request, or refuse it (503). It leaves the queue once its future is done."""
         self.check(inputs[0].shape[0], deadline, is_read=True)
@@ -282,7 +283,7 @@ class Batcher:
         return batch
 
     def _compute_and_note(
-        self, inputs: list[Tensor], seconds: float, parts: int, batch: list[_Entry]
+        self, inputs: list[Any], seconds: float, parts: int, batch: list[_Entry]
     ) -> Batch:
         """Compute a batch in a thread, and note its rows that hang or end workers."""
         done = self._compute(inputs, seconds, parts)
@@ -300,7 +301,7 @@ class Batcher:
         left = max(left - TO_ANSWER, left / 2, 1e-3)
         longest = -(-rows // parts)  # rows of a part
         columns = zip(*(entry.inputs for entry in batch), strict=True)
-        inputs = [column[0] if len(column) == 1 else torch.cat(column) for column in columns]
+        inputs = [column[0] if len(column) == 1 else _joined(column) for column in columns]
         loop = asyncio.get_running_loop()
         done = None
         error = None
@@ -346,6 +347,12 @@ class Batcher:
                 entry.future.set_result(done._replace(rows=mine))
         if done is not None and done.outputs:
             self._on_batch(done, rows, queued)
+
+
+def _joined(column: Sequence[Any]) -> Any:
+    """Return the rows of several requests."""
+    is_tensor = isinstance(column[0], Tensor)
+    return torch.cat([*column]) if is_tensor else np.concatenate(column)
 
 
 def _error(cause: Exception, in_time: bool) -> RequestError:

@@ -18,9 +18,10 @@ from starlette.responses import JSONResponse, Response
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .. import open_inference as wire
 from .._arguments import arguments, bound, instance, named, shown, signature_of, sparing_logger
 from .._changes import state_of
-from .._torch import flatten, sample
+from .._torch import flatten, is_texts, sample
 from ..nn import CodedWrapper
 from ..open_inference import TensorSpec
 from ..surrogates import Memory
@@ -34,12 +35,13 @@ _OTHERS = {"origin", "forwarded", "via", "x-request-id", "cf-connecting-ip", "tr
 _OTHERS |= {"x-client-ip", "x-cluster-client-ip"}
 _BEGINS = "x-forwarded-", "x-real-", "x-envoy-", "x-haproxy-"  # the last is of Ray Serve, too
 Place = tuple[Any, int]  # a tensor, by its number or name, and one of its dimensions
-Run = Callable[[Sequence[Tensor]], dict[str, Tensor]]
+Run = Callable[[Sequence[Any]], dict[str, Any]]
 
 
 def bind(owner: object, module: nn.Module, examples: Any) -> inspect.BoundArguments:
     """Return examples as arguments of a module's ``forward``; a TypeError if they do not fit."""
-    given = tuple(examples) if isinstance(examples, list) else examples
+    is_several = isinstance(examples, list) and not is_texts(examples)
+    given = tuple(examples) if is_several else examples
     args, kwargs = arguments(given, module)
     signature = signature_of(module)
     try:
@@ -61,7 +63,7 @@ def _inputs_of(call: inspect.BoundArguments) -> dict[str, Any]:
     """Return the leaves by their names, in the order of ``forward``'s parameters."""
     inputs: dict[str, Any] = {}
     for parameter, value in call.arguments.items():
-        inputs |= named("specs", value, parameter)
+        inputs |= named("specs", value, parameter, is_texts)
     return inputs
 
 
@@ -77,8 +79,8 @@ def specs(
 
     Args:
         module: the module, which is called without gradients.
-        examples: rows of each input: a tensor ``[B, ...]``, several in a list or tuple, or keyword
-            arguments in a mapping, such as an encoding of Hugging Face.
+        examples: rows of each input: a tensor ``[B, ...]`` or strings, several in a list or tuple,
+            or keyword arguments in a mapping, such as an encoding of Hugging Face.
         fixed_shapes: whether no other sizes are tried. Defaults to False.
 
     Raises:
@@ -86,18 +88,17 @@ def specs(
         ValueError: a tensor has another number of rows than the first input, or none.
     """
     call = bind("specs", module, examples)
-    leaves, form = pytree.tree_flatten((call.args, call.kwargs))
-    inputs = _inputs_of(call)
-    _check("examples", inputs, len(leaves))
+    leaves, form = wire.flatten((call.args, call.kwargs))
+    inputs = _checked("examples", _inputs_of(call), len(leaves))
 
-    def run(values: Sequence[Tensor]) -> dict[str, Tensor]:
-        args, kwargs = pytree.tree_unflatten(values, form)
+    def run(values: Sequence[Any]) -> dict[str, Any]:
+        given = [x if isinstance(x, Tensor) else x.tolist() for x in values]  # as workers do
+        args, kwargs = pytree.tree_unflatten(given, form)
         with torch.no_grad():
             made = module(*args, **kwargs)
         flatten(made)  # registers dataclasses
-        made = named("specs", made, "output")
-        _check("outputs of the module", made, rows=len(values[0]))
-        return made
+        made = named("specs", made, "output", is_texts)
+        return _checked("outputs of the module", made, rows=len(values[0]))
 
     outputs = run(leaves)
     is_open = set[Place]()
@@ -112,13 +113,18 @@ def specs(
     return found[0], found[1]
 
 
-def _check(what: str, tensors: Mapping[str, Any], number: int = 0, rows: int = 0) -> None:
+def _checked(
+    what: str, leaves: Mapping[str, Any], number: int = 0, rows: int = 0
+) -> dict[str, Any]:
+    """Return tensors, and strings as arrays; raise a TypeError or a ValueError for other leaves."""
+    tensors = {name: wire.texts(x) if is_texts(x) else x for name, x in leaves.items()}
     for name, leaf in tensors.items():
-        if not isinstance(leaf, Tensor):
+        if not (isinstance(leaf, Tensor) or is_texts(leaf)):
             raise TypeError(
-                f"specs: {name!r} among {what} must be a tensor with rows, got {shown(type(leaf))}"
+                f"specs: {name!r} among {what} must be strings, or a tensor with rows, got "
+                f"{shown(type(leaf))}"
             )
-        rows = rows or (len(leaf) if leaf.dim() else 0)
+        rows = rows or (len(leaf) if leaf.ndim else 0)
         if not (rows and leaf.shape[:1] == (rows,)):
             raise ValueError(
                 f"specs: {name!r} among {what} must have {rows or 'some'} rows, got "
@@ -129,9 +135,10 @@ def _check(what: str, tensors: Mapping[str, Any], number: int = 0, rows: int = 0
             f"specs: {what} must be tensors with rows, each of its own name, got "
             f"{shown([*tensors])}"
         )
+    return tensors
 
 
-def _open_places(run: Run, leaves: Sequence[Tensor], outputs: Mapping[str, Tensor]) -> set[Place]:
+def _open_places(run: Run, leaves: Sequence[Any], outputs: Mapping[str, Any]) -> set[Place]:
     """Return the dimensions of inputs in which two other sizes work, and of outputs that follow.
 
     Dimensions of one size may have to be equal, such as the lengths of tokens and of their mask, so
@@ -150,21 +157,21 @@ def _open_places(run: Run, leaves: Sequence[Tensor], outputs: Mapping[str, Tenso
                     found |= {*places}
                     for name, x in (pair for each in made for pair in each.items()):
                         usual = outputs[name].shape
-                        found |= {(name, d) for d in range(1, x.dim()) if x.shape[d] != usual[d]}
+                        found |= {(name, d) for d in range(1, x.ndim) if x.shape[d] != usual[d]}
                     if places is alike:
                         break
     return found
 
 
-def _resized(leaves: Sequence[Tensor], places: Sequence[Place], size: int) -> list[Tensor]:
+def _resized(leaves: Sequence[Any], places: Sequence[Place], size: int) -> list[Any]:
     values = list(leaves)
     for i, d in places:
         values[i] = torch.cat([values[i]] * 2, d).narrow(d, 0, size)
     return values
 
 
-def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {name: (x.dtype, x.dim()) for name, x in tensors.items()}
+def _kinds(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: (x.dtype, x.ndim) for name, x in tensors.items()}
 
 
 class Versions:

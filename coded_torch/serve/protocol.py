@@ -42,7 +42,11 @@ _UNPACKED, _RATIO = 2**20, 32  # bytes that any packed body may have, and more b
 _PIECE = 2**16  # bytes that are parsed at once: 1 ms, for which the event loop may wait
 
 _MOST_LISTS = 1000  # lists of numbers that are set aside; a further list is JSON like any other
-_LIST = re.compile(rb'("data"\s*:\s*)(\[[^"{}]*\])')
+# Numbers, or strings that are not nested. Whatever the text, this takes time linear in it: no
+# string of a list stands before a colon.
+_STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+_STRINGS = rb"\[\s*%b(?:\s*,\s*%b)*\s*\]" % (_STRING, _STRING)
+_LIST = re.compile(rb'("data"\s*:\s*)(\[[^"{}]*\]|%b)' % _STRINGS, re.DOTALL)
 _NO_COMMAS = bytes(set(range(256)) - set(b"[,]"))
 _NO_BRACKETS = bytes.maketrans(b"[]", b"  ")
 
@@ -59,7 +63,7 @@ class InferRequest(NamedTuple):
     """A request for inference."""
 
     id: str  #: the client's name for the request, or ""
-    inputs: list[Tensor]  #: ``[n, ...]`` each, in the order of the model's arguments
+    inputs: list[Any]  #: ``[n, ...]`` each, in the order of the model's arguments
     outputs: list[tuple[TensorSpec, bool]]  #: the wanted ones, and whether in binary
     timeout: float  #: seconds, infinite if the client names none
     coverage: float  #: the level of error bounds; 0 if the client names none
@@ -142,11 +146,11 @@ def _too_large(most: int, where: str = "") -> RequestError:
 
 
 def _lists(head: bytearray) -> tuple[bytes | bytearray, dict[int, bytearray]]:
-    """Return JSON with i in place of the list i of numbers named "data", and the lists as text.
+    """Return JSON with i in place of the list i named "data", and the lists as text.
 
-    A list is found and not read: it ends before the next string or the end of its object. A list
-    that holds others than numbers is wrong, and may remain in the JSON, and so do lists of bodies
-    that are parsed at once.
+    A list is found and not read: one of numbers ends before the next string or the end of its
+    object, and strings are not nested. Any other list may remain in the JSON, and so do lists of
+    bodies that are parsed at once.
     """
     lists = dict[int, bytearray]()
 
@@ -160,8 +164,12 @@ def _lists(head: bytearray) -> tuple[bytes | bytearray, dict[int, bytearray]]:
     return shortened, lists
 
 
-def _tensor(text: bytearray, until: float, name: str, spec: TensorSpec, shape: list[int]) -> Tensor:
-    """Return a tensor of the numbers in a list, which is flat or nested like the shape."""
+def _tensor(text: bytearray, until: float, name: str, spec: TensorSpec, shape: list[int]) -> Any:
+    """Return a tensor of the numbers in a list, flat or nested like the shape, or strings."""
+    if spec.is_text:
+        most = wire.HEADER + wire.TEXT * shape[0]
+        require(len(text) <= most, f"the bytes of data of {name}", f"at most {most}", len(text))
+        return wire.from_json(name, spec, shape, orjson.loads(text))
     count, nested = math.prod(shape), b""
     must = f"{count} numbers of {spec.datatype}, in one list or nested as the shape {shape}"
     wrong = ValueError(f"data of {name} must be {must}, got {str(text[:80], errors='replace')}")
@@ -228,7 +236,7 @@ def parse(
     rows = [tensor.shape[0] for tensor in tensors]
     require(len(set(rows)) == 1, "the numbers of rows of inputs", "equal", rows)
     for spec, tensor in zip(inputs, tensors, strict=True):
-        if not finite(tensor):
+        if not (spec.is_text or finite(tensor)):
             row = int((~tensor.isfinite()).reshape(len(tensor), -1).any(1).nonzero()[0])
             raise ValueError(f"input {spec.name!r} must be finite, but row {row} is not")
     wanted = []

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class Suspects:
 
     def note(
         self,
-        inputs: Sequence[Tensor],
+        inputs: Sequence[Any],
         clients: Sequence[str],
         unfinished: dict[int, list[Part]],
         computed: Iterable[int],
@@ -60,7 +61,7 @@ class Suspects:
             while len(self._rows) > _MOST_ROWS:
                 self._rows.popitem(last=False)
 
-    def check(self, inputs: Sequence[Tensor], client: str, workers: int) -> None:
+    def check(self, inputs: Sequence[Any], client: str, workers: int) -> None:
         """Refuse a request one of whose rows, or whose client, hangs workers."""
         digests = [self._digest(inputs, row) for row in range(len(inputs[0]))]
         now = time.monotonic()
@@ -84,15 +85,19 @@ class Suspects:
             why = f"{held} of {workers} workers are still at rows of your earlier requests"
             raise RequestError(503, "unavailable", why)
 
-    def _digest(self, inputs: Sequence[Tensor], row: int) -> bytes:
+    def _digest(self, inputs: Sequence[Any], row: int) -> bytes:
         digest = hashlib.blake2b(key=self._key, digest_size=16)
         for piece in _pieces(inputs, row):
             digest.update(piece)
         return digest.digest()
 
 
-def _pieces(inputs: Sequence[Tensor], row: int) -> Iterator[bytes | memoryview]:
+def _pieces(inputs: Sequence[Any], row: int) -> Iterator[bytes | memoryview]:
     for batch in inputs:
+        if not isinstance(batch, Tensor):
+            text = batch[row].encode()
+            yield b"%d " % len(text) + text
+            continue
         yield str(batch.shape[1:]).encode()
         yield batch[row].contiguous().reshape(-1).view(torch.uint8).numpy().data
 

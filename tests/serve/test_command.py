@@ -349,7 +349,7 @@ def test_a_server_may_listen_at_an_address_of_ipv6(mine):
         ("mine:pair", "must return a module, or a module and examples of its inputs, got (str, T"),
         ("mine:local --port 0", "must be picklable to be sent to another process, got Local: "),
         ("mine:small --endpoints http://127.0.0.1:1", "MODEL must be left out with --e"),
-        ("mine:wordy", "'output1' among outputs of the module must be a tensor with rows, got str"),
+        ("mine:wordy", "'output1' among outputs of the module must be strings, or a tensor with"),
         ("mine:estimated", "source, verified, corrected, radius, got ['"),
     ],
 )
@@ -363,7 +363,8 @@ def test_outputs_that_cannot_be_estimated_are_named_at_the_start(mine, monkeypat
         for name, said in {"small": False, "labels": True}.items():
             assert main(["serve", f"mine:{name}"]) == 0
             out = capsys.readouterr().out
-            assert ("Late requests get 504: integers cannot be estimated (label)" in out) == said
+            late = "Late requests get 504: integers and strings cannot be estimated (label)"
+            assert (late in out) == said
         warnings.warn("CodedWrapper: output['label'] cannot be estimated", stacklevel=1)
     assert not caught
 

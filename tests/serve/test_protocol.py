@@ -67,7 +67,7 @@ def binary(batch, datatype="FP32", size=None, **changes):
 
 
 @pytest.mark.usefixtures("how")
-@pytest.mark.parametrize("datatype", DATATYPES)
+@pytest.mark.parametrize("datatype", sorted({*DATATYPES} - {"BYTES"}))
 def test_every_datatype_in_json_and_in_binary(datatype):
     spec = [TensorSpec("input", datatype, (3,))]
     values = torch.tensor([[1, 0, 1], [0, 1, 1]], dtype=DATATYPES[datatype])
