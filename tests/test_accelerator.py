@@ -75,23 +75,12 @@ class Run:
         return self.process.wait(timeout=600), self.output.read_text()
 
 
-@pytest.fixture(scope="module")
-def runs(accelerator):
-    """Both at once, each with a core of its own: with two devices, and with one."""
+# `.ci/run` leaves the second to `.ci/full`.
+@pytest.mark.parametrize(("operators", "devices"), [("kernels", 2), ("torch", 1)])
+def test_everything_marked_cuda(accelerator, tmp_path, operators, devices):
     tests = [ROOT / "tests", ROOT / "tests" / "accelerator" / "own_checks.py"]
-    runs = {
-        name: Run(accelerator, name, accelerator / f"{name}.txt", *tests, devices=devices)
-        for name, devices in (("kernels", 2), ("torch", 1))
-    }
-    yield runs
-    for run in runs.values():
-        run.process.kill()
-        run.process.wait()
-
-
-@pytest.mark.parametrize("operators", ["kernels", "torch"])
-def test_everything_marked_cuda(runs, operators):
-    status, output = runs[operators].end()
+    run = Run(accelerator, operators, tmp_path / "run.txt", *tests, devices=devices)
+    status, output = run.end()
     assert status == 0, output
     counts = re.findall(r"(\d+) (passed|skipped)", output.splitlines()[-1])
     counts = {kind: int(count) for count, kind in counts}
