@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 logger = sparing_logger("coded_torch.workers")
 
+# Seconds after which a part of a proof that has not replied is asked again; not tuned.
+_PROOF_PATIENCE = (1.0, 4.0, math.inf)
+
 _DAY = 86_400.0  # seconds that a hung call sleeps, longer than any call waits
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -442,20 +445,25 @@ class Workers(abc.ABC):
             places = sorted(self.places)
             halves = [frozenset(places[i::2]) for i in (0, 1)]
             with self.open(module, task) as request:
-                parts = list[Part]()
-                for number, n in enumerate(sizes):
-                    part = Part(number, Units(units[-n:]))
-                    # Preferred, not required: half of the workers may be down.
-                    if shift < 2:
-                        part.tried = halves[(number + shift) % 2]
-                    parts.append(part)
-                request.ask(parts)
-                for reply in request.replies(max(seconds, 0.0)):
-                    found[sizes[reply.part.number]] = reply.error or reply.value
-                    if reply.error is not None and reply.error.kind != "raised":
-                        del found[sizes[reply.part.number]]
-                    if len(found) == len(sizes):
-                        break
+                asked = list[int]()
+                # A part that is late, or that a worker failed, is asked of other workers.
+                for attempt, patience in enumerate(_PROOF_PATIENCE):
+                    parts = list[Part]()
+                    for place, n in enumerate(sizes):
+                        if n in found:
+                            continue
+                        part = Part(len(asked), Units(units[-n:]))
+                        # Preferred, not required: half of the workers may be down.
+                        if shift < 2:
+                            part.tried = halves[(place + shift + attempt) % 2]
+                        asked.append(n)
+                        parts.append(part)
+                    request.ask(parts)
+                    for reply in request.replies(max(min(seconds, request.now() + patience), 0.0)):
+                        if reply.error is None or reply.error.kind == "raised":
+                            found.setdefault(asked[reply.part.number], reply.error or reply.value)
+                        if len(found) == len(sizes):
+                            return found
         return found
 
     def _prove_rows(

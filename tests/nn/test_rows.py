@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 import re
+import threading
 from typing import Any
 
 import pytest
@@ -343,3 +344,22 @@ def test_items_of_lists_that_differ_by_rounding_are_not_noted(make):
 
     _, report = run(make, rounded, X)
     assert not report.notes
+
+
+def test_a_late_part_of_the_proof_is_asked_of_another_worker():
+    """Without a deadline, nothing else ends the wait for a worker that hangs."""
+    calls = itertools.count()
+    go_on = threading.Event()
+
+    def hangs_first(x):
+        if next(calls) == 0:
+            assert go_on.wait(60)
+        return 2 * x
+
+    with DeviceWorkers(["cpu"] * 3) as pool, torch.no_grad():
+        try:
+            answers, report = CodedWrapper(Call(hangs_first), workers=pool).run(X)
+        finally:
+            go_on.set()
+    assert torch.equal(answers, 2 * X)
+    assert report.encode_seconds < 30
