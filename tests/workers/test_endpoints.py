@@ -356,8 +356,14 @@ def test_a_server_that_answers_nothing_while_others_do_gets_no_parts(three, monk
     monkeypatch.setattr(endpoints, "_MOST_DOUBTS", 3)
     coded, hung = wrapped(three, Waiting(deadline=0.1)), threading.Event()
     three[2].fault, three[2].ready = lambda handler, rows: hung.wait(WAIT) or True, False
+
+    def is_out():
+        with contextlib.suppress(NotEnoughResults):  # a busy machine may have none at the deadline
+            coded(X)
+        return coded.workers.num_ready == 2
+
     try:
-        until(lambda: coded(X) is not None and coded.workers.num_ready == 2)
+        until(is_out)
         answers, report = coded.run(X, waiting=Waiting(deadline=WAIT))
         assert torch.equal(answers, 2 * X)
         assert 2 not in report.asked
