@@ -293,10 +293,10 @@ class Table:
             self.unwanted.append(part)
         part.error = error or part.error
         self.open -= before is OPEN
-        if outcome is GOOD:
+        if outcome is GOOD and before is not GOOD:
             self.num_good += len(part.units)
             self._unwritten.append(part)
-        elif before is GOOD:  # its units may have other answers
+        elif outcome is not GOOD and before is GOOD:  # its units may have other answers
             self.num_good -= len(part.units)
             self._answered.clear()
             self._unwritten = self.good

@@ -7,7 +7,7 @@ import pytest
 from coded_torch import Waiting
 from coded_torch.experiments.planner import Verified
 from coded_torch.experiments.simulation import Conditions, simulate
-from coded_torch.table import DISPUTED, Began, Reply, Table, WorkerError
+from coded_torch.table import DISPUTED, GOOD, Began, Reply, Table, WorkerError
 
 BAD = Conditions(spread=0.5, straggling=0.1, slow=0.2, dead=0.1, dead_after=1.0, bursts=20.0)
 
@@ -80,3 +80,14 @@ def test_each_unit_counts_once_whoever_was_asked_for_it():
     assert table.answered == {1: hedge, 2: hedge}
     table.hear([Reply(first[1], 1, 3.0, 2.0, "late")])
     assert (table.num_answered, table.answered) == (3, {1: hedge, 2: hedge, 3: first[1]})
+
+
+def test_a_part_that_is_marked_twice_answers_its_units_once():
+    table = Table(first=[(0, 1), (2, 3)], needed=4)
+    part, other = (table.ask(units) for units in table.first)
+    table.hear([Began(part, 0, 0.0), Reply(part, 0, 1.0, 1.0)])
+    table.mark(part, GOOD)
+    assert table.num_answered == len(table.answered) == 2
+    table.mark(part, DISPUTED)
+    table.mark(other, GOOD)
+    assert table.num_answered == 2
