@@ -36,14 +36,13 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-import uvicorn
 from torch import Tensor
 
 from coded_torch.codes import NotEnoughResults
 from coded_torch.demo import digits, lenet5
 from coded_torch.nn import CodedWrapper, Report, Waiting
 from coded_torch.open_inference import ADDED, Model, outputs_of, request
-from coded_torch.serve import App, Connection, TensorSpec
+from coded_torch.serve import App, TensorSpec, server
 from coded_torch.serve.batcher import Batch
 from coded_torch.stragglers import Bernoulli, Trace
 from coded_torch.surrogates import Memory
@@ -146,8 +145,7 @@ def main(kind: str, port: str) -> None:
         return
     torch.set_num_threads(1)  # the processors are the workers'
     made = lenet5_app() if kind == "faults" else saturated_app(kind == "direct")
-    quiet: Any = {"log_level": "critical", "access_log": False}  # as the command does
-    uvicorn.run(made, host="127.0.0.1", port=int(port), http=Connection, **quiet)
+    server(made, port=int(port), log_level="critical").run()
 
 
 @contextlib.contextmanager

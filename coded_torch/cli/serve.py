@@ -1,9 +1,7 @@
 """The command ``coded-torch serve``."""
 
-import asyncio
 import contextlib
 import logging
-import math
 import os
 import signal
 import socket
@@ -26,14 +24,6 @@ from . import POOL_NAMES, CommandError, find_model, make_model, need, processes,
 
 #: The factory of the embedded LeNet-5.
 LENET5 = "coded_torch.demo:lenet5_and_digits"
-# Seconds, nginx's default: clients keep connections longer than uvicorn's default of 5.
-_KEEP_ALIVE = 75
-# Seconds without a request after which a connection ends with the server: a client that has an
-# answer asks again within some milliseconds. Not tuned.
-_QUIET = 0.25
-# Seconds after the last deadline in which clients may read answers while the server ends, as a load
-# may take any time. It was not tuned.
-_TO_READ = 5
 # Deadlines of one part after which a worker counts as hung, but at least a second. A kill costs a
 # restart, so it waits for ten times as long as any client; it was not tuned.
 _HANG_TIMEOUT = 10
@@ -187,50 +177,8 @@ def _own(args: Namespace) -> tuple[nn.Module, dict[str, Any]]:
     return model, found | {"make": lambda: make_model(args, factory)[0]}
 
 
-def draining(config: Any) -> Any:
-    """Return a server of uvicorn that answers, at its end, whatever has reached it.
-
-    Connections that wait to be accepted are, and a connection ends with its next answer, which
-    says so, or once it has been idle for a while.
-    """
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        async def shutdown(self, sockets: Any = None) -> None:
-            loop = asyncio.get_running_loop()
-            self.server_state.default_headers.append((b"connection", b"close"))
-            waiting = list[socket.socket]()
-            for listening in sockets or ():
-                listening.setblocking(False)
-                with contextlib.suppress(OSError):  # none waits any more
-                    while True:
-                        waiting.append(listening.accept()[0])
-            for server in self.servers:
-                server.close()
-            for accepted in waiting:
-                accepted.setblocking(False)
-                await loop.connect_accepted_socket(self._connection, accepted)
-            end = loop.time() + (config.timeout_graceful_shutdown or 0)
-            quiet_since = loop.time()
-            connections: Any = self.server_state.connections
-            while not self.force_exit and loop.time() < min(end, quiet_since + _QUIET):
-                if not all(x.is_idle and not x.rest for x in connections):
-                    quiet_since = loop.time()
-                await asyncio.sleep(_QUIET / 10)
-            await super().shutdown(sockets)
-
-        def _connection(self) -> Any:
-            return config.http_protocol_class(
-                config=config, server_state=self.server_state, app_state=self.lifespan.state
-            )
-
-    return Server(config)
-
-
 def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None:
-    import uvicorn
-
-    from ..serve import Connection
+    from ..serve import server
 
     logging.basicConfig(stream=sys.stderr, level="WARNING", format="%(name)s: %(message)s")
     for each in ("workers", "serve"):  # say when a version of the model is loaded
@@ -254,19 +202,8 @@ def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None
         say(f"Serving {name} at {site}v2/models/{name}/infer")
         if has_page:
             say(f"A page shows its workers and requests: {site}")
-        config = uvicorn.Config(
-            built,
-            http=Connection,
-            ws="none",
-            lifespan="on",
-            log_level="warning",
-            access_log=False,
-            backlog=max(1, Connection.most // 2),
-            timeout_keep_alive=_KEEP_ALIVE,
-            timeout_graceful_shutdown=math.ceil(built.deadline) + _TO_READ,
-        )
         signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=renew, daemon=True).start())
         with usage(errors=TypeError, prefix="Workers: "):
             built.load()  # here Ctrl-C ends it, and an error of the model ends the command
         built.load = lambda: None  # not twice
-        draining(config).run(sockets=[listening])
+        server(built).run(sockets=[listening])

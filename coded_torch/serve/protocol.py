@@ -1,4 +1,4 @@
-"""Connections, and the messages of the Open Inference Protocol, version 2, on them.
+"""Requests of the Open Inference Protocol, version 2: their bodies, and what is in them.
 
 KServe, Triton and others speak it. Binary tensors are its extension ``binary_tensor_data``:
 https://github.com/kserve/open-inference-protocol and
@@ -9,7 +9,6 @@ import asyncio
 import functools
 import math
 import re
-import resource
 import sys
 import time
 import zlib
@@ -22,7 +21,6 @@ import torch
 from starlette.exceptions import HTTPException
 from starlette.types import Receive
 from torch import Tensor
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .. import open_inference as wire
 from ..nn.finite import finite
@@ -33,9 +31,7 @@ if sys.version_info >= (3, 11):
 else:
     from async_timeout import timeout as timeout
 
-# Bounds, which are not tuned. First of a connection, then of bodies.
-_MOST_CONNECTIONS, _HEADER_BYTES = 2048, 2**14
-_HEADERS_SECONDS, _ANSWER_SECONDS, _WATCH_SECONDS = 5.0, 30.0, 1.0
+# Bounds of bodies, which are not tuned.
 _TOGETHER = 2**27  # bytes of all bodies that are being read, unless four of one model are more
 _READING = 5.0  # seconds in which a body must come
 _UNPACKED, _RATIO = 2**20, 32  # bytes that any packed body may have, and more by its packed size
@@ -247,99 +243,3 @@ def parse(
         wanted.append((spec, field(owner, how, "binary_data", bool, binary)))
     wanted = wanted or [(spec, binary) for spec in outputs]
     return InferRequest(name, tensors, wanted, microseconds / 1e6 or math.inf, coverage)
-
-
-class _Together:
-    """A transport that sends the head and the body of a response by one write.
-
-    So the client wakes once. What is written alone is sent in the next turn of the event loop.
-    """
-
-    def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport, self._loop, self._written = transport, loop, list[bytes]()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        if not self._written:
-            self._loop.call_soon(self._send)
-        self._written.append(data)
-        if len(self._written) > 1:  # now, as the transport pauses whoever writes faster than it
-            self._send()
-
-    def _send(self) -> None:
-        written, self._written = b"".join(self._written), []
-        if written and not self._transport.is_closing():  # the client may have gone meanwhile
-            self._transport.write(written)
-
-    def close(self) -> None:
-        self._send()
-        self._transport.close()
-
-
-class Connection(HttpToolsProtocol):
-    """A connection that no client can hold: ``uvicorn.run(app, http=Connection)``.
-
-    The headers of a request have at most 16 KB. They end within some 5 s of the connection, or of
-    the first byte after an answer, which the client reads within some 30 s. At most half of the
-    process's file descriptors are connections: a further connection ends the one that is idle the
-    longest, or gets 503.
-    """
-
-    # Without a limit, the number of descriptors is -1.
-    most = min(_MOST_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**63 // 2)
-    rest, since = 0, 0.0  # bytes since the last body or answer; the time of the last answer
-    limit, begun = 0.0, 0.0  # seconds that the client may take, and since when it may
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether no request is being read or answered."""
-        return self.cycle is None or self.cycle.response_complete
-
-    def connection_made(self, transport: Any) -> None:
-        together: Any = _Together(transport, self.loop)
-        super().connection_made(together)
-        self.since = time.monotonic()
-        self._watch()
-        others = [each for each in self.connections if not each.transport.is_closing()]
-        if len(others) > self.most:
-            idle = [each for each in others if isinstance(each, Connection) and each.is_idle]
-            first = min(idle, key=lambda each: each.since)
-            first.end(b"503 Service Unavailable" if first is self else b"")
-
-    def data_received(self, data: bytes) -> None:
-        self.rest += len(data)
-        super().data_received(data)
-        if self.rest > _HEADER_BYTES:
-            self.end(b"431 Request Header Fields Too Large")
-
-    def on_body(self, body: bytes) -> None:
-        self.rest = 0
-        super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        self.rest = 0
-        super().on_message_complete()
-
-    def on_response_complete(self) -> None:
-        self.since = time.monotonic()
-        super().on_response_complete()
-
-    def end(self, status: bytes) -> None:
-        """Close the connection, after an answer without a body if there is a status."""
-        if status:
-            self.transport.write(b"HTTP/1.1 %b\r\ncontent-length: 0\r\n\r\n" % status)
-        self.transport.close()
-
-    def _watch(self) -> None:
-        """Abort the connection if the client takes too long to send headers or to read."""
-        now, limit = time.monotonic(), _ANSWER_SECONDS if self.flow.write_paused else math.inf
-        if self.is_idle and (self.cycle is None or self.rest):
-            limit = _HEADERS_SECONDS
-        if limit != self.limit:
-            self.limit, self.begun = limit, now
-        if now - self.begun >= limit:
-            self.transport.abort()
-        elif not self.transport.is_closing():
-            self.loop.call_later(_WATCH_SECONDS, self._watch)

@@ -9,11 +9,11 @@ import threading
 from unittest import mock
 
 import torch
-import uvicorn
 from torch import nn
 
+from coded_torch import serve
 from coded_torch.nn import CodedWrapper
-from coded_torch.serve import App, Connection, TensorSpec
+from coded_torch.serve import App, TensorSpec
 from coded_torch.testing.helpers import until
 from coded_torch.workers import LocalWorkers
 
@@ -34,21 +34,17 @@ def built(module=None, *, workers=None, surrogate=(), waiting=None, **options):
     return App(coded, **defaults | options)
 
 
-class Server(uvicorn.Server):
-    """Ends as soon as it is told to, and not at the next tenth of a second."""
-
-    async def main_loop(self):
-        await self.on_tick(0)
-        while not self.should_exit:
-            await asyncio.sleep(0.005)
-
-
 @contextlib.contextmanager
 def serving(application):
     """Yield the application's port, while it runs. Nothing of it is frozen, as much is already."""
-    quiet = {"log_level": "critical", "access_log": False, "ws": "none"}
-    config = uvicorn.Config(application, port=0, http=Connection, lifespan="on", **quiet)
-    server = Server(config)
+    server = serve.server(application, port=0, log_level="critical")
+
+    async def main_loop():  # ends as soon as it is told to, and not at the next tenth of a second
+        await server.on_tick(0)
+        while not server.should_exit:
+            await asyncio.sleep(0.005)
+
+    server.main_loop = main_loop
     freeze = mock.patch.object(gc, "freeze")
     freeze.start()
     (thread,) = started([server.run])

@@ -267,7 +267,7 @@ def test_ctrl_c_does_not_wait_for_a_load(mine):
     weights.write_text("2")
     load = b"POST /v2/repository/models/read/load HTTP/1.1\r\nHost: localhost\r\n\r\n"
     options = "--num-workers", "1", "--deadline", "1"
-    soon = "from coded_torch.cli import serve; serve._TO_READ = 0\n"
+    soon = "from coded_torch.serve import connections; connections._TO_READ = 0\n"
     with (
         running("mine:read", *options, cwd=mine, first=soon) as (process, port),
         Client(port) as client,

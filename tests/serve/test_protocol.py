@@ -1,13 +1,8 @@
 """Messages of the Open Inference Protocol: requests that are read or refused, and answers."""
 
-import asyncio
 import contextlib
 import json
 import math
-import socket
-import subprocess
-import sys
-import threading
 import time
 import tracemalloc
 from unittest import mock
@@ -18,13 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from coded_torch.open_inference import from_json, most_bytes, written
-from coded_torch.serve import DATATYPES, Connection, TensorSpec, protocol
+from coded_torch.serve import DATATYPES, TensorSpec, protocol
 from coded_torch.serve.protocol import ADDED, parse
 
-from .servers import INPUTS, OUTPUTS, Client, built, serving, tensor
+from .servers import INPUTS, OUTPUTS, tensor
 
 ROWS = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
 MOST = 8  # rows of a request
@@ -355,138 +349,3 @@ def test_specs(arguments, message):
     with pytest.raises(TypeError, match=r"x must be of one of DATATYPES, got torch.complex64"):
         TensorSpec.of("x", torch.zeros(2, 3, dtype=torch.complex64))
     assert TensorSpec.of("x", torch.zeros(2, 3)) == TensorSpec("x", "FP32", (3,))
-
-
-async def test_a_response_is_sent_at_once_unless_the_client_has_gone():
-    transport = mock.Mock(**{"is_closing.return_value": False})
-    together = protocol._Together(transport, asyncio.get_running_loop())
-    together.write(b"head")
-    together.write(b"body")
-    await asyncio.sleep(0)
-    together.write(b"last")
-    together.close()
-    assert transport.mock_calls[1::2] == [mock.call.write(b"headbody"), mock.call.write(b"last")]
-    assert transport.mock_calls[-1] == mock.call.close()
-    together.write(b"more")
-    transport.is_closing.return_value = True
-    await asyncio.sleep(0)
-    assert transport.write.call_count == 2
-
-
-@pytest.fixture
-def port(monkeypatch):
-    """Yield the port of a server with short limits, of rows of any size."""
-    monkeypatch.setattr(protocol, "_HEADERS_SECONDS", 60.0)
-    monkeypatch.setattr(protocol, "_ANSWER_SECONDS", 1.0)
-    monkeypatch.setattr(protocol, "_WATCH_SECONDS", 0.1)
-    monkeypatch.setattr(Connection, "most", 6)
-    spec = TensorSpec("input", "FP32", (-1,))
-    with serving(built(nn.Identity(), inputs=[spec], outputs=[spec])) as port:
-        yield port
-
-
-def connected(port, text=b""):
-    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
-    connection.sendall(text)
-    return connection
-
-
-def ended(connection):
-    """Return what the server sent before it closed the connection."""
-    found = b""
-    with contextlib.suppress(ConnectionError), connection:
-        while data := connection.recv(65536):
-            found += data
-    return found
-
-
-GET = b"GET /v2 HTTP/1.1\r\nHost: x\r\n"
-CHUNKED = (
-    b"POST /v2/models/m/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n"
-)
-
-
-@pytest.mark.parametrize(
-    ("begin", "more"),
-    [
-        (GET, b"a: b\r\n"),
-        (GET + b"a: ", b"b" * 1000),
-        (b"GET /", b"v" * 1000),
-        (CHUNKED + b"0\r\n", b"a: b\r\n"),
-        (CHUNKED + b"2;a=", b"b" * 1000),
-    ],
-    ids=["many", "one", "path", "trailers", "extension"],
-)
-def test_headers_without_end_end_the_connection(port, begin, more):
-    sent = 0
-    with connected(port, begin) as connection:
-        with contextlib.suppress(ConnectionError):
-            while sent < 2**26:
-                connection.sendall(more * 100)
-                sent += 100 * len(more)
-        assert sent < 2**26  # of which most lies in the buffers of the sockets
-        with contextlib.suppress(ConnectionError):
-            assert b" 431 " in connection.recv(65536) or b" 400 " in connection.recv(65536)
-
-
-def test_headers_come_in_time(port, monkeypatch):
-    monkeypatch.setattr(protocol, "_HEADERS_SECONDS", 0.5)
-    start, begins = time.monotonic(), (b"", b"\r\n", GET, GET + b"\r\n" + GET)
-    with contextlib.ExitStack() as stack:
-        several = [(begin, stack.enter_context(connected(port, begin))) for begin in begins]
-        for _ in range(20):  # a byte at a time
-            time.sleep(0.1)
-            for begin, connection in several:
-                with contextlib.suppress(ConnectionError):
-                    connection.sendall(b"a" if begin else b"")
-        for begin, connection in several:
-            assert ended(connection).count(b" 200 ") == begin.count(b"\r\n\r\n")
-    assert time.monotonic() - start < 20
-
-
-def test_a_kept_connection_may_be_idle_for_longer(port, monkeypatch):
-    with Client(port) as client:
-        assert client.get("/v2")[0] == 200
-        monkeypatch.setattr(protocol, "_HEADERS_SECONDS", 0.5)
-        own = client.connection.sock
-        time.sleep(1)
-        assert client.get("/v2")[0] == 200
-        assert client.connection.sock is own
-
-
-def test_the_connection_that_is_idle_the_longest_makes_room(port):
-    with contextlib.ExitStack() as stack:
-        for _ in range(30):
-            stack.enter_context(connected(port))
-        for _ in range(3):
-            with Client(port) as client:
-                assert client.get("/v2")[0] == 200
-    with contextlib.ExitStack() as stack:
-        head = b"POST /v2/models/m/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
-        busy = [stack.enter_context(connected(port, head)) for _ in range(6)]
-        time.sleep(0.3)
-        assert b" 503 Service Unavailable" in ended(connected(port, GET + b"\r\n"))
-        assert all(b" 408 " in connection.recv(65536) for connection in busy)  # of 2.5 s
-
-
-def test_half_of_the_descriptors_are_left_for_workers_and_files():
-    code = "from coded_torch.serve import Connection; print(Connection.most)"
-    line = ["bash", "-c", 'ulimit -n 256 && exec "$@"', "bash", sys.executable, "-c", code]
-    assert subprocess.check_output(line, text=True, cwd="/") == "128\n"
-
-
-def test_a_client_that_does_not_read_its_answer_is_disconnected(port, monkeypatch):
-    lost, ends = threading.Event(), Connection.connection_lost
-    monkeypatch.setattr(Connection, "connection_lost", lambda *how: ends(*how) or lost.set())
-    message, tail = binary(torch.zeros(1, 4_000_000))
-    message["outputs"] = [{"name": "input", "parameters": {"binary_data": True}}]
-    head = orjson.dumps(message)
-    asked = (
-        b"POST /v2/models/m/infer HTTP/1.1\r\nHost: x\r\nInference-Header-Content-Length: %d\r\n"
-    )
-    asked = asked % len(head) + b"Content-Length: %d\r\n\r\n" % len(head + tail)
-    with connected(port, asked + head + tail) as connection:
-        assert lost.wait(60)
-        assert len(ended(connection)) < len(tail)
-    with Client(port) as client:
-        assert client.get("/v2")[0] == 200
