@@ -189,8 +189,8 @@ def _examples(built: App) -> str:
     given = [(spec, x[:rows], False) for spec, x in zip(built.inputs, some, strict=True)]
     is_known = isinstance(first, Tensor) and torch.equal(first, again)
     known = [(built.outputs[0], first[:rows], False)] if is_known else []
-    request = orjson.loads(wire.written({}, "inputs", given)[0])
-    return wire.written(request, "outputs", known)[0].decode()
+    request = orjson.loads(b"".join(wire.written({}, "inputs", given)[0]))
+    return b"".join(wire.written(request, "outputs", known)[0]).decode()
 
 
 def _size(row: Any) -> int:

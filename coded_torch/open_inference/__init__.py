@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import quote
@@ -37,6 +38,8 @@ HEADER = 2**16  #: bytes of JSON beside the numbers of a message, at most; not t
 NUMBER = 32  #: bytes of one number in JSON, at most: float64 takes 25
 TEXT = 2**16  #: bytes of a string, on average over the rows of a message, at most; not tuned
 ANY_SHAPE = 2**26  #: bytes of tensors of an open size, at most; not tuned
+_HERE = b"\0"  # where numbers go, as JSON has no such byte
+_NUMBERS = 2**12  # numbers that are written at once: .3 ms, for which an event loop may wait
 _CHARACTERS = 200  # of a name or of the words of a server, at most; not tuned
 _ADDRESSES = re.compile(
     r"\w+://\S+"
@@ -333,13 +336,14 @@ def specs_of(metadata: Mapping[str, Any], key: str) -> tuple[TensorSpec, ...]:
 
 def written(
     message: dict[str, Any], key: str, tensors: Iterable[tuple[TensorSpec, Any, bool]]
-) -> tuple[bytes, int | None]:
-    """Return a body, and the length of its JSON if binary tensors follow.
+) -> tuple[list[bytes | memoryview], int | None]:
+    """Return the pieces of a body, and the length of its JSON if binary tensors follow.
 
     The message gets a list of tensors by the key, each in binary or not.
     """
     entries = []
-    tail = []
+    lists = list[Any]()
+    tail = list[bytes | memoryview]()
     for spec, tensor, binary in tensors:
         shape = [len(tensor), *spec.shape] if spec.is_text else list(tensor.shape)
         entry = spec.metadata() | {"shape": shape}
@@ -348,11 +352,24 @@ def written(
             tail.append(content)
             entry["parameters"] = {"binary_data_size": len(content)}
         else:
-            entry["data"] = content  # orjson writes null for NaN and infinity
+            entry["data"] = orjson.Fragment(_HERE)
+            lists.append(content)
         entries.append(entry)
-    head = orjson.dumps({**message, key: entries}, option=orjson.OPT_SERIALIZE_NUMPY)
-    head += b" " * (-len(head) % 64 if tail else 0)  # so that elements can be read in place
-    return b"".join([head, *tail]), len(head) if tail else None
+    first, *others = orjson.dumps({**message, key: entries}).split(_HERE)
+    head = [first]
+    for numbers, text in zip(lists, others, strict=True):
+        for at in range(0, max(1, len(numbers)), _NUMBERS):
+            if at:
+                time.sleep(0)  # lets an event loop run, which waits for the interpreter's lock
+            # orjson writes null for NaN and infinity.
+            piece = orjson.dumps(numbers[at : at + _NUMBERS], option=orjson.OPT_SERIALIZE_NUMPY)
+            head.append((b"," if at else b"[") + piece[1:-1])
+        head.append(b"]" + text)
+    length = sum(map(len, head))
+    if tail:  # elements can be read in place
+        head.append(b" " * (-length % 64))
+        length += len(head[-1])
+    return [*head, *tail], length if tail else None
 
 
 def _content(spec: TensorSpec, rows: Any, binary: bool) -> Any:
@@ -373,7 +390,9 @@ def request(model: Model, inputs: Sequence[Any], own: str = "") -> tuple[bytes, 
     how = {"parameters": {"binary_data": True}} if model.binary else {}
     outputs = [{"name": spec.name, **how} for spec in model.outputs]
     triples = [(spec, x, model.binary) for spec, x in zip(model.inputs, inputs, strict=True)]
-    return written({"outputs": outputs} | ({"id": own} if own else {}), "inputs", triples)
+    message = {"outputs": outputs} | ({"id": own} if own else {})
+    pieces, length = written(message, "inputs", triples)
+    return b"".join(pieces), length
 
 
 def outputs_of(

@@ -6,9 +6,11 @@ import gc
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, cast
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from urllib.parse import urlsplit
 
+import torch
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -35,6 +37,10 @@ from .protocol import Reader, RequestError
 _MOST_REQUESTS = 1024
 _EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
 _MOST_ANSWERS = 20_000  # answers that are remembered; a bound, not tuned
+_MOST_BATCHES = 16  # in which a request is computed; a bound, not tuned
+_NUMBER_BYTES = 16  # of a number in an answer, about
+_AT_ONCE = 2**16  # bytes of an answer that are written in the event loop, and sent at once: 1 ms
+_UNREAD = 2**28  # bytes of answers that wait to be read, together; a bound, not tuned
 _WATCH = 0.1  # seconds, after which a request begins to watch if its client has gone; not tuned
 
 
@@ -69,7 +75,8 @@ class App(Starlette):
             mapping of keyword arguments. The model is called as on them, and every worker runs it
             on two rows before the application is ready. Defaults to None: the first requests wait
             for the loading.
-        max_batch_size: the number of rows of a batch, and of a request.
+        max_batch_size: the number of rows of a batch. A request may have 16 times as many, in as
+            many batches, if its body has at most 64 MB.
         max_queued_requests: the number of requests that may wait.
         allowed_hosts: the names that a request's ``Host``, and its ``Origin`` if it has one, may
             have. Without them, any page of the web can use a server on a loopback address. Defaults
@@ -177,7 +184,10 @@ class App(Starlette):
             on_batch=lambda *batch: self.metrics.batch(self.pool, *batch),
             states=lambda: [state for state, _ in self.pool.states.values()],
         )
-        self.reader = Reader(inputs, outputs, self.max_rows, self.examples)
+        batches = min(_MOST_BATCHES, self.batcher.max_queued)
+        self.reader = Reader(inputs, outputs, self.max_rows, batches, self.examples)
+        self.writer = ThreadPoolExecutor(1, "coded_torch write")
+        self.unread = 0  # bytes of wide answers that are being sent
         server = {"name": "coded_torch", "version": coded_torch.__version__}
         model: dict[str, Any] = {"name": name, "platform": "coded_torch"}
         config: dict[str, Any] = model | {"backend": "coded_torch", "max_batch_size": self.max_rows}
@@ -302,7 +312,8 @@ class App(Starlette):
                 gc.unfreeze()
             self.ready = False
             await self.batcher.close(self.deadline + TO_ANSWER)
-            self.reader.thread.shutdown(wait=False)
+            for each in (self.reader.thread, self.writer):
+                each.shutdown(wait=False)
             await asyncio.to_thread(self.pool.close)
 
     async def _is_ready(self, _: Request) -> Response:
@@ -344,29 +355,71 @@ class App(Starlette):
             check = self.batcher.suspects.check
             workers = self.pool.num_workers or 1
             await asyncio.to_thread(check, message.inputs, client, workers)
-        future = self.batcher.put(message.inputs, arrived, deadline, client)
-        answer = await _first(future, receive, deadline + TO_ANSWER - time.monotonic())
-        if answer is None and self.pool.num_ready == 0:
-            raise RequestError(503, "unavailable", "no worker computed it: no worker is up")
-        if answer is None:
-            raise RequestError(504, "late", "too few results arrived within the deadline")
-        if version not in ("", answer.version):
-            raise RequestError(503, "unavailable", f"version {version} was replaced meanwhile")
-        coverage = answer.report.coverage and (message.coverage or answer.report.coverage)
         rows = message.inputs[0].shape[0]
-        estimated = sum(answer.estimated[answer.rows])
+        futures = list[asyncio.Future[Any]]()
+        try:
+            for at in range(0, rows, self.max_rows):
+                inputs = [x[at : at + self.max_rows] for x in message.inputs]
+                futures.append(self.batcher.put(inputs, arrived, deadline, client))
+            answers = await _first(futures, receive, deadline + TO_ANSWER - time.monotonic())
+        finally:
+            for future in futures:
+                future.cancel()
+        if answers is None and self.pool.num_ready == 0:
+            raise RequestError(503, "unavailable", "no worker computed it: no worker is up")
+        if answers is None:
+            raise RequestError(504, "late", "too few results arrived within the deadline")
+        versions = {answer.version for answer in answers}
+        if len(versions) > 1 or version not in ("", *versions):
+            why = f"version {version or min(versions)} was replaced meanwhile"
+            raise RequestError(503, "unavailable", why)
+        level = answers[0].report.coverage
+        coverage = level and (message.coverage or level)
+        estimated = sum(sum(answer.estimated[answer.rows]) for answer in answers)
         parameters = {"coverage": coverage} if coverage else {}
         parameters["estimated_rows"] = estimated
-        about = {"model_name": self.name, "model_version": answer.version, "parameters": parameters}
-        about |= {"id": message.id} if message.id else {}
-        tensors = ((x, answer.output(x, message.coverage), how) for x, how in message.outputs)
-        body, length = written(about, "outputs", tensors)
+        about: dict[str, Any] = {"model_name": self.name, "model_version": answers[0].version}
+        about |= {"parameters": parameters} | ({"id": message.id} if message.id else {})
+        wanted = message.outputs
+
+        def write() -> Any:
+            tensors = list[tuple[TensorSpec, Tensor, bool]]()
+            for spec, is_binary in wanted:
+                found = [answer.output(spec, message.coverage) for answer in answers]
+                tensors.append((spec, found[0] if len(found) == 1 else torch.cat(found), is_binary))
+            return written(about, "outputs", tensors)
+
+        named = [(x.outputs.get(spec.name), x.rows) for x in answers for spec, _ in wanted]
+        numbers = sum(x[rows].numel() for x, rows in named if x is not None)
+        response = await self._written(write, numbers)
         now = time.monotonic()
         self.answers.append((now, now - arrived, rows, estimated))
         self.metrics.answered(now - arrived)
+        return response
+
+    async def _written(self, write: Callable[[], Any], numbers: int) -> Response:
+        """Return an answer. One of many numbers is written in a thread, and sent as it is read."""
+        size = numbers * _NUMBER_BYTES
+        is_wide = size > _AT_ONCE
+        if not is_wide:
+            pieces, length = write()
+        elif self.unread and self.unread + size > _UNREAD:
+            raise RequestError(503, "queue_full", "too many bytes of answers are not read")
+        else:
+            self.unread += size
+            try:
+                loop = asyncio.get_running_loop()
+                pieces, length = await loop.run_in_executor(self.writer, write)
+            except BaseException:
+                self.unread -= size
+                raise
+        headers = {"content-length": str(sum(map(len, pieces)))}
+        if length is not None:
+            headers["Inference-Header-Content-Length"] = str(length)
         kind = "application/json" if length is None else "application/octet-stream"
-        size = None if length is None else {"Inference-Header-Content-Length": str(length)}
-        return Response(body, headers=size, media_type=kind)
+        if is_wide:
+            return _Wide(self, size, pieces, headers=headers, media_type=kind)
+        return Response(b"".join(pieces), headers=headers, media_type=kind)
 
     async def _refuse(self, request: Request, error: Exception) -> Response:
         """Answer a request that failed or is refused, and count why."""
@@ -382,30 +435,56 @@ class App(Starlette):
         return JSONResponse({"error": why}, error.status_code, error.headers)
 
 
-async def _first(future: asyncio.Future[Any], receive: Receive, seconds: float) -> Batch | None:
-    """Return the answer, None if time runs out first, or raise if the client disconnects."""
+async def _first(futures: Sequence[Any], receive: Receive, seconds: float) -> list[Batch] | None:
+    """Return all answers, None if time runs out first, or raise if the client disconnects."""
     loop = asyncio.get_running_loop()
     tasks = list[asyncio.Task[None]]()
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        if not future.done():
-            future.set_exception(RequestError(499, "disconnected", "the client has gone"))
+        for future in futures:
+            if not future.done():
+                future.set_exception(RequestError(499, "disconnected", "the client has gone"))
 
     def expire() -> None:
-        if not future.done():
-            future.set_result(None)
+        for future in futures:
+            if not future.done():
+                future.set_result(None)
 
     begin = loop.call_later(_WATCH, lambda: tasks.append(loop.create_task(watch())))
     end = loop.call_later(seconds, expire)
-    try:
-        return cast("Batch | None", await future)  # once it is done, no queue has the request
+    try:  # once a future is done, no queue has its request
+        found = [await futures[0]] if len(futures) == 1 else await asyncio.gather(*futures)
+        return None if None in found else found
     finally:
         begin.cancel()
         end.cancel()
         for task in tasks:
             task.cancel()
+
+
+class _Wide(Response):
+    """An answer that is sent as its client reads it, piece by piece."""
+
+    def __init__(self, owner: App, size: int, pieces: Sequence[Any], **how: Any) -> None:
+        self._owner = owner
+        self._size = size
+        self._pieces = deque(pieces)
+        super().__init__(**how)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        try:
+            await send(start)
+            while self._pieces:
+                piece = self._pieces.popleft()
+                for at in range(0, len(piece), _AT_ONCE):
+                    body = bytes(piece[at : at + _AT_ONCE])
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            self._owner.unread -= self._size
 
 
 def deployment(factory: Callable[[], App], **options: Any) -> Any:

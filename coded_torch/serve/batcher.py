@@ -154,7 +154,7 @@ class Batcher:
         self._on_batch = on_batch
         self._states = states
         self._max_rows = max_batch_size
-        self._max_queued = max_queued_requests
+        self.max_queued = max_queued_requests
         self._slots = slots
         self._queue: dict[_Entry, None] = {}  # the first to arrive is first
         self._rows = 0  # the rows of the queue
@@ -184,8 +184,8 @@ class Batcher:
 
         If the workers hang, only a request that is read is refused: a wrong one gets 400 even then.
         """
-        if len(self._queue) >= self._max_queued:
-            raise RequestError(503, "queue_full", f"{self._max_queued} requests are waiting")
+        if len(self._queue) >= self.max_queued:
+            raise RequestError(503, "queue_full", f"{self.max_queued} requests are waiting")
         # An idle server takes anything: only a batch can show that workers are fast again.
         if not (self._ongoing or self._queue):
             return

@@ -33,16 +33,19 @@ else:
 
 # Bounds of bodies, which are not tuned.
 _TOGETHER = 2**27  # bytes of all bodies that are being read, unless four of one model are more
+_DIVIDED = 2**26  # bytes of a body of several batches
 _READING = 5.0  # seconds in which a body must come
 _UNPACKED, _RATIO = 2**20, 32  # bytes that any packed body may have, and more by its packed size
-_PIECE = 2**16  # bytes that are parsed at once: 1 ms, for which the event loop may wait
+_AT_ONCE = 2**16  # bytes of a body that are parsed in the event loop: 1 ms
+_PIECE = 2**14  # bytes that are parsed at once in a thread: .3 ms, for which the loop may wait
 
 _MOST_LISTS = 1000  # lists of numbers that are set aside; a further list is JSON like any other
-# Numbers, or strings that are not nested. Whatever the text, this takes time linear in it: no
-# string of a list stands before a colon.
+# Strings that are not nested. Whatever the text, a match takes time linear in it: no string of a
+# list stands before a colon.
 _STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
-_STRINGS = rb"\[\s*%b(?:\s*,\s*%b)*\s*\]" % (_STRING, _STRING)
-_LIST = re.compile(rb'("data"\s*:\s*)(\[[^"{}]*\]|%b)' % _STRINGS, re.DOTALL)
+_STRINGS = re.compile(rb"\[\s*%b(?:\s*,\s*%b)*\s*\]" % (_STRING, _STRING), re.DOTALL)
+_LIST = re.compile(rb'"data"\s*:\s*(?=\[)')
+_END = re.compile(rb'["{}]')
 _NO_COMMAS = bytes(set(range(256)) - set(b"[,]"))
 _NO_BRACKETS = bytes.maketrans(b"[]", b"  ")
 
@@ -72,12 +75,20 @@ class Reader:
     """
 
     def __init__(
-        self, inputs: Sequence[TensorSpec], outputs: Any, max_rows: int, examples: Any = ()
+        self,
+        inputs: Sequence[TensorSpec],
+        outputs: Any,
+        max_rows: int,
+        batches: int = 1,
+        examples: Any = (),
     ) -> None:
-        self.inputs, self.outputs, self.max_rows = inputs, outputs, max_rows
+        self.inputs, self.outputs, self.max_rows = inputs, outputs, batches * max_rows
         shown = [TensorSpec.of("", x) for x in examples]  # may be larger than any of an open size
         # Bytes of one body, packed and unpacked.
-        self.most = max(wire.most_bytes(each, max_rows) for each in (inputs, shown))
+        self.most = max(
+            max(wire.most_bytes(x, max_rows), min(_DIVIDED, wire.most_bytes(x, self.max_rows)))
+            for x in (inputs, shown)
+        )
         self.left = max(_TOGETHER, 4 * self.most)
         self.thread = ThreadPoolExecutor(1, "coded_torch parse")
 
@@ -110,7 +121,7 @@ class Reader:
                     if self.left < 0:
                         why = "too many bytes of requests are being read"
                         raise RequestError(503, "queue_full", why)
-            if encoding == "identity" and len(body) <= _PIECE:
+            if encoding == "identity" and len(body) <= _AT_ONCE:
                 return work()
             late = "the body was not parsed within the deadline"
             async with timeout(deadline - time.monotonic()):
@@ -141,57 +152,92 @@ def _too_large(most: int, where: str = "") -> RequestError:
     return RequestError(413, "too_large", f"the body must be at most {most} bytes, unpacked{where}")
 
 
-def _lists(head: bytearray) -> tuple[bytes | bytearray, dict[int, bytearray]]:
-    """Return JSON with i in place of the list i named "data", and the lists as text.
+def _yield(until: float) -> None:
+    """Let the event loop run, which waits for the interpreter's lock; TimeoutError after a time."""
+    time.sleep(0)
+    if time.monotonic() > until:
+        raise TimeoutError
+
+
+def _lists(head: bytearray, until: float) -> tuple[bytes | bytearray, dict[int, slice]]:
+    """Return JSON with i in place of the list i named "data", and where the lists are.
 
     A list is found and not read: one of numbers ends before the next string or the end of its
     object, and strings are not nested. Any other list may remain in the JSON, and so do lists of
     bodies that are parsed at once.
     """
-    lists = dict[int, bytearray]()
+    lists = dict[int, slice]()
+    kept = bytearray()
+    at = 0
+    while len(head) > _AT_ONCE and len(lists) < _MOST_LISTS:
+        found = _LIST.search(head, at, at + wire.HEADER - len(kept))
+        if found is None:
+            break
+        begin = found.end()
+        place = begin
+        strings = _STRINGS.match(head, begin)
+        while (stop := _END.search(head, place, place + _PIECE)) is None and place < len(head):
+            place += _PIECE
+            _yield(until)
+        end = head.rfind(b"]", begin, stop.start() if stop else len(head)) + 1
+        end = strings.end() if strings else end
+        if not end:  # it is no list of numbers
+            kept += head[at : begin + 1]
+            at = begin + 1
+            continue
+        kept += head[at:begin] + b"%d" % len(lists)
+        lists[len(lists)] = slice(begin, end)
+        at = end
+    size = len(kept) + len(head) - at
+    require(size <= wire.HEADER, "the bytes of JSON beside numbers", f"at most {wire.HEADER}", size)
+    return kept + head[at:] if kept else head, lists
 
-    def aside(found: re.Match[bytes]) -> bytes:
-        lists[len(lists)] = bytearray(found[2])
-        return b"%b%d" % (found[1], len(lists) - 1)
 
-    shortened = _LIST.sub(aside, head, _MOST_LISTS) if len(head) > _PIECE else head
-    must = f"at most {wire.HEADER}"
-    require(len(shortened) <= wire.HEADER, "the bytes of JSON beside numbers", must, len(shortened))
-    return shortened, lists
-
-
-def _tensor(text: bytearray, until: float, name: str, spec: TensorSpec, shape: list[int]) -> Any:
+def _tensor(
+    body: bytearray, place: slice, until: float, name: str, spec: TensorSpec, shape: list[int]
+) -> Any:
     """Return a tensor of the numbers in a list, flat or nested like the shape, or strings."""
+    at, end = place.start, place.stop
     if spec.is_text:
         most = wire.HEADER + wire.TEXT * shape[0]
-        require(len(text) <= most, f"the bytes of data of {name}", f"at most {most}", len(text))
-        return wire.from_json(name, spec, shape, orjson.loads(text))
-    count, nested = math.prod(shape), b""
+        require(end - at <= most, f"the bytes of data of {name}", f"at most {most}", end - at)
+        return wire.from_json(name, spec, shape, orjson.loads(bytes(body[place])))
+    count = math.prod(shape)
     must = f"{count} numbers of {spec.datatype}, in one list or nested as the shape {shape}"
-    wrong = ValueError(f"data of {name} must be {must}, got {str(text[:80], errors='replace')}")
+    shown = str(body[at : min(end, at + 80)], errors="replace")
+    wrong = ValueError(f"data of {name} must be {must}, got {shown}")
     most = wire.HEADER + wire.NUMBER * count
-    require(len(text) <= most, f"the bytes of data of {name}", f"at most {most}", len(text))
-    if len(text) <= 2 * count:
+    require(end - at <= most, f"the bytes of data of {name}", f"at most {most}", end - at)
+    if end - at <= 2 * count:
         raise wrong
+    nested = b""
     for size in reversed(shape):
         nested = b"[%b]" % ((nested + b",") * size)[:-1]
-    if text.translate(None, _NO_COMMAS) not in (nested, b"[%b]" % (b"," * (count - 1))):
-        raise wrong
-    text, at, tensors = text.translate(_NO_BRACKETS), 0, list[Tensor]()
-    while at < len(text):
-        end = text.find(b",", at + _PIECE)
-        piece = text[at : end if end >= 0 else len(text)]
-        at += len(piece) + 1
+    marks = {nested: 0, b"[%b]" % (b"," * (count - 1)): 0}  # brackets and commas, and how many fit
+    numbers = torch.empty(count, dtype=spec.dtype)
+    filled = 0
+    while at < end:
+        comma = body.find(b",", at + _PIECE, end)
+        stop = comma + 1 or end
+        piece = bytes(body[at:stop])
+        at = stop
+        found = piece.translate(None, _NO_COMMAS)
+        marks = {x: n + len(found) for x, n in marks.items() if x[n : n + len(found)] == found}
+        text = piece.translate(_NO_BRACKETS)
+        text = text[:-1] if comma >= 0 else text
+        size = text.count(b",") + 1
         try:
-            numbers = orjson.loads(b"[%b]" % bytes(piece))
-            tensors.append(wire.from_json(name, spec, [piece.count(b",") + 1], numbers))
+            require(bool(marks) and filled + size <= count, "", "", "")
+            values = wire.from_json(name, spec, [size], orjson.loads(b"[%b]" % text))
         except ValueError:
             raise wrong from None
-        if at < len(text):
-            time.sleep(0)  # lets the event loop run, which waits for the interpreter's lock
-            if time.monotonic() > until:
-                raise TimeoutError
-    return torch.cat(tensors).reshape(shape)
+        numbers[filled : filled + size] = values
+        filled += size
+        if at < end:
+            _yield(until)
+    if filled != count or not any(len(x) == n for x, n in marks.items()):
+        raise wrong
+    return numbers.reshape(shape)
 
 
 def parse(
@@ -208,7 +254,8 @@ def parse(
     wrong, its requirement and value. A TimeoutError ends the parsing of numbers at ``until``.
     """
     head, tail = wire.split(body, header_length)
-    shortened, lists = _lists(bytearray(head) if tail else body)
+    text = bytearray(head) if tail else body
+    shortened, lists = _lists(text, until)
     try:
         message = orjson.loads(shortened)
     except orjson.JSONDecodeError as error:
@@ -226,7 +273,7 @@ def parse(
     for entry in listed if {dict} == {*map(type, listed)} else ():
         data = entry.get("data")
         if type(data) is int and data in lists:  # numbers are read when their shape is known
-            entry["data"] = functools.partial(_tensor, lists.pop(data), until)
+            entry["data"] = functools.partial(_tensor, text, lists.pop(data), until)
     given = wire.tensors_of("input", listed, inputs, tail, range(1, max_rows + 1))
     tensors = [given[spec.name] for spec in inputs]
     rows = [tensor.shape[0] for tensor in tensors]

@@ -22,6 +22,7 @@ from torch import nn
 from coded_torch import Waiting
 from coded_torch.nn import CodedWrapper
 from coded_torch.serve import App, TensorSpec, protocol, specs
+from coded_torch.serve import application as application_module
 from coded_torch.stragglers import Trace
 from coded_torch.testing.helpers import until
 from coded_torch.workers import DeviceWorkers, LocalWorkers, ProcessWorkers, WorkerError
@@ -165,9 +166,9 @@ def test_packed_bodies(client, encoding, squeeze):
         (b"x", {"Content_Encoding": "gzip"}, 400, "must be one complete gzip"),
         (gzip.compress(b"{}")[:-4], {"Content_Encoding": "gzip"}, 400, "one complete gzip stream"),
         (gzip.compress(b"{}") * 2, {"Content_Encoding": "gzip"}, 400, "one complete gzip stream"),
-        (gzip.compress(bytes(2**27)), {"Content_Encoding": "gzip"}, 413, "at most 71680 bytes"),
-        (zlib.compress(bytes(2**27)), {"Content_Encoding": "deflate"}, 413, "at most 71680 bytes"),
-        (bytes(71681), {}, 413, "at most 71680 bytes"),
+        (gzip.compress(bytes(2**27)), {"Content_Encoding": "gzip"}, 413, "at most 163840 bytes"),
+        (zlib.compress(bytes(2**27)), {"Content_Encoding": "deflate"}, 413, "at most 163840 bytes"),
+        (bytes(163841), {}, 413, "at most 163840 bytes"),
         (b"{}", {"Inference_Header_Content_Length": "3"}, 400, "at most the length of the body"),
     ],
 )
@@ -249,7 +250,7 @@ def test_bodies_that_do_not_come_take_no_slots(patient):
 
 def test_all_bodies_together_are_bounded(monkeypatch, patient):
     monkeypatch.setattr(protocol, "_TOGETHER", 0)
-    application = built(**patient)
+    application = built(**patient, max_batch_size=60)
     most = application.reader.left
     head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {2**16}\r\n\r\n".encode()
     with serving(application) as port, Client(port) as client, contextlib.ExitStack() as stack:
@@ -548,3 +549,88 @@ def test_a_module_that_ends_its_workers_does_not_become_ready():
     with pytest.raises(WorkerError, match="exit code 3"):
         application.load()
     application.pool.close()
+
+
+class Widened(nn.Module):
+    """Returns each number of a row many times."""
+
+    def forward(self, x):
+        return x.repeat_interleave(20_000, 1)
+
+
+WIDE = [TensorSpec("output", "FP32", (60_000,))]
+
+
+@pytest.mark.parametrize("is_binary", [False, True])
+def test_a_wide_answer_is_sent_in_pieces(is_binary):
+    body = ONE | {"parameters": {"binary_data_output": is_binary}}
+    with serving(built(Widened(), outputs=WIDE)) as port, Client(port) as client:
+        status, headers, answer = client.send("POST", PATH, json.dumps(body))
+        assert client.get("/v2")[0] == 200  # over the same connection
+    length = int(headers["Inference-Header-Content-Length"] or len(answer))
+    (output,) = json.loads(answer[:length])["outputs"]
+    data = (
+        output["data"]
+        if "data" in output
+        else torch.frombuffer(bytearray(answer[length:]), dtype=torch.float32)
+    )
+    assert status == 200
+    assert torch.equal(torch.as_tensor(data).reshape(2, -1), Widened()(torch.tensor(ROWS)))
+
+
+def test_answers_that_nobody_reads_are_bounded_together(monkeypatch):
+    monkeypatch.setattr(application_module, "_UNREAD", 2**22)
+    application = built(Widened(), outputs=WIDE, max_batch_size=16)
+    many = {"inputs": [tensor([[0.123456, 2.0, 3.0]] * 16)]}  # 960,000 numbers, some 10 MB
+    content = json.dumps(many).encode()
+    asked = b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (
+        PATH.encode(),
+        len(content),
+    )
+    with serving(application) as port, Client(port) as client:
+        with socket.create_connection(("127.0.0.1", port)) as slow:
+            slow.sendall(asked + content)
+            until(lambda: application.unread)
+            status, answer = client.infer(many)
+            assert (status, "answers are not read" in answer["error"]) == (503, True)
+            assert (
+                client.infer({"inputs": [tensor(ROWS)], "outputs": [{"name": "source"}]})[0] == 200
+            )
+        until(lambda: not application.unread)
+        assert client.infer(many)[0] == 200
+
+
+def test_a_request_of_more_rows_than_a_batch_is_divided():
+    sizes = []
+
+    class Noting(nn.Module):
+        def forward(self, x):
+            sizes.append(len(x))
+            return 2 * x[:, :2]
+
+    rows = torch.arange(30.0).reshape(10, 3)
+    wanted = [{"name": "output"}, {"name": "source"}]
+    with serving(built(Noting(), max_batch_size=4)) as port, Client(port) as client:
+        status, answer = client.infer({"inputs": [tensor(rows)], "outputs": wanted, "id": "a"})
+        (output, source) = answer["outputs"]
+        many = {"inputs": [tensor(torch.zeros(65, 3))]}
+        assert "must be from 1 to 64, got 65" in client.infer(many)[1]["error"]
+    assert (status, answer["id"], output["shape"]) == (200, "a", [10, 2])
+    assert output["data"] == (2 * rows[:, :2]).flatten().tolist()
+    assert source["data"] == [0] * 10
+    assert max(sizes) <= 4
+
+
+def test_a_divided_request_is_refused_as_a_whole(held):
+    application = holding(held, max_batch_size=2, max_queued_requests=4)
+    with serving(application) as port, Client(port) as client, Client(port) as other:
+        other.connection.request(
+            "POST", PATH, json.dumps({"inputs": [tensor([[1.0, 1.0, 1.0]] * 8)]})
+        )
+        until(lambda: len(application.batcher._queue) >= 2)
+        status, _ = client.infer({"inputs": [tensor([[2.0, 1.0, 1.0]] * 8)]})
+        queued = len(application.batcher._queue)
+        held.go.set()
+        assert other.connection.getresponse().status == 200
+    assert status == 503
+    assert queued <= 4

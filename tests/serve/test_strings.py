@@ -64,7 +64,7 @@ def asked(texts=TEXTS, binary=False, shape=None, **changes):
 @pytest.mark.parametrize("piece", [0, 2**16])
 @pytest.mark.parametrize("row", [(), (1,)])
 def test_strings_are_read_in_json_and_in_binary(row, piece, monkeypatch):
-    monkeypatch.setattr(protocol, "_PIECE", piece)
+    monkeypatch.setattr(protocol, "_AT_ONCE", piece)
     inputs = [TensorSpec("texts", "BYTES", row)]
     shape = [len(TEXTS), *row]
     nested = [[text] for text in TEXTS] if row else TEXTS
