@@ -87,7 +87,9 @@ class Part:
     #: The places of workers that must not compute it, and of workers that do if no other is idle.
     avoid: frozenset[int] = frozenset()
     tried: frozenset[int] = frozenset()
-    spares: bool = False  #: true if another worker must stay idle, while its line is computed
+    #: Whether another worker must stay idle, while its line is computed or a worker that ended at
+    #: it has no successor.
+    spares: bool = False
     request: Any = None  #: the request that has asked a dispatcher for it
     content: Any = None  #: what a dispatcher sends to the worker; None until it is ready
     # ---

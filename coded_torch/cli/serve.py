@@ -1,16 +1,21 @@
 """The command ``coded-torch serve``."""
 
 import contextlib
+import ctypes
 import logging
+import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import ssl
 import sys
+import tempfile
 import threading
 import warnings
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +25,7 @@ from ..nn import CodedWrapper
 from ..stragglers import Bernoulli
 from ..surrogates import Memory
 from ..workers import FaultyWorkers
+from ..workers.torchscript import with_scripts
 from . import POOL_NAMES, CommandError, find_model, make_model, need, processes, say, usage
 
 #: The factory of the embedded LeNet-5.
@@ -27,6 +33,10 @@ LENET5 = "coded_torch.demo:lenet5_and_digits"
 # Deadlines of one part after which a worker counts as hung, but at least a second. A kill costs a
 # restart, so it waits for ten times as long as any client; it was not tuned.
 _HANG_TIMEOUT = 10
+
+
+_NICE = 10  # of the process that makes the next version, while the present one answers
+_PR_SET_PDEATHSIG = 1  # Linux: a process gets a signal at the end of the one that started it
 
 
 def serve(args: Namespace) -> None:
@@ -174,7 +184,58 @@ def _own(args: Namespace) -> tuple[nn.Module, dict[str, Any]]:
         with usage(args.factory, prefix="specs: "):
             inputs, outputs = specs(model, examples, fixed_shapes=args.fixed_shapes)
     found = {"inputs": inputs, "outputs": outputs, "examples": examples}
-    return model, found | {"make": lambda: make_model(args, factory)[0]}
+    make = _Apart(args) if ":" in args.factory else lambda: make_model(args, factory)[0]
+    return model, found | {"make": make}
+
+
+class _Apart:
+    """Makes a factory's module in a process of its own, which cannot stop this one."""
+
+    def __init__(self, args: Namespace) -> None:
+        self._args = args
+        self._process: Any = None
+
+    def __call__(self) -> nn.Module:
+        context = multiprocessing.get_context("spawn")
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{folder}/module"
+            ours, theirs = context.Pipe(duplex=False)
+            how = self._args, path, theirs, os.getpid()
+            self._process = context.Process(target=_make_apart, args=how, daemon=True)
+            with theirs:
+                self._process.start()
+            with ours:
+                try:
+                    error = ours.recv()
+                except EOFError:
+                    error = RuntimeError(f"the process that made {self._args.factory} has ended")
+            self._process.join()
+            if error is not None:
+                raise error
+            module: nn.Module = torch.load(path, weights_only=False, mmap=True)
+            return module
+
+    def cancel(self) -> None:
+        """End the process, and so the call."""
+        self._process.kill()
+
+
+def _make_apart(args: Namespace, path: str, link: Any, parent: int) -> None:
+    """Save the module of a factory, and send the error that it raised, or None."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # it may hold the interpreter's lock
+    if os.getppid() != parent:
+        return
+    os.nice(_NICE)
+    error: BaseException | None = None
+    try:
+        names = {"__name__": "pickle", "Pickler": with_scripts(pickle.Pickler)}
+        torch.save(make_model(args)[0], path, pickle_module=SimpleNamespace(**names))
+    except BaseException as cause:  # SystemExit, too
+        error = cause
+    try:
+        link.send(error)
+    except Exception:  # it cannot be pickled
+        link.send(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None:

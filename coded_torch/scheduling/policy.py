@@ -113,8 +113,9 @@ class Waiting:
             "estimate" estimates such a row, and any other that nobody could compute. Defaults to
             "raise".
         at_once, num_stragglers: set by :meth:`first`.
-        spares: whether a late part of one row is hedged only while a further worker is idle. Set by
-            servers, so that a row that hangs on any worker leaves one for other requests.
+        spares: whether a part of one row that is late, or has ended its worker, is asked for again
+            only while a further worker is idle. Set by servers, so that a row that hangs or ends
+            any worker leaves one for other requests.
 
     Example:
         >>> from coded_torch import Waiting
@@ -372,8 +373,10 @@ class _Decisions:
         why = "hedge" if of.outcome is OPEN else "retry"
         new = [self.unasked.popleft() for _ in range(min(len(self.unasked), len(missing)))]
         units = sorted(new + missing[len(new) :])
-        again = self.waiting.spares or any(other.why == "hedge" for other in of.line())
-        spares = again and why == "hedge"
+        again = any(other.why == "hedge" for other in of.line())
+        spares = (again and why == "hedge") or (
+            self.waiting.spares and (why == "hedge" or of.kind == "died")
+        )
         for i in range(num):
             share = units[i * len(units) // num : (i + 1) * len(units) // num]
             # Calls that decide at the same time see the same idle workers.

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import torch
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -205,6 +207,7 @@ class App(Starlette):
             Route("/v2/models/stats", self._statistics),
             Route("/v2/repository/index", self._index, methods=["POST"]),
             Route(f"/v2/repository/models/{name}/load", self._versions.load, methods=["POST"]),
+            Route(f"/v2/repository/models/{name}/unload", self._versions.cancel, methods=["POST"]),
         ]
         self._path = f"/v2/models/{name}"
         for path in (self._path, f"{self._path}/versions/{{version}}"):
@@ -282,8 +285,10 @@ class App(Starlette):
 
         Raises:
             RuntimeError: the application is not ready, has no ``make``, or loads a version already;
-                or not all workers loaded it in time.
-            TypeError, ValueError: it is the present module, or its inputs or outputs are others.
+                or not all workers loaded it in time; or ``POST /v2/repository/models/NAME/unload``
+                cancelled the load.
+            TimeoutError: the load did not end within 15 minutes.
+            TypeError, ValueError: it is the present module, or its outputs are others.
             Exception: of ``make``, or as :class:`~coded_torch.workers.WorkerError` of the module.
         """
         return self._versions.renew()
@@ -324,8 +329,11 @@ class App(Starlette):
     async def _index(self, _: Request) -> Response:
         """List the model, as Triton lists its repository."""
         state = "READY" if self.ready else "UNAVAILABLE"
-        found = {"name": self.name, "version": self.version, "state": state, "reason": ""}
-        return JSONResponse([found])
+        found = [{"name": self.name, "version": self.version, "state": state, "reason": ""}]
+        if self._versions.is_loading:
+            following = str(int(self.version) + 1)
+            found.append(found[0] | {"version": following, "state": "LOADING"})
+        return JSONResponse(found)
 
     async def _statistics(self, _: Request) -> Response:
         """Return the numbers and the times of requests and batches, as Triton does."""
@@ -351,10 +359,6 @@ class App(Starlette):
         client = (scope.get("client") or ("",))[0]
         if is_loopback(client) or is_forwarded(headers):
             client = ""  # it may be anybody's
-        if self.batcher.suspects:
-            check = self.batcher.suspects.check
-            workers = self.pool.num_workers or 1
-            await asyncio.to_thread(check, message.inputs, client, workers)
         rows = message.inputs[0].shape[0]
         futures = list[asyncio.Future[Any]]()
         try:
@@ -386,11 +390,12 @@ class App(Starlette):
             tensors = list[tuple[TensorSpec, Tensor, bool]]()
             for spec, is_binary in wanted:
                 found = [answer.output(spec, message.coverage) for answer in answers]
-                tensors.append((spec, found[0] if len(found) == 1 else torch.cat(found), is_binary))
+                join = np.concatenate if spec.is_text else torch.cat
+                tensors.append((spec, found[0] if len(found) == 1 else join(found), is_binary))
             return written(about, "outputs", tensors)
 
         named = [(x.outputs.get(spec.name), x.rows) for x in answers for spec, _ in wanted]
-        numbers = sum(x[rows].numel() for x, rows in named if x is not None)
+        numbers = sum(math.prod(x[rows].shape) for x, rows in named if x is not None)
         response = await self._written(write, numbers)
         now = time.monotonic()
         self.answers.append((now, now - arrived, rows, estimated))

@@ -8,6 +8,7 @@ import itertools
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
@@ -35,6 +36,9 @@ _BATCHES = 64
 # Seconds before the deadline that are kept to write the answers, and after it in which they may
 # still be written. It trades estimated rows against late answers and was not tuned.
 TO_ANSWER = 0.01
+# A batch takes unusually long after so many of its usual times, and seconds. Its rows may hold a
+# part of the workers. It trades the waiting of equal rows against workers that hang; not tuned.
+_LATE, _SOONEST, _SHARE = 4.0, 0.005, 3
 _MOST_BATCHES = 1024  # threads, each of which runs a batch; a bound, not tuned
 
 
@@ -121,6 +125,7 @@ class _Entry:
         self.rows = inputs[0].shape[0]
         self.trace = tracing.here()
         self.shapes: list[Any] = [x.shape[1:] for x in inputs]
+        self.digests = list[bytes]()  # of the rows, once they are needed
         self.future: asyncio.Future[Batch] = asyncio.get_running_loop().create_future()
 
     def fits(self, other: _Entry) -> bool:
@@ -165,6 +170,7 @@ class Batcher:
         self._timer: asyncio.TimerHandle | None = None
         # Begin, rows, parts and deadline of each running batch.
         self._ongoing: dict[asyncio.Task[None], tuple[float, int, int, float]] = {}
+        self._batches: dict[asyncio.Task[None], list[_Entry]] = {}
         self._threads = ThreadPoolExecutor(_MOST_BATCHES, "coded_torch batch")
         #: Rows that hang or end workers.
         self.suspects = Suspects()
@@ -256,23 +262,57 @@ class Batcher:
             ran = time.monotonic(), rows, parts, until
             task = asyncio.get_running_loop().create_task(self._run(batch, ran))
             self._ongoing[task] = ran
+            self._batches[task] = batch
         if self._timer:
             self._timer.cancel()
         if self._queue:  # nothing tells when rows of calls that have ended are computed
             self._timer = asyncio.get_running_loop().call_later(TO_ANSWER, self._fill)
 
+    def _digests(self, entry: _Entry) -> list[bytes]:
+        if not entry.digests:
+            digest = self.suspects.digest
+            entry.digests = [digest(entry.inputs, row) for row in range(entry.rows)]
+        return entry.digests
+
+    def _late_rows(self) -> Counter[bytes]:
+        """Return how many batches that take unusually long have a row, by its digest."""
+        found = Counter[bytes]()
+        now = time.monotonic()
+        for task, (begin, rows, parts, until) in self._ongoing.items():
+            usual = self._usual(-(-rows // parts)) * _LATE or (until - begin) / 2
+            if now - begin > max(usual, _SOONEST):
+                for entry in self._batches[task]:
+                    found.update(self._digests(entry))
+        return found
+
     def _take(self) -> list[_Entry]:
-        """Take the next batch. Requests with at most half their usual time get a 504."""
+        """Take the next batch. Requests with at most half their usual time get a 504.
+
+        Rows of batches that take unusually long wait, so that they do not hang all workers.
+        """
+        slots = self._slots()[0]
+        late = self._late_rows()
         batch = list[_Entry]()
         rows = 0
         # All slots share the rows: one batch of all leaves workers idle.
         every = self._rows + sum(rows for _, rows, _, _ in self._ongoing.values())
-        most = min(self._max_rows, -(-every // self._slots()[0]))
+        most = min(self._max_rows, -(-every // slots))
         for entry in list(self._queue):
             hopeless = entry.deadline - time.monotonic() <= 0.5 * self._usual(entry.rows)
             if hopeless and (batch or self._ongoing or len(self._queue) > 1):
                 self._remove(entry)  # this deadline would end the batch before any result
                 continue
+            if entry.future.done():
+                continue
+            if late or self.suspects:
+                digests = self._digests(entry)
+                try:
+                    self.suspects.check(digests, entry.client, slots)
+                except RequestError as error:
+                    entry.future.set_exception(error)
+                    continue
+                if any(late[digest] >= max(1, slots // _SHARE) for digest in digests):
+                    continue
             if batch and not batch[0].fits(entry):
                 continue  # the next batch takes it
             if batch and rows + entry.rows > most:
@@ -320,7 +360,8 @@ class Batcher:
         finally:
             # From slot to slot: the delays of the loop count, as the next batch suffers them too.
             self._history.add([(longest, time.monotonic() - begin)], None)
-            del self._ongoing[cast("asyncio.Task[None]", asyncio.current_task())]
+            task = cast("asyncio.Task[None]", asyncio.current_task())
+            del self._ongoing[task], self._batches[task]
         if not late:
             self._hung = False
             self._answered = time.monotonic()

@@ -13,11 +13,14 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 # Bounds, which are not tuned.
 _MOST_CONNECTIONS = 2048
+_BACKLOG = 2048  # connections that wait to be accepted
+_ACCEPTED = 16  # connections per turn of the loop, in which each takes .2 ms
 _HEADER_BYTES = 2**14  # of a request
 _FRAMING_BYTES = 2**12  # of a body, beside its content and as many bytes again
 _SLICE, _SLICES = 2**10, 2  # bytes that are parsed at once, and how often per turn of the loop
 _HEADERS_SECONDS, _ANSWER_SECONDS, _WATCH_SECONDS = 5.0, 30.0, 1.0
-_LOOK_SECONDS = 0.05  # between two looks whether a client that sends no more reads its answer
+_LOOK_SECONDS = 0.1  # between two looks whether a client that sends no more reads its answer
+_DISCARD_SECONDS = 0.02  # between two reads of a body that is not wanted any more, 256 KB each
 _KEEP_ALIVE = 75  # seconds, nginx's default: clients keep connections for longer than uvicorn's 5
 # Seconds without a request after which a connection ends with the server: a client that has an
 # answer asks again within some milliseconds.
@@ -88,6 +91,7 @@ class _Connection(HttpToolsProtocol):
     spare = _HEADER_BYTES  # bytes that may still come beside content
     content = 0  # bytes that belong to the content, as Content-Length says
     is_incomplete = False  # whether a message has begun and is not complete
+    has_head = False  # whether its headers are complete
     has_ended = False  # whether the client sends no more
     turn: asyncio.Handle | None = None  # the next one in which bytes are parsed
 
@@ -142,6 +146,9 @@ class _Connection(HttpToolsProtocol):
             transport.pause_reading()
             if not self.flow.read_paused:
                 self.go_on()
+        elif self.is_idle and self.has_head:
+            transport.pause_reading()
+            self.loop.call_later(_DISCARD_SECONDS, transport._transport.resume_reading)
         elif not (self.flow.read_paused or transport.is_reading()):
             transport._transport.resume_reading()
 
@@ -150,6 +157,7 @@ class _Connection(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        self.has_head = True
         self.spare = _FRAMING_BYTES
         self.content = int(dict(self.headers).get(b"content-length", 0))
         super().on_headers_complete()
@@ -161,6 +169,7 @@ class _Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self.is_incomplete = False
+        self.has_head = False
         self.content = 0
         self.spare = _HEADER_BYTES
         super().on_message_complete()
@@ -220,6 +229,12 @@ class _Server(uvicorn.Server):
     says so, or once it has been idle for a while.
     """
 
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        for each in [each for server in self.servers for each in server.sockets]:
+            with each.dup() as listening:  # asyncio has one number for both
+                listening.listen(_BACKLOG)
+
     async def shutdown(self, sockets: Any = None) -> None:
         loop = asyncio.get_running_loop()
         self.server_state.default_headers.append((b"connection", b"close"))
@@ -266,7 +281,7 @@ def server(application: Any, **options: Any) -> uvicorn.Server:
         "lifespan": "on",
         "log_level": "warning",
         "access_log": False,
-        "backlog": max(1, _Connection.most // 2),
+        "backlog": _ACCEPTED,
         "timeout_keep_alive": _KEEP_ALIVE,
         "timeout_graceful_shutdown": math.ceil(deadline) + _TO_READ,
     }

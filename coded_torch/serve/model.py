@@ -9,7 +9,7 @@ import ipaddress
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
 from typing import Any
 
 import torch
@@ -25,11 +25,14 @@ from .._torch import flatten, is_texts, sample
 from ..nn import CodedWrapper
 from ..open_inference import TensorSpec
 from ..surrogates import Memory
+from ..workers.live import in_thread
+from .batcher import compute
 from .protocol import RequestError
 
 logger = sparing_logger("coded_torch.serve")
 
-_SECONDS = 120.0  # in which a worker loads a version; a bound, not tuned
+# In which a worker loads a version, and a load ends. Bounds, not tuned.
+_SECONDS, _LOAD_SECONDS = 120.0, 900.0
 # Headers of browsers and of proxies, and how more of them begin.
 _OTHERS = {"origin", "forwarded", "via", "x-request-id", "cf-connecting-ip", "true-client-ip"}
 _OTHERS |= {"x-client-ip", "x-cluster-client-ip"}
@@ -185,6 +188,12 @@ class Versions:
         self._make = make
         self._token = token
         self._loading = threading.Lock()
+        self._stop: Future[None] | None = None  # of the load, which ends by it
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a version is being loaded."""
+        return self._stop is not None
 
     def renew(self) -> str:
         """Do as :meth:`app.renew`."""
@@ -192,8 +201,16 @@ class Versions:
             raise RuntimeError("App: no version can be loaded now, as one is being loaded")
         (coded, version) = self.present
         name = self._app.name
+        stop = self._stop = Future[None]()
         try:
-            module = self._load(coded)
+            made = in_thread(lambda: self._load(coded, stop), "coded_torch load")
+            ends: list[Future[Any]] = [made, stop]
+            wait(ends, _LOAD_SECONDS, FIRST_COMPLETED)
+            if not made.done():
+                getattr(self._make, "cancel", lambda: None)()
+                self._end(TimeoutError(f"App: a load must end within {_LOAD_SECONDS:g} s"))
+                stop.result()
+            module = made.result()
             settings = inspect.signature(CodedWrapper).parameters
             how = {name: getattr(coded, name) for name in settings}
             how["surrogate"] = [  # a copy of a memory is empty
@@ -206,11 +223,18 @@ class Versions:
             logger.error(what, name, self.present[1], type(error).__name__, error)
             raise
         finally:
+            self._stop = None
             self._loading.release()
         logger.info("version %s of %s answers", self.present[1], name)
         return self.present[1]
 
-    def _load(self, coded: CodedWrapper) -> nn.Module:
+    def _end(self, error: Exception) -> None:
+        """End the load, if there is one, by an error."""
+        if (stop := self._stop) is not None:
+            with contextlib.suppress(InvalidStateError):
+                stop.set_exception(error)
+
+    def _load(self, coded: CodedWrapper, stop: Future[None]) -> nn.Module:
         """Return a new module, which every worker has called on two rows of the examples."""
         app = self._app
         if self._make is None or not app.ready:
@@ -229,21 +253,23 @@ class Versions:
             raise ValueError(f"App: make must return another module, got {got}")
         if not coded.module.training:
             module.eval()
-        example = bound(*app.call(app.max_rows))
-        is_fixed = all(-1 not in spec.shape for spec in app.inputs)
-        own, new = (specs(x, example, fixed_shapes=is_fixed) for x in (coded.module, module))
-        if own != new:
-            raise ValueError(f"App: make must return a module with {own}, got {new}")
         pool = coded.workers
-        try:
-            pool.start(module, sample(example), timeout=_SECONDS * len(pool.places or "1"))
+        seconds = _SECONDS * len(pool.places or "1")
+        try:  # the module runs on workers only, as it may hang, or hold the interpreter's lock
+            pool.start(module, sample(bound(*app.call(app.max_rows))), timeout=seconds)
+            rows = [x[:2] for x in app.examples]
+            new = CodedWrapper(module, workers=pool)
+            if not compute(new, app.outputs, app.form, rows, seconds, None).outputs:
+                raise RuntimeError("App: no worker computed the examples")
+            if stop.done():
+                stop.result()
         except Exception:
             _forget(pool, module)
             raise
         return module
 
-    async def load(self, request: Request) -> Response:
-        """Load the next version for a client, as Triton loads a model again."""
+    def _check(self, request: Request) -> None:
+        """Refuse a request that may not load versions."""
         headers = request.headers
         client = request.client
         if self._token is None:
@@ -256,21 +282,23 @@ class Versions:
         if not may:
             must = "a load needs the server's token or, if it has none, a program on its own host"
             raise RequestError(403, "invalid", must)
-        done = Future[str]()
-        done.set_running_or_notify_cancel()  # from now on, nobody can cancel it
 
-        def work() -> None:
-            try:
-                done.set_result(self.renew())
-            except BaseException as error:  # SystemExit, too, which would end the server
-                what = RuntimeError(f"{type(error).__name__}: {error}")
-                done.set_exception(error if isinstance(error, Exception) else what)
+    async def cancel(self, request: Request) -> Response:
+        """End the load that goes on, for a client."""
+        self._check(request)
+        if not self.is_loading:
+            raise RequestError(400, "invalid", "no version is being loaded, and the model stays")
+        self._end(RuntimeError("App: the load was cancelled"))
+        return JSONResponse({})
 
-        # Nothing waits for this thread when the server ends: `make` may take any time.
-        threading.Thread(target=work, daemon=True).start()
+    async def load(self, request: Request) -> Response:
+        """Load the next version for a client, as Triton loads a model again."""
+        self._check(request)
+        # Nothing waits for this thread when the server ends: `make` may take any time. SystemExit,
+        # too, is raised here, which would end the server.
         try:
-            await asyncio.wrap_future(done)
-        except Exception as error:  # of any kind, and as Triton answers
+            await asyncio.wrap_future(in_thread(self.renew, "coded_torch renew"))
+        except (Exception, SystemExit) as error:  # of any kind, and as Triton answers
             why = f"version {self.present[1]} stays: {type(error).__name__}: {error}"
             raise RequestError(400, "failed", why) from None
         return JSONResponse({})

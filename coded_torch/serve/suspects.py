@@ -50,8 +50,8 @@ class Suspects:
         now = time.monotonic()
         for part in (part for parts in unfinished.values() for part in parts):
             part.of = None  # whose results are not kept
-        found = {self._digest(inputs, row): row for row in unfinished}
-        known = self._rows and {self._digest(inputs, row) for row in computed}
+        found = {self.digest(inputs, row): row for row in unfinished}
+        known = self._rows and {self.digest(inputs, row) for row in computed}
         with self._lock:
             for digest in known or ():
                 self._rows.pop(digest, None)
@@ -61,9 +61,8 @@ class Suspects:
             while len(self._rows) > _MOST_ROWS:
                 self._rows.popitem(last=False)
 
-    def check(self, inputs: Sequence[Any], client: str, workers: int) -> None:
+    def check(self, digests: Sequence[bytes], client: str, workers: int) -> None:
         """Refuse a request one of whose rows, or whose client, hangs workers."""
-        digests = [self._digest(inputs, row) for row in range(len(inputs[0]))]
         now = time.monotonic()
         with self._lock:
             held = 0
@@ -85,7 +84,8 @@ class Suspects:
             why = f"{held} of {workers} workers are still at rows of your earlier requests"
             raise RequestError(503, "unavailable", why)
 
-    def _digest(self, inputs: Sequence[Any], row: int) -> bytes:
+    def digest(self, inputs: Sequence[Any], row: int) -> bytes:
+        """Return what stands for a row."""
         digest = hashlib.blake2b(key=self._key, digest_size=16)
         for piece in _pieces(inputs, row):
             digest.update(piece)

@@ -231,7 +231,8 @@ class Workers(abc.ABC):
        first part whose request is open, that is not dropped, and that need not avoid this worker.
        If a part failed on some workers, it waits for another one, unless no other is up. One that
        spares a worker waits until another stays idle, while parts that it stands in for are
-       computed. If a part must avoid all workers that are left, it fails.
+       computed, or a worker that ended at one has no successor. If a part must avoid all workers
+       that are left, it fails.
     3. A worker ends its part, wanted or not, before it takes another one.
     4. Each part that has begun ends in one reply, at the latest after the ``timeout`` of the pool.
        If the module raises, the worker dies, or the result cannot be sent, the reply has an error

@@ -316,6 +316,10 @@ class Dispatcher(abc.ABC):
             out = part.avoid
             if line and any(w.part in line for w in self._workers):
                 continue
+            if 1 < len(self.places) > sum(w.is_wanted for w in self._workers) and any(
+                before.kind == "died" for before in line[1:2]
+            ):
+                continue  # the worker that ended at it has no successor yet
             if part.tried:
                 begun = self._clock() - _PATIENCE
                 both = out | part.tried

@@ -29,6 +29,8 @@ SLOW = 6  # the factor of a busy host: the bars hold on an idle one
 CODE = """import sys; sys.modules['uvloop'] = None
 from coded_torch.cli.main import main; sys.exit(main())"""
 MODEL = """
+import re
+
 import torch
 
 class Double(torch.nn.Module):
@@ -55,7 +57,9 @@ def bare():
     return Double()
 
 def read():
-    return Scaled(float(open("weights").read())), torch.ones(2, 3)
+    if (text := open("weights").read()) == "again":  # holds the interpreter's lock, for ever
+        re.match(r"(a+)+$", "a" * 60 + "b")
+    return Scaled(float(text)), torch.ones(2, 3)
 
 def pair():
     return "no", torch.ones(2, 1)
@@ -260,6 +264,34 @@ def test_a_signal_loads_new_weights_and_keeps_the_old_ones_if_that_fails(mine):
             process.send_signal(signal.SIGHUP)
             until(lambda said=said: said in process.log.read_text())
             assert answer() == wanted
+
+
+def test_a_factory_that_holds_the_interpreters_lock_stops_nothing(mine):
+    (mine / "weights").write_text("2")
+    body = {"inputs": [tensor([[1.0, 2.0, 3.0]], "x")]}
+    options = "--num-workers", "2", "--deadline", "20"
+    with running("mine:read", *options, cwd=mine) as (process, port), Client(port) as client:
+        until(lambda: client.get("/v2/health/ready")[0] == 200)
+        (mine / "weights").write_text("again")
+        process.send_signal(signal.SIGHUP)
+        until(lambda: len(client.send("POST", "/v2/repository/index")[2].split(b"LOADING")) == 2)
+        until(lambda: any("spawn_main" in x for x in command_lines(process.pid)))
+        time.sleep(2)  # the regular expression runs
+        begin = time.monotonic()
+        assert client.infer(body, "/v2/models/read/infer")[1]["model_version"] == "1"
+        assert time.monotonic() - begin < 5
+        assert client.send("POST", "/v2/repository/models/read/unload")[0] == 200
+        until(lambda: "the load was cancelled" in process.log.read_text())
+        assert not any("spawn_main" in x for x in command_lines(process.pid))
+
+
+def command_lines(pid):
+    """Return the command lines of a process and of all that it has started."""
+    found = []
+    for each in family(pid):
+        with contextlib.suppress(OSError):
+            found.append(Path(f"/proc/{each}/cmdline").read_text())
+    return found
 
 
 def test_ctrl_c_does_not_wait_for_a_load(mine):

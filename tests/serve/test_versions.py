@@ -1,5 +1,6 @@
 """New weights while a server answers: every answer is of one version, which it names."""
 
+import json
 import os
 import sys
 import threading
@@ -13,7 +14,7 @@ from torch import nn
 
 from coded_torch import Waiting
 from coded_torch.nn import CodedWrapper
-from coded_torch.serve import App, TensorSpec
+from coded_torch.serve import App, TensorSpec, model
 from coded_torch.surrogates import Memory
 from coded_torch.testing.helpers import until
 from coded_torch.workers import DeviceWorkers, ProcessWorkers
@@ -22,6 +23,7 @@ from ..nn.modules import Call
 from .servers import Client, serving, started, tensor
 
 LOAD = "/v2/repository/models/m/load"
+UNLOAD = "/v2/repository/models/m/unload"
 
 
 class Times(nn.Module):
@@ -91,8 +93,8 @@ def test_a_version_replaces_another_for_tritons_client():
     [
         (lambda number: 1 / 0, "version 1 stays: ZeroDivisionError: division by zero"),
         (lambda number: Times(number, fails=True), "RuntimeError: no weights"),
-        (lambda number: Times(number, width=2), "App: make must return a module with ("),
-        (lambda number: Call(lambda x: x.double()), "datatype='FP64'"),
+        (lambda number: Times(number, width=2), "must return tensors [(torch.float32, [2, 3])]"),
+        (lambda number: Call(lambda x: x.double()), "got [(torch.float64, [2, 3])]"),
         (lambda number: "no", "the result of make must be of type Module, got str"),
         (lambda number: sys.exit("no weights"), "SystemExit: no weights"),
     ],
@@ -156,6 +158,45 @@ def test_one_version_is_loaded_at_a_time():
         thread.join()
     assert (status, found) == (400, [200])
     assert b"one is being loaded" in body
+
+
+@pytest.mark.parametrize("how", ["cancelled", "late"])
+def test_a_load_that_hangs_is_shown_and_ends(how, monkeypatch):
+    factory, begun, go, found = Factory(), threading.Event(), threading.Event(), []
+
+    def hang(number):
+        begun.set()
+        assert go.wait(60)
+        return Times(number)
+
+    def load(port):
+        with Client(port) as client:
+            found.append(client.send("POST", LOAD))
+
+    factory.next = hang
+    monkeypatch.setattr(model, "_LOAD_SECONDS", 600.0 if how == "cancelled" else 0.5)
+    with serving(built(DeviceWorkers(["cpu"]), factory)) as port, Client(port) as client:
+        assert client.send("POST", UNLOAD)[0] == 400  # nothing is loaded
+        (thread,) = started([lambda: load(port)])
+        assert begun.wait(60)
+        if how == "cancelled":
+            listed = json.loads(client.send("POST", "/v2/repository/index")[2])
+            assert [(x["version"], x["state"]) for x in listed] == [
+                ("1", "READY"),
+                ("2", "LOADING"),
+            ]
+            assert ask(client)[1]["model_version"] == "1"
+            assert client.send("POST", UNLOAD, Origin="http://a.example")[0] == 403
+            assert client.send("POST", UNLOAD)[0] == 200
+        thread.join(60)
+        go.set()
+        factory.next = Times
+        until(lambda: client.send("POST", LOAD)[0] == 200)
+        assert ask(client)[1]["model_version"] == "2"
+    ((status, _, body),) = found
+    assert status == 400
+    why = "the load was cancelled" if how == "cancelled" else "a load must end within 0.5 s"
+    assert why in body.decode()
 
 
 def test_a_version_that_was_replaced_is_freed():
