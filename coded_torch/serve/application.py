@@ -387,7 +387,7 @@ class App(Starlette):
         wanted = message.outputs
 
         def write() -> Any:
-            tensors = list[tuple[TensorSpec, Tensor, bool]]()
+            tensors = list[tuple[TensorSpec, Any, bool]]()
             for spec, is_binary in wanted:
                 found = [answer.output(spec, message.coverage) for answer in answers]
                 join = np.concatenate if spec.is_text else torch.cat

@@ -275,14 +275,21 @@ class Batcher:
         return entry.digests
 
     def _late_rows(self) -> Counter[bytes]:
-        """Return how many batches that take unusually long have a row, by its digest."""
+        """Return how many batches that take unusually long have a row, by its digest.
+
+        A row that has hung or ended a worker is in one batch at a time, which counts as all.
+        """
         found = Counter[bytes]()
+        slots = self._slots()[0]
         now = time.monotonic()
         for task, (begin, rows, parts, until) in self._ongoing.items():
             usual = self._usual(-(-rows // parts)) * _LATE or (until - begin) / 2
             if now - begin > max(usual, _SOONEST):
                 for entry in self._batches[task]:
                     found.update(self._digests(entry))
+            elif self.suspects:
+                digests = [x for entry in self._batches[task] for x in self._digests(entry)]
+                found |= Counter({x: slots for x in digests if x in self.suspects})
         return found
 
     def _take(self) -> list[_Entry]:

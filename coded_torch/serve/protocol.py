@@ -20,7 +20,6 @@ import orjson
 import torch
 from starlette.exceptions import HTTPException
 from starlette.types import Receive
-from torch import Tensor
 
 from .. import open_inference as wire
 from ..nn.finite import finite

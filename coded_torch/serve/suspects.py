@@ -39,6 +39,9 @@ class Suspects:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._rows
+
     def note(
         self,
         inputs: Sequence[Any],

@@ -55,7 +55,8 @@ def application(module, examples, **options):
 
 def asked(texts=TEXTS, binary=False, shape=None, **changes):
     """Return the message of a request with strings, and its binary tail."""
-    body, length = written({}, "inputs", [(BYTES[0], texts, binary)])
+    pieces, length = written({}, "inputs", [(BYTES[0], texts, binary)])
+    body = b"".join(pieces)
     message = orjson.loads(body[:length])
     message["inputs"][0] |= {"shape": shape or [len(texts)]} | changes
     return message, body[length:] if binary else b""
