@@ -17,6 +17,7 @@ from .table import OPEN, Table
 
 logger = sparing_logger("coded_torch.tracing")
 _NOTHING = contextlib.nullcontext()
+_MOST_CHARACTERS = 512  # of a header of a trace that goes on; W3C's own bound of a tracestate
 _LINKS = "coded_torch.links"  # in a context: the spans of other requests of the same batch
 
 
@@ -29,13 +30,12 @@ def harmless() -> Iterator[None]:
         logger.warning("spans are missing or incomplete: %s: %s", type(error).__name__, error)
 
 
-def _api(headers: Mapping[str, str] | None = None) -> Any:
+def _api() -> Any:
     """Return OpenTelemetry's module; None if there is nothing to record, or to carry on."""
     if (api := sys.modules.get("opentelemetry.trace")) is not None:
         with harmless():
             is_set = type(api.get_tracer_provider()) is not api.ProxyTracerProvider
-            is_traced = "traceparent" in (headers or ())
-            if is_set or is_traced or api.get_current_span().get_span_context().is_valid:
+            if is_set or api.get_current_span().get_span_context().is_valid:
                 return api
     return None
 
@@ -54,7 +54,7 @@ def span(name: str, headers: Mapping[str, str] | None = None) -> Any:
 
     With the headers of a request, the span is the server's, and its parent may be the client's.
     """
-    return _NOTHING if (api := _api(headers)) is None else _span(api, name, headers)
+    return _NOTHING if (api := _api()) is None else _span(api, name, headers)
 
 
 @contextlib.contextmanager
@@ -66,7 +66,8 @@ def _span(api: Any, name: str, headers: Mapping[str, str] | None) -> Iterator[An
         how: dict[str, Any] = {"links": context.get_value(_LINKS) or ()}
         if headers is not None and not api.get_current_span().get_span_context().is_valid:
             how["kind"] = api.SpanKind.SERVER
-            how["context"] = _propagate() and _propagate().extract(headers)
+            sent = {name: x for name, x in headers.items() if len(x) <= _MOST_CHARACTERS}
+            how["context"] = _propagate() and _propagate().extract(sent)
         made = api.get_tracer("coded_torch").start_span(f"coded_torch.{name}", **how)
         token = context.attach(api.set_span_in_context(made))
     try:

@@ -147,13 +147,24 @@ def test_without_a_provider_there_is_nothing(monkeypatch):
     assert tracing.here() is None
 
 
-def test_without_a_provider_a_trace_goes_on(monkeypatch):
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+def test_without_a_provider_a_clients_trace_does_not_go_on(monkeypatch):
     monkeypatch.setattr(trace, "get_tracer_provider", trace.ProxyTracerProvider)
-    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    with tracing.span("infer", {"traceparent": parent}):
-        assert tracing.headers()["traceparent"] == parent
-        assert tracing.here() is not None
-    assert tracing.headers() == {}
+    with tracing.span("infer", {"traceparent": PARENT, "tracestate": "a=b"}):
+        assert tracing.headers() == {}
+        assert tracing.here() is None
+
+
+@pytest.mark.usefixtures("spans")
+@pytest.mark.parametrize(("size", "goes_on"), [(100, True), (600, False)])
+def test_a_long_state_of_a_clients_trace_does_not_go_on(size, goes_on):
+    state = ",".join(f"a{i}=bcdefghi" for i in range(size // 12))
+    with tracing.span("infer", {"traceparent": PARENT, "tracestate": state}):
+        sent = tracing.headers()
+    assert sent["traceparent"].split("-")[1] == PARENT.split("-")[1]
+    assert ("tracestate" in sent) == goes_on
 
 
 def test_an_error_of_opentelemetry_fails_no_call(monkeypatch, caplog):
