@@ -34,7 +34,7 @@ def running(kind, folder, port):
     """Yield the port of a proxy before a server's port."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         own = found.getsockname()[1]
-    text = re.search(rf"```{kind}\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    text = re.search(rf"(?i)\n## {kind}.*?```\w+\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
     text = text.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
     text = text.replace("listen 8080", f"listen 127.0.0.1:{own}")
     text = text.replace("bind :8080", f"bind 127.0.0.1:{own}")
