@@ -213,7 +213,8 @@ def folder(tmp_path, monkeypatch):
     np.save(tmp_path / "rows.npy", rows)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "models", raising=False)
+    for name in ("models", "more_models"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 
 
@@ -429,7 +430,8 @@ def test_inputs_are_known_by_their_content(folder, refused):
         ("--deadline 9", "--deadline and --on-error must be left out, as models:here returns a"),
         ("--inputs none.npy", "--inputs cannot be read: no file matches 'none.npy'"),
         ("--inputs models.py", "cannot be read: it must be a .npy, .safetensors, .parquet or .pt"),
-        ("--inputs words.npy", "--inputs cannot be read: can't convert"),
+        ("--inputs words.npy", "words.npy must hold numbers, got strings; write strings as a colu"),
+        ("--inputs objects.npy", "objects.npy must hold numbers, got objects; write strings as a"),
         ("--output .", "--output must be an empty folder, got ."),
         ("--output new --in-flight 0", "in_flight must be at least 1, got 0"),
         ("--output new --batch-size 0", "batch_size must be at least 1, got 0"),
@@ -438,6 +440,7 @@ def test_inputs_are_known_by_their_content(folder, refused):
 def test_a_job_refuses_another_jobs_folder_and_bad_values(folder, refused, change, message):
     assert main(line()) == 0
     np.save(folder / "words.npy", np.array(["one", "two"]))
+    np.save(folder / "objects.npy", np.array(["one", "two"], object))
     np.save(folder / "more.npy", np.ones((ROWS + 1, 2), np.float32))
     *words, last = change.split() or [""]
     changed = line("other", *words) if last == "other" else line("here", *change.split())
@@ -649,6 +652,74 @@ def test_the_parts_of_a_job_stay_as_many(folder, monkeypatch):
     change(folder, monkeypatch, "workers")
     assert main(line("varied", "--resume")) == 0
     assert json.loads((folder / "out" / "_job.json").read_text())["parts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        ("total", "output must have a row for each row of the part at dim 0 and nowhere else, or"),
+        ("cached", r"output\['cache'\] must be a tensor, .* got Cache; leave it out .*use_cache=F"),
+        ("unpicklable", "picklable .*, or be made there, by coded_torch.nn.FromFactory, got Of: "),
+    ],
+)
+def test_what_no_job_computes_is_refused_in_one_line(folder, capsys, factory, said):
+    (folder / "more_models.py").write_text(MORE_MODELS)
+    arguments = line("here", "--num-workers", "2")
+    arguments = [x.replace("models:here", f"more_models:{factory}") for x in arguments]
+    assert main(arguments) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert re.search(said, errors[0])
+    remedy = [x.replace(f":{factory}", f":{factory}_remedy") for x in arguments]
+    assert main([*remedy, "--output", "again"]) == 0
+
+
+MORE_MODELS = """
+import torch
+from coded_torch import CodedWrapper, workers
+from coded_torch.nn import FromFactory
+
+class Of(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+class Cache:
+    pass
+
+def sum_of(x):
+    return x.sum()
+
+def with_cache(x):
+    return {"y": 2 * x, "cache": Cache()}
+
+def sum_of_rows(x):
+    return x.sum(1)
+
+def without_cache(x):
+    return {"y": 2 * x}
+
+def total():
+    return Of(sum_of)
+
+def total_remedy():
+    return Of(sum_of_rows)
+
+def cached():
+    return Of(with_cache)
+
+def cached_remedy():
+    return Of(without_cache)
+
+def unpicklable():
+    return Of(lambda x: 2 * x)
+
+def unpicklable_remedy():
+    return FromFactory(unpicklable)
+"""
 
 
 def test_a_job_without_a_batch_may_begin_in_another_way(folder, capsys, monkeypatch):

@@ -211,7 +211,7 @@ def _open(path: Path, whole: bool) -> _Table:
         columns = {name: opened.get_slice(name) for name in sorted(opened.keys())}
         return _Table(columns, {[*x.get_shape(), 0][0] for x in columns.values()})
     if path.suffix == ".npy":
-        columns = {UNNAMED: np.atleast_1d(np.load(path, mmap_mode="c"))}  # read on demand
+        columns = {UNNAMED: _mapped(path)}
     elif path.suffix in (".pt", ".pth"):
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         columns = dict(found) if isinstance(found, Mapping) else {UNNAMED: found}
@@ -223,6 +223,20 @@ def _open(path: Path, whole: bool) -> _Table:
     else:
         raise ValueError(f"it must be a .npy, .safetensors, .parquet or .pt file, got {path}")
     return _Table(columns, {len(x) for x in columns.values()})
+
+
+def _mapped(path: Path) -> Any:
+    """Return the array in a file, which is read on demand."""
+    remedy = "write strings as a column of a Parquet file, as pyarrow and pandas do"
+    try:
+        array = np.atleast_1d(np.load(path, mmap_mode="c"))
+    except ValueError as error:
+        if "objects" not in str(error):
+            raise
+        raise TypeError(f"{path} must hold numbers, got objects; {remedy}") from error
+    if array.dtype.kind in "SUT":
+        raise TypeError(f"{path} must hold numbers, got strings; {remedy}")
+    return array
 
 
 def check_whole(name: str, tensor: Tensor) -> None:

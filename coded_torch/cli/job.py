@@ -186,7 +186,8 @@ def _every_row(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> N
                 shown = [f"{row} of {file}" for file, row in map(rows.place, failing[:16])]
                 why += f"The first failing rows: {', '.join(shown)}. " if failing else ""
                 facts["__notes__"][-1] = why.strip()
-            if isinstance(error, NotEnoughResults):  # the user's own code raised nothing
+            is_ours = str(error).startswith("CodedWrapper: ")
+            if is_ours or isinstance(error, NotEnoughResults):  # the user's own code raised nothing
                 raise CommandError(f"{error}. {why.strip()}") from None
             raise
         finally:

@@ -297,11 +297,16 @@ class Workers(abc.ABC):
         instance(self, "module", module, nn.Module, optional=True)
         timeout = positive(self, "timeout", timeout)
         module = nn.Identity() if module is None and self.starts_late else module
-        if module is None or self.num_workers is None:
+        if module is None:
             return self
         leaves, spec = pytree.tree_flatten(arguments(example, module), is_texts)
         leaves = [list(x) if is_texts(x) else x for x in leaves]  # as calls give them
         calls = int(example is not None)
+        if self.num_workers is None:
+            if calls:
+                with torch.no_grad(), torch.random.fork_rng([]):
+                    self._look_at(module, leaves, spec, frozenset(), timeout)
+            return self
         task = _Loading(leaves, [None] * len(leaves), spec, calls, 1, torch.device("cpu"))
         with torch.no_grad(), self.open(module, task) as request:
             places = frozenset(self.places)
@@ -324,16 +329,23 @@ class Workers(abc.ABC):
                 what = f"only {started} of {len(wanted)} workers started within {timeout:g} s"
                 raise RuntimeError(f"{type(self).__name__}: {what}; {why}")
             if calls:
-                texts = {i: x for i, x in enumerate(leaves) if is_texts(x)}
-                if len(texts) > 1 or any(map(has_rows, leaves)):
-                    texts = {}  # calls say in in_dims which strings are rows
-                for i, x in texts.items():
-                    leaves[i] = torch.arange(len(x), device="cpu")
                 left = max(timeout - request.now(), 0.0)
-                note = self._check_rows(module, leaves, spec, places - {*wanted[:1]}, left, texts)
-                left = max(timeout - request.now(), 0.0)
-                self._prove_rows(module, leaves, spec, left, note, texts)
+                self._look_at(module, leaves, spec, places - {*wanted[:1]}, left)
         return self
+
+    def _look_at(
+        self, module: nn.Module, leaves: list[Any], spec: Any, avoid: frozenset[int], timeout: float
+    ) -> None:
+        """Say what calls on an example will refuse, and which rows depend on each other."""
+        end = time.monotonic() + timeout
+        texts = {i: x for i, x in enumerate(leaves) if is_texts(x)}
+        if len(texts) > 1 or any(map(has_rows, leaves)):
+            texts = {}  # calls say in in_dims which strings are rows
+        for i, x in texts.items():
+            leaves[i] = torch.arange(len(x), device="cpu")
+        note = self._check_rows(module, leaves, spec, avoid, timeout, texts)
+        left = max(end - time.monotonic(), 0.0)
+        self._prove_rows(module, leaves, spec, left, note, texts)
 
     def _check_rows(
         self,
@@ -353,6 +365,15 @@ class Workers(abc.ABC):
             dims = [0 if has_rows(x) else None for x in inputs]
             first = inputs[dims.index(0)]
             task = Task(inputs, dims, spec, len(first), 1, first.device, texts=texts)
+            if self.simulated:  # one request would compute all parts together
+                values = list[Any]()
+                for units in batches:
+                    args, kwargs = task.payload(units, copied=True)
+                    try:
+                        values.append(module(*args, **kwargs))
+                    except Exception as raised:
+                        raise RuntimeError(str(raised)) from raised
+                return values
             with self.open(module, task) as request:
                 request.ask([Part(n, Units(each), avoid=avoid) for n, each in enumerate(batches)])
                 replies = sorted(request.replies(timeout), key=lambda reply: reply.part.number)

@@ -383,12 +383,13 @@ class ModuleStore:
             ):
                 raise
             requirement = "the module must be picklable to be sent to another process"
+            remedy = "or be made there, by coded_torch.nn.FromFactory"
             got = f"{type(module).__name__}: {error}"
             if any(isinstance(part, torch.fx.GraphModule) for part in module.modules()):
                 got += "\nWrap what torch.export returns: coded_torch.nn.Program(exported)."
             elif any(map(parametrize.is_parametrized, module.modules())):
                 got += "\nTry torch.nn.utils.parametrize.remove_parametrizations."
-            raise TypeError(f"Workers: {requirement}, got {got}") from error
+            raise TypeError(f"Workers: {requirement}, {remedy}, got {got}") from error
 
     def last(self) -> tuple[int, Any] | None:
         """Return the number and the package of the newest module that is packed, if any."""

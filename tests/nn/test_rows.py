@@ -303,8 +303,10 @@ class Cache:
 def test_start_says_what_calls_will_refuse_and_the_remedy_works(function, said, caplog):
     module = Call(function)
     with DeviceWorkers(["cpu"] * 2) as pool, torch.no_grad():
-        pool.start(module, X)
-        assert re.search(f"calls will be refused: {said}", caplog.text)
+        for each in (LocalWorkers(), pool):
+            caplog.clear()
+            each.start(module, X)
+            assert re.search(f"calls will be refused: {said}", caplog.text)
         with pytest.raises((TypeError, ValueError), match=f"^CodedWrapper: {said}") as caught:
             CodedWrapper(module, workers=pool, parts=4)(X)
         assert "decoded" not in str(caught.value)

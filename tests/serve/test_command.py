@@ -379,7 +379,7 @@ def test_a_server_may_listen_at_an_address_of_ipv6(mine):
         ("mine:nothing", "must name a function or a class in a Python module, got no 'nothing' in"),
         ("mine:bare", "mine:bare must come with examples of its inputs, a tensor, a tuple or a"),
         ("mine:pair", "must return a module, or a module and examples of its inputs, got (str, T"),
-        ("mine:local --port 0", "must be picklable to be sent to another process, got Local: "),
+        ("mine:local --port 0", "or be made there, by coded_torch.nn.FromFactory, got Local: "),
         ("mine:small --endpoints http://127.0.0.1:1", "MODEL must be left out with --e"),
         ("mine:wordy", "'output1' among outputs of the module must be strings, or a tensor with"),
         ("mine:estimated", "source, verified, corrected, radius, got ['"),

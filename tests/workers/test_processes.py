@@ -731,7 +731,8 @@ def test_classes_of_an_interactive_session_go_by_value():
 def test_without_cloudpickle_a_class_of_an_interactive_session_is_refused():
     done = _session("import sys; sys.modules['cloudpickle'] = None\n" + _INTERACTIVE)
     assert done.stderr.strip().splitlines()[-1] == (
-        "TypeError: Workers: the module must be picklable to be sent to another process, got Net: "
+        "TypeError: Workers: the module must be picklable to be sent to another process, or be "
+        "made there, by coded_torch.nn.FromFactory, got Net: "
         "a class or function of an interactive session cannot be sent by name; install "
         "cloudpickle, or define it in a file that can be imported"
     )
