@@ -114,12 +114,19 @@ def tried(
     every = [*tuning, *of.batches("held_out", size, count, seeds)]
     labels: Any = None if every[0].labels is None else [x.labels for x in every]
     images = [x.images for x in every]
-    how: Any = {"tuning_batches": len(tuning), "seeds": seeds, **options}
     if not options.keys() & {"extra", "schemes"}:
         (case,) = cases
         decoders = kernel_decoder(of, case, [x.images for x in tuning])
-        how["extra"] = lambda k, n: decoders
-    return compare(of.model, images, cases, labels=labels, **how)
+        options["extra"] = lambda k, n: decoders
+    return compare(
+        of.model,
+        images,
+        cases,
+        labels=labels,
+        tuning_batches=len(tuning),
+        seeds=seeds,
+        **options,
+    )
 
 
 def cells(found: Comparison, references: Sequence[str] = REFERENCES) -> dict[str, Any]:

@@ -133,9 +133,15 @@ def parm(quick: bool) -> dict[str, Any]:
         missing = ~torch.isin(torch.arange(len(outputs[0])) % k, torch.tensor(received))
         return torch.where(missing[:, None], decoded(inputs[0], outputs[0]), outputs[0])
 
-    student, more = student_of("lenet5", quick), {"ParM": answers}
-    how: Any = {"surrogate": student, "received_sets": sets, "extra": lambda k, n: more}
-    found = tried(of, [PARITY], BATCH_SIZE, count, **how)
+    found = tried(
+        of,
+        [PARITY],
+        BATCH_SIZE,
+        count,
+        surrogate=student_of("lenet5", quick),
+        received_sets=sets,
+        extra=lambda k, n: {"ParM": answers},
+    )
     accuracies = []
     for batch in of.batches("held_out", BATCH_SIZE, count):
         exact = run(of.model, batch.images)

@@ -245,8 +245,13 @@ def estimated() -> dict[str, Any]:
         memory, seen, right = Memory(), order[:known], []
         memory.observe([images[seen]], [model(images[seen])])
         memory.rebuild()
-        how: Any = {"surrogate": lambda x, memory=memory: memory.estimate([x])[0], "parts": K}
-        coded = CodedWrapper(model, workers=half_lost, waiting=Waiting(deadline=1.0), **how)
+        coded = CodedWrapper(
+            model,
+            workers=half_lost,
+            waiting=Waiting(deadline=1.0),
+            surrogate=lambda x, memory=memory: memory.estimate([x])[0],
+            parts=K,
+        )
         for rows in order[-HELD_OUT:].split(MOST_ROWS):
             answers, report = coded.run(images[rows])
             assert report.estimated is not None

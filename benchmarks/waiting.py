@@ -62,8 +62,15 @@ HEDGES: dict[str, Any] = {
 
 def outcome(policy: Any, regime: Regime, requests: int) -> dict[str, Any]:
     workers, parts, load, conditions = regime
-    how: Any = {"num_workers": workers, "num_parts": parts, "load": load, "seed": SEED}
-    found = simulate(policy, conditions, num_requests=requests, **how)
+    found = simulate(
+        policy,
+        conditions,
+        num_workers=workers,
+        num_parts=parts,
+        load=load,
+        num_requests=requests,
+        seed=SEED,
+    )
     return {
         **{f"p{at:g}": round(found.percentile(at), 3) for at in (50, 99, 99.9)},
         "estimated": round(float(found.estimated.mean()), 6),

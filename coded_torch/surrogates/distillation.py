@@ -128,9 +128,11 @@ def distill(
         """Add noise to rows, of levels of their own."""
         if not x.dtype.is_floating_point:
             return x
-        how: Any = {"generator": generator, "device": device, "dtype": x.dtype}
-        level = noise * x.std(correction=0) * torch.rand(len(x), *[1] * (x.dim() - 1), **how)
-        return x + level * torch.randn(x.shape, **how)
+        level = torch.empty(len(x), *[1] * (x.dim() - 1), device=device, dtype=x.dtype)
+        level.uniform_(generator=generator)
+        level *= noise * x.std(correction=0)
+        unit = torch.empty(x.shape, device=device, dtype=x.dtype).normal_(generator=generator)
+        return x + level * unit
 
     is_shown = progress and sys.stderr.isatty()
     best = math.inf

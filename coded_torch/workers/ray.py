@@ -193,10 +193,12 @@ def _connect(address: str | None) -> tuple[str, str]:
             os.environ[name] = "0"
             restoring.callback(os.environ.pop, name)
         if begins := not _ray().is_initialized():
-            how: Any = {"log_to_driver": False, "logging_level": "ERROR"}
+            own_cluster: dict[str, Any] = {}
             if address is None:
-                how |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-            _ray().init(address or "local", **how)
+                own_cluster = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+            _ray().init(
+                address or "local", log_to_driver=False, logging_level="ERROR", **own_cluster
+            )
         session = _session()
         joined = _joined.setdefault(session, address if begins else None)
         if address not in (None, "auto", session[0], joined):
