@@ -94,8 +94,9 @@ def _walk(module: nn.Module) -> tuple[Fingerprint, Samples]:
     places = {id(part): place for place, part in enumerate(module.modules())}
     for part in module.modules():
         looks += [(name, places.get(id(m))) for name, m in part._modules.items()]
-        looks += (type(part), part.training, *map(look, part._parameters.values()))
-        looks += map(look, part._buffers.values())
+        looks += (type(part), part.training)
+        looks += [(name, look(value)) for name, value in part._parameters.items()]
+        looks += [(name, look(value)) for name, value in part._buffers.items()]
         looks += map(look, filter(None, (part._forward_pre_hooks, part._forward_hooks)))
         attributes = part.__dict__.items()
         looks += [(name, look(value)) for name, value in attributes if name not in _INTERNAL]

@@ -80,6 +80,24 @@ def test_an_attribute_that_is_replaced_is_noticed(make, name, value):
     assert kept is not value
 
 
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_tensors_that_exchange_their_names_are_noticed(kind):
+    """They are the same tensors, in the same order."""
+    module = nn.Module()
+    tensors = [nn.Parameter(torch.full((2,), value)) for value in (2.0, 5.0)]
+    register = module.register_parameter
+    if kind == "buffer":
+        tensors = [tensor.detach() for tensor in tensors]
+        register = module.register_buffer
+    for name, tensor in zip(("scale", "shift"), tensors, strict=True):
+        register(name, tensor)
+    before = [fingerprint(module)[1] for _ in range(3)]  # the last looks are compiled
+    del module.scale, module.shift
+    for name, tensor in zip(("shift", "scale"), tensors, strict=True):
+        register(name, tensor)
+    assert fingerprint(module)[1] not in before
+
+
 @pytest.fixture(params=[True, False], ids=["dlpack", "attributes"])
 def has_dlpack(request, monkeypatch):
     """Say whether a compiled look may see tensors as DLPack tells them."""
