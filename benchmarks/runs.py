@@ -22,9 +22,9 @@ from coded_torch import _extension
 from .timing import last_level_cache
 
 QUESTIONS = (
-    "accuracy", "distances", "surrogates", "coverage", "convergence", "waiting", "verification",
-    "latency", "resilience", "serving", "peers", "fleet", "job", "exchangeability", "midpoints",
-    "bound", "mean", "adversaries", "letcc",
+    "accuracy", "distances", "gradients", "surrogates", "coverage", "convergence", "waiting",
+    "verification", "latency", "resilience", "serving", "peers", "fleet", "job", "exchangeability",
+    "midpoints", "bound", "mean", "adversaries", "letcc",
 )  # fmt: skip
 RESULTS = Path(__file__).resolve().parent / "results"
 _T = TypeVar("_T")

@@ -104,7 +104,42 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
             "without them": "oracle:.2g",
             "found of 5": "found:.1f",
             "honest ones dropped": "innocent:.2f",
+            "rows marked": "undefended:.0%",
             "wrong in silence": "silent:.2f",
+        },
+    ),
+    "adversaries_networks": Table(
+        "adversaries > * > * > * > codes > the paper's, ordered|Berrut, ordered|"
+        "Floater-Hormann, ordered|Lagrange, ordered|replication|regression",
+        ("network", "batch", "attack", "scheme"),
+        {
+            "defended": "defended:.2g",
+            "without them": "oracle:.2g",
+            "rows marked": "undefended:.0%",
+            "wrong in silence": "silent:.2f",
+            "calls": "calls:d",
+        },
+    ),
+    "adversaries_calls": Table(
+        "adversaries > calls > * > *",
+        ("scheme", "attack"),
+        {
+            "calls": "calls:d",
+            "compromised": "compromised workers:d",
+            "of them excluded": "of them excluded:d",
+            "others excluded": "others excluded:d",
+            "others dropped, in all calls": "others dropped:d",
+            "calls with marked rows": "calls with marked rows:d",
+        },
+    ),
+    "gradients": Table(
+        "gradients > * > * > *",
+        ("network", "batch", SETTING),
+        {
+            "copies, normalised MSE": "schemes > chosen > mse:.4f",
+            "with gradients, over it": "copies:.2f",
+            "splines, ordered": "schemes > splines > mse:.4f",
+            "ordered by gradients, over it": "splines:.2f",
         },
     ),
     "bound": Table(

@@ -24,7 +24,7 @@ from ..input_space.ordering import Grouping
 from ..input_space.regression import check_batch, check_link
 from ..input_space.regressor import MOST_ROWS
 from ..linear import LinearMap, MatrixMap, unit_rows
-from .suspects import Copies, Residuals, Trust, numbers_of, outliers
+from .suspects import Copies, Residuals, Trust, is_doubtful, mean_curves, numbers_of, outliers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -131,17 +131,22 @@ class BatchPlan:
         code = self.code
         spare = (len(received) - code.min_received - code.num_unknowns) // 2
         most = max(0, min(code.adversaries, spare))
-        values = numbers_of(results)
         operator = code.residual_operator(received)
-        # One more than may be wrong: then they are more than can be told from the others.
-        found = list[int]()
+        found = set[int]()
+        is_told = False
         if most:
-            encoder = code.encoder.matrix().numpy()[[*received]]
-            known = Residuals(operator, [encoder[:, None]])
-            found = outliers(Residuals(operator, values), known, most + 1)
+            encoder = Residuals(operator, [code.encoder.matrix().numpy()[[*received], None]])
+            values = numbers_of(results)
+            curves = [Residuals(operator, numbers) for numbers in (values, mean_curves(values))]
+            for residuals in curves:
+                found.update(outliers(residuals, encoder, most))
+            is_told = code.is_exact or (
+                curves[0].tell
+                and not any(is_doubtful(residuals, encoder, found, most) for residuals in curves)
+            )
         is_borne = len(found) <= most
-        dropped = found if is_borne else []
-        is_defended = is_borne and most == code.adversaries
+        dropped = found if is_borne else set()
+        is_defended = is_borne and most == code.adversaries and is_told
         undefended = torch.full((self.batch_size,), not is_defended)
         return Trust([i for i in range(len(received)) if i not in dropped], undefended)
 
@@ -221,6 +226,8 @@ class Code(abc.ABC):
     defends: bool = False
     #: The results beyond ``min_received`` by which a fit shows no wrong one yet.
     num_unknowns: int = 0
+    #: True if right results lie exactly on a curve of the code, so that no small change is hidden.
+    is_exact: bool = False
     #: True if coded inputs are mixtures of inputs. Other codes carry values of any dtype.
     mixes: bool = True
     #: True if planning measures distances between the inputs, which takes time.

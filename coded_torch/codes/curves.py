@@ -322,6 +322,7 @@ class LagrangeCode(CurveCode):
             self.decoder_degree = (self.num_data - 1) * degree
         else:
             self.decoder_degree = count(self, "decoder_degree", decoder_degree, 0, MOST_WORKERS)
+        self.is_exact = decoder_degree is None
         least = self.min_received
         if self.num_workers < least:
             raise ValueError(
@@ -345,7 +346,7 @@ class LagrangeCode(CurveCode):
 
         With a ``decoder_degree`` for other models, results lie near a smooth curve.
         """
-        if self._given.get("decoder_degree") is not None:
+        if not self.is_exact:
             return super().residual_operator(received)
         nodes = self.worker_points.take([*received])
         return residual_operator(_least_squares(nodes, nodes, self.decoder_degree))

@@ -106,6 +106,39 @@ def test_a_huge_result_hides_no_other(model, batch, code, scale):
     assert {*range(60)} - {*trust.places} == {7, 20, 41}
 
 
+@pytest.mark.parametrize("code", ["spline", "Berrut", "Floater-Hormann"])
+def test_a_small_shift_that_is_alike_in_all_groups_is_found(model, batch, code):
+    """Residuals of single groups hid it; their mean does not."""
+    attack = lambda rows, _: rows + 0.05  # noqa: E731
+    _, report = answered(model, batch, CODES[code](3), attack, (7, 8, 33))
+    assert report.suspects == (7, 8, 33)
+    assert not report.undefended.any()
+
+
+def test_too_few_numbers_to_tell_are_marked(model, batch):
+    """One group of eight outputs was decoded with wrong results, in silence."""
+    for attack in (None, ATTACKS["negated"]):
+        _, report = answered(model, batch[:10], CODES["spline"](3), attack, (7, 8, 33))
+        assert report.undefended.all()
+
+
+def test_wrong_workers_that_are_found_in_part_are_marked(model, batch):
+    """A worker beside those found stood out too little to be dropped, in silence."""
+    plan = codes.SplineCode(10, 60, ordering="arrival", adversaries=3).plan([batch])
+    coded = plan.encode(batch)
+    with torch.no_grad():
+        results = model(coded.flatten(0, 1)).unflatten(0, coded.shape[:2])
+    results[[20, 35]] *= -1
+    results[50] *= 1.1
+    trust = plan.trusted([results], range(60))
+    assert {*range(60)} - {*trust.places} == {20, 35}
+    assert trust.undefended.all()
+    results[50] /= 1.1
+    trust = plan.trusted([results], range(60))
+    assert {*range(60)} - {*trust.places} == {20, 35}
+    assert not trust.undefended.any()
+
+
 @pytest.mark.parametrize("code", CODES)
 def test_more_wrong_workers_than_the_code_bears_are_not_silent(model, batch, code):
     wrong = (2, 11, 23, 37, 44)
