@@ -285,7 +285,8 @@ def _column(name: str, pieces: Sequence[Any]) -> Tensor | list[str]:
         return texts
     if texts:
         raise TypeError(f"the column {name!r} must hold strings in all files, or in none")
-    if len({x.dtype.is_floating_point for x in found}) > 1:  # large integers would be rounded
+    are_integers = {not (x.dtype.is_floating_point or x.dtype.is_complex) for x in found}
+    if len(are_integers) > 1:  # large ones would be rounded
         types = sorted({str(x.dtype) for x in found})
         must = f"the column {name!r} must hold integers in all files, or in none"
         raise TypeError(f"{must}, got {types}")

@@ -195,11 +195,14 @@ class Sources:
                     must = f"features must be floating-point, one for each of {size} rows"
                     raise ValueError(f"{must}, got {shown(getattr(x, 'shape', x))}")
         except Exception as error:  # a caller's function may raise anything; other metrics compete
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            self.notes.append(f"the metric {name_of(features)} was left out: {reason}")
-            logger.warning("%s", self.notes[-1])
+            self.leave_out(features, f"{type(error).__name__}: {error}".splitlines()[0])
             return []
         return leaves_of(found)
+
+    def leave_out(self, metric: str | Features, reason: str) -> None:
+        """Note why a metric does not compete."""
+        self.notes.append(f"the metric {name_of(metric)} was left out: {reason}")
+        logger.warning("%s", self.notes[-1])
 
 
 class Distances:
@@ -262,6 +265,8 @@ class Distances:
             for fit in fitted(leaves, kinds, self.typical) if leaves else ():
                 if fit is not None:
                     self.fits.setdefault(metric, fit)
+            if leaves and metric not in self.fits:
+                self._sources.leave_out(metric, "its features are not finite, or alike in all rows")
         return [x for x in self._metrics if x in self.fits] or [self.first]
 
     def path(self, metric: Features) -> Tensor:
