@@ -280,6 +280,14 @@ def leaderboard(results: Mapping[str, Any]) -> Iterable[list[str]]:
                         yield [*head, NAMES.get(scheme, scheme), *cells, command]
 
 
+def leaders(results: Mapping[str, Any]) -> Iterable[list[str]]:
+    """Yield the rows of the leaderboard at (24, 20, 4)."""
+    head, *rows = leaderboard(results)
+    setting = head.index(SETTING)
+    yield head
+    yield from (row for row in rows if row[setting] == "(24, 20, 4)")
+
+
 def peers(results: Mapping[str, Any]) -> Iterable[list[str]]:
     """Yield a number of each peer's paper, with its source, beside ours."""
     yield ["", "number", "in the paper", "source", "here"]

@@ -21,6 +21,8 @@ every key, and ``a|b`` for some. A path to several numbers starts with "least" o
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import re
 import sys
@@ -28,7 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .cells import shown
+from .cells import leaderboard, shown
 from .names import NAMES
 from .pictures import DPI, PICTURES
 from .runs import QUESTIONS, RESULTS
@@ -180,12 +182,20 @@ def pages(results: Results) -> dict[str, str]:
     }
 
 
+def downloads(results: Results) -> dict[str, str]:
+    """Return the CSV files beside the pages, by file name."""
+    text = io.StringIO()
+    for row in leaderboard(results):
+        csv.writer(text, lineterminator="\n").writerow(cell.replace("`", "") for cell in row)
+    return {"leaderboard.csv": text.getvalue()}
+
+
 def main() -> int:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     results = load_results()
     for path in READMES:
         path.write_text(fill(path.read_text(), results))
-    for name, text in pages(results).items():
+    for name, text in {**pages(results), **downloads(results)}.items():
         (MEASUREMENTS / name).write_text(text)
     for name, draw in PICTURES.items():
         draw(results).savefig(RESULTS / f"{name}.png", dpi=DPI, pil_kwargs={"optimize": True})

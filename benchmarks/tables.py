@@ -170,7 +170,7 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
         ("",),
         {"normalised MSE": "mse:.4f", "accuracy kept": ACCURACY, "work": "work:.2f"},
     ),
-    "leaderboard": cells.leaderboard,
+    "leaderboard": cells.leaders,
     "peers": cells.peers,
     "distances": Table(
         "distances > * > (24, 20, 4)",

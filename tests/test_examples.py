@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import re
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -12,6 +14,32 @@ import pytest
 from torch import nn
 
 EXAMPLES = Path(__file__).parents[1] / "notebooks" / "examples"
+#: What each script prints at its end. That of Ray Data has no main part: it is imported below.
+PRINTED = {
+    "cnn": r"80 of 80 rows are the model's\nworker \[2\] returned wrong results.*\n",
+    "fleet": r"360 of 360 rows are the model's\n",
+    "gpu": r".*\nrows: equal to the model's: True\ncoded: on \w+, error below .*: True\n",
+    "hugging_face": r"complete: 60 rows, equal to the model's: True\n",
+    "job": r"Columns [^$]*\n5 batches, 1000 rows, equal to the model's: True\n",
+}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_scripts_print_what_the_gallery_promises(name, tmp_path):
+    if name == "hugging_face":
+        pytest.importorskip("transformers", reason="the example is of transformers")
+    script = tmp_path / f"{name}.py"
+    script.write_text((EXAMPLES / script.name).read_text())
+    command = [sys.executable, script]
+    printed = subprocess.check_output(command, text=True, cwd=tmp_path, timeout=400)
+    assert re.fullmatch(PRINTED[name], printed), printed
+
+
+def test_the_gallery_shows_every_script_and_each_is_run():
+    scripts = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert scripts == {*PRINTED, "ray_data"}
+    page = (EXAMPLES / "index.md").read_text()
+    assert {*re.findall(r"literalinclude\} (\w+)\.py", page)} == scripts
 
 
 def example(name):

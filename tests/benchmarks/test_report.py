@@ -1,6 +1,8 @@
 """Tables and pictures are those of the results."""
 
 import copy
+import csv
+import io
 import itertools
 import operator
 import re
@@ -23,10 +25,20 @@ def results():
 def test_readmes_and_pages_are_those_of_the_results(results):
     for path in report.READMES:
         assert report.fill(path.read_text(), results) == path.read_text()
-    for name, text in report.pages(results).items():
+    for name, text in {**report.pages(results), **report.downloads(results)}.items():
         assert (report.MEASUREMENTS / name).read_text() == text
     texts = [path.read_text() for path in (*report.READMES, *report.PAGES.glob("*.md"))]
     assert set(re.findall(r"<!-- table: (\w+) -->", "".join(texts))) == set(TABLES)
+
+
+def test_the_leaderboard_is_a_file_with_every_setting(results):
+    head, *rows = csv.DictReader(io.StringIO(report.downloads(results)["leaderboard.csv"]))
+    shown = report.pages(results)["leaderboard.md"]
+    settings = {(row["network, data"], row["lost"], row["(N, K, S)"]) for row in (head, *rows)}
+    assert len({setting for *_, setting in settings}) > 5
+    assert len(rows) > 500
+    assert 40 < shown.count("\n|") < 200
+    assert "](leaderboard.csv)" in shown
 
 
 def test_a_page_leaves_out_tables_that_are_not_measured(results):
