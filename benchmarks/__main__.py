@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         " Compiled kernels have options of their own: python -m benchmarks kernels --help. This"
         " version is compared with another one by: python -m benchmarks against REVISION.",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="which of these [all]")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which of these, or all [all]")
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_against(args)
         except (ValueError, RuntimeError) as error:
             parser.error(str(error))
-    names = args.names or list(QUESTIONS)
+    names = list(QUESTIONS) if args.names in ([], ["all"]) else args.names
     for name in names:
         if name not in QUESTIONS:
             parser.error(f"NAME must be one of {', '.join(QUESTIONS)}, got {name!r}")
@@ -100,8 +102,13 @@ def run_against(args: argparse.Namespace) -> int:
 
 
 def run_all(names: Sequence[str], quick: bool) -> int:
-    """Run several, each in a process of its own; none begins after one has failed."""
+    """Run several in order, each in a process of its own, and print how long each took.
+
+    None begins after one has failed.
+    """
+    taken: dict[str, float] = {}
     for name in (name for name in QUESTIONS if name in names):
+        begin = time.monotonic()
         command = [sys.executable, "-m", __package__, name, *(["--quick"] if quick else [])]
         code = subprocess.run(command).returncode
         if code == INTERRUPTED:
@@ -109,6 +116,11 @@ def run_all(names: Sequence[str], quick: bool) -> int:
         if code:
             print(f"{name} failed with exit code {code}", file=sys.stderr)
             return 1
+        taken[name] = time.monotonic() - begin
+        print(f"{name} took {datetime.timedelta(seconds=round(taken[name]))}", flush=True)
+    print("\nIn order, with hours, minutes and seconds:")
+    for name, seconds in {**taken, "all": sum(taken.values())}.items():
+        print(f"  {name:<16}{datetime.timedelta(seconds=round(seconds))}")
     return 0
 
 

@@ -66,12 +66,19 @@ def started(monkeypatch):
     return types.SimpleNamespace(calls=calls, codes=codes)
 
 
-def test_several_run_in_processes_of_their_own(started):
+def test_several_run_in_processes_of_their_own(started, capsys):
     assert command.main(["--quick", "latency", "convergence", "accuracy"]) == 0
     assert list(started.calls) == ["accuracy", "convergence", "latency"]
     assert set(map(tuple, started.calls.values())) == {("--quick",)}
-    assert command.main([]) == 0
-    assert set(started.calls) == set(runs.QUESTIONS)
+    for words in ([], ["all"]):
+        started.calls.clear()
+        capsys.readouterr()
+        assert command.main(words) == 0
+        assert tuple(started.calls) == runs.QUESTIONS
+        *_, table = capsys.readouterr().out.partition("seconds:\n")
+        names = [line.split()[0] for line in table.splitlines()]
+        assert names == [*runs.QUESTIONS, "all"]
+        assert all(line.endswith(" 0:00:00") for line in table.splitlines())
 
 
 @pytest.mark.parametrize(
