@@ -29,8 +29,8 @@ aria-label="One worker dies, one hangs, one is wrong: all answers are the model'
 <style>
 text {{ font: 13px monospace; fill: #e6e6e6; white-space: pre; }}
 @keyframes show {{ from {{ opacity: 0 }} to {{ opacity: 1 }} }}
-text {{ animation: show 0.2s backwards; }}
-@media (prefers-reduced-motion: reduce) {{ text {{ animation: none }} }}
+.later {{ animation: show 0.2s backwards; }}
+@media (prefers-reduced-motion: reduce) {{ .later {{ animation: none }} }}
 </style>
 <rect width="100%" height="100%" rx="8" fill="#1e1e1e"/>
 """
@@ -58,14 +58,16 @@ def recorded() -> list[tuple[float, str]]:
 
 def drawn(lines: list[tuple[float, str]]) -> str:
     """Return the picture of lines, each of which appears so many seconds after the last."""
-    shown, at = [], 0.0
+    at = 0.0
+    shown: list[tuple[float, str]] = []
     for seconds, line in lines:
-        at += min(seconds, LONGEST)
+        if shown:  # the first line stands there from the begin, so that the picture is not empty
+            at += min(seconds, LONGEST)
         shown += [(at, part) for part in textwrap.wrap(line, COLUMNS, subsequent_indent="  ")]
     text = HEAD.format(height=LINE * (len(shown) + 1))
     for i, (seconds, line) in enumerate(shown, 1):
-        style = f'style="animation-delay: {seconds:.1f}s"'
-        text += f'<text x="16" y="{LINE * i + 5}" {style}>{html.escape(line)}</text>\n'
+        when = f' class="later" style="animation-delay: {seconds:.1f}s"' if seconds else ""
+        text += f'<text x="16" y="{LINE * i + 5}"{when}>{html.escape(line)}</text>\n'
     return text + "</svg>\n"
 
 

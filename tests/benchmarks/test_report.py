@@ -181,7 +181,9 @@ def test_the_cast_is_of_readmes_example():
     ):
         root = ElementTree.fromstring(picture)
         lines = [x for x in root if x.tag.endswith("text")]
-        delays = [float(x.attrib["style"].split()[1].removesuffix("s")) for x in lines]
+        first, *later = lines
+        assert "style" not in first.attrib  # it is there from the begin
+        delays = [float(x.attrib["style"].split()[1].removesuffix("s")) for x in later]
         assert delays == sorted(delays)
         assert max(b - a for a, b in itertools.pairwise([0.0, *delays])) <= cast.LONGEST
     assert [x.text for x in lines] == ["$ x", "a & b", "c"]
