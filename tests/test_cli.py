@@ -11,9 +11,10 @@ import torch
 from matplotlib.figure import Figure
 
 import coded_torch
+from coded_torch import CodedWrapper, codes, stragglers, workers
 from coded_torch.cli import CommandError, find_factory, progress, seconds, usage
 from coded_torch.cli.main import main
-from coded_torch.demo import digits
+from coded_torch.demo import digits, lenet5
 from coded_torch.experiments import planner
 
 
@@ -112,7 +113,7 @@ def test_options_stand_in_groups_with_defaults_of_their_command(capsys):
 def test_help_and_version(capsys):
     assert run("--help") == 0
     out = capsys.readouterr().out
-    for command in ("demo", "compare", "serve", "job", "plan", "info"):
+    for command in ("demo", "compare", "tune", "serve", "job", "plan", "info"):
         assert f"\n  {command} " in out
         assert run([command, "--help"]) == 0
     assert "99.9 % of the requests" in capsys.readouterr().out
@@ -172,6 +173,11 @@ def test_demo_prints_tables_and_saves_a_picture(tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     assert "Seed 5." in out
+    shown = out[out.index("The first 20 digits") :]
+    arrived, estimated, model, decoded = (line.split()[-20:] for line in shown.splitlines()[1:5])
+    assert [a if e == "." else e for a, e in zip(arrived, estimated, strict=True)].count(".") == 0
+    assert sum(a == b for a, b in zip(arrived, model, strict=True)) == 20 - arrived.count(".") > 0
+    assert sum(a == b for a, b in zip(decoded, model, strict=True)) >= 10
     found = re.search(r"([\d,]+) answers are computed, ([\d,]+) are estimated", out)
     computed, estimated = (int(number.replace(",", "")) for number in found.groups())
     assert computed + estimated == 720 > computed
@@ -210,6 +216,21 @@ def test_compare_takes_a_model_and_files(tmp_path, monkeypatch, capsys):
     np.save(tmp_path / "labels.npy", labels[:251].numpy())
     assert run([*line.split(), "9,8,1"]) == 2
     assert "--labels cannot be read: it must have 250 rows, got 251" in capsys.readouterr().err
+
+
+def test_tune_prints_the_code_with_the_numbers_that_answer_best(tmp_path, monkeypatch, capsys):
+    torch.save(digits()[0][:200], tmp_path / "images.pt")
+    monkeypatch.chdir(tmp_path)
+    line = "tune coded_torch.demo:lenet5 --inputs images.pt --batch-size 40 --code"
+    assert run([*line.split(), "RegressionCode", "--settings", "9,8,1 6,4,2"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("Best at N = 9, K = 8, S = 1: CodedWrapper(model, codes.Regression")
+    code = eval(second.partition("model, ")[2].removesuffix(")"), {"codes": codes})
+    pool = workers.LocalWorkers(stragglers.Uniform(2, seed=0))
+    wrapper = CodedWrapper(lenet5(), codes.RegressionCode(4, 6), workers=pool)
+    assert repr(code) == repr(coded_torch.tune(wrapper, digits()[0][:200].split(40)))
+    assert run([*line.split(), "SplineCode", "--batch-size", "0"]) == 2
+    assert "tune: --batch-size must be at least 1" in capsys.readouterr().err
 
 
 def test_commands_write_pictures_of_different_names(tmp_path, monkeypatch, compared):

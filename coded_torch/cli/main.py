@@ -18,11 +18,12 @@ from torch.utils._pytree import tree_map
 import coded_torch
 
 from .. import _extension
+from .. import codes as all_codes
 from .._arguments import MOST_WORKERS, count
-from ..codes import RegressionCode
+from ..codes import RegressionCode, SplineCode
 from ..demo import digits, lenet5
 from ..experiments import planner
-from ..nn import CodedWrapper
+from ..nn import CodedWrapper, Report
 from ..stragglers import Uniform
 from ..workers import LocalWorkers
 from . import (
@@ -46,6 +47,7 @@ from .serve import LENET5, serve
 
 # The rows of a batch: on 240 digits, groups of 20 inputs divide evenly. It was not tuned.
 _BATCH_SIZE = 240
+_SHOWN = 20  # digits that the demo shows, as many as fit a line
 _LEGEND = """\
 RMSE             root of the mean squared distance from the module's answers
 normalised MSE   its square, over the variance of the module's answers"""
@@ -95,12 +97,35 @@ def demo(args: argparse.Namespace) -> None:
         "Every code is tuned on a quarter of the batches, without labels, and answers\n"
         "the others while the same workers are lost.\n"
     )
+    _show_digits(args, model, batches[0], *runs[0])
     _compare(args, model, list(batches), list(truth))
 
 
-def compare(args: argparse.Namespace) -> None:
-    """Compare the codes on your own model while workers are lost."""
-    need("demo", "matplotlib")
+def _show_digits(
+    args: argparse.Namespace, model: nn.Module, batch: Tensor, answers: Tensor, report: Report
+) -> None:
+    """Print how the first digits of a batch were answered, and what a code that mixes decodes."""
+    n, k, s = args.settings[-1]
+    lost = LocalWorkers(Uniform(s, seed=args.seed))
+    decoded = CodedWrapper(model, SplineCode(k, n), workers=lost)(batch)
+    estimated = report.rows("estimated")["estimated"]
+    lines = {
+        "arrived from workers": (answers, ~estimated),
+        "lost, so estimated from others": (answers, estimated),
+        f"the model, on all {_SHOWN}": (model(batch), None),
+        "decoded from mixtures": (decoded, None),
+    }
+    say(f"The first {_SHOWN} digits, by rows and by the paper's code:")
+    for title, (outputs, shown) in lines.items():
+        classes = [str(int(each)) for each in outputs[:_SHOWN].argmax(1)]
+        if shown is not None:
+            classes = [name if here else "." for name, here in zip(classes, shown, strict=False)]
+        say(f"  {title:<32}{' '.join(classes)}")
+    say("")
+
+
+def _read_batches(args: argparse.Namespace) -> tuple[nn.Module, Rows, list[Any]]:
+    """Return the model, the rows of the file, and batches of them for the arguments."""
     model, examples = make_model(args)
     with usage(prefix="compare: "):
         size = count("compare", "--batch-size", args.batch_size)
@@ -112,14 +137,33 @@ def compare(args: argparse.Namespace) -> None:
             raise ValueError(f"arguments of forward must be positional, got {columns.kwargs}")
         calls = rows.batches(columns, size, range(0, rows.total - size + 1, size))
         batches = [tree_map(lambda x: x.to(args.device), call.args) for call in calls]
+    return model.to(args.device), rows, batches
+
+
+def tune(args: argparse.Namespace) -> None:
+    """Choose the numbers of a code on your own model, without labels."""
+    model, _, batches = _read_batches(args)
+    for n, k, s in args.settings:
+        with usage(errors=Exception, prefix="tune: "), usage(prefix=f"{args.code}: "):
+            code = getattr(all_codes, args.code)(k, n)
+            lost = LocalWorkers(Uniform(s, seed=args.seed))
+            wrapper = CodedWrapper(model, code, workers=lost)
+            best = coded_torch.tune(wrapper, batches, progress=partial(progress, what="batches"))
+        say(f"Best at N = {n}, K = {k}, S = {s}: CodedWrapper(model, codes.{best!r})")
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Compare the codes on your own model while workers are lost."""
+    need("demo", "matplotlib")
+    model, rows, batches = _read_batches(args)
     labels = None
     if args.labels is not None:
         with usage("--labels cannot be read", errors=Exception):
             classes = Rows([args.labels])
             if classes.total != rows.total:
                 raise ValueError(f"it must have {rows.total} rows, got {classes.total}")
-            labels = classes.tensor().to(args.device).split(size)[: len(batches)]
-    _compare(args, model.to(args.device), batches, labels)
+            labels = classes.tensor().to(args.device).split(args.batch_size)[: len(batches)]
+    _compare(args, model, batches, labels)
 
 
 def _compare(
@@ -199,26 +243,34 @@ def _bounds(text: str) -> tuple[float, float]:
 
 _DEVICES = ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())))
 _LOST = (
+    "workers",
+    ("--settings", _settings, "24,20,4", _TRIPLES),
     ("--device", _DEVICES, "cpu", "the device of the model"),
     ("--seed", int, 0, "the seed of the lost workers"),
 )
+_READ = (
+    "model and inputs",
+    ("factory", str, ..., _MODEL),
+    ("--inputs", str, ..., "a .pt, .npy, .safetensors or .parquet file"),
+    ("--columns", str, None, _COLUMNS),
+    ("--batch-size", int, _BATCH_SIZE, "rows per batch"),
+)
+_CODES = "SplineCode", "BerrutCode", "FloaterHormannCode", "LagrangeCode", "RegressionCode"
 _COMMANDS: dict[Callable[[argparse.Namespace], int | None], tuple[Any, ...]] = {
     demo: (
-        "workers",
-        ("--settings", _settings, "24,20,4", _TRIPLES),
         *_LOST,
         "output",
         ("--output", picture, Path("coded-torch-demo.png"), "the picture: .png, .svg or .pdf"),
     ),
+    tune: (
+        *_READ,
+        "code",
+        ("--code", _CODES, "SplineCode", "the code whose numbers are chosen"),
+        *_LOST,
+    ),
     compare: (
-        "model and inputs",
-        ("factory", str, ..., _MODEL),
-        ("--inputs", str, ..., "a .pt, .npy, .safetensors or .parquet file"),
-        ("--columns", str, None, _COLUMNS),
+        *_READ,
         ("--labels", str, None, "a file with the true class of each row"),
-        ("--batch-size", int, _BATCH_SIZE, "rows per batch"),
-        "workers",
-        ("--settings", _settings, "24,20,4", _TRIPLES),
         *_LOST,
         "output",
         ("--output", picture, Path("coded-torch-compare.png"), "the picture: .png, .svg or .pdf"),
@@ -308,7 +360,7 @@ _COMMANDS: dict[Callable[[argparse.Namespace], int | None], tuple[Any, ...]] = {
         ("--quick", bool, False, "time few and small sizes"),
     ),
 }
-_GROUPS = {"models and jobs": (serve, job, info), "experiments": (demo, compare, plan)}
+_GROUPS = {"models and jobs": (serve, job, info), "experiments": (demo, compare, tune, plan)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

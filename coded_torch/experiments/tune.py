@@ -28,7 +28,13 @@ SETS = 5  #: received sets of a batch. Rare ones decide the error; more than 5 w
 
 
 @on_host()
-def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any]) -> Code:
+def tune(
+    wrapper: CodedWrapper,
+    batches: Iterable[Any],
+    *,
+    progress: Callable[[list[Any]], Iterable[Any]] = iter,
+    **values: Sequence[Any],
+) -> Code:
     r"""Choose the numbers of a wrapper's code that answer best on batches without labels.
 
     The code has the least squared error, against the module's own answers, among all combinations
@@ -39,6 +45,7 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
         wrapper: a wrapped module with the code. It is not changed: assign the new code to
             ``wrapper.code``.
         batches: a few batches like the later ones, also in size. Each is an input, or a tuple.
+        progress: called with the list of batches, returns them one by one, such as ``tqdm.tqdm``.
         values: by the name of a number, the values to choose it from. Defaults to the candidates.
 
     Returns:
@@ -72,7 +79,7 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
             out_dims=wrapper.out_dims,
             owner="tune",
         )
-        for x in calls
+        for x in progress(calls)
     )
     mixes = code.mixes or not wrapper.surrogate  # which codes that mix do not take
     best = chosen("tune", code, trials, wrapper.num_stragglers, values, mixes=mixes)

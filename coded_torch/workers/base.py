@@ -526,7 +526,7 @@ class Workers(abc.ABC):
         """
         try:
             self.start(module, sample(batch))
-            logger.info("%s workers have run the model", self.num_workers or "all")
+            logger.info("workers that have run the model: %s", self.num_workers or "all")
         except RuntimeError as error:
             if isinstance(error, WorkerError) and error.kind in ("raised", "died"):
                 raise

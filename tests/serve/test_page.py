@@ -407,6 +407,7 @@ def test_a_drawn_digit_is_read(opened, width):
     opened.draw(*SEVEN)
     opened.until("class", "7")
     assert opened.text("how") in ("computed, not verified", "hedged, not verified")
+    until(lambda: opened.browser.find_elements("css selector", "#latency circle"))
     found = opened.answered()
     assert found["computed"] + found["hedged"] == 64
     assert found["wrong"] == 0
@@ -491,7 +492,7 @@ def test_corrupt_workers_are_excluded_and_restarted(browser):
     options = "--chaos", "--verify", "0.5", "--deadline", "5"
     with running(*options) as (_, port):
         opened = open_page(port, browser)
-        until(lambda: "Ready. 6 of 6 workers are up" in opened.text("summary"))
+        until(lambda: "Ready. 6 of 6 workers up" in opened.text("summary"))
         opened.until("summary", "50 % of the rows are verified")
         opened.find("ask").click()
         opened.find("repeat").click()
@@ -502,7 +503,7 @@ def test_corrupt_workers_are_excluded_and_restarted(browser):
         for worker in (1, 4):
             opened.press("Restart", worker)
             until(lambda worker=worker: "excluded" not in opened.states()[worker])
-        opened.until("summary", "6 of 6 workers are up")
+        opened.until("summary", "6 of 6 workers up")
         assert not [state for state in opened.states() if "excluded" in state]
         assert opened.answered()["refused"] == 0
 
