@@ -112,7 +112,7 @@ class TestRay(TritonTests):
 
 def test_a_body_that_is_too_large_is_413(port):
     with Client(port) as client:
-        status, answer = client.infer(bytes(2**22), "/lenet/v2/models/m/infer")
+        status, answer = client.infer(bytes(2**27), "/lenet/v2/models/m/infer")
     assert (status, answer["error"][:20]) == (413, "the body must be at ")
 
 
