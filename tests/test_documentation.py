@@ -260,7 +260,7 @@ def test_the_reference_has_every_public_name_once():
     text = "\n".join(path.read_text() for path in pages)
     shown = re.findall(r"^\.\. automodule:: (\S+)\n((?:   .*\n|\n(?=   ))*)", text, re.M)
     values = []
-    alone = []  # what is shown by its own name; Sphinx warns if it is shown twice
+    alone = []  # objects with a directive of their own; Sphinx warns if a page shows one twice
     for name in re.findall(r"^\.\. auto(?:class|function):: (\S+)$", text, re.M):
         module, _, public = name.rpartition(".")
         alone.append(getattr(importlib.import_module(module), public))

@@ -201,23 +201,27 @@ class _Apart:
             path = f"{folder}/module"
             ours, theirs = context.Pipe(duplex=False)
             how = self._args, path, theirs, os.getpid()
-            self._process = context.Process(target=_make_apart, args=how, daemon=True)
+            process = context.Process(target=_make_apart, args=how, daemon=True)
             with theirs:
-                self._process.start()
+                process.start()
+            self._process = process
             with ours:
                 try:
                     error = ours.recv()
                 except EOFError:
                     error = RuntimeError(f"the process that made {self._args.factory} has ended")
-            self._process.join()
+            process.join()
+            self._process = None
             if error is not None:
                 raise error
             module: nn.Module = torch.load(path, weights_only=False, mmap=True)
             return module
 
     def cancel(self) -> None:
-        """End the process, and so the call."""
-        self._process.kill()
+        """End the process, if it has started, and so the call."""
+        process = self._process
+        if process is not None:
+            process.kill()
 
 
 def _make_apart(args: Namespace, path: str, link: Any, parent: int) -> None:
@@ -233,9 +237,10 @@ def _make_apart(args: Namespace, path: str, link: Any, parent: int) -> None:
     except BaseException as cause:  # SystemExit, too
         error = cause
     try:
-        link.send(error)
-    except Exception:  # it cannot be pickled
-        link.send(RuntimeError(f"{type(error).__name__}: {error}"))
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # raised by the exception's own class, which may raise anything
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    link.send(error)
 
 
 def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None:

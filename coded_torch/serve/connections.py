@@ -174,6 +174,7 @@ class _Connection(HttpToolsProtocol):
         self.spare = _HEADER_BYTES
         super().on_message_complete()
 
+    # asyncio takes a bool; uvicorn's own says that it returns None.
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection until the answer is sent; return whether there will be one."""
         if not self.has_ended:

@@ -8,6 +8,7 @@ import inspect
 import ipaddress
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
 from typing import Any
@@ -33,6 +34,10 @@ logger = sparing_logger("coded_torch.serve")
 
 # In which a worker loads a version, and a load ends. Bounds, not tuned.
 _SECONDS, _LOAD_SECONDS = 120.0, 900.0
+# For which a load that ends is cancelled, and between two attempts. Not tuned: it begins in
+# milliseconds.
+_CANCEL_SECONDS = 1.0
+_AGAIN_SECONDS = 0.05
 # Headers of browsers and of proxies, and how more of them begin.
 _OTHERS = {"origin", "forwarded", "via", "x-request-id", "cf-connecting-ip", "true-client-ip"}
 _OTHERS |= {"x-client-ip", "x-cluster-client-ip"}
@@ -207,8 +212,8 @@ class Versions:
             ends: list[Future[Any]] = [made, stop]
             wait(ends, _LOAD_SECONDS, FIRST_COMPLETED)
             if not made.done():
-                getattr(self._make, "cancel", lambda: None)()
                 self._end(TimeoutError(f"App: a load must end within {_LOAD_SECONDS:g} s"))
+                self._cancel(made)
                 stop.result()
             module = made.result()
             settings = inspect.signature(CodedWrapper).parameters
@@ -227,6 +232,16 @@ class Versions:
             self._loading.release()
         logger.info("version %s of %s answers", self.present[1], name)
         return self.present[1]
+
+    def _cancel(self, made: Future[Any]) -> None:
+        """End what makes a module, if it can be ended. It may not have begun yet."""
+        cancel = getattr(self._make, "cancel", None)
+        if cancel is None:
+            return
+        end = time.monotonic() + _CANCEL_SECONDS
+        while not made.done() and time.monotonic() < end:
+            cancel()
+            wait([made], _AGAIN_SECONDS)
 
     def _end(self, error: Exception) -> None:
         """End the load, if there is one, by an error."""

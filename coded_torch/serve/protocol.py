@@ -1,6 +1,7 @@
-"""Requests of the Open Inference Protocol, version 2: their bodies, and what is in them.
+"""Reads requests of the Open Inference Protocol, version 2.
 
-KServe, Triton and others speak it. Binary tensors are its extension ``binary_tensor_data``:
+KServe and Triton implement this protocol, too. Binary tensors are its extension
+``binary_tensor_data``:
 https://github.com/kserve/open-inference-protocol and
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md.
 """

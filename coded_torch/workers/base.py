@@ -371,7 +371,7 @@ class Workers(abc.ABC):
                     args, kwargs = task.payload(units, copied=True)
                     try:
                         values.append(module(*args, **kwargs))
-                    except Exception as raised:
+                    except Exception as raised:  # other pools reply with it, whatever it is
                         raise RuntimeError(str(raised)) from raised
                 return values
             with self.open(module, task) as request:
@@ -468,7 +468,7 @@ class Workers(abc.ABC):
             halves = [frozenset(places[i::2]) for i in (0, 1)]
             with self.open(module, task) as request:
                 asked = list[int]()
-                # A part that is late, or that a worker failed, is asked of other workers.
+                # If a part is late or has failed, another worker is asked for it.
                 for attempt, patience in enumerate(_PROOF_PATIENCE):
                     parts = list[Part]()
                     for place, n in enumerate(sizes):

@@ -109,7 +109,10 @@ def test_a_huge_result_hides_no_other(model, batch, code, scale):
 @pytest.mark.parametrize("code", ["spline", "Berrut", "Floater-Hormann"])
 def test_a_small_shift_that_is_alike_in_all_groups_is_found(model, batch, code):
     """Residuals of single groups hid it; their mean does not."""
-    attack = lambda rows, _: rows + 0.05  # noqa: E731
+
+    def attack(rows, _):
+        return rows + 0.05
+
     _, report = answered(model, batch, CODES[code](3), attack, (7, 8, 33))
     assert report.suspects == (7, 8, 33)
     assert not report.undefended.any()

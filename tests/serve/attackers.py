@@ -47,8 +47,8 @@ def row(first):
     return body(1, first + ONE[ONE.index(b",") :])
 
 
-#: What is sent, what is sent again and again after it, and how the client goes on: it reads one
-#: piece of an answer, all, or nothing, or it sends no more.
+#: By name of an attack: the bytes that its client sends first, the bytes that it then repeats, and
+#: how it goes on. It reads one piece of the answer, reads all, reads nothing, or sends no more.
 KINDS = {
     "lists, 200 KB packed": (lambda: packed(body(1, b"[]," * 2**26)), b""),
     "objects, 2 KB packed": (lambda: packed(b'{"inputs": [' + b'{"a":[{}]},' * 150_000), b""),

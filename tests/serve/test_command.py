@@ -56,9 +56,15 @@ def make():
 def bare():
     return Double()
 
+class Odd(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
 def read():
     if (text := open("weights").read()) == "again":  # holds the interpreter's lock, for ever
         re.match(r"(a+)+$", "a" * 60 + "b")
+    if text == "odd":
+        raise Odd("one", "another")
     return Scaled(float(text)), torch.ones(2, 3)
 
 def pair():
@@ -258,6 +264,7 @@ def test_a_signal_loads_new_weights_and_keeps_the_old_ones_if_that_fails(mine):
         assert answer() == ("1", 2.0)
         for content, said, wanted in (
             ("many", "no version of read was loaded, so version 1 stays: ValueError", ("1", 2.0)),
+            ("odd", "so version 1 stays: RuntimeError: Odd: one and another", ("1", 2.0)),
             ("5", "version 2 of read answers", ("2", 5.0)),
         ):
             weights.write_text(content)

@@ -138,8 +138,13 @@ def test_half_of_the_descriptors_are_left_for_workers_and_files():
 
 
 def test_a_client_that_does_not_read_its_answer_is_disconnected(port, monkeypatch):
-    lost, ends = threading.Event(), connections._Connection.connection_lost
-    noted = lambda *how: ends(*how) or lost.set()  # noqa: E731
+    lost = threading.Event()
+    connection_lost = connections._Connection.connection_lost
+
+    def noted(*how):
+        connection_lost(*how)
+        lost.set()
+
     monkeypatch.setattr(connections._Connection, "connection_lost", noted)
     tail = bytes(16_000_000)
     how = {"parameters": {"binary_data_size": len(tail)}}

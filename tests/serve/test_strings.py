@@ -22,7 +22,7 @@ from .servers import Client, serving
 from .test_command import running
 from .test_protocol import read, refused
 
-# A server answers 504 to what is late then.
+# A server answers 504 to late rows that it cannot estimate.
 pytestmark = pytest.mark.filterwarnings("ignore:CodedWrapper.*cannot be estimated")
 
 TEXTS = ["a", "", "ünï", "e" * 70, 'quoted "data": [1, 2]', "\\", "\n", "漢字 🙂"]

@@ -199,6 +199,42 @@ def test_a_load_that_hangs_is_shown_and_ends(how, monkeypatch):
     assert why in body.decode()
 
 
+class Cancellable(Factory):
+    """Begins late: the first cancel comes too early."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun = threading.Event()
+        self.ended = threading.Event()
+        self.cancels = 0
+
+    def __call__(self):
+        self.begun.set()
+        if not self.ended.wait(60):
+            raise RuntimeError("it was not cancelled")
+        return super().__call__()
+
+    def cancel(self):
+        self.cancels += 1
+        if self.cancels > 1:
+            self.ended.set()
+
+
+def test_a_load_is_cancelled_though_its_factory_begins_later():
+    factory = Cancellable()
+    with serving(built(DeviceWorkers(["cpu"]), factory)) as port, Client(port) as client:
+
+        def load():
+            with Client(port) as other:
+                other.send("POST", LOAD)
+
+        (thread,) = started([load])
+        assert factory.begun.wait(60)
+        assert client.send("POST", UNLOAD)[0] == 200
+        thread.join(60)
+        assert factory.ended.is_set()
+
+
 def test_a_version_that_was_replaced_is_freed():
     application = built(pool := ProcessWorkers(1), Factory())
     with serving(application) as port, Client(port) as client:
