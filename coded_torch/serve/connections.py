@@ -88,8 +88,8 @@ class _Connection(HttpToolsProtocol):
     most = min(_MOST_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**63 // 2)
     since = 0.0  # the time of the last answer
     limit, begun = 0.0, 0.0  # seconds that the client may take, and since when it may
-    spare = _HEADER_BYTES  # bytes that may still come beside content
-    content = 0  # bytes that belong to the content, as Content-Length says
+    framing_left = _HEADER_BYTES  # bytes beside the content that may still come
+    content_left = 0  # bytes of the content that are still to come
     is_incomplete = False  # whether a message has begun and is not complete
     has_head = False  # whether its headers are complete
     has_ended = False  # whether the client sends no more
@@ -134,12 +134,12 @@ class _Connection(HttpToolsProtocol):
         for _ in range(_SLICES):
             if not self.waiting or self.flow.read_paused or self.transport.is_closing():
                 break
-            size = self.content or _SLICE
+            size = self.content_left or _SLICE
             piece = bytes(self.waiting[:size])
             del self.waiting[:size]
-            self.spare -= len(piece)
+            self.framing_left -= len(piece)
             super().data_received(piece)
-            if self.spare < 0:
+            if self.framing_left < 0:
                 self.end(b"431 Request Header Fields Too Large")
         transport: Any = self.transport
         if self.waiting:
@@ -158,20 +158,20 @@ class _Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self.has_head = True
-        self.spare = _FRAMING_BYTES
-        self.content = int(dict(self.headers).get(b"content-length", 0))
+        self.framing_left = _FRAMING_BYTES
+        self.content_left = int(dict(self.headers).get(b"content-length", 0))
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        self.content = max(0, self.content - len(body))
-        self.spare += 2 * len(body)
+        self.content_left = max(0, self.content_left - len(body))
+        self.framing_left += 2 * len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         self.is_incomplete = False
         self.has_head = False
-        self.content = 0
-        self.spare = _HEADER_BYTES
+        self.content_left = 0
+        self.framing_left = _HEADER_BYTES
         super().on_message_complete()
 
     # asyncio takes a bool; uvicorn's own says that it returns None.

@@ -53,6 +53,25 @@ class Factory:
         return module
 
 
+class Held(Factory):
+    """Makes a module once it may."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun = threading.Event()
+        self.may_go_on = threading.Event()
+
+    def __call__(self):
+        self.begun.set()
+        assert self.may_go_on.wait(60)
+        return super().__call__()
+
+
+def post_load(port, found):
+    with Client(port) as client:
+        found.append(client.send("POST", LOAD))
+
+
 def built(pool, factory, *, surrogate=(), waiting=None, **options):
     coded = CodedWrapper(Times(1), workers=pool, surrogate=surrogate, waiting=waiting)
     inputs, outputs = [TensorSpec("x", "FP32", (3,))], [TensorSpec("output", "FP32", (3,))]
@@ -138,47 +157,27 @@ def test_who_may_load():
 
 
 def test_one_version_is_loaded_at_a_time():
-    factory, begun, go, found = Factory(), threading.Event(), threading.Event(), []
-
-    def wait(number):
-        begun.set()
-        assert go.wait(60)
-        return Times(number)
-
-    def load(port):
-        with Client(port) as client:
-            found.append(client.send("POST", LOAD)[0])
-
-    factory.next = wait
+    factory = Held()
+    found = []
     with serving(built(DeviceWorkers(["cpu"]), factory)) as port, Client(port) as client:
-        (thread,) = started([lambda: load(port)])
-        assert begun.wait(60)
+        (thread,) = started([lambda: post_load(port, found)])
+        assert factory.begun.wait(60)
         status, _, body = client.send("POST", LOAD)
-        go.set()
+        factory.may_go_on.set()
         thread.join()
-    assert (status, found) == (400, [200])
+    assert (status, found[0][0]) == (400, 200)
     assert b"one is being loaded" in body
 
 
 @pytest.mark.parametrize("how", ["cancelled", "late"])
 def test_a_load_that_hangs_is_shown_and_ends(how, monkeypatch):
-    factory, begun, go, found = Factory(), threading.Event(), threading.Event(), []
-
-    def hang(number):
-        begun.set()
-        assert go.wait(60)
-        return Times(number)
-
-    def load(port):
-        with Client(port) as client:
-            found.append(client.send("POST", LOAD))
-
-    factory.next = hang
+    factory = Held()
+    found = []
     monkeypatch.setattr(model, "_LOAD_SECONDS", 600.0 if how == "cancelled" else 0.5)
     with serving(built(DeviceWorkers(["cpu"]), factory)) as port, Client(port) as client:
         assert client.send("POST", UNLOAD)[0] == 400  # nothing is loaded
-        (thread,) = started([lambda: load(port)])
-        assert begun.wait(60)
+        (thread,) = started([lambda: post_load(port, found)])
+        assert factory.begun.wait(60)
         if how == "cancelled":
             listed = json.loads(client.send("POST", "/v2/repository/index")[2])
             assert [(x["version"], x["state"]) for x in listed] == [
@@ -189,8 +188,7 @@ def test_a_load_that_hangs_is_shown_and_ends(how, monkeypatch):
             assert client.send("POST", UNLOAD, Origin="http://a.example")[0] == 403
             assert client.send("POST", UNLOAD)[0] == 200
         thread.join(60)
-        go.set()
-        factory.next = Times
+        factory.may_go_on.set()
         until(lambda: client.send("POST", LOAD)[0] == 200)
         assert ask(client)[1]["model_version"] == "2"
     ((status, _, body),) = found
@@ -199,40 +197,25 @@ def test_a_load_that_hangs_is_shown_and_ends(how, monkeypatch):
     assert why in body.decode()
 
 
-class Cancellable(Factory):
-    """Begins late: the first cancel comes too early."""
+class Cancellable(Held):
+    """The first cancel comes before it can be ended."""
 
-    def __init__(self):
-        super().__init__()
-        self.begun = threading.Event()
-        self.ended = threading.Event()
-        self.cancels = 0
-
-    def __call__(self):
-        self.begun.set()
-        if not self.ended.wait(60):
-            raise RuntimeError("it was not cancelled")
-        return super().__call__()
+    cancels = 0
 
     def cancel(self):
         self.cancels += 1
         if self.cancels > 1:
-            self.ended.set()
+            self.may_go_on.set()
 
 
 def test_a_load_is_cancelled_though_its_factory_begins_later():
     factory = Cancellable()
     with serving(built(DeviceWorkers(["cpu"]), factory)) as port, Client(port) as client:
-
-        def load():
-            with Client(port) as other:
-                other.send("POST", LOAD)
-
-        (thread,) = started([load])
+        (thread,) = started([lambda: post_load(port, [])])
         assert factory.begun.wait(60)
         assert client.send("POST", UNLOAD)[0] == 200
         thread.join(60)
-        assert factory.ended.is_set()
+        assert factory.may_go_on.is_set()
 
 
 def test_a_version_that_was_replaced_is_freed():
