@@ -416,22 +416,28 @@ class Copies:
         """Return the rows that wrong workers not dropped could answer alone, bool ``[size]``.
 
         A row is defended if more workers than that computed it alike, or if one of its workers
-        agreed with so many others elsewhere. A worker that is wrong in few rows only may pass.
+        agreed with so many others elsewhere. Whoever was dropped because of such workers may be
+        right, if they are wrong. A worker that is wrong in few rows only may pass.
         """
-        left = most - len({*dropped} - self.undecided)
+        certain = sorted({*dropped} - self.undecided)
+        left = most - len(certain)
         agree = self.agree > 0
         agree[[*dropped]] = False
         agree[:, [*dropped]] = False
-        confirmed = agree.sum(1) > left
+        blamed = (self.differ[:, certain] > 0).sum(1)
+        confirmed = agree.sum(1) > left + blamed
         counts = np.zeros(size, np.int64)
+        blamed_by_row = np.zeros(size, np.int64)
         defended = np.zeros(size, bool)
+        for place in certain:
+            blamed_by_row[np.unique(self.rows[place])] += 1
         for place, rows in enumerate(self.rows):
             if place in dropped:
                 continue
             defended[rows] |= confirmed[place]
             if place not in self.undecided:
                 counts[np.unique(rows)] += 1
-        return torch.from_numpy(~defended & (counts <= left))
+        return torch.from_numpy(~defended & (counts <= left + blamed_by_row))
 
 
 def _spread(values: Floats) -> float:

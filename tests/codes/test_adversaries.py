@@ -118,6 +118,19 @@ def test_a_small_shift_that_is_alike_in_all_groups_is_found(model, batch, code):
     assert not report.undefended.any()
 
 
+def test_a_row_whose_only_honest_worker_was_outvoted_is_marked():
+    """Two that are wrong alike had the majority of three copies, in silence."""
+    copies = [[0] * 3, [1] * 5, [2] * 5, [3] * 5, [4] * 5]
+    rows = torch.tensor([row for row_copies in copies for row in row_copies])[:, None]
+    results = rows.double()[..., None] + torch.tensor([1.0, 2.0]).double()
+    results[[0, 1]] += 7.0
+    results[[3, 8, 13]] *= -1
+    found = Copies(rows, [results])
+    wrong = found.wrong(5, None)
+    assert wrong == [2, 3, 8, 13]
+    assert found.undefended(wrong, 5, 5).tolist() == [True, False, False, False, False]
+
+
 def test_too_few_numbers_to_tell_are_marked(model, batch):
     """One group of eight outputs was decoded with wrong results, in silence."""
     for attack in (None, ATTACKS["negated"]):
