@@ -1,10 +1,11 @@
-"""How far is each decoder from the best one for its inputs? ``python -m benchmarks bound``.
+"""How far is each decoder from the best one under a prior? ``python -m benchmarks bound``.
 
 If the network is drawn from a Gaussian process, no decoder has less expected squared error than the
 posterior variance of the answers given the results that arrived, on average over the batch. Each
 code has its own bound, of the coded inputs that it sent. The covariance is Matern 5/2 of inputs in
 units of the batch's spread. Its length has the least leave-one-out error on the outputs of the
 network. Its amplitude is estimated from these errors.
+A network is no such draw, so errors may be below this variance.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
     "bound": Table(
         "bound > * > * > * > schemes > *",
         ("network", "batch", SETTING, "scheme"),
-        {"normalised MSE": "mse:.4f", "least of any decoder": "bound:.4f", "ratio": "over:.2f"},
+        {"normalised MSE": "mse:.4f", "least under the prior": "bound:.4f", "ratio": "over:.2f"},
     ),
     "main": Table(
         "accuracy > lenet5 > table > B = 240 > *",
