@@ -41,8 +41,6 @@ class Outcome(NamedTuple):
 class _All:
     """A waiting policy that asks once, and waits for all."""
 
-    deadline = None
-
     def decide(self, history: Any, table: Table) -> float:
         if not table.parts:
             for units in table.first:
@@ -83,13 +81,14 @@ class Fleet:
         order = self.random.sample(sorted(self.record.workers), len(self.record.workers))
         count = min(len(order), size, self._parts)
         parts = [range(i * size // count, (i + 1) * size // count) for i in range(count)]
-        verifier, values = Verifier(self.record, _All(), inputs), dict[int, Tensor]()
+        waiting, verifier, values = _All(), Verifier(self.record, inputs), dict[int, Tensor]()
         table = Table(first=parts, needed=size, idle=lambda: len(order))
+        verifier.begin(table)
         events, asked = deque[Reply](), 0
         begin, first_wait = time.perf_counter(), 0.0
         while True:
-            until = verifier.decide(None, table)
-            if table.reason:
+            until = min(policy.decide(None, table) for policy in (waiting, verifier))
+            if table.end:
                 break
             for part in table.parts[asked:]:
                 worker = order[part.number % len(order)]

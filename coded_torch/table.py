@@ -211,7 +211,8 @@ class Table:
     is_quiet: bool = False  #: true if nothing has happened since the last decision
     is_over: bool = False  #: true if nothing can come any more
     # What policies write beside the parts.
-    reason: str = ""  #: why the call has ended, as :attr:`coded_torch.Report.ended`
+    reason: str = ""  #: why the call may end, as :attr:`coded_torch.Report.ended`
+    holds: bool = False  #: true while verification goes on, so that the call does not end
     refused: dict[int, Part] = field(default_factory=dict)  #: why the module fails on a unit
     given_up: set[int] = field(default_factory=set)  #: units that are not asked for any more
     avoid: frozenset[int] = _NOBODY  #: workers that no part may have
@@ -320,6 +321,11 @@ class Table:
         self._unwritten.clear()
 
     # Views.
+
+    @property
+    def end(self) -> str:
+        """Why the call has ended; "" if it goes on."""
+        return "" if self.holds else self.reason
 
     @property
     def answered(self) -> dict[int, Part]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .._arguments import count, positive, probability, real
 from ..scheduling.latency_history import History
-from ..scheduling.policy import LEAST_TAIL, Waiting, tail
+from ..scheduling.policy import Waiting, hedging_threshold
 from ..stragglers import Stragglers
 from ..table import Part, Table
 from ..verification.record import Record
@@ -152,7 +152,9 @@ def measured(seconds: Seconds, part: float) -> Conditions:
     lower = np.quantile(seconds, 0.25)
     median = np.median(seconds)
     spread = math.log(median / lower) / 0.6745  # the normal distribution's upper quartile
-    threshold = median * max(LEAST_TAIL, tail(median, lower))  # the rule of hedges, unbounded
+    history = History(len(seconds))
+    history.add([(1, each) for each in seconds.tolist()], None)
+    threshold = hedging_threshold(history, 1)
     beyond = np.where(seconds > threshold, seconds - median, 0.0)
     return Conditions(spread=spread, delays=_Tail(beyond / part))
 
@@ -260,7 +262,7 @@ def _policies(
 
 
 class Verified:
-    """A policy that has a share of the rows verified, on simulated workers that are all honest."""
+    """A policy, and verification of a share of rows, on simulated workers that are all honest."""
 
     at_once = False
 
@@ -271,9 +273,12 @@ class Verified:
 
     def decide(self, history: History, table: Table) -> float:
         if table.verdict is None:
-            table.verdict = Verifier(self.record, self.waiting)
-            table.verdict.results = _Right(self.record)
-        return float(table.verdict.decide(history, table))
+            bounded = self.waiting.deadline is not None
+            table.verdict = verifier = Verifier(self.record, bounded=bounded)
+            verifier.results = _Right(self.record)
+            verifier.begin(table)
+        until = self.waiting.decide(history, table)
+        return float(min(until, table.verdict.decide(history, table)))
 
 
 class _Right(Results):

@@ -163,12 +163,12 @@ def simulate(
     estimated = np.zeros(num_requests)
     for call, at in pool.ended:
         latencies[call.number] = at - call.table.since
-        if call.table.reason != "complete":
+        if call.table.end != "complete":
             units = {unit % num_units for unit in call.table.answered}
             estimated[call.number] = 1 - len(units) / num_units
     calls = pool.begun_parts / (num_requests * num_parts)
     work = pool.begun_rows / (num_requests * num_rows)
-    reasons = Counter(call.table.reason for call, _ in pool.ended)
+    reasons = Counter(call.table.end for call, _ in pool.ended)
     return Outcome(latencies, estimated, calls, work, reasons)
 
 
@@ -234,7 +234,7 @@ class _Pool:
         passed = []
         while self._idle and self._queue:
             call, part = entry = self._queue.popleft()
-            if call.table.reason or part.outcome is not OPEN:
+            if call.table.end or part.outcome is not OPEN:
                 continue
             worker = next((worker for worker in self._idle if worker not in part.avoid), None)
             if worker is not None:
@@ -253,11 +253,11 @@ class _Pool:
         if call.asked:
             table.hear(events, call.until)
         until = call.decide()
-        while until == -math.inf and not table.reason:
+        while until == -math.inf and not table.end:
             self._ask(call)
             table.hear((), until)
             until = call.decide()
-        if table.reason:
+        if table.end:
             call.until = math.inf
             self.ended.append((call, self.now))
             return
@@ -272,7 +272,7 @@ class _Pool:
         call.asked = len(call.table.parts)
 
     def _wake(self, call: _Call) -> None:
-        if call.until <= self.now and not call.table.reason:
+        if call.until <= self.now and not call.table.end:
             self.step(call)
 
     def _begin(self, worker: int, call: _Call, part: Part) -> None:
@@ -303,7 +303,7 @@ class _Pool:
         self._idle.append(worker)
         running = self._running[worker]
         self._running[worker] = None
-        if running is not None and not running[0].table.reason:
+        if running is not None and not running[0].table.end:
             call, part, began, ok = running
             error = None if ok else WorkerError(part.number, worker, "died", "died")
             self.step(call, Reply(part, worker, self.now, self.now - began, error=error))

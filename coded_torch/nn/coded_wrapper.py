@@ -350,7 +350,10 @@ class CodedWrapper(ModuleProxy):
         pool = self.workers
         estimates = self._history.estimates
         record = self._record
-        check = None if record is None else Verifier(record, waiting, division.inputs.floating())
+        check: Verifier | None = None
+        if record is not None:
+            bounded = waiting.deadline is not None
+            check = Verifier(record, division.inputs.floating(), bounded)
         answers = Answers(self.surrogate, division, report, self.module, check)
         execution = Execution(division, report, check, answers.prepare)
         report._enter("compute")

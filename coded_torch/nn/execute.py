@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 from .. import tracing
 from .._arguments import sparing_logger
 from ..codes.base import DeadlineExceeded, NotEnoughResults
-from ..scheduling.latency_history import Exchangeability, History
+from ..scheduling.exchangeability import Exchangeability
+from ..scheduling.latency_history import History
 from ..scheduling.policy import Waiting
 from ..table import DROPPED, OPEN, Began, Reply, Table, WorkerError
 from ..verification.verifier import Verifier
@@ -68,9 +69,13 @@ class Execution:
                 reserve=division.reserve,
                 judge=self.checks.judge,
             )
+            policies: list[Any] = [waiting]
+            if check is not None:
+                check.begin(table)
+                policies.append(check)
             try:
                 try:
-                    self._follow(waiting if check is None else check, history, request)
+                    self._follow(policies, history, request)
                 except Exception:  # the module may have raised because of inputs that are mixed
                     division.inputs.read()
                     raise
@@ -96,13 +101,13 @@ class Execution:
             late = f"{what} arrived within the deadline of {table.deadline:g} s"
             self.why = f"{self.why}; {late}" if self.why else late
 
-    def _follow(self, policy: Any, history: History, request: Request) -> None:
-        """Carry out the decisions of a policy, and tell it what happens, until the call ends."""
+    def _follow(self, policies: Sequence[Any], history: History, request: Request) -> None:
+        """Carry out the decisions of policies, and write what happens, until the call ends."""
         table = self.table
         asked = 0
         while True:
-            until = policy.decide(history, table)
-            if table.reason:
+            until = min([policy.decide(history, table) for policy in policies])
+            if table.end:
                 return
             if table.unwanted:
                 request.drop(table.unwanted)

@@ -307,7 +307,7 @@ class Report:
                 logger.warning("CodedWrapper: a result was rejected: %s", error)
             if error.worker >= 0:
                 self.rejected[error.worker] = error.reason
-        self.ended = table.reason
+        self.ended = table.end
         if self.ended and len(table.parts) > len(table.first):
             self.hedges = table.hedges
         for name in ("hedging_threshold", "deadline"):

@@ -2,11 +2,12 @@
 
 A policy has a method ``decide(history, table)``, which a driver calls again and again. It writes
 parts to ask for, parts that are unwanted, and the reason of the end into the table, and returns
-when to decide again if nothing happens::
+when to decide again if nothing happens. Verification is a policy beside another one, which decides
+first, and holds the end until it is done::
 
     while True:
-        until = waiting.decide(history, table)
-        if table.reason:
+        until = min(policy.decide(history, table) for policy in policies)
+        if table.end:
             break
         ...                          # ask workers for the new parts, and drop the unwanted ones
         table.hear(events, until)    # new events; none if the time `until` has come

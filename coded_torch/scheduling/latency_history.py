@@ -1,12 +1,15 @@
-"""What is known from earlier calls: latencies of parts, calls and estimates, and of odd results."""
+"""The latencies of parts and calls of one module on one pool, and the budget of hedges."""
 
 import bisect
 import math
 import statistics
 import threading
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from .estimation_times import EstimationTimes
+from .exchangeability import Exchangeability
 
 # These numbers of parts and calls are not tuned. More of them follow changes more slowly, fewer
 # make thresholds noisier.
@@ -96,16 +99,6 @@ class History:
         with self._lock:
             return self._quantile(self._parts, quantile) * self._scale(rows)
 
-    def quantiles(self, *shares: float) -> list[float]:
-        """Return quantiles of parts of ``most_rows`` rows; infinite until 32 have replied."""
-        with self._lock:
-            return [self._quantile(self._parts, share) for share in shares]
-
-    def scale(self, rows: int) -> float:
-        """Return the expected time of so many rows, as a share of the time of ``most_rows``."""
-        with self._lock:
-            return self._scale(rows)
-
     def num_hedges(self, rows: int, most: int) -> int:
         """Return how many parts stand in for a late one: ``most``, or 1 if that is no use."""
         with self._lock:
@@ -178,123 +171,3 @@ class History:
             self.most_rows = x1
         self._parts.rescale(self._scale)
         self._calls.rescale(self._scale)
-
-
-_REMEMBERED = 16  # estimates; not tuned
-# Estimates by the mean, after which the slowest regression is forgotten; not tuned.
-_RETRY = 32
-# A regression of n rows of d features, of which up to 4,096 rows are estimated together, takes
-# 5e-3 + (3e-8 + 5e-11 d) n^2 seconds on one core (64 to 4,096 rows of 16 to 24,576 features, a
-# quarter of them estimated; measured once, no benchmark keeps it). The factor of a machine, a
-# module and its surrogates is measured by calls.
-_FIT = 5e-3
-_FIT_ROWS = 3e-8
-_FIT_FEATURES = 5e-11
-_TOGETHER = 4096
-_FEW = 512  # rows, below which the mean takes as long as none
-_LATE = 5e-3  # seconds by which a busy machine wakes a thread late (benchmarks/resilience.py)
-_RESERVED = 1.25  # times the usual time are kept, so that few estimates are late; not tuned
-
-
-class EstimationTimes:
-    """The times that the latest estimates took, relative to a quiet core.
-
-    Missing rows are estimated by regression or, if the deadline leaves no time, by the mean.
-    """
-
-    def __init__(self) -> None:
-        self._factors = {by_mean: deque[float](maxlen=_REMEMBERED) for by_mean in (False, True)}
-        self._is_warm = False
-        self._hurried = 0
-
-    def add(self, seconds: float, rows: int, features: int, by_mean: bool) -> None:
-        """Remember an estimate's time. The first one does not count, as it loads code."""
-        if self._is_warm:
-            self._factors[by_mean].append(seconds / _quiet_seconds(rows, features, by_mean))
-        self._is_warm = True
-        self._hurried += by_mean
-        kept = list(self._factors[False])
-        if kept and by_mean and self._hurried % _RETRY == 0:  # one was slow by chance
-            kept.remove(max(kept))  # not in place, as other calls may add
-            self._factors[False] = deque(kept, _REMEMBERED)
-
-    def seconds(self, rows: int, features: int, by_mean: bool = False) -> float:
-        """Return the seconds that estimating takes in 7 of 8 calls."""
-        ordered = sorted(self._factors[by_mean])
-        factor = ordered[7 * len(ordered) // 8] if ordered else 1.0
-        return factor * _quiet_seconds(rows, features, by_mean)
-
-    def reserve(self, rows: int, features: int, deadline: float) -> tuple[bool, float]:
-        """Return whether the mean must estimate, and the seconds to keep for estimates.
-
-        At most half of the time to the deadline is kept; none if the deadline is infinite.
-        """
-        if deadline == math.inf:
-            return False, 0.0
-        for by_mean in (False, True):
-            seconds = _RESERVED * self.seconds(rows, features, by_mean) + min(_LATE, deadline / 20)
-            if seconds <= deadline / 2:
-                return by_mean, seconds
-        return True, max(deadline, 0.0) / 2
-
-
-def _quiet_seconds(rows: int, features: int, by_mean: bool) -> float:
-    if by_mean:
-        return _FIT * max(1.0, rows / _FEW)
-    blocks = -(-rows // _TOGETHER)
-    return blocks * _FIT + (_FIT_ROWS + _FIT_FEATURES * features) * rows**2 / blocks
-
-
-# The probability of a false alarm, ever, and the number of calls by which it is least conservative;
-# the second is not tuned.
-_FALSE_ALARM = 0.01
-_TIGHTEST = 8
-
-
-class Exchangeability:
-    """Tests whether rows that are hard to estimate come later than others.
-
-    In each call, the latencies of parts are ranked, and how odd their results look where they are
-    left out. As long as latencies do not depend on content, every order of the latencies among
-    parts of one size is equally likely, which gives the rank correlation its mean, 0, and its
-    variance. The sum over calls is compared with the boundary of a normal mixture, which it exceeds
-    with a probability of about .01, however many calls there are. Threads may share a test.
-
-    Reference:
-        Robbins, "Statistical methods related to the law of the iterated logarithm", 1970.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._calls = 0
-        self._sum = 0.0
-
-    def add(self, parts: Iterable[tuple[int, float, float]]) -> int:
-        """Take the rows, seconds and oddness of the parts of a call.
-
-        Return the number of calls if rows are not missing at random, else 0.
-        """
-        groups = defaultdict[int, list[tuple[float, float]]](list)
-        for rows, *pair in parts:
-            groups[rows].append((pair[0], pair[1]))
-        product = variance = 0.0
-        for pairs in groups.values():
-            late, odd = (_ranks(values) for values in zip(*pairs, strict=True))
-            product += sum(x * y for x, y in zip(late, odd, strict=True))
-            squares = math.prod(sum(x * x for x in ranks) for ranks in (late, odd))
-            variance += squares / max(1, len(pairs) - 1)
-        with self._lock:
-            if variance > 0:
-                self._calls += 1
-                self._sum += product / math.sqrt(variance)
-            total = self._calls + _TIGHTEST
-            # On one side, twice the probability of both.
-            boundary = math.log(total / _TIGHTEST) - 2 * math.log(2 * _FALSE_ALARM)
-            return self._calls if self._sum > math.sqrt(total * boundary) else 0
-
-
-def _ranks(values: Sequence[float]) -> list[int]:
-    """Return twice the ranks of values less their mean; equal values have equal ranks."""
-    order = sorted(values)
-    ends = bisect.bisect_left, bisect.bisect_right
-    return [sum(end(order, x) for end in ends) - len(order) for x in values]

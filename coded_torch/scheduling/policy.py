@@ -44,16 +44,11 @@ _POISON = 1e-5
 # the power, p99 is 1.1 times as long where workers are slow for a fifth of the time; 1.5 medians
 # alone make it 1.4 times as long where the body is wide (simulated once; no benchmark keeps it).
 _TAIL = 4.45
-LEAST_TAIL = 1.5
+_LEAST_TAIL = 1.5
 _MOST_TAIL = 8.0
 # Seconds before which no part is late, once parts have replied: threads of a busy machine are held
 # up for longer, so a hedge brings nothing and costs .1 ms (benchmarks against, "calls, 4 x 40 B").
 _SOONEST = 2e-3
-
-
-def tail(median: float, quartile: float) -> float:
-    """Return the multiple of the median beyond which a part is slower than others explain."""
-    return math.pow(median / quartile, _TAIL)
 
 
 def hedging_threshold(
@@ -65,11 +60,12 @@ def hedging_threshold(
     quantile 1 - ``budget`` if it is less, which is bounded by 1.5 m and 8 m; at least 2 ms.
     ``unknown`` until 32 parts have replied.
     """
-    median, quartile, spent = history.quantiles(0.5, 0.25, max(0.0, 1.0 - budget))
-    most = _MOST_TAIL if median > 0 else LEAST_TAIL
+    shares = (0.5, 0.25, max(0.0, 1.0 - budget))
+    median, quartile, spent = [history.part(rows, share) for share in shares]
+    most = _MOST_TAIL
     if quartile > 0 and median < math.inf:
-        most = min(most, tail(median, quartile))
-    threshold = max(LEAST_TAIL * median, min(most * median, spent)) * history.scale(rows)
+        most = min(most, (median / quartile) ** _TAIL)
+    threshold = max(_LEAST_TAIL * median, min(most * median, spent))
     return max(_SOONEST, threshold) if threshold < math.inf else unknown
 
 
@@ -256,9 +252,8 @@ class _Decisions:
             if table.now >= self.prepare_at:  # but the call must not end later for it
                 self.prepare_at = math.inf
                 table.prepares = table.now + table.reserve <= self.late_at
-        if reason:
-            self._end(reason)
-        return self._until()
+        table.reason = self._end(reason) if reason else ""
+        return math.inf if reason else self._until()
 
     def _reason(self) -> str:
         """Return why the call ends now, "" if it does not."""
@@ -437,7 +432,8 @@ class _Decisions:
             p.failed and p.kind != "raised" for p in line
         )
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str) -> str:
+        """Return the reason for which the call may end, which it is as yet."""
         table = self.table
         if reason != "complete" and table.spare is None:
             self._refuse(reason)
@@ -447,7 +443,7 @@ class _Decisions:
             self._remember()
         budget = self.waiting.hedge_budget
         table.hedging_threshold = hedging_threshold(self.history, self.rows, budget)
-        table.reason = reason
+        return reason
 
     def _refuse(self, reason: str) -> None:
         """Refuse rows that raised alone and no other worker can try, or three times in a row."""

@@ -21,18 +21,19 @@ _PATIENCE = 4
 
 
 class Verifier:
-    """The waiting policy of one call that follows another one, and then verifies its results.
+    """A policy of one call beside a waiting policy, which decides first: it verifies results.
 
-    A check is a part with rows of others. If two results of a row differ, other workers repeat both
-    parts whole, as results may depend on the rows beside them: these parts are votes. A result that
-    a majority contradicts is a part that failed, which the other policy asks for again. Its worker
-    does not get its own rows again, but is checked by parts of others: an accident does not come
-    again.
+    It lets the call end when it is done. A check is a part with rows of others. If two results of a
+    row differ, other workers repeat both parts whole, as results may depend on the rows beside
+    them: these parts are votes. A result that a majority contradicts is a part that failed, which
+    the waiting policy asks for again. Its worker does not get its own rows again, but is checked by
+    parts of others: an accident does not come again.
 
     Args:
         record: the record of the pool's workers.
-        waiting: the policy that is followed first.
-        inputs: floating-point tensors, ``[B, ...]`` each, by which results are scored.
+        inputs: floating-point tensors, ``[B, ...]`` each, by which results are scored. Defaults to
+            none.
+        bounded: true if the call has to end at the deadline in the table. Defaults to False.
 
     The attributes from ``verified`` to ``notes`` are of :class:`coded_torch.Report`, sets of rows
     for tensors.
@@ -40,10 +41,12 @@ class Verifier:
 
     table: Table
 
-    def __init__(self, record: Record, waiting: Any = None, inputs: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self, record: Record, inputs: Sequence[Tensor] = (), bounded: bool = False
+    ) -> None:
         self.record = record
-        self.waiting = waiting
         self._inputs = inputs
+        self._bounded = bounded
         self._out = frozenset(record.excluded)
         self.verified = set[int]()
         self.unverified = set[int]()
@@ -60,8 +63,9 @@ class Verifier:
         self._undecided = set[tuple[Part, Part]]()  # votes told nothing of the first
         self._added = set[Part]()  # parts whose results have been good, and were added
         self._probes = dict[Part, int]()  # checks by workers at fault, and these workers
-        self._first: dict[int, Part] | None = None  # what answered when the other policy ended
+        self._first: dict[int, Part] | None = None  # what answered when the call might have ended
         self._is_drawn = False
+        self._is_asked = False
 
     @functools.cached_property
     def results(self) -> Results:
@@ -70,31 +74,40 @@ class Verifier:
         is_scored = not record.stopped and (record.pool.simulated or record.scores.has_time)
         return Results(record.scores, self._inputs if is_scored else ())
 
-    def decide(self, history: Any, table: Table) -> float:
-        """Decide as the other policy does, and then check rows and settle disputes."""
-        record = self.record
+    def begin(self, table: Table) -> None:
+        """Draw rows to check of the parts that a table without parts will ask for first."""
         self.table = table
-        # A pool that cannot exclude workers is told to avoid them.
-        out = record.excluded if record.pool.exclude is None else ()
-        table.avoid = frozenset({*out, *self.faults})
-        if not table.parts:
-            table.first, self.wanted, self._share = record.draw(table.first, table.idle())
-            self.waiting.decide(history, table)
+        table.holds = True
+        table.first, self.wanted, self._share = self.record.draw(table.first, table.idle())
+        self._avoid()
+
+    def decide(self, history: Any, table: Table) -> float:
+        """Check rows and settle disputes once the other policy would end the call."""
+        if not self._is_asked:
+            self._is_asked = True
             return -math.inf  # the parts are asked for
-        until: float | None = None
-        while until is None:
-            self._add()  # at first none, which fits the regression while workers compute
-            # The other policy waits for checks and votes, too, as they are open.
-            due = [] if self._first is None else self._due()
-            until = min([float(self.waiting.decide(history, table)), *due])
-            if table.reason:
-                reason = table.reason
-                table.reason = ""
-                until = self._verify(reason)
+        until = math.inf
+        # At first there are no results, which fits the regression while workers compute.
+        if self._add():
+            until = -math.inf
+        elif table.reason:
+            until = self._verify(table.reason)
+        elif self._first is not None:
+            until = min(self._due(), default=math.inf)
+        self._avoid()
         return until
 
-    def _add(self) -> None:
-        """Add the results that are good now, and let none of a worker at fault be an answer."""
+    def _avoid(self) -> None:
+        """Let no worker at fault get a part; a pool that cannot exclude workers avoids them."""
+        record = self.record
+        excluded = record.excluded if record.pool.exclude is None else ()
+        self.table.avoid = frozenset({*excluded, *self.faults})
+
+    def _add(self) -> bool:
+        """Add the results that are good now, and let none of a worker at fault be an answer.
+
+        Return whether there was such an answer.
+        """
         self.results.learnt_tolerance = self.record.tolerance
         good = self.table.good
         answered = self.table.answered
@@ -104,22 +117,24 @@ class Verifier:
             self._out -= renewed
         # Another call may have excluded a worker meanwhile.
         out = self.faults.keys() | (self.record.excluded - self._out)
+        is_dropped = False
         for part in good:
             counts = part not in self._probes or any(answered[u] is part for u in part.units)
             if part.worker in out and (counts or part.worker in self.record.excluded):
                 self.doubted.add(part.worker)
                 self.table.mark(part, DISPUTED)
+                is_dropped = True
             elif part not in self._added:
                 self._added.add(part)
                 self.results.add(part)
+        return is_dropped
 
     def _begin(self) -> None:
-        """Note how the other policy has ended, and which workers are new."""
+        """Note what answers when the call might end, and which workers are new."""
         table = self.table
         late = self.table.hedging_threshold
         self._first = dict(table.answered)
-        bounded = self.waiting.deadline is not None
-        self._end = table.since + table.deadline - table.reserve if bounded else math.inf
+        self._end = table.since + table.deadline - table.reserve if self._bounded else math.inf
         late = late if late < math.inf else -math.inf
         self._soon = min(table.since + late, self._end)
         self._patience = _PATIENCE * max(late, table.now - table.since) or math.inf
@@ -128,11 +143,8 @@ class Verifier:
         if not all(map(attrgetter("fresh"), table.ended)):
             self.record.renew({*fresh} - (self.record.excluded - self._out))
 
-    def _verify(self, reason: str) -> float | None:
-        """Ask for checks and votes until all is known that can be, and let the call end then.
-
-        Return None if rows may be missing, or agree, now.
-        """
+    def _verify(self, reason: str) -> float:
+        """Ask for checks and votes until all is known that can be, and let the call end then."""
         table = self.table
         record = self.record
         if self._first is None:
@@ -140,7 +152,7 @@ class Verifier:
         if not (self._is_drawn or table.is_quiet):
             return -math.inf  # results that arrived meanwhile count
         if reason in ("deadline", "error") or record.stopped or table.now >= self._end:
-            return self._conclude(reason)
+            return self._conclude()
         alike, disputes = self._compared()
         if not self._is_drawn and reason in ("complete", "failed"):
             lacking = self.wanted - alike.union(*disputes.values())
@@ -162,10 +174,10 @@ class Verifier:
         busy = set[Part]()
         for (a, b), rows in disputes.items():
             if busy.isdisjoint((a, b)) and self._settle(a, b, rows):
-                return None
+                return -math.inf  # rows may be missing, or agree, now
             busy |= {a, b}
         due = self._due()
-        return min(due) if due else self._conclude(reason)
+        return min(due) if due else self._conclude()
 
     def _due(self) -> list[float]:
         """Drop checks and votes that are late, and return the times at which the others will be."""
@@ -335,7 +347,7 @@ class Verifier:
                 left = left - 1
                 seen.update(unseen)
 
-    def _conclude(self, reason: str) -> float:
+    def _conclude(self) -> float:
         answered = self.table.answered
         for (a, b), rows in self._compared()[1].items():  # no time, or verification has stopped
             self._doubt(a, b, rows)
@@ -362,5 +374,5 @@ class Verifier:
         if self.record.stopped:
             self.notes[f"not verified any more: {self.record.stopped}"] = None
         self.results.conclude(self.credible, None if self.doubted else self.unverified)
-        self.table.reason = reason
+        self.table.holds = False
         return -math.inf

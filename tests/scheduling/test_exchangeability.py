@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from coded_torch.scheduling.latency_history import Exchangeability
+from coded_torch.scheduling.exchangeability import Exchangeability
 
 
 def calls(seed, dependence, parts=16, rows=(1,)):

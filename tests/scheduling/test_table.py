@@ -22,10 +22,10 @@ class Twice:
 
     def decide(self, history, table):
         until = self.policy.decide(history, table)
-        if not table.reason:
-            before = self.columns(table)
+        if not table.end:
+            before = self.columns(table), table.reason
             self.policy.decide(history, table)
-            assert (self.columns(table), table.reason) == (before, "")
+            assert (self.columns(table), table.reason) == before
         return until
 
     def columns(self, table):
