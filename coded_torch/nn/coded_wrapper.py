@@ -365,11 +365,11 @@ class CodedWrapper(ModuleProxy):
             self._warn_once(waiting, execution)
         report._enter("decode")
         with on_host():
-            error = execution.error(waiting)
+            error = execution.failure(waiting)
             before = report.decode_seconds
             stacked = execution.checks.stack() if execution.table.num_answered else self._form
             if error is not None:
-                return answers.alone(waiting, stacked, error)
+                return answers.of_surrogate(waiting, stacked, error)
             assert stacked is not None
             if self.code is not None and self.code.adversaries:
                 stacked = self._trusted(stacked, division, execution, report)
@@ -385,7 +385,7 @@ class CodedWrapper(ModuleProxy):
                 if answers.oddness:
                     execution.compare(self._history.exchangeability, stacked.units, answers.oddness)
             except Exception as raised:  # the caller's code failed: the exception gets the answers
-                execution.holding(raised)
+                execution.failed(raised)
                 raise
         report._enter()
         if rows is not None and not pool.simulated:  # there, estimates take no time

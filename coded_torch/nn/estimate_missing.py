@@ -124,7 +124,7 @@ class Answers:
             self._remember(floating, report.estimated)
         return stacked.tree(answers)
 
-    def alone(self, waiting: Waiting, stacked: Stacked | None, error: Exception) -> Any:
+    def of_surrogate(self, waiting: Waiting, stacked: Stacked | None, error: Exception) -> Any:
         """Return a surrogate's answers, in the form of earlier results if none came, or raise."""
         division = self._division
         report = self._report

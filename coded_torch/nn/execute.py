@@ -6,6 +6,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -193,38 +194,34 @@ class Execution:
 
     # Missing results.
 
-    def error(self, waiting: Waiting) -> Exception | None:
+    def failure(self, waiting: Waiting) -> Exception | None:
         """Return the exception if some rows may not, or cannot, be estimated, and report these."""
         division = self._division
         table = self.table
         report = self._report
-        error = self.checks.misfit
-        if error is None and division.is_whole(table.num_answered):
+        misfit = self.checks.misfit
+        if misfit is None and division.is_whole(table.num_answered):
             return None
         answered = table.answered.keys()
-        blamed = [part for unit, part in table.refused.items() if unit not in answered]
         if division.by_rows:
             last = dict[int, WorkerError]()
-            for failed in self.checks.rejected:
-                last |= dict.fromkeys(table.parts[failed.part].units, failed)
+            for rejected in self.checks.rejected:
+                last |= dict.fromkeys(table.parts[rejected.part].units, rejected)
             report.missing_rows = tuple(sorted(set(range(division.batch_size)) - answered))
             report.errors = {row: last[row] for row in report.missing_rows if row in last}
             report.module_failed_rows = tuple(sorted(table.refused.keys() - answered))
         required = waiting._least(division.needed, division.least, division.by_rows)
         if report.ended == "failed" and waiting.estimate and not division.by_rows:
             required = division.least  # no more could come
-        why = self.why
         enough = len(answered) >= required
+        blamed = [part for unit, part in table.refused.items() if unit not in answered]
         if blamed and (waiting.on_error == "raise" or not enough):
-            required = division.needed
-            why = ""
-            first = min(blamed, key=lambda part: part.units).error
-            error = _of_module(first, report.module_failed_rows) if first else None
-        elif enough and error is None:
-            required = division.needed
-            if not (why := self._why_not_estimated()):
-                return None
-        return self.holding(error or self._too_few(required, why))
+            first = min(blamed, key=attrgetter("units")).error
+            return self.failed(self._raised_by_module(first), division.needed, "")
+        if not enough or misfit is not None:
+            return self.failed(misfit, required, self.why)
+        why = self._why_not_estimated()
+        return self.failed(None, division.needed, why) if why else None
 
     def not_floating(self) -> str:
         """Return which output cannot be estimated, and a remedy; "" if there is none such."""
@@ -252,61 +249,56 @@ class Execution:
             return ""
         return why if division.by_rows or bool((division.plan.source(received) < 0).any()) else ""
 
-    def _too_few(self, required: int, why: str) -> NotEnoughResults:
+    def failed(self, error: Exception | None, required: int = 0, why: str = "") -> Exception:
+        """Return an exception with the report and the rows that were computed, NaN elsewhere.
+
+        If it is None, it is that ``required`` results did not arrive, and ``why``.
+        """
         division = self._division
         report = self._report
-        rejected = self.checks.rejected
-        reasons = [str(rejected[0]).partition("\n")[0]] if rejected else []
-        if division.by_rows:
-            causes = defaultdict[str, list[int]](list)
-            for row in report.missing_rows:
-                cause = str(report.errors.get(row, "")).partition("\n")[0] or "no reply"
-                causes[cause].append(row)
-            reasons = [f"{_shown(rows)}: {cause}" for cause, rows in causes.items()]
-        kind = DeadlineExceeded if report.ended == "deadline" else NotEnoughResults
-        reason = "; ".join(filter(None, [why, *reasons]))
-        error = kind([*self.table.answered], required, division.task.num_units, reason)
-        error.__cause__ = next(iter([*report.errors.values(), *rejected]), None)
-        return error
-
-    def holding(self, error: Exception) -> Exception:
-        """Return the exception with the report and the rows that were computed, NaN elsewhere."""
-        division = self._division
-        answers = None
+        if error is None:
+            rejected = self.checks.rejected
+            reasons = [str(rejected[0]).partition("\n")[0]] if rejected else []
+            if division.by_rows:
+                causes = defaultdict[str, list[int]](list)
+                for row in report.missing_rows:
+                    cause = str(report.errors.get(row, "")).partition("\n")[0] or "no reply"
+                    causes[cause].append(row)
+                reasons = [f"{_shown(rows)}: {cause}" for cause, rows in causes.items()]
+            kind = DeadlineExceeded if report.ended == "deadline" else NotEnoughResults
+            reason = "; ".join(filter(None, [why, *reasons]))
+            error = kind([*self.table.answered], required, division.task.num_units, reason)
+            error.__cause__ = next(iter([*report.errors.values(), *rejected]), None)
+        facts: Any = error
         try:
-            error.report = self._report  # type: ignore[attr-defined]
-            given_up = self._report.missing_rows if self._report.ended == "failed" else ()
-            error.rows = self._report.module_failed_rows or given_up  # type: ignore[attr-defined]
+            facts.report = report
+            given_up = report.missing_rows if report.ended == "failed" else ()
+            facts.rows = report.module_failed_rows or given_up
+            facts.answers = None
             if division.by_rows and self.table.num_answered:
-                stacked = self.checks.stack()
-                wholes = dict[int, Tensor]()
-                for i in stacked.divided:
-                    leaf: Tensor = stacked.leaves[i]
-                    shape = division.batch_size, *leaf.shape[2:]
-                    has_nan = leaf.dtype.is_floating_point or leaf.dtype.is_complex
-                    fill = math.nan if has_nan else 0
-                    wholes[i] = stacked.over(i, leaf.new_full(shape, fill))
-                answers = stacked.tree(wholes, division.batch_size)
-            error.answers = answers  # type: ignore[attr-defined]
+                facts.answers = self.checks.stack().whole(division.batch_size)
         except Exception:  # a class may refuse attributes, and memory may run out
             logger.warning("CodedWrapper: %r has no answers", error, exc_info=True)
         return error
 
+    def _raised_by_module(self, error: WorkerError | None) -> Exception | None:
+        """Return the exception that the module raised, with a note of the rows; None if it did not.
 
-def _of_module(first: WorkerError, refused: Sequence[int]) -> Exception | None:
-    """Return the exception of the module; None if it raised none."""
-    cause = first.__cause__
-    if first.kind != "raised" or not isinstance(cause, Exception):
-        return None
-    if isinstance(cause, StopIteration):  # futures cannot hold it (PEP 479)
-        cause, stopped = RuntimeError(f"the module raised {cause!r}"), cause
-        cause.__cause__ = stopped
-    notes = [f"{_NOTE} {_shown(refused)} of the batch; {first}"] if refused else []
-    with contextlib.suppress(Exception):  # a class may have slots
-        # Python 3.10 has no add_note. The module may raise one exception again and again.
-        old = [note for note in getattr(cause, "__notes__", ()) if not note.startswith(_NOTE)]
-        cause.__notes__ = [*old, *notes]
-    return cause
+        Python 3.10 has no ``add_note``. The module may raise one exception again and again.
+        """
+        cause = error and error.__cause__
+        if error is None or error.kind != "raised" or not isinstance(cause, Exception):
+            return None
+        if isinstance(cause, StopIteration):  # futures cannot hold it (PEP 479)
+            stopped = cause
+            cause = RuntimeError(f"the module raised {stopped!r}")
+            cause.__cause__ = stopped
+        rows = self._report.module_failed_rows
+        notes = [f"{_NOTE} {_shown(rows)} of the batch; {error}"] if rows else []
+        with contextlib.suppress(Exception):  # a class may have slots
+            old = [note for note in getattr(cause, "__notes__", ()) if not note.startswith(_NOTE)]
+            cause.__notes__ = [*old, *notes]
+        return cause
 
 
 def _shown(rows: Sequence[int]) -> str:

@@ -3,6 +3,7 @@ r"""Judges results by their form, and puts the good ones side by side."""
 from __future__ import annotations
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
@@ -241,6 +242,16 @@ class Stacked(NamedTuple):
             dim = self.dims[i]
             leaves[i] = (rows.movedim(0, dim) if dim else rows).contiguous()
         return unflatten(leaves, self.spec)
+
+    def whole(self, size: int) -> Any:
+        """Return the results of ``size`` rows, NaN, 0 or None where there is none."""
+        answers = dict[int, Tensor]()
+        for i in self.divided:
+            leaf: Tensor = self.leaves[i]
+            has_nan = leaf.dtype.is_floating_point or leaf.dtype.is_complex
+            shape = (size, *leaf.shape[2:])
+            answers[i] = self.over(i, leaf.new_full(shape, math.nan if has_nan else 0))
+        return self.tree(answers, size)
 
     def form(self) -> Stacked:
         """Return the same without any result: views would keep the results."""
