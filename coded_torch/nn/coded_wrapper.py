@@ -347,26 +347,22 @@ class CodedWrapper(ModuleProxy):
         return division
 
     def _compute(self, waiting: Waiting, division: Division, report: Report) -> Any:
-        pool = self.workers
-        estimates = self._history.estimates
-        record = self._record
+        """Have the parts of a batch computed, and return the answers."""
         check: Verifier | None = None
-        if record is not None:
+        if self._record is not None:
             bounded = waiting.deadline is not None
-            check = Verifier(record, division.inputs.floating(), bounded)
+            check = Verifier(self._record, division.inputs.floating(), bounded)
         answers = Answers(self.surrogate, division, report, self.module, check)
         execution = Execution(division, report, check, answers.prepare)
         report._enter("compute")
-        execution.run(pool, self.module, waiting, self._history)
+        execution.run(self.workers, self.module, waiting, self._history)
         if report.excluded:
             answers.forget()
         report.notes += execution.notes_of_rows()
-        if self.code is None and (self.surrogate or waiting.may_estimate(by_rows=True)):
-            self._warn_once(waiting, execution)
+        self._warn_once(waiting, execution)
         report._enter("decode")
         with on_host():
             error = execution.failure(waiting)
-            before = report.decode_seconds
             stacked = execution.checks.stack() if execution.table.num_answered else self._form
             if error is not None:
                 return answers.of_surrogate(waiting, stacked, error)
@@ -375,28 +371,38 @@ class CodedWrapper(ModuleProxy):
                 stacked = self._trusted(stacked, division, execution, report)
             if self.surrogate:
                 self._form = stacked.form()
-            is_whole = division.is_whole(len(stacked.units))
-            rows = division if isinstance(division, Rows) and not is_whole else None
-            if rows is not None:
-                left = seconds_left(pool, waiting, report)
-                report.notes += rows.keep_deadline(left, estimates)
             try:
-                found = answers.of(stacked)
+                found = self._decoded(waiting, division, report, stacked, answers)
                 if answers.oddness:
                     execution.compare(self._history.exchangeability, stacked.units, answers.oddness)
             except Exception as raised:  # the caller's code failed: the exception gets the answers
                 execution.failed(raised)
                 raise
-        report._enter()
-        if rows is not None and not pool.simulated:  # there, estimates take no time
-            estimates.add(
-                max(before, report.decode_seconds - before),
-                rows.batch_size,
-                rows.inputs.features,
-                rows.by_mean,
-            )
         if report.ended != "complete":
             report._warn(execution.why)
+        return found
+
+    def _decoded(
+        self,
+        waiting: Waiting,
+        division: Division,
+        report: Report,
+        stacked: Stacked,
+        answers: Answers,
+    ) -> Any:
+        """Return the answers from results, and learn how long estimates of rows take."""
+        if not isinstance(division, Rows) or division.is_whole(len(stacked.units)):
+            return answers.of(stacked)
+        before = report.decode_seconds
+        estimates = self._history.estimates
+        left = seconds_left(self.workers, waiting, report)
+        report.notes += division.keep_deadline(left, estimates)
+        found = answers.of(stacked)
+        report._enter("decode")
+        if not self.workers.simulated:  # there, estimates take no time
+            seconds = max(before, report.decode_seconds - before)
+            features = division.inputs.features
+            estimates.add(seconds, division.batch_size, features, division.by_mean)
         return found
 
     def _trusted(
@@ -414,6 +420,8 @@ class CodedWrapper(ModuleProxy):
 
     def _warn_once(self, waiting: Waiting, execution: Execution) -> None:
         """Warn if a call by rows never uses a surrogate, or can never estimate an output."""
+        if self.code is not None:
+            return
         if waiting.may_estimate(by_rows=True):
             what = execution.not_floating()
         else:
