@@ -162,20 +162,19 @@ class Inputs:
                 divided.append(leaf.movedim(dim, 0) if dim else leaf)
         return divided
 
-    def task(self, out_dims: Any) -> Task:
-        """Return the task of the whole batch, whose units are rows."""
-        pairs = zip(self.leaves, self.dims, strict=True)
-        leaves = [leaf.movedim(dim, 0) if dim else leaf for leaf, dim in pairs]
-        return Task(
-            leaves,
-            self.dims,
-            self.spec,
-            self.batch_size,
-            1,
-            self.device,
-            out_dims,
-            texts=self.texts,
-        )
+    def task(self, out_dims: Any, division: Any = None) -> Task:
+        """Return the task of the batch, whose units are rows or, of a division, its own."""
+        num_units = self.batch_size
+        unit_rows = 1
+        leaves = list[Any]()
+        for leaf, dim in zip(self.leaves, self.dims, strict=True):
+            leaves.append(leaf.movedim(dim, 0) if dim else leaf)
+            if division is not None and not division.by_rows and dim is not None:
+                units = division.spread(leaves[-1])
+                num_units, unit_rows = units.shape[:2]
+                leaves[-1] = units.flatten(0, 1)
+        shared = self.spec, num_units, unit_rows, self.device, out_dims, self.layout, self.texts
+        return Task(leaves, self.dims, *shared)
 
     def floating(self) -> list[Tensor]:
         """Return the floating-point :meth:`batches`: distances are measured on them."""
@@ -260,24 +259,10 @@ class Division:
     spread: Callable[[Tensor], Tensor]  #: from ``[B, ...]`` to all units, ``[units, R, ...]``
     infinite = frozenset[int]()  #: the rows that are infinite, alike on two workers
 
-    def __init__(self, inputs: Inputs, num_units: int, unit_rows: int, out_dims: Any) -> None:
+    def __init__(self, inputs: Inputs, out_dims: Any) -> None:
         self.inputs = inputs
         self.batch_size = inputs.batch_size
-        leaves = list[Any]()
-        for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True):
-            leaf = leaf.movedim(dim, 0) if dim else leaf
-            leaves.append(leaf if dim is None or self.by_rows else self.spread(leaf).flatten(0, 1))
-        self.task = Task(
-            leaves,
-            inputs.dims,
-            inputs.spec,
-            num_units,
-            unit_rows,
-            inputs.device,
-            out_dims,
-            inputs.layout,
-            inputs.texts,
-        )
+        self.task = inputs.task(out_dims, self)
 
     @functools.cached_property
     @on_host()
@@ -330,7 +315,7 @@ class Columns(Division):
         others = [] if floating else inputs.batches()
         self.plan = code.plan(floating, lost, batch_size=inputs.batch_size, others=others)
         self.num_groups = self.plan.num_groups
-        super().__init__(inputs, n, self.num_groups, out_dims)
+        super().__init__(inputs, out_dims)
         self.needed = n - lost
         self.least = code.min_received
         # The columns asked for first are spread evenly over the curve.
@@ -387,7 +372,7 @@ class Rows(Division):
         self.by_mean = by_mean
         self.by_rows = True
         size = inputs.batch_size
-        super().__init__(inputs, size, 1, out_dims)
+        super().__init__(inputs, out_dims)
         self.link = estimator.link
         self.coverage = estimator.coverage
         self.needed = size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -108,12 +108,6 @@ class Result:
             raise WrongRows(f"CodedWrapper: {self.name(i)} {must}, got {len(items)}")
         self.lists.append(i)
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The tensors, those in lists, too."""
-        leaves = self.leaves + [self.leaves[i] for i in self.lists]
-        return [x for x in pytree.tree_leaves(leaves) if isinstance(x, Tensor)]
-
     def _check_probabilities(self, i: int) -> None:
         rows = self.judged(i).detach()
         if rows.numel() == 0 or not rows.dtype.is_floating_point:
@@ -142,21 +136,32 @@ class Result:
         """
         if self._division.mixes:
             return None
-        kept = None if self.kept is None else self.kept.numpy()
-        rows = self._division.rows_of(self._units)
-        found = dict[int, bytes]()
-        for i, leaf in enumerate(self.leaves):
-            has_rows = i in self.divided or i in self.lists
-            values = self.rows(i) if i in self.divided else leaf
-            items = zip(rows, _signs(values, i in self.lists), strict=True) if has_rows else ()
-            for place, (row, signs) in enumerate(items):
-                if kept is None or kept[place]:
-                    found[row] = found.get(row, b"") + signs
-            if not has_rows:
-                found[-1] = found.get(-1, b"") + b"".join(_signs([leaf], True))
+        rows = [*self._division.rows_of(self._units), -1]
+        kept = [True] * len(rows) if self.kept is None else [*self.kept.tolist(), True]
+        found = defaultdict[int, bytes](bytes)
+        for i, item, leaf in self.numbers():
+            if i in self.divided:
+                by_place = [*enumerate(_signs(self.rows(i)))]
+            else:
+                by_place = [(item, _signs(leaf[None])[0])]
+            for place, signs in by_place:
+                if kept[place]:
+                    found[rows[place]] += signs
         if any(_NAN in signs for signs in found.values()):
             return None
         return {row: signs for row, signs in found.items() if signs.strip(_FINITE)}
+
+    def numbers(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield each tensor that may hold NaN or infinity, after the place of its leaf.
+
+        The second number is the place of the item, if the leaf is a list with one per row, else -1.
+        """
+        for i, leaf in enumerate(self.leaves):
+            if has_numbers(leaf):
+                yield i, -1, leaf
+            for place, item in enumerate(leaf if i in self.lists else ()):
+                for x in filter(has_numbers, pytree.tree_leaves(item)):
+                    yield i, place, x
 
     def name(self, i: int) -> str:
         return self._layout.name(self._value, i)
@@ -179,17 +184,9 @@ class Result:
         return str(pytree.tree_unflatten(map(show, self.leaves), self.spec))
 
 
-def _signs(values: Any, is_list: bool) -> list[bytes]:
-    """Return the signs of the infinities of each row of a leaf, or of each item of a list.
-
-    They are bytes of 1 and -1; of finite numbers and of NaN they are 0 and 2.
-    """
-    if is_list:
-        tensors = [[x for x in pytree.tree_leaves(item) if has_numbers(x)] for item in values]
-        return [b"".join(b"".join(_signs(x[None], False)) for x in each) for each in tensors]
-    if not has_numbers(values):
-        return [b""] * len(values)
-    numbers = as_real(torch.func.debug_unwrap(values).detach())
+def _signs(rows: Tensor) -> list[bytes]:
+    """Return the signs of the infinities of each row, 1 or -1, with 0 of others and 2 of NaN."""
+    numbers = as_real(torch.func.debug_unwrap(rows).detach())
     signs = numbers.sign().where(numbers.isinf(), 0).masked_fill(numbers.isnan(), _NAN[0])
     return [row.tobytes() for row in signs.to("cpu", torch.int8).unsqueeze(1).flatten(1).numpy()]
 
@@ -344,25 +341,18 @@ class Checks:
         The wait tells whether the inputs are finite, too, unless that is known.
         """
         inputs = self._division.inputs
-        if inputs.unread:
-            leaves = [x for part in parts for x in part.result.leaves if has_numbers(x)]
-            if all_finite([*inputs.unread, *sums_of(leaves)]):
-                inputs.unread = []
-                return {}
-        rows = list[tuple[Part, int, Tensor]]()
-        for part in parts:
-            for i, leaf in enumerate(part.result.leaves):
-                if has_numbers(leaf):
-                    rows.append((part, i, leaf))
-                elif i in part.result.lists:
-                    rows += [(part, i, x) for x in pytree.tree_leaves(leaf) if has_numbers(x)]
-        if rows and self._division.not_finite is not None:
-            for place, (part, i, _) in enumerate(rows):
-                if i not in part.result.lists:
-                    rows[place] = part, i, part.result.judged(i)
-        if len(rows) > 1 and not rows[0][2].is_cpu and all_finite(sums_of([x for *_, x in rows])):
+        found = [(part, i, x) for part in parts for i, _, x in part.result.numbers()]
+        if inputs.unread and all_finite([*inputs.unread, *sums_of([x for *_, x in found])]):
+            inputs.unread = []
             return {}
-        return {part.number: part.result.name(i) for part, i, x in rows[::-1] if not finite(x)}
+        if found and self._division.not_finite is not None:
+            for place, (part, i, _) in enumerate(found):
+                if i not in part.result.lists:
+                    found[place] = part, i, part.result.judged(i)
+        is_on_host = len(found) < 2 or found[0][2].is_cpu
+        if not is_on_host and all_finite(sums_of([x for *_, x in found])):
+            return {}
+        return {part.number: part.result.name(i) for part, i, x in found[::-1] if not finite(x)}
 
     def _reject(self, part: Part, why: str, cause: Exception | None = None) -> None:
         part.result = None
