@@ -15,6 +15,7 @@ from .._changes import unchanged
 from .._layout import Layout, proved_of, structure
 from .._torch import WrongRows, on_host, refuse_tracing, tracer
 from ..codes.base import Code, NotEnoughResults
+from ..input_space.error_bounds import Exchangeability
 from ..input_space.regression import Regression, to_scale
 from ..scheduling.latency_history import History
 from ..scheduling.policy import Waiting
@@ -374,7 +375,7 @@ class CodedWrapper(ModuleProxy):
             try:
                 found = self._decoded(waiting, division, report, stacked, answers)
                 if answers.oddness:
-                    execution.compare(self._history.exchangeability, stacked.units, answers.oddness)
+                    execution.compare(self._exchangeability, stacked.units, answers.oddness)
             except Exception as raised:  # the caller's code failed: the exception gets the answers
                 execution.failed(raised)
                 raise
@@ -448,7 +449,9 @@ class CodedWrapper(ModuleProxy):
                 super().__setattr__(name, before)
                 raise
         if name in ("workers", "module"):
-            self._history = History()  # one for each module and pool
+            # one for each module and pool
+            self._history = History()
+            self._exchangeability = Exchangeability()
         if name == "module":
             self._form = None
         if name in ("workers", "module", "code") and "workers" in vars(self):

@@ -19,7 +19,7 @@ from .._torch import broadcast_dims, is_texts, on_host, outside, plain, position
 from ..codes.base import Code
 from ..input_space.regression import Regression, RowPlan
 from ..input_space.regressor import MOST_ROWS
-from ..scheduling.estimation_times import EstimationTimes
+from ..scheduling.latency_history import EstimationTimes
 from ..table import Units
 from ..workers.base import Task
 from .finite import all_finite, finite, has_numbers, sums_of

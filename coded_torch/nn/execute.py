@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from .. import tracing
 from .._arguments import sparing_logger
 from ..codes.base import DeadlineExceeded, NotEnoughResults
-from ..scheduling.exchangeability import Exchangeability
+from ..input_space.error_bounds import Exchangeability
 from ..scheduling.latency_history import History
 from ..scheduling.policy import Waiting
 from ..table import DROPPED, OPEN, Began, Reply, Table, WorkerError

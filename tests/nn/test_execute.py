@@ -18,7 +18,7 @@ from coded_torch import CodedWrapper, Waiting, ops
 from coded_torch.codes import DeadlineExceeded, NotEnoughResults, ReplicationCode
 from coded_torch.nn.division import dealt
 from coded_torch.nn.report import Report
-from coded_torch.scheduling.estimation_times import EstimationTimes
+from coded_torch.scheduling.latency_history import EstimationTimes
 from coded_torch.stragglers import Trace, Uniform
 from coded_torch.surrogates import Memory
 from coded_torch.testing.helpers import (

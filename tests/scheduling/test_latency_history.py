@@ -6,8 +6,7 @@ import pickle
 
 import pytest
 
-from coded_torch.scheduling.estimation_times import EstimationTimes
-from coded_torch.scheduling.latency_history import History
+from coded_torch.scheduling.latency_history import EstimationTimes, History
 from coded_torch.scheduling.policy import hedging_threshold
 
 
