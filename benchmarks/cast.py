@@ -1,4 +1,4 @@
-"""Record README's example as a picture that moves: ``python -m benchmarks.cast``.
+"""Record an example as a picture that moves: ``python -m benchmarks.cast``.
 
 The example runs. What it prints and logs appears line by line, as it did, but no wait is longer
 than two seconds. The picture is ``results/example.svg``. It stands still for readers who ask for
@@ -8,10 +8,8 @@ less motion.
 from __future__ import annotations
 
 import html
-import re
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 
 from .runs import RESULTS
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+EXAMPLE = Path(__file__).resolve().parents[1] / "notebooks" / "examples" / "faults.py"
 TARGET = RESULTS / "example.svg"
 LINE, COLUMNS = 22, 58  # the height of a line in pixels, and its characters
 LONGEST = 2.0  # seconds of a wait
@@ -38,19 +36,14 @@ text {{ font: 13px monospace; fill: #e6e6e6; white-space: pre; }}
 
 def recorded() -> list[tuple[float, str]]:
     """Run the example; return its lines with the seconds that passed before each."""
-    block = re.search(r"engineer -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert block is not None
-    lines, before = [(0.0, "$ python example.py")], time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder, "example.py")
-        script.write_text(block[1])
-        command = [sys.executable, "-u", str(script)]
-        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        with subprocess.Popen(command, text=True, **pipes) as process:
-            for line in process.stdout:
-                now = time.perf_counter()
-                lines.append((now - before, line.rstrip()))
-                before = now
+    lines, before = [(0.0, f"$ python {EXAMPLE.name}")], time.perf_counter()
+    command = [sys.executable, "-u", str(EXAMPLE)]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        for line in process.stdout:
+            now = time.perf_counter()
+            lines.append((now - before, line.rstrip()))
+            before = now
     if process.returncode:
         raise RuntimeError(f"the example ended with code {process.returncode}")
     return lines

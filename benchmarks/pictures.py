@@ -6,6 +6,7 @@ is white, also on dark pages.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -164,7 +165,8 @@ def coded_digits(_: Results) -> Figure:
     batch, coded, decoded, computed = decoded_digits()
     figure = Figure(figsize=(WIDTH, 1.75), layout="constrained")
     blocks = figure.subfigures(1, 3, width_ratios=(5, 6, 5))
-    titles = "20 digits", "24 workers, four lost", "20 answers"
+    wrong = sum(map(operator.ne, decoded, computed))
+    titles = "20 digits", "24 workers, four lost", f"20 answers, {wrong} wrong"
     for block, title, columns in zip(blocks, titles, (5, 6, 5), strict=True):
         block.suptitle(title, fontsize=9)
         for axes in block.subplots(4, columns, gridspec_kw={"wspace": 0, "hspace": 0}).flat:

@@ -16,6 +16,8 @@ from benchmarks.pictures import PICTURES, decoded_digits
 from benchmarks.runs import RESULTS
 from benchmarks.tables import BASELINES, TABLES, Table
 
+from ..test_examples import PRINTED
+
 
 @pytest.fixture(scope="module")
 def results():
@@ -172,23 +174,25 @@ def test_other_results_make_another_table(results):
     assert "| 0.123 ± 0.050 |" in report.fill(page, others)
 
 
-def test_the_cast_is_of_readmes_example():
-    text = report.READMES[0].read_text()
-    output = re.search(r"engineer -->.*?```text\n(.*?)```", text, re.DOTALL)[1].splitlines()
+def lines_of(picture):
+    return [x for x in ElementTree.fromstring(picture) if x.tag.endswith("text")]
+
+
+def test_the_cast_is_of_the_example():
     for picture in (
         cast.TARGET.read_text(),
         cast.drawn([(9.0, "$ x"), (0.5, "a & b"), (9.0, "c")]),
     ):
-        root = ElementTree.fromstring(picture)
-        lines = [x for x in root if x.tag.endswith("text")]
+        lines = lines_of(picture)
         first, *later = lines
         assert "style" not in first.attrib  # it is there from the begin
         delays = [float(x.attrib["style"].split()[1].removesuffix("s")) for x in later]
         assert delays == sorted(delays)
         assert max(b - a for a, b in itertools.pairwise([0.0, *delays])) <= cast.LONGEST
     assert [x.text for x in lines] == ["$ x", "a & b", "c"]
-    shown = [x.text for x in ElementTree.fromstring(cast.TARGET.read_text())]
-    assert shown[-len(output) :] == output
+    first, *_, count, wrong = [x.text for x in lines_of(cast.TARGET.read_text())]
+    assert first == f"$ python {cast.EXAMPLE.name}"
+    assert re.fullmatch(PRINTED[cast.EXAMPLE.stem], f"{count}\n{wrong}\n")
 
 
 def test_every_picture_can_be_drawn_and_is_there(results, tmp_path):
