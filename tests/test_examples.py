@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).parents[1] / "notebooks" / "examples"
 #: What each script prints at its end. That of Ray Data has no main part: it is imported below.
 PRINTED = {
     "faults": r"complete: 240 of 240 answers are the model's\nworker \[2\] returned wrong .*\n",
-    "cnn": r"80 of 80 rows are the model's\nworker \[2\] returned wrong results.*\n",
+    "cnn": r"160 of 160 rows are the model's\nworker \[2\] returned wrong results.*\n",
     "fleet": r"360 of 360 rows are the model's\n",
     "gpu": r".*\nrows: equal to the model's: True\ncoded: on \w+, error below .*: True\n",
     "hugging_face": r"complete: 60 rows, equal to the model's: True\n",

@@ -37,11 +37,11 @@ def corrupt(rows, generator):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    model, images = Network().eval(), torch.rand(80, 3, 64, 64)
+    model, images = Network().eval(), torch.rand(160, 3, 64, 64)
     replicas = workers.DeviceWorkers(["cpu"] * 4)  # or ["cuda:0", "cuda:1", ...]
     pool = workers.FaultyWorkers(replicas, attack=corrupt, adversaries=[2])
     with pool, torch.no_grad():
-        coded = CodedWrapper(model, workers=pool, verify=0.2)  # a fifth is computed twice
+        coded = CodedWrapper(model, workers=pool, parts=16, verify=0.2)
         answers, report = coded.run(images)
         right = torch.isclose(answers, model(images), atol=1e-5).all(1)
         print(f"{int(right.sum())} of {len(images)} rows are the model's")
