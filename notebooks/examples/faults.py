@@ -19,7 +19,7 @@ if __name__ == "__main__":  # worker processes import this script
     pool = workers.ProcessWorkers(6, hang_timeout=3.0)
     with pool.start(model, images[:2]), torch.no_grad():
         faulty = workers.FaultyWorkers(pool, attack=corrupt, adversaries=[2])
-        coded = CodedWrapper(model, workers=faulty, verify=0.02)
+        coded = CodedWrapper(model, workers=faulty, parts=24, verify=0.02)
         os.kill(pool.pids[0], signal.SIGKILL)  # one worker dies
         os.kill(pool.pids[1], signal.SIGSTOP)  # another one hangs
         answers, report = coded.run(images[:240])
