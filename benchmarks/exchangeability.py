@@ -14,7 +14,7 @@ import functools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.experiments.scores import half_width, rounded
 from coded_torch.workers import Fault, LocalWorkers, Part
-from coded_torch.workers.local import _LocalRequest
 
 from .runs import Measurement, progress
 
@@ -63,18 +62,19 @@ class Pool(LocalWorkers):
     worker = -1  #: the place of a worker whose parts are lost
 
     def open(self, module: nn.Module, task: Any) -> Any:
-        return _Request(self, module, task)
+        request = super().open(module, task)
+        ask = request.ask
 
+        def ask_late(parts: Sequence[Part]) -> None:
+            took = {part: sum(self.seconds[unit] for unit in part.units) for part in parts}
+            late = sorted(parts, key=took.__getitem__)[len(parts) - self.lost :]
+            for part in parts:
+                gone = part in late or part.number == self.worker
+                part.fault = Fault(delay=math.inf if gone else took[part])
+            ask(parts)
 
-class _Request(_LocalRequest):
-    def ask(self, parts: Sequence[Part]) -> None:
-        pool = cast("Pool", self._pool)
-        took = {part: sum(pool.seconds[unit] for unit in part.units) for part in parts}
-        late = sorted(parts, key=took.__getitem__)[len(parts) - pool.lost :]
-        for part in parts:
-            gone = part in late or part.number == pool.worker
-            part.fault = Fault(delay=math.inf if gone else took[part])
-        super().ask(parts)
+        request.ask = ask_late  # type: ignore[method-assign]
+        return request
 
 
 @torch.no_grad()

@@ -6,11 +6,10 @@ of time is the median of a part of the first ask without faults.
 
 import dataclasses
 import functools
-import heapq
 import itertools
 import math
 import random
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,7 +20,8 @@ from numpy.typing import NDArray
 from .._arguments import count, instance, positive, probability, real
 from ..scheduling.latency_history import History
 from ..stragglers import Stragglers
-from ..table import OPEN, Began, Part, Reply, Table, WorkerError
+from ..table import Began, Part, Reply, Table, WorkerError
+from ..workers.local import VirtualPool
 
 # These numbers define the conditions of benchmarks/waiting.py. Times are in medians of a part.
 #: The share of a part's time that does not depend on its number of rows.
@@ -141,18 +141,18 @@ def simulate(
         first = [(column,) for column in range(columns)]
     num_units = num_rows // unit_rows
     gap = conditions.mean() * num_parts / (num_workers * load)
-    pool = _Pool(conditions, num_workers, unit_rows, gap, seed)
+    pool = _SlowWorkers(conditions, num_workers, unit_rows, gap, seed)
     factors = pool.factors(num_requests * len(first))
     arrivals = np.cumsum(np.random.default_rng([seed, 0]).exponential(gap, num_requests)).tolist()
     history = History()
 
     def arrive(number: int) -> None:
         table = Table(
-            first=first, needed=needed, unit_rows=unit_rows, since=pool.now, idle=pool.num_idle
+            first=first, needed=needed, unit_rows=unit_rows, since=pool.clock, idle=pool.num_idle
         )
         own = factors[number * len(first) : (number + 1) * len(first)]
         decide = functools.partial(policy.decide, history, table)
-        pool.step(_Call(number, table, decide, own, pool.delays()))
+        _Call(pool, number, table, decide, own, pool.delays()).step()
         if number + 1 < num_requests:
             pool.at(arrivals[number + 1], arrive, number + 1)
 
@@ -176,6 +176,7 @@ def simulate(
 class _Call:
     """A call, with the time that its policy waits for."""
 
+    pool: "_SlowWorkers"
     number: int
     table: Table
     decide: Callable[[], float]
@@ -183,24 +184,54 @@ class _Call:
     delays: Sequence[float]  # a delay for each worker
     asked: int = 0  # the parts that are in the queue, or were
     until: float = math.inf
+    closed: bool = False
+
+    def hear(self, event: Began | Reply) -> None:
+        if not self.closed:
+            self.step(event)
+
+    def step(self, *events: Began | Reply) -> None:
+        """Give events to the policy, and carry out its decisions until it waits or ends."""
+        table = self.table
+        pool = self.pool
+        if self.asked:
+            table.hear(events, self.until)
+        until = self.decide()
+        while until == -math.inf and not table.end:
+            self._ask()
+            table.hear((), until)
+            until = self.decide()
+        if table.end:
+            self.closed = True
+            pool.ended.append((self, pool.clock))
+            return
+        self._ask()
+        if until != self.until or not events:
+            self.until = until
+            if until < math.inf:
+                pool.at(max(until, pool.clock), self._wake)
+
+    def _ask(self) -> None:
+        self.pool.ask(self, self.table.parts[self.asked :])
+        self.asked = len(self.table.parts)
+
+    def _wake(self) -> None:
+        if self.until <= self.pool.clock and not self.closed:
+            self.step()
 
 
-class _Pool:
-    """Workers, one queue of parts, and one clock of events."""
+class _SlowWorkers(VirtualPool):
+    """Workers with running times and faults under some conditions."""
 
     def __init__(
         self, conditions: Conditions, num_workers: int, unit_rows: int, gap: float, seed: int
     ) -> None:
+        super().__init__(num_workers)
         self.conditions = conditions
         self.unit_rows = unit_rows
-        self.now = 0.0
         self.begun_parts = 0
         self.begun_rows = 0
         self.ended: list[tuple[_Call, float]] = []  # each call and the time
-        self._events: list[tuple[float, int, Callable[[Any], None], Any]] = []
-        self._order = itertools.count()
-        self._queue: deque[tuple[_Call, Part]] = deque()
-        self._idle = deque(range(num_workers))
         self._running: list[tuple[_Call, Part, float, bool] | None] = [None] * num_workers
         self._ends = [0.0] * num_workers  # the time at which each worker's part ends
         self._resumes = [0.0] * num_workers  # the time at which each worker's pause ends
@@ -221,111 +252,57 @@ class _Pool:
         delays = self.conditions.delays
         return delays.sample(len(self._ends), self._numbers_of_delays).tolist() if delays else ()
 
-    def at(self, time: float, do: Callable[[Any], None], what: Any) -> None:
-        heapq.heappush(self._events, (time, next(self._order), do, what))
-
-    def num_idle(self) -> int:
-        return max(0, len(self._idle) - len(self._queue))
-
-    def go_on(self) -> None:
-        """Handle the next event, and let idle workers begin parts that are wanted."""
-        self.now, _, do, what = heapq.heappop(self._events)
-        do(what)
-        passed = []
-        while self._idle and self._queue:
-            call, part = entry = self._queue.popleft()
-            if call.table.end or part.outcome is not OPEN:
-                continue
-            worker = next((worker for worker in self._idle if worker not in part.avoid), None)
-            if worker is not None:
-                self._idle.remove(worker)
-                self._begin(worker, call, part)
-            elif len(part.avoid) < len(self._ends):
-                passed.append(entry)
-            else:
-                error = WorkerError(part.number, -1, "did not start: no worker is left")
-                self.step(call, Reply(part, -1, self.now, math.inf, error=error))
-        self._queue.extendleft(reversed(passed))
-
-    def step(self, call: _Call, *events: Began | Reply) -> None:
-        """Give events to a policy, and carry out its decisions until it waits or ends the call."""
-        table = call.table
-        if call.asked:
-            table.hear(events, call.until)
-        until = call.decide()
-        while until == -math.inf and not table.end:
-            self._ask(call)
-            table.hear((), until)
-            until = call.decide()
-        if table.end:
-            call.until = math.inf
-            self.ended.append((call, self.now))
-            return
-        self._ask(call)
-        if until != call.until or not events:
-            call.until = until
-            if until < math.inf:
-                self.at(max(until, self.now), self._wake, call)
-
-    def _ask(self, call: _Call) -> None:
-        self._queue.extend((call, part) for part in call.table.parts[call.asked :])
-        call.asked = len(call.table.parts)
-
-    def _wake(self, call: _Call) -> None:
-        if call.until <= self.now and not call.table.end:
-            self.step(call)
-
-    def _begin(self, worker: int, call: _Call, part: Part) -> None:
+    def begin(self, worker: int, request: _Call, part: Part) -> None:
         rows = len(part.units) * self.unit_rows
-        is_first = part.number < len(call.factors)
-        seconds = call.factors[part.number] if is_first else next(self._later)
+        is_first = part.number < len(request.factors)
+        seconds = request.factors[part.number] if is_first else next(self._later)
         seconds *= OVERHEAD + (1 - OVERHEAD) * rows / _PART_ROWS
-        while self._spell[worker][1] <= self.now:
+        while self._spell[worker][1] <= self.clock:
             self._spell[worker] = next(self._spells[worker])
         begin, _, factor = self._spell[worker]
-        if begin <= self.now:
+        if begin <= self.clock:
             seconds *= factor
-        if call.delays:
-            seconds += call.delays[worker]
+        if request.delays:
+            seconds += request.delays[worker]
         ok = seconds < math.inf
-        self._running[worker] = call, part, self.now, ok
-        self._ends[worker] = self.now + (seconds if ok else self.conditions.dead_after)
+        self._running[worker] = request, part, self.clock, ok
+        self._ends[worker] = self.clock + (seconds if ok else self.conditions.dead_after)
         self.at(self._ends[worker], self._end, worker)
         self.begun_parts += 1
         self.begun_rows += rows
-        self.step(call, Began(part, worker, self.now))
+        request.hear(Began(part, worker, self.clock))
 
     def _end(self, worker: int) -> None:
         """End a worker's part, if it has one, or its pause."""
-        if self._ends[worker] > self.now:  # a burst came meanwhile
+        if self._ends[worker] > self.clock:  # a burst came meanwhile
             self.at(self._ends[worker], self._end, worker)
             return
-        self._idle.append(worker)
+        self.idle.append(worker)
         running = self._running[worker]
         self._running[worker] = None
-        if running is not None and not running[0].table.end:
+        if running is not None:
             call, part, began, ok = running
             error = None if ok else WorkerError(part.number, worker, "died", "died")
-            self.step(call, Reply(part, worker, self.now, self.now - began, error=error))
+            call.hear(Reply(part, worker, self.clock, self.clock - began, error=error))
 
-    def _burst(self, _: None) -> None:
+    def _burst(self) -> None:
         num_workers = len(self._ends)
-        resume = self.now + _PAUSE
+        resume = self.clock + _PAUSE
         first = self._bursts.randrange(num_workers)
         for i in range(first, first + max(1, round(num_workers * _BURST_SHARE))):
             worker = i % num_workers
-            if worker in self._idle:
-                self._idle.remove(worker)
-                self._ends[worker] = self.now
+            if worker in self.idle:
+                self.idle.remove(worker)
+                self._ends[worker] = self.clock
                 self.at(resume, self._end, worker)
-            self._ends[worker] += resume - max(self.now, self._resumes[worker])
+            self._ends[worker] += resume - max(self.clock, self._resumes[worker])
             self._resumes[worker] = resume
         self._burst_later()
 
     def _burst_later(self) -> None:
         if self.conditions.bursts < math.inf:
             gap = self._bursts.expovariate(1.0) * self.conditions.bursts
-            self.at(self.now + gap, self._burst, None)
+            self.at(self.clock + gap, self._burst)
 
     def factors(self, size: int) -> list[float]:
         """Return the factors of the running times of parts; infinite for parts that fail."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..table import Began, Part, Reply, WorkerError
 from ..workers.base import Request, Task, Workers
+from ..workers.local import VirtualPool, VirtualRequest
 
 #: An act of a worker with one part, and its seconds, which may be infinite: "ok" returns the
 #: module's result, and "twice" returns it twice; "die" ends the worker; "nan", "rows" and "lie"
@@ -24,21 +24,7 @@ from ..workers.base import Request, Task, Workers
 Act = tuple[str | Callable[[Tensor], Tensor], float]
 
 
-class _Worker:
-    def __init__(self, place: int, script: Iterable[Act]) -> None:
-        self.place = place
-        acts = list(script)
-        #: The acts with the parts to come; the last one is repeated.
-        self.acts: Iterator[Act] = itertools.chain(acts, itertools.repeat(acts[-1]))
-        self.free_at = 0.0  # the time from which it takes a part
-        self.fresh, self.excluded, self.drained = True, False, False
-
-    def takes(self, part: Part, now: float, avoid: frozenset[int]) -> bool:
-        able = not (self.excluded or self.drained) and self.free_at <= now
-        return able and self.place not in avoid
-
-
-class VirtualWorkers(Workers):
+class VirtualWorkers(VirtualPool, Workers):
     """Workers that follow scripts, on one clock for all calls, which only waiting moves.
 
     A worker that died is there again, without the module, after a second.
@@ -61,131 +47,82 @@ class VirtualWorkers(Workers):
         drains: Sequence[tuple[float, int]] = (),
         kills: Callable[..., bool] = lambda *inputs: False,
     ) -> None:
-        self.num_workers, self.kills = len(scripts), kills
+        super().__init__(len(scripts))
+        self.num_workers = len(scripts)
+        self.kills = kills
         self.drains = sorted(drains)
-        self.clock = 0.0
         self.begun: list[tuple[float, int, Part]] = []
         self._scripts = scripts
-        self._workers = [_Worker(place, script) for place, script in enumerate(scripts)]
+        self._acts = [itertools.chain(acts, itertools.repeat(acts[-1])) for acts in scripts]
+        self._fresh = set(self.up)
+        self._busy = set[int]()
+        for time, place in self.drains:
+            self.at(time, self.exclude, place)
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy begins anew, as that of every pool
         return type(self), (self._scripts, self.drains, self.kills)
 
     def open(self, module: nn.Module, task: Task) -> Request:
-        return _VirtualRequest(self, module, task)
+        return VirtualRequest(self, module, task)
 
     @property
     def states(self) -> dict[int, tuple[str, int]]:
-        return {w.place: ("excluded" if w.excluded else "idle", 0) for w in self._workers}
+        places = range(len(self._scripts))
+        return {place: ("idle" if place in self.up else "excluded", 0) for place in places}
 
     def exclude(self, worker: int) -> None:
-        self._workers[worker].excluded = True
+        self.up.discard(worker)
+        if worker in self.idle:
+            self.idle.remove(worker)
+        self.assign()
 
     def restart(self, worker: int) -> None:
-        self._workers[worker].excluded, self._workers[worker].fresh = False, True
+        self._fresh.add(worker)
+        self.up.add(worker)
+        if worker not in self._busy:
+            self.free(worker)
+        self.assign()
 
-    def at(self, now: float) -> list[_Worker]:
-        """Return the workers as they are at a time, with those that were drained by then."""
-        for time, place in self.drains:
-            if time <= now and place < len(self._workers):
-                self._workers[place].drained = True
-        return self._workers
+    def free(self, worker: int) -> None:
+        """Let a worker be idle, whatever it was doing."""
+        self._busy.discard(worker)
+        if worker in self.up and worker not in self.idle:
+            self.idle = deque(sorted([*self.idle, worker]))  # as scripts expect it
 
-
-class _VirtualRequest(Request):
-    def __init__(self, pool: VirtualWorkers, module: nn.Module, task: Task) -> None:
-        self._pool, self._module, self._task = pool, module, task
-        self._opened = pool.clock
-        self._queue: deque[Part] = deque()
-        self._coming: list[tuple[float, int, Reply]] = []  # ends by time, in the order of begins
-        self._events: deque[Began | Reply] = deque()
-        self._count = itertools.count()
-
-    def ask(self, parts: Sequence[Part]) -> None:
-        self._queue.extend(parts)
-        self._assign()
-
-    def wait(self, until: float = math.inf) -> Began | Reply | None:
-        pool, end = self._pool, self._opened + until
-        self._assign()
-        while not self._events:
-            # A part ends or, while parts wait, a worker is free again or leaves.
-            times = [worker.free_at for worker in pool.at(pool.clock) if not worker.drained]
-            times = [*times, *(time for time, _ in pool.drains)] if self._queue else []
-            at = min((time for time in times if time > pool.clock), default=math.inf)
-            at = min(at, self._coming[0][0]) if self._coming else at
-            if at == math.inf or at > end:
-                pool.clock = max(pool.clock, end) if end < math.inf else pool.clock
-                return None
-            pool.clock = max(pool.clock, at)
-            while self._coming and self._coming[0][0] <= pool.clock:
-                self._events.append(heapq.heappop(self._coming)[2])
-            self._assign()
-        return self._events.popleft()
-
-    def drop(self, parts: Iterable[Part]) -> None:
-        unwanted = {part.number for part in parts}
-        self._queue = deque(part for part in self._queue if part.number not in unwanted)
-
-    def now(self) -> float:
-        return self._pool.clock - self._opened
-
-    @property
-    def idle(self) -> int:
-        now = self._pool.clock
-        return sum(w.takes(Part(0, (0,)), now, frozenset()) for w in self._pool.at(now))
-
-    def close(self) -> None:
-        self._queue.clear()
-        self._events.clear()
-        self._coming.clear()
-
-    def _assign(self) -> None:
-        """Give waiting parts to idle workers, in the order of asking."""
-        pool, waiting = self._pool, list(self._queue)
-        workers = pool.at(pool.clock)
-        for part in waiting:
-            able = [w for w in workers if w.takes(part, pool.clock, part.avoid)]
-            others = {w.place for w in workers if not (w.drained or w.excluded)} - part.avoid
-            preferred = [w for w in able if w.place not in part.tried]
-            if not others:
-                why = "did not start: it avoids all workers that are left"
-                error = WorkerError(part.number, -1, why)
-                self._events.append(Reply(part, -1, self.now(), math.inf, error=error))
-            elif preferred or (able and others <= part.tried):
-                self._begin((preferred or able)[0], part)
-            else:
-                continue
-            self._queue.remove(part)
-
-    def _begin(self, worker: _Worker, part: Part) -> None:
-        pool, now = self._pool, self.now()
-        act, seconds = next(worker.acts)
-        fresh, worker.fresh = worker.fresh, False
-        pool.begun.append((pool.clock, worker.place, part))
+    def begin(self, worker: int, request: Any, part: Part) -> None:
+        act, seconds = next(self._acts[worker])
+        is_fresh = worker in self._fresh
+        self._fresh.discard(worker)
+        self._busy.add(worker)
+        self.begun.append((self.clock, worker, part))
         part = dataclasses.replace(part)  # a pool may report copies
-        self._events.append(Began(part, worker.place, now, fresh))
-        worker.free_at = end = pool.clock + seconds
+        now = request.now()
+        request.hear(Began(part, worker, now, is_fresh))
+        end = self.clock + seconds
         if end == math.inf:
             return
-        reply = Reply(part, worker.place, now + seconds, seconds)
-        args, kwargs = self._task.payload(part.units, copied=True)
-        if act == "die" or pool.kills(*args):
-            reply.error = WorkerError(part.number, worker.place, "was lost", "died")
-            worker.free_at, worker.fresh = end + 1.0, True
-        else:
-            try:
-                value = self._module(*args, **kwargs)
-                spoil = _SPOILS.get(act, lambda x: x) if isinstance(act, str) else act
-                reply.value = pytree.tree_map_only(Tensor, spoil, value)
-            except Exception as cause:
-                reply.error = WorkerError(
-                    part.number, worker.place, f"failed: {cause!r}", "raised", cause
-                )
-        heapq.heappush(self._coming, (end, next(self._count), reply))
-        if act == "twice" and reply.error is None:
-            again = Reply(part, worker.place, now + seconds, seconds, reply.value)
-            heapq.heappush(self._coming, (end, next(self._count), again))
+        reply = Reply(part, worker, now + seconds, seconds)
+        args, kwargs = request.task.payload(part.units, copied=True)
+        if act == "die" or self.kills(*args):
+            reply.error = WorkerError(part.number, worker, "was lost", "died")
+            self._fresh.add(worker)
+            self.at(end, request.hear, reply)
+            self.at(end + 1.0, self.free, worker)
+            return
+        try:
+            value = request.module(*args, **kwargs)
+            spoil = _SPOILS.get(act, lambda x: x) if isinstance(act, str) else act
+            reply.value = pytree.tree_map_only(Tensor, spoil, value)
+        except Exception as cause:
+            why = f"failed: {cause!r}"
+            reply.error = WorkerError(part.number, worker, why, "raised", cause)
+        again = act == "twice" and reply.error is None
+        self.at(end, self._end, request, [reply, dataclasses.replace(reply)][: 1 + again])
+
+    def _end(self, request: Any, replies: Sequence[Reply]) -> None:
+        self.free(replies[0].worker)
+        for reply in replies:
+            request.hear(reply)
 
 
 _SPOILS: dict[str, Callable[[Tensor], Tensor]] = {

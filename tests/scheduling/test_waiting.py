@@ -96,7 +96,7 @@ def test_without_a_budget_nothing_is_late():
 def test_hedges_spend_a_budget_that_calls_fill():
     play = Play(*[[LATE]] * 4, [OK], waiting=Waiting(hedge_budget=0.01))
     for _ in range(30):
-        play.pool._workers[3].free_at = play.pool.clock
+        play.pool.free(3)
         play.coded.run(X, waiting=Waiting(hedge_budget=0.01))
     assert sum(len(x[2].units) for x in play.pool.begun) <= 31 * 8 + 8 * (1 + 20 / 4 + 0.5)
 

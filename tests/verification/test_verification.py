@@ -128,7 +128,7 @@ class TestHonestWorkers:
             assert not report.wrong_results
             notes += report.notes
         assert sum("depend on the rows beside them" in note for note in notes) == 1
-        pool._workers[3].acts = iter([by(7.0)] * 1000)
+        pool._acts[3] = iter([by(7.0)] * 1000)
         for seed in range(100):
             excluded += coded.run(batch(seed))[1].excluded
         assert excluded == [3]
@@ -417,7 +417,7 @@ class TestDisputes:
                 until_excluded(coded, [0])
             return y
 
-        pool._workers[5].acts = iter([(others, 5.0)] + [OK] * 1000)
+        pool._acts[5] = iter([(others, 5.0)] + [OK] * 1000)
         coded.run(batch())
         assert coded._record.excluded == {0}
 
@@ -430,8 +430,8 @@ class TestDisputes:
         assert coded._record.excluded == {0}
         pool.restart(0)
         # The accident of another worker keeps the call open.
-        pool._workers[0].acts = iter([(by(1.0)[0], seconds), *[by(1.0)] * 1000])
-        pool._workers[1].acts = iter([by(1.0), *[OK] * 1000])
+        pool._acts[0] = iter([(by(1.0)[0], seconds), *[by(1.0)] * 1000])
+        pool._acts[1] = iter([by(1.0), *[OK] * 1000])
         excluded = coded.run(batch(14))[1].excluded
         assert (0 in excluded) == (pool.states[0][0] == "excluded")
 
@@ -452,8 +452,7 @@ class TestDisputes:
         pool = pool_of()
         coded = known(wrap(pool, 0.02))
         coded.run(batch())
-        for worker in pool._workers:
-            worker.fresh = True  # as after new weights
+        pool._fresh.update(pool.up)  # as after new weights
         coded.run(batch())
         assert not any(map(coded._record.fresh, range(6)))
 
