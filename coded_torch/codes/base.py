@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import inspect
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -142,6 +143,7 @@ class BatchPlan:
                 found.update(outliers(residuals, encoder, most))
             is_told = code.is_exact or (
                 curves[0].tell
+                and not 0 < len(found) < most  # those found may hide others
                 and not any(is_doubtful(residuals, encoder, found, most) for residuals in curves)
             )
         is_borne = len(found) <= most
@@ -150,17 +152,19 @@ class BatchPlan:
         undefended = torch.full((self.batch_size,), not is_defended)
         return Trust([i for i in range(len(received)) if i not in dropped], undefended)
 
-    def _compared(
-        self,
-        rows: Tensor,
-        results: Sequence[Tensor],
-        doubt: Callable[[list[int]], Sequence[float]] | None = None,
-    ) -> Trust:
-        """Return which results are decoded, where they are of inputs ``rows [|F|, G]``.
+    def _compared(self, rows: Tensor, results: Sequence[Tensor], received: Sequence[int]) -> Trust:
+        """Return which results are decoded, where they are of inputs ``rows [|F|, G]``."""
 
-        Of workers that differ from as many others, ``doubt`` returns the errors, by place, as
-        estimates from the others see them. Defaults to None: all of them are dropped.
-        """
+        def doubt(places: list[int]) -> list[float]:
+            """Return the squared errors of some results, if the others' answers are right."""
+            others = [i for i in range(len(received)) if i not in places]
+            errors = torch.zeros(len(places), dtype=torch.float64)
+            for leaf in filter(torch.is_floating_point, results if others else ()):
+                answers = self.decode(leaf[others], [received[i] for i in others])
+                off = (leaf[places] - answers[rows[places]]).double().flatten(1)
+                errors += off.square().sum(1).cpu()
+            return errors.nan_to_num(nan=math.inf).tolist()
+
         most = self.code.adversaries
         copies = Copies(rows, results)
         wrong = copies.wrong(most, doubt)

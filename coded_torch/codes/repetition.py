@@ -73,7 +73,7 @@ class _CopiesPlan(BatchPlan):
 
     def _trusted(self, results: Sequence[Tensor], received: Sequence[int]) -> Trust:
         points = torch.tensor(received) % self.code.num_data
-        return self._compared(self._grouping.rows[points], results)
+        return self._compared(self._grouping.rows[points], results, received)
 
 
 class RegressionCode(Code):
@@ -187,21 +187,7 @@ class _RepetitionPlan(RowPlan, BatchPlan):
         return values.index_select(0, rows).view(*self._rows.shape, *values.shape[1:])
 
     def _trusted(self, results: Sequence[Tensor], received: Sequence[int]) -> Trust:
-        rows = self._rows[[*received]]
-
-        def doubt(places: list[int]) -> list[float]:
-            others = [i for i in range(len(received)) if i not in places]
-            if not others:
-                return [0.0] * len(places)
-            workers = [received[i] for i in others]
-            errors = torch.zeros(len(places), dtype=torch.float64)
-            for leaf in filter(torch.is_floating_point, results):
-                estimates = self.decode(leaf[others], workers)
-                off = (leaf[places] - estimates[rows[places]]).double().flatten(1)
-                errors += off.square().sum(1)
-            return errors.tolist()
-
-        return self._compared(rows, results, doubt)
+        return self._compared(self._rows[[*received]], results, received)
 
 
 class _MidpointPlan(_RepetitionPlan):

@@ -41,6 +41,11 @@ def batch():
     return torch.randn(80, 4, generator=torch.Generator().manual_seed(1))
 
 
+def undecided(places):
+    """Return errors of results that decide nothing."""
+    return [0.0] * len(places)
+
+
 class Square(nn.Module):
     """A polynomial, which Lagrange's code decodes exactly."""
 
@@ -126,7 +131,7 @@ def test_a_row_whose_only_honest_worker_was_outvoted_is_marked():
     results[[0, 1]] += 7.0
     results[[3, 8, 13]] *= -1
     found = Copies(rows, [results])
-    wrong = found.wrong(5, None)
+    wrong = found.wrong(5, undecided)
     assert wrong == [2, 3, 8, 13]
     assert found.undefended(wrong, 5, 5).tolist() == [True, False, False, False, False]
 
@@ -138,21 +143,48 @@ def test_too_few_numbers_to_tell_are_marked(model, batch):
         assert report.undefended.all()
 
 
-def test_wrong_workers_that_are_found_in_part_are_marked(model, batch):
+@pytest.mark.parametrize(("adversaries", "third"), [(2, 1.0), (3, 1.0), (3, 1.1), (3, -1.0)])
+def test_wrong_workers_that_are_found_in_part_are_marked(model, batch, adversaries, third):
     """A worker beside those found stood out too little to be dropped, in silence."""
-    plan = codes.SplineCode(10, 60, ordering="arrival", adversaries=3).plan([batch])
+    code = codes.SplineCode(10, 60, ordering="arrival", adversaries=adversaries)
+    plan = code.plan([batch])
     coded = plan.encode(batch)
     with torch.no_grad():
         results = model(coded.flatten(0, 1)).unflatten(0, coded.shape[:2])
     results[[20, 35]] *= -1
-    results[50] *= 1.1
+    results[50] *= third
     trust = plan.trusted([results], range(60))
-    assert {*range(60)} - {*trust.places} == {20, 35}
-    assert trust.undefended.all()
-    results[50] /= 1.1
+    found = {*range(60)} - {*trust.places}
+    assert found == ({20, 35, 50} if third == -1 else {20, 35})
+    assert trust.undefended.all() == (len(found) < adversaries)
+
+
+@pytest.mark.parametrize(
+    "places", [(27, 32, 33, 34, 35), (37, 38, 40, 41, 42), (14, 18, 19, 20, 21)]
+)
+def test_honest_workers_between_wrong_ones_are_kept(model, batch, places):
+    """Honest workers were dropped between wrong ones that shift alike, some in silence."""
+    plan = codes.SplineCode(10, 60, ordering="arrival", adversaries=5).plan([batch])
+    coded = plan.encode(batch)
+    with torch.no_grad():
+        results = model(coded.flatten(0, 1)).unflatten(0, coded.shape[:2])
+    results[[*places]] += 1
     trust = plan.trusted([results], range(60))
-    assert {*range(60)} - {*trust.places} == {20, 35}
+    assert {*range(60)} - {*trust.places} == {*places}
     assert not trust.undefended.any()
+
+
+def test_replication_decides_between_copies_by_the_other_answers(model, batch):
+    """Both of two workers that differed were dropped, and inputs lost their answers."""
+    plan = codes.ReplicationCode(10, 20, adversaries=2).plan([batch])
+    with torch.no_grad():
+        right = model(batch)
+        results = plan.encode(right)
+        results[[3, 14]] *= 1.5
+        trust = plan.trusted([results], range(20))
+    assert {*range(20)} - {*trust.places} == {3, 14}
+    assert torch.equal(plan.decode(results[trust.places], trust.places), right)
+    assert trust.undefended.any()
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -196,7 +228,7 @@ def test_copies_that_only_differ_from_each_other_are_undecided():
     rows = torch.tensor([[0], [0], [1], [1]])
     results = [torch.tensor([[[1.0]], [[2.0]], [[3.0]], [[3.0]]])]
     copies = Copies(rows, results)
-    assert copies.wrong(1, None) == [0, 1]
+    assert copies.wrong(1, undecided) == [0, 1]
     assert copies.undecided == {0, 1}
     assert copies.undefended([0, 1], 1, 2).tolist() == [True, False]
     copies = Copies(rows, results)
@@ -204,13 +236,22 @@ def test_copies_that_only_differ_from_each_other_are_undecided():
     assert copies.undefended([1], 1, 2).tolist() == [True, False]
 
 
+@pytest.mark.parametrize("wrong", [torch.inf, torch.nan])
+def test_copies_that_are_not_finite_are_dropped(model, batch, wrong):
+    plan = codes.ReplicationCode(10, 20, adversaries=1).plan([batch])
+    with torch.no_grad():
+        results = plan.encode(model(batch))
+    results[3] = wrong
+    assert {*range(20)} - {*plan.trusted([results], range(20)).places} == {3}
+
+
 def test_copies_of_half_precision_may_be_rounded_otherwise():
     rows = torch.tensor([[0, 1, 2], [0, 1, 2], [0, 1, 2]])
     values = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0)).repeat(3, 1, 1)
     noisy = (values * torch.tensor([1, 1.002, 0.999])[:, None, None]).half()
-    assert Copies(rows, [noisy]).wrong(1, None) == []
+    assert Copies(rows, [noisy]).wrong(1, undecided) == []
     noisy[1] *= 1.5
-    assert Copies(rows, [noisy]).wrong(1, None) == [1]
+    assert Copies(rows, [noisy]).wrong(1, undecided) == [1]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +262,7 @@ def test_copies_of_half_precision_may_be_rounded_otherwise():
 def test_copies_of_other_dtypes_are_compared_exactly(right, wrong):
     rows = torch.tensor([[0, 1], [0, 1], [0, 1]])
     results = torch.stack([right.repeat(2), right.repeat(2), wrong.repeat(2)])
-    assert Copies(rows, [results]).wrong(1, None) == [2]
+    assert Copies(rows, [results]).wrong(1, undecided) == [2]
 
 
 def test_outputs_of_any_width_and_number(model, batch):
