@@ -24,7 +24,7 @@ from .timing import last_level_cache
 QUESTIONS = (
     "accuracy", "distances", "gradients", "surrogates", "coverage", "convergence", "waiting",
     "verification", "latency", "resilience", "serving", "peers", "fleet", "job", "exchangeability",
-    "midpoints", "bound", "mean", "adversaries", "letcc",
+    "midpoints", "mixtures", "bound", "mean", "adversaries", "letcc",
 )  # fmt: skip
 RESULTS = Path(__file__).resolve().parent / "results"
 _T = TypeVar("_T")

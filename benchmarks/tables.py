@@ -95,6 +95,18 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
             "`tune` takes": lambda _, of: of["chosen"],
         },
     ),
+    "mixtures": Table(
+        "mixtures > * > * > *",
+        ("network", "batch", SETTING),
+        {
+            "the better of copies and midpoints": "today:",
+            "mixtures over it": lambda _, of: "{:.2f} ({:.2f} to {:.2f})".format(
+                *of["over today's"]
+            ),
+            "taken": "chosen:",
+            "its cost": lambda _, of: "{:.2f} ({:.2f} to {:.2f})".format(*of["cost"]),
+        },
+    ),
     "adversaries": Table(
         "adversaries > lenet5 > B = 240 > * > codes > *",
         ("attack", "scheme"),

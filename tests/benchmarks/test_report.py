@@ -10,11 +10,13 @@ from xml.etree import ElementTree
 
 import markdown_it
 import pytest
+import torch
 
 from benchmarks import cast, report
 from benchmarks.pictures import PICTURES, decoded_digits
 from benchmarks.runs import RESULTS
 from benchmarks.tables import BASELINES, TABLES, Table
+from coded_torch.experiments.scores import Comparison, Record, Row, Setting, score
 
 from ..test_examples import PRINTED
 
@@ -207,6 +209,37 @@ def test_the_caption_of_decoded_digits_counts_them():
     right = sum(map(operator.eq, decoded, computed))
     for path in (report.READMES[0], report.FOLDER.parent / "notebooks" / "index.md"):
         assert f"and {right} of the {len(computed)} classes decoded are those" in path.read_text()
+
+
+def test_the_fields_of_a_comparison_are_on_the_page_with_types_and_examples():
+    text = (report.PAGES / "letcc.md").read_text()
+    kinds = {
+        "Setting": Setting,
+        "str": str,
+        "float": float,
+        "interval": list,
+        "two integers": tuple,
+    }
+    table = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    fields = {
+        name.strip("| `"): (
+            kinds[kind.removesuffix(" or None").strip("`")],
+            eval(example.strip("| `"), {"Setting": Setting}),
+        )
+        for name, kind, _, example in table
+    }
+    assert (*fields,) == Row._fields
+    assert all(isinstance(example, kind) for kind, example in fields.values())
+    exact = torch.eye(3)
+    numbers = score(exact + 0.1, exact, labels=torch.arange(3))
+    records = [
+        Record(24, 20, 4, name, "", 0, batch, 3, 1.2, numbers)
+        for name in ("one", "other")
+        for batch in range(3)
+    ]
+    *_, row = Comparison(records).against("one")
+    for name, (kind, _) in fields.items():
+        assert isinstance(getattr(row, name), kind)
 
 
 def test_pages_show_pictures_and_link_to_files_that_exist():
