@@ -1,5 +1,7 @@
 """Generate tables, pictures and pages from the results: ``python -m benchmarks.report``.
 
+It prints the commit of each file of results, and how many later ones change the code.
+
 A README or page holds, each up to ``<!-- end -->``:
 
 - ``<!-- table: NAME -->``: a table of ``tables.py``, with text of ``cells.py``;
@@ -25,6 +27,8 @@ import csv
 import io
 import json
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -190,6 +194,20 @@ def downloads(results: Results) -> dict[str, str]:
     return {"leaderboard.csv": text.getvalue()}
 
 
+def commits() -> Iterator[str]:
+    """Yield, by file of results, its last commit and how many later ones change the code."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(FOLDER.parent), *arguments]
+        return subprocess.check_output(command, text=True).strip()
+
+    for path in sorted(RESULTS.glob("*.json")):
+        commit = git("log", "-1", "--format=%h", "--", str(path))
+        if commit:
+            later = git("rev-list", "--count", f"{commit}..HEAD", "--", "coded_torch", "csrc")
+            yield f"{path.name}: commit {commit}, {later} later commits change the code"
+
+
 def main() -> int:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     results = load_results()
@@ -199,6 +217,8 @@ def main() -> int:
         (MEASUREMENTS / name).write_text(text)
     for name, draw in PICTURES.items():
         draw(results).savefig(RESULTS / f"{name}.png", dpi=DPI, pil_kwargs={"optimize": True})
+    if shutil.which("git") and (FOLDER.parent / ".git").exists():
+        print(*commits(), sep="\n")
     return 0
 
 

@@ -247,8 +247,31 @@ def test_one_version_is_named_everywhere():
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"\n## [{version}] - " in (ROOT / "CHANGELOG.md").read_text()
+    assert f"`v{version}`" in (ROOT / "CONTRIBUTING.md").read_text()
     notes = subprocess.run([ROOT / ".ci" / "notes", version], capture_output=True, text=True)
+    highlights, moving, *_ = notes.stdout.split("\n### ")
+    assert highlights.count("\n- ") == 5
+    assert moving.startswith("Moving from ")
     assert "### Added" in notes.stdout
+
+
+def test_files_that_pages_tell_contributors_to_change_exist():
+    pages = (ROOT / "CONTRIBUTING.md", ROOT / "notebooks" / "architecture.md")
+    named = [re.findall(r"`(coded_torch/[\w/.]+)`", page.read_text()) for page in pages]
+    assert min(map(len, named)) >= 10
+    assert [path for path in {*named[0], *named[1]} if not (ROOT / path).exists()] == []
+
+
+#: Numbers of README that are settings of what it shows, or measured by the test of the door.
+SETTINGS = {"2 %", "20", "24", "94 %", "4", "3", "5.3", "3.10", "95 %", "2", "5", "800"}
+
+
+def test_every_other_number_of_readme_is_generated():
+    text = re.sub(r"<!-- value.*?end -->|<!--.*?-->|```.*?```|`[^`]*`", "", README, flags=re.S)
+    text = re.sub(r"!?\[[^\]]*\]\(http[^)]*\)|!\[.*?\]|\]\([^)]*\)", "", text)
+    assert {
+        x.strip() for x in re.findall(r"(?<![\w.-])\d[\d.,]*\d(?: %)?|(?<![\w.-])\d(?: %)?", text)
+    } <= SETTINGS
 
 
 def test_each_version_of_the_pages_has_a_folder(tmp_path):
