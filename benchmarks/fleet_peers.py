@@ -70,7 +70,7 @@ class Peer:
 
     async def ask(self, rows: Tensor) -> Tensor:
         """Return the outputs of a part."""
-        body, length = request(self.model, [rows])
+        body, length = request(self.model, [rows], binary=True)
         url, headers = f"http://fleet{self.model.path}/infer", {LENGTH: str(length)}
         reply = await self.client.request("GET", url, content=body, headers=headers)
         reply.raise_for_status()

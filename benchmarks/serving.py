@@ -75,7 +75,7 @@ function done(all, latency)
 end
 """
 INPUT, OUTPUT = TensorSpec("input", "FP32", (1, 28, 28)), TensorSpec("output", "FP32", (10,))
-LENET5 = Model("model", (INPUT,), (OUTPUT, ADDED[0]), binary=True)  # and the flags of its rows
+LENET5 = Model("model", (INPUT,), (OUTPUT, ADDED[0]))  # and the flags of its rows
 
 
 def lenet5_app() -> Any:
@@ -180,7 +180,7 @@ def serving(kind: str, body: bytes, **headers: str) -> Iterator[int]:
 
 def message(images: Tensor) -> tuple[bytes, dict[str, str]]:
     """Return the body of a binary request and its headers."""
-    body, length = request(LENET5, [images])
+    body, length = request(LENET5, [images], binary=True)
     return body, {LENGTH: str(length)}
 
 

@@ -67,7 +67,7 @@ def serve(args: Namespace) -> None:
             must = f"--example must be from 0 to {len(leaves[0]) - 1}, got {args.example}"
             raise CommandError(must)
         rows = [x[args.example : args.example + 1] for x in leaves]
-        say(request(Model("", tuple(how["inputs"]), (), False), rows)[0].decode())
+        say(request(Model("", tuple(how["inputs"]), ()), rows, False)[0].decode())
         return
     made = Path(args.factory).stem.rpartition(":")[2]  # a factory, or a file
     usual = args.model or ("lenet5" if args.factory == LENET5 else made)

@@ -309,7 +309,6 @@ class Model(NamedTuple):
     name: str
     inputs: tuple[TensorSpec, ...]  #: one for each argument, in order
     outputs: tuple[TensorSpec, ...]
-    binary: bool  #: true if the server takes and sends binary tensors
 
     @property
     def path(self) -> str:
@@ -385,11 +384,13 @@ def _content(spec: TensorSpec, rows: Any, binary: bool) -> Any:
     return numbers.view(np.uint8).data if binary else numbers  # little-endian, as in memory
 
 
-def request(model: Model, inputs: Sequence[Any], own: str = "") -> tuple[bytes, int | None]:
+def request(
+    model: Model, inputs: Sequence[Any], binary: bool, own: str = ""
+) -> tuple[bytes, int | None]:
     """Return the body of a request with an id, and the length of its JSON if tensors follow."""
-    how = {"parameters": {"binary_data": True}} if model.binary else {}
+    how = {"parameters": {"binary_data": True}} if binary else {}
     outputs = [{"name": spec.name, **how} for spec in model.outputs]
-    triples = [(spec, x, model.binary) for spec, x in zip(model.inputs, inputs, strict=True)]
+    triples = [(spec, x, binary) for spec, x in zip(model.inputs, inputs, strict=True)]
     message = {"outputs": outputs} | ({"id": own} if own else {})
     pieces, length = written(message, "inputs", triples)
     return b"".join(pieces), length

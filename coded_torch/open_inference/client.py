@@ -115,8 +115,10 @@ class Client:
         connect_timeout = positive(owner, "connect_timeout", connect_timeout)
         # Seconds between two reads are bounded by the whole request.
         self._limits = aiohttp.ClientTimeout(total=timeout, sock_connect=connect_timeout)
-        self._probe = aiohttp.ClientTimeout(total=connect_timeout + _PROBE)
+        total = connect_timeout + _PROBE
+        self._probe = aiohttp.ClientTimeout(total=total, sock_connect=connect_timeout)
         self._echoing = set[str]()  # the servers whose last answer had the id of its request
+        self._binary = dict[str, bool]()  # whether a server takes and sends binary tensors
         self._session: aiohttp.ClientSession | None = None
         self._process = 0  # the process whose loop the session belongs to
 
@@ -135,13 +137,11 @@ class Client:
     async def model(self, server: str, name: str, outputs: Sequence[str] | None) -> Model:
         """Return the model of a server, by its metadata, with some of its outputs or all."""
         try:
-            paths = "/v2", Model(name, (), (), False).path
-            asked = [await self._ask("GET", server + x, _MESSAGE) for x in paths]
-            about, found = [wire.parsed(body) for body, _ in asked]
+            body, _ = await self._ask("GET", server + Model(name, (), ()).path, _MESSAGE)
+            found = wire.parsed(body)
             inputs, given = (wire.specs_of(found, each) for each in ("inputs", "outputs"))
         except (EndpointError, ValueError) as error:
             raise EndpointError(f"{self._name}: {server} {error}") from None
-        binary = "binary_tensor_data" in str(about.get("extensions"))
         known = {spec.name: spec for spec in given}
         is_ours = {*given} >= _OF_ALL_VERSIONS
         added = _LISTED if is_ours else ()
@@ -150,7 +150,7 @@ class Client:
             known = {spec.name: spec for spec in ADDED} | FORMER | known
         unknown = [each for each in names if each not in known]
         check(self._name, not unknown, f"outputs must be some of {', '.join(known)}", unknown)
-        return Model(name, inputs, tuple(known[each] for each in names), binary)
+        return Model(name, inputs, tuple(known[each] for each in names))
 
     async def is_ready(self, server: str, path: str = "/v2/health/ready") -> bool:
         """Return whether a server, or a model at its path, is ready."""
@@ -167,15 +167,20 @@ class Client:
         ``more`` are headers of this request. Each exception of this file stands for one failure; an
         EndpointError for all others.
         """
+        is_binary = await self._takes_binary(server)
         own = os.urandom(16).hex()
         kept = server in self._echoing
-        body, length = wire.request(model, inputs, own)
+        body, length = wire.request(model, inputs, is_binary, own)
         headers = {"Content-Type": "application/octet-stream" if length else "application/json"}
         headers |= {"Inference-Header-Content-Length": str(length)} if length else {}
         headers |= dict(more) | ({"Connection": "keep-alive"} if kept else {})
         url = f"{server}{model.path}/infer"
         most = wire.most_bytes(model.outputs, rows)
-        data, answer = await self._ask("POST", url, most, data=body, headers=headers)
+        try:
+            data, answer = await self._ask("POST", url, most, data=body, headers=headers)
+        except (EndpointError, RefusedError, RemoteError):
+            self._binary.pop(server, None)  # another server may have its address by now
+            raise
         self._echoing.discard(server)
         try:
             size = answer.headers.get("Inference-Header-Content-Length")
@@ -191,6 +196,17 @@ class Client:
             why = f"the server estimated {estimated} of {rows} rows"
             raise BusyError(_RETRY_SECONDS, f"{why}; ask for the output 'estimated' to get them")
         return outputs, str(message.get("model_version") or "")[:_VERSION]
+
+    async def _takes_binary(self, server: str) -> bool:
+        """Return whether a server takes and sends binary tensors, for which it is asked once."""
+        if server not in self._binary:
+            body, _ = await self._ask("GET", f"{server}/v2", _MESSAGE, timeout=self._probe)
+            try:
+                extensions = wire.parsed(body).get("extensions")
+            except ValueError as error:
+                raise EndpointError(f"violated the protocol: {error}") from None
+            self._binary[server] = "binary_tensor_data" in str(extensions)
+        return self._binary[server]
 
     async def close(self) -> None:
         if self._session is not None:

@@ -15,6 +15,7 @@ from coded_torch.cli.main import main
 from coded_torch.open_inference import client as endpoint_client
 from coded_torch.open_inference import written
 from coded_torch.serve import App, TensorSpec, protocol, specs
+from coded_torch.serve import application as application_of_servers
 from coded_torch.testing.helpers import until
 from coded_torch.workers import DeviceWorkers, EndpointWorkers, ProcessWorkers, RemoteModule
 
@@ -134,7 +135,8 @@ def test_specs_of_strings():
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_a_server_takes_and_returns_strings(binary):
+def test_a_server_takes_and_returns_strings(binary, monkeypatch):
+    monkeypatch.setattr(application_of_servers, "_EXTENSIONS", ["binary_tensor_data"] * binary)
     with serving(application(Read(), TEXTS[:3])) as port, Client(port) as client:
         description = client.get("/v2/models/m")[1]
         assert description["inputs"] == [{"name": "texts", "datatype": "BYTES", "shape": [-1]}]
@@ -147,7 +149,6 @@ def test_a_server_takes_and_returns_strings(binary):
             assert upper["data"] == [text.upper() for text in TEXTS]
             assert client.infer(asked(data=[1] * 8)[0])[0] == 400
         module = RemoteModule(f"http://127.0.0.1:{port}", "m")
-        module.metadata = module.metadata._replace(binary=binary)
         for given in (TEXTS, np.array(TEXTS), np.array(TEXTS, object)):
             assert module(given)["upper"] == [text.upper() for text in TEXTS]
         for wrong in (["a", 1], torch.ones(3), "abc"):

@@ -59,6 +59,25 @@ def test_a_batch_is_computed_by_all_servers(binary):
         assert torch.equal(RemoteModule(made[0].url, "double")(X), 2 * X)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_fleet_may_have_servers_with_and_without_binary_tensors(first):
+    with servers(2, binary=first) as some, servers(2, binary=not first) as others:
+        coded = wrapped([*some, *others])
+        together = threading.Barrier(4, timeout=WAIT)
+        coded(X)  # proves the rows of outputs
+        for each in [*some, *others]:
+            each.rows.clear()
+            each.fault = lambda handler, rows: together.wait() and False
+        answers, report = coded.run(X)
+        assert torch.equal(answers, 2 * X)
+        assert not report.rejected
+        assert [len(each.rows) for each in [*some, *others]] == [1] * 4
+        some[0].fault = None
+        some[0].binary = not first  # another server got its address
+        module = RemoteModule(some[0].url, "double")
+        assert torch.equal(module(X), 2 * X)
+
+
 def test_gradients_are_refused(three):
     module, message = RemoteModule(three[0].url, "double"), "inputs must not require gradients"
     with wrapped(three).workers as pool:
@@ -483,7 +502,7 @@ def test_a_server_that_does_not_accept_did_not_end_at_work():
             each.setblocking(False)
             each.connect_ex(full.getsockname())
         client = Client(None, connect_timeout=0.1)
-        model = Model("double", (), (), True)
+        model = Model("double", (), ())
         with pytest.raises(EndpointError, match="could not be reached") as caught:
             run(client.infer(url, model, [], 1))
         assert not caught.value.lost
