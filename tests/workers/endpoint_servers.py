@@ -89,6 +89,9 @@ class DoubleServer:
                 owner.headers = dict(self.headers)
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 length = self.headers.get("Inference-Header-Content-Length")
+                if length and not owner.binary:
+                    self.send(400, b'{"error": "tensors must be JSON"}')
+                    return
                 head = json.loads(body[: int(length)] if length else body)
                 (entry,), self.head = head["inputs"], {"model_name": "double"}
                 owner.wanted = [each["name"] for each in head["outputs"]]

@@ -73,9 +73,12 @@ def test_a_fleet_may_have_servers_with_and_without_binary_tensors(first):
         assert not report.rejected
         assert [len(each.rows) for each in [*some, *others]] == [1] * 4
         some[0].fault = None
+        coded.module(X)
         some[0].binary = not first  # another server got its address
-        module = RemoteModule(some[0].url, "double")
-        assert torch.equal(module(X), 2 * X)
+        if first:
+            with pytest.raises(ValueError, match="tensors must be JSON"):
+                coded.module(X)
+        assert torch.equal(coded.module(X), 2 * X)
 
 
 def test_gradients_are_refused(three):
