@@ -147,6 +147,7 @@ def test_the_reference_of_commands_has_every_option():
         flags = set(re.findall(r"^  (?:-h, )?(--[\w-]+)", shown.getvalue(), re.M))
         assert flags <= set(re.findall(r"--[\w-]+", " ".join(every)))
         assert all(every.values())
+    assert found["serve"]["--deadline DURATION"].endswith(" [0.2s]")
     assert found["demo"]["--seed SEED"].endswith("[0]")  # 0 is a default as any other
     assert ".. commands::" in (ROOT / "notebooks" / "reference" / "commands.rst").read_text()
 

@@ -253,6 +253,7 @@ def options(parser: argparse.ArgumentParser, *table: Option) -> None:
         shown = "" if str(default) in ("None", "False", "Ellipsis") else " [%(default)s]"
         if kind is seconds:
             how["metavar"] = "DURATION"
+            shown = shown.replace("]", "s]")
         group.add_argument(flag, default=default, help=f"{text}{shown}", **how)
 
 
