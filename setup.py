@@ -52,6 +52,13 @@ def compiled():
         extra_compile_args=["-O3"],
         depends=HEADERS,
     )
+    lane = Pybind11Extension(
+        "coded_torch._lane",
+        ["csrc/lane/bindings.cpp"],
+        cxx_std=17,
+        extra_compile_args=["-O3"],
+        depends=HEADERS,
+    )
     # Loaded by torch.ops.load_library; there is no Python in it, and nothing of CUDA.
     operators = Extension(
         "coded_torch._ops",
@@ -64,7 +71,9 @@ def compiled():
         extra_compile_args=[*CXX, STABLE_ABI],
         depends=HEADERS,
     )
-    return {"ext_modules": [plan, operators], "cmdclass": {"build_ext": BuildExtension}}
+    # Pools of processes need Linux, whose shared memory they seal.
+    modules = [plan, operators, *([lane] if sys.platform == "linux" else [])]
+    return {"ext_modules": modules, "cmdclass": {"build_ext": BuildExtension}}
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ import ctypes
 import logging
 import os
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +33,7 @@ __all__ = [
     "Samples",
     "build_info",
     "curve_plan",
+    "lane",
     "short_path",
     "spline_plan",
 ]
@@ -58,6 +61,14 @@ try:
     )
 except ImportError as error:
     raise ImportError(f"coded_torch: the compiled planner is missing or old; {_REMEDY}") from error
+
+#: What moves bytes between a pool and its processes; None where there are no such pools.
+lane: Any = None
+try:
+    lane = import_module("coded_torch._lane")
+except ImportError as error:
+    if sys.platform == "linux":
+        raise ImportError(f"coded_torch: the compiled lane is missing; {_REMEDY}") from error
 
 
 def _allows_tf32() -> bool:  # the compiler cannot trace the setting

@@ -130,7 +130,17 @@ class Dispatcher(abc.ABC):
                     self.retire(worker)
         self.refuse()
 
+    def hear(self) -> None:  # noqa: B027 - not all pools have such messages
+        """Handle the messages of workers that have come."""
+
+    def bell(self) -> Any:
+        """Return what :meth:`notify` releases of a request, and :meth:`wait_for` waits for."""
+        bell = threading.Lock()
+        bell.acquire()
+        return bell
+
     def submit(self, request: LiveRequest, parts: Sequence[Part]) -> None:
+        self.hear()
         with self.lock:
             if request.closed:
                 raise RuntimeError(f"{type(request).__name__}: the request is closed")
@@ -204,11 +214,13 @@ class Dispatcher(abc.ABC):
 
     @property
     def num_idle(self) -> int:
+        self.hear()
         with self.lock:
             return sum(w.part is None and w.is_wanted for w in self._workers)
 
     def status(self, request: LiveRequest) -> str:
         """Return why parts of a request may not have begun, in words; "" if they have."""
+        self.hear()
         with self.lock:
             if not any(map(request.wants, request.open.values())):
                 return ""
@@ -225,6 +237,7 @@ class Dispatcher(abc.ABC):
         return "; ".join(said) if self.places else f"all {self.kind} have left"
 
     def states(self) -> dict[int, tuple[str, int]]:
+        self.hear()
         with self.lock:
             found = dict.fromkeys(sorted(self.places), ("down", 0))
             for worker in self._workers:

@@ -79,8 +79,7 @@ class LiveRequest(Request):
         self.events: dict[int, Began | Reply] = {}
         self.replied = set[int]()  #: the parts with replies that were not taken
         self._taken = deque[Began | Reply]()  # events that :meth:`wait` returns next
-        self.bell = threading.Lock()  #: is released when an event comes
-        self.bell.acquire()
+        self.bell: Any = dispatcher.bell()  #: ends the wait for an event
         self.kills = Counter[int]()  #: the times that a worker was ended at a unit
         self.closed = False
         self.urgent = False  #: true if a part has failed whose reply was not taken

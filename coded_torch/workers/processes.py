@@ -2,15 +2,13 @@ r"""Workers in local processes."""
 
 import contextlib
 import dataclasses
-import io
+import functools
+import itertools
 import multiprocessing
 import os
-import select
 import signal
 import socket
-import struct
 import sys
-import threading
 import time
 import types
 from collections.abc import Sequence
@@ -21,26 +19,23 @@ import torch
 from torch import nn
 
 from .._arguments import find_devices
+from .._extension import lane
 from ..table import Part
 from . import worker_main
 from .live import LiveRequest
-from .shared_memory import Blocks, Connection, Package, Pickled
+from .shared_memory import Pickled, pack, unpack
 from .supervisor import SupervisedWorkers, Supervisor, WatchedWorker
 from .worker_main import ALIVE, ENDED, FORKED, LOADED, MODULE, PART, READY, RESULT
 
 # The share of a processor above which a process is alive. A hung one uses .4 %, by its thread that
 # waits for Python's global lock; compiled code uses 6 % of a processor that 16 processes share.
 _BUSY = 0.02
-# Seconds between two looks of the pool's own thread while another one leads, and of threads that
-# wait, as another one may have been interrupted; and from the last look of a leader to the time
-# when it counts as interrupted, too. Not tuned.
-_PARKED_SECONDS, _LOOK_SECONDS, _LEADING_SECONDS = 0.05, 0.1, 1.0
+# Seconds between two looks of a thread that waits whether another one has raised in it. Not tuned.
+_LOOK_SECONDS = 0.1
 # Seconds that a killed process may take to end. Not tuned.
 _DYING_SECONDS = 0.5
-# Seconds that a thread may take to note an exit code that it has received. Not tuned.
-_NOTING_SECONDS = 0.1
-_ONE = struct.pack("Q", 1)  # what an eventfd takes
-_BROKEN = OSError, LookupError, ValueError, struct.error  # processes may send anything
+_BROKEN = OSError, ValueError, OverflowError  # processes may send anything
+_UNREADABLE = 3  # what cannot be read has come from a worker, as csrc/lane/lane.h says
 
 
 class ProcessWorkers(SupervisedWorkers):
@@ -131,11 +126,12 @@ class ProcessWorkers(SupervisedWorkers):
 class _Process(WatchedWorker):
     """A process and the connection to it, by which its server tells of its begin and its end."""
 
-    connection: Connection
+    connection: Any
     server: worker_main.Server
     packages: frozenset[str]  #: the packages that its server has imported
     fork_by: float  #: the time until which the server has to tell its process id
     descriptor = -1  #: of the process; ready to read once it has ended, whoever lives
+    key = -1  #: the number by which the lane knows it
     number = 0  #: the number of its last part
     used = 0.0  #: seconds of processor time of all its threads, at the last look
     gone = False  #: true if it has ended
@@ -159,52 +155,41 @@ class _Process(WatchedWorker):
 
 
 class _Processes(Supervisor):
-    """The processes of a pool, whose messages one epoll announces.
+    """The processes of a pool, whose messages come through one lane.
 
-    Of the threads that wait for replies, one leads: it polls, takes messages, gives idle processes
-    their next parts, and notifies the other threads. It handles headers only, because parts are
-    written, and results read, by the threads that ask. If no thread leads, the pool's own does. It
-    polls the descriptor of the epoll, which takes no message from a leader.
-
-    A leader stops being one by a single assignment or, if an interrupt comes before it, by time.
-    An interrupt ends the process that it served, because messages may be lost.
+    The threads that wait for replies handle the messages of all workers, one by one. The lane keeps
+    a message until it has been handled, so that no interrupt loses one. An interrupt ends the
+    process to which a part was being sent.
     """
 
     kind = "processes"
-    _epoll: Any
-    _leader: LiveRequest | None = None
-    _thread, _led_until = 0, 0.0  # of the leader
 
     def __init__(self, devices: Sequence[Any], threads: int, *size_and_limits: Any) -> None:
         super().__init__(*size_and_limits)
         self._devices, self._threads = devices, threads
         self._packages: frozenset[str] = frozenset()
-        self._blocks = Blocks()
-        self._followers: dict[LiveRequest, None] = {}  # the first to wait is first
-        self._heard: dict[int, _Process] = {}  # by the descriptor of the connection
+        self._blocks: Any = None
+        self._lane: Any = None
+        self._heard: dict[int, _Process] = {}  # by key
+        self._keys = itertools.count()
 
     def set_up(self) -> None:
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             why = "workers import the main script, which must not start workers then"
             how = 'put its main part under: if __name__ == "__main__":'
             raise RuntimeError(f"ProcessWorkers: {why}; {how}")
-        # Writing to the first ends the wait of the leader, to the second that of the own thread.
-        flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
-        self._poke, self._bell = (io.FileIO(os.eventfd(0, flags), "r+") for _ in range(2))
-        self._epoll, self._poll = select.epoll(), select.poll()
-        self._epoll.register(self._poke, select.EPOLLIN)
-        self._poll.register(self._bell, select.POLLIN)
-        self._poll.register(self._epoll, select.POLLIN)
+        self._blocks = lane.Blocks()
+        self._lane = lane.Lane(RESULT)
 
-    def pack(self, module: nn.Module) -> Package:
-        package = Package(Pickled(module))
+    def pack(self, module: nn.Module) -> Any:
+        package = Pickled(module, has_storages=True).message()
         self._packages |= _packages_of(module)
         return package
 
     def launch(self, index: int) -> _Process:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        link = Connection(ours, self._blocks)
+        link = lane.Connection(ours.detach(), self._blocks)
         packages = self._packages - worker_main.REFUSED
         device = self._devices[index % len(self._devices)]
         with theirs, contextlib.ExitStack() as on_error:
@@ -224,30 +209,33 @@ class _Processes(Supervisor):
     def add(self, worker: Any, ready: bool = True) -> None:
         super().add(worker, ready)
         with self.lock:
-            self._heard[worker.connection.socket.fileno()] = worker
-            self._epoll.register(worker.connection.socket, select.EPOLLIN)
+            worker.key = next(self._keys)
+            self._heard[worker.key] = worker
+            self._lane.add(worker.key, worker.connection)
 
-    def prepare(self, part: Part) -> Pickled:
-        content = Pickled(part.request.module.contents(part), self._blocks)
-        if content.block is not None:  # it took time, and workers may be idle
-            self._look()
-        return content
+    def prepare(self, part: Part) -> Any:
+        message = pack(part.request.module.contents(part), self._blocks)
+        if message.is_long:  # it took time, and workers may be idle
+            self._lane.look()
+            self.hear()
+        return message
 
     def send(self, worker: _Process, part: Part) -> None:
-        module, link = part.request.module, worker.connection
+        module = part.request.module
         with contextlib.suppress(ConnectionError):  # the process has died, which is heard next
             if worker.fresh:
                 worker.loading = True
-                link.send(MODULE, module.number, module.package)
+                worker.connection.send(MODULE, module.number, module.package)
             worker.load(part)
             worker.look()
             worker.number += 1
-            link.send(PART, worker.number, part.content)
+            self._lane.ask(worker.key, PART, worker.number, part.content, part.request.bell)
         part.content = None
 
     def end(self, worker: _Process) -> str | None:
+        self.hear()  # how it has ended, perhaps
         self._ignore(worker)
-        has_ended = worker.gone  # by itself; the thread that leads may note it any time
+        has_ended = worker.gone  # by itself
         if worker.pid:
             has_ended = has_ended or bool(wait([worker.descriptor], 0))
             with contextlib.suppress(*_BROKEN):  # it has ended
@@ -255,12 +243,7 @@ class _Processes(Supervisor):
                 wait([worker.descriptor], _DYING_SECONDS)
             with contextlib.suppress(*_BROKEN):  # it may send anything
                 if has_ended and worker.code is None:
-                    code = worker.server.told(worker.connection)
-                    # The thread that leads may have taken the message, and be about to note it.
-                    until = time.monotonic() + _NOTING_SECONDS
-                    while code is None and worker.code is None and time.monotonic() < until:
-                        time.sleep(_NOTING_SECONDS / 20)
-                    worker.code = code if worker.code is None else worker.code
+                    worker.code = worker.server.told(worker.connection)
             os.close(worker.descriptor)
         elif time.monotonic() >= min(worker.fork_by, worker.since + self.start_timeout):
             worker.server.kill()
@@ -282,121 +265,89 @@ class _Processes(Supervisor):
 
     # Waiting.
 
+    def bell(self) -> Any:
+        return lane.Call()
+
     def notify(self, request: LiveRequest) -> None:
-        super().notify(request)
-        if request is self._leader and threading.get_ident() != self._thread:
-            self.ring("_poke")
+        self._lane.notify(request.bell)
 
     def wait_for(self, request: LiveRequest, seconds: float) -> None:
-        leads, end = False, (now := time.monotonic()) + seconds
-        try:
-            with self.lock:
-                self.recover()
-                epoll = self._epoll
-                if leads := not (self.closed or self._is_led):
-                    self._thread, self._leader = threading.get_ident(), request
-                else:
-                    self._followers[request] = None
-            if not leads:
-                super().wait_for(request, min(seconds, _LOOK_SECONDS))
-            while leads and now < end and not (self.closed or request.is_notified()):
-                self._led_until = now + _LEADING_SECONDS
-                self._handle(epoll.poll(min(end - now, _LOOK_SECONDS)), leads)
-                now = time.monotonic()
-        finally:
-            if self._leader is request:
-                self._leader = None
-            self._followers.pop(request, None)
-            if self._leader is None and (waiting := [*self._followers]):
-                self.notify(waiting[0])  # it leads, or else it has another one lead
-
-    @property
-    def _is_led(self) -> bool:
-        return self._leader is not None and time.monotonic() < self._led_until
-
-    def _look(self) -> None:
-        """Handle the messages that have come, unless another thread leads."""
-        epoll = self._epoll
-        if not (self.closed or self._is_led):
-            self._handle(epoll.poll(0))
+        with self.lock:
+            self.hear()
+            if self.closed or request.is_notified():
+                return
+            lacking = min(request.together, len(request.open)) - len(request.replied)
+            target = self._lane.settled(request.bell) + max(lacking, 1)
+        self._lane.wait(request.bell, target, min(seconds, _LOOK_SECONDS))
+        self.hear()
 
     def wait(self, seconds: float) -> None:
-        led = self._is_led  # then the leader is left alone
-        self._poll.modify(self._epoll, 0 if led else select.POLLIN)
-        self._poll.poll(1e3 * (min(seconds, _PARKED_SECONDS) if led else seconds))
-        self._bell.read(8)
+        self._lane.stand_by(seconds)
+        self.hear()
         self._assign()  # recovers from an interrupt
-        self._look()
 
-    def ring(self, bell: str = "_bell") -> None:
-        # It is not there before the thread starts, and closed after its end.
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            getattr(self, bell).write(_ONE)
+    def ring(self) -> None:
+        if self._lane is not None:  # else there is no thread to hear it
+            self._lane.ring()
 
     def let_go(self) -> None:
         with self.lock:
-            self._blocks = Blocks()
-            self._epoll = None  # a leader may still poll it
-            for each in (self._poke, self._bell):
-                each.close()
+            self._lane.close()
+            self.hear()
+            self._blocks = lane.Blocks()
+
+    def _assign(self) -> None:
+        with self.lock:
+            super()._assign()
+            if self._lane is not None:
+                waits = bool(self._parts) or any(worker.left for worker in self._workers)
+                self._lane.want_replies(waits)
 
     # Messages.
 
-    def _handle(self, events: list[tuple[int, int]], leads: bool = False) -> None:
-        for descriptor, _ in events:
-            with self.lock:
-                self.recover()
-                if self.closed:
-                    return
-                if (worker := self._heard.get(descriptor)) is not None:
-                    self.served = worker
-                    if descriptor == worker.descriptor:
-                        worker.unwanted = worker.unwanted or "has ended"  # it gets no part
-                        while self._hear(worker):
-                            pass
-                        worker.gone = True
-                        self._doom(worker, worker.unwanted)
-                    else:
-                        self._hear(worker)
-                    self.served = None
-                elif leads or not self._is_led:  # else the leader is meant
-                    self._poke.read(8)
+    def hear(self) -> None:
+        with self.lock:
+            self.recover()  # else a part that was not sent could get the result of another
+            while self._lane is not None and (news := self._lane.front()) is not None:
+                key, *what = news
+                worker = self._heard.get(key)
+                if worker is not None and not self.closed:
+                    self._hear(worker, *what)
+                self._lane.pop()
 
-    def _hear(self, worker: _Process) -> bool:
-        """Take one message; return whether there may be more."""
-        try:
-            kind, number, read = worker.connection.receive() or (ENDED, None, None)
-            if kind in (FORKED, READY) and not worker.pid:
-                worker.descriptor = os.pidfd_open(number)
-                worker.pid = number
-                self._heard[worker.descriptor] = worker
-                self._epoll.register(worker.descriptor, select.EPOLLIN)
-            if kind == ENDED:
-                worker.gone, worker.code = True, number
-                self._doom(worker, "has ended")
-                return False
-            if kind == READY:
-                worker.since = time.monotonic()
-                worker.loading = bool(worker.modules)
-                if not worker.loading:
-                    self.ready(worker)
-            elif kind == LOADED:
-                self.loaded(worker)
-            elif kind == ALIVE:
-                worker.life = time.monotonic()
-                worker.look()
-            elif kind == RESULT:
-                part = worker.part if number == worker.number else None
-                self.settle(worker, part, (worker, read))
-        except BlockingIOError:
-            return False  # no message is left: another thread has taken it
-        except ProcessLookupError:
-            pass  # it has ended, and been waited for, which its server tells next
-        except _BROKEN as error:
-            what = f"{type(error).__name__}: {error}"
-            self._doom(worker, f"was killed, as nothing could be exchanged with it: {what}")
-            return False
-        return True
+    def _hear(self, worker: _Process, what: int, message: Any, error: str, has_ended: bool) -> None:
+        """Handle what has come from a worker, perhaps again after an interrupt."""
+        if has_ended:
+            worker.unwanted = worker.unwanted or "has ended"  # it gets no part
+        kind = ENDED if message is None else message.kind
+        if kind in (FORKED, READY) and not worker.pid:
+            try:
+                worker.descriptor = os.pidfd_open(message.number)
+                self._lane.watch(worker.key, worker.descriptor)
+                worker.pid = message.number
+            except ProcessLookupError:
+                pass  # it has ended, and been waited for, which its server tells next
+            except _BROKEN as cause:
+                what, error = _UNREADABLE, f"{type(cause).__name__}: {cause}"
+        if what == _UNREADABLE:
+            self._doom(worker, f"was killed, as nothing could be exchanged with it: {error}")
+        elif kind == ENDED:
+            worker.gone = True
+            worker.code = worker.code if message is None else message.number
+            self._doom(worker, "has ended")
+        elif kind == READY:
+            worker.since = time.monotonic()
+            worker.loading = bool(worker.modules)
+            if not worker.loading:
+                self.ready(worker)
+        elif kind == LOADED:
+            self.loaded(worker)
+        elif kind == ALIVE:
+            worker.life = time.monotonic()
+            worker.look()
+        elif kind == RESULT:
+            part = worker.part if message.number == worker.number else None
+            self.settle(worker, part, (worker, functools.partial(unpack, message)))
 
     def recover(self) -> None:
         if self.served is not None:
@@ -412,10 +363,8 @@ class _Processes(Supervisor):
     def _ignore(self, worker: _Process) -> None:
         """Hear a worker no more."""
         with self.lock:
-            for descriptor in (worker.connection.socket.fileno(), worker.descriptor):
-                with contextlib.suppress(OSError, ValueError, AttributeError):  # nothing does
-                    self._epoll.unregister(descriptor)
-                self._heard.pop(descriptor, None)
+            if self._heard.pop(worker.key, None) is not None:
+                self._lane.remove(worker.key)
 
 
 def _packages_of(module: nn.Module) -> set[str]:

@@ -1,150 +1,68 @@
-r"""Messages between two local processes, with their tensors in shared memory.
+r"""Objects in messages between two local processes, with their tensors in shared memory.
 
-A pipe would copy every tensor twice, and :mod:`torch.multiprocessing` opens a file for each tensor.
-Here the sender writes a long message into memory that the receiver has mapped already, and sends a
-header of 48 bytes. A short message follows its header. Large received tensors are views of the
-memory. The sender writes there again when the receiver holds no view any more, and never if the
-receiver has forked while it held one, as the child may keep it. Both sides seal the size of the
-memory, as reading behind its end would kill the receiver.
+``csrc/lane`` sends the messages. Large received tensors are views of the memory that both processes
+map. The sender writes there again when the receiver holds no view any more.
 """
 
 import contextlib
-import ctypes
-import errno
-import fcntl
 import functools
 import importlib
 import io
-import itertools
 import math
-import mmap
 import os
 import pickle
-import socket
-import struct
 import sys
-import weakref
-from array import array
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._extension import lane
 from .torchscript import with_scripts
 
-# Kind, number, bytes of the pickle, its block or -1, that block is new, and how many numbers of
-# blocks follow, which nobody reads any more; ~number if a fork may.
-_HEADER = struct.Struct("<6q")
-_ROOM = socket.CMSG_SPACE(array("i").itemsize)  # bytes for one descriptor
-_TRUNCATED = int(socket.MSG_CTRUNC)  # an enumeration would take microseconds for "&"
 _ALIGNMENT = 64  # bytes of a cache line
-# Blocks of a connection that received tensors may keep, each with a descriptor and a mapping.
-# Further messages are copied. Not tuned: callers hold results of a few calls.
-_MOST_KEPT = 8
-# Bytes of a message that follow its header: copying them takes about as long as to look after a
-# block. Bytes of a packet, with its header and numbers of blocks.
-_SHORT, _PACKET = 1 << 16, (1 << 16) + (1 << 12)
-_LEAST = 1 << 16  # bytes of a block; a smaller one would save only pages
-# Blocks that wait for a message, or that a receiver maps, and their bytes, at most: enough for the
-# parts of eight calls in flight. Not tuned.
-_MOST_BLOCKS, _MOST_BYTES = 48, 1 << 27
-_numbers = itertools.count()
-_connections = weakref.WeakValueDictionary[int, "Connection"]()
-
-
-class Block:
-    """Shared memory that keeps its size."""
-
-    def __init__(self, size: int) -> None:
-        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING  # it exists while any process has it
-        self.number, self.descriptor = next(_numbers), os.memfd_create("coded_torch", flags)
-        weakref.finalize(self, os.close, self.descriptor).atexit = False
-        os.ftruncate(self.descriptor, size)
-        _seal(self.descriptor)
-        self.memory = mmap.mmap(self.descriptor, 0)
-
-    def __len__(self) -> int:
-        return len(self.memory)
-
-
-class Blocks(dict[int, Block]):
-    """Blocks that nobody reads, by number. Any thread may take and add them."""
-
-    def take(self, size: int) -> Block:
-        # Rounded up, so that there is room for a somewhat larger message, too.
-        size = max(_LEAST, 1 << (size - 1).bit_length())
-        for block in reversed([*self.values()]):  # the last one may still be in a cache
-            if len(block) == size and self.pop(block.number, None) is not None:
-                return block
-        return Block(size)
-
-
-def _keep(blocks: dict[int, Any], number: int, block: Any) -> None:
-    """Add a block, and remove the oldest ones that are too many. Both sides of a message do so."""
-    blocks[number] = block
-    for oldest in [*blocks][:-1]:
-        if len(blocks) <= _MOST_BLOCKS and sum(map(len, [*blocks.values()])) <= _MOST_BYTES:
-            break
-        blocks.pop(oldest, None)
+# Bytes up to which a tensor of a long message is copied: a view would keep the whole memory.
+_SHORT = 1 << 16
+# Pickles of messages that are known with their forms, and their bytes, at most. Not tuned.
+_MOST_FORMS, _LONGEST_FORM = 256, 1 << 12
+_PLAIN = bytes, bool, type(None)
 
 
 class Pickled:
     """The pickle of an object without its tensors, which lie behind the pickle in memory.
 
-    With ``blocks``, it is ready to be sent: it lies in one of them, unless it is short. Without, it
-    is a module: whole storages are written, so that tensors that share one still do.
+    With ``has_storages``, whole storages are written, so that tensors that share one still do.
     """
 
-    block: Block | None = None
-
-    def __init__(self, value: Any, blocks: Blocks | None = None) -> None:
-        self._has_storages = blocks is None
+    def __init__(self, value: Any, has_storages: bool = False) -> None:
+        self._has_storages = has_storages
         # By id: each tensor with its persistent id, and each written tensor with its place.
         self._places: dict[int, tuple[Tensor, tuple[Any, ...]]] = {}
         self._tensors: dict[int, tuple[Tensor, int]] = {}
         self._behind = 0  # bytes of the tensors
         buffer = io.BytesIO()
-        kind = with_scripts(_pickler()) if self._has_storages else _pickler()
+        kind = with_scripts(_pickler()) if has_storages else _pickler()
         pickler = kind(buffer, pickle.HIGHEST_PROTOCOL)
         pickler.persistent_id = self._place
         pickler.dump(value)
-        self._stream = buffer.getvalue()
-        if b"__main__" in self._stream and _pickler() is pickle.Pickler and is_interactive():
+        self.stream = buffer.getvalue()
+        if b"__main__" in self.stream and _pickler() is pickle.Pickler and is_interactive():
             what = "a class or function of an interactive session cannot be sent by name"
             how = "install cloudpickle, or define it in a file that can be imported"
             raise pickle.PicklingError(f"{what}; {how}")
-        self.length = len(self._stream)  # bytes of the pickle
-        self._start = _aligned(self.length)  # the place of the tensors
-        self.size = self._start + self._behind  # bytes of the pickle and the tensors
-        if blocks is not None:
-            self.block = blocks.take(self.size) if self.size > _SHORT else None
-            self.memory = self.block.memory if self.block else bytearray(self.size)
-            self.write(self.memory)
+        self.size = _aligned(len(self.stream)) + self._behind  # bytes of pickle and tensors
 
-    def write(self, memory: Any) -> None:
-        """Write pickle and tensors to the beginning of ``memory``, and release the tensors."""
-        memory[: self.length] = self._stream
-        for tensor, offset in self._tensors.values():
-            begin, size = self._start + offset, tensor.nbytes
-            plain = tensor.is_cpu and tensor.is_contiguous() and size <= _SHORT
-            plain = plain and not (tensor.dtype.is_complex and tensor.is_conj())
-            if plain and not tensor.is_neg():  # operators take far longer
-                memory[begin : begin + size] = ctypes.string_at(tensor.data_ptr(), size)
-            else:
-                place = _tensor_at(memory, begin, tensor.dtype, tensor.shape)
-                place.copy_(tensor.detach())
-        self._places = {}
-        self._tensors = {}
+    def message(self, blocks: Any = None) -> Any:
+        """Return the message with the object; without blocks, any number of workers share it."""
+        return _message(self.stream, self.size, [*self._tensors.values()], blocks)
 
     def _place(self, obj: Any) -> tuple[Any, ...] | None:
         """Return dtype, shape and place of a plain tensor, also a parameter's; else None.
 
         A view of a storage has its strides and its number, too.
         """
-        if type(obj) is not Tensor:
-            return None
-        if obj.layout is not torch.strided or obj.is_quantized or obj.is_meta or not obj.numel():
+        if type(obj) is not Tensor or not _is_plain(obj):
             return None
         if id(obj) not in self._places:
             form = str(obj.dtype).removeprefix("torch."), tuple(obj.shape)
@@ -167,6 +85,115 @@ class Pickled:
         return self._tensors[key][1]
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    is_strided = tensor.layout is torch.strided and not tensor.is_quantized
+    return is_strided and not tensor.is_meta and tensor.numel() > 0
+
+
+def _message(stream: bytes, size: int, tensors: Sequence[tuple[Tensor, int]], blocks: Any) -> Any:
+    pieces = list[tuple[int, int, int, None]]()
+    kept = list[Tensor]()
+    for tensor, offset in tensors:
+        if not (tensor.is_cpu and tensor.is_contiguous()) or tensor.is_conj() or tensor.is_neg():
+            tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+            kept.append(tensor)
+        pieces.append((offset, tensor.data_ptr(), tensor.nbytes, None))
+    return lane.Message(stream, size, pieces, blocks)
+
+
+# The pickles of messages are mostly the same but for their numbers. Pickling takes 26 us for a
+# part, and so does reading it. So pickles are known by the form of an object, and forms by pickles.
+# The form has a dtype and a shape for each tensor or, of a known pickle, also its place.
+_streams: dict[Any, tuple[bytes, int, list[int]]] = {}
+_forms: dict[bytes, Any] = {}
+
+
+class _Place(NamedTuple):
+    """A tensor in a message."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    size: int  # the number of its elements
+    offset: int  # from the beginning of the message
+
+
+class _Unformed(Exception):  # noqa: N818 - it is no error
+    """The object is not of tuples, tensors and constants alone."""
+
+
+def _form(value: Any, of_tensor: Callable[[Tensor], Any]) -> Any:
+    kind = type(value)
+    if kind is Tensor and _is_plain(value):
+        return of_tensor(value)
+    if kind is tuple:
+        return tuple([_form(item, of_tensor) for item in value])
+    if kind in _PLAIN:
+        return value
+    if kind is dict and not value:
+        return dict
+    raise _Unformed
+
+
+def pack(value: Any, blocks: Any) -> Any:
+    """Return a message with an object, ready to be sent."""
+    tensors = list[Tensor]()
+
+    def of_tensor(tensor: Tensor) -> Any:
+        tensors.append(tensor)
+        return tensor.dtype, tensor.shape
+
+    try:
+        form = _form(value, of_tensor)
+    except _Unformed:
+        return Pickled(value).message(blocks)
+    if (known := _streams.get(form)) is None:
+        pickled = Pickled(value)
+        places = [pickled._tensors[id(tensor)][1] for tensor in tensors]
+        if len({*places}) < len(places):  # an object that has a tensor twice
+            return pickled.message(blocks)
+        known = pickled.stream, pickled.size, places
+        if len(pickled.stream) <= _LONGEST_FORM:
+            _remember(_streams, form, known)
+    stream, size, places = known
+    if len({*map(id, tensors)}) < len(tensors):
+        return Pickled(value).message(blocks)
+    return _message(stream, size, [*zip(tensors, places, strict=True)], blocks)
+
+
+def unpack(received: Any) -> Any:
+    """Return the object of a message. Large tensors are views of its memory."""
+    stream = received.pickle
+    memory = received.memory
+    copied = _SHORT if received.is_long else 0
+    form = _forms.get(stream)
+    if form is not None:
+        return _made(form, memory, copied)
+    unpickler = _Unpickler(stream, memory, copied)
+    value = unpickler.load()
+    if len(stream) <= _LONGEST_FORM:
+        with contextlib.suppress(_Unformed):
+            form = _form(value, unpickler.place)
+            _remember(_forms, stream, form)
+    return value
+
+
+def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(known) >= _MOST_FORMS:
+        known.clear()
+    known[key] = value
+
+
+def _made(form: Any, memory: Any, copied: int) -> Any:
+    kind = type(form)
+    if kind is _Place:
+        dtype, shape, size, offset = form
+        tensor = torch.frombuffer(memory, dtype=dtype, count=size, offset=offset).view(shape)
+        return tensor.clone() if tensor.nbytes <= copied else tensor
+    if kind is tuple:
+        return tuple([_made(item, memory, copied) for item in form])
+    return {} if form is dict else form
+
+
 def is_interactive() -> bool:
     """Return whether the main script is not a file that others can import. Workers replace this."""
     return not os.path.isfile(getattr(sys.modules["__main__"], "__file__", ""))
@@ -186,12 +213,23 @@ def import_main() -> None:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads a :class:`Pickled`. Tensors of up to ``copy`` bytes are copied, others are views."""
+    """Reads a :class:`Pickled`. Tensors of up to ``copied`` bytes are copied, others are views."""
 
-    def __init__(self, memory: memoryview, length: int, copy: int = 0) -> None:
-        super().__init__(io.BytesIO(memory[:length]))
-        self._memory, self._start, self._copy = memory, _aligned(length), copy
+    def __init__(self, stream: bytes, memory: Any, copied: int) -> None:
+        super().__init__(io.BytesIO(stream))
+        self._memory = memory
+        self._start = _aligned(len(stream))
+        self._copied = copied
         self._read: dict[tuple[Any, ...], Tensor] = {}
+        self._placed = set[int]()
+
+    def place(self, tensor: Tensor) -> _Place:
+        """Return the place of a tensor that was read, and is in the object once."""
+        for (_, shape, offset, *view), read in self._read.items():
+            if read is tensor and not view and offset not in self._placed:
+                self._placed.add(offset)
+                return _Place(tensor.dtype, shape, tensor.numel(), self._start + offset)
+        raise _Unformed
 
     def find_class(self, module: str, name: str) -> Any:
         if module != "__main__":
@@ -209,131 +247,8 @@ class _Unpickler(pickle.Unpickler):
             dtype, shape, offset, *view = place
             kind = getattr(torch, dtype)
             tensor = _tensor_at(self._memory, self._start + offset, kind, shape, *view[:1])
-            self._read[place] = tensor.clone() if tensor.nbytes <= self._copy else tensor
+            self._read[place] = tensor.clone() if tensor.nbytes <= self._copied else tensor
         return self._read[place]
-
-
-class Package(Block):
-    """An object in shared memory of its own, for any number of receivers."""
-
-    def __init__(self, pickled: Pickled) -> None:
-        super().__init__(pickled.size)
-        self.memory.madvise(mmap.MADV_DONTFORK)  # a child that had it would forbid the seal
-        self.length = pickled.length
-        with self.memory:  # closes it
-            pickled.write(self.memory)
-        _seal(self.descriptor, fcntl.F_SEAL_WRITE)  # no receiver can change it for the others
-
-
-class Connection:
-    """One end of a connection, a Unix socket of packets. One thread at a time uses it."""
-
-    def __init__(self, sock: socket.socket, blocks: Blocks) -> None:
-        self.socket, self.blocks = sock, blocks
-        self._sent: dict[int, Block] = {}  # those that the other side maps, by number
-        self._lent: dict[int, Block] = {}  # those that the other side reads
-        self._known: dict[int, mmap.mmap] = {}  # blocks of the other side
-        # What holds the memory of its messages, by block. No finalizer tells that nothing does any
-        # more, because an interrupt that comes there is lost.
-        self._read: dict[int, Callable[[], Any]] = {}
-        self._forked = set[int]()  # the blocks of which a forked process may hold views
-        _connections[id(self)] = self
-
-    def send(self, kind: int, number: int, content: Pickled | Package | None = None) -> None:
-        """Send a message, with an object or without.
-
-        The receiver maps the memory of a package, and copies the pages that it changes. Raises a
-        ConnectionError if the other side has ended, an OSError if memory is short.
-        """
-        length, block, new = 0, -1, -1
-        body: Any = b""
-        if content is not None:
-            length = content.length
-            if isinstance(content, Package):
-                new = content.descriptor
-            elif content.block is None:
-                body = content.memory
-            else:
-                block = content.block.number
-                if block not in self._sent:
-                    _keep(self._sent, block, content.block)
-                    new = content.block.descriptor
-                self._lent[block] = content.block
-        free = [each for each, holder in self._read.items() if holder() is None]
-        read = array("q", [~each if each in self._forked else each for each in free])
-        for each in free:
-            del self._read[each]
-            self._forked.discard(each)
-        packet = _HEADER.pack(kind, number, length, block, new >= 0, len(read)) + read + body
-        try:
-            if new < 0:
-                self.socket.send(packet)
-            else:
-                socket.send_fds(self.socket, [packet], [new])
-        except ConnectionError as error:
-            raise ConnectionError(f"the other side has ended: {error}") from error
-
-    def tell(self, kind: int, number: int = 0) -> None:
-        """Send two numbers, from any thread, unless the other side has left many unread."""
-        with contextlib.suppress(OSError):
-            self.socket.send(_HEADER.pack(kind, number, 0, -1, 0, 0), socket.MSG_DONTWAIT)
-
-    def receive(self) -> tuple[Any, ...] | None:
-        """Return kind, number and what reads the object; None at the end, an OSError as `send`."""
-        try:
-            data, extra, flags, _ = self.socket.recvmsg(_PACKET, _ROOM)
-        except ConnectionError:  # if the other side has left any unread, before its last messages
-            data, extra, flags, _ = self.socket.recvmsg(_PACKET, _ROOM)
-        if not data:
-            return None
-        descriptors = array("i", extra[0][2] if extra else b"")
-        kind, number, length, block, new, read = _HEADER.unpack_from(data)
-        begin = _HEADER.size + 8 * read
-        for each in array("q", data[_HEADER.size : begin]) if read else ():
-            if each < 0:
-                del self._lent[~each]  # nobody writes there again
-            else:
-                _keep(self.blocks, each, self._lent.pop(each))
-        if flags & _TRUNCATED or len(descriptors) < new:
-            # The kernel drops a descriptor that is one too many for this process.
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        memory, copy = memoryview(bytearray(data[begin:])), 0
-        if new:
-            access = mmap.ACCESS_WRITE if block >= 0 else mmap.ACCESS_COPY
-            with open(descriptors[0], "rb"):  # closes it
-                _seal(descriptors[0])
-                mapped = mmap.mmap(descriptors[0], 0, access=access)
-            if block >= 0:
-                _keep(self._known, block, mapped)
-            memory = memoryview(mapped)
-        if block >= 0:
-            memory = memoryview(self._known[block])
-            self._read[block] = weakref.ref(memory)
-            if sum(holder() is not None for holder in self._read.values()) > _MOST_KEPT:
-                memory = memoryview(bytearray(memory))
-            copy = _SHORT  # a view would keep the whole memory
-        if not 0 <= length <= len(memory):
-            raise ValueError(f"a message of {length} bytes came in {len(memory)}")
-        return kind, number, _Unpickler(memory, length, copy).load
-
-    def keep_views(self) -> None:
-        """Have the other side never write again what is read now: this process is to fork."""
-        self._forked |= {each for each, holder in [*self._read.items()] if holder() is not None}
-
-    def close(self) -> None:
-        """Release the connection, and all memory that nobody reads."""
-        self.socket.close()
-        self._sent, self._lent, self._known = {}, {}, {}
-
-
-def _keep_views() -> None:
-    for reference in _connections.valuerefs():
-        connection = reference()
-        if connection is not None:
-            connection.keep_views()
-
-
-os.register_at_fork(before=_keep_views)
 
 
 def _tensor_at(
@@ -352,6 +267,5 @@ def _aligned(size: int) -> int:  # to whole cache lines
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _seal(descriptor: int, more: int = 0) -> None:
-    """Let memory keep its size. Raises an OSError if it refuses."""
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | more)
+if lane is not None:
+    os.register_at_fork(before=lane.note_fork)

@@ -262,6 +262,7 @@ class Supervisor(Dispatcher):
         now = self._clock()
         again = now + min(self.start_timeout, self.hang_timeout, _LONGEST_WAIT)
         limits = self.start_timeout, self.hang_timeout, self.timeout
+        self.hear()
         self._assign()
         for worker in list(self._workers):
             with self.lock:  # a worker that gets its next part meanwhile is not overdue

@@ -42,11 +42,12 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from .._changes import fingerprint
+from .._extension import lane
 from .._loaded import load_all
 from . import shared_memory
 from .base import InjectedCrash, compute
 from .live import Ambient, in_thread
-from .shared_memory import Blocks, Connection, Pickled
+from .shared_memory import pack, unpack
 
 # Kinds of messages. The server sends the last two: the process id of a worker, and its exit code.
 READY, MODULE, LOADED, PART, RESULT, ALIVE, FORKED, ENDED = range(8)
@@ -106,12 +107,12 @@ class Server:
         if not self.has_ended():
             os.kill(self.pid, signal.SIGKILL)
 
-    def told(self, connection: Connection) -> int | None:
+    def told(self, connection: Any) -> int | None:
         """Wait for the exit code of a worker that has ended; return None if it does not come."""
-        while wait([connection.socket], 0.0 if self.is_silent else _ENDING_SECONDS):
+        while wait([connection], 0.0 if self.is_silent else _ENDING_SECONDS):
             said = connection.receive()
-            if said is None or said[0] == ENDED:
-                return None if said is None else said[1]
+            if said is None or said.kind == ENDED:
+                return None if said is None else int(said.number)
         self.is_silent = True
         return None
 
@@ -176,7 +177,7 @@ def serve(requests: int, caller: int, packages: list[str]) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(bell)
     heard = [caller, requests, ring]
-    workers: dict[int, Connection] = {}  # their ends of the connections, by process id
+    workers: dict[int, Any] = {}  # their ends of the connections, by process id
     while requests in heard or workers:
         ready = wait(heard)
         if caller in ready:
@@ -199,9 +200,9 @@ def serve(requests: int, caller: int, packages: list[str]) -> None:
             with contextlib.suppress(OSError, ValueError):  # processes or descriptors are short
                 program, sock = given
                 if not (pid := os.fork()):
-                    others = [link.socket.fileno() for link in workers.values()]
+                    others = [link.fileno() for link in workers.values()]
                     _work(sock, program, caller, (requests, ring, bell, *others))
-                workers[pid] = Connection(socket.socket(fileno=given.pop()), Blocks())
+                workers[pid] = lane.Connection(given.pop(), lane.Blocks())
                 workers[pid].tell(FORKED, pid)
             for descriptor in given:
                 os.close(descriptor)
@@ -243,7 +244,7 @@ def _work(sock: int, program: int, caller: int, others: Iterable[int]) -> None:
         with open(program, "rb") as file:
             preparation, worker = pickle.load(file)
         spawn.prepare(preparation)
-        worker.run(Connection(socket.socket(fileno=sock), Blocks()), caller)
+        worker.run(sock, caller)
         code = 0
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
@@ -269,29 +270,32 @@ class _Program(NamedTuple):
     seed: int
     beat: float  # seconds between two signs of life
 
-    def run(self, connection: Connection, caller: int) -> None:
+    def run(self, sock: int, caller: int) -> None:
+        blocks = lane.Blocks()
+        connection = lane.Connection(sock, blocks)
         shared_memory.is_interactive = lambda: not self.main
         shared_memory.import_main = functools.cache(lambda: _import_main(self.main))
         threading.Thread(target=self.watch, args=(connection, caller), daemon=True).start()
         set_up(self.threads, self.seed)
         gc.freeze()  # the objects that exist now stay: no collection needs to look at them
-        modules = LoadedModules(self.device, lambda value: Pickled(value, connection.blocks))
+        modules = LoadedModules(self.device, lambda value: pack(value, blocks))
         with contextlib.suppress(ConnectionError):
             connection.send(READY, os.getpid())
             while message := connection.receive():
-                kind, number, read = message
+                kind = message.kind
+                number = message.number
                 if kind == MODULE:
-                    modules.add(number, read)
+                    modules.add(number, functools.partial(unpack, message))
                     connection.send(LOADED, number)
                     continue
-                result = modules.call(read)
-                del message, read  # the answer says that its memory can be used again
+                result = modules.call(functools.partial(unpack, message))
+                del message  # the answer says that its memory can be used again
                 connection.send(RESULT, number, result)
 
-    def watch(self, connection: Connection, caller: int) -> None:
+    def watch(self, connection: Any, caller: int) -> None:
         """Give signs of life, and end this process with its connection, even during a call."""
         poll = select.poll()
-        poll.register(connection.socket, 0)
+        poll.register(connection, 0)
         poll.register(caller, select.POLLIN)
         while not (events := poll.poll(1000 * self.beat)):
             connection.tell(ALIVE)

@@ -48,8 +48,8 @@ def raise_in(thread: int, error: type[BaseException]) -> None:
 
 def leader(pool: ProcessWorkers) -> int:
     """The thread that polls, once there is one."""
-    until(lambda: pool._queue._leader is not None)
-    return pool._queue._thread
+    until(lambda: pool._queue._lane.leader)
+    return pool._queue._lane.leader
 
 
 @torch.no_grad()
@@ -92,17 +92,36 @@ def test_another_thread_leads_when_the_leader_does_not(pool, end):
         each.join(WAIT)
     one.join(0.0 if end == "interrupted" else WAIT)
     assert found == [[None]] * 7
-    until(lambda: pool._queue._leader is None)
+    until(lambda: not pool._queue._lane.leader)
 
 
-def test_a_leader_that_cannot_say_that_it_leaves_hinders_nobody(pool):
-    found, queue = [], pool._queue
-    with pool.open(Sleepy(), task_of(seconds(0.0))) as left:
-        queue._leader, queue._led_until = left, time.monotonic() + 1  # a second interrupt came
-        threads = in_threads([lambda: ask_and_wait(pool, seconds(0.0), found)] * 3)
-        for thread in threads:
-            thread.join(WAIT)
-    assert found == [[None]] * 3
+def test_a_message_whose_handling_was_interrupted_is_handled_again(pool, monkeypatch):
+    queue = pool._queue
+    pop = queue._lane.pop
+    interrupts = [Stop, Stop]
+
+    class Lane:
+        def __getattr__(self, name):
+            return getattr(lane, name)
+
+        def pop(self):
+            if interrupts:
+                raise interrupts.pop()
+            pop()
+
+    lane = queue._lane
+    with pool.open(Sleepy(), task_of(seconds(0.0, 0.0))) as request:
+        request.ask(numbered((0,), (1,)))
+        monkeypatch.setattr(queue, "_lane", Lane())
+        replies = []
+        while len(replies) < 2:
+            try:
+                replies += replies_of(request)
+            except Stop:
+                continue
+    assert not interrupts
+    assert [reply.error for reply in replies] == [None, None]
+    assert pool.num_restarts == 0
 
 
 def test_replies_after_their_call_give_their_worker_back_though_no_call_waits(pool):
@@ -134,7 +153,6 @@ def test_a_pool_that_another_thread_closes_ends_all_calls(pool):
     assert time.monotonic() - start < 10
     assert len(found) == 8
     assert all("the pool was closed" in str(error) for errors in found for error in errors)
-    pool._queue._handle([(0, 0)], leads=True)  # what a leader polled before may come later
 
 
 def test_a_fork_can_close_a_request_whose_lock_another_thread_holds(pool):
@@ -248,8 +266,7 @@ class Trouble:
                 self.kill(pid, signal.SIGSTOP, "stops")
                 if draw.random() < 0.9:
                     stopped[pid] = time.monotonic() + draw.uniform(0, 0.3)
-            elif what < 0.3 and self.pool._queue._leader is not None:
-                thread = self.pool._queue._thread
+            elif what < 0.3 and (thread := self.pool._queue._lane.leader):
                 self.counts["interrupts"] += 1
                 if thread == threading.main_thread().ident:
                     os.kill(os.getpid(), signal.SIGINT)

@@ -1,25 +1,49 @@
 """Messages in shared memory, of which the other side may do anything."""
 
+import contextlib
 import gc
 import mmap
 import os
 import socket
+import struct
 import sys
+import threading
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
-from coded_torch.workers import shared_memory
-from coded_torch.workers.shared_memory import _HEADER, Block, Blocks, Connection, Package, Pickled
+from coded_torch._extension import lane
+from coded_torch.workers.shared_memory import Pickled, pack, unpack
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is sealed on Linux alone")
 WAIT = 60.0
+HEADER = struct.Struct("<6q")  # as csrc/lane/connection.h says
+
+
+class End:
+    """One end of a connection."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.blocks = lane.Blocks()
+        self.socket = sock.dup()  # by which it may send anything
+        self.connection = lane.Connection(sock.detach(), self.blocks)
+
+    def send(self, number: int = 0, *values: object) -> None:
+        messages = [pack(value, self.blocks) for value in values]
+        self.connection.send(0, number, *messages)
+
+    def receive(self):
+        return self.connection.receive()
+
+    def close(self) -> None:
+        self.socket.close()
+        self.connection.close()
 
 
 @pytest.fixture
 def ends():
-    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    one, other = (Connection(each, Blocks()) for each in pair)
+    one, other = map(End, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
     yield one, other
     one.close()
     other.close()
@@ -34,26 +58,28 @@ def memories() -> list[int]:
 
 def test_neither_side_can_change_the_size_of_the_memory(ends):
     one, other = ends
-    one.send(0, 0, Pickled(torch.arange(50_000), one.blocks))
-    *_, read = other.receive()
-    assert len(memories()) == 3  # the mapping of the sender has a descriptor of its own
-    for descriptor in memories():
-        for size in (0, 1 << 30):
-            with pytest.raises(PermissionError):
-                os.ftruncate(descriptor, size)
-    assert torch.equal(read(), torch.arange(50_000))
+    one.send(0, torch.arange(50_000))
+    received = other.receive()
+    assert len(memories()) == 1  # the receiver keeps none
+    for size in (0, 1 << 30):
+        with pytest.raises(PermissionError):
+            os.ftruncate(memories()[0], size)
+    assert torch.equal(unpack(received), torch.arange(50_000))
 
 
-@pytest.mark.parametrize("kind", ["unsealable", "file"])
+@pytest.mark.parametrize("kind", ["unsealable", "file", "empty"])
 def test_memory_that_refuses_the_seals_is_not_read(ends, kind, tmp_path):
     one, other = ends
     flags = os.O_RDWR | os.O_CREAT
+    sealable = os.MFD_ALLOW_SEALING if kind == "empty" else 0
     is_file = kind == "file"
-    descriptor = os.open(tmp_path / "file", flags) if is_file else os.memfd_create("coded_torch")
+    file = tmp_path / "file"
+    descriptor = os.open(file, flags) if is_file else os.memfd_create("coded_torch", sealable)
     before = len(os.listdir("/proc/self/fd"))
-    os.ftruncate(descriptor, 1 << 16)
-    socket.send_fds(one.socket, [_HEADER.pack(0, 0, 100, 0, 1, 0)], [descriptor])
-    with pytest.raises(OSError, match=r"Operation not permitted|Invalid argument"):
+    os.ftruncate(descriptor, 0 if kind == "empty" else 1 << 16)
+    socket.send_fds(one.socket, [HEADER.pack(0, 0, 100, 0, 1, 0)], [descriptor])
+    refusal = r"Operation not permitted|Invalid argument|empty memory"
+    with pytest.raises((OSError, ValueError), match=refusal):
         other.receive()
     assert len(os.listdir("/proc/self/fd")) == before
     os.close(descriptor)
@@ -62,27 +88,84 @@ def test_memory_that_refuses_the_seals_is_not_read(ends, kind, tmp_path):
 @pytest.mark.parametrize("length", [-1, (1 << 17) + 1, 1 << 62])
 def test_a_message_longer_than_its_memory_is_not_read(ends, length):
     one, other = ends
-    packed = Pickled(torch.arange(10_000), one.blocks)
-    one.send(0, 0, packed)
+    one.send(0, torch.arange(10_000, dtype=torch.float64))
     other.receive()
-    one.socket.send(_HEADER.pack(0, 1, length, packed.block.number, 0, 0))
+    number = pack(torch.zeros(1), one.blocks).number
+    assert number == -1  # no block: it is short
+    block = pack(torch.arange(10_000, dtype=torch.float64), one.blocks).number - 1
+    one.socket.send(HEADER.pack(0, 1, length, block, 0, 0))
     with pytest.raises(ValueError, match=f"a message of {length} bytes came in 131072"):
         other.receive()
-    one.socket.send(_HEADER.pack(0, 1, length, -1, 0, 0) + bytes(8))
+    one.socket.send(HEADER.pack(0, 1, length, -1, 0, 0) + bytes(8))
     with pytest.raises(ValueError, match=f"a message of {length} bytes came in 8"):
         other.receive()
 
 
+@pytest.mark.parametrize(
+    ("packet", "refusal"),
+    [
+        (bytes(7), "without a header"),
+        (HEADER.pack(0, 0, 0, -1, 0, 1), "other numbers of blocks"),
+        (HEADER.pack(0, 0, 0, -1, 0, -1), "other numbers of blocks"),
+        (HEADER.pack(0, 0, 0, -1, 0, 1 << 62), "other numbers of blocks"),
+        (HEADER.pack(0, 0, 0, -1, 0, 1) + bytes(8), "names block 0, which was not sent"),
+        (HEADER.pack(0, 0, 0, 99, 0, 0), "in block 99, which is not known"),
+        (HEADER.pack(0, 0, 0, -1, 1, 0), "Too many open files"),
+    ],
+)
+def test_a_packet_that_breaks_the_rules_is_refused(ends, packet, refusal):
+    one, other = ends
+    one.socket.send(packet)
+    with pytest.raises((OSError, ValueError), match=refusal):
+        other.receive()
+    one.send(5)  # what follows is read
+    assert other.receive().number == 5
+
+
+def test_descriptors_that_nobody_asked_for_are_closed(ends):
+    one, other = ends
+    before = len(os.listdir("/proc/self/fd"))
+    for count in (1, 2, 20):
+        some = [one.socket.fileno()] * count
+        socket.send_fds(one.socket, [HEADER.pack(0, 7, 0, -1, 0, 0)], some)
+        if count < 20:
+            assert other.receive().number == 7
+        else:
+            with pytest.raises(OSError, match="Too many open files"):
+                other.receive()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_message_that_is_not_sent_changes_nothing(ends):
+    one, other = ends
+    os.set_blocking(one.connection.fileno(), False)
+    sent = 0
+    with contextlib.suppress(BlockingIOError):
+        while sent < 10_000:
+            one.send(sent)
+            sent += 1
+    assert sent < 10_000
+    with pytest.raises(BlockingIOError):
+        one.send(0, torch.ones(50_000))
+    assert [other.receive().number for _ in range(sent)] == [*range(sent)]
+    one.send(0, torch.ones(50_000))  # its block comes along
+    assert torch.equal(unpack(other.receive()), torch.ones(50_000))
+
+
+def number_of(blocks, size: int) -> int:
+    """The number of the block of the next message of a size."""
+    return pack(torch.zeros(size), blocks).number
+
+
 def test_a_block_is_written_again_once_no_large_tensor_reads_it(ends):
     one, other = ends
-    packed = Pickled((torch.zeros(50_000), torch.ones(3)), one.blocks)
-    one.send(0, 0, packed)
-    value, small = other.receive()[2]()
+    packed = pack((torch.zeros(50_000), torch.ones(3)), one.blocks)
+    one.connection.send(0, 0, packed)
+    value, small = unpack(other.receive())
     for kept in (True, False):
-        other.send(0, 0)
+        other.send()
         one.receive()
-        again = Pickled(torch.ones(50_000), one.blocks)
-        assert (again.block is packed.block) is not kept
+        assert (number_of(one.blocks, 50_000) == packed.number) is not kept
         if kept:
             assert torch.equal(value, torch.zeros(50_000))
             del value
@@ -91,29 +174,30 @@ def test_a_block_is_written_again_once_no_large_tensor_reads_it(ends):
 
 def test_a_block_that_a_fork_may_read_is_never_written_again(ends):
     one, other = ends
-    first = Pickled(torch.zeros(50_000), one.blocks)
-    one.send(0, 0, first)
-    value = other.receive()[2]()
+    first = pack(torch.zeros(50_000), one.blocks)
+    one.connection.send(0, 0, first)
+    value = unpack(other.receive())
     if not (child := os.fork()):
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     del value
     for _ in range(3):
-        other.send(0, 0)
+        other.send()
         one.receive()
-        again = Pickled(torch.ones(50_000), one.blocks)
-        assert again.block is not first.block
-        one.send(0, 0, again)
+        again = pack(torch.ones(50_000), one.blocks)
+        assert again.number != first.number
+        one.connection.send(0, 0, again)
         other.receive()
-    assert len(memories()) == 6  # two blocks, each with two mappings
+    del again
+    assert len(memories()) == 2
 
 
 def test_the_last_message_of_a_side_that_left_others_unread_is_read(ends):
     one, other = ends
-    one.send(0, 0)
-    other.send(7, 3)
+    one.send()
+    other.send(3)
     other.close()
-    assert one.receive()[:2] == (7, 3)
+    assert one.receive().number == 3
     assert one.receive() is None
 
 
@@ -121,48 +205,97 @@ def test_messages_that_nobody_reads_hold_few_blocks(ends):
     one, other = ends
     messages = []
     for i in range(100):
-        one.send(0, i, Pickled(torch.full((50_000,), float(i)), one.blocks))
+        one.send(i, torch.full((50_000,), float(i)))
         messages.append(other.receive())
-        other.send(0, 0)
+        other.send()
         one.receive()
     assert len(memories()) < 40
-    assert [float(message[2]().max()) for message in messages] == list(range(100))
+    assert [float(unpack(message).max()) for message in messages] == list(range(100))
 
 
-def test_kept_blocks_have_few_bytes(monkeypatch):
-    monkeypatch.setattr(shared_memory, "_MOST_BYTES", 1 << 18)
-    blocks = Blocks()
-    for size in (1 << 16, 1 << 16, 1 << 17, 1 << 18):
-        shared_memory._keep(blocks, size, Block(size))
-    assert [*blocks] == [1 << 18]
+def test_kept_blocks_have_few_bytes():
+    blocks = lane.Blocks(most_bytes=1 << 18)
+    one, other = map(End, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+    messages = [pack(torch.zeros(count), blocks) for count in (20_000, 20_000, 20_000, 50_000)]
+    one.connection = lane.Connection(os.dup(one.socket.fileno()), blocks)
+    for message in messages:  # of 128 KB, and one of 256
+        one.connection.send(0, 0, message)
+        other.receive()
+        other.send()
+        one.receive()
+    assert len(blocks) == 1
+    one.close()
+    other.close()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        (True, torch.arange(6.0).view(2, 3)),
+        (b"head", None, ((torch.ones(3), torch.zeros(2, dtype=torch.int8)), {})),
+        (True, (torch.ones(2, 3).t(), torch.tensor(5))),
+        (True, {"a": [torch.ones(2), 3, "text"]}),
+        (False, torch.zeros(0, 3)),
+        (True, torch.view_as_complex(torch.ones(2, 2)).conj()),
+    ],
+)
+def test_an_object_comes_as_it_was_however_often_its_form_came(ends, value):
+    one, other = ends
+    for number in range(3):
+        one.send(number, value)
+        leaves, spec = pytree.tree_flatten(value)
+        received, form = pytree.tree_flatten(unpack(other.receive()))
+        assert form == spec
+        for read, sent in zip(received, leaves, strict=True):
+            same = torch.equal(read, sent) if isinstance(sent, torch.Tensor) else read == sent
+            assert same
+
+
+def test_a_tensor_that_an_object_has_twice_is_one_tensor(ends):
+    one, other = ends
+    for first, second in [(0, 1), (0, 0), (0, 1), (0, 0)]:
+        tensors = torch.ones(3), torch.ones(3)
+        one.send(0, (True, (tensors[first], tensors[second])))
+        _, (left, right) = unpack(other.receive())
+        assert (left is right) is (first == second)
 
 
 def test_a_fork_while_a_package_is_written_does_not_keep_it_writable():
     reading, writing = os.pipe()
+    module = torch.nn.Linear(3000, 3000)
+    started, over = threading.Event(), threading.Event()
     children = []
 
-    class Forking(Pickled):
-        def write(self, memory):
-            super().write(memory)
+    def fork():
+        started.set()
+        while not over.is_set() and len(children) < 20:
             if not (child := os.fork()):
                 os.close(writing)
                 os.read(reading, 1)  # until the test is over
                 os._exit(0)
             children.append(child)
 
-    Package(Forking(torch.ones(3)))
-    os.close(writing)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0]
+    thread = threading.Thread(target=fork)
+    thread.start()
+    assert started.wait(WAIT)
+    try:
+        for _ in range(10):
+            Pickled(module, has_storages=True).message()
+    finally:
+        over.set()
+        thread.join(WAIT)
+        os.close(writing)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * len(children)
     os.close(reading)
 
 
 def test_no_receiver_can_change_a_package_for_the_others(ends):
     one, other = ends
-    package = Package(Pickled(torch.ones(3)))
+    package = Pickled(torch.ones(3), has_storages=True).message()
     with pytest.raises(PermissionError):
         mmap.mmap(package.descriptor, 0)
     for _ in range(2):
-        one.send(0, 0, package)
-        tensor = other.receive()[2]()
+        one.connection.send(0, 0, package)
+        tensor = unpack(other.receive())
         assert torch.equal(tensor, torch.ones(3))
         tensor.zero_()  # its own copy

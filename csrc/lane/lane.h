@@ -1,0 +1,331 @@
+// The caller's end of the connections to the workers of a pool. No Python here.
+//
+// Of the threads that wait for replies, one leads: it waits for packets of all workers, takes them,
+// and wakes the threads whose replies have come. Messages wait in one queue until a thread handles
+// them, in the order in which they came. If no thread leads, the pool's own takes them.
+#pragma once
+
+#include <poll.h>
+#include <pthread.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <map>
+
+#include "connection.h"
+
+namespace coded_torch::lane {
+
+// Seconds between two looks of the pool's own thread while other threads lead. Not tuned.
+constexpr double kParked = 0.05;
+constexpr double kForever = 3600.0;
+
+// The replies of one request. What it has was read and written under the lane's lock.
+struct Call {
+  int64_t received = 0;  // replies that have come
+  int64_t settled = 0;   // of these, the ones that have been handled
+  int64_t target = 0;    // of these, the ones that it waits for
+  bool is_notified = false;
+  std::condition_variable bell;
+};
+
+// What came from a worker.
+struct News {
+  enum Kind { kMessage, kEnd, kGone, kBroken };  // its connection has ended; its process has
+  int64_t worker;
+  Kind kind;
+  std::optional<Received> message;
+  std::string error;           // why nothing can be exchanged with it
+  std::shared_ptr<Call> call;  // of which it is a reply
+};
+
+class Lane {
+ public:
+  explicit Lane(int64_t reply)
+      : reply_(reply),
+        epoll_(epoll_create1(EPOLL_CLOEXEC)),
+        poke_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
+        bell_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
+    if (epoll_.get() < 0 || poke_.get() < 0 || bell_.get() < 0) fail();
+    listen(poke_.get(), kPoke);
+  }
+  Lane(const Lane&) = delete;
+  Lane& operator=(const Lane&) = delete;
+
+  // Hears a worker, whose replies have the kind ``reply``.
+  void add(int64_t worker, std::shared_ptr<Connection> connection) {
+    std::lock_guard lock(mutex_);
+    listen(connection->descriptor(), uint64_t(worker) << 1);
+    workers_[worker].connection = std::move(connection);
+  }
+  // Notes the process of a worker, whose descriptor is ready to read once it has ended.
+  void watch(int64_t worker, int process) {
+    std::lock_guard lock(mutex_);
+    listen(process, uint64_t(worker) << 1 | 1);
+    workers_.at(worker).process = process;
+  }
+  // Hears a worker no more, whose descriptors are still open.
+  void remove(int64_t worker) {
+    std::lock_guard lock(mutex_);
+    const auto found = workers_.find(worker);
+    if (found == workers_.end()) return;
+    hush(found->second.connection->descriptor());
+    if (found->second.process >= 0) hush(found->second.process);
+    workers_.erase(found);
+  }
+
+  // Sends a part to a worker. Its reply has the number, and counts for the call.
+  void ask(int64_t worker, int64_t kind, int64_t number, const Message& message,
+           std::shared_ptr<Call> call) {
+    std::shared_ptr<Connection> connection;
+    {
+      std::lock_guard lock(mutex_);
+      Worker& asked = workers_.at(worker);
+      asked.number = number;
+      asked.call = std::move(call);
+      connection = asked.connection;
+    }
+    connection->send(kind, number, &message);
+  }
+
+  // Waits until so many replies to a call have come, it is notified, there is news that is no
+  // reply or that somebody wants at once, or for some seconds. ``interrupted`` is called after a
+  // signal.
+  void wait(Call& call, int64_t target, double seconds, const std::function<void()>& interrupted) {
+    if (is_foreign()) return;
+    const auto end = Clock::now() + duration(seconds);
+    std::unique_lock lock(mutex_);
+    call.target = target;
+    while (!closed_ && call.received < target && !call.is_notified && !is_urgent()) {
+      const auto now = Clock::now();
+      if (now >= end) break;
+      if (leader_ != nullptr) {
+        followers_.push_back(&call);
+        call.bell.wait_until(lock, end);
+        followers_.remove(&call);
+        continue;
+      }
+      leader_ = &call;
+      thread_ = pthread_self();
+      lock.unlock();
+      const bool is_signal = !poll_once(milliseconds(end - now), lock);
+      leader_ = nullptr;
+      led_until_ = Clock::now() + duration(kParked);
+      if (is_signal) {
+        pass_lead();
+        lock.unlock();
+        interrupted();
+        lock.lock();
+      }
+    }
+    call.is_notified = false;
+    pass_lead();
+  }
+
+  // Takes the messages that have come, unless another thread leads.
+  void look() {
+    if (is_foreign()) return;
+    std::unique_lock lock(mutex_);
+    if (leader_ != nullptr || closed_) return;
+    lock.unlock();
+    poll_once(0, lock);
+  }
+
+  // Waits, for the pool's own thread, until there is news and nobody leads, for `ring`, or for some
+  // seconds.
+  void stand_by(double seconds) {
+    std::unique_lock lock(mutex_);
+    if (closed_ || is_urgent()) return;
+    // A thread that has just led will soon lead again.
+    const bool is_led = leader_ != nullptr || Clock::now() < led_until_;
+    lock.unlock();
+    pollfd heard[2] = {{bell_.get(), POLLIN, 0}, {epoll_.get(), POLLIN, 0}};
+    seconds = std::clamp(seconds, 0.0, is_led ? kParked : kForever);
+    ::poll(heard, is_led ? 1 : 2, milliseconds(duration(seconds)));
+    uint64_t rings;
+    (void)!read(bell_.get(), &rings, sizeof rings);
+    look();
+  }
+  void ring() {
+    if (!is_foreign()) write_to(bell_);
+  }
+  // Ends the wait of a call, or the next one.
+  void notify(Call& call) {
+    if (is_foreign()) return;
+    std::lock_guard lock(mutex_);
+    call.is_notified = true;
+    wake(call);
+  }
+
+  // Says whether each reply is news for somebody: a part waits for a worker, or a worker leaves.
+  void want_replies(bool wanted) {
+    std::lock_guard lock(mutex_);
+    wants_replies_ = wanted;
+  }
+
+  // The first news that has not been handled; it stays until `pop`.
+  const News* front() {
+    if (is_foreign()) return nullptr;
+    std::lock_guard lock(mutex_);
+    return news_.empty() ? nullptr : &news_.front();
+  }
+  // Whether the process of a worker has ended.
+  bool is_gone(int64_t worker) {
+    std::lock_guard lock(mutex_);
+    const auto found = workers_.find(worker);
+    return found == workers_.end() || found->second.is_gone;
+  }
+  // Removes and returns the first news: whoever takes it may release its memory in peace.
+  News pop() {
+    std::lock_guard lock(mutex_);
+    News first = std::move(news_.front());
+    news_.pop_front();
+    num_urgent_ -= first.call == nullptr;
+    if (first.call != nullptr) ++first.call->settled;
+    return first;
+  }
+  int64_t settled(const Call& call) {
+    std::lock_guard lock(mutex_);
+    return call.settled;
+  }
+  // The thread that leads, or 0.
+  uint64_t leader() {
+    std::lock_guard lock(mutex_);
+    return leader_ == nullptr ? 0 : uint64_t(thread_);
+  }
+
+  // Ends all waiting. Workers are not heard any more.
+  void close() {
+    if (is_foreign()) return;
+    std::lock_guard lock(mutex_);
+    closed_ = true;
+    if (leader_ != nullptr) write_to(poke_);
+    for (Call* call : followers_) call->bell.notify_all();
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr uint64_t kPoke = ~uint64_t(0);
+
+  struct Worker {
+    std::shared_ptr<Connection> connection;
+    int process = -1;
+    int64_t number = -1;  // of its part
+    std::shared_ptr<Call> call;
+    bool is_gone = false;
+  };
+
+  static Clock::duration duration(double seconds) {
+    return std::chrono::duration_cast<Clock::duration>(
+        std::chrono::duration<double>(std::clamp(seconds, 0.0, kForever)));
+  }
+  static int milliseconds(Clock::duration time) {
+    return int(std::chrono::ceil<std::chrono::milliseconds>(time).count());
+  }
+  static void write_to(const Descriptor& bell) {
+    const uint64_t one = 1;
+    (void)!write(bell.get(), &one, sizeof one);
+  }
+
+  // Whether this is a fork of the process that has the workers. It shares their descriptors, and
+  // another thread may have held the lock.
+  bool is_foreign() const { return getpid() != process_; }
+
+  bool is_urgent() const { return num_urgent_ > 0 || (wants_replies_ && !news_.empty()); }
+
+  void listen(int descriptor, uint64_t mark) {
+    epoll_event event{};
+    event.events = EPOLLIN;
+    event.data.u64 = mark;
+    if (epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, descriptor, &event) < 0) fail();
+  }
+  void hush(int descriptor) { epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, descriptor, nullptr); }
+
+  // Waits for messages, without the lock, and takes them, with it. False after a signal.
+  bool poll_once(int timeout, std::unique_lock<std::mutex>& lock) {
+    epoll_event events[64];
+    const int count = epoll_wait(epoll_.get(), events, 64, timeout);
+    const bool is_signal = count < 0 && errno == EINTR;
+    lock.lock();
+    for (int i = 0; i < count && !closed_; ++i) {
+      const uint64_t mark = events[i].data.u64;
+      if (mark == kPoke) {
+        uint64_t pokes;
+        (void)!read(poke_.get(), &pokes, sizeof pokes);
+        continue;
+      }
+      const auto found = workers_.find(int64_t(mark >> 1));
+      if (found == workers_.end()) continue;
+      if (mark & 1) {
+        found->second.is_gone = true;
+        hush(found->second.process);
+        while (hear(found->first, found->second)) {
+        }
+        add_news(News{found->first, News::kGone, std::nullopt, "", nullptr});
+      } else {
+        hear(found->first, found->second);
+      }
+    }
+    return !is_signal;
+  }
+
+  // Takes one message. Returns whether there may be more.
+  bool hear(int64_t number, Worker& worker) {
+    News news{number, News::kMessage, std::nullopt, "", nullptr};
+    try {
+      news.message = worker.connection->receive();
+      if (!news.message) news.kind = News::kEnd;
+    } catch (const std::system_error& error) {
+      const int code = error.code().value();
+      if (code == EAGAIN || code == EINTR) return false;
+      news.kind = News::kBroken;
+      news.error = std::string("OSError: ") + std::strerror(code);
+    } catch (const std::exception& error) {
+      news.kind = News::kBroken;
+      news.error = error.what();
+    }
+    const bool is_message = news.kind == News::kMessage;
+    if (is_message && news.message->kind == reply_ && news.message->number == worker.number) {
+      worker.number = -1;
+      news.call = std::move(worker.call);
+    }
+    if (!is_message) hush(worker.connection->descriptor());
+    add_news(std::move(news));
+    return is_message;
+  }
+
+  void add_news(News news) {
+    Call* call = news.call.get();
+    num_urgent_ += call == nullptr;
+    news_.push_back(std::move(news));
+    if (call != nullptr && ++call->received >= call->target) wake(*call);
+  }
+
+  void wake(Call& call) {
+    call.bell.notify_all();
+    if (leader_ == &call && !pthread_equal(thread_, pthread_self())) write_to(poke_);
+  }
+  void pass_lead() {
+    if (leader_ == nullptr && !followers_.empty()) followers_.front()->bell.notify_all();
+  }
+
+  const int64_t reply_;
+  const pid_t process_ = getpid();
+  Descriptor epoll_, poke_, bell_;
+  std::mutex mutex_;  // of all that follows
+  std::map<int64_t, Worker> workers_;
+  std::deque<News> news_;
+  size_t num_urgent_ = 0;  // of these, the ones that are no replies
+  bool wants_replies_ = false;
+  bool closed_ = false;
+  std::list<Call*> followers_;  // the first to wait is first
+  Call* leader_ = nullptr;
+  pthread_t thread_{};  // of the leader
+  Clock::time_point led_until_{};
+};
+
+}  // namespace coded_torch::lane
