@@ -88,8 +88,10 @@ def named(
 def instance(owner: object, argument: str, value: Any, kind: Any, optional: bool = False) -> None:
     """Raise a TypeError unless ``value`` has a type, or is None and may be."""
     if not (isinstance(value, kind) or (optional and value is None)):
-        must = f"of type {getattr(kind, '__name__', kind)}{' or None' if optional else ''}"
-        raise TypeError(f"{_name(owner)}: {argument} must be {must}, got {type(value).__name__}")
+        requirement = f"of type {getattr(kind, '__name__', kind)}{' or None' if optional else ''}"
+        raise TypeError(
+            f"{_name(owner)}: {argument} must be {requirement}, got {type(value).__name__}"
+        )
 
 
 def count(
@@ -100,13 +102,13 @@ def count(
         integer = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         integer = None
-    must = f"{_name(owner)}: {argument} must be"
+    requirement = f"{_name(owner)}: {argument} must be"
     if integer is None:
-        raise TypeError(f"{must} an integer, got {shown(value)}")
+        raise TypeError(f"{requirement} an integer, got {shown(value)}")
     if least is not None and integer < least:
-        raise ValueError(f"{must} at least {least}, got {shown(integer)}")
+        raise ValueError(f"{requirement} at least {least}, got {shown(integer)}")
     if most is not None and integer > most:
-        raise ValueError(f"{must} at most {most}, got {shown(integer)}")
+        raise ValueError(f"{requirement} at most {most}, got {shown(integer)}")
     return integer
 
 
@@ -123,11 +125,11 @@ def real(
 
 
 def check(
-    owner: object, holds: object, must: str, got: object, error: type[Exception] = ValueError
+    owner: object, holds: object, requirement: str, got: object, error: type[Exception] = ValueError
 ) -> None:
     """Raise an error unless a requirement holds, such as "name must be a part of a URL"."""
     if not holds:
-        raise error(f"{_name(owner)}: {must}, got {shown(got)}")
+        raise error(f"{_name(owner)}: {requirement}, got {shown(got)}")
 
 
 def positive(owner: object, argument: str, value: Any) -> float:
@@ -185,17 +187,17 @@ def find_devices(
     owner: object, devices: Any, find: Callable[[torch.device | str], torch.device]
 ) -> tuple[torch.device, ...]:
     """Return the devices of a pool, at least one; ``find`` returns the device of a name."""
-    must = f"{_name(owner)}: devices must"
+    requirement = f"{_name(owner)}: devices must"
     if isinstance(devices, str) or not isinstance(devices, Sequence):
-        raise TypeError(f"{must} be a sequence of devices, got {shown(devices)}")
+        raise TypeError(f"{requirement} be a sequence of devices, got {shown(devices)}")
     found = []
     for device in devices:
         try:
             found.append(find(device))
         except TypeError:
-            raise TypeError(f"{must} be names of devices, got {shown(device)}") from None
+            raise TypeError(f"{requirement} be names of devices, got {shown(device)}") from None
         except (RuntimeError, AssertionError) as error:  # AssertionError: a build without CUDA
-            raise ValueError(f"{must} be available, got {str(device)!r}") from error
+            raise ValueError(f"{requirement} be available, got {str(device)!r}") from error
     check(owner, found, "devices must name at least one", devices)
     return tuple(found)
 

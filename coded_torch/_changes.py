@@ -148,9 +148,9 @@ def _look(kept: list[Any], value: Any, seen: dict[int, int] | None = None) -> An
         if id(value) in seen or len(seen) == _MOST_NESTED:  # it may hold itself
             return type(value), len(value), seen.get(id(value))
         seen[id(value)] = len(seen)
-        some = [*itertools.islice(value, _MOST)]
-        some += itertools.islice(value.values(), _MOST) if isinstance(value, dict) else ()
-        return type(value), len(value), *[_look(kept, each, seen) for each in some]
+        items = [*itertools.islice(value, _MOST)]
+        items += itertools.islice(value.values(), _MOST) if isinstance(value, dict) else ()
+        return type(value), len(value), *[_look(kept, item, seen) for item in items]
     if isinstance(value, MethodType):  # a new object each time that it is taken
         return _look(kept, value.__func__), _look(kept, value.__self__, seen)
     if isinstance(value, np.generic):

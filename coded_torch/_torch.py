@@ -28,9 +28,9 @@ def plain(owner: str, argument: str, tensor: Tensor) -> Tensor:
     """Return the numbers of a tensor, without gradients and without the wrappers of transforms."""
     numbers = torch.func.debug_unwrap(tensor).detach()
     if numbers.dim() != tensor.dim():
-        must = f"{argument} must not be under torch.func.vmap, which hides the batch"
+        requirement = f"{argument} must not be under torch.func.vmap, which hides the batch"
         got = f"{numbers.dim() - tensor.dim()} hidden dimensions"
-        raise ValueError(f"{owner}: {must}; give the whole batch at once, got {got}")
+        raise ValueError(f"{owner}: {requirement}; give the whole batch at once, got {got}")
     return numbers
 
 
@@ -57,8 +57,10 @@ def refuse_derivatives(owner: str, leaves: Iterable[Any], module: nn.Module) -> 
     duals = tensors if forward_ad._current_level < 0 else [*module.parameters(), *module.buffers()]
     if any(map(differentiated, tensors)) or any(tangent_of(x) is not None for x in duals):
         remedy = "call under torch.no_grad(), or use DeviceWorkers, or LocalWorkers for torch.func"
-        must = "inputs must not require gradients, nor weights have tangents"
-        raise RuntimeError(f"{owner}: {must}, as none pass through other processes; {remedy}")
+        requirement = "inputs must not require gradients, nor weights have tangents"
+        raise RuntimeError(
+            f"{owner}: {requirement}, as none pass through other processes; {remedy}"
+        )
 
 
 def tracer() -> str:
@@ -189,8 +191,8 @@ def placed(
         found = next((c for k, c in list(copies.items()) if k[:-1] == (device, *kind)), None)
         if found is None:
             what = "".join(f" to {x} values" for x in kind)
-            must = f"the map must have been applied{what} on {device} before a CUDA graph"
-            raise RuntimeError(f"{type(owner).__name__}: {must} captures it, got none")
+            requirement = f"the map must have been applied{what} on {device} before a CUDA graph"
+            raise RuntimeError(f"{type(owner).__name__}: {requirement} captures it, got none")
     if found is None:
         found = copies[(device, *kind, on_stream)] = make()
     return found
@@ -270,16 +272,16 @@ def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str)
     def repeat(dim: Any, subtree: Any) -> None:
         if not (dim is None or dim in names or type(dim) is int):
             *some, last = "integers", "None", *map(repr, names)
-            must = f"{argument} must hold {', '.join(some)} or {last}"
-            raise TypeError(f"CodedWrapper: {must}, got {dim!r}")
+            requirement = f"{argument} must hold {', '.join(some)} or {last}"
+            raise TypeError(f"CodedWrapper: {requirement}, got {dim!r}")
         flat.extend([dim] * pytree.tree_structure(subtree).num_leaves)
 
     try:
         pytree.tree_map_(repeat, dims, tree)
     except ValueError:
-        must = f"{argument} must be a pytree prefix of the values"
+        requirement = f"{argument} must be a pytree prefix of the values"
         got = f"{dims!r} for {pytree.tree_map(lambda _: '*', tree)}"
-        raise ValueError(f"CodedWrapper: {must}, got {got}") from None
+        raise ValueError(f"CodedWrapper: {requirement}, got {got}") from None
     return flat
 
 
@@ -291,8 +293,8 @@ def check_batch(output: Any, index: int, leaf: Tensor, dim: int, size: int) -> N
     """Raise a WrongRows unless leaf ``index`` of ``output`` has ``size`` rows at ``dim``."""
     if not -leaf.dim() <= dim < leaf.dim() or leaf.shape[dim] != size:
         name = leaf_name("output", output, index)
-        must = f"{name} must have size {size}, the batch size, at dim {dim}"
-        raise WrongRows(f"CodedWrapper: {must}, got shape {tuple(leaf.shape)}")
+        requirement = f"{name} must have size {size}, the batch size, at dim {dim}"
+        raise WrongRows(f"CodedWrapper: {requirement}, got shape {tuple(leaf.shape)}")
 
 
 def has_rows(leaf: Any) -> bool:

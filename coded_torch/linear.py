@@ -263,8 +263,8 @@ class LinearMap(abc.ABC):
             dim = count(self, "dim of values", dim, -values.dim(), values.dim() - 1)
         dim %= values.dim()
         if values.shape[dim] != size:
-            must = f"{type(self).__name__}: values must have size {size} along dim {dim}"
-            raise ValueError(f"{must}, got shape {tuple(values.shape)}")
+            requirement = f"{type(self).__name__}: values must have size {size} along dim {dim}"
+            raise ValueError(f"{requirement}, got shape {tuple(values.shape)}")
         return dim
 
     def _along(self, values: Tensor, dim: int, transpose: bool) -> Tensor:

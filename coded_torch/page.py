@@ -181,15 +181,15 @@ def _examples(built: App) -> str:
     rows = min(_ROWS, built.max_rows - 1, *fit, *map(len, inputs)) if inputs else 0
     if rows < 1:
         return "{}"
-    some = [x[:rows] for x in inputs]
+    examples = [x[:rows] for x in inputs]
     (args, kwargs) = built.call(rows)
     with torch.no_grad():
         first, again = (wire.flatten(module(*args, **kwargs))[0][0] for _ in range(2))
     rows = _MOST_NUMBERS // max(1, _size(first[0]))
-    given = [(spec, x[:rows], False) for spec, x in zip(built.inputs, some, strict=True)]
+    inputs_shown = [(spec, x[:rows], False) for spec, x in zip(built.inputs, examples, strict=True)]
     is_known = isinstance(first, Tensor) and torch.equal(first, again)
     known = [(built.outputs[0], first[:rows], False)] if is_known else []
-    request = orjson.loads(b"".join(wire.written({}, "inputs", given)[0]))
+    request = orjson.loads(b"".join(wire.written({}, "inputs", inputs_shown)[0]))
     return b"".join(wire.written(request, "outputs", known)[0]).decode()
 
 

@@ -138,14 +138,14 @@ def within(contexts: Sequence[Any], function: Callable[..., Any]) -> Callable[..
 
     Its first one is linked to the spans of the others.
     """
-    if not (given := [each for each in contexts if each is not None]):
+    if not (known := [x for x in contexts if x is not None]):
         return function
     from opentelemetry import context, trace
 
-    others = [trace.Link(trace.get_current_span(x).get_span_context()) for x in given[1:]]
+    others = [trace.Link(trace.get_current_span(x).get_span_context()) for x in known[1:]]
 
     def run(*args: Any) -> Any:
-        token = context.attach(context.set_value(_LINKS, others, given[0]))
+        token = context.attach(context.set_value(_LINKS, others, known[0]))
         try:
             return function(*args)
         finally:

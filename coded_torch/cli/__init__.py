@@ -119,8 +119,8 @@ def find_factory(text: str) -> Callable[[], Any]:
     if isinstance(found, nn.Module):
         return lambda: found
     if not callable(found):
-        must = "MODULE:FACTORY must name a function or a class in a Python module"
-        raise CommandError(f"{must}, got {got}")
+        requirement = "MODULE:FACTORY must name a function or a class in a Python module"
+        raise CommandError(f"{requirement}, got {got}")
     factory: Callable[[], Any] = found
     return factory
 
@@ -153,8 +153,8 @@ def make_model(args: Namespace, factory: Callable[[], Any] | None = None) -> tup
         got = type(made).__name__
         if isinstance(made, tuple):
             got = f"({', '.join(type(each).__name__ for each in made)})"
-        must = "must return a module, or a module and examples of its inputs"
-        raise CommandError(f"{args.factory} {must}, got {got}")
+        requirement = "must return a module, or a module and examples of its inputs"
+        raise CommandError(f"{args.factory} {requirement}, got {got}")
     for flag, option in POOL_NAMES.items() if isinstance(model, CodedWrapper) else ():
         if getattr(args, option, None) is not None:
             why = f"{args.factory} returns a CodedWrapper with its own workers"
@@ -187,8 +187,10 @@ def devices(text: str) -> list[str]:
     if re.fullmatch(r"cuda:\d+(,\d+)*", text):
         numbers = [int(x) for x in text[5:].split(",")]
     if not numbers or max(numbers) >= many:
-        must = "must be cpu, auto, cuda, or devices by number as cuda:0,1"
-        raise argparse.ArgumentTypeError(f"{must}, of {many} CUDA devices here, got {text!r}")
+        requirement = "must be cpu, auto, cuda, or devices by number as cuda:0,1"
+        raise argparse.ArgumentTypeError(
+            f"{requirement}, of {many} CUDA devices here, got {text!r}"
+        )
     return [f"cuda:{number}" for number in numbers]
 
 
@@ -199,8 +201,8 @@ def seconds(text: str) -> float:
     try:
         return float(number) / (1000 if milliseconds else 1)
     except ValueError:
-        must = "must be a duration, such as 0.2, 200ms or 2s"
-        raise argparse.ArgumentTypeError(f"{must}, got {text!r}") from None
+        requirement = "must be a duration, such as 0.2, 200ms or 2s"
+        raise argparse.ArgumentTypeError(f"{requirement}, got {text!r}") from None
 
 
 _POOL: tuple[tuple[str, Any, Any, str], ...] = (
@@ -261,8 +263,8 @@ def picture(text: str) -> Path:
     """Return the path of a picture, for argparse."""
     path = Path(text)
     if path.suffix.lower() not in (".pdf", ".png", ".svg") or not path.parent.is_dir():
-        must = f"must end in .pdf, .png or .svg, in a folder that exists, got {path}"
-        raise argparse.ArgumentTypeError(must)
+        requirement = f"must end in .pdf, .png or .svg, in a folder that exists, got {path}"
+        raise argparse.ArgumentTypeError(requirement)
     return path
 
 

@@ -62,8 +62,8 @@ class Rows:
         for path in self.paths:
             table = self._opened(path)
             if {*table.columns} != {*self.names}:
-                must = f"all files must have the columns {self.names}"
-                raise ValueError(f"{must}, got {[*table.columns]} in {path}")
+                requirement = f"all files must have the columns {self.names}"
+                raise ValueError(f"{requirement}, got {[*table.columns]} in {path}")
             size = path.stat().st_size
             if table.rows > size * _ROWS_PER_BYTE.get(path.suffix, 1):
                 raise ValueError(
@@ -265,8 +265,8 @@ def _column(name: str, pieces: Sequence[Any]) -> Tensor | list[str]:
         while hasattr(values.type, "value_field") and not values.null_count:  # lists
             lengths = pyarrow.compute.list_value_length(values).unique().to_pylist()
             if len(lengths) > 1:
-                must = f"lists of the column {name!r} must be equally long"
-                raise ValueError(f"{must}, got lengths {sorted(lengths)[:8]}")
+                requirement = f"lists of the column {name!r} must be equally long"
+                raise ValueError(f"{requirement}, got lengths {sorted(lengths)[:8]}")
             shape = [*shape, *lengths]
             values = values.flatten()
         if values.null_count:
@@ -288,8 +288,8 @@ def _column(name: str, pieces: Sequence[Any]) -> Tensor | list[str]:
     are_integers = {not (x.dtype.is_floating_point or x.dtype.is_complex) for x in found}
     if len(are_integers) > 1:  # large ones would be rounded
         types = sorted({str(x.dtype) for x in found})
-        must = f"the column {name!r} must hold integers in all files, or in none"
-        raise TypeError(f"{must}, got {types}")
+        requirement = f"the column {name!r} must hold integers in all files, or in none"
+        raise TypeError(f"{requirement}, got {types}")
     return found[0] if len(found) == 1 else torch.cat(found)
 
 

@@ -300,8 +300,8 @@ def arguments_of(args: Namespace, rows: Rows, module: nn.Module, examples: Any) 
     if args.columns is not None:
         pairs = [each.rpartition("=")[::2] for each in args.columns.split(",")]
     by_order = [column for name, column in pairs if not name]
-    must = f"--columns must name columns for forward{signature}, as a,b or x=a,y=b"
-    with usage(must):
+    requirement = f"--columns must name columns for forward{signature}, as a,b or x=a,y=b"
+    with usage(requirement):
         if args.columns is None and len(by_order) > 1:
             raise ValueError(f"the file has {names}")
         if unknown := [column for _, column in pairs if column not in rows.names]:
@@ -346,11 +346,11 @@ def _claim(args: Any, factory: Any, coded: CodedWrapper, rows: Rows, how: dict[s
     # An older version knew fewer options: those that it did not know were left out.
     differ = [key for key, value in compared.items() if before.get(key, "") != value]
     if before and differ and any(args.output.glob("[bm]*.p*")):
-        must = "; ".join(
+        requirement = "; ".join(
             f"{key} {printable(str(before.get(key)))}, got {compared[key]}" for key in differ
         )
         remedy = " (--trust-model goes on)" if trusted.keys() >= {*differ} else ""
-        raise ValueError(f"--resume must repeat the job in {args.output}: {must}{remedy}")
+        raise ValueError(f"--resume must repeat the job in {args.output}: {requirement}{remedy}")
     replace(path, json.dumps(now | trusted).encode())
 
 

@@ -188,13 +188,15 @@ def _compare(
 def plan(args: argparse.Namespace) -> None:
     """Simulate policies, and find the cheapest one that meets a deadline and an accuracy."""
     need("demo", "matplotlib")
-    given = {**vars(args)}
-    conditions = planner.CONDITIONS[given.pop("conditions")]
-    path = given.pop("latencies")
-    output, *_ = (given.pop(name) for name in ("output", "run", "line"))
-    given["progress"] = partial(progress, what="policies")
+    options = {**vars(args)}
+    conditions = planner.CONDITIONS[options.pop("conditions")]
+    path = options.pop("latencies")
+    output, *_ = (options.pop(name) for name in ("output", "run", "line"))
+    options["progress"] = partial(progress, what="policies")
     with usage():
-        found = planner.plan(conditions if path is None else planner.read_latencies(path), **given)
+        found = planner.plan(
+            conditions if path is None else planner.read_latencies(path), **options
+        )
     say(str(found))
     save(found.draw(), output)
 
@@ -227,8 +229,8 @@ def _settings(text: str) -> list[tuple[int, ...]]:
     if re.fullmatch(r"\d+,\d+,\d+( \d+,\d+,\d+)*", text):
         triples = [tuple(map(int, triple.split(","))) for triple in text.split()]
     if not triples or not all(1 <= k <= n <= MOST_WORKERS and s < n for n, k, s in triples):
-        must = f"must be triples N,K,S with 1 <= K <= N <= {MOST_WORKERS} and 0 <= S < N"
-        raise argparse.ArgumentTypeError(f"{must}, got {text!r}")
+        requirement = f"must be triples N,K,S with 1 <= K <= N <= {MOST_WORKERS} and 0 <= S < N"
+        raise argparse.ArgumentTypeError(f"{requirement}, got {text!r}")
     return triples
 
 
@@ -236,8 +238,8 @@ def _bounds(text: str) -> tuple[float, float]:
     try:
         low, high = map(float, text.split(","))
     except ValueError:
-        must = "must be two numbers, LOW,HIGH"
-        raise argparse.ArgumentTypeError(f"{must}, got {text!r}") from None
+        requirement = "must be two numbers, LOW,HIGH"
+        raise argparse.ArgumentTypeError(f"{requirement}, got {text!r}") from None
     return low, high
 
 

@@ -51,8 +51,8 @@ def serve(args: Namespace) -> None:
     workers: Any = None
     with usage(errors=(RuntimeError, ValueError)):
         if args.chaos and not is_local:
-            must = f"must listen on a loopback address, one of {', '.join(LOOPBACK)}"
-            raise ValueError(f"--chaos {must}, got {args.host}")
+            requirement = f"must listen on a loopback address, one of {', '.join(LOOPBACK)}"
+            raise ValueError(f"--chaos {requirement}, got {args.host}")
         if args.endpoints:
             module, workers, how = _fleet(args)
         for flag in () if args.endpoints else ("model", "header", "ca-file"):
@@ -64,8 +64,8 @@ def serve(args: Namespace) -> None:
         call = bind("serve", module, how["examples"])
         leaves, _ = flatten((call.args, call.kwargs))
         if not 0 <= args.example < len(leaves[0]):
-            must = f"--example must be from 0 to {len(leaves[0]) - 1}, got {args.example}"
-            raise CommandError(must)
+            requirement = f"--example must be from 0 to {len(leaves[0]) - 1}, got {args.example}"
+            raise CommandError(requirement)
         rows = [x[args.example : args.example + 1] for x in leaves]
         say(request(Model("", tuple(how["inputs"]), ()), rows, False)[0].decode())
         return
@@ -73,13 +73,13 @@ def serve(args: Namespace) -> None:
     usual = args.model or ("lenet5" if args.factory == LENET5 else made)
     how["name"] = name = args.name or usual
     how |= {x: getattr(args, x) for x in ("deadline", "max_batch_size", "max_queued_requests")}
-    own = (*LOOPBACK, args.host) if is_local or args.host.startswith("127.") else ()
+    local_hosts = (*LOOPBACK, args.host) if is_local or args.host.startswith("127.") else ()
     if args.token is not None:
         with usage("--token must be @FILE or '$VARIABLE', which holds the value"):
             if not (token := _secret(args.token)):
                 raise ValueError("it is empty")
             how["token"] = token
-    if hosts := [*dict.fromkeys((*own, *(args.allowed_hosts or ())))]:
+    if hosts := [*dict.fromkeys((*local_hosts, *(args.allowed_hosts or ())))]:
         how["allowed_hosts"] = hosts
     with usage():
         if workers is None:
@@ -129,9 +129,9 @@ def _fleet(args: Namespace) -> tuple[nn.Module, Any, dict[str, Any]]:
     need("endpoints", "aiohttp")
     from ..workers import EndpointWorkers, RemoteModule
 
-    given = {"MODEL": args.factory != LENET5, "--chaos": args.chaos}
-    given |= {flag: getattr(args, name) is not None for flag, name in POOL_NAMES.items()}
-    for flag, is_given in (given | {"--example": args.example is not None}).items():
+    flags = {"MODEL": args.factory != LENET5, "--chaos": args.chaos}
+    flags |= {flag: getattr(args, name) is not None for flag, name in POOL_NAMES.items()}
+    for flag, is_given in (flags | {"--example": args.example is not None}).items():
         if is_given:
             raise ValueError(f"{flag} must be left out with --endpoints")
     if args.model is None:
@@ -178,9 +178,11 @@ def _own(args: Namespace) -> tuple[nn.Module, dict[str, Any]]:
     model, examples = make_model(args, factory)
     with usage():
         if examples is None:
-            must = "come with examples of its inputs, a tensor, a tuple or a dict: let a factory"
-            must += " return the module and these"
-            raise TypeError(f"{args.factory} must {must}, got {type(model).__name__}")
+            requirement = (
+                "come with examples of its inputs, a tensor, a tuple or a dict: let a factory"
+            )
+            requirement += " return the module and these"
+            raise TypeError(f"{args.factory} must {requirement}, got {type(model).__name__}")
         with usage(args.factory, prefix="specs: "):
             inputs, outputs = specs(model, examples, fixed_shapes=args.fixed_shapes)
     found = {"inputs": inputs, "outputs": outputs, "examples": examples}

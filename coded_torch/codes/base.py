@@ -345,10 +345,10 @@ class Code(abc.ABC):
 
     def __repr__(self) -> str:
         names = inspect.signature(type(self).__init__).parameters
-        own = names.keys() - inspect.signature(Code.__init__).parameters
-        given = {k: v.default for k, v in names.items() if k in own or k in self._given}
-        given |= self._given
-        values = {k: getattr(self, k, v) for k, v in given.items() if v is not None}
+        own_options = names.keys() - inspect.signature(Code.__init__).parameters
+        defaults = {k: v.default for k, v in names.items() if k in own_options or k in self._given}
+        defaults |= self._given
+        values = {k: getattr(self, k, v) for k, v in defaults.items() if v is not None}
         shown = (f"{k}={v!r}" for k, v in values.items() if isinstance(v, (int, float, str)))
         return f"{type(self).__name__}({', '.join(shown)})"
 

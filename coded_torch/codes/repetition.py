@@ -145,11 +145,11 @@ class RegressionCode(Code):
         self.mixes = redundancy == "midpoints"
 
     def candidates(self) -> dict[str, Sequence[Any]]:
-        own = ((x,) for x in self.regression.metrics if not isinstance(x, str))
+        features = ((x,) for x in self.regression.metrics if not isinstance(x, str))
         may_mix = 1 < self.num_data < self.num_workers and not self.adversaries
         kinds = ("copies", "midpoints") if may_mix else ("copies",)
         lengths = 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0
-        return {"redundancy": kinds, "metric": (*METRICS, *own), "length": lengths}
+        return {"redundancy": kinds, "metric": (*METRICS, *features), "length": lengths}
 
     def _plan(self, *batch: Any) -> BatchPlan:
         return (_MidpointPlan if self.mixes else _RepetitionPlan)(self, *batch)
@@ -181,8 +181,8 @@ class _RepetitionPlan(RowPlan, BatchPlan):
         self._rows = torch.from_numpy(points.ravel()[_deal(self.num_groups, n)])  # [N, G]
 
     def encode(self, values: Tensor) -> Tensor:
-        must = f"values must have size {self.batch_size} along dim 0"
-        check(self.code, values.shape[:1] == (self.batch_size,), must, [*values.shape])
+        requirement = f"values must have size {self.batch_size} along dim 0"
+        check(self.code, values.shape[:1] == (self.batch_size,), requirement, [*values.shape])
         (rows,) = to_device([self._rows.flatten()], values.device)
         return values.index_select(0, rows).view(*self._rows.shape, *values.shape[1:])
 
@@ -213,12 +213,12 @@ class _MidpointPlan(_RepetitionPlan):
         ends = first, (first + 1).clamp(max=k - 1)
         self._pairs = tuple(rows.gather(1, x).flatten() for x in ends)
         self._size = size
-        every = size + torch.arange(first.numel()).view(first.shape)
-        points = torch.cat([rows, every[:, torch.arange(n - k) % len(pairs)]], 1)  # [G, N]
+        midpoints = size + torch.arange(first.numel()).view(first.shape)
+        points = torch.cat([rows, midpoints[:, torch.arange(n - k) % len(pairs)]], 1)  # [G, N]
         extended = map(self._extended, inputs)
         parts = cut(points.flatten(), n)
-        given = [*extended], size + every.numel(), (), [part.unique() for part in parts]
-        RowPlan.__init__(self, code.regression, *given)
+        arguments = [*extended], size + midpoints.numel(), (), [part.unique() for part in parts]
+        RowPlan.__init__(self, code.regression, *arguments)
         self.num_groups = groups
         self._rows = points.flatten()[torch.from_numpy(_deal(groups, n))]
 
@@ -241,9 +241,9 @@ class _MidpointPlan(_RepetitionPlan):
         source = self._given(received)[0]
         (first, second) = self._pairs
         at = self._size + torch.arange(len(first))
-        for own, other in ((first, second), (second, first)):
-            fits = (source[own] < 0) & (source[other] >= 0) & (source[at] >= 0)
-            places, partner, middle = (x[fits].to(answers.device) for x in (own, other, at))
+        for row, partner_row in ((first, second), (second, first)):
+            fits = (source[row] < 0) & (source[partner_row] >= 0) & (source[at] >= 0)
+            places, partner, middle = (x[fits].to(answers.device) for x in (row, partner_row, at))
             line = 2 * answers[middle] - answers[partner]
             answers = answers.index_copy(0, places, torch.lerp(answers[places], line, weight))
         return answers[: self._size]
@@ -260,11 +260,11 @@ class _MidpointPlan(_RepetitionPlan):
             j = at[self._pairs[1]]
             m = at[self._size :]
             there = (i >= 0) & (j >= 0) & (m >= 0) & (i != j)
-            for own, other in ((i[there], j[there]), (j[there], i[there])):
-                lines = 2 * y[m[there]] - y[other] - (y[own] - off[own])  # less the regression's
-                numbers += float((lines * off[own]).sum())
+            for row, partner in ((i[there], j[there]), (j[there], i[there])):
+                lines = 2 * y[m[there]] - y[partner] - (y[row] - off[row])  # less the regression's
+                numbers += float((lines * off[row]).sum())
                 squares = squares + float(lines.square().sum())
-                count = count + len(own)
+                count = count + len(row)
         prior = _PRIOR * squares / count if squares else 1.0
         return min(max((numbers + _WEIGHT * prior) / (squares + prior), 0.0), 1.0)
 

@@ -238,13 +238,13 @@ def _schemes(k: int, n: int, trial: Trial, extra: Any, names: Any) -> dict[str, 
     schemes: dict[str, Code | Decoder] = {**codes, **added}
     fit = {x: y for x, y in schemes.items() if trial.mixable or not getattr(y, "mixes", False)}
     wanted = [*fit] if names is None else [*names]
-    some = {x: y for x, y in fit.items() if x in wanted or x in added}
+    asked = {x: y for x, y in fit.items() if x in wanted or x in added}
     are_known = names is None or all(name in [*schemes] for name in wanted)  # may have no hash
-    if not (some and are_known):
+    if not (asked and are_known):
         raise ValueError(
             f"compare: schemes must be names of {str([*fit])[1:-1]}, got {shown(names)}"
         )
-    return some
+    return asked
 
 
 def _defended(schemes: Mapping[str, Code | Decoder], adversaries: int) -> dict[str, Code | Decoder]:
@@ -307,9 +307,11 @@ def _setting(setting: Any) -> Setting:
         n = 0
         k = 0
         s = 0
-    must = "settings must be Setting(num_workers, num_data, num_stragglers), or N, K and S in this"
-    must += " order, integers with 1 <= K <= N and 0 <= S < N"
-    check("compare", 1 <= k <= n and 0 <= s < n, must, setting)
+    requirement = (
+        "settings must be Setting(num_workers, num_data, num_stragglers), or N, K and S in this"
+    )
+    requirement += " order, integers with 1 <= K <= N and 0 <= S < N"
+    check("compare", 1 <= k <= n and 0 <= s < n, requirement, setting)
     return Setting(n, k, s)
 
 

@@ -202,8 +202,10 @@ def plan(
     if isinstance(conditions, Conditions):
         scale = positive("plan", "median", median)
     elif (scale := float(np.median(conditions))) > 100 * deadline:
-        must = f"latencies must be seconds, in the median at most 100 deadlines of {deadline:g}"
-        raise ValueError(f"plan: {must}, got {scale:g}")
+        requirement = (
+            f"latencies must be seconds, in the median at most 100 deadlines of {deadline:g}"
+        )
+        raise ValueError(f"plan: {requirement}, got {scale:g}")
     options = []
     policies = [*_policies(num_workers, deadline, bool(verify))]
     for kind, name, k, n, waiting in progress(policies):

@@ -95,8 +95,8 @@ def check_labels(owner: str, labels: Any, exact: Tensor) -> None:
         got = getattr(labels, "dtype", type(labels).__name__)
         raise TypeError(f"{owner}: labels must be an integer tensor, got {got}")
     got = tuple(labels.shape)
-    must = tuple(exact.shape[:-1])
-    check(owner, got == must, f"labels must have shape {must}", got)
+    wanted = tuple(exact.shape[:-1])
+    check(owner, got == wanted, f"labels must have shape {wanted}", got)
     wrong = labels[(labels < 0) | (labels >= exact.shape[-1])].tolist()
     check(owner, not wrong, f"labels must be from 0 to {exact.shape[-1] - 1}", wrong[:1])
 

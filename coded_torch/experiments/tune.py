@@ -83,9 +83,10 @@ def tune(
     )
     mixes = code.mixes or not wrapper.surrogate  # which codes that mix do not take
     best = chosen("tune", code, trials, wrapper.num_stragglers, values, mixes=mixes)
-    for name, own in {**code.candidates(), **values}.items():
-        if len(own) > 2 and all(type(x) is float for x in own):  # orders end where the code does
-            ends = {max(own): "largest", min(own) or None: "smallest"}  # and nothing is below 0
+    for name, tried in {**code.candidates(), **values}.items():
+        # Orders end where the code does, and nothing is below 0.
+        if len(tried) > 2 and all(type(x) is float for x in tried):
+            ends = {max(tried): "largest", min(tried) or None: "smallest"}
             if end := ends.get(getattr(best, name)):
                 warn(f"tune: {name} of {best} is the {end} that was tried; try others, too")
     return best
@@ -102,17 +103,21 @@ def chosen(
 ) -> Code:
     """Return the code with the numbers of the least squared error on trials; it may mix inputs."""
     options = dict(code.candidates())
-    for name, some in (values or {}).items():
+    for name, numbers in (values or {}).items():
         known = ", ".join(options) or "none"
         if name not in options:
             raise ValueError(
                 f"tune: the numbers of {code} must be among {known}, got {shown(name)}"
             )
-        if isinstance(some, str | bytes) or not isinstance(some, Sequence) or not some:
-            raise TypeError(f"tune: {name} must be a sequence that is not empty, got {shown(some)}")
-        options[name] = some
+        if isinstance(numbers, str | bytes) or not isinstance(numbers, Sequence) or not numbers:
+            raise TypeError(
+                f"tune: {name} must be a sequence that is not empty, got {shown(numbers)}"
+            )
+        options[name] = numbers
     combinations = itertools.product(*options.values())
-    variants = [code.replace(**dict(zip(options, some, strict=True))) for some in combinations]
+    variants = [
+        code.replace(**dict(zip(options, numbers, strict=True))) for numbers in combinations
+    ]
     variants = [variant for variant in variants if mixes or not variant.mixes]
     check(owner, variants, "the code must not mix inputs beside a surrogate", values)
     if len(variants) == 1:
@@ -131,8 +136,8 @@ def chosen(
             errors = errors + found
             decodable = True
     if not (decodable and np.isfinite(errors).any()):
-        must = f"{code} must be able to decode the received results"
-        raise ValueError(f"{owner}: {must}, got too few results")
+        requirement = f"{code} must be able to decode the received results"
+        raise ValueError(f"{owner}: {requirement}, got too few results")
     return variants[int(np.nan_to_num(errors, nan=np.inf).argmin())]
 
 
@@ -155,19 +160,19 @@ def received_sets(wrapper: CodedWrapper, code: Code) -> Iterator[tuple[int, ...]
 def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...]]:
     """Return the positional arguments of a call for each of ``batches``, which are checked."""
     are_many = not isinstance(batches, Tensor | np.ndarray | str | bytes)
-    must = "batches must be a sequence of batches, such as [x]"
-    check(owner, are_many and isinstance(batches, Iterable), must, type(batches), TypeError)
-    must = (
+    requirement = "batches must be a sequence of batches, such as [x]"
+    check(owner, are_many and isinstance(batches, Iterable), requirement, type(batches), TypeError)
+    requirement = (
         "the module must be in evaluation mode, as some parts learn from calls; call eval() on it"
     )
-    check(owner, (name := training_part(module)) is None, must, name)
+    check(owner, (name := training_part(module)) is None, requirement, name)
     if (name := training_part(module, dropout=True)) is not None:
         warn(f"{owner}: {name} is in training mode, so answers depend on chance; call eval() on it")
     calls = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     for i, args in enumerate(calls):
         sizes = [x.shape[:1] for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
-        must = f"batches[{i}] must hold a tensor, and at least one input"
-        check(owner, sizes and not any(0 in size for size in sizes), must, args)
+        requirement = f"batches[{i}] must hold a tensor, and at least one input"
+        check(owner, sizes and not any(0 in size for size in sizes), requirement, args)
     return calls
 
 
@@ -226,12 +231,14 @@ class Trial:
             if dim is None or not isinstance(output, Tensor):
                 continue
             check_batch(tree, i, output, dim, len(batches[0]))
-            must = f"{self._owner}: {name} must return"
+            requirement = f"{self._owner}: {name} must return"
             where = leaf_name("output", tree, i)
             if not output.dtype.is_floating_point:
-                raise TypeError(f"{must} floating-point tensors, got {output.dtype} in {where}")
+                raise TypeError(
+                    f"{requirement} floating-point tensors, got {output.dtype} in {where}"
+                )
             if not bool(output.isfinite().all()):
-                raise RuntimeError(f"{must} finite outputs, got NaN or infinity in {where}")
+                raise RuntimeError(f"{requirement} finite outputs, got NaN or infinity in {where}")
             found.append(output.movedim(dim, 0))
         return found
 
@@ -270,9 +277,9 @@ class Trial:
         self, decoder: Callable[..., Any], received: Sequence[int], name: str
     ) -> list[Tensor]:
         """Return the answers of a function of inputs, outputs and received workers, checked."""
-        given = [x.clone() for x in self._inputs.batches()], [x.clone() for x in self.exact]
+        arguments = [x.clone() for x in self._inputs.batches()], [x.clone() for x in self.exact]
         with torch.no_grad(), as_called():
-            found: list[Any] = pytree.tree_leaves(decoder(*given, [*received]))
+            found: list[Any] = pytree.tree_leaves(decoder(*arguments, [*received]))
         wanted = [[*x.shape] for x in self.exact]
         got = [[*getattr(x, "shape", [])] for x in found]
         if got != wanted:

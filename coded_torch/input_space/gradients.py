@@ -98,8 +98,8 @@ def from_gradients(module: Callable[..., Any], rows: Any) -> GradientMetric:
     args, kwargs = arguments(rows, module if is_module else None)
     with torch.inference_mode(False), torch.enable_grad():
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        given = [x for x in leaves if isinstance(x, Tensor) and x.dim() and x.is_floating_point()]
-        size = len(given[0]) if given else 0
+        tensors = [x for x in leaves if isinstance(x, Tensor) and x.dim() and x.is_floating_point()]
+        size = len(tensors[0]) if tensors else 0
         if not size:
             raise ValueError(
                 "from_gradients: rows must hold a floating-point tensor with at least one row, got "

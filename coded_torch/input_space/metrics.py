@@ -192,8 +192,8 @@ class Sources:
             for x in found or [None]:
                 is_floating = isinstance(x, Tensor) and x.dtype.is_floating_point
                 if not is_floating or x.shape[:1] != (size,):
-                    must = f"features must be floating-point, one for each of {size} rows"
-                    raise ValueError(f"{must}, got {shown(getattr(x, 'shape', x))}")
+                    requirement = f"features must be floating-point, one for each of {size} rows"
+                    raise ValueError(f"{requirement}, got {shown(getattr(x, 'shape', x))}")
         except Exception as error:  # a caller's function may raise anything; other metrics compete
             self.leave_out(features, f"{type(error).__name__}: {error}".splitlines()[0])
             return []

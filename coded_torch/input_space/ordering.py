@@ -82,8 +82,8 @@ class Grouping:
 
 def _check(argument: str, tensor: Tensor, sizes: tuple[int, ...]) -> None:
     if tensor.shape[: len(sizes)] != sizes:
-        must = f"must have shape {[*sizes]} and more, got {[*tensor.shape]}"
-        raise ValueError(f"Grouping: {argument} {must}")
+        requirement = f"must have shape {[*sizes]} and more, got {[*tensor.shape]}"
+        raise ValueError(f"Grouping: {argument} {requirement}")
 
 
 def similarity_order(distances: Tensor) -> Tensor:

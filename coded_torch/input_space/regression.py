@@ -79,8 +79,8 @@ class Regression:
         self.metrics = _metrics(metric)
         self.length = length
         if not isinstance(length, str) or length != "auto":
-            must = "positive and finite, or 'auto'"
-            self.length = real(self, "length", length, must, lambda x: 0 < x < math.inf)
+            requirement = "positive and finite, or 'auto'"
+            self.length = real(self, "length", length, requirement, lambda x: 0 < x < math.inf)
         check_link(self, link)
         self.link = link
         self.coverage = real(self, "coverage", coverage, "between 0 and 1", lambda x: 0 < x < 1)
@@ -108,8 +108,8 @@ class Regression:
             return RowPlan(self, inputs if block else [], size, others if block else None, rows)
 
     def __repr__(self) -> str:
-        given = {k: getattr(self, k) for k in ("metric", "length", "link", "coverage")}
-        shown = (f"{k}={v!r}" for k, v in given.items() if v not in ("auto", None, 0.95))
+        options = {k: getattr(self, k) for k in ("metric", "length", "link", "coverage")}
+        shown = (f"{k}={v!r}" for k, v in options.items() if v not in ("auto", None, 0.95))
         return f"Regression({', '.join(shown)})"
 
 
@@ -172,14 +172,16 @@ class RowPlan:
         if self._last is None or self._last[0] != key:  # asked again for every output
             with outside():
                 source = torch.from_numpy(first_results(self._rows.numpy(), key, self.batch_size))
-                given = [Regressor(part, self._length, source) for part in self._parts]
-                self._last = key, (source, given)
+                regressors = [Regressor(part, self._length, source) for part in self._parts]
+                self._last = key, (source, regressors)
         return self._last[1]
 
     def _flat(self, results: Tensor, received: Sequence[int]) -> Tensor:
         if results.shape[:2] != (len(received), self.num_groups) or not len(received):
-            must = f"results must have shape {[len(received) or 1, self.num_groups]} and more"
-            check(getattr(self, "code", self), False, must, [*results.shape])
+            requirement = (
+                f"results must have shape {[len(received) or 1, self.num_groups]} and more"
+            )
+            check(getattr(self, "code", self), False, requirement, [*results.shape])
         return results.flatten(0, 1)
 
     def decode(self, results: Tensor, received: Sequence[int], search: bool = True) -> Tensor:
@@ -249,8 +251,10 @@ def check_batch(
     for i, x in enumerate(inputs):
         dense(owner, f"inputs[{i}]", x)
         size = x.shape[:1].numel() if size is None else size
-        must = f"batch_size must be that of inputs[{i}], of shape {[*x.shape]}, and at least 1"
-        check(owner, size and x.shape[:1] == (size,), must, size)
+        requirement = (
+            f"batch_size must be that of inputs[{i}], of shape {[*x.shape]}, and at least 1"
+        )
+        check(owner, size and x.shape[:1] == (size,), requirement, size)
     return [plain(owner, f"inputs[{i}]", x) for i, x in enumerate(inputs)], size or 0
 
 

@@ -58,9 +58,9 @@ class Regressor:
         compared: int = _COMPARED,
     ) -> None:
         source = distances.rows if source is None else source
-        given = (x.numpy() for x in (source, distances.rows, distances.far))
-        each = map(torch.from_numpy, split_rows(*given))
-        self.known, self._missing, self.missing, self._used = each
+        arrays = (x.numpy() for x in (source, distances.rows, distances.far))
+        split = map(torch.from_numpy, split_rows(*arrays))
+        self.known, self._missing, self.missing, self._used = split
         if not len(self.known):
             self._used = evenly(source[source >= 0], MOST_ROWS)
         self._distances = distances

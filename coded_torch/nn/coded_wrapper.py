@@ -314,8 +314,8 @@ class CodedWrapper(ModuleProxy):
             else:
                 inputs.unproved = found
         if inputs.layout is not None and inputs.layout.lists and self.verify:
-            must = "verify must be None if outputs are lists, which are not compared"
-            raise ValueError(f"CodedWrapper: {must}, got {self.verify}")
+            requirement = "verify must be None if outputs are lists, which are not compared"
+            raise ValueError(f"CodedWrapper: {requirement}, got {self.verify}")
 
     def _divide(self, inputs: Inputs, waiting: Waiting, report: Report, parts: int) -> Division:
         code = self.code
@@ -490,20 +490,29 @@ def _check_settings(wrapper: CodedWrapper) -> None:
         count(wrapper, "parts", parts)
     if verify is not None:
         real(wrapper, "verify", verify, "between 0 and 1", lambda x: 0 <= x <= 1)
-    must = ""
+    requirement = ""
     if code is not None:
         for name in ("parts", "estimator", "verify"):
             if getattr(wrapper, name):
-                must = f"{name} must be None with a code, as it is for batches by rows"
+                requirement = f"{name} must be None with a code, as it is for batches by rows"
         if code.mixes and wrapper.surrogate:
             # With a student, the paper's scheme has more error than the student alone in seven of
             # ten settings measured on two networks (once; no benchmark keeps it).
-            must = "surrogate must be left out with a code that mixes inputs: alone, it is better"
+            requirement = (
+                "surrogate must be left out with a code that mixes inputs: alone, it is better"
+            )
     elif parts is None and pool.num_workers is None:
-        must = f"parts must be given with {type(pool).__name__}, which has no number of workers"
+        requirement = (
+            f"parts must be given with {type(pool).__name__}, which has no number of workers"
+        )
     elif verify and (pool.num_workers or 0) < 2:
-        must = "verify must be None on a pool that does not have two workers or more"
-    check("CodedWrapper", not must, must, getattr(wrapper, must.partition(" ")[0], None))
+        requirement = "verify must be None on a pool that does not have two workers or more"
+    check(
+        "CodedWrapper",
+        not requirement,
+        requirement,
+        getattr(wrapper, requirement.partition(" ")[0], None),
+    )
     if wrapper.waiting is not None:
         _check_waiting(code, wrapper.waiting)
 
@@ -511,13 +520,15 @@ def _check_settings(wrapper: CodedWrapper) -> None:
 def _check_waiting(code: Code | None, waiting: Waiting) -> None:
     """Raise a TypeError or a ValueError unless a policy fits the code."""
     instance("CodedWrapper", "waiting", waiting, Waiting, optional=True)
-    must = ""
+    requirement = ""
     if code is None:
         if waiting.at_once or waiting.num_stragglers is not None:
-            must = "waiting must be Waiting(...) without a code, as rows replace no others"
+            requirement = "waiting must be Waiting(...) without a code, as rows replace no others"
     elif not waiting.estimate and code.mixes:
-        must = "waiting.estimate must be True with a code that mixes inputs, as it estimates all"
+        requirement = (
+            "waiting.estimate must be True with a code that mixes inputs, as it estimates all"
+        )
     elif (waiting.num_stragglers or 0) > (most := code.num_workers - code.min_received):
-        must = f"waiting.num_stragglers must be at most {most}, as {code} needs "
-        must += f"{code.min_received} results"
-    check("CodedWrapper", not must, must, waiting)
+        requirement = f"waiting.num_stragglers must be at most {most}, as {code} needs "
+        requirement += f"{code.min_received} results"
+    check("CodedWrapper", not requirement, requirement, waiting)

@@ -67,8 +67,8 @@ class Inputs:
                 sizes[i] = self._checked_size(i, dim)
         if not sizes:
             got = ", ".join(sorted({type(leaf).__name__ for leaf in self.leaves})) or "none"
-            must = "must hold a tensor or strings to divide"
-            raise ValueError(f"CodedWrapper: inputs {must}, got {got}")
+            requirement = "must hold a tensor or strings to divide"
+            raise ValueError(f"CodedWrapper: inputs {requirement}, got {got}")
         if len(set(sizes.values())) > 1:
             got = ", ".join(f"{size} in {self._name(i)}" for i, size in sizes.items())
             raise ValueError(
@@ -102,15 +102,15 @@ class Inputs:
         is_alone = not any(isinstance(x, Tensor) and type(dim) is int for x, dim in pairs)
         if is_alone and len(places) > 1 and num_named <= max(places):
             got = " and ".join(map(self._name, places))
-            must = 'strings must be the only input, or have 0 or "shared" in in_dims'
-            raise ValueError(f"CodedWrapper: {must}, got {got}; give them by position")
+            requirement = 'strings must be the only input, or have 0 or "shared" in in_dims'
+            raise ValueError(f"CodedWrapper: {requirement}, got {got}; give them by position")
         texts = dict[int, list[str]]()
         for i in places:
             if i >= num_named and not is_alone:
                 continue
             if dims[i] != 0:
-                must = 'must have the batch dimension 0, or "shared" in in_dims'
-                raise ValueError(f"CodedWrapper: {self._name(i)} {must}, got {dims[i]}")
+                requirement = 'must have the batch dimension 0, or "shared" in in_dims'
+                raise ValueError(f"CodedWrapper: {self._name(i)} {requirement}, got {dims[i]}")
             texts[i] = list(self.leaves[i])
             self.leaves[i] = torch.arange(len(texts[i]), device="cpu")
         return texts
@@ -209,8 +209,8 @@ class Inputs:
                 'position with "shared" in in_dims'
             )
         if not -leaf.dim() <= dim < leaf.dim():
-            must = f'have the batch dimension {dim}, or "shared" in in_dims'
-            raise ValueError(f"{name} {must}, got shape {(*leaf.shape,)}")
+            requirement = f'have the batch dimension {dim}, or "shared" in in_dims'
+            raise ValueError(f"{name} {requirement}, got shape {(*leaf.shape,)}")
         return leaf.shape[dim]
 
     def _check_shared(self, dims: Sequence[Any]) -> None:

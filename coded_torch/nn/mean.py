@@ -89,8 +89,8 @@ class _Data:
         rows = found.batch_size
         first = getattr(self, "_size", found.batch_size)
         if rows > first or (rows < first and number < self._last):
-            must = f"{first} rows in each batch but the last, which may have fewer"
-            raise ValueError(f"mean: inputs must have {must}, got {rows} in batch {number}")
+            requirement = f"{first} rows in each batch but the last, which may have fewer"
+            raise ValueError(f"mean: inputs must have {requirement}, got {rows} in batch {number}")
         return found
 
     def take(self, rows: Tensor) -> Inputs:
@@ -342,8 +342,8 @@ class Looks:
         found = [x.detach().cpu() for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
         if not found or any(x.dtype.is_complex or x.shape[:1] != rows.shape for x in found):
             got = ", ".join(f"{x.dtype} {[*x.shape]}" for x in found) or type(outputs).__name__
-            must = f"must be real, one row for each of {len(rows)}, got {got}"
-            raise ValueError(f"mean: outputs, or what of returns, {must}")
+            requirement = f"must be real, one row for each of {len(rows)}, got {got}"
+            raise ValueError(f"mean: outputs, or what of returns, {requirement}")
         flat = [x.reshape(len(rows), -1) for x in found]
         numbers = torch.cat([x.double() for x in flat], 1)
         if not bool((finite := numbers.isfinite().all(1)).all()):

@@ -72,8 +72,10 @@ class Program(LoadedModule):
             got = type(source).__name__
             raise TypeError(f"Program: source must be an ExportedProgram or a path, got a {got}")
         if self.suffix == ".onnx" and importlib.util.find_spec("onnxruntime") is None:
-            must = "onnxruntime must be installed"
-            raise ImportError(f"Program: {must}: pip install 'coded_torch[onnx]', got {None}")
+            requirement = "onnxruntime must be installed"
+            raise ImportError(
+                f"Program: {requirement}: pip install 'coded_torch[onnx]', got {None}"
+            )
         self.inputs: list[str] | None = None
         try:
             # Workers map the memory of tensors. As a buffer, it would move to devices.
@@ -91,9 +93,9 @@ class Program(LoadedModule):
         if self.inputs is not None:
             named = dict(zip(self.inputs, args, strict=False)) | kwargs
             if len(named) < len(args) + len(kwargs) or {*named} != {*self.inputs}:
-                must = f"{self.name} must be called with {', '.join(self.inputs)}"
+                requirement = f"{self.name} must be called with {', '.join(self.inputs)}"
                 got = f"{len(args)} by position and {[*kwargs]} by name"
-                raise TypeError(f"Program: {must}, got {got}")
+                raise TypeError(f"Program: {requirement}, got {got}")
             args = tuple(named[name] for name in self.inputs)
             kwargs = {}
         return self.load()(*args, **kwargs)

@@ -101,11 +101,15 @@ class Result:
         if self.dims[i] is None:
             return
         if not self._division.by_rows:
-            must = "must be a tensor with a code, as only calls without one join lists by rows"
-            raise TypeError(f"CodedWrapper: {self.name(i)} {must}, got a {type(items).__name__}")
+            requirement = (
+                "must be a tensor with a code, as only calls without one join lists by rows"
+            )
+            raise TypeError(
+                f"CodedWrapper: {self.name(i)} {requirement}, got a {type(items).__name__}"
+            )
         if len(items) != len(self._units):
-            must = f"must have an item for each of the {len(self._units)} rows"
-            raise WrongRows(f"CodedWrapper: {self.name(i)} {must}, got {len(items)}")
+            requirement = f"must have an item for each of the {len(self._units)} rows"
+            raise WrongRows(f"CodedWrapper: {self.name(i)} {requirement}, got {len(items)}")
         self.lists.append(i)
 
     def _check_probabilities(self, i: int) -> None:

@@ -132,14 +132,16 @@ class Waiting:
     spares: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        for argument, must, valid in (
+        for argument, requirement, valid in (
             ("deadline", "a positive and finite number of seconds", lambda x: 0 < x < math.inf),
             ("estimate_after", "positive", lambda x: x > 0),
             ("hedge_budget", "at least 0 and finite", lambda x: 0 <= x < math.inf),
         ):
             value = getattr(self, argument)
             if value is not None or argument == "hedge_budget":
-                object.__setattr__(self, argument, real("Waiting", argument, value, must, valid))
+                object.__setattr__(
+                    self, argument, real("Waiting", argument, value, requirement, valid)
+                )
         for argument in ("estimate", "at_once", "spares"):
             instance("Waiting", argument, getattr(self, argument), bool)
         instance("Waiting", "on_error", self.on_error, str)

@@ -16,6 +16,8 @@ def checked(given: Any) -> tuple[Any, ...]:
     """Return surrogates as a tuple: as an attribute, a module would be a submodule."""
     several = tuple(given) if isinstance(given, list | tuple) else (given,)
     for wrong in (x for x in several if not (callable(x) or isinstance(x, Memory))):
-        must = "surrogate must be a callable of the module's inputs, a Memory, or a list of such"
-        raise TypeError(f"CodedWrapper: {must}, got {type(wrong).__name__}")
+        requirement = (
+            "surrogate must be a callable of the module's inputs, a Memory, or a list of such"
+        )
+        raise TypeError(f"CodedWrapper: {requirement}, got {type(wrong).__name__}")
     return several

@@ -120,13 +120,13 @@ class Record:
             end = at + total * (i + 1) // many - total * i // many - held[i]
             hidden.append(order[at:end])
             at = end
-        unused = [self.random.sample(own, len(own)) for own in hidden]
+        unused = [self.random.sample(part, len(part)) for part in hidden]
         for i in range(many):
             places = ((start + j) % (many - 1) + i + 1 for j in range(many * held[i]))
-            found = (some.pop() for at in places if (some := unused[at % many]))
+            found = (rest.pop() for at in places if (rest := unused[at % many]))
             hidden[i] += itertools.islice(found, held[i])
         # A row for which no part was left is checked later.
-        left = [row for own in unused for row in own]
+        left = [row for part in unused for row in part]
         later = self.random.sample(left, len(rows) - len(order) + len(left))
         drawn = {*order}.difference(left).union(later)
         return tuple(tuple(sorted(part)) for part in hidden if part), drawn, share
