@@ -160,6 +160,7 @@ class Looks:
         self._at_looks = 1 - (1 - level) / (len(self.sizes) if anytime else 1)
         self._coded = coded
         self._of = of
+        self._averaged = "outputs" if of is None else "results of `of`"  # for messages
         self.numbers = list[Tensor]()
         budget = (coded.waiting or Waiting()).hedge_budget
         self._waiting = Waiting(hedge_budget=budget, estimate=False)
@@ -225,7 +226,7 @@ class Looks:
             low, high = bounds[:, column].tolist()
             got = f"{y[row, column]:.6g} in row {self.order[row]}, column {column}"
             raise ValueError(
-                f"mean: what of returns must be between {low:g} and {high:g}, got {got}"
+                f"mean: {self._averaged} must be between {low:g} and {high:g}, got {got}"
             )
         return bounds
 
@@ -343,12 +344,12 @@ class Looks:
         if not found or any(x.dtype.is_complex or x.shape[:1] != rows.shape for x in found):
             got = ", ".join(f"{x.dtype} {[*x.shape]}" for x in found) or type(outputs).__name__
             requirement = f"must be real, one row for each of {len(rows)}, got {got}"
-            raise ValueError(f"mean: outputs, or what of returns, {requirement}")
+            raise ValueError(f"mean: {self._averaged} {requirement}")
         flat = [x.reshape(len(rows), -1) for x in found]
         numbers = torch.cat([x.double() for x in flat], 1)
         if not bool((finite := numbers.isfinite().all(1)).all()):
             row = int(rows[~finite][0])
-            raise ValueError(f"mean: what of returns must be finite, got others in row {row}")
+            raise ValueError(f"mean: {self._averaged} must be finite, got others in row {row}")
         return numbers, torch.cat([torch.full(x.shape[1:], x.dtype is torch.bool) for x in flat])
 
 

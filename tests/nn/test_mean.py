@@ -396,11 +396,14 @@ def test_arguments_are_checked_before_the_first_look(given, error):
         ),
         (
             {"bounds": (-9, 0)},
-            "mean: what of returns must be between -9 and 0, got .* in row .*, col",
+            "mean: outputs must be between -9 and 0, got .* in row .*, col",
         ),
-        ({"of": lambda y, _: y[:1]}, r"mean: .* row for each of 60, got torch.float32 \[1, 2\]"),
+        (
+            {"of": lambda y, _: y[:1]},
+            r"mean: results of `of` .* row for each of 60, got torch.float32 \[1, 2\]",
+        ),
         ({"of": lambda y, _: 1.0}, r"mean: .* one row for each of 60, got float"),
-        ({"of": lambda y, _: y / 0}, r"mean: what of returns must be finite, got others in row"),
+        ({"of": lambda y, _: y / 0}, r"mean: results of `of` must be finite, got others in row"),
     ],
 )
 def test_what_of_returns_is_checked(given, error):
