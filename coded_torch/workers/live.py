@@ -43,6 +43,50 @@ def in_thread(work: Callable[[], _T], name: str) -> Future[_T]:
     return future
 
 
+class Work:
+    """A function that runs at once in a thread of its own, and its result.
+
+    Unlike a :class:`Future`, an interrupt of one thread that asks never stops the others: the lock
+    of a Future stays locked if the interrupt comes while its condition is being entered.
+    """
+
+    def __init__(self, function: Callable[[], Any], name: str) -> None:
+        self._function: Callable[[], Any] | None = function
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._done = False
+        self._running = threading.Lock()  # is released when the function has ended
+        self._running.acquire()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def _run(self) -> None:
+        function = self._function
+        assert function is not None
+        try:
+            self._result = function()
+        except BaseException as error:  # whoever asks for the result gets it
+            self._error = error
+        self._function = None
+        self._done = True
+        self._running.release()
+
+    def done(self) -> bool:
+        """Return whether the function has ended."""
+        return self._done
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the function has ended, for some seconds at most."""
+        # An interrupt may leave the lock locked, but only once the function has ended.
+        if not self._done and self._running.acquire(timeout=seconds):
+            self._running.release()
+
+    def result(self) -> Any:
+        """Return the result of a function that has ended, or raise its exception."""
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
 class Interruption:
     """Interrupts, from another thread, the requests that one call opens."""
 

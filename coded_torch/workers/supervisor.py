@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from concurrent import futures
 from concurrent.futures import CancelledError
 from operator import attrgetter
 from typing import Any
@@ -57,7 +56,9 @@ class WatchedWorker(Worker):
     @property
     def is_abandoned(self) -> bool:
         """Whether it is at a part of a call that the caller interrupted."""
-        return self.part is not None and self.part.request.abandoned
+        part = self.part
+        request = None if part is None else part.request  # another thread may end the part now
+        return request is not None and request.abandoned
 
     def load(self, part: Part) -> None:
         """Note that the worker gets a part, and forgets all modules that are not alive."""
@@ -135,7 +136,7 @@ class Supervisor(Dispatcher):
         self._failed_starts = 0
         self._start_again = -math.inf
         self._beginning = threading.Lock()
-        self._first: Any = None  # the future package of the module that new workers load first
+        self._first: Any = None  # the Work that packs the module that new workers load first
 
     def set_up(self) -> None:
         """Prepare for the thread, which starts next."""
@@ -296,7 +297,7 @@ class Supervisor(Dispatcher):
         due = -math.inf
         try:
             while self._first is not None and not (self.closed or self._first.done()):
-                futures.wait([self._first], _LOOK_SECONDS)
+                self._first.wait(_LOOK_SECONDS)
             self._first = None
             while not self.closed:
                 try:
@@ -367,7 +368,7 @@ class SupervisedRequest(LiveRequest):
                 raise CancelledError(f"{type(self).__name__}: the call was cancelled")
             if seconds <= 0 or not self._held:
                 return None
-            futures.wait([self._packed.package], min(seconds, _LOOK_SECONDS))
+            self._packed.package.wait(min(seconds, _LOOK_SECONDS))
         return super().wait(until)
 
     def drop(self, parts: Iterable[Part]) -> None:

@@ -46,7 +46,7 @@ from .._extension import lane
 from .._loaded import load_all
 from . import shared_memory
 from .base import InjectedCrash, compute
-from .live import Ambient, in_thread
+from .live import Ambient, Work
 from .shared_memory import pack, unpack
 
 # Kinds of messages. The server sends the last two: the process id of a worker, and its exit code.
@@ -334,7 +334,7 @@ class PackedModule(NamedTuple):
     """The module of a request: the data that all its parts share."""
 
     number: int  # the number of the module in its present state
-    package: Any  # the module, as it is sent; of a `ModuleStore`, a future
+    package: Any  # the module, as it is sent; of a `ModuleStore`, the Work that packs it
     alive: frozenset[int]  # the numbers of all modules that may still be needed
     head: bytes  # the pickle of number, alive and the caller's modes
 
@@ -356,7 +356,7 @@ class ModuleStore:
     def pack(self, module: nn.Module, ambient: Ambient) -> PackedModule:
         """Return the module in its present state, for a caller with these modes.
 
-        Its package is a future: a thread packs it, as a caller may have a deadline.
+        A thread packs it, as a caller may have a deadline.
         """
         (tensors, how), key = fingerprint(module), id(module)
         packed = self._packed.get(key)
@@ -367,7 +367,7 @@ class ModuleStore:
                     number = next(self._numbers)
                     make = functools.partial(self._pack, module, number, ambient)
                     make = functools.partial(contextvars.copy_context().run, make)
-                    package = in_thread(make, "coded_torch packs")
+                    package = Work(make, "coded_torch packs")
                     gone = functools.partial(_forget, weakref.ref(self), key)
                     packed = how, number, package, tensors, weakref.ref(module, gone)
                     self._packed[key] = packed

@@ -1,5 +1,8 @@
 """Requests on real time, whose workers are the test."""
 
+import itertools
+import sys
+import threading
 import time
 from typing import Any
 
@@ -8,7 +11,7 @@ import torch
 from coded_torch.testing.workers import numbered, replies_of, task_of
 from coded_torch.workers import Began
 from coded_torch.workers.dispatch import Dispatcher, Worker
-from coded_torch.workers.live import LiveRequest
+from coded_torch.workers.live import LiveRequest, Work
 
 WAIT = 60.0
 
@@ -85,3 +88,44 @@ def test_replies_are_gathered_unless_a_part_is_late():
     asked = request.now()
     assert isinstance(request.wait(), Began)
     assert 0.1 < request.now() - asked < WAIT
+
+
+def interrupted_at(place: int, call: Any) -> bool:
+    """Interrupt a call at the given event of its trace, and return whether there was one."""
+    left = itertools.count(place, -1)
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        if next(left) == 0:
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_who_is_interrupted_as_it_asks_for_the_result_of_work_stops_nobody_else():
+    def asks(work: Work, found: list[Any]) -> None:
+        work.wait(WAIT)
+        found.append((work.done(), work.result()))
+
+    places = 0
+    for place in itertools.count():
+        go_on = threading.Event()
+        work = Work(lambda go_on=go_on: go_on.wait(WAIT), "work")
+        go_on.set()
+        was_interrupted = interrupted_at(place, lambda work=work: asks(work, []))
+        found: list[Any] = []
+        thread = threading.Thread(target=asks, args=(work, found), daemon=True)
+        thread.start()
+        thread.join(5.0)
+        assert found == [(True, True)], place
+        places += was_interrupted
+        if not was_interrupted:
+            break
+    assert places > 5
