@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import ctypes
 import math
 import resource
 import socket
+import struct
 import time
 from typing import Any
 
@@ -25,6 +27,7 @@ _KEEP_ALIVE = 75  # seconds, nginx's default: clients keep connections for longe
 # Seconds without a request after which a connection ends with the server: a client that has an
 # answer asks again within some milliseconds.
 _QUIET = 0.25
+_ATTACH_FILTER = 26  # SO_ATTACH_FILTER of Linux, which the module socket does not name
 _TO_READ = 5  # seconds after the last deadline in which clients may read answers at the end
 _BEGIN = b"HTTP/1.1 "  # of any answer
 
@@ -239,14 +242,19 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: Any = None) -> None:
         loop = asyncio.get_running_loop()
         self.server_state.default_headers.append((b"connection", b"close"))
+        listeners = [each.dup() for server in self.servers for each in server.sockets]
         waiting = list[socket.socket]()
-        for listening in sockets or ():
+        for listening in listeners:
+            if self.config.fd is None:  # else whoever opened it may go on to listen
+                _drop_new(listening)
             listening.setblocking(False)
             with contextlib.suppress(OSError):  # none waits any more
                 while True:
                     waiting.append(listening.accept()[0])
         for server in self.servers:
             server.close()
+        for listening in listeners:
+            listening.close()
         for accepted in waiting:
             accepted.setblocking(False)
             await loop.connect_accepted_socket(self._connection, accepted)
@@ -264,6 +272,19 @@ class _Server(uvicorn.Server):
         return made(
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
+
+
+def _drop_new(listening: socket.socket) -> None:
+    """Let the kernel ignore whoever wants to connect, until the socket is closed.
+
+    A connection that came after the last one was accepted would be reset, although its client may
+    have sent a request. Ignored, the client asks the kernel again and is refused.
+    """
+    instruction = struct.pack("HBBI", 0x06, 0, 0, 0)  # of the socket filter: return, take 0 bytes
+    kept = ctypes.create_string_buffer(instruction, len(instruction))
+    program = struct.pack("HP", 1, ctypes.addressof(kept))
+    with contextlib.suppress(OSError):  # no such filter here: the time without one is short
+        listening.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, program)
 
 
 def server(application: Any, **options: Any) -> uvicorn.Server:

@@ -16,7 +16,7 @@ from torch import nn
 from coded_torch.serve import TensorSpec, connections
 from coded_torch.testing.helpers import until
 
-from .servers import Client, built, serving, tensor
+from .servers import Client, built, serving, started, tensor
 
 
 async def test_a_response_is_sent_at_once_unless_the_client_has_gone():
@@ -256,3 +256,33 @@ def test_a_body_that_nobody_reads_ends_in_time(port, monkeypatch):
         while time.monotonic() < end:
             connection.sendall(bytes(2**16))
     assert time.monotonic() < end
+
+
+def test_no_client_that_connects_as_the_server_ends_is_reset(monkeypatch):
+    """It comes between the last look at the clients that wait and the end of the listener."""
+    outcomes = []
+    threads = []
+    accept = socket.socket.accept
+
+    def ask():
+        try:
+            with connected(
+                port, b"GET /v2/health/live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+            ) as client:
+                outcomes.append(client.recv(12))
+        except ConnectionError as error:
+            outcomes.append(type(error))
+
+    def accept_late(listening):
+        try:
+            return accept(listening)
+        except BlockingIOError:
+            threads.extend(started([ask]))
+            threads[-1].join(0.3)  # now it has connected, if it can
+            raise
+
+    with serving(built()) as port:
+        monkeypatch.setattr(socket.socket, "accept", accept_late)
+    for thread in threads:
+        thread.join(60)
+    assert outcomes == [ConnectionRefusedError]
