@@ -45,20 +45,11 @@ def compiled():
     from pybind11.setup_helpers import Pybind11Extension
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
-    plan = Pybind11Extension(
-        "coded_torch._plan",
-        ["csrc/plan/bindings.cpp"],
-        cxx_std=17,
-        extra_compile_args=["-O3"],
-        depends=HEADERS,
-    )
-    lane = Pybind11Extension(
-        "coded_torch._lane",
-        ["csrc/lane/bindings.cpp"],
-        cxx_std=17,
-        extra_compile_args=["-O3"],
-        depends=HEADERS,
-    )
+    def bound(name):
+        sources = [f"csrc/{name}/bindings.cpp"]
+        how = {"cxx_std": 17, "extra_compile_args": ["-O3"], "depends": HEADERS}
+        return Pybind11Extension(f"coded_torch._{name}", sources, **how)
+
     # Loaded by torch.ops.load_library; there is no Python in it, and nothing of CUDA.
     operators = Extension(
         "coded_torch._ops",
@@ -72,7 +63,9 @@ def compiled():
         depends=HEADERS,
     )
     # Pools of processes need Linux, whose shared memory they seal.
-    modules = [plan, operators, *([lane] if sys.platform == "linux" else [])]
+    modules = [bound("plan"), operators]
+    if sys.platform == "linux":
+        modules.append(bound("lane"))
     return {"ext_modules": modules, "cmdclass": {"build_ext": BuildExtension}}
 
 

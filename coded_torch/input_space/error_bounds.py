@@ -1,4 +1,4 @@
-"""Error bounds by conformal prediction, leaving one out, and a test of what they assume."""
+"""Error bounds by leave-one-out conformal prediction, and a test of their assumption."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class Verifier:
             self._is_asked = True
             return -math.inf  # the parts are asked for
         until = math.inf
-        # At first there are no results, which fits the regression while workers compute.
+        # The first call has no results yet. It fits the regression while the workers compute.
         if self._add():
             until = -math.inf
         elif table.reason:

@@ -316,7 +316,7 @@ class _Processes(Supervisor):
                 self._lane.pop()
 
     def _hear(self, worker: _Process, what: int, message: Any, error: str, has_ended: bool) -> None:
-        """Handle what has come from a worker, perhaps again after an interrupt."""
+        """Handle a message of a worker. If an interrupt ends this, it is handled again."""
         if has_ended:
             worker.unwanted = worker.unwanted or "has ended"  # it gets no part
         kind = ENDED if message is None else message.kind

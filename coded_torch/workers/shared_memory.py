@@ -91,13 +91,13 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _message(stream: bytes, size: int, tensors: Sequence[tuple[Tensor, int]], blocks: Any) -> Any:
-    pieces = list[tuple[int, int, int, None]]()
+    pieces = list[tuple[int, int, int]]()
     kept = list[Tensor]()
     for tensor, offset in tensors:
         if not (tensor.is_cpu and tensor.is_contiguous()) or tensor.is_conj() or tensor.is_neg():
             tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
             kept.append(tensor)
-        pieces.append((offset, tensor.data_ptr(), tensor.nbytes, None))
+        pieces.append((offset, tensor.data_ptr(), tensor.nbytes))
     return lane.Message(stream, size, pieces, blocks)
 
 
@@ -117,8 +117,8 @@ class _Place(NamedTuple):
     offset: int  # from the beginning of the message
 
 
-class _Unformed(Exception):  # noqa: N818 - it is no error
-    """The object is not of tuples, tensors and constants alone."""
+class _FormError(TypeError):
+    """An object that is not of tuples, tensors and constants alone has no form."""
 
 
 def _form(value: Any, of_tensor: Callable[[Tensor], Any]) -> Any:
@@ -131,7 +131,7 @@ def _form(value: Any, of_tensor: Callable[[Tensor], Any]) -> Any:
         return value
     if kind is dict and not value:
         return dict
-    raise _Unformed
+    raise _FormError
 
 
 def pack(value: Any, blocks: Any) -> Any:
@@ -144,7 +144,7 @@ def pack(value: Any, blocks: Any) -> Any:
 
     try:
         form = _form(value, of_tensor)
-    except _Unformed:
+    except _FormError:
         return Pickled(value).message(blocks)
     if (known := _streams.get(form)) is None:
         pickled = Pickled(value)
@@ -171,7 +171,7 @@ def unpack(received: Any) -> Any:
     unpickler = _Unpickler(stream, memory, copied)
     value = unpickler.load()
     if len(stream) <= _LONGEST_FORM:
-        with contextlib.suppress(_Unformed):
+        with contextlib.suppress(_FormError):
             form = _form(value, unpickler.place)
             _remember(_forms, stream, form)
     return value
@@ -229,7 +229,7 @@ class _Unpickler(pickle.Unpickler):
             if read is tensor and not view and offset not in self._placed:
                 self._placed.add(offset)
                 return _Place(tensor.dtype, shape, tensor.numel(), self._start + offset)
-        raise _Unformed
+        raise _FormError
 
     def find_class(self, module: str, name: str) -> Any:
         if module != "__main__":

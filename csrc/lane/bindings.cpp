@@ -1,6 +1,5 @@
 // coded_torch._lane: what moves bytes between a pool and its processes. No torch header here:
 // tensors are addresses.
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,22 +7,16 @@
 
 namespace py = pybind11;
 namespace lane = coded_torch::lane;
-using Rows = py::array_t<int64_t, py::array::c_style>;
-// The place in the message, the address and the bytes of numbers; the rows, or None.
-using Pieces = std::vector<std::tuple<size_t, uintptr_t, size_t, std::optional<Rows>>>;
+// The place in the message, the address and the bytes of numbers.
+using Pieces = std::vector<std::tuple<size_t, uintptr_t, size_t>>;
 
 static std::shared_ptr<lane::Message> message(const std::string& pickle, size_t size,
                                               const Pieces& pieces,
                                               const std::shared_ptr<lane::Blocks>& blocks) {
   std::vector<lane::Piece> found;
   found.reserve(pieces.size());
-  for (const auto& [offset, address, bytes, rows] : pieces) {
-    lane::Piece piece{offset, reinterpret_cast<const char*>(address), bytes};
-    if (rows) {
-      piece.rows = rows->data();
-      piece.num_rows = size_t(rows->size());
-    }
-    found.push_back(piece);
+  for (const auto& [offset, address, bytes] : pieces) {
+    found.push_back(lane::Piece{offset, reinterpret_cast<const char*>(address), bytes});
   }
   if (size <= lane::kShort && blocks != nullptr) {
     return std::make_shared<lane::Message>(pickle, size, found, blocks.get());

@@ -120,7 +120,8 @@ class Memory {
  private:
   void map(int how) {
     void* place = mmap(nullptr, size_, PROT_READ | PROT_WRITE, how, descriptor_.get(), 0);
-    if (place == MAP_FAILED) fail();
+    // The system may call it EAGAIN, which means here that nothing has come.
+    if (place == MAP_FAILED) fail(ENOMEM);
     data_ = static_cast<char*>(place);
   }
   void unmap() {
@@ -218,13 +219,11 @@ class Blocks {
   Kept free_;
 };
 
-// Numbers that lie in memory, end to end or, given some rows, as these rows of so many bytes each.
+// Numbers that lie in memory, end to end.
 struct Piece {
   size_t offset;  // the place in the message, behind its pickle
   const char* data;
   size_t bytes;
-  const int64_t* rows = nullptr;
-  size_t num_rows = 0;
 };
 
 // A message that is ready to be sent: a pickle, and the numbers of its tensors.
@@ -259,15 +258,7 @@ class Message {
     std::memcpy(memory, pickle.data(), pickle.size());
     char* behind = memory + aligned(pickle.size());
     for (const Piece& piece : pieces) {
-      char* to = behind + piece.offset;
-      if (piece.rows == nullptr) {
-        std::memcpy(to, piece.data, piece.bytes);
-        continue;
-      }
-      for (size_t i = 0; i < piece.num_rows; ++i) {
-        std::memcpy(to + i * piece.bytes, piece.data + size_t(piece.rows[i]) * piece.bytes,
-                    piece.bytes);
-      }
+      std::memcpy(behind + piece.offset, piece.data, piece.bytes);
     }
   }
 
