@@ -234,7 +234,7 @@ class Verifier:
         if not fresh or more <= 0 or record.whole:
             return set()
         rows = [row for row, part in answers if part.worker in fresh and row not in self.wanted]
-        return {*record.sample(rows, more)}
+        return {*record.sample(rows, more / (1 - self._share))}
 
     def _check(self, done: set[int]) -> None:
         """Have the wanted rows computed by others."""

@@ -436,13 +436,16 @@ class Workers(abc.ABC):
             # One row several times does not tell whether a tensor is the same for all rows.
             if rows is not mixed and refusal is not None and layout.constants:
                 continue
-            if rows is mixed and (note := difference(pair, layout, task.out_dims, is_half)):
-                # A single wrong result is no reason to doubt the module.
+            note = difference(pair, layout, task.out_dims, is_half) if rows is mixed else ""
+            if note:
+                # A wrong worker is no reason to doubt the module. So others compute both parts
+                # again, and parts of one worker are compared, too.
                 again = self._few(module, task.few(rows), SIZES, 1, end - time.monotonic())
-                values = [again.get(n) for n in SIZES]
-                if not any(x is None or isinstance(x, Exception) for x in values):
-                    differs = difference(values, layout, task.out_dims, is_half)
-                    layout.note = note if differs else ""
+                others = [again.get(n) for n in SIZES]
+                if not any(x is None or isinstance(x, Exception) for x in others):
+                    crossed = [others, [pair[0], others[1]], [others[0], pair[1]]]
+                    differs = (difference(x, layout, task.out_dims, is_half) for x in crossed)
+                    layout.note = note if all(differs) else ""
             return layout
         if refusal is not None:
             raise refusal

@@ -135,6 +135,20 @@ def test_a_row_that_depends_on_others_is_marked_in_every_call(make):
             assert re.match("output of a row depends on the other rows of its part", note)
 
 
+def test_a_worker_that_is_always_wrong_is_no_dependence_of_rows():
+    wrong = []  # the first thread that computes
+
+    def wrong_on_one_worker(x):
+        thread = threading.get_ident()
+        if not wrong:
+            wrong.append(thread)
+        return x + 1 if thread == wrong[0] else x
+
+    with DeviceWorkers(["cpu"] * 2) as pool, torch.no_grad():
+        _, report = CodedWrapper(Call(wrong_on_one_worker), workers=pool, parts=4).run(X)
+    assert not any("depends on" in note for note in report.notes)
+
+
 @pytest.mark.filterwarnings("ignore:.* cannot be estimated")
 def test_a_list_is_neither_estimated_nor_verified_nor_decoded():
     named = Call(lambda x: (x, ["ok"] * len(x)))

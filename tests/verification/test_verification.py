@@ -230,6 +230,15 @@ class TestAWrongWorker:
             own, others = own + len(rows & checked), others + len(checked - rows)
         assert own > others / 2  # of a fifth of the rows
 
+    def test_has_each_row_checked_in_its_trial_period_at_ten_times_a_tenth(self):
+        for seed in range(20):
+            pool = pool_of(6)
+            coded = known(wrap(pool, verify=0.1))
+            coded._record.renew([2])
+            report = check(coded, batch(seed))
+            rows = next(part.units for _, worker, part in pool.begun if worker == 2)
+            assert report.verified[[*rows]].all()
+
     def test_gets_nothing_from_pools_that_cannot_exclude(self):
         pool = pool_of(6, {2: [by(1.0)]})
         pool.exclude = None
