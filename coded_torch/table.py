@@ -247,6 +247,8 @@ class Table:
         if self.failed:
             tried = [self.failed.get(unit, _NOBODY) for unit in part.units]
             part.tried = frozenset.intersection(*tried)
+        if of is not None and of.outcome is OPEN:  # its worker may take several parts at a time
+            part.tried |= {other.worker for other in of.line()}
         self.parts.append(part)
         self.num_asked += len(units)
         self.open += 1

@@ -104,10 +104,13 @@ class History:
             if self._unfitted >= _REFIT:
                 self._fit()
 
-    def part(self, rows: int, quantile: float = 0.5) -> float:
-        """Return a quantile of parts of so many rows in seconds; infinite until 32 have replied."""
+    def part(self, rows: int, quantile: float = 0.5, least: int = _LEAST) -> float:
+        """Return a quantile of parts of so many rows in seconds.
+
+        Infinite until 32 have replied, or ``least``.
+        """
         with self._lock:
-            return self._quantile(self._parts, quantile) * self._scale(rows)
+            return self._quantile(self._parts, quantile, least) * self._scale(rows)
 
     def num_hedges(self, rows: int, most: int) -> int:
         """Return how many parts stand in for a late one: ``most``, or 1 if that is no use."""
@@ -146,9 +149,9 @@ class History:
             self._debt += work if is_allowed else 0.0
             return is_allowed
 
-    def _quantile(self, window: _Window, q: float) -> float:
+    def _quantile(self, window: _Window, q: float, least: int = _LEAST) -> float:
         index = int(q * len(window.ordered))
-        is_known = self._replied >= _LEAST and index < len(window.ordered)
+        is_known = self._replied >= least and index < len(window.ordered)
         return window.ordered[index] if is_known else math.inf
 
     def _scale(self, rows: int) -> float:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import heapq
 import math
+import statistics
 from collections import deque
 from collections.abc import Sequence
 
@@ -49,16 +50,17 @@ _MOST_TAIL = 8.0
 # Seconds before which no part is late, once parts have replied: threads of a busy machine are held
 # up for longer, so a hedge brings nothing and costs .1 ms (benchmarks against, "calls, 4 x 40 B").
 _SOONEST = 2e-3
+# Until 32 parts have replied, no part is late sooner than these seconds, as workers may still load
+# code. Not tuned: a server that hung held such a call for its own timeout, 600 s by default.
+_SOONEST_IF_NEW = 2.0
 
 
-def hedging_threshold(
-    history: History, rows: int, budget: float = 0.0, unknown: float = math.inf
-) -> float:
+def hedging_threshold(history: History, rows: int, budget: float = 0.0) -> float:
     r"""Return the seconds after which a part of so many rows is late.
 
     With the median m and the lower quartile q of parts, m times :math:`(m / q)^{4.45}`, or the
     quantile 1 - ``budget`` if it is less, which is bounded by 1.5 m and 8 m; at least 2 ms.
-    ``unknown`` until 32 parts have replied.
+    Infinite until 32 parts have replied.
     """
     shares = (0.5, 0.25, max(0.0, 1.0 - budget))
     median, quartile, spent = [history.part(rows, share) for share in shares]
@@ -66,7 +68,16 @@ def hedging_threshold(
     if quartile > 0 and median < math.inf:
         most = min(most, (median / quartile) ** _TAIL)
     threshold = max(_LEAST_TAIL * median, min(most * median, spent))
-    return max(_SOONEST, threshold) if threshold < math.inf else unknown
+    return max(_SOONEST, threshold)
+
+
+def _threshold_if_new(history: History, table: Table, units: int) -> float:
+    """Return the threshold until 32 parts have replied, by those that have."""
+    median = history.part(units * table.unit_rows, least=1)
+    if median == math.inf:
+        good = [part.seconds * max(1.0, units / len(part.units)) for part in table.good]
+        median = statistics.median_high(good) if good else math.inf
+    return max(_SOONEST_IF_NEW, _MOST_TAIL * median)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -80,7 +91,9 @@ class Waiting:
     - A part is late when its running time exceeds the hedging threshold
       (:func:`~coded_torch.scheduling.policy.hedging_threshold`). It is hedged at
       most three times, the first time split over up to four idle workers. Until 32 parts have
-      replied, a part is late at half of the deadline.
+      replied, a part is late at half of the deadline. If no row may be estimated, it is late after
+      eight medians of earlier calls or, in a module's first call, of the half that has replied, but
+      at least 2 s.
     - A part that failed is asked again at once, in smaller parts, until the rows that fail stand
       alone. If a row raises alike on two workers, the module fails on it. If 16 rows, or all, raise
       alike before any result is good, it is taken to fail on all. If a row ends its worker twice,
@@ -220,10 +233,11 @@ class _Decisions:
         self.is_remembered = False
         self.timers: list[tuple[float, int]] = []  # the due times and numbers of parts
         self.to_replace: dict[int, Part] = {}  # late and failed parts, by number
-        half = (waiting.deadline or math.inf) / 2
-        self.threshold = functools.cache(
-            lambda n: hedging_threshold(history, n * table.unit_rows, budget, half)
+        self.known_threshold = functools.cache(
+            lambda n: hedging_threshold(history, n * table.unit_rows, budget)
         )
+        self.new_threshold = functools.cache(lambda n: _threshold_if_new(history, table, n))
+        self.is_unknown = history.part(1, least=1) == math.inf  # how long any part takes
         table.late = (budget and self.threshold(min(map(len, table.first)))) or math.inf
         history.earn(budget)
         for units in table.first:
@@ -233,6 +247,9 @@ class _Decisions:
         """Return when to decide again if nothing happens."""
         table = self.table
         raised = False
+        if self.is_unknown and 2 * table.num_good >= self.num_units:
+            self.is_unknown = False
+            table.changed += [p for p in table.parts if p.outcome is OPEN and p.began < math.inf]
         for part in table.changed:
             if part.outcome is OPEN and self.waiting.hedge_budget:
                 if not part.verifies:
@@ -256,6 +273,15 @@ class _Decisions:
                 table.prepares = table.now + table.reserve <= self.late_at
         table.reason = self._end(reason) if reason else ""
         return math.inf if reason else self._until()
+
+    def threshold(self, units: int) -> float:
+        """Return the seconds after which a part of so many units is late."""
+        known = self.known_threshold(units)
+        if known < math.inf:
+            return known
+        if self.waiting.deadline is not None:
+            return self.waiting.deadline / 2
+        return math.inf if self.is_unknown or self.may_estimate else self.new_threshold(units)
 
     def _reason(self) -> str:
         """Return why the call ends now, "" if it does not."""

@@ -298,7 +298,9 @@ class Verifier:
             return GOOD if part in most else DISPUTED
         lacking = majority - len(most) - sum(p.outcome is OPEN for p in votes)
         heard = {part.worker, other.worker}.union(*(record.everyone - p.avoid for p in votes))
-        others = sorted(record.workers - heard - self.faults.keys())
+        able = record.workers - heard - self.faults.keys()
+        late = {p.worker for p in table.parts if p.replaced and p.outcome is OPEN}
+        others = sorted(able - late or able)  # a worker that hangs would hang at the vote, too
         may_ask = len(votes) < len(record.everyone) and len(good) < 2 * majority - 1
         if may_ask and lacking > 0 and others:
             for juror in record.random.sample(others, min(lacking, len(others))):

@@ -72,6 +72,38 @@ def test_before_latencies_are_known_a_part_is_late_at_half_of_the_deadline():
     assert play.report.hedging_threshold is None
 
 
+@pytest.mark.parametrize(
+    ("acts", "at"),
+    [
+        ([OK, OK, OK], 8.0),
+        ([OK, OK, ("ok", 7.0)], 8.0),
+        ([OK, ("ok", 3.0), ("ok", 7.0)], 24.0),
+        ([("ok", 0.1)] * 3, 2.0),  # not sooner, as workers may still load code
+        ([OK, OK, ("die", 0.5)], 8.0),  # its rows are computed at once
+    ],
+)
+def test_a_new_module_without_a_deadline_is_late_by_the_replies_of_others(acts, at):
+    play = Play(*[[act] for act in acts], [LATE], known=False)
+    late = [time for time, _, units in play.again if {*units} <= {*play.first[3]}]
+    assert late == [at, at]
+    assert play.report.ended == "complete"
+
+
+def test_a_part_of_a_new_module_is_not_late_before_half_have_replied():
+    play = Play([OK], [("ok", 60.0)], [("ok", 60.0)], [("ok", 60.0)], known=False)
+    assert (play.again, play.seconds) == ([], 60.0)
+
+
+def test_calls_of_one_part_are_late_by_the_replies_of_calls_before():
+    pool = VirtualWorkers([[OK, OK, LATE], [OK]])
+    coded = CodedWrapper(nn.Identity(), workers=pool, parts=1)
+    coded.run(X[:1])  # its worker loads the module, so its time does not count
+    for seconds in (1.0, 9.0):
+        before = pool.clock
+        coded.run(X[:1])
+        assert pool.clock - before == pytest.approx(seconds)
+
+
 def test_a_late_part_is_split_over_idle_workers():
     play = Play([OK], [OK], [OK], [LATE])
     first, second = play.first[3][:1], play.first[3][1:]
