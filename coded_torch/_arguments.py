@@ -118,7 +118,8 @@ def real(
     """Return ``value`` as a float that is ``valid``; a bool is none."""
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     with contextlib.suppress(OverflowError):  # an integer or a fraction is too large
-        if is_real and valid(number := float(value)):
+        number = float(value) if is_real else math.nan
+        if is_real and valid(number):
             return number
     message = f"{_name(owner)}: {argument} must be {requirement}, got {shown(value)}"
     raise ValueError(message) if is_real else TypeError(f"{message} of type {type(value).__name__}")

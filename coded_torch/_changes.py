@@ -120,7 +120,8 @@ def _look_at(module: nn.Module) -> Look | None:
 
 
 def _remove(place: int, reference: weakref.ref[Any]) -> None:
-    if (last := _LAST.get(place)) is not None and last[0] is reference:
+    last = _LAST.get(place)
+    if last is not None and last[0] is reference:
         del _LAST[place]
 
 
@@ -140,7 +141,8 @@ def _look(kept: list[Any], value: Any, seen: dict[int, int] | None = None) -> An
         if value.layout is not torch.strided:
             kept.append(value)
             return id(value), _version_of(value)
-        kept.append(value := value.detach())  # follows no later assignment to data
+        value = value.detach()  # follows no later assignment to data
+        kept.append(value)
         bits = value.dtype, value.is_conj(), value.is_neg()
         return value.data_ptr(), _version_of(value), value.shape, value.stride(), *bits
     seen = {} if seen is None else seen  # the numbers of the collections so far, by their ids
@@ -193,8 +195,9 @@ def _samples_of(tensors: Iterable[Tensor]) -> Samples:
     """
     ranges = list[tuple[int, int]]()
     for x in tensors:
-        if not x.is_cpu or x.layout is not torch.strided or not (address := x.data_ptr()):
+        if not x.is_cpu or x.layout is not torch.strided or not x.data_ptr():
             continue
+        address = x.data_ptr()
         size = x.nbytes
         if not x.is_contiguous():
             last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))

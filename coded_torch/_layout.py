@@ -200,7 +200,8 @@ def dependent_output(
     divided = list(filter(has_rows, leaves))
     if len({len(x) for x in divided}) != 1:
         raise RuntimeError("the inputs of the example must have one size at dimension 0")
-    if len(rows := different_rows(divided)) == 1:
+    rows = different_rows(divided)
+    if len(rows) == 1:
         got = f"{len(divided[0])} equal rows"
         raise RuntimeError(f"the example must have two different rows, got {got}")
     sizes = [float(x[rows].abs().max()) for x in divided if x.dtype.is_floating_point and x.numel()]

@@ -115,7 +115,8 @@ def add_page(built: App, *, faults: bool = False, is_local: bool) -> None:
     shown = {built.version: _examples(built)}
 
     async def page(_: Request) -> Response:
-        if (version := built.version) not in shown:
+        version = built.version
+        if version not in shown:
             shown[version] = await asyncio.to_thread(_examples, built)
         examples = shown[version].replace("<", r"\u003c")
         nonce = secrets.token_urlsafe(24)  # the script and the style of this response may run

@@ -32,7 +32,8 @@ def harmless() -> Iterator[None]:
 
 def _api() -> Any:
     """Return OpenTelemetry's module; None if there is nothing to record, or to carry on."""
-    if (api := sys.modules.get("opentelemetry.trace")) is not None:
+    api = sys.modules.get("opentelemetry.trace")
+    if api is not None:
         with harmless():
             is_set = type(api.get_tracer_provider()) is not api.ProxyTracerProvider
             if is_set or api.get_current_span().get_span_context().is_valid:
@@ -54,7 +55,8 @@ def span(name: str, headers: Mapping[str, str] | None = None) -> Any:
 
     With the headers of a request, the span is the server's, and its parent may be the client's.
     """
-    return _NOTHING if (api := _api()) is None else _span(api, name, headers)
+    api = _api()
+    return _NOTHING if api is None else _span(api, name, headers)
 
 
 @contextlib.contextmanager
@@ -90,7 +92,8 @@ def _span(api: Any, name: str, headers: Mapping[str, str] | None) -> Iterator[An
 @harmless()
 def note_parts(table: Table, now: float, names: Mapping[int, str]) -> None:
     """Make a span of each part, in the present span, at the time ``now`` of the table's clock."""
-    if (api := _api()) is None or not api.get_current_span().is_recording():
+    api = _api()
+    if api is None or not api.get_current_span().is_recording():
         return
     tracer = api.get_tracer("coded_torch")
     contexts = list[Any]()
@@ -117,7 +120,8 @@ def note_parts(table: Table, now: float, names: Mapping[int, str]) -> None:
 def headers() -> dict[str, str]:
     """Return headers by which a server's spans are below the present one."""
     found: dict[str, str] = {}
-    if _api() is not None and (propagate := _propagate()) is not None:
+    propagate = None if _api() is None else _propagate()
+    if propagate is not None:
         with harmless():
             propagate.inject(found)
     return found
@@ -126,7 +130,8 @@ def headers() -> dict[str, str]:
 @harmless()
 def here() -> Any:
     """Return the present context, for :func:`within`; None if there is no span."""
-    if (api := _api()) is None or not api.get_current_span().get_span_context().is_valid:
+    api = _api()
+    if api is None or not api.get_current_span().get_span_context().is_valid:
         return None
     from opentelemetry import context
 
@@ -138,7 +143,8 @@ def within(contexts: Sequence[Any], function: Callable[..., Any]) -> Callable[..
 
     Its first one is linked to the spans of the others.
     """
-    if not (known := [x for x in contexts if x is not None]):
+    known = [x for x in contexts if x is not None]
+    if not known:
         return function
     from opentelemetry import context, trace
 

@@ -72,7 +72,8 @@ class Rows:
                 )
             lengths.append(table.rows)
         self._ends = [*itertools.accumulate(lengths)]
-        if not (total := self._ends[-1]):
+        total = self._ends[-1]
+        if not total:
             raise ValueError(f"{self} must hold rows, got none")
         self.total = total
 

@@ -176,7 +176,8 @@ def _every_row(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> N
                     batches=1, hedges=len(report.hedges), failed=len(report.module_failed_rows)
                 )
         except Exception as error:
-            if "batch" in (facts := vars(error)):  # numbered by `map`, from the first missing one
+            facts = vars(error)
+            if "batch" in facts:  # numbered by `map`, from the first missing one
                 first = missing[facts["batch"]]
                 failing = [first + row for row in facts.get("rows", ())]
                 facts |= {"batch": first // size, "rows": failing}
@@ -214,7 +215,8 @@ def _mean(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> None:
         for found in looks.until(args.half_width):
             known = {"numbers": torch.cat(looks.numbers), "shares": looks.shares}
             known |= vars(found) | {"seed": looks.seed}
-            torch.save(known | {"digest": _digest_of_mean(known)}, file := io.BytesIO())
+            file = io.BytesIO()
+            torch.save(known | {"digest": _digest_of_mean(known)}, file)
             replace(path, file.getbuffer())
             some = zip(found.value[:8].tolist(), found.half_width.tolist(), strict=False)
             shown = ", ".join(f"{value:.5g} ± {half:.2g}" for value, half in some)
@@ -293,7 +295,8 @@ def arguments_of(args: Namespace, rows: Rows, module: nn.Module, examples: Any) 
     needed = {x.name for x in signature.parameters.values() if x.default is x.empty}
     needed -= {name for name, kind in kinds.items() if kind.startswith("VAR_")}
     names = [x for x in rows.names if kinds.get(x) in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")]
-    if not (by_name := names != [] and needed <= {*names}):
+    by_name = names != [] and needed <= {*names}
+    if not by_name:
         names = [name for name in rows.names if name not in (args.keys or ())] or rows.names
         by_name = set(kinds.values()) == {"VAR_KEYWORD"}
     pairs = [(name if by_name and names != [UNNAMED] else "", name) for name in names]
@@ -401,13 +404,15 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         with contextlib.suppress(Exception):
-            if isinstance(reduced := value.__reduce_ex__(4), tuple):
+            reduced = value.__reduce_ex__(4)
+            if isinstance(reduced, tuple):
                 return reduced
         return str, (re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)),)  # a lock cannot be pickled
 
 
 def _digest(value: Any, modules: set[str]) -> str:
-    pickler = _Pickler(file := io.BytesIO(), 4)
+    file = io.BytesIO()
+    pickler = _Pickler(file, 4)
     pickler.modules = modules
     pickler.dump(value)
     return hashlib.blake2b(file.getbuffer(), digest_size=16).hexdigest()

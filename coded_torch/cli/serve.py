@@ -76,7 +76,8 @@ def serve(args: Namespace) -> None:
     local_hosts = (*LOOPBACK, args.host) if is_local or args.host.startswith("127.") else ()
     if args.token is not None:
         with usage("--token must be @FILE or '$VARIABLE', which holds the value"):
-            if not (token := _secret(args.token)):
+            token = _secret(args.token)
+            if not token:
                 raise ValueError("it is empty")
             how["token"] = token
     if hosts := [*dict.fromkeys((*local_hosts, *(args.allowed_hosts or ())))]:

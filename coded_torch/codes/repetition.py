@@ -280,12 +280,16 @@ def _deal(groups: int, n: int) -> NDArray[np.int64]:
     neighbouring workers get no neighbouring points. Steps differ between groups, so two workers
     that are late together lose few inputs.
     """
-    coprime = (step for step in range(1, n // 2 + 1) if math.gcd(step, n) == 1)
-    far = [step for step in coprime if n / 8 <= min(step, inverse := pow(step, -1, n), n - inverse)]
+    far = []
+    for step in range(1, n // 2 + 1):
+        if math.gcd(step, n) == 1:
+            inverse = pow(step, -1, n)
+            if n / 8 <= min(step, inverse, n - inverse):
+                far.append(step)
     group = np.arange(groups)
     golden = (math.sqrt(5) - 1) / 2
-    step = np.array(far or [1])[group % len(far or [1])]
+    steps = np.array(far or [1])[group % len(far or [1])]
     shift = np.floor(group * golden % 1 * n).astype(np.int64)
-    workers = (step[:, None] * np.arange(n) + shift[:, None]) % n  # the worker of each point
+    workers = (steps[:, None] * np.arange(n) + shift[:, None]) % n  # the worker of each point
     flat: NDArray[np.int64] = group * n + workers.argsort(axis=1).T
     return flat

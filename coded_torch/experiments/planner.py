@@ -201,11 +201,11 @@ def plan(
         count("plan", argument, value, least=bound)
     if isinstance(conditions, Conditions):
         scale = positive("plan", "median", median)
-    elif (scale := float(np.median(conditions))) > 100 * deadline:
-        requirement = (
-            f"latencies must be seconds, in the median at most 100 deadlines of {deadline:g}"
-        )
-        raise ValueError(f"plan: {requirement}, got {scale:g}")
+    else:
+        scale = float(np.median(conditions))
+        if scale > 100 * deadline:
+            requirement = f"in the median at most 100 deadlines of {deadline:g}"
+            raise ValueError(f"plan: latencies must be seconds, {requirement}, got {scale:g}")
     options = []
     policies = [*_policies(num_workers, deadline, bool(verify))]
     for kind, name, k, n, waiting in progress(policies):

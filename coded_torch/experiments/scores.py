@@ -401,7 +401,8 @@ def _text(interval: Interval | None) -> str:
     value, half = interval or (None, None)
     if value is None or not half:
         return "" if value is None else f"{value:.3g}"
-    if (factor := of_logarithm(value, half)) is not None:
+    factor = of_logarithm(value, half)
+    if factor is not None:
         return f"{value:.2g} ×/÷ {factor:.2g}"
     digits = max(0, 1 - math.floor(math.log10(half)))
     if digits > 5:

@@ -64,7 +64,8 @@ def tune(
         SplineCode(num_data=10, num_workers=20, encoder_smoothing=0.0, decoder_smoothing=1e-06)
     """
     instance("tune", "wrapper", wrapper, CodedWrapper)
-    if (code := wrapper.code) is None:
+    code = wrapper.code
+    if code is None:
         raise ValueError("tune: wrapper must have a code, got a wrapper without one")
     calls = calls_of("tune", wrapper.module, batches)
     if not calls:
@@ -165,8 +166,10 @@ def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...
     requirement = (
         "the module must be in evaluation mode, as some parts learn from calls; call eval() on it"
     )
-    check(owner, (name := training_part(module)) is None, requirement, name)
-    if (name := training_part(module, dropout=True)) is not None:
+    name = training_part(module)
+    check(owner, name is None, requirement, name)
+    name = training_part(module, dropout=True)
+    if name is not None:
         warn(f"{owner}: {name} is in training mode, so answers depend on chance; call eval() on it")
     calls = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     for i, args in enumerate(calls):

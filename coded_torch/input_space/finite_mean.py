@@ -172,7 +172,8 @@ def intervals(
     spread = predicted.square().sum(0) / (n - 1)
     more = b + spread * (1 / seen - 1 / (total - n))
     u = (off * predicted).sum(0) / (n - 1) / (spread + n * share * more).clamp(min=1e-300)
-    remaining = off - (u := u.clamp(0, 1)) * predicted
+    u = u.clamp(0, 1)
+    remaining = off - u * predicted
     half = torch.where(is_share, 0.5, 0.0)  # half a row that is wrong by 1: errors may be rare
     squares = remaining.square().sum(0) + half
     of_all = off.square().sum(0)

@@ -239,10 +239,11 @@ class Distances:
         for name, each in zip(names, found, strict=True):
             if each is not None:
                 self.fits[name] = each
-        if len(metrics) == 1 and isinstance(only := metrics[0], str):
-            self.first = only if only in self.fits else DEFAULT
-            if self.first != only:
-                sources.notes.append(f"the metric {only!r} does not apply to these inputs")
+        if len(metrics) == 1 and isinstance(metrics[0], str):
+            if metrics[0] in self.fits:
+                self.first = metrics[0]
+            else:
+                sources.notes.append(f"the metric {metrics[0]!r} does not apply to these inputs")
         fit = self.fits[self.first]
         given = fit.coordinates, fit.unit, self.typical
         squared, squares, self.order, step = squared_distances(*given)

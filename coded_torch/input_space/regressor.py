@@ -84,7 +84,8 @@ class Regressor:
                 self._last = last
                 return chosen
         metric, length = self._last = (not search and self._last) or self._search(results)
-        found = (process := self.process(metric, length)).estimate(results.contiguous())
+        process = self.process(metric, length)
+        found = process.estimate(results.contiguous())
         choice = Choice(name_of(metric), length, found.error, found.trust)
         chosen = Chosen(choice, process if found.trust > 0 else None, found)
         self._fits = [*self._fits[-7:], (results, self._last, chosen)]

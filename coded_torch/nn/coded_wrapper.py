@@ -247,7 +247,8 @@ class CodedWrapper(ModuleProxy):
         args, kwargs = given
         if not self.workers.simulated:
             refuse_tracing()
-        if self.training and (part := training_part(self.module, dropout=True)):
+        part = training_part(self.module, dropout=True) if self.training else None
+        if part:
             what = "answers depend on the rows of a part, or on chance"
             warn(f"CodedWrapper: {part} is in training mode, where {what}; call eval() on it")
         with on_host():
@@ -297,18 +298,12 @@ class CodedWrapper(ModuleProxy):
         if inputs.batch_size == 1 and layout is None:  # one row proves nothing of others
             key = (key,)
             layout = proved.get(key)
-        inputs.layout = None if layout is None or layout.is_doubted else layout
-        if inputs.layout is None and not is_needed:
+        if layout is not None and not layout.is_doubted:
+            inputs.layout = layout
+        elif not is_needed:
             inputs.unproved = "it was asked for as one part"
-        elif inputs.layout is None and (by := tracer()):  # would record the parts of the proof
-            inputs.unproved = f"the call was traced by {by}"
-        elif inputs.layout is None:
-            left = seconds_left(self.workers, waiting, report) / 2
-            try:
-                found = self.workers.prove(self.module, inputs.task(self.out_dims), left)
-            except Exception:  # inputs that a code cannot mix may be to blame
-                inputs.read()
-                raise
+        else:
+            found = self._proof(inputs, seconds_left(self.workers, waiting, report) / 2)
             if isinstance(found, Layout):
                 inputs.layout = proved[key] = found
             else:
@@ -316,6 +311,16 @@ class CodedWrapper(ModuleProxy):
         if inputs.layout is not None and inputs.layout.lists and self.verify:
             requirement = "verify must be None if outputs are lists, which are not compared"
             raise ValueError(f"CodedWrapper: {requirement}, got {self.verify}")
+
+    def _proof(self, inputs: Inputs, seconds: float) -> Layout | str:
+        traced_by = tracer()  # which would record the parts of the proof
+        if traced_by:
+            return f"the call was traced by {traced_by}"
+        try:
+            return self.workers.prove(self.module, inputs.task(self.out_dims), seconds)
+        except Exception:  # inputs that a code cannot mix may be to blame
+            inputs.read()
+            raise
 
     def _divide(self, inputs: Inputs, waiting: Waiting, report: Report, parts: int) -> Division:
         code = self.code
@@ -528,7 +533,8 @@ def _check_waiting(code: Code | None, waiting: Waiting) -> None:
         requirement = (
             "waiting.estimate must be True with a code that mixes inputs, as it estimates all"
         )
-    elif (waiting.num_stragglers or 0) > (most := code.num_workers - code.min_received):
+    elif (waiting.num_stragglers or 0) + code.min_received > code.num_workers:
+        most = code.num_workers - code.min_received
         requirement = f"waiting.num_stragglers must be at most {most}, as {code} needs "
         requirement += f"{code.min_received} results"
     check("CodedWrapper", not requirement, requirement, waiting)

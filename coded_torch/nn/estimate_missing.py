@@ -307,7 +307,8 @@ def _residuals(
         places = torch.arange(len(numbers[0]))
         y, *of_y = (few_columns(places, x) for x in numbers)  # [F R, C], on the host
         if isinstance(plan, RowPlan):  # each input once
-            places = (source := plan.source(received))[source >= 0]
+            source = plan.source(received)
+            places = source[source >= 0]
         found, explained, by_chance = least_squares(y[places], [x[places] for x in of_y])
         if not explained > CHANCE * by_chance:  # another metric may win by chance, too
             return {}, results, ()

@@ -185,7 +185,8 @@ class Execution:
             values = [x for unit in part.units for x in of_units[unit]]
             if values and part.why == "first" and not part.fresh:
                 found.append((len(part.units), part.seconds, sum(values) / len(values)))
-        if found and (calls := known.add(found)):
+        calls = known.add(found) if found else 0
+        if calls:
             self._report.missing_not_at_random = True
             self._report.notes += (
                 f"late parts looked odder than others, over {calls} calls, so rows are not "
@@ -232,7 +233,8 @@ class Execution:
                 remedy = "take Waiting(estimate=False), or return tensors instead"
                 return f"{result.name(i)} is a {kind} and cannot be estimated; {remedy}"
             for i in result.divided:
-                if not (leaf := result.leaves[i]).dtype.is_floating_point:
+                leaf = result.leaves[i]
+                if not leaf.dtype.is_floating_point:
                     remedy = "take Waiting(estimate=False), or return logits instead"
                     return f"{result.name(i)} is {leaf.dtype} and cannot be estimated; {remedy}"
         return ""

@@ -20,7 +20,8 @@ _SUMMED_TOGETHER = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 def finite(leaf: Tensor) -> bool:
     """Return whether all of a tensor is finite; integers are."""
-    if not (leaf := as_real(leaf)).dtype.is_floating_point:
+    leaf = as_real(leaf)
+    if not leaf.dtype.is_floating_point:
         return True
     wraps = type(leaf) is not Tensor or torch._C._are_functorch_transforms_active()
     if leaf.is_cpu and leaf.numel() <= _FEW and not wraps:  # NumPy would see other numbers
@@ -70,7 +71,8 @@ def sums_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     is_plain &= all(type(tensor) is Tensor for tensor in numbers)
     if is_plain:
         numbers.sort(key=Tensor.data_ptr)
-        for place, run in enumerate(found := list(runs(numbers))):
+        found = list(runs(numbers))
+        for place, run in enumerate(found):
             if len(run) > 1:
                 size = sum(tensor.numel() for tensor in run)
                 found[place] = [run[0].as_strided((size,), (1,))]

@@ -144,8 +144,10 @@ class Looks:
         self.seed = count("mean", "seed", seed, 0, 2**63 - 1)
         with on_host():
             self._data = data = _Data(inputs, coded.in_dims)
-            most = data.total if max_rows is None else count("mean", "max_rows", max_rows, 2)
-            self.sizes = [min(_FIRST, most := min(most, data.total))]
+            most = data.total
+            if max_rows is not None:
+                most = min(most, count("mean", "max_rows", max_rows, 2))
+            self.sizes = [min(_FIRST, most)]
             while self.sizes[-1] < most:
                 self.sizes.append(min(math.ceil(_GROWTH * self.sizes[-1]), most))
             generator = torch.Generator().manual_seed(self.seed)
@@ -244,7 +246,8 @@ class Looks:
             if explained > CHANCE * by_chance:  # surrogates of noise have no weight
                 weights += torch.tensor(found)
         regression = KernelRegression([*self._kernels], y - torch.tensordot(weights, cheap, 1))
-        self._best = space, _ = self._kernels[kernel := regression.kernel]
+        kernel = regression.kernel
+        self._best = space, _ = self._kernels[kernel]
         others = self.drawn[size : size + _SEEN * size]
         sums = torch.zeros(size)
         offset = torch.zeros(y.shape[1])
@@ -347,7 +350,8 @@ class Looks:
             raise ValueError(f"mean: {self._averaged} {requirement}")
         flat = [x.reshape(len(rows), -1) for x in found]
         numbers = torch.cat([x.double() for x in flat], 1)
-        if not bool((finite := numbers.isfinite().all(1)).all()):
+        finite = numbers.isfinite().all(1)
+        if not bool(finite.all()):
             row = int(rows[~finite][0])
             raise ValueError(f"mean: {self._averaged} must be finite, got others in row {row}")
         return numbers, torch.cat([torch.full(x.shape[1:], x.dtype is torch.bool) for x in flat])

@@ -367,8 +367,10 @@ class Checks:
         """Let a result vote, and mark whose results are good, or disputed, by it."""
         before = self._groups[0] if self._groups else []
         alike = (each for each in self._groups if each[0].result.form == part.result.form)
-        if (group := next(alike, None)) is None:
-            self._groups.append(group := [])
+        group = next(alike, None)
+        if group is None:
+            group = []
+            self._groups.append(group)
         group.append(part)
         if len(self._groups) > 1:
             self._groups.sort(key=_weight, reverse=True)

@@ -319,7 +319,8 @@ def parsed(body: bytes | memoryview) -> dict[str, Any]:
     """Return the JSON object in a body; a ValueError if it is none."""
     for loads in (orjson.loads, json.loads):  # servers in Python write NaN, which orjson refuses
         with contextlib.suppress(ValueError, RecursionError):
-            if isinstance(found := loads(bytes(body)), dict):
+            found = loads(bytes(body))
+            if isinstance(found, dict):
                 return found
     raise ValueError("the answer must be a JSON object")
 

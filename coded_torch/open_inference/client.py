@@ -185,7 +185,8 @@ class Client:
         try:
             size = answer.headers.get("Inference-Header-Content-Length")
             outputs, message = wire.outputs_of(model, data, size, rows)
-            if (echoed := message.get("id") or "") != own and (kept or echoed):
+            echoed = message.get("id") or ""
+            if echoed != own and (kept or echoed):
                 raise ValueError("the answer must have the id of the request")
         except (OverflowError, ValueError) as error:  # an integer beyond all floats
             answer.protocol.close()  # the next answer may not be the next request's
@@ -281,9 +282,11 @@ _loops: dict[int, asyncio.AbstractEventLoop] = {}  # a loop each process: no thr
 
 def running_loop() -> asyncio.AbstractEventLoop:
     """Return the event loop of all clients of this process, in a thread of its own."""
-    if (loop := _loops.get(os.getpid())) is None:
+    loop = _loops.get(os.getpid())
+    if loop is None:
         made = asyncio.new_event_loop()
-        if (loop := _loops.setdefault(os.getpid(), made)) is made:  # no other thread was faster
+        loop = _loops.setdefault(os.getpid(), made)
+        if loop is made:  # no other thread was faster
             name = "coded_torch endpoints"
             threading.Thread(target=loop.run_forever, name=name, daemon=True).start()
     return loop

@@ -367,7 +367,8 @@ class _Decisions:
             num = self.history.num_hedges(rows, most) if late and part.of is None else 1
             if part.failed:
                 num = self._cut(part)
-            if num := min(num, len(missing)):
+            num = min(num, len(missing))
+            if num:
                 idle -= num
                 lacking -= len(missing) if table.spare is not None else 0
                 if num > 1 and part.kind == "raised" and not table.num_answered:

@@ -234,7 +234,8 @@ class App(Starlette):
                     raise HTTPException(404)
                 path = scope["path"].removeprefix(scope.get("root_path", ""))
                 version = ""
-                if path.startswith(versions := f"{self._path}/versions/"):
+                versions = f"{self._path}/versions/"
+                if path.startswith(versions):
                     version, _, rest = path.removeprefix(versions).partition("/")
                     if version != self.version:
                         raise HTTPException(404)
@@ -252,7 +253,8 @@ class App(Starlette):
     def _check_names(self, headers: dict[str, str]) -> None:
         host = "//" + headers.get("host", "")
         for name, url in (("Host", host), ("Origin", headers.get("origin", host))):
-            if (allowed := self.allowed_hosts) is not None:
+            allowed = self.allowed_hosts
+            if allowed is not None:
                 found = None
                 with contextlib.suppress(ValueError):
                     found = urlsplit(url).hostname

@@ -58,7 +58,8 @@ class Batch(NamedTuple):
 
     def output(self, spec: TensorSpec, coverage: float) -> Any:
         """Return an output of the request; error bounds at a level, unless it is 0."""
-        if (values := self.outputs.get(spec.name)) is not None:
+        values = self.outputs.get(spec.name)
+        if values is not None:
             return values[self.rows]
         name = _COLUMNS.get(spec.name, spec.name)
         return self.report.rows(name, coverage=coverage)[name][self.rows].to(spec.dtype)
@@ -228,8 +229,10 @@ class Batcher:
     async def close(self, seconds: float) -> None:
         """Answer every accepted request, but do not wait longer than ``seconds``."""
         until = time.monotonic() + seconds
-        while self._ongoing and (left := until - time.monotonic()) > 0:
+        left = seconds
+        while self._ongoing and left > 0:
             await asyncio.wait(self._ongoing, timeout=left)
+            left = until - time.monotonic()
         self._threads.shutdown(wait=False)
 
     def _expected(self, rows: int, now: float) -> float:
@@ -255,7 +258,11 @@ class Batcher:
 
     def _fill(self) -> None:
         """Let waiting requests run while a slot is free."""
-        while self._queue and (free := self._num_free) and (batch := self._take()):
+        while self._queue and self._num_free:
+            free = self._num_free
+            batch = self._take()
+            if not batch:
+                break
             rows = sum(entry.rows for entry in batch)
             until = min(e.deadline for e in batch)
             parts = 1 if self._queue else min(free, rows, self._slots()[1])
@@ -384,7 +391,8 @@ class Batcher:
         self._fill()  # before the answers, which take the loop some time
         end = 0
         for entry in batch:
-            mine = slice(end, end := end + entry.rows)
+            mine = slice(end, end + entry.rows)
+            end = mine.stop
             if entry.future.done():
                 continue
             if error is not None or done is None:

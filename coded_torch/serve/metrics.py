@@ -94,7 +94,8 @@ class Metrics:
 
     def workers(self, pool: Workers) -> None:
         """Note how many workers of a pool are up, and how many were replaced."""
-        if (up := pool.num_ready) is not None:
+        up = pool.num_ready
+        if up is not None:
             self._numbers["workers_up"].set(up)
         restarts = pool.num_restarts  # read once, as it may grow
         self._count("worker_restarts_total", restarts - self._restarts)
@@ -124,7 +125,8 @@ class Metrics:
         for worker, number in report.wrong_results.items():
             count("wrong_results_total", number, names.get(worker, str(worker)))
         for outcome in ("verified", "unverified"):
-            if (found := getattr(report, outcome)) is not None:
+            found = getattr(report, outcome)
+            if found is not None:
                 count("checks_total", int(found.sum()), outcome)
         self._totals["inference_count"] += rows
         self._totals["execution_count"] += 1

@@ -245,7 +245,8 @@ class Versions:
 
     def _end(self, error: Exception) -> None:
         """End the load, if there is one, by an error."""
-        if (stop := self._stop) is not None:
+        stop = self._stop
+        if stop is not None:
             with contextlib.suppress(InvalidStateError):
                 stop.set_exception(error)
 
@@ -260,7 +261,8 @@ class Versions:
         try:
             module = self._make()
         finally:
-            if has_changed := _states(coded.module.parameters()) != before:
+            has_changed = _states(coded.module.parameters()) != before
+            if has_changed:
                 self.present = coded, str(int(self.present[1]) + 1)
         instance("app", "the result of make", module, nn.Module)
         if has_changed or module is coded.module:
@@ -321,7 +323,8 @@ class Versions:
 
 def _forget(pool: Any, module: nn.Module) -> None:
     """Have the workers forget a module, which a cycle of references may keep."""
-    if (forget := getattr(pool, "forget", None)) is not None:
+    forget = getattr(pool, "forget", None)
+    if forget is not None:
         forget(module)
 
 

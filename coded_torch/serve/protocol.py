@@ -176,9 +176,11 @@ def _lists(head: bytearray, until: float) -> tuple[bytes | bytearray, dict[int, 
         begin = found.end()
         place = begin
         strings = _STRINGS.match(head, begin)
-        while (stop := _END.search(head, place, place + _PIECE)) is None and place < len(head):
+        stop = _END.search(head, place, place + _PIECE)
+        while stop is None and place < len(head):
             place += _PIECE
             _yield(until)
+            stop = _END.search(head, place, place + _PIECE)
         end = head.rfind(b"]", begin, stop.start() if stop else len(head)) + 1
         end = strings.end() if strings else end
         if not end:  # it is no list of numbers

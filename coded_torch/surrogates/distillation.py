@@ -155,7 +155,8 @@ def distill(
                 with torch.no_grad():
                     wanted = outputs(module, step)
                     finite = [f.reshape(len(f), -1).isfinite().all(1) for f in wanted]
-                    if not bool((known := torch.stack(finite).all(0)).any()):
+                    known = torch.stack(finite).all(0)
+                    if not bool(known.any()):
                         continue  # noise may leave the domain of the module
                 with torch.enable_grad():
                     pairs = zip(outputs(student, step), wanted, variances, strict=True)

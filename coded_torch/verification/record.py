@@ -123,8 +123,8 @@ class Record:
         unused = [self.random.sample(part, len(part)) for part in hidden]
         for i in range(many):
             places = ((start + j) % (many - 1) + i + 1 for j in range(many * held[i]))
-            found = (rest.pop() for at in places if (rest := unused[at % many]))
-            hidden[i] += itertools.islice(found, held[i])
+            nonempty = (unused[at % many] for at in places if unused[at % many])
+            hidden[i] += itertools.islice((rest.pop() for rest in nonempty), held[i])
         # A row for which no part was left is checked later.
         left = [row for part in unused for row in part]
         later = self.random.sample(left, len(rows) - len(order) + len(left))

@@ -242,8 +242,8 @@ class Results:
             if (a, b) not in self._differences:
                 rows = sorted(self._places[a].keys() & self._places[b].keys())
                 self._differences[a, b] = dict.fromkeys(rows, math.inf)
-                if rows and (form := self._forms[a]) == self._forms[b]:
-                    alike[form] += zip(itertools.repeat(a), itertools.repeat(b), rows)
+                if rows and self._forms[a] == self._forms[b]:
+                    alike[self._forms[a]] += zip(itertools.repeat(a), itertools.repeat(b), rows)
         for form, found in alike.items():
             ones, others, both = zip(*found, strict=True)
             parts, at = self._placed(zip(ones + others, 2 * both, strict=True))

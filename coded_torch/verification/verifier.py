@@ -159,7 +159,8 @@ class Verifier:
             is_late = table.now >= self._soon or table.is_over
             missed = set[int]()
             for part in table.parts if lacking else ():
-                if part.outcome is not GOOD and (late := lacking.intersection(part.units)):
+                late = lacking.intersection(part.units)
+                if late and part.outcome is not GOOD:
                     if part.outcome is OPEN and not is_late:
                         return self._soon
                     missed |= late
@@ -363,9 +364,10 @@ class Verifier:
         clean = Counter[int]()
         checks = Counter[int]()
         for part in self._added:  # but of votes, which others seldom contradict
-            if part.why != "vote" and (some := self.verified.intersection(part.units)):
+            confirmed = self.verified.intersection(part.units)
+            if confirmed and part.why != "vote":
                 checks[part.worker] += 1
-                clean[part.worker] += len(some) * (part.worker not in self.doubted)
+                clean[part.worker] += len(confirmed) * (part.worker not in self.doubted)
         self.record.passed(clean, checks)
         self.corrected = {
             row

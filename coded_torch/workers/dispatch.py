@@ -309,7 +309,10 @@ class Dispatcher(abc.ABC):
     def _assign(self) -> None:
         with self.lock:
             self.recover()
-            while self._parts and (worker := self._begin()) is not None:
+            while self._parts:
+                worker = self._begin()
+                if worker is None:
+                    break
                 part = worker.part
                 try:
                     self.send(worker, part)
@@ -322,7 +325,8 @@ class Dispatcher(abc.ABC):
         """Begin the first part that an idle worker may take, at the place with the fewest parts."""
         idle = [w for w in self._workers if w.part is None and w.is_wanted]
         for part in self._parts if idle and not self.closed else ():
-            if not (request := part.request).wants(part):
+            request = part.request
+            if not request.wants(part):
                 self._forget()
                 return self._begin()
             line = [*part.line()] if len(idle) <= part.spares else []
@@ -343,7 +347,8 @@ class Dispatcher(abc.ABC):
                 busy = Counter(w.index for w in self._workers if w.part is not None)
                 workers.sort(key=lambda worker: busy[worker.index])
             worker = next((w for w in workers if not w.is_new_to(request.module)), None)
-            if fresh := worker is None and bool(workers) and self.may_load(request.module):
+            fresh = worker is None and bool(workers) and self.may_load(request.module)
+            if fresh:
                 worker = workers[0]
             if worker is not None:
                 self.served = worker

@@ -257,7 +257,8 @@ class _Endpoints(Dispatcher):
         return task
 
     async def _close(self) -> None:
-        for task in (tasks := list(self._tasks)):
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.client.close()
@@ -331,7 +332,8 @@ class _Endpoints(Dispatcher):
         outputs, version = await asked
         if version:
             part.request.versions[slot.index] = version
-        if len(found := {version, *part.request.versions.values()} - {""}) > 1:
+        found = {version, *part.request.versions.values()} - {""}
+        if len(found) > 1:
             text = "EndpointWorkers: one call got answers of versions %s of %s"
             logger.warning(text, sorted(found), module.model)
         answer: Any = functools.partial(module.outputs, outputs)

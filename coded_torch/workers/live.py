@@ -132,7 +132,8 @@ class LiveRequest(Request):
         if torch._C._are_functorch_transforms_active():
             must = "a call must not be under a transform of torch.func"
             raise RuntimeError(f"Workers: {must}, as other threads ignore it; use LocalWorkers")
-        if (interruption := INTERRUPTION.get()) is not None:
+        interruption = INTERRUPTION.get()
+        if interruption is not None:
             interruption.requests.append(self)
         self.interrupted = interruption is not None and interruption.is_set
 
@@ -209,7 +210,8 @@ class LiveRequest(Request):
 
     def receive(self, reply: Reply) -> None:
         """Bring the value of a reply to the device of the task, for the caller's thread."""
-        if (device := self.task.device).type != "cpu":
+        device = self.task.device
+        if device.type != "cpu":
             reply.value = pytree.tree_map_only(Tensor, lambda x: x.to(device), reply.value)
 
     def drop(self, parts: Iterable[Part]) -> None:

@@ -200,7 +200,8 @@ class _Processes(Supervisor):
                 index, connection=link, server=server, packages=packages, fork_by=fork_by
             )
             # The last module will probably be wanted, but loading it may be why starts failed.
-            if (last := self.modules.last()) is not None and not self._failed_starts:
+            last = self.modules.last()
+            if last is not None and not self._failed_starts:
                 worker.modules = frozenset(last[:1])
                 link.send(MODULE, *last)
             on_error.pop_all()
@@ -250,7 +251,8 @@ class _Processes(Supervisor):
         worker.connection.close()  # ends one that is not up
         if not has_ended:
             return None
-        if (code := worker.code) is None and worker.pid:
+        code = worker.code
+        if code is None and worker.pid:
             return "ended, and its server did not tell how"
         if code is None:
             if not (self.closed or worker.server.was_killed()):
@@ -308,7 +310,10 @@ class _Processes(Supervisor):
     def hear(self) -> None:
         with self.lock:
             self.recover()  # else a part that was not sent could get the result of another
-            while self._lane is not None and (news := self._lane.front()) is not None:
+            while self._lane is not None:
+                news = self._lane.front()
+                if news is None:
+                    break
                 key, *what = news
                 worker = self._heard.get(key)
                 if worker is not None and not self.closed:

@@ -192,7 +192,8 @@ def _connect(address: str | None) -> tuple[str, str]:
         for name in unset:
             os.environ[name] = "0"
             restoring.callback(os.environ.pop, name)
-        if begins := not _ray().is_initialized():
+        begins = not _ray().is_initialized()
+        if begins:
             own_cluster: dict[str, Any] = {}
             if address is None:
                 own_cluster = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}

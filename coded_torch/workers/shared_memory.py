@@ -146,7 +146,8 @@ def pack(value: Any, blocks: Any) -> Any:
         form = _form(value, of_tensor)
     except _FormError:
         return Pickled(value).message(blocks)
-    if (known := _streams.get(form)) is None:
+    known = _streams.get(form)
+    if known is None:
         pickled = Pickled(value)
         places = [pickled._tensors[id(tensor)][1] for tensor in tensors]
         if len({*places}) < len(places):  # an object that has a tensor twice

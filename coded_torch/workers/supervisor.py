@@ -93,9 +93,9 @@ class WatchedWorker(Worker):
         due = self.since + longest
         what = ""
         option = "timeout"
-        if (
-            silent := (max(self.since, self.life) if awaited else self.since) + hang_timeout
-        ) <= due:
+        last_sign = max(self.since, self.life) if awaited else self.since
+        silent = last_sign + hang_timeout
+        if silent <= due:
             what = " without a sign of life" if awaited else " that no call waits for"
             due = silent
             longest = hang_timeout

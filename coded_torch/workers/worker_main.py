@@ -199,7 +199,8 @@ def serve(requests: int, caller: int, packages: list[str]) -> None:
                 heard.remove(requests)
             with contextlib.suppress(OSError, ValueError):  # processes or descriptors are short
                 program, sock = given
-                if not (pid := os.fork()):
+                pid = os.fork()
+                if not pid:
                     others = [link.fileno() for link in workers.values()]
                     _work(sock, program, caller, (requests, ring, bell, *others))
                 workers[pid] = lane.Connection(given.pop(), lane.Blocks())
@@ -380,7 +381,8 @@ class ModuleStore:
                 return self._make(module)
         except BaseException as error:
             with self._lock:  # the next call tries again
-                if (packed := self._packed.get(id(module))) is not None and packed[1] == number:
+                packed = self._packed.get(id(module))
+                if packed is not None and packed[1] == number:
                     del self._packed[id(module)]
             if not isinstance(
                 error, (pickle.PicklingError, AttributeError, TypeError, RuntimeError)
@@ -406,7 +408,8 @@ class ModuleStore:
 
 
 def _forget(store: weakref.ref[ModuleStore], key: int, _: Any) -> None:
-    if (kept := store()) is not None:
+    kept = store()
+    if kept is not None:
         kept._packed.pop(key, None)
 
 
