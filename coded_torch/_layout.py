@@ -133,9 +133,9 @@ def bits(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def difference(outputs: Sequence[Any], layout: Layout, out_dims: Any, is_half: bool) -> str:
-    """Say which output of the last two rows is another one behind a third; "" if none is.
+    """Say which output of two rows is another one behind a third; "" if none is.
 
-    Outputs in any dtype may be computed in half precision.
+    The two rows alone are in reverse. Outputs in any dtype may be computed in half precision.
     """
     (leaves, spec), (others, _) = map(layout.flatten, outputs)
     dims = broadcast_dims("out_dims", out_dims, spec)
@@ -144,9 +144,12 @@ def difference(outputs: Sequence[Any], layout: Layout, out_dims: Any, is_half: b
             continue
         pairs = list[tuple[Any, Any]]()
         if isinstance(leaf, Tensor) and _is_dense(leaf) and _is_dense(other):
-            pairs.append((leaf.movedim(dim, 0)[-2:], other.movedim(dim, 0)[-2:]))
+            pairs.append((leaf.movedim(dim, 0).flip(0), other.movedim(dim, 0)[-2:]))
         elif isinstance(leaf, list | tuple):
-            (items, form), (other_items, other_form) = flatten([*leaf[-2:]]), flatten([*other[-2:]])
+            (items, form), (other_items, other_form) = (
+                flatten([*leaf[::-1]]),
+                flatten([*other[-2:]]),
+            )
             pairs += zip(items, other_items, strict=False)
             if form != other_form:
                 pairs.append((str(form), str(other_form)))

@@ -29,6 +29,9 @@ logger = sparing_logger("coded_torch.workers")
 
 # Seconds after which a part of a proof that has not replied is asked again; not tuned.
 _PROOF_PATIENCE = (1.0, 4.0, math.inf)
+# Of the four rows of a proof, those of a part by its size. Parts of two and of three rows share
+# two, in another order.
+_UNITS_OF_PROOF = {1: Units((2,)), 2: Units((2, 3)), 3: Units((0, 1, 2))}
 
 _DAY = 86_400.0  # seconds that a hung call sleeps, longer than any call waits
 
@@ -397,8 +400,9 @@ class Workers(abc.ABC):
     def prove(self, module: nn.Module, task: Task, seconds: float = math.inf) -> Layout | str:
         """Return the layout of a module's outputs, or why there is no proof, from small parts.
 
-        They have the first two rows of a task, alone and behind a third, and different workers
-        compute them. If that tells nothing, they have one row several times.
+        They have the first two rows of a task, behind a third, and alone in reverse, so that both
+        rows change their distances to the ends. Different workers compute them. If that tells
+        nothing, they have one row several times.
         Raises a ValueError if outputs do not follow the rows of parts.
         """
         end = time.monotonic() + seconds
@@ -407,10 +411,10 @@ class Workers(abc.ABC):
         is_half = narrowest < 4 or torch.is_autocast_enabled(task.device.type)
         pairs = zip(task.leaves, task.dims, strict=True)
         size = len(next(leaf for leaf, dim in pairs if dim is not None))
-        mixed = [2 % size, 0, 1 % size]
+        mixed = [2 % size, 0, 1 % size, 0]
         refusal: ValueError | None = None
         why = "no small parts were answered in time"
-        for number, rows in enumerate((mixed, [size - 1] * 3, [size // 2] * 3)):
+        for number, rows in enumerate((mixed, [size - 1] * 4, [size // 2] * 4)):
             sizes = SIZES if rows is mixed else (1, *SIZES)
             left = end - time.monotonic()
             replies = self._few(module, task.few(rows), sizes, number, left)
@@ -457,12 +461,11 @@ class Workers(abc.ABC):
         """Return the outputs or the errors of parts of some sizes, those that came in time."""
         devices = [task.device] if task.device.type == "cuda" else []
         found = dict[int, Any]()
-        units = range(task.num_units)
         with torch.random.fork_rng(devices):
             if self.simulated:
                 for n in sizes:
                     try:
-                        args, kwargs = task.payload(units[-n:], copied=True)
+                        args, kwargs = task.payload(_UNITS_OF_PROOF[n], copied=True)
                         found[n] = module(*args, **kwargs)
                     except Exception as error:
                         found[n] = error
@@ -477,7 +480,7 @@ class Workers(abc.ABC):
                     for place, n in enumerate(sizes):
                         if n in found:
                             continue
-                        part = Part(len(asked), Units(units[-n:]))
+                        part = Part(len(asked), _UNITS_OF_PROOF[n])
                         # Preferred, not required: half of the workers may be down.
                         if shift < 2:
                             part.tried = halves[(place + shift + attempt) % 2]

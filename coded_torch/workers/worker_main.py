@@ -29,7 +29,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import spawn, util
 from multiprocessing.connection import wait
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
@@ -45,7 +45,7 @@ from .._changes import fingerprint
 from .._extension import lane
 from .._loaded import load_all
 from . import shared_memory
-from .base import InjectedCrash, compute
+from .base import InjectedCrash, compute, logger
 from .live import Ambient, Work
 from .shared_memory import pack, unpack
 
@@ -390,11 +390,11 @@ class ModuleStore:
                 raise
             requirement = "the module must be picklable to be sent to another process"
             remedy = "or be made there, by coded_torch.nn.FromFactory"
-            got = f"{type(module).__name__}: {error}"
+            got = f"{type(module).__name__}: {' '.join(str(error).split())}"
             if any(isinstance(part, torch.fx.GraphModule) for part in module.modules()):
-                got += "\nWrap what torch.export returns: coded_torch.nn.Program(exported)."
+                got += ". Wrap what torch.export returns: coded_torch.nn.Program(exported)."
             elif any(map(parametrize.is_parametrized, module.modules())):
-                got += "\nTry torch.nn.utils.parametrize.remove_parametrizations."
+                got += ". Try torch.nn.utils.parametrize.remove_parametrizations."
             raise TypeError(f"Workers: {requirement}, {remedy}, got {got}") from error
 
     def last(self) -> tuple[int, Any] | None:
@@ -421,19 +421,36 @@ def set_up(threads: int, seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
+@contextlib.contextmanager
+def _random_numbers_kept(device: torch.device) -> Iterator[None]:
+    """Go on with the random numbers of this process after a block that may seed them.
+
+    Scripts seed them where workers import them, so that all workers would draw the same numbers.
+    """
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+
+
 class LoadedModules:
     """The modules that a worker was sent, or errors; ``pack`` makes results ready to be sent."""
 
     def __init__(self, device: torch.device, pack: Callable[[Any], Any]) -> None:
         self.device, self._pack = device, pack
         self._modules: dict[int, nn.Module | _Failure] = {}
+        self._versions = dict[int, dict[str, Any]]()  # of the tensors, until the first call
 
     def add(self, number: int, read: Callable[[], nn.Module]) -> None:
         if number not in self._modules:
             try:
-                module = read().to(self.device)
-                load_all(module)
+                with _random_numbers_kept(self.device):
+                    module = read().to(self.device)
+                    load_all(module)
                 self._modules[number] = module
+                self._versions[number] = _versions(module)
             except Exception as error:
                 self._modules[number] = _failure(error)
 
@@ -451,11 +468,32 @@ class LoadedModules:
             with ambient.restored(self.device):
                 if self.device.type != "cpu":
                     arguments = pytree.tree_map_only(Tensor, lambda x: x.to(self.device), arguments)
-                return self._pack((True, compute(module, arguments, fault)))
+                value = compute(module, arguments, fault)
+            if arguments is not None and number in self._versions:
+                _warn_of_changes(module, self._versions.pop(number))
+            return self._pack((True, value))
         except InjectedCrash:
             os.kill(os.getpid(), signal.SIGKILL)  # as a crash of compiled code would
         except Exception as cause:
             return self._pack((False, _failure(cause)))
+
+
+def _versions(module: nn.Module) -> dict[str, Any]:
+    """Return what differs, by name, once a parameter or a buffer is written or replaced."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return {name: (id(x), x._version) for name, x in tensors if not x.is_inference()}
+
+
+def _warn_of_changes(module: nn.Module, before: dict[str, Any]) -> None:
+    """Warn of tensors that the module wrote in its first call: each worker has its own copy."""
+    after = _versions(module)
+    changed = [name for name, version in before.items() if after.get(name, version) != version]
+    if changed:
+        text = (
+            "%s changes %s in its calls. Each worker changes a copy of its own, so answers may "
+            "depend on which worker computes them"
+        )
+        logger.warning(text, type(module).__name__, ", ".join(changed[:3]))
 
 
 def _failure(cause: Exception) -> _Failure:

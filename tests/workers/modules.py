@@ -219,6 +219,21 @@ class FailsOn(nn.Module):
 
 Pid, Sleepy, Stuck, Greedy = (partial(Call, f) for f in (pid, sleep, stick, grab))
 Unreadable, Unpicklable, Raises = (partial(Call, f) for f in (give_trap, give_function, fail))
+
+
+class Seeds(Call):
+    """Random numbers of a script that seeds them when a worker imports it."""
+
+    def __init__(self) -> None:
+        super().__init__(draw)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+
+
 Exits, Random, Garbles, Doubled = (partial(Call, f) for f in (leave, draw, garble, double))
 
 

@@ -217,11 +217,12 @@ def test_starting_takes_its_own_time_not_that_of_a_part():
         assert pool.num_ready == 1
 
 
-def test_every_process_has_random_numbers_of_its_own_and_so_has_its_successor():
+@pytest.mark.parametrize("module", [modules.Random(), modules.Seeds()])
+def test_every_process_has_random_numbers_of_its_own_and_so_has_its_successor(module):
     before, seen = torch.get_rng_state(), []
-    with ProcessWorkers(6).start(modules.Random()) as pool:
+    with ProcessWorkers(6).start(module) as pool:
         for _ in range(2):
-            replies = answers(pool, modules.Random(), torch.zeros(64, 1, 1))
+            replies = answers(pool, module, torch.zeros(64, 1, 1))
             seen += [tuple(number.tolist()) for reply in replies for number in reply.value.T]
             for place in range(6):
                 pool.restart(place)
@@ -721,6 +722,22 @@ def _session(text: str) -> subprocess.CompletedProcess[str]:
     how = {"capture_output": True, "text": True, "timeout": WAIT}
     # Not in the checkout, whose package is not built.
     return subprocess.run([sys.executable, "-"], input=text, cwd="/", **how)
+
+
+_CHANGES = """
+import torch
+from coded_torch.workers import ProcessWorkers
+with ProcessWorkers(1) as pool:
+    for mode in torch.no_grad, torch.inference_mode:
+        for module in torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2).eval():
+            with mode():
+                pool.start(module, torch.eye(3, 2)).start(module, torch.eye(3, 2))
+"""
+
+
+def test_a_module_that_changes_its_buffers_says_so():
+    done = _session(_CHANGES)
+    assert done.stderr.count("BatchNorm1d changes num_batches_tracked in its calls. ") == 1
 
 
 def test_classes_of_an_interactive_session_go_by_value():
