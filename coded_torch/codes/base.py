@@ -25,7 +25,17 @@ from ..input_space.ordering import Grouping
 from ..input_space.regression import check_batch, check_link
 from ..input_space.regressor import MOST_ROWS
 from ..linear import LinearMap, MatrixMap, unit_rows
-from .suspects import Copies, Residuals, Trust, is_doubtful, mean_curves, numbers_of, outliers
+from .suspects import (
+    DOUBTED_WAVELENGTH,
+    WAVELENGTH,
+    Copies,
+    Residuals,
+    Trust,
+    is_doubtful,
+    mean_curves,
+    numbers_of,
+    outliers,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -132,20 +142,26 @@ class BatchPlan:
         code = self.code
         spare = (len(received) - code.min_received - code.num_unknowns) // 2
         most = max(0, min(code.adversaries, spare))
-        operator = code.residual_operator(received)
         found = set[int]()
-        is_told = False
+        is_told = code.is_exact
         if most:
-            encoder = Residuals(operator, [code.encoder.matrix().numpy()[[*received], None]])
             values = numbers_of(results)
-            curves = [Residuals(operator, numbers) for numbers in (values, mean_curves(values))]
+            coded = code.encoder.matrix().numpy()[[*received], None]
+
+            def smoothed(wavelength: float) -> tuple[Residuals, list[Residuals]]:
+                """Return the residuals of the encoder's rows, and of the results."""
+                operator = code.residual_operator(received, wavelength)
+                curves = [Residuals(operator, curve) for curve in (values, mean_curves(values))]
+                return Residuals(operator, [coded]), curves
+
+            encoder, curves = smoothed(WAVELENGTH)
             for residuals in curves:
                 found.update(outliers(residuals, encoder, most))
-            is_told = code.is_exact or (
-                curves[0].tell
-                and not 0 < len(found) < most  # those found may hide others
-                and not any(is_doubtful(residuals, encoder, found, most) for residuals in curves)
-            )
+            hides_others = 0 < len(found) < most  # or may, as more were allowed
+            if curves[0].tell and not hides_others and not code.is_exact:
+                if not found:
+                    encoder, curves = smoothed(DOUBTED_WAVELENGTH)
+                is_told = not any(is_doubtful(x, encoder, found, most) for x in curves)
         is_borne = len(found) <= most
         dropped = found if is_borne else set()
         is_defended = is_borne and most == code.adversaries and is_told

@@ -11,14 +11,9 @@ from numpy.typing import ArrayLike
 from .._arguments import MOST_WORKERS, count, nonnegative, real_array, shown
 from ..linear import LinearMap, SplineMap
 from .base import FixedCode, Map
-from .suspects import Floats, residual_operator
+from .suspects import WAVELENGTH, Floats, residual_operator
 
 _GOLDEN = (5**0.5 - 1) / 2  # the golden ratio, less 1
-# The fourth root of the smoothing by which wrong results are found, times their number. With .8
-# times as much, more honest workers were dropped, with 1.2 times fewer wrong ones were found (on
-# four small networks, once; no benchmark keeps it).
-_WAVELENGTH = np.pi
-
 # Decoder degrees to try, in degrees of the encoder. The results of a network are some times rougher
 # than the coded inputs, of degree 1.
 _DEGREES = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.1, 1.2, 1.3, 1.5, 2, 3, 5)
@@ -95,14 +90,14 @@ class CurveCode(FixedCode):
     def _make_decoder(self, received: tuple[int, ...]) -> Map:
         return self._curve(self.worker_points.take(received), self.data_points)
 
-    def residual_operator(self, received: Sequence[int]) -> Floats:
+    def residual_operator(self, received: Sequence[int], wavelength: float = WAVELENGTH) -> Floats:
         """Return ``I - H`` of the smoother H by which wrong results are found, ``[|F|, |F|]``.
 
-        It is a smoothing spline through the received worker points. Bends within the distance of
-        two points count as noise, whatever the decoder is.
+        It is a smoothing spline through the received worker points, whatever the decoder is. Bends
+        within the distance of two points count as noise, if ``wavelength`` is the default.
         """
         nodes = self.worker_points.take([*received])
-        smoothing = (_WAVELENGTH / len(nodes)) ** 4
+        smoothing = (wavelength / len(nodes)) ** 4
         return residual_operator(SplineMap(nodes, nodes, smoothing=smoothing).matrix().numpy())
 
     def _points(self, argument: str, points: ArrayLike, size: int) -> Floats:
@@ -341,13 +336,13 @@ class LagrangeCode(CurveCode):
         """D + 1, the number of results that determine a polynomial of degree D."""
         return self.decoder_degree + 1
 
-    def residual_operator(self, received: Sequence[int]) -> Floats:
+    def residual_operator(self, received: Sequence[int], wavelength: float = WAVELENGTH) -> Floats:
         """Return ``I - H`` for the polynomial that the results lie on, if the model is one.
 
         With a ``decoder_degree`` for other models, results lie near a smooth curve.
         """
         if not self.is_exact:
-            return super().residual_operator(received)
+            return super().residual_operator(received, wavelength)
         nodes = self.worker_points.take([*received])
         return residual_operator(_least_squares(nodes, nodes, self.decoder_degree))
 

@@ -123,6 +123,31 @@ def test_a_small_shift_that_is_alike_in_all_groups_is_found(model, batch, code):
     assert not report.undefended.any()
 
 
+@pytest.mark.parametrize("code", ["spline", "Berrut", "Floater-Hormann"])
+def test_small_changes_that_spoil_answers_are_marked(model, batch, code):
+    batch = 2 * batch
+    plan = CODES[code](3).plan([batch])
+    coded = plan.encode(batch)
+    with torch.no_grad():
+        exact = model(batch)
+        honest = model(coded.flatten(0, 1)).unflatten(0, coded.shape[:2])
+
+    def error(results, received):
+        return float((plan.decode(results[received], received) - exact).square().mean())
+
+    generator = torch.Generator().manual_seed(0)
+    spoilt = 0
+    for _ in range(30):
+        wrong = torch.randperm(60, generator=generator)[:3].tolist()
+        results = honest.clone()
+        results[wrong] *= 1.1
+        trust = plan.trusted([results], range(60))
+        if error(results, trust.places) > 3 * error(results, [*{*range(60)} - {*wrong}]):
+            spoilt += 1
+            assert trust.undefended.all()
+    assert spoilt > 10
+
+
 def test_a_row_whose_only_honest_worker_was_outvoted_is_marked():
     """Two that are wrong alike had the majority of three copies, in silence."""
     copies = [[0] * 3, [1] * 5, [2] * 5, [3] * 5, [4] * 5]
