@@ -146,8 +146,8 @@ class Report:
     # Arguments, so that :func:`dataclasses.replace` keeps them.
     _bounds: ErrorBounds | None = dataclasses.field(default=None, repr=False)
     _has_labels: bool = dataclasses.field(default=False, repr=False)
-    #: By row without a result, the parts of this row alone that workers are still at, or died of.
-    _unfinished: dict[int, list[Part]] = dataclasses.field(default_factory=dict, repr=False)
+    #: By rows, the parts with unanswered rows that workers are still at, or have ended at.
+    _unfinished: list[Part] = dataclasses.field(default_factory=list, repr=False)
 
     # Most callers read few of these tensors, so each is made when it is first read. The mode of the
     # reader has no influence on it.
@@ -295,11 +295,10 @@ class Report:
             if part.began < math.inf:
                 begun += len(part.units)
                 asked.add(part.worker)
-                row = part.units[0]
-                is_alone = len(part.units) == 1 and table.spare is None
                 is_unfinished = part.outcome is OPEN or part.kind == "died"
-                if is_alone and is_unfinished and row not in table.answered:
-                    self._unfinished.setdefault(row, []).append(part)
+                is_unfinished = is_unfinished and table.spare is None
+                if is_unfinished and not table.answered.keys() >= {*part.units}:
+                    self._unfinished.append(part)
         self.asked, self.received = tuple(sorted(asked)), tuple(sorted(received))
         self.work_ratio = begun * table.unit_rows / size
         for error in rejected:

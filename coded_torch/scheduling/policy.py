@@ -122,9 +122,9 @@ class Waiting:
             "estimate" estimates such a row, and any other that nobody could compute. Defaults to
             "raise".
         at_once, num_stragglers: set by :meth:`first`.
-        spares: whether a part of one row that is late, or has ended its worker, is asked for again
-            only while a further worker is idle. Set by servers, so that a row that hangs or ends
-            any worker leaves one for other requests.
+        spares: the most rows of a part that, if it is late or has ended its worker, is asked for
+            again only while a further worker is idle. Set by servers, so that rows that hang or end
+            any worker leave one for other requests. Defaults to 0.
 
     Example:
         >>> from coded_torch import Waiting
@@ -142,7 +142,7 @@ class Waiting:
 
     at_once: bool = dataclasses.field(default=False, kw_only=True)
     num_stragglers: int | None = dataclasses.field(default=None, kw_only=True)
-    spares: bool = dataclasses.field(default=False, kw_only=True)
+    spares: int = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         for argument, requirement, valid in (
@@ -155,8 +155,9 @@ class Waiting:
                 object.__setattr__(
                     self, argument, real("Waiting", argument, value, requirement, valid)
                 )
-        for argument in ("estimate", "at_once", "spares"):
+        for argument in ("estimate", "at_once"):
             instance("Waiting", argument, getattr(self, argument), bool)
+        count("Waiting", "spares", self.spares, least=0)
         instance("Waiting", "on_error", self.on_error, str)
         is_known = self.on_error in ("raise", "estimate")
         if not is_known:
@@ -397,14 +398,15 @@ class _Decisions:
         why = "hedge" if of.outcome is OPEN else "retry"
         new = [self.unasked.popleft() for _ in range(min(len(self.unasked), len(missing)))]
         units = sorted(new + missing[len(new) :])
-        again = any(other.why == "hedge" for other in of.line())
-        spares = (again and why == "hedge") or (
-            self.waiting.spares and (why == "hedge" or of.kind == "died")
-        )
+        spares = 0  # the most rows of a part that spares a worker
+        if why == "hedge" or of.kind == "died":
+            spares = self.waiting.spares
+        if why == "hedge" and any(other.why == "hedge" for other in of.line()):
+            spares = max(1, spares)
         for i in range(num):
             share = units[i * len(units) // num : (i + 1) * len(units) // num]
             # Calls that decide at the same time see the same idle workers.
-            self.table.ask(share, of, why).spares = spares and len(units) == 1
+            self.table.ask(share, of, why).spares = len(units) <= spares
 
     def _cut(self, part: Part) -> int:
         """Return into how many parts to cut a failed part; 0 to give up its rows."""

@@ -358,9 +358,10 @@ class App(Starlette):
         self.batcher.check(1, deadline)  # before the body is read
         message = await self.reader.read(headers, receive, deadline)
         deadline = min(deadline, arrived + message.timeout)
-        client = (scope.get("client") or ("",))[0]
-        if is_loopback(client) or is_forwarded(headers):
-            client = ""  # it may be anybody's
+        client, port = scope.get("client") or ("", 0)
+        is_named = client in headers.get("x-forwarded-for", "")  # by a proxy that uvicorn trusts
+        if is_loopback(client) or (is_forwarded(headers) and not is_named):
+            client = f"{client}:{port}"  # the address may be anybody's
         rows = message.inputs[0].shape[0]
         futures = list[asyncio.Future[Any]]()
         try:

@@ -8,7 +8,6 @@ import itertools
 import math
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
@@ -36,9 +35,14 @@ _BATCHES = 64
 # Seconds before the deadline that are kept to write the answers, and after it in which they may
 # still be written. It trades estimated rows against late answers and was not tuned.
 TO_ANSWER = 0.01
-# A batch takes unusually long after so many of its usual times, and seconds. Its rows may hold a
-# part of the workers. It trades the waiting of equal rows against workers that hang; not tuned.
-_LATE, _SOONEST, _SHARE = 4.0, 0.005, 3
+# A batch takes unusually long after so many of its usual times, and seconds. It trades the waiting
+# of equal rows against workers that hang, and was not tuned.
+_LATE = 4.0
+_SOONEST = 0.005
+# One of so many workers is left for known clients, for so many seconds after a request of one. It
+# trades requests of others against workers that hang, and was not tuned.
+_SHARE = 3
+_LEFT_SECONDS = 60.0
 _MOST_BATCHES = 1024  # threads, each of which runs a batch; a bound, not tuned
 
 
@@ -66,17 +70,25 @@ class Batch(NamedTuple):
 
 
 def compute(
-    coded: CodedWrapper, specs: Any, form: Any, inputs: list[Any], seconds: float, parts: Any
+    coded: CodedWrapper,
+    specs: Sequence[TensorSpec],
+    form: pytree.TreeSpec,
+    inputs: list[Any],
+    seconds: float,
+    parts: int | None,
+    spares: int = 1,
 ) -> Batch:
     """Compute a batch, whose ``(args, kwargs)`` have a form, in some seconds.
 
-    At their end, missing rows are estimated.
+    At their end, missing rows are estimated. ``spares`` is that of :class:`Waiting`.
     """
     if coded.code is not None or not coded.workers.num_workers:
         parts = None  # there are no idle workers to divide it over
-    own = coded.waiting or (Waiting.first() if coded.code else Waiting())
+    chosen = coded.waiting or (Waiting.first() if coded.code else Waiting())
     # Other rows are estimated even if the module fails on one, which is refused alone.
-    waiting = dataclasses.replace(own, deadline=seconds, on_error="estimate", spares=True)
+    waiting = dataclasses.replace(
+        chosen, deadline=seconds, on_error="estimate", spares=max(spares, chosen.spares)
+    )
     if coded.workers.simulated:  # other pools move their inputs
         device = device_of(coded.module)
         inputs = pytree.tree_map_only(Tensor, lambda x: x.to(device or x.device), inputs)
@@ -85,32 +97,57 @@ def compute(
         with torch.no_grad():
             answers, report = coded.run(*args, **kwargs, waiting=waiting, parts=parts)
     except Exception as error:
-        held = getattr(error, "report", None)
-        if not isinstance(held, Report) or not held.missing_rows:
+        partial = getattr(error, "report", None)
+        if not isinstance(partial, Report) or not partial.missing_rows:
             raise
         answers = getattr(error, "answers", None)
-        report = held
-    unanswered = set() if own.on_error == "estimate" else set(report.module_failed_rows)
+        report = partial
+    unanswered = set[int]()
+    if chosen.on_error != "estimate":
+        unanswered.update(report.module_failed_rows)
     if report.failed or report.ended == "failed":
-        unanswered |= {*report.module_failed_rows, *report.missing_rows}
-    rows = inputs[0].shape[0]
+        unanswered.update(report.module_failed_rows, report.missing_rows)
+    rows = slice(inputs[0].shape[0])
     if answers is None:
-        return Batch({}, report, unanswered, slice(rows))
+        return Batch({}, report, unanswered, rows)
     leaves, _ = flatten(answers)
-    got = [(leaf.dtype, list(leaf.shape)) for leaf in leaves if hasattr(leaf, "dtype")]
-    fit = len(got) == len(leaves) == len(specs) and all(
-        dtype is spec.dtype and shape[:1] == [rows] and (spec.is_text or spec.fits(shape[1:]))
+    got = [(leaf.dtype, [*leaf.shape]) for leaf in leaves if hasattr(leaf, "dtype")]
+    is_fit = len(got) == len(leaves) == len(specs) and all(
+        dtype is spec.dtype and shape[:1] == [rows.stop] and (spec.is_text or spec.fits(shape[1:]))
         for spec, (dtype, shape) in zip(specs, got, strict=True)
     )
-    if not fit:
-        must = [(spec.dtype, [rows, *spec.shape]) for spec in specs]
-        raise TypeError(f"the model must return tensors {must}, got {got}")
+    if not is_fit:
+        expected = [(spec.dtype, [rows.stop, *spec.shape]) for spec in specs]
+        raise TypeError(f"the model must return tensors {expected}, got {got}")
     named = {spec.name: leaf for spec, leaf in zip(specs, leaves, strict=True)}
-    sources = [] if report.source is None else report.source.tolist()
-    flags = [source == 2 for source in sources] if 2 in sources else ()
-    if flags:  # made here, and not in the event loop
-        _ = report.estimated, report.error_bounds, report.label_p_values
-    return Batch(named, report, unanswered, slice(rows), flags)
+    flags = list[bool]()
+    if report.source is not None:
+        flags = (report.source == 2).tolist()
+    if not any(flags):
+        return Batch(named, report, unanswered, rows)
+    _ = report.estimated, report.error_bounds, report.label_p_values  # not in the event loop
+    return Batch(named, report, unanswered, rows, flags)
+
+
+@dataclasses.dataclass(eq=False)
+class _Running:
+    """A batch that runs. Times are seconds of :func:`time.monotonic`."""
+
+    entries: list[_Entry]
+    begin: float
+    rows: int
+    parts: int
+    deadline: float
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its clients were known when it was taken."""
+        return self.entries[0].is_known
+
+    @property
+    def longest(self) -> int:
+        """The rows of its largest part."""
+        return -(-self.rows // self.parts)
 
 
 class _Entry:
@@ -127,13 +164,19 @@ class _Entry:
         self.trace = tracing.here()
         self.shapes: list[Any] = [x.shape[1:] for x in inputs]
         self.digests = list[bytes]()  # of the rows, once they are needed
+        self.is_known = False  # whether its client is, when its batch is taken
         self.future: asyncio.Future[Batch] = asyncio.get_running_loop().create_future()
 
     def fits(self, other: _Entry) -> bool:
-        """Return whether one batch may hold both: it ends at the earlier of their deadlines."""
-        own = self.deadline - self.arrived
-        its = other.deadline - other.arrived
-        return self.shapes == other.shapes and own <= 2 * its and its <= 2 * own
+        """Return whether one batch may hold both.
+
+        It ends at the earlier of their deadlines, and takes workers that clients may have who are
+        known, or who are not.
+        """
+        seconds = self.deadline - self.arrived
+        others = other.deadline - other.arrived
+        is_similar = seconds <= 2 * others and others <= 2 * seconds
+        return self.shapes == other.shapes and self.is_known is other.is_known and is_similar
 
 
 class Batcher:
@@ -141,14 +184,18 @@ class Batcher:
 
     A batch takes one slot, and an equal share of the rows. If nothing else waits, it is divided
     over the free slots. ``compute`` computes a batch in a thread, given its inputs, the seconds
-    that are left, and the number of its parts. ``slots`` returns the number of slots, and the most
-    parts of a batch. ``on_batch`` gets each batch, its rows, and the seconds that its requests
-    waited. ``states`` returns the state of each known worker, "idle", "busy" or other.
+    that are left, the number of its parts, and the most rows of a part whose hedge leaves a worker
+    idle. ``slots`` returns the number of slots, and the most parts of a batch. ``on_batch`` gets
+    each batch, its rows, and the seconds that its requests waited. ``states`` returns the state of
+    each known worker, "idle", "busy" or other.
+
+    A third of the slots is left for known clients while these ask: for those that have got an
+    answer, and of whose rows none has hung or ended a worker. So others may send any rows.
     """
 
     def __init__(
         self,
-        compute: Callable[[list[Any], float, int], Batch],
+        compute: Callable[[list[Any], float, int, int], Batch],
         *,
         max_batch_size: int,
         max_queued_requests: int,
@@ -169,22 +216,39 @@ class Batcher:
         self._hung = False
         self._answered = -math.inf
         self._timer: asyncio.TimerHandle | None = None
-        # Begin, rows, parts and deadline of each running batch.
-        self._ongoing: dict[asyncio.Task[None], tuple[float, int, int, float]] = {}
-        self._batches: dict[asyncio.Task[None], list[_Entry]] = {}
+        self._ongoing: dict[asyncio.Task[None], _Running] = {}
         self._threads = ThreadPoolExecutor(_MOST_BATCHES, "coded_torch batch")
-        #: Rows that hang or end workers.
+        self._known_asked = -math.inf  # when a known client did
+        #: Rows that hang or end workers, and known clients.
         self.suspects = Suspects()
 
     @property
     def _num_free(self) -> int:
         """The number of free slots; at least one if nothing runs."""
         slots = self._slots()[0]
-        used = sum(parts for _, _, parts, _ in self._ongoing.values())
+        # Workers that are still at rows of calls that have ended are busy, too.
+        used = sum(batch.parts for batch in self._ongoing.values()) + self.suspects.num_held
         if used < slots:
-            # Workers still compute rows of calls that have ended: these workers are busy, too.
             used = max(used, self._states().count("busy"))
         return max(slots - used, int(not self._ongoing))
+
+    @property
+    def _most_unknown(self) -> int:
+        """The number of slots that all clients together may take who are not known."""
+        slots = self._slots()[0]
+        if slots == 1 or time.monotonic() > self._known_asked + _LEFT_SECONDS:
+            return slots
+        return slots - max(1, slots // _SHARE)
+
+    def _left_unknown(self, free: int) -> int:
+        """Return how many of the free slots such clients may take now."""
+        slots = self._slots()[0]
+        most = self._most_unknown
+        if most == slots:
+            return free
+        known = sum(batch.parts for batch in self._ongoing.values() if batch.is_known)
+        # Workers that are busy with hedges, or with rows of calls that have ended, are theirs, too.
+        return min(free, most - (slots - free - known) - self.suspects.num_ended)
 
     def check(self, rows: int, deadline: float, *, is_read: bool = False) -> None:
         """Refuse (503) a request if the queue is full, or its answer would probably be late.
@@ -215,6 +279,8 @@ class Batcher:
         """Queue a request, or refuse it (503). It leaves the queue once its future is done."""
         self.check(inputs[0].shape[0], deadline, is_read=True)
         entry = _Entry(inputs, arrived, deadline, client)
+        if self.suspects.knows(client):
+            self._known_asked = time.monotonic()
         self._queue[entry] = None
         self._rows += entry.rows
         entry.future.add_done_callback(lambda _: self._remove(entry))
@@ -245,9 +311,9 @@ class Batcher:
         # A batch beyond its deadline never ends, as far as anyone knows.
         return seconds + min(
             math.inf
-            if now > deadline + TO_ANSWER
-            else max(0.0, begin + self._usual(-(-rows // parts)) - now)
-            for begin, rows, parts, deadline in self._ongoing.values()
+            if now > batch.deadline + TO_ANSWER
+            else max(0.0, batch.begin + self._usual(batch.longest) - now)
+            for batch in self._ongoing.values()
         )
 
     def _usual(self, rows: int) -> float:
@@ -258,18 +324,21 @@ class Batcher:
 
     def _fill(self) -> None:
         """Let waiting requests run while a slot is free."""
-        while self._queue and self._num_free:
+        while self._queue:
             free = self._num_free
-            batch = self._take()
+            if not free:
+                break
+            batch = self._take(free)
             if not batch:
                 break
             rows = sum(entry.rows for entry in batch)
-            until = min(e.deadline for e in batch)
+            until = min(entry.deadline for entry in batch)
+            if not batch[0].is_known:
+                free = self._left_unknown(free)
             parts = 1 if self._queue else min(free, rows, self._slots()[1])
-            ran = time.monotonic(), rows, parts, until
-            task = asyncio.get_running_loop().create_task(self._run(batch, ran))
-            self._ongoing[task] = ran
-            self._batches[task] = batch
+            running = _Running(batch, time.monotonic(), rows, parts, until)
+            task = asyncio.get_running_loop().create_task(self._run(running))
+            self._ongoing[task] = running
         if self._timer:
             self._timer.cancel()
         if self._queue:  # nothing tells when rows of calls that have ended are computed
@@ -281,35 +350,35 @@ class Batcher:
             entry.digests = [digest(entry.inputs, row) for row in range(entry.rows)]
         return entry.digests
 
-    def _late_rows(self) -> Counter[bytes]:
-        """Return how many batches that take unusually long have a row, by its digest.
+    def _waiting_rows(self) -> set[bytes]:
+        """Return digests of rows that wait, as batches that take unusually long have them.
 
-        A row that has hung or ended a worker is in one batch at a time, which counts as all.
+        A row that has hung or ended a worker is in one batch at a time, too.
         """
-        found = Counter[bytes]()
-        slots = self._slots()[0]
+        waiting = set[bytes]()
         now = time.monotonic()
-        for task, (begin, rows, parts, until) in self._ongoing.items():
-            usual = self._usual(-(-rows // parts)) * _LATE or (until - begin) / 2
-            if now - begin > max(usual, _SOONEST):
-                for entry in self._batches[task]:
-                    found.update(self._digests(entry))
-            elif self.suspects:
-                digests = [x for entry in self._batches[task] for x in self._digests(entry)]
-                found |= Counter({x: slots for x in digests if x in self.suspects})
-        return found
+        for batch in self._ongoing.values():
+            usual = self._usual(batch.longest) * _LATE or (batch.deadline - batch.begin) / 2
+            is_late = now - batch.begin > max(usual, _SOONEST)
+            if not (is_late or self.suspects):
+                continue
+            digests = {digest for entry in batch.entries for digest in self._digests(entry)}
+            waiting |= digests if is_late else digests & self.suspects.rows
+        return waiting
 
-    def _take(self) -> list[_Entry]:
+    def _take(self, free: int) -> list[_Entry]:
         """Take the next batch. Requests with at most half their usual time get a 504.
 
         Rows of batches that take unusually long wait, so that they do not hang all workers.
         """
         slots = self._slots()[0]
-        late = self._late_rows()
+        waiting = self._waiting_rows()
+        left_unknown = self._left_unknown(free)
+        suspects = self.suspects
         batch = list[_Entry]()
         rows = 0
         # All slots share the rows: one batch of all leaves workers idle.
-        every = self._rows + sum(rows for _, rows, _, _ in self._ongoing.values())
+        every = self._rows + sum(running.rows for running in self._ongoing.values())
         most = min(self._max_rows, -(-every // slots))
         for entry in list(self._queue):
             hopeless = entry.deadline - time.monotonic() <= 0.5 * self._usual(entry.rows)
@@ -318,15 +387,20 @@ class Batcher:
                 continue
             if entry.future.done():
                 continue
-            if late or self.suspects:
-                digests = self._digests(entry)
+            if suspects:
                 try:
-                    self.suspects.check(digests, entry.client, slots)
+                    suspects.check(self._digests(entry))
                 except RequestError as error:
                     entry.future.set_exception(error)
                     continue
-                if any(late[digest] >= max(1, slots // _SHARE) for digest in digests):
-                    continue
+            entry.is_known = suspects.knows(entry.client)
+            if left_unknown <= 0 and not entry.is_known:
+                if suspects.num_held + suspects.num_ended >= self._most_unknown:
+                    why = "rows of clients without an answer hang all workers that these may have"
+                    entry.future.set_exception(RequestError(503, "unavailable", why))
+                continue
+            if waiting and not waiting.isdisjoint(self._digests(entry)):
+                continue
             if batch and not batch[0].fits(entry):
                 continue  # the next batch takes it
             if batch and rows + entry.rows > most:
@@ -336,24 +410,25 @@ class Batcher:
             batch.append(entry)
         return batch
 
-    def _compute_and_note(
-        self, inputs: list[Any], seconds: float, parts: int, batch: list[_Entry]
-    ) -> Batch:
+    def _compute_and_note(self, inputs: list[Any], seconds: float, running: _Running) -> Batch:
         """Compute a batch in a thread, and note its rows that hang or end workers."""
-        done = self._compute(inputs, seconds, parts)
-        clients = [entry.client for entry in batch for _ in range(entry.rows)]
-        estimated = done.estimated or itertools.repeat(not done.outputs, len(clients))
-        computed = [row for row, flag in enumerate(estimated) if not flag]
-        computed = [row for row in computed if row not in done.unanswered]
+        spares = 1 if running.is_known else running.rows
+        done = self._compute(inputs, seconds, running.parts, spares)
+        clients = [entry.client for entry in running.entries for _ in range(entry.rows)]
+        computed = {*range(running.rows)} - done.unanswered
+        computed.difference_update(itertools.compress(range(running.rows), done.estimated))
+        if not done.outputs:
+            computed.clear()
         self.suspects.note(inputs, clients, done.report._unfinished, computed)
         return done
 
-    async def _run(self, batch: list[_Entry], ran: tuple[float, int, int, float]) -> None:
-        begin, rows, parts, deadline = ran
+    async def _run(self, running: _Running) -> None:
+        batch = running.entries
+        begin = running.begin
+        rows = running.rows
         queued = [begin - entry.arrived for entry in batch]
-        left = deadline - begin
+        left = running.deadline - begin
         left = max(left - TO_ANSWER, left / 2, 1e-3)
-        longest = -(-rows // parts)  # rows of a part
         columns = zip(*(entry.inputs for entry in batch), strict=True)
         inputs = [column[0] if len(column) == 1 else _joined(column) for column in columns]
         loop = asyncio.get_running_loop()
@@ -361,25 +436,23 @@ class Batcher:
         error = None
         try:
             run = tracing.within([entry.trace for entry in batch], self._compute_and_note)
-            done = await loop.run_in_executor(self._threads, run, inputs, left, parts, batch)
+            done = await loop.run_in_executor(self._threads, run, inputs, left, running)
         except Exception as cause:  # any error of the model: its requests get an answer
             error = _error(cause, in_time=time.monotonic() < begin + left)
             late = error.status_code == 504
         else:
             late = not done.outputs and done.report.ended == "deadline"
-            if (
-                len(done.report.module_failed_rows) == rows > batch[0].rows
-            ):  # all parts raised alike
+            num_failed = len(done.report.module_failed_rows)
+            if num_failed == rows > batch[0].rows:  # all parts raised alike
                 error = _refusal(done.report, 0)
         finally:
             # From slot to slot: the delays of the loop count, as the next batch suffers them too.
-            self._history.add([(longest, time.monotonic() - begin)], None)
-            task = cast("asyncio.Task[None]", asyncio.current_task())
-            del self._ongoing[task], self._batches[task]
+            self._history.add([(running.longest, time.monotonic() - begin)], None)
+            del self._ongoing[cast("asyncio.Task[None]", asyncio.current_task())]
         if not late:
             self._hung = False
             self._answered = time.monotonic()
-        elif left >= self._usual(longest) and self._answered < begin:
+        elif left >= self._usual(running.longest) and self._answered < begin:
             self._hung = True
         if error is not None and not late and len(batch) > 1:  # one may be to blame
             batch = [entry for entry in batch if not entry.future.done()]

@@ -1,12 +1,12 @@
-"""Rows that hang or end workers, which are refused before they reach further ones."""
+"""Rows that hang or end workers, and the clients that send them."""
 
 import hashlib
 import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,77 +15,117 @@ from ..table import Part
 from .protocol import RequestError
 
 # Bounds, which are not tuned.
-_MOST_ROWS = 1024
-_SECONDS = 300.0  # for which a row is remembered
+_MOST_PARTS = 1024
+_MOST_CLIENTS = 4096  # that are known
+_SECONDS = 300.0  # for which a part is remembered
 _ENOUGH = 2  # workers that have to end at a row
-_SHARE = 3  # a client with a known address may have hung one worker of so many
+# For which a worker that ended at a part counts as taken, about as long as one that hangs.
+_ENDED_SECONDS = 10.0
+
+
+class _Suspect(NamedTuple):
+    """A part that got no result before the end of its call."""
+
+    part: Part
+    row: bytes  #: the digest of its row; empty if it has several
+    client: str  #: the sender of its rows without an answer; empty if several clients sent them
+    since: float
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a worker is at it, though its call has ended."""
+        return self.part.request is not None
 
 
 class Suspects:
-    """Remembers rows that, alone in a part, got no result before the end of their call.
+    """Remembers parts that got no result before the end of their call, and clients with answers.
 
-    While a worker is at such a row, the row is refused (503). A worker that returns a result,
-    however late, clears it. Once two workers have ended at it, by themselves or by the hang
-    timeout, it is refused (500) for five minutes. A client whose rows hang a third of the workers
-    gets 503, if its address is known. Any thread may call.
+    - While a worker is at a row, alone in a part, the row is refused (503). A worker that returns a
+      result, however late, clears it. Once two workers have ended at it, by themselves or by the
+      hang timeout, it is refused (500) for five minutes.
+    - A client is known once a row of it was computed, except while a part of it is remembered.
+
+    Any thread may call.
     """
 
     def __init__(self) -> None:
         self._key = os.urandom(16)
         self._lock = threading.Lock()
-        # By the digest of a row, its parts, the client that sent it, and when.
-        self._rows: OrderedDict[bytes, tuple[list[Part], str, float]] = OrderedDict()
+        self._parts = list[_Suspect]()
+        self._answered = OrderedDict[str, None]()  # clients; the last to be answered is last
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._parts)
 
-    def __contains__(self, digest: bytes) -> bool:
-        return digest in self._rows
+    @property
+    def rows(self) -> set[bytes]:
+        """The digests of rows that, alone in a part, got no result."""
+        return {suspect.row for suspect in self._parts}
+
+    @property
+    def num_held(self) -> int:
+        """The number of workers that are at such parts."""
+        return sum(suspect.is_held for suspect in self._parts)
+
+    @property
+    def num_ended(self) -> int:
+        """The number of workers that have ended at such parts in the last seconds."""
+        since = time.monotonic() - _ENDED_SECONDS
+        return sum(x.since > since and x.part.kind == "died" for x in self._parts)
+
+    def knows(self, client: str) -> bool:
+        """Return whether a client is known."""
+        return client in self._answered and all(x.client != client for x in self._parts)
 
     def note(
         self,
         inputs: Sequence[Any],
         clients: Sequence[str],
-        unfinished: dict[int, list[Part]],
-        computed: Iterable[int],
+        unfinished: Sequence[Part],
+        computed: Collection[int],
     ) -> None:
-        """Note the rows of a batch without a result, with their parts, and forget computed ones."""
+        """Note the parts of a batch without a result, the sender of each row, and computed rows."""
         now = time.monotonic()
-        for part in (part for parts in unfinished.values() for part in parts):
+        found = list[_Suspect]()
+        for part in unfinished:
             part.of = None  # whose results are not kept
-        found = {self.digest(inputs, row): row for row in unfinished}
-        known = self._rows and {self.digest(inputs, row) for row in computed}
+            digest = b""
+            if len(part.units) == 1:
+                digest = self.digest(inputs, part.units[0])
+            senders = {clients[unit] for unit in part.units if unit not in computed}
+            client = ""
+            if len(senders) == 1:
+                (client,) = senders
+            found.append(_Suspect(part, digest, client, now))
+        cleared = {self.digest(inputs, row) for row in computed} if self._parts else set()
         with self._lock:
-            for digest in known or ():
-                self._rows.pop(digest, None)
-            for digest, row in found.items():
-                parts = self._rows.pop(digest, ([], "", now))[0][-_ENOUGH:]
-                self._rows[digest] = parts + unfinished[row], clients[row], now
-            while len(self._rows) > _MOST_ROWS:
-                self._rows.popitem(last=False)
+            kept = [suspect for suspect in self._parts if suspect.row not in cleared]
+            self._parts = (kept + found)[-_MOST_PARTS:]
+            for row in computed:
+                self._answered[clients[row]] = None
+                self._answered.move_to_end(clients[row])
+            while len(self._answered) > _MOST_CLIENTS:
+                self._answered.popitem(last=False)
 
-    def check(self, digests: Sequence[bytes], client: str, workers: int) -> None:
-        """Refuse a request one of whose rows, or whose client, hangs workers."""
+    def check(self, digests: Sequence[bytes]) -> None:
+        """Refuse a request one of whose rows hangs or ends workers."""
         now = time.monotonic()
         with self._lock:
-            held = 0
-            for digest, (parts, sender, since) in [*self._rows.items()]:
-                parts[:] = [part for part in parts if _is_held(part) or part.kind == "died"]
-                if not parts or now > since + _SECONDS:
-                    del self._rows[digest]
-                elif sender and sender == client:
-                    held += sum(map(_is_held, parts))
-            for row, digest in enumerate(digests):
-                parts = self._rows[digest][0] if digest in self._rows else []
-                if any(map(_is_held, parts)):
-                    why = f"a worker is still at row {row}, which an earlier request had"
-                    raise RequestError(503, "unavailable", why)
-                if len(parts) >= _ENOUGH:
-                    why = f"row {row} hung or ended {len(parts)} workers, so it is not computed now"
-                    raise RequestError(500, "failed", why)
-        if held and held >= workers // _SHARE:
-            why = f"{held} of {workers} workers are still at rows of your earlier requests"
-            raise RequestError(503, "unavailable", why)
+            self._parts = [
+                suspect
+                for suspect in self._parts
+                if now <= suspect.since + _SECONDS
+                and (suspect.is_held or suspect.part.kind == "died")
+            ]
+            parts = self._parts
+        for row, digest in enumerate(digests):
+            same = [suspect for suspect in parts if suspect.row == digest]
+            if any(suspect.is_held for suspect in same):
+                why = f"a worker is still at row {row}, which an earlier request had"
+                raise RequestError(503, "unavailable", why)
+            if len(same) >= _ENOUGH:
+                why = f"row {row} hung or ended {len(same)} workers, so it is not computed now"
+                raise RequestError(500, "failed", why)
 
     def digest(self, inputs: Sequence[Any], row: int) -> bytes:
         """Return what stands for a row."""
@@ -103,8 +143,3 @@ def _pieces(inputs: Sequence[Any], row: int) -> Iterator[bytes | memoryview]:
             continue
         yield str(batch.shape[1:]).encode()
         yield batch[row].contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _is_held(part: Part) -> bool:
-    """Return whether a worker is at a part whose call has ended."""
-    return part.request is not None

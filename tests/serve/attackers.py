@@ -43,8 +43,18 @@ LOCAL = "Host: 127.0.0.1"
 LOAD = "/v2/repository/models/lenet5/load"
 
 
-def row(first):
-    return body(1, first + ONE[ONE.index(b",") :])
+NUMBER = b"0.123456789"
+DIGITS = b"#" * 9  # each attack replaces them by its own
+
+
+def row(first, second=NUMBER):
+    return body(1, b",".join([first, second, *[NUMBER] * 782]))
+
+
+def rows(first):
+    """Return 64 rows, which all differ from each other and from rows of other attacks."""
+    different = [b"%b,%d.%b" % (first, i, DIGITS) for i in range(64)]
+    return body(64, b",".join([start + (b"," + NUMBER) * 782 for start in different]))
 
 
 #: By name of an attack: the bytes that its client sends first, the bytes that it then repeats, and
@@ -71,6 +81,10 @@ KINDS = {
     "hanging rows": (lambda: post(row(b"668")), b""),
     "crashing rows": (lambda: post(row(b"666")), b""),
     "spinning rows": (lambda: post(row(b"669")), b""),
+    "hanging rows, all different": (lambda: post(row(b"668", b"0." + DIGITS)), b""),
+    "crashing rows, all different": (lambda: post(row(b"666", b"0." + DIGITS)), b""),
+    "spinning rows, all different": (lambda: post(row(b"669", b"0." + DIGITS)), b""),
+    "64 hanging rows, all different": (lambda: post(rows(b"668")), b""),
     "wide answers": (lambda: post(body(64, b",".join([ONE] * 64), "wide")), b"", "all"),
     "wide answers, unread": (lambda: post(body(64, b",".join([ONE] * 64), "wide")), b"", "nothing"),
     "loads": (lambda: post(b"", LOCAL, path=LOAD), b""),
@@ -108,7 +122,8 @@ def main(kind, port):
     start = time.monotonic()
     for i in range(100_000):
         time.sleep(max(0.0, start + i / RATE - time.monotonic()))
-        threading.Thread(target=attack, args=(port, first, *rest), daemon=True).start()
+        different = first.replace(DIGITS, b"%09d" % i)
+        threading.Thread(target=attack, args=(port, different, *rest), daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class Model:
         self.behave = lambda rows, report: None
         self.failed = False
 
-    def __call__(self, inputs, seconds, parts):
+    def __call__(self, inputs, seconds, parts, spares):
         (rows,) = inputs
         self.batches.append(rows[:, 0].tolist())
         self.seconds.append(seconds)
@@ -55,9 +55,9 @@ def quick(model):
     return model
 
 
-def put(batcher, *values, seconds=10.0):
+def put(batcher, *values, seconds=10.0, client=""):
     now = time.monotonic()
-    return batcher.put([torch.tensor(values)[:, None]], now, now + seconds)
+    return batcher.put([torch.tensor(values)[:, None]], now, now + seconds, client)
 
 
 async def answers(*entries):
@@ -128,6 +128,27 @@ async def test_a_batch_is_divided_only_while_nothing_else_waits(model):
     model.go.set()
     await answers(first, *others)
     assert model.parts[1:] == [1, 1, 1]
+
+
+async def test_slots_are_left_for_clients_with_answers_while_these_ask(model):
+    batcher = model.batcher(slots=lambda: (3, 3), max_batch_size=9)
+    model.go.set()
+    await answers(put(batcher, 0.0, client="known"))
+    model.go.clear()
+    first = put(batcher, *[1.0] * 9, client="new")
+    await until(lambda: model.parts == [1, 3])  # no known client has asked again
+    model.go.set()
+    await answers(first)
+    await answers(put(batcher, 0.0, client="known"))
+    model.go.clear()
+    first = put(batcher, *[2.0] * 9, client="newer")
+    others = [put(batcher, 3.0, client="newest"), put(batcher, 4.0, client="known")]
+    await until(lambda: len(model.parts) == 5)
+    assert sorted(model.parts[3:]) == [1, 2]
+    assert sorted(model.batches[3:]) == [[2.0] * 9, [4.0]]  # the newest client waits
+    model.go.set()
+    await answers(first, *others)
+    assert model.batches[5:] == [[3.0]]
 
 
 async def test_the_next_batch_begins_before_the_answers_of_the_last_one_are_written(model):
