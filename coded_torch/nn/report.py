@@ -49,8 +49,9 @@ class Report:
 
     # What every call needs.
 
-    #: uint8 ``[B]``, on the host: 0 for answers from a part that was asked first, 1 from a hedge or
-    #: another later part, 2 for estimates. None before there are answers.
+    #: uint8 ``[B]``, on the host: 0 for answers from a part that was asked first, 1 from a hedge, 2
+    #: if no worker computed the row: its answer is decoded or estimated. None before there are
+    #: answers.
     source: Tensor | None = dataclasses.field(default=None, repr=False)
     #: by rows, the rows that no worker computed.
     missing_rows: tuple[int, ...] = ()
@@ -90,7 +91,7 @@ class Report:
 
     # Times.
 
-    #: seconds from the call to the first ask.
+    #: seconds from the call to the first ask: encoding, and at first, sending workers the module.
     encode_seconds: float = 0.0
     #: seconds of waiting for the workers and checking their results.
     compute_seconds: float = 0.0
@@ -196,22 +197,29 @@ class Report:
 
     def __str__(self) -> str:
         """Return five lines to read: rows, workers, seconds, the end of the call, and remarks."""
+        by_rows = self.num_groups == 0
         rows = "no answers"
-        phases = ("encode", "compute", "decode")
         if self.source is not None:
-            first, later, estimated = self.source.long().bincount(minlength=3).tolist()
-            rows = f"{first + later} of {first + later + estimated} computed, {later} of them by "
-            rows += f"later parts; {estimated} estimated, {len(self.corrected)} corrected"
-        seconds = [getattr(self, f"{phase}_seconds") for phase in phases]
-        each = ", ".join(f"{phase} {1e3 * x:.1f}" for phase, x in zip(phases, seconds, strict=True))
+            first, hedged, others = self.source.long().bincount(minlength=3).tolist()
+            rows = f"{first + hedged} of {len(self.source)} computed, {hedged} of them by hedges; "
+            rows += (
+                f"{others} {'estimated' if by_rows else 'decoded'}, {len(self.corrected)} corrected"
+            )
+        seconds = {
+            "prepare" if by_rows else "encode": self.encode_seconds,
+            "compute": self.compute_seconds,
+            "estimate" if by_rows else "decode": self.decode_seconds,
+        }
+        total = sum(seconds.values())
+        phases = ", ".join(f"{phase} {1e3 * x:.1f}" for phase, x in seconds.items())
         few = {"without a result": self.missing, "rejected": self.rejected}
         few |= {"excluded": self.excluded}
         named = [f"{what}: {str(sorted(some))[1:-1]}" for what, some in few.items() if some]
         lines = {
             "rows": rows,
-            "workers": "; ".join([f"{len(self.asked)} asked", *named]),
-            "time": f"{1e3 * sum(seconds):.1f} ms: {each}; work ratio {self.work_ratio:.3g}",
-            "ended": f"{self.ended or 'early'}; later parts: {len(self.hedges)}",
+            "workers": "; ".join([f"{len(self.asked)} began a part", *named]),
+            "time": f"{1e3 * total:.1f} ms: {phases}; work ratio {self.work_ratio:.3g}",
+            "ended": f"{self.ended or 'early'}; hedges: {len(self.hedges)}",
             "notes": "; ".join(self.notes) or "none",
         }
         return "\n".join(f"{head:<9}{text}" for head, text in lines.items())
@@ -353,7 +361,7 @@ class Report:
     def _note_source(
         self, source: Tensor | None, later: Sequence[bool] | np.ndarray, unit_rows: int = 1
     ) -> None:
-        """Note the result of each answer, ``[B]``, -1 if estimated, and which a later part gave.
+        """Note the result of each answer, ``[B]``, -1 if estimated, and which a hedge gave.
 
         None says that each row has its own result.
         """

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from coded_torch import CodedWrapper, Waiting, ops
-from coded_torch.codes import DeadlineExceeded, NotEnoughResults, ReplicationCode
+from coded_torch.codes import DeadlineExceeded, NotEnoughResults, ReplicationCode, SplineCode
 from coded_torch.nn.division import dealt
 from coded_torch.nn.report import Report
 from coded_torch.scheduling.latency_history import EstimationTimes
@@ -319,12 +319,22 @@ def test_a_report_is_five_lines_to_read():
     _, report = coded.run(torch.randn(60, 3), waiting=waiting)
     report.notes = ("a remark", "another one")
     rows, workers, took, ended, notes = str(report).splitlines()
-    assert rows == "rows     40 of 60 computed, 0 of them by later parts; 20 estimated, 0 corrected"
-    assert workers == "workers  3 asked; without a result: 2"
-    assert re.fullmatch(r"time     [\d.]+ ms: encode .*, compute .*, decode .*; work ratio 1", took)
-    assert ended == "ended    deadline; later parts: 0"
+    assert rows == "rows     40 of 60 computed, 0 of them by hedges; 20 estimated, 0 corrected"
+    assert workers == "workers  3 began a part; without a result: 2"
+    assert re.fullmatch(
+        r"time     [\d.]+ ms: prepare .*, compute .*, estimate .*; work ratio 1", took
+    )
+    assert ended == "ended    deadline; hedges: 0"
     assert notes == "notes    a remark; another one"
     assert str(Report()).startswith("rows     no answers")
+
+
+def test_a_report_of_a_code_counts_decoded_rows():
+    coded = CodedWrapper(nn.Tanh(), SplineCode(3, 5), workers=LocalWorkers())
+    _, report = coded.run(torch.randn(6, 3))  # the ends of the two curves are inputs themselves
+    rows, _, took, *_ = str(report).splitlines()
+    assert rows == "rows     2 of 6 computed, 0 of them by hedges; 4 decoded, 0 corrected"
+    assert re.search(r"encode .*, compute .*, decode ", took)
 
 
 @pytest.mark.parametrize(("late", "fitted"), [(math.inf, [5]), (7.0, [5, 10])])
