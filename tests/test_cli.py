@@ -51,7 +51,10 @@ def run(line):
         ("compare torch.nn:Tanh --inputs dict.pt", "x=a,y=b: the file has ['x', 'y']"),
         ("compare torch.nn:Tanh --inputs x.pt --settings 5,5,5", "0 <= S < N, got '5,5,5'"),
         ("compare torch.nn:Tanh --inputs x.pt --seed -1", "seeds must be at least 0, got -1"),
-        ("compare torch.nn:Tanh --inputs x.pt --batch-size 400", "must hold at least two, one to"),
+        (
+            "compare torch.nn:Tanh --inputs x.pt --batch-size 400",
+            "two batches, 800, got 240: take more",
+        ),
         ("compare torch.nn:Tanh --inputs x.pt --batch-size 0", "--batch-size must be at least 1"),
         ("compare ./mine:make --inputs x.pt", "a Python module, got './mine:make'"),
         ("compare a:b --inputs x.pt --output x", "--output: must end in .pdf, .png or .svg, in a"),
@@ -211,7 +214,7 @@ def test_compare_takes_a_model_and_files(tmp_path, monkeypatch, capsys):
     assert run("compare nets:net --inputs images.pt --batch-size 50 --settings 6,4,2") == 0
     unlabelled = capsys.readouterr().out
     assert "RelAcc" not in unlabelled
-    assert "\nBest at N = 6, K = 4, S = 2: " in unlabelled
+    assert "\nBest on 4 batches at N = 6, K = 4, S = 2: " in unlabelled
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     np.save(tmp_path / "labels.npy", labels[:251].numpy())
     assert run([*line.split(), "9,8,1"]) == 2

@@ -156,6 +156,11 @@ def compare(args: argparse.Namespace) -> None:
     """Compare the codes on your own model while workers are lost."""
     need("demo", "matplotlib")
     model, rows, batches = _read_batches(args)
+    if len(batches) < 2:
+        raise CommandError(
+            f"--inputs must have the rows of two batches, {2 * args.batch_size}, got {rows.total}: "
+            "take more rows, or a smaller --batch-size"
+        )
     labels = None
     if args.labels is not None:
         with usage("--labels cannot be read", errors=Exception):
@@ -255,7 +260,7 @@ _READ = (
     ("factory", str, ..., _MODEL),
     ("--inputs", str, ..., "a .pt, .npy, .safetensors or .parquet file"),
     ("--columns", str, None, _COLUMNS),
-    ("--batch-size", int, _BATCH_SIZE, "rows per batch"),
+    ("--batch-size", int, _BATCH_SIZE, "rows per batch; compare needs at least two batches"),
 )
 _CODES = "SplineCode", "BerrutCode", "FloaterHormannCode", "LagrangeCode", "RegressionCode"
 _COMMANDS: dict[Callable[[argparse.Namespace], int | None], tuple[Any, ...]] = {

@@ -289,7 +289,8 @@ class Comparison:
             if code is not None:
                 written = f"{best.name}, CodedWrapper(model, codes.{code!r})"
             n, k, s = setting
-            lines.append(f"Best at N = {n}, K = {k}, S = {s}: {written}")
+            num_batches = len({record.batch for record in self.records if record[:3] == setting})
+            lines.append(f"Best on {num_batches} batches at N = {n}, K = {k}, S = {s}: {written}")
             alike = []
             for row in self.against(best.name):
                 if row.setting != setting or row.mse[0] is None or row.mse_ratio is None:

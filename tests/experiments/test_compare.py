@@ -347,7 +347,9 @@ def test_the_verdict_names_the_least_error_and_what_is_not_clearly_worse():
     code = codes.RegressionCode(4, 6)
     found = Comparison(records, {(setting, "a"): code})
     first, second = re.sub("\n  ", " ", found.verdict()).splitlines()
-    assert first == f"Best at N = 6, K = 4, S = 2: a, CodedWrapper(model, codes.{code})"
+    assert (
+        first == f"Best on 3 batches at N = 6, K = 4, S = 2: a, CodedWrapper(model, codes.{code})"
+    )
     assert second == "Not clearly worse: b; e"
     assert Comparison(records[:1]).verdict() == ""  # one batch shows no interval
 
