@@ -90,13 +90,15 @@ def test_the_door_of_rows_computes_every_row(tmp_path, ran):
     assert re.match(r"rows +240 of 240 computed,.* 0 estimated", ran("example.py"))
 
 
-def test_the_door_of_codes_decodes_as_readme_says():
+def test_the_door_of_codes_decodes_as_readme_says(capsys):
     names = {}
     exec(door("codes"), names)
+    printed = capsys.readouterr().out
     expected = names["model"](names["batch"]).argmax(1)
     for answers in (names["decoded"], names["answers"]):
         same = (answers.argmax(1) == expected).double().mean()
         assert f"here, {same:.0%} have the model's class".replace("%", " %") in README
+        assert printed == f"{same:.0%} of the classes\n"
     assert len(names["report"].received) == len(names["arrived"]) == 20
 
 
