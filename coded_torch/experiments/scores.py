@@ -110,7 +110,7 @@ def relative_accuracy(decoded: Tensor, exact: Tensor, labels: Tensor) -> float:
     """Return the accuracy of decoded answers over the model's own; see :func:`score`."""
     found = score(decoded, exact, labels)
     if not found.exact_right:
-        raise ValueError(f"relative_accuracy: the model must be right at least once, got {0}")
+        raise ValueError("relative_accuracy: the model must be right at least once, got never")
     return found.right / found.exact_right
 
 

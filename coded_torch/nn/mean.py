@@ -79,7 +79,7 @@ class _Data:
         self._batch = functools.lru_cache(1)(self._read)
         self._size = self._batch(0).batch_size if self._last >= 0 else 0
         if not self._size:
-            raise ValueError(f"mean: inputs must hold at least one row, got {0}")
+            raise ValueError("mean: inputs must hold at least one row, got none")
         self.total = self._last * self._size + self._batch(self._last).batch_size
 
     def _read(self, number: int) -> Inputs:
