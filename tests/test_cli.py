@@ -53,7 +53,7 @@ def run(line):
         ("compare torch.nn:Tanh --inputs x.pt --seed -1", "seeds must be at least 0, got -1"),
         (
             "compare torch.nn:Tanh --inputs x.pt --batch-size 400",
-            "two batches, 800, got 240: take more",
+            "two batches, 800, got 480: take more",
         ),
         ("compare torch.nn:Tanh --inputs x.pt --batch-size 0", "--batch-size must be at least 1"),
         ("compare ./mine:make --inputs x.pt", "a Python module, got './mine:make'"),
