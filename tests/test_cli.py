@@ -305,7 +305,7 @@ def test_a_checkout_does_not_hide_the_installed_package(tmp_path, monkeypatch):
 
 
 def test_progress_is_a_line_per_minute_where_there_is_no_terminal(capsys, monkeypatch):
-    times = iter([0.0, 1.0, 40.0, 70.0, 90.0, 131.0])
+    times = iter([0.0, 40.0, 70.0, 90.0, 131.0, 140.0])
     monkeypatch.setattr("coded_torch.cli.time.monotonic", lambda: next(times))
     assert [*progress([*"abcde"], "batches")] == [*"abcde"]
     lines = capsys.readouterr().err.splitlines()

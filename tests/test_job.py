@@ -876,14 +876,20 @@ def test_an_interrupted_job_goes_on_without_computing_a_batch_again(folder, capf
     assert not list(folder.glob("out/*.part"))
 
 
-def test_a_mean_ends_by_its_half_width_and_goes_on_with_resume(folder, capsys, refused):
+def test_a_mean_ends_by_its_half_width_and_goes_on_with_resume(
+    folder, capsys, refused, monkeypatch
+):
+    monkeypatch.setattr("coded_torch.cli._EVERY", 0.0)  # seconds between lines
     arguments = line("here", "--mean", "--mean-function", "models:first")
-    assert main([*arguments, "--half-width", "3.0"]) == 0
-    out = capsys.readouterr().out
+    assert main([*arguments, "--half-width", "0.01"]) == 0
+    out, lines = capsys.readouterr()
+    left = re.findall(r"^rows: (\d+) of (\d+), \d:\d\d:\d\d left$", lines, re.M)
+    assert left[0] == ("60", "200")
+    assert all(60 < int(total) < ROWS for _, total in left[1:])  # expected by the half width
     found = re.findall(r"^(\d+) of 200 rows: ([\d.]+) ± ([\d.]+)$", out, re.M)
     few = {*computed(folder)}
     assert int(found[-1][0]) < ROWS
-    assert float(found[-1][2]) <= 3.0
+    assert float(found[-1][2]) <= 0.01
     assert int(found[-1][0]) <= len(few) <= int(found[-1][0]) + 2  # workers start on two rows
     assert main([*arguments, "--resume"]) == 0
     again = computed(folder)

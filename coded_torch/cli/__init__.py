@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,29 +66,53 @@ def usage(label: str = "", errors: Any = _MISTAKES, prefix: str = "") -> Iterato
         raise CommandError(f"{label and f'{label}: '}{printable(lines[0], _LINE)}") from None
 
 
-def progress(steps: Sequence[Any], what: str) -> Iterable[Any]:
-    """Show how many of the steps are done, and how long the others may take, on standard error.
+def progress(steps: Sequence[Any], what: str) -> Iterator[Any]:
+    """Yield steps, and show how many are done, as a :func:`progress_bar` does."""
+    bar = progress_bar(len(steps), what)
+    with contextlib.closing(bar):
+        for step in steps:
+            yield step
+            bar.update()
 
-    On a terminal, tqdm shows it, if it is installed; elsewhere a line does, each minute.
+
+def progress_bar(total: int, what: str, initial: int = 0) -> Any:
+    """Return what shows how much is done, and how long the rest may take, on standard error.
+
+    On a terminal it is tqdm's, if that is installed. Elsewhere it prints a line each minute.
     """
     if not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
-        return _in_lines(steps, what)
+        return _Lines(total, what, initial)
     from tqdm import tqdm
 
-    shown: Iterable[Any] = tqdm(steps, desc=what)
-    return shown
+    return tqdm(total=total, desc=what, initial=initial)
 
 
-def _in_lines(steps: Sequence[Any], what: str) -> Iterator[Any]:
-    begin = time.monotonic()
-    last = begin
-    for done, step in enumerate(steps):
+class _Lines:
+    """A progress bar of lines, with the names of tqdm."""
+
+    external_write_mode = staticmethod(contextlib.nullcontext)
+
+    def __init__(self, total: int, what: str, initial: int) -> None:
+        self.total = total
+        self._what = what
+        self._initial = initial
+        self._done = initial
+        self._begin = time.monotonic()
+        self._last = self._begin
+
+    def update(self, steps: int = 1) -> None:
+        self._done += steps
         now = time.monotonic()
-        if done and now - last >= _EVERY:
-            last = now
-            left = datetime.timedelta(seconds=round((now - begin) / done * (len(steps) - done)))
-            print(f"{what}: {done} of {len(steps)}, {left} left", file=sys.stderr, flush=True)
-        yield step
+        if now - self._last < _EVERY:
+            return
+        self._last = now
+        pace = (now - self._begin) / (self._done - self._initial)
+        left = datetime.timedelta(seconds=round(pace * (self.total - self._done)))
+        counts = f"{self._done:,} of {self.total:,}"
+        print(f"{self._what}: {counts}, {left} left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Do nothing: each line was printed at once."""
 
 
 def need(extra: str, *packages: str) -> None:

@@ -44,6 +44,7 @@ from . import (
     need,
     processes,
     progress,
+    progress_bar,
     say,
     usage,
 )
@@ -205,14 +206,19 @@ def _mean(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> None:
     with usage(f"{path} cannot be read", errors=Exception):
         known = _read_mean(path, rows.total) if os.path.lexists(path) else {}
     _start(coded, batches[0])
-    with usage(prefix="mean: "), usage(errors=NotEnoughResults):
+    with usage(prefix="mean: "), usage(errors=NotEnoughResults), contextlib.ExitStack() as held:
         of = args.mean_function
         looks = Looks(coded, batches, of, bounds=args.bounds, seed=known.get("seed"))
         if known:
             looks.numbers = [known["numbers"]]
             looks.shares = known["shares"]
             looks.sizes = [size for size in looks.sizes if size >= known["rows"]]
+        bar = held.enter_context(
+            contextlib.closing(progress_bar(looks.sizes[-1], "rows", known.get("rows", 0)))
+        )
+        looks.on_rows = bar.update
         for found in looks.until(args.half_width):
+            bar.total = looks.expected_rows(found, args.half_width)
             known = {"numbers": torch.cat(looks.numbers), "shares": looks.shares}
             known |= vars(found) | {"seed": looks.seed}
             file = io.BytesIO()
@@ -221,7 +227,8 @@ def _mean(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> None:
             some = zip(found.value[:8].tolist(), found.half_width.tolist(), strict=False)
             shown = ", ".join(f"{value:.5g} ± {half:.2g}" for value, half in some)
             more = ", ..." if len(found.value) > 8 else ""
-            say(f"{found.rows:,} of {rows.total:,} rows: {shown}{more}")
+            with bar.external_write_mode():
+                say(f"{found.rows:,} of {rows.total:,} rows: {shown}{more}")
 
 
 def _read_mean(path: Path, total: int) -> dict[str, Any]:
@@ -316,7 +323,7 @@ def arguments_of(args: Namespace, rows: Rows, module: nn.Module, examples: Any) 
 
 
 def _claim(args: Any, factory: Any, coded: CodedWrapper, rows: Rows, how: dict[str, str]) -> None:
-    """Begin a job in its folder, or check that the folder holds the same job."""
+    """Describe a job in its folder, or check that the folder describes the same job."""
     path = args.output / _CLAIM
     before = dict[str, Any]()
     if os.path.lexists(path):
@@ -327,34 +334,40 @@ def _claim(args: Any, factory: Any, coded: CodedWrapper, rows: Rows, how: dict[s
         raise ValueError(f"--output must be an empty folder, got {args.output}")
     if coded.code is None and coded.parts is None:  # rounding may depend on the rows of a part
         coded.parts = before.get("parts") or coded.workers.num_workers
-    sources = {args.factory.partition(":")[0]}
-    now = {"inputs": f"of {rows.total} rows, digest {rows.digest()}", "rows": rows.total}
-    now |= how | {"batch-size": args.batch_size, "parts": coded.parts}
-    now["waiting"] = str(coded.waiting)
     # The name of error bounds in files. A folder of version 0.4, which did not note it, keeps its.
-    now["bounds"] = before.get("bounds", "") if before else "error_bound"
-    args.bound_name = now["bounds"] or "radius"
+    bounds = before.get("bounds", "") if before else "error_bound"
+    args.bound_name = bounds or "radius"
+    sources = {args.factory.partition(":")[0]}  # names of modules, and code of functions
+    call = {"inputs": f"of {rows.total} rows, digest {rows.digest()}", "rows": rows.total}
+    call |= how | {"batch-size": args.batch_size, "parts": coded.parts}
+    call |= {"waiting": str(coded.waiting), "bounds": bounds}
     for name in ("code", "estimator", "surrogate", "verify", "in_dims", "out_dims"):
-        now[name] = f"digest {_digest(getattr(coded, name), sources)}"
-    now["mean"] = f"digest {_digest(args.mean_function, sources)}" if args.mean else ""
-    # The option --trust-model leaves these out.
-    trusted = {"model": f"{args.factory}, digest {_digest((factory, coded.module), sources)}"}
-    names = sorted(name for name in sources if name.partition(".")[0] != "torch")  # by its version
-    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in names}
-    content = {name: Path(file).read_bytes() if file else b"" for name, file in files.items()}
-    trusted["source"] = f"digest {_digest(content, set())}"
-    trusted["versions"] = f"torch {torch.__version__}, coded_torch {coded_torch.__version__}"
-    trusted["versions"] += f", Python {platform.python_version()}"
-    compared = now if args.trust_model else now | trusted
+        call[name] = f"digest {_digest(getattr(coded, name), sources)}"
+    call["mean"] = f"digest {_digest(args.mean_function, sources)}" if args.mean else ""
+    model = {"model": f"{args.factory}, digest {_digest((factory, coded.module), sources)}"}
+    model["source"] = f"digest {_digest_of_files(sources)}"
+    versions = f"torch {torch.__version__}, coded_torch {coded_torch.__version__}"
+    model["versions"] = f"{versions}, Python {platform.python_version()}"
+    compared = call if args.trust_model else call | model
     # An older version knew fewer options: those that it did not know were left out.
     differ = [key for key, value in compared.items() if before.get(key, "") != value]
     if before and differ and any(args.output.glob("[bm]*.p*")):
         requirement = "; ".join(
             f"{key} {printable(str(before.get(key)))}, got {compared[key]}" for key in differ
         )
-        remedy = " (--trust-model goes on)" if trusted.keys() >= {*differ} else ""
+        remedy = " (--trust-model goes on)" if model.keys() >= {*differ} else ""
         raise ValueError(f"--resume must repeat the job in {args.output}: {requirement}{remedy}")
-    replace(path, json.dumps(now | trusted).encode())
+    replace(path, json.dumps(call | model).encode())
+
+
+def _digest_of_files(sources: set[str]) -> str:
+    """Return a digest of the files of modules, but for those of torch, which has a version."""
+    content = dict[str, bytes]()
+    for name in sorted(sources):
+        if name.partition(".")[0] != "torch":
+            file = getattr(sys.modules.get(name), "__file__", None)
+            content[name] = Path(file).read_bytes() if file else b""
+    return _digest(content, set())
 
 
 def _read_claim(path: Path) -> dict[str, Any]:

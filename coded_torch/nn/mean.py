@@ -118,6 +118,8 @@ class Looks:
     """
 
     shares: Tensor  #: bool ``[C]``, the columns that are shares
+    #: Called with the number of rows that have been computed since the last time.
+    on_rows: Callable[[int], object] = staticmethod(lambda rows: None)
     _best: tuple[_Coordinates, float] | None = None
 
     def __init__(
@@ -197,6 +199,19 @@ class Looks:
 
         return looks()
 
+    def expected_rows(self, found: Interval, half_width: Any) -> int:
+        """Return how many rows are expected to reach a half width, by the interval of a look.
+
+        Widths shrink as without regression, which mostly needs fewer rows.
+        """
+        if half_width is None:
+            return self.sizes[-1]
+        shares = (torch.as_tensor(half_width).double() / found.half_width) ** 2
+        of_all = 1 / found.total
+        needed = 1 / (of_all + (1 / found.rows - of_all) * float(shares.min()))
+        later = (size for size in self.sizes if size >= max(needed, found.rows))
+        return next(later, self.sizes[-1])
+
     def look(self, size: int) -> tuple[Tensor, Tensor]:
         """Return the interval from so many rows, ``[2, C]``, and the interval of sampling."""
         y = self._computed(size)
@@ -273,6 +288,7 @@ class Looks:
                 for chunk, (outputs, _) in zip(chunks, found, strict=True):
                     numbers, self.shares = self._numbers_of(outputs, chunk)
                     self.numbers.append(numbers)
+                    self.on_rows(len(chunk))
         except Exception as error:  # its rows are numbered within a batch until here
             with contextlib.suppress(Exception):  # a class may have slots
                 facts: Any = error
