@@ -123,8 +123,8 @@ class Waiting:
             "raise".
         at_once, num_stragglers: set by :meth:`first`.
         spares: the most rows of a part that, if it is late or has ended its worker, is asked for
-            again only while a further worker is idle. Set by servers, so that rows that hang or end
-            any worker leave one for other requests. Defaults to 0.
+            again only while a further worker is idle, and is hedged once, by one worker. Set by
+            servers, so that rows that hang or end any worker leave others. Defaults to 0.
 
     Example:
         >>> from coded_torch import Waiting
@@ -365,7 +365,9 @@ class _Decisions:
             part.replaced = True
             rows = len(missing) * table.unit_rows
             most = min(_SPLIT, idle)
-            num = self.history.num_hedges(rows, most) if late and part.of is None else 1
+            num = 1
+            if late and part.of is None and len(missing) > self.waiting.spares:
+                num = self.history.num_hedges(rows, most)
             if part.failed:
                 num = self._cut(part)
             num = min(num, len(missing))
@@ -382,6 +384,8 @@ class _Decisions:
         # A copy of a part that ended a worker would end another worker, too.
         hedges = sum(other.why == "hedge" for other in part.line())
         if hedges >= _HEDGES or any(other.kind == "died" for other in part.line()):
+            return False
+        if hedges and len(part.units) <= self.waiting.spares:
             return False
         if not self.hedged and self.may_estimate:
             self.hedged = True

@@ -190,7 +190,8 @@ class Batcher:
     each known worker, "idle", "busy" or other.
 
     A third of the slots is left for known clients while these ask: for those that have got an
-    answer, and of whose rows none has hung or ended a worker. So others may send any rows.
+    answer, and of whose rows none has hung or ended a worker. Once late rows of others take a
+    third, too, these others wait. So they may send any rows.
     """
 
     def __init__(
@@ -233,22 +234,34 @@ class Batcher:
         return max(slots - used, int(not self._ongoing))
 
     @property
-    def _most_unknown(self) -> int:
-        """The number of slots that all clients together may take who are not known."""
+    def _share(self) -> int:
+        """The number of slots that are left for known clients; 0 if none is.
+
+        It is also the number of workers that rows of all other clients may hang.
+        """
         slots = self._slots()[0]
         if slots == 1 or time.monotonic() > self._known_asked + _LEFT_SECONDS:
-            return slots
-        return slots - max(1, slots // _SHARE)
+            return 0
+        return max(1, slots // _SHARE)
 
     def _left_unknown(self, free: int) -> int:
-        """Return how many of the free slots such clients may take now."""
-        slots = self._slots()[0]
-        most = self._most_unknown
-        if most == slots:
+        """Return how many of the free slots may go to clients who are not known."""
+        share = self._share
+        if not share:
             return free
-        known = sum(batch.parts for batch in self._ongoing.values() if batch.is_known)
-        # Workers that are busy with hedges, or with rows of calls that have ended, are theirs, too.
-        return min(free, most - (slots - free - known) - self.suspects.num_ended)
+        slots = self._slots()[0]
+        known = 0
+        fresh = 0
+        for batch in self._ongoing.values():
+            if batch.is_known:
+                known += batch.parts
+            elif not self._is_late(batch):
+                fresh += batch.parts
+        # Other workers are busy with late rows, with hedges, or with rows of calls that have ended.
+        stuck = slots - free - known - fresh + self.suspects.num_ended
+        if stuck >= share:
+            return 0
+        return min(free, slots - share - stuck - fresh)
 
     def check(self, rows: int, deadline: float, *, is_read: bool = False) -> None:
         """Refuse (503) a request if the queue is full, or its answer would probably be late.
@@ -350,16 +363,19 @@ class Batcher:
             entry.digests = [digest(entry.inputs, row) for row in range(entry.rows)]
         return entry.digests
 
+    def _is_late(self, batch: _Running) -> bool:
+        """Return whether a batch takes unusually long."""
+        usual = self._usual(batch.longest) * _LATE or (batch.deadline - batch.begin) / 2
+        return time.monotonic() - batch.begin > max(usual, _SOONEST)
+
     def _waiting_rows(self) -> set[bytes]:
         """Return digests of rows that wait, as batches that take unusually long have them.
 
         A row that has hung or ended a worker is in one batch at a time, too.
         """
         waiting = set[bytes]()
-        now = time.monotonic()
         for batch in self._ongoing.values():
-            usual = self._usual(batch.longest) * _LATE or (batch.deadline - batch.begin) / 2
-            is_late = now - batch.begin > max(usual, _SOONEST)
+            is_late = self._is_late(batch)
             if not (is_late or self.suspects):
                 continue
             digests = {digest for entry in batch.entries for digest in self._digests(entry)}
@@ -395,7 +411,7 @@ class Batcher:
                     continue
             entry.is_known = suspects.knows(entry.client)
             if left_unknown <= 0 and not entry.is_known:
-                if suspects.num_held + suspects.num_ended >= self._most_unknown:
+                if suspects.num_held + suspects.num_ended >= self._share:
                     why = "rows of clients without an answer hang all workers that these may have"
                     entry.future.set_exception(RequestError(503, "unavailable", why))
                 continue

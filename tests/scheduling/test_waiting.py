@@ -114,6 +114,13 @@ def test_a_late_part_is_split_over_idle_workers():
     assert play.seconds == 2.5
 
 
+def test_a_late_part_of_few_rows_is_hedged_once_by_one_worker_beside_an_idle_one():
+    acts = [OK], [OK], [OK], [LATE], [LATE]
+    play = Play(*acts, waiting=Waiting(spares=2))
+    assert play.again == [(1.5, 0, play.first[3])]
+    assert len(Play(*acts, waiting=Waiting(spares=1)).again) > 1
+
+
 def test_without_an_idle_worker_a_late_part_queues_whole():
     play = Play(*[[("ok", 2.5)]] * 3, [LATE])
     assert play.again[0][0] == 2.5

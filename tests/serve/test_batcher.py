@@ -151,6 +151,23 @@ async def test_slots_are_left_for_clients_with_answers_while_these_ask(model):
     assert model.batches[5:] == [[3.0]]
 
 
+async def test_late_rows_take_a_third_of_the_slots_while_known_clients_ask(model):
+    batcher = model.batcher(slots=lambda: (6, 1))
+    model.go.set()
+    await known(batcher, model)
+    model.go.clear()
+    entries = []
+    for row in (1.0, 2.0):
+        entries.append(put(batcher, row, client=f"new {row}"))
+        await until(lambda: all(map(batcher._is_late, batcher._ongoing.values())))
+    entries.append(put(batcher, 3.0, client="newest"))
+    entries.append(put(batcher, 4.0))
+    await until(lambda: [4.0] in model.batches)
+    assert [3.0] not in model.batches
+    model.go.set()
+    assert await answers(*entries) == [[2.0], [4.0], [6.0], [8.0]]
+
+
 async def test_the_next_batch_begins_before_the_answers_of_the_last_one_are_written(model):
     batcher, waiting = model.batcher(), []
     first, second = put(batcher, 0.0), put(batcher, 1.0)
