@@ -249,19 +249,16 @@ class Batcher:
         share = self._share
         if not share:
             return free
-        slots = self._slots()[0]
-        known = 0
         fresh = 0
+        stuck = self.suspects.num_stuck
         for batch in self._ongoing.values():
-            if batch.is_known:
-                known += batch.parts
-            elif not self._is_late(batch):
+            if self._is_late(batch) and not batch.is_known:
+                stuck += 2 * batch.parts  # with their hedges
+            elif not batch.is_known:
                 fresh += batch.parts
-        # Other workers are busy with late rows, with hedges, or with rows of calls that have ended.
-        stuck = slots - free - known - fresh + self.suspects.num_ended
         if stuck >= share:
             return 0
-        return min(free, slots - share - stuck - fresh)
+        return min(free, self._slots()[0] - share - stuck - fresh)
 
     def check(self, rows: int, deadline: float, *, is_read: bool = False) -> None:
         """Refuse (503) a request if the queue is full, or its answer would probably be late.
@@ -341,13 +338,14 @@ class Batcher:
             free = self._num_free
             if not free:
                 break
-            batch = self._take(free)
+            left_unknown = self._left_unknown(free)
+            batch = self._take(left_unknown)
             if not batch:
                 break
             rows = sum(entry.rows for entry in batch)
             until = min(entry.deadline for entry in batch)
             if not batch[0].is_known:
-                free = self._left_unknown(free)
+                free = left_unknown
             parts = 1 if self._queue else min(free, rows, self._slots()[1])
             running = _Running(batch, time.monotonic(), rows, parts, until)
             task = asyncio.get_running_loop().create_task(self._run(running))
@@ -382,14 +380,13 @@ class Batcher:
             waiting |= digests if is_late else digests & self.suspects.rows
         return waiting
 
-    def _take(self, free: int) -> list[_Entry]:
+    def _take(self, left_unknown: int) -> list[_Entry]:
         """Take the next batch. Requests with at most half their usual time get a 504.
 
         Rows of batches that take unusually long wait, so that they do not hang all workers.
         """
         slots = self._slots()[0]
         waiting = self._waiting_rows()
-        left_unknown = self._left_unknown(free)
         suspects = self.suspects
         batch = list[_Entry]()
         rows = 0
@@ -403,19 +400,18 @@ class Batcher:
                 continue
             if entry.future.done():
                 continue
-            if suspects:
-                try:
-                    suspects.check(self._digests(entry))
-                except RequestError as error:
-                    entry.future.set_exception(error)
-                    continue
             entry.is_known = suspects.knows(entry.client)
-            if left_unknown <= 0 and not entry.is_known:
-                if suspects.num_held + suspects.num_ended >= self._share:
-                    why = "rows of clients without an answer hang all workers that these may have"
-                    entry.future.set_exception(RequestError(503, "unavailable", why))
+            must_wait = left_unknown <= 0 and not entry.is_known
+            error = None
+            if suspects:
+                error = suspects.refusal(self._digests(entry))
+            if error is None and must_wait and suspects.num_stuck >= self._share:
+                why = "rows of clients without an answer hang all workers that these may have"
+                error = RequestError(503, "unavailable", why)
+            if error is not None:
+                entry.future.set_exception(error)
                 continue
-            if waiting and not waiting.isdisjoint(self._digests(entry)):
+            if must_wait or (waiting and not waiting.isdisjoint(self._digests(entry))):
                 continue
             if batch and not batch[0].fits(entry):
                 continue  # the next batch takes it

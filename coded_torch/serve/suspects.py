@@ -68,10 +68,11 @@ class Suspects:
         return sum(suspect.is_held for suspect in self._parts)
 
     @property
-    def num_ended(self) -> int:
-        """The number of workers that have ended at such parts in the last seconds."""
+    def num_stuck(self) -> int:
+        """The number of workers that are at such parts, or have just ended at them."""
         since = time.monotonic() - _ENDED_SECONDS
-        return sum(x.since > since and x.part.kind == "died" for x in self._parts)
+        ended = (x.since > since and x.part.kind == "died" for x in self._parts)
+        return self.num_held + sum(ended)
 
     def knows(self, client: str) -> bool:
         """Return whether a client is known."""
@@ -107,25 +108,25 @@ class Suspects:
             while len(self._answered) > _MOST_CLIENTS:
                 self._answered.popitem(last=False)
 
-    def check(self, digests: Sequence[bytes]) -> None:
-        """Refuse a request one of whose rows hangs or ends workers."""
-        now = time.monotonic()
+    def refusal(self, digests: Sequence[bytes]) -> RequestError | None:
+        """Return the error of a request if one of its rows hangs or ends workers, else None."""
+        latest = time.monotonic() - _SECONDS
         with self._lock:
             self._parts = [
                 suspect
                 for suspect in self._parts
-                if now <= suspect.since + _SECONDS
-                and (suspect.is_held or suspect.part.kind == "died")
+                if suspect.since >= latest and (suspect.is_held or suspect.part.kind == "died")
             ]
             parts = self._parts
         for row, digest in enumerate(digests):
             same = [suspect for suspect in parts if suspect.row == digest]
             if any(suspect.is_held for suspect in same):
                 why = f"a worker is still at row {row}, which an earlier request had"
-                raise RequestError(503, "unavailable", why)
+                return RequestError(503, "unavailable", why)
             if len(same) >= _ENOUGH:
                 why = f"row {row} hung or ended {len(same)} workers, so it is not computed now"
-                raise RequestError(500, "failed", why)
+                return RequestError(500, "failed", why)
+        return None
 
     def digest(self, inputs: Sequence[Any], row: int) -> bytes:
         """Return what stands for a row."""

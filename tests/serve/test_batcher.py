@@ -1,8 +1,10 @@
 """Requests run together as soon as a slot is free, or are refused: on a model of the test."""
 
 import asyncio
+import itertools
 import threading
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -166,6 +168,16 @@ async def test_late_rows_take_a_third_of_the_slots_while_known_clients_ask(model
     assert [3.0] not in model.batches
     model.go.set()
     assert await answers(*entries) == [[2.0], [4.0], [6.0], [8.0]]
+
+
+async def test_a_worker_may_hang_while_a_batch_is_taken(quick):
+    batcher = quick.batcher(slots=lambda: (6, 6))
+    await answers(put(batcher, 0.0, client="known"))
+    await answers(put(batcher, 0.0, client="known"))
+    numbers = mock.PropertyMock(side_effect=itertools.cycle([0, 6]))
+    with mock.patch.object(type(batcher.suspects), "num_stuck", numbers):
+        entry = put(batcher, 1.0, 1.0, client="new")
+        assert await asyncio.wait_for(answers(entry), 60) == [[2.0, 2.0]]
 
 
 async def test_the_next_batch_begins_before_the_answers_of_the_last_one_are_written(model):
