@@ -232,7 +232,7 @@ class Code(abc.ABC):
         ordering: the order in which a batch is cut into groups of K: "similarity", in which
             neighbours resemble each other, "arrival", or a metric of
             :func:`~coded_torch.input_space.metrics.from_gradients`, in which neighbours are near
-            each other. Defaults to "similarity".
+            each other and have similar predicted outputs. Defaults to "similarity".
         shuffle: whether every call asks for the columns in a new random order, so that workers late
             together hold columns far apart. Defaults to True.
         link: "softmax" if all outputs are probabilities over their last dimension. They are decoded
@@ -345,7 +345,7 @@ class Code(abc.ABC):
         # A short path through the rows, in parts of whole groups.
         sources = Sources(inputs)
         parts = cut(torch.arange(size), self.num_data)
-        metric = None if isinstance(self.ordering, str) else self.ordering
+        metric = None if isinstance(self.ordering, str) else self.ordering.for_orders
         by = [Distances(sources, [metric or "shrunk"], rows) for rows in parts]
         paths = [x.order if metric is None else x.path(metric) for x in by]
         order = torch.cat([rows[path] for rows, path in zip(parts, paths, strict=True)])

@@ -16,6 +16,8 @@ from ..ops import matern52, squared_distances
 #: keeps repeated inputs apart; with 1e-3 the squared error of 3,400 results is .993 to 1.004 times
 #: as large (measured once; no benchmark keeps it).
 NUGGET = 1e-4
+#: The length where nothing is chosen, in steps of a path. (benchmarks distances)
+LENGTH = 2.0
 # The power of the variance by which errors are divided. With .75 every tercile of the standard
 # deviation is covered alike; with 1 the first is covered less, with 0 the last. (benchmarks
 # coverage)

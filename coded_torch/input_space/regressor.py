@@ -13,12 +13,11 @@ from .._extension import split_rows
 from .._torch import differentiated, exactly, outside, plain, to_device
 from ..linear import product
 from .error_bounds import Bounds, bounds
+from .gaussian_process import LENGTH as LENGTH
 from .gaussian_process import NUGGET, Estimates, GaussianProcess, evenly, off_mean
 from .gradients import GradientMetric
 from .metrics import Choice, Distances, Features, name_of
 
-#: The length where nothing is chosen, in steps of a path. (benchmarks distances)
-LENGTH = 2.0
 # Results that metrics and lengths are compared on: all of 204 cost several times as much, and find
 # no better ones. (benchmarks distances)
 _COMPARED = 144

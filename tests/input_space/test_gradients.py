@@ -9,6 +9,7 @@ import torch
 from coded_torch import CodedWrapper, Regression, metrics
 from coded_torch.codes import BerrutCode, RegressionCode, SplineCode
 from coded_torch.input_space.metrics import METRICS
+from coded_torch.input_space.ordering import similarity_order
 from coded_torch.surrogates import Memory
 from coded_torch.workers import LocalWorkers
 
@@ -197,6 +198,43 @@ def test_an_order_by_gradients(kind):
         kind(2, 3, ordering=metric).plan([x[:, :3]])
     with pytest.raises(ValueError, match="as metric= takes metrics"):
         RegressionCode(2, 3, ordering=metric)
+
+
+def folded(x):
+    """Return outputs that depend on products, so that no direction is the one of all rows."""
+    return torch.cat([(4 * x[:, :1] * x[:, 1:2]).tanh(), x[:, 2:3] * x[:, :1]], 1)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_predicted_outputs_order_rows(wide):
+    spread = normal(2, 40, seed=9)
+    module = (lambda x: folded(x) @ spread) if wide else folded
+    metric = metrics.from_gradients(module, normal(300, 6, seed=1))
+    x = normal(120, 6, seed=2)
+    wanted = folded(x)
+    for one in (metric, pickle.loads(pickle.dumps(metric))):
+        features = one.for_orders(x)
+        plain = one(x)
+        steps = []
+        for of in (plain, features):
+            order = similarity_order(squared(of))
+            steps.append(float((wanted[order][1:] - wanted[order][:-1]).square().mean()))
+        assert steps[1] < 0.8 * steps[0]
+        assert torch.equal(one.competing[0](x), plain)
+
+
+@pytest.mark.parametrize("rows", ["few", "not finite", "alike"])
+def test_rows_that_tell_no_outputs(rows):
+    x = normal(7 if rows == "few" else 60, 6, seed=1)
+    if rows == "not finite":
+        x[::2] = torch.nan
+    if rows == "alike":
+        x[:] = x[0]
+    metric = metrics.from_gradients(folded, x)
+    others = normal(40, 6, seed=2)
+    features = metric.for_orders(others)
+    assert features.isfinite().all()
+    assert features.shape == ((40, 8) if rows == "not finite" else (40, 6))
 
 
 def test_it_is_copied_and_pickled():
