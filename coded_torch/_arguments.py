@@ -157,7 +157,8 @@ def dense(owner: object, argument: Any, value: Any, floating: bool = True, or_: 
         got = str(value.dtype)
     else:
         return
-    argument = argument() if callable(argument) else argument  # some names take a while
+    if callable(argument):  # some names take a while
+        argument = argument()
     kind = f"floating-point tensor of 16 bits or more{or_}" if floating else "tensor"
     raise TypeError(f"{_name(owner)}: {argument} must be a dense, strided {kind}, got {got}")
 

@@ -64,13 +64,15 @@ def fingerprint(module: nn.Module) -> Fingerprint:
     Keep what comes with the key. If it is freed, its memory may hold other weights.
     """
     known = _KNOWN.get()
-    known = {} if known is None else known
+    if known is None:
+        known = {}
     if id(module) in known:
         return known[id(module)][1]
     _count_steps()
     with outside():
         last = _LAST.get(id(module))
-        last = last if last is not None and last[0]() is module else None
+        if last is not None and last[0]() is not module:
+            last = None
         if last is not None and last[1] is not None and _is_same(last[1]):
             _, _, samples, (kept, key) = last
             hashed = samples.hash()
@@ -145,13 +147,15 @@ def _look(kept: list[Any], value: Any, seen: dict[int, int] | None = None) -> An
         kept.append(value)
         bits = value.dtype, value.is_conj(), value.is_neg()
         return value.data_ptr(), _version_of(value), value.shape, value.stride(), *bits
-    seen = {} if seen is None else seen  # the numbers of the collections so far, by their ids
+    if seen is None:  # the numbers of the collections so far, by their ids
+        seen = {}
     if isinstance(value, _COLLECTIONS):
         if id(value) in seen or len(seen) == _MOST_NESTED:  # it may hold itself
             return type(value), len(value), seen.get(id(value))
         seen[id(value)] = len(seen)
         items = [*itertools.islice(value, _MOST)]
-        items += itertools.islice(value.values(), _MOST) if isinstance(value, dict) else ()
+        if isinstance(value, dict):
+            items += itertools.islice(value.values(), _MOST)
         return type(value), len(value), *[_look(kept, item, seen) for item in items]
     if isinstance(value, MethodType):  # a new object each time that it is taken
         return _look(kept, value.__func__), _look(kept, value.__self__, seen)

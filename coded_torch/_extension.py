@@ -113,7 +113,8 @@ def spline_apply(
     matrix = entries.view(num_knots, num_points)
     dtype = values.dtype
     if gather is not None:  # an index out of bounds stands for a row of zeros
-        values = values if len(values) else values.new_zeros(1, values.shape[1])
+        if not len(values):
+            values = values.new_zeros(1, values.shape[1])
         known = gather.clamp(0, len(values) - 1)
         values = values[known].masked_fill_((known != gather).unsqueeze(-1), 0)
     groups, columns = values.shape[1:]

@@ -191,7 +191,8 @@ def matern52(squared_distances: Tensor, length: float, *, out: Tensor | None = N
     The memory ``out`` is contiguous, and may be the squared distances' own.
     """
     squared = squared_distances.contiguous()
-    out = torch.empty_like(squared) if out is None else out
+    if out is None:
+        out = torch.empty_like(squared)
     scale = math.sqrt(5) / max(length, _SHORTEST)
     torch.ops.coded_torch.matern52_out.default(squared, scale, out)
     return out

@@ -241,7 +241,8 @@ class Table:
         avoid: Collection[int] = (),
     ) -> Part:
         """Add a part that workers are to be asked for."""
-        units = units if isinstance(units, Units) else Units(units)
+        if not isinstance(units, Units):
+            units = Units(units)
         part = Part(len(self.parts), units, of=of, why=why, asked=self.now)
         part.avoid = self.avoid.union(avoid)
         if self.failed:

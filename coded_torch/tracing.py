@@ -101,9 +101,12 @@ def note_parts(table: Table, now: float, names: Mapping[int, str]) -> None:
     for part in table.parts:
         about: dict[str, Any] = {"part": part.number, "why": part.why, "units": len(part.units)}
         about["outcome"] = "unfinished" if part.outcome is OPEN else part.outcome
-        about |= {"worker": part.worker} if part.worker >= 0 else {}
-        about |= {"worker_name": names[part.worker]} if part.worker in names else {}
-        about |= {} if part.of is None else {"of": part.of.number}
+        if part.worker >= 0:
+            about |= {"worker": part.worker}
+        if part.worker in names:
+            about |= {"worker_name": names[part.worker]}
+        if part.of is not None:
+            about |= {"of": part.of.number}
         begin = part.began if part.began < math.inf else part.asked
         made = tracer.start_span(
             "coded_torch.part",

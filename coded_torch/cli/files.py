@@ -343,7 +343,8 @@ def encoded(
         chosen = dict(answers) if isinstance(answers, Mapping) else leaves
     content = {"outputs": chosen, "estimated": known["estimated"]}
     content[_SEVERAL[bounds]] = known[bounds]
-    content |= {"keys": {name: x.to_pylist() for name, x in copied.items()}} if copied else {}
+    if copied:
+        content |= {"keys": {name: x.to_pylist() for name, x in copied.items()}}
     with usage("outputs must be what torch.load can read", errors=Exception):
         torch.save(content, file)
         torch.load(io.BytesIO(file.getbuffer()), weights_only=True)
@@ -370,7 +371,8 @@ def _arrow(rows: Tensor | np.ndarray[Any, Any] | list[str]) -> Any:
     if isinstance(rows, list):
         return pyarrow.array(rows)
     if isinstance(rows, Tensor):
-        rows = rows.float() if rows.dtype is torch.bfloat16 else rows
+        if rows.dtype is torch.bfloat16:
+            rows = rows.float()
         rows = rows.numpy(force=True)
     found = pyarrow.array(rows.reshape(-1))
     for size in reversed(rows.shape[1:]):

@@ -98,7 +98,8 @@ def _begin(args: Namespace) -> None:
             is_made = isinstance(coded, CodedWrapper)
             if (args.deadline, args.on_error) != (None, "raise") and (args.mean or is_made):
                 why = f"{args.factory} returns a CodedWrapper with its own waiting"
-                why = "a mean without some rows is biased" if args.mean else why
+                if args.mean:
+                    why = "a mean without some rows is biased"
                 raise ValueError(f"--deadline and --on-error must be left out, as {why}")
             if not is_made:
                 waiting = Waiting(args.deadline, on_error=args.on_error)
@@ -186,7 +187,8 @@ def _every_row(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> N
                 file, row = rows.place(first)
                 why = f"Batch {first // size}, from row {row} of {file}, failed. "
                 shown = [f"{row} of {file}" for file, row in map(rows.place, failing[:16])]
-                why += f"The first failing rows: {', '.join(shown)}. " if failing else ""
+                if failing:
+                    why += f"The first failing rows: {', '.join(shown)}. "
                 facts["__notes__"][-1] = why.strip()
             is_ours = str(error).startswith("CodedWrapper: ")
             if is_ours or isinstance(error, NotEnoughResults):  # the user's own code raised nothing

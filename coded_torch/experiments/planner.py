@@ -235,7 +235,8 @@ def plan(
         estimated = float(np.where(raised, 0.0, outcome.estimated).mean())
         meets = late <= 1 - _IN_TIME + 1e-9 and 1 - estimated * (1 - RIGHT) >= accuracy
         use = f"parts={k}" if n == k else f"code=codes.RegressionCode({k}, {n})"
-        use += f", verify={verify:g}" if verify else ""
+        if verify:
+            use += f", verify={verify:g}"
         use = f"CodedWrapper(model, {use}, workers=pool, waiting={waiting})"
         numbers = latencies, slowest, late, outcome.work, estimated, meets
         options.append(Option(kind, name, use, k, n, *numbers))

@@ -344,7 +344,8 @@ class Comparison:
                     below, above = _bars(interval)
                     axes.errorbar(value, row.name, xerr=[[below], [above]], fmt="C0o")
                     said = "missing answers" if found is None else "exact"
-                    said = f"{value:.{2 if is_error else 3}g}" if value > exact else said
+                    if value > exact:
+                        said = f"{value:.{2 if is_error else 3}g}"
                     axes.annotate(f"  {said}", (value + above, row.name), va="center", fontsize=9)
                 continue
             for i, (name, each) in enumerate(grouped(rows, lambda x: x.name).items()):

@@ -221,7 +221,8 @@ class Trial:
         """Return a function's outputs that are decoded, of the batch or of rows ``[R, ...]``."""
         inputs = self._inputs
         found = list[Tensor]()
-        batches = inputs.batches() if batches is None else batches
+        if batches is None:
+            batches = inputs.batches()
         given = iter(batches)
         pairs = zip(inputs.leaves, inputs.dims, strict=True)
         leaves = [x if dim is None else next(given).clone().movedim(0, dim) for x, dim in pairs]

@@ -103,7 +103,8 @@ def bounds(
         *of_results, of_rows = (x.double().square_().cpu() for x in sizes)
         norms += torch.stack(of_results)
         moved += of_rows
-        errors += [error] if keeps else []
+        if keeps:
+            errors.append(error)
     p_values = None
     if labels is not None and errors:
         outputs = labels[0][left_out]

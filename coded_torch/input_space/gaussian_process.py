@@ -59,7 +59,8 @@ class GaussianProcess:
     def __init__(
         self, squared: Tensor, length: float, known: Tensor | None = None, at: Tensor | None = None
     ) -> None:
-        known = torch.arange(len(squared)) if known is None else known
+        if known is None:
+            known = torch.arange(len(squared))
         self.tensors = ops.regress(squared, length, known, known[:0] if at is None else at, NUGGET)
         self._count = len(known)
         self.variances, self.leave_one_out_variances, self.weights_of_left_out = self.tensors[6:]

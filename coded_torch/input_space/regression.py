@@ -199,7 +199,8 @@ class RowPlan:
             if len(at):
                 estimates, choice = part.estimate(rows, search)
                 answers = answers.index_copy(0, at, estimates)
-                self.choices += () if choice is None else (choice,)
+                if choice is not None:
+                    self.choices += (choice,)
         return answers
 
     def error_bounds(
@@ -250,7 +251,8 @@ def check_batch(
     size = None if batch_size is None else count(owner, "batch_size", batch_size)
     for i, x in enumerate(inputs):
         dense(owner, f"inputs[{i}]", x)
-        size = x.shape[:1].numel() if size is None else size
+        if size is None:
+            size = x.shape[:1].numel()
         requirement = (
             f"batch_size must be that of inputs[{i}], of shape {[*x.shape]}, and at least 1"
         )

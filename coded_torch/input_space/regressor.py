@@ -56,7 +56,8 @@ class Regressor:
         source: Tensor | None = None,
         compared: int = _COMPARED,
     ) -> None:
-        source = distances.rows if source is None else source
+        if source is None:
+            source = distances.rows
         arrays = (x.numpy() for x in (source, distances.rows, distances.far))
         split = map(torch.from_numpy, split_rows(*arrays))
         self.known, self._missing, self.missing, self._used = split

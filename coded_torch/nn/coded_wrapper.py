@@ -192,7 +192,8 @@ class CodedWrapper(ModuleProxy):
         """Do as :meth:`run`, for a call that ``began`` at a time of :func:`time.perf_counter`."""
         if waiting is not None:
             _check_waiting(self.code, waiting)
-        parts = parts if parts is None else count("run", "parts", parts)
+        if parts is not None:
+            parts = count("run", "parts", parts)
         report = Report(since=began)
         return self._call(report, waiting or self._policy(), (args, kwargs), parts), report
 

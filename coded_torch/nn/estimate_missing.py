@@ -164,7 +164,8 @@ class Answers:
             if found is not None and found[0][0].shape == answers.shape:
                 off = (columns(answers).cpu().double() - columns(found[0][0]).cpu()).norm(dim=1)
                 more = bounds.calibrated(found[1], off)
-                bounds = more if more.enough(self._coverage) else bounds
+                if more.enough(self._coverage):
+                    bounds = more
         if not_finite is not None:
             bounds = bounds.widened(torch.where(not_finite, math.inf, 0.0).double())
         self._report._note_bounds(bounds, self._coverage, self._link, answers)
@@ -278,8 +279,10 @@ class Answers:
         students = [j for j in weights if not isinstance(self._surrogates[j], Memory)]
         answers = plan.decode(scaled, received, search=not weights or bool(students))
         found = plan.error_bounds(answers, offsets) if first else None
-        answers = answers + offsets[1] if offsets else answers
-        answers = answers.softmax(-1) if self._link else answers
+        if offsets:
+            answers = answers + offsets[1]
+        if self._link:
+            answers = answers.softmax(-1)
         if by_rows:  # estimates of masked scores may go beyond
             info = torch.finfo(results.dtype)
             answers = answers.clamp(info.min, info.max)

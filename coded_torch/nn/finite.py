@@ -29,7 +29,8 @@ def finite(leaf: Tensor) -> bool:
             return bool(np.isfinite(leaf.numpy()).all())
         except (RuntimeError, TypeError):  # NumPy has no bfloat16, no sparse tensors, no gradients
             pass
-    leaf = leaf.detach() if leaf.requires_grad else leaf
+    if leaf.requires_grad:
+        leaf = leaf.detach()
     # A value that is not finite stays so in every sum; a sum may overflow without one.
     return math.isfinite(leaf.sum().item()) or bool(leaf.isfinite().all())
 

@@ -142,7 +142,8 @@ class Looks:
         level = real("mean", "level", level, "between 0 and 1", lambda x: 0 < x < 1)
         instance("mean", "anytime", anytime, bool)
         self._bounds = None if bounds is None else _checked_bounds(bounds)
-        seed = random.SystemRandom().getrandbits(63) if seed is None else seed
+        if seed is None:
+            seed = random.SystemRandom().getrandbits(63)
         self.seed = count("mean", "seed", seed, 0, 2**63 - 1)
         with on_host():
             self._data = data = _Data(inputs, coded.in_dims)
@@ -358,7 +359,8 @@ class Looks:
     def _numbers_of(self, outputs: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return numbers of outputs, ``[rows, C]``, float64, and which columns are Boolean."""
         with as_called():
-            outputs = outputs if self._of is None else self._of(outputs, rows)
+            if self._of is not None:
+                outputs = self._of(outputs, rows)
         found = [x.detach().cpu() for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
         if not found or any(x.dtype.is_complex or x.shape[:1] != rows.shape for x in found):
             got = ", ".join(f"{x.dtype} {[*x.shape]}" for x in found) or type(outputs).__name__

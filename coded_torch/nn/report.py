@@ -227,7 +227,8 @@ class Report:
     def _attributes(self) -> dict[str, Any]:
         """Return the facts of a span of OpenTelemetry."""
         count = {} if self.estimated is None else {"rows": len(self.estimated)}
-        count |= {} if self.estimated is None else {"estimated": int(self.estimated.sum())}
+        if self.estimated is not None:
+            count |= {"estimated": int(self.estimated.sum())}
         facts = count | {"hedges": len(self.hedges), "ended": self.ended}
         facts["work_ratio"] = self.work_ratio
         return {f"coded_torch.{name}": value for name, value in facts.items()}

@@ -215,7 +215,8 @@ def field(owner: str, entry: dict[str, Any], key: str, kind: type, default: Any 
     value = entry.get(key)
     if kind is int and type(value) is str and value.isdecimal() and len(value) < 20:
         value = int(value)  # protobuf writes integers of 64 bits like this
-    value = float(value) if kind is float and type(value) is int else value  # both are numbers
+    if kind is float and type(value) is int:  # both are numbers
+        value = float(value)
     if value is None and default is not None:
         return default
     require(type(value) is kind, f"{key} of {owner}", _KINDS[kind], value)

@@ -61,7 +61,8 @@ class _Connection(ResponseHandler):
     def feed_data(self, message: Any, size: int = 0) -> None:
         if self.left > _HEAD:
             self.close()
-        self.left = sys.maxsize if message[0].code >= 200 else self.left
+        if message[0].code >= 200:
+            self.left = sys.maxsize
         super().feed_data(message, size)
 
     def data_received(self, data: bytes) -> None:
@@ -172,7 +173,8 @@ class Client:
         kept = server in self._echoing
         body, length = wire.request(model, inputs, is_binary, own)
         headers = {"Content-Type": "application/octet-stream" if length else "application/json"}
-        headers |= {"Inference-Header-Content-Length": str(length)} if length else {}
+        if length:
+            headers |= {"Inference-Header-Content-Length": str(length)}
         headers |= dict(more) | ({"Connection": "keep-alive"} if kept else {})
         url = f"{server}{model.path}/infer"
         most = wire.most_bytes(model.outputs, rows)

@@ -146,7 +146,8 @@ class History:
         """Return whether ``work``, in whole calls, may be hedged; ``most`` without any earned."""
         with self._lock:
             is_allowed = self._debt + work <= most
-            self._debt += work if is_allowed else 0.0
+            if is_allowed:
+                self._debt += work
             return is_allowed
 
     def _quantile(self, window: _Window, q: float, least: int = _LEAST) -> float:

@@ -373,7 +373,8 @@ class _Decisions:
             num = min(num, len(missing))
             if num:
                 idle -= num
-                lacking -= len(missing) if table.spare is not None else 0
+                if table.spare is not None:
+                    lacking -= len(missing)
                 if num > 1 and part.kind == "raised" and not table.num_answered:
                     self._ask([missing.pop(0)], 1, part)  # does the module fail on all?
                     num -= 1
@@ -472,7 +473,8 @@ class _Decisions:
         table = self.table
         if reason != "complete" and table.spare is None:
             self._refuse(reason)
-        reason = "error" if reason == "failed" and self._reason() == "error" else reason
+        if reason == "failed" and self._reason() == "error":
+            reason = "error"
         if not self.waiting.at_once and not self.is_remembered:  # verification may let it go on
             self.is_remembered = True
             self._remember()

@@ -55,7 +55,8 @@ def bind(owner: object, module: nn.Module, examples: Any) -> inspect.BoundArgume
     try:
         return signature.bind(*args, **kwargs)
     except TypeError as error:
-        owner = owner if isinstance(owner, str) else type(owner).__name__
+        if not isinstance(owner, str):
+            owner = type(owner).__name__
         must = f"examples must fit forward{signature}"
         raise TypeError(f"{owner}: {must}, got {type(examples).__name__}: {error}") from None
 

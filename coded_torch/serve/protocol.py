@@ -182,7 +182,8 @@ def _lists(head: bytearray, until: float) -> tuple[bytes | bytearray, dict[int, 
             _yield(until)
             stop = _END.search(head, place, place + _PIECE)
         end = head.rfind(b"]", begin, stop.start() if stop else len(head)) + 1
-        end = strings.end() if strings else end
+        if strings:
+            end = strings.end()
         if not end:  # it is no list of numbers
             kept += head[at : begin + 1]
             at = begin + 1
@@ -226,7 +227,8 @@ def _tensor(
         found = piece.translate(None, _NO_COMMAS)
         marks = {x: n + len(found) for x, n in marks.items() if x[n : n + len(found)] == found}
         text = piece.translate(_NO_BRACKETS)
-        text = text[:-1] if comma >= 0 else text
+        if comma >= 0:
+            text = text[:-1]
         size = text.count(b",") + 1
         try:
             require(bool(marks) and filled + size <= count, "", "", "")

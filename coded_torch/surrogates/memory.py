@@ -128,7 +128,8 @@ class Memory:
         if len({len(x) for x in (*inputs, *outputs)}) > 1:
             raise ValueError("Memory: inputs and outputs must have the same number of rows")
         form = _form(inputs), _form(outputs)
-        generation = self._generation if generation is None else generation
+        if generation is None:
+            generation = self._generation
         numbers = sum(shape.numel() for shape in form[1]) + RANK
         most = max(1, min(self.capacity, _MOST_NUMBERS // numbers))
         inputs, outputs = ([x[-most:] for x in each] for each in (inputs, outputs))

@@ -306,7 +306,8 @@ class Results:
             outputs = self._outputs(answers, self._rows)
             if not bool(outputs.isfinite().all()):
                 return {}
-            outputs = outputs if self._past is None else torch.cat([outputs, self._past])
+            if self._past is not None:
+                outputs = torch.cat([outputs, self._past])
             scores = _scores(self._residuals, outputs[self._known])
             is_now = self._known < len(self._rows)
             rows = map(self._rows.__getitem__, self._known[is_now].tolist())

@@ -135,7 +135,8 @@ class Verifier:
         late = self.table.hedging_threshold
         self._first = dict(table.answered)
         self._end = table.since + table.deadline - table.reserve if self._bounded else math.inf
-        late = late if late < math.inf else -math.inf
+        if late == math.inf:
+            late = -math.inf
         self._soon = min(table.since + late, self._end)
         self._patience = _PATIENCE * max(late, table.now - table.since) or math.inf
         # A new worker, unless the module is new to all, or another call has excluded it meanwhile.

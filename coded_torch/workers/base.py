@@ -299,7 +299,8 @@ class Workers(abc.ABC):
         """
         instance(self, "module", module, nn.Module, optional=True)
         timeout = positive(self, "timeout", timeout)
-        module = nn.Identity() if module is None and self.starts_late else module
+        if module is None and self.starts_late:
+            module = nn.Identity()
         if module is None:
             return self
         leaves, spec = pytree.tree_flatten(arguments(example, module), is_texts)

@@ -291,10 +291,12 @@ class Dispatcher(abc.ABC):
 
     def refuse(self, why: str = "") -> None:
         """Fail parts that avoid all workers that are left or, given a reason, all that are up."""
-        why = "the pool was closed" if self.closed else why
+        if self.closed:
+            why = "the pool was closed"
         with self.lock:
             left = self.places - {w.index for w in self._workers if w.excluded}
-            left = {w.index for w in self._workers if w.ready} if why else left
+            if why:
+                left = {w.index for w in self._workers if w.ready}
             for part in [part for part in self._parts if why or part.avoid]:
                 if self.closed or left <= part.avoid:
                     reason = why or "it avoids all workers that are left"
@@ -341,7 +343,8 @@ class Dispatcher(abc.ABC):
                 begun = self._clock() - _PATIENCE
                 both = out | part.tried
                 others = [w for w in self._workers if w.is_wanted and w.index not in both]
-                out = both if any(w.part is None or w.since > begun for w in others) else out
+                if any(w.part is None or w.since > begun for w in others):
+                    out = both
             workers = sorted([w for w in idle if w.index not in out], key=attrgetter("since"))
             if len(self._workers) > len(self.places):
                 busy = Counter(w.index for w in self._workers if w.part is not None)

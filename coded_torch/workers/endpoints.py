@@ -98,7 +98,8 @@ class EndpointWorkers(DispatchedWorkers):
         self.concurrency = count(self, "concurrency", concurrency)
         self.timeout = positive(self, "timeout", timeout)
         self.refresh = positive(self, "refresh", refresh)
-        endpoints = (endpoints,) if isinstance(endpoints, str) else endpoints
+        if isinstance(endpoints, str):
+            endpoints = (endpoints,)
         self._source = endpoints if callable(endpoints) else tuple(endpoints)
         self._options: Any = {"headers": headers, "token": token, "context": context}
         self._options |= {"connect_timeout": connect_timeout, "timeout": timeout}
@@ -197,7 +198,8 @@ class _Endpoints(Dispatcher):
     def join(self, url: str) -> None:
         """Add a server, or give one that was excluded parts again."""
         with self.lock:
-            self.known += [] if url in self.known else [url]
+            if url not in self.known:
+                self.known += [url]
             place = self.known.index(url)
             if place not in self.places:
                 self.places.add(place)

@@ -338,7 +338,8 @@ class _Processes(Supervisor):
             self._doom(worker, f"was killed, as nothing could be exchanged with it: {error}")
         elif kind == ENDED:
             worker.gone = True
-            worker.code = worker.code if message is None else message.number
+            if message is not None:
+                worker.code = message.number
             self._doom(worker, "has ended")
         elif kind == READY:
             worker.since = time.monotonic()
