@@ -159,7 +159,9 @@ def dense(owner: object, argument: Any, value: Any, floating: bool = True, or_: 
         return
     if callable(argument):  # some names take a while
         argument = argument()
-    kind = f"floating-point tensor of 16 bits or more{or_}" if floating else "tensor"
+    kind = "tensor"
+    if floating:
+        kind = f"floating-point tensor of 16 bits or more{or_}"
     raise TypeError(f"{_name(owner)}: {argument} must be a dense, strided {kind}, got {got}")
 
 
@@ -215,14 +217,18 @@ def shown(value: Any) -> str:
     if isinstance(value, int) and abs(value) > 10**40:  # Python does not even print very long ones
         return f"an integer of {value.bit_length()} bits"
     text = repr(value).replace("\n", " ")
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    if len(text) <= 200:
+        return text
+    return f"{text[:200]}..."
 
 
 def printable(text: str, most: int = 200) -> str:
     """Return a text of others in one line of at most ``most`` printable characters."""
     text = text[: 2 * most]
     text = "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    if len(text) <= most:
+        return text
+    return f"{text[: most - 3]}..."
 
 
 def warn(message: str) -> None:

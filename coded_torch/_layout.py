@@ -155,7 +155,9 @@ def difference(outputs: Sequence[Any], layout: Layout, out_dims: Any, is_half: b
                 pairs.append((str(form), str(other_form)))
         off = max((_distance(one, two, is_half) for one, two in pairs), default=0.0)
         if off:
-            much = "" if off == math.inf else f", by {off:.2g}"
+            much = ""
+            if off != math.inf:
+                much = f", by {off:.2g}"
             name = layout.name(outputs[0], i)
             return f"{name} of a row depends on the other rows of its part{much}"
     return ""
@@ -171,7 +173,9 @@ def _distance(one: Any, two: Any, is_half: bool) -> float:
         two = torch.tensor(two, dtype=torch.float32, device="cpu")
     if not (isinstance(one, Tensor) and isinstance(two, Tensor)):
         is_comparable = isinstance(one, CONSTANTS) or isinstance(two, CONSTANTS)
-        return math.inf if is_comparable and (type(one), one) != (type(two), two) else 0.0
+        if is_comparable and (type(one), one) != (type(two), two):
+            return math.inf
+        return 0.0
     if not (_is_dense(one) and _is_dense(two)):  # in a list
         return 0.0
     if one.shape != two.shape or one.dtype != two.dtype:

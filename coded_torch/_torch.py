@@ -100,7 +100,9 @@ class _Block(contextlib.ContextDecorator):
             self._context.__enter__()
 
     def __exit__(self, *error: Any) -> Any:
-        return None if self._context is None else self._context.__exit__(*error)
+        if self._context is not None:
+            return self._context.__exit__(*error)
+        return None
 
 
 class exactly(_Block):  # noqa: N801 - callers read these classes as functions
@@ -108,7 +110,9 @@ class exactly(_Block):  # noqa: N801 - callers read these classes as functions
 
     def _change(self) -> Any:
         (device,) = self._args or ("cpu",)
-        return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else None
+        if torch.is_autocast_enabled(device):
+            return torch.autocast(device, enabled=False)
+        return None
 
 
 class _Host(DeviceContext):

@@ -74,7 +74,9 @@ def _knots_by_user() -> int | None:
     text = os.environ.get("CODED_TORCH_CUBLAS_KNOTS")
     if text is not None and not text.isdecimal():
         raise ValueError(f"CODED_TORCH_CUBLAS_KNOTS must be an integer of at least 0, got {text!r}")
-    return None if text is None else int(text)
+    if text is not None:
+        return int(text)
+    return None
 
 
 _KNOTS = _knots_by_user()
@@ -167,7 +169,9 @@ def cublas_ranges(device: int, dtype: torch.dtype) -> tuple[tuple[int, int], ...
     if (device, dtype) not in _times and torch.cuda.is_current_stream_capturing():
         return ()
     times = times_on_card(device, dtype)
-    return slower_kernels(times) if times else ()
+    if not times:
+        return ()
+    return slower_kernels(times)
 
 
 vars(cublas_ranges)["_dynamo_marked_constant"] = True  # as _allows_tf32 in _extension.py
@@ -396,7 +400,9 @@ class SplineMap(LinearMap):
         smoothing = nonnegative(owner, "smoothing", smoothing)
         t = real_array(owner, "knots", knots)
         z = real_array(owner, "points", points)
-        w = None if weights is None else real_array(owner, "weights", weights)
+        w = None
+        if weights is not None:
+            w = real_array(owner, "weights", weights)
         exact, rounded, schedule = map(torch.from_numpy, curve_plan(t, z, smoothing, w))
         self._sweeps = exact.shape[1]
         entries = len(t) * -(-len(z) // _ROWS) * _ROWS
@@ -458,7 +464,9 @@ class SplineMap(LinearMap):
             return super().scattered(groups, grouping)
         targets = grouping.to(groups.device).targets
         # If no group is filled up, every entry names a row.
-        num_rows = None if targets.numel() == grouping.batch_size else grouping.batch_size
+        num_rows = None
+        if targets.numel() != grouping.batch_size:
+            num_rows = grouping.batch_size
         values = groups.reshape(*groups.shape[:2], num_columns)
         operands = self._operands(groups)
         result = ops.spline_apply(values, *operands, scatter=targets, num_rows=num_rows)

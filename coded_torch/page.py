@@ -54,7 +54,9 @@ class Chaos:
     def __init__(self, built: App, *, faults: bool, is_local: bool) -> None:
         self.built = built
         self.pool = cast("Any", built.pool)
-        self.token = secrets.token_urlsafe(24) if is_local else ""
+        self.token = ""
+        if is_local:
+            self.token = secrets.token_urlsafe(24)
         self.actions = ("kill", "pause", "delay", "corrupt") if faults else ()
         self.faults: dict[int, str] = {}  # the running faults, by place
         self.corrupt: set[int] = set()
@@ -179,7 +181,9 @@ def _examples(built: App) -> str:
     inputs = built.examples
     module = built.coded.module
     fit = [_MOST_NUMBERS // max(1, _size(x[0])) for x in inputs]
-    rows = min(_ROWS, built.max_rows - 1, *fit, *map(len, inputs)) if inputs else 0
+    rows = 0
+    if inputs:
+        rows = min(_ROWS, built.max_rows - 1, *fit, *map(len, inputs))
     if rows < 1:
         return "{}"
     examples = [x[:rows] for x in inputs]
@@ -189,7 +193,9 @@ def _examples(built: App) -> str:
     rows = _MOST_NUMBERS // max(1, _size(first[0]))
     inputs_shown = [(spec, x[:rows], False) for spec, x in zip(built.inputs, examples, strict=True)]
     is_known = isinstance(first, Tensor) and torch.equal(first, again)
-    known = [(built.outputs[0], first[:rows], False)] if is_known else []
+    known = []
+    if is_known:
+        known = [(built.outputs[0], first[:rows], False)]
     request = orjson.loads(b"".join(wire.written({}, "inputs", inputs_shown)[0]))
     return b"".join(wire.written(request, "outputs", known)[0]).decode()
 

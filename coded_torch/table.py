@@ -60,7 +60,9 @@ class WorkerError(RuntimeError):
     def alike(self) -> Hashable:
         """The same for errors of one kind that differ only in the numbers they mention."""
         cause = self.__cause__ or self
-        text = "".join(traceback.format_exception_only(cause)) if self.kind == "raised" else ""
+        text = ""
+        if self.kind == "raised":
+            text = "".join(traceback.format_exception_only(cause))
         # Places, sizes and addresses differ between the parts of one batch.
         return self.kind, type(cause), re.sub(r"\b\w*\d\w*", "#", text)
 
@@ -118,7 +120,9 @@ class Part:
     @property
     def seconds(self) -> float:
         """The seconds that its worker took; infinite if it has not ended, or no worker had it."""
-        return self.ended - self.began if self.began < math.inf else math.inf
+        if self.began < math.inf:
+            return self.ended - self.began
+        return math.inf
 
     @property
     def failed(self) -> bool:
@@ -276,7 +280,9 @@ class Table:
             else:
                 part.worker = event.worker
                 part.ended = event.at
-                part.began = event.at - event.latency if event.latency < math.inf else math.inf
+                part.began = math.inf
+                if event.latency < math.inf:
+                    part.began = event.at - event.latency
                 part.result = event.value
                 part.error = event.error
                 ended.append(part)

@@ -78,7 +78,9 @@ class Rows:
         self.total = total
 
     def __str__(self) -> str:
-        more = f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
+        more = ""
+        if len(self.paths) > 1:
+            more = f" and {len(self.paths) - 1} more"
         return f"{self.paths[0]}{more}"
 
     def place(self, row: int) -> tuple[Path, int]:

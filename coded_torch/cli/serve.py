@@ -168,7 +168,9 @@ def _secret(source: str) -> str:
     """Return the value that ``@FILE`` or ``$VARIABLE`` holds; "" if there is none."""
     if source[:1] == "@":
         return Path(source[1:]).read_text().strip()
-    return os.environ.get(source[1:], "") if source[:1] == "$" else ""
+    if source[:1] == "$":
+        return os.environ.get(source[1:], "")
+    return ""
 
 
 def _own(args: Namespace) -> tuple[nn.Module, dict[str, Any]]:

@@ -465,7 +465,9 @@ class FixedCode(Code):
         """Return the decoder of a valid, strictly increasing received set of enough workers."""
 
     def _received(self, received: Any) -> tuple[int, ...]:
-        items = received.tolist() if isinstance(received, Tensor | np.ndarray) else received
+        items = received
+        if isinstance(received, Tensor | np.ndarray):
+            items = received.tolist()
         instance(self, "received", items, Iterable)
         items = [*items]
         most = self.num_workers - 1

@@ -265,7 +265,9 @@ class _MidpointPlan(_RepetitionPlan):
                 numbers += float((lines * off[row]).sum())
                 squares = squares + float(lines.square().sum())
                 count = count + len(row)
-        prior = _PRIOR * squares / count if squares else 1.0
+        prior = 1.0
+        if squares:
+            prior = _PRIOR * squares / count
         return min(max((numbers + _WEIGHT * prior) / (squares + prior), 0.0), 1.0)
 
     def error_bounds(self, *_: Any, **__: Any) -> None:

@@ -382,7 +382,9 @@ def _relative(residuals: Residuals, encoder: Residuals, dropped: Sequence[int]) 
     """Return squared studentised residuals ``[F, G]`` over what the encoder lets expect."""
     squares, _ = residuals.without(dropped)
     bends = encoder.without(dropped)[0][:, 0]
-    usual = np.median(bends[bends > 0]) if (bends > 0).any() else 0.0
+    usual = 0.0
+    if (bends > 0).any():
+        usual = np.median(bends[bends > 0])
     # An encoder that the smoother reproduces leaves rounding errors, which tell nothing.
     usual = max(float(usual), encoder.rounding)
     return np.asarray(squares / (1 + bends / usual)[:, None])

@@ -144,7 +144,9 @@ def compare(
             raise ValueError(f"compare: {name} must hold at least one, got {shown(values)}")
     instance("compare", "schemes", schemes, Sequence, optional=True)
     received_sets = count("compare", "received_sets", received_sets)
-    cut = max(1, len(calls) // 4) if tuning_batches is None else tuning_batches
+    cut = tuning_batches
+    if tuning_batches is None:
+        cut = max(1, len(calls) // 4)
     cut = count("compare", "tuning_batches", cut, most=len(calls) - 1)
 
     def trials(setting: Setting, seed: int, number: int, part: slice) -> Iterator[Any]:
@@ -195,7 +197,9 @@ def compare(
                 exact = _flat(trial.exact)
                 size = trial.batch_size
                 found: dict[str, tuple[Code | Decoder | None, list[Score]]] = {}
-                cheap = [] if surrogate is None else trial.run(surrogate, name="surrogate")
+                cheap = []
+                if surrogate is not None:
+                    cheap = trial.run(surrogate, name="surrogate")
                 wanted, got = ([[*x.shape] for x in each] for each in (trial.exact, cheap))
                 is_fit = surrogate is None or got == wanted
                 if not is_fit:
@@ -212,7 +216,9 @@ def compare(
                         text = repr(of)
                         workers = of.num_workers
                         inputs = of.num_data
-                    work = workers * -(-size // inputs) / size if of is not None else 0.0
+                    work = 0.0
+                    if of is not None:
+                        work = workers * -(-size // inputs) / size
                     rows = size * received_sets
                     means = Score(*map(float, np.mean(each, axis=0)))
                     records.append(Record(n, k, s, name, text, seed, batch, rows, work, means))
@@ -224,7 +230,9 @@ def _schemes(k: int, n: int, trial: Trial, extra: Any, names: Any) -> dict[str, 
     parts = min(n, trial.batch_size)
     codes = peers(k, n) | {"no redundancy, regression": RegressionCode(parts, parts)}
     with as_called():
-        added = {} if extra is None else extra(k, n)
+        added = {}
+        if extra is not None:
+            added = extra(k, n)
     instance("compare", "what extra returns", added, Mapping)
     for name, code in added.items():
         instance("compare", f"what extra returns as {name!r}", code, Code | Callable)

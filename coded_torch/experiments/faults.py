@@ -101,11 +101,15 @@ class FaultyWorkers(Workers):
         self.pool = pool
         self.delays = delays
         self.attack = attack
-        self.stragglers = pool.stragglers if delays is None else delays
+        self.stragglers = delays
+        if delays is None:
+            self.stragglers = pool.stragglers
         self.simulated = pool.simulated
         self.seed = count(self, "seed", seed, least=None)
         crashes = crash_every is not None
-        self.crash_every = positive(self, "crash_every", crash_every) if crashes else math.inf
+        self.crash_every = math.inf
+        if crashes:
+            self.crash_every = positive(self, "crash_every", crash_every)
         self._requests = 0
         self._crashed = math.inf  # the time of the last crash, or of the first request
 

@@ -211,7 +211,9 @@ def plan(
     for kind, name, k, n, waiting in progress(policies):
         part = scale * (OVERHEAD + (1 - OVERHEAD) * parts / k)
         # Simulated times are in multiples of a part. Calls that are late go on, to see how late.
-        until = (waiting.deadline or 0.0) / part if kind == "estimated" else None
+        until = None
+        if kind == "estimated":
+            until = (waiting.deadline or 0.0) / part
         policy: Waiting | Verified = dataclasses.replace(waiting, deadline=until)
         if verify:
             policy = Verified(policy, num_workers, verify, seed=seed)
@@ -234,7 +236,9 @@ def plan(
         late = float((raised | (outcome.latencies * part > deadline)).mean())
         estimated = float(np.where(raised, 0.0, outcome.estimated).mean())
         meets = late <= 1 - _IN_TIME + 1e-9 and 1 - estimated * (1 - RIGHT) >= accuracy
-        use = f"parts={k}" if n == k else f"code=codes.RegressionCode({k}, {n})"
+        use = f"code=codes.RegressionCode({k}, {n})"
+        if n == k:
+            use = f"parts={k}"
         if verify:
             use += f", verify={verify:g}"
         use = f"CodedWrapper(model, {use}, workers=pool, waiting={waiting})"

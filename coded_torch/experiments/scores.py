@@ -131,7 +131,9 @@ def of_logarithm(value: float, half: float) -> float | None:
     """Return the factor of an interval of the logarithm, by the delta method; None if ± will do."""
     if not half > _WIDE * abs(value):
         return None
-    return math.exp(min(half / abs(value), 99.0)) if value else math.inf
+    if not value:
+        return math.inf
+    return math.exp(min(half / abs(value), 99.0))
 
 
 def half_width(a: Array) -> float:
@@ -232,7 +234,9 @@ class Comparison:
         for (setting, name), records in schemes.items():
             mse, _, variance, right, exact, _ = _by_batch(records)
             labelled = not np.isnan(right).any()
-            kept = ratio(right, exact) if labelled else None
+            kept = None
+            if labelled:
+                kept = ratio(right, exact)
             changed = round(sum(x.rows * (1 - x.score.agreement) for x in records))
             counts = changed, sum(x.rows for x in records)
             work = float(np.mean([x.work for x in records]))

@@ -250,7 +250,9 @@ class _SlowWorkers(VirtualPool):
     def delays(self) -> Sequence[float]:
         """Return the delay of each worker in a new call."""
         delays = self.conditions.delays
-        return delays.sample(len(self._ends), self._numbers_of_delays).tolist() if delays else ()
+        if not delays:
+            return ()
+        return delays.sample(len(self._ends), self._numbers_of_delays).tolist()
 
     def begin(self, worker: int, request: _Call, part: Part) -> None:
         rows = len(part.units) * self.unit_rows
@@ -282,7 +284,9 @@ class _SlowWorkers(VirtualPool):
         self._running[worker] = None
         if running is not None:
             call, part, began, ok = running
-            error = None if ok else WorkerError(part.number, worker, "died", "died")
+            error = None
+            if not ok:
+                error = WorkerError(part.number, worker, "died", "died")
             call.hear(Reply(part, worker, self.clock, self.clock - began, error=error))
 
     def _burst(self) -> None:
@@ -324,7 +328,9 @@ def _spells(slow: float, mean: float, draws: random.Random) -> Iterator[tuple[fl
     end = 0.0
     is_slow = draws.random() < slow
     while True:
-        begin = end if is_slow else end + draws.expovariate(1.0) * mean * (1 - slow) / slow
+        begin = end
+        if not is_slow:
+            begin = end + draws.expovariate(1.0) * mean * (1 - slow) / slow
         end = begin + draws.expovariate(1.0) * mean
         is_slow = False
         yield begin, end, low * (high / low) ** draws.random()

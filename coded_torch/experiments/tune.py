@@ -320,11 +320,15 @@ class Trial:
         """Return the code's plan of the batch, and its results, ``[|workers|, G, ...]`` each."""
         key = code, min(num_stragglers, code.num_workers - 1)
         if key not in self._plans:
-            others = [] if self.inputs else self._inputs.batches()
+            others = []
+            if not self.inputs:
+                others = self._inputs.batches()
             plan = code.plan(self.inputs, key[1], batch_size=self.batch_size, others=others)
             workers = _within(self._workers, code)
             # A code that does not mix carries inputs of the batch, whose results are known.
-            values = self._inputs.batches() if code.mixes else self.exact
+            values = self.exact
+            if code.mixes:
+                values = self._inputs.batches()
             coded = [plan.encode(leaf)[workers] for leaf in values]
             self._plans[key] = plan, self._computed(coded) if code.mixes else coded
         return self._plans[key]

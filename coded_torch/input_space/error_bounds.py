@@ -68,15 +68,21 @@ def bounds(
             to the regression's.
     """
     count = len(results)
-    most = _CALIBRATING if len(rows) > _MISSING else len(results)
+    most = len(results)
+    if len(rows) > _MISSING:
+        most = _CALIBRATING
     if results.shape[1] < _FEW:
         y, answers, *scores = [
             x.double().contiguous() for x in (results, estimated, *(labels or ()))
         ]
         if residuals is None:
-            residuals = y if process is None else process.leave_one_out_residuals(y)
+            residuals = y
+            if process is not None:
+                residuals = process.leave_one_out_residuals(y)
         of_labels = scores if y.shape[1] > 1 and scores else (None, None)
-        tensors = [] if process is None else process.tensors
+        tensors = []
+        if process is not None:
+            tensors = process.tensors
         given = tensors, residuals, y, answers, *of_labels, trust, most
         thresholds, odd, p_values = ops.error_bounds(*given)
         return Bounds(rows, thresholds, odd, None if of_labels[0] is None else p_values)
@@ -98,7 +104,9 @@ def bounds(
         off = answers - y.mean(0)
         residuals = deviations if process is None else process.leave_one_out_residuals(y).to(y)
         sizes = [torch.linalg.vector_norm(x, dim=1) for x in (residuals, deviations, off)]
-        error = deviations if process is None else deviations.lerp_(residuals, trust)
+        error = deviations
+        if process is not None:
+            error = deviations.lerp_(residuals, trust)
         sizes.insert(1, torch.linalg.vector_norm(error, dim=1))
         *of_results, of_rows = (x.double().square_().cpu() for x in sizes)
         norms += torch.stack(of_results)
@@ -154,7 +162,9 @@ class ErrorBounds:
         """Return the bounds at one level: ``[B]``, float64, 0 for computed rows."""
         bounds = torch.zeros(self.batch_size, dtype=torch.float64)
         for rows, found, *_ in self._bounds:
-            by = None if self._by is None else self._by.index_select(0, rows)
+            by = None
+            if self._by is not None:
+                by = self._by.index_select(0, rows)
             bounds.index_copy_(0, rows, ops.error_radii(found, coverage, by))
         return bounds
 
@@ -162,7 +172,9 @@ class ErrorBounds:
         """Return places of results, and numbers that rank how odd these look if left out."""
         pairs = list[tuple[int, float]]()
         for each in self._bounds:
-            results = [] if each.results is None else each.results.tolist()
+            results = []
+            if each.results is not None:
+                results = each.results.tolist()
             pairs += zip(results, each.odd.tolist(), strict=False)
         return pairs
 
@@ -241,7 +253,9 @@ class Exchangeability:
             total = self._calls + _TIGHTEST
             # On one side, twice the probability of both.
             boundary = math.log(total / _TIGHTEST) - 2 * math.log(2 * _FALSE_ALARM)
-            return self._calls if self._sum > math.sqrt(total * boundary) else 0
+            if self._sum > math.sqrt(total * boundary):
+                return self._calls
+            return 0
 
 
 def _ranks(values: Sequence[float]) -> list[int]:

@@ -132,7 +132,9 @@ def _deviation(covariances: Tensor) -> Tensor:
 def evenly(values: Tensor, most: int) -> Tensor:
     """Return at most so many of the values ``[n, ...]``, evenly spaced."""
     n = len(values)
-    return values if n <= most else values.index_select(0, torch.arange(most) * n // most)
+    if n <= most:
+        return values
+    return values.index_select(0, torch.arange(most) * n // most)
 
 
 def off_mean(results: Tensor) -> Tensor:

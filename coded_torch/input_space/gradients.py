@@ -137,7 +137,9 @@ def from_gradients(module: Callable[..., Any], rows: Any) -> GradientMetric:
     with torch.inference_mode(False), torch.enable_grad():
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, Tensor) and x.dim() and x.is_floating_point()]
-        size = len(tensors[0]) if tensors else 0
+        size = 0
+        if tensors:
+            size = len(tensors[0])
         if not size:
             raise ValueError(
                 "from_gradients: rows must hold a floating-point tensor with at least one row, got "
@@ -198,7 +200,9 @@ class _Gradients:
 
     def __init__(self, width: int, rows: int) -> None:
         self._is_wide = width > _WIDE
-        self._projections = max(_MOST_ROWS // rows, 1) if self._is_wide else _MOST_OUTPUTS
+        self._projections = _MOST_OUTPUTS
+        if self._is_wide:
+            self._projections = max(_MOST_ROWS // rows, 1)
         self._projections = min(self._projections, _MOST_OUTPUTS)
         self._generator = torch.Generator().manual_seed(0)
         self._found = dict[int, list[Tensor]]()

@@ -175,7 +175,9 @@ class Sources:
         self._inputs = inputs
         self.notes = list[str]()
         self._made = dict[Features, list[Leaf]](made or {})
-        self.leaves = leaves_of(inputs) if leaves is None else leaves
+        if leaves is None:
+            leaves = leaves_of(inputs)
+        self.leaves = leaves
 
     def of(self, metric: Features) -> Sequence[Leaf]:
         """Return the features that a callable makes; none if it fails. It runs once."""
@@ -232,7 +234,9 @@ class Distances:
             return
         leaves = self._own(sources.leaves)
         typical = typical_rows([leaf.rows.contiguous() for leaf in leaves])
-        self.typical = None if typical.all() else typical
+        self.typical = None
+        if not typical.all():
+            self.typical = typical
         # While results are awaited: callables run only if a row is missing.
         names = dict.fromkeys([*(x for x in metrics if isinstance(x, str)), DEFAULT])
         found = fitted(leaves, [METRICS[name] for name in names], self.typical)
@@ -262,7 +266,9 @@ class Distances:
             # By spread, if features may have several units.
             is_one_unit = isinstance(metric, GradientMetric)
             kinds = [EUCLIDEAN] if is_one_unit else [METRICS["spread"], EUCLIDEAN]
-            leaves = [] if isinstance(metric, str) else self._own(self._sources.of(metric))
+            leaves = []
+            if not isinstance(metric, str):
+                leaves = self._own(self._sources.of(metric))
             for fit in fitted(leaves, kinds, self.typical) if leaves else ():
                 if fit is not None:
                     self.fits.setdefault(metric, fit)

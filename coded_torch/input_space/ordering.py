@@ -34,7 +34,9 @@ class Grouping:
 
     def _grouped(self, last: Tensor) -> Tensor:
         """Return the order, filled up, group after group: ``[G, K]`` seen as ``[K, G]``."""
-        whole = torch.cat([self.order, last.expand(self._padding)]) if self._padding else self.order
+        whole = self.order
+        if self._padding:
+            whole = torch.cat([self.order, last.expand(self._padding)])
         return whole.view(self.num_groups, self.num_data).T
 
     @functools.cached_property

@@ -145,7 +145,9 @@ class RowPlan:
             metrics = tuple(metric for metric in metrics if isinstance(metric, str)) or (*METRICS,)
             if sources.leaves:
                 self._notes.clear()
-        self._length = None if isinstance(regression.length, str) else regression.length
+        self._length = None
+        if not isinstance(regression.length, str):
+            self._length = regression.length
         self._parts = [Distances(sources, metrics, each) for each in parts]
         self._last: tuple[tuple[int, ...], tuple[Tensor, list[Regressor]]] | None = None
 
@@ -248,7 +250,9 @@ def check_batch(
         raise TypeError(f"{owner}: inputs must be a sequence of tensors, got {shown(inputs)}")
     is_known = inputs or batch_size is not None
     check(owner, is_known, "batch_size must be given where there are no inputs", batch_size)
-    size = None if batch_size is None else count(owner, "batch_size", batch_size)
+    size = None
+    if batch_size is not None:
+        size = count(owner, "batch_size", batch_size)
     for i, x in enumerate(inputs):
         dense(owner, f"inputs[{i}]", x)
         if size is None:

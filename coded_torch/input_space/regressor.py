@@ -169,7 +169,9 @@ class Regressor:
             take = _rows
             of_used = _scaled(_rows(self._used, results), size)
             estimated = _scaled(_rows(rows, answers), size)
-        labels = (of_used, estimated) if results.dim() == 2 else None
+        labels = None
+        if results.dim() == 2:
+            labels = (of_used, estimated)
         if labels and surrogates:
             known, ours = (take(x, y) for x, y in zip((self._used, rows), surrogates, strict=True))
             labels = of_used + _scaled(known, size), estimated + _scaled(ours, size)
@@ -213,7 +215,9 @@ def few_columns(rows: Tensor, values: Tensor) -> Tensor:
     """Return some columns of some rows of values ``[n, ...]``: ``[M, C]``, float64 on the host."""
     numbers = columns(values)
     step = numbers.shape[1] // _COLUMNS
-    some = numbers[:, ::step] if step > 1 else numbers
+    some = numbers
+    if step > 1:
+        some = numbers[:, ::step]
     return some.index_select(0, *to_device([rows], some.device)).cpu().double()
 
 

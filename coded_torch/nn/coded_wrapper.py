@@ -156,7 +156,9 @@ class CodedWrapper(ModuleProxy):
             raise ValueError(
                 f"{type(self).__name__}: workers must be given without a code, got {None}"
             )
-        self.workers = LocalWorkers() if workers is None else workers
+        if workers is None:
+            workers = LocalWorkers()
+        self.workers = workers
         self.code = code
         self.waiting = waiting
         self.parts = parts
@@ -209,7 +211,9 @@ class CodedWrapper(ModuleProxy):
         code = self.code
         if lost is None:
             lost = (delays and delays.num_stragglers) or 0
-        return 0 if code is None else max(0, min(lost, code.num_workers - code.min_received))
+        if code is not None:
+            return max(0, min(lost, code.num_workers - code.min_received))
+        return 0
 
     def extra_repr(self) -> str:
         how = f"parts={self.parts}" if self.code is None else str(self.code)
@@ -248,7 +252,9 @@ class CodedWrapper(ModuleProxy):
         args, kwargs = given
         if not self.workers.simulated:
             refuse_tracing()
-        part = training_part(self.module, dropout=True) if self.training else None
+        part = None
+        if self.training:
+            part = training_part(self.module, dropout=True)
         if part:
             what = "answers depend on the rows of a part, or on chance"
             warn(f"CodedWrapper: {part} is in training mode, where {what}; call eval() on it")
@@ -259,7 +265,9 @@ class CodedWrapper(ModuleProxy):
             is_joined = self.code is not None or (inputs.batch_size > 1 and parts > 1)
             if inputs.batch_size:
                 self._prove(inputs, waiting, report, is_joined)
-            division = self._divide(inputs, waiting, report, parts) if inputs.batch_size else None
+            division = None
+            if inputs.batch_size:
+                division = self._divide(inputs, waiting, report, parts)
         if division is None:
             report._enter("compute")
             answers = self.module(*args, **kwargs)
@@ -370,7 +378,9 @@ class CodedWrapper(ModuleProxy):
         report._enter("decode")
         with on_host():
             error = execution.failure(waiting)
-            stacked = execution.checks.stack() if execution.table.num_answered else self._form
+            stacked = self._form
+            if execution.table.num_answered:
+                stacked = execution.checks.stack()
             if error is not None:
                 return answers.of_surrogate(waiting, stacked, error)
             assert stacked is not None
@@ -434,7 +444,9 @@ class CodedWrapper(ModuleProxy):
         else:
             how = "give a deadline, estimate_after or on_error='estimate'"
             never = self.surrogate and waiting is self._policy()
-            what = f"surrogate is never used by {waiting}; {how}" if never else ""
+            what = ""
+            if never:
+                what = f"surrogate is never used by {waiting}; {how}"
         if what and what not in self._warned:
             self._warned |= {what}
             warn(f"CodedWrapper: {what}")

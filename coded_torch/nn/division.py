@@ -54,12 +54,16 @@ class Inputs:
             self.leaves, self.spec = pytree.tree_flatten((args, kwargs), is_texts)
             spec = pytree.tree_structure(args, is_texts)
         dims = broadcast_dims("in_dims", in_dims, spec, "shared")
-        num_named = 0 if type(in_dims) is int else len(dims)
+        num_named = 0
+        if type(in_dims) is not int:
+            num_named = len(dims)
         dims += [0] * (len(self.leaves) - len(dims))
         self.dims = list[Any]()
         self._mixing = mixing
         self._not_finite: Tensor | None = None
-        self.texts = {} if self._plain else self._take_texts(dims, num_named)
+        self.texts = {}
+        if not self._plain:
+            self.texts = self._take_texts(dims, num_named)
         sizes = dict[int, int]()
         for i, (leaf, dim) in enumerate(zip(self.leaves, dims, strict=True)):
             self.dims.append(dim if isinstance(leaf, Tensor) and dim != "shared" else None)
@@ -223,7 +227,9 @@ class Inputs:
 
         at = 0  # the first leaf of a node
         for path, node in pytree.tree_flatten_with_path((self.args, self.kwargs), is_whole)[0]:
-            own = len(node) if isinstance(node, range | list) else 0
+            own = 0
+            if isinstance(node, range | list):
+                own = len(node)
             if is_texts(node) or (isinstance(node, Tensor | np.ndarray) and node.ndim):
                 own = len(node)
             if own == self.batch_size and dims[at] != "shared" and self.dims[at] is None:
@@ -269,7 +275,9 @@ class Division:
     def not_finite(self) -> Tensor | None:
         """The rows of units whose inputs are not finite, bool ``[units, R]``; None without any."""
         rows = self.inputs.not_finite
-        return None if rows is None else self.spread(rows)
+        if rows is not None:
+            return self.spread(rows)
+        return None
 
     @property
     def left_out(self) -> Tensor | None:
@@ -312,7 +320,9 @@ class Columns(Division):
         self.link = code.link
         self.mixes = code.mixes
         self.coverage = getattr(code, "regression", self).coverage
-        others = [] if floating else inputs.batches()
+        others = []
+        if not floating:
+            others = inputs.batches()
         self.plan = code.plan(floating, lost, batch_size=inputs.batch_size, others=others)
         self.num_groups = self.plan.num_groups
         super().__init__(inputs, out_dims)
@@ -384,7 +394,9 @@ class Rows(Division):
     def plan(self) -> RowPlan:
         size = self.batch_size
         floating = self.inputs.floating()
-        others = [] if floating else self.inputs.batches()
+        others = []
+        if not floating:
+            others = self.inputs.batches()
         block = 0 if self.by_mean else MOST_ROWS
         plan = self._estimator.plan(floating, size, others=others, block=block)
         if self.by_mean and self.inputs.not_finite is not None:

@@ -69,7 +69,9 @@ class Answers:
     def _plan(self) -> Plan:
         """Return the plan of the batch, which estimates nothing from infinite results."""
         plan: Plan = self._division.plan
-        rows = self._division.left_out if self._division.infinite else None
+        rows = None
+        if self._division.infinite:
+            rows = self._division.left_out
         if rows is not None and isinstance(plan, RowPlan):
             plan.leave_out(rows)
         return plan
@@ -87,12 +89,18 @@ class Answers:
         report = self._report
         not_finite = division.left_out
         whole = division.is_whole(len(stacked.units))  # then the results are the answers
-        plan: Plan | None = None if whole else self._plan()
+        plan: Plan | None = None
+        if not whole:
+            plan = self._plan()
         with outside():  # the report outlives a transform
-            source: Any = plan.source(stacked.units) if plan else None
+            source: Any = None
+            if plan:
+                source = plan.source(stacked.units)
             is_estimated = plan is not None and bool((source < 0).any())
             report._note_source(source, stacked.later, division.task.unit_rows)
-        approximations = self._approximations(stacked) if self._surrogates and is_estimated else []
+        approximations = []
+        if self._surrogates and is_estimated:
+            approximations = self._approximations(stacked)
         answers = dict[int, Tensor]()
         weights = list[tuple[float, ...]]()
         choices: list[Choice] = []

@@ -58,7 +58,9 @@ class Execution:
         report = self._report
         with pool.open(module, division.task) as request:
             # On a simulated clock, only the simulation takes time.
-            began = 0.0 if pool.simulated else request.now() + report.since - time.perf_counter()
+            began = 0.0
+            if not pool.simulated:
+                began = request.now() + report.since - time.perf_counter()
             table = self.table = self.checks.table = Table(
                 first=division.first,
                 needed=division.needed,
@@ -222,7 +224,9 @@ class Execution:
         if not enough or misfit is not None:
             return self.failed(misfit, required, self.why)
         why = self._why_not_estimated()
-        return self.failed(None, division.needed, why) if why else None
+        if not why:
+            return None
+        return self.failed(None, division.needed, why)
 
     def not_floating(self) -> str:
         """Return which output cannot be estimated, and a remedy; "" if there is none such."""
@@ -249,7 +253,9 @@ class Execution:
             why = "no row with finite inputs has a result that is finite, which estimates need"
         if not why or division.is_whole(len(received)):
             return ""
-        return why if division.by_rows or bool((division.plan.source(received) < 0).any()) else ""
+        if division.by_rows or bool((division.plan.source(received) < 0).any()):
+            return why
+        return ""
 
     def failed(self, error: Exception | None, required: int = 0, why: str = "") -> Exception:
         """Return an exception with the report and the rows that were computed, NaN elsewhere.
@@ -260,7 +266,9 @@ class Execution:
         report = self._report
         if error is None:
             rejected = self.checks.rejected
-            reasons = [str(rejected[0]).partition("\n")[0]] if rejected else []
+            reasons = []
+            if rejected:
+                reasons = [str(rejected[0]).partition("\n")[0]]
             if division.by_rows:
                 causes = defaultdict[str, list[int]](list)
                 for row in report.missing_rows:
@@ -296,7 +304,9 @@ class Execution:
             cause = RuntimeError(f"the module raised {stopped!r}")
             cause.__cause__ = stopped
         rows = self._report.module_failed_rows
-        notes = [f"{_NOTE} {_shown(rows)} of the batch; {error}"] if rows else []
+        notes = []
+        if rows:
+            notes = [f"{_NOTE} {_shown(rows)} of the batch; {error}"]
         with contextlib.suppress(Exception):  # a class may have slots
             old = [note for note in getattr(cause, "__notes__", ()) if not note.startswith(_NOTE)]
             cause.__notes__ = [*old, *notes]
@@ -304,5 +314,7 @@ class Execution:
 
 
 def _shown(rows: Sequence[int]) -> str:
-    more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+    more = ""
+    if len(rows) > _SHOWN:
+        more = f" and {len(rows) - _SHOWN} more"
     return f"row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:_SHOWN]))}{more}"

@@ -55,7 +55,9 @@ def runs(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
                 yield run
             run = [tensor]
             memory = tensor.untyped_storage()
-            end = memory.data_ptr() + memory.nbytes() if tensor.is_contiguous() else -1
+            end = -1
+            if tensor.is_contiguous():
+                end = memory.data_ptr() + memory.nbytes()
         at = tensor.data_ptr() + size
     if run:
         yield run

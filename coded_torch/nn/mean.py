@@ -77,7 +77,9 @@ class _Data:
         self._last = len(self._batches) - 1
         # The last batch is kept, as checking it takes a pass over it.
         self._batch = functools.lru_cache(1)(self._read)
-        self._size = self._batch(0).batch_size if self._last >= 0 else 0
+        self._size = 0
+        if self._last >= 0:
+            self._size = self._batch(0).batch_size
         if not self._size:
             raise ValueError("mean: inputs must hold at least one row, got none")
         self.total = self._last * self._size + self._batch(self._last).batch_size
@@ -141,7 +143,9 @@ class Looks:
         instance("mean", "of", of, Callable, optional=True)
         level = real("mean", "level", level, "between 0 and 1", lambda x: 0 < x < 1)
         instance("mean", "anytime", anytime, bool)
-        self._bounds = None if bounds is None else _checked_bounds(bounds)
+        self._bounds = None
+        if bounds is not None:
+            self._bounds = _checked_bounds(bounds)
         if seed is None:
             seed = random.SystemRandom().getrandbits(63)
         self.seed = count("mean", "seed", seed, 0, 2**63 - 1)
@@ -230,7 +234,9 @@ class Looks:
     def _limits(self, y: Tensor) -> Tensor:
         """Return the bounds of each column, ``[2, C]``, infinite where they are not known."""
         columns = len(self.shares)
-        bounds = torch.tensor([[-math.inf], [math.inf]]) if self._bounds is None else self._bounds
+        bounds = self._bounds
+        if bounds is None:
+            bounds = torch.tensor([[-math.inf], [math.inf]])
         if bounds.shape[1] not in (1, columns):
             requirement = f"two numbers, or two for each of {columns} columns"
             pair = bounds.squeeze(1).tolist()

@@ -161,7 +161,9 @@ class Report:
 
         They are bool ``[B]``, on the host; None before there are answers.
         """
-        return None if self.source is None else self.source == 2
+        if self.source is not None:
+            return self.source == 2
+        return None
 
     @functools.cached_property
     @outside()
@@ -174,7 +176,9 @@ class Report:
         if the answer is computed, and infinite if its input is not finite, or too few results
         arrived. There are none under a link, or without a regression.
         """
-        return self._bounds.at(self.coverage) if self._bounds and self.coverage else None
+        if self._bounds and self.coverage:
+            return self._bounds.at(self.coverage)
+        return None
 
     @functools.cached_property
     @outside()
@@ -188,7 +192,9 @@ class Report:
         :meth:`certified`. A value is 0 if the answer is computed. There are none for other outputs,
         or without a regression.
         """
-        return self._bounds.label_p_values if self._bounds and self._has_labels else None
+        if self._bounds and self._has_labels:
+            return self._bounds.label_p_values
+        return None
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -267,7 +273,9 @@ class Report:
         real("error_bounds_at", "coverage", coverage, "between 0 and 1", lambda x: 0 < x < 1)
         real("error_bounds_at", "odds", odds, "at least 1 and finite", lambda x: 1 <= x < math.inf)
         level = odds * coverage / (1 - coverage + odds * coverage)
-        return None if self.error_bounds is None or self._bounds is None else self._bounds.at(level)
+        if self.error_bounds is not None and self._bounds is not None:
+            return self._bounds.at(level)
+        return None
 
     @outside()
     def certified(self, rate: float) -> Tensor | None:
@@ -377,7 +385,9 @@ class Report:
         """Note how far off answers ``[B, ...]`` may be; under a link, only their labels."""
         self._has_labels = answers is not None and answers.dim() == 2 and answers.shape[1] > 1
         self._bounds = bounds
-        self.coverage = coverage if link is None else None
+        self.coverage = None
+        if link is None:
+            self.coverage = coverage
 
     def _warn(self, why: str) -> None:
         """Log how many answers were estimated, and why, unless no more results were wanted."""

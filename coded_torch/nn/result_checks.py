@@ -128,7 +128,9 @@ class Result:
     def kept(self) -> Tensor | None:
         """The rows whose inputs are finite, bool; None if all are."""
         odd = self._division.not_finite
-        return None if odd is None else ~odd[list(self._units)].flatten()
+        if odd is not None:
+            return ~odd[list(self._units)].flatten()
+        return None
 
     @functools.cached_property
     @outside()
@@ -335,7 +337,9 @@ class Checks:
 
     def _contradicts(self) -> bool:
         """Return whether results do not fit the proved layout, or each other."""
-        lead = self._groups[0][0] if self._groups else None
+        lead = None
+        if self._groups:
+            lead = self._groups[0][0]
         is_proved = lead is None or lead.result.proved
         return bool(self._misfits) or len(self._groups) > 1 or not is_proved
 
@@ -365,7 +369,9 @@ class Checks:
 
     def _count(self, part: Part) -> None:
         """Let a result vote, and mark whose results are good, or disputed, by it."""
-        before = self._groups[0] if self._groups else []
+        before = []
+        if self._groups:
+            before = self._groups[0]
         alike = (each for each in self._groups if each[0].result.form == part.result.form)
         group = next(alike, None)
         if group is None:
@@ -415,7 +421,9 @@ class Checks:
         workers = {part.worker for _, part, _ in misfits if len(part.units) > 1}
         cut &= len(workers) > 1 or not workers.isdisjoint(part.worker for part in good)
         none = not good and len(misfits) == len(self.table.ended)
-        return min(misfits)[2] if none or (good and cut) else None
+        if none or (good and cut):
+            return min(misfits)[2]
+        return None
 
     def stack(self) -> Stacked:
         """Stack the results that answer units."""

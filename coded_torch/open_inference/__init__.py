@@ -237,7 +237,9 @@ def split(body: bytes | bytearray, length: str | None) -> tuple[memoryview, memo
     """Return the JSON of a message and its tail, by its Inference-Header-Content-Length."""
     size = len(body)
     if length is not None:
-        size = int(length) if length.isdecimal() and len(length) < 20 else -1
+        size = -1
+        if length.isdecimal() and len(length) < 20:
+            size = int(length)
     must = f"an integer of at most the length of the body, {len(body)}"
     require(0 <= size <= len(body), "Inference-Header-Content-Length", must, length)
     return memoryview(body)[:size], memoryview(body)[size:]
@@ -390,7 +392,9 @@ def request(
     model: Model, inputs: Sequence[Any], binary: bool, own: str = ""
 ) -> tuple[bytes, int | None]:
     """Return the body of a request with an id, and the length of its JSON if tensors follow."""
-    how = {"parameters": {"binary_data": True}} if binary else {}
+    how = {}
+    if binary:
+        how = {"parameters": {"binary_data": True}}
     outputs = [{"name": spec.name, **how} for spec in model.outputs]
     triples = [(spec, x, binary) for spec, x in zip(model.inputs, inputs, strict=True)]
     message = {"outputs": outputs} | ({"id": own} if own else {})

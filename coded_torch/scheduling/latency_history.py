@@ -153,7 +153,9 @@ class History:
     def _quantile(self, window: _Window, q: float, least: int = _LEAST) -> float:
         index = int(q * len(window.ordered))
         is_known = self._replied >= least and index < len(window.ordered)
-        return window.ordered[index] if is_known else math.inf
+        if is_known:
+            return window.ordered[index]
+        return math.inf
 
     def _scale(self, rows: int) -> float:
         if rows > self.most_rows:
@@ -175,7 +177,9 @@ class History:
         if end and y1 < math.inf:
             x0, y0 = map(statistics.median_high, zip(*parts[:end], strict=True))
             # The share of the time that grows, first for x1 rows, then for `most` rows.
-            share = min(1.0, max(0.0, (1 - y0 / y1) / (1 - x0 / x1))) if y1 else 0.0
+            share = 0.0
+            if y1:
+                share = min(1.0, max(0.0, (1 - y0 / y1) / (1 - x0 / x1)))
             self._slope = share * most / (share * most + (1 - share) * x1)
             self._fewest = fewest
             self.most_rows = most
@@ -212,7 +216,9 @@ class EstimationTimes:
     def seconds(self, rows: int, features: int, by_mean: bool = False) -> float:
         """Return the seconds that estimating takes in 7 of 8 calls."""
         ordered = sorted(self._factors[by_mean])
-        factor = ordered[7 * len(ordered) // 8] if ordered else 1.0
+        factor = 1.0
+        if ordered:
+            factor = ordered[7 * len(ordered) // 8]
         return factor * _quiet_seconds(rows, features, by_mean)
 
     def reserve(self, rows: int, features: int, deadline: float) -> tuple[bool, float]:

@@ -176,7 +176,9 @@ class Waiting:
         """Return how many results suffice for an answer, if all are ``needed`` to complete it."""
         if self.at_once:
             return decodable
-        return max(decodable, -(-needed // 2)) if self.may_estimate(by_rows) else needed
+        if self.may_estimate(by_rows):
+            return max(decodable, -(-needed // 2))
+        return needed
 
     def decide(self, history: History, table: Table) -> float:
         """Write the parts to ask for into the table of a call, and return when to decide again.
@@ -200,7 +202,9 @@ class Waiting:
         return Waiting(deadline, math.inf, 0.0, at_once=True, num_stragglers=num_stragglers)
 
     def __repr__(self) -> str:
-        names = ["deadline", "num_stragglers"] if self.at_once else [*vars(self)]
+        names = ["deadline", "num_stragglers"]
+        if not self.at_once:
+            names = [*vars(self)]
         values = {name: getattr(self, name) for name in names}
         changed = [f"{x}={v!r}" for x, v in values.items() if v != getattr(type(self), x)]
         return f"Waiting{'.first' if self.at_once else ''}({', '.join(changed)})"
@@ -272,8 +276,12 @@ class _Decisions:
             if table.now >= self.prepare_at:  # but the call must not end later for it
                 self.prepare_at = math.inf
                 table.prepares = table.now + table.reserve <= self.late_at
-        table.reason = self._end(reason) if reason else ""
-        return math.inf if reason else self._until()
+        table.reason = ""
+        if reason:
+            table.reason = self._end(reason)
+        if reason:
+            return math.inf
+        return self._until()
 
     def threshold(self, units: int) -> float:
         """Return the seconds after which a part of so many units is late."""
@@ -294,7 +302,9 @@ class _Decisions:
             return "error"  # the module itself fails on all missing rows
         how = "deadline" if self.waiting.deadline is not None else "estimate_after"
         is_late = table.heard >= self.late_at and table.num_answered >= self.least
-        return how if is_late or (table.heard >= self.end and how == "deadline") else ""
+        if is_late or (table.heard >= self.end and how == "deadline"):
+            return how
+        return ""
 
     def _until(self) -> float:
         due = self.prepare_at
@@ -507,12 +517,16 @@ class _Decisions:
             if part.fresh:
                 is_typical = False
             else:
-                seconds = part.seconds if part.outcome is GOOD else math.inf
+                seconds = math.inf
+                if part.outcome is GOOD:
+                    seconds = part.seconds
                 parts.append((table.unit_rows * len(part.units), seconds))
             ended = part.outcome is GOOD or (part.failed and part.kind != "raised")
             if ended and not (table.given_up and table.given_up.intersection(part.units)):
                 failures.append(part.failed)
         # If calls that were cut short did not count as infinite, the median would not follow.
         is_complete = table.num_answered >= table.needed
-        took = table.now - table.since if is_complete else math.inf
+        took = math.inf
+        if is_complete:
+            took = table.now - table.since
         self.history.add(parts, (self.rows, took) if is_typical else None, failures)

@@ -118,7 +118,9 @@ class App(Starlette):
                 instance(self, f"an entry of {argument}", spec, TensorSpec)
             names = [spec.name for spec in given]
             added = [spec.name for spec in (*ADDED, *FORMER.values()) if argument == "outputs"]
-            but = f", none of {', '.join(added)}" if added else ""
+            but = ""
+            if added:
+                but = f", none of {', '.join(added)}"
             differ = len({*names, *added}) == len(names) + len(added)
             if not (given and differ):
                 raise ValueError(
@@ -141,7 +143,9 @@ class App(Starlette):
                     f"got {shown(held)}"
                 )
             self.inputs = inputs = in_order(inputs, call)
-        self.allowed_hosts = None if allowed_hosts is None else [x.lower() for x in allowed_hosts]
+        self.allowed_hosts = None
+        if allowed_hosts is not None:
+            self.allowed_hosts = [x.lower() for x in allowed_hosts]
         for host in self.allowed_hosts or ():
             holds = {*host}.isdisjoint("/*[]@") and host.count(":") != 1
             if not holds:
@@ -383,7 +387,9 @@ class App(Starlette):
         level = answers[0].report.coverage
         coverage = level and (message.coverage or level)
         estimated = sum(sum(answer.estimated[answer.rows]) for answer in answers)
-        parameters = {"coverage": coverage} if coverage else {}
+        parameters = {}
+        if coverage:
+            parameters = {"coverage": coverage}
         parameters["estimated_rows"] = estimated
         about: dict[str, Any] = {"model_name": self.name, "model_version": answers[0].version}
         about |= {"parameters": parameters} | ({"id": message.id} if message.id else {})

@@ -65,7 +65,9 @@ def in_order(inputs: Sequence[TensorSpec], call: inspect.BoundArguments) -> Sequ
     """Return specs in the order of a call's leaves if they have their names, else as they are."""
     names = _inputs_of(call)
     by_name = {spec.name: spec for spec in inputs}
-    return [by_name[name] for name in names] if names.keys() == by_name.keys() else inputs
+    if names.keys() == by_name.keys():
+        return [by_name[name] for name in names]
+    return inputs
 
 
 def _inputs_of(call: inspect.BoundArguments) -> dict[str, Any]:

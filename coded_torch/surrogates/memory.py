@@ -136,7 +136,9 @@ class Memory:
         with torch.no_grad():
             seen: Any = []
             for leaf in self._features(inputs):  # copies, as the caller may change the inputs
-                pooled = None if leaf.pooled is None else leaf.pooled.float()
+                pooled = None
+                if leaf.pooled is not None:
+                    pooled = leaf.pooled.float()
                 seen.append(Leaf(leaf.rows.to(torch.float32, copy=True), pooled))
             flat = torch.cat([x.reshape(len(x), -1).cpu().float() for x in outputs], 1)
         with self._lock:
@@ -157,7 +159,9 @@ class Memory:
         None if nothing has been learnt for inputs of these shapes.
         """
         found = self.error_bounds(inputs)
-        return None if found is None else found[0]
+        if found is not None:
+            return found[0]
+        return None
 
     def error_bounds(
         self, inputs: Sequence[Tensor], generation: int | None = None
@@ -171,7 +175,9 @@ class Memory:
         choose the metric, too.
         """
         with self._lock:
-            learnt = self._learnt if generation in (None, self._generation) else None
+            learnt = None
+            if generation in (None, self._generation):
+                learnt = self._learnt
         if learnt is None or _form(inputs) != learnt[0][0]:
             return None
         (_, shapes), space, process = learnt
@@ -235,7 +241,9 @@ class Memory:
         return type(self), (self.capacity, self.metric)
 
     def __repr__(self) -> str:
-        more = "" if self.metric is None else f", metric={self.metric!r}"
+        more = ""
+        if self.metric is not None:
+            more = f", metric={self.metric!r}"
         return f"Memory(capacity={self.capacity}{more})"
 
 

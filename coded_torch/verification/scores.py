@@ -339,7 +339,9 @@ class Results:
         """
         with _scoring():
             self._scores.spend(self._scoring, time.perf_counter() - self._since)
-            rows = sorted(answers.keys() & self._rows) if self._scored else []
+            rows = []
+            if self._scored:
+                rows = sorted(answers.keys() & self._rows)
             if rows:
                 outputs = self._outputs(answers, rows)
                 at = [*map(self._rows.index, rows)]

@@ -134,7 +134,9 @@ class Verifier:
         table = self.table
         late = self.table.hedging_threshold
         self._first = dict(table.answered)
-        self._end = table.since + table.deadline - table.reserve if self._bounded else math.inf
+        self._end = math.inf
+        if self._bounded:
+            self._end = table.since + table.deadline - table.reserve
         if late == math.inf:
             late = -math.inf
         self._soon = min(table.since + late, self._end)

@@ -441,7 +441,9 @@ class Workers(abc.ABC):
             # One row several times does not tell whether a tensor is the same for all rows.
             if rows is not mixed and refusal is not None and layout.constants:
                 continue
-            note = difference(pair, layout, task.out_dims, is_half) if rows is mixed else ""
+            note = ""
+            if rows is mixed:
+                note = difference(pair, layout, task.out_dims, is_half)
             if note:
                 # A wrong worker is no reason to doubt the module. So others compute both parts
                 # again, and parts of one worker are compared, too.

@@ -229,12 +229,16 @@ class Dispatcher(abc.ABC):
             free = {w.index for w in workers if w.part is None or w.part.request is request}
             busy = {w.index for w in workers} - free
             excluded = {w.index for w in workers if w.excluded}
-        limit = f" (hang timeout {self.hang_timeout:g} s)" if self.hang_timeout < math.inf else ""
+        limit = ""
+        if self.hang_timeout < math.inf:
+            limit = f" (hang timeout {self.hang_timeout:g} s)"
         starting = self.places - up, f"are starting{self.trouble and f'; {self.trouble}'}"
         reasons = (busy, f"are at earlier tasks{limit}"), starting, (excluded, "are excluded")
         many = f"of {len(self.places)} {self.kind}"
         said = [f"{len(some)} {many} {what}" for some, what in reasons if some]
-        return "; ".join(said) if self.places else f"all {self.kind} have left"
+        if self.places:
+            return "; ".join(said)
+        return f"all {self.kind} have left"
 
     def states(self) -> dict[int, tuple[str, int]]:
         self.hear()
@@ -331,7 +335,9 @@ class Dispatcher(abc.ABC):
             if not request.wants(part):
                 self._forget()
                 return self._begin()
-            line = [*part.line()] if len(idle) <= part.spares else []
+            line = []
+            if len(idle) <= part.spares:
+                line = [*part.line()]
             out = part.avoid
             if line and any(w.part in line for w in self._workers):
                 continue
@@ -382,7 +388,9 @@ class DispatchedWorkers(Workers):
 
     def _dispatcher(self) -> Any:
         """Return the dispatcher; a RuntimeError if the pool is closed, or of another process."""
-        why = "the pool is closed" if self._queue.closed else ""
+        why = ""
+        if self._queue.closed:
+            why = "the pool is closed"
         if self._queue.process not in (0, os.getpid()):
             why = "the pool must be used in the process that started it; give a fork its own pool"
         if why:

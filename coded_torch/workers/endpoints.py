@@ -112,7 +112,9 @@ class EndpointWorkers(DispatchedWorkers):
 
     def _open(self) -> None:
         super()._open()
-        source = self._source if callable(self._source) else None
+        source = None
+        if callable(self._source):
+            source = self._source
         self._queue.update(source() if source else self._source)
         if source:
             self._queue.follow(source, self.refresh)

@@ -178,7 +178,9 @@ class LiveRequest(Request):
                 return event
             with self.dispatcher.lock:
                 oldest = next(iter(self.open.values()), None)
-                limit = oldest.asked + self.timeout if oldest else math.inf
+                limit = math.inf
+                if oldest:
+                    limit = oldest.asked + self.timeout
                 # While no part runs, the call looks from time to time whether one has begun.
                 began = (e.at for n, e in self.events.items() if n < 0 and ~n not in self.events)
                 now = self.now()

@@ -151,7 +151,9 @@ class _Process(WatchedWorker):
         return self.fork_by, "was not forked in time, so that its server was ended"
 
     def __str__(self) -> str:
-        return f"process {self.pid}" if self.pid else f"process {self.index} of the pool"
+        if self.pid:
+            return f"process {self.pid}"
+        return f"process {self.index} of the pool"
 
 
 class _Processes(Supervisor):
@@ -260,9 +262,13 @@ class _Processes(Supervisor):
             return "was not forked, as its server ended, or has threads or CUDA"
         if code < 0:
             names = {each.value: each.name for each in signal.Signals}  # not of all real-time ones
-            why = "; perhaps memory is short" if -code == signal.SIGKILL else ""
+            why = ""
+            if -code == signal.SIGKILL:
+                why = "; perhaps memory is short"
             return f"was killed by {names.get(-code, f'signal {-code}')}{why}"
-        up = "" if worker.ready or worker.loading else " before it was up; its output says why"
+        up = " before it was up; its output says why"
+        if worker.ready or worker.loading:
+            up = ""
         return f"ended with exit code {code}{up}"
 
     # Waiting.

@@ -89,7 +89,9 @@ class _Actor(WatchedWorker):
     handle: Any
 
     def __str__(self) -> str:
-        return f"actor {self.index} (process {self.pid})" if self.pid else f"actor {self.index}"
+        if self.pid:
+            return f"actor {self.index} (process {self.pid})"
+        return f"actor {self.index}"
 
 
 class _Actors(Supervisor):

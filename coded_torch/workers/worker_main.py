@@ -86,7 +86,9 @@ class Server:
             except TimeoutError:
                 self.kill()
                 raise
-        return time.monotonic() + _FORK_SECONDS if self.is_up else math.inf
+        if self.is_up:
+            return time.monotonic() + _FORK_SECONDS
+        return math.inf
 
     def has_ended(self) -> bool:
         if self.status is None:
@@ -222,7 +224,9 @@ def fork(
     data = spawn.get_preparation_data("worker")
     kept = {name: data[name] for name in ("sys_path", "sys_argv", "orig_dir", "dir")}
     names = {"init_main_from_name", "init_main_from_path"} & data.keys()
-    main = {} if shared_memory.is_interactive() else {name: data[name] for name in names}
+    main = {}
+    if not shared_memory.is_interactive():
+        main = {name: data[name] for name in names}
     signal.pthread_sigmask(signal.SIG_BLOCK, _OF_CALLER)  # the server inherits this mask
     with open(os.memfd_create("program"), "w+b") as program:
         pickle.dump((kept, _Program(main, device, *options)), program)
