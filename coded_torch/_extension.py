@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 __all__ = [
     "CUDA_FAILURES",
@@ -106,7 +107,7 @@ def spline_apply(
             remedy = "apply it with these sizes, dtype and direction before the capture"
             raise RuntimeError(f"spline_apply: a CUDA graph cannot hold it, as {reason}; {remedy}")
         inputs = values, coefficients, schedule, transpose, *where
-        on_host = [t.cpu() if isinstance(t, Tensor) else t for t in inputs]
+        on_host = pytree.tree_map_only(Tensor, Tensor.cpu, inputs)
         result: Tensor = torch.ops.coded_torch.spline_apply(*on_host)
         return result.to(values.device)
     entries = coefficients[0, of_sweeps : of_sweeps + num_knots * num_points]
@@ -228,7 +229,7 @@ def _compare(device: int, number: int) -> float:
     unit = torch.eye(n, dtype=torch.float64).unsqueeze(1)
     matrix = _KERNELS.spline_apply(unit, exact, schedule, False)[:, 0].T.reshape(1, -1)
     plan = torch.cat([exact, matrix, matrix[:, : -n * N % 4]], 1)
-    plan = plan.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    plan = plan.to(torch.promote_types(dtype, torch.float32))
     rows, others = (N, n) if transpose else (n, N)
     gather = torch.arange(rows * groups).view(rows, groups).flip(0)
     scatter = torch.arange(others * groups).view(others, groups) + 2
@@ -241,10 +242,9 @@ def _compare(device: int, number: int) -> float:
     scatter[3, 1] = others * groups + 9
     problem = values, plan, schedule, transpose, gather, scatter, others * groups + 5
     want = spline_apply(*problem).double()
-    pinned = [x.pin_memory() if isinstance(x, Tensor) else x for x in problem]
-    there = [
-        x.to(f"cuda:{device}", non_blocking=True) if isinstance(x, Tensor) else x for x in pinned
-    ]
+    there = pytree.tree_map_only(
+        Tensor, lambda x: x.pin_memory().to(f"cuda:{device}", non_blocking=True), problem
+    )
     result = torch.empty(want.shape, dtype=dtype, pin_memory=True)
     result.copy_(_KERNELS._run_kernel(*there, number), non_blocking=True)
     _wait(torch.cuda.current_stream())

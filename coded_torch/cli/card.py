@@ -438,7 +438,7 @@ class Cell:
     def __init__(
         self, spline: SplineMap, dtype: torch.dtype, transpose: bool, indices: bool, columns: int
     ) -> None:
-        accumulated = torch.float64 if dtype == torch.float64 else torch.float32
+        accumulated = torch.promote_types(dtype, torch.float32)
         full = spline._operands(torch.empty(0, dtype=accumulated))
         self._product, self._schedule = (x.cuda() for x in full)
         self._sweep = self._product[:, : spline._sweeps]

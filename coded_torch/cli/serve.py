@@ -55,9 +55,10 @@ def serve(args: Namespace) -> None:
             raise ValueError(f"--chaos {requirement}, got {args.host}")
         if args.endpoints:
             module, workers, how = _fleet(args)
-        for flag in () if args.endpoints else ("model", "header", "ca-file"):
-            if getattr(args, flag.replace("-", "_")) is not None:
-                raise ValueError(f"--{flag} must come with --endpoints")
+        else:
+            for flag in ("model", "header", "ca-file"):
+                if getattr(args, flag.replace("-", "_")) is not None:
+                    raise ValueError(f"--{flag} must come with --endpoints")
     if workers is None:
         module, how = _own(args)
     if args.example is not None:

@@ -175,7 +175,9 @@ class BatchPlan:
             """Return the squared errors of some results, if the others' answers are right."""
             others = [i for i in range(len(received)) if i not in places]
             errors = torch.zeros(len(places), dtype=torch.float64)
-            for leaf in filter(torch.is_floating_point, results if others else ()):
+            for leaf in filter(torch.is_floating_point, results):
+                if not others:
+                    break
                 answers = self.decode(leaf[others], [received[i] for i in others])
                 off = (leaf[places] - answers[rows[places]]).double().flatten(1)
                 errors += off.square().sum(1).cpu()

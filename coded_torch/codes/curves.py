@@ -313,7 +313,9 @@ class LagrangeCode(CurveCode):
     ) -> None:
         super().__init__(num_data, num_workers, **options)
         if decoder_degree is None:
-            degree = count(self, "degree", 1 if degree is None else degree, most=MOST_WORKERS)
+            if degree is None:
+                degree = 1
+            degree = count(self, "degree", degree, most=MOST_WORKERS)
             self.decoder_degree = (self.num_data - 1) * degree
         else:
             self.decoder_degree = count(self, "decoder_degree", decoder_degree, 0, MOST_WORKERS)

@@ -278,9 +278,10 @@ def _answers(
             yield name, trial.decode(of, received, lost), of
         else:
             yield name, trial.answers(of, received, name), of
-    if cheap:
-        yield "surrogate alone", cheap, None
-    for name, code in codes.items() if cheap else ():
+    if not cheap:
+        return
+    yield "surrogate alone", cheap, None
+    for name, code in codes.items():
         if name in ("no redundancy, regression", "replication"):
             rows = trial.missing(code, received, lost)
             computed = trial.exact if trial.attack is None else trial.decode(code, received, lost)

@@ -262,9 +262,11 @@ def _policies(
             until = float(f"{share * deadline:.4g}")
             name = f"hedge, estimate at {1e3 * until:.4g} ms"
             yield "estimated", name, k, k, Waiting(deadline=until)
-        if not verified and 2 * k <= num_workers:
+        if verified:
+            continue
+        if 2 * k <= num_workers:
             yield "everything twice", "first answers", k, 2 * k, first(1)
-        for n in range(k + 1, min(2 * k, num_workers + 1)) if not verified else ():
+        for n in range(k + 1, min(2 * k, num_workers + 1)):
             yield "coded", f"all at once, first {k} of {n}", k, n, first(n - k)
 
 

@@ -274,7 +274,9 @@ class Trial:
                 decoded = plan.decode(arrived - plan.encode(known)[received], received) + known
             else:
                 decoded = plan.decode(arrived, received)
-            answers.append(decoded if code.link is None else decoded.softmax(-1))
+            if code.link is not None:
+                decoded = decoded.softmax(-1)
+            answers.append(decoded)
         return answers
 
     def answers(

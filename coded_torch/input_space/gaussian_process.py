@@ -61,7 +61,9 @@ class GaussianProcess:
     ) -> None:
         if known is None:
             known = torch.arange(len(squared))
-        self.tensors = ops.regress(squared, length, known, known[:0] if at is None else at, NUGGET)
+        if at is None:
+            at = known[:0]
+        self.tensors = ops.regress(squared, length, known, at, NUGGET)
         self._count = len(known)
         self.variances, self.leave_one_out_variances, self.weights_of_left_out = self.tensors[6:]
 

@@ -146,10 +146,9 @@ def from_gradients(module: Callable[..., Any], rows: Any) -> GradientMetric:
                 f"{shown(rows)}"
             )
         device = device_of(module)
-        leaves = [
-            x.detach().to(device or x.device).clone() if isinstance(x, Tensor) else x
-            for x in leaves
-        ]
+        leaves = pytree.tree_map_only(
+            Tensor, lambda x: x.detach().to(device or x.device).clone(), leaves
+        )
         batched = [isinstance(x, Tensor) and x.shape[:1] == (size,) for x in leaves]
         found = [x for x, b in zip(leaves, batched, strict=True) if b and x.is_floating_point()]
         some = torch.linspace(0, size - 1, min(size, _MOST_ROWS), dtype=torch.float64).long()
@@ -166,7 +165,7 @@ def from_gradients(module: Callable[..., Any], rows: Any) -> GradientMetric:
                 for x, b in zip(chunk, batched, strict=True)
                 if b and x.is_floating_point()
             ]
-            copies = [x.clone() if isinstance(x, Tensor) else x for x in chunk]  # for in-place code
+            copies = pytree.tree_map_only(Tensor, Tensor.clone, chunk)  # for in-place code
             part_args, part_kwargs = pytree.tree_unflatten(copies, spec)
             outputs = pytree.tree_leaves(module(*part_args, **part_kwargs))
             numbers = [

@@ -223,7 +223,9 @@ class Distances:
     def __init__(
         self, sources: Sources, metrics: Sequence[str | Features], rows: Tensor | None = None
     ) -> None:
-        self.rows = torch.arange(len(sources.leaves[0].rows)) if rows is None else rows
+        if rows is None:
+            rows = torch.arange(len(sources.leaves[0].rows))
+        self.rows = rows
         self._sources = sources
         self._metrics = metrics
         self.first = DEFAULT

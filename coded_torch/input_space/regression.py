@@ -139,8 +139,8 @@ class RowPlan:
         if not inputs and others is not None:
             self._notes.append(_BLIND)
             numbers = [plain("Regression", "others", x) for x in others]
-            for metric in metrics if others else ():  # the first callable that works measures
-                if not isinstance(metric, str) and not sources.leaves:
+            for metric in metrics:  # the first callable that works measures
+                if numbers and not isinstance(metric, str) and not sources.leaves:
                     sources.leaves = sources.make(metric, numbers)
             metrics = tuple(metric for metric in metrics if isinstance(metric, str)) or (*METRICS,)
             if sources.leaves:
@@ -281,11 +281,14 @@ def to_scale(outputs: Tensor, link: str | None) -> Tensor:
 def _metrics(metric: Any) -> tuple[str | Features, ...]:
     """Return the metrics that compete, each once."""
     several = metric
-    if callable(metric):
-        own = metric.competing if isinstance(metric, GradientMetric) else (metric,)
-        several = ("auto", *own)
+    if isinstance(metric, GradientMetric):
+        several = ("auto", *metric.competing)
+    elif callable(metric):
+        several = ("auto", metric)
+    elif not isinstance(metric, (list, tuple)):
+        several = (metric,)
     found: list[str | Features] = []
-    for one in several if isinstance(several, (list, tuple)) else (several,):
+    for one in several:
         if not callable(one) and not (isinstance(one, str) and one in ("auto", *METRICS)):
             names = f"'auto', one of {', '.join(METRICS)}, a callable or a sequence of these"
             error = ValueError if isinstance(one, str) else TypeError

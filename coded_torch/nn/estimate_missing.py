@@ -80,8 +80,9 @@ class Answers:
     def prepare(self, stacked: Stacked) -> None:
         """Plan, and fit regressions to the results so far, which may be all."""
         plan = self._plan()
-        for i in stacked.decoded if isinstance(plan, RowPlan) else ():
-            self._decoded(stacked, i, plan, plan.source(stacked.units), {}, False)
+        if isinstance(plan, RowPlan):
+            for i in stacked.decoded:
+                self._decoded(stacked, i, plan, plan.source(stacked.units), {}, False)
 
     def of(self, stacked: Stacked) -> Any:
         """Return the answers in the structure that the module gives them."""
@@ -167,7 +168,9 @@ class Answers:
     def _note(self, bounds: ErrorBounds, answers: Tensor) -> None:
         """Note error bounds. With too few results, a memory's rows calibrate them."""
         not_finite = self._inputs.not_finite
-        for memory in () if bounds.enough(self._coverage) or self._link else self._memories:
+        for memory in self._memories:
+            if self._link or bounds.enough(self._coverage):
+                break
             found = self._known_to(memory)
             if found is not None and found[0][0].shape == answers.shape:
                 off = (columns(answers).cpu().double() - columns(found[0][0]).cpu()).norm(dim=1)

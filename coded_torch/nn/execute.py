@@ -151,7 +151,9 @@ class Execution:
 
         Memory may not have held them all; or the module depends on the number of rows.
         """
-        for failed in self.checks.rejected if self._division.by_rows else ():
+        if not self._division.by_rows:
+            return
+        for failed in self.checks.rejected:
             rows = self.table.parts[failed.part].units
             by = {self.table.answered.get(row) for row in rows}
             if failed.kind == "raised" and all(part and len(part.units) < len(rows) for part in by):

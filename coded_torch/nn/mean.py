@@ -184,7 +184,9 @@ class Looks:
 
     def until(self, half_width: Any) -> Iterator[Interval]:
         """Return an iterator that ends as soon as no half width is larger than this."""
-        target = real_array("mean", "half_width", math.inf if half_width is None else half_width)
+        if half_width is None:
+            half_width = math.inf
+        target = real_array("mean", "half_width", half_width)
         if not (target.ndim < 2 and (target > 0).all()):
             raise ValueError(
                 f"mean: half_width must be positive, one or per column, got {shown(half_width)}"

@@ -165,9 +165,10 @@ class Result:
         for i, leaf in enumerate(self.leaves):
             if has_numbers(leaf):
                 yield i, -1, leaf
-            for place, item in enumerate(leaf if i in self.lists else ()):
-                for x in filter(has_numbers, pytree.tree_leaves(item)):
-                    yield i, place, x
+            if i in self.lists:
+                for place, item in enumerate(leaf):
+                    for x in filter(has_numbers, pytree.tree_leaves(item)):
+                        yield i, place, x
 
     def name(self, i: int) -> str:
         return self._layout.name(self._value, i)
@@ -238,9 +239,10 @@ class Stacked(NamedTuple):
         Lists hold None in rows without a result, of ``size`` rows.
         """
         leaves = list(self.leaves)
-        for i in self.lists if len(self.units) < size else ():
-            items = dict(zip(self.units, leaves[i], strict=True))
-            leaves[i] = type(leaves[i])(map(items.get, range(size)))
+        if len(self.units) < size:
+            for i in self.lists:
+                items = dict(zip(self.units, leaves[i], strict=True))
+                leaves[i] = type(leaves[i])(map(items.get, range(size)))
         for i, rows in answers.items():
             dim = self.dims[i]
             leaves[i] = (rows.movedim(0, dim) if dim else rows).contiguous()

@@ -144,6 +144,11 @@ def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
     return [texts(leaf) if is_texts(leaf) else leaf for leaf in leaves], spec
 
 
+def listed(leaves: Iterable[Any]) -> list[Any]:
+    """Return leaves as a module takes and makes them, with strings in lists."""
+    return [x if isinstance(x, Tensor) else x.tolist() for x in leaves]
+
+
 def _texts_of_bytes(spec: TensorSpec, count: int, data: memoryview) -> Texts:
     """Return strings, each of which stands after the number of its bytes, in four bytes."""
     found = list[str]()

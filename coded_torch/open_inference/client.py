@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
-from torch import Tensor, nn
+from torch import nn
 
 from .. import open_inference as wire
 from .. import tracing
@@ -377,7 +377,7 @@ class RemoteModule(nn.Module):
 
     def outputs(self, tensors: Sequence[Any]) -> Any:
         """Return the outputs of the model as a call does."""
-        leaves = [x if isinstance(x, Tensor) else x.tolist() for x in tensors]
+        leaves = wire.listed(tensors)
         return leaves[0] if len(leaves) == 1 else dict(zip(self.names, leaves, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -152,8 +152,7 @@ class History:
 
     def _quantile(self, window: _Window, q: float, least: int = _LEAST) -> float:
         index = int(q * len(window.ordered))
-        is_known = self._replied >= least and index < len(window.ordered)
-        if is_known:
+        if self._replied >= least and index < len(window.ordered):
             return window.ordered[index]
         return math.inf
 

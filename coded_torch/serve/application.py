@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 import coded_torch
@@ -28,7 +28,7 @@ from .. import tracing
 from .._arguments import bound, count, instance, positive, shown
 from .._torch import positional
 from ..nn import CodedWrapper
-from ..open_inference import ADDED, FORMER, LISTED, TensorSpec, flatten, written
+from ..open_inference import ADDED, FORMER, LISTED, TensorSpec, flatten, listed, written
 from .batcher import TO_ANSWER, Batch, Batcher, compute
 from .metrics import Metrics
 from .model import Versions, bind, in_order, is_forwarded, is_loopback
@@ -302,8 +302,7 @@ class App(Starlette):
     def call(self, rows: int) -> Any:
         """Return ``(args, kwargs)`` of the first examples."""
         leaves = [x[:rows] for x in self.examples]
-        given = [x if isinstance(x, Tensor) else x.tolist() for x in leaves]
-        return pytree.tree_unflatten(given, self.form)
+        return pytree.tree_unflatten(listed(leaves), self.form)
 
     @contextlib.asynccontextmanager
     async def _run_workers(self, _: Starlette) -> AsyncIterator[None]:

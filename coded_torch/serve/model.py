@@ -103,8 +103,7 @@ def specs(
     inputs = _checked("examples", _inputs_of(call), len(leaves))
 
     def run(values: Sequence[Any]) -> dict[str, Any]:
-        given = [x if isinstance(x, Tensor) else x.tolist() for x in values]  # as workers do
-        args, kwargs = pytree.tree_unflatten(given, form)
+        args, kwargs = pytree.tree_unflatten(wire.listed(values), form)  # as workers do
         with torch.no_grad():
             made = module(*args, **kwargs)
         flatten(made)  # registers dataclasses

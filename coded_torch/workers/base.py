@@ -133,7 +133,9 @@ class Fault:
             return torch.full_like(leaf, math.nan if self.kind == "nan" else math.inf)
         if self.kind == "dtype":
             return leaf.to(torch.float64 if leaf.dtype != torch.float64 else torch.float32)
-        return torch.cat([leaf, leaf]) if self.kind == "shape" else leaf
+        if self.kind == "shape":
+            return torch.cat([leaf, leaf])
+        return leaf
 
 
 def compute(module: nn.Module, arguments: Arguments | None, fault: Fault | None = None) -> Any:
@@ -571,5 +573,5 @@ class Workers(abc.ABC):
 
 class _Loading(Task):  # None stands for no call, as the arguments of a module are not known
     def payload(self, *_: Any, **__: Any) -> Arguments | None:  # type: ignore[override]
-        leaves = [x.clone() if isinstance(x, Tensor) else x for x in self.leaves]
+        leaves = pytree.tree_map_only(Tensor, Tensor.clone, self.leaves)
         return unflatten(leaves, self.spec) if self.num_units else None
