@@ -160,8 +160,8 @@ def _texts_of_bytes(spec: TensorSpec, count: int, data: memoryview) -> Texts:
             found.append(str(data[begin:at], "utf-8"))
         except UnicodeDecodeError:
             raise ValueError(f"{spec.name} must be UTF-8, but row {len(found)} is not") from None
-    must = f"all of {count} strings, each after its length in 4 bytes"
-    require(at == len(data), f"the bytes of {spec.name}", must, len(data))
+    requirement = f"all of {count} strings, each after its length in 4 bytes"
+    require(at == len(data), f"the bytes of {spec.name}", requirement, len(data))
     return texts(found)
 
 
@@ -195,12 +195,16 @@ def from_json(name: str, spec: TensorSpec, shape: Sequence[int], data: list[Any]
     if valid and rows and kind is int:
         limits = torch.iinfo(spec.dtype)
         valid = limits.min <= min(rows) and max(rows) <= limits.max
-    must = f"{numbers} numbers of {spec.datatype}, in one list or nested as the shape {list(shape)}"
+    requirement = (
+        f"{numbers} numbers of {spec.datatype}, in one list or nested as the shape {list(shape)}"
+    )
     if spec.is_text:
-        require(valid, f"data of {name}", must.replace("numbers of BYTES", "strings"), rows[:8])
+        require(
+            valid, f"data of {name}", requirement.replace("numbers of BYTES", "strings"), rows[:8]
+        )
         "".join(rows).encode()  # raises a ValueError if half of a pair stands alone
         return texts(rows)
-    require(valid, f"data of {name}", must, rows[:8])
+    require(valid, f"data of {name}", requirement, rows[:8])
     return torch.from_numpy(np.array(rows, kind).reshape(shape)).to(spec.dtype)
 
 
@@ -209,10 +213,10 @@ _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or fal
 _KINDS |= {int: "an integer", float: "a number"}
 
 
-def require(valid: bool, what: str, must: object, got: object) -> None:
+def require(valid: bool, what: str, requirement: object, got: object) -> None:
     """Raise a ValueError unless a field is valid. All faults of messages are a ValueError."""
     if not valid:
-        raise ValueError(f"{what} must be {must}, got {got!r:.80}")
+        raise ValueError(f"{what} must be {requirement}, got {got!r:.80}")
 
 
 def field(owner: str, entry: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
@@ -245,8 +249,8 @@ def split(body: bytes | bytearray, length: str | None) -> tuple[memoryview, memo
         size = -1
         if length.isdecimal() and len(length) < 20:
             size = int(length)
-    must = f"an integer of at most the length of the body, {len(body)}"
-    require(0 <= size <= len(body), "Inference-Header-Content-Length", must, length)
+    requirement = f"an integer of at most the length of the body, {len(body)}"
+    require(0 <= size <= len(body), "Inference-Header-Content-Length", requirement, length)
     return memoryview(body)[:size], memoryview(body)[size:]
 
 
@@ -277,8 +281,8 @@ def tensors_of(
         whole = bool(shape) and all(type(size) is int and size >= 0 for size in shape)
         fits = whole and spec.fits(shape[1:]) and (word == "output" or 0 not in shape[1:])
         require(fits, f"shape of {owner}", spec.metadata()["shape"], shape)
-        must = f"from {rows[0]} to {rows[-1]}"
-        require(shape[0] in rows, f"the number of rows of {owner}", must, shape[0])
+        requirement = f"from {rows[0]} to {rows[-1]}"
+        require(shape[0] in rows, f"the number of rows of {owner}", requirement, shape[0])
         if ("binary_data_size" in parameters) == ("data" in entry):
             raise ValueError(f"{owner} must have either data or a binary_data_size")
         if callable(entry.get("data")):  # a server reads numbers when their shape is known
@@ -288,9 +292,9 @@ def tensors_of(
         else:
             stated = field(owner, parameters, "binary_data_size", int)
             size = stated if spec.is_text else math.prod(shape) * spec.dtype.itemsize
-            must = f"{size}, of {len(tail)} bytes that are left of the body"
+            requirement = f"{size}, of {len(tail)} bytes that are left of the body"
             fits = 0 <= stated == size <= len(tail)
-            require(fits, f"binary_data_size of {owner}", must, stated)
+            require(fits, f"binary_data_size of {owner}", requirement, stated)
             tensor = from_bytes(spec, shape, tail[:size])
             tail = tail[size:]
         given[spec.name] = tensor
@@ -419,6 +423,6 @@ def outputs_of(
     found = tensors_of("output", listed, model.outputs, tail, range(rows, rows + 1))
     parameters = field("the answer", message, "parameters", dict, {})
     estimated = field("the answer", parameters, "estimated_rows", int, 0)
-    must = f"from 0 to {rows}"
-    require(0 <= estimated <= rows, "estimated_rows of the answer", must, estimated)
+    requirement = f"from 0 to {rows}"
+    require(0 <= estimated <= rows, "estimated_rows of the answer", requirement, estimated)
     return [found[spec.name] for spec in model.outputs], message | {"estimated_rows": estimated}

@@ -109,8 +109,8 @@ class Client:
             self.headers["Authorization"] = f"Bearer {token}"
         self._secret = "authorization" in map(str.lower, self.headers)
         for header, value in self.headers.items():  # an error must not show the value
-            must = "the name and the value of each header must be printable"
-            check(owner, f"{header}{value}".isprintable(), must, header)
+            requirement = "the name and the value of each header must be printable"
+            check(owner, f"{header}{value}".isprintable(), requirement, header)
         self._context = context if context is not None else True
         timeout = positive(owner, "timeout", timeout)
         connect_timeout = positive(owner, "connect_timeout", connect_timeout)
@@ -127,8 +127,8 @@ class Client:
         """Return the origin of a server's URL; a ValueError if the token must not be sent there."""
         match = re.fullmatch(r"(https?)://([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?/*", str(url))
         if match is None or not 0 < int((match[3] or ":1")[1:]) < 2**16:
-            must = "an endpoint must be a URL such as 'http://host:8000'"
-            raise ValueError(f"{self._name}: {must}, got {url!r:.200}")
+            requirement = "an endpoint must be a URL such as 'http://host:8000'"
+            raise ValueError(f"{self._name}: {requirement}, got {url!r:.200}")
         server = match[0].rstrip("/")
         is_loopback = re.fullmatch(r"localhost|\[::1\]|127(\.\d+){3}", match[2]) is not None
         is_safe = not self._secret or match[1] == "https" or is_loopback
@@ -363,9 +363,9 @@ class RemoteModule(nn.Module):
                 continue
             kind = getattr(tensor, "dtype", type(tensor))
             if kind != spec.dtype or spec.is_text:
-                must = "strings, one per row" if spec.is_text else f"of {spec.dtype}"
+                requirement = "strings, one per row" if spec.is_text else f"of {spec.dtype}"
                 raise TypeError(
-                    f"{type(self).__name__}: {spec.name} must be {must}, got {shown(kind)}"
+                    f"{type(self).__name__}: {spec.name} must be {requirement}, got {shown(kind)}"
                 )
             is_fit = tensor.dim() > 0 and spec.fits(tensor.shape[1:])
             if not is_fit:

@@ -263,8 +263,10 @@ class App(Starlette):
                 with contextlib.suppress(ValueError):
                     found = urlsplit(url).hostname
                 if found not in allowed:
-                    must = f"the {name} of a request must be one of {', '.join(allowed)}"
-                    raise RequestError(403, "invalid", f"{must}, got {url.lstrip('/')!r:.80}")
+                    requirement = f"the {name} of a request must be one of {', '.join(allowed)}"
+                    raise RequestError(
+                        403, "invalid", f"{requirement}, got {url.lstrip('/')!r:.80}"
+                    )
 
     @property
     def coded(self) -> CodedWrapper:

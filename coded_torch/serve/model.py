@@ -57,8 +57,8 @@ def bind(owner: object, module: nn.Module, examples: Any) -> inspect.BoundArgume
     except TypeError as error:
         if not isinstance(owner, str):
             owner = type(owner).__name__
-        must = f"examples must fit forward{signature}"
-        raise TypeError(f"{owner}: {must}, got {type(examples).__name__}: {error}") from None
+        requirement = f"examples must fit forward{signature}"
+        raise TypeError(f"{owner}: {requirement}, got {type(examples).__name__}: {error}") from None
 
 
 def in_order(inputs: Sequence[TensorSpec], call: inspect.BoundArguments) -> Sequence[TensorSpec]:
@@ -299,8 +299,10 @@ class Versions:
             wanted = f"Bearer {self._token}"
             may = secrets.compare_digest(given.encode(), wanted.encode())
         if not may:
-            must = "a load needs the server's token or, if it has none, a program on its own host"
-            raise RequestError(403, "invalid", must)
+            requirement = (
+                "a load needs the server's token or, if it has none, a program on its own host"
+            )
+            raise RequestError(403, "invalid", requirement)
 
     async def cancel(self, request: Request) -> Response:
         """End the load that goes on, for a client."""

@@ -97,8 +97,8 @@ class Reader:
         length = headers.get("inference-header-content-length")
         encoding = headers.get("content-encoding", "identity").lower()
         if encoding not in ("identity", "gzip", "deflate"):
-            must = f"Content-Encoding must be gzip or deflate, got {encoding!r:.80}"
-            raise RequestError(415, "invalid", must)
+            requirement = f"Content-Encoding must be gzip or deflate, got {encoding!r:.80}"
+            raise RequestError(415, "invalid", requirement)
         body, more = bytearray(), True
 
         def work() -> InferRequest:
@@ -206,9 +206,9 @@ def _tensor(
         require(end - at <= most, f"the bytes of data of {name}", f"at most {most}", end - at)
         return wire.from_json(name, spec, shape, orjson.loads(bytes(body[place])))
     count = math.prod(shape)
-    must = f"{count} numbers of {spec.datatype}, in one list or nested as the shape {shape}"
+    requirement = f"{count} numbers of {spec.datatype}, in one list or nested as the shape {shape}"
     shown = str(body[at : min(end, at + 80)], errors="replace")
-    wrong = ValueError(f"data of {name} must be {must}, got {shown}")
+    wrong = ValueError(f"data of {name} must be {requirement}, got {shown}")
     most = wire.HEADER + wire.NUMBER * count
     require(end - at <= most, f"the bytes of data of {name}", f"at most {most}", end - at)
     if end - at <= 2 * count:
@@ -267,8 +267,8 @@ def parse(
     require(type(message) is dict, "the request", "an object", message)
     parameters = field("the request", message, "parameters", dict, {})
     microseconds = field("the request", parameters, "timeout", int, 0)
-    must = "a number of microseconds, or 0 for none"
-    require(0 <= microseconds < 2**63, "timeout of the request", must, microseconds)
+    requirement = "a number of microseconds, or 0 for none"
+    require(0 <= microseconds < 2**63, "timeout of the request", requirement, microseconds)
     coverage = field("the request", parameters, "coverage", float, 0.0)
     require(0 <= coverage < 1, "coverage of the request", "between 0 and 1", coverage)
     binary = field("the request", parameters, "binary_data_output", bool, False)

@@ -107,10 +107,10 @@ def distill(
 
     exact = on_held_out(module)
     found = on_held_out(student.eval())
-    shapes, must = ([tuple(x.shape) for x in each] for each in (found, exact))
-    if shapes != must:
+    shapes, expected = ([tuple(x.shape) for x in each] for each in (found, exact))
+    if shapes != expected:
         raise ValueError(
-            f"distill: student must return shapes {must}, as module, got {shown(shapes)}"
+            f"distill: student must return shapes {expected}, as module, got {shown(shapes)}"
         )
     weights = [p for p in student.parameters() if p.requires_grad]
     if not (shapes and weights):
@@ -210,8 +210,8 @@ def _joined(batches: list[Any]) -> Any:
         columns = zip(*map(pytree.tree_leaves, batches), strict=True)
         leaves = [torch.cat(x) if isinstance(x[0], Tensor) else x[0] for x in columns]
     except (RuntimeError, ValueError) as error:
-        must = "batches must differ in their sizes only"
-        raise ValueError(f"distill: {must}, got some that are not: {error}") from None
+        requirement = "batches must differ in their sizes only"
+        raise ValueError(f"distill: {requirement}, got some that are not: {error}") from None
     return pytree.tree_unflatten(leaves, pytree.tree_structure(batches[0]))
 
 

@@ -68,13 +68,15 @@ class DeviceWorkers(DispatchedWorkers):
             # torch.compile(module) returns a proxy of the original: replicating it would take the
             # original apart. Only its context shows it, as its class would import the compiler.
             if "dynamo_ctx" in vars(part) or part._compiled_call_impl is not None:
-                must = f"{name or 'the module'} must not be compiled as a whole"
+                requirement = f"{name or 'the module'} must not be compiled as a whole"
                 how = "decorate the forward of its class with torch.compile instead"
-                raise TypeError(f"DeviceWorkers: {must}, got {type(part).__name__}; {how}")
+                raise TypeError(f"DeviceWorkers: {requirement}, got {type(part).__name__}; {how}")
         threads = self._dispatcher()
         if threading.current_thread() in [each.thread for each in threads._workers]:
-            must = "requests must not come from a thread of the pool, which would wait for itself"
-            raise RuntimeError(f"DeviceWorkers: {must}; give the inner wrapper its own pool")
+            requirement = (
+                "requests must not come from a thread of the pool, which would wait for itself"
+            )
+            raise RuntimeError(f"DeviceWorkers: {requirement}; give the inner wrapper its own pool")
         return _DeviceRequest(module, task, self.timeout, threads)
 
 

@@ -130,8 +130,10 @@ class LiveRequest(Request):
         self.abandoned = False  #: true if its workers may be ended, as the caller was interrupted
         self._retries = False  # true if a part may have to wait for some workers
         if torch._C._are_functorch_transforms_active():
-            must = "a call must not be under a transform of torch.func"
-            raise RuntimeError(f"Workers: {must}, as other threads ignore it; use LocalWorkers")
+            requirement = "a call must not be under a transform of torch.func"
+            raise RuntimeError(
+                f"Workers: {requirement}, as other threads ignore it; use LocalWorkers"
+            )
         interruption = INTERRUPTION.get()
         if interruption is not None:
             interruption.requests.append(self)

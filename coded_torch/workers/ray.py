@@ -205,9 +205,11 @@ def _connect(address: str | None) -> tuple[str, str]:
         session = _session()
         joined = _joined.setdefault(session, address if begins else None)
         if address not in (None, "auto", session[0], joined):
-            must = f"address must be that of the cluster which this process is in, {session[0]}"
+            requirement = (
+                f"address must be that of the cluster which this process is in, {session[0]}"
+            )
             remedy = "call ray.shutdown() to leave that cluster"
-            raise RuntimeError(f"RayWorkers: {must}, got {address!r}; {remedy}")
+            raise RuntimeError(f"RayWorkers: {requirement}, got {address!r}; {remedy}")
         return session
 
 
