@@ -244,7 +244,7 @@ class LinearMap(abc.ABC):
 
     def _operands(self, values: Tensor) -> tuple[Tensor, ...]:
         device = values.device
-        dtype = torch.promote_types(values.dtype, torch.float32)
+        dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
 
         def make() -> tuple[Tensor, ...]:
             if torch.compiler.is_compiling():

@@ -77,9 +77,7 @@ class _Data:
         self._last = len(self._batches) - 1
         # The last batch is kept, as checking it takes a pass over it.
         self._batch = functools.lru_cache(1)(self._read)
-        self._size = 0
-        if self._last >= 0:
-            self._size = self._batch(0).batch_size
+        self._size = self._batch(0).batch_size if self._last >= 0 else 0
         if not self._size:
             raise ValueError("mean: inputs must hold at least one row, got none")
         self.total = self._last * self._size + self._batch(self._last).batch_size
@@ -184,9 +182,7 @@ class Looks:
 
     def until(self, half_width: Any) -> Iterator[Interval]:
         """Return an iterator that ends as soon as no half width is larger than this."""
-        if half_width is None:
-            half_width = math.inf
-        target = real_array("mean", "half_width", half_width)
+        target = real_array("mean", "half_width", math.inf if half_width is None else half_width)
         if not (target.ndim < 2 and (target > 0).all()):
             raise ValueError(
                 f"mean: half_width must be positive, one or per column, got {shown(half_width)}"
