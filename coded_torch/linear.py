@@ -362,23 +362,17 @@ class SplineMap(LinearMap):
     ``lam = n * smoothing``.
 
     Args:
-        knots: ``[n]``, finite, strictly increasing, ``n >= 1``. A gap, and a distance of a point,
-            is below some 1e38 mean gaps and above the inverse, so that float32 holds the plan.
-        points: ``[N]``, finite, in any order.
+        knots, points: ``[n]``, strictly increasing, and ``[N]``, in any order; finite.
         smoothing: :math:`\lambda`, finite, at least 0.
         weights: ``[n]``, :math:`w`, finite, positive; all 1 by default.
 
     Planning costs :math:`O(n + N \log n)` on the host, applying :math:`O(n + N)` per column. Where
     there is a CUDA device, planning costs :math:`O(n N)`, as does applying where a dense matrix is
-    faster. The result of a column depends on nothing but the column, bit for bit. On CUDA this
-    holds once a kernel for the dtype and direction is in use, up to as many knots as kernels are
-    faster than cuBLAS: the card is timed once for each dtype, and
-    ``CODED_TORCH_CUBLAS_KNOTS`` says otherwise. Under
-    :func:`torch.use_deterministic_algorithms`, it holds for all.
+    faster. The result of a column depends on nothing but the column, bit for bit; on CUDA only
+    under :func:`torch.use_deterministic_algorithms`, or while the package's kernels are in use.
 
     Reference:
-        Wecker and Ansley, *The signal extraction approach to nonlinear regression and spline
-        smoothing*, J. Am. Stat. Assoc. 78, 1983.
+        Wecker and Ansley, J. Am. Stat. Assoc. 78, 1983.
 
     Example:
         >>> import torch

@@ -122,8 +122,7 @@ class SplineCode(CurveCode):
     Args:
         encoder_smoothing: :math:`\lambda_e`, finite, at least 0, in the mean convention of
             :class:`~coded_torch.linear.SplineMap`. Defaults to 0.
-        decoder_smoothing: :math:`\lambda_d`, in the same convention. 0, the default, is best for a
-            model without noise.
+        decoder_smoothing: :math:`\lambda_d`. The default of 0 is best for a model without noise.
 
     Note:
         Encoding costs :math:`O(K + N)` and decoding :math:`O(|F| + K)` per column. With S of N
@@ -131,9 +130,8 @@ class SplineCode(CurveCode):
         :math:`\lambda_d \sim (N - S)^{-4/5}`, as :math:`O(S^{8/5} N^{-3/5})`.
 
     References:
-        Moradi, Tahmasebi and Maddah-Ali, *Coded Computing for Resilient Distributed Computing: A
-        Learning-Theoretic Framework*, NeurIPS 2024, arXiv 2406.00300. Moradi and Maddah-Ali,
-        *NeRCC*, arXiv 2402.04377.
+        Moradi, Tahmasebi and Maddah-Ali, *Coded Computing for Resilient Distributed Computing*,
+        NeurIPS 2024, arXiv 2406.00300. Moradi and Maddah-Ali, *NeRCC*, arXiv 2402.04377.
 
     Example:
         >>> import torch
@@ -271,24 +269,19 @@ class LagrangeCode(CurveCode):
 
     .. math:: \min_{p \in \mathcal{P}_D} \sum_{v \in F} (p(\beta_v) - y_v)^2
 
-    For other models give ``decoder_degree``, D itself, tuned on validation data (the adapted code).
-
     Args:
         num_data, num_workers, options: as for :class:`CurveCode`; N is at least D + 1. All points
             default to :func:`~coded_torch.codes.curves.chebyshev_first`.
         degree: the degree of the model as a polynomial, at least 1. Defaults to 1, a linear model.
-        decoder_degree: D, at least 0. Defaults to the D of ``degree``.
+        decoder_degree: D, tuned on validation data for other models. Defaults to that of a degree.
 
     Note:
-        Planning a decoder costs :math:`O(|F|\, D\, (D + K))`. The error of an exact
-        recovery is the rounding error of the results times the norm of the decoder, which grows
-        exponentially with the number of neighbours that are missing. For a cubic, K = 5 and 13 of
-        20 results, it is below 1e5 for 99 % of the received sets, and 4e7 if the 7 outermost
-        workers on one side are missing.
+        Planning a decoder costs :math:`O(|F|\, D\, (D + K))`. The error of an exact recovery is the
+        rounding error of the results times the norm of the decoder, which grows exponentially with
+        the number of neighbours that are missing.
 
     Reference:
-        Q. Yu et al., *Lagrange coded computing*, arXiv 1806.00939; in floating point: M. Fahim,
-        V. R. Cadambe, *Numerically stable polynomially coded computing*, arXiv 1903.08326.
+        Yu et al., arXiv 1806.00939; in floating point: Fahim and Cadambe, arXiv 1903.08326.
 
     Example:
         >>> import torch

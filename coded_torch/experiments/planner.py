@@ -173,22 +173,17 @@ def plan(
     seed: int = 0,
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> Plan:
-    """Simulate policies without redundancy, with hedging, copies, estimates and codes.
-
-    Estimated rows count as right as often as :data:`RIGHT` says. The defaults take some 20 s.
+    """Simulate policies with and without hedging, copies, estimates and codes, in some 20 s.
 
     Args:
         conditions: the workers' conditions, or float64 ``[n]``, measured seconds of parts.
         deadline: seconds within which 99.9 % of the requests are to be answered, positive.
-        accuracy: the least share of rows with the model's own class. Defaults to 0.99.
-        num_workers: the number of workers, at least 1, or 2 with ``verify``. Defaults to 6.
-        load: the share of the workers' time that requests take without redundancy. Defaults to .3.
-        parts: the parts per request when latencies were measured, at least 1. Defaults to 4.
-        median: with conditions, the median seconds per part, positive; required with them.
-        verify: the share of rows that a second worker computes. Above 0, codes and copies of whole
-            requests are left out, as they cannot be verified. Defaults to 0.
-        num_requests: the number of requests under each policy, at least 1,000. Defaults to 5,000.
-        seed: the seed of all draws. Defaults to 0.
+        accuracy: the least share of rows that are right; estimated ones are by :data:`RIGHT`.
+        num_workers, parts: at least 1, or 2 workers with ``verify``; parts of measured requests.
+        load: the share of the workers' time that requests take without redundancy.
+        median: with conditions, and required with them: median seconds per part, positive.
+        verify: the share of rows that a second worker computes. Codes and copies go without.
+        num_requests, seed: the requests under each policy, at least 1,000; the seed of all draws.
         progress: called with the list of policies, returns them one by one, such as ``tqdm.tqdm``.
     """
     positive("plan", "deadline", deadline)

@@ -99,31 +99,16 @@ def simulate(
 ) -> Outcome:
     """Simulate calls on workers that compute one part at a time, from one queue.
 
-    Calls arrive as a Poisson process. An idle worker begins the next part that is still wanted, and
-    computes it to its end. All policies meet the same faults under the same seed. Faults of a first
-    ask depend on call and part, slow spells and bursts on worker and time. The cost is some ten
-    microseconds per part.
+    Calls arrive as a Poisson process. All policies meet the same faults under the same seed.
 
     Args:
-        policy: a :class:`~coded_torch.Waiting`, or any object that has its ``decide``. If it asks
-            all N columns at once, column n holds the share ``n mod K`` of the rows.
+        policy: a :class:`~coded_torch.Waiting`, or another object that decides as it does.
         conditions: the running times and faults.
-        num_workers: the number of workers, at least 1.
-        num_parts: K, the number of parts of the first ask, at least 1.
-        load: the share of the workers' time that the first asks take, in (0, 1). Defaults to 0.3.
-        num_requests: the number of calls, at least 1. Defaults to 10,000.
-        num_columns: N, for a policy that asks all at once. Defaults to ``num_workers``.
-        seed: the seed of all draws. Defaults to 0.
-
-    Example:
-        >>> from coded_torch import Waiting
-        >>> from coded_torch.experiments.simulation import Conditions, simulate
-        >>> slow = Conditions(straggling=0.03)
-        >>> for waiting in Waiting(), Waiting(hedge_budget=0):
-        ...     outcome = simulate(waiting, slow, num_workers=6, num_parts=4, num_requests=3000)
-        ...     print(f"{outcome.percentile(99):.1f}")
-        4.1
-        40.0
+        num_workers, num_parts: at least 1: workers, and K, the parts of the first ask.
+        load: the share of the workers' time that the first asks take, in (0, 1).
+        num_requests, seed: the number of calls, at least 1; the seed of all draws.
+        num_columns: N, for a policy that asks all N columns at once, of which column n holds the
+            share ``n mod K`` of the rows. Defaults to ``num_workers``.
     """
     count("simulate", "num_workers", num_workers)
     count("simulate", "num_parts", num_parts)

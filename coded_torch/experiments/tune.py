@@ -35,33 +35,17 @@ def tune(
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
     **values: Sequence[Any],
 ) -> Code:
-    r"""Choose the numbers of a wrapper's code that answer best on batches without labels.
+    """Choose the numbers of a wrapper's code that answer best on batches without labels.
 
-    The code has the least squared error, against the module's own answers, among all combinations
-    of its :meth:`~coded_torch.codes.Code.candidates`. Each batch has five received sets, drawn from
-    the delay distribution of the wrapper's workers; without one, S of N workers are lost uniformly.
+    The code has the least squared error against the module's own answers; it is the first of
+    equals. A warning says if a float is the largest or smallest of its values.
 
     Args:
-        wrapper: a wrapped module with the code. It is not changed: assign the new code to
-            ``wrapper.code``.
+        wrapper: a wrapped module with the code. It is not changed: assign what is returned.
         batches: a few batches like the later ones, also in size. Each is an input, or a tuple.
         progress: called with the list of batches, returns them one by one, such as ``tqdm.tqdm``.
-        values: by the name of a number, the values to choose it from. Defaults to the candidates.
-
-    Returns:
-        The code with the best numbers; the first of equals. A warning says if a float is the
-        largest or smallest of its values. The module runs once on every batch, and N / K times as
-        much for every encoder that mixes.
-
-    Example:
-        >>> import torch
-        >>> from coded_torch import CodedWrapper, codes, stragglers, tune, workers
-        >>> x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
-        >>> pool = workers.LocalWorkers(stragglers.Uniform(4, seed=0))
-        >>> coded = CodedWrapper(torch.nn.Tanh(), codes.SplineCode(10, 20), workers=pool)
-        >>> coded.code = tune(coded, [x], encoder_smoothing=[0.0], decoder_smoothing=[1e-6, 1.0])
-        >>> coded.code
-        SplineCode(num_data=10, num_workers=20, encoder_smoothing=0.0, decoder_smoothing=1e-06)
+        values: by the name of a number, the values to choose it from. Defaults to
+            :meth:`~coded_torch.codes.Code.candidates`.
     """
     instance("tune", "wrapper", wrapper, CodedWrapper)
     code = wrapper.code

@@ -63,12 +63,9 @@ def bounded(
     level: float,
     at_looks: float,
 ) -> Tensor:
-    r"""Return centres and half widths, ``[2, C]``, for columns between bounds.
+    """Return centres and half widths, ``[2, C]``, for columns between bounds.
 
-    The narrower of two intervals is taken: of bets, and the one that was ``found``. To that one, a
-    share of rows is added whose values may be anything between the bounds, because none of them
-    was drawn: :math:`1 - \alpha^{1/n}` of all rows are missed with a probability of
-    :math:`\alpha` at most.
+    The narrower of two intervals is taken: of bets, and the one that was ``found``, widened.
 
     Args:
         found: ``[2, C]``, of :func:`~.finite_mean.intervals`, at the level ``at_looks``.
@@ -76,13 +73,14 @@ def bounded(
         is_share: ``[C]``, bool: the columns that can hold 0 and 1 only, of which none is missed.
         bounds: ``[2, C]``, float64. Columns whose bounds are infinite stay as they are found.
         total: the number of rows of the data set.
-        level: the probability, between 0 and 1, per column, of intervals of bets.
-        at_looks: the probability per column and look.
+        level, at_looks: probabilities per column, of bets at all looks, and of any other look.
     """
     known = bounds.isfinite().all(0)
     low, high = bounds[:, known]
     rows = y[:, known]
     n = len(rows)
+    # This share of all rows is missed with a probability of 1 - at_looks at most. As none of these
+    # rows was drawn, their values may be anything between the bounds.
     unseen = (1 - (1 - at_looks) ** (1 / n)) * ~is_share[known]
     value, half = found[:, known]
     first = rows.amin(0)

@@ -1,4 +1,16 @@
-"""Error bounds by leave-one-out conformal prediction, and a test of their assumption."""
+r"""Error bounds by leave-one-out conformal prediction, and a test of their assumption.
+
+A missing row i and the n results are exchangeable. With row i among the results, each of the n + 1
+has a residual e and a variance v that leave it out, and the score :math:`|e| / v^{3/8}`. The score
+of result j is at least the score of row i if the error of row i is at most
+
+.. math:: \frac{h_{ij} |e_j|}{q_{ij}^{3/8} - |w_{ij}| q_{ij}}, \qquad
+    h_{ij} = \frac{1}{1 + w_{ij}^2 v_j / v_i}, \quad q_{ij} = h_{ij} v_j / v_i,
+
+its threshold, or infinity if the denominator is not positive; shrinkage adds terms. If k - 1
+thresholds are larger than a bound, the error of row i exceeds it with probability
+:math:`k / (n + 1)` at most. Thresholds of one output are exact, others by triangle inequality.
+"""
 
 from __future__ import annotations
 
@@ -47,22 +59,13 @@ def bounds(
     labels: tuple[Tensor, Tensor] | None = None,
     residuals: Tensor | None = None,
 ) -> Bounds:
-    r"""Return the error bounds of missing rows ``[L]``.
-
-    A missing row i and the n results are exchangeable. With row i among the results, each of the
-    n + 1 has a residual e and a variance v that leave it out, and the score :math:`|e| / v^{3/8}`.
-    The score of result j is at least the score of row i if the error of row i is at most
-
-    .. math:: \frac{h_{ij} |e_j|}{q_{ij}^{3/8} - |w_{ij}| q_{ij}}, \qquad
-        h_{ij} = \frac{1}{1 + w_{ij}^2 v_j / v_i}, \quad q_{ij} = h_{ij} v_j / v_i,
-
-    its threshold, or infinity if the denominator is not positive; shrinkage adds terms. If k - 1
-    thresholds are larger than a bound, the error of row i exceeds it with probability
-    :math:`k / (n + 1)` at most. Thresholds of one output are exact, others by triangle inequality.
+    """Return the error bounds of missing rows ``[L]``, by the thresholds that this module explains.
 
     Args:
+        rows: ``[L]``, the missing rows.
         results, estimated: ``[M, C]``, and estimates of the missing rows, ``[L, C]``, floating.
         process: the regression, which has a trust in (0, 1]. None if estimates are the mean.
+        trust: the trust of the regression.
         labels: results and estimates with their surrogates, if they are scores of classes.
         residuals: of less than 128 outputs, results less their estimates from all others. Defaults
             to the regression's.

@@ -96,17 +96,15 @@ class KernelRegression:
     def second_order(self, k: Tensor) -> Tensor:
         r"""Return b, ``[C]``, at least 0, from the mean ``k`` of the kernel of other rows.
 
-        Leaving out row j, too, changes the error of row i, less the mean change of these rows, by
-        :math:`\Delta_{ij} = P_{ij} e_i - Q_{ij} e_j`:
+        In Hoeffding's decomposition, the variance of leave-one-out errors lacks b. Leaving out row
+        j, too, changes the error of row i, less the mean change of these rows, by
+        :math:`\Delta_{ij} = P_{ij} e_i - Q_{ij} e_j`. Of many rows, the pairs of some are taken.
 
         .. math::
             P_{ij} = \frac{A_{ij}^2}{D_{ij}}, \quad
             Q_{ij} = \frac{A_{ij} A_{jj}}{D_{ij}} + (A k)_j, \quad
             D_{ij} = A_{ii} A_{jj} - A_{ij}^2, \quad
             b = \frac{1}{n^2} \sum_{i \ne j} \Delta_{ij} \Delta_{ji} .
-
-        In Hoeffding's decomposition, b is the second-order part that the variance of leave-one-out
-        errors lacks. Of many rows, the pairs of some are taken.
         """
         n = len(k)
         some = evenly(torch.arange(len(k)), _CENTRES)
@@ -132,12 +130,7 @@ def intervals(
     *,
     level: float,
 ) -> tuple[Tensor, Tensor]:
-    r"""Return centres and half widths of intervals, ``[2, C]``, and then those of plain sampling.
-
-    Estimates count by a coefficient u in [0, 1] per column, of the least variance. The narrower
-    interval is taken. A column with two values is a share. In one with more values, or a single one
-    that is not ``is_share``, all rows but a few may be equal. They tell too little of the others:
-    its half width is infinite.
+    """Return centres and half widths of intervals, ``[2, C]``, and then those of plain sampling.
 
     Args:
         y: ``[n, C]``, float64, the numbers of the computed rows, at least two, and fewer than all.
@@ -152,6 +145,9 @@ def intervals(
     n = len(y)
     low = y.amin(0)
     high = y.amax(0)
+    # A column with two values is a share. In one with more values, or a single one that is not a
+    # share, all rows but a few may be equal. They tell too little of the others: its half width is
+    # infinite.
     others = (y != y.median(0).values).sum(0)
     # A value that was drawn once may be one of many, unless it is the 1 of a share.
     is_known = (others > 1) | ((low == 0) & (high == 1))
@@ -171,6 +167,7 @@ def intervals(
     predicted = y - errors - centre
     spread = predicted.square().sum(0) / (n - 1)
     more = b + spread * (1 / seen - 1 / (total - n))
+    # Estimates count by the coefficient of the least variance.
     u = (off * predicted).sum(0) / (n - 1) / (spread + n * share * more).clamp(min=1e-300)
     u = u.clamp(0, 1)
     remaining = off - u * predicted

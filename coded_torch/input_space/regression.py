@@ -29,33 +29,23 @@ _NEIGHBOURS = 500
 class Regression:
     """Estimates missing rows of a batch by regression on the rows that have results.
 
-    The estimates are the posterior means of a Gaussian process in input space. If results are
-    estimated badly from each other, estimates are shrunk towards their mean. Without
-    floating-point inputs, missing rows get the mean.
+    The estimates are the posterior means of a Gaussian process in input space, shrunk towards
+    their mean if results are estimated badly from each other. Without floating-point inputs,
+    missing rows get the mean.
 
     Args:
         metric: how far inputs are apart: a name in
             :data:`~coded_torch.input_space.metrics.METRICS`; "auto", all of these; a callable,
-            short for ("auto", callable); or a sequence of these. Every output of the module has the
-            metric by which its results are estimated best, each left out in turn. A callable is
-            given the floating-point inputs, ``[B, ...]`` each, or the others if there are none. It
-            returns tensors to measure distances on, such as the module's own embedding, pooled. It
-            runs once per call, without gradients, if a row is late. If it fails, the report says
-            so. :func:`~coded_torch.input_space.metrics.from_gradients` makes one of a module, which
-            must estimate better than the best of the others. Defaults to "auto".
+            short for ("auto", callable); or a sequence of these. Every output has the metric by
+            which its results are estimated best, each left out in turn. A callable gets the
+            floating-point inputs, ``[B, ...]`` each, or the others if there are none. It returns
+            tensors to measure distances on. It runs once per call, if a row is late.
         length: of the regression, positive, in median steps of a path through the batch. "auto"
-            chooses among 1, 2, 4, 8, and then times or over the root of 2. Defaults to "auto".
+            chooses among 1, 2, 4, 8, and then times or over the root of 2.
         link: "softmax" if all outputs are probabilities over their last dimension: they are
-            estimated on the scale of logits. Defaults to None.
+            estimated on the scale of logits.
         coverage: the probability, between 0 and 1, with which the error of an estimated answer is
             at most its bound. Above 0.995 bounds may be infinite. Defaults to 0.95.
-
-    Note:
-        :math:`O(B^2 d + B^3)` on the host, in float32; batches of more than 4,096 rows are
-        estimated in parts. Another metric than "shrunk", or another length than 2, must estimate
-        better by two standard errors of the gain. The same inputs and results give the same bits.
-        Gradients of estimates take distances, metric, length and trust as constant. Estimates with
-        derivatives may differ from others in the last bits.
 
     Example:
         >>> import torch

@@ -24,8 +24,7 @@ class FixedBatch(nn.Module):
         module: the module.
         batch_size: the number of rows that it takes.
         out_dims: the batch dimension of its outputs, as in :func:`torch.func.vmap`. An output under
-            None is returned as the first piece gave it. It has no default, as sizes of a fixed
-            batch do not tell which dimension has the rows.
+            None is returned as the first piece gave it.
         in_dims: the batch dimension of its positional arguments, as in
             :class:`~coded_torch.CodedWrapper`. Tensors in keyword arguments have their rows in
             dimension 0. Defaults to 0.

@@ -54,13 +54,11 @@ class ModuleProxy(nn.Module):
     ) -> Iterator[tuple[Any, Any]]:
         """Yield the answers and the report of each batch, in order.
 
-        Several calls are open at once, which keeps the workers busy. No batch is taken from the
-        iterable before it can be computed. If the loop ends early, the open calls end.
+        No batch is taken from the iterable before it can be computed.
 
         Args:
-            batches: inputs, tuples of positional arguments, or bound arguments
-                (:meth:`inspect.Signature.bind`).
-            in_flight: the number of calls that are open at once. Defaults to 4.
+            batches: inputs, tuples of positional arguments, or bound arguments.
+            in_flight: the number of calls that are open at once, which keeps the workers busy.
             waiting: the policy of these calls. Defaults to the wrapper's own.
 
         Raises:

@@ -23,22 +23,19 @@ class Program(LoadedModule):
     """A program of :func:`torch.export.export`, or an ONNX model, as a module.
 
     It holds the file's content, which travels to workers, and loads it where it is called first.
-    It has no parameters, and its mode and dtype are those that it was exported with. TorchScript
-    needs no such module: workers take what :func:`torch.jit.load` returns as it is.
+    It has no parameters, and its mode and dtype are those that it was exported with.
 
-    A program that was exported for one batch size needs :class:`FixedBatch`, too. Parts of a call
-    have other sizes than the batch, so export with a dynamic batch dimension where you can.
+    A program that was exported for one batch size needs :class:`FixedBatch`, too, as parts of a
+    call have other sizes than the batch.
 
     Args:
         source: the program, or the path of its file, which ends in ``.pt2`` or ``.onnx``. ONNX
-            needs the package onnxruntime, of the extra ``onnx``; several of its outputs are
-            returned as a dict.
+            needs the extra ``onnx``; several of its outputs are returned as a dict.
 
     Attributes:
-        inputs: the names of the inputs. A call gives them by name, or by position in this order.
-            None if an input is not a tensor; then a call has the form of the exported one.
-        example: inputs by name, or as a tuple: those it was exported with. Of ONNX, they are
-            numbers between 0 and 1, or zeros of other dtypes, in two rows. None if there are none.
+        inputs: the names of the inputs, in order; None if an input is not a tensor.
+        example: inputs by name, or as a tuple: those it was exported with, or None; of ONNX, two
+            rows of numbers between 0 and 1, or of zeros of other dtypes.
 
     Raises:
         TypeError, ValueError: the source is neither.

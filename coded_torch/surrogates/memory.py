@@ -37,12 +37,10 @@ _MOST_NUMBERS = 2**25  # numbers that are kept, 128 MB
 class Memory:
     r"""Kernel regression on a wrapper's last results, a surrogate that needs no training.
 
-    It estimates other inputs by a Matern 5/2 regression in 96 coordinates. They are the principal
-    ones of its first 1,024 inputs, in the metric in which these estimate each other best. When 256
-    results are new, a thread makes the regression again, in at most 2 % of the time; answers never
-    wait for it. For 2,048 rows that takes some .1 s of one thread; estimating 240 rows takes some
-    ms. Only floating-point inputs that have a batch dimension are looked at. Inputs and outputs of
-    other shapes than the first are ignored.
+    It estimates other inputs by a Matern 5/2 regression in 96 coordinates of its first inputs. When
+    256 results are new, a thread makes the regression again; answers never wait for it. Only
+    floating-point inputs that have a batch dimension are looked at. Inputs and outputs of other
+    shapes than the first are ignored.
 
     The memory is forgotten as soon as the module's weights change, or another module's wrapper uses
     it: calls that are open then learn nothing more from it. It is not part of the wrapper's state
@@ -52,15 +50,12 @@ class Memory:
         It keeps projections of the inputs, and the outputs, of all users of the module, and
         estimates answers for one user from rows of another. Do not give one to a wrapper whose
         users must not learn of each other. :meth:`clear` forgets.
-
         A process forked while the thread works may wait for ever for MKL's lock: spawn it instead.
 
     Args:
         capacity: the most results that are remembered, at least 1; the oldest calls go first. If
             outputs have many numbers, fewer are: outputs and coordinates take at most 128 MB.
-            Defaults to 2048.
-        metric: one of :func:`~coded_torch.input_space.metrics.from_gradients`, which competes with
-            the package's own. Defaults to None.
+        metric: one of :func:`~coded_torch.input_space.metrics.from_gradients`, or None.
 
     Example:
         >>> import torch
