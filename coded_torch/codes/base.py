@@ -25,6 +25,7 @@ from ..input_space.ordering import Grouping
 from ..input_space.regression import check_batch, check_link
 from ..input_space.regressor import MOST_ROWS
 from ..linear import LinearMap, MatrixMap, unit_rows
+from ._untuned import CACHED_DECODERS, ROW_SUM
 from .suspects import (
     DOUBTED_WAVELENGTH,
     WAVELENGTH,
@@ -42,9 +43,7 @@ if TYPE_CHECKING:
 
 #: The result of ``_make_encoder`` and ``_make_decoder``.
 Map = LinearMap | NDArray[np.float64]
-_ROUNDING = 1e-6  # a row's sum is off from 1 by so much of its numbers at most; not tuned
 _SHOWN = 16  # missing results that a message lists
-_CACHED_DECODERS = 256  # decoders; one for 20 of 24 workers holds some 10 KB; not tuned
 
 
 class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happened
@@ -394,7 +393,7 @@ class FixedCode(Code):
 
     @functools.cached_property
     def _decoder(self) -> Callable[[tuple[int, ...]], LinearMap]:
-        return functools.lru_cache(_CACHED_DECODERS)(self._new_decoder)
+        return functools.lru_cache(CACHED_DECODERS)(self._new_decoder)
 
     @on_host()
     def _new_decoder(self, workers: tuple[int, ...]) -> LinearMap:
@@ -414,7 +413,7 @@ class FixedCode(Code):
             made = MatrixMap(made)
             sums = given.sum(1)
             magnitudes = np.abs(given).sum(1)
-            hold = (np.abs(sums - 1) <= _ROUNDING * np.maximum(magnitudes, 1)).all()
+            hold = (np.abs(sums - 1) <= ROW_SUM * np.maximum(magnitudes, 1)).all()
             if not hold:
                 raise ValueError(
                     f"{type(self).__name__}: the rows of _make_{what}'s matrix must sum to 1, got "

@@ -17,6 +17,7 @@ from ..input_space.metrics import METRICS, Features
 from ..input_space.ordering import Grouping
 from ..input_space.regression import Regression, RowPlan
 from ..linear import LinearMap, SelectMap
+from ._untuned import PRIOR
 from .base import BatchPlan, Code, FixedCode, cut
 from .suspects import Trust
 
@@ -26,9 +27,7 @@ from .suspects import Trust
 _GROWTH = 0.75
 # The weight of the line through a midpoint where no left-out errors tell: of multiples of .25 the
 # best, or within 5 % of it, on seven networks at (3, 2, 1) (measured once; no benchmark keeps it).
-# And the number of left-out errors that count as much; not tuned.
 _WEIGHT = 0.25
-_PRIOR = 8
 
 
 class ReplicationCode(FixedCode):
@@ -267,7 +266,7 @@ class _MidpointPlan(_RepetitionPlan):
                 count = count + len(row)
         prior = 1.0
         if squares:
-            prior = _PRIOR * squares / count
+            prior = PRIOR * squares / count
         return min(max((numbers + _WEIGHT * prior) / (squares + prior), 0.0), 1.0)
 
     def error_bounds(self, *_: Any, **__: Any) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._torch import plain
+from ._untuned import MOST_PAIRS, MOST_SIZE, NEIGHBOURS, ROUNDING
 
 Floats = NDArray[np.float64]
 
@@ -28,8 +29,6 @@ _RATIO = 1.9
 _SPREADS = 2.0
 _FEW = 15.0
 _MOST_SPREADS = 3.0
-#: Neighbours on each side of a worker that its residual is compared with; not tuned.
-NEIGHBOURS = 6
 #: The fourth root of the smoothing by which wrong results are found, times their number. With .8
 #: times as much, more honest workers were dropped, with 1.2 times fewer wrong ones were found (on
 #: four small networks, once; no benchmark keeps it).
@@ -45,12 +44,8 @@ DOUBTED_WAVELENGTH = np.pi / 2
 _DOUBT = 0.8
 _LEAST_NUMBERS = 12
 _ROUNDS = 10  # of exchanges between dropped and kept workers; two are usual
-#: Copies agree if they differ by at most so much of the spread of the outputs; not tuned.
-ROUNDING = 1e-3
-_HALF_ROUNDING = 2e-2  # the same for results in half precision
+_HALF_ROUNDING = 2e-2  # ROUNDING for results in half precision
 _LESS = 1e-9  # the least fall of the logarithm of the energy for which workers are exchanged
-_MOST_PAIRS = 8  # dropped workers of which all pairs are tried; not tuned
-_MOST_SIZE = 1e4  # times the median, to which larger results are reduced; not tuned
 _RANK = 1e-10  # of a diagonal, below which a worker's result is not compared with others'
 
 
@@ -216,7 +211,7 @@ def _clipped(rows: Floats) -> Floats:
     usual = float(np.median(sizes))
     if usual == 0:
         return np.asarray(np.clip(rows, -1, 1))
-    factors = np.minimum(1, _MOST_SIZE * usual / np.maximum(sizes, usual))
+    factors = np.minimum(1, MOST_SIZE * usual / np.maximum(sizes, usual))
     return np.asarray(rows * factors[:, None])
 
 
@@ -338,7 +333,7 @@ def _exchanged(residuals: Residuals, dropped: list[int], left: float) -> list[in
 
 def _pairs(dropped: Sequence[int]) -> list[tuple[int, int]]:
     """Return the pairs of dropped workers; only neighbouring ones if these are many."""
-    if len(dropped) <= _MOST_PAIRS:
+    if len(dropped) <= MOST_PAIRS:
         return [*itertools.combinations(dropped, 2)]
     return [*itertools.pairwise(sorted(dropped))]
 

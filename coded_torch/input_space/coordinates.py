@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._untuned import NOTHING
 from .metrics import Fitted, Leaf, Metric
 
 # Directions of the coordinates: with 64 of 1,024 rows' the squared error grows by 7 to 10 %, with
 # 128 by less than 3 %. (measured once; no benchmark keeps it)
 RANK = 96
-_NOTHING = 1e-6  # directions that hold less of the variance are rounding; not tuned
 
 
 class Coordinates:
@@ -31,7 +31,7 @@ class Coordinates:
         total = float(values.sum())
         if shrinkage < math.inf:  # sqrt(1 / (l + tau)) turns X' U into the metric's directions
             weights = (values + shrinkage * total).clamp(min=1e-300).rsqrt()
-            vectors = vectors * torch.where(values > _NOTHING * total, weights, 0.0)
+            vectors = vectors * torch.where(values > NOTHING * total, weights, 0.0)
         projection = rows.T @ vectors
         square = float((rows @ projection).square().sum(1).mean())
         projection *= square**-0.5 if square > 0 else 0.0

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ._untuned import TIGHTEST
 from .gaussian_process import GaussianProcess, evenly, off_mean
 
 # If more rows are missing, 200 results calibrate, so that 1,024 rows take some ms. (benchmarks
@@ -34,10 +35,7 @@ _CALIBRATING = 200
 _BLOCK = 8192  # outputs whose residuals are in memory together
 _CLASSES = 32768  # outputs that may be scores of classes, which have p_values of labels
 _FEW = 128  # with fewer outputs, one operator takes all at once
-# The probability of a false alarm, ever, and the number of calls by which it is least conservative;
-# the second is not tuned.
-_FALSE_ALARM = 0.01
-_TIGHTEST = 8
+_FALSE_ALARM = 0.01  # the probability of a false alarm, ever
 
 
 class Bounds(NamedTuple):
@@ -253,9 +251,9 @@ class Exchangeability:
             if variance > 0:
                 self._calls += 1
                 self._sum += product / math.sqrt(variance)
-            total = self._calls + _TIGHTEST
+            total = self._calls + TIGHTEST
             # On one side, twice the probability of both.
-            boundary = math.log(total / _TIGHTEST) - 2 * math.log(2 * _FALSE_ALARM)
+            boundary = math.log(total / TIGHTEST) - 2 * math.log(2 * _FALSE_ALARM)
             if self._sum > math.sqrt(total * boundary):
                 return self._calls
             return 0

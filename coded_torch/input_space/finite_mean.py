@@ -16,14 +16,9 @@ import torch
 from torch import Tensor
 
 from ..ops import matern52
+from ._untuned import CENTRES, MEAN, NOISES
 from .gaussian_process import evenly
 
-# The variances of numbers that inputs do not explain, over the kernel's, that compete; not tuned.
-_NOISES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-_MEAN = 30.0  # the variance of the unknown mean, over the kernel's: large; not tuned
-# The most rows that have a kernel of their own. More rows share these kernels (low rank), since
-# the time of the exact regression grows with the cube. It was not tuned.
-_CENTRES = 1024
 # The rows that must differ from the commonest value. Of numbers that are 0 but for lognormal ones
 # in 5 % of the rows, intervals from 240 rows held in .984 of the draws or were infinite, and with 5
 # in .918. (measured once; no benchmark keeps it)
@@ -40,7 +35,7 @@ class Kernel:
     values: Tensor  #: the eigenvalues of K
 
     def __init__(self, z: Tensor, length: float) -> None:
-        self._centres = evenly(z, _CENTRES).double()
+        self._centres = evenly(z, CENTRES).double()
         self._length = length
         own = self._of(self._centres)
         own.diagonal().mul_(1 + _JITTER)
@@ -53,7 +48,7 @@ class Kernel:
     def _of(self, z: Tensor) -> Tensor:
         squared = torch.cdist(z.double(), self._centres).square_()
         found: Tensor = matern52(squared, self._length, out=squared)
-        return found.add_(_MEAN)
+        return found.add_(MEAN)
 
     def sums(self, z: Tensor) -> Tensor:
         """Return the kernel of each computed row, ``[n]``, summed over rows ``[rows, r]``."""
@@ -77,7 +72,7 @@ class KernelRegression:
             self._take(*pair)
             return float((self.times(standard) / self.diagonal[:, None]).square().sum())
 
-        self._take(*min(itertools.product(kernels, _NOISES), key=loss))
+        self._take(*min(itertools.product(kernels, NOISES), key=loss))
         self.weights = self.times(y)
         self.errors = self.weights / self.diagonal[:, None]
 
@@ -107,7 +102,7 @@ class KernelRegression:
             b = \frac{1}{n^2} \sum_{i \ne j} \Delta_{ij} \Delta_{ji} .
         """
         n = len(k)
-        some = evenly(torch.arange(len(k)), _CENTRES)
+        some = evenly(torch.arange(len(k)), CENTRES)
         half = self.kernel.half[some]
         d = self.diagonal[some]
         e = self.errors[some]

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import arguments, shown
 from .._torch import device_of, exactly, on_host, placed
+from ._untuned import FLOOR, LEAST_ROWS, NOTHING
 from .gaussian_process import LENGTH, RowProcess
 
 # Of each output tensor with more numbers, so many random projections are differentiated.
@@ -19,12 +20,7 @@ _MOST_OUTPUTS = 16
 # Inputs of more numbers per row are measured in the span of at most 512 gradients.
 _WIDE = 1024
 _MOST_ROWS = 512
-# The least eigenvalue, over the largest: directions without gradients count a little. It was not
-# tuned.
-_FLOOR = 1e-4
-_NOTHING = 1e-6  # directions of wide inputs that hold less are rounding; not tuned
 _CHUNK = 64  # rows whose gradients are in memory together
-_LEAST_ROWS = 8  # from which outputs are predicted; not tuned
 
 
 class GradientMetric:
@@ -189,7 +185,7 @@ def from_gradients(module: Callable[..., Any], rows: Any) -> GradientMetric:
     # Every output tensor counts alike, whatever its unit.
     outputs = [x[finite] / _spread(x[finite]) for x in by_output if _spread(x[finite]) > 0]
     features = metric._features(inputs[finite])
-    if finite.sum() < _LEAST_ROWS or not outputs or not _spread(features) > 0:
+    if finite.sum() < LEAST_ROWS or not outputs or not _spread(features) > 0:
         return metric
     return GradientMetric(*metric._fit, 0.5, (features, torch.cat(outputs, 1)))
 
@@ -253,15 +249,15 @@ class _Gradients:
             )
         if not self._is_wide:
             values, vectors = torch.linalg.eigh(torch.stack(parts).sum(0))
-            return vectors.float(), (values.clamp(min=0) / values[-1] + _FLOOR).float()
+            return vectors.float(), (values.clamp(min=0) / values[-1] + FLOOR).float()
         factor = torch.cat(parts)
         factor = factor[factor.any(1)]
         factor = factor[:: -(-len(factor) // _MOST_ROWS)]
         values, vectors = torch.linalg.eigh((factor @ factor.T).double())
-        kept = values > _NOTHING * values[-1]
+        kept = values > NOTHING * values[-1]
         values = values[kept]
         span = factor.T @ (vectors[:, kept] * values.rsqrt()).to(factor.dtype)
-        return span.float(), (values / values[-1] + _FLOOR).float()
+        return span.float(), (values / values[-1] + FLOOR).float()
 
 
 def _squares(rows: list[Tensor]) -> float:

@@ -17,6 +17,7 @@ from .._arguments import shown, sparing_logger
 from .._torch import as_called, exactly
 from ..ops import squared_distances as squared_distances
 from ..ops import typical_rows as typical_rows
+from ._untuned import FAR
 from .gradients import GradientMetric
 from .gradients import from_gradients as from_gradients
 
@@ -30,9 +31,6 @@ Features = Callable[..., Any]
 # columns of a picture would share buckets.
 _MOST_FEATURES = 8192
 _BUCKETS = 2039
-# Rows farther from the centre than so many times the root mean square estimate no others, as their
-# results may be large. It was not tuned.
-_FAR = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +252,7 @@ class Distances:
         given = fit.coordinates, fit.unit, self.typical
         squared, squares, self.order, step = squared_distances(*given)
         self._measured: dict[str | Features, tuple[Tensor, float]] = {self.first: (squared, step)}
-        self.far = squares > _FAR**2 * fit.unit
+        self.far = squares > FAR**2 * fit.unit
         if self.typical is not None:
             self.far |= ~self.typical
 

@@ -12,6 +12,7 @@ from .._arguments import dense
 from .._extension import split_rows
 from .._torch import differentiated, exactly, outside, plain, to_device
 from ..linear import product
+from ._untuned import COLUMNS
 from .error_bounds import Bounds, bounds
 from .gaussian_process import LENGTH as LENGTH
 from .gaussian_process import NUGGET, Estimates, GaussianProcess, evenly, off_mean
@@ -26,9 +27,6 @@ _LEAST = 8
 #: Rows that are regressed together; time grows with the cube, memory with the square. In 2, 4, 8
 #: parts the squared error is 1.6, 2.4, 4.0 times as large. (measured once; no benchmark keeps it)
 MOST_ROWS = 4096
-# Columns of the results, to judge estimates by: the outputs' variance and trust are as exact from
-# some 64 outputs as from all. It was not tuned.
-_COLUMNS = 64
 
 
 class Chosen(NamedTuple):
@@ -208,13 +206,13 @@ def _scaled(values: Tensor, size: float) -> Tensor:
 
 
 def _is_few(results: Tensor) -> bool:
-    return results.numel() < 2 * _COLUMNS * len(results)  # then all columns are judged by
+    return results.numel() < 2 * COLUMNS * len(results)  # then all columns are judged by
 
 
 def few_columns(rows: Tensor, values: Tensor) -> Tensor:
     """Return some columns of some rows of values ``[n, ...]``: ``[M, C]``, float64 on the host."""
     numbers = columns(values)
-    step = numbers.shape[1] // _COLUMNS
+    step = numbers.shape[1] // COLUMNS
     some = numbers
     if step > 1:
         some = numbers[:, ::step]

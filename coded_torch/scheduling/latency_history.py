@@ -8,20 +8,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-# These numbers of parts and calls are not tuned. More of them follow changes more slowly, fewer
-# make thresholds noisier.
-# remembered
-_PARTS = 512
-_CALLS = 128
+# These numbers were chosen once, and not tuned. More parts and calls follow changes more slowly,
+# fewer make thresholds noisier.
+_PARTS = 512  # remembered
+_CALLS = 128  # remembered
+_ESTIMATES = 16  # remembered
+_RETRY = 32  # estimates by the mean, after which the slowest regression is forgotten
+_RESERVED = 1.25  # times the usual time are kept, so that few estimates are late
 _LEAST = 32  # parts that have replied before the history is used
 _REFIT = 32  # new parts after which the line through sizes is fitted again; a new size counts as 4
 _GROUP = 8  # the least number of small parts, and of large parts, of a fit
 # A smaller part that takes more than this share of the time is no use, as each may straggle: where
 # rows take no time, four straggle four times as often as one (benchmarks/fleet.py).
 _SPLIT_SHARE = 0.5
-_ESTIMATES = 16  # remembered; not tuned
-# Estimates by the mean, after which the slowest regression is forgotten; not tuned.
-_RETRY = 32
 # A regression of n rows of d features, of which up to 4,096 rows are estimated together, takes
 # 5e-3 + (3e-8 + 5e-11 d) n^2 seconds on one core (64 to 4,096 rows of 16 to 24,576 features, a
 # quarter of them estimated; measured once, no benchmark keeps it). The factor of a machine, a
@@ -32,7 +31,6 @@ _FIT_FEATURES = 5e-11
 _TOGETHER = 4096
 _FEW = 512  # rows, below which the mean takes as long as none
 _LATE = 5e-3  # seconds by which a busy machine wakes a thread late (benchmarks/resilience.py)
-_RESERVED = 1.25  # times the usual time are kept, so that few estimates are late; not tuned
 
 
 class _Window:

@@ -82,7 +82,7 @@ def test_few_kernels_are_those_of_all_rows_if_they_suffice(monkeypatch):
     z, y = data_set(40)
     z, y = z.repeat_interleave(3, 0), y.repeat_interleave(3, 0)
     exact = regressed(z, y, 1.5)
-    monkeypatch.setattr("coded_torch.input_space.finite_mean._CENTRES", 40)
+    monkeypatch.setattr("coded_torch.input_space.finite_mean.CENTRES", 40)
     few = regressed(z, y, 1.5)
     others = data_set(50, seed=5)[0]
     torch.testing.assert_close(few.diagonal, exact.diagonal, rtol=1e-4, atol=1e-4)
