@@ -145,7 +145,9 @@ class _Connection(HttpToolsProtocol):
             if self.framing_left < 0:
                 self.end(b"431 Request Header Fields Too Large")
         transport: Any = self.transport
-        if self.waiting:
+        if transport.is_closing():  # nobody parses the rest
+            self.waiting.clear()
+        elif self.waiting:
             transport.pause_reading()
             if not self.flow.read_paused:
                 self.go_on()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import queue
 import socket
 import subprocess
 import sys
@@ -89,6 +90,25 @@ def test_headers_without_end_end_the_connection(port, begin, more):
         assert sent < 2**26  # of which most lies in the buffers of the sockets
         with contextlib.suppress(ConnectionError):
             assert b" 431 " in connection.recv(65536) or b" 400 " in connection.recv(65536)
+
+
+def test_nothing_is_parsed_of_a_connection_that_has_ended(port, monkeypatch):
+    """Each took time of the loop for ever."""
+    lost = queue.Queue()
+    connection_lost = connections._Connection.connection_lost
+
+    def noted(connection, error):
+        connection_lost(connection, error)
+        lost.put(connection)
+
+    monkeypatch.setattr(connections._Connection, "connection_lost", noted)
+    with connected(port, GET + b"a: b\r\n" * 10_000) as connection:
+        assert b" 431 " in connection.recv(65536)
+    ended = lost.get(timeout=30)
+    with Client(port) as client:
+        assert client.get("/v2")[0] == 200
+    assert ended.turn is None
+    assert not ended.waiting
 
 
 def test_headers_come_in_time(port, monkeypatch):
