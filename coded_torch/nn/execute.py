@@ -128,22 +128,14 @@ class Execution:
                 self._report._enter("decode")  # now, while the call would wait anyway
                 self._prepare(self.checks.stack())
                 self._report._enter("compute")
+            request.joins = is_first and self._division.task.device.type == "cpu"
             events = list[Began | Reply]()
-            end = until
             try:
-                while (event := request.wait(end)) is not None:
-                    events.append(event)
-                    if isinstance(event, Began) or event.error or not is_first:
-                        end = -math.inf  # next, events that have happened
-                    if isinstance(event, Began):
-                        continue
-                    if self._check is not None:  # a faulty worker may share the memory of results
-                        event.value = pytree.tree_map_only(Tensor, Tensor.clone, event.value)
-                    wanted -= len(event.part.units)
-                    request.together = wanted if is_first else 0
-                    if wanted <= 0:
-                        break  # no more replies are taken than can complete the call
+                request.gather(events, until, wanted)
             finally:  # the report has these events even if waiting raised
+                for event in events if self._check is not None else ():
+                    if isinstance(event, Reply):  # a faulty worker may share its memory
+                        event.value = pytree.tree_map_only(Tensor, Tensor.clone, event.value)
                 table.hear(events, until)
 
     def _raised_together(self) -> Iterator[str]:

@@ -27,6 +27,7 @@ from .._torch import (
     unflatten,
 )
 from ..table import DISPUTED, FAILED, GOOD, Part, Table, WorkerError
+from ..workers.base import Unread
 from .division import Division
 from .finite import all_finite, finite, has_numbers, runs, sums_of
 
@@ -285,6 +286,7 @@ class Checks:
         self._unconfirmed = dict[Part, str]()
         self._infinite = defaultdict[tuple[int, bytes], set[int]](set)
         self._misfits: list[tuple[int, Part, Exception]] = []  # parts that cannot be decoded
+        self._joined: Result | None = None  # the result of the whole batch, joined
 
     def judge(self, ended: Sequence[Part]) -> None:
         """Judge parts that ended together.
@@ -293,6 +295,15 @@ class Checks:
         to blame then.
         """
         inputs = self._division.inputs
+        if self._join(ended):
+            return
+        for part in ended:
+            if isinstance(part.result, Unread):
+                try:
+                    part.result = part.result.read()
+                except WorkerError as error:
+                    part.result = None
+                    part.error = error
         if self._division.link is not None or any(part.error is not None for part in ended):
             inputs.read()
         formed = list[Part]()
@@ -322,6 +333,39 @@ class Checks:
         layout = self._division.task.layout
         if layout is not None and self._contradicts():
             layout.is_doubted = True
+
+    def _join(self, ended: Sequence[Part]) -> bool:
+        """Join the results of a call if all have come together unread; return whether it did.
+
+        They are copied and looked at in one pass, and share one :class:`Result`, of the batch. A
+        single one stays where it lies.
+        """
+        division = self._division
+        inputs = division.inputs
+        layout = division.task.layout
+        is_whole = 1 < len(ended) == len(self.table.parts) == len(self.table.first)
+        if not (is_whole and division.by_rows and division.link is None and layout is not None):
+            return False
+        if layout.constants or layout.lists or inputs.not_finite is not None:
+            return False
+        values: list[Any] = [part.result for part in ended]
+        if not all(isinstance(value, Unread) for value in values):
+            return False
+        value = values[0].joined(values, [part.units for part in ended])
+        if value is None:
+            return False
+        try:
+            result = Result(value, range(division.batch_size), division)
+        except (TypeError, ValueError):  # it says which part is to blame once each is read
+            return False
+        if not result.proved or len(result.divided) < len(result.leaves) or any(result.dims):
+            return False
+        for part in ended:
+            part.result = result
+            self.table.mark(part, GOOD)
+        self._groups.append([*ended])
+        self._joined = result
+        return True
 
     def _confirm(self, part: Part) -> None:
         """Count the results whose infinities two workers returned alike, now that a part has some.
@@ -429,6 +473,11 @@ class Checks:
 
     def stack(self) -> Stacked:
         """Stack the results that answer units."""
+        if (whole := self._joined) is not None:
+            size = self._division.batch_size
+            leaves = [leaf.unsqueeze(1) for leaf in whole.leaves]
+            forms = whole.dims, whole.divided, whole.lists, whole.spec
+            return Stacked(range(size), leaves, *forms, np.zeros(size, np.bool_))
         good = self.table.good
         first = min(good, key=attrgetter("number")).result  # not the first to arrive
         # Side by side in the order of their units, which leaves little or nothing to put in place.

@@ -154,6 +154,22 @@ def compute(module: nn.Module, arguments: Arguments | None, fault: Fault | None 
     return fault.spoil(module(*args, **kwargs))
 
 
+class Unread(abc.ABC):
+    """A value that has arrived, and is read when it is needed."""
+
+    @abc.abstractmethod
+    def read(self) -> Any:
+        """Return the value; raise a WorkerError if it cannot be read."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def joined(values: Sequence[Any], units: Sequence[Sequence[int]]) -> Any:
+        """Return the values of parts as one, of all their units: each once, a row each.
+
+        Return None if they do not have a row for each unit, or one is not finite.
+        """
+
+
 class Request(abc.ABC):
     """A task that is open at a pool: parts are asked for, and events arrive.
 
@@ -168,6 +184,7 @@ class Request(abc.ABC):
     #: unless time passes, a part fails or has run for ``late`` seconds, or fewer can come.
     together = 0
     late = math.inf
+    joins = False  #: whether replies may have values that are :class:`Unread`
 
     @abc.abstractmethod
     def ask(self, parts: Sequence[Part]) -> None:
@@ -184,6 +201,22 @@ class Request(abc.ABC):
         Events that have happened are returned even later. None also means that nothing more can
         happen before another part is asked for.
         """
+
+    def gather(self, events: list[Began | Reply], until: float, wanted: int) -> None:
+        """Append the events that happen together, up to a time, to ``events``.
+
+        No more replies are taken than have the ``wanted`` units.
+        """
+        while (event := self.wait(until)) is not None:
+            events.append(event)
+            if isinstance(event, Began) or event.error or not self.together:
+                until = -math.inf  # next, events that have happened
+            if isinstance(event, Reply):
+                wanted -= len(event.part.units)
+                if wanted <= 0:
+                    return
+                if self.together:
+                    self.together = wanted
 
     def replies(self, until: float = math.inf) -> Iterator[Reply]:
         """Yield the replies up to a time, as long as one can come."""

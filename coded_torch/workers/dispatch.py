@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -46,6 +46,9 @@ class Worker:
     def is_new_to(self, module: Any) -> bool:
         return False
 
+    def load(self, part: Part) -> None:
+        """Note that the worker gets a part."""
+
     def __str__(self) -> str:
         return f"worker {self.index}"
 
@@ -74,23 +77,39 @@ class Dispatcher(abc.ABC):
         self._clock = clock
         self._workers: list[Any] = []
         self._parts: deque[Part] = deque()
-        self.served: Any = None  #: the worker that is being told or heard, under the lock
+        self.told: list[Any] = []  #: the workers that are being given a part, under the lock
 
-    def prepare(self, part: Part) -> Any:
-        """Return what :meth:`send` needs of a part, not None, in the thread that asks for it."""
-        return ()
+    def prepare(self, parts: Sequence[Part]) -> Iterable[Sequence[Part]]:
+        """Yield parts that are ready to be sent, in the thread that asks for them."""
+        return (parts,)
 
     @abc.abstractmethod
     def send(self, worker: Any, part: Part) -> None:
         """Hand a part to a :class:`Worker`, without waiting. An exception fails the part."""
 
+    def send_all(self) -> None:
+        """Hand to workers the parts that they begin. A part that cannot be sent fails."""
+        while self.told:
+            worker = self.told[0]
+            try:
+                self.send(worker, worker.part)
+            except Exception as cause:
+                self.fail(worker, cause)
+            del self.told[0]
+
+    def fail(self, worker: Any, cause: Exception) -> None:
+        """Fail the part that a worker could not be given."""
+        self.reply(worker.part, Failure(f"could not be asked: {cause}", "", cause))
+        self._finish(worker)
+
     def recover(self) -> None:
-        """Fail the part that a worker was being given when an interrupt came, under the lock."""
-        worker = self.served
-        self.served = None
-        if worker is not None and worker.part is not None:
-            self.reply(worker.part, Failure("could not be asked: an interrupt came"))
-            self._finish(worker)
+        """Fail the parts that workers were being given when an interrupt came, under the lock."""
+        while self.told:
+            worker = self.told[-1]
+            if worker.part is not None:
+                self.reply(worker.part, Failure("could not be asked: an interrupt came"))
+                self._finish(worker)
+            self.told.pop()
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -145,14 +164,11 @@ class Dispatcher(abc.ABC):
             if request.closed:
                 raise RuntimeError(f"{type(request).__name__}: the request is closed")
             request.open |= {part.number: part for part in parts}
-        for part in parts:  # a worker begins while the next part is prepared
-            try:
-                part.content = self.prepare(part)
-            except Exception as cause:  # such as of pickling: it fails the part, and is reported
-                self.reply(part, Failure(f"could not be asked: {cause}", "", cause))
+        for ready in self.prepare(parts):  # a worker begins while the next part is prepared
             with self.lock:
-                self._parts.append(part)
-                self.refuse() if self.closed or part.avoid else self._assign()
+                self._parts.extend(ready)
+                is_refused = self.closed or any(part.avoid for part in ready)
+                self.refuse() if is_refused else self._assign()
 
     def drop(self, request: LiveRequest, numbers: Collection[int] | None = None) -> None:
         """Drop the parts with some numbers that have not begun or, by default, all of a request."""
@@ -271,18 +287,20 @@ class Dispatcher(abc.ABC):
             worker.ready = True
             if not self.vacant() and all(each.ready for each in self._workers):
                 self.trouble = ""
-            self.served = None
             self._assign()
 
     def settle(self, worker: Worker, part: Part | None, result: Any) -> None:
         """End a worker's part by a value or a :class:`Failure`."""
         with self.lock:
-            if part is not None and worker.part is part:  # else it came too late
-                self.reply(part, result)
-                self._finish(worker)
-                part.request = None  # whoever keeps the part need not keep the inputs
-            self.served = None
+            self.end_part(worker, part, result)
             self._assign()
+
+    def end_part(self, worker: Worker, part: Part | None, result: Any) -> None:
+        """Do as :meth:`settle`, under the lock, and give the worker no other part yet."""
+        if part is not None and worker.part is part:  # else it came too late
+            self.reply(part, result)
+            self._finish(worker)
+            part.request = None  # whoever keeps the part need not keep the inputs
 
     def hand_back(self, worker: Worker, part: Part) -> None:
         """Put a part that a worker did not take first in the queue again."""
@@ -315,62 +333,75 @@ class Dispatcher(abc.ABC):
     def _assign(self) -> None:
         with self.lock:
             self.recover()
-            while self._parts:
-                worker = self._begin()
-                if worker is None:
-                    break
-                part = worker.part
-                try:
-                    self.send(worker, part)
-                except Exception as cause:
-                    self.reply(part, Failure(f"could not be asked: {cause}", "", cause))
-                    self._finish(worker)
-                self.served = None
+            if self._parts and not self.closed:
+                self._begin()
+                if self.told:
+                    self.send_all()
 
-    def _begin(self) -> Any:
-        """Begin the first part that an idle worker may take, at the place with the fewest parts."""
+    def _begin(self) -> None:
+        """Begin the parts that idle workers may take, in their order."""
         idle = [w for w in self._workers if w.part is None and w.is_wanted]
-        for part in self._parts if idle and not self.closed else ():
+        if not idle:
+            return
+        idle.sort(key=attrgetter("since"))
+        if len(self._workers) > len(self.places):
+            busy = Counter(w.index for w in self._workers if w.part is not None)
+            idle.sort(key=lambda worker: busy[worker.index])
+        is_any_unwanted = False
+        begun = list[Part]()
+        for part in self._parts:
             request = part.request
             if not request.wants(part):
-                self._forget()
-                return self._begin()
-            line = []
-            if len(idle) <= part.spares:
-                line = [*part.line()]
-            out = part.avoid
-            if line and any(w.part in line for w in self._workers):
+                is_any_unwanted = True
                 continue
-            if 1 < len(self.places) > sum(w.is_wanted for w in self._workers) and any(
-                before.kind == "died" for before in line[1:2]
-            ):
-                continue  # the worker that ended at it has no successor yet
-            if part.tried:
-                begun = self._clock() - _PATIENCE
-                both = out | part.tried
-                others = [w for w in self._workers if w.is_wanted and w.index not in both]
-                if any(w.part is None or w.since > begun for w in others):
-                    out = both
-            workers = sorted([w for w in idle if w.index not in out], key=attrgetter("since"))
-            if len(self._workers) > len(self.places):
-                busy = Counter(w.index for w in self._workers if w.part is not None)
-                workers.sort(key=lambda worker: busy[worker.index])
-            worker = next((w for w in workers if not w.is_new_to(request.module)), None)
-            fresh = worker is None and bool(workers) and self.may_load(request.module)
-            if fresh:
-                worker = workers[0]
-            if worker is not None:
-                self.served = worker
-                worker.fresh = fresh
-                worker.since = self._clock()
-                worker.part = part
-                began = Began(part, worker.index, request.now(), worker.fresh)
-                request.began[part.number] = request.events[~part.number] = began
+            worker = self._worker_for(part, idle)
+            if worker is None:
+                continue
+            idle.remove(worker)
+            self.told.append(worker)
+            worker.fresh = worker.is_new_to(request.module)
+            worker.load(part)
+            worker.since = self._clock()
+            worker.part = part
+            began = Began(part, worker.index, request.now(), worker.fresh)
+            request.began[part.number] = request.events[~part.number] = began
+            if request.is_notified():
+                self.notify(request)
+            begun.append(part)
+            if not idle:
+                break
+        if is_any_unwanted:
+            self._forget()  # the parts that have begun, too
+        elif len(begun) == len(self._parts):
+            self._parts.clear()
+        else:
+            for part in begun:
                 self._parts.remove(part)
-                if request.is_notified():
-                    self.notify(request)
-                return worker
-        return None
+
+    def _worker_for(self, part: Part, idle: Sequence[Any]) -> Any:
+        """Return the first idle worker that may take a part; None if there is none."""
+        line = []
+        if len(idle) <= part.spares:
+            line = [*part.line()]
+        out = part.avoid
+        if line and any(w.part in line for w in self._workers):
+            return None
+        if 1 < len(self.places) > sum(w.is_wanted for w in self._workers) and any(
+            before.kind == "died" for before in line[1:2]
+        ):
+            return None  # the worker that ended at it has no successor yet
+        if part.tried:
+            begun = self._clock() - _PATIENCE
+            both = out | part.tried
+            others = [w for w in self._workers if w.is_wanted and w.index not in both]
+            if any(w.part is None or w.since > begun for w in others):
+                out = both
+        module = part.request.module
+        workers = [w for w in idle if w.index not in out]
+        loaded = next((w for w in workers if not w.is_new_to(module)), None)
+        if loaded is None and workers and self.may_load(module):
+            return workers[0]
+        return loaded
 
 
 class DispatchedWorkers(Workers):

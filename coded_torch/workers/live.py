@@ -124,6 +124,7 @@ class LiveRequest(Request):
         self.replied = set[int]()  #: the parts with replies that were not taken
         self._taken = deque[Began | Reply]()  # events that :meth:`wait` returns next
         self.bell: Any = dispatcher.bell()  #: ends the wait for an event
+        self.in_memory: Any = None  #: what a dispatcher makes of the parts, once it is needed
         self.kills = Counter[int]()  #: the times that a worker was ended at a unit
         self.closed = False
         self.urgent = False  #: true if a part has failed whose reply was not taken
@@ -174,10 +175,7 @@ class LiveRequest(Request):
             if self.interrupted:
                 raise CancelledError(f"{type(self).__name__}: the call was cancelled")
             if self._taken:
-                event = self._taken.popleft()
-                if isinstance(event, Reply):
-                    self.receive(event)
-                return event
+                return self._next()
             with self.dispatcher.lock:
                 oldest = next(iter(self.open.values()), None)
                 limit = math.inf
@@ -211,6 +209,25 @@ class LiveRequest(Request):
                 status = "" if oldest.number in self.began else self.status()
                 why = f"did not reply within {self.timeout:g} s{status and f'; {status}'}"
                 self.dispatcher.reply(oldest, Failure(why))
+
+    def gather(self, events: list[Began | Reply], until: float, wanted: int) -> None:
+        event = self.wait(until)
+        while event is not None:
+            events.append(event)
+            if isinstance(event, Reply):
+                wanted -= len(event.part.units)
+                if wanted <= 0:
+                    return
+            event = self._next()
+
+    def _next(self) -> Began | Reply | None:
+        """Return the next event of those that were taken together."""
+        if not self._taken:
+            return None
+        event = self._taken.popleft()
+        if isinstance(event, Reply):
+            self.receive(event)
+        return event
 
     def receive(self, reply: Reply) -> None:
         """Bring the value of a reply to the device of the task, for the caller's thread."""

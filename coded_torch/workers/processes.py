@@ -2,7 +2,7 @@ r"""Workers in local processes."""
 
 import contextlib
 import dataclasses
-import functools
+import errno
 import itertools
 import multiprocessing
 import os
@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -20,10 +20,10 @@ from torch import nn
 
 from .._arguments import find_devices
 from .._extension import lane
-from ..table import Part
+from ..table import Failure, Part
 from . import worker_main
 from .live import LiveRequest
-from .shared_memory import Pickled, pack, unpack
+from .shared_memory import PartsInMemory, Pickled, Unread, pack
 from .supervisor import SupervisedWorkers, Supervisor, WatchedWorker
 from .worker_main import ALIVE, ENDED, FORKED, LOADED, MODULE, PART, READY, RESULT
 
@@ -35,6 +35,7 @@ _LOOK_SECONDS = 0.1
 # Seconds that a killed process may take to end. Not tuned.
 _DYING_SECONDS = 0.5
 _BROKEN = OSError, ValueError, OverflowError  # processes may send anything
+_DIED = errno.EPIPE, errno.ECONNRESET  # of a worker, which is heard next
 _UNREADABLE = 3  # what cannot be read has come from a worker, as csrc/lane/lane.h says
 
 
@@ -126,6 +127,7 @@ class ProcessWorkers(SupervisedWorkers):
 class _Process(WatchedWorker):
     """A process and the connection to it, by which its server tells of its begin and its end."""
 
+    lane: Any
     connection: Any
     server: worker_main.Server
     packages: frozenset[str]  #: the packages that its server has imported
@@ -133,16 +135,14 @@ class _Process(WatchedWorker):
     descriptor = -1  #: of the process; ready to read once it has ended, whoever lives
     key = -1  #: the number by which the lane knows it
     number = 0  #: the number of its last part
-    used = 0.0  #: seconds of processor time of all its threads, at the last look
     gone = False  #: true if it has ended
     code: int | None = None  #: the exit code, if its server has told it
 
     def look(self) -> None:
-        with contextlib.suppress(OSError):  # the process has ended
-            used = time.clock_gettime(~self.pid << 3 | 2)  # Linux's clock of another process
-            if used - self.used > _BUSY * (time.monotonic() - max(self.since, self.life)):
-                self.life = time.monotonic()
-            self.used = used
+        now = time.monotonic()
+        used = self.lane.look_at(self.key)  # since it began its part, or the last look
+        if used > _BUSY * (now - max(self.since, self.life)):
+            self.life = now
 
     def end_by(self, *limits: float) -> tuple[float, str]:
         due, why = super().end_by(*limits)
@@ -161,7 +161,7 @@ class _Processes(Supervisor):
 
     The threads that wait for replies handle the messages of all workers, one by one. The lane keeps
     a message until it has been handled, so that no interrupt loses one. An interrupt ends the
-    process to which a part was being sent.
+    processes to which parts were being sent.
     """
 
     kind = "processes"
@@ -174,6 +174,7 @@ class _Processes(Supervisor):
         self._lane: Any = None
         self._heard: dict[int, _Process] = {}  # by key
         self._keys = itertools.count()
+        self._wants_replies = False  # what the lane was told
 
     def set_up(self) -> None:
         if getattr(multiprocessing.current_process(), "_inheriting", False):
@@ -199,7 +200,12 @@ class _Processes(Supervisor):
             options = device, self._threads, self.seed(), self.beat
             server, fork_by = worker_main.fork(theirs, packages, *options)
             worker = _Process(
-                index, connection=link, server=server, packages=packages, fork_by=fork_by
+                index,
+                lane=self._lane,
+                connection=link,
+                server=server,
+                packages=packages,
+                fork_by=fork_by,
             )
             # The last module will probably be wanted, but loading it may be why starts failed.
             last = self.modules.last()
@@ -216,24 +222,57 @@ class _Processes(Supervisor):
             self._heard[worker.key] = worker
             self._lane.add(worker.key, worker.connection)
 
-    def prepare(self, part: Part) -> Any:
-        message = pack(part.request.module.contents(part), self._blocks)
-        if message.is_long:  # it took time, and workers may be idle
-            self._lane.look()
-            self.hear()
-        return message
+    def prepare(self, parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
+        ready = list[Part]()
+        for part in parts:
+            request = part.request
+            module = request.module
+            try:
+                if request.in_memory is None:
+                    request.in_memory = PartsInMemory(request.task, module.head)
+                content = request.in_memory.message(part, self._blocks)
+                part.content = content or pack(module.contents(part), self._blocks)
+            except Exception as cause:  # such as of pickling: it fails the part, and is reported
+                self.reply(part, Failure(f"could not be asked: {cause}", "", cause))
+                continue
+            ready.append(part)
+            if part.content.is_long:  # it took time, and workers may be idle
+                self._lane.look()
+                self.hear()
+                yield ready
+                ready = []
+        yield ready
+
+    def send_all(self) -> None:
+        asked = list[tuple[int, int, Any, Any]]()
+        workers = list[_Process]()
+        for worker in self.told:
+            part = worker.part
+            assert part is not None
+            module = part.request.module
+            if worker.fresh:
+                try:
+                    worker.connection.send(MODULE, module.number, module.package)
+                except ConnectionError:  # it has died, which is heard next
+                    pass
+                except OSError as cause:
+                    self.fail(worker, cause)
+                    continue
+                worker.loading = True
+            worker.number += 1
+            workers.append(worker)
+            asked.append((worker.key, worker.number, part.content, part.request.bell))
+        # An interrupt comes before or after all of it.
+        errors = self._lane.ask(PART, asked)
+        self.told = []
+        for worker, error in zip(workers, errors, strict=True):
+            if error and error not in _DIED:
+                self.fail(worker, OSError(error, os.strerror(error)))
+            elif worker.part is not None:
+                worker.part.content = None
 
     def send(self, worker: _Process, part: Part) -> None:
-        module = part.request.module
-        with contextlib.suppress(ConnectionError):  # the process has died, which is heard next
-            if worker.fresh:
-                worker.loading = True
-                worker.connection.send(MODULE, module.number, module.package)
-            worker.load(part)
-            worker.look()
-            worker.number += 1
-            self._lane.ask(worker.key, PART, worker.number, part.content, part.request.bell)
-        part.content = None
+        raise NotImplementedError  # all parts are sent together
 
     def end(self, worker: _Process) -> str | None:
         self.hear()  # how it has ended, perhaps
@@ -307,34 +346,43 @@ class _Processes(Supervisor):
     def _assign(self) -> None:
         with self.lock:
             super()._assign()
-            if self._lane is not None:
-                waits = bool(self._parts) or any(worker.left for worker in self._workers)
-                self._lane.want_replies(waits)
+            wants = bool(self._parts) or any(worker.left for worker in self._workers)
+            if wants != self._wants_replies and self._lane is not None:
+                self._lane.want_replies(wants)
+                self._wants_replies = wants
 
     # Messages.
 
     def hear(self) -> None:
         with self.lock:
             self.recover()  # else a part that was not sent could get the result of another
-            while self._lane is not None:
-                news = self._lane.front()
-                if news is None:
-                    break
+            if self._lane is None:
+                return
+            news = self._lane.front()
+            if news is None and not self._parts:
+                return
+            while news is not None:
                 key, *what = news
                 worker = self._heard.get(key)
                 if worker is not None and not self.closed:
                     self._hear(worker, *what)
                 self._lane.pop()
+                news = self._lane.front()
+            self._assign()
 
     def _hear(self, worker: _Process, what: int, message: Any, error: str, has_ended: bool) -> None:
         """Handle a message of a worker. If an interrupt ends this, it is handled again."""
         if has_ended:
             worker.unwanted = worker.unwanted or "has ended"  # it gets no part
         kind = ENDED if message is None else message.kind
+        if kind == RESULT:
+            if message.number == worker.number:
+                self.end_part(worker, worker.part, (worker, Unread(message)))
+            return
         if kind in (FORKED, READY) and not worker.pid:
             try:
                 worker.descriptor = os.pidfd_open(message.number)
-                self._lane.watch(worker.key, worker.descriptor)
+                self._lane.watch(worker.key, worker.descriptor, message.number)
                 worker.pid = message.number
             except ProcessLookupError:
                 pass  # it has ended, and been waited for, which its server tells next
@@ -357,14 +405,11 @@ class _Processes(Supervisor):
         elif kind == ALIVE:
             worker.life = time.monotonic()
             worker.look()
-        elif kind == RESULT:
-            part = worker.part if message.number == worker.number else None
-            self.settle(worker, part, (worker, functools.partial(unpack, message)))
 
     def recover(self) -> None:
-        if self.served is not None:
-            self._doom(self.served, "was ended, as an interrupt came while it was served")
-            self.served = None
+        while self.told:
+            self._doom(self.told[-1], "was ended, as an interrupt came while it was served")
+            self.told.pop()
 
     def _doom(self, worker: _Process, why: str) -> None:
         """Have the pool's own thread end a worker."""

@@ -130,7 +130,6 @@ class _Actors(Supervisor):
         self._ray()
         module = part.request.module
         contents = _portable(module.contents(part))
-        worker.load(part)
         reply = worker.handle.call.remote(module.number, module.package, contents)
         self._listen(worker, part, reply)
 

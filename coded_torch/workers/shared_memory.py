@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 from .._extension import lane
+from .._torch import positional
+from ..table import WorkerError
+from . import base
 from .torchscript import with_scripts
 
 _ALIGNMENT = 64  # bytes of a cache line
@@ -27,6 +30,14 @@ _SHORT = 1 << 16
 # Pickles of messages that are known with their forms, and their bytes, at most. Not tuned.
 _MOST_FORMS, _LONGEST_FORM = 256, 1 << 12
 _PLAIN = bytes, bool, type(None)
+# How the dtypes of results are stored that are joined without a look at each; the others are rare.
+_KINDS: dict[torch.dtype, Any] = {}
+if lane is not None:
+    _KINDS |= dict.fromkeys((torch.float32, torch.complex64), lane.Kind.SINGLE)
+    _KINDS |= dict.fromkeys((torch.float64, torch.complex128), lane.Kind.DOUBLE)
+    _KINDS |= {torch.float16: lane.Kind.HALF, torch.bfloat16: lane.Kind.BFLOAT16}
+    _KINDS |= dict.fromkeys((torch.int64, torch.int32, torch.int16), lane.Kind.OTHER)
+    _KINDS |= dict.fromkeys((torch.int8, torch.uint8, torch.bool), lane.Kind.OTHER)
 
 
 class Pickled:
@@ -55,7 +66,14 @@ class Pickled:
 
     def message(self, blocks: Any = None) -> Any:
         """Return the message with the object; without blocks, any number of workers share it."""
-        return _message(self.stream, self.size, [*self._tensors.values()], blocks)
+        tensors = [tensor for tensor, _ in self._tensors.values()]
+        places = [place for _, place in self._tensors.values()]
+        return _message(lane.Form(self.stream, self.size, places), tensors, blocks)
+
+    def form(self, tensors: Sequence[Tensor]) -> Any:
+        """Return the form of messages with these tensors; None if the object has one twice."""
+        places = [self._tensors[id(tensor)][1] for tensor in tensors]
+        return lane.Form(self.stream, self.size, places) if _are_distinct(places) else None
 
     def _place(self, obj: Any) -> tuple[Any, ...] | None:
         """Return dtype, shape and place of a plain tensor, also a parameter's; else None.
@@ -90,21 +108,25 @@ def _is_plain(tensor: Tensor) -> bool:
     return is_strided and not tensor.is_meta and tensor.numel() > 0
 
 
-def _message(stream: bytes, size: int, tensors: Sequence[tuple[Tensor, int]], blocks: Any) -> Any:
-    pieces = list[tuple[int, int, int]]()
+def _message(form: Any, tensors: Sequence[Tensor], blocks: Any) -> Any:
+    pieces = list[tuple[int, int]]()
     kept = list[Tensor]()
-    for tensor, offset in tensors:
+    for tensor in tensors:
         if not (tensor.is_cpu and tensor.is_contiguous()) or tensor.is_conj() or tensor.is_neg():
             tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
             kept.append(tensor)
-        pieces.append((offset, tensor.data_ptr(), tensor.nbytes))
-    return lane.Message(stream, size, pieces, blocks)
+        pieces.append((tensor.data_ptr(), tensor.nbytes))
+    return lane.Message(form, pieces, blocks)
+
+
+def _are_distinct(values: Sequence[Any]) -> bool:
+    return len({*values}) == len(values)
 
 
 # The pickles of messages are mostly the same but for their numbers. Pickling takes 26 us for a
 # part, and so does reading it. So pickles are known by the form of an object, and forms by pickles.
 # The form has a dtype and a shape for each tensor or, of a known pickle, also its place.
-_streams: dict[Any, tuple[bytes, int, list[int]]] = {}
+_known_forms: dict[Any, Any] = {}
 _forms: dict[bytes, Any] = {}
 
 
@@ -143,22 +165,72 @@ def pack(value: Any, blocks: Any) -> Any:
         return tensor.dtype, tensor.shape
 
     try:
-        form = _form(value, of_tensor)
+        form = _known_form(_form(value, of_tensor), lambda: value, tensors)
     except _FormError:
+        form = None
+    if form is None or not _are_distinct([*map(id, tensors)]):
         return Pickled(value).message(blocks)
-    known = _streams.get(form)
-    if known is None:
-        pickled = Pickled(value)
-        places = [pickled._tensors[id(tensor)][1] for tensor in tensors]
-        if len({*places}) < len(places):  # an object that has a tensor twice
-            return pickled.message(blocks)
-        known = pickled.stream, pickled.size, places
-        if len(pickled.stream) <= _LONGEST_FORM:
-            _remember(_streams, form, known)
-    stream, size, places = known
-    if len({*map(id, tensors)}) < len(tensors):
-        return Pickled(value).message(blocks)
-    return _message(stream, size, [*zip(tensors, places, strict=True)], blocks)
+    return _message(form, tensors, blocks)
+
+
+def _known_form(key: Any, make: Callable[[], Any], tensors: list[Tensor]) -> Any:
+    """Return the form of messages with a key; None if the object has a tensor twice.
+
+    If it is not known, ``make`` returns such an object.
+    """
+    form = _known_forms.get(key)
+    if form is None:
+        pickled = Pickled(make())
+        form = pickled.form(tensors)
+        if form is not None and len(pickled.stream) <= _LONGEST_FORM:
+            _remember(_known_forms, key, form)
+    return form
+
+
+class PartsInMemory:
+    """Messages with the parts of a task whose tensors lie in memory, without a tensor for each."""
+
+    def __init__(self, task: Any, head: bytes) -> None:
+        self._task = task
+        self._head = head
+        self._forms = dict[int, Any]()  # by the number of units
+        self._batch: Any = None
+        tensors = list[tuple[int, int, int]]()
+        self._kinds = list[Any]()
+        if task.texts or task.spec is not positional(len(task.leaves))[0]:
+            return
+        for leaf, dim in zip(task.leaves, task.dims, strict=True):
+            if type(leaf) is not Tensor or not _is_plain(leaf) or dim not in (0, None):
+                return
+            is_in_memory = leaf.is_cpu and leaf.is_contiguous()
+            if not is_in_memory or leaf.is_conj() or leaf.is_neg():
+                return
+            size = leaf.nbytes
+            tensors.append((leaf.data_ptr(), size, 0 if dim is None else size // task.num_units))
+            self._kinds.append((leaf.dtype, leaf.shape if dim is None else leaf.shape[1:], dim))
+        if _are_distinct([*map(id, task.leaves)]):
+            self._batch = lane.Batch(tensors)
+
+    def message(self, part: Any, blocks: Any) -> Any:
+        """Return the message of a part; None if it has to be packed."""
+        if self._batch is None or part.fault is not None:
+            return None
+        units = part.units
+        form = self._forms.get(len(units))
+        if form is None:
+            form = self._forms[len(units)] = self._form(units)
+        return self._batch.message(form, getattr(units, "array", units), blocks)
+
+    def _form(self, units: Sequence[int]) -> Any:
+        tensors = list[Tensor]()
+
+        def make() -> Any:
+            payload = self._task.payload(units)
+            tensors.extend(payload[0])
+            return self._head, None, payload
+
+        rows = len(units) * self._task.unit_rows
+        return _known_form((PartsInMemory, self._head, rows, *self._kinds), make, tensors)
 
 
 def unpack(received: Any) -> Any:
@@ -176,6 +248,67 @@ def unpack(received: Any) -> Any:
             form = _form(value, unpickler.place)
             _remember(_forms, stream, form)
     return value
+
+
+class Unread(base.Unread):
+    """What a process replied: whether it succeeded, and the value or the failure."""
+
+    about: Any = (-1, None)  #: the number of its part, and its worker
+
+    def __init__(self, message: Any) -> None:
+        self._message = message
+
+    def __call__(self) -> Any:
+        return unpack(self._message)
+
+    @functools.cached_property
+    def form(self) -> Any:
+        """The form of a value whose form is known; None of others, and of failures."""
+        form: Any = _forms.get(self._message.pickle)
+        is_good = type(form) is tuple and len(form) == 2 and form[0] is True
+        return form[1] if is_good else None
+
+    def read(self) -> Any:
+        try:
+            _, value = self()
+        except Exception as error:  # the worker may have sent anything
+            number, worker = self.about
+            why = f"sent what cannot be read, from {worker}: {error}"
+            raise WorkerError(number, worker.index, why, "", error) from None
+        return value
+
+    @staticmethod
+    def joined(values: Sequence[Any], units: Sequence[Sequence[int]]) -> Any:
+        first = values[0].form
+        is_tuple = type(first) is tuple
+        alike = first if is_tuple else (first,)
+        num_rows = sum(map(len, units))
+        parts = list[Any]()
+        for value, rows in zip(values, units, strict=True):
+            form = value.form
+            places = form if is_tuple else (form,)
+            if type(form) is not type(first) or len(places) != len(alike):
+                return None
+            for place, other in zip(places, alike, strict=True):
+                if type(place) is not _Place or place.dtype is not other.dtype:
+                    return None
+                if place.shape[:1] != (len(rows),) or place.shape[1:] != other.shape[1:]:
+                    return None
+            array = getattr(rows, "array", rows)
+            parts.append((value._message, [place.offset for place in places], array))
+        tensors = list[Tensor]()
+        targets = list[Any]()
+        for place in alike:
+            kind = _KINDS.get(place.dtype)
+            if kind is None:
+                return None
+            tensor = torch.empty((num_rows, *place.shape[1:]), dtype=place.dtype, device="cpu")
+            size = tensor.nbytes
+            targets.append((tensor.data_ptr(), size, size // num_rows, kind))
+            tensors.append(tensor)
+        if not tensors or not lane.join(targets, parts):
+            return None
+        return tuple(tensors) if is_tuple else tensors[0]
 
 
 def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:

@@ -21,6 +21,7 @@ from ..table import Began, Failure, Part, Reply, WorkerError
 from .base import Request, Task, logger
 from .dispatch import CLOSING_SECONDS, DispatchedWorkers, Dispatcher, Worker
 from .live import Ambient, LiveRequest
+from .shared_memory import Unread
 from .worker_main import ModuleStore, PackedModule
 
 # Seconds that the first worker has to start: importing torch from a cold disk takes tens of them.
@@ -197,7 +198,6 @@ class Supervisor(Dispatcher):
         """Note that a worker has loaded a module: of its part or, before it is up, the last one."""
         with self.lock:
             worker.loading, worker.fresh, worker.since = False, False, self._clock()
-            self.served = None
             self._assign() if worker.ready else self.ready(worker)
 
     def may_load(self, module: PackedModule) -> bool:
@@ -388,6 +388,10 @@ class SupervisedRequest(LiveRequest):
             return
         (worker, read) = reply.value
         reply.value = None
+        if self.joins and isinstance(read, Unread) and read.form is not None:
+            read.about = reply.part.number, worker
+            reply.value = read
+            return
         try:
             succeeded, reply.value = read()
             if succeeded:

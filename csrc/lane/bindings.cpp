@@ -1,28 +1,75 @@
 // coded_torch._lane: what moves bytes between a pool and its processes. No torch header here:
 // tensors are addresses.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "lane.h"
+#include "rows.h"
 
 namespace py = pybind11;
 namespace lane = coded_torch::lane;
-// The place in the message, the address and the bytes of numbers.
-using Pieces = std::vector<std::tuple<size_t, uintptr_t, size_t>>;
+using Units = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
-static std::shared_ptr<lane::Message> message(const std::string& pickle, size_t size,
-                                              const Pieces& pieces,
-                                              const std::shared_ptr<lane::Blocks>& blocks) {
-  std::vector<lane::Piece> found;
-  found.reserve(pieces.size());
-  for (const auto& [offset, address, bytes] : pieces) {
-    found.push_back(lane::Piece{offset, reinterpret_cast<const char*>(address), bytes});
-  }
-  if (size <= lane::kShort && blocks != nullptr) {
-    return std::make_shared<lane::Message>(pickle, size, found, blocks.get());
+static std::shared_ptr<lane::Message> written(const lane::Form& form,
+                                              const std::vector<lane::Piece>& pieces,
+                                              lane::Blocks* blocks) {
+  if (form.size <= lane::kShort && blocks != nullptr) {
+    return std::make_shared<lane::Message>(form, pieces, blocks);
   }
   py::gil_scoped_release release;
-  return std::make_shared<lane::Message>(pickle, size, found, blocks.get());
+  return std::make_shared<lane::Message>(form, pieces, blocks);
+}
+
+// The tensors are addresses and bytes.
+static std::shared_ptr<lane::Message> message(
+    const lane::Form& form, const std::vector<std::pair<uintptr_t, size_t>>& tensors,
+    const std::shared_ptr<lane::Blocks>& blocks) {
+  if (tensors.size() != form.places.size()) throw std::invalid_argument("a form of other tensors");
+  std::vector<lane::Piece> pieces;
+  pieces.reserve(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const auto& [address, bytes] = tensors[i];
+    pieces.push_back(lane::Piece{form.places[i], reinterpret_cast<const char*>(address), bytes});
+  }
+  return written(form, pieces, blocks.get());
+}
+
+static std::shared_ptr<lane::Message> message_of(const lane::Batch& batch, const lane::Form& form,
+                                                 const Units& units,
+                                                 const std::shared_ptr<lane::Blocks>& blocks) {
+  std::vector<lane::Piece> pieces;
+  batch.add(form, units.data(), size_t(units.size()), pieces);
+  return written(form, pieces, blocks.get());
+}
+
+// Where the rows of a part lie: in a message, for each tensor from a place on.
+using Part = std::tuple<std::shared_ptr<lane::Received>, std::vector<size_t>, Units>;
+
+// Copies the rows of parts to tensors: addresses, bytes, bytes of a row, and kinds of numbers.
+// False if one is not finite, or a message is too short.
+static bool join(const std::vector<std::tuple<uintptr_t, size_t, size_t, lane::Kind>>& tensors,
+                 const std::vector<Part>& parts) {
+  std::vector<lane::Rows> joined;
+  size_t bytes = 0;
+  for (const auto& [address, size, row_bytes, kind] : tensors) {
+    joined.push_back(lane::Rows{reinterpret_cast<char*>(address), size, row_bytes, kind});
+    bytes += size;
+  }
+  std::optional<py::gil_scoped_release> release;
+  if (bytes > lane::kShort) release.emplace();
+  bool is_finite = true;
+  for (const auto& [message, places, rows] : parts) {
+    if (places.size() != joined.size()) throw std::invalid_argument("a part of other tensors");
+    const lane::View& view = *message->view;
+    const size_t count = size_t(rows.size());
+    for (size_t i = 0; i < joined.size(); ++i) {
+      const size_t size = count * joined[i].row_bytes;
+      if (places[i] > view.size() || size > view.size() - places[i]) return false;
+      is_finite = joined[i].put(view.data() + places[i], rows.data(), count) && is_finite;
+    }
+  }
+  return is_finite;
 }
 
 static std::shared_ptr<lane::Received> receive(lane::Connection& connection) {
@@ -71,10 +118,25 @@ PYBIND11_MODULE(_lane, m) {
       m, "Blocks", "Blocks of shared memory that nobody reads.")
       .def(py::init<size_t>(), py::arg("most_bytes") = lane::kMostBytes)
       .def("__len__", &lane::Blocks::size);
+  py::class_<lane::Form>(m, "Form", "Messages that differ only in the numbers of their tensors.")
+      .def(py::init<std::string, size_t, std::vector<size_t>>(), py::arg("pickle"), py::arg("size"),
+           py::arg("places"))
+      .def_readonly("size", &lane::Form::size, "Bytes of a message.");
+  py::class_<lane::Batch>(m, "Batch", "The units of a task, of which messages take some.")
+      .def(py::init([](const std::vector<std::tuple<uintptr_t, size_t, size_t>>& tensors) {
+             lane::Batch batch;
+             for (const auto& [address, bytes, unit_bytes] : tensors) {
+               batch.tensors.push_back({reinterpret_cast<const char*>(address), bytes, unit_bytes});
+             }
+             return batch;
+           }),
+           py::arg("tensors"),
+           "The tensors are addresses, bytes, and bytes of a unit: 0 for a whole tensor.")
+      .def("message", &message_of, py::arg("form"), py::arg("units"), py::arg("blocks"));
   py::class_<lane::Message, std::shared_ptr<lane::Message>>(
       m, "Message", "A pickle, and the numbers of its tensors, ready to be sent.")
-      .def(py::init(&message), py::arg("pickle"), py::arg("size"), py::arg("pieces"),
-           py::arg("blocks"), "Without blocks, all receivers share its memory.")
+      .def(py::init(&message), py::arg("form"), py::arg("tensors"), py::arg("blocks"),
+           "The tensors are addresses and bytes. Without blocks, all receivers share its memory.")
       .def_property_readonly("is_long",
                              [](const lane::Message& self) { return self.block() != nullptr; })
       .def_property_readonly(
@@ -101,6 +163,13 @@ PYBIND11_MODULE(_lane, m) {
           [](const lane::Received& self) { return py::bytes(self.view->data(), self.length); })
       .def_property_readonly("is_long",
                              [](const lane::Received& self) { return self.view->is_long(); });
+  py::enum_<lane::Kind>(m, "Kind", "How numbers are stored.")
+      .value("OTHER", lane::Kind::kOther)
+      .value("HALF", lane::Kind::kHalf)
+      .value("BFLOAT16", lane::Kind::kBfloat16)
+      .value("SINGLE", lane::Kind::kSingle)
+      .value("DOUBLE", lane::Kind::kDouble);
+  m.def("join", &join, py::arg("tensors"), py::arg("parts"));
   py::class_<lane::Connection, std::shared_ptr<lane::Connection>>(
       m, "Connection", "One end of a connection, a Unix socket of packets, which it closes.")
       .def(py::init<int, std::shared_ptr<lane::Blocks>>(), py::arg("descriptor"), py::arg("blocks"))
@@ -119,7 +188,19 @@ PYBIND11_MODULE(_lane, m) {
       .def("add", &lane::Lane::add)
       .def("watch", &lane::Lane::watch)
       .def("remove", &lane::Lane::remove)
-      .def("ask", &lane::Lane::ask, "Takes microseconds, so that the lock stays.")
+      .def(
+          "ask",
+          [](lane::Lane& self, int64_t kind,
+             const std::vector<std::tuple<int64_t, int64_t, std::shared_ptr<lane::Message>,
+                                          std::shared_ptr<lane::Call>>>& parts) {
+            std::vector<lane::Lane::Asked> asked;
+            for (const auto& [worker, number, message, call] : parts) {
+              asked.push_back({worker, number, message, call});
+            }
+            return self.ask(kind, asked);
+          },
+          py::arg("kind"), py::arg("parts"), "Takes microseconds, so that the lock stays.")
+      .def("look_at", &lane::Lane::look_at)
       .def(
           "wait",
           [](lane::Lane& self, lane::Call& call, int64_t target, double seconds) {

@@ -226,26 +226,75 @@ struct Piece {
   size_t bytes;
 };
 
+// What messages have in common that differ only in the numbers of their tensors.
+struct Form {
+  std::string pickle;
+  size_t size;                 // bytes of a message
+  std::vector<size_t> places;  // of the tensors, behind the pickle
+};
+
+// The units of a task: those of each tensor have the same size, and lie end to end. Messages take
+// some of them, without a tensor for each.
+struct Batch {
+  struct Tensor {
+    const char* data;
+    size_t bytes;       // of all units
+    size_t unit_bytes;  // 0 if every message gets the whole tensor
+  };
+  std::vector<Tensor> tensors;
+
+  // Adds the pieces of a message of such a form, with some units.
+  void add(const Form& form, const int64_t* units, size_t count, std::vector<Piece>& pieces) const {
+    if (form.places.size() != tensors.size())
+      throw std::invalid_argument("a form of other tensors");
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const Tensor& tensor = tensors[i];
+      size_t offset = form.places[i];
+      if (tensor.unit_bytes == 0) {
+        pieces.push_back(Piece{offset, tensor.data, tensor.bytes});
+        continue;
+      }
+      for (size_t begin = 0, end = 0; begin < count; begin = end) {
+        // Units that follow each other are one piece.
+        for (end = begin + 1; end < count && units[end] == units[end - 1] + 1;) ++end;
+        const size_t bytes = (end - begin) * tensor.unit_bytes;
+        const size_t from = size_t(units[begin]) * tensor.unit_bytes;
+        if (units[begin] < 0 || from + bytes > tensor.bytes) {
+          throw std::invalid_argument("there is no such unit");
+        }
+        pieces.push_back(Piece{offset, tensor.data + from, bytes});
+        offset += bytes;
+      }
+    }
+  }
+};
+
 // A message that is ready to be sent: a pickle, and the numbers of its tensors.
 class Message {
  public:
   // Writes the message into a block, unless it is short. All receivers share one without blocks,
   // which none of them can change.
-  Message(const std::string& pickle, size_t size, const std::vector<Piece>& pieces, Blocks* blocks)
-      : length_(pickle.size()) {
+  Message(const Form& form, const std::vector<Piece>& pieces, Blocks* blocks)
+      : length_(form.pickle.size()) {
+    const size_t behind = aligned(length_);
+    for (const Piece& piece : pieces) {
+      if (behind + piece.offset + piece.bytes > form.size) {
+        throw std::invalid_argument("a piece has no room in its message");
+      }
+    }
     if (blocks == nullptr) {
-      block_ = std::make_shared<Memory>(std::max<size_t>(size, 1));
+      block_ = std::make_shared<Memory>(std::max<size_t>(form.size, 1));
       // A child that had the mapping would forbid the seal.
       madvise(block_->data(), block_->size(), MADV_DONTFORK);
-      write(block_->data(), pickle, pieces);
+      write(block_->data(), form, pieces);
       block_->freeze();
       is_shared_ = true;
-    } else if (size > kShort) {
-      block_ = blocks->take(size);
-      write(block_->data(), pickle, pieces);
+    } else if (form.size > kShort) {
+      block_ = blocks->take(form.size);
+      write(block_->data(), form, pieces);
     } else {
-      body_.resize(size);
-      write(body_.data(), pickle, pieces);
+      body_.resize(form.size);
+      write(body_.data(), form, pieces);
     }
   }
   size_t length() const { return length_; }
@@ -254,9 +303,9 @@ class Message {
   const std::string& body() const { return body_; }
 
  private:
-  static void write(char* memory, const std::string& pickle, const std::vector<Piece>& pieces) {
-    std::memcpy(memory, pickle.data(), pickle.size());
-    char* behind = memory + aligned(pickle.size());
+  static void write(char* memory, const Form& form, const std::vector<Piece>& pieces) {
+    std::memcpy(memory, form.pickle.data(), form.pickle.size());
+    char* behind = memory + aligned(form.pickle.size());
     for (const Piece& piece : pieces) {
       std::memcpy(behind + piece.offset, piece.data, piece.bytes);
     }
@@ -294,6 +343,7 @@ class View {
     if (lease_ != nullptr) lease_->end();
   }
   char* data() { return block_ == nullptr ? body_.data() : block_->data(); }
+  const char* data() const { return block_ == nullptr ? body_.data() : block_->data(); }
   size_t size() const { return block_ == nullptr ? body_.size() : block_->size(); }
   // Whether a view of few of its numbers would keep much memory that others could use.
   bool is_long() const { return lease_ != nullptr || body_.size() > kShort; }

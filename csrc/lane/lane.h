@@ -9,6 +9,7 @@
 #include <pthread.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <time.h>
 
 #include <chrono>
 #include <condition_variable>
@@ -63,10 +64,11 @@ class Lane {
     workers_[worker].connection = std::move(connection);
   }
   // Notes the process of a worker, whose descriptor is ready to read once it has ended.
-  void watch(int64_t worker, int process) {
+  void watch(int64_t worker, int process, pid_t pid) {
     std::lock_guard lock(mutex_);
     listen(process, uint64_t(worker) << 1 | 1);
     workers_.at(worker).process = process;
+    workers_.at(worker).pid = pid;
   }
   // Hears a worker no more, whose descriptors are still open.
   void remove(int64_t worker) {
@@ -78,18 +80,50 @@ class Lane {
     workers_.erase(found);
   }
 
-  // Sends a part to a worker. Its reply has the number, and counts for the call.
-  void ask(int64_t worker, int64_t kind, int64_t number, const Message& message,
-           std::shared_ptr<Call> call) {
-    std::shared_ptr<Connection> connection;
-    {
-      std::lock_guard lock(mutex_);
-      Worker& asked = workers_.at(worker);
-      asked.number = number;
-      asked.call = std::move(call);
-      connection = asked.connection;
+  // A part that a worker is asked for. Its reply has the number, and counts for the call.
+  struct Asked {
+    int64_t worker;
+    int64_t number;
+    std::shared_ptr<Message> message;
+    std::shared_ptr<Call> call;
+  };
+
+  // Sends parts to their workers. Returns the error number of each, 0 if it was sent.
+  std::vector<int> ask(int64_t kind, const std::vector<Asked>& parts) {
+    std::vector<int> errors;
+    for (const Asked& part : parts) {
+      std::shared_ptr<Connection> connection;
+      {
+        std::lock_guard lock(mutex_);
+        const auto found = workers_.find(part.worker);
+        if (found == workers_.end()) {
+          errors.push_back(EPIPE);
+          continue;
+        }
+        Worker& asked = found->second;
+        asked.number = part.number;
+        asked.call = part.call;
+        asked.used = used(asked.pid);
+        connection = asked.connection;
+      }
+      errors.push_back(0);
+      try {
+        connection->send(kind, part.number, part.message.get());
+      } catch (const std::system_error& error) {
+        errors.back() = error.code().value();
+      }
     }
-    connection->send(kind, number, &message);
+    return errors;
+  }
+
+  // The seconds of processor time of a worker since it was asked for its part, or was looked at.
+  double look_at(int64_t worker) {
+    std::lock_guard lock(mutex_);
+    const auto found = workers_.find(worker);
+    if (found == workers_.end()) return 0.0;
+    const double before = found->second.used;
+    found->second.used = used(found->second.pid);
+    return std::max(found->second.used - before, 0.0);
   }
 
   // Waits until so many replies to a call have come, it is notified, there is news that is no
@@ -214,6 +248,8 @@ class Lane {
   struct Worker {
     std::shared_ptr<Connection> connection;
     int process = -1;
+    pid_t pid = 0;
+    double used = 0.0;    // seconds of processor time, at the last look
     int64_t number = -1;  // of its part
     std::shared_ptr<Call> call;
     bool is_gone = false;
@@ -222,6 +258,13 @@ class Lane {
   static Clock::duration duration(double seconds) {
     return std::chrono::duration_cast<Clock::duration>(
         std::chrono::duration<double>(std::clamp(seconds, 0.0, kForever)));
+  }
+  // The seconds of processor time of a process; 0 if it has ended.
+  static double used(pid_t pid) {
+    timespec time{};
+    // Linux's clock of another process, as clock_getcpuclockid makes it.
+    if (pid > 0) clock_gettime(~clockid_t(pid) << 3 | 2, &time);
+    return double(time.tv_sec) + 1e-9 * double(time.tv_nsec);
   }
   static int milliseconds(Clock::duration time) {
     return int(std::chrono::ceil<std::chrono::milliseconds>(time).count());

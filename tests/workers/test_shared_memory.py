@@ -14,7 +14,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from coded_torch._extension import lane
-from coded_torch.workers.shared_memory import Pickled, pack, unpack
+from coded_torch._torch import positional
+from coded_torch.table import Part, Units, WorkerError
+from coded_torch.workers.base import Task
+from coded_torch.workers.shared_memory import PartsInMemory, Pickled, Unread, pack, unpack
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is sealed on Linux alone")
 WAIT = 60.0
@@ -299,3 +302,117 @@ def test_no_receiver_can_change_a_package_for_the_others(ends):
         tensor = unpack(other.receive())
         assert torch.equal(tensor, torch.ones(3))
         tensor.zero_()  # its own copy
+
+
+def replied(ends, value) -> Unread:
+    """Return what a worker replies that has succeeded, of a form that is known."""
+    one, other = ends
+    for _ in range(2):
+        one.send(0, (True, value))
+        unread = Unread(other.receive())
+        unpack(unread._message)
+    return unread
+
+
+NUMBERS = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)) * 9
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.int64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_of_parts_are_joined_bit_for_bit(ends, dtype):
+    rows = NUMBERS.to(dtype)
+    units = (0, 1, 5), (6,), (2, 3, 4)
+    parts = [rows[list(places)] for places in units]
+    joined = Unread.joined([replied(ends, part) for part in parts], units)
+    assert joined.dtype == dtype
+    assert torch.equal(joined, rows)
+    pairs = [replied(ends, (part, part.to(torch.bool))) for part in parts]
+    both = Unread.joined(pairs, units)
+    assert type(both) is tuple
+    assert torch.equal(both[0], rows)
+    assert torch.equal(both[1], rows.to(torch.bool))
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES[:-1], ids=str)
+def test_values_that_are_not_finite_are_not_joined(ends, dtype, odd):
+    for place in ((0, 0), (3, 1), (6, 2)):
+        rows = NUMBERS.to(dtype)
+        rows[place] = odd
+        values = [replied(ends, rows[:4]), replied(ends, rows[4:])]
+        assert Unread.joined(values, (range(4), range(4, 7))) is None
+    most = torch.full((7, 3), torch.finfo(dtype).max, dtype=dtype)
+    values = [replied(ends, most[:4]), replied(ends, most[4:])]
+    assert torch.equal(Unread.joined(values, (range(4), range(4, 7))), most)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        NUMBERS[:2],
+        NUMBERS[:3, :2],
+        NUMBERS[:3].double(),
+        (NUMBERS[:3],),
+        ((NUMBERS[:3],), NUMBERS[:3]),
+        NUMBERS[0, 0],
+        [NUMBERS[:3]],
+        "text",
+    ],
+    ids=str,
+)
+def test_values_of_other_forms_are_not_joined(ends, other):
+    values = [replied(ends, NUMBERS[:4]), replied(ends, other)]
+    for order in (1, -1):
+        units = (range(4), range(4, 7))[::order]
+        assert Unread.joined(values[::order], units) is None
+
+
+def test_a_value_in_a_message_that_is_too_short_is_not_joined(ends):
+    one, other = ends
+    whole = replied(ends, NUMBERS[:4])
+    stream = replied(ends, NUMBERS[4:])._message.pickle
+    for behind in (0, 8):  # bytes
+        one.socket.send(HEADER.pack(0, 0, len(stream), -1, 0, 0) + stream + bytes(behind))
+        short = Unread(other.receive())
+        short.about = 3, type("", (), {"index": 1, "__str__": lambda self: "process 7"})()
+        assert short.form is not None
+        assert Unread.joined([whole, short], (range(4), range(4, 7))) is None
+        with pytest.raises(WorkerError, match="worker 1 sent what cannot be read, from process 7"):
+            short.read()
+
+
+def test_parts_in_memory_are_as_parts_that_are_packed(ends):
+    one, other = ends
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    shared = torch.arange(3)
+    spec = positional(2)[0]
+    task = Task([x, shared], [0, None], spec, 9, 1, x.device)
+    parts = PartsInMemory(task, b"head")
+    for units in ((0, 1, 2), (0, 4, 8), (3, 4, 7), Units((5, 6, 7)), (8,)):
+        message = parts.message(Part(0, units), one.blocks)
+        one.connection.send(0, 0, message)
+        head, fault, ((rows, whole), named) = unpack(other.receive())
+        assert (head, fault, named) == (b"head", None, {})
+        assert torch.equal(rows, x[list(units)])
+        assert torch.equal(whole, shared)
+    for units in ((9,), (-1,), (7, 8, 9)):
+        with pytest.raises(ValueError, match="there is no such unit"):
+            parts.message(Part(0, units), one.blocks)
+
+
+@pytest.mark.parametrize(
+    "leaves",
+    [
+        [torch.zeros(9, 4).T.contiguous().T],
+        [torch.zeros(9, 0)],
+        [torch.zeros(9, dtype=torch.complex64).conj()],
+        [torch.nn.Parameter(torch.zeros(9, 2))],
+        [1, torch.zeros(9)],
+    ],
+    ids=str,
+)
+def test_parts_of_other_leaves_have_to_be_packed(leaves):
+    spec = positional(len(leaves))[0]
+    dims = [0 if isinstance(x, torch.Tensor) else None for x in leaves]
+    task = Task(leaves, dims, spec, 9, 1, torch.device("cpu"))
+    assert PartsInMemory(task, b"").message(Part(0, (0,)), lane.Blocks()) is None
