@@ -65,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.again and not args.only:
         parser.error("--again needs --only, which names what to measure anew")
     try:
-        return run(args) if len(names) == 1 else run_all(names, args.quick)
+        if len(names) == 1:
+            run(names[0], args)
+            return 0
+        return run_all(names, args)
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -73,18 +76,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def run(args: argparse.Namespace) -> int:
+def run(name: str, args: argparse.Namespace) -> None:
     """Run one benchmark, in this process."""
     import torch
 
-    (name,) = args.names
     benchmark = importlib.import_module(f".{name}", __package__)
     torch.set_num_threads(1)
     # With raw rows all is measured again, so results stay as they are.
     path = args.output or (None if args.quick or args.rows else RESULTS / f"{name}.json")
     given = {"quick": args.quick, "only": args.only, "again": args.again, "rows": args.rows}
     keep(name, benchmark, path=path, **given)
-    return 0
 
 
 def run_against(args: argparse.Namespace) -> int:
@@ -101,21 +102,24 @@ def run_against(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_all(names: Sequence[str], quick: bool) -> int:
-    """Run several in order, each in a process of its own, and print how long each took.
+def run_all(names: Sequence[str], args: argparse.Namespace) -> int:
+    """Run several in order, and print how long each took. None begins after one has failed.
 
-    None begins after one has failed.
+    Each has a process of its own, so that none finds what another left in memory. Quick runs share
+    this process, because most of them take less time than the import of torch.
     """
     taken: dict[str, float] = {}
     for name in (name for name in QUESTIONS if name in names):
         begin = time.monotonic()
-        command = [sys.executable, "-m", __package__, name, *(["--quick"] if quick else [])]
-        code = subprocess.run(command).returncode
-        if code == INTERRUPTED:
-            raise KeyboardInterrupt
-        if code:
-            print(f"{name} failed with exit code {code}", file=sys.stderr)
-            return 1
+        if args.quick:
+            run(name, args)
+        else:
+            code = subprocess.run([sys.executable, "-m", __package__, name]).returncode
+            if code == INTERRUPTED:
+                raise KeyboardInterrupt
+            if code:
+                print(f"{name} failed with exit code {code}", file=sys.stderr)
+                return 1
         taken[name] = time.monotonic() - begin
         print(f"{name} took {datetime.timedelta(seconds=round(taken[name]))}", flush=True)
     print("\nIn order, with hours, minutes and seconds:")

@@ -283,7 +283,7 @@ def settings(quick: bool) -> dict[str, Any]:
     few, whole = dict.fromkeys(SEEDS, 2), dict.fromkeys(SEEDS, 6)
     return {
         "seed": SEED,
-        "rows": 240,
+        "rows": 120 if quick else 240,
         "batches": few if quick else whole | {"digits": 2, "speeches": 12},
         "received sets": 2 if quick else 5,
         "trainings": 1 if quick else 5,

@@ -137,7 +137,9 @@ class Prepared(NamedTuple):
 @functools.lru_cache(1)  # the next attack meets the same batches
 def prepared(name: str, size: int, quick: bool) -> list[Prepared]:
     of = subject(name, quick)
-    count = 2 if quick or (name, size) in FEW else 6
+    count = 2 if (name, size) in FEW else 6
+    if quick:
+        count = 1
     return [Prepared.of(of.model, x.images) for x in of.batches("held_out", size, count)]
 
 
@@ -228,8 +230,12 @@ class _Pool:
 def calls(kind: str, attack: Attack | None, quick: bool) -> dict[str, Any]:
     """Return whom many calls of one pool drop and exclude, honest ones without an attack."""
     of = subject("lenet5", quick)
-    honest = (3, 4) if quick else (HONEST_BATCHES, HONEST_SETS)
-    batches, sets = honest if attack is None else (CALLS, 1)
+    if quick:
+        batches, sets = 2, 2
+    elif attack is None:
+        batches, sets = HONEST_BATCHES, HONEST_SETS
+    else:
+        batches, sets = CALLS, 1
     pool = _Pool()
     evidence = Evidence(pool)
     generator = torch.Generator().manual_seed(SEED)
@@ -274,7 +280,8 @@ def measurements(quick: bool) -> Iterable[Measurement]:
     chosen = [*CODES][: 1 if quick else None]
     for code in chosen:
         yield ("calls", code, "none"), functools.partial(calls, code, None, quick)
-    for code, (kind, attack) in itertools.product(CALLED[: 1 if quick else None], ATTACKS.items()):
+    attacks = [*ATTACKS.items()][: 1 if quick else None]
+    for code, (kind, attack) in itertools.product(CALLED[: 1 if quick else None], attacks):
         if kind not in SUBTLE:
             yield ("calls", code, kind), functools.partial(calls, code, attack, quick)
 

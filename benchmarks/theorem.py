@@ -98,7 +98,7 @@ def adversaries(task: Task, power: float) -> dict[str, Any]:
     """Return the errors under the worst attack found, and their slope over log N."""
     workers = [8 * n for n in task.workers]
     counts = [round(n**power) for n in workers]
-    draws = 1 if task.is_function else DRAWS  # nothing is drawn for a function
+    draws = 1 if task.is_function else min(task.draws, DRAWS)  # nothing is drawn for a function
     found = {part: _attacked(task, workers, counts, part, draws) for part in ("held_out", "tuning")}
     best = int(np.log(found["tuning"][:, :, 1:].mean(0)).mean(0).argmin()) + 1
     rates = [(count / n) ** 1.2 for count, n in zip(counts, workers, strict=True)]

@@ -160,18 +160,18 @@ def measure_left(count: int, share: float) -> dict[str, Any]:
     return {"faults": by_fault(warm(Fleet(Data(), WORKERS, share)), count)}
 
 
-def measure_small(count: int) -> dict[str, Any]:
+def measure_small(count: int, between: int) -> dict[str, Any]:
     fleet = Fleet(Data(), WORKERS, 0.02).settle()
-    honest(fleet, [SMALL] * 1000)
+    honest(fleet, [SMALL] * 5 * between)
     fleet.record.share = 0.0  # odd scores alone
-    return left(fleet, FAULTS["one row"], count, SMALL, between=200)
+    return left(fleet, FAULTS["one row"], count, SMALL, between)
 
 
-def measure_until(seeds: int) -> dict[str, Any]:
+def measure_until(seeds: int, most: int) -> dict[str, Any]:
     data, found = Data(), dict[str, Any]()
     for name, rate in (("noise 1", 1.0), ("one row", 1.0), ("mantissa", 1.0), ("noise 1", 0.1)):
         fleets = (Fleet(data, WORKERS, 0.02, seed) for seed in range(seeds))
-        each = sorted(until(x, FAULTS[name], 2000, rate=rate) for x in fleets)
+        each = sorted(until(x, FAULTS[name], most, rate=rate) for x in fleets)
         found[f"{name}, in {rate:g} of its parts"] = {
             "median": statistics.median(each),
             "95 %": each[len(each) * 95 // 100],
@@ -180,12 +180,15 @@ def measure_until(seeds: int) -> dict[str, Any]:
 
 
 def measure_excluded(
-    seeds: int, most: int, pools: Sequence[tuple[int, int]] = EXCLUDING
+    seeds: int,
+    most: int,
+    pools: Sequence[tuple[int, int]] = EXCLUDING,
+    num_kinds: int | None = None,
 ) -> dict[str, Any]:
     data, found = Data(), dict[str, Any]()
     kinds = [(name, fault, "") for name, fault in (FAULTS | SUBTLE).items()]
     kinds += [(f"noise 1, right if {hides}", FAULTS["noise 1"], hides) for hides in HIDES]
-    for name, fault, hides in progress(kinds, "faults"):
+    for name, fault, hides in progress(kinds[:num_kinds], "faults"):
         for workers, parts in pools:
             fleets = (Fleet(data, workers, 0.02, seed, parts) for seed in range(seeds))
             each = [until(x, fault, most, 60, hides=hides) for x in fleets]
@@ -243,17 +246,19 @@ def measure_peers(count: int) -> dict[str, Any]:
 
 
 def measurements(quick: bool) -> Iterable[Measurement]:
-    count = 24 if quick else 240
+    count = 6 if quick else 240
     yield ("honest",), functools.partial(measure_honest, 100 if quick else 20_000)
     for share in SHARES[1:2] if quick else SHARES:
         yield ("left", f"{share:g}"), functools.partial(measure_left, count, share)
-    yield ("small",), functools.partial(measure_small, 24 if quick else 600)
-    yield ("until",), functools.partial(measure_until, 2 if quick else 25)
-    how = (1, 20, EXCLUDING[:1]) if quick else (20, 200)
+    small = (count, 10) if quick else (600, 200)
+    yield ("small",), functools.partial(measure_small, *small)
+    wrong = (1, 20) if quick else (25, 2000)
+    yield ("until",), functools.partial(measure_until, *wrong)
+    how = (1, 5, EXCLUDING[:1], 3) if quick else (20, 200)
     yield ("excluded",), functools.partial(measure_excluded, *how)
     yield ("liars",), functools.partial(measure_liars, count)
     yield ("work",), functools.partial(measure_work, 20 if quick else 300)
-    sizes = (20, 200) if quick else (300, 40_000)
+    sizes = (20, 50) if quick else (300, 40_000)
     yield ("latency",), functools.partial(measure_latency, *sizes)
     yield ("peers",), functools.partial(measure_peers, count)
 

@@ -103,6 +103,6 @@ def measurements(quick: bool) -> Iterable[Measurement]:
 def settings(quick: bool) -> dict[str, Any]:
     return {
         "seed": SEED,
-        "requests": 2000 if quick else 120_000,
-        "parts": 16_000 if quick else 1_600_000,
+        "requests": 100 if quick else 120_000,
+        "parts": 400 if quick else 1_600_000,
     }

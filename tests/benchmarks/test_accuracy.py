@@ -31,8 +31,8 @@ def test_cells_hold_differences_and_exact_rates_of_rare_changes():
 def test_a_table_has_the_baselines_and_counts_trainings_once():
     found = accuracy.table("lenet5", (6, 4, 2), 24, accuracy.Uniform, quick=True)
     assert set(BASELINES) < set(found["schemes"])
-    assert found["observations"] == 10  # one training: its batches are the observations
-    assert found["rows"] == 10 * 24 * 2
+    assert found["observations"] == 5  # one training: its batches are the observations
+    assert found["rows"] == 5 * 24 * 2
     assert set(found["codes"]) < set(found["schemes"])
 
 

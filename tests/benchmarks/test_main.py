@@ -67,9 +67,9 @@ def started(monkeypatch):
 
 
 def test_several_run_in_processes_of_their_own(started, capsys):
-    assert command.main(["--quick", "latency", "convergence", "accuracy"]) == 0
+    assert command.main(["latency", "convergence", "accuracy"]) == 0
     assert list(started.calls) == ["accuracy", "convergence", "latency"]
-    assert set(map(tuple, started.calls.values())) == {("--quick",)}
+    assert set(map(tuple, started.calls.values())) == {()}
     for words in ([], ["all"]):
         started.calls.clear()
         capsys.readouterr()
@@ -79,6 +79,20 @@ def test_several_run_in_processes_of_their_own(started, capsys):
         names = [line.split()[0] for line in table.splitlines()]
         assert names == [*runs.QUESTIONS, "all"]
         assert all(line.endswith(" 0:00:00") for line in table.splitlines())
+
+
+def test_quick_ones_run_in_this_process(started, monkeypatch, capsys):
+    kept = []
+
+    def keep(name, benchmark, *, quick, path, **_):
+        kept.append((name, benchmark.__name__, quick, path))
+
+    monkeypatch.setattr(command, "keep", keep)
+    assert command.main(["--quick", "latency", "convergence"]) == 0
+    names = ["convergence", "latency"]
+    assert kept == [(name, f"benchmarks.{name}", True, None) for name in names]
+    assert not started.calls
+    assert "latency took 0:00:00" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
