@@ -26,6 +26,7 @@ def test_short(scenario):
     assert all(value >= 0 for value, _ in found["bars"].values())
 
 
+@pytest.mark.slow  # a cluster starts, and actors restart; tests/workers/test_ray.py kills one, too
 @pytest.mark.ray
 def test_short_on_ray():
     ray = pytest.importorskip("ray", reason="needs the extra 'ray'")

@@ -204,6 +204,7 @@ print(answers(later), ray.is_initialized())
 """
 
 
+@pytest.mark.slow  # two clusters start, one after the other
 def test_one_cluster_at_a_time():
     done = subprocess.run(
         [sys.executable, "-c", _CLUSTERS], capture_output=True, text=True, timeout=3 * WAIT, cwd="/"
