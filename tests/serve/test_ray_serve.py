@@ -86,7 +86,7 @@ def port(tmp_path_factory):
         # Ray Serve ends a proxy that is not ready within 5 s, which a busy machine needs to import.
         for check in ("READY", "HEALTH"):
             patch.setenv(f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S", str(WAIT))
-        patch.setenv("RAY_metrics_report_interval_ms", "500")  # in place of 10 s, which a test waits
+        patch.setenv("RAY_metrics_report_interval_ms", "500")  # for a test that waits
         with RayWorkers(1).start(timeout=WAIT):  # holds a cluster of its own
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             try:
