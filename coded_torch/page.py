@@ -83,7 +83,8 @@ class Chaos:
         """Act on the worker at a place; a ValueError if that cannot be now."""
         states = self.pool.states  # read once, as a process may end meanwhile
         offered = self.offered(place, states)
-        if why := offered.get(action, f"the action must be one of {', '.join(offered) or 'none'}"):
+        why = offered.get(action, f"the action must be one of {', '.join(offered) or 'none'}")
+        if why:
             raise ValueError(why)
         pid = states[place][1]
         if action == "restart":

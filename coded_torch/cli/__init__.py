@@ -117,7 +117,8 @@ class _Lines:
 
 def need(extra: str, *packages: str) -> None:
     """Raise a CommandError unless the packages of an extra are installed."""
-    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
         what = f"{' and '.join(missing)} must be installed"
         raise CommandError(f"{what}: pip install 'coded_torch[{extra}]'")
 
@@ -172,18 +173,22 @@ def _read_program(path: str) -> Any:
 def make_model(args: Namespace, factory: Callable[[], Any] | None = None) -> tuple[Any, Any]:
     """Return the module, or wrapper of one, of a factory, and examples of its inputs or None."""
     made = (factory or find_model(args.factory))()
-    model, examples = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    model = made
+    examples = None
+    if isinstance(made, tuple) and len(made) == 2:
+        model, examples = made
     if not isinstance(model, nn.Module):
         got = type(made).__name__
         if isinstance(made, tuple):
             got = f"({', '.join(type(each).__name__ for each in made)})"
         requirement = "must return a module, or a module and examples of its inputs"
         raise CommandError(f"{args.factory} {requirement}, got {got}")
-    for flag, option in POOL_NAMES.items() if isinstance(model, CodedWrapper) else ():
-        if getattr(args, option, None) is not None:
+    for flag, option in POOL_NAMES.items():
+        if isinstance(model, CodedWrapper) and getattr(args, option, None) is not None:
             why = f"{args.factory} returns a CodedWrapper with its own workers"
             raise CommandError(f"{flag} must be left out, as {why}")
-    if dtype := getattr(args, "dtype", None):
+    dtype = getattr(args, "dtype", None)
+    if dtype:
         with usage(f"--dtype {dtype}"):
             model.to(getattr(torch, dtype))
         model.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
@@ -194,12 +199,16 @@ def make_model(args: Namespace, factory: Callable[[], Any] | None = None) -> tup
 def _cast_inputs(module: nn.Module, *given: Any) -> Any:
     """Bring a model's inputs to the type of its weights."""
     dtype = next((x.dtype for x in module.parameters() if x.dtype.is_floating_point), torch.float32)
-    return tree_map_only(Tensor, lambda x: x.to(dtype) if x.dtype.is_floating_point else x, given)
+    return _floats_to(dtype, given)
 
 
 def _cast_outputs(_module: nn.Module, _given: Any, made: Any) -> Any:
     """Bring a model's outputs to single precision."""
-    return tree_map_only(Tensor, lambda x: x.float() if x.dtype.is_floating_point else x, made)
+    return _floats_to(torch.float32, made)
+
+
+def _floats_to(dtype: torch.dtype, values: Any) -> Any:
+    return tree_map_only(Tensor, lambda x: x.to(dtype) if x.dtype.is_floating_point else x, values)
 
 
 def devices(text: str) -> list[str]:
@@ -220,10 +229,10 @@ def devices(text: str) -> list[str]:
 
 def seconds(text: str) -> float:
     """Return the seconds of a duration such as 0.2, 200ms or 2s, for argparse."""
-    milliseconds = text.endswith("ms")
-    number = text[:-2] if milliseconds else text.removesuffix("s")
     try:
-        return float(number) / (1000 if milliseconds else 1)
+        if text.endswith("ms"):
+            return float(text[:-2]) / 1000
+        return float(text.removesuffix("s"))
     except ValueError:
         requirement = "must be a duration, such as 0.2, 200ms or 2s"
         raise argparse.ArgumentTypeError(f"{requirement}, got {text!r}") from None
@@ -248,14 +257,15 @@ def pool_options(hang_timeout: str) -> tuple[Option, ...]:
 def processes(args: Namespace, hang_timeout: float = 30.0) -> ProcessWorkers:
     """Return the pool for the options, which may leave out the hang timeout."""
     chosen = args.device or ["cpu"]
-    usual = 6 if chosen == ["cpu"] else len(chosen)
-    number = usual if args.num_workers is None else args.num_workers
-    return ProcessWorkers(
-        number,
-        devices=chosen,
-        threads=1 if args.threads is None else args.threads,
-        hang_timeout=hang_timeout if args.hang_timeout is None else args.hang_timeout,
-    )
+    settings: dict[str, Any] = {"num_workers": len(chosen), "threads": 1}
+    settings["hang_timeout"] = hang_timeout
+    if chosen == ["cpu"]:
+        settings["num_workers"] = 6
+    for name in settings:
+        value = getattr(args, name)
+        if value is not None:
+            settings[name] = value
+    return ProcessWorkers(devices=chosen, **settings)
 
 
 def options(parser: argparse.ArgumentParser, *table: Option) -> None:
@@ -266,17 +276,25 @@ def options(parser: argparse.ArgumentParser, *table: Option) -> None:
             group = parser.add_argument_group(option)
             continue
         flag, kind, default, text = option
-        how: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-        if kind is bool:
+        how: dict[str, Any] = {"type": kind}
+        if isinstance(kind, tuple):
+            how = {"choices": kind}
+        elif kind is bool:
             how = {"action": "store_true"}
-        elif kind in (list, dict):
-            metavar = flag[2:-1].upper() if kind is list else "NAME=SOURCE"
-            how = {"action": "extend", "nargs": "+", "metavar": metavar}
-        if not flag.startswith("-"):
-            how |= {"metavar": "MODEL", "nargs": None if default is ... else "?"}
-        elif default is ...:
-            how["required"] = True
-        shown = "" if str(default) in ("None", "False", "Ellipsis") else " [%(default)s]"
+        elif kind is list:
+            how = {"action": "extend", "nargs": "+", "metavar": flag[2:-1].upper()}
+        elif kind is dict:
+            how = {"action": "extend", "nargs": "+", "metavar": "NAME=SOURCE"}
+        is_required = default is ...
+        if flag.startswith("-"):
+            how["required"] = is_required
+        else:
+            how["metavar"] = "MODEL"
+            if not is_required:
+                how["nargs"] = "?"
+        shown = " [%(default)s]"
+        if is_required or default is None or default is False:
+            shown = ""
         if kind is seconds:
             how["metavar"] = "DURATION"
             shown = shown.replace("]", "s]")

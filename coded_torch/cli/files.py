@@ -218,7 +218,8 @@ def _open(path: Path, whole: bool) -> _Table:
     elif path.suffix in (".pt", ".pth"):
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         columns = dict(found) if isinstance(found, Mapping) else {UNNAMED: found}
-        if wrong := [type(x).__name__ for x in columns.values() if not isinstance(x, Tensor)]:
+        wrong = [type(x).__name__ for x in columns.values() if not isinstance(x, Tensor)]
+        if wrong:
             raise TypeError(f"it must hold a tensor, or a dict of tensors, got {wrong[0]}")
         for name, column in columns.items():
             check_whole(name, column)
@@ -316,7 +317,8 @@ def encoded(
     outputs = named("job", answers, "output", is_texts)
     file = io.BytesIO()
     copied = {name: _joined(pieces) for name, pieces in keys.items()}
-    if unknown := [name for name in select if name not in outputs]:
+    unknown = [name for name in select if name not in outputs]
+    if unknown:
         raise ValueError(f"--select must be names of outputs out of {[*outputs]}, got {unknown}")
     chosen: Any = {name: outputs[name] for name in select or outputs}
     floats = [x for x, y in outputs.items() if torch.is_tensor(y) and y.dtype.is_floating_point]
@@ -341,12 +343,13 @@ def encoded(
         parquet.write_table(pyarrow.table(copied | columns), file)
         return file.getbuffer()
     if not select:
-        leaves = tree_leaves(answers, is_leaf=is_texts)
-        chosen = dict(answers) if isinstance(answers, Mapping) else leaves
+        chosen = tree_leaves(answers, is_leaf=is_texts)
+        if isinstance(answers, Mapping):
+            chosen = dict(answers)
     content = {"outputs": chosen, "estimated": known["estimated"]}
     content[_SEVERAL[bounds]] = known[bounds]
     if copied:
-        content |= {"keys": {name: x.to_pylist() for name, x in copied.items()}}
+        content["keys"] = {name: x.to_pylist() for name, x in copied.items()}
     with usage("outputs must be what torch.load can read", errors=Exception):
         torch.save(content, file)
         torch.load(io.BytesIO(file.getbuffer()), weights_only=True)
@@ -358,8 +361,9 @@ def _joined(pieces: Sequence[Any]) -> Any:
     import pyarrow
 
     tables = []
-    for piece in pieces:
-        array = _arrow(piece) if isinstance(piece, (Tensor, np.ndarray)) else piece
+    for array in pieces:
+        if isinstance(array, (Tensor, np.ndarray)):
+            array = _arrow(array)
         if pyarrow.types.is_dictionary(array.type):
             array = array.cast(array.type.value_type)
         tables.append(pyarrow.table([array], ["rows"]))

@@ -183,9 +183,12 @@ def _compare(
             seeds=args.seed,
             progress=partial(progress, what="codes"),
         )
-    accuracy = "" if labels is None else f"{_ACCURACY}\n"
-    say(f"{found}\n\n{_LEGEND}\n{accuracy}{_SIGNS}")
-    if verdict := found.verdict():
+    say(f"{found}\n\n{_LEGEND}")
+    if labels is not None:
+        say(_ACCURACY)
+    say(_SIGNS)
+    verdict = found.verdict()
+    if verdict:
         say(f"\n{verdict}")
     save(found.draw(), args.output)
 

@@ -203,18 +203,19 @@ class Report:
 
     def __str__(self) -> str:
         """Return five lines to read: rows, workers, seconds, the end of the call, and remarks."""
-        by_rows = self.num_groups == 0
+        words = ("prepare", "estimate", "estimated")
+        if self.num_groups:
+            words = ("encode", "decode", "decoded")
+        begin, end, others = words
         rows = "no answers"
         if self.source is not None:
-            first, hedged, others = self.source.long().bincount(minlength=3).tolist()
+            first, hedged, rest = self.source.long().bincount(minlength=3).tolist()
             rows = f"{first + hedged} of {len(self.source)} computed, {hedged} of them by hedges; "
-            rows += (
-                f"{others} {'estimated' if by_rows else 'decoded'}, {len(self.corrected)} corrected"
-            )
+            rows += f"{rest} {others}, {len(self.corrected)} corrected"
         seconds = {
-            "prepare" if by_rows else "encode": self.encode_seconds,
+            begin: self.encode_seconds,
             "compute": self.compute_seconds,
-            "estimate" if by_rows else "decode": self.decode_seconds,
+            end: self.decode_seconds,
         }
         total = sum(seconds.values())
         phases = ", ".join(f"{phase} {1e3 * x:.1f}" for phase, x in seconds.items())
@@ -232,11 +233,11 @@ class Report:
 
     def _attributes(self) -> dict[str, Any]:
         """Return the facts of a span of OpenTelemetry."""
-        count = {} if self.estimated is None else {"rows": len(self.estimated)}
-        if self.estimated is not None:
-            count |= {"estimated": int(self.estimated.sum())}
-        facts = count | {"hedges": len(self.hedges), "ended": self.ended}
+        facts: dict[str, Any] = {"hedges": len(self.hedges), "ended": self.ended}
         facts["work_ratio"] = self.work_ratio
+        if self.estimated is not None:
+            facts["rows"] = len(self.estimated)
+            facts["estimated"] = int(self.estimated.sum())
         return {f"coded_torch.{name}": value for name, value in facts.items()}
 
     @outside()
