@@ -246,6 +246,14 @@ def test_coded_computing_in_five_minutes_prints_its_output(example, name):
     assert printed == shown
 
 
+def test_codes_run_on_real_workers(example):
+    printed, shown = example("notebooks/guides/codes.md", "processes")
+    assert printed == shown
+    printed, shown = example("notebooks/guides/codes.md", "choose")
+    found = [re.findall(r"^Best on 3|\w+Code", text) for text in (printed, shown)]
+    assert found[0] == found[1] == ["Best on 3", "RegressionCode", "SplineCode"]
+
+
 def test_one_version_is_named_everywhere():
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()

@@ -1,4 +1,4 @@
-"""The page "On GPUs": what it shows is what happens on a card."""
+"""The page "On GPUs": what it shows is what must happen on a card."""
 
 import re
 import shlex

@@ -265,7 +265,7 @@ def processes(args: Namespace, hang_timeout: float = 30.0) -> ProcessWorkers:
         value = getattr(args, name)
         if value is not None:
             settings[name] = value
-    return ProcessWorkers(devices=chosen, **settings)
+    return ProcessWorkers(settings.pop("num_workers"), devices=chosen, **settings)
 
 
 def options(parser: argparse.ArgumentParser, *table: Option) -> None:

@@ -153,7 +153,7 @@ def tune(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Compare the codes on your own model while workers are lost."""
+    """Compare coded computing with simple baselines on your own model."""
     need("demo", "matplotlib")
     model, rows, batches = _read_batches(args)
     if len(batches) < 2:
@@ -263,7 +263,7 @@ _READ = (
     ("factory", str, ..., _MODEL),
     ("--inputs", str, ..., "a .pt, .npy, .safetensors or .parquet file"),
     ("--columns", str, None, _COLUMNS),
-    ("--batch-size", int, _BATCH_SIZE, "rows per batch; compare needs at least two batches"),
+    ("--batch-size", int, _BATCH_SIZE, "rows per batch"),
 )
 _CODES = "SplineCode", "BerrutCode", "FloaterHormannCode", "LagrangeCode", "RegressionCode"
 _COMMANDS: dict[Callable[[argparse.Namespace], int | None], tuple[Any, ...]] = {
@@ -302,7 +302,13 @@ _COMMANDS: dict[Callable[[argparse.Namespace], int | None], tuple[Any, ...]] = {
         ("--header", dict, None, "headers for the endpoints, from NAME=@FILE or NAME='$VARIABLE'"),
         ("--ca-file", Path, None, "a PEM file of the authority that certifies the endpoints"),
         "requests and answers",
-        ("--deadline", seconds, 0.2, "the time from the arrival of a request to its answer"),
+        (
+            "--deadline",
+            seconds,
+            0.2,
+            "the time from a request to its answer; late rows are estimated",
+        ),
+        ("--no-estimates", bool, False, "answer late requests with 504 instead of estimates"),
         ("--max-batch-size", int, 64, "the most rows per batch"),
         ("--max-queued-requests", int, 256, "the most requests that wait"),
         ("--memory", bool, False, "estimate missing rows from earlier requests of any client"),
@@ -310,7 +316,7 @@ _COMMANDS: dict[Callable[[argparse.Namespace], int | None], tuple[Any, ...]] = {
         ("--host", str, "127.0.0.1", "the address to listen on"),
         ("--port", int, 8000, "the port to listen on, or 0 for any free one"),
         ("--allowed-hosts", list, None, "host names that requests may use, beside loopback ones"),
-        ("--token", str, None, "@FILE or '$VARIABLE': its content lets clients load new weights"),
+        ("--token", str, None, "@FILE or '$VARIABLE': lets clients elsewhere load new weights"),
         ("--page", bool, False, "show the page and examples although HOST is not a loopback one"),
         ("--example", int, None, "print a request with the example row of this number, and end"),
     ),

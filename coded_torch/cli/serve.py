@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import CodedWrapper
+from ..nn import CodedWrapper, Waiting
 from ..stragglers import Bernoulli
 from ..surrogates import Memory
 from ..workers import FaultyWorkers
@@ -48,6 +48,8 @@ def serve(args: Namespace) -> None:
     from ..serve.model import bind
 
     is_local = args.host in LOOPBACK
+    if args.memory and args.no_estimates:
+        raise CommandError("--memory must be left out with --no-estimates")
     workers: Any = None
     with usage(errors=(RuntimeError, ValueError)):
         if args.chaos and not is_local:
@@ -99,6 +101,7 @@ def serve(args: Namespace) -> None:
         coded = CodedWrapper(
             module,
             workers=workers,
+            waiting=Waiting(estimate=not args.no_estimates),
             surrogate=[Memory()] if args.memory else [],
             verify=args.verify or None,
             parts=args.parts,

@@ -393,6 +393,15 @@ def test_while_workers_compute_rows_of_requests_that_have_ended_others_are_told_
     assert "1 or more workers are at rows of requests that have ended" in answer["error"]
 
 
+def test_late_requests_get_504_where_estimates_are_forbidden():
+    workers = LocalWorkers(Trace([[math.inf] + [0.0] * 3]))
+    application = built(workers=workers, waiting=Waiting(hedge_budget=0, estimate=False))
+    with serving(application) as port, Client(port) as client:
+        status, answer = client.infer({"inputs": [tensor(torch.ones(64, 3))]})
+    assert status == 504
+    assert "within the deadline" in answer["error"]
+
+
 @pytest.mark.parametrize("lost", [1, 2])
 def test_missing_rows_are_estimated_and_flagged(lost):
     generator = torch.Generator().manual_seed(0)

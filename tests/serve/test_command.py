@@ -378,6 +378,7 @@ def test_a_server_may_listen_at_an_address_of_ipv6(mine):
     [
         ("--num-workers 0", "num_workers must be at least 1, got 0"),
         ("--deadline 0", "deadline must be positive and finite, got 0.0"),
+        ("--memory --no-estimates", "--memory must be left out with --no-estimates"),
         ("--port 65536", "--port must be free: bind(): port must be 0-65535"),
         ("--port 1 --host 203.0.113.1", "--port must be free: [Errno"),
         ("--allowed-hosts a.example:80", "names or addresses, without ports, got 'a.example:80'"),
@@ -406,6 +407,14 @@ def test_outputs_that_cannot_be_estimated_are_named_at_the_start(mine, monkeypat
             assert (late in out) == said
         warnings.warn("CodedWrapper: output['label'] cannot be estimated", stacklevel=1)
     assert not caught
+
+
+def test_estimates_can_be_forbidden(mine, monkeypatch):
+    served = []
+    monkeypatch.setattr("coded_torch.cli.serve._listen", lambda built, *_: served.append(built))
+    for arguments in ([], ["--no-estimates"]):
+        assert main(["serve", "mine:small", *arguments]) == 0
+    assert [built.coded.waiting.estimate for built in served] == [True, False]
 
 
 @pytest.mark.parametrize("package", ["starlette", "uvicorn", "orjson", "prometheus_client"])
