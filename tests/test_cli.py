@@ -113,6 +113,13 @@ def test_options_stand_in_groups_with_defaults_of_their_command(capsys):
     assert "counts as hung [30s]" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("command", ["serve", "job", "compare", "tune", "plan"])
+def test_help_ends_with_an_example_of_its_options(command, capsys):
+    assert run(f"{command} --help") == 0
+    options, example = capsys.readouterr().out.split(f"Example: coded-torch {command} ")
+    assert {*re.findall(r"--[a-z-]+", example)} <= {*re.findall(r"--[a-z-]+", options)}
+
+
 def test_help_and_version(capsys):
     assert run("--help") == 0
     out = capsys.readouterr().out

@@ -64,7 +64,11 @@ _SUFFIXES = {"torch": ".pt", "parquet": ".parquet"}
 
 
 def job(args: Namespace) -> None:
-    """Run a model on all rows of files, or find the mean of its outputs; jobs can be resumed."""
+    """Run a model on all rows of files, or find the mean of its outputs; jobs can be resumed.
+
+    Example: coded-torch job my_model:make --inputs rows.npy --output answers
+    A DURATION is such as 0.2, 200ms or 2s.
+    """
     if args.check is not None:
         _check(args.check)
         return

@@ -1,6 +1,7 @@
 """The command ``coded-torch``."""
 
 import argparse
+import inspect
 import os
 import platform
 import re
@@ -141,7 +142,10 @@ def _read_batches(args: argparse.Namespace) -> tuple[nn.Module, Rows, list[Any]]
 
 
 def tune(args: argparse.Namespace) -> None:
-    """Choose the numbers of a code on your own model, without labels."""
+    """Choose the numbers of a code on your own model, without labels.
+
+    Example: coded-torch tune my_model:make --inputs rows.npy --settings 24,20,4
+    """
     model, _, batches = _read_batches(args)
     for n, k, s in args.settings:
         with usage(errors=Exception, prefix="tune: "), usage(prefix=f"{args.code}: "):
@@ -153,7 +157,10 @@ def tune(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Compare coded computing with simple baselines on your own model."""
+    """Compare coded computing with simple baselines on your own model.
+
+    Example: coded-torch compare my_model:make --inputs rows.npy --settings 24,20,4
+    """
     need("demo", "matplotlib")
     model, rows, batches = _read_batches(args)
     if len(batches) < 2:
@@ -194,7 +201,11 @@ def _compare(
 
 
 def plan(args: argparse.Namespace) -> None:
-    """Simulate policies, and find the cheapest one that meets a deadline and an accuracy."""
+    """Simulate policies, and find the cheapest one that meets a deadline and an accuracy.
+
+    Example: coded-torch plan --deadline 200ms --latencies seconds.csv --num-workers 6
+    A DURATION is such as 0.2, 200ms or 2s.
+    """
     need("demo", "matplotlib")
     options = {**vars(args)}
     conditions = planner.CONDITIONS[options.pop("conditions")]
@@ -379,6 +390,12 @@ _COMMANDS: dict[Callable[[argparse.Namespace], int | None], tuple[Any, ...]] = {
 _GROUPS = {"models and jobs": (serve, job, info), "experiments": (demo, compare, tune, plan)}
 
 
+def _help(run: Callable[..., Any]) -> tuple[str, str]:
+    """Return the first line of a command's docstring, and its example, which may be empty."""
+    summary, _, example = (inspect.getdoc(run) or "").partition("\n\n")
+    return summary, example
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command ``coded-torch``, by default with the arguments of the process.
 
@@ -388,7 +405,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for title, commands in _GROUPS.items():
         text += f"\n\n{title}:"
         for each in commands:
-            text += f"\n  {each.__name__:<9} {each.__doc__}"
+            summary, _ = _help(each)
+            text += f"\n  {each.__name__:<9} {summary}"
     parser = argparse.ArgumentParser(
         prog="coded-torch",
         usage="%(prog)s [--version] COMMAND ...",
@@ -401,7 +419,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         required=True, prog="coded-torch", metavar="COMMAND", help=argparse.SUPPRESS
     )
     for run, table in _COMMANDS.items():
-        command = added.add_parser(run.__name__, description=run.__doc__)
+        summary, example = _help(run)
+        command = added.add_parser(
+            run.__name__,
+            description=summary,
+            epilog=example,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.set_defaults(run=run)
         options(command, *table)
     args = parser.parse_args(argv)

@@ -40,7 +40,11 @@ _PR_SET_PDEATHSIG = 1  # Linux: a process gets a signal at the end of the one th
 
 
 def serve(args: Namespace) -> None:
-    """Serve a model over HTTP (KServe v2) within a deadline, although workers fail."""
+    """Serve a model over HTTP (KServe v2) within a deadline, although workers fail.
+
+    Example: coded-torch serve my_model:make --num-workers 6 --deadline 200ms
+    A DURATION is such as 0.2, 200ms or 2s.
+    """
     need("serve", "starlette", "uvicorn", "httptools", "orjson", "prometheus_client")
     from ..open_inference import Model, flatten, request
     from ..page import LOOPBACK, add_page
