@@ -281,7 +281,7 @@ def _neighbours_instead(residuals: Residuals, dropped: list[int], most: int) -> 
 
 
 def _standing_out(residuals: Residuals, encoder: Residuals, dropped: list[int]) -> list[int]:
-    """Return the dropped workers without those whose residuals do not stand out."""
+    """Return the dropped workers whose residuals stand out; others are taken back, least first."""
     while dropped:
         excess, cut = _excess(residuals, encoder, dropped)
         least = min(range(len(dropped)), key=excess.__getitem__)

@@ -48,7 +48,7 @@ class Bounds(NamedTuple):
     results: Tensor | None = None  # [n], the places of the results that calibrate
 
 
-def bounds(
+def bounds_of(
     rows: Tensor,
     results: Tensor,
     estimated: Tensor,

@@ -13,7 +13,7 @@ from .._extension import split_rows
 from .._torch import differentiated, exactly, outside, plain, to_device
 from ..linear import product
 from ._untuned import COLUMNS
-from .error_bounds import Bounds, bounds
+from .error_bounds import Bounds, bounds_of
 from .gaussian_process import LENGTH as LENGTH
 from .gaussian_process import NUGGET, Estimates, GaussianProcess, evenly, off_mean
 from .gradients import GradientMetric
@@ -158,25 +158,39 @@ class Regressor:
             return rows, sample[: len(rows)], found.residuals[: len(rows)]
 
     def bounds(self, answers: Tensor, *surrogates: Tensor) -> Bounds:
-        """Return the error bounds of the last estimates, as ``RowPlan`` does."""
-        rows = self.missing
-        (results, of_used, size, chosen) = self._estimated
-        take = few_columns
-        _, process, (estimated, residuals, _, trust) = chosen
+        """Return the error bounds of the last estimates."""
+        results, used, size, chosen = self._estimated
+        estimates = chosen.estimates
+        estimated = estimates.values
+        columns_of = few_columns
         if not _is_few(results):  # many outputs stay where they are, in their precision
-            take = _rows
-            of_used = _scaled(_rows(self._used, results), size)
-            estimated = _scaled(_rows(rows, answers), size)
+            columns_of = _rows
+            used = _scaled(_rows(self._used, results), size)
+            estimated = _scaled(_rows(self.missing, answers), size)
         labels = None
         if results.dim() == 2:
-            labels = (of_used, estimated)
-        if labels and surrogates:
-            known, ours = (take(x, y) for x, y in zip((self._used, rows), surrogates, strict=True))
-            labels = of_used + _scaled(known, size), estimated + _scaled(ours, size)
-        scaled = bounds(rows, of_used, estimated, process, trust, labels, residuals)
-        thresholds, odd = (_scaled(x, 1 / size) for x in (scaled.thresholds, scaled.odd))
-        used = evenly(self._used, len(odd))
-        return scaled._replace(thresholds=thresholds, odd=odd, results=used)
+            labels = used, estimated
+            if surrogates:
+                surrogate_used = columns_of(self._used, surrogates[0])
+                surrogate_missing = columns_of(self.missing, surrogates[1])
+                labels = (
+                    used + _scaled(surrogate_used, size),
+                    estimated + _scaled(surrogate_missing, size),
+                )
+        scaled = bounds_of(
+            self.missing,
+            used,
+            estimated,
+            chosen.process,
+            estimates.trust,
+            labels,
+            estimates.residuals,
+        )
+        return scaled._replace(
+            thresholds=_scaled(scaled.thresholds, 1 / size),
+            odd=_scaled(scaled.odd, 1 / size),
+            results=evenly(self._used, len(scaled.odd)),
+        )
 
     def _sample(self, results: Tensor) -> tuple[Tensor, float]:
         """Return some columns of the results, ``[M, C]``, divided by their size, and this size."""

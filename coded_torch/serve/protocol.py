@@ -46,7 +46,7 @@ _STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
 _STRINGS = re.compile(rb"\[\s*%b(?:\s*,\s*%b)*\s*\]" % (_STRING, _STRING), re.DOTALL)
 _LIST = re.compile(rb'"data"\s*:\s*(?=\[)')
 _END = re.compile(rb'["{}]')
-_NO_COMMAS = bytes(set(range(256)) - set(b"[,]"))
+_ALL_BUT_BRACKETS_AND_COMMAS = bytes(set(range(256)) - set(b"[,]"))
 _NO_BRACKETS = bytes.maketrans(b"[]", b"  ")
 
 
@@ -216,7 +216,8 @@ def _tensor(
     nested = b""
     for size in reversed(shape):
         nested = b"[%b]" % ((nested + b",") * size)[:-1]
-    marks = {nested: 0, b"[%b]" % (b"," * (count - 1)): 0}  # brackets and commas, and how many fit
+    flat = b"[%b]" % (b"," * (count - 1))
+    matched = {nested: 0, flat: 0}  # patterns of brackets and commas, and how much of each is read
     numbers = torch.empty(count, dtype=spec.dtype)
     filled = 0
     while at < end:
@@ -224,14 +225,19 @@ def _tensor(
         stop = comma + 1 or end
         piece = bytes(body[at:stop])
         at = stop
-        found = piece.translate(None, _NO_COMMAS)
-        marks = {x: n + len(found) for x, n in marks.items() if x[n : n + len(found)] == found}
+        marks = piece.translate(None, _ALL_BUT_BRACKETS_AND_COMMAS)
+        matched = {
+            pattern: read + len(marks)
+            for pattern, read in matched.items()
+            if pattern[read : read + len(marks)] == marks
+        }
         text = piece.translate(_NO_BRACKETS)
         if comma >= 0:
             text = text[:-1]
         size = text.count(b",") + 1
+        if not matched or filled + size > count:
+            raise wrong
         try:
-            require(bool(marks) and filled + size <= count, "", "", "")
             values = wire.from_json(name, spec, [size], orjson.loads(b"[%b]" % text))
         except ValueError:
             raise wrong from None
@@ -239,7 +245,7 @@ def _tensor(
         filled += size
         if at < end:
             _yield(until)
-    if filled != count or not any(len(x) == n for x, n in marks.items()):
+    if filled != count or not any(len(pattern) == read for pattern, read in matched.items()):
         raise wrong
     return numbers.reshape(shape)
 

@@ -344,7 +344,7 @@ class Workers(abc.ABC):
         if self.num_workers is None:
             if calls:
                 with torch.no_grad(), torch.random.fork_rng([]):
-                    self._look_at(module, leaves, spec, frozenset(), timeout)
+                    self._examine(module, leaves, spec, frozenset(), timeout)
             return self
         task = _Loading(leaves, [None] * len(leaves), spec, calls, 1, torch.device("cpu"))
         with torch.no_grad(), self.open(module, task) as request:
@@ -369,13 +369,16 @@ class Workers(abc.ABC):
                 raise RuntimeError(f"{type(self).__name__}: {what}; {why}")
             if calls:
                 left = max(timeout - request.now(), 0.0)
-                self._look_at(module, leaves, spec, places - {*wanted[:1]}, left)
+                self._examine(module, leaves, spec, places - {*wanted[:1]}, left)
         return self
 
-    def _look_at(
+    def _examine(
         self, module: nn.Module, leaves: list[Any], spec: Any, avoid: frozenset[int], timeout: float
     ) -> None:
-        """Say what calls on an example will refuse, and which rows depend on each other."""
+        """Say what calls on an example will refuse, and which rows depend on each other.
+
+        Strings among the leaves, if nothing else has rows, are replaced there by row numbers.
+        """
         end = time.monotonic() + timeout
         texts = {i: x for i, x in enumerate(leaves) if is_texts(x)}
         if len(texts) > 1 or any(map(has_rows, leaves)):

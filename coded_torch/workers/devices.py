@@ -182,14 +182,15 @@ class _Replica(Worker):
         return copies[module]
 
     def _copy(self, tensor: Tensor) -> Tensor:
+        """Return a cached copy on the device, which is renewed if either tensor has changed."""
         if tensor.device == self.device:
             return tensor
         if tensor.is_inference() or (tensor.requires_grad and torch.is_grad_enabled()):
             return tensor.to(self.device)
         version = state_of(tensor)
         copy: Tensor
-        before, then, copy = self.copies.get(tensor, (None, 0, tensor))
-        if before != version or then != copy._version:
+        copied_version, copy_version, copy = self.copies.get(tensor, (None, 0, tensor))
+        if copied_version != version or copy_version != copy._version:
             with torch.inference_mode(False), torch.no_grad():
                 copy = tensor.to(self.device)
             self.copies[tensor] = version, copy._version, copy

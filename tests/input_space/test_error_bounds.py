@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coded_torch import Regression
-from coded_torch.input_space.error_bounds import Bounds, ErrorBounds, bounds, label_p_values
+from coded_torch.input_space.error_bounds import Bounds, ErrorBounds, bounds_of, label_p_values
 from coded_torch.input_space.gaussian_process import GaussianProcess
 
 POWER = 0.75 / 2
@@ -82,7 +82,7 @@ def problem(n, d, trust, seed):
 def test_a_bound_is_that_of_full_conformal_estimate(n, d, trust, seed):
     """Of one output it is the same, but where a result weighs so much that it is never odd."""
     squared, process, y, estimated = problem(n, d, trust, seed)
-    limits = bounds(torch.tensor([n]), y, estimated, process, trust)
+    limits = bounds_of(torch.tensor([n]), y, estimated, process, trust)
     found = ErrorBounds(n + 1, [limits])
     for coverage in (0.8, 0.95):
         outside = math.floor((1 - coverage) * (n + 1) + 1e-9)
@@ -100,7 +100,7 @@ def test_no_bound_is_larger_at_a_lower_level(trust):
     mean = y[:40].mean(0)
     estimated = torch.lerp(mean, process.weights @ y[:40], trust)
     regression = (process, trust) if trust else ()
-    found = ErrorBounds(60, [bounds(torch.arange(40, 60), y[:40], estimated, *regression)])
+    found = ErrorBounds(60, [bounds_of(torch.arange(40, 60), y[:40], estimated, *regression)])
     levels = [found.at(level) for level in (0.5, 0.8, 0.95, 0.98)]
     assert all(bool((low <= high).all()) for low, high in itertools.pairwise(levels))
     assert not levels[0][:40].any()
@@ -113,7 +113,7 @@ def test_no_bound_is_larger_at_a_lower_level(trust):
 def test_about_the_mean_it_is_the_largest_deviation():
     """With 19 results at 95 %: row i is as odd as the farthest result from the others' mean."""
     y = normal(19, 1)
-    found = ErrorBounds(20, [bounds(torch.tensor([19]), y, y.mean(0, keepdim=True))])
+    found = ErrorBounds(20, [bounds_of(torch.tensor([19]), y, y.mean(0, keepdim=True))])
     far = (y - y.mean()).abs().max().item()
     assert found.at(0.95)[19].item() == pytest.approx(far * (1 + 1 / 19) / (1 - 1 / 19))
     assert found.at(0.96)[19].item() == math.inf
@@ -160,8 +160,8 @@ def test_surrogates_take_part_in_labels_alone():
     _, process = regressed(x, 30)
     classes = torch.nn.functional.one_hot(torch.arange(40) % 3, 3).double()
     args = torch.arange(30, 40), rest[:30], process.weights @ rest[:30], process, 1.0
-    without = bounds(*args, args[1:3])
-    found = bounds(*args, (args[1] + classes[:30], args[2] + classes[30:]))
+    without = bounds_of(*args, args[1:3])
+    found = bounds_of(*args, (args[1] + classes[:30], args[2] + classes[30:]))
     assert torch.equal(found.thresholds, without.thresholds)
     assert found.p_values.tolist() == [1 / 31] * 10
     assert without.p_values.max() > 0.5
@@ -176,14 +176,14 @@ def test_bounds_of_many_outputs_are_those_of_few(trust):
     zeros = [torch.zeros(len(z), 9000, dtype=z.dtype) for z in y]
     more = [torch.cat(pair, 1) for pair in zip(y, zeros, strict=True)]
     regression = (process, trust) if trust else (None, 0.0)
-    few = bounds(torch.arange(40, 60), *y, *regression, (y[0] + 9, y[1] + 9))
+    few = bounds_of(torch.arange(40, 60), *y, *regression, (y[0] + 9, y[1] + 9))
     scores = [torch.cat([z + 9, zero], 1) for z, zero in zip(y, zeros, strict=True)]
-    many = bounds(torch.arange(40, 60), *more, *regression, scores)
+    many = bounds_of(torch.arange(40, 60), *more, *regression, scores)
     torch.testing.assert_close(many.thresholds, few.thresholds)
     assert few.p_values.unique().numel() > 1 or not trust  # else all answers are the mean
     torch.testing.assert_close(many.p_values, few.p_values)
     images = [torch.zeros(len(z), 40_000) for z in y]  # too many to be classes
-    assert bounds(torch.arange(40, 60), *images, labels=images).p_values is None
+    assert bounds_of(torch.arange(40, 60), *images, labels=images).p_values is None
 
 
 def test_bounds_of_more_outputs_than_are_sampled_and_fewer_than_results():
@@ -202,12 +202,12 @@ def test_bounds_of_more_outputs_than_are_sampled_and_fewer_than_results():
 def test_bounds_around_a_mean_need_no_matrix_of_all_results(columns, tmp_path):
     code = f"""
 import resource, torch
-from coded_torch.input_space.error_bounds import bounds
+from coded_torch.input_space.error_bounds import bounds_of
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-bounds(torch.arange(400), torch.randn(400, {columns}), torch.zeros(400, {columns}))
+bounds_of(torch.arange(400), torch.randn(400, {columns}), torch.zeros(400, {columns}))
 before = peak()
-bounds(torch.arange(8000), torch.randn(8000, {columns}), torch.zeros(8000, {columns}))
+bounds_of(torch.arange(8000), torch.randn(8000, {columns}), torch.zeros(8000, {columns}))
 print(peak() - before)
 """
     (script := tmp_path / "script.py").write_text(code)
