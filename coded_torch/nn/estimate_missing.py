@@ -26,7 +26,7 @@ from ..verification.verifier import Verifier
 from .division import Division
 from .finite import finite
 from .report import Report, logger
-from .result_checks import Stacked, show
+from .result_checks import Result, Stacked, show
 
 Plan: TypeAlias = BatchPlan | RowPlan
 
@@ -132,6 +132,14 @@ class Answers:
         if self._memories:
             self._remember(floating, report.estimated)
         return stacked.tree(answers)
+
+    def of_whole(self, result: Result) -> Any:
+        """Return the module's output for all rows, which is the answers as they are."""
+        floating = [leaf for leaf in result.leaves if leaf.dtype.is_floating_point]
+        self._report._note_whole(
+            self._division.batch_size, self._coverage, floating[0] if floating else None
+        )
+        return result.value
 
     def of_surrogate(self, waiting: Waiting, stacked: Stacked | None, error: Exception) -> Any:
         """Return a surrogate's answers, in the form of earlier results if none came, or raise."""

@@ -380,6 +380,11 @@ class Report:
             kinds[:-1] if source is None else kinds[source.numpy() // unit_rows]
         )
 
+    def _note_whole(self, size: int, coverage: float, answers: Tensor | None) -> None:
+        """Note that the first parts gave all answers, of which these are the first output's."""
+        self.source = torch.zeros(size, dtype=torch.uint8, device="cpu")
+        self._note_bounds(ErrorBounds(size), coverage, None, answers)
+
     def _note_bounds(
         self, bounds: ErrorBounds, coverage: float, link: str | None, answers: Tensor | None
     ) -> None:

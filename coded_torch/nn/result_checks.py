@@ -54,7 +54,7 @@ class Result:
 
     def __init__(self, value: Any, units: Sequence[int], division: Division) -> None:
         task = division.task
-        self._value = value
+        self.value = value
         self._units = units
         self._division = division
         self._layout = task.layout or _NO_LAYOUT
@@ -90,7 +90,7 @@ class Result:
                     f"got {got}; return a tensor of logits or scores instead, register containers "
                     "with torch.utils._pytree, or say None in out_dims"
                 )
-            check_batch(self._value, i, leaf, dim, len(units) * task.unit_rows)
+            check_batch(self.value, i, leaf, dim, len(units) * task.unit_rows)
             self.form.append((leaf.dtype, (self.rows(i) if dim else leaf).shape[1:]))
             self.divided.append(i)
             if division.link is not None:
@@ -172,7 +172,7 @@ class Result:
                         yield i, place, x
 
     def name(self, i: int) -> str:
-        return self._layout.name(self._value, i)
+        return self._layout.name(self.value, i)
 
     def rows(self, i: int) -> Tensor:
         """Return a leaf, batch first."""
@@ -286,7 +286,7 @@ class Checks:
         self._unconfirmed = dict[Part, str]()
         self._infinite = defaultdict[tuple[int, bytes], set[int]](set)
         self._misfits: list[tuple[int, Part, Exception]] = []  # parts that cannot be decoded
-        self._joined: Result | None = None  # the result of the whole batch, joined
+        self.joined: Result | None = None  #: the result of the whole batch, if one pass joined it
 
     def judge(self, ended: Sequence[Part]) -> None:
         """Judge parts that ended together.
@@ -364,7 +364,7 @@ class Checks:
             part.result = result
             self.table.mark(part, GOOD)
         self._groups.append([*ended])
-        self._joined = result
+        self.joined = result
         return True
 
     def _confirm(self, part: Part) -> None:
@@ -473,7 +473,8 @@ class Checks:
 
     def stack(self) -> Stacked:
         """Stack the results that answer units."""
-        if (whole := self._joined) is not None:
+        whole = self.joined
+        if whole is not None:
             size = self._division.batch_size
             leaves = [leaf.unsqueeze(1) for leaf in whole.leaves]
             forms = whole.dims, whole.divided, whole.lists, whole.spec

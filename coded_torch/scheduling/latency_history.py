@@ -110,6 +110,12 @@ class History:
         with self._lock:
             return self._quantile(self._parts, quantile, least) * self._scale(rows)
 
+    def quantiles(self, rows: int, shares: Sequence[float]) -> list[float]:
+        """Return several quantiles, as :meth:`part` does."""
+        with self._lock:
+            scale = self._scale(rows)
+            return [self._quantile(self._parts, share) * scale for share in shares]
+
     def num_hedges(self, rows: int, most: int) -> int:
         """Return how many parts stand in for a late one: ``most``, or 1 if that is no use."""
         with self._lock:

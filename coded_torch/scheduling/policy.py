@@ -63,7 +63,7 @@ def hedging_threshold(history: History, rows: int, budget: float = 0.0) -> float
     Infinite until 32 parts have replied.
     """
     shares = (0.5, 0.25, max(0.0, 1.0 - budget))
-    median, quartile, spent = [history.part(rows, share) for share in shares]
+    median, quartile, spent = history.quantiles(rows, shares)
     most = _MOST_TAIL
     if quartile > 0 and median < math.inf:
         most = min(most, (median / quartile) ** _TAIL)

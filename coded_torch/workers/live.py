@@ -117,15 +117,15 @@ class LiveRequest(Request):
         self.ambient = Ambient.here()
         self._opened = time.monotonic()
         #: The parts whose replies were not taken, by number. The oldest is first.
-        self.open = OrderedDict[int, Part]()
+        self.open: OrderedDict[int, Part] = OrderedDict()  # `OrderedDict[...]()` takes longer
         self.began: dict[int, Began] = {}  #: of open parts
         #: What was not taken: replies by the number of the part, and ``~number`` for its begin.
         self.events: dict[int, Began | Reply] = {}
-        self.replied = set[int]()  #: the parts with replies that were not taken
-        self._taken = deque[Began | Reply]()  # events that :meth:`wait` returns next
+        self.replied: set[int] = set()  #: the parts with replies that were not taken
+        self._taken: deque[Began | Reply] = deque()  # events that :meth:`wait` returns next
         self.bell: Any = dispatcher.bell()  #: ends the wait for an event
         self.in_memory: Any = None  #: what a dispatcher makes of the parts, once it is needed
-        self.kills = Counter[int]()  #: the times that a worker was ended at a unit
+        self.kills: Counter[int] = Counter()  #: the times that a worker was ended at a unit
         self.closed = False
         self.urgent = False  #: true if a part has failed whose reply was not taken
         self.abandoned = False  #: true if its workers may be ended, as the caller was interrupted
