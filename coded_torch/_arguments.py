@@ -207,7 +207,9 @@ def find_devices(
 
 
 def _name(owner: object) -> str:
-    return owner if isinstance(owner, str) else type(owner).__name__
+    if isinstance(owner, str):
+        return owner
+    return type(owner).__name__
 
 
 def shown(value: Any) -> str:

@@ -111,7 +111,9 @@ def not_joined(name: str, leaf: Any) -> str:
 def proved_of(module: nn.Module) -> dict[Any, Layout]:
     """Return the layouts of a module that are proved, by :func:`structure`."""
     found = _PROVED.get(module)
-    return _PROVED.setdefault(module, {}) if found is None else found
+    if found is not None:
+        return found
+    return _PROVED.setdefault(module, {})
 
 
 def structure(leaves: Sequence[Any], dims: Sequence[Any], spec: Any, *others: Any) -> Any:
@@ -189,7 +191,9 @@ def _distance(one: Any, two: Any, is_half: bool) -> float:
     off = (first - second)[both].abs().max().item() if both.any() else 0.0
     largest = first[both].abs().max().item() if both.any() else 0.0
     share = _ROUNDING_OF_HALF if is_half or one.dtype.itemsize == 2 else _ROUNDING
-    return off if off > (share * largest + math.sqrt(eps)) * is_rounded else 0.0
+    if off > (share * largest + math.sqrt(eps)) * is_rounded:
+        return off
+    return 0.0
 
 
 def dependent_output(

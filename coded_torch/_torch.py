@@ -127,7 +127,9 @@ class on_host(_Block):  # noqa: N801
 
     def _change(self) -> Any:
         mode = _get_current_function_mode()  # a mode would slow down every call
-        return None if mode is None or isinstance(mode, _Host) else _Host("cpu")
+        if mode is None or isinstance(mode, _Host):
+            return None
+        return _Host("cpu")
 
 
 class as_called(_Block):  # noqa: N801
@@ -222,7 +224,9 @@ def flatten(
     leaves, spec = pytree.tree_flatten(tree, is_leaf)
     unknown = {type(x) for x in leaves if hasattr(type(x), "__dataclass_fields__")}
     registered = [kind for kind in unknown if _register(kind)]
-    return flatten(tree, is_leaf) if registered else (leaves, spec)
+    if registered:
+        return flatten(tree, is_leaf)
+    return leaves, spec
 
 
 def _register(kind: Any) -> bool:
@@ -250,7 +254,9 @@ def is_texts(node: Any) -> bool:
 
 def unflatten(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
     """Return the tree of these leaves and this structure."""
-    return leaves[0] if spec is _LEAF else pytree.tree_unflatten(leaves, spec)
+    if spec is _LEAF:
+        return leaves[0]
+    return pytree.tree_unflatten(leaves, spec)
 
 
 @functools.cache
@@ -332,4 +338,6 @@ def sample(batch: Any) -> inspect.BoundArguments:
 
 def as_real(tensor: Tensor) -> Tensor:
     """Return complex numbers as pairs of real ones, and any other tensor as it is."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.dtype.is_complex else tensor
+    if tensor.dtype.is_complex:
+        return torch.view_as_real(tensor.resolve_conj())
+    return tensor

@@ -203,4 +203,6 @@ def _examples(built: App) -> str:
 
 def _size(row: Any) -> int:
     """Return the numbers or the characters of a row."""
-    return row.numel() if isinstance(row, Tensor) else len(row)
+    if isinstance(row, Tensor):
+        return row.numel()
+    return len(row)

@@ -347,7 +347,9 @@ class Table:
     def num_answered(self) -> int:
         """The number of units that have an answer."""
         # If no more units were asked for than are needed, none was asked for twice.
-        return self.num_good if self.num_asked == self.needed else len(self.answered)
+        if self.num_asked == self.needed:
+            return self.num_good
+        return len(self.answered)
 
     @property
     def good(self) -> list[Part]:

@@ -56,7 +56,9 @@ def span(name: str, headers: Mapping[str, str] | None = None) -> Any:
     With the headers of a request, the span is the server's, and its parent may be the client's.
     """
     api = _api()
-    return _NOTHING if api is None else _span(api, name, headers)
+    if api is None:
+        return _NOTHING
+    return _span(api, name, headers)
 
 
 @contextlib.contextmanager

@@ -224,7 +224,9 @@ class CodedWrapper(ModuleProxy):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the outputs for these arguments, as the module does; :meth:`run` reports, too."""
         compiling = torch.compiler.is_compiling()
-        return self._outside_graphs(args, kwargs) if compiling else self._forward(args, kwargs)
+        if compiling:
+            return self._outside_graphs(args, kwargs)
+        return self._forward(args, kwargs)
 
     def _forward(self, args: Any, kwargs: dict[str, Any]) -> Any:
         return self._call(Report(), self._policy(), (args, kwargs))

@@ -190,7 +190,9 @@ class Inputs:
         return sum(leaf[:1].numel() for leaf in self.floating())
 
     def _name(self, i: int) -> str:
-        return f"args[{i}]" if self._plain else _name(self._paths[i][0])
+        if self._plain:
+            return f"args[{i}]"
+        return _name(self._paths[i][0])
 
     @functools.cached_property
     def _paths(self) -> list[Any]:

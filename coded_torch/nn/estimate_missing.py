@@ -268,7 +268,9 @@ class Answers:
 
         def rows(leaf: Tensor) -> Tensor:
             leaf = plain("Memory", "leaf", leaf)
-            return leaf if bool(exact.all()) else leaf[exact.to(leaf.device)]
+            if bool(exact.all()):
+                return leaf
+            return leaf[exact.to(leaf.device)]
 
         with outside():
             inputs = [rows(leaf) for leaf in self._inputs.floating()]

@@ -179,4 +179,6 @@ class _OnnxCall:
         arrays = [x.detach().cpu().contiguous().numpy() for x in args]
         named = dict(zip(self._inputs, arrays, strict=True))
         results = [torch.from_numpy(x).to(self._device) for x in self._session.run(None, named)]
-        return results[0] if len(results) == 1 else dict(zip(self._outputs, results, strict=True))
+        if len(results) == 1:
+            return results[0]
+        return dict(zip(self._outputs, results, strict=True))

@@ -40,7 +40,9 @@ def show(leaf: Any) -> str:
     """Return a leaf for messages: the dtype and shape of a tensor, a constant, else the type."""
     if isinstance(leaf, Tensor):
         return f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
-    return repr(leaf) if isinstance(leaf, CONSTANTS) else type(leaf).__name__
+    if isinstance(leaf, CONSTANTS):
+        return repr(leaf)
+    return type(leaf).__name__
 
 
 _NO_LAYOUT = Layout()
@@ -177,7 +179,9 @@ class Result:
     def rows(self, i: int) -> Tensor:
         """Return a leaf, batch first."""
         leaf: Tensor = self.leaves[i]
-        return leaf.movedim(self.dims[i], 0) if self.dims[i] else leaf
+        if self.dims[i]:
+            return leaf.movedim(self.dims[i], 0)
+        return leaf
 
     def judged(self, i: int) -> Tensor:
         """Return a leaf, batch first, without the rows of inputs that are not finite."""

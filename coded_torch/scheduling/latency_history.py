@@ -122,7 +122,9 @@ class History:
             size = -(-rows // max(1, most))
             is_known = self._fewest <= size and self._fewest < self.most_rows
             share = self._scale(size) / self._scale(rows)
-            return 1 if is_known and share > _SPLIT_SHARE else max(1, most)
+            if is_known and share > _SPLIT_SHARE:
+                return 1
+            return max(1, most)
 
     def call(self, rows: int) -> float:
         """Return the median of calls whose largest part has so many rows, in seconds.

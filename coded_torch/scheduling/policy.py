@@ -290,7 +290,9 @@ class _Decisions:
             return known
         if self.waiting.deadline is not None:
             return self.waiting.deadline / 2
-        return math.inf if self.is_unknown or self.may_estimate else self.new_threshold(units)
+        if self.is_unknown or self.may_estimate:
+            return math.inf
+        return self.new_threshold(units)
 
     def _reason(self) -> str:
         """Return why the call ends now, "" if it does not."""
@@ -318,7 +320,9 @@ class _Decisions:
         if self.table.heard < self.late_at:
             return min(due, self.late_at)
         self.table.late = math.inf  # from now on, each result may end the call
-        return due if self.waiting.deadline is None else min(due, self.end)
+        if self.waiting.deadline is None:
+            return due
+        return min(due, self.end)
 
     def _set_due(self, part: Part, due: float) -> None:
         part.due = due
