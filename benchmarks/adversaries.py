@@ -26,7 +26,7 @@ from coded_torch.codes.curves import chebyshev_second
 from coded_torch.experiments.compare import received_by
 from coded_torch.experiments.scores import rounded
 from coded_torch.stragglers import Uniform
-from coded_torch.verification.evidence import Evidence
+from coded_torch.verification._evidence import Evidence
 
 from .accuracy import SEEDS
 from .networks import SEED

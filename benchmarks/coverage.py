@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from coded_torch import CodedWrapper, Regression, Waiting
 from coded_torch.codes import NotEnoughResults, RegressionCode
 from coded_torch.experiments.scores import half_width, rounded
-from coded_torch.input_space.gaussian_process import GaussianProcess
+from coded_torch.input_space._gaussian_process import GaussianProcess
 from coded_torch.input_space.metrics import Choice, Distances, Sources
-from coded_torch.nn.division import dealt
+from coded_torch.nn._division import dealt
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
 from coded_torch.workers import LocalWorkers

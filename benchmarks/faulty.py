@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from coded_torch.table import Table
-from coded_torch.verification.record import Record
-from coded_torch.verification.verifier import Verifier
+from coded_torch.verification._record import Record
+from coded_torch.verification._verifier import Verifier
 from coded_torch.workers import Reply, WorkerError
 
 from .networks import SEED

@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from coded_torch.nn import Waiting
-from coded_torch.scheduling.latency_history import History
+from coded_torch.scheduling._latency_history import History
 from coded_torch.scheduling.policy import hedging_threshold
 from coded_torch.table import OPEN, Table
 

@@ -41,8 +41,8 @@ from torch import Tensor, nn
 from coded_torch import CodedWrapper
 from coded_torch.demo import digits, lenet5
 from coded_torch.experiments.scores import half_width, rounded
-from coded_torch.input_space.betting import bounded
-from coded_torch.input_space.finite_mean import intervals
+from coded_torch.input_space._betting import bounded
+from coded_torch.input_space._finite_mean import intervals
 from coded_torch.nn.mean import Looks
 from coded_torch.workers import LocalWorkers, ProcessWorkers
 

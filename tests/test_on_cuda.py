@@ -13,7 +13,7 @@ from coded_torch.codes import BerrutCode, LagrangeCode, RegressionCode, Replicat
 from coded_torch.input_space.ordering import Grouping
 from coded_torch.linear import MatrixMap, SplineMap
 from coded_torch.nn import CodedWrapper, Waiting
-from coded_torch.nn.finite import all_finite, sums_of
+from coded_torch.nn._finite import all_finite, sums_of
 from coded_torch.stragglers import Uniform
 from coded_torch.workers import DeviceWorkers, LocalWorkers
 

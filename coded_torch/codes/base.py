@@ -17,13 +17,13 @@ from torch import Tensor
 
 from .._arguments import MOST_WORKERS, count, instance, shown
 from .._torch import on_host, outside
-from ..input_space.error_bounds import ErrorBounds
-from ..input_space.gaussian_process import off_mean
+from ..input_space._error_bounds import ErrorBounds
+from ..input_space._gaussian_process import off_mean
+from ..input_space._regressor import MOST_ROWS
 from ..input_space.gradients import GradientMetric
 from ..input_space.metrics import Choice, Distances, Sources
 from ..input_space.ordering import Grouping
 from ..input_space.regression import check_batch, check_link
-from ..input_space.regressor import MOST_ROWS
 from ..linear import LinearMap, MatrixMap, unit_rows
 from ._untuned import CACHED_DECODERS, ROW_SUM
 from .suspects import (

@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 
 from .._arguments import count, positive, probability, real
-from ..scheduling.latency_history import History
+from ..scheduling._latency_history import History
 from ..scheduling.policy import Waiting, hedging_threshold
 from ..stragglers import Stragglers
 from ..table import Part, Table
-from ..verification.record import Record
-from ..verification.scores import ODD_PARTS, ODD_ROWS, Results
-from ..verification.verifier import Verifier
+from ..verification._record import Record
+from ..verification._scores import ODD_PARTS, ODD_ROWS, Results
+from ..verification._verifier import Verifier
 from .scores import grouped
 from .simulation import OVERHEAD, Conditions, simulate
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .._arguments import check, dense, shown
 from ..codes import Code
-from ..input_space.finite_mean import student_t
+from ..input_space._finite_mean import student_t
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

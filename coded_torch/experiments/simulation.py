@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from .._arguments import count, instance, positive, probability, real
-from ..scheduling.latency_history import History
+from ..scheduling._latency_history import History
 from ..stragglers import Stragglers
 from ..table import Began, Part, Reply, Table, WorkerError
 from ..workers.local import VirtualPool

@@ -20,7 +20,7 @@ from .._torch import as_called, broadcast_dims, check_batch, leaf_name, on_host
 from ..codes import BatchPlan, Code
 from ..input_space.regression import to_scale
 from ..nn import CodedWrapper
-from ..nn.division import Inputs, training_part
+from ..nn._division import Inputs, training_part
 from ..stragglers import Uniform
 from .faults import Attack
 

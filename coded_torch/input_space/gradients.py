@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import arguments, shown
 from .._torch import device_of, exactly, on_host, placed
+from ._gaussian_process import LENGTH, RowProcess
 from ._untuned import FLOOR, LEAST_ROWS, NOTHING
-from .gaussian_process import LENGTH, RowProcess
 
 # Of each output tensor with more numbers, so many random projections are differentiated.
 _MOST_OUTPUTS = 16

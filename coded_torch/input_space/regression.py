@@ -13,11 +13,11 @@ from .. import ops
 from .._arguments import check, count, dense, instance, real, shown
 from .._extension import first_results
 from .._torch import exactly, outside, plain, to_device
-from .error_bounds import ErrorBounds
-from .gaussian_process import NUGGET
+from ._error_bounds import ErrorBounds
+from ._gaussian_process import NUGGET
+from ._regressor import LENGTH, MOST_ROWS, Regressor
 from .gradients import GradientMetric
 from .metrics import METRICS, Choice, Distances, Features, Sources
-from .regressor import LENGTH, MOST_ROWS, Regressor
 
 _BLIND = "no floating-point input to measure distances on: missing answers are the mean"
 # Rows whose variances are found together where copies are planned: estimating an input from more

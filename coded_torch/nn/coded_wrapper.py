@@ -15,18 +15,18 @@ from .._changes import unchanged
 from .._layout import Layout, proved_of, structure
 from .._torch import WrongRows, on_host, refuse_tracing, tracer
 from ..codes.base import Code, NotEnoughResults
-from ..input_space.error_bounds import Exchangeability
+from ..input_space._error_bounds import Exchangeability
 from ..input_space.regression import Regression, to_scale
-from ..scheduling.latency_history import History
+from ..scheduling._latency_history import History
 from ..scheduling.policy import Waiting
 from ..surrogates import checked
-from ..verification.evidence import Evidence
-from ..verification.record import Record
-from ..verification.verifier import Verifier
+from ..verification._evidence import Evidence
+from ..verification._record import Record
+from ..verification._verifier import Verifier
 from ..workers.base import Workers
 from ..workers.local import LocalWorkers
-from .division import Columns, Division, Inputs, Rows, training_part
-from .estimate_missing import Answers
+from ._division import Columns, Division, Inputs, Rows, training_part
+from ._estimate_missing import Answers
 from .execute import Execution, seconds_left
 from .module_proxy import ModuleProxy
 from .report import Report

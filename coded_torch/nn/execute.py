@@ -15,13 +15,13 @@ from torch.utils import _pytree as pytree
 from .. import tracing
 from .._arguments import sparing_logger
 from ..codes.base import DeadlineExceeded, NotEnoughResults
-from ..input_space.error_bounds import Exchangeability
-from ..scheduling.latency_history import History
+from ..input_space._error_bounds import Exchangeability
+from ..scheduling._latency_history import History
 from ..scheduling.policy import Waiting
 from ..table import DROPPED, OPEN, Began, Reply, Table, WorkerError
-from ..verification.verifier import Verifier
+from ..verification._verifier import Verifier
 from ..workers.base import Request, Workers
-from .division import Division
+from ._division import Division
 from .report import Report
 from .result_checks import Checks
 

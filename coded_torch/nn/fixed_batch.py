@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from .._arguments import count, instance
 from .._layout import CONSTANTS
 from .._torch import broadcast_dims, leaf_name, unflatten
-from .division import Inputs
+from ._division import Inputs
 
 
 class FixedBatch(nn.Module):

@@ -15,15 +15,15 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import arguments, bound, count, instance, real, real_array, shown
 from .._torch import as_called, device_of, exactly, on_host
-from ..input_space.betting import bounded
-from ..input_space.coordinates import Coordinates
-from ..input_space.finite_mean import Kernel, KernelRegression, intervals
+from ..input_space._betting import bounded
+from ..input_space._coordinates import Coordinates
+from ..input_space._finite_mean import Kernel, LowRankRegression, intervals
 from ..input_space.gradients import GradientMetric
 from ..input_space.metrics import EUCLIDEAN, METRICS, Leaf, fitted, leaves_of, typical_rows
 from ..scheduling.policy import Waiting
 from ..surrogates import Memory
-from .division import Inputs
-from .estimate_missing import CHANCE, least_squares
+from ._division import Inputs
+from ._estimate_missing import CHANCE, least_squares
 
 # Rows of the first look, of which intervals held as often as they say, and growth of the looks.
 _FIRST = 60
@@ -256,7 +256,7 @@ class Looks:
     @on_host()
     @exactly()
     def estimated(self, size: int) -> tuple[Any, ...]:
-        """Return what :func:`~..input_space.finite_mean.intervals` takes, from computed rows."""
+        """Return what :func:`~..input_space._finite_mean.intervals` takes, from computed rows."""
         y = self._computed(size)
         self._grow(size)
         cheap = torch.cat([each for _, each in self._seen], 1)
@@ -265,7 +265,7 @@ class Looks:
             found, explained, by_chance = least_squares(y, cheap.unbind())
             if explained > CHANCE * by_chance:  # surrogates of noise have no weight
                 weights += torch.tensor(found)
-        regression = KernelRegression([*self._kernels], y - torch.tensordot(weights, cheap, 1))
+        regression = LowRankRegression([*self._kernels], y - torch.tensordot(weights, cheap, 1))
         kernel = regression.kernel
         self._best = space, _ = self._kernels[kernel]
         others = self.drawn[size : size + _SEEN * size]

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .._arguments import real, sparing_logger
 from .._torch import outside
-from ..input_space.error_bounds import ErrorBounds
+from ..input_space._error_bounds import ErrorBounds
 from ..input_space.metrics import Choice
 from ..table import GOOD, OPEN, Hedge, Part, Table, WorkerError
-from ..verification.verifier import Verifier
+from ..verification._verifier import Verifier
 
 _CUT_SHORT = {
     "deadline": "the deadline was over",

@@ -28,8 +28,8 @@ from .._torch import (
 )
 from ..table import DISPUTED, FAILED, GOOD, Part, Table, WorkerError
 from ..workers.base import Unread
-from .division import Division
-from .finite import all_finite, finite, has_numbers, runs, sums_of
+from ._division import Division
+from ._finite import all_finite, finite, has_numbers, runs, sums_of
 
 # The signs of numbers, to be compared.
 _FINITE, _NAN = b"\0", b"\2"

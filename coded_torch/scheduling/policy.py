@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from .._arguments import count, instance, real, shown
 from ..table import DROPPED, GOOD, OPEN, Part, Table
-from .latency_history import History
+from ._latency_history import History
 
 # Late parts are hedged three times, first split over four idle workers (benchmarks/waiting.py). A
 # failed part is cut in four: few workers are lost to a row that ends them (benchmarks resilience).

@@ -23,7 +23,7 @@ from .._torch import device_of, unflatten
 from ..codes import DeadlineExceeded, NotEnoughResults
 from ..nn import CodedWrapper, Report, Waiting
 from ..open_inference import FORMER, EndpointError, RefusedError, TensorSpec, cleaned, flatten
-from ..scheduling.latency_history import History
+from ..scheduling._latency_history import History
 from .protocol import RequestError
 from .suspects import Suspects
 

@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive
 
 from .. import open_inference as wire
-from ..nn.finite import finite
+from ..nn._finite import finite
 from ..open_inference import ADDED, FORMER, TensorSpec, field, require
 
 if sys.version_info >= (3, 11):

@@ -16,11 +16,11 @@ from .._arguments import count, instance, sparing_logger
 from .._changes import fingerprint
 from .._torch import exactly
 from ..input_space import metrics
-from ..input_space.coordinates import RANK, Coordinates
-from ..input_space.gaussian_process import RowProcess, evenly
+from ..input_space._coordinates import RANK, Coordinates
+from ..input_space._gaussian_process import RowProcess, evenly
+from ..input_space._regressor import LENGTH, Regressor
 from ..input_space.gradients import GradientMetric
 from ..input_space.metrics import EUCLIDEAN, METRICS, Leaf, name_of, typical_rows
-from ..input_space.regressor import LENGTH, Regressor
 
 logger = sparing_logger("coded_torch.surrogates")
 

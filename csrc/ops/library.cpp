@@ -53,7 +53,7 @@ STABLE_TORCH_LIBRARY(coded_torch, m) {
       "float, float)");
   m.def("coefficients(Tensor[] regression, Tensor results) -> (Tensor, Tensor)");
   // Thresholds [1, L, n], or [2, L, n] where `is_signed`, by at most so many results, and how odd
-  // these look, [n]: input_space/gaussian_process.py.
+  // these look, [n]: input_space/_gaussian_process.py.
   m.def(
       "error_thresholds(Tensor weights, Tensor variances, Tensor moved, Tensor known, float trust, "
       "int count, int calibrating, bool is_signed) -> (Tensor, Tensor)");

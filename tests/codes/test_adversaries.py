@@ -10,7 +10,7 @@ import coded_torch
 from coded_torch import CodedWrapper, codes, stragglers, workers
 from coded_torch.codes.suspects import Copies
 from coded_torch.experiments.faults import FaultyWorkers
-from coded_torch.verification.evidence import CALLS, Evidence
+from coded_torch.verification._evidence import CALLS, Evidence
 
 ATTACKS = {
     "noise": lambda rows, generator: rows + 20 * torch.randn(rows.shape, generator=generator),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from coded_torch import Regression
 from coded_torch.codes import BerrutCode, RegressionCode, ReplicationCode, SplineCode, base
-from coded_torch.input_space.gaussian_process import GaussianProcess
+from coded_torch.input_space._gaussian_process import GaussianProcess
 from coded_torch.input_space.metrics import Distances, Sources
 from coded_torch.testing.codes import DTYPES, normal
 

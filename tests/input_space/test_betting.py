@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from coded_torch.input_space.betting import betting, bounded
+from coded_torch.input_space._betting import betting, bounded
 
 
 def drawn(y, count, seed=0):

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coded_torch import Regression
-from coded_torch.input_space.error_bounds import Bounds, ErrorBounds, bounds_of, label_p_values
-from coded_torch.input_space.gaussian_process import GaussianProcess
+from coded_torch.input_space._error_bounds import Bounds, ErrorBounds, bounds_of, label_p_values
+from coded_torch.input_space._gaussian_process import GaussianProcess
 
 POWER = 0.75 / 2
 
@@ -202,7 +202,7 @@ def test_bounds_of_more_outputs_than_are_sampled_and_fewer_than_results():
 def test_bounds_around_a_mean_need_no_matrix_of_all_results(columns, tmp_path):
     code = f"""
 import resource, torch
-from coded_torch.input_space.error_bounds import bounds_of
+from coded_torch.input_space._error_bounds import bounds_of
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 bounds_of(torch.arange(400), torch.randn(400, {columns}), torch.zeros(400, {columns}))

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from coded_torch.input_space.error_bounds import Exchangeability
+from coded_torch.input_space._error_bounds import Exchangeability
 
 
 def calls(seed, dependence, parts=16, rows=(1,)):

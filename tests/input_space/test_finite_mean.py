@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from coded_torch.input_space.finite_mean import Kernel, KernelRegression, intervals
+from coded_torch.input_space._finite_mean import Kernel, LowRankRegression, intervals
 from coded_torch.ops import matern52
 
 from ..nn.modules import rand
@@ -19,7 +19,7 @@ def data_set(total=300, seed=0):
 
 
 def regressed(z, y, *lengths):
-    return KernelRegression([Kernel(z, length) for length in lengths], y)
+    return LowRankRegression([Kernel(z, length) for length in lengths], y)
 
 
 def of_draw(z, y, order, n, seen=None, level=0.95):
@@ -82,7 +82,7 @@ def test_few_kernels_are_those_of_all_rows_if_they_suffice(monkeypatch):
     z, y = data_set(40)
     z, y = z.repeat_interleave(3, 0), y.repeat_interleave(3, 0)
     exact = regressed(z, y, 1.5)
-    monkeypatch.setattr("coded_torch.input_space.finite_mean.CENTRES", 40)
+    monkeypatch.setattr("coded_torch.input_space._finite_mean.CENTRES", 40)
     few = regressed(z, y, 1.5)
     others = data_set(50, seed=5)[0]
     torch.testing.assert_close(few.diagonal, exact.diagonal, rtol=1e-4, atol=1e-4)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coded_torch import ops
-from coded_torch.input_space.gaussian_process import NUGGET, GaussianProcess, evenly
+from coded_torch.input_space._gaussian_process import NUGGET, GaussianProcess, evenly
 from coded_torch.ops import matern52
 
 KNOWN, ASKED = torch.arange(30), torch.arange(30, 35)

@@ -11,7 +11,7 @@ from torch import nn
 
 from coded_torch import CodedWrapper, Regression, Waiting
 from coded_torch.codes import ReplicationCode
-from coded_torch.input_space.finite_mean import Kernel
+from coded_torch.input_space._finite_mean import Kernel
 from coded_torch.surrogates import Memory
 from coded_torch.testing.virtual import VirtualWorkers
 from coded_torch.workers import DeviceWorkers, LocalWorkers, ProcessWorkers

@@ -10,8 +10,8 @@ from torch import nn
 
 from coded_torch import CodedWrapper, Regression, Waiting
 from coded_torch.codes import NotEnoughResults, ReplicationCode
-from coded_torch.nn.division import Inputs, Rows
-from coded_torch.nn.finite import all_finite, finite, sums_of
+from coded_torch.nn._division import Inputs, Rows
+from coded_torch.nn._finite import all_finite, finite, sums_of
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
 from coded_torch.testing.virtual import VirtualWorkers

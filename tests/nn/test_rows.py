@@ -14,7 +14,7 @@ from torch import nn
 
 from coded_torch import CodedWrapper, Waiting, codes
 from coded_torch.codes import NotEnoughResults
-from coded_torch.nn.division import dealt
+from coded_torch.nn._division import dealt
 from coded_torch.stragglers import Trace
 from coded_torch.workers import DeviceWorkers, LocalWorkers
 

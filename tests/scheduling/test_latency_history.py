@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from coded_torch.scheduling.latency_history import EstimationTimes, History
+from coded_torch.scheduling._latency_history import EstimationTimes, History
 from coded_torch.scheduling.policy import hedging_threshold
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import DeadlineExceeded, NotEnoughResults, ReplicationCode
-from coded_torch.scheduling.latency_history import History
+from coded_torch.scheduling._latency_history import History
 from coded_torch.table import Table
 from coded_torch.testing.virtual import VirtualWorkers
 

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from coded_torch.testing.virtual import VirtualWorkers
-from coded_torch.verification.record import Record
+from coded_torch.verification._record import Record
 from coded_torch.workers import DeviceWorkers
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coded_torch.table import DISPUTED, Part
-from coded_torch.verification.scores import Results, Scores
+from coded_torch.verification._scores import Results, Scores
 
 
 def smooth(x):

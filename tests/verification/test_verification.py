@@ -15,8 +15,8 @@ from coded_torch import CodedWrapper, Waiting, codes
 from coded_torch.codes import NotEnoughResults
 from coded_torch.surrogates import Memory
 from coded_torch.testing.virtual import VirtualWorkers
-from coded_torch.verification import scores
-from coded_torch.verification.scores import Results, Scores
+from coded_torch.verification import _scores
+from coded_torch.verification._scores import Results, Scores
 from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers, ProcessWorkers
 
 from ..nn.modules import Call
@@ -505,7 +505,7 @@ class TestWithoutTime:
         assert pool.clock <= 8.0
 
 
-@pytest.mark.parametrize("place", [(Results, "_fit"), (Scores, "learn"), (scores, "_scores")])
+@pytest.mark.parametrize("place", [(Results, "_fit"), (Scores, "learn"), (_scores, "_scores")])
 def test_an_exception_in_scoring_loses_no_answers(place, monkeypatch, caplog):
     def raising(*args):
         raise FloatingPointError("no such number")

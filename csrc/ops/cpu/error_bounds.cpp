@@ -1,4 +1,4 @@
-// Error bounds of estimates, on the CPU only. coded_torch/input_space/gaussian_process.py has the
+// Error bounds of estimates, on the CPU only. coded_torch/input_space/_gaussian_process.py has the
 // formulas.
 #include <torch/csrc/stable/library.h>
 

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ..table import DISPUTED, DROPPED, FAILED, GOOD, OPEN, Part, Table
-from .record import Record
-from .scores import Results
+from ._record import Record
+from ._scores import Results
 
 # Bounds of one call, not tuned.
 _DISPUTES = 8  # more disputes than faulty workers explain stay undecided

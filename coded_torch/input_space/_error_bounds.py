@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ._gaussian_process import GaussianProcess, evenly, off_mean
 from ._untuned import TIGHTEST
-from .gaussian_process import GaussianProcess, evenly, off_mean
 
 # If more rows are missing, 200 results calibrate, so that 1,024 rows take some ms. (benchmarks
 # coverage)

@@ -12,10 +12,10 @@ from .._arguments import dense
 from .._extension import split_rows
 from .._torch import differentiated, exactly, outside, plain, to_device
 from ..linear import product
+from ._error_bounds import Bounds, bounds_of
+from ._gaussian_process import LENGTH as LENGTH
+from ._gaussian_process import NUGGET, Estimates, GaussianProcess, evenly, off_mean
 from ._untuned import COLUMNS
-from .error_bounds import Bounds, bounds_of
-from .gaussian_process import LENGTH as LENGTH
-from .gaussian_process import NUGGET, Estimates, GaussianProcess, evenly, off_mean
 from .gradients import GradientMetric
 from .metrics import Choice, Distances, Features, name_of
 

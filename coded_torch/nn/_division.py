@@ -17,12 +17,12 @@ from .._extension import deal
 from .._layout import Layout
 from .._torch import broadcast_dims, is_texts, on_host, outside, plain, positional
 from ..codes.base import Code
+from ..input_space._regressor import MOST_ROWS
 from ..input_space.regression import Regression, RowPlan
-from ..input_space.regressor import MOST_ROWS
-from ..scheduling.latency_history import EstimationTimes
+from ..scheduling._latency_history import EstimationTimes
 from ..table import Units
 from ..workers.base import Task
-from .finite import all_finite, finite, has_numbers, sums_of
+from ._finite import all_finite, finite, has_numbers, sums_of
 
 # Seconds that an estimate may end after the deadline before a worse one is made. A busy machine
 # wakes a thread about as late (benchmarks/resilience.py, "deadline").

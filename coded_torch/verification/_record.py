@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from .scores import Scores
+from ._scores import Scores
 
 # A worker that is new, restarted or at fault is checked so many times as often as others, until so
 # many of its rows were clean. More finds faults sooner and costs work at the start; not tuned.

@@ -68,7 +68,7 @@ def bounded(
     The narrower of two intervals is taken: of bets, and the one that was ``found``, widened.
 
     Args:
-        found: ``[2, C]``, of :func:`~.finite_mean.intervals`, at the level ``at_looks``.
+        found: ``[2, C]``, of :func:`~._finite_mean.intervals`, at the level ``at_looks``.
         y: ``[n, C]``, float64, the numbers of rows in the order of drawing.
         is_share: ``[C]``, bool: the columns that can hold 0 and 1 only, of which none is missed.
         bounds: ``[2, C]``, float64. Columns whose bounds are infinite stay as they are found.

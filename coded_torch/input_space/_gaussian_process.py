@@ -114,7 +114,7 @@ class RowProcess(GaussianProcess):
         left_out = evenly(torch.arange(len(rows)), len(residuals))
         others = squared[left_out]
         others[torch.arange(len(left_out)), left_out] = math.inf  # a row is not its own neighbour
-        self._scores = residuals.norm(dim=1) / _deviation(matern52(others, self._length))
+        self._scores = residuals.norm(dim=1) / _expected_error(matern52(others, self._length))
 
     def estimate_at(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return estimates ``[n, C]``, float32, and thresholds of their errors, ``[n, m]``."""
@@ -122,10 +122,10 @@ class RowProcess(GaussianProcess):
         squared = products.add_(rows.square().sum(1, keepdim=True))
         covariances = matern52(squared.clamp_(min=0), self._length, out=squared)
         estimates = torch.addmm(self._mean, covariances, self._weights)
-        return estimates, _deviation(covariances)[:, None] * self._scores
+        return estimates, _expected_error(covariances)[:, None] * self._scores
 
 
-def _deviation(covariances: Tensor) -> Tensor:
+def _expected_error(covariances: Tensor) -> Tensor:
     """Return the size of errors to expect, ``[n]``, by the covariance with the nearest result."""
     nearest = covariances.amax(1).double()
     return (1 + NUGGET - nearest.square()).clamp(min=NUGGET) ** (_GROWTH / 2)

@@ -16,15 +16,15 @@ from torch.utils import _pytree as pytree
 from .._changes import unchanged
 from .._torch import as_called, device_of, flatten, on_host, outside, plain
 from ..codes.base import BatchPlan, NotEnoughResults
-from ..input_space.error_bounds import ErrorBounds
+from ..input_space._error_bounds import ErrorBounds
+from ..input_space._regressor import columns, few_columns
 from ..input_space.metrics import Choice
 from ..input_space.regression import RowPlan, to_scale
-from ..input_space.regressor import columns, few_columns
 from ..scheduling.policy import Waiting
 from ..surrogates import Memory
-from ..verification.verifier import Verifier
-from .division import Division
-from .finite import finite
+from ..verification._verifier import Verifier
+from ._division import Division
+from ._finite import finite
 from .report import Report, logger
 from .result_checks import Result, Stacked, show
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..ops import matern52
+from ._gaussian_process import evenly
 from ._untuned import CENTRES, MEAN, NOISES
-from .gaussian_process import evenly
 
 # The rows that must differ from the commonest value. Of numbers that are 0 but for lognormal ones
 # in 5 % of the rows, intervals from 240 rows held in .984 of the draws or were infinite, and with 5
@@ -56,7 +56,7 @@ class Kernel:
         return found
 
 
-class KernelRegression:
+class LowRankRegression:
     r"""Kernel ridge regression of numbers ``[n, C]``, float64, on computed rows.
 
     It has the ``kernel`` and the noise :math:`\nu` of the least squared leave-one-out ``errors``,
@@ -132,7 +132,7 @@ def intervals(
         is_share: ``[C]``, bool: the columns that can hold 0 and 1 only.
         errors: ``[n, C]``, of computed rows that are left out.
         estimate: ``[C]``, the mean of the estimates of the rows seen.
-        b: ``[C]``, of :meth:`KernelRegression.second_order`.
+        b: ``[C]``, of :meth:`LowRankRegression.second_order`.
         seen: the number of rows that are estimated: of those not computed, all, or some at random.
         total: the number of rows of the data set.
         level: the probability, between 0 and 1, per column.
