@@ -169,13 +169,15 @@ class Client:
         EndpointError for all others.
         """
         is_binary = await self._takes_binary(server)
-        own = os.urandom(16).hex()
+        name = os.urandom(16).hex()
         kept = server in self._echoing
-        body, length = wire.request(model, inputs, is_binary, own)
-        headers = {"Content-Type": "application/octet-stream" if length else "application/json"}
-        if length:
-            headers |= {"Inference-Header-Content-Length": str(length)}
-        headers |= dict(more) | ({"Connection": "keep-alive"} if kept else {})
+        body, length = wire.request(model, inputs, is_binary, name)
+        headers = {"Content-Type": "application/json", **dict(more)}
+        if length is not None:
+            headers["Content-Type"] = "application/octet-stream"
+            headers["Inference-Header-Content-Length"] = str(length)
+        if kept:
+            headers["Connection"] = "keep-alive"
         url = f"{server}{model.path}/infer"
         most = wire.most_bytes(model.outputs, rows)
         try:
@@ -188,12 +190,13 @@ class Client:
             size = answer.headers.get("Inference-Header-Content-Length")
             outputs, message = wire.outputs_of(model, data, size, rows)
             echoed = message.get("id") or ""
-            if echoed != own and (kept or echoed):
+            if echoed != name and (kept or echoed):
                 raise ValueError("the answer must have the id of the request")
         except (OverflowError, ValueError) as error:  # an integer beyond all floats
             answer.protocol.close()  # the next answer may not be the next request's
             raise EndpointError(f"violated the protocol: {wire.cleaned(str(error))}") from None
-        self._echoing.update({server} if echoed else ())
+        if echoed:
+            self._echoing.add(server)
         estimated = message["estimated_rows"]
         if estimated and ADDED[0] not in model.outputs:
             why = f"the server estimated {estimated} of {rows} rows"

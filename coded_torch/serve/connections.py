@@ -19,8 +19,11 @@ _BACKLOG = 2048  # connections that wait to be accepted
 _ACCEPTED = 16  # connections per turn of the loop, in which each takes .2 ms
 _HEADER_BYTES = 2**14  # of a request
 _FRAMING_BYTES = 2**12  # of a body, beside its content and as many bytes again
-_SLICE, _SLICES = 2**10, 2  # bytes that are parsed at once, and how often per turn of the loop
-_HEADERS_SECONDS, _ANSWER_SECONDS, _WATCH_SECONDS = 5.0, 30.0, 1.0
+_SLICE = 2**10  # bytes that are parsed at once
+_SLICES = 2  # that are parsed per turn of the loop
+_HEADERS_SECONDS = 5.0
+_ANSWER_SECONDS = 30.0
+_WATCH_SECONDS = 1.0
 _LOOK_SECONDS = 0.1  # between two looks whether a client that sends no more reads its answer
 _DISCARD_SECONDS = 0.02  # between two reads of a body that is not wanted any more, 256 KB each
 _KEEP_ALIVE = 75  # seconds, nginx's default: clients keep connections for longer than uvicorn's 5
@@ -64,7 +67,8 @@ class _Transport:
             self._send()
 
     def _send(self) -> None:
-        written, self._written = b"".join(self._written), []
+        written = b"".join(self._written)
+        self._written.clear()
         if written and not self._transport.is_closing():  # the client may have gone meanwhile
             self._transport.write(written)
 
@@ -90,7 +94,8 @@ class _Connection(HttpToolsProtocol):
     # Without a limit, the number of descriptors is -1.
     most = min(_MOST_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**63 // 2)
     since = 0.0  # the time of the last answer
-    limit, begun = 0.0, 0.0  # seconds that the client may take, and since when it may
+    limit = 0.0  # seconds that the client may take
+    begun = 0.0  # the time since which it may
     framing_left = _HEADER_BYTES  # bytes beside the content that may still come
     content_left = 0  # bytes of the content that are still to come
     is_incomplete = False  # whether a message has begun and is not complete
@@ -221,7 +226,8 @@ class _Connection(HttpToolsProtocol):
         if self.is_idle and (self.cycle is None or self.is_incomplete):
             limit = _HEADERS_SECONDS
         if limit != self.limit:
-            self.limit, self.begun = limit, now
+            self.limit = limit
+            self.begun = now
         if now - self.begun >= limit:
             self.transport.abort()
         elif not self.transport.is_closing():

@@ -32,8 +32,8 @@ from .protocol import RequestError
 
 logger = sparing_logger("coded_torch.serve")
 
-# In which a worker loads a version, and a load ends. Bounds, not tuned.
-_SECONDS, _LOAD_SECONDS = 120.0, 900.0
+_SECONDS = 120.0  # in which a worker loads a version; a bound, not tuned
+_LOAD_SECONDS = 900.0  # in which a load ends; a bound, not tuned
 # For which a load that ends is cancelled, and between two attempts. Not tuned: it begins in
 # milliseconds.
 _CANCEL_SECONDS = 1.0

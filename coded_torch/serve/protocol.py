@@ -35,7 +35,8 @@ else:
 _TOGETHER = 2**27  # bytes of all bodies that are being read, unless four of one model are more
 _DIVIDED = 2**26  # bytes of a body of several batches
 _READING = 5.0  # seconds in which a body must come
-_UNPACKED, _RATIO = 2**20, 32  # bytes that any packed body may have, and more by its packed size
+_UNPACKED = 2**20  # bytes that any packed body may have
+_RATIO = 32  # further such bytes per packed one
 _AT_ONCE = 2**16  # bytes of a body that are parsed in the event loop: 1 ms
 _PIECE = 2**14  # bytes that are parsed at once in a thread: .3 ms, for which the loop may wait
 
@@ -82,7 +83,9 @@ class Reader:
         batches: int = 1,
         examples: Any = (),
     ) -> None:
-        self.inputs, self.outputs, self.max_rows = inputs, outputs, batches * max_rows
+        self.inputs = inputs
+        self.outputs = outputs
+        self.max_rows = batches * max_rows
         shown = [TensorSpec.of("", x) for x in examples]  # may be larger than any of an open size
         # Bytes of one body, packed and unpacked.
         self.most = max(
@@ -99,7 +102,8 @@ class Reader:
         if encoding not in ("identity", "gzip", "deflate"):
             requirement = f"Content-Encoding must be gzip or deflate, got {encoding!r:.80}"
             raise RequestError(415, "invalid", requirement)
-        body, more = bytearray(), True
+        body = bytearray()
+        more = True
 
         def work() -> InferRequest:
             whole = body if encoding == "identity" else self._unpack(body, encoding)
@@ -113,7 +117,8 @@ class Reader:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise RequestError(499, "disconnected", "the client has gone")
-                    chunk, more = message.get("body", b""), message.get("more_body", False)
+                    chunk = message.get("body", b"")
+                    more = message.get("more_body", False)
                     body += chunk
                     self.left -= len(chunk)
                     if len(body) > self.most:
@@ -200,7 +205,8 @@ def _tensor(
     body: bytearray, place: slice, until: float, name: str, spec: TensorSpec, shape: list[int]
 ) -> Any:
     """Return a tensor of the numbers in a list, flat or nested like the shape, or strings."""
-    at, end = place.start, place.stop
+    at = place.start
+    end = place.stop
     if spec.is_text:
         most = wire.HEADER + wire.TEXT * shape[0]
         require(end - at <= most, f"the bytes of data of {name}", f"at most {most}", end - at)
