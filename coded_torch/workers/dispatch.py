@@ -344,9 +344,10 @@ class Dispatcher(abc.ABC):
         if not idle:
             return
         idle.sort(key=attrgetter("since"))
-        if len(self._workers) > len(self.places):
-            busy = Counter(w.index for w in self._workers if w.part is not None)
-            idle.sort(key=lambda worker: busy[worker.index])
+        busy = Counter[int]()  # parts by place, if a place has several workers
+        is_shared = len(self._workers) > len(self.places)
+        if is_shared:
+            busy.update(w.index for w in self._workers if w.part is not None)
         is_any_unwanted = False
         begun = list[Part]()
         for part in self._parts:
@@ -354,10 +355,13 @@ class Dispatcher(abc.ABC):
             if not request.wants(part):
                 is_any_unwanted = True
                 continue
+            if is_shared:  # at the place with the fewest parts
+                idle.sort(key=lambda worker: busy[worker.index])
             worker = self._worker_for(part, idle)
             if worker is None:
                 continue
             idle.remove(worker)
+            busy[worker.index] += 1
             self.told.append(worker)
             worker.fresh = worker.is_new_to(request.module)
             worker.load(part)
