@@ -75,3 +75,10 @@ def load_all(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, LoadedModule):
             part.load()
+
+
+def unload_all(module: nn.Module) -> None:
+    """Free what a module and its parts have loaded in this process; a call loads it again."""
+    for part in module.modules():
+        if isinstance(part, LoadedModule):
+            part._loaded = _Loaded()

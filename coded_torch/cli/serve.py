@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._loaded import unload_all
 from ..nn import CodedWrapper, Waiting
 from ..stragglers import Bernoulli
 from ..surrogates import Memory
@@ -196,6 +197,7 @@ def _own(args: Namespace) -> tuple[nn.Module, dict[str, Any]]:
             raise TypeError(f"{args.factory} must {requirement}, got {type(model).__name__}")
         with usage(args.factory, prefix="specs: "):
             inputs, outputs = specs(model, examples, fixed_shapes=args.fixed_shapes)
+    unload_all(model)  # the workers load it
     found = {"inputs": inputs, "outputs": outputs, "examples": examples}
     make = _Apart(args) if ":" in args.factory else lambda: make_model(args, factory)[0]
     return model, found | {"make": make}

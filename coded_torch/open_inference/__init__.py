@@ -304,11 +304,15 @@ def tensors_of(
 
 
 class EndpointError(RuntimeError):
-    """A server failed, or did not keep the protocol; ``lost`` if it did so while it computed."""
+    """A server failed, or did not keep the protocol; ``lost`` if it did so while it computed.
 
-    def __init__(self, message: str, lost: bool = False) -> None:
+    ``status`` is the one that it answered, or 0.
+    """
+
+    def __init__(self, message: str, lost: bool = False, status: int = 0) -> None:
         super().__init__(message)
         self.lost = lost
+        self.status = status
 
 
 class RefusedError(ValueError):

@@ -206,7 +206,12 @@ class Client:
     async def _takes_binary(self, server: str) -> bool:
         """Return whether a server takes and sends binary tensors, for which it is asked once."""
         if server not in self._binary:
-            body, _ = await self._ask("GET", f"{server}/v2", _MESSAGE, timeout=self._probe)
+            try:
+                body, _ = await self._ask("GET", f"{server}/v2", _MESSAGE, timeout=self._probe)
+            except EndpointError as error:
+                if error.status != 404:
+                    raise
+                body = b"{}"  # a gateway may know the paths of models only; JSON needs no extension
             try:
                 extensions = wire.parsed(body).get("extensions")
             except ValueError as error:
@@ -279,7 +284,8 @@ def _failure(answer: aiohttp.ClientResponse, body: bytes) -> Exception:
     if answer.status == 500 or answer.status in _CALLERS:
         kind = RemoteError if answer.status == 500 else RefusedError
         return kind(message or f"the server answered {answer.status}")
-    return EndpointError(f"answered {answer.status}{message and f': {message}'}")
+    text = f"answered {answer.status}{message and f': {message}'}"
+    return EndpointError(text, status=answer.status)
 
 
 _loops: dict[int, asyncio.AbstractEventLoop] = {}  # a loop each process: no thread outlives a fork

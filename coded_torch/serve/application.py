@@ -158,6 +158,12 @@ class App(Starlette):
                 f"{type(self).__name__}: coded must have in_dims, such as (0, 0), as strings are "
                 f"one of {len(inputs)} inputs, got {shown(coded.in_dims)}"
             )
+        strings = [spec.name for spec in outputs if spec.is_text]
+        if strings and coded.verify:
+            raise ValueError(
+                f"{type(self).__name__}: coded must have verify=None, as strings are not compared "
+                f"({', '.join(strings)}), got {coded.verify}"
+            )
         if not (make is None or self.examples):
             raise ValueError(
                 f"{type(self).__name__}: make must come with examples, got {shown(examples)}"

@@ -113,26 +113,47 @@ from coded_torch.nn import FromFactory
 from coded_torch.workers import ProcessWorkers
 
 def make():
-    model = torch.nn.Linear(4096, 4096, bias=False).eval()
-    return torch.nn.Sequential(torch.nn.Linear(3, 4096), model).eval()
+    return torch.nn.Sequential(torch.nn.Linear(3, 4096), torch.nn.Linear(4096, 4096)).eval()
+
+def mapped():
+    with torch.device("meta"):
+        model = make()
+    model.load_state_dict(torch.load("weights.pt", mmap=True), assign=True)
+    return model
+
+def memory(pid):  # of its own, and its share of what it has with others, in kilobytes
+    with open(f"/proc/{pid}/smaps_rollup") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith("Pss:"))
 
 if __name__ == "__main__":
-    kind = resource.RUSAGE_SELF
-    model = FromFactory(make) if sys.argv[1] == "factory" else torch.nn.Linear(3, 1)
-    before = resource.getrusage(kind).ru_maxrss
-    with ProcessWorkers(2) as pool, torch.no_grad():
-        print(CodedWrapper(model, workers=pool)(torch.ones(8, 3)).shape[0])
-    print(resource.getrusage(kind).ru_maxrss - before)
+    made = {"make": make, "mapped": mapped, "small": functools.partial(torch.nn.Linear, 3, 1)}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with ProcessWorkers(3) as pool, torch.no_grad():
+        coded = CodedWrapper(FromFactory(made[sys.argv[1]]), workers=pool, parts=6)
+        assert len(coded(torch.ones(12, 3))) == 12
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(after - before, sum(map(memory, pool.start(coded.module).pids)))
 """
 
 
-def test_the_caller_needs_no_memory_for_the_weights(tmp_path):
+def test_the_caller_needs_no_memory_for_the_weights_and_workers_share_mapped_ones(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    grown = []
-    for kind in ("factory", "small"):
-        line = [sys.executable, str(tmp_path / "program.py"), kind]
-        done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=300)
-        rows, kilobytes = map(int, done.stdout.split())
-        assert rows == 8
-        grown.append(kilobytes)
-    assert grown[0] - grown[1] < 32_000  # the weights have 67 MB
+    model = nn.Sequential(nn.Linear(3, 4096), nn.Linear(4096, 4096))
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    of_caller = {}
+    of_workers = {}
+    for name in ("small", "mapped", "make"):
+        done = subprocess.run(
+            [sys.executable, "program.py", name],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=300,
+            cwd=tmp_path,
+        )
+        of_caller[name], of_workers[name] = map(int, done.stdout.split())
+    weights = 67_000  # kilobytes
+    for name in ("mapped", "make"):
+        assert of_caller[name] - of_caller["small"] < weights / 2
+    assert of_workers["make"] - of_workers["small"] > 2.5 * weights
+    assert of_workers["mapped"] - of_workers["small"] < 1.5 * weights

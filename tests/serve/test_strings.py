@@ -173,6 +173,15 @@ def test_strings_beside_tensors_are_rows():
         App(coded, name="m", inputs=inputs, outputs=outputs, deadline=1.0)
 
 
+def test_strings_that_would_be_verified_are_refused_at_once():
+    inputs, outputs = specs(Read(), TEXTS[:3])
+    coded = CodedWrapper(Read(), workers=DeviceWorkers(["cpu"] * 2), verify=0.5)
+    with pytest.raises(
+        ValueError, match=r"verify=None, as strings are not compared \(upper\), got"
+    ):
+        App(coded, name="m", inputs=inputs, outputs=outputs, deadline=1.0)
+
+
 def test_triton_sends_strings():
     triton = pytest.importorskip("tritonclient.http")
     with serving(application(Read(), TEXTS[:3])) as port:

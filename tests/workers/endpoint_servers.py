@@ -20,6 +20,7 @@ class DoubleServer:
     """A server that returns twice its input.
 
     Attributes:
+        binary: whether it takes binary tensors; None if it does not tell.
         fault: a function of a handler and the rows that answers in place of the server, and returns
             whether it did.
         rows: the rows of every request that was answered.
@@ -75,7 +76,7 @@ class DoubleServer:
                 owner.headers = dict(self.headers)
                 if self.path.endswith("/ready"):
                     self.send(200 if owner.ready else 503, b"")
-                elif self.path == "/v2":
+                elif self.path == "/v2" and owner.binary is not None:
                     known = ["binary_tensor_data"] if owner.binary else []
                     self.send(200, json.dumps({"name": "test", "extensions": known}).encode())
                 elif self.path == "/v2/models/double":

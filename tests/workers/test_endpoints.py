@@ -42,7 +42,7 @@ def wrapped(made, waiting=None, **options):
     return CodedWrapper(module, workers=pool, waiting=waiting)
 
 
-@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("binary", [True, False, None])
 def test_a_batch_is_computed_by_all_servers(binary):
     with servers(3, binary=binary) as made:
         coded = wrapped(made)
