@@ -1,4 +1,13 @@
-r"""The torch operators; each has its call, fake, gradient and vmap side by side."""
+"""The torch operators; each has its call, fake, gradient and vmap side by side.
+
+Every derivative of :func:`spline_apply` with respect to the values exists, in reverse and forward
+mode, and under ``torch.func`` (compiled: ``vmap``, and after torch 2.10 forward mode). The plan has
+none. Rows of the result that ``scatter`` does not name are 0; by default each entry names a row.
+
+It raises a RuntimeError if the arguments do not fit together, or entries on the CPU are out of
+bounds or name a row twice. On CUDA an index out of bounds counts as -1, and a wrong schedule may
+lead anywhere in memory.
+"""
 
 import math
 from typing import Any
@@ -24,10 +33,7 @@ def spline_apply(
     scatter: Tensor | None = None,
     num_rows: int | None = None,
 ) -> Tensor:
-    r"""Apply planned smoothing splines, or their transpose, to every column.
-
-    Every derivative with respect to the values exists, in reverse and forward mode, and under
-    ``torch.func`` (compiled: ``vmap``, and after torch 2.10 forward mode). The plan has none.
+    """Apply planned smoothing splines, or their transpose, to every column.
 
     Args:
         values: at the knots, ``[n, G, m]``, for G groups of m columns, any strides; ``[N, G, m]``
@@ -38,12 +44,7 @@ def spline_apply(
         gather: ``[n, G]`` (``[N, G]`` with ``transpose``), int64: row i of group g is
             ``values[gather[i, g]]``. Rows may repeat; -1 is a row of zeros.
         scatter: ``[N, G]`` (``[n, G]`` with ``transpose``), int64: row j of group g becomes row
-            ``scatter[j, g]`` of the result ``[num_rows, m]``, each at most once; -1 drops it. Other
-            rows are 0. By default each entry names a row.
-
-    Raises a RuntimeError if the arguments do not fit together, or entries on the CPU are out of
-    bounds or name a row twice. On CUDA an index out of bounds counts as -1, and a wrong schedule
-    may lead anywhere in memory.
+            ``scatter[j, g]`` of the result ``[num_rows, m]``, each at most once; -1 drops it.
     """
     return _apply(values, coefficients, schedule, transpose, gather, scatter, num_rows)
 
