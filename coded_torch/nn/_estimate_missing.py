@@ -172,19 +172,23 @@ class Answers:
         report.notes += (f"surrogate {able[0]} ({name}) answered alone: {error}",)
         return stacked.tree(answers)
 
-    @outside()
-    def _note(self, bounds: ErrorBounds, answers: Tensor) -> None:
-        """Note error bounds. With too few results, a memory's rows calibrate them."""
-        not_finite = self._inputs.not_finite
+    def _calibrated(self, bounds: ErrorBounds, answers: Tensor) -> ErrorBounds:
+        """Return error bounds by the last memory that has enough rows, if one has."""
         for memory in self._memories:
-            if self._link or bounds.enough(self._coverage):
-                break
             found = self._known_to(memory)
             if found is not None and found[0][0].shape == answers.shape:
                 off = (columns(answers).cpu().double() - columns(found[0][0]).cpu()).norm(dim=1)
                 more = bounds.calibrated(found[1], off)
                 if more.enough(self._coverage):
                     bounds = more
+        return bounds
+
+    @outside()
+    def _note(self, bounds: ErrorBounds, answers: Tensor) -> None:
+        """Note error bounds. With too few results, a memory's rows calibrate them."""
+        not_finite = self._inputs.not_finite
+        if not self._link and not bounds.enough(self._coverage):
+            bounds = self._calibrated(bounds, answers)
         if not_finite is not None:
             bounds = bounds.widened(torch.where(not_finite, math.inf, 0.0).double())
         self._report._note_bounds(bounds, self._coverage, self._link, answers)

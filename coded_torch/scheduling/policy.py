@@ -279,7 +279,6 @@ class _Decisions:
         table.reason = ""
         if reason:
             table.reason = self._end(reason)
-        if reason:
             return math.inf
         return self._until()
 
