@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .runs import QUESTIONS, RESULTS, keep
+from .runs import QUESTIONS, RESULTS, expected_seconds, keep
 
 INTERRUPTED = 130  # the exit code
 
@@ -108,8 +108,14 @@ def run_all(names: Sequence[str], args: argparse.Namespace) -> int:
     Each has a process of its own, so that none finds what another left in memory. Quick runs share
     this process, because most of them take less time than the import of torch.
     """
+    ordered = [name for name in QUESTIONS if name in names]
+    if not args.quick:
+        print("Committed results took, in hours, minutes and seconds:")
+        for name in ordered:
+            print(f"  {name:<16}{_duration(expected_seconds(name))}")
+        print("What is in benchmarks/results is not measured again.\n", flush=True)
     taken: dict[str, float] = {}
-    for name in (name for name in QUESTIONS if name in names):
+    for name in ordered:
         begin = time.monotonic()
         if args.quick:
             run(name, args)
@@ -121,11 +127,15 @@ def run_all(names: Sequence[str], args: argparse.Namespace) -> int:
                 print(f"{name} failed with exit code {code}", file=sys.stderr)
                 return 1
         taken[name] = time.monotonic() - begin
-        print(f"{name} took {datetime.timedelta(seconds=round(taken[name]))}", flush=True)
+        print(f"{name} took {_duration(taken[name])}", flush=True)
     print("\nIn order, with hours, minutes and seconds:")
     for name, seconds in {**taken, "all": sum(taken.values())}.items():
-        print(f"  {name:<16}{datetime.timedelta(seconds=round(seconds))}")
+        print(f"  {name:<16}{_duration(seconds)}")
     return 0
+
+
+def _duration(seconds: float | None) -> str:
+    return "unknown" if seconds is None else str(datetime.timedelta(seconds=round(seconds)))
 
 
 if __name__ == "__main__":

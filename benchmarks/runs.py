@@ -6,6 +6,7 @@ import functools
 import json
 import platform
 import shlex
+import subprocess
 import sys
 import textwrap
 import time
@@ -62,6 +63,28 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 def read_results(path: Path) -> dict[str, Any]:
     """Return the results in a file; empty if there is no such file."""
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def expected_seconds(name: str) -> float | None:
+    """Return how long the measurements of the committed results took; None if there are none.
+
+    The file itself may be gone, because its numbers are to be measured anew.
+    """
+    command = ["git", "-C", str(RESULTS), "show", f"HEAD:./{name}.json"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    if done.returncode:
+        return None
+    return _seconds(json.loads(done.stdout)["measured"])
+
+
+def _seconds(measured: Mapping[str, Any]) -> float:
+    """Return the sum of the seconds of measurements, which are nested by their names."""
+    if isinstance(measured.get("seconds"), (int, float)):
+        return measured["seconds"]
+    return sum(_seconds(below) for below in measured.values() if isinstance(below, Mapping))
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:

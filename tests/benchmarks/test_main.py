@@ -63,6 +63,7 @@ def started(monkeypatch):
         return types.SimpleNamespace(returncode=codes.get(line[3], 0))
 
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(command, "expected_seconds", {"accuracy": 3725.0}.get)
     return types.SimpleNamespace(calls=calls, codes=codes)
 
 
@@ -75,7 +76,13 @@ def test_several_run_in_processes_of_their_own(started, capsys):
         capsys.readouterr()
         assert command.main(words) == 0
         assert tuple(started.calls) == runs.QUESTIONS
-        *_, table = capsys.readouterr().out.partition("seconds:\n")
+        expected, table = capsys.readouterr().out.split(
+            "\nIn order, with hours, minutes and seconds:\n"
+        )
+        lines = expected.splitlines()[1 : 1 + len(runs.QUESTIONS)]
+        assert [line.split()[0] for line in lines] == [*runs.QUESTIONS]
+        assert lines[0].split()[1:] == ["1:02:05"]
+        assert {line.split()[1] for line in lines[1:]} == {"unknown"}
         names = [line.split()[0] for line in table.splitlines()]
         assert names == [*runs.QUESTIONS, "all"]
         assert all(line.endswith(" 0:00:00") for line in table.splitlines())

@@ -1,6 +1,7 @@
 """Runs that go on where they were stopped, and results that are kept one record a line."""
 
 import json
+import subprocess
 import types
 
 import pytest
@@ -70,6 +71,19 @@ def test_what_is_there_is_measured_again_only_if_asked_for(measure, capsys):
     assert "already measured: a; with --only, --again measures anew" in capsys.readouterr().out
     found = measure([(("a",), lambda: {"value": 3}), old[1]], only=["a"], again=True)["measured"]
     assert (found["a"], found["b"]["value"]) == ({"value": 3, "seconds": 0.0}, 2)
+
+
+def test_expected_seconds_are_those_of_committed_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    assert runs.expected_seconds("thing") is None  # there is no repository
+    measured = {"a": {"x": {"seconds": 2.5}, "y": {"seconds": 1}}, "b": {"seconds": 4.0, "n": {}}}
+    runs.write_results(tmp_path / "thing.json", {"measured": measured})
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "results"]):
+        subprocess.run([*git, *words], check=True)
+    (tmp_path / "thing.json").unlink()
+    assert runs.expected_seconds("thing") == 7.5
+    assert runs.expected_seconds("other") is None
 
 
 def test_what_has_no_data_is_left_out(measure, capsys):
