@@ -79,7 +79,7 @@ class Dispatcher(abc.ABC):
         self._parts: deque[Part] = deque()
         self.told: list[Any] = []  #: the workers that are being given a part, under the lock
 
-    def prepare(self, parts: Sequence[Part]) -> Iterable[Sequence[Part]]:
+    def prepare(self, request: LiveRequest, parts: Sequence[Part]) -> Iterable[Sequence[Part]]:
         """Yield parts that are ready to be sent, in the thread that asks for them."""
         return (parts,)
 
@@ -164,7 +164,9 @@ class Dispatcher(abc.ABC):
             if request.closed:
                 raise RuntimeError(f"{type(request).__name__}: the request is closed")
             request.open |= {part.number: part for part in parts}
-        for ready in self.prepare(parts):  # a worker begins while the next part is prepared
+        for ready in self.prepare(
+            request, parts
+        ):  # a worker begins while the next part is prepared
             with self.lock:
                 self._parts.extend(ready)
                 is_refused = self.closed or any(part.avoid for part in ready)

@@ -124,7 +124,6 @@ class LiveRequest(Request):
         self.replied: set[int] = set()  #: the parts with replies that were not taken
         self._taken: deque[Began | Reply] = deque()  # events that :meth:`wait` returns next
         self.bell: Any = dispatcher.bell()  #: ends the wait for an event
-        self.in_memory: Any = None  #: what a dispatcher makes of the parts, once it is needed
         self.kills: Counter[int] = Counter()  #: the times that a worker was ended at a unit
         self.closed = False
         self.urgent = False  #: true if a part has failed whose reply was not taken

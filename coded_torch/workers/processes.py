@@ -222,15 +222,13 @@ class _Processes(Supervisor):
             self._heard[worker.key] = worker
             self._lane.add(worker.key, worker.connection)
 
-    def prepare(self, parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
+    def prepare(self, request: LiveRequest, parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
+        module = request.module
+        in_memory = PartsInMemory(request.task, module.head)
         ready = list[Part]()
         for part in parts:
-            request = part.request
-            module = request.module
             try:
-                if request.in_memory is None:
-                    request.in_memory = PartsInMemory(request.task, module.head)
-                content = request.in_memory.message(part, self._blocks)
+                content = in_memory.message(part, self._blocks)
                 part.content = content or pack(module.contents(part), self._blocks)
             except Exception as cause:  # such as of pickling: it fails the part, and is reported
                 self.reply(part, Failure(f"could not be asked: {cause}", "", cause))

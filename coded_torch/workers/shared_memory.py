@@ -188,7 +188,10 @@ def _known_form(key: Any, make: Callable[[], Any], tensors: list[Tensor]) -> Any
 
 
 class PartsInMemory:
-    """Messages with the parts of a task whose tensors lie in memory, without a tensor for each."""
+    """Messages with the parts of a task whose tensors lie in memory, without a tensor for each.
+
+    It reads where they lie, and is made anew whenever parts are asked for, as they may be moved.
+    """
 
     def __init__(self, task: Any, head: bytes) -> None:
         self._task = task
