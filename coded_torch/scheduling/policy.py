@@ -276,10 +276,10 @@ class _Decisions:
             if table.now >= self.prepare_at:  # but the call must not end later for it
                 self.prepare_at = math.inf
                 table.prepares = table.now + table.reserve <= self.late_at
-        table.reason = ""
         if reason:
             table.reason = self._end(reason)
             return math.inf
+        table.reason = ""
         return self._until()
 
     def threshold(self, units: int) -> float:
