@@ -24,7 +24,7 @@ SPECS["outputs"] = [TensorSpec("output", "FP32", (3,))]
 HANGS, ENDS = 668.0, 666.0
 HANG_TIMEOUT = 2.0
 # Hung workers must have been replaced; one that ends is replaced at once.
-ATTACK = {HANGS: 3 * HANG_TIMEOUT, ENDS: HANG_TIMEOUT}  # seconds
+ATTACK = {HANGS: 2 * HANG_TIMEOUT, ENDS: HANG_TIMEOUT}  # seconds
 
 
 class Hostile(nn.Module):
@@ -46,7 +46,7 @@ def row(*values):
 def served(request):
     workers = ProcessWorkers(request.param, hang_timeout=HANG_TIMEOUT)
     examples = torch.randn(2, 3)
-    application = built(Hostile(), workers=workers, deadline=1.0, examples=examples, **SPECS)
+    application = built(Hostile(), workers=workers, deadline=1.5, examples=examples, **SPECS)
     with serving(application) as port:
         yield application, port
 
