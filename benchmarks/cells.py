@@ -82,13 +82,13 @@ def fitted(code: str = "") -> Callable[[Sequence[str], Any], str]:
 
 def bounds(results: Mapping[str, Any]) -> Iterable[list[str]]:
     """Yield measured errors beside the bound with its constant."""
-    yield ["", "workers", "squared error", "the bound", "the largest share of the bound in a draw"]
+    yield ["", "lost", "N", "S", "squared error", "the bound", "the error over the bound"]
     for name, of in results["convergence"].items():
-        for found in of.get("bound", {}).values():
-            lines = zip(found["workers"], found["mse"], found["bound"], strict=True)
-            for i, (workers, mse, bound) in enumerate(lines):
-                most = f"{found['most of the bound']:.1e}" if i == 0 else ""
-                yield [NAMES.get(name, name), f"{workers}", f"{mse[0]:.1e}", f"{bound:.1e}", most]
+        for how, found in of.get("bound", {}).items():
+            keys = ("workers", "stragglers", "mse", "bound")
+            for workers, lost, mse, bound in zip(*(found[x] for x in keys), strict=True):
+                head = NAMES.get(name, name), how, f"{workers}", f"{lost:.0f}"
+                yield [*head, f"{mse[0]:.1e}", f"{bound:.1e}", f"{mse[0] / bound:.1e}"]
 
 
 def letcc(results: Mapping[str, Any]) -> Iterable[list[str]]:

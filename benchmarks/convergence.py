@@ -270,8 +270,10 @@ def measurements(quick: bool) -> Iterable[Measurement]:
             key = name, "adversaries", f"a = {power}"
             yield key, functools.partial(theorem.adversaries, Task(name, quick, 1), power)
         if name in theorem.SMOOTH:
-            key = name, "bound", "with its constant"
-            yield key, functools.partial(theorem.bound, Task(name, quick))
+            task = Task(name, quick, 1)
+            for how in ("S fixed", "lost side by side"):
+                points = over_workers(task, how) if how in DELAYS else over_stragglers(task, how)
+                yield (name, "bound", how), functools.partial(theorem.bound, task, points)
 
 
 def settings(quick: bool) -> dict[str, Any]:

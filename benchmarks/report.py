@@ -66,6 +66,11 @@ def load_results(folder: Path = RESULTS) -> dict[str, Any]:
             if each["estimated"]:  # computed rows are as accurate as the model
                 computed = (1 - each["estimated"]) * exact
                 each["right estimates"] = (each["accuracy"] - computed) / each["estimated"]
+    for of in results.get("convergence", {}).values():
+        for each in of.get("adversaries", {}).values():
+            slope, half = each["slope"]
+            each["slope above the rate"] = slope - half - each["slope of the bound"]
+            each["error at the least N, over the variance"] = each["mse"][0][0] / each["variance"]
     return {**results, "settings": {name: file["settings"] for name, file in files.items()}}
 
 
