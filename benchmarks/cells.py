@@ -82,7 +82,7 @@ def fitted(code: str = "") -> Callable[[Sequence[str], Any], str]:
 
 def bounds(results: Mapping[str, Any]) -> Iterable[list[str]]:
     """Yield measured errors beside the bound with its constant."""
-    yield ["", "lost", "N", "S", "squared error", "the bound", "the error over the bound"]
+    yield ["", "", "N", "S", "squared error", "the bound", "the error over the bound"]
     for name, of in results["convergence"].items():
         for how, found in of.get("bound", {}).items():
             keys = ("workers", "stragglers", "mse", "bound")

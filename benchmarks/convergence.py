@@ -271,9 +271,12 @@ def measurements(quick: bool) -> Iterable[Measurement]:
             yield key, functools.partial(theorem.adversaries, Task(name, quick, 1), power)
         if name in theorem.SMOOTH:
             task = Task(name, quick, 1)
-            for how in ("S fixed", "lost side by side"):
-                points = over_workers(task, how) if how in DELAYS else over_stragglers(task, how)
-                yield (name, "bound", how), functools.partial(theorem.bound, task, points)
+            sweeps = {
+                "more workers": over_workers(task, "S fixed"),
+                "more lost, side by side": over_stragglers(task, "lost side by side"),
+            }
+            for sweep, points in sweeps.items():
+                yield (name, "bound", sweep), functools.partial(theorem.bound, task, points)
 
 
 def settings(quick: bool) -> dict[str, Any]:
