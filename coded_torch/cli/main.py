@@ -286,7 +286,12 @@ _COMMANDS: dict[Callable[[argparse.Namespace], int | None], tuple[Any, ...]] = {
     tune: (
         *_READ,
         "code",
-        ("--code", _CODES, "SplineCode", "the code whose numbers are chosen"),
+        (
+            "--code",
+            _CODES,
+            "SplineCode",
+            "the code whose numbers are chosen; RegressionCode is best on most networks",
+        ),
         *_LOST,
     ),
     compare: (

@@ -198,7 +198,7 @@ class Answers:
         found: list[dict[int, Tensor]] = []
         for number, surrogate in enumerate(self._surrogates):
             try:
-                run = self._remembered if isinstance(surrogate, Memory) else self._computed
+                run = self._remembered if isinstance(surrogate, Memory) else self._outputs_of
                 outputs = run(surrogate, stacked)
                 if not all(map(finite, outputs.values())):
                     raise ValueError("it returned values that are not finite")
@@ -231,16 +231,15 @@ class Answers:
                 self._known[id(memory)] = found
         return self._known[id(memory)]
 
-    def _computed(self, surrogate: Any, stacked: Stacked) -> dict[int, Tensor]:
+    def _outputs_of(self, surrogate: Any, stacked: Stacked) -> dict[int, Tensor]:
         """Run a surrogate; raise a ValueError if its outputs have not the module's form."""
-        # the device may be another
         inputs = self._inputs
         device = device_of(surrogate)
 
-        def number(leaf: Tensor) -> Tensor:
+        def on_its_device(leaf: Tensor) -> Tensor:
             return plain("surrogate", "input", leaf).to(device or leaf.device, copy=True)
 
-        args, kwargs = pytree.tree_map_only(Tensor, number, (inputs.args, inputs.kwargs))
+        args, kwargs = pytree.tree_map_only(Tensor, on_its_device, (inputs.args, inputs.kwargs))
         outputs = dict[int, Tensor]()
         with torch.no_grad(), outside():
             with as_called():

@@ -57,8 +57,8 @@ class App(Starlette):
     ``coverage``.
 
     Its lifespan starts the workers and closes them. It runs under any ASGI server, in one process.
-    A refused request gets ``{"error": ...}`` with 4xx if it is wrong, 500 if the model fails on it,
-    or ends three workers, and 504 after its deadline if nothing could be estimated. It gets 503
+    A refused request gets ``{"error": ...}`` with 4xx if it is wrong, 500 if the model fails on it
+    or workers end at it, and 504 after its deadline if nothing could be estimated. It gets 503
     with ``Retry-After`` if too many requests wait, its answer would probably be late, no worker is
     left, or all workers hang: then one request at a time is tried.
 
