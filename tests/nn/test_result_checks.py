@@ -81,7 +81,8 @@ def test_replies_that_arrive_together_are_waited_for_once():
     whole = torch.ones(4, 2, device="cuda")
     task = task_of(whole[:, None])
     inputs = SimpleNamespace(unread=[])
-    division = SimpleNamespace(task=task, inputs=inputs, link=None, not_finite=None, mixes=True)
+    of_code = {"by_rows": False, "mixes": True}
+    division = SimpleNamespace(task=task, inputs=inputs, link=None, not_finite=None, **of_code)
     checks = Checks(division)
     table = checks.table = Table(first=[(n,) for n in range(4)], needed=4, judge=checks.judge)
     values = zip(map(table.ask, table.first), whole.split(1), strict=True)
