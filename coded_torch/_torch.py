@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -22,6 +23,36 @@ from ._arguments import arguments, bound
 _T = TypeVar("_T")
 _LEAF = pytree.tree_structure(0)
 _ALIGNMENT = 16  # bytes, as wide as the widest access of a kernel
+_generators = threading.Lock()
+
+
+@contextlib.contextmanager
+def random_numbers_kept(
+    devices: Iterable[torch.device] = (), seed: int | None = None
+) -> Iterator[None]:
+    """Go on with the random numbers of the CPU, and of CUDA devices, after a block that draws some.
+
+    With a seed, the block draws numbers of this seed.
+
+    Unlike in :func:`torch.random.fork_rng`, one thread at a time reads or sets states. torch holds
+    a generator's lock while it makes the tensor of its state. If this collects garbage, another
+    thread may take the interpreter, wait for the generator's lock, and none goes on.
+    """
+    devices = list(devices)
+    with _generators:
+        state = torch.get_rng_state()
+        states = [torch.cuda.get_rng_state(device) for device in devices]
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            for device in devices:
+                torch.cuda.default_generators[device.index].manual_seed(seed)
+    try:
+        yield
+    finally:
+        with _generators:
+            torch.set_rng_state(state)
+            for device, state_of_device in zip(devices, states, strict=True):
+                torch.cuda.set_rng_state(state_of_device, device)
 
 
 def plain(owner: str, argument: str, tensor: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.nn import functional
 
 from coded_torch import Waiting, codes
 from coded_torch._layout import dependent_output
+from coded_torch._torch import random_numbers_kept
 from coded_torch.demo import digits, lenet5
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
@@ -200,3 +203,48 @@ def test_rounding_is_no_dependence(module, inputs):
 def test_rows_are_not_compared_where_that_tells_nothing(module, inputs, why):
     with pytest.raises(RuntimeError, match=why):
         dependent(module, *inputs)
+
+
+def test_threads_keep_random_numbers_while_garbage_is_collected(tmp_path):
+    """As torch.random.fork_rng does not: such threads wait for each other for ever."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import faulthandler, gc, sys, threading, torch
+from coded_torch._torch import random_numbers_kept
+
+faulthandler.dump_traceback_later(60, exit=True)
+sys.setswitchinterval(1e-6)
+gc.set_threshold(20)
+
+class Cycle:
+    def __init__(self):
+        self.itself = self
+        self.data = torch.frombuffer(bytearray(8), dtype=torch.uint8)
+
+def run():
+    for _ in range(300):
+        cycles = Cycle(), Cycle(), Cycle()
+        with random_numbers_kept(seed=1):
+            cycles = Cycle()
+
+threads = [threading.Thread(target=run) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+    )
+    subprocess.run([sys.executable, script], check=True, timeout=90)
+
+
+def test_random_numbers_go_on_after_a_block_with_a_seed():
+    torch.manual_seed(3)
+    expected = torch.rand(2).tolist()
+    torch.manual_seed(3)
+    with random_numbers_kept(seed=0):
+        first = torch.rand(1)
+    with random_numbers_kept(seed=0):
+        second = torch.rand(1)
+    assert first == second
+    assert torch.rand(2).tolist() == expected

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .._loaded import LoadedModule
+from .._torch import random_numbers_kept
 
 # While a module is made, the random numbers of this process begin at a seed, and then go on.
 _making = threading.Lock()
@@ -51,13 +52,8 @@ class FromFactory(LoadedModule):
         return self.name
 
     def _load(self, device: torch.device) -> Callable[..., Any]:
-        with _making:
-            state = torch.get_rng_state()
-            torch.default_generator.manual_seed(0)
-            try:
-                module = self.factory()
-            finally:
-                torch.set_rng_state(state)
+        with _making, random_numbers_kept(seed=0):
+            module = self.factory()
         if not isinstance(module, nn.Module):
             got = type(module).__name__
             raise TypeError(f"FromFactory: {self.name} must return a module, got a {got}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance, nonnegative, positive, shown
+from .._torch import random_numbers_kept
 from ..input_space.regression import check_link, to_scale
 
 _HELD_OUT = 10  # one row of so many is held out; not tuned
@@ -139,10 +140,8 @@ def distill(
     best_state = copy.deepcopy(student.state_dict())
     waited = 0
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # the student may draw numbers, too
-        torch.default_generator.manual_seed(seed + 1)  # another stream than the generator's
-        for each in devices:
-            torch.cuda.default_generators[each.index].manual_seed(seed + 1)
+    # The student may draw numbers, too, of another stream than the generator's.
+    with random_numbers_kept(devices, seed + 1):
         for epoch in range(epochs):
             student.train()
             order = taught[torch.randperm(len(taught), generator=generator, device=device)]

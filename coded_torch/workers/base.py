@@ -18,7 +18,15 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import arguments, instance, positive, sparing_logger, warn
 from .._layout import SIZES, Layout, dependent_output, difference, prove, proved_of, structure
-from .._torch import has_rows, is_texts, positional, sample, to_device, unflatten
+from .._torch import (
+    has_rows,
+    is_texts,
+    positional,
+    random_numbers_kept,
+    sample,
+    to_device,
+    unflatten,
+)
 from ..stragglers import Stragglers
 from ..table import Began, Part, Reply, Units, WorkerError
 
@@ -343,7 +351,7 @@ class Workers(abc.ABC):
         calls = int(example is not None)
         if self.num_workers is None:
             if calls:
-                with torch.no_grad(), torch.random.fork_rng([]):
+                with torch.no_grad(), random_numbers_kept():
                     self._examine(module, leaves, spec, frozenset(), timeout)
             return self
         task = _Loading(leaves, [None] * len(leaves), spec, calls, 1, torch.device("cpu"))
@@ -502,7 +510,7 @@ class Workers(abc.ABC):
         """Return the outputs or the errors of parts of some sizes, those that came in time."""
         devices = [task.device] if task.device.type == "cuda" else []
         found = dict[int, Any]()
-        with torch.random.fork_rng(devices):
+        with random_numbers_kept(devices):
             if self.simulated:
                 for n in sizes:
                     try:

@@ -44,6 +44,7 @@ from torch.utils import _pytree as pytree
 from .._changes import fingerprint
 from .._extension import lane
 from .._loaded import load_all
+from .._torch import random_numbers_kept
 from . import shared_memory
 from .base import InjectedCrash, compute, logger
 from .live import Ambient, Work
@@ -433,7 +434,8 @@ def _random_numbers_kept(device: torch.device) -> Iterator[None]:
     """
     python_state = random.getstate()
     numpy_state = np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    devices = [device] if device.type == "cuda" else []
+    with random_numbers_kept(devices):
         yield
     random.setstate(python_state)
     np.random.set_state(numpy_state)
