@@ -1,4 +1,4 @@
-"""The page "On GPUs": what it shows is what must happen on a card."""
+"""What the page "On GPUs" shows must happen on a GPU."""
 
 import re
 import shlex

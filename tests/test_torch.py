@@ -4,6 +4,7 @@ import copy
 import math
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -236,6 +237,24 @@ for thread in threads:
 """
     )
     subprocess.run([sys.executable, script], check=True, timeout=90)
+
+
+def test_a_caller_that_draws_batches_draws_none_twice():
+    """The first call of the module is proved while the next batches are drawn."""
+    drawn = []
+
+    def batches():
+        for _ in range(8):
+            drawn.append(torch.rand(8, 3))
+            yield drawn[-1]
+
+    def slow(x):
+        time.sleep(0.02)
+        return x + 1
+
+    with DeviceWorkers(["cpu"] * 3) as pool, torch.no_grad():
+        list(CodedWrapper(Call(slow), workers=pool, parts=2).map(batches(), in_flight=4))
+    assert len({tuple(batch.flatten().tolist()) for batch in drawn}) == 8
 
 
 def test_random_numbers_go_on_after_a_block_with_a_seed():

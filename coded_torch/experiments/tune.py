@@ -41,7 +41,7 @@ def tune(
     equals. A warning says if a float is the largest or smallest of its values.
 
     Args:
-        wrapper: a wrapped module with the code. It is not changed: assign what is returned.
+        wrapper: a wrapped module with a code. It stays as it is; another code is returned.
         batches: a few batches like the later ones, also in size. Each is an input, or a tuple.
         progress: called with the list of batches, returns them one by one, such as ``tqdm.tqdm``.
         values: by the name of a number, the values to choose it from. Defaults to

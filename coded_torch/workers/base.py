@@ -508,39 +508,40 @@ class Workers(abc.ABC):
         self, module: nn.Module, task: Task, sizes: Sequence[int], shift: int, seconds: float
     ) -> dict[int, Any]:
         """Return the outputs or the errors of parts of some sizes, those that came in time."""
-        devices = [task.device] if task.device.type == "cuda" else []
         found = dict[int, Any]()
-        with random_numbers_kept(devices):
-            if self.simulated:
+        if self.simulated:
+            devices = [task.device] if task.device.type == "cuda" else []
+            with random_numbers_kept(devices):
                 for n in sizes:
                     try:
                         args, kwargs = task.payload(_UNITS_OF_PROOF[n], copied=True)
                         found[n] = module(*args, **kwargs)
                     except Exception as error:
                         found[n] = error
-                return found
-            places = sorted(self.places)
-            halves = [frozenset(places[i::2]) for i in (0, 1)]
-            with self.open(module, task) as request:
-                asked = list[int]()
-                # If a part is late or has failed, another worker is asked for it.
-                for attempt, patience in enumerate(_PROOF_PATIENCE):
-                    parts = list[Part]()
-                    for place, n in enumerate(sizes):
-                        if n in found:
-                            continue
-                        part = Part(len(asked), _UNITS_OF_PROOF[n])
-                        # Preferred, not required: half of the workers may be down.
-                        if shift < 2:
-                            part.tried = halves[(place + shift + attempt) % 2]
-                        asked.append(n)
-                        parts.append(part)
-                    request.ask(parts)
-                    for reply in request.replies(max(min(seconds, request.now() + patience), 0.0)):
-                        if reply.error is None or reply.error.kind == "raised":
-                            found.setdefault(asked[reply.part.number], reply.error or reply.value)
-                        if len(found) == len(sizes):
-                            return found
+            return found
+        # Elsewhere the caller may draw numbers meanwhile, and would draw them again.
+        places = sorted(self.places)
+        halves = [frozenset(places[i::2]) for i in (0, 1)]
+        with self.open(module, task) as request:
+            asked = list[int]()
+            # If a part is late or has failed, another worker is asked for it.
+            for attempt, patience in enumerate(_PROOF_PATIENCE):
+                parts = list[Part]()
+                for place, n in enumerate(sizes):
+                    if n in found:
+                        continue
+                    part = Part(len(asked), _UNITS_OF_PROOF[n])
+                    # Preferred, not required: half of the workers may be down.
+                    if shift < 2:
+                        part.tried = halves[(place + shift + attempt) % 2]
+                    asked.append(n)
+                    parts.append(part)
+                request.ask(parts)
+                for reply in request.replies(max(min(seconds, request.now() + patience), 0.0)):
+                    if reply.error is None or reply.error.kind == "raised":
+                        found.setdefault(asked[reply.part.number], reply.error or reply.value)
+                    if len(found) == len(sizes):
+                        return found
         return found
 
     def _prove_rows(

@@ -93,7 +93,7 @@ class Dispatcher(abc.ABC):
             worker = self.told[0]
             try:
                 self.send(worker, worker.part)
-            except Exception as cause:
+            except Exception as cause:  # it fails the part, and is reported
                 self.fail(worker, cause)
             del self.told[0]
 

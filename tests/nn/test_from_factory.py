@@ -121,7 +121,7 @@ def mapped():
     model.load_state_dict(torch.load("weights.pt", mmap=True), assign=True)
     return model
 
-def memory(pid):  # of its own, and its share of what it has with others, in kilobytes
+def memory(pid):  # in kilobytes, where a page of several processes counts as a share
     with open(f"/proc/{pid}/smaps_rollup") as file:
         return sum(int(line.split()[1]) for line in file if line.startswith("Pss:"))
 
