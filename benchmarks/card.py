@@ -1,4 +1,4 @@
-"""The page of the kernels on a card, made of what ``on_card.py`` has found there."""
+"""The page of the kernels on a card, made of what ``coded-torch info --json`` has found there."""
 
 from __future__ import annotations
 

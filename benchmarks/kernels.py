@@ -3,7 +3,7 @@
 ``python -m benchmarks kernels``. Results go to memory that the process keeps, with the kernels of
 each instruction set, and, ``fresh``, to new memory. Bars that are missed by more than noise are
 printed, and the exit code is 1 then. With ``--device cuda`` nothing is measured: the page of
-kernels is made of the file that ``python -m benchmarks.on_card --json`` has left.
+kernels is made of the file that ``coded-torch info --device cuda --json`` has left.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             page = card.page(json.loads(args.card.read_text()))
         except (OSError, ValueError) as error:
-            how = "make it by: python -m benchmarks.on_card --json FILE"
+            how = "make it by: coded-torch info --device cuda --json FILE"
             parser.error(f"--card cannot be read ({error}); {how}")
         card.PAGE.write_text(page)
         print(f"wrote {card.PAGE}")

@@ -23,7 +23,7 @@ from coded_torch.cli.main import main
 
 # Ray gives its workers a niceness of 15: beside processes that compute, they starve.
 os.environ.setdefault("RAY_worker_niceness", "0")
-# `python -m benchmarks.on_card --tests` has imported the package before.
+# `coded-torch info --tests` has imported the package before.
 linear._KNOTS = int(os.environ["CODED_TORCH_CUBLAS_KNOTS"])
 CAPABILITIES = torch.ops.coded_torch.cpu_capabilities().split()
 

@@ -97,8 +97,8 @@ def test_kernels_are_tried_before_they_are_used(accelerator, tmp_path):
     assert status == 0, output
 
 
-class OnCard:
-    """`python -m benchmarks.on_card` on the accelerator, with a folder of tests."""
+class Info:
+    """`coded-torch info --device cuda` on the accelerator, with a folder of tests."""
 
     def __init__(self, accelerator, folder, test, **variables):
         (folder / "sources" / "tests").mkdir(parents=True)
@@ -114,10 +114,11 @@ class OnCard:
             "CODED_TORCH_ACCELERATOR": str(accelerator),
             "XDG_CACHE_HOME": str(folder),
         }
+        code = "import sys; from coded_torch.cli.main import main; sys.exit(main())"
         self._card = folder / "card.json"
         options = ["--quick", "--json", str(self._card), "--tests", str(folder / "sources")]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.on_card", *options],
+            [sys.executable, "-c", code, "info", "--device", "cuda", *options],
             cwd=folder,
             env=os.environ | variables,
             stdout=subprocess.PIPE,
@@ -141,9 +142,9 @@ def check_environment_and_kernels(card):
 
 
 # Each starts 36 processes; `.ci/run` leaves this one to `.ci/full`.
-def test_a_file_holds_all_that_the_card_shows(accelerator, tmp_path):
+def test_info_leaves_a_file_of_all_that_the_card_shows(accelerator, tmp_path):
     test = "assert torch.ones(3, device='cuda').sum().item() == 3"
-    status, card, said = OnCard(accelerator, tmp_path, test).end()
+    status, card, said = Info(accelerator, tmp_path, test).end()
     assert (status, card["problems"]) == (0, []), said
     check_environment_and_kernels(card)
     assert all(kernel["right"] for kernel in card["kernels"])
@@ -161,9 +162,9 @@ def test_a_file_holds_all_that_the_card_shows(accelerator, tmp_path):
     assert (card["tests"]["passed"], card["tests"]["exit"]) == (1, 0)
 
 
-def test_what_is_wrong_on_a_card_is_named(accelerator, tmp_path):
+def test_info_fails_and_names_what_is_wrong(accelerator, tmp_path):
     faults = "product_float32=wrong,sweep_float64_transposed=killed"
-    info = OnCard(accelerator, tmp_path, "assert False", CODED_TORCH_ACCELERATOR_FAULTS=faults)
+    info = Info(accelerator, tmp_path, "assert False", CODED_TORCH_ACCELERATOR_FAULTS=faults)
     status, card, said = info.end()
     assert status == 1
     check_environment_and_kernels(card)
@@ -180,7 +181,7 @@ def test_what_is_wrong_on_a_card_is_named(accelerator, tmp_path):
     assert "product_float32 on cuda:0: its results differ" in fallback
     assert card["tests"]["failures"] == ["tests/test_device.py::test_device"]
     for problem in card["problems"]:
-        assert f"on_card: {problem}\n" in said
+        assert f"coded-torch info: {problem}\n" in said
 
 
 def test_a_race_fails_the_run_and_names_both_lines(accelerator, tmp_path):

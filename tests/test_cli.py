@@ -143,6 +143,23 @@ def test_info(capsys):
         assert lines[built].startswith("kernels")
 
 
+def test_info_needs_a_card_and_places_that_exist(capfd, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert run("info --device cuda") == 2
+    assert capfd.readouterr().err == "coded-torch info: torch has no CUDA device here\n"
+    assert run("info --json card.json") == 2
+    must = "coded-torch info: --json, --tests and --quick need --device cuda\n"
+    assert capfd.readouterr().err == must
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    assert run(f"info --device cuda --tests {tmp_path}") == 2
+    must = "coded-torch info: --tests must be the folder of the sources, with tests, got "
+    assert capfd.readouterr().err == f"{must}{tmp_path}\n"
+    assert run(f"info --device cuda --json {tmp_path}/none/card.json") == 2
+    must = "coded-torch info: --json cannot be written: [Errno 2] No such file"
+    assert capfd.readouterr().err.startswith(must)
+
+
 def test_an_output_that_nobody_reads_stops_the_work(tmp_path):
     code = "from coded_torch.cli.main import main; raise SystemExit(main())"
     line = f'{{ "$0" -c "{code}" info; echo $? > code; }} | true'

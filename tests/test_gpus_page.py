@@ -13,7 +13,7 @@ pytestmark = pytest.mark.cuda
 PAGE = Path(__file__).resolve().parents[1] / "notebooks" / "guides" / "gpus.md"
 TEXT = PAGE.read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", TEXT, re.S)
-COMMANDS = re.findall(r"^(?:coded-torch|python) (.*)$", TEXT, re.M)
+COMMANDS = re.findall(r"^coded-torch (.*)$", TEXT, re.M)
 
 
 def test_the_page_has_three_examples_and_no_other_code():
@@ -33,4 +33,4 @@ def test_commands(capsys):
     assert main(shlex.split(ask)) == 0
     assert "cuda:0" in capsys.readouterr().out
     # test_accelerator.py runs it, with fewer sizes.
-    assert examine == "-m benchmarks.on_card --json card.json --tests ."
+    assert examine == "info --device cuda --json card.json --tests ."

@@ -41,6 +41,7 @@ from . import (
     seconds,
     usage,
 )
+from .card import examine
 from .files import Rows
 from .job import arguments_of, job
 from .serve import LENET5, serve
@@ -219,8 +220,8 @@ def plan(args: argparse.Namespace) -> None:
     save(found.draw(), output)
 
 
-def info(_: argparse.Namespace) -> None:
-    """Print versions, build, devices and threads."""
+def info(args: argparse.Namespace) -> int:
+    """Print versions, build, devices and threads; with CUDA, try and time the kernels."""
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines = {
         "coded_torch": coded_torch.__version__,
@@ -234,6 +235,12 @@ def info(_: argparse.Namespace) -> None:
     width = max(map(len, lines)) + 2
     for name, value in lines.items():
         say(f"{name:<{width}}{value}")
+    if args.device == "cuda":
+        say("")
+        return 0 if examine(args.json, args.tests, args.quick) else 1
+    if args.json or args.tests or args.quick:
+        raise CommandError("--json, --tests and --quick need --device cuda")
+    return 0
 
 
 def _settings(text: str) -> list[tuple[int, ...]]:
@@ -373,7 +380,17 @@ _COMMANDS: dict[Callable[[argparse.Namespace], int | None], tuple[Any, ...]] = {
         "output",
         ("--output", picture, Path("coded-torch-plan.png"), "the picture: .png, .svg or .pdf"),
     ),
-    info: (),
+    info: (
+        (
+            "--device",
+            ("cpu", "cuda"),
+            "cpu",
+            "with cuda, try and time all kernels on a card",
+        ),
+        ("--json", Path, None, "the file of all that the card shows, written after each step"),
+        ("--tests", Path, None, "the folder of the sources, whose tests marked cuda run, too"),
+        ("--quick", bool, False, "time few and small sizes"),
+    ),
 }
 _GROUPS = {"models and jobs": (serve, job, info), "experiments": (demo, compare, tune, plan)}
 

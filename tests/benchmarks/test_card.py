@@ -4,9 +4,8 @@ import copy
 import json
 
 import pytest
-import torch
 
-from benchmarks import card, on_card
+from benchmarks import card
 from benchmarks.__main__ import main
 
 CELL = {
@@ -15,7 +14,7 @@ CELL = {
     "graph": "no graph", "host": 5e-6, "kernels": ["sweep_float32", "wide_product_float32"],
 }  # fmt: skip
 FOUND = {
-    "command": "python -m benchmarks.on_card",
+    "command": "coded-torch info --device cuda",
     "seconds": 300.0,
     "finished": False,
     "problems": ["kernel sweep_float64 is not right: it hangs"],
@@ -64,18 +63,5 @@ def test_without_the_file_of_a_card_there_is_no_page(lacks, tmp_path, page_path,
         (tmp_path / "card.json").write_text(json.dumps(found))
     with pytest.raises(SystemExit, match="2"):
         main(["kernels", "--device", "cuda", "--card", str(tmp_path / "card.json")])
-    assert "make it by: python -m benchmarks.on_card --json FILE" in capsys.readouterr().err
+    assert "make it by: coded-torch info --device cuda --json FILE" in capsys.readouterr().err
     assert not page_path.exists()
-
-
-def test_a_card_and_places_that_exist_are_needed(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert on_card.main([]) == 2
-    assert capsys.readouterr().err == "on_card: torch has no CUDA device here\n"
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert on_card.main(["--tests", str(tmp_path)]) == 2
-    must = "on_card: --tests must be the folder of the sources, with tests, got "
-    assert capsys.readouterr().err == f"{must}{tmp_path}\n"
-    assert on_card.main(["--json", str(tmp_path / "none" / "card.json")]) == 2
-    must = "on_card: --json cannot be written: [Errno 2] No such file"
-    assert capsys.readouterr().err.startswith(must)

@@ -1,14 +1,11 @@
 """What a CUDA card shows: its kernels tried, timed beside a copy and cuBLAS, and the tests.
 
-``python -m benchmarks.on_card --help``.
-
 Every step has a process of its own, since a kernel that fails may end CUDA there, and a bound on
 its time. All that was found is written after each step.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import importlib.util
@@ -23,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from multiprocessing.connection import Connection
@@ -35,11 +32,12 @@ import torch
 from torch import Tensor
 
 import coded_torch
-from coded_torch import _extension, linear
-from coded_torch._extension import seconds_on_device
-from coded_torch.cli import CommandError, say, usage
-from coded_torch.cli.files import replace
-from coded_torch.linear import SplineMap
+
+from .. import _extension, linear
+from .._extension import seconds_on_device
+from ..linear import SplineMap
+from . import CommandError, say, usage
+from .files import replace
 
 Record = dict[str, Any]
 
@@ -83,7 +81,7 @@ class Card:
         self._begin = time.monotonic()
         self.problems: list[str] = []
         self.found: Record = {
-            "command": "python -m benchmarks.on_card",
+            "command": "coded-torch info --device cuda",
             "quick": quick,
             "seconds": 0.0,
             "finished": False,
@@ -560,30 +558,5 @@ def examine(path: Path | None, tests: Path | None, quick: bool) -> bool:
     card = Card(path, quick)
     found = card.examine(None if tests is None else tests.resolve())
     for problem in card.problems:
-        print(f"on_card: {problem}", file=sys.stderr)
+        print(f"coded-torch info: {problem}", file=sys.stderr)
     return found
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0; 1 if a problem was found; 2 if nothing could be tried."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.on_card",
-        description="Try and time all kernels on the first CUDA card.",
-    )
-    parser.add_argument(
-        "--json", type=Path, help="the file of all that the card shows, written after each step"
-    )
-    parser.add_argument(
-        "--tests", type=Path, help="the folder of the sources, whose tests marked cuda run, too"
-    )
-    parser.add_argument("--quick", action="store_true", help="time few and small sizes")
-    args = parser.parse_args(argv)
-    try:
-        return 0 if examine(args.json, args.tests, args.quick) else 1
-    except CommandError as error:
-        print(f"on_card: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())
