@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from coded_torch.codes import Code, SplineCode
+from coded_torch.experiments._tune import SETS, Trial
 from coded_torch.experiments.compare import Decoder, compare, received_by
 from coded_torch.experiments.scores import Comparison, grouped, rounded
-from coded_torch.experiments.tune import SETS, Trial
-from coded_torch.input_space.regression import Regression
+from coded_torch.input_space._regression import Regression
 from coded_torch.stragglers import Contiguous, Stragglers, Trace, Uniform
 
 from .networks import SEED, Subject

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from coded_torch.codes import RegressionCode
+from coded_torch.experiments._tune import SETS, Trial, chosen
 from coded_torch.experiments.compare import peers, received_by
 from coded_torch.experiments.scores import rounded, score
-from coded_torch.experiments.tune import SETS, Trial, chosen
 from coded_torch.input_space._gaussian_process import GaussianProcess
 from coded_torch.stragglers import Uniform
 

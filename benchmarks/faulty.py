@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from coded_torch.table import Table
+from coded_torch._table import Table
 from coded_torch.verification._record import Record
 from coded_torch.verification._verifier import Verifier
 from coded_torch.workers import Reply, WorkerError

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from coded_torch._table import OPEN, Table
 from coded_torch.nn import Waiting
 from coded_torch.scheduling._latency_history import History
 from coded_torch.scheduling.policy import hedging_threshold
-from coded_torch.table import OPEN, Table
 
 _TRIES = 3  # the most asks for a part that fails
 

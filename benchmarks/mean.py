@@ -43,7 +43,7 @@ from coded_torch.demo import digits, lenet5
 from coded_torch.experiments.scores import half_width, rounded
 from coded_torch.input_space._betting import bounded
 from coded_torch.input_space._finite_mean import intervals
-from coded_torch.nn.mean import Looks
+from coded_torch.nn._mean import Looks
 from coded_torch.workers import LocalWorkers, ProcessWorkers
 
 from . import tasks

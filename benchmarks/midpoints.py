@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from coded_torch.codes import RegressionCode
+from coded_torch.experiments._tune import SETS, Trial, chosen
 from coded_torch.experiments.compare import received_by
 from coded_torch.experiments.scores import half_width, rounded, score
-from coded_torch.experiments.tune import SETS, Trial, chosen
 from coded_torch.stragglers import Uniform
 
 from .accuracy import PAIRS, SMALL, Case

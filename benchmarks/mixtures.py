@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from coded_torch.codes import Code, RegressionCode, SplineCode
+from coded_torch.experiments._tune import SETS, Trial
 from coded_torch.experiments.compare import received_by
 from coded_torch.experiments.scores import half_width, rounded, score
-from coded_torch.experiments.tune import SETS, Trial
+from coded_torch.input_space._regression import Regression
 from coded_torch.input_space.metrics import from_gradients
-from coded_torch.input_space.regression import Regression
 from coded_torch.stragglers import Uniform
 
 from .accuracy import PAIRS, Case

@@ -43,7 +43,7 @@ from coded_torch.demo import digits, lenet5
 from coded_torch.nn import CodedWrapper, Report, Waiting
 from coded_torch.open_inference import ADDED, Model, outputs_of, request
 from coded_torch.serve import App, TensorSpec, server
-from coded_torch.serve.batcher import Batch
+from coded_torch.serve._batcher import Batch
 from coded_torch.stragglers import Bernoulli, Trace
 from coded_torch.surrogates import Memory
 from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers

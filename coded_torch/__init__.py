@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 from . import codes, linear, nn, stragglers, surrogates, workers
 from .codes import DeadlineExceeded, NotEnoughResults
 from .input_space import metrics
-from .input_space.regression import Regression
+from .input_space._regression import Regression
 from .nn import CodedWrapper, Interval, Report, Waiting
 
 if TYPE_CHECKING:
+    from .experiments._tune import tune
     from .experiments.compare import compare
     from .experiments.scores import Setting
-    from .experiments.tune import tune
 
 __version__ = version("coded_torch")
 __all__ = ["CodedWrapper", "DeadlineExceeded", "Interval", "NotEnoughResults", "Regression"]
 __all__ += ["Report", "Setting", "Waiting", "codes", "compare", "linear", "metrics", "nn"]
 __all__ += ["stragglers", "surrogates", "tune", "workers"]
-_EXPERIMENTS = {"compare": "compare", "tune": "tune", "Setting": "scores"}
+_EXPERIMENTS = {"compare": "compare", "tune": "_tune", "Setting": "scores"}
 
 
 def __getattr__(name: str) -> Any:

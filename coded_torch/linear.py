@@ -35,7 +35,7 @@ from ._extension import (
 from ._torch import placed, to_device
 
 if TYPE_CHECKING:
-    from .input_space.ordering import Grouping
+    from .input_space._ordering import Grouping
 
 __all__ = ["LinearMap", "MatrixMap", "SplineMap"]
 

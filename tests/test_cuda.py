@@ -8,7 +8,7 @@ import torch
 
 from coded_torch import _extension, linear, ops
 from coded_torch.codes.curves import chebyshev_first, chebyshev_second
-from coded_torch.input_space.ordering import Grouping
+from coded_torch.input_space._ordering import Grouping
 from coded_torch.linear import SplineMap
 
 from .grids import compile_kernels, facts

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coded_torch import Regression, ops
-from coded_torch.input_space.ordering import similarity_order
+from coded_torch.input_space._ordering import similarity_order
 
 from .test_ops import every_kernel
 

@@ -9,7 +9,7 @@ import torch
 import torch._dynamo.testing
 
 from coded_torch._torch import to_device
-from coded_torch.input_space.ordering import Grouping
+from coded_torch.input_space._ordering import Grouping
 from coded_torch.linear import MatrixMap, SelectMap, SplineMap
 from coded_torch.testing.codes import DTYPES, assert_is_product, normal
 

@@ -11,7 +11,7 @@ import pytest
 
 from coded_torch import Report
 from coded_torch._arguments import Sparing
-from coded_torch.table import Table, WorkerError
+from coded_torch._table import Table, WorkerError
 
 
 @pytest.fixture

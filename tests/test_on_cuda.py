@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coded_torch.codes import BerrutCode, LagrangeCode, RegressionCode, ReplicationCode, SplineCode
-from coded_torch.input_space.ordering import Grouping
+from coded_torch.input_space._ordering import Grouping
 from coded_torch.linear import MatrixMap, SplineMap
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.nn._finite import all_finite, sums_of

@@ -11,7 +11,7 @@ from torch import nn
 
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Uniform
-from coded_torch.surrogates import Memory, distill, memory
+from coded_torch.surrogates import Memory, _memory, distill
 from coded_torch.testing.helpers import until
 from coded_torch.workers import LocalWorkers
 
@@ -128,7 +128,7 @@ def test_a_failure_is_logged_and_what_was_known_stays(monkeypatch, caplog):
     def fail(*args):
         raise RuntimeError("no memory left")
 
-    monkeypatch.setattr(memory, "RowProcess", fail)
+    monkeypatch.setattr(_memory, "RowProcess", fail)
     known.observe([rand(9, 4)], [f(rand(9, 4))])
     known.rebuild()
     assert "a memory could not be rebuilt" in caplog.text

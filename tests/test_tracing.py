@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from torch import nn
 
-from coded_torch import CodedWrapper, Waiting, tracing
+from coded_torch import CodedWrapper, Waiting, _tracing
 from coded_torch.workers import DeviceWorkers, EndpointWorkers, RemoteModule
 
 from .serve.servers import built, linear, serving
@@ -115,14 +115,14 @@ def test_the_spans_of_a_client_and_of_its_server_are_one_trace(spans):
 def test_the_call_of_a_batch_is_linked_to_its_requests(spans):
     contexts = []
     for _ in range(3):
-        with tracing.span("infer", {}):
-            contexts.append(tracing.here())
+        with _tracing.span("infer", {}):
+            contexts.append(_tracing.here())
 
     def call():
-        with tracing.span("call"):
+        with _tracing.span("call"):
             pass
 
-    tracing.within([None, *contexts], call)()
+    _tracing.within([None, *contexts], call)()
     (found,), requests = spans("call"), [x.context.span_id for x in spans("infer")]
     assert [found.parent.span_id, *(link.context.span_id for link in found.links)] == requests
 
@@ -132,8 +132,8 @@ def test_without_opentelemetry_there_is_nothing(spans, monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry", None)  # an import would fail
     with DeviceWorkers(["cpu"] * 2) as pool, torch.no_grad():
         CodedWrapper(nn.Linear(3, 1), workers=pool)(torch.ones(4, 3))
-    assert tracing.headers() == {}
-    assert tracing.here() is None
+    assert _tracing.headers() == {}
+    assert _tracing.here() is None
     assert spans("call") == []
 
 
@@ -143,8 +143,8 @@ def test_without_a_provider_there_is_nothing(monkeypatch):
     monkeypatch.setattr(trace, "get_tracer", None)
     with DeviceWorkers(["cpu"] * 2) as pool, torch.no_grad():
         CodedWrapper(nn.Linear(3, 1), workers=pool)(torch.ones(4, 3))
-    assert tracing.headers() == {}
-    assert tracing.here() is None
+    assert _tracing.headers() == {}
+    assert _tracing.here() is None
 
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -152,17 +152,17 @@ PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 def test_without_a_provider_a_clients_trace_does_not_go_on(monkeypatch):
     monkeypatch.setattr(trace, "get_tracer_provider", trace.ProxyTracerProvider)
-    with tracing.span("infer", {"traceparent": PARENT, "tracestate": "a=b"}):
-        assert tracing.headers() == {}
-        assert tracing.here() is None
+    with _tracing.span("infer", {"traceparent": PARENT, "tracestate": "a=b"}):
+        assert _tracing.headers() == {}
+        assert _tracing.here() is None
 
 
 @pytest.mark.usefixtures("spans")
 @pytest.mark.parametrize(("size", "goes_on"), [(100, True), (600, False)])
 def test_a_long_state_of_a_clients_trace_does_not_go_on(size, goes_on):
     state = ",".join(f"a{i}=bcdefghi" for i in range(size // 12))
-    with tracing.span("infer", {"traceparent": PARENT, "tracestate": state}):
-        sent = tracing.headers()
+    with _tracing.span("infer", {"traceparent": PARENT, "tracestate": state}):
+        sent = _tracing.headers()
     assert sent["traceparent"].split("-")[1] == PARENT.split("-")[1]
     assert ("tracestate" in sent) == goes_on
 
@@ -189,10 +189,10 @@ def test_without_a_propagator_calls_have_spans(spans, monkeypatch):
     # An unknown name in OTEL_PROPAGATORS prevents the import.
     monkeypatch.setitem(sys.modules, "opentelemetry.propagate", None)
     monkeypatch.delattr("opentelemetry.propagate", raising=False)
-    tracing._propagate.cache_clear()
+    _tracing._propagate.cache_clear()
     try:
-        with tracing.span("infer", {}):
-            assert tracing.headers() == {}
+        with _tracing.span("infer", {}):
+            assert _tracing.headers() == {}
     finally:
-        tracing._propagate.cache_clear()
+        _tracing._propagate.cache_clear()
     assert len(spans("infer")) == 1

@@ -41,10 +41,10 @@ from . import (
     seconds,
     usage,
 )
-from .card import examine
-from .files import Rows
-from .job import arguments_of, job
-from .serve import LENET5, serve
+from ._card import examine
+from ._files import Rows
+from ._job import arguments_of, job
+from ._serve import LENET5, serve
 
 # The rows of a batch: on 240 digits, groups of 20 inputs divide evenly. It was not tuned.
 _BATCH_SIZE = 240

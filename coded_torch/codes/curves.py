@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike
 
 from .._arguments import MOST_WORKERS, count, nonnegative, real_array, shown
 from ..linear import LinearMap, SplineMap
-from .base import FixedCode, Map
-from .suspects import WAVELENGTH, Floats, residual_operator
+from ._base import FixedCode, Map
+from ._suspects import WAVELENGTH, Floats, residual_operator
 
 _GOLDEN = (5**0.5 - 1) / 2  # the golden ratio, less 1
 # Decoder degrees to try, in degrees of the encoder. The results of a network are some times rougher

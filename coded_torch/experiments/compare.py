@@ -20,9 +20,9 @@ from ..codes import (
     SplineCode,
 )
 from ..stragglers import Stragglers, Uniform
-from .faults import Attack
+from ._faults import Attack
+from ._tune import SETS, Trial, calls_of, chosen
 from .scores import Comparison, Record, Score, Setting, check_labels, score
-from .tune import SETS, Trial, calls_of, chosen
 
 # The baselines of a surrogate, whose names no other scheme may have.
 _WITH_SURROGATES = {"surrogate alone", "replication, surrogate", "regression, residuals"}

@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from .._arguments import count, positive, probability, real
+from .._table import Part, Table
 from ..scheduling._latency_history import History
 from ..scheduling.policy import Waiting, hedging_threshold
 from ..stragglers import Stragglers
-from ..table import Part, Table
 from ..verification._record import Record
 from ..verification._scores import ODD_PARTS, ODD_ROWS, Results
 from ..verification._verifier import Verifier

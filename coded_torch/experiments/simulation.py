@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from .._arguments import count, instance, positive, probability, real
+from .._table import Began, Part, Reply, Table, WorkerError
 from ..scheduling._latency_history import History
 from ..stragglers import Stragglers
-from ..table import Began, Part, Reply, Table, WorkerError
-from ..workers.local import VirtualPool
+from ..workers._local import VirtualPool
 
 # These numbers define the conditions of benchmarks/waiting.py. Times are in medians of a part.
 #: The share of a part's time that does not depend on its number of rows.

@@ -15,8 +15,8 @@ from ..linear import product
 from ._error_bounds import Bounds, bounds_of
 from ._gaussian_process import LENGTH as LENGTH
 from ._gaussian_process import NUGGET, Estimates, GaussianProcess, evenly, off_mean
+from ._gradients import GradientMetric
 from ._untuned import COLUMNS
-from .gradients import GradientMetric
 from .metrics import Choice, Distances, Features, name_of
 
 # Results that metrics and lengths are compared on: all of 204 cost several times as much, and find

@@ -17,9 +17,9 @@ from .._arguments import shown, sparing_logger
 from .._torch import as_called, exactly
 from ..ops import squared_distances as squared_distances
 from ..ops import typical_rows as typical_rows
+from ._gradients import GradientMetric
+from ._gradients import from_gradients as from_gradients
 from ._untuned import FAR
-from .gradients import GradientMetric
-from .gradients import from_gradients as from_gradients
 
 logger = sparing_logger("coded_torch.codes")
 

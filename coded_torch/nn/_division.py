@@ -15,13 +15,13 @@ from torch.utils import _pytree as pytree
 from .._arguments import dense
 from .._extension import deal
 from .._layout import Layout
+from .._table import Units
 from .._torch import broadcast_dims, is_texts, on_host, outside, plain, positional
-from ..codes.base import Code
+from ..codes._base import Code
+from ..input_space._regression import Regression, RowPlan
 from ..input_space._regressor import MOST_ROWS
-from ..input_space.regression import Regression, RowPlan
 from ..scheduling._latency_history import EstimationTimes
-from ..table import Units
-from ..workers.base import Task
+from ..workers._base import Task
 from ._finite import all_finite, finite, has_numbers, sums_of
 
 # Seconds that an estimate may end after the deadline before a worse one is made. A busy machine

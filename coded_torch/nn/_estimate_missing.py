@@ -15,18 +15,18 @@ from torch.utils import _pytree as pytree
 
 from .._changes import unchanged
 from .._torch import as_called, device_of, flatten, on_host, outside, plain
-from ..codes.base import BatchPlan, NotEnoughResults
+from ..codes._base import BatchPlan, NotEnoughResults
 from ..input_space._error_bounds import ErrorBounds
+from ..input_space._regression import RowPlan, to_scale
 from ..input_space._regressor import columns, few_columns
 from ..input_space.metrics import Choice
-from ..input_space.regression import RowPlan, to_scale
 from ..scheduling.policy import Waiting
 from ..surrogates import Memory
 from ..verification._verifier import Verifier
 from ._division import Division
 from ._finite import finite
-from .report import Report, logger
-from .result_checks import Result, Stacked, show
+from ._report import Report, logger
+from ._result_checks import Result, Stacked, show
 
 Plan: TypeAlias = BatchPlan | RowPlan
 

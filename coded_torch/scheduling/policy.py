@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from .._arguments import count, instance, real, shown
-from ..table import DROPPED, GOOD, OPEN, Part, Table
+from .._table import DROPPED, GOOD, OPEN, Part, Table
 from ._latency_history import History
 
 # Late parts are hedged three times, first split over four idle workers (benchmarks/waiting.py). A

@@ -9,7 +9,7 @@ from typing import Any
 import prometheus_client
 
 from ..workers import Workers
-from .batcher import Batch
+from ._batcher import Batch
 
 # Upper bounds of histograms' buckets, in seconds and in units of the outputs; not tuned.
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)

@@ -6,8 +6,8 @@ Codes then decode the residuals. :class:`Memory` learns by itself from computed 
 
 from typing import Any
 
-from .distillation import distill
-from .memory import Memory
+from ._distillation import distill
+from ._memory import Memory
 
 __all__ = ["Memory", "distill"]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from coded_torch.codes import NotEnoughResults, base
+from coded_torch.codes import NotEnoughResults, _base
 
 __all__ = ["CodeTests"]
 
@@ -183,7 +183,7 @@ class CodeTests:
             count = choose.randint(code.min_received, min(code.min_received + 2, code.num_workers))
             asked.add(received := (*sorted(choose.sample(range(code.num_workers), count)),))
             code.decoder(received)
-        assert code._decoder.cache_info().currsize == min(len(asked), base.CACHED_DECODERS)
+        assert code._decoder.cache_info().currsize == min(len(asked), _base.CACHED_DECODERS)
 
     def test_shared_between_threads(self, code):
         choose = random.Random(0)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from coded_torch._table import Units
 from coded_torch.codes import FixedCode
 from coded_torch.linear import MatrixMap
-from coded_torch.table import Units
 from coded_torch.workers import Began, Part, Reply, Request, Task, Workers
 
 WAIT = 180.0  # bounds waits that end at once unless something is broken

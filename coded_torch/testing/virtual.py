@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..table import Began, Part, Reply, WorkerError
-from ..workers.base import Request, Task, Workers
-from ..workers.local import VirtualPool, VirtualRequest
+from .._table import Began, Part, Reply, WorkerError
+from ..workers._base import Request, Task, Workers
+from ..workers._local import VirtualPool, VirtualRequest
 
 #: An act of a worker with one part, and its seconds, which may be infinite: "ok" returns the
 #: module's result, and "twice" returns it twice; "die" ends the worker; "nan", "rows" and "lie"

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from .._arguments import sparing_logger
+from .._table import Part
 from .._torch import as_real, exactly, on_host
 from ..input_space._gaussian_process import GaussianProcess
 from ..input_space._regressor import LENGTH
 from ..input_space.metrics import DEFAULT, Distances, Leaf, Sources, added_up
-from ..table import Part
 
 logger = sparing_logger("coded_torch.nn")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..table import DISPUTED, DROPPED, FAILED, GOOD, OPEN, Part, Table
+from .._table import DISPUTED, DROPPED, FAILED, GOOD, OPEN, Part, Table
 from ._record import Record
 from ._scores import Results
 

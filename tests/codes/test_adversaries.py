@@ -8,8 +8,8 @@ from torch import nn
 
 import coded_torch
 from coded_torch import CodedWrapper, codes, stragglers, workers
-from coded_torch.codes.suspects import Copies
-from coded_torch.experiments.faults import FaultyWorkers
+from coded_torch.codes._suspects import Copies
+from coded_torch.experiments._faults import FaultyWorkers
 from coded_torch.verification._evidence import CALLS, Evidence
 
 ATTACKS = {

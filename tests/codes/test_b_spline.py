@@ -8,7 +8,7 @@ from scipy.interpolate import BSpline
 from coded_torch._arguments import count
 from coded_torch.codes import CurveCode
 from coded_torch.experiments import scores
-from coded_torch.experiments.tune import tune
+from coded_torch.experiments._tune import tune
 from coded_torch.linear import MatrixMap, SplineMap
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coded_torch import Regression
-from coded_torch.codes import BerrutCode, RegressionCode, ReplicationCode, SplineCode, base
+from coded_torch.codes import BerrutCode, RegressionCode, ReplicationCode, SplineCode, _base
 from coded_torch.input_space._gaussian_process import GaussianProcess
 from coded_torch.input_space.metrics import Distances, Sources
 from coded_torch.testing.codes import DTYPES, normal
@@ -45,7 +45,7 @@ def planned(code, ordering, x, lost=2):
 def test_exact_answers_are_results_bit_for_bit(code, ordering, batch_size, most, received, dtype):
     x, received = inputs(batch_size, dtype), sorted(received)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "MOST_ROWS", most)
+        patch.setattr(_base, "MOST_ROWS", most)
         plan = planned(code, ordering, x)
     assert (type(plan.code), plan.batch_size, plan.note) == (type(code), batch_size, "")
     coded = plan.encode(x)
@@ -115,7 +115,7 @@ def test_a_batch_of_which_nothing_is_known_needs_its_size():
     ],
 )
 def test_large_batches_are_cut_evenly(batch_size, num_data, sizes):
-    assert [len(rows) for rows in base.cut(torch.arange(batch_size), num_data)] == sizes
+    assert [len(rows) for rows in _base.cut(torch.arange(batch_size), num_data)] == sizes
 
 
 def test_a_part_of_the_rows_that_is_lost_altogether_is_answered_by_the_mean():

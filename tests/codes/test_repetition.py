@@ -183,7 +183,7 @@ def test_spare_workers_compute_midpoints_of_a_group(k, n, size, generator):
 
 @pytest.mark.parametrize("lost", range(3))
 def test_a_line_through_a_midpoint_gives_the_other_end(lost, generator, monkeypatch):
-    monkeypatch.setattr("coded_torch.codes.repetition._WEIGHT", 1.0)
+    monkeypatch.setattr("coded_torch.codes._repetition._WEIGHT", 1.0)
     x, received = inputs(30, generator), [n for n in range(3) if n != lost]
     plan = midpoints(2, 3).plan([x], 1)
     results = plan.encode(x) @ torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=torch.float64) + 7
@@ -194,7 +194,7 @@ def test_a_line_through_a_midpoint_gives_the_other_end(lost, generator, monkeypa
 
 
 def test_gradients_take_one_of_several_midpoints_of_a_pair(generator, monkeypatch):
-    monkeypatch.setattr("coded_torch.codes.repetition._MidpointPlan._weight", lambda *_: 0.5)
+    monkeypatch.setattr("coded_torch.codes._repetition._MidpointPlan._weight", lambda *_: 0.5)
     x, received = inputs(12, generator), [0, 1, 2]
     plan = midpoints(2, 4).plan([x], 1)
     results = plan.encode(x).sin()[received].requires_grad_()

@@ -3,7 +3,7 @@
 import numpy as np
 
 from coded_torch.codes import SplineCode
-from coded_torch.codes.base import Code
+from coded_torch.codes._base import Code
 from coded_torch.testing.codes import CodeTests
 
 

@@ -111,7 +111,7 @@ def test_faults_depend_on_the_request_and_the_part_and_not_on_the_order_of_askin
 
 def test_one_part_in_so_many_seconds_crashes(monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr("coded_torch.experiments.faults.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("coded_torch.experiments._faults.time.monotonic", lambda: clock[0])
     pool = FaultyWorkers(recording := Recording(), crash_every=5.0, seed=3)
     crashed = []
     for seconds in (0.0, 4.9, 0.2, 4.9, 20.0, 0.0):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from coded_torch.codes import BerrutCode, RegressionCode, ReplicationCode, SplineCode
-from coded_torch.experiments.tune import Trial
+from coded_torch.experiments._tune import Trial
 
 from ..nn.modules import Call
 

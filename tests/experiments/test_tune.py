@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coded_torch.codes import LagrangeCode, RegressionCode, ReplicationCode, SplineCode
-from coded_torch.experiments.tune import received_sets, tune
+from coded_torch.experiments._tune import received_sets, tune
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Contiguous, ShiftedExponential, Uniform
 from coded_torch.workers import LocalWorkers

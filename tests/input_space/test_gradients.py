@@ -8,8 +8,8 @@ import torch
 
 from coded_torch import CodedWrapper, Regression, metrics
 from coded_torch.codes import BerrutCode, RegressionCode, SplineCode
+from coded_torch.input_space._ordering import similarity_order
 from coded_torch.input_space.metrics import METRICS
-from coded_torch.input_space.ordering import similarity_order
 from coded_torch.surrogates import Memory
 from coded_torch.workers import LocalWorkers
 

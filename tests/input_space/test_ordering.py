@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coded_torch._extension import short_path
-from coded_torch.input_space.ordering import Grouping, similarity_order
+from coded_torch.input_space._ordering import Grouping, similarity_order
 from coded_torch.testing.codes import normal as randn
 
 # K and B together: B = 0 .. 3 K.

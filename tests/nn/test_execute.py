@@ -17,7 +17,7 @@ from torch import nn
 from coded_torch import CodedWrapper, Waiting, ops
 from coded_torch.codes import DeadlineExceeded, NotEnoughResults, ReplicationCode, SplineCode
 from coded_torch.nn._division import dealt
-from coded_torch.nn.report import Report
+from coded_torch.nn._report import Report
 from coded_torch.scheduling._latency_history import EstimationTimes
 from coded_torch.stragglers import Trace, Uniform
 from coded_torch.surrogates import Memory

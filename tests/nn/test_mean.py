@@ -302,8 +302,8 @@ def test_many_rows_have_the_kernel_of_the_last_look_alone(monkeypatch):
             made.append(len(z))
             super().__init__(z, length)
 
-    monkeypatch.setattr("coded_torch.nn.mean.Kernel", Counted)
-    monkeypatch.setattr("coded_torch.nn.mean._COMPARED", 100)
+    monkeypatch.setattr("coded_torch.nn._mean.Kernel", Counted)
+    monkeypatch.setattr("coded_torch.nn._mean._COMPARED", 100)
     found = list(wrapped().mean(X, max_rows=148, seed=0))
     assert [made.count(each.rows) > 1 for each in found] == [True, True, True, False, False]
     assert {made.count(118), made.count(148)} == {1}

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
+from coded_torch._table import Table
 from coded_torch.codes import NotEnoughResults, RegressionCode
-from coded_torch.nn.result_checks import Checks
+from coded_torch.nn._result_checks import Checks
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
-from coded_torch.table import Table
 from coded_torch.testing.helpers import CopyCode, PolynomialCode, task_of
 from coded_torch.testing.virtual import VirtualWorkers
 from coded_torch.workers import LocalWorkers, Reply

@@ -5,9 +5,9 @@ import time
 import pytest
 
 from coded_torch import Waiting
+from coded_torch._table import DISPUTED, GOOD, Began, Reply, Table, WorkerError
 from coded_torch.experiments.planner import Verified
 from coded_torch.experiments.simulation import Conditions, simulate
-from coded_torch.table import DISPUTED, GOOD, Began, Reply, Table, WorkerError
 
 BAD = Conditions(spread=0.5, straggling=0.1, slow=0.2, dead=0.1, dead_after=1.0, bursts=20.0)
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
+from coded_torch._table import Table
 from coded_torch.codes import DeadlineExceeded, NotEnoughResults, ReplicationCode
 from coded_torch.scheduling._latency_history import History
-from coded_torch.table import Table
 from coded_torch.testing.virtual import VirtualWorkers
 
 X = torch.arange(8.0)[:, None]

@@ -21,8 +21,8 @@ from torch import nn
 
 from coded_torch import Waiting
 from coded_torch.nn import CodedWrapper
-from coded_torch.serve import App, TensorSpec, protocol, specs
-from coded_torch.serve import application as application_module
+from coded_torch.serve import App, TensorSpec, _protocol, specs
+from coded_torch.serve import _application as application_module
 from coded_torch.stragglers import Trace
 from coded_torch.testing.helpers import until
 from coded_torch.workers import DeviceWorkers, LocalWorkers, ProcessWorkers, WorkerError
@@ -231,7 +231,7 @@ def without_body(port, seconds=0.2):
 @pytest.fixture
 def patient(monkeypatch):
     """Let servers wait for bodies longer than a busy machine takes for anything."""
-    monkeypatch.setattr(protocol, "_READING", 120.0)
+    monkeypatch.setattr(_protocol, "_READING", 120.0)
     return {"deadline": 240.0}
 
 
@@ -249,7 +249,7 @@ def test_bodies_that_do_not_come_take_no_slots(patient):
 
 
 def test_all_bodies_together_are_bounded(monkeypatch, patient):
-    monkeypatch.setattr(protocol, "_TOGETHER", 0)
+    monkeypatch.setattr(_protocol, "_TOGETHER", 0)
     application = built(**patient, max_batch_size=60)
     most = application.reader.left
     head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {2**16}\r\n\r\n".encode()
@@ -504,7 +504,7 @@ def test_objects_that_the_host_has_frozen_stay_frozen(monkeypatch):
         called = []
         calls = {x: functools.partial(called.append, x) for x in ("collect", "freeze", "unfreeze")}
         fake = types.SimpleNamespace(get_freeze_count=lambda frozen=frozen: frozen, **calls)
-        monkeypatch.setattr("coded_torch.serve.application.gc", fake)
+        monkeypatch.setattr("coded_torch.serve._application.gc", fake)
         with serving(built()):
             pass
         assert called == ["collect", "freeze", *more]

@@ -11,8 +11,8 @@ import torch
 
 from coded_torch.codes import NotEnoughResults
 from coded_torch.nn import Report
-from coded_torch.serve.batcher import Batch, Batcher
-from coded_torch.serve.protocol import RequestError
+from coded_torch.serve._batcher import Batch, Batcher
+from coded_torch.serve._protocol import RequestError
 from coded_torch.workers import WorkerError
 
 

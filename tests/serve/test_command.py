@@ -306,7 +306,7 @@ def test_ctrl_c_does_not_wait_for_a_load(mine):
     weights.write_text("2")
     load = b"POST /v2/repository/models/read/load HTTP/1.1\r\nHost: localhost\r\n\r\n"
     options = "--num-workers", "1", "--deadline", "1"
-    soon = "from coded_torch.serve import connections; connections._TO_READ = 0\n"
+    soon = "from coded_torch.serve import _connections; _connections._TO_READ = 0\n"
     with (
         running("mine:read", *options, cwd=mine, first=soon) as (process, port),
         Client(port) as client,
@@ -348,7 +348,7 @@ def test_a_kept_connection_does_not_wait_for_acknowledgements(mine):
 
 def test_clients_name_a_loopback_host_or_an_allowed_one(mine, monkeypatch):
     built = []
-    monkeypatch.setattr("coded_torch.cli.serve._listen", lambda app, *_: built.append(app))
+    monkeypatch.setattr("coded_torch.cli._serve._listen", lambda app, *_: built.append(app))
     assert main(["serve", "mine:make"]) == 0
     assert [spec.shape for spec in built.pop().inputs] == [(-1,), ()]
     for host in ("127.0.0.1", "0.0.0.0"):
@@ -398,7 +398,7 @@ def test_bad_values_get_one_line_and_exit_code_2(arguments, message, mine, refus
 
 
 def test_outputs_that_cannot_be_estimated_are_named_at_the_start(mine, monkeypatch, capsys):
-    monkeypatch.setattr("coded_torch.cli.serve._listen", lambda *args: None)
+    monkeypatch.setattr("coded_torch.cli._serve._listen", lambda *args: None)
     with warnings.catch_warnings(record=True) as caught:
         for name, said in {"small": False, "labels": True}.items():
             assert main(["serve", f"mine:{name}"]) == 0
@@ -411,7 +411,7 @@ def test_outputs_that_cannot_be_estimated_are_named_at_the_start(mine, monkeypat
 
 def test_estimates_can_be_forbidden(mine, monkeypatch):
     served = []
-    monkeypatch.setattr("coded_torch.cli.serve._listen", lambda built, *_: served.append(built))
+    monkeypatch.setattr("coded_torch.cli._serve._listen", lambda built, *_: served.append(built))
     for arguments in ([], ["--no-estimates"]):
         assert main(["serve", "mine:small", *arguments]) == 0
     assert [built.coded.waiting.estimate for built in served] == [True, False]

@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 from torch import nn
 
-from coded_torch.serve import TensorSpec, connections
+from coded_torch.serve import TensorSpec, _connections
 from coded_torch.testing.helpers import until
 
 from .servers import Client, built, serving, started, tensor
@@ -22,7 +22,7 @@ from .servers import Client, built, serving, started, tensor
 
 async def test_a_response_is_sent_at_once_unless_the_client_has_gone():
     transport = mock.Mock(**{"is_closing.return_value": False})
-    together = connections._Transport(transport, mock.Mock(loop=asyncio.get_running_loop()))
+    together = _connections._Transport(transport, mock.Mock(loop=asyncio.get_running_loop()))
     together.write(b"head")
     together.write(b"body")
     await asyncio.sleep(0)
@@ -39,10 +39,10 @@ async def test_a_response_is_sent_at_once_unless_the_client_has_gone():
 @pytest.fixture
 def port(monkeypatch):
     """Yield the port of a server with short limits, of rows of any size."""
-    monkeypatch.setattr(connections, "_HEADERS_SECONDS", 60.0)
-    monkeypatch.setattr(connections, "_ANSWER_SECONDS", 1.0)
-    monkeypatch.setattr(connections, "_WATCH_SECONDS", 0.1)
-    monkeypatch.setattr(connections._Connection, "most", 6)
+    monkeypatch.setattr(_connections, "_HEADERS_SECONDS", 60.0)
+    monkeypatch.setattr(_connections, "_ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(_connections, "_WATCH_SECONDS", 0.1)
+    monkeypatch.setattr(_connections._Connection, "most", 6)
     spec = TensorSpec("input", "FP32", (-1,))
     with serving(built(nn.Identity(), inputs=[spec], outputs=[spec])) as port:
         yield port
@@ -95,13 +95,13 @@ def test_headers_without_end_end_the_connection(port, begin, more):
 def test_nothing_is_parsed_of_a_connection_that_has_ended(port, monkeypatch):
     """Each took time of the loop for ever."""
     lost = queue.Queue()
-    connection_lost = connections._Connection.connection_lost
+    connection_lost = _connections._Connection.connection_lost
 
     def noted(connection, error):
         connection_lost(connection, error)
         lost.put(connection)
 
-    monkeypatch.setattr(connections._Connection, "connection_lost", noted)
+    monkeypatch.setattr(_connections._Connection, "connection_lost", noted)
     with connected(port, GET + b"a: b\r\n" * 10_000) as connection:
         assert b" 431 " in connection.recv(65536)
     ended = lost.get(timeout=30)
@@ -112,7 +112,7 @@ def test_nothing_is_parsed_of_a_connection_that_has_ended(port, monkeypatch):
 
 
 def test_headers_come_in_time(port, monkeypatch):
-    monkeypatch.setattr(connections, "_HEADERS_SECONDS", 0.5)
+    monkeypatch.setattr(_connections, "_HEADERS_SECONDS", 0.5)
     start, begins = time.monotonic(), (b"", b"\r\n", GET, GET + b"\r\n" + GET)
     with contextlib.ExitStack() as stack:
         several = [(begin, stack.enter_context(connected(port, begin))) for begin in begins]
@@ -129,7 +129,7 @@ def test_headers_come_in_time(port, monkeypatch):
 def test_a_kept_connection_may_be_idle_for_longer(port, monkeypatch):
     with Client(port) as client:
         assert client.get("/v2")[0] == 200
-        monkeypatch.setattr(connections, "_HEADERS_SECONDS", 0.5)
+        monkeypatch.setattr(_connections, "_HEADERS_SECONDS", 0.5)
         own = client.connection.sock
         time.sleep(1)
         assert client.get("/v2")[0] == 200
@@ -152,20 +152,20 @@ def test_the_connection_that_is_idle_the_longest_makes_room(port):
 
 
 def test_half_of_the_descriptors_are_left_for_workers_and_files():
-    code = "from coded_torch.serve import connections as c; print(c._Connection.most)"
+    code = "from coded_torch.serve import _connections as c; print(c._Connection.most)"
     line = ["bash", "-c", 'ulimit -n 256 && exec "$@"', "bash", sys.executable, "-c", code]
     assert subprocess.check_output(line, text=True, cwd="/") == "128\n"
 
 
 def test_a_client_that_does_not_read_its_answer_is_disconnected(port, monkeypatch):
     lost = threading.Event()
-    connection_lost = connections._Connection.connection_lost
+    connection_lost = _connections._Connection.connection_lost
 
     def noted(*how):
         connection_lost(*how)
         lost.set()
 
-    monkeypatch.setattr(connections._Connection, "connection_lost", noted)
+    monkeypatch.setattr(_connections._Connection, "connection_lost", noted)
     tail = bytes(16_000_000)
     how = {"parameters": {"binary_data_size": len(tail)}}
     entry = {"name": "input", "datatype": "FP32", "shape": [1, 4_000_000]} | how
@@ -248,7 +248,7 @@ def test_a_client_that_sends_no_more_gets_its_answer(is_slow):
     ):
         connection.shutdown(socket.SHUT_WR)
         assert module.begun.wait(30)
-        time.sleep(6 * connections._LOOK_SECONDS if is_slow else 0)
+        time.sleep(6 * _connections._LOOK_SECONDS if is_slow else 0)
         module.go.set()
         found = ended(connection)
     assert found.count(b"HTTP/1.1 200 OK\r\n") == 2
@@ -268,7 +268,7 @@ def test_the_application_hears_of_a_client_that_has_gone():
 
 
 def test_a_body_that_nobody_reads_ends_in_time(port, monkeypatch):
-    monkeypatch.setattr(connections, "_HEADERS_SECONDS", 0.5)
+    monkeypatch.setattr(_connections, "_HEADERS_SECONDS", 0.5)
     head = b"POST /v2/health/live HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000000\r\n\r\n"
     with connected(port, head) as connection, contextlib.suppress(ConnectionError):
         assert b" 405 " in connection.recv(65536)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from coded_torch import CodedWrapper
-from coded_torch.open_inference import client
+from coded_torch.open_inference import _client
 from coded_torch.serve import App, specs
 from coded_torch.testing.helpers import until
 from coded_torch.workers import DeviceWorkers, EndpointWorkers, RemoteModule
@@ -129,9 +129,9 @@ def test_a_process_that_is_killed_loses_no_row(seed, tmp_path):
             for kind in ("right", "wrong", "right")
         ]
         urls = [f"http://127.0.0.1:{port}" for _, port in made]
-        asking = client.Client("test")
+        asking = _client.Client("test")
         for url in urls:
-            until(lambda url=url: client.run(asking.is_ready(url)))
+            until(lambda url=url: _client.run(asking.is_ready(url)))
         process = made[2][0]
         later = threading.Timer(random.random() / 10, process.kill)
         found = embed(urls, later.start)

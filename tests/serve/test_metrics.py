@@ -8,10 +8,10 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
+from coded_torch._table import Hedge
 from coded_torch.nn import Report
-from coded_torch.serve.batcher import Batch
+from coded_torch.serve._batcher import Batch
 from coded_torch.serve.metrics import Metrics
-from coded_torch.table import Hedge
 from coded_torch.workers import LocalWorkers
 
 

@@ -15,10 +15,10 @@ from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
-from coded_torch import page as page_module
+from coded_torch import _page as page_module
+from coded_torch._page import Chaos, add_page
 from coded_torch.cli.main import main
 from coded_torch.demo import lenet5, lenet5_and_digits
-from coded_torch.page import Chaos, add_page
 from coded_torch.serve import TensorSpec, specs
 from coded_torch.testing.helpers import until
 
@@ -312,7 +312,7 @@ def test_faults_are_refused_where_others_reach_them(refused):
 )
 def test_where_others_reach_it_the_page_is_off_unless_asked_for(options, has_page, monkeypatch):
     listened = []
-    monkeypatch.setattr("coded_torch.cli.serve._listen", lambda *args: listened.append(args))
+    monkeypatch.setattr("coded_torch.cli._serve._listen", lambda *args: listened.append(args))
     assert main(["serve", *options.split()]) == 0
     ((application, *_, said),) = listened
     assert said is has_page

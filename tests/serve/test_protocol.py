@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coded_torch.open_inference import from_json, most_bytes, written
-from coded_torch.serve import DATATYPES, TensorSpec, protocol
-from coded_torch.serve.protocol import ADDED, parse
+from coded_torch.serve import DATATYPES, TensorSpec, _protocol
+from coded_torch.serve._protocol import ADDED, parse
 
 from .servers import INPUTS, OUTPUTS, tensor
 
@@ -42,8 +42,8 @@ def refused(*args, **kwargs):
 def how(request, monkeypatch):
     """Read lists of numbers of small bodies with the rest, or as those of large bodies."""
     if request.param == "in pieces":
-        monkeypatch.setattr(protocol, "_AT_ONCE", 0)
-        monkeypatch.setattr(protocol, "_PIECE", 1)
+        monkeypatch.setattr(_protocol, "_AT_ONCE", 0)
+        monkeypatch.setattr(_protocol, "_PIECE", 1)
 
 
 def one(**changes):
@@ -331,7 +331,7 @@ JSON = st.recursive(
 def test_rubbish_is_refused(at_once, message, tail):
     head = json.dumps(message).encode()
     found = torch.zeros(1, 3)
-    with mock.patch.object(protocol, "_AT_ONCE", at_once), contextlib.suppress(ValueError):
+    with mock.patch.object(_protocol, "_AT_ONCE", at_once), contextlib.suppress(ValueError):
         found = parse(head + tail, str(len(head)), INPUTS, OUTPUTS, MOST).inputs[0]
     assert found.shape in [(rows, 3) for rows in range(1, MOST + 1)]
     assert found.isfinite().all()

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from coded_torch._page import add_page
 from coded_torch.open_inference import EndpointError
-from coded_torch.page import add_page
 from coded_torch.testing.helpers import until
 from coded_torch.workers import EndpointWorkers, RemoteModule
 

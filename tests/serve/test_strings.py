@@ -12,10 +12,10 @@ from torch import nn
 
 from coded_torch import CodedWrapper
 from coded_torch.cli.main import main
-from coded_torch.open_inference import client as endpoint_client
+from coded_torch.open_inference import _client as endpoint_client
 from coded_torch.open_inference import written
-from coded_torch.serve import App, TensorSpec, protocol, specs
-from coded_torch.serve import application as application_of_servers
+from coded_torch.serve import App, TensorSpec, _protocol, specs
+from coded_torch.serve import _application as application_of_servers
 from coded_torch.testing.helpers import until
 from coded_torch.workers import DeviceWorkers, EndpointWorkers, ProcessWorkers, RemoteModule
 
@@ -66,7 +66,7 @@ def asked(texts=TEXTS, binary=False, shape=None, **changes):
 @pytest.mark.parametrize("piece", [0, 2**16])
 @pytest.mark.parametrize("row", [(), (1,)])
 def test_strings_are_read_in_json_and_in_binary(row, piece, monkeypatch):
-    monkeypatch.setattr(protocol, "_AT_ONCE", piece)
+    monkeypatch.setattr(_protocol, "_AT_ONCE", piece)
     inputs = [TensorSpec("texts", "BYTES", row)]
     shape = [len(TEXTS), *row]
     nested = [[text] for text in TEXTS] if row else TEXTS

@@ -14,7 +14,7 @@ from torch import nn
 
 from coded_torch import Waiting
 from coded_torch.nn import CodedWrapper
-from coded_torch.serve import App, TensorSpec, model
+from coded_torch.serve import App, TensorSpec, _model
 from coded_torch.surrogates import Memory
 from coded_torch.testing.helpers import until
 from coded_torch.workers import DeviceWorkers, ProcessWorkers
@@ -173,7 +173,7 @@ def test_one_version_is_loaded_at_a_time():
 def test_a_load_that_hangs_is_shown_and_ends(how, monkeypatch):
     factory = Held()
     found = []
-    monkeypatch.setattr(model, "_LOAD_SECONDS", 600.0 if how == "cancelled" else 0.5)
+    monkeypatch.setattr(_model, "_LOAD_SECONDS", 600.0 if how == "cancelled" else 0.5)
     with serving(built(DeviceWorkers(["cpu"]), factory)) as port, Client(port) as client:
         assert client.send("POST", UNLOAD)[0] == 400  # nothing is loaded
         (thread,) = started([lambda: post_load(port, found)])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from coded_torch.table import DISPUTED, Part
+from coded_torch._table import DISPUTED, Part
 from coded_torch.verification._scores import Results, Scores
 
 

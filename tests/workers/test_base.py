@@ -17,7 +17,7 @@ from coded_torch.workers import (
     WorkerError,
     Workers,
 )
-from coded_torch.workers.local import cut
+from coded_torch.workers._local import cut
 
 from ..nn.modules import Call
 

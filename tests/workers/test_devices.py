@@ -287,7 +287,7 @@ class TestCopies:
 
     @pytest.fixture
     def replica(self):
-        from coded_torch.workers.devices import _Replica
+        from coded_torch.workers._devices import _Replica
 
         return _Replica(torch.device("meta"))
 

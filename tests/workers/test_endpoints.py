@@ -19,9 +19,9 @@ from torch import nn
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import NotEnoughResults, SplineCode
 from coded_torch.open_inference import EndpointError, Model, RefusedError
-from coded_torch.open_inference.client import BusyError, Client, RemoteError, run
+from coded_torch.open_inference._client import BusyError, Client, RemoteError, run
 from coded_torch.testing.workers import numbered, task_of, until
-from coded_torch.workers import EndpointWorkers, Part, RemoteModule, Reply, endpoints
+from coded_torch.workers import EndpointWorkers, Part, RemoteModule, Reply, _endpoints
 
 from .endpoint_servers import sending, servers
 
@@ -313,7 +313,7 @@ def test_an_error_of_some_rows_is_raised_with_them(three, status, body, kind, te
 
 def test_servers_that_fail_on_the_same_rows_clear_each_other(three, monkeypatch):
     for name in ("_PROBE_SECONDS", "_MOST_PROBE_SECONDS", "_ALONE_PROBE_SECONDS"):
-        monkeypatch.setattr(endpoints, name, 600.0)
+        monkeypatch.setattr(_endpoints, name, 600.0)
     coded = wrapped(three, Waiting(deadline=5.0))
     for each in three:
         each.fault = lambda handler, rows: (rows == 15).any() and broken(handler, rows)
@@ -375,7 +375,7 @@ def test_versions_are_reported_and_two_in_a_call_are_logged(three, caplog):
 
 
 def test_a_server_that_answers_nothing_while_others_do_gets_no_parts(three, monkeypatch):
-    monkeypatch.setattr(endpoints, "_MOST_DOUBTS", 3)
+    monkeypatch.setattr(_endpoints, "_MOST_DOUBTS", 3)
     coded, hung = wrapped(three, Waiting(deadline=0.1)), threading.Event()
     three[2].fault, three[2].ready = lambda handler, rows: hung.wait(WAIT) or True, False
 
@@ -410,8 +410,8 @@ def test_each_server_that_fails_or_comes_back_is_logged_with_the_reason(three, c
 
 
 def test_servers_are_probed_often_while_none_is_up(three, monkeypatch):
-    monkeypatch.setattr(endpoints, "_PROBE_SECONDS", 600.0)
-    monkeypatch.setattr(endpoints, "_MOST_PROBE_SECONDS", 600.0)
+    monkeypatch.setattr(_endpoints, "_PROBE_SECONDS", 600.0)
+    monkeypatch.setattr(_endpoints, "_MOST_PROBE_SECONDS", 600.0)
     coded = wrapped(three, Waiting(deadline=1.0, estimate=False))
     three[0].fault = broken
     until(lambda: torch.equal(coded(X), 2 * X) and coded.workers.num_ready == 2)
@@ -484,7 +484,7 @@ def test_a_server_that_was_removed_at_work_can_be_added_again(three):
 
 
 def test_a_pool_that_is_closed_by_the_thread_of_its_loop_does_not_wait(three, monkeypatch):
-    monkeypatch.setattr(endpoints, "CLOSING_SECONDS", 3 * WAIT)
+    monkeypatch.setattr(_endpoints, "CLOSING_SECONDS", 3 * WAIT)
     pool = EndpointWorkers([three[0].url], model="double")
 
     async def close():

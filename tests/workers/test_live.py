@@ -10,8 +10,8 @@ import torch
 
 from coded_torch.testing.workers import numbered, replies_of, task_of
 from coded_torch.workers import Began
-from coded_torch.workers.dispatch import Dispatcher, Worker
-from coded_torch.workers.live import LiveRequest, Work
+from coded_torch.workers._dispatch import Dispatcher, Worker
+from coded_torch.workers._live import LiveRequest, Work
 
 WAIT = 60.0
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from coded_torch import CodedWrapper
-from coded_torch.open_inference import client
+from coded_torch.open_inference import _client
 from coded_torch.workers import EndpointWorkers, RemoteModule
 
 FOLDER = Path(__file__).parent / "other_servers"
@@ -79,10 +79,10 @@ def served(kind, behaviour, folder):
         how = {"stdout": file, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(line, cwd=folder, env=environment, **how)
     url = f"http://127.0.0.1:{port}"
-    asking = client.Client("test")
+    asking = _client.Client("test")
     end = time.monotonic() + STARTING
     try:
-        while not client.run(asking.is_ready(url, "/v2/models/double/ready")):
+        while not _client.run(asking.is_ready(url, "/v2/models/double/ready")):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.2)

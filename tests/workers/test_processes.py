@@ -33,7 +33,7 @@ from coded_torch.testing.workers import (
     task_of,
     until,
 )
-from coded_torch.workers import Began, Part, ProcessWorkers, WorkerError, worker_main
+from coded_torch.workers import Began, Part, ProcessWorkers, WorkerError, _worker_main
 
 from . import modules
 from .modules import Exits, FailsOn, Heavy, Raises, Scale, Sleepy, Unpicklable, Unreadable
@@ -355,7 +355,7 @@ def test_a_server_ends_in_silence_whose_caller_has_not_heard_that_it_is_up(tmp_p
     requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with requests, theirs, open(os.pidfd_open(os.getpid()), "rb") as caller:
         ends = theirs.fileno(), caller.fileno()
-        program = f"from coded_torch.workers import worker_main as main; main.serve(*{ends}, [])"
+        program = f"from coded_torch.workers import _worker_main as main; main.serve(*{ends}, [])"
         command = [sys.executable, "-c", program]
         # Not in the checkout, whose package may not be built: Python looks there first.
         how = {"pass_fds": ends, "stderr": subprocess.PIPE, "cwd": tmp_path}
@@ -387,7 +387,7 @@ def test_no_call_fails_while_servers_are_killed_and_stopped_and_one_process_live
         for thread in threads:
             thread.start()
         for fault in range(20):
-            for server in [*worker_main._servers.values()]:
+            for server in [*_worker_main._servers.values()]:
                 if not server.has_ended():
                     os.kill(server.pid, (signal.SIGKILL, signal.SIGSTOP)[fault % 2])
             os.kill(pool.pids[-1], signal.SIGKILL)

@@ -14,10 +14,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from coded_torch._extension import lane
+from coded_torch._table import Part, Units, WorkerError
 from coded_torch._torch import positional
-from coded_torch.table import Part, Units, WorkerError
-from coded_torch.workers.base import Task
-from coded_torch.workers.shared_memory import PartsInMemory, Pickled, Unread, pack, unpack
+from coded_torch.workers._base import Task
+from coded_torch.workers._shared_memory import PartsInMemory, Pickled, Unread, pack, unpack
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is sealed on Linux alone")
 WAIT = 60.0

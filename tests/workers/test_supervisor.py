@@ -13,14 +13,14 @@ from torch import nn
 
 from coded_torch.testing.workers import task_of, until
 from coded_torch.workers import Began, Part, Reply
-from coded_torch.workers.supervisor import (
+from coded_torch.workers._supervisor import (
     START_SECONDS,
     SupervisedRequest,
     SupervisedWorkers,
     Supervisor,
     WatchedWorker,
 )
-from coded_torch.workers.worker_main import PackedModule
+from coded_torch.workers._worker_main import PackedModule
 
 GRACE = 10.0
 TIMEOUT = 600.0
@@ -556,7 +556,7 @@ class Pool(SupervisedWorkers):
 
 
 def test_the_thread_of_a_pool_survives_any_exception_and_closing_blocks_nobody(caplog, monkeypatch):
-    monkeypatch.setattr("coded_torch.workers.supervisor._REPAIR_SECONDS", 0.01)
+    monkeypatch.setattr("coded_torch.workers._supervisor._REPAIR_SECONDS", 0.01)
     pool = Pool()
     pool.open(nn.Identity(), task_of(torch.zeros(1, 1, 1)))
     until(lambda: "the thread of the pool goes on" in caplog.text)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from coded_torch.table import Failure
+from coded_torch._table import Failure
 from coded_torch.testing.helpers import WAIT, Gated, until
 from coded_torch.testing.workers import WorkersTests, numbered, run, task_of
 from coded_torch.workers import Part, Task
-from coded_torch.workers.base import compute
-from coded_torch.workers.dispatch import DispatchedWorkers, Dispatcher, Worker
-from coded_torch.workers.live import LiveRequest
+from coded_torch.workers._base import compute
+from coded_torch.workers._dispatch import DispatchedWorkers, Dispatcher, Worker
+from coded_torch.workers._live import LiveRequest
 
 ONE = torch.ones(1, 1, 1)
 

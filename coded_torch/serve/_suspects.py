@@ -1,0 +1,146 @@
+"""Rows that hang or end workers, and the clients that send them."""
+
+import hashlib
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._table import Part
+from ._protocol import RequestError
+
+# Bounds, which are not tuned.
+_MOST_PARTS = 1024
+_MOST_CLIENTS = 4096  # that are known
+_SECONDS = 300.0  # for which a part is remembered
+_ENOUGH = 2  # workers that have to end at a row
+# For which a worker that ended at a part counts as taken, about as long as one that hangs.
+_ENDED_SECONDS = 10.0
+
+
+class _Suspect(NamedTuple):
+    """A part that got no result before the end of its call."""
+
+    part: Part
+    row: bytes  #: the digest of its row; empty if it has several
+    client: str  #: the sender of its rows without an answer; empty if several clients sent them
+    since: float
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a worker is at it, though its call has ended."""
+        return self.part.request is not None
+
+
+class Suspects:
+    """Remembers parts that got no result before the end of their call, and clients with answers.
+
+    - While a worker is at a row, alone in a part, the row is refused (503). A worker that returns a
+      result, however late, clears it. Once two workers have ended at it, by themselves or by the
+      hang timeout, it is refused (500) for five minutes.
+    - A client is known once a row of it was computed, except while a part of it is remembered.
+
+    Any thread may call.
+    """
+
+    def __init__(self) -> None:
+        self._key = os.urandom(16)
+        self._lock = threading.Lock()
+        self._parts = list[_Suspect]()
+        self._answered = OrderedDict[str, None]()  # clients; the last to be answered is last
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    @property
+    def rows(self) -> set[bytes]:
+        """The digests of rows that, alone in a part, got no result."""
+        return {suspect.row for suspect in self._parts}
+
+    @property
+    def num_held(self) -> int:
+        """The number of workers that are at such parts."""
+        return sum(suspect.is_held for suspect in self._parts)
+
+    @property
+    def num_stuck(self) -> int:
+        """The number of workers that are at such parts, or have just ended at them."""
+        since = time.monotonic() - _ENDED_SECONDS
+        ended = (x.since > since and x.part.kind == "died" for x in self._parts)
+        return self.num_held + sum(ended)
+
+    def knows(self, client: str) -> bool:
+        """Return whether a client is known."""
+        return client in self._answered and all(x.client != client for x in self._parts)
+
+    def note(
+        self,
+        inputs: Sequence[Any],
+        clients: Sequence[str],
+        unfinished: Sequence[Part],
+        computed: Collection[int],
+    ) -> None:
+        """Note the parts of a batch without a result, the sender of each row, and computed rows."""
+        now = time.monotonic()
+        found = list[_Suspect]()
+        for part in unfinished:
+            part.of = None  # whose results are not kept
+            digest = b""
+            if len(part.units) == 1:
+                digest = self.digest(inputs, part.units[0])
+            senders = {clients[unit] for unit in part.units if unit not in computed}
+            client = ""
+            if len(senders) == 1:
+                (client,) = senders
+            found.append(_Suspect(part, digest, client, now))
+        cleared = {self.digest(inputs, row) for row in computed} if self._parts else set()
+        with self._lock:
+            kept = [suspect for suspect in self._parts if suspect.row not in cleared]
+            self._parts = (kept + found)[-_MOST_PARTS:]
+            for row in computed:
+                self._answered[clients[row]] = None
+                self._answered.move_to_end(clients[row])
+            while len(self._answered) > _MOST_CLIENTS:
+                self._answered.popitem(last=False)
+
+    def refusal(self, digests: Sequence[bytes]) -> RequestError | None:
+        """Return the error of a request if one of its rows hangs or ends workers, else None."""
+        latest = time.monotonic() - _SECONDS
+        with self._lock:
+            self._parts = [
+                suspect
+                for suspect in self._parts
+                if suspect.since >= latest and (suspect.is_held or suspect.part.kind == "died")
+            ]
+            parts = self._parts
+        for row, digest in enumerate(digests):
+            same = [suspect for suspect in parts if suspect.row == digest]
+            if any(suspect.is_held for suspect in same):
+                why = f"a worker is still at row {row}, which an earlier request had"
+                return RequestError(503, "unavailable", why)
+            if len(same) >= _ENOUGH:
+                why = f"row {row} hung or ended {len(same)} workers, so it is not computed now"
+                return RequestError(500, "failed", why)
+        return None
+
+    def digest(self, inputs: Sequence[Any], row: int) -> bytes:
+        """Return what stands for a row."""
+        digest = hashlib.blake2b(key=self._key, digest_size=16)
+        for piece in _pieces(inputs, row):
+            digest.update(piece)
+        return digest.digest()
+
+
+def _pieces(inputs: Sequence[Any], row: int) -> Iterator[bytes | memoryview]:
+    for batch in inputs:
+        if not isinstance(batch, Tensor):
+            text = batch[row].encode()
+            yield b"%d " % len(text) + text
+            continue
+        yield str(batch.shape[1:]).encode()
+        yield batch[row].contiguous().reshape(-1).view(torch.uint8).numpy().data

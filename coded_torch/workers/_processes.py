@@ -1,0 +1,433 @@
+r"""Workers in local processes."""
+
+import contextlib
+import dataclasses
+import errno
+import itertools
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import types
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import wait
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._arguments import find_devices
+from .._extension import lane
+from .._table import Failure, Part
+from . import _worker_main
+from ._live import LiveRequest
+from ._shared_memory import PartsInMemory, Pickled, Unread, pack
+from ._supervisor import SupervisedWorkers, Supervisor, WatchedWorker
+from ._worker_main import ALIVE, ENDED, FORKED, LOADED, MODULE, PART, READY, RESULT
+
+# The share of a processor above which a process is alive. A hung one uses .4 %, by its thread that
+# waits for Python's global lock; compiled code uses 6 % of a processor that 16 processes share.
+_BUSY = 0.02
+# Seconds between two looks of a thread that waits whether another one has raised in it. Not tuned.
+_LOOK_SECONDS = 0.1
+# Seconds that a killed process may take to end. Not tuned.
+_DYING_SECONDS = 0.5
+_BROKEN = OSError, ValueError, OverflowError  # processes may send anything
+_DIED = errno.EPIPE, errno.ECONNRESET  # of a worker, which is heard next
+_UNREADABLE = 3  # what cannot be read has come from a worker, as csrc/lane/lane.h says
+
+
+class ProcessWorkers(SupervisedWorkers):
+    r"""A process per worker, each with the module. An idle process takes the next part.
+
+    Inputs and results pass through shared memory, gradients do not pass. A process that dies or
+    hangs is replaced at once. Its part has failed, and the request goes on. Ctrl-C ends the
+    processes that compute parts of the interrupted call.
+
+    A process hangs if a call waits for its part, and it shows no sign of life. A thread gives signs
+    while the module computes, sleeps or waits, and processor time is one, too, so that no slow part
+    is taken for a hang. A process that is stopped, or waits while it holds Python's global lock,
+    shows none. A process in an endless loop shows signs of life: it is ended after ``timeout``, or
+    after ``hang_timeout`` if no call waits for the part any more.
+
+    The module is sent to each process once, and again when its weights, submodules, hooks or other
+    attributes have been replaced or changed in place. All processes share one copy of its weights.
+    Call :meth:`forget` after changes that cannot be seen: of a class, or within an object that the
+    module holds, other than a tensor or the first 100 elements of each of the first 256 lists,
+    tuples and dicts of an attribute. In a tensor that is changed neither by operations that torch
+    counts nor by a step of an optimizer, but as through ``.data`` or NumPy, four runs of 64 bytes
+    are compared: a change of few other numbers, or any on a device, is not seen. Hooks
+    of all modules, such as by ``register_module_forward_hook``, do not run in the processes.
+    Changes that a call makes to the module stay in its process.
+
+    Each process draws its own random numbers, from torch, NumPy and :mod:`random`. The seed depends
+    on :func:`torch.initial_seed` and the number of workers started before. A generator that the
+    module holds draws the same numbers in every process.
+
+    Args:
+        num_workers: the number of processes, at least 1.
+        devices: the devices of the processes, in turn, which this process never touches. Defaults
+            to the CPU.
+        threads: the number of threads that each process uses for one operation. Defaults to 1.
+        hang_timeout: seconds without a sign of life after which a process at work is ended; doubled
+            for a row at each end of a process that computed it. Defaults to 30.
+        timeout: seconds after which a part that was asked for and has not replied has failed, and
+            its process is ended. Defaults to 600.
+        start_timeout: seconds that a process may take to start, or to load a module, before it is
+            ended. Defaults to None: ten times what the first one took to start, and at least 10,
+            which doubles up to 120 if a process was ended for it.
+
+    Opening raises:
+        RuntimeError: the pool is closed, an input requires gradients, this process was forked from
+            the process that started the pool, or it is importing a main script without a guard.
+        TypeError: the module cannot be pickled.
+
+    Note:
+        Scripts must guard their main part by ``if __name__ == "__main__":``, as processes import
+        the classes of the main script. Classes of an interactive session are sent by value, if
+        cloudpickle is installed. The pool needs Linux, whose shared memory it seals.
+
+        Processes are forked, in some 50 ms, from a server that has imported torch and the packages
+        of the module's classes. Packages that start threads or initialise CUDA are imported by the
+        processes instead. The server takes seconds to start, and starts anew if a module has other
+        packages. Processes outlive it. They end with this process. A new process loads the last
+        module before it gets parts.
+
+        If this process forks, its child shares the memory of large answers: what one of the two
+        writes into them, the other one sees. Clone answers first if that matters.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        *,
+        devices: Sequence[torch.device | str] | None = None,
+        threads: int = 1,
+        hang_timeout: float = 30.0,
+        timeout: float = 600.0,
+        start_timeout: float | None = None,
+    ) -> None:
+        self.devices = find_devices(self, ("cpu",) if devices is None else devices, torch.device)
+        self.mixed = len({device.type for device in self.devices}) > 1
+        super().__init__(
+            num_workers,
+            threads=threads,
+            hang_timeout=hang_timeout,
+            timeout=timeout,
+            start_timeout=start_timeout,
+        )
+
+    def _make(self) -> Supervisor:
+        return _Processes(self.devices, self.threads, *self._limits())
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class _Process(WatchedWorker):
+    """A process and the connection to it, by which its server tells of its begin and its end."""
+
+    lane: Any
+    connection: Any
+    server: _worker_main.Server
+    packages: frozenset[str]  #: the packages that its server has imported
+    fork_by: float  #: the time until which the server has to tell its process id
+    descriptor = -1  #: of the process; ready to read once it has ended, whoever lives
+    key = -1  #: the number by which the lane knows it
+    number = 0  #: the number of its last part
+    gone = False  #: true if it has ended
+    code: int | None = None  #: the exit code, if its server has told it
+
+    def look(self) -> None:
+        now = time.monotonic()
+        used = self.lane.look_at(self.key)  # since it began its part, or the last look
+        if used > _BUSY * (now - max(self.since, self.life)):
+            self.life = now
+
+    def end_by(self, *limits: float) -> tuple[float, str]:
+        due, why = super().end_by(*limits)
+        if self.pid or due <= self.fork_by:
+            return due, why
+        return self.fork_by, "was not forked in time, so that its server was ended"
+
+    def __str__(self) -> str:
+        if self.pid:
+            return f"process {self.pid}"
+        return f"process {self.index} of the pool"
+
+
+class _Processes(Supervisor):
+    """The processes of a pool, whose messages come through one lane.
+
+    The threads that wait for replies handle the messages of all workers, one by one. The lane keeps
+    a message until it has been handled, so that no interrupt loses one. An interrupt ends the
+    processes to which parts were being sent.
+    """
+
+    kind = "processes"
+
+    def __init__(self, devices: Sequence[Any], threads: int, *size_and_limits: Any) -> None:
+        super().__init__(*size_and_limits)
+        self._devices, self._threads = devices, threads
+        self._packages: frozenset[str] = frozenset()
+        self._blocks: Any = None
+        self._lane: Any = None
+        self._heard: dict[int, _Process] = {}  # by key
+        self._keys = itertools.count()
+        self._wants_replies = False  # what the lane was told
+
+    def set_up(self) -> None:
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            why = "workers import the main script, which must not start workers then"
+            how = 'put its main part under: if __name__ == "__main__":'
+            raise RuntimeError(f"ProcessWorkers: {why}; {how}")
+        self._blocks = lane.Blocks()
+        self._lane = lane.Lane(RESULT)
+
+    def pack(self, module: nn.Module) -> Any:
+        package = Pickled(module, has_storages=True).message()
+        self._packages |= _packages_of(module)
+        return package
+
+    def launch(self, index: int) -> _Process:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        link = lane.Connection(ours.detach(), self._blocks)
+        packages = self._packages - _worker_main.REFUSED
+        device = self._devices[index % len(self._devices)]
+        with theirs, contextlib.ExitStack() as on_error:
+            on_error.callback(link.close)
+            options = device, self._threads, self.seed(), self.beat
+            server, fork_by = _worker_main.fork(theirs, packages, *options)
+            worker = _Process(
+                index,
+                lane=self._lane,
+                connection=link,
+                server=server,
+                packages=packages,
+                fork_by=fork_by,
+            )
+            # The last module will probably be wanted, but loading it may be why starts failed.
+            last = self.modules.last()
+            if last is not None and not self._failed_starts:
+                worker.modules = frozenset(last[:1])
+                link.send(MODULE, *last)
+            on_error.pop_all()
+        return worker
+
+    def add(self, worker: Any, ready: bool = True) -> None:
+        super().add(worker, ready)
+        with self.lock:
+            worker.key = next(self._keys)
+            self._heard[worker.key] = worker
+            self._lane.add(worker.key, worker.connection)
+
+    def prepare(self, request: LiveRequest, parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
+        module = request.module
+        in_memory = PartsInMemory(request.task, module.head)
+        ready = list[Part]()
+        for part in parts:
+            try:
+                content = in_memory.message(part, self._blocks)
+                part.content = content or pack(module.contents(part), self._blocks)
+            except Exception as cause:  # such as of pickling: it fails the part, and is reported
+                self.reply(part, Failure(f"could not be asked: {cause}", "", cause))
+                continue
+            ready.append(part)
+            if part.content.is_long:  # it took time, and workers may be idle
+                self._lane.look()
+                self.hear()
+                yield ready
+                ready = []
+        yield ready
+
+    def send_all(self) -> None:
+        asked = list[tuple[int, int, Any, Any]]()
+        workers = list[_Process]()
+        for worker in self.told:
+            part = worker.part
+            assert part is not None
+            module = part.request.module
+            if worker.fresh:
+                try:
+                    worker.connection.send(MODULE, module.number, module.package)
+                except ConnectionError:  # it has died, which is heard next
+                    pass
+                except OSError as cause:
+                    self.fail(worker, cause)
+                    continue
+                worker.loading = True
+            worker.number += 1
+            workers.append(worker)
+            asked.append((worker.key, worker.number, part.content, part.request.bell))
+        # An interrupt comes before or after all of it.
+        errors = self._lane.ask(PART, asked)
+        self.told = []
+        for worker, error in zip(workers, errors, strict=True):
+            if error and error not in _DIED:
+                self.fail(worker, OSError(error, os.strerror(error)))
+            elif worker.part is not None:
+                worker.part.content = None
+
+    def send(self, worker: _Process, part: Part) -> None:
+        raise NotImplementedError  # all parts are sent together
+
+    def end(self, worker: _Process) -> str | None:
+        self.hear()  # how it has ended, perhaps
+        self._ignore(worker)
+        has_ended = worker.gone  # by itself
+        if worker.pid:
+            has_ended = has_ended or bool(wait([worker.descriptor], 0))
+            with contextlib.suppress(*_BROKEN):  # it has ended
+                signal.pidfd_send_signal(worker.descriptor, signal.SIGKILL)
+                wait([worker.descriptor], _DYING_SECONDS)
+            with contextlib.suppress(*_BROKEN):  # it may send anything
+                if has_ended and worker.code is None:
+                    worker.code = worker.server.told(worker.connection)
+            os.close(worker.descriptor)
+        elif time.monotonic() >= min(worker.fork_by, worker.since + self.start_timeout):
+            worker.server.kill()
+        worker.connection.close()  # ends one that is not up
+        if not has_ended:
+            return None
+        code = worker.code
+        if code is None and worker.pid:
+            return "ended, and its server did not tell how"
+        if code is None:
+            if not (self.closed or worker.server.was_killed()):
+                _worker_main.REFUSED.update(worker.packages)
+            return "was not forked, as its server ended, or has threads or CUDA"
+        if code < 0:
+            names = {each.value: each.name for each in signal.Signals}  # not of all real-time ones
+            why = ""
+            if -code == signal.SIGKILL:
+                why = "; perhaps memory is short"
+            return f"was killed by {names.get(-code, f'signal {-code}')}{why}"
+        up = " before it was up; its output says why"
+        if worker.ready or worker.loading:
+            up = ""
+        return f"ended with exit code {code}{up}"
+
+    # Waiting.
+
+    def bell(self) -> Any:
+        return lane.Call()
+
+    def notify(self, request: LiveRequest) -> None:
+        self._lane.notify(request.bell)
+
+    def wait_for(self, request: LiveRequest, seconds: float) -> None:
+        with self.lock:
+            self.hear()
+            if self.closed or request.is_notified():
+                return
+            lacking = min(request.together, len(request.open)) - len(request.replied)
+            target = self._lane.settled(request.bell) + max(lacking, 1)
+        self._lane.wait(request.bell, target, min(seconds, _LOOK_SECONDS))
+        self.hear()
+
+    def wait(self, seconds: float) -> None:
+        self._lane.stand_by(seconds)
+        self.hear()
+        self._assign()  # recovers from an interrupt
+
+    def ring(self) -> None:
+        if self._lane is not None:  # else there is no thread to hear it
+            self._lane.ring()
+
+    def let_go(self) -> None:
+        with self.lock:
+            self._lane.close()
+            self.hear()
+            self._blocks = lane.Blocks()
+
+    def _assign(self) -> None:
+        with self.lock:
+            super()._assign()
+            wants = bool(self._parts) or any(worker.left for worker in self._workers)
+            if wants != self._wants_replies and self._lane is not None:
+                self._lane.want_replies(wants)
+                self._wants_replies = wants
+
+    # Messages.
+
+    def hear(self) -> None:
+        with self.lock:
+            self.recover()  # else a part that was not sent could get the result of another
+            if self._lane is None:
+                return
+            news = self._lane.front()
+            if news is None and not self._parts:
+                return
+            while news is not None:
+                key, *what = news
+                worker = self._heard.get(key)
+                if worker is not None and not self.closed:
+                    self._hear(worker, *what)
+                self._lane.pop()
+                news = self._lane.front()
+            self._assign()
+
+    def _hear(self, worker: _Process, what: int, message: Any, error: str, has_ended: bool) -> None:
+        """Handle a message of a worker. If an interrupt ends this, it is handled again."""
+        if has_ended:
+            worker.unwanted = worker.unwanted or "has ended"  # it gets no part
+        kind = ENDED if message is None else message.kind
+        if kind == RESULT:
+            if message.number == worker.number:
+                self.end_part(worker, worker.part, (worker, Unread(message)))
+            return
+        if kind in (FORKED, READY) and not worker.pid:
+            try:
+                worker.descriptor = os.pidfd_open(message.number)
+                self._lane.watch(worker.key, worker.descriptor, message.number)
+                worker.pid = message.number
+            except ProcessLookupError:
+                pass  # it has ended, and been waited for, which its server tells next
+            except _BROKEN as cause:
+                what, error = _UNREADABLE, f"{type(cause).__name__}: {cause}"
+        if what == _UNREADABLE:
+            self._doom(worker, f"was killed, as nothing could be exchanged with it: {error}")
+        elif kind == ENDED:
+            worker.gone = True
+            if message is not None:
+                worker.code = message.number
+            self._doom(worker, "has ended")
+        elif kind == READY:
+            worker.since = time.monotonic()
+            worker.loading = bool(worker.modules)
+            if not worker.loading:
+                self.ready(worker)
+        elif kind == LOADED:
+            self.loaded(worker)
+        elif kind == ALIVE:
+            worker.life = time.monotonic()
+            worker.look()
+
+    def recover(self) -> None:
+        while self.told:
+            self._doom(self.told[-1], "was ended, as an interrupt came while it was served")
+            self.told.pop()
+
+    def _doom(self, worker: _Process, why: str) -> None:
+        """Have the pool's own thread end a worker."""
+        worker.unwanted = worker.unwanted or why
+        self._ignore(worker)
+        self.wake()
+
+    def _ignore(self, worker: _Process) -> None:
+        """Hear a worker no more."""
+        with self.lock:
+            if self._heard.pop(worker.key, None) is not None:
+                self._lane.remove(worker.key)
+
+
+def _packages_of(module: nn.Module) -> set[str]:
+    """Return the packages of a module's classes, and the imports of the main script for its own."""
+    found: set[Any] = {type(part).__module__ for part in module.modules()}
+    if "__main__" in found:
+        for value in list(vars(sys.modules["__main__"]).values()):  # other threads may add some
+            attribute = "__name__" if isinstance(value, types.ModuleType) else "__module__"
+            found.add(getattr(value, attribute, None))
+    known = {"__main__", "torch", "coded_torch", *sys.stdlib_module_names}
+    return {x for x in found if isinstance(x, str) and x and x.partition(".")[0] not in known}
