@@ -257,6 +257,26 @@ def test_a_caller_that_draws_batches_draws_none_twice():
     assert len({tuple(batch.flatten().tolist()) for batch in drawn}) == 8
 
 
+def test_no_batch_is_drawn_while_this_process_computes():
+    """The proof of a module's rows sets the random numbers back, which batches may be drawn of."""
+    drawn = []
+    drawn_meanwhile = []
+
+    def batches():
+        for _ in range(8):
+            drawn.append(torch.rand(8, 3))
+            yield drawn[-1]
+
+    def slow(x):
+        before = len(drawn)
+        time.sleep(0.02)
+        drawn_meanwhile.append(len(drawn) - before)
+        return x + 1
+
+    list(CodedWrapper(Call(slow), workers=LocalWorkers(), parts=2).map(batches(), in_flight=4))
+    assert set(drawn_meanwhile) == {0}
+
+
 def test_random_numbers_go_on_after_a_block_with_a_seed():
     torch.manual_seed(3)
     expected = torch.rand(2).tolist()

@@ -59,6 +59,7 @@ class ModuleProxy(nn.Module):
         Args:
             batches: inputs, tuples of positional arguments, or bound arguments.
             in_flight: the number of calls that are open at once, which keeps the workers busy.
+                ``LocalWorkers`` are never busy, and run one call at a time.
             waiting: the policy of these calls. Defaults to the wrapper's own.
 
         Raises:
@@ -71,6 +72,10 @@ class ModuleProxy(nn.Module):
         own: Any = self
         parts = own.parts or -(-(own.workers.num_workers or 1) // in_flight)
         run = functools.partial(self.run, waiting=waiting, parts=parts)
+        if own.workers.simulated:
+            # Calls compute in this process. One at a time, they and the batches draw their random
+            # numbers in order; together they would be no faster.
+            in_flight = 1
         return _map_batches(run, batches, in_flight)
 
     def mean(
