@@ -1,4 +1,4 @@
-"""The page of the kernels on a card, made of what ``coded-torch info --json`` has found there."""
+"""The page of the kernels on a GPU, made of what ``coded-torch info --json`` has found there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def page(card: Mapping[str, Any]) -> str:
 
 def _lines(card: Mapping[str, Any]) -> Iterator[str]:
     about = card["environment"]
-    yield "# Kernels on a card"
+    yield "# Kernels on a GPU"
     yield ""
     yield (
         f"Measured on {about.get('card')} with torch {about.get('torch')}, CUDA "

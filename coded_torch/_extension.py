@@ -1,6 +1,6 @@
 """The only loader of compiled code, the trial of CUDA kernels, and torch's own operators instead.
 
-A kernel is compiled for the card at its first use, by the NVRTC of torch. It has to show that it is
+A kernel is compiled for the GPU at its first use, by the NVRTC of torch. It has to show that it is
 right there; then it is used. Until then, and where it is not, torch's own operators apply a spline:
 as the dense matrix of its plan, or on the host if ``ops.with_matrix`` has appended none. Results
 agree to rounding, but the bits of a column may depend on the number of columns, by which cuBLAS

@@ -47,10 +47,10 @@ _PER_POINT = 48
 _PER_ENTRY = 1.48
 _ROWS = 16  # matrices have their rows in multiples of this number (kDenseRows in dense_block.h)
 # An instruction of a sweep takes this many times longer, since it depends on the one before. No
-# card has measured it yet (csrc/README.md).
+# GPU has measured it yet (csrc/README.md).
 _WAITING = 1.5
-# Knots and points at which a card shows whether its kernels or cuBLAS are faster. Values and
-# results have so many bytes, more than a card's cache, and columns, for all multiprocessors.
+# Knots and points at which a GPU shows whether its kernels or cuBLAS are faster. Values and
+# results have so many bytes, more than a GPU's cache, and columns, for all multiprocessors.
 _TIMED = ((32, 40), (128, 160), (512, 640))
 _TIMED_BYTES = 64 << 20
 _TIMED_COLUMNS = 1 << 15
@@ -88,7 +88,7 @@ _timing = threading.Lock()
 def times_on_card(device: int, dtype: torch.dtype) -> tuple[tuple[float, float], ...]:
     """Return the seconds of kernels and of cuBLAS at 32, 128 and 512 knots, as time allows.
 
-    A card is timed once for each dtype, and the numbers are kept beside its kernels. Empty while
+    A GPU is timed once for each dtype, and the numbers are kept beside its kernels. Empty while
     another thread times it, and where a kernel is not used or memory is short.
     """
     found = _times.get((device, dtype))

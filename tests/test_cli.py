@@ -182,7 +182,7 @@ def test_demo_prints_tables_and_saves_a_picture(tmp_path, monkeypatch, capsys):
     assert run(f"demo --settings 6,3,3 --seed 5 --output {output}") == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert "Seed 5." in out
+    assert "Device cpu, seed 5." in out
     shown = out[out.index("The first 20 digits") :]
     arrived, estimated, model, decoded = (line.split()[-20:] for line in shown.splitlines()[1:5])
     assert [a if e == "." else e for a, e in zip(arrived, estimated, strict=True)].count(".") == 0
@@ -216,7 +216,12 @@ def test_compare_takes_a_model_and_files(tmp_path, monkeypatch, capsys):
     assert run([*line.split(), "9,8,1 6,4,2", "--output", "out.png"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    for shown in ("N = 9 workers, K = 8", "N = 6 workers, K = 4", "RelAcc", "\nRelAcc  "):
+    for shown in (
+        "Device cpu, seed 0.\n\nN = 9 workers, K = 8",
+        "N = 6 workers, K = 4",
+        "RelAcc",
+        "\nRelAcc  ",
+    ):
         assert shown in out
     assert run("compare nets:net --inputs images.pt --batch-size 50 --settings 6,4,2") == 0
     unlabelled = capsys.readouterr().out
@@ -233,7 +238,8 @@ def test_tune_prints_the_code_with_the_numbers_that_answer_best(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     line = "tune coded_torch.demo:lenet5 --inputs images.pt --batch-size 40 --code"
     assert run([*line.split(), "RegressionCode", "--settings", "9,8,1 6,4,2"]) == 0
-    first, second = capsys.readouterr().out.splitlines()
+    device, first, second = capsys.readouterr().out.splitlines()
+    assert device == "Device cpu, seed 0."
     assert first.startswith("Best at N = 9, K = 8, S = 1: CodedWrapper(model, codes.Regression")
     code = eval(second.partition("model, ")[2].removesuffix(")"), {"codes": codes})
     pool = workers.LocalWorkers(stragglers.Uniform(2, seed=0))

@@ -68,6 +68,7 @@ def test_a_batch_of_ray_data_gets_columns():
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # a cluster starts, and runs Ray Data
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_ray_data_loses_no_row_while_workers_are_killed(tmp_path, monkeypatch):
     for name in ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_USAGE_STATS_ENABLED"):

@@ -304,9 +304,11 @@ def _in_process(
     begin = time.monotonic()
     if begin >= end:
         return "there was no time left"
-    spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=_step, args=(there, cache, function, arguments), daemon=True)
+    # Imports of torch take seconds. They do not begin to use CUDA, so a fork of them may.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_step, args=(there, cache, function, arguments), daemon=True)
     process.start()
     there.close()
     failure = f"it did not end within {end - begin:.0f} s"

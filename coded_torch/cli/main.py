@@ -92,7 +92,8 @@ def demo(args: argparse.Namespace) -> None:
         bounds += f"Its bound, {limits.median():.2f} in the median, is larger in {held:.1%}.\n"
     say(
         f"LeNet-5 reads {len(rows):,} MNIST test digits it was not trained on, {_BATCH_SIZE} at a "
-        f"time.\nSeed {args.seed}.\n\nN = {n} workers, K = {k} inputs per group, {s} are lost:\n"
+        f"time.\nDevice {args.device}, seed {args.seed}.\n\n"
+        f"N = {n} workers, K = {k} inputs per group, {s} are lost:\n"
         f"{len(rows) - len(errors):,} answers are computed, {len(errors):,} are estimated.\n"
         f"{bounds}{right:.1%} of all answers name the right digit.\n\n"
         "Every code is tuned on a quarter of the batches, without labels, and answers\n"
@@ -147,6 +148,7 @@ def tune(args: argparse.Namespace) -> None:
     Example: coded-torch tune my_model:make --inputs rows.npy --settings 24,20,4
     """
     model, _, batches = _read_batches(args)
+    say(f"Device {args.device}, seed {args.seed}.")
     for n, k, s in args.settings:
         with usage(errors=Exception, prefix="tune: "), usage(prefix=f"{args.code}: "):
             code = getattr(all_codes, args.code)(k, n)
@@ -175,6 +177,7 @@ def compare(args: argparse.Namespace) -> None:
             if classes.total != rows.total:
                 raise ValueError(f"it must have {rows.total} rows, got {classes.total}")
             labels = classes.tensor().to(args.device).split(args.batch_size)[: len(batches)]
+    say(f"Device {args.device}, seed {args.seed}.\n")
     _compare(args, model, batches, labels)
 
 
@@ -385,9 +388,9 @@ _COMMANDS: dict[Callable[[argparse.Namespace], int | None], tuple[Any, ...]] = {
             "--device",
             ("cpu", "cuda"),
             "cpu",
-            "with cuda, try and time all kernels on a card",
+            "with cuda, try and time all kernels on a GPU",
         ),
-        ("--json", Path, None, "the file of all that the card shows, written after each step"),
+        ("--json", Path, None, "the file of all that the GPU shows, written after each step"),
         ("--tests", Path, None, "the folder of the sources, whose tests marked cuda run, too"),
         ("--quick", bool, False, "time few and small sizes"),
     ),

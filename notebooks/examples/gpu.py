@@ -1,4 +1,4 @@
-"""Rows on all cards, then coded computing on one card. Without a card, the CPU stands in."""
+"""Rows on all GPUs, then coded computing on one GPU. Without a GPU, the CPU stands in."""
 
 import torch
 from torch import nn

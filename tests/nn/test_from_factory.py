@@ -1,6 +1,5 @@
 """Modules that each worker makes for itself."""
 
-import contextlib
 import functools
 import os
 import subprocess
@@ -12,13 +11,7 @@ from torch import nn
 
 from coded_torch import CodedWrapper
 from coded_torch.nn import FromFactory
-from coded_torch.workers import (
-    DeviceWorkers,
-    LocalWorkers,
-    ProcessWorkers,
-    RayWorkers,
-    WorkerError,
-)
+from coded_torch.workers import DeviceWorkers, LocalWorkers, ProcessWorkers, WorkerError
 
 X = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
 
@@ -48,20 +41,13 @@ POOLS = {
     "local": LocalWorkers,
     "devices": lambda: DeviceWorkers(["cpu"] * 2),
     "processes": lambda: ProcessWorkers(2),
-    "ray": lambda: RayWorkers(2),
-}
+}  # tests/workers/test_ray.py has a cluster for such a test of its own
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.ray if name == "ray" else ()) for name in POOLS],
-)
+@pytest.mark.parametrize("name", POOLS)
 @torch.no_grad()
 def test_workers_make_the_module(name):
-    with contextlib.ExitStack() as held:
-        if name == "ray":  # other tests begin clusters of their own
-            held.callback(pytest.importorskip("ray").shutdown)
-        pool = held.enter_context(POOLS[name]())
+    with POOLS[name]() as pool:
         model = FromFactory(functools.partial(make, 3.0))
         answers, pids = CodedWrapper(model, workers=pool, parts=4)(X)
         assert torch.equal(answers, 3 * X)
@@ -107,7 +93,7 @@ def test_what_a_factory_returns_and_raises_reaches_the_caller():
 
 
 PROGRAM = """
-import functools, resource, sys, torch
+import functools, resource, torch
 from coded_torch import CodedWrapper
 from coded_torch.nn import FromFactory
 from coded_torch.workers import ProcessWorkers
@@ -126,13 +112,13 @@ def memory(pid):  # in kilobytes, where a page of several processes counts as a 
         return sum(int(line.split()[1]) for line in file if line.startswith("Pss:"))
 
 if __name__ == "__main__":
-    made = {"make": make, "mapped": mapped, "small": functools.partial(torch.nn.Linear, 3, 1)}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with ProcessWorkers(3) as pool, torch.no_grad():
-        coded = CodedWrapper(FromFactory(made[sys.argv[1]]), workers=pool, parts=6)
-        assert len(coded(torch.ones(12, 3))) == 12
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(after - before, sum(map(memory, pool.start(coded.module).pids)))
+    for factory in (functools.partial(torch.nn.Linear, 3, 1), mapped, make):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with ProcessWorkers(3) as pool, torch.no_grad():
+            coded = CodedWrapper(FromFactory(factory), workers=pool, parts=6)
+            assert len(coded(torch.ones(12, 3))) == 12
+            after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            print(after - before, sum(map(memory, pool.start(coded.module).pids)))
 """
 
 
@@ -140,20 +126,19 @@ def test_the_caller_needs_no_memory_for_the_weights_and_workers_share_mapped_one
     (tmp_path / "program.py").write_text(PROGRAM)
     model = nn.Sequential(nn.Linear(3, 4096), nn.Linear(4096, 4096))
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    of_caller = {}
-    of_workers = {}
-    for name in ("small", "mapped", "make"):
-        done = subprocess.run(
-            [sys.executable, "program.py", name],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=300,
-            cwd=tmp_path,
-        )
-        of_caller[name], of_workers[name] = map(int, done.stdout.split())
+    done = subprocess.run(
+        [sys.executable, "program.py"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+        cwd=tmp_path,
+    )
+    (_, small), (of_mapped, mapped), (of_made, made) = (
+        map(int, line.split()) for line in done.stdout.splitlines()
+    )
     weights = 67_000  # kilobytes
-    for name in ("mapped", "make"):
-        assert of_caller[name] - of_caller["small"] < weights / 2
-    assert of_workers["make"] - of_workers["small"] > 2.5 * weights
-    assert of_workers["mapped"] - of_workers["small"] < 1.5 * weights
+    for grown in (of_mapped, of_made):
+        assert grown < weights / 2
+    assert made - small > 2.5 * weights
+    assert mapped - small < 1.5 * weights

@@ -228,7 +228,7 @@ def ask_until_the_end(port, is_kept, outcomes):
             connection.close()
 
 
-@pytest.mark.parametrize("signals", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("signals", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_sigterm_answers_all_that_has_reached_the_server(signals, mine):
     (mine / "weights").write_text("2")
     options = "--num-workers", "1", "--deadline", "10"

@@ -16,7 +16,7 @@ from .test_triton import TritonTests
 
 ray = pytest.importorskip("ray", reason="needs the extra 'serve-ray'")
 serve = pytest.importorskip("ray.serve", reason="needs the extra 'serve-ray'")
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]  # a cluster, Ray Serve and four replicas start
 WAIT = 120.0  # seconds for a cluster to start
 
 

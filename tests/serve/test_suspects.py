@@ -42,7 +42,7 @@ def row(*values):
     return {"inputs": [tensor([[*values]])]}
 
 
-@pytest.fixture(params=[2, 6])
+@pytest.fixture(params=[2, pytest.param(6, marks=pytest.mark.slow)])
 def served(request):
     workers = ProcessWorkers(request.param, hang_timeout=HANG_TIMEOUT)
     examples = torch.randn(2, 3)

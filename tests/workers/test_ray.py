@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from coded_torch.codes import NotEnoughResults
-from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.nn import CodedWrapper, FromFactory, Waiting
 from coded_torch.testing.workers import WAIT, PolynomialCode, WorkersTests, run, task_of, until
 from coded_torch.workers import RayWorkers
 
@@ -76,6 +76,25 @@ def test_a_class_without_a_module_is_sent_along(pool):
             return x + 1
 
     assert {float(reply.value) for reply in answers(pool, Local(), torch.ones(3, 1, 1))} == {2.0}
+
+
+class Process(nn.Module):
+    """Returns its rows, and the process that computes each. Nobody can pickle it."""
+
+    def __init__(self):
+        super().__init__()
+        self.function = lambda x: x
+
+    def forward(self, x):
+        return self.function(x), torch.full((len(x),), float(os.getpid()), dtype=torch.float64)
+
+
+@torch.no_grad()
+def test_actors_make_the_module(pool):
+    x = torch.randn(8, 3)
+    answers, pids = CodedWrapper(FromFactory(Process), workers=pool, parts=6)(x)
+    assert torch.equal(answers, x)
+    assert {*map(int, pids)} <= {*pool.pids}
 
 
 def test_a_dead_actor_is_named_and_replaced(pool):
