@@ -150,6 +150,7 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
         {
             "copies, normalised MSE": "schemes > chosen > mse:.4f",
             "with gradients, over it": "copies:.2f",
+            "with outputs, over it": "copies by outputs:.2f",
             "splines, ordered": "schemes > splines > mse:.4f",
             "ordered by gradients, over it": "splines:.2f",
         },

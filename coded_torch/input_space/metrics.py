@@ -19,6 +19,7 @@ from ..ops import squared_distances as squared_distances
 from ..ops import typical_rows as typical_rows
 from ._gradients import GradientMetric
 from ._gradients import from_gradients as from_gradients
+from ._gradients import from_outputs as from_outputs
 from ._untuned import FAR
 
 logger = sparing_logger("coded_torch.codes")

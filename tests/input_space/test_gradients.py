@@ -1,4 +1,4 @@
-"""The metric from gradients: its distances, which modules have one, and that it competes."""
+"""Metrics from gradients and outputs: their distances, who has them, and that they compete."""
 
 import copy
 import pickle
@@ -110,6 +110,53 @@ def test_several_inputs_and_outputs():
     known = [i for i in range(30) if i % 3]
     plan.decode(x.sin()[known][:, None], known)
     assert "the metric gradients was left out: ValueError" in plan.note
+
+
+@pytest.mark.parametrize("width", [8, 2000], ids=["narrow", "wide"])
+def test_outputs_alone_show_the_direction_in_which_they_change(width):
+    x = normal(300, width)
+    x[:, 2:] /= width**0.5
+    y = {"a": x[:, 0].sin(), "constant": torch.ones(300), "b": 1e4 * x[:, 0].square()}
+    metric = metrics.from_outputs({"x": x}, y)
+    near = squared(metric(x))
+    along = squared(x[:, :1])
+    correlation = torch.corrcoef(torch.stack([near.flatten(), along.flatten()]))[0, 1]
+    plain = torch.corrcoef(torch.stack([squared(x).flatten(), along.flatten()]))[0, 1]
+    assert correlation > 0.9 > plain
+    assert metric(x.double()).dtype == torch.float64
+    again = pickle.loads(pickle.dumps(metric))
+    torch.testing.assert_close(again(x), metric(x), rtol=0, atol=0)
+
+
+def test_a_metric_from_outputs_lowers_the_error_of_estimates():
+    x = normal(540, 12, seed=3)
+    answers = (x[:, :1] + 0.5 * x[:, 1:2]).sin()
+    metric = metrics.from_outputs(x[:300], answers[:300])
+    known = [i for i in range(240) if i % 6]
+    errors = []
+    for estimator in (Regression(), Regression(metric=metric)):
+        plan = estimator.plan([x[300:]])
+        decoded = plan.decode(answers[300:][known][:, None], known)
+        errors.append(float((decoded - answers[300:]).square().sum()))
+    assert errors[1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "message"),
+    [
+        (normal(9, 2), normal(8, 2), "with the same rows"),
+        (torch.arange(9), normal(9, 2), "floating-point tensors"),
+        (normal(9, 2), torch.arange(9), "floating-point tensors"),
+        (normal(7, 2), normal(7, 2), "got 7 finite rows"),
+        (torch.ones(9, 2), normal(9, 2), "rows and outputs must differ"),
+        (normal(9, 2), torch.ones(9, 2), "rows and outputs must differ"),
+        (torch.full((9, 2), torch.inf), normal(9, 2), "got 0 finite rows"),
+    ],
+    ids=["sizes", "integers", "classes", "few", "one row", "one output", "infinite"],
+)
+def test_outputs_that_teach_nothing(rows, outputs, message):
+    with pytest.raises(ValueError, match=f"from_outputs: .*{message}"):
+        metrics.from_outputs(rows, outputs)
 
 
 @pytest.mark.parametrize(
