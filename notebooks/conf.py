@@ -66,8 +66,8 @@ napoleon_custom_sections = [
 ]
 
 # A reference to a name of this package must lead somewhere; insides have no page.
-_INSIDE = r"_layout|table|scheduling\.(policy|latency_history)|input_space\.\w+"
-_INSIDE += r"|workers\.(base|dispatch|live)"
+_INSIDE = r"_layout|_table|scheduling\.(policy|_latency_history)|input_space\.\w+"
+_INSIDE += r"|workers\._(base|dispatch|live)"
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!coded_torch\.).*"),

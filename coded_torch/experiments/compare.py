@@ -68,54 +68,17 @@ def compare(
     out_dims: Any = 0,
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> Comparison:
-    r"""Compare the codes, and the trivial baselines, on a model of one's own.
+    """Compare the codes, and the trivial baselines, on a model of one's own.
 
     All schemes answer the same batches from the same workers. On the first batches every code's
     numbers are chosen as :func:`~coded_torch.tune` does, without labels; the others are answered.
-    Beside the codes of :func:`peers` stand the baselines. In "no redundancy, regression" the N
-    workers compute each row once, or rows of the last group several times unless N divides B.
-    Missing rows are estimated. In "no redundancy, surrogate" and "replication, surrogate" the
-    surrogate answers missing rows, in "surrogate alone" all rows, without any worker. With a
-    surrogate, "regression" and "no redundancy" also estimate its residuals.
+    The reference describes the baselines and the other arguments.
 
     Args:
         module: the module, in evaluation mode.
         batches: at least two, each an argument of the module or a tuple of several.
         settings: a :class:`~coded_torch.experiments.scores.Setting` each, or a tuple (N, K, S):
             workers, inputs per group, workers lost.
-        labels: for every batch the true classes, ``[B]``, integers, of outputs ``[B, classes]``.
-            Defaults to None, errors only.
-        extra: a function of K and N that returns further schemes to try, by name. Each is a code,
-            or a function ``answers(inputs, outputs, received)`` for methods with their own models.
-            It gets the inputs and the module's outputs on them, ``[B, ...]`` each, and the workers
-            that were received. It may use only what these workers have computed, and returns the
-            answers like the outputs. Its work counts as N / K. Defaults to None.
-        surrogate: a cheap approximation of the module. Defaults to None.
-        schemes: the package's own codes to try, by name. Defaults to None, all.
-        delays: called as ``delays(S, seed=...)``, returns a delay distribution, such as a class
-            of :mod:`coded_torch.stragglers`. The S slowest workers are lost. Defaults to Uniform.
-        received_sets: the number of received sets of a batch and seed. Defaults to 1.
-        seeds: the seeds of the lost workers; every seed answers all batches. Defaults to 0.
-        tuning_batches: the number of first batches that codes are tuned on. Defaults to a quarter.
-        attack: maps the results of a worker, ``[rows, ...]``, and a generator to wrong ones. Every
-            code is also tried with ``adversaries``, and all are tuned under the attack.
-        adversaries: with an attack, the number of such workers in each received set. Defaults to 1.
-        in_dims, out_dims: as for :class:`~coded_torch.CodedWrapper`.
-        progress: called with a list of steps, returns them one by one, such as ``tqdm.tqdm``.
-
-    Codes that mix inputs need floating-point ones, and are left out otherwise. At every setting,
-    the module computes some N / K rows per row of all batches. On the tuning batches, it computes
-    so many for each encoder that is tried.
-
-    Example:
-        >>> import torch
-        >>> import coded_torch
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> batches = [torch.randn(60, 2, generator=generator) for _ in range(4)]
-        >>> found = coded_torch.compare(torch.nn.Tanh(), batches, settings=[(15, 10, 4)])
-        >>> error = {row.name: row.mse[0] for row in found.rows}
-        >>> error["regression"] < error["the paper's, ordered"] < error["the paper's scheme"]
-        True
     """
     instance("compare", "module", module, nn.Module)
     calls = calls_of("compare", module, batches)

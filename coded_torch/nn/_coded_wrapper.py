@@ -41,79 +41,18 @@ _ESTIMATOR = Regression()
 class CodedWrapper(ModuleProxy):
     r"""Run a module on unreliable workers.
 
-    There are two uses:
-
     - Without a code, the batch is divided by *rows*: each is computed once, and late parts are
       hedged. Every row is computed, or the call raises, unless ``waiting`` asks for estimates:
       then ``estimator`` estimates missing rows from the others.
     - With a code, the batch is divided by *columns*. The batch is put in order and cut into groups
       :math:`X` of K inputs; column n holds one coded input of every group. With the code's encoder
       :math:`E` (N x K) and, for the received set :math:`F`, its decoder :math:`D_F` (K x \|F\|), a
-      group is answered by :math:`D_F \, [\, f(E_n X) \,]_{n \in F}`. ``Waiting.first(S)`` ends
-      with the first N - S results. ``Waiting()`` asks N - S columns, and hedges with the other S.
+      group is answered by :math:`D_F \, [\, f(E_n X) \,]_{n \in F}`.
 
     The wrapper stands in for the module: ``state_dict``, ``train``, ``to``, hooks, autograd
-    (on pools in this process), autocast, pickling and deep copies work as they do for it. The names
-    of its parameters begin with ``module.``. Only :meth:`compile` compiles the module.
-
-    Inputs and outputs may be any pytrees. A result is rejected, and counts as missing, if it is not
-    finite, of another batch size, or unlike most in structure, shape or dtype. Unless a code mixes
-    inputs, there are two exceptions. Inputs with NaN or infinity are computed, too; a missing one
-    is answered by the mean of the others, and its bound is infinite. An infinite result is an
-    answer if two workers return it alike. So where ``-inf`` masks logits, rows are computed twice;
-    a number such as -1e4 saves that.
-
-    Args:
-        module: the module. Its outputs are floating-point tensors with a batch dimension, and
-            plain constants that are the same for every part. Unless a code mixes inputs, outputs
-            may have other dtypes, but are not estimated then.
-        code: the code. Codes that mix inputs need floating-point ones. Defaults to None: by rows.
-        workers: the pool. Defaults to :class:`~coded_torch.workers.LocalWorkers` with a code;
-            required without one.
-        waiting: the policy. Defaults to ``Waiting.first()`` with a code, and ``Waiting()`` without.
-        parts: the number of parts of a batch by rows. Defaults to one for each worker; required for
-            ``LocalWorkers``, which has no number of workers.
-        estimator: estimates missing rows. Defaults to ``Regression()``.
-        surrogate: cheap approximations of the module, one or a sequence: callables with like
-            outputs, such as a smaller network (:func:`coded_torch.surrogates.distill`), or a
-            :class:`~coded_torch.surrogates.Memory`, which learns computed answers. If estimates
-            are needed, they run in this process, without gradients, and their residuals are
-            estimated. Refused with codes that mix inputs. Defaults to an empty tuple.
-        verify: the share of rows, such as 0.02, that a second worker computes. Wrong results are
-            corrected, and workers that often return them excluded. By rows, on pools of at least
-            three workers; with two, disputes are only reported. With a code, give it
-            ``adversaries`` instead. Defaults to None: off.
-        in_dims: as in :func:`torch.func.vmap`, for the positional arguments: a batch dimension, or
-            "shared" or None for a value meant for the whole batch; or a pytree prefix of such. A
-            tensor under None whose first dimension has the batch size is refused, and so is any
-            list or range of that length: say "shared". Tuples and other sequences are passed
-            whole. Tensors in keyword arguments are divided along dimension 0. Strings, one for
-            each row, in a list or a NumPy or pandas column, are divided, too, unless a code mixes
-            inputs; parts get lists. Beside other inputs, strings are given by position, and
-            ``in_dims`` is a tuple that says 0 for them. Defaults to 0.
-        out_dims: the batch dimension of the outputs, in the same form. An output under None is
-            returned as the first part gave it. Defaults to 0.
-
-    The arguments are attributes. Assigned values are checked, ``in_dims`` and ``out_dims`` by the
-    next call. A new pool or module begins with an empty history of latencies.
-
-    Attributes:
-        last_run: the :class:`Report` of the call that ended last, even by an error; None before
-            the first. If several threads call, :meth:`run` returns each its own.
-
-    Raises:
-        TypeError, ValueError: an argument has the wrong type, or is inconsistent with another. In
-            calls: inputs cannot be divided or coded; no part's output can be decoded.
-        NotEnoughResults: in calls, fewer good results than the code needs, or than ``waiting`` asks
-            for. At the deadline it is a :class:`~coded_torch.codes.DeadlineExceeded`, otherwise its
-            ``rows`` are the rows that nobody could compute.
-        Exception: in calls by rows, of the module, if a row raises alike on two workers, or three
-            times where no other worker computes it. Its ``rows``, ``answers`` (NaN in rows that
-            were not computed) and ``report`` hold the results.
-
-    Note:
-        The cost is the module's own work and the hedges by rows, and up to :math:`N / K` times the
-        module's work by columns. The same results give the same bits, in any order of arrival.
+    (on pools in this process), autocast, pickling and deep copies work as they do for it.
+    The arguments are attributes, whose new values are checked. The reference says more of inputs,
+    outputs, exceptions and costs.
 
     Reference:
         Moradi, Tahmasebi, Maddah-Ali, "Coded Computing for Resilient Distributed Computing: A
@@ -130,8 +69,37 @@ class CodedWrapper(ModuleProxy):
         (4, 2, 2)
     """
 
+    #: The code. Codes that mix inputs need floating-point ones. Defaults to None: by rows.
     code: Code | None
+    #: The pool. Defaults to :class:`~coded_torch.workers.LocalWorkers` with a code; required
+    #: without one. A new pool or module begins with an empty history of latencies.
     workers: Workers
+    #: The policy. Defaults to ``Waiting.first()`` with a code, and ``Waiting()`` without.
+    waiting: Waiting | None
+    #: The number of parts of a batch by rows. Defaults to one for each worker; required for
+    #: ``LocalWorkers``, which has no number of workers.
+    parts: int | None
+    #: Estimates missing rows. Defaults to ``Regression()``.
+    estimator: Regression | None
+    #: Cheap approximations of the module, one or a sequence: callables with like outputs, such as a
+    #: smaller network (:func:`coded_torch.surrogates.distill`), or a
+    #: :class:`~coded_torch.surrogates.Memory`, which learns computed answers. If estimates are
+    #: needed, they run in this process, without gradients, and their residuals are estimated.
+    #: Refused with codes that mix inputs. Defaults to an empty tuple.
+    surrogate: Any
+    #: The share of rows, such as 0.02, that a second worker computes. Wrong results are corrected,
+    #: and workers that often return them excluded. By rows, on pools of at least three workers;
+    #: with two, disputes are only reported. With a code, give it ``adversaries`` instead. Defaults
+    #: to None: off.
+    verify: float | None
+    #: As in :func:`torch.func.vmap`, for the positional arguments: a batch dimension, or "shared"
+    #: or None for a value meant for the whole batch; or a pytree prefix of such. Defaults to 0.
+    in_dims: Any
+    #: The batch dimension of the outputs, in the same form. An output under None is returned as
+    #: the first part gave it. Defaults to 0.
+    out_dims: Any
+    #: The :class:`Report` of the call that ended last, even by an error; None before the first. If
+    #: several threads call, :meth:`run` returns each its own.
     last_run: Report | None
     _form: Stacked | None = None  # the last results, without values
     _warned = frozenset[str]()

@@ -54,17 +54,14 @@ class ModuleProxy(nn.Module):
     ) -> Iterator[tuple[Any, Any]]:
         """Yield the answers and the report of each batch, in order.
 
-        No batch is taken from the iterable before it can be computed.
+        No batch is taken from the iterable before it can be computed. If a call or the iterable
+        fails, the exception's attribute ``batch`` is the number of the batch.
 
         Args:
             batches: inputs, tuples of positional arguments, or bound arguments.
             in_flight: the number of calls that are open at once, which keeps the workers busy.
                 ``LocalWorkers`` are never busy, and run one call at a time.
             waiting: the policy of these calls. Defaults to the wrapper's own.
-
-        Raises:
-            Exception: a call fails or, after the answers before it, the iterable. Its attribute
-                ``batch`` is the number of the batch.
         """
         in_flight = count("map", "in_flight", in_flight)
         # The calls together have a part for each worker. More parts cost more: with two workers,
@@ -92,39 +89,15 @@ class ModuleProxy(nn.Module):
     ) -> Iterator[Interval]:
         """Yield ever narrower intervals for the means over all rows, from few computed rows.
 
-        Rows are drawn at random: 60, then a quarter more at each look. Regression, with the
-        surrogates but not with a memory, narrows the interval of plain sampling where it can. A
-        drawn row is computed, or the call raises. The iterator ends when each half width is
-        reached, or at ``max_rows``, or with the exact means of all rows. Values that are rare and
-        large may not be among the drawn rows: without ``bounds``, nothing is known of them.
+        Rows are drawn at random. Regression narrows the interval of plain sampling where it can. A
+        drawn row is computed, or the call raises. The reference describes the other arguments.
 
         Args:
             inputs: tensors ``[N, ...]``, as of a call; a tuple holds positional arguments. Or a
                 sequence of batches of one size; the last may have fewer rows.
             of: a function of outputs of some rows and the rows' numbers, int64, such as for labels.
-                It returns finite numbers ``[rows, C]``. Boolean columns are shares, and so are
-                columns with two values. It runs here, on outputs of surrogates, too. Defaults to
-                the outputs as they are.
+                It returns finite numbers ``[rows, C]``. Defaults to the outputs as they are.
             half_width: positive, for all columns or ``[C]``. Defaults to None, no end by width.
-            max_rows: the most rows that are computed, at least 2. Defaults to all.
-            bounds: the pair ``(low, high)`` between which all numbers lie, two numbers or two
-                ``[C]``. Intervals then allow for rows that were not drawn. Defaults to None.
-            level: the probability, between 0 and 1, that an interval holds, for each column.
-            anytime: whether all looks up to ``max_rows`` hold together, for those who end the loop
-                by the value, not by the width. It takes 1.3 to 1.7 times the width.
-            seed: of the drawing. Defaults to another one in each call.
-
-        Note:
-            A look passes over at most 128 times the computed rows, without the module.
-
-        Example:
-            >>> import torch
-            >>> from coded_torch import CodedWrapper, workers
-            >>> coded = CodedWrapper(torch.nn.Tanh(), workers=workers.LocalWorkers(), parts=1)
-            >>> x = torch.linspace(-2, 4, 10_000)[:, None]
-            >>> *_, found = coded.mean(x, half_width=0.01, seed=1)
-            >>> found.rows < 200, bool((found.value - x.tanh().mean()).abs() < found.half_width)
-            (True, True)
         """
         looks = Looks(
             self,

@@ -89,42 +89,16 @@ class Waiting:
     raises :class:`~coded_torch.codes.NotEnoughResults` with the rows that nobody could compute.
 
     - A part is late when its running time exceeds the hedging threshold
-      (:func:`~coded_torch.scheduling.policy.hedging_threshold`). It is hedged at
-      most three times, the first time split over up to four idle workers. Until 32 parts have
-      replied, a part is late at half of the deadline. If no row may be estimated, it is late after
-      eight medians of earlier calls or, in a module's first call, of the half that has replied, but
-      at least 2 s.
+      (:func:`~coded_torch.scheduling.policy.hedging_threshold`). It is hedged at most three times.
+      Until 32 parts have replied, a part is late at half of the deadline. If no row may be
+      estimated, it is late after eight medians of earlier calls, but at least 2 s.
     - A part that failed is asked again at once, in smaller parts, until the rows that fail stand
-      alone. If a row raises alike on two workers, the module fails on it. If 16 rows, or all, raise
-      alike before any result is good, it is taken to fail on all. If a row ends its worker twice,
-      alone, and other parts fail less often, it is not asked again. Any other row is given up
-      after 20 failures alone, or after three if it may be estimated and the module did not raise.
+      alone. If a row raises alike on two workers, the module fails on it.
     - The call answers or raises at its deadline. If half of the results are there, missing rows are
       estimated in time. Otherwise a surrogate answers, if this or an earlier call had a result,
       or else the call raises :class:`~coded_torch.codes.DeadlineExceeded`.
 
-    Instances are immutable. :meth:`first` is the paper's policy.
-
-    Args:
-        deadline: seconds from the call to its answer, positive. The time of a surrogate or of a
-            callable metric is not bounded. Defaults to None, no deadline.
-        estimate_after: without a deadline, the number of median calls after which missing rows are
-            estimated, once half of the results are there; positive. With infinity, rows are
-            estimated when no more results can come. Defaults to None: never by rows, 3 with a code.
-        hedge_budget: the work that hedges of late parts may take, as a share of all work, at least
-            0. Unused work is saved, up to 20 parts and one whole call. A larger budget hedges
-            earlier where latencies vary widely. At 0 only failed parts are asked again. Defaults to
-            0.25.
-        estimate: whether rows may be estimated at all, even at a deadline. Must be True with codes
-            that mix inputs. Defaults to True.
-        on_error: the end of a call by rows if the module fails on a row. "raise" computes the other
-            rows and raises the module's exception, with ``rows``, ``answers`` and ``report``.
-            "estimate" estimates such a row, and any other that nobody could compute. Defaults to
-            "raise".
-        at_once, num_stragglers: set by :meth:`first`.
-        spares: the most rows of a part that, if it is late or has ended its worker, is asked for
-            again only while a further worker is idle, and is hedged once, by one worker. Set by
-            servers, so that rows that hang or end any worker leave others. Defaults to 0.
+    The guide to waiting has further rules. Instances are immutable. :meth:`first` is the paper's.
 
     Example:
         >>> from coded_torch import Waiting
@@ -134,14 +108,30 @@ class Waiting:
         Waiting.first(num_stragglers=2)
     """
 
+    #: Seconds from the call to its answer, positive. The time of a surrogate or of a callable
+    #: metric is not bounded. Defaults to None, no deadline.
     deadline: float | None = None
+    #: Without a deadline, the number of median calls after which missing rows are estimated, once
+    #: half of the results are there; positive. With infinity, rows are estimated when no more
+    #: results can come. Defaults to None: never by rows, 3 with a code.
     estimate_after: float | None = None
+    #: The work that hedges of late parts may take, as a share of all work, at least 0. Unused work
+    #: is saved, up to 20 parts and one whole call. A larger budget hedges earlier where latencies
+    #: vary widely. At 0 only failed parts are asked again. Defaults to 0.25.
     hedge_budget: float = 0.25
+    #: Whether rows may be estimated at all, even at a deadline. Must be True with codes that mix
+    #: inputs. Defaults to True.
     estimate: bool = True
+    #: The end of a call by rows if the module fails on a row. "raise" computes the other rows and
+    #: raises the module's exception, with ``rows``, ``answers`` and ``report``. "estimate"
+    #: estimates such a row, and any other that nobody could compute. Defaults to "raise".
     on_error: str = "raise"
-
+    #: Set by :meth:`first`, as ``num_stragglers`` is: the call ends with the first results.
     at_once: bool = dataclasses.field(default=False, kw_only=True)
     num_stragglers: int | None = dataclasses.field(default=None, kw_only=True)
+    #: The most rows of a part that, if it is late or has ended its worker, is asked for again only
+    #: while a further worker is idle, and is hedged once, by one worker. Set by servers, so that
+    #: rows that hang or end any worker leave others. Defaults to 0.
     spares: int = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:

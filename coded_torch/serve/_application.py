@@ -49,21 +49,11 @@ _WATCH = 0.1  # seconds, after which a request begins to watch if its client has
 class App(Starlette):
     """An ASGI application that serves a model by the Open Inference Protocol (KServe v2).
 
-    Waiting requests are computed together: a batch starts while a worker is idle, or one at a time
-    under a code. Each request is answered by its deadline: with the model's own results where
-    workers replied, else with estimates, which the answer's ``estimated_rows`` counts. Clients
-    may ask for further outputs, one number per row: ``estimated``, ``source``, ``verified``,
-    ``corrected``, and ``error_bound`` and ``label_p_value`` at the level of the parameter
-    ``coverage``.
-
-    Its lifespan starts the workers and closes them. It runs under any ASGI server, in one process.
-    A refused request gets ``{"error": ...}`` with 4xx if it is wrong, 500 if the model fails on it
-    or workers end at it, and 504 after its deadline if nothing could be estimated. It gets 503
-    with ``Retry-After`` if too many requests wait, its answer would probably be late, no worker is
-    left, or all workers hang: then one request at a time is tried.
-
-    With ``make``, :meth:`renew` loads the next version of the model while the present one answers.
-    Each answer is of one version, its ``model_version``.
+    Waiting requests are computed together. Each is answered by its deadline: with the model's own
+    results where workers replied, else with estimates. The guide to serving lists the outputs that
+    clients may ask for, and the codes of refused requests. The lifespan of the application starts
+    the workers and closes them. With ``make``, :meth:`renew` loads the next version of the model
+    while the present one answers. Each answer is of one version, its ``model_version``.
 
     Args:
         coded: the model on its workers. Its ``waiting`` gets the deadline of each batch.
@@ -71,23 +61,19 @@ class App(Starlette):
         inputs: the specs of the module's inputs, in the order of the parameters of ``forward``, or
             with their names and examples. Each has the batch first.
         outputs: the specs of the tensors that the module returns, leaf by leaf, ``[B, ...]``.
-        deadline: seconds from the arrival of a request to its answer. A request may ask for less
-            by its parameter ``timeout``, in microseconds.
+        deadline: seconds from the arrival of a request to its answer.
         examples: some rows of each input: a tensor or strings, several in a list or tuple, or a
-            mapping of keyword arguments. The model is called as on them, and every worker runs it
-            on two rows before the application is ready. Defaults to None: the first requests wait
-            for the loading.
-        max_batch_size: the number of rows of a batch. A request may have 16 times as many, in as
-            many batches, if its body has at most 64 MB.
+            mapping of keyword arguments. Every worker runs the model on two of the rows before the
+            application is ready. Defaults to None: the first requests wait for the loading.
+        max_batch_size: the number of rows of a batch. A request may have 16 times as many.
         max_queued_requests: the number of requests that may wait.
         allowed_hosts: the names that a request's ``Host``, and its ``Origin`` if it has one, may
             have. Without them, any page of the web can use a server on a loopback address. Defaults
             to None: any name.
-        make: returns a new module with other weights, which is in evaluation mode if the present
-            one is. The present one must stay as it is. Defaults to None: the model stays.
-        token: who sends it as ``Authorization: Bearer TOKEN`` may ask for :meth:`renew` by ``POST
-            /v2/repository/models/NAME/load``. Defaults to None: whoever asks from a loopback
-            address, without a proxy and from no page of the web.
+        make: returns a new module with other weights, in the same mode. The present one must stay
+            as it is. Defaults to None: the model stays.
+        token: lets whoever sends it as ``Authorization: Bearer TOKEN`` ask for :meth:`renew`.
+            Defaults to None: whoever asks from a loopback address.
     """
 
     def __init__(
@@ -511,20 +497,14 @@ class _Wide(Response):
 def deployment(factory: Callable[[], App], **options: Any) -> Any:
     r"""Make a deployment for Ray Serve: ``serve.run(deployment(make).bind())``.
 
-    Each replica serves its own application, on processes of its host or on actors of
-    :class:`~coded_torch.workers.RayWorkers`. For six such actors of ``num_cpus=1`` on other hosts,
-    ``placement_group_bundles=[{"CPU": 1}] * 7, placement_group_strategy="SPREAD"`` reserves places.
-    Ray gets the metrics, with ``ray_`` in front of their names. Its proxy costs 12 to 17 ms of
-    processor time per request. With ``RAY_SERVE_THROUGHPUT_OPTIMIZED=1``, replicas serve HTTP.
+    Each replica serves its own application. Ray gets the metrics, with ``ray_`` in front of their
+    names. It binds one port of each replica to every interface and reads pickles from it: use it
+    in a trusted network only.
 
     Args:
         factory: makes the application by :class:`~coded_torch.serve.App`. The replica calls it.
         options: options of ``ray.serve.deployment``. By default Ray lets 1,024 requests into a
             replica, and as many wait, so that the application refuses and not Ray.
-
-    Warning:
-        Ray binds one port of each replica to every interface and reads pickles from it: use it in
-        a trusted network only.
     """
     from ray import serve
 

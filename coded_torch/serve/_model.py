@@ -83,20 +83,15 @@ def specs(
 ) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """Return the specs of a module's inputs and outputs, leaf by leaf.
 
-    Inputs have the names of ``forward``'s parameters, outputs of the keys of a dict or the fields
-    of a named tuple, else ``output``, or ``output0``, ``output1`` and so on. Keys name the inputs
-    in a dict, too. The module is tried on two rows in other sizes. A dimension in which it takes
-    other sizes is -1.
+    Names are those of ``forward``'s parameters, of keys or of fields, else ``output`` or
+    ``output0`` and so on. The module is tried on two rows in other sizes: a dimension in which it
+    takes other sizes is -1. Raises a TypeError or a ValueError if examples and module do not fit.
 
     Args:
         module: the module, which is called without gradients.
         examples: rows of each input: a tensor ``[B, ...]`` or strings, several in a list or tuple,
             or keyword arguments in a mapping, such as an encoding of Hugging Face.
         fixed_shapes: whether no other sizes are tried. Defaults to False.
-
-    Raises:
-        TypeError: the examples do not fit ``forward``, or an input or an output is not a tensor.
-        ValueError: a tensor has another number of rows than the first input, or none.
     """
     call = bind("specs", module, examples)
     leaves, form = wire.flatten((call.args, call.kwargs))

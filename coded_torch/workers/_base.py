@@ -327,18 +327,15 @@ class Workers(abc.ABC):
     ) -> Self:
         """Start all workers and have them load a module, which else the first request does.
 
+        Raises a WorkerError if a worker cannot load or call the module, and a RuntimeError if not
+        all workers, but for excluded ones, have loaded it in time.
+
         Args:
             module: the module that every worker loads before this returns. Defaults to none.
             example: an input, a tuple of positional arguments, a mapping of keyword arguments, or
-                bound arguments. Every worker calls the module with it, so that no later call warms
-                up. If it has two different rows at dimension 0, one worker computes them alone and
-                together, and a warning names an output of a row that depends on the other. Defaults
-                to None.
+                bound arguments, with which every worker calls the module. A warning names an output
+                of a row that depends on another row. Defaults to None.
             timeout: seconds.
-
-        Raises:
-            RuntimeError: not all workers, but for excluded ones, started and loaded it in time.
-            WorkerError: a worker could not load or call the module.
         """
         instance(self, "module", module, nn.Module, optional=True)
         timeout = positive(self, "timeout", timeout)

@@ -44,18 +44,10 @@ class EndpointWorkers(DispatchedWorkers):
     So a wrapper on this pool wraps a :class:`RemoteModule` of that model:
     ``CodedWrapper(RemoteModule(url, "resnet"), workers=EndpointWorkers(urls, model="resnet"))``.
 
-    - A server that fails, hangs, or does not keep the protocol gets no parts until a probe of
-      ``/v2/health/ready`` succeeds. Probes come at growing intervals, of at most a second while no
-      server is up. If two servers fail on the same rows, the rows are to blame, and both are
-      probed at once.
-    - A server that answers 429 or 503 gets no parts for the time of its ``Retry-After``. Its part
-      goes to another server, and is not a failure.
-    - An answer such as 400 or 422 is an error of the caller, 500 one of the model. The call
-      raises it if two servers answer alike to the same rows, or if no other server answers. A
-      server that does so three times in a row where others compute the rows counts as failed.
-    - An answer is untrusted: its shapes, dtypes and sizes are checked before memory is allocated.
-      It must have the id of its request; a server that sends none gets a connection per request.
-    - When a call ends, its requests that still run are cancelled.
+    A server that fails, hangs, or does not keep the protocol gets no parts until a probe succeeds.
+    An answer such as 400 is an error of the caller, 500 one of the model: the call raises it if two
+    servers answer alike to the same rows. An answer is untrusted: its shapes, dtypes and sizes are
+    checked before memory is allocated. The guide to pools has all rules.
 
     Args:
         endpoints: the servers, such as ``["http://a:8000", "http://b:8000"]``; or a callable that
@@ -72,10 +64,6 @@ class EndpointWorkers(DispatchedWorkers):
     Opening raises:
         TypeError, ValueError: the module is not a :class:`RemoteModule`, or of another model.
         RuntimeError: the pool is closed, or was started in a process that this one was forked from.
-
-    Note:
-        Redirects, proxies and cookies are ignored. A part takes some .3 ms more than with the bare
-        client.
     """
 
     mixed = True  # servers may have any hardware

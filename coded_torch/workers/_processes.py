@@ -43,28 +43,10 @@ class ProcessWorkers(SupervisedWorkers):
     r"""A process per worker, each with the module. An idle process takes the next part.
 
     Inputs and results pass through shared memory, gradients do not pass. A process that dies or
-    hangs is replaced at once. Its part has failed, and the request goes on. Ctrl-C ends the
-    processes that compute parts of the interrupted call.
-
-    A process hangs if a call waits for its part, and it shows no sign of life. A thread gives signs
-    while the module computes, sleeps or waits, and processor time is one, too, so that no slow part
-    is taken for a hang. A process that is stopped, or waits while it holds Python's global lock,
-    shows none. A process in an endless loop shows signs of life: it is ended after ``timeout``, or
-    after ``hang_timeout`` if no call waits for the part any more.
-
-    The module is sent to each process once, and again when its weights, submodules, hooks or other
-    attributes have been replaced or changed in place. All processes share one copy of its weights.
-    Call :meth:`forget` after changes that cannot be seen: of a class, or within an object that the
-    module holds, other than a tensor or the first 100 elements of each of the first 256 lists,
-    tuples and dicts of an attribute. In a tensor that is changed neither by operations that torch
-    counts nor by a step of an optimizer, but as through ``.data`` or NumPy, four runs of 64 bytes
-    are compared: a change of few other numbers, or any on a device, is not seen. Hooks
-    of all modules, such as by ``register_module_forward_hook``, do not run in the processes.
-    Changes that a call makes to the module stay in its process.
-
-    Each process draws its own random numbers, from torch, NumPy and :mod:`random`. The seed depends
-    on :func:`torch.initial_seed` and the number of workers started before. A generator that the
-    module holds draws the same numbers in every process.
+    hangs is replaced at once. Its part has failed, and the request goes on. The module is sent
+    once, and again when a change is seen: call :meth:`forget` after others. Changes that a call
+    makes to the module stay in its process. The guide to pools says which changes are seen, what
+    counts as a hang, and how random numbers are drawn.
 
     Args:
         num_workers: the number of processes, at least 1.
@@ -76,8 +58,7 @@ class ProcessWorkers(SupervisedWorkers):
         timeout: seconds after which a part that was asked for and has not replied has failed, and
             its process is ended. Defaults to 600.
         start_timeout: seconds that a process may take to start, or to load a module, before it is
-            ended. Defaults to None: ten times what the first one took to start, and at least 10,
-            which doubles up to 120 if a process was ended for it.
+            ended. Defaults to None: ten times what the first one took, and at least 10.
 
     Opening raises:
         RuntimeError: the pool is closed, an input requires gradients, this process was forked from
@@ -85,18 +66,7 @@ class ProcessWorkers(SupervisedWorkers):
         TypeError: the module cannot be pickled.
 
     Note:
-        Scripts must guard their main part by ``if __name__ == "__main__":``, as processes import
-        the classes of the main script. Classes of an interactive session are sent by value, if
-        cloudpickle is installed. The pool needs Linux, whose shared memory it seals.
-
-        Processes are forked, in some 50 ms, from a server that has imported torch and the packages
-        of the module's classes. Packages that start threads or initialise CUDA are imported by the
-        processes instead. The server takes seconds to start, and starts anew if a module has other
-        packages. Processes outlive it. They end with this process. A new process loads the last
-        module before it gets parts.
-
-        If this process forks, its child shares the memory of large answers: what one of the two
-        writes into them, the other one sees. Clone answers first if that matters.
+        Scripts must guard their main part by ``if __name__ == "__main__":``.
     """
 
     def __init__(
