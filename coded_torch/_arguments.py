@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.masked import MaskedTensor
 from torch.utils import _pytree as pytree
 
+from ._untuned import CAUSE_CHARACTERS, LOG_SECONDS, MOST_CAUSES
+
 #: The largest N: more than the workers of any cluster, and few enough for the memory of every plan.
 MOST_WORKERS = 65_536
 
@@ -243,12 +245,6 @@ def warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
-# Bounds, not tuned: seconds between two warnings of a cause, causes, and characters of each.
-_SECONDS = 60.0
-_MOST_CAUSES = 256
-_CHARACTERS = 200
-
-
 class Sparing(logging.Filter):
     """Passes one warning per minute and cause: a text but for its numbers, or a named one."""
 
@@ -270,12 +266,12 @@ class Sparing(logging.Filter):
         text = record.getMessage()
         now = self._clock()
         named = f"{record.name} {getattr(record, 'cause', '')}"
-        cause = named, re.sub(r"\d[\w.]*", "#", text)[:_CHARACTERS]
+        cause = named, re.sub(r"\d[\w.]*", "#", text)[:CAUSE_CHARACTERS]
         with self._lock:
             since, held = self._causes.pop(cause, (-math.inf, 0))
-            passes = now - since >= _SECONDS
+            passes = now - since >= LOG_SECONDS
             self._causes[cause] = (now, 0) if passes else (since, held + 1)
-            if len(self._causes) > _MOST_CAUSES:
+            if len(self._causes) > MOST_CAUSES:
                 del self._causes[next(iter(self._causes))]
         if passes and held:
             record.msg = f"{text} ({held} more like it since the last one)"

@@ -21,6 +21,7 @@ from torch.optim.optimizer import (
 
 from ._extension import Look, Samples
 from ._torch import outside
+from ._untuned import MOST_ELEMENTS, MOST_NESTED
 
 Fingerprint = tuple[list[Any], tuple[Any, ...]]
 # The fingerprints that are known in a block of `unchanged`, by the id of a module.
@@ -32,9 +33,6 @@ _INTERNAL = frozenset(vars(nn.Module()))  # attributes that every module has
 _PLAIN = {type(None), bool, int, str, bytes, BuiltinFunctionType}
 _PLAIN |= {torch.dtype, torch.device, torch.memory_format}
 _FLOATS, _COLLECTIONS = (float, complex), (tuple, list, dict)
-# elements, and collections of an attribute; bounds, not tuned
-_MOST = 100
-_MOST_NESTED = 256
 # Other attributes are compared by identity: by id, a weak reference and a number that is not used
 # again. A fingerprint that held them would keep alive the modules to which they lead.
 _NUMBERS = itertools.count()
@@ -116,7 +114,7 @@ def _is_same(look: Look) -> bool:
 def _look_at(module: nn.Module) -> Look | None:
     """Return a compiled look at a module; None if it has attributes that this cannot compare."""
     try:
-        return Look([*module.modules()], _WHOLE, _SAME_TYPES, _TENSORS, _MOST)
+        return Look([*module.modules()], _WHOLE, _SAME_TYPES, _TENSORS, MOST_ELEMENTS)
     except (TypeError, RuntimeError):  # such as an ordered dict, or a tensor of inference mode
         return None
 
@@ -134,7 +132,8 @@ def _look(kept: list[Any], value: Any, seen: dict[int, int] | None = None) -> An
         return kind, value
     if kind in _FLOATS:  # -0.0 equals 0.0, and is another number
         return kind, repr(value)
-    if kind is tuple and len(value) <= _MOST:  # most are sizes: this takes a fifth of the time
+    # Most tuples are sizes: to look at them first takes a fifth of the time.
+    if kind is tuple and len(value) <= MOST_ELEMENTS:
         kinds = tuple(map(type, value))
         if _PLAIN.issuperset(kinds):
             return kinds, value
@@ -150,12 +149,12 @@ def _look(kept: list[Any], value: Any, seen: dict[int, int] | None = None) -> An
     if seen is None:  # the numbers of the collections so far, by their ids
         seen = {}
     if isinstance(value, _COLLECTIONS):
-        if id(value) in seen or len(seen) == _MOST_NESTED:  # it may hold itself
+        if id(value) in seen or len(seen) == MOST_NESTED:  # it may hold itself
             return type(value), len(value), seen.get(id(value))
         seen[id(value)] = len(seen)
-        items = [*itertools.islice(value, _MOST)]
+        items = [*itertools.islice(value, MOST_ELEMENTS)]
         if isinstance(value, dict):
-            items += itertools.islice(value.values(), _MOST)
+            items += itertools.islice(value.values(), MOST_ELEMENTS)
         return type(value), len(value), *[_look(kept, item, seen) for item in items]
     if isinstance(value, MethodType):  # a new object each time that it is taken
         return _look(kept, value.__func__), _look(kept, value.__self__, seen)

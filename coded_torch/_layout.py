@@ -12,17 +12,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ._torch import as_real, broadcast_dims, different_rows, flatten, has_rows, positional
+from ._untuned import ROUNDING, ROUNDING_OF_HALF
 
 #: The types of outputs that pass through, if all workers return the same. A float does not: it is a
 #: loss or a score, which depends on the inputs.
 CONSTANTS = (type(None), bool, int, str, bytes, enum.Enum, torch.dtype, torch.device)
 #: The rows of the two parts that prove a layout. One row would be broadcast, and hide faults.
 SIZES = (2, 3)
-# The shares of the largest output by which rows that are alone and beside others may differ. With
-# bfloat16, transformers of 12 random layers stay below a third of the first, and float32 below a
-# hundredth of the second. Not tuned.
-_ROUNDING_OF_HALF = 0.1
-_ROUNDING = 1e-3
 
 # The layouts that are proved, by module and structure of inputs.
 _PROVED = weakref.WeakKeyDictionary[nn.Module, dict[Any, "Layout"]]()
@@ -190,7 +186,7 @@ def _distance(one: Any, two: Any, is_half: bool) -> float:
     both = first.isfinite() & second.isfinite()
     off = (first - second)[both].abs().max().item() if both.any() else 0.0
     largest = first[both].abs().max().item() if both.any() else 0.0
-    share = _ROUNDING_OF_HALF if is_half or one.dtype.itemsize == 2 else _ROUNDING
+    share = ROUNDING_OF_HALF if is_half or one.dtype.itemsize == 2 else ROUNDING
     if off > (share * largest + math.sqrt(eps)) * is_rounded:
         return off
     return 0.0
@@ -252,7 +248,7 @@ def dependent_output(
         first, second, again = (_real(leaves[i]) for leaves in others)
         twin = torch.cat([first[:1], second[1:]])
         chance, rounding = ((x - y).abs().max() for x, y in ((again, both), (twin, alone)))
-        limit = (_ROUNDING_OF_HALF * twin.abs().max() + math.sqrt(eps) * scale) * bool(eps)
+        limit = (ROUNDING_OF_HALF * twin.abs().max() + math.sqrt(eps) * scale) * bool(eps)
         if chance > limit:
             raise RuntimeError("the outputs differ from call to call")
         rounding = rounding * bool(eps)

@@ -23,6 +23,7 @@ from starlette.routing import Route
 from torch import Tensor
 
 from . import open_inference as wire
+from ._untuned import FAULT_SECONDS, MOST_NUMBERS, TURN_SECONDS
 from .serve import App
 from .serve._protocol import RequestError
 
@@ -31,13 +32,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Seconds of answers that the page shows, and that it asks for again if it asks each second.
 _MINUTE = 60.0
 _AGAIN = 3.0
-# Seconds of a fault: long enough to watch, short enough to wait for. Not tuned.
-_FAULT_SECONDS = 10.0
-# A delayed worker runs for a tenth of the time, in turns of so many seconds. Not tuned.
-_TURN_SECONDS = 0.1
 _ROWS = 63  # examples in a request of the page, beside the drawing: 8 x 8 tiles
-# Numbers of the examples or of their outputs, at most: about 1 MB of JSON. Not tuned.
-_MOST_NUMBERS = 100_000
 _POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
 _HEADERS = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
 _HEADERS |= {"X-Content-Type-Options": "nosniff"}
@@ -101,11 +96,11 @@ class Chaos:
         stop, go = (0, 0) if action == "corrupt" else (signal.SIGSTOP, signal.SIGCONT)
         turn = [(stop, 0.9), (go if action == "delay" else stop, 0.1)]
         with contextlib.suppress(ProcessLookupError):  # the process has ended
-            for number, share in [*turn * round(_FAULT_SECONDS / _TURN_SECONDS), (go, 0.0)]:
+            for number, share in [*turn * round(FAULT_SECONDS / TURN_SECONDS), (go, 0.0)]:
                 if self.pool.states.get(place, ("", 0))[1] != pid:
                     break  # the pool has replaced the process: another one may have its number
                 os.kill(pid, number)
-                time.sleep(share * _TURN_SECONDS)
+                time.sleep(share * TURN_SECONDS)
         self.corrupt.discard(place)
         del self.faults[place]
 
@@ -181,7 +176,7 @@ def _examples(built: App) -> str:
     """Return JSON: examples, unless they are too large, and the model's own first output."""
     inputs = built.examples
     module = built.coded.module
-    fit = [_MOST_NUMBERS // max(1, _size(x[0])) for x in inputs]
+    fit = [MOST_NUMBERS // max(1, _size(x[0])) for x in inputs]
     rows = 0
     if inputs:
         rows = min(_ROWS, built.max_rows - 1, *fit, *map(len, inputs))
@@ -191,7 +186,7 @@ def _examples(built: App) -> str:
     (args, kwargs) = built.call(rows)
     with torch.no_grad():
         first, again = (wire.flatten(module(*args, **kwargs))[0][0] for _ in range(2))
-    rows = _MOST_NUMBERS // max(1, _size(first[0]))
+    rows = MOST_NUMBERS // max(1, _size(first[0]))
     inputs_shown = [(spec, x[:rows], False) for spec, x in zip(built.inputs, examples, strict=True)]
     is_known = isinstance(first, Tensor) and torch.equal(first, again)
     known = []

@@ -32,6 +32,7 @@ LAYERS = (
     {"_layout", "_loaded"},
     {"_torch"},
     {"_arguments"},
+    {"_untuned"},
 )
 FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)

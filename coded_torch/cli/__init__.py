@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from .._arguments import printable
 from ..nn import CodedWrapper, Program
 from ..workers import ProcessWorkers
+from ._untuned import ERROR_CHARACTERS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 # help. A text alone is the title of the group that follows.
 Option = tuple[str, Any, Any, str] | str
 _EVERY = 60.0  # seconds between lines of progress
-_LINE = 1000  # characters of an error, at most; not tuned
 #: The ends of the names of files that hold programs: of ONNX, torch.export and TorchScript.
 PROGRAMS = ".onnx", ".pt2", ".pt", ".ts"
 _MISTAKES = EOFError, OSError, OverflowError, TypeError, ValueError
@@ -63,7 +63,8 @@ def usage(label: str = "", errors: Any = _MISTAKES, prefix: str = "") -> Iterato
         if isinstance(error, CommandError) or not str(error).startswith(prefix):
             raise
         lines = str(error).removeprefix(prefix).strip().splitlines() or [type(error).__name__]
-        raise CommandError(f"{label and f'{label}: '}{printable(lines[0], _LINE)}") from None
+        why = printable(lines[0], ERROR_CHARACTERS)
+        raise CommandError(f"{label and f'{label}: '}{why}") from None
 
 
 def progress(steps: Sequence[Any], what: str) -> Iterator[Any]:

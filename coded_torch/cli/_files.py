@@ -25,15 +25,11 @@ from .._arguments import instance, named
 from .._torch import is_texts
 from ..nn import Report
 from . import need, usage
+from ._untuned import HOLES, LARGE_FILE, MOST_OPEN
 
 UNNAMED = "rows"  #: the column of a file of one tensor
-_MOST_OPEN = 64  # files; a bound, not tuned
 # Rows that a byte of a file may stand for: in a Parquet file, equal rows are written once.
 _ROWS_PER_BYTE = {".parquet": 2**16}
-# A file of more bytes that has less than a 64th of them on the disk would take long to read, and
-# nobody wrote it as it is. Bounds, not tuned.
-_LARGE = 2**30
-_HOLES = 64
 _look = operator.attrgetter("st_ino", "st_size", "st_mtime_ns")
 
 
@@ -52,7 +48,7 @@ class Rows:
 
     def __init__(self, sources: Iterable[str], whole: bool = False) -> None:
         self.paths = [path for source in sources for path in _paths(source)]
-        self._opened = functools.lru_cache(_MOST_OPEN)(functools.partial(_open, whole=whole))
+        self._opened = functools.lru_cache(MOST_OPEN)(functools.partial(_open, whole=whole))
         for path in self.paths:
             if not path.is_file():
                 raise ValueError(f"{path} must be a regular file")
@@ -401,7 +397,7 @@ def opened(path: Path, mode: str = "rb", **options: Any) -> IO[Any]:
     except OSError as error:
         raise ValueError(f"{path} must be a regular file: {error.strerror}") from None
     about = os.fstat(file.fileno())
-    is_hollow = about.st_size > max(_LARGE, _HOLES * 512 * about.st_blocks)
+    is_hollow = about.st_size > max(LARGE_FILE, HOLES * 512 * about.st_blocks)
     if not stat.S_ISREG(about.st_mode) or is_hollow:
         file.close()
         raise ValueError(f"{path} must be a regular file with content")

@@ -49,6 +49,7 @@ from . import (
     usage,
 )
 from ._files import UNNAMED, Rows, check_whole, digest_of, encoded, opened, replace
+from ._untuned import MOST_CLAIM, MOST_LINES
 
 logger = logging.getLogger("coded_torch.job")
 
@@ -57,9 +58,7 @@ _CLAIM = "_job.json"
 _LOCK = "_job.lock"
 _SUMMARY = "_summary.json"
 _MANIFEST = "_manifest.sha256"  # digests of batches, which `sha256sum --check` reads, too
-_MOST_CLAIM = 2**20  # bytes; a bound, not tuned
 _MOST_ROWS = 2**63 - 1
-_MOST_LINES = 100  # of wrong batches; a bound, not tuned
 _SUFFIXES = {"torch": ".pt", "parquet": ".parquet"}
 
 
@@ -378,7 +377,7 @@ def _digest_of_files(sources: set[str]) -> str:
 
 def _read_claim(path: Path) -> dict[str, Any]:
     with opened(path) as file:
-        content = file.read(_MOST_CLAIM)
+        content = file.read(MOST_CLAIM)
     with contextlib.suppress(KeyError, RecursionError, TypeError, ValueError):
         claim = dict(json.loads(content))
         kinds = {*map(type, claim.values())}
@@ -472,8 +471,8 @@ def _check(folder: Path) -> None:
         suffix = _SUFFIXES["parquet" if "format parquet" in claim.get("written", "") else "torch"]
         good, wrong = _examine(folder, claim["rows"], size, suffix)
     missing = (x for x in _names(claim["rows"], size, suffix) if x not in good and x not in wrong)
-    wrong |= dict.fromkeys(itertools.islice(missing, _MOST_LINES), "is missing")
-    for name, why in itertools.islice(wrong.items(), _MOST_LINES):
+    wrong |= dict.fromkeys(itertools.islice(missing, MOST_LINES), "is missing")
+    for name, why in itertools.islice(wrong.items(), MOST_LINES):
         say(f"{printable(str(folder / name))} {why}.")
     found = f"{len(good)} of {-(-claim['rows'] // size)} batches in {folder} match their digests"
     if wrong:

@@ -28,12 +28,10 @@ from ..surrogates import Memory
 from ..workers import FaultyWorkers
 from ..workers._torchscript import with_scripts
 from . import POOL_NAMES, CommandError, find_model, make_model, need, processes, say, usage
+from ._untuned import HANG_DEADLINES
 
 #: The factory of the embedded LeNet-5.
 LENET5 = "coded_torch.demo:lenet5_and_digits"
-# Deadlines of one part after which a worker counts as hung, but at least a second. A kill costs a
-# restart, so it waits for ten times as long as any client; it was not tuned.
-_HANG_TIMEOUT = 10
 
 
 _NICE = 10  # of the process that makes the next version, while the present one answers
@@ -92,7 +90,7 @@ def serve(args: Namespace) -> None:
         how["allowed_hosts"] = hosts
     with usage():
         if workers is None:
-            workers = processes(args, hang_timeout=max(1.0, _HANG_TIMEOUT * args.deadline))
+            workers = processes(args, hang_timeout=max(1.0, HANG_DEADLINES * args.deadline))
         if args.chaos:  # the page says which workers attack, each in its own way
             delays = Bernoulli(0.03, latency=0.05, seed=args.seed)
             workers = FaultyWorkers(

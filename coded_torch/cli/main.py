@@ -45,9 +45,8 @@ from ._card import examine
 from ._files import Rows
 from ._job import arguments_of, job
 from ._serve import LENET5, serve
+from ._untuned import BATCH_SIZE
 
-# The rows of a batch: on 240 digits, groups of 20 inputs divide evenly. It was not tuned.
-_BATCH_SIZE = 240
 _SHOWN = 20  # digits that the demo shows, as many as fit a line
 _LEGEND = """\
 RMSE             root of the mean squared distance from the module's answers
@@ -74,8 +73,8 @@ def demo(args: argparse.Namespace) -> None:
     with usage("--seed must fit 64 bits", errors=(RuntimeError, ValueError)):
         rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))
         lost = LocalWorkers(Uniform(s, seed=args.seed))
-    rows = rows[: len(rows) // _BATCH_SIZE * _BATCH_SIZE]
-    batches, truth = (x[rows].to(args.device).split(_BATCH_SIZE) for x in (images, labels))
+    rows = rows[: len(rows) // BATCH_SIZE * BATCH_SIZE]
+    batches, truth = (x[rows].to(args.device).split(BATCH_SIZE) for x in (images, labels))
     coded = CodedWrapper(model, RegressionCode(k, n), workers=lost)
     runs = [coded.run(batch) for batch in batches]
     estimated, limits = (
@@ -91,7 +90,7 @@ def demo(args: argparse.Namespace) -> None:
         bounds = f"The error of an estimated answer is {errors.median():.2f} in the median.\n"
         bounds += f"Its bound, {limits.median():.2f} in the median, is larger in {held:.1%}.\n"
     say(
-        f"LeNet-5 reads {len(rows):,} MNIST test digits it was not trained on, {_BATCH_SIZE} at a "
+        f"LeNet-5 reads {len(rows):,} MNIST test digits it was not trained on, {BATCH_SIZE} at a "
         f"time.\nDevice {args.device}, seed {args.seed}.\n\n"
         f"N = {n} workers, K = {k} inputs per group, {s} are lost:\n"
         f"{len(rows) - len(errors):,} answers are computed, {len(errors):,} are estimated.\n"
@@ -277,7 +276,7 @@ _READ = (
     ("factory", str, ..., _MODEL),
     ("--inputs", str, ..., "a .pt, .npy, .safetensors or .parquet file"),
     ("--columns", str, None, _COLUMNS),
-    ("--batch-size", int, _BATCH_SIZE, "rows per batch"),
+    ("--batch-size", int, BATCH_SIZE, "rows per batch"),
 )
 _CODES = "SplineCode", "BerrutCode", "FloaterHormannCode", "LagrangeCode", "RegressionCode"
 _COMMANDS: dict[Callable[[argparse.Namespace], int | None], tuple[Any, ...]] = {

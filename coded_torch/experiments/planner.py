@@ -23,6 +23,7 @@ from ..stragglers import Stragglers
 from ..verification._record import Record
 from ..verification._scores import ODD_PARTS, ODD_ROWS, Results
 from ..verification._verifier import Verifier
+from ._untuned import BUDGETS, PARTS, SHARES
 from .scores import grouped
 from .simulation import OVERHEAD, Conditions, simulate
 
@@ -44,10 +45,6 @@ CONDITIONS = {
 #: from 1,024 remembered answers (``python -m benchmarks serving``).
 RIGHT = 0.9318
 _KINDS = ("no redundancy", "hedged", "everything twice", "estimated", "coded")
-# The policies that are tried, in steps of a factor of two or four; not tuned.
-_PARTS = (1, 2, 4, 8)  # the numbers of parts of a request
-_BUDGETS = (0.05, 0.25, 1.0)  # hedging budgets: scarce, the default, and a whole call
-_SHARES = (0.5, 0.7, 0.9)  # shares of the deadline after which missing rows are estimated
 _IN_TIME = 0.999  # the share of requests that must meet the deadline
 _FEWEST = 100  # the least number of latencies, whose quartiles are then known to some per cent
 
@@ -248,12 +245,12 @@ def _policies(
     """Yield the kind, the name, K, N and the policy, whose deadline is in seconds."""
     first = functools.partial(Waiting.first, deadline=deadline)
     exact = Waiting(deadline, estimate=False, hedge_budget=0)
-    for k in (k for k in _PARTS if k <= num_workers):
+    for k in (k for k in PARTS if k <= num_workers):
         yield "no redundancy", "wait for all", k, k, exact
-        for budget in _BUDGETS:
+        for budget in BUDGETS:
             name = f"hedge, at most {budget:.0%} more work"
             yield "hedged", name, k, k, dataclasses.replace(exact, hedge_budget=budget)
-        for share in _SHARES:
+        for share in SHARES:
             until = float(f"{share * deadline:.4g}")
             name = f"hedge, estimate at {1e3 * until:.4g} ms"
             yield "estimated", name, k, k, Waiting(deadline=until)

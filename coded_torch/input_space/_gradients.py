@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from .._arguments import arguments, shown
 from .._torch import device_of, exactly, on_host, placed
 from ._gaussian_process import LENGTH, RowProcess
-from ._untuned import FLOOR, LEAST_ROWS, NOTHING
+from ._untuned import FLOOR, LEAST_ROWS, NOISE, NOTHING
 
 # Of each output tensor with more numbers, so many random projections are differentiated.
 _MOST_OUTPUTS = 16
@@ -24,7 +24,6 @@ _CHUNK = 64  # rows whose gradients are in memory together
 # Copies had .43 to 1.02 of the squared error without the metric on power, vowels and appliances,
 # and .55 to 1.03 with one round. (measured once; benchmarks gradients has other networks)
 _ROUNDS = 3
-_NOISE = 1e-3  # the variance of outputs that rows do not explain, over the kernel's; not tuned
 
 
 class GradientMetric:
@@ -275,7 +274,7 @@ def _products_of_gradients(x: Tensor, outputs: Tensor, matrix: Tensor) -> Tensor
     apart = distances > NOTHING * distances.max()
     length = distances[apart].median()
     kernel = torch.exp(-distances / length)
-    noise = torch.eye(len(x), dtype=x.dtype) * _NOISE
+    noise = torch.eye(len(x), dtype=x.dtype) * NOISE
     weights = torch.linalg.solve(kernel + noise, outputs - outputs.mean(0))
     # The kernel has no gradient where two rows are one.
     slopes = torch.where(apart, kernel / (length * distances), 0)

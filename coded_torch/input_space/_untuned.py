@@ -10,3 +10,4 @@ NOISES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 MEAN = 30.0  # the variance of the unknown mean, over the kernel's: large
 CENTRES = 1024  # rows with a kernel of their own, as the time of the regression grows with the cube
 TIGHTEST = 8  # calls by which the probability of a false alarm is least conservative
+NOISE = 1e-3  # the variance of outputs that rows do not explain, over the kernel's

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from .._torch import as_real
+from ._untuned import FEW
 
-# At so many numbers, NumPy is as fast as torch, and keeps the interpreter's lock: an operator of
-# torch lets other threads take it, and waits to get it back. Not tuned.
-_FEW = 512
 # Dtypes of which torch adds up several tensors on a CUDA device by three launches in all.
 _SUMMED_TOGETHER = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
@@ -24,7 +22,7 @@ def finite(leaf: Tensor) -> bool:
     if not leaf.dtype.is_floating_point:
         return True
     wraps = type(leaf) is not Tensor or torch._C._are_functorch_transforms_active()
-    if leaf.is_cpu and leaf.numel() <= _FEW and not wraps:  # NumPy would see other numbers
+    if leaf.is_cpu and leaf.numel() <= FEW and not wraps:  # NumPy would see other numbers
         try:
             return bool(np.isfinite(leaf.numpy()).all())
         except (RuntimeError, TypeError):  # NumPy has no bfloat16, no sparse tensors, no gradients

@@ -8,12 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-# These numbers were chosen once, and not tuned. More parts and calls follow changes more slowly,
-# fewer make thresholds noisier.
-_PARTS = 512  # remembered
-_CALLS = 128  # remembered
-_ESTIMATES = 16  # remembered
-_RETRY = 32  # estimates by the mean, after which the slowest regression is forgotten
+from ._untuned import CALLS, ESTIMATES, PARTS, RETRY
+
 _RESERVED = 1.25  # times the usual time are kept, so that few estimates are late
 _LEAST = 32  # parts that have replied before the history is used
 _REFIT = 32  # new parts after which the line through sizes is fitted again; a new size counts as 4
@@ -63,15 +59,15 @@ class History:
     part.
     """
 
-    def __init__(self, num_parts: int = _PARTS) -> None:
+    def __init__(self, num_parts: int = PARTS) -> None:
         self._lock = threading.Lock()
         self._parts = _Window(num_parts)
-        self._calls = _Window(_CALLS)
+        self._calls = _Window(CALLS)
         self._replied = self._unfitted = 0
         self._fewest = self.most_rows = 1  # the rows from, and up to, which the line is fitted
         self._slope = 0.0  # the share of the time of `most_rows` rows that grows with the rows
         self._debt = 0.0
-        self._failures: deque[bool] = deque(maxlen=_PARTS)
+        self._failures: deque[bool] = deque(maxlen=PARTS)
         self.estimates = EstimationTimes()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -203,7 +199,7 @@ class EstimationTimes:
     """
 
     def __init__(self) -> None:
-        self._factors = {by_mean: deque[float](maxlen=_ESTIMATES) for by_mean in (False, True)}
+        self._factors = {by_mean: deque[float](maxlen=ESTIMATES) for by_mean in (False, True)}
         self._is_warm = False
         self._hurried = 0
 
@@ -214,9 +210,9 @@ class EstimationTimes:
         self._is_warm = True
         self._hurried += by_mean
         kept = list(self._factors[False])
-        if kept and by_mean and self._hurried % _RETRY == 0:  # one was slow by chance
+        if kept and by_mean and self._hurried % RETRY == 0:  # one was slow by chance
             kept.remove(max(kept))  # not in place, as other calls may add
-            self._factors[False] = deque(kept, _ESTIMATES)
+            self._factors[False] = deque(kept, ESTIMATES)
 
     def seconds(self, rows: int, features: int, by_mean: bool = False) -> float:
         """Return the seconds that estimating takes in 7 of 8 calls."""

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from .._arguments import count, instance, real, shown
 from .._table import DROPPED, GOOD, OPEN, Part, Table
 from ._latency_history import History
+from ._untuned import SOONEST_IF_NEW
 
 # Late parts are hedged three times, first split over four idle workers (benchmarks/waiting.py). A
 # failed part is cut in four: few workers are lost to a row that ends them (benchmarks resilience).
@@ -44,15 +45,12 @@ _POISON = 1e-5
 # is wide, that tail comes after the hedges that the budget allows (benchmarks/fleet.py). Without
 # the power, p99 is 1.1 times as long where workers are slow for a fifth of the time; 1.5 medians
 # alone make it 1.4 times as long where the body is wide (simulated once; no benchmark keeps it).
-_TAIL = 4.45
-_LEAST_TAIL = 1.5
-_MOST_TAIL = 8.0
+_SPREAD_EXPONENT = 4.45
+_LEAST_MEDIANS = 1.5
+_MOST_MEDIANS = 8.0
 # Seconds before which no part is late, once parts have replied: threads of a busy machine are held
 # up for longer, so a hedge brings nothing and costs .1 ms (benchmarks against, "calls, 4 x 40 B").
 _SOONEST = 2e-3
-# Until 32 parts have replied, no part is late sooner than these seconds, as workers may still load
-# code. Not tuned: a server that hung held such a call for its own timeout, 600 s by default.
-_SOONEST_IF_NEW = 2.0
 
 
 def hedging_threshold(history: History, rows: int, budget: float = 0.0) -> float:
@@ -64,10 +62,10 @@ def hedging_threshold(history: History, rows: int, budget: float = 0.0) -> float
     """
     shares = (0.5, 0.25, max(0.0, 1.0 - budget))
     median, quartile, spent = history.quantiles(rows, shares)
-    most = _MOST_TAIL
+    most = _MOST_MEDIANS
     if quartile > 0 and median < math.inf:
-        most = min(most, (median / quartile) ** _TAIL)
-    threshold = max(_LEAST_TAIL * median, min(most * median, spent))
+        most = min(most, (median / quartile) ** _SPREAD_EXPONENT)
+    threshold = max(_LEAST_MEDIANS * median, min(most * median, spent))
     return max(_SOONEST, threshold)
 
 
@@ -77,7 +75,7 @@ def _threshold_if_new(history: History, table: Table, units: int) -> float:
     if median == math.inf:
         good = [part.seconds * max(1.0, units / len(part.units)) for part in table.good]
         median = statistics.median_high(good) if good else math.inf
-    return max(_SOONEST_IF_NEW, _MOST_TAIL * median)
+    return max(SOONEST_IF_NEW, _MOST_MEDIANS * median)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

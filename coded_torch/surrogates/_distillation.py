@@ -13,8 +13,7 @@ from torch.utils import _pytree as pytree
 from .._arguments import count, instance, nonnegative, positive, shown
 from .._torch import random_numbers_kept
 from ..input_space._regression import check_link, to_scale
-
-_HELD_OUT = 10  # one row of so many is held out; not tuned
+from ._untuned import HELD_OUT
 
 
 def distill(
@@ -65,7 +64,7 @@ def distill(
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
     inputs = _joined([_checked(batch, device) for batch in batches])
     places = torch.arange(len(_tensors(inputs)[0]), device=device)
-    share = min(_HELD_OUT, len(places) // 2)
+    share = min(HELD_OUT, len(places) // 2)
     taught = places[places % share > 0]
     held_out = places[::share].split(rows)
 

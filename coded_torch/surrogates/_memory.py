@@ -21,6 +21,7 @@ from ..input_space._gaussian_process import RowProcess, evenly
 from ..input_space._gradients import GradientMetric
 from ..input_space._regressor import LENGTH, Regressor
 from ..input_space.metrics import EUCLIDEAN, METRICS, Leaf, name_of, typical_rows
+from ._untuned import FRESH, SHARE
 
 logger = sparing_logger("coded_torch.surrogates")
 
@@ -28,9 +29,6 @@ logger = sparing_logger("coded_torch.surrogates")
 # 1 % against 512. (measured once; no benchmark keeps it)
 _FROZEN_AT = 1024
 _LANDMARKS = 512  # rows that determine the directions
-# New rows after which the regression is made again, and the share of time for it; not tuned.
-_FRESH = 256
-_SHARE = 0.02
 _MOST_NUMBERS = 2**25  # numbers that are kept, 128 MB
 
 
@@ -192,8 +190,8 @@ class Memory:
 
     def _rebuild(self, at_once: bool = False) -> None:
         """Have a thread make the regression again, at once or in its turn; never wait."""
-        enough = self._num_fresh >= min(_FRESH, self.capacity)
-        in_turn = enough and self._seconds <= _SHARE * (time.monotonic() - self._ended)
+        enough = self._num_fresh >= min(FRESH, self.capacity)
+        in_turn = enough and self._seconds <= SHARE * (time.monotonic() - self._ended)
         is_idle = self._making is None or not self._making.is_alive()  # a fork leaves it dead
         if is_idle and self._num_fresh and (at_once or in_turn):
             args = self._generation, self._form, self._space, list(self._rows)

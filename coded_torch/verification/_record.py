@@ -11,11 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ._scores import Scores
+from ._untuned import OFTEN, TRIAL
 
-# A worker that is new, restarted or at fault is checked so many times as often as others, until so
-# many of its rows were clean. More finds faults sooner and costs work at the start; not tuned.
-_OFTEN = 10
-_TRIAL = 30
 # The probability that chance explains faults, below which workers are excluded. A module that does
 # not repeat itself excludes an honest worker in one of 700 (24 workers) to 6,000 of its lives.
 _CHANCE = 1e-4
@@ -69,11 +66,11 @@ class Record:
     @property
     def often(self) -> float:
         """The share of rows that are checked of workers in their trial period."""
-        return min(1.0, _OFTEN * self.share)
+        return min(1.0, OFTEN * self.share)
 
     def fresh(self, worker: int) -> bool:
         """Return whether a worker is in its trial period."""
-        return self._clean[worker] < _TRIAL
+        return self._clean[worker] < TRIAL
 
     def sample(self, rows: Sequence[int], share: float) -> list[int]:
         """Draw a share of rows, on average."""

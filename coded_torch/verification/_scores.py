@@ -23,6 +23,7 @@ from .._torch import as_real, exactly, on_host
 from ..input_space._gaussian_process import GaussianProcess
 from ..input_space._regressor import LENGTH
 from ..input_space.metrics import DEFAULT, Distances, Leaf, Sources, added_up
+from ._untuned import LEAST_SPREAD, LEAST_SPREAD_OF_HALF, MOST_SPREAD, RIDGE, SAMPLE, SAMPLE_EACH
 
 logger = sparing_logger("coded_torch.nn")
 
@@ -30,25 +31,13 @@ logger = sparing_logger("coded_torch.nn")
 # and by some .01 in half precision (measured once; no benchmark keeps it). TF32 is learnt.
 _EXACT = 1e-3
 _LOOSE = 0.03
-# An output's spread is at least so much of that of its whole tensor; of one in half precision the
-# second, because roundings of earlier layers are alike in all outputs. Not tuned.
-_LEAST_SPREAD = 1e-4
-_LEAST_SPREAD_OF_HALF = 0.25
 _OWN_SPREAD = 1024  # outputs of a tensor, such as an image, above which all have one spread
 _QUARTILE = 1.15  # standard deviations, within which three quarters of normal numbers lie
-# A worker whose outputs are spread so many times as widely as those of the usual worker tells
-# nothing of their spread. Not tuned.
-_MOST_SPREAD = 4
-# Rows from which the spread of outputs is taken: of all workers, and of each at least. Not tuned.
-_SAMPLE = 64
-_SAMPLE_EACH = 8
 # Rows of one regression, at most and at least. A fit of 240 takes 5 ms while workers compute, and
 # more rows find little more (benchmarks verification, left).
 _ROWS = 240
 _LEAST = 30
 _COLUMNS = 64  # outputs of a row that are scored, evenly spaced: they take .2 ms
-# Added to the correlations of outputs, so that they can be inverted. Not tuned.
-_RIDGE = 0.05
 # The shares of rows and of parts that are odd. In 24 parts of 12 rows they add .07 medians of a
 # part to the mean latency; rows of .001 add .12, and find no more (measured once).
 ODD_ROWS = 0.0005
@@ -269,7 +258,7 @@ class Results:
                     every[part.worker] += zip(itertools.repeat(part), places)
             trusted = [rows for worker, rows in every.items() if worker not in self._doubted]
             by_worker = trusted or [*every.values()]
-            num = max(_SAMPLE_EACH, -(-_SAMPLE // len(by_worker)))
+            num = max(SAMPLE_EACH, -(-SAMPLE // len(by_worker)))
             num = min(num, max(map(len, by_worker)))
             sample = [rows[i * len(rows) // num] for rows in by_worker for i in range(num)]
             parts, at = self._placed(sample)
@@ -374,7 +363,7 @@ def _scores(residuals: Tensor, outputs: Tensor) -> Tensor:
     z /= z.abs().kthvalue((len(z) + 1) // 2, 0).values.clamp_(min=1e-12)
     signs = z.sign()
     correlation = signs.T @ signs / len(z)
-    correlation.diagonal().add_(_RIDGE)
+    correlation.diagonal().add_(RIDGE)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(correlation))
     u = z @ inverse
     energy = (z * u).mean(1).clamp_(min=1e-12).sqrt()
@@ -412,10 +401,10 @@ def _spreads(rows: Tensor, num_workers: int) -> tuple[Tensor, Tensor]:
     # An output that varies on few workers may have its spread from a wrong one.
     is_rare = 2 * varies.sum(0) <= num_workers
     usual = usual.where(~is_rare, usual.clamp(max=whole))
-    away.masked_fill_((of_workers > _MOST_SPREAD * usual)[:, None], math.inf)
+    away.masked_fill_((of_workers > MOST_SPREAD * usual)[:, None], math.inf)
     spreads = _quartiles(away.flatten(0, 1))
     spreads = spreads.where(spreads > 0, whole)  # of an output that is constant here
-    least = _LEAST_SPREAD_OF_HALF if rows.dtype.itemsize == 2 else _LEAST_SPREAD
+    least = LEAST_SPREAD_OF_HALF if rows.dtype.itemsize == 2 else LEAST_SPREAD
     spreads = spreads.clamp(min=least * whole) / _QUARTILE
     return medians, spreads.where(spreads > 0, 1.0)
 

@@ -12,12 +12,7 @@ from torch import Tensor
 from .._table import DISPUTED, DROPPED, FAILED, GOOD, OPEN, Part, Table
 from ._record import Record
 from ._scores import Results
-
-# Bounds of one call, not tuned.
-_DISPUTES = 8  # more disputes than faulty workers explain stay undecided
-# A check or a vote is waited for four times the hedging threshold, or four times the call so far,
-# if that is longer: a worker that hangs must not hold the call.
-_PATIENCE = 4
+from ._untuned import DISPUTES, PATIENCE
 
 
 class Verifier:
@@ -140,7 +135,7 @@ class Verifier:
         if late == math.inf:
             late = -math.inf
         self._soon = min(table.since + late, self._end)
-        self._patience = _PATIENCE * max(late, table.now - table.since) or math.inf
+        self._patience = PATIENCE * max(late, table.now - table.since) or math.inf
         # A new worker, unless the module is new to all, or another call has excluded it meanwhile.
         fresh = map(attrgetter("worker"), filter(attrgetter("fresh"), table.ended))
         if not all(map(attrgetter("fresh"), table.ended)):
@@ -266,7 +261,7 @@ class Verifier:
         """Settle a dispute, or ask for votes. Return whether it is settled."""
         self.disputes.setdefault((a, b), False)
         outcomes = [FAILED]
-        if len(self.record.workers) > 2 and len(self.disputes) <= _DISPUTES + len(self._probes):
+        if len(self.record.workers) > 2 and len(self.disputes) <= DISPUTES + len(self._probes):
             outcomes = [self._judge(b, a, rows)]
             if b not in self._probes or outcomes[0] in (GOOD, FAILED):
                 outcomes.append(self._judge(a, b, rows))

@@ -45,7 +45,7 @@ def test_nothing_is_worth_anything_where_nothing_goes_wrong(calm):
 
 def test_a_deadline_that_only_estimates_meet(monkeypatch):
     """3 % of the parts take 5 to 50 times as long; six workers for four parts."""
-    monkeypatch.setattr("coded_torch.experiments.planner._PARTS", (4,))
+    monkeypatch.setattr("coded_torch.experiments.planner.PARTS", (4,))
     found = planned("straggling", 0.035)
     assert not found.best["no redundancy"].meets
     option = found.best["estimated"]
@@ -78,7 +78,7 @@ def test_requests_with_fewer_results_than_their_policy_asks_for_are_late(monkeyp
 
 
 def test_verification_costs_its_share_of_work_and_leaves_codes_out(calm, monkeypatch):
-    monkeypatch.setattr("coded_torch.experiments.planner._PARTS", (4,))
+    monkeypatch.setattr("coded_torch.experiments.planner.PARTS", (4,))
     found = planned("calm", 0.2, verify=0.1)
     assert list(found.best) == ["no redundancy", "hedged", "estimated"]
     extra = found.best["no redundancy"].work - calm.best["no redundancy"].work
@@ -90,7 +90,7 @@ def test_verification_costs_its_share_of_work_and_leaves_codes_out(calm, monkeyp
 
 def test_measured_latencies_are_simulated_as_they_are(tmp_path, monkeypatch):
     """A body around 10 ms, and one in thirty 50 ms longer."""
-    monkeypatch.setattr("coded_torch.experiments.planner._PARTS", (4,))
+    monkeypatch.setattr("coded_torch.experiments.planner.PARTS", (4,))
     generator = np.random.default_rng(0)
     seconds = 0.01 * generator.lognormal(0, 0.1, 3000)
     seconds[::30] += 0.05
