@@ -203,10 +203,8 @@ class Table:
     #: Marks parts that have ended, perhaps others, too. Defaults to believing the pool.
     judge: Callable[[Sequence[Part]], None] | None = None
     # Indexes, which follow from the columns.
-    parts: list[Part] = field(default_factory=list)
     num_asked: int = 0  #: the units of all parts
     num_good: int = 0  #: the units of the good parts
-    ended: list[Part] = field(default_factory=list)  #: parts in the order of their ends
     open: int = 0  #: parts whose outcome is open
     failed: dict[int, frozenset[int]] = field(default_factory=dict)  #: workers, by unit
     changed: list[Part] = field(default_factory=list)  #: began or failed since the last decision
@@ -228,6 +226,13 @@ class Table:
     policy: Any = None  #: what the policy keeps of this call
     verdict: Any = None  #: what verification keeps of this call
 
+    #: Of first parts that have all ended well in a :meth:`Request.round`, the worker of each, and
+    #: when it began and ended; else empty.
+    times: Sequence[tuple[int, float, float]] = ()
+    _result: Any = None  # of all parts of the round together
+    _make: Callable[[], Sequence[Part]] | None = None  # the first parts, until they are read
+    _parts: list[Part] = field(default_factory=list)
+    _ended: list[Part] = field(default_factory=list)
     # The answers, which are written from the first time that they are read, and the good parts
     # whose units are not written yet: most calls never need them.
     _answered: dict[int, Part] = field(default_factory=dict)
@@ -236,6 +241,64 @@ class Table:
 
     def __post_init__(self) -> None:
         self.now = self.heard = self.since
+
+    @property
+    def parts(self) -> list[Part]:
+        """All parts. The first ones become objects when something is to be decided, or read."""
+        make = self._make
+        if make is not None:
+            self._make = None
+            self._parts = [*make()]
+            for part, (worker, began, ended) in zip(self._parts, self.times, strict=False):
+                part.worker = worker
+                part.began = began
+                part.ended = ended
+                part.result = self._result
+                part.outcome = GOOD
+            if self.times:
+                self._ended = sorted(self._parts, key=lambda part: part.ended)
+                self._unwritten = [*self._ended]
+        return self._parts
+
+    @property
+    def ended(self) -> list[Part]:
+        """The parts that have ended, in the order of their ends."""
+        return self._ended if self.parts else []
+
+    @property
+    def has_later(self) -> bool:
+        """Whether parts were asked for after the first ones."""
+        return self._make is None and len(self._parts) > len(self.first)
+
+    def ask_first(self) -> None:
+        """Add the parts that are asked for first."""
+        self.num_asked = sum(map(len, self.first))
+        self.open = len(self.first)
+        first = self.first
+        asked = self.now
+        avoid = self.avoid
+
+        def make() -> list[Part]:  # it must not hold the table, which would keep results
+            parts = list[Part]()
+            for number, units in enumerate(first):
+                units = units if isinstance(units, Units) else Units(units)
+                parts.append(Part(number, units, avoid=avoid, asked=asked))
+            return parts
+
+        self._make = make
+
+    def take(self, parts: Sequence[Part]) -> None:
+        """Let the first parts be objects that a pool has made."""
+        self._make = lambda: parts
+
+    def end_first(self, times: Sequence[tuple[int, float, float]], result: Any) -> None:
+        """Write that all first parts have ended well, with one result of all their units."""
+        self.times = times
+        self._result = result
+        self.num_good = self.num_asked
+        self.open = 0
+        self.now = max(self.now, *[ended for _, _, ended in times])
+        self.is_quiet = False
 
     def ask(
         self,
@@ -286,7 +349,7 @@ class Table:
                 part.result = event.value
                 part.error = event.error
                 ended.append(part)
-        self.ended += ended
+        self._ended += ended
         if ended and self.judge is not None:
             self.judge(ended)
         elif ended:
@@ -339,7 +402,7 @@ class Table:
     @property
     def answered(self) -> dict[int, Part]:
         """The first good part, by unit."""
-        self._is_read = True
+        self._is_read = bool(self.parts)
         self._write()
         return self._answered
 

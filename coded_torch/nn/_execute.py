@@ -92,7 +92,8 @@ class Execution:
                 report.versions = dict(request.versions)
                 report._note_table(table, division.batch_size, self.checks.rejected)
                 _tracing.note_parts(table, request.now(), pool.names)
-                for part in table.parts:  # a worker keeps its part until it has computed it
+                # A worker keeps its part until it has computed it.
+                for part in table.parts if table.has_later else ():
                     if part.outcome in (OPEN, DROPPED):
                         part.of = None
         report.num_groups = division.num_groups
@@ -117,9 +118,17 @@ class Execution:
                 table.unwanted.clear()
             wanted = self._division.needed - table.num_answered
             # Until a part of the first round fails or is late, there is nothing to decide.
-            is_first = len(table.parts) == len(table.first) and table.late < math.inf
+            is_first = not table.has_later and table.late < math.inf
             is_first &= self._check is None
             request.together, request.late = (wanted, table.late) if is_first else (0, math.inf)
+            if is_first and not asked and self.checks.may_join:
+                times = request.round(table.first, until, self.checks.join)
+                if times:
+                    table.end_first(times, self.checks.joined)
+                    continue
+                if request.parts:
+                    table.take(request.parts)
+                    asked = len(request.parts)
             if asked < len(table.parts):
                 request.ask(table.parts[asked:])
                 asked = len(table.parts)
@@ -128,7 +137,6 @@ class Execution:
                 self._report._enter("decode")  # now, while the call would wait anyway
                 self._prepare(self.checks.stack())
                 self._report._enter("compute")
-            request.joins = is_first and self._division.task.device.type == "cpu"
             events = list[Began | Reply]()
             try:
                 request.gather(events, until, wanted)

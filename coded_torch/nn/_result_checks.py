@@ -27,7 +27,6 @@ from .._torch import (
     to_device,
     unflatten,
 )
-from ..workers._base import Unread
 from ._division import Division
 from ._finite import all_finite, finite, has_numbers, runs, sums_of
 
@@ -299,15 +298,6 @@ class Checks:
         to blame then.
         """
         inputs = self._division.inputs
-        if self._join(ended):
-            return
-        for part in ended:
-            if isinstance(part.result, Unread):
-                try:
-                    part.result = part.result.read()
-                except WorkerError as error:
-                    part.result = None
-                    part.error = error
         if self._division.link is not None or any(part.error is not None for part in ended):
             inputs.read()
         formed = list[Part]()
@@ -338,36 +328,25 @@ class Checks:
         if layout is not None and self._contradicts():
             layout.is_doubted = True
 
-    def _join(self, ended: Sequence[Part]) -> bool:
-        """Join the results of a call if all have come together unread; return whether it did.
-
-        They are copied and looked at in one pass, and share one :class:`Result`, of the batch. A
-        single one stays where it lies.
-        """
+    @property
+    def may_join(self) -> bool:
+        """Whether the pool may copy the results of all rows to one tensor for each leaf."""
         division = self._division
-        inputs = division.inputs
         layout = division.task.layout
-        is_whole = 1 < len(ended) == len(self.table.parts) == len(self.table.first)
-        if not (is_whole and division.by_rows and division.link is None and layout is not None):
+        if layout is None or layout.constants or layout.lists or division.link is not None:
             return False
-        if layout.constants or layout.lists or inputs.not_finite is not None:
-            return False
-        values: list[Any] = [part.result for part in ended]
-        if not all(isinstance(value, Unread) for value in values):
-            return False
-        value = values[0].joined(values, [part.units for part in ended])
-        if value is None:
-            return False
+        is_on_host = division.task.device.type == "cpu"
+        return division.by_rows and is_on_host and division.inputs.not_finite is None
+
+    def join(self, value: Any) -> bool:
+        """Judge the result of all rows, which is finite; return whether it is good."""
+        division = self._division
         try:
             result = Result(value, range(division.batch_size), division)
         except (TypeError, ValueError):  # it says which part is to blame once each is read
             return False
         if not result.proved or len(result.divided) < len(result.leaves) or any(result.dims):
             return False
-        for part in ended:
-            part.result = result
-            self.table.mark(part, GOOD)
-        self._groups.append([*ended])
         self.joined = result
         return True
 

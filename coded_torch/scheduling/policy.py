@@ -233,8 +233,7 @@ class _Decisions:
         self.is_unknown = history.part(1, least=1) == math.inf  # how long any part takes
         table.late = (budget and self.threshold(min(map(len, table.first)))) or math.inf
         history.earn(budget)
-        for units in table.first:
-            table.ask(units)
+        table.ask_first()
 
     def decide(self) -> float:
         """Return when to decide again if nothing happens."""
@@ -257,7 +256,7 @@ class _Decisions:
         if not reason and table.is_over:
             reason = "failed"
         elif not reason:
-            if len(table.parts) > len(table.first):
+            if table.has_later:
                 self._drop()
             self._replace()
             reason = self._reason() or ("" if table.open else "failed")
@@ -501,8 +500,10 @@ class _Decisions:
         table = self.table
         is_typical = True
         parts = list[tuple[int, float]]()
-        failures = list[bool]()
-        for part in table.parts:
+        failures = [False] * len(table.times)
+        for units, (_, began, ended) in zip(table.first, table.times, strict=False):
+            parts.append((table.unit_rows * len(units), ended - began))
+        for part in table.parts if not parts else ():
             if part.began == math.inf:
                 continue
             if part.fresh:

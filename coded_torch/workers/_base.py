@@ -162,22 +162,6 @@ def compute(module: nn.Module, arguments: Arguments | None, fault: Fault | None 
     return fault.spoil(module(*args, **kwargs))
 
 
-class Unread(abc.ABC):
-    """A value that has arrived, and is read when it is needed."""
-
-    @abc.abstractmethod
-    def read(self) -> Any:
-        """Return the value; raise a WorkerError if it cannot be read."""
-
-    @staticmethod
-    @abc.abstractmethod
-    def joined(values: Sequence[Any], units: Sequence[Sequence[int]]) -> Any:
-        """Return the values of parts as one, of all their units: each once, a row each.
-
-        Return None if they do not have a row for each unit, or one is not finite.
-        """
-
-
 class Request(abc.ABC):
     """A task that is open at a pool: parts are asked for, and events arrive.
 
@@ -192,7 +176,7 @@ class Request(abc.ABC):
     #: unless time passes, a part fails or has run for ``late`` seconds, or fewer can come.
     together = 0
     late = math.inf
-    joins = False  #: whether replies may have values that are :class:`Unread`
+    parts: Sequence[Part] = ()  #: of a :meth:`round` of which something has to be decided
 
     @abc.abstractmethod
     def ask(self, parts: Sequence[Part]) -> None:
@@ -201,6 +185,17 @@ class Request(abc.ABC):
         Parts are numbered on from the last ones, and may share units. They fail if the pool is
         closed; a closed request raises a RuntimeError.
         """
+
+    def round(
+        self, units: Sequence[Any], until: float, join: Callable[[Any], bool]
+    ) -> Sequence[tuple[int, float, float]]:
+        """Have the first parts, of some :class:`Units`, computed and joined, by a pool that can.
+
+        The outputs of all units are given to ``join``. If it returns True, the worker of each part,
+        and the times when it began and ended, are returned. If something has to be decided before,
+        the :attr:`parts` are there, as if asked for by :meth:`ask`. Else nothing has happened.
+        """
+        return ()
 
     @abc.abstractmethod
     def wait(self, until: float = math.inf) -> Began | Reply | None:

@@ -142,6 +142,7 @@ class Dispatcher(abc.ABC):
     def leave(self, index: int) -> None:
         """Let the worker at a place end its part and leave, for good."""
         with self.lock:
+            self.hear()
             self.places.discard(index)
             for worker in self.at(index):
                 worker.left = True

@@ -115,7 +115,7 @@ class LiveRequest(Request):
         # the modes of the caller
         self.timeout = timeout
         self.ambient = Ambient.here()
-        self._opened = time.monotonic()
+        self.opened = time.monotonic()  #: the time when its clock was 0
         #: The parts whose replies were not taken, by number. The oldest is first.
         self.open: OrderedDict[int, Part] = OrderedDict()  # `OrderedDict[...]()` takes longer
         self.began: dict[int, Began] = {}  #: of open parts
@@ -238,7 +238,7 @@ class LiveRequest(Request):
         self.dispatcher.drop(self, {part.number for part in parts})
 
     def now(self) -> float:
-        return time.monotonic() - self._opened
+        return time.monotonic() - self.opened
 
     @property
     def idle(self) -> int:

@@ -3,7 +3,9 @@ r"""Workers in local processes."""
 import contextlib
 import dataclasses
 import errno
+import functools
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -11,7 +13,7 @@ import socket
 import sys
 import time
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -20,12 +22,12 @@ from torch import nn
 
 from .._arguments import find_devices
 from .._extension import lane
-from .._table import Failure, Part
+from .._table import Began, Failure, Part, Reply, WorkerError
 from . import _worker_main
 from ._live import LiveRequest
-from ._shared_memory import PartsInMemory, Pickled, Unread, pack
-from ._supervisor import SupervisedWorkers, Supervisor, WatchedWorker
-from ._worker_main import ALIVE, ENDED, FORKED, LOADED, MODULE, PART, READY, RESULT
+from ._shared_memory import PartsInMemory, Pickled, joined, pack, unpack
+from ._supervisor import SupervisedRequest, SupervisedWorkers, Supervisor, WatchedWorker
+from ._worker_main import ALIVE, ENDED, FORKED, LOADED, MODULE, PART, READY, RESULT, PackedModule
 
 # The share of a processor above which a process is alive. A hung one uses .4 %, by its thread that
 # waits for Python's global lock; compiled code uses 6 % of a processor that 16 processes share.
@@ -104,9 +106,11 @@ class _Process(WatchedWorker):
     fork_by: float  #: the time until which the server has to tell its process id
     descriptor = -1  #: of the process; ready to read once it has ended, whoever lives
     key = -1  #: the number by which the lane knows it
-    number = 0  #: the number of its last part
+    takes = False  #: whether the lane was told to give it parts of rounds
     gone = False  #: true if it has ended
     code: int | None = None  #: the exit code, if its server has told it
+    #: The parts that it was sent and has not replied to, or whose replies are not handled yet.
+    sent: dict[int, Part] = dataclasses.field(default_factory=dict)
 
     def look(self) -> None:
         now = time.monotonic()
@@ -144,7 +148,12 @@ class _Processes(Supervisor):
         self._lane: Any = None
         self._heard: dict[int, _Process] = {}  # by key
         self._keys = itertools.count()
+        self._numbers = itertools.count()  # of parts at their workers
         self._wants_replies = False  # what the lane was told
+        # The requests with a round, and the one whose parts are being taken over.
+        self._rounds = set[SupervisedRequest]()
+        self._taken: SupervisedRequest | None = None
+        self._loaded = b""  # the head of a module that all workers have
 
     def set_up(self) -> None:
         if getattr(multiprocessing.current_process(), "_inheriting", False):
@@ -152,7 +161,7 @@ class _Processes(Supervisor):
             how = 'put its main part under: if __name__ == "__main__":'
             raise RuntimeError(f"ProcessWorkers: {why}; {how}")
         self._blocks = lane.Blocks()
-        self._lane = lane.Lane(RESULT)
+        self._lane = lane.Lane(PART, RESULT)
 
     def pack(self, module: nn.Module) -> Any:
         package = Pickled(module, has_storages=True).message()
@@ -190,7 +199,7 @@ class _Processes(Supervisor):
         with self.lock:
             worker.key = next(self._keys)
             self._heard[worker.key] = worker
-            self._lane.add(worker.key, worker.connection)
+            self._lane.add(worker.key, worker.index, worker.connection)
 
     def prepare(self, request: LiveRequest, parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
         module = request.module
@@ -206,7 +215,7 @@ class _Processes(Supervisor):
             ready.append(part)
             if part.content.is_long:  # it took time, and workers may be idle
                 self._lane.look()
-                self.hear()
+                self._handle()
                 yield ready
                 ready = []
         yield ready
@@ -227,11 +236,12 @@ class _Processes(Supervisor):
                     self.fail(worker, cause)
                     continue
                 worker.loading = True
-            worker.number += 1
+            number = next(self._numbers)
+            worker.sent = {number: part}
             workers.append(worker)
-            asked.append((worker.key, worker.number, part.content, part.request.bell))
+            asked.append((worker.key, number, part.content, part.request.bell))
         # An interrupt comes before or after all of it.
-        errors = self._lane.ask(PART, asked)
+        errors = self._lane.ask(asked)
         self.told = []
         for worker, error in zip(workers, errors, strict=True):
             if error and error not in _DIED:
@@ -241,6 +251,122 @@ class _Processes(Supervisor):
 
     def send(self, worker: _Process, part: Part) -> None:
         raise NotImplementedError  # all parts are sent together
+
+    # Rounds: the lane gives their parts to workers, and Python is entered once. While parts wait in
+    # the queue, or a worker changes, there are none: those that have begun are taken over.
+
+    def round(
+        self,
+        request: SupervisedRequest,
+        units: Sequence[Any],
+        until: float,
+        join: Callable[[Any], bool],
+    ) -> Sequence[tuple[int, float, float]]:
+        in_memory = PartsInMemory(request.task, request.module.head)
+        if in_memory.batch is None or len(units) < 2:
+            return ()
+        rows = [(in_memory.form(each), each.array) for each in units]
+        asked = request.now()
+        with self.lock:
+            self.recover()
+            if self.closed or self._parts or not self._is_loaded(request.module):
+                return ()
+            request.begun = units, asked
+            self._rounds.add(request)
+        call = request.bell
+        try:
+            self._lane.add_rows(call, in_memory.batch, rows, self._blocks)
+        except OSError:  # memory is short: parts that are not there yet are asked for alone
+            self._lane.freeze(call)
+        last = min(until, asked + request.timeout)
+        is_done = None
+        while is_done is None and not request.interrupted:
+            seconds = last - request.now()
+            is_done = self._lane.run(call, min(seconds, _LOOK_SECONDS), request.late)
+            if is_done is None:
+                self._handle()
+                is_done = False if seconds <= 0 else None
+        value = joined(call.replies, units) if is_done else None
+        if value is not None and join(value):
+            self._rounds.discard(request)
+            opened = request.opened
+            return [(place, began - opened, ended - opened) for place, began, ended in call.times]
+        with self.lock:
+            self._take_over(request)
+            self._assign()
+        return ()
+
+    def _is_loaded(self, module: PackedModule) -> bool:
+        """Return whether all workers that are up have a module, and forget none for its parts."""
+        if self._loaded == module.head:
+            return True
+        up = [worker for worker in self._workers if worker.ready]
+        for worker in up:
+            if module.number not in worker.modules or not worker.modules <= module.alive:
+                return False
+        if any(worker.takes for worker in up):
+            self._loaded = module.head
+        return bool(self._loaded)
+
+    def _take_over(self, request: SupervisedRequest) -> None:
+        """Take over the parts of a round, as something has to be decided.
+
+        If an interrupt ends this, :meth:`recover` goes on.
+        """
+        self._taken = request
+        self._lane.freeze(request.bell)
+        rows = self._lane.rows(request.bell)
+        parts = request.parts_of_round()
+        for part, row in zip(parts[request.num_taken :], rows[request.num_taken :], strict=False):
+            place, key, number, began, ended, error, message, unsent = row
+            worker = self._heard.get(key)
+            began -= request.opened
+            ended -= request.opened
+            request.open[part.number] = part
+            if key >= 0:
+                event = Began(part, place, began)
+                request.began[part.number] = request.events[~part.number] = event
+            if ended < math.inf:
+                reply = Reply(part, place, ended, ended - began)
+                reply.value = worker or f"worker {place}", functools.partial(unpack, message)
+                if error:
+                    cause = OSError(error, os.strerror(error))
+                    why = f"could not be asked: {cause}"
+                    reply.error = WorkerError(part.number, place, why, "", cause)
+                    request.urgent = True
+                request.replied.add(part.number)
+                request.events[part.number] = reply
+                part.request = None
+            elif worker is not None:
+                worker.load(part)
+                worker.since = began + request.opened
+                worker.sent[number] = part
+                worker.part = part
+            elif key < 0:
+                part.content = unsent
+                self._parts.append(part)
+            else:
+                self.reply(part, Failure("was lost with its worker", "died"))
+            request.num_taken += 1
+        self._rounds.discard(request)
+        self._taken = None
+        self.notify(request)
+
+    def _take_over_all(self) -> None:
+        for request in [*self._rounds]:
+            self._take_over(request)
+
+    def drop(self, request: LiveRequest, numbers: Collection[int] | None = None) -> None:
+        if request in self._rounds:
+            with self.lock:
+                self._take_over(request)
+        super().drop(request, numbers)
+
+    def refuse(self, why: str = "") -> None:
+        with self.lock:
+            if why or self.closed:
+                self._take_over_all()
+            super().refuse(why)
 
     def end(self, worker: _Process) -> str | None:
         self.hear()  # how it has ended, perhaps
@@ -288,17 +414,17 @@ class _Processes(Supervisor):
 
     def wait_for(self, request: LiveRequest, seconds: float) -> None:
         with self.lock:
-            self.hear()
+            self._handle()
             if self.closed or request.is_notified():
                 return
             lacking = min(request.together, len(request.open)) - len(request.replied)
             target = self._lane.settled(request.bell) + max(lacking, 1)
-        self._lane.wait(request.bell, target, min(seconds, _LOOK_SECONDS))
-        self.hear()
+        self._lane.wait(request.bell, target, min(seconds, _LOOK_SECONDS), math.inf)
+        self._handle()
 
     def wait(self, seconds: float) -> None:
         self._lane.stand_by(seconds)
-        self.hear()
+        self._handle()
         self._assign()  # recovers from an interrupt
 
     def ring(self) -> None:
@@ -313,15 +439,30 @@ class _Processes(Supervisor):
 
     def _assign(self) -> None:
         with self.lock:
+            if self._lane is None:
+                return
+            self._loaded = b""
+            changed = [worker for worker in self._workers if worker.takes != worker.is_wanted]
+            if self._parts or changed:
+                self._take_over_all()
             super()._assign()
+            for worker in changed:
+                self._lane.let_take(worker.key, worker.is_wanted)
+                worker.takes = worker.is_wanted
             wants = bool(self._parts) or any(worker.left for worker in self._workers)
-            if wants != self._wants_replies and self._lane is not None:
+            if wants != self._wants_replies:
                 self._lane.want_replies(wants)
                 self._wants_replies = wants
 
     # Messages.
 
     def hear(self) -> None:
+        with self.lock:
+            self._take_over_all()
+            self._handle()
+
+    def _handle(self) -> None:
+        """Handle the messages that have come, except replies to rounds."""
         with self.lock:
             self.recover()  # else a part that was not sent could get the result of another
             if self._lane is None:
@@ -344,8 +485,14 @@ class _Processes(Supervisor):
             worker.unwanted = worker.unwanted or "has ended"  # it gets no part
         kind = ENDED if message is None else message.kind
         if kind == RESULT:
-            if message.number == worker.number:
-                self.end_part(worker, worker.part, (worker, Unread(message)))
+            part = worker.sent.get(message.number)
+            value = worker, functools.partial(unpack, message)
+            if part is worker.part:
+                self.end_part(worker, part, value)
+            elif part is not None and part.request is not None:  # the lane has given it another one
+                self.reply(part, value)
+                part.request = None
+            worker.sent.pop(message.number, None)
             return
         if kind in (FORKED, READY) and not worker.pid:
             try:
@@ -375,6 +522,8 @@ class _Processes(Supervisor):
             worker.look()
 
     def recover(self) -> None:
+        if self._taken is not None:
+            self._take_over(self._taken)
         while self.told:
             self._doom(self.told[-1], "was ended, as an interrupt came while it was served")
             self.told.pop()
@@ -388,6 +537,9 @@ class _Processes(Supervisor):
     def _ignore(self, worker: _Process) -> None:
         """Hear a worker no more."""
         with self.lock:
+            if worker.key in self._heard:
+                self._lane.let_take(worker.key, False)
+                self._take_over_all()
             if self._heard.pop(worker.key, None) is not None:
                 self._lane.remove(worker.key)
 

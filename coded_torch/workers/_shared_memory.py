@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from .._extension import lane
-from .._table import WorkerError
+from .._table import Units
 from .._torch import positional
-from . import _base
 from ._torchscript import with_scripts
 
 _ALIGNMENT = 64  # bytes of a cache line
@@ -197,7 +196,7 @@ class PartsInMemory:
         self._task = task
         self._head = head
         self._forms = dict[int, Any]()  # by the number of units
-        self._batch: Any = None
+        self.batch: Any = None  #: the tensors of the task; None if parts have to be packed
         tensors = list[tuple[int, int, int]]()
         self._kinds = list[Any]()
         if task.texts or task.spec is not positional(len(task.leaves))[0]:
@@ -212,17 +211,21 @@ class PartsInMemory:
             tensors.append((leaf.data_ptr(), size, 0 if dim is None else size // task.num_units))
             self._kinds.append((leaf.dtype, leaf.shape if dim is None else leaf.shape[1:], dim))
         if _are_distinct([*map(id, task.leaves)]):
-            self._batch = lane.Batch(tensors)
+            self.batch = lane.Batch(tensors)
 
     def message(self, part: Any, blocks: Any) -> Any:
         """Return the message of a part; None if it has to be packed."""
-        if self._batch is None or part.fault is not None:
+        if self.batch is None or part.fault is not None:
             return None
         units = part.units
+        return self.batch.message(self.form(units), getattr(units, "array", units), blocks)
+
+    def form(self, units: Sequence[int]) -> Any:
+        """Return the form of the message of a part with some units."""
         form = self._forms.get(len(units))
         if form is None:
             form = self._forms[len(units)] = self._form(units)
-        return self._batch.message(form, getattr(units, "array", units), blocks)
+        return form
 
     def _form(self, units: Sequence[int]) -> Any:
         tensors = list[Tensor]()
@@ -253,65 +256,68 @@ def unpack(received: Any) -> Any:
     return value
 
 
-class Unread(_base.Unread):
-    """What a process replied: whether it succeeded, and the value or the failure."""
+# How the replies to a round are joined, by their pickles: None if they are not alike.
+_known_joins: dict[Any, Any] = {}
 
-    about: Any = (-1, None)  #: the number of its part, and its worker
 
-    def __init__(self, message: Any) -> None:
-        self._message = message
+def joined(replies: Sequence[Any], units: Sequence[Units]) -> Any:
+    """Return the values that processes replied for parts as one, of all their units: a row each.
 
-    def __call__(self) -> Any:
-        return unpack(self._message)
-
-    @functools.cached_property
-    def form(self) -> Any:
-        """The form of a value whose form is known; None of others, and of failures."""
-        form: Any = _forms.get(self._message.pickle)
-        is_good = type(form) is tuple and len(form) == 2 and form[0] is True
-        return form[1] if is_good else None
-
-    def read(self) -> Any:
-        try:
-            _, value = self()
-        except Exception as error:  # the worker may have sent anything
-            number, worker = self.about
-            why = f"sent what cannot be read, from {worker}: {error}"
-            raise WorkerError(number, worker.index, why, "", error) from None
-        return value
-
-    @staticmethod
-    def joined(values: Sequence[Any], units: Sequence[Sequence[int]]) -> Any:
-        first = values[0].form
-        is_tuple = type(first) is tuple
-        alike = first if is_tuple else (first,)
-        num_rows = sum(map(len, units))
-        parts = list[Any]()
-        for value, rows in zip(values, units, strict=True):
-            form = value.form
-            places = form if is_tuple else (form,)
-            if type(form) is not type(first) or len(places) != len(alike):
-                return None
-            for place, other in zip(places, alike, strict=True):
-                if type(place) is not _Place or place.dtype is not other.dtype:
-                    return None
-                if place.shape[:1] != (len(rows),) or place.shape[1:] != other.shape[1:]:
-                    return None
-            array = getattr(rows, "array", rows)
-            parts.append((value._message, [place.offset for place in places], array))
-        tensors = list[Tensor]()
-        targets = list[Any]()
-        for place in alike:
-            kind = _KINDS.get(place.dtype)
-            if kind is None:
-                return None
-            tensor = torch.empty((num_rows, *place.shape[1:]), dtype=place.dtype, device="cpu")
-            size = tensor.nbytes
-            targets.append((tensor.data_ptr(), size, size // num_rows, kind))
-            tensors.append(tensor)
-        if not tensors or not lane.join(targets, parts):
+    Return None if they do not have a row for each unit, or one is not finite.
+    """
+    pickles = tuple([reply.pickle for reply in replies])
+    sizes = tuple(map(len, units))
+    key = (pickles, sizes)
+    plan = _known_joins.get(key)
+    if plan is None:
+        plan = _join_of(pickles, sizes)
+        if plan is None:
             return None
-        return tuple(tensors) if is_tuple else tensors[0]
+        _remember(_known_joins, key, plan)
+    is_tuple, leaves, places = plan
+    tensors = [torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype, _, _ in leaves]
+    targets = [
+        (tensor.data_ptr(), row_bytes * len(tensor), row_bytes, kind)
+        for tensor, (_, _, row_bytes, kind) in zip(tensors, leaves, strict=True)
+    ]
+    arrays = [each.array for each in units]
+    if not lane.join(targets, [*zip(replies, places, arrays, strict=True)]):
+        return None
+    return tuple(tensors) if is_tuple else tensors[0]
+
+
+def _join_of(pickles: Sequence[bytes], sizes: Sequence[int]) -> Any:
+    """Return whether the value is a tuple, its leaves, and their places in each reply.
+
+    A leaf is the shape, the dtype, the bytes of a row and the kind of numbers.
+    """
+    forms = list[Any]()
+    for stream in pickles:
+        form = _forms.get(stream)
+        if type(form) is not tuple or len(form) != 2 or form[0] is not True:
+            return None
+        forms.append(form[1])
+    is_tuple = type(forms[0]) is tuple
+    alike = forms[0] if is_tuple else (forms[0],)
+    places = list[list[int]]()
+    for form, size in zip(forms, sizes, strict=True):
+        own = form if is_tuple else (form,)
+        if type(form) is not type(forms[0]) or len(own) != len(alike):
+            return None
+        for place, other in zip(own, alike, strict=True):
+            if type(place) is not _Place or place.dtype is not other.dtype:
+                return None
+            if place.shape[:1] != (size,) or place.shape[1:] != other.shape[1:]:
+                return None
+        places.append([place.offset for place in own])
+    leaves = list[Any]()
+    for place in alike:
+        kind = _KINDS.get(place.dtype)
+        if kind is None:
+            return None
+        row_bytes = place.dtype.itemsize * math.prod(place.shape[1:])
+        leaves.append(((sum(sizes), *place.shape[1:]), place.dtype, row_bytes, kind))
+    return (is_tuple, leaves, places) if leaves else None
 
 
 def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:

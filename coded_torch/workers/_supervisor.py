@@ -6,7 +6,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError
 from operator import attrgetter
 from typing import Any
@@ -21,7 +21,6 @@ from .._torch import refuse_derivatives
 from ._base import Request, Task, logger
 from ._dispatch import CLOSING_SECONDS, DispatchedWorkers, Dispatcher, Worker
 from ._live import Ambient, LiveRequest
-from ._shared_memory import Unread
 from ._worker_main import ModuleStore, PackedModule
 
 # Seconds that the first worker has to start: importing torch from a cold disk takes tens of them.
@@ -255,7 +254,14 @@ class Supervisor(Dispatcher):
             for worker in self.at(index):
                 if not (worker.left or worker.unwanted):
                     worker.unwanted = "was to be restarted"
+            self._assign()
         self.wake()
+
+    def round(
+        self, request: Any, units: Sequence[Any], until: float, join: Callable[[Any], bool]
+    ) -> Sequence[tuple[int, float, float]]:
+        """Do as :meth:`Request.round`."""
+        return ()
 
     def tend(self) -> float:
         """End late workers, start missing ones, and return when there is more to do."""
@@ -336,6 +342,20 @@ class SupervisedRequest(LiveRequest):
         super().__init__(task, timeout, dispatcher, module)
         self._packed: PackedModule | None = None  # the module, until its package is there
         self._held = list[Part]()
+        #: The units of the parts of a round, and when it began.
+        self.begun: tuple[Sequence[Any], float] = (), 0.0
+        self.num_taken = 0  #: of its parts, the ones that the dispatcher has taken over
+
+    def parts_of_round(self) -> Sequence[Part]:
+        """Return the parts of the round, which become objects now."""
+        units, asked = self.begun
+        if not self.parts:
+            parts = [Part(number, each) for number, each in enumerate(units)]
+            for part in parts:
+                part.request = self
+                part.asked = asked
+            self.parts = parts
+        return self.parts
 
     def send_when_packed(self, packed: PackedModule) -> None:
         self._packed = packed
@@ -371,6 +391,14 @@ class SupervisedRequest(LiveRequest):
             self._packed.package.wait(min(seconds, _LOOK_SECONDS))
         return super().wait(until)
 
+    def round(
+        self, units: Sequence[Any], until: float, join: Callable[[Any], bool]
+    ) -> Sequence[tuple[int, float, float]]:
+        if not self._submit_if_packed():
+            return ()
+        found: Sequence[tuple[int, float, float]] = self.dispatcher.round(self, units, until, join)
+        return found
+
     def drop(self, parts: Iterable[Part]) -> None:
         numbers = {part.number for part in parts}
         self._held = [part for part in self._held if part.number not in numbers]
@@ -388,10 +416,6 @@ class SupervisedRequest(LiveRequest):
             return
         (worker, read) = reply.value
         reply.value = None
-        if self.joins and isinstance(read, Unread) and read.form is not None:
-            read.about = reply.part.number, worker
-            reply.value = read
-            return
         try:
             succeeded, reply.value = read()
             if succeeded:

@@ -72,6 +72,26 @@ static bool join(const std::vector<std::tuple<uintptr_t, size_t, size_t, lane::K
   return is_finite;
 }
 
+// Has a call compute the units of parts, as messages of such forms.
+static void add_rows(lane::Lane& self, const std::shared_ptr<lane::Call>& call,
+                     const lane::Batch& batch,
+                     const std::vector<std::pair<const lane::Form*, Units>>& parts,
+                     const std::shared_ptr<lane::Blocks>& blocks) {
+  for (const auto& [form, units] : parts) {
+    self.add_row(call, message_of(batch, *form, units, blocks));
+    if (form->size <= lane::kShort) continue;
+    py::gil_scoped_release release;
+    self.look();  // it took time, and workers may be idle
+  }
+}
+
+// The place, the key and the number of a row's worker, when it began and ended, the error number,
+// the reply, and the message if it was not sent.
+static py::tuple columns_of(const lane::Row& row) {
+  return py::make_tuple(row.place, row.worker, row.number, row.began, row.ended, row.error,
+                        row.reply ? py::cast(*row.reply) : py::none(), row.message);
+}
+
 static std::shared_ptr<lane::Received> receive(lane::Connection& connection) {
   while (true) {
     try {
@@ -181,33 +201,76 @@ PYBIND11_MODULE(_lane, m) {
       .def("receive", &receive, "The next message; None at the end.")
       .def("close", &lane::Connection::close);
   py::class_<lane::Call, std::shared_ptr<lane::Call>>(m, "Call", "The replies of one request.")
-      .def(py::init<>());
+      .def(py::init<>())
+      .def_property_readonly("replies",
+                             [](const lane::Call& self) {
+                               py::list replies;
+                               for (const lane::Row& row : self.rows) {
+                                 replies.append(py::cast(*row.reply));
+                               }
+                               return replies;
+                             })
+      .def_property_readonly(
+          "times",
+          [](const lane::Call& self) {
+            py::list times;
+            for (const lane::Row& row : self.rows) {
+              times.append(py::make_tuple(row.place, row.began, row.ended));
+            }
+            return times;
+          },
+          "The place of each row's worker, and when it began and ended.");
   py::class_<lane::Lane, std::shared_ptr<lane::Lane>>(
       m, "Lane", "The connections to the workers of a pool. csrc/lane/lane.h says how it waits.")
-      .def(py::init<int64_t>(), py::arg("reply"))
+      .def(py::init<int64_t, int64_t>(), py::arg("part"), py::arg("reply"))
       .def("add", &lane::Lane::add)
+      .def("let_take", &lane::Lane::let_take)
+      .def("add_rows", &add_rows, py::arg("call"), py::arg("batch"), py::arg("parts"),
+           py::arg("blocks"))
+      .def("freeze", &lane::Lane::freeze)
+      .def(
+          "rows",
+          [](lane::Lane& self, const lane::Call& call) {
+            py::list rows;
+            for (const lane::Row& row : call.rows) rows.append(columns_of(row));
+            return rows;
+          },
+          "The rows of a frozen call.")
+      .def(
+          "run",
+          [](lane::Lane& self, lane::Call& call, double seconds,
+             double late) -> std::optional<bool> {
+            py::gil_scoped_release release;
+            const auto target = int64_t(call.rows.size());
+            const bool in_time = self.wait(call, target, seconds, late, check_signals);
+            if (self.is_done(call)) return true;
+            if (!in_time || self.is_stopped(call)) return false;
+            return std::nullopt;
+          },
+          py::arg("call"), py::arg("seconds"), py::arg("late"),
+          "Wait as `wait`. True if all rows have replies, False if something is to be decided.")
       .def("watch", &lane::Lane::watch)
       .def("remove", &lane::Lane::remove)
       .def(
           "ask",
-          [](lane::Lane& self, int64_t kind,
+          [](lane::Lane& self,
              const std::vector<std::tuple<int64_t, int64_t, std::shared_ptr<lane::Message>,
                                           std::shared_ptr<lane::Call>>>& parts) {
             std::vector<lane::Lane::Asked> asked;
             for (const auto& [worker, number, message, call] : parts) {
               asked.push_back({worker, number, message, call});
             }
-            return self.ask(kind, asked);
+            return self.ask(asked);
           },
-          py::arg("kind"), py::arg("parts"), "Takes microseconds, so that the lock stays.")
+          py::arg("parts"), "Takes microseconds, so that the lock stays.")
       .def("look_at", &lane::Lane::look_at)
       .def(
           "wait",
-          [](lane::Lane& self, lane::Call& call, int64_t target, double seconds) {
+          [](lane::Lane& self, lane::Call& call, int64_t target, double seconds, double late) {
             py::gil_scoped_release release;
-            self.wait(call, target, seconds, check_signals);
+            return self.wait(call, target, seconds, late, check_signals);
           },
-          py::arg("call"), py::arg("target"), py::arg("seconds"))
+          py::arg("call"), py::arg("target"), py::arg("seconds"), py::arg("late"))
       .def("look", &lane::Lane::look, py::call_guard<py::gil_scoped_release>())
       .def("stand_by", &lane::Lane::stand_by, py::call_guard<py::gil_scoped_release>())
       .def("ring", &lane::Lane::ring)

@@ -15,6 +15,7 @@
 #include <condition_variable>
 #include <deque>
 #include <functional>
+#include <limits>
 #include <map>
 
 #include "connection.h"
@@ -25,8 +26,24 @@ namespace coded_torch::lane {
 constexpr double kParked = 0.05;
 constexpr double kForever = 3600.0;
 
+// A part of a call that the lane gives to a worker, and what came of it.
+struct Row {
+  std::shared_ptr<Message> message;  // until it is sent
+  int64_t worker = -1;               // that has it, and the place of this worker
+  int64_t place = -1;
+  int64_t number = -1;                                     // of the part at the worker
+  double began = std::numeric_limits<double>::infinity();  // seconds on the monotonic clock
+  double ended = std::numeric_limits<double>::infinity();
+  std::optional<Received> reply;
+  int error = 0;  // the number of the error why it could not be sent
+};
+
 // The replies of one request. What it has was read and written under the lane's lock.
 struct Call {
+  std::vector<Row> rows;   // parts that the lane gives to workers
+  size_t first_open = 0;   // the first row that has not ended
+  bool is_frozen = false;  // whether Python has taken the rows over
+  bool has_failed = false;
   int64_t received = 0;  // replies that have come
   int64_t settled = 0;   // of these, the ones that have been handled
   int64_t target = 0;    // of these, the ones that it waits for
@@ -46,8 +63,9 @@ struct News {
 
 class Lane {
  public:
-  explicit Lane(int64_t reply)
-      : reply_(reply),
+  Lane(int64_t part, int64_t reply)
+      : part_(part),
+        reply_(reply),
         epoll_(epoll_create1(EPOLL_CLOEXEC)),
         poke_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
         bell_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
@@ -57,11 +75,12 @@ class Lane {
   Lane(const Lane&) = delete;
   Lane& operator=(const Lane&) = delete;
 
-  // Hears a worker, whose replies have the kind ``reply``.
-  void add(int64_t worker, std::shared_ptr<Connection> connection) {
+  // Hears a worker, whose replies have the kind ``reply``, and whose parts the kind ``part``.
+  void add(int64_t worker, int64_t place, std::shared_ptr<Connection> connection) {
     std::lock_guard lock(mutex_);
     listen(connection->descriptor(), uint64_t(worker) << 1);
     workers_[worker].connection = std::move(connection);
+    workers_[worker].place = place;
   }
   // Notes the process of a worker, whose descriptor is ready to read once it has ended.
   void watch(int64_t worker, int process, pid_t pid) {
@@ -89,7 +108,7 @@ class Lane {
   };
 
   // Sends parts to their workers. Returns the error number of each, 0 if it was sent.
-  std::vector<int> ask(int64_t kind, const std::vector<Asked>& parts) {
+  std::vector<int> ask(const std::vector<Asked>& parts) {
     std::vector<int> errors;
     for (const Asked& part : parts) {
       std::shared_ptr<Connection> connection;
@@ -102,18 +121,60 @@ class Lane {
         }
         Worker& asked = found->second;
         asked.number = part.number;
+        asked.row = kNone;
         asked.call = part.call;
         asked.used = used(asked.pid);
+        asked.since = seconds_now();
         connection = asked.connection;
       }
       errors.push_back(0);
       try {
-        connection->send(kind, part.number, part.message.get());
+        connection->send(part_, part.number, part.message.get());
       } catch (const std::system_error& error) {
         errors.back() = error.code().value();
       }
     }
     return errors;
+  }
+
+  // Says whether a worker takes rows of calls while it has no part.
+  void let_take(int64_t worker, bool takes) {
+    std::lock_guard lock(mutex_);
+    const auto found = workers_.find(worker);
+    if (found == workers_.end()) return;
+    found->second.takes = takes;
+    start();
+  }
+  // Adds a row to a call. The next idle worker takes it, unless the call is frozen.
+  void add_row(const std::shared_ptr<Call>& call, std::shared_ptr<Message> message) {
+    std::lock_guard lock(mutex_);
+    call->rows.emplace_back().message = std::move(message);
+    if (call->is_frozen) return;
+    queue_.emplace_back(call, call->rows.size() - 1);
+    start();
+  }
+  // Gives no more rows of a call to workers, and makes news of the replies that still come.
+  void freeze(Call& call) {
+    if (is_foreign()) return;
+    std::lock_guard lock(mutex_);
+    if (call.is_frozen) return;
+    call.is_frozen = true;
+    call.settled = call.received;
+    const auto end = std::remove_if(queue_.begin(), queue_.end(),
+                                    [&](const auto& entry) { return entry.first.get() == &call; });
+    queue_.erase(end, queue_.end());
+    call.is_notified = true;
+    wake(call);
+  }
+  // Whether a row of a call has failed, or Python has taken its rows over.
+  bool is_stopped(const Call& call) {
+    std::lock_guard lock(mutex_);
+    return call.is_frozen || call.has_failed || closed_;
+  }
+  // Whether each row of a call has a reply.
+  bool is_done(const Call& call) {
+    std::lock_guard lock(mutex_);
+    return !call.is_frozen && !call.has_failed && call.first_open == call.rows.size();
   }
 
   // The seconds of processor time of a worker since it was asked for its part, or was looked at.
@@ -127,15 +188,25 @@ class Lane {
   }
 
   // Waits until so many replies to a call have come, it is notified, there is news that is no
-  // reply or that somebody wants at once, or for some seconds. ``interrupted`` is called after a
-  // signal.
-  void wait(Call& call, int64_t target, double seconds, const std::function<void()>& interrupted) {
-    if (is_foreign()) return;
-    const auto end = Clock::now() + duration(seconds);
+  // reply or that somebody wants at once, a row has run for ``late`` seconds, or for some seconds.
+  // ``interrupted`` is called after a signal. Returns false if a row is late.
+  bool wait(Call& call, int64_t target, double seconds, double late,
+            const std::function<void()>& interrupted) {
+    if (is_foreign()) return true;
+    const auto last = Clock::now() + duration(seconds);
+    bool in_time = true;
     std::unique_lock lock(mutex_);
     call.target = target;
     while (!closed_ && call.received < target && !call.is_notified && !is_urgent()) {
       const auto now = Clock::now();
+      auto end = last;
+      if (late < kForever && call.first_open < call.rows.size()) {
+        // The first row that has not ended began first.
+        const double due = std::min(call.rows[call.first_open].began, seconds_at(now)) + late;
+        const auto at = now + duration(due - seconds_at(now));
+        in_time = at > now;
+        end = std::min(last, at);
+      }
       if (now >= end) break;
       if (leader_ != nullptr) {
         followers_.push_back(&call);
@@ -158,6 +229,7 @@ class Lane {
     }
     call.is_notified = false;
     pass_lead();
+    return in_time;
   }
 
   // Takes the messages that have come, unless another thread leads.
@@ -245,15 +317,76 @@ class Lane {
   using Clock = std::chrono::steady_clock;
   static constexpr uint64_t kPoke = ~uint64_t(0);
 
+  static constexpr int64_t kNone = -1;
+
   struct Worker {
     std::shared_ptr<Connection> connection;
+    int64_t place = kNone;
     int process = -1;
     pid_t pid = 0;
-    double used = 0.0;    // seconds of processor time, at the last look
-    int64_t number = -1;  // of its part
+    double used = 0.0;       // seconds of processor time, at the last look
+    double since = 0.0;      // when it was asked for its last part
+    int64_t number = kNone;  // of its part
+    int64_t row = kNone;     // of its part in the call, if it is a row
     std::shared_ptr<Call> call;
+    bool takes = false;  // rows of calls
     bool is_gone = false;
   };
+
+  static double seconds_at(Clock::time_point time) {
+    return std::chrono::duration<double>(time.time_since_epoch()).count();
+  }
+  static double seconds_now() { return seconds_at(Clock::now()); }
+
+  // Gives rows to idle workers: the one that has been idle for longest takes the next.
+  void start() {
+    while (!queue_.empty() && !closed_) {
+      std::map<int64_t, Worker>::iterator best = workers_.end();
+      for (auto at = workers_.begin(); at != workers_.end(); ++at) {
+        const bool is_idle = at->second.takes && at->second.number == kNone;
+        if (is_idle && (best == workers_.end() || at->second.since < best->second.since)) best = at;
+      }
+      if (best == workers_.end()) return;
+      begin(best->first, best->second);
+    }
+  }
+  // Gives the first row that waits to a worker.
+  void begin(int64_t key, Worker& worker) {
+    auto [call, place] = std::move(queue_.front());
+    queue_.pop_front();
+    Row& row = call->rows[place];
+    worker.number = row.number = --last_number_;
+    worker.row = int64_t(place);
+    worker.used = used(worker.pid);
+    worker.since = row.began = seconds_now();
+    row.worker = key;
+    row.place = worker.place;
+    worker.call = std::move(call);
+    try {
+      worker.connection->send(part_, worker.number, row.message.get());
+    } catch (const std::system_error& error) {
+      const int code = error.code().value();
+      if (code == EPIPE || code == ECONNRESET) return;  // it has died, which is heard next
+      row.error = code;
+      worker.call->has_failed = true;
+      end_row(worker);
+      return;
+    }
+    row.message.reset();
+  }
+  void end_row(Worker& worker) {
+    const std::shared_ptr<Call> call = std::move(worker.call);
+    call->rows[size_t(worker.row)].ended = seconds_now();
+    worker.number = worker.row = kNone;
+    const auto has_ended = [](const Row& row) {
+      return row.ended < std::numeric_limits<double>::infinity();
+    };
+    while (call->first_open < call->rows.size() && has_ended(call->rows[call->first_open])) {
+      ++call->first_open;
+    }
+    call->is_notified = call->is_notified || call->has_failed;
+    if (++call->received >= call->target || call->has_failed) wake(*call);
+  }
 
   static Clock::duration duration(double seconds) {
     return std::chrono::duration_cast<Clock::duration>(
@@ -333,11 +466,18 @@ class Lane {
     }
     const bool is_message = news.kind == News::kMessage;
     if (is_message && news.message->kind == reply_ && news.message->number == worker.number) {
-      worker.number = -1;
+      if (worker.row != kNone && !worker.call->is_frozen) {
+        worker.call->rows[size_t(worker.row)].reply = std::move(news.message);
+        end_row(worker);
+        start();
+        return true;
+      }
+      worker.number = worker.row = kNone;
       news.call = std::move(worker.call);
     }
     if (!is_message) hush(worker.connection->descriptor());
     add_news(std::move(news));
+    start();
     return is_message;
   }
 
@@ -356,11 +496,13 @@ class Lane {
     if (leader_ == nullptr && !followers_.empty()) followers_.front()->bell.notify_all();
   }
 
-  const int64_t reply_;
+  const int64_t part_, reply_;
   const pid_t process_ = getpid();
   Descriptor epoll_, poke_, bell_;
   std::mutex mutex_;  // of all that follows
   std::map<int64_t, Worker> workers_;
+  std::deque<std::pair<std::shared_ptr<Call>, size_t>> queue_;  // rows that wait for a worker
+  int64_t last_number_ = kNone;  // of a row at its worker, below those of other parts
   std::deque<News> news_;
   size_t num_urgent_ = 0;  // of these, the ones that are no replies
   bool wants_replies_ = false;

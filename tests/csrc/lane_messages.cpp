@@ -113,7 +113,7 @@ static void send_anything(int socket, unsigned seed) {
 // What the pool's Python does: it gives parts to idle workers, and handles news, under one lock.
 class Pool {
  public:
-  Pool() : lane_(kReply), blocks_(std::make_shared<Blocks>()) {
+  Pool() : lane_(kPart, kReply), blocks_(std::make_shared<Blocks>()) {
     for (int64_t worker = 0; worker < kHonest; ++worker) {
       add(worker, [](int socket) { serve(socket); });
       idle_.insert(worker);
@@ -139,16 +139,16 @@ class Pool {
         expected_[worker] = {number_, std::move(values), call};
         ++asked;
       }
-      for (int error : lane_.ask(kPart, parts)) {
+      for (int error : lane_.ask(parts)) {
         if (error) stop("a part was not sent");
       }
       // A liar is asked, too: it may reply with the number.
-      lane_.ask(kPart, {{liar_, ++number_, message(numbers(1, 4), *blocks_), nullptr}});
+      lane_.ask({{liar_, ++number_, message(numbers(1, 4), *blocks_), nullptr}});
     }
     const auto until = Clock::now() + std::chrono::duration<double>(kPatience);
     while (lane_.settled(*call) < asked) {
       if (Clock::now() > until) stop("a reply was lost");
-      lane_.wait(*call, asked, random() % 3 ? 0.1 : 1e-4, [] {});
+      lane_.wait(*call, asked, random() % 3 ? 0.1 : 1e-4, kForever, [] {});
       if (random() % 16 == 0) lane_.notify(*call);
       hear();
     }
@@ -186,7 +186,7 @@ class Pool {
     const auto [ours, theirs] = sockets();
     if (fcntl(ours, F_SETFL, O_NONBLOCK) < 0) fail();
     connections_[worker] = std::make_shared<Connection>(ours, blocks_);
-    lane_.add(worker, connections_[worker]);
+    lane_.add(worker, worker, connections_[worker]);
     threads_[worker] = std::thread([work, socket = theirs] { work(socket); });
   }
 

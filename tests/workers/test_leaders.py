@@ -213,6 +213,19 @@ def test_threads_call_two_modules_at_once(pool):
     assert not wrong
 
 
+@torch.no_grad()
+def test_a_round_begins_at_workers_that_end_parts_of_other_requests(pool):
+    module = Sleepy()
+    coded = CodedWrapper(module, workers=pool, waiting=Waiting(estimate=False))
+    for _ in range(10):  # until it is known when a part is late
+        coded(seconds(0.0, 0.0, 0.0, 0.0))
+    with pool.open(module, task_of(seconds(0.3, 0.3, 0.3, 0.3))) as request:
+        request.ask(numbered((0,), (1,), (2,), (3,)))
+        start = time.monotonic()
+        coded(seconds(0.0, 0.0, 0.0, 0.0))
+        assert time.monotonic() - start < WAIT / 4
+
+
 class Trouble:
     """Eight threads call a pool whose processes are killed and stopped, and are interrupted."""
 

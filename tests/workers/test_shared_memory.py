@@ -14,10 +14,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from coded_torch._extension import lane
-from coded_torch._table import Part, Units, WorkerError
+from coded_torch._table import Part, Units
 from coded_torch._torch import positional
 from coded_torch.workers._base import Task
-from coded_torch.workers._shared_memory import PartsInMemory, Pickled, Unread, pack, unpack
+from coded_torch.workers._shared_memory import PartsInMemory, Pickled, joined, pack, unpack
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is sealed on Linux alone")
 WAIT = 60.0
@@ -304,14 +304,18 @@ def test_no_receiver_can_change_a_package_for_the_others(ends):
         tensor.zero_()  # its own copy
 
 
-def replied(ends, value) -> Unread:
+def replied(ends, value):
     """Return what a worker replies that has succeeded, of a form that is known."""
     one, other = ends
     for _ in range(2):
         one.send(0, (True, value))
-        unread = Unread(other.receive())
-        unpack(unread._message)
-    return unread
+        received = other.receive()
+        unpack(received)
+    return received
+
+
+def joined_of(values, *units):
+    return joined(values, [Units(each) for each in units])
 
 
 NUMBERS = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)) * 9
@@ -323,11 +327,11 @@ def test_values_of_parts_are_joined_bit_for_bit(ends, dtype):
     rows = NUMBERS.to(dtype)
     units = (0, 1, 5), (6,), (2, 3, 4)
     parts = [rows[list(places)] for places in units]
-    joined = Unread.joined([replied(ends, part) for part in parts], units)
-    assert joined.dtype == dtype
-    assert torch.equal(joined, rows)
+    whole = joined_of([replied(ends, part) for part in parts], *units)
+    assert whole.dtype == dtype
+    assert torch.equal(whole, rows)
     pairs = [replied(ends, (part, part.to(torch.bool))) for part in parts]
-    both = Unread.joined(pairs, units)
+    both = joined_of(pairs, *units)
     assert type(both) is tuple
     assert torch.equal(both[0], rows)
     assert torch.equal(both[1], rows.to(torch.bool))
@@ -340,10 +344,10 @@ def test_values_that_are_not_finite_are_not_joined(ends, dtype, odd):
         rows = NUMBERS.to(dtype)
         rows[place] = odd
         values = [replied(ends, rows[:4]), replied(ends, rows[4:])]
-        assert Unread.joined(values, (range(4), range(4, 7))) is None
+        assert joined_of(values, range(4), range(4, 7)) is None
     most = torch.full((7, 3), torch.finfo(dtype).max, dtype=dtype)
     values = [replied(ends, most[:4]), replied(ends, most[4:])]
-    assert torch.equal(Unread.joined(values, (range(4), range(4, 7))), most)
+    assert torch.equal(joined_of(values, range(4), range(4, 7)), most)
 
 
 @pytest.mark.parametrize(
@@ -364,21 +368,19 @@ def test_values_of_other_forms_are_not_joined(ends, other):
     values = [replied(ends, NUMBERS[:4]), replied(ends, other)]
     for order in (1, -1):
         units = (range(4), range(4, 7))[::order]
-        assert Unread.joined(values[::order], units) is None
+        assert joined_of(values[::order], *units) is None
 
 
 def test_a_value_in_a_message_that_is_too_short_is_not_joined(ends):
     one, other = ends
     whole = replied(ends, NUMBERS[:4])
-    stream = replied(ends, NUMBERS[4:])._message.pickle
+    stream = replied(ends, NUMBERS[4:]).pickle
     for behind in (0, 8):  # bytes
         one.socket.send(HEADER.pack(0, 0, len(stream), -1, 0, 0) + stream + bytes(behind))
-        short = Unread(other.receive())
-        short.about = 3, type("", (), {"index": 1, "__str__": lambda self: "process 7"})()
-        assert short.form is not None
-        assert Unread.joined([whole, short], (range(4), range(4, 7))) is None
-        with pytest.raises(WorkerError, match="worker 1 sent what cannot be read, from process 7"):
-            short.read()
+        short = other.receive()
+        assert joined_of([whole, short], range(4), range(4, 7)) is None
+        with pytest.raises(ValueError, match="buffer"):
+            unpack(short)
 
 
 def test_parts_in_memory_are_as_parts_that_are_packed(ends):
