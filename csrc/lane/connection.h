@@ -82,14 +82,15 @@ inline void seal(int descriptor, int more = 0) {
 // Shared memory that keeps its size, mapped here.
 class Memory {
  public:
-  // Makes new memory, which exists while any process has it.
-  explicit Memory(size_t size)
+  // Makes new memory, which exists while any process has it. It is mapped, unless it will be
+  // frozen: a child that had the mapping would forbid the seal.
+  explicit Memory(size_t size, bool is_mapped = true)
       : descriptor_(memfd_create("coded_torch", MFD_CLOEXEC | MFD_ALLOW_SEALING)), size_(size) {
     static std::atomic<int64_t> made{0};
     number_ = made++;
     if (descriptor_.get() < 0 || ftruncate(descriptor_.get(), off_t(size)) < 0) fail();
     seal(descriptor_.get());
-    map(MAP_SHARED);
+    if (is_mapped) map(MAP_SHARED);
   }
 
   // Maps memory that another process has made. Writes to a copy are not seen elsewhere.
@@ -108,9 +109,17 @@ class Memory {
   ~Memory() { unmap(); }
 
   // Forbids writing for good, here and elsewhere.
-  void freeze() {
-    unmap();
-    seal(descriptor_.get(), F_SEAL_WRITE);
+  void freeze() { seal(descriptor_.get(), F_SEAL_WRITE); }
+  // Writes to memory that is not mapped.
+  void write(size_t offset, const char* from, size_t bytes) {
+    while (bytes > 0) {
+      const ssize_t written = pwrite(descriptor_.get(), from, bytes, off_t(offset));
+      if (written < 0 && errno == EINTR) continue;
+      if (written <= 0) fail();
+      offset += size_t(written);
+      from += written;
+      bytes -= size_t(written);
+    }
   }
   int64_t number() const { return number_; }
   int descriptor() const { return descriptor_.get(); }
@@ -283,10 +292,11 @@ class Message {
       }
     }
     if (blocks == nullptr) {
-      block_ = std::make_shared<Memory>(std::max<size_t>(form.size, 1));
-      // A child that had the mapping would forbid the seal.
-      madvise(block_->data(), block_->size(), MADV_DONTFORK);
-      write(block_->data(), form, pieces);
+      block_ = std::make_shared<Memory>(std::max<size_t>(form.size, 1), false);
+      block_->write(0, form.pickle.data(), form.pickle.size());
+      for (const Piece& piece : pieces) {
+        block_->write(behind + piece.offset, piece.data, piece.bytes);
+      }
       block_->freeze();
       is_shared_ = true;
     } else if (form.size > kShort) {
