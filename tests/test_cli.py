@@ -233,6 +233,20 @@ def test_compare_takes_a_model_and_files(tmp_path, monkeypatch, capsys):
     assert "--labels cannot be read: it must have 250 rows, got 251" in capsys.readouterr().err
 
 
+def test_compare_names_inputs_that_forward_takes_by_keyword_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "keyword_only.py").write_text(
+        "import torch\n"
+        "class net(torch.nn.Module):\n"
+        "    def forward(self, *, x):\n"
+        "        return x\n"
+    )
+    np.save("rows.npy", np.zeros((8, 2), np.float32))
+    line = "compare keyword_only:net --inputs rows.npy --columns x=rows --batch-size 4"
+    assert run(f"{line} --settings 6,4,2") == 2
+    assert "forward takes x by keyword only; give a MODEL whose" in capsys.readouterr().err
+
+
 def test_tune_prints_the_code_with_the_numbers_that_answer_best(tmp_path, monkeypatch, capsys):
     torch.save(digits()[0][:200], tmp_path / "images.pt")
     monkeypatch.chdir(tmp_path)

@@ -241,7 +241,12 @@ def seconds(text: str) -> float:
 
 _POOL: tuple[tuple[str, Any, Any, str], ...] = (
     ("--num-workers", int, None, "worker processes [6, or one per CUDA device]"),
-    ("--device", devices, None, "devices of workers, in turn: cpu, cuda, cuda:0,1 or auto [cpu]"),
+    (
+        "--device",
+        devices,
+        None,
+        "devices, each worker takes the next: cpu, cuda, cuda:0,1 or auto [cpu]",
+    ),
     ("--threads", int, None, "threads per worker for one operation [1]"),
     ("--dtype", ("bfloat16", "float16", "float32"), None, "the model's dtype; outputs are float32"),
     ("--hang-timeout", seconds, None, "the time after which a worker counts as hung"),

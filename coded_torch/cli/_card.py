@@ -113,7 +113,7 @@ class Card:
         return min(time.monotonic() + _SECONDS[step], self._begin + _MOST_SECONDS)
 
     def examine(self, tests: Path | None) -> bool:
-        """Do all steps; return whether no problem was found."""
+        """Examine the GPU in all steps; return True if no problem was found."""
         self.keep()
         with tempfile.TemporaryDirectory() as scratch:
             self._look(scratch)

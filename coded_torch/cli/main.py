@@ -135,7 +135,11 @@ def _read_batches(args: argparse.Namespace) -> tuple[nn.Module, Rows, list[Any]]
         args.keys = None
         columns = arguments_of(args, rows, model, examples)
         if columns.kwargs:
-            raise ValueError(f"arguments of forward must be positional, got {columns.kwargs}")
+            names = ", ".join(columns.kwargs)
+            raise CommandError(
+                f"--columns: forward takes {names} by keyword only; give a MODEL whose forward "
+                "takes all columns by position"
+            )
         calls = rows.batches(columns, size, range(0, rows.total - size + 1, size))
         batches = [tree_map(lambda x: x.to(args.device), call.args) for call in calls]
     return model.to(args.device), rows, batches

@@ -104,7 +104,7 @@ def compare(
     seeds = [count("compare", "seeds", seed, least=0, most=2**64 - 2) for seed in several]
     for name, values in {"settings": known, "seeds": seeds}.items():
         if not values:
-            raise ValueError(f"compare: {name} must hold at least one, got {shown(values)}")
+            raise ValueError(f"compare: {name} must not be empty, got {shown(values)}")
     instance("compare", "schemes", schemes, Sequence, optional=True)
     received_sets = count("compare", "received_sets", received_sets)
     cut = tuning_batches

@@ -65,7 +65,8 @@ def bounded(
 ) -> Tensor:
     """Return centres and half widths, ``[2, C]``, for columns between bounds.
 
-    The narrower of two intervals is taken: of bets, and the one that was ``found``, widened.
+    Each column gets the narrower of two intervals: that of bets, and ``found``, which is widened
+    for the rows that were not drawn.
 
     Args:
         found: ``[2, C]``, of :func:`~._finite_mean.intervals`, at the level ``at_looks``.

@@ -285,5 +285,5 @@ def _metrics(metric: Any) -> tuple[str | Features, ...]:
             raise error(f"Regression: metric must be {names}, got {shown(metric)}")
         found += METRICS if one == "auto" else [one]
     if not found:
-        raise ValueError(f"Regression: metric must hold at least one, got {shown(metric)}")
+        raise ValueError(f"Regression: metric must not be an empty sequence, got {shown(metric)}")
     return tuple(dict.fromkeys(found))

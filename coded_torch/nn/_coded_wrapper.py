@@ -121,9 +121,7 @@ class CodedWrapper(ModuleProxy):
         super().__init__(module)
         is_given = workers is not None or code is not None
         if not is_given:
-            raise ValueError(
-                f"{type(self).__name__}: workers must be given without a code, got {None}"
-            )
+            raise ValueError(f"{type(self).__name__}: workers or a code must be given, got neither")
         if workers is None:
             workers = LocalWorkers()
         self.workers = workers

@@ -69,9 +69,8 @@ class Program(LoadedModule):
             got = type(source).__name__
             raise TypeError(f"Program: source must be an ExportedProgram or a path, got a {got}")
         if self.suffix == ".onnx" and importlib.util.find_spec("onnxruntime") is None:
-            requirement = "onnxruntime must be installed"
             raise ImportError(
-                f"Program: {requirement}: pip install 'coded_torch[onnx]', got {None}"
+                "Program: onnxruntime must be installed: pip install 'coded_torch[onnx]'"
             )
         self.inputs: list[str] | None = None
         try:

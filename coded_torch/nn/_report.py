@@ -248,15 +248,22 @@ class Report:
         They are ``estimated``, ``error_bound``, ``label_p_value``, ``source``, ``verified``,
         ``unverified`` and ``corrected``. What is unknown is 0 or, of estimated rows, NaN.
         Error bounds are at the level ``coverage``. Defaults to the level of the report.
+
+        Raises a ValueError for another name, or if the call has no answers.
         """
-        columns = dict[str, Tensor]()
+        for name in names:
+            if name not in _COLUMNS:
+                raise ValueError(f"rows: names must be of {', '.join(_COLUMNS)}, got {name!r}")
         estimated = self.estimated
+        if estimated is None:
+            raise ValueError("rows: the report must be of a call with answers, got one without")
+        columns = dict[str, Tensor]()
         for name in names or _COLUMNS:
             field, dtype = _COLUMNS[name]
             values = getattr(self, field)
             if name == "error_bound" and coverage and self.coverage:
                 values = self.error_bounds_at(coverage)
-            if not isinstance(values, Tensor) and estimated is not None:
+            if not isinstance(values, Tensor):
                 rows = [*(values or ())]
                 values = torch.zeros(len(estimated), dtype=dtype)
                 values[rows] = True

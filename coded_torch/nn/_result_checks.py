@@ -455,7 +455,7 @@ class Checks:
         return None
 
     def stack(self) -> Stacked:
-        """Stack the results that answer units."""
+        """Join the good results in the order of their units: rows, or a code's columns."""
         whole = self.joined
         if whole is not None:
             size = self._division.batch_size

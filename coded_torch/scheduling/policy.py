@@ -56,9 +56,9 @@ _SOONEST = 2e-3
 def hedging_threshold(history: History, rows: int, budget: float = 0.0) -> float:
     r"""Return the seconds after which a part of so many rows is late.
 
-    With the median m and the lower quartile q of parts, m times :math:`(m / q)^{4.45}`, or the
-    quantile 1 - ``budget`` if it is less, which is bounded by 1.5 m and 8 m; at least 2 ms.
-    Infinite until 32 parts have replied.
+    With the median m and the lower quartile q of the times of parts, it is the smaller of
+    :math:`m (m / q)^{4.45}` and their quantile 1 - ``budget``, kept between 1.5 m and 8 m, and
+    never below 2 ms. It is infinite until 32 parts have replied.
     """
     shares = (0.5, 0.25, max(0.0, 1.0 - budget))
     median, quartile, spent = history.quantiles(rows, shares)

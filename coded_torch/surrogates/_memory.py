@@ -96,9 +96,9 @@ class Memory:
         return self._num_rows
 
     def follow(self, module: nn.Module) -> int:
-        """Return the generation of a module's weights, for the rows of a call.
+        """Return a number that changes when the module or its weights do, for :meth:`observe`.
 
-        All rows are forgotten, and a new generation begins, when the module or its weights change.
+        When it changes, all rows are forgotten.
         """
         tensors, key = fingerprint(module)
         key = id(module), *key

@@ -222,7 +222,7 @@ class Results:
             self._differences.clear()
 
     def differences(self, pairs: Collection[tuple[Part, Part]]) -> list[Mapping[int, float]]:
-        """Return, for pairs of parts, by common row the largest difference of any output.
+        """Return the largest difference of any output, for each pair of parts and row of both.
 
         It is 0 for equal bits, and infinite for NaN and for outputs of different shapes.
         """

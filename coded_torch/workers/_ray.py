@@ -66,8 +66,7 @@ class RayWorkers(SupervisedWorkers):
     ) -> None:
         if not importlib.util.find_spec("ray"):
             raise ImportError(
-                f"{type(self).__name__}: Ray must be installed, by pip install 'coded_torch[ray]', "
-                f"got {None}"
+                f"{type(self).__name__}: Ray must be installed: pip install 'coded_torch[ray]'"
             )
         self.address = address
         self.actor_options = {"num_cpus": 0, **actor_options}

@@ -155,7 +155,7 @@ class Supervisor(Dispatcher):
 
     @abc.abstractmethod
     def wait(self, seconds: float) -> None:
-        """Wait for news of the workers, or a call of :meth:`ring`, and report the news."""
+        """Wait until workers send something, or :meth:`ring` is called, and hand it to the pool."""
 
     @abc.abstractmethod
     def ring(self) -> None:

@@ -176,7 +176,7 @@ REPEATS, ROWS = ReplicationCode(2, 4), {"workers": LocalWorkers(), "parts": 2}
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({}, ValueError, "workers must be given without a code, got None"),
+        ({}, ValueError, "workers or a code must be given, got neither"),
         ({"workers": LocalWorkers()}, ValueError, "parts must be given with LocalWorkers, which"),
         ({"workers": LocalWorkers(), "parts": 0}, ValueError, "parts must be at least 1, got 0"),
         (
@@ -220,3 +220,12 @@ def test_a_call_may_have_a_policy_of_its_own_and_returns_its_report():
     assert (report.work_ratio, report.ended) == (1.5, "complete")
     with pytest.raises(ValueError, match=r"waiting.num_stragglers must be at most"):
         coded.run(x, waiting=Waiting.first(6))
+
+
+def test_rows_of_a_report_need_known_names_and_answers():
+    report = CodedWrapper(nn.Identity(), workers=LocalWorkers(), parts=2).run(rand(4, 2))[1]
+    assert report.rows("estimated")["estimated"].tolist() == [False] * 4
+    with pytest.raises(ValueError, match=r"names must be of estimated, .*, got 'error_bounds'"):
+        report.rows("error_bounds")
+    with pytest.raises(ValueError, match="must be of a call with answers"):
+        Report().rows()
