@@ -363,7 +363,9 @@ class App(Starlette):
         futures = list[asyncio.Future[Any]]()
         try:
             for at in range(0, rows, self.max_rows):
-                inputs = [x[at : at + self.max_rows] for x in message.inputs]
+                inputs = message.inputs
+                if rows > self.max_rows:
+                    inputs = [x[at : at + self.max_rows] for x in inputs]
                 futures.append(self.batcher.put(inputs, arrived, deadline, client))
             answers = await _first(futures, receive, deadline + TO_ANSWER - time.monotonic())
         finally:
@@ -396,8 +398,11 @@ class App(Starlette):
                 tensors.append((spec, found[0] if len(found) == 1 else join(found), is_binary))
             return written(about, "outputs", tensors)
 
-        named = [(x.outputs.get(spec.name), x.rows) for x in answers for spec, _ in wanted]
-        numbers = sum(math.prod(x[rows].shape) for x, rows in named if x is not None)
+        numbers = 0
+        for spec, _ in wanted:
+            values = answers[0].outputs.get(spec.name)
+            if values is not None:
+                numbers += rows * math.prod(values.shape[1:])
         response = await self._written(write, numbers)
         now = time.monotonic()
         self.answers.append((now, now - arrived, rows, estimated))
