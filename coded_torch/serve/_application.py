@@ -367,7 +367,8 @@ class App(Starlette):
                 if rows > self.max_rows:
                     inputs = [x[at : at + self.max_rows] for x in inputs]
                 futures.append(self.batcher.put(inputs, arrived, deadline, client))
-            answers = await _first(futures, receive, deadline + TO_ANSWER - time.monotonic())
+            left = deadline + TO_ANSWER - time.monotonic()
+            answers = await _first(futures, receive, left, self.batcher.expire)
         finally:
             for future in futures:
                 future.cancel()
@@ -447,7 +448,12 @@ class App(Starlette):
         return JSONResponse({"error": why}, error.status_code, error.headers)
 
 
-async def _first(futures: Sequence[Any], receive: Receive, seconds: float) -> list[Batch] | None:
+async def _first(
+    futures: Sequence[Any],
+    receive: Receive,
+    seconds: float,
+    expire: Callable[[Sequence[Any]], None],
+) -> list[Batch] | None:
     """Return all answers, None if time runs out first, or raise if the client disconnects."""
     loop = asyncio.get_running_loop()
     tasks = list[asyncio.Task[None]]()
@@ -459,13 +465,8 @@ async def _first(futures: Sequence[Any], receive: Receive, seconds: float) -> li
             if not future.done():
                 future.set_exception(RequestError(499, "disconnected", "the client has gone"))
 
-    def expire() -> None:
-        for future in futures:
-            if not future.done():
-                future.set_result(None)
-
     begin = loop.call_later(_WATCH, lambda: tasks.append(loop.create_task(watch())))
-    end = loop.call_later(seconds, expire)
+    end = loop.call_later(seconds, expire, futures)
     try:  # once a future is done, no queue has its request
         found = [await futures[0]] if len(futures) == 1 else await asyncio.gather(*futures)
         return None if None in found else found

@@ -272,8 +272,11 @@ class Batcher:
             return
         now = time.monotonic()
         late = now + self._expected(rows, now) - deadline
-        states = self._states() if is_read and (self._hung or late == math.inf) else ()
-        if is_read and (late == math.inf or (self._hung and "idle" not in states)):
+        # Wide batches may all be late for a moment, while workers answer smaller ones.
+        is_answered = now - self._answered < (deadline - now) / 2
+        may_hang = is_read and not is_answered and (self._hung or late == math.inf)
+        states = self._states() if may_hang else ()
+        if may_hang and (late == math.inf or "idle" not in states):
             ended = states.count("busy") - len(self._ongoing)
             why = "no worker is idle, and no batch was answered since one got no result in time"
             if ended > 0:
@@ -296,6 +299,17 @@ class Batcher:
         entry.future.add_done_callback(lambda _: self._remove(entry))
         self._fill()
         return entry.future
+
+    def expire(self, futures: Sequence[asyncio.Future[Any]]) -> None:
+        """End requests at their deadline: by a 503 if no worker began at it, else by None."""
+        waiting = {id(entry.future) for entry in self._queue}
+        for future in futures:
+            if future.done():
+                continue
+            if id(future) in waiting:
+                future.set_exception(_never_begun())
+            else:
+                future.set_result(None)
 
     def _remove(self, entry: _Entry) -> None:
         if entry in self._queue:
@@ -381,7 +395,7 @@ class Batcher:
         return waiting
 
     def _take(self, left_unknown: int) -> list[_Entry]:
-        """Take the next batch. Requests with at most half their usual time get a 504.
+        """Take the next batch. Requests with at most half their usual time get a 503.
 
         Rows of batches that take unusually long wait, so that they do not hang all workers.
         """
@@ -395,10 +409,12 @@ class Batcher:
         most = min(self._max_rows, -(-every // slots))
         for entry in list(self._queue):
             hopeless = entry.deadline - time.monotonic() <= 0.5 * self._usual(entry.rows)
-            if hopeless and (batch or self._ongoing or len(self._queue) > 1):
-                self._remove(entry)  # this deadline would end the batch before any result
-                continue
             if entry.future.done():
+                continue
+            if hopeless and (batch or self._ongoing or len(self._queue) > 1):
+                # This deadline would end the batch before any result.
+                self._remove(entry)
+                entry.future.set_exception(_never_begun())
                 continue
             entry.is_known = suspects.knows(entry.client)
             must_wait = left_unknown <= 0 and not entry.is_known
@@ -488,6 +504,11 @@ class Batcher:
                 entry.future.set_result(done._replace(rows=mine))
         if done is not None and done.outputs:
             self._on_batch(done, rows, queued)
+
+
+def _never_begun() -> RequestError:
+    why = "no worker was free before the deadline"
+    return RequestError(503, "overdue", why)
 
 
 def _joined(column: Sequence[Any]) -> Any:

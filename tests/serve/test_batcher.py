@@ -220,7 +220,7 @@ async def test_an_expired_request_does_not_shorten_the_batch_of_others(model):
     await asyncio.sleep(0.02)
     model.go.set()
     assert await answers(first, last) == [[0.0], [4.0]]
-    assert not short.done()  # the handler notices the deadline itself
+    assert (await answers(short))[0].status_code == 503
     assert model.batches == [[0], [2]]
     assert model.seconds[1] > 9
 
@@ -282,6 +282,42 @@ async def test_a_late_batch_beside_answered_ones_is_no_hang(quick):
     tried = [put(batcher, 2.0), put(batcher, 3.0)]  # no worker is known to be idle
     quick.go.set()
     assert await answers(*tried) == [[4.0], [6.0]]
+
+
+async def test_late_batches_soon_after_an_answer_are_no_hang(quick):
+    def compute(rows, report):
+        time.sleep(0.15)
+        if 9.0 in rows:
+            raise NotEnoughResults([], 2, 4)
+
+    batcher = quick.batcher()
+    quick.behave = compute
+    first = put(batcher, 1.0)
+    late = put(batcher, 9.0, seconds=0.25)  # it begins after the first one
+    assert await answers(first) == [[2.0]]
+    assert (await answers(late))[0].status_code == 504
+    quick.go.clear()
+    overdue = put(batcher, 9.0, seconds=0.01)
+    await asyncio.sleep(0.05)
+    tried = [put(batcher, 2.0), put(batcher, 3.0)]  # no worker is known to be idle
+    quick.go.set()
+    assert (await answers(overdue))[0].status_code == 504
+    assert await answers(*tried) == [[4.0], [6.0]]
+
+
+@pytest.mark.parametrize("begins", [False, True])
+async def test_a_request_that_no_worker_began_at_may_be_sent_again(model, begins):
+    batcher = model.batcher()
+    first, waiting = put(batcher, 0.0), put(batcher, 1.0)
+    await until(lambda: model.batches)
+    batcher.expire([first if begins else waiting])
+    if begins:
+        assert first.result() is None
+    else:
+        error = waiting.exception()
+        assert (error.status_code, error.headers) == (503, {"Retry-After": "1"})
+    model.go.set()
+    await batcher.close(60.0)
 
 
 async def test_rows_of_calls_that_have_ended_take_slots(model):
