@@ -9,7 +9,9 @@ import itertools
 import math
 import operator
 import os
+import pickle
 import stat
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from inspect import BoundArguments
@@ -25,7 +27,7 @@ from .._arguments import instance, named
 from .._torch import is_texts
 from ..nn import Report
 from . import need, usage
-from ._untuned import HOLES, LARGE_FILE, MOST_OPEN
+from ._untuned import HOLES, LARGE_FILE, MOST_NAMES, MOST_OPEN
 
 UNNAMED = "rows"  #: the column of a file of one tensor
 # Rows that a byte of a file may stand for: in a Parquet file, equal rows are written once.
@@ -50,8 +52,7 @@ class Rows:
         self.paths = [path for source in sources for path in _paths(source)]
         self._opened = functools.lru_cache(MOST_OPEN)(functools.partial(_open, whole=whole))
         for path in self.paths:
-            if not path.is_file():
-                raise ValueError(f"{path} must be a regular file")
+            _check_regular(path, path.stat())
         self._before = {path: _look(path.stat()) for path in self.paths}
         lengths = list[int]()
         self.names = [*self._opened(self.paths[0]).columns]
@@ -212,7 +213,7 @@ def _open(path: Path, whole: bool) -> _Table:
     if path.suffix == ".npy":
         columns = {UNNAMED: _mapped(path)}
     elif path.suffix in (".pt", ".pth"):
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = load_tensors(path, map_location="cpu", mmap=True)
         columns = dict(found) if isinstance(found, Mapping) else {UNNAMED: found}
         wrong = [type(x).__name__ for x in columns.values() if not isinstance(x, Tensor)]
         if wrong:
@@ -239,10 +240,31 @@ def _mapped(path: Path) -> Any:
     return array
 
 
+def load_tensors(file: Any, **options: Any) -> Any:
+    """Return what ``torch.save`` wrote, which must be tensors, numbers and strings.
+
+    Other objects could run code, and packed ones could be of any size, or be read as they are.
+    """
+    with zipfile.ZipFile(file) as content:
+        entries = content.infolist()
+    is_packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    most = max((x.file_size for x in entries if x.filename.endswith("/data.pkl")), default=0)
+    if is_packed or most > MOST_NAMES:
+        raise ValueError("it must be as torch.save writes some tensors, not packed")
+    if not isinstance(file, Path):
+        file.seek(0)
+    try:
+        return torch.load(file, weights_only=True, **options)
+    except pickle.UnpicklingError:
+        requirement = "it must hold tensors, numbers and strings only"
+        raise TypeError(f"{requirement}, as other objects could run code") from None
+
+
 def check_whole(name: str, tensor: Tensor) -> None:
-    """Raise a ValueError if a file holds fewer numbers than the tensor, which repeats them."""
-    if tensor.layout is not torch.strided or tensor.is_quantized:
-        return
+    """Raise an error if a file holds fewer numbers than the tensor, which repeats them."""
+    is_dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
+    if tensor.is_nested or not is_dense:
+        raise TypeError(f"{name} must be a dense tensor")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise ValueError(
             f"{name} must hold each of its numbers, got strides {tensor.stride()} for shape "
@@ -396,12 +418,18 @@ def opened(path: Path, mode: str = "rb", **options: Any) -> IO[Any]:
         raise
     except OSError as error:
         raise ValueError(f"{path} must be a regular file: {error.strerror}") from None
-    about = os.fstat(file.fileno())
+    try:
+        _check_regular(path, os.fstat(file.fileno()))
+    except ValueError:
+        file.close()
+        raise
+    return file
+
+
+def _check_regular(path: Path, about: os.stat_result) -> None:
     is_hollow = about.st_size > max(LARGE_FILE, HOLES * 512 * about.st_blocks)
     if not stat.S_ISREG(about.st_mode) or is_hollow:
-        file.close()
         raise ValueError(f"{path} must be a regular file with content")
-    return file
 
 
 def digest_of(path: Path) -> str:

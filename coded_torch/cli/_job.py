@@ -48,7 +48,7 @@ from . import (
     say,
     usage,
 )
-from ._files import UNNAMED, Rows, check_whole, digest_of, encoded, opened, replace
+from ._files import UNNAMED, Rows, check_whole, digest_of, encoded, load_tensors, opened, replace
 from ._untuned import MOST_CLAIM, MOST_LINES
 
 logger = logging.getLogger("coded_torch.job")
@@ -238,7 +238,7 @@ def _mean(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> None:
 
 def _read_mean(path: Path, total: int) -> dict[str, Any]:
     with opened(path) as file:
-        known: dict[str, Any] = torch.load(file, weights_only=True)
+        known: dict[str, Any] = load_tensors(file)
     numbers = known["numbers"]
     shares = known["shares"]
     for name in ("numbers", "shares"):

@@ -6,6 +6,7 @@ MOST_OPEN = 64  # files
 # nobody wrote it as it is.
 LARGE_FILE = 2**30
 HOLES = 64
+MOST_NAMES = 2**20  # bytes beside the numbers of a file of torch.save
 MOST_CLAIM = 2**20  # bytes
 MOST_LINES = 100  # of wrong batches
 # Deadlines of one part after which a worker counts as hung, but at least a second. A kill costs a
