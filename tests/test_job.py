@@ -894,6 +894,7 @@ def test_a_job_goes_on_from_the_batches_of_another_one(folder, keyed):
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # a cluster starts
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_ray_data_reads_batches(folder, keyed, monkeypatch):
     for name in ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_USAGE_STATS_ENABLED"):

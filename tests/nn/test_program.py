@@ -68,7 +68,10 @@ POOLS = {
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.ray if name == "ray" else ()) for name in POOLS],
+    params=[
+        pytest.param(name, marks=[pytest.mark.ray, pytest.mark.slow] if name == "ray" else ())
+        for name in POOLS
+    ],
 )
 def pool(request):
     with contextlib.ExitStack() as held:

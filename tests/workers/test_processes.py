@@ -45,6 +45,10 @@ class TestProcessWorkers(WorkersTests):
     def make(self) -> ProcessWorkers:
         return ProcessWorkers(3)  # fewer than units
 
+    @pytest.fixture
+    def pool(self, pool):  # processes take a second to start
+        return pool
+
 
 @pytest.fixture(scope="module")
 def pool():
