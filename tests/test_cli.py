@@ -15,7 +15,6 @@ from coded_torch import CodedWrapper, codes, stragglers, workers
 from coded_torch.cli import CommandError, find_factory, progress, seconds, usage
 from coded_torch.cli.main import main
 from coded_torch.demo import digits, lenet5
-from coded_torch.experiments import planner
 
 
 def run(line):
@@ -274,10 +273,9 @@ def test_commands_write_pictures_of_different_names(tmp_path, monkeypatch, compa
             return ""
 
     compared(lambda *_, **__: Drawn())
-    monkeypatch.setattr(planner, "plan", lambda *_, **__: Drawn())
     monkeypatch.chdir(tmp_path)
     torch.save(torch.ones(480, 1), "x.pt")
-    for line in ("demo", "compare torch.nn:Tanh --inputs x.pt", "plan"):
+    for line in ("demo", "compare torch.nn:Tanh --inputs x.pt"):
         before = {path: path.read_bytes() for path in tmp_path.iterdir()}
         assert run(line) == 0
         assert {path: path.read_bytes() for path in before} == before

@@ -212,18 +212,17 @@ def plan(args: argparse.Namespace) -> None:
     Example: coded-torch plan --deadline 200ms --latencies seconds.csv --num-workers 6
     A DURATION is such as 0.2, 200ms or 2s.
     """
-    need("demo", "matplotlib")
     options = {**vars(args)}
     conditions = planner.CONDITIONS[options.pop("conditions")]
     path = options.pop("latencies")
-    output, *_ = (options.pop(name) for name in ("output", "run", "line"))
+    for name in ("run", "line"):
+        del options[name]
     options["progress"] = partial(progress, what="policies")
     with usage():
         found = planner.plan(
             conditions if path is None else planner.read_latencies(path), **options
         )
     say(str(found))
-    save(found.draw(), output)
 
 
 def info(args: argparse.Namespace) -> int:
@@ -383,8 +382,6 @@ _COMMANDS: dict[Callable[[argparse.Namespace], int | None], tuple[Any, ...]] = {
         "simulation",
         ("--num-requests", int, 5000, "simulated requests per policy"),
         ("--seed", int, 0, "the seed of all draws"),
-        "output",
-        ("--output", picture, Path("coded-torch-plan.png"), "the picture: .png, .svg or .pdf"),
     ),
     info: (
         (

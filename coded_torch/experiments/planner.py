@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +26,6 @@ from ..verification._verifier import Verifier
 from ._untuned import BUDGETS, PARTS, SHARES
 from .scores import grouped
 from .simulation import OVERHEAD, Conditions, simulate
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Seconds = NDArray[np.float64]
 
@@ -99,22 +96,6 @@ class Plan(NamedTuple):
         if least.kind not in ("estimated", "coded"):
             lines.append("Neither estimates nor codes are worth it here.")
         return "\n".join(lines)
-
-    def draw(self) -> Figure:
-        """Draw the share of slower requests against latency, for the best option of each kind."""
-        from matplotlib.figure import Figure  # an extra; and not pyplot: no state, no display
-
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.add_subplot()
-        for kind, option in self.best.items():
-            slower = np.arange(len(option.latencies), 0, -1) / len(option.latencies)
-            label = f"{kind}: {option.name}, {option.parts} parts"
-            axes.step(1e3 * option.latencies, slower, label=label, where="post")
-        axes.axvline(1e3 * self.deadline, color="0.4", linestyle=":", label="deadline")
-        axes.set(xlabel="latency, ms", ylabel="share of requests that take longer")
-        axes.set(xscale="log", yscale="log", title=f"{self.workers}, simulated")
-        axes.legend(frameon=False, fontsize="small")
-        return figure
 
 
 class _Tail(Stragglers):
@@ -234,8 +215,9 @@ def plan(
         if verify:
             use += f", verify={verify:g}"
         use = f"CodedWrapper(model, {use}, workers=pool, waiting={waiting})"
-        numbers = latencies, slowest, late, outcome.work, estimated, meets
-        options.append(Option(kind, name, use, k, n, *numbers))
+        options.append(
+            Option(kind, name, use, k, n, latencies, slowest, late, outcome.work, estimated, meets)
+        )
     return Plan(options, deadline, accuracy, f"{num_workers} workers, load {load:g}")
 
 
