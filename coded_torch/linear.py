@@ -329,8 +329,9 @@ class SelectMap(LinearMap):
     def __init__(self, num_inputs: int, source: Tensor, used: Tensor, weights: Tensor) -> None:
         combined = (source < 0).nonzero().flatten()
         self._takes_any_dtype = not (len(combined) or len(used))
-        operands = source.clamp(min=0), combined, used, weights.double()
-        super().__init__(num_inputs, len(source), *operands)
+        super().__init__(
+            num_inputs, len(source), source.clamp(min=0), combined, used, weights.double()
+        )
 
     def _apply(self, values: Tensor, transpose: bool) -> Tensor:
         source, combined, used, matrix = self._operands(values)

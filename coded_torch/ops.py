@@ -104,8 +104,7 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     coefficients, schedule, gather, scatter = ctx.saved_tensors
-    where = scatter, None, None
-    grad = _apply(grad, coefficients, schedule, not ctx.transpose, *where)  # [n, G, m]
+    grad = _apply(grad, coefficients, schedule, not ctx.transpose, scatter, None, None)  # [n, G, m]
     if gather is not None:  # rows may repeat, so they add up; one more row takes index -1
         inside = (gather >= 0) & (gather < ctx.rows_in)
         rows = gather.where(inside, ctx.rows_in).flatten()
@@ -150,8 +149,7 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         coefficients, schedule, gather, scatter = ctx.saved_tensors
-        where = gather, scatter, ctx.num_rows
-        return _apply(tangent, coefficients, schedule, ctx.transpose, *where)
+        return _apply(tangent, coefficients, schedule, ctx.transpose, gather, scatter, ctx.num_rows)
 
 
 def _normally(name: str) -> Any:

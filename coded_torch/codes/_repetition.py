@@ -216,8 +216,14 @@ class _MidpointPlan(_RepetitionPlan):
         points = torch.cat([rows, midpoints[:, torch.arange(n - k) % len(pairs)]], 1)  # [G, N]
         extended = map(self._extended, inputs)
         parts = cut(points.flatten(), n)
-        arguments = [*extended], size + midpoints.numel(), (), [part.unique() for part in parts]
-        RowPlan.__init__(self, code.regression, *arguments)
+        RowPlan.__init__(
+            self,
+            code.regression,
+            [*extended],
+            size + midpoints.numel(),
+            (),
+            [part.unique() for part in parts],
+        )
         self.num_groups = groups
         self._rows = points.flatten()[torch.from_numpy(_deal(groups, n))]
 

@@ -267,9 +267,14 @@ class Trial:
         self, decoder: Callable[..., Any], received: Sequence[int], name: str
     ) -> list[Tensor]:
         """Return the answers of a function of inputs, outputs and received workers, checked."""
-        arguments = [x.clone() for x in self._inputs.batches()], [x.clone() for x in self.exact]
         with torch.no_grad(), as_called():
-            found: list[Any] = pytree.tree_leaves(decoder(*arguments, [*received]))
+            found: list[Any] = pytree.tree_leaves(
+                decoder(
+                    [x.clone() for x in self._inputs.batches()],
+                    [x.clone() for x in self.exact],
+                    [*received],
+                )
+            )
         wanted = [[*x.shape] for x in self.exact]
         got = [[*getattr(x, "shape", [])] for x in found]
         if got != wanted:

@@ -1,5 +1,6 @@
 r"""Codes and trivial baselines side by side on one's own model."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._arguments import check, count, instance, shown
+from .._arguments import count, instance, shown
 from .._torch import as_called, on_host
 from ..codes import (
     BerrutCode,
@@ -273,18 +274,14 @@ def received_by(delays: Stragglers, num_workers: int, lost: int) -> list[int]:
 
 
 def _setting(setting: Any) -> Setting:
-    try:
-        n, k, s = (count("compare", "settings", value, least=None) for value in setting)
-    except (TypeError, ValueError):
-        n = 0
-        k = 0
-        s = 0
-    requirement = (
-        "settings must be Setting(num_workers, num_data, num_stragglers), or N, K and S in this"
+    with contextlib.suppress(TypeError, ValueError):
+        n, k, s = (count("compare", "settings", value, least=0) for value in setting)
+        if 1 <= k <= n and s < n:
+            return Setting(n, k, s)
+    raise ValueError(
+        "compare: settings must be Setting(num_workers, num_data, num_stragglers), or N, K and S "
+        f"in this order, integers with 1 <= K <= N and 0 <= S < N, got {shown(setting)}"
     )
-    requirement += " order, integers with 1 <= K <= N and 0 <= S < N"
-    check("compare", 1 <= k <= n and 0 <= s < n, requirement, setting)
-    return Setting(n, k, s)
 
 
 def _flat(leaves: Sequence[Tensor]) -> Tensor:

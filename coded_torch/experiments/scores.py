@@ -85,8 +85,14 @@ def score(decoded: Tensor, exact: Tensor, labels: Tensor | None = None) -> Score
         right, own_right = ((x == labels).double().mean().item() for x in (found, own))
     variance = spread.square().sum(-1).mean()
     agreement = (found == own).double().mean()
-    errors = squares.mean().item(), squares.sqrt().mean().item()
-    return Score(*errors, variance.item(), right, own_right, agreement.item())
+    return Score(
+        squares.mean().item(),
+        squares.sqrt().mean().item(),
+        variance.item(),
+        right,
+        own_right,
+        agreement.item(),
+    )
 
 
 def check_labels(owner: str, labels: Any, exact: Tensor) -> None:
@@ -363,8 +369,9 @@ class Comparison:
                 value = [interval[0] for _, interval in drawn]
                 bars = np.array([_bars(interval) for _, interval in drawn]).reshape(-1, 2).T
                 # Hollow markers of falling size: a line that another one covers stays visible.
-                look = {"marker": "os^vPDX"[i % 7], "fillstyle": "none", "ms": max(3, 9 - i / 2)}
-                lines[name] = axes.errorbar(at, value, bars, **look)
+                lines[name] = axes.errorbar(
+                    at, value, bars, marker="os^vPDX"[i % 7], fillstyle="none", ms=max(3, 9 - i / 2)
+                )
             axes.set(yscale=scale, ylabel=title, xlabel="workers" if along == 0 else "workers lost")
             axes.locator_params("x", integer=True)
         if lines:

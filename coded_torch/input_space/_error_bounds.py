@@ -84,8 +84,9 @@ def bounds_of(
         tensors = []
         if process is not None:
             tensors = process.tensors
-        given = tensors, residuals, y, answers, *of_labels, trust, most
-        thresholds, odd, p_values = ops.error_bounds(*given)
+        thresholds, odd, p_values = ops.error_bounds(
+            tensors, residuals, y, answers, *of_labels, trust, most
+        )
         return Bounds(rows, thresholds, odd, None if of_labels[0] is None else p_values)
     variances = torch.ones(len(rows)).double()
     of_left_out = torch.ones(count).double()
@@ -127,8 +128,9 @@ def bounds_of(
     if weights is None:  # only of results that calibrate, as all weights around a mean are 0
         known = evenly(known.T, most).T.contiguous()
         weights = known.new_zeros(len(rows), known.shape[1])
-    given = weights, variances, moved.sqrt_(), known, trust, count, most, False
-    thresholds, odd = ops.error_thresholds(*given)
+    thresholds, odd = ops.error_thresholds(
+        weights, variances, moved.sqrt_(), known, trust, count, most, False
+    )
     return Bounds(rows, thresholds, odd, p_values)
 
 

@@ -170,10 +170,10 @@ class RowPlan:
 
     def _flat(self, results: Tensor, received: Sequence[int]) -> Tensor:
         if results.shape[:2] != (len(received), self.num_groups) or not len(received):
-            requirement = (
-                f"results must have shape {[len(received) or 1, self.num_groups]} and more"
+            raise ValueError(
+                f"{type(getattr(self, 'code', self)).__name__}: results must have shape "
+                f"{[len(received) or 1, self.num_groups]} and more, got {[*results.shape]}"
             )
-            check(getattr(self, "code", self), False, requirement, [*results.shape])
         return results.flatten(0, 1)
 
     def decode(self, results: Tensor, received: Sequence[int], search: bool = True) -> Tensor:
@@ -227,8 +227,13 @@ class RowPlan:
         with outside(), exactly():
             for part in (x for x in self._parts if x.measured):
                 squared, step = part.by(part.first)
-                given = squared, step * (self._length or LENGTH), part.order, _NEIGHBOURS, NUGGET
-                variances.index_copy_(0, part.rows, ops.path_variances(*given))
+                variances.index_copy_(
+                    0,
+                    part.rows,
+                    ops.path_variances(
+                        squared, step * (self._length or LENGTH), part.order, _NEIGHBOURS, NUGGET
+                    ),
+                )
         return variances
 
 
@@ -238,8 +243,8 @@ def check_batch(
     """Return the plain inputs and the size of the batch, or raise as :meth:`Regression.plan`."""
     if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence):
         raise TypeError(f"{owner}: inputs must be a sequence of tensors, got {shown(inputs)}")
-    is_known = inputs or batch_size is not None
-    check(owner, is_known, "batch_size must be given where there are no inputs", batch_size)
+    if not inputs and batch_size is None:
+        raise ValueError(f"{owner}: batch_size must be given where there are no inputs, got None")
     size = None
     if batch_size is not None:
         size = count(owner, "batch_size", batch_size)
@@ -247,10 +252,11 @@ def check_batch(
         dense(owner, f"inputs[{i}]", x)
         if size is None:
             size = x.shape[:1].numel()
-        requirement = (
-            f"batch_size must be that of inputs[{i}], of shape {[*x.shape]}, and at least 1"
-        )
-        check(owner, size and x.shape[:1] == (size,), requirement, size)
+        if not size or x.shape[:1] != (size,):
+            raise ValueError(
+                f"{owner}: batch_size must be that of inputs[{i}], of shape {[*x.shape]}, and at "
+                f"least 1, got {size}"
+            )
     return [plain(owner, f"inputs[{i}]", x) for i, x in enumerate(inputs)], size or 0
 
 

@@ -113,8 +113,9 @@ class Regressor:
             fits = [by.fits[metric] for metric in among]
             place = [*among].index(standard) if standard in among else -1
             coordinates, _, units = map(list, zip(*fits, strict=True))
-            where = by.typical, by.order, *some
-            found = ops.choose_regression(coordinates, units, *where, place, length, NUGGET)
+            found = ops.choose_regression(
+                coordinates, units, by.typical, by.order, *some, place, length, NUGGET
+            )
             return among[found[0]], found[1]
 
         gradients = [x for x in metrics if isinstance(x, GradientMetric)]

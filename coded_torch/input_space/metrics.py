@@ -250,8 +250,9 @@ class Distances:
             else:
                 sources.notes.append(f"the metric {metrics[0]!r} does not apply to these inputs")
         fit = self.fits[self.first]
-        given = fit.coordinates, fit.unit, self.typical
-        squared, squares, self.order, step = squared_distances(*given)
+        squared, squares, self.order, step = squared_distances(
+            fit.coordinates, fit.unit, self.typical
+        )
         self._measured: dict[str | Features, tuple[Tensor, float]] = {self.first: (squared, step)}
         self.far = squares > FAR**2 * fit.unit
         if self.typical is not None:
@@ -296,7 +297,8 @@ class Distances:
         """
         if metric not in self._measured:
             fit = self.fits[metric]
-            given = fit.coordinates, fit.unit, self.typical, self.order
-            squared, _, _, step = squared_distances(*given)
+            squared, _, _, step = squared_distances(
+                fit.coordinates, fit.unit, self.typical, self.order
+            )
             self._measured[metric] = squared, step
         return self._measured[metric]

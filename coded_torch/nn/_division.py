@@ -177,8 +177,17 @@ class Inputs:
                 units = division.spread(leaves[-1])
                 num_units, unit_rows = units.shape[:2]
                 leaves[-1] = units.flatten(0, 1)
-        shared = self.spec, num_units, unit_rows, self.device, out_dims, self.layout, self.texts
-        return Task(leaves, self.dims, *shared)
+        return Task(
+            leaves,
+            self.dims,
+            self.spec,
+            num_units,
+            unit_rows,
+            self.device,
+            out_dims,
+            self.layout,
+            self.texts,
+        )
 
     def floating(self) -> list[Tensor]:
         """Return the floating-point :meth:`batches`: distances are measured on them."""

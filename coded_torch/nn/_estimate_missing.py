@@ -297,8 +297,11 @@ class Answers:
         if by_rows:  # estimates are rounded once, at the end
             scaled = scaled.to(torch.promote_types(scaled.dtype, torch.float32))
         scaled = to_scale(scaled, self._link)
-        given = scaled, plan, self._division, received, approximations
-        weights, scaled, offsets = _residuals(*given) if approximations else ({}, scaled, ())
+        weights, scaled, offsets = (
+            _residuals(scaled, plan, self._division, received, approximations)
+            if approximations
+            else ({}, scaled, ())
+        )
         # A memory is a regression, too, and leaves what the same metric and length estimate well.
         students = [j for j in weights if not isinstance(self._surrogates[j], Memory)]
         answers = plan.decode(scaled, received, search=not weights or bool(students))

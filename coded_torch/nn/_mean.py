@@ -225,8 +225,15 @@ class Looks:
         if self._bounds is not None or self._anytime:
             places = torch.empty_like(self.order)
             places[self.order[:size]] = torch.arange(size)
-            given = y[places[self.drawn[:size]]], self.shares, self._limits(y), self._data.total
-            found = bounded(found, *given, level=self._level, at_looks=self._at_looks)
+            found = bounded(
+                found,
+                y[places[self.drawn[:size]]],
+                self.shares,
+                self._limits(y),
+                self._data.total,
+                level=self._level,
+                at_looks=self._at_looks,
+            )
         return found, sampled
 
     def _limits(self, y: Tensor) -> Tensor:

@@ -460,8 +460,15 @@ class Checks:
         if whole is not None:
             size = self._division.batch_size
             leaves = [leaf.unsqueeze(1) for leaf in whole.leaves]
-            forms = whole.dims, whole.divided, whole.lists, whole.spec
-            return Stacked(range(size), leaves, *forms, np.zeros(size, np.bool_))
+            return Stacked(
+                range(size),
+                leaves,
+                whole.dims,
+                whole.divided,
+                whole.lists,
+                whole.spec,
+                np.zeros(size, np.bool_),
+            )
         good = self.table.good
         first = min(good, key=attrgetter("number")).result  # not the first to arrive
         # Side by side in the order of their units, which leaves little or nothing to put in place.

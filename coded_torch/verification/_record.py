@@ -74,9 +74,9 @@ class Record:
 
     def sample(self, rows: Sequence[int], share: float) -> list[int]:
         """Draw a share of rows, on average."""
-        many = share * len(rows)
-        some = int(many) + (self.random.random() < many % 1)
-        return self.random.sample(rows, min(some, len(rows)))
+        mean = share * len(rows)
+        number = int(mean) + (self.random.random() < mean % 1)
+        return self.random.sample(rows, min(number, len(rows)))
 
     def draw(
         self, parts: Sequence[Sequence[int]], idle: int = 0
@@ -164,24 +164,26 @@ class Record:
             faults[worker] = faults.get(worker, 0) + 1
             self._clean[worker] = 0
             order = sorted(faults, key=faults.__getitem__, reverse=True)
-            every = sum(1 + parts[w] for w in workers)
+            all_parts = sum(1 + parts[w] for w in workers)
             total = sum(faults.values())
             for k in range(1, len(workers) // 2 + 1):
-                some = order[:k]
-                own = sum(faults[w] for w in some)
-                at = sum(1 + parts[w] for w in some)
-                later = own - len(some)
-                since = at - sum(self._before[w] for w in some)
-                chance = math.comb(len(workers), k) * _tail(total, own, at / every)
-                by_later = math.comb(len(order), len(some)) * _tail(total, later, since / every)
-                if own > len(some) and min(chance, by_later) <= _CHANCE:
+                suspects = order[:k]
+                their_faults = sum(faults[w] for w in suspects)
+                their_parts = sum(1 + parts[w] for w in suspects)
+                repeated = their_faults - len(suspects)
+                parts_since = their_parts - sum(self._before[w] for w in suspects)
+                chance = _tail(total, their_faults, their_parts / all_parts)
+                chance *= math.comb(len(workers), k)
+                of_repeats = _tail(total, repeated, parts_since / all_parts)
+                of_repeats *= math.comb(len(order), len(suspects))
+                if repeated > 0 and min(chance, of_repeats) <= _CHANCE:
                     break
             else:
                 most = faults[order[0]]
                 if len(order) > max(2, len(workers) / 2) and most <= 2 * (total - most):
                     self.stopped = "results of most workers differ from what others compute"
                 return False
-            if worker not in some:
+            if worker not in suspects:
                 return False
             # Before the record: an excluded one with a part counts as restarted. It may have left.
             if self.pool.exclude is not None:
@@ -211,6 +213,7 @@ class Record:
 
 def _tail(count: int, least: int, share: float) -> float:
     """Return the probability of ``least`` or more of some events that have a probability each."""
-    some = range(least, count + 1)
     share = min(share, 1.0)
-    return sum(math.comb(count, n) * share**n * (1 - share) ** (count - n) for n in some)
+    return sum(
+        math.comb(count, n) * share**n * (1 - share) ** (count - n) for n in range(least, count + 1)
+    )
