@@ -353,8 +353,8 @@ def _excess(
     tiny = np.finfo(np.float64).tiny
     usual = np.maximum(np.median(squares[kept], axis=0), tiny)  # [G]
 
-    def score(some: Floats) -> Floats:
-        return np.asarray(np.log(np.maximum(some / usual, tiny)).mean(-1) / 2)
+    def score(of_groups: Floats) -> Floats:
+        return np.asarray(np.log(np.maximum(of_groups / usual, tiny)).mean(-1) / 2)
 
     scores = score(squares[kept])
     places = np.array(kept)
@@ -366,10 +366,10 @@ def _excess(
     excess = list[float]()
     for worker in dropped:
         others = [x for x in dropped if x != worker]
-        own = float(score(_relative(residuals, encoder, others)[worker]))
+        score_of_worker = float(score(_relative(residuals, encoder, others)[worker]))
         at = int(np.searchsorted(places, worker))
         around = scores[max(0, at - NEIGHBOURS) : at + NEIGHBOURS]
-        excess.append(own - float(np.median(around)))
+        excess.append(score_of_worker - float(np.median(around)))
     spreads = _SPREADS + min(_FEW / residuals.count, _MOST_SPREADS)
     return excess, math.log(_RATIO) + spreads * spread
 

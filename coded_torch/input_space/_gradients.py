@@ -213,17 +213,15 @@ def _varying(rows: Tensor, by_output: list[Tensor]) -> Tensor | None:
 def from_outputs(rows: Any, outputs: Any) -> GradientMetric:
     r"""Return a metric by which inputs are near if their outputs are, without the module.
 
-    It serves modules that have no gradients, such as those behind an endpoint. A kernel regression
-    learns the outputs, and is differentiated in place of the module. Then it learns again, in the
-    metric that its gradients give, as a recursive feature machine does (arXiv:2212.13881).
+    A kernel regression learns the outputs, and is differentiated in place of the module, in rounds,
+    as a recursive feature machine does (arXiv:2212.13881). Raises a ValueError if fewer than 8 rows
+    are finite, or if all rows or outputs are equal.
 
     Args:
         rows: some 300 typical inputs: a tensor, a tuple of positional arguments, or a mapping of
             keyword arguments, with the batch along dimension 0. At most 512 are used. Rows that are
             not finite, or whose outputs are not, are left out.
         outputs: the module's outputs for these rows: a tensor, or several in any structure.
-
-    Raises a ValueError if fewer than 8 rows are finite, or if all rows or outputs are equal.
     """
     args, kwargs = arguments(rows, None)
     leaves = [x for x in pytree.tree_leaves((args, kwargs)) if _is_numbers(x)]

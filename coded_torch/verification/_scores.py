@@ -90,9 +90,9 @@ class Scores:
         with self._lock:
             while self.left:
                 now, scores, is_checked = self.left.popleft()
-                for bar, some in zip((self.rows, self.parts), scores, strict=False):
+                for bar, seen in zip((self.rows, self.parts), scores, strict=False):
                     # Odd scores of what may be wrong count as the bar, and leave it where it is.
-                    bar.add(some if is_checked else [min(score, bar.at) for score in some])
+                    bar.add(seen if is_checked else [min(score, bar.at) for score in seen])
                 pairs = list(zip(self.recent or now, now, strict=True))
                 if self.recent is not None and all(a.shape[1:] == b.shape[1:] for a, b in pairs):
                     now = Recent(*[torch.cat(pair)[-_ROWS:] for pair in pairs])
@@ -124,7 +124,7 @@ class _Bar:
             self._new = 0
 
 
-def _some(rows: Tensor) -> Tensor:
+def _few_columns(rows: Tensor) -> Tensor:
     """Return 64 columns of ``[n, C]`` at most, evenly spaced."""
     return rows[:, :: max(1, -(-rows.shape[1] // _COLUMNS))]
 
@@ -206,7 +206,7 @@ class Results:
             if leaf.dtype.is_floating_point and leaf.numel():
                 numbers.append(_flat_rows(leaf).float())
         if numbers and self._rows:
-            self._scored[part] = _some(torch.cat(numbers, 1)).cpu()
+            self._scored[part] = _few_columns(torch.cat(numbers, 1)).cpu()
 
     @property
     def tolerance(self) -> float:
@@ -381,7 +381,7 @@ def _spreads(rows: Tensor, num_workers: int) -> tuple[Tensor, Tensor]:
     values = _flat_rows(rows)
     columns = values.shape[1]
     if columns > _OWN_SPREAD:
-        values = _some(values)
+        values = _few_columns(values)
         columns = 1
     values = values.to("cpu", torch.promote_types(values.dtype, torch.float32))
     values = values.reshape(num_workers, -1, columns)

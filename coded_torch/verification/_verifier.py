@@ -335,17 +335,17 @@ class Verifier:
         """Have a worker at fault compute what others answered, and what it has not seen."""
         table = self.table
         probes = self._probes
-        left = self.faults[worker]
+        unasked = self.faults[worker]  # a probe per fault
         seen = {u for p in table.parts if worker in (p.worker, probes.get(p)) for u in p.units}
-        some = list({part.units for part in table.answered.values()})
-        self.record.random.shuffle(some)
-        for units in sorted(some, key=lambda units: len(seen.intersection(units))):
+        candidates = list({part.units for part in table.answered.values()})
+        self.record.random.shuffle(candidates)
+        for units in sorted(candidates, key=lambda units: len(seen.intersection(units))):
             unseen = [unit for unit in units if unit not in seen]
-            if left and unseen and (len(unseen) == len(units) or not self.record.whole):
+            if unasked and unseen and (len(unseen) == len(units) or not self.record.whole):
                 probe = table.ask(unseen, why="check")
                 probe.avoid = frozenset(self.record.everyone - {worker})
                 probes[probe] = worker
-                left = left - 1
+                unasked -= 1
                 seen.update(unseen)
 
     def _conclude(self) -> float:
