@@ -258,7 +258,8 @@ class Batcher:
                 fresh += batch.parts
         if stuck >= share:
             return 0
-        return min(free, self._slots()[0] - share - stuck - fresh)
+        rest = self._slots()[0] - share - stuck
+        return min(free, (rest + 1) // 2 - fresh)  # as each part may be hedged
 
     def check(self, rows: int, deadline: float, *, is_read: bool = False) -> None:
         """Refuse (503) a request if the queue is full, or its answer would probably be late.

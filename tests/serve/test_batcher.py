@@ -146,11 +146,25 @@ async def test_slots_are_left_for_clients_with_answers_while_these_ask(model):
     first = put(batcher, *[2.0] * 9, client="newer")
     others = [put(batcher, 3.0, client="newest"), put(batcher, 4.0, client="known")]
     await until(lambda: len(model.parts) == 5)
-    assert sorted(model.parts[3:]) == [1, 2]
+    assert model.parts[3:] == [1, 1]  # of two slots, one is for the hedge of a part
     assert sorted(model.batches[3:]) == [[2.0] * 9, [4.0]]  # the newest client waits
     model.go.set()
     await answers(first, *others)
     assert model.batches[5:] == [[3.0]]
+
+
+async def test_parts_of_unknown_clients_and_their_hedges_leave_a_third_of_the_slots(model):
+    batcher = model.batcher(slots=lambda: (6, 1))
+    model.go.set()
+    await answers(put(batcher, 0.0, client="known"))
+    model.go.clear()
+    entries = [put(batcher, 9.0, client="known")]
+    entries += [put(batcher, float(i), client=f"new {i}") for i in range(1, 5)]
+    await until(lambda: len(model.batches) == 4)
+    await asyncio.sleep(0.05)
+    assert sorted(model.batches[1:]) == [[1.0], [2.0], [9.0]]
+    model.go.set()
+    assert await answers(*entries) == [[18.0], [2.0], [4.0], [6.0], [8.0]]
 
 
 async def test_late_rows_take_a_third_of_the_slots_while_known_clients_ask(model):
