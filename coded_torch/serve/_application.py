@@ -431,7 +431,7 @@ class App(Starlette):
             headers["Inference-Header-Content-Length"] = str(length)
         kind = "application/json" if length is None else "application/octet-stream"
         if is_wide:
-            return _Wide(self, size, pieces, headers=headers, media_type=kind)
+            return _Wide(self, size, pieces, headers, kind)
         return Response(b"".join(pieces), headers=headers, media_type=kind)
 
     async def _refuse(self, request: Request, error: Exception) -> Response:
@@ -480,11 +480,13 @@ async def _first(
 class _Wide(Response):
     """An answer that is sent as its client reads it, piece by piece."""
 
-    def __init__(self, owner: App, size: int, pieces: Sequence[Any], **how: Any) -> None:
+    def __init__(
+        self, owner: App, size: int, pieces: Sequence[Any], headers: dict[str, str], media_type: str
+    ) -> None:
         self._owner = owner
         self._size = size
         self._pieces = deque(pieces)
-        super().__init__(**how)
+        super().__init__(headers=headers, media_type=media_type)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
