@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ._torch import as_real, broadcast_dims, different_rows, flatten, has_rows, positional
+from ._torch import LEAF, as_real, broadcast_dims, different_rows, flatten, has_rows, positional
 from ._untuned import ROUNDING, ROUNDING_OF_HALF
 
 #: The types of outputs that pass through, if all workers return the same. A float does not: it is a
@@ -38,6 +38,11 @@ class Layout:
         self.constants = frozenset[int]()
         self.is_doubted = False  #: true if later results do not fit it: it is proved again
         self.note = ""  #: a remark on each call: the rows of the module depend on each other
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether the output is a single tensor."""
+        return self.spec is LEAF
 
     def flatten(self, value: Any) -> tuple[list[Any], pytree.TreeSpec]:
         """Return the leaves, where a list with an item per row is one leaf, and the structure."""

@@ -229,7 +229,7 @@ class Table:
     #: Of first parts that have all ended well in a :meth:`Request.round`, the worker of each, and
     #: when it began and ended; else empty.
     times: Sequence[tuple[int, float, float]] = ()
-    _result: Any = None  # of all parts of the round together
+    _result: Callable[[], Any] | None = None  # returns the one of all parts of the round together
     _make: Callable[[], Sequence[Part]] | None = None  # the first parts, until they are read
     _parts: list[Part] = field(default_factory=list)
     _ended: list[Part] = field(default_factory=list)
@@ -253,7 +253,7 @@ class Table:
                 part.worker = worker
                 part.began = began
                 part.ended = ended
-                part.result = self._result
+                part.result = self._result and self._result()
                 part.outcome = GOOD
             if self.times:
                 self._ended = sorted(self._parts, key=lambda part: part.ended)
@@ -291,7 +291,9 @@ class Table:
         """Let the first parts be objects that a pool has made."""
         self._make = lambda: parts
 
-    def end_first(self, times: Sequence[tuple[int, float, float]], result: Any) -> None:
+    def end_first(
+        self, times: Sequence[tuple[int, float, float]], result: Callable[[], Any]
+    ) -> None:
         """Write that all first parts have ended well, with one result of all their units."""
         self.times = times
         self._result = result

@@ -21,7 +21,8 @@ from torch.utils._device import DeviceContext
 from ._arguments import arguments, bound
 
 _T = TypeVar("_T")
-_LEAF = pytree.tree_structure(0)
+#: The structure of a single tensor.
+LEAF = pytree.tree_structure(0)
 _ALIGNMENT = 16  # bytes, as wide as the widest access of a kernel
 _generators = threading.Lock()
 
@@ -251,7 +252,7 @@ def flatten(
     Dataclasses that torch has not seen are registered, as Hugging Face registers its outputs.
     """
     if isinstance(tree, Tensor):
-        return [tree], _LEAF
+        return [tree], LEAF
     leaves, spec = pytree.tree_flatten(tree, is_leaf)
     unknown = {type(x) for x in leaves if hasattr(type(x), "__dataclass_fields__")}
     registered = [kind for kind in unknown if _register(kind)]
@@ -285,7 +286,7 @@ def is_texts(node: Any) -> bool:
 
 def unflatten(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
     """Return the tree of these leaves and this structure."""
-    if spec is _LEAF:
+    if spec is LEAF:
         return leaves[0]
     return pytree.tree_unflatten(leaves, spec)
 

@@ -344,7 +344,7 @@ class CodedWrapper(ModuleProxy):
         report.notes += execution.notes_of_rows()
         self._warn_once(waiting, execution)
         report._enter("decode")
-        whole = execution.checks.joined
+        whole = execution.checks.whole
         if whole is not None and not self.surrogate:  # none learns from the answers
             return answers.of_whole(whole)
         with on_host():

@@ -83,7 +83,10 @@ class Inputs:
         self.device: torch.device = self.leaves[first].device
         numbers = [i for i in sizes if has_numbers(self.leaves[i])]
         self._on_device = [i for i in numbers if not self.leaves[i].is_cpu]
-        self._look_at([i for i in numbers if self.leaves[i].is_cpu])
+        # A pool may tell that they are finite, at less cost. Where units mix rows, they must be.
+        self._unlooked = [i for i in numbers if self.leaves[i].is_cpu]
+        if mixing is not None:
+            self._look_at_host()
         #: Sums of the inputs on devices, which are finite only if these inputs are. Whoever has to
         #: wait for a device reads them, too. None are left once that has happened.
         self.unread = list[Tensor]()
@@ -133,10 +136,21 @@ class Inputs:
 
         Raises a ValueError if one is not, and the code mixes inputs.
         """
+        self._look_at_host()
         if self.unread:
             is_finite = all_finite(self.unread)
             self.unread = []
             self._look_at([] if is_finite else self._on_device)
+
+    def found_finite(self) -> None:
+        """Note that a pool has found the inputs on the host to be finite."""
+        self._unlooked = []
+
+    def _look_at_host(self) -> None:
+        places = self._unlooked
+        self._unlooked = []
+        if places:
+            self._look_at(places)
 
     def _look_at(self, numbers: Sequence[int]) -> None:
         """Note which rows of some leaves are not finite; raise a ValueError if rows are mixed."""
@@ -210,22 +224,28 @@ class Inputs:
     def _checked_size(self, i: int, dim: int) -> int:
         leaf: Tensor = self.leaves[i]
         mixing = self._mixing
-        name = f"CodedWrapper: {self._name(i)} must"
         whole = not (leaf.dtype.is_floating_point or leaf.dtype.is_complex)
-        dense("CodedWrapper", self._name(i), leaf, not whole, "" if mixing else ", or integers")
+        dense(
+            "CodedWrapper",
+            lambda: self._name(i),
+            leaf,
+            not whole,
+            "" if mixing else ", or integers",
+        )
         if torch._C._are_functorch_transforms_active():
             plain("CodedWrapper", self._name(i), leaf)  # raises under vmap, which hides the batch
         if whole and mixing is not None:
             got = "strings" if i in self.texts else leaf.dtype
             raise TypeError(
-                f"{name} be floating-point, as {mixing} mixes inputs, got {got}; leave the "
-                "code out, or take one that repeats inputs, or code what it is turned into instead "
-                "(the embeddings of tokens), or, if it is meant for the whole batch, pass it by "
-                'position with "shared" in in_dims'
+                f"CodedWrapper: {self._name(i)} must be floating-point, as {mixing} mixes inputs, "
+                f"got {got}; leave the code out, or take one that repeats inputs, or code what it "
+                "is turned into instead (the embeddings of tokens), or, if it is meant for the "
+                'whole batch, pass it by position with "shared" in in_dims'
             )
         if not -leaf.dim() <= dim < leaf.dim():
             requirement = f'have the batch dimension {dim}, or "shared" in in_dims'
-            raise ValueError(f"{name} {requirement}, got shape {(*leaf.shape,)}")
+            name = f"CodedWrapper: {self._name(i)}"
+            raise ValueError(f"{name} must {requirement}, got shape {(*leaf.shape,)}")
         return leaf.shape[dim]
 
     def _check_shared(self, dims: Sequence[Any]) -> None:

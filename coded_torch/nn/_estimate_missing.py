@@ -26,7 +26,7 @@ from ..verification._verifier import Verifier
 from ._division import Division
 from ._finite import finite
 from ._report import Report, logger
-from ._result_checks import Result, Stacked, show
+from ._result_checks import Stacked, show
 
 Plan: TypeAlias = BatchPlan | RowPlan
 
@@ -133,13 +133,13 @@ class Answers:
             self._remember(floating, report.estimated)
         return stacked.tree(answers)
 
-    def of_whole(self, result: Result) -> Any:
+    def of_whole(self, value: Any) -> Any:
         """Return the module's output for all rows, which is the answers as they are."""
-        floating = [leaf for leaf in result.leaves if leaf.dtype.is_floating_point]
+        floating = [leaf for leaf in flatten(value)[0] if leaf.dtype.is_floating_point]
         self._report._note_whole(
             self._division.batch_size, self._coverage, floating[0] if floating else None
         )
-        return result.value
+        return value
 
     def of_surrogate(self, waiting: Waiting, stacked: Stacked | None, error: Exception) -> Any:
         """Return a surrogate's answers, in the form of earlier results if none came, or raise."""

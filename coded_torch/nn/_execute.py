@@ -1,11 +1,13 @@
 """Carries out a policy's decisions on one request to a pool, and names missing results."""
 
 import contextlib
+import functools
 import itertools
 import math
 import time
+import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -124,7 +126,9 @@ class Execution:
             if is_first and not asked and self.checks.may_join:
                 times = request.round(table.first, until, self.checks.join)
                 if times:
-                    table.end_first(times, self.checks.joined)
+                    # No cycle keeps results.
+                    joined = functools.partial(_joined, weakref.ref(self.checks))
+                    table.end_first(times, joined)
                     continue
                 if request.parts:
                     table.take(request.parts)
@@ -163,7 +167,6 @@ class Execution:
         """Return notes of rows that are infinite, not proved, or depend on others."""
         notes = list[str]()
         inputs = self._division.inputs
-        good = self.table.good
         if self._division.infinite:
             rows = _shown(sorted(self._division.infinite))
             notes.append(
@@ -172,9 +175,11 @@ class Execution:
             )
         if inputs.layout is not None and inputs.layout.note:
             notes.append(inputs.layout.note)
-        elif len(good) > 1 and inputs.batch_size > 1 and not good[0].result.proved:
-            why = inputs.unproved or "the output has another structure than before"
-            notes.append(f"it is not proved that outputs follow the rows of parts: {why}")
+        elif self.checks.whole is None and inputs.batch_size > 1:
+            good = self.table.good
+            if len(good) > 1 and not good[0].result.proved:
+                why = inputs.unproved or "the output has another structure than before"
+                notes.append(f"it is not proved that outputs follow the rows of parts: {why}")
         return tuple(notes)
 
     def compare(
@@ -313,6 +318,11 @@ class Execution:
             old = [note for note in getattr(cause, "__notes__", ()) if not note.startswith(_NOTE)]
             cause.__notes__ = [*old, *notes]
         return cause
+
+
+def _joined(checks: Callable[[], Checks | None]) -> Any:
+    found = checks()
+    return found and found.joined
 
 
 def _shown(rows: Sequence[int]) -> str:

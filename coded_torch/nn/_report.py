@@ -5,6 +5,7 @@ import functools
 import math
 import time
 from collections.abc import Collection, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -310,13 +311,19 @@ class Report:
         begun = 0
         asked = set[int]()
         received = set[int]()
-        for part in table.ended:
+        for worker, _, ended in sorted(table.times, key=itemgetter(2)):
+            self.latencies.pop(worker, None)
+            self.latencies[worker] = ended
+        if table.times:
+            begun = table.num_asked
+            asked = received = {*self.latencies}
+        for part in table.ended if not begun else ():
             self.latencies.pop(part.worker, None)
             if part.worker >= 0 and not part.fresh:
                 self.latencies[part.worker] = part.ended
             if part.outcome is GOOD:
                 received.add(part.worker)
-        for part in table.parts:
+        for part in table.parts if not begun else ():
             if part.began < math.inf:
                 begun += len(part.units)
                 asked.add(part.worker)
@@ -332,7 +339,7 @@ class Report:
             if error.worker >= 0:
                 self.rejected[error.worker] = error.reason
         self.ended = table.end
-        if self.ended and len(table.parts) > len(table.first):
+        if self.ended and table.has_later:
             self.hedges = table.hedges
         for name in ("hedging_threshold", "deadline"):
             seconds = getattr(table, name)

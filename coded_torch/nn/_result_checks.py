@@ -289,7 +289,7 @@ class Checks:
         self._unconfirmed = dict[Part, str]()
         self._infinite = defaultdict[tuple[int, bytes], set[int]](set)
         self._misfits: list[tuple[int, Part, Exception]] = []  # parts that cannot be decoded
-        self.joined: Result | None = None  #: the result of the whole batch, if one pass joined it
+        self.whole: Any = None  #: the output for the whole batch, if one pass joined it
 
     def judge(self, ended: Sequence[Part]) -> None:
         """Judge parts that ended together.
@@ -330,25 +330,39 @@ class Checks:
 
     @property
     def may_join(self) -> bool:
-        """Whether the pool may copy the results of all rows to one tensor for each leaf."""
+        """Whether the pool may copy the results of all rows to one tensor for each leaf.
+
+        The pool looks whether inputs and results are finite.
+        """
         division = self._division
         layout = division.task.layout
         if layout is None or layout.constants or layout.lists or division.link is not None:
             return False
         is_on_host = division.task.device.type == "cpu"
-        return division.by_rows and is_on_host and division.inputs.not_finite is None
+        return division.by_rows and is_on_host
 
     def join(self, value: Any) -> bool:
-        """Judge the result of all rows, which is finite; return whether it is good."""
-        division = self._division
-        try:
-            result = Result(value, range(division.batch_size), division)
-        except (TypeError, ValueError):  # it says which part is to blame once each is read
-            return False
-        if not result.proved or len(result.divided) < len(result.leaves) or any(result.dims):
-            return False
-        self.joined = result
+        """Judge the output for all rows, which is finite, as inputs are; return if it is good."""
+        layout = self._division.task.layout
+        dims = self._division.task.out_dims
+        is_tensor = type(value) is Tensor and layout is not None and layout.is_tensor
+        self.whole = value
+        if not (is_tensor and type(dims) is int and dims == 0):
+            try:
+                result = self.joined
+            except (TypeError, ValueError):  # it says which part is to blame once each is read
+                result = None
+            is_good = result is not None and result.proved
+            if not is_good or len(result.divided) < len(result.leaves) or any(result.dims):
+                self.whole = None
+                return False
+        self._division.inputs.found_finite()
         return True
+
+    @functools.cached_property
+    def joined(self) -> Any:
+        """The result of the whole batch."""
+        return Result(self.whole, range(self._division.batch_size), self._division)
 
     def _confirm(self, part: Part) -> None:
         """Count the results whose infinities two workers returned alike, now that a part has some.
@@ -421,6 +435,8 @@ class Checks:
     @property
     def rejected(self) -> list[WorkerError]:
         """The errors of all parts whose results do not count, in the order of asking."""
+        if self.whole is not None:
+            return []
         errors = list[Any](filter(None, map(attrgetter("error"), self.table.ended)))
         for part, name in self._unconfirmed.items():
             why = f"returned values that are not finite in {name}, and no other worker the same"
@@ -456,8 +472,8 @@ class Checks:
 
     def stack(self) -> Stacked:
         """Join the good results in the order of their units: rows, or a code's columns."""
-        whole = self.joined
-        if whole is not None:
+        if self.whole is not None:
+            whole = self.joined
             size = self._division.batch_size
             leaves = [leaf.unsqueeze(1) for leaf in whole.leaves]
             return Stacked(

@@ -7,7 +7,6 @@ fails on one broken worker only is given up, but not refused: it is missing.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import heapq
 import math
 import statistics
@@ -226,10 +225,8 @@ class _Decisions:
         self.is_remembered = False
         self.timers: list[tuple[float, int]] = []  # the due times and numbers of parts
         self.to_replace: dict[int, Part] = {}  # late and failed parts, by number
-        self.known_threshold = functools.cache(
-            lambda n: hedging_threshold(history, n * table.unit_rows, budget)
-        )
-        self.new_threshold = functools.cache(lambda n: _threshold_if_new(history, table, n))
+        self.thresholds: dict[int, float] = {}  # by units, as they were when first asked for
+        self.new_thresholds: dict[int, float] = {}  # the same until 32 parts have replied
         self.is_unknown = history.part(1, least=1) == math.inf  # how long any part takes
         table.late = (budget and self.threshold(min(map(len, table.first)))) or math.inf
         history.earn(budget)
@@ -271,14 +268,20 @@ class _Decisions:
 
     def threshold(self, units: int) -> float:
         """Return the seconds after which a part of so many units is late."""
-        known = self.known_threshold(units)
+        if units not in self.thresholds:
+            rows = units * self.table.unit_rows
+            budget = self.waiting.hedge_budget
+            self.thresholds[units] = hedging_threshold(self.history, rows, budget)
+        known = self.thresholds[units]
         if known < math.inf:
             return known
         if self.waiting.deadline is not None:
             return self.waiting.deadline / 2
         if self.is_unknown or self.may_estimate:
             return math.inf
-        return self.new_threshold(units)
+        if units not in self.new_thresholds:
+            self.new_thresholds[units] = _threshold_if_new(self.history, self.table, units)
+        return self.new_thresholds[units]
 
     def _reason(self) -> str:
         """Return why the call ends now, "" if it does not."""

@@ -175,6 +175,8 @@ class Dispatcher(abc.ABC):
 
     def drop(self, request: LiveRequest, numbers: Collection[int] | None = None) -> None:
         """Drop the parts with some numbers that have not begun or, by default, all of a request."""
+        if numbers is None and not request.open:
+            return
         with self.lock:
             if numbers is None:  # nothing that has happened is needed any more
                 for each in (request.open, request.began, request.events, request.replied):

@@ -3,10 +3,11 @@ r"""Requests to workers that compute while real time passes."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextvars import ContextVar
@@ -124,7 +125,7 @@ class LiveRequest(Request):
         self.replied: set[int] = set()  #: the parts with replies that were not taken
         self._taken: deque[Began | Reply] = deque()  # events that :meth:`wait` returns next
         self.bell: Any = dispatcher.bell()  #: ends the wait for an event
-        self.kills: Counter[int] = Counter()  #: the times that a worker was ended at a unit
+        self.kills: dict[int, int] = {}  #: the times that a worker was ended at a unit
         self.closed = False
         self.urgent = False  #: true if a part has failed whose reply was not taken
         self.abandoned = False  #: true if its workers may be ended, as the caller was interrupted
@@ -258,6 +259,13 @@ class LiveRequest(Request):
         self.dispatcher.wake()
 
 
+@functools.cache
+def _kinds() -> tuple[str, ...]:
+    """Return the types of devices that a call may compute on."""
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu", accelerator.type) if accelerator else ("cpu",)
+
+
 class Ambient(NamedTuple):
     """The modes of a thread that a module call depends on."""
 
@@ -269,9 +277,7 @@ class Ambient(NamedTuple):
 
     @classmethod
     def here(cls) -> Ambient:
-        accelerator = torch.accelerator.current_accelerator()
-        kinds = ("cpu", *([accelerator.type] if accelerator else []))
-        cast = tuple([(k, torch.get_autocast_dtype(k)) for k in kinds if is_autocast_enabled(k)])
+        cast = tuple([(k, torch.get_autocast_dtype(k)) for k in _kinds() if is_autocast_enabled(k)])
         new = torch.empty(0)  # a tenth of the time of `torch.get_default_device`
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         return cls(*modes, cast, new.device, new.dtype)

@@ -263,7 +263,7 @@ class _Processes(Supervisor):
         join: Callable[[Any], bool],
     ) -> Sequence[tuple[int, float, float]]:
         in_memory = PartsInMemory(request.task, request.module.head)
-        if in_memory.batch is None or len(units) < 2:
+        if in_memory.batch is None or not in_memory.may_look or len(units) < 2:
             return ()
         rows = [(in_memory.form(each), each.array) for each in units]
         asked = request.now()
@@ -274,8 +274,9 @@ class _Processes(Supervisor):
             request.begun = units, asked
             self._rounds.add(request)
         call = request.bell
+        is_finite = False
         try:
-            self._lane.add_rows(call, in_memory.batch, rows, self._blocks)
+            is_finite = self._lane.add_rows(call, in_memory.batch, rows, self._blocks)
         except OSError:  # memory is short: parts that are not there yet are asked for alone
             self._lane.freeze(call)
         last = min(until, asked + request.timeout)
@@ -286,7 +287,7 @@ class _Processes(Supervisor):
             if is_done is None:
                 self._handle()
                 is_done = False if seconds <= 0 else None
-        value = joined(call.replies, units) if is_done else None
+        value = joined(call.replies, units) if is_done and is_finite else None
         if value is not None and join(value):
             self._rounds.discard(request)
             opened = request.opened

@@ -197,7 +197,8 @@ class PartsInMemory:
         self._head = head
         self._forms = dict[int, Any]()  # by the number of units
         self.batch: Any = None  #: the tensors of the task; None if parts have to be packed
-        tensors = list[tuple[int, int, int]]()
+        tensors = list[tuple[int, int, int, Any]]()
+        self.may_look = True  #: whether messages tell that the divided tensors are finite
         self._kinds = list[Any]()
         if task.texts or task.spec is not positional(len(task.leaves))[0]:
             return
@@ -208,7 +209,12 @@ class PartsInMemory:
             if not is_in_memory or leaf.is_conj() or leaf.is_neg():
                 return
             size = leaf.nbytes
-            tensors.append((leaf.data_ptr(), size, 0 if dim is None else size // task.num_units))
+            kind = _KINDS.get(leaf.dtype)
+            if kind is None:
+                self.may_look = False
+                kind = lane.Kind.OTHER
+            unit_bytes = 0 if dim is None else size // task.num_units
+            tensors.append((leaf.data_ptr(), size, unit_bytes, kind))
             self._kinds.append((leaf.dtype, leaf.shape if dim is None else leaf.shape[1:], dim))
         if _are_distinct([*map(id, task.leaves)]):
             self.batch = lane.Batch(tensors)
@@ -277,8 +283,8 @@ def joined(replies: Sequence[Any], units: Sequence[Units]) -> Any:
     is_tuple, leaves, places = plan
     tensors = [torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype, _, _ in leaves]
     targets = [
-        (tensor.data_ptr(), row_bytes * len(tensor), row_bytes, kind)
-        for tensor, (_, _, row_bytes, kind) in zip(tensors, leaves, strict=True)
+        (tensor.data_ptr(), row_bytes * shape[0], row_bytes, kind)
+        for tensor, (shape, _, row_bytes, kind) in zip(tensors, leaves, strict=True)
     ]
     arrays = [each.array for each in units]
     if not lane.join(targets, [*zip(replies, places, arrays, strict=True)]):

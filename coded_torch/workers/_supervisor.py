@@ -66,7 +66,7 @@ class WatchedWorker(Worker):
         kills = part.request.kills
         self.modules = self.modules & module.alive | {module.number}
         self.latest = module.number
-        self.kills = max(map(kills.__getitem__, part.units)) if kills else 0
+        self.kills = max([kills.get(unit, 0) for unit in part.units]) if kills else 0
 
     def look(self) -> None:
         """Look for a sign of life that the worker does not give itself."""
@@ -279,7 +279,8 @@ class Supervisor(Dispatcher):
                 if due <= now:
                     worker.unwanted = why
                     if due > -math.inf and worker.part is not None:
-                        worker.part.request.kills.update(worker.part.units)
+                        kills = worker.part.request.kills
+                        kills |= {unit: kills.get(unit, 0) + 1 for unit in worker.part.units}
             again = min(again, due)
             if due <= now:
                 if due == worker.since + limits[0] and self._sets_start_timeout:

@@ -72,17 +72,21 @@ static bool join(const std::vector<std::tuple<uintptr_t, size_t, size_t, lane::K
   return is_finite;
 }
 
-// Has a call compute the units of parts, as messages of such forms.
-static void add_rows(lane::Lane& self, const std::shared_ptr<lane::Call>& call,
+// Has a call compute the units of parts, as messages of such forms. Returns whether all are finite.
+static bool add_rows(lane::Lane& self, const std::shared_ptr<lane::Call>& call,
                      const lane::Batch& batch,
                      const std::vector<std::pair<const lane::Form*, Units>>& parts,
                      const std::shared_ptr<lane::Blocks>& blocks) {
+  bool is_finite = true;
   for (const auto& [form, units] : parts) {
-    self.add_row(call, message_of(batch, *form, units, blocks));
+    auto message = message_of(batch, *form, units, blocks);
+    is_finite = is_finite && message->is_finite();
+    self.add_row(call, std::move(message));
     if (form->size <= lane::kShort) continue;
     py::gil_scoped_release release;
     self.look();  // it took time, and workers may be idle
   }
+  return is_finite;
 }
 
 // The place, the key and the number of a row's worker, when it began and ended, the error number,
@@ -134,6 +138,12 @@ PYBIND11_MODULE(_lane, m) {
       "note_fork", [] { ++lane::forks; },
       "Note that this process is to fork: its child may read what is read now.");
 
+  py::enum_<lane::Kind>(m, "Kind", "How numbers are stored.")
+      .value("OTHER", lane::Kind::kOther)
+      .value("HALF", lane::Kind::kHalf)
+      .value("BFLOAT16", lane::Kind::kBfloat16)
+      .value("SINGLE", lane::Kind::kSingle)
+      .value("DOUBLE", lane::Kind::kDouble);
   py::class_<lane::Blocks, std::shared_ptr<lane::Blocks>>(
       m, "Blocks", "Blocks of shared memory that nobody reads.")
       .def(py::init<size_t>(), py::arg("most_bytes") = lane::kMostBytes)
@@ -143,15 +153,18 @@ PYBIND11_MODULE(_lane, m) {
            py::arg("places"))
       .def_readonly("size", &lane::Form::size, "Bytes of a message.");
   py::class_<lane::Batch>(m, "Batch", "The units of a task, of which messages take some.")
-      .def(py::init([](const std::vector<std::tuple<uintptr_t, size_t, size_t>>& tensors) {
-             lane::Batch batch;
-             for (const auto& [address, bytes, unit_bytes] : tensors) {
-               batch.tensors.push_back({reinterpret_cast<const char*>(address), bytes, unit_bytes});
-             }
-             return batch;
-           }),
+      .def(py::init(
+               [](const std::vector<std::tuple<uintptr_t, size_t, size_t, lane::Kind>>& tensors) {
+                 lane::Batch batch;
+                 for (const auto& [address, bytes, unit_bytes, kind] : tensors) {
+                   batch.tensors.push_back(
+                       {reinterpret_cast<const char*>(address), bytes, unit_bytes, kind});
+                 }
+                 return batch;
+               }),
            py::arg("tensors"),
-           "The tensors are addresses, bytes, and bytes of a unit: 0 for a whole tensor.")
+           "The tensors are addresses, bytes, and bytes of a unit, 0 for a whole tensor, and "
+           "kinds.")
       .def("message", &message_of, py::arg("form"), py::arg("units"), py::arg("blocks"));
   py::class_<lane::Message, std::shared_ptr<lane::Message>>(
       m, "Message", "A pickle, and the numbers of its tensors, ready to be sent.")
@@ -183,12 +196,6 @@ PYBIND11_MODULE(_lane, m) {
           [](const lane::Received& self) { return py::bytes(self.view->data(), self.length); })
       .def_property_readonly("is_long",
                              [](const lane::Received& self) { return self.view->is_long(); });
-  py::enum_<lane::Kind>(m, "Kind", "How numbers are stored.")
-      .value("OTHER", lane::Kind::kOther)
-      .value("HALF", lane::Kind::kHalf)
-      .value("BFLOAT16", lane::Kind::kBfloat16)
-      .value("SINGLE", lane::Kind::kSingle)
-      .value("DOUBLE", lane::Kind::kDouble);
   m.def("join", &join, py::arg("tensors"), py::arg("parts"));
   py::class_<lane::Connection, std::shared_ptr<lane::Connection>>(
       m, "Connection", "One end of a connection, a Unix socket of packets, which it closes.")

@@ -27,6 +27,8 @@
 #include <utility>
 #include <vector>
 
+#include "rows.h"
+
 namespace coded_torch::lane {
 
 constexpr size_t kAlignment = 64;  // bytes of a cache line
@@ -233,6 +235,7 @@ struct Piece {
   size_t offset;  // the place in the message, behind its pickle
   const char* data;
   size_t bytes;
+  Kind kind = Kind::kOther;  // another one to be told whether they are finite
 };
 
 // What messages have in common that differ only in the numbers of their tensors.
@@ -249,6 +252,7 @@ struct Batch {
     const char* data;
     size_t bytes;       // of all units
     size_t unit_bytes;  // 0 if every message gets the whole tensor
+    Kind kind;
   };
   std::vector<Tensor> tensors;
 
@@ -271,7 +275,7 @@ struct Batch {
         if (units[begin] < 0 || from + bytes > tensor.bytes) {
           throw std::invalid_argument("there is no such unit");
         }
-        pieces.push_back(Piece{offset, tensor.data + from, bytes});
+        pieces.push_back(Piece{offset, tensor.data + from, bytes, tensor.kind});
         offset += bytes;
       }
     }
@@ -311,13 +315,16 @@ class Message {
   bool is_shared() const { return is_shared_; }
   const Block& block() const { return block_; }
   const std::string& body() const { return body_; }
+  // Whether the units of a batch that it has are finite.
+  bool is_finite() const { return is_finite_; }
 
  private:
-  static void write(char* memory, const Form& form, const std::vector<Piece>& pieces) {
+  void write(char* memory, const Form& form, const std::vector<Piece>& pieces) {
     std::memcpy(memory, form.pickle.data(), form.pickle.size());
     char* behind = memory + aligned(form.pickle.size());
     for (const Piece& piece : pieces) {
-      std::memcpy(behind + piece.offset, piece.data, piece.bytes);
+      char* to = behind + piece.offset;
+      is_finite_ = copy_numbers(piece.kind, to, piece.data, piece.bytes) && is_finite_;
     }
   }
 
@@ -325,6 +332,7 @@ class Message {
   std::string body_;
   Block block_;
   bool is_shared_ = false;
+  bool is_finite_ = true;
 };
 
 // Whether somebody reads a block.

@@ -226,6 +226,21 @@ def test_a_round_begins_at_workers_that_end_parts_of_other_requests(pool):
         assert time.monotonic() - start < WAIT / 4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_a_round_tells_whether_inputs_are_finite(pool, odd):
+    coded = CodedWrapper(Doubled(), workers=pool, waiting=Waiting(estimate=False))
+    x = torch.randn(7, 3)
+    for _ in range(10):
+        assert torch.equal(coded(x), 2 * x + 1)
+    x[5, 1] = odd
+    for _ in range(2):
+        answers, report = coded.run(x)
+        assert torch.equal(answers.nan_to_num(9.0, 8.0), (2 * x + 1).nan_to_num(9.0, 8.0))
+        assert not report.rejected
+        assert int(report.estimated.sum()) == 0
+
+
 class Trouble:
     """Eight threads call a pool whose processes are killed and stopped, and are interrupted."""
 
