@@ -160,8 +160,8 @@ def ended():
 def test_a_fault_ends(action, monkeypatch):
     pool, seen = Pool(3), []
     chaos = pool.chaos()
-    monkeypatch.setattr(page_module, "_FAULT_SECONDS", 0.05)
-    monkeypatch.setattr(page_module, "_TURN_SECONDS", 0.01)
+    monkeypatch.setattr(page_module, "FAULT_SECONDS", 0.05)
+    monkeypatch.setattr(page_module, "TURN_SECONDS", 0.01)
     monkeypatch.setattr(os, "kill", lambda pid, number: pool.signals.append((pid, number)))
     slept = page_module.time.sleep
 
@@ -189,7 +189,7 @@ def test_a_fault_ends(action, monkeypatch):
 def test_a_fault_ends_with_its_process(action, monkeypatch):
     pool = Pool(3)
     chaos = pool.chaos()
-    monkeypatch.setattr(page_module, "_TURN_SECONDS", 0.01)
+    monkeypatch.setattr(page_module, "TURN_SECONDS", 0.01)
     monkeypatch.setattr(os, "kill", lambda pid, number: pool.signals.append((pid, number)))
     chaos.act(0, action)
     until(lambda: pool.signals)
