@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -22,12 +21,10 @@ import torch
 from coded_torch.cli.main import main
 from coded_torch.testing.helpers import until
 
+from .forks import Command
 from .servers import Client, tensor
 
 SLOW = 6  # the factor of a busy host: the bars hold on an idle one
-# On asyncio's own loop, as without uvloop, which is not among the dependencies.
-CODE = """import sys; sys.modules['uvloop'] = None
-from coded_torch.cli.main import main; sys.exit(main())"""
 MODEL = """
 import re
 
@@ -104,12 +101,9 @@ def mine(tmp_path, monkeypatch):
 @contextlib.contextmanager
 def running(*arguments, cwd=None, first=""):
     """Run the command; yield its process, with its output and log so far, and its port."""
-    line = [sys.executable, "-c", first + CODE, "serve", "--port", "0", *arguments]
-    # Not in the checkout, whose package may not be built: Python looks there first.
     with tempfile.TemporaryDirectory() as folder, tempfile.NamedTemporaryFile() as log:
-        process = subprocess.Popen(
-            line, stdout=subprocess.PIPE, stderr=log, text=True, cwd=cwd or folder
-        )
+        line = ["serve", "--port", "0", *arguments]
+        process = Command(line, cwd or folder, log, first)
         process.log, process.head = Path(log.name), ""
         try:
             while not (found := re.search(r"http://[\d.:\[\]]+:(\d+)/", process.head)):
@@ -117,8 +111,7 @@ def running(*arguments, cwd=None, first=""):
                 assert line, process.log.read_text()
             yield process, int(found[1])
         finally:
-            process.kill()
-            process.communicate(timeout=180)
+            process.end()
 
 
 def family(pid):
