@@ -194,7 +194,8 @@ def state_of(tensor: Tensor) -> tuple[int, int, int]:
 def _samples_of(tensors: Iterable[Tensor]) -> Samples:
     """Return samples of tensors on the host, which must be kept.
 
-    A tensor has four samples of 64 bytes, or one of all its bytes if these are few.
+    A tensor has four samples of 64 bytes, or one of all its bytes if these are few. They show
+    changes that torch does not count, such as those by NumPy.
     """
     ranges = list[tuple[int, int]]()
     for x in tensors:

@@ -404,7 +404,10 @@ def _content(spec: TensorSpec, rows: Any, binary: bool) -> Any:
 def request(
     model: Model, inputs: Sequence[Any], binary: bool, own: str = ""
 ) -> tuple[bytes, int | None]:
-    """Return the body of a request with an id, and the length of its JSON if tensors follow."""
+    """Return the body of a request, and the length of its JSON, which a header tells a server.
+
+    The length is None if all tensors are in the JSON. ``own`` is the id of the request, if any.
+    """
     how = {}
     if binary:
         how = {"parameters": {"binary_data": True}}

@@ -72,6 +72,7 @@ class Verifier:
     def begin(self, table: Table) -> None:
         """Draw rows to check of the parts that a table without parts will ask for first."""
         self.table = table
+        # The call goes on until its checks are decided, and not only until it has its answers.
         table.holds = True
         table.first, self.wanted, self._share = self.record.draw(table.first, table.idle())
         self._avoid()

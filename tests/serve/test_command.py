@@ -327,10 +327,8 @@ def test_exceptions_of_the_users_code_keep_their_traceback(command, mine):
 def test_a_kept_connection_does_not_wait_for_acknowledgements(mine):
     body = json.dumps({"inputs": [tensor([[1.0, 2.0, 3.0]])]}).encode()
     took = []
-    with (
-        running("mine:small", "--num-workers", "1", "--parts", "1", cwd=mine) as (_, port),
-        Client(port) as client,
-    ):
+    options = "--num-workers", "1", "--parts", "1", "--deadline", "20"
+    with running("mine:small", *options, cwd=mine) as (_, port), Client(port) as client:
         for _ in range(40):
             start = time.monotonic()
             assert client.infer(body, "/v2/models/small/infer")[0] == 200
