@@ -160,7 +160,8 @@ def plan(
         num_workers, parts: at least 1, or 2 workers with ``verify``; parts of measured requests.
         load: the share of the workers' time that requests take without redundancy.
         median: with conditions, and required with them: median seconds per part, positive.
-        verify: the share of rows that a second worker computes. Codes and copies go without.
+        verify: the share of rows that a second worker computes. Policies with codes or copies are
+        left out.
         num_requests, seed: the requests under each policy, at least 1,000; the seed of all draws.
         progress: called with the list of policies, returns them one by one, such as ``tqdm.tqdm``.
     """

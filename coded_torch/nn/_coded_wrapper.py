@@ -50,7 +50,7 @@ class CodedWrapper(ModuleProxy):
       group is answered by :math:`D_F \, [\, f(E_n X) \,]_{n \in F}`.
 
     The wrapper stands in for the module: ``state_dict``, ``train``, ``to``, hooks, autograd
-    (on pools in this process), autocast, pickling and deep copies work as they do for it.
+    (on pools in this process), autocast, pickling and deep copies work as they do for the module.
     The arguments are attributes, whose new values are checked. The reference says more of inputs,
     outputs, exceptions and costs.
 

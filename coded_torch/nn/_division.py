@@ -340,7 +340,8 @@ class Division:
 class Columns(Division):
     """The N coded inputs of every group: each column has a row for each of the G groups.
 
-    S columns may be ``lost``. The ``dealer``, if there is one, draws the order of asking.
+    S columns may be ``lost``. The ``dealer``, if there is one, draws the order in which columns are
+    asked for.
     """
 
     def __init__(

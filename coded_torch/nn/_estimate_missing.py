@@ -62,7 +62,7 @@ class Answers:
                 self._memories[surrogate] = surrogate.follow(module)
 
     def forget(self) -> None:
-        """Clear memories, which do not learn from this call either."""
+        """Clear memories, which also learn nothing from this call."""
         for memory in self._memories:
             memory.clear()
 

@@ -95,7 +95,7 @@ class Waiting:
       estimated in time. Otherwise a surrogate answers, if this or an earlier call had a result,
       or else the call raises :class:`~coded_torch.codes.DeadlineExceeded`.
 
-    The guide to waiting has further rules. Instances are immutable. :meth:`first` is the paper's.
+    The guide on waiting has more rules. Instances are immutable. :meth:`first` is the paper's.
 
     Example:
         >>> from coded_torch import Waiting
