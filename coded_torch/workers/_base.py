@@ -456,10 +456,11 @@ class Workers(abc.ABC):
         for number, rows in enumerate((mixed, [size - 1] * 4, [size // 2] * 4)):
             sizes = SIZES if rows is mixed else (1, *SIZES)
             left = end - time.monotonic()
-            replies = self._few(module, task.few(rows), sizes, number, left)
+            replies, doubtful = self._few(module, task.few(rows), sizes, number, left)
             raised = {n: x for n, x in replies.items() if isinstance(x, Exception)}
-            if raised:
-                text = str(next(iter(raised.values()))).partition("\n")[0]
+            errors = [*raised.values(), *doubtful]
+            if errors:
+                text = str(errors[0]).partition("\n")[0]
                 why = f"the module raised on small parts: {text}"
             if len(replies) == 3 and raised.keys() == {*SIZES}:
                 raise ValueError(
@@ -485,7 +486,7 @@ class Workers(abc.ABC):
             if note:
                 # A wrong worker is no reason to doubt the module. So others compute both parts
                 # again, and parts of one worker are compared, too.
-                again = self._few(module, task.few(rows), SIZES, 1, end - time.monotonic())
+                again, _ = self._few(module, task.few(rows), SIZES, 1, end - time.monotonic())
                 others = [again.get(n) for n in SIZES]
                 if not any(x is None or isinstance(x, Exception) for x in others):
                     crossed = [others, [pair[0], others[1]], [others[0], pair[1]]]
@@ -498,8 +499,11 @@ class Workers(abc.ABC):
 
     def _few(
         self, module: nn.Module, task: Task, sizes: Sequence[int], shift: int, seconds: float
-    ) -> dict[int, Any]:
-        """Return the outputs or the errors of parts of some sizes, those that came in time."""
+    ) -> tuple[dict[int, Any], list[Exception]]:
+        """Return the outputs or the errors of parts of some sizes, those that came in time.
+
+        Beside them are errors of one worker that no other has confirmed: it may be wrong.
+        """
         found = dict[int, Any]()
         if self.simulated:
             devices = [task.device] if task.device.type == "cuda" else []
@@ -510,10 +514,11 @@ class Workers(abc.ABC):
                         found[n] = module(*args, **kwargs)
                     except Exception as error:
                         found[n] = error
-            return found
+            return found, []
         # Elsewhere the caller may draw numbers meanwhile, and would draw them again.
         places = sorted(self.places)
         halves = [frozenset(places[i::2]) for i in (0, 1)]
+        doubtful = dict[int, WorkerError]()
         with self.open(module, task) as request:
             asked = list[int]()
             # If a part is late or has failed, another worker is asked for it.
@@ -524,17 +529,25 @@ class Workers(abc.ABC):
                         continue
                     part = Part(len(asked), _UNITS_OF_PROOF[n])
                     # Preferred, not required: half of the workers may be down.
-                    if shift < 2:
+                    if n in doubtful:
+                        part.tried = frozenset({doubtful[n].worker})
+                    elif shift < 2:
                         part.tried = halves[(place + shift + attempt) % 2]
                     asked.append(n)
                     parts.append(part)
                 request.ask(parts)
                 for reply in request.replies(max(min(seconds, request.now() + patience), 0.0)):
-                    if reply.error is None or reply.error.kind == "raised":
-                        found.setdefault(asked[reply.part.number], reply.error or reply.value)
+                    n = asked[reply.part.number]
+                    failure = reply.error
+                    if failure is None:
+                        found[n] = reply.value
+                    elif failure.kind == "raised":
+                        first = doubtful.setdefault(n, failure)
+                        if len(places) < 2 or first.worker != failure.worker:
+                            found.setdefault(n, failure)
                     if len(found) == len(sizes):
-                        return found
-        return found
+                        return found, []
+        return found, list(doubtful.values())
 
     def _prove_rows(
         self,

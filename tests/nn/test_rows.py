@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from coded_torch import CodedWrapper, Waiting, codes
+from coded_torch._layout import SIZES
 from coded_torch.codes import NotEnoughResults
 from coded_torch.nn._division import dealt
 from coded_torch.stragglers import Trace
@@ -185,6 +186,29 @@ def test_rows_that_raise_or_lie_prove_nothing_of_the_others():
         answers, report = coded.run(x)
     assert report.module_failed_rows == (0,)
     assert torch.equal(answers[1:], x[1:])
+
+
+def test_one_worker_that_raises_is_no_reason_to_doubt_the_module():
+    refusing = threading.Event()
+
+    def refuse(x):
+        if refusing.is_set() and len(x) in SIZES:
+            raise ValueError("refused")
+        return x
+
+    with DeviceWorkers(["cpu"] * 2) as pool, torch.no_grad():
+        coded = CodedWrapper(Call(refuse), workers=pool, parts=2)
+        pool.exclude(1)
+        refusing.set()
+        _, report = coded.run(X)
+        assert any("raised on small parts: worker 0 failed" in note for note in report.notes)
+        pool.restart(1)
+        with pytest.raises(ValueError, match="one row, but not two or three"):
+            coded(X)
+        refusing.clear()
+        answers, report = coded.run(X)
+    assert torch.equal(answers, X)
+    assert not report.notes
 
 
 def test_later_calls_ask_for_nothing_more():
