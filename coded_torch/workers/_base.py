@@ -39,6 +39,7 @@ logger = sparing_logger("coded_torch.workers")
 _PROOF_PATIENCE = (1.0, 4.0, math.inf)
 # Of the four rows of a proof, those of a part by its size. Parts of two and of three rows share
 # two, in another order.
+_ROWS_OF_PROOF = 16  # rows that those of a proof are chosen from; not tuned
 _UNITS_OF_PROOF = {1: Units((2,)), 2: Units((2, 3)), 3: Units((0, 1, 2))}
 
 _DAY = 86_400.0  # seconds that a hung call sleeps, longer than any call waits
@@ -73,6 +74,21 @@ class Task:
             if dim is not None:
                 leaves[i] = torch.stack([leaves[i][row].detach() for row in rows])
         return dataclasses.replace(self, leaves=leaves, num_units=len(rows), unit_rows=1)
+
+    def lengths(self) -> list[int]:
+        """Return how many numbers of the first rows are not zero, and characters of strings."""
+        lengths = torch.zeros(_ROWS_OF_PROOF, dtype=torch.int64, device="cpu")
+        for i, dim in enumerate(self.dims):
+            if dim is None:
+                continue
+            rows = self.leaves[i][:_ROWS_OF_PROOF].detach()
+            lengths = lengths[: len(rows)]
+            if i in self.texts:
+                characters = [len(self.texts[i][row]) for row in rows.tolist()]
+                lengths += torch.tensor(characters, device="cpu")
+            else:
+                lengths += (rows != 0).reshape(len(rows), -1).sum(1).cpu()
+        return [int(length) for length in lengths]
 
     def payload(self, units: Sequence[int], copied: bool = False) -> Arguments:
         """Return the ``(args, kwargs)`` of ``len(units) * R`` rows.
@@ -439,9 +455,9 @@ class Workers(abc.ABC):
     def prove(self, module: nn.Module, task: Task, seconds: float = math.inf) -> Layout | str:
         """Return the layout of a module's outputs, or why there is no proof, from small parts.
 
-        They have the first two rows of a task, behind a third, and alone in reverse, so that both
-        rows change their distances to the ends. Different workers compute them. If that tells
-        nothing, they have one row several times.
+        They have the two shortest of some rows, behind the longest, and alone in reverse, so that
+        both rows change their distances to the ends, and padding goes to another length. Different
+        workers compute them. If that tells nothing, they have one row several times.
         Raises a ValueError if outputs do not follow the rows of parts.
         """
         end = time.monotonic() + seconds
@@ -450,7 +466,11 @@ class Workers(abc.ABC):
         is_half = narrowest < 4 or torch.is_autocast_enabled(task.device.type)
         pairs = zip(task.leaves, task.dims, strict=True)
         size = len(next(leaf for leaf, dim in pairs if dim is not None))
-        mixed = [2 % size, 0, 1 % size, 0]
+        lengths = task.lengths()
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        shortest = order[0]
+        longest = max(order[2:] or order, key=lengths.__getitem__)
+        mixed = [longest, shortest, order[1 % len(order)], shortest]
         refusal: ValueError | None = None
         why = "no small parts were answered in time"
         for number, rows in enumerate((mixed, [size - 1] * 4, [size // 2] * 4)):

@@ -211,6 +211,32 @@ def test_one_worker_that_raises_is_no_reason_to_doubt_the_module():
     assert not report.notes
 
 
+def trimmed(ids):
+    """Return a mean of places up to the end of the longest row, as models without a mask do."""
+    length = int((ids > 0).sum(1).max())
+    return ids[:, :length].double().mean(1, keepdim=True)
+
+
+@pools
+def test_rows_that_depend_on_the_longest_row_are_noticed(make):
+    ids = torch.ones(8, 6, dtype=torch.int64)
+    ids[:5, 3:] = 0
+    _, report = run(make, trimmed, ids)
+    assert any("depends on the other rows" in note for note in report.notes)
+    _, report = run(make, trimmed, ids[:4])
+    assert not report.notes
+
+
+@pools
+def test_strings_that_depend_on_the_longest_one_are_noticed(make):
+    def lengths(texts):
+        return torch.tensor([[max(map(len, texts))]] * len(texts))
+
+    texts = ["a", "be", "a", "be", "a", "see", "a", "be"]
+    _, report = run(make, lengths, texts, in_dims=0)
+    assert any("depends on the other rows" in note for note in report.notes)
+
+
 def test_later_calls_ask_for_nothing_more():
     calls = []
     counted = nn.Sequential(Call(lambda x: calls.append(len(x)) or x))
