@@ -110,6 +110,8 @@ def test_stopped_actors_end_at_the_deadline_and_are_ended_after_their_grace(clus
         code, waiting = PolynomialCode(2, 3), Waiting.first(1, deadline=1.0)
         coded = CodedWrapper(nn.Identity(), code, workers=pool, waiting=waiting)
         coded(torch.ones(2, 1, dtype=torch.float64))  # proves the rows, while all actors answer
+        # An actor that is still at the first call gets no part of the second, and another two.
+        until(lambda: {state for state, _ in pool.states.values()} == {"idle"})
         stopped = pool.pids[:2]
         for pid in stopped:
             os.kill(pid, signal.SIGSTOP)
