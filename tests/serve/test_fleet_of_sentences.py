@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import random
+import signal
 import threading
 import zlib
 
@@ -133,7 +134,7 @@ def test_a_process_that_is_killed_loses_no_row(seed, tmp_path):
         for url in urls:
             until(lambda url=url: _client.run(asking.is_ready(url)))
         process = made[2][0]
-        later = threading.Timer(random.random() / 10, process.kill)
+        later = threading.Timer(random.random() / 10, process.send_signal, [signal.SIGKILL])
         found = embed(urls, later.start)
         later.join()
     assert found == (0, 0, True)
