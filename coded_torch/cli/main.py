@@ -59,6 +59,15 @@ _COLUMNS = "columns for the arguments: in order as a,b, or by name as x=a,y=b [b
 _RESUME = """continue the job in the folder, if it holds one. The inputs, the options, the model's
 weights and attributes, and the files of its classes and of the factory must be the same. Changes
 are not noticed in other files that the model uses, in values that functions hold, and in workers"""
+_EPILOG = """\
+A model is a file, or MODULE:FACTORY, a function that returns it. With my_model.py in this folder:
+
+  def make():
+      return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+
+  coded-torch compare my_model:make --inputs rows.npy --settings 24,20,4
+
+coded-torch COMMAND --help describes the options of a command."""
 _MODEL = f"a file ({', '.join(PROGRAMS)}), or MODULE:FACTORY, which returns the model"
 _TRIPLES = "N,K,S: workers, inputs per group and lost workers; several in quotes"
 
@@ -419,6 +428,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="coded-torch",
         usage="%(prog)s [--version] COMMAND ...",
         description=text,
+        epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     version = f"coded_torch {coded_torch.__version__}"
