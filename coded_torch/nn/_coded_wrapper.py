@@ -345,7 +345,8 @@ class CodedWrapper(ModuleProxy):
         self._warn_once(waiting, execution)
         report._enter("decode")
         whole = execution.checks.whole
-        if whole is not None and not self.surrogate:  # none learns from the answers
+        is_answer = division.by_rows and whole is not None
+        if is_answer and not self.surrogate:  # none learns from the answers
             return answers.of_whole(whole)
         with on_host():
             error = execution.failure(waiting)

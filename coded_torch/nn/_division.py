@@ -367,12 +367,17 @@ class Columns(Division):
         if dealer is not None:
             dealer.shuffle(chosen)
             dealer.shuffle(spare)
-        self.first = [(column,) for column in chosen]
+        self.first = [*map(_column, chosen)]
         self.spare = spare
 
     def spread(self, values: Tensor) -> Tensor:
         encoded: Tensor = self.plan.encode(values)
         return encoded
+
+
+@functools.lru_cache(1024)
+def _column(number: int) -> Units:
+    return Units([number])
 
 
 # The state of Python's generator that deals rows, which keeps their order the same everywhere.

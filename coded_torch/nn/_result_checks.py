@@ -289,7 +289,7 @@ class Checks:
         self._unconfirmed = dict[Part, str]()
         self._infinite = defaultdict[tuple[int, bytes], set[int]](set)
         self._misfits: list[tuple[int, Part, Exception]] = []  # parts that cannot be decoded
-        self.whole: Any = None  #: the output for the whole batch, if one pass joined it
+        self.whole: Any = None  #: the output for all units, if one pass joined it
 
     def judge(self, ended: Sequence[Part]) -> None:
         """Judge parts that ended together.
@@ -330,7 +330,7 @@ class Checks:
 
     @property
     def may_join(self) -> bool:
-        """Whether the pool may copy the results of all rows to one tensor for each leaf.
+        """Whether the pool may copy the results of all units to one tensor for each leaf.
 
         The pool looks whether inputs and results are finite.
         """
@@ -338,16 +338,16 @@ class Checks:
         layout = division.task.layout
         if layout is None or layout.constants or layout.lists or division.link is not None:
             return False
-        is_on_host = division.task.device.type == "cpu"
-        return division.by_rows and is_on_host
+        return division.task.device.type == "cpu"
 
     def join(self, value: Any) -> bool:
-        """Judge the output for all rows, which is finite, as inputs are; return if it is good."""
-        layout = self._division.task.layout
-        dims = self._division.task.out_dims
+        """Judge the output for all units, which is finite, as inputs are; return if it is good."""
+        division = self._division
+        layout = division.task.layout
+        dims = division.task.out_dims
         is_tensor = type(value) is Tensor and layout is not None and layout.is_tensor
         self.whole = value
-        if not (is_tensor and type(dims) is int and dims == 0):
+        if not (division.by_rows and is_tensor and type(dims) is int and dims == 0):
             try:
                 result = self.joined
             except (TypeError, ValueError):  # it says which part is to blame once each is read
@@ -356,13 +356,22 @@ class Checks:
             if not is_good or len(result.divided) < len(result.leaves) or any(result.dims):
                 self.whole = None
                 return False
-        self._division.inputs.found_finite()
+        if division.by_rows:  # else rows may be in no column that was asked for
+            division.inputs.found_finite()
         return True
 
     @functools.cached_property
     def joined(self) -> Any:
-        """The result of the whole batch."""
-        return Result(self.whole, range(self._division.batch_size), self._division)
+        """The result of all units that were asked for."""
+        return Result(self.whole, self._units, self._division)
+
+    @functools.cached_property
+    def _units(self) -> Sequence[int]:
+        """The units that :attr:`whole` has, increasing."""
+        size = sum(map(len, self._division.first))
+        if size == self._division.task.num_units:
+            return range(size)
+        return sorted(unit for units in self._division.first for unit in units)
 
     def _confirm(self, part: Part) -> None:
         """Count the results whose infinities two workers returned alike, now that a part has some.
@@ -474,11 +483,11 @@ class Checks:
         """Join the good results in the order of their units: rows, or a code's columns."""
         if self.whole is not None:
             whole = self.joined
-            size = self._division.batch_size
-            leaves = [leaf.unsqueeze(1) for leaf in whole.leaves]
+            size = len(self._units)
+            rows = self._division.task.unit_rows
             return Stacked(
-                range(size),
-                leaves,
+                self._units,
+                [leaf.unflatten(0, (size, rows)) for leaf in whole.leaves],
                 whole.dims,
                 whole.divided,
                 whole.lists,

@@ -50,6 +50,8 @@ _MOST_MEDIANS = 8.0
 # Seconds before which no part is late, once parts have replied: threads of a busy machine are held
 # up for longer, so a hedge brings nothing and costs .1 ms (benchmarks against, "calls, 4 x 40 B").
 _SOONEST = 2e-3
+_NEVER = 1e9  # seconds until a part is late that is never hedged; less than infinity, by which each
+# event of a call has to be decided on
 
 
 def hedging_threshold(history: History, rows: int, budget: float = 0.0) -> float:
@@ -228,7 +230,11 @@ class _Decisions:
         self.thresholds: dict[int, float] = {}  # by units, as they were when first asked for
         self.new_thresholds: dict[int, float] = {}  # the same until 32 parts have replied
         self.is_unknown = history.part(1, least=1) == math.inf  # how long any part takes
-        table.late = (budget and self.threshold(min(map(len, table.first)))) or math.inf
+        table.late = math.inf
+        if waiting.at_once:
+            table.late = _NEVER
+        elif budget:
+            table.late = self.threshold(min(map(len, table.first)))
         history.earn(budget)
         table.ask_first()
 

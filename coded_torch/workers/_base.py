@@ -209,7 +209,8 @@ class Request(abc.ABC):
 
         The outputs of all units are given to ``join``. If it returns True, the worker of each part,
         and the times when it began and ended, are returned. If something has to be decided before,
-        the :attr:`parts` are there, as if asked for by :meth:`ask`. Else nothing has happened.
+        or fewer replies are wanted :attr:`together`, the :attr:`parts` are there, as if asked for
+        by :meth:`ask`. Else nothing has happened.
         """
         return ()
 

@@ -280,14 +280,16 @@ class _Processes(Supervisor):
         except OSError:  # memory is short: parts that are not there yet are asked for alone
             self._lane.freeze(call)
         last = min(until, asked + request.timeout)
+        wanted = min(request.together, len(units))
         is_done = None
         while is_done is None and not request.interrupted:
             seconds = last - request.now()
-            is_done = self._lane.run(call, min(seconds, _LOOK_SECONDS), request.late)
+            is_done = self._lane.run(call, wanted, min(seconds, _LOOK_SECONDS), request.late)
             if is_done is None:
                 self._handle()
                 is_done = False if seconds <= 0 else None
-        value = joined(call.replies, units) if is_done and is_finite else None
+        is_done = is_done and wanted == len(units)  # else no more results count than are wanted
+        value = joined(call.replies, units, request.task) if is_done and is_finite else None
         if value is not None and join(value):
             self._rounds.discard(request)
             opened = request.opened
@@ -349,6 +351,8 @@ class _Processes(Supervisor):
             else:
                 self.reply(part, Failure("was lost with its worker", "died"))
             request.num_taken += 1
+        in_order = sorted(request.events.items(), key=lambda item: item[1].at)
+        request.events = dict(in_order)  # a call may end before it has heard all
         self._rounds.discard(request)
         self._taken = None
         self.notify(request)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -266,36 +267,40 @@ def unpack(received: Any) -> Any:
 _known_joins: dict[Any, Any] = {}
 
 
-def joined(replies: Sequence[Any], units: Sequence[Units]) -> Any:
-    """Return the values that processes replied for parts as one, of all their units: a row each.
+def joined(replies: Sequence[Any], units: Sequence[Units], task: Any) -> Any:
+    """Return the values that processes replied for parts as one, of all their units in order.
 
-    Return None if they do not have a row for each unit, or one is not finite.
+    Return None if they do not have the rows of the units, or one is not finite.
     """
     pickles = tuple([reply.pickle for reply in replies])
     sizes = tuple(map(len, units))
-    key = (pickles, sizes)
+    key = (pickles, sizes, task.unit_rows)
     plan = _known_joins.get(key)
     if plan is None:
-        plan = _join_of(pickles, sizes)
+        plan = _join_of(*key)
         if plan is None:
             return None
         _remember(_known_joins, key, plan)
     is_tuple, leaves, places = plan
     tensors = [torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype, _, _ in leaves]
+    num_units = sum(sizes)
     targets = [
-        (tensor.data_ptr(), row_bytes * shape[0], row_bytes, kind)
-        for tensor, (shape, _, row_bytes, kind) in zip(tensors, leaves, strict=True)
+        (tensor.data_ptr(), num_units * unit_bytes, unit_bytes, kind)
+        for tensor, (_, _, unit_bytes, kind) in zip(tensors, leaves, strict=True)
     ]
     arrays = [each.array for each in units]
+    if num_units < task.num_units:  # columns that are not asked for have no place
+        asked = np.sort(np.concatenate(arrays))
+        arrays = [asked.searchsorted(array) for array in arrays]
     if not lane.join(targets, [*zip(replies, places, arrays, strict=True)]):
         return None
     return tuple(tensors) if is_tuple else tensors[0]
 
 
-def _join_of(pickles: Sequence[bytes], sizes: Sequence[int]) -> Any:
+def _join_of(pickles: Sequence[bytes], sizes: Sequence[int], unit_rows: int) -> Any:
     """Return whether the value is a tuple, its leaves, and their places in each reply.
 
-    A leaf is the shape, the dtype, the bytes of a row and the kind of numbers.
+    A leaf is the shape, the dtype, the bytes of a unit and the kind of numbers.
     """
     forms = list[Any]()
     for stream in pickles:
@@ -313,7 +318,7 @@ def _join_of(pickles: Sequence[bytes], sizes: Sequence[int]) -> Any:
         for place, other in zip(own, alike, strict=True):
             if type(place) is not _Place or place.dtype is not other.dtype:
                 return None
-            if place.shape[:1] != (size,) or place.shape[1:] != other.shape[1:]:
+            if place.shape[:1] != (size * unit_rows,) or place.shape[1:] != other.shape[1:]:
                 return None
         places.append([place.offset for place in own])
     leaves = list[Any]()
@@ -321,8 +326,9 @@ def _join_of(pickles: Sequence[bytes], sizes: Sequence[int]) -> Any:
         kind = _KINDS.get(place.dtype)
         if kind is None:
             return None
-        row_bytes = place.dtype.itemsize * math.prod(place.shape[1:])
-        leaves.append(((sum(sizes), *place.shape[1:]), place.dtype, row_bytes, kind))
+        shape = (sum(sizes) * unit_rows, *place.shape[1:])
+        unit_bytes = place.dtype.itemsize * math.prod(shape[1:]) * unit_rows
+        leaves.append((shape, place.dtype, unit_bytes, kind))
     return (is_tuple, leaves, places) if leaves else None
 
 

@@ -245,16 +245,15 @@ PYBIND11_MODULE(_lane, m) {
           "The rows of a frozen call.")
       .def(
           "run",
-          [](lane::Lane& self, lane::Call& call, double seconds,
+          [](lane::Lane& self, lane::Call& call, int64_t target, double seconds,
              double late) -> std::optional<bool> {
             py::gil_scoped_release release;
-            const auto target = int64_t(call.rows.size());
             const bool in_time = self.wait(call, target, seconds, late, check_signals);
             if (self.is_done(call)) return true;
-            if (!in_time || self.is_stopped(call)) return false;
+            if (!in_time || self.is_stopped(call, target)) return false;
             return std::nullopt;
           },
-          py::arg("call"), py::arg("seconds"), py::arg("late"),
+          py::arg("call"), py::arg("target"), py::arg("seconds"), py::arg("late"),
           "Wait as `wait`. True if all rows have replies, False if something is to be decided.")
       .def("watch", &lane::Lane::watch)
       .def("remove", &lane::Lane::remove)

@@ -166,10 +166,10 @@ class Lane {
     call.is_notified = true;
     wake(call);
   }
-  // Whether a row of a call has failed, or Python has taken its rows over.
-  bool is_stopped(const Call& call) {
+  // Whether so many rows of a call have replies, one has failed, or Python has taken them over.
+  bool is_stopped(const Call& call, int64_t target) {
     std::lock_guard lock(mutex_);
-    return call.is_frozen || call.has_failed || closed_;
+    return call.is_frozen || call.has_failed || closed_ || call.received >= target;
   }
   // Whether each row of a call has a reply.
   bool is_done(const Call& call) {

@@ -20,8 +20,10 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from coded_torch import DeadlineExceeded
+from coded_torch.codes import ReplicationCode, SplineCode
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.testing.workers import (
     WAIT,
@@ -33,7 +35,15 @@ from coded_torch.testing.workers import (
     task_of,
     until,
 )
-from coded_torch.workers import Began, Part, ProcessWorkers, WorkerError, _worker_main
+from coded_torch.workers import (
+    Began,
+    LocalWorkers,
+    Part,
+    ProcessWorkers,
+    WorkerError,
+    _processes,
+    _worker_main,
+)
 
 from . import modules
 from .modules import Exits, FailsOn, Heavy, Raises, Scale, Sleepy, Unpicklable, Unreadable
@@ -186,6 +196,78 @@ def test_a_dead_process_is_named_and_replaced_at_once(module, how):
         got = by_part(answers(pool, modules.Pid(), torch.zeros(12, 1, 1)))
         assert len(got) == 12
         assert {int(pid) for _, pid in got.values()} <= set(pool.pids)
+
+
+def pair(x):
+    return x.abs(), x[:, 0] * 3
+
+
+@pytest.mark.parametrize(
+    ("code", "waiting"),
+    [
+        (SplineCode(2, 3), None),
+        (SplineCode(2, 4, shuffle=False), Waiting(num_stragglers=1)),
+        (ReplicationCode(2, 4, shuffle=False), Waiting(num_stragglers=1)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("module", [nn.ReLU(), modules.Call(pair)], ids=type)
+def test_columns_that_are_joined_are_decoded_as_others(pool, monkeypatch, module, code, waiting):
+    joined = _processes.joined
+    values = list[Any]()
+    calls = list[Any]()
+
+    def spied(*args):
+        values.append(joined(*args))
+        return values[-1]
+
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    others = CodedWrapper(module, code, workers=LocalWorkers(), waiting=waiting)
+    coded = CodedWrapper(module, code, workers=pool, waiting=waiting)
+    with torch.no_grad():
+        wanted = others(x)
+        for _ in range(12):  # then it is known when columns are late
+            coded(x)
+        monkeypatch.setattr(_processes, "joined", spied)
+
+        def is_joined():  # no column was late
+            values.clear()
+            calls.append(coded.run(x))
+            return values and values[0] is not None
+
+        until(is_joined)
+    found, report = calls[-1]
+    for one, other in zip(pytree.tree_leaves(found), pytree.tree_leaves(wanted), strict=True):
+        assert torch.equal(one, other)
+    assert {len(leaf) for leaf in pytree.tree_leaves(values)} == {12}
+    assert torch.equal(report.source, others.last_run.source)
+    assert (report.work_ratio, report.ended) == (12 / 7, "complete")
+
+
+def doze(x):
+    time.sleep(0.05)  # so that each process gets a column
+    return x
+
+
+def test_a_call_of_columns_ends_without_a_process_that_is_stopped(pool):
+    waiting = Waiting.first(1)
+    coded = CodedWrapper(modules.Call(doze), SplineCode(2, 3), workers=pool, waiting=waiting)
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for _ in range(3):
+            _, report = coded.run(x)
+            assert len(report.received) == 2  # even if all have replied
+            until(lambda: {state for state, _ in pool.states.values()} == {"idle"})
+        stopped = pool.pids[0]
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            _, report = coded.run(x)
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+    assert report.ended == "first"
+    assert report.asked == (0, 1, 2)
+    assert report.received == (1, 2)
+    until(lambda: pool.states[0] == ("idle", stopped))
 
 
 def test_a_module_is_new_to_each_process_once_and_again_when_it_has_changed():

@@ -314,8 +314,9 @@ def replied(ends, value):
     return received
 
 
-def joined_of(values, *units):
-    return joined(values, [Units(each) for each in units])
+def joined_of(values, *units, num_units=7, rows=1):
+    task = Task([], [], None, num_units, rows, torch.device("cpu"))
+    return joined(values, [Units(each) for each in units], task)
 
 
 NUMBERS = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)) * 9
@@ -335,6 +336,16 @@ def test_values_of_parts_are_joined_bit_for_bit(ends, dtype):
     assert type(both) is tuple
     assert torch.equal(both[0], rows)
     assert torch.equal(both[1], rows.to(torch.bool))
+
+
+@pytest.mark.parametrize("asked", [(0, 1, 2, 3), (3, 0), (3, 1, 2)], ids=str)
+def test_columns_are_joined_in_their_order(ends, asked):
+    columns = NUMBERS[:6].view(3, 2, 3).repeat(2, 1, 1)[:4] + torch.arange(4)[:, None, None]
+    values = [replied(ends, columns[column]) for column in asked]
+    units = [(column,) for column in asked]
+    whole = joined_of(values, *units, num_units=4, rows=2)
+    assert torch.equal(whole, columns[sorted(asked)].flatten(0, 1))
+    assert joined_of(values, *units, num_units=4, rows=3) is None
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
