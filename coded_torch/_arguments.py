@@ -145,6 +145,11 @@ def probability(owner: object, argument: str, value: Any) -> float:
     return real(owner, argument, value, "a probability in [0, 1]", lambda p: 0 <= p <= 1)
 
 
+def between_0_and_1(owner: object, argument: str, value: Any) -> float:
+    """Return ``value`` as a float that is larger than 0 and smaller than 1."""
+    return real(owner, argument, value, "between 0 and 1", lambda x: 0 < x < 1)
+
+
 def dense(owner: object, argument: Any, value: Any, floating: bool = True, or_: str = "") -> None:
     """Raise a TypeError unless ``value`` is a tensor that kernels and planners can read."""
     if not isinstance(value, Tensor):

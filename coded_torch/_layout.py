@@ -149,10 +149,8 @@ def difference(outputs: Sequence[Any], layout: Layout, out_dims: Any, is_half: b
         if isinstance(leaf, Tensor) and _is_dense(leaf) and _is_dense(other):
             pairs.append((leaf.movedim(dim, 0).flip(0), other.movedim(dim, 0)[-2:]))
         elif isinstance(leaf, list | tuple):
-            (items, form), (other_items, other_form) = (
-                flatten([*leaf[::-1]]),
-                flatten([*other[-2:]]),
-            )
+            items, form = flatten([*leaf[::-1]])
+            other_items, other_form = flatten([*other[-2:]])
             pairs += zip(items, other_items, strict=False)
             if form != other_form:
                 pairs.append((str(form), str(other_form)))
@@ -310,7 +308,8 @@ def _row_lists(
         return
     if type(one) not in pytree.SUPPORTED_NODES and not isinstance(one, tuple):
         return
-    children, others = _children(one), _children(two)
+    children = _children(one)
+    others = _children(two)
     if len(children) == len(others):
         for place, pair in enumerate(zip(children, others, strict=True)):
             if pair[0] is not one:

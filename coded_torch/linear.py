@@ -72,11 +72,11 @@ _MOST = 1 << 24
 def _knots_by_user() -> int | None:
     """Return the knots beyond which cuBLAS multiplies, if the user says so."""
     text = os.environ.get("CODED_TORCH_CUBLAS_KNOTS")
-    if text is not None and not text.isdecimal():
+    if text is None:
+        return None
+    if not text.isdecimal():
         raise ValueError(f"CODED_TORCH_CUBLAS_KNOTS must be an integer of at least 0, got {text!r}")
-    if text is not None:
-        return int(text)
-    return None
+    return int(text)
 
 
 _KNOTS = _knots_by_user()
@@ -294,8 +294,7 @@ class MatrixMap(LinearMap):
 
     def __init__(self, matrix: ArrayLike | Tensor) -> None:
         array = real_array(self, "matrix", matrix)
-        is_fit = array.ndim == 2 and np.isfinite(array).all()
-        if not is_fit:
+        if array.ndim != 2 or not np.isfinite(array).all():
             raise ValueError(
                 f"{type(self).__name__}: matrix must be finite, with two dimensions, got "
                 f"{shown(matrix)}"

@@ -15,7 +15,17 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ._arguments import MOST_WORKERS, count, instance, probability, real, real_array, shown
+from ._arguments import (
+    MOST_WORKERS,
+    count,
+    instance,
+    nonnegative,
+    positive,
+    probability,
+    real,
+    real_array,
+    shown,
+)
 from ._torch import outside
 
 __all__ = ["Bernoulli", "Contiguous", "ShiftedExponential", "Stragglers", "Trace", "Uniform"]
@@ -57,8 +67,7 @@ class Stragglers(abc.ABC):
             drawn = torch.tensor(math.nan)
             with contextlib.suppress(TypeError, ValueError):  # no numbers
                 drawn = torch.as_tensor(given, dtype=torch.float64)
-        holds = drawn.shape == (num_workers,) and bool((drawn >= 0).all())  # NaN fails, too
-        if not holds:
+        if drawn.shape != (num_workers,) or not (drawn >= 0).all():  # NaN is not >= 0
             raise ValueError(
                 f"{type(self).__name__}: _draw must return {num_workers} latencies of at least 0, "
                 f"got {shown(given)}"
@@ -137,8 +146,8 @@ class ShiftedExponential(Stragglers):
 
     def __init__(self, shift: float, rate: float, *, seed: int | None = None) -> None:
         super().__init__(seed)
-        self.shift = real(self, "shift", shift, "finite and >= 0", lambda x: 0 <= x < math.inf)
-        self.rate = real(self, "rate", rate, "positive and finite", lambda x: 0 < x < math.inf)
+        self.shift = nonnegative(self, "shift", shift)
+        self.rate = positive(self, "rate", rate)
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
         numbers = torch.rand(num_workers, dtype=torch.float64, generator=generator)  # below 1
@@ -164,8 +173,7 @@ class Trace(Stragglers):
     def __init__(self, source: ArrayLike | Tensor) -> None:
         super().__init__()
         latencies = real_array(self, "source", source)
-        holds = latencies.ndim == 2 and latencies.size and (latencies >= 0).all()  # NaN fails
-        if not holds:
+        if latencies.ndim != 2 or not latencies.size or not (latencies >= 0).all():
             raise ValueError(
                 f"{type(self).__name__}: source must be rows of at least one latency each, at "
                 f"least 0, got {shown(source)}"

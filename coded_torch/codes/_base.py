@@ -325,7 +325,7 @@ class Code(abc.ABC):
         """
         count(self, "num_stragglers", num_stragglers, 0, self.num_workers)
         inputs, size = check_batch(type(self).__name__, inputs, batch_size)
-        if not (inputs or not self.mixes):
+        if self.mixes and not inputs:
             raise ValueError(
                 f"{type(self).__name__}: inputs must hold a floating-point tensor to be mixed, got "
                 f"{shown(inputs)}"
@@ -397,8 +397,7 @@ class FixedCode(Code):
 
     @on_host()
     def _new_decoder(self, workers: tuple[int, ...]) -> LinearMap:
-        increase = all(map(operator.lt, workers, workers[1:]))
-        if not increase:
+        if not all(map(operator.lt, workers, workers[1:])):
             raise ValueError(
                 f"{type(self).__name__}: received must be strictly increasing, got {shown(workers)}"
             )
@@ -408,13 +407,11 @@ class FixedCode(Code):
 
     def _checked(self, what: str, made: Any, *sizes: int) -> LinearMap:
         if isinstance(made, np.ndarray) and made.ndim == 2:
-            # refuses other objects than numbers
-            given = made
-            made = MatrixMap(made)
-            sums = given.sum(1)
-            magnitudes = np.abs(given).sum(1)
-            hold = (np.abs(sums - 1) <= ROW_SUM * np.maximum(magnitudes, 1)).all()
-            if not hold:
+            matrix = made
+            made = MatrixMap(matrix)  # refuses other objects than numbers
+            sums = matrix.sum(1)
+            magnitudes = np.abs(matrix).sum(1)
+            if not (np.abs(sums - 1) <= ROW_SUM * np.maximum(magnitudes, 1)).all():
                 raise ValueError(
                     f"{type(self).__name__}: the rows of _make_{what}'s matrix must sum to 1, got "
                     f"{shown(sums.tolist())}"

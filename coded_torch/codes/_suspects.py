@@ -401,14 +401,14 @@ class Copies:
         self.agree = np.zeros((count, count))
         self.undecided = set[int]()  # workers that differ from as many others as some other worker
         values = numbers_of(results)
-        halves = [x.dtype in (torch.float16, torch.bfloat16) for x in results]
-        limits = [
-            (_HALF_ROUNDING if half else ROUNDING) * _spread(numbers)
-            for numbers, half in zip(values, halves, strict=True)
-        ]
-        for i, result in enumerate(results):
-            if not (result.dtype.is_floating_point or result.dtype.is_complex):
-                limits[i] = 0.0
+        limits = list[float]()  # the differences up to which two results are alike
+        for result, numbers in zip(results, values, strict=True):
+            dtype = result.dtype
+            limit = 0.0
+            if dtype.is_floating_point or dtype.is_complex:
+                rounding = _HALF_ROUNDING if dtype.itemsize == 2 else ROUNDING
+                limit = rounding * _spread(numbers)
+            limits.append(limit)
         flat = self.rows.ravel()
         order = flat.argsort(kind="stable")
         groups = self.rows.shape[1]

@@ -70,8 +70,11 @@ class FaultyWorkers(Workers):
         instance(self, "pool", pool, Workers)
         instance(self, "delays", delays, Stragglers, optional=True)
         instance(self, "rates", rates, Mapping, optional=True)
-        named = (rates or {}).items()
-        self.rates = {kind: probability(self, f"rates[{kind!r}]", rate) for kind, rate in named}
+        instance(self, "attack", attack, Callable, optional=True)
+        self.rates = {
+            kind: probability(self, f"rates[{kind!r}]", rate)
+            for kind, rate in (rates or {}).items()
+        }
         self.adversaries = tuple(count(self, "adversaries", each, least=0) for each in adversaries)
         unknown = {*self.rates} - {*Fault.KINDS}
         strange = {*self.adversaries} - {*(pool.places or self.adversaries)}
@@ -84,14 +87,10 @@ class FaultyWorkers(Workers):
             raise ValueError(
                 f"{type(self).__name__}: rates must be at most 1 in sum, got {shown(self.rates)}"
             )
-        if not (attack is None or callable(attack)):
+        if self.adversaries and attack is None:
             raise ValueError(
-                f"{type(self).__name__}: attack must be callable or None, got {shown(attack)}"
-            )
-        given = self.adversaries
-        if not (attack or not given):
-            raise ValueError(
-                f"{type(self).__name__}: adversaries must come with an attack, got {shown(given)}"
+                f"{type(self).__name__}: adversaries must come with an attack, got "
+                f"{self.adversaries}"
             )
         if strange:
             raise ValueError(
@@ -101,14 +100,11 @@ class FaultyWorkers(Workers):
         self.pool = pool
         self.delays = delays
         self.attack = attack
-        self.stragglers = delays
-        if delays is None:
-            self.stragglers = pool.stragglers
+        self.stragglers = delays or pool.stragglers
         self.simulated = pool.simulated
         self.seed = count(self, "seed", seed, least=None)
-        crashes = crash_every is not None
         self.crash_every = math.inf
-        if crashes:
+        if crash_every is not None:
             self.crash_every = positive(self, "crash_every", crash_every)
         self._requests = 0
         self._crashed = math.inf  # the time of the last crash, or of the first request

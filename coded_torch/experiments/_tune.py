@@ -294,8 +294,7 @@ class Trial:
         wrong = results.clone()
         for place in torch.randperm(len(results), generator=generator)[:adversaries].tolist():
             rows = attack(results[place], generator)
-            is_fit = isinstance(rows, Tensor) and rows.shape == wrong[place].shape
-            if not is_fit:
+            if not isinstance(rows, Tensor) or rows.shape != wrong[place].shape:
                 raise ValueError(
                     "compare: attack must return a tensor of the shape it got, "
                     f"{[*wrong[place].shape]}, got {shown(rows)}"

@@ -89,8 +89,7 @@ def compare(
             f"{len(calls)}"
         )
     truth: Any = [None] * len(calls) if labels is None else labels
-    is_list = isinstance(truth, Sequence) and not isinstance(truth, Tensor)
-    if not (is_list and len(truth) == len(calls)):
+    if not isinstance(truth, Sequence) or len(truth) != len(calls):
         raise ValueError(
             f"compare: labels must be a sequence of integer tensors, one for each of {len(calls)} "
             f"batches, got {shown(labels)}"
@@ -149,7 +148,7 @@ def compare(
             if isinstance(code, Code):
                 mixes = code.mixes or surrogate is None
                 codes[setting, name] = code = chosen("compare", code, first, s, mixes=mixes)
-            if not (attack is None or isinstance(code, Code)):
+            if attack is not None and not isinstance(code, Code):
                 raise ValueError(
                     "compare: extra must return codes beside an attack, as functions get honest "
                     f"outputs, got {shown(name)}"
@@ -164,10 +163,10 @@ def compare(
                 cheap = []
                 if surrogate is not None:
                     cheap = trial.run(surrogate, name="surrogate")
-                wanted, got = ([[*x.shape] for x in each] for each in (trial.exact, cheap))
-                is_fit = surrogate is None or got == wanted
-                if not is_fit:
-                    raise ValueError(f"compare: surrogate must return {wanted}, got {shown(got)}")
+                    wanted, got = ([[*x.shape] for x in each] for each in (trial.exact, cheap))
+                    if got != wanted:
+                        requirement = f"surrogate must return {wanted}"
+                        raise ValueError(f"compare: {requirement}, got {shown(got)}")
                 for received in trial.sets:
                     for name, answers, of in _answers(trial, tuned, received, s, cheap):
                         scores = score(_flat(answers), exact, classes)
@@ -201,8 +200,7 @@ def _schemes(k: int, n: int, trial: Trial, extra: Any, names: Any) -> dict[str, 
     for name, code in added.items():
         instance("compare", f"what extra returns as {name!r}", code, Code | Callable)
         of = (code.num_data, code.num_workers) if isinstance(code, Code) else (k, n)
-        is_taken = name in codes.keys() | _WITH_SURROGATES
-        if not (of == (k, n) and not is_taken):
+        if of != (k, n) or name in codes.keys() | _WITH_SURROGATES:
             raise ValueError(
                 f"compare: extra must return codes of K = {k} and N = {n} under names that are not "
                 f"taken, got {shown({name: code})}"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .._arguments import count, positive, probability, real
+from .._arguments import between_0_and_1, count, positive, probability
 from .._table import Part, Table
 from ..scheduling._latency_history import History
 from ..scheduling.policy import Waiting, hedging_threshold
@@ -167,7 +167,7 @@ def plan(
     """
     positive("plan", "deadline", deadline)
     probability("plan", "accuracy", accuracy)
-    real("plan", "load", load, "in (0, 1)", lambda x: 0 < x < 1)
+    between_0_and_1("plan", "load", load)
     probability("plan", "verify", verify)
     least = {"parts": (parts, 1), "num_requests": (num_requests, 1000), "seed": (seed, 0)}
     least["num_workers with verify" if verify else "num_workers"] = num_workers, 2 if verify else 1

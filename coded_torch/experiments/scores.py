@@ -65,8 +65,7 @@ def score(decoded: Tensor, exact: Tensor, labels: Tensor | None = None) -> Score
     """
     for argument, value in (("decoded", decoded), ("exact", exact)):
         dense("score", argument, value)
-    are_fit = decoded.shape == exact.shape and exact.dim() and exact.numel()
-    if not are_fit:
+    if decoded.shape != exact.shape or not exact.dim() or not exact.numel():
         raise ValueError(
             "score: decoded must have the shape [..., C] of exact and hold at least one answer, "
             f"got {shown(([*decoded.shape], [*exact.shape]))}"
@@ -231,7 +230,7 @@ class Comparison:
         """Return the scores, each also relative to the scheme of this name, batch by batch."""
         schemes = grouped(self.records, lambda x: (Setting(*x[:3]), x.scheme))
         names = dict.fromkeys(name for _, name in schemes)
-        if not (not reference or reference in names):
+        if reference and reference not in names:
             raise ValueError(
                 f"against: reference must be one of {', '.join(names)}, got {shown(reference)}"
             )

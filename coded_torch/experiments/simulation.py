@@ -17,7 +17,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .._arguments import count, instance, positive, probability, real
+from .._arguments import (
+    between_0_and_1,
+    count,
+    instance,
+    nonnegative,
+    positive,
+    probability,
+    real,
+)
 from .._table import Began, Part, Reply, Table, WorkerError
 from ..scheduling._latency_history import History
 from ..stragglers import Stragglers
@@ -56,7 +64,7 @@ class Conditions:
     delays: Stragglers | None = None
 
     def __post_init__(self) -> None:
-        real(self, "spread", self.spread, "at least 0 and finite", lambda x: 0 <= x < math.inf)
+        nonnegative(self, "spread", self.spread)
         for argument in ("straggling", "slow", "dead"):
             probability(self, argument, getattr(self, argument))
         positive(self, "dead_after", self.dead_after)
@@ -114,7 +122,7 @@ def simulate(
     count("simulate", "num_parts", num_parts)
     count("simulate", "num_requests", num_requests)
     instance("simulate", "conditions", conditions, Conditions)
-    real("simulate", "load", load, "in (0, 1)", lambda x: 0 < x < 1)
+    between_0_and_1("simulate", "load", load)
     num_rows = num_parts * _PART_ROWS
     unit_rows = 1
     first = [tuple(range(i, i + _PART_ROWS)) for i in range(0, num_rows, _PART_ROWS)]

@@ -69,7 +69,7 @@ def bounds_of(
             to the regression's.
     """
     count = len(results)
-    most = len(results)
+    most = count
     if len(rows) > _MISSING:
         most = _CALIBRATING
     if results.shape[1] < _FEW:

@@ -295,8 +295,7 @@ class _Gradients:
         self._is_wide = width > _WIDE
         self._projections = _MOST_OUTPUTS
         if self._is_wide:
-            self._projections = max(_MOST_ROWS // rows, 1)
-        self._projections = min(self._projections, _MOST_OUTPUTS)
+            self._projections = min(max(_MOST_ROWS // rows, 1), _MOST_OUTPUTS)
         self._generator = torch.Generator().manual_seed(0)
         self._found = dict[int, list[Tensor]]()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._arguments import check, count, dense, instance, real, shown
+from .._arguments import between_0_and_1, check, count, dense, instance, real, shown
 from .._extension import first_results
 from .._torch import exactly, outside, plain, to_device
 from ._error_bounds import ErrorBounds
@@ -73,7 +73,7 @@ class Regression:
             self.length = real(self, "length", length, requirement, lambda x: 0 < x < math.inf)
         check_link(self, link)
         self.link = link
-        self.coverage = real(self, "coverage", coverage, "between 0 and 1", lambda x: 0 < x < 1)
+        self.coverage = between_0_and_1(self, "coverage", coverage)
 
     def plan(
         self,
@@ -241,7 +241,7 @@ def check_batch(
     owner: str, inputs: Sequence[Tensor], batch_size: int | None
 ) -> tuple[list[Tensor], int]:
     """Return the plain inputs and the size of the batch, or raise as :meth:`Regression.plan`."""
-    if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence):
+    if not isinstance(inputs, Sequence):
         raise TypeError(f"{owner}: inputs must be a sequence of tensors, got {shown(inputs)}")
     if not inputs and batch_size is None:
         raise ValueError(f"{owner}: batch_size must be given where there are no inputs, got None")

@@ -81,7 +81,9 @@ class Regressor:
             if known is results or torch.equal(known, results):
                 self._last = last
                 return chosen
-        metric, length = self._last = (not search and self._last) or self._search(results)
+        if search or self._last is None:
+            self._last = self._search(results)
+        metric, length = self._last
         process = self.process(metric, length)
         found = process.estimate(results.contiguous())
         choice = Choice(name_of(metric), length, found.error, found.trust)
@@ -134,8 +136,9 @@ class Regressor:
         is_simple = results.device.type == "cpu" and not differentiated(results)
         with outside(), exactly():
             sample, size = self._sample(results)
-            choice, process, found = chosen = self.fit(sample, search)
+            chosen = self.fit(sample, search)
             self._estimated = results, sample, size, chosen
+            choice, process, found = chosen
             if is_simple and _is_few(results):
                 values = _scaled(found.values, 1 / size).to(results.dtype)
                 return values.reshape(len(values), *results.shape[1:]), choice

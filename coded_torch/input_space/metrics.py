@@ -231,7 +231,8 @@ class Distances:
         self.measured = bool(sources.leaves)
         self.fits = dict[str | Features, Fitted]()
         if not self.measured:
-            self.far, self.order = torch.zeros_like(self.rows).bool(), torch.arange(len(self.rows))
+            self.far = torch.zeros_like(self.rows).bool()
+            self.order = torch.arange(len(self.rows))
             return
         leaves = self._own(sources.leaves)
         typical = typical_rows([leaf.rows.contiguous() for leaf in leaves])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._arguments import arguments, bound, count, instance, real, real_array, shown
+from .._arguments import arguments, between_0_and_1, bound, count, instance, real_array, shown
 from .._torch import as_called, device_of, exactly, on_host
 from ..input_space._betting import bounded
 from ..input_space._coordinates import Coordinates
@@ -139,7 +139,7 @@ class Looks:
                 f"mean: code must be None, as rows are computed, got {shown(coded.code)}"
             )
         instance("mean", "of", of, Callable, optional=True)
-        level = real("mean", "level", level, "between 0 and 1", lambda x: 0 < x < 1)
+        level = between_0_and_1("mean", "level", level)
         instance("mean", "anytime", anytime, bool)
         self._bounds = None
         if bounds is not None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._arguments import real, sparing_logger
+from .._arguments import between_0_and_1, real, sparing_logger
 from .._table import GOOD, OPEN, Hedge, Part, Table, WorkerError
 from .._torch import outside
 from ..input_space._error_bounds import ErrorBounds
@@ -279,7 +279,7 @@ class Report:
         With ``odds`` above 1 they hold as often although rows are not equally likely to be missing,
         as long as the odds of any two of them to be missing differ by at most this factor.
         """
-        real("error_bounds_at", "coverage", coverage, "between 0 and 1", lambda x: 0 < x < 1)
+        between_0_and_1("error_bounds_at", "coverage", coverage)
         real("error_bounds_at", "odds", odds, "at least 1 and finite", lambda x: 1 <= x < math.inf)
         level = odds * coverage / (1 - coverage + odds * coverage)
         if self.error_bounds is not None and self._bounds is not None:
@@ -297,7 +297,7 @@ class Report:
         Reference:
             Jin, Candes, "Selection by Prediction with Conformal p-values", JMLR 2023.
         """
-        real("certified", "rate", rate, "between 0 and 1", lambda x: 0 < x < 1)
+        between_0_and_1("certified", "rate", rate)
         if self.label_p_values is None or self.estimated is None:
             return None
         values = self.label_p_values[self.estimated].sort().values
@@ -331,7 +331,8 @@ class Report:
                 is_unfinished = is_unfinished and table.spare is None
                 if is_unfinished and not table.answered.keys() >= {*part.units}:
                     self._unfinished.append(part)
-        self.asked, self.received = tuple(sorted(asked)), tuple(sorted(received))
+        self.asked = tuple(sorted(asked))
+        self.received = tuple(sorted(received))
         self.work_ratio = begun * table.unit_rows / size
         for error in rejected:
             if error.kind != "died":  # the pool has logged that

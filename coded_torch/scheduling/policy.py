@@ -148,8 +148,7 @@ class Waiting:
             instance("Waiting", argument, getattr(self, argument), bool)
         count("Waiting", "spares", self.spares, least=0)
         instance("Waiting", "on_error", self.on_error, str)
-        is_known = self.on_error in ("raise", "estimate")
-        if not is_known:
+        if self.on_error not in ("raise", "estimate"):
             raise ValueError(
                 f"Waiting: on_error must be 'raise' or 'estimate', got {shown(self.on_error)}"
             )

@@ -45,8 +45,7 @@ def distill(
     """
     instance("distill", "student", student, nn.Module)
     instance("distill", "module", module, nn.Module)
-    are_many = isinstance(batches, Iterable) and not isinstance(batches, Tensor)
-    if not are_many:
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
         raise TypeError(
             "distill: batches must be a sequence of batches, such as [x], got "
             f"{shown(type(batches))}"
@@ -163,8 +162,7 @@ def _checked(batch: Any, device: torch.device) -> Any:
     """Return the arguments of a batch, on the device."""
     args = batch if isinstance(batch, tuple) else (batch,)
     shapes = [tuple(x.shape) for x in _tensors(args)]
-    are_fit = len({shape[:1] for shape in shapes}) == 1 and all(shapes)
-    if not are_fit:
+    if len({shape[:1] for shape in shapes}) != 1 or not all(shapes):
         raise ValueError(
             "distill: batches must hold tensors of one batch size along dimension 0, got "
             f"{shown(shapes)}"

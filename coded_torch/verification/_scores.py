@@ -196,15 +196,15 @@ class Results:
     def add(self, part: Part) -> None:
         """Add a good result."""
         self._places[part] = dict(zip(part.units, itertools.count(), strict=False))
-        self._leaves[part], self._forms[part], numbers = [], (), list[Tensor]()
-        for i in () if part.result is None else part.result.divided:
-            leaf = as_real(part.result.rows(i).detach())
-            self._leaves[part].append(leaf)
-            self._forms[part] += (leaf.shape[1:],)
-            if leaf.dtype in (torch.float16, torch.bfloat16):
-                self._half.append(part)
-            if leaf.dtype.is_floating_point and leaf.numel():
-                numbers.append(_flat_rows(leaf).float())
+        leaves = list[Tensor]()
+        if part.result is not None:  # simulated parts have none
+            leaves = [as_real(part.result.rows(i).detach()) for i in part.result.divided]
+        self._leaves[part] = leaves
+        self._forms[part] = tuple(leaf.shape[1:] for leaf in leaves)
+        floating = [leaf for leaf in leaves if leaf.dtype.is_floating_point]
+        if any(leaf.dtype.itemsize == 2 for leaf in floating):
+            self._half.append(part)
+        numbers = [_flat_rows(leaf).float() for leaf in floating if leaf.numel()]
         if numbers and self._rows:
             self._scored[part] = _few_columns(torch.cat(numbers, 1)).cpu()
 
@@ -315,7 +315,8 @@ class Results:
         places = list[int]()
         for part, row in results:
             if part not in starts:
-                starts[part], size = size, size + len(self._places[part])
+                starts[part] = size
+                size += len(self._places[part])
             places.append(starts[part] + self._places[part][row])
         return list(starts), places
 
@@ -426,9 +427,9 @@ def _apart(a: Tensor, b: Tensor, usual: tuple[Tensor, Tensor]) -> Tensor:
     kind = torch.finfo(a.dtype)
     rounded = 4 * kind.eps / (_LOOSE if a.dtype.itemsize == 2 else _EXACT)
     wide = torch.promote_types(a.dtype, torch.float32)
-    a, b, medians, spreads = _flat_rows(a.to(wide)), _flat_rows(b.to(wide)), *usual
-    medians = medians.to(a.device)
-    spreads = spreads.to(a.device)
+    a = _flat_rows(a.to(wide))
+    b = _flat_rows(b.to(wide))
+    medians, spreads = (x.to(a.device) for x in usual)
     # A spread grows by a tenth of an unusual value, such as a large one of a probability that
     # is mostly small, and so that four roundings of any value are within the tolerance. Not tuned.
     unusual = torch.maximum((a - medians).abs_(), (b - medians).abs_())

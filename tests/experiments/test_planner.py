@@ -127,7 +127,7 @@ def test_progress_is_shown_on_a_terminal_only(stream, monkeypatch):
         ("--deadline 0", "plan: deadline must be positive and finite, got 0.0"),
         ("--accuracy 2", "plan: accuracy must be a probability in [0, 1], got 2.0"),
         ("--num-workers 0", "plan: num_workers must be at least 1, got 0"),
-        ("--load 1", "plan: load must be in (0, 1), got 1.0"),
+        ("--load 1", "plan: load must be between 0 and 1, got 1.0"),
         ("--verify 2", "plan: verify must be a probability in [0, 1], got 2.0"),
         ("--median 0", "plan: median must be positive and finite, got 0.0"),
         ("--num-requests 10", "plan: num_requests must be at least 1000, got 10"),
