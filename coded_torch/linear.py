@@ -235,6 +235,14 @@ class LinearMap(abc.ABC):
         """Return the dense matrix of the map, ``[num_outputs, num_inputs]``, made in float64."""
         return self(torch.eye(self.num_inputs, dtype=torch.float64, device="cpu")).to(dtype)
 
+    @functools.cached_property
+    def passed(self) -> Tensor:
+        """The input that each output is, bit for bit, ``[num_outputs]``, or -1 for a mixture."""
+        matrix = self.matrix()
+        picked = matrix.argmax(1)
+        unit = (matrix != 0).sum(1).eq(1) & matrix.gather(1, picked[:, None]).squeeze(1).eq(1)
+        return torch.where(unit, picked, -1)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.num_inputs} -> {self.num_outputs})"
 
@@ -341,13 +349,6 @@ class SelectMap(LinearMap):
             parts = product(matrix, values.index_select(0, used))
             out = out.index_copy(0, combined, parts.expand(len(combined), *parts.shape[1:]))
         return out
-
-
-def unit_rows(matrix: Tensor) -> Tensor:
-    """Return the column that each row of a matrix passes on bit for bit, or -1, ``[rows]``."""
-    picked = matrix.argmax(1)
-    unit = (matrix != 0).sum(1).eq(1) & matrix.gather(1, picked[:, None]).squeeze(1).eq(1)
-    return torch.where(unit, picked, -1)
 
 
 class SplineMap(LinearMap):

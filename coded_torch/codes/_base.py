@@ -24,7 +24,7 @@ from ..input_space._ordering import Grouping
 from ..input_space._regression import check_batch, check_link
 from ..input_space._regressor import MOST_ROWS
 from ..input_space.metrics import Choice, Distances, Sources
-from ..linear import LinearMap, MatrixMap, unit_rows
+from ..linear import LinearMap, MatrixMap
 from ._suspects import (
     DOUBTED_WAVELENGTH,
     WAVELENGTH,
@@ -126,6 +126,8 @@ class BatchPlan:
         """Return the result that is each input's own, ``[B]``: a flat index ``[|F|, G]``, or -1."""
         with outside():
             of_group = self.code.source(received)[:, None]  # [K, 1]
+            if (of_group < 0).all():
+                return torch.full((self.batch_size,), -1)
             flat = of_group * self.num_groups + torch.arange(self.num_groups)
             return self._grouping.scatter(torch.where(of_group >= 0, flat, -1))
 
@@ -434,16 +436,12 @@ class FixedCode(Code):
         than :attr:`min_received` are received.
         """
         workers = self._received(received)
-        if len(workers) < self.min_received or not (self._own >= 0).any():
+        own = self.encoder.passed
+        if len(workers) < self.min_received or (own < 0).all():
             return torch.full((self.num_data,), -1)
-        picked = unit_rows(self._decoder(workers).matrix())
-        is_own = self._own[list(workers)][picked] == torch.arange(self.num_data)
+        picked = self._decoder(workers).passed
+        is_own = own[list(workers)][picked] == torch.arange(self.num_data)
         return torch.where(is_own, picked, -1)  # a result that is not picked has -1 too
-
-    @functools.cached_property
-    def _own(self) -> Tensor:
-        """The input that each worker computes as it is, ``[N]``, or -1 for a mixture."""
-        return unit_rows(self.encoder.matrix())
 
     def decode(self, results: Tensor, received: Sequence[int] | Tensor, dim: int = 0) -> Tensor:
         """Decode the ``received`` workers' results, ``[..., |F|, ...]``, into ``[..., K, ...]``.
@@ -478,5 +476,5 @@ class FixedCode(Code):
         return tuple(count(self, "each worker of received", item, 0, most) for item in items)
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = ("_decoder", "encoder", "_own")  # planning the maps again is cheap
+        dropped = ("_decoder", "encoder")  # planning the maps again is cheap
         return {k: v for k, v in self.__dict__.items() if k not in dropped}
