@@ -121,9 +121,9 @@ class Execution:
             wanted = self._division.needed - table.num_answered
             # Until a part of the first round fails or is late, there is nothing to decide.
             is_first = not table.has_later and table.late < math.inf
-            is_first &= self._check is None
             request.together, request.late = (wanted, table.late) if is_first else (0, math.inf)
-            if is_first and not asked and self.checks.may_join:
+            may_join = self._check is None and self.checks.may_join  # else rows are asked for twice
+            if is_first and not asked and may_join:
                 times = request.round(table.first, until, self.checks.join)
                 if times:
                     # No cycle keeps results.
