@@ -19,7 +19,6 @@ from coded_torch import Regression, codes, compare, linear, nn, stragglers, tune
 from coded_torch._arguments import MOST_WORKERS, count, dense, real
 from coded_torch.codes import curves
 from coded_torch.experiments import scores, simulation
-from coded_torch.input_space import _ordering
 
 SECONDS, BYTES = 0.1, 10e6
 X = torch.arange(12.0).view(6, 2)
@@ -45,7 +44,6 @@ CALLS = [
     (linear.MatrixMap([[1.0]]), {"values": torch.ones(1), "dim": 0}),
     (linear.SplineMap, {"knots": [0.0, 1.0, 2.0], "points": [0.5], "smoothing": 0.0,
                         "weights": None}),
-    (_ordering.similarity_order, {"distances": torch.ones(2, 2)}),
     (curves.chebyshev_first, {"num_points": 3}),
     (curves.chebyshev_second, {"num_points": 3}),
     (stragglers.Uniform, {"num_stragglers": 1, "seed": 0}),
@@ -263,7 +261,6 @@ def test_the_largest_code(name):
         linear.SplineMap([0.0, 1.0, 2.0], [0.5]),
         linear.MatrixMap(torch.ones(2, 3)),
         lambda x: Regression().plan([x]),
-        _ordering.similarity_order,
     ],
 )
 def test_tensors_that_kernels_cannot_read(use, tensor):

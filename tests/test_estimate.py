@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coded_torch import Regression, ops
-from coded_torch.input_space._ordering import similarity_order
+from coded_torch._extension import short_path
 
 from .test_ops import every_kernel
 
@@ -41,7 +41,7 @@ def test_distances(n, columns):
     assert torch.equal(squared, squared.T)
     assert not squared.diagonal().any()
     torch.testing.assert_close(squares.double(), lengths, rtol=1e-6, atol=1e-7)
-    assert torch.equal(order, similarity_order(squared.sqrt()))
+    assert order.tolist() == short_path(squared.sqrt().numpy()).tolist()
     steps = exact[order[:-1], order[1:]].sqrt()
     steps = steps[steps > 0]
     assert step == pytest.approx(float(steps.median()) if len(steps) else 1.0, rel=1e-5)
@@ -101,7 +101,7 @@ def problem(n, columns):
     x = normal(n, 4, seed=n + columns)
     coordinates = [x, x[:, :2].contiguous()]
     results = (x[:, :2] @ normal(2, columns, seed=1)).sin().double()
-    return coordinates, results, similarity_order(exact_distances(x).sqrt())
+    return coordinates, results, torch.from_numpy(short_path(exact_distances(x).sqrt().numpy()))
 
 
 def best(losses, default):

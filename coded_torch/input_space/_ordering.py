@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._arguments import dense
-from .._extension import short_path
 from .._torch import on_host, placed, to_device
 
 
@@ -86,22 +84,3 @@ def _check(argument: str, tensor: Tensor, sizes: tuple[int, ...]) -> None:
     if tensor.shape[: len(sizes)] != sizes:
         requirement = f"must have shape {[*sizes]} and more, got {[*tensor.shape]}"
         raise ValueError(f"Grouping: {argument} {requirement}")
-
-
-def similarity_order(distances: Tensor) -> Tensor:
-    """Return an order in which neighbours are near each other, ``[B]``: a short open path.
-
-    The path goes from the most remote row to the nearest one not yet visited, and so on. Then 2-opt
-    and Or-opt (Croes, 1958; Or, 1976) shorten it until no such move does, or for 20 moves a row at
-    most. Distances are ``[B, B]``, floating-point, symmetric, at least 0; NaN counts as infinity.
-
-    Example:
-        >>> import torch
-        >>> from coded_torch.input_space._ordering import similarity_order
-        >>> x = torch.tensor([0.0, 5.0, 1.0, 4.0])
-        >>> similarity_order((x[:, None] - x).abs())
-        tensor([0, 2, 3, 1])
-    """
-    dense("similarity_order", "distances", distances)
-    wide = torch.promote_types(distances.dtype, torch.float32)
-    return torch.from_numpy(short_path(distances.detach().to("cpu", wide).contiguous().numpy()))

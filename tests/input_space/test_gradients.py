@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from coded_torch import CodedWrapper, Regression, metrics
+from coded_torch._extension import short_path
 from coded_torch.codes import BerrutCode, RegressionCode, SplineCode
-from coded_torch.input_space._ordering import similarity_order
 from coded_torch.input_space.metrics import METRICS
 from coded_torch.surrogates import Memory
 from coded_torch.workers import LocalWorkers
@@ -264,7 +264,7 @@ def test_predicted_outputs_order_rows(wide):
         plain = one(x)
         steps = []
         for of in (plain, features):
-            order = similarity_order(squared(of))
+            order = short_path(squared(of).numpy())
             steps.append(float((wanted[order][1:] - wanted[order][:-1]).square().mean()))
         assert steps[1] < 0.8 * steps[0]
         assert torch.equal(one.competing[0](x), plain)
