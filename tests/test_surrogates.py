@@ -281,7 +281,7 @@ def student(width=32):
 def test_a_student_learns_without_labels():
     module, small = teacher(), student()
     x = rand(1000, 4).float()
-    reached = distill(small, module, x.split(100), epochs=60, progress=False)
+    reached = distill(small, module, x.split(100), epochs=60)
     held_out = rand(300, 4, seed=7).float()
     with torch.no_grad():
         missed, wanted = module(held_out) - small(held_out), module(held_out)
@@ -299,7 +299,7 @@ def test_the_same_seed_gives_the_same_student(drawing):
         module, small = teacher(), nn.Sequential(student(), drawing)
         torch.seed()
         state = torch.random.get_rng_state()
-        distill(small, module, [rand(100, 4).float()], epochs=2, seed=seed, progress=False)
+        distill(small, module, [rand(100, 4).float()], epochs=2, seed=seed)
         assert torch.equal(torch.random.get_rng_state(), state)
         return small[0][0].weight
 
@@ -318,9 +318,7 @@ def test_it_stops_early_and_keeps_the_best():
             return self.inner(x)
 
     small, x = Counted(), rand(200, 4).float()
-    reached = distill(
-        small, teacher(), [x], epochs=50, learning_rate=30.0, patience=2, progress=False
-    )
+    reached = distill(small, teacher(), [x], epochs=50, learning_rate=30.0, patience=2)
     assert small.evaluations < 50
     held_out = x[::10]
     exact = teacher()(held_out)
@@ -331,7 +329,7 @@ def test_it_stops_early_and_keeps_the_best():
 def test_a_student_must_reach_a_finite_error():
     x = torch.rand(60, 4, generator=torch.Generator().manual_seed(0))
     with pytest.raises(RuntimeError, match="student must reach a finite error"):
-        distill(nn.Linear(4, 4), Call(torch.log), [x - 0.5], epochs=1, progress=False)
+        distill(nn.Linear(4, 4), Call(torch.log), [x - 0.5], epochs=1)
 
 
 def test_a_memory_goes_on_learning_in_a_forked_process():

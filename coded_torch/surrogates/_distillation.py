@@ -2,13 +2,12 @@ r"""Teaching a smaller network to imitate a module, without labels."""
 
 import copy
 import math
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import tree_leaves, tree_map_only, tree_structure, tree_unflatten
 
 from .._arguments import count, instance, nonnegative, positive, shown
 from .._torch import random_numbers_kept
@@ -29,7 +28,7 @@ def distill(
     patience: int = 30,
     link: str | None = None,
     seed: int = 0,
-    progress: bool = True,
+    progress: Callable[[range], Iterable[int]] = iter,
 ) -> float:
     """Teach a student the outputs of a module, for ``CodedWrapper(..., surrogate=student)``.
 
@@ -69,7 +68,7 @@ def distill(
 
     def outputs(network: nn.Module, args: Any) -> list[Tensor]:
         """Return the floating-point outputs, on the scale on which they are estimated."""
-        args = pytree.tree_map_only(Tensor, Tensor.clone, args)  # the network may change its inputs
+        args = tree_map_only(Tensor, Tensor.clone, args)  # the network may change its inputs
         return [to_scale(x, link) for x in _tensors(network(*args)) if x.dtype.is_floating_point]
 
     @torch.no_grad()
@@ -106,14 +105,13 @@ def distill(
         unit = torch.empty(x.shape, device=device, dtype=x.dtype).normal_(generator=generator)
         return x + level * unit
 
-    is_shown = progress and sys.stderr.isatty()
     best = math.inf
     best_state = copy.deepcopy(student.state_dict())
     waited = 0
     devices = [device] if device.type == "cuda" else []
     # The student may draw numbers, too, of another stream than the generator's.
     with random_numbers_kept(devices, seed + 1):
-        for epoch in range(epochs):
+        for _ in progress(range(epochs)):
             student.train()
             order = taught[torch.randperm(len(taught), generator=generator, device=device)]
             # No step of one row, of which a batch normalisation learns nothing, and raises.
@@ -121,7 +119,7 @@ def distill(
                 step = _rows(inputs, some)
                 if augment is not None:
                     step = _checked(augment(*step), device)
-                step = pytree.tree_map_only(Tensor, noisy, step)
+                step = tree_map_only(Tensor, noisy, step)
                 with torch.no_grad():
                     wanted = outputs(module, step)
                     finite = [f.reshape(len(f), -1).isfinite().all(1) for f in wanted]
@@ -144,13 +142,8 @@ def distill(
                 best = error
                 best_state = copy.deepcopy(student.state_dict())
                 waited = 0
-            if is_shown:
-                line = f"\rdistill: epoch {epoch + 1} of {epochs}, error {best:.4f}"
-                print(line, end="", file=sys.stderr)
             if waited >= patience:
                 break
-    if is_shown:
-        print(file=sys.stderr)
     student.load_state_dict(best_state)
     if not math.isfinite(best):
         remedy = "take a smaller learning_rate, or batches for which module's outputs are finite"
@@ -167,7 +160,7 @@ def _checked(batch: Any, device: torch.device) -> Any:
             "distill: batches must hold tensors of one batch size along dimension 0, got "
             f"{shown(shapes)}"
         )
-    return pytree.tree_map_only(Tensor, lambda x: x.detach().to(device), args)
+    return tree_map_only(Tensor, lambda x: x.detach().to(device), args)
 
 
 def _joined(batches: list[Any]) -> Any:
@@ -176,20 +169,20 @@ def _joined(batches: list[Any]) -> Any:
     if size < 4:
         raise ValueError(f"distill: batches must hold at least four rows, got {shown(size)}")
     try:
-        columns = zip(*map(pytree.tree_leaves, batches), strict=True)
+        columns = zip(*map(tree_leaves, batches), strict=True)
         leaves = [torch.cat(x) if isinstance(x[0], Tensor) else x[0] for x in columns]
     except (RuntimeError, ValueError) as error:
         requirement = "batches must differ in their sizes only"
         raise ValueError(f"distill: {requirement}, got some that are not: {error}") from None
-    return pytree.tree_unflatten(leaves, pytree.tree_structure(batches[0]))
+    return tree_unflatten(leaves, tree_structure(batches[0]))
 
 
 def _tensors(args: Any) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
+    return [x for x in tree_leaves(args) if isinstance(x, Tensor)]
 
 
 def _rows(args: Any, rows: Tensor) -> Any:
-    return pytree.tree_map_only(Tensor, lambda x: x[rows], args)
+    return tree_map_only(Tensor, lambda x: x[rows], args)
 
 
 def _variances(leaves: list[Tensor]) -> Tensor:
