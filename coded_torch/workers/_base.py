@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only
 
 from .._arguments import arguments, instance, positive, sparing_logger, warn
 from .._layout import SIZES, Layout, dependent_output, difference, prove, proved_of, structure
@@ -29,17 +29,15 @@ from .._torch import (
     unflatten,
 )
 from ..stragglers import Stragglers
+from ._untuned import PROOF_PATIENCE, ROWS_OF_PROOF
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 logger = sparing_logger("coded_torch.workers")
 
-# Seconds after which a part of a proof that has not replied is asked again; not tuned.
-_PROOF_PATIENCE = (1.0, 4.0, math.inf)
 # Of the four rows of a proof, those of a part by its size. Parts of two and of three rows share
 # two, in another order.
-_ROWS_OF_PROOF = 16  # rows that those of a proof are chosen from; not tuned
 _UNITS_OF_PROOF = {1: Units((2,)), 2: Units((2, 3)), 3: Units((0, 1, 2))}
 
 _DAY = 86_400.0  # seconds that a hung call sleeps, longer than any call waits
@@ -58,7 +56,7 @@ class Task:
     #: each unit side by side.
     leaves: Sequence[Any]
     dims: Sequence[int | None]  #: the batch dimension of each leaf; None if the same for every part
-    spec: pytree.TreeSpec  #: the structure of ``(args, kwargs)``
+    spec: TreeSpec  #: the structure of ``(args, kwargs)``
     num_units: int  #: U
     unit_rows: int  #: R
     device: torch.device  #: the device of the divided leaves and the results
@@ -77,11 +75,11 @@ class Task:
 
     def lengths(self) -> list[int]:
         """Return how many numbers of the first rows are not zero, and characters of strings."""
-        lengths = torch.zeros(_ROWS_OF_PROOF, dtype=torch.int64, device="cpu")
+        lengths = torch.zeros(ROWS_OF_PROOF, dtype=torch.int64, device="cpu")
         for i, dim in enumerate(self.dims):
             if dim is None:
                 continue
-            rows = self.leaves[i][:_ROWS_OF_PROOF].detach()
+            rows = self.leaves[i][:ROWS_OF_PROOF].detach()
             lengths = lengths[: len(rows)]
             if i in self.texts:
                 characters = [len(self.texts[i][row]) for row in rows.tolist()]
@@ -148,7 +146,7 @@ class Fault:
         """Return the result that the fault makes of a module's output, a pytree."""
         if self.kind == "structure":
             return [value, None]
-        return pytree.tree_map_only(Tensor, self._spoil_leaf, value)
+        return tree_map_only(Tensor, self._spoil_leaf, value)
 
     def _spoil_leaf(self, leaf: Tensor) -> Tensor:
         if self.kind in ("nan", "infinity") and (
@@ -355,7 +353,7 @@ class Workers(abc.ABC):
             module = nn.Identity()
         if module is None:
             return self
-        leaves, spec = pytree.tree_flatten(arguments(example, module), is_texts)
+        leaves, spec = tree_flatten(arguments(example, module), is_texts)
         leaves = [list(x) if is_texts(x) else x for x in leaves]  # as calls give them
         calls = int(example is not None)
         if self.num_workers is None:
@@ -543,7 +541,7 @@ class Workers(abc.ABC):
         with self.open(module, task) as request:
             asked = list[int]()
             # If a part is late or has failed, another worker is asked for it.
-            for attempt, patience in enumerate(_PROOF_PATIENCE):
+            for attempt, patience in enumerate(PROOF_PATIENCE):
                 parts = list[Part]()
                 for place, n in enumerate(sizes):
                     if n in found:
@@ -644,5 +642,5 @@ class Workers(abc.ABC):
 
 class _Loading(Task):  # None stands for no call, as the arguments of a module are not known
     def payload(self, *_: Any, **__: Any) -> Arguments | None:  # type: ignore[override]
-        leaves = pytree.tree_map_only(Tensor, Tensor.clone, self.leaves)
+        leaves = tree_map_only(Tensor, Tensor.clone, self.leaves)
         return unflatten(leaves, self.spec) if self.num_units else None

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import tree_map_only, tree_map_only_
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .._arguments import find_devices, positive
@@ -21,8 +21,9 @@ from .._changes import state_of
 from .._table import Failure, Part, Reply
 from .._torch import read_here
 from ._base import InjectedCrash, Request, Task, compute
-from ._dispatch import CLOSING_SECONDS, DispatchedWorkers, Dispatcher, Worker
+from ._dispatch import DispatchedWorkers, Dispatcher, Worker
 from ._live import LiveRequest
+from ._untuned import CLOSING_SECONDS
 
 
 class DeviceWorkers(DispatchedWorkers):
@@ -104,7 +105,7 @@ class _DeviceRequest(LiveRequest):
 
     def receive(self, reply: Reply) -> None:
         if self.ready:
-            pytree.tree_map_only_(Tensor, read_here, reply.value)  # made on the thread's stream
+            tree_map_only_(Tensor, read_here, reply.value)  # made on the thread's stream
 
 
 class _Replica(Worker):
@@ -155,7 +156,7 @@ class _Replica(Worker):
                 if streams or not request.on_host:  # walking through them takes 25 us
                     arguments = _to(self.device, arguments)
                     # The backward pass reads the inputs here, when the caller may have freed them.
-                    pytree.tree_map_only_(Tensor, read_here, arguments)
+                    tree_map_only_(Tensor, read_here, arguments)
                 if self not in request.replicas:
                     request.replicas[self] = self._replicate(request.module, request.views)
                 return _to(home, compute(request.replicas[self], arguments, part.fault))
@@ -255,4 +256,4 @@ def _shallow(part: nn.Module) -> Any:
 def _to(device: torch.device, tree: Any) -> Any:
     if isinstance(tree, Tensor):
         return tree.to(device)
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), tree)
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), tree)

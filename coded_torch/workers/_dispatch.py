@@ -17,9 +17,8 @@ from .._arguments import MOST_WORKERS, count, shown
 from .._table import Began, Failure, Part, Reply, WorkerError
 from ._base import Workers
 from ._live import LiveRequest
+from ._untuned import PATIENCE
 
-CLOSING_SECONDS = 10.0  # a pool that closes waits so long for its threads; not tuned
-_PATIENCE = 0.5  # seconds at a part, after which no failed part waits for the worker; not tuned
 # In a forked process nobody would release these locks, which the ends of open requests take.
 _locks = weakref.WeakSet[Any]()
 os.register_at_fork(after_in_child=lambda: [lock._at_fork_reinit() for lock in _locks])
@@ -400,7 +399,7 @@ class Dispatcher(abc.ABC):
         ):
             return None  # the worker that ended at it has no successor yet
         if part.tried:
-            begun = self._clock() - _PATIENCE
+            begun = self._clock() - PATIENCE
             both = out | part.tried
             others = [w for w in self._workers if w.is_wanted and w.index not in both]
             if any(w.part is None or w.since > begun for w in others):

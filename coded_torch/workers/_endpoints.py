@@ -22,19 +22,18 @@ from .._torch import refuse_derivatives
 from ..open_inference import EndpointError, RefusedError, _client
 from ..open_inference._client import RemoteModule, running_loop
 from ._base import InjectedCrash, Request, Task, Workers, compute, logger
-from ._dispatch import CLOSING_SECONDS, DispatchedWorkers, Dispatcher, Worker
+from ._dispatch import DispatchedWorkers, Dispatcher, Worker
 from ._live import LiveRequest
+from ._untuned import (
+    ALONE_PROBE_SECONDS,
+    CLOSING_SECONDS,
+    DOUBTS_OF_REFUSAL,
+    MOST_DOUBTS,
+    MOST_PROBE_SECONDS,
+    PROBE_SECONDS,
+)
 
-# Seconds from a failure to the first probe of a server; the pause doubles up to the second number,
-# or the third while no server is up. Not tuned: a probe is one small request.
-_PROBE_SECONDS = 0.25
-_MOST_PROBE_SECONDS = 30.0
-_ALONE_PROBE_SECONDS = 1.0
 _STEP = 0.05  # seconds between two looks whether a probe is due
-# Doubts in a row after which a server counts as failed: one per part that it left unanswered while
-# others answered, more per part that it refused and others computed. Not tuned.
-_MOST_DOUBTS = 16
-_DOUBTS_OF_REFUSAL = 6
 
 
 class EndpointWorkers(DispatchedWorkers):
@@ -298,11 +297,11 @@ class _Endpoints(Dispatcher):
             missing -= units
             if not missing and not isinstance(failure, EndpointError):
                 why = f"refused what others computed: {shown(failure)}"
-                self._doubt(other, _DOUBTS_OF_REFUSAL, why)
+                self._doubt(other, DOUBTS_OF_REFUSAL, why)
 
     def _doubt(self, url: str, doubts: int, why: str) -> None:
         self._doubts[url] += doubts
-        if self._doubts[url] >= _MOST_DOUBTS:
+        if self._doubts[url] >= MOST_DOUBTS:
             del self._doubts[url]
             self._pause(url, why=why)
 
@@ -343,7 +342,7 @@ class _Endpoints(Dispatcher):
             for slot in slots:
                 slot.ready = False
         if why:
-            self._pauses[url] = max(_PROBE_SECONDS, 2 * self._pauses.get(url, 0.0))
+            self._pauses[url] = max(PROBE_SECONDS, 2 * self._pauses.get(url, 0.0))
             text = "EndpointWorkers: %s failed, and is probed until it is ready: it %s"
             logger.warning(text, url, why, extra={"cause": url})
         self._spawn(self._resume(url, slots, seconds, bool(why)))
@@ -358,7 +357,7 @@ class _Endpoints(Dispatcher):
                 await asyncio.sleep(_STEP)
                 waited += _STEP
             elif failed := not await self.client.is_ready(url):
-                self._pauses[url] = max(_PROBE_SECONDS, 2 * self._pause_of(url))
+                self._pauses[url] = max(PROBE_SECONDS, 2 * self._pause_of(url))
                 waited = 0.0
             else:
                 logger.warning("EndpointWorkers: %s is ready again", url, extra={"cause": url})
@@ -368,5 +367,5 @@ class _Endpoints(Dispatcher):
     def _pause_of(self, url: str) -> float:
         """Return the seconds to the next probe: a server that others stand in for may wait."""
         is_up = any(each.is_wanted for each in self._workers)
-        most = _MOST_PROBE_SECONDS if is_up else _ALONE_PROBE_SECONDS
+        most = MOST_PROBE_SECONDS if is_up else ALONE_PROBE_SECONDS
         return min(self._pauses.get(url, 0.0), most)

@@ -19,10 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .._table import Began, Failure, Part, Reply
 from ._base import Request, Task
-
-_LOOK = 0.005  # seconds between two looks whether a part has begun; not tuned
-_AGAIN = 0.1  # seconds between two looks for a worker that may take a failed part; not tuned
-
+from ._untuned import AGAIN, LOOK
 
 _T = TypeVar("_T")
 
@@ -185,7 +182,7 @@ class LiveRequest(Request):
                 began = (e.at for n, e in self.events.items() if n < 0 and ~n not in self.events)
                 now = self.now()
                 begun = min(began, default=math.inf)
-                due = begun + self.late if begun < math.inf else now + max(self.late, _LOOK)
+                due = begun + self.late if begun < math.inf else now + max(self.late, LOOK)
                 seconds = min(until, limit, due) - now
                 if self.events and (seconds <= 0 or self.is_notified()):
                     for number in self.replied & self.events.keys():
@@ -200,7 +197,7 @@ class LiveRequest(Request):
             if oldest is None:
                 return None
             if seconds > 0:
-                self.dispatcher.wait_for(self, min(seconds, _AGAIN if self._retries else math.inf))
+                self.dispatcher.wait_for(self, min(seconds, AGAIN if self._retries else math.inf))
                 if self._retries:
                     self.dispatcher.refuse()  # gives parts to idle workers
             elif until < limit:

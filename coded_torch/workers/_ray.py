@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import tree_map_only
 
 from .._table import Part
 from ._supervisor import SupervisedWorkers, Supervisor, WatchedWorker
@@ -257,7 +257,7 @@ def _portable(tree: Any) -> Any:
             tensor = tensor.clone()  # a view
         return tensor
 
-    return pytree.tree_map_only(Tensor, move, tree)
+    return tree_map_only(Tensor, move, tree)
 
 
 def _ray() -> Any:

@@ -23,12 +23,11 @@ from .._extension import lane
 from .._table import Units
 from .._torch import positional
 from ._torchscript import with_scripts
+from ._untuned import LONGEST_FORM, MOST_FORMS
 
 _ALIGNMENT = 64  # bytes of a cache line
 # Bytes up to which a tensor of a long message is copied: a view would keep the whole memory.
 _SHORT = 1 << 16
-# Pickles of messages that are known with their forms, and their bytes, at most. Not tuned.
-_MOST_FORMS, _LONGEST_FORM = 256, 1 << 12
 _PLAIN = bytes, bool, type(None)
 # How the dtypes of results are stored that are joined without a look at each; the others are rare.
 _KINDS: dict[torch.dtype, Any] = {}
@@ -108,11 +107,17 @@ def _is_plain(tensor: Tensor) -> bool:
     return is_strided and not tensor.is_meta and tensor.numel() > 0
 
 
+def _is_in_memory(tensor: Tensor) -> bool:
+    """Return whether the numbers of a tensor lie as they are in the memory of this process."""
+    is_contiguous = tensor.is_cpu and tensor.is_contiguous()
+    return is_contiguous and not (tensor.is_conj() or tensor.is_neg())
+
+
 def _message(form: Any, tensors: Sequence[Tensor], blocks: Any) -> Any:
     pieces = list[tuple[int, int]]()
     kept = list[Tensor]()
     for tensor in tensors:
-        if not (tensor.is_cpu and tensor.is_contiguous()) or tensor.is_conj() or tensor.is_neg():
+        if not _is_in_memory(tensor):
             tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
             kept.append(tensor)
         pieces.append((tensor.data_ptr(), tensor.nbytes))
@@ -135,7 +140,6 @@ class _Place(NamedTuple):
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    size: int  # the number of its elements
     offset: int  # from the beginning of the message
 
 
@@ -182,7 +186,7 @@ def _known_form(key: Any, make: Callable[[], Any], tensors: list[Tensor]) -> Any
     if form is None:
         pickled = Pickled(make())
         form = pickled.form(tensors)
-        if form is not None and len(pickled.stream) <= _LONGEST_FORM:
+        if form is not None and len(pickled.stream) <= LONGEST_FORM:
             _remember(_known_forms, key, form)
     return form
 
@@ -206,8 +210,7 @@ class PartsInMemory:
         for leaf, dim in zip(task.leaves, task.dims, strict=True):
             if type(leaf) is not Tensor or not _is_plain(leaf) or dim not in (0, None):
                 return
-            is_in_memory = leaf.is_cpu and leaf.is_contiguous()
-            if not is_in_memory or leaf.is_conj() or leaf.is_neg():
+            if not _is_in_memory(leaf):
                 return
             size = leaf.nbytes
             kind = _KINDS.get(leaf.dtype)
@@ -256,7 +259,7 @@ def unpack(received: Any) -> Any:
         return _made(form, memory, copied)
     unpickler = _Unpickler(stream, memory, copied)
     value = unpickler.load()
-    if len(stream) <= _LONGEST_FORM:
+    if len(stream) <= LONGEST_FORM:
         with contextlib.suppress(_FormError):
             form = _form(value, unpickler.place)
             _remember(_forms, stream, form)
@@ -333,7 +336,7 @@ def _join_of(pickles: Sequence[bytes], sizes: Sequence[int], unit_rows: int) -> 
 
 
 def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
-    if len(known) >= _MOST_FORMS:
+    if len(known) >= MOST_FORMS:
         known.clear()
     known[key] = value
 
@@ -341,8 +344,7 @@ def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
 def _made(form: Any, memory: Any, copied: int) -> Any:
     kind = type(form)
     if kind is _Place:
-        dtype, shape, size, offset = form
-        tensor = torch.frombuffer(memory, dtype=dtype, count=size, offset=offset).view(shape)
+        tensor = _tensor_at(memory, *form)
         return tensor.clone() if tensor.nbytes <= copied else tensor
     if kind is tuple:
         return tuple([_made(item, memory, copied) for item in form])
@@ -383,7 +385,7 @@ class _Unpickler(pickle.Unpickler):
         for (_, shape, offset, *view), read in self._read.items():
             if read is tensor and not view and offset not in self._placed:
                 self._placed.add(offset)
-                return _Place(tensor.dtype, shape, tensor.numel(), self._start + offset)
+                return _Place(tensor.dtype, shape, self._start + offset)
         raise _FormError
 
     def find_class(self, module: str, name: str) -> Any:
@@ -401,13 +403,13 @@ class _Unpickler(pickle.Unpickler):
         if place not in self._read:
             dtype, shape, offset, *view = place
             kind = getattr(torch, dtype)
-            tensor = _tensor_at(self._memory, self._start + offset, kind, shape, *view[:1])
+            tensor = _tensor_at(self._memory, kind, shape, self._start + offset, *view[:1])
             self._read[place] = tensor.clone() if tensor.nbytes <= self._copied else tensor
         return self._read[place]
 
 
 def _tensor_at(
-    memory: Any, offset: int, dtype: torch.dtype, shape: tuple[int, ...], strides: Any = None
+    memory: Any, dtype: torch.dtype, shape: tuple[int, ...], offset: int, strides: Any = None
 ) -> Tensor:
     """Return a view of memory, which is contiguous unless there are strides."""
     if strides is None:

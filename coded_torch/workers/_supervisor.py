@@ -19,8 +19,16 @@ from .._arguments import MOST_WORKERS, count, positive, warn
 from .._table import Began, Failure, Part, Reply, WorkerError
 from .._torch import refuse_derivatives
 from ._base import Request, Task, logger
-from ._dispatch import CLOSING_SECONDS, DispatchedWorkers, Dispatcher, Worker
+from ._dispatch import DispatchedWorkers, Dispatcher, Worker
 from ._live import Ambient, LiveRequest
+from ._untuned import (
+    BEATS,
+    CLOSING_SECONDS,
+    FAILED_STARTS,
+    LONGEST_BEAT,
+    LONGEST_PAUSE,
+    RECENT,
+)
 from ._worker_main import ModuleStore, PackedModule
 
 # Seconds that the first worker has to start: importing torch from a cold disk takes tens of them.
@@ -28,12 +36,6 @@ from ._worker_main import ModuleStore, PackedModule
 # ended for it, the others have twice the time, up to that of the first. Not tuned.
 START_SECONDS = 120.0
 _STARTS, _LEAST_START = 10.0, 10.0
-_BEATS = 4  # signs of life per ``hang_timeout``: some may be late on a busy machine; not tuned
-_LONGEST_BEAT = 10.0  # seconds between signs of life, at most; not tuned
-_RECENT = 10.0  # seconds since its last part began, for which a module still has calls; not tuned
-# Failed starts in a row after which waiting parts fail, instead of at their timeout. Not tuned.
-_FAILED_STARTS = 3
-_LONGEST_PAUSE = 5.0  # seconds between attempts to start: .2, .4, ..., at most this; not tuned
 _LONGEST_WAIT = 3600.0  # seconds to wait for news: poll counts milliseconds in 31 bits
 _REPAIR_SECONDS = 1.0  # a pause after an unexpected exception, so that the thread does not spin
 _LOOK_SECONDS = 0.1  # between looks whether a call was cancelled while a module is packed
@@ -128,7 +130,7 @@ class Supervisor(Dispatcher):
         self._has_started = False
         self.hang_timeout = hang_timeout
         self.timeout = timeout
-        self.beat = min(self.hang_timeout / _BEATS, _LONGEST_BEAT)  # seconds between signs of life
+        self.beat = min(self.hang_timeout / BEATS, LONGEST_BEAT)  # seconds between signs of life
         self.modules = ModuleStore(self.pack)
         self.thread = threading.Thread(target=self.serve, name=f"coded_torch-{size}", daemon=True)
         self.num_lost = 0  # workers, while the pool is open
@@ -201,7 +203,7 @@ class Supervisor(Dispatcher):
 
     def may_load(self, module: PackedModule) -> bool:
         """Return whether one more worker may load a module, which stops calls of others there."""
-        since = self._clock() - _RECENT
+        since = self._clock() - RECENT
         used = [each for each in self._workers if each.part is not None or each.since > since]
         is_loaded = any(w.fresh and w.part and w.latest == module.number for w in used)
         others = module.alive - {module.number}
@@ -232,7 +234,7 @@ class Supervisor(Dispatcher):
                 if now >= self._start_again:  # workers that fail together fail once
                     self._failed_starts += 1
                     pause = 0.1 * 2 ** min(self._failed_starts, 9)
-                    self._start_again = now + min(pause, _LONGEST_PAUSE)
+                    self._start_again = now + min(pause, LONGEST_PAUSE)
             part = worker.part
             if part is not None:
                 failure = Failure(f"was lost: {what}", "died")
@@ -241,7 +243,7 @@ class Supervisor(Dispatcher):
                 part.error = WorkerError(part.number, worker.index, *failure)
                 part.request = None
                 worker.part = None
-        hopeless = not (worker.ready or worker.left) and self._failed_starts >= _FAILED_STARTS
+        hopeless = not (worker.ready or worker.left) and self._failed_starts >= FAILED_STARTS
         self.refuse(what if hopeless else "")  # a part may have waited for this worker
         self.wake()
 

@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import tree_map_only
 
 from .._changes import fingerprint
 from .._extension import lane
@@ -49,15 +49,10 @@ from . import _shared_memory
 from ._base import InjectedCrash, compute, logger
 from ._live import Ambient, Work
 from ._shared_memory import pack, unpack
+from ._untuned import ENDING_SECONDS, FORK_SECONDS, IMPORT_SECONDS, SEND_SECONDS
 
 # Kinds of messages. The server sends the last two: the process id of a worker, and its exit code.
 READY, MODULE, LOADED, PART, RESULT, ALIVE, FORKED, ENDED = range(8)
-# Bounds in seconds, not tuned: for a server to import its packages, to take a request while it
-# imports, and to fork a worker later, perhaps behind some hundred others; and for news of an end.
-_IMPORT_SECONDS = 120
-_SEND_SECONDS = 10.0
-_FORK_SECONDS = 5.0
-_ENDING_SECONDS = 0.5
 # Ctrl-C, and SIGTERM to a whole group, are meant for the caller's process.
 _OF_CALLER = signal.SIGINT, signal.SIGTERM
 REFUSED: set[str] = set()  # packages that no server imports, as they broke one
@@ -81,14 +76,14 @@ class Server:
         with contextlib.suppress(OSError):
             self.is_up = self.is_up or bool(self.requests.recv(1, socket.MSG_DONTWAIT))
         with self.requests.dup() as link:
-            link.settimeout(_FORK_SECONDS if self.is_up else _SEND_SECONDS)
+            link.settimeout(FORK_SECONDS if self.is_up else SEND_SECONDS)
             try:
                 socket.send_fds(link, [b"!"], [program, sock])
             except TimeoutError:
                 self.kill()
                 raise
         if self.is_up:
-            return time.monotonic() + _FORK_SECONDS
+            return time.monotonic() + FORK_SECONDS
         return math.inf
 
     def has_ended(self) -> bool:
@@ -112,7 +107,7 @@ class Server:
 
     def told(self, connection: Any) -> int | None:
         """Wait for the exit code of a worker that has ended; return None if it does not come."""
-        while wait([connection], 0.0 if self.is_silent else _ENDING_SECONDS):
+        while wait([connection], 0.0 if self.is_silent else ENDING_SECONDS):
             said = connection.receive()
             if said is None or said.kind == ENDED:
                 return None if said is None else int(said.number)
@@ -163,7 +158,7 @@ def serve(requests: int, caller: int, packages: list[str]) -> None:
     # If a server ends while a worker is stopped, the kernel sends this to their whole group.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(_IMPORT_SECONDS)  # ends even a server that hangs in compiled code
+    signal.alarm(IMPORT_SECONDS)  # ends even a server that hangs in compiled code
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)  # workers do not read the caller's terminal
     for package in packages:
@@ -473,7 +468,7 @@ class LoadedModules:
             torch.set_default_dtype(ambient.default_dtype)  # of this process: here are no others
             with ambient.restored(self.device):
                 if self.device.type != "cpu":
-                    arguments = pytree.tree_map_only(Tensor, lambda x: x.to(self.device), arguments)
+                    arguments = tree_map_only(Tensor, lambda x: x.to(self.device), arguments)
                 value = compute(module, arguments, fault)
             if arguments is not None and number in self._versions:
                 _warn_of_changes(module, self._versions.pop(number))

@@ -312,7 +312,7 @@ def test_an_error_of_some_rows_is_raised_with_them(three, status, body, kind, te
 
 
 def test_servers_that_fail_on_the_same_rows_clear_each_other(three, monkeypatch):
-    for name in ("_PROBE_SECONDS", "_MOST_PROBE_SECONDS", "_ALONE_PROBE_SECONDS"):
+    for name in ("PROBE_SECONDS", "MOST_PROBE_SECONDS", "ALONE_PROBE_SECONDS"):
         monkeypatch.setattr(_endpoints, name, 600.0)
     coded = wrapped(three, Waiting(deadline=5.0))
     for each in three:
@@ -375,7 +375,7 @@ def test_versions_are_reported_and_two_in_a_call_are_logged(three, caplog):
 
 
 def test_a_server_that_answers_nothing_while_others_do_gets_no_parts(three, monkeypatch):
-    monkeypatch.setattr(_endpoints, "_MOST_DOUBTS", 3)
+    monkeypatch.setattr(_endpoints, "MOST_DOUBTS", 3)
     coded, hung = wrapped(three, Waiting(deadline=0.1)), threading.Event()
     three[2].fault, three[2].ready = lambda handler, rows: hung.wait(WAIT) or True, False
 
@@ -410,8 +410,8 @@ def test_each_server_that_fails_or_comes_back_is_logged_with_the_reason(three, c
 
 
 def test_servers_are_probed_often_while_none_is_up(three, monkeypatch):
-    monkeypatch.setattr(_endpoints, "_PROBE_SECONDS", 600.0)
-    monkeypatch.setattr(_endpoints, "_MOST_PROBE_SECONDS", 600.0)
+    monkeypatch.setattr(_endpoints, "PROBE_SECONDS", 600.0)
+    monkeypatch.setattr(_endpoints, "MOST_PROBE_SECONDS", 600.0)
     coded = wrapped(three, Waiting(deadline=1.0, estimate=False))
     three[0].fault = broken
     until(lambda: torch.equal(coded(X), 2 * X) and coded.workers.num_ready == 2)
