@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.masked import MaskedTensor
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatten_with_path
 
 from ._untuned import CAUSE_CHARACTERS, LOG_SECONDS, MOST_CAUSES
 
@@ -35,7 +35,7 @@ MOST_WORKERS = 65_536
 # The folders of the files that calls of modules pass through on their way to this package.
 _INSIDE = str(Path(__file__).parent), str(Path(str(torch.__file__)).parent), contextlib.__file__
 
-_KEYS = {pytree.MappingKey: "key", pytree.GetAttrKey: "name", pytree.SequenceKey: "idx"}
+_KEYS = {MappingKey: "key", GetAttrKey: "name", SequenceKey: "idx"}
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -76,11 +76,11 @@ def named(
     A single output has the name ``root``, those of a list or a tuple ``root0``, ``root1``, ...
     Raises a ValueError if two have the same name.
     """
-    found = pytree.tree_flatten_with_path(answers, is_leaf)[0]
+    found = tree_flatten_with_path(answers, is_leaf)[0]
     outputs = {}
     for path, leaf in found:
         name = ".".join(str(getattr(x, _KEYS[type(x)])) for x in path)
-        if not path or isinstance(path[0], pytree.SequenceKey):
+        if not path or isinstance(path[0], SequenceKey):
             name = root if len(found) == 1 else f"{root}{name}"
         check(owner, name not in outputs, "each tensor must have its own name", name)
         outputs[name] = leaf

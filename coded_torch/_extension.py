@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import tree_map_only
 
 __all__ = [
     "CUDA_FAILURES",
@@ -107,7 +107,7 @@ def spline_apply(
             remedy = "apply it with these sizes, dtype and direction before the capture"
             raise RuntimeError(f"spline_apply: a CUDA graph cannot hold it, as {reason}; {remedy}")
         inputs = values, coefficients, schedule, transpose, *where
-        on_host = pytree.tree_map_only(Tensor, Tensor.cpu, inputs)
+        on_host = tree_map_only(Tensor, Tensor.cpu, inputs)
         result: Tensor = torch.ops.coded_torch.spline_apply(*on_host)
         return result.to(values.device)
     entries = coefficients[0, of_sweeps : of_sweeps + num_knots * num_points]
@@ -242,7 +242,7 @@ def _compare(device: int, number: int) -> float:
     scatter[3, 1] = others * groups + 9
     problem = values, plan, schedule, transpose, gather, scatter, others * groups + 5
     want = spline_apply(*problem).double()
-    there = pytree.tree_map_only(
+    there = tree_map_only(
         Tensor, lambda x: x.pin_memory().to(f"cuda:{device}", non_blocking=True), problem
     )
     result = torch.empty(want.shape, dtype=dtype, pin_memory=True)

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import (
+    SUPPORTED_NODES,
+    TreeSpec,
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+)
 
 from ._torch import LEAF, as_real, broadcast_dims, different_rows, flatten, has_rows, positional
 from ._untuned import ROUNDING, ROUNDING_OF_HALF
@@ -34,7 +40,7 @@ class Layout:
 
     def __init__(self, lists: Sequence[Path] = ()) -> None:
         self.lists = lists
-        self.spec: pytree.TreeSpec | None = None
+        self.spec: TreeSpec | None = None
         self.constants = frozenset[int]()
         self.is_doubted = False  #: true if later results do not fit it: it is proved again
         self.note = ""  #: a remark on each call: the rows of the module depend on each other
@@ -44,14 +50,14 @@ class Layout:
         """Whether the output is a single tensor."""
         return self.spec is LEAF
 
-    def flatten(self, value: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    def flatten(self, value: Any) -> tuple[list[Any], TreeSpec]:
         """Return the leaves, where a list with an item per row is one leaf, and the structure."""
         return flatten(value, self._is_whole(value) if self.lists else None)
 
     def name(self, value: Any, i: int) -> str:
         """Return the Python expression of a leaf of an output."""
-        path, _ = pytree.tree_flatten_with_path(value, self._is_whole(value))[0][i]
-        return "output" + pytree.keystr(path)
+        path, _ = tree_flatten_with_path(value, self._is_whole(value))[0][i]
+        return "output" + keystr(path)
 
     def _is_whole(self, value: Any) -> Callable[[Any], bool]:
         whole = {id(node) for node in (_at(value, path) for path in self.lists)}
@@ -283,7 +289,7 @@ def _follows(leaf: Tensor, other: Tensor, dim: int) -> bool:
 
 
 def _children(node: Any) -> list[Any]:
-    leaves: list[Any] = pytree.tree_flatten(node, lambda child: child is not node)[0]
+    leaves: list[Any] = tree_flatten(node, lambda child: child is not node)[0]
     return leaves
 
 
@@ -306,7 +312,7 @@ def _row_lists(
     if type(one) in (list, tuple) and (len(one), len(two)) == sizes:
         yield path
         return
-    if type(one) not in pytree.SUPPORTED_NODES and not isinstance(one, tuple):
+    if type(one) not in SUPPORTED_NODES and not isinstance(one, tuple):
         return
     children = _children(one)
     others = _children(two)

@@ -15,14 +15,24 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
-from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext
+from torch.utils._pytree import (
+    TreeSpec,
+    keystr,
+    register_dataclass,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_map,
+    tree_map_,
+    tree_structure,
+    tree_unflatten,
+)
 
 from ._arguments import arguments, bound
 
 _T = TypeVar("_T")
 #: The structure of a single tensor.
-LEAF = pytree.tree_structure(0)
+LEAF = tree_structure(0)
 _ALIGNMENT = 16  # bytes, as wide as the widest access of a kernel
 _generators = threading.Lock()
 
@@ -244,16 +254,14 @@ def device_of(module: Any) -> torch.device | None:
     return next((tensor.device for tensor in tensors), None)
 
 
-def flatten(
-    tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> tuple[list[Any], pytree.TreeSpec]:
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], TreeSpec]:
     """Return the leaves and structure of a tree, of a single tensor at once.
 
     Dataclasses that torch has not seen are registered, as Hugging Face registers its outputs.
     """
     if isinstance(tree, Tensor):
         return [tree], LEAF
-    leaves, spec = pytree.tree_flatten(tree, is_leaf)
+    leaves, spec = tree_flatten(tree, is_leaf)
     unknown = {type(x) for x in leaves if hasattr(type(x), "__dataclass_fields__")}
     registered = [kind for kind in unknown if _register(kind)]
     if registered:
@@ -271,7 +279,7 @@ def _register(kind: Any) -> bool:
     if not is_made_of_fields or hasattr(kind, "__post_init__"):
         return False
     try:
-        pytree.register_dataclass(kind)
+        register_dataclass(kind)
     except ValueError:  # it is registered: the caller wants it to be a leaf
         return False
     return True
@@ -284,45 +292,45 @@ def is_texts(node: Any) -> bool:
     return is_flat and len(node) > 0 and all(isinstance(x, str) for x in node)
 
 
-def unflatten(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
+def unflatten(leaves: Sequence[Any], spec: TreeSpec) -> Any:
     """Return the tree of these leaves and this structure."""
     if spec is LEAF:
         return leaves[0]
-    return pytree.tree_unflatten(leaves, spec)
+    return tree_unflatten(leaves, spec)
 
 
 @functools.cache
-def positional(count: int) -> tuple[pytree.TreeSpec, pytree.TreeSpec]:
+def positional(count: int) -> tuple[TreeSpec, TreeSpec]:
     """Return the structures of ``(args, kwargs)`` and of args, for ``count`` positional tensors."""
     args = (0,) * count
-    return pytree.tree_structure((args, {})), pytree.tree_structure(args)
+    return tree_structure((args, {})), tree_structure(args)
 
 
 def leaf_name(root: str, tree: Any, index: int) -> str:
     """Return the Python expression of a leaf of ``tree``."""
-    path, _ = pytree.tree_flatten_with_path(tree)[0][index]
-    return root + pytree.keystr(path)
+    path, _ = tree_flatten_with_path(tree)[0][index]
+    return root + keystr(path)
 
 
-def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str) -> list[Any]:
+def broadcast_dims(argument: str, dims: Any, spec: TreeSpec, *names: str) -> list[Any]:
     """Return the batch dimension of each leaf, or a name of ``names``, from a pytree prefix."""
     if dims is None or type(dims) is int:  # the same for all leaves
         return [dims] * spec.num_leaves
     flat: list[int | None] = []
-    tree = pytree.tree_unflatten([0] * spec.num_leaves, spec)
+    tree = tree_unflatten([0] * spec.num_leaves, spec)
 
     def repeat(dim: Any, subtree: Any) -> None:
         if not (dim is None or dim in names or type(dim) is int):
             *some, last = "integers", "None", *map(repr, names)
             requirement = f"{argument} must hold {', '.join(some)} or {last}"
             raise TypeError(f"CodedWrapper: {requirement}, got {dim!r}")
-        flat.extend([dim] * pytree.tree_structure(subtree).num_leaves)
+        flat.extend([dim] * tree_structure(subtree).num_leaves)
 
     try:
-        pytree.tree_map_(repeat, dims, tree)
+        tree_map_(repeat, dims, tree)
     except ValueError:
         requirement = f"{argument} must be a pytree prefix of the values"
-        got = f"{dims!r} for {pytree.tree_map(lambda _: '*', tree)}"
+        got = f"{dims!r} for {tree_map(lambda _: '*', tree)}"
         raise ValueError(f"CodedWrapper: {requirement}, got {got}") from None
     return flat
 
@@ -361,10 +369,10 @@ def different_rows(inputs: Sequence[Any]) -> list[int]:
 def sample(batch: Any) -> inspect.BoundArguments:
     """Return the first row of a batch, and the first that differs from it, as bound arguments."""
     given = arguments(batch)
-    leaves, spec = pytree.tree_flatten(given, is_texts)
+    leaves, spec = tree_flatten(given, is_texts)
     rows = different_rows(leaves)
     chosen = [x[rows] if isinstance(x, Tensor) else [x[row] for row in rows] for x in leaves]
-    args, kwargs = pytree.tree_unflatten(chosen, spec)
+    args, kwargs = tree_unflatten(chosen, spec)
     return bound(args, kwargs)
 
 

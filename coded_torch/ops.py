@@ -50,6 +50,7 @@ def spline_apply(
 
 
 def _apply(values: Tensor, *plan: Any) -> Tensor:
+    """Do as :func:`spline_apply`, whose other arguments in their order are the ``plan``."""
     compiling = torch.compiler.is_compiling()
     if not compiling and torch._C._are_functorch_transforms_active():
         transformed: Any = _Transformed  # its apply has a type for some releases of Python

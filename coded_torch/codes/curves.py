@@ -72,13 +72,12 @@ class CurveCode(FixedCode):
         **options: Any,
     ) -> None:
         super().__init__(num_data, num_workers, **options)
-        k = self.num_data
-        n = self.num_workers
-        at_workers = self.default_worker_points
-        given = chebyshev_first(k) if data_points is None else data_points
-        self.data_points = self._points("data_points", given, k)
-        given = at_workers(n) if worker_points is None else worker_points
-        self.worker_points = self._points("worker_points", given, n)
+        if data_points is None:
+            data_points = chebyshev_first(self.num_data)
+        if worker_points is None:
+            worker_points = self.default_worker_points(self.num_workers)
+        self.data_points = self._points("data_points", data_points, self.num_data)
+        self.worker_points = self._points("worker_points", worker_points, self.num_workers)
 
     @abc.abstractmethod
     def _curve(self, nodes: Floats, points: Floats) -> Map:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .._arguments import check, instance, shown, warn
 from .._torch import as_called, broadcast_dims, check_batch, leaf_name, on_host
@@ -157,7 +157,7 @@ def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...
         warn(f"{owner}: {name} is in training mode, so answers depend on chance; call eval() on it")
     calls = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     for i, args in enumerate(calls):
-        sizes = [x.shape[:1] for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
+        sizes = [x.shape[:1] for x in tree_leaves(args) if isinstance(x, Tensor)]
         requirement = f"batches[{i}] must hold a tensor, and at least one input"
         check(owner, sizes and not any(0 in size for size in sizes), requirement, args)
     return calls
@@ -210,10 +210,10 @@ class Trial:
         given = iter(batches)
         pairs = zip(inputs.leaves, inputs.dims, strict=True)
         leaves = [x if dim is None else next(given).clone().movedim(0, dim) for x, dim in pairs]
-        args, kwargs = pytree.tree_unflatten(leaves, inputs.spec)
+        args, kwargs = tree_unflatten(leaves, inputs.spec)
         with torch.no_grad(), as_called():
             tree = function(*args, **kwargs)
-        outputs, spec = pytree.tree_flatten(tree)
+        outputs, spec = tree_flatten(tree)
         dims = broadcast_dims("out_dims", self._out_dims, spec)
         for i, (output, dim) in enumerate(zip(outputs, dims, strict=True)):
             if dim is None or not isinstance(output, Tensor):
@@ -268,7 +268,7 @@ class Trial:
     ) -> list[Tensor]:
         """Return the answers of a function of inputs, outputs and received workers, checked."""
         with torch.no_grad(), as_called():
-            found: list[Any] = pytree.tree_leaves(
+            found: list[Any] = tree_leaves(
                 decoder(
                     [x.clone() for x in self._inputs.batches()],
                     [x.clone() for x in self.exact],

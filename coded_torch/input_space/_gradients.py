@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from .._arguments import arguments, shown
 from .._torch import device_of, exactly, on_host, placed
@@ -134,7 +134,7 @@ def from_gradients(module: Callable[..., Any], rows: Any) -> GradientMetric:
     is_module = isinstance(module, nn.Module)
     args, kwargs = arguments(rows, module if is_module else None)
     with torch.inference_mode(False), torch.enable_grad():
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = tree_flatten((args, kwargs))
         tensors = [x for x in leaves if _is_numbers(x)]
         size = 0
         if tensors:
@@ -145,9 +145,7 @@ def from_gradients(module: Callable[..., Any], rows: Any) -> GradientMetric:
                 f"{shown(rows)}"
             )
         device = device_of(module)
-        leaves = pytree.tree_map_only(
-            Tensor, lambda x: x.detach().to(device or x.device).clone(), leaves
-        )
+        leaves = tree_map_only(Tensor, lambda x: x.detach().to(device or x.device).clone(), leaves)
         batched = [isinstance(x, Tensor) and x.shape[:1] == (size,) for x in leaves]
         found = [x for x, b in zip(leaves, batched, strict=True) if b and x.is_floating_point()]
         some = torch.linspace(0, size - 1, min(size, _MOST_ROWS), dtype=torch.float64).long()
@@ -164,9 +162,9 @@ def from_gradients(module: Callable[..., Any], rows: Any) -> GradientMetric:
                 for x, b in zip(chunk, batched, strict=True)
                 if b and x.is_floating_point()
             ]
-            copies = pytree.tree_map_only(Tensor, Tensor.clone, chunk)  # for in-place code
-            part_args, part_kwargs = pytree.tree_unflatten(copies, spec)
-            outputs = pytree.tree_leaves(module(*part_args, **part_kwargs))
+            copies = tree_map_only(Tensor, Tensor.clone, chunk)  # for in-place code
+            part_args, part_kwargs = tree_unflatten(copies, spec)
+            outputs = tree_leaves(module(*part_args, **part_kwargs))
             numbers = [
                 y.reshape(len(places), -1)
                 for y in outputs
@@ -224,8 +222,8 @@ def from_outputs(rows: Any, outputs: Any) -> GradientMetric:
         outputs: the module's outputs for these rows: a tensor, or several in any structure.
     """
     args, kwargs = arguments(rows, None)
-    leaves = [x for x in pytree.tree_leaves((args, kwargs)) if _is_numbers(x)]
-    answers = [x for x in pytree.tree_leaves(outputs) if _is_numbers(x)]
+    leaves = [x for x in tree_leaves((args, kwargs)) if _is_numbers(x)]
+    answers = [x for x in tree_leaves(outputs) if _is_numbers(x)]
     lengths = {len(x) for x in (*leaves, *answers)}
     if not leaves or not answers or len(lengths) > 1:
         raise ValueError(

@@ -14,9 +14,9 @@ from .._arguments import between_0_and_1, check, count, dense, instance, real, s
 from .._extension import first_results
 from .._torch import exactly, outside, plain, to_device
 from ._error_bounds import ErrorBounds
-from ._gaussian_process import NUGGET
+from ._gaussian_process import LENGTH, NUGGET
 from ._gradients import GradientMetric
-from ._regressor import LENGTH, MOST_ROWS, Regressor
+from ._regressor import MOST_ROWS, Regressor
 from .metrics import METRICS, Choice, Distances, Features, Sources
 
 _BLIND = "no floating-point input to measure distances on: missing answers are the mean"

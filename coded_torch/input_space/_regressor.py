@@ -13,8 +13,7 @@ from .._extension import split_rows
 from .._torch import differentiated, exactly, outside, plain, to_device
 from ..linear import product
 from ._error_bounds import Bounds, bounds_of
-from ._gaussian_process import LENGTH as LENGTH
-from ._gaussian_process import NUGGET, Estimates, GaussianProcess, evenly, off_mean
+from ._gaussian_process import LENGTH, NUGGET, Estimates, GaussianProcess, evenly, off_mean
 from ._gradients import GradientMetric
 from ._untuned import COLUMNS
 from .metrics import Choice, Distances, Features, name_of

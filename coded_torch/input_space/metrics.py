@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import tree_leaves
 
 from .. import ops
 from .._arguments import shown, sparing_logger
@@ -189,7 +189,7 @@ class Sources:
         size = len(inputs[0])
         try:
             with torch.no_grad(), as_called():
-                found = pytree.tree_leaves(features(*map(torch.clone, inputs)))
+                found = tree_leaves(features(*map(torch.clone, inputs)))
             for x in found or [None]:
                 is_floating = isinstance(x, Tensor) and x.dtype.is_floating_point
                 if not is_floating or x.shape[:1] != (size,):
@@ -266,16 +266,18 @@ class Distances:
     def competing(self) -> Sequence[str | Features]:
         """The metrics that apply, or the first."""
         for metric in self._metrics:
-            # By spread, if features may have several units.
-            is_one_unit = isinstance(metric, GradientMetric)
-            kinds = [EUCLIDEAN] if is_one_unit else [METRICS["spread"], EUCLIDEAN]
-            leaves = []
+            leaves: Sequence[Leaf] = ()
             if not isinstance(metric, str):
                 leaves = self._own(self._sources.of(metric))
-            for fit in fitted(leaves, kinds, self.typical) if leaves else ():
+            if not leaves:
+                continue
+            kinds = [EUCLIDEAN]
+            if not isinstance(metric, GradientMetric):  # features may have several units
+                kinds = [METRICS["spread"], EUCLIDEAN]
+            for fit in fitted(leaves, kinds, self.typical):
                 if fit is not None:
                     self.fits.setdefault(metric, fit)
-            if leaves and metric not in self.fits:
+            if metric not in self.fits:
                 self._sources.leave_out(metric, "its features are not finite, or alike in all rows")
         return [x for x in self._metrics if x in self.fits] or [self.first]
 

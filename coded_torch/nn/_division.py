@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import (
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_structure,
+)
 
 from .._arguments import dense
 from .._extension import deal
@@ -51,8 +57,8 @@ class Inputs:
             self.leaves = list(args)
             (self.spec, spec) = positional(len(args))
         else:
-            self.leaves, self.spec = pytree.tree_flatten((args, kwargs), is_texts)
-            spec = pytree.tree_structure(args, is_texts)
+            self.leaves, self.spec = tree_flatten((args, kwargs), is_texts)
+            spec = tree_structure(args, is_texts)
         dims = broadcast_dims("in_dims", in_dims, spec, "shared")
         num_named = 0
         if type(in_dims) is not int:
@@ -219,7 +225,7 @@ class Inputs:
 
     @functools.cached_property
     def _paths(self) -> list[Any]:
-        return pytree.tree_flatten_with_path((self.args, self.kwargs), is_texts)[0]
+        return tree_flatten_with_path((self.args, self.kwargs), is_texts)[0]
 
     def _checked_size(self, i: int, dim: int) -> int:
         leaf: Tensor = self.leaves[i]
@@ -253,11 +259,11 @@ class Inputs:
 
         def is_whole(node: Any) -> bool:
             is_long = isinstance(node, list) and len(node) == self.batch_size
-            has_tensors = is_long and any(map(torch.is_tensor, pytree.tree_leaves(node)))
+            has_tensors = is_long and any(map(torch.is_tensor, tree_leaves(node)))
             return is_texts(node) or (is_long and not has_tensors)
 
         at = 0  # the first leaf of a node
-        for path, node in pytree.tree_flatten_with_path((self.args, self.kwargs), is_whole)[0]:
+        for path, node in tree_flatten_with_path((self.args, self.kwargs), is_whole)[0]:
             own = 0
             if isinstance(node, range | list):
                 own = len(node)
@@ -270,11 +276,11 @@ class Inputs:
                     f"share it, got a {type(node).__name__} of the batch size {own}"
                 )
             is_leaf = is_texts(node) or not isinstance(node, list)
-            at += 1 if is_leaf else len(pytree.tree_leaves(node))
+            at += 1 if is_leaf else len(tree_leaves(node))
 
 
 def _name(path: Any) -> str:
-    return ("args" if path[0].idx == 0 else "kwargs") + pytree.keystr(path[1:])
+    return ("args" if path[0].idx == 0 else "kwargs") + keystr(path[1:])
 
 
 class Division:

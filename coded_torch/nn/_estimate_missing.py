@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import tree_map_only
 
 from .._changes import unchanged
 from .._torch import as_called, device_of, flatten, on_host, outside, plain
@@ -239,7 +239,7 @@ class Answers:
         def on_its_device(leaf: Tensor) -> Tensor:
             return plain("surrogate", "input", leaf).to(device or leaf.device, copy=True)
 
-        args, kwargs = pytree.tree_map_only(Tensor, on_its_device, (inputs.args, inputs.kwargs))
+        args, kwargs = tree_map_only(Tensor, on_its_device, (inputs.args, inputs.kwargs))
         outputs = dict[int, Tensor]()
         with torch.no_grad(), outside():
             with as_called():

@@ -2,12 +2,11 @@
 
 import contextlib
 import functools
-import itertools
 import math
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -99,7 +98,7 @@ class Execution:
                     if part.outcome in (OPEN, DROPPED):
                         part.of = None
         report.num_groups = division.num_groups
-        report.notes += (*itertools.islice(self._raised_together(), 1),)
+        report.notes += self._raised_together()
         if check is not None:
             report._note_verdict(check, division.batch_size)
         if table.reason == "deadline":
@@ -150,18 +149,19 @@ class Execution:
                         event.value = pytree.tree_map_only(Tensor, Tensor.clone, event.value)
                 table.hear(events, until)
 
-    def _raised_together(self) -> Iterator[str]:
-        """Yield a note for each part that raised, and whose rows were all computed by smaller ones.
+    def _raised_together(self) -> tuple[str, ...]:
+        """Return a note of the first part that raised, and whose rows smaller ones computed.
 
         Memory may not have held them all; or the module depends on the number of rows.
         """
         if not self._division.by_rows:
-            return
+            return ()
         for failed in self.checks.rejected:
             rows = self.table.parts[failed.part].units
             by = {self.table.answered.get(row) for row in rows}
             if failed.kind == "raised" and all(part and len(part.units) < len(rows) for part in by):
-                yield f"{_shown(rows)} raised together, and not in smaller parts: {failed}"
+                return (f"{_shown(rows)} raised together, and not in smaller parts: {failed}",)
+        return ()
 
     def notes_of_rows(self) -> tuple[str, ...]:
         """Return notes of rows that are infinite, not proved, or depend on others."""

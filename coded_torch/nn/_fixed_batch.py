@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import tree_flatten
 
 from .._arguments import count, instance
 from .._layout import CONSTANTS
@@ -72,7 +72,7 @@ class FixedBatch(nn.Module):
             copies = rows[-1:] * (self.batch_size - len(rows))
             piece_args, piece_kwargs = task.payload(rows + copies)
             output = self.module(*piece_args, **piece_kwargs)
-            leaves, spec = pytree.tree_flatten(output)
+            leaves, spec = tree_flatten(output)
             dims = broadcast_dims("out_dims", self.out_dims, spec)
             for i, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
                 leaves[i] = leaf if dim is None else self._cut(leaf, dim, len(rows), output, i)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 
 from .._arguments import arguments, between_0_and_1, bound, count, instance, real_array, shown
 from .._torch import as_called, device_of, exactly, on_host
@@ -106,7 +106,7 @@ class _Data:
             )
         columns = zip(zip(*parts, strict=True), batch.dims, strict=True)
         leaves = [x[0] if dim is None else torch.cat(x, dim) for x, dim in columns]
-        args, kwargs = pytree.tree_unflatten(leaves, batch.spec)
+        args, kwargs = tree_unflatten(leaves, batch.spec)
         return Inputs(args, kwargs, self._in_dims)
 
 
@@ -331,7 +331,7 @@ class Looks:
             cheap = [torch.zeros(0, len(block), columns, dtype=torch.float64)]
             for surrogate in self._surrogates:
                 move = functools.partial(Tensor.to, device=device_of(surrogate) or inputs.device)
-                args, kwargs = pytree.tree_map_only(Tensor, move, (inputs.args, inputs.kwargs))
+                args, kwargs = tree_map_only(Tensor, move, (inputs.args, inputs.kwargs))
                 with as_called():
                     outputs = surrogate(*args, **kwargs)
                 cheap.append(self._numbers_of(outputs, block)[0][None])
@@ -363,7 +363,7 @@ class Looks:
         given = floating = inputs.floating()
         if self._features is not None:
             with as_called():
-                given = pytree.tree_leaves(self._features(*(given or inputs.batches())))
+                given = tree_leaves(self._features(*(given or inputs.batches())))
         by_gradients = [metric(*floating) for metric in self._gradients]
         return leaves_of([*(given or [torch.zeros(inputs.batch_size)]), *by_gradients])
 
@@ -372,7 +372,7 @@ class Looks:
         with as_called():
             if self._of is not None:
                 outputs = self._of(outputs, rows)
-        found = [x.detach().cpu() for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
+        found = [x.detach().cpu() for x in tree_leaves(outputs) if isinstance(x, Tensor)]
         if not found or any(x.dtype.is_complex or x.shape[:1] != rows.shape for x in found):
             got = ", ".join(f"{x.dtype} {[*x.shape]}" for x in found) or type(outputs).__name__
             requirement = f"must be real, one row for each of {len(rows)}, got {got}"

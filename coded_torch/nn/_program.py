@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import tree_map_only
 
 from .._loaded import LoadedModule
 
@@ -133,7 +133,7 @@ class Program(LoadedModule):
         program = self._exported()
         if program.example_inputs is None:
             return None
-        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, program.example_inputs)
+        args, kwargs = tree_map_only(Tensor, torch.clone, program.example_inputs)
         is_plain = all(isinstance(x, Tensor) for x in args) and not kwargs
         if is_plain:
             self.inputs = list(program.graph_signature.user_inputs)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from .._arguments import dense
 from .._layout import CONSTANTS, Layout, bits, not_joined
@@ -62,44 +62,59 @@ class Result:
         self.leaves, self.spec = self._layout.flatten(value)
         #: Whether it has the structure whose rows were proved.
         self.proved = task.layout is not None and self.spec == task.layout.spec
-        constants = self._layout.constants if self.proved else ()
+        self._constants = self._layout.constants if self.proved else ()
         self.lists: list[int] = []  # the places of the lists that have an item per row
         self.dims: list[Any] = broadcast_dims("out_dims", task.out_dims, self.spec)
         self.divided: list[int] = []  # the places of the leaves that have the part's rows
         #: The leaves but for how many rows they have, which is alike in all good results.
         self.form: list[Any] = [self.spec]
-        for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
-            is_tensor = isinstance(leaf, Tensor)
-            if isinstance(leaf, list | tuple):
-                self._add_list(i)
-                continue
-            if i in constants:
-                self.form.append(bits(leaf) if is_tensor else type(leaf))
-                continue
-            if dim is None or (not is_tensor and isinstance(leaf, CONSTANTS)):
-                constant = leaf if isinstance(leaf, CONSTANTS) else None
-                self.form.append((leaf.dtype, leaf.shape) if is_tensor else (type(leaf), constant))
-                continue
-            if is_tensor:
-                dense("CodedWrapper", lambda i=i: self.name(i), leaf, leaf.dtype.is_floating_point)
-            if not is_tensor and division.by_rows:
-                raise TypeError(not_joined(self.name(i), leaf))
-            if not is_tensor or (division.mixes and not leaf.dtype.is_floating_point):
-                got = leaf.dtype if is_tensor else type(leaf).__name__
-                raise TypeError(
-                    f"CodedWrapper: {self.name(i)} must be a floating-point tensor to be decoded, "
-                    f"got {got}; return a tensor of logits or scores instead, register containers "
-                    "with torch.utils._pytree, or say None in out_dims"
-                )
-            check_batch(self.value, i, leaf, dim, len(units) * task.unit_rows)
-            self.form.append((leaf.dtype, (self.rows(i) if dim else leaf).shape[1:]))
-            self.divided.append(i)
-            if division.link is not None:
-                self._check_probabilities(i)
+        self.form += map(self._form_of, range(len(self.leaves)))
 
-    def _add_list(self, i: int) -> None:
+    def _form_of(self, i: int) -> Any:
+        """Return what leaf i has in common with other results, and note its rows if it has some."""
+        leaf = self.leaves[i]
+        if isinstance(leaf, list | tuple):
+            self._note_items(i)
+            return type(leaf)
+        if i in self._constants:
+            return bits(leaf) if isinstance(leaf, Tensor) else type(leaf)
+        if isinstance(leaf, CONSTANTS):
+            return type(leaf), leaf
+        if self.dims[i] is not None:
+            return self._form_of_rows(i)
+        if isinstance(leaf, Tensor):
+            return leaf.dtype, leaf.shape
+        return type(leaf)
+
+    def _form_of_rows(self, i: int) -> Any:
+        """Note a tensor that has the part's rows, and return its form; refuse any other leaf."""
+        leaf = self.leaves[i]
+        division = self._division
+        got = type(leaf).__name__
+        is_decodable = isinstance(leaf, Tensor)
+        if is_decodable:
+            is_floating = leaf.dtype.is_floating_point
+            dense("CodedWrapper", lambda: self.name(i), leaf, is_floating)
+            got = str(leaf.dtype)
+            is_decodable = is_floating or not division.mixes
+        elif division.by_rows:
+            raise TypeError(not_joined(self.name(i), leaf))
+        if not is_decodable:
+            raise TypeError(
+                f"CodedWrapper: {self.name(i)} must be a floating-point tensor to be decoded, "
+                f"got {got}; return a tensor of logits or scores instead, register containers "
+                "with torch.utils._pytree, or say None in out_dims"
+            )
+        num_rows = len(self._units) * division.task.unit_rows
+        check_batch(self.value, i, leaf, self.dims[i], num_rows)
+        self.divided.append(i)
+        if division.link is not None:
+            self._check_probabilities(i)
+        return leaf.dtype, self.rows(i).shape[1:]
+
+    def _note_items(self, i: int) -> None:
+        """Note a list that has an item for each of the part's rows."""
         items: Sequence[Any] = self.leaves[i]
-        self.form.append(type(items))
         if self.dims[i] is None:
             return
         if not self._division.by_rows:
@@ -169,7 +184,7 @@ class Result:
                 yield i, -1, leaf
             if i in self.lists:
                 for place, item in enumerate(leaf):
-                    for x in filter(has_numbers, pytree.tree_leaves(item)):
+                    for x in filter(has_numbers, tree_leaves(item)):
                         yield i, place, x
 
     def name(self, i: int) -> str:
@@ -192,7 +207,7 @@ class Result:
         return rows[self.kept.to(rows.device)]
 
     def __str__(self) -> str:
-        return str(pytree.tree_unflatten(map(show, self.leaves), self.spec))
+        return str(tree_unflatten(map(show, self.leaves), self.spec))
 
 
 def _signs(rows: Tensor) -> list[bytes]:
@@ -211,7 +226,7 @@ class Stacked(NamedTuple):
     dims: list[int | None]  #: the batch dimension of each leaf of the module's output
     divided: list[int]  #: the places of the leaves that have a row for each of the batch
     lists: list[int]  #: the places of the lists that have an item for each of the units
-    spec: pytree.TreeSpec
+    spec: TreeSpec
     later: np.ndarray[Any, np.dtype[np.bool_]]  #: whether each unit's part was asked for later
 
     @property

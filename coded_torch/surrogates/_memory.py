@@ -17,9 +17,9 @@ from .._changes import fingerprint
 from .._torch import exactly
 from ..input_space import metrics
 from ..input_space._coordinates import RANK, Coordinates
-from ..input_space._gaussian_process import RowProcess, evenly
+from ..input_space._gaussian_process import LENGTH, RowProcess, evenly
 from ..input_space._gradients import GradientMetric
-from ..input_space._regressor import LENGTH, Regressor
+from ..input_space._regressor import Regressor
 from ..input_space.metrics import EUCLIDEAN, METRICS, Leaf, name_of, typical_rows
 from ._untuned import FRESH, SHARE
 

@@ -20,8 +20,7 @@ from torch import Tensor
 from .._arguments import sparing_logger
 from .._table import Part
 from .._torch import as_real, exactly, on_host
-from ..input_space._gaussian_process import GaussianProcess
-from ..input_space._regressor import LENGTH
+from ..input_space._gaussian_process import LENGTH, GaussianProcess
 from ..input_space.metrics import DEFAULT, Distances, Leaf, Sources, added_up
 from ._untuned import LEAST_SPREAD, LEAST_SPREAD_OF_HALF, MOST_SPREAD, RIDGE, SAMPLE, SAMPLE_EACH
 
