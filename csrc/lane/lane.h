@@ -396,7 +396,7 @@ class Lane {
   static double used(pid_t pid) {
     timespec time{};
     // Linux's clock of another process, as clock_getcpuclockid makes it.
-    if (pid > 0) clock_gettime(~clockid_t(pid) << 3 | 2, &time);
+    if (pid > 0) clock_gettime(clockid_t(~unsigned(pid) << 3 | 2), &time);
     return double(time.tv_sec) + 1e-9 * double(time.tv_nsec);
   }
   static int milliseconds(Clock::duration time) {
