@@ -266,6 +266,7 @@ class Sparing(logging.Filter):
         self._causes: dict[tuple[str, str], tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether a record passes, and say in it how many like it were held back."""
         if record.levelno != logging.WARNING:
             return True
         text = record.getMessage()

@@ -79,7 +79,7 @@ def fingerprint(module: nn.Module) -> Fingerprint:
             found, samples = _walk(module)
             # To make a look takes half of the time of a walk: not for weights in training.
             look = _look_at(module) if last and last[3][1] == found[1] else None
-            own = weakref.ref(module, functools.partial(_remove, id(module)))
+            own = weakref.ref(module, functools.partial(_remove, _LAST, id(module)))
             _LAST[id(module)] = own, look, samples, found
             if not all(isinstance(x, Tensor) and x.layout is torch.strided for x in found[0]):
                 del _LAST[id(module)]  # others may lead to the module, and would keep it alive
@@ -88,6 +88,7 @@ def fingerprint(module: nn.Module) -> Fingerprint:
 
 
 def _walk(module: nn.Module) -> tuple[Fingerprint, Samples]:
+    """Return the fingerprint of a module, and samples of its tensors, by looking at every part."""
     kept: list[Any] = []
     look = functools.partial(_look, kept)
     looks = list[Any]()
@@ -119,10 +120,10 @@ def _look_at(module: nn.Module) -> Look | None:
         return None
 
 
-def _remove(place: int, reference: weakref.ref[Any]) -> None:
-    last = _LAST.get(place)
-    if last is not None and last[0] is reference:
-        del _LAST[place]
+def _remove(known: dict[int, Any], place: int, reference: weakref.ref[Any]) -> None:
+    """Remove what is known of an object that has ended, unless its id is another's by now."""
+    if known.get(place, (None,))[0] is reference:
+        del known[place]
 
 
 def _look(kept: list[Any], value: Any, seen: dict[int, int] | None = None) -> Any:
@@ -174,14 +175,9 @@ def _number_of(value: Any) -> int:
     found, number = _OBJECTS.get(id(value), (None, 0))
     if found is None or found() is not value:
         number = next(_NUMBERS)
-        own = weakref.ref(value, functools.partial(_free, id(value)))
+        own = weakref.ref(value, functools.partial(_remove, _OBJECTS, id(value)))
         _OBJECTS[id(value)] = own, number
     return number
-
-
-def _free(place: int, reference: weakref.ref[Any]) -> None:
-    if _OBJECTS.get(place, (None,))[0] is reference:
-        del _OBJECTS[place]
 
 
 def state_of(tensor: Tensor) -> tuple[int, int, int]:

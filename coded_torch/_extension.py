@@ -96,6 +96,7 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
 def spline_apply(
     values: Tensor, coefficients: Tensor, schedule: Tensor, transpose: bool, *where: Any
 ) -> Tensor:
+    """Do as :func:`ops.spline_apply` by the matrix of the plan or, if it has none, on the host."""
     gather, scatter, num_rows = (*where, None, None, None)[:3]  # defaults may be left out
     rows = (values if gather is None else gather).shape[0]
     others = schedule.shape[-1] - 1 - rows
@@ -174,6 +175,7 @@ def _try_kernel(device: int, number: int) -> bool | None:
 
 
 def _fall_back(why: str) -> bool:
+    """Note why CUDA kernels are not used, warn of the first reason, and return False."""
     if why not in CUDA_FAILURES:
         CUDA_FAILURES.append(why)
     if CUDA_FAILURES[0] is why:  # of all threads, one finds itself there
@@ -216,6 +218,7 @@ def _wait(stream: torch.cuda.Stream) -> None:
 
 
 def _compare(device: int, number: int) -> float:
+    """Return the error of a kernel on a small problem; raise a RuntimeError if it is too large."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     dtype = dtypes[number // 2 % 4]
     transpose = number % 2 == 1

@@ -63,6 +63,7 @@ class LoadedModule(nn.Module):
         return self
 
     def _apply(self, function: Any, recurse: bool = True) -> LoadedModule:
+        """Move to another device, or raise a ValueError if the dtype is to be changed."""
         if function(torch.empty(0)).dtype != torch.float32:
             kind = type(self).__name__
             raise ValueError(f"{kind}: the dtype of {self.name} cannot be changed, make it anew")

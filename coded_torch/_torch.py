@@ -320,6 +320,7 @@ def broadcast_dims(argument: str, dims: Any, spec: TreeSpec, *names: str) -> lis
     tree = tree_unflatten([0] * spec.num_leaves, spec)
 
     def repeat(dim: Any, subtree: Any) -> None:
+        """Add one entry of ``dims`` for each leaf below it."""
         if not (dim is None or dim in names or type(dim) is int):
             *some, last = "integers", "None", *map(repr, names)
             requirement = f"{argument} must hold {', '.join(some)} or {last}"

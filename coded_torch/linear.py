@@ -106,6 +106,7 @@ def times_on_card(device: int, dtype: torch.dtype) -> tuple[tuple[float, float],
 
 
 def _time_card(device: int, dtype: torch.dtype) -> tuple[tuple[float, float], ...]:
+    """Do as :func:`times_on_card`, and keep the times of a card for later processes."""
     kernels = torch.ops.coded_torch
     card = torch.cuda.get_device_properties(device)
     key = f"times of {dtype} on {card.name}, {card.multi_processor_count} multiprocessors, "
@@ -251,6 +252,7 @@ class LinearMap(abc.ABC):
         """Apply the map or its transpose to ``values [n, G, m]``; return ``[N, G, m]``."""
 
     def _operands(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Return the operands on the device of values, in the dtype that they are multiplied in."""
         device = values.device
         dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
 
@@ -280,6 +282,7 @@ class LinearMap(abc.ABC):
         return dim
 
     def _along(self, values: Tensor, dim: int, transpose: bool) -> Tensor:
+        """Apply the map, or its transpose, along a dimension."""
         size = self.num_outputs if transpose else self.num_inputs
         dim = self.check(values, dim, size)
         before = values.shape[:dim]

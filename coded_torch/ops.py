@@ -83,6 +83,7 @@ def with_matrix(coefficients: Tensor, schedule: Tensor) -> Tensor:
 
 
 def _fake(values: Tensor, _: Tensor, schedule: Tensor, transpose: bool, *where: Any) -> Tensor:
+    """Return an empty tensor of the result's shape, for tracing."""
     gather, scatter, num_rows = (*where, None, None, None)[:3]  # defaults may be left out
     if scatter is not None:
         rows = scatter.numel() if num_rows is None else num_rows
@@ -95,6 +96,7 @@ torch.library.register_fake("coded_torch::spline_apply", _fake)
 
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep what the derivatives of :func:`spline_apply` need."""
     values, coefficients, schedule, ctx.transpose, gather, scatter, ctx.num_rows = inputs
     if coefficients.requires_grad:
         raise ValueError("spline_apply: coefficients must not require a gradient, they have none")
@@ -104,6 +106,7 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradient of the values, by the transpose, and None for all other arguments."""
     coefficients, schedule, gather, scatter = ctx.saved_tensors
     grad = _apply(grad, coefficients, schedule, not ctx.transpose, scatter, None, None)  # [n, G, m]
     if gather is not None:  # rows may repeat, so they add up; one more row takes index -1
@@ -123,6 +126,7 @@ torch.library.register_autograd("coded_torch::spline_apply", _backward, setup_co
 
 
 def _vmap(_: Any, in_dims: tuple[int | None, ...], values: Tensor, *plan: Any) -> Any:
+    """Apply one plan to a batch of values."""
     if in_dims[0] is None or any(in_dim is not None for in_dim in in_dims[1:]):
         raise NotImplementedError("spline_apply: vmap over plans or indices is not supported")
     # The batch becomes further columns: [..., m] -> [..., B m].

@@ -102,6 +102,7 @@ class _Lines:
         self._last = self._begin
 
     def update(self, steps: int = 1) -> None:
+        """Count steps, and print a line if the last one is old."""
         self._done += steps
         now = time.monotonic()
         if now - self._last < _EVERY:

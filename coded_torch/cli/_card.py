@@ -127,6 +127,7 @@ class Card:
         return not self.problems
 
     def _look(self, scratch: str) -> None:
+        """Find the versions, the card and the driver, and print them."""
         self.note("the environment")
         failure = _in_process(
             environment, (), scratch, self.end_of("environment"), self.found["environment"].update
@@ -138,6 +139,7 @@ class Card:
             say(f"{name:<20}{value}")
 
     def _try_kernels(self, scratch: str) -> None:
+        """Try each kernel in a process of its own, some at once, and print a table."""
         end = self.end_of("kernels")
 
         def try_one(number: int) -> tuple[Record, str | None]:
@@ -165,6 +167,7 @@ class Card:
             say(f"{kernel['name']:<36}{text}")
 
     def _find_borders(self, scratch: str) -> None:
+        """Find the knots from which cuBLAS is faster than the kernels, and print them."""
         self.note("where cuBLAS takes over")
         found = self.found["borders"]
         end = self.end_of("borders")
@@ -182,6 +185,7 @@ class Card:
         self.keep()
 
     def _time(self, scratch: str) -> None:
+        """Time the kernels of each dtype, and print the times of the largest tensors."""
         sizes = _QUICK_SIZES if self._quick else _SIZES
         columns = _QUICK_COLUMNS if self._quick else _COLUMNS
         for dtype in _DTYPES:
@@ -212,6 +216,7 @@ class Card:
                 say(f"{cell['dtype']:<9} {shape:<34}{said}")
 
     def _judge(self, name: str, cells: list[Record]) -> None:
+        """Note cells of a dtype that timed a fallback, a wrong result or a failed graph."""
         for what, is_bad in (
             ("fallback", lambda cell: cell["fallback"]),
             ("wrong result", lambda cell: not cell["right"]),
@@ -226,6 +231,7 @@ class Card:
                 self.blame(f"{text}, first {first}, kernels {bad[0]['kernels']}: {why}")
 
     def _test(self, folder: Path) -> None:
+        """Run the tests marked cuda in a folder of sources, and note their outcomes."""
         if importlib.util.find_spec("pytest") is None:
             self.found["tests"] = "not run: pytest is not installed"
             self.blame("the tests were not run: pytest is not installed")
@@ -276,6 +282,7 @@ class Card:
 
 
 def _read_tests(output: str) -> Record:
+    """Return the counts of outcomes in the output of pytest, and the names of failed tests."""
     outcomes = _OUTCOMES.findall(output)
     record: Record = {
         kind.lower(): sum(outcome == kind for _, outcome in outcomes)
@@ -469,6 +476,7 @@ class Cell:
         target.copy_(source)
 
     def matmul(self) -> Tensor:
+        """Apply the matrix to the next buffer by torch, with its rows read and written by index."""
         values = self._values[next(self._turn)]
         if self._gather is None or self._scatter is None:
             return torch.matmul(self._matrix, values[:, 0])
@@ -517,6 +525,7 @@ class Cell:
         }
 
     def _error(self, got: Tensor) -> float:
+        """Return the largest error of a result, relative to the largest number of the exact one."""
         values = self._values[0].double()
         if self._gather is None or self._scatter is None:
             want = self._exact @ values[:, 0]

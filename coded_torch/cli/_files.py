@@ -173,6 +173,7 @@ class _Stream(_Table):
         self._firsts = [0, *ends][: len(groups)]
 
     def read(self, names: list[str], start: int, stop: int) -> dict[str, Any]:
+        """Return the rows from ``start`` to ``stop``, for which batches are read on."""
         import pyarrow
 
         group = bisect.bisect_right(self._firsts, start) - 1
@@ -193,6 +194,7 @@ class _Stream(_Table):
 
 
 def _open(path: Path, whole: bool) -> _Table:
+    """Open a file by its suffix; read it on demand, but Parquet files whole if ``whole``."""
     columns: dict[str, Any]
     if path.suffix == ".parquet":
         need("job", "pyarrow")

@@ -237,6 +237,7 @@ def _mean(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> None:
 
 
 def _read_mean(path: Path, total: int) -> dict[str, Any]:
+    """Return what a mean goes on with, or raise a ValueError if it is damaged."""
     with opened(path) as file:
         known: dict[str, Any] = load_tensors(file)
     numbers = known["numbers"]
@@ -376,6 +377,7 @@ def _digest_of_files(sources: set[str]) -> str:
 
 
 def _read_claim(path: Path) -> dict[str, Any]:
+    """Return the description of a job in its folder, or raise a ValueError if it is damaged."""
     with opened(path) as file:
         content = file.read(MOST_CLAIM)
     with contextlib.suppress(KeyError, RecursionError, TypeError, ValueError):
@@ -396,6 +398,7 @@ class _Pickler(pickle.Pickler):
     modules: set[str]
 
     def persistent_id(self, value: Any) -> Any:
+        """Return what stands for a set, a script, a tensor, a class or a function; else None."""
         if isinstance(value, (set, frozenset)):
             return sorted(_digest(each, self.modules) for each in value)
         if isinstance(value, torch.jit.ScriptModule):  # the order in its code differs
@@ -421,6 +424,7 @@ class _Pickler(pickle.Pickler):
         return None
 
     def reducer_override(self, value: Any) -> Any:
+        """Return the reduction of a value; if there is none, its look without addresses."""
         with contextlib.suppress(Exception):
             reduced = value.__reduce_ex__(4)
             if isinstance(reduced, tuple):
@@ -429,6 +433,7 @@ class _Pickler(pickle.Pickler):
 
 
 def _digest(value: Any, modules: set[str]) -> str:
+    """Return a digest of any value; add the names and code of what it refers to to ``modules``."""
     file = io.BytesIO()
     pickler = _Pickler(file, 4)
     pickler.modules = modules

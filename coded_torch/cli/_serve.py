@@ -257,6 +257,7 @@ def _make_apart(args: Namespace, path: str, link: Any, parent: int) -> None:
 
 
 def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None:
+    """Serve at a host and port until a signal, and load new weights at SIGHUP."""
     from ..serve import server
 
     logging.basicConfig(stream=sys.stderr, level="WARNING", format="%(name)s: %(message)s")

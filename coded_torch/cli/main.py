@@ -196,6 +196,7 @@ def compare(args: argparse.Namespace) -> None:
 def _compare(
     args: argparse.Namespace, model: nn.Module, batches: list[Any], labels: Sequence[Tensor] | None
 ) -> None:
+    """Print and draw the comparison of codes on a model."""
     with usage(errors=Exception, prefix="compare: "), usage(prefix="CodedWrapper: "):
         found = coded_torch.compare(
             model,
@@ -258,6 +259,7 @@ def info(args: argparse.Namespace) -> int:
 
 
 def _settings(text: str) -> list[tuple[int, ...]]:
+    """Return the triples N,K,S in a text, for argparse."""
     triples: list[tuple[int, ...]] = []
     if re.fullmatch(r"\d+,\d+,\d+( \d+,\d+,\d+)*", text):
         triples = [tuple(map(int, triple.split(","))) for triple in text.split()]
@@ -268,6 +270,7 @@ def _settings(text: str) -> list[tuple[int, ...]]:
 
 
 def _bounds(text: str) -> tuple[float, float]:
+    """Return the two numbers in a text, for argparse."""
     try:
         low, high = map(float, text.split(","))
     except ValueError:

@@ -140,6 +140,7 @@ class BatchPlan:
             return self._trusted(results, received)
 
     def _trusted(self, results: Sequence[Tensor], received: Sequence[int]) -> Trust:
+        """Return what :meth:`trusted` does, by the residuals of a smoother of the results."""
         code = self.code
         spare = (len(received) - code.min_received - code.num_unknowns) // 2
         most = max(0, min(code.adversaries, spare))
@@ -399,6 +400,7 @@ class FixedCode(Code):
 
     @on_host()
     def _new_decoder(self, workers: tuple[int, ...]) -> LinearMap:
+        """Make the decoder of a received set, or raise what :meth:`decoder` does."""
         if not all(map(operator.lt, workers, workers[1:])):
             raise ValueError(
                 f"{type(self).__name__}: received must be strictly increasing, got {shown(workers)}"
@@ -408,6 +410,7 @@ class FixedCode(Code):
         return self._checked("decoder", self._make_decoder(workers), len(workers), self.num_data)
 
     def _checked(self, what: str, made: Any, *sizes: int) -> LinearMap:
+        """Return a map of these sizes as a LinearMap; raise an error if it is another."""
         if isinstance(made, np.ndarray) and made.ndim == 2:
             matrix = made
             made = MatrixMap(matrix)  # refuses other objects than numbers
@@ -461,6 +464,7 @@ class FixedCode(Code):
         """Return the decoder of a valid, strictly increasing received set of enough workers."""
 
     def _received(self, received: Any) -> tuple[int, ...]:
+        """Return received workers as integers, each of which is in range."""
         items = received
         if isinstance(received, Tensor | np.ndarray):
             items = received.tolist()

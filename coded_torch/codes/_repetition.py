@@ -241,6 +241,7 @@ class _MidpointPlan(_RepetitionPlan):
         return super().source(received)[: self._size]
 
     def decode(self, results: Tensor, received: Sequence[int], search: bool = True) -> Tensor:
+        """Return answers, where lines through midpoints share the weight with the regression."""
         answers = super().decode(results, received, search)
         weight = self._weight(results, received)
         source = self._given(received)[0]

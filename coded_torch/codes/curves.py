@@ -100,6 +100,7 @@ class CurveCode(FixedCode):
         return residual_operator(SplineMap(nodes, nodes, smoothing=smoothing).matrix().numpy())
 
     def _points(self, argument: str, points: ArrayLike, size: int) -> Floats:
+        """Return finite, increasing points as an array that cannot be changed."""
         array = real_array(self, argument, points)
         increasing = array.shape == (size,) and (array[1:] > array[:-1]).all()
         if not (increasing and np.isfinite(array).all()):

@@ -139,6 +139,7 @@ class FaultyWorkers(Workers):
 
     @outside()
     def _draw(self, delays: Stragglers | None, num_parts: int, *key: int) -> list[Fault]:
+        """Return the faults of so many parts, which the seed and a key determine."""
         generator = self.generator(*key)
         seconds = [0.0] * num_parts
         if delays is not None:
@@ -179,6 +180,7 @@ class _FaultyRequest(Request):
         self._faults: list[Fault] = []
 
     def ask(self, parts: Sequence[Part]) -> None:
+        """Ask for parts with their faults."""
         if self._number < 0:
             self._number, self._further = self._pool.begin(len(parts) or 1)
         missing = 1 + max((part.number for part in parts), default=-1) - len(self._faults)
@@ -188,6 +190,7 @@ class _FaultyRequest(Request):
         self._request.ask(parts)
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
+        """Return the next event; replies of adversaries have attacked values."""
         event = self._request.wait(until)
         lies = event is not None and event.worker in self._pool.adversaries
         if lies and isinstance(event, Reply) and event.error is None:
@@ -197,6 +200,7 @@ class _FaultyRequest(Request):
     @torch.no_grad()
     @on_host()
     def _attacked(self, value: Any, worker: int) -> Any:
+        """Return a worker's output with attacked rows in its floating-point tensors."""
         attack: Any = self._pool.attack  # adversaries come with an attack
         leaves, spec = flatten(value)
         dims = broadcast_dims("out_dims", self._task.out_dims, spec)

@@ -324,6 +324,7 @@ class Trial:
         return self._plans[key]
 
     def _computed(self, coded: list[Tensor]) -> list[Tensor]:
+        """Return the module's outputs of coded inputs; equal inputs are computed once."""
         plain = (x.detach().contiguous().view(torch.uint8).cpu().numpy() for x in coded)
         content = hash(tuple(x.tobytes() for x in plain))  # the same for all decoders of an encoder
         if content not in self._results:

@@ -113,6 +113,7 @@ def compare(
     cut = count("compare", "tuning_batches", cut, most=len(calls) - 1)
 
     def trials(setting: Setting, seed: int, number: int, part: slice) -> Iterator[Any]:
+        """Yield the trial of each batch of a part of the batches, and its labels."""
         n, _, lost = setting
         drawn = delays(lost, seed=seed)
         instance("compare", "the result of delays", drawn, Stragglers)
@@ -147,7 +148,8 @@ def compare(
         for name, code in progress([*untuned.items()]):
             if isinstance(code, Code):
                 mixes = code.mixes or surrogate is None
-                codes[setting, name] = code = chosen("compare", code, first, s, mixes=mixes)
+                code = chosen("compare", code, first, s, mixes=mixes)
+                codes[setting, name] = code
             if attack is not None and not isinstance(code, Code):
                 raise ValueError(
                     "compare: extra must return codes beside an attack, as functions get honest "
@@ -272,6 +274,7 @@ def received_by(delays: Stragglers, num_workers: int, lost: int) -> list[int]:
 
 
 def _setting(setting: Any) -> Setting:
+    """Return a setting, or raise a ValueError if it is none."""
     with contextlib.suppress(TypeError, ValueError):
         n, k, s = (count("compare", "settings", value, least=0) for value in setting)
         if 1 <= k <= n and s < n:

@@ -256,11 +256,13 @@ class Verified:
         self.record = Record(pool, share, random.Random(seed))
 
     def decide(self, history: History, table: Table) -> float:
+        """Let the policy decide, and then the verification of the same call."""
         if table.verdict is None:
             bounded = self.waiting.deadline is not None
-            table.verdict = verifier = Verifier(self.record, bounded=bounded)
+            verifier = Verifier(self.record, bounded=bounded)
             verifier.results = _Right(self.record)
             verifier.begin(table)
+            table.verdict = verifier
         until = self.waiting.decide(history, table)
         return float(min(until, table.verdict.decide(history, table)))
 

@@ -140,6 +140,7 @@ def simulate(
     history = History()
 
     def arrive(number: int) -> None:
+        """Begin a call, and plan the arrival of the next one."""
         table = Table(
             first=first, needed=needed, unit_rows=unit_rows, since=pool.clock, idle=pool.num_idle
         )
@@ -248,6 +249,7 @@ class _SlowWorkers(VirtualPool):
         return delays.sample(len(self._ends), self._numbers_of_delays).tolist()
 
     def begin(self, worker: int, request: _Call, part: Part) -> None:
+        """Begin a part, and plan its end by the factors and delays of its call and worker."""
         rows = len(part.units) * self.unit_rows
         is_first = part.number < len(request.factors)
         seconds = request.factors[part.number] if is_first else next(self._later)
@@ -283,6 +285,7 @@ class _SlowWorkers(VirtualPool):
             call.hear(Reply(part, worker, self.clock, self.clock - began, error=error))
 
     def _burst(self) -> None:
+        """Stop neighbouring workers for a time, and plan the next burst."""
         num_workers = len(self._ends)
         resume = self.clock + _PAUSE
         first = self._bursts.randrange(num_workers)

@@ -77,6 +77,7 @@ class LowRankRegression:
         self.errors = self.weights / self.diagonal[:, None]
 
     def _take(self, kernel: Kernel, noise: float) -> None:
+        """Take a kernel and a noise, and find the diagonal of A."""
         self.kernel = kernel
         self._noise = noise
         self._shrunk = 1 / (kernel.values + noise)

@@ -70,6 +70,7 @@ class GradientMetric:
         return self._features(torch.cat([_numbers(x) for x in inputs], 1))
 
     def _features(self, x: Tensor) -> Tensor:
+        """Return the features of rows ``[B, d]``."""
         mean, directions, values, _ = self._fit
 
         def make() -> tuple[Tensor, Tensor]:
@@ -314,6 +315,7 @@ class _Gradients:
                 self._add(self._found.setdefault(i, []), rows)
 
     def _directions(self, rows: int, columns: int) -> Iterator[Tensor]:
+        """Yield the outputs by which gradients are taken: each alone, or random sums of many."""
         if columns <= self._projections:
             yield from torch.eye(columns)[:, None].expand(-1, rows, -1)
             return
@@ -322,6 +324,7 @@ class _Gradients:
             yield signs.float() * 2 - 1
 
     def _add(self, found: list[Tensor], rows: Tensor) -> None:
+        """Add rows of gradients to the others, or to the sum of their products."""
         if self._is_wide:
             found.append(rows)
             return

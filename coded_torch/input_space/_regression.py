@@ -160,6 +160,7 @@ class RowPlan:
         return self._given(received)[0]
 
     def _given(self, received: Sequence[int]) -> tuple[Tensor, list[Regressor]]:
+        """Return the source of each row, and a regressor for each part, of a received set."""
         key = tuple(received)
         if self._last is None or self._last[0] != key:  # asked again for every output
             with outside():
@@ -169,6 +170,7 @@ class RowPlan:
         return self._last[1]
 
     def _flat(self, results: Tensor, received: Sequence[int]) -> Tensor:
+        """Return results ``[F G, ...]``, or raise a ValueError if their shape is another."""
         if results.shape[:2] != (len(received), self.num_groups) or not len(received):
             raise ValueError(
                 f"{type(getattr(self, 'code', self)).__name__}: results must have shape "

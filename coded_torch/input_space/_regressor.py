@@ -111,6 +111,7 @@ class Regressor:
         some = [evenly(x, self._compared) for x in (self.known, results)]
 
         def best(among: Sequence[str | Features], standard: Any, length: float | None) -> Any:
+            """Return the metric and length that estimate best, by more than chance explains."""
             fits = [by.fits[metric] for metric in among]
             place = [*among].index(standard) if standard in among else -1
             coordinates, _, units = map(list, zip(*fits, strict=True))

@@ -228,6 +228,7 @@ class Inputs:
         return tree_flatten_with_path((self.args, self.kwargs), is_texts)[0]
 
     def _checked_size(self, i: int, dim: int) -> int:
+        """Return the batch size of leaf i, or raise an error if it cannot be divided."""
         leaf: Tensor = self.leaves[i]
         mixing = self._mixing
         whole = not (leaf.dtype.is_floating_point or leaf.dtype.is_complex)
@@ -450,13 +451,13 @@ class Rows(Division):
         return values.unsqueeze(1)
 
     def keep_deadline(self, seconds: float, times: EstimationTimes) -> tuple[str, ...]:
-        """Estimate from less if time is short, and return the notes that say so."""
-        if (
-            "plan" not in vars(self)
-            and times.seconds(self.batch_size, self.inputs.features) > seconds + _SLACK
-        ):
-            self.by_mean = True
-        return ("estimated by the mean of the results, to keep the deadline",) * self.by_mean
+        """Estimate by the mean if time is short, and return the notes that say so."""
+        if "plan" not in vars(self):
+            usual = times.seconds(self.batch_size, self.inputs.features)
+            self.by_mean |= usual > seconds + _SLACK
+        if self.by_mean:
+            return ("estimated by the mean of the results, to keep the deadline",)
+        return ()
 
 
 def training_part(module: nn.Module, dropout: bool = False) -> str | None:

@@ -215,6 +215,7 @@ class Answers:
         return found
 
     def _remembered(self, memory: Memory, stacked: Stacked) -> dict[int, Tensor]:
+        """Return a memory's estimates by leaf, where they have the shape of the results."""
         not_finite = self._inputs.not_finite
         estimated, _ = self._known_to(memory) or ((), None)
         pairs = zip(stacked.decoded, estimated, strict=False)

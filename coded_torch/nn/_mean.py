@@ -83,6 +83,7 @@ class _Data:
         self.total = self._last * self._size + self._batch(self._last).batch_size
 
     def _read(self, number: int) -> Inputs:
+        """Return a batch by its number, or raise an error if it has strings or another size."""
         found = Inputs(*arguments(self._batches[number]), self._in_dims)
         if found.texts:
             raise TypeError("mean: inputs must be tensors, got strings; turn them into tensors")
@@ -274,7 +275,8 @@ class Looks:
                 weights += torch.tensor(found)
         regression = LowRankRegression([*self._kernels], y - torch.tensordot(weights, cheap, 1))
         kernel = regression.kernel
-        self._best = space, _ = self._kernels[kernel]
+        self._best = self._kernels[kernel]
+        space, _ = self._best
         others = self.drawn[size : size + _SEEN * size]
         sums = torch.zeros(size)
         offset = torch.zeros(y.shape[1])
@@ -344,6 +346,7 @@ class Looks:
 
     @functools.cached_property
     def _spaces(self) -> Sequence[_Coordinates]:
+        """The coordinates that compete, one for each metric that applies to the pilot rows."""
         leaves = self._leaves_of(self._data.take(self._pilot))
         typical = typical_rows([x.rows.contiguous() for x in leaves])
         leaves = [x.at(typical) for x in leaves]

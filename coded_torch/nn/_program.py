@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,7 @@ class Program(LoadedModule):
             return torch.export.load(io.BytesIO(self._content.numpy().tobytes()))
 
     def _session(self, device: torch.device) -> Any:
+        """Return a session of onnxruntime for the model, on a device."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -116,7 +118,7 @@ class Program(LoadedModule):
 
     def _load(self, device: torch.device) -> Callable[..., Any]:
         if self.suffix == ".onnx":
-            return _OnnxCall(self._session(device), device)
+            return functools.partial(_run_onnx, self._session(device), device)
         program = self._exported()
         if device.type != "cpu":
             from torch.export.passes import move_to_device_pass
@@ -165,19 +167,12 @@ def _example_of(declared: Any) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-class _OnnxCall:
-    """A session of onnxruntime that takes and returns tensors."""
-
-    def __init__(self, session: Any, device: torch.device) -> None:
-        self._session = session
-        self._device = device
-        self._inputs: Sequence[str] = [x.name for x in session.get_inputs()]
-        self._outputs: Sequence[str] = [x.name for x in session.get_outputs()]
-
-    def __call__(self, *args: Tensor) -> Any:
-        arrays = [x.detach().cpu().contiguous().numpy() for x in args]
-        named = dict(zip(self._inputs, arrays, strict=True))
-        results = [torch.from_numpy(x).to(self._device) for x in self._session.run(None, named)]
-        if len(results) == 1:
-            return results[0]
-        return dict(zip(self._outputs, results, strict=True))
+def _run_onnx(session: Any, device: torch.device, *args: Tensor) -> Any:
+    """Return the outputs of a session of onnxruntime as tensors on a device."""
+    names = [x.name for x in session.get_inputs()]
+    arrays = [x.detach().cpu().contiguous().numpy() for x in args]
+    named = dict(zip(names, arrays, strict=True))
+    results = [torch.from_numpy(x).to(device) for x in session.run(None, named)]
+    if len(results) == 1:
+        return results[0]
+    return dict(zip([x.name for x in session.get_outputs()], results, strict=True))

@@ -130,6 +130,7 @@ class Result:
         self.lists.append(i)
 
     def _check_probabilities(self, i: int) -> None:
+        """Raise a ValueError unless the rows of leaf i are probabilities."""
         rows = self.judged(i).detach()
         if rows.numel() == 0 or not rows.dtype.is_floating_point:
             return

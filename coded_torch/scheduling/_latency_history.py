@@ -164,6 +164,7 @@ class History:
         return 1.0 + self._slope * (max(rows, self._fewest) / self.most_rows - 1.0)
 
     def _fit(self) -> None:
+        """Fit the line through the medians of small and large parts, and rescale latencies."""
         self._unfitted = 0
         if {rows for rows, *_ in self._parts.entries} == {self._fewest} == {self.most_rows}:
             return

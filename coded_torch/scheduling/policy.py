@@ -303,6 +303,7 @@ class _Decisions:
         return ""
 
     def _until(self) -> float:
+        """Return the time of the next part that is late, or of the next step to the deadline."""
         due = self.prepare_at
         while self.timers:
             at, number = self.timers[0]
@@ -408,6 +409,7 @@ class _Decisions:
         return False
 
     def _ask(self, missing: list[int], num: int, of: Part) -> None:
+        """Ask for units that are missing, or for spare columns instead, in so many parts."""
         why = "hedge" if of.outcome is OPEN else "retry"
         new = [self.unasked.popleft() for _ in range(min(len(self.unasked), len(missing)))]
         units = sorted(new + missing[len(new) :])
@@ -505,6 +507,7 @@ class _Decisions:
                 table.refused.setdefault(part.units[0], part)
 
     def _remember(self) -> None:
+        """Add the seconds of the call and of its parts to the history."""
         table = self.table
         is_typical = True
         parts = list[tuple[int, float]]()

@@ -78,6 +78,7 @@ class Memory:
         self._forget()
 
     def _forget(self) -> None:
+        """Begin anew, as another generation."""
         self._generation += 1
         self._form: Any = None
         self._space: Coordinates | None = None  # once it is frozen
@@ -204,6 +205,7 @@ class Memory:
     def _make(
         self, generation: int, form: Any, space: Coordinates | None, rows: list[tuple[Any, Tensor]]
     ) -> None:
+        """Make the regression of remembered rows, in a thread, and replace the one before."""
         try:
             start = time.thread_time()  # other threads' time does not count
             outputs = torch.cat([y for _, y in rows])

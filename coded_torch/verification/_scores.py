@@ -116,6 +116,7 @@ class _Bar:
         self._scores: deque[float] = deque(maxlen=_KEPT)
 
     def add(self, scores: Sequence[float]) -> None:
+        """Add scores, and find the quantile anew if enough are new."""
         self._scores.extend(scores)
         self._new += len(scores)
         if len(self._scores) >= 1 / self._share and self._new >= len(self._scores) / _ANEW:

@@ -350,6 +350,7 @@ class Verifier:
                 seen.update(unseen)
 
     def _conclude(self) -> float:
+        """Note which rows are verified, and let the call end."""
         answered = self.table.answered
         for (a, b), rows in self._compared()[1].items():  # no time, or verification has stopped
             self._doubt(a, b, rows)

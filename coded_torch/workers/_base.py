@@ -149,6 +149,7 @@ class Fault:
         return tree_map_only(Tensor, self._spoil_leaf, value)
 
     def _spoil_leaf(self, leaf: Tensor) -> Tensor:
+        """Return a tensor with the fault."""
         if self.kind in ("nan", "infinity") and (
             leaf.dtype.is_floating_point or leaf.dtype.is_complex
         ):

@@ -125,6 +125,7 @@ class _Replica(Worker):
         return module not in self.seen
 
     def serve(self, threads: Dispatcher) -> None:
+        """Compute the parts in the inbox until None comes."""
         while (part := self.inbox.get()) is not None:
             try:
                 value = self._call(part.request, part)
@@ -140,6 +141,7 @@ class _Replica(Worker):
             del part  # an idle thread must keep no batch alive
 
     def _call(self, request: Any, part: Part) -> Any:
+        """Return the output of a part, on the device of its task, in the modes of the caller."""
         home = request.task.device
         with contextlib.ExitStack() as stack:
             # Own streams, or the caller's decoding would queue behind a late part. The last stream
@@ -167,6 +169,7 @@ class _Replica(Worker):
                     stream.synchronize()
 
     def _replicate(self, module: nn.Module, views: Mapping[int, Tensor]) -> Any:
+        """Return a shallow copy of a module, whose tensors are on the device."""
         moved: dict[int, Tensor | None] = {id(None): None}  # tied parameters stay tied
 
         def move(tensor: Any) -> Any:
@@ -208,6 +211,7 @@ class _Threads(Dispatcher):
         self.wake()
 
     def wake(self) -> None:
+        """Start a thread for each place that has none."""
         with self.lock:
             for index in () if self.closed else self.vacant():
                 replica = _Replica(self.devices[index % len(self.devices)], index)

@@ -159,6 +159,7 @@ class Dispatcher(abc.ABC):
         return bell
 
     def submit(self, request: LiveRequest, parts: Sequence[Part]) -> None:
+        """Put parts of a request in the queue."""
         self.hear()
         with self.lock:
             if request.closed:
@@ -261,6 +262,7 @@ class Dispatcher(abc.ABC):
         return f"all {self.kind} have left"
 
     def states(self) -> dict[int, tuple[str, int]]:
+        """Return the state and the process of the worker at each place."""
         self.hear()
         with self.lock:
             found = dict.fromkeys(sorted(self.places), ("down", 0))
@@ -287,6 +289,7 @@ class Dispatcher(abc.ABC):
             self.ready(worker)
 
     def ready(self, worker: Worker) -> None:
+        """Let a worker take parts."""
         with self.lock:
             worker.ready = True
             if not self.vacant() and all(each.ready for each in self._workers):
@@ -335,6 +338,7 @@ class Dispatcher(abc.ABC):
             self.retire(worker)
 
     def _assign(self) -> None:
+        """Give parts to idle workers."""
         with self.lock:
             self.recover()
             if self._parts and not self.closed:

@@ -197,6 +197,7 @@ class _Endpoints(Dispatcher):
         self.restart(place)
 
     def update(self, urls: Iterable[str]) -> None:
+        """Have these servers in the pool, and no others."""
         wanted = dict.fromkeys(map(self.client.checked, urls))
         for url in set(self.urls) - wanted.keys():
             self.leave(self.known.index(url))
@@ -204,6 +205,8 @@ class _Endpoints(Dispatcher):
             self.join(url)
 
     def follow(self, source: Callable[[], Iterable[str]], seconds: float) -> None:
+        """Ask every few seconds which servers are to be in the pool."""
+
         async def refresh() -> None:
             while not self.closed:
                 await asyncio.sleep(seconds)
@@ -233,6 +236,7 @@ class _Endpoints(Dispatcher):
             logger.warning("EndpointWorkers: connections did not close in time")
 
     def _begin_at(self, slot: Worker, part: Part) -> None:
+        """Begin to ask a server for a part, on the loop."""
         if not part.request.awaits(part):  # cancelled before it started
             self.settle(slot, part, Failure("was cancelled"))
             return
@@ -242,6 +246,7 @@ class _Endpoints(Dispatcher):
     def _spawn(
         self, coroutine: Coroutine[Any, Any, Any], asking: LiveRequest | None = None
     ) -> asyncio.Task[Any]:
+        """Return a task of a coroutine, which ends with the pool or with the request."""
         task = self.loop.create_task(coroutine)
         self._tasks[task] = asking  # the loop itself holds tasks weakly
         task.add_done_callback(self._tasks.pop)
@@ -306,6 +311,7 @@ class _Endpoints(Dispatcher):
             self._pause(url, why=why)
 
     async def _ask(self, slot: Worker, part: Any) -> Any:
+        """Return the output of a server for a part, with the fault of the part."""
         module: RemoteModule = part.request.module
         url = self.known[slot.index]
         task = part.request.task
@@ -350,6 +356,7 @@ class _Endpoints(Dispatcher):
     async def _resume(
         self, url: str, slots: Sequence[Worker], seconds: float, failed: bool = False
     ) -> None:
+        """Let a server take parts after some seconds and, if it failed, when a probe succeeds."""
         await asyncio.sleep(seconds)
         waited = 0.0
         while failed and not all(slot.left for slot in slots):

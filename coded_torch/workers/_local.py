@@ -177,6 +177,7 @@ class _EachItsOwn(VirtualPool):
         return sys.maxsize
 
     def ask(self, request: VirtualRequest, parts: Iterable[Part]) -> None:
+        """Begin parts at once, each on its own worker, and plan their ends."""
         # The first ask says for how many workers delays are drawn.
         parts = list(parts)
         delays = self._stragglers
@@ -217,6 +218,7 @@ class _EachItsOwn(VirtualPool):
         replies: Sequence[Reply],
         values: Callable[[], dict[int, Any]],
     ) -> None:
+        """End parts that are due together, and compute them if they are the first."""
         for reply in replies:
             if reply.error is None:
                 value = values().pop(reply.part.number)

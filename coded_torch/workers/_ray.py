@@ -162,6 +162,7 @@ class _Actors(Supervisor):
         future.add_done_callback(lambda future: self._news.put((worker, part, future)))
 
     def _hear(self, worker: _Actor, part: Part | None, future: Any) -> None:
+        """Handle the end of a remote call: a sign of life, or of a part."""
         error = future.exception()
         if isinstance(error, _ray().exceptions.RayActorError):
             lines = str(error).strip().splitlines()

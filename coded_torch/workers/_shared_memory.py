@@ -114,6 +114,7 @@ def _is_in_memory(tensor: Tensor) -> bool:
 
 
 def _message(form: Any, tensors: Sequence[Tensor], blocks: Any) -> Any:
+    """Return the message of a form with tensors; those that do not lie in memory are copied."""
     pieces = list[tuple[int, int]]()
     kept = list[Tensor]()
     for tensor in tensors:
@@ -148,6 +149,7 @@ class _FormError(TypeError):
 
 
 def _form(value: Any, of_tensor: Callable[[Tensor], Any]) -> Any:
+    """Return a value with each tensor replaced by ``of_tensor``, or raise a _FormError."""
     kind = type(value)
     if kind is Tensor and _is_plain(value):
         return of_tensor(value)
@@ -238,6 +240,7 @@ class PartsInMemory:
         return form
 
     def _form(self, units: Sequence[int]) -> Any:
+        """Return the form of the message of units, made from a packed part if it is new."""
         tensors = list[Tensor]()
 
         def make() -> Any:
@@ -342,6 +345,7 @@ def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
 
 
 def _made(form: Any, memory: Any, copied: int) -> Any:
+    """Return the object of a known form, from the memory of a message."""
     kind = type(form)
     if kind is _Place:
         tensor = _tensor_at(memory, *form)

@@ -87,6 +87,7 @@ class Server:
         return math.inf
 
     def has_ended(self) -> bool:
+        """Return whether the server has ended, and note its exit code."""
         if self.status is None:
             try:
                 ended, status = os.waitpid(self.pid, os.WNOHANG)
@@ -272,6 +273,7 @@ class _Program(NamedTuple):
     beat: float  # seconds between two signs of life
 
     def run(self, sock: int, caller: int) -> None:
+        """Load modules and compute parts until the connection ends."""
         blocks = lane.Blocks()
         connection = lane.Connection(sock, blocks)
         _shared_memory.is_interactive = lambda: not self.main
@@ -376,6 +378,7 @@ class ModuleStore:
         return PackedModule(number, packed[2], alive, _dumps((number, alive, ambient)))
 
     def _pack(self, module: nn.Module, number: int, ambient: Ambient) -> Any:
+        """Pack a module, or raise a TypeError with a remedy if it cannot be pickled."""
         try:
             with self._packing, ambient.restored(ambient.default_device):
                 return self._make(module)
@@ -445,6 +448,7 @@ class LoadedModules:
         self._versions = dict[int, dict[str, Any]]()  # of the tensors, until the first call
 
     def add(self, number: int, read: Callable[[], nn.Module]) -> None:
+        """Load a module that was sent, or note why it cannot be loaded."""
         if number not in self._modules:
             try:
                 with _random_numbers_kept(self.device):
@@ -498,6 +502,7 @@ def _warn_of_changes(module: nn.Module, before: dict[str, Any]) -> None:
 
 
 def _failure(cause: Exception) -> _Failure:
+    """Return an exception in words, and in a form that can be pickled."""
     what = "".join(traceback.format_exception_only(cause)).strip()
     sent: Any = ExceptionWithTraceback(cause, cause.__traceback__)
     made = _Remade(cause, vars(cause)), _Remade(cause, {})
