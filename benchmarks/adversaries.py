@@ -154,8 +154,13 @@ def changed(
     return results
 
 
-def attacked(name: str, size: int, attack: Attack | None, quick: bool) -> dict[str, Any]:
-    """Return what each code answers under an attack, over the variance of the outputs."""
+def attacked(
+    name: str, size: int, attack: Attack | None, quick: bool, draws: int
+) -> dict[str, Any]:
+    """Return what each code answers under an attack, over the variance of the outputs.
+
+    Compromised workers are drawn so many times for each batch.
+    """
     delays = Uniform(NUM_STRAGGLERS, seed=SEED)
     generator = torch.Generator().manual_seed(SEED)
     found: dict[str, list[list[float]]] = {}
@@ -168,7 +173,7 @@ def attacked(name: str, size: int, attack: Attack | None, quick: bool) -> dict[s
         def error(answers: Tensor) -> float:
             return float(squares(answers).mean())
 
-        for _ in range(1 if quick else 2):
+        for _ in range(draws):
             received = received_by(delays, NUM_WORKERS, NUM_STRAGGLERS)
             drawn = torch.randperm(len(received), generator=generator)[:ADVERSARIES]
             wrong = [] if attack is None else [received[i] for i in drawn.tolist()]
@@ -275,7 +280,7 @@ def measurements(quick: bool) -> Iterable[Measurement]:
     for name in SUBJECTS[: 1 if quick else None]:
         for size in SIZES[: 1 if quick else None]:
             for kind, attack in {"none": None, **ATTACKS}.items():
-                work = functools.partial(attacked, name, size, attack, quick)
+                work = functools.partial(attacked, name, size, attack, quick, 1 if quick else 2)
                 yield (name, f"B = {size}", kind), work
     chosen = [*CODES][: 1 if quick else None]
     for code in chosen:

@@ -210,7 +210,7 @@ def slopes(name: str, delays: str, noisy: bool, quick: bool) -> dict[str, Any]:
 
 
 def attacked(attack: str) -> dict[str, Any]:
-    found = adversaries.attacked("lenet5", 240, adversaries.ATTACKS[attack], quick=True)
+    found = adversaries.attacked("lenet5", 240, adversaries.ATTACKS[attack], quick=True, draws=6)
     return {"codes": {code: found["codes"][code] for code in adversaries.CODES}}
 
 

@@ -47,6 +47,7 @@ READMES = (
     FOLDER.parent / "README.md",
     FOLDER / "README.md",
     FOLDER.parent / "notebooks" / "science.md",
+    FOLDER.parent / "notebooks" / "guides" / "error_bounds.md",
     FOLDER.parent / "notebooks" / "guides" / "means.md",
     FOLDER.parent / "notebooks" / "comparison.md",
     FOLDER.parent / "notebooks" / "faq.md",

@@ -237,6 +237,7 @@ def test_a_memory_that_another_wrapper_took_meanwhile_answers_nothing():
     assert torch.equal(answers, alone(rand(64, 4)))
 
 
+@pytest.mark.filterwarnings("ignore:.*parts get other answers than the batch")
 def test_nothing_is_learnt_of_a_call_in_which_the_weights_changed():
     known, module = Memory(), Function()
 

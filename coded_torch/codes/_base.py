@@ -291,7 +291,7 @@ class Code(abc.ABC):
                 )
         instance(self, "shuffle", shuffle, bool)
         check_link(self, link)
-        self.adversaries = count(self, "adversaries", adversaries, 0, self.num_workers)
+        self.adversaries = count(self, "adversaries", adversaries, 0, self.num_workers - 1)
         if self.adversaries and not self.defends:
             raise ValueError(
                 f"{type(self).__name__}: adversaries must be 0 with a code that cannot tell wrong "

@@ -342,7 +342,7 @@ class CodedWrapper(ModuleProxy):
         if report.excluded:
             answers.forget()
         report.notes += execution.notes_of_rows()
-        self._warn_once(waiting, execution)
+        self._warn_once(waiting, division, execution)
         report._enter("decode")
         whole = execution.checks.whole
         is_answer = division.by_rows and whole is not None
@@ -407,19 +407,25 @@ class CodedWrapper(ModuleProxy):
         report._note_trust(suspects, self._evidence.add(workers, suspects), trust.undefended)
         return stacked.take(trust.places) if suspects else stacked
 
-    def _warn_once(self, waiting: Waiting, execution: Execution) -> None:
-        """Warn if a call by rows never uses a surrogate, or can never estimate an output."""
+    def _warn_once(self, waiting: Waiting, division: Division, execution: Execution) -> None:
+        """Warn if rows depend on each other, and if a surrogate or estimates are of no use."""
+        layout = division.inputs.layout
+        note = "" if layout is None else layout.note
+        if note and not (self.training and training_part(self.module, dropout=True)):  # it is said
+            self._warn_of(f"{note}; parts get other answers than the batch")
         if self.code is not None:
             return
+        what = ""
         if waiting.may_estimate(by_rows=True):
             what = execution.not_floating()
-        else:
+        elif self.surrogate and waiting is self._policy():
             how = "give a deadline, estimate_after or on_error='estimate'"
-            never = self.surrogate and waiting is self._policy()
-            what = ""
-            if never:
-                what = f"surrogate is never used by {waiting}; {how}"
-        if what and what not in self._warned:
+            what = f"surrogate is never used by {waiting}; {how}"
+        if what:
+            self._warn_of(what)
+
+    def _warn_of(self, what: str) -> None:
+        if what not in self._warned:
             self._warned |= {what}
             warn(f"CodedWrapper: {what}")
 

@@ -4,6 +4,7 @@ import copy
 import csv
 import io
 import itertools
+import json
 import operator
 import re
 from xml.etree import ElementTree
@@ -12,7 +13,7 @@ import markdown_it
 import pytest
 import torch
 
-from benchmarks import cast, report
+from benchmarks import cast, letcc, report
 from benchmarks.pictures import PICTURES, decoded_digits
 from benchmarks.runs import RESULTS
 from benchmarks.tables import BASELINES, TABLES, Table
@@ -209,6 +210,13 @@ def test_the_caption_of_decoded_digits_counts_them():
     right = sum(map(operator.eq, decoded, computed))
     for path in (report.READMES[0], report.FOLDER.parent / "notebooks" / "index.md"):
         assert f"and {right} of the {len(computed)} classes decoded are those" in path.read_text()
+
+
+def test_the_command_prints_the_table_of_compromised_workers_that_is_on_the_page():
+    results = json.loads((RESULTS / "letcc.json").read_text())
+    printed = letcc.attacked("negated")["codes"]
+    for code, published in results["measured"]["adversaries"]["negated"]["codes"].items():
+        assert printed[code] == pytest.approx(published, rel=0.02, abs=1e-6)
 
 
 def test_the_fields_of_a_comparison_are_on_the_page_with_types_and_examples():

@@ -203,6 +203,7 @@ def run_cases(pool: Any, number: int, is_honest: bool = True) -> Counter[str]:
     return counts
 
 
+@pytest.mark.filterwarnings("ignore:.*parts get other answers than the batch")
 @pytest.mark.filterwarnings("ignore:.* cannot be estimated")
 @pytest.mark.parametrize("name", ["virtual", "local", "devices"])
 def test_no_output_is_wrong_and_unmarked(name):

@@ -23,6 +23,7 @@ from .modules import WAYS, Call, Liar, divided, rand
 from .pools import Separate
 
 
+@pytest.mark.filterwarnings("ignore:.*parts get other answers than the batch")
 @pytest.mark.parametrize(
     ("lie", "reason"),
     [

@@ -6,6 +6,7 @@ import math
 import random
 import re
 import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -20,6 +21,9 @@ from coded_torch.stragglers import Trace
 from coded_torch.workers import DeviceWorkers, LocalWorkers
 
 from .modules import Call
+
+# Modules whose rows depend on each other are the subject here; one test tells that calls warn.
+pytestmark = pytest.mark.filterwarnings("ignore:.*parts get other answers than the batch")
 
 X = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
 SURE = Waiting(deadline=1.0, hedge_budget=0)
@@ -209,6 +213,17 @@ def test_one_worker_that_raises_is_no_reason_to_doubt_the_module():
         answers, report = coded.run(X)
     assert torch.equal(answers, X)
     assert not report.notes
+
+
+@pools
+def test_calls_warn_once_of_rows_that_depend_on_others(make):
+    with make() as pool, torch.no_grad():
+        coded = CodedWrapper(Call(lambda x: x - x.mean(0)), workers=pool, parts=4)
+        with pytest.warns(UserWarning, match="depends on the other rows .* than the batch"):
+            coded(X)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            coded(X)
 
 
 def trimmed(ids):

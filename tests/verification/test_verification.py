@@ -119,6 +119,7 @@ class TestHonestWorkers:
         for seed in range(20):
             assert not coded.run(batch(seed))[1].disputes
 
+    @pytest.mark.filterwarnings("ignore:.*parts get other answers than the batch")
     def test_of_a_module_whose_rows_depend_on_each_other_are_never_charged(self):
         """Whole parts are compared then, and still show a wrong worker."""
 
@@ -135,6 +136,7 @@ class TestHonestWorkers:
         assert excluded == [3]
 
     @pytest.mark.parametrize(("num_workers", "share"), [(12, 1.0), (12, 0.5), (3, 0.5), (3, 0.1)])
+    @pytest.mark.filterwarnings("ignore:.*parts get other answers than the batch")
     def test_of_a_random_module_are_not_verified_any_more(self, num_workers, share):
         generator = torch.Generator().manual_seed(0)
 
