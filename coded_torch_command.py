@@ -5,10 +5,14 @@ import os
 import shlex
 import signal
 import sys
+from importlib import metadata
 
 
 def main() -> int:
     """Import and run the command. After Ctrl-C, end without taking all packages apart."""
+    if sys.argv[1:] == ["--version"]:  # importing torch would take seconds
+        print(f"coded_torch {metadata.version('coded_torch')}")
+        return 0
 
     def end(*_: object) -> None:  # nothing is begun, but imports may catch a KeyboardInterrupt
         line = [*sys.argv[1:], *(() if "--resume" in sys.argv else ["--resume"])]

@@ -96,11 +96,17 @@ def prove(outputs: Sequence[Any], out_dims: Any) -> Layout:
             continue
         else:
             raise TypeError(not_joined(layout.name(outputs[0], i), leaf))
+        name = layout.name(outputs[0], i)
+        if isinstance(leaf, Tensor) and not leaf.dim():
+            raise ValueError(
+                f"CodedWrapper: {name} must have one row per row of its part, got a scalar that "
+                "differs between parts; return one number per row, leave it out of the output, or "
+                "say None in out_dims to get the first part's"
+            )
         raise ValueError(
-            f"CodedWrapper: {layout.name(outputs[0], i)} must have a row for each row of "
-            f"the part at dim {dim} and nowhere else, or be the same in all parts, got {got} for 2 "
-            "and 3 rows; name its batch dimension in out_dims, or None for the first part's, and "
-            'give inputs for the whole batch as "shared" in in_dims'
+            f"CodedWrapper: {name} must have one row per row of its part, at dim {dim} only, or be "
+            f"the same in all parts, got {got} for 2 and 3 rows; name its batch dimension in "
+            'out_dims, and inputs that belong to the whole batch as "shared" in in_dims'
         )
     layout.constants = frozenset(constants)
     return layout
@@ -108,6 +114,12 @@ def prove(outputs: Sequence[Any], out_dims: Any) -> Layout:
 
 def not_joined(name: str, leaf: Any) -> str:
     """Return the message that a leaf of an output cannot be joined by rows."""
+    if isinstance(leaf, float):
+        return (
+            f"CodedWrapper: {name} must have one row per row of its part, got a float; return a "
+            "tensor with one number per row, leave it out of the output, or say None in out_dims "
+            "to get the first part's"
+        )
     return (
         f"CodedWrapper: {name} must be a tensor, a list with an item per row, or a constant, got "
         f"{type(leaf).__name__}; leave it out of the output (a cache by use_cache=False), register "

@@ -136,7 +136,7 @@ def commands() -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
     """Yield the name, the description and the options of each command of ``coded-torch``."""
     with mock.patch.object(argparse.ArgumentParser, "parse_args", _hold):
         try:
-            main([])
+            main(["info"])  # any command
         except _FoundError as found:
             (parser,) = found.args
     (several,) = (x for x in parser._actions if isinstance(x, argparse._SubParsersAction))

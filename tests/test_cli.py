@@ -28,7 +28,6 @@ def run(line):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "the following arguments are required: COMMAND"),
         ("fly", "invalid choice: 'fly'"),
         ("demo --wings 2", "unrecognized arguments: --wings 2"),
         ("job models:here --mean --bounds 0", "must be two numbers, LOW,HIGH, got '0'"),
@@ -122,12 +121,24 @@ def test_help_ends_with_an_example_of_its_options(command, capsys):
 def test_help_and_version(capsys):
     assert run("--help") == 0
     out = capsys.readouterr().out
+    assert run("") == 0
+    assert capsys.readouterr().out == out
     for command in ("demo", "compare", "tune", "serve", "job", "plan", "info"):
         assert f"\n  {command} " in out
         assert run([command, "--help"]) == 0
     assert "99.9 % of the requests" in capsys.readouterr().out
     assert run("--version") == 0
     assert capsys.readouterr().out == f"coded_torch {coded_torch.__version__}\n"
+
+
+def test_the_version_needs_no_torch():
+    program = (
+        "import sys, coded_torch_command; sys.argv = ['coded-torch', '--version'];"
+        " sys.exit(coded_torch_command.main() or 'torch' in sys.modules)"
+    )
+    line = [sys.executable, "-c", program]
+    printed = subprocess.run(line, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert printed == f"coded_torch {coded_torch.__version__}\n"
 
 
 def test_info(capsys):

@@ -539,7 +539,10 @@ def test_the_parts_of_a_job_stay_as_many(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("factory", "said"),
     [
-        ("total", "output must have a row for each row of the part at dim 0 and nowhere else, or"),
+        (
+            "total",
+            "output must have one row per row of its part, got a scalar that differs between parts",
+        ),
         ("cached", r"output\['cache'\] must be a tensor, .* got Cache; leave it out .*use_cache=F"),
         ("unpicklable", "picklable .*, or be made there, by coded_torch.nn.FromFactory, got Of: "),
     ],

@@ -155,7 +155,7 @@ def _read_batches(args: argparse.Namespace) -> tuple[nn.Module, Rows, list[Any]]
 
 
 def tune(args: argparse.Namespace) -> None:
-    """Choose the numbers of a code on your own model, without labels.
+    """Choose the parameters of a code on your own model, without labels.
 
     Example: coded-torch tune my_model:make --inputs rows.npy --settings 24,20,4
     """
@@ -449,6 +449,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         command.set_defaults(run=run)
         options(command, *table)
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help()
+        return 0
     args = parser.parse_args(argv)
     args.line = [*(sys.argv[1:] if argv is None else argv)]
     try:

@@ -147,14 +147,18 @@ def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...
     are_many = not isinstance(batches, Tensor | np.ndarray | str | bytes)
     requirement = "batches must be a sequence of batches, such as [x]"
     check(owner, are_many and isinstance(batches, Iterable), requirement, type(batches), TypeError)
-    requirement = (
-        "the module must be in evaluation mode, as some parts learn from calls; call eval() on it"
-    )
-    name = training_part(module)
-    check(owner, name is None, requirement, name)
-    name = training_part(module, dropout=True)
-    if name is not None:
-        warn(f"{owner}: {name} is in training mode, so answers depend on chance; call eval() on it")
+    learning = training_part(module)
+    if learning is not None:
+        raise ValueError(
+            f"{owner}: module must be in evaluation mode, got {learning} in training mode, which "
+            "changes with each call; call eval() on the module"
+        )
+    random = training_part(module, dropout=True)
+    if random is not None:
+        warn(
+            f"{owner}: module should be in evaluation mode, got {random} in training mode, so "
+            "answers depend on chance; call eval() on the module"
+        )
     calls = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     for i, args in enumerate(calls):
         sizes = [x.shape[:1] for x in tree_leaves(args) if isinstance(x, Tensor)]

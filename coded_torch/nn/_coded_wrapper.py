@@ -65,7 +65,8 @@ class CodedWrapper(ModuleProxy):
         >>> coded = CodedWrapper(torch.nn.ReLU(), codes.ReplicationCode(2, 6), workers=pool)
         >>> coded(torch.tensor([[-1.0], [2.0], [3.0]])).flatten().tolist()
         [0.0, 2.0, 3.0]
-        >>> len(coded.last_run.received), len(coded.last_run.missing), coded.last_run.num_groups
+        >>> report = coded.last_run
+        >>> len(report.received), len(report.missing_workers), report.num_groups
         (4, 2, 2)
     """
 
@@ -224,8 +225,10 @@ class CodedWrapper(ModuleProxy):
         if self.training:
             part = training_part(self.module, dropout=True)
         if part:
-            what = "answers depend on the rows of a part, or on chance"
-            warn(f"CodedWrapper: {part} is in training mode, where {what}; call eval() on it")
+            warn(
+                f"CodedWrapper: module should be in evaluation mode, got {part} in training mode, "
+                "so answers depend on other rows or on chance; call eval() on the module"
+            )
         with on_host():
             mixing = self.code if self.code is not None and self.code.mixes else None
             inputs = Inputs(args, kwargs, self.in_dims, mixing)

@@ -461,9 +461,10 @@ class Rows(Division):
 
 
 def training_part(module: nn.Module, dropout: bool = False) -> str | None:
-    """Return the name of the first part whose training mode changes answers, or None."""
+    """Return the first submodule whose training mode changes answers, in words, or None."""
     kinds = (_BatchNorm, _DropoutNd) if dropout else (_BatchNorm,)
     for name, part in module.named_modules():
         if part.training and isinstance(part, kinds) and getattr(part, "p", 1.0) > 0:
-            return name or "the module"
+            kind = type(part).__name__
+            return f"submodule {name!r} ({kind})" if name else f"the module ({kind})"
     return None

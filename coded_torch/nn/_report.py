@@ -61,9 +61,10 @@ class Report:
     #: the rows on which the module itself fails: it raised alike on two workers, or three times
     #: where no other worker computes them, or ended its workers, each row alone.
     module_failed_rows: tuple[int, ...] = ()
-    #: why the call stopped waiting. "complete": every result is there; "first": the first N - S
-    #: are; "deadline"; "estimate_after": as many medians of calls were over; "error": all is there
-    #: but the rows that the module itself fails on; "failed": nothing more could come.
+    #: why the call stopped waiting. "complete": every result is there; "enough_results": the first
+    #: N - S results of a code are; "deadline": the deadline was over; "estimate_after": as many
+    #: medians of calls were over; "error": all rows are answered but those on which the module
+    #: itself fails; "failed": no worker could give more results.
     ended: str = ""
     #: whether the call raised.
     failed: bool = True
@@ -198,7 +199,7 @@ class Report:
         return None
 
     @property
-    def missing(self) -> tuple[int, ...]:
+    def missing_workers(self) -> tuple[int, ...]:
         """The workers that began a part and have no result that counts."""
         return tuple(sorted(set(self.asked) - set(self.received)))
 
@@ -213,6 +214,8 @@ class Report:
             first, hedged, rest = self.source.long().bincount(minlength=3).tolist()
             rows = f"{first + hedged} of {len(self.source)} computed, {hedged} of them by hedges; "
             rows += f"{rest} {others}, {len(self.corrected)} corrected"
+            if self.verified is not None:
+                rows += f", {int(self.verified.sum())} verified"
         seconds = {
             begin: self.encode_seconds,
             "compute": self.compute_seconds,
@@ -220,7 +223,7 @@ class Report:
         }
         total = sum(seconds.values())
         phases = ", ".join(f"{phase} {1e3 * x:.1f}" for phase, x in seconds.items())
-        few = {"without a result": self.missing, "rejected": self.rejected}
+        few = {"without a result": self.missing_workers, "rejected": self.rejected}
         few |= {"excluded": self.excluded}
         named = [f"{what}: {str(sorted(some))[1:-1]}" for what, some in few.items() if some]
         lines = {

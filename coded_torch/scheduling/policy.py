@@ -293,7 +293,7 @@ class _Decisions:
         table = self.table
         if table.num_answered >= table.needed:
             is_first = self.waiting.at_once and table.num_answered < len(table.first)
-            return "first" if is_first else "complete"
+            return "enough_results" if is_first else "complete"
         if table.refused and len(table.answered.keys() | table.refused.keys()) >= table.needed:
             return "error"  # the module itself fails on all missing rows
         how = "deadline" if self.waiting.deadline is not None else "estimate_after"

@@ -111,7 +111,7 @@ class Metrics:
         estimated = sum(flag and row not in done.unanswered for row, flag in enumerate(flags))
         won = sum(hedge.won for hedge in report.hedges)
         count("results_total", len(report.received), "received")
-        count("results_total", len({*report.missing, *report.rejected}), "missing")
+        count("results_total", len({*report.missing_workers, *report.rejected}), "missing")
         count("results_total", len(report.rejected), "rejected")
         count("answers_total", rows - len(done.unanswered) - estimated, "computed")
         count("answers_total", estimated, "estimated")

@@ -1,4 +1,4 @@
-"""Choosing the numbers of a code on unlabelled data."""
+"""Choosing the parameters of a code on unlabelled data."""
 
 import math
 from itertools import islice

@@ -37,11 +37,11 @@ def test_the_report():
     run = coded.last_run
     assert isinstance(run, Report)
     assert run.received == (1, 3, 4)
-    assert run.missing == (0, 2)
+    assert run.missing_workers == (0, 2)
     assert list(run.latencies.items()) == [(1, 0.1), (4, 0.2), (3, 0.3)]
     assert run.rejected == {}
     assert run.asked == (0, 1, 2, 3, 4)
-    assert (run.work_ratio, run.ended) == (5 * 3 / 5, "first")
+    assert (run.work_ratio, run.ended) == (5 * 3 / 5, "enough_results")
     assert run.estimated.all()
     assert not run.failed
     assert run.num_groups == 3

@@ -42,7 +42,7 @@ def test_outputs_without_a_batch_dimension_are_an_error(estimate):
     lstm = nn.LSTM(4, 3, batch_first=True)  # the states are [1, B, 3]
     with DeviceWorkers(["cpu"] * 3) as pool, torch.no_grad():
         coded = CodedWrapper(lstm, workers=pool, waiting=Waiting(estimate=estimate))
-        with pytest.raises(ValueError, match=r"output\[1\]\[0\] must have a row for each row"):
+        with pytest.raises(ValueError, match=r"output\[1\]\[0\] must have one row per row"):
             coded(torch.randn(6, 5, 4))
         coded.out_dims = (0, 1)
         x = torch.randn(6, 5, 4)
@@ -226,7 +226,7 @@ def test_every_call_is_reported_as_far_as_it_has_come(inputs, error, asked, phas
     with pytest.raises(error) if error else contextlib.nullcontext():
         coded(inputs)
     run = coded.last_run
-    assert (run.asked, run.missing) == (asked, asked if error else ())
+    assert (run.asked, run.missing_workers) == (asked, asked if error else ())
     assert run.failed == (error is not None)
     assert getattr(run, f"{phase}_seconds") > 0
 
@@ -327,6 +327,8 @@ def test_a_report_is_five_lines_to_read():
     assert ended == "ended    deadline; hedges: 0"
     assert notes == "notes    a remark; another one"
     assert str(Report()).startswith("rows     no answers")
+    report.verified = torch.arange(60) < 7
+    assert str(report).splitlines()[0] == f"{rows}, 7 verified"
 
 
 def test_a_report_of_a_code_counts_decoded_rows():

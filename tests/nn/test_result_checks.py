@@ -54,7 +54,7 @@ def test_a_result_unlike_most_is_missing_and_named(lie, reason, at):
     assert out["kind"] == "good"
     assert torch.equal(out["y"], torch.where(x == at, 0.0, x))
     assert list(coded.last_run.rejected) == [int(at)]
-    assert coded.last_run.missing == (int(at),)
+    assert coded.last_run.missing_workers == (int(at),)
     assert re.search(reason, coded.last_run.rejected[int(at)])
 
 
@@ -117,7 +117,7 @@ def test_outputs_that_no_part_can_decode(output, error, match):
 @pytest.mark.parametrize(
     ("output", "match"),
     [
-        (lambda x: (x, 1.5), rf"output\[1\] {NO_ROWS} float.*None in out_dims"),
+        (lambda x: (x, 1.5), r"output\[1\] must have one row .* got a float; .* None in out_dims"),
         (lambda x: Call(x), f"output {NO_ROWS} Call.*register"),
     ],
 )

@@ -298,7 +298,7 @@ def test_asking_all_at_once_ends_with_the_first():
         return report.ended, pool.clock, len(report.received)
 
     times = [("ok", float(n)) for n in range(1, 7)]
-    assert ended(Waiting.first(2), *times) == ("first", 4.0, 4)
+    assert ended(Waiting.first(2), *times) == ("enough_results", 4.0, 4)
     assert ended(Waiting.first(0), *times) == ("complete", 6.0, 6)
     assert ended(Waiting.first(2, deadline=3.5), *times) == ("deadline", 3.5, 3)
     assert ended(Waiting.first(1), ("die", 9.0), *[DIES] * 2, *times[:3])[::2] == ("failed", 3)

@@ -264,7 +264,7 @@ def test_a_call_of_columns_ends_without_a_process_that_is_stopped(pool):
             _, report = coded.run(x)
         finally:
             os.kill(stopped, signal.SIGCONT)
-    assert report.ended == "first"
+    assert report.ended == "enough_results"
     assert report.asked == (0, 1, 2)
     assert report.received == (1, 2)
     until(lambda: pool.states[0] == ("idle", stopped))
