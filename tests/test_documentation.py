@@ -192,6 +192,7 @@ def test_your_model_works_as_the_page_says(commands, client, ran, tmp_path, monk
         "kill_one.py": "^256 embeddings, error 0.0, 0 estimated$",
         "fixed_batch.py": "^11 answers$",
         "made_there.py": "^6 answers$",
+        "my_module.py": r"^\(100, 3\)$",
         "my_strings.py": r"^12 12$",
         "my_outputs.py": r"^\(2, 6, 4\)\n\(6, 5, 50\)$",
     }
