@@ -99,7 +99,7 @@ def instance(owner: object, argument: str, value: Any, kind: Any, optional: bool
 def count(
     owner: object, argument: str, value: Any, least: int | None = 1, most: int | None = None
 ) -> int:
-    """Return ``value`` as an int, from ``least`` to ``most``; a bool is none."""
+    """Return ``value`` as an int, from ``least`` to ``most``; a bool is refused."""
     try:
         integer = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -117,7 +117,7 @@ def count(
 def real(
     owner: object, argument: str, value: Any, requirement: str, valid: Callable[[float], bool]
 ) -> float:
-    """Return ``value`` as a float that is ``valid``; a bool is none."""
+    """Return ``value`` as a float that is ``valid``; a bool is refused."""
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     with contextlib.suppress(OverflowError):  # an integer or a fraction is too large
         number = float(value) if is_real else math.nan
@@ -251,7 +251,7 @@ def warn(message: str) -> None:
 
 
 class Sparing(logging.Filter):
-    """Passes one warning per minute and cause: a text but for its numbers, or a named one."""
+    """Passes one warning per minute and cause: a named one, or the text without its numbers."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()

@@ -75,8 +75,8 @@ def prove(outputs: Sequence[Any], out_dims: Any) -> Layout:
     if spec != layout.spec:
         got = " and ".join(" ".join(str(each).split()) for each in (layout.spec, spec))
         raise ValueError(
-            "CodedWrapper: output must have the same structure in all parts, but for lists with "
-            f"one item per row, got for 2 and 3 rows {got}"
+            "CodedWrapper: output must have the same structure in all parts (lists with one item "
+            f"per row may differ in length), got for 2 and 3 rows {got}"
         )
     dims = broadcast_dims("out_dims", out_dims, spec)
     constants = set[int]()
@@ -156,7 +156,8 @@ def bits(tensor: Tensor) -> tuple[Any, ...]:
 def difference(outputs: Sequence[Any], layout: Layout, out_dims: Any, is_half: bool) -> str:
     """Say which output of two rows is another one behind a third; "" if none is.
 
-    The two rows alone are in reverse. Outputs in any dtype may be computed in half precision.
+    The first output is of two rows in reverse order. Computing may be in half precision, whatever
+    the dtype of the outputs.
     """
     (leaves, spec), (others, _) = map(layout.flatten, outputs)
     dims = broadcast_dims("out_dims", out_dims, spec)

@@ -27,7 +27,9 @@ def harmless() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        logger.warning("spans are missing or incomplete: %s: %s", type(error).__name__, error)
+        logger.warning(
+            "OpenTelemetry: spans are missing or incomplete: %s: %s", type(error).__name__, error
+        )
 
 
 def _api() -> Any:

@@ -131,7 +131,7 @@ def test_a_failure_is_logged_and_what_was_known_stays(monkeypatch, caplog):
     monkeypatch.setattr(_memory, "RowProcess", fail)
     known.observe([rand(9, 4)], [f(rand(9, 4))])
     known.rebuild()
-    assert "a memory could not be rebuilt" in caplog.text
+    assert "Memory: could not be rebuilt" in caplog.text
     assert error(known) == before
 
 

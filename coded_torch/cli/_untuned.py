@@ -1,4 +1,4 @@
-"""Numbers of this room that were chosen once, and not tuned."""
+"""The constants of this package that were chosen once and not tuned."""
 
 ERROR_CHARACTERS = 1000  # characters of an error, at most
 MOST_OPEN = 64  # files

@@ -1,4 +1,4 @@
-r"""Trials of schemes on batches, and the choice of a code's numbers by its error on them."""
+r"""Trials of schemes on batches, and the choice of a code's parameters by its error on them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tune(
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
     **values: Sequence[Any],
 ) -> Code:
-    """Choose the numbers of a wrapper's code that answer best on batches without labels.
+    """Choose the parameters of a wrapper's code that answer best on batches without labels.
 
     The code has the least squared error against the module's own answers; it is the first of
     equals. A warning says if a float is the largest or smallest of its values.
@@ -86,13 +86,13 @@ def chosen(
     *,
     mixes: bool = True,
 ) -> Code:
-    """Return the code with the numbers of the least squared error on trials; it may mix inputs."""
+    """Return the code with the parameters of least squared error on trials; it may mix inputs."""
     options = dict(code.candidates())
     for name, numbers in (values or {}).items():
         known = ", ".join(options) or "none"
         if name not in options:
             raise ValueError(
-                f"tune: the numbers of {code} must be among {known}, got {shown(name)}"
+                f"tune: the parameters of {code} must be among {known}, got {shown(name)}"
             )
         if isinstance(numbers, str | bytes) or not isinstance(numbers, Sequence) or not numbers:
             raise TypeError(

@@ -1,4 +1,4 @@
-"""Numbers of this room that were chosen once, and not tuned."""
+"""The constants of this package that were chosen once and not tuned."""
 
 # The policies that are tried, in steps of a factor of two or four.
 PARTS = (1, 2, 4, 8)  # the numbers of parts of a request

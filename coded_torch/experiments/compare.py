@@ -274,7 +274,7 @@ def received_by(delays: Stragglers, num_workers: int, lost: int) -> list[int]:
 
 
 def _setting(setting: Any) -> Setting:
-    """Return a setting, or raise a ValueError if it is none."""
+    """Return a setting, or raise a ValueError if the value is not a setting."""
     with contextlib.suppress(TypeError, ValueError):
         n, k, s = (count("compare", "settings", value, least=0) for value in setting)
         if 1 <= k <= n and s < n:

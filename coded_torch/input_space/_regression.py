@@ -36,12 +36,14 @@ class Regression:
     Args:
         metric: how far inputs are apart: a name in
             :data:`~coded_torch.input_space.metrics.METRICS`; "auto", all of these; a callable,
-            short for ("auto", callable); or a sequence of these. Every output has the metric by
-            which its results are estimated best, each left out in turn. A callable gets the
-            floating-point inputs, ``[B, ...]`` each, or the others if there are none. It returns
-            tensors to measure distances on. It runs once per call, if a row is late.
-        length: of the regression, positive, in median steps of a path through the batch. "auto"
-            chooses among 1, 2, 4, 8, and then times or over the root of 2.
+            short for ("auto", callable); or a sequence of these. Every output has the metric that
+            estimates its results best, where each result is left out in turn. A callable gets the
+            floating-point inputs, ``[B, ...]`` each, or all inputs if none is floating-point. It
+            returns tensors between whose rows distances are measured. It runs once per call, if a
+            row is late.
+        length: the length scale of the regression, positive, in units of the median step of a path
+            through the batch. "auto" chooses among 1, 2, 4 and 8, and then compares the chosen
+            length with this length times and divided by the root of 2.
         link: "softmax" if all outputs are probabilities over their last dimension: they are
             estimated on the scale of logits.
         coverage: the probability, between 0 and 1, with which the error of an estimated answer is

@@ -152,7 +152,7 @@ class Regressor:
         return estimates.expand(len(self.missing), *estimates.shape[1:]), choice
 
     def left_out(self, results: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rows with results, some columns, and these less their estimates by all others."""
+        """Return rows with results, some of their columns, and leave-one-out residuals of these."""
         with outside(), exactly():
             sample, _ = self._sample(results)
             _, process, found = self.fit(sample)

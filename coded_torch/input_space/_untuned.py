@@ -1,4 +1,4 @@
-"""Numbers of this room that were chosen once, and not tuned."""
+"""The constants of this package that were chosen once and not tuned."""
 
 NOTHING = 1e-6  # directions that hold less of the variance are rounding
 FLOOR = 1e-4  # the least eigenvalue of gradients, over the largest: all directions count a little

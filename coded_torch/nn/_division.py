@@ -36,11 +36,12 @@ _SLACK = 5e-3
 
 
 class Inputs:
-    """The arguments of one call, checked. Inputs that a code is ``mixing`` must be finite.
+    """The checked arguments of one call, which must be finite if a code mixes them (``mixing``).
 
-    ``leaves`` are those of ``(args, kwargs)``, of the structure ``spec``, and ``dims`` their batch
-    dimensions; None if every part gets the whole leaf. ``device`` is the first divided leaf's.
-    ``texts`` are the strings of leaves that have one per row; such a leaf is the numbers of rows.
+    ``leaves`` are the leaves of ``(args, kwargs)``, ``spec`` is their structure, and ``dims`` their
+    batch dimensions; None if every part gets the whole leaf. ``device`` is the device of the first
+    divided leaf. ``texts`` holds the strings of leaves that have one string per row. Such a leaf is
+    replaced by the numbers of its rows.
     """
 
     layout: Layout | None = None  #: the proved layout of the outputs
@@ -179,7 +180,7 @@ class Inputs:
                 self._not_finite = bad if self._not_finite is None else bad | self._not_finite
 
     def batches(self) -> list[Tensor]:
-        """Return the divided inputs but for strings, ``[B, ...]`` each."""
+        """Return the divided inputs that are not strings, ``[B, ...]`` each."""
         divided = list[Tensor]()
         for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
             if dim is not None and i not in self.texts:

@@ -32,7 +32,7 @@ _NOTE = "raised by the module on"
 
 
 def seconds_left(pool: Workers, waiting: Waiting, report: Report) -> float:
-    """Return the seconds to the deadline; infinite if there is none, or time is simulated."""
+    """Return the seconds to the deadline; infinite without a deadline, or if time is simulated."""
     if waiting.deadline is None or pool.simulated:
         return math.inf
     return waiting.deadline - (time.perf_counter() - report.since)
@@ -236,7 +236,7 @@ class Execution:
         return self.failed(None, division.needed, why)
 
     def not_floating(self) -> str:
-        """Return which output cannot be estimated, and a remedy; "" if there is none such."""
+        """Return which output cannot be estimated, and a remedy; "" if all can."""
         for part in self.table.good[:1]:
             result = part.result
             for i in result.lists:
@@ -295,7 +295,9 @@ class Execution:
             if division.by_rows and self.table.num_answered:
                 facts.answers = self.checks.stack().whole(division.batch_size)
         except Exception:  # a class may refuse attributes, and memory may run out
-            logger.warning("CodedWrapper: %r has no answers", error, exc_info=True)
+            logger.warning(
+                "CodedWrapper: computed answers could not be added to %r", error, exc_info=True
+            )
         return error
 
     def _raised_by_module(self, error: WorkerError | None) -> Exception | None:

@@ -24,10 +24,11 @@ class FromFactory(LoadedModule):
     workers of a machine share weights that the function maps, as by ``torch.load(mmap=True)``.
 
     Args:
-        factory: the function, without arguments, that returns the module as it is to be called,
-            such as in evaluation mode. It must be picklable: a function or a class of a Python
+        factory: a function without arguments that returns the module, ready to be called (for
+            example, in evaluation mode). It must be picklable: a function or a class of a Python
             file, or a :func:`functools.partial` of one. It must make equal modules each time.
-            Torch's random numbers on the CPU begin at one seed for it, those of others do not.
+            While it runs, torch's random numbers on the CPU have the same seed in each process.
+            Random numbers of NumPy or of a device have not.
 
     Raises:
         TypeError: the factory cannot be called, or, in calls, it returns no module.

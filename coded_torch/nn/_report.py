@@ -250,7 +250,7 @@ class Report:
         """Return the facts of each row as columns ``[B]`` by name, all or some.
 
         They are ``estimated``, ``error_bound``, ``label_p_value``, ``source``, ``verified``,
-        ``unverified`` and ``corrected``. What is unknown is 0 or, of estimated rows, NaN.
+        ``unverified`` and ``corrected``. Unknown values are 0, or NaN for estimated rows.
         Error bounds are at the level ``coverage``. Defaults to the level of the report.
 
         Raises a ValueError for another name, or if the call has no answers.

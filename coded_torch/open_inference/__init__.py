@@ -233,7 +233,7 @@ def field(owner: str, entry: dict[str, Any], key: str, kind: type, default: Any 
 
 
 def most_bytes(specs: Sequence[TensorSpec], rows: int) -> int:
-    """Return the most bytes of a message with so many rows of tensors."""
+    """Return the largest number of bytes of a message with ``rows`` rows of tensors."""
 
     def most(spec: TensorSpec) -> int:
         size = TEXT if spec.is_text else NUMBER * math.prod(spec.shape)
@@ -332,7 +332,7 @@ class Model(NamedTuple):
 
 
 def parsed(body: bytes | memoryview) -> dict[str, Any]:
-    """Return the JSON object in a body; a ValueError if it is none."""
+    """Return the JSON object in a body. Raises a ValueError if the body is not a JSON object."""
     for loads in (orjson.loads, json.loads):  # servers in Python write NaN, which orjson refuses
         with contextlib.suppress(ValueError, RecursionError):
             found = loads(bytes(body))

@@ -90,7 +90,7 @@ class Client:
     """Asks servers. Redirects and proxies are not followed.
 
     A connection is kept only if its server answers with the ids of requests. Errors name ``owner``.
-    EndpointWorkers describe the other arguments.
+    See :class:`~coded_torch.workers.EndpointWorkers` for the other arguments.
     """
 
     def __init__(

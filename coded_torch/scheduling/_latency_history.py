@@ -99,9 +99,9 @@ class History:
                 self._fit()
 
     def part(self, rows: int, quantile: float = 0.5, least: int = _LEAST) -> float:
-        """Return a quantile of parts of so many rows in seconds.
+        """Return a quantile of the durations of parts of ``rows`` rows, in seconds.
 
-        Infinite until 32 have replied, or ``least``.
+        It is infinite until ``least`` parts have replied.
         """
         with self._lock:
             return self._quantile(self._parts, quantile, least) * self._scale(rows)

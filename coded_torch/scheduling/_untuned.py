@@ -1,4 +1,4 @@
-"""Numbers of this room that were chosen once, and not tuned."""
+"""The constants of this package that were chosen once and not tuned."""
 
 # More parts and calls follow changes more slowly, fewer make thresholds noisier.
 PARTS = 512  # remembered

@@ -223,7 +223,7 @@ class Memory:
                         self._space = found
                         self._rows = deque((found(x), y) for x, y in self._rows)
         except Exception:
-            logger.warning("a memory could not be rebuilt, and stays as it was", exc_info=True)
+            logger.warning("Memory: could not be rebuilt, and stays as it was", exc_info=True)
 
     def _features(self, inputs: Sequence[Tensor]) -> list[Leaf]:
         """Return the features of inputs, and then of gradients, unless these do not fit."""

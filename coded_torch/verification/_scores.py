@@ -349,7 +349,10 @@ def _scoring() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        logger.warning("CodedWrapper: results are not scored, as scoring raised", exc_info=error)
+        logger.warning(
+            "CodedWrapper: looking for odd results failed; rows are checked at random only",
+            exc_info=error,
+        )
 
 
 def _scores(residuals: Tensor, outputs: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Numbers of this room that were chosen once, and not tuned."""
+"""The constants of this package that were chosen once and not tuned."""
 
 # A worker that is new, restarted or at fault is checked so many times as often as others, until so
 # many of its rows were clean. More finds faults sooner and costs work at the start.

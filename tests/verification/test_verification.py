@@ -516,7 +516,7 @@ def test_an_exception_in_scoring_loses_no_answers(place, monkeypatch, caplog):
     coded = wrap(pool_of())
     for seed in range(3):
         assert check(coded, batch(seed)).verified.any()
-    assert caplog.text.count("results are not scored") == 1
+    assert caplog.text.count("looking for odd results failed") == 1
 
 
 @torch.no_grad()
