@@ -1,11 +1,10 @@
 """Whether a module has changed, so that copies of it are made anew."""
 
-import contextlib
 import enum
 import functools
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextvars import ContextVar
 from types import BuiltinFunctionType, MethodType
 from typing import Any
@@ -46,14 +45,14 @@ _WHOLE = frozenset(["_parameters", "_buffers", "_modules"])
 _LAST = dict[int, tuple[weakref.ref[nn.Module], Look | None, Samples, Fingerprint]]()
 
 
-@contextlib.contextmanager
-def unchanged() -> Iterator[None]:
+class unchanged:  # noqa: N801 - callers read it as a function
     """Take modules as unchanged in a block, so that :func:`fingerprint` walks each one once."""
-    token = _KNOWN.set({})
-    try:
-        yield
-    finally:
-        _KNOWN.reset(token)
+
+    def __enter__(self) -> None:
+        self._token = _KNOWN.set({})
+
+    def __exit__(self, *_: object) -> None:
+        _KNOWN.reset(self._token)
 
 
 def fingerprint(module: nn.Module) -> Fingerprint:

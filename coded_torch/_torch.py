@@ -95,6 +95,9 @@ def tangent_of(tensor: Tensor) -> Tensor | None:
 
 def refuse_derivatives(owner: str, leaves: Iterable[Any], module: nn.Module) -> None:
     """Raise a RuntimeError if a derivative is asked for that another process does not compute."""
+    has_transforms = torch._C._are_functorch_transforms_active()
+    if not (has_transforms or torch.is_grad_enabled() or forward_ad._current_level >= 0):
+        return
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     duals = tensors if forward_ad._current_level < 0 else [*module.parameters(), *module.buffers()]
     if any(map(differentiated, tensors)) or any(tangent_of(x) is not None for x in duals):
@@ -111,7 +114,9 @@ def tracer() -> str:
         return "torch.jit.trace"
     proxy = torch._C._TorchDispatchModeKey.PROXY
     mode = torch._C._get_dispatch_mode(proxy)
-    mode_of_export = torch._ops._get_dispatch_mode_pre_dispatch(proxy)
+    mode_of_export = None
+    if torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch):
+        mode_of_export = torch._ops._get_dispatch_mode_pre_dispatch(proxy)
     is_traced = mode is not None or mode_of_export is not None
     return "make_fx or torch.export" if is_traced else ""
 

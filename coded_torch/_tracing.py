@@ -93,11 +93,16 @@ def _span(api: Any, name: str, headers: Mapping[str, str] | None) -> Iterator[An
                 made.end()
 
 
-@harmless()
 def note_parts(table: Table, now: float, names: Mapping[int, str]) -> None:
     """Make a span of each part, in the present span, at the time ``now`` of the table's clock."""
     api = _api()
-    if api is None or not api.get_current_span().is_recording():
+    if api is not None:
+        _note_parts(api, table, now, names)
+
+
+@harmless()
+def _note_parts(api: Any, table: Table, now: float, names: Mapping[int, str]) -> None:
+    if not api.get_current_span().is_recording():
         return
     tracer = api.get_tracer("coded_torch")
     contexts = list[Any]()

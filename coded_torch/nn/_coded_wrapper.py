@@ -272,8 +272,9 @@ class CodedWrapper(ModuleProxy):
         Raises a ValueError if an output neither follows them nor is the same in all parts.
         """
         how = self.out_dims if type(self.out_dims) is int else repr(self.out_dims)
-        key = structure(inputs.leaves, inputs.dims, inputs.spec, how, self.module.training)
-        proved = proved_of(self.module)
+        module = self.module
+        key = structure(inputs.leaves, inputs.dims, inputs.spec, how, module.training)
+        proved = proved_of(module)
         layout = proved.get(key)
         if inputs.batch_size == 1 and layout is None:  # one row proves nothing of others
             key = (key,)
@@ -334,14 +335,15 @@ class CodedWrapper(ModuleProxy):
 
     def _compute(self, waiting: Waiting, division: Division, report: Report) -> Any:
         """Have the parts of a batch computed, and return the answers."""
+        module = self.module
         check: Verifier | None = None
         if self._record is not None:
             bounded = waiting.deadline is not None
             check = Verifier(self._record, division.inputs.floating(), bounded)
-        answers = Answers(self.surrogate, division, report, self.module, check)
+        answers = Answers(self.surrogate, division, report, module, check)
         execution = Execution(division, report, check, answers.prepare)
         report._enter("compute")
-        execution.run(self.workers, self.module, waiting, self._history)
+        execution.run(self.workers, module, waiting, self._history)
         if report.excluded:
             answers.forget()
         report.notes += execution.notes_of_rows()

@@ -4,7 +4,7 @@ import bisect
 import math
 import statistics
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -36,12 +36,24 @@ class _Window:
         self.size = size
         self.entries: deque[tuple[int, float, float]] = deque()  # rows, seconds, ratio
         self.ordered: list[float] = []
+        self.sizes = Counter[int]()  # how many entries have so many rows
 
-    def add(self, rows: int, seconds: float, scale: float) -> None:
-        self.entries.append((rows, seconds, seconds / scale))
-        bisect.insort(self.ordered, seconds / scale)
-        if len(self.entries) > self.size:
-            del self.ordered[bisect.bisect_left(self.ordered, self.entries.popleft()[2])]
+    def extend(self, latencies: Iterable[tuple[int, float]], scale: Callable[[int], float]) -> None:
+        """Add rows and seconds; ``scale`` returns the expected time of so many rows."""
+        known: dict[int, float] = {}
+        for rows, seconds in latencies:
+            if rows not in known:
+                known[rows] = scale(rows)
+            ratio = seconds / known[rows]
+            self.entries.append((rows, seconds, ratio))
+            self.sizes[rows] += 1
+            bisect.insort(self.ordered, ratio)
+            if len(self.entries) > self.size:
+                oldest, _, old_ratio = self.entries.popleft()
+                self.sizes[oldest] -= 1
+                if not self.sizes[oldest]:
+                    del self.sizes[oldest]
+                del self.ordered[bisect.bisect_left(self.ordered, old_ratio)]
 
     def rescale(self, scale: Callable[[int], float]) -> None:
         self.entries = deque([(rows, s, s / scale(rows)) for rows, s, _ in self.entries])
@@ -67,6 +79,9 @@ class History:
         self._fewest = self.most_rows = 1  # the rows from, and up to, which the line is fitted
         self._slope = 0.0  # the share of the time of `most_rows` rows that grows with the rows
         self._debt = 0.0
+        # The quantiles since parts were last added, by their arguments: a call asks for those of
+        # the call before.
+        self._known = dict[tuple[int, Sequence[float]], list[float]]()
         self._failures: deque[bool] = deque(maxlen=PARTS)
         self.estimates = EstimationTimes()
 
@@ -75,7 +90,7 @@ class History:
 
     def add(
         self,
-        parts: Iterable[tuple[int, float]],
+        parts: Sequence[tuple[int, float]],
         call: tuple[int, float] | None,
         failures: Iterable[bool] = (),
     ) -> None:
@@ -85,15 +100,16 @@ class History:
         typical. Parts that failed because of their rows are not ``failures``.
         """
         with self._lock:
+            if parts and not self._parts.entries:
+                self._fewest = self.most_rows = parts[0][0]
+            self._parts.extend(parts, self._scale)
             for rows, seconds in parts:
-                if not self._parts.entries:
-                    self._fewest = self.most_rows = rows
-                self._parts.add(rows, seconds, self._scale(rows))
                 self._replied += seconds < math.inf
                 is_known = self._fewest <= rows <= self.most_rows
                 self._unfitted += 1 if is_known else _REFIT // _GROUP
             if call is not None:
-                self._calls.add(*call, self._scale(call[0]))
+                self._calls.extend([call], self._scale)
+            self._known.clear()
             self._failures.extend(failures)
             if self._unfitted >= _REFIT:
                 self._fit()
@@ -106,11 +122,15 @@ class History:
         with self._lock:
             return self._quantile(self._parts, quantile, least) * self._scale(rows)
 
-    def quantiles(self, rows: int, shares: Sequence[float]) -> list[float]:
+    def quantiles(self, rows: int, shares: tuple[float, ...]) -> list[float]:
         """Return several quantiles, as :meth:`part` does."""
         with self._lock:
-            scale = self._scale(rows)
-            return [self._quantile(self._parts, share) * scale for share in shares]
+            found = self._known.get((rows, shares))
+            if found is None:
+                scale = self._scale(rows)
+                found = [self._quantile(self._parts, share) * scale for share in shares]
+                self._known[rows, shares] = found
+            return found
 
     def num_hedges(self, rows: int, most: int) -> int:
         """Return how many parts stand in for a late one: ``most``, or 1 if that is no use."""
@@ -166,7 +186,7 @@ class History:
     def _fit(self) -> None:
         """Fit the line through the medians of small and large parts, and rescale latencies."""
         self._unfitted = 0
-        if {rows for rows, *_ in self._parts.entries} == {self._fewest} == {self.most_rows}:
+        if self._parts.sizes.keys() == {self._fewest} == {self.most_rows}:
             return
         parts = sorted([(rows, seconds) for rows, seconds, _ in self._parts.entries])
         sizes = [rows for rows, _ in parts]

@@ -279,8 +279,15 @@ class Ambient(NamedTuple):
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         return cls(*modes, cast, new.device, new.dtype)
 
+    def restored(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """Return a block in which the modes hold; ``device`` computes."""
+        is_same = self.inference == torch.is_inference_mode_enabled() and not self.autocast
+        if is_same and self.default_device.type == "cpu":  # the common case, at little cost
+            return torch.set_grad_enabled(self.grad)
+        return self._restored(device)
+
     @contextlib.contextmanager
-    def restored(self, device: torch.device) -> Iterator[None]:
+    def _restored(self, device: torch.device) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             if self.inference != torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(self.inference))

@@ -265,7 +265,7 @@ class _Processes(Supervisor):
         in_memory = PartsInMemory(request.task, request.module.head)
         if in_memory.batch is None or not in_memory.may_look or len(units) < 2:
             return ()
-        rows = [(in_memory.form(each), each.array) for each in units]
+        rows = in_memory.rows(units)
         asked = request.now()
         with self.lock:
             self.recover()
@@ -292,8 +292,8 @@ class _Processes(Supervisor):
         value = joined(call.replies, units, request.task) if is_done and is_finite else None
         if value is not None and join(value):
             self._rounds.discard(request)
-            opened = request.opened
-            return [(place, began - opened, ended - opened) for place, began, ended in call.times]
+            times: Sequence[tuple[int, float, float]] = call.times(request.opened)
+            return times
         with self.lock:
             self._take_over(request)
             self._assign()

@@ -13,6 +13,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ _ALIGNMENT = 64  # bytes of a cache line
 # Bytes up to which a tensor of a long message is copied: a view would keep the whole memory.
 _SHORT = 1 << 16
 _PLAIN = bytes, bool, type(None)
+_CPU = torch.device("cpu")
 # How the dtypes of results are stored that are joined without a look at each; the others are rare.
 _KINDS: dict[torch.dtype, Any] = {}
 if lane is not None:
@@ -154,7 +156,7 @@ def _form(value: Any, of_tensor: Callable[[Tensor], Any]) -> Any:
     if kind is Tensor and _is_plain(value):
         return of_tensor(value)
     if kind is tuple:
-        return tuple([_form(item, of_tensor) for item in value])
+        return tuple([x if type(x) in _PLAIN else _form(x, of_tensor) for x in value])
     if kind in _PLAIN:
         return value
     if kind is dict and not value:
@@ -230,14 +232,18 @@ class PartsInMemory:
         if self.batch is None or part.fault is not None:
             return None
         units = part.units
-        return self.batch.message(self.form(units), getattr(units, "array", units), blocks)
+        ((form, array),) = self.rows([units])
+        return self.batch.message(form, array, blocks)
 
-    def form(self, units: Sequence[int]) -> Any:
-        """Return the form of the message of a part with some units."""
-        form = self._forms.get(len(units))
-        if form is None:
-            form = self._forms[len(units)] = self._form(units)
-        return form
+    def rows(self, parts: Sequence[Sequence[int]]) -> list[tuple[Any, Any]]:
+        """Return the form of the message of each part, and its units, as an array if it has one."""
+        rows = list[tuple[Any, Any]]()
+        for units in parts:
+            size = len(units)
+            if size not in self._forms:
+                self._forms[size] = self._form(units)
+            rows.append((self._forms[size], getattr(units, "array", units)))
+        return rows
 
     def _form(self, units: Sequence[int]) -> Any:
         """Return the form of the message of units, made from a packed part if it is new."""
@@ -278,9 +284,8 @@ def joined(replies: Sequence[Any], units: Sequence[Units], task: Any) -> Any:
 
     Return None if they do not have the rows of the units, or one is not finite.
     """
-    pickles = tuple([reply.pickle for reply in replies])
     sizes = tuple(map(len, units))
-    key = (pickles, sizes, task.unit_rows)
+    key = (lane.pickles(replies), sizes, task.unit_rows)
     plan = _known_joins.get(key)
     if plan is None:
         plan = _join_of(*key)
@@ -288,17 +293,18 @@ def joined(replies: Sequence[Any], units: Sequence[Units], task: Any) -> Any:
             return None
         _remember(_known_joins, key, plan)
     is_tuple, leaves, places = plan
-    tensors = [torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype, _, _ in leaves]
     num_units = sum(sizes)
-    targets = [
-        (tensor.data_ptr(), num_units * unit_bytes, unit_bytes, kind)
-        for tensor, (_, _, unit_bytes, kind) in zip(tensors, leaves, strict=True)
-    ]
-    arrays = [each.array for each in units]
+    tensors = list[Tensor]()
+    targets = list[tuple[int, int, int, Any]]()
+    for shape, dtype, unit_bytes, kind in leaves:
+        tensor = torch.empty(shape, dtype=dtype, device=_CPU)
+        tensors.append(tensor)
+        targets.append((tensor.data_ptr(), num_units * unit_bytes, unit_bytes, kind))
+    arrays = [*map(attrgetter("array"), units)]
     if num_units < task.num_units:  # columns that are not asked for have no place
         asked = np.sort(np.concatenate(arrays))
         arrays = [asked.searchsorted(array) for array in arrays]
-    if not lane.join(targets, [*zip(replies, places, arrays, strict=True)]):
+    if not lane.join(targets, replies, places, arrays):
         return None
     return tuple(tensors) if is_tuple else tensors[0]
 
@@ -351,7 +357,7 @@ def _made(form: Any, memory: Any, copied: int) -> Any:
         tensor = _tensor_at(memory, *form)
         return tensor.clone() if tensor.nbytes <= copied else tensor
     if kind is tuple:
-        return tuple([_made(item, memory, copied) for item in form])
+        return tuple([x if type(x) in _PLAIN else _made(x, memory, copied) for x in form])
     return {} if form is dict else form
 
 

@@ -469,7 +469,9 @@ class LoadedModules:
             module = self._modules[number]
             if isinstance(module, tuple):
                 return self._pack((False, module))
-            torch.set_default_dtype(ambient.default_dtype)  # of this process: here are no others
+            if torch.get_default_dtype() is not ambient.default_dtype:
+                # of this process: here are no others
+                torch.set_default_dtype(ambient.default_dtype)
             with ambient.restored(self.device):
                 if self.device.type != "cpu":
                     arguments = tree_map_only(Tensor, lambda x: x.to(self.device), arguments)

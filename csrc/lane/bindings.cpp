@@ -43,13 +43,25 @@ static std::shared_ptr<lane::Message> message_of(const lane::Batch& batch, const
   return written(form, pieces, blocks.get());
 }
 
-// Where the rows of a part lie: in a message, for each tensor from a place on.
-using Part = std::tuple<std::shared_ptr<lane::Received>, std::vector<size_t>, Units>;
+using Replies = std::vector<std::shared_ptr<lane::Received>>;
 
-// Copies the rows of parts to tensors: addresses, bytes, bytes of a row, and kinds of numbers.
-// False if one is not finite, or a message is too short.
+static py::tuple pickles_of(const Replies& replies) {
+  py::tuple pickles(replies.size());
+  for (size_t i = 0; i < replies.size(); ++i) {
+    pickles[i] = py::bytes(replies[i]->view->data(), replies[i]->length);
+  }
+  return pickles;
+}
+
+// Copies the rows of replies to tensors: addresses, bytes, bytes of a row, and kinds of numbers.
+// For each reply, `places` says where the rows of each tensor begin in its message, and `units`
+// which rows it has. False if one is not finite, or a message is too short.
 static bool join(const std::vector<std::tuple<uintptr_t, size_t, size_t, lane::Kind>>& tensors,
-                 const std::vector<Part>& parts) {
+                 const Replies& replies, const std::vector<std::vector<size_t>>& places,
+                 const std::vector<Units>& units) {
+  if (places.size() != replies.size() || units.size() != replies.size()) {
+    throw std::invalid_argument("replies of other parts");
+  }
   std::vector<lane::Rows> joined;
   size_t bytes = 0;
   for (const auto& [address, size, row_bytes, kind] : tensors) {
@@ -59,14 +71,15 @@ static bool join(const std::vector<std::tuple<uintptr_t, size_t, size_t, lane::K
   std::optional<py::gil_scoped_release> release;
   if (bytes > lane::kShort) release.emplace();
   bool is_finite = true;
-  for (const auto& [message, places, rows] : parts) {
-    if (places.size() != joined.size()) throw std::invalid_argument("a part of other tensors");
-    const lane::View& view = *message->view;
-    const size_t count = size_t(rows.size());
+  for (size_t part = 0; part < places.size(); ++part) {
+    const std::vector<size_t>& from = places[part];
+    if (from.size() != joined.size()) throw std::invalid_argument("a part of other tensors");
+    const lane::View& view = *replies[part]->view;
+    const size_t count = size_t(units[part].size());
     for (size_t i = 0; i < joined.size(); ++i) {
       const size_t size = count * joined[i].row_bytes;
-      if (places[i] > view.size() || size > view.size() - places[i]) return false;
-      is_finite = joined[i].put(view.data() + places[i], rows.data(), count) && is_finite;
+      if (from[i] > view.size() || size > view.size() - from[i]) return false;
+      is_finite = joined[i].put(view.data() + from[i], units[part].data(), count) && is_finite;
     }
   }
   return is_finite;
@@ -196,7 +209,9 @@ PYBIND11_MODULE(_lane, m) {
           [](const lane::Received& self) { return py::bytes(self.view->data(), self.length); })
       .def_property_readonly("is_long",
                              [](const lane::Received& self) { return self.view->is_long(); });
-  m.def("join", &join, py::arg("tensors"), py::arg("parts"));
+  m.def("pickles", &pickles_of, py::arg("replies"));
+  m.def("join", &join, py::arg("tensors"), py::arg("replies"), py::arg("places"),
+        py::arg("units"));
   py::class_<lane::Connection, std::shared_ptr<lane::Connection>>(
       m, "Connection", "One end of a connection, a Unix socket of packets, which it closes.")
       .def(py::init<int, std::shared_ptr<lane::Blocks>>(), py::arg("descriptor"), py::arg("blocks"))
@@ -217,16 +232,17 @@ PYBIND11_MODULE(_lane, m) {
                                }
                                return replies;
                              })
-      .def_property_readonly(
+      .def(
           "times",
-          [](const lane::Call& self) {
+          [](const lane::Call& self, double opened) {
             py::list times;
             for (const lane::Row& row : self.rows) {
-              times.append(py::make_tuple(row.place, row.began, row.ended));
+              times.append(py::make_tuple(row.place, row.began - opened, row.ended - opened));
             }
             return times;
           },
-          "The place of each row's worker, and when it began and ended.");
+          py::arg("opened"),
+          "The place of each row's worker, and when it began and ended, in seconds since `opened`.");
   py::class_<lane::Lane, std::shared_ptr<lane::Lane>>(
       m, "Lane", "The connections to the workers of a pool. csrc/lane/lane.h says how it waits.")
       .def(py::init<int64_t, int64_t>(), py::arg("part"), py::arg("reply"))
