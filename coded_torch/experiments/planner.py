@@ -261,6 +261,7 @@ class Verified:
             bounded = self.waiting.deadline is not None
             verifier = Verifier(self.record, bounded=bounded)
             verifier.results = _Right(self.record)
+            verifier.is_scored = False
             verifier.begin(table)
             table.verdict = verifier
         until = self.waiting.decide(history, table)

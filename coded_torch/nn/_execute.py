@@ -121,9 +121,10 @@ class Execution:
             # Until a part of the first round fails or is late, there is nothing to decide.
             is_first = not table.has_later and table.late < math.inf
             request.together, request.late = (wanted, table.late) if is_first else (0, math.inf)
-            may_join = self._check is None and self.checks.may_join  # else rows are asked for twice
-            if is_first and not asked and may_join:
-                times = request.round(table.first, until, self.checks.join)
+            if is_first and not asked and self._may_round:
+                # Results that are verified stay apart.
+                join = self.checks.join if self._check is None else None
+                times = request.round(table.first, until, join)
                 if times:
                     # No cycle keeps results.
                     joined = functools.partial(_joined, weakref.ref(self.checks))
@@ -146,8 +147,16 @@ class Execution:
             finally:  # the report has these events even if waiting raised
                 for event in events if self._check is not None else ():
                     if isinstance(event, Reply):  # a faulty worker may share its memory
-                        event.value = pytree.tree_map_only(Tensor, Tensor.clone, event.value)
+                        event.value = _copied(event.value)
                 table.hear(events, until)
+
+    @property
+    def _may_round(self) -> bool:
+        """Whether the first parts may be asked for together, to decide once all have ended."""
+        if self._check is None:
+            return self.checks.may_join
+        # A regression is fitted while workers compute, and parts of a round have any worker.
+        return not (self._check.is_scored or self.table.avoid)
 
     def _raised_together(self) -> tuple[str, ...]:
         """Return a note of the first part that raised, and whose rows smaller ones computed.
@@ -325,6 +334,13 @@ class Execution:
 def _joined(checks: Callable[[], Checks | None]) -> Any:
     found = checks()
     return found and found.joined
+
+
+def _copied(value: Any) -> Any:
+    """Return an output in memory of its own."""
+    if type(value) is Tensor:
+        return value.clone()
+    return pytree.tree_map_only(Tensor, Tensor.clone, value)
 
 
 def _shown(rows: Sequence[int]) -> str:

@@ -56,7 +56,8 @@ class _Window:
                 del self.ordered[bisect.bisect_left(self.ordered, old_ratio)]
 
     def rescale(self, scale: Callable[[int], float]) -> None:
-        self.entries = deque([(rows, s, s / scale(rows)) for rows, s, _ in self.entries])
+        scales = {rows: scale(rows) for rows in self.sizes}
+        self.entries = deque([(rows, s, s / scales[rows]) for rows, s, _ in self.entries])
         self.ordered = sorted([ratio for _, _, ratio in self.entries])
 
 

@@ -1,7 +1,6 @@
 """The record of workers over many calls, and the rows that are checked in any case."""
 
 import contextlib
-import itertools
 import math
 import random
 import secrets
@@ -117,11 +116,14 @@ class Record:
             end = at + total * (i + 1) // many - total * i // many - held[i]
             hidden.append(order[at:end])
             at = end
-        unused = [self.random.sample(part, len(part)) for part in hidden]
+        unused = [[*part] for part in hidden]
         for i in range(many):
-            places = ((start + j) % (many - 1) + i + 1 for j in range(many * held[i]))
-            nonempty = (unused[at % many] for at in places if unused[at % many])
-            hidden[i] += itertools.islice((rest.pop() for rest in nonempty), held[i])
+            wanted = held[i]
+            for j in range(many * held[i]):
+                rest = unused[((start + j) % (many - 1) + i + 1) % many]
+                if wanted and rest:
+                    hidden[i].append(rest.pop(self.random.randrange(len(rest))))
+                    wanted -= 1
         # A row for which no part was left is checked later.
         left = [row for part in unused for row in part]
         later = self.random.sample(left, len(rows) - len(order) + len(left))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._table import DISPUTED, DROPPED, FAILED, GOOD, OPEN, Part, Table
+from .._table import DISPUTED, DROPPED, FAILED, GOOD, OPEN, Part, Table, Units
 from ._record import Record
 from ._scores import Results
 from ._untuned import DISPUTES, PATIENCE
@@ -63,27 +63,35 @@ class Verifier:
         self._is_asked = False
 
     @functools.cached_property
+    def is_scored(self) -> bool:
+        """Whether results are scored, by a regression that takes time."""
+        record = self.record
+        return not record.stopped and (record.pool.simulated or record.scores.has_time)
+
+    @functools.cached_property
     def results(self) -> Results:
         """The results so far; the regression that scores them, if any, is fitted at first use."""
-        record = self.record
-        is_scored = not record.stopped and (record.pool.simulated or record.scores.has_time)
-        return Results(record.scores, self._inputs if is_scored else ())
+        return Results(self.record.scores, self._inputs if self.is_scored else ())
 
     def begin(self, table: Table) -> None:
         """Draw rows to check of the parts that a table without parts will ask for first."""
         self.table = table
         # The call goes on until its checks are decided, and not only until it has its answers.
         table.holds = True
-        table.first, self.wanted, self._share = self.record.draw(table.first, table.idle())
+        idle = 0
+        if max(map(len, table.first)) == 1:  # else it is not asked for, as looking takes time
+            idle = table.idle()
+        first, self.wanted, self._share = self.record.draw(table.first, idle)
+        table.first = [*map(Units, first)]
         self._avoid()
 
     def decide(self, history: Any, table: Table) -> float:
         """Check rows and settle disputes once the other policy would end the call."""
         if not self._is_asked:
             self._is_asked = True
-            return -math.inf  # the parts are asked for
+            # The next decision has no results yet: it fits the regression while workers compute.
+            return -math.inf if self.is_scored or table.reason else math.inf
         until = math.inf
-        # The first call has no results yet. It fits the regression while the workers compute.
         if self._add():
             until = -math.inf
         elif table.reason:
@@ -203,13 +211,14 @@ class Verifier:
                 is_whole = part.units == other.units or not self.record.whole
                 if part.worker != other.worker and is_whole:
                     pairs[part, other] = None
+        tolerance = self.results.tolerance
         alike = set[int]()
         disputes = dict[tuple[Part, Part], list[int]]()
         for pair, by in zip(pairs, self.results.differences(pairs), strict=True):
             for row in by:
                 if answered[row] is not pair[0]:
                     continue
-                if by[row] <= self.results.tolerance:
+                if by[row] <= tolerance:
                     if not self.doubted >= {pair[0].worker, pair[1].worker}:
                         alike.add(row)
                 elif not self.disputes.get(pair):

@@ -202,14 +202,14 @@ class Request(abc.ABC):
         """
 
     def round(
-        self, units: Sequence[Any], until: float, join: Callable[[Any], bool]
+        self, units: Sequence[Any], until: float, join: Callable[[Any], bool] | None
     ) -> Sequence[tuple[int, float, float]]:
         """Have the first parts, of some :class:`Units`, computed and joined, by a pool that can.
 
         The outputs of all units are given to ``join``. If it returns True, the worker of each part,
         and the times when it began and ended, are returned. If something has to be decided before,
-        or fewer replies are wanted :attr:`together`, the :attr:`parts` are there, as if asked for
-        by :meth:`ask`. Else nothing has happened.
+        there is no ``join``, or fewer replies are wanted :attr:`together`, the :attr:`parts` are
+        there, as if asked for by :meth:`ask`. Else nothing has happened.
         """
         return ()
 

@@ -260,7 +260,7 @@ class _Processes(Supervisor):
         request: SupervisedRequest,
         units: Sequence[Any],
         until: float,
-        join: Callable[[Any], bool],
+        join: Callable[[Any], bool] | None,
     ) -> Sequence[tuple[int, float, float]]:
         in_memory = PartsInMemory(request.task, request.module.head)
         if in_memory.batch is None or not in_memory.may_look or len(units) < 2:
@@ -289,8 +289,10 @@ class _Processes(Supervisor):
                 self._handle()
                 is_done = False if seconds <= 0 else None
         is_done = is_done and wanted == len(units)  # else no more results count than are wanted
-        value = joined(call.replies, units, request.task) if is_done and is_finite else None
-        if value is not None and join(value):
+        value = None
+        if is_done and is_finite and join is not None:
+            value = joined(call.replies, units, request.task)
+        if value is not None and join is not None and join(value):
             self._rounds.discard(request)
             times: Sequence[tuple[int, float, float]] = call.times(request.opened)
             return times

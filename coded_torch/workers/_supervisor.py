@@ -260,7 +260,11 @@ class Supervisor(Dispatcher):
         self.wake()
 
     def round(
-        self, request: Any, units: Sequence[Any], until: float, join: Callable[[Any], bool]
+        self,
+        request: Any,
+        units: Sequence[Any],
+        until: float,
+        join: Callable[[Any], bool] | None,
     ) -> Sequence[tuple[int, float, float]]:
         """Do as :meth:`Request.round`."""
         return ()
@@ -395,7 +399,7 @@ class SupervisedRequest(LiveRequest):
         return super().wait(until)
 
     def round(
-        self, units: Sequence[Any], until: float, join: Callable[[Any], bool]
+        self, units: Sequence[Any], until: float, join: Callable[[Any], bool] | None
     ) -> Sequence[tuple[int, float, float]]:
         if not self._submit_if_packed():
             return ()

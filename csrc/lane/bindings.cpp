@@ -210,8 +210,7 @@ PYBIND11_MODULE(_lane, m) {
       .def_property_readonly("is_long",
                              [](const lane::Received& self) { return self.view->is_long(); });
   m.def("pickles", &pickles_of, py::arg("replies"));
-  m.def("join", &join, py::arg("tensors"), py::arg("replies"), py::arg("places"),
-        py::arg("units"));
+  m.def("join", &join, py::arg("tensors"), py::arg("replies"), py::arg("places"), py::arg("units"));
   py::class_<lane::Connection, std::shared_ptr<lane::Connection>>(
       m, "Connection", "One end of a connection, a Unix socket of packets, which it closes.")
       .def(py::init<int, std::shared_ptr<lane::Blocks>>(), py::arg("descriptor"), py::arg("blocks"))
@@ -242,7 +241,8 @@ PYBIND11_MODULE(_lane, m) {
             return times;
           },
           py::arg("opened"),
-          "The place of each row's worker, and when it began and ended, in seconds since `opened`.");
+          "The place of each row's worker, and when it began and ended, in seconds since "
+          "`opened`.");
   py::class_<lane::Lane, std::shared_ptr<lane::Lane>>(
       m, "Lane", "The connections to the workers of a pool. csrc/lane/lane.h says how it waits.")
       .def(py::init<int64_t, int64_t>(), py::arg("part"), py::arg("reply"))

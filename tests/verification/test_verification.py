@@ -4,6 +4,7 @@ import copy
 import gc
 import logging
 import math
+import os
 import random
 import time
 import weakref
@@ -640,3 +641,48 @@ def test_an_interrupted_call_keeps_nothing():
         assert inputs() is None
     finally:
         gc.enable()
+
+
+class Wrong(torch.nn.Module):
+    """An identity that is wrong in one process."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def forward(self, x):
+        try:
+            os.mkdir(self.folder)
+            self.is_wrong = True
+        except FileExistsError:
+            pass
+        return x + vars(self).get("is_wrong", False)
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_fast_verified_calls_ask_for_their_first_parts_in_one_round(
+    tmp_path, monkeypatch, is_right
+):
+    x = batch()
+    rounds = []
+    module = torch.nn.Identity() if is_right else Wrong(str(tmp_path / "wrong"))
+    with ProcessWorkers(5).start() as pool:
+        take_round = pool._queue.round
+
+        def noted(request, *given):
+            rounds.append(request)
+            return take_round(request, *given)
+
+        monkeypatch.setattr(pool._queue, "round", noted)
+        coded = wrap(pool, 0.5, module.eval())
+        coded._record.scores.spend(1e9, 0)  # no time is left to score results
+        for _ in range(8):
+            answers, report = coded.run(x)
+            assert torch.equal(answers[report.verified], x[report.verified])
+            assert report.verified.any()
+            assert report.ended == "complete"
+        assert len(rounds) >= 6  # not before it is known how long parts take
+        assert torch.equal(answers, x)
+        assert rounds[-1].num_taken >= 4
+        if not is_right:
+            assert coded._record.excluded
