@@ -329,8 +329,9 @@ class Table:
         """Write events, or without any that nothing happens until a time; infinite: any more."""
         ended = list[Part]()
         events = [*events]
+        parts = self.parts
         for event in events:
-            part = self.parts[event.part.number]  # a pool may report copies
+            part = parts[event.part.number]  # a pool may report copies
             self.now = max(self.now, event.at)
             if part.ended < math.inf:  # neither a second reply nor a begin after it counts
                 continue
@@ -423,7 +424,8 @@ class Table:
 
     def missing(self, part: Part) -> list[int]:
         """Return the units of a part that have no answer, and that the module may compute."""
-        return [u for u in part.units if u not in self.answered and u not in self.refused]
+        answered = self.answered
+        return [u for u in part.units if u not in answered and u not in self.refused]
 
     @property
     def hedges(self) -> tuple[Hedge, ...]:

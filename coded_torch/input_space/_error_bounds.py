@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import operator
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -245,9 +246,9 @@ class Exchangeability:
             groups[rows].append((pair[0], pair[1]))
         product = variance = 0.0
         for pairs in groups.values():
-            late, odd = (_ranks(values) for values in zip(*pairs, strict=True))
-            product += sum(x * y for x, y in zip(late, odd, strict=True))
-            squares = math.prod(sum(x * x for x in ranks) for ranks in (late, odd))
+            late, odd = map(_ranks, zip(*pairs, strict=True))
+            product += sum(map(operator.mul, late, odd))
+            squares = sum(map(operator.mul, late, late)) * sum(map(operator.mul, odd, odd))
             variance += squares / max(1, len(pairs) - 1)
         with self._lock:
             if variance > 0:
@@ -264,5 +265,5 @@ class Exchangeability:
 def _ranks(values: Sequence[float]) -> list[int]:
     """Return twice the ranks of values less their mean; equal values have equal ranks."""
     order = sorted(values)
-    ends = bisect.bisect_left, bisect.bisect_right
-    return [sum(end(order, x) for end in ends) - len(order) for x in values]
+    size = len(order)
+    return [bisect.bisect_left(order, x) + bisect.bisect_right(order, x) - size for x in values]

@@ -200,7 +200,9 @@ class Execution:
         for place, odd in oddness:
             of_units[units[place // self.table.unit_rows]].append(odd)
         for part in self.table.good:
-            values = [x for unit in part.units for x in of_units[unit]]
+            values = list[float]()
+            for unit in part.units:
+                values += of_units[unit]
             if values and part.why == "first" and not part.fresh:
                 found.append((len(part.units), part.seconds, sum(values) / len(values)))
         calls = known.add(found) if found else 0

@@ -18,13 +18,14 @@ _SUMMED_TOGETHER = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 def finite(leaf: Tensor) -> bool:
     """Return whether all of a tensor is finite; integers are."""
-    leaf = as_real(leaf)
+    if leaf.dtype.is_complex:
+        leaf = as_real(leaf)
     if not leaf.dtype.is_floating_point:
         return True
     wraps = type(leaf) is not Tensor or torch._C._are_functorch_transforms_active()
     if leaf.is_cpu and leaf.numel() <= FEW and not wraps:  # NumPy would see other numbers
         try:
-            return bool(np.isfinite(leaf.numpy()).all())
+            return bool(np.logical_and.reduce(np.isfinite(leaf.numpy()), None))
         except (RuntimeError, TypeError):  # NumPy has no bfloat16, no sparse tensors, no gradients
             pass
     if leaf.requires_grad:

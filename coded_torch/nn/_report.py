@@ -330,8 +330,9 @@ class Report:
             if part.began < math.inf:
                 begun += len(part.units)
                 asked.add(part.worker)
-                is_unfinished = part.outcome is OPEN or part.kind == "died"
-                is_unfinished = is_unfinished and table.spare is None
+                is_unfinished = False
+                if table.spare is None:
+                    is_unfinished = part.outcome is OPEN or part.kind == "died"
                 if is_unfinished and not table.answered.keys() >= {*part.units}:
                     self._unfinished.append(part)
         self.asked = tuple(sorted(asked))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -50,25 +50,64 @@ _NO_LAYOUT = Layout()
 class Result:
     """The module's output for a part, and its form: all that results of one module have in common.
 
-    A TypeError or a ValueError says why a value cannot be decoded.
+    A TypeError or a ValueError says why a value cannot be decoded. What is known of a good result
+    is not looked for again in one ``like`` it.
     """
 
-    def __init__(self, value: Any, units: Sequence[int], division: Division) -> None:
-        task = division.task
+    spec: TreeSpec
+    leaves: list[Any]
+    lists: list[int]  #: the places of the lists that have an item per row
+    dims: list[Any]
+    divided: list[int]  #: the places of the leaves that have the part's rows
+    proved: bool  #: whether it has the structure whose rows were proved
+    #: The leaves but for how many rows they have, which is alike in all good results.
+    form: list[Any]
+    _constants: Collection[int]
+
+    def __init__(
+        self, value: Any, units: Sequence[int], division: Division, like: Result | None = None
+    ) -> None:
         self.value = value
         self._units = units
         self._division = division
-        self._layout = task.layout or _NO_LAYOUT
-        self.leaves, self.spec = self._layout.flatten(value)
-        #: Whether it has the structure whose rows were proved.
+        self._layout = division.task.layout or _NO_LAYOUT
+        if like is None or not self._is_like(like):
+            self._find_form()
+            return
+        self.leaves = [value]
+        self.spec = like.spec
+        self.proved = like.proved
+        self._constants = like._constants
+        self.lists = like.lists
+        self.dims = like.dims
+        self.divided = like.divided
+        self.form = like.form
+
+    def _find_form(self) -> None:
+        """Find the leaves, the form, and which leaves have rows."""
+        task = self._division.task
+        self.leaves, self.spec = self._layout.flatten(self.value)
         self.proved = task.layout is not None and self.spec == task.layout.spec
         self._constants = self._layout.constants if self.proved else ()
-        self.lists: list[int] = []  # the places of the lists that have an item per row
-        self.dims: list[Any] = broadcast_dims("out_dims", task.out_dims, self.spec)
-        self.divided: list[int] = []  # the places of the leaves that have the part's rows
-        #: The leaves but for how many rows they have, which is alike in all good results.
-        self.form: list[Any] = [self.spec]
+        self.lists = []
+        self.dims = broadcast_dims("out_dims", task.out_dims, self.spec)
+        self.divided = []
+        self.form = [self.spec]
         self.form += map(self._form_of, range(len(self.leaves)))
+
+    def _is_like(self, other: Result) -> bool:
+        """Return whether it is a tensor that differs from another result only in its rows."""
+        value = self.value
+        if not (type(value) is Tensor is type(other.value) and other.divided == [0]):
+            return False
+        is_dense = value.layout is torch.strided and not value.is_nested
+        if self._division.link is not None or not is_dense:
+            return False
+        dim = other.dims[0]
+        shape = list(other.value.shape)
+        shape[dim] = len(self._units) * self._division.task.unit_rows
+        is_same = value.dtype is other.value.dtype and value.device == other.value.device
+        return is_same and list(value.shape) == shape
 
     def _form_of(self, i: int) -> Any:
         """Return what leaf i has in common with other results, and note its rows if it has some."""
@@ -175,18 +214,19 @@ class Result:
             return None
         return {row: signs for row, signs in found.items() if signs.strip(_FINITE)}
 
-    def numbers(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield each tensor that may hold NaN or infinity, after the place of its leaf.
+    def numbers(self) -> list[tuple[int, int, Tensor]]:
+        """Return each tensor that may hold NaN or infinity, after the place of its leaf.
 
         The second number is the place of the item, if the leaf is a list with one per row, else -1.
         """
+        found = list[tuple[int, int, Tensor]]()
         for i, leaf in enumerate(self.leaves):
             if has_numbers(leaf):
-                yield i, -1, leaf
+                found.append((i, -1, leaf))
             if i in self.lists:
                 for place, item in enumerate(leaf):
-                    for x in filter(has_numbers, tree_leaves(item)):
-                        yield i, place, x
+                    found += [(i, place, x) for x in filter(has_numbers, tree_leaves(item))]
+        return found
 
     def name(self, i: int) -> str:
         return self._layout.name(self.value, i)
@@ -314,7 +354,7 @@ class Checks:
         to blame then.
         """
         inputs = self._division.inputs
-        if self._division.link is not None or any(part.error is not None for part in ended):
+        if self._division.link is not None or any(map(attrgetter("error"), ended)):
             inputs.read()
         formed = list[Part]()
         for part in ended:
@@ -322,7 +362,10 @@ class Checks:
                 self.table.mark(part, FAILED)
                 continue
             try:
-                part.result = Result(part.result, part.units, self._division)
+                like = None
+                if self._groups:
+                    like = self._groups[0][0].result
+                part.result = Result(part.result, part.units, self._division, like)
                 formed.append(part)
             except (TypeError, ValueError) as cause:
                 inputs.read()
@@ -440,9 +483,10 @@ class Checks:
         before = []
         if self._groups:
             before = self._groups[0]
-        alike = (each for each in self._groups if each[0].result.form == part.result.form)
-        group = next(alike, None)
-        if group is None:
+        for group in self._groups:
+            if group[0].result.form == part.result.form:
+                break
+        else:
             group = []
             self._groups.append(group)
         group.append(part)
@@ -548,7 +592,9 @@ def _joined(leaves: Sequence[Tensor]) -> Tensor:
         return torch.cat([*leaves])
     if len(next(runs(leaves))) < len(leaves):
         return torch.cat([*leaves])
-    rows = sum(len(leaf) for leaf in leaves)
+    rows = 0
+    for leaf in leaves:
+        rows += leaf.shape[0]
     return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 

@@ -1,6 +1,5 @@
 r"""Workers on a virtual clock: the queue of all such pools, and workers in this process."""
 
-import functools
 import heapq
 import itertools
 import math
@@ -188,10 +187,9 @@ class _EachItsOwn(VirtualPool):
             self._latencies += drawn
         now = self.clock
         computed: list[Part] = []
+        values: dict[int, Any] = {}  # of these parts, once the first is needed
         begins = list[Began | Reply]()
         ends = defaultdict[float, list[Reply]](list)
-        # called when the first is needed
-        values = functools.cache(lambda: _compute(request.module, request.task, computed))
         for part in parts:
             number = part.number
             fault = part.fault
@@ -210,18 +208,21 @@ class _EachItsOwn(VirtualPool):
             ends[reply.at].append(reply)
         self.at(now, request.hear, *begins)
         for at, replies in ends.items():
-            self.at(at, self._end, request, replies, values)
+            self.at(at, self._end, request, replies, computed, values)
 
     def _end(
         self,
         request: VirtualRequest,
         replies: Sequence[Reply],
-        values: Callable[[], dict[int, Any]],
+        computed: list[Part],
+        values: dict[int, Any],
     ) -> None:
-        """End parts that are due together, and compute them if they are the first."""
+        """End parts that are due together, and compute all of one ask if they are the first."""
         for reply in replies:
             if reply.error is None:
-                value = values().pop(reply.part.number)
+                if not values:
+                    values.update(_compute(request.module, request.task, computed))
+                value = values.pop(reply.part.number)
                 fault = reply.part.fault
                 reply.value = value if fault is None else fault.spoil(value)
         request.hear(*replies)
