@@ -13,10 +13,11 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import numpy as np
 import orjson
 import torch
 from starlette.exceptions import HTTPException
@@ -41,10 +42,10 @@ _AT_ONCE = 2**16  # bytes of a body that are parsed in the event loop: 1 ms
 _PIECE = 2**14  # bytes that are parsed at once in a thread: .3 ms, for which the loop may wait
 
 _MOST_LISTS = 1000  # lists of numbers that are set aside; a further list is JSON like any other
-# Strings that are not nested. Whatever the text, a match takes time linear in it: no string of a
-# list stands before a colon.
-_STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
-_STRINGS = re.compile(rb"\[\s*%b(?:\s*,\s*%b)*\s*\]" % (_STRING, _STRING), re.DOTALL)
+# Whatever the text, a match takes time linear in it.
+_INSIDE = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)  # of a string
+_STRINGS = re.compile(rb'(?:\s*"%b"\s*,)*' % _INSIDE.pattern, re.DOTALL)
+_SPACES = re.compile(rb"\s*")
 _LIST = re.compile(rb'"data"\s*:\s*(?=\[)')
 _END = re.compile(rb'["{}]')
 _ALL_BUT_BRACKETS_AND_COMMAS = bytes(set(range(256)) - set(b"[,]"))
@@ -72,7 +73,7 @@ class InferRequest(NamedTuple):
 class Reader:
     """Reads requests, whose bodies are bounded in bytes, each and together, and in time.
 
-    Packed bodies, and bodies of more than 64 KB, are parsed in one thread.
+    Packed bodies, and bodies of more than 64 KB, are parsed in one thread, in pieces.
     """
 
     def __init__(
@@ -164,6 +165,51 @@ def _yield(until: float) -> None:
         raise TimeoutError
 
 
+def _past(pattern: re.Pattern[bytes], body: bytearray, place: int, until: float) -> int:
+    """Return where what a pattern repeats ends, which is read in pieces."""
+    while True:
+        end = _end_of(pattern, body, place)
+        if end == place:
+            return place
+        place = end
+        _yield(until)
+
+
+def _end_of(pattern: re.Pattern[bytes], body: bytearray, place: int) -> int:
+    """Return where a match in the next piece of a body ends."""
+    found = pattern.match(body, place, place + _PIECE + 1)
+    return found.end() if found else place
+
+
+def _strings(body: bytearray, begin: int, until: float) -> Iterator[slice]:
+    """Yield the pieces of a list of strings that begins at a place: strings with commas between.
+
+    The next byte is the list's last bracket, or else the list is another one: strings are not
+    nested, and none of a list stands before a colon.
+    """
+    place = begin + 1
+    while True:
+        end = _end_of(_STRINGS, body, place)
+        if end > place:
+            yield slice(place, end - 1)
+            _yield(until)
+            place = end
+            continue
+        # The next string is long, or the last one, or spaces are many.
+        end = _past(_SPACES, body, place, until)
+        if body[end : end + 1] != b'"':
+            return
+        end = _past(_INSIDE, body, end + 1, until) + 1
+        end = _past(_SPACES, body, end, until)
+        mark = bytes(body[end : end + 1])
+        if mark not in (b",", b"]"):
+            return
+        yield slice(place, end)
+        if mark == b"]":
+            return
+        place = end + 1
+
+
 def _lists(head: bytearray, until: float) -> tuple[bytes | bytearray, dict[int, slice]]:
     """Return JSON with i in place of the list i named "data", and where the lists are.
 
@@ -180,15 +226,15 @@ def _lists(head: bytearray, until: float) -> tuple[bytes | bytearray, dict[int, 
             break
         begin = found.end()
         place = begin
-        strings = _STRINGS.match(head, begin)
+        strings = [*_strings(head, begin, until)]
         stop = _END.search(head, place, place + _PIECE)
         while stop is None and place < len(head):
             place += _PIECE
             _yield(until)
             stop = _END.search(head, place, place + _PIECE)
         end = head.rfind(b"]", begin, stop.start() if stop else len(head)) + 1
-        if strings:
-            end = strings.end()
+        if strings and head[strings[-1].stop : strings[-1].stop + 1] == b"]":
+            end = strings[-1].stop + 1
         if not end:  # it is no list of numbers
             kept += head[at : begin + 1]
             at = begin + 1
@@ -201,6 +247,23 @@ def _lists(head: bytearray, until: float) -> tuple[bytes | bytearray, dict[int, 
     return kept + head[at:] if kept else head, lists
 
 
+def _texts(
+    body: bytearray, begin: int, until: float, name: str, spec: TensorSpec, shape: list[int]
+) -> Any:
+    """Return the strings of a list, of which :func:`_lists` found the end."""
+    found = list[Any]()
+    left = shape[0]
+    for piece in _strings(body, begin, until):
+        values = orjson.loads(b"[%b]" % bytes(body[piece]))
+        left -= len(values)
+        if left < 0:
+            break
+        found.append(wire.from_json(name, spec, [len(values)], values))
+    shown = str(body[begin : begin + 80], errors="replace")
+    require(left == 0, f"data of {name}", f"{shape[0]} strings, in one list", shown)
+    return np.concatenate(found)
+
+
 def _tensor(
     body: bytearray, place: slice, until: float, name: str, spec: TensorSpec, shape: list[int]
 ) -> Any:
@@ -210,7 +273,7 @@ def _tensor(
     if spec.is_text:
         most = wire.HEADER + wire.TEXT * shape[0]
         require(end - at <= most, f"the bytes of data of {name}", f"at most {most}", end - at)
-        return wire.from_json(name, spec, shape, orjson.loads(bytes(body[place])))
+        return _texts(body, at, until, name, spec, shape)
     count = math.prod(shape)
     requirement = f"{count} numbers of {spec.datatype}, in one list or nested as the shape {shape}"
     shown = str(body[at : min(end, at + 80)], errors="replace")

@@ -1,5 +1,7 @@
 """Strings over the Open Inference Protocol: BYTES in JSON and in binary, and fleets of servers."""
 
+import contextlib
+import itertools
 import json
 import os
 import time
@@ -16,6 +18,7 @@ from coded_torch.open_inference import _client as endpoint_client
 from coded_torch.open_inference import written
 from coded_torch.serve import App, TensorSpec, _protocol, specs
 from coded_torch.serve import _application as application_of_servers
+from coded_torch.serve._protocol import parse
 from coded_torch.testing.helpers import until
 from coded_torch.workers import DeviceWorkers, EndpointWorkers, ProcessWorkers, RemoteModule
 
@@ -88,6 +91,38 @@ def test_many_long_strings_are_read_beside_short_json():
     assert (
         read(*[asked(texts, True)[0], BYTES], tail=asked(texts, True)[1]).inputs[0][7] == texts[7]
     )
+
+
+@pytest.mark.parametrize("piece", [1, 7])
+@pytest.mark.parametrize("space", [b"", b" " * 20])
+def test_strings_are_read_in_pieces(piece, space, monkeypatch):
+    monkeypatch.setattr(_protocol, "_AT_ONCE", 0)
+    monkeypatch.setattr(_protocol, "_PIECE", piece)
+    pieces, _ = written({}, "inputs", [(BYTES[0], TEXTS, False)])
+    body = b"".join(pieces)
+    begin = body.index(b'"data":[') + len(b'"data":[')
+    spaced = space + space.join([b'"%b"' % orjson.dumps(x)[1:-1] + b"," for x in TEXTS])[:-1]
+    body = body[:begin] + spaced + space + body[body.rindex(b"]", 0, -3) :]
+    assert read(body, BYTES).inputs[0].tolist() == TEXTS
+    for wrong in (b'"",,""', b'"",', b',""', b'"" ""', b'"":""', b'"" 1', b'"', b'"\\', b'"\\"'):
+        refused(body[:begin] + wrong + body[body.rindex(b"]", 0, -3) :], BYTES)
+    more = body[:begin] + b'"",' + body[begin:]
+    assert "must be 8 strings, in one list, got" in refused(more, BYTES)
+
+
+@pytest.mark.parametrize("data", [b'"%b"' % (b"a" * 20) + b",", b" ", b'\\n", "', b"a"])
+def test_long_lists_leave_the_interpreter_to_other_threads(data, monkeypatch):
+    """Other threads wait for the interpreter's lock while a pattern is matched."""
+    times = [time.thread_time()]
+    monkeypatch.setattr(_protocol, "_yield", lambda _: times.append(time.thread_time()))
+    pieces, _ = written({}, "inputs", [(BYTES[0], ["-"] * 8, False)])
+    strings = data * (2**23 // len(data))
+    if not data.startswith((b'"', b" ")):
+        strings = b'"' + strings + b'",'
+    with contextlib.suppress(ValueError):
+        parse(bytearray(b"".join(pieces).replace(b'"-"', strings + b'"-"', 1)), None, BYTES, [], 8)
+    times.append(time.thread_time())
+    assert max(after - before for before, after in itertools.pairwise(times)) < 0.03
 
 
 @pytest.mark.parametrize(
