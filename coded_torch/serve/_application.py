@@ -29,6 +29,7 @@ from .._arguments import bound, count, instance, positive, shown
 from .._torch import positional
 from ..nn import CodedWrapper
 from ..open_inference import ADDED, FORMER, LISTED, TensorSpec, flatten, listed, written
+from ..workers._supervisor import SupervisedWorkers
 from ._batcher import TO_ANSWER, Batch, Batcher, compute
 from ._model import Versions, bind, in_order, is_forwarded, is_loopback
 from ._protocol import Reader, RequestError
@@ -170,6 +171,12 @@ class App(Starlette):
                 return size * self.pool.concurrency, present.parts or size
             return 1, 1
 
+        def end_at(place: int) -> None:
+            """Replace the worker at a place, unless it has left or was excluded meanwhile."""
+            restart: Any = self.pool.restart
+            if self.pool.states.get(place, ("down", 0))[0] == "busy":
+                restart(place)
+
         def run(*batch: Any) -> Batch:
             present, version = self._versions.present
             return compute(present, outputs, self.form, *batch)._replace(version=version)
@@ -181,6 +188,7 @@ class App(Starlette):
             slots=slots,
             on_batch=lambda *batch: self.metrics.batch(self.pool, *batch),
             states=lambda: [state for state, _ in self.pool.states.values()],
+            end=end_at if isinstance(self.pool, SupervisedWorkers) else None,
         )
         batches = min(_MOST_BATCHES, self.batcher.max_queued)
         self.reader = Reader(inputs, outputs, self.max_rows, batches, self.examples)

@@ -43,6 +43,8 @@ _SOONEST = 0.005
 # trades requests of others against workers that hang, and was not tuned.
 _SHARE = 3
 _LEFT_SECONDS = 60.0
+# In which a worker that was ended for a known client probably has a successor; not tuned.
+_SUCCESSOR_SECONDS = 0.5
 _MOST_BATCHES = 1024  # threads, each of which runs a batch; a bound, not tuned
 
 
@@ -187,11 +189,13 @@ class Batcher:
     that are left, the number of its parts, and the most rows of a part whose hedge leaves a worker
     idle. ``slots`` returns the number of slots, and the most parts of a batch. ``on_batch`` gets
     each batch, its rows, and the seconds that its requests waited. ``states`` returns the state of
-    each known worker, "idle", "busy" or other.
+    each known worker, "idle", "busy" or other. ``end`` ends the worker at a place of the pool, and
+    has another one started; without it, no worker is ended.
 
     A third of the slots is left for known clients while these ask: for those that have got an
     answer, and of whose rows none has hung or ended a worker. Once late rows of others take a
-    third, too, these others wait. So they may send any rows.
+    third, too, these others wait. So they may send any rows. If known clients wait all the same,
+    and none is answered, a worker is ended that is at a row for which no request waits.
     """
 
     def __init__(
@@ -203,10 +207,13 @@ class Batcher:
         slots: Callable[[], tuple[int, int]],
         on_batch: Callable[[Batch, int, Sequence[float]], None],
         states: Callable[[], Sequence[str]] = tuple,
+        end: Callable[[int], None] | None = None,
     ) -> None:
         self._compute = compute
         self._on_batch = on_batch
         self._states = states
+        self._end = end
+        self._ended = -math.inf  # when a worker was ended for a known client
         self._max_rows = max_batch_size
         self.max_queued = max_queued_requests
         self._slots = slots
@@ -261,10 +268,13 @@ class Batcher:
         rest = self._slots()[0] - share - stuck
         return min(free, (rest + 1) // 2 - fresh)  # as each part may be hedged
 
-    def check(self, rows: int, deadline: float, *, is_read: bool = False) -> None:
+    def check(
+        self, rows: int, deadline: float, *, is_read: bool = False, is_known: bool = False
+    ) -> None:
         """Refuse (503) a request if the queue is full, or its answer would probably be late.
 
         If the workers hang, only a request that is read is refused: a wrong one gets 400 even then.
+        One of a known client waits for the successor of a worker that is ended for it.
         """
         if len(self._queue) >= self.max_queued:
             raise RequestError(503, "queue_full", f"{self.max_queued} requests are waiting")
@@ -277,7 +287,8 @@ class Batcher:
         is_answered = now - self._answered < (deadline - now) / 2
         may_hang = is_read and not is_answered and (self._hung or late == math.inf)
         states = self._states() if may_hang else ()
-        if may_hang and (late == math.inf or "idle" not in states):
+        is_refused = may_hang and (late == math.inf or "idle" not in states)
+        if is_refused and not (is_known and "idle" not in states and self._end_stuck()):
             ended = states.count("busy") - len(self._ongoing)
             why = "no worker is idle, and no batch was answered since one got no result in time"
             if ended > 0:
@@ -291,9 +302,10 @@ class Batcher:
         self, inputs: list[Any], arrived: float, deadline: float, client: str = ""
     ) -> asyncio.Future[Batch]:
         """Queue a request, or refuse it (503). It leaves the queue once its future is done."""
-        self.check(inputs[0].shape[0], deadline, is_read=True)
+        is_known = self.suspects.knows(client)
+        self.check(inputs[0].shape[0], deadline, is_read=True, is_known=is_known)
         entry = _Entry(inputs, arrived, deadline, client)
-        if self.suspects.knows(client):
+        if is_known:
             self._known_asked = time.monotonic()
         self._queue[entry] = None
         self._rows += entry.rows
@@ -349,6 +361,8 @@ class Batcher:
 
     def _fill(self) -> None:
         """Let waiting requests run while a slot is free."""
+        if self.suspects.num_held and self._known_lack_workers():
+            self._end_stuck()
         while self._queue:
             free = self._num_free
             if not free:
@@ -367,8 +381,38 @@ class Batcher:
             self._ongoing[task] = running
         if self._timer:
             self._timer.cancel()
-        if self._queue:  # nothing tells when rows of calls that have ended are computed
+        is_held = self.suspects.num_held and any(x.is_known for x in self._ongoing.values())
+        # Nothing tells when rows of calls that have ended are computed, or a batch becomes late.
+        if self._queue or is_held:
             self._timer = asyncio.get_running_loop().call_later(TO_ANSWER, self._fill)
+
+    def _known_lack_workers(self) -> bool:
+        """Return whether rows of known clients wait unusually long for workers."""
+        num_idle = self._states().count("idle")
+        if num_idle > 1:  # one stays idle while a late row is computed twice
+            return False
+        if any(batch.is_known and self._is_late(batch) for batch in self._ongoing.values()):
+            return True
+        return num_idle == 0 and any(
+            self.suspects.knows(entry.client)
+            and self._is_overdue(max(entry.arrived, self._answered), entry.deadline, entry.rows)
+            for entry in self._queue  # which may be long while batches are answered
+        )
+
+    def _end_stuck(self) -> bool:
+        """End a worker at rows for which no request waits; return whether one has been ended."""
+        if self._end is None:
+            return False
+        now = time.monotonic()
+        if now < self._ended + _SUCCESSOR_SECONDS:
+            return True
+        held = self.suspects.held
+        if held:
+            self._ended = now
+            why = "worker %d is ended for a known client, as no request waits for its rows"
+            logger.warning(why, held[0])
+            self._end(held[0])
+        return bool(held)
 
     def _digests(self, entry: _Entry) -> list[bytes]:
         if not entry.digests:
@@ -378,8 +422,12 @@ class Batcher:
 
     def _is_late(self, batch: _Running) -> bool:
         """Return whether a batch takes unusually long."""
-        usual = self._usual(batch.longest) * _LATE or (batch.deadline - batch.begin) / 2
-        return time.monotonic() - batch.begin > max(usual, _SOONEST)
+        return self._is_overdue(batch.begin, batch.deadline, batch.longest)
+
+    def _is_overdue(self, begin: float, deadline: float, rows: int) -> bool:
+        """Return whether a part of some rows takes unusually long, if it began at a time."""
+        usual = self._usual(rows) * _LATE or (deadline - begin) / 2
+        return time.monotonic() - begin > max(usual, _SOONEST)
 
     def _waiting_rows(self) -> set[bytes]:
         """Return digests of rows that wait, as batches that take unusually long have them.

@@ -19,6 +19,7 @@ _MOST_PARTS = 1024
 _MOST_CLIENTS = 4096  # that are known
 _SECONDS = 300.0  # for which a part is remembered
 _ENOUGH = 2  # workers that have to end at a row
+_TRUSTED = 32  # rows of a client that were computed, so that one that hangs may be the worker's
 # For which a worker that ended at a part counts as taken, about as long as one that hangs.
 _ENDED_SECONDS = 10.0
 
@@ -43,7 +44,9 @@ class Suspects:
     - While a worker is at a row, alone in a part, the row is refused (503). A worker that returns a
       result, however late, clears it. Once two workers have ended at it, by themselves or by the
       hang timeout, it is refused (500) for five minutes.
-    - A client is known once a row of it was computed, except while a part of it is remembered.
+    - A client is known once a row of it was computed, except while a worker is at a part of it, or
+      has just ended at one. Once 32 rows of it were computed, parts of one call may be such: a
+      worker that is stopped stays at any row.
 
     Any thread may call.
     """
@@ -52,7 +55,8 @@ class Suspects:
         self._key = os.urandom(16)
         self._lock = threading.Lock()
         self._parts = list[_Suspect]()
-        self._answered = OrderedDict[str, None]()  # clients; the last to be answered is last
+        # The computed rows of clients; the last to be answered is last.
+        self._answered = OrderedDict[str, int]()
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -68,15 +72,30 @@ class Suspects:
         return sum(suspect.is_held for suspect in self._parts)
 
     @property
+    def held(self) -> list[int]:
+        """The places of the workers that are at such parts; those of known clients are last."""
+        held = [suspect for suspect in self._parts if suspect.is_held]
+        return [x.part.worker for x in sorted(held, key=lambda x: self.knows(x.client))]
+
+    @property
     def num_stuck(self) -> int:
         """The number of workers that are at such parts, or have just ended at them."""
+        return len(self._stuck)
+
+    @property
+    def _stuck(self) -> list[_Suspect]:
         since = time.monotonic() - _ENDED_SECONDS
-        ended = (x.since > since and x.part.kind == "died" for x in self._parts)
-        return self.num_held + sum(ended)
+        return [
+            suspect
+            for suspect in self._parts
+            if suspect.is_held or (suspect.since > since and suspect.part.kind == "died")
+        ]
 
     def knows(self, client: str) -> bool:
         """Return whether a client is known."""
-        return client in self._answered and all(x.client != client for x in self._parts)
+        rows = self._answered.get(client, 0)
+        calls = {suspect.since for suspect in self._stuck if suspect.client == client}
+        return rows > 0 and len(calls) <= int(rows >= _TRUSTED)
 
     def note(
         self,
@@ -103,7 +122,7 @@ class Suspects:
             kept = [suspect for suspect in self._parts if suspect.row not in cleared]
             self._parts = (kept + found)[-_MOST_PARTS:]
             for row in computed:
-                self._answered[clients[row]] = None
+                self._answered[clients[row]] = self._answered.get(clients[row], 0) + 1
                 self._answered.move_to_end(clients[row])
             while len(self._answered) > _MOST_CLIENTS:
                 self._answered.popitem(last=False)

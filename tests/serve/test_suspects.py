@@ -130,6 +130,82 @@ def test_rows_that_all_differ_leave_workers_for_a_client_with_answers(served, va
     assert any("clients without an answer" in answer["error"] for _, answer in refused)
 
 
+LONG = 60.0  # a hang timeout that ends no worker of a test
+
+
+def stopped(pids):
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+
+
+def continued(pids):
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def served_long(num_workers):
+    """Yield an application whose workers end by no hang timeout, its port, and a known client."""
+    workers = ProcessWorkers(num_workers, hang_timeout=LONG)
+    examples = torch.randn(2, 3)
+    application = built(Hostile(), workers=workers, deadline=1.5, examples=examples, **SPECS)
+    with serving(application) as port, Client(port) as client:
+        assert asked(client, 0.0, 40) == [200] * 40
+        yield application, port, client
+
+
+def test_one_stopped_worker_of_two_costs_a_client_one_answer():
+    with served_long(2) as (application, _, client):
+        pid = application.pool.states[0][1]
+        stopped([pid])
+        answers = [client.infer(row(1.0, float(i), 0.0))[0] for i in range(40)]
+        continued([pid])
+    assert answers.count(200) >= 39, Counter(answers)
+
+
+@pytest.mark.parametrize("num_workers", [2, pytest.param(6, marks=pytest.mark.slow)])
+def test_a_known_client_is_answered_beside_stopped_workers_and_rows_that_hang(num_workers):
+    numbers = itertools.count(1)
+    with served_long(num_workers) as (application, port, client):
+
+        def attack():
+            with contextlib.suppress(OSError), Client(port) as stranger:
+                stranger.infer(row(HANGS, float(next(numbers)), 0.0))
+
+        def states():
+            return [state for state, _ in application.pool.states.values()]
+
+        for thread in started([attack] * 3):
+            thread.join()
+        held = states().count("busy")
+        assert held
+        pids = [pid for state, pid in application.pool.states.values() if state == "idle"]
+        stopped(pids)
+        threads, answers, ends = [], [], time.monotonic() + 4
+        while time.monotonic() < ends:
+            threads += started([attack])
+            answers.append(client.infer(row(1.0, float(next(numbers)), 0.0))[0])
+            time.sleep(0.05)
+        for thread in threads:
+            thread.join()
+        until(lambda: "down" not in states())
+        continued(pids)
+    # A row that is at a stopped worker when all others are held is lost.
+    assert len(answers) - answers.count(200) <= 1, Counter(answers)
+
+
+def test_workers_that_are_killed_together_are_replaced_at_once():
+    with served_long(4) as (application, _, client):
+        pids = [pid for _, pid in application.pool.states.values()]
+        for pid in pids[:3]:
+            os.kill(pid, signal.SIGKILL)
+        answers = asked(client, 1.0, 20)
+        until(lambda: application.pool.num_ready == 4)
+        assert not {*pids[:3]} & {pid for _, pid in application.pool.states.values()}
+    assert {*answers} == {200}, Counter(answers)
+
+
 def test_a_row_that_was_only_late_is_computed_again(served):
     application, port = served
     pids = [pid for _, pid in application.pool.states.values()]
