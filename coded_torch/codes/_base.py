@@ -31,6 +31,7 @@ from ._suspects import (
     Copies,
     Residuals,
     Trust,
+    are_scaled_alike,
     is_doubtful,
     mean_curves,
     numbers_of,
@@ -164,6 +165,8 @@ class BatchPlan:
                 if not found:
                     encoder, curves = smoothed(DOUBTED_WAVELENGTH)
                 is_told = not any(is_doubtful(x, encoder, found, most) for x in curves)
+                if not found and are_scaled_alike(curves[0], most):
+                    is_told = False
         is_borne = len(found) <= most
         dropped = found if is_borne else set()
         is_defended = is_borne and most == code.adversaries and is_told

@@ -148,6 +148,23 @@ def test_small_changes_that_spoil_answers_are_marked(model, batch, code):
     assert spoilt > 10
 
 
+@pytest.mark.parametrize("code", ["spline", "Berrut", "Floater-Hormann"])
+def test_results_scaled_alike_are_marked_where_none_stands_out(batch, code):
+    """Beside a rough model's residuals each looks honest, but together they have one factor."""
+    plan = CODES[code](5).plan([batch])
+    generator = torch.Generator().manual_seed(0)
+    level = torch.randn(8, 12, generator=generator)  # of each group and output
+    honest = level + 0.5 * torch.randn(60, 8, 12, generator=generator)
+    trust = plan.trusted([honest], range(60))
+    assert trust.places == [*range(60)]
+    assert not trust.undefended.any()
+    scaled = honest.clone()
+    scaled[[3, 17, 24, 40, 51]] *= 0.6
+    trust = plan.trusted([scaled], range(60))
+    assert trust.places == [*range(60)]
+    assert trust.undefended.all()
+
+
 def test_a_row_whose_only_honest_worker_was_outvoted_is_marked():
     """Two that are wrong alike had the majority of three copies, in silence."""
     copies = [[0] * 3, [1] * 5, [2] * 5, [3] * 5, [4] * 5]
