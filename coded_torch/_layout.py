@@ -42,6 +42,7 @@ class Layout:
         self.lists = lists
         self.spec: TreeSpec | None = None
         self.constants = frozenset[int]()
+        self._shared: int | None = None  # a hash of the proved leaves without rows, if there are any
         self.is_doubted = False  #: true if later results do not fit it: it is proved again
         self.note = ""  #: a remark on each call: the rows of the module depend on each other
 
@@ -53,6 +54,26 @@ class Layout:
     def flatten(self, value: Any) -> tuple[list[Any], TreeSpec]:
         """Return the leaves, where a list with an item per row is one leaf, and the structure."""
         return flatten(value, self._is_whole(value) if self.lists else None)
+
+    def keep_shared(self, leaves: Sequence[Any]) -> None:
+        """Remember the leaves without rows of a part, which all parts must return alike."""
+        self._shared = self._hash_of_shared(leaves)
+
+    def differs(self, value: Any) -> bool:
+        """Return whether an output has other leaves without rows than the parts of the proof."""
+        if self._shared is None:
+            return False
+        leaves, spec = self.flatten(value)
+        return spec == self.spec and self._hash_of_shared(leaves) != self._shared
+
+    def _hash_of_shared(self, leaves: Sequence[Any]) -> int | None:
+        shared = list[Any]()
+        for i, leaf in enumerate(leaves):
+            if i in self.constants:
+                shared.append(bits(leaf))
+            elif leaf is not None and isinstance(leaf, CONSTANTS):
+                shared.append((type(leaf), leaf))
+        return hash(tuple(shared)) if shared else None
 
     def name(self, value: Any, i: int) -> str:
         """Return the Python expression of a leaf of an output."""
@@ -109,6 +130,7 @@ def prove(outputs: Sequence[Any], out_dims: Any) -> Layout:
             'out_dims, and inputs that belong to the whole batch as "shared" in in_dims'
         )
     layout.constants = frozenset(constants)
+    layout.keep_shared(leaves)
     return layout
 
 

@@ -233,7 +233,16 @@ def _compute(module: nn.Module, task: Task, parts: list[Part]) -> dict[int, Any]
     parts.sort(key=operator.attrgetter("units"))
     units = [unit for part in parts for unit in part.units]
     args, kwargs = task.payload(units, copied=True)
-    values = cut(task, module(*args, **kwargs), [len(part.units) for part in parts])
+    output = module(*args, **kwargs)
+    if len(parts) > 1 and task.layout is not None and task.layout.differs(output):
+        # Only parts that are computed alone tell whether a leaf is the same in all of them.
+        task.layout.is_doubted = True
+        values = list[Any]()
+        for part in parts:
+            args, kwargs = task.payload(part.units, copied=True)
+            values.append(module(*args, **kwargs))
+    else:
+        values = cut(task, output, [len(part.units) for part in parts])
     return {part.number: value for part, value in zip(parts, values, strict=True)}
 
 

@@ -125,13 +125,37 @@ def test_a_tensor_without_rows_is_an_answer_if_all_parts_have_the_same_bits(make
     assert found[2] == 3.0
 
 
-def test_constants_are_compared_in_every_call():
-    kept = Call(lambda x: (x, x.amax().clamp(max=2.0)))
-    with DeviceWorkers(["cpu"] * 2) as pool, torch.no_grad():
-        coded = CodedWrapper(kept, workers=pool, parts=2)
+def largest(x):
+    return x.amax().clamp(max=2.0)
+
+
+@pools
+@pytest.mark.parametrize("shared", [largest, lambda x: int(largest(x) * 100)])
+def test_leaves_without_rows_are_compared_in_every_call(make, shared):
+    with make() as pool, torch.no_grad():
+        coded = CodedWrapper(Call(lambda x: (x, shared(x))), workers=pool, parts=2)
         coded(torch.full((8, 1), 5.0))
         with pytest.raises(NotEnoughResults, match=r"where (most|as many) returned"):
             coded(torch.linspace(0, 1, 8).view(8, 1))
+
+
+@pools
+def test_a_leaf_without_rows_may_change_between_calls(make):
+    scale = nn.Parameter(torch.tensor(2.0))
+    with make() as pool, torch.no_grad():
+        coded = CodedWrapper(Call(lambda x: (x * scale, scale)), workers=pool, parts=2)
+        for value in (2.0, 3.0, 3.0):
+            scale.fill_(value)
+            found, kept = coded(X)
+            assert torch.equal(found, value * X)
+            assert kept == value
+
+
+@pools
+def test_rows_that_pass_a_filter_are_no_tensor_that_all_parts_share(make):
+    batch = torch.tensor([1.0, -1, -1, 2, 3, 4, -2]).view(7, 1)
+    with pytest.raises(NotEnoughResults):  # of both small parts, the same row passes
+        run(make, lambda x: x[x[:, 0] > 0], batch, parts=3)
 
 
 def last_is_zero(x):
