@@ -42,7 +42,7 @@ class Layout:
         self.lists = lists
         self.spec: TreeSpec | None = None
         self.constants = frozenset[int]()
-        self._shared: int | None = None  # a hash of the proved leaves without rows, if there are any
+        self._shared: int | None = None  # a hash of the leaves without rows, if there are any
         self.is_doubted = False  #: true if later results do not fit it: it is proved again
         self.note = ""  #: a remark on each call: the rows of the module depend on each other
 
