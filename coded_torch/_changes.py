@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
 )
 
 from ._extension import Look, Samples
-from ._torch import outside
+from ._torch import in_training, outside
 from ._untuned import MOST_ELEMENTS, MOST_NESTED
 
 Fingerprint = tuple[list[Any], tuple[Any, ...]]
@@ -94,7 +94,7 @@ def _walk(module: nn.Module) -> tuple[Fingerprint, Samples]:
     places = {id(part): place for place, part in enumerate(module.modules())}
     for part in module.modules():
         looks += [(name, places.get(id(m))) for name, m in part._modules.items()]
-        looks += (type(part), part.training)
+        looks += (type(part), in_training(part))
         looks += [(name, look(value)) for name, value in part._parameters.items()]
         looks += [(name, look(value)) for name, value in part._buffers.items()]
         looks += map(look, filter(None, (part._forward_pre_hooks, part._forward_hooks)))

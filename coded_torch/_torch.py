@@ -251,6 +251,12 @@ def placed(
     return found
 
 
+def in_training(module: nn.Module) -> bool:
+    """Return whether a module is in training mode; a frozen TorchScript has no mode."""
+    mode: bool = getattr(module, "training", False)
+    return mode
+
+
 def device_of(module: Any) -> torch.device | None:
     """Return the device of a module's first weight; None if it has none, or is not a module."""
     if not isinstance(module, nn.Module):

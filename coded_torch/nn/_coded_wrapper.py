@@ -13,7 +13,7 @@ from .. import _tracing
 from .._arguments import check, count, instance, real, warn
 from .._changes import unchanged
 from .._layout import Layout, proved_of, structure
-from .._torch import WrongRows, on_host, refuse_tracing, tracer
+from .._torch import WrongRows, in_training, on_host, refuse_tracing, tracer
 from ..codes._base import Code, NotEnoughResults
 from ..input_space._error_bounds import Exchangeability
 from ..input_space._regression import Regression, to_scale
@@ -273,7 +273,7 @@ class CodedWrapper(ModuleProxy):
         """
         how = self.out_dims if type(self.out_dims) is int else repr(self.out_dims)
         module = self.module
-        key = structure(inputs.leaves, inputs.dims, inputs.spec, how, module.training)
+        key = structure(inputs.leaves, inputs.dims, inputs.spec, how, in_training(module))
         proved = proved_of(module)
         layout = proved.get(key)
         if inputs.batch_size == 1 and layout is None:  # one row proves nothing of others

@@ -465,7 +465,7 @@ def training_part(module: nn.Module, dropout: bool = False) -> str | None:
     """Return the first submodule whose training mode changes answers, in words, or None."""
     kinds = (_BatchNorm, _DropoutNd) if dropout else (_BatchNorm,)
     for name, part in module.named_modules():
-        if part.training and isinstance(part, kinds) and getattr(part, "p", 1.0) > 0:
+        if isinstance(part, kinds) and part.training and getattr(part, "p", 1.0) > 0:
             kind = type(part).__name__
             return f"submodule {name!r} ({kind})" if name else f"the module ({kind})"
     return None

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from .._arguments import arguments, count
+from .._torch import in_training
 from ..workers._live import INTERRUPTION, Ambient, Interruption, in_thread
 from ._mean import Interval, Looks
 
@@ -29,7 +30,7 @@ class ModuleProxy(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self.training = module.training
+        self.training = in_training(module)
 
     async def arun(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Await :meth:`run`, which runs in a thread of its own.

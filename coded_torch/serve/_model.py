@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from .. import open_inference as wire
 from .._arguments import arguments, bound, instance, named, shown, signature_of, sparing_logger
 from .._changes import state_of
-from .._torch import flatten, is_texts, sample
+from .._torch import flatten, in_training, is_texts, sample
 from ..nn import CodedWrapper
 from ..open_inference import TensorSpec
 from ..surrogates import Memory
@@ -265,7 +265,7 @@ class Versions:
         if has_changed or module is coded.module:
             got = "the present one with other weights" if has_changed else "the present one"
             raise ValueError(f"App: make must return another module, got {got}")
-        if not coded.module.training:
+        if not in_training(coded.module):
             module.eval()
         pool = coded.workers
         seconds = _SECONDS * len(pool.places or "1")

@@ -21,6 +21,7 @@ from .._layout import SIZES, Layout, dependent_output, difference, prove, proved
 from .._table import Began, Part, Reply, Units, WorkerError
 from .._torch import (
     has_rows,
+    in_training,
     is_texts,
     positional,
     random_numbers_kept,
@@ -597,7 +598,7 @@ class Workers(abc.ABC):
             return
         if isinstance(found, Layout):
             found.note = found.note or note
-            proved_of(module)[structure(leaves, dims, spec, 0, module.training)] = found
+            proved_of(module)[structure(leaves, dims, spec, 0, in_training(module))] = found
 
     def start_on(self, module: nn.Module, batch: Any) -> None:
         """Have every worker that starts run a module on two different rows of a batch.

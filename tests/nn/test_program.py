@@ -103,6 +103,11 @@ def test_torchscript(pool, how):
     check(pool, script, plain())
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+def test_frozen_torchscript_has_no_mode(pool):
+    check(pool, torch.jit.freeze(torch.jit.script(plain())), plain())
+
+
 def test_a_script_in_another_module_sees_its_new_weights(pool):
     model = nn.Sequential(torch.jit.script(plain()), nn.Flatten())
     with torch.no_grad():
