@@ -85,7 +85,9 @@ class Execution:
                     raise
                 division.inputs.read()
                 self.why = "" if table.reason == "complete" else request.status()
-                if self.why and pool.num_ready == pool.num_restarts == 0:
+                # Of a pool without places, all workers have left.
+                is_starting = bool(pool.places) and pool.num_ready == pool.num_restarts == 0
+                if self.why and is_starting:
                     first = "workers are still starting; call pool.start(model, example) first"
                     self.why = f"{first}; {self.why}"
             finally:

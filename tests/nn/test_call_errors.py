@@ -8,7 +8,7 @@ import torch
 
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import DeadlineExceeded
-from coded_torch.workers import ProcessWorkers
+from coded_torch.workers import DeviceWorkers, ProcessWorkers
 
 from ..workers.modules import FailsOn, Heavy, Sleepy
 
@@ -80,3 +80,12 @@ def test_a_deadline_holds_while_workers_start_and_load_and_hang(tmp_path):
         hanging = wrapper(pool, deadline=0.1, estimate=False)
         hanging.module = Sleepy()
         assert -0.01 < late(hanging, 0.1, torch.full((64, 1), 100.0)) < MOST_LATE
+
+
+def test_a_call_on_a_pool_whose_workers_have_left_says_so():
+    with DeviceWorkers(["cpu", "cpu"]) as pool, torch.no_grad():
+        coded = CodedWrapper(torch.nn.ReLU(), workers=pool, waiting=Waiting(deadline=0.1))
+        pool.drain(0)
+        pool.drain(1)
+        with pytest.raises(DeadlineExceeded, match=r"^all devices have left; nothing arrived"):
+            coded(X)
