@@ -238,6 +238,11 @@ def test_compare_takes_a_model_and_files(tmp_path, monkeypatch, capsys):
     assert "RelAcc" not in unlabelled
     assert "\nBest on 4 batches at N = 6, K = 4, S = 2: " in unlabelled
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert "\n± or ×/÷  " in unlabelled
+    assert run("compare nets:net --inputs images.pt --batch-size 120 --settings 6,4,2") == 0
+    of_one_batch = capsys.readouterr().out
+    assert "±" not in of_one_batch
+    assert "No intervals and no best scheme: only one batch was left" in of_one_batch
     np.save(tmp_path / "labels.npy", labels[:251].numpy())
     assert run([*line.split(), "9,8,1"]) == 2
     assert "--labels cannot be read: it must have 250 rows, got 251" in capsys.readouterr().err
@@ -277,6 +282,8 @@ def test_commands_write_pictures_of_different_names(tmp_path, monkeypatch, compa
     """Commands that run one after the other in a folder keep each other's results."""
 
     class Drawn:
+        records = ()
+
         def draw(self):
             return Figure()
 

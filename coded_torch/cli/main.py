@@ -52,9 +52,11 @@ _LEGEND = """\
 RMSE             root of the mean squared distance from the module's answers
 normalised MSE   its square, over the variance of the module's answers"""
 _ACCURACY = "RelAcc           right answers, relative to the bare model's right answers"
-_SIGNS = """\
-± or ×/÷         half the width of the 95 % interval over batches, or its factor
-ordered          the batch is ordered by similarity before it is coded"""
+_INTERVALS = "± or ×/÷         half the width of the 95 % interval over batches, or its factor"
+_ORDERED = "ordered          the batch is ordered by similarity before it is coded"
+_NO_VERDICT = """\
+No intervals and no best scheme: only one batch was left after tuning, and two are needed.
+Take more rows, or a smaller --batch-size."""
 _COLUMNS = "columns for the arguments: in order as a,b, or by name as x=a,y=b [by equal names]"
 _RESUME = """continue the job in the folder, if it holds one. The inputs, the options, the model's
 weights and attributes, and the files of its classes and of the factory must be the same. Changes
@@ -209,8 +211,12 @@ def _compare(
     say(f"{found}\n\n{_LEGEND}")
     if labels is not None:
         say(_ACCURACY)
-    say(_SIGNS)
-    verdict = found.verdict()
+    has_intervals = len({record.batch for record in found.records}) > 1
+    if has_intervals:
+        say(_INTERVALS)
+    if any(record.scheme.endswith(", ordered") for record in found.records):
+        say(_ORDERED)
+    verdict = found.verdict() if has_intervals else _NO_VERDICT
     if verdict:
         say(f"\n{verdict}")
     save(found.draw(), args.output)
