@@ -171,7 +171,7 @@ class Residuals:
         return np.asarray((off * estimated).sum(1) / squares)
 
     def remaining(self, dropped: Sequence[int]) -> float:
-        """Return the sum over groups of the logarithm of the energy that is left."""
+        """Return the sum over groups of the logarithm of the energy without some workers."""
         return float(np.log(self._bounded(self.without(dropped)[1])).sum())
 
     def best(self, dropped: Sequence[int]) -> tuple[int, float]:
@@ -474,10 +474,11 @@ class Copies:
     def wrong(self, most: int, doubt: Callable[[list[int]], Sequence[float]]) -> list[int] | None:
         """Return the places of the fewest workers that explain all differences.
 
-        The worker that differs from the largest share of the results that it is compared with is
-        dropped first. Among equals ``doubt`` decides: it returns the errors of the results of some
-        workers as estimates from the others' see them. If these are equal, too, all are dropped.
-        None says that more than ``most`` workers would have to be wrong.
+        First, the worker is dropped that differs from the largest share of the results that it is
+        compared with. If several workers have this share, ``doubt`` estimates their results from
+        the results of the other workers, and returns the errors; the worker with the largest error
+        is dropped. If several workers have this error, too, all of them are dropped.
+        Returns None if more than ``most`` workers would have to be wrong.
         """
         differ = self.differ.copy()
         dropped = list[int]()
@@ -506,11 +507,14 @@ class Copies:
         return sorted(dropped)
 
     def undefended(self, dropped: Sequence[int], most: int, size: int) -> Tensor:
-        """Return the rows that wrong workers not dropped could answer alone, bool ``[size]``.
+        """Return the rows whose results may all be of wrong workers, bool ``[size]``.
 
-        A row is defended if more workers than that computed it alike, or if one of its workers
-        agreed with so many others elsewhere. Whoever was dropped because of such workers may be
-        right, if they are wrong. A worker that is wrong in few rows only may pass.
+        At most ``most`` workers are wrong. So if some of them were not found, they are at most
+        ``most`` minus the number of workers that were certainly wrong. A row is defended if more
+        workers than this limit computed it alike, or if one of its workers agreed with more other
+        workers than this limit, on any rows. Each worker that was dropped because it differed from
+        a worker of the row adds 1 to the limit, because it may be right if the other is wrong.
+        A worker that is wrong in few rows only may pass.
         """
         certain = sorted({*dropped} - self.undecided)
         left = most - len(certain)

@@ -71,8 +71,8 @@ class App(Starlette):
         allowed_hosts: the names that a request's ``Host``, and its ``Origin`` if it has one, may
             have. Without them, any page of the web can use a server on a loopback address. Defaults
             to None: any name.
-        make: returns a new module with other weights, in the same mode. The present one must stay
-            as it is. Defaults to None: the model stays.
+        make: returns a new module with other weights, in the same mode. It must not change the
+            module that is being served. Defaults to None: the weights cannot be renewed.
         token: lets whoever sends it as ``Authorization: Bearer TOKEN`` ask for :meth:`renew`.
             Defaults to None: whoever asks from a loopback address.
     """

@@ -60,7 +60,10 @@ class Recent(NamedTuple):
 
 
 class Scores:
-    """The bars above which scores are odd, and the recent rows, of one module. Thread-safe."""
+    """The thresholds above which the scores of one module are odd, and its recent rows.
+
+    A score says how much a row or a part differs from recent rows. Any thread may call any method.
+    """
 
     def __init__(self) -> None:
         self.rows = _Bar(ODD_ROWS)

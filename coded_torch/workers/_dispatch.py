@@ -59,8 +59,9 @@ class Dispatcher(abc.ABC):
     workers change under one lock. Subclasses :meth:`add` their ``size`` workers, and report results
     by :meth:`settle`. Any thread may call any method.
 
-    An interrupt, such as Ctrl-C, may end any thread between two lines. So a part ends or begins in
-    an order in which it is never lost, and the next thread calls :meth:`recover`.
+    An interrupt, such as Ctrl-C, may end any thread between two lines. So the lines that begin or
+    end a part are in such an order that the queue or a worker always holds the part, and the next
+    thread calls :meth:`recover`.
     """
 
     kind = "workers"  #: the word for the workers in messages
