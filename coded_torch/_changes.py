@@ -113,8 +113,12 @@ def _is_same(look: Look) -> bool:
 
 def _look_at(module: nn.Module) -> Look | None:
     """Return a compiled look at a module; None if it has attributes that this cannot compare."""
+    parts = [*module.modules()]
+    # A script has its weights in objects of C++, which a look compares by identity only.
+    if any(isinstance(part, torch.jit.ScriptModule) for part in parts):
+        return None
     try:
-        return Look([*module.modules()], _WHOLE, _SAME_TYPES, _TENSORS, MOST_ELEMENTS)
+        return Look(parts, _WHOLE, _SAME_TYPES, _TENSORS, MOST_ELEMENTS)
     except (TypeError, RuntimeError):  # such as an ordered dict, or a tensor of inference mode
         return None
 

@@ -158,6 +158,26 @@ def test_a_module_that_stays_as_it_is_is_walked_twice(monkeypatch):
     assert len(walks) == 2
 
 
+def replace_data(weight):
+    weight.data = torch.full_like(weight, 3)
+
+
+def set_memory(weight):
+    weight.set_(torch.full_like(weight, 3))
+
+
+@pytest.mark.parametrize("change", [replace_data, set_memory])
+@pytest.mark.parametrize("is_part", [False, True])
+def test_new_memory_of_a_scripts_weight_is_noticed(change, is_part):
+    script = torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.Tanh()))
+    module = nn.Sequential(script) if is_part else script
+    with torch.no_grad():
+        for _ in range(3):  # the third one compares in compiled code
+            before = fingerprint(module)[1]
+        change(next(module.parameters()))
+        assert fingerprint(module)[1] != before
+
+
 def test_collections_may_hold_themselves_and_each_other():
     module, shared = Held(), [1.0]
     for _ in range(40):
