@@ -312,7 +312,8 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def _is_dense(leaf: Tensor) -> bool:
-    return leaf.layout is torch.strided and not (leaf.is_meta or leaf.is_quantized)
+    is_plain = not (leaf.is_meta or leaf.is_quantized or leaf.is_nested)
+    return leaf.layout is torch.strided and is_plain
 
 
 def _follows(leaf: Tensor, other: Tensor, dim: int) -> bool:

@@ -361,7 +361,8 @@ def check_batch(output: Any, index: int, leaf: Tensor, dim: int, size: int) -> N
 
 def has_rows(leaf: Any) -> bool:
     """Return whether a leaf is a tensor that can be read row by row."""
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.layout is torch.strided
+    is_strided = isinstance(leaf, Tensor) and leaf.layout is torch.strided
+    return is_strided and leaf.dim() > 0 and not leaf.is_nested
 
 
 def different_rows(inputs: Sequence[Any]) -> list[int]:

@@ -258,7 +258,8 @@ def cut(task: Task, output: Any, counts: Sequence[int]) -> list[Any]:
             ends = itertools.accumulate(sizes)
             columns.append([leaf[end - n : end] for n, end in zip(sizes, ends, strict=True)])
             continue
-        is_dense = isinstance(leaf, Tensor) and leaf.layout is torch.strided
+        is_tensor = isinstance(leaf, Tensor)
+        is_dense = is_tensor and leaf.layout is torch.strided and not leaf.is_nested
         if dim is None or not is_dense or i in constants:
             columns.append([leaf] * len(counts))
         else:

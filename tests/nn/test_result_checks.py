@@ -10,7 +10,7 @@ from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
 from coded_torch._table import Table
-from coded_torch.codes import NotEnoughResults, RegressionCode
+from coded_torch.codes import NotEnoughResults, RegressionCode, SplineCode
 from coded_torch.nn._result_checks import Checks
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
@@ -160,6 +160,15 @@ def test_scrambled_results_are_missing_where_single_rows_are_right():
 def test_a_sparse_output_is_refused_on_simulated_workers_too():
     coded = CodedWrapper(Call(lambda x: x.to_sparse()), workers=LocalWorkers(), parts=2)
     with pytest.raises(TypeError, match=r"^CodedWrapper: output must be a dense, strided"):
+        coded(rand(4, 3))
+
+
+@pytest.mark.parametrize("code", [None, SplineCode(2, 3)])
+def test_a_nested_output_is_refused_in_one_line(code):
+    module = Call(lambda x: torch.nested.nested_tensor([*x]))
+    parts = 2 if code is None else None
+    coded = CodedWrapper(module, code, workers=LocalWorkers(), parts=parts)
+    with pytest.raises(TypeError, match=r"^CodedWrapper: output must be a dense, .* got a nested"):
         coded(rand(4, 3))
 
 
