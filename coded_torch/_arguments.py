@@ -251,7 +251,10 @@ def warn(message: str) -> None:
 
 
 class Sparing(logging.Filter):
-    """Passes one warning per minute and cause: a named one, or the text without its numbers."""
+    """Passes one warning per minute and cause.
+
+    The cause is the warning's text without numbers, with the record's ``cause`` if it has one.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()

@@ -266,7 +266,7 @@ def device_of(module: Any) -> torch.device | None:
 
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], TreeSpec]:
-    """Return the leaves and structure of a tree, of a single tensor at once.
+    """Return the leaves and the structure of a tree, which may be a single tensor.
 
     Dataclasses that torch has not seen are registered, as Hugging Face registers its outputs.
     """

@@ -130,7 +130,7 @@ def _note_parts(api: Any, table: Table, now: float, names: Mapping[int, str]) ->
 
 
 def headers() -> dict[str, str]:
-    """Return headers by which a server's spans are below the present one."""
+    """Return the headers by which a server makes its spans children of the present span."""
     found: dict[str, str] = {}
     propagate = None if _api() is None else _propagate()
     if propagate is not None:

@@ -1,4 +1,7 @@
-"""The command ``coded-torch job``: all rows of a file through a model, batch by batch."""
+"""The command ``coded-torch job``: all rows of a file through a model, batch by batch.
+
+``_files.py`` reads the rows and writes the columns of the batches' files.
+"""
 
 import contextlib
 import fcntl

@@ -174,7 +174,10 @@ class BatchPlan:
         return Trust([i for i in range(len(received)) if i not in dropped], undefended)
 
     def _compared(self, rows: Tensor, results: Sequence[Tensor], received: Sequence[int]) -> Trust:
-        """Return which results are decoded, where they are of inputs ``rows [|F|, G]``."""
+        """Return which results are decoded, if each is the module's output for one row.
+
+        ``rows``, ``[|F|, G]``, are the rows of the batch that the received workers computed.
+        """
 
         def doubt(places: list[int]) -> list[float]:
             """Return the squared errors of some results, if the others' answers are right."""

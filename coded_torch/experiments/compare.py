@@ -191,7 +191,7 @@ def compare(
 
 
 def _schemes(k: int, n: int, trial: Trial, extra: Any, names: Any) -> dict[str, Code | Decoder]:
-    """Return the schemes that can be tried by their names, all or some."""
+    """Return schemes that fit the trial, by name: the extra ones, and all or those in ``names``."""
     parts = min(n, trial.batch_size)
     codes = peers(k, n) | {"no redundancy, regression": RegressionCode(parts, parts)}
     with as_called():

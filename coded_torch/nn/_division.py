@@ -394,9 +394,9 @@ _DEALER = np.array(random.Random(0).getstate()[1], np.uint32)
 
 @functools.lru_cache(8)  # some megabytes each for 200,000 rows
 def dealt(size: int, parts: int) -> list[Units]:
-    """Return the rows of each part. Of any ``parts`` rows in turn, each part gets one, at random.
+    """Return the rows of each part: one of every ``parts`` consecutive rows, drawn at random.
 
-    So a missing part leaves some rows of each kind. The same sizes are always dealt alike.
+    If a part is missing, so are rows from all over the batch. Equal sizes are always dealt alike.
     """
     hands = list[Units]()
     for rows in deal(_DEALER, size, parts):

@@ -217,18 +217,22 @@ class Looks:
         return next(later, self.sizes[-1])
 
     def look(self, size: int) -> tuple[Tensor, Tensor]:
-        """Return the interval from so many rows, ``[2, C]``, and the interval of sampling."""
+        """Return the interval from the first ``size`` rows, and the interval of plain sampling.
+
+        Each is ``[2, C]``: centres and half widths.
+        """
         y = self._computed(size)
         if size == self._data.total:
             exact = torch.stack([y.mean(0), torch.zeros_like(y[0])])
             return exact, exact
         found, sampled = intervals(*self.estimated(size), level=self._at_looks)
         if self._bounds is not None or self._anytime:
-            places = torch.empty_like(self.order)
-            places[self.order[:size]] = torch.arange(size)
+            # `y` is in the order in which rows are computed, and bets need the order of drawing.
+            place_of_row = torch.empty_like(self.order)
+            place_of_row[self.order[:size]] = torch.arange(size)
             found = bounded(
                 found,
-                y[places[self.drawn[:size]]],
+                y[place_of_row[self.drawn[:size]]],
                 self.shares,
                 self._limits(y),
                 self._data.total,

@@ -97,8 +97,9 @@ class History:
     ) -> None:
         """Remember the rows and seconds of each part that began, and whether each part failed.
 
-        Remember the ``call``, the rows of its largest part and its seconds, unless it is None, not
-        typical. Parts that failed because of their rows are not ``failures``.
+        ``call`` holds the rows of the call's largest part and the call's seconds. It is None for a
+        call that is not typical, which is not remembered. Parts that failed because of their rows
+        are not among the ``failures``.
         """
         with self._lock:
             if parts and not self._parts.entries:

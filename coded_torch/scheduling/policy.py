@@ -89,8 +89,9 @@ class Waiting:
 
     - A part is late when its running time exceeds the hedging threshold
       (:func:`~coded_torch.scheduling.policy.hedging_threshold`). It is hedged at most three times.
-      Until 32 parts have replied, a part is late at half of the deadline. If no row may be
-      estimated, it is late after eight medians of earlier calls, but at least 2 s.
+      Until 32 parts have replied, a part is late at half of the deadline. If there is no deadline
+      and no row may be estimated, a part is late after eight times the median duration of a part,
+      and after at least 2 s.
     - A part that failed is asked again at once, in smaller parts, until the rows that fail stand
       alone. If a row raises alike on two workers, the module fails on it.
     - The call answers or raises at its deadline. If half of the results are there, missing rows are

@@ -138,6 +138,7 @@ class _Connection(HttpToolsProtocol):
             self.turn = self.loop.call_soon(self._parse)
 
     def _parse(self) -> None:
+        """Parse at most two slices of the bytes that wait, and decide when to read more."""
         self.turn = None
         for _ in range(_SLICES):
             if not self.waiting or self.flow.read_paused or self.transport.is_closing():
@@ -145,18 +146,18 @@ class _Connection(HttpToolsProtocol):
             size = self.content_left or _SLICE
             piece = bytes(self.waiting[:size])
             del self.waiting[:size]
-            self.framing_left -= len(piece)
+            self.framing_left -= len(piece)  # `on_body` adds the bytes of content again
             super().data_received(piece)
             if self.framing_left < 0:
                 self.end(b"431 Request Header Fields Too Large")
         transport: Any = self.transport
         if transport.is_closing():  # nobody parses the rest
             self.waiting.clear()
-        elif self.waiting:
+        elif self.waiting:  # the rest is parsed in the next turn, or when uvicorn reads again
             transport.pause_reading()
             if not self.flow.read_paused:
                 self.go_on()
-        elif self.is_idle and self.has_head:
+        elif self.is_idle and self.has_head:  # the answer was sent before the body had arrived
             transport.pause_reading()
             self.loop.call_later(_DISCARD_SECONDS, transport._transport.resume_reading)
         elif not (self.flow.read_paused or transport.is_reading()):

@@ -1,4 +1,8 @@
-"""The model that is served: inputs and outputs, found by calls on examples, and its versions."""
+"""The model that is served: inputs and outputs, found by calls on examples, and its versions.
+
+The outputs that the server adds, such as error bounds, are ``ADDED`` of ``open_inference``. Their
+values are columns of ``Report.rows``.
+"""
 
 import asyncio
 import contextlib

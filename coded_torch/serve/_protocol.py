@@ -1,4 +1,4 @@
-"""Reads requests of the Open Inference Protocol, version 2.
+"""Reads requests of the Open Inference Protocol, version 2. ``open_inference`` writes answers.
 
 KServe and Triton implement this protocol, too. Binary tensors are its extension
 ``binary_tensor_data``:
@@ -53,7 +53,7 @@ _NO_BRACKETS = bytes.maketrans(b"[]", b"  ")
 
 
 class RequestError(HTTPException):
-    """A request gets no answer. Metrics count by the reason, one of few words."""
+    """A request gets no answer. Metrics count requests by ``reason``, such as "queue_full"."""
 
     def __init__(self, status: int, reason: str, message: str) -> None:
         super().__init__(status, message, {"Retry-After": "1"} if status == 503 else None)

@@ -1,4 +1,7 @@
-"""The numbers of a server, under one set of names for Prometheus and for Ray."""
+"""The numbers of a server, under one set of names for Prometheus and for Ray.
+
+Numbers about one call, such as how many rows were verified, come from its report.
+"""
 
 import itertools
 import math

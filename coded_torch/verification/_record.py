@@ -1,4 +1,4 @@
-"""The record of workers over many calls, and the rows that are checked in any case."""
+"""The record of workers over many calls, and the random choice of rows that are checked."""
 
 import contextlib
 import math

@@ -362,9 +362,10 @@ def _scores(residuals: Tensor, outputs: Tensor) -> Tensor:
     r"""Score rows ``[k, C]`` by the energy and the peak of their residuals.
 
     Let z be leave-one-out residuals in robust standard deviations, and S their robust correlation
-    between outputs. The energy is :math:`z^T S^{-1} z`, and the peak the largest of
-    :math:`S^{-1} z`, standardised. Whole rows show in the first, single outputs in the second. The
-    score is the sum of their logarithms, less its median, which recent rows keep steady.
+    between outputs. The energy is :math:`z^T S^{-1} z`, and the peak is the largest entry of
+    :math:`S^{-1} z`, standardised. A row that is wrong as a whole has a large energy, and a row
+    with one wrong output has a large peak. The score is the sum of the logarithms of both, less
+    the median of these sums over all k rows. Recent rows are among them, so the median is steady.
     """
     z = residuals @ (outputs - outputs.mean(0))
     z /= z.abs().kthvalue((len(z) + 1) // 2, 0).values.clamp_(min=1e-12)

@@ -86,10 +86,14 @@ class Verifier:
         self._avoid()
 
     def decide(self, history: Any, table: Table) -> float:
-        """Check rows and settle disputes once the other policy would end the call."""
+        """Check rows and settle disputes once the other policy would end the call.
+
+        Return when to decide again: -inf for at once, and inf for at the next event.
+        """
         if not self._is_asked:
             self._is_asked = True
-            # The next decision has no results yet: it fits the regression while workers compute.
+            # Workers get their parts after this decision. If results are scored, the next one comes
+            # at once: it fits the regression while workers compute.
             return -math.inf if self.is_scored or table.reason else math.inf
         until = math.inf
         if self._add():

@@ -304,7 +304,7 @@ class Dispatcher(abc.ABC):
             self._assign()
 
     def end_part(self, worker: Worker, part: Part | None, result: Any) -> None:
-        """Do as :meth:`settle`, under the lock, and give the worker no other part yet."""
+        """End a part as :meth:`settle` does, but begin no other. The caller holds the lock."""
         if part is not None and worker.part is part:  # else it came too late
             self.reply(part, result)
             self._finish(worker)

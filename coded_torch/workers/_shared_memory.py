@@ -116,13 +116,13 @@ def _is_in_memory(tensor: Tensor) -> bool:
 
 
 def _message(form: Any, tensors: Sequence[Tensor], blocks: Any) -> Any:
-    """Return the message of a form with tensors; those that do not lie in memory are copied."""
+    """Return the message of a form with the numbers of tensors, which it holds as a copy."""
     pieces = list[tuple[int, int]]()
-    kept = list[Tensor]()
+    copies = list[Tensor]()  # pieces are addresses: the memory must last until they are read
     for tensor in tensors:
         if not _is_in_memory(tensor):
             tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-            kept.append(tensor)
+            copies.append(tensor)
         pieces.append((tensor.data_ptr(), tensor.nbytes))
     return lane.Message(form, pieces, blocks)
 

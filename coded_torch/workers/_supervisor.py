@@ -210,7 +210,7 @@ class Supervisor(Dispatcher):
         return not is_loaded or others.isdisjoint(worker.latest for worker in used)
 
     def lost(self, worker: Any, reason: str) -> None:
-        """Note that a worker has ended, or end it; ``reason`` continues its name."""
+        """Replace a worker that has ended, or end it first. Messages are "<worker> <reason>"."""
         with self.lock:
             if worker not in self._workers:
                 return
