@@ -58,7 +58,7 @@ class WorkerError(RuntimeError):
 
     @functools.cached_property
     def alike(self) -> Hashable:
-        """The same for errors of one kind that differ only in the numbers they mention."""
+        """A key that is equal for errors of one kind that differ only in the numbers in them."""
         cause = self.__cause__ or self
         text = ""
         if self.kind == "raised":
@@ -68,7 +68,7 @@ class WorkerError(RuntimeError):
 
 
 class Units(tuple[int, ...]):
-    """Units of a task, increasing, which are kept as an array, too, once that is needed."""
+    """The units of a part, increasing. They are kept as an array, too, once one is needed."""
 
     @functools.cached_property
     def array(self) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -79,8 +79,8 @@ class Units(tuple[int, ...]):
 class Part:
     """The units of a task that one worker is asked for, and what came of it.
 
-    The thread of the call writes the columns, by events of the pool, which reads those above the
-    line.
+    The thread of the call writes the columns as events of the pool arrive. The pool reads only the
+    columns above the line "---".
     """
 
     number: int  #: 0, 1, 2, ... within the request, in the order of asking
@@ -131,13 +131,16 @@ class Part:
 
     @property
     def tries(self) -> int:
-        """How often as many units failed in a row: with a code, others stand in for them."""
+        """How often parts of this size failed one after the other, up to this part.
+
+        With a code, these parts may have different units, as spare columns stand in for others.
+        """
         same = itertools.takewhile(lambda x: len(x.units) == len(self.units), self.line())
         return sum(other.failed for other in same)
 
     @property
     def verifies(self) -> bool:
-        """Whether its rows have an answer, which it is compared with."""
+        """Whether it is only for comparison: its rows have an answer from another part."""
         return self.why in ("check", "vote")
 
     @property
@@ -168,7 +171,7 @@ class Reply:
 
 
 class Failure(NamedTuple):
-    """The arguments of a :class:`WorkerError` that follow the worker: a part ends by it."""
+    """The end of a part without a result: the last arguments of its :class:`WorkerError`."""
 
     reason: str
     kind: str = ""
@@ -244,7 +247,7 @@ class Table:
 
     @property
     def parts(self) -> list[Part]:
-        """All parts. The first ones become objects when something is to be decided, or read."""
+        """All parts. The first parts become objects only when this is read."""
         make = self._make
         if make is not None:
             self._make = None
@@ -288,7 +291,7 @@ class Table:
         self._make = make
 
     def take(self, parts: Sequence[Part]) -> None:
-        """Let the first parts be objects that a pool has made."""
+        """Use the objects that a pool has made as the first parts."""
         self._make = lambda: parts
 
     def end_first(
@@ -326,7 +329,10 @@ class Table:
         return part
 
     def hear(self, events: Iterable[Began | Reply], until: float = -math.inf) -> None:
-        """Write events, or without any that nothing happens until a time; infinite: any more."""
+        """Write events. Without events, nothing has happened before the time ``until``.
+
+        If ``until`` is infinite, nothing more can happen before another part is asked for.
+        """
         ended = list[Part]()
         events = [*events]
         parts = self.parts

@@ -266,10 +266,10 @@ class CodedWrapper(ModuleProxy):
     def _prove(
         self, inputs: Inputs, waiting: Waiting, report: Report, is_needed: bool = True
     ) -> None:
-        """Note which outputs follow the rows of a part; at first, small parts of two sizes tell.
+        """Note which outputs follow the rows of a part, as small parts of two sizes have shown.
 
-        Nothing is computed unless a proof is needed.
-        Raises a ValueError if an output neither follows them nor is the same in all parts.
+        These parts are computed once, and only if a proof is needed. Raises a ValueError if an
+        output neither follows the rows nor is the same in all parts.
         """
         how = self.out_dims if type(self.out_dims) is int else repr(self.out_dims)
         module = self.module
@@ -469,9 +469,9 @@ class CodedWrapper(ModuleProxy):
 
 
 def _needs_proof(error: Exception) -> bool:
-    """Return whether outputs look wrong that may be lists or constants, which have to be proved.
+    """Return whether a proof may explain an error: outputs may be lists or constants.
 
-    Where single rows look right by chance, the others are missing because of it.
+    If single rows look right by chance, the error says instead that the other rows are missing.
     """
     if isinstance(error, NotEnoughResults):
         return isinstance(getattr(error.__cause__, "__cause__", None), WrongRows)

@@ -107,9 +107,9 @@ class Inputs:
     def _take_texts(self, dims: Sequence[Any], num_named: int) -> dict[int, list[str]]:
         """Return the strings of leaves that have one per row, and put the rows' numbers there.
 
-        Strings that are the only input have. Beside others, their length may be the batch's by
-        chance, so they have only if they are among the first ``num_named`` leaves, whose batch
-        dimensions the caller names.
+        A list of strings that is the only input has one per row. Beside other inputs, its length
+        may equal the batch size by chance. There it has one per row only if it is among the first
+        ``num_named`` leaves, whose batch dimensions the caller names.
         """
         pairs = list(zip(self.leaves, dims, strict=True))
         places = [i for i, (x, dim) in enumerate(pairs) if type(dim) is int and is_texts(x)]
@@ -188,7 +188,7 @@ class Inputs:
         return divided
 
     def task(self, out_dims: Any, division: Any = None) -> Task:
-        """Return the task of the batch, whose units are rows or, of a division, its own."""
+        """Return the task of the batch. Its units are rows, or columns if the division has some."""
         num_units = self.batch_size
         unit_rows = 1
         leaves = list[Any]()
@@ -331,7 +331,7 @@ class Division:
         return rows
 
     def rows_of(self, units: Sequence[int]) -> list[int]:
-        """Return the row of the batch that each row of some units is, unless units are mixed."""
+        """Return, for each row of some units, its number in the batch. Units must not mix rows."""
         rows: list[int] = self._rows[list(units)].flatten().tolist()
         return rows
 

@@ -326,10 +326,11 @@ class Answers:
 def _residuals(
     results: Tensor, plan: Plan, division: Division, received: Sequence[int], approximations: Any
 ) -> tuple[dict[int, float], Tensor, tuple[Tensor, ...]]:
-    r"""Return weights, residuals :math:`y - \sum_j w_j s_j` of surrogates, and both their sums.
+    r"""Return weights of surrogates, residuals :math:`y - \sum_j w_j s_j`, and two sums.
 
-    These are ``[F R, ...]``, of results, and ``[B, ...]``. Surrogates have no weights if results
-    are not estimated better from each other with them, by more than chance.
+    The first sum, ``[F R, ...]``, was subtracted from results. The second, ``[B, ...]``, is to be
+    added to answers. There are no weights unless surrogates improve the estimates of results from
+    each other by more than chance.
     """
     used = list(approximations.values())
     of_units = [division.spread(approximation)[list(received)] for approximation in used]
@@ -361,7 +362,10 @@ def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
 
 
 def least_squares(y: Tensor, approximations: Sequence[Tensor]) -> tuple[list[float], float, float]:
-    """Return weights of approximations, and the shares that they and noise explain of results."""
+    """Return weights of approximations, and the share of the results' variance they explain.
+
+    The last number is the share that noise in place of the approximations would explain.
+    """
     y = y - y.mean(0)
     s = torch.stack([(x - x.mean(0)).flatten() for x in approximations])  # [J, n C]
     products = s @ s.T

@@ -161,9 +161,9 @@ class Execution:
         return not (self._check.is_scored or self.table.avoid)
 
     def _raised_together(self) -> tuple[str, ...]:
-        """Return a note of the first part that raised, and whose rows smaller ones computed.
+        """Return a note of the first part that raised although smaller parts computed its rows.
 
-        Memory may not have held them all; or the module depends on the number of rows.
+        Memory may have been too small, or the module depends on the number of rows.
         """
         if not self._division.by_rows:
             return ()
@@ -280,7 +280,8 @@ class Execution:
     def failed(self, error: Exception | None, required: int = 0, why: str = "") -> Exception:
         """Return an exception with the report and the rows that were computed, NaN elsewhere.
 
-        If it is None, it is that ``required`` results did not arrive, and ``why``.
+        If ``error`` is None, the exception says that ``required`` results did not arrive, and
+        ``why``.
         """
         division = self._division
         report = self._report

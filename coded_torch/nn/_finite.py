@@ -40,7 +40,7 @@ def has_numbers(leaf: object) -> bool:
 
 
 def runs(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield tensors in their order, those together that lie end to end in one memory."""
+    """Yield the tensors in order, in lists of tensors that lie end to end in one memory."""
     run = list[Tensor]()
     at = end = -1
     for tensor in tensors:

@@ -114,8 +114,9 @@ class _Data:
 class Looks:
     """Does the work of :meth:`CodedWrapper.mean`, which has these arguments.
 
-    ``numbers`` are of the computed rows, ``[rows, C]`` each. ``drawn``, ``[N]``, are the rows as
-    they are drawn, ``order`` the same, but increasing in each look, and ``sizes`` the looks'.
+    ``numbers`` are of the computed rows, ``[rows, C]`` each. ``sizes`` are the numbers of rows that
+    are computed at each look. ``drawn``, ``[N]``, has the rows in the order of drawing. ``order``
+    has the same rows, but those that are new at a look are increasing.
     """
 
     shares: Tensor  #: bool ``[C]``, the columns that are shares

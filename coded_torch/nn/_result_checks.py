@@ -50,8 +50,8 @@ _NO_LAYOUT = Layout()
 class Result:
     """The module's output for a part, and its form: all that results of one module have in common.
 
-    A TypeError or a ValueError says why a value cannot be decoded. What is known of a good result
-    is not looked for again in one ``like`` it.
+    A TypeError or a ValueError says why a value cannot be decoded. A
+    tensor that differs from the good result ``like`` only in its rows takes over its form.
     """
 
     spec: TreeSpec
@@ -192,10 +192,10 @@ class Result:
     @functools.cached_property
     @outside()
     def infinities(self) -> dict[int, bytes] | None:
-        """Return the signs of all infinities of a row, by the row of the batch, if it has some.
+        """Return the signs of the infinities of each row of the batch that has some.
 
-        Leaves without rows are those of row -1. Returns None if there is NaN, but where inputs are
-        not finite, or if units are mixtures of rows.
+        Leaves without rows count as row -1. Returns None if units are mixtures of rows, or if a
+        row whose inputs are finite has NaN.
         """
         if self._division.mixes:
             return None
@@ -400,7 +400,7 @@ class Checks:
         return division.task.device.type == "cpu"
 
     def join(self, value: Any) -> bool:
-        """Judge the output for all units, which is finite, as inputs are; return if it is good."""
+        """Return whether the output for all units is good. It and the inputs are finite."""
         division = self._division
         layout = division.task.layout
         dims = division.task.out_dims
@@ -433,9 +433,9 @@ class Checks:
         return sorted(unit for units in self._division.first for unit in units)
 
     def _confirm(self, part: Part) -> None:
-        """Count the results whose infinities two workers returned alike, now that a part has some.
+        """Count the results whose infinities two workers returned alike. A new part has some.
 
-        They are the module's, such as of scores that it masks.
+        Such infinities are the module's own, for example scores that it masks.
         """
         for key in part.result.infinities.items():
             self._infinite[key].add(part.worker)
@@ -479,7 +479,7 @@ class Checks:
         self.table.mark(part, DISPUTED, error)
 
     def _count(self, part: Part) -> None:
-        """Let a result vote, and mark whose results are good, or disputed, by it."""
+        """Add a result to the group of its form. Results of the largest group become good."""
         before = []
         if self._groups:
             before = self._groups[0]

@@ -68,8 +68,8 @@ class History:
     Latencies are compared after division by ``a + b rows``, a line through the medians of the small
     and the large parts. Fewer rows than ever seen are expected to take as long as the fewest seen,
     more rows proportionally longer. The last ``num_parts`` parts are remembered. Threads may share
-    a history. A copy, or a history that was pickled, is empty. The cost is some ten microseconds a
-    part.
+    a history. A copy, or a history that was pickled, is empty. The cost is some ten microseconds
+    per part.
     """
 
     def __init__(self, num_parts: int = PARTS) -> None:
@@ -135,7 +135,10 @@ class History:
             return found
 
     def num_hedges(self, rows: int, most: int) -> int:
-        """Return how many parts stand in for a late one: ``most``, or 1 if that is no use."""
+        """Return how many parts to ask for in place of a late one, at most ``most``.
+
+        It is 1 if smaller parts would hardly take less time.
+        """
         with self._lock:
             size = -(-rows // max(1, most))
             is_known = self._fewest <= size and self._fewest < self.most_rows
@@ -153,7 +156,7 @@ class History:
             return self._quantile(self._calls, 0.5) * self._scale(rows)
 
     def failure_rate(self, ended: Sequence[bool]) -> float:
-        """Return the share of parts that fail, given which parts that just ``ended`` failed."""
+        """Return the share of parts that fail. ``ended`` says which of the newest parts failed."""
         with self._lock:
             failed = sum(self._failures) + sum(ended)
             # One more of each, as a pool without failures may fail. The last parts weigh more, as
@@ -167,7 +170,10 @@ class History:
             self._debt = max(0.0, self._debt - budget)
 
     def spend(self, work: float, most: float) -> bool:
-        """Return whether ``work``, in whole calls, may be hedged; ``most`` without any earned."""
+        """Return whether ``work``, in whole calls, may be hedged, and count it if so.
+
+        Hedges may take at most ``most`` more than the budget that was earned.
+        """
         with self._lock:
             is_allowed = self._debt + work <= most
             if is_allowed:

@@ -71,7 +71,7 @@ def hedging_threshold(history: History, rows: int, budget: float = 0.0) -> float
 
 
 def _threshold_if_new(history: History, table: Table, units: int) -> float:
-    """Return the threshold until 32 parts have replied, by those that have."""
+    """Return the threshold that holds until 32 parts have replied, from the replies so far."""
     median = history.part(units * table.unit_rows, least=1)
     if median == math.inf:
         good = [part.seconds * max(1.0, units / len(part.units)) for part in table.good]
@@ -239,7 +239,7 @@ class _Decisions:
         table.ask_first()
 
     def decide(self) -> float:
-        """Return when to decide again if nothing happens."""
+        """Decide, and return when to decide again if nothing happens."""
         table = self.table
         raised = False
         if self.is_unknown and 2 * table.num_good >= self.num_units:
@@ -391,7 +391,7 @@ class _Decisions:
                 self._ask(missing, num, part)
 
     def _may_hedge(self, part: Part, missing: Sequence[int], idle: int) -> bool:
-        """Return whether to hedge a late part now. If not now, but perhaps later, try again."""
+        """Return whether to hedge a late part now. If it may be hedged later, set the next try."""
         # A copy of a part that ended a worker would end another worker, too.
         hedges = sum(other.why == "hedge" for other in part.line())
         if hedges >= _HEDGES or any(other.kind == "died" for other in part.line()):
@@ -410,7 +410,7 @@ class _Decisions:
         return False
 
     def _ask(self, missing: list[int], num: int, of: Part) -> None:
-        """Ask for units that are missing, or for spare columns instead, in so many parts."""
+        """Ask for missing units, or for spare columns in their place, in ``num`` parts."""
         why = "hedge" if of.outcome is OPEN else "retry"
         new = [self.unasked.popleft() for _ in range(min(len(self.unasked), len(missing)))]
         units = sorted(new + missing[len(new) :])
@@ -480,7 +480,7 @@ class _Decisions:
         )
 
     def _end(self, reason: str) -> str:
-        """Return the reason for which the call may end, which it is as yet."""
+        """Prepare the end of the call for a reason, and return the reason or "error" instead."""
         table = self.table
         if reason != "complete" and table.spare is None:
             self._refuse(reason)
@@ -494,7 +494,7 @@ class _Decisions:
         return reason
 
     def _refuse(self, reason: str) -> None:
-        """Refuse rows that raised alone and no other worker can try, or three times in a row."""
+        """Refuse rows that raised alone three times, or that no other worker can try."""
         table = self.table
         failed = [part for part in self.table.parts if part.failed]
         working = {part.worker for part in table.good}

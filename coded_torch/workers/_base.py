@@ -75,7 +75,7 @@ class Task:
         return dataclasses.replace(self, leaves=leaves, num_units=len(rows), unit_rows=1)
 
     def lengths(self) -> list[int]:
-        """Return how many numbers of the first rows are not zero, and characters of strings."""
+        """Return the length of each of the first rows: its characters and its numbers but 0."""
         lengths = torch.zeros(ROWS_OF_PROOF, dtype=torch.int64, device="cpu")
         for i, dim in enumerate(self.dims):
             if dim is None:
@@ -205,12 +205,13 @@ class Request(abc.ABC):
     def round(
         self, units: Sequence[Any], until: float, join: Callable[[Any], bool] | None
     ) -> Sequence[tuple[int, float, float]]:
-        """Have the first parts, of some :class:`Units`, computed and joined, by a pool that can.
+        """Have the first parts computed and joined in one step, if the pool can do that.
 
-        The outputs of all units are given to ``join``. If it returns True, the worker of each part,
-        and the times when it began and ended, are returned. If something has to be decided before,
-        there is no ``join``, or fewer replies are wanted :attr:`together`, the :attr:`parts` are
-        there, as if asked for by :meth:`ask`. Else nothing has happened.
+        ``units`` has the :class:`Units` of each part, and ``join`` gets the outputs of all units.
+        If ``join`` returns True, return the worker of each part and when it began and ended.
+        Otherwise return nothing. Then :attr:`parts` holds the parts if they were asked for as by
+        :meth:`ask`, because something has to be decided before all have ended, there is no
+        ``join``, or fewer replies are wanted :attr:`together`. Else nothing has happened.
         """
         return ()
 
@@ -287,10 +288,10 @@ class Workers(abc.ABC):
        caller's grad mode, inference mode and autocast at that moment hold where the module runs.
     2. Parts of all requests wait in one queue, in the order of asking. An idle worker takes the
        first part whose request is open, that is not dropped, and that need not avoid this worker.
-       If a part failed on some workers, it waits for another one, unless no other is up. One that
-       spares a worker waits until another stays idle, while parts that it stands in for are
-       computed, or a worker that ended at one has no successor. If a part must avoid all workers
-       that are left, it fails.
+       If a part failed on some workers, it waits for another one, unless no other is up. If a part
+       spares a worker, one more worker must be idle when it begins, as long as a part that it
+       stands in for is computed, or has ended a worker that has no successor yet. If a part must
+       avoid all workers that are left, it fails.
     3. A worker ends its part, wanted or not, before it takes another one.
     4. Each part that has begun ends in one reply, at the latest after the ``timeout`` of the pool.
        If the module raises, the worker dies, or the result cannot be sent, the reply has an error
@@ -394,7 +395,7 @@ class Workers(abc.ABC):
     ) -> None:
         """Say what calls on an example will refuse, and which rows depend on each other.
 
-        Strings among the leaves, if nothing else has rows, are replaced there by row numbers.
+        If strings are the only leaves with rows, row numbers replace them in ``leaves``.
         """
         end = time.monotonic() + timeout
         texts = {i: x for i, x in enumerate(leaves) if is_texts(x)}
@@ -456,10 +457,10 @@ class Workers(abc.ABC):
     def prove(self, module: nn.Module, task: Task, seconds: float = math.inf) -> Layout | str:
         """Return the layout of a module's outputs, or why there is no proof, from small parts.
 
-        They have the two shortest of some rows, behind the longest, and alone in reverse, so that
-        both rows change their distances to the ends, and padding goes to another length. Different
-        workers compute them. If that tells nothing, they have one row several times.
-        Raises a ValueError if outputs do not follow the rows of parts.
+        One part has the longest of some rows and then the two shortest. Another part has only the
+        two shortest, in reverse order. So both rows change their distances to the ends, and are
+        padded to another length. Different workers compute the parts. If these tell nothing, parts
+        have one row several times. Raises a ValueError if outputs do not follow the rows of parts.
         """
         end = time.monotonic() + seconds
         # Without parameters, the module may be a server's, of any precision.
@@ -521,9 +522,9 @@ class Workers(abc.ABC):
     def _few(
         self, module: nn.Module, task: Task, sizes: Sequence[int], shift: int, seconds: float
     ) -> tuple[dict[int, Any], list[Exception]]:
-        """Return the outputs or the errors of parts of some sizes, those that came in time.
+        """Return the outputs or the errors that came in time, by the size of the part.
 
-        Beside them are errors of one worker that no other has confirmed: it may be wrong.
+        Beside them, return errors that only one worker raised: this worker may be faulty.
         """
         found = dict[int, Any]()
         if self.simulated:

@@ -196,9 +196,10 @@ def _known_form(key: Any, make: Callable[[], Any], tensors: list[Tensor]) -> Any
 
 
 class PartsInMemory:
-    """Messages with the parts of a task whose tensors lie in memory, without a tensor for each.
+    """Makes messages with the parts of a task from addresses, without a tensor for each part.
 
-    It reads where they lie, and is made anew whenever parts are asked for, as they may be moved.
+    It notes where the tensors of the task lie in memory. It is made anew whenever parts are asked
+    for, as the tensors may have moved.
     """
 
     def __init__(self, task: Any, head: bytes) -> None:

@@ -110,8 +110,9 @@ class Supervisor(Dispatcher):
     """The workers of a pool, of whom lost ones are replaced, and late ones ended.
 
     A worker hangs if it computes a part that a call waits for, and shows no sign of life for
-    ``hang_timeout`` seconds, without the time for loading the module where that is reported: that,
-    and starting, take at most ``start_timeout``. No part takes longer than ``timeout``. Subclasses
+    ``hang_timeout`` seconds. Where workers report that they load a module, the time of loading does
+    not count: loading takes at most ``start_timeout``, and so does starting. No part takes longer
+    than ``timeout``. Subclasses
     report to :meth:`ready`, :meth:`loaded`, :meth:`settle` and :meth:`lost`, and note each
     :attr:`~WatchedWorker.life`. One thread runs :meth:`serve`; any thread calls the rest.
     """

@@ -13,7 +13,7 @@ from torch.jit._trace import TopLevelTracedModule, TracedModule
 
 
 def with_scripts(pickler: Any) -> Any:
-    """Return a class of picklers that do as those of a class, and pickle TorchScript, too."""
+    """Return a subclass of a class of picklers, which can also pickle TorchScript."""
     table = getattr(pickler, "dispatch_table", None)
     usual: Any = table if isinstance(table, Mapping) else copyreg.dispatch_table
     return type("Pickler", (pickler,), {"dispatch_table": ChainMap(_SCRIPTS, usual)})

@@ -234,7 +234,7 @@ def fork(
 
 
 def _work(sock: int, program: int, caller: int, others: Iterable[int]) -> None:
-    """Be a worker, which has just been forked from a server that has other descriptors, too."""
+    """Run a worker in this process, which was just forked. Close other descriptors first."""
     code = 1
     try:
         signal.set_wakeup_fd(-1)
@@ -460,7 +460,7 @@ class LoadedModules:
                 self._modules[number] = _failure(error)
 
     def call(self, read: Callable[[], Any]) -> Any:
-        """Do a :meth:`PackedModule.part`; return, packed, whether it succeeded, and its result."""
+        """Compute a :meth:`PackedModule.part`. Return whether that succeeded, and the result."""
         try:
             head, fault, arguments = read()
             number, alive, ambient = _loads(head)
