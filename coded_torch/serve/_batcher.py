@@ -93,7 +93,7 @@ def compute(
     )
     if coded.workers.simulated:  # other pools move their inputs
         device = device_of(coded.module)
-        inputs = pytree.tree_map_only(Tensor, lambda x: x.to(device or x.device), inputs)
+        inputs = [x.to(device or x.device) if isinstance(x, Tensor) else x for x in inputs]
     try:
         args, kwargs = unflatten(inputs, form)
         with torch.no_grad():
@@ -122,11 +122,12 @@ def compute(
         expected = [(spec.dtype, [rows.stop, *spec.shape]) for spec in specs]
         raise TypeError(f"the model must return tensors {expected}, got {got}")
     named = {spec.name: leaf for spec, leaf in zip(specs, leaves, strict=True)}
-    flags = list[bool]()
+    sources = list[int]()
     if report.source is not None:
-        flags = (report.source == 2).tolist()
-    if not any(flags):
+        sources = report.source.tolist()
+    if 2 not in sources:
         return Batch(named, report, unanswered, rows)
+    flags = [source == 2 for source in sources]
     _ = report.estimated, report.error_bounds, report.label_p_values  # not in the event loop
     return Batch(named, report, unanswered, rows, flags)
 

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import ipaddress
 import secrets
@@ -341,6 +342,7 @@ def is_forwarded(headers: Mapping[str, str]) -> bool:
     return not _OTHERS.isdisjoint(headers) or any(name.startswith(_BEGINS) for name in headers)
 
 
+@functools.lru_cache(1024)
 def is_loopback(host: str) -> bool:
     """Return whether a host's address is its own."""
     try:

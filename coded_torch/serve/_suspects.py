@@ -69,7 +69,7 @@ class Suspects:
     @property
     def num_held(self) -> int:
         """The number of workers that are at such parts."""
-        return sum(suspect.is_held for suspect in self._parts)
+        return len([suspect for suspect in self._parts if suspect.is_held])
 
     @property
     def held(self) -> list[int]:

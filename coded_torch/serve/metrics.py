@@ -106,7 +106,8 @@ class Metrics:
 
     def batch(self, pool: Workers, done: Batch, rows: int, queued: Sequence[float]) -> None:
         """Count a pool's batch, whose requests waited so many seconds."""
-        self.workers(pool)
+        if self._ray:  # which asks nobody for them
+            self.workers(pool)
         report = done.report
         count = self._count
         names = pool.names

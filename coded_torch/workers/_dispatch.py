@@ -153,6 +153,13 @@ class Dispatcher(abc.ABC):
     def hear(self) -> None:  # noqa: B027 - not all pools have such messages
         """Handle the messages of workers that have come."""
 
+    def hear_news(self) -> None:  # noqa: B027
+        """Handle the messages that have come, except replies to rounds, which go on."""
+
+    def is_idle(self, worker: Any) -> bool:
+        """Return whether a worker is at no part, also of a round."""
+        return worker.part is None
+
     def bell(self) -> Any:
         """Return what :meth:`notify` releases of a request, and :meth:`wait_for` waits for."""
         bell = threading.Lock()
@@ -236,9 +243,9 @@ class Dispatcher(abc.ABC):
 
     @property
     def num_idle(self) -> int:
-        self.hear()
+        self.hear_news()
         with self.lock:
-            return sum(w.part is None and w.is_wanted for w in self._workers)
+            return sum(w.is_wanted and self.is_idle(w) for w in self._workers)
 
     def status(self, request: LiveRequest) -> str:
         """Return why parts of a request may not have begun, in words; "" if they have."""
@@ -264,13 +271,15 @@ class Dispatcher(abc.ABC):
 
     def states(self) -> dict[int, tuple[str, int]]:
         """Return the state and the process of the worker at each place."""
-        self.hear()
+        self.hear_news()
         with self.lock:
             found = dict.fromkeys(sorted(self.places), ("down", 0))
             for worker in self._workers:
                 is_known = (worker.ready or worker.excluded) and not worker.left
                 if is_known and found[worker.index][0] != "busy":
-                    state = "excluded" if worker.excluded else "busy" if worker.part else "idle"
+                    state = "idle" if self.is_idle(worker) else "busy"
+                    if worker.excluded:
+                        state = "excluded"
                     found[worker.index] = state, worker.pid
         return found
 

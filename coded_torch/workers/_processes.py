@@ -215,7 +215,7 @@ class _Processes(Supervisor):
             ready.append(part)
             if part.content.is_long:  # it took time, and workers may be idle
                 self._lane.look()
-                self._handle()
+                self.hear_news()
                 yield ready
                 ready = []
         yield ready
@@ -263,7 +263,7 @@ class _Processes(Supervisor):
         join: Callable[[Any], bool] | None,
     ) -> Sequence[tuple[int, float, float]]:
         in_memory = PartsInMemory(request.task, request.module.head)
-        if in_memory.batch is None or not in_memory.may_look or len(units) < 2:
+        if in_memory.batch is None or not in_memory.may_look:
             return ()
         rows = in_memory.rows(units)
         asked = request.now()
@@ -286,7 +286,7 @@ class _Processes(Supervisor):
             seconds = last - request.now()
             is_done = self._lane.run(call, wanted, min(seconds, _LOOK_SECONDS), request.late)
             if is_done is None:
-                self._handle()
+                self.hear_news()
                 is_done = False if seconds <= 0 else None
         is_done = is_done and wanted == len(units)  # else no more results count than are wanted
         value = None
@@ -421,17 +421,17 @@ class _Processes(Supervisor):
 
     def wait_for(self, request: LiveRequest, seconds: float) -> None:
         with self.lock:
-            self._handle()
+            self.hear_news()
             if self.closed or request.is_notified():
                 return
             lacking = min(request.together, len(request.open)) - len(request.replied)
             target = self._lane.settled(request.bell) + max(lacking, 1)
         self._lane.wait(request.bell, target, min(seconds, _LOOK_SECONDS), math.inf)
-        self._handle()
+        self.hear_news()
 
     def wait(self, seconds: float) -> None:
         self._lane.stand_by(seconds)
-        self._handle()
+        self.hear_news()
         self._assign()  # recovers from an interrupt
 
     def ring(self) -> None:
@@ -466,10 +466,9 @@ class _Processes(Supervisor):
     def hear(self) -> None:
         with self.lock:
             self._take_over_all()
-            self._handle()
+            self.hear_news()
 
-    def _handle(self) -> None:
-        """Handle the messages that have come, except replies to rounds."""
+    def hear_news(self) -> None:
         with self.lock:
             self.recover()  # else a part that was not sent could get the result of another
             if self._lane is None:
@@ -540,6 +539,9 @@ class _Processes(Supervisor):
         worker.unwanted = worker.unwanted or why
         self._ignore(worker)
         self.wake()
+
+    def is_idle(self, worker: _Process) -> bool:
+        return worker.part is None and not self._lane.has_part(worker.key)
 
     def _ignore(self, worker: _Process) -> None:
         """Hear a worker no more."""

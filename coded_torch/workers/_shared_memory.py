@@ -283,8 +283,11 @@ _known_joins: dict[Any, Any] = {}
 def joined(replies: Sequence[Any], units: Sequence[Units], task: Any) -> Any:
     """Return the values that processes replied for parts as one, of all their units in order.
 
-    Return None if they do not have the rows of the units, or one is not finite.
+    Return None if they do not have the rows of the units, or one is not finite, or if it is one
+    large reply, which nobody has to copy.
     """
+    if len(replies) == 1 and replies[0].is_long:
+        return None
     sizes = tuple(map(len, units))
     key = (lane.pickles(replies), sizes, task.unit_rows)
     plan = _known_joins.get(key)

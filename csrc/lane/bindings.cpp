@@ -302,6 +302,7 @@ PYBIND11_MODULE(_lane, m) {
       .def(
           "pop", [](lane::Lane& self) { self.pop(); }, "Remove the news that `front` returns.")
       .def("settled", &lane::Lane::settled)
+      .def("has_part", &lane::Lane::has_part)
       .def_property_readonly("leader", &lane::Lane::leader)
       .def("close", &lane::Lane::close);
 }

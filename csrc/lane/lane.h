@@ -285,6 +285,13 @@ class Lane {
     const auto found = workers_.find(worker);
     return found == workers_.end() || found->second.is_gone;
   }
+  // Whether a worker is at a part.
+  bool has_part(int64_t worker) {
+    if (is_foreign()) return false;
+    std::lock_guard lock(mutex_);
+    const auto found = workers_.find(worker);
+    return found != workers_.end() && found->second.number != kNone;
+  }
   // Removes and returns the first news: whoever takes it may release its memory in peace.
   News pop() {
     std::lock_guard lock(mutex_);

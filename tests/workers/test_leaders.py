@@ -338,3 +338,27 @@ def test_no_call_is_lost_or_wrong_whoever_is_interrupted_killed_or_stopped():
     assert trouble.counts["wrong"] == trouble.counts["hang"] == 0, trouble.counts
     assert trouble.counts["right"] > 50, trouble.counts
     assert trouble.slowest < WAIT, trouble.counts
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_states_of_workers_are_read_while_a_round_goes_on(pool, monkeypatch, num_parts):
+    """A server reads them all the time, and a round that is taken over takes longer."""
+    module = Sleepy()
+    pool.start(module, timeout=WAIT)
+    taken = []
+    queue = pool._queue
+    take_over = queue._take_over
+    monkeypatch.setattr(queue, "_take_over", lambda x: (taken.append(x), take_over(x)))
+    coded = CodedWrapper(module, workers=pool, parts=num_parts, waiting=Waiting(deadline=WAIT))
+    values = torch.full((num_parts, 1), 0.3)
+    with torch.no_grad():
+        coded(0 * values)  # proves the layout of the outputs
+    taken.clear()
+    found = []
+    (thread,) = in_threads([lambda: found.append(torch.no_grad()(coded)(values))])
+    until(lambda: queue._rounds)
+    until(lambda: [state for state, _ in pool.states.values()].count("busy") == num_parts)
+    thread.join(WAIT)
+    assert torch.equal(found[0], values)
+    assert not taken
+    assert [state for state, _ in pool.states.values()] == ["idle"] * 4
