@@ -86,8 +86,7 @@ class Execution:
                 division.inputs.read()
                 self.why = "" if table.reason == "complete" else request.status()
                 # Of a pool without places, all workers have left.
-                is_starting = bool(pool.places) and pool.num_ready == pool.num_restarts == 0
-                if self.why and is_starting:
+                if self.why and pool.places and pool.num_ready == pool.num_restarts == 0:
                     first = "workers are still starting; call pool.start(model, example) first"
                     self.why = f"{first}; {self.why}"
             finally:
