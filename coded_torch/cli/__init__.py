@@ -43,7 +43,7 @@ class CommandError(Exception):
 
 
 def say(text: str) -> None:
-    """Print at once, so that an output that cannot be written stops the work early."""
+    """Print without a buffer: if the output cannot be written, the work stops early."""
     try:
         print(text, flush=True)
     except OSError as error:
@@ -77,7 +77,7 @@ def progress(steps: Sequence[Any], what: str) -> Iterator[Any]:
 
 
 def progress_bar(total: int, what: str, initial: int = 0) -> Any:
-    """Return what shows how much is done, and how long the rest may take, on standard error.
+    """Return a progress bar on standard error: how much is done, and how long the rest may take.
 
     On a terminal it is tqdm's, if that is installed. Elsewhere it prints a line each minute.
     """

@@ -112,7 +112,7 @@ class Rows:
         self, columns: BoundArguments, size: int, starts: Iterable[int], *, keys: Any = (),
         kept: Any = None,
     ) -> Iterator[BoundArguments]:  # fmt: skip
-        """Yield batches from some rows on, with the columns in the places of their names.
+        """Yield the batches that begin at ``starts``, with columns in the places of their names.
 
         The key columns of each batch are appended to ``kept``.
         """
@@ -409,7 +409,8 @@ def _arrow(rows: Tensor | np.ndarray[Any, Any] | list[str]) -> Any:
 def opened(path: Path, mode: str = "rb", **options: Any) -> IO[Any]:
     """Open a regular file of a job's folder, in which another user may have left anything.
 
-    A ValueError says that it is no regular file, or almost only holes. Links are not followed.
+    Raises a ValueError if it is not a regular file, or holds almost no data for its size. Links are
+    not followed.
     """
     flags = os.O_NOFOLLOW | os.O_NONBLOCK  # to open a pipe would wait for its other end
     try:

@@ -240,7 +240,7 @@ def _mean(args: Namespace, coded: CodedWrapper, rows: Rows, read: Any) -> None:
 
 
 def _read_mean(path: Path, total: int) -> dict[str, Any]:
-    """Return what a mean goes on with, or raise a ValueError if it is damaged."""
+    """Return the state with which a mean is resumed; raise a ValueError if it is damaged."""
     with opened(path) as file:
         known: dict[str, Any] = load_tensors(file)
     numbers = known["numbers"]
@@ -255,7 +255,7 @@ def _read_mean(path: Path, total: int) -> dict[str, Any]:
 
 
 def _digest_of_mean(known: Mapping[str, Any]) -> str:
-    """Return a digest of all that a mean goes on with."""
+    """Return a digest of the state with which a mean is resumed."""
     numbers = (known[name].numpy().tobytes() for name in ("numbers", "shares"))
     rest = repr((known["rows"], known["seed"])).encode()
     return hashlib.sha256(b"".join([*numbers, rest])).hexdigest()
@@ -299,9 +299,9 @@ def _sum_up(folder: Path, counts: Counter[str], took: float, there: int, of: int
 
 
 def arguments_of(args: Namespace, rows: Rows, module: nn.Module, examples: Any) -> BoundArguments:
-    """Return the names of the columns in the places of the arguments of ``forward``.
+    """Return the arguments of ``forward``, with the name of a column in the place of each value.
 
-    By default they are the names in a dict of examples, if these are columns.
+    By default, the names are the keys of a dict of examples, if the file has these columns.
     """
     signature = signature_of(module)
     if not args.columns and isinstance(examples, Mapping) and {*examples} <= {*rows.names}:
@@ -396,12 +396,12 @@ def _read_claim(path: Path) -> dict[str, Any]:
 
 
 class _Pickler(pickle.Pickler):
-    """Writes a value alike in every process, and collects the modules and code of its functions."""
+    """Writes equal bytes for a value in every process. Collects modules and code of functions."""
 
     modules: set[str]
 
     def persistent_id(self, value: Any) -> Any:
-        """Return what stands for a set, a script, a tensor, a class or a function; else None."""
+        """Return a key in place of a set, a script, a tensor, a class or a function; else None."""
         if isinstance(value, (set, frozenset)):
             return sorted(_digest(each, self.modules) for each in value)
         if isinstance(value, torch.jit.ScriptModule):  # the order in its code differs
@@ -427,7 +427,7 @@ class _Pickler(pickle.Pickler):
         return None
 
     def reducer_override(self, value: Any) -> Any:
-        """Return the reduction of a value; if there is none, its look without addresses."""
+        """Return the reduction of a value or, if it has none, its ``repr`` without addresses."""
         with contextlib.suppress(Exception):
             reduced = value.__reduce_ex__(4)
             if isinstance(reduced, tuple):

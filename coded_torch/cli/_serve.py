@@ -163,7 +163,7 @@ def _fleet(args: Namespace) -> tuple[nn.Module, Any, dict[str, Any]]:
 
 
 def _header(text: str) -> tuple[str, str]:
-    """Return the name and the value of a header, which no message and no list of processes has."""
+    """Return the name and the value of a header. No message shows the value."""
     name, _, source = text.partition("=")
     value = _secret(source)
     if not name or not value:

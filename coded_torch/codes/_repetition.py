@@ -84,14 +84,14 @@ class RegressionCode(Code):
     :class:`~coded_torch.Regression` on all groups' results estimates it. If the results :math:`m`
     of a midpoint and :math:`y` of the other input arrived, it is blended with :math:`2 m - y`.
 
-    Both are planned before there are results: by the metric that is given, if it is one name, else
-    by "shrunk". Without floating-point inputs, copies are equal. ``metric``, ``length`` and
-    ``coverage`` are arguments of :class:`~coded_torch.Regression`.
+    Copies and midpoints are planned before there are results, in the given metric if it is one
+    name, else in "shrunk". Without floating-point inputs, copies are equal. ``metric``, ``length``
+    and ``coverage`` are arguments of :class:`~coded_torch.Regression`.
 
     Args:
         redundancy: "copies" or "midpoints", which need floating-point inputs and outputs, all
-            finite. Where few workers are to spare, and the module is nearly linear between inputs
-            that are alike, midpoints have less error, else more; they have no error bounds. Let
+            finite. Midpoints have the smaller error if few workers are to spare and the module is
+            nearly linear between inputs that are alike, but they have no error bounds. Let
             :func:`~coded_torch.tune` choose. Defaults to "copies".
 
     Example:

@@ -227,9 +227,9 @@ def mean_curves(values: Sequence[Floats]) -> list[Floats]:
 
 
 def _clipped(rows: Floats) -> Floats:
-    """Return results ``[F, C]`` that are at most so many times as large as usual.
+    """Return results ``[F, C]``, scaled down where they are far larger than usual.
 
-    Rounding errors of one huge result would hide all others.
+    Otherwise, rounding errors of one huge result would hide all other results.
     """
     sizes = np.abs(rows).max(1)
     usual = float(np.median(sizes))
@@ -251,9 +251,9 @@ def outliers(residuals: Residuals, encoder: Residuals, most: int) -> list[int]:
     ``encoder`` has the residuals of the encoder's own rows: a worker whose coded inputs bend more
     than others' has larger residuals, too.
 
-    As many workers as allowed are dropped, one after the other, and exchanged for others as long as
-    that leaves less energy: neighbouring wrong results hide each other from a search that never
-    looks back. Then workers whose residuals do not stand out return.
+    First, ``most + 1`` workers are dropped, one after the other. After each step, dropped workers
+    are exchanged for others as long as that leaves less energy, because neighbouring wrong results
+    hide each other. Then workers whose residuals do not stand out are taken back.
 
     Reference:
         The residuals of left-out results are those of Craven and Wahba, *Smoothing noisy data with
@@ -273,10 +273,11 @@ def outliers(residuals: Residuals, encoder: Residuals, most: int) -> list[int]:
 
 
 def _neighbours_instead(residuals: Residuals, dropped: list[int], most: int) -> list[int]:
-    """Return a set that leaves less energy, with the others of a stretch instead of its dropped.
+    """Return a set of workers without whom less energy is left, or an empty set.
 
-    Honest workers between wrong ones that shift alike look wrong themselves. No exchange of one or
-    two leads from them to the wrong ones. The set is empty if none leaves less energy.
+    In one stretch of neighbouring workers, dropped and kept ones change places. If wrong workers
+    shift results alike, the honest ones between them look wrong. No exchange of one or two workers
+    leads from the honest to the wrong ones.
     """
     if not dropped:
         return []
@@ -320,10 +321,10 @@ def _standing_out(residuals: Residuals, encoder: Residuals, dropped: list[int]) 
 def is_doubtful(
     residuals: Residuals, encoder: Residuals, dropped: Collection[int], most: int
 ) -> bool:
-    """Return whether workers stand out, too little to be dropped, beside the ``dropped`` ones.
+    """Return whether further workers stand out, but too little to be dropped.
 
-    They are the others of ``most`` without whom the least energy is left. If as many are dropped,
-    it is one more.
+    The further workers are the ones without whom the least energy is left: as many as make ``most``
+    together with the ``dropped`` ones, and at least one.
     """
     suspects = [*dropped]
     while len(suspects) < max(most, len(dropped) + 1):
@@ -336,7 +337,8 @@ def is_doubtful(
 def are_scaled_alike(residuals: Residuals, most: int) -> bool:
     """Return whether ``most`` workers look scaled by one factor, though none of them stands out.
 
-    Five results that are 1.5 times too large change one row's answers little, and all rows' alike.
+    If five results are 1.5 times too large, the answers of a single row change little, but the
+    answers of all rows change alike.
     """
     factors = residuals.factors()
     if len(factors) < 2:
@@ -382,9 +384,9 @@ def _pairs(dropped: Sequence[int]) -> list[tuple[int, int]]:
 def _excess(
     residuals: Residuals, encoder: Residuals, dropped: Sequence[int]
 ) -> tuple[list[float], float]:
-    """Return by how much the residual of each dropped worker stands out, and how much is enough.
+    """Return by how much the residual of each dropped worker stands out, and the threshold.
 
-    Both are logarithms of ratios of residuals, means over groups.
+    Both are logarithms of ratios of residuals, averaged over groups.
     """
     squares = _relative(residuals, encoder, dropped)
     kept = [i for i in range(len(squares)) if i not in dropped and squares[i].any()]
@@ -411,7 +413,7 @@ def _excess(
 
 
 def _above_neighbours(scores: Floats) -> tuple[Floats, float]:
-    """Return by how much each score is above its neighbours' median, and the spread of that."""
+    """Return each score less the median of its neighbours, and the spread of the differences."""
     nearby = [
         np.median(scores[max(0, i - NEIGHBOURS) : i + NEIGHBOURS + 1]) for i in range(len(scores))
     ]
@@ -420,7 +422,7 @@ def _above_neighbours(scores: Floats) -> tuple[Floats, float]:
 
 
 def _relative(residuals: Residuals, encoder: Residuals, dropped: Sequence[int]) -> Floats:
-    """Return squared studentised residuals ``[F, G]`` over what the encoder lets expect."""
+    """Return squared studentised residuals ``[F, G]`` over the size that the encoder explains."""
     squares, _ = residuals.without(dropped)
     bends = encoder.without(dropped)[0][:, 0]
     usual = 0.0

@@ -38,9 +38,10 @@ class FaultyWorkers(Workers):
     until the pool ends it. A crash ends its process; a thread raises instead. On
     :class:`~coded_torch.workers.LocalWorkers` delays pass on the virtual clock.
 
-    The faults of a part depend on the seed, the number of its request, in the order in which
-    requests first ask, and its own number. If a request first asks for n parts, part p has entry
-    p modulo n of draw p // n for n workers. Distributions with a state move on once per request.
+    The faults of a part depend on the seed, on the number of its request and on its own number.
+    Requests are numbered in the order in which they first ask. If a request first asks for n parts,
+    part p has entry p modulo n of draw p // n for n workers. Distributions with a state move on
+    once per request.
 
     Args:
         pool: the pool that computes, and is closed with this one.

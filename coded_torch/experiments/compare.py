@@ -220,7 +220,7 @@ def _schemes(k: int, n: int, trial: Trial, extra: Any, names: Any) -> dict[str, 
 
 
 def _defended(schemes: Mapping[str, Code | Decoder], adversaries: int) -> dict[str, Code | Decoder]:
-    """Return the codes that can tell wrong results from others, as they do so."""
+    """Return the codes that can drop wrong results, with this defence switched on."""
     return {
         f"{name}, defended": code.replace(adversaries=adversaries)
         for name, code in schemes.items()

@@ -63,7 +63,7 @@ class Option(NamedTuple):
 
     @property
     def _rank(self) -> tuple[float, ...]:
-        """The order of preference, the least first: work, or lateness if no option is in time."""
+        """A key that is smallest for the best option: its work or, if it fails, its lateness."""
         # Work to three digits: of options that differ by less, the one with the shorter tail wins.
         return not self.meets, round(self.work, 3) if self.meets else self.late, self.slowest
 
@@ -78,7 +78,7 @@ class Plan(NamedTuple):
 
     @property
     def best(self) -> dict[str, Option]:
-        """By kind, the option that meets the objective at least work, or else the least late."""
+        """By kind, the option that meets the objective at least work, or else is least late."""
         kinds = grouped(self.options, lambda option: option.kind)
         return {kind: min(kinds[kind], key=lambda x: x._rank) for kind in _KINDS if kind in kinds}
 
@@ -124,8 +124,8 @@ def read_latencies(path: Path) -> Seconds:
 def measured(seconds: Seconds, part: float) -> Conditions:
     """Return the conditions of measured latencies, for parts of so many median seconds.
 
-    Their lower half defines a lognormal body, and its hedging threshold the tail, whose seconds do
-    not depend on a part's size.
+    The lower half of the latencies defines a lognormal body. Latencies above the hedging threshold
+    are the tail: their seconds beyond the median do not depend on the size of a part.
     """
     lower = np.quantile(seconds, 0.25)
     median = np.median(seconds)

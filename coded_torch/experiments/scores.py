@@ -213,8 +213,8 @@ class Row(NamedTuple):
 class Comparison:
     """The result of :func:`compare`; ``print`` shows it as a table in 80 columns.
 
-    Intervals are Student's, at 95 %, over batches; seeds are averaged first. One of more than
-    half of its number is printed as a factor: 0.3 ×/÷ 2 is from 0.15 to 0.6.
+    Intervals are Student's, at 95 %, over batches; seeds are averaged first. If half the width is
+    more than half of the number, it is printed as a factor: 0.3 ×/÷ 2 is from 0.15 to 0.6.
     """
 
     records: Sequence[Record]  #: the raw data

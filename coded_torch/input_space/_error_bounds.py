@@ -136,16 +136,20 @@ def bounds_of(
 
 
 def label_p_values(margins: Tensor, left_out: Tensor, wrong: Tensor) -> Tensor:
-    """Return the p-values ``[L]`` of wrong labels, from margins ``[n]`` left out, some wrong."""
+    """Return the p-values of labels, ``[L]``, from the ``margins`` of their estimates, ``[L]``.
+
+    ``left_out``, ``[n]``, are the margins of results as all others estimate them. ``wrong`` says
+    which of these estimates have a wrong label.
+    """
     worse = left_out[wrong].sort().values
     larger = len(worse) - torch.searchsorted(worse, margins)
     return (1.0 + larger.double()) / (len(wrong) + 1)
 
 
 class ErrorBounds:
-    """The error bounds of a batch, at any level; rows without are computed.
+    """The error bounds of a batch, at any level. Rows in none of the ``bounds`` are computed.
 
-    Answers may be off by more than the thresholds say, ``by``, ``[B]``.
+    ``by``, ``[B]``, is added to the bounds, for errors that the thresholds do not include.
     """
 
     def __init__(
@@ -173,7 +177,7 @@ class ErrorBounds:
         return bounds
 
     def oddness(self) -> list[tuple[int, float]]:
-        """Return places of results, and numbers that rank how odd these look if left out."""
+        """Return pairs of the place of a result and a number, larger if the result looks odder."""
         pairs = list[tuple[int, float]]()
         for each in self._bounds:
             results = []
@@ -183,18 +187,21 @@ class ErrorBounds:
         return pairs
 
     def enough(self, coverage: float) -> bool:
-        """Return whether results are as many as the level needs."""
+        """Return whether there are as many results as the level needs."""
         return all((1 - coverage) * (x.thresholds.shape[2] + 1) >= 1 - 1e-9 for x in self._bounds)
 
     def calibrated(self, thresholds: Tensor, off: Tensor) -> ErrorBounds:
-        """Return error bounds by thresholds ``[B, m]`` of estimates that are ``off``, ``[B]``."""
+        """Return error bounds from the thresholds ``[B, m]`` of other estimates.
+
+        ``off``, ``[B]``, is the distance of these estimates from the answers.
+        """
         limits = (thresholds + off[:, None])[None]
         own = ((x, limits[:, x.rows]) for x in self._bounds)
         bounds = [Bounds(x.rows, each, x.odd, self._of_labels(x)) for x, each in own]
         return ErrorBounds(self.batch_size, bounds)
 
     def widened(self, by: Tensor) -> ErrorBounds:
-        """Return bounds of answers that are off by more, float64 ``[B]``, inf if unknown."""
+        """Return bounds that are larger by float64 ``[B]``, which is infinite where unknown."""
         return ErrorBounds(self.batch_size, self._bounds, by if self._by is None else self._by + by)
 
     def _of_labels(self, bounds: Bounds) -> Tensor | None:
@@ -217,9 +224,9 @@ class ErrorBounds:
 class Exchangeability:
     """Tests whether rows that are hard to estimate come later than others.
 
-    In each call, the latencies of parts are ranked, and how odd their results look where they are
-    left out. As long as latencies do not depend on content, every order of the latencies among
-    parts of one size is equally likely, which gives the rank correlation its mean, 0, and its
+    In each call, parts are ranked by latency, and by how odd their results look when all others
+    estimate them. As long as latencies do not depend on content, every order of the latencies
+    among parts of one size is equally likely. So the rank correlation has mean 0 and a known
     variance. The sum over calls is compared with the boundary of a normal mixture, which it exceeds
     with a probability of about .01, however many calls there are. Threads may share a test. A copy,
     or a test that was pickled, knows no calls.

@@ -52,8 +52,9 @@ class GaussianProcess:
     Attributes:
         tensors: of the process, for operators.
         leave_one_out_variances: ``[n]``, float64, of each result that is left out.
-        variances: ``[L]``, float64, of estimates, in the outputs'.
-        weights_of_left_out: ``[L, n]``, float64, of results that are left out in estimates.
+        variances: ``[L]``, float64, of estimates, in units of the outputs' variance.
+        weights_of_left_out: ``[L, n]``, float64, in estimates, of the results that are left out in
+            turn.
     """
 
     def __init__(
@@ -68,11 +69,11 @@ class GaussianProcess:
         self.variances, self.leave_one_out_variances, self.weights_of_left_out = self.tensors[6:]
 
     def estimate(self, results: Tensor, trust: float | None = None) -> Estimates:
-        """Return estimates from results ``[M, C]``, float64; the trust is theirs by default."""
+        """Return estimates from results ``[M, C]``, float64. They set the trust if it is None."""
         return Estimates(*ops.estimate(self.tensors, results, trust))
 
     def leave_one_out_residuals(self, results: Tensor) -> Tensor:
-        """Return results ``[M, C]`` less their estimates from all others, where they lie."""
+        """Return results ``[M, C]`` less their estimates from all others, on the same device."""
         if results.device.type == "cpu" and results.shape[1] < len(results):
             return self.estimate(results.double().contiguous()).residuals
         return self.maps[1].to(results) @ (results - results.mean(0))
@@ -126,7 +127,7 @@ class RowProcess(GaussianProcess):
 
 
 def _expected_error(covariances: Tensor) -> Tensor:
-    """Return the size of errors to expect, ``[n]``, by the covariance with the nearest result."""
+    """Return expected sizes of errors, ``[n]``, from the covariance with the nearest result."""
     nearest = covariances.amax(1).double()
     return (1 + NUGGET - nearest.square()).clamp(min=NUGGET) ** (_GROWTH / 2)
 

@@ -39,11 +39,12 @@ class Chosen(NamedTuple):
 class Regressor:
     """Estimates rows of a batch from results of others, in the metric and length that do it best.
 
-    The ``distances`` are of rows that are estimated together. The ``length`` is None to choose it.
-    The ``source``, ``[B]``, is the place of each row's result among ``[n, ...]``, or -1; all rows
-    have one by default. Choices are compared on ``compared`` results, or an eighth if it is more.
-    ``known``, ``[M]``, are places of rows that estimate the ``missing``, ``[L]``, rows of the
-    batch. If there are none, all results of the batch are taken, and estimate by their mean.
+    ``distances`` are of rows that are estimated together. If ``length`` is None, it is chosen.
+    ``source``, ``[B]``, is the place of each row's result among ``[n, ...]``, or -1. By default,
+    all rows have a result. Choices are compared on ``compared`` results, or on an eighth of all if
+    that is more. ``known``, ``[M]``, are the places of the rows that estimate others, and
+    ``missing``, ``[L]``, are the rows to estimate. If no row is known, the mean of all results
+    of the batch estimates them.
     """
 
     def __init__(
@@ -203,7 +204,10 @@ class Regressor:
         return _scaled(sample, size), size
 
     def left_out_squares(self, values: Sequence[Tensor]) -> list[float]:
-        """Return the sums of squared errors of estimating values from each other, as the first."""
+        """Return the sum of squared leave-one-out errors of each of the values.
+
+        The metric and the length are the ones that estimate the first of the values best.
+        """
         values = [x[self._used] for x in values]
         process = self.fit(values[0]).process
         left_out = off_mean if process is None else process.leave_one_out_residuals

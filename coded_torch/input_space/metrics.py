@@ -163,7 +163,7 @@ def leaves_of(inputs: Sequence[Tensor]) -> list[Leaf]:
 
 
 class Sources:
-    """The features of a batch, as given or of its inputs; callables make others, or a note."""
+    """The features of a batch: ``leaves`` if given, else made from its inputs, and callables'."""
 
     def __init__(
         self,

@@ -80,9 +80,9 @@ def compute(
     parts: int | None,
     spares: int = 1,
 ) -> Batch:
-    """Compute a batch, whose ``(args, kwargs)`` have a form, in some seconds.
+    """Compute a batch. After ``seconds``, missing rows are estimated.
 
-    At their end, missing rows are estimated. ``spares`` is that of :class:`Waiting`.
+    ``form`` is the structure of ``(args, kwargs)``, and ``spares`` the field of :class:`Waiting`.
     """
     if coded.code is not None or not coded.workers.num_workers:
         parts = None  # there are no idle workers to divide it over
@@ -171,10 +171,9 @@ class _Entry:
         self.future: asyncio.Future[Batch] = asyncio.get_running_loop().create_future()
 
     def fits(self, other: _Entry) -> bool:
-        """Return whether one batch may hold both.
+        """Return whether one batch may hold both requests.
 
-        It ends at the earlier of their deadlines, and takes workers that clients may have who are
-        known, or who are not.
+        The batch ends at the earlier deadline. Its clients must all be known, or all unknown.
         """
         seconds = self.deadline - self.arrived
         others = other.deadline - other.arrived
@@ -274,8 +273,8 @@ class Batcher:
     ) -> None:
         """Refuse (503) a request if the queue is full, or its answer would probably be late.
 
-        If the workers hang, only a request that is read is refused: a wrong one gets 400 even then.
-        One of a known client waits for the successor of a worker that is ended for it.
+        If workers hang, a request is refused only after it was read, because a wrong one must get
+        400. A known client's request waits for the successor of a worker that is ended for it.
         """
         if len(self._queue) >= self.max_queued:
             raise RequestError(503, "queue_full", f"{self.max_queued} requests are waiting")
@@ -426,14 +425,14 @@ class Batcher:
         return self._is_overdue(batch.begin, batch.deadline, batch.longest)
 
     def _is_overdue(self, begin: float, deadline: float, rows: int) -> bool:
-        """Return whether a part of some rows takes unusually long, if it began at a time."""
+        """Return whether a part of so many rows that began at a time takes unusually long."""
         usual = self._usual(rows) * _LATE or (deadline - begin) / 2
         return time.monotonic() - begin > max(usual, _SOONEST)
 
     def _waiting_rows(self) -> set[bytes]:
-        """Return digests of rows that wait, as batches that take unusually long have them.
+        """Return digests of the rows that must wait, because a late batch has equal rows.
 
-        A row that has hung or ended a worker is in one batch at a time, too.
+        A row that has hung or ended a worker is also in one batch at a time.
         """
         waiting = set[bytes]()
         for batch in self._ongoing.values():

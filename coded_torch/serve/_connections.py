@@ -51,7 +51,7 @@ class _Transport:
         return getattr(self._transport, name)
 
     def begin(self) -> None:
-        """Send the begin of the answer, so that a client that has gone says so."""
+        """Send the begin of the answer: the host of a client that has gone refuses it."""
         if not (self._is_begun or self._written):
             self._is_begun = True
             self._transport.write(_BEGIN)
@@ -236,10 +236,10 @@ class _Connection(HttpToolsProtocol):
 
 
 class _Server(uvicorn.Server):
-    """Answers, at its end, whatever has reached it.
+    """Answers all requests that have reached it before it ends.
 
-    Connections that wait to be accepted are, and a connection ends with its next answer, which
-    says so, or once it has been idle for a while.
+    It accepts the connections that wait. A connection ends with its next answer, which says so, or
+    once it has been idle for a while.
     """
 
     async def startup(self, sockets: Any = None) -> None:

@@ -67,7 +67,10 @@ def bind(owner: object, module: nn.Module, examples: Any) -> inspect.BoundArgume
 
 
 def in_order(inputs: Sequence[TensorSpec], call: inspect.BoundArguments) -> Sequence[TensorSpec]:
-    """Return specs in the order of a call's leaves if they have their names, else as they are."""
+    """Return specs in the order of the call's leaves, if the names of both are the same.
+
+    Otherwise return them in their own order.
+    """
     names = _inputs_of(call)
     by_name = {spec.name: spec for spec in inputs}
     if names.keys() == by_name.keys():
@@ -203,7 +206,7 @@ class Versions:
         return self._stop is not None
 
     def renew(self) -> str:
-        """Do as :meth:`app.renew`."""
+        """Load the next version, and return it, as :meth:`App.renew` says."""
         if not self._loading.acquire(blocking=False):
             raise RuntimeError("App: no version can be loaded now, as one is being loaded")
         (coded, version) = self.present
@@ -333,12 +336,12 @@ def _forget(pool: Any, module: nn.Module) -> None:
 
 
 def _states(weights: Iterable[Tensor]) -> list[tuple[int, ...]]:
-    """Return what changes if weights are replaced, or changed in place."""
+    """Return a key that differs once weights are replaced, or changed in place."""
     return [(id(x), *state_of(x)) for x in weights]
 
 
 def is_forwarded(headers: Mapping[str, str]) -> bool:
-    """Return whether a request comes from a page or by a proxy, so that its address is of these."""
+    """Return whether a request comes from a page or by a proxy: the address is not the client's."""
     return not _OTHERS.isdisjoint(headers) or any(name.startswith(_BEGINS) for name in headers)
 
 

@@ -159,14 +159,14 @@ def _too_large(most: int, where: str = "") -> RequestError:
 
 
 def _yield(until: float) -> None:
-    """Let the event loop run, which waits for the interpreter's lock; TimeoutError after a time."""
+    """Release the interpreter's lock for the event loop. Raise a TimeoutError after ``until``."""
     time.sleep(0)
     if time.monotonic() > until:
         raise TimeoutError
 
 
 def _past(pattern: re.Pattern[bytes], body: bytearray, place: int, until: float) -> int:
-    """Return where what a pattern repeats ends, which is read in pieces."""
+    """Return the end of the repetitions of a pattern from a place on, matched piece by piece."""
     while True:
         end = _end_of(pattern, body, place)
         if end == place:
@@ -184,8 +184,7 @@ def _end_of(pattern: re.Pattern[bytes], body: bytearray, place: int) -> int:
 def _strings(body: bytearray, begin: int, until: float) -> Iterator[slice]:
     """Yield the pieces of a list of strings that begins at a place: strings with commas between.
 
-    The next byte is the list's last bracket, or else the list is another one: strings are not
-    nested, and none of a list stands before a colon.
+    If the byte behind the pieces is not the closing bracket, the list does not hold strings alone.
     """
     place = begin + 1
     while True:

@@ -41,12 +41,13 @@ class _Suspect(NamedTuple):
 class Suspects:
     """Remembers parts that got no result before the end of their call, and clients with answers.
 
-    - While a worker is at a row, alone in a part, the row is refused (503). A worker that returns a
-      result, however late, clears it. Once two workers have ended at it, by themselves or by the
-      hang timeout, it is refused (500) for five minutes.
-    - A client is known once a row of it was computed, except while a worker is at a part of it, or
-      has just ended at one. Once 32 rows of it were computed, parts of one call may be such: a
-      worker that is stopped stays at any row.
+    - A row is refused (503) while a worker is at it, alone in a part, after its call has ended. A
+      result of the row, however late, clears it. Once two workers have ended at the row, by
+      themselves or by the hang timeout, it is refused (500) for five minutes.
+    - A client is known once a row of it was computed. It is not known while a worker is at one of
+      its parts after the call, or has just ended at one. Once 32 of its rows were computed, it
+      stays known while this is so for the parts of one call only: a worker that the system has
+      stopped stays at any row.
 
     Any thread may call.
     """

@@ -78,7 +78,7 @@ class Memory:
         self._forget()
 
     def _forget(self) -> None:
-        """Begin anew, as another generation."""
+        """Forget all rows, and begin another generation."""
         self._generation += 1
         self._form: Any = None
         self._space: Coordinates | None = None  # once it is frozen
@@ -182,7 +182,7 @@ class Memory:
             return found, thresholds
 
     def rebuild(self) -> None:
-        """Learn all that is remembered, and wait: for results observed before the first call."""
+        """Learn all remembered results, and wait for that. Use it before the first call."""
         for _ in range(2):  # one that is under way may have begun before the last results
             with self._lock:
                 self._rebuild(at_once=True)
@@ -190,7 +190,7 @@ class Memory:
                 self._making.join()
 
     def _rebuild(self, at_once: bool = False) -> None:
-        """Have a thread make the regression again, at once or in its turn; never wait."""
+        """Have a thread make the regression again: ``at_once``, or if enough results are new."""
         enough = self._num_fresh >= min(FRESH, self.capacity)
         in_turn = enough and self._seconds <= SHARE * (time.monotonic() - self._ended)
         is_idle = self._making is None or not self._making.is_alive()  # a fork leaves it dead

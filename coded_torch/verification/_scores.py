@@ -77,7 +77,7 @@ class Scores:
 
     @property
     def has_time(self) -> bool:
-        """Whether the scores of earlier calls took little enough of their time for another."""
+        """Whether scoring has taken so little of the time of calls that this call may be scored."""
         return self._seconds > 0
 
     def spend(self, scoring: float, call: float) -> None:
@@ -110,7 +110,7 @@ class Scores:
 
 
 class _Bar:
-    """A quantile of the last scores, found anew from time to time."""
+    """A threshold, ``at``: a quantile of the last scores, found again from time to time."""
 
     def __init__(self, share: float) -> None:
         self.at = math.inf
@@ -119,7 +119,7 @@ class _Bar:
         self._scores: deque[float] = deque(maxlen=_KEPT)
 
     def add(self, scores: Sequence[float]) -> None:
-        """Add scores, and find the quantile anew if enough are new."""
+        """Add scores, and find the quantile again if enough scores are new."""
         self._scores.extend(scores)
         self._new += len(scores)
         if len(self._scores) >= 1 / self._share and self._new >= len(self._scores) / _ANEW:
@@ -218,14 +218,14 @@ class Results:
         return max(self.learnt_tolerance, _LOOSE if is_half else _EXACT)
 
     def doubt(self, workers: Collection[int]) -> None:
-        """Take the spread of outputs, and all differences, anew, without the results of workers."""
+        """From now on, measure the spread of outputs without the results of these workers."""
         if not self._doubted.issuperset(workers):
             self._doubted = frozenset(workers)
             self._spreads.clear()
             self._differences.clear()
 
     def differences(self, pairs: Collection[tuple[Part, Part]]) -> list[Mapping[int, float]]:
-        """Return the largest difference of any output, for each pair of parts and row of both.
+        """Return, for each pair of parts, the largest difference of an output in each common row.
 
         It is 0 for equal bits, and infinite for NaN and for outputs of different shapes.
         """
@@ -291,7 +291,10 @@ class Results:
         return odd
 
     def scores(self, answers: Mapping[int, Part]) -> dict[int, float]:
-        """Return scores by row, larger if others estimate its result worse; empty if not known."""
+        """Return a score by row: the larger, the worse other rows estimate its result.
+
+        Return no scores if they cannot be computed.
+        """
         if self._known is None or not self._scored or not answers.keys() >= {*self._rows}:
             return {}
         with _scoring(), exactly():
@@ -307,7 +310,7 @@ class Results:
         return {}
 
     def _outputs(self, answers: Mapping[int, Part], rows: Sequence[int]) -> Tensor:
-        """Return the outputs that are scored, ``[n, C]``, of n rows."""
+        """Return the scored outputs of n rows, ``[n, C]``."""
         parts, places = self._placed(zip(map(answers.__getitem__, rows), rows, strict=True))
         return torch.cat([*map(self._scored.__getitem__, parts)])[places]
 
@@ -327,8 +330,8 @@ class Results:
         """Keep credible answers for later calls to learn, and their scores.
 
         Args:
-            unverified: the rows whose checks are missing. None if a worker is doubted, as wrong
-                results make those beside them look odd: no scores are learnt.
+            unverified: the rows whose checks are missing. None if a worker is doubted: then no
+                scores are learnt, as wrong results make right ones look odd.
         """
         with _scoring():
             self._scores.spend(self._scoring, time.perf_counter() - self._since)
@@ -383,8 +386,8 @@ def _scores(residuals: Tensor, outputs: Tensor) -> Tensor:
 def _spreads(rows: Tensor, num_workers: int) -> tuple[Tensor, Tensor]:
     """Return medians and spreads, on the host: ``[C]`` of ``[n, ...]``, or one for all.
 
-    The rows are as many of each worker, side by side. A worker whose outputs are spread far wider
-    than those of the usual one does not count, so that half of the workers may be wrong.
+    The rows of a worker are side by side, and each worker has equally many. A worker whose outputs
+    are spread far wider than usual does not count, so that half of the workers may be wrong.
     """
     values = _flat_rows(rows)
     columns = values.shape[1]

@@ -106,15 +106,15 @@ class Verifier:
         return until
 
     def _avoid(self) -> None:
-        """Let no worker at fault get a part; a pool that cannot exclude workers avoids them."""
+        """Give no part to workers at fault, nor to excluded ones if the pool cannot exclude."""
         record = self.record
         excluded = record.excluded if record.pool.exclude is None else ()
         self.table.avoid = frozenset({*excluded, *self.faults})
 
     def _add(self) -> bool:
-        """Add the results that are good now, and let none of a worker at fault be an answer.
+        """Add the good results, and drop the answers of workers at fault.
 
-        Return whether there was such an answer.
+        Return whether an answer was dropped.
         """
         self.results.learnt_tolerance = self.record.tolerance
         good = self.table.good
@@ -138,7 +138,7 @@ class Verifier:
         return is_dropped
 
     def _begin(self) -> None:
-        """Note what answers when the call might end, and which workers are new."""
+        """Note the answers at the time when the call could end, and which workers are new."""
         table = self.table
         late = self.table.hedging_threshold
         self._first = dict(table.answered)
@@ -155,7 +155,7 @@ class Verifier:
             self.record.renew({*fresh} - (self.record.excluded - self._out))
 
     def _verify(self, reason: str) -> float:
-        """Ask for checks and votes until all is known that can be, and let the call end then."""
+        """Ask for checks and votes until none can decide any more, and let the call end then."""
         table = self.table
         record = self.record
         if self._first is None:
@@ -239,7 +239,7 @@ class Verifier:
     # The checks.
 
     def _of_fresh(self) -> set[int]:
-        """Draw more rows of the workers in their trial period, if not all are."""
+        """Draw more rows of workers in their trial period, of which a larger share is checked."""
         record = self.record
         more = self.record.often - self._share
         fresh = {*filter(record.fresh, record.workers)}
@@ -346,7 +346,7 @@ class Verifier:
             self._probe(worker)  # the others are enough to find a fault of theirs, too
 
     def _probe(self, worker: int) -> None:
-        """Have a worker at fault compute what others answered, and what it has not seen."""
+        """Have a worker at fault compute rows of others that it has not seen, a part per fault."""
         table = self.table
         probes = self._probes
         unasked = self.faults[worker]  # a probe per fault
