@@ -163,14 +163,16 @@ def test_large_results_ask_for_huge_pages():
         pytest.skip("the system does not grant huge pages on request")
     coefficients, schedule, _ = make_plan(5, torch.float32)
     out = ops.spline_apply(torch.randn(5, 1, 2**21), coefficients, schedule)  # [12, 1, 2 MB]
-    huge, inside = 0, False
+    first, last = out.data_ptr(), out.data_ptr() + out.nbytes
+    asked = shared = 0
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
             begin, end = (int(bound, 16) for bound in bounds.groups())
-            inside = begin < out.data_ptr() + out.nbytes and out.data_ptr() < end
-        elif inside and line.startswith("AnonHugePages:"):
-            huge += int(line.split()[1]) << 10
-    assert huge >= 0.9 * out.nbytes
+            shared = max(0, min(end, last) - max(begin, first))
+        elif line.startswith("VmFlags:") and "hg" in line.split():
+            asked += shared
+    # Whether the system grants them depends on how divided its free memory is.
+    assert asked >= 0.9 * out.nbytes
 
 
 @both_ways
