@@ -42,7 +42,7 @@ class Layout:
         self.lists = lists
         self.spec: TreeSpec | None = None
         self.constants = frozenset[int]()
-        self._shared: int | None = None  # a hash of the leaves without rows, if there are any
+        self.fixed = dict[int, int]()  #: by place, a hash of each leaf that all parts return alike
         self.is_doubted = False  #: true if later results do not fit it: it is proved again
         self.note = ""  #: a remark on each call: the rows of the module depend on each other
 
@@ -55,25 +55,18 @@ class Layout:
         """Return the leaves, where a list with an item per row is one leaf, and the structure."""
         return flatten(value, self._is_whole(value) if self.lists else None)
 
-    def keep_shared(self, leaves: Sequence[Any]) -> None:
-        """Remember the leaves without rows of a part, which all parts must return alike."""
-        self._shared = self._hash_of_shared(leaves)
+    def differing(self, leaves: Sequence[Any], spec: TreeSpec) -> list[int]:
+        """Return the places of leaves without rows that are others than in the parts of the proof.
+
+        An output of another structure has none.
+        """
+        if spec != self.spec:
+            return []
+        return [i for i, known in self.fixed.items() if _hash_of(leaves[i]) != known]
 
     def differs(self, value: Any) -> bool:
         """Return whether an output has other leaves without rows than the parts of the proof."""
-        if self._shared is None:
-            return False
-        leaves, spec = self.flatten(value)
-        return spec == self.spec and self._hash_of_shared(leaves) != self._shared
-
-    def _hash_of_shared(self, leaves: Sequence[Any]) -> int | None:
-        shared = list[Any]()
-        for i, leaf in enumerate(leaves):
-            if i in self.constants:
-                shared.append(bits(leaf))
-            elif leaf is not None and isinstance(leaf, CONSTANTS):
-                shared.append((type(leaf), leaf))
-        return hash(tuple(shared)) if shared else None
+        return bool(self.fixed and self.differing(*self.flatten(value)))
 
     def name(self, value: Any, i: int) -> str:
         """Return the Python expression of a leaf of an output."""
@@ -109,11 +102,13 @@ def prove(outputs: Sequence[Any], out_dims: Any) -> Layout:
                 continue
             if bits(leaf) == bits(other):
                 constants.add(i)
+                layout.fixed[i] = _hash_of(leaf)
                 continue
             got = f"shapes {tuple(leaf.shape)} and {tuple(other.shape)}"
         elif isinstance(leaf, CONSTANTS) and (type(leaf), leaf) != (type(other), other):
             got = f"{leaf!r} and {other!r}"
         elif isinstance(leaf, CONSTANTS):
+            layout.fixed[i] = _hash_of(leaf)
             continue
         else:
             raise TypeError(not_joined(layout.name(outputs[0], i), leaf))
@@ -130,7 +125,6 @@ def prove(outputs: Sequence[Any], out_dims: Any) -> Layout:
             'out_dims, and inputs that belong to the whole batch as "shared" in in_dims'
         )
     layout.constants = frozenset(constants)
-    layout.keep_shared(leaves)
     return layout
 
 
@@ -173,6 +167,15 @@ def bits(tensor: Tensor) -> tuple[Any, ...]:
     numbers = torch.func.debug_unwrap(tensor).detach().resolve_conj().resolve_neg().cpu()
     flat = numbers.contiguous().reshape(-1)
     return tensor.dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes()
+
+
+def _hash_of(leaf: Any) -> int:
+    """Return a hash of what two leaves without rows have in common if they are alike."""
+    if isinstance(leaf, Tensor):
+        return hash(bits(leaf))
+    if isinstance(leaf, CONSTANTS):
+        return hash((type(leaf), leaf))
+    return hash(type(leaf))
 
 
 def difference(outputs: Sequence[Any], layout: Layout, out_dims: Any, is_half: bool) -> str:

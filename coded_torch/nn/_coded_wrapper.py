@@ -293,6 +293,28 @@ class CodedWrapper(ModuleProxy):
             requirement = "verify must be None if outputs are lists, which are not compared"
             raise ValueError(f"CodedWrapper: {requirement}, got {self.verify}")
 
+    def _prove_fixed(
+        self, inputs: Inputs, waiting: Waiting, report: Report, stacked: Stacked
+    ) -> None:
+        """Note leaves that all parts of a call returned alike, and the parts of the proof did not.
+
+        If the weights have changed since, a new proof has the same leaves as the call.
+        """
+        layout = inputs.layout
+        if layout is None or not layout.differing(stacked.leaves, stacked.spec):
+            return
+        layout.is_doubted = True
+        self._prove(inputs, waiting, report)
+        layout = inputs.layout or layout
+        whole = stacked.tree({})
+        for i in layout.differing(stacked.leaves, stacked.spec):
+            note = (
+                f"{layout.name(whole, i)} is another one in small parts, so it may depend on the "
+                "number of rows of its part"
+            )
+            report.notes += (note,)
+            self._warn_of(f"{note}; leave it out of the output, or say None in out_dims")
+
     def _proof(self, inputs: Inputs, seconds: float) -> Layout | str:
         traced_by = tracer()  # which would record the parts of the proof
         if traced_by:
@@ -366,6 +388,8 @@ class CodedWrapper(ModuleProxy):
             if self.surrogate:
                 self._form = stacked.form()
             try:
+                if len(execution.table.good) > 1:
+                    self._prove_fixed(division.inputs, waiting, report, stacked)
                 found = self._decoded(waiting, division, report, stacked, answers)
                 if answers.oddness:
                     execution.compare(self._exchangeability, stacked.units, answers.oddness)

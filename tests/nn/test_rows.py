@@ -463,6 +463,72 @@ def test_items_of_lists_that_differ_by_rounding_are_not_noted(make):
     assert not report.notes
 
 
+@pytest.mark.parametrize("name", ["first", "a"])
+def test_leaves_without_rows_that_depend_on_the_size_of_parts_are_noted(name):
+    whole = {"first": torch.ones(4, 3), "a": "many"}[name]
+    single = {"first": torch.ones(1, 3), "a": "one"}[name]
+
+    def function(x):
+        return {"y": 2 * x, name: single if len(x) == 1 else whole}
+
+    with DeviceWorkers(["cpu"] * 2) as pool:
+        coded = CodedWrapper(Call(function), workers=pool)
+        assert not coded.run(X)[1].notes
+        with pytest.warns(UserWarning, match="may depend on the number of rows"):
+            coded.run(X[:2])
+        answers, report = coded.run(X[:2])  # warned once, noted always
+        assert torch.equal(answers["y"], 2 * X[:2])
+        assert report.notes[0].startswith(f"output['{name}'] is another one in small parts")
+        assert not coded.run(X[:1])[1].notes  # its part is the batch
+
+
+@pools
+def test_leaves_without_rows_that_follow_the_weights_are_not_noted(make):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return x * self.scale[0], self.scale * 1
+
+    module = Scaled()
+    with make() as pool, torch.no_grad():
+        coded = CodedWrapper(module, workers=pool, parts=2)
+        coded(X)
+        before = module.calls
+        coded(X)
+        usual = module.calls - before
+        module.scale += 1
+        answers, report = coded.run(X)
+        assert torch.equal(answers[1], module.scale)
+        assert not report.notes
+        before = module.calls
+        assert not coded.run(X)[1].notes
+        assert module.calls - before == usual
+
+
+@pools
+def test_leaves_that_out_dims_leaves_out_need_no_second_proof(make):
+    calls = list[int]()
+
+    def function(x):
+        calls.append(len(x))
+        return 2 * x, len(x)
+
+    with make() as pool, torch.no_grad():
+        coded = CodedWrapper(Call(function), workers=pool, parts=2, out_dims=(0, None))
+        coded(X)
+        coded(X)
+        proved = len(calls)
+        coded(X)
+        coded(X)
+    assert len(calls) - proved <= 4
+    assert not {*SIZES} & {*calls[proved:]}
+
+
 def test_a_late_part_of_the_proof_is_asked_of_another_worker():
     """Without a deadline, nothing else ends the wait for a worker that hangs."""
     calls = itertools.count()
