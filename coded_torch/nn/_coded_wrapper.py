@@ -388,7 +388,9 @@ class CodedWrapper(ModuleProxy):
             if self.surrogate:
                 self._form = stacked.form()
             try:
-                if len(execution.table.good) > 1:
+                unit_rows = division.task.unit_rows
+                sizes = [len(part.units) * unit_rows for part in execution.table.good]
+                if sizes and max(sizes) < division.batch_size:
                     self._prove_fixed(division.inputs, waiting, report, stacked)
                 found = self._decoded(waiting, division, report, stacked, answers)
                 if answers.oddness:

@@ -479,7 +479,8 @@ def test_leaves_without_rows_that_depend_on_the_size_of_parts_are_noted(name):
         answers, report = coded.run(X[:2])  # warned once, noted always
         assert torch.equal(answers["y"], 2 * X[:2])
         assert report.notes[0].startswith(f"output['{name}'] is another one in small parts")
-        assert not coded.run(X[:1])[1].notes  # its part is the batch
+        for code in (None, codes.ReplicationCode(1, 2)):  # a part is the batch
+            assert not CodedWrapper(coded.module, code, workers=pool).run(X[:1])[1].notes
 
 
 @pools
